@@ -1,0 +1,1 @@
+"""A transformers model becomes one compiled step over paged KV memory."""

@@ -1,0 +1,1 @@
+"""Rewrites of the loaded model, each exact and checked numerically."""

@@ -1,0 +1,1 @@
+"""Ops the compiler cannot write itself: references, dispatch, CPU and Triton implementations."""

@@ -1,0 +1,1 @@
+"""Tokens in, tokens out: scheduling, block pool, engine loop, configuration and commands."""

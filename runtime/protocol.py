@@ -1,0 +1,127 @@
+"""Messages between the web workers and the engine, typed and encoded as msgpack by msgspec.
+
+Knows no sockets and no torch. Decoding is strict: a frame that is not one of these types raises
+`msgspec.DecodeError` or `msgspec.ValidationError`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one sequence is sampled and when it stops. Ranges are checked by whoever builds it."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] | None = None
+    seed: int | None = None
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; 0: of the sampled token; n: and of the n likeliest
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True, omit_defaults=True):
+    """Start one sequence. `request_id` is chosen by the client, unique among live ones."""
+
+    request_id: str
+    token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0  # lower runs first
+    cache_salt: str = ""
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop a sequence and free its pages; an unknown id is ignored."""
+
+    request_id: str
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """A client asks what the engine serves; answered by `EngineInfo`. Also the client's heartbeat."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability and rank of the sampled token, and the likeliest tokens in falling order."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int] = []
+    top_logprobs: list[float] = []
+
+
+class TokenDelta(msgspec.Struct, array_like=True, gc=False):
+    """What one step brought one sequence.
+
+    `finish_reason`: "" while running, else "stop", "length", "abort" or "error".
+    `stop_reason`: the stop token id that matched, or -1.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str = ""
+    stop_reason: int = -1
+    cached_tokens: int = 0  # prompt tokens served from the prefix cache
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+    """All deltas of one step for one client."""
+
+    deltas: list[TokenDelta]
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """A sequence that cannot run: `status` is the HTTP status (400, 500 or 503), `message` is for the user."""
+
+    request_id: str
+    status: int
+    message: str
+
+
+class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
+    """Facts of the running engine that the front end shows and checks requests against."""
+
+    model: str
+    device: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    compiled: bool  # False while the step still runs uncompiled
+    draining: bool = False
+    num_running: int = 0
+    num_waiting: int = 0
+
+
+ToEngine = Submit | Abort | Hello
+ToClient = Tokens | Failed | EngineInfo
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_to_client = msgspec.msgpack.Decoder(ToClient)
+
+
+def encode(message: ToEngine | ToClient) -> bytes:
+    """Message to one msgpack frame."""
+    return _encoder.encode(message)
+
+
+def decode_to_engine(frame: bytes) -> ToEngine:
+    """Frame to a message for the engine; raises msgspec.DecodeError on anything else."""
+    return _to_engine.decode(frame)
+
+
+def decode_to_client(frame: bytes) -> ToClient:
+    """Frame to a message for a client; raises msgspec.DecodeError on anything else."""
+    return _to_client.decode(frame)

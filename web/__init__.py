@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP surface: a Flask application that never imports torch."""
