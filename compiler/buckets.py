@@ -1,0 +1,65 @@
+"""The ladder of step sizes: which padded shape a step of T tokens and S sequences runs in.
+
+Pure arithmetic. On CUDA every rung is captured as one graph; on the CPU a step keeps its own size,
+except that sizes of one are padded to two (the compiler would specialise on a one), save for the step
+of a single token, which has a graph of its own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """A padded step: `tokens` rows of the model, `seqs` sequences; decode when they are equal."""
+
+    tokens: int
+    seqs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Captured sizes in rising order. `decode`: steps of one token a sequence; `mixed`: token counts."""
+
+    decode: tuple[int, ...]
+    mixed: tuple[int, ...]
+    max_num_seqs: int
+
+    def buckets(self) -> list[Bucket]:
+        """Every rung, smallest first: the order of capture."""
+        rungs = [Bucket(n, n) for n in self.decode]
+        rungs += [Bucket(n, min(n, self.max_num_seqs)) for n in self.mixed]
+        return sorted(set(rungs))
+
+    def bucket(self, num_tokens: int, num_seqs: int) -> Bucket | None:
+        """Smallest rung that holds the step, or None when it is larger than every rung."""
+        if num_tokens == num_seqs:
+            at = bisect_left(self.decode, num_tokens)
+            if at < len(self.decode):
+                return Bucket(self.decode[at], self.decode[at])
+        at = bisect_left(self.mixed, num_tokens)
+        if at < len(self.mixed):
+            return Bucket(self.mixed[at], min(self.mixed[at], self.max_num_seqs))
+        return None
+
+
+def cuda_ladder(max_num_seqs: int, max_captured_tokens: int) -> Ladder:
+    """Decode rungs 1, 2, 4, then by 8 to 256 and by 32 to `max_num_seqs`; mixed rungs 16, 32, ... doubling by halves."""
+    decode = sorted({n for n in (1, 2, 4, *range(8, 257, 8), *range(288, max_num_seqs + 1, 32)) if n < max_num_seqs} | {max_num_seqs})
+    mixed: list[int] = []
+    size = 16
+    while size <= max_captured_tokens:
+        mixed.append(size)
+        if size >= 64 and size * 3 // 2 <= max_captured_tokens:
+            mixed.append(size * 3 // 2)
+        size *= 2
+    return Ladder(tuple(decode), tuple(sorted(mixed)), max_num_seqs)
+
+
+def cpu_bucket(num_tokens: int, num_seqs: int) -> Bucket:
+    """The step's own size, at least two of each unless it is a single token of a single sequence."""
+    if num_tokens == 1:
+        return Bucket(1, 1)
+    return Bucket(num_tokens, max(num_seqs, 2))

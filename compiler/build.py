@@ -1,0 +1,215 @@
+"""From a checked configuration to a step that can be launched, one line a stage.
+
+The stages: source, meta build, probe, weights, passes, memory, and (by whoever owns the step) compilation.
+Reads plain values off the configuration; knows nothing of requests or sockets.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from compiler import lower, memory, model_source, weights
+from compiler.buckets import Bucket, cuda_ladder
+from compiler.capture import ATTENTION_NAME, AttentionLayout, CapturedModel, UnsupportedModel, capture
+from compiler.passes import registry
+from compiler.state import DeviceState, Staging, bytes_per_block
+from compiler.step import CompiledStep
+from compiler.step_input import SamplingInput, StepInput
+
+MAX_CAPTURED_TOKENS = 2048
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds each stage of the start took, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def __str__(self) -> str:
+        return "  ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+
+
+@dataclass(slots=True)
+class BuiltModel:
+    """A launchable step and the facts the engine needs beside it."""
+
+    step: CompiledStep
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    eos_ids: frozenset[int]
+    timings: Timings
+
+
+def build(config: Any, *, progress: bool = True) -> BuiltModel:
+    """Build the model of `config` (a `runtime.config.Config`), uncompiled.
+
+    Raises UnsupportedModel, memory.DoesNotFit, or ValueError naming the key at fault.
+    """
+    timings = Timings()
+    device = resolve_device(config.device)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    cache = Path(config.compile_cache_dir).expanduser()
+    lower.use_cache(cache)
+    with timings.stage("source"):
+        folder = model_source.resolve(
+            config.model,
+            gguf_file=config.gguf_file,
+            revision=config.revision,
+            cache_dir=cache,
+            trust_remote_code=config.trust_remote_code,
+        )
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    dtype = resolve_dtype(config.dtype, model_config, device)
+    max_model_len = resolve_max_model_len(config.max_model_len, model_config)
+    with timings.stage("capture"):
+        model = weights.build_meta(
+            model_config, dtype, ATTENTION_NAME, max_model_len=max_model_len, trust_remote_code=config.trust_remote_code
+        )
+        captured = capture(model)
+    with timings.stage("weights"):
+        weights.load_weights(
+            model, folder, device=device, dtype=dtype, load_format=config.load_format, progress=progress, seed=config.seed
+        )
+    with timings.stage("passes"):
+        registry.apply(model, config)
+    vocab_size = model_config.get_text_config().vocab_size
+    with timings.stage("memory"):
+        budget = _kv_budget(config, captured.layouts, dtype, device, max_model_len)
+        state = DeviceState(
+            captured.layouts,
+            num_blocks=budget.num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            device=device,
+        )
+    step = _step(config, captured, state, device, max_model_len)
+    return BuiltModel(
+        step, folder, device, dtype, vocab_size, max_model_len, budget.num_blocks, eos_ids(folder, model_config), timings
+    )
+
+
+def _step(
+    config: Any, captured: CapturedModel, state: DeviceState, device: torch.device, max_model_len: int
+) -> CompiledStep:
+    max_blocks = -(-max_model_len // config.block_size)
+    largest = Bucket(config.max_num_batched_tokens, config.max_num_seqs)
+    staging = Staging(device, largest, max_blocks, scrap_row=config.max_num_seqs)
+    ladder = None
+    if device.type == "cuda":
+        ladder = cuda_ladder(config.max_num_seqs, min(MAX_CAPTURED_TOKENS, config.max_num_batched_tokens))
+    return CompiledStep(captured, state, staging, ladder)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is a GPU; asking for CUDA without one is an error."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for but torch sees no GPU; set device to cpu or auto")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, model_config: Any, device: torch.device) -> torch.dtype:
+    """`auto` is the checkpoint's own type, bfloat16 on the CPU where it says float16 or float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    dtype = getattr(model_config.get_text_config(), "dtype", None) or torch.bfloat16
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return torch.bfloat16 if device.type == "cpu" else dtype
+
+
+def resolve_max_model_len(asked: int | None, model_config: Any) -> int:
+    """The asked length, at most the model's own limit."""
+    text = model_config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048
+    if asked is None:
+        return limit
+    if asked > limit:
+        raise ValueError(f"max_model_len {asked} is above the model's own limit of {limit}; set it to {limit} or less")
+    return asked
+
+
+def eos_ids(folder: Path, model_config: Any) -> frozenset[int]:
+    """End-of-sequence ids: of generation_config.json where it has them, else of the model's config."""
+    found: Any = None
+    path = folder / "generation_config.json"
+    if path.is_file():
+        found = json.loads(path.read_text()).get("eos_token_id")
+    if found is None:
+        found = getattr(model_config.get_text_config(), "eos_token_id", None)
+    if found is None:
+        return frozenset()
+    return frozenset(found if isinstance(found, list) else [found])
+
+
+def _kv_budget(
+    config: Any, layouts: list[AttentionLayout], dtype: torch.dtype, device: torch.device, max_model_len: int
+) -> memory.KvBudget:
+    block_bytes = bytes_per_block(layouts, config.block_size, dtype)
+    if config.num_blocks is not None:
+        available, source = config.num_blocks * block_bytes, f"num_blocks {config.num_blocks}"
+    elif device.type == "cpu":
+        available, source = config.kv_cache_memory, "kv_cache_memory"
+    else:
+        peak = torch.cuda.max_memory_reserved(device) + _activation_bytes(config, layouts, dtype)
+        available = memory.cuda_available(config.gpu_memory_utilization, peak, device)
+        source = f"gpu_memory_utilization {config.gpu_memory_utilization}"
+    return memory.plan_pages(available, block_bytes, config.block_size, max_model_len, source)
+
+
+def _activation_bytes(config: Any, layouts: list[AttentionLayout], dtype: torch.dtype) -> int:
+    """A bound on a largest step's activations: sixteen hidden-width tensors of the token budget, twice over."""
+    width = max(a.num_heads * a.head_size for a in layouts)
+    return 32 * config.max_num_batched_tokens * width * dtype.itemsize + memory.GIB
+
+
+def warm_steps(scrap_row: int) -> list[StepInput]:
+    """Steps that touch only the scrap row and page: a single token, and a ragged pair."""
+    return [_scrap_step([1], scrap_row), _scrap_step([3, 1], scrap_row)]
+
+
+def _scrap_step(lengths: list[int], scrap_row: int) -> StepInput:
+    seqs, tokens = len(lengths), sum(lengths)
+    start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    zeros = np.zeros(seqs, np.float32)
+    none = np.zeros(0, np.int32)
+    return StepInput(
+        token_ids=np.zeros(tokens, np.int32),
+        positions=np.concatenate([np.arange(n) for n in lengths]).astype(np.int32),
+        slots=np.zeros(tokens, np.int32),
+        rows=np.full(seqs, scrap_row, np.int32),
+        query_start=start,
+        seq_lens=np.asarray(lengths, np.int32),
+        block_tables=np.zeros((seqs, 2), np.int32),
+        sampled=np.zeros(seqs, bool),
+        sampling=SamplingInput(
+            zeros, none, zeros, zeros, none, none, zeros, zeros, zeros, none, none, np.zeros(0, np.float32)
+        ),
+    )
+
+
+__all__ = ["BuiltModel", "UnsupportedModel", "build", "warm_steps"]

@@ -1,0 +1,49 @@
+"""CUDA graphs: one captured forward per bucket, replayed with new metadata at the same addresses.
+
+Knows buckets and streams; the forward it captures is any callable. CUDA only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from compiler.buckets import Bucket
+
+Forward = Callable[[], torch.Tensor]
+
+
+class GraphSet:
+    """Captured buckets sharing one memory pool, so the largest decides the memory of all."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self.hits = 0
+        self.misses = 0
+
+    def capture(self, buckets: list[Bucket], forward_of: Callable[[Bucket], Forward], progress: bool) -> None:
+        """Capture largest first, so that smaller graphs fit in the pool the largest has made."""
+        for bucket in tqdm(sorted(buckets, reverse=True), desc="capture", disable=not progress, unit="graph"):
+            forward = forward_of(bucket)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                forward()  # compiles and warms the allocator outside the capture
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                logits = forward()
+            self._graphs[bucket] = (graph, logits)
+
+    def replay(self, bucket: Bucket) -> torch.Tensor | None:
+        """Logits [S, vocab] of the bucket, valid until the next replay; None if it was not captured."""
+        entry = self._graphs.get(bucket)
+        if entry is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        entry[0].replay()
+        return entry[1]

@@ -1,0 +1,57 @@
+"""How many pages the KV cache holds, and the refusal where that is too few.
+
+On the CPU the amount is a setting; on CUDA it is what a measured peak leaves free. Knows no scheduling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+GIB = 1 << 30
+
+
+class DoesNotFit(ValueError):
+    """The configuration needs more memory than there is; the message holds the arithmetic and a value that fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvBudget:
+    """Pages of the pool (page 0 is scrap) and the bytes they take."""
+
+    num_blocks: int
+    block_bytes: int
+
+
+def plan_pages(
+    available_bytes: int, block_bytes: int, block_size: int, max_model_len: int, source: str
+) -> KvBudget:
+    """Pages that fit in `available_bytes`; raises DoesNotFit if one sequence of `max_model_len` would not."""
+    num_blocks = available_bytes // block_bytes
+    needed = -(-max_model_len // block_size) + 1
+    if num_blocks < needed:
+        fits = max((num_blocks - 1) * block_size, 0)
+        raise DoesNotFit(
+            f"max_model_len {max_model_len} needs {needed} pages of {block_size} tokens "
+            f"({needed * block_bytes / GIB:.2f} GiB), but {source} leaves {available_bytes / GIB:.2f} GiB = "
+            f"{num_blocks} pages. Set max_model_len to at most {fits}, or give the KV cache more memory."
+        )
+    return KvBudget(num_blocks, block_bytes)
+
+
+def cuda_available(gpu_memory_utilization: float, peak_bytes: int, device: torch.device) -> int:
+    """Bytes for the KV cache: the share of the device we may use, less the measured peak of a largest step.
+
+    Raises DoesNotFit when the device has less free than the share asks for.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    wanted = int(total * gpu_memory_utilization)
+    held = torch.cuda.memory_reserved(device)
+    if free + held < wanted:
+        share = (free + held) / total
+        raise DoesNotFit(
+            f"gpu_memory_utilization {gpu_memory_utilization} asks for {wanted / GIB:.1f} of {total / GIB:.1f} GiB, "
+            f"but {free / GIB:.1f} GiB are free. Set gpu_memory_utilization to {share - 0.01:.2f} or less."
+        )
+    return max(wanted - peak_bytes, 0)

@@ -1,0 +1,136 @@
+"""The seam to the device: `CompiledStep.launch(StepInput) -> Ticket` is all that the engine sees.
+
+A launch stages the step's metadata, runs the forward (a replayed CUDA graph, the compiled graph, or the
+plain captured modules while compilation is under way), samples, and hands the ids to the next step on the
+device. It does not wait: `Ticket.wait` does. Knows nothing of requests, pages or sockets.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from compiler import lower
+from compiler.buckets import Bucket, Ladder, cpu_bucket
+from compiler.capture import CapturedModel
+from compiler.graphs import GraphSet
+from compiler.sampling import StepLogprobTensors, sample
+from compiler.state import DeviceState, Staged, Staging
+from compiler.step_input import StepInput, StepOutput
+
+
+class Ticket:
+    """A launched step."""
+
+    def __init__(self, result: Callable[[], StepOutput]) -> None:
+        self._result = result
+
+    def wait(self) -> StepOutput:
+        """Block until the step's ids are on the host. Raises what the step raised."""
+        return self._result()
+
+
+class CompiledStep:
+    """Runs steps in order on one device."""
+
+    def __init__(self, captured: CapturedModel, state: DeviceState, staging: Staging, ladder: Ladder | None) -> None:
+        self.captured = captured
+        self.state = state
+        self.staging = staging
+        self.ladder = ladder
+        self.forward: Callable[..., torch.Tensor] = captured
+        self.compiled = False
+        self.graphs = GraphSet() if staging.device.type == "cuda" else None
+        # One thread runs CPU steps in order: the engine's loop goes on meanwhile, as it does beside a GPU.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="step") if staging.device.type == "cpu" else None
+        self._returns = torch.cuda.Stream() if staging.device.type == "cuda" else None
+
+    def launch(self, step: StepInput) -> Ticket:
+        """Start one step; steps run in the order of their launch."""
+        if self._worker is not None:
+            future: Future[StepOutput] = self._worker.submit(self._run_cpu, step)
+            return Ticket(future.result)
+        return self._launch_cuda(step)
+
+    def compile(self, warm: list[StepInput]) -> None:
+        """Compile the forward on the given steps and swap it in; safe beside launches.
+
+        `warm` must touch scrap pages and the scrap row only.
+        """
+        forward = lower.compile_forward(self.captured)
+        with torch.inference_mode():
+            for step in warm:
+                staged = self._stage(step)
+                lower.mark_dynamic(staged)
+                lower.call(forward, staged, self.state)
+        self.forward, self.compiled = forward, True
+
+    def compile_in_background(self, warm: list[StepInput], done: Callable[[BaseException | None], None]) -> threading.Thread:
+        """`compile` on a thread of its own; `done` gets the error, or None."""
+
+        def run() -> None:
+            try:
+                self.compile(warm)
+            except BaseException as error:  # reported to the owner, who decides
+                done(error)
+            else:
+                done(None)
+
+        thread = threading.Thread(target=run, name="compile", daemon=True)
+        thread.start()
+        return thread
+
+    def capture_graphs(self, progress: bool) -> None:
+        """CUDA: capture every rung of the ladder."""
+
+        def forward_of(bucket: Bucket) -> Callable[[], torch.Tensor]:
+            staged = self.staging.placeholder(bucket)
+            return lambda: lower.call(self.forward, staged, self.state)
+
+        with torch.inference_mode():
+            self.graphs.capture(self.ladder.buckets(), forward_of, progress)
+
+    def close(self) -> None:
+        """Finish launched steps and stop the worker."""
+        if self._worker is not None:
+            self._worker.shutdown(wait=True)
+
+    def _stage(self, step: StepInput) -> Staged:
+        return self.staging.stage(step, cpu_bucket(step.num_tokens, step.num_seqs))
+
+    @torch.inference_mode()
+    def _run_cpu(self, step: StepInput) -> StepOutput:
+        staged = self._stage(step)
+        lower.mark_dynamic(staged)
+        logits = lower.call(self.forward, staged, self.state)
+        ids, logprobs = sample(logits[: step.num_seqs], step.sampling, staged, self.state)
+        return StepOutput(ids.int().numpy(), logprobs.numpy() if logprobs else None)
+
+    @torch.inference_mode()
+    def _launch_cuda(self, step: StepInput) -> Ticket:
+        bucket = self.ladder.bucket(step.num_tokens, step.num_seqs)
+        staged = self.staging.stage(step, bucket or Bucket(step.num_tokens, step.num_seqs))
+        logits = self.graphs.replay(bucket) if bucket else None
+        if logits is None:
+            logits = lower.call(self.forward, staged, self.state)
+        ids, logprobs = sample(logits[: step.num_seqs], step.sampling, staged, self.state)
+        return Ticket(self._returning(ids, logprobs))
+
+    def _returning(self, ids: torch.Tensor, logprobs: StepLogprobTensors | None) -> Callable[[], StepOutput]:
+        """Send ids to the host on a second stream; the main one goes on."""
+        host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+        self._returns.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._returns):
+            host.copy_(ids, non_blocking=True)
+            ids.record_stream(self._returns)
+            arrived = torch.cuda.Event()
+            arrived.record()
+
+        def result() -> StepOutput:
+            arrived.synchronize()
+            return StepOutput(host.int().numpy(), logprobs.numpy() if logprobs else None)
+
+        return result

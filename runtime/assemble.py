@@ -1,0 +1,50 @@
+"""Puts an engine together from a configuration: built model, block pool, scheduler, loop.
+
+Shared by the offline API and the engine process; holds no loop of its own.
+"""
+
+from __future__ import annotations
+
+import time
+
+from compiler.build import BuiltModel
+from runtime.blocks import BlockPool
+from runtime.config import Config
+from runtime.engine import Engine, Limits, Mailbox
+from runtime.metrics import EngineMetrics
+from runtime.pace import Pace
+from runtime.protocol import EngineInfo
+from runtime.scheduler import Scheduler
+
+
+def engine_of(config: Config, built: BuiltModel, mailbox: Mailbox, metrics: EngineMetrics) -> Engine:
+    """An engine over `built`, reading messages from `mailbox`."""
+    pool = BlockPool(built.num_blocks, config.block_size, config.enable_prefix_caching)
+    pace = Pace(config.inter_token_target_ms) if config.inter_token_target_ms else None
+    scheduler = Scheduler(
+        pool,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=built.max_model_len,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        pace=pace,
+    )
+    limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, config.block_size, config.max_queue)
+
+    def info() -> EngineInfo:
+        return EngineInfo(
+            model=config.served_model_name or config.model,
+            device=str(built.device),
+            dtype=str(built.dtype).removeprefix("torch."),
+            vocab_size=built.vocab_size,
+            max_model_len=built.max_model_len,
+            num_blocks=built.num_blocks,
+            block_size=config.block_size,
+            compiled=built.step.compiled,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+        )
+
+    return Engine(
+        built.step, scheduler, mailbox, limits, info, time.monotonic, metrics, pace=pace, seed=config.seed
+    )

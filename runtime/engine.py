@@ -1,0 +1,227 @@
+"""The engine loop: messages in, one step launched ahead, tokens out.
+
+Step N+1 is scheduled and launched before the ids of step N are read, so the device never waits for the
+host. One request's error stays that request's; a failed step fails its own sequences, and only a run of
+failed steps ends the engine. Holds no socket and no CUDA: the mailbox, the step and the clock are given.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from compiler.step import CompiledStep, Ticket
+from compiler.step_input import StepOutput
+from runtime.batch import pack
+from runtime.metrics import EngineMetrics
+from runtime.pace import Pace
+from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, ToClient, ToEngine, TokenDelta, Tokens
+from runtime.request import Sequence
+from runtime.scheduler import Plan, Scheduler
+
+log = logging.getLogger("pagegraph.engine")
+
+MAX_FAILED_STEPS = 3
+
+
+class Mailbox(Protocol):
+    """Where messages come from and go to; `runtime.mailbox.Mailbox` over sockets, `runtime.llm` in process."""
+
+    def poll(self, block: bool) -> list[tuple[bytes, ToEngine]]: ...
+
+    def send(self, client: bytes, message: ToClient) -> None: ...
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A launched step whose ids are not on the host yet."""
+
+    plan: Plan
+    ticket: Ticket
+    launched: float
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a submitted sequence is checked against."""
+
+    vocab_size: int
+    max_model_len: int
+    eos_ids: frozenset[int]
+    block_size: int
+    max_queue: int
+
+
+class Engine:
+    """Owns the loop and who asked for what."""
+
+    def __init__(
+        self,
+        step: CompiledStep,
+        scheduler: Scheduler,
+        mailbox: Mailbox,
+        limits: Limits,
+        info: Callable[[], EngineInfo],
+        clock: Callable[[], float],
+        metrics: EngineMetrics,
+        pace: Pace | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.step = step
+        self.scheduler = scheduler
+        self.mailbox = mailbox
+        self.limits = limits
+        self.info = info
+        self.clock = clock
+        self.metrics = metrics
+        self.pace = pace
+        self.seed = seed
+        self.stopping = False
+        self._running: InFlight | None = None
+        self._owners: dict[str, tuple[bytes, str]] = {}
+        self._num_submitted = 0
+        self._failed_steps = 0
+        self._last_done = 0.0
+
+    def run(self) -> None:
+        """Turn until `stopping` is set."""
+        while not self.stopping:
+            self.turn(block=True)
+
+    def turn(self, block: bool = False) -> None:
+        """One turn of the loop: accept, schedule, launch, and commit the step before."""
+        running = self._running
+        for client, message in self.mailbox.poll(block and running is None and not self.scheduler.has_work):
+            self._accept(client, message)
+        plan = self.scheduler.schedule(self.clock())
+        self._running = self._launch(plan) if plan else None
+        if running is not None:
+            self._commit(running)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits, runs or is in flight."""
+        return self._running is None and not self.scheduler.has_work
+
+    def _launch(self, plan: Plan) -> InFlight:
+        return InFlight(plan, self.step.launch(pack(plan, self.limits.block_size)), self.clock())
+
+    def _commit(self, done: InFlight) -> None:
+        try:
+            output = done.ticket.wait()
+        except Exception as error:
+            self._fail(done.plan, error)
+            return
+        self._failed_steps = 0
+        now = self.clock()
+        self._observe_pace(done, now)
+        self._deliver(done.plan, output, now)
+
+    def _observe_pace(self, done: InFlight, now: float) -> None:
+        started = max(done.launched, self._last_done)
+        self._last_done = now
+        if self.pace is not None:
+            self.pace.observe(sum(entry.count for entry in done.plan), (now - started) * 1e3)
+
+    def _deliver(self, plan: Plan, output: StepOutput, now: float) -> None:
+        deltas = self.scheduler.commit(plan, output)
+        self.metrics.observe_step(plan, deltas, self.scheduler, now)
+        by_client: dict[bytes, list[TokenDelta]] = {}
+        for delta in deltas:
+            client, request_id = self._owners[delta.request_id]
+            if delta.finish_reason:
+                del self._owners[delta.request_id]
+            delta.request_id = request_id
+            by_client.setdefault(client, []).append(delta)
+        for client, theirs in by_client.items():
+            self.mailbox.send(client, Tokens(theirs))
+
+    def _fail(self, plan: Plan, error: Exception) -> None:
+        """The step's sequences end with an error; a third failure in a row ends the engine."""
+        log.exception("a step of %d sequences failed", len(plan), exc_info=error)
+        self._failed_steps += 1
+        if self._failed_steps >= MAX_FAILED_STEPS:
+            raise RuntimeError(f"{MAX_FAILED_STEPS} steps in a row failed") from error
+        for entry in plan:
+            key = entry.sequence.request_id
+            self.scheduler.abort(key)
+            if key in self._owners:
+                client, request_id = self._owners.pop(key)
+                self.mailbox.send(client, Failed(request_id, 500, "the step that ran this request failed"))
+
+    def _accept(self, client: bytes, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                self._submit(client, message)
+            case Abort(request_id):
+                key = _key(client, request_id)
+                if self.scheduler.abort(key):
+                    self._owners.pop(key, None)
+                    self.metrics.observe_abort(key)
+            case Hello():
+                self.mailbox.send(client, self.info())
+
+    def _submit(self, client: bytes, message: Submit) -> None:
+        key = _key(client, message.request_id)
+        try:
+            if key in self._owners:
+                raise ValueError(f"request id {message.request_id} is already running")
+            self._check(message)
+            if self.scheduler.num_waiting >= self.limits.max_queue:
+                full = f"the queue is full: max_queue {self.limits.max_queue} requests are waiting"
+                self.mailbox.send(client, Failed(message.request_id, 503, full))
+                return
+            sequence = self._sequence(key, message)
+            self.scheduler.add(sequence)
+        except ValueError as error:
+            self.mailbox.send(client, Failed(message.request_id, 400, str(error)))
+            return
+        except Exception:
+            log.exception("a submitted sequence could not be added")
+            self.mailbox.send(client, Failed(message.request_id, 500, "the request could not be added"))
+            return
+        self._owners[key] = (client, message.request_id)
+        self.metrics.observe_submit(sequence, self.clock())
+
+    def _sequence(self, key: str, message: Submit) -> Sequence:
+        self._num_submitted += 1
+        seed = message.params.seed
+        return Sequence(
+            request_id=key,
+            token_ids=message.token_ids,
+            params=message.params,
+            eos_ids=self.limits.eos_ids,
+            # An unseeded request draws its own noise, reproducible from the engine's seed.
+            seed=seed if seed is not None else (self.seed << 32) + self._num_submitted,
+            priority=message.priority,
+            arrival=self.clock(),
+            cache_salt=message.cache_salt,
+            max_model_len=self.limits.max_model_len,
+        )
+
+    def _check(self, message: Submit) -> None:
+        """Raises ValueError for what would harm the step: the last gate before the device."""
+        limits, params = self.limits, message.params
+        ids = message.token_ids
+        if not ids:
+            raise ValueError("the prompt is empty; give at least one token")
+        if len(ids) >= limits.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and max_model_len is {limits.max_model_len}; "
+                f"give at most {limits.max_model_len - 1}"
+            )
+        asked = [*ids, *params.logit_bias, *params.stop_token_ids, *(params.allowed_token_ids or ())]
+        if min(asked) < 0 or max(asked) >= limits.vocab_size:
+            raise ValueError(f"a token id is outside 0..{limits.vocab_size - 1}")
+        if params.logprobs is not None and not 0 <= params.logprobs <= min(limits.vocab_size, 128):
+            raise ValueError(f"logprobs {params.logprobs} is outside 0..{min(limits.vocab_size, 128)}")
+        if params.max_tokens < 1:
+            raise ValueError(f"max_tokens {params.max_tokens} is below 1")
+        if params.seed is not None and not -(2**63) <= params.seed < 2**63:
+            raise ValueError("seed is outside the signed 64-bit range")
+
+
+def _key(client: bytes, request_id: str) -> str:
+    return f"{client.hex()}/{request_id}"

@@ -1,0 +1,78 @@
+"""The engine as a process: `python -m runtime.engine_process SETTINGS.json`, started by the supervisor.
+
+Loads the model, answers on its socket at once with the uncompiled step, and swaps the compiled one in
+when it is ready. Writes engine.json beside the settings once loaded; ends with a non-zero status on any
+error that is not one request's own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from compiler import build as builder
+from runtime.assemble import engine_of
+from runtime.config import config_from_dict
+from runtime.engine import Engine
+from runtime.mailbox import Mailbox
+from runtime.metrics import EngineMetrics
+
+log = logging.getLogger("pagegraph.engine")
+
+
+def main(path: str) -> None:
+    """Serve until SIGTERM; `path` is a JSON file with `config`, `engine_address` and `metrics_port`."""
+    settings = json.loads(Path(path).read_text())
+    config = config_from_dict(settings["config"])
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
+    built = builder.build(config, progress=sys.stderr.isatty())
+    if built.device.type == "cuda":
+        built.step.compile(builder.warm_steps(config.max_num_seqs)) if config.compile else None
+        built.step.capture_graphs(sys.stderr.isatty())
+    metrics = EngineMetrics(config.served_model_name or config.model)
+    engine = engine_of(config, built, Mailbox(settings["engine_address"]), metrics)
+    _stop_on_signal(engine)
+    metrics.serve(settings["metrics_port"])
+    _announce(Path(path).with_name("engine.json"), built)
+    log.info("loaded: %s", built.timings)
+    if config.compile and built.device.type == "cpu":
+        _compile_beside(built, config.max_num_seqs)
+    engine.run()
+    built.step.close()
+
+
+def _compile_beside(built: builder.BuiltModel, scrap_row: int) -> None:
+    def done(error: BaseException | None) -> None:
+        if error is None:
+            log.info("compiled: steps run the compiled graph from here on")
+        else:
+            # Serving on, uncompiled, would hide a broken installation: say so and end.
+            log.critical("compilation failed", exc_info=error)
+            os._exit(3)
+
+    built.step.compile_in_background(builder.warm_steps(scrap_row), done)
+
+
+def _announce(path: Path, built: builder.BuiltModel) -> None:
+    facts = {"model_dir": str(built.folder), "pid": os.getpid(), "seconds": built.timings.seconds}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(facts))
+    partial.rename(path)
+
+
+def _stop_on_signal(engine: Engine) -> None:
+    def stop(*_: object) -> None:
+        engine.stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the supervisor, who decides
+    threading.current_thread().name = "engine"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

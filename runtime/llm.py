@@ -1,0 +1,186 @@
+"""The offline API: `LLM(config).generate(prompts, params)`, in this process, without a server.
+
+Runs the same engine as the server; messages go through lists instead of sockets. Text in, text out:
+stop strings are found here, after detokenising.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from compiler import build as builder
+from runtime.assemble import engine_of
+from runtime.config import Config, load_config
+from runtime.metrics import EngineMetrics
+from runtime.protocol import (
+    Abort,
+    Failed,
+    SamplingParams,
+    Submit,
+    ToClient,
+    ToEngine,
+    TokenDelta,
+    TokenLogprob,
+    Tokens,
+)
+from runtime.tokenizer import Detokenizer, Tokenizer
+
+CLIENT = b"local"
+
+
+class RequestFailed(ValueError):
+    """The engine refused or could not finish a request; the message says why."""
+
+
+@dataclass(slots=True)
+class Completion:
+    """What one prompt became."""
+
+    prompt_token_ids: list[int]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""  # stop or length once finished
+    stop_reason: str | int | None = None  # the stop string or stop token id that matched
+    cached_tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class LocalMailbox:
+    """The engine's mailbox as two lists."""
+
+    def __init__(self) -> None:
+        self.inbox: list[tuple[bytes, ToEngine]] = []
+        self.outbox: list[ToClient] = []
+
+    def poll(self, block: bool) -> list[tuple[bytes, ToEngine]]:
+        messages, self.inbox = self.inbox, []
+        return messages
+
+    def send(self, client: bytes, message: ToClient) -> None:
+        self.outbox.append(message)
+
+    def put(self, message: ToEngine) -> None:
+        self.inbox.append((CLIENT, message))
+
+    def take(self) -> list[ToClient]:
+        messages, self.outbox = self.outbox, []
+        return messages
+
+
+class LLM:
+    """A loaded model that generates. Not thread-safe.
+
+    `config` is a Config, or a YAML file, model folder or hub name with overrides as keyword arguments.
+    """
+
+    def __init__(self, config: Config | str, *, progress: bool = True, **overrides: object) -> None:
+        if isinstance(config, str):
+            config = load_config(config, overrides).config
+        elif overrides:
+            raise TypeError("overrides go with a configuration file or model name, not with a Config")
+        self.config = config
+        self.built = builder.build(config, progress=progress)
+        if config.compile:
+            self.built.step.compile(builder.warm_steps(config.max_num_seqs))
+        if self.built.device.type == "cuda":
+            self.built.step.capture_graphs(progress)
+        self.tokenizer = Tokenizer.load(self.built.folder)
+        self._mailbox = LocalMailbox()
+        self.engine = engine_of(config, self.built, self._mailbox, EngineMetrics(config.served_model_name or config.model))
+        self._num_requests = 0
+
+    def generate(
+        self,
+        prompts: str | list[str] | list[list[int]],
+        params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        stop: list[str] | None = None,
+    ) -> list[Completion]:
+        """Complete every prompt (text or token ids); completions in the order of the prompts."""
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        params = params or SamplingParams()
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(f"params: {len(each)} for {len(prompts)} prompts; give one, or one a prompt")
+        requests = [self._start(prompt, one, stop) for prompt, one in zip(prompts, each)]
+        while any(not request.completion.finish_reason for request in requests):
+            self._turn({request.request_id: request for request in requests})
+        return [request.completion for request in requests]
+
+    def stream(self, prompt: str | list[int], params: SamplingParams, *, stop: list[str] | None = None) -> Iterator[str]:
+        """Pieces of the completion's text as they come; closing the iterator aborts the request."""
+        request = self._start(prompt, params, stop)
+        try:
+            while not request.completion.finish_reason:
+                seen = len(request.completion.text)
+                self._turn({request.request_id: request})
+                if piece := request.completion.text[seen:]:
+                    yield piece
+        finally:
+            if not request.completion.finish_reason:
+                self._mailbox.put(Abort(request.request_id))
+                self._drain()
+
+    def chat(
+        self, messages: list[dict[str, str]], params: SamplingParams | None = None, *, stop: list[str] | None = None
+    ) -> Completion:
+        """Answer a conversation through the model's chat template."""
+        return self.generate([self.tokenizer.apply_chat(messages)], params, stop=stop)[0]
+
+    def close(self) -> None:
+        """Finish what is launched and free the worker."""
+        self.built.step.close()
+
+    def _start(self, prompt: str | list[int], params: SamplingParams, stop: list[str] | None) -> _Request:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._num_requests += 1
+        request_id = str(self._num_requests)
+        self._mailbox.put(Submit(request_id=request_id, token_ids=ids, params=params))
+        return _Request(request_id, Completion(ids), Detokenizer(self.tokenizer, stop or []))
+
+    def _turn(self, requests: dict[str, _Request]) -> None:
+        self.engine.turn()
+        for message in self._mailbox.take():
+            match message:
+                case Failed(request_id, _, text):
+                    self._drain()
+                    raise RequestFailed(text)
+                case Tokens(deltas):
+                    for delta in deltas:
+                        if (request := requests.get(delta.request_id)) and request.take(delta):
+                            self._mailbox.put(Abort(delta.request_id))
+
+    def _drain(self) -> None:
+        while not self.engine.idle or self._mailbox.inbox:
+            self.engine.turn()
+        self._mailbox.take()
+
+
+@dataclass(slots=True)
+class _Request:
+    request_id: str
+    completion: Completion
+    detokenizer: Detokenizer
+
+    def take(self, delta: TokenDelta) -> bool:
+        """Add a delta; True if a stop string was found and the engine still has to be told."""
+        done = self.completion
+        if done.finish_reason:
+            return False
+        done.token_ids += delta.token_ids
+        done.logprobs += delta.logprobs or ()
+        done.cached_tokens = delta.cached_tokens or done.cached_tokens
+        done.text += self.detokenizer.add(delta.token_ids)
+        if self.detokenizer.stopped is not None:
+            done.finish_reason, done.stop_reason = "stop", self.detokenizer.stopped
+            return not delta.finish_reason
+        if delta.finish_reason:
+            done.text += self.detokenizer.finish()
+            done.finish_reason = delta.finish_reason
+            if self.detokenizer.stopped is not None:
+                done.finish_reason, done.stop_reason = "stop", self.detokenizer.stopped
+            elif delta.stop_reason >= 0:
+                done.stop_reason = delta.stop_reason
+        return False
