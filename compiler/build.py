@@ -27,6 +27,7 @@ from compiler.step import CompiledStep
 from compiler.step_input import SamplingInput, StepInput
 
 MAX_CAPTURED_TOKENS = 2048
+DEFAULT_CACHE = "~/.cache/pagegraph"
 
 
 @dataclass(slots=True)
@@ -69,7 +70,7 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
     device = resolve_device(config.device)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    cache = Path(config.compile_cache_dir).expanduser()
+    cache = Path(config.compile_cache_dir or DEFAULT_CACHE).expanduser()
     lower.use_cache(cache)
     with timings.stage("source"):
         folder = model_source.resolve(
@@ -115,11 +116,12 @@ def _step(
     config: Any, captured: CapturedModel, state: DeviceState, device: torch.device, max_model_len: int
 ) -> CompiledStep:
     max_blocks = -(-max_model_len // config.block_size)
-    largest = Bucket(config.max_num_batched_tokens, config.max_num_seqs)
+    budget = config.batched_tokens(device.type)
+    largest = Bucket(budget, config.max_num_seqs)
     staging = Staging(device, largest, max_blocks, scrap_row=config.max_num_seqs)
     ladder = None
     if device.type == "cuda":
-        ladder = cuda_ladder(config.max_num_seqs, min(MAX_CAPTURED_TOKENS, config.max_num_batched_tokens))
+        ladder = cuda_ladder(config.max_num_seqs, min(MAX_CAPTURED_TOKENS, budget))
     return CompiledStep(captured, state, staging, ladder)
 
 
@@ -173,7 +175,7 @@ def _kv_budget(
     if config.num_blocks is not None:
         available, source = config.num_blocks * block_bytes, f"num_blocks {config.num_blocks}"
     elif device.type == "cpu":
-        available, source = config.kv_cache_memory, "kv_cache_memory"
+        available, source = config.cpu_kv_cache_memory(), "kv_cache_memory"
     else:
         peak = torch.cuda.max_memory_reserved(device) + _activation_bytes(config, layouts, dtype)
         available = memory.cuda_available(config.gpu_memory_utilization, peak, device)
@@ -184,7 +186,7 @@ def _kv_budget(
 def _activation_bytes(config: Any, layouts: list[AttentionLayout], dtype: torch.dtype) -> int:
     """A bound on a largest step's activations: sixteen hidden-width tensors of the token budget, twice over."""
     width = max(a.num_heads * a.head_size for a in layouts)
-    return 32 * config.max_num_batched_tokens * width * dtype.itemsize + memory.GIB
+    return 32 * config.batched_tokens("cuda") * width * dtype.itemsize + memory.GIB
 
 
 def warm_steps(scrap_row: int) -> list[StepInput]:

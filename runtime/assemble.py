@@ -14,17 +14,19 @@ from runtime.engine import Engine, Limits, Mailbox
 from runtime.metrics import EngineMetrics
 from runtime.pace import Pace
 from runtime.protocol import EngineInfo
+from runtime.recorder import Recorder
 from runtime.scheduler import Scheduler
 
 
-def engine_of(config: Config, built: BuiltModel, mailbox: Mailbox, metrics: EngineMetrics) -> Engine:
-    """An engine over `built`, reading messages from `mailbox`."""
+def engine_of(config: Config, built: BuiltModel, mailbox: Mailbox) -> tuple[Engine, EngineMetrics]:
+    """An engine over `built`, reading messages from `mailbox`, and what it counts."""
+    metrics = EngineMetrics(config.model_name, built.max_model_len)
     pool = BlockPool(built.num_blocks, config.block_size, config.enable_prefix_caching)
     pace = Pace(config.inter_token_target_ms) if config.inter_token_target_ms else None
     scheduler = Scheduler(
         pool,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=config.batched_tokens(built.device.type),
         max_model_len=built.max_model_len,
         enable_chunked_prefill=config.enable_chunked_prefill,
         pace=pace,
@@ -33,7 +35,7 @@ def engine_of(config: Config, built: BuiltModel, mailbox: Mailbox, metrics: Engi
 
     def info() -> EngineInfo:
         return EngineInfo(
-            model=config.served_model_name or config.model,
+            model=config.model_name,
             device=str(built.device),
             dtype=str(built.dtype).removeprefix("torch."),
             vocab_size=built.vocab_size,
@@ -45,6 +47,8 @@ def engine_of(config: Config, built: BuiltModel, mailbox: Mailbox, metrics: Engi
             num_waiting=scheduler.num_waiting,
         )
 
-    return Engine(
-        built.step, scheduler, mailbox, limits, info, time.monotonic, metrics, pace=pace, seed=config.seed
+    recorder = Recorder(metrics, scheduler)
+    engine = Engine(
+        built.step, scheduler, mailbox, limits, info, time.monotonic, recorder, pace=pace, seed=config.seed
     )
+    return engine, metrics

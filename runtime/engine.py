@@ -15,9 +15,9 @@ from typing import Protocol
 from compiler.step import CompiledStep, Ticket
 from compiler.step_input import StepOutput
 from runtime.batch import pack
-from runtime.metrics import EngineMetrics
 from runtime.pace import Pace
 from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, ToClient, ToEngine, TokenDelta, Tokens
+from runtime.recorder import Recorder
 from runtime.request import Sequence
 from runtime.scheduler import Plan, Scheduler
 
@@ -65,7 +65,7 @@ class Engine:
         limits: Limits,
         info: Callable[[], EngineInfo],
         clock: Callable[[], float],
-        metrics: EngineMetrics,
+        recorder: Recorder,
         pace: Pace | None = None,
         seed: int = 0,
     ) -> None:
@@ -75,7 +75,7 @@ class Engine:
         self.limits = limits
         self.info = info
         self.clock = clock
-        self.metrics = metrics
+        self.recorder = recorder
         self.pace = pace
         self.seed = seed
         self.stopping = False
@@ -106,7 +106,9 @@ class Engine:
         return self._running is None and not self.scheduler.has_work
 
     def _launch(self, plan: Plan) -> InFlight:
-        return InFlight(plan, self.step.launch(pack(plan, self.limits.block_size)), self.clock())
+        now = self.clock()
+        self.recorder.launched(plan, now)
+        return InFlight(plan, self.step.launch(pack(plan, self.limits.block_size)), now)
 
     def _commit(self, done: InFlight) -> None:
         try:
@@ -127,7 +129,7 @@ class Engine:
 
     def _deliver(self, plan: Plan, output: StepOutput, now: float) -> None:
         deltas = self.scheduler.commit(plan, output)
-        self.metrics.observe_step(plan, deltas, self.scheduler, now)
+        self.recorder.stepped(deltas, now)
         by_client: dict[bytes, list[TokenDelta]] = {}
         for delta in deltas:
             client, request_id = self._owners[delta.request_id]
@@ -147,6 +149,7 @@ class Engine:
         for entry in plan:
             key = entry.sequence.request_id
             self.scheduler.abort(key)
+            self.recorder.ended(key, "error", self.clock())
             if key in self._owners:
                 client, request_id = self._owners.pop(key)
                 self.mailbox.send(client, Failed(request_id, 500, "the step that ran this request failed"))
@@ -159,7 +162,8 @@ class Engine:
                 key = _key(client, request_id)
                 if self.scheduler.abort(key):
                     self._owners.pop(key, None)
-                    self.metrics.observe_abort(key)
+                    self.recorder.ended(key, "abort", self.clock())
+                    self.recorder.publish()
             case Hello():
                 self.mailbox.send(client, self.info())
 
@@ -183,7 +187,8 @@ class Engine:
             self.mailbox.send(client, Failed(message.request_id, 500, "the request could not be added"))
             return
         self._owners[key] = (client, message.request_id)
-        self.metrics.observe_submit(sequence, self.clock())
+        self.recorder.submitted(sequence, self.clock())
+        self.recorder.publish()
 
     def _sequence(self, key: str, message: Submit) -> Sequence:
         self._num_submitted += 1

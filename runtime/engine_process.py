@@ -15,12 +15,13 @@ import sys
 import threading
 from pathlib import Path
 
+from prometheus_client import start_http_server
+
 from compiler import build as builder
 from runtime.assemble import engine_of
 from runtime.config import config_from_dict
 from runtime.engine import Engine
 from runtime.mailbox import Mailbox
-from runtime.metrics import EngineMetrics
 
 log = logging.getLogger("pagegraph.engine")
 
@@ -34,10 +35,9 @@ def main(path: str) -> None:
     if built.device.type == "cuda":
         built.step.compile(builder.warm_steps(config.max_num_seqs)) if config.compile else None
         built.step.capture_graphs(sys.stderr.isatty())
-    metrics = EngineMetrics(config.served_model_name or config.model)
-    engine = engine_of(config, built, Mailbox(settings["engine_address"]), metrics)
+    engine, metrics = engine_of(config, built, Mailbox(settings["engine_address"]))
     _stop_on_signal(engine)
-    metrics.serve(settings["metrics_port"])
+    start_http_server(settings["metrics_port"], "127.0.0.1", registry=metrics)
     _announce(Path(path).with_name("engine.json"), built)
     log.info("loaded: %s", built.timings)
     if config.compile and built.device.type == "cpu":

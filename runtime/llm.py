@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from compiler import build as builder
 from runtime.assemble import engine_of
 from runtime.config import Config, load_config
-from runtime.metrics import EngineMetrics
 from runtime.protocol import (
     Abort,
     Failed,
@@ -87,7 +86,7 @@ class LLM:
             self.built.step.capture_graphs(progress)
         self.tokenizer = Tokenizer.load(self.built.folder)
         self._mailbox = LocalMailbox()
-        self.engine = engine_of(config, self.built, self._mailbox, EngineMetrics(config.served_model_name or config.model))
+        self.engine, self.metrics = engine_of(config, self.built, self._mailbox)
         self._num_requests = 0
 
     def generate(
@@ -138,7 +137,7 @@ class LLM:
         self._num_requests += 1
         request_id = str(self._num_requests)
         self._mailbox.put(Submit(request_id=request_id, token_ids=ids, params=params))
-        return _Request(request_id, Completion(ids), Detokenizer(self.tokenizer, stop or []))
+        return _Request(request_id, Completion(ids), Detokenizer(self.tokenizer, stop or [], prompt_ids=ids, min_tokens=params.min_tokens))
 
     def _turn(self, requests: dict[str, _Request]) -> None:
         self.engine.turn()
@@ -172,15 +171,15 @@ class _Request:
         done.token_ids += delta.token_ids
         done.logprobs += delta.logprobs or ()
         done.cached_tokens = delta.cached_tokens or done.cached_tokens
-        done.text += self.detokenizer.add(delta.token_ids)
-        if self.detokenizer.stopped is not None:
-            done.finish_reason, done.stop_reason = "stop", self.detokenizer.stopped
+        done.text += self.detokenizer.push(delta.token_ids)
+        if self.detokenizer.stopped_by is not None:
+            done.finish_reason, done.stop_reason = "stop", self.detokenizer.stopped_by
             return not delta.finish_reason
         if delta.finish_reason:
             done.text += self.detokenizer.finish()
             done.finish_reason = delta.finish_reason
-            if self.detokenizer.stopped is not None:
-                done.finish_reason, done.stop_reason = "stop", self.detokenizer.stopped
+            if self.detokenizer.stopped_by is not None:
+                done.finish_reason, done.stop_reason = "stop", self.detokenizer.stopped_by
             elif delta.stop_reason >= 0:
                 done.stop_reason = delta.stop_reason
         return False

@@ -1,0 +1,63 @@
+"""Tiny random configurations of decoder architectures, by name: sizes small, features switched on."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, PretrainedConfig
+
+SIZES = dict(
+    vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+ROPE = dict(rope_theta=10000.0)
+DEEPSEEK = dict(
+    kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=4,
+    num_experts_per_tok=2, moe_intermediate_size=48, n_shared_experts=1, first_k_dense_replace=1,
+    num_key_value_heads=4,
+)
+
+ARCHITECTURES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", {}),
+    "llama3_rope": ("llama", dict(rope_parameters=dict(
+        rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=32))),
+    "llama_yarn": ("llama", dict(rope_parameters=dict(
+        rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64))),
+    "llama_linear": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0))),
+    "mistral_window": ("mistral", dict(sliding_window=9)),
+    "qwen2": ("qwen2", {}),
+    "qwen2_window": ("qwen2", dict(use_sliding_window=True, sliding_window=9, max_window_layers=2)),
+    "qwen3": ("qwen3", dict(head_dim=24)),
+    "gemma": ("gemma", dict(head_dim=24)),
+    "gemma2": ("gemma2", dict(head_dim=24, sliding_window=9, query_pre_attn_scalar=20)),
+    "gemma3": ("gemma3_text", dict(head_dim=24, sliding_window=9, query_pre_attn_scalar=20)),
+    "phi": ("phi", {}),
+    "phi3": ("phi3", dict(sliding_window=9)),
+    "gpt2": ("gpt2", dict(n_embd=64, n_layer=4, n_head=4, n_positions=256)),
+    "gpt_neox": ("gpt_neox", {}),
+    "opt": ("opt", dict(ffn_dim=96, word_embed_proj_dim=64)),
+    "stablelm": ("stablelm", {}),
+    "olmo": ("olmo", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", dict(sliding_window=9)),
+    "granite": ("granite", dict(attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=2.0)),
+    "cohere": ("cohere", {}),
+    "cohere2": ("cohere2", dict(sliding_window=9)),
+    "smollm3": ("smollm3", {}),
+    "glm4": ("glm4", dict(head_dim=16)),
+    "starcoder2": ("starcoder2", dict(sliding_window=9)),
+    "exaone4": ("exaone4", dict(sliding_window=9)),
+    "nemotron": ("nemotron", {}),
+    "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": ("qwen3_moe", dict(head_dim=16, **MOE)),
+    "olmoe": ("olmoe", MOE),
+    "gpt_oss": ("gpt_oss", dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=9)),
+    "deepseek_v2": ("deepseek_v2", dict(q_lora_rank=None, **DEEPSEEK)),
+    "deepseek_v3": ("deepseek_v3", dict(q_lora_rank=24, n_group=1, topk_group=1, **DEEPSEEK)),
+}
+
+
+def tiny_config(name: str) -> PretrainedConfig:
+    """The named architecture's configuration at tiny size."""
+    kind, own = ARCHITECTURES[name]
+    return AutoConfig.for_model(kind, **{**SIZES, **own})

@@ -1,0 +1,133 @@
+"""Every architecture through paged attention against transformers' own eager forward, in float32."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from compiler.capture import ATTENTION_NAME, UnsupportedModel, capture
+from compiler.weights import build_meta
+
+sys.path.insert(0, str(Path(__file__).parent))
+from architectures import ARCHITECTURES, SIZES, tiny_config  # noqa: E402
+from paged_run import run_paged  # noqa: E402
+
+LENGTHS = (37, 12, 25)  # past every window of the configurations
+WHOLE = [[37, 12, 25]]
+CHUNKED = [[10, 0, 25], [20, 12, 0], [6, 0, 0], [1, 0, 0]]
+MIXED = [[30, 11, 0], [3, 1, 20], [3, 0, 4], [1, 0, 1]]
+
+
+def random_model(config) -> torch.nn.Module:
+    """transformers' own eager model with weights large enough that every feature shows."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        with torch.no_grad():
+            parameter.copy_(1 + 0.1 * noise if parameter.dim() == 1 else 0.15 * noise)
+    return model
+
+
+def captured_copy(config, stock: torch.nn.Module):
+    """The same weights behind paged attention."""
+    model = build_meta(config, torch.float32, ATTENTION_NAME, max_model_len=config.max_position_embeddings)
+    captured = capture(model)
+    model.load_state_dict(stock.state_dict(), assign=True, strict=True)
+    if model.config.get_text_config().tie_word_embeddings:
+        model.tie_weights()
+    return captured
+
+
+def prompts_for(vocab: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+@torch.inference_mode()
+def stock_logits(stock: torch.nn.Module, prompts: list[list[int]]) -> list[torch.Tensor]:
+    return [stock(input_ids=torch.tensor([p]), use_cache=False).logits[0].float() for p in prompts]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_matches_transformers(name: str) -> None:
+    config = tiny_config(name)
+    stock = random_model(config)
+    captured = captured_copy(tiny_config(name), stock)
+    prompts = prompts_for(SIZES["vocab_size"])
+    expected = stock_logits(stock, prompts)
+    for schedule in (WHOLE, CHUNKED, MIXED):
+        with torch.inference_mode():
+            got = run_paged(captured, captured.layouts, prompts, schedule)
+        for sequence, by_position in enumerate(got):
+            for position, logits in by_position.items():
+                torch.testing.assert_close(logits, expected[sequence][position], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mistral_window", "gemma2", "gemma3", "gpt_oss", "cohere2", "llama3_rope"])
+def test_a_wrong_layout_shows(name: str) -> None:
+    """Negative control: with window, soft cap, sinks and scale dropped, the comparison fails."""
+    config = tiny_config(name)
+    stock = random_model(config)
+    captured = captured_copy(tiny_config(name), stock)
+    wrong = [
+        type(a)(a.num_heads, a.num_kv_heads, a.head_size, a.value_size, a.scale * 1.1, 0, 0, 0.0, False)
+        for a in captured.layouts
+    ]
+    captured.context.layouts = wrong
+    prompts = prompts_for(SIZES["vocab_size"])
+    expected = stock_logits(stock, prompts)
+    with torch.inference_mode():
+        got = run_paged(captured, wrong, prompts, WHOLE)
+    worst = max((logits - expected[s][p]).abs().max().item() for s, by in enumerate(got) for p, logits in by.items())
+    assert worst > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3_moe", "deepseek_v3"])
+def test_is_one_full_graph(name: str) -> None:
+    """Dynamo captures the forward without a break; the graph computes what the modules do."""
+    config = tiny_config(name)
+    stock = random_model(config)
+    captured = captured_copy(tiny_config(name), stock)
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(captured, fullgraph=True, backend=backend, dynamic=True)
+    prompts = prompts_for(SIZES["vocab_size"])
+    expected = stock_logits(stock, prompts)
+    with torch.inference_mode():
+        got = run_paged(compiled, captured.layouts, prompts, CHUNKED)
+    assert len(graphs) == 1
+    ops = [n for n in graphs[0].graph.nodes if "paged_attention" in str(n.target)]
+    assert len(ops) == config.get_text_config().num_hidden_layers
+    for sequence, by_position in enumerate(got):
+        for position, logits in by_position.items():
+            torch.testing.assert_close(logits, expected[sequence][position], atol=1e-4, rtol=0)
+
+
+REFUSED = {
+    "bloom": dict(hidden_size=64, n_layer=2, n_head=4, vocab_size=128),
+    "mpt": dict(d_model=64, n_layers=2, n_heads=4, vocab_size=128),
+    "gptj": dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, vocab_size=128),
+    "gpt_neo": dict(hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global"], 2]], vocab_size=128),
+    "falcon": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=True, vocab_size=128),
+    "mamba2": dict(hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, vocab_size=128),
+    "qwen3_next": dict(SIZES, layer_types=["linear_attention", "full_attention"] * 2, head_dim=16, num_experts=4),
+    "lfm2": dict(SIZES, layer_types=["conv", "full_attention"] * 2),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refuses_what_paged_attention_does_not_compute(kind: str) -> None:
+    config = AutoConfig.for_model(kind, **REFUSED[kind])
+    with pytest.raises(UnsupportedModel, match=kind):
+        capture(build_meta(config, torch.bfloat16, ATTENTION_NAME, max_model_len=64))
