@@ -1,0 +1,330 @@
+"""The configuration of a run: one flat frozen value, built once from a YAML file or a model name and flags.
+
+Knows the keys, their types, ranges and defaults, and how keys constrain each other. Knows no device, no
+model contents and no torch: what depends on the device (`batched_tokens`, `cpu_kv_cache_memory`) is asked
+with the device as an argument, and what depends on the model is checked where the model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Mapping
+
+import yaml
+
+CPU_BATCHED_TOKENS = 2048
+CUDA_BATCHED_TOKENS = 8192
+CPU_KV_CACHE_MEMORY = 1 << 30  # bytes
+
+_POWERS = {"": 1, "k": 10**3, "m": 10**6, "K": 1 << 10, "M": 1 << 20}
+_BYTE_UNITS = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
+}  # fmt: skip
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be served; the message names the key and a value that works."""
+
+
+Parser = Callable[[Any], Any]  # raises ValueError with the rest of the sentence "<key>=<value> ..."
+
+
+def parse_whole(value: Any) -> int:
+    """A whole number; as text also `8k` (8000) and `8K` (8192), likewise `m` and `M`."""
+    if isinstance(value, bool):
+        raise ValueError("is not a whole number")
+    if isinstance(value, int):
+        return value
+    match = re.fullmatch(r"(-?\d[\d_]*)([kKmM]?)", value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("is not a whole number such as 4096, 8k (8000) or 8K (8192)")
+    return int(match[1]) * _POWERS[match[2]]
+
+
+def parse_number(value: Any) -> float:
+    """A finite number."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError("is not a number")
+    return number
+
+
+def parse_bytes(value: Any) -> int:
+    """A size in bytes: a whole number, or text such as `512MiB`, `1.5GiB` or `2GB` (10^9)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip()) if isinstance(value, str) else None
+    if match is None or match[2].lower() not in _BYTE_UNITS:
+        raise ValueError("is not a size such as 1GiB, 512MiB or 2GB")
+    return int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
+
+
+def parse_flag(value: Any) -> bool:
+    """true or false; as text also yes/no, on/off, 1/0."""
+    text = str(value).lower()
+    if text not in _TRUE + _FALSE:
+        raise ValueError("is neither true nor false")
+    return text in _TRUE
+
+
+def parse_text(value: Any) -> str:
+    """Non-empty text without control characters."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("is not a text; quote it if it looks like a number")
+    if not value.isprintable():
+        raise ValueError("contains control characters")
+    return value
+
+
+def _one_of(*choices: str) -> Parser:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            hint = difflib.get_close_matches(str(value), choices, n=1)
+            raise ValueError(f"is not known; known: {', '.join(choices)}" + (f"; did you mean {hint[0]}?" if hint else ""))
+        return value
+
+    return parse
+
+
+def _between(parse: Parser, low: float, high: float = math.inf, low_is_open: bool = False) -> Parser:
+    def checked(value: Any) -> Any:
+        number = parse(value)
+        if number < low or number > high or (low_is_open and number == low):
+            if high == math.inf:
+                raise ValueError(f"is too small: it must be {'above' if low_is_open else 'at least'} {low}")
+            raise ValueError(f"is outside {'(' if low_is_open else '['}{low}, {high}]")
+        return number
+
+    return checked
+
+
+def _block_size(value: Any) -> int:
+    size = parse_whole(value)
+    if size < 8 or size & (size - 1):
+        nearest = max(8, 1 << max(size, 1).bit_length() - 1)
+        raise ValueError(f"is not a power of two of at least 8; {nearest} works")
+    return size
+
+
+def _option(default: Any, parse: Parser, help: str, group: str, unset: tuple[str, ...] = ()) -> Any:
+    """One key. `unset`: words that, like null, mean None; allowed only where the default is None."""
+    return field(default=default, metadata={"parse": parse, "help": help, "group": group, "unset": unset})
+
+
+_NONE, _AUTO = ("none",), ("none", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting of a run. Sizes are in tokens, bytes or blocks as each help text says."""
+
+    model: str = _option("", parse_text, "folder, .gguf file or Hugging Face name of the model", "model")
+    gguf_file: str | None = _option(None, parse_text, "name of the .gguf file inside the model folder or repository", "model", _NONE)
+    revision: str | None = _option(None, parse_text, "branch, tag or commit of a Hugging Face model", "model", _NONE)
+    tokenizer: str | None = _option(None, parse_text, "folder or name of the tokenizer (none: the model's)", "model", _NONE)
+    served_model_name: str | None = _option(None, parse_text, "name in the HTTP API (none: last part of model)", "model", _NONE)
+    dtype: str = _option("auto", _one_of("auto", "float32", "bfloat16", "float16"), "weights and activations: auto, float32, bfloat16, float16", "model")
+    device: str = _option("auto", _one_of("auto", "cpu", "cuda"), "auto (cuda if there is one), cpu or cuda", "model")
+    load_format: str = _option("auto", _one_of("auto", "safetensors", "gguf", "dummy"), "auto, safetensors, gguf, or dummy (random weights)", "model")
+    quantization: str | None = _option(None, _one_of("none"), "none: the only one served", "model", _NONE)
+    trust_remote_code: bool = _option(False, parse_flag, "run Python code that comes with the model", "model")
+    seed: int = _option(0, _between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none", "model")
+
+    max_model_len: int | None = _option(None, _between(parse_whole, 1), "longest prompt plus output, in tokens; 8k = 8000, 8K = 8192 (none: the model's limit)", "memory", _NONE)
+    block_size: int = _option(16, _block_size, "tokens in a KV block: a power of two, at least 8", "memory")
+    num_blocks: int | None = _option(None, _between(parse_whole, 2), "KV blocks, block 0 being scrap (auto: what the memory holds)", "memory", _AUTO)
+    kv_cache_memory: int | None = _option(None, _between(parse_bytes, 1), "bytes of the KV cache, such as 1GiB (auto: measured on a GPU, 1GiB on a CPU)", "memory", _AUTO)
+    gpu_memory_utilization: float = _option(0.9, _between(parse_number, 0, 1, low_is_open=True), "share of the GPU's memory to use, in (0, 1]", "memory")
+
+    max_num_seqs: int = _option(256, _between(parse_whole, 1), "sequences in one step", "scheduling")
+    max_num_batched_tokens: int | None = _option(None, _between(parse_whole, 1), "tokens in one step (auto: 8192 on a GPU, 2048 on a CPU)", "scheduling", _AUTO)
+    enable_prefix_caching: bool = _option(True, parse_flag, "share KV blocks of equal prefixes", "scheduling")
+    enable_chunked_prefill: bool = _option(True, parse_flag, "split long prompts over steps", "scheduling")
+    inter_token_target_ms: float | None = _option(None, _between(parse_number, 0, low_is_open=True), "shrink prompt chunks to keep steps under this many ms", "scheduling", _NONE)
+
+    compile: bool = _option(True, parse_flag, "compile the model (false: run it as plain PyTorch)", "compiler")
+    merge_linears: bool = _option(True, parse_flag, "merge q/k/v and gate/up projections into one matmul each", "compiler")
+    compile_cache_dir: str | None = _option(None, parse_text, "folder of compiled artefacts (none: ~/.cache/pagegraph)", "compiler", _NONE)
+    num_threads: int | None = _option(None, _between(parse_whole, 1, 4096), "CPU threads of the engine (auto: PyTorch's choice)", "compiler", _AUTO)
+
+    host: str = _option("127.0.0.1", parse_text, "address to listen on; 0.0.0.0 for every interface", "server")
+    port: int = _option(8000, _between(parse_whole, 0, 65535), "port of the API (0: any free one)", "server")
+    probe_port: int | None = _option(None, _between(parse_whole, 0, 65535), "port of /health and /metrics (auto: a free one on 127.0.0.1)", "server", _AUTO)
+    workers: int = _option(2, _between(parse_whole, 1, 64), "web processes", "server")
+    threads: int = _option(80, _between(parse_whole, 2, 4096), "threads of each web process; one stream holds one thread", "server")
+    max_queue: int = _option(256, _between(parse_whole, 0), "waiting requests beyond which new ones get 503", "server")
+    drain_timeout_s: float = _option(30.0, _between(parse_number, 0), "seconds that running requests get to end at shutdown", "server")
+    api_key: str | None = _option(None, parse_text, "key that clients must send (none: open)", "server", _NONE)
+    log_level: str = _option("info", _one_of("debug", "info", "warning", "error"), "debug, info, warning or error", "server")
+
+    @property
+    def model_name(self) -> str:
+        """Name in the HTTP API. A local path gives only its last part: paths stay out of answers."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        if self.model.endswith(".gguf") or is_local_path(self.model):
+            return Path(self.model).name.removesuffix(".gguf")
+        return self.model
+
+    def batched_tokens(self, device: str) -> int:
+        """Token budget of one step on `device` ("cpu" or "cuda"); ConfigError if it is below `max_num_seqs`."""
+        chosen = self.max_num_batched_tokens
+        budget = chosen if chosen is not None else CPU_BATCHED_TOKENS if device == "cpu" else CUDA_BATCHED_TOKENS
+        if self.max_num_seqs > budget:
+            raise ConfigError(
+                f"max_num_seqs={self.max_num_seqs} exceeds max_num_batched_tokens={budget}"
+                f"{'' if chosen is not None else f' (the default on {device})'}: each running sequence takes at least one"
+                f" token of a step; set max_num_seqs to {budget} or less, or max_num_batched_tokens to {self.max_num_seqs} or more"
+            )
+        return budget
+
+    def cpu_kv_cache_memory(self) -> int:
+        """Bytes of the KV cache on a CPU, where free memory is not ours to measure and take."""
+        return self.kv_cache_memory if self.kv_cache_memory is not None else CPU_KV_CACHE_MEMORY
+
+
+FIELDS: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(Config)}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked configuration and, for each key, where its value came from ("default", "file:line", "--flag")."""
+
+    config: Config
+    sources: Mapping[str, str]
+
+
+def flag_of(key: str) -> str:
+    """The command-line spelling of a key."""
+    return "--" + key.replace("_", "-")
+
+
+def is_local_path(model: str) -> bool:
+    """Whether `model` can only be, or is, a path on this machine rather than a hub name."""
+    return model.startswith(("/", "./", "../", "~")) or Path(model).exists()
+
+
+def load_config(path_or_model: str, overrides: Mapping[str, Any] | None = None) -> Resolved:
+    """Read a YAML file, or take `path_or_model` as the model, then apply `overrides` (key to value; None: not given).
+
+    A `model` or `tokenizer` in a file that starts with `./` or `../` is relative to the file's folder.
+    Raises ConfigError naming the key, the arithmetic and a value that works.
+    """
+    given: dict[str, tuple[Any, str]] = {}
+    if path_or_model.endswith((".yaml", ".yml")):
+        given.update(_read_yaml(Path(path_or_model)))
+    else:
+        given["model"] = (path_or_model, "argument")
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            given[key] = (value, flag_of(key))
+    values = {key: _parse(key, value, source) for key, (value, source) in given.items()}
+    config = Config(**values)
+    check(config)
+    return Resolved(config, {key: given[key][1] if key in given else "default" for key in FIELDS})
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """The inverse of `dataclasses.asdict(config)`, checked like any other input."""
+    config = Config(**{key: _parse(key, value, "stored configuration") for key, value in values.items()})
+    check(config)
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, tuple[Any, str]]:
+    """Top-level keys of a YAML file to (value, "file:line")."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path} is not a list of `key: value` lines")
+        read: dict[str, tuple[Any, str]] = {}
+        for key_node, value_node in root.value:
+            key, source = str(loader.construct_object(key_node)), f"{path}:{key_node.start_mark.line + 1}"
+            if key in read:
+                raise ConfigError(f"{source}: {key} is set twice; first in {read[key][1]}")
+            read[key] = (_anchored(path.parent, key, loader.construct_object(value_node, deep=True)), source)
+        return read
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def _anchored(folder: Path, key: str, value: Any) -> Any:
+    """A `./` or `../` path of a configuration file, made independent of where the command is run."""
+    if key in ("model", "tokenizer") and isinstance(value, str) and value.startswith(("./", "../")):
+        return str((folder / value).resolve())
+    return value
+
+
+def _parse(key: str, value: Any, source: str) -> Any:
+    where = "" if source.startswith("--") else f"{source}: "
+    if key not in FIELDS:
+        near = difflib.get_close_matches(key.replace("-", "_"), FIELDS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "`runtime config --keys` lists the known keys"
+        raise ConfigError(f"{where}unknown key {key}; {hint}")
+    option = FIELDS[key]
+    if option.default is None and (value is None or (isinstance(value, str) and value.lower() in option.metadata["unset"])):
+        return None
+    try:
+        return option.metadata["parse"](value)
+    except ValueError as error:
+        shown = "***" if key == "api_key" else value
+        raise ConfigError(f"{where}{key}={shown} {error}") from error
+
+
+def check(config: Config) -> None:
+    """Refuse combinations that no device could serve; raises ConfigError."""
+    if not config.model:
+        raise ConfigError("model is missing: name a folder, a .gguf file or a Hugging Face model")
+    # `auto` is held to the larger budget here; the engine asks again once it knows its device.
+    budget = config.batched_tokens("cpu" if config.device == "cpu" else "cuda")
+    length = config.max_model_len
+    if not config.enable_chunked_prefill and length is not None and budget < length:
+        raise ConfigError(
+            f"max_num_batched_tokens={budget} is below max_model_len={length} with enable_chunked_prefill=false:"
+            f" a prompt of {length} tokens would never fit a step; set max_num_batched_tokens to {length}, or enable_chunked_prefill to true"
+        )
+    if config.num_blocks is not None and config.kv_cache_memory is not None:
+        raise ConfigError("num_blocks and kv_cache_memory both fix the size of the KV cache; set one of them")
+    if config.num_blocks is not None and length is not None:
+        _check_one_sequence_fits(config.num_blocks, config.block_size, length)
+    if config.load_format == "gguf" and config.gguf_file is None and not config.model.endswith(".gguf"):
+        raise ConfigError(f"load_format=gguf but model={config.model} is no .gguf file; name the file in gguf_file")
+    if config.probe_port and config.probe_port == config.port:
+        raise ConfigError(f"probe_port={config.probe_port} is also port; probes need their own, such as {config.port % 65535 + 1}")
+
+
+def _check_one_sequence_fits(num_blocks: int, block_size: int, length: int) -> None:
+    largest = (num_blocks - 1) * block_size
+    if largest < length:
+        needed = -(-length // block_size) + 1
+        raise ConfigError(
+            f"num_blocks={num_blocks} holds ({num_blocks} - 1 scrap) x block_size {block_size} = {largest} tokens, fewer than"
+            f" max_model_len={length}; set max_model_len to {largest} or less, or num_blocks to {needed} or more"
+        )
+
+
+def require_model_file(config: Config) -> None:
+    """Raise ConfigError if `model` names a local path or .gguf file that is not there."""
+    path = Path(config.model).expanduser()
+    is_path = config.model.startswith(("/", "./", "../", "~")) or config.model.endswith(".gguf")
+    if is_path and ":" not in config.model and not path.exists():
+        hint = "; `make model` fetches it" if path.parent.name == "models" else ""
+        raise ConfigError(f"model={config.model} does not exist{hint}")
