@@ -1,0 +1,176 @@
+"""What the engine counts, and its Prometheus text.
+
+Knows numbers and metric names. Knows no torch, no sockets and no clock: the engine hands in durations.
+Names and buckets follow the dashboards of the field, so each metric is rendered under both prefixes.
+The engine's thread writes, any thread may render: a scrape may see one step half counted.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+
+from prometheus_client import generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+PREFIXES = ("vllm:", "pagegraph:")
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+         80.0, 160.0, 640.0, 2560.0)  # fmt: skip
+_ITL = (0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
+        0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)  # fmt: skip
+_REQUEST_TIME = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+                 480.0, 960.0, 1920.0, 7680.0)  # fmt: skip
+_ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Histogram:
+    """Counts by upper bound, and the sum. `observe` takes a repeat count: one call for a whole step."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(float(bound) for bound in bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Count `value` `count` times."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.total += value * count
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(upper bound, observations at or below it), the last bound being "+Inf"."""
+        running = 0
+        pairs: list[tuple[str, float]] = []
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], list(self.counts), strict=True):
+            running += count
+            pairs.append((bound, running))
+        return pairs
+
+
+class EngineMetrics:
+    """The engine's counters. Times are seconds; `model_name` becomes a label of every sample."""
+
+    def __init__(self, model_name: str, max_model_len: int, prefixes: Sequence[str] = PREFIXES) -> None:
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._prefixes = tuple(prefixes)
+        self._gauges = {"num_requests_running": 0.0, "num_requests_waiting": 0.0, "kv_cache_usage_perc": 0.0}
+        self._counters = {
+            "prefix_cache_queries": 0,
+            "prefix_cache_hits": 0,
+            "num_preemptions": 0,
+            "prompt_tokens": 0,
+            "generation_tokens": 0,
+        }
+        self._success = dict.fromkeys(FINISH_REASONS, 0)
+        lengths = _one_two_five(max_model_len)
+        self._histograms = {
+            "iteration_tokens_total": Histogram(_ITERATION_TOKENS),
+            "time_to_first_token_seconds": Histogram(_TTFT),
+            "inter_token_latency_seconds": Histogram(_ITL),
+            "e2e_request_latency_seconds": Histogram(_REQUEST_TIME),
+            "request_queue_time_seconds": Histogram(_REQUEST_TIME),
+            "request_prompt_tokens": Histogram(lengths),
+            "request_generation_tokens": Histogram(lengths),
+        }
+
+    def observe_step(
+        self,
+        *,
+        running: int,
+        waiting: int,
+        kv_cache_usage: float,
+        prompt_tokens: int = 0,
+        generation_tokens: int = 0,
+        prefix_queries: int = 0,
+        prefix_hits: int = 0,
+        preemptions: int = 0,
+    ) -> None:
+        """State after a step (`running`, `waiting`, `kv_cache_usage` in 0..1) and what the step added."""
+        self._gauges["num_requests_running"] = running
+        self._gauges["num_requests_waiting"] = waiting
+        self._gauges["kv_cache_usage_perc"] = kv_cache_usage
+        self._counters["prompt_tokens"] += prompt_tokens
+        self._counters["generation_tokens"] += generation_tokens
+        self._counters["prefix_cache_queries"] += prefix_queries
+        self._counters["prefix_cache_hits"] += prefix_hits
+        self._counters["num_preemptions"] += preemptions
+        if prompt_tokens + generation_tokens:
+            self._histograms["iteration_tokens_total"].observe(prompt_tokens + generation_tokens)
+
+    def observe_scheduled(self, queue_time: float) -> None:
+        """A sequence ran for the first time, `queue_time` seconds after it arrived."""
+        self._histograms["request_queue_time_seconds"].observe(queue_time)
+
+    def observe_first_token(self, since_arrival: float) -> None:
+        """A sequence's first token is out, `since_arrival` seconds after it arrived."""
+        self._histograms["time_to_first_token_seconds"].observe(since_arrival)
+
+    def observe_inter_token(self, gap: float, count: int = 1) -> None:
+        """`count` sequences each got a token `gap` seconds after the one before."""
+        self._histograms["inter_token_latency_seconds"].observe(gap, count)
+
+    def observe_finished(
+        self, reason: str, *, since_arrival: float, prompt_tokens: int, generation_tokens: int
+    ) -> None:
+        """A sequence ended for one of FINISH_REASONS; another reason raises KeyError."""
+        self._success[reason] += 1
+        self._histograms["e2e_request_latency_seconds"].observe(since_arrival)
+        self._histograms["request_prompt_tokens"].observe(prompt_tokens)
+        self._histograms["request_generation_tokens"].observe(generation_tokens)
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format (`CONTENT_TYPE`)."""
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """Metric families as prometheus-client's registries yield them."""
+        for prefix in self._prefixes:
+            yield from self._families(prefix)
+
+    def _families(self, prefix: str) -> Iterable[Metric]:
+        names, values = list(self._labels), list(self._labels.values())
+        for name, value in self._gauges.items():
+            gauge = GaugeMetricFamily(prefix + name, _HELP[name], labels=names)
+            gauge.add_metric(values, value)
+            yield gauge
+        for name, count in self._counters.items():
+            counter = CounterMetricFamily(prefix + name, _HELP[name], labels=names)
+            counter.add_metric(values, count)
+            yield counter
+        success = CounterMetricFamily(
+            prefix + "request_success", "Finished requests by reason.", labels=[*names, "finished_reason"]
+        )
+        for reason, count in self._success.items():
+            success.add_metric([*values, reason], count)
+        yield success
+        for name, histogram in self._histograms.items():
+            family = HistogramMetricFamily(prefix + name, _HELP[name], labels=names)
+            family.add_metric(values, buckets=histogram.cumulative(), sum_value=histogram.total)
+            yield family
+
+
+def _one_two_five(limit: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50 ... up to `limit`."""
+    values = (digit * 10**power for power in range(len(str(limit)) + 1) for digit in (1, 2, 5))
+    return [value for value in values if value <= limit]
+
+
+_HELP = {
+    "num_requests_running": "Sequences in the running batch.",
+    "num_requests_waiting": "Sequences waiting to run.",
+    "kv_cache_usage_perc": "Share of KV pages in use, 1 is all.",
+    "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
+    "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+    "num_preemptions": "Sequences that gave up their pages and started again.",
+    "prompt_tokens": "Prompt tokens computed.",
+    "generation_tokens": "Tokens generated.",
+    "iteration_tokens_total": "Tokens in one step.",
+    "time_to_first_token_seconds": "From arrival to the first token.",
+    "inter_token_latency_seconds": "From one token of a sequence to its next.",
+    "e2e_request_latency_seconds": "From arrival to the last token.",
+    "request_queue_time_seconds": "From arrival to the first step.",
+    "request_prompt_tokens": "Prompt length of finished requests.",
+    "request_generation_tokens": "Output length of finished requests.",
+}
