@@ -1,0 +1,121 @@
+"""The `runtime` command. Each subcommand lives in its own module, imported only when it is run.
+
+Imports click and nothing of torch, so that `runtime --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+# name: (module, its click command, one line of help)
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "serve": ("runtime.serve", "serve", "Serve a model over HTTP with the OpenAI protocol."),
+    "generate": ("runtime.generate", "generate", "Complete one prompt in the terminal."),
+    "config": ("runtime.show_config", "show_config", "Show every setting and where its value came from."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and help lines without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        return getattr(importlib.import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_line) for name, (_, _, help_line) in COMMANDS.items()])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS:
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            ctx.fail(f"no command {args[0]}" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"))
+        return super().resolve_command(ctx, args)
+
+
+def _dashes(name: str) -> str:
+    return name.replace("_", "-")
+
+
+# `--max_num_seqs` is accepted as `--max-num-seqs`: the spelling of the YAML key works on the command line.
+CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": _dashes, "max_content_width": 110}
+
+
+class ConfigCommand(click.Command):
+    """A command that takes every configuration key as `--key VALUE`; they arrive as the dict `overrides`.
+
+    Values stay text here: `runtime.config` owns their types, so a flag and a YAML line fail alike.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        from runtime.config import FIELDS
+
+        super().__init__(*args, **kwargs)
+        self.groups: dict[str, list[click.Option]] = {}
+        for key, option in FIELDS.items():
+            flag = _config_option(key, option.metadata["help"])
+            self.params.append(flag)
+            self.groups.setdefault(option.metadata["group"], []).append(flag)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from runtime.config import FIELDS, ConfigError
+
+        ctx.params["overrides"] = {
+            key: value for key in FIELDS if (value := ctx.params.pop(_parameter(key))) is not None
+        }
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            raise click.ClickException(str(error)) from error
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        ours = {id(option) for options in self.groups.values() for option in options}
+        own = [record for p in self.get_params(ctx) if isinstance(p, click.Option) and id(p) not in ours and (record := p.get_help_record(ctx))]
+        with formatter.section("Options"):
+            formatter.write_dl(own)
+        for group, options in self.groups.items():
+            with formatter.section(f"Configuration: {group}"):
+                formatter.write_dl([record for option in options if (record := option.get_help_record(ctx))])
+
+
+def _parameter(key: str) -> str:
+    """The Python name of a configuration flag, apart from a command's own parameters."""
+    return f"config_{key}"
+
+
+def _config_option(key: str, help_text: str) -> click.Option:
+    from runtime.config import FIELDS, flag_of
+
+    default = FIELDS[key].default
+    shown = str(default).lower() if isinstance(default, bool) else default
+    suffix = "" if default in (None, "") else f"  [default: {shown}]"
+    return click.Option([flag_of(key), _parameter(key)], metavar="VALUE", default=None, help=help_text + suffix)
+
+
+def config_command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """Decorator: a subcommand that takes the configuration keys as flags."""
+    return click.command(name, cls=ConfigCommand, context_settings=CONTEXT, **attributes)
+
+
+@click.group(cls=LazyGroup, context_settings=CONTEXT)
+@click.version_option(package_name="pagegraph", message="%(package)s %(version)s")
+def main() -> None:
+    """pagegraph: an LLM inference engine and server.
+
+    CONFIG is a YAML file (see configs/), a model folder, a .gguf file or a Hugging Face name.
+    """
+
+
+if __name__ == "__main__":
+    sys.exit(main())

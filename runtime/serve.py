@@ -1,0 +1,24 @@
+"""`runtime serve`: check the configuration, then hand over to the supervisor. Imports no torch."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from runtime.cli import config_command
+from runtime.config import load_config, require_model_file
+
+
+@config_command("serve")
+@click.argument("config")
+def serve(config: str, overrides: dict[str, str]) -> None:
+    """Serve CONFIG until SIGTERM or Ctrl-C; a second signal stops at once."""
+    settings = load_config(config, overrides).config
+    require_model_file(settings)
+    from runtime.supervisor import Supervisor, Unserved
+
+    try:
+        sys.exit(Supervisor(settings).run())
+    except Unserved as error:
+        raise click.ClickException(str(error)) from error
