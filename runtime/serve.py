@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import click
@@ -18,6 +19,7 @@ def serve(config: str, overrides: dict[str, str]) -> None:
     require_model_file(settings)
     from runtime.supervisor import Supervisor, Unserved
 
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
     try:
         sys.exit(Supervisor(settings).run())
     except Unserved as error:

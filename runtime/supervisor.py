@@ -1,0 +1,424 @@
+"""The parent of a server: starts the engine and gunicorn, watches them, answers probes, drains at the end.
+
+Imports no torch and nothing of web: both children are started by name. Its own port answers
+`/health/live`, `/health/ready` and `/metrics` even when every web thread holds a stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from runtime.client import EngineClient, EngineDead
+from runtime.config import Config
+from runtime.protocol import EngineInfo
+
+log = logging.getLogger("pagegraph.supervisor")
+
+ENGINE_COMMAND = (sys.executable, "-m", "runtime.engine_process")
+WEB_COMMAND = (sys.executable, "-m", "gunicorn")
+
+HEARTBEAT_S = 0.25
+SILENCE_S = 30.0  # a longer step counts as a hang: /health/live then fails
+IDLE_CHECKS = 3  # heartbeats in a row without work before a drain is over: one may pass between check and submit
+STOP_S = 10.0  # what a child gets between SIGTERM and SIGKILL
+TAIL_BYTES = 8192
+ABORTED = 130  # exit status after a second signal, as a shell reports an interrupt
+_PR_SET_PDEATHSIG = 1
+
+# Everything fetched here is on this machine: a proxy from the environment must not see it.
+_fetch = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+
+class Unserved(Exception):
+    """The server could not start or did not stay up; the message is for the user."""
+
+
+class Child:
+    """A child process in its own session whose output is passed on and whose last lines are kept.
+
+    Its own session, so that a terminal's Ctrl-C reaches only the supervisor, which drains first.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], pass_fds: Sequence[int] = ()) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=pass_fds,
+            preexec_fn=_die_with_parent(),
+        )
+        self._tail = bytearray()
+        self._reader = threading.Thread(target=self._pass_on, name=f"{name}-output", daemon=True)
+        self._reader.start()
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; negative: the signal that ended it."""
+        return self._process.poll()
+
+    def last_lines(self, count: int = 15) -> str:
+        """The end of what it wrote."""
+        self._reader.join(timeout=1.0)
+        return "\n".join(self._tail.decode(errors="replace").rstrip().splitlines()[-count:])
+
+    def stop(self, timeout: float = STOP_S) -> None:
+        """SIGTERM, then after `timeout` seconds SIGKILL to its whole session; returns when it has ended."""
+        if self.exit_code is None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                log.warning("%s did not stop within %g s and is killed", self.name, timeout)
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to whatever is left of its session; returns when the process has ended."""
+        self.abort()
+        self._process.wait()
+
+    def abort(self) -> None:
+        """SIGKILL without waiting: may be called from a signal handler."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # nothing of it is left
+
+    def _pass_on(self) -> None:
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        while chunk := os.read(descriptor, 65536):
+            self._tail += chunk
+            del self._tail[:-TAIL_BYTES]
+            sys.stderr.buffer.write(chunk)
+            sys.stderr.buffer.flush()
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """What a child runs first so that the kernel ends it with a killed supervisor; Linux only."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Supervisor:
+    """One server from start to exit. `run` returns the exit status."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine_command: Sequence[str] = ENGINE_COMMAND,
+        web_command: Sequence[str] = WEB_COMMAND,
+    ) -> None:
+        self.config = config
+        self._engine_command = engine_command
+        self._web_command = web_command
+        self._run_dir = Path(tempfile.mkdtemp(prefix="pagegraph-"))  # mode 0700
+        self._client = EngineClient(f"ipc://{self._run_dir / 'engine.sock'}", heartbeat_s=HEARTBEAT_S, silence_s=SILENCE_S)
+        self._metrics_url = f"http://127.0.0.1:{free_port()}/metrics"
+        self._signals = 0
+        self._ready = False
+        self._engine: Child | None = None
+        self._web: Child | None = None
+
+    def run(self) -> int:
+        """Serve until a signal or the death of a child. Main thread only: it owns the signal handlers.
+
+        Returns 0 after a drain, ABORTED when a second signal cut it short. Raises Unserved when the address
+        is taken or a child ends by itself.
+        """
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        probes: Probes | None = None
+        listener: socket.socket | None = None
+        try:
+            listener = bind(self.config.host, self.config.port, "port")
+            probes = Probes(self.config.probe_port or 0, self.live, self.ready, self._metrics_url)
+            settings = self._write_settings(probes.port)
+            self._engine = Child("engine", [*self._engine_command, str(settings)])
+            if info := self._wait_for_engine():
+                self._add_model_dir(settings)
+                self._web = Child("web", self._web_arguments(settings, listener.fileno()), (listener.fileno(),))
+                if self._wait_for_web(listener):
+                    self._ready = True
+                    print(banner(self.config, info, listener.getsockname(), probes.port), file=sys.stderr, flush=True)
+                    self._watch()
+            return self._drain()
+        finally:
+            self._close(probes, listener)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def live(self) -> bool:
+        """The engine process runs and, once it served, still answers."""
+        if self._engine is None or self._engine.exit_code is not None:
+            return False
+        return not self._ready or self._info() is not None
+
+    def ready(self) -> bool:
+        """New requests are served now."""
+        return self._ready and self._signals == 0 and self.live() and self._web is not None and self._web.exit_code is None
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            for child in (self._engine, self._web):
+                if child is not None:
+                    child.abort()
+
+    def _info(self) -> EngineInfo | None:
+        try:
+            return self._client.info(timeout=0.0)
+        except EngineDead:
+            return None
+
+    @property
+    def _drain_flag(self) -> Path:
+        return self._run_dir / "draining"
+
+    def _write_settings(self, probe_port: int) -> Path:
+        """The file both children read. It holds the API key: the folder is the owner's alone."""
+        path = self._run_dir / "settings.json"
+        settings = {
+            "config": dataclasses.asdict(self.config),
+            "run_dir": str(self._run_dir),
+            "engine_address": f"ipc://{self._run_dir / 'engine.sock'}",
+            "metrics_port": urllib.parse.urlsplit(self._metrics_url).port,
+            "metrics_url": self._metrics_url,
+            "probe_port": probe_port,
+            "served_model_name": self.config.model_name,
+            "api_key": self.config.api_key,
+            "max_queue": self.config.max_queue,
+            "workers": self.config.workers,
+            "threads": self.config.threads,
+            "drain_flag": str(self._drain_flag),
+        }
+        _replace(path, settings)
+        return path
+
+    def _add_model_dir(self, path: Path) -> None:
+        facts = json.loads((self._run_dir / "engine.json").read_text())
+        # The tokenizer may be named apart from the weights; the web reads it from this folder.
+        folder = self.config.tokenizer or facts["model_dir"]
+        _replace(path, {**json.loads(path.read_text()), "model_dir": folder})
+
+    def _web_arguments(self, settings: Path, descriptor: int) -> list[str]:
+        return [
+            *self._web_command,
+            f"web.app:create_app({json.dumps(str(settings))})",
+            "--config", "python:web.gunicorn_conf",
+            "--bind", f"fd://{descriptor}",
+            "--worker-class", "gthread",
+            "--workers", str(self.config.workers),
+            "--threads", str(self.config.threads),
+            "--log-level", self.config.log_level,
+            "--no-control-socket",
+        ]  # fmt: skip
+
+    def _wait_for_engine(self) -> EngineInfo | None:
+        """The engine's facts once it is loaded and answers; None if a signal came first."""
+        while not self._signals:
+            self._check_children()
+            if (self._run_dir / "engine.json").exists() and (info := self._info()):
+                return info
+            time.sleep(0.05)
+        return None
+
+    def _wait_for_web(self, listener: socket.socket) -> bool:
+        """Until a web worker answers over HTTP, whatever the status; False if a signal came first."""
+        url = f"http://{_connectable(listener.getsockname())}/health/live"
+        while not self._signals:
+            self._check_children()
+            try:
+                with _fetch(url, timeout=1.0):
+                    return True
+            except urllib.error.HTTPError:
+                return True
+            except (OSError, urllib.error.URLError):
+                time.sleep(0.05)
+        return False
+
+    def _watch(self) -> None:
+        while not self._signals:
+            self._check_children()
+            time.sleep(0.1)
+
+    def _check_children(self) -> None:
+        """Raise Unserved with its last lines if a child has ended."""
+        for child in (self._engine, self._web):
+            if child is not None and child.exit_code is not None and self._signals < 2:
+                raise Unserved(f"the {child.name} process ended with {_status(child.exit_code)}; its last lines:\n{child.last_lines()}")
+
+    def _drain(self) -> int:
+        """Refuse new requests, let running ones end, stop the engine, then the web processes."""
+        self._drain_flag.touch()
+        log.info("draining: new requests get 503, running ones have %g s", self.config.drain_timeout_s)
+        if self._ready:
+            self._wait_until_idle(time.monotonic() + self.config.drain_timeout_s)
+        for child in (self._engine, self._web):
+            if child is not None:
+                child.stop()
+        return ABORTED if self._signals > 1 else 0
+
+    def _wait_until_idle(self, deadline: float) -> None:
+        idle = 0
+        while idle < IDLE_CHECKS and self._signals < 2:
+            self._check_children()
+            info = self._info()
+            unfinished = info.num_running + info.num_waiting if info else 0
+            idle = 0 if unfinished else idle + 1
+            if time.monotonic() > deadline:
+                log.warning("drain_timeout_s is over: %d requests are cut", unfinished)
+                return
+            # A little over a heartbeat, so that each look sees newer facts.
+            time.sleep(HEARTBEAT_S * 1.2)
+
+    def _close(self, probes: Probes | None, listener: socket.socket | None) -> None:
+        self._ready = False
+        self._drain_flag.touch()
+        if self._engine is not None:
+            self._engine.kill()
+        if self._web is not None:
+            # Streams see the engine's end through their own connection and close with an error first.
+            self._web.stop()
+        self._client.close()
+        if probes is not None:
+            probes.close()
+        if listener is not None:
+            listener.close()
+        shutil.rmtree(self._run_dir)
+
+
+class Probes:
+    """The probe listener on 127.0.0.1, in its own threads."""
+
+    def __init__(self, port: int, live: Callable[[], bool], ready: Callable[[], bool], metrics_url: str) -> None:
+        """Listen at once; port 0 takes a free one. Raises Unserved when the port is taken."""
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                if path == "/health/live":
+                    self._health(live())
+                elif path == "/health/ready":
+                    self._health(ready())
+                elif path == "/metrics":
+                    self._metrics()
+                else:
+                    self._answer(404, b"not found\n")
+
+            def _health(self, good: bool) -> None:
+                self._answer(200 if good else 503, b"ok\n" if good else b"unavailable\n")
+
+            def _metrics(self) -> None:
+                try:
+                    with _fetch(metrics_url, timeout=5.0) as reply:
+                        self._answer(200, reply.read(), reply.headers.get("Content-Type", "text/plain"))
+                except (OSError, urllib.error.URLError):
+                    self._answer(503, b"the engine has no metrics yet\n")
+
+            def _answer(self, status: int, body: bytes, content_type: str = "text/plain; charset=utf-8") -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", content_type)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                log.debug("probe: " + format, *args)
+
+        try:
+            self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        except OSError as error:
+            raise Unserved(f"probe_port={port} on 127.0.0.1: {error.strerror}; choose another with --probe-port") from error
+        self._server.daemon_threads = True
+        self.port: int = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, name="probes", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def bind(host: str, port: int, key: str) -> socket.socket:
+    """A bound socket that does not listen yet: the port is ours while the model loads, and connections are refused.
+
+    Raises Unserved naming `key` when the address is taken or unknown.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(family, kind)
+    except OSError as error:
+        raise Unserved(f"host={host}: {error.strerror}") from error
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise Unserved(f"{key}={port} on {host}: {error.strerror}; choose another with --{key}, or --{key} 0 for any free one") from error
+    return bound
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def banner(config: Config, info: EngineInfo, address: tuple[Any, ...], probe_port: int) -> str:
+    """What a user needs once the server answers: where, what, how much, and a line to paste."""
+    url = f"http://{_connectable(address)}"
+    key = ' -H "Authorization: Bearer $API_KEY"' if config.api_key else ""
+    body = json.dumps({"model": config.model_name, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 32})
+    tokens = (info.num_blocks - 1) * info.block_size
+    return "\n".join([
+        "",
+        f"  {url}  serves {config.model_name}",
+        f"  device {info.device}, {info.dtype}, {'compiled' if info.compiled else 'compiling, serving uncompiled until then'}",
+        f"  KV cache {info.num_blocks:,} pages of {info.block_size} = {tokens:,} tokens; max_model_len {info.max_model_len:,}",
+        f"  probes and metrics http://127.0.0.1:{probe_port}/health/ready /health/live /metrics",
+        "",
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
+        "",
+    ])  # fmt: skip
+
+
+def _connectable(address: tuple[Any, ...]) -> str:
+    """host:port that a client on this machine can use for a listener's address."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
+    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+
+
+def _status(exit_code: int) -> str:
+    return f"status {exit_code}" if exit_code >= 0 else f"signal {signal.Signals(-exit_code).name}"
+
+
+def _replace(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that a reader sees the old or the new whole."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(path)

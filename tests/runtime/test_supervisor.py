@@ -1,0 +1,293 @@
+"""The supervisor against real child processes that stand in for the engine and gunicorn."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.config import Config
+from runtime.protocol import EngineInfo
+from runtime.supervisor import Probes, Unserved, banner, bind
+
+ROOT = Path(__file__).parents[2]
+
+ENGINE = """
+    import json, signal, sys, threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from pathlib import Path
+    from runtime.mailbox import Mailbox
+    from runtime.protocol import EngineInfo
+
+    class Metrics(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200); self.end_headers(); self.wfile.write(b"fake_metric 1\\n")
+        def log_message(self, *args): pass
+
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    control = Path(settings["config"]["model"])
+    assert "torch" not in sys.modules
+    if (control / "refuse").exists():
+        print("a reason for refusing"); sys.exit(7)
+    signal.signal(signal.SIGTERM, lambda *_: ((control / "engine-stopped").touch(), sys.exit(0)))
+    (control / "engine-pid").write_text(str(__import__("os").getpid()))
+    mailbox = Mailbox(settings["engine_address"])
+    threading.Thread(target=HTTPServer(("127.0.0.1", settings["metrics_port"]), Metrics).serve_forever, daemon=True).start()
+    (Path(settings["run_dir"]) / "engine.json").write_text(json.dumps({"model_dir": "/the/model"}))
+    while True:
+        if (control / "crash").exists():
+            print("boom: the last line", flush=True); sys.exit(3)
+        for client, _ in mailbox.poll(block=True):
+            mailbox.send(client, EngineInfo("m", "cpu", "bfloat16", 100, 64, 9, 16, True,
+                num_running=int((control / "busy").exists())))
+"""
+
+WEB = """
+    import json, re, signal, socket, sys, threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from pathlib import Path
+
+    path = json.loads(re.search(r"create_app\\((.*)\\)", sys.argv[1])[1])
+    settings = json.loads(Path(path).read_text())
+    control = Path(settings["config"]["model"])
+    (control / "settings.json").write_text(json.dumps({**settings, "argv": sys.argv}))
+
+    class App(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(503 if Path(settings["drain_flag"]).exists() else 200); self.end_headers()
+        def log_message(self, *args): pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), App, bind_and_activate=False)
+    server.socket = socket.socket(fileno=int(sys.argv[sys.argv.index("--bind") + 1].removeprefix("fd://")))
+    server.server_activate()
+    signal.signal(signal.SIGTERM, lambda *_: ((control / "web-stopped").touch(), sys.exit(0)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    signal.pause()
+"""
+
+DRIVER = """
+    import logging, sys
+    from runtime.config import Config
+    from runtime.supervisor import Supervisor, Unserved
+    control, port, probe_port, drain = sys.argv[1:]
+    logging.basicConfig(level="INFO")
+    config = Config(model=control, port=int(port), probe_port=int(probe_port), drain_timeout_s=float(drain), api_key="secret")
+    supervisor = Supervisor(config, [sys.executable, control + "/engine.py"], [sys.executable, control + "/web.py"])
+    try:
+        status = supervisor.run()
+    except Unserved as error:
+        print("UNSERVED", error)
+        status = 1
+    assert "torch" not in sys.modules
+    sys.exit(status)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def get(url: str) -> tuple[int, str]:
+    """Status and body; status 0 when nobody answers."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=5) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError:
+        return 0, ""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.02)
+
+
+class Server:
+    """A supervisor in a process of its own with a folder through which the test steers its children."""
+
+    def __init__(self, control: Path, drain: float = 20.0) -> None:
+        self.control = control
+        self.temporary = control / "tmp"
+        self.temporary.mkdir()
+        self.port, self.probe_port = free_port(), free_port()
+        for name, text in {"engine": ENGINE, "web": WEB, "driver": DRIVER}.items():
+            (control / f"{name}.py").write_text(textwrap.dedent(text))
+        self.process = subprocess.Popen(
+            [sys.executable, str(control / "driver.py"), str(control), str(self.port), str(self.probe_port), str(drain)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def api(self) -> int:
+        return get(f"http://127.0.0.1:{self.port}/health/live")[0]
+
+    def probe(self, path: str) -> tuple[int, str]:
+        return get(f"http://127.0.0.1:{self.probe_port}{path}")
+
+    def wait_ready(self) -> None:
+        wait_for(lambda: self.probe("/health/ready")[0] == 200)
+
+    def flag(self, name: str) -> Path:
+        return self.control / name
+
+    def end(self, seconds: float = 15.0) -> tuple[int, str]:
+        """Exit status and all output."""
+        output, _ = self.process.communicate(timeout=seconds)
+        return self.process.returncode, output
+
+
+@pytest.fixture
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    # A short path: a unix socket's is at most 107 bytes.
+    server = Server(tmp_path_factory.mktemp("s"))
+    yield server
+    if server.process.poll() is None:
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.communicate(timeout=15)
+
+
+def test_serves_then_stops_in_order_with_status_0(server: Server) -> None:
+    server.wait_ready()
+    assert server.api() == 200
+    assert server.probe("/health/live")[0] == 200
+    assert server.probe("/metrics") == (200, "fake_metric 1\n")
+    assert server.probe("/elsewhere")[0] == 404
+    (run_dir,) = server.temporary.iterdir()
+    assert run_dir.stat().st_mode & 0o777 == 0o700
+    server.process.send_signal(signal.SIGTERM)
+    status, output = server.end()
+    assert status == 0, output
+    assert server.flag("engine-stopped").exists() and server.flag("web-stopped").exists()
+    assert server.flag("engine-stopped").stat().st_mtime_ns <= server.flag("web-stopped").stat().st_mtime_ns
+    assert f"curl http://127.0.0.1:{server.port}/v1/chat/completions" in output and "secret" not in output
+    assert list(server.temporary.iterdir()) == []
+
+
+def test_web_settings_carry_what_the_web_needs(server: Server) -> None:
+    server.wait_ready()
+    settings = json.loads(server.flag("settings.json").read_text())
+    assert settings["model_dir"] == "/the/model"
+    assert settings["api_key"] == "secret" and settings["max_queue"] == 256
+    assert settings["served_model_name"] == server.control.name
+    assert get(settings["metrics_url"])[1] == "fake_metric 1\n"
+    assert settings["argv"][settings["argv"].index("--worker-class") + 1] == "gthread"
+
+
+def test_drain_refuses_new_requests_and_waits_for_running_ones(server: Server) -> None:
+    server.wait_ready()
+    server.flag("busy").touch()
+    time.sleep(0.6)  # over two heartbeats: the supervisor has seen it
+    server.process.send_signal(signal.SIGINT)
+    wait_for(lambda: server.api() == 503)
+    assert server.probe("/health/ready")[0] == 503 and server.probe("/health/live")[0] == 200
+    time.sleep(1.5)
+    assert server.process.poll() is None and not server.flag("engine-stopped").exists()
+    server.flag("busy").unlink()
+    assert server.end()[0] == 0
+
+
+def test_second_signal_aborts(server: Server) -> None:
+    server.wait_ready()
+    server.flag("busy").touch()
+    time.sleep(0.6)
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: server.api() == 503)
+    server.process.send_signal(signal.SIGTERM)
+    status, output = server.end(4.0)
+    assert status == 130, output
+    assert not server.flag("engine-stopped").exists()
+
+
+def test_drain_ends_at_its_timeout(tmp_path_factory: pytest.TempPathFactory) -> None:
+    server = Server(tmp_path_factory.mktemp("s"), drain=1.0)
+    server.wait_ready()
+    server.flag("busy").touch()
+    time.sleep(0.6)
+    server.process.send_signal(signal.SIGTERM)
+    status, output = server.end(8.0)
+    assert status == 0 and "1 requests are cut" in output
+
+
+def test_engine_death_stops_the_web_and_shows_the_last_lines(server: Server) -> None:
+    server.wait_ready()
+    server.flag("crash").touch()
+    status, output = server.end()
+    assert status == 1
+    assert "UNSERVED the engine process ended with status 3" in output
+    assert output.rstrip().endswith("boom: the last line")
+    assert server.flag("web-stopped").exists()
+    assert server.api() == 0
+
+
+def test_engine_killed_names_the_signal(server: Server) -> None:
+    server.wait_ready()
+    os.kill(int(server.flag("engine-pid").read_text()), signal.SIGKILL)
+    status, output = server.end()
+    assert status == 1 and "ended with signal SIGKILL" in output
+
+
+def test_engine_that_refuses_at_start(tmp_path_factory: pytest.TempPathFactory) -> None:
+    control = tmp_path_factory.mktemp("s")
+    (control / "refuse").touch()
+    status, output = Server(control).end()
+    assert status == 1
+    assert "status 7" in output and output.rstrip().endswith("a reason for refusing")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children end with a killed parent on Linux only")
+def test_children_end_with_a_killed_supervisor(server: Server) -> None:
+    server.wait_ready()
+    server.process.kill()
+    wait_for(lambda: server.flag("engine-stopped").exists() and server.flag("web-stopped").exists())
+
+
+def test_a_taken_port_is_refused_before_the_model_loads(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(Unserved, match=rf"port={port} on 127.0.0.1.*--port"):
+            bind("127.0.0.1", port, "port")
+        with pytest.raises(Unserved, match=rf"probe_port={port}"):
+            Probes(port, lambda: True, lambda: True, "http://127.0.0.1:9/")
+
+
+def test_bound_port_refuses_connections_until_it_listens() -> None:
+    bound = bind("127.0.0.1", 0, "port")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(bound.getsockname(), timeout=1)
+    bound.close()
+
+
+def test_probe_says_503_when_the_engine_has_no_metrics() -> None:
+    probes = Probes(0, lambda: False, lambda: False, f"http://127.0.0.1:{free_port()}/metrics")
+    assert get(f"http://127.0.0.1:{probes.port}/metrics")[0] == 503
+    assert get(f"http://127.0.0.1:{probes.port}/health/live")[0] == 503
+    probes.close()
+
+
+def test_banner_gives_capacity_and_hides_the_key() -> None:
+    info = EngineInfo("m", "cpu", "bfloat16", 100, 8192, 1001, 16, False)
+    text = banner(Config(model="org/name", api_key="s3cret"), info, ("0.0.0.0", 8000), 9000)
+    assert "1,001 pages of 16 = 16,000 tokens" in text and "http://127.0.0.1:8000" in text
+    assert '"model": "org/name"' in text and "s3cret" not in text and "$API_KEY" in text
