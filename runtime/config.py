@@ -43,10 +43,10 @@ def parse_whole(value: Any) -> int:
         raise ValueError("is not a whole number")
     if isinstance(value, int):
         return value
-    match = re.fullmatch(r"(-?\d[\d_]*)([kKmM]?)", value.strip()) if isinstance(value, str) else None
+    match = re.fullmatch(r"(-?[0-9][0-9_]*)([kKmM]?)", value.strip()) if isinstance(value, str) else None
     if match is None:
         raise ValueError("is not a whole number such as 4096, 8k (8000) or 8K (8192)")
-    return int(match[1]) * _POWERS[match[2]]
+    return int(match[1].replace("_", "")) * _POWERS[match[2]]
 
 
 def parse_number(value: Any) -> float:
@@ -64,7 +64,7 @@ def parse_bytes(value: Any) -> int:
     """A size in bytes: a whole number, or text such as `512MiB`, `1.5GiB` or `2GB` (10^9)."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip()) if isinstance(value, str) else None
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", value.strip()) if isinstance(value, str) else None
     if match is None or match[2].lower() not in _BYTE_UNITS:
         raise ValueError("is not a size such as 1GiB, 512MiB or 2GB")
     return int(float(match[1]) * _BYTE_UNITS[match[2].lower()])

@@ -1,0 +1,91 @@
+"""The command line: help without torch, flags from the configuration, messages a user can act on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from runtime.cli import COMMANDS, main
+from runtime.config import FIELDS, flag_of
+
+ROOT = Path(__file__).parents[2]
+SMOLLM2 = str(ROOT / "configs" / "smollm2-cpu.yaml")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def test_help_is_fast_and_imports_no_torch() -> None:
+    code = "import sys, runtime.cli\ntry: runtime.cli.main(['--help'])\nexcept SystemExit: sys.exit('torch' in sys.modules or 'yaml' in sys.modules)"
+
+    def once() -> float:
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert all(name in done.stdout for name in COMMANDS)
+        return time.perf_counter() - start
+
+    # The best of three: what the command costs, not what else the machine does.
+    assert min(once() for _ in range(3)) < 0.3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_every_key_as_a_flag(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0, result.output
+    assert all(flag_of(key) in result.output for key in FIELDS)
+
+
+def test_help_line_of_the_group_matches_the_command() -> None:
+    assert COMMANDS["serve"][2] in run("--help").output
+
+
+def test_unknown_command_and_flag_name_the_nearest() -> None:
+    command, flag = run("serv"), run("config", SMOLLM2, "--max-num-seq", "4")
+    assert command.exit_code == 2 and "did you mean serve?" in command.output
+    assert flag.exit_code == 2 and "--max-num-seqs" in flag.output
+
+
+def test_config_prints_values_and_sources() -> None:
+    result = run("config", SMOLLM2, "--max-model-len", "2K", "--api-key", "s3cret")
+    assert result.exit_code == 0, result.output
+    rows = {line.split()[0]: line.split(None, 1)[1] for line in result.output.splitlines() if line and not line.startswith("#")}
+    assert set(rows) == set(FIELDS)
+    assert rows["max_model_len"].split() == ["2048", "#", "--max-model-len"]
+    assert rows["device"].endswith("smollm2-cpu.yaml:4")
+    assert rows["block_size"].split() == ["16", "#", "default"]
+    assert "s3cret" not in result.output
+
+
+def test_the_yaml_spelling_of_a_key_is_a_flag_too() -> None:
+    assert "max_num_seqs            7 " in run("config", SMOLLM2, "--max_num_seqs", "7").output
+
+
+def test_config_lists_the_keys() -> None:
+    result = run("config", "--keys")
+    assert result.exit_code == 0 and all(key in result.output for key in FIELDS)
+    assert run("config").exit_code == 2
+
+
+@pytest.mark.parametrize("command", [["config", SMOLLM2], ["serve", SMOLLM2], ["generate", "--config", SMOLLM2, "--prompt", "a"]])
+def test_a_bad_value_is_one_line_and_status_1(command: list[str]) -> None:
+    result = run(*command, "--block-size", "12")
+    assert result.exit_code == 1
+    assert result.output == "Error: block_size=12 is not a power of two of at least 8; 8 works\n"
+
+
+@pytest.mark.parametrize("command", [["serve", "/no/models/m.gguf"], ["generate", "--config", "/no/models/m.gguf", "--prompt", "a"]])
+def test_a_missing_model_is_refused_before_anything_starts(command: list[str]) -> None:
+    result = run(*command)
+    assert result.exit_code == 1 and "does not exist; `make model` fetches it" in result.output
+
+
+def test_serve_imports_no_torch() -> None:
+    code = "import runtime.serve, runtime.supervisor, runtime.generate, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

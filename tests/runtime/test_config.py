@@ -1,0 +1,232 @@
+"""The configuration: values, sources, and messages that name the key and a value that works."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.config import (
+    FIELDS,
+    Config,
+    ConfigError,
+    config_from_dict,
+    load_config,
+    parse_bytes,
+    parse_whole,
+    require_model_file,
+)
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "c.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def refused(overrides: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config("org/model", overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8k", 8000), ("8K", 8192), ("1m", 10**6), ("1M", 1 << 20), ("4096", 4096), (7, 7), ("1_000", 1000), (" 5 ", 5)]
+)
+def test_whole_numbers(text: str | int, value: int) -> None:
+    assert parse_whole(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1GiB", 1 << 30), ("1GB", 10**9), ("1.5 KiB", 1536), ("512mib", 512 << 20), (4096, 4096), ("10", 10)]
+)
+def test_sizes(text: str | int, value: int) -> None:
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize("parse", [parse_whole, parse_bytes])
+@pytest.mark.parametrize("value", ["", "k", "8x", "1e3", True, 1.5, None, [1], "１GiB "])
+def test_junk_is_no_number(parse: Any, value: Any) -> None:
+    with pytest.raises(ValueError):
+        parse(value)
+
+
+def test_flags_win_over_the_file_and_sources_say_so(tmp_path: Path) -> None:
+    path = write(tmp_path, "# head\nmodel: org/name\nmax_model_len: 8k\nport: 81\n")
+    resolved = load_config(path, {"port": "82", "host": None})
+    assert (resolved.config.model, resolved.config.max_model_len, resolved.config.port) == ("org/name", 8000, 82)
+    assert resolved.sources["max_model_len"] == f"{path}:3"
+    assert resolved.sources["port"] == "--port"
+    assert resolved.sources["host"] == "default"
+    assert set(resolved.sources) == set(FIELDS)
+
+
+def test_a_model_name_alone_is_a_configuration() -> None:
+    resolved = load_config("org/model")
+    assert resolved.config == Config(model="org/model")
+    assert resolved.sources["model"] == "argument"
+
+
+def test_unknown_key_names_the_nearest_and_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: m\nmax_num_seq: 4\n")
+    with pytest.raises(ConfigError, match=rf"^{re.escape(path)}:2: unknown key max_num_seq; did you mean max_num_seqs\?$"):
+        load_config(path)
+    assert "runtime config --keys" in refused({"zzzzzz": "1"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: a\nmodel: b\n", "model is set twice"),
+        ("- a\n", "not a list of `key: value` lines"),
+        ("model: [", "not valid YAML"),
+        ("model: m\nserver:\n  port: 1\n", "unknown key server"),
+        ("model: 12\n", "quote it"),
+        ("port: 1\n", "model is missing"),
+        ("model: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(write(tmp_path, text))
+
+
+def test_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match="cannot read nowhere.yaml: No such file"):
+        load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"block_size": "12"}, ["block_size=12", "power of two", "8 works"]),
+        ({"block_size": "4"}, ["block_size=4", "8 works"]),
+        ({"gpu_memory_utilization": "0"}, ["gpu_memory_utilization=0", "(0, 1]"]),
+        ({"gpu_memory_utilization": "1.01"}, ["(0, 1]"]),
+        ({"gpu_memory_utilization": "nan"}, ["gpu_memory_utilization=nan is not a number"]),
+        ({"max_num_seqs": "0"}, ["max_num_seqs=0", "at least 1"]),
+        ({"max_num_seqs": "64", "max_num_batched_tokens": "32"}, ["max_num_seqs=64 exceeds max_num_batched_tokens=32", "to 32 or less", "to 64 or more"]),
+        ({"max_num_seqs": "4096", "device": "cpu"}, ["max_num_batched_tokens=2048 (the default on cpu)"]),
+        ({"enable_chunked_prefill": "false", "max_model_len": "8K", "max_num_batched_tokens": "8k"}, ["max_num_batched_tokens=8000", "max_model_len=8192"]),
+        ({"num_blocks": "11", "max_model_len": "161"}, ["(11 - 1 scrap) x block_size 16 = 160", "to 160 or less", "to 12 or more"]),
+        ({"num_blocks": "11", "kv_cache_memory": "1GiB"}, ["num_blocks and kv_cache_memory"]),
+        ({"quantization": "awq"}, ["quantization=awq", "known: none"]),
+        ({"dtype": "bf16"}, ["dtype=bf16", "did you mean bfloat16?"]),
+        ({"load_format": "gguf"}, ["load_format=gguf", "gguf_file"]),
+        ({"port": "70000"}, ["port=70000", "[0, 65535]"]),
+        ({"probe_port": "8000"}, ["probe_port=8000 is also port", "8001"]),
+        ({"compile": "maybe"}, ["compile=maybe is neither true nor false"]),
+        ({"served_model_name": "a\nb"}, ["control characters"]),
+    ],
+)
+def test_refusals_name_the_key_and_a_value_that_works(overrides: dict[str, str], parts: list[str]) -> None:
+    message = refused(overrides)
+    assert all(part in message for part in parts), message
+
+
+def test_what_a_refusal_proposes_is_accepted() -> None:
+    load_config("m", {"num_blocks": "11", "max_model_len": "160"})
+    load_config("m", {"num_blocks": "12", "max_model_len": "161"})
+    load_config("m", {"max_num_seqs": "64", "max_num_batched_tokens": "64"})
+    load_config("m", {"enable_chunked_prefill": "false", "max_model_len": "8K", "max_num_batched_tokens": "8K"})
+
+
+def test_the_token_budget_is_asked_with_the_device() -> None:
+    config = load_config("m", {"max_num_seqs": "4096"}).config
+    assert config.batched_tokens("cuda") == 8192
+    with pytest.raises(ConfigError, match="max_num_seqs=4096"):
+        config.batched_tokens("cpu")
+    assert load_config("m").config.batched_tokens("cpu") == 2048
+    assert load_config("m").config.cpu_kv_cache_memory() == 1 << 30
+
+
+def test_the_api_key_is_not_in_messages() -> None:
+    assert "s3cret" not in refused({"api_key": "s3cret\x07"})
+
+
+@pytest.mark.parametrize("word", ["none", "auto", "AUTO"])
+def test_unset_words(word: str) -> None:
+    assert load_config("m", {"num_blocks": word}).config.num_blocks is None
+
+
+def test_auto_is_no_length() -> None:
+    assert "max_model_len=auto" in refused({"max_model_len": "auto"})
+
+
+def test_relative_models_of_a_file_do_not_depend_on_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "model: ../models/m.gguf\n")
+    monkeypatch.chdir("/")
+    assert load_config(path).config.model == str(tmp_path.parent / "models" / "m.gguf")
+
+
+def test_model_name_shows_no_path() -> None:
+    assert load_config("/data/models/Smol.Q4.gguf").config.model_name == "Smol.Q4"
+    assert load_config("org/name").config.model_name == "org/name"
+    assert load_config("org/name", {"served_model_name": "short"}).config.model_name == "short"
+
+
+def test_a_missing_model_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist; `make model` fetches it"):
+        require_model_file(Config(model=str(tmp_path / "models" / "m.gguf")))
+    require_model_file(Config(model=str(tmp_path)))
+    require_model_file(Config(model="org/name"))
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "max_num_seqs": st.integers(1, 2048),
+            "max_model_len": st.integers(1, 10**6) | st.none(),
+            "drain_timeout_s": st.floats(0, 1e6),
+            "compile": st.booleans(),
+            "api_key": st.text("abc", min_size=1) | st.none(),
+            "dtype": st.sampled_from(["auto", "float32"]),
+        },
+    )
+)
+def test_as_dict_and_back(values: dict[str, Any]) -> None:
+    config = load_config("org/model", values).config
+    assert config_from_dict(dataclasses.asdict(config)) == config
+
+
+@given(st.sampled_from(sorted(FIELDS)), st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers()))
+def test_any_value_is_taken_or_refused_by_name(key: str, value: Any) -> None:
+    try:
+        load_config("org/model", {key: value})
+    except ConfigError as error:
+        assert key in str(error)
+
+
+def test_every_default_is_accepted_as_given() -> None:
+    defaults = {key: option.default for key, option in FIELDS.items() if key != "model"}
+    assert load_config("m", defaults).config == Config(model="m")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations(path: Path) -> None:
+    config = load_config(str(path)).config
+    assert config.model
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 30
+    for key, source in load_config(str(path)).sources.items():
+        assert source == "default" or getattr(config, key) != FIELDS[key].default or key == "max_num_batched_tokens"
+
+
+def test_there_are_shipped_configurations() -> None:
+    assert "smollm2-cpu" in {path.stem for path in CONFIGS}
+
+
+def test_imports_no_torch() -> None:
+    code = "import runtime.config, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
