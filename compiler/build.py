@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from compiler import lower, memory, model_source, weights
 from compiler.buckets import Bucket, cuda_ladder
-from compiler.capture import ATTENTION_NAME, AttentionLayout, CapturedModel, UnsupportedModel, capture
+from compiler.capture import ATTENTION_NAME, AttentionLayout, CapturedModel, capture
 from compiler.passes import registry
 from compiler.state import DeviceState, Staging, bytes_per_block
 from compiler.step import CompiledStep
@@ -112,6 +112,23 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
     )
 
 
+def ready(config: Any, *, progress: bool = True) -> BuiltModel:
+    """Build, compile and (on CUDA) capture: steps run at full speed from the first on."""
+    built = build(config, progress=progress)
+    finish(config, built, progress=progress)
+    return built
+
+
+def finish(config: Any, built: BuiltModel, *, progress: bool) -> None:
+    """The stages after loading: compilation where it is on, graph capture on CUDA."""
+    if config.compile:
+        with built.timings.stage("compile"):
+            built.step.compile(warm_steps(config.max_num_seqs))
+    if built.device.type == "cuda":
+        with built.timings.stage("graphs"):
+            built.step.capture_graphs(progress)
+
+
 def _step(
     config: Any, captured: CapturedModel, state: DeviceState, device: torch.device, max_model_len: int
 ) -> CompiledStep:
@@ -190,11 +207,14 @@ def _activation_bytes(config: Any, layouts: list[AttentionLayout], dtype: torch.
 
 
 def warm_steps(scrap_row: int) -> list[StepInput]:
-    """Steps that touch only the scrap row and page: a single token, and a ragged pair."""
-    return [_scrap_step([1], scrap_row), _scrap_step([3, 1], scrap_row)]
+    """Steps that touch only the scrap row and page: a single token, and a ragged step of distinct sizes.
+
+    Distinct, because the compiler takes sizes that are equal for the same: 9 tokens, 3 sequences, 7 pages.
+    """
+    return [_scrap_step([1], 7, scrap_row), _scrap_step([5, 1, 3], 7, scrap_row)]
 
 
-def _scrap_step(lengths: list[int], scrap_row: int) -> StepInput:
+def _scrap_step(lengths: list[int], blocks: int, scrap_row: int) -> StepInput:
     seqs, tokens = len(lengths), sum(lengths)
     start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     zeros = np.zeros(seqs, np.float32)
@@ -206,12 +226,9 @@ def _scrap_step(lengths: list[int], scrap_row: int) -> StepInput:
         rows=np.full(seqs, scrap_row, np.int32),
         query_start=start,
         seq_lens=np.asarray(lengths, np.int32),
-        block_tables=np.zeros((seqs, 2), np.int32),
+        block_tables=np.zeros((seqs, blocks), np.int32),
         sampled=np.zeros(seqs, bool),
         sampling=SamplingInput(
             zeros, none, zeros, zeros, none, none, zeros, zeros, zeros, none, none, np.zeros(0, np.float32)
         ),
     )
-
-
-__all__ = ["BuiltModel", "UnsupportedModel", "build", "warm_steps"]

@@ -178,16 +178,32 @@ def capture(model: nn.Module) -> CapturedModel:
     Raises UnsupportedModel where a layer mixes tokens outside our op or in a way it does not compute.
     """
     context = PagedContext()
-    for module in model.modules():
-        module.paged_context = context
-    context.layouts = _probe(model, context)
+    context.layouts = _probe(model)
+    _attach(model, context)
     return CapturedModel(model.eval(), context)
 
 
-def _probe(model: nn.Module, context: PagedContext) -> list[AttentionLayout]:
-    config = model.config.get_text_config()
+def _attach(model: nn.Module, context: PagedContext) -> None:
+    for module in model.modules():
+        module.paged_context = context
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            # It reads token ids back from the device to look for padding; here padding has no meaning.
+            module.warn_if_padding_and_no_attention_mask = _no_warning
+
+
+def _no_warning(*_: Any) -> None:
+    """Stands for a transformers check that does not apply to packed sequences."""
+
+
+def _probe(original: nn.Module) -> list[AttentionLayout]:
+    config = original.config.get_text_config()
     _refuse_unserved_layer_types(config)
+    # A shadow of the model: in bfloat16, the type that grouped expert matmuls accept on the meta device.
+    with torch.device("meta"):
+        model = type(original)._from_config(original.config, dtype=torch.bfloat16)
+    context = PagedContext()
     context.probed = {}
+    _attach(model, context)
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     position_ids = torch.arange(2, device="meta")[None]
     try:
@@ -203,8 +219,7 @@ def _probe(model: nn.Module, context: PagedContext) -> list[AttentionLayout]:
             f"{config.model_type}: the forward does not run on packed sequences without a cache "
             f"({type(error).__name__}: {error})"
         ) from error
-    finally:
-        seen, context.probed = context.probed, None
+    seen = context.probed
     layers = config.num_hidden_layers
     if sorted(seen) != list(range(layers)):
         raise UnsupportedModel(

@@ -6,7 +6,6 @@ Knows which sizes are dynamic and how to read back the lowered graph; knows noth
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +13,6 @@ import torch
 
 from compiler.capture import CapturedModel
 from compiler.state import DeviceState, Staged
-
-_compiling = threading.Lock()
 
 
 def use_cache(folder: Path) -> None:
@@ -30,26 +27,34 @@ def compile_forward(
     captured: CapturedModel, backend: str | Callable = "inductor"
 ) -> Callable[..., torch.Tensor]:
     """One full graph (no breaks) of the forward; sizes marked dynamic on the inputs stay symbolic."""
-    options = {"epilogue_fusion": True} if backend == "inductor" else None
-    return torch.compile(captured, fullgraph=True, backend=backend, options=options)
+    return torch.compile(captured, fullgraph=True, backend=backend)
 
 
-def mark_dynamic(staged: Staged) -> None:
-    """Tokens, sequences and table width vary from step to step: one graph serves them all."""
-    single = staged.token_ids.shape[0] == 1
-    if not single:
-        for tensor in (staged.token_ids, staged.positions, staged.slots):
+def mark_dynamic(
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    logits_index: torch.Tensor,
+) -> None:
+    """Tokens, sequences and table width stay symbolic, so one graph serves every step.
+
+    A step of one token is left alone but for the table: size one is always a constant to the compiler.
+    Sizes that happen to be equal in the first call are taken for the same symbol: compile on distinct ones.
+    """
+    if len(token_ids) > 1:
+        for tensor in (token_ids, positions, slots, block_tables, query_start, seq_lens, logits_index):
             torch._dynamo.mark_dynamic(tensor, 0)
-        for tensor in (staged.query_start, staged.seq_lens, staged.logits_index, staged.block_tables):
-            torch._dynamo.mark_dynamic(tensor, 0)
-    torch._dynamo.mark_dynamic(staged.block_tables, 1)
+    torch._dynamo.mark_dynamic(block_tables, 1)
 
 
-def call(forward: Callable[..., torch.Tensor], staged: Staged, state: DeviceState) -> torch.Tensor:
-    """Run a forward, compiled or not, on a staged step -> logits [S, vocab]."""
+def step_inputs(staged: Staged, state: DeviceState) -> tuple[torch.Tensor, ...]:
+    """The tensors of `CapturedModel.forward`, less the caches; ids of -1 become the row's last sample."""
     known = staged.token_ids >= 0
     token_ids = torch.where(known, staged.token_ids, state.last_tokens[staged.token_rows])
-    return forward(
+    return (
         token_ids,
         staged.positions,
         staged.slots,
@@ -57,6 +62,9 @@ def call(forward: Callable[..., torch.Tensor], staged: Staged, state: DeviceStat
         staged.query_start,
         staged.seq_lens,
         staged.logits_index.long(),
-        state.key_caches,
-        state.value_caches,
     )
+
+
+def call(forward: Callable[..., torch.Tensor], staged: Staged, state: DeviceState) -> torch.Tensor:
+    """Run a forward, compiled or not, on a staged step -> logits [S, vocab]."""
+    return forward(*step_inputs(staged, state), state.key_caches, state.value_caches)

@@ -64,8 +64,9 @@ class CompiledStep:
         with torch.inference_mode():
             for step in warm:
                 staged = self._stage(step)
-                lower.mark_dynamic(staged)
-                lower.call(forward, staged, self.state)
+                inputs = lower.step_inputs(staged, self.state)
+                lower.mark_dynamic(*inputs)
+                forward(*inputs, self.state.key_caches, self.state.value_caches)
         self.forward, self.compiled = forward, True
 
     def compile_in_background(self, warm: list[StepInput], done: Callable[[BaseException | None], None]) -> threading.Thread:
@@ -104,7 +105,6 @@ class CompiledStep:
     @torch.inference_mode()
     def _run_cpu(self, step: StepInput) -> StepOutput:
         staged = self._stage(step)
-        lower.mark_dynamic(staged)
         logits = lower.call(self.forward, staged, self.state)
         ids, logprobs = sample(logits[: step.num_seqs], step.sampling, staged, self.state)
         return StepOutput(ids.int().numpy(), logprobs.numpy() if logprobs else None)

@@ -33,8 +33,7 @@ def main(path: str) -> None:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
     built = builder.build(config, progress=sys.stderr.isatty())
     if built.device.type == "cuda":
-        built.step.compile(builder.warm_steps(config.max_num_seqs)) if config.compile else None
-        built.step.capture_graphs(sys.stderr.isatty())
+        builder.finish(config, built, progress=sys.stderr.isatty())
     engine, metrics = engine_of(config, built, Mailbox(settings["engine_address"]))
     _stop_on_signal(engine)
     start_http_server(settings["metrics_port"], "127.0.0.1", registry=metrics)

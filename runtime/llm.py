@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from compiler import build as builder
+from compiler.build import BuiltModel
 from runtime.assemble import engine_of
 from runtime.config import Config, load_config
 from runtime.protocol import (
@@ -71,19 +72,18 @@ class LLM:
     """A loaded model that generates. Not thread-safe.
 
     `config` is a Config, or a YAML file, model folder or hub name with overrides as keyword arguments.
+    `built` is a model that is already loaded, to run under another scheduling configuration.
     """
 
-    def __init__(self, config: Config | str, *, progress: bool = True, **overrides: object) -> None:
+    def __init__(
+        self, config: Config | str, *, built: BuiltModel | None = None, progress: bool = True, **overrides: object
+    ) -> None:
         if isinstance(config, str):
             config = load_config(config, overrides).config
         elif overrides:
             raise TypeError("overrides go with a configuration file or model name, not with a Config")
         self.config = config
-        self.built = builder.build(config, progress=progress)
-        if config.compile:
-            self.built.step.compile(builder.warm_steps(config.max_num_seqs))
-        if self.built.device.type == "cuda":
-            self.built.step.capture_graphs(progress)
+        self.built = built or builder.ready(config, progress=progress)
         self.tokenizer = Tokenizer.load(self.built.folder)
         self._mailbox = LocalMailbox()
         self.engine, self.metrics = engine_of(config, self.built, self._mailbox)

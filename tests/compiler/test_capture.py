@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compiler import lower
 from compiler.capture import ATTENTION_NAME, UnsupportedModel, capture
 from compiler.weights import build_meta
 
@@ -101,11 +102,16 @@ def test_is_one_full_graph(name: str) -> None:
         return module.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(captured, fullgraph=True, backend=backend, dynamic=True)
+    compiled = lower.compile_forward(captured, backend=backend)
+
+    def forward(*inputs):
+        lower.mark_dynamic(*inputs[:7])
+        return compiled(*inputs)
+
     prompts = prompts_for(SIZES["vocab_size"])
     expected = stock_logits(stock, prompts)
     with torch.inference_mode():
-        got = run_paged(compiled, captured.layouts, prompts, CHUNKED)
+        got = run_paged(forward, captured.layouts, prompts, CHUNKED)
     assert len(graphs) == 1
     ops = [n for n in graphs[0].graph.nodes if "paged_attention" in str(n.target)]
     assert len(ops) == config.get_text_config().num_hidden_layers

@@ -1,0 +1,146 @@
+"""The engine against transformers on this machine's CPU, bfloat16, one real model; gates are ratios of the same run.
+
+Each case alternates the two sides and compares medians. Run with `make perf`; `PAGEGRAPH_RESULTS` is not
+needed: figures that are kept go to perf/results/ by `--benchmark-json`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compiler import build as builder
+from runtime.config import Config, load_config
+from runtime.llm import LLM
+from runtime.protocol import SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from prompts import PROMPTS  # noqa: E402
+
+MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
+ROUNDS = 3
+
+
+def config_of(**overrides: object) -> Config:
+    settings = dict(dtype="bfloat16", device="cpu", max_model_len=2048, kv_cache_memory="512MiB", max_num_seqs=16)
+    return load_config(MODEL, {**settings, **overrides}).config
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(config_of(), built=builder.ready(config_of(), progress=False))
+
+
+@pytest.fixture(scope="module")
+def peer(llm: LLM) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(llm.built.folder, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+
+
+def greedy(num_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+
+
+def peer_generate(model: torch.nn.Module, prompts: list[list[int]], num_tokens: int) -> None:
+    """One static batch, padded left to its longest prompt, to `num_tokens` outputs each."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    with torch.inference_mode():
+        model.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+
+
+def ratio(benchmark, ours: Callable[[], object], theirs: Callable[[], object], goal: float) -> None:
+    """Gate: theirs / ours in median seconds is at least `goal`; sides alternate, so drift hits both."""
+    ours(), theirs()
+    mine, peers = [], []
+    for _ in range(ROUNDS):
+        for run, seconds in ((ours, mine), (theirs, peers)):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+    benchmark.pedantic(ours, rounds=1)
+    reached = statistics.median(peers) / statistics.median(mine)
+    benchmark.extra_info.update(
+        ratio=round(reached, 3), ours_s=mine, theirs_s=peers, torch=torch.__version__, threads=torch.get_num_threads()
+    )
+    print(f"\n{benchmark.name}: {reached:.2f}x (gate {goal}x)")
+    assert reached >= goal
+
+
+def mixed_work(llm: LLM) -> tuple[list[list[int]], list[int]]:
+    """16 requests: prompts of 5 to 70 tokens, outputs of 16 to 96."""
+    prompts = [llm.tokenizer.encode(prompt) for prompt in PROMPTS[:16]]
+    return prompts, [16 + (index * 37) % 81 for index in range(16)]
+
+
+def test_one_stream(benchmark, llm: LLM, peer) -> None:
+    ids = llm.tokenizer.encode(PROMPTS[1])
+    ratio(benchmark, lambda: llm.generate([ids], greedy(64)), lambda: peer_generate(peer, [ids], 64), goal=1.3)
+
+
+def test_mixed_requests_against_a_static_batch(benchmark, llm: LLM, peer) -> None:
+    prompts, lengths = mixed_work(llm)
+    ratio(
+        benchmark,
+        lambda: llm.generate(prompts, [greedy(n) for n in lengths]),
+        lambda: peer_generate(peer, prompts, max(lengths)),
+        goal=1.5,
+    )
+
+
+def test_mixed_requests_against_one_by_one(benchmark, llm: LLM, peer) -> None:
+    prompts, lengths = mixed_work(llm)
+    ratio(
+        benchmark,
+        lambda: llm.generate(prompts, [greedy(n) for n in lengths]),
+        lambda: [peer_generate(peer, [p], n) for p, n in zip(prompts, lengths)],
+        goal=4.0,
+    )
+
+
+def test_prefix_hit_against_cold(benchmark, llm: LLM) -> None:
+    """500 shared tokens and 100 own: time to first token on a hit is at most 35 % of cold."""
+    text = llm.tokenizer.encode(" ".join(PROMPTS) * 4)
+    shared, turn = text[:500], iter(range(10**6))
+
+    def own() -> list[int]:
+        return [(7 * next(turn) + 11 * i) % 40000 + 100 for i in range(100)]
+
+    def cold() -> None:
+        llm.generate([own()[:50] + shared[50:] + own()], greedy(1))
+
+    llm.generate([shared + own()], greedy(1))
+    ratio(benchmark, lambda: llm.generate([shared + own()], greedy(1)), cold, goal=1 / 0.35)
+
+
+def test_chunked_prefill_keeps_streams_going(benchmark, llm: LLM) -> None:
+    """Beside a prompt of 1,500 tokens, the worst gap of a running stream is shorter chunked than whole."""
+
+    def worst_gap(chunk: int) -> float:
+        runner = LLM(config_of(max_num_batched_tokens=chunk, enable_prefix_caching=False), built=llm.built)
+        long = (llm.tokenizer.encode(" ".join(PROMPTS)) * 8)[:1500]
+        gaps: list[float] = []
+        stream = runner.stream(PROMPTS[0], greedy(48))
+        next(stream)
+        runner._start(long, greedy(1), None)
+        last = time.perf_counter()
+        for _ in stream:
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+        return max(gaps)
+
+    worst_gap(64)
+    whole = statistics.median(worst_gap(2048) for _ in range(ROUNDS))
+    chunked = statistics.median(worst_gap(64) for _ in range(ROUNDS))
+    benchmark.pedantic(lambda: worst_gap(64), rounds=1)
+    benchmark.extra_info.update(ratio=round(whole / chunked, 3), whole_s=whole, chunked_s=chunked)
+    print(f"\nworst gap beside a long prompt: whole {whole / chunked:.2f}x chunked (gate 3x)")
+    assert whole / chunked >= 3.0

@@ -1,0 +1,28 @@
+"""Real prompts of varied kind and length for tests and benchmarks."""
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea, there lived a fisherman who",
+    "def fibonacci(n):\n    ",
+    "Write a haiku about autumn leaves.",
+    "What is the difference between a virus and a bacterium?",
+    "1, 1, 2, 3, 5, 8,",
+    "Translate to French: Good morning, how are you today?",
+    "The three laws of thermodynamics are",
+    "Q: Why is the sky blue?\nA:",
+    "In 1969, the Apollo 11 mission",
+    "Ingredients for a simple tomato soup:\n-",
+    "SELECT name, age FROM users WHERE",
+    "Dear hiring manager,\n\nI am writing to",
+    "The quick brown fox jumps over the lazy dog. " * 6 + "The lazy dog",
+    "List five animals that live in the ocean.",
+    "Photosynthesis is the process by which",
+    "To be, or not to be, that is",
+    "import numpy as np\n\ndef softmax(x):",
+    "The main causes of the First World War were",
+    "Explain recursion to a five-year-old.",
+    "My favourite season is winter because",
+    "A good password should",
+    "The Pythagorean theorem states that",
+    "Breaking news: scientists have discovered",
+]

@@ -1,0 +1,130 @@
+"""The engine against transformers' `generate`, greedy, float32, on a real model; and against itself.
+
+Every way of running (batching, chunking, caching, preempting, compiling, merging) must give the same tokens.
+A difference is allowed only where the two likeliest logits are nearer than TIE, and is printed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compiler import build as builder
+from compiler import model_source
+from runtime.config import Config, load_config
+from runtime.llm import LLM
+from runtime.protocol import SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from prompts import PROMPTS  # noqa: E402
+
+MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
+NUM_TOKENS = 48
+TIE = 1e-3
+GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+
+
+def config_of(**overrides: object) -> Config:
+    settings = dict(dtype="float32", device="cpu", max_model_len=1024, kv_cache_memory="256MiB", max_num_seqs=16)
+    return load_config(MODEL, {**settings, **overrides}).config
+
+
+@pytest.fixture(scope="module")
+def built() -> builder.BuiltModel:
+    return builder.ready(config_of(), progress=False)
+
+
+@pytest.fixture(scope="module")
+def reference(built: builder.BuiltModel) -> tuple[list[list[int]], list[list[int]], torch.nn.Module]:
+    """(prompt ids, generated ids) of transformers, and its model."""
+    model = AutoModelForCausalLM.from_pretrained(built.folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    llm = LLM(config_of(), built=built)
+    prompts = [llm.tokenizer.encode(prompt) for prompt in PROMPTS]
+    outputs = []
+    for ids in prompts:
+        with torch.inference_mode():
+            out = model.generate(
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS, do_sample=False,
+            )
+        outputs.append(out[0, len(ids):].tolist())
+    return prompts, outputs, model
+
+
+def generate(built: builder.BuiltModel, prompts: list[list[int]], **overrides: object) -> tuple[list[list[int]], LLM]:
+    llm = LLM(config_of(**overrides), built=built)
+    outputs = [done.token_ids for done in llm.generate(prompts, GREEDY)]
+    llm.engine.scheduler.check_integrity()
+    return outputs, llm
+
+
+def assert_same(prompts, got, expected, model) -> None:
+    for index, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
+        if mine == theirs:
+            continue
+        at = next(i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b)
+        ids = torch.tensor([prompts[index] + theirs[:at]])
+        with torch.inference_mode():
+            top = model(ids).logits[0, -1].float().topk(2).values
+        gap = (top[0] - top[1]).item()
+        print(f"prompt {index} differs at token {at}: top-2 logits are {gap:.2e} apart")
+        assert gap < TIE, f"prompt {index} differs at token {at} where the top-2 logits are {gap:.2e} apart"
+
+
+def test_equals_transformers_one_by_one(built, reference) -> None:
+    prompts, expected, model = reference
+    assert_same(prompts, generate(built, prompts, max_num_seqs=1)[0], expected, model)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [dict(), dict(max_num_batched_tokens=32), dict(enable_prefix_caching=False)],
+    ids=["batch16", "chunk32", "no-prefix-cache"],
+)
+def test_scheduling_does_not_change_tokens(built, reference, overrides) -> None:
+    prompts, expected, model = reference
+    assert_same(prompts, generate(built, prompts, **overrides)[0], expected, model)
+
+
+def test_preemption_does_not_change_tokens(built, reference) -> None:
+    prompts, expected, model = reference
+    tight = dataclasses.replace(built, num_blocks=34, max_model_len=256)
+    got, llm = generate(tight, prompts)
+    assert llm.engine.scheduler.counters.preemptions > 0
+    assert_same(prompts, got, expected, model)
+
+
+def test_cache_hits_do_not_change_tokens(built, reference) -> None:
+    prompts, expected, model = reference
+    llm = LLM(config_of(), built=built)
+    shared = prompts[13]
+    first, again = (llm.generate([shared], GREEDY)[0] for _ in range(2))
+    assert first.cached_tokens == 0 and again.cached_tokens == (len(shared) - 1) // 16 * 16 > 0
+    assert_same([shared] * 2, [first.token_ids, again.token_ids], [expected[13]] * 2, model)
+
+
+def test_uncompiled_gives_the_same_tokens(built, reference) -> None:
+    prompts, expected, model = reference
+    compiled, built.step.forward = built.step.forward, built.step.captured
+    try:
+        assert_same(prompts[:8], generate(built, prompts[:8])[0], expected[:8], model)
+    finally:
+        built.step.forward = compiled
+
+
+def test_plain_linears_give_the_same_tokens(reference) -> None:
+    prompts, expected, model = reference
+    plain = builder.ready(config_of(merge_linears=False, compile=False), progress=False)
+    assert_same(prompts[:8], generate(plain, prompts[:8], merge_linears=False)[0], expected[:8], model)
+
+
+def test_the_converted_model_is_found_again() -> None:
+    """The conversion is done once: the second resolve gives the same folder without torch work."""
+    first = model_source.resolve(MODEL, cache_dir=Path("~/.cache/pagegraph").expanduser())
+    assert (first / "config.json").is_file()
+    assert first == model_source.resolve(MODEL, cache_dir=Path("~/.cache/pagegraph").expanduser())
