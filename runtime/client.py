@@ -37,6 +37,7 @@ from runtime.protocol import (
 
 _log = logging.getLogger(__name__)
 _MAX_FRAME_BYTES = 64 << 20
+_RETRY_S = 0.1  # between tries to reach an engine that is not there
 
 
 class EngineDead(Exception):
@@ -96,9 +97,11 @@ class Group:
             return index, content
 
     def wait(self, timeout: float) -> None:
-        """Wait until there is something to `get`, at most `timeout` seconds, leaving it there."""
+        """Wait at most `timeout` seconds for something to `get`, leaving it there; a failure is raised at once."""
         if self._front is None:
             self._front = self._next(timeout)
+        if self._front is not None and not isinstance(self._front[1], TokenDelta):
+            self.get(0)
 
     def abort(self, index: int | None = None) -> None:
         """Stop one sequence, or all that are open; no more deltas come for it."""
@@ -302,7 +305,7 @@ class _Connection:
         # Nothing is kept for an engine that is not there: a new engine must not get an old one's requests.
         dealer.setsockopt(zmq.IMMEDIATE, 1)
         dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        monitor = dealer.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
+        monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         dealer.connect(self._address)
         poller = zmq.Poller()
         for source in (dealer, monitor, self._wake_receive):
@@ -311,9 +314,9 @@ class _Connection:
         while not self._closing:
             now = time.monotonic()
             if now >= next_hello:
-                self._send(dealer, Hello())
+                connected = self._send(dealer, Hello())
                 self._check_silence(now)
-                next_hello = now + self._heartbeat_s
+                next_hello = now + (self._heartbeat_s if connected else min(self._heartbeat_s, _RETRY_S))
             ready = dict(poller.poll(max(1, int(1000 * (next_hello - time.monotonic())))))
             if dealer in ready:
                 self._receive(dealer)

@@ -84,7 +84,11 @@ class Tokenizer:
 
         Raises UnicodeEncodeError on text with lone surrogates.
         """
-        ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:  # the library's word for a string that has no UTF-8 form
+            text.encode()
+            raise
         if add_special_tokens and self._bos_id is not None:
             return [self._bos_id, *ids]
         return ids

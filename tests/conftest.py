@@ -1,0 +1,119 @@
+"""Fixtures shared by the tests: a tiny tokenizer, and an engine that speaks the protocol but runs no model."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from runtime.mailbox import Mailbox
+from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, TokenDelta, TokenLogprob, Tokens
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'function' %}{{ raise_exception('no functions here') }}"
+    "{% endif %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CORPUS = ["hello world, this is a small text about stops and starts", "the end of the world is near 0123456789"] * 20
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer of about 350 tokens with a chat template, as a model folder holds it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=350, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": {"content": "<|end|>"}, "chat_template": CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+class FakeEngine:
+    """Answers each Submit with the deltas of `script(submit)`, over a real socket, on its own thread."""
+
+    def __init__(self, address: str, vocab_size: int) -> None:
+        self.address = address
+        self.info = EngineInfo(
+            model="tiny", device="cpu", dtype="float32", vocab_size=vocab_size, max_model_len=128,
+            num_blocks=16, block_size=16, compiled=True,
+        )  # fmt: skip
+        self.script: Callable[[Submit], list[TokenDelta | Failed]] = lambda submit: []
+        self.submits: list[Submit] = []
+        self.aborts: list[str] = []
+        self.silent = False
+        self._stopping = False
+        self._running = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._running.wait(5)
+
+    def stop(self) -> None:
+        """Close the socket, as an engine that dies does."""
+        self._stopping = True
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        mailbox = Mailbox(self.address, wait_ms=10)
+        self._running.set()
+        while not self._stopping:
+            for client, message in mailbox.poll(block=True):
+                self._answer(mailbox, client, message)
+        mailbox.close()
+
+    def _answer(self, mailbox: Mailbox, client: bytes, message: Submit | Abort | Hello) -> None:
+        if self.silent:
+            return
+        if isinstance(message, Hello):
+            mailbox.send(client, self.info)
+        elif isinstance(message, Abort):
+            self.aborts.append(message.request_id)
+        else:
+            self.submits.append(message)
+            for answer in self.script(message):
+                mailbox.send(client, answer if isinstance(answer, Failed) else Tokens([answer]))
+
+    @staticmethod
+    def deltas(submit: Submit, token_ids: list[int], finish: str = "stop", stop_id: int = -1) -> list[TokenDelta]:
+        """One delta a token, cut at max_tokens, with made-up log-probabilities when they were asked for."""
+        count = min(len(token_ids), submit.params.max_tokens)
+        reason = finish if count == len(token_ids) else "length"
+        top = submit.params.logprobs
+        deltas = []
+        for index, token_id in enumerate(token_ids[:count]):
+            ids = [token_id, *(i for i in range(7, 30) if i != token_id)][: top or 0]
+            entry = TokenLogprob(token_id, -0.5, 1, ids, [-0.5 - rank for rank in range(len(ids))])
+            last = index == count - 1
+            deltas.append(
+                TokenDelta(
+                    request_id=submit.request_id,
+                    token_ids=[token_id],
+                    finish_reason=reason if last else "",
+                    stop_reason=stop_id if last and reason == "stop" else -1,
+                    cached_tokens=2,
+                    logprobs=None if top is None else [entry],
+                )
+            )
+        return deltas
+
+
+@pytest.fixture
+def fake_engine(tmp_path: Path, tokenizer_folder: Path) -> Iterator[FakeEngine]:
+    """A fake engine on a socket of its own that answers every request with " hello world"."""
+    backend = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    engine = FakeEngine(f"ipc://{tmp_path / 'engine'}", backend.get_vocab_size())
+    reply = [*backend.encode("hello world").ids, backend.token_to_id("<|end|>")]
+    engine.script = lambda submit: list(FakeEngine.deltas(submit, reply, stop_id=reply[-1]))
+    yield engine
+    engine.stop()

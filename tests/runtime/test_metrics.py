@@ -1,0 +1,62 @@
+"""Engine metrics: names, counts and buckets as a Prometheus parser reads them."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from runtime.metrics import EngineMetrics
+
+
+def samples(metrics: EngineMetrics) -> dict[tuple[str, str], float]:
+    families = text_string_to_metric_families(metrics.render().decode())
+    return {
+        (sample.name, sample.labels.get("finished_reason") or sample.labels.get("le") or ""): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+@pytest.mark.parametrize("prefix", ["vllm:", "pagegraph:"])
+def test_a_served_request(prefix: str) -> None:
+    metrics = EngineMetrics("tiny", 4096)
+    metrics.observe_step(running=2, waiting=1, kv_cache_usage=0.25, prompt_tokens=30, prefix_queries=40, prefix_hits=10)
+    metrics.observe_step(running=1, waiting=0, kv_cache_usage=0.5, generation_tokens=2, preemptions=1)
+    metrics.observe_scheduled(0.4)
+    metrics.observe_first_token(0.03)
+    metrics.observe_inter_token(0.002, 3)
+    metrics.observe_inter_token(1000.0)
+    metrics.observe_finished("length", since_arrival=1.5, prompt_tokens=40, generation_tokens=5)
+    got = samples(metrics)
+    assert got[prefix + "num_requests_running", ""] == 1
+    assert got[prefix + "kv_cache_usage_perc", ""] == 0.5
+    assert got[prefix + "prefix_cache_queries_total", ""] == 40
+    assert got[prefix + "prefix_cache_hits_total", ""] == 10
+    assert got[prefix + "num_preemptions_total", ""] == 1
+    assert got[prefix + "prompt_tokens_total", ""] == 30
+    assert got[prefix + "generation_tokens_total", ""] == 2
+    assert got[prefix + "request_success_total", "length"] == 1
+    assert got[prefix + "request_success_total", "stop"] == 0
+    assert got[prefix + "time_to_first_token_seconds_bucket", "0.02"] == 0
+    assert got[prefix + "time_to_first_token_seconds_bucket", "0.04"] == 1
+    assert got[prefix + "inter_token_latency_seconds_bucket", "0.001"] == 0
+    assert got[prefix + "inter_token_latency_seconds_bucket", "0.002"] == 3
+    assert got[prefix + "inter_token_latency_seconds_bucket", "+Inf"] == 4
+    assert got[prefix + "inter_token_latency_seconds_sum", ""] == pytest.approx(1000.006)
+    assert got[prefix + "iteration_tokens_total_count", ""] == 2
+    assert got[prefix + "request_prompt_tokens_bucket", "50.0"] == 1
+    assert got[prefix + "e2e_request_latency_seconds_count", ""] == 1
+    assert got[prefix + "request_queue_time_seconds_sum", ""] == 0.4
+
+
+def test_unknown_reason_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        EngineMetrics("m", 16).observe_finished("odd", since_arrival=1, prompt_tokens=1, generation_tokens=1)
+
+
+def test_model_name_is_escaped_and_openmetrics_works() -> None:
+    metrics = EngineMetrics('a"b\nc', 16)
+    families = list(text_string_to_metric_families(metrics.render().decode()))
+    assert families[0].samples[0].labels["model_name"] == 'a"b\nc'
+    assert openmetrics(metrics).endswith(b"# EOF\n")

@@ -1,0 +1,92 @@
+"""The key check on every path, the probes, and that a worker stays free of torch."""
+
+from __future__ import annotations
+
+import http.server
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from runtime.metrics import EngineMetrics
+from web.app import create_app
+
+PATHS = ["/v1/models", "/v1/models/tiny", "/v1/completions", "/v1/chat/completions", "/metrics", "/version", "/none",
+         "//v1/models", "/health/", "/health/../v1/models", "/%2e/v1/models"]  # fmt: skip
+
+
+def test_importing_the_app_imports_no_torch() -> None:
+    code = "import sys, web.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "HEAD"])
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_but_health_needs_the_key(make_app: Callable[..., Flask], path: str, method: str) -> None:
+    client = make_app(api_key="s3cret").test_client()
+    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}, {"Authorization": "Basic s3cret"},
+                   {"Authorization": "Bearer \xff"}):  # fmt: skip
+        answer = client.open(path, method=method, headers=header)
+        assert answer.status_code == 401
+        assert method == "HEAD" or answer.json["error"]["code"] == "invalid_api_key"
+
+
+def test_the_key_opens_and_health_is_open(make_app: Callable[..., Flask]) -> None:
+    client = make_app(api_key="s3cret").test_client()
+    assert client.get("/v1/models", headers={"Authorization": "Bearer s3cret"}).status_code == 200
+    for path in ("/health", "/health/live", "/health/ready"):
+        assert client.get(path).status_code == 200
+
+
+def test_health_follows_the_engine(http: FlaskClient, fake_engine) -> None:
+    assert http.get("/health").json == {"status": "ready"}
+    fake_engine.stop()
+    assert http.get("/health/live").status_code == 200
+    for path in ("/health", "/health/ready"):
+        answer = http.get(path)
+        assert answer.status_code == 503 and answer.headers["Retry-After"]
+
+
+def test_draining_is_not_ready(make_app: Callable[..., Flask], tmp_path) -> None:
+    client = make_app(drain_flag=str(tmp_path / "flag")).test_client()
+    assert client.get("/health/ready").status_code == 200
+    (tmp_path / "flag").touch()
+    assert client.get("/health/ready").json == {"status": "draining"}
+
+
+def test_metrics_come_from_the_engine(make_app: Callable[..., Flask]) -> None:
+    text = EngineMetrics("tiny", 128).render()
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/metrics"
+    answer = make_app(metrics_url=url).test_client().get("/metrics")
+    server.shutdown()
+    server.server_close()
+    assert answer.data == text and answer.headers["Content-Type"].startswith("text/plain")
+    assert make_app(metrics_url=url).test_client().get("/metrics").status_code == 503
+    assert make_app().test_client().get("/metrics").status_code == 404
+
+
+def test_request_id_is_kept_when_sane(http: FlaskClient) -> None:
+    assert http.get("/health/live", headers={"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    assert http.get("/health/live", headers={"X-Request-Id": "a b"}).headers["x-request-id"] != "a b"
+
+
+def test_a_missing_setting_is_named() -> None:
+    with pytest.raises(ValueError, match="engine_address"):
+        create_app({"model_dir": "x", "served_model_name": "y"})

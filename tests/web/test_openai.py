@@ -1,0 +1,273 @@
+"""The routes over the fake engine: shapes as the official client's types check them, errors, aborts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from runtime.protocol import Failed, TokenDelta
+from runtime.tokenizer import Tokenizer
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder) -> Tokenizer:
+    return Tokenizer.load(tokenizer_folder)
+
+
+def events(body: bytes) -> list[Any]:
+    """Events of an SSE body, checked to end with [DONE]; comments are dropped."""
+    lines = [line for line in body.decode().split("\n\n") if line and not line.startswith(":")]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+def strict(model: type, value: Any) -> Any:
+    """Validate with the official client's type, refusing wrong types; returns the typed value."""
+    return model.model_validate_json(json.dumps(value), strict=True)
+
+
+def test_chat_whole(http: FlaskClient, fake_engine, tokenizer: Tokenizer) -> None:
+    answer = http.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES})
+    assert answer.status_code == 200, answer.json
+    typed = strict(ChatCompletion, answer.json)
+    assert typed.choices[0].message.content == "hello world"
+    assert typed.choices[0].finish_reason == "stop"
+    sent = fake_engine.submits[0]
+    assert sent.token_ids == tokenizer.apply_chat(MESSAGES)
+    assert sent.params.max_tokens == 128 - len(sent.token_ids)
+    usage = typed.usage
+    assert usage.prompt_tokens == len(sent.token_ids)
+    assert usage.completion_tokens == len(tokenizer.encode("hello world")) + 1
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.prompt_tokens_details.cached_tokens == 2
+    assert answer.headers["x-request-id"]
+
+
+def test_chat_streamed(http: FlaskClient) -> None:
+    body = {"model": "tiny", "messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}, "n": 2}
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.mimetype == "text/event-stream"
+    chunks = events(answer.data)
+    for chunk in chunks:
+        strict(ChatCompletionChunk, chunk)
+    assert len({(chunk["id"], chunk["created"]) for chunk in chunks}) == 1
+    assert [c["choices"][0]["delta"] for c in chunks[:2]] == [{"role": "assistant", "content": ""}] * 2
+    texts = ["", ""]
+    reasons = {}
+    for chunk in chunks[2:-1]:
+        assert chunk["usage"] is None
+        (choice,) = chunk["choices"]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+        if choice["finish_reason"]:
+            reasons[choice["index"]] = choice["finish_reason"]
+            assert choice["delta"] == {}
+    assert texts == ["hello world"] * 2 and reasons == {0: "stop", 1: "stop"}
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] > 2
+
+
+def test_completion_whole_and_streamed_agree(http: FlaskClient) -> None:
+    body = {"model": "tiny", "prompt": ["a", "b"], "n": 2, "logprobs": 2, "max_tokens": 50}
+    whole = http.post("/v1/completions", json=body).json
+    typed = strict(Completion, whole)
+    assert [choice.index for choice in typed.choices] == [0, 1, 2, 3]
+    chunks = events(http.post("/v1/completions", json={**body, "stream": True}).data)
+    for index in range(4):
+        parts = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert "".join(part["text"] for part in parts) == typed.choices[index].text == "hello world"
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            joined = [item for part in parts if part["logprobs"] for item in part["logprobs"][name]]
+            assert joined == whole["choices"][index]["logprobs"][name]
+    logprobs = whole["choices"][0]["logprobs"]
+    assert all(top[token] == max(top.values()) for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
+    assert logprobs["text_offset"][0] == 0 and logprobs["text_offset"][1] == len(logprobs["tokens"][0])
+
+
+def test_chat_logprobs(http: FlaskClient) -> None:
+    answer = http.post(
+        "/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, "logprobs": True, "top_logprobs": 3}
+    )
+    content = strict(ChatCompletion, answer.json).choices[0].logprobs.content
+    assert b"".join(bytes(entry.bytes) for entry in content).decode() == "hello world<|end|>"
+    assert all(len(entry.top_logprobs) == 3 and entry.top_logprobs[0].logprob == entry.logprob for entry in content)
+
+
+def test_default_length_and_finish_reason(http: FlaskClient, fake_engine) -> None:
+    fake_engine.script = lambda s: fake_engine.deltas(s, [10] * 200)
+    answer = http.post("/v1/completions", json={"model": "tiny", "prompt": "a"}).json
+    assert answer["usage"]["completion_tokens"] == 16 and answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_stop_string_cuts_text_and_aborts(http: FlaskClient, fake_engine, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("hello world")
+    fake_engine.script = lambda s: [TokenDelta(s.request_id, [i]) for i in ids * 3]  # never ends by itself
+    for stream in (False, True):
+        body = {"model": "tiny", "prompt": "a", "stop": ["rldh"], "max_tokens": 90, "stream": stream}
+        answer = http.post("/v1/completions", json=body)
+        choices = [c["choices"][0] for c in events(answer.data)] if stream else answer.json["choices"]
+        assert "".join(choice["text"] for choice in choices) == "hello wo"
+        assert (choices[-1]["finish_reason"], choices[-1]["stop_reason"]) == ("stop", "rldh")
+    deadline = time.monotonic() + 5
+    while len(fake_engine.aborts) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert fake_engine.aborts == [submit.request_id for submit in fake_engine.submits]
+
+
+def test_stop_token_is_named_and_hidden(http: FlaskClient, fake_engine, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("ab")
+    fake_engine.script = lambda s: fake_engine.deltas(s, ids, stop_id=ids[-1])
+    body = {"model": "tiny", "prompt": "a", "stop_token_ids": [ids[-1]]}
+    choice = http.post("/v1/completions", json=body).json["choices"][0]
+    assert (choice["text"], choice["stop_reason"]) == ("a", ids[-1])
+    body["include_stop_str_in_output"] = True
+    assert http.post("/v1/completions", json=body).json["choices"][0]["text"] == "ab"
+
+
+def test_n_gets_consecutive_seeds(http: FlaskClient, fake_engine) -> None:
+    for seed, expected in ((5, [5, 6, 7]), (2**63 - 2, [2**63 - 2, 2**63 - 1, -(2**63)])):
+        fake_engine.submits.clear()
+        assert http.post("/v1/completions", json={"prompt": "a", "n": 3, "seed": seed}).status_code == 200
+        assert [submit.params.seed for submit in fake_engine.submits] == expected
+
+
+def test_context_arithmetic(http: FlaskClient) -> None:
+    long = http.post("/v1/completions", json={"model": "tiny", "prompt": [10] * 128})
+    assert (long.status_code, long.json["error"]["code"]) == (400, "context_length_exceeded")
+    assert "128" in long.json["error"]["message"] and "127" in long.json["error"]["message"]
+    much = http.post("/v1/completions", json={"model": "tiny", "prompt": [10] * 120, "max_tokens": 9})
+    assert much.json["error"]["param"] == "max_tokens" and "at most 8" in much.json["error"]["message"]
+    assert http.post("/v1/completions", json={"model": "tiny", "prompt": [10] * 120}).status_code == 200
+    started = time.monotonic()
+    huge = http.post("/v1/completions", json={"model": "tiny", "prompt": "x" * 4_000_000})
+    assert huge.json["error"]["code"] == "context_length_exceeded" and time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code"),
+    [
+        ("post", "/v1/chat/completions", {"model": "other", "messages": MESSAGES}, 404, "model_not_found"),
+        ("post", "/v1/completions", {"model": "tiny", "prompt": "a", "temperature": 9}, 400, "invalid_value"),
+        ("post", "/v1/completions", {"model": "tiny", "prompt": "\ud800"}, 400, None),
+        ("post", "/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, 400, None),
+        ("post", "/v1/completions", {"model": "\ud800", "prompt": "a"}, 404, "model_not_found"),
+        ("post", "/v1/completions", {"prompt": "a", "stop": ["\ud800"], "cache_salt": "\ud800"}, 400, "invalid_value"),
+        ("post", "/v1/completions", {"model": "tiny", "prompt": ""}, 400, "invalid_value"),
+        ("post", "/v1/chat/completions", {"messages": [{"role": "function", "content": "x"}]}, 400, None),
+        ("get", "/v1/models/other", None, 404, "model_not_found"),
+        ("get", "/v1/nothing", None, 404, None),
+        ("get", "//v1/models", None, 404, None),
+        ("get", "/V1/models", None, 404, None),
+        ("get", "/v1/completions", None, 405, None),
+    ],
+)
+def test_errors_have_openai_s_shape(
+    http: FlaskClient, method: str, path: str, body: Any, status: int, code: str | None
+) -> None:
+    answer = http.open(path, method=method.upper(), json=body)
+    assert answer.status_code == status
+    assert set(answer.json["error"]) == {"message", "type", "param", "code"}
+    assert answer.json["error"]["code"] == code
+    assert "x-request-id" in answer.headers
+
+
+def test_content_type_and_body_limit(make_app: Callable[..., Flask]) -> None:
+    http = make_app(max_body_bytes=1000).test_client()
+    assert http.post("/v1/completions", data="{}").status_code == 415
+    large = http.post("/v1/completions", json={"prompt": "x" * 2000})
+    assert large.status_code == 413 and "1000" in large.json["error"]["message"]
+
+
+def test_ignored_fields_header(http: FlaskClient) -> None:
+    answer = http.post("/v1/completions", json={"prompt": "a", "frob": 1, "new\r\nline": 2})
+    assert answer.headers["x-ignored-fields"] == "frob, newline"
+    assert "x-ignored-fields" not in http.post("/v1/completions", json={"prompt": "a"}).headers
+
+
+def test_models(http: FlaskClient) -> None:
+    listed = http.get("/v1/models").json
+    assert listed["object"] == "list" and strict(Model, listed["data"][0]).id == "tiny"
+    assert strict(Model, http.get("/v1/models/tiny").json).owned_by == "pagegraph"
+
+
+def test_refusal_by_the_engine_is_a_status_even_when_streaming(http: FlaskClient, fake_engine) -> None:
+    fake_engine.script = lambda s: [Failed(s.request_id, 503, "the queue is full")]
+    for stream in (False, True):
+        answer = http.post("/v1/completions", json={"prompt": "a", "stream": stream})
+        assert answer.status_code == 503 and answer.headers["Retry-After"] == "1"
+        assert answer.json["error"]["message"] == "the queue is full"
+
+
+def test_failure_in_mid_stream_is_an_event(http: FlaskClient, fake_engine) -> None:
+    fake_engine.script = lambda s: [TokenDelta(s.request_id, [10]), Failed(s.request_id, 500, "the step failed")]
+    chunks = events(http.post("/v1/completions", json={"prompt": "a", "stream": True, "n": 2}).data)
+    assert chunks[-1]["error"]["message"] == "the step failed"
+    assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 500
+
+
+def test_dead_engine_ends_streams_and_refuses(http: FlaskClient, fake_engine) -> None:
+    fake_engine.script = lambda s: [TokenDelta(s.request_id, [10])]
+    answer = http.post("/v1/completions", json={"prompt": "a", "stream": True})
+    body = iter(answer.response)
+    received = next(body)
+    fake_engine.stop()
+    received += b"".join(body)
+    assert events(received)[-1]["error"]["type"] == "service_unavailable_error"
+    refused = http.post("/v1/completions", json={"prompt": "a"})
+    assert refused.status_code == 503 and "Retry-After" in refused.headers
+    assert refused.json["error"]["code"] == "engine_dead"
+
+
+def test_quiet_stream_is_kept_alive_and_closing_aborts(make_app: Callable[..., Flask], fake_engine) -> None:
+    http = make_app(keep_alive_s=0.05).test_client()
+    fake_engine.script = lambda s: [TokenDelta(s.request_id, [10])]
+    answer = http.post("/v1/completions", json={"prompt": "a", "stream": True})
+    body = iter(answer.response)
+    assert any(next(body) == b": keep-alive\n\n" for _ in range(5))
+    answer.close()
+    deadline = time.monotonic() + 5
+    while not fake_engine.aborts and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert fake_engine.aborts == [fake_engine.submits[0].request_id]
+
+
+def test_stream_closed_before_it_began_gives_its_place_back(make_app: Callable[..., Flask], fake_engine) -> None:
+    app = make_app(threads=2)  # one place
+    http = app.test_client()
+    fake_engine.script = lambda s: []
+    first = http.post("/v1/completions", json={"prompt": "a", "stream": True})
+    full = http.post("/v1/completions", json={"prompt": "a"})
+    assert full.status_code == 503 and "threads = 2" in full.json["error"]["message"]
+    first.close()
+    fake_engine.script = lambda s: fake_engine.deltas(s, [10])
+    assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+
+
+def test_load_and_drain(make_app: Callable[..., Flask], fake_engine, tmp_path) -> None:
+    http = make_app(max_queue=0).test_client()
+    full = http.post("/v1/completions", json={"prompt": "a"})
+    assert full.status_code == 503 and "max_queue = 0" in full.json["error"]["message"]
+    http = make_app(drain_flag=str(tmp_path / "flag")).test_client()
+    assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+    (tmp_path / "flag").touch()
+    assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 503
+
+
+def test_an_unforeseen_error_shows_nothing(make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch) -> None:
+    app = make_app()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(app.extensions["pagegraph"].tokenizer, "encode", broken)
+    answer = app.test_client().post("/v1/completions", json={"prompt": "a"})
+    assert answer.status_code == 500 and "secret" not in answer.text

@@ -1,0 +1,197 @@
+"""Every field: what is taken, what is refused, and that a refusal names the field."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from web.errors import ApiError
+from web.schema import _UNSERVED, parse_body, parse_chat, parse_completion
+
+VOCAB = 100
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def completion(**fields: Any):
+    return parse_completion({"prompt": "hi", **fields}, VOCAB)
+
+
+def chat(**fields: Any):
+    return parse_chat({"messages": MESSAGES, **fields}, VOCAB)
+
+
+BAD = [
+    ("temperature", [-0.1, 2.1, "1", True, 10**400]),
+    ("top_p", [0, 1.01, "x"]),
+    ("top_k", [-2, 1.5, 2**31]),
+    ("min_p", [-0.1, 1.1]),
+    ("repetition_penalty", [0, -1, 3]),
+    ("frequency_penalty", [-2.1, 2.1]),
+    ("presence_penalty", [-2.1, 2.1]),
+    ("n", [0, 129, 10**9, "1", 1.5]),
+    ("best_of", [2, 10**6]),
+    ("seed", [2**63, -(2**63) - 1, "a"]),
+    ("stream", ["yes", 1]),
+    ("stream_options", [{"include_usage": True}, 3]),
+    ("stop", [[""], [1], ["a"] * 17, {"a": 1}, "x" * 1025]),
+    ("stop_token_ids", [[-1], [VOCAB], [2**63], [True], "a", [1] * 1025]),
+    ("logit_bias", [{"x": 1}, {"100": 1}, {"-1": 1}, {"1": 101}, {"1": None}, [1], {"9" * 50: 1}]),
+    ("allowed_token_ids", [[], [VOCAB], [-1], 5]),
+    ("min_tokens", [-1, 17, "a"]),
+    ("ignore_eos", [1]),
+    ("skip_special_tokens", ["no"]),
+    ("include_stop_str_in_output", [0]),
+    ("priority", [2**31, "high"]),
+    ("cache_salt", ["", "a b", "x" * 129, 4, "\n"]),
+    ("model", [3]),
+    ("max_tokens", [0, -1, 2**63, "a"]),
+    ("chat_template_kwargs", [[1]]),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD for value in values])
+def test_a_bad_value_is_a_400_that_names_it(name: str, value: Any) -> None:
+    with pytest.raises(ApiError) as caught:
+        completion(**{name: value})
+    assert (caught.value.status, caught.value.param) == (400, name)
+    assert name in caught.value.message and len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize("name", sorted(_UNSERVED))
+def test_unserved_fields_take_only_what_asks_nothing(name: str) -> None:
+    for value in (None, *_UNSERVED[name]):
+        completion(**{name: value})
+    with pytest.raises(ApiError) as caught:
+        completion(**{name: [{"real": "wish"}]})
+    assert (caught.value.status, caught.value.param) == (400, name)
+
+
+def test_response_format_other_than_text() -> None:
+    chat(response_format={"type": "text"})
+    with pytest.raises(ApiError, match="response_format is not served"):
+        chat(response_format={"type": "json_object"})
+
+
+def test_defaults() -> None:
+    request = completion()
+    assert (request.max_tokens, request.n, request.stream, request.params.temperature) == (16, 1, False, 1.0)
+    assert request.params.logprobs is None and request.add_special_tokens
+    request = chat()
+    assert request.max_tokens is None and not request.add_special_tokens
+
+
+def test_null_is_absent() -> None:
+    names = ["temperature", "n", "stop", "seed", "logit_bias", "max_tokens", "stream", "stream_options", "cache_salt"]
+    assert completion(**dict.fromkeys(names)) == completion()
+
+
+def test_values_arrive() -> None:
+    params = completion(
+        temperature=0, top_k=-1, top_p=0.5, min_p=0.1, repetition_penalty=1.1, frequency_penalty=1, presence_penalty=-1,
+        logit_bias={"5": -100}, allowed_token_ids=[1, 2], seed=7, stop_token_ids=[3], ignore_eos=True, logprobs=3,
+        min_tokens=2, max_tokens=9,
+    ).params  # fmt: skip
+    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0, 0, 0.5, 0.1)
+    assert (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) == (1.1, 1, -1)
+    assert (params.logit_bias, params.allowed_token_ids, params.seed) == ({5: -100}, [1, 2], 7)
+    assert (params.stop_token_ids, params.ignore_eos, params.logprobs) == ([3], True, 3)
+    assert (params.min_tokens, params.max_tokens) == (2, 9)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+)
+def test_prompts(prompt: Any, expected: Any) -> None:
+    assert completion(prompt=prompt).prompts == expected
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, [], 5, {}, [[]], ["a", 1], [1, "a"], [[1], "a"], [VOCAB], [-1], [True], [[1.5]], ["a"] * 1025]
+)
+def test_bad_prompts(prompt: Any) -> None:
+    with pytest.raises(ApiError) as caught:
+        completion(prompt=prompt)
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (None, "messages"), ([], "messages"), ("hi", "messages"), ([3], "messages[0]"),
+        ([{"role": "boss", "content": "x"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": 5}], "messages[0].content"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+        ([*MESSAGES, {"role": "assistant", "tool_calls": [{}]}], "messages[1].tool_calls"),
+    ],
+)  # fmt: skip
+def test_bad_messages(messages: Any, param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        chat(messages=messages)
+    assert caught.value.param == param
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert chat(messages=[{"role": "user", "content": parts}]).messages == [{"role": "user", "content": "a\nb"}]
+
+
+def test_chat_logprobs() -> None:
+    assert chat().params.logprobs is None
+    assert chat(logprobs=True).params.logprobs == 0
+    assert chat(logprobs=True, top_logprobs=4).params.logprobs == 4
+    with pytest.raises(ApiError, match="top_logprobs"):
+        chat(top_logprobs=4)
+
+
+def test_max_completion_tokens_wins() -> None:
+    assert chat(max_tokens=3, max_completion_tokens=5).max_tokens == 5
+
+
+def test_min_tokens_without_max_tokens() -> None:
+    assert chat(min_tokens=500).params.min_tokens == 500
+
+
+def test_unknown_fields_are_listed_and_advisory_ones_are_not() -> None:
+    assert completion(frobnicate=1, user="me", metadata={}).ignored == ["frobnicate"]
+
+
+def test_fan_out_is_refused_fast() -> None:
+    started = time.perf_counter()
+    for fields in ({"n": 10**9}, {"prompt": ["x"] * 10**6}, {"best_of": 10**6}, {"logprobs": 10**6},
+                   {"n": 128, "prompt": ["x"] * 1024}):  # fmt: skip
+        with pytest.raises(ApiError):
+            completion(**fields)
+    assert time.perf_counter() - started < 0.25
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"a": NaN}', b"\xff", b"[" * 100_000, b'{"n": 1' + b"0" * 5000 + b"}"])
+def test_bad_bodies(body: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_completion(parse_body(body), VOCAB)
+    assert caught.value.status == 400
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from([name for name, _ in BAD] + ["messages", "prompt", "logprobs", "top_logprobs", *_UNSERVED])
+
+
+@given(fields=st.dictionaries(NAMES, JSON, max_size=5))
+def test_any_json_is_taken_or_refused(fields: dict[str, Any]) -> None:
+    for parse in (completion, chat):
+        try:
+            parse(**fields)
+        except ApiError as error:
+            assert error.status == 400 and error.param
+            json.dumps(error.body())

@@ -1,0 +1,72 @@
+"""The Flask application: settings to routes, the key check and request ids.
+
+Run by gunicorn as `web.app:create_app("settings.json")`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+from flask import Flask, Response, g, request
+
+from runtime.client import EngineClient
+from runtime.tokenizer import Tokenizer
+from web import errors, openai, probes
+from web.errors import ApiError
+from web.settings import WebSettings
+
+
+def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
+    """An app from a settings file, a mapping or settings.
+
+    Raises ValueError for bad settings and FileNotFoundError without tokenizer files.
+    """
+    settings = WebSettings.load(config)
+    app = Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.url_map.merge_slashes = False  # `//v1/models` is no route, not a redirect to one
+    engine = EngineClient(settings.engine_address, silence_s=settings.silence_s)
+    app.extensions["pagegraph"] = openai.Service(settings, Tokenizer.load(settings.model_dir), engine)
+    errors.register(app)
+    app.before_request(_name_request)
+    if settings.api_key is not None:
+        _require_key(app, settings.api_key)
+    app.after_request(_add_headers)
+    app.register_blueprint(openai.blueprint)
+    app.register_blueprint(probes.blueprint)
+    return app
+
+
+def _require_key(app: Flask, key: str) -> None:
+    """Refuse every path but health without `Authorization: Bearer KEY`, known route or not."""
+    expected = _digest(key)
+
+    def check() -> None:
+        if request.path in probes.HEALTH_PATHS:
+            return
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        if not hmac.compare_digest(_digest(given.strip()), expected) or scheme.lower() != "bearer":
+            raise ApiError(401, "missing or wrong API key; send Authorization: Bearer KEY", code="invalid_api_key")
+
+    app.before_request(check)
+
+
+def _digest(key: str) -> bytes:
+    """Keys are compared by digest: equal lengths, so that the comparison takes constant time."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _name_request() -> None:
+    given = request.headers.get("X-Request-Id", "")
+    g.request_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
+
+
+def _add_headers(response: Response) -> Response:
+    response.headers["x-request-id"] = g.request_id
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response

@@ -1,0 +1,97 @@
+"""Errors in OpenAI's shape, for every path and status.
+
+Knows HTTP and JSON. Bodies hold only text written for the user: no paths, tracebacks or process facts.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+from flask import Flask, Response, current_app, request
+from werkzeug.exceptions import HTTPException
+
+from runtime.client import EngineDead, RequestFailed
+
+_log = logging.getLogger(__name__)
+_RETRY_AFTER_S = 1
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+_ENGINE_DOWN = "the engine is not running; try again shortly"
+
+
+class ApiError(Exception):
+    """An error to answer with: HTTP status, a message for the user, the field at fault and a code."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message.encode("utf-8", "replace").decode()  # users can send halves of surrogate pairs
+        self.param = param
+        self.code = code
+
+    def body(self) -> dict[str, Any]:
+        """The error as OpenAI's JSON object."""
+        fallback = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = _TYPES.get(self.status, fallback)
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The error as a response; 429 and 503 say when to come back."""
+        answer = json_response(self.body(), self.status)
+        if self.status in (429, 503):
+            answer.headers["Retry-After"] = str(_RETRY_AFTER_S)
+        if self.status == 401:
+            answer.headers["WWW-Authenticate"] = "Bearer"
+        return answer
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """A JSON response."""
+    return Response(msgspec.json.encode(value), status, mimetype="application/json")
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What the user is told of any error; an unforeseen one is logged and becomes a bare 500."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestFailed):
+        return ApiError(error.status, error.message)
+    if isinstance(error, EngineDead):
+        return ApiError(503, _ENGINE_DOWN, code="engine_dead")
+    if isinstance(error, HTTPException):
+        return _of_http(error)
+    _log.error("unforeseen error", exc_info=error)
+    return ApiError(500, "internal error")
+
+
+def _of_http(error: HTTPException) -> ApiError:
+    status = error.code or 500
+    if status == 404:
+        return ApiError(404, f"no such route: {request.method} {request.path[:200]}")
+    if status == 405:
+        return ApiError(405, f"{request.method} is not allowed here; use {', '.join(sorted(error.valid_methods or ()))}")
+    if status == 413:
+        limit = current_app.config["MAX_CONTENT_LENGTH"]
+        return ApiError(413, f"the request body is larger than max_body_bytes = {limit}")
+    return ApiError(status, error.name.lower())
+
+
+def register(app: Flask) -> None:
+    """Answer every error of `app` in OpenAI's shape."""
+
+    def answer(error: Exception) -> Response:
+        described = as_api_error(error)
+        response = described.response()
+        if isinstance(error, HTTPException) and described.status == 405:
+            response.headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
+        return response
+
+    app.register_error_handler(Exception, answer)

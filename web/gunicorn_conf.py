@@ -1,0 +1,23 @@
+"""gunicorn's settings for the web workers; the supervisor adds bind address, workers and threads as flags.
+
+One thread carries one request for its whole stream, so the supervisor keeps `max_streams` of the web
+settings below `threads`: health checks always find a free thread.
+"""
+
+import os
+
+bind = "127.0.0.1:8000"
+worker_class = "gthread"
+workers = 2
+threads = 80
+# Heartbeats come from the worker's main loop, so this limits a hung worker, not a long stream.
+timeout = 60
+graceful_timeout = 5  # the supervisor has drained before gunicorn hears of a stop
+keepalive = 75
+max_requests = 0
+preload_app = False
+control_socket_disable = True
+accesslog = None
+errorlog = "-"
+# The heartbeat file on a disk can block a worker.
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None

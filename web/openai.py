@@ -1,0 +1,464 @@
+"""The OpenAI routes: models, completions and chat completions.
+
+Knows OpenAI's shapes and the order check, tokenize, submit, answer. Field checks are in `schema`, tokens
+and text in `stream`, failures in `errors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from flask import Blueprint, Response, current_app, request
+
+from runtime.client import EngineClient
+from runtime.protocol import EngineInfo, SamplingParams, TokenLogprob
+from runtime.tokenizer import ChatTemplateError, Detokenizer, Tokenizer
+from web.errors import ApiError, json_response
+from web.schema import GenerationRequest, parse_body, parse_chat, parse_completion
+from web.settings import WebSettings
+from web.stream import ClientGone, EventStream, Generation, Piece, Sequence, client_probe
+
+# A refusal by the engine comes at once: waiting this long lets it be an HTTP status, not a late event.
+_REFUSAL_WAIT_S = 0.05
+_STATUS_CLIENT_GONE = 499
+
+blueprint = Blueprint("openai", __name__)
+
+
+class Service:
+    """What the routes of one worker share: the engine, the tokenizer and the count of open requests."""
+
+    def __init__(self, settings: WebSettings, tokenizer: Tokenizer, engine: EngineClient) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.engine = engine
+        self.started = int(time.time())
+        self._places = threading.BoundedSemaphore(settings.max_streams)
+
+    def admit(self) -> Callable[[], None]:
+        """Take a place for one request; returns what gives it back. Raises ApiError 503 when full."""
+        if not self._places.acquire(blocking=False):
+            raise ApiError(503, f"{self.settings.max_streams} requests run in this worker, all that threads = {self.settings.threads} allow")
+        return self._places.release
+
+    def check_load(self, info: EngineInfo) -> None:
+        """Raise ApiError 503 while the engine drains or its queue is full."""
+        if info.draining or self.settings.draining:
+            raise ApiError(503, "the server is shutting down")
+        if info.num_waiting >= self.settings.max_queue:
+            raise ApiError(503, f"{info.num_waiting} requests are waiting; max_queue = {self.settings.max_queue}")
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError 404 for a model that is not served; no name means the one that is."""
+        served = self.settings.served_model_name
+        if name is not None and name != served:
+            raise ApiError(
+                404, f"the model {name[:200]!r} is not served; {served!r} is", param="model", code="model_not_found"
+            )
+
+
+def service() -> Service:
+    """The service of the current app."""
+    return current_app.extensions["pagegraph"]
+
+
+@blueprint.get("/v1/models")
+def list_models() -> Response:
+    """The one model, as a list."""
+    return json_response({"object": "list", "data": [_model_card(service())]})
+
+
+@blueprint.get("/v1/models/<path:name>")
+def retrieve_model(name: str) -> Response:
+    """One model by name."""
+    service().check_model(name)
+    return json_response(_model_card(service()))
+
+
+@blueprint.post("/v1/completions")
+def completions() -> Response:
+    """Text from prompts."""
+    return _generate(parse_completion, CompletionShape)
+
+
+@blueprint.post("/v1/chat/completions")
+def chat_completions() -> Response:
+    """The assistant's next message."""
+    return _generate(parse_chat, ChatShape)
+
+
+def _generate(parse: Callable[[dict[str, Any], int], GenerationRequest], shape_of: type[Shape]) -> Response:
+    if request.mimetype != "application/json":
+        raise ApiError(415, "the body must be JSON, with the header Content-Type: application/json")
+    served = service()
+    info = served.engine.info()
+    checked = parse(parse_body(request.get_data(cache=False)), info.vocab_size)
+    served.check_model(checked.model)
+    served.check_load(info)
+    prompts = _token_prompts(served.tokenizer, checked, info)
+    release = served.admit()
+    try:
+        generation = _submit(served, checked, prompts, info, release)
+    except BaseException:
+        release()
+        raise
+    try:
+        generation.group.wait(_REFUSAL_WAIT_S)
+        shape = shape_of(checked, served, info, prompts, generation)
+        response = _streamed(generation, shape, served) if checked.stream else _whole(generation, shape)
+    except BaseException:
+        generation.close()
+        raise
+    if checked.ignored:
+        response.headers["x-ignored-fields"] = _header_text(checked.ignored)
+    return response
+
+
+def _token_prompts(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> list[list[int]]:
+    """Token ids of every prompt, each checked against the context."""
+    try:
+        if checked.messages:
+            prompts = [_chat_ids(tokenizer, checked)]
+        else:
+            prompts = [_prompt_ids(tokenizer, prompt, checked, info) for prompt in checked.prompts]
+    except UnicodeEncodeError:
+        raise ApiError(400, "the prompt holds half of a surrogate pair: not valid Unicode") from None
+    for ids in prompts:
+        _check_length(len(ids), checked, info)
+    return prompts
+
+
+def _chat_ids(tokenizer: Tokenizer, checked: GenerationRequest) -> list[int]:
+    try:
+        text = tokenizer.render_chat(
+            checked.messages,
+            add_generation_prompt=checked.add_generation_prompt,
+            continue_final_message=checked.continue_final_message,
+            arguments=checked.template_arguments,
+        )
+    except ChatTemplateError as error:
+        raise ApiError(400, str(error), param="messages") from None
+    return tokenizer.encode(text, add_special_tokens=checked.add_special_tokens)
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str | list[int], checked: GenerationRequest, info: EngineInfo) -> list[int]:
+    if isinstance(prompt, list):
+        return prompt
+    at_least = len(prompt) // tokenizer.max_token_chars
+    if at_least > info.max_model_len:  # tokenizing megabytes only to refuse them would cost seconds
+        raise ApiError(
+            400,
+            f"the prompt of {len(prompt)} characters is at least {at_least} tokens; "
+            f"max_model_len is {info.max_model_len}",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    return tokenizer.encode(prompt, add_special_tokens=checked.add_special_tokens)
+
+
+def _check_length(num_prompt: int, checked: GenerationRequest, info: EngineInfo) -> None:
+    param = "messages" if checked.messages else "prompt"
+    limit = info.max_model_len
+    if num_prompt == 0:
+        raise ApiError(400, f"{param} has no tokens; give at least one", param=param, code="invalid_value")
+    if num_prompt >= limit:
+        raise ApiError(
+            400,
+            f"{param} has {num_prompt} tokens; max_model_len is {limit}, so with one token of output "
+            f"at most {limit - 1} fit",
+            param=param,
+            code="context_length_exceeded",
+        )
+    asked = checked.max_tokens
+    if not checked.max_tokens_is_default and asked is not None and num_prompt + asked > limit:
+        raise ApiError(
+            400,
+            f"{num_prompt} tokens of {param} + max_tokens {asked} = {num_prompt + asked}, above max_model_len {limit}; "
+            f"give max_tokens of at most {limit - num_prompt}",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    if checked.params.min_tokens > limit - num_prompt:
+        raise ApiError(
+            400, f"min_tokens must be at most {limit - num_prompt} after this prompt", param="min_tokens",
+            code="context_length_exceeded",
+        )  # fmt: skip
+
+
+def _submit(
+    served: Service, checked: GenerationRequest, prompts: list[list[int]], info: EngineInfo, release: Callable[[], None]
+) -> Generation:
+    """Submit n sequences for each prompt; sequence j of a prompt runs with seed + j."""
+    submits = [
+        (ids, _params(checked, len(ids), rank, info.max_model_len)) for ids in prompts for rank in range(checked.n)
+    ]
+    group = served.engine.submit_group(submits, checked.priority, checked.cache_salt)
+    sequences = [
+        Sequence(
+            Detokenizer(
+                served.tokenizer,
+                checked.stop,
+                checked.include_stop,
+                checked.skip_special_tokens,
+                prompt_ids=ids,
+                min_tokens=params.min_tokens,
+            ),
+            frozenset(params.stop_token_ids),
+            checked.include_stop,
+        )
+        for ids, params in submits
+    ]
+    return Generation(group, sequences, client_probe(request.environ), release)
+
+
+def _params(checked: GenerationRequest, num_prompt: int, rank: int, max_model_len: int) -> SamplingParams:
+    room = max_model_len - num_prompt
+    max_tokens = room if checked.max_tokens is None else min(checked.max_tokens, room)
+    seed = checked.params.seed
+    if seed is not None:
+        seed = (seed + rank + 2**63) % 2**64 - 2**63
+    return msgspec.structs.replace(checked.params, max_tokens=max_tokens, seed=seed)
+
+
+def _streamed(generation: Generation, shape: Shape, served: Service) -> Response:
+    stream = EventStream(generation, shape.events, shape.last, shape.first(), served.settings.keep_alive_s)
+    response = Response(stream, mimetype="text/event-stream")
+    response.headers["Cache-Control"] = "no-cache"
+    response.headers["X-Accel-Buffering"] = "no"
+    return response
+
+
+def _whole(generation: Generation, shape: Shape) -> Response:
+    try:
+        for pieces in generation.batches(keep_alive_s=float("inf")):
+            for piece in pieces:
+                shape.add(piece)
+    except ClientGone:
+        return Response(status=_STATUS_CLIENT_GONE)
+    finally:
+        generation.close()
+    return json_response(shape.whole())
+
+
+@dataclass(slots=True)
+class _Output:
+    """One choice of a response that is not streamed."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+class Shape:
+    """One response in OpenAI's JSON, streamed or whole; the subclasses differ in what a choice looks like."""
+
+    prefix: str
+    object_whole: str
+    object_chunk: str
+
+    def __init__(
+        self,
+        checked: GenerationRequest,
+        served: Service,
+        info: EngineInfo,
+        prompts: list[list[int]],
+        generation: Generation,
+    ) -> None:
+        self._head = {
+            "id": f"{self.prefix}{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": served.settings.served_model_name,
+            "system_fingerprint": _fingerprint(info),
+        }
+        self._tokenizer = served.tokenizer
+        self._include_usage = checked.include_usage
+        self._n = checked.n
+        self._num_prompt_tokens = sum(map(len, prompts))
+        self._sequences = generation.sequences
+        self._outputs = [_Output() for _ in generation.sequences]
+        self._offsets = [0] * len(generation.sequences)
+
+    def add(self, piece: Piece) -> None:
+        """Take one piece into the whole response."""
+        output = self._outputs[piece.index]
+        output.text += piece.text
+        if piece.logprobs is not None:
+            output.logprobs = [*(output.logprobs or ()), *piece.logprobs]
+        if piece.finish_reason:
+            output.finish_reason, output.stop_reason = piece.finish_reason, piece.stop_reason
+
+    def whole(self) -> dict[str, Any]:
+        """The response that is not streamed."""
+        choices = [self.choice(index, output) for index, output in enumerate(self._outputs)]
+        return {**self._head, "object": self.object_whole, "choices": choices, "usage": self._usage()}
+
+    def first(self) -> list[dict[str, Any]]:
+        """Chunks before any token."""
+        return []
+
+    def events(self, piece: Piece) -> list[dict[str, Any]]:
+        """Chunks of one piece; none when all its text is held back."""
+        raise NotImplementedError
+
+    def last(self) -> list[dict[str, Any]]:
+        """Chunks after every sequence has ended."""
+        return [self._chunk([], usage=self._usage())] if self._include_usage else []
+
+    def choice(self, index: int, output: _Output) -> dict[str, Any]:
+        """One choice of the whole response."""
+        raise NotImplementedError
+
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        chunk = {**self._head, "object": self.object_chunk, "choices": choices}
+        return {**chunk, "usage": usage} if self._include_usage else chunk
+
+    def _usage(self) -> dict[str, Any]:
+        completion = sum(sequence.num_tokens for sequence in self._sequences)
+        cached = sum(sequence.cached_tokens for sequence in self._sequences[:: self._n])
+        return {
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self._num_prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _top(self, entry: TokenLogprob) -> list[tuple[int, float]]:
+        return list(zip(entry.top_ids, entry.top_logprobs, strict=True))
+
+
+class ChatShape(Shape):
+    """`chat.completion` and its chunks."""
+
+    prefix = "chatcmpl-"
+    object_whole = "chat.completion"
+    object_chunk = "chat.completion.chunk"
+
+    def first(self) -> list[dict[str, Any]]:
+        """The role of every choice."""
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk([self._chunk_choice(index, delta)]) for index in range(len(self._outputs))]
+
+    def events(self, piece: Piece) -> list[dict[str, Any]]:
+        """A chunk with text and log-probabilities, then one with the finish reason."""
+        events = []
+        if piece.text or piece.logprobs:
+            delta = {"content": piece.text}
+            events.append(self._chunk([self._chunk_choice(piece.index, delta, self._logprobs(piece.logprobs))]))
+        if piece.finish_reason:
+            end = self._chunk_choice(piece.index, {})
+            end |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+            events.append(self._chunk([end]))
+        return events
+
+    def choice(self, index: int, output: _Output) -> dict[str, Any]:
+        """A choice with the whole message."""
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "logprobs": self._logprobs(output.logprobs),
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+        }
+
+    def _chunk_choice(
+        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+    def _logprobs(self, entries: list[TokenLogprob] | None) -> dict[str, Any] | None:
+        if entries is None:
+            return None
+        content = [
+            {
+                **self._entry(entry.token_id, entry.logprob),
+                "top_logprobs": [self._entry(token_id, value) for token_id, value in self._top(entry)],
+            }
+            for entry in entries
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = self._tokenizer.token_bytes(token_id)
+        return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+class CompletionShape(Shape):
+    """`text_completion`, whole and streamed alike."""
+
+    prefix = "cmpl-"
+    object_whole = "text_completion"
+    object_chunk = "text_completion"
+
+    def events(self, piece: Piece) -> list[dict[str, Any]]:
+        """A chunk with text, log-probabilities and finish reason."""
+        if not (piece.text or piece.logprobs or piece.finish_reason):
+            return []
+        output = _Output(piece.text, piece.logprobs, piece.finish_reason, piece.stop_reason)
+        return [self._chunk([self.choice(piece.index, output)])]
+
+    def choice(self, index: int, output: _Output) -> dict[str, Any]:
+        """A choice with the text."""
+        return {
+            "index": index,
+            "text": output.text,
+            "logprobs": self._logprobs(index, output.logprobs),
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+        }
+
+    def _logprobs(self, index: int, entries: list[TokenLogprob] | None) -> dict[str, Any] | None:
+        """Parallel lists; `text_offset` counts characters of the tokens before, from the choice's start."""
+        if entries is None:
+            return None
+        tokens, offsets, tops = [], [], []
+        for entry in entries:
+            token = self._token(entry.token_id)
+            tokens.append(token)
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(self._tokenizer.token_bytes(entry.token_id).decode("utf-8", "replace"))
+            top = {self._token(token_id): _finite(value) for token_id, value in reversed(self._top(entry))}
+            tops.append(top | {token: _finite(entry.logprob)})
+        chosen = [_finite(entry.logprob) for entry in entries]
+        return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
+
+    def _token(self, token_id: int) -> str:
+        """A token as text; one that is not whole characters as its bytes, so that no two look the same."""
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI's floor for an impossible token stands for it."""
+    return max(logprob, -9999.0)
+
+
+def _model_card(served: Service) -> dict[str, Any]:
+    card = {
+        "id": served.settings.served_model_name,
+        "object": "model",
+        "created": served.started,
+        "owned_by": "pagegraph",
+    }
+    return {**card, "max_model_len": served.engine.info().max_model_len}
+
+
+def _fingerprint(info: EngineInfo) -> str:
+    """Equal for equal model, number format and device kind: what decides the tokens of a seed."""
+    facts = f"{info.model} {info.dtype} {info.device} {info.compiled}"
+    return "fp_" + hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+
+def _header_text(names: list[str]) -> str:
+    """Field names as a header value: ASCII, no control characters, bounded."""
+    return ", ".join("".join(char for char in name[:64] if "!" <= char <= "~") for name in names[:32])

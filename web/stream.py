@@ -1,0 +1,198 @@
+"""Deltas of the engine to pieces of text, and pieces to server-sent events.
+
+Knows detokenizing, stop strings, keep-alive and a client that left. Knows no OpenAI shapes.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from runtime.client import Group, RequestFailed
+from runtime.protocol import TokenDelta, TokenLogprob
+from runtime.tokenizer import Detokenizer
+from web.errors import as_api_error
+
+# How often a waiting request looks whether its client is still there.
+_PEEK_S = 0.1
+_PEEK_FLAGS = socket.MSG_PEEK | socket.MSG_DONTWAIT
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one delta brought one sequence: certain text, its tokens' log-probabilities, perhaps its end."""
+
+    index: int
+    text: str
+    logprobs: list[TokenLogprob] | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One sequence as the web worker sees it."""
+
+    detokenizer: Detokenizer
+    stop_token_ids: frozenset[int]
+    include_stop: bool
+    num_tokens: int = 0
+    cached_tokens: int = 0
+    finish_reason: str | None = None
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
+
+
+@dataclass(slots=True)
+class Generation:
+    """All sequences of one request while they run. `close` aborts what is left and must be called."""
+
+    group: Group
+    sequences: list[Sequence]
+    client_gone: Callable[[], bool]
+    on_close: Callable[[], None]
+    _peeked: float = field(default_factory=time.monotonic)
+    _closed: bool = False
+
+    def batches(self, keep_alive_s: float) -> Iterator[list[Piece]]:
+        """Pieces as they come, all that wait at once; an empty list when none came for `keep_alive_s`.
+
+        Raises ClientGone, RequestFailed or EngineDead.
+        """
+        quiet_since = time.monotonic()
+        while self.group.num_open:
+            pieces = self._waiting_pieces()
+            self._peek()
+            now = time.monotonic()
+            if pieces or now - quiet_since >= keep_alive_s:
+                quiet_since = now
+                yield pieces
+
+    def close(self) -> None:
+        """Abort what still runs and give the request's place back; more calls do nothing."""
+        if not self._closed:
+            self._closed = True
+            self.group.abort()
+            self.on_close()
+
+    def _waiting_pieces(self) -> list[Piece]:
+        pieces = []
+        item = self.group.get(_PEEK_S)
+        while item is not None:
+            pieces.append(self._piece(*item))
+            item = self.group.get(0) if self.group.num_open else None
+        return pieces
+
+    def _piece(self, index: int, delta: TokenDelta) -> Piece:
+        sequence = self.sequences[index]
+        if delta.finish_reason in ("abort", "error"):
+            raise RequestFailed(index, 503 if delta.finish_reason == "abort" else 500, "the server ended this request")
+        sequence.cached_tokens = max(sequence.cached_tokens, delta.cached_tokens)
+        detokenizer = sequence.detokenizer
+        text = detokenizer.push(_shown_tokens(delta, sequence.include_stop))
+        num_tokens, reason, stop_reason = len(delta.token_ids), delta.finish_reason or None, None
+        if detokenizer.stopped_by is None and reason:
+            text += detokenizer.finish()
+        if detokenizer.stopped_by is not None:
+            # Tokens after the one that completed the stop string were never asked for.
+            num_tokens = detokenizer.num_tokens - sequence.num_tokens
+            reason, stop_reason = "stop", detokenizer.stopped_by
+            self.group.abort(index)
+        elif delta.stop_reason in sequence.stop_token_ids:
+            stop_reason = delta.stop_reason
+        sequence.num_tokens += num_tokens
+        sequence.finish_reason = reason
+        logprobs = delta.logprobs[:num_tokens] if delta.logprobs is not None else None
+        return Piece(index, text, logprobs, reason, stop_reason)
+
+    def _peek(self) -> None:
+        now = time.monotonic()
+        if now - self._peeked >= _PEEK_S:
+            self._peeked = now
+            if self.client_gone():
+                raise ClientGone
+
+
+def _shown_tokens(delta: TokenDelta, include_stop: bool) -> list[int]:
+    """The delta's tokens without the one that stopped the sequence."""
+    stopped = delta.finish_reason == "stop" and delta.stop_reason >= 0 and delta.token_ids[-1:] == [delta.stop_reason]
+    return delta.token_ids[:-1] if stopped and not include_stop else delta.token_ids
+
+
+def client_probe(environ: dict[str, Any]) -> Callable[[], bool]:
+    """A function that says whether the request's client has closed its connection.
+
+    gunicorn's threads notice that only when they write; so the socket is peeked at. A server that does
+    not hand out its socket is taken to have its client.
+    """
+    sock = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
+    if sock is None or not hasattr(sock, "recv"):
+        return lambda: False
+
+    def gone() -> bool:
+        try:
+            poll = select.poll()  # select() itself fails above 1024 file descriptors
+            poll.register(sock, select.POLLIN)
+            return bool(poll.poll(0)) and sock.recv(1, _PEEK_FLAGS) == b""
+        except BlockingIOError:
+            return False
+        except ValueError:  # a TLS socket cannot be peeked at
+            return False
+        except OSError:
+            return True
+
+    return gone
+
+
+def sse(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+class EventStream:
+    """The body of a streaming response. A class, for a generator that never started runs no `finally`."""
+
+    def __init__(
+        self, generation: Generation, events: Callable[[Piece], list[Any]], last: Callable[[], list[Any]],
+        first: list[Any], keep_alive_s: float,
+    ) -> None:  # fmt: skip
+        self._generation = generation
+        self._body = self._write(events, last, first, keep_alive_s)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self._body)
+
+    def close(self) -> None:
+        """Called by the server at the end of the response, also when the client left."""
+        self._body.close()
+        self._generation.close()
+
+    def _write(
+        self, events: Callable[[Piece], list[Any]], last: Callable[[], list[Any]], first: list[Any], keep_alive_s: float
+    ) -> Generator[bytes, None, None]:
+        try:
+            yield b"".join(map(sse, first)) or KEEP_ALIVE
+            for pieces in self._generation.batches(keep_alive_s):
+                body = b"".join(sse(event) for piece in pieces for event in events(piece))
+                if body or not pieces:
+                    yield body or KEEP_ALIVE
+            yield b"".join(map(sse, last())) + DONE
+        except ClientGone:
+            return
+        except Exception as error:
+            yield sse(as_api_error(error).body()) + DONE
+        finally:
+            self._generation.close()
