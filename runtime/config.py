@@ -132,7 +132,7 @@ class Config:
     model: str = _option("", parse_text, "folder, .gguf file or Hugging Face name of the model", "model")
     gguf_file: str | None = _option(None, parse_text, "name of the .gguf file inside the model folder or repository", "model", _NONE)
     revision: str | None = _option(None, parse_text, "branch, tag or commit of a Hugging Face model", "model", _NONE)
-    tokenizer: str | None = _option(None, parse_text, "folder or name of the tokenizer (none: the model's)", "model", _NONE)
+    tokenizer: str | None = _option(None, parse_text, "folder of the tokenizer (none: the model's)", "model", _NONE)
     served_model_name: str | None = _option(None, parse_text, "name in the HTTP API (none: last part of model)", "model", _NONE)
     dtype: str = _option("auto", _one_of("auto", "float32", "bfloat16", "float16"), "weights and activations: auto, float32, bfloat16, float16", "model")
     device: str = _option("auto", _one_of("auto", "cpu", "cuda"), "auto (cuda if there is one), cpu or cuda", "model")
@@ -321,10 +321,12 @@ def _check_one_sequence_fits(num_blocks: int, block_size: int, length: int) -> N
         )
 
 
-def require_model_file(config: Config) -> None:
-    """Raise ConfigError if `model` names a local path or .gguf file that is not there."""
+def require_local_files(config: Config) -> None:
+    """Raise ConfigError if `model` or `tokenizer` names something on this machine that is not there."""
     path = Path(config.model).expanduser()
     is_path = config.model.startswith(("/", "./", "../", "~")) or config.model.endswith(".gguf")
-    if is_path and ":" not in config.model and not path.exists():
+    if is_path and not path.exists():
         hint = "; `make model` fetches it" if path.parent.name == "models" else ""
         raise ConfigError(f"model={config.model} does not exist{hint}")
+    if config.tokenizer is not None and not Path(config.tokenizer, "tokenizer.json").is_file():
+        raise ConfigError(f"tokenizer={config.tokenizer} is not a folder with a tokenizer.json; leave it out to use the model's own")

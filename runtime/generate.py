@@ -7,7 +7,7 @@ import sys
 import click
 
 from runtime.cli import config_command
-from runtime.config import load_config, require_model_file
+from runtime.config import load_config, require_local_files
 from runtime.protocol import SamplingParams
 
 
@@ -33,7 +33,7 @@ def generate(
 ) -> None:
     """Complete one prompt; the text goes to standard output, progress to standard error."""
     config = load_config(path, overrides).config
-    require_model_file(config)
+    require_local_files(config)
     text = sys.stdin.read() if prompt == "-" else prompt
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=config.seed)
     from runtime.llm import LLM  # here and not above: importing torch takes seconds, a bad flag should not

@@ -8,7 +8,7 @@ import sys
 import click
 
 from runtime.cli import config_command
-from runtime.config import load_config, require_model_file
+from runtime.config import load_config, require_local_files
 
 
 @config_command("serve")
@@ -16,7 +16,7 @@ from runtime.config import load_config, require_model_file
 def serve(config: str, overrides: dict[str, str]) -> None:
     """Serve CONFIG until SIGTERM or Ctrl-C; a second signal stops at once."""
     settings = load_config(config, overrides).config
-    require_model_file(settings)
+    require_local_files(settings)
     from runtime.supervisor import Supervisor, Unserved
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(name)s %(message)s")

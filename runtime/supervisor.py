@@ -6,7 +6,6 @@ Imports no torch and nothing of web: both children are started by name. Its own 
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import logging
@@ -37,12 +36,23 @@ ENGINE_COMMAND = (sys.executable, "-m", "runtime.engine_process")
 WEB_COMMAND = (sys.executable, "-m", "gunicorn")
 
 HEARTBEAT_S = 0.25
-SILENCE_S = 30.0  # a longer step counts as a hang: /health/live then fails
-IDLE_CHECKS = 3  # heartbeats in a row without work before a drain is over: one may pass between check and submit
+SILENCE_S = 30.0  # a longer step counts as a hang: /health/live then fails and streams end
+IDLE_S = 1.5  # without work before a drain is over: web workers learn of it from a heartbeat of one second
+PROBE_THREADS = 16  # of a web worker's threads, kept free of streams so that short requests are answered
 STOP_S = 10.0  # what a child gets between SIGTERM and SIGKILL
 TAIL_BYTES = 8192
 ABORTED = 130  # exit status after a second signal, as a shell reports an interrupt
-_PR_SET_PDEATHSIG = 1
+
+# Runs in the child before the command takes its place: the kernel is to end it when the supervisor is killed.
+# A program of its own and not `preexec_fn`, which may deadlock where the parent has threads.
+BOUND_TO_PARENT = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the supervisor is gone")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 # Everything fetched here is on this machine: a proxy from the environment must not see it.
 _fetch = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -61,13 +71,12 @@ class Child:
     def __init__(self, name: str, command: Sequence[str], pass_fds: Sequence[int] = ()) -> None:
         self.name = name
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, "-c", BOUND_TO_PARENT, str(os.getpid()), *command] if sys.platform == "linux" else command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=pass_fds,
-            preexec_fn=_die_with_parent(),
         )
         self._tail = bytearray()
         self._reader = threading.Thread(target=self._pass_on, name=f"{name}-output", daemon=True)
@@ -115,14 +124,6 @@ class Child:
             sys.stderr.buffer.flush()
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """What a child runs first so that the kernel ends it with a killed supervisor; Linux only."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 class Supervisor:
     """One server from start to exit. `run` returns the exit status."""
 
@@ -136,7 +137,8 @@ class Supervisor:
         self._engine_command = engine_command
         self._web_command = web_command
         self._run_dir = Path(tempfile.mkdtemp(prefix="pagegraph-"))  # mode 0700
-        self._client = EngineClient(f"ipc://{self._run_dir / 'engine.sock'}", heartbeat_s=HEARTBEAT_S, silence_s=SILENCE_S)
+        self._engine_address = f"ipc://{self._run_dir / 'engine.sock'}"
+        self._client = EngineClient(self._engine_address, heartbeat_s=HEARTBEAT_S, silence_s=SILENCE_S)
         self._metrics_url = f"http://127.0.0.1:{free_port()}/metrics"
         self._signals = 0
         self._ready = False
@@ -155,10 +157,9 @@ class Supervisor:
         try:
             listener = bind(self.config.host, self.config.port, "port")
             probes = Probes(self.config.probe_port or 0, self.live, self.ready, self._metrics_url)
-            settings = self._write_settings(probes.port)
-            self._engine = Child("engine", [*self._engine_command, str(settings)])
+            self._engine = Child("engine", [*self._engine_command, str(self._write_engine_settings())])
             if info := self._wait_for_engine():
-                self._add_model_dir(settings)
+                settings = self._write_web_settings(probes.port)
                 self._web = Child("web", self._web_arguments(settings, listener.fileno()), (listener.fileno(),))
                 if self._wait_for_web(listener):
                     self._ready = True
@@ -197,31 +198,34 @@ class Supervisor:
     def _drain_flag(self) -> Path:
         return self._run_dir / "draining"
 
-    def _write_settings(self, probe_port: int) -> Path:
-        """The file both children read. It holds the API key: the folder is the owner's alone."""
-        path = self._run_dir / "settings.json"
+    def _write_engine_settings(self) -> Path:
+        """The engine's settings. They hold the API key: the folder is the owner's alone."""
+        path = self._run_dir / "engine-settings.json"
         settings = {
             "config": dataclasses.asdict(self.config),
-            "run_dir": str(self._run_dir),
-            "engine_address": f"ipc://{self._run_dir / 'engine.sock'}",
+            "engine_address": self._engine_address,
             "metrics_port": urllib.parse.urlsplit(self._metrics_url).port,
-            "metrics_url": self._metrics_url,
-            "probe_port": probe_port,
-            "served_model_name": self.config.model_name,
-            "api_key": self.config.api_key,
-            "max_queue": self.config.max_queue,
-            "workers": self.config.workers,
-            "threads": self.config.threads,
             "drain_flag": str(self._drain_flag),
         }
-        _replace(path, settings)
+        path.write_text(json.dumps(settings, indent=1))
         return path
 
-    def _add_model_dir(self, path: Path) -> None:
-        facts = json.loads((self._run_dir / "engine.json").read_text())
-        # The tokenizer may be named apart from the weights; the web reads it from this folder.
-        folder = self.config.tokenizer or facts["model_dir"]
-        _replace(path, {**json.loads(path.read_text()), "model_dir": folder})
+    def _write_web_settings(self, probe_port: int) -> Path:
+        """The web workers' settings, once the engine said which folder holds the tokenizer; see web/settings.py."""
+        path = self._run_dir / "web-settings.json"
+        engine = json.loads((self._run_dir / "engine.json").read_text())
+        settings = {
+            "engine_address": self._engine_address,
+            "model": self.config.tokenizer or engine["model_dir"],
+            "served_model_name": self.config.model_name,
+            "api_key": self.config.api_key,
+            "probe_address": f"127.0.0.1:{probe_port}",
+            "max_queue": self.config.max_queue,
+            "max_streams": self.config.threads - min(PROBE_THREADS, self.config.threads // 2),
+            "silence_s": SILENCE_S,
+        }
+        path.write_text(json.dumps(settings, indent=1))
+        return path
 
     def _web_arguments(self, settings: Path, descriptor: int) -> list[str]:
         return [
@@ -229,11 +233,9 @@ class Supervisor:
             f"web.app:create_app({json.dumps(str(settings))})",
             "--config", "python:web.gunicorn_conf",
             "--bind", f"fd://{descriptor}",
-            "--worker-class", "gthread",
             "--workers", str(self.config.workers),
             "--threads", str(self.config.threads),
             "--log-level", self.config.log_level,
-            "--no-control-socket",
         ]  # fmt: skip
 
     def _wait_for_engine(self) -> EngineInfo | None:
@@ -282,17 +284,19 @@ class Supervisor:
         return ABORTED if self._signals > 1 else 0
 
     def _wait_until_idle(self, deadline: float) -> None:
-        idle = 0
-        while idle < IDLE_CHECKS and self._signals < 2:
+        idle_since = time.monotonic()
+        while self._signals < 2:
             self._check_children()
-            info = self._info()
+            info, now = self._info(), time.monotonic()
             unfinished = info.num_running + info.num_waiting if info else 0
-            idle = 0 if unfinished else idle + 1
-            if time.monotonic() > deadline:
-                log.warning("drain_timeout_s is over: %d requests are cut", unfinished)
+            if unfinished:
+                idle_since = now
+            if now - idle_since > IDLE_S:
                 return
-            # A little over a heartbeat, so that each look sees newer facts.
-            time.sleep(HEARTBEAT_S * 1.2)
+            if now > deadline:
+                log.warning("drain_timeout_s is over: requests cut: %d", unfinished)
+                return
+            time.sleep(0.1)
 
     def _close(self, probes: Probes | None, listener: socket.socket | None) -> None:
         self._ready = False
@@ -415,10 +419,3 @@ def _connectable(address: tuple[Any, ...]) -> str:
 
 def _status(exit_code: int) -> str:
     return f"status {exit_code}" if exit_code >= 0 else f"signal {signal.Signals(-exit_code).name}"
-
-
-def _replace(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old or the new whole."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(path)

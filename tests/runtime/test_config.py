@@ -21,7 +21,7 @@ from runtime.config import (
     load_config,
     parse_bytes,
     parse_whole,
-    require_model_file,
+    require_local_files,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -177,9 +177,13 @@ def test_model_name_shows_no_path() -> None:
 
 def test_a_missing_model_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist; `make model` fetches it"):
-        require_model_file(Config(model=str(tmp_path / "models" / "m.gguf")))
-    require_model_file(Config(model=str(tmp_path)))
-    require_model_file(Config(model="org/name"))
+        require_local_files(Config(model=str(tmp_path / "models" / "m.gguf")))
+    require_local_files(Config(model=str(tmp_path)))
+    require_local_files(Config(model="org/name"))
+    with pytest.raises(ConfigError, match="is not a folder with a tokenizer.json"):
+        require_local_files(Config(model="org/name", tokenizer=str(tmp_path)))
+    (tmp_path / "tokenizer.json").touch()
+    require_local_files(Config(model="org/name", tokenizer=str(tmp_path)))
 
 
 @given(

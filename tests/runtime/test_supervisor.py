@@ -20,6 +20,7 @@ import pytest
 from runtime.config import Config
 from runtime.protocol import EngineInfo
 from runtime.supervisor import Probes, Unserved, banner, bind
+from web.settings import WebSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,13 +45,13 @@ ENGINE = """
     (control / "engine-pid").write_text(str(__import__("os").getpid()))
     mailbox = Mailbox(settings["engine_address"])
     threading.Thread(target=HTTPServer(("127.0.0.1", settings["metrics_port"]), Metrics).serve_forever, daemon=True).start()
-    (Path(settings["run_dir"]) / "engine.json").write_text(json.dumps({"model_dir": "/the/model"}))
+    Path(sys.argv[1]).with_name("engine.json").write_text(json.dumps({"model_dir": str(control)}))
     while True:
         if (control / "crash").exists():
             print("boom: the last line", flush=True); sys.exit(3)
         for client, _ in mailbox.poll(block=True):
             mailbox.send(client, EngineInfo("m", "cpu", "bfloat16", 100, 64, 9, 16, True,
-                num_running=int((control / "busy").exists())))
+                num_running=int((control / "busy").exists()), draining=Path(settings["drain_flag"]).exists()))
 """
 
 WEB = """
@@ -60,12 +61,12 @@ WEB = """
 
     path = json.loads(re.search(r"create_app\\((.*)\\)", sys.argv[1])[1])
     settings = json.loads(Path(path).read_text())
-    control = Path(settings["config"]["model"])
+    control = Path(settings["model"])
     (control / "settings.json").write_text(json.dumps({**settings, "argv": sys.argv}))
 
     class App(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(503 if Path(settings["drain_flag"]).exists() else 200); self.end_headers()
+            self.send_response(503 if Path(path).with_name("draining").exists() else 200); self.end_headers()
         def log_message(self, *args): pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), App, bind_and_activate=False)
@@ -144,7 +145,8 @@ class Server:
         return get(f"http://127.0.0.1:{self.probe_port}{path}")
 
     def wait_ready(self) -> None:
-        wait_for(lambda: self.probe("/health/ready")[0] == 200)
+        wait_for(lambda: self.probe("/health/ready")[0] == 200 or self.process.poll() is not None)
+        assert self.process.poll() is None, self.end()[1]
 
     def flag(self, name: str) -> Path:
         return self.control / name
@@ -183,14 +185,15 @@ def test_serves_then_stops_in_order_with_status_0(server: Server) -> None:
     assert list(server.temporary.iterdir()) == []
 
 
-def test_web_settings_carry_what_the_web_needs(server: Server) -> None:
+def test_web_settings_are_what_the_web_takes(server: Server) -> None:
     server.wait_ready()
-    settings = json.loads(server.flag("settings.json").read_text())
-    assert settings["model_dir"] == "/the/model"
-    assert settings["api_key"] == "secret" and settings["max_queue"] == 256
-    assert settings["served_model_name"] == server.control.name
-    assert get(settings["metrics_url"])[1] == "fake_metric 1\n"
-    assert settings["argv"][settings["argv"].index("--worker-class") + 1] == "gthread"
+    written = json.loads(server.flag("settings.json").read_text())
+    argv = written.pop("argv")
+    settings = WebSettings.load(written)
+    assert settings.model == str(server.control) and settings.served_model_name == server.control.name
+    assert settings.api_key == "secret" and settings.max_queue == 256
+    assert settings.max_streams == 80 - 16 and argv[argv.index("--threads") + 1] == "80"
+    assert get(f"http://{settings.probe_address}/metrics")[1] == "fake_metric 1\n"
 
 
 def test_drain_refuses_new_requests_and_waits_for_running_ones(server: Server) -> None:
@@ -225,7 +228,7 @@ def test_drain_ends_at_its_timeout(tmp_path_factory: pytest.TempPathFactory) -> 
     time.sleep(0.6)
     server.process.send_signal(signal.SIGTERM)
     status, output = server.end(8.0)
-    assert status == 0 and "1 requests are cut" in output
+    assert status == 0 and "requests cut: 1" in output
 
 
 def test_engine_death_stops_the_web_and_shows_the_last_lines(server: Server) -> None:
