@@ -37,8 +37,7 @@ WEB_COMMAND = (sys.executable, "-m", "gunicorn")
 
 HEARTBEAT_S = 0.25
 SILENCE_S = 30.0  # a longer step counts as a hang: /health/live then fails and streams end
-IDLE_S = 1.5  # without work before a drain is over: web workers learn of it from a heartbeat of one second
-PROBE_THREADS = 16  # of a web worker's threads, kept free of streams so that short requests are answered
+IDLE_S = 0.75  # without work before a drain is over: a request may just have passed the check of the flag
 STOP_S = 10.0  # what a child gets between SIGTERM and SIGKILL
 TAIL_BYTES = 8192
 ABORTED = 130  # exit status after a second signal, as a shell reports an interrupt
@@ -159,7 +158,7 @@ class Supervisor:
             probes = Probes(self.config.probe_port or 0, self.live, self.ready, self._metrics_url)
             self._engine = Child("engine", [*self._engine_command, str(self._write_engine_settings())])
             if info := self._wait_for_engine():
-                settings = self._write_web_settings(probes.port)
+                settings = self._write_web_settings()
                 self._web = Child("web", self._web_arguments(settings, listener.fileno()), (listener.fileno(),))
                 if self._wait_for_web(listener):
                     self._ready = True
@@ -205,23 +204,23 @@ class Supervisor:
             "config": dataclasses.asdict(self.config),
             "engine_address": self._engine_address,
             "metrics_port": urllib.parse.urlsplit(self._metrics_url).port,
-            "drain_flag": str(self._drain_flag),
         }
         path.write_text(json.dumps(settings, indent=1))
         return path
 
-    def _write_web_settings(self, probe_port: int) -> Path:
+    def _write_web_settings(self) -> Path:
         """The web workers' settings, once the engine said which folder holds the tokenizer; see web/settings.py."""
         path = self._run_dir / "web-settings.json"
         engine = json.loads((self._run_dir / "engine.json").read_text())
         settings = {
             "engine_address": self._engine_address,
-            "model": self.config.tokenizer or engine["model_dir"],
+            "model_dir": self.config.tokenizer or engine["model_dir"],
             "served_model_name": self.config.model_name,
             "api_key": self.config.api_key,
-            "probe_address": f"127.0.0.1:{probe_port}",
+            "metrics_url": self._metrics_url,
+            "drain_flag": str(self._drain_flag),
             "max_queue": self.config.max_queue,
-            "max_streams": self.config.threads - min(PROBE_THREADS, self.config.threads // 2),
+            "threads": self.config.threads,
             "silence_s": SILENCE_S,
         }
         path.write_text(json.dumps(settings, indent=1))

@@ -51,7 +51,7 @@ ENGINE = """
             print("boom: the last line", flush=True); sys.exit(3)
         for client, _ in mailbox.poll(block=True):
             mailbox.send(client, EngineInfo("m", "cpu", "bfloat16", 100, 64, 9, 16, True,
-                num_running=int((control / "busy").exists()), draining=Path(settings["drain_flag"]).exists()))
+                num_running=int((control / "busy").exists())))
 """
 
 WEB = """
@@ -61,12 +61,12 @@ WEB = """
 
     path = json.loads(re.search(r"create_app\\((.*)\\)", sys.argv[1])[1])
     settings = json.loads(Path(path).read_text())
-    control = Path(settings["model"])
+    control = Path(settings["model_dir"])
     (control / "settings.json").write_text(json.dumps({**settings, "argv": sys.argv}))
 
     class App(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(503 if Path(path).with_name("draining").exists() else 200); self.end_headers()
+            self.send_response(503 if Path(settings["drain_flag"]).exists() else 200); self.end_headers()
         def log_message(self, *args): pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), App, bind_and_activate=False)
@@ -190,10 +190,11 @@ def test_web_settings_are_what_the_web_takes(server: Server) -> None:
     written = json.loads(server.flag("settings.json").read_text())
     argv = written.pop("argv")
     settings = WebSettings.load(written)
-    assert settings.model == str(server.control) and settings.served_model_name == server.control.name
+    assert settings.model_dir == str(server.control) and settings.served_model_name == server.control.name
     assert settings.api_key == "secret" and settings.max_queue == 256
-    assert settings.max_streams == 80 - 16 and argv[argv.index("--threads") + 1] == "80"
-    assert get(f"http://{settings.probe_address}/metrics")[1] == "fake_metric 1\n"
+    assert settings.drain_flag is not None and not settings.draining
+    assert settings.max_streams < settings.threads == int(argv[argv.index("--threads") + 1])
+    assert get(str(settings.metrics_url))[1] == "fake_metric 1\n"
 
 
 def test_drain_refuses_new_requests_and_waits_for_running_ones(server: Server) -> None:
