@@ -1,0 +1,40 @@
+"""The ladder: every step fits the rung it gets, and no smaller rung would do."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compiler.buckets import Bucket, cpu_bucket, cuda_ladder
+
+
+@given(st.integers(1, 1024), st.integers(16, 4096), st.data())
+def test_smallest_rung_that_holds_the_step(max_seqs: int, max_tokens: int, data: st.DataObject) -> None:
+    ladder = cuda_ladder(max_seqs, max_tokens)
+    seqs = data.draw(st.integers(1, max_seqs))
+    tokens = data.draw(st.integers(seqs, max(seqs, max_tokens)))
+    bucket = ladder.bucket(tokens, seqs)
+    if bucket is None:
+        assert tokens > ladder.mixed[-1]
+        return
+    assert bucket in ladder.buckets()
+    assert bucket.tokens >= tokens and bucket.seqs >= seqs
+    kind = ladder.decode if tokens == seqs else ladder.mixed
+    assert not any(tokens <= size < bucket.tokens for size in kind)
+
+
+def test_decode_padding_is_bounded() -> None:
+    ladder = cuda_ladder(1024, 2048)
+    for seqs in range(8, 1025):
+        assert ladder.bucket(seqs, seqs).tokens - seqs < (8 if seqs <= 256 else 32)
+
+
+def test_a_full_batch_of_any_limit_has_a_rung() -> None:
+    for limit in (1, 2, 3, 7, 100, 250, 257, 1000):
+        assert cuda_ladder(limit, 64).bucket(limit, limit) == Bucket(limit, limit)
+
+
+def test_cpu_pads_ones_only() -> None:
+    assert cpu_bucket(1, 1) == Bucket(1, 1)
+    assert cpu_bucket(40, 1) == Bucket(40, 2)
+    assert cpu_bucket(40, 5) == Bucket(40, 5)
