@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -16,6 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from runtime.config import Config
 from runtime.protocol import EngineInfo
@@ -29,7 +33,7 @@ ENGINE = """
     from http.server import BaseHTTPRequestHandler, HTTPServer
     from pathlib import Path
     from runtime.mailbox import Mailbox
-    from runtime.protocol import EngineInfo
+    from runtime.protocol import Abort, EngineInfo, Hello, Submit, TokenDelta, Tokens
 
     class Metrics(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -46,12 +50,23 @@ ENGINE = """
     mailbox = Mailbox(settings["engine_address"])
     threading.Thread(target=HTTPServer(("127.0.0.1", settings["metrics_port"]), Metrics).serve_forever, daemon=True).start()
     Path(sys.argv[1]).with_name("engine.json").write_text(json.dumps({"model_dir": str(control)}))
+    left = {}  # (client, request id): tokens still to come, one a poll
     while True:
         if (control / "crash").exists():
             print("boom: the last line", flush=True); sys.exit(3)
-        for client, _ in mailbox.poll(block=True):
-            mailbox.send(client, EngineInfo("m", "cpu", "bfloat16", 100, 64, 9, 16, True,
-                num_running=int((control / "busy").exists())))
+        for client, message in mailbox.poll(block=True):
+            match message:
+                case Hello():
+                    running = len(left) + (control / "busy").exists()
+                    mailbox.send(client, EngineInfo("m", "cpu", "bfloat16", 3, 1000, 9, 16, True, num_running=running))
+                case Submit():
+                    left[client, message.request_id] = message.params.max_tokens
+                case Abort():
+                    left.pop((client, message.request_id), None)
+        for (client, request_id), count in list(left.items()):
+            mailbox.send(client, Tokens([TokenDelta(request_id, [1], "length" if count == 1 else "")]))
+            left[client, request_id] = count - 1
+        left = {key: count for key, count in left.items() if count}
 """
 
 WEB = """
@@ -80,11 +95,12 @@ WEB = """
 DRIVER = """
     import logging, sys
     from runtime.config import Config
-    from runtime.supervisor import Supervisor, Unserved
-    control, port, probe_port, drain = sys.argv[1:]
+    from runtime.supervisor import WEB_COMMAND, Supervisor, Unserved
+    control, port, probe_port, drain, web = sys.argv[1:]
     logging.basicConfig(level="INFO")
-    config = Config(model=control, port=int(port), probe_port=int(probe_port), drain_timeout_s=float(drain), api_key="secret")
-    supervisor = Supervisor(config, [sys.executable, control + "/engine.py"], [sys.executable, control + "/web.py"])
+    config = Config(model=control, port=int(port), probe_port=int(probe_port), drain_timeout_s=float(drain), api_key="secret", workers=1)
+    web_command = WEB_COMMAND if web == "gunicorn" else [sys.executable, control + "/web.py"]
+    supervisor = Supervisor(config, [sys.executable, control + "/engine.py"], web_command)
     try:
         status = supervisor.run()
     except Unserved as error:
@@ -123,7 +139,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
 class Server:
     """A supervisor in a process of its own with a folder through which the test steers its children."""
 
-    def __init__(self, control: Path, drain: float = 20.0) -> None:
+    def __init__(self, control: Path, drain: float = 20.0, web: str = "fake") -> None:
         self.control = control
         self.temporary = control / "tmp"
         self.temporary.mkdir()
@@ -131,7 +147,8 @@ class Server:
         for name, text in {"engine": ENGINE, "web": WEB, "driver": DRIVER}.items():
             (control / f"{name}.py").write_text(textwrap.dedent(text))
         self.process = subprocess.Popen(
-            [sys.executable, str(control / "driver.py"), str(control), str(self.port), str(self.probe_port), str(drain)],
+            [sys.executable, str(control / "driver.py"), str(control), str(self.port), str(self.probe_port), str(drain), web],
+            cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -256,6 +273,60 @@ def test_engine_that_refuses_at_start(tmp_path_factory: pytest.TempPathFactory) 
     status, output = Server(control).end()
     assert status == 1
     assert "status 7" in output and output.rstrip().endswith("a reason for refusing")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of three words, in the files that a model folder has."""
+    words = WordLevel({"<unk>": 0, "la": 1, "end": 2}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def stream(server: Server, max_tokens: int) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    body = json.dumps({"model": server.control.name, "prompt": "la la", "max_tokens": max_tokens, "stream": True})
+    headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", body, headers)
+    return connection.getresponse()
+
+
+@pytest.fixture
+def real_web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    control = tmp_path_factory.mktemp("s")
+    write_tokenizer(control)
+    server = Server(control, web="gunicorn")
+    yield server
+    if server.process.poll() is None:
+        server.process.kill()
+        server.process.communicate(timeout=15)
+
+
+def test_gunicorn_streams_through_a_drain_and_refuses_new_requests(real_web: Server) -> None:
+    real_web.wait_ready()
+    running = stream(real_web, max_tokens=30)  # 3 s at a token each 0.1 s
+    assert running.status == 200 and running.readline().startswith(b"data: ")
+    real_web.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: real_web.probe("/health/ready")[0] == 503)
+    time.sleep(0.3)
+    assert stream(real_web, max_tokens=1).status == 503
+    rest = running.read().decode()
+    assert '"finish_reason":"length"' in rest.replace(" ", "") and rest.endswith("data: [DONE]\n\n")
+    status, output = real_web.end()
+    assert status == 0, output
+
+
+def test_engine_death_ends_streams_with_an_error(real_web: Server) -> None:
+    real_web.wait_ready()
+    running = stream(real_web, max_tokens=900)
+    assert running.readline().startswith(b"data: ")
+    os.kill(int(real_web.flag("engine-pid").read_text()), signal.SIGKILL)
+    start = time.monotonic()
+    rest = running.read().decode()
+    assert '"error"' in rest and '"finish_reason":"length"' not in rest.replace(" ", "")
+    status, output = real_web.end()
+    assert status == 1 and "ended with signal SIGKILL" in output
+    assert time.monotonic() - start < 8.0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children end with a killed parent on Linux only")
