@@ -31,7 +31,7 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.url_map.merge_slashes = False  # `//v1/models` is no route, not a redirect to one
     engine = EngineClient(settings.engine_address, silence_s=settings.silence_s)
-    app.extensions["pagegraph"] = openai.Service(settings, Tokenizer.load(settings.model_dir), engine)
+    app.extensions["pagegraph"] = openai.Service(settings, Tokenizer.load(settings.model), engine)
     errors.register(app)
     app.before_request(_name_request)
     if settings.api_key is not None:

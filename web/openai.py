@@ -45,12 +45,12 @@ class Service:
     def admit(self) -> Callable[[], None]:
         """Take a place for one request; returns what gives it back. Raises ApiError 503 when full."""
         if not self._places.acquire(blocking=False):
-            raise ApiError(503, f"{self.settings.max_streams} requests run in this worker, all that threads = {self.settings.threads} allow")
+            raise ApiError(503, f"all max_streams = {self.settings.max_streams} places of this worker are taken")
         return self._places.release
 
     def check_load(self, info: EngineInfo) -> None:
         """Raise ApiError 503 while the engine drains or its queue is full."""
-        if info.draining or self.settings.draining:
+        if info.draining:
             raise ApiError(503, "the server is shutting down")
         if info.num_waiting >= self.settings.max_queue:
             raise ApiError(503, f"{info.num_waiting} requests are waiting; max_queue = {self.settings.max_queue}")

@@ -37,8 +37,7 @@ def ready() -> Response:
         info = service().engine.info(_PROBE_WAIT_S)
     except EngineDead:
         return _not_ready("no engine")
-    draining = info.draining or service().settings.draining
-    return _not_ready("draining") if draining else json_response({"status": "ready"})
+    return _not_ready("draining") if info.draining else json_response({"status": "ready"})
 
 
 @blueprint.get("/version")
@@ -49,12 +48,12 @@ def version() -> Response:
 
 @blueprint.get("/metrics")
 def metrics() -> Response:
-    """The engine's Prometheus text, fetched from where the engine serves it."""
-    url = service().settings.metrics_url
-    if url is None:
+    """The engine's Prometheus text, fetched from the probe port."""
+    address = service().settings.probe_address
+    if address is None:
         raise ApiError(404, "metrics are not served here")
     try:
-        with urllib.request.urlopen(url, timeout=_METRICS_TIMEOUT_S) as answer:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=_METRICS_TIMEOUT_S) as answer:
             return Response(answer.read(), content_type=answer.headers.get("Content-Type", "text/plain"))
     except (OSError, http.client.HTTPException):
         raise ApiError(503, "the engine's metrics cannot be read") from None

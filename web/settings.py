@@ -1,6 +1,6 @@
-"""What a web worker is told at start: the JSON file that the supervisor writes for its children.
+"""What a web worker is told at start: one JSON file, written by the supervisor.
 
-Knows no Flask. The file is shared with the engine, so keys that are not the web's are passed over.
+Knows no Flask. An unknown key is an error, so that the two sides cannot drift apart.
 """
 
 from __future__ import annotations
@@ -17,35 +17,26 @@ class WebSettings:
     """Settings of one web worker. Times are seconds, sizes bytes."""
 
     engine_address: str  # ipc:// address of the engine
-    model_dir: str  # folder that holds the tokenizer
+    model: str  # folder that holds the tokenizer
     served_model_name: str
     api_key: str | None = None  # None: no key is asked
-    metrics_url: str | None = None  # where the engine's metrics are read; None: not served
-    drain_flag: str | None = None  # a file that exists while the server drains
+    probe_address: str | None = None  # host:port that serves the engine's /metrics; None: not served
     max_queue: int = 256  # waiting sequences beyond which a request gets 503
-    threads: int = 80  # gunicorn's threads a worker
+    max_streams: int = 64  # requests at once in this worker; below gunicorn's threads, so that probes answer
     max_body_bytes: int = 8 << 20
     keep_alive_s: float = 5.0  # between SSE comments while no token comes
     silence_s: float = 10.0  # without an answer of the engine, it counts as dead
 
-    @property
-    def max_streams(self) -> int:
-        """Requests at once in this worker: below the threads, so that health checks always find one free."""
-        return max(1, self.threads - min(16, self.threads // 2))
-
-    @property
-    def draining(self) -> bool:
-        """Whether the supervisor has begun to shut the server down."""
-        return self.drain_flag is not None and Path(self.drain_flag).exists()
-
     @classmethod
     def load(cls, source: str | Path | dict[str, Any] | WebSettings) -> WebSettings:
-        """Settings from a JSON file or a mapping; raises ValueError naming a missing key."""
+        """Settings from a JSON file or a mapping; raises ValueError naming an unknown or missing key."""
         if isinstance(source, WebSettings):
             return source
         values = source if isinstance(source, dict) else json.loads(Path(source).read_text(encoding="utf-8"))
         fields = {field.name: field for field in dataclasses.fields(cls)}
+        if unknown := values.keys() - fields.keys():
+            raise ValueError(f"unknown web setting {sorted(unknown)[0]!r}; known: {', '.join(fields)}")
         needed = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
         if missing := needed - values.keys():
             raise ValueError(f"web setting {sorted(missing)[0]!r} is missing")
-        return cls(**{name: value for name, value in values.items() if name in fields})
+        return cls(**values)

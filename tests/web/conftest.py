@@ -22,7 +22,7 @@ def make_app(fake_engine, tokenizer_folder: Path, tmp_path: Path) -> Iterator[Ca
     def make(**settings: Any) -> Flask:
         values = {
             "engine_address": fake_engine.address,
-            "model_dir": str(tokenizer_folder),
+            "model": str(tokenizer_folder),
             "served_model_name": "tiny",
             "silence_s": 2.0,
             **settings,

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
@@ -51,11 +52,11 @@ def test_health_follows_the_engine(http: FlaskClient, fake_engine) -> None:
         assert answer.status_code == 503 and answer.headers["Retry-After"]
 
 
-def test_draining_is_not_ready(make_app: Callable[..., Flask], tmp_path) -> None:
-    client = make_app(drain_flag=str(tmp_path / "flag")).test_client()
-    assert client.get("/health/ready").status_code == 200
-    (tmp_path / "flag").touch()
-    assert client.get("/health/ready").json == {"status": "draining"}
+def test_draining_is_not_ready(http: FlaskClient, fake_engine) -> None:
+    fake_engine.info = msgspec.structs.replace(fake_engine.info, draining=True)
+    assert http.get("/health/ready").json == {"status": "draining"}
+    assert http.get("/health/ready").status_code == 503
+    assert http.get("/health/live").status_code == 200
 
 
 def test_metrics_come_from_the_engine(make_app: Callable[..., Flask]) -> None:
@@ -73,12 +74,12 @@ def test_metrics_come_from_the_engine(make_app: Callable[..., Flask]) -> None:
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/metrics"
-    answer = make_app(metrics_url=url).test_client().get("/metrics")
+    address = f"127.0.0.1:{server.server_port}"
+    answer = make_app(probe_address=address).test_client().get("/metrics")
     server.shutdown()
     server.server_close()
     assert answer.data == text and answer.headers["Content-Type"].startswith("text/plain")
-    assert make_app(metrics_url=url).test_client().get("/metrics").status_code == 503
+    assert make_app(probe_address=address).test_client().get("/metrics").status_code == 503
     assert make_app().test_client().get("/metrics").status_code == 404
 
 
@@ -87,6 +88,8 @@ def test_request_id_is_kept_when_sane(http: FlaskClient) -> None:
     assert http.get("/health/live", headers={"X-Request-Id": "a b"}).headers["x-request-id"] != "a b"
 
 
-def test_a_missing_setting_is_named() -> None:
+def test_a_bad_setting_is_named() -> None:
+    with pytest.raises(ValueError, match="mdoel"):
+        create_app({"mdoel": "x"})
     with pytest.raises(ValueError, match="engine_address"):
-        create_app({"model_dir": "x", "served_model_name": "y"})
+        create_app({"model": "x", "served_model_name": "y"})

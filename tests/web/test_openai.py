@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
@@ -241,25 +242,25 @@ def test_quiet_stream_is_kept_alive_and_closing_aborts(make_app: Callable[..., F
 
 
 def test_stream_closed_before_it_began_gives_its_place_back(make_app: Callable[..., Flask], fake_engine) -> None:
-    app = make_app(threads=2)  # one place
+    app = make_app(max_streams=1)
     http = app.test_client()
     fake_engine.script = lambda s: []
     first = http.post("/v1/completions", json={"prompt": "a", "stream": True})
     full = http.post("/v1/completions", json={"prompt": "a"})
-    assert full.status_code == 503 and "threads = 2" in full.json["error"]["message"]
+    assert full.status_code == 503 and "max_streams = 1" in full.json["error"]["message"]
     first.close()
     fake_engine.script = lambda s: fake_engine.deltas(s, [10])
     assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 200
 
 
-def test_load_and_drain(make_app: Callable[..., Flask], fake_engine, tmp_path) -> None:
-    http = make_app(max_queue=0).test_client()
-    full = http.post("/v1/completions", json={"prompt": "a"})
-    assert full.status_code == 503 and "max_queue = 0" in full.json["error"]["message"]
-    http = make_app(drain_flag=str(tmp_path / "flag")).test_client()
-    assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 200
-    (tmp_path / "flag").touch()
-    assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 503
+def test_load_and_drain(make_app: Callable[..., Flask], fake_engine) -> None:
+    fake_engine.info = msgspec.structs.replace(fake_engine.info, num_waiting=5)
+    full = make_app(max_queue=5).test_client().post("/v1/completions", json={"prompt": "a"})
+    assert full.status_code == 503 and "max_queue = 5" in full.json["error"]["message"]
+    assert make_app(max_queue=6).test_client().post("/v1/completions", json={"prompt": "a"}).status_code == 200
+    fake_engine.info = msgspec.structs.replace(fake_engine.info, draining=True)
+    drained = make_app(max_queue=6).test_client().post("/v1/completions", json={"prompt": "a"})
+    assert drained.status_code == 503 and "shutting down" in drained.json["error"]["message"]
 
 
 def test_an_unforeseen_error_shows_nothing(make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch) -> None:
