@@ -162,9 +162,10 @@ class EngineClient:
     def info(self, timeout: float | None = None) -> EngineInfo:
         """The engine's newest facts, at most a heartbeat old.
 
-        Waits up to `timeout` (default: the silence limit) for the first answer. Raises EngineDead.
+        Waits up to `timeout` seconds for an answer; by default only for a new connection's first, up to
+        the silence limit, so that requests to a dead engine fail at once. Raises EngineDead.
         """
-        return self._connected().info(self._silence_s if timeout is None else timeout)
+        return self._connected().info(timeout)
 
     def submit(
         self,
@@ -185,7 +186,7 @@ class EngineClient:
     ) -> Group:
         """Start several sequences that one thread reads. Raises EngineDead."""
         connection = self._connected()
-        connection.info(self._silence_s)
+        connection.info(None)
         inbox: _Inbox = queue.SimpleQueue()
         submits = [
             Submit(
@@ -232,7 +233,8 @@ class _Connection:
         self._streams: dict[str, tuple[int, _Inbox]] = {}
         self._changed = threading.Condition()  # guards _streams and _info
         self._info: EngineInfo | None = None
-        self._heard = time.monotonic()
+        self._started = self._heard = time.monotonic()
+        self._lost = False  # the engine was there and went away
         self._closing = False
         self._wake_send, self._wake_receive = socket.socketpair()
         self._wake_send.setblocking(False)
@@ -247,7 +249,9 @@ class _Connection:
     def new_id(self) -> str:
         return f"{self._name}-{next(self._count)}"
 
-    def info(self, timeout: float) -> EngineInfo:
+    def info(self, timeout: float | None) -> EngineInfo:
+        if timeout is None:
+            timeout = 0.0 if self._lost else max(0.0, self._started + self._silence_s - time.monotonic())
         with self._changed:
             self._changed.wait_for(lambda: self._info is not None or not self.running, timeout)
             if self._info is None:
@@ -365,6 +369,7 @@ class _Connection:
         elif isinstance(message, EngineInfo):
             with self._changed:
                 self._info = message
+                self._lost = False
                 self._changed.notify_all()
         elif message.request_id:
             self._deliver(message.request_id, message, final=True)
@@ -394,6 +399,7 @@ class _Connection:
     def _fail_all(self, reason: str) -> None:
         with self._changed:
             streams, self._streams = self._streams, {}
+            self._lost = True
             self._info = None
             self._changed.notify_all()
         for index, inbox in streams.values():

@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 _MAX_FRAME_BYTES = 64 << 20
 # One poll hands over at most this many frames, so that a flood cannot hold up a step.
 _MAX_FRAMES_A_POLL = 1024
+# Lost clients whose requests are remembered; one that died never comes to ask.
+_MAX_CUT_OFF = 64
 
 
 class Mailbox:
@@ -151,6 +153,8 @@ class Mailbox:
         if requests:
             self.lost_clients += 1
             self._cut_off[client] = requests
+            if len(self._cut_off) > _MAX_CUT_OFF:
+                del self._cut_off[next(iter(self._cut_off))]
             _log.warning("client lost with %d live requests", len(requests))
 
 

@@ -21,6 +21,7 @@ from web.errors import as_api_error
 
 # How often a waiting request looks whether its client is still there.
 _PEEK_S = 0.1
+_MAX_PIECES_A_WRITE = 64
 _PEEK_FLAGS = socket.MSG_PEEK | socket.MSG_DONTWAIT
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -90,7 +91,8 @@ class Generation:
         item = self.group.get(_PEEK_S)
         while item is not None:
             pieces.append(self._piece(*item))
-            item = self.group.get(0) if self.group.num_open else None
+            more = self.group.num_open and len(pieces) < _MAX_PIECES_A_WRITE
+            item = self.group.get(0) if more else None
         return pieces
 
     def _piece(self, index: int, delta: TokenDelta) -> Piece:

@@ -90,8 +90,10 @@ def test_engine_that_closes_ends_every_stream_at_once(client: EngineClient, fake
         with pytest.raises(EngineDead):
             stream.get(5)
     assert time.monotonic() - started < 0.9  # well before the silence limit
+    started = time.monotonic()
     with pytest.raises(EngineDead):
-        client.info(timeout=0.1)
+        client.submit([1], PARAMS)
+    assert time.monotonic() - started < 0.2  # a dead engine is known to be dead
 
 
 def test_silent_engine_is_dead_and_may_come_back(client: EngineClient, fake_engine) -> None:
