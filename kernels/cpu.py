@@ -1,0 +1,127 @@
+"""Paged attention on the CPU: decode rows in one batch, longer rows one sequence at a time.
+
+Reads only the pages of the sequences at hand. Built from PyTorch's fused attention; soft caps and sinks, which
+it does not have, take the reference's formula.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import reference
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    chunk: int,
+) -> Tensor:
+    """See `kernels.ops` for shapes."""
+    reference.write_kv(key, value, key_cache, value_cache, slots)
+    out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
+    counts = query_start.diff()
+    plain = sinks is None and not softcap
+    decode = torch.nonzero(counts == 1)[:, 0]
+    if len(decode):
+        rows = query_start[decode].long()
+        out[rows] = _decode(
+            query[rows], key_cache, value_cache, block_tables[decode], seq_lens[decode], sinks, scale, window, softcap, chunk
+        )
+    for sequence in torch.nonzero(counts > 1)[:, 0].tolist():
+        begin, end, length = int(query_start[sequence]), int(query_start[sequence + 1]), int(seq_lens[sequence])
+        keys = _pages(key_cache, block_tables[sequence], length)
+        values = _pages(value_cache, block_tables[sequence], length)
+        if plain:
+            out[begin:end] = _fused(query[begin:end], keys, values, scale, window, chunk)
+        else:
+            out[begin:end] = reference.attend(query[begin:end], keys, values, sinks, scale, window, softcap, chunk).to(out.dtype)
+    return out
+
+
+def _decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    chunk: int,
+) -> Tensor:
+    """One query row [R, Hq, D] a sequence, all sequences at once -> [R, Hq, Dv]."""
+    width = int(lengths.max())
+    keys = _gather(key_cache, tables, width)
+    values = _gather(value_cache, tables, width)
+    at = torch.arange(width)[None]
+    last = lengths.long()[:, None] - 1
+    seen = at <= last
+    # Slots that hold no token of the sequence may hold anything, NaN too, which no mask of logits keeps out.
+    keys[~seen] = 0
+    values[~seen] = 0
+    if window:
+        seen = seen & (at > last - window)
+    if chunk:
+        seen = seen & (at // chunk == last // chunk)
+    rows, heads, size = query.shape
+    groups = key_cache.shape[2]
+    # [R, Hkv, G, D] x [R, Hkv, L, D]: the query heads of a group share their key head, nothing is repeated.
+    grouped = query.view(rows, groups, heads // groups, size)
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    if sinks is None and not softcap:
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None], scale=scale)
+    else:
+        logits = torch.matmul(grouped.float(), keys.float().transpose(2, 3)) * scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
+        if sinks is not None:
+            column = sinks.float().view(1, groups, heads // groups, 1).expand(rows, -1, -1, 1)
+            weights = torch.cat([logits, column], dim=-1).softmax(dim=-1)[..., :-1]
+        else:
+            weights = logits.softmax(dim=-1)
+        out = torch.matmul(weights, values.float()).to(query.dtype)
+    return out.reshape(rows, heads, -1)
+
+
+def _fused(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, chunk: int) -> Tensor:
+    """Rows of one sequence: query [Q, Hq, D], keys [N, Hkv, D], values [N, Hkv, Dv] -> [Q, Hq, Dv]."""
+    whole = query.shape[0] == keys.shape[0]
+    mask = None if whole and not window and not chunk else reference.visible(len(query), len(keys), window, chunk, query.device)
+    out = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+def _pages(cache: Tensor, table: Tensor, length: int) -> Tensor:
+    pages = -(-length // cache.shape[1])
+    return cache.index_select(0, table[:pages]).flatten(0, 1)[:length]
+
+
+def _gather(cache: Tensor, tables: Tensor, width: int) -> Tensor:
+    """First `width` tokens of every table: [R, width, H, D], a copy."""
+    pages = -(-width // cache.shape[1])
+    picked = cache.index_select(0, tables[:, :pages].flatten())
+    return picked.view(len(tables), pages * cache.shape[1], *cache.shape[2:])[:, :width]

@@ -1,0 +1,43 @@
+"""The ops that stand in captured graphs: schemas, fakes, dispatch by device. Imports no Triton.
+
+`pagegraph::paged_attention` writes the step's keys and values into pages, then attends:
+
+- query [T, Hq, D]; key [T, Hkv, D]; value [T, Hkv, Dv] -> [T, Hq, Dv] in query's dtype
+- key_cache [num_blocks, block_size, Hkv, D], value_cache [.., Dv]: whole tensors, mutated
+- positions, slots int32 [T]; a token's K/V goes to slot = page * block_size + offset; padding goes to page 0
+- block_tables int32 [S, max_blocks], unused entries 0; query_start int32 [S + 1]; seq_lens int32 [S] with this
+  step's tokens. Sequence s owns query rows query_start[s]:query_start[s + 1], its last positions; a padding
+  sequence has no rows. Rows from query_start[S] on are padding and come out as 0.
+- a query at position p sees keys j <= p, with window > 0 only j > p - window, with chunk > 0 only
+  j // chunk == p // chunk; softcap > 0 caps logits as cap * tanh(x / cap); sinks [Hq] join the softmax's
+  denominator as one extra logit a head
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import cpu
+
+_library = torch.library.Library("pagegraph", "DEF")
+_library.define(
+    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+    "Tensor positions, Tensor slots, Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, "
+    "float scale, int window, float softcap, int chunk) -> Tensor"
+)
+
+
+def _on_cuda(*arguments: Tensor | float | int | None) -> Tensor:
+    from kernels import cuda  # Triton is imported where there is a device for it
+
+    return cuda.paged_attention(*arguments)
+
+
+_library.impl("paged_attention", cpu.paged_attention, "CPU")
+_library.impl("paged_attention", _on_cuda, "CUDA")
+
+
+@torch.library.register_fake("pagegraph::paged_attention", lib=_library)
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | float | int | None) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], value.shape[2])

@@ -1,0 +1,171 @@
+"""Every op in plain PyTorch, in the order of its formula: the specification and the oracle of the tests.
+
+Slow on purpose where a loop says it more plainly. Knows no device, no pages beyond their layout, no Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def write_kv(
+    key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Store key [T, Hkv, D] and value [T, Hkv, Dv] at `slots` (int32 [T], page * block_size + offset), in place."""
+    where = slots.long()
+    key_cache.view(-1, *key_cache.shape[2:])[where] = key
+    value_cache.view(-1, *value_cache.shape[2:])[where] = value
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    chunk: int,
+) -> torch.Tensor:
+    """Softmax attention over pages, one sequence after the other, in float32; shapes as in `kernels.ops`."""
+    write_kv(key, value, key_cache, value_cache, slots)
+    out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
+    starts, lengths = query_start.tolist(), seq_lens.tolist()
+    for sequence, length in enumerate(lengths):
+        rows = slice(starts[sequence], starts[sequence + 1])
+        if rows.start == rows.stop:
+            continue
+        keys = _read(key_cache, block_tables[sequence], length)
+        values = _read(value_cache, block_tables[sequence], length)
+        out[rows] = attend(query[rows], keys, values, sinks, scale, window, softcap, chunk).to(out.dtype)
+    return out
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    chunk: int,
+) -> torch.Tensor:
+    """query [Q, Hq, D], the last Q positions of keys [N, Hkv, D] and values [N, Hkv, Dv] -> float32 [Q, Hq, Dv]."""
+    group = query.shape[1] // keys.shape[1]
+    keys = keys.float().repeat_interleave(group, dim=1)
+    values = values.float().repeat_interleave(group, dim=1)
+    logits = torch.einsum("qhd,khd->hqk", query.float(), keys) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~visible(query.shape[0], keys.shape[0], window, chunk, query.device), -torch.inf)
+    if sinks is not None:
+        column = sinks.float()[:, None, None].expand(-1, query.shape[0], 1)
+        weights = torch.cat([logits, column], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = logits.softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, values)
+
+
+def visible(num_queries: int, num_keys: int, window: int, chunk: int, device: torch.device) -> torch.Tensor:
+    """Which keys each of the last `num_queries` positions attends to: bool [Q, N]."""
+    at = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    keys = torch.arange(num_keys, device=device)[None]
+    mask = keys <= at
+    if window:
+        mask &= keys > at - window
+    if chunk:
+        mask &= keys // chunk == at // chunk
+    return mask
+
+
+def _read(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+    pages = -(-length // cache.shape[1])
+    return cache[table[:pages].long()].flatten(0, 1)[:length]
+
+
+def apply_penalties(
+    logits: torch.Tensor,
+    output_counts: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    repetition: torch.Tensor,
+    presence: torch.Tensor,
+    frequency: torch.Tensor,
+) -> torch.Tensor:
+    """Penalties on float32 logits [S, V]; output_counts int32 [S, V], prompt_mask bool [S, V], the rest [S].
+
+    Repetition (Keskar et al. 2019) divides positive and multiplies negative logits of every token seen in prompt
+    or output; presence and frequency (OpenAI's definition) subtract for tokens of the output only.
+    """
+    in_output = output_counts > 0
+    factor = repetition[:, None]
+    repeated = torch.where(logits > 0, logits / factor, logits * factor)
+    logits = torch.where(in_output | prompt_mask, repeated, logits)
+    return logits - frequency[:, None] * output_counts - presence[:, None] * in_output
+
+
+def mix32(words: torch.Tensor) -> torch.Tensor:
+    """The 32-bit finaliser of MurmurHash3 on int64 tensors holding unsigned 32-bit words."""
+    low = 0xFFFFFFFF
+    words = words & low
+    words = ((words ^ (words >> 16)) * 0x85EBCA6B) & low
+    words = ((words ^ (words >> 13)) * 0xC2B2AE35) & low
+    return words ^ (words >> 16)
+
+
+def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Gumbel noise float32 [S, vocab], a function of (seed int64 [S], position int32 [S], token id) alone."""
+    seeds = seeds.long()
+    row = mix32((seeds & 0xFFFFFFFF) ^ mix32((seeds >> 32) ^ mix32(positions.long() + 0x9E3779B9)))
+    tokens = mix32(torch.arange(1, vocab_size + 1, device=seeds.device))
+    bits = mix32(row[:, None] ^ tokens[None])
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # in (0, 1), every value exact in float32
+    return -torch.log(-torch.log(uniform))
+
+
+def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """min-p, then top-k, then top-p on scaled logits [S, V]: tokens that fall out become -inf.
+
+    top_k 0, top_p 1 and min_p 0 keep everything. The likeliest token always stays.
+    """
+    if bool((min_p > 0).any()):
+        floor = logits.amax(dim=-1, keepdim=True) + torch.log(min_p)[:, None]
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    if not bool(((top_k > 0) | (top_p < 1)).any()):
+        return logits
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(logits.shape[-1], device=logits.device)[None]
+    limit = torch.where(top_k > 0, top_k, logits.shape[-1])[:, None]
+    ordered = ordered.masked_fill(ranks >= limit, -torch.inf)
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    beyond = (before >= top_p[:, None]) & (top_p < 1)[:, None] & (ranks > 0)
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, ordered.masked_fill(beyond, -torch.inf))
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """float32 logits [S, V], parameters [S] -> ids int64 [S]: temperature, min-p, top-k, top-p, Gumbel-max.
+
+    Gumbel-max draws from softmax(logits) (Gumbel 1954); temperature 0 is argmax.
+    """
+    greedy = logits.argmax(dim=-1)
+    drawn = temperature > 0
+    scaled = logits / torch.where(drawn, temperature, 1.0)[:, None]
+    kept = filter_logits(scaled, top_k, top_p, min_p)
+    noisy = (kept + gumbel(seeds, positions, logits.shape[-1])).argmax(dim=-1)
+    return torch.where(drawn, noisy, greedy)
