@@ -291,6 +291,13 @@ def stream(server: Server, max_tokens: int) -> http.client.HTTPResponse:
     return connection.getresponse()
 
 
+def first_data(response: http.client.HTTPResponse) -> bytes:
+    """The first data line; comments that only keep the connection alive may come before it."""
+    while (line := response.readline()).startswith(b":") or line == b"\n":
+        pass
+    return line
+
+
 @pytest.fixture
 def real_web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     control = tmp_path_factory.mktemp("s")
@@ -305,7 +312,7 @@ def real_web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_gunicorn_streams_through_a_drain_and_refuses_new_requests(real_web: Server) -> None:
     real_web.wait_ready()
     running = stream(real_web, max_tokens=30)  # 3 s at a token each 0.1 s
-    assert running.status == 200 and running.readline().startswith(b"data: ")
+    assert running.status == 200 and first_data(running).startswith(b"data: ")
     real_web.process.send_signal(signal.SIGTERM)
     wait_for(lambda: real_web.probe("/health/ready")[0] == 503)
     time.sleep(0.3)
@@ -319,7 +326,7 @@ def test_gunicorn_streams_through_a_drain_and_refuses_new_requests(real_web: Ser
 def test_engine_death_ends_streams_with_an_error(real_web: Server) -> None:
     real_web.wait_ready()
     running = stream(real_web, max_tokens=900)
-    assert running.readline().startswith(b"data: ")
+    assert first_data(running).startswith(b"data: ")
     os.kill(int(real_web.flag("engine-pid").read_text()), signal.SIGKILL)
     start = time.monotonic()
     rest = running.read().decode()
