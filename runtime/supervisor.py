@@ -6,6 +6,7 @@ Imports no torch and nothing of web: both children are started by name. Its own 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -37,7 +38,8 @@ WEB_COMMAND = (sys.executable, "-m", "gunicorn")
 
 HEARTBEAT_S = 0.25
 SILENCE_S = 30.0  # a longer step counts as a hang: /health/live then fails and streams end
-IDLE_S = 0.75  # without work before a drain is over: a request may just have passed the check of the flag
+IDLE_S = 1.5  # without work before a drain is over: web workers learn of it from a heartbeat of one second
+FREE_THREADS = 16  # of a web worker's threads, kept free of streams so that short requests are answered
 STOP_S = 10.0  # what a child gets between SIGTERM and SIGKILL
 TAIL_BYTES = 8192
 ABORTED = 130  # exit status after a second signal, as a shell reports an interrupt
@@ -119,8 +121,10 @@ class Child:
         while chunk := os.read(descriptor, 65536):
             self._tail += chunk
             del self._tail[:-TAIL_BYTES]
-            sys.stderr.buffer.write(chunk)
-            sys.stderr.buffer.flush()
+            # A reader of ours that went away must not fill the pipe and so stop the child.
+            with contextlib.suppress(BrokenPipeError):
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.buffer.flush()
 
 
 class Supervisor:
@@ -158,7 +162,7 @@ class Supervisor:
             probes = Probes(self.config.probe_port or 0, self.live, self.ready, self._metrics_url)
             self._engine = Child("engine", [*self._engine_command, str(self._write_engine_settings())])
             if info := self._wait_for_engine():
-                settings = self._write_web_settings()
+                settings = self._write_web_settings(probes.port)
                 self._web = Child("web", self._web_arguments(settings, listener.fileno()), (listener.fileno(),))
                 if self._wait_for_web(listener):
                     self._ready = True
@@ -204,23 +208,23 @@ class Supervisor:
             "config": dataclasses.asdict(self.config),
             "engine_address": self._engine_address,
             "metrics_port": urllib.parse.urlsplit(self._metrics_url).port,
+            "drain_flag": str(self._drain_flag),  # once it exists, the engine says `draining` in its EngineInfo
         }
         path.write_text(json.dumps(settings, indent=1))
         return path
 
-    def _write_web_settings(self) -> Path:
+    def _write_web_settings(self, probe_port: int) -> Path:
         """The web workers' settings, once the engine said which folder holds the tokenizer; see web/settings.py."""
         path = self._run_dir / "web-settings.json"
         engine = json.loads((self._run_dir / "engine.json").read_text())
         settings = {
             "engine_address": self._engine_address,
-            "model_dir": self.config.tokenizer or engine["model_dir"],
+            "model": self.config.tokenizer or engine["model_dir"],
             "served_model_name": self.config.model_name,
             "api_key": self.config.api_key,
-            "metrics_url": self._metrics_url,
-            "drain_flag": str(self._drain_flag),
+            "probe_address": f"127.0.0.1:{probe_port}",
             "max_queue": self.config.max_queue,
-            "threads": self.config.threads,
+            "max_streams": self.config.threads - min(FREE_THREADS, self.config.threads // 2),
             "silence_s": SILENCE_S,
         }
         path.write_text(json.dumps(settings, indent=1))

@@ -58,7 +58,8 @@ ENGINE = """
             match message:
                 case Hello():
                     running = len(left) + (control / "busy").exists()
-                    mailbox.send(client, EngineInfo("m", "cpu", "bfloat16", 3, 1000, 9, 16, True, num_running=running))
+                    mailbox.send(client, EngineInfo("m", "cpu", "bfloat16", 3, 1000, 9, 16, True,
+                        draining=Path(settings["drain_flag"]).exists(), num_running=running))
                 case Submit():
                     left[client, message.request_id] = message.params.max_tokens
                 case Abort():
@@ -76,12 +77,12 @@ WEB = """
 
     path = json.loads(re.search(r"create_app\\((.*)\\)", sys.argv[1])[1])
     settings = json.loads(Path(path).read_text())
-    control = Path(settings["model_dir"])
+    control = Path(settings["model"])
     (control / "settings.json").write_text(json.dumps({**settings, "argv": sys.argv}))
 
     class App(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(503 if Path(settings["drain_flag"]).exists() else 200); self.end_headers()
+            self.send_response(503 if Path(path).with_name("draining").exists() else 200); self.end_headers()
         def log_message(self, *args): pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), App, bind_and_activate=False)
@@ -207,11 +208,10 @@ def test_web_settings_are_what_the_web_takes(server: Server) -> None:
     written = json.loads(server.flag("settings.json").read_text())
     argv = written.pop("argv")
     settings = WebSettings.load(written)
-    assert settings.model_dir == str(server.control) and settings.served_model_name == server.control.name
+    assert settings.model == str(server.control) and settings.served_model_name == server.control.name
     assert settings.api_key == "secret" and settings.max_queue == 256
-    assert settings.drain_flag is not None and not settings.draining
-    assert settings.max_streams < settings.threads == int(argv[argv.index("--threads") + 1])
-    assert get(str(settings.metrics_url))[1] == "fake_metric 1\n"
+    assert settings.max_streams == 80 - 16 and argv[argv.index("--threads") + 1] == "80"
+    assert get(f"http://{settings.probe_address}/metrics")[1] == "fake_metric 1\n"
 
 
 def test_drain_refuses_new_requests_and_waits_for_running_ones(server: Server) -> None:
@@ -315,7 +315,7 @@ def test_gunicorn_streams_through_a_drain_and_refuses_new_requests(real_web: Ser
     assert running.status == 200 and first_data(running).startswith(b"data: ")
     real_web.process.send_signal(signal.SIGTERM)
     wait_for(lambda: real_web.probe("/health/ready")[0] == 503)
-    time.sleep(0.3)
+    time.sleep(1.2)  # over a heartbeat of the web worker
     assert stream(real_web, max_tokens=1).status == 503
     rest = running.read().decode()
     assert '"finish_reason":"length"' in rest.replace(" ", "") and rest.endswith("data: [DONE]\n\n")
