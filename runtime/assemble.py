@@ -6,6 +6,7 @@ Shared by the offline API and the engine process; holds no loop of its own.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from compiler.build import BuiltModel
 from runtime.blocks import BlockPool
@@ -18,8 +19,13 @@ from runtime.recorder import Recorder
 from runtime.scheduler import Scheduler
 
 
-def engine_of(config: Config, built: BuiltModel, mailbox: Mailbox) -> tuple[Engine, EngineMetrics]:
-    """An engine over `built`, reading messages from `mailbox`, and what it counts."""
+def engine_of(
+    config: Config, built: BuiltModel, mailbox: Mailbox, draining: Callable[[], bool] = lambda: False
+) -> tuple[Engine, EngineMetrics]:
+    """An engine over `built`, reading messages from `mailbox`, and what it counts.
+
+    `draining` tells clients whether the server is on its way down.
+    """
     metrics = EngineMetrics(config.model_name, built.max_model_len)
     pool = BlockPool(built.num_blocks, config.block_size, config.enable_prefix_caching)
     pace = Pace(config.inter_token_target_ms) if config.inter_token_target_ms else None
@@ -43,6 +49,7 @@ def engine_of(config: Config, built: BuiltModel, mailbox: Mailbox) -> tuple[Engi
             num_blocks=built.num_blocks,
             block_size=config.block_size,
             compiled=built.step.compiled,
+            draining=draining(),
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
         )

@@ -141,14 +141,12 @@ class Engine:
             self.mailbox.send(client, Tokens(theirs))
 
     def _fail(self, plan: Plan, error: Exception) -> None:
-        """The step's sequences end with an error; a third failure in a row ends the engine."""
+        """Running sequences end with an error; a third failure in a row ends the engine."""
         log.exception("a step of %d sequences failed", len(plan), exc_info=error)
         self._failed_steps += 1
         if self._failed_steps >= MAX_FAILED_STEPS:
             raise RuntimeError(f"{MAX_FAILED_STEPS} steps in a row failed") from error
-        for entry in plan:
-            key = entry.sequence.request_id
-            self.scheduler.abort(key)
+        for key in self.scheduler.fail(plan):
             self.recorder.ended(key, "error", self.clock())
             if key in self._owners:
                 client, request_id = self._owners.pop(key)
@@ -195,7 +193,7 @@ class Engine:
         seed = message.params.seed
         return Sequence(
             request_id=key,
-            token_ids=message.token_ids,
+            tokens=list(message.token_ids),
             params=message.params,
             eos_ids=self.limits.eos_ids,
             # An unseeded request draws its own noise, reproducible from the engine's seed.

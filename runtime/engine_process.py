@@ -27,14 +27,15 @@ log = logging.getLogger("pagegraph.engine")
 
 
 def main(path: str) -> None:
-    """Serve until SIGTERM; `path` is a JSON file with `config`, `engine_address` and `metrics_port`."""
+    """Serve until SIGTERM; `path` is a JSON file with `config`, `engine_address`, `metrics_port` and `drain_flag`."""
     settings = json.loads(Path(path).read_text())
     config = config_from_dict(settings["config"])
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
     built = builder.build(config, progress=sys.stderr.isatty())
     if built.device.type == "cuda":
         builder.finish(config, built, progress=sys.stderr.isatty())
-    engine, metrics = engine_of(config, built, Mailbox(settings["engine_address"]))
+    drain_flag = Path(settings["drain_flag"])
+    engine, metrics = engine_of(config, built, Mailbox(settings["engine_address"]), drain_flag.exists)
     _stop_on_signal(engine)
     start_http_server(settings["metrics_port"], "127.0.0.1", registry=metrics)
     _announce(Path(path).with_name("engine.json"), built)

@@ -1,0 +1,225 @@
+"""The scheduler and the block pool under random work, with a step that computes tokens from paged memory.
+
+The fake step stores token ids in slots, as attention stores K and V, and samples a hash of everything it reads
+back through the block tables. A wrong page, slot, prefix hit or preemption therefore gives a wrong token.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from compiler.step_input import StepInput, StepOutput
+from runtime.batch import pack
+from runtime.blocks import BlockPool
+from runtime.pace import Pace
+from runtime.protocol import SamplingParams
+from runtime.request import Sequence
+from runtime.scheduler import Scheduler
+
+BLOCK = 4
+EOS = 7
+MAX_LEN = 40
+VOCAB = 11
+
+
+def next_token(history: list[int], seed: int) -> int:
+    """What the model of these tests says after `history`."""
+    return zlib.crc32(bytes(history) + seed.to_bytes(2, "little")) % VOCAB
+
+
+class FakeStep:
+    """Paged memory of token ids, rows of last samples, and the same order of work as a device."""
+
+    def __init__(self, num_blocks: int, max_num_seqs: int) -> None:
+        self.memory = np.full(num_blocks * BLOCK, -5, np.int64)
+        self.last = np.zeros(max_num_seqs, np.int64)
+        self.steps = 0
+
+    def run(self, step: StepInput) -> StepOutput:
+        self.steps += 1
+        owners = np.repeat(step.rows, np.diff(step.query_start))
+        ids = np.where(step.token_ids < 0, self.last[owners], step.token_ids)
+        assert len(set(step.slots.tolist())) == len(step.slots) and step.slots.min(initial=BLOCK) >= BLOCK
+        self.memory[step.slots] = ids
+        sampled = []
+        for s in range(step.num_seqs):
+            length = step.seq_lens[s]
+            table = step.block_tables[s]
+            history = [int(self.memory[table[at // BLOCK] * BLOCK + at % BLOCK]) for at in range(length)]
+            assert min(history) >= 0, "a slot was read before it was written"
+            sampled.append(next_token(history, int(step.sampling.seeds[s])))
+            if step.sampled[s]:
+                self.last[step.rows[s]] = sampled[-1]
+        return StepOutput(np.array(sampled, np.int32))
+
+
+def alone(prompt: list[int], params: SamplingParams, seed: int) -> tuple[list[int], str]:
+    """The tokens a sequence must get, computed without any engine."""
+    tokens = list(prompt)
+    while True:
+        tokens.append(next_token(tokens, seed))
+        made = len(tokens) - len(prompt)
+        if made > params.min_tokens and tokens[-1] == EOS and not params.ignore_eos:
+            return tokens[len(prompt) :], "stop"
+        if made >= params.max_tokens or len(tokens) >= MAX_LEN:
+            return tokens[len(prompt) :], "length"
+
+
+prompts = st.builds(
+    lambda shared, own: ([1, 2, 3, 4, 5, 6, 8, 9, 10, 0, 1, 2] * 2)[:shared] + own,
+    st.integers(0, 24),
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=10),
+)
+works = st.lists(
+    st.tuples(prompts, st.integers(1, 14), st.integers(0, 2), st.integers(0, 1), st.integers(0, 6)),
+    min_size=1,
+    max_size=9,
+)
+total_steps = 0
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    work=works,
+    spare_blocks=st.integers(0, 12),
+    max_num_seqs=st.integers(1, 5),
+    budget=st.integers(5, 48),
+    caching=st.booleans(),
+    depth=st.integers(0, 1),
+    paced=st.booleans(),
+    aborts=st.dictionaries(st.integers(0, 8), st.integers(0, 20), max_size=2),
+)
+def test_random_work_gives_every_sequence_its_own_tokens(
+    work, spare_blocks, max_num_seqs, budget, caching, depth, paced, aborts
+) -> None:
+    global total_steps
+    num_blocks = MAX_LEN // BLOCK + 1 + spare_blocks
+    pool = BlockPool(num_blocks, BLOCK, caching)
+    pace = Pace(10.0) if paced else None
+    scheduler = Scheduler(
+        pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_model_len=MAX_LEN, pace=pace
+    )
+    step = FakeStep(num_blocks, max_num_seqs)
+    sequences: dict[str, Sequence] = {}
+    got: dict[str, list[int]] = {}
+    ended: dict[str, str] = {}
+    arrivals = deque(sorted(enumerate(work), key=lambda item: item[1][4]))
+    launched: deque = deque()
+    turn = 0
+    while arrivals or scheduler.has_work or launched:
+        while arrivals and arrivals[0][1][4] <= turn:
+            index, (prompt, max_tokens, priority, seed, _) = arrivals.popleft()
+            params = SamplingParams(max_tokens=max_tokens, min_tokens=seed, ignore_eos=index % 3 == 0)
+            sequence = Sequence(str(index), list(prompt), params, frozenset([EOS]), seed, MAX_LEN, priority, float(turn))
+            sequences[str(index)] = sequence
+            got[str(index)] = []
+            scheduler.add(sequence)
+        for index, at in aborts.items():
+            if at == turn and scheduler.abort(str(index)):
+                ended[str(index)] = "abort"
+        scheduler.check_integrity()
+        plan = scheduler.schedule(float(turn))
+        scheduler.check_integrity()
+        if plan:
+            assert sum(entry.count for entry in plan) <= budget
+            launched.append((plan, step.run(pack(plan, BLOCK))))
+            if pace:
+                pace.observe(sum(entry.count for entry in plan), 1.0 + sum(entry.count for entry in plan))
+        while launched and (len(launched) > depth or not plan):
+            for delta in scheduler.commit(*launched.popleft()):
+                got[delta.request_id] += delta.token_ids
+                if delta.finish_reason:
+                    assert delta.request_id not in ended, "a sequence ended twice"
+                    ended[delta.request_id] = delta.finish_reason
+            scheduler.check_integrity()
+        turn += 1
+        assert turn < 3000, "the scheduler makes no progress"
+    total_steps += step.steps
+    assert pool.num_free == num_blocks - 1, "pages are held by nobody"
+    for key, sequence in sequences.items():
+        tokens, reason = alone(sequence.tokens[: sequence.num_prompt], sequence.params, sequence.seed)
+        if ended[key] == "abort":
+            assert got[key] == tokens[: len(got[key])]
+        else:
+            assert (got[key], ended[key]) == (tokens, reason)
+
+
+def test_the_fuzz_above_ran_enough_steps() -> None:
+    if not total_steps:
+        pytest.skip("the fuzz was not selected")
+    assert total_steps >= 2000
+
+
+def scheduler_of(num_blocks: int = 20, **overrides) -> Scheduler:
+    settings = dict(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=MAX_LEN)
+    return Scheduler(BlockPool(num_blocks, BLOCK), **{**settings, **overrides})
+
+
+def sequence_of(name: str, length: int, max_tokens: int = 4, **overrides) -> Sequence:
+    tokens = [zlib.crc32(f"{name}{i}".encode()) % VOCAB for i in range(length)]
+    return Sequence(name, tokens, SamplingParams(max_tokens=max_tokens), frozenset(), 0, MAX_LEN, **overrides)
+
+
+def test_running_sequences_come_before_waiting_ones() -> None:
+    scheduler = scheduler_of(max_num_batched_tokens=8)
+    scheduler.add(sequence_of("a", 6))
+    first = scheduler.schedule(0)
+    scheduler.commit(first, StepOutput(np.zeros(1, np.int32)))
+    scheduler.add(sequence_of("b", 20))
+    plan = scheduler.schedule(1)
+    assert [(e.sequence.request_id, e.count) for e in plan] == [("a", 1), ("b", 7)]
+
+
+def test_priority_orders_the_queue() -> None:
+    scheduler = scheduler_of(max_num_seqs=1)
+    scheduler.add(sequence_of("low", 6, priority=5))
+    scheduler.add(sequence_of("high", 6, priority=-1, arrival=9.0))
+    assert scheduler.schedule(0)[0].sequence.request_id == "high"
+
+
+def test_whole_prompts_without_chunking() -> None:
+    scheduler = scheduler_of(max_num_batched_tokens=MAX_LEN, enable_chunked_prefill=False)
+    scheduler.add(sequence_of("a", 30))
+    scheduler.add(sequence_of("b", 20))
+    assert [(e.sequence.request_id, e.count) for e in scheduler.schedule(0)] == [("a", 30)]
+
+
+def test_prefix_counters_count_tokens() -> None:
+    scheduler = scheduler_of()
+    for name in ("a", "b"):
+        sequence = sequence_of("same", 18)
+        sequence.request_id = name
+        scheduler.add(sequence)
+    plan = scheduler.schedule(0)
+    assert [e.count for e in plan] == [18, 2], "the second sequence reads the pages the first writes in the same step"
+    assert (scheduler.counters.prefix_queries, scheduler.counters.prefix_hits) == (36, 16)
+
+
+def test_a_salt_keeps_prefixes_apart() -> None:
+    scheduler = scheduler_of()
+    for name in ("a", "b"):
+        sequence = sequence_of("same", 18, cache_salt=name)
+        sequence.request_id = name
+        scheduler.add(sequence)
+    assert [e.count for e in scheduler.schedule(0)] == [18, 18]
+
+
+def test_a_pool_too_small_for_one_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match="set max_model_len to at most 36"):
+        scheduler_of(num_blocks=10)
+
+
+def test_a_failed_step_leaves_no_pages_and_no_cache() -> None:
+    scheduler = scheduler_of()
+    scheduler.add(sequence_of("a", 18))
+    assert scheduler.fail(scheduler.schedule(0)) == ["a"]
+    scheduler.check_integrity()
+    again = sequence_of("a", 18)
+    scheduler.add(again)
+    assert scheduler.schedule(1)[0].count == 18
