@@ -1,202 +1,318 @@
-"""Triton decode attention: sequences with one query row, keys split over programs, partial results merged.
+"""Triton: paged attention of single rows, split along the keys, and the merge of the splits.
 
-One program = (sequence, key head, split). The query heads that share the key head fill the matrix unit's rows.
-Sequences with another number of rows are left alone. Grids follow from shapes, lengths are read on the device.
-How many splits there are depends on the number of sequences, so a row's rounding does too.
+One program computes one row, one KV head and one split; the query heads that share the KV head are the rows
+of its matrix. With BY_TOKEN each row of the step is found its sequence, so the kernel is right for any ragged
+step (verification of a few drafts among them); otherwise it takes the sequences that have one row and leaves
+the rest to `attention_prefill`. The grid depends on sizes alone; lengths are read on the device.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from kernels.attention_tiles import (
-    MASKED,
-    Tiles,
-    accumulate,
-    load_pages,
-    load_rows,
-    lowest_visible,
-    scaled_logits,
-    start_softmax,
-)
-
-PROGRAMS = 528  # four for each of the 132 multiprocessors of a Hopper GPU
-LONGEST_SPLIT = 4096  # keys; above it one long sequence among short ones would finish alone
-SHORTEST_SPLIT = 128  # keys; below it the merge costs more than the split gains
-MERGE_SPLITS = 16
-MERGE_WARPS = 4
+from kernels.online_softmax import LOG2E, first_key, last_not_above, to_base2, update
 
 
-def decode_tiles(size: int, value_size: int, group: int, element_bytes: int) -> Tiles:
-    """Tiles for head sizes D and Dv, `group` query heads a key head: about 96 KiB of keys and values in flight."""
-    row = (triton.next_power_of_2(size) + triton.next_power_of_2(value_size)) * element_bytes
-    block_n = 64 if row <= 512 else 32 if row <= 1024 else 16
-    return Tiles(block_m=max(16, triton.next_power_of_2(group)), block_n=block_n, warps=4, stages=3)
+class Tile(NamedTuple):
+    """How one program of the decode kernel is cut."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
 
 
-def count_splits(sequences: int, heads: int, table_width: int, page: int) -> int:
-    """Splits a sequence: enough programs to fill the GPU, no split above LONGEST_SPLIT or wholly below SHORTEST_SPLIT."""
-    keys = table_width * page
-    wanted = max(triton.cdiv(PROGRAMS, sequences * heads), triton.cdiv(keys, LONGEST_SPLIT))
-    return min(wanted, triton.cdiv(keys, SHORTEST_SPLIT))
-
-
-def launch_decode(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_start: torch.Tensor,
-    seq_lens: torch.Tensor,
-    sinks: torch.Tensor | None,
-    out: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    chunk: int,
-) -> None:
-    """Fill the rows of `out` [T, Hq, Dv] that belong to sequences of exactly one row; shapes as in `kernels.ops`."""
-    sequences, table_width = block_tables.shape
-    page, heads, size = key_cache.shape[1:]
-    query_heads, value_size = out.shape[1:]
-    group = query_heads // heads
-    tiles = decode_tiles(size, value_size, group, key_cache.element_size())
-    splits = count_splits(sequences, heads, table_width, page)
-    partial = out.new_empty((sequences, query_heads, splits, value_size) if splits > 1 else (1,), dtype=torch.float32)
-    weights = out.new_empty((sequences, query_heads, splits) if splits > 1 else (1,), dtype=torch.float32)
-    block_value = triton.next_power_of_2(value_size)
-    shared = {
-        "GROUP": group,
-        "VALUE_SIZE": value_size,
-        "WINDOW": window,
-        "CHUNK": chunk,
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_VALUE": block_value,
-        "SHORTEST": SHORTEST_SPLIT,
-    }
-    decode_kernel[(sequences, heads, splits)](
-        query, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, out, partial, weights,
-        scale, splits, query.stride(0), query.stride(1), query.stride(2), block_tables.stride(0), out.stride(0),
-        HEADS=heads, SIZE=size, PAGE=page, SOFTCAP=softcap, HAS_SINKS=sinks is not None,
-        BLOCK_M=tiles.block_m, BLOCK_SIZE=triton.next_power_of_2(size),
-        **shared, num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-    if splits > 1:
-        merge_kernel[(sequences, query_heads)](
-            query_start, seq_lens, partial, weights, out, splits, out.stride(0),
-            HEADS=heads, BLOCK_SPLITS=triton.next_power_of_2(splits), STEP=MERGE_SPLITS,
-            **shared, num_warps=MERGE_WARPS,
-        )  # fmt: skip
+# By (bytes an element, padded head size): keys a tile, warps, pipeline stages.
+TILES: dict[tuple[int, int], Tile] = {
+    (2, 16): Tile(64, 4, 4),
+    (2, 32): Tile(64, 4, 4),
+    (2, 64): Tile(64, 4, 4),
+    (2, 128): Tile(64, 4, 3),
+    (2, 256): Tile(32, 4, 3),
+    (4, 16): Tile(32, 4, 3),
+    (4, 32): Tile(32, 4, 3),
+    (4, 64): Tile(32, 4, 3),
+    (4, 128): Tile(32, 4, 2),
+    (4, 256): Tile(16, 4, 2),
+}
+MIN_SPLIT = 256  # keys; below it a split costs more in the merge than it gains
+MAX_SPLIT = 8192  # keys; one long sequence in a large batch must not run on one program
+MAX_SPLITS = 32
+TARGET_PROGRAMS = 528  # four waves' worth of the 132 SMs of an H100 or H200
 
 
 @triton.jit
-def _share(length, begin, splits, BLOCK_N: tl.constexpr, SHORTEST: tl.constexpr):
-    """Keys a split takes of begin..length, a multiple of the tile; the last used split takes what is left."""
-    even = tl.cdiv(tl.cdiv(length - begin, splits), BLOCK_N) * BLOCK_N
-    return tl.maximum(even, SHORTEST)
+def split_span(length, NUM_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.constexpr):
+    """Keys a split takes of `length` keys: equal shares in whole tiles, at least MIN_SPLIT."""
+    span = (length + NUM_SPLITS - 1) // NUM_SPLITS
+    span = (span + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    return tl.maximum(span, MIN_SPLIT)
+
+
+@triton.jit
+def locate(index, query_start_ptr, seq_lens_ptr, num_seqs, BY_TOKEN: tl.constexpr):
+    """Program index -> (row, sequence, position of the row, whether there is work)."""
+    if BY_TOKEN:
+        row = index
+        sequence = last_not_above(query_start_ptr, row, num_seqs, row, 1)
+        end = tl.load(query_start_ptr + sequence + 1)
+        live = row < end
+    else:
+        sequence = index
+        row = tl.load(query_start_ptr + sequence)
+        end = tl.load(query_start_ptr + sequence + 1)
+        live = end - row == 1
+    position = tl.load(seq_lens_ptr + sequence) - (end - row)
+    return row, sequence, position, live
 
 
 @triton.jit
 def decode_kernel(
-    query, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, out, partial, weights,
-    scale, splits,
-    query_stride_token, query_stride_head, query_stride_size, table_stride, out_stride_token,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    SHORTEST: tl.constexpr,
-):  # fmt: skip
-    """partial float32 [S, Hq, splits, Dv]; weights float32 [S, Hq, splits], log2 of each part's softmax sum."""
-    sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    token = tl.load(query_start + sequence).to(tl.int64)
-    if tl.load(query_start + sequence + 1) - token != 1:
+    out_ptr,
+    mixed_ptr,
+    peak_ptr,
+    total_ptr,
+    query_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    block_tables_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    sinks_ptr,
+    scale,
+    num_seqs,
+    query_token_stride,
+    query_head_stride,
+    table_stride,
+    BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+):
+    row, sequence, position, live = locate(tl.program_id(0), query_start_ptr, seq_lens_ptr, num_seqs, BY_TOKEN)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    member = tl.arange(0, BLOCK_M)
+    head = kv_head * GROUP + member
+    grouped = member < GROUP
+    key_column = tl.arange(0, HEAD_PAD)
+    value_column = tl.arange(0, VALUE_PAD)
+    row = row.to(tl.int64)
+    out_at = out_ptr + (row * KV_HEADS * GROUP + head[:, None]) * VALUE_SIZE + value_column[None, :]
+    out_mask = grouped[:, None] & (value_column < VALUE_SIZE)[None, :]
+    if not live:
+        if BY_TOKEN and NUM_SPLITS == 1:
+            tl.store(out_at, tl.zeros([BLOCK_M, VALUE_PAD], out_ptr.dtype.element_ty), mask=out_mask)
         return
-    length = tl.load(seq_lens + sequence)
-    low = lowest_visible(length - 1, WINDOW, CHUNK)
-    # Tiles start at multiples of BLOCK_N, so a split's first tile may begin below the window.
-    aligned = low // BLOCK_N * BLOCK_N
-    share = _share(length, aligned, splits, BLOCK_N, SHORTEST)
-    begin = aligned + split * share
-    if begin >= length:
+    begin = first_key(position, WINDOW, CHUNK)
+    length = position + 1 - begin
+    span = split_span(length, NUM_SPLITS, BLOCK_N, MIN_SPLIT)
+    if NUM_SPLITS == 1:
+        span = length
+    end = tl.minimum(begin + (split + 1) * span, position + 1)
+    begin += split * span
+    if begin >= end:
         return
-    end = tl.minimum(begin + share, length)
 
-    row = tl.arange(0, BLOCK_M)
-    query_head = head * GROUP + row
-    at = tl.arange(0, BLOCK_SIZE)[None, :]
-    queries = tl.load(
-        query + token * query_stride_token + query_head[:, None] * query_stride_head + at * query_stride_size,
-        mask=(row < GROUP)[:, None] & (at < SIZE),
+    query = tl.load(
+        query_ptr + row * query_token_stride + head[:, None] * query_head_stride + key_column[None, :],
+        mask=grouped[:, None] & (key_column < HEAD_SIZE)[None, :],
         other=0.0,
     )
-    largest, total, result = start_softmax(sinks, query_head, row < GROUP, split == 0, HAS_SINKS, BLOCK_M, BLOCK_VALUE)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:
+        # The sink is one more logit of the denominator; the first split counts it.
+        sink = tl.load(sinks_ptr + head, mask=grouped & (split == 0), other=float("-inf")).to(tl.float32)
+        peak = sink * 1.4426950408889634
+        total = tl.where(peak == float("-inf"), 0.0, 1.0)
+    mixed = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
 
-    table = block_tables + sequence.to(tl.int64) * table_stride
-    keys = begin + tl.arange(0, BLOCK_N)
-    pages = load_pages(table, keys, end, PAGE)
-    for _ in range(begin, end, BLOCK_N):
-        # The next tile's pages are on their way while this tile is read: a table load that this very
-        # iteration's keys waited for would take a pipeline stage of its own.
-        ahead = load_pages(table, keys + BLOCK_N, end, PAGE)
-        tile = load_rows(key_cache + head * SIZE, pages, keys, low, end, HEADS, SIZE, BLOCK_SIZE, PAGE, True)
-        logits = scaled_logits(queries, tile, scale, SOFTCAP)
-        logits = tl.where(((keys >= low) & (keys < end))[None, :], logits, MASKED)
-        tile = load_rows(
-            value_cache + head * VALUE_SIZE, pages, keys, low, end, HEADS, VALUE_SIZE, BLOCK_VALUE, PAGE, True
+    table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
+    lane = tl.arange(0, BLOCK_N)
+    # The next tile's page ids are carried: a load of them inside the loop, which the loads of keys and values
+    # depend on, would take half of the pipeline's buffers.
+    page = tl.load(table_ptr + (begin + lane) // BLOCK_SIZE, mask=begin + lane < end, other=0)
+    for start in range(begin, end, BLOCK_N):
+        token = start + lane
+        inside = token < end
+        slot = page.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
+        page = tl.load(table_ptr + (token + BLOCK_N) // BLOCK_SIZE, mask=token + BLOCK_N < end, other=0)
+        # Lanes past the end are not read, so what unused slots hold cannot reach the sum.
+        keys = tl.load(
+            key_cache_ptr + (slot[None, :] * KV_HEADS + kv_head) * HEAD_SIZE + key_column[:, None],
+            mask=inside[None, :] & (key_column < HEAD_SIZE)[:, None],
+            other=0.0,
         )
-        largest, total, result = accumulate(logits, tile, largest, total, result)
-        keys += BLOCK_N
-        pages = ahead
+        values = tl.load(
+            value_cache_ptr + (slot[:, None] * KV_HEADS + kv_head) * VALUE_SIZE + value_column[None, :],
+            mask=inside[:, None] & (value_column < VALUE_SIZE)[None, :],
+            other=0.0,
+        )
+        logits = to_base2(tl.dot(query, keys, input_precision="ieee"), scale, SOFTCAP)
+        logits = tl.where(inside[None, :], logits, float("-inf"))
+        peak, total, mixed = update(logits, values, peak, total, mixed)
 
-    result = result / total[:, None]
-    at = tl.arange(0, BLOCK_VALUE)[None, :]
-    inside = (row < GROUP)[:, None] & (at < VALUE_SIZE)
-    if length - aligned <= share:
-        rows = out + token * out_stride_token + query_head[:, None] * VALUE_SIZE + at
-        tl.store(rows, result.to(out.dtype.element_ty), mask=inside)
+    if NUM_SPLITS == 1:
+        tl.store(out_at, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
     else:
-        part = (sequence.to(tl.int64) * (HEADS * GROUP) + query_head) * splits + split
-        tl.store(partial + part[:, None] * VALUE_SIZE + at, result, mask=inside)
-        tl.store(weights + part, largest + tl.log2(total), mask=row < GROUP)
+        part = (row * KV_HEADS * GROUP + head) * NUM_SPLITS + split
+        tl.store(peak_ptr + part, peak, mask=grouped)
+        tl.store(total_ptr + part, total, mask=grouped)
+        tl.store(mixed_ptr + part[:, None] * VALUE_SIZE + value_column[None, :], mixed, mask=out_mask)
 
 
 @triton.jit
 def merge_kernel(
-    query_start, seq_lens, partial, weights, out, splits, out_stride_token,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, VALUE_SIZE: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_VALUE: tl.constexpr, SHORTEST: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Weigh the splits of one (sequence, query head) by their softmax sums; a sequence in one split is done already."""
-    sequence, query_head = tl.program_id(0), tl.program_id(1)
-    token = tl.load(query_start + sequence).to(tl.int64)
-    if tl.load(query_start + sequence + 1) - token != 1:
+    out_ptr,
+    mixed_ptr,
+    peak_ptr,
+    total_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    num_seqs,
+    HEADS: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+):
+    """Partial sums of the splits of one row and head -> its output. NUM_SPLITS is a power of two."""
+    row, sequence, position, live = locate(tl.program_id(0), query_start_ptr, seq_lens_ptr, num_seqs, BY_TOKEN)
+    head = tl.program_id(1)
+    column = tl.arange(0, VALUE_PAD)
+    inside = column < VALUE_SIZE
+    at = row.to(tl.int64) * HEADS + head
+    out_at = out_ptr + at * VALUE_SIZE + column
+    if not live:
+        if BY_TOKEN:
+            tl.store(out_at, tl.zeros([VALUE_PAD], out_ptr.dtype.element_ty), mask=inside)
         return
-    length = tl.load(seq_lens + sequence)
-    aligned = lowest_visible(length - 1, WINDOW, CHUNK) // BLOCK_N * BLOCK_N
-    share = _share(length, aligned, splits, BLOCK_N, SHORTEST)
-    used = tl.cdiv(length - aligned, share)
-    if used <= 1:
+    length = position + 1 - first_key(position, WINDOW, CHUNK)
+    span = split_span(length, NUM_SPLITS, BLOCK_N, MIN_SPLIT)
+    split = tl.arange(0, NUM_SPLITS)
+    used = split * span < length
+    peaks = tl.load(peak_ptr + at * NUM_SPLITS + split, mask=used, other=float("-inf"))
+    totals = tl.load(total_ptr + at * NUM_SPLITS + split, mask=used, other=0.0)
+    parts = tl.load(
+        mixed_ptr + (at * NUM_SPLITS + split[:, None]) * VALUE_SIZE + column[None, :],
+        mask=used[:, None] & inside[None, :],
+        other=0.0,
+    )
+    share = tl.exp2(peaks - tl.max(peaks, 0))
+    mixed = tl.sum(parts * share[:, None], 0) / tl.sum(totals * share, 0)
+    tl.store(out_at, mixed.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def num_splits(rows: int, kv_heads: int, max_length: int) -> int:
+    """Splits a row is given, from sizes alone: enough programs to fill the device, a power of two."""
+    wanted = max(-(-TARGET_PROGRAMS // (rows * kv_heads)), -(-max_length // MAX_SPLIT))
+    useful = -(-max_length // MIN_SPLIT)
+    return min(triton.next_power_of_2(min(wanted, useful)), MAX_SPLITS)
+
+
+def attend_rows(
+    out: Tensor,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    chunk: int,
+    *,
+    by_token: bool,
+) -> None:
+    """Write rows of out [T, Hq, Dv]: all of them by token, else those of the sequences with one row."""
+    heads, head_size = query.shape[1:]
+    block_size, kv_heads, value_size = value_cache.shape[1:]
+    group = heads // kv_heads
+    num_seqs, max_blocks = block_tables.shape
+    rows = query.shape[0] if by_token else num_seqs
+    head_pad, value_pad = max(16, triton.next_power_of_2(head_size)), max(16, triton.next_power_of_2(value_size))
+    tile = TILES[key_cache.element_size(), max(head_pad, value_pad)]
+    splits = num_splits(rows, kv_heads, max_blocks * block_size)
+    parts = (query.shape[0], heads, splits if splits > 1 else 0)
+    mixed = torch.empty(*parts, value_size, dtype=torch.float32, device=query.device)
+    peak, total = torch.empty(2, *parts, dtype=torch.float32, device=query.device)
+    decode_kernel[rows, kv_heads, splits](
+        out,
+        mixed,
+        peak,
+        total,
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        query_start,
+        seq_lens,
+        sinks if sinks is not None else query,
+        scale if softcap else scale * LOG2E,
+        num_seqs,
+        query.stride(0),
+        query.stride(1),
+        block_tables.stride(0),
+        BLOCK_SIZE=block_size,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        HEAD_SIZE=head_size,
+        VALUE_SIZE=value_size,
+        HEAD_PAD=head_pad,
+        VALUE_PAD=value_pad,
+        BLOCK_M=max(16, triton.next_power_of_2(group)),
+        BLOCK_N=tile.block_n,
+        NUM_SPLITS=splits,
+        MIN_SPLIT=MIN_SPLIT,
+        WINDOW=window,
+        CHUNK=chunk,
+        SOFTCAP=softcap,
+        HAS_SINKS=sinks is not None,
+        BY_TOKEN=by_token,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if splits == 1:
         return
-    part = (sequence.to(tl.int64) * (HEADS * GROUP) + query_head) * splits
-    split = tl.arange(0, BLOCK_SPLITS)
-    # Splits that were not used hold whatever memory held: they are never loaded.
-    sums = tl.load(weights + part + split, mask=split < used, other=float("-inf"))
-    largest = tl.max(sums, 0)
-    total = tl.sum(tl.exp2(sums - largest), 0)
-    at = tl.arange(0, BLOCK_VALUE)
-    result = tl.zeros([BLOCK_VALUE], tl.float32)
-    for first in range(0, used, STEP):
-        split = first + tl.arange(0, STEP)
-        sums = tl.load(weights + part + split, mask=split < used, other=float("-inf"))
-        rows = partial + (part + split)[:, None] * VALUE_SIZE + at[None, :]
-        tile = tl.load(rows, mask=(split < used)[:, None] & (at < VALUE_SIZE)[None, :], other=0.0)
-        result += tl.sum(tile * tl.exp2(sums - largest)[:, None], 0)
-    result = result / total
-    tl.store(
-        out + token * out_stride_token + query_head * VALUE_SIZE + at,
-        result.to(out.dtype.element_ty),
-        mask=at < VALUE_SIZE,
+    merge_kernel[rows, heads](
+        out,
+        mixed,
+        peak,
+        total,
+        query_start,
+        seq_lens,
+        num_seqs,
+        HEADS=heads,
+        VALUE_SIZE=value_size,
+        VALUE_PAD=value_pad,
+        BLOCK_N=tile.block_n,
+        NUM_SPLITS=splits,
+        MIN_SPLIT=MIN_SPLIT,
+        WINDOW=window,
+        CHUNK=chunk,
+        BY_TOKEN=by_token,
+        num_warps=4,
     )

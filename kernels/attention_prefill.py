@@ -1,177 +1,242 @@
-"""Triton prefill attention: sequences with several query rows, ragged in one grid.
+"""Triton: paged attention of ragged rows, for the sequences of a step that have more than one row.
 
-One program = (tile of one sequence's query rows, key head); a tile's matrix rows are (query row, query head of the
-group). Sequences with one row are the decode kernel's. Grids follow from shapes, which tile a program takes is
-found on the device.
+One program computes a tile of one sequence's rows and one KV head; its matrix rows are (token, query head of
+the group), so a group of any size fills it. Keys that every row sees are taken without a mask; the diagonal,
+and all keys where a window or a chunk bounds them from below, with one. The grid depends on sizes alone:
+T // tile + S tiles hold any division of T rows among S sequences; tiles left over end at once.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from kernels.attention_tiles import (
-    MASKED,
-    Tiles,
-    accumulate,
-    load_pages,
-    load_rows,
-    lowest_visible,
-    scaled_logits,
-    start_softmax,
-)
+from kernels.online_softmax import LOG2E, first_key, last_not_above, to_base2, update
 
 
-def prefill_tiles(size: int, value_size: int, group: int, element_bytes: int) -> Tiles:
-    """Tiles for head sizes D and Dv, `group` query heads a key head, within registers and shared memory of sm_90."""
-    widest = max(triton.next_power_of_2(size), triton.next_power_of_2(value_size))
-    least = max(16, triton.next_power_of_2(group))
-    if element_bytes > 2:
-        return Tiles(block_m=max(least, 32), block_n=32 if widest <= 128 else 16, warps=4, stages=2)
-    if widest <= 128:
-        return Tiles(block_m=max(least, 128), block_n=64, warps=8, stages=3)
-    return Tiles(block_m=max(least, 64), block_n=32 if widest <= 256 else 16, warps=8, stages=2)
+class Tile(NamedTuple):
+    """How one program of the prefill kernel is cut."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
 
 
-def count_tiles(tokens: int, sequences: int, rows: int) -> int:
-    """Most tiles of `rows` query rows that sequences of two rows and more can need, given shapes alone."""
-    return tokens // rows + min(sequences, tokens // 2)
+# By (bytes an element, padded head size).
+TILES: dict[tuple[int, int], Tile] = {
+    (2, 16): Tile(64, 64, 4, 3),
+    (2, 32): Tile(64, 64, 4, 3),
+    (2, 64): Tile(128, 64, 8, 3),
+    (2, 128): Tile(128, 64, 8, 3),
+    (2, 256): Tile(64, 64, 8, 2),
+    (4, 16): Tile(32, 32, 4, 2),
+    (4, 32): Tile(32, 32, 4, 2),
+    (4, 64): Tile(32, 32, 4, 2),
+    (4, 128): Tile(32, 32, 4, 2),
+    (4, 256): Tile(32, 16, 8, 2),
+}
 
 
-def launch_prefill(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_start: torch.Tensor,
-    seq_lens: torch.Tensor,
-    sinks: torch.Tensor | None,
-    out: torch.Tensor,
+@triton.jit
+def _attend_range(
+    query,
+    position,
+    begin,
+    end,
+    peak,
+    total,
+    mixed,
+    key_cache_ptr,
+    value_cache_ptr,
+    table_ptr,
+    kv_head,
+    scale,
+    BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Keys begin..end of one sequence; unless MASKED, whole tiles that every row sees."""
+    lane = tl.arange(0, BLOCK_N)
+    key_column = tl.arange(0, HEAD_PAD)
+    value_column = tl.arange(0, VALUE_PAD)
+    # Page ids are carried one tile ahead, as in the decode kernel.
+    page = tl.load(table_ptr + (begin + lane) // BLOCK_SIZE, mask=begin + lane < end, other=0)
+    for start in range(begin, end, BLOCK_N):
+        token = start + lane
+        slot = page.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
+        page = tl.load(table_ptr + (token + BLOCK_N) // BLOCK_SIZE, mask=token + BLOCK_N < end, other=0)
+        key_mask = (key_column < HEAD_SIZE)[:, None]
+        value_mask = (value_column < VALUE_SIZE)[None, :]
+        if MASKED:
+            key_mask = key_mask & (token < end)[None, :]
+            value_mask = value_mask & (token < end)[:, None]
+        keys = tl.load(
+            key_cache_ptr + (slot[None, :] * KV_HEADS + kv_head) * HEAD_SIZE + key_column[:, None], mask=key_mask, other=0.0
+        )
+        values = tl.load(
+            value_cache_ptr + (slot[:, None] * KV_HEADS + kv_head) * VALUE_SIZE + value_column[None, :],
+            mask=value_mask,
+            other=0.0,
+        )
+        logits = to_base2(tl.dot(query, keys, input_precision="ieee"), scale, SOFTCAP)
+        if MASKED:
+            seen = (token[None, :] <= position[:, None]) & (token < end)[None, :]
+            if WINDOW > 0:
+                seen = seen & (token[None, :] > position[:, None] - WINDOW)
+            if CHUNK > 0:
+                seen = seen & (token[None, :] // CHUNK == position[:, None] // CHUNK)
+            logits = tl.where(seen, logits, float("-inf"))
+        peak, total, mixed = update(logits, values, peak, total, mixed)
+    return peak, total, mixed
+
+
+@triton.jit
+def prefill_kernel(
+    out_ptr,
+    query_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    block_tables_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    sinks_ptr,
+    scale,
+    num_seqs,
+    query_token_stride,
+    query_head_stride,
+    table_stride,
+    BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    # Late tiles see the most keys: they start first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    sequence = last_not_above(query_start_ptr, tile, num_seqs, tile, BLOCK_Q)
+    row_begin = tl.load(query_start_ptr + sequence)
+    count = tl.load(query_start_ptr + sequence + 1) - row_begin
+    first = (tile - (row_begin // BLOCK_Q + sequence)) * BLOCK_Q
+    if count <= 1:  # a decode row is another kernel's
+        return
+    if first >= count:
+        return
+
+    lane = tl.arange(0, BLOCK_M)
+    token = first + lane // GROUP
+    head = kv_head * GROUP + lane % GROUP
+    live = (lane < BLOCK_Q * GROUP) & (token < count)
+    offset = tl.load(seq_lens_ptr + sequence) - count
+    position = offset + token
+    row = (row_begin + token).to(tl.int64)
+    key_column = tl.arange(0, HEAD_PAD)
+    query = tl.load(
+        query_ptr + row[:, None] * query_token_stride + head[:, None] * query_head_stride + key_column[None, :],
+        mask=live[:, None] & (key_column < HEAD_SIZE)[None, :],
+        other=0.0,
+    )
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:
+        peak = tl.load(sinks_ptr + head, mask=live, other=0.0).to(tl.float32) * 1.4426950408889634
+        total = total + 1.0
+    mixed = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
+    table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
+    lowest = offset + first
+    begin = first_key(lowest, WINDOW, CHUNK)
+    end = offset + tl.minimum(first + BLOCK_Q, count)
+    if (WINDOW == 0) and (CHUNK == 0):
+        body = (lowest + 1) // BLOCK_N * BLOCK_N
+        peak, total, mixed = _attend_range(
+            query, position, begin, body, peak, total, mixed, key_cache_ptr, value_cache_ptr, table_ptr, kv_head, scale,
+            BLOCK_SIZE, KV_HEADS, HEAD_SIZE, VALUE_SIZE, HEAD_PAD, VALUE_PAD, BLOCK_N, WINDOW, CHUNK, SOFTCAP, False,
+        )  # fmt: skip
+        begin = body
+    peak, total, mixed = _attend_range(
+        query, position, begin, end, peak, total, mixed, key_cache_ptr, value_cache_ptr, table_ptr, kv_head, scale,
+        BLOCK_SIZE, KV_HEADS, HEAD_SIZE, VALUE_SIZE, HEAD_PAD, VALUE_PAD, BLOCK_N, WINDOW, CHUNK, SOFTCAP, True,
+    )  # fmt: skip
+    value_column = tl.arange(0, VALUE_PAD)
+    tl.store(
+        out_ptr + (row[:, None] * KV_HEADS * GROUP + head[:, None]) * VALUE_SIZE + value_column[None, :],
+        (mixed / total[:, None]).to(out_ptr.dtype.element_ty),
+        mask=live[:, None] & (value_column < VALUE_SIZE)[None, :],
+    )
+
+
+def attend_ragged(
+    out: Tensor,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None,
     scale: float,
     window: int,
     softcap: float,
     chunk: int,
 ) -> None:
-    """Fill the rows of `out` [T, Hq, Dv] that belong to sequences of two rows or more; shapes as in `kernels.ops`."""
-    tokens, sequences = query.shape[0], block_tables.shape[0]
-    page, heads, size = key_cache.shape[1:]
-    query_heads, value_size = out.shape[1:]
-    group = query_heads // heads
-    tiles = prefill_tiles(size, value_size, group, key_cache.element_size())
-    grid = count_tiles(tokens, sequences, tiles.block_m // group)
-    if grid == 0:
-        return
-    prefill_kernel[(grid, heads)](
-        query, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, out,
-        scale, sequences, query.stride(0), query.stride(1), query.stride(2), block_tables.stride(0), out.stride(0),
-        HEADS=heads, GROUP=group, SIZE=size, VALUE_SIZE=value_size, PAGE=page,
-        WINDOW=window, CHUNK=chunk, SOFTCAP=softcap, HAS_SINKS=sinks is not None,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_SIZE=triton.next_power_of_2(size),
-        BLOCK_VALUE=triton.next_power_of_2(value_size), BLOCK_SEQUENCES=triton.next_power_of_2(sequences),
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-
-
-@triton.jit
-def _find_tile(query_start, sequences, program, ROWS: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr):
-    """(found, sequence, first query row) of the program-th tile, each sequence's last, longest tile first."""
-    sequence = tl.arange(0, BLOCK_SEQUENCES)
-    inside = sequence < sequences
-    first = tl.load(query_start + sequence, mask=inside, other=0)
-    count = tl.load(query_start + sequence + 1, mask=inside, other=0) - first
-    tiles = tl.where(count > 1, tl.cdiv(count, ROWS), 0)
-    after = tl.cumsum(tiles, 0)
-    hit = (program < after) & (program >= after - tiles)
-    found = tl.sum(hit.to(tl.int32), 0)
-    index = tl.sum(tl.where(hit, sequence, 0), 0)
-    left = tl.sum(tl.where(hit, after - 1 - program, 0), 0)
-    return found, index, left * ROWS
-
-
-@triton.jit
-def _attend(
-    queries, largest, total, result, key_cache, value_cache, table, position, begin, stop, low, end, scale,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE: tl.constexpr, BOUNDED: tl.constexpr,
-):  # fmt: skip
-    """Tiles of keys begin..stop; BOUNDED masks by what each row sees, else every row sees every key."""
-    keys = begin + tl.arange(0, BLOCK_N)
-    pages = load_pages(table, keys, end, PAGE)
-    for _ in range(begin, stop, BLOCK_N):
-        # As in decode: the pages of the next tile load one iteration ahead.
-        ahead = load_pages(table, keys + BLOCK_N, end, PAGE)
-        tile = load_rows(key_cache, pages, keys, low, end, HEADS, SIZE, BLOCK_SIZE, PAGE, BOUNDED)
-        logits = scaled_logits(queries, tile, scale, SOFTCAP)
-        if BOUNDED:
-            seen = keys[None, :] <= position[:, None]
-            if (WINDOW > 0) or (CHUNK > 0):
-                seen = seen & (keys[None, :] >= lowest_visible(position, WINDOW, CHUNK)[:, None])
-            logits = tl.where(seen, logits, MASKED)
-        tile = load_rows(value_cache, pages, keys, low, end, HEADS, VALUE_SIZE, BLOCK_VALUE, PAGE, BOUNDED)
-        largest, total, result = accumulate(logits, tile, largest, total, result)
-        keys += BLOCK_N
-        pages = ahead
-    return largest, total, result
-
-
-@triton.jit
-def prefill_kernel(
-    query, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, out,
-    scale, sequences,
-    query_stride_token, query_stride_head, query_stride_size, table_stride, out_stride_token,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    BLOCK_SEQUENCES: tl.constexpr,
-):  # fmt: skip
-    """Rows of the tile are query row * GROUP + head of the group; BLOCK_M % GROUP rows stay empty."""
-    ROWS: tl.constexpr = BLOCK_M // GROUP
-    head = tl.program_id(1)
-    found, sequence, first_row = _find_tile(query_start, sequences, tl.program_id(0), ROWS, BLOCK_SEQUENCES)
-    if found == 0:
-        return
-    start = tl.load(query_start + sequence)
-    count = tl.load(query_start + sequence + 1) - start
-    length = tl.load(seq_lens + sequence)
-
-    row = first_row + tl.arange(0, BLOCK_M) // GROUP
-    inside = (tl.arange(0, BLOCK_M) < ROWS * GROUP) & (row < count)
-    query_head = head * GROUP + tl.arange(0, BLOCK_M) % GROUP
-    token = (start + row).to(tl.int64)
-    at = tl.arange(0, BLOCK_SIZE)[None, :]
-    queries = tl.load(
-        query + token[:, None] * query_stride_token + query_head[:, None] * query_stride_head + at * query_stride_size,
-        mask=inside[:, None] & (at < SIZE),
-        other=0.0,
+    """Write the rows of out [T, Hq, Dv] that belong to sequences with two rows or more."""
+    tokens, heads, head_size = query.shape
+    block_size, kv_heads, value_size = value_cache.shape[1:]
+    group = heads // kv_heads
+    num_seqs = block_tables.shape[0]
+    head_pad, value_pad = max(16, triton.next_power_of_2(head_size)), max(16, triton.next_power_of_2(value_size))
+    tile = TILES[key_cache.element_size(), max(head_pad, value_pad)]
+    block_m = max(tile.block_m, triton.next_power_of_2(group))
+    block_q = block_m // group
+    prefill_kernel[tokens // block_q + num_seqs, kv_heads](
+        out,
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        query_start,
+        seq_lens,
+        sinks if sinks is not None else query,
+        scale if softcap else scale * LOG2E,
+        num_seqs,
+        query.stride(0),
+        query.stride(1),
+        block_tables.stride(0),
+        BLOCK_SIZE=block_size,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        HEAD_SIZE=head_size,
+        VALUE_SIZE=value_size,
+        HEAD_PAD=head_pad,
+        VALUE_PAD=value_pad,
+        BLOCK_M=block_m,
+        BLOCK_Q=block_q,
+        BLOCK_N=tile.block_n,
+        WINDOW=window,
+        CHUNK=chunk,
+        SOFTCAP=softcap,
+        HAS_SINKS=sinks is not None,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
-    first = length - count + first_row
-    end = tl.minimum(first + ROWS, length)
-    low = lowest_visible(first, WINDOW, CHUNK)
-    position = length - count + row
-    table = block_tables + sequence.to(tl.int64) * table_stride
-    key_cache += head * SIZE
-    value_cache += head * VALUE_SIZE
-
-    largest, total, result = start_softmax(sinks, query_head, inside, True, HAS_SINKS, BLOCK_M, BLOCK_VALUE)
-    begin = low // BLOCK_N * BLOCK_N
-    if WINDOW == 0 and CHUNK == 0:
-        # Every row sees all keys up to the first row's own: whole tiles of those need no mask.
-        masked_from = (first + 1) // BLOCK_N * BLOCK_N
-        largest, total, result = _attend(
-            queries, largest, total, result, key_cache, value_cache, table, position,
-            begin, masked_from, low, end, scale,
-            HEADS, SIZE, VALUE_SIZE, PAGE, WINDOW, CHUNK, SOFTCAP, BLOCK_N, BLOCK_SIZE, BLOCK_VALUE, False,
-        )  # fmt: skip
-        begin = masked_from
-    largest, total, result = _attend(
-        queries, largest, total, result, key_cache, value_cache, table, position,
-        begin, end, low, end, scale,
-        HEADS, SIZE, VALUE_SIZE, PAGE, WINDOW, CHUNK, SOFTCAP, BLOCK_N, BLOCK_SIZE, BLOCK_VALUE, True,
-    )  # fmt: skip
-
-    at = tl.arange(0, BLOCK_VALUE)[None, :]
-    rows = out + token[:, None] * out_stride_token + query_head[:, None] * VALUE_SIZE + at
-    result = (result / total[:, None]).to(out.dtype.element_ty)
-    tl.store(rows, result, mask=inside[:, None] & (at < VALUE_SIZE))

@@ -1,41 +1,56 @@
-"""Paged attention on a CUDA device: the Triton kernels in the order that one step needs them.
+"""Paged attention on CUDA: which Triton kernels a step launches, from its sizes alone.
 
-Launches only, reads nothing back: grids follow from shapes, so one captured CUDA graph serves every batch of its
-shapes.
+No value is read back to the host, so the launches can be captured in a CUDA graph and replayed with other
+metadata at the same addresses. Imports Triton; `kernels.ops` imports this module at the first CUDA call.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from kernels.attention_decode import launch_decode
-from kernels.attention_prefill import launch_prefill
-from kernels.kv_write import launch_kv_write
+from kernels.attention_decode import attend_rows
+from kernels.attention_prefill import attend_ragged
+from kernels.kv_write import write_kv
 
 
 def paged_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_start: torch.Tensor,
-    seq_lens: torch.Tensor,
-    sinks: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None,
     scale: float,
     window: int,
     softcap: float,
     chunk: int,
-) -> torch.Tensor:
-    """See `kernels.ops` for shapes. Raises ValueError for a cache that is not contiguous."""
-    if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
-        raise ValueError("paged_attention needs contiguous caches: the kernels address slots, not strides")
-    out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-    launch_kv_write(key, value, key_cache, value_cache, slots, query_start, out)
-    inputs = (query, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, out)
-    launch_prefill(*inputs, scale, window, softcap, chunk)
-    launch_decode(*inputs, scale, window, softcap, chunk)
+) -> Tensor:
+    """See `kernels.ops` for shapes.
+
+    A bucket with a row a sequence (T <= S) is all the decode kernel's, whatever its real rows are. A larger one
+    runs both kernels; each leaves the other's sequences alone.
+    """
+    query, key, value = _dense_rows(query), _dense_rows(key), _dense_rows(value)
+    write_kv(key, value, key_cache, value_cache, slots)
+    tokens, num_seqs = query.shape[0], block_tables.shape[0]
+    shape = (tokens, query.shape[1], value.shape[2])
+    metadata = (key_cache, value_cache, block_tables, query_start, seq_lens, sinks, scale, window, softcap, chunk)
+    if tokens <= num_seqs:
+        out = torch.empty(shape, dtype=query.dtype, device=query.device)
+        attend_rows(out, query, *metadata, by_token=True)
+    else:
+        out = torch.zeros(shape, dtype=query.dtype, device=query.device)  # padding rows are no kernel's
+        attend_rows(out, query, *metadata, by_token=False)
+        attend_ragged(out, query, *metadata)
     return out
+
+
+def _dense_rows(rows: Tensor) -> Tensor:
+    """Heads may be strided (a transpose, a slice of a merged projection); elements of a head may not."""
+    return rows if rows.stride(2) == 1 else rows.contiguous()

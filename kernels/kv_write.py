@@ -1,81 +1,69 @@
-"""Triton kernel that stores a step's keys and values into pages and clears the output rows of padding.
+"""Triton: store a step's keys and values into their pages, one program a token.
 
-One program a token. Knows the layout of pages, nothing of sequences but where the last one ends.
+Padding tokens carry slots of the scrap page and are written there like any other. Knows no sequences.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-WARPS = 4
-
-
-def launch_kv_write(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slots: torch.Tensor,
-    query_start: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    """Write key [T, Hkv, D] and value [T, Hkv, Dv] at slots int32 [T]; zero out [T, Hq, Dv] past query_start[S]."""
-    tokens, heads, size = key.shape
-    value_size = value.shape[2]
-    kv_write_kernel[(tokens,)](
-        key, value, key_cache, value_cache, slots, query_start, out,
-        query_start.shape[0] - 1,
-        key.stride(0), key.stride(1), key.stride(2),
-        value.stride(0), value.stride(1), value.stride(2),
-        out.stride(0),
-        **kv_write_tiles(heads, size, value_size, out.shape[1]),
-        num_warps=WARPS,
-    )  # fmt: skip
-
-
-def kv_write_tiles(heads: int, size: int, value_size: int, query_heads: int) -> dict[str, int]:
-    """Compile-time arguments of the kernel for one model's shapes."""
-    return {
-        "HEADS": heads,
-        "SIZE": size,
-        "VALUE_SIZE": value_size,
-        "QUERY_HEADS": query_heads,
-        "BLOCK_HEADS": triton.next_power_of_2(heads),
-        "BLOCK_SIZE": triton.next_power_of_2(size),
-        "BLOCK_VALUE": triton.next_power_of_2(value_size),
-        "BLOCK_OUT": 1024,
-    }
+NUM_WARPS = 4
 
 
 @triton.jit
 def kv_write_kernel(
-    key, value, key_cache, value_cache, slots, query_start, out,
-    num_sequences,
-    key_stride_token, key_stride_head, key_stride_size,
-    value_stride_token, value_stride_head, value_stride_size,
-    out_stride_token,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, QUERY_HEADS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
-    """Caches are contiguous, so a slot is HEADS * SIZE elements long; `out` is contiguous within a token."""
+    key_ptr,
+    value_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    slots_ptr,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    HEADS: tl.constexpr,
+    KEY_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    KEY_PAD: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token).to(tl.int64)
-    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    head = tl.arange(0, HEADS_PAD)[:, None]
+    column = tl.arange(0, KEY_PAD)[None, :]
+    inside = (head < HEADS) & (column < KEY_SIZE)
+    key = tl.load(key_ptr + token * key_token_stride + head * key_head_stride + column, mask=inside)
+    to = key_cache_ptr + (slot * HEADS + head) * KEY_SIZE + column
+    tl.store(to, key.to(key_cache_ptr.dtype.element_ty), mask=inside)
+    column = tl.arange(0, VALUE_PAD)[None, :]
+    inside = (head < HEADS) & (column < VALUE_SIZE)
+    value = tl.load(value_ptr + token * value_token_stride + head * value_head_stride + column, mask=inside)
+    to = value_cache_ptr + (slot * HEADS + head) * VALUE_SIZE + column
+    tl.store(to, value.to(value_cache_ptr.dtype.element_ty), mask=inside)
 
-    at = tl.arange(0, BLOCK_SIZE)[None, :]
-    inside = (head < HEADS) & (at < SIZE)
-    row = tl.load(key + token * key_stride_token + head * key_stride_head + at * key_stride_size, mask=inside)
-    tl.store(key_cache + slot * (HEADS * SIZE) + head * SIZE + at, row, mask=inside)
 
-    at = tl.arange(0, BLOCK_VALUE)[None, :]
-    inside = (head < HEADS) & (at < VALUE_SIZE)
-    row = tl.load(value + token * value_stride_token + head * value_stride_head + at * value_stride_size, mask=inside)
-    tl.store(value_cache + slot * (HEADS * VALUE_SIZE) + head * VALUE_SIZE + at, row, mask=inside)
-
-    if token >= tl.load(query_start + num_sequences):
-        for begin in range(0, QUERY_HEADS * VALUE_SIZE, BLOCK_OUT):
-            at = begin + tl.arange(0, BLOCK_OUT)
-            zero = tl.zeros([BLOCK_OUT], out.dtype.element_ty)
-            tl.store(out + token * out_stride_token + at, zero, mask=at < QUERY_HEADS * VALUE_SIZE)
+def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """`kernels.reference.write_kv` on the device. The last dimension of key and value must be dense."""
+    tokens, heads, key_size = key.shape
+    value_size = value.shape[2]
+    kv_write_kernel[(tokens,)](
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slots,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        HEADS=heads,
+        KEY_SIZE=key_size,
+        VALUE_SIZE=value_size,
+        HEADS_PAD=triton.next_power_of_2(heads),
+        KEY_PAD=triton.next_power_of_2(key_size),
+        VALUE_PAD=triton.next_power_of_2(value_size),
+        num_warps=NUM_WARPS,
+    )

@@ -1,0 +1,76 @@
+"""Device functions that the attention kernels share: finding a row's sequence, capping, one softmax update.
+
+Logits are held in base 2: the caller folds log2(e) into the scale, so that every exponential is one exp2.
+Knows no memory layout.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = 1.4426950408889634
+_LOG2E = tl.constexpr(LOG2E)
+
+
+@triton.jit
+def last_not_above(starts_ptr, value, num_seqs, guess, TILE: tl.constexpr):
+    """Largest s in [0, num_seqs) with starts[s] // TILE + (s if TILE > 1) <= value; `guess` is tried first.
+
+    With TILE 1 it finds the sequence of a token row, else the sequence of a tile of TILE rows, where every
+    sequence begins a tile of its own: s begins at or after tile starts[s] // TILE + s, which rises with s.
+    """
+    low = 0
+    high = num_seqs
+    guess = tl.minimum(guess, num_seqs - 1)
+    if TILE == 1:
+        # In a step of decodes row t belongs to sequence t: no search.
+        if (tl.load(starts_ptr + guess) <= value) & (tl.load(starts_ptr + guess + 1) > value):
+            low = guess
+            high = guess + 1
+    while low + 1 < high:
+        middle = (low + high) // 2
+        begin = tl.load(starts_ptr + middle)
+        if TILE > 1:
+            begin = begin // TILE + middle
+        if begin <= value:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def first_key(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+    """Smallest key position that a query at `position` sees."""
+    first = position * 0
+    if WINDOW > 0:
+        first = tl.maximum(first, position - WINDOW + 1)
+    if CHUNK > 0:
+        first = tl.maximum(first, position // CHUNK * CHUNK)
+    return first
+
+
+@triton.jit
+def to_base2(products, scale, SOFTCAP: tl.constexpr):
+    """Scaled and capped logits times log2(e). `scale` carries log2(e) unless there is a cap."""
+    logits = products * scale
+    if SOFTCAP > 0:
+        # tanh(y) = 1 - 2 / (e^2y + 1): saturates at both ends without overflow.
+        power = tl.exp2(logits * (2.0 * _LOG2E / SOFTCAP))
+        logits = (1.0 - 2.0 / (power + 1.0)) * (SOFTCAP * _LOG2E)
+    return logits
+
+
+@triton.jit
+def update(logits, values, peak, total, mixed):
+    """One tile: logits float32 [M, N] (-inf where masked), values [N, Dv] -> new (peak [M], total [M], mixed [M, Dv])."""
+    new_peak = tl.maximum(peak, tl.max(logits, 1))
+    # A row whose keys are all masked so far has no peak; 0 keeps inf - inf out.
+    anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    shrink = tl.exp2(peak - anchor)
+    weights = tl.exp2(logits - anchor[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    mixed = mixed * shrink[:, None]
+    mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision="ieee")
+    return new_peak, total, mixed
