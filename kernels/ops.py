@@ -11,6 +11,9 @@
 - a query at position p sees keys j <= p, with window > 0 only j > p - window, with chunk > 0 only
   j // chunk == p // chunk; softcap > 0 caps logits as cap * tanh(x / cap); sinks [Hq] join the softmax's
   denominator as one extra logit a head
+
+`pagegraph::gumbel_argmax` draws the next token: logits [S, V], temperature float32 [S], seeds int64 [S],
+positions int32 [S] -> ids int64 [S]; see `kernels.reference.gumbel_argmax`.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import cpu
+from kernels import cpu, reference
 
 _library = torch.library.Library("pagegraph", "DEF")
 _library.define(
@@ -26,18 +29,32 @@ _library.define(
     "Tensor positions, Tensor slots, Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, "
     "float scale, int window, float softcap, int chunk) -> Tensor"
 )
+_library.define("gumbel_argmax(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions) -> Tensor")
 
 
-def _on_cuda(*arguments: Tensor | float | int | None) -> Tensor:
+def _attention_on_cuda(*arguments: Tensor | float | int | None) -> Tensor:
     from kernels import cuda  # Triton is imported where there is a device for it
 
     return cuda.paged_attention(*arguments)
 
 
+def _gumbel_argmax_on_cuda(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    from kernels import sampling
+
+    return sampling.gumbel_argmax(logits.contiguous(), temperature, seeds, positions)
+
+
 _library.impl("paged_attention", cpu.paged_attention, "CPU")
-_library.impl("paged_attention", _on_cuda, "CUDA")
+_library.impl("paged_attention", _attention_on_cuda, "CUDA")
+_library.impl("gumbel_argmax", reference.gumbel_argmax, "CPU")
+_library.impl("gumbel_argmax", _gumbel_argmax_on_cuda, "CUDA")
 
 
 @torch.library.register_fake("pagegraph::paged_attention", lib=_library)
-def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | float | int | None) -> Tensor:
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | float | int | None) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+
+
+@torch.library.register_fake("pagegraph::gumbel_argmax", lib=_library)
+def _gumbel_argmax_fake(logits: Tensor, *_: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.long)

@@ -120,14 +120,25 @@ def mix32(words: torch.Tensor) -> torch.Tensor:
     return words ^ (words >> 16)
 
 
-def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Gumbel noise float32 [S, vocab], a function of (seed int64 [S], position int32 [S], token id) alone."""
+def random_bits(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """32 random bits, as int64 [S, vocab]: a function of (seed int64 [S], position int32 [S], token id) alone.
+
+    Integer arithmetic only, so every device and the Triton kernel give the same bits.
+    """
     seeds = seeds.long()
-    row = mix32((seeds & 0xFFFFFFFF) ^ mix32((seeds >> 32) ^ mix32(positions.long() + 0x9E3779B9)))
+    stream = mix32((seeds & 0xFFFFFFFF) ^ mix32((seeds >> 32) ^ mix32(positions.long() + 0x9E3779B9)))
     tokens = mix32(torch.arange(1, vocab_size + 1, device=seeds.device))
-    bits = mix32(row[:, None] ^ tokens[None])
-    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # in (0, 1), every value exact in float32
-    return -torch.log(-torch.log(uniform))
+    return mix32(stream[:, None] ^ tokens[None])
+
+
+def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Gumbel noise float32 [S, vocab] of `random_bits`: -log(-log(1 - u)).
+
+    Large noise comes from small u, which float32 holds to 32 bits and log1p keeps: equal noise of two tokens is
+    rare in the upper tail even over a large vocabulary.
+    """
+    uniform = (random_bits(seeds, positions, vocab_size).float() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
 
 
 def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
@@ -135,11 +146,8 @@ def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
 
     top_k 0, top_p 1 and min_p 0 keep everything. The likeliest token always stays.
     """
-    if bool((min_p > 0).any()):
-        floor = logits.amax(dim=-1, keepdim=True) + torch.log(min_p)[:, None]
-        logits = logits.masked_fill(logits < floor, -torch.inf)
-    if not bool(((top_k > 0) | (top_p < 1)).any()):
-        return logits
+    floor = logits.amax(dim=-1, keepdim=True) + torch.log(min_p)[:, None]
+    logits = logits.masked_fill(logits < floor, -torch.inf)
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(logits.shape[-1], device=logits.device)[None]
     limit = torch.where(top_k > 0, top_k, logits.shape[-1])[:, None]
@@ -150,6 +158,20 @@ def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
     return torch.full_like(logits, -torch.inf).scatter(-1, ids, ordered.masked_fill(beyond, -torch.inf))
 
 
+def gumbel_argmax(
+    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """logits [S, V], temperature float32 [S], seeds int64 [S], positions int32 [S] -> ids int64 [S].
+
+    Adding Gumbel noise and taking the largest draws from softmax(logits / temperature) (Gumbel 1954).
+    Temperature 0 takes the largest logit.
+    """
+    logits = logits.float()
+    drawn = (temperature > 0)[:, None]
+    noisy = logits / torch.where(drawn, temperature[:, None], 1.0) + gumbel(seeds, positions, logits.shape[-1])
+    return torch.where(drawn, noisy, logits).argmax(dim=-1)
+
+
 def sample(
     logits: torch.Tensor,
     temperature: torch.Tensor,
@@ -158,14 +180,20 @@ def sample(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
+    *,
+    filtered: bool | None = None,
 ) -> torch.Tensor:
     """float32 logits [S, V], parameters [S] -> ids int64 [S]: temperature, min-p, top-k, top-p, Gumbel-max.
 
-    Gumbel-max draws from softmax(logits) (Gumbel 1954); temperature 0 is argmax.
+    `filtered` says whether a row of the step filters at all: False saves the sort. None reads the parameters,
+    which waits for the device and cannot be compiled into a graph.
     """
-    greedy = logits.argmax(dim=-1)
-    drawn = temperature > 0
-    scaled = logits / torch.where(drawn, temperature, 1.0)[:, None]
-    kept = filter_logits(scaled, top_k, top_p, min_p)
-    noisy = (kept + gumbel(seeds, positions, logits.shape[-1])).argmax(dim=-1)
-    return torch.where(drawn, noisy, greedy)
+    if filtered is None:
+        filtered = bool(((top_k > 0) | (top_p < 1) | (min_p > 0)).any())
+    if filtered:
+        # Filters keep a token or drop it; its score is made of the logits as they came.
+        drawn = temperature > 0
+        scaled = logits / torch.where(drawn, temperature, 1.0)[:, None]
+        kept = filter_logits(scaled, top_k, top_p, min_p)
+        logits = logits.masked_fill((kept == -torch.inf) & drawn[:, None], -torch.inf)
+    return gumbel_argmax(logits, temperature, seeds, positions)

@@ -1,0 +1,49 @@
+"""Where the Triton kernels run in these tests: the interpreter, in a process of its own, or a CUDA device."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+
+def load_beside(name: str) -> ModuleType:
+    """A helper module of this folder, under its own name: the tests are no package."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+load_beside("attention_cases")
+InterpreterProcess = load_beside("interpreter_process").InterpreterProcess
+
+
+class CudaCalls:
+    """The interface of `InterpreterProcess`, on the device."""
+
+    def call(self, module: str, function: str, *arguments, constants: dict | None = None):
+        move = lambda a, device: a.to(device) if isinstance(a, torch.Tensor) else a  # noqa: E731
+        there = [move(a, "cuda") for a in arguments]
+        with load_beside("interpreter_process").replaced(constants or {}):
+            result = getattr(importlib.import_module(module), function)(*there)
+        return move(result, "cpu"), tuple(move(a, "cpu") for a in there)
+
+
+@pytest.fixture(scope="session", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_calls(request: pytest.FixtureRequest) -> Iterator[InterpreterProcess | CudaCalls]:
+    """Runs launchers of the Triton kernels on CPU tensors."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        yield CudaCalls()
+        return
+    process = InterpreterProcess()
+    yield process
+    process.close()

@@ -1,0 +1,79 @@
+"""A process with Triton's interpreter on: runs launchers of `kernels` on CPU tensors sent to it.
+
+TRITON_INTERPRET has to be set before Triton is imported and changes what every later kernel of the process is,
+so it is kept out of the process of the tests. Run as a script it serves calls; imported it is the caller's end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class InterpreterProcess:
+    """Calls `module.function(*arguments)` over there; mutated tensor arguments come back with the result."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def call(
+        self, module: str, function: str, *arguments: Any, constants: dict[str, Any] | None = None
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """(result, arguments after the call). `constants`: "module.NAME" to the value it has during the call."""
+        pickle.dump((module, function, arguments, constants or {}), self._process.stdin)
+        self._process.stdin.flush()
+        error, result, arguments = pickle.load(self._process.stdout)
+        if error:
+            raise AssertionError(f"{module}.{function} failed under the interpreter:\n{error}")
+        return result, arguments
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(10)
+
+
+def serve() -> None:
+    """Answer calls until the input ends."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a kernel prints must not mix with answers
+    while True:
+        try:
+            module, function, arguments, constants = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        error, result = "", None
+        try:
+            with replaced(constants):
+                result = getattr(importlib.import_module(module), function)(*arguments)
+        except Exception:
+            error = traceback.format_exc()
+        pickle.dump((error, result, arguments), answers)
+        answers.flush()
+
+
+@contextlib.contextmanager
+def replaced(constants: dict[str, Any]) -> Iterator[None]:
+    """Module constants set to other values for a while."""
+    with contextlib.ExitStack() as stack:
+        for name, constant in constants.items():
+            module, _, attribute = name.rpartition(".")
+            stack.enter_context(mock.patch.object(importlib.import_module(module), attribute, constant))
+        yield
+
+
+if __name__ == "__main__":
+    serve()

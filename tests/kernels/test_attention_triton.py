@@ -1,0 +1,109 @@
+"""The Triton attention kernels against the reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from attention_cases import Case, check, clone
+
+from kernels import reference
+
+DECODE = ((1, 1), (1, 15), (1, 16), (1, 17), (1, 100))
+RAGGED = ((1, 17), (5, 5), (1, 1), (20, 37), (2, 64), (33, 65))
+CASES = [
+    Case(),
+    Case(lengths=RAGGED, heads=9, kv_heads=3),
+    Case(lengths=DECODE, heads=9, kv_heads=3, pad_tokens=2),
+    Case(lengths=DECODE, heads=8, kv_heads=1, pad_tokens=0, pad_seqs=0),
+    Case(lengths=((1, 1),), pad_tokens=0, pad_seqs=0),
+    Case(lengths=RAGGED, head_size=80, block_size=32),
+    Case(lengths=DECODE, head_size=96, heads=4, kv_heads=4, pad_tokens=2),
+    Case(lengths=RAGGED, head_size=128, heads=8, kv_heads=2, strided=True),
+    Case(lengths=((1, 40), (3, 40)), head_size=256, heads=4, kv_heads=1),
+    Case(lengths=RAGGED, head_size=48, value_size=32, heads=2, kv_heads=2),
+    Case(lengths=RAGGED, window=7),
+    Case(lengths=DECODE, window=16, pad_tokens=2),
+    Case(lengths=RAGGED, chunk=16),
+    Case(lengths=DECODE, chunk=16, pad_tokens=2),
+    Case(lengths=RAGGED, softcap=5.0, sinks=True),
+    Case(lengths=DECODE, softcap=5.0, sinks=True, window=30, pad_tokens=2),
+    Case(lengths=RAGGED, sinks=True, window=9, heads=6, kv_heads=2),
+    Case(lengths=((3, 3), (1, 5)), pad_tokens=0, pad_seqs=2),  # a bucket of T = S that is no decode step
+    Case(lengths=RAGGED, dtype=torch.bfloat16),
+    Case(lengths=DECODE, dtype=torch.float16, pad_tokens=2),
+    Case(lengths=(), pad_tokens=2, pad_seqs=2),  # nothing but padding: what a graph is captured on
+]
+WIDE = [
+    Case(lengths, heads, kv_heads, head_size, block_size=block_size, window=window, softcap=softcap, chunk=chunk, sinks=sinks, pad_tokens=pad)
+    for (lengths, pad), (heads, kv_heads), head_size, block_size, (window, softcap, chunk, sinks) in itertools.product(
+        [(RAGGED, 3), (DECODE, 2)],
+        [(4, 4), (9, 3), (8, 2), (8, 1)],
+        [64, 80, 128],
+        [16, 32],
+        [(0, 0.0, 0, False), (17, 0.0, 0, True), (0, 3.0, 0, False), (0, 0.0, 32, True)],
+    )
+]  # fmt: skip
+
+
+def compare(triton_calls, case: Case, constants: dict[str, int] | None = None) -> None:
+    expected_arguments = case.arguments()
+    arguments = clone(expected_arguments)
+    expected = reference.paged_attention(*expected_arguments)
+    out, arguments = triton_calls.call("kernels.cuda", "paged_attention", *arguments, constants=constants)
+    check(out, arguments, expected, expected_arguments)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_reference(triton_calls, case: Case) -> None:
+    compare(triton_calls, case)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.lengths], ids=str)
+def test_many_splits_and_small_tiles(triton_calls, case: Case) -> None:
+    """Constants so small that a short sequence is split, split again and merged."""
+    compare(
+        triton_calls,
+        case,
+        {"kernels.attention_decode.MIN_SPLIT": 16, "kernels.attention_decode.MAX_SPLIT": 16}
+        | {f"kernels.attention_{kernel}.TILES": SMALL_TILES[kernel] for kernel in SMALL_TILES},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_wide_grid(triton_calls, case: Case) -> None:
+    compare(triton_calls, case)
+
+
+SIZES = list(itertools.product((2, 4), (16, 32, 64, 128, 256)))
+
+
+class SmallDecode(tuple):
+    """A decode tile of 16 keys; plain data, so that it travels without Triton."""
+
+    block_n, num_warps, num_stages = 16, 4, 2
+
+
+class SmallPrefill(tuple):
+    """A prefill tile of 16 rows and 16 keys."""
+
+    block_m, block_n, num_warps, num_stages = 16, 16, 4, 2
+
+
+SMALL_TILES = {
+    "decode": dict.fromkeys(SIZES, SmallDecode()),
+    "prefill": dict.fromkeys(SIZES, SmallPrefill()),
+}
+
+
+def test_a_wrong_window_is_seen(triton_calls) -> None:
+    """Negative control: the comparison fails where the kernel computes something else."""
+    case = Case(lengths=RAGGED, window=7)
+    expected_arguments = case.arguments()
+    expected = reference.paged_attention(*expected_arguments)
+    arguments = (*clone(expected_arguments)[:12], 8, *expected_arguments[13:])
+    out, arguments = triton_calls.call("kernels.cuda", "paged_attention", *arguments)
+    with pytest.raises(AssertionError):
+        check(out, arguments, expected, expected_arguments)
