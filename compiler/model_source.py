@@ -1,26 +1,24 @@
-"""Where a model's files are: a folder, a hub name, or a GGUF file converted once into a safetensors folder.
+"""From the name of a model to a local folder of configuration, tokenizer and safetensors.
 
-Gives back a local folder in Hugging Face layout. Importing it, and finding a converted model again, needs no torch.
+A name is a folder, a GGUF file, or a repository of the Hugging Face hub. A GGUF file is converted once, into
+the cache. Knows files and formats; does not know devices, dtypes of serving or what the model computes.
+torch and transformers are imported only when a conversion has to be done.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
+import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
-GGUF_MAGIC = b"GGUF"
-CONVERSION = 1  # raise it when the conversion changes: older results are then made again
-
-
-class ModelNotFound(ValueError):
-    """No model at the given place; the message says what was looked for."""
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
+SAMPLE_BYTES = 1 << 20
+CONVERSION = 1  # counts up when a conversion would write something else, so that old ones are not reused
 
 
 def resolve(
@@ -31,77 +29,123 @@ def resolve(
     cache_dir: Path,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Local folder of `model`: a folder (with `gguf_file`: of that file in it), a .gguf file, or a hub name."""
+    """The folder that holds `model`: config.json, tokenizer.json, safetensors and chat template, as far as given.
+
+    `gguf_file` names a file in the folder or repository. `revision` applies to the hub alone.
+    Raises FileNotFoundError where there is no such model, ValueError for a GGUF file that cannot be converted.
+    """
     path = Path(model).expanduser()
-    if gguf_file is not None and path.is_dir():
-        path = path / gguf_file
-    if path.suffix == ".gguf":
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{model}: a model is a folder, a .gguf file or a hub name; this is another kind of file")
         return _converted(path, cache_dir)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelNotFound(f"model: {path} has no config.json; name a folder in Hugging Face layout or a .gguf file")
+    if not path.is_dir():
+        path = _downloaded(model, gguf_file, revision, trust_remote_code)
+    if gguf_file is not None:
+        return _converted(_existing(path / gguf_file), cache_dir)
+    if (path / "config.json").is_file():
         return path
-    if model.startswith(("/", ".", "~")):
-        raise ModelNotFound(f"model: {path} does not exist; name a folder, a .gguf file or a hub name such as org/name")
-    return _downloaded(model, gguf_file, revision, cache_dir)
+    return _converted(_only_gguf(path), cache_dir)
 
 
-def _downloaded(model: str, gguf_file: str | None, revision: str | None, cache_dir: Path) -> Path:
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return path
+
+
+def _only_gguf(folder: Path) -> Path:
+    """The one GGUF file of a folder without config.json."""
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no config.json and no .gguf file")
+    if len(files) > 1:
+        raise ValueError(f"{folder}: several GGUF files ({', '.join(f.name for f in files)}); choose one by gguf_file")
+    return files[0]
+
+
+def _downloaded(model: str, gguf_file: str | None, revision: str | None, trust_remote_code: bool) -> Path:
+    """A snapshot of the hub repository `model`, only the files that serving reads."""
+    if model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") > 1:
+        raise FileNotFoundError(f"{model}: no such file or folder")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [gguf_file, "*.json"] if gguf_file else HUB_PATTERNS
-    folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    return _converted(folder / gguf_file, cache_dir) if gguf_file else folder
+    patterns = [gguf_file] if gguf_file is not None else HUB_PATTERNS + ["*.py"] * trust_remote_code
+    try:
+        folder = snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_IGNORED)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{model}: no local file or folder of that name, and the hub does not give it ({error})"
+        ) from error
+    return Path(folder)
 
 
-def _converted(source: Path, cache_dir: Path) -> Path:
-    _check_gguf(source)
-    facts = source.stat()
-    identity = f"{CONVERSION}:{source.resolve()}:{facts.st_size}:{facts.st_mtime_ns}"
-    folder = cache_dir / "models" / f"{source.stem}-{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}"
+def _converted(gguf: Path, cache_dir: Path) -> Path:
+    """The folder of the converted file, made now if it is not there. Processes that meet here wait in line."""
+    models = cache_dir / "models"
+    folder = models / f"{gguf.stem}-{_key(gguf)}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
+    models.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.with_name(folder.name + ".lock")):
         if not folder.is_dir():
-            partial = Path(tempfile.mkdtemp(prefix=f"{source.stem}-", dir=folder.parent))
-            try:
-                _convert(source, partial)
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            unfinished = folder.with_name(folder.name + ".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            _convert(gguf, unfinished)
+            os.rename(unfinished, folder)
     return folder
 
 
-def _check_gguf(source: Path) -> None:
-    if not source.is_file():
-        raise ModelNotFound(f"model: {source} does not exist")
-    with source.open("rb") as file:
-        if file.read(4) != GGUF_MAGIC:
-            raise ModelNotFound(f"model: {source} is not a GGUF file: it does not begin with {GGUF_MAGIC.decode()}")
-
-
-def _convert(source: Path, folder: Path) -> None:
-    """Dequantise with transformers into float32 safetensors; the tokenizer is rebuilt from the file too."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    # The weights are plain numbers from here on: nothing may take them for quantised ones.
-    for holder, mark in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
-        if hasattr(holder, mark):
-            delattr(holder, mark)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # The file's tokenizer section may name another end token than its model section, which the model was trained with.
-    generation = {"eos_token_id": model.config.eos_token_id, "bos_token_id": model.config.bos_token_id}
-    (folder / "generation_config.json").write_text(json.dumps(generation))
+def _key(path: Path) -> str:
+    """By content (size, first and last MiB), so that a moved or touched file is not converted again."""
+    digest = hashlib.sha256(f"{CONVERSION} {path.stat().st_size}".encode())
+    with path.open("rb") as file:
+        digest.update(file.read(SAMPLE_BYTES))
+        file.seek(max(0, path.stat().st_size - SAMPLE_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest()[:12]
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process converts, the others wait for its result."""
+    """Hold an exclusive lock on `path`; the kernel frees it if the process dies."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file closes, however the process ends
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the dequantised float32 weights, the configuration and the tokenizer of `gguf` into `folder`.
+
+    transformers reads the file; its `from_pretrained` would also want accelerate and build the whole model.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    from compiler.weights import build_meta
+
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = build_meta(config, torch.float32, "eager", max_model_len=config.max_position_embeddings)
+    tensors = load_gguf_checkpoint(gguf, return_tensors=True, model_to_load=model, torch_dtype=torch.float32)["tensors"]
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if missing := sorted(model.state_dict().keys() - tied - tensors.keys()):
+        raise ValueError(f"{gguf}: not in the file: {', '.join(missing[:8])} ({len(missing)} weights)")
+    folder.mkdir(parents=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items() if name not in tied},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config.architectures = [type(model).__name__]
+    # What `dtype: auto` means for it: the file's values come from few bits, float32 would serve no one.
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The converted tokenizer can name another end token than the file's own metadata.
+    if isinstance(config.eos_token_id, int):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    tokenizer.save_pretrained(folder)
