@@ -1,20 +1,46 @@
-"""The passes over a loaded model, in their order. Each file has `match`, `rewrite` and `check`."""
+"""The passes over the loaded model, in the order they run.
+
+Knows which setting switches each pass; knows nothing of what a pass does.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from compiler.passes import merge_linears
-
-# (name, switched on by, rewrite): a pass changes layout and speed, never results.
-PASSES: tuple[tuple[str, Callable[[Any], bool], Callable[[nn.Module], int]], ...] = (
-    ("merge_linears", lambda config: config.merge_linears, merge_linears.rewrite),
-)
+from compiler.passes.merge_linears import merge_linears
 
 
-def apply(model: nn.Module, config: Any) -> dict[str, int]:
-    """Run the passes that `config` switches on -> places each one changed."""
-    return {name: rewrite(model) for name, enabled, rewrite in PASSES if enabled(config)}
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A rewrite of the model in place; `run` returns the number of places changed, `setting` switches it."""
+
+    setting: str
+    run: Callable[[nn.Module], int]
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """What one pass did: places changed and seconds taken."""
+
+    name: str
+    changes: int
+    seconds: float
+
+
+PASSES: tuple[Pass, ...] = (Pass("merge_linears", merge_linears),)
+
+
+def apply(model: nn.Module, config: Any) -> list[PassReport]:
+    """Run the passes that `config` (a `runtime.config.Config`) switches on; each pass checks its own result."""
+    reports = []
+    for step in PASSES:
+        if getattr(config, step.setting):
+            start = time.perf_counter()
+            changes = step.run(model)
+            reports.append(PassReport(step.setting, changes, time.perf_counter() - start))
+    return reports
