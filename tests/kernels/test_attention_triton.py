@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_cases import Case, check, clone
 
-from kernels import reference
+from kernels import attention_decode, attention_prefill, reference
 
 DECODE = ((1, 1), (1, 15), (1, 16), (1, 17), (1, 100))
 RAGGED = ((1, 17), (5, 5), (1, 1), (20, 37), (2, 64), (33, 65))
@@ -35,6 +35,13 @@ CASES = [
     Case(lengths=DECODE, dtype=torch.float16, pad_tokens=2),
     Case(lengths=(), pad_tokens=2, pad_seqs=2),  # nothing but padding: what a graph is captured on
 ]
+SIZES = list(itertools.product((2, 4), (16, 32, 64, 128, 256)))
+SMALL = {
+    "kernels.attention_decode.MIN_SPLIT": 16,
+    "kernels.attention_decode.MAX_SPLIT": 16,
+    "kernels.attention_decode.TILES": dict.fromkeys(SIZES, attention_decode.Tile(16, 4, 2)),
+    "kernels.attention_prefill.TILES": dict.fromkeys(SIZES, attention_prefill.Tile(16, 16, 4, 2)),
+}
 WIDE = [
     Case(lengths, heads, kv_heads, head_size, block_size=block_size, window=window, softcap=softcap, chunk=chunk, sinks=sinks, pad_tokens=pad)
     for (lengths, pad), (heads, kv_heads), head_size, block_size, (window, softcap, chunk, sinks) in itertools.product(
@@ -47,7 +54,7 @@ WIDE = [
 ]  # fmt: skip
 
 
-def compare(triton_calls, case: Case, constants: dict[str, int] | None = None) -> None:
+def compare(triton_calls, case: Case, constants: dict[str, object] | None = None) -> None:
     expected_arguments = case.arguments()
     arguments = clone(expected_arguments)
     expected = reference.paged_attention(*expected_arguments)
@@ -63,39 +70,13 @@ def test_equals_reference(triton_calls, case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.lengths], ids=str)
 def test_many_splits_and_small_tiles(triton_calls, case: Case) -> None:
     """Constants so small that a short sequence is split, split again and merged."""
-    compare(
-        triton_calls,
-        case,
-        {"kernels.attention_decode.MIN_SPLIT": 16, "kernels.attention_decode.MAX_SPLIT": 16}
-        | {f"kernels.attention_{kernel}.TILES": SMALL_TILES[kernel] for kernel in SMALL_TILES},
-    )
+    compare(triton_calls, case, SMALL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", WIDE, ids=str)
 def test_wide_grid(triton_calls, case: Case) -> None:
     compare(triton_calls, case)
-
-
-SIZES = list(itertools.product((2, 4), (16, 32, 64, 128, 256)))
-
-
-class SmallDecode(tuple):
-    """A decode tile of 16 keys; plain data, so that it travels without Triton."""
-
-    block_n, num_warps, num_stages = 16, 4, 2
-
-
-class SmallPrefill(tuple):
-    """A prefill tile of 16 rows and 16 keys."""
-
-    block_m, block_n, num_warps, num_stages = 16, 16, 4, 2
-
-
-SMALL_TILES = {
-    "decode": dict.fromkeys(SIZES, SmallDecode()),
-    "prefill": dict.fromkeys(SIZES, SmallPrefill()),
-}
 
 
 def test_a_wrong_window_is_seen(triton_calls) -> None:

@@ -1,0 +1,122 @@
+"""Compiles kernels for sm_90 with no GPU, with exactly what their launchers pass; a script that prints JSON.
+
+Launchers are called on meta tensors with Triton's launch replaced by one that compiles. Reads a list of
+[name, module, function, arguments] from standard input, where an argument {"shape", "dtype"} is a tensor and
+{"slice", ...} a tensor whose rows are a slice of wider ones. Run without TRITON_INTERPRET, in a process of its own:
+the replaced launch stays replaced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TARGET = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = 232448  # bytes a block may have on sm_90
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one launch compiled to. `buffers`: copies of a tile of keys or values that the pipeline holds."""
+
+    case: str
+    kernel: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    buffers: int
+    matrix_units: bool
+
+
+def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], named: dict[str, Any]) -> Compiled:
+    """Compile one launch, specialised as Triton specialises it at run time, and read what ptxas says of it."""
+    names = kernel.arg_names
+    values = dict(zip(names, arguments)) | {n: v for n, v in named.items() if n in names}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    options = {n: v for n, v in named.items() if n in ("num_warps", "num_stages")}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=TARGET, options=options)
+    report = assemble(compiled.asm["ptx"])
+    ttgir = compiled.asm["ttgir"]
+    depths = [int(depth) for depth in re.findall(r"local_alloc :.*memdesc<(\d+)x\d+x\d+x\w+", ttgir)]
+    return Compiled(
+        case=case,
+        kernel=kernel.fn.__name__,
+        registers=int(re.search(r"Used (\d+) registers", report)[1]),
+        spilled_bytes=sum(int(count) for count in re.findall(r"(\d+) bytes spill", report)),
+        shared_bytes=compiled.metadata.shared,
+        buffers=min(depths, default=0),
+        matrix_units="mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"],
+    )
+
+
+def assemble(ptx: str) -> str:
+    """What ptxas, the one that Triton ships, reports of registers and spills."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def argument(described: Any) -> Any:
+    """A meta tensor for its description; anything else as it is."""
+    if not isinstance(described, dict):
+        return described
+    dtype = getattr(torch, described["dtype"])
+    if "slice" in described:
+        rows, *row = described["slice"]
+        size = row[0] * row[1]
+        return torch.empty(rows, 3 * size, dtype=dtype, device="meta")[:, :size].unflatten(1, row)
+    return torch.empty(described["shape"], dtype=dtype, device="meta")
+
+
+def main() -> None:
+    compiled: list[Compiled] = []
+    case = ""
+
+    def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        compiled.append(compile_launch(case, kernel, arguments, named))
+
+    JITFunction.run = record
+    for case, module, function, described in json.load(sys.stdin):
+        getattr(importlib.import_module(module), function)(*(argument(one) for one in described))
+    print(json.dumps([asdict(one) for one in compiled]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The CPU implementation, through the op, against the reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from attention_cases import Case, check, clone
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from kernels import reference
+
+RAGGED = ((1, 17), (5, 5), (1, 1), (20, 37), (1, 64), (33, 65))
+
+
+def compare(case: Case) -> None:
+    expected_arguments = case.arguments()
+    arguments = clone(expected_arguments)
+    expected = reference.paged_attention(*expected_arguments)
+    out = torch.ops.pagegraph.paged_attention(*arguments)
+    check(out, arguments, expected, expected_arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("heads", [(4, 4), (9, 3), (8, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+def test_shapes(head_size: int, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    for block_size, strided in itertools.product((16, 32), (False, True)):
+        compare(Case(RAGGED, *heads, head_size, block_size=block_size, dtype=dtype, strided=strided))
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+@pytest.mark.parametrize(("window", "chunk"), [(0, 0), (1, 0), (7, 0), (16, 0), (1000, 0), (0, 16), (0, 5), (9, 32)])
+def test_features(window: int, chunk: int, softcap: float, sinks: bool) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(Case(RAGGED, 6, 2, 32, window=window, chunk=chunk, softcap=softcap, sinks=sinks, dtype=dtype))
+        compare(Case(RAGGED, 6, 2, 48, 32, window=window, chunk=chunk, softcap=softcap, sinks=sinks, dtype=dtype))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30)).map(lambda p: (p[1], sum(p))), max_size=6),
+    decodes=st.lists(st.integers(1, 70).map(lambda n: (1, n)), max_size=6),
+    pads=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    features=st.tuples(st.sampled_from([0, 1, 13]), st.sampled_from([0.0, 2.0]), st.sampled_from([0, 8]), st.booleans()),
+    seed=st.integers(0, 1000),
+)
+def test_any_ragged_step(lengths, decodes, pads, features, seed) -> None:
+    window, softcap, chunk, sinks = features
+    mixed = [*lengths, *decodes]
+    mixed = tuple(mixed[i] for i in torch.randperm(len(mixed), generator=torch.Generator().manual_seed(seed)))
+    compare(
+        Case(
+            mixed, 6, 3, 16, block_size=8, window=window, softcap=softcap, chunk=chunk, sinks=sinks,
+            pad_tokens=pads[0], pad_seqs=max(pads[1], 0 if mixed else 1), seed=seed,
+        )
+    )  # fmt: skip
+
+
+def test_one_graph_with_sizes_left_open() -> None:
+    """torch.compile(fullgraph) over other T and S, the mutation of the caches seen by what follows."""
+    attention = torch.ops.pagegraph.paged_attention
+
+    def forward(*arguments):
+        out = attention(arguments[0] * 1.0, *arguments[1:])
+        return out + 1, arguments[3].nan_to_num().sum()
+
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True)
+    counts = []
+    for lengths in (((1, 3), (4, 9)), ((1, 20), (1, 2), (7, 7)), ((9, 30), (1, 1), (1, 5), (2, 2))):
+        case = Case(lengths)
+        expected_arguments = case.arguments()
+        arguments = clone(expected_arguments)
+        out, total = compiled(*arguments)
+        expected, expected_total = forward(*expected_arguments)
+        check(out - 1, arguments, expected - 1, expected_arguments)
+        torch.testing.assert_close(total, expected_total)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[1] == counts[2], "another size must not compile again"
+
+
+def test_op_passes_the_library_checks() -> None:
+    torch.library.opcheck(
+        torch.ops.pagegraph.paged_attention.default,
+        tuple(a.nan_to_num() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in Case().arguments()),
+        test_utils=("test_schema", "test_faketensor"),
+    )

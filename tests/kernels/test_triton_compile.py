@@ -1,0 +1,146 @@
+"""Every Triton kernel compiled for sm_90 with its real tiles: registers, spills, shared memory, pipeline depth.
+
+Needs no GPU. What it cannot say is how fast anything is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED_MEMORY = 232448  # bytes a block may have on sm_90
+REGISTERS = 255  # registers a thread may have
+
+
+def tensor(dtype: str, *shape: int) -> dict[str, Any]:
+    return {"shape": shape, "dtype": dtype}
+
+
+def attention(
+    head_size: int,
+    value_size: int,
+    kv_heads: int,
+    group: int,
+    dtype: str = "bfloat16",
+    tokens: int = 512,
+    num_seqs: int = 64,
+    sinks: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
+    chunk: int = 0,
+) -> list[Any]:
+    """One call of the launcher: pages of 16, tables for 8192 tokens, query a slice of a merged projection."""
+    shape = f"{head_size}/{value_size} {kv_heads}x{group} {dtype} T={tokens} S={num_seqs}"
+    name = f"{shape} window={window} softcap={softcap} chunk={chunk} sinks={sinks}"
+    arguments = [
+        {"slice": (tokens, kv_heads * group, head_size), "dtype": dtype},
+        {"slice": (tokens, kv_heads, head_size), "dtype": dtype},
+        {"slice": (tokens, kv_heads, value_size), "dtype": dtype},
+        tensor(dtype, 4096, 16, kv_heads, head_size),
+        tensor(dtype, 4096, 16, kv_heads, value_size),
+        tensor("int32", tokens),
+        tensor("int32", tokens),
+        tensor("int32", num_seqs, 512),
+        tensor("int32", num_seqs + 1),
+        tensor("int32", num_seqs),
+        tensor("float32", kv_heads * group) if sinks else None,
+        head_size**-0.5,
+        window,
+        softcap,
+        chunk,
+    ]
+    return [name, "kernels.cuda", "paged_attention", arguments]
+
+
+def sampling(vocab: int, dtype: str) -> list[Any]:
+    arguments = [tensor(dtype, 256, vocab), tensor("float32", 256), tensor("int64", 256), tensor("int32", 256)]
+    return [f"sampling {vocab} {dtype}", "kernels.sampling", "gumbel_argmax", arguments]
+
+
+HALF = [
+    attention(64, 64, 8, 1),
+    attention(64, 64, 8, 8, window=128, sinks=True),
+    attention(80, 80, 8, 4),
+    attention(96, 96, 8, 3),
+    attention(128, 128, 8, 4),
+    attention(128, 128, 8, 4, tokens=256, num_seqs=256),
+    attention(128, 128, 8, 4, tokens=1, num_seqs=1),
+    attention(128, 128, 4, 8, window=1024, softcap=50.0, sinks=True),
+    attention(192, 128, 8, 1),
+    attention(256, 256, 4, 2, window=1024, softcap=50.0),
+    attention(256, 256, 4, 4, tokens=8, num_seqs=8, chunk=8192),
+]
+SINGLE = [attention(64, 64, 8, 3, "float32"), attention(128, 128, 8, 4, "float32"), attention(256, 256, 4, 2, "float32")]
+WIDE = [
+    attention(size, size, 8, group, dtype, tokens, 32, *features)
+    for size, group, dtype, tokens, features in itertools.product(
+        (64, 80, 96, 128, 256),
+        (1, 3, 4, 8),
+        ("bfloat16", "float16", "float32"),
+        (32, 256),
+        ((False, 0, 0.0, 0), (True, 128, 0.0, 0), (False, 0, 30.0, 8192)),
+    )
+]
+
+
+def compiled(launches: list[list[Any]]) -> list[dict[str, Any]]:
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(Path(__file__).with_name("ahead_of_time.py"))]
+    done = subprocess.run(command, input=json.dumps(launches), env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def check_fits(kernels: list[dict[str, Any]]) -> None:
+    spilling = [k for k in kernels if k["spilled_bytes"] > 0]
+    assert not spilling
+    assert all(k["registers"] <= REGISTERS for k in kernels)
+    assert all(k["shared_bytes"] <= SHARED_MEMORY for k in kernels)
+
+
+@pytest.fixture(scope="module")
+def half() -> list[dict[str, Any]]:
+    """The launches of models in bfloat16, and sampling."""
+    return compiled([*HALF, sampling(151936, "float32"), sampling(128256, "bfloat16")])
+
+
+def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
+    names = {k["kernel"] for k in half}
+    assert names == {
+        "kv_write_kernel", "decode_kernel", "merge_kernel", "prefill_kernel", "best_of_parts_kernel", "best_of_row_kernel",
+    }  # fmt: skip
+
+
+def test_nothing_spills(half: list[dict[str, Any]]) -> None:
+    check_fits(half)
+
+
+def test_attention_is_pipelined_on_matrix_units(half: list[dict[str, Any]]) -> None:
+    """A page-table load that keys wait for in the same iteration would leave the pipeline fewer buffers."""
+    kernels = [k for k in half if k["kernel"] in ("decode_kernel", "prefill_kernel")]
+    assert kernels
+    assert all(k["matrix_units"] and k["buffers"] >= 2 for k in kernels), kernels
+
+
+def test_two_decode_programs_share_a_multiprocessor(half: list[dict[str, Any]]) -> None:
+    """Decode hides memory latency with the other program's loads: two blocks' shared memory and registers must fit."""
+    kernels = [k for k in half if k["kernel"] == "decode_kernel"]
+    assert all(2 * (k["shared_bytes"] + 1024) <= SHARED_MEMORY and k["registers"] * 128 * 2 <= 65536 for k in kernels)
+
+
+def test_float32_fits() -> None:
+    check_fits(compiled(SINGLE))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_wide_grid_fits() -> None:
+    check_fits(compiled(WIDE))
