@@ -23,6 +23,8 @@ from runtime.protocol import SamplingParams
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from prompts import PROMPTS  # noqa: E402
 
+pytestmark = pytest.mark.timeout(900)  # the first test compiles the model
+
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 NUM_TOKENS = 48
 TIE = 1e-3
