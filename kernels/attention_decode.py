@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.online_softmax import LOG2E, first_key, last_not_above, to_base2, update
+from kernels.online_softmax import LOG2E, dot_precision, first_key, last_not_above, to_base2, update
 
 
 class Tile(NamedTuple):
@@ -26,7 +26,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# By (bytes an element, padded head size): keys a tile, warps, pipeline stages.
+# By (bytes an element, padded head size). Float32 is computed by FMA in full precision and needs the registers.
 TILES: dict[tuple[int, int], Tile] = {
     (2, 16): Tile(64, 4, 4),
     (2, 32): Tile(64, 4, 4),
@@ -36,7 +36,7 @@ TILES: dict[tuple[int, int], Tile] = {
     (4, 16): Tile(32, 4, 3),
     (4, 32): Tile(32, 4, 3),
     (4, 64): Tile(32, 4, 3),
-    (4, 128): Tile(32, 4, 2),
+    (4, 128): Tile(16, 4, 3),
     (4, 256): Tile(16, 4, 2),
 }
 MIN_SPLIT = 256  # keys; below it a split costs more in the merge than it gains
@@ -103,6 +103,7 @@ def decode_kernel(
     CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BY_TOKEN: tl.constexpr,
 ):
     row, sequence, position, live = locate(tl.program_id(0), query_start_ptr, seq_lens_ptr, num_seqs, BY_TOKEN)
@@ -165,9 +166,9 @@ def decode_kernel(
             mask=inside[:, None] & (value_column < VALUE_SIZE)[None, :],
             other=0.0,
         )
-        logits = to_base2(tl.dot(query, keys, input_precision="ieee"), scale, SOFTCAP)
+        logits = to_base2(tl.dot(query, keys, input_precision=PRECISION), scale, SOFTCAP)
         logits = tl.where(inside[None, :], logits, float("-inf"))
-        peak, total, mixed = update(logits, values, peak, total, mixed)
+        peak, total, mixed = update(logits, values, peak, total, mixed, PRECISION)
 
     if NUM_SPLITS == 1:
         tl.store(out_at, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
@@ -291,6 +292,7 @@ def attend_rows(
         CHUNK=chunk,
         SOFTCAP=softcap,
         HAS_SINKS=sinks is not None,
+        PRECISION=dot_precision(max(head_pad, value_pad)),
         BY_TOKEN=by_token,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

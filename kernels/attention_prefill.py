@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.online_softmax import LOG2E, first_key, last_not_above, to_base2, update
+from kernels.online_softmax import LOG2E, dot_precision, first_key, last_not_above, to_base2, update
 
 
 class Tile(NamedTuple):
@@ -66,6 +66,7 @@ def _attend_range(
     CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Keys begin..end of one sequence; unless MASKED, whole tiles that every row sees."""
     lane = tl.arange(0, BLOCK_N)
@@ -90,7 +91,7 @@ def _attend_range(
             mask=value_mask,
             other=0.0,
         )
-        logits = to_base2(tl.dot(query, keys, input_precision="ieee"), scale, SOFTCAP)
+        logits = to_base2(tl.dot(query, keys, input_precision=PRECISION), scale, SOFTCAP)
         if MASKED:
             seen = (token[None, :] <= position[:, None]) & (token < end)[None, :]
             if WINDOW > 0:
@@ -98,7 +99,7 @@ def _attend_range(
             if CHUNK > 0:
                 seen = seen & (token[None, :] // CHUNK == position[:, None] // CHUNK)
             logits = tl.where(seen, logits, float("-inf"))
-        peak, total, mixed = update(logits, values, peak, total, mixed)
+        peak, total, mixed = update(logits, values, peak, total, mixed, PRECISION)
     return peak, total, mixed
 
 
@@ -131,6 +132,7 @@ def prefill_kernel(
     CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     # Late tiles see the most keys: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -171,12 +173,12 @@ def prefill_kernel(
         body = (lowest + 1) // BLOCK_N * BLOCK_N
         peak, total, mixed = _attend_range(
             query, position, begin, body, peak, total, mixed, key_cache_ptr, value_cache_ptr, table_ptr, kv_head, scale,
-            BLOCK_SIZE, KV_HEADS, HEAD_SIZE, VALUE_SIZE, HEAD_PAD, VALUE_PAD, BLOCK_N, WINDOW, CHUNK, SOFTCAP, False,
+            BLOCK_SIZE, KV_HEADS, HEAD_SIZE, VALUE_SIZE, HEAD_PAD, VALUE_PAD, BLOCK_N, WINDOW, CHUNK, SOFTCAP, False, PRECISION,
         )  # fmt: skip
         begin = body
     peak, total, mixed = _attend_range(
         query, position, begin, end, peak, total, mixed, key_cache_ptr, value_cache_ptr, table_ptr, kv_head, scale,
-        BLOCK_SIZE, KV_HEADS, HEAD_SIZE, VALUE_SIZE, HEAD_PAD, VALUE_PAD, BLOCK_N, WINDOW, CHUNK, SOFTCAP, True,
+        BLOCK_SIZE, KV_HEADS, HEAD_SIZE, VALUE_SIZE, HEAD_PAD, VALUE_PAD, BLOCK_N, WINDOW, CHUNK, SOFTCAP, True, PRECISION,
     )  # fmt: skip
     value_column = tl.arange(0, VALUE_PAD)
     tl.store(
@@ -237,6 +239,7 @@ def attend_ragged(
         CHUNK=chunk,
         SOFTCAP=softcap,
         HAS_SINKS=sinks is not None,
+        PRECISION=dot_precision(max(head_pad, value_pad)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -13,6 +13,15 @@ LOG2E = 1.4426950408889634
 _LOG2E = tl.constexpr(LOG2E)
 
 
+def dot_precision(padded_size: int) -> str:
+    """How float32 products are made (half precision has one way only), for the larger padded head size.
+
+    Three TF32 products on the matrix units are float32 to about 2^-21; above 128 their operands no longer fit in
+    registers and scalar units multiply.
+    """
+    return "tf32x3" if padded_size <= 128 else "ieee"
+
+
 @triton.jit
 def last_not_above(starts_ptr, value, num_seqs, guess, TILE: tl.constexpr):
     """Largest s in [0, num_seqs) with starts[s] // TILE + (s if TILE > 1) <= value; `guess` is tried first.
@@ -63,7 +72,7 @@ def to_base2(products, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def update(logits, values, peak, total, mixed):
+def update(logits, values, peak, total, mixed, PRECISION: tl.constexpr):
     """One tile: logits float32 [M, N] (-inf where masked), values [N, Dv] -> new (peak [M], total [M], mixed [M, Dv])."""
     new_peak = tl.maximum(peak, tl.max(logits, 1))
     # A row whose keys are all masked so far has no peak; 0 keeps inf - inf out.
@@ -72,5 +81,5 @@ def update(logits, values, peak, total, mixed):
     weights = tl.exp2(logits - anchor[:, None])
     total = total * shrink + tl.sum(weights, 1)
     mixed = mixed * shrink[:, None]
-    mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision="ieee")
+    mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision=PRECISION)
     return new_peak, total, mixed

@@ -1,4 +1,7 @@
-"""From a plan to the flat arrays of a step. Knows no pool and no device: pure packing."""
+"""From a plan to the flat arrays of a step. Knows no pool and no device: pure packing.
+
+Pack a plan before the next one is scheduled: pages and rows are read from the sequences as they stand.
+"""
 
 from __future__ import annotations
 
@@ -16,68 +19,98 @@ def pack(plan: Plan, block_size: int) -> StepInput:
     """
     counts = np.array([entry.count for entry in plan], np.int32)
     starts = np.array([entry.start for entry in plan], np.int32)
+    ends = starts + counts
     query_start = np.zeros(len(plan) + 1, np.int32)
     np.cumsum(counts, out=query_start[1:])
-    width = max(len(entry.sequence.blocks) for entry in plan)
-    tables = np.zeros((len(plan), width), np.int32)
-    token_ids = np.full(query_start[-1], -1, np.int32)
-    for index, entry in enumerate(plan):
-        blocks = entry.sequence.blocks
-        tables[index, : len(blocks)] = blocks
-        known = entry.sequence.tokens[entry.start : entry.start + entry.count]
-        token_ids[query_start[index] : query_start[index] + len(known)] = known
+    tables = _block_tables(plan)
     positions = np.arange(query_start[-1], dtype=np.int32) + np.repeat(starts - query_start[:-1], counts)
     owners = np.repeat(np.arange(len(plan)), counts)
     slots = tables[owners, positions // block_size] * block_size + positions % block_size
     return StepInput(
-        token_ids=token_ids,
+        token_ids=_token_ids(plan),
         positions=positions,
         slots=slots,
         rows=np.array([entry.sequence.row for entry in plan], np.int32),
         query_start=query_start,
-        seq_lens=starts + counts,
+        seq_lens=ends,
         block_tables=tables,
         sampled=np.array([entry.sampled for entry in plan], bool),
-        sampling=_sampling(plan, starts + counts),
+        sampling=_sampling(plan, ends),
     )
 
 
-def _sampling(plan: Plan, positions: np.ndarray) -> SamplingInput:
-    all_params = [entry.sequence.params for entry in plan]
-    bias: list[tuple[int, int, float]] = []
+def _token_ids(plan: Plan) -> np.ndarray:
+    ids: list[int] = []
+    for entry in plan:
+        tokens, start = entry.sequence.tokens, entry.start
+        if entry.count == 1:
+            ids.append(tokens[start] if start < len(tokens) else -1)
+        else:
+            ids += tokens[start : start + entry.count]  # known throughout: only a decode runs ahead of the host
+    return np.array(ids, np.int32)
+
+
+def _block_tables(plan: Plan) -> np.ndarray:
+    tables = np.zeros((len(plan), max(len(entry.sequence.blocks) for entry in plan)), np.int32)
     for index, entry in enumerate(plan):
-        if entry.sampled:
-            bias += [(index, token, value) for token, value in entry.sequence.params.logit_bias.items()]
-            bias += [(index, token, -np.inf) for token in _forbidden(entry.sequence, entry.start + entry.count)]
-    asked = [p.logprobs for p, entry in zip(all_params, plan) if p.logprobs is not None and entry.sampled]
+        blocks = entry.sequence.blocks
+        tables[index, : len(blocks)] = np.frombuffer(blocks, np.int32)
+    return tables
+
+
+def _sampling(plan: Plan, positions: np.ndarray) -> SamplingInput:
+    scalars = np.array(
+        [
+            (p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+            for p in (entry.sequence.params for entry in plan)
+        ],
+        np.float64,  # holds every int32 exactly
+    )
+    temperature, top_k, top_p, min_p, repetition, presence, frequency = np.ascontiguousarray(scalars.T, np.float32)
+    bias_rows, bias_tokens, bias_values = _bias(plan)
+    sampled = [(index, entry.sequence) for index, entry in enumerate(plan) if entry.sampled]
     return SamplingInput(
-        temperature=np.array([p.temperature for p in all_params], np.float32),
-        top_k=np.array([p.top_k for p in all_params], np.int32),
-        top_p=np.array([p.top_p for p in all_params], np.float32),
-        min_p=np.array([p.min_p for p in all_params], np.float32),
+        temperature=temperature,
+        top_k=scalars[:, 1].astype(np.int32),
+        top_p=top_p,
+        min_p=min_p,
         seeds=np.array([entry.sequence.seed for entry in plan], np.int64),
         positions=positions,
-        repetition=np.array([p.repetition_penalty for p in all_params], np.float32),
-        presence=np.array([p.presence_penalty for p in all_params], np.float32),
-        frequency=np.array([p.frequency_penalty for p in all_params], np.float32),
-        bias_rows=np.array([row for row, _, _ in bias], np.int32),
-        bias_tokens=np.array([token for _, token, _ in bias], np.int32),
-        bias_values=np.array([value for _, _, value in bias], np.float32),
-        allowed={
-            index: np.array(p.allowed_token_ids, np.int32)
-            for index, p in enumerate(all_params)
-            if p.allowed_token_ids is not None
-        },
-        num_logprobs=max(asked, default=-1),
+        repetition=repetition,
+        presence=presence,
+        frequency=frequency,
+        bias_rows=bias_rows,
+        bias_tokens=bias_tokens,
+        bias_values=bias_values,
+        allowed={index: s.allowed_ids for index, s in sampled if s.allowed_ids is not None},
+        num_logprobs=max((s.params.logprobs for _, s in sampled if s.params.logprobs is not None), default=-1),
         penalty_reset=[_counts(entry.sequence) for entry in plan if entry.restarts and entry.sequence.has_penalties],
     )
 
 
-def _forbidden(sequence: Sequence, position: int) -> frozenset[int]:
-    """Stop ids, while the token to be sampled at `position` is one of the first `min_tokens`."""
-    return sequence.stop_ids if position - sequence.num_prompt < sequence.params.min_tokens else frozenset()
+def _bias(plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(index in the plan int32, token id int32, addend float32), each [B]: logit_bias and min_tokens' masks."""
+    rows, tokens, values = [_NO_IDS], [_NO_IDS], [_NO_VALUES]
+    for index, entry in enumerate(plan):
+        if not entry.sampled:
+            continue
+        sequence = entry.sequence
+        if len(sequence.bias_ids):
+            rows.append(np.full(len(sequence.bias_ids), index, np.int32))
+            tokens.append(sequence.bias_ids)
+            values.append(sequence.bias_values)
+        # The sampled token is output number start + count - num_prompt, in flight ones counted.
+        if sequence.stop_ids and entry.start + entry.count - sequence.num_prompt < sequence.params.min_tokens:
+            rows.append(np.full(len(sequence.stop_ids), index, np.int32))
+            tokens.append(np.fromiter(sequence.stop_ids, np.int32))
+            values.append(np.full(len(sequence.stop_ids), -np.inf, np.float32))
+    return np.concatenate(rows), np.concatenate(tokens), np.concatenate(values)
 
 
 def _counts(sequence: Sequence) -> tuple[int, np.ndarray, np.ndarray]:
-    prompt, outputs = sequence.tokens[: sequence.num_prompt], sequence.tokens[sequence.num_prompt :]
-    return sequence.row, np.array(prompt, np.int64), np.array(outputs, np.int64)
+    tokens = np.array(sequence.tokens, np.int32)
+    return sequence.row, tokens[: sequence.num_prompt], tokens[sequence.num_prompt :]
+
+
+_NO_IDS = np.empty(0, np.int32)
+_NO_VALUES = np.empty(0, np.float32)

@@ -48,10 +48,13 @@ class BlockPool:
         """Share of blocks that sequences hold, 0 to 1."""
         return 1 - self.num_free / (self.num_blocks - 1)
 
-    def hash_block(self, parent: bytes, tokens: Sequence[int], salt: str = "") -> bytes:
-        """Keyed hash of a full block after `parent`; `salt` separates whoever must not share."""
-        content = b"".join((parent, array("q", tokens).tobytes(), salt.encode()))
-        return hashlib.blake2b(content, key=self._key, digest_size=16).digest()
+    def root_hash(self, salt: str = "") -> bytes:
+        """Parent of a sequence's first block; a `salt` separates whoever must not share pages."""
+        return self._digest(salt.encode())
+
+    def hash_block(self, parent: bytes, tokens: Sequence[int]) -> bytes:
+        """Keyed hash of a full block of token ids that follows the block, or root, of hash `parent`."""
+        return self._digest(parent + array("q", tokens).tobytes())
 
     def lookup(self, hashes: Sequence[bytes]) -> list[int]:
         """Blocks of the longest cached prefix of a hash chain, not yet referenced."""
@@ -75,7 +78,10 @@ class BlockPool:
             self._references[block] += 1
 
     def take(self, count: int) -> list[int]:
-        """`count` blocks for new content, least recently used first; their old content is forgotten."""
+        """`count` blocks for new content, least recently used first; their old content is forgotten.
+
+        Raises OutOfBlocks, taking none, if fewer are free.
+        """
         if count > self.num_free:
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_free} free")
         taken = []
@@ -108,6 +114,10 @@ class BlockPool:
         for block in list(self._cached.values()):
             self._forget(block)
 
+    def hash_of(self, block: int) -> bytes:
+        """Hash under which the cache knows `block`, b"" if it does not."""
+        return self._hash[block]
+
     def check_integrity(self, tables: Sequence[Sequence[int]]) -> None:
         """Raise AssertionError unless the blocks are exactly those of `tables`, the free list, and null."""
         held = [0] * self.num_blocks
@@ -123,6 +133,9 @@ class BlockPool:
         for digest, block in self._cached.items():
             _require(self._hash[block] == digest, f"block {block}: the cache points to other content")
         _require(sum(map(bool, self._hash)) == len(self._cached), "a hash is not in the cache")
+
+    def _digest(self, content: bytes) -> bytes:
+        return hashlib.blake2b(content, key=self._key, digest_size=16).digest()
 
     def _walk(self) -> list[int]:
         free, block, before = [], self._next[self._end], self._end

@@ -46,6 +46,7 @@ class Compiled:
     shared_bytes: int
     buffers: int
     matrix_units: bool
+    warp_group_units: bool
 
 
 def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], named: dict[str, Any]) -> Compiled:
@@ -81,6 +82,7 @@ def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], n
         shared_bytes=compiled.metadata.shared,
         buffers=min(depths, default=0),
         matrix_units="mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"],
+        warp_group_units="wgmma.mma_async" in compiled.asm["ptx"],
     )
 
 

@@ -35,6 +35,8 @@ CASES = [
     Case(lengths=DECODE, dtype=torch.float16, pad_tokens=2),
     Case(lengths=(), pad_tokens=2, pad_seqs=2),  # nothing but padding: what a graph is captured on
 ]
+# Half of them split in the everyday run, the rest with the slow tests.
+SPLIT_CASES = [pytest.param(c, marks=[pytest.mark.slow] if i % 2 else []) for i, c in enumerate(CASES) if c.lengths]
 SIZES = list(itertools.product((2, 4), (16, 32, 64, 128, 256)))
 SMALL = {
     "kernels.attention_decode.MIN_SPLIT": 16,
@@ -67,7 +69,7 @@ def test_equals_reference(triton_calls, case: Case) -> None:
     compare(triton_calls, case)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.lengths], ids=str)
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
 def test_many_splits_and_small_tiles(triton_calls, case: Case) -> None:
     """Constants so small that a short sequence is split, split again and merged."""
     compare(triton_calls, case, SMALL)

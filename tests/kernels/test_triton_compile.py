@@ -130,6 +130,12 @@ def test_attention_is_pipelined_on_matrix_units(half: list[dict[str, Any]]) -> N
     assert all(k["matrix_units"] and k["buffers"] >= 2 for k in kernels), kernels
 
 
+def test_prefill_runs_on_warp_groups(half: list[dict[str, Any]]) -> None:
+    """Tiles of 64 rows or more reach Hopper's asynchronous matrix instruction."""
+    kernels = [k for k in half if k["kernel"] == "prefill_kernel"]
+    assert kernels and all(k["warp_group_units"] for k in kernels)
+
+
 def test_two_decode_programs_share_a_multiprocessor(half: list[dict[str, Any]]) -> None:
     """Decode hides memory latency with the other program's loads: two blocks' shared memory and registers must fit."""
     kernels = [k for k in half if k["kernel"] == "decode_kernel"]

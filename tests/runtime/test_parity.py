@@ -45,6 +45,7 @@ def built() -> builder.BuiltModel:
 def reference(built: builder.BuiltModel) -> tuple[list[list[int]], list[list[int]], torch.nn.Module]:
     """(prompt ids, generated ids) of transformers, and its model."""
     model = AutoModelForCausalLM.from_pretrained(built.folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model.generation_config.eos_token_id = None  # as with ignore_eos: EOS is a token like others, not a forbidden one
     llm = LLM(config_of(), built=built)
     prompts = [llm.tokenizer.encode(prompt) for prompt in PROMPTS]
     outputs = []
@@ -52,7 +53,7 @@ def reference(built: builder.BuiltModel) -> tuple[list[list[int]], list[list[int
         with torch.inference_mode():
             out = model.generate(
                 torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS, do_sample=False,
+                max_new_tokens=NUM_TOKENS, do_sample=False,
             )
         outputs.append(out[0, len(ids):].tolist())
     return prompts, outputs, model

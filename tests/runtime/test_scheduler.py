@@ -65,10 +65,10 @@ def alone(prompt: list[int], params: SamplingParams, seed: int) -> tuple[list[in
     while True:
         tokens.append(next_token(tokens, seed))
         made = len(tokens) - len(prompt)
-        if made > params.min_tokens and tokens[-1] == EOS and not params.ignore_eos:
-            return tokens[len(prompt) :], "stop"
         if made >= params.max_tokens or len(tokens) >= MAX_LEN:
             return tokens[len(prompt) :], "length"
+        if made > params.min_tokens and tokens[-1] == EOS and not params.ignore_eos:
+            return tokens[len(prompt) :], "stop"
 
 
 prompts = st.builds(
