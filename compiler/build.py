@@ -191,7 +191,7 @@ def _kv_budget(
     block_bytes = bytes_per_block(layouts, config.block_size, dtype)
     if config.num_blocks is not None:
         available, source = config.num_blocks * block_bytes, f"num_blocks {config.num_blocks}"
-    elif device.type == "cpu":
+    elif device.type == "cpu" or config.kv_cache_memory is not None:
         available, source = config.cpu_kv_cache_memory(), "kv_cache_memory"
     else:
         peak = torch.cuda.max_memory_reserved(device) + _activation_bytes(config, layouts, dtype)

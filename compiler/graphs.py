@@ -12,14 +12,15 @@ from tqdm import tqdm
 
 from compiler.buckets import Bucket
 
-Forward = Callable[[], torch.Tensor]
+Outputs = tuple[torch.Tensor, torch.Tensor]  # logits [S, vocab], ids int64 [S]
+Forward = Callable[[], Outputs]
 
 
 class GraphSet:
     """Captured buckets sharing one memory pool, so the largest decides the memory of all."""
 
     def __init__(self) -> None:
-        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self.hits = 0
         self.misses = 0
@@ -35,11 +36,11 @@ class GraphSet:
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
-                logits = forward()
-            self._graphs[bucket] = (graph, logits)
+                outputs = forward()
+            self._graphs[bucket] = (graph, outputs)
 
-    def replay(self, bucket: Bucket) -> torch.Tensor | None:
-        """Logits [S, vocab] of the bucket, valid until the next replay; None if it was not captured."""
+    def replay(self, bucket: Bucket) -> Outputs | None:
+        """The bucket's outputs, valid until the next replay; None if it was not captured."""
         entry = self._graphs.get(bucket)
         if entry is None:
             self.misses += 1

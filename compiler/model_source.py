@@ -8,6 +8,7 @@ torch and transformers are imported only when a conversion has to be done.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -120,6 +121,25 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     transformers reads the file; its `from_pretrained` would also want accelerate and build the whole model.
     """
+    with _read_once():
+        _convert_parts(gguf, folder)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """While this lasts a GGUF file's metadata is parsed once: its vocabulary takes seconds, and four callers ask."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    once = functools.cache(reader)
+    gguf.GGUFReader = lambda path: once(str(path))
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
+
+
+def _convert_parts(gguf: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -144,7 +164,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
     GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, config=config)
     # The converted tokenizer can name another end token than the file's own metadata.
     if isinstance(config.eos_token_id, int):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)

@@ -1,8 +1,8 @@
 """From logits to the next token of every sequence of a step, in the documented order.
 
 raw log-probabilities -> allowed ids -> bias and min_tokens -> penalties -> temperature -> min-p -> top-k ->
-top-p -> Gumbel noise keyed by (seed, position). The arithmetic is `kernels.reference`; this file moves
-parameters to the device and skips what no sequence of the step asks for. Knows no requests.
+top-p -> Gumbel noise keyed by (seed, position). The arithmetic is in `kernels`; this file moves parameters to
+the device and skips what no sequence of the step asks for. Knows no requests.
 """
 
 from __future__ import annotations
@@ -34,10 +34,35 @@ class StepLogprobTensors:
         )
 
 
+def draw(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor:
+    """The tail of every step: logits [S, vocab], padding rows included -> ids int64 [S], handed to the next step.
+
+    Temperature, seed and position are all it looks at. Nothing is read back, so it is captured with the forward.
+    """
+    ids = torch.ops.pagegraph.gumbel_argmax(logits, staged.temperature, staged.seeds, staged.draw_positions)
+    _hand_over(ids, staged, state, logits.shape[0])
+    return ids
+
+
+def is_plain(sampling: SamplingInput) -> bool:
+    """Whether `draw` is all that the step asks for."""
+    return not (
+        sampling.allowed
+        or len(sampling.bias_rows)
+        or sampling.penalty_reset
+        or sampling.num_logprobs >= 0
+        or _has_penalties(sampling)
+        or _has_filters(sampling)
+    )
+
+
 def sample(
     logits: torch.Tensor, sampling: SamplingInput, staged: Staged, state: DeviceState
 ) -> tuple[torch.Tensor, StepLogprobTensors | None]:
-    """logits [S, vocab] of the step's S sequences -> (token ids int64 [S], logprobs if any sequence asked)."""
+    """logits [S, vocab] of the step's S sequences -> (token ids int64 [S], logprobs if any sequence asked).
+
+    Everything that `draw` does not know; its ids replace those that `draw` handed over.
+    """
     device = logits.device
     num_seqs = logits.shape[0]
     raw = logits.float()
@@ -46,9 +71,8 @@ def sample(
         logits = _restrict(logits.clone(), sampling)
     for row, prompt_ids, output_ids in sampling.penalty_reset:
         state.reset_row(row, prompt_ids, output_ids)
-    penalised = _has_penalties(sampling)
     rows = staged.rows[:num_seqs].long()
-    if penalised:
+    if penalised := _has_penalties(sampling):
         outputs, prompt = state.penalty_counts()
         logits = reference.apply_penalties(
             logits,
@@ -58,24 +82,33 @@ def sample(
             _to(sampling.presence, device),
             _to(sampling.frequency, device),
         )
-    if not sampling.temperature.any():
-        ids = logits.argmax(dim=-1)
-    else:
-        ids = reference.sample(
+    if _has_filters(sampling):
+        logits = reference.drop_filtered(
             logits,
-            _to(sampling.temperature, device),
+            staged.temperature[:num_seqs],
             _to(sampling.top_k, device),
             _to(sampling.top_p, device),
             _to(sampling.min_p, device),
-            _to(sampling.seeds, device),
-            _to(sampling.positions, device),
         )
-    keep = staged.sampled[:num_seqs]
-    state.last_tokens[rows] = torch.where(keep > 0, ids.int(), state.last_tokens[rows])
+    ids = torch.ops.pagegraph.gumbel_argmax(
+        logits, staged.temperature[:num_seqs], staged.seeds[:num_seqs], staged.draw_positions[:num_seqs]
+    )
+    _hand_over(ids, staged, state, num_seqs)
     if penalised:
-        outputs.index_put_((rows, ids), keep.int(), accumulate=True)
+        outputs.index_put_((rows, ids), staged.sampled[:num_seqs], accumulate=True)
     logprobs = StepLogprobTensors(raw, ids, sampling.num_logprobs) if sampling.num_logprobs >= 0 else None
     return ids, logprobs
+
+
+def _hand_over(ids: torch.Tensor, staged: Staged, state: DeviceState, num_seqs: int) -> None:
+    """The rows' last tokens, for the next step's unknown ids; rows that sampled nothing keep theirs."""
+    rows = staged.rows[:num_seqs].long()
+    kept = state.last_tokens[rows]
+    state.last_tokens.index_put_((rows,), torch.where(staged.sampled[:num_seqs] > 0, ids.int(), kept))
+
+
+def _has_filters(sampling: SamplingInput) -> bool:
+    return bool((sampling.top_k > 0).any() or (sampling.top_p < 1).any() or sampling.min_p.any())
 
 
 def _has_penalties(sampling: SamplingInput) -> bool:

@@ -22,7 +22,7 @@ PACKETS = 3  # host packets in rotation: at most two steps are in flight
 
 @dataclass(slots=True)
 class Staged:
-    """One padded step on the device. Shapes: [T] tokens, [S] sequences, [S, M] block tables; all int32."""
+    """One padded step on the device. Shapes: [T] tokens, [S] sequences, [S, M] block tables; int32 unless said."""
 
     token_ids: torch.Tensor
     token_rows: torch.Tensor  # [T] row of each token's sequence
@@ -32,6 +32,9 @@ class Staged:
     query_start: torch.Tensor  # [S + 1]
     seq_lens: torch.Tensor
     sampled: torch.Tensor  # [S] 0 or 1
+    temperature: torch.Tensor  # [S] float32
+    seeds: torch.Tensor  # [S] int64
+    draw_positions: torch.Tensor  # [S] index of the sampled token in its sequence
     logits_index: torch.Tensor  # [S] last token of each sequence
     block_tables: torch.Tensor  # [S, M]
 
@@ -41,6 +44,7 @@ def _field_sizes(bucket: Bucket, blocks: int) -> dict[str, int]:
     return {
         "token_ids": tokens, "token_rows": tokens, "positions": tokens, "slots": tokens,
         "rows": seqs, "query_start": seqs + 1, "seq_lens": seqs, "sampled": seqs, "logits_index": seqs,
+        "temperature": seqs, "seeds": 2 * seqs, "draw_positions": seqs,
         "block_tables": seqs * blocks,
     }
 
@@ -110,6 +114,9 @@ class Staging:
         put("seq_lens", step.seq_lens, 0)
         put("sampled", step.sampled, 0)
         put("logits_index", step.query_start[1:] - 1, 0)
+        put("temperature", step.sampling.temperature.view(np.int32), 0)
+        put("seeds", step.sampling.seeds.view(np.int32), 0)
+        put("draw_positions", step.sampling.positions, 0)
         table = host[views["block_tables"]].reshape(bucket.seqs, blocks)
         table[:seqs, : step.block_tables.shape[1]] = step.block_tables
         table[:seqs, step.block_tables.shape[1]:] = 0
@@ -119,6 +126,8 @@ class Staging:
     def _views(packet: torch.Tensor, views: dict[str, slice], bucket: Bucket, blocks: int) -> Staged:
         fields = {name: packet[where] for name, where in views.items()}
         fields["block_tables"] = fields["block_tables"].view(bucket.seqs, blocks)
+        fields["temperature"] = fields["temperature"].view(torch.float32)
+        fields["seeds"] = fields["seeds"].view(torch.int64)
         return Staged(**fields)
 
 

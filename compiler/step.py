@@ -16,8 +16,8 @@ import torch
 from compiler import lower
 from compiler.buckets import Bucket, Ladder, cpu_bucket
 from compiler.capture import CapturedModel
-from compiler.graphs import GraphSet
-from compiler.sampling import StepLogprobTensors, sample
+from compiler.graphs import Forward, GraphSet
+from compiler.sampling import StepLogprobTensors, draw, is_plain, sample
 from compiler.state import DeviceState, Staged, Staging
 from compiler.step_input import StepInput, StepOutput
 
@@ -87,9 +87,9 @@ class CompiledStep:
     def capture_graphs(self, progress: bool) -> None:
         """CUDA: capture every rung of the ladder."""
 
-        def forward_of(bucket: Bucket) -> Callable[[], torch.Tensor]:
+        def forward_of(bucket: Bucket) -> Forward:
             staged = self.staging.placeholder(bucket)
-            return lambda: lower.call(self.forward, staged, self.state)
+            return lambda: self._forward_and_draw(staged)
 
         with torch.inference_mode():
             self.graphs.capture(self.ladder.buckets(), forward_of, progress)
@@ -105,18 +105,29 @@ class CompiledStep:
     @torch.inference_mode()
     def _run_cpu(self, step: StepInput) -> StepOutput:
         staged = self._stage(step)
-        logits = lower.call(self.forward, staged, self.state)
-        ids, logprobs = sample(logits[: step.num_seqs], step.sampling, staged, self.state)
+        logits, ids = self._forward_and_draw(staged)
+        ids, logprobs = self._finish(step, staged, logits, ids)
         return StepOutput(ids.int().numpy(), logprobs.numpy() if logprobs else None)
+
+    def _forward_and_draw(self, staged: Staged) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits [S, vocab], ids int64 [S]) of the padded step: all that a CUDA graph holds."""
+        logits = lower.call(self.forward, staged, self.state)
+        return logits, draw(logits, staged, self.state)
+
+    def _finish(
+        self, step: StepInput, staged: Staged, logits: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, StepLogprobTensors | None]:
+        """Ids [S] of the step's own sequences: those drawn with the forward where these are all it asks for."""
+        if is_plain(step.sampling):
+            return ids[: step.num_seqs], None
+        return sample(logits[: step.num_seqs], step.sampling, staged, self.state)
 
     @torch.inference_mode()
     def _launch_cuda(self, step: StepInput) -> Ticket:
         bucket = self.ladder.bucket(step.num_tokens, step.num_seqs)
         staged = self.staging.stage(step, bucket or Bucket(step.num_tokens, step.num_seqs))
-        logits = self.graphs.replay(bucket) if bucket else None
-        if logits is None:
-            logits = lower.call(self.forward, staged, self.state)
-        ids, logprobs = sample(logits[: step.num_seqs], step.sampling, staged, self.state)
+        logits, ids = (self.graphs.replay(bucket) if bucket else None) or self._forward_and_draw(staged)
+        ids, logprobs = self._finish(step, staged, logits, ids)
         return Ticket(self._returning(ids, logprobs))
 
     def _returning(self, ids: torch.Tensor, logprobs: StepLogprobTensors | None) -> Callable[[], StepOutput]:

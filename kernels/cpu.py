@@ -1,4 +1,4 @@
-"""Paged attention on the CPU: decode rows in one batch, longer rows one sequence at a time.
+"""The ops on the CPU. Paged attention: decode rows in one batch, longer rows one sequence at a time.
 
 Reads only the pages of the sequences at hand. Built from PyTorch's fused attention; soft caps and sinks, which
 it does not have, take the reference's formula.
@@ -50,6 +50,14 @@ def paged_attention(
         else:
             out[begin:end] = reference.attend(query[begin:end], keys, values, sinks, scale, window, softcap, chunk).to(out.dtype)
     return out
+
+
+def gumbel_argmax(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """See `kernels.ops`. Noise is made for the rows that draw only."""
+    ids = logits.argmax(dim=-1)
+    if len(drawn := torch.nonzero(temperature > 0)[:, 0]):
+        ids[drawn] = reference.gumbel_argmax(logits[drawn], temperature[drawn], seeds[drawn], positions[drawn])
+    return ids
 
 
 def _decode(

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import cpu, reference
+from kernels import cpu
 
 _library = torch.library.Library("pagegraph", "DEF")
 _library.define(
@@ -46,7 +46,7 @@ def _gumbel_argmax_on_cuda(logits: Tensor, temperature: Tensor, seeds: Tensor, p
 
 _library.impl("paged_attention", cpu.paged_attention, "CPU")
 _library.impl("paged_attention", _attention_on_cuda, "CUDA")
-_library.impl("gumbel_argmax", reference.gumbel_argmax, "CPU")
+_library.impl("gumbel_argmax", cpu.gumbel_argmax, "CPU")
 _library.impl("gumbel_argmax", _gumbel_argmax_on_cuda, "CUDA")
 
 

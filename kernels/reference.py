@@ -172,6 +172,19 @@ def gumbel_argmax(
     return torch.where(drawn, noisy, logits).argmax(dim=-1)
 
 
+def drop_filtered(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """Float32 logits [S, V] as they came, -inf where the filters at the row's temperature drop the token.
+
+    Rows of temperature 0 are not filtered: their likeliest token always stays.
+    """
+    drawn = temperature > 0
+    scaled = logits / torch.where(drawn, temperature, 1.0)[:, None]
+    kept = filter_logits(scaled, top_k, top_p, min_p)
+    return logits.masked_fill((kept == -torch.inf) & drawn[:, None], -torch.inf)
+
+
 def sample(
     logits: torch.Tensor,
     temperature: torch.Tensor,
@@ -180,20 +193,6 @@ def sample(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-    *,
-    filtered: bool | None = None,
 ) -> torch.Tensor:
-    """float32 logits [S, V], parameters [S] -> ids int64 [S]: temperature, min-p, top-k, top-p, Gumbel-max.
-
-    `filtered` says whether a row of the step filters at all: False saves the sort. None reads the parameters,
-    which waits for the device and cannot be compiled into a graph.
-    """
-    if filtered is None:
-        filtered = bool(((top_k > 0) | (top_p < 1) | (min_p > 0)).any())
-    if filtered:
-        # Filters keep a token or drop it; its score is made of the logits as they came.
-        drawn = temperature > 0
-        scaled = logits / torch.where(drawn, temperature, 1.0)[:, None]
-        kept = filter_logits(scaled, top_k, top_p, min_p)
-        logits = logits.masked_fill((kept == -torch.inf) & drawn[:, None], -torch.inf)
-    return gumbel_argmax(logits, temperature, seeds, positions)
+    """float32 logits [S, V], parameters [S] -> ids int64 [S]: temperature, min-p, top-k, top-p, Gumbel-max."""
+    return gumbel_argmax(drop_filtered(logits, temperature, top_k, top_p, min_p), temperature, seeds, positions)

@@ -20,12 +20,17 @@ from runtime.scheduler import Scheduler
 
 
 def engine_of(
-    config: Config, built: BuiltModel, mailbox: Mailbox, draining: Callable[[], bool] = lambda: False
+    config: Config,
+    built: BuiltModel,
+    mailbox: Mailbox,
+    draining: Callable[[], bool] = lambda: False,
+    max_queue: int | None = None,
 ) -> tuple[Engine, EngineMetrics]:
     """An engine over `built`, reading messages from `mailbox`, and what it counts.
 
-    `draining` tells clients whether the server is on its way down.
+    `draining` tells clients whether the server is on its way down. `max_queue` overrides the configuration's.
     """
+    max_queue = config.max_queue if max_queue is None else max_queue
     metrics = EngineMetrics(config.model_name, built.max_model_len)
     pool = BlockPool(built.num_blocks, config.block_size, config.enable_prefix_caching)
     pace = Pace(config.inter_token_target_ms) if config.inter_token_target_ms else None
@@ -37,7 +42,7 @@ def engine_of(
         enable_chunked_prefill=config.enable_chunked_prefill,
         pace=pace,
     )
-    limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, config.block_size, config.max_queue)
+    limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, config.block_size, max_queue)
 
     def info() -> EngineInfo:
         return EngineInfo(

@@ -141,7 +141,7 @@ class Config:
     trust_remote_code: bool = _option(False, parse_flag, "run Python code that comes with the model", "model")
     seed: int = _option(0, _between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none", "model")
 
-    max_model_len: int | None = _option(None, _between(parse_whole, 1), "longest prompt plus output, in tokens; 8k = 8000, 8K = 8192 (none: the model's limit)", "memory", _NONE)
+    max_model_len: int | None = _option(None, _between(parse_whole, 1), "longest prompt plus output, in tokens; 8k = 8000, 8K = 8192 (auto: the model's limit)", "memory", _AUTO)
     block_size: int = _option(16, _block_size, "tokens in a KV block: a power of two, at least 8", "memory")
     num_blocks: int | None = _option(None, _between(parse_whole, 2), "KV blocks, block 0 being scrap (auto: what the memory holds)", "memory", _AUTO)
     kv_cache_memory: int | None = _option(None, _between(parse_bytes, 1), "bytes of the KV cache, such as 1GiB (auto: measured on a GPU, 1GiB on a CPU)", "memory", _AUTO)
@@ -163,7 +163,7 @@ class Config:
     probe_port: int | None = _option(None, _between(parse_whole, 0, 65535), "port of /health and /metrics (auto: a free one on 127.0.0.1)", "server", _AUTO)
     workers: int = _option(2, _between(parse_whole, 1, 64), "web processes", "server")
     threads: int = _option(80, _between(parse_whole, 2, 4096), "threads of each web process; one stream holds one thread", "server")
-    max_queue: int = _option(256, _between(parse_whole, 0), "waiting requests beyond which new ones get 503", "server")
+    max_queue: int = _option(256, _between(parse_whole, 1), "waiting requests beyond which new ones get 503", "server")
     drain_timeout_s: float = _option(30.0, _between(parse_number, 0), "seconds that running requests get to end at shutdown", "server")
     api_key: str | None = _option(None, parse_text, "key that clients must send (none: open)", "server", _NONE)
     log_level: str = _option("info", _one_of("debug", "info", "warning", "error"), "debug, info, warning or error", "server")

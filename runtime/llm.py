@@ -6,8 +6,10 @@ stop strings are found here, after detokenising.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from compiler import build as builder
 from compiler.build import BuiltModel
@@ -84,9 +86,9 @@ class LLM:
             raise TypeError("overrides go with a configuration file or model name, not with a Config")
         self.config = config
         self.built = built or builder.ready(config, progress=progress)
-        self.tokenizer = Tokenizer.load(self.built.folder)
+        self.tokenizer = Tokenizer.load(Path(config.tokenizer) if config.tokenizer else self.built.folder)
         self._mailbox = LocalMailbox()
-        self.engine, self.metrics = engine_of(config, self.built, self._mailbox)
+        self.engine, self.metrics = engine_of(config, self.built, self._mailbox, max_queue=sys.maxsize)
         self._num_requests = 0
 
     def generate(
@@ -104,17 +106,19 @@ class LLM:
         if len(each) != len(prompts):
             raise ValueError(f"params: {len(each)} for {len(prompts)} prompts; give one, or one a prompt")
         requests = [self._start(prompt, one, stop) for prompt, one in zip(prompts, each)]
-        while any(not request.completion.finish_reason for request in requests):
-            self._turn({request.request_id: request for request in requests})
+        unfinished = {request.request_id: request for request in requests}
+        while unfinished:
+            self._turn(unfinished)
         return [request.completion for request in requests]
 
     def stream(self, prompt: str | list[int], params: SamplingParams, *, stop: list[str] | None = None) -> Iterator[str]:
         """Pieces of the completion's text as they come; closing the iterator aborts the request."""
         request = self._start(prompt, params, stop)
+        unfinished = {request.request_id: request}
         try:
-            while not request.completion.finish_reason:
+            while unfinished:
                 seen = len(request.completion.text)
-                self._turn({request.request_id: request})
+                self._turn(unfinished)
                 if piece := request.completion.text[seen:]:
                     yield piece
         finally:
@@ -139,7 +143,8 @@ class LLM:
         self._mailbox.put(Submit(request_id=request_id, token_ids=ids, params=params))
         return _Request(request_id, Completion(ids), Detokenizer(self.tokenizer, stop or [], prompt_ids=ids, min_tokens=params.min_tokens))
 
-    def _turn(self, requests: dict[str, _Request]) -> None:
+    def _turn(self, unfinished: dict[str, _Request]) -> None:
+        """One turn of the engine; requests that it ends leave `unfinished`."""
         self.engine.turn()
         for message in self._mailbox.take():
             match message:
@@ -148,8 +153,12 @@ class LLM:
                     raise RequestFailed(text)
                 case Tokens(deltas):
                     for delta in deltas:
-                        if (request := requests.get(delta.request_id)) and request.take(delta):
+                        if (request := unfinished.get(delta.request_id)) is None:
+                            continue
+                        if request.take(delta):
                             self._mailbox.put(Abort(delta.request_id))
+                        if request.completion.finish_reason:
+                            del unfinished[delta.request_id]
 
     def _drain(self) -> None:
         while not self.engine.idle or self._mailbox.inbox:
@@ -166,8 +175,6 @@ class _Request:
     def take(self, delta: TokenDelta) -> bool:
         """Add a delta; True if a stop string was found and the engine still has to be told."""
         done = self.completion
-        if done.finish_reason:
-            return False
         done.token_ids += delta.token_ids
         done.logprobs += delta.logprobs or ()
         done.cached_tokens = delta.cached_tokens or done.cached_tokens

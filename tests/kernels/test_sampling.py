@@ -97,9 +97,9 @@ def test_penalties() -> None:
 
 def test_sample_compiles_whole() -> None:
     logits = torch.randn(6, 300)
-    for filtered in (True, False):
-        p = parameters(6, **({"top_k": 5, "top_p": 0.8, "min_p": 0.01} if filtered else {}))
-        compiled = torch.compile(lambda x, p=p, f=filtered: reference.sample(x, **p, filtered=f), fullgraph=True, backend="aot_eager")
+    for filters in ({"top_k": 5, "top_p": 0.8, "min_p": 0.01}, {}):
+        p = parameters(6, **filters)
+        compiled = torch.compile(lambda x, p=p: reference.sample(x, **p), fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(logits), reference.sample(logits, **p))
 
 

@@ -154,13 +154,12 @@ def test_the_api_key_is_not_in_messages() -> None:
     assert "s3cret" not in refused({"api_key": "s3cret\x07"})
 
 
+
+
+@pytest.mark.parametrize("key", ["num_blocks", "max_model_len"])
 @pytest.mark.parametrize("word", ["none", "auto", "AUTO"])
-def test_unset_words(word: str) -> None:
-    assert load_config("m", {"num_blocks": word}).config.num_blocks is None
-
-
-def test_auto_is_no_length() -> None:
-    assert "max_model_len=auto" in refused({"max_model_len": "auto"})
+def test_unset_words(key: str, word: str) -> None:
+    assert getattr(load_config("m", {key: word}).config, key) is None
 
 
 def test_relative_models_of_a_file_do_not_depend_on_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

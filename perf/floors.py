@@ -1,0 +1,103 @@
+"""What a step costs at least: bytes over bandwidth and operations over matmul rate, from a model's sizes alone.
+
+Knows the two reference shapes and arithmetic; knows no engine and no device. Ceilings are handed in, measured.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+MODELS: dict[str, dict[str, object]] = {
+    "8b": dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=4096, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, intermediate_size=14336, vocab_size=128256,
+        max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        bos_token_id=128000, eos_token_id=128001, hidden_act="silu", dtype="bfloat16",
+    ),
+    "0.6b": dict(
+        architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_size=1024, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, intermediate_size=3072, vocab_size=151936,
+        max_position_embeddings=40960, rope_theta=1000000.0, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        bos_token_id=151643, eos_token_id=151645, hidden_act="silu", dtype="bfloat16",
+    ),
+    "tiny": dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=512, vocab_size=1000,
+        max_position_embeddings=8192, rope_theta=10000.0, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2, hidden_act="silu", dtype="float32",
+    ),
+}  # fmt: skip
+BYTES = 2  # of a weight or a cached element: bfloat16
+
+
+def write_model(name: str, folder: Path) -> Path:
+    """A model folder that holds the configuration alone, for `load_format: dummy`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(MODELS[name]))
+    return folder
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured: bytes a second of a device copy (read plus written), FLOP/s of a large bf16 matmul."""
+
+    bandwidth: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a dense decoder."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    vocab: int
+
+    @classmethod
+    def of(cls, name: str) -> Shape:
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                 "intermediate_size", "vocab_size")  # fmt: skip
+        return cls(*(MODELS[name][key] for key in names))
+
+    def matmuls(self) -> dict[str, tuple[int, int]]:
+        """Name -> (outputs, inputs) of the merged projections of a layer, and of the head."""
+        attention = self.heads * self.head_size
+        return {
+            "qkv": (attention + 2 * self.kv_heads * self.head_size, self.hidden),
+            "o": (self.hidden, attention),
+            "gate_up": (2 * self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+            "lm_head": (self.vocab, self.hidden),
+        }
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of all layers' matrices."""
+        return self.layers * sum(n * k for name, (n, k) in self.matmuls().items() if name != "lm_head")
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V of one token over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_size * BYTES
+
+    def step_floor(self, ceilings: Ceilings, query_start: np.ndarray, seq_lens: np.ndarray) -> float:
+        """Seconds a step takes at least: matmuls and attention each at the slower of bytes and operations.
+
+        query_start [S + 1] and seq_lens [S] as in `compiler.step_input.StepInput`; the head runs on S rows.
+        """
+        rows, lengths = np.diff(query_start).astype(np.int64), seq_lens.astype(np.int64)
+        head = self.vocab * self.hidden
+        matmul_flop = 2 * (self.layer_weights * int(rows.sum()) + head * len(rows))
+        pairs = int((rows * lengths - rows * (rows - 1) // 2).sum())
+        attention_flop = 4 * self.layers * self.heads * self.head_size * pairs
+        return max((self.layer_weights + head) * BYTES / ceilings.bandwidth, matmul_flop / ceilings.flops) + max(
+            self.kv_bytes * int(lengths.sum()) / ceilings.bandwidth, attention_flop / ceilings.flops
+        )

@@ -1,0 +1,77 @@
+"""Seeded work for offline runs: prompts of random ids and exact output lengths, under the names of usual cases.
+
+`of_peer` takes the same names from a peer's own file, so that both sides do identical work. Knows no engine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+# case: requests, prompt tokens, output tokens, shared prefix tokens, repeats; a pair is a log-normal (mean, deviation)
+CASES: dict[str, tuple] = {
+    "throughput": (1000, 128, 256, 0, 1),
+    "sharegpt": (1000, (220, 200), (190, 170), 0, 1),
+    "latency": (1, 128, 256, 0, 3),
+    "batch32": (32, 512, 256, 0, 1),
+    "prefill": (64, 4096, 1, 0, 1),
+    "prefix": (256, 600, 16, 500, 1),
+}
+FIXED_SIZE = ("latency", "batch32")  # the number of requests is the case: scale leaves it
+
+
+@dataclass(frozen=True)
+class Work:
+    """Requests of one case, a smaller set with other tokens to warm up on, and how often to time it."""
+
+    prompts: list[list[int]]
+    lengths: list[int]
+    warm_prompts: list[list[int]]
+    warm_lengths: list[int]
+    repeat: int
+
+
+Maker = Callable[[str, int, float], Work]  # (case, vocab_size, scale)
+
+
+def make(case: str, vocab_size: int, scale: float = 1.0) -> Work:
+    """The same arguments give the same work."""
+    requests, prompt, output, shared, repeat = CASES[case]
+    if case not in FIXED_SIZE:
+        requests = max(1, round(requests * scale))
+
+    def draw(seed: int, count: int) -> tuple[list[list[int]], list[int]]:
+        rng = np.random.default_rng([seed, zlib.crc32(case.encode())])
+        prefix = rng.integers(3, vocab_size, shared).tolist()
+        sizes = _sizes(rng, prompt, count) - shared
+        return [prefix + rng.integers(3, vocab_size, n).tolist() for n in sizes], _sizes(rng, output, count).tolist()
+
+    warm_prompts, warm_lengths = draw(1, min(requests, 256))
+    return Work(*draw(0, requests), warm_prompts, [min(n, 16) for n in warm_lengths], repeat)
+
+
+def of_peer(folder: Path) -> Maker:
+    """The maker that wraps `workloads.make` of a peer's folder."""
+    spec = importlib.util.spec_from_file_location("peer_workloads", folder / "workloads.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def peer_make(case: str, vocab_size: int, scale: float = 1.0) -> Work:
+        work = module.make(case, vocab_size, 0, scale)
+        warm = work["warm"]
+        return Work(work["prompts"], work["out_lens"], warm["prompts"], warm["out_lens"], work["repeat"])
+
+    return peer_make
+
+
+def _sizes(rng: np.random.Generator, size: int | tuple[int, int], count: int) -> np.ndarray:
+    if isinstance(size, int):
+        return np.full(count, size)
+    mean, deviation = size
+    variance = np.log1p((deviation / mean) ** 2)
+    return rng.lognormal(np.log(mean) - variance / 2, variance**0.5, count).round().clip(4, 1024).astype(int)
