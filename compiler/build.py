@@ -27,7 +27,6 @@ from compiler.step import CompiledStep
 from compiler.step_input import SamplingInput, StepInput
 
 MAX_CAPTURED_TOKENS = 2048
-DEFAULT_CACHE = "~/.cache/pagegraph"
 
 
 @dataclass(slots=True)
@@ -70,7 +69,7 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
     device = resolve_device(config.device)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    cache = Path(config.compile_cache_dir or DEFAULT_CACHE).expanduser()
+    cache = lower.cache_folder(config.compile_cache_dir)
     lower.use_cache(cache)
     with timings.stage("source"):
         folder = model_source.resolve(

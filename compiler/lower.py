@@ -15,6 +15,14 @@ from compiler.capture import CapturedModel
 from compiler.state import DeviceState, Staged
 
 
+DEFAULT_CACHE = "~/.cache/pagegraph"
+
+
+def cache_folder(asked: str | None) -> Path:
+    """Where artefacts and converted models are kept; `asked` is the configuration's word."""
+    return Path(asked or DEFAULT_CACHE).expanduser()
+
+
 def use_cache(folder: Path) -> None:
     """Keep Inductor's and Triton's artefacts under `folder`; call before the first compilation."""
     folder.mkdir(parents=True, exist_ok=True)

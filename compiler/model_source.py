@@ -15,6 +15,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
@@ -127,16 +131,32 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """While this lasts a GGUF file's metadata is parsed once: its vocabulary takes seconds, and four callers ask."""
-    import gguf
+    """While this lasts a GGUF file's metadata is parsed once, and its table of tensor names built once.
 
-    reader = gguf.GGUFReader
-    once = functools.cache(reader)
+    transformers asks for both again and again, and a vocabulary takes seconds to parse.
+    """
+    import gguf
+    import numpy as np
+
+    class PlainReader(gguf.GGUFReader):
+        """Reads through a plain array: slices of a memmap cost several times more, and there are a million."""
+
+        @property
+        def data(self) -> np.ndarray:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: np.memmap) -> None:
+            self._plain = mapped.view(np.ndarray)
+
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    once = functools.cache(PlainReader)
     gguf.GGUFReader = lambda path: once(str(path))
+    gguf.get_tensor_name_map = functools.cache(names)
     try:
         yield
     finally:
-        gguf.GGUFReader = reader
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
 def _convert_parts(gguf: Path, folder: Path) -> None:

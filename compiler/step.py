@@ -7,7 +7,6 @@ device. It does not wait: `Ticket.wait` does. Knows nothing of requests, pages o
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -68,21 +67,6 @@ class CompiledStep:
                 lower.mark_dynamic(*inputs)
                 forward(*inputs, self.state.key_caches, self.state.value_caches)
         self.forward, self.compiled = forward, True
-
-    def compile_in_background(self, warm: list[StepInput], done: Callable[[BaseException | None], None]) -> threading.Thread:
-        """`compile` on a thread of its own; `done` gets the error, or None."""
-
-        def run() -> None:
-            try:
-                self.compile(warm)
-            except BaseException as error:  # reported to the owner, who decides
-                done(error)
-            else:
-                done(None)
-
-        thread = threading.Thread(target=run, name="compile", daemon=True)
-        thread.start()
-        return thread
 
     def capture_graphs(self, progress: bool) -> None:
         """CUDA: capture every rung of the ladder."""

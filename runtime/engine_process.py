@@ -18,8 +18,9 @@ from pathlib import Path
 from prometheus_client import start_http_server
 
 from compiler import build as builder
+from runtime import compile_ahead
 from runtime.assemble import engine_of
-from runtime.config import config_from_dict
+from runtime.config import Config, config_from_dict
 from runtime.engine import Engine
 from runtime.mailbox import Mailbox
 
@@ -41,21 +42,22 @@ def main(path: str) -> None:
     _announce(Path(path).with_name("engine.json"), built)
     log.info("loaded: %s", built.timings)
     if config.compile and built.device.type == "cpu":
-        _compile_beside(built, config.max_num_seqs)
+        threading.Thread(target=_compile_beside, args=(config, built, Path(path)), name="compile", daemon=True).start()
     engine.run()
     built.step.close()
 
 
-def _compile_beside(built: builder.BuiltModel, scrap_row: int) -> None:
-    def done(error: BaseException | None) -> None:
-        if error is None:
-            log.info("compiled: steps run the compiled graph from here on")
-        else:
-            # Serving on, uncompiled, would hide a broken installation: say so and end.
-            log.critical("compilation failed", exc_info=error)
-            os._exit(3)
-
-    built.step.compile_in_background(builder.warm_steps(scrap_row), done)
+def _compile_beside(config: Config, built: builder.BuiltModel, settings: Path) -> None:
+    """Swap the compiled step in while the engine serves; the slow part runs in another process."""
+    try:
+        with built.timings.stage("compile"):
+            compile_ahead.fill_cache(config, settings)
+            built.step.compile(builder.warm_steps(config.max_num_seqs))
+    except BaseException:
+        # Serving on, uncompiled, would hide a broken installation: say so and end.
+        log.critical("compilation failed", exc_info=True)
+        os._exit(3)
+    log.info("compiled after %.1f s: steps run the compiled graph from here on", built.timings.seconds["compile"])
 
 
 def _announce(path: Path, built: builder.BuiltModel) -> None:
