@@ -1,8 +1,8 @@
 """The ladder of step sizes: which padded shape a step of T tokens and S sequences runs in.
 
-Pure arithmetic. On CUDA every rung is captured as one graph; on the CPU a step keeps its own size,
-except that sizes of one are padded to two (the compiler would specialise on a one), save for the step
-of a single token, which has a graph of its own.
+Pure arithmetic. Sizes of one are padded to two, because the compiler would specialise on a one. On CUDA every
+rung is captured as one graph; on the CPU a step otherwise keeps its own size, and a single token has a compiled
+forward of its own.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class Ladder:
 
 
 def cuda_ladder(max_num_seqs: int, max_captured_tokens: int) -> Ladder:
-    """Decode rungs 1, 2, 4, then by 8 to 256 and by 32 to `max_num_seqs`; mixed rungs 16, 32, ... doubling by halves."""
-    decode = sorted({n for n in (1, 2, 4, *range(8, 257, 8), *range(288, max_num_seqs + 1, 32)) if n < max_num_seqs} | {max_num_seqs})
+    """Decode rungs 2, 4, then by 8 to 256 and by 32 to `max_num_seqs`; mixed rungs 16, 32, ... doubling by halves."""
+    max_num_seqs = max(max_num_seqs, 2)
+    decode = sorted({n for n in (2, 4, *range(8, 257, 8), *range(288, max_num_seqs + 1, 32)) if n < max_num_seqs} | {max_num_seqs})
     mixed: list[int] = []
     size = 16
     while size <= max_captured_tokens:

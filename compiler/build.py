@@ -122,7 +122,7 @@ def finish(config: Any, built: BuiltModel, *, progress: bool) -> None:
     """The stages after loading: compilation where it is on, graph capture on CUDA."""
     if config.compile:
         with built.timings.stage("compile"):
-            built.step.compile(warm_steps(config.max_num_seqs))
+            built.step.compile(warm_steps(config.max_num_seqs, built.device), progress)
     if built.device.type == "cuda":
         with built.timings.stage("graphs"):
             built.step.capture_graphs(progress)
@@ -133,7 +133,7 @@ def _step(
 ) -> CompiledStep:
     max_blocks = -(-max_model_len // config.block_size)
     budget = config.batched_tokens(device.type)
-    largest = Bucket(budget, config.max_num_seqs)
+    largest = Bucket(max(budget, 2), max(config.max_num_seqs, 2))
     staging = Staging(device, largest, max_blocks, scrap_row=config.max_num_seqs)
     ladder = None
     if device.type == "cuda":
@@ -205,19 +205,20 @@ def _activation_bytes(config: Any, layouts: list[AttentionLayout], dtype: torch.
     return 32 * config.batched_tokens("cuda") * width * dtype.itemsize + memory.GIB
 
 
-def warm_steps(scrap_row: int) -> list[StepInput]:
-    """Steps that touch only the scrap row and page: a single token, and a ragged step of distinct sizes.
+def warm_steps(scrap_row: int, device: torch.device) -> list[StepInput]:
+    """One step for each compiled forward, touching only the scrap row and page.
 
-    Distinct, because the compiler takes sizes that are equal for the same: 9 tokens, 3 sequences, 7 pages.
+    A ragged step of distinct sizes, because the compiler takes sizes that are equal for the same: 9 tokens,
+    3 sequences, 7 pages. On the CPU, where a single token gains from constant sizes, such a step too.
     """
-    return [_scrap_step([1], 7, scrap_row), _scrap_step([5, 1, 3], 7, scrap_row)]
+    ragged = _scrap_step([5, 1, 3], 7, scrap_row)
+    return [_scrap_step([1], 7, scrap_row), ragged] if device.type == "cpu" else [ragged]
 
 
 def _scrap_step(lengths: list[int], blocks: int, scrap_row: int) -> StepInput:
     seqs, tokens = len(lengths), sum(lengths)
     start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    zeros = np.zeros(seqs, np.float32)
-    none = np.zeros(0, np.int32)
+    zeros, ones, none = np.zeros(seqs, np.float32), np.ones(seqs, np.float32), np.zeros(0, np.int32)
     return StepInput(
         token_ids=np.zeros(tokens, np.int32),
         positions=np.concatenate([np.arange(n) for n in lengths]).astype(np.int32),
@@ -228,6 +229,17 @@ def _scrap_step(lengths: list[int], blocks: int, scrap_row: int) -> StepInput:
         block_tables=np.zeros((seqs, blocks), np.int32),
         sampled=np.zeros(seqs, bool),
         sampling=SamplingInput(
-            zeros, none, zeros, zeros, none, none, zeros, zeros, zeros, none, none, np.zeros(0, np.float32)
+            temperature=zeros,
+            top_k=np.zeros(seqs, np.int32),
+            top_p=ones,
+            min_p=zeros,
+            seeds=np.zeros(seqs, np.int64),
+            positions=np.zeros(seqs, np.int32),
+            repetition=ones,
+            presence=zeros,
+            frequency=zeros,
+            bias_rows=none,
+            bias_tokens=none,
+            bias_values=np.zeros(0, np.float32),
         ),
     )

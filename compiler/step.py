@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+from tqdm import tqdm
 
 from compiler import lower
 from compiler.buckets import Bucket, Ladder, cpu_bucket
@@ -54,14 +55,14 @@ class CompiledStep:
             return Ticket(future.result)
         return self._launch_cuda(step)
 
-    def compile(self, warm: list[StepInput]) -> None:
+    def compile(self, warm: list[StepInput], progress: bool = False) -> None:
         """Compile the forward on the given steps and swap it in; safe beside launches.
 
         `warm` must touch scrap pages and the scrap row only.
         """
         forward = lower.compile_forward(self.captured)
         with torch.inference_mode():
-            for step in warm:
+            for step in tqdm(warm, desc="compile", unit="graph", disable=not progress):
                 staged = self._stage(step)
                 inputs = lower.step_inputs(staged, self.state)
                 lower.mark_dynamic(*inputs)

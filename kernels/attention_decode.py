@@ -39,7 +39,7 @@ TILES: dict[tuple[int, int], Tile] = {
     (4, 128): Tile(16, 4, 3),
     (4, 256): Tile(16, 4, 2),
 }
-MIN_SPLIT = 256  # keys; below it a split costs more in the merge than it gains
+MIN_SPLIT = 64  # keys, a tile: with few sequences even short ones are shared out
 MAX_SPLIT = 8192  # keys; one long sequence in a large batch must not run on one program
 MAX_SPLITS = 32
 TARGET_PROGRAMS = 528  # four waves' worth of the 132 SMs of an H100 or H200

@@ -32,6 +32,8 @@ def paged_attention(
 ) -> Tensor:
     """See `kernels.ops` for shapes."""
     reference.write_kv(key, value, key_cache, value_cache, slots)
+    if len(query) == len(seq_lens) and int(seq_lens.min()) > 0:  # a row each and no padding
+        return _decode(query, key_cache, value_cache, block_tables, seq_lens, sinks, scale, window, softcap, chunk)
     out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
     counts = query_start.diff()
     plain = sinks is None and not softcap
@@ -76,28 +78,33 @@ def _decode(
     width = int(lengths.max())
     keys = _gather(key_cache, tables, width)
     values = _gather(value_cache, tables, width)
-    at = torch.arange(width)[None]
-    last = lengths.long()[:, None] - 1
-    seen = at <= last
-    # Slots that hold no token of the sequence may hold anything, NaN too, which no mask of logits keeps out.
-    keys[~seen] = 0
-    values[~seen] = 0
-    if window:
-        seen = seen & (at > last - window)
-    if chunk:
-        seen = seen & (at // chunk == last // chunk)
     rows, heads, size = query.shape
+    seen = None
+    if rows > 1 or window or chunk:
+        at = torch.arange(width)[None]
+        last = lengths[:, None] - 1
+        seen = at <= last
+        # Slots that hold no token of the sequence may hold anything, NaN too, which no mask of logits keeps out.
+        unwritten = ~seen[:, :, None, None]
+        keys.masked_fill_(unwritten, 0)
+        values.masked_fill_(unwritten, 0)
+        if window:
+            seen = seen & (at > last - window)
+        if chunk:
+            seen = seen & (at // chunk == last // chunk)
+        seen = seen[:, None, None]
     groups = key_cache.shape[2]
     # [R, Hkv, G, D] x [R, Hkv, L, D]: the query heads of a group share their key head, nothing is repeated.
     grouped = query.view(rows, groups, heads // groups, size)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     if sinks is None and not softcap:
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None], scale=scale)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen, scale=scale)
     else:
         logits = torch.matmul(grouped.float(), keys.float().transpose(2, 3)) * scale
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
+        if seen is not None:
+            logits = logits.masked_fill(~seen, -torch.inf)
         if sinks is not None:
             column = sinks.float().view(1, groups, heads // groups, 1).expand(rows, -1, -1, 1)
             weights = torch.cat([logits, column], dim=-1).softmax(dim=-1)[..., :-1]

@@ -1,4 +1,4 @@
-"""Paged attention on CUDA: which Triton kernels a step launches, from its sizes alone.
+"""The ops on CUDA: which kernels a step launches, from its sizes alone.
 
 No value is read back to the host, so the launches can be captured in a CUDA graph and replayed with other
 metadata at the same addresses. Imports Triton; `kernels.ops` imports this module at the first CUDA call.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kernels.attention_decode import attend_rows
 from kernels.attention_prefill import attend_ragged
 from kernels.kv_write import write_kv
+from kernels.skinny_linear import skinny_linear
+from kernels.skinny_tiles import tile_of
 
 
 def paged_attention(
@@ -49,6 +52,15 @@ def paged_attention(
         attend_rows(out, query, *metadata, by_token=False)
         attend_ragged(out, query, *metadata)
     return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `kernels.ops`."""
+    rows = x.reshape(-1, x.shape[-1])
+    tile = tile_of(*rows.shape[:1], *weight.shape) if weight.element_size() == 2 and weight.is_contiguous() else None
+    if tile is None or rows.stride(1) != 1:
+        return functional.linear(x, weight, bias)
+    return skinny_linear(rows, weight, bias, tile).view(*x.shape[:-1], -1)
 
 
 def _dense_rows(rows: Tensor) -> Tensor:

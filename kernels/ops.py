@@ -12,6 +12,8 @@
   j // chunk == p // chunk; softcap > 0 caps logits as cap * tanh(x / cap); sinks [Hq] join the softmax's
   denominator as one extra logit a head
 
+`pagegraph::linear` is x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the kernel that suits the rows of x.
+
 `pagegraph::gumbel_argmax` draws the next token: logits [S, V], temperature float32 [S], seeds int64 [S],
 positions int32 [S] -> ids int64 [S]; see `kernels.reference.gumbel_argmax`.
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kernels import cpu
 
@@ -29,6 +32,7 @@ _library.define(
     "Tensor positions, Tensor slots, Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, "
     "float scale, int window, float softcap, int chunk) -> Tensor"
 )
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("gumbel_argmax(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions) -> Tensor")
 
 
@@ -44,6 +48,14 @@ def _gumbel_argmax_on_cuda(logits: Tensor, temperature: Tensor, seeds: Tensor, p
     return sampling.gumbel_argmax(logits.contiguous(), temperature, seeds, positions)
 
 
+def _linear_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from kernels import cuda
+
+    return cuda.linear(x, weight, bias)
+
+
+_library.impl("linear", functional.linear, "CPU")
+_library.impl("linear", _linear_on_cuda, "CUDA")
 _library.impl("paged_attention", cpu.paged_attention, "CPU")
 _library.impl("paged_attention", _attention_on_cuda, "CUDA")
 _library.impl("gumbel_argmax", cpu.gumbel_argmax, "CPU")
@@ -53,6 +65,11 @@ _library.impl("gumbel_argmax", _gumbel_argmax_on_cuda, "CUDA")
 @torch.library.register_fake("pagegraph::paged_attention", lib=_library)
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | float | int | None) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+
+
+@torch.library.register_fake("pagegraph::linear", lib=_library)
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.register_fake("pagegraph::gumbel_argmax", lib=_library)

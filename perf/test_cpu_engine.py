@@ -1,7 +1,7 @@
 """The engine against transformers on this machine's CPU, bfloat16, one real model; gates are ratios of the same run.
 
-Each case alternates the two sides and compares medians. Run with `make perf`; `PAGEGRAPH_RESULTS` is not
-needed: figures that are kept go to perf/results/ by `--benchmark-json`.
+Each case alternates the two sides and compares medians. Run with `make perf`; figures that are kept go to
+perf/results/ by `make perf ARGS="--benchmark-json perf/results/NAME.json"`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from prompts import PROMPTS  # noqa: E402
 
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROUNDS = 3
+
+pytestmark = pytest.mark.timeout(1800)  # the slow side of a case takes minutes
 
 
 def config_of(**overrides: object) -> Config:

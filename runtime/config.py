@@ -155,6 +155,7 @@ class Config:
 
     compile: bool = _option(True, parse_flag, "compile the model (false: run it as plain PyTorch)", "compiler")
     merge_linears: bool = _option(True, parse_flag, "merge q/k/v and gate/up projections into one matmul each", "compiler")
+    skinny_linears: bool = _option(True, parse_flag, "GPU: own kernels for products of few rows, where measured faster", "compiler")
     compile_cache_dir: str | None = _option(None, parse_text, "folder of compiled artefacts (none: ~/.cache/pagegraph)", "compiler", _NONE)
     num_threads: int | None = _option(None, _between(parse_whole, 1, 4096), "CPU threads of the engine (auto: PyTorch's choice)", "compiler", _AUTO)
 

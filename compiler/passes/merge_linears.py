@@ -30,6 +30,7 @@ class MergedLinear(nn.Module):
         self.bias = None
         if linears[0].bias is not None:
             self.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
+        self.product = functional.linear  # (states, weight, bias) -> states @ weight.T + bias
         self.source: torch.Tensor | None = None
         self.slices: list[torch.Tensor | None] = []
 
@@ -41,7 +42,7 @@ class MergedLinear(nn.Module):
         """
         if self.source is not states or self.slices[index] is None:
             self.source = states
-            self.slices = list(functional.linear(states, self.weight, self.bias).split(self.sizes, dim=-1))
+            self.slices = list(self.product(states, self.weight, self.bias).split(self.sizes, dim=-1))
         out = self.slices[index]
         self.slices[index] = None
         if all(rest is None for rest in self.slices):

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from compiler.passes.merge_linears import merge_linears
+from compiler.passes.skinny_linears import skinny_linears
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class PassReport:
     seconds: float
 
 
-PASSES: tuple[Pass, ...] = (Pass("merge_linears", merge_linears),)
+PASSES: tuple[Pass, ...] = (Pass("merge_linears", merge_linears), Pass("skinny_linears", skinny_linears))
 
 
 def apply(model: nn.Module, config: Any) -> list[PassReport]:

@@ -2,7 +2,7 @@
 
 Launchers are called on meta tensors with Triton's launch replaced by one that compiles. Reads a list of
 [name, module, function, arguments] from standard input, where an argument {"shape", "dtype"} is a tensor and
-{"slice", ...} a tensor whose rows are a slice of wider ones. Run without TRITON_INTERPRET, in a process of its own:
+{"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear. Run without TRITON_INTERPRET, in a process of its own:
 the replaced launch stays replaced.
 """
 
@@ -23,6 +23,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from kernels.skinny_tiles import Tile
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 232448  # bytes a block may have on sm_90
@@ -99,6 +101,8 @@ def argument(described: Any) -> Any:
     """A meta tensor for its description; anything else as it is."""
     if not isinstance(described, dict):
         return described
+    if "tile" in described:
+        return Tile(*described["tile"])
     dtype = getattr(torch, described["dtype"])
     if "slice" in described:
         rows, *row = described["slice"]

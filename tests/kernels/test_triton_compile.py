@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from kernels.skinny_tiles import Tile, tile_of
+
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = 232448  # bytes a block may have on sm_90
 REGISTERS = 255  # registers a thread may have
@@ -65,6 +67,14 @@ def sampling(vocab: int, dtype: str) -> list[Any]:
     return [f"sampling {vocab} {dtype}", "kernels.sampling", "gumbel_argmax", arguments]
 
 
+def linear(rows: int, out_size: int, size: int) -> list[Any]:
+    """The product with the tile that is chosen for it, or a plain one."""
+    tile = tile_of(rows, out_size, size) or Tile(32, 128, 1, 4, 4)
+    arguments = [tensor("bfloat16", rows, size), tensor("bfloat16", out_size, size), None, {"tile": tile}]
+    return [f"linear {rows} {out_size}x{size} {tile}", "kernels.skinny_linear", "skinny_linear", arguments]
+
+
+LINEARS = [linear(rows, *shape) for rows in (2, 64) for shape in ((6144, 1024), (1024, 3072), (4096, 14336))]
 HALF = [
     attention(64, 64, 8, 1),
     attention(64, 64, 8, 8, window=128, sinks=True),
@@ -109,13 +119,13 @@ def check_fits(kernels: list[dict[str, Any]]) -> None:
 @pytest.fixture(scope="module")
 def half() -> list[dict[str, Any]]:
     """The launches of models in bfloat16, and sampling."""
-    return compiled([*HALF, sampling(151936, "float32"), sampling(128256, "bfloat16")])
+    return compiled([*HALF, *LINEARS, sampling(151936, "float32"), sampling(128256, "bfloat16")])
 
 
 def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
     names = {k["kernel"] for k in half}
     assert names == {
-        "kv_write_kernel", "decode_kernel", "merge_kernel", "prefill_kernel", "best_of_parts_kernel", "best_of_row_kernel",
+        "kv_write_kernel", "decode_kernel", "merge_kernel", "prefill_kernel", "skinny_linear_kernel", "best_of_parts_kernel", "best_of_row_kernel",
     }  # fmt: skip
 
 
@@ -125,7 +135,7 @@ def test_nothing_spills(half: list[dict[str, Any]]) -> None:
 
 def test_attention_is_pipelined_on_matrix_units(half: list[dict[str, Any]]) -> None:
     """A page-table load that keys wait for in the same iteration would leave the pipeline fewer buffers."""
-    kernels = [k for k in half if k["kernel"] in ("decode_kernel", "prefill_kernel")]
+    kernels = [k for k in half if k["kernel"] in ("decode_kernel", "prefill_kernel", "skinny_linear_kernel")]
     assert kernels
     assert all(k["matrix_units"] and k["buffers"] >= 2 for k in kernels), kernels
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from compiler import build as builder
 from compiler import model_source
-from runtime.config import Config, load_config
+from runtime.config import Config
 from runtime.llm import LLM
 from runtime.protocol import SamplingParams
 
@@ -31,18 +31,8 @@ TIE = 1e-3
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
 
 
-def config_of(**overrides: object) -> Config:
-    settings = dict(dtype="float32", device="cpu", max_model_len=1024, kv_cache_memory="256MiB", max_num_seqs=16)
-    return load_config(MODEL, {**settings, **overrides}).config
-
-
 @pytest.fixture(scope="module")
-def built() -> builder.BuiltModel:
-    return builder.ready(config_of(), progress=False)
-
-
-@pytest.fixture(scope="module")
-def reference(built: builder.BuiltModel) -> tuple[list[list[int]], list[list[int]], torch.nn.Module]:
+def reference(config_of, built: builder.BuiltModel) -> tuple[list[list[int]], list[list[int]], torch.nn.Module]:
     """(prompt ids, generated ids) of transformers, and its model."""
     model = AutoModelForCausalLM.from_pretrained(built.folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     model.generation_config.eos_token_id = None  # as with ignore_eos: EOS is a token like others, not a forbidden one
@@ -59,8 +49,8 @@ def reference(built: builder.BuiltModel) -> tuple[list[list[int]], list[list[int
     return prompts, outputs, model
 
 
-def generate(built: builder.BuiltModel, prompts: list[list[int]], **overrides: object) -> tuple[list[list[int]], LLM]:
-    llm = LLM(config_of(**overrides), built=built)
+def generate(config: Config, built: builder.BuiltModel, prompts: list[list[int]]) -> tuple[list[list[int]], LLM]:
+    llm = LLM(config, built=built)
     outputs = [done.token_ids for done in llm.generate(prompts, GREEDY)]
     llm.engine.scheduler.check_integrity()
     return outputs, llm
@@ -79,9 +69,9 @@ def assert_same(prompts, got, expected, model) -> None:
         assert gap < TIE, f"prompt {index} differs at token {at} where the top-2 logits are {gap:.2e} apart"
 
 
-def test_equals_transformers_one_by_one(built, reference) -> None:
+def test_equals_transformers_one_by_one(config_of, built, reference) -> None:
     prompts, expected, model = reference
-    assert_same(prompts, generate(built, prompts, max_num_seqs=1)[0], expected, model)
+    assert_same(prompts, generate(config_of(max_num_seqs=1), built, prompts)[0], expected, model)
 
 
 @pytest.mark.parametrize(
@@ -89,20 +79,20 @@ def test_equals_transformers_one_by_one(built, reference) -> None:
     [dict(), dict(max_num_batched_tokens=32), dict(enable_prefix_caching=False)],
     ids=["batch16", "chunk32", "no-prefix-cache"],
 )
-def test_scheduling_does_not_change_tokens(built, reference, overrides) -> None:
+def test_scheduling_does_not_change_tokens(config_of, built, reference, overrides) -> None:
     prompts, expected, model = reference
-    assert_same(prompts, generate(built, prompts, **overrides)[0], expected, model)
+    assert_same(prompts, generate(config_of(**overrides), built, prompts)[0], expected, model)
 
 
-def test_preemption_does_not_change_tokens(built, reference) -> None:
+def test_preemption_does_not_change_tokens(config_of, built, reference) -> None:
     prompts, expected, model = reference
     tight = dataclasses.replace(built, num_blocks=34, max_model_len=256)
-    got, llm = generate(tight, prompts)
+    got, llm = generate(config_of(), tight, prompts)
     assert llm.engine.scheduler.counters.preemptions > 0
     assert_same(prompts, got, expected, model)
 
 
-def test_cache_hits_do_not_change_tokens(built, reference) -> None:
+def test_cache_hits_do_not_change_tokens(config_of, built, reference) -> None:
     prompts, expected, model = reference
     llm = LLM(config_of(), built=built)
     shared = prompts[13]
@@ -111,19 +101,19 @@ def test_cache_hits_do_not_change_tokens(built, reference) -> None:
     assert_same([shared] * 2, [first.token_ids, again.token_ids], [expected[13]] * 2, model)
 
 
-def test_uncompiled_gives_the_same_tokens(built, reference) -> None:
+def test_uncompiled_gives_the_same_tokens(config_of, built, reference) -> None:
     prompts, expected, model = reference
     compiled, built.step.forward = built.step.forward, built.step.captured
     try:
-        assert_same(prompts, generate(built, prompts)[0], expected, model)
+        assert_same(prompts, generate(config_of(), built, prompts)[0], expected, model)
     finally:
         built.step.forward = compiled
 
 
-def test_plain_linears_give_the_same_tokens(reference) -> None:
+def test_plain_linears_give_the_same_tokens(config_of, reference) -> None:
     prompts, expected, model = reference
     plain = builder.ready(config_of(merge_linears=False, compile=False), progress=False)
-    assert_same(prompts, generate(plain, prompts, merge_linears=False)[0], expected, model)
+    assert_same(prompts, generate(config_of(merge_linears=False), plain, prompts)[0], expected, model)
 
 
 def test_the_converted_model_is_found_again() -> None:

@@ -1,0 +1,122 @@
+"""Triton: x @ weight.T for few rows of x, bound by reading the weight once.
+
+The weight is the left operand of the matrix unit, so few rows pad to 16 columns instead of 64 rows. Where the
+weight has too few rows to fill the device, its columns are split too: each program leaves a partial sum, and the last
+to arrive at a tile adds them in order, so the result does not depend on timing. Knows no models; which shapes are
+better left to cuBLAS is data in `kernels/skinny_tiles.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.skinny_tiles import Tile
+
+MAX_TILES = 8192  # tiles of one product whose columns are split
+_counters: dict[torch.device, Tensor] = {}
+
+
+@triton.jit
+def skinny_linear_kernel(
+    out_ptr,
+    partial_ptr,
+    counter_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    num_rows,
+    x_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.arange(0, BLOCK_T)
+    lane = tl.arange(0, BLOCK_K)
+    in_n = n < N
+    in_t = t < num_rows
+    span: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
+    begin = split * span
+    weight_at = weight_ptr + n.to(tl.int64)[:, None] * K + lane[None, :]
+    x_at = x_ptr + t.to(tl.int64)[None, :] * x_stride + lane[:, None]
+    total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    for k in range(begin, min(begin + span, K), BLOCK_K):
+        if K % BLOCK_K == 0:
+            weight = tl.load(weight_at + k, mask=in_n[:, None], other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_at + k, mask=in_t[None, :], other=0.0)
+        else:
+            inside = lane < K - k
+            weight = tl.load(
+                weight_at + k, mask=in_n[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
+            )
+            x = tl.load(x_at + k, mask=in_t[None, :] & inside[:, None], other=0.0)
+        total = tl.dot(weight, x, total, input_precision=PRECISION)
+    out_at = out_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
+    inside = in_n[:, None] & in_t[None, :]
+    if SPLIT_K > 1:
+        # partial [SPLIT_K, tiles, BLOCK_N, BLOCK_T]
+        tiles = tl.num_programs(0)
+        at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + t[None, :]
+        tl.store(partial_ptr + (split * tiles + tile) * BLOCK_N * BLOCK_T + at, total)
+        tl.debug_barrier()  # every thread's part is stored before the arrival is counted
+        arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
+        if arrived < SPLIT_K - 1:
+            return
+        tl.store(counter_ptr + tile, 0)
+        total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+        for other in tl.static_range(SPLIT_K):
+            total += tl.load(partial_ptr + (other * tiles + tile) * BLOCK_N * BLOCK_T + at, cache_modifier=".cg")
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
+    tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
+    """x [T, K] (rows dense, T at most 64), weight [N, K] contiguous, bias [N] -> [T, N] in x's dtype."""
+    rows, size = x.shape
+    out_size = weight.shape[0]
+    out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
+    tiles = -(-out_size // tile.block_n)
+    block_t = max(16, triton.next_power_of_2(rows))
+    partial = counters = out
+    if tile.split_k > 1:
+        partial = torch.empty(tile.split_k * tiles * tile.block_n * block_t, dtype=torch.float32, device=x.device)
+        counters = _counters_of(x.device)
+    skinny_linear_kernel[tiles, tile.split_k](
+        out,
+        partial,
+        counters,
+        x,
+        weight,
+        bias if bias is not None else weight,
+        rows,
+        x.stride(0),
+        N=out_size,
+        K=size,
+        BLOCK_T=block_t,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        SPLIT_K=tile.split_k,
+        HAS_BIAS=bias is not None,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out
+
+
+def _counters_of(device: torch.device) -> Tensor:
+    """Arrival counts, zero between launches: made once, so that graphs may hold the address."""
+    if device not in _counters:
+        _counters[device] = torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+    return _counters[device]

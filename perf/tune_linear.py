@@ -1,0 +1,142 @@
+"""Measures the tiles of `kernels.skinny_linear` against cuBLAS on a CUDA device and prints `TABLE` of skinny_tiles.
+
+    python perf/tune_linear.py --out perf/results --seconds 120
+
+Each product is checked first, then timed in a CUDA graph over copies of the weight that together exceed the L2
+cache. Candidates are compiled by parallel processes before. Knows the shapes of the measured models only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from kernels.skinny_linear import skinny_linear, skinny_linear_kernel  # noqa: E402
+from kernels.skinny_tiles import Tile  # noqa: E402
+
+SHAPES = {  # (N, K) by model
+    "0.6b": [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024)],
+    "8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)],
+}
+ROWS = (2, 8, 16, 32, 64)
+L2_BYTES = 300 << 20  # several times the cache
+BANDWIDTH = 4.3e12  # bytes a second, for the floor that is printed
+
+
+def candidates(out_size: int, size: int, block_t: int) -> list[Tile]:
+    found = []
+    for (block_n, block_k), warps in itertools.product(((16, 256), (32, 128), (32, 256), (64, 128), (64, 64), (128, 64)), (4,)):
+        if size % block_k:
+            continue
+        stages = next((s for s in (6, 5, 4, 3, 2) if s * (block_n + block_t) * block_k * 2 <= 110 << 10), 2)
+        tiles = -(-out_size // block_n)
+        for split in (1, 2, 4, 8, 16):
+            steps = size // (split * block_k)
+            if steps >= 2 and size % (split * block_k) == 0 and (split == 1 or tiles * split <= 1056) and tiles * split >= 96:
+                found.append(Tile(block_n, block_k, split, warps, min(stages, max(2, steps))))
+    return found
+
+
+def compile_ahead(job: tuple[int, int, int, Tile]) -> None:
+    """Put the kernel of one candidate into Triton's cache."""
+    rows, out_size, size, tile = job
+    bf16 = torch.bfloat16
+    partial = torch.float32 if tile.split_k > 1 else bf16
+    counter = torch.int32 if tile.split_k > 1 else bf16
+    skinny_linear_kernel.warmup(
+        bf16, partial, counter, bf16, bf16, bf16, rows, size, N=out_size, K=size, BLOCK_T=max(16, rows), BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k, SPLIT_K=tile.split_k, HAS_BIAS=False, PRECISION="tf32", num_warps=tile.num_warps,
+        num_stages=tile.num_stages, grid=(1,),
+    )  # fmt: skip
+
+
+def microseconds(run, weights: list[torch.Tensor]) -> float:
+    """Of one product, in a graph over all copies of the weight."""
+    run(weights[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            run(weight)
+    graph.replay()
+    times = []
+    for _ in range(7):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(weights))
+    return sorted(times)[len(times) // 2]
+
+
+def measure(out_size: int, size: int, rows: int) -> dict:
+    copies = max(2, -(-L2_BYTES // (out_size * size * 2)))
+    weights = [torch.randn(out_size, size, device="cuda", dtype=torch.bfloat16) for _ in range(min(copies, 64))]
+    x = torch.randn(rows, size, device="cuda", dtype=torch.bfloat16)
+    expected = functional.linear(x.float(), weights[0].float())
+    cublas = microseconds(lambda w: functional.linear(x, w), weights)
+    best, best_us, failed = None, float("inf"), []
+    for tile in candidates(out_size, size, max(16, rows)):
+        try:
+            out = skinny_linear(x, weights[0], None, tile)
+            error = ((out.float() - expected).norm() / expected.norm()).item()
+            if not error < 1e-2:
+                failed.append((tile, error))
+                continue
+            us = microseconds(lambda w, tile=tile: skinny_linear(x, w, None, tile), weights)
+        except Exception as problem:
+            failed.append((tile, repr(problem)[:200]))
+            continue
+        if us < best_us:
+            best, best_us = tile, us
+    floor = out_size * size * 2 / BANDWIDTH * 1e6
+    return dict(n=out_size, k=size, rows=rows, cublas_us=cublas, best_us=best_us, floor_us=floor, tile=best, failed=failed)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--model", default="0.6b,8b")
+    p.add_argument("--out", type=Path, default=Path("perf/results"))
+    p.add_argument("--seconds", type=float, default=150)
+    args = p.parse_args()
+    started = time.perf_counter()
+    work = [(n, k, rows) for model in args.model.split(",") for rows in ROWS for n, k in SHAPES[model]]
+    jobs = {(rows, n, k, tile) for n, k, rows in work for tile in candidates(n, k, max(16, rows))}
+    with concurrent.futures.ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_ahead, sorted(jobs), chunksize=4))
+    print(f"{len(jobs)} kernels compiled after {time.perf_counter() - started:.0f} s", flush=True)
+    print("     n      k rows   floor  cublas    best  tile (us)")
+    results = []
+    for n, k, rows in work:
+        if time.perf_counter() - started > args.seconds:
+            print(f"time is over: {len(work) - len(results)} products not measured")
+            break
+        found = measure(n, k, rows)
+        results.append(found)
+        print(f"{n:6} {k:6} {rows:4} {found['floor_us']:7.2f} {found['cublas_us']:7.2f} {found['best_us']:7.2f}  {found['tile']}", flush=True)
+        for problem in found["failed"][:2]:
+            print("   failed:", *problem)
+    args.out.mkdir(parents=True, exist_ok=True)
+    facts = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, results=results)
+    (args.out / "tune_linear.json").write_text(json.dumps(facts, indent=1, default=str))
+    table: dict = {}
+    for found in results:
+        wins = found["best_us"] < 0.98 * found["cublas_us"]
+        table.setdefault((found["n"], found["k"]), {})[found["rows"]] = found["tile"] if wins else None
+    print("TABLE =", table)
+
+
+if __name__ == "__main__":
+    main()

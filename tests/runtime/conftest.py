@@ -1,0 +1,35 @@
+"""The real model, built and compiled once for every test that generates with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from compiler import build as builder
+from runtime.config import Config, load_config
+from runtime.llm import LLM
+
+MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def config_of() -> Callable[..., Config]:
+    """A function from overrides to a float32 configuration of the real model."""
+
+    def make(**overrides: object) -> Config:
+        settings = dict(dtype="float32", device="cpu", max_model_len=1024, kv_cache_memory="256MiB", max_num_seqs=16)
+        return load_config(MODEL, {**settings, **overrides}).config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def built(config_of) -> builder.BuiltModel:
+    return builder.ready(config_of(), progress=False)
+
+
+@pytest.fixture
+def llm(config_of, built) -> LLM:
+    """An engine of its own, with nothing cached, over the shared model."""
+    return LLM(config_of(), built=built)
