@@ -138,7 +138,7 @@ def _step(
     ladder = None
     if device.type == "cuda":
         ladder = cuda_ladder(config.max_num_seqs, min(MAX_CAPTURED_TOKENS, budget))
-    return CompiledStep(captured, state, staging, ladder)
+    return CompiledStep(captured, state, staging, ladder, registry.graph_passes(config, device))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -6,10 +6,11 @@ Knows which sizes are dynamic and how to read back the lowered graph; knows noth
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch._inductor.compile_fx import compile_fx
 
 from compiler.capture import CapturedModel
 from compiler.state import DeviceState, Staged
@@ -31,15 +32,27 @@ def use_cache(folder: Path) -> None:
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
 
 
+GraphPass = Callable[[torch.fx.GraphModule], int]
+
+
 def compile_forward(
-    captured: CapturedModel, backend: str | Callable = "inductor"
+    captured: CapturedModel, graph_passes: Sequence[GraphPass] = (), backend: Callable | None = None
 ) -> Callable[..., torch.Tensor]:
-    """One full graph (no breaks) of the forward; sizes marked dynamic on the inputs stay symbolic.
+    """One full graph (no breaks) of the forward, rewritten by `graph_passes`, then given to `backend` (Inductor).
+
+    Sizes marked dynamic on the inputs stay symbolic.
 
     The modules do not change after loading, so no step checks them again: hundreds of guards cost milliseconds.
     """
+    compile_graph = backend or compile_fx
+
+    def rewritten(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        for graph_pass in graph_passes:
+            graph_pass(module)
+        return compile_graph(module, inputs)
+
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    return torch.compile(captured, fullgraph=True, backend=backend, options=options if backend == "inductor" else None)
+    return torch.compile(captured, fullgraph=True, backend=rewritten, options=options)
 
 
 def mark_dynamic(

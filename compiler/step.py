@@ -7,7 +7,7 @@ device. It does not wait: `Ticket.wait` does. Knows nothing of requests, pages o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -36,11 +36,14 @@ class Ticket:
 class CompiledStep:
     """Runs steps in order on one device."""
 
-    def __init__(self, captured: CapturedModel, state: DeviceState, staging: Staging, ladder: Ladder | None) -> None:
+    def __init__(
+        self, captured: CapturedModel, state: DeviceState, staging: Staging, ladder: Ladder | None, graph_passes: Sequence[lower.GraphPass] = ()
+    ) -> None:
         self.captured = captured
         self.state = state
         self.staging = staging
         self.ladder = ladder
+        self.graph_passes = graph_passes
         self.forward: Callable[..., torch.Tensor] = captured
         self.compiled = False
         self.graphs = GraphSet() if staging.device.type == "cuda" else None
@@ -60,7 +63,7 @@ class CompiledStep:
 
         `warm` must touch scrap pages and the scrap row only.
         """
-        forward = lower.compile_forward(self.captured)
+        forward = lower.compile_forward(self.captured, self.graph_passes)
         with torch.inference_mode():
             for step in tqdm(warm, desc="compile", unit="graph", disable=not progress):
                 staged = self._stage(step)

@@ -13,6 +13,23 @@ from torch import Tensor
 from kernels import reference
 
 
+def rope_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+    *rest: Tensor | float | int | None,
+) -> Tensor:
+    """See `kernels.ops`."""
+    query = reference.norm_and_rotate(query, cos, sin, query_norm, eps)
+    key = reference.norm_and_rotate(key, cos, sin, key_norm, eps)
+    return paged_attention(query, key, value, *rest)
+
+
 def paged_attention(
     query: Tensor,
     key: Tensor,

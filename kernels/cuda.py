@@ -13,6 +13,7 @@ from torch.nn import functional
 from kernels.attention_decode import attend_rows
 from kernels.attention_prefill import attend_ragged
 from kernels.kv_write import write_kv
+from kernels.rope_write import rope_write
 from kernels.skinny_linear import skinny_linear
 from kernels.skinny_tiles import tile_of
 
@@ -34,16 +35,46 @@ def paged_attention(
     softcap: float,
     chunk: int,
 ) -> Tensor:
-    """See `kernels.ops` for shapes.
+    """See `kernels.ops` for shapes."""
+    query, key, value = _dense_rows(query), _dense_rows(key), _dense_rows(value)
+    write_kv(key, value, key_cache, value_cache, slots)
+    return _attend(
+        query, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, scale, window, softcap, chunk
+    )
+
+
+def rope_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *metadata: Tensor | float | int | None,
+) -> Tensor:
+    """See `kernels.ops`; queries and keys are rotated, and keys and values stored, by one kernel."""
+    query, key, value = _dense_rows(query), _dense_rows(key), _dense_rows(value)
+    rotated = rope_write(
+        query, key, value, cos, sin, query_norm, key_norm, eps, key_cache, value_cache, slots
+    )
+    return _attend(rotated, key_cache, value_cache, *metadata)
+
+
+def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, *rest: Tensor | float | int | None) -> Tensor:
+    """Attention over pages that hold the step's own keys and values already.
 
     A bucket with a row a sequence (T <= S) is all the decode kernel's, whatever its real rows are. A larger one
     runs both kernels; each leaves the other's sequences alone.
     """
-    query, key, value = _dense_rows(query), _dense_rows(key), _dense_rows(value)
-    write_kv(key, value, key_cache, value_cache, slots)
     tokens, num_seqs = query.shape[0], block_tables.shape[0]
-    shape = (tokens, query.shape[1], value.shape[2])
-    metadata = (key_cache, value_cache, block_tables, query_start, seq_lens, sinks, scale, window, softcap, chunk)
+    shape = (tokens, query.shape[1], value_cache.shape[3])
+    metadata = (key_cache, value_cache, block_tables, *rest)
     if tokens <= num_seqs:
         out = torch.empty(shape, dtype=query.dtype, device=query.device)
         attend_rows(out, query, *metadata, by_token=True)

@@ -12,7 +12,12 @@
   j // chunk == p // chunk; softcap > 0 caps logits as cap * tanh(x / cap); sinks [Hq] join the softmax's
   denominator as one extra logit a head
 
+`pagegraph::rope_attention` is paged_attention on query and key [T, H, D] as projected: RMS-normalised over D with
+weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [T, D] in the half-split layout.
+
 `pagegraph::linear` is x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the kernel that suits the rows of x.
+
+`pagegraph::materialize` is a copy that the compiler does not look through.
 
 `pagegraph::gumbel_argmax` draws the next token: logits [S, V], temperature float32 [S], seeds int64 [S],
 positions int32 [S] -> ids int64 [S]; see `kernels.reference.gumbel_argmax`.
@@ -32,7 +37,13 @@ _library.define(
     "Tensor positions, Tensor slots, Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, "
     "float scale, int window, float softcap, int chunk) -> Tensor"
 )
+_library.define(
+    "rope_attention(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor? query_norm, Tensor? key_norm, "
+    "float eps, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor positions, Tensor slots, Tensor block_tables, "
+    "Tensor query_start, Tensor seq_lens, Tensor? sinks, float scale, int window, float softcap, int chunk) -> Tensor"
+)
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("materialize(Tensor x) -> Tensor")
 _library.define("gumbel_argmax(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions) -> Tensor")
 
 
@@ -40,6 +51,12 @@ def _attention_on_cuda(*arguments: Tensor | float | int | None) -> Tensor:
     from kernels import cuda  # Triton is imported where there is a device for it
 
     return cuda.paged_attention(*arguments)
+
+
+def _rope_attention_on_cuda(*arguments: Tensor | float | int | None) -> Tensor:
+    from kernels import cuda
+
+    return cuda.rope_attention(*arguments)
 
 
 def _gumbel_argmax_on_cuda(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
@@ -54,9 +71,12 @@ def _linear_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return cuda.linear(x, weight, bias)
 
 
+_library.impl("materialize", torch.clone, "CompositeExplicitAutograd")
 _library.impl("linear", functional.linear, "CPU")
 _library.impl("linear", _linear_on_cuda, "CUDA")
 _library.impl("paged_attention", cpu.paged_attention, "CPU")
+_library.impl("rope_attention", cpu.rope_attention, "CPU")
+_library.impl("rope_attention", _rope_attention_on_cuda, "CUDA")
 _library.impl("paged_attention", _attention_on_cuda, "CUDA")
 _library.impl("gumbel_argmax", cpu.gumbel_argmax, "CPU")
 _library.impl("gumbel_argmax", _gumbel_argmax_on_cuda, "CUDA")
@@ -65,6 +85,16 @@ _library.impl("gumbel_argmax", _gumbel_argmax_on_cuda, "CUDA")
 @torch.library.register_fake("pagegraph::paged_attention", lib=_library)
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | float | int | None) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+
+
+@torch.library.register_fake("pagegraph::rope_attention", lib=_library)
+def _rope_attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | float | int | None) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+
+
+@torch.library.register_fake("pagegraph::materialize", lib=_library)
+def _materialize_fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.register_fake("pagegraph::linear", lib=_library)

@@ -17,6 +17,19 @@ def write_kv(
     value_cache.view(-1, *value_cache.shape[2:])[where] = value
 
 
+def norm_and_rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """heads [T, H, D], cos and sin [T, D], norm [D] -> [T, H, D]: RMS norm where given, then half-split rotation.
+
+    RoFormer's rotation (Su et al. 2021) with element i paired with i + D / 2, as GPT-NeoX lays it out.
+    """
+    wide = heads.float()
+    if norm is not None:
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * norm.float()
+    low, high = wide.chunk(2, dim=-1)
+    turned = torch.cat((-high, low), dim=-1)
+    return (wide * cos.float()[:, None] + turned * sin.float()[:, None]).to(heads.dtype)
+
+
 def paged_attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -10,9 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from compiler.passes.fuse_rope import fuse_rope
 from compiler.passes.merge_linears import merge_linears
+from compiler.passes.rotary_once import rotary_once
 from compiler.passes.skinny_linears import skinny_linears
 
 
@@ -33,7 +36,12 @@ class PassReport:
     seconds: float
 
 
-PASSES: tuple[Pass, ...] = (Pass("merge_linears", merge_linears), Pass("skinny_linears", skinny_linears))
+PASSES: tuple[Pass, ...] = (Pass("merge_linears", merge_linears), Pass("skinny_linears", skinny_linears), Pass("rotary_once", rotary_once))
+
+
+def graph_passes(config: Any, device: torch.device) -> list[Callable[[torch.fx.GraphModule], int]]:
+    """The passes over the captured graph. On the CPU the compiler's own loops are the better form."""
+    return [fuse_rope] if config.fuse_rope and device.type == "cuda" else []
 
 
 def apply(model: nn.Module, config: Any) -> list[PassReport]:

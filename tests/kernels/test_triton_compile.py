@@ -74,6 +74,16 @@ def linear(rows: int, out_size: int, size: int) -> list[Any]:
     return [f"linear {rows} {out_size}x{size} {tile}", "kernels.skinny_linear", "skinny_linear", arguments]
 
 
+def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
+    """Queries, keys and values as slices of a merged projection, with or without the norm."""
+    wide = [{"slice": (256, n, size), "dtype": "bfloat16"} for n in (heads, kv_heads, kv_heads)]
+    norms = [tensor("bfloat16", size) if normed else None] * 2
+    caches = [tensor("bfloat16", 4096, 16, kv_heads, size)] * 2
+    arguments = [*wide, *[tensor("bfloat16", 256, size)] * 2, *norms, 1e-6, *caches, tensor("int32", 256)]
+    return [f"rope {heads}/{kv_heads} {size}", "kernels.rope_write", "rope_write", arguments]
+
+
+ROPES = [rope(16, 8, 128, True), rope(32, 8, 128, False), rope(32, 32, 256, False)]
 LINEARS = [linear(rows, *shape) for rows in (2, 64) for shape in ((6144, 1024), (1024, 3072), (4096, 14336))]
 HALF = [
     attention(64, 64, 8, 1),
@@ -119,13 +129,13 @@ def check_fits(kernels: list[dict[str, Any]]) -> None:
 @pytest.fixture(scope="module")
 def half() -> list[dict[str, Any]]:
     """The launches of models in bfloat16, and sampling."""
-    return compiled([*HALF, *LINEARS, sampling(151936, "float32"), sampling(128256, "bfloat16")])
+    return compiled([*HALF, *ROPES, *LINEARS, sampling(151936, "float32"), sampling(128256, "bfloat16")])
 
 
 def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
     names = {k["kernel"] for k in half}
     assert names == {
-        "kv_write_kernel", "decode_kernel", "merge_kernel", "prefill_kernel", "skinny_linear_kernel", "best_of_parts_kernel", "best_of_row_kernel",
+        "kv_write_kernel", "decode_kernel", "merge_kernel", "prefill_kernel", "skinny_linear_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
     }  # fmt: skip
 
 

@@ -32,7 +32,8 @@ def model(built) -> torch.nn.Module:
 
 def logits_after(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     with torch.inference_mode():
-        return model(torch.tensor([ids])).logits[0, -1]
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    return logits.clone()  # one that may be written to
 
 
 def test_a_seed_gives_the_same_text_whatever_runs_beside_it(llm) -> None:
