@@ -77,19 +77,20 @@ def rope_write_kernel(
         tl.store(to, low.to(out_ptr.dtype.element_ty), mask=inside)
         tl.store(to + HALF, high.to(out_ptr.dtype.element_ty), mask=inside)
     else:
+        # Names of their own: a name has one type in both branches.
         slot = tl.load(slots_ptr + token).to(tl.int64)
-        head = tl.arange(0, KV_HEADS_PAD)[:, None]
-        inside = (head < KV_HEADS) & in_half[None, :]
-        at = key_ptr + token * key_token_stride + head * key_head_stride + half[None, :]
-        low, high = _rotated(at, inside, cos_at, sin_at, key_norm_ptr, half, in_half, eps, HALF, HAS_NORM)
-        to = key_cache_ptr + (slot * KV_HEADS + head) * 2 * HALF + half[None, :]
-        tl.store(to, low.to(key_cache_ptr.dtype.element_ty), mask=inside)
-        tl.store(to + HALF, high.to(key_cache_ptr.dtype.element_ty), mask=inside)
+        kv_head = tl.arange(0, KV_HEADS_PAD)[:, None]
+        in_key = (kv_head < KV_HEADS) & in_half[None, :]
+        key_at = key_ptr + token * key_token_stride + kv_head * key_head_stride + half[None, :]
+        key_low, key_high = _rotated(key_at, in_key, cos_at, sin_at, key_norm_ptr, half, in_half, eps, HALF, HAS_NORM)
+        key_to = key_cache_ptr + (slot * KV_HEADS + kv_head) * 2 * HALF + half[None, :]
+        tl.store(key_to, key_low.to(key_cache_ptr.dtype.element_ty), mask=in_key)
+        tl.store(key_to + HALF, key_high.to(key_cache_ptr.dtype.element_ty), mask=in_key)
         column = tl.arange(0, VALUE_PAD)[None, :]
-        inside = (head < KV_HEADS) & (column < VALUE_SIZE)
-        value = tl.load(value_ptr + token * value_token_stride + head * value_head_stride + column, mask=inside)
-        to = value_cache_ptr + (slot * KV_HEADS + head) * VALUE_SIZE + column
-        tl.store(to, value.to(value_cache_ptr.dtype.element_ty), mask=inside)
+        in_value = (kv_head < KV_HEADS) & (column < VALUE_SIZE)
+        value = tl.load(value_ptr + token * value_token_stride + kv_head * value_head_stride + column, mask=in_value)
+        value_to = value_cache_ptr + (slot * KV_HEADS + kv_head) * VALUE_SIZE + column
+        tl.store(value_to, value.to(value_cache_ptr.dtype.element_ty), mask=in_value)
 
 
 def rope_write(
