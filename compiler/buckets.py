@@ -46,17 +46,12 @@ class Ladder:
 
 
 def cuda_ladder(max_num_seqs: int, max_captured_tokens: int) -> Ladder:
-    """Decode rungs 2, 4, then by 8 to 256 and by 32 to `max_num_seqs`; mixed rungs 16, 32, ... doubling by halves."""
+    """Decode rungs 2, 4, then by 8 to 256 and by 32 to `max_num_seqs`; mixed rungs 16, 32, 48, by 64 to 1024, by 256 beyond."""
     max_num_seqs = max(max_num_seqs, 2)
     decode = sorted({n for n in (2, 4, *range(8, 257, 8), *range(288, max_num_seqs + 1, 32)) if n < max_num_seqs} | {max_num_seqs})
-    mixed: list[int] = []
-    size = 16
-    while size <= max_captured_tokens:
-        mixed.append(size)
-        if size >= 64 and size * 3 // 2 <= max_captured_tokens:
-            mixed.append(size * 3 // 2)
-        size *= 2
-    return Ladder(tuple(decode), tuple(sorted(mixed)), max_num_seqs)
+    # Padding of a mixed step costs matrix time: rungs are close where steps are many.
+    mixed = [n for n in (16, 32, 48, *range(64, 1024, 64), *range(1024, max_captured_tokens + 1, 256)) if n <= max_captured_tokens]
+    return Ladder(tuple(decode), tuple(mixed), max_num_seqs)
 
 
 def cpu_bucket(num_tokens: int, num_seqs: int) -> Bucket:

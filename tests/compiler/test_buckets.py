@@ -29,6 +29,12 @@ def test_decode_padding_is_bounded() -> None:
         assert ladder.bucket(seqs, seqs).tokens - seqs < (8 if seqs <= 256 else 32)
 
 
+def test_mixed_padding_is_bounded() -> None:
+    ladder = cuda_ladder(256, 2048)
+    for tokens in range(64, 2049):
+        assert ladder.bucket(tokens, 3).tokens - tokens < (64 if tokens <= 960 else 256)
+
+
 def test_a_full_batch_of_any_limit_has_a_rung() -> None:
     for limit in (1, 2, 3, 7, 100, 250, 257, 1000):
         assert cuda_ladder(limit, 64).bucket(limit, limit) == Bucket(max(limit, 2), max(limit, 2))
