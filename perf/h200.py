@@ -166,7 +166,7 @@ def machine_facts(args: argparse.Namespace) -> dict[str, object]:
         "gpu": torch.cuda.get_device_name() if cuda else "none",
         "gpu_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else 0,
         "cpus": os.cpu_count(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
