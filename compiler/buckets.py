@@ -1,8 +1,8 @@
 """The ladder of step sizes: which padded shape a step of T tokens and S sequences runs in.
 
 Pure arithmetic. Sizes of one are padded to two, because the compiler would specialise on a one. On CUDA every
-rung is captured as one graph; on the CPU a step otherwise keeps its own size, and a single token has a compiled
-forward of its own.
+rung is captured as one graph; on the CPU, and beyond the rungs, a step otherwise keeps its own size. On the CPU a
+single token has a compiled forward of its own.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def cuda_ladder(max_num_seqs: int, max_captured_tokens: int) -> Ladder:
     return Ladder(tuple(decode), tuple(mixed), max_num_seqs)
 
 
-def cpu_bucket(num_tokens: int, num_seqs: int) -> Bucket:
+def own_bucket(num_tokens: int, num_seqs: int) -> Bucket:
     """The step's own size, at least two of each unless it is a single token of a single sequence."""
     if num_tokens == 1:
         return Bucket(1, 1)

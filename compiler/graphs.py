@@ -22,8 +22,6 @@ class GraphSet:
     def __init__(self) -> None:
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self.hits = 0
-        self.misses = 0
 
     def capture(self, buckets: list[Bucket], forward_of: Callable[[Bucket], Forward], progress: bool) -> None:
         """Capture largest first, so that smaller graphs fit in the pool the largest has made."""
@@ -43,8 +41,6 @@ class GraphSet:
         """The bucket's outputs, valid until the next replay; None if it was not captured."""
         entry = self._graphs.get(bucket)
         if entry is None:
-            self.misses += 1
             return None
-        self.hits += 1
         entry[0].replay()
         return entry[1]

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from compiler import lower
-from compiler.buckets import Bucket, Ladder, cpu_bucket
+from compiler.buckets import Bucket, Ladder, own_bucket
 from compiler.capture import CapturedModel
 from compiler.graphs import Forward, GraphSet
 from compiler.sampling import StepLogprobTensors, draw, is_plain, sample
@@ -33,11 +34,32 @@ class Ticket:
         return self._result()
 
 
+@dataclass(slots=True)
+class StepCounts:
+    """Running totals over launched steps; `padding` are the tokens that buckets added to `tokens`."""
+
+    steps: int = 0
+    graphed: int = 0  # replayed as a CUDA graph
+    tokens: int = 0
+    padding: int = 0
+
+    def launched(self, tokens: int, padded: int, graphed: bool) -> None:
+        self.steps += 1
+        self.graphed += graphed
+        self.tokens += tokens
+        self.padding += padded - tokens
+
+
 class CompiledStep:
     """Runs steps in order on one device."""
 
     def __init__(
-        self, captured: CapturedModel, state: DeviceState, staging: Staging, ladder: Ladder | None, graph_passes: Sequence[lower.GraphPass] = ()
+        self,
+        captured: CapturedModel,
+        state: DeviceState,
+        staging: Staging,
+        ladder: Ladder | None,
+        graph_passes: Sequence[lower.GraphPass] = (),
     ) -> None:
         self.captured = captured
         self.state = state
@@ -46,10 +68,12 @@ class CompiledStep:
         self.graph_passes = graph_passes
         self.forward: Callable[..., torch.Tensor] = captured
         self.compiled = False
+        self.counts = StepCounts()
         self.graphs = GraphSet() if staging.device.type == "cuda" else None
         # One thread runs CPU steps in order: the engine's loop goes on meanwhile, as it does beside a GPU.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="step") if staging.device.type == "cpu" else None
         self._returns = torch.cuda.Stream() if staging.device.type == "cuda" else None
+        self._returned: torch.cuda.Event | None = None  # the last step's ids are copied out of their buffer
 
     def launch(self, step: StepInput) -> Ticket:
         """Start one step; steps run in the order of their launch."""
@@ -88,11 +112,12 @@ class CompiledStep:
             self._worker.shutdown(wait=True)
 
     def _stage(self, step: StepInput) -> Staged:
-        return self.staging.stage(step, cpu_bucket(step.num_tokens, step.num_seqs))
+        return self.staging.stage(step, own_bucket(step.num_tokens, step.num_seqs))
 
     @torch.inference_mode()
     def _run_cpu(self, step: StepInput) -> StepOutput:
         staged = self._stage(step)
+        self.counts.launched(step.num_tokens, len(staged.token_ids), graphed=False)
         logits, ids = self._forward_and_draw(staged)
         ids, logprobs = self._finish(step, staged, logits, ids)
         return StepOutput(ids.int().numpy(), logprobs.numpy() if logprobs else None)
@@ -112,9 +137,14 @@ class CompiledStep:
 
     @torch.inference_mode()
     def _launch_cuda(self, step: StepInput) -> Ticket:
-        bucket = self.ladder.bucket(step.num_tokens, step.num_seqs)
-        staged = self.staging.stage(step, bucket or Bucket(step.num_tokens, step.num_seqs))
-        logits, ids = (self.graphs.replay(bucket) if bucket else None) or self._forward_and_draw(staged)
+        rung = self.ladder.bucket(step.num_tokens, step.num_seqs)
+        bucket = rung or own_bucket(step.num_tokens, step.num_seqs)
+        staged = self.staging.stage(step, bucket)
+        if self._returned is not None:
+            torch.cuda.current_stream().wait_event(self._returned)
+        replayed = self.graphs.replay(bucket) if rung else None
+        self.counts.launched(step.num_tokens, bucket.tokens, replayed is not None)
+        logits, ids = replayed or self._forward_and_draw(staged)
         ids, logprobs = self._finish(step, staged, logits, ids)
         return Ticket(self._returning(ids, logprobs))
 
@@ -125,7 +155,7 @@ class CompiledStep:
         with torch.cuda.stream(self._returns):
             host.copy_(ids, non_blocking=True)
             ids.record_stream(self._returns)
-            arrived = torch.cuda.Event()
+            arrived = self._returned = torch.cuda.Event()
             arrived.record()
 
         def result() -> StepOutput:

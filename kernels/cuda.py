@@ -60,9 +60,7 @@ def rope_attention(
 ) -> Tensor:
     """See `kernels.ops`; queries and keys are rotated, and keys and values stored, by one kernel."""
     query, key, value = _dense_rows(query), _dense_rows(key), _dense_rows(value)
-    rotated = rope_write(
-        query, key, value, cos, sin, query_norm, key_norm, eps, key_cache, value_cache, slots
-    )
+    rotated = rope_write(query, key, value, cos, sin, query_norm, key_norm, eps, key_cache, value_cache, slots)
     return _attend(rotated, key_cache, value_cache, *metadata)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from compiler.build import BuiltModel
-from compiler.step import CompiledStep, Ticket
+from compiler.step import CompiledStep, StepCounts, Ticket
 from compiler.step_input import SamplingInput, StepInput, StepOutput
 from floors import MODELS, Ceilings, Shape, write_model
 from h200_report import Report
@@ -57,6 +57,10 @@ class WatchedStep:
     @property
     def compiled(self) -> bool:
         return self.step.compiled
+
+    @property
+    def counts(self) -> StepCounts:
+        return self.step.counts
 
     def launch(self, step: StepInput) -> Ticket:
         start = time.perf_counter()
@@ -129,7 +133,7 @@ class Offline:
 
 
 def graph_hits(step: CompiledStep) -> int:
-    return step.graphs.hits if getattr(step, "graphs", None) is not None else 0
+    return step.counts.graphed
 
 
 def config_of(args: argparse.Namespace, model: str, **changed: object) -> Config:

@@ -59,7 +59,7 @@ def engine_of(
             num_waiting=scheduler.num_waiting,
         )
 
-    recorder = Recorder(metrics, scheduler)
+    recorder = Recorder(metrics, scheduler, built.step.counts)
     engine = Engine(
         built.step, scheduler, mailbox, limits, info, time.monotonic, recorder, pace=pace, seed=config.seed
     )

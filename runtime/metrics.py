@@ -55,13 +55,18 @@ class EngineMetrics:
     def __init__(self, model_name: str, max_model_len: int, prefixes: Sequence[str] = PREFIXES) -> None:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._prefixes = tuple(prefixes)
-        self._gauges = {"num_requests_running": 0.0, "num_requests_waiting": 0.0, "kv_cache_usage_perc": 0.0}
+        self._gauges = dict.fromkeys(
+            ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "graph_hit_ratio"), 0.0
+        )
         self._counters = {
             "prefix_cache_queries": 0,
             "prefix_cache_hits": 0,
             "num_preemptions": 0,
             "prompt_tokens": 0,
             "generation_tokens": 0,
+            "engine_steps": 0,
+            "engine_step_tokens": 0,
+            "engine_padding_tokens": 0,
         }
         self._success = dict.fromkeys(FINISH_REASONS, 0)
         lengths = _one_two_five(max_model_len)
@@ -98,6 +103,13 @@ class EngineMetrics:
         self._counters["num_preemptions"] += preemptions
         if prompt_tokens + generation_tokens:
             self._histograms["iteration_tokens_total"].observe(prompt_tokens + generation_tokens)
+
+    def set_launched(self, *, steps: int, graphed: int, tokens: int, padding: int) -> None:
+        """Totals over the steps launched so far: how many replayed a CUDA graph, tokens, and tokens of padding."""
+        self._counters["engine_steps"] = steps
+        self._counters["engine_step_tokens"] = tokens
+        self._counters["engine_padding_tokens"] = padding
+        self._gauges["graph_hit_ratio"] = graphed / steps if steps else 0.0
 
     def observe_scheduled(self, queue_time: float) -> None:
         """A sequence ran for the first time, `queue_time` seconds after it arrived."""
@@ -167,6 +179,10 @@ _HELP = {
     "prompt_tokens": "Prompt tokens computed.",
     "generation_tokens": "Tokens generated.",
     "iteration_tokens_total": "Tokens in one step.",
+    "engine_steps": "Steps launched.",
+    "engine_step_tokens": "Tokens of launched steps, padding left out.",
+    "engine_padding_tokens": "Tokens that padding to a captured size added.",
+    "graph_hit_ratio": "Share of launched steps that replayed a CUDA graph, 1 is all; 0 without a GPU.",
     "time_to_first_token_seconds": "From arrival to the first token.",
     "inter_token_latency_seconds": "From one token of a sequence to its next.",
     "e2e_request_latency_seconds": "From arrival to the last token.",

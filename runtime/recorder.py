@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from compiler.step import StepCounts
 from runtime.metrics import EngineMetrics
 from runtime.protocol import TokenDelta
 from runtime.request import Sequence
@@ -24,9 +25,10 @@ class _Times:
 class Recorder:
     """Follows requests from submission to end."""
 
-    def __init__(self, metrics: EngineMetrics, scheduler: Scheduler) -> None:
+    def __init__(self, metrics: EngineMetrics, scheduler: Scheduler, steps: StepCounts) -> None:
         self.metrics = metrics
         self.scheduler = scheduler
+        self.steps = steps
         self._live: dict[str, _Times] = {}
         self._seen = Counters()
 
@@ -75,6 +77,10 @@ class Recorder:
             preemptions=now.preemptions - before.preemptions,
         )
         self._seen = now.copy()
+        steps = self.steps
+        self.metrics.set_launched(
+            steps=steps.steps, graphed=steps.graphed, tokens=steps.tokens, padding=steps.padding
+        )
 
     def _token(self, delta: TokenDelta, now: float) -> None:
         times = self._live.get(delta.request_id)

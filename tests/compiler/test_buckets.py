@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiler.buckets import Bucket, cpu_bucket, cuda_ladder
+from compiler.buckets import Bucket, own_bucket, cuda_ladder
 
 
 @given(st.integers(1, 1024), st.integers(16, 4096), st.data())
@@ -41,6 +41,6 @@ def test_a_full_batch_of_any_limit_has_a_rung() -> None:
 
 
 def test_cpu_pads_ones_only() -> None:
-    assert cpu_bucket(1, 1) == Bucket(1, 1)
-    assert cpu_bucket(40, 1) == Bucket(40, 2)
-    assert cpu_bucket(40, 5) == Bucket(40, 5)
+    assert own_bucket(1, 1) == Bucket(1, 1)
+    assert own_bucket(40, 1) == Bucket(40, 2)
+    assert own_bucket(40, 5) == Bucket(40, 5)

@@ -49,7 +49,7 @@ WIDE = [
     for (lengths, pad), (heads, kv_heads), head_size, block_size, (window, softcap, chunk, sinks) in itertools.product(
         [(RAGGED, 3), (DECODE, 2)],
         [(4, 4), (9, 3), (8, 2), (8, 1)],
-        [64, 80, 128],
+        [64, 80, 96, 128, 256],
         [16, 32],
         [(0, 0.0, 0, False), (17, 0.0, 0, True), (0, 3.0, 0, False), (0, 0.0, 32, True)],
     )

@@ -6,6 +6,7 @@ import pytest
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from compiler.step import StepCounts
 from runtime.metrics import EngineMetrics
 
 
@@ -60,3 +61,20 @@ def test_model_name_is_escaped_and_openmetrics_works() -> None:
     families = list(text_string_to_metric_families(metrics.render().decode()))
     assert families[0].samples[0].labels["model_name"] == 'a"b\nc'
     assert openmetrics(metrics).endswith(b"# EOF\n")
+
+
+def test_launched_steps_give_the_graph_ratio_and_padding() -> None:
+    metrics = EngineMetrics("m", 100)
+    metrics.set_launched(steps=0, graphed=0, tokens=0, padding=0)
+    assert 'graph_hit_ratio{engine="0",model_name="m"} 0.0' in metrics.render().decode()
+    metrics.set_launched(steps=8, graphed=6, tokens=100, padding=25)
+    text = metrics.render().decode()
+    for line in ("graph_hit_ratio{%s} 0.75", "engine_steps_total{%s} 8.0", "engine_padding_tokens_total{%s} 25.0"):
+        assert line % 'engine="0",model_name="m"' in text
+
+
+def test_steps_are_counted_by_bucket() -> None:
+    counts = StepCounts()
+    counts.launched(5, 8, graphed=True)
+    counts.launched(3, 3, graphed=False)
+    assert (counts.steps, counts.graphed, counts.tokens, counts.padding) == (2, 1, 8, 3)
