@@ -86,7 +86,7 @@ def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `kernels.ops`."""
     rows = x.reshape(-1, x.shape[-1])
-    tile = tile_of(*rows.shape[:1], *weight.shape) if weight.element_size() == 2 and weight.is_contiguous() else None
+    tile = tile_of(len(rows), *weight.shape) if weight.element_size() == 2 and weight.is_contiguous() else None
     if tile is None or rows.stride(1) != 1:
         return functional.linear(x, weight, bias)
     return skinny_linear(rows, weight, bias, tile).view(*x.shape[:-1], -1)

@@ -82,7 +82,10 @@ def skinny_linear_kernel(
 
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
-    """x [T, K] (rows dense, T at most 64), weight [N, K] contiguous, bias [N] -> [T, N] in x's dtype."""
+    """x [T, K] (rows dense, T at most 64), weight [N, K] contiguous, bias [N] -> [T, N] in x's dtype.
+
+    Calls share the arrival counts, so they belong on one stream.
+    """
     rows, size = x.shape
     out_size = weight.shape[0]
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
