@@ -44,6 +44,6 @@ def tile_of(rows: int, out_size: int, size: int) -> Tile | None:
     if rows > 16 or size % 64:
         return None
     block_n = 32 if out_size >= 4096 else 16
-    wanted = max(1, 264 // (out_size // block_n))
+    wanted = max(1, 264 // -(-out_size // block_n))
     split = min(8, 1 << wanted.bit_length() - 1, max(1, size // 256))
     return Tile(block_n, 256 if size % 256 == 0 else 64, split, 4, 4)
