@@ -123,7 +123,7 @@ class Offline:
             for message in self.mailbox.take():
                 if not isinstance(message, Tokens):
                     raise RuntimeError(f"a request failed: {message}")
-                for delta in message.deltas:
+                for delta in message.each():
                     outputs[int(delta.request_id)] += delta.token_ids
                     logprobs[int(delta.request_id)] += delta.logprobs or ()
         seconds = time.perf_counter() - begin

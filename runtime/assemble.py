@@ -42,7 +42,7 @@ def engine_of(
         enable_chunked_prefill=config.enable_chunked_prefill,
         pace=pace,
     )
-    limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, config.block_size, max_queue)
+    limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, max_queue)
 
     def info() -> EngineInfo:
         return EngineInfo(

@@ -12,6 +12,8 @@ import secrets
 from array import array
 from collections.abc import Sequence
 
+import numpy as np
+
 NULL_BLOCK = 0
 _NO_HASH = b""
 
@@ -52,9 +54,9 @@ class BlockPool:
         """Parent of a sequence's first block; a `salt` separates whoever must not share pages."""
         return self._digest(salt.encode())
 
-    def hash_block(self, parent: bytes, tokens: Sequence[int]) -> bytes:
-        """Keyed hash of a full block of token ids that follows the block, or root, of hash `parent`."""
-        return self._digest(parent + array("q", tokens).tobytes())
+    def hash_block(self, parent: bytes, tokens: Sequence[int] | np.ndarray) -> bytes:
+        """Keyed hash of a full block of int32 token ids that follows the block, or root, of hash `parent`."""
+        return self._digest(parent + np.asarray(tokens, np.int32).tobytes())
 
     def lookup(self, hashes: Sequence[bytes]) -> list[int]:
         """Blocks of the longest cached prefix of a hash chain, not yet referenced."""

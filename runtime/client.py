@@ -364,7 +364,7 @@ class _Connection:
 
     def _take(self, message: ToClient) -> None:
         if isinstance(message, Tokens):
-            for delta in message.deltas:
+            for delta in message.each():
                 self._deliver(delta.request_id, delta, final=bool(delta.finish_reason))
         elif isinstance(message, EngineInfo):
             with self._changed:

@@ -12,14 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from compiler.step import CompiledStep, Ticket
-from compiler.step_input import StepOutput
 from runtime.batch import pack
 from runtime.pace import Pace
-from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, ToClient, ToEngine, TokenDelta, Tokens
+from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, ToClient, ToEngine, Tokens
 from runtime.recorder import Recorder
 from runtime.request import Sequence
-from runtime.scheduler import Plan, Scheduler
+from runtime.scheduler import Arrived, Plan, Scheduler
 
 log = logging.getLogger("pagegraph.engine")
 
@@ -50,7 +51,6 @@ class Limits:
     vocab_size: int
     max_model_len: int
     eos_ids: frozenset[int]
-    block_size: int
     max_queue: int
 
 
@@ -80,7 +80,8 @@ class Engine:
         self.seed = seed
         self.stopping = False
         self._running: InFlight | None = None
-        self._owners: dict[str, tuple[bytes, str]] = {}
+        self._clients: list[bytes] = []  # by owner number
+        self._owners: dict[bytes, int] = {}
         self._num_submitted = 0
         self._failed_steps = 0
         self._last_done = 0.0
@@ -108,7 +109,7 @@ class Engine:
     def _launch(self, plan: Plan) -> InFlight:
         now = self.clock()
         self.recorder.launched(plan, now)
-        return InFlight(plan, self.step.launch(pack(plan, self.limits.block_size)), now)
+        return InFlight(plan, self.step.launch(pack(plan, self.scheduler.rows)), now)
 
     def _commit(self, done: InFlight) -> None:
         try:
@@ -119,26 +120,29 @@ class Engine:
         self._failed_steps = 0
         now = self.clock()
         self._observe_pace(done, now)
-        self._deliver(done.plan, output, now)
+        arrived = self.scheduler.commit(done.plan, output)
+        self.recorder.stepped(arrived, now)
+        self._deliver(arrived)
 
     def _observe_pace(self, done: InFlight, now: float) -> None:
         started = max(done.launched, self._last_done)
         self._last_done = now
         if self.pace is not None:
-            self.pace.observe(sum(entry.count for entry in done.plan), (now - started) * 1e3)
+            self.pace.observe(done.plan.num_tokens, (now - started) * 1e3)
 
-    def _deliver(self, plan: Plan, output: StepOutput, now: float) -> None:
-        deltas = self.scheduler.commit(plan, output)
-        self.recorder.stepped(deltas, now)
-        by_client: dict[bytes, list[TokenDelta]] = {}
-        for delta in deltas:
-            client, request_id = self._owners[delta.request_id]
-            if delta.finish_reason:
-                del self._owners[delta.request_id]
-            delta.request_id = request_id
-            by_client.setdefault(client, []).append(delta)
-        for client, theirs in by_client.items():
-            self.mailbox.send(client, Tokens(theirs))
+    def _deliver(self, arrived: Arrived) -> None:
+        """One message for each client of the step."""
+        plain = np.ones(len(arrived.rows), bool)
+        plain[list(arrived.deltas)] = False
+        owners = set(arrived.owners.tolist())
+        for owner in owners:
+            theirs = plain if len(owners) == 1 else plain & (arrived.owners == owner)
+            message = Tokens(
+                [delta for index, delta in arrived.deltas.items() if arrived.owners[index] == owner],
+                arrived.request_ids[theirs].tolist(),
+                arrived.token_ids[theirs].tolist(),
+            )
+            self.mailbox.send(self._clients[owner], message)
 
     def _fail(self, plan: Plan, error: Exception) -> None:
         """Running sequences end with an error; a third failure in a row ends the engine."""
@@ -146,37 +150,37 @@ class Engine:
         self._failed_steps += 1
         if self._failed_steps >= MAX_FAILED_STEPS:
             raise RuntimeError(f"{MAX_FAILED_STEPS} steps in a row failed") from error
-        for key in self.scheduler.fail(plan):
-            self.recorder.ended(key, "error", self.clock())
-            if key in self._owners:
-                client, request_id = self._owners.pop(key)
-                self.mailbox.send(client, Failed(request_id, 500, "the step that ran this request failed"))
+        for sequence in self.scheduler.fail(plan):
+            self.recorder.ended(sequence, self.clock())
+            failed = Failed(sequence.request_id, 500, "the step that ran this request failed")
+            self.mailbox.send(self._clients[sequence.owner], failed)
 
     def _accept(self, client: bytes, message: ToEngine) -> None:
         match message:
             case Submit():
                 self._submit(client, message)
             case Abort(request_id):
-                key = _key(client, request_id)
-                if self.scheduler.abort(key):
-                    self._owners.pop(key, None)
-                    self.recorder.ended(key, "abort", self.clock())
+                if sequence := self.scheduler.abort((self._owner(client), request_id)):
+                    self.recorder.ended(sequence, self.clock())
                     self.recorder.publish()
             case Hello():
                 self.mailbox.send(client, self.info())
 
+    def _owner(self, client: bytes) -> int:
+        """The client's number."""
+        if client not in self._owners:
+            self._owners[client] = len(self._clients)
+            self._clients.append(client)
+        return self._owners[client]
+
     def _submit(self, client: bytes, message: Submit) -> None:
-        key = _key(client, message.request_id)
         try:
-            if key in self._owners:
-                raise ValueError(f"request id {message.request_id} is already running")
             self._check(message)
             if self.scheduler.num_waiting >= self.limits.max_queue:
                 full = f"the queue is full: max_queue {self.limits.max_queue} requests are waiting"
                 self.mailbox.send(client, Failed(message.request_id, 503, full))
                 return
-            sequence = self._sequence(key, message)
-            self.scheduler.add(sequence)
+            self.scheduler.add(self._sequence(client, message))
         except ValueError as error:
             self.mailbox.send(client, Failed(message.request_id, 400, str(error)))
             return
@@ -184,16 +188,14 @@ class Engine:
             log.exception("a submitted sequence could not be added")
             self.mailbox.send(client, Failed(message.request_id, 500, "the request could not be added"))
             return
-        self._owners[key] = (client, message.request_id)
-        self.recorder.submitted(sequence, self.clock())
         self.recorder.publish()
 
-    def _sequence(self, key: str, message: Submit) -> Sequence:
+    def _sequence(self, client: bytes, message: Submit) -> Sequence:
         self._num_submitted += 1
         seed = message.params.seed
         return Sequence(
-            request_id=key,
-            tokens=list(message.token_ids),
+            request_id=message.request_id,
+            tokens=np.array(message.token_ids, np.int32),
             params=message.params,
             eos_ids=self.limits.eos_ids,
             # An unseeded request draws its own noise, reproducible from the engine's seed.
@@ -201,6 +203,7 @@ class Engine:
             priority=message.priority,
             arrival=self.clock(),
             cache_salt=message.cache_salt,
+            owner=self._owner(client),
             max_model_len=self.limits.max_model_len,
         )
 
@@ -225,6 +228,3 @@ class Engine:
         if params.seed is not None and not -(2**63) <= params.seed < 2**63:
             raise ValueError("seed is outside the signed 64-bit range")
 
-
-def _key(client: bytes, request_id: str) -> str:
-    return f"{client.hex()}/{request_id}"

@@ -113,7 +113,7 @@ class LLM:
 
     def stream(self, prompt: str | list[int], params: SamplingParams, *, stop: list[str] | None = None) -> Iterator[str]:
         """Pieces of the completion's text as they come; closing the iterator aborts the request."""
-        request = self._start(prompt, params, stop)
+        request = self._start(prompt, params, stop, eager=True)
         unfinished = {request.request_id: request}
         try:
             while unfinished:
@@ -136,12 +136,15 @@ class LLM:
         """Finish what is launched and free the worker."""
         self.built.step.close()
 
-    def _start(self, prompt: str | list[int], params: SamplingParams, stop: list[str] | None) -> _Request:
+    def _start(
+        self, prompt: str | list[int], params: SamplingParams, stop: list[str] | None, eager: bool = False
+    ) -> _Request:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._num_requests += 1
         request_id = str(self._num_requests)
         self._mailbox.put(Submit(request_id=request_id, token_ids=ids, params=params))
-        return _Request(request_id, Completion(ids), Detokenizer(self.tokenizer, stop or [], prompt_ids=ids, min_tokens=params.min_tokens))
+        detokenizer = Detokenizer(self.tokenizer, stop or [], prompt_ids=ids, min_tokens=params.min_tokens)
+        return _Request(request_id, Completion(ids), detokenizer, eager=eager or bool(stop))
 
     def _turn(self, unfinished: dict[str, _Request]) -> None:
         """One turn of the engine; requests that it ends leave `unfinished`."""
@@ -151,14 +154,24 @@ class LLM:
                 case Failed(request_id, _, text):
                     self._drain()
                     raise RequestFailed(text)
-                case Tokens(deltas):
-                    for delta in deltas:
-                        if (request := unfinished.get(delta.request_id)) is None:
-                            continue
-                        if request.take(delta):
-                            self._mailbox.put(Abort(delta.request_id))
-                        if request.completion.finish_reason:
-                            del unfinished[delta.request_id]
+                case Tokens():
+                    self._take(message, unfinished)
+
+    def _take(self, message: Tokens, unfinished: dict[str, _Request]) -> None:
+        for request_id, token_id in zip(message.request_ids, message.token_ids):
+            if request := unfinished.get(request_id):
+                request.fresh.append(token_id)
+                if request.eager and request.read():
+                    self._end(request, unfinished)
+        for delta in message.deltas:
+            if (request := unfinished.get(delta.request_id)) and request.take(delta):
+                self._end(request, unfinished)
+
+    def _end(self, request: _Request, unfinished: dict[str, _Request]) -> None:
+        """Its text is whole; the engine is told where it does not know."""
+        del unfinished[request.request_id]
+        if not request.ended_by_engine:
+            self._mailbox.put(Abort(request.request_id))
 
     def _drain(self) -> None:
         while not self.engine.idle or self._mailbox.inbox:
@@ -168,25 +181,40 @@ class LLM:
 
 @dataclass(slots=True)
 class _Request:
+    """A completion in the making. Text is made as tokens come only for who looks at it: a stream, a stop string."""
+
     request_id: str
     completion: Completion
     detokenizer: Detokenizer
+    eager: bool
+    fresh: list[int] = field(default_factory=list)  # tokens that are not text yet
+    ended_by_engine: bool = False
 
     def take(self, delta: TokenDelta) -> bool:
-        """Add a delta; True if a stop string was found and the engine still has to be told."""
+        """Add a delta; True if the completion is whole."""
         done = self.completion
-        done.token_ids += delta.token_ids
+        self.fresh += delta.token_ids
         done.logprobs += delta.logprobs or ()
-        done.cached_tokens = delta.cached_tokens or done.cached_tokens
-        done.text += self.detokenizer.push(delta.token_ids)
-        if self.detokenizer.stopped_by is not None:
-            done.finish_reason, done.stop_reason = "stop", self.detokenizer.stopped_by
-            return not delta.finish_reason
-        if delta.finish_reason:
+        done.cached_tokens = delta.cached_tokens
+        self.ended_by_engine = bool(delta.finish_reason)
+        if not self.ended_by_engine:
+            return self.eager and self.read()
+        if not self.read():
             done.text += self.detokenizer.finish()
-            done.finish_reason = delta.finish_reason
-            if self.detokenizer.stopped_by is not None:
-                done.finish_reason, done.stop_reason = "stop", self.detokenizer.stopped_by
-            elif delta.stop_reason >= 0:
-                done.stop_reason = delta.stop_reason
-        return False
+            done.finish_reason, done.stop_reason = delta.finish_reason, delta.stop_reason if delta.stop_reason >= 0 else None
+            self._note_stop_string()
+        return True
+
+    def read(self) -> bool:
+        """Turn fresh tokens into text; True if a stop string ended it."""
+        done = self.completion
+        done.token_ids += self.fresh
+        done.text += self.detokenizer.push(self.fresh)
+        self.fresh.clear()
+        return self._note_stop_string()
+
+    def _note_stop_string(self) -> bool:
+        if self.detokenizer.stopped_by is None:
+            return False
+        self.completion.finish_reason, self.completion.stop_reason = "stop", self.detokenizer.stopped_by
+        return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
@@ -27,23 +28,28 @@ _ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16
 
 
 class Histogram:
-    """Counts by upper bound, and the sum. `observe` takes a repeat count: one call for a whole step."""
+    """Counts by upper bound, and the sum."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(float(bound) for bound in bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
+        self.counts = np.zeros(len(self.bounds) + 1, np.int64)
         self.total = 0.0
 
-    def observe(self, value: float, count: int = 1) -> None:
-        """Count `value` `count` times."""
-        self.counts[bisect_left(self.bounds, value)] += count
-        self.total += value * count
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def observe_all(self, values: np.ndarray) -> None:
+        """Count every value, float64 [n]."""
+        self.counts += np.bincount(np.searchsorted(self.bounds, values), minlength=len(self.counts))
+        self.total += float(values.sum())
 
     def cumulative(self) -> list[tuple[str, float]]:
         """(upper bound, observations at or below it), the last bound being "+Inf"."""
         running = 0
         pairs: list[tuple[str, float]] = []
-        for bound, count in zip([*map(str, self.bounds), "+Inf"], list(self.counts), strict=True):
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts.tolist(), strict=True):
             running += count
             pairs.append((bound, running))
         return pairs
@@ -119,9 +125,9 @@ class EngineMetrics:
         """A sequence's first token is out, `since_arrival` seconds after it arrived."""
         self._histograms["time_to_first_token_seconds"].observe(since_arrival)
 
-    def observe_inter_token(self, gap: float, count: int = 1) -> None:
-        """`count` sequences each got a token `gap` seconds after the one before."""
-        self._histograms["inter_token_latency_seconds"].observe(gap, count)
+    def observe_inter_tokens(self, gaps: np.ndarray) -> None:
+        """Sequences got a token each, gaps[i] seconds after the one before; float64 [n]."""
+        self._histograms["inter_token_latency_seconds"].observe_all(gaps)
 
     def observe_finished(
         self, reason: str, *, since_arrival: float, prompt_tokens: int, generation_tokens: int

@@ -6,6 +6,8 @@ Knows no sockets and no torch. Decoding is strict: a frame that is not one of th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 
 
@@ -70,14 +72,25 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
     token_ids: list[int]
     finish_reason: str = ""
     stop_reason: int = -1
-    cached_tokens: int = 0  # prompt tokens served from the prefix cache
+    cached_tokens: int = 0  # prompt tokens served from the prefix cache; told with the first and the last token
     logprobs: list[TokenLogprob] | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
-    """All deltas of one step for one client."""
+    """What one step brought one client, each sequence once.
 
-    deltas: list[TokenDelta]
+    A sequence that got one token and goes on is an entry of the two lists; `deltas` holds all others.
+    """
+
+    deltas: list[TokenDelta] = []
+    request_ids: list[str] = []
+    token_ids: list[int] = []  # token i belongs to request_ids[i]
+
+    def each(self) -> Iterator[TokenDelta]:
+        """All of it as deltas."""
+        yield from self.deltas
+        for request_id, token_id in zip(self.request_ids, self.token_ids, strict=True):
+            yield TokenDelta(request_id, [token_id])
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -2,65 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import numpy as np
 
 from compiler.step import StepCounts
 from runtime.metrics import EngineMetrics
-from runtime.protocol import TokenDelta
 from runtime.request import Sequence
-from runtime.scheduler import Counters, Plan, Scheduler
-
-
-@dataclass(slots=True)
-class _Times:
-    """One live request, in seconds of the engine's clock."""
-
-    arrival: float
-    num_prompt: int
-    last_token: float | None = None
-    scheduled: bool = False
-    num_generated: int = 0
+from runtime.scheduler import Arrived, Counters, Plan, Scheduler
 
 
 class Recorder:
-    """Follows requests from submission to end."""
+    """Follows requests from submission to end. Times are seconds of the engine's clock."""
 
     def __init__(self, metrics: EngineMetrics, scheduler: Scheduler, steps: StepCounts) -> None:
         self.metrics = metrics
         self.scheduler = scheduler
         self.steps = steps
-        self._live: dict[str, _Times] = {}
         self._seen = Counters()
 
-    def submitted(self, sequence: Sequence, now: float) -> None:
-        """A sequence joined the queue."""
-        self._live[sequence.request_id] = _Times(now, sequence.num_prompt)
-
-    def ended(self, request_id: str, reason: str, now: float) -> None:
-        """A sequence ended for `reason`; a second end of the same id is ignored."""
-        times = self._live.pop(request_id, None)
-        if times is not None:
-            self.metrics.observe_finished(
-                reason,
-                since_arrival=now - times.arrival,
-                prompt_tokens=times.num_prompt,
-                generation_tokens=times.num_generated,
-            )
+    def ended(self, sequence: Sequence, now: float) -> None:
+        """A sequence ended, for its `finish_reason`."""
+        self.metrics.observe_finished(
+            sequence.finish_reason,
+            since_arrival=now - sequence.arrival,
+            prompt_tokens=sequence.num_prompt,
+            generation_tokens=sequence.num_generated,
+        )
 
     def launched(self, plan: Plan, now: float) -> None:
         """A step is on its way: the first of some sequences."""
-        for entry in plan:
-            times = self._live.get(entry.sequence.request_id)
-            if times is not None and not times.scheduled:
-                times.scheduled = True
-                self.metrics.observe_scheduled(now - times.arrival)
+        for sequence in plan.started:
+            if not sequence.num_preemptions:
+                self.metrics.observe_scheduled(now - sequence.arrival)
 
-    def stepped(self, deltas: list[TokenDelta], now: float) -> None:
+    def stepped(self, arrived: Arrived, now: float) -> None:
         """A step's tokens are on the host."""
-        for delta in deltas:
-            self._token(delta, now)
-            if delta.finish_reason:
-                self.ended(delta.request_id, delta.finish_reason, now)
+        rows = self.scheduler.rows
+        before = rows.last_token_at[arrived.rows]
+        first = np.isnan(before)
+        if first.any():
+            for since_arrival in (now - rows.arrival[arrived.rows[first]]).tolist():
+                self.metrics.observe_first_token(since_arrival)
+            before = before[~first]
+        self.metrics.observe_inter_tokens(now - before)
+        rows.last_token_at[arrived.rows] = now
+        for sequence in arrived.ended:
+            self.ended(sequence, now)
         self.publish()
 
     def publish(self) -> None:
@@ -81,14 +67,3 @@ class Recorder:
         self.metrics.set_launched(
             steps=steps.steps, graphed=steps.graphed, tokens=steps.tokens, padding=steps.padding
         )
-
-    def _token(self, delta: TokenDelta, now: float) -> None:
-        times = self._live.get(delta.request_id)
-        if times is None or not delta.token_ids:
-            return
-        if times.last_token is None:
-            self.metrics.observe_first_token(now - times.arrival)
-        else:
-            self.metrics.observe_inter_token((now - times.last_token) / len(delta.token_ids), len(delta.token_ids))
-        times.last_token = now
-        times.num_generated += len(delta.token_ids)

@@ -2,7 +2,9 @@
 
 There are no phases: a sequence has `computed` tokens chasing `total`, and one ragged step mixes prefill chunks
 and decodes. Scheduling uses counts only, so a step can be planned while those before it are still running.
-Pages are freed at once even then: the device runs steps in order. Knows no clock, device, text or socket.
+Pages are freed at once even then: the device runs steps in order. Running sequences are handled as columns of
+`runtime.rows`; only what starts, ends, fills a prompt or lacks pages is looked at one by one.
+Knows no clock, device, text or socket.
 """
 
 from __future__ import annotations
@@ -11,25 +13,45 @@ from bisect import insort
 from dataclasses import dataclass, field, replace
 from itertools import count
 
+import numpy as np
+
 from compiler.step_input import StepLogprobs, StepOutput
 from runtime.blocks import BlockPool
 from runtime.pace import Pace
 from runtime.protocol import TokenDelta, TokenLogprob
 from runtime.request import Sequence, State
+from runtime.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """Tokens [start, start + count) of a sequence in a step; `sampled` if the last of them yields a new token."""
+class Plan:
+    """One step: tokens [starts[i], starts[i] + counts[i]) of the sequence in row rows[i]; arrays [S], int32 unless said."""
 
-    sequence: Sequence
-    start: int
-    count: int
-    sampled: bool
-    restarts: bool  # the first entry of a sequence in its row
+    rows: np.ndarray
+    stays: np.ndarray  # int64, of the row's sequence: another may be there when the step is done
+    starts: np.ndarray
+    counts: np.ndarray
+    sampled: np.ndarray  # bool, whether the last of the tokens yields a new one
+    started: list[Sequence]  # those that entered their row for this step
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.counts.sum())
 
 
-Plan = list[Entry]
+@dataclass(slots=True)
+class Arrived:
+    """What a step brought: token_ids[i] to the sequence that was in row rows[i]; arrays [n]."""
+
+    rows: np.ndarray  # int32
+    token_ids: np.ndarray  # int32
+    owners: np.ndarray  # int32
+    request_ids: np.ndarray  # object: str
+    deltas: dict[int, TokenDelta]  # by index, for those with more to tell than the token
+    ended: list[Sequence]
 
 
 @dataclass(slots=True)
@@ -52,7 +74,10 @@ class Counters:
 
 
 class Scheduler:
-    """Owns the queue, the running set and the rows. Both lists are kept in the order of `Sequence.place`."""
+    """Owns the queue, the running set and the rows. Both lists are kept in the order of `Sequence.place`.
+
+    A preempted sequence stays in its row, without pages, until the samples in flight have arrived.
+    """
 
     def __init__(
         self,
@@ -72,10 +97,11 @@ class Scheduler:
         self.enable_chunked_prefill = enable_chunked_prefill
         self.pace = pace
         self.counters = Counters()
+        self.rows = Rows(max_num_seqs, max_model_len, pool.block_size)
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
-        self._live: dict[str, Sequence] = {}  # waiting and running, by request id
-        self._rows = list(range(max_num_seqs - 1, -1, -1))
+        self._live: dict[tuple[int, str], Sequence] = {}  # waiting and running, by key
+        self._draining: set[int] = set()  # rows of preempted sequences
         self._order = count()
         # Room kept for running sequences to grow when a new one is admitted beside them.
         self._watermark = max(1, pool.num_blocks // 100)
@@ -94,7 +120,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises ValueError if the pool could never hold it or its id is in use."""
-        if sequence.request_id in self._live:
+        if sequence.key in self._live:
             raise ValueError(f"request id {sequence.request_id} is already in use")
         if sequence.max_model_len > self.max_model_len:
             raise ValueError(
@@ -102,96 +128,116 @@ class Scheduler:
                 f"the KV cache holds {_capacity(self.pool)} (num_blocks {self.pool.num_blocks} x block_size "
                 f"{self.pool.block_size}, block 0 being scrap): raise num_blocks or kv_cache_memory"
             )
-        if not sequence.tokens or len(sequence.tokens) >= sequence.max_model_len:
+        if not 0 < len(sequence.tokens) < sequence.max_model_len:
             raise ValueError(
                 f"the prompt has {len(sequence.tokens)} tokens; it needs 1 to {sequence.max_model_len - 1} "
                 f"(max_model_len {sequence.max_model_len})"
             )
         sequence.order = next(self._order)
-        self._live[sequence.request_id] = sequence
+        self._live[sequence.key] = sequence
         insort(self._waiting, sequence, key=_place)
 
-    def abort(self, request_id: str, reason: str = "abort") -> bool:
-        """End a live sequence and free its pages; False if there is none of that id."""
-        sequence = self._live.get(request_id)
-        if sequence is None:
-            return False
-        self._finish(sequence, reason)
-        return True
+    def abort(self, key: tuple[int, str], reason: str = "abort") -> Sequence | None:
+        """End a live sequence and free its pages -> the sequence; None if there is none of that key."""
+        sequence = self._live.get(key)
+        if sequence is not None:
+            self._finish(sequence, reason)
+        return sequence
 
-    def fail(self, plan: Plan, reason: str = "error") -> list[str]:
-        """End what a failed step touched -> the ids ended. Its KV is unknown: the prefix cache is emptied too."""
-        touched = {sequence.request_id for sequence in self._running}
-        touched |= {entry.sequence.request_id for entry in plan if entry.sequence.state is not State.FINISHED}
-        for request_id in touched:
-            self.abort(request_id, reason)
+    def fail(self, plan: Plan, reason: str = "error") -> list[Sequence]:
+        """End what a failed step touched -> the ended. Its KV is unknown: the prefix cache is emptied too."""
+        still_there = plan.rows[self.rows.stay[plan.rows] == plan.stays]
+        touched = {*self._running, *self.rows.sequences[still_there].tolist()}
+        for sequence in touched:
+            self._finish(sequence, reason)
         self.pool.forget_all()
-        return sorted(touched)
+        return sorted(touched, key=_place)
 
     def schedule(self, now: float) -> Plan | None:
         """The next step, or None if no sequence can take one. `now` is kept for policies that need it."""
-        plan: Plan = []
-        budget = self.max_num_batched_tokens
-        prefill_budget = self._prefill_budget()
+        self._vacate_drained()
         preemptions = self.counters.preemptions
-        for sequence in list(self._running):
-            if sequence.state is not State.RUNNING or sequence.at_length_limit:
-                continue
-            decodes = sequence.is_decode
-            tokens = 1 if decodes else self._chunk(sequence.total - sequence.computed, min(budget, prefill_budget))
-            if not tokens or not self._grow(sequence, sequence.computed + tokens):
-                continue
-            budget -= tokens
-            prefill_budget -= 0 if decodes else tokens
-            plan.append(self._entry(sequence, tokens))
-        if self.counters.preemptions == preemptions:
-            self._admit(plan, min(budget, prefill_budget))
-        return plan or None
+        rows, counts, prefill_budget = self._wanted()
+        rows, counts = self._grow(rows, counts)
+        parts = [self._advance(rows, counts)] if len(rows) else []
+        started: list[Sequence] = []
+        if self._waiting and self.counters.preemptions == preemptions:
+            self._admit(parts, started, prefill_budget)
+        if not parts:
+            return None
+        columns = parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts)]
+        return Plan(*columns, started)
 
-    def commit(self, plan: Plan, output: StepOutput) -> list[TokenDelta]:
-        """Append what a step sampled; sequences that stop free their pages. Deltas in the order of the plan.
+    def commit(self, plan: Plan, output: StepOutput) -> Arrived:
+        """Append what a step sampled; sequences that stop free their pages. In the order of the plan.
 
-        Plans are committed in the order they were scheduled. A sample past a stop is dropped here.
+        Plans are committed in the order they were scheduled. Length is looked at before stop ids: a stop id that
+        is also the last token allowed ends the sequence with "length". A sample past an end is dropped here.
         """
-        deltas = []
-        ids = output.token_ids.tolist()
-        for index, entry in enumerate(plan):
-            sequence = entry.sequence
-            if not entry.sampled or sequence.state is State.FINISHED:
-                continue
-            sequence.in_flight -= 1
-            token = ids[index]
-            reason = sequence.append(token)
-            self.counters.generated_tokens += 1
-            if reason:
-                self._finish(sequence, reason)
-            elif sequence.state is State.RUNNING:
-                self._register(sequence)
-            logprobs = _logprobs(sequence, index, token, output.logprobs)
-            deltas.append(
-                TokenDelta(
-                    sequence.request_id, [token], reason, sequence.stop_reason, sequence.cached_tokens, logprobs
-                )
+        r = self.rows
+        index = np.flatnonzero(plan.sampled & (r.stay[plan.rows] == plan.stays))
+        rows, ids = plan.rows[index], output.token_ids[index]
+        known = r.known[rows] + 1
+        r.tokens[rows, known - 1] = ids
+        r.known[rows] = known
+        self.counters.generated_tokens += len(rows)
+        full = known >= r.max_len[rows]
+        stopped = (r.stop_ids[rows] == ids[:, None]).any(axis=1) & (known > r.min_len[rows]) & ~full
+        arrived = Arrived(rows, ids, r.owner[rows], r.request_ids[rows], {}, [])
+        more = full | stopped | (known == r.num_prompt[rows] + 1)
+        if output.logprobs is not None:
+            more |= r.has_extras[rows]
+        for i in np.flatnonzero(more).tolist():
+            sequence = r.sequences[rows[i]]
+            token = int(ids[i])
+            if stopped[i]:
+                sequence.stop_reason = token
+            if full[i] or stopped[i]:
+                self._finish(sequence, "length" if full[i] else "stop")
+                arrived.ended.append(sequence)
+            arrived.deltas[i] = TokenDelta(
+                sequence.request_id,
+                [token],
+                sequence.finish_reason,
+                sequence.stop_reason,
+                sequence.cached_tokens,
+                _logprobs(sequence, int(index[i]), token, output.logprobs),
             )
-        return deltas
+        return arrived
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless pages, rows, states and the prefix cache fit together."""
-        self.pool.check_integrity([sequence.blocks for sequence in self._running])
-        rows = [sequence.row for sequence in self._running]
-        _require(sorted(rows + self._rows) == list(range(self.max_num_seqs)), "rows are lost or held twice")
+        r = self.rows
+        self.pool.check_integrity([r.blocks_of(sequence.row) for sequence in self._running])
+        held = sorted([sequence.row for sequence in self._running] + list(self._draining))
+        _require(held == np.flatnonzero(r.stay).tolist(), "rows are lost or held twice")
+        _require(len(held) + r.num_free == self.max_num_seqs, "rows are lost")
         for queue in (self._waiting, self._running):
             _require(queue == sorted(queue, key=_place), "a queue is out of order")
-        _require(self._live == {s.request_id: s for s in [*self._running, *self._waiting]}, "a sequence is lost")
+        _require(self._live == {s.key: s for s in [*self._running, *self._waiting]}, "a sequence is lost")
         for sequence in self._waiting:
-            holds = len(sequence.blocks) or sequence.row >= 0 or sequence.computed
-            _require(sequence.state in (State.WAITING, State.PREEMPTED) and not holds, "a waiting sequence holds pages")
+            _require(sequence.state in (State.WAITING, State.PREEMPTED), "a waiting sequence is in another state")
+            _require(sequence.row < 0 or sequence.row in self._draining, "a waiting sequence holds a row")
+        for row in self._draining:
+            _require(not r.num_blocks[row], "a draining row holds pages")
         for sequence in self._running:
             self._check_running(sequence)
 
-    def _prefill_budget(self) -> int:
+    def _wanted(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Rows of the running and how many tokens each may compute, and the prompt tokens left for others."""
+        r = self.rows
+        rows = np.fromiter((sequence.row for sequence in self._running), np.int32, len(self._running))
+        rows = rows[r.total[rows] < r.max_len[rows]]  # whatever is in flight turns out to be, more may be sampled
+        counts = r.total[rows] - r.computed[rows]
+        prefills = np.flatnonzero(counts > 1)
+        budget = self._prefill_budget(len(rows) - len(prefills))
+        for i in prefills.tolist():
+            counts[i] = tokens = self._chunk(int(counts[i]), budget)
+            budget -= tokens
+        return (rows[counts > 0], counts[counts > 0], budget) if len(prefills) else (rows, counts, budget)
+
+    def _prefill_budget(self, decodes: int) -> int:
         """Prompt tokens the step may take: what decodes leave, less where a chunk beside them would slow them."""
-        decodes = sum(s.is_decode and not s.at_length_limit for s in self._running)
         left = self.max_num_batched_tokens - decodes
         if self.pace is None or not decodes or not self.enable_chunked_prefill:
             return left
@@ -205,127 +251,146 @@ class Scheduler:
             return wanted
         return max(limit, 0) if self.enable_chunked_prefill else 0
 
-    def _entry(self, sequence: Sequence, tokens: int, restarts: bool = False) -> Entry:
-        start = sequence.computed
-        end = start + tokens
-        sampled = end == sequence.total
-        if start < sequence.num_prompt:
-            self.counters.prompt_tokens += min(end, sequence.num_prompt) - start
-        sequence.computed = end
-        sequence.in_flight += sampled
-        # A later step, or a later sequence of this one, reads these pages after they are written.
-        self._register(sequence)
-        return Entry(sequence, start, tokens, sampled, restarts)
+    def _grow(self, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Give running rows pages for `counts` more tokens, preempting the last running ones until they suffice.
 
-    def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Give the running sequence pages for `tokens` tokens, preempting the last running ones if need be.
-
-        False if it was itself the last. Victims stand behind it, so none of them is in the plan yet.
+        Returns the rows that are left, all with the pages they need.
         """
-        missing = self._pages(tokens) - len(sequence.blocks)
-        if missing <= 0:
-            return True
-        while missing > self.pool.num_free:
+        r = self.rows
+        missing = -(-(r.computed[rows] + counts) // r.block_size) - r.num_blocks[rows]
+        if missing.max(initial=0) <= 0:
+            return rows, counts
+        missing = np.maximum(missing, 0)
+        while (wanted := int(missing.sum())) > self.pool.num_free:
             victim = self._running[-1]
+            stays = rows != victim.row
+            rows, counts, missing = rows[stays], counts[stays], missing[stays]
             self._preempt(victim)
-            if victim is sequence:
-                return False
-        sequence.blocks.extend(self.pool.take(missing))
-        return True
+        short = np.flatnonzero(missing)
+        r.add_blocks(rows[short], missing[short], self.pool.take(wanted))
+        return rows, counts
 
-    def _admit(self, plan: Plan, budget: int) -> None:
+    def _advance(self, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Count the tokens as computed -> the first five columns of a plan."""
+        r = self.rows
+        starts = r.computed[rows]
+        ends = starts + counts
+        r.computed[rows] = ends
+        sampled = ends == r.total[rows]
+        r.total[rows] += sampled
+        for i in np.flatnonzero(starts < r.num_prompt[rows]).tolist():
+            sequence = r.sequences[rows[i]]
+            self.counters.prompt_tokens += min(int(ends[i]), sequence.num_prompt) - int(starts[i])
+            # A later step, or a later sequence of this one, reads these pages after they are written.
+            self._register(sequence)
+        return rows, r.stay[rows], starts, counts, sampled
+
+    def _admit(self, parts: list[tuple[np.ndarray, ...]], started: list[Sequence], budget: int) -> None:
         """Start waiting sequences in order while budget, rows and pages for their whole prompts last.
 
         The first that does not fit ends it: nothing overtakes a long prompt, so none starves.
         """
-        while self._waiting and self._rows and budget > 0:
+        while self._waiting and self.rows.num_free and budget > 0:
             sequence = self._waiting[0]
-            if sequence.in_flight:  # its samples from before a preemption are still to come
+            if sequence.row >= 0:  # its samples from before a preemption are still to come
                 return
             hits = self._hits(sequence)
-            needed = self._pages(sequence.total) - len(hits)
+            total = len(sequence.tokens)
+            needed = self._pages(total) - len(hits)
             reserve = self._watermark if self._running else 0
-            tokens = self._chunk(sequence.total - len(hits) * self.pool.block_size, budget)
+            tokens = self._chunk(total - len(hits) * self.pool.block_size, budget)
             if not tokens or needed + reserve > self.pool.num_free - self.pool.num_free_among(hits):
                 return
-            self._start(sequence, hits, needed)
-            plan.append(self._entry(sequence, tokens, restarts=True))
+            row = self._start(sequence, hits, needed)
+            parts.append(self._advance(np.array([row], np.int32), np.array([tokens], np.int32)))
+            started.append(sequence)
             budget -= tokens
 
-    def _start(self, sequence: Sequence, hits: list[int], needed: int) -> None:
+    def _start(self, sequence: Sequence, hits: list[int], needed: int) -> int:
         del self._waiting[0]
         self.pool.share(hits)
-        sequence.blocks.extend(hits)
-        sequence.blocks.extend(self.pool.take(needed))
-        sequence.computed = len(hits) * self.pool.block_size
+        computed = len(hits) * self.pool.block_size
         sequence.num_registered = len(hits)
-        sequence.row = self._rows.pop()
         if sequence.state is State.WAITING:
-            sequence.cached_tokens = sequence.computed
+            sequence.cached_tokens = computed
             if self.pool.enable_caching:
                 self.counters.prefix_queries += sequence.num_prompt
-                self.counters.prefix_hits += sequence.computed
+                self.counters.prefix_hits += computed
         sequence.state = State.RUNNING
         insort(self._running, sequence, key=_place)
+        return self.rows.enter(sequence, hits + self.pool.take(needed), computed)
 
     def _hits(self, sequence: Sequence) -> list[int]:
         """Cached blocks of the sequence's prefix; one token at least is left to compute."""
         if not self.pool.enable_caching:
             return []
         full = (len(sequence.tokens) - 1) // self.pool.block_size
-        self._extend_hashes(sequence, full)
+        self._extend_hashes(sequence, sequence.tokens, full)
         return self.pool.lookup(sequence.hashes[:full])
 
-    def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
+    def _extend_hashes(self, sequence: Sequence, tokens: np.ndarray, num_blocks: int) -> None:
         size, hashes = self.pool.block_size, sequence.hashes
         for block in range(len(hashes), num_blocks):
             parent = hashes[-1] if hashes else self.pool.root_hash(sequence.cache_salt)
-            hashes.append(self.pool.hash_block(parent, sequence.tokens[block * size : (block + 1) * size]))
+            hashes.append(self.pool.hash_block(parent, tokens[block * size : (block + 1) * size]))
 
     def _register(self, sequence: Sequence) -> None:
         """Publish blocks that are full of known tokens whose KV is computed or under way."""
-        full = min(len(sequence.tokens), sequence.computed) // self.pool.block_size
+        r, row = self.rows, sequence.row
+        full = min(int(r.known[row]), int(r.computed[row])) // self.pool.block_size
         if full <= sequence.num_registered or not self.pool.enable_caching:
             return
-        self._extend_hashes(sequence, full)
+        self._extend_hashes(sequence, r.tokens[row], full)
         for block in range(sequence.num_registered, full):
-            self.pool.register(sequence.blocks[block], sequence.hashes[block])
+            self.pool.register(int(r.blocks[row, block]), sequence.hashes[block])
         sequence.num_registered = full
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue with its outputs as prompt; what is in flight still arrives."""
         self._leave_running(sequence)
         sequence.state = State.PREEMPTED
+        sequence.num_preemptions += 1
         self.counters.preemptions += 1
         insort(self._waiting, sequence, key=_place)
+        self._draining.add(sequence.row)
+
+    def _vacate_drained(self) -> None:
+        for row in [row for row in self._draining if self.rows.known[row] == self.rows.total[row]]:
+            self._draining.remove(row)
+            self.rows.leave(row)
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         if sequence.state is State.RUNNING:
             self._leave_running(sequence)
         else:
             self._waiting.remove(sequence)
-        del self._live[sequence.request_id]
+        if sequence.row >= 0:
+            self._draining.discard(sequence.row)
+            self.rows.leave(sequence.row)
+        del self._live[sequence.key]
         sequence.state = State.FINISHED
         sequence.finish_reason = reason
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
 
     def _leave_running(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self.pool.release(sequence.blocks)
-        del sequence.blocks[:]
-        sequence.computed = sequence.num_registered = 0
-        self._rows.append(sequence.row)
-        sequence.row = -1
+        self._register(sequence)  # what it generated as well
+        self.pool.release(self.rows.take_blocks(sequence.row))
+        sequence.num_registered = 0
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.pool.block_size)
 
     def _check_running(self, sequence: Sequence) -> None:
-        _require(sequence.state is State.RUNNING and sequence.in_flight >= 0, "a running sequence is in another state")
-        _require(sequence.computed <= sequence.total <= sequence.max_len, "a sequence runs past its end")
-        _require(len(sequence.blocks) >= self._pages(sequence.computed), "tokens were computed without a page")
-        _require(sequence.num_registered * self.pool.block_size <= sequence.computed, "unwritten pages are published")
-        for index, block in enumerate(sequence.blocks):
+        r, row = self.rows, sequence.row
+        blocks = r.blocks_of(row)
+        _require(sequence.state is State.RUNNING and r.sequences[row] is sequence, "a running sequence is in another state")
+        _require(sequence.num_prompt <= r.known[row] <= r.total[row], "tokens are lost")
+        _require(r.computed[row] <= r.total[row] <= sequence.max_len, "a sequence runs past its end")
+        _require(len(blocks) >= self._pages(int(r.computed[row])), "tokens were computed without a page")
+        _require(not r.blocks[row, len(blocks) :].any(), "a page is listed beyond a table's end")
+        _require(sequence.num_registered * self.pool.block_size <= r.computed[row], "unwritten pages are published")
+        for index, block in enumerate(blocks):
             published = self.pool.hash_of(block)
             rightly = index < sequence.num_registered and published == sequence.hashes[index]
             _require(not published or rightly, f"block {block} is published as content that it does not hold")

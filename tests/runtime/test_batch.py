@@ -30,7 +30,7 @@ def add(scheduler: Scheduler, name: str, tokens: list[int], seed: int = 0, **par
 def step(scheduler: Scheduler) -> StepInput:
     """Schedule, pack and commit token 5 for every sequence."""
     plan = scheduler.schedule(0)
-    packed = pack(plan, BLOCK)
+    packed = pack(plan, scheduler.rows)
     scheduler.commit(plan, StepOutput(np.full(len(plan), 5, np.int32)))
     return packed
 
@@ -40,14 +40,15 @@ def test_a_mixed_step_field_by_field() -> None:
     a = add(scheduler, "a", [1, 2, 3, 4, 6], seed=11, temperature=0.5, top_k=3, top_p=0.75, min_p=0.25)
     step(scheduler)
     b = add(scheduler, "b", list(range(20, 38)), seed=-(2**62), repetition_penalty=1.5, presence_penalty=0.5)
-    packed = pack(scheduler.schedule(1), BLOCK)
+    packed = pack(scheduler.schedule(1), scheduler.rows)
     assert packed.token_ids.tolist() == [5, *range(20, 31)]
     assert packed.positions.tolist() == [5, *range(11)]
-    assert packed.slots.tolist() == [a.blocks[1] * BLOCK + 1, *(b.blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(11))]
+    a_blocks, b_blocks = scheduler.rows.blocks_of(a.row), scheduler.rows.blocks_of(b.row)
+    assert packed.slots.tolist() == [a_blocks[1] * BLOCK + 1, *(b_blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(11))]
     assert packed.rows.tolist() == [a.row, b.row] and a.row != b.row
     assert packed.query_start.tolist() == [0, 1, 12]
     assert packed.seq_lens.tolist() == [6, 11]
-    assert packed.block_tables.tolist() == [a.blocks.tolist() + [0] * (len(b.blocks) - 2), b.blocks.tolist()]
+    assert packed.block_tables.tolist() == [a_blocks + [0] * (len(b_blocks) - 2), b_blocks]
     assert packed.sampled.tolist() == [True, False]
     sampling = packed.sampling
     assert sampling.temperature.tolist() == [0.5, 1.0] and sampling.top_k.tolist() == [3, 0]
@@ -77,7 +78,7 @@ def test_a_token_still_on_the_device_is_minus_one() -> None:
     scheduler = scheduler_of()
     add(scheduler, "a", [1, 2, 3])
     scheduler.schedule(0)
-    packed = pack(scheduler.schedule(1), BLOCK)
+    packed = pack(scheduler.schedule(1), scheduler.rows)
     assert (packed.token_ids.tolist(), packed.positions.tolist(), packed.seq_lens.tolist()) == ([-1], [3], [4])
     assert packed.sampling.positions.tolist() == [4]
 
@@ -98,7 +99,7 @@ def test_stop_ids_are_masked_for_the_first_min_tokens() -> None:
 def test_min_tokens_counts_what_is_in_flight() -> None:
     scheduler = scheduler_of()
     add(scheduler, "a", [1, 2, 3], min_tokens=2)
-    assert [biases(pack(scheduler.schedule(0), BLOCK)) for _ in range(3)] == [[(0, 7, -np.inf)]] * 2 + [[]]
+    assert [biases(pack(scheduler.schedule(0), scheduler.rows)) for _ in range(3)] == [[(0, 7, -np.inf)]] * 2 + [[]]
 
 
 def test_a_chunk_that_samples_nothing_asks_for_nothing() -> None:

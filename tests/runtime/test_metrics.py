@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
@@ -26,8 +27,7 @@ def test_a_served_request(prefix: str) -> None:
     metrics.observe_step(running=1, waiting=0, kv_cache_usage=0.5, generation_tokens=2, preemptions=1)
     metrics.observe_scheduled(0.4)
     metrics.observe_first_token(0.03)
-    metrics.observe_inter_token(0.002, 3)
-    metrics.observe_inter_token(1000.0)
+    metrics.observe_inter_tokens(np.array([0.002, 0.002, 1000.0, 0.002]))
     metrics.observe_finished("length", since_arrival=1.5, prompt_tokens=40, generation_tokens=5)
     got = samples(metrics)
     assert got[prefix + "num_requests_running", ""] == 1

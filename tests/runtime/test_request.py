@@ -1,25 +1,40 @@
-"""When a sequence ends, and what it counts."""
+"""When a sequence ends, as the scheduler commits its tokens, and what a sequence says of itself."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from compiler.step_input import StepOutput
+from runtime.blocks import BlockPool
 from runtime.protocol import SamplingParams
 from runtime.request import Sequence
+from runtime.scheduler import Scheduler
 
 EOS = 7
 
 
-def sequence_of(max_model_len: int = 100, **params) -> Sequence:
+def sequence_of(max_model_len: int = 40, **params) -> Sequence:
     return Sequence("a", [1, 2, 3], SamplingParams(**params), frozenset([EOS]), 0, max_model_len)
 
 
 def appended(sequence: Sequence, tokens: list[int]) -> list[str]:
-    return [sequence.append(token) for token in tokens]
+    """The finish reason after each token, "" while it goes on."""
+    scheduler = Scheduler(BlockPool(20, 4), max_num_seqs=1, max_num_batched_tokens=8, max_model_len=40)
+    scheduler.add(sequence)
+    reasons = []
+    for token in tokens:
+        plan = scheduler.schedule(0)
+        assert plan is not None, "the sequence had ended"
+        scheduler.commit(plan, StepOutput(np.array([token], np.int32)))
+        reasons.append(sequence.finish_reason)
+    return reasons
 
 
 def test_ends_at_max_tokens() -> None:
-    assert appended(sequence_of(max_tokens=3), [4, 5, 6]) == ["", "", "length"]
+    sequence = sequence_of(max_tokens=3)
+    assert appended(sequence, [4, 5, 6]) == ["", "", "length"]
+    assert (sequence.tokens.tolist(), sequence.num_generated) == ([1, 2, 3, 4, 5, 6], 3)
 
 
 def test_ends_at_max_model_len() -> None:
@@ -50,20 +65,10 @@ def test_length_comes_before_stop() -> None:
 
 
 def test_tokens_in_flight_count_towards_the_limit() -> None:
-    sequence = sequence_of(max_tokens=2)
-    sequence.in_flight = 1
-    assert (sequence.total, sequence.at_length_limit) == (4, False)
-    sequence.append(4)
-    assert (sequence.total, sequence.at_length_limit) == (5, True)
-
-
-def test_a_decode_is_one_token_behind() -> None:
-    sequence = sequence_of()
-    assert not sequence.is_decode
-    sequence.computed, sequence.in_flight = 3, 1
-    assert sequence.is_decode
-    sequence.computed = 4
-    assert not sequence.is_decode
+    scheduler = Scheduler(BlockPool(20, 4), max_num_seqs=1, max_num_batched_tokens=8, max_model_len=40)
+    scheduler.add(sequence_of(max_tokens=2))
+    plans = [scheduler.schedule(0) for _ in range(3)]
+    assert [plan and plan.counts.tolist() for plan in plans] == [[3], [1], None]
 
 
 @pytest.mark.parametrize("params", [dict(repetition_penalty=1.1), dict(presence_penalty=0.5), dict(frequency_penalty=-1)])

@@ -20,7 +20,7 @@ from runtime.blocks import BlockPool
 from runtime.pace import Pace
 from runtime.protocol import SamplingParams
 from runtime.request import Sequence
-from runtime.scheduler import Scheduler
+from runtime.scheduler import Plan, Scheduler
 
 BLOCK = 4
 EOS = 7
@@ -121,29 +121,30 @@ def test_random_work_gives_every_sequence_its_own_tokens(
             got[str(index)] = []
             scheduler.add(sequence)
         for index, at in aborts.items():
-            if at == turn and scheduler.abort(str(index)):
+            if at == turn and scheduler.abort((0, str(index))):
                 ended[str(index)] = "abort"
         scheduler.check_integrity()
         plan = scheduler.schedule(float(turn))
         scheduler.check_integrity()
         if plan:
-            assert sum(entry.count for entry in plan) <= budget
-            launched.append((plan, step.run(pack(plan, BLOCK))))
+            assert plan.num_tokens <= budget
+            launched.append((plan, step.run(pack(plan, scheduler.rows))))
             if pace:
-                pace.observe(sum(entry.count for entry in plan), 1.0 + sum(entry.count for entry in plan))
+                pace.observe(plan.num_tokens, 1.0 + plan.num_tokens)
         while launched and (len(launched) > depth or not plan):
-            for delta in scheduler.commit(*launched.popleft()):
-                got[delta.request_id] += delta.token_ids
-                if delta.finish_reason:
-                    assert delta.request_id not in ended, "a sequence ended twice"
-                    ended[delta.request_id] = delta.finish_reason
+            arrived = scheduler.commit(*launched.popleft())
+            for request_id, token in zip(arrived.request_ids, arrived.token_ids.tolist(), strict=True):
+                got[request_id].append(token)
+            for sequence in arrived.ended:
+                assert sequence.request_id not in ended, "a sequence ended twice"
+                ended[sequence.request_id] = sequence.finish_reason
             scheduler.check_integrity()
         turn += 1
         assert turn < 3000, "the scheduler makes no progress"
     total_steps += step.steps
     assert pool.num_free == num_blocks - 1, "pages are held by nobody"
     for key, sequence in sequences.items():
-        tokens, reason = alone(sequence.tokens[: sequence.num_prompt], sequence.params, sequence.seed)
+        tokens, reason = alone(sequence.tokens[: sequence.num_prompt].tolist(), sequence.params, sequence.seed)
         if ended[key] == "abort":
             assert got[key] == tokens[: len(got[key])]
         else:
@@ -166,6 +167,10 @@ def sequence_of(name: str, length: int, max_tokens: int = 4, **overrides) -> Seq
     return Sequence(name, tokens, SamplingParams(max_tokens=max_tokens), frozenset(), 0, MAX_LEN, **overrides)
 
 
+def planned(scheduler: Scheduler, plan: Plan) -> list[tuple[str, int]]:
+    return list(zip(scheduler.rows.request_ids[plan.rows], plan.counts.tolist()))
+
+
 def test_running_sequences_come_before_waiting_ones() -> None:
     scheduler = scheduler_of(max_num_batched_tokens=8)
     scheduler.add(sequence_of("a", 6))
@@ -173,21 +178,21 @@ def test_running_sequences_come_before_waiting_ones() -> None:
     scheduler.commit(first, StepOutput(np.zeros(1, np.int32)))
     scheduler.add(sequence_of("b", 20))
     plan = scheduler.schedule(1)
-    assert [(e.sequence.request_id, e.count) for e in plan] == [("a", 1), ("b", 7)]
+    assert planned(scheduler, plan) == [("a", 1), ("b", 7)]
 
 
 def test_priority_orders_the_queue() -> None:
     scheduler = scheduler_of(max_num_seqs=1)
     scheduler.add(sequence_of("low", 6, priority=5))
     scheduler.add(sequence_of("high", 6, priority=-1, arrival=9.0))
-    assert scheduler.schedule(0)[0].sequence.request_id == "high"
+    assert planned(scheduler, scheduler.schedule(0)) == [("high", 6)]
 
 
 def test_whole_prompts_without_chunking() -> None:
     scheduler = scheduler_of(max_num_batched_tokens=MAX_LEN, enable_chunked_prefill=False)
     scheduler.add(sequence_of("a", 30))
     scheduler.add(sequence_of("b", 20))
-    assert [(e.sequence.request_id, e.count) for e in scheduler.schedule(0)] == [("a", 30)]
+    assert planned(scheduler, scheduler.schedule(0)) == [("a", 30)]
 
 
 def test_prefix_counters_count_tokens() -> None:
@@ -197,7 +202,7 @@ def test_prefix_counters_count_tokens() -> None:
         sequence.request_id = name
         scheduler.add(sequence)
     plan = scheduler.schedule(0)
-    assert [e.count for e in plan] == [18, 2], "the second sequence reads the pages the first writes in the same step"
+    assert plan.counts.tolist() == [18, 2], "the second sequence reads the pages the first writes in the same step"
     assert (scheduler.counters.prefix_queries, scheduler.counters.prefix_hits) == (36, 16)
 
 
@@ -207,7 +212,7 @@ def test_a_salt_keeps_prefixes_apart() -> None:
         sequence = sequence_of("same", 18, cache_salt=name)
         sequence.request_id = name
         scheduler.add(sequence)
-    assert [e.count for e in scheduler.schedule(0)] == [18, 18]
+    assert scheduler.schedule(0).counts.tolist() == [18, 18]
 
 
 def test_a_pool_too_small_for_one_sequence_is_refused() -> None:
@@ -218,8 +223,8 @@ def test_a_pool_too_small_for_one_sequence_is_refused() -> None:
 def test_a_failed_step_leaves_no_pages_and_no_cache() -> None:
     scheduler = scheduler_of()
     scheduler.add(sequence_of("a", 18))
-    assert scheduler.fail(scheduler.schedule(0)) == ["a"]
+    assert [sequence.request_id for sequence in scheduler.fail(scheduler.schedule(0))] == ["a"]
     scheduler.check_integrity()
     again = sequence_of("a", 18)
     scheduler.add(again)
-    assert scheduler.schedule(1)[0].count == 18
+    assert scheduler.schedule(1).counts.tolist() == [18]

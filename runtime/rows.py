@@ -1,0 +1,115 @@
+"""Running sequences as columns: entry r of every array belongs to the sequence in device row r.
+
+What a step reads or changes of every running sequence stands here, so that planning, packing and committing
+are array operations whatever the batch. A waiting or finished sequence holds its own tokens and nothing here.
+Knows no scheduling order, no pool and no device.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+import numpy as np
+
+from runtime.request import Sequence
+
+
+class Rows:
+    """`num_rows` rows for sequences of at most `max_model_len` tokens in pages of `block_size`; int32 unless said.
+
+    Half-open ranges: tokens[r, :computed[r]] have their KV in pages or in a launched step; tokens[r, :known[r]]
+    are on the host; total[r] - known[r] samples are scheduled and still to come.
+    """
+
+    def __init__(self, num_rows: int, max_model_len: int, block_size: int) -> None:
+        def column(dtype: type = np.int32) -> np.ndarray:
+            return np.zeros(num_rows, dtype)
+
+        self.block_size = block_size
+        self.sequences = np.full(num_rows, None, object)
+        self.stay = column(np.int64)  # a number for each time a sequence enters a row, 0: the row is empty
+        self.tokens = np.empty((num_rows, max_model_len), np.int32)  # takes memory only as far as it is written
+        self.known, self.total, self.computed = column(), column(), column()
+        self.num_prompt = column()
+        self.max_len = column()  # tokens at which the sequence ends, whatever they are
+        self.min_len = column()  # tokens up to which no id stops it
+        self.stop_ids = np.full((num_rows, 1), -1, np.int32)  # widened for a sequence with more
+        self.blocks = np.zeros((num_rows, -(-max_model_len // block_size)), np.int32)
+        self.num_blocks = column()
+        self.temperature, self.top_p, self.min_p = column(np.float32), column(np.float32), column(np.float32)
+        self.top_k = column()
+        self.repetition, self.presence, self.frequency = column(np.float32), column(np.float32), column(np.float32)
+        self.seed = column(np.int64)
+        self.has_extras = column(bool)  # what only a look at the parameters tells: bias, allowed ids, logprobs
+        self.owner = column()
+        self.request_ids = np.full(num_rows, "", object)
+        self.arrival = column(np.float64)  # seconds of the engine's clock
+        self.last_token_at = column(np.float64)  # seconds, NaN before the first token
+        self._free = list(range(num_rows - 1, -1, -1))
+        self._stays = count(1)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def enter(self, sequence: Sequence, blocks: list[int], computed: int) -> int:
+        """Give the sequence a row, its pages, and the tokens whose KV these hold already -> the row."""
+        row = self._free.pop()
+        params, num_known = sequence.params, len(sequence.tokens)
+        sequence.row = row
+        self.sequences[row] = sequence
+        self.stay[row] = next(self._stays)
+        self.tokens[row, :num_known] = sequence.tokens
+        self.known[row] = self.total[row] = num_known
+        self.computed[row] = computed
+        self.num_prompt[row] = sequence.num_prompt
+        self.max_len[row] = sequence.max_len
+        self.min_len[row] = sequence.num_prompt + params.min_tokens
+        self._set_stop_ids(row, sequence.stop_ids)
+        self.blocks[row, : len(blocks)] = blocks
+        self.num_blocks[row] = len(blocks)
+        self.temperature[row], self.top_p[row], self.min_p[row] = params.temperature, params.top_p, params.min_p
+        self.top_k[row] = params.top_k
+        self.repetition[row] = params.repetition_penalty
+        self.presence[row], self.frequency[row] = params.presence_penalty, params.frequency_penalty
+        self.seed[row] = sequence.seed
+        self.has_extras[row] = (
+            len(params.logit_bias) > 0 or params.allowed_token_ids is not None or params.logprobs is not None
+        )
+        self.owner[row], self.request_ids[row] = sequence.owner, sequence.request_id
+        self.arrival[row], self.last_token_at[row] = sequence.arrival, sequence.last_token_at
+        return row
+
+    def leave(self, row: int) -> None:
+        """The sequence takes its tokens along; its pages were taken before."""
+        sequence = self.sequences[row]
+        sequence.tokens = self.tokens[row, : self.known[row]].copy()
+        sequence.last_token_at = float(self.last_token_at[row])
+        sequence.row = -1
+        self.sequences[row] = None
+        self.stay[row] = 0
+        self._free.append(row)
+
+    def add_blocks(self, rows: np.ndarray, counts: np.ndarray, blocks: list[int]) -> None:
+        """Append counts[i] of `blocks`, in order, to the table of row rows[i]; no row twice."""
+        within = np.arange(len(blocks)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.blocks[np.repeat(rows, counts), np.repeat(self.num_blocks[rows], counts) + within] = blocks
+        self.num_blocks[rows] += counts
+
+    def blocks_of(self, row: int) -> list[int]:
+        """The row's pages in order."""
+        return self.blocks[row, : self.num_blocks[row]].tolist()
+
+    def take_blocks(self, row: int) -> list[int]:
+        """The row's pages, which it no longer holds."""
+        blocks = self.blocks_of(row)
+        self.blocks[row, : len(blocks)] = 0
+        self.num_blocks[row] = self.computed[row] = 0
+        return blocks
+
+    def _set_stop_ids(self, row: int, ids: frozenset[int]) -> None:
+        if len(ids) > self.stop_ids.shape[1]:
+            more = np.full((len(self.stop_ids), len(ids) - self.stop_ids.shape[1]), -1, np.int32)
+            self.stop_ids = np.concatenate([self.stop_ids, more], axis=1)
+        self.stop_ids[row] = -1
+        self.stop_ids[row, : len(ids)] = list(ids)
