@@ -22,7 +22,8 @@ from compiler import lower, memory, model_source, weights
 from compiler.buckets import Bucket, cuda_ladder
 from compiler.capture import ATTENTION_NAME, AttentionLayout, CapturedModel, capture
 from compiler.passes import registry
-from compiler.state import DeviceState, Staging, bytes_per_block
+from compiler.staging import Staging
+from compiler.state import DeviceState, bytes_per_block
 from compiler.step import CompiledStep
 from compiler.step_input import SamplingInput, StepInput
 
@@ -101,11 +102,12 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
             num_blocks=budget.num_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
+            max_blocks=max(-(-max_model_len // config.block_size), 2),
             vocab_size=vocab_size,
             dtype=dtype,
             device=device,
         )
-    step = _step(config, captured, state, device, max_model_len)
+    step = _step(config, captured, state, device)
     return BuiltModel(
         step, folder, device, dtype, vocab_size, max_model_len, budget.num_blocks, eos_ids(folder, model_config), timings
     )
@@ -122,19 +124,16 @@ def finish(config: Any, built: BuiltModel, *, progress: bool) -> None:
     """The stages after loading: compilation where it is on, graph capture on CUDA."""
     if config.compile:
         with built.timings.stage("compile"):
-            built.step.compile(warm_steps(config.max_num_seqs, built.device), progress)
+            built.step.compile(warm_steps(built.step.state), progress)
     if built.device.type == "cuda":
         with built.timings.stage("graphs"):
             built.step.capture_graphs(progress)
 
 
-def _step(
-    config: Any, captured: CapturedModel, state: DeviceState, device: torch.device, max_model_len: int
-) -> CompiledStep:
-    max_blocks = -(-max_model_len // config.block_size)
+def _step(config: Any, captured: CapturedModel, state: DeviceState, device: torch.device) -> CompiledStep:
     budget = config.batched_tokens(device.type)
     largest = Bucket(max(budget, 2), max(config.max_num_seqs, 2))
-    staging = Staging(device, largest, max_blocks, scrap_row=config.max_num_seqs)
+    staging = Staging(state, largest)
     ladder = None
     if device.type == "cuda":
         ladder = cuda_ladder(config.max_num_seqs, min(MAX_CAPTURED_TOKENS, budget))
@@ -205,41 +204,25 @@ def _activation_bytes(config: Any, layouts: list[AttentionLayout], dtype: torch.
     return 32 * config.batched_tokens("cuda") * width * dtype.itemsize + memory.GIB
 
 
-def warm_steps(scrap_row: int, device: torch.device) -> list[StepInput]:
+def warm_steps(state: DeviceState) -> list[StepInput]:
     """One step for each compiled forward, touching only the scrap row and page.
 
-    A ragged step of distinct sizes, because the compiler takes sizes that are equal for the same: 9 tokens,
-    3 sequences, 7 pages. On the CPU, where a single token gains from constant sizes, such a step too.
+    A ragged step of distinct sizes, because the compiler takes sizes that are equal for the same: T, S, S + 1 and the
+    width of the block tables. On the CPU, where a single token gains from constant sizes, such a step too.
     """
-    ragged = _scrap_step([5, 1, 3], 7, scrap_row)
-    return [_scrap_step([1], 7, scrap_row), ragged] if device.type == "cpu" else [ragged]
+    ragged = [5, 1, 3] if state.max_blocks not in (9, 3, 4) else [6, 1, 4, 3, 2]
+    wanted = [[1], ragged] if state.last_tokens.device.type == "cpu" else [ragged]
+    return [_scrap_step(lengths, state.scrap_row) for lengths in wanted]
 
 
-def _scrap_step(lengths: list[int], blocks: int, scrap_row: int) -> StepInput:
-    seqs, tokens = len(lengths), sum(lengths)
-    start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    zeros, ones, none = np.zeros(seqs, np.float32), np.ones(seqs, np.float32), np.zeros(0, np.int32)
+def _scrap_step(lengths: list[int], scrap_row: int) -> StepInput:
+    seqs = len(lengths)
     return StepInput(
-        token_ids=np.zeros(tokens, np.int32),
-        positions=np.concatenate([np.arange(n) for n in lengths]).astype(np.int32),
-        slots=np.zeros(tokens, np.int32),
+        token_ids=np.zeros(sum(lengths), np.int32),
         rows=np.full(seqs, scrap_row, np.int32),
-        query_start=start,
-        seq_lens=np.asarray(lengths, np.int32),
-        block_tables=np.zeros((seqs, blocks), np.int32),
+        query_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+        starts=np.zeros(seqs, np.int32),
         sampled=np.zeros(seqs, bool),
-        sampling=SamplingInput(
-            temperature=zeros,
-            top_k=np.zeros(seqs, np.int32),
-            top_p=ones,
-            min_p=zeros,
-            seeds=np.zeros(seqs, np.int64),
-            positions=np.zeros(seqs, np.int32),
-            repetition=ones,
-            presence=zeros,
-            frequency=zeros,
-            bias_rows=none,
-            bias_tokens=none,
-            bias_values=np.zeros(0, np.float32),
-        ),
+        pages=np.zeros((0, 3), np.int32),
+        sampling=SamplingInput(temperature=np.zeros(seqs, np.float32), seeds=np.zeros(seqs, np.int64)),
     )

@@ -11,8 +11,9 @@ import torch
 from tqdm import tqdm
 
 from compiler.buckets import Bucket
+from compiler.staging import Staged
 
-Outputs = tuple[torch.Tensor, torch.Tensor]  # logits [S, vocab], ids int64 [S]
+Outputs = tuple[torch.Tensor, torch.Tensor, Staged]  # logits [S, vocab], ids int64 [S], the step they are of
 Forward = Callable[[], Outputs]
 
 

@@ -13,7 +13,8 @@ import torch
 from torch._inductor.compile_fx import compile_fx
 
 from compiler.capture import CapturedModel
-from compiler.state import DeviceState, Staged
+from compiler.staging import Staged
+from compiler.state import DeviceState
 
 
 DEFAULT_CACHE = "~/.cache/pagegraph"
@@ -75,21 +76,19 @@ def mark_dynamic(
     torch._dynamo.mark_dynamic(block_tables, 1)
 
 
-def step_inputs(staged: Staged, state: DeviceState) -> tuple[torch.Tensor, ...]:
-    """The tensors of `CapturedModel.forward`, less the caches; ids of -1 become the row's last sample."""
-    known = staged.token_ids >= 0
-    token_ids = torch.where(known, staged.token_ids, state.last_tokens[staged.token_rows])
+def step_inputs(staged: Staged) -> tuple[torch.Tensor, ...]:
+    """The tensors of `CapturedModel.forward`, less the caches."""
     return (
-        token_ids,
+        staged.token_ids,
         staged.positions,
         staged.slots,
         staged.block_tables,
         staged.query_start,
         staged.seq_lens,
-        staged.logits_index.long(),
+        staged.logits_index,
     )
 
 
 def call(forward: Callable[..., torch.Tensor], staged: Staged, state: DeviceState) -> torch.Tensor:
     """Run a forward, compiled or not, on a staged step -> logits [S, vocab]."""
-    return forward(*step_inputs(staged, state), state.key_caches, state.value_caches)
+    return forward(*step_inputs(staged), state.key_caches, state.value_caches)

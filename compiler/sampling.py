@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from compiler.state import DeviceState, Staged
+from compiler.staging import Staged
+from compiler.state import DeviceState
 from compiler.step_input import SamplingInput, StepLogprobs
 from kernels import reference
 
@@ -35,25 +36,13 @@ class StepLogprobTensors:
 
 
 def draw(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor:
-    """The tail of every step: logits [S, vocab], padding rows included -> ids int64 [S], handed to the next step.
+    """Logits of the first s sequences of the step, [s, vocab] -> ids int64 [s], handed to the next step.
 
     Temperature, seed and position are all it looks at. Nothing is read back, so it is captured with the forward.
     """
-    ids = torch.ops.pagegraph.gumbel_argmax(logits, staged.temperature, staged.seeds, staged.draw_positions)
-    _hand_over(ids, staged, state, logits.shape[0])
-    return ids
-
-
-def is_plain(sampling: SamplingInput) -> bool:
-    """Whether `draw` is all that the step asks for."""
-    return not (
-        sampling.allowed
-        or len(sampling.bias_rows)
-        or sampling.penalty_reset
-        or sampling.num_logprobs >= 0
-        or _has_penalties(sampling)
-        or _has_filters(sampling)
-    )
+    packet, count = staged.packet, len(logits)
+    arguments = (packet.temperature, packet.seeds, staged.seq_lens, packet.rows, packet.sampled)
+    return torch.ops.pagegraph.draw(logits, *(one[:count] for one in arguments), state.last_tokens)
 
 
 def sample(
@@ -61,58 +50,39 @@ def sample(
 ) -> tuple[torch.Tensor, StepLogprobTensors | None]:
     """logits [S, vocab] of the step's S sequences -> (token ids int64 [S], logprobs if any sequence asked).
 
-    Everything that `draw` does not know; its ids replace those that `draw` handed over.
+    Everything that `draw` alone does not know; its ids replace those that were drawn with the forward.
     """
-    device = logits.device
-    num_seqs = logits.shape[0]
+    device, packet, num_seqs = logits.device, staged.packet, len(logits)
     raw = logits.float()
     logits = raw
-    if sampling.allowed or len(sampling.bias_rows):
+    if sampling.allowed or sampling.bias:
         logits = _restrict(logits.clone(), sampling)
-    for row, prompt_ids, output_ids in sampling.penalty_reset:
-        state.reset_row(row, prompt_ids, output_ids)
-    rows = staged.rows[:num_seqs].long()
-    if penalised := _has_penalties(sampling):
+    rows = packet.rows[:num_seqs].long()
+    if penalties := sampling.penalties:
+        for row, prompt_ids, output_ids in sampling.penalty_reset:
+            state.reset_row(row, prompt_ids, output_ids)
         outputs, prompt = state.penalty_counts()
         logits = reference.apply_penalties(
             logits,
             outputs[rows],
             prompt[rows],
-            _to(sampling.repetition, device),
-            _to(sampling.presence, device),
-            _to(sampling.frequency, device),
+            _to(penalties.repetition, device),
+            _to(penalties.presence, device),
+            _to(penalties.frequency, device),
         )
-    if _has_filters(sampling):
+    if filters := sampling.filters:
         logits = reference.drop_filtered(
             logits,
-            staged.temperature[:num_seqs],
-            _to(sampling.top_k, device),
-            _to(sampling.top_p, device),
-            _to(sampling.min_p, device),
+            packet.temperature[:num_seqs],
+            _to(filters.top_k, device),
+            _to(filters.top_p, device),
+            _to(filters.min_p, device),
         )
-    ids = torch.ops.pagegraph.gumbel_argmax(
-        logits, staged.temperature[:num_seqs], staged.seeds[:num_seqs], staged.draw_positions[:num_seqs]
-    )
-    _hand_over(ids, staged, state, num_seqs)
-    if penalised:
-        outputs.index_put_((rows, ids), staged.sampled[:num_seqs], accumulate=True)
+    ids = draw(logits, staged, state)
+    if penalties:
+        outputs.index_put_((rows, ids), packet.sampled[:num_seqs], accumulate=True)
     logprobs = StepLogprobTensors(raw, ids, sampling.num_logprobs) if sampling.num_logprobs >= 0 else None
     return ids, logprobs
-
-
-def _hand_over(ids: torch.Tensor, staged: Staged, state: DeviceState, num_seqs: int) -> None:
-    """The rows' last tokens, for the next step's unknown ids; rows that sampled nothing keep theirs."""
-    rows = staged.rows[:num_seqs].long()
-    kept = state.last_tokens[rows]
-    state.last_tokens.index_put_((rows,), torch.where(staged.sampled[:num_seqs] > 0, ids.int(), kept))
-
-
-def _has_filters(sampling: SamplingInput) -> bool:
-    return bool((sampling.top_k > 0).any() or (sampling.top_p < 1).any() or sampling.min_p.any())
-
-
-def _has_penalties(sampling: SamplingInput) -> bool:
-    return bool((sampling.repetition != 1).any() or sampling.presence.any() or sampling.frequency.any())
 
 
 def _restrict(logits: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
@@ -122,9 +92,9 @@ def _restrict(logits: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
         mask = torch.ones(logits.shape[1], dtype=torch.bool, device=device)
         mask[_to(allowed, device).long()] = False
         logits[row].masked_fill_(mask, -torch.inf)
-    if len(sampling.bias_rows):
-        at = (_to(sampling.bias_rows, device).long(), _to(sampling.bias_tokens, device).long())
-        logits.index_put_(at, _to(sampling.bias_values, device), accumulate=True)
+    if sampling.bias:
+        rows, tokens, values = (_to(one, device) for one in sampling.bias)
+        logits.index_put_((rows.long(), tokens.long()), values, accumulate=True)
     return logits
 
 

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from compiler import lower
 from compiler.buckets import Bucket, Ladder, own_bucket
 from compiler.capture import CapturedModel
-from compiler.graphs import Forward, GraphSet
-from compiler.sampling import StepLogprobTensors, draw, is_plain, sample
-from compiler.state import DeviceState, Staged, Staging
+from compiler.graphs import Forward, GraphSet, Outputs
+from compiler.sampling import StepLogprobTensors, draw, sample
+from compiler.staging import Packet, Staged, Staging
+from compiler.state import DeviceState
 from compiler.step_input import StepInput, StepOutput
 
 
@@ -90,8 +91,8 @@ class CompiledStep:
         forward = lower.compile_forward(self.captured, self.graph_passes)
         with torch.inference_mode():
             for step in tqdm(warm, desc="compile", unit="graph", disable=not progress):
-                staged = self._stage(step)
-                inputs = lower.step_inputs(staged, self.state)
+                staged = self.staging.unpack(self.staging.send(step, own_bucket(step.num_tokens, step.num_seqs)))
+                inputs = lower.step_inputs(staged)
                 lower.mark_dynamic(*inputs)
                 forward(*inputs, self.state.key_caches, self.state.value_caches)
         self.forward, self.compiled = forward, True
@@ -100,8 +101,8 @@ class CompiledStep:
         """CUDA: capture every rung of the ladder."""
 
         def forward_of(bucket: Bucket) -> Forward:
-            staged = self.staging.placeholder(bucket)
-            return lambda: self._forward_and_draw(staged)
+            packet = self.staging.placeholder(bucket)
+            return lambda: self._forward_and_draw(packet)
 
         with torch.inference_mode():
             self.graphs.capture(self.ladder.buckets(), forward_of, progress)
@@ -111,27 +112,24 @@ class CompiledStep:
         if self._worker is not None:
             self._worker.shutdown(wait=True)
 
-    def _stage(self, step: StepInput) -> Staged:
-        return self.staging.stage(step, own_bucket(step.num_tokens, step.num_seqs))
-
     @torch.inference_mode()
     def _run_cpu(self, step: StepInput) -> StepOutput:
-        staged = self._stage(step)
-        self.counts.launched(step.num_tokens, len(staged.token_ids), graphed=False)
-        logits, ids = self._forward_and_draw(staged)
-        ids, logprobs = self._finish(step, staged, logits, ids)
+        bucket = own_bucket(step.num_tokens, step.num_seqs)
+        self.counts.launched(step.num_tokens, bucket.tokens, graphed=False)
+        ids, logprobs = self._finish(step, *self._forward_and_draw(self.staging.send(step, bucket)))
         return StepOutput(ids.int().numpy(), logprobs.numpy() if logprobs else None)
 
-    def _forward_and_draw(self, staged: Staged) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logits [S, vocab], ids int64 [S]) of the padded step: all that a CUDA graph holds."""
+    def _forward_and_draw(self, packet: Packet) -> Outputs:
+        """The padded step's own work: all that a CUDA graph holds."""
+        staged = self.staging.unpack(packet)
         logits = lower.call(self.forward, staged, self.state)
-        return logits, draw(logits, staged, self.state)
+        return logits, draw(logits, staged, self.state), staged
 
     def _finish(
-        self, step: StepInput, staged: Staged, logits: torch.Tensor, ids: torch.Tensor
+        self, step: StepInput, logits: torch.Tensor, ids: torch.Tensor, staged: Staged
     ) -> tuple[torch.Tensor, StepLogprobTensors | None]:
         """Ids [S] of the step's own sequences: those drawn with the forward where these are all it asks for."""
-        if is_plain(step.sampling):
+        if step.sampling.is_plain:
             return ids[: step.num_seqs], None
         return sample(logits[: step.num_seqs], step.sampling, staged, self.state)
 
@@ -139,13 +137,12 @@ class CompiledStep:
     def _launch_cuda(self, step: StepInput) -> Ticket:
         rung = self.ladder.bucket(step.num_tokens, step.num_seqs)
         bucket = rung or own_bucket(step.num_tokens, step.num_seqs)
-        staged = self.staging.stage(step, bucket)
+        packet = self.staging.send(step, bucket)
         if self._returned is not None:
             torch.cuda.current_stream().wait_event(self._returned)
         replayed = self.graphs.replay(bucket) if rung else None
         self.counts.launched(step.num_tokens, bucket.tokens, replayed is not None)
-        logits, ids = replayed or self._forward_and_draw(staged)
-        ids, logprobs = self._finish(step, staged, logits, ids)
+        ids, logprobs = self._finish(step, *(replayed or self._forward_and_draw(packet)))
         return Ticket(self._returning(ids, logprobs))
 
     def _returning(self, ids: torch.Tensor, logprobs: StepLogprobTensors | None) -> Callable[[], StepOutput]:

@@ -11,43 +11,64 @@ import numpy as np
 
 
 @dataclass(slots=True)
-class SamplingInput:
-    """Sampling parameters of the S sequences of a step; arrays are [S] unless said.
+class Filters:
+    """Truncation of the S distributions of a step; arrays [S]. Off: top_k 0, top_p 1, min_p 0."""
 
-    Values that switch a filter off: top_k 0, top_p 1, min_p 0, repetition 1, presence 0, frequency 0.
-    Temperature 0 is argmax.
-    """
-
-    temperature: np.ndarray  # float32
     top_k: np.ndarray  # int32
     top_p: np.ndarray  # float32
     min_p: np.ndarray  # float32
-    seeds: np.ndarray  # int64
-    positions: np.ndarray  # int32, index of the sampled token in its sequence: the RNG counter
-    repetition: np.ndarray  # float32
-    presence: np.ndarray  # float32
-    frequency: np.ndarray  # float32
-    bias_rows: np.ndarray  # int32 [B], index into the S sequences
-    bias_tokens: np.ndarray  # int32 [B]
-    bias_values: np.ndarray  # float32 [B], added to the logit; -inf forbids the token
+
+
+@dataclass(slots=True)
+class Penalties:
+    """Penalties on tokens seen before; float32 [S]. Off: repetition 1, presence 0, frequency 0."""
+
+    repetition: np.ndarray
+    presence: np.ndarray
+    frequency: np.ndarray
+
+
+@dataclass(slots=True)
+class SamplingInput:
+    """Sampling parameters of the S sequences of a step. Temperature 0 is argmax. None: no sequence asks for it."""
+
+    temperature: np.ndarray  # float32 [S]
+    seeds: np.ndarray  # int64 [S]
+    filters: Filters | None = None
+    penalties: Penalties | None = None
+    # Token counts to rebuild before this step: (row, prompt ids, output ids)
+    penalty_reset: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
+    # Addends to logits, int32 [B] index into the S sequences, int32 [B] token, float32 [B], -inf forbids the token
+    bias: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     allowed: dict[int, np.ndarray] = field(default_factory=dict)  # index in S -> int32 allowed ids
     num_logprobs: int = -1  # largest top-n asked for in the step, -1 for none
-    # (row, prompt ids, output ids): token counts to rebuild before this step
-    penalty_reset: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether temperature and seed are all that the step asks for."""
+        return (
+            self.filters is None
+            and self.penalties is None
+            and self.bias is None
+            and not self.allowed
+            and self.num_logprobs < 0
+        )
 
 
 @dataclass(slots=True)
 class StepInput:
-    """One ragged step: T tokens of S sequences, sequence s owning tokens query_start[s]:query_start[s+1]."""
+    """One ragged step: T tokens of S sequences, sequence s owning tokens query_start[s]:query_start[s+1].
+
+    The device keeps the block table of every row, so a step brings only what is new in them. Positions and KV
+    slots follow from `starts` and the tables; a sampled token's position is that after its sequence's last.
+    """
 
     token_ids: np.ndarray  # int32 [T], -1: the row's last sampled token, known to the device only
-    positions: np.ndarray  # int32 [T]
-    slots: np.ndarray  # int32 [T], block * block_size + offset
     rows: np.ndarray  # int32 [S], device row of each sequence
     query_start: np.ndarray  # int32 [S + 1]
-    seq_lens: np.ndarray  # int32 [S], KV length with this step's tokens
-    block_tables: np.ndarray  # int32 [S, blocks], unused entries 0
+    starts: np.ndarray  # int32 [S], position of each sequence's first token in this step
     sampled: np.ndarray  # bool [S], False where a prefill chunk ends before the prompt does
+    pages: np.ndarray  # int32 [P, 3]: (row, index in the row's block table, page)
     sampling: SamplingInput
 
     @property
@@ -57,6 +78,11 @@ class StepInput:
     @property
     def num_seqs(self) -> int:
         return len(self.rows)
+
+    @property
+    def seq_lens(self) -> np.ndarray:
+        """int32 [S], KV length with this step's tokens."""
+        return self.starts + np.diff(self.query_start)
 
 
 @dataclass(slots=True)

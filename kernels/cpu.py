@@ -71,11 +71,15 @@ def paged_attention(
     return out
 
 
-def gumbel_argmax(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """See `kernels.ops`. Noise is made for the rows that draw only."""
+def draw(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, sampled: Tensor, last_tokens: Tensor
+) -> Tensor:
+    """See `kernels.ops`. Noise is made for the sequences that draw only."""
     ids = logits.argmax(dim=-1)
     if len(drawn := torch.nonzero(temperature > 0)[:, 0]):
         ids[drawn] = reference.gumbel_argmax(logits[drawn], temperature[drawn], seeds[drawn], positions[drawn])
+    kept = sampled > 0
+    last_tokens[rows[kept].long()] = ids[kept].int()
     return ids
 
 

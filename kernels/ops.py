@@ -19,8 +19,17 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 
 `pagegraph::materialize` is a copy that the compiler does not look through.
 
-`pagegraph::gumbel_argmax` draws the next token: logits [S, V], temperature float32 [S], seeds int64 [S],
-positions int32 [S] -> ids int64 [S]; see `kernels.reference.gumbel_argmax`.
+`pagegraph::draw` is the next token of each sequence by Gumbel-max (`kernels.reference.gumbel_argmax`): logits [S, V],
+temperature float32 [S], seeds int64 [S], positions int32 [S] -> ids int64 [S]. Where sampled int32 [S] is not 0 it also
+goes to last_tokens int32 [rows] at the sequence's row of rows int32 [S].
+
+`pagegraph::update_tables` writes num_pages [1] of pages [P, 3] = (row, index, page) into tables [rows, max_blocks]. At the
+first call age [S] is 0 and becomes 1; at each further one starts [S] grow by 1: the same packet, read again, describes the
+next token of every sequence. All int32; a very negative age stays behind 1 and starts stay as they are.
+
+`pagegraph::unpack` looks a padded step up: token_ids [T] (-1: the row's of last_tokens), rows [S], query_start [S + 1],
+starts [S], tables -> ids, positions, slots [T], block_tables [S, width], seq_lens [S], all int32, and the index of each
+sequence's last token int64 [S]. Tokens from query_start[S] on and sequences without tokens are padding: all zeros.
 """
 
 from __future__ import annotations
@@ -29,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import cpu
+from kernels import cpu, reference
 
 _library = torch.library.Library("pagegraph", "DEF")
 _library.define(
@@ -44,7 +53,17 @@ _library.define(
 )
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("materialize(Tensor x) -> Tensor")
-_library.define("gumbel_argmax(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions) -> Tensor")
+_library.define(
+    "draw(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor rows, Tensor sampled, "
+    "Tensor(a!) last_tokens) -> Tensor"
+)
+_library.define(
+    "update_tables(Tensor(a!) tables, Tensor pages, Tensor num_pages, Tensor(b!) starts, Tensor(c!) age) -> ()"
+)
+_library.define(
+    "unpack(Tensor token_ids, Tensor rows, Tensor query_start, Tensor starts, Tensor last_tokens, Tensor tables, "
+    "int block_size, int width) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def _attention_on_cuda(*arguments: Tensor | float | int | None) -> Tensor:
@@ -59,10 +78,22 @@ def _rope_attention_on_cuda(*arguments: Tensor | float | int | None) -> Tensor:
     return cuda.rope_attention(*arguments)
 
 
-def _gumbel_argmax_on_cuda(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+def _draw_on_cuda(logits: Tensor, *arguments: Tensor) -> Tensor:
     from kernels import sampling
 
-    return sampling.gumbel_argmax(logits.contiguous(), temperature, seeds, positions)
+    return sampling.draw(logits.contiguous(), *arguments)
+
+
+def _update_tables_on_cuda(*arguments: Tensor) -> None:
+    from kernels import unpack
+
+    unpack.update_tables(*arguments)
+
+
+def _unpack_on_cuda(*arguments: Tensor | int) -> tuple[Tensor, ...]:
+    from kernels import unpack
+
+    return unpack.unpack(*arguments)
 
 
 def _linear_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,8 +109,12 @@ _library.impl("paged_attention", cpu.paged_attention, "CPU")
 _library.impl("rope_attention", cpu.rope_attention, "CPU")
 _library.impl("rope_attention", _rope_attention_on_cuda, "CUDA")
 _library.impl("paged_attention", _attention_on_cuda, "CUDA")
-_library.impl("gumbel_argmax", cpu.gumbel_argmax, "CPU")
-_library.impl("gumbel_argmax", _gumbel_argmax_on_cuda, "CUDA")
+_library.impl("draw", cpu.draw, "CPU")
+_library.impl("draw", _draw_on_cuda, "CUDA")
+_library.impl("update_tables", reference.update_tables, "CPU")
+_library.impl("update_tables", _update_tables_on_cuda, "CUDA")
+_library.impl("unpack", reference.unpack, "CPU")
+_library.impl("unpack", _unpack_on_cuda, "CUDA")
 
 
 @torch.library.register_fake("pagegraph::paged_attention", lib=_library)
@@ -100,8 +135,3 @@ def _materialize_fake(x: Tensor) -> Tensor:
 @torch.library.register_fake("pagegraph::linear", lib=_library)
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.register_fake("pagegraph::gumbel_argmax", lib=_library)
-def _gumbel_argmax_fake(logits: Tensor, *_: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.long)

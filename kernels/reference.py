@@ -209,3 +209,43 @@ def sample(
 ) -> torch.Tensor:
     """float32 logits [S, V], parameters [S] -> ids int64 [S]: temperature, min-p, top-k, top-p, Gumbel-max."""
     return gumbel_argmax(drop_filtered(logits, temperature, top_k, top_p, min_p), temperature, seeds, positions)
+
+
+def update_tables(
+    tables: torch.Tensor, pages: torch.Tensor, num_pages: torch.Tensor, starts: torch.Tensor, age: torch.Tensor
+) -> None:
+    """See `kernels.ops`."""
+    rows, index, page = pages[: int(num_pages)].long().unbind(1)
+    tables[rows, index] = page.int()
+    starts += age.clamp(min=0)
+    age.copy_((age + 1).clamp(max=1))
+
+
+def unpack(
+    token_ids: torch.Tensor,
+    rows: torch.Tensor,
+    query_start: torch.Tensor,
+    starts: torch.Tensor,
+    last_tokens: torch.Tensor,
+    tables: torch.Tensor,
+    block_size: int,
+    width: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `kernels.ops`."""
+    counts = query_start.diff()
+    padding = len(token_ids) - int(query_start[-1])
+    rows = rows.long()
+
+    def of_tokens(values: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(values.repeat_interleave(counts), (0, padding))
+
+    live = torch.arange(len(token_ids)) < query_start[-1]
+    positions = (torch.arange(len(token_ids), dtype=torch.int32) + of_tokens(starts - query_start[:-1])).masked_fill(~live, 0)
+    token_rows = of_tokens(rows)
+    ids = torch.where(token_ids < 0, last_tokens[token_rows], token_ids).masked_fill(~live, 0)
+    blocks = torch.div(positions, block_size, rounding_mode="floor")
+    slots = (tables[token_rows, blocks.long()] * block_size + positions % block_size).masked_fill(~live, 0)
+    seq_lens = torch.where(counts > 0, starts + counts, 0)
+    used = torch.arange(width)[None] * block_size < seq_lens[:, None]
+    out_tables = tables[rows, :width].masked_fill(~used, 0)
+    return ids, positions, slots, out_tables, seq_lens, (query_start[1:].long() - 1).clamp(min=0)

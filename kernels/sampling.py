@@ -1,7 +1,7 @@
 """Triton: the next token by Gumbel-max over the vocabulary, without a sort and without noise in memory.
 
 The noise is `kernels.reference.gumbel`, computed where it is added. Two kernels: the best token of each part of
-the vocabulary, then the best of the parts. Knows no filters: they have made their tokens -inf before.
+the vocabulary, then the best of the parts, which the next step finds too. Knows no filters: they have made their tokens -inf before.
 """
 
 from __future__ import annotations
@@ -71,25 +71,29 @@ def best_of_parts_kernel(
 
 
 @triton.jit
-def best_of_row_kernel(ids_ptr, score_ptr, token_ptr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr):
+def best_of_row_kernel(
+    ids_ptr, last_tokens_ptr, score_ptr, token_ptr, rows_ptr, sampled_ptr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr
+):
     row = tl.program_id(0)
     part = tl.arange(0, PARTS_PAD)
     scores = tl.load(score_ptr + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
     best = tl.argmax(scores, 0)
-    tl.store(ids_ptr + row, tl.load(token_ptr + row * PARTS + best).to(tl.int64))
+    token = tl.load(token_ptr + row * PARTS + best)
+    tl.store(ids_ptr + row, token.to(tl.int64))
+    if tl.load(sampled_ptr + row) > 0:
+        tl.store(last_tokens_ptr + tl.load(rows_ptr + row), token)
 
 
-def gumbel_argmax(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """logits [S, V], temperature float32 [S], seeds int64 [S], positions int32 [S] -> ids int64 [S].
-
-    Temperature 0 takes the largest logit, the first of equals. The last dimension of logits must be dense.
-    """
-    rows, vocab = logits.shape
+def draw(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, sampled: Tensor, last_tokens: Tensor
+) -> Tensor:
+    """See `kernels.ops`. Of equal logits the first; the last dimension of logits must be dense."""
+    seqs, vocab = logits.shape
     parts = -(-vocab // BLOCK_V)
-    scores = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
-    tokens = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
-    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    best_of_parts_kernel[rows, parts](
+    scores = torch.empty(seqs, parts, dtype=torch.float32, device=logits.device)
+    tokens = torch.empty(seqs, parts, dtype=torch.int32, device=logits.device)
+    ids = torch.empty(seqs, dtype=torch.int64, device=logits.device)
+    best_of_parts_kernel[seqs, parts](
         scores,
         tokens,
         logits,
@@ -102,7 +106,15 @@ def gumbel_argmax(logits: Tensor, temperature: Tensor, seeds: Tensor, positions:
         PARTS=parts,
         num_warps=NUM_WARPS,
     )
-    best_of_row_kernel[(rows,)](
-        ids, scores, tokens, PARTS=parts, PARTS_PAD=triton.next_power_of_2(parts), num_warps=NUM_WARPS
+    best_of_row_kernel[(seqs,)](
+        ids,
+        last_tokens,
+        scores,
+        tokens,
+        rows,
+        sampled,
+        PARTS=parts,
+        PARTS_PAD=triton.next_power_of_2(parts),
+        num_warps=NUM_WARPS,
     )
     return ids

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import runtime.engine
 from compiler import build as builder
 from compiler import lower
 from compiler.buckets import Bucket
 from compiler.build import BuiltModel, Timings
 from compiler.graphs import GraphSet
-from compiler.state import Staging
-from compiler.step import Ticket
+from compiler.staging import Layout, Staging
+from compiler.state import DeviceState
+from compiler.step import StepCounts, Ticket
 from compiler.step_input import StepInput, StepOutput
 from h200_offline import Offline, Run, config_of, random_prompts, step_of
 from h200_report import Report
@@ -128,7 +128,7 @@ def _bucket_error(built: BuiltModel, one: StepInput, bucket: Bucket) -> float:
     """Largest error of replayed logits, of drawn tokens' logits and of written pages, relative to the largest value."""
     step, state = built.step, built.step.state
     caches = [*state.key_caches, *state.value_caches]
-    pages = torch.from_numpy(one.block_tables[one.block_tables > 0]).long().cuda()
+    pages = torch.from_numpy(one.pages[:, 2]).long().cuda()
     for cache in caches:
         cache.fill_(torch.nan)
         cache[pages] = torch.randn(len(pages), *cache.shape[1:], device=cache.device, dtype=cache.dtype)
@@ -136,15 +136,16 @@ def _bucket_error(built: BuiltModel, one: StepInput, bucket: Bucket) -> float:
     # Some decodes take their token from the device, as those of a running engine do.
     state.last_tokens.random_(0, built.vocab_size)
     one.token_ids[one.query_start[:-1][np.diff(one.query_start) == 1][::2]] = -1
-    staged = step.staging.stage(one, bucket)
+    staged = step.staging.unpack(step.staging.send(one, bucket))
     expected = lower.call(step.captured, staged, state)[: one.num_seqs].clone()
     written = [cache[pages] for cache in caches]
     for cache, old in zip(caches, before):
         cache[pages] = old
+    step.staging.send(one, bucket)
     outputs = step.graphs.replay(bucket)
     if outputs is None:
         return float("nan")
-    logits, ids = (output[: one.num_seqs] for output in outputs)
+    logits, ids = (output[: one.num_seqs] for output in outputs[:2])
     best = expected.amax(dim=-1)
     pairs = [(logits, expected), (expected.gather(1, ids[:, None])[:, 0], best)]
     pairs += zip((cache[pages] for cache in caches), written)
@@ -203,11 +204,29 @@ class _NoDevice:
     def __init__(self, vocab_size: int, stage: Callable[[StepInput], object]) -> None:
         self._ids = np.random.default_rng(0).integers(3, vocab_size, 8192, dtype=np.int32)
         self.stage = stage
+        self.counts = StepCounts()
 
     def launch(self, step: StepInput) -> Ticket:
         self.stage(step)
         ids = self._ids[: step.num_seqs]
         return Ticket(lambda: StepOutput(ids))
+
+
+class _PlainStaging(Staging):
+    """Fills packets as on CUDA, in plain memory, and goes no further."""
+
+    def __init__(self, state: DeviceState, largest: Bucket) -> None:
+        super().__init__(state, largest)
+        self.device = torch.device("cuda")
+        self.transfers = 0
+        self._words = np.empty(Layout.of(largest).pages + 3 * (1 << 16), np.int32)
+
+    def packet(self, bucket: Bucket) -> None:
+        return None
+
+    def _transfer(self, step: StepInput, bucket: Bucket) -> None:
+        self.transfers += 1
+        self._fill(self._words, self._layout(bucket), step)
 
 
 def host(report: Report, args: argparse.Namespace, shared: dict) -> None:
@@ -216,7 +235,11 @@ def host(report: Report, args: argparse.Namespace, shared: dict) -> None:
     `loops` is the same in rounds of a fixed Python loop: machines differ less in it.
     """
     config = dataclasses.replace(config_of(args, "0.6b"), device="cpu", max_num_seqs=HOST_SEQS, max_num_batched_tokens=1 << 15, enable_prefix_caching=True)
-    staging = Staging(torch.device("cpu"), Bucket(8192, HOST_SEQS), 512, scrap_row=HOST_SEQS)
+    state = DeviceState(
+        [], num_blocks=1, block_size=config.block_size, max_num_seqs=HOST_SEQS, max_blocks=512, vocab_size=151936,
+        dtype=torch.bfloat16, device=torch.device("cpu"),
+    )  # fmt: skip
+    staging = _PlainStaging(state, Bucket(1 << 15, HOST_SEQS))
     spent: dict[str, list[float]] = {name: [] for name in ("schedule", "pack", "stage", "commit", "turn")}
 
     def timed(name: str, call: Callable) -> Callable:
@@ -228,26 +251,24 @@ def host(report: Report, args: argparse.Namespace, shared: dict) -> None:
 
         return wrapped
 
-    step = _NoDevice(151936, timed("stage", lambda step: staging.stage(step, Bucket(step.num_tokens, step.num_seqs))))
+    step = _NoDevice(151936, timed("stage", lambda step: staging.send(step, Bucket(step.num_tokens, step.num_seqs))))
     built = BuiltModel(
         step, Path("."), torch.device("cpu"), torch.bfloat16, 151936, 8192, 20_000, frozenset([151645]), Timings()
     )
     offline = Offline(config, built)
-    scheduler, pack = offline.engine.scheduler, runtime.engine.pack
+    scheduler, packer = offline.engine.scheduler, offline.engine._packer
     scheduler.schedule, scheduler.commit = timed("schedule", scheduler.schedule), timed("commit", scheduler.commit)
-    runtime.engine.pack = timed("pack", pack)
+    packer.pack = timed("pack", packer.pack)
     offline.engine.turn = timed("turn", offline.engine.turn)
-    try:
-        prompts = random_prompts(0, [127] * HOST_SEQS, 151936)
-        run = offline.run(prompts, [200] * HOST_SEQS)
-    finally:
-        runtime.engine.pack = pack
+    # Prompts of every length: pages are filled at every step.
+    prompts = random_prompts(0, [64 + i % 64 for i in range(HOST_SEQS)], 151936)
+    run = offline.run(prompts, [200] * HOST_SEQS)
     loop = statistics.median(_loop() for _ in range(9))
     # All prompts fit one step, and all sequences end with one: between them every turn is alike.
     decodes = sum(turn.num_decodes == HOST_SEQS for turn in run.turns)
     median = {name: statistics.median(seconds[-decodes:-1]) for name, seconds in spent.items()}
     median["rest"] = median["turn"] - sum(median[name] for name in ("schedule", "pack", "stage", "commit"))
-    report.fact(sequences=HOST_SEQS, decode_steps=decodes, loop_us=loop * 1e6)
+    report.fact(sequences=HOST_SEQS, decode_steps=decodes, transfers=staging.transfers, loop_us=loop * 1e6)
     for name, seconds in median.items():
         report.row(part=name, us=seconds * 1e6, us_a_seq=seconds * 1e6 / HOST_SEQS, loops=seconds / loop)
 

@@ -164,7 +164,9 @@ def _gumbel(vocab: int, seed: int, device: str) -> Outcome:
         try:
             expected = reference.gumbel_argmax(logits, temperature, seeds, positions)
             with _poisoned_memory():
-                ids = torch.ops.pagegraph.gumbel_argmax(*_on(device, (logits, temperature, seeds, positions))).cpu()
+                whole = torch.arange(rows, dtype=torch.int32)
+                given = (logits, temperature, seeds, positions, whole, torch.ones_like(whole), torch.zeros_like(whole))
+                ids = torch.ops.pagegraph.draw(*_on(device, given)).cpu()
             drawn = (temperature > 0)[:, None]
             scores = logits.float() / torch.where(drawn, temperature[:, None], 1.0)
             scores = torch.where(drawn, scores + reference.gumbel(seeds, positions, vocab), scores)

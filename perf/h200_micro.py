@@ -151,7 +151,8 @@ def _sampling(report: Report, model: str, shape: Shape, ceilings: Ceilings) -> N
             logits = torch.randn(rows, shape.vocab, device="cuda")
             heat = torch.full((rows,), temperature, device="cuda")
             seeds = torch.arange(rows, device="cuda")
-            return lambda: torch.ops.pagegraph.gumbel_argmax(logits, heat, seeds, seeds.int())
+            whole = seeds.int()
+            return lambda: torch.ops.pagegraph.draw(logits, heat, seeds, whole, whole, whole, whole.clone())
 
         def largest() -> Callable[[], object]:
             logits = torch.randn(rows, shape.vocab, device="cuda")

@@ -175,29 +175,19 @@ def step_of(
     used = -(-lengths // block_size)
     if used.sum() > num_blocks - 1:
         raise ValueError(f"a step of {used.sum()} pages in a pool of {num_blocks}")
-    pages = (rng.permutation(num_blocks - 1) + 1).astype(np.int32)
-    tables = np.zeros((len(rows), used.max()), np.int32)
-    for s, end in enumerate(np.cumsum(used)):
-        tables[s, : used[s]] = pages[end - used[s] : end]
     start = np.concatenate([[0], np.cumsum(rows)]).astype(np.int32)
-    owners = np.repeat(np.arange(len(rows)), rows)
-    positions = (np.arange(start[-1]) - start[owners] + (lengths - rows)[owners]).astype(np.int32)
-    zeros, ones, none = np.zeros(len(rows), np.float32), np.ones(len(rows), np.float32), np.zeros(0, np.int32)
+    owners, seqs = np.repeat(np.arange(len(used)), used), len(rows)
+    index = np.arange(len(owners)) - np.repeat(np.cumsum(used) - used, used)
+    pages = rng.permutation(num_blocks - 1)[: len(owners)] + 1
     return StepInput(
         token_ids=rng.integers(0, vocab_size, start[-1], dtype=np.int32),
-        positions=positions,
-        slots=(tables[owners, positions // block_size] * block_size + positions % block_size).astype(np.int32),
-        rows=np.arange(len(rows), dtype=np.int32),
+        rows=np.arange(seqs, dtype=np.int32),
         query_start=start,
-        seq_lens=lengths,
-        block_tables=tables,
-        sampled=np.ones(len(rows), bool),
-        sampling=SamplingInput(
-            temperature=zeros, top_k=np.zeros(len(rows), np.int32), top_p=ones, min_p=zeros,
-            seeds=np.zeros(len(rows), np.int64), positions=lengths, repetition=ones, presence=zeros, frequency=zeros,
-            bias_rows=none, bias_tokens=none, bias_values=np.zeros(0, np.float32),
-        ),
-    )  # fmt: skip
+        starts=lengths - rows,
+        sampled=np.ones(seqs, bool),
+        pages=np.stack([owners, index, pages], axis=1).astype(np.int32),
+        sampling=SamplingInput(temperature=np.zeros(seqs, np.float32), seeds=np.zeros(seqs, np.int64)),
+    )
 
 
 def random_prompts(seed: int, sizes: list[int], vocab_size: int) -> list[list[int]]:

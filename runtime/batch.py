@@ -5,74 +5,86 @@ Pack a plan before the next one is scheduled: tokens and pages are read from the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from compiler.step_input import SamplingInput, StepInput
+from compiler.step_input import Filters, Penalties, SamplingInput, StepInput
 from runtime.request import Sequence
 from runtime.rows import Rows
 from runtime.scheduler import Plan
 
 
-def pack(plan: Plan, rows: Rows) -> StepInput:
-    """A StepInput of the plan's T tokens and S sequences, in the plan's order.
+class Packer:
+    """Packs plan after plan, in order; what a plan shares with the one before is kept."""
 
-    A token sampled by a step that is still running is unknown to the host: its id is -1.
-    """
-    at, counts, starts = plan.rows, plan.counts, plan.starts
-    ends = starts + counts
-    query_start = np.zeros(len(at) + 1, np.int32)
-    np.cumsum(counts, out=query_start[1:])
-    tables = rows.blocks[at, : rows.num_blocks[at].max()]
-    if query_start[-1] == len(at):  # a token of each
-        owners, positions, index = at, starts, np.arange(len(at))
-    else:
-        index = np.repeat(np.arange(len(at)), counts)
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self._decode = np.zeros(0, np.int32), np.zeros(1, np.int32)  # ids and query_start of a token a sequence
+        self._stays = np.zeros(0, np.int64)
+        self._same = SamplingInput(np.zeros(0, np.float32), np.zeros(0, np.int64))
+        self._special = False
+        self._min_len = np.zeros(0, np.int32)
+
+    def pack(self, plan: Plan) -> StepInput:
+        """A StepInput of the plan's T tokens and S sequences, in the plan's order.
+
+        A token sampled by a step that is still running is unknown to the host: its id is -1.
+        """
+        token_ids, query_start = self._tokens(plan)
+        return StepInput(
+            token_ids=token_ids,
+            rows=plan.rows,
+            query_start=query_start,
+            starts=plan.starts,
+            sampled=plan.sampled,
+            pages=self.rows.take_new_pages(),
+            sampling=self._sampling(plan),
+        )
+
+    def _tokens(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32 [T], query_start int32 [S + 1])."""
+        rows, at, starts = self.rows, plan.rows, plan.starts
+        if (plan.counts == 1).all() and (starts >= rows.known[at]).all():
+            if len(self._decode[0]) != len(plan):
+                self._decode = np.full(len(plan), -1, np.int32), np.arange(len(plan) + 1, dtype=np.int32)
+            return self._decode
+        query_start = np.zeros(len(plan) + 1, np.int32)
+        np.cumsum(plan.counts, out=query_start[1:])
+        index = np.repeat(np.arange(len(plan)), plan.counts)
         owners = at[index]
         positions = np.arange(query_start[-1], dtype=np.int32) + (starts - query_start[:-1])[index]
-    blocks = positions // rows.block_size
-    return StepInput(
-        token_ids=np.where(positions < rows.known[owners], rows.tokens[owners, positions], np.int32(-1)),
-        positions=positions,
-        slots=rows.blocks[owners, blocks] * np.int32(rows.block_size) + positions % rows.block_size,
-        rows=at,
-        query_start=query_start,
-        seq_lens=ends,
-        block_tables=tables,
-        sampled=plan.sampled,
-        sampling=_sampling(plan, rows, ends),
-    )
+        return np.where(positions < rows.known[owners], rows.tokens[owners, positions], np.int32(-1)), query_start
+
+    def _sampling(self, plan: Plan) -> SamplingInput:
+        rows, at = self.rows, plan.rows
+        if not np.array_equal(plan.stays, self._stays):
+            self._stays = plan.stays
+            self._same = SamplingInput(temperature=rows.temperature[at], seeds=rows.seed[at])
+            if rows.has_filters[at].any():
+                self._same.filters = Filters(rows.top_k[at], rows.top_p[at], rows.min_p[at])
+            if rows.has_penalties[at].any():
+                self._same.penalties = Penalties(rows.repetition[at], rows.presence[at], rows.frequency[at])
+            self._special = bool(rows.has_extras[at].any())
+            self._min_len = rows.min_len[at]
+        # Within min_tokens the ids that would stop the sequence are masked.
+        young = plan.starts + plan.counts < self._min_len
+        resets = [_counts(sequence) for sequence in plan.started if sequence.has_penalties]
+        if not (self._special or resets or young.any()):
+            return self._same
+        extras = [(int(i), rows.sequences[at[i]]) for i in np.flatnonzero(plan.sampled & (rows.has_extras[at] | young))]
+        return replace(
+            self._same,
+            penalty_reset=resets,
+            bias=_bias(extras, young),
+            allowed={index: s.allowed_ids for index, s in extras if s.allowed_ids is not None},
+            num_logprobs=max((s.params.logprobs for _, s in extras if s.params.logprobs is not None), default=-1),
+        )
 
 
-def _sampling(plan: Plan, rows: Rows, positions: np.ndarray) -> SamplingInput:
-    at = plan.rows
-    # Within min_tokens the ids that would stop the sequence are masked.
-    young = positions < rows.min_len[at]
-    extras = [(int(i), rows.sequences[at[i]]) for i in np.flatnonzero(plan.sampled & (rows.has_extras[at] | young))]
-    bias_rows, bias_tokens, bias_values = _bias(extras, young)
-    return SamplingInput(
-        temperature=rows.temperature[at],
-        top_k=rows.top_k[at],
-        top_p=rows.top_p[at],
-        min_p=rows.min_p[at],
-        seeds=rows.seed[at],
-        positions=positions,
-        repetition=rows.repetition[at],
-        presence=rows.presence[at],
-        frequency=rows.frequency[at],
-        bias_rows=bias_rows,
-        bias_tokens=bias_tokens,
-        bias_values=bias_values,
-        allowed={index: s.allowed_ids for index, s in extras if s.allowed_ids is not None},
-        num_logprobs=max((s.params.logprobs for _, s in extras if s.params.logprobs is not None), default=-1),
-        penalty_reset=[_counts(sequence) for sequence in plan.started if sequence.has_penalties],
-    )
-
-
-def _bias(extras: list[tuple[int, Sequence]], young: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(index in the plan int32, token id int32, addend float32), each [B]: logit_bias and min_tokens' masks."""
-    if not extras:
-        return _NO_IDS, _NO_IDS, _NO_VALUES
-    rows, tokens, values = [_NO_IDS], [_NO_IDS], [_NO_VALUES]
+def _bias(extras: list[tuple[int, Sequence]], young: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """`SamplingInput.bias` of logit_bias and of min_tokens' masks."""
+    rows, tokens, values = [], [], []
     for index, sequence in extras:
         rows.append(np.full(len(sequence.bias_ids), index, np.int32))
         tokens.append(sequence.bias_ids)
@@ -81,6 +93,8 @@ def _bias(extras: list[tuple[int, Sequence]], young: np.ndarray) -> tuple[np.nda
             rows.append(np.full(len(sequence.stop_ids), index, np.int32))
             tokens.append(np.fromiter(sequence.stop_ids, np.int32))
             values.append(np.full(len(sequence.stop_ids), -np.inf, np.float32))
+    if not sum(map(len, rows)):
+        return None
     return np.concatenate(rows), np.concatenate(tokens), np.concatenate(values)
 
 
@@ -88,6 +102,3 @@ def _counts(sequence: Sequence) -> tuple[int, np.ndarray, np.ndarray]:
     """The sequence has just entered its row, so its own tokens are up to date."""
     return sequence.row, sequence.tokens[: sequence.num_prompt], sequence.tokens[sequence.num_prompt :]
 
-
-_NO_IDS = np.empty(0, np.int32)
-_NO_VALUES = np.empty(0, np.float32)

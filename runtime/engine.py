@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from compiler.step import CompiledStep, Ticket
-from runtime.batch import pack
+from runtime.batch import Packer
 from runtime.pace import Pace
 from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, ToClient, ToEngine, Tokens
 from runtime.recorder import Recorder
@@ -79,6 +79,7 @@ class Engine:
         self.pace = pace
         self.seed = seed
         self.stopping = False
+        self._packer = Packer(scheduler.rows)
         self._running: InFlight | None = None
         self._clients: list[bytes] = []  # by owner number
         self._owners: dict[bytes, int] = {}
@@ -109,7 +110,7 @@ class Engine:
     def _launch(self, plan: Plan) -> InFlight:
         now = self.clock()
         self.recorder.launched(plan, now)
-        return InFlight(plan, self.step.launch(pack(plan, self.scheduler.rows)), now)
+        return InFlight(plan, self.step.launch(self._packer.pack(plan)), now)
 
     def _commit(self, done: InFlight) -> None:
         try:
@@ -132,17 +133,21 @@ class Engine:
 
     def _deliver(self, arrived: Arrived) -> None:
         """One message for each client of the step."""
-        plain = np.ones(len(arrived.rows), bool)
-        plain[list(arrived.deltas)] = False
-        owners = set(arrived.owners.tolist())
+        one = arrived.owners[:1]
+        owners = set((one if (arrived.owners == one).all() else arrived.owners).tolist())
+        plain = None
+        if len(owners) > 1 or arrived.deltas:
+            plain = np.ones(len(arrived.rows), bool)
+            plain[list(arrived.deltas)] = False
         for owner in owners:
-            theirs = plain if len(owners) == 1 else plain & (arrived.owners == owner)
-            message = Tokens(
-                [delta for index, delta in arrived.deltas.items() if arrived.owners[index] == owner],
-                arrived.request_ids[theirs].tolist(),
-                arrived.token_ids[theirs].tolist(),
-            )
-            self.mailbox.send(self._clients[owner], message)
+            deltas, theirs = list(arrived.deltas.values()), plain
+            if len(owners) > 1:
+                deltas = [delta for index, delta in arrived.deltas.items() if arrived.owners[index] == owner]
+                theirs = plain & (arrived.owners == owner)
+            ids, tokens = arrived.request_ids, arrived.token_ids
+            if theirs is not None:
+                ids, tokens = ids[theirs], tokens[theirs]
+            self.mailbox.send(self._clients[owner], Tokens(deltas, ids.tolist(), tokens.tolist()))
 
     def _fail(self, plan: Plan, error: Exception) -> None:
         """Running sequences end with an error; a third failure in a row ends the engine."""

@@ -52,7 +52,7 @@ def _compile_beside(config: Config, built: builder.BuiltModel, settings: Path) -
     try:
         with built.timings.stage("compile"):
             compile_ahead.fill_cache(config, settings)
-            built.step.compile(builder.warm_steps(config.max_num_seqs, built.device))
+            built.step.compile(builder.warm_steps(built.step.state))
     except BaseException:
         # Serving on, uncompiled, would hide a broken installation: say so and end.
         log.critical("compilation failed", exc_info=True)

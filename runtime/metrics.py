@@ -32,6 +32,7 @@ class Histogram:
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(float(bound) for bound in bounds)
+        self._bounds = np.array(self.bounds)
         self.counts = np.zeros(len(self.bounds) + 1, np.int64)
         self.total = 0.0
 
@@ -42,7 +43,7 @@ class Histogram:
 
     def observe_all(self, values: np.ndarray) -> None:
         """Count every value, float64 [n]."""
-        self.counts += np.bincount(np.searchsorted(self.bounds, values), minlength=len(self.counts))
+        self.counts += np.bincount(self._bounds.searchsorted(values), minlength=len(self.counts))
         self.total += float(values.sum())
 
     def cumulative(self) -> list[tuple[str, float]]:

@@ -17,7 +17,7 @@ class Recorder:
         self.metrics = metrics
         self.scheduler = scheduler
         self.steps = steps
-        self._seen = Counters()
+        self._seen = (0, 0, 0, 0, 0)
 
     def ended(self, sequence: Sequence, now: float) -> None:
         """A sequence ended, for its `finish_reason`."""
@@ -51,19 +51,25 @@ class Recorder:
 
     def publish(self) -> None:
         """Gauges of the moment, and what the scheduler's counters gained since the last call."""
-        now, before = self.scheduler.counters, self._seen
+        now, before = _totals(self.scheduler.counters), self._seen
+        prompt, generation, queries, hits, preemptions = (mine - seen for mine, seen in zip(now, before))
         self.metrics.observe_step(
             running=self.scheduler.num_running,
             waiting=self.scheduler.num_waiting,
             kv_cache_usage=self.scheduler.pool.usage,
-            prompt_tokens=now.prompt_tokens - before.prompt_tokens,
-            generation_tokens=now.generated_tokens - before.generated_tokens,
-            prefix_queries=now.prefix_queries - before.prefix_queries,
-            prefix_hits=now.prefix_hits - before.prefix_hits,
-            preemptions=now.preemptions - before.preemptions,
+            prompt_tokens=prompt,
+            generation_tokens=generation,
+            prefix_queries=queries,
+            prefix_hits=hits,
+            preemptions=preemptions,
         )
-        self._seen = now.copy()
+        self._seen = now
         steps = self.steps
         self.metrics.set_launched(
             steps=steps.steps, graphed=steps.graphed, tokens=steps.tokens, padding=steps.padding
         )
+
+
+def _totals(counters: Counters) -> tuple[int, int, int, int, int]:
+    c = counters
+    return c.prompt_tokens, c.generated_tokens, c.prefix_queries, c.prefix_hits, c.preemptions

@@ -40,6 +40,7 @@ class Rows:
         self.top_k = column()
         self.repetition, self.presence, self.frequency = column(np.float32), column(np.float32), column(np.float32)
         self.seed = column(np.int64)
+        self.has_filters, self.has_penalties = column(bool), column(bool)
         self.has_extras = column(bool)  # what only a look at the parameters tells: bias, allowed ids, logprobs
         self.owner = column()
         self.request_ids = np.full(num_rows, "", object)
@@ -47,6 +48,7 @@ class Rows:
         self.last_token_at = column(np.float64)  # seconds, NaN before the first token
         self._free = list(range(num_rows - 1, -1, -1))
         self._stays = count(1)
+        self._new_pages: list[np.ndarray] = []
 
     @property
     def num_free(self) -> int:
@@ -66,13 +68,15 @@ class Rows:
         self.max_len[row] = sequence.max_len
         self.min_len[row] = sequence.num_prompt + params.min_tokens
         self._set_stop_ids(row, sequence.stop_ids)
-        self.blocks[row, : len(blocks)] = blocks
+        self._put_blocks(row, np.arange(len(blocks)), np.array(blocks, np.int32))
         self.num_blocks[row] = len(blocks)
         self.temperature[row], self.top_p[row], self.min_p[row] = params.temperature, params.top_p, params.min_p
         self.top_k[row] = params.top_k
         self.repetition[row] = params.repetition_penalty
         self.presence[row], self.frequency[row] = params.presence_penalty, params.frequency_penalty
         self.seed[row] = sequence.seed
+        self.has_filters[row] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        self.has_penalties[row] = sequence.has_penalties
         self.has_extras[row] = (
             len(params.logit_bias) > 0 or params.allowed_token_ids is not None or params.logprobs is not None
         )
@@ -93,8 +97,13 @@ class Rows:
     def add_blocks(self, rows: np.ndarray, counts: np.ndarray, blocks: list[int]) -> None:
         """Append counts[i] of `blocks`, in order, to the table of row rows[i]; no row twice."""
         within = np.arange(len(blocks)) - np.repeat(np.cumsum(counts) - counts, counts)
-        self.blocks[np.repeat(rows, counts), np.repeat(self.num_blocks[rows], counts) + within] = blocks
+        self._put_blocks(np.repeat(rows, counts), np.repeat(self.num_blocks[rows], counts) + within, np.array(blocks, np.int32))
         self.num_blocks[rows] += counts
+
+    def take_new_pages(self) -> np.ndarray:
+        """What the tables have gained since the last call, int32 [P, 3]: (row, index, page)."""
+        new, self._new_pages = self._new_pages, []
+        return np.concatenate(new) if new else _NO_PAGES
 
     def blocks_of(self, row: int) -> list[int]:
         """The row's pages in order."""
@@ -107,9 +116,18 @@ class Rows:
         self.num_blocks[row] = self.computed[row] = 0
         return blocks
 
+    def _put_blocks(self, rows: np.ndarray | int, at: np.ndarray, blocks: np.ndarray) -> None:
+        self.blocks[rows, at] = blocks
+        new = np.empty((len(blocks), 3), np.int32)
+        new[:, 0], new[:, 1], new[:, 2] = rows, at, blocks
+        self._new_pages.append(new)
+
     def _set_stop_ids(self, row: int, ids: frozenset[int]) -> None:
         if len(ids) > self.stop_ids.shape[1]:
             more = np.full((len(self.stop_ids), len(ids) - self.stop_ids.shape[1]), -1, np.int32)
             self.stop_ids = np.concatenate([self.stop_ids, more], axis=1)
         self.stop_ids[row] = -1
         self.stop_ids[row, : len(ids)] = list(ids)
+
+
+_NO_PAGES = np.empty((0, 3), np.int32)

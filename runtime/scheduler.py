@@ -10,7 +10,7 @@ Knows no clock, device, text or socket.
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 
 import numpy as np
@@ -69,8 +69,8 @@ class Counters:
     generated_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)
 
-    def copy(self) -> Counters:
-        return replace(self, finished=dict(self.finished))
+
+LOOK_AHEAD = 8  # steps of decoding for which pages are taken at once, while there are plenty
 
 
 class Scheduler:
@@ -100,6 +100,7 @@ class Scheduler:
         self.rows = Rows(max_num_seqs, max_model_len, pool.block_size)
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
+        self._running_rows: np.ndarray | None = None  # of `_running`, while that does not change
         self._live: dict[tuple[int, str], Sequence] = {}  # waiting and running, by key
         self._draining: set[int] = set()  # rows of preempted sequences
         self._order = count()
@@ -226,15 +227,19 @@ class Scheduler:
     def _wanted(self) -> tuple[np.ndarray, np.ndarray, int]:
         """Rows of the running and how many tokens each may compute, and the prompt tokens left for others."""
         r = self.rows
-        rows = np.fromiter((sequence.row for sequence in self._running), np.int32, len(self._running))
-        rows = rows[r.total[rows] < r.max_len[rows]]  # whatever is in flight turns out to be, more may be sampled
+        if self._running_rows is None:
+            self._running_rows = np.fromiter((sequence.row for sequence in self._running), np.int32, len(self._running))
+        rows = self._running_rows
+        growing = r.total[rows] < r.max_len[rows]  # whatever is in flight turns out to be, more may be sampled
+        if not growing.all():
+            rows = rows[growing]
         counts = r.total[rows] - r.computed[rows]
         prefills = np.flatnonzero(counts > 1)
         budget = self._prefill_budget(len(rows) - len(prefills))
         for i in prefills.tolist():
             counts[i] = tokens = self._chunk(int(counts[i]), budget)
             budget -= tokens
-        return (rows[counts > 0], counts[counts > 0], budget) if len(prefills) else (rows, counts, budget)
+        return (rows[counts > 0], counts[counts > 0], budget) if counts.min(initial=1) < 1 else (rows, counts, budget)
 
     def _prefill_budget(self, decodes: int) -> int:
         """Prompt tokens the step may take: what decodes leave, less where a chunk beside them would slow them."""
@@ -257,10 +262,13 @@ class Scheduler:
         Returns the rows that are left, all with the pages they need.
         """
         r = self.rows
-        missing = -(-(r.computed[rows] + counts) // r.block_size) - r.num_blocks[rows]
-        if missing.max(initial=0) <= 0:
+        ends = r.computed[rows] + counts
+        if (ends <= r.num_blocks[rows] * r.block_size).all():
             return rows, counts
-        missing = np.maximum(missing, 0)
+        missing = self._missing(rows, ends)
+        ahead = self._missing(rows, np.minimum(ends + LOOK_AHEAD, r.max_len[rows]))
+        if ahead.sum() + len(rows) + self._watermark <= self.pool.num_free:
+            missing = ahead
         while (wanted := int(missing.sum())) > self.pool.num_free:
             victim = self._running[-1]
             stays = rows != victim.row
@@ -269,6 +277,10 @@ class Scheduler:
         short = np.flatnonzero(missing)
         r.add_blocks(rows[short], missing[short], self.pool.take(wanted))
         return rows, counts
+
+    def _missing(self, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Pages that the rows lack to hold so many tokens."""
+        return np.maximum(-(-lengths // self.rows.block_size) - self.rows.num_blocks[rows], 0)
 
     def _advance(self, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, ...]:
         """Count the tokens as computed -> the first five columns of a plan."""
@@ -318,6 +330,7 @@ class Scheduler:
                 self.counters.prefix_hits += computed
         sequence.state = State.RUNNING
         insort(self._running, sequence, key=_place)
+        self._running_rows = None
         return self.rows.enter(sequence, hits + self.pool.take(needed), computed)
 
     def _hits(self, sequence: Sequence) -> list[int]:
@@ -374,6 +387,7 @@ class Scheduler:
 
     def _leave_running(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
+        self._running_rows = None
         self._register(sequence)  # what it generated as well
         self.pool.release(self.rows.take_blocks(sequence.row))
         sequence.num_registered = 0

@@ -113,15 +113,21 @@ def test_random_bits_equal_in_triton(triton_calls) -> None:
         p["seeds"] = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 2**32, 12345678901])
         p["positions"] = torch.tensor([0, 1, 2, 2**31 - 1, 77, 5, 6], dtype=torch.int32)
         p["temperature"] = torch.tensor([0.0, 1.0, 0.7, 2.0, 1.5, 0.0, 100.0])
-        arguments = (logits, p["temperature"], p["seeds"], p["positions"])
-        ids, _ = triton_calls.call("kernels.sampling", "gumbel_argmax", *arguments)
-        assert torch.equal(ids, reference.gumbel_argmax(*arguments))
-        assert torch.equal(ids, torch.ops.pagegraph.gumbel_argmax(*arguments))
+        drawn = (logits, p["temperature"], p["seeds"], p["positions"])
+        expected = reference.gumbel_argmax(*drawn)
+        rows, sampled = torch.tensor([3, 0, 8, 9, 1, 4, 9], dtype=torch.int32), torch.tensor([1, 1, 1, 0, 1, 1, 0], dtype=torch.int32)
+        last = torch.full((10,), -7, dtype=torch.int32)
+        handed = last.clone()
+        handed[[3, 0, 8, 1, 4]] = expected[[0, 1, 2, 4, 5]].int()
+        ids, after = triton_calls.call("kernels.sampling", "draw", *drawn, rows, sampled, last)
+        assert torch.equal(ids, expected) and torch.equal(after[-1], handed)
+        assert torch.equal(torch.ops.pagegraph.draw(*drawn, rows, sampled, last), expected) and torch.equal(last, handed)
 
 
 def test_ties_go_to_the_first(triton_calls) -> None:
     logits = torch.zeros(2, 5000)
     logits[1, [1000, 4000]] = 3
     zero = torch.zeros(2)
-    ids, _ = triton_calls.call("kernels.sampling", "gumbel_argmax", logits, zero, zero.long(), zero.int())
+    whole = zero.int()
+    ids, _ = triton_calls.call("kernels.sampling", "draw", logits, zero, zero.long(), whole, whole, whole, whole)
     assert ids.tolist() == [0, 1000]

@@ -63,8 +63,19 @@ def attention(
 
 
 def sampling(vocab: int, dtype: str) -> list[Any]:
-    arguments = [tensor(dtype, 256, vocab), tensor("float32", 256), tensor("int64", 256), tensor("int32", 256)]
-    return [f"sampling {vocab} {dtype}", "kernels.sampling", "gumbel_argmax", arguments]
+    words = tensor("int32", 256)
+    arguments = [tensor(dtype, 256, vocab), tensor("float32", 256), tensor("int64", 256), words, words, words, words]
+    return [f"sampling {vocab} {dtype}", "kernels.sampling", "draw", arguments]
+
+
+def unpack(tokens: int, seqs: int) -> list[list[Any]]:
+    tables, starts = tensor("int32", 257, 512), tensor("int32", seqs)
+    update = [tables, tensor("int32", 4096, 3), tensor("int32", 1), starts, starts]
+    arguments = [tensor("int32", tokens), starts, tensor("int32", seqs + 1), starts, tensor("int32", 257), tables, 16, 512]
+    return [
+        [f"update {seqs}", "kernels.unpack", "update_tables", update],
+        [f"unpack {tokens} {seqs}", "kernels.unpack", "unpack", arguments],
+    ]
 
 
 def linear(rows: int, out_size: int, size: int) -> list[Any]:
@@ -129,13 +140,15 @@ def check_fits(kernels: list[dict[str, Any]]) -> None:
 @pytest.fixture(scope="module")
 def half() -> list[dict[str, Any]]:
     """The launches of models in bfloat16, and sampling."""
-    return compiled([*HALF, *ROPES, *LINEARS, sampling(151936, "float32"), sampling(128256, "bfloat16")])
+    unpacks = [*unpack(2, 2), *unpack(2048, 256)]
+    return compiled([*HALF, *ROPES, *LINEARS, *unpacks, sampling(151936, "float32"), sampling(128256, "bfloat16")])
 
 
 def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
     names = {k["kernel"] for k in half}
     assert names == {
         "kv_write_kernel", "decode_kernel", "merge_kernel", "prefill_kernel", "skinny_linear_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
+        "update_tables_kernel", "unpack_kernel",
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compiler.step_input import StepInput, StepOutput
-from runtime.batch import pack
+from runtime.batch import Packer
 from runtime.blocks import BlockPool
 from runtime.protocol import SamplingParams
 from runtime.request import Sequence
@@ -30,7 +30,7 @@ def add(scheduler: Scheduler, name: str, tokens: list[int], seed: int = 0, **par
 def step(scheduler: Scheduler) -> StepInput:
     """Schedule, pack and commit token 5 for every sequence."""
     plan = scheduler.schedule(0)
-    packed = pack(plan, scheduler.rows)
+    packed = Packer(scheduler.rows).pack(plan)
     scheduler.commit(plan, StepOutput(np.full(len(plan), 5, np.int32)))
     return packed
 
@@ -40,52 +40,66 @@ def test_a_mixed_step_field_by_field() -> None:
     a = add(scheduler, "a", [1, 2, 3, 4, 6], seed=11, temperature=0.5, top_k=3, top_p=0.75, min_p=0.25)
     step(scheduler)
     b = add(scheduler, "b", list(range(20, 38)), seed=-(2**62), repetition_penalty=1.5, presence_penalty=0.5)
-    packed = pack(scheduler.schedule(1), scheduler.rows)
+    packed = Packer(scheduler.rows).pack(scheduler.schedule(1))
     assert packed.token_ids.tolist() == [5, *range(20, 31)]
-    assert packed.positions.tolist() == [5, *range(11)]
-    a_blocks, b_blocks = scheduler.rows.blocks_of(a.row), scheduler.rows.blocks_of(b.row)
-    assert packed.slots.tolist() == [a_blocks[1] * BLOCK + 1, *(b_blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(11))]
     assert packed.rows.tolist() == [a.row, b.row] and a.row != b.row
     assert packed.query_start.tolist() == [0, 1, 12]
-    assert packed.seq_lens.tolist() == [6, 11]
-    assert packed.block_tables.tolist() == [a_blocks + [0] * (len(b_blocks) - 2), b_blocks]
+    assert packed.starts.tolist() == [5, 0] and packed.seq_lens.tolist() == [6, 11]
+    assert packed.pages.tolist() == [[b.row, index, page] for index, page in enumerate(scheduler.rows.blocks_of(b.row))]
     assert packed.sampled.tolist() == [True, False]
     sampling = packed.sampling
-    assert sampling.temperature.tolist() == [0.5, 1.0] and sampling.top_k.tolist() == [3, 0]
-    assert sampling.top_p.tolist() == [0.75, 1.0] and sampling.min_p.tolist() == [0.25, 0.0]
-    assert sampling.seeds.tolist() == [11, -(2**62)] and sampling.positions.tolist() == [6, 11]
-    assert sampling.repetition.tolist() == [1.0, 1.5] and sampling.presence.tolist() == [0.0, 0.5]
-    assert sampling.frequency.tolist() == [0.0, 0.0]
+    assert sampling.temperature.tolist() == [0.5, 1.0] and sampling.seeds.tolist() == [11, -(2**62)]
+    filters, penalties = sampling.filters, sampling.penalties
+    assert filters.top_k.tolist() == [3, 0]
+    assert filters.top_p.tolist() == [0.75, 1.0] and filters.min_p.tolist() == [0.25, 0.0]
+    assert penalties.repetition.tolist() == [1.0, 1.5] and penalties.presence.tolist() == [0.0, 0.5]
+    assert penalties.frequency.tolist() == [0.0, 0.0]
+
+
+def test_only_new_pages_travel() -> None:
+    """A page for the prompt, then those of the next eight tokens at once."""
+    scheduler = scheduler_of()
+    a = add(scheduler, "a", [1, 2, 3])
+    seen = [step(scheduler).pages.tolist() for _ in range(6)]
+    entries = [[a.row, index, block] for index, block in enumerate(scheduler.rows.blocks_of(a.row))]
+    assert seen == [entries[:1], [], entries[1:], [], [], []] and len(entries) == 4
+
+
+def test_what_nobody_asks_for_is_not_sent() -> None:
+    scheduler = scheduler_of()
+    add(scheduler, "a", [1, 2, 3], temperature=0.5)
+    sampling = step(scheduler).sampling
+    assert sampling.is_plain and sampling.filters is None and sampling.penalties is None and sampling.bias is None
 
 
 def test_dtypes_are_those_of_the_step() -> None:
     scheduler = scheduler_of()
-    add(scheduler, "a", [1, 2, 3], logit_bias={3: 1.0}, min_tokens=1, allowed_token_ids=[1], presence_penalty=1.0)
+    asked = dict(logit_bias={3: 1.0}, min_tokens=1, allowed_token_ids=[1], presence_penalty=1.0, top_k=2)
+    add(scheduler, "a", [1, 2, 3], **asked)
     packed = step(scheduler)
-    for name in ("token_ids", "positions", "slots", "rows", "query_start", "seq_lens", "block_tables"):
+    sampling = packed.sampling
+    for name in ("token_ids", "rows", "query_start", "starts", "pages", "seq_lens"):
         assert getattr(packed, name).dtype == np.int32, name
-    assert packed.sampled.dtype == bool and packed.sampling.seeds.dtype == np.int64
-    for name in ("top_k", "positions", "bias_rows", "bias_tokens"):
-        assert getattr(packed.sampling, name).dtype == np.int32, name
-    for name in ("temperature", "top_p", "min_p", "repetition", "presence", "frequency", "bias_values"):
-        array = getattr(packed.sampling, name)
-        assert array.dtype == np.float32 and array.flags.c_contiguous, name
-    assert packed.sampling.allowed[0].dtype == np.int32
-    assert [ids.dtype for ids in packed.sampling.penalty_reset[0][1:]] == [np.int32, np.int32]
+    assert packed.sampled.dtype == bool and sampling.seeds.dtype == np.int64 and sampling.temperature.dtype == np.float32
+    filters, penalties = sampling.filters, sampling.penalties
+    assert [one.dtype for one in (filters.top_k, filters.top_p, filters.min_p)] == [np.int32, np.float32, np.float32]
+    for array in (penalties.repetition, penalties.presence, penalties.frequency):
+        assert array.dtype == np.float32 and array.flags.c_contiguous
+    assert [one.dtype for one in sampling.bias] == [np.int32, np.int32, np.float32]
+    assert sampling.allowed[0].dtype == np.int32
+    assert [ids.dtype for ids in sampling.penalty_reset[0][1:]] == [np.int32, np.int32]
 
 
 def test_a_token_still_on_the_device_is_minus_one() -> None:
     scheduler = scheduler_of()
     add(scheduler, "a", [1, 2, 3])
     scheduler.schedule(0)
-    packed = pack(scheduler.schedule(1), scheduler.rows)
-    assert (packed.token_ids.tolist(), packed.positions.tolist(), packed.seq_lens.tolist()) == ([-1], [3], [4])
-    assert packed.sampling.positions.tolist() == [4]
+    packed = Packer(scheduler.rows).pack(scheduler.schedule(1))
+    assert (packed.token_ids.tolist(), packed.starts.tolist(), packed.seq_lens.tolist()) == ([-1], [3], [4])
 
 
 def biases(packed: StepInput) -> list[tuple[int, int, float]]:
-    sampling = packed.sampling
-    return sorted(zip(sampling.bias_rows.tolist(), sampling.bias_tokens.tolist(), sampling.bias_values.tolist()))
+    return sorted(zip(*(one.tolist() for one in packed.sampling.bias))) if packed.sampling.bias else []
 
 
 def test_stop_ids_are_masked_for_the_first_min_tokens() -> None:
@@ -99,7 +113,7 @@ def test_stop_ids_are_masked_for_the_first_min_tokens() -> None:
 def test_min_tokens_counts_what_is_in_flight() -> None:
     scheduler = scheduler_of()
     add(scheduler, "a", [1, 2, 3], min_tokens=2)
-    assert [biases(pack(scheduler.schedule(0), scheduler.rows)) for _ in range(3)] == [[(0, 7, -np.inf)]] * 2 + [[]]
+    assert [biases(Packer(scheduler.rows).pack(scheduler.schedule(0))) for _ in range(3)] == [[(0, 7, -np.inf)]] * 2 + [[]]
 
 
 def test_a_chunk_that_samples_nothing_asks_for_nothing() -> None:

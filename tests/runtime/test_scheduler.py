@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compiler.step_input import StepInput, StepOutput
-from runtime.batch import pack
+from runtime.batch import Packer
 from runtime.blocks import BlockPool
 from runtime.pace import Pace
 from runtime.protocol import SamplingParams
@@ -38,19 +38,24 @@ class FakeStep:
 
     def __init__(self, num_blocks: int, max_num_seqs: int) -> None:
         self.memory = np.full(num_blocks * BLOCK, -5, np.int64)
+        self.tables = np.zeros((max_num_seqs, -(-MAX_LEN // BLOCK)), np.int64)
         self.last = np.zeros(max_num_seqs, np.int64)
         self.steps = 0
 
     def run(self, step: StepInput) -> StepOutput:
         self.steps += 1
-        owners = np.repeat(step.rows, np.diff(step.query_start))
+        self.tables[step.pages[:, 0], step.pages[:, 1]] = step.pages[:, 2]
+        counts = np.diff(step.query_start)
+        owners = np.repeat(step.rows, counts)
+        positions = np.concatenate([np.arange(start, start + n) for start, n in zip(step.starts, counts)])
+        slots = self.tables[owners, positions // BLOCK] * BLOCK + positions % BLOCK
         ids = np.where(step.token_ids < 0, self.last[owners], step.token_ids)
-        assert len(set(step.slots.tolist())) == len(step.slots) and step.slots.min(initial=BLOCK) >= BLOCK
-        self.memory[step.slots] = ids
+        assert len(set(slots.tolist())) == len(slots) and slots.min(initial=BLOCK) >= BLOCK
+        self.memory[slots] = ids
         sampled = []
         for s in range(step.num_seqs):
             length = step.seq_lens[s]
-            table = step.block_tables[s]
+            table = self.tables[step.rows[s]]
             history = [int(self.memory[table[at // BLOCK] * BLOCK + at % BLOCK]) for at in range(length)]
             assert min(history) >= 0, "a slot was read before it was written"
             sampled.append(next_token(history, int(step.sampling.seeds[s])))
@@ -128,7 +133,7 @@ def test_random_work_gives_every_sequence_its_own_tokens(
         scheduler.check_integrity()
         if plan:
             assert plan.num_tokens <= budget
-            launched.append((plan, step.run(pack(plan, scheduler.rows))))
+            launched.append((plan, step.run(Packer(scheduler.rows).pack(plan))))
             if pace:
                 pace.observe(plan.num_tokens, 1.0 + plan.num_tokens)
         while launched and (len(launched) > depth or not plan):
