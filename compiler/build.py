@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoConfig
 
-from compiler import lower, memory, model_source, weights
+from compiler import lower, memory, model_source, trial, weights
 from compiler.buckets import Bucket, cuda_ladder
-from compiler.capture import ATTENTION_NAME, AttentionLayout, CapturedModel, capture
+from compiler.capture import ATTENTION_NAME, CapturedModel, capture
 from compiler.passes import registry
+from compiler.scrap import scrap_step
 from compiler.staging import Staging
-from compiler.state import DeviceState, bytes_per_block
+from compiler.state import DeviceState
 from compiler.step import CompiledStep
-from compiler.step_input import SamplingInput, StepInput
+from compiler.step_input import StepInput
 
 MAX_CAPTURED_TOKENS = 2048
 
@@ -95,11 +95,11 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
     with timings.stage("passes"):
         registry.apply(model, config)
     vocab_size = model_config.get_text_config().vocab_size
-    with timings.stage("memory"):
-        budget = _kv_budget(config, captured.layouts, dtype, device, max_model_len)
-        state = DeviceState(
+
+    def new_state(num_blocks: int) -> DeviceState:
+        return DeviceState(
             captured.layouts,
-            num_blocks=budget.num_blocks,
+            num_blocks=num_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_blocks=max(-(-max_model_len // config.block_size), 2),
@@ -107,7 +107,10 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
             dtype=dtype,
             device=device,
         )
-    step = _step(config, captured, state, device)
+
+    with timings.stage("memory"):
+        budget = _kv_budget(config, captured, new_state, max_model_len)
+        step = _step(config, captured, new_state(budget.num_blocks))
     return BuiltModel(
         step, folder, device, dtype, vocab_size, max_model_len, budget.num_blocks, eos_ids(folder, model_config), timings
     )
@@ -127,17 +130,20 @@ def finish(config: Any, built: BuiltModel, *, progress: bool) -> None:
             built.step.compile(warm_steps(built.step.state), progress)
     if built.device.type == "cuda":
         with built.timings.stage("graphs"):
-            built.step.capture_graphs(progress)
+            built.step.capture_graphs(built.step.ladder.buckets(), progress)
 
 
-def _step(config: Any, captured: CapturedModel, state: DeviceState, device: torch.device) -> CompiledStep:
-    budget = config.batched_tokens(device.type)
-    largest = Bucket(max(budget, 2), max(config.max_num_seqs, 2))
-    staging = Staging(state, largest)
+def _step(config: Any, captured: CapturedModel, state: DeviceState) -> CompiledStep:
+    device = state.last_tokens.device
+    largest = _largest(config, device)
     ladder = None
     if device.type == "cuda":
-        ladder = cuda_ladder(config.max_num_seqs, min(MAX_CAPTURED_TOKENS, budget))
-    return CompiledStep(captured, state, staging, ladder, registry.graph_passes(config, device))
+        ladder = cuda_ladder(config.max_num_seqs, min(MAX_CAPTURED_TOKENS, largest.tokens))
+    return CompiledStep(captured, state, Staging(state, largest), ladder, registry.graph_passes(config, device))
+
+
+def _largest(config: Any, device: torch.device) -> Bucket:
+    return Bucket(max(config.batched_tokens(device.type), 2), max(config.max_num_seqs, 2))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -184,45 +190,29 @@ def eos_ids(folder: Path, model_config: Any) -> frozenset[int]:
 
 
 def _kv_budget(
-    config: Any, layouts: list[AttentionLayout], dtype: torch.dtype, device: torch.device, max_model_len: int
+    config: Any, captured: CapturedModel, new_state: Callable[[int], DeviceState], max_model_len: int
 ) -> memory.KvBudget:
-    block_bytes = bytes_per_block(layouts, config.block_size, dtype)
+    """Pages that fit; on CUDA, where no amount is set, beside the measured peak of steps and graphs."""
+    state = new_state(1)
+    block_bytes = sum(cache.nbytes for cache in (*state.key_caches, *state.value_caches))
+    device = state.last_tokens.device
     if config.num_blocks is not None:
         available, source = config.num_blocks * block_bytes, f"num_blocks {config.num_blocks}"
     elif device.type == "cpu" or config.kv_cache_memory is not None:
         available, source = config.cpu_kv_cache_memory(), "kv_cache_memory"
     else:
-        peak = torch.cuda.max_memory_reserved(device) + _activation_bytes(config, layouts, dtype)
-        available = memory.cuda_available(config.gpu_memory_utilization, peak, device)
+        peak = trial.measure(_step(config, captured, state), _largest(config, device), max_model_len)
+        available = memory.cuda_available(config.gpu_memory_utilization, peak.step, peak.graphs, device)
         source = f"gpu_memory_utilization {config.gpu_memory_utilization}"
     return memory.plan_pages(available, block_bytes, config.block_size, max_model_len, source)
 
 
-def _activation_bytes(config: Any, layouts: list[AttentionLayout], dtype: torch.dtype) -> int:
-    """A bound on a largest step's activations: sixteen hidden-width tensors of the token budget, twice over."""
-    width = max(a.num_heads * a.head_size for a in layouts)
-    return 32 * config.batched_tokens("cuda") * width * dtype.itemsize + memory.GIB
-
-
 def warm_steps(state: DeviceState) -> list[StepInput]:
-    """One step for each compiled forward, touching only the scrap row and page.
+    """One scrap step for each compiled forward.
 
     A ragged step of distinct sizes, because the compiler takes sizes that are equal for the same: T, S, S + 1 and the
     width of the block tables. On the CPU, where a single token gains from constant sizes, such a step too.
     """
     ragged = [5, 1, 3] if state.max_blocks not in (9, 3, 4) else [6, 1, 4, 3, 2]
     wanted = [[1], ragged] if state.last_tokens.device.type == "cpu" else [ragged]
-    return [_scrap_step(lengths, state.scrap_row) for lengths in wanted]
-
-
-def _scrap_step(lengths: list[int], scrap_row: int) -> StepInput:
-    seqs = len(lengths)
-    return StepInput(
-        token_ids=np.zeros(sum(lengths), np.int32),
-        rows=np.full(seqs, scrap_row, np.int32),
-        query_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
-        starts=np.zeros(seqs, np.int32),
-        sampled=np.zeros(seqs, bool),
-        pages=np.zeros((0, 3), np.int32),
-        sampling=SamplingInput(temperature=np.zeros(seqs, np.float32), seeds=np.zeros(seqs, np.int64)),
-    )
+    return [scrap_step(lengths, state.scrap_row) for lengths in wanted]

@@ -5,7 +5,7 @@ Knows buckets and streams; the forward it captures is any callable. CUDA only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from tqdm import tqdm
@@ -24,7 +24,7 @@ class GraphSet:
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, buckets: list[Bucket], forward_of: Callable[[Bucket], Forward], progress: bool) -> None:
+    def capture(self, buckets: Sequence[Bucket], forward_of: Callable[[Bucket], Forward], progress: bool) -> None:
         """Capture largest first, so that smaller graphs fit in the pool the largest has made."""
         for bucket in tqdm(sorted(buckets, reverse=True), desc="capture", disable=not progress, unit="graph"):
             forward = forward_of(bucket)
@@ -35,8 +35,8 @@ class GraphSet:
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
-                outputs = forward()
-            self._graphs[bucket] = (graph, outputs)
+                logits, ids, staged = forward()
+            self._graphs[bucket] = (graph, (_borrowed(logits), ids, staged))
 
     def replay(self, bucket: Bucket) -> Outputs | None:
         """The bucket's outputs, valid until the next replay; None if it was not captured."""
@@ -45,3 +45,23 @@ class GraphSet:
             return None
         entry[0].replay()
         return entry[1]
+
+
+class _Bytes:
+    """Device memory as the CUDA array interface describes it (version 3)."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 3,
+        }  # fmt: skip
+
+
+def _borrowed(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a tensor, where it is dense, without a hold on it, so that the graphs' pool gives it to other graphs too.
+
+    Sound because graphs are replayed one after the other, and each one's logits are read before the next replay.
+    """
+    if not tensor.is_contiguous():
+        return tensor
+    words = torch.as_tensor(_Bytes(tensor), device=tensor.device)
+    return words.view(tensor.dtype).view(tensor.shape)

@@ -5,11 +5,15 @@ On the CPU the amount is a setting; on CUDA it is what a measured peak leaves fr
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
+log = logging.getLogger("pagegraph.memory")
+
 GIB = 1 << 30
+CONTEXT = GIB  # what a process of CUDA's holds without having allocated anything
 
 
 class DoesNotFit(ValueError):
@@ -40,18 +44,24 @@ def plan_pages(
     return KvBudget(num_blocks, block_bytes)
 
 
-def cuda_available(gpu_memory_utilization: float, peak_bytes: int, device: torch.device) -> int:
-    """Bytes for the KV cache: the share of the device we may use, less the measured peak of a largest step.
+def cuda_available(gpu_memory_utilization: float, step_bytes: int, graph_bytes: int, device: torch.device) -> int:
+    """Bytes for the KV cache: the share of the device we may use, less what is in use and what steps and graphs take.
 
     Raises DoesNotFit when the device has less free than the share asks for.
     """
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    wanted = int(total * gpu_memory_utilization)
     held = torch.cuda.memory_reserved(device)
-    if free + held < wanted:
+    wanted = int(total * gpu_memory_utilization)
+    if free + held < wanted - CONTEXT:
         share = (free + held) / total
         raise DoesNotFit(
             f"gpu_memory_utilization {gpu_memory_utilization} asks for {wanted / GIB:.1f} of {total / GIB:.1f} GiB, "
-            f"but {free / GIB:.1f} GiB are free. Set gpu_memory_utilization to {share - 0.01:.2f} or less."
+            f"but {(free + held) / GIB:.1f} GiB are free. Set gpu_memory_utilization to {share - 0.01:.2f} or less."
         )
-    return max(wanted - peak_bytes, 0)
+    available = wanted - (total - free) - step_bytes - graph_bytes
+    log.info(
+        "memory: %.2f of %.2f GiB may be used; %.2f are, a largest step takes %.2f, CUDA graphs %.2f: %.2f for pages",
+        *(one / GIB for one in (wanted, total, total - free, step_bytes, graph_bytes, max(available, 0))),
+    )
+    return max(available, 0)

@@ -8,6 +8,7 @@ page, needs none: the packet moves on by itself (`kernels.unpack`). Knows no sch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ class Layout:
     pages: int
 
     @staticmethod
+    @lru_cache(1024)
     def of(bucket: Bucket) -> Layout:
         tokens, seqs = bucket.tokens, bucket.seqs
         sizes = {
@@ -86,8 +88,7 @@ class Staging:
     def __init__(self, state: DeviceState, largest: Bucket) -> None:
         self.device = state.last_tokens.device
         self._state = state
-        self._layouts: dict[Bucket, Layout] = {}
-        self._packets: dict[Bucket, Packet] = {}
+        self._captured: dict[Bucket, Packet] = {}
         self._last: tuple[Bucket, StepInput] | None = None
         if self.device.type == "cuda":
             # Pages that a step may bring: those of its tokens, and long prompts found in the cache.
@@ -120,13 +121,13 @@ class Staging:
 
     def packet(self, bucket: Bucket) -> Packet:
         """CUDA: the bucket's fields at their fixed addresses."""
-        if bucket not in self._packets:
-            self._packets[bucket] = self._layout(bucket).views(self._words, self._max_pages, self._state.max_blocks)
-        return self._packets[bucket]
+        if bucket in self._captured:
+            return self._captured[bucket]
+        return Layout.of(bucket).views(self._words, self._max_pages, self._state.max_blocks)
 
     def placeholder(self, bucket: Bucket) -> Packet:
         """CUDA: the bucket's packet filled as an all-padding step: what a capture runs on."""
-        packet = self.packet(bucket)
+        packet = self._captured[bucket] = self.packet(bucket)
         self._words.zero_()
         packet.rows.fill_(self._state.scrap_row)
         self._last = None
@@ -136,11 +137,6 @@ class Staging:
         """Keep the packet as it is however often it is unpacked: for measurements."""
         packet.age.fill_(NEVER)
         self._last = None
-
-    def _layout(self, bucket: Bucket) -> Layout:
-        if bucket not in self._layouts:
-            self._layouts[bucket] = Layout.of(bucket)
-        return self._layouts[bucket]
 
     def _continues(self, step: StepInput, bucket: Bucket) -> bool:
         """Whether the device has moved on to this step by itself: the last one's sequences, each a token further."""
@@ -160,7 +156,7 @@ class Staging:
         )
 
     def _transfer(self, step: StepInput, bucket: Bucket) -> None:
-        layout = self._layout(bucket)
+        layout = Layout.of(bucket)
         if len(step.pages) > self._max_pages:  # prompts that the cache holds whole bring more than a packet takes
             self._put_pages(step.pages)
             step.pages = step.pages[:0]
@@ -177,7 +173,7 @@ class Staging:
 
     def _filled(self, step: StepInput, bucket: Bucket) -> Packet:
         """CPU: a packet of the step's own."""
-        layout = self._layout(bucket)
+        layout = Layout.of(bucket)
         words = torch.empty(layout.pages + step.pages.size, dtype=torch.int32)
         self._fill(words.numpy(), layout, step)
         width = -(-int(step.seq_lens.max()) // self._state.block_size)

@@ -61,8 +61,3 @@ class DeviceState:
         prompt[row].index_fill_(0, torch.as_tensor(prompt_ids, dtype=torch.long, device=device), True)
         ids = torch.as_tensor(output_ids, dtype=torch.long, device=device)
         outputs[row].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
-
-
-def bytes_per_block(layouts: list[AttentionLayout], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of K and V that one page takes over all layers."""
-    return sum(a.num_kv_heads * (a.head_size + a.value_size) for a in layouts) * block_size * dtype.itemsize

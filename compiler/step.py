@@ -97,15 +97,15 @@ class CompiledStep:
                 forward(*inputs, self.state.key_caches, self.state.value_caches)
         self.forward, self.compiled = forward, True
 
-    def capture_graphs(self, progress: bool) -> None:
-        """CUDA: capture every rung of the ladder."""
+    def capture_graphs(self, buckets: Sequence[Bucket], progress: bool) -> None:
+        """CUDA: capture these rungs of the ladder."""
 
         def forward_of(bucket: Bucket) -> Forward:
             packet = self.staging.placeholder(bucket)
             return lambda: self._forward_and_draw(packet)
 
         with torch.inference_mode():
-            self.graphs.capture(self.ladder.buckets(), forward_of, progress)
+            self.graphs.capture(buckets, forward_of, progress)
 
     def close(self) -> None:
         """Finish launched steps and stop the worker."""
@@ -136,7 +136,7 @@ class CompiledStep:
     @torch.inference_mode()
     def _launch_cuda(self, step: StepInput) -> Ticket:
         rung = self.ladder.bucket(step.num_tokens, step.num_seqs)
-        bucket = rung or own_bucket(step.num_tokens, step.num_seqs)
+        bucket = rung or Bucket(step.num_tokens, self.ladder.max_num_seqs)  # the kernels of the largest rung
         packet = self.staging.send(step, bucket)
         if self._returned is not None:
             torch.cuda.current_stream().wait_event(self._returned)

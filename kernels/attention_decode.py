@@ -173,7 +173,7 @@ def decode_kernel(
     if NUM_SPLITS == 1:
         tl.store(out_at, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
     else:
-        part = (row * KV_HEADS * GROUP + head) * NUM_SPLITS + split
+        part = (tl.program_id(0).to(tl.int64) * KV_HEADS * GROUP + head) * NUM_SPLITS + split
         tl.store(peak_ptr + part, peak, mask=grouped)
         tl.store(total_ptr + part, total, mask=grouped)
         tl.store(mixed_ptr + part[:, None] * VALUE_SIZE + value_column[None, :], mixed, mask=out_mask)
@@ -203,8 +203,8 @@ def merge_kernel(
     head = tl.program_id(1)
     column = tl.arange(0, VALUE_PAD)
     inside = column < VALUE_SIZE
-    at = row.to(tl.int64) * HEADS + head
-    out_at = out_ptr + at * VALUE_SIZE + column
+    at = tl.program_id(0).to(tl.int64) * HEADS + head
+    out_at = out_ptr + (row.to(tl.int64) * HEADS + head) * VALUE_SIZE + column
     if not live:
         if BY_TOKEN:
             tl.store(out_at, tl.zeros([VALUE_PAD], out_ptr.dtype.element_ty), mask=inside)
@@ -257,7 +257,7 @@ def attend_rows(
     head_pad, value_pad = max(16, triton.next_power_of_2(head_size)), max(16, triton.next_power_of_2(value_size))
     tile = TILES[key_cache.element_size(), max(head_pad, value_pad)]
     splits = num_splits(rows, kv_heads, max_blocks * block_size)
-    parts = (query.shape[0], heads, splits if splits > 1 else 0)
+    parts = (rows, heads, splits if splits > 1 else 0)
     mixed = torch.empty(*parts, value_size, dtype=torch.float32, device=query.device)
     peak, total = torch.empty(2, *parts, dtype=torch.float32, device=query.device)
     decode_kernel[rows, kv_heads, splits](

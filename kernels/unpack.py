@@ -16,7 +16,8 @@ UPDATE_PROGRAMS = 8
 NUM_WARPS = 4
 
 
-@triton.jit
+# Sizes vary from step to step: one compiled kernel serves them all.
+@triton.jit(do_not_specialize=["num_seqs"])
 def update_tables_kernel(
     tables_ptr,
     pages_ptr,
@@ -46,7 +47,7 @@ def update_tables_kernel(
         tl.store(age_ptr + sequence, tl.minimum(age + 1, 1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "token_programs"])
 def unpack_kernel(
     ids_ptr,
     positions_ptr,

@@ -226,7 +226,7 @@ class _PlainStaging(Staging):
 
     def _transfer(self, step: StepInput, bucket: Bucket) -> None:
         self.transfers += 1
-        self._fill(self._words, self._layout(bucket), step)
+        self._fill(self._words, Layout.of(bucket), step)
 
 
 def host(report: Report, args: argparse.Namespace, shared: dict) -> None:

@@ -1,0 +1,58 @@
+"""What steps take on a CUDA device beside weights and pages: measured by running the largest ones on scrap pages.
+
+Plain modules are run, which hold more at a time than their compiled form does. Knows no pages and no requests.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from compiler.buckets import Bucket
+from compiler.scrap import everything, scrap_step
+from compiler.step import CompiledStep
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Bytes beside weights and pages: of the largest step, and of all CUDA graphs."""
+
+    step: int
+    graphs: int
+
+
+@torch.inference_mode()
+def measure(step: CompiledStep, largest: Bucket, max_model_len: int) -> Peak:
+    """Run steps of `largest` through `step`, whose state has the scrap page only; `step` is of no use afterwards."""
+    device = step.staging.device
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    tokens = min(largest.tokens, largest.seqs * max_model_len)
+    lengths = np.full(largest.seqs, tokens // largest.seqs)
+    lengths[: tokens % largest.seqs] += 1
+    step.launch(scrap_step(lengths, step.state.scrap_row, everything(largest.seqs))).wait()
+    peak = torch.cuda.max_memory_reserved(device) - before
+    torch.cuda.empty_cache()
+    return Peak(peak, _graphs(step))
+
+
+def _graphs(step: CompiledStep) -> int:
+    """All graphs share one pool, which the largest makes; each has memory of the driver's besides."""
+    rungs = step.ladder.buckets()
+    first = _taken(lambda: step.capture_graphs(rungs[-1:], progress=False))
+    each = _taken(lambda: step.capture_graphs(rungs[:1], progress=False))
+    return first + each * (len(rungs) - 1)
+
+
+def _taken(act: Callable[[], None]) -> int:
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    act()
+    torch.cuda.empty_cache()
+    return free - torch.cuda.mem_get_info()[0]
