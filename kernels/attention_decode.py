@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import dependent, wait
 from kernels.online_softmax import LOG2E, dot_precision, first_key, last_not_above, to_base2, update
 
 
@@ -105,7 +106,10 @@ def decode_kernel(
     HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     BY_TOKEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        wait()
     row, sequence, position, live = locate(tl.program_id(0), query_start_ptr, seq_lens_ptr, num_seqs, BY_TOKEN)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -197,8 +201,11 @@ def merge_kernel(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     BY_TOKEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Partial sums of the splits of one row and head -> its output. NUM_SPLITS is a power of two."""
+    if PDL:
+        wait()
     row, sequence, position, live = locate(tl.program_id(0), query_start_ptr, seq_lens_ptr, num_seqs, BY_TOKEN)
     head = tl.program_id(1)
     column = tl.arange(0, VALUE_PAD)
@@ -296,6 +303,7 @@ def attend_rows(
         BY_TOKEN=by_token,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **dependent(query.device),
     )
     if splits == 1:
         return
@@ -317,4 +325,5 @@ def attend_rows(
         CHUNK=chunk,
         BY_TOKEN=by_token,
         num_warps=4,
+        **dependent(query.device),
     )

@@ -17,6 +17,9 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 
 `pagegraph::linear` is x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the kernel that suits the rows of x.
 
+`pagegraph::rms_norm` is x [..., H] / sqrt(mean(x ** 2) + eps) * weight [H]; `pagegraph::add_rms_norm` adds a residual
+like x before it -> (sum, norm of the sum). `pagegraph::silu_mul` is silu(gate) * up of [..., 2 * I] = (gate, up).
+
 `pagegraph::materialize` is a copy that the compiler does not look through.
 
 `pagegraph::draw` is the next token of each sequence by Gumbel-max (`kernels.reference.gumbel_argmax`): logits [S, V],
@@ -52,6 +55,9 @@ _library.define(
     "Tensor query_start, Tensor seq_lens, Tensor? sinks, float scale, int window, float softcap, int chunk) -> Tensor"
 )
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+_library.define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)")
+_library.define("silu_mul(Tensor gate_up) -> Tensor")
 _library.define("materialize(Tensor x) -> Tensor")
 _library.define(
     "draw(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor rows, Tensor sampled, "
@@ -102,6 +108,30 @@ def _linear_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return cuda.linear(x, weight, bias)
 
 
+def _rms_norm_on_cuda(*arguments: Tensor | float) -> Tensor:
+    from kernels import rms_norm
+
+    return rms_norm.rms_norm(*arguments)
+
+
+def _add_rms_norm_on_cuda(*arguments: Tensor | float) -> tuple[Tensor, Tensor]:
+    from kernels import rms_norm
+
+    return rms_norm.add_rms_norm(*arguments)
+
+
+def _silu_mul_on_cuda(gate_up: Tensor) -> Tensor:
+    from kernels import silu_mul
+
+    return silu_mul.silu_mul(gate_up)
+
+
+_library.impl("rms_norm", reference.rms_norm, "CPU")
+_library.impl("rms_norm", _rms_norm_on_cuda, "CUDA")
+_library.impl("add_rms_norm", reference.add_rms_norm, "CPU")
+_library.impl("add_rms_norm", _add_rms_norm_on_cuda, "CUDA")
+_library.impl("silu_mul", reference.silu_mul, "CPU")
+_library.impl("silu_mul", _silu_mul_on_cuda, "CUDA")
 _library.impl("materialize", torch.clone, "CompositeExplicitAutograd")
 _library.impl("linear", functional.linear, "CPU")
 _library.impl("linear", _linear_on_cuda, "CUDA")
@@ -135,3 +165,18 @@ def _materialize_fake(x: Tensor) -> Tensor:
 @torch.library.register_fake("pagegraph::linear", lib=_library)
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("pagegraph::rms_norm", lib=_library)
+def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("pagegraph::add_rms_norm", lib=_library)
+def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.register_fake("pagegraph::silu_mul", lib=_library)
+def _silu_mul_fake(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)

@@ -249,3 +249,23 @@ def unpack(
     used = torch.arange(width)[None] * block_size < seq_lens[:, None]
     out_tables = tables[rows, :width].masked_fill(~used, 0)
     return ids, positions, slots, out_tables, seq_lens, (query_start[1:].long() - 1).clamp(min=0)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """See `kernels.ops`; rounds as transformers' modules do."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kernels.ops`."""
+    total = x + residual
+    return total, rms_norm(total, weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """See `kernels.ops`; float32 inside."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)

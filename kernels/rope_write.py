@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import dependent, wait
+
 QUERY_HEADS = 8  # of one program
 NUM_WARPS = 4
 
@@ -61,7 +63,10 @@ def rope_write_kernel(
     HALF_PAD: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        wait()
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     half = tl.arange(0, HALF_PAD)
@@ -142,5 +147,6 @@ def rope_write(
         VALUE_PAD=triton.next_power_of_2(value_size),
         HAS_NORM=query_norm is not None,
         num_warps=NUM_WARPS,
+        **dependent(query.device),
     )
     return out

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import dependent, wait
+
 BLOCK_V = 2048
 NUM_WARPS = 4
 
@@ -54,7 +56,10 @@ def best_of_parts_kernel(
     VOCAB: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        wait()
     row = tl.program_id(0)
     part = tl.program_id(1)
     token = part * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -72,8 +77,18 @@ def best_of_parts_kernel(
 
 @triton.jit
 def best_of_row_kernel(
-    ids_ptr, last_tokens_ptr, score_ptr, token_ptr, rows_ptr, sampled_ptr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr
+    ids_ptr,
+    last_tokens_ptr,
+    score_ptr,
+    token_ptr,
+    rows_ptr,
+    sampled_ptr,
+    PARTS: tl.constexpr,
+    PARTS_PAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        wait()
     row = tl.program_id(0)
     part = tl.arange(0, PARTS_PAD)
     scores = tl.load(score_ptr + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
@@ -105,6 +120,7 @@ def draw(
         BLOCK_V=BLOCK_V,
         PARTS=parts,
         num_warps=NUM_WARPS,
+        **dependent(logits.device),
     )
     best_of_row_kernel[(seqs,)](
         ids,
@@ -116,5 +132,6 @@ def draw(
         PARTS=parts,
         PARTS_PAD=triton.next_power_of_2(parts),
         num_warps=NUM_WARPS,
+        **dependent(logits.device),
     )
     return ids

@@ -13,10 +13,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import dependent, wait
 from kernels.skinny_tiles import Tile
 
 MAX_TILES = 8192  # tiles of one product whose columns are split
+AHEAD = 4096  # bytes of each weight row of a program that are asked for while kernels before it run
 _counters: dict[torch.device, Tensor] = {}
+
+
+@triton.jit
+def _prefetch(rows, BYTES: tl.constexpr):
+    """Bring BYTES from each of these addresses, multiples of 16, into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r",
+        [rows.to(tl.int64), tl.full(rows.shape, BYTES, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -37,6 +52,8 @@ def skinny_linear_kernel(
     SPLIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -49,6 +66,10 @@ def skinny_linear_kernel(
     begin = split * span
     weight_at = weight_ptr + n.to(tl.int64)[:, None] * K + lane[None, :]
     x_at = x_ptr + t.to(tl.int64)[None, :] * x_stride + lane[:, None]
+    if PDL:
+        if AHEAD > 0:
+            _prefetch(weight_ptr + tl.where(in_n, n, 0).to(tl.int64) * K + begin, AHEAD)
+        wait()
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for k in range(begin, min(begin + span, K), BLOCK_K):
         if K % BLOCK_K == 0:
@@ -112,10 +133,20 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) ->
         SPLIT_K=tile.split_k,
         HAS_BIAS=bias is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        AHEAD=_bytes_ahead(size, tile, weight.element_size()),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **dependent(x.device),
     )
     return out
+
+
+def _bytes_ahead(size: int, tile: Tile, element: int) -> int:
+    """What AHEAD allows of a program's columns; nothing where that would run past the last row or off 16 bytes."""
+    span = -(-size // (tile.split_k * tile.block_k)) * tile.block_k
+    if size % span or (size * element) % 16 or (span * element) % 16:
+        return 0
+    return min(span * element, AHEAD)
 
 
 def _counters_of(device: torch.device) -> Tensor:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import dependent, wait
+
 BLOCK = 128
 UPDATE_PROGRAMS = 8
 NUM_WARPS = 4
@@ -27,7 +29,10 @@ def update_tables_kernel(
     num_seqs,
     table_stride,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        wait()
     first = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     step = tl.num_programs(0) * BLOCK
     num_pages = tl.load(num_pages_ptr)
@@ -68,7 +73,10 @@ def unpack_kernel(
     WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        wait()
     program = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     if program < token_programs:
@@ -110,7 +118,16 @@ def unpack_kernel(
 def update_tables(tables: Tensor, pages: Tensor, num_pages: Tensor, starts: Tensor, age: Tensor) -> None:
     """See `kernels.ops`."""
     update_tables_kernel[(UPDATE_PROGRAMS,)](
-        tables, pages, num_pages, starts, age, len(starts), tables.stride(0), BLOCK=BLOCK, num_warps=NUM_WARPS
+        tables,
+        pages,
+        num_pages,
+        starts,
+        age,
+        len(starts),
+        tables.stride(0),
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        **dependent(tables.device),
     )
 
 
@@ -152,5 +169,6 @@ def unpack(
         BLOCK_SIZE=block_size,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
+        **dependent(tables.device),
     )
     return ids, positions, slots, out_tables, seq_lens, logits_index

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from compiler.passes.fuse_rope import fuse_rope
+from compiler.passes.fuse_rows import fuse_rows
 from compiler.passes.merge_linears import merge_linears
 from compiler.passes.rotary_once import rotary_once
 from compiler.passes.skinny_linears import skinny_linears
@@ -39,9 +40,15 @@ class PassReport:
 PASSES: tuple[Pass, ...] = (Pass("merge_linears", merge_linears), Pass("skinny_linears", skinny_linears), Pass("rotary_once", rotary_once))
 
 
+# In this order: what fuse_rope looks for holds norms.
+GRAPH_PASSES = {"fuse_rope": fuse_rope, "fuse_rows": fuse_rows}
+
+
 def graph_passes(config: Any, device: torch.device) -> list[Callable[[torch.fx.GraphModule], int]]:
     """The passes over the captured graph. On the CPU the compiler's own loops are the better form."""
-    return [fuse_rope] if config.fuse_rope and device.type == "cuda" else []
+    if device.type != "cuda":
+        return []
+    return [graph_pass for setting, graph_pass in GRAPH_PASSES.items() if getattr(config, setting)]
 
 
 def apply(model: nn.Module, config: Any) -> list[PassReport]:

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from kernels import launch
 from kernels.skinny_tiles import Tile
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -49,6 +50,7 @@ class Compiled:
     buffers: int
     matrix_units: bool
     warp_group_units: bool
+    waits: bool  # for the kernels before it, having let the next be set up
 
 
 def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], named: dict[str, Any]) -> Compiled:
@@ -70,7 +72,7 @@ def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], n
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
-    options = {n: v for n, v in named.items() if n in ("num_warps", "num_stages")}
+    options = {n: v for n, v in named.items() if n in ("num_warps", "num_stages", "launch_pdl")}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=TARGET, options=options)
     report = assemble(compiled.asm["ptx"])
@@ -85,6 +87,7 @@ def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], n
         buffers=min(depths, default=0),
         matrix_units="mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"],
         warp_group_units="wgmma.mma_async" in compiled.asm["ptx"],
+        waits=all(f"griddepcontrol.{what}" in compiled.asm["ptx"] for what in ("wait", "launch_dependents")),
     )
 
 
@@ -119,6 +122,7 @@ def main() -> None:
         compiled.append(compile_launch(case, kernel, arguments, named))
 
     JITFunction.run = record
+    launch.dependent = lambda device: {"PDL": True, "launch_pdl": True}
     for case, module, function, described in json.load(sys.stdin):
         getattr(importlib.import_module(module), function)(*(argument(one) for one in described))
     print(json.dumps([asdict(one) for one in compiled]))

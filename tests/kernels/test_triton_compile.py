@@ -68,6 +68,15 @@ def sampling(vocab: int, dtype: str) -> list[Any]:
     return [f"sampling {vocab} {dtype}", "kernels.sampling", "draw", arguments]
 
 
+def rows(rows: int, size: int) -> list[list[Any]]:
+    x, weight = tensor("bfloat16", rows, size), tensor("bfloat16", size)
+    return [
+        [f"norm {rows}x{size}", "kernels.rms_norm", "rms_norm", [x, weight, 1e-6]],
+        [f"add and norm {rows}x{size}", "kernels.rms_norm", "add_rms_norm", [x, x, weight, 1e-6]],
+        [f"silu {rows}x{size}", "kernels.silu_mul", "silu_mul", [x]],
+    ]
+
+
 def unpack(tokens: int, seqs: int) -> list[list[Any]]:
     tables, starts = tensor("int32", 257, 512), tensor("int32", seqs)
     update = [tables, tensor("int32", 4096, 3), tensor("int32", 1), starts, starts]
@@ -141,19 +150,25 @@ def check_fits(kernels: list[dict[str, Any]]) -> None:
 def half() -> list[dict[str, Any]]:
     """The launches of models in bfloat16, and sampling."""
     unpacks = [*unpack(2, 2), *unpack(2048, 256)]
-    return compiled([*HALF, *ROPES, *LINEARS, *unpacks, sampling(151936, "float32"), sampling(128256, "bfloat16")])
+    rowwise = [*rows(1, 1024), *rows(256, 4096), *rows(8192, 16384)]
+    return compiled([*HALF, *ROPES, *LINEARS, *unpacks, *rowwise, sampling(151936, "float32"), sampling(128256, "bfloat16")])
 
 
 def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
     names = {k["kernel"] for k in half}
     assert names == {
         "kv_write_kernel", "decode_kernel", "merge_kernel", "prefill_kernel", "skinny_linear_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
-        "update_tables_kernel", "unpack_kernel",
+        "update_tables_kernel", "unpack_kernel", "rms_norm_kernel", "silu_mul_kernel",
     }  # fmt: skip
 
 
 def test_nothing_spills(half: list[dict[str, Any]]) -> None:
     check_fits(half)
+
+
+def test_kernels_of_a_decode_step_wait_for_those_before(half: list[dict[str, Any]]) -> None:
+    """All but the two of prefill are launched while the one before still runs."""
+    assert {k["kernel"] for k in half if not k["waits"]} == {"kv_write_kernel", "prefill_kernel"}
 
 
 def test_attention_is_pipelined_on_matrix_units(half: list[dict[str, Any]]) -> None:
