@@ -1,7 +1,7 @@
-"""Triton: paged attention of single rows, split along the keys, and the merge of the splits.
+"""Triton: paged attention of single rows, split along the keys.
 
 One program computes one row, one KV head and one split; the query heads that share the KV head are the rows
-of its matrix. With BY_TOKEN each row of the step is found its sequence, so the kernel is right for any ragged
+of its matrix. The last of a row's splits to arrive merges them, in order, so the result does not depend on timing. With BY_TOKEN each row of the step is found its sequence, so the kernel is right for any ragged
 step (verification of a few drafts among them); otherwise it takes the sequences that have one row and leaves
 the rest to `attention_prefill`. The grid depends on sizes alone; lengths are read on the device.
 """
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import dependent, wait
+from kernels.launch import arrival_counts, dependent, wait
 from kernels.online_softmax import LOG2E, dot_precision, first_key, last_not_above, to_base2, update
 
 
@@ -77,6 +77,7 @@ def decode_kernel(
     mixed_ptr,
     peak_ptr,
     total_ptr,
+    arrivals_ptr,
     query_ptr,
     key_cache_ptr,
     value_cache_ptr,
@@ -109,7 +110,7 @@ def decode_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        wait()
+        wait(PDL)
     row, sequence, position, live = locate(tl.program_id(0), query_start_ptr, seq_lens_ptr, num_seqs, BY_TOKEN)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -122,7 +123,7 @@ def decode_kernel(
     out_at = out_ptr + (row * KV_HEADS * GROUP + head[:, None]) * VALUE_SIZE + value_column[None, :]
     out_mask = grouped[:, None] & (value_column < VALUE_SIZE)[None, :]
     if not live:
-        if BY_TOKEN and NUM_SPLITS == 1:
+        if BY_TOKEN and split == 0:
             tl.store(out_at, tl.zeros([BLOCK_M, VALUE_PAD], out_ptr.dtype.element_ty), mask=out_mask)
         return
     begin = first_key(position, WINDOW, CHUNK)
@@ -176,60 +177,36 @@ def decode_kernel(
 
     if NUM_SPLITS == 1:
         tl.store(out_at, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
-    else:
-        part = (tl.program_id(0).to(tl.int64) * KV_HEADS * GROUP + head) * NUM_SPLITS + split
-        tl.store(peak_ptr + part, peak, mask=grouped)
-        tl.store(total_ptr + part, total, mask=grouped)
-        tl.store(mixed_ptr + part[:, None] * VALUE_SIZE + value_column[None, :], mixed, mask=out_mask)
-
-
-@triton.jit
-def merge_kernel(
-    out_ptr,
-    mixed_ptr,
-    peak_ptr,
-    total_ptr,
-    query_start_ptr,
-    seq_lens_ptr,
-    num_seqs,
-    HEADS: tl.constexpr,
-    VALUE_SIZE: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BY_TOKEN: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Partial sums of the splits of one row and head -> its output. NUM_SPLITS is a power of two."""
-    if PDL:
-        wait()
-    row, sequence, position, live = locate(tl.program_id(0), query_start_ptr, seq_lens_ptr, num_seqs, BY_TOKEN)
-    head = tl.program_id(1)
-    column = tl.arange(0, VALUE_PAD)
-    inside = column < VALUE_SIZE
-    at = tl.program_id(0).to(tl.int64) * HEADS + head
-    out_at = out_ptr + (row.to(tl.int64) * HEADS + head) * VALUE_SIZE + column
-    if not live:
-        if BY_TOKEN:
-            tl.store(out_at, tl.zeros([VALUE_PAD], out_ptr.dtype.element_ty), mask=inside)
         return
-    length = position + 1 - first_key(position, WINDOW, CHUNK)
-    span = split_span(length, NUM_SPLITS, BLOCK_N, MIN_SPLIT)
-    split = tl.arange(0, NUM_SPLITS)
-    used = split * span < length
-    peaks = tl.load(peak_ptr + at * NUM_SPLITS + split, mask=used, other=float("-inf"))
-    totals = tl.load(total_ptr + at * NUM_SPLITS + split, mask=used, other=0.0)
-    parts = tl.load(
-        mixed_ptr + (at * NUM_SPLITS + split[:, None]) * VALUE_SIZE + column[None, :],
-        mask=used[:, None] & inside[None, :],
-        other=0.0,
-    )
-    share = tl.exp2(peaks - tl.max(peaks, 0))
-    mixed = tl.sum(parts * share[:, None], 0) / tl.sum(totals * share, 0)
-    tl.store(out_at, mixed.to(out_ptr.dtype.element_ty), mask=inside)
+    # Parts [row, split, head]: what each split found.
+    used = (length + span - 1) // span
+    index = tl.program_id(0) * KV_HEADS + kv_head
+    part = tl.program_id(0).to(tl.int64) * NUM_SPLITS * KV_HEADS * GROUP + head
+    mine = part + split * KV_HEADS * GROUP
+    tl.store(peak_ptr + mine, peak, mask=grouped)
+    tl.store(total_ptr + mine, total, mask=grouped)
+    tl.store(mixed_ptr + mine[:, None] * VALUE_SIZE + value_column[None, :], mixed, mask=out_mask)
+    tl.debug_barrier()  # every thread's share is stored before the arrival is counted
+    if tl.atomic_add(arrivals_ptr + index, 1, sem="acq_rel") < used - 1:
+        return
+    tl.store(arrivals_ptr + index, 0)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mixed = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
+    for other in range(0, used):
+        at = part + other * KV_HEADS * GROUP
+        # Past the first-level cache, which does not see what other programs store.
+        peak_there = tl.load(peak_ptr + at, mask=grouped, other=0.0, cache_modifier=".cg")
+        total_there = tl.load(total_ptr + at, mask=grouped, other=1.0, cache_modifier=".cg")
+        mixed_there = tl.load(
+            mixed_ptr + at[:, None] * VALUE_SIZE + value_column[None, :], mask=out_mask, other=0.0, cache_modifier=".cg"
+        )
+        higher = tl.maximum(peak, peak_there)
+        keep, take = tl.exp2(peak - higher), tl.exp2(peak_there - higher)
+        total = total * keep + total_there * take
+        mixed = mixed * keep[:, None] + mixed_there * take[:, None]
+        peak = higher
+    tl.store(out_at, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 def num_splits(rows: int, kv_heads: int, max_length: int) -> int:
@@ -264,14 +241,18 @@ def attend_rows(
     head_pad, value_pad = max(16, triton.next_power_of_2(head_size)), max(16, triton.next_power_of_2(value_size))
     tile = TILES[key_cache.element_size(), max(head_pad, value_pad)]
     splits = num_splits(rows, kv_heads, max_blocks * block_size)
-    parts = (rows, heads, splits if splits > 1 else 0)
+    parts = (rows, splits if splits > 1 else 0, heads)
     mixed = torch.empty(*parts, value_size, dtype=torch.float32, device=query.device)
+    arrivals = arrival_counts(query.device)
+    if splits > 1 and rows * kv_heads > len(arrivals):
+        raise ValueError(f"{rows} rows of {kv_heads} heads are split: more than {len(arrivals)} counts")
     peak, total = torch.empty(2, *parts, dtype=torch.float32, device=query.device)
     decode_kernel[rows, kv_heads, splits](
         out,
         mixed,
         peak,
         total,
+        arrivals,
         query,
         key_cache,
         value_cache,
@@ -303,27 +284,5 @@ def attend_rows(
         BY_TOKEN=by_token,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **dependent(query.device),
-    )
-    if splits == 1:
-        return
-    merge_kernel[rows, heads](
-        out,
-        mixed,
-        peak,
-        total,
-        query_start,
-        seq_lens,
-        num_seqs,
-        HEADS=heads,
-        VALUE_SIZE=value_size,
-        VALUE_PAD=value_pad,
-        BLOCK_N=tile.block_n,
-        NUM_SPLITS=splits,
-        MIN_SPLIT=MIN_SPLIT,
-        WINDOW=window,
-        CHUNK=chunk,
-        BY_TOKEN=by_token,
-        num_warps=4,
         **dependent(query.device),
     )

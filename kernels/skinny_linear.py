@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import dependent, wait
+from kernels.launch import arrival_counts, dependent, wait
+from kernels.silu_mul import gated
 from kernels.skinny_tiles import Tile
 
-MAX_TILES = 8192  # tiles of one product whose columns are split
 AHEAD = 4096  # bytes of each weight row of a program that are asked for while kernels before it run
-_counters: dict[torch.device, Tensor] = {}
 
 
 @triton.jit
@@ -51,6 +50,7 @@ def skinny_linear_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
     PRECISION: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
@@ -69,18 +69,22 @@ def skinny_linear_kernel(
     if PDL:
         if AHEAD > 0:
             _prefetch(weight_ptr + tl.where(in_n, n, 0).to(tl.int64) * K + begin, AHEAD)
-        wait()
+        wait(PDL)
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for k in range(begin, min(begin + span, K), BLOCK_K):
         if K % BLOCK_K == 0:
             weight = tl.load(weight_at + k, mask=in_n[:, None], other=0.0, eviction_policy="evict_first")
             x = tl.load(x_at + k, mask=in_t[None, :], other=0.0)
+            if GATED:
+                x = gated(x, tl.load(x_at + K + k, mask=in_t[None, :], other=0.0))
         else:
             inside = lane < K - k
             weight = tl.load(
                 weight_at + k, mask=in_n[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
             )
             x = tl.load(x_at + k, mask=in_t[None, :] & inside[:, None], other=0.0)
+            if GATED:
+                x = gated(x, tl.load(x_at + K + k, mask=in_t[None, :] & inside[:, None], other=0.0))
         total = tl.dot(weight, x, total, input_precision=PRECISION)
     out_at = out_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
     inside = in_n[:, None] & in_t[None, :]
@@ -102,20 +106,19 @@ def skinny_linear_kernel(
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, is_gated: bool = False) -> Tensor:
     """x [T, K] (rows dense, T at most 64), weight [N, K] contiguous, bias [N] -> [T, N] in x's dtype.
 
-    Calls share the arrival counts, so they belong on one stream.
+    `is_gated`: x [T, 2 * K] holds gate and up, and silu(gate) * up is multiplied.
     """
-    rows, size = x.shape
-    out_size = weight.shape[0]
+    rows, (out_size, size) = len(x), weight.shape
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
     tiles = -(-out_size // tile.block_n)
     block_t = max(16, triton.next_power_of_2(rows))
     partial = counters = out
     if tile.split_k > 1:
         partial = torch.empty(tile.split_k * tiles * tile.block_n * block_t, dtype=torch.float32, device=x.device)
-        counters = _counters_of(x.device)
+        counters = arrival_counts(x.device)
     skinny_linear_kernel[tiles, tile.split_k](
         out,
         partial,
@@ -132,6 +135,7 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) ->
         BLOCK_K=tile.block_k,
         SPLIT_K=tile.split_k,
         HAS_BIAS=bias is not None,
+        GATED=is_gated,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         AHEAD=_bytes_ahead(size, tile, weight.element_size()),
         num_warps=tile.num_warps,
@@ -147,10 +151,3 @@ def _bytes_ahead(size: int, tile: Tile, element: int) -> int:
     if size % span or (size * element) % 16 or (span * element) % 16:
         return 0
     return min(span * element, AHEAD)
-
-
-def _counters_of(device: torch.device) -> Tensor:
-    """Arrival counts, zero between launches: made once, so that graphs may hold the address."""
-    if device not in _counters:
-        _counters[device] = torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
-    return _counters[device]
