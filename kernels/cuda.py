@@ -14,12 +14,8 @@ from kernels.attention_decode import attend_rows
 from kernels.attention_prefill import attend_ragged
 from kernels.kv_write import write_kv
 from kernels.rope_write import rope_write
-from kernels.silu_mul import silu_mul
 from kernels.skinny_linear import skinny_linear
-from kernels.skinny_tiles import Tile, tile_of
-
-MAX_GATED_ROWS = 16
-
+from kernels.skinny_tiles import tile_of
 
 def paged_attention(
     query: Tensor,
@@ -89,25 +85,10 @@ def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `kernels.ops`."""
     rows = x.reshape(-1, x.shape[-1])
-    tile = _tile(rows, weight)
-    if tile is None:
+    tile = tile_of(len(rows), *weight.shape) if weight.element_size() == 2 and weight.is_contiguous() else None
+    if tile is None or rows.stride(1) != 1:
         return functional.linear(x, weight, bias)
     return skinny_linear(rows, weight, bias, tile).view(*x.shape[:-1], -1)
-
-
-def silu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """See `kernels.ops`; one kernel where each program reads few rows of gate and up again."""
-    rows = gate_up.reshape(-1, gate_up.shape[-1])
-    tile = _tile(rows, weight) if len(rows) <= MAX_GATED_ROWS else None
-    if tile is None:
-        return linear(silu_mul(gate_up), weight, bias)
-    return skinny_linear(rows, weight, bias, tile, is_gated=True).view(*gate_up.shape[:-1], -1)
-
-
-def _tile(rows: Tensor, weight: Tensor) -> Tile | None:
-    """How the skinny kernel is cut; None where cuBLAS is to compute the product."""
-    suits = weight.element_size() == 2 and weight.is_contiguous() and rows.stride(1) == 1
-    return tile_of(len(rows), *weight.shape) if suits else None
 
 
 def _dense_rows(rows: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 `pagegraph::linear` is x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the kernel that suits the rows of x.
 
 `pagegraph::rms_norm` is x [..., H] / sqrt(mean(x ** 2) + eps) * weight [H]; `pagegraph::add_rms_norm` adds a residual
-like x before it -> (sum, norm of the sum). `pagegraph::silu_mul` is silu(gate) * up of [..., 2 * I] = (gate, up), and
-`pagegraph::silu_linear` is `linear` of that.
+like x before it -> (sum, norm of the sum). `pagegraph::silu_mul` is silu(gate) * up of [..., 2 * I] = (gate, up).
 
 `pagegraph::materialize` is a copy that the compiler does not look through.
 
@@ -59,7 +58,6 @@ _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 _library.define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)")
 _library.define("silu_mul(Tensor gate_up) -> Tensor")
-_library.define("silu_linear(Tensor gate_up, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("materialize(Tensor x) -> Tensor")
 _library.define(
     "draw(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor rows, Tensor sampled, "
@@ -128,20 +126,12 @@ def _silu_mul_on_cuda(gate_up: Tensor) -> Tensor:
     return silu_mul.silu_mul(gate_up)
 
 
-def _silu_linear_on_cuda(gate_up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from kernels import cuda
-
-    return cuda.silu_linear(gate_up, weight, bias)
-
-
 _library.impl("rms_norm", reference.rms_norm, "CPU")
 _library.impl("rms_norm", _rms_norm_on_cuda, "CUDA")
 _library.impl("add_rms_norm", reference.add_rms_norm, "CPU")
 _library.impl("add_rms_norm", _add_rms_norm_on_cuda, "CUDA")
 _library.impl("silu_mul", reference.silu_mul, "CPU")
 _library.impl("silu_mul", _silu_mul_on_cuda, "CUDA")
-_library.impl("silu_linear", lambda x, weight, bias: functional.linear(reference.silu_mul(x), weight, bias), "CPU")
-_library.impl("silu_linear", _silu_linear_on_cuda, "CUDA")
 _library.impl("materialize", torch.clone, "CompositeExplicitAutograd")
 _library.impl("linear", functional.linear, "CPU")
 _library.impl("linear", _linear_on_cuda, "CUDA")
@@ -172,7 +162,6 @@ def _materialize_fake(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("pagegraph::silu_linear", lib=_library)
 @torch.library.register_fake("pagegraph::linear", lib=_library)
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -14,22 +14,15 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def gated(gate, up):
-    """silu(gate) * up, float32 inside, in up's dtype."""
-    wide = gate.to(tl.float32)
-    return (wide * tl.sigmoid(wide) * up.to(tl.float32)).to(up.dtype)
-
-
-@triton.jit
 def silu_mul_kernel(out_ptr, gate_up_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
     if PDL:
         wait(PDL)
-    gate = tl.load(gate_up_ptr + row * 2 * SIZE + column, mask=inside, other=0.0)
-    up = tl.load(gate_up_ptr + row * 2 * SIZE + SIZE + column, mask=inside, other=0.0)
-    tl.store(out_ptr + row * SIZE + column, gated(gate, up), mask=inside)
+    gate = tl.load(gate_up_ptr + row * 2 * SIZE + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * SIZE + SIZE + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * SIZE + column, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

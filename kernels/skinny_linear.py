@@ -14,23 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import arrival_counts, dependent, wait
-from kernels.silu_mul import gated
 from kernels.skinny_tiles import Tile
 
-AHEAD = 4096  # bytes of each weight row of a program that are asked for while kernels before it run
-
-
-@triton.jit
-def _prefetch(rows, BYTES: tl.constexpr):
-    """Bring BYTES from each of these addresses, multiples of 16, into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r",
-        [rows.to(tl.int64), tl.full(rows.shape, BYTES, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -50,9 +35,7 @@ def skinny_linear_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    GATED: tl.constexpr,
     PRECISION: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -67,24 +50,18 @@ def skinny_linear_kernel(
     weight_at = weight_ptr + n.to(tl.int64)[:, None] * K + lane[None, :]
     x_at = x_ptr + t.to(tl.int64)[None, :] * x_stride + lane[:, None]
     if PDL:
-        if AHEAD > 0:
-            _prefetch(weight_ptr + tl.where(in_n, n, 0).to(tl.int64) * K + begin, AHEAD)
         wait(PDL)
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for k in range(begin, min(begin + span, K), BLOCK_K):
         if K % BLOCK_K == 0:
             weight = tl.load(weight_at + k, mask=in_n[:, None], other=0.0, eviction_policy="evict_first")
             x = tl.load(x_at + k, mask=in_t[None, :], other=0.0)
-            if GATED:
-                x = gated(x, tl.load(x_at + K + k, mask=in_t[None, :], other=0.0))
         else:
             inside = lane < K - k
             weight = tl.load(
                 weight_at + k, mask=in_n[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
             )
             x = tl.load(x_at + k, mask=in_t[None, :] & inside[:, None], other=0.0)
-            if GATED:
-                x = gated(x, tl.load(x_at + K + k, mask=in_t[None, :] & inside[:, None], other=0.0))
         total = tl.dot(weight, x, total, input_precision=PRECISION)
     out_at = out_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
     inside = in_n[:, None] & in_t[None, :]
@@ -106,11 +83,8 @@ def skinny_linear_kernel(
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, is_gated: bool = False) -> Tensor:
-    """x [T, K] (rows dense, T at most 64), weight [N, K] contiguous, bias [N] -> [T, N] in x's dtype.
-
-    `is_gated`: x [T, 2 * K] holds gate and up, and silu(gate) * up is multiplied.
-    """
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
+    """x [T, K] (rows dense, T at most 64), weight [N, K] contiguous, bias [N] -> [T, N] in x's dtype."""
     rows, (out_size, size) = len(x), weight.shape
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
     tiles = -(-out_size // tile.block_n)
@@ -135,19 +109,9 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, is
         BLOCK_K=tile.block_k,
         SPLIT_K=tile.split_k,
         HAS_BIAS=bias is not None,
-        GATED=is_gated,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        AHEAD=_bytes_ahead(size, tile, weight.element_size()),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **dependent(x.device),
     )
     return out
-
-
-def _bytes_ahead(size: int, tile: Tile, element: int) -> int:
-    """What AHEAD allows of a program's columns; nothing where that would run past the last row or off 16 bytes."""
-    span = -(-size // (tile.split_k * tile.block_k)) * tile.block_k
-    if size % span or (size * element) % 16 or (span * element) % 16:
-        return 0
-    return min(span * element, AHEAD)

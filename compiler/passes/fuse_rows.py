@@ -51,16 +51,10 @@ def _is_residual(total: Node, norm: Node) -> bool:
 
 def _fuse_gated(graph: Graph, node: Node) -> bool:
     product = _gated(node)
-    if product is None:
-        return False
-    (user, *others) = node.users
-    if is_call(user, torch.ops.pagegraph.linear) and user.args[0] is node and not others:
-        with graph.inserting_before(user):
-            _replace(user, graph.call_function(torch.ops.pagegraph.silu_linear, (product, *user.args[1:])))
-    else:
+    if product is not None:
         with graph.inserting_before(node):
             _replace(node, graph.call_function(torch.ops.pagegraph.silu_mul, (product,)))
-    return True
+    return product is not None
 
 
 def _gated(node: Node) -> Node | None:

@@ -60,25 +60,3 @@ def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
         ops = torch.ops.pagegraph
         targets = [node.target for node in graphs[0].graph.nodes]
         assert tuple(targets.count(op) for op in (ops.add_rms_norm, ops.rms_norm, ops.silu_mul)) == FOUND[name]
-
-
-def test_gated_rows_join_the_product_behind_them() -> None:
-    ops = torch.ops.pagegraph
-
-    def mlp(x: torch.Tensor, wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
-        gate, up = ops.linear(x, wide, None).split([24, 24], dim=-1)
-        return ops.linear(torch.nn.functional.silu(gate) * up, narrow, None)
-
-    inputs = torch.randn(1, 3, 16), torch.randn(48, 16), torch.randn(16, 24)
-    graphs: list[torch.fx.GraphModule] = []
-
-    def rewritten(module: torch.fx.GraphModule, example: list[torch.Tensor]):
-        assert fuse_rows(module) == 1
-        graphs.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
-    got = torch.compile(mlp, backend=rewritten, fullgraph=True)(*inputs)
-    torch.testing.assert_close(got, mlp(*inputs))
-    targets = [node.target for node in graphs[0].graph.nodes]
-    assert targets.count(ops.silu_linear) == 1 and ops.silu_mul not in targets

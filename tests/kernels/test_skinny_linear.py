@@ -8,7 +8,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from kernels import reference
 from kernels.skinny_tiles import MAX_ROWS, Tile, tile_of
 
 
@@ -33,15 +32,6 @@ def test_equals_torch(triton_calls, rows: int, out_size: int, size: int, tile: T
         out, _ = triton_calls.call("kernels.skinny_linear", "skinny_linear", x, weight, bias, tile)
         assert out.dtype == x.dtype and out.shape == expected.shape
         torch.testing.assert_close(out.float(), expected, atol=2e-2 * size**0.5, rtol=1e-2)
-
-
-@pytest.mark.parametrize(("size", "tile"), [(128, Tile(16, 32, 2, 4, 3)), (160, Tile(16, 64, 2, 4, 3))])
-def test_gated_rows_equal_torch(triton_calls, size: int, tile: Tile) -> None:
-    gate_up = torch.randn(5, 2 * size + 16, dtype=torch.bfloat16)[:, : 2 * size]
-    weight = torch.randn(40, size, dtype=torch.bfloat16)
-    out, _ = triton_calls.call("kernels.skinny_linear", "skinny_linear", gate_up, weight, None, tile, True)
-    expected = functional.linear(reference.silu_mul(gate_up).float(), weight.float())
-    torch.testing.assert_close(out.float(), expected, atol=2e-2 * size**0.5, rtol=1e-2)
 
 
 @example(1, 8, 64)  # fewer weight rows than one tile

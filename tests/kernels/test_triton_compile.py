@@ -94,12 +94,6 @@ def linear(rows: int, out_size: int, size: int) -> list[Any]:
     return [f"linear {rows} {out_size}x{size} {tile}", "kernels.skinny_linear", "skinny_linear", arguments]
 
 
-def gated(rows: int, out_size: int, size: int) -> list[Any]:
-    """A product whose rows are gated on the way."""
-    name, *call, arguments = linear(rows, out_size, size)
-    return [f"gated {name}", *call, [tensor("bfloat16", rows, 2 * size), *arguments[1:], True]]
-
-
 def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
     """Queries, keys and values as slices of a merged projection, with or without the norm."""
     wide = [{"slice": (256, n, size), "dtype": "bfloat16"} for n in (heads, kv_heads, kv_heads)]
@@ -157,7 +151,7 @@ def half() -> list[dict[str, Any]]:
     """The launches of models in bfloat16, and sampling."""
     unpacks = [*unpack(2, 2), *unpack(2048, 256)]
     rowwise = [*rows(1, 1024), *rows(256, 4096), *rows(8192, 16384)]
-    return compiled([*HALF, *ROPES, *LINEARS, gated(2, 1024, 3072), gated(16, 4096, 14336), *unpacks, *rowwise, sampling(151936, "float32"), sampling(128256, "bfloat16")])
+    return compiled([*HALF, *ROPES, *LINEARS, *unpacks, *rowwise, sampling(151936, "float32"), sampling(128256, "bfloat16")])
 
 
 def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
