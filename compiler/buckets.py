@@ -33,6 +33,11 @@ class Ladder:
         rungs += [Bucket(n, min(n, self.max_num_seqs)) for n in self.mixed]
         return sorted(set(rungs))
 
+    def first(self) -> list[Bucket]:
+        """The few rungs that steps of every size fit in without much padding: captured before anything runs."""
+        decode, mixed = _every_fourth(self.decode), _every_fourth(self.mixed)
+        return [rung for rung in self.buckets() if rung in Ladder(decode, mixed, self.max_num_seqs).buckets()]
+
     def bucket(self, num_tokens: int, num_seqs: int) -> Bucket | None:
         """Smallest rung that holds the step, or None when it is larger than every rung."""
         if num_tokens == num_seqs:
@@ -43,6 +48,15 @@ class Ladder:
         if at < len(self.mixed):
             return Bucket(self.mixed[at], min(self.mixed[at], self.max_num_seqs))
         return None
+
+
+def _every_fourth(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The largest of rising sizes, then each that is at most a quarter of the one kept before."""
+    kept: list[int] = []
+    for size in reversed(sizes):
+        if not kept or size * 4 <= kept[-1]:
+            kept.append(size)
+    return tuple(reversed(kept))
 
 
 def cuda_ladder(max_num_seqs: int, max_captured_tokens: int) -> Ladder:

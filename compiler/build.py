@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from compiler import lower, memory, model_source, trial, weights
 from compiler.buckets import Bucket, cuda_ladder
 from compiler.capture import ATTENTION_NAME, CapturedModel, capture
+from compiler.graphs import Pending
 from compiler.passes import registry
 from compiler.scrap import scrap_step
 from compiler.staging import Staging
@@ -123,14 +124,20 @@ def ready(config: Any, *, progress: bool = True) -> BuiltModel:
     return built
 
 
-def finish(config: Any, built: BuiltModel, *, progress: bool) -> None:
-    """The stages after loading: compilation where it is on, graph capture on CUDA."""
+def finish(config: Any, built: BuiltModel, *, progress: bool, all_graphs: bool = True) -> None:
+    """The stages after loading: compilation where it is on, graph capture on CUDA.
+
+    Without `all_graphs` few are captured here, and the others in the step's idle time.
+    """
+    step = built.step
     if config.compile:
         with built.timings.stage("compile"):
-            built.step.compile(warm_steps(built.step.state), progress)
+            step.compile(warm_steps(step.state), progress)
     if built.device.type == "cuda":
         with built.timings.stage("graphs"):
-            built.step.capture_graphs(built.step.ladder.buckets(), progress)
+            rungs = step.ladder.buckets() if all_graphs else step.ladder.first()
+            step.pending = Pending(step.ladder.buckets())
+            step.capture_graphs(rungs, progress)
 
 
 def _step(config: Any, captured: CapturedModel, state: DeviceState) -> CompiledStep:

@@ -17,6 +17,31 @@ Outputs = tuple[torch.Tensor, torch.Tensor, Staged]  # logits [S, vocab], ids in
 Forward = Callable[[], Outputs]
 
 
+DUE = 64  # steps that had to run in a larger bucket after which their own is captured even if that holds others up
+
+
+class Pending:
+    """Buckets that are not captured yet, and how many steps have wanted each."""
+
+    def __init__(self, buckets: Sequence[Bucket] = ()) -> None:
+        self._wanted = dict.fromkeys(sorted(buckets), 0)
+
+    def __contains__(self, bucket: Bucket) -> bool:
+        return bucket in self._wanted
+
+    def want(self, bucket: Bucket) -> bool:
+        """A step would run in it -> whether it is due."""
+        self._wanted[bucket] += 1
+        return self._wanted[bucket] >= DUE
+
+    def next(self) -> Bucket | None:
+        """The most wanted, of equals the smallest; None when all are captured."""
+        return max(self._wanted, key=self._wanted.__getitem__, default=None)
+
+    def done(self, bucket: Bucket) -> None:
+        self._wanted.pop(bucket, None)
+
+
 class GraphSet:
     """Captured buckets sharing one memory pool, so the largest decides the memory of all."""
 
@@ -37,6 +62,11 @@ class GraphSet:
             with torch.cuda.graph(graph, pool=self._pool):
                 logits, ids, staged = forward()
             self._graphs[bucket] = (graph, (_borrowed(logits), ids, staged))
+
+    def holding(self, bucket: Bucket) -> Bucket | None:
+        """The smallest captured bucket that a step of this one fits in."""
+        larger = [one for one in self._graphs if one.tokens >= bucket.tokens and one.seqs >= bucket.seqs]
+        return min(larger, default=None)
 
     def replay(self, bucket: Bucket) -> Outputs | None:
         """The bucket's outputs, valid until the next replay; None if it was not captured."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from compiler import lower
 from compiler.buckets import Bucket, Ladder, own_bucket
 from compiler.capture import CapturedModel
-from compiler.graphs import Forward, GraphSet, Outputs
+from compiler.graphs import Forward, GraphSet, Outputs, Pending
 from compiler.sampling import StepLogprobTensors, draw, sample
 from compiler.staging import Packet, Staged, Staging
 from compiler.state import DeviceState
@@ -71,6 +71,7 @@ class CompiledStep:
         self.compiled = False
         self.counts = StepCounts()
         self.graphs = GraphSet() if staging.device.type == "cuda" else None
+        self.pending = Pending()  # rungs to be captured between steps
         # One thread runs CPU steps in order: the engine's loop goes on meanwhile, as it does beside a GPU.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="step") if staging.device.type == "cpu" else None
         self._returns = torch.cuda.Stream() if staging.device.type == "cuda" else None
@@ -98,7 +99,7 @@ class CompiledStep:
         self.forward, self.compiled = forward, True
 
     def capture_graphs(self, buckets: Sequence[Bucket], progress: bool) -> None:
-        """CUDA: capture these rungs of the ladder."""
+        """CUDA: capture these rungs of the ladder; a step may be in flight."""
 
         def forward_of(bucket: Bucket) -> Forward:
             packet = self.staging.placeholder(bucket)
@@ -106,6 +107,15 @@ class CompiledStep:
 
         with torch.inference_mode():
             self.graphs.capture(buckets, forward_of, progress)
+        for bucket in buckets:
+            self.pending.done(bucket)
+
+    def use_idle_time(self) -> bool:
+        """Do a piece of what was put off at the start -> whether there was any: on CUDA, capture one more rung."""
+        bucket = self.pending.next()
+        if bucket is not None:
+            self.capture_graphs([bucket], progress=False)
+        return bucket is not None
 
     def close(self) -> None:
         """Finish launched steps and stop the worker."""
@@ -135,7 +145,7 @@ class CompiledStep:
 
     @torch.inference_mode()
     def _launch_cuda(self, step: StepInput) -> Ticket:
-        rung = self.ladder.bucket(step.num_tokens, step.num_seqs)
+        rung = self._rung(step)
         bucket = rung or Bucket(step.num_tokens, self.ladder.max_num_seqs)  # the kernels of the largest rung
         packet = self.staging.send(step, bucket)
         if self._returned is not None:
@@ -144,6 +154,16 @@ class CompiledStep:
         self.counts.launched(step.num_tokens, bucket.tokens, replayed is not None)
         ids, logprobs = self._finish(step, *(replayed or self._forward_and_draw(packet)))
         return Ticket(self._returning(ids, logprobs))
+
+    def _rung(self, step: StepInput) -> Bucket | None:
+        """The rung that the step runs in: its own, or a larger one while that is not captured; None beyond the ladder."""
+        rung = self.ladder.bucket(step.num_tokens, step.num_seqs)
+        if rung not in self.pending:
+            return rung
+        if self.pending.want(rung):
+            self.capture_graphs([rung], progress=False)
+            return rung
+        return self.graphs.holding(rung)
 
     def _returning(self, ids: torch.Tensor, logprobs: StepLogprobTensors | None) -> Callable[[], StepOutput]:
         """Send ids to the host on a second stream; the main one goes on."""

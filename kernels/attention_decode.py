@@ -40,7 +40,7 @@ TILES: dict[tuple[int, int], Tile] = {
     (4, 128): Tile(16, 4, 3),
     (4, 256): Tile(16, 4, 2),
 }
-MIN_SPLIT = 64  # keys, a tile: with few sequences even short ones are shared out
+MIN_SPLIT = 128  # keys: with few sequences even short ones are shared out
 MAX_SPLIT = 8192  # keys; one long sequence in a large batch must not run on one program
 MAX_SPLITS = 32
 TARGET_PROGRAMS = 528  # four waves' worth of the 132 SMs of an H100 or H200
@@ -110,7 +110,7 @@ def decode_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        wait(PDL)
+        wait()
     row, sequence, position, live = locate(tl.program_id(0), query_start_ptr, seq_lens_ptr, num_seqs, BY_TOKEN)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)

@@ -1,9 +1,9 @@
 """What launches of kernels share: programmatic dependent launch, and counts of arrivals.
 
-With dependent launch a kernel is set up while the one before it still runs. A kernel launched so has to call `wait` in every program before it touches memory that an earlier kernel writes or
-reads; what nobody writes during a step, weights, may be asked for before. Then it holds for the whole chain that a
-kernel that is past `wait` sees all kernels before it done. See the CUDA C++ Programming Guide, "Programmatic
-Dependent Launch and Synchronization"; needs compute capability 9.0.
+With dependent launch a kernel is set up while the one before it still runs. A kernel launched so has to call `wait` in
+every program before it touches memory that an earlier kernel writes or reads; what nobody writes during a step, weights,
+may be asked for before. Then it holds for the whole chain that a kernel that is past `wait` sees all kernels before it
+done. See the CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; needs compute capability 9.0.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from functools import cache
 
 import torch
 import triton
-import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ARRIVALS = 65536
@@ -22,7 +21,7 @@ ARRIVALS = 65536
 def dependent(device: torch.device) -> dict[str, bool]:
     """Launch options of a kernel with the parameter PDL."""
     on = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": 1, "launch_pdl": True} if on else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
 
 
 @cache
@@ -35,8 +34,7 @@ def arrival_counts(device: torch.device) -> torch.Tensor:
 
 
 @triton.jit
-def wait(PDL: tl.constexpr):
+def wait():
     """The next kernel may be set up; go on when all kernels before this one are done."""
-    if PDL == 1:
-        gdc_launch_dependents()
+    gdc_launch_dependents()
     gdc_wait()

@@ -31,7 +31,7 @@ def rms_norm_kernel(
     inside = column < SIZE
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     if PDL:
-        wait(PDL)
+        wait()
     x = tl.load(x_ptr + row + column, mask=inside, other=0.0)
     if ADD:
         x = (x.to(tl.float32) + tl.load(residual_ptr + row + column, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)

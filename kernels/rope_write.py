@@ -66,7 +66,7 @@ def rope_write_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        wait(PDL)
+        wait()
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     half = tl.arange(0, HALF_PAD)

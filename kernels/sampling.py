@@ -59,7 +59,7 @@ def best_of_parts_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        wait(PDL)
+        wait()
     row = tl.program_id(0)
     part = tl.program_id(1)
     token = part * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -88,7 +88,7 @@ def best_of_row_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        wait(PDL)
+        wait()
     row = tl.program_id(0)
     part = tl.arange(0, PARTS_PAD)
     scores = tl.load(score_ptr + row * PARTS + part, mask=part < PARTS, other=float("-inf"))

@@ -19,7 +19,7 @@ def silu_mul_kernel(out_ptr, gate_up_ptr, SIZE: tl.constexpr, BLOCK: tl.constexp
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
     if PDL:
-        wait(PDL)
+        wait()
     gate = tl.load(gate_up_ptr + row * 2 * SIZE + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * 2 * SIZE + SIZE + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * SIZE + column, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=inside)

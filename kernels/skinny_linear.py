@@ -50,7 +50,7 @@ def skinny_linear_kernel(
     weight_at = weight_ptr + n.to(tl.int64)[:, None] * K + lane[None, :]
     x_at = x_ptr + t.to(tl.int64)[None, :] * x_stride + lane[:, None]
     if PDL:
-        wait(PDL)
+        wait()
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for k in range(begin, min(begin + span, K), BLOCK_K):
         if K % BLOCK_K == 0:

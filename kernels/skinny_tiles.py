@@ -22,7 +22,7 @@ class Tile(NamedTuple):
 
 # (N, K) -> rows up to which the tile holds -> tile, None where cuBLAS was faster. One NVIDIA H200, bfloat16.
 TABLE: dict[tuple[int, int], dict[int, Tile | None]] = {
-    (4096, 1024): {8: Tile(32, 128, 1, 4, 6), 16: Tile(32, 128, 1, 4, 6), 32: None, 64: None},
+    (4096, 1024): {2: None, 8: Tile(32, 128, 1, 4, 6), 16: Tile(32, 128, 1, 4, 6), 32: None, 64: None},
     (1024, 2048): {2: Tile(32, 128, 4, 4, 4), 8: Tile(32, 128, 4, 4, 4), 16: Tile(32, 128, 4, 4, 4), 32: Tile(32, 128, 4, 4, 4), 64: None},
     (6144, 1024): {2: Tile(64, 128, 1, 4, 5), 8: Tile(64, 128, 1, 4, 5), 16: Tile(64, 128, 1, 4, 5), 32: Tile(64, 128, 1, 4, 4), 64: None},
     (1024, 3072): {2: Tile(64, 128, 8, 4, 3), 8: Tile(64, 128, 8, 4, 3), 16: Tile(64, 128, 8, 4, 3), 32: Tile(32, 256, 4, 4, 3), 64: Tile(32, 128, 4, 4, 4)},

@@ -32,7 +32,7 @@ def update_tables_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        wait(PDL)
+        wait()
     first = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     step = tl.num_programs(0) * BLOCK
     num_pages = tl.load(num_pages_ptr)
@@ -76,7 +76,7 @@ def unpack_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        wait(PDL)
+        wait()
     program = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     if program < token_programs:

@@ -206,6 +206,9 @@ class _NoDevice:
         self.stage = stage
         self.counts = StepCounts()
 
+    def use_idle_time(self) -> bool:
+        return False
+
     def launch(self, step: StepInput) -> Ticket:
         self.stage(step)
         ids = self._ids[: step.num_seqs]

@@ -62,6 +62,9 @@ class WatchedStep:
     def counts(self) -> StepCounts:
         return self.step.counts
 
+    def use_idle_time(self) -> bool:
+        return self.step.use_idle_time()
+
     def launch(self, step: StepInput) -> Ticket:
         start = time.perf_counter()
         ticket = self.step.launch(step)

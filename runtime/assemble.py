@@ -61,6 +61,7 @@ def engine_of(
 
     recorder = Recorder(metrics, scheduler, built.step.counts)
     engine = Engine(
-        built.step, scheduler, mailbox, limits, info, time.monotonic, recorder, pace=pace, seed=config.seed
-    )
+        built.step, scheduler, mailbox, limits, info, time.monotonic, recorder, pace=pace, seed=config.seed,
+        use_idle_time=built.step.use_idle_time,
+    )  # fmt: skip
     return engine, metrics

@@ -55,7 +55,7 @@ class Limits:
 
 
 class Engine:
-    """Owns the loop and who asked for what."""
+    """Owns the loop and who asked for what. `use_idle_time` does a piece of other work -> whether there was any."""
 
     def __init__(
         self,
@@ -68,6 +68,7 @@ class Engine:
         recorder: Recorder,
         pace: Pace | None = None,
         seed: int = 0,
+        use_idle_time: Callable[[], bool] = lambda: False,
     ) -> None:
         self.step = step
         self.scheduler = scheduler
@@ -78,6 +79,7 @@ class Engine:
         self.recorder = recorder
         self.pace = pace
         self.seed = seed
+        self.use_idle_time = use_idle_time
         self.stopping = False
         self._packer = Packer(scheduler.rows)
         self._running: InFlight | None = None
@@ -95,7 +97,7 @@ class Engine:
     def turn(self, block: bool = False) -> None:
         """One turn of the loop: accept, schedule, launch, and commit the step before."""
         running = self._running
-        for client, message in self.mailbox.poll(block and running is None and not self.scheduler.has_work):
+        for client, message in self.mailbox.poll(block and self.idle and not self.use_idle_time()):
             self._accept(client, message)
         plan = self.scheduler.schedule(self.clock())
         self._running = self._launch(plan) if plan else None

@@ -34,7 +34,7 @@ def main(path: str) -> None:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
     built = builder.build(config, progress=sys.stderr.isatty())
     if built.device.type == "cuda":
-        builder.finish(config, built, progress=sys.stderr.isatty())
+        builder.finish(config, built, progress=sys.stderr.isatty(), all_graphs=False)
     drain_flag = Path(settings["drain_flag"])
     engine, metrics = engine_of(config, built, Mailbox(settings["engine_address"]), drain_flag.exists)
     _stop_on_signal(engine)

@@ -44,3 +44,18 @@ def test_cpu_pads_ones_only() -> None:
     assert own_bucket(1, 1) == Bucket(1, 1)
     assert own_bucket(40, 1) == Bucket(40, 2)
     assert own_bucket(40, 5) == Bucket(40, 5)
+
+
+@given(st.integers(1, 1024), st.integers(16, 4096), st.data())
+def test_the_first_rungs_hold_what_all_hold(max_seqs: int, max_tokens: int, data: st.DataObject) -> None:
+    """And a decode pads to less than about four times its size, the price of a quick start."""
+    ladder = cuda_ladder(max_seqs, max_tokens)
+    first = ladder.first()
+    assert set(first) <= set(ladder.buckets()) and len(first) <= 14
+    seqs = data.draw(st.integers(1, max_seqs))
+    tokens = data.draw(st.integers(seqs, max(seqs, max_tokens)))
+    if ladder.bucket(tokens, seqs) is None:
+        return
+    holding = [rung for rung in first if rung.tokens >= tokens and rung.seqs >= seqs]
+    assert holding
+    assert tokens > seqs or min(holding).tokens <= max(4 * seqs + 32, 8)
