@@ -169,7 +169,6 @@ class Engine:
             case Abort(request_id):
                 if sequence := self.scheduler.abort((self._owner(client), request_id)):
                     self.recorder.ended(sequence, self.clock())
-                    self.recorder.publish()
             case Hello():
                 self.mailbox.send(client, self.info())
 
@@ -194,8 +193,6 @@ class Engine:
         except Exception:
             log.exception("a submitted sequence could not be added")
             self.mailbox.send(client, Failed(message.request_id, 500, "the request could not be added"))
-            return
-        self.recorder.publish()
 
     def _sequence(self, client: bytes, message: Submit) -> Sequence:
         self._num_submitted += 1

@@ -8,7 +8,7 @@ The engine's thread writes, any thread may render: a scrape may see one step hal
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from prometheus_client import generate_latest
@@ -75,6 +75,7 @@ class EngineMetrics:
             "engine_step_tokens": 0,
             "engine_padding_tokens": 0,
         }
+        self.refresh: Callable[[], None] = lambda: None  # called before each reading, in the reader's thread
         self._success = dict.fromkeys(FINISH_REASONS, 0)
         lengths = _one_two_five(max_model_len)
         self._histograms = {
@@ -87,29 +88,31 @@ class EngineMetrics:
             "request_generation_tokens": Histogram(lengths),
         }
 
-    def observe_step(
+    def observe_step(self, tokens: int) -> None:
+        """A step computed so many prompt tokens and generated so many others, together."""
+        self._histograms["iteration_tokens_total"].observe(tokens)
+
+    def set_state(
         self,
         *,
         running: int,
         waiting: int,
         kv_cache_usage: float,
-        prompt_tokens: int = 0,
-        generation_tokens: int = 0,
-        prefix_queries: int = 0,
-        prefix_hits: int = 0,
-        preemptions: int = 0,
+        prompt_tokens: int,
+        generation_tokens: int,
+        prefix_queries: int,
+        prefix_hits: int,
+        preemptions: int,
     ) -> None:
-        """State after a step (`running`, `waiting`, `kv_cache_usage` in 0..1) and what the step added."""
+        """The moment (`running`, `waiting`, `kv_cache_usage` in 0..1) and totals since the start."""
         self._gauges["num_requests_running"] = running
         self._gauges["num_requests_waiting"] = waiting
         self._gauges["kv_cache_usage_perc"] = kv_cache_usage
-        self._counters["prompt_tokens"] += prompt_tokens
-        self._counters["generation_tokens"] += generation_tokens
-        self._counters["prefix_cache_queries"] += prefix_queries
-        self._counters["prefix_cache_hits"] += prefix_hits
-        self._counters["num_preemptions"] += preemptions
-        if prompt_tokens + generation_tokens:
-            self._histograms["iteration_tokens_total"].observe(prompt_tokens + generation_tokens)
+        self._counters["prompt_tokens"] = prompt_tokens
+        self._counters["generation_tokens"] = generation_tokens
+        self._counters["prefix_cache_queries"] = prefix_queries
+        self._counters["prefix_cache_hits"] = prefix_hits
+        self._counters["num_preemptions"] = preemptions
 
     def set_launched(self, *, steps: int, graphed: int, tokens: int, padding: int) -> None:
         """Totals over the steps launched so far: how many replayed a CUDA graph, tokens, and tokens of padding."""
@@ -145,6 +148,7 @@ class EngineMetrics:
 
     def collect(self) -> Iterator[Metric]:
         """Metric families as prometheus-client's registries yield them."""
+        self.refresh()
         for prefix in self._prefixes:
             yield from self._families(prefix)
 

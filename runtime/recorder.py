@@ -7,7 +7,7 @@ import numpy as np
 from compiler.step import StepCounts
 from runtime.metrics import EngineMetrics
 from runtime.request import Sequence
-from runtime.scheduler import Arrived, Counters, Plan, Scheduler
+from runtime.scheduler import Arrived, Plan, Scheduler
 
 
 class Recorder:
@@ -17,7 +17,8 @@ class Recorder:
         self.metrics = metrics
         self.scheduler = scheduler
         self.steps = steps
-        self._seen = (0, 0, 0, 0, 0)
+        self._tokens = 0  # counted so far
+        metrics.refresh = self.publish
 
     def ended(self, sequence: Sequence, now: float) -> None:
         """A sequence ended, for its `finish_reason`."""
@@ -47,29 +48,23 @@ class Recorder:
         rows.last_token_at[arrived.rows] = now
         for sequence in arrived.ended:
             self.ended(sequence, now)
-        self.publish()
+        tokens = self.scheduler.counters.prompt_tokens + self.scheduler.counters.generated_tokens
+        self.metrics.observe_step(tokens - self._tokens)
+        self._tokens = tokens
 
     def publish(self) -> None:
-        """Gauges of the moment, and what the scheduler's counters gained since the last call."""
-        now, before = _totals(self.scheduler.counters), self._seen
-        prompt, generation, queries, hits, preemptions = (mine - seen for mine, seen in zip(now, before))
-        self.metrics.observe_step(
+        """What is read off the scheduler and the step when somebody asks."""
+        counters, steps = self.scheduler.counters, self.steps
+        self.metrics.set_state(
             running=self.scheduler.num_running,
             waiting=self.scheduler.num_waiting,
             kv_cache_usage=self.scheduler.pool.usage,
-            prompt_tokens=prompt,
-            generation_tokens=generation,
-            prefix_queries=queries,
-            prefix_hits=hits,
-            preemptions=preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generated_tokens,
+            prefix_queries=counters.prefix_queries,
+            prefix_hits=counters.prefix_hits,
+            preemptions=counters.preemptions,
         )
-        self._seen = now
-        steps = self.steps
         self.metrics.set_launched(
             steps=steps.steps, graphed=steps.graphed, tokens=steps.tokens, padding=steps.padding
         )
-
-
-def _totals(counters: Counters) -> tuple[int, int, int, int, int]:
-    c = counters
-    return c.prompt_tokens, c.generated_tokens, c.prefix_queries, c.prefix_hits, c.preemptions

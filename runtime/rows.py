@@ -7,11 +7,26 @@ Knows no scheduling order, no pool and no device.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
 
 from runtime.request import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """What of some rows does not change while their sequences stay; columns of `Rows`, entry i of rows[i]."""
+
+    rows: np.ndarray
+    stays: np.ndarray
+    max_len: np.ndarray
+    min_len: np.ndarray
+    num_prompt: np.ndarray
+    stop_ids: np.ndarray
+    owners: np.ndarray
+    request_ids: np.ndarray
 
 
 class Rows:
@@ -83,6 +98,19 @@ class Rows:
         self.owner[row], self.request_ids[row] = sequence.owner, sequence.request_id
         self.arrival[row], self.last_token_at[row] = sequence.arrival, sequence.last_token_at
         return row
+
+    def fixed(self, rows: np.ndarray) -> Fixed:
+        """Of these rows, in this order."""
+        return Fixed(
+            rows,
+            self.stay[rows],
+            self.max_len[rows],
+            self.min_len[rows],
+            self.num_prompt[rows],
+            self.stop_ids[rows],
+            self.owner[rows],
+            self.request_ids[rows],
+        )
 
     def leave(self, row: int) -> None:
         """The sequence takes its tokens along; its pages were taken before."""

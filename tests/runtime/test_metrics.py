@@ -23,8 +23,11 @@ def samples(metrics: EngineMetrics) -> dict[tuple[str, str], float]:
 @pytest.mark.parametrize("prefix", ["vllm:", "pagegraph:"])
 def test_a_served_request(prefix: str) -> None:
     metrics = EngineMetrics("tiny", 4096)
-    metrics.observe_step(running=2, waiting=1, kv_cache_usage=0.25, prompt_tokens=30, prefix_queries=40, prefix_hits=10)
-    metrics.observe_step(running=1, waiting=0, kv_cache_usage=0.5, generation_tokens=2, preemptions=1)
+    metrics.observe_step(30)
+    metrics.observe_step(2)
+    metrics.set_state(
+        running=1, waiting=0, kv_cache_usage=0.5, prompt_tokens=30, generation_tokens=2, prefix_queries=40, prefix_hits=10, preemptions=1,
+    )  # fmt: skip
     metrics.observe_scheduled(0.4)
     metrics.observe_first_token(0.03)
     metrics.observe_inter_tokens(np.array([0.002, 0.002, 1000.0, 0.002]))

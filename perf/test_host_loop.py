@@ -1,0 +1,37 @@
+"""Python's share of a step at 256 sequences with the device left out, against a fixed Python loop of the same run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import h200_checks  # noqa: E402
+
+GATE = 3.0  # rounds of the fixed loop, a thousand look-ups and appends each
+
+
+class Rows(list):
+    """What a report is to a section: its rows."""
+
+    def row(self, **values: object) -> None:
+        self.append(values)
+
+    def fact(self, **values: object) -> None: ...
+
+
+def test_python_of_a_step(benchmark) -> None:
+    def loops() -> float:
+        rows = Rows()
+        h200_checks.host(rows, argparse.Namespace(device="cpu", no_compile=True, tiny=False), {})
+        spent = {row["part"]: row for row in rows}
+        outside = spent["turn"]["us"] - spent["stage"]["us"]
+        benchmark.extra_info.update(outside_launch_us=outside, loop_us=spent["turn"]["us"] / spent["turn"]["loops"])
+        return outside / benchmark.extra_info["loop_us"]
+
+    ratio = benchmark.pedantic(loops, rounds=1, iterations=1)
+    benchmark.extra_info["loops"] = ratio
+    assert ratio <= GATE, f"a turn takes {ratio:.2f} fixed loops outside launch"
