@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
+from kernels.launch import dependent  # noqa: E402
 from kernels.skinny_linear import skinny_linear, skinny_linear_kernel  # noqa: E402
 from kernels.skinny_tiles import Tile  # noqa: E402
 
@@ -57,7 +58,7 @@ def compile_ahead(job: tuple[int, int, int, Tile]) -> None:
     skinny_linear_kernel.warmup(
         bf16, partial, counter, bf16, bf16, bf16, rows, size, N=out_size, K=size, BLOCK_T=max(16, rows), BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k, SPLIT_K=tile.split_k, HAS_BIAS=False, PRECISION="tf32", num_warps=tile.num_warps,
-        num_stages=tile.num_stages, grid=(1,),
+        num_stages=tile.num_stages, grid=(1,), **dependent(torch.device("cuda")),
     )  # fmt: skip
 
 
