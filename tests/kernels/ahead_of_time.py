@@ -51,6 +51,7 @@ class Compiled:
     matrix_units: bool
     warp_group_units: bool
     waits: bool  # for the kernels before it, having let the next be set up
+    early: list[str]  # what it does to global memory, or ends with, before it waits: opcodes of machine code
 
 
 def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], named: dict[str, Any]) -> Compiled:
@@ -88,7 +89,22 @@ def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], n
         matrix_units="mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"],
         warp_group_units="wgmma.mma_async" in compiled.asm["ptx"],
         waits=all(f"griddepcontrol.{what}" in compiled.asm["ptx"] for what in ("wait", "launch_dependents")),
+        early=before_wait(compiled.asm["cubin"]),
     )
+
+
+def before_wait(cubin: bytes) -> list[str]:
+    """Loads, stores, atomics, prefetches and exits ahead of griddepcontrol.wait (ACQBULK); of all code where there is none.
+
+    Of machine code, because ptxas is the last that may move a load.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ahead = listing.partition("ACQBULK")[0]
+    return re.findall(r"\b(LDG|STG|LD|ST|LDGSTS|ATOMG?|RED|REDG|UBLK\w+|UTMA\w+|CCTL|EXIT)\b", ahead)
 
 
 def assemble(ptx: str) -> str:
@@ -122,7 +138,7 @@ def main() -> None:
         compiled.append(compile_launch(case, kernel, arguments, named))
 
     JITFunction.run = record
-    launch.dependent = lambda device: {"PDL": True, "launch_pdl": True}
+    launch.dependent = lambda device: {"PDL": 1, "launch_pdl": True}
     for case, module, function, described in json.load(sys.stdin):
         getattr(importlib.import_module(module), function)(*(argument(one) for one in described))
     print(json.dumps([asdict(one) for one in compiled]))

@@ -171,6 +171,14 @@ def test_kernels_of_a_decode_step_wait_for_those_before(half: list[dict[str, Any
     assert {k["kernel"] for k in half if not k["waits"]} == {"kv_write_kernel", "prefill_kernel"}
 
 
+def test_nothing_is_touched_before_the_wait(half: list[dict[str, Any]]) -> None:
+    """But weights, which no kernel of a step writes: those of the norm are loaded."""
+    waiting = [k for k in half if k["waits"]]
+    assert {k["kernel"] for k in waiting if k["early"]} == {"rms_norm_kernel"}
+    for kernel in waiting:
+        assert set(kernel["early"]) <= {"LDG"}, kernel
+
+
 def test_attention_is_pipelined_on_matrix_units(half: list[dict[str, Any]]) -> None:
     """A page-table load that keys wait for in the same iteration would leave the pipeline fewer buffers."""
     kernels = [k for k in half if k["kernel"] in ("decode_kernel", "prefill_kernel", "skinny_linear_kernel")]
