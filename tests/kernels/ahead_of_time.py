@@ -138,7 +138,7 @@ def main() -> None:
         compiled.append(compile_launch(case, kernel, arguments, named))
 
     JITFunction.run = record
-    launch.dependent = lambda device: {"PDL": 1, "launch_pdl": True}
+    launch.dependent = lambda device: {"PDL": True, "launch_pdl": True}
     for case, module, function, described in json.load(sys.stdin):
         getattr(importlib.import_module(module), function)(*(argument(one) for one in described))
     print(json.dumps([asdict(one) for one in compiled]))
