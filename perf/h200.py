@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "kernels")]  # the cases and prompts of the tests
 
-SECTIONS = ("kernels", "graphs", "parity", "micro", "step", "engine", "host", "peer")
-OF_A_MODEL = ("step", "engine")
+SECTIONS = ("kernels", "graphs", "parity", "micro", "step", "engine", "memory", "host", "peer")
+OF_A_MODEL = ("step", "engine", "memory")
 CASES = "throughput,sharegpt,latency,batch32,prefill,prefix"
 START_SECONDS = 240  # on top of the sections' own time: imports, building, compiling, capturing
 PEER_SECONDS = 420  # of a model, its start included

@@ -25,7 +25,7 @@ from compiler.staging import Layout, Staging
 from compiler.state import DeviceState
 from compiler.step import StepCounts, Ticket
 from compiler.step_input import StepInput, StepOutput
-from h200_offline import Offline, Run, config_of, random_prompts, step_of
+from h200_offline import Offline, Run, built_of, config_of, random_prompts, step_of
 from h200_report import Report
 from runtime.config import load_config
 
@@ -194,6 +194,31 @@ def parity(report: Report, args: argparse.Namespace, shared: dict) -> None:
                 report.failure(f"prompt {index} differs from transformers at token {at}, top-2 logits {gap:.1e} apart")
     report.fact(prompts=len(prompts), equal=equal, tokens_each=num_tokens, theirs_s=time.perf_counter() - start)
     llm.close()
+
+
+def memory(report: Report, args: argparse.Namespace, shared: dict) -> None:
+    """Arrivals that fragment a full pool, with all that sampling can ask for: no request fails, memory stays in its share."""
+    config, built = built_of(shared)
+    rng = np.random.default_rng(0)
+    count = 48 if args.tiny else 200
+    longest = built.max_model_len - 300
+    sizes = np.minimum(rng.exponential(longest / 4, count).astype(int) + 1, longest)
+    prompts = random_prompts(0, sizes.tolist(), built.vocab_size)
+    lengths = rng.integers(1, 300, count).tolist()
+    # Fewer pages than the prompts of a full batch want: sequences wait, and are preempted.
+    pages = max(-(-built.max_model_len // config.block_size) + 1, int(sizes.sum() / count * config.max_num_seqs / config.block_size / 4))
+    small = dataclasses.replace(built, num_blocks=min(built.num_blocks, pages))
+    for kind, params in {**WAYS, "all": dict(temperature=0.9, top_p=0.8, top_k=40, repetition_penalty=1.1, logprobs=5)}.items():
+        offline = Offline(dataclasses.replace(config, enable_prefix_caching=True), small)
+        offline.run(prompts, lengths, **params)
+        offline.engine.scheduler.check_integrity()
+        facts = dict(kind=kind, requests=count, pages=small.num_blocks, preemptions=offline.engine.scheduler.counters.preemptions)
+        if built.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            facts.update(used=1 - free / total, allowed=config.gpu_memory_utilization)
+            if facts["used"] > config.gpu_memory_utilization:
+                report.failure(f"{kind}: {facts['used']:.3f} of the device in use, {config.gpu_memory_utilization} allowed")
+        report.row(**facts)
 
 
 class _NoDevice:
