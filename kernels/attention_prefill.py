@@ -1,8 +1,9 @@
 """Triton: paged attention of ragged rows, for the sequences of a step that have more than one row.
 
 One program computes a tile of one sequence's rows and one KV head; its matrix rows are (token, query head of
-the group), so a group of any size fills it. Keys that every row sees are taken without a mask; the diagonal,
-and all keys where a window or a chunk bounds them from below, with one. The grid depends on sizes alone:
+the group), so a group of any size fills it. Tiles of keys that every row sees skip the mask. The weights of a
+tile of keys meet its values one iteration later, after the next tile's logits have been issued: the matrix
+units multiply weights and values while the other units exponentiate. The grid depends on sizes alone:
 T // tile + S tiles hold any division of T rows among S sequences; tiles left over end at once.
 """
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.online_softmax import LOG2E, dot_precision, first_key, last_not_above, to_base2, update
+from kernels.online_softmax import LOG2E, dot_precision, first_key, last_not_above, to_base2, weigh
 
 
 class Tile(NamedTuple):
@@ -42,65 +43,82 @@ TILES: dict[tuple[int, int], Tile] = {
 
 
 @triton.jit
-def _attend_range(
-    query,
-    position,
-    begin,
-    end,
-    peak,
-    total,
-    mixed,
-    key_cache_ptr,
-    value_cache_ptr,
-    table_ptr,
-    kv_head,
-    scale,
-    BLOCK_SIZE: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    VALUE_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Keys begin..end of one sequence; unless MASKED, whole tiles that every row sees."""
-    lane = tl.arange(0, BLOCK_N)
-    key_column = tl.arange(0, HEAD_PAD)
-    value_column = tl.arange(0, VALUE_PAD)
-    # Page ids are carried one tile ahead, as in the decode kernel.
-    page = tl.load(table_ptr + (begin + lane) // BLOCK_SIZE, mask=begin + lane < end, other=0)
-    for start in range(begin, end, BLOCK_N):
-        token = start + lane
-        slot = page.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
-        page = tl.load(table_ptr + (token + BLOCK_N) // BLOCK_SIZE, mask=token + BLOCK_N < end, other=0)
-        key_mask = (key_column < HEAD_SIZE)[:, None]
-        value_mask = (value_column < VALUE_SIZE)[None, :]
-        if MASKED:
-            key_mask = key_mask & (token < end)[None, :]
-            value_mask = value_mask & (token < end)[:, None]
-        keys = tl.load(
-            key_cache_ptr + (slot[None, :] * KV_HEADS + kv_head) * HEAD_SIZE + key_column[:, None], mask=key_mask, other=0.0
-        )
-        values = tl.load(
-            value_cache_ptr + (slot[:, None] * KV_HEADS + kv_head) * VALUE_SIZE + value_column[None, :],
-            mask=value_mask,
-            other=0.0,
-        )
-        logits = to_base2(tl.dot(query, keys, input_precision=PRECISION), scale, SOFTCAP)
-        if MASKED:
-            seen = (token[None, :] <= position[:, None]) & (token < end)[None, :]
-            if WINDOW > 0:
-                seen = seen & (token[None, :] > position[:, None] - WINDOW)
-            if CHUNK > 0:
-                seen = seen & (token[None, :] // CHUNK == position[:, None] // CHUNK)
-            logits = tl.where(seen, logits, float("-inf"))
-        peak, total, mixed = update(logits, values, peak, total, mixed, PRECISION)
-    return peak, total, mixed
+def _slot(page, token, BLOCK_SIZE: tl.constexpr, WIDE: tl.constexpr):
+    if WIDE:
+        page = page.to(tl.int64)
+    return page * BLOCK_SIZE + (token % BLOCK_SIZE).to(tl.int32)
+
+
+@triton.jit
+def _mask(logits, position, start, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+    token = start + tl.arange(0, BLOCK_N)
+    seen = token[None, :] <= position[:, None]
+    if WINDOW > 0:
+        seen = seen & (token[None, :] > position[:, None] - WINDOW)
+    if CHUNK > 0:
+        seen = seen & (token[None, :] // CHUNK == position[:, None] // CHUNK)
+    return tl.where(seen, logits, float("-inf"))
+
+
+@triton.jit
+def _rows(head_ptr, slot, STRIDE: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr):
+    """One head's rows [slots, PAD] of a cache."""
+    column = tl.arange(0, PAD)
+    at = head_ptr + (slot * STRIDE)[:, None] + column[None, :]
+    if SIZE == PAD:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(column < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def _pack(weights, dtype: tl.constexpr, OPAQUE: tl.constexpr):
+    """Float32 weights rounded to `dtype`, as 32-bit integers that hold two neighbours where it has 16 bits.
+
+    So they are carried to the next iteration in registers: Triton would pass carried floats through shared memory,
+    and LLVM shuffles the halves of registers that hold 16 bits each.
+    """
+    if dtype == tl.float32:
+        packed = weights.to(tl.uint32, bitcast=True)
+    else:
+        low, high = tl.split(weights.reshape(weights.shape[0], weights.shape[1] // 2, 2))
+        if OPAQUE:
+            rounding: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == tl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+            packed = tl.inline_asm_elementwise(rounding, "=r,r,r", [low, high], tl.uint32, is_pure=True, pack=1)
+        else:
+            low = low.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
+            packed = low | (high.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    return packed
+
+
+@triton.jit
+def _unpack(packed, nothing, dtype: tl.constexpr, OPAQUE: tl.constexpr):
+    """What `_pack` packed.
+
+    `nothing` is a 0 that the compiler must not know: the "or" gives the product registers of its own. Where the next
+    weights are written to registers that a running product reads, ptxas waits for every product (its note C7513).
+    """
+    if dtype == tl.float32:
+        weights = packed.to(dtype, bitcast=True)
+    else:
+        if OPAQUE:
+            low, high = tl.inline_asm_elementwise(
+                "{.reg .b32 both; or.b32 both, $2, $3; mov.b32 {$0, $1}, both;}",
+                "=h,=h,r,r",
+                [packed, nothing],
+                (tl.uint16, tl.uint16),
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            low, high = (packed & 0xFFFF).to(tl.uint16), (packed >> 16).to(tl.uint16)
+        weights = tl.join(low, high).reshape(packed.shape[0], packed.shape[1] * 2).to(dtype, bitcast=True)
+    return weights
+
+
+@triton.jit
+def _mix(mixed, shrink, weights, nothing, values, PRECISION: tl.constexpr, OPAQUE: tl.constexpr):
+    return tl.dot(_unpack(weights, nothing, values.dtype, OPAQUE), values, mixed * shrink[:, None], input_precision=PRECISION)
 
 
 @triton.jit
@@ -132,11 +150,13 @@ def prefill_kernel(
     CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    WIDE: tl.constexpr,
+    OPAQUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Late tiles see the most keys: they start first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1)
+    # Late tiles see the most keys: they start first, all heads of one together.
+    tile = tl.num_programs(0) // KV_HEADS - 1 - tl.program_id(0) // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
     sequence = last_not_above(query_start_ptr, tile, num_seqs, tile, BLOCK_Q)
     row_begin = tl.load(query_start_ptr + sequence)
     count = tl.load(query_start_ptr + sequence + 1) - row_begin
@@ -165,21 +185,44 @@ def prefill_kernel(
         peak = tl.load(sinks_ptr + head, mask=live, other=0.0).to(tl.float32) * 1.4426950408889634
         total = total + 1.0
     mixed = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
+    shrink = total * 0.0
+    nothing = tl.minimum(num_seqs, 0).to(tl.uint32)
+    weights = _pack(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), value_cache_ptr.dtype.element_ty, OPAQUE)
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
+    key_ptr = key_cache_ptr + kv_head * HEAD_SIZE
+    value_ptr = value_cache_ptr + kv_head * VALUE_SIZE
     lowest = offset + first
     begin = first_key(lowest, WINDOW, CHUNK)
     end = offset + tl.minimum(first + BLOCK_Q, count)
-    if (WINDOW == 0) and (CHUNK == 0):
-        body = (lowest + 1) // BLOCK_N * BLOCK_N
-        peak, total, mixed = _attend_range(
-            query, position, begin, body, peak, total, mixed, key_cache_ptr, value_cache_ptr, table_ptr, kv_head, scale,
-            BLOCK_SIZE, KV_HEADS, HEAD_SIZE, VALUE_SIZE, HEAD_PAD, VALUE_PAD, BLOCK_N, WINDOW, CHUNK, SOFTCAP, False, PRECISION,
-        )  # fmt: skip
-        begin = body
-    peak, total, mixed = _attend_range(
-        query, position, begin, end, peak, total, mixed, key_cache_ptr, value_cache_ptr, table_ptr, kv_head, scale,
-        BLOCK_SIZE, KV_HEADS, HEAD_SIZE, VALUE_SIZE, HEAD_PAD, VALUE_PAD, BLOCK_N, WINDOW, CHUNK, SOFTCAP, True, PRECISION,
-    )  # fmt: skip
+    last = (end - 1).to(tl.uint32)  # lanes past it read it: a weight of 0 must not meet what an unused slot holds
+    key_lane = tl.arange(0, BLOCK_N)
+    at = tl.minimum((begin + key_lane).to(tl.uint32), last)
+    page = tl.load(table_ptr + at // BLOCK_SIZE)
+    before = _slot(page, at, BLOCK_SIZE, WIDE)  # the first weights, all 0, meet the first tile's values
+    for start in range(begin, end, BLOCK_N):
+        slot = _slot(page, tl.minimum((start + key_lane).to(tl.uint32), last), BLOCK_SIZE, WIDE)
+        # Page ids are carried one tile ahead, as in the decode kernel.
+        page = tl.load(table_ptr + tl.minimum((start + BLOCK_N + key_lane).to(tl.uint32), last) // BLOCK_SIZE)
+        keys = _rows(key_ptr, slot, KV_HEADS * HEAD_SIZE, HEAD_SIZE, HEAD_PAD)
+        values = _rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD)
+        logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+        mixed = _mix(mixed, shrink, weights, nothing, values, PRECISION, OPAQUE)
+        if SOFTCAP > 0:
+            logits = to_base2(logits, scale, SOFTCAP)
+        if (WINDOW > 0) or (CHUNK > 0):
+            logits = _mask(logits, position, start, BLOCK_N, WINDOW, CHUNK)
+        elif start + BLOCK_N > lowest + 1:
+            logits = _mask(logits, position, start, BLOCK_N, WINDOW, CHUNK)
+        weighed, peak, total, shrink = weigh(logits, 1.0 if SOFTCAP > 0 else scale, peak, total, (WINDOW > 0) | (CHUNK > 0))
+        weights = _pack(weighed, values.dtype, OPAQUE)
+        before = slot
+    mixed = _mix(mixed, shrink, weights, nothing, _rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD), PRECISION, OPAQUE)
+    # Where the rows go is worked out anew: kept through the loop, it would cost registers that the tiles need.
+    row_begin = tl.load(query_start_ptr + sequence, volatile=True)
+    count = tl.load(query_start_ptr + sequence + 1, volatile=True) - row_begin
+    token = (tile - (row_begin // BLOCK_Q + sequence)) * BLOCK_Q + lane // GROUP
+    live = (lane < BLOCK_Q * GROUP) & (token < count)
+    row = (row_begin + token).to(tl.int64)
     value_column = tl.arange(0, VALUE_PAD)
     tl.store(
         out_ptr + (row[:, None] * KV_HEADS * GROUP + head[:, None]) * VALUE_SIZE + value_column[None, :],
@@ -211,7 +254,7 @@ def attend_ragged(
     tile = TILES[key_cache.element_size(), max(head_pad, value_pad)]
     block_m = max(tile.block_m, triton.next_power_of_2(group))
     block_q = block_m // group
-    prefill_kernel[tokens // block_q + num_seqs, kv_heads](
+    prefill_kernel[((tokens // block_q + num_seqs) * kv_heads,)](
         out,
         query,
         key_cache,
@@ -239,7 +282,9 @@ def attend_ragged(
         CHUNK=chunk,
         SOFTCAP=softcap,
         HAS_SINKS=sinks is not None,
-        PRECISION=dot_precision(max(head_pad, value_pad)),
+        WIDE=max(key_cache.numel(), value_cache.numel()) >= 2**31,
+        OPAQUE=query.device.type != "cpu",  # the interpreter knows no inline assembly
+        PRECISION=dot_precision(2 * max(head_pad, value_pad)),  # twice: weights wait in registers too
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

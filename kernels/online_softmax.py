@@ -72,6 +72,22 @@ def to_base2(products, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def weigh(logits, scale, peak, total, MAY_BE_EMPTY: tl.constexpr):
+    """One tile of logits [M, N] (-inf where masked) that `scale` > 0 is still to be multiplied into: its weights.
+
+    Returns (weights [M, N], new peak [M], new total [M], what earlier sums shrink by [M]). Scale and peak go into
+    the exponent by one fused multiply-add. MAY_BE_EMPTY: a row may have seen no key yet.
+    """
+    new_peak = tl.maximum(peak, tl.max(logits, 1) * scale)
+    anchor = new_peak
+    if MAY_BE_EMPTY:
+        anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    shrink = tl.exp2(peak - anchor)
+    weights = tl.exp2(logits * scale - anchor[:, None])
+    return weights, new_peak, total * shrink + tl.sum(weights, 1), shrink
+
+
+@triton.jit
 def update(logits, values, peak, total, mixed, PRECISION: tl.constexpr):
     """One tile: logits float32 [M, N] (-inf where masked), values [N, Dv] -> new (peak [M], total [M], mixed [M, Dv])."""
     new_peak = tl.maximum(peak, tl.max(logits, 1))
