@@ -8,6 +8,10 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Workers share the cores: threads of one that wait by spinning would keep the others from theirs. Before torch is loaded.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // workers, 1)))
+
 import pytest
 import tokenizers
 from hypothesis import HealthCheck, settings
