@@ -13,9 +13,13 @@ from torch.nn import functional
 from kernels.attention_decode import attend_rows
 from kernels.attention_prefill import attend_ragged
 from kernels.kv_write import write_kv
+from kernels.rms_norm import add_rms_norm
 from kernels.rope_write import rope_write
+from kernels.row_linear import row_linear
+from kernels.silu_mul import silu_mul
 from kernels.skinny_linear import skinny_linear
-from kernels.skinny_tiles import tile_of
+from kernels.skinny_tiles import RowTile, row_tile_of, tile_of
+
 
 def paged_attention(
     query: Tensor,
@@ -82,13 +86,49 @@ def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables:
     return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """See `kernels.ops`."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Tensor:
+    """See `kernels.ops`. gated: silu(first half) * second half of the product."""
     rows = x.reshape(-1, x.shape[-1])
-    tile = tile_of(len(rows), *weight.shape) if weight.element_size() == 2 and weight.is_contiguous() else None
-    if tile is None or rows.stride(1) != 1:
-        return functional.linear(x, weight, bias)
-    return skinny_linear(rows, weight, bias, tile).view(*x.shape[:-1], -1)
+    if weight.element_size() == 2 and weight.is_contiguous() and rows.stride(1) == 1:
+        count, shape = len(rows), weight.shape
+        if row_tile := row_tile_of(count, *shape, gated=gated):
+            return row_linear(rows, weight, bias, row_tile, gated=gated).view(*x.shape[:-1], -1)
+        if tile := tile_of(count, *shape):
+            return skinny_linear(rows, weight, bias, tile, gated=gated).view(*x.shape[:-1], -1)
+    product = functional.linear(x, weight, bias)
+    return silu_mul(product) if gated else product
+
+
+def linear_norm_linear(
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor | None,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    second: Tensor,
+    second_bias: Tensor | None,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.ops`. For a few rows two kernels, else a kernel for each of its parts."""
+    tiles = _row_tiles(x, first, residual, second, gated)
+    if tiles is None:
+        total, normed = add_rms_norm(residual, linear(x, first, first_bias), norm, eps)
+        return total, linear(normed, second, second_bias, gated=gated)
+    rows = x.reshape(-1, x.shape[-1])
+    total = row_linear(rows, first, first_bias, tiles[0], residual=residual.reshape(len(rows), -1))
+    out = row_linear(total, second, second_bias, tiles[1], norm=norm, eps=eps, gated=gated)
+    return total.view(residual.shape), out.view(*x.shape[:-1], -1)
+
+
+def _row_tiles(x: Tensor, first: Tensor, residual: Tensor, second: Tensor, gated: bool) -> tuple[RowTile, RowTile] | None:
+    """How both products are cut where all they read suits `row_linear`."""
+    dense = all(one.is_contiguous() for one in (x, first, residual, second))
+    if not dense or first.element_size() != 2 or second.element_size() != 2:
+        return None
+    rows = x.numel() // x.shape[-1]
+    tiles = row_tile_of(rows, *first.shape), row_tile_of(rows, *second.shape, gated=gated)
+    return tiles if all(tiles) else None
 
 
 def _dense_rows(rows: Tensor) -> Tensor:

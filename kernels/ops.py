@@ -20,6 +20,10 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 `pagegraph::rms_norm` is x [..., H] / sqrt(mean(x ** 2) + eps) * weight [H]; `pagegraph::add_rms_norm` adds a residual
 like x before it -> (sum, norm of the sum). `pagegraph::silu_mul` is silu(gate) * up of [..., 2 * I] = (gate, up).
 
+`pagegraph::linear_norm_linear` is what stands between two attentions, or between attention and a gate: sum = residual +
+linear(x, first), out = linear(rms_norm(sum, norm), second), where gated silu_mul of that -> (sum, out). One op, because
+which of its parts share a kernel depends on the rows of x.
+
 `pagegraph::materialize` is a copy that the compiler does not look through.
 
 `pagegraph::draw` is the next token of each sequence by Gumbel-max (`kernels.reference.gumbel_argmax`): logits [S, V],
@@ -58,6 +62,10 @@ _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 _library.define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)")
 _library.define("silu_mul(Tensor gate_up) -> Tensor")
+_library.define(
+    "linear_norm_linear(Tensor x, Tensor first, Tensor? first_bias, Tensor residual, Tensor norm, float eps, Tensor second, "
+    "Tensor? second_bias, bool gated) -> (Tensor, Tensor)"
+)
 _library.define("materialize(Tensor x) -> Tensor")
 _library.define(
     "draw(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor rows, Tensor sampled, "
@@ -108,6 +116,12 @@ def _linear_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return cuda.linear(x, weight, bias)
 
 
+def _linear_norm_linear_on_cuda(*arguments: Tensor | float | bool | None) -> tuple[Tensor, Tensor]:
+    from kernels import cuda
+
+    return cuda.linear_norm_linear(*arguments)
+
+
 def _rms_norm_on_cuda(*arguments: Tensor | float) -> Tensor:
     from kernels import rms_norm
 
@@ -132,6 +146,8 @@ _library.impl("add_rms_norm", reference.add_rms_norm, "CPU")
 _library.impl("add_rms_norm", _add_rms_norm_on_cuda, "CUDA")
 _library.impl("silu_mul", reference.silu_mul, "CPU")
 _library.impl("silu_mul", _silu_mul_on_cuda, "CUDA")
+_library.impl("linear_norm_linear", reference.linear_norm_linear, "CPU")
+_library.impl("linear_norm_linear", _linear_norm_linear_on_cuda, "CUDA")
 _library.impl("materialize", torch.clone, "CompositeExplicitAutograd")
 _library.impl("linear", functional.linear, "CPU")
 _library.impl("linear", _linear_on_cuda, "CUDA")
@@ -180,3 +196,12 @@ def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
 @torch.library.register_fake("pagegraph::silu_mul", lib=_library)
 def _silu_mul_fake(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+@torch.library.register_fake("pagegraph::linear_norm_linear", lib=_library)
+def _linear_norm_linear_fake(
+    x: Tensor, first: Tensor, first_bias: Tensor | None, residual: Tensor, norm: Tensor, eps: float, second: Tensor,
+    second_bias: Tensor | None, gated: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    size = second.shape[0] // 2 if gated else second.shape[0]
+    return torch.empty_like(residual), x.new_empty(*x.shape[:-1], size)

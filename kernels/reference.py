@@ -269,3 +269,20 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """See `kernels.ops`; float32 inside."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def linear_norm_linear(
+    x: torch.Tensor,
+    first: torch.Tensor,
+    first_bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    second: torch.Tensor,
+    second_bias: torch.Tensor | None,
+    gated: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(residual + linear(x, first), linear of its RMS norm, gated or not)."""
+    total, normed = add_rms_norm(residual, torch.nn.functional.linear(x, first, first_bias), norm, eps)
+    out = torch.nn.functional.linear(normed, second, second_bias)
+    return total, silu_mul(out) if gated else out

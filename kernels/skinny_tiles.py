@@ -20,6 +20,14 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+class RowTile(NamedTuple):
+    """How a product of one to four rows is cut: weight rows and columns of a step, warps."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
 # (N, K) -> rows up to which the tile holds -> tile, None where cuBLAS was faster. One NVIDIA H200, bfloat16.
 TABLE: dict[tuple[int, int], dict[int, Tile | None]] = {
     (4096, 1024): {2: None, 8: Tile(32, 128, 1, 4, 6), 16: Tile(32, 128, 1, 4, 6), 32: None, 64: None},
@@ -47,3 +55,19 @@ def tile_of(rows: int, out_size: int, size: int) -> Tile | None:
     wanted = max(1, 264 // -(-out_size // block_n))
     split = min(8, 1 << wanted.bit_length() - 1, max(1, size // 256))
     return Tile(block_n, 256 if size % 256 == 0 else 64, split, 4, 4)
+
+
+MAX_SINGLE_ROWS = 4  # above it the matrix unit is worth its padding
+
+# The same for products without the matrix unit.
+ROW_TABLE: dict[tuple[int, int], dict[int, RowTile]] = {}
+
+
+def row_tile_of(rows: int, out_size: int, size: int, *, gated: bool = False) -> RowTile | None:
+    """The tile of a product [rows, size] x [out_size, size] without the matrix unit; None: more rows, or rows not aligned."""
+    if rows > MAX_SINGLE_ROWS or size % 8:
+        return None
+    if (measured := ROW_TABLE.get((out_size, size))) is not None:
+        return measured[min(limit for limit in measured if limit >= rows)]
+    wide = size >= 1024
+    return RowTile(1 if gated else 2, 1024 if wide else 512, 4 if wide else 2)

@@ -1,4 +1,6 @@
-"""Measures the tiles of `kernels.skinny_linear` against cuBLAS on a CUDA device and prints `TABLE` of skinny_tiles.
+"""Measures the tiles of `kernels.skinny_linear` against cuBLAS, and those of `kernels.row_linear`, on a CUDA device.
+
+Prints `TABLE` and `ROW_TABLE` of skinny_tiles.
 
     python perf/tune_linear.py --out perf/results --seconds 120
 
@@ -22,15 +24,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
+from kernels import reference  # noqa: E402
 from kernels.launch import dependent  # noqa: E402
+from kernels.row_linear import row_linear, row_linear_kernel  # noqa: E402
 from kernels.skinny_linear import skinny_linear, skinny_linear_kernel  # noqa: E402
-from kernels.skinny_tiles import Tile  # noqa: E402
+from kernels.skinny_tiles import MAX_SINGLE_ROWS, RowTile, Tile  # noqa: E402
 
 SHAPES = {  # (N, K) by model
     "0.6b": [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024)],
     "8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)],
 }
-ROWS = (2, 8, 16, 32, 64)
+NORMED = {(4096, 1024), (6144, 1024), (6144, 4096), (28672, 4096)}  # products of normalised rows
+GATED = {(6144, 1024), (28672, 4096)}  # whose halves are gate and up
+ROWS = (1, 2, 4, 8, 16, 32, 64)
 L2_BYTES = 300 << 20  # several times the cache
 BANDWIDTH = 4.3e12  # bytes a second, for the floor that is printed
 
@@ -49,15 +55,30 @@ def candidates(out_size: int, size: int, block_t: int) -> list[Tile]:
     return found
 
 
-def compile_ahead(job: tuple[int, int, int, Tile]) -> None:
+def row_candidates(out_size: int, size: int, rows: int) -> list[RowTile]:
+    """Tiles whose sums fit in registers; wide enough that warps lie side by side along the columns."""
+    gates = 2 if (out_size, size) in GATED else 1
+    blocks = [(n, warps) for n, warps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8)) if n * gates * (rows + 8) <= 192]
+    return [RowTile(n, 256 * warps, warps) for n, warps in blocks if 256 * warps <= size and -(-out_size // (n * gates)) >= 256]
+
+
+def compile_ahead(job: tuple[int, int, int, Tile | RowTile]) -> None:
     """Put the kernel of one candidate into Triton's cache."""
     rows, out_size, size, tile = job
     bf16 = torch.bfloat16
+    if len(tile) == len(RowTile._fields):
+        parts = _parts(out_size, size)
+        row_linear_kernel.warmup(
+            bf16, bf16, bf16, bf16, bf16, bf16, 1e-6, size, ROWS=rows, N=out_size // 2 if parts["GATED"] else out_size, K=size,
+            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, HAS_BIAS=False, num_warps=tile.num_warps, grid=(1,), **parts,
+            **dependent(torch.device("cuda")),
+        )  # fmt: skip
+        return
     partial = torch.float32 if tile.split_k > 1 else bf16
     counter = torch.int32 if tile.split_k > 1 else bf16
     skinny_linear_kernel.warmup(
         bf16, partial, counter, bf16, bf16, bf16, rows, size, N=out_size, K=size, BLOCK_T=max(16, rows), BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, SPLIT_K=tile.split_k, HAS_BIAS=False, PRECISION="tf32", num_warps=tile.num_warps,
+        BLOCK_K=tile.block_k, SPLIT_K=tile.split_k, HAS_BIAS=False, GATED=False, PRECISION="tf32", num_warps=tile.num_warps,
         num_stages=tile.num_stages, grid=(1,), **dependent(torch.device("cuda")),
     )  # fmt: skip
 
@@ -106,15 +127,60 @@ def measure(out_size: int, size: int, rows: int) -> dict:
     return dict(n=out_size, k=size, rows=rows, cublas_us=cublas, best_us=best_us, floor_us=floor, tile=best, failed=failed)
 
 
+def _parts(out_size: int, size: int) -> dict[str, bool]:
+    """What stands around a product where it is used: a norm before it, a gate or a residual behind it."""
+    normed = (out_size, size) in NORMED
+    return {"HAS_NORM": normed, "GATED": (out_size, size) in GATED, "HAS_RESIDUAL": not normed and out_size < 100_000}
+
+
+def measure_rows(out_size: int, size: int, rows: int) -> dict:
+    """`row_linear` with what stands around the product; beside it cuBLAS's product alone."""
+    bf16, parts = torch.bfloat16, _parts(out_size, size)
+    copies = max(2, -(-L2_BYTES // (out_size * size * 2)))
+    weights = [torch.randn(out_size, size, device="cuda", dtype=bf16) for _ in range(min(copies, 64))]
+    x, gain = torch.randn(rows, size, device="cuda", dtype=bf16), torch.rand(size, device="cuda", dtype=bf16)
+    residual = torch.randn(rows, out_size, device="cuda", dtype=bf16)
+    given = (gain if parts["HAS_NORM"] else None, 1e-6, residual if parts["HAS_RESIDUAL"] else None, parts["GATED"])
+
+    def run(weight: torch.Tensor, tile: RowTile) -> torch.Tensor:
+        return row_linear(x, weight, None, tile, *given)
+
+    wide = reference.rms_norm(x.float(), gain.float(), 1e-6) if parts["HAS_NORM"] else x.float()
+    expected = functional.linear(wide, weights[0].float())
+    expected = reference.silu_mul(expected) if parts["GATED"] else expected
+    expected = expected + residual.float() if parts["HAS_RESIDUAL"] else expected
+    cublas = microseconds(lambda w: functional.linear(x, w), weights)
+    timed, failed = [], []
+    for tile in row_candidates(out_size, size, rows):
+        error = ((run(weights[0], tile).float() - expected).norm() / expected.norm()).item()
+        if not error < 1e-2:
+            failed.append((tile, error))
+            continue
+        timed.append((microseconds(lambda w, tile=tile: run(w, tile), weights), tile))
+    timed.sort()
+    best_us, best = timed[0]
+    floor = out_size * size * 2 / BANDWIDTH * 1e6
+    return dict(
+        n=out_size, k=size, rows=rows, cublas_us=cublas, best_us=best_us, floor_us=floor, tile=best, failed=failed, all=timed
+    )
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--model", default="0.6b,8b")
+    p.add_argument("--rows", help=f"comma-separated, of {ROWS}; all where left out")
     p.add_argument("--out", type=Path, default=Path("perf/results"))
     p.add_argument("--seconds", type=float, default=150)
     args = p.parse_args()
     started = time.perf_counter()
     work = [(n, k, rows) for model in args.model.split(",") for rows in ROWS for n, k in SHAPES[model]]
-    jobs = {(rows, n, k, tile) for n, k, rows in work for tile in candidates(n, k, max(16, rows))}
+    if args.rows:
+        work = [(n, k, rows) for n, k, rows in work if rows in map(int, args.rows.split(","))]
+    jobs = {
+        (rows, n, k, tile)
+        for n, k, rows in work
+        for tile in (row_candidates(n, k, rows) if rows <= MAX_SINGLE_ROWS else candidates(n, k, max(16, rows)))
+    }
     with concurrent.futures.ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_ahead, sorted(jobs), chunksize=4))
     print(f"{len(jobs)} kernels compiled after {time.perf_counter() - started:.0f} s", flush=True)
@@ -124,7 +190,7 @@ def main() -> None:
         if time.perf_counter() - started > args.seconds:
             print(f"time is over: {len(work) - len(results)} products not measured")
             break
-        found = measure(n, k, rows)
+        found = measure_rows(n, k, rows) if rows <= MAX_SINGLE_ROWS else measure(n, k, rows)
         results.append(found)
         print(f"{n:6} {k:6} {rows:4} {found['floor_us']:7.2f} {found['cublas_us']:7.2f} {found['best_us']:7.2f}  {found['tile']}", flush=True)
         for problem in found["failed"][:2]:
@@ -132,11 +198,14 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     facts = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, results=results)
     (args.out / "tune_linear.json").write_text(json.dumps(facts, indent=1, default=str))
-    table: dict = {}
+    tables: dict = {"TABLE": {}, "ROW_TABLE": {}}
     for found in results:
-        wins = found["best_us"] < 0.98 * found["cublas_us"]
+        single = found["rows"] <= MAX_SINGLE_ROWS
+        wins = single or found["best_us"] < 0.98 * found["cublas_us"]
+        table = tables["ROW_TABLE" if single else "TABLE"]
         table.setdefault((found["n"], found["k"]), {})[found["rows"]] = found["tile"] if wins else None
-    print("TABLE =", table)
+    for name, table in tables.items():
+        print(name, "=", table)
 
 
 if __name__ == "__main__":

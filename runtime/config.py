@@ -158,6 +158,7 @@ class Config:
     skinny_linears: bool = _option(True, parse_flag, "GPU: own kernels for products of few rows, where measured faster", "compiler")
     fuse_rope: bool = _option(True, parse_flag, "GPU: rotate queries and keys and store them in one kernel", "compiler")
     fuse_rows: bool = _option(True, parse_flag, "GPU: norms, residual additions and gated SiLU as kernels that overlap", "compiler")
+    fuse_linears: bool = _option(True, parse_flag, "GPU: norms, residual additions and gated SiLU inside the products beside them, for few rows", "compiler")
     rotary_once: bool = _option(True, parse_flag, "compute rotary cosines and sines once a step, not in every layer", "compiler")
     compile_cache_dir: str | None = _option(None, parse_text, "folder of compiled artefacts (none: ~/.cache/pagegraph)", "compiler", _NONE)
     num_threads: int | None = _option(None, _between(parse_whole, 1, 4096), "CPU threads of the engine (auto: PyTorch's choice)", "compiler", _AUTO)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compiler.passes.fuse_linears import fuse_linears
 from compiler.passes.fuse_rope import fuse_rope
 from compiler.passes.fuse_rows import fuse_rows
 from compiler.passes.merge_linears import merge_linears
@@ -40,8 +41,8 @@ class PassReport:
 PASSES: tuple[Pass, ...] = (Pass("merge_linears", merge_linears), Pass("skinny_linears", skinny_linears), Pass("rotary_once", rotary_once))
 
 
-# In this order: what fuse_rope looks for holds norms.
-GRAPH_PASSES = {"fuse_rope": fuse_rope, "fuse_rows": fuse_rows}
+# In this order: what fuse_rope looks for holds norms, and fuse_linears looks for what fuse_rows leaves.
+GRAPH_PASSES = {"fuse_rope": fuse_rope, "fuse_rows": fuse_rows, "fuse_linears": fuse_linears}
 
 
 def graph_passes(config: Any, device: torch.device) -> list[Callable[[torch.fx.GraphModule], int]]:

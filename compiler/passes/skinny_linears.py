@@ -24,15 +24,15 @@ class SkinnyLinear(nn.Module):
         return torch.ops.pagegraph.linear(states, self.weight, self.bias)
 
 
-def skinny_linears(model: nn.Module) -> int:
-    """Route every plain linear of a CUDA `model` (weights loaded) through the op; returns how many were."""
+def skinny_linears(model: nn.Module, device_type: str = "cuda") -> int:
+    """Route every plain linear of `model` (weights loaded) on such a device through the op; returns how many were."""
     routed = 0
     for parent in list(model.modules()):
-        if isinstance(parent, MergedLinear) and parent.weight.is_cuda:
+        if isinstance(parent, MergedLinear) and parent.weight.device.type == device_type:
             parent.product = torch.ops.pagegraph.linear
             routed += 1
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child.weight.is_cuda and not (child._forward_hooks or child._forward_pre_hooks):
+            if type(child) is nn.Linear and child.weight.device.type == device_type and not (child._forward_hooks or child._forward_pre_hooks):
                 setattr(parent, name, SkinnyLinear(child))
                 routed += 1
     return routed

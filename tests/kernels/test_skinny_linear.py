@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from kernels import reference
 from kernels.skinny_tiles import MAX_ROWS, Tile, tile_of
 
 
@@ -21,15 +22,16 @@ from kernels.skinny_tiles import MAX_ROWS, Tile, tile_of
         (32, 192, Tile(16, 64, 8, 4, 3)),  # more splits than columns to share
     ],
 )
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_equals_torch(triton_calls, rows: int, out_size: int, size: int, tile: Tile, has_bias: bool) -> None:
+@pytest.mark.parametrize(("has_bias", "gated"), [(False, False), (True, False), (True, True)])
+def test_equals_torch(triton_calls, rows: int, out_size: int, size: int, tile: Tile, has_bias: bool, gated: bool) -> None:
     wide = torch.randn(rows, size + 16, dtype=torch.bfloat16)
     x = wide[:, :size]  # rows that are no neighbours
     weight = torch.randn(out_size, size, dtype=torch.bfloat16)
     bias = torch.randn(out_size, dtype=torch.bfloat16) if has_bias else None
     expected = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    expected = reference.silu_mul(expected) if gated else expected
     for _ in range(2):  # the second call finds the arrival counts as the first left them
-        out, _ = triton_calls.call("kernels.skinny_linear", "skinny_linear", x, weight, bias, tile)
+        out, _ = triton_calls.call("kernels.skinny_linear", "skinny_linear", x, weight, bias, tile, gated)
         assert out.dtype == x.dtype and out.shape == expected.shape
         torch.testing.assert_close(out.float(), expected, atol=2e-2 * size**0.5, rtol=1e-2)
 

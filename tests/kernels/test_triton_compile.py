@@ -94,6 +94,18 @@ def linear(rows: int, out_size: int, size: int) -> list[Any]:
     return [f"linear {rows} {out_size}x{size} {tile}", "kernels.skinny_linear", "skinny_linear", arguments]
 
 
+def row_linears(rows: int, hidden: int, inner: int) -> list[list[Any]]:
+    """Few rows between attention and gate, and between gate and attention, with the tiles that are chosen."""
+
+    def bf16(*shape: int) -> dict[str, Any]:
+        return tensor("bfloat16", *shape)
+
+    x, norm, residual = bf16(1, rows, hidden), bf16(hidden), bf16(1, rows, hidden)
+    gate = [x, bf16(hidden, hidden), None, residual, norm, 1e-6, bf16(2 * inner, hidden), None, True]
+    down = [bf16(1, rows, inner), bf16(hidden, inner), None, residual, norm, 1e-6, bf16(2 * hidden, hidden), None, False]
+    return [[f"{rows} rows of {hidden}, {inner}: {name}", "kernels.cuda", "linear_norm_linear", arguments] for name, arguments in (("gate", gate), ("down", down))]
+
+
 def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
     """Queries, keys and values as slices of a merged projection, with or without the norm."""
     wide = [{"slice": (256, n, size), "dtype": "bfloat16"} for n in (heads, kv_heads, kv_heads)]
@@ -105,6 +117,7 @@ def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
 
 ROPES = [rope(16, 8, 128, True), rope(32, 8, 128, False), rope(32, 32, 256, False)]
 LINEARS = [linear(rows, *shape) for rows in (2, 64) for shape in ((6144, 1024), (1024, 3072), (4096, 14336))]
+ROWS = [one for rows in (2, 4) for sizes in ((1024, 3072), (4096, 14336), (576, 1536)) for one in row_linears(rows, *sizes)]
 HALF = [
     attention(64, 64, 8, 1),
     attention(64, 64, 8, 8, window=128, sinks=True),
@@ -151,14 +164,14 @@ def half() -> list[dict[str, Any]]:
     """The launches of models in bfloat16, and sampling."""
     unpacks = [*unpack(2, 2), *unpack(2048, 256)]
     rowwise = [*rows(1, 1024), *rows(256, 4096), *rows(8192, 16384)]
-    return compiled([*HALF, *ROPES, *LINEARS, *unpacks, *rowwise, sampling(151936, "float32"), sampling(128256, "bfloat16")])
+    return compiled([*HALF, *ROPES, *LINEARS, *ROWS, *unpacks, *rowwise, sampling(151936, "float32"), sampling(128256, "bfloat16")])
 
 
 def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
     names = {k["kernel"] for k in half}
     assert names == {
         "kv_write_kernel", "decode_kernel", "prefill_kernel", "skinny_linear_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
-        "update_tables_kernel", "unpack_kernel", "rms_norm_kernel", "silu_mul_kernel",
+        "update_tables_kernel", "unpack_kernel", "rms_norm_kernel", "silu_mul_kernel", "row_linear_kernel",
     }  # fmt: skip
 
 
@@ -172,9 +185,9 @@ def test_kernels_of_a_decode_step_wait_for_those_before(half: list[dict[str, Any
 
 
 def test_nothing_is_touched_before_the_wait(half: list[dict[str, Any]]) -> None:
-    """But weights, which no kernel of a step writes: those of the norm are loaded."""
+    """But weights, which no kernel of a step writes."""
     waiting = [k for k in half if k["waits"]]
-    assert {k["kernel"] for k in waiting if k["early"]} == {"rms_norm_kernel"}
+    assert {k["kernel"] for k in waiting if k["early"]} == {"rms_norm_kernel", "row_linear_kernel"}
     for kernel in waiting:
         assert set(kernel["early"]) <= {"LDG"}, kernel
 
