@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+from torch._library.utils import get_layout_constraint_tag
+from torch._ops import OpOverloadPacket
 
 from compiler.capture import CapturedModel
 from compiler.staging import Staged
@@ -50,10 +53,23 @@ def compile_forward(
     def rewritten(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
         for graph_pass in graph_passes:
             graph_pass(module)
+        _keep_as_calls(module.graph)
         return compile_graph(module, inputs)
 
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     return torch.compile(captured, fullgraph=True, backend=rewritten, options=options)
+
+
+def _keep_as_calls(graph: torch.fx.Graph) -> None:
+    """Tell Inductor that ops it does not know, ours, are calls as they are.
+
+    It finds out by itself, but before that some versions (2.11) write into a log what the op's arguments are computed from,
+    which takes exponential time for an op that first stands at the end of a graph.
+    """
+    for packet in {node.target for node in graph.nodes if isinstance(node.target, OpOverloadPacket)}:
+        op = packet.default
+        if op not in lowerings and op.namespace == "pagegraph":
+            make_fallback(op, tag_to_layout_constraint(get_layout_constraint_tag(op)), warn=False)
 
 
 def mark_dynamic(

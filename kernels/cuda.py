@@ -109,6 +109,7 @@ def linear_norm_linear(
     second: Tensor,
     second_bias: Tensor | None,
     gated: bool,
+    query_start: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.ops`. For a few rows two kernels, else a kernel for each of its parts."""
     tiles = _row_tiles(x, first, residual, second, gated)
@@ -116,8 +117,8 @@ def linear_norm_linear(
         total, normed = add_rms_norm(residual, linear(x, first, first_bias), norm, eps)
         return total, linear(normed, second, second_bias, gated=gated)
     rows = x.reshape(-1, x.shape[-1])
-    total = row_linear(rows, first, first_bias, tiles[0], residual=residual.reshape(len(rows), -1))
-    out = row_linear(total, second, second_bias, tiles[1], norm=norm, eps=eps, gated=gated)
+    total = row_linear(rows, first, first_bias, tiles[0], residual=residual.reshape(len(rows), -1), query_start=query_start)
+    out = row_linear(total, second, second_bias, tiles[1], norm=norm, eps=eps, gated=gated, query_start=query_start)
     return total.view(residual.shape), out.view(*x.shape[:-1], -1)
 
 

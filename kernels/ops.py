@@ -22,7 +22,8 @@ like x before it -> (sum, norm of the sum). `pagegraph::silu_mul` is silu(gate) 
 
 `pagegraph::linear_norm_linear` is what stands between two attentions, or between attention and a gate: sum = residual +
 linear(x, first), out = linear(rms_norm(sum, norm), second), where gated silu_mul of that -> (sum, out). One op, because
-which of its parts share a kernel depends on the rows of x.
+which of its parts share a kernel depends on the rows of x. Rows from query_start[S] on are padding: they may come out as
+anything.
 
 `pagegraph::materialize` is a copy that the compiler does not look through.
 
@@ -64,7 +65,7 @@ _library.define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float ep
 _library.define("silu_mul(Tensor gate_up) -> Tensor")
 _library.define(
     "linear_norm_linear(Tensor x, Tensor first, Tensor? first_bias, Tensor residual, Tensor norm, float eps, Tensor second, "
-    "Tensor? second_bias, bool gated) -> (Tensor, Tensor)"
+    "Tensor? second_bias, bool gated, Tensor query_start) -> (Tensor, Tensor)"
 )
 _library.define("materialize(Tensor x) -> Tensor")
 _library.define(
@@ -201,7 +202,7 @@ def _silu_mul_fake(gate_up: Tensor) -> Tensor:
 @torch.library.register_fake("pagegraph::linear_norm_linear", lib=_library)
 def _linear_norm_linear_fake(
     x: Tensor, first: Tensor, first_bias: Tensor | None, residual: Tensor, norm: Tensor, eps: float, second: Tensor,
-    second_bias: Tensor | None, gated: bool,
+    second_bias: Tensor | None, gated: bool, query_start: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     size = second.shape[0] // 2 if gated else second.shape[0]
     return torch.empty_like(residual), x.new_empty(*x.shape[:-1], size)

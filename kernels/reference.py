@@ -281,6 +281,7 @@ def linear_norm_linear(
     second: torch.Tensor,
     second_bias: torch.Tensor | None,
     gated: bool,
+    query_start: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(residual + linear(x, first), linear of its RMS norm, gated or not)."""
     total, normed = add_rms_norm(residual, torch.nn.functional.linear(x, first, first_bias), norm, eps)

@@ -1,7 +1,7 @@
 """Triton: x @ weight.T for one to four rows of x, with what stands around it: a norm, a residual, a gate.
 
 No matrix unit: each program multiplies a few rows of the weight by all of x and adds up at the end, so a product is one
-pass over the weight with nothing to merge. The first weights are asked for before the kernel waits for those before it.
+pass over the weight with nothing to merge. A bucket of two rows that holds one costs no more than one. The first weights are asked for before the kernel waits for those before it.
 The norm of x costs no pass of its own: its scale is one number a row, which is known when the product is. Knows no models;
 which shapes are cut how is data in `kernels/skinny_tiles.py`.
 """
@@ -66,43 +66,12 @@ def _finish(
 
 
 @triton.jit
-def row_linear_kernel(
-    out_ptr,
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    norm_ptr,
-    residual_ptr,
-    eps,
-    x_stride,
-    ROWS: tl.constexpr,
-    N: tl.constexpr,  # of the output
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    first = tl.program_id(0) * BLOCK_N
-    n = first + tl.arange(0, BLOCK_N)
-    inside = n < N
-    lane = tl.arange(0, BLOCK_K)[None, :]
-    if GATED:  # gate and up rows in turn
-        both = tl.arange(0, 2 * BLOCK_N)
-        weight_row, weight_inside = first + both // 2 + both % 2 * N, first + both // 2 < N
-    else:
-        weight_row, weight_inside = n, inside
-    weight_at = weight_ptr + weight_row.to(tl.int64)[:, None] * K + lane
-    weight = _weights(weight_at, 0, lane, weight_inside[:, None], K, BLOCK_K)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + weight_row, mask=weight_inside, other=0.0).to(tl.float32)
-    else:
-        bias = 0.0
-    if PDL:
-        wait()
+def _rows(
+    weight, weight_at, weight_inside, lane, n, inside, out_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
+    ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """The first ROWS rows of the output; `weight` is the first tile."""
     x_at = x_ptr + lane
     total_0 = tl.zeros([weight.shape[0], BLOCK_K // 8], tl.float32)
     total_1, total_2, total_3 = total_0, total_0, total_0
@@ -110,7 +79,7 @@ def row_linear_kernel(
     squares_1, squares_2, squares_3 = squares_0, squares_0, squares_0
     for k in range(0, K, BLOCK_K):
         now = weight.to(tl.float32)
-        weight = _weights(weight_at, k + BLOCK_K, lane, weight_inside[:, None], K, BLOCK_K)
+        weight = _weights(weight_at, k + BLOCK_K, lane, weight_inside, K, BLOCK_K)
         gain = 1.0
         if HAS_NORM:
             gain = tl.load(norm_ptr + k + lane, mask=k + lane < K, other=0.0).to(tl.float32)
@@ -130,6 +99,63 @@ def row_linear_kernel(
         _finish(total_3, squares_3, 3, n, inside, out_ptr, bias, residual_ptr, eps, N, K, BLOCK_N, HAS_NORM, HAS_RESIDUAL, GATED)
 
 
+@triton.jit
+def row_linear_kernel(
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    live_ptr,
+    eps,
+    x_stride,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,  # of the output
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_LIVE: tl.constexpr,
+    GATED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
+    inside = n < N
+    lane = tl.arange(0, BLOCK_K)[None, :]
+    if GATED:  # gate and up rows in turn
+        both = tl.arange(0, 2 * BLOCK_N)
+        weight_row, weight_inside = first + both // 2 + both % 2 * N, first + both // 2 < N
+    else:
+        weight_row, weight_inside = n, inside
+    weight_at = weight_ptr + weight_row.to(tl.int64)[:, None] * K + lane
+    weight = _weights(weight_at, 0, lane, weight_inside[:, None], K, BLOCK_K)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + weight_row, mask=weight_inside, other=0.0).to(tl.float32)
+    else:
+        bias = 0.0
+    live = ROWS
+    if HAS_LIVE:  # it came with the step's packet: no kernel writes it either
+        live = tl.load(live_ptr)
+    if PDL:
+        wait()
+    if live > 1:
+        _rows(
+            weight, weight_at, weight_inside[:, None], lane, n, inside, out_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
+            ROWS, N, K, BLOCK_N, BLOCK_K, HAS_NORM, HAS_RESIDUAL, GATED,
+        )  # fmt: skip
+    else:
+        _rows(
+            weight, weight_at, weight_inside[:, None], lane, n, inside, out_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
+            1, N, K, BLOCK_N, BLOCK_K, HAS_NORM, HAS_RESIDUAL, GATED,
+        )  # fmt: skip
+        for row in tl.static_range(1, ROWS):
+            tl.store(out_ptr + row * N + n, tl.zeros([BLOCK_N], out_ptr.dtype.element_ty), mask=inside)
+
+
 def row_linear(
     x: Tensor,
     weight: Tensor,
@@ -139,11 +165,13 @@ def row_linear(
     eps: float = 0.0,
     residual: Tensor | None = None,
     gated: bool = False,
+    query_start: Tensor | None = None,
 ) -> Tensor:
     """x [T, K] (rows dense, T at most 4), weight [N, K] contiguous, bias [N] -> [T, N] in x's dtype.
 
     norm [K]: of x, RMS-normalised with it and eps. gated: silu(first half) * second half of the product, [T, N / 2].
-    residual [T, N], contiguous: added to the result.
+    residual [T, N], contiguous: added to the result. query_start [S + 1]: where its last entry is 1, only the first row
+    is computed and the others, padding, are 0.
     """
     rows, (out_size, size) = len(x), weight.shape
     if gated:
@@ -156,6 +184,7 @@ def row_linear(
         bias if bias is not None else weight,
         norm if norm is not None else weight,
         residual if residual is not None else out,
+        query_start[-1:] if query_start is not None else out,
         eps,
         x.stride(0),
         ROWS=rows,
@@ -166,6 +195,7 @@ def row_linear(
         HAS_BIAS=bias is not None,
         HAS_NORM=norm is not None,
         HAS_RESIDUAL=residual is not None,
+        HAS_LIVE=query_start is not None and rows > 1,
         GATED=gated,
         num_warps=tile.num_warps,
         **dependent(x.device),

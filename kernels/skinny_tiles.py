@@ -59,8 +59,20 @@ def tile_of(rows: int, out_size: int, size: int) -> Tile | None:
 
 MAX_SINGLE_ROWS = 4  # above it the matrix unit is worth its padding
 
-# The same for products without the matrix unit.
-ROW_TABLE: dict[tuple[int, int], dict[int, RowTile]] = {}
+# The same for products without the matrix unit, with what stands around them. Those of up to two rows are cut so
+# that one is fast, the commonest, and two are not slow; None where cuBLAS and kernels of their own for norm and gate are faster.
+ROW_TABLE: dict[tuple[int, int], dict[int, RowTile | None]] = {
+    (4096, 1024): {2: RowTile(8, 1024, 4), 4: RowTile(8, 512, 2)},
+    (1024, 2048): {2: RowTile(4, 2048, 8), 4: RowTile(1, 2048, 8)},
+    (6144, 1024): {2: RowTile(2, 512, 2), 4: RowTile(4, 256, 1)},
+    (1024, 3072): {2: RowTile(1, 2048, 8), 4: RowTile(4, 2048, 8)},
+    (151936, 1024): {2: RowTile(4, 256, 1), 4: RowTile(8, 256, 1)},
+    (6144, 4096): {2: RowTile(4, 1024, 4), 4: RowTile(8, 512, 2)},
+    (4096, 4096): {2: RowTile(2, 1024, 4), 4: RowTile(8, 1024, 4)},
+    (28672, 4096): {2: RowTile(2, 1024, 4), 4: None},
+    (4096, 14336): {2: RowTile(2, 2048, 8), 4: RowTile(8, 1024, 4)},
+    (128256, 4096): {2: RowTile(4, 512, 2), 4: RowTile(8, 256, 1)},
+}
 
 
 def row_tile_of(rows: int, out_size: int, size: int, *, gated: bool = False) -> RowTile | None:

@@ -69,7 +69,7 @@ def compile_ahead(job: tuple[int, int, int, Tile | RowTile]) -> None:
     if len(tile) == len(RowTile._fields):
         parts = _parts(out_size, size)
         row_linear_kernel.warmup(
-            bf16, bf16, bf16, bf16, bf16, bf16, 1e-6, size, ROWS=rows, N=out_size // 2 if parts["GATED"] else out_size, K=size,
+            bf16, bf16, bf16, bf16, bf16, bf16, bf16, 1e-6, size, HAS_LIVE=False, ROWS=rows, N=out_size // 2 if parts["GATED"] else out_size, K=size,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, HAS_BIAS=False, num_warps=tile.num_warps, grid=(1,), **parts,
             **dependent(torch.device("cuda")),
         )  # fmt: skip

@@ -13,14 +13,19 @@ from torch.fx import Graph, GraphModule, Node
 from compiler.passes.graph_forms import is_call, rewrite
 
 ops = torch.ops.pagegraph
+QUERY_START = {ops.paged_attention: 8, ops.rope_attention: 13}  # its place among the arguments
 
 
 def fuse_linears(module: GraphModule) -> int:
     """Rewrite every such row of `module` whose inner results nothing else reads; returns how many."""
-    return rewrite(module, lambda node: _fuse(module.graph, node))
+    attention = next((node for node in module.graph.nodes if is_call(node, ops.rope_attention) or is_call(node, ops.paged_attention)), None)
+    if attention is None:
+        return 0
+    query_start = attention.args[QUERY_START[attention.target]]
+    return rewrite(module, lambda node: _fuse(module.graph, node, query_start))
 
 
-def _fuse(graph: Graph, second: Node) -> bool:
+def _fuse(graph: Graph, second: Node, query_start: Node) -> bool:
     if not is_call(second, ops.linear):
         return False
     normed = second.args[0]
@@ -36,7 +41,7 @@ def _fuse(graph: Graph, second: Node) -> bool:
     gated = gate is not None and is_call(gate, ops.silu_mul)
     # In the sum's place, where all that is no parameter is known.
     with graph.inserting_before(both):
-        arguments = (*first.args, residual, norm, eps, *second.args[1:], gated)
+        arguments = (*first.args, residual, norm, eps, *second.args[1:], gated, query_start)
         fused = graph.call_function(ops.linear_norm_linear, arguments)
         total, out = (graph.call_function(operator.getitem, (fused, index)) for index in (0, 1))
     for old, new in ((_sum_of(both), total), (gate if gated else second, out)):

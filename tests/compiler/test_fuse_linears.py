@@ -58,5 +58,5 @@ def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
         for position, logits in by_position.items():
             torch.testing.assert_close(logits, expected[sequence][position], atol=1e-4, rtol=0)
     fused = [node for node in graphs[0].graph.nodes if node.target is torch.ops.pagegraph.linear_norm_linear]
-    gated = sum(node.args[-1] for node in fused)
+    gated = sum(node.args[-2] for node in fused)
     assert (gated, len(fused) - gated) == FOUND[name]

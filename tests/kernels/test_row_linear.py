@@ -57,6 +57,16 @@ def test_a_row_does_not_depend_on_the_others(triton_calls) -> None:
     assert torch.equal(together[0], alone[0]) and alone[1:].isnan().all()
 
 
+@pytest.mark.parametrize("live", [1, 2])
+def test_padding_is_left_out(triton_calls, live: int) -> None:
+    x, weight, residual = torch.randn(2, 96).bfloat16(), torch.randn(16, 96).bfloat16(), torch.randn(2, 16).bfloat16()
+    starts = torch.tensor([0, 1, live], dtype=torch.int32)
+    arguments = (x, weight, None, RowTile(2, 32, 1), None, 1e-6, residual, False)
+    every, _ = triton_calls.call("kernels.row_linear", "row_linear", *arguments)
+    some, _ = triton_calls.call("kernels.row_linear", "row_linear", *arguments, starts)
+    assert torch.equal(some[:live], every[:live]) and not some[live:].any()
+
+
 @given(st.integers(1, 64), st.integers(1, 300000), st.integers(1, 30000), st.booleans())
 def test_a_tile_is_chosen_for_aligned_rows_only(rows: int, out_size: int, size: int, gated: bool) -> None:
     tile = row_tile_of(rows, out_size, size, gated=gated)

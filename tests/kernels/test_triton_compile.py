@@ -100,9 +100,10 @@ def row_linears(rows: int, hidden: int, inner: int) -> list[list[Any]]:
     def bf16(*shape: int) -> dict[str, Any]:
         return tensor("bfloat16", *shape)
 
+    starts = tensor("int32", rows + 1)
     x, norm, residual = bf16(1, rows, hidden), bf16(hidden), bf16(1, rows, hidden)
-    gate = [x, bf16(hidden, hidden), None, residual, norm, 1e-6, bf16(2 * inner, hidden), None, True]
-    down = [bf16(1, rows, inner), bf16(hidden, inner), None, residual, norm, 1e-6, bf16(2 * hidden, hidden), None, False]
+    gate = [x, bf16(hidden, hidden), None, residual, norm, 1e-6, bf16(2 * inner, hidden), None, True, starts]
+    down = [bf16(1, rows, inner), bf16(hidden, inner), None, residual, norm, 1e-6, bf16(2 * hidden, hidden), None, False, starts]
     return [[f"{rows} rows of {hidden}, {inner}: {name}", "kernels.cuda", "linear_norm_linear", arguments] for name, arguments in (("gate", gate), ("down", down))]
 
 
