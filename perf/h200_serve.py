@@ -120,8 +120,7 @@ def _settings(args: argparse.Namespace, model: str, folder: Path, streams: int, 
         model=base.model, tokenizer=str(folder), served_model_name="m", load_format="dummy", dtype=base.dtype, device=args.device,
         max_model_len=base.max_model_len, max_num_seqs=streams, max_num_batched_tokens=base.max_num_batched_tokens,
         enable_prefix_caching=False, compile=base.compile, kv_cache_memory=base.kv_cache_memory, workers=workers,
-        # Connections do not spread evenly: each worker could take half as many again as its share.
-        threads=16 + max(16, streams * 3 // 2 // workers), max_queue=2 * streams,
+        threads=16 + streams, max_queue=2 * streams,  # connections do not spread evenly: each worker could take all
     )  # fmt: skip
 
 
