@@ -28,8 +28,7 @@ from h200_report import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT, OUTPUT = 128, 256
-SIZES = (512, 1024, 4)  # streams, requests, web workers
-TINY_SIZES = (16, 48, 2)
+SIZES, TINY_SIZES = (512, 1024), (16, 48)  # streams, requests
 READY_SECONDS = 200
 SETTLE_SECONDS = 15  # idle, for the graphs that a start leaves out
 LOADED, ADDRESS = re.compile(r"loaded: (.*)"), re.compile(r"http://(127\.0\.0\.1:\d+)")
@@ -84,7 +83,7 @@ class Server:
         """What `load.py` found; RuntimeError if a request failed."""
         out = self._log.with_name(f"load-{seed}.json")
         given = dict(address=self.address, model="m", streams=streams, requests=requests, prompt=PROMPT, output=output,
-                     vocab=MODELS[model]["vocab_size"], seed=seed, processes=min(4, os.cpu_count() or 1), out=out)  # fmt: skip
+                     vocab=MODELS[model]["vocab_size"], seed=seed, processes=min(6, os.cpu_count() or 1), out=out)  # fmt: skip
         flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
         subprocess.run([sys.executable, ROOT / "perf" / "load.py", *flags], check=True, timeout=500)
         found = json.loads(out.read_text())
@@ -112,14 +111,14 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     backend.save(str(folder / "tokenizer.json"))
 
 
-def _settings(args: argparse.Namespace, model: str, folder: Path, streams: int, workers: int) -> dict[str, object]:
+def _settings(args: argparse.Namespace, model: str, folder: Path, streams: int) -> dict[str, object]:
     """The server's configuration: that of the offline run, and the web's."""
     base = config_of(args, model)
     write_tokenizer(folder, MODELS[model]["vocab_size"])
     return dict(
         model=base.model, tokenizer=str(folder), served_model_name="m", load_format="dummy", dtype=base.dtype, device=args.device,
         max_model_len=base.max_model_len, max_num_seqs=streams, max_num_batched_tokens=base.max_num_batched_tokens,
-        enable_prefix_caching=False, compile=base.compile, kv_cache_memory=base.kv_cache_memory, workers=workers,
+        enable_prefix_caching=False, compile=base.compile, kv_cache_memory=base.kv_cache_memory, workers=args.workers,
         threads=16 + streams, max_queue=2 * streams,  # connections do not spread evenly: each worker could take all
     )  # fmt: skip
 
@@ -127,13 +126,13 @@ def _settings(args: argparse.Namespace, model: str, folder: Path, streams: int, 
 def serve(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """Streams over HTTP, then the same number of like requests offline; both after a warm-up."""
     model = args.models[0]
-    streams, requests, workers = TINY_SIZES if args.tiny else SIZES
+    streams, requests = TINY_SIZES if args.tiny else SIZES
     folder = Path(tempfile.mkdtemp(prefix="pagegraph-serve-"))
-    settings = _settings(args, model, folder, streams, workers)
+    settings = _settings(args, model, folder, streams)
     server = Server(settings, folder)
     try:
         tokens = int(server.wait_for(POOL).replace(",", ""))
-        report.fact(ready_s=server.ready_s, phases_s=server.phases(), pool_tokens=tokens, pool_seqs=tokens // (PROMPT + OUTPUT))
+        report.fact(workers=args.workers, ready_s=server.ready_s, phases_s=server.phases(), pool_tokens=tokens, pool_seqs=tokens // (PROMPT + OUTPUT))
         time.sleep(SETTLE_SECONDS if args.device == "cuda" else 0)
         server.load(model, streams, streams, 32, seed=1)
         before = server.counters()
@@ -159,11 +158,11 @@ def serve(report: Report, args: argparse.Namespace, shared: dict) -> None:
 def startup(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """A server's start with empty and with filled caches, by phase, and the first token of the first request; seconds."""
     model = args.models[0]
-    streams, _, workers = TINY_SIZES if args.tiny else SIZES
+    streams, _ = TINY_SIZES if args.tiny else SIZES
     cache = tempfile.mkdtemp(prefix="pagegraph-cache-")
     for caches in ("cold", "warm"):
         folder = Path(tempfile.mkdtemp(prefix="pagegraph-start-"))
-        settings = {**_settings(args, model, folder, 256 if not args.tiny else streams, workers), "compile_cache_dir": cache}
+        settings = {**_settings(args, model, folder, 256 if not args.tiny else streams), "compile_cache_dir": cache}
         server = Server(settings, folder)
         try:
             first = server.load(model, 1, 1, 16, seed=0)
