@@ -4,7 +4,7 @@
 
 Each group of sections runs in a process of its own: a crash, or a device that a bad kernel has left unusable, ends
 that group and no other. Sections of one model share one built engine. Knows the order and the files; the sections
-are in h200_kernels, h200_micro and h200_engine. Wants no network.
+are in h200_kernels, h200_micro, h200_engine, h200_serve and h200_checks. Wants no network.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "kernels")]  # the cases and prompts of the tests
 
-SECTIONS = ("kernels", "graphs", "parity", "micro", "step", "engine", "memory", "host", "peer")
+SECTIONS = ("kernels", "graphs", "parity", "micro", "step", "engine", "memory", "serve", "startup", "host", "peer")
 OF_A_MODEL = ("step", "engine", "memory")
+OF_A_SERVER = ("serve", "startup")  # of a model too, in a process that holds no engine yet
 CASES = "throughput,sharegpt,latency,batch32,prefill,prefix"
+PEERS = ("vllm", "transformers")
 START_SECONDS = 240  # on top of the sections' own time: imports, building, compiling, capturing
 PEER_SECONDS = 420  # of a model, its start included
 
@@ -43,6 +45,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--weights", help="GGUF file or folder of a real model, for parity")
     p.add_argument("--peer", type=Path, help="folder of a peer's benchmark: its workloads are used, and `peer` runs it")
     p.add_argument("--peer-target", type=Path, default=Path(tempfile.gettempdir(), "peer"), help="where the peer is installed")
+    p.add_argument("--peer-engine", default="vllm", help=f"what section peer runs, comma-separated, of {','.join(PEERS)}")
+    p.add_argument("--workers", type=int, default=8, help="web processes of the server, each of which writes some 5,000 events a second")
     p.add_argument("--out", type=Path, default=ROOT / "perf" / "results")
     p.add_argument("--commit", default="unknown", help="what is measured, for the record")
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a trial of the control flow")
@@ -54,11 +58,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     if args.tiny:
         args.model = "tiny"
     args.sections, args.models, args.cases = (one.split(",") for one in (args.section, args.model, args.case))
+    args.engines = args.peer_engine.split(",")
     if unknown := set(args.sections) - set(SECTIONS) - ({"start"} if args.child else set()):
         p.error(f"unknown section {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
-    for key, known in (("model", ("8b", "0.6b", "tiny")), ("case", CASES.split(","))):
+    for key, known in (("model", ("8b", "0.6b", "tiny")), ("case", CASES.split(",")), ("peer_engine", PEERS)):
         if unknown := set(getattr(args, key).split(",")) - set(known):
-            p.error(f"unknown {key} {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+            p.error(f"unknown {key.replace('_', '-')} {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     if "peer" in args.sections and not args.peer:
         p.error("section peer needs --peer DIR")
     if "parity" in args.sections and not args.weights:
@@ -89,6 +94,7 @@ def jobs(args: argparse.Namespace) -> list[tuple[list[str], str | None]]:
     of_a_model = [name for name in SECTIONS if name in args.sections and name in OF_A_MODEL]
     before = [([name], None) for name in ("kernels", "graphs", "parity", "micro") if name in args.sections]
     between = [(["start", *of_a_model], model) for model in args.models if of_a_model]
+    between += [([name], model) for name in OF_A_SERVER if name in args.sections for model in args.models]
     return before + between + [([name], None) for name in ("host", "peer") if name in args.sections]
 
 
@@ -97,7 +103,7 @@ def run_job(args: argparse.Namespace, sections: list[str], model: str | None, pa
     part = Path(tempfile.mkdtemp(prefix="pagegraph-"), "sections.json")
     limit = START_SECONDS + len(sections) * args.seconds
     if sections == ["peer"]:
-        limit = START_SECONDS + PEER_SECONDS * len(args.models)
+        limit = START_SECONDS + PEER_SECONDS * len(args.models) * len(args.engines)
     command = [sys.executable, "-u", __file__, *sys.argv[1:], "--child", str(part), "--results", str(path), "--section", ",".join(sections)]
     command += ["--model", model] if model else []
     child = subprocess.Popen(command, start_new_session=True)
@@ -128,7 +134,7 @@ def run_child(args: argparse.Namespace) -> int:
 
     report = Report(args.child, machine_facts(args), args.seconds)
     print(f"\n{report.machine['gpu']}, imports {time.perf_counter() - start:.1f} s", flush=True)
-    model = args.models[0] if args.sections[0] == "start" else None
+    model = args.models[0] if args.sections[0] in ("start", *OF_A_SERVER) else None
     shared: dict = {}  # what sections of one process hand on: the built engine
     for name in args.sections:
         try:
@@ -147,6 +153,8 @@ def section(name: str):
         import h200_micro as module
     elif name in ("start", "step", "engine", "peer"):
         import h200_engine as module
+    elif name in OF_A_SERVER:
+        import h200_serve as module
     else:
         import h200_checks as module
     return getattr(module, name)

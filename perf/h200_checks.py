@@ -209,6 +209,8 @@ def memory(report: Report, args: argparse.Namespace, shared: dict) -> None:
     pages = max(-(-built.max_model_len // config.block_size) + 1, int(sizes.sum() / count * config.max_num_seqs / config.block_size / 4))
     small = dataclasses.replace(built, num_blocks=min(built.num_blocks, pages))
     for kind, params in {**WAYS, "all": dict(temperature=0.9, top_p=0.8, top_k=40, repetition_penalty=1.1, logprobs=5)}.items():
+        if report.out_of_time(kind):
+            return
         offline = Offline(dataclasses.replace(config, enable_prefix_caching=True), small)
         offline.run(prompts, lengths, **params)
         offline.engine.scheduler.check_integrity()

@@ -6,6 +6,7 @@ Weights are random: no speed here depends on what the model says. Knows the engi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -34,6 +35,7 @@ DRIVEN_TOKENS = 64  # steps of a decode that are driven through the engine
 PROFILED = (1, 256)
 PEER_SECONDS = 400  # of a model, its start included
 PEER_MODELS = {"8b": "llama3-8b", "0.6b": "qwen3-0.6b"}
+HF_CASES, HF_BUDGET = ("throughput", "latency"), 15  # seconds of timed work a case
 NO_WAIT = 1e-4  # seconds: a turn that waits less was late, the device had nothing more to do
 
 
@@ -165,42 +167,55 @@ def engine(report: Report, args: argparse.Namespace, shared: dict) -> None:
 
 
 def peer(report: Report, args: argparse.Namespace, shared: dict) -> None:
-    """A peer on the same work, in processes of its own; ratios to this run's `engine` rows."""
+    """Peers on the same work, in processes of their own; ratios of output rates to this run's `engine` rows."""
     environment = {**os.environ, "PY": sys.executable}
-    if not (args.peer_target / "env.sh").exists():
+    if "vllm" in args.engines and not (args.peer_target / "env.sh").exists():
         start = time.perf_counter()
         subprocess.run(["bash", args.peer / "install.sh", args.peer, args.peer_target], env=environment, check=True, timeout=300)
         report.fact(install_s=time.perf_counter() - start)
     known = json.loads(args.results.read_text())["sections"] if args.results and args.results.exists() else []
-    for model in args.models:
+    for model, engine in itertools.product(args.models, args.engines):
         ours = {
             (row["case"], row["caching"]): row
             for one in known if one["section"] == "engine" and one["model"] == model for row in one["rows"]
         }  # fmt: skip
-        for theirs in _peer_rows(args, PEER_MODELS[model], environment):
+        for theirs in _peer_rows(args, engine, model, environment):
             if "error" in theirs or theirs["case"] == "startup":
-                report.row(model=model, **{key: theirs[key] for key in ("case", "error", "llm_init_s") if key in theirs})
+                report.row(model=model, peer=engine, **{key: theirs[key] for key in ("case", "error", "llm_init_s", "init_s") if key in theirs})
                 if "error" in theirs:
                     report.failure(f"{model} {theirs['case']}: {theirs['error']}")
                 continue
-            mine = ours.get((theirs["case"], theirs["prefix_caching"]))
+            caching = theirs.get("prefix_caching", False)
+            mine = ours.get((theirs["case"], caching))
             report.row(
-                model=model, case=theirs["case"], caching=theirs["prefix_caching"], wall_s=theirs["wall_s"],
+                model=model, peer=engine, case=theirs["case"], caching=caching, requests=theirs["requests"], wall_s=theirs["wall_s"],
                 out_tok_s=theirs["out_tok_s"], total_tok_s=theirs["total_tok_s"], ours_s=mine["wall_s"] if mine else None,
-                ours_over_theirs=theirs["wall_s"] / mine["wall_s"] if mine else None,
+                ours_over_theirs=mine["total_tok_s"] / theirs["total_tok_s"] if mine else None,
             )  # fmt: skip
 
 
-def _peer_rows(args: argparse.Namespace, model: str, environment: dict[str, str]) -> list[dict]:
+def _peer_command(args: argparse.Namespace, engine: str, model: str) -> list[object]:
+    """The peer's benchmark. That of transformers runs static batches of 64 and less work: rates are compared."""
+    if engine == "vllm":
+        shell = ["bash", "-c", f'source "{args.peer_target}/env.sh" && exec "$PY" "$0" "$@"']
+        return [*shell, args.peer / "bench_vllm.py", "--model", args.peer / "models" / PEER_MODELS[model], "--scale", args.scale, "--case", *args.cases]
+    cases = [case for case in HF_CASES if case in args.cases]
+    if not cases:
+        raise RuntimeError(f"transformers runs the cases {', '.join(HF_CASES)} alone; name one in --case")
+    # One batch a case, three of the shortest: within a minute.
+    scale = 0.004 if args.tiny else 0.064
+    return [
+        sys.executable, args.peer / "bench_hf.py", "--model", config_of(args, model).model, "--scale", scale, "--budget", HF_BUDGET,
+        "--device", args.device, "--case", *cases,
+    ]  # fmt: skip
+
+
+def _peer_rows(args: argparse.Namespace, engine: str, model: str, environment: dict[str, str]) -> list[dict]:
     """The lines the peer's benchmark writes; those of a run that ends badly too."""
-    lines = args.child.with_name(f"peer-{model}.jsonl")
-    command = f'source "{args.peer_target}/env.sh" && exec "$PY" "$0" "$@"'
-    given = [args.peer / "bench_vllm.py", "--model", args.peer / "models" / model, "--scale", args.scale, "--out", lines]
+    lines = args.child.with_name(f"peer-{engine}-{model}.jsonl")
+    command = [*map(str, _peer_command(args, engine, model)), "--out", str(lines)]
     with open(lines.with_suffix(".log"), "w+") as log:
-        run = subprocess.Popen(
-            ["bash", "-c", command, *map(str, given), "--case", *args.cases],
-            env=environment, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+        run = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             ended = f"exit code {run.wait(PEER_SECONDS)}"
         except subprocess.TimeoutExpired:
