@@ -2,7 +2,8 @@
 
     python perf/tables.py perf/results/h200-2026-11-24-*.json
 
-Of a job or step that several files hold, the last file named counts. Knows the files; measures nothing.
+Of a job or step that several files hold, the last file named counts; a peer's ratio is kept only beside the job it was measured
+with. Knows the files; measures nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Results:
             self.served[model,] = {**section["facts"], **{row["way"]: row for row in section["rows"]}}
         for row in section["rows"]:
             if section["section"] == "engine" and row["requests"] == REQUESTS[row["case"]]:
-                self.jobs[model, row["case"], row["caching"]] = row
+                job = model, row["case"], row["caching"]
+                self.jobs[job] = row
+                self.peers = {key: theirs for key, theirs in self.peers.items() if key[1:] != job}
             elif section["section"] == "step" and "replay_ms" in row:
                 self.steps[model, row["seqs"], row["keys"]] = row
             elif section["section"] == "startup":

@@ -35,6 +35,13 @@ def test_the_file_named_last_counts_and_scaled_jobs_do_not(tmp_path: Path) -> No
     assert "| Llama-3-8B, 32 x (512 in, 256 out) | 20 | 1.00 |  |  |" in list(tables.jobs(found))
 
 
+def test_a_ratio_is_of_one_run_only() -> None:
+    found = tables.Results([*STORED, STORED[0].with_name("h200-2026-11-24-llama3-8b-few-rows.json")])
+    rows = list(tables.jobs(found))
+    assert "| Llama-3-8B, one stream | 239 | 1.17 |  |  |" in rows
+    assert "| Llama-3-8B, 64 prompts of 4096 | 38,980 in + out | 1.16 | 40,584 in + out | 0.96 |" in rows
+
+
 def test_other_peers_get_columns_of_their_own() -> None:
     found = tables.Results(STORED)
     theirs = {"out_tok_s": 100.0, "total_tok_s": 150.0, "ours_over_theirs": 2.5}
