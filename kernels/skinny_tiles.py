@@ -64,13 +64,13 @@ MAX_SINGLE_ROWS = 4  # above it the matrix unit is worth its padding
 ROW_TABLE: dict[tuple[int, int], dict[int, RowTile | None]] = {
     (4096, 1024): {2: RowTile(8, 1024, 4), 4: RowTile(8, 512, 2)},
     (1024, 2048): {2: RowTile(4, 2048, 8), 4: RowTile(1, 2048, 8)},
-    (6144, 1024): {2: RowTile(2, 512, 2), 4: RowTile(4, 256, 1)},
+    (6144, 1024): {2: RowTile(2, 512, 2), 4: None},
     (1024, 3072): {2: RowTile(1, 2048, 8), 4: RowTile(4, 2048, 8)},
     (151936, 1024): {2: RowTile(4, 256, 1), 4: RowTile(8, 256, 1)},
-    (6144, 4096): {2: RowTile(4, 1024, 4), 4: RowTile(8, 512, 2)},
-    (4096, 4096): {2: RowTile(2, 1024, 4), 4: RowTile(8, 1024, 4)},
+    (6144, 4096): {2: RowTile(4, 1024, 4), 4: None},
+    (4096, 4096): {2: RowTile(2, 1024, 4), 4: None},
     (28672, 4096): {2: RowTile(2, 1024, 4), 4: None},
-    (4096, 14336): {2: RowTile(2, 2048, 8), 4: RowTile(8, 1024, 4)},
+    (4096, 14336): {2: RowTile(2, 2048, 8), 4: None},
     (128256, 4096): {2: RowTile(4, 512, 2), 4: RowTile(8, 256, 1)},
 }
 
