@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from compiler import lower, memory, model_source, trial, weights
+from compiler import lower, memory, model_source, quant_formats, trial, weights
 from compiler.buckets import Bucket, cuda_ladder
 from compiler.capture import ATTENTION_NAME, CapturedModel, capture
 from compiler.graphs import Pending
@@ -29,6 +29,7 @@ from compiler.step import CompiledStep
 from compiler.step_input import StepInput
 
 MAX_CAPTURED_TOKENS = 2048
+FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(slots=True)
@@ -65,7 +66,7 @@ class BuiltModel:
 def build(config: Any, *, progress: bool = True) -> BuiltModel:
     """Build the model of `config` (a `runtime.config.Config`), uncompiled.
 
-    Raises UnsupportedModel, memory.DoesNotFit, or ValueError naming the key at fault.
+    Raises UnsupportedModel, memory.DoesNotFit, QuantizationError, or ValueError naming the key at fault.
     """
     timings = Timings()
     device = resolve_device(config.device)
@@ -77,11 +78,13 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
         folder = model_source.resolve(
             config.model,
             gguf_file=config.gguf_file,
+            keep_quantized=config.quantization == "gguf",
             revision=config.revision,
             cache_dir=cache,
             trust_remote_code=config.trust_remote_code,
         )
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        quantization = resolve_quantization(config.quantization, model_config, device)
     dtype = resolve_dtype(config.dtype, model_config, device)
     max_model_len = resolve_max_model_len(config.max_model_len, model_config)
     with timings.stage("capture"):
@@ -91,7 +94,14 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
         captured = capture(model)
     with timings.stage("weights"):
         weights.load_weights(
-            model, folder, device=device, dtype=dtype, load_format=config.load_format, progress=progress, seed=config.seed
+            model,
+            folder,
+            device=device,
+            dtype=dtype,
+            load_format=config.load_format,
+            quantization=quantization,
+            progress=progress,
+            seed=config.seed,
         )
     with timings.stage("passes"):
         registry.apply(model, config)
@@ -170,6 +180,21 @@ def resolve_dtype(name: str, model_config: Any, device: torch.device) -> torch.d
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     return torch.bfloat16 if device.type == "cpu" else dtype
+
+
+def resolve_quantization(asked: str | None, model_config: Any, device: torch.device) -> quant_formats.Scheme | str | None:
+    """The checkpoint's scheme, or the method asked for; takes the checkpoint's words off `model_config`.
+
+    Raises QuantizationError where they contradict each other or the device cannot hold the type.
+    """
+    found = quant_formats.resolve(asked, vars(model_config).pop("quantization_config", None))
+    method = found.method if isinstance(found, quant_formats.Scheme) else found
+    if method == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise quant_formats.QuantizationError(
+            f"quantization=fp8 needs a GPU of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or later, "
+            f"{torch.cuda.get_device_name(device)} has less; set quantization to int8 or int4"
+        )
+    return found
 
 
 def resolve_max_model_len(asked: int | None, model_config: Any) -> int:

@@ -30,27 +30,29 @@ def resolve(
     model: str,
     *,
     gguf_file: str | None = None,
+    keep_quantized: bool = False,
     revision: str | None = None,
     cache_dir: Path,
     trust_remote_code: bool = False,
 ) -> Path:
     """The folder that holds `model`: config.json, tokenizer.json, safetensors and chat template, as far as given.
 
-    `gguf_file` names a file in the folder or repository. `revision` applies to the hub alone.
+    `gguf_file` names a file in the folder or repository, and `keep_quantized` leaves its linears in its few bits.
+    `revision` applies to the hub alone.
     Raises FileNotFoundError where there is no such model, ValueError for a GGUF file that cannot be converted.
     """
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{model}: a model is a folder, a .gguf file or a hub name; this is another kind of file")
-        return _converted(path, cache_dir)
+        return _converted(path, cache_dir, keep_quantized)
     if not path.is_dir():
         path = _downloaded(model, gguf_file, revision, trust_remote_code)
     if gguf_file is not None:
-        return _converted(_existing(path / gguf_file), cache_dir)
+        return _converted(_existing(path / gguf_file), cache_dir, keep_quantized)
     if (path / "config.json").is_file():
         return path
-    return _converted(_only_gguf(path), cache_dir)
+    return _converted(_only_gguf(path), cache_dir, keep_quantized)
 
 
 def _existing(path: Path) -> Path:
@@ -86,10 +88,10 @@ def _downloaded(model: str, gguf_file: str | None, revision: str | None, trust_r
     return Path(folder)
 
 
-def _converted(gguf: Path, cache_dir: Path) -> Path:
+def _converted(gguf: Path, cache_dir: Path, keep_quantized: bool) -> Path:
     """The folder of the converted file, made now if it is not there. Processes that meet here wait in line."""
     models = cache_dir / "models"
-    folder = models / f"{gguf.stem}-{_key(gguf)}"
+    folder = models / f"{gguf.stem}-{_key(gguf)}{'-quantized' if keep_quantized else ''}"
     if folder.is_dir():
         return folder
     models.mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,7 @@ def _converted(gguf: Path, cache_dir: Path) -> Path:
         if not folder.is_dir():
             unfinished = folder.with_name(folder.name + ".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
-            _convert(gguf, unfinished)
+            _convert(gguf, unfinished, keep_quantized)
             os.rename(unfinished, folder)
     return folder
 
@@ -120,13 +122,15 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write the dequantised float32 weights, the configuration and the tokenizer of `gguf` into `folder`.
+def _convert(gguf: Path, folder: Path, keep_quantized: bool) -> None:
+    """Write the weights, the configuration and the tokenizer of `gguf` into `folder`.
+
+    Weights are dequantised to float32, but for linears with `keep_quantized` (bfloat16 then, as they are served).
 
     transformers reads the file; its `from_pretrained` would also want accelerate and build the whole model.
     """
     with _read_once():
-        _convert_parts(gguf, folder)
+        _convert_parts(gguf, folder, keep_quantized)
 
 
 @contextmanager
@@ -159,7 +163,7 @@ def _read_once() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
-def _convert_parts(gguf: Path, folder: Path) -> None:
+def _convert_parts(gguf: Path, folder: Path, keep_quantized: bool) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -173,6 +177,10 @@ def _convert_parts(gguf: Path, folder: Path) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if missing := sorted(model.state_dict().keys() - tied - tensors.keys()):
         raise ValueError(f"{gguf}: not in the file: {', '.join(missing[:8])} ({len(missing)} weights)")
+    if keep_quantized:
+        from compiler.gguf_planes import keep
+
+        config.quantization_config = keep(gguf, model, tensors)
     folder.mkdir(parents=True)
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items() if name not in tied},

@@ -1,7 +1,7 @@
-"""Build a transformers model without its weights, and stream the weights in afterwards.
+"""Build a transformers model without its weights, and stream the weights in afterwards, quantised where they are or shall be.
 
 Knows parameter names, safetensors files and devices; does not know where a folder came from, how the
-model attends, or what later passes rewrite.
+model attends, how quantised tensors are packed, or what later passes rewrite.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,18 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compiler.capture import UnsupportedModel
+from compiler.passes.quant_linears import QuantLinear
+from compiler.quant_formats import ELEMENTS_SCALES, Quantized, QuantizationError, Scheme, quantize
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SETTLED_ROPE = "settled"
 DUMMY_STD = 0.02
+# Linears that choose experts: small, and a wrong choice costs more than they weigh.
+NEVER_QUANTIZED = ("gate", "router", "shared_expert_gate")
+# Method -> that of the output head: its few bits would show in every probability.
+HEAD_METHODS = {"int8": "int8", "int4": "int8", "fp8": None}
+KV_SCALES = re.compile(r"\.([kvq]|attn|prob)(_proj)?\.?(output)?_scale$")
 
 
 class WeightsMismatch(ValueError):
@@ -73,24 +80,38 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     load_format: str = "auto",
+    quantization: Scheme | str | None = None,
     progress: bool = True,
     seed: int = 0,
 ) -> None:
     """Give every parameter of `model` (from `build_meta`) its values from `folder`, on `device`.
 
     `load_format` "dummy" draws random values from `seed` and reads nothing; every other format reads
-    safetensors. Raises FileNotFoundError without safetensors files, WeightsMismatch where names or shapes
-    differ from the model's.
+    safetensors. `quantization` is the checkpoint's own scheme, or a method of `quant_formats.ONLINE`: linears are then
+    quantised one by one as they come. Raises FileNotFoundError without safetensors files, WeightsMismatch where names or
+    shapes differ from the model's, QuantizationError where a linear cannot be quantised so.
     """
+    scheme = quantization if isinstance(quantization, Scheme) else None
+    online = _online(model, quantization, dtype) if isinstance(quantization, str) else {}
     if load_format == "dummy":
-        _fill_randomly(model, device, seed)
+        if scheme is not None:
+            raise QuantizationError(
+                f"load_format=dummy draws unquantised weights, but the checkpoint is quantised by {scheme.method}; "
+                "take the original model with quantization fp8, int8 or int4"
+            )
+        _fill_randomly(model, device, seed, online)
     else:
         files = _safetensors_files(folder)
-        if _names_match(model, set(files)):
-            _stream(model, files, device, progress)
+        packed = _packed_linears(model, files, scheme)
+        if _names_match(model, set(files), packed):
+            _stream(model, files, device, progress, packed, scheme, online)
+        elif scheme is None:
+            _load_converted(model, folder, device, dtype, online)
         else:
-            _load_converted(model, folder, device, dtype)
+            _refuse_names(model, folder, set(files), packed)
     model.tie_weights()
+    if (tied := _tied_head(model)) in online:
+        _place_quantized(model, tied, quantize(model.get_submodule(tied).weight, online[tied], tied))
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
@@ -165,32 +186,127 @@ def _safetensors_files(folder: Path) -> dict[str, Path]:
     raise FileNotFoundError(f"{folder}: no {SINGLE_FILE} or {INDEX_FILE}; {found}convert the model to safetensors")
 
 
+def _online(model: nn.Module, method: str, dtype: torch.dtype) -> dict[str, str]:
+    """Path of every linear that is to be quantised while loading -> by which method."""
+    head = model.get_output_embeddings()
+    methods = {}
+    for path, module in model.named_modules():
+        if type(module) is not nn.Linear or module.weight.dtype != dtype or path.rpartition(".")[2] in NEVER_QUANTIZED:
+            continue
+        if wanted := HEAD_METHODS[method] if module is head else method:
+            methods[path] = wanted
+    return methods
+
+
+def _tied_head(model: nn.Module) -> str | None:
+    """Path of the output head where its weight is another module's, and so not in the checkpoint."""
+    names = [name for name in getattr(model, "all_tied_weights_keys", None) or () if name.endswith(".weight")]
+    head = model.get_output_embeddings()
+    return next((name.removesuffix(".weight") for name in names if model.get_submodule(name.rpartition(".")[0]) is head), None)
+
+
+def _packed_linears(model: nn.Module, files: dict[str, Path], scheme: Scheme | None) -> dict[str, set[str]]:
+    """Path of every linear that the checkpoint holds quantised -> the last names of its tensors."""
+    if scheme is None:
+        return {}
+    marks = ELEMENTS_SCALES if scheme.layout == "elements" else (scheme.first_tensor(),)
+    packed = {}
+    for path, module in model.named_modules():
+        if type(module) is nn.Linear and any(f"{path}.{mark}" in files for mark in marks):
+            packed[path] = {name for name in scheme.tensors() if f"{path}.{name}" in files}
+    if not packed:
+        raise QuantizationError(
+            f"quantization_config says {scheme.method}, but no linear of the model has {' or '.join(marks)} in the checkpoint"
+        )
+    return packed
+
+
 def _wanted(model: nn.Module) -> dict[str, torch.Tensor]:
     """Name -> tensor of what a checkpoint must hold: parameters once where tied, and persistent buffers."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def _names_match(model: nn.Module, names: set[str]) -> bool:
+def _names_match(model: nn.Module, names: set[str], packed: dict[str, set[str]]) -> bool:
     """Whether the checkpoint's names are the model's own, apart from tied copies and ignorable leftovers."""
-    if _wanted(model).keys() - names:
-        return False
-    leftovers = names - model.state_dict().keys()
+    missing, leftovers = _differences(model, names, packed)
+    return not missing and not leftovers
+
+
+def _differences(model: nn.Module, names: set[str], packed: dict[str, set[str]]) -> tuple[set[str], set[str]]:
+    """Names that the checkpoint lacks, and those that nothing in the model takes or ignores."""
+    missing = _wanted(model).keys() - names - {f"{path}.weight" for path in packed}
+    leftovers = names - model.state_dict().keys() - {f"{path}.{leaf}" for path, leaves in packed.items() for leaf in leaves}
+    # Some quantisers write a bias of zeros beside every linear.
+    leftovers -= {f"{path}.bias" for path in packed}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return all(any(re.search(pattern, name) for pattern in ignored) for name in leftovers)
+    patterns = [*map(re.compile, ignored), *[KV_SCALES] * bool(packed)]
+    return missing, {name for name in leftovers if not any(pattern.search(name) for pattern in patterns)}
 
 
-def _stream(model: nn.Module, files: dict[str, Path], device: torch.device, progress: bool) -> None:
-    wanted = _wanted(model)
-    by_file: dict[Path, list[str]] = {}
-    for name in wanted:
-        by_file.setdefault(files[name], []).append(name)
-    with tqdm(total=len(wanted), desc="weights", unit="tensor", disable=not progress) as bar:
-        for path, names in by_file.items():
-            with safe_open(path, framework="pt") as file:
-                for name in names:
-                    _place(model, name, file.get_tensor(name), device)
-                    bar.update()
+def _refuse_names(model: nn.Module, folder: Path, names: set[str], packed: dict[str, set[str]]) -> None:
+    missing, unexpected = _differences(model, names, packed)
+    _refuse_differences(folder, dict(missing_keys=missing, unexpected_keys=unexpected))
+
+
+def _stream(
+    model: nn.Module,
+    files: dict[str, Path],
+    device: torch.device,
+    progress: bool,
+    packed: dict[str, set[str]],
+    scheme: Scheme | None,
+    online: dict[str, str],
+) -> None:
+    wanted = [name for name in _wanted(model) if not _is_weight_of(name, packed)]
+    with ExitStack() as stack, tqdm(total=len(wanted) + len(packed), desc="weights", unit="tensor", disable=not progress) as bar:
+        opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in sorted(set(files.values()))}
+
+        def read(name: str) -> torch.Tensor:
+            return opened[files[name]].get_tensor(name)
+
+        for path, leaves in packed.items():
+            _refuse_lost_bias(model, path, files, read)
+            # On the CPU: bits are shuffled once, and the device takes only the result.
+            _place_quantized(model, path, scheme.read({leaf: read(f"{path}.{leaf}") for leaf in leaves}, path), device)
+            bar.update()
+        for name in sorted(wanted, key=lambda name: (str(files[name]), name)):
+            _settle(model, name, read(name), device, online)
+            bar.update()
+
+
+def _is_weight_of(name: str, paths: dict[str, Any]) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and path in paths
+
+
+def _refuse_lost_bias(model: nn.Module, path: str, files: dict[str, Path], read: Any) -> None:
+    if model.get_submodule(path).bias is None and f"{path}.bias" in files and bool(read(f"{path}.bias").any()):
+        raise WeightsMismatch(f"{path}.bias: the checkpoint has a bias that is not zero, the model has none")
+
+
+def _settle(model: nn.Module, name: str, values: torch.Tensor, device: torch.device, online: dict[str, str]) -> None:
+    """Place the named tensor, or its quantised form: of a weight to be quantised no other copy stays."""
+    path = name.rpartition(".")[0]
+    if not _is_weight_of(name, online):
+        _place(model, name, values, device)
+        return
+    dtype = model.get_submodule(path).weight.dtype
+    _place_quantized(model, path, quantize(values.to(device, dtype), online[path], path), device)
+
+
+def _place_quantized(model: nn.Module, path: str, quantized: Quantized, device: torch.device | None = None) -> None:
+    """Put a QuantLinear of `quantized` where a linear stood; its bias, loaded or not yet, stays."""
+    old = model.get_submodule(path)
+    for name, tensor in quantized.tensors().items():
+        setattr(quantized, name, tensor.to(device or tensor.device, copy=tensor.device.type == "cpu"))
+    new = QuantLinear(quantized, None, old.weight.dtype)
+    new.bias = old.bias
+    if (new.out_features, new.in_features) != tuple(old.weight.shape):
+        raise WeightsMismatch(
+            f"{path}: the checkpoint has a quantised shape {[new.out_features, new.in_features]}, the model {list(old.weight.shape)}"
+        )
+    model.set_submodule(path, new)
 
 
 def _place(model: nn.Module, name: str, values: torch.Tensor, device: torch.device) -> None:
@@ -205,7 +321,9 @@ def _place(model: nn.Module, name: str, values: torch.Tensor, device: torch.devi
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)
 
 
-def _load_converted(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+def _load_converted(
+    model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype, online: dict[str, str]
+) -> None:
     """Load through transformers, which renames and merges (stacked experts); then move tensor by tensor."""
     loaded, info = type(model).from_pretrained(
         folder,
@@ -219,7 +337,7 @@ def _load_converted(model: nn.Module, folder: Path, device: torch.device, dtype:
     for name in _wanted(model):
         path, _, leaf = name.rpartition(".")
         owner = loaded.get_submodule(path)
-        _place(model, name, getattr(owner, leaf).detach(), device)
+        _settle(model, name, getattr(owner, leaf).detach(), device, online)
         delattr(owner, leaf)  # so that at most one copy of the whole is held
 
 
@@ -232,7 +350,7 @@ def _refuse_differences(folder: Path, info: dict[str, Any]) -> None:
         raise WeightsMismatch(f"{folder}: {errors if isinstance(errors, str) else '; '.join(errors)}")
 
 
-def _fill_randomly(model: nn.Module, device: torch.device, seed: int) -> None:
+def _fill_randomly(model: nn.Module, device: torch.device, seed: int, online: dict[str, str]) -> None:
     """Normal values of standard deviation 0.02, ones for norm weights; the same for the same seed and device."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, old in _wanted(model).items():
@@ -245,4 +363,7 @@ def _fill_randomly(model: nn.Module, device: torch.device, seed: int) -> None:
             tensor.fill_(1.0)
         else:
             tensor.normal_(std=DUMMY_STD, generator=generator)
-        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        if _is_weight_of(name, online):
+            _place_quantized(model, path, quantize(tensor, online[path], path))
+        else:
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))

@@ -17,6 +17,10 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 
 `pagegraph::linear` is x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the kernel that suits the rows of x.
 
+`pagegraph::quant_linear` is x [..., K] @ weight.T + bias [N] -> [..., N] with weight [N, K] = codes * scale + shift: codes
+int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kernels.reference.pack_nibbles`); scale and shift
+[N, groups] of `group` neighbouring columns each, the last group maybe of fewer.
+
 `pagegraph::rms_norm` is x [..., H] / sqrt(mean(x ** 2) + eps) * weight [H]; `pagegraph::add_rms_norm` adds a residual
 like x before it -> (sum, norm of the sum). `pagegraph::silu_mul` is silu(gate) * up of [..., 2 * I] = (gate, up).
 
@@ -60,6 +64,7 @@ _library.define(
     "Tensor query_start, Tensor seq_lens, Tensor? sinks, float scale, int window, float softcap, int chunk) -> Tensor"
 )
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("quant_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group) -> Tensor")
 _library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 _library.define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)")
 _library.define("silu_mul(Tensor gate_up) -> Tensor")
@@ -150,6 +155,8 @@ _library.impl("silu_mul", _silu_mul_on_cuda, "CUDA")
 _library.impl("linear_norm_linear", reference.linear_norm_linear, "CPU")
 _library.impl("linear_norm_linear", _linear_norm_linear_on_cuda, "CUDA")
 _library.impl("materialize", torch.clone, "CompositeExplicitAutograd")
+_library.impl("quant_linear", reference.quant_linear, "CPU")
+_library.impl("quant_linear", reference.quant_linear, "CUDA")
 _library.impl("linear", functional.linear, "CPU")
 _library.impl("linear", _linear_on_cuda, "CUDA")
 _library.impl("paged_attention", cpu.paged_attention, "CPU")
@@ -182,6 +189,11 @@ def _materialize_fake(x: Tensor) -> Tensor:
 @torch.library.register_fake("pagegraph::linear", lib=_library)
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("pagegraph::quant_linear", lib=_library)
+def _quant_linear_fake(x: Tensor, codes: Tensor, *_: Tensor | int | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
 @torch.library.register_fake("pagegraph::rms_norm", lib=_library)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import torch
 
+INT8_MAX, FP8_MAX = 127.0, 448.0
+NIBBLE_SPAN = 32  # columns that `pack_nibbles` keeps together
+
 
 def write_kv(
     key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, slots: torch.Tensor
@@ -287,3 +290,61 @@ def linear_norm_linear(
     total, normed = add_rms_norm(residual, torch.nn.functional.linear(x, first, first_bias), norm, eps)
     out = torch.nn.functional.linear(normed, second, second_bias)
     return total, silu_mul(out) if gated else out
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """int8 codes [N, K] in -8..7, K a multiple of 32 -> uint8 [N, K / 2].
+
+    Of every 32 columns the first 16 are the low halves of 16 bytes, the last 16 the high halves, each plus 8: a kernel
+    gets two runs of neighbouring columns from one load.
+    """
+    low, high = (codes + 8).to(torch.uint8).unflatten(1, (-1, 2, NIBBLE_SPAN // 2)).unbind(2)
+    return (low | (high << 4)).flatten(1)
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_nibbles`: uint8 [N, K / 2] -> int8 [N, K]."""
+    spans = packed.unflatten(1, (-1, NIBBLE_SPAN // 2))
+    return (torch.stack([spans & 15, spans >> 4], dim=2).to(torch.int8) - 8).flatten(1)
+
+
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., K] -> codes of `dtype` (int8 or float8_e4m3fn) [..., K], float32 scale [..., 1]: x is about codes * scale.
+
+    Symmetric: the largest magnitude of a row becomes 127, or 448, the largest of e4m3 (Micikevicius et al. 2022).
+    """
+    wide = x.float()
+    largest = INT8_MAX if dtype == torch.int8 else FP8_MAX
+    scale = (wide.abs().amax(dim=-1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = (wide / scale).clamp(-largest, largest)
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+
+
+def quantize_groups(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """weight [N, K] -> int8 codes [N, K] in -8..7, float32 scale and shift [N, K / group]: 16 even steps from least to most."""
+    wide = weight.float().unflatten(1, (-1, group))
+    low, high = wide.aminmax(dim=-1, keepdim=True)
+    scale = ((high - low) / 15).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = ((wide - low) / scale).round().clamp(0, 15) - 8
+    return codes.to(torch.int8).flatten(1), scale[..., 0], (low + 8 * scale)[..., 0]
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, group: int) -> torch.Tensor:
+    """Float32 weight [N, K]: codes * scale + shift of the column's group; see `pagegraph::quant_linear` for the shapes."""
+    if codes.dtype == torch.uint8:
+        codes = unpack_nibbles(codes)
+    size = codes.shape[1]
+    weight = codes.float() * scale.float().repeat_interleave(group, dim=1)[:, :size]
+    return weight if shift is None else weight + shift.float().repeat_interleave(group, dim=1)[:, :size]
+
+
+def quant_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group: int,
+) -> torch.Tensor:
+    """See `kernels.ops`: the product with the dequantised weight, rounded to x's dtype."""
+    return torch.nn.functional.linear(x, dequantize(codes, scale, shift, group).to(x.dtype), bias)

@@ -137,7 +137,7 @@ class Config:
     dtype: str = _option("auto", _one_of("auto", "float32", "bfloat16", "float16"), "weights and activations: auto, float32, bfloat16, float16", "model")
     device: str = _option("auto", _one_of("auto", "cpu", "cuda"), "auto (cuda if there is one), cpu or cuda", "model")
     load_format: str = _option("auto", _one_of("auto", "safetensors", "gguf", "dummy"), "auto, safetensors, gguf, or dummy (random weights)", "model")
-    quantization: str | None = _option(None, _one_of("none"), "none: the only one served", "model", _NONE)
+    quantization: str | None = _option(None, _one_of("awq", "gptq", "compressed-tensors", "fp8", "int8", "int4", "gguf"), "awq, gptq, compressed-tensors or gguf (as the checkpoint is), fp8, int8 or int4 (made while loading); none: what the checkpoint says", "model", _NONE)
     trust_remote_code: bool = _option(False, parse_flag, "run Python code that comes with the model", "model")
     seed: int = _option(0, _between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none", "model")
 
@@ -312,6 +312,8 @@ def check(config: Config) -> None:
         _check_one_sequence_fits(config.num_blocks, config.block_size, length)
     if config.load_format == "gguf" and config.gguf_file is None and not config.model.endswith(".gguf"):
         raise ConfigError(f"load_format=gguf but model={config.model} is no .gguf file; name the file in gguf_file")
+    if config.quantization == "gguf" and config.gguf_file is None and not config.model.endswith(".gguf"):
+        raise ConfigError(f"quantization=gguf but model={config.model} is no .gguf file; name the file in gguf_file")
     if config.probe_port and config.probe_port == config.port:
         raise ConfigError(f"probe_port={config.probe_port} is also port; probes need their own, such as {config.port % 65535 + 1}")
 

@@ -1,7 +1,7 @@
-"""Sibling projections of one input become one matrix product, with no extra weight memory.
+"""Sibling projections of one input become one matrix product, with no extra weight memory, quantised or not.
 
 q/k/v and gate/up are found by the names transformers gives them. The parent's forward stays as it is: each
-projection is replaced by a part that hands out its slice of the shared product. Knows nn.Linear and names;
+projection is replaced by a part that hands out its slice of the shared product. Knows linears and names;
 knows nothing of attention, devices or compilation.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional
+
+from compiler.passes.quant_linears import QuantLinear, stackable, stacked
 
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
@@ -31,8 +33,15 @@ class MergedLinear(nn.Module):
         if linears[0].bias is not None:
             self.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
         self.product = functional.linear  # (states, weight, bias) -> states @ weight.T + bias
+        self._forget()
+
+    def _forget(self) -> None:
         self.source: torch.Tensor | None = None
         self.slices: list[torch.Tensor | None] = []
+
+    def whole(self, states: torch.Tensor) -> torch.Tensor:
+        """states [..., in] -> [..., sum of out]."""
+        return self.product(states, self.weight, self.bias)
 
     def part(self, states: torch.Tensor, index: int) -> torch.Tensor:
         """states [..., in] -> the output [..., sizes[index]] of the linear at `index`.
@@ -42,14 +51,26 @@ class MergedLinear(nn.Module):
         """
         if self.source is not states or self.slices[index] is None:
             self.source = states
-            self.slices = list(self.product(states, self.weight, self.bias).split(self.sizes, dim=-1))
+            self.slices = list(self.whole(states).split(self.sizes, dim=-1))
         out = self.slices[index]
         self.slices[index] = None
         if all(rest is None for rest in self.slices):
             # Nothing outlives the forward: a tensor left here would become an output of the captured graph.
-            self.source = None
-            self.slices = []
+            self._forget()
         return out
+
+
+class MergedQuantLinear(MergedLinear):
+    """The same of quantised linears: their rows stacked in one."""
+
+    def __init__(self, linears: list[QuantLinear]) -> None:
+        nn.Module.__init__(self)
+        self.sizes = [linear.out_features for linear in linears]
+        self.linear = stacked(linears)
+        self._forget()
+
+    def whole(self, states: torch.Tensor) -> torch.Tensor:
+        return self.linear(states)
 
 
 class LinearPart(nn.Module):
@@ -81,6 +102,8 @@ def merge_linears(model: nn.Module) -> int:
 
 
 def _mergeable(linears: list[nn.Module | None]) -> bool:
+    if all(type(linear) is QuantLinear for linear in linears):
+        return stackable(linears)
     if any(type(linear) is not nn.Linear for linear in linears):
         return False
     if any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
@@ -91,21 +114,23 @@ def _mergeable(linears: list[nn.Module | None]) -> bool:
     return len(alike) == 1
 
 
-def _merge(parent: nn.Module, names: tuple[str, ...], linears: list[nn.Linear], path: str) -> None:
-    merged = MergedLinear(linears)
+def _merge(parent: nn.Module, names: tuple[str, ...], linears: list[nn.Linear] | list[QuantLinear], path: str) -> None:
+    merged = MergedQuantLinear(linears) if type(linears[0]) is QuantLinear else MergedLinear(linears)
     _check(merged, linears, f"{path}: {', '.join(names)}")
     for index, name in enumerate(names):
         setattr(parent, name, LinearPart(merged, index))
 
 
-def _check(merged: MergedLinear, linears: list[nn.Linear], where: str) -> None:
+def _check(merged: MergedLinear, linears: list[nn.Linear] | list[QuantLinear], where: str) -> None:
     """Compare the parts with the separate linears on random rows, within a few roundings of the largest value."""
-    weight = merged.weight
+    first = linears[0]
+    quantised = type(first) is QuantLinear
+    device, dtype = (first.codes.device, first.dtype) if quantised else (first.weight.device, first.weight.dtype)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(CHECK_ROWS, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    rows = torch.randn(CHECK_ROWS, first.in_features, generator=generator).to(device, dtype)
     for index, linear in enumerate(linears):
         expected = linear(rows).float()
         difference = (merged.part(rows, index).float() - expected).abs().max()
-        allowed = CHECK_ULPS * torch.finfo(weight.dtype).eps * expected.abs().max()
+        allowed = CHECK_ULPS * torch.finfo(dtype).eps * expected.abs().max()
         if not difference <= allowed:
             raise ArithmeticError(f"{where}: merged and separate products differ by {difference.item():.3g}")

@@ -17,15 +17,16 @@ from compiler.passes.fuse_linears import fuse_linears
 from compiler.passes.fuse_rope import fuse_rope
 from compiler.passes.fuse_rows import fuse_rows
 from compiler.passes.merge_linears import merge_linears
+from compiler.passes.quant_linears import quant_linears
 from compiler.passes.rotary_once import rotary_once
 from compiler.passes.skinny_linears import skinny_linears
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A rewrite of the model in place; `run` returns the number of places changed, `setting` switches it."""
+    """A rewrite of the model in place; `run` returns the number of places changed, `setting` switches it (none: always on)."""
 
-    setting: str
+    setting: str | None
     run: Callable[[nn.Module], int]
 
 
@@ -38,7 +39,13 @@ class PassReport:
     seconds: float
 
 
-PASSES: tuple[Pass, ...] = (Pass("merge_linears", merge_linears), Pass("skinny_linears", skinny_linears), Pass("rotary_once", rotary_once))
+# Quantised linears get their device's form after the merge, which needs them as they were loaded.
+PASSES: tuple[Pass, ...] = (
+    Pass("merge_linears", merge_linears),
+    Pass(None, quant_linears),
+    Pass("skinny_linears", skinny_linears),
+    Pass("rotary_once", rotary_once),
+)
 
 
 # In this order: what fuse_rope looks for holds norms, and fuse_linears looks for what fuse_rows leaves.
@@ -56,8 +63,9 @@ def apply(model: nn.Module, config: Any) -> list[PassReport]:
     """Run the passes that `config` (a `runtime.config.Config`) switches on; each pass checks its own result."""
     reports = []
     for step in PASSES:
-        if getattr(config, step.setting):
+        if step.setting is None or getattr(config, step.setting):
             start = time.perf_counter()
             changes = step.run(model)
-            reports.append(PassReport(step.setting, changes, time.perf_counter() - start))
+            if changes or step.setting is not None:
+                reports.append(PassReport(step.run.__name__, changes, time.perf_counter() - start))
     return reports

@@ -23,7 +23,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files converted so far; the conversion itself is replaced by one that takes a moment."""
     done: list[Path] = []
 
-    def convert(gguf: Path, folder: Path) -> None:
+    def convert(gguf: Path, folder: Path, keep_quantized: bool) -> None:
         folder.mkdir(parents=True)
         time.sleep(0.05)
         (folder / "config.json").write_text("{}")
@@ -84,7 +84,7 @@ def test_an_interrupted_conversion_is_done_again(
     path, cache = make_gguf(tmp_path / "a"), tmp_path / "cache"
     whole = model_source._convert
 
-    def interrupted(gguf: Path, folder: Path) -> None:
+    def interrupted(gguf: Path, folder: Path, keep_quantized: bool) -> None:
         folder.mkdir(parents=True)
         (folder / "half").write_text("")
         raise KeyboardInterrupt

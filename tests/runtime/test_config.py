@@ -120,7 +120,7 @@ def test_missing_file_is_named() -> None:
         ({"enable_chunked_prefill": "false", "max_model_len": "8K", "max_num_batched_tokens": "8k"}, ["max_num_batched_tokens=8000", "max_model_len=8192"]),
         ({"num_blocks": "11", "max_model_len": "161"}, ["(11 - 1 scrap) x block_size 16 = 160", "to 160 or less", "to 12 or more"]),
         ({"num_blocks": "11", "kv_cache_memory": "1GiB"}, ["num_blocks and kv_cache_memory"]),
-        ({"quantization": "awq"}, ["quantization=awq", "known: none"]),
+        ({"quantization": "awk"}, ["quantization=awk", "known: awq, gptq", "did you mean awq?"]),
         ({"dtype": "bf16"}, ["dtype=bf16", "did you mean bfloat16?"]),
         ({"load_format": "gguf"}, ["load_format=gguf", "gguf_file"]),
         ({"port": "70000"}, ["port=70000", "[0, 65535]"]),

@@ -1,0 +1,163 @@
+"""Quantised linears: the module that holds one, and the pass that brings each into the form its device multiplies fastest.
+
+Knows what a device's products take and which of them beat the unquantised product; knows no checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from compiler.quant_formats import Quantized
+from kernels import reference
+
+log = logging.getLogger("pagegraph.quantization")
+
+CPU_INT4_GROUPS = (32, 64, 128, 256)
+CPU_INT4_ROWS = 16  # PyTorch packs as many rows of 4-bit codes together
+
+
+class QuantLinear(nn.Module):
+    """states [..., K] -> [..., N] with the weight of a `Quantized`; `forward` is the op that serves every form."""
+
+    def __init__(self, quantized: Quantized, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name in ("codes", "scale", "shift", "columns"):
+            self.register_buffer(name, getattr(quantized, name), persistent=False)
+        self.group = quantized.group
+        self.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.dtype = dtype  # of states and results
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1] * (2 if self.codes.dtype == torch.uint8 else 1)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if self.columns is not None:
+            states = states.index_select(-1, self.columns)
+        return torch.ops.pagegraph.quant_linear(states, self.codes, self.scale, self.shift, self.bias, self.group)
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight [N, K] in `dtype`, columns in the order of the inputs."""
+        weight = reference.dequantize(self.codes, self.scale, self.shift, self.group)
+        if self.columns is not None:
+            weight = torch.empty_like(weight).index_copy_(1, self.columns, weight)
+        return weight.to(self.dtype)
+
+
+class Int8Dynamic(nn.Module):
+    """CPUs with 8-bit dot products: each token's states are rounded to int8 by their own scale, and integers multiplied.
+
+    In plain operations, so that the compiler joins the rounding to the norm before it and the scales to what follows.
+    """
+
+    def __init__(self, linear: QuantLinear) -> None:
+        super().__init__()
+        self.register_buffer("codes", linear.codes, persistent=False)
+        self.register_buffer("scale", linear.scale[:, 0].contiguous(), persistent=False)
+        self.bias, self.out_features = linear.bias, linear.out_features
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        codes, scale = reference.quantize_rows(states.flatten(0, -2), torch.int8)
+        product = torch._int_mm(codes, self.codes.t()).float() * scale * self.scale
+        if self.bias is not None:
+            product = product + self.bias
+        return product.to(states.dtype).unflatten(0, states.shape[:-1])
+
+
+class Int4Packed(nn.Module):
+    """4-bit codes as PyTorch packs them for this CPU, scales and shifts beside each other in the type of the states."""
+
+    def __init__(self, linear: QuantLinear) -> None:
+        super().__init__()
+        codes = reference.unpack_nibbles(linear.codes).int() + 8
+        shift = torch.zeros_like(linear.scale) if linear.shift is None else linear.shift
+        packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+        self.register_buffer("packed", packed, persistent=False)
+        pairs = torch.stack([linear.scale.t(), shift.t()], dim=2).to(linear.dtype).contiguous()
+        self.register_buffer("pairs", pairs, persistent=False)  # [K / group, N, 2]
+        self.register_buffer("columns", linear.columns, persistent=False)
+        self.group, self.bias, self.out_features = linear.group, linear.bias, linear.out_features
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if self.columns is not None:
+            states = states.index_select(-1, self.columns)
+        rows = states.flatten(0, -2)
+        product = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.pairs)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.unflatten(0, states.shape[:-1])
+
+
+def stacked(linears: list[QuantLinear]) -> QuantLinear:
+    """Linears of one input as one, rows below each other; `stackable` says of which."""
+    first = linears[0]
+    shift = None
+    if any(linear.shift is not None for linear in linears):
+        shift = torch.cat([torch.zeros_like(linear.scale) if linear.shift is None else linear.shift for linear in linears])
+    quantized = Quantized(
+        torch.cat([linear.codes for linear in linears]),
+        torch.cat([linear.scale for linear in linears]),
+        shift,
+        first.group,
+        first.columns,
+    )
+    bias = None if first.bias is None else torch.cat([linear.bias for linear in linears])
+    return QuantLinear(quantized, bias, first.dtype)
+
+
+def stackable(linears: list[QuantLinear]) -> bool:
+    """Whether every row keeps its codes and scales when the linears become one."""
+    first = linears[0]
+    alike = {(one.in_features, one.codes.dtype, one.codes.device, one.group, one.bias is None, one.dtype) for one in linears}
+    if len(alike) != 1 or any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
+        return False
+    if first.columns is None:
+        return all(linear.columns is None for linear in linears)
+    return all(linear.columns is not None and torch.equal(linear.columns, first.columns) for linear in linears)
+
+
+@torch.no_grad()
+def quant_linears(model: nn.Module) -> int:
+    """Bring every QuantLinear of `model` (weights loaded) into its device's form; returns how many there were."""
+    found, widened = 0, 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is QuantLinear:
+                form = _form(child)
+                setattr(parent, name, form)
+                found += 1
+                widened += type(form) is nn.Linear
+    if widened:
+        log.warning(
+            "quantization: no product of this CPU takes %d of %d quantised linears; they are held unquantised, "
+            "as fast and as large as without",
+            widened,
+            found,
+        )
+    return found
+
+
+def _form(linear: QuantLinear) -> nn.Module:
+    """On CUDA the op chooses by rows; on the CPU the product is chosen here, once."""
+    if linear.codes.device.type != "cpu":
+        return linear
+    if linear.codes.dtype == torch.int8 and linear.scale.shape[1] == 1 and linear.shift is None and linear.columns is None:
+        if torch.cpu._is_vnni_supported():
+            return Int8Dynamic(linear)
+    elif linear.codes.dtype == torch.uint8 and linear.group in CPU_INT4_GROUPS and linear.out_features % CPU_INT4_ROWS == 0:
+        return Int4Packed(linear)
+    return _widened(linear)
+
+
+def _widened(linear: QuantLinear) -> nn.Linear:
+    plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    plain.weight = nn.Parameter(linear.dequantized(), requires_grad=False)
+    plain.bias = linear.bias
+    return plain

@@ -1,0 +1,283 @@
+"""How quantised checkpoints name, pack, group and centre their tensors: data, and one reader for all of them.
+
+Every format becomes the same `Quantized`: weight [N, K] = codes * scale + shift of the column's group. Knows tensors by name
+and the words of `quantization_config`; knows no modules, files or devices.
+
+The layouts are those that AutoAWQ (GEMM), AutoGPTQ, compressed-tensors, transformers' fine-grained FP8 and ggml write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels import reference
+
+METHODS = ("awq", "gptq", "compressed-tensors", "fp8", "int8", "int4", "gguf")
+ONLINE = ("fp8", "int8", "int4")  # made from an unquantised checkpoint while it loads
+ONLINE_GROUP = 32
+WORD_BITS = 32
+
+
+class QuantizationError(ValueError):
+    """A quantisation that is not served, or that the checkpoint contradicts; the message names both and what works."""
+
+
+@dataclass(slots=True)
+class Quantized:
+    """weight [N, K] = codes * scale + shift; column k of it meets input columns[k] where `columns` is set.
+
+    codes: int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] as `reference.pack_nibbles` packs 4 bits. scale, shift: float32
+    [N, ceil(K / group)], no shift where it is zero. columns: int64 [K].
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor | None
+    group: int
+    columns: torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor of what is set."""
+        named = dict(codes=self.codes, scale=self.scale, shift=self.shift, columns=self.columns)
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Integers packed into 32-bit words, lowest bits first: of which tensor, along which axis, in which order."""
+
+    codes: str
+    scale: str
+    zeros: str
+    codes_axis: int
+    zeros_axis: int
+    inputs_first: bool  # tensors are [K, N] and not [N, K]
+    order: tuple[int, ...] = ()  # the place in a word's run of each of its parts; empty: as they come
+    zeros_less: int = 0  # what was subtracted from a zero point before it was stored
+    columns: str = ""  # tensor with the group of each input
+    ignored: tuple[str, ...] = ()
+
+
+PACKED: dict[str, Words] = {
+    "awq": Words("qweight", "scales", "qzeros", 1, 1, True, order=(0, 2, 4, 6, 1, 3, 5, 7)),
+    "gptq": Words("qweight", "scales", "qzeros", 0, 1, True, zeros_less=1, columns="g_idx"),
+    "gptq_v2": Words("qweight", "scales", "qzeros", 0, 1, True, columns="g_idx"),
+    "pack-quantized": Words(
+        "weight_packed", "weight_scale", "weight_zero_point", 1, 0, False, columns="weight_g_idx", ignored=("weight_shape",)
+    ),
+}
+# A weight of 8 bits an element beside its scale; the first scale that is there holds. Scales of activations are not
+# needed: ours are taken from each token.
+ELEMENTS_SCALES = ("weight_scale", "weight_scale_inv")
+ELEMENTS_IGNORED = ("input_scale", "activation_scale", "output_scale", "weight_zero_point")
+STORED = "stored"  # our own form, as a converted GGUF file holds it
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What a checkpoint's `quantization_config` says: method, layout, bits of a code, columns of a group (0: a whole row)."""
+
+    method: str
+    layout: str  # a key of PACKED, "elements" or STORED
+    bits: int
+    group: int = 0
+    block: tuple[int, int] | None = None  # rows and columns that share a scale
+
+    def first_tensor(self) -> str:
+        """The tensor by which a quantised linear is known; only of type float8 or int8 where it is the weight itself."""
+        if self.layout in PACKED:
+            return PACKED[self.layout].codes
+        return "codes" if self.layout == STORED else "weight"
+
+    def tensors(self) -> tuple[str, ...]:
+        """Every tensor that may stand beside a quantised linear's bias."""
+        if self.layout == STORED:
+            return ("codes", "scale", "shift")
+        if self.layout == "elements":
+            return ("weight", *ELEMENTS_SCALES, *ELEMENTS_IGNORED)
+        words = PACKED[self.layout]
+        return tuple(filter(None, (words.codes, words.scale, words.zeros, words.columns, *words.ignored)))
+
+    def read(self, tensors: Mapping[str, torch.Tensor], where: str) -> Quantized:
+        """The linear `where` from its tensors by last name; raises QuantizationError for what does not fit together."""
+        if self.layout == STORED:
+            codes, scale = tensors["codes"], tensors["scale"]
+            size = codes.shape[1] * (2 if codes.dtype == torch.uint8 else 1)
+            return Quantized(codes, scale.float(), _float(tensors.get("shift")), size // scale.shape[1])
+        if self.layout == "elements":
+            return _read_elements(tensors, self.block, where)
+        return _read_words(PACKED[self.layout], tensors, self.bits, where)
+
+
+def detect(config: Mapping[str, Any] | None) -> Scheme | None:
+    """The scheme of a checkpoint's `quantization_config`, None where there is none; QuantizationError for unknown ones."""
+    if not config:
+        return None
+    method = config.get("quant_method")
+    if method == "awq":
+        if (version := str(config.get("version", "gemm")).lower()) != "gemm":
+            raise QuantizationError(f"quantization_config: version {version!r} of AWQ is not served; gemm is")
+        return Scheme("awq", "awq", _bits(config.get("bits", 4), (4,), "awq"), int(config.get("group_size", 128)))
+    if method == "gptq":
+        layout = "gptq_v2" if config.get("checkpoint_format") == "gptq_v2" else "gptq"
+        return Scheme("gptq", layout, _bits(config.get("bits"), (4, 8), "gptq"), max(int(config.get("group_size", 128)), 0))
+    if method == "fp8":
+        block = config.get("weight_block_size")
+        return Scheme("fp8", "elements", 8, block=tuple(block) if block else None)
+    if method == "gguf":
+        return Scheme("gguf", STORED, 8)
+    if method == "compressed-tensors":
+        return _compressed(config)
+    raise QuantizationError(
+        f"quantization_config: quant_method {method!r} is not known; known: awq, gptq, fp8, compressed-tensors, and GGUF files"
+    )
+
+
+def resolve(asked: str | None, config: Mapping[str, Any] | None) -> Scheme | str | None:
+    """What to do with a checkpoint: its own scheme, a method of ONLINE that was asked for, or None.
+
+    Raises QuantizationError where the word and the checkpoint contradict each other.
+    """
+    scheme = detect(config)
+    if asked is None or scheme is not None and asked == scheme.method:
+        return scheme
+    if asked not in METHODS:
+        raise QuantizationError(f"quantization={asked} is not known; known: {', '.join(METHODS)}")
+    if scheme is not None:
+        raise QuantizationError(
+            f"quantization={asked}, but the checkpoint is quantised by {scheme.method}; leave quantization out or set it to {scheme.method}"
+        )
+    if asked not in ONLINE:
+        source = "comes from no .gguf file" if asked == "gguf" else "has no quantization_config"
+        raise QuantizationError(
+            f"quantization={asked}, but the checkpoint {source}; {', '.join(ONLINE)} quantise while loading, or leave quantization out"
+        )
+    return asked
+
+
+def _compressed(config: Mapping[str, Any]) -> Scheme:
+    """compressed-tensors: one group of linears, described by the numbers of its weights."""
+    groups = list((config.get("config_groups") or {}).values())
+    described = [group.get("weights") or {} for group in groups]
+    if len({(w.get("num_bits"), w.get("type"), w.get("strategy"), w.get("group_size")) for w in described}) != 1:
+        raise QuantizationError("quantization_config: config_groups hold several kinds of weights; one kind is served")
+    weights, layout = described[0], groups[0].get("format") or config.get("format")
+    if layout == "pack-quantized":
+        bits = _bits(weights.get("num_bits"), (4, 8), "pack-quantized")
+        return Scheme("compressed-tensors", layout, bits, max(int(weights.get("group_size") or 0), 0))
+    if layout in ("int-quantized", "float-quantized", "naive-quantized"):
+        if weights.get("type") == "int" and not weights.get("symmetric", True):
+            raise QuantizationError(f"quantization_config: {layout} weights with zero points are not served; symmetric ones are")
+        block = weights.get("block_structure")
+        return Scheme("compressed-tensors", "elements", _bits(weights.get("num_bits"), (8,), layout), block=tuple(block) if block else None)
+    raise QuantizationError(
+        f"quantization_config: format {layout!r} of compressed-tensors is not served; pack-quantized, int-quantized, "
+        "float-quantized and naive-quantized are"
+    )
+
+
+def _bits(bits: Any, served: tuple[int, ...], method: str) -> int:
+    if bits not in served:
+        raise QuantizationError(f"quantization_config: {method} of {bits} bits is not served; {' and '.join(map(str, served))} are")
+    return bits
+
+
+def unpack_words(words: torch.Tensor, bits: int, axis: int, order: tuple[int, ...] = ()) -> torch.Tensor:
+    """int32 words -> the unsigned integers of `bits` in them, int32, `axis` longer by the integers a word holds."""
+    parts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)
+    spread = words.unsqueeze(axis + 1) >> parts.view(-1, *[1] * (words.dim() - axis - 1))
+    if order:
+        spread = spread.index_select(axis + 1, torch.tensor(order, device=words.device).argsort())
+    return (spread & ((1 << bits) - 1)).flatten(axis, axis + 1)
+
+
+def _read_words(words: Words, tensors: Mapping[str, torch.Tensor], bits: int, where: str) -> Quantized:
+    """codes, zeros unsigned; w = (code - zero) * scale, with zero in the middle where none is stored."""
+    middle = 1 << (bits - 1)
+    codes = unpack_words(tensors[words.codes], bits, words.codes_axis, words.order)
+    scale = tensors[words.scale].float()
+    zeros = tensors.get(words.zeros)
+    if zeros is not None:
+        zeros = unpack_words(zeros, bits, words.zeros_axis, words.order)
+        # A zero point of 0 is stored as the largest integer where one was subtracted.
+        zeros = (zeros + words.zeros_less) & ((1 << bits) - 1)
+    if words.inputs_first:
+        codes, scale, zeros = codes.t(), scale.t(), None if zeros is None else zeros.t()
+    if (shape := tensors.get("weight_shape")) is not None:
+        codes = codes[:, : int(shape[1])]
+    size, groups = codes.shape[1], scale.shape[1]
+    if size % groups:
+        raise QuantizationError(f"{where}: {size} inputs do not divide into {groups} groups; quantise with a group that divides them")
+    group = size // groups
+    columns = _columns(tensors.get(words.columns), group, where)
+    if columns is not None:
+        codes = codes[:, columns]
+    shift = None
+    if zeros is not None:
+        zeros = zeros[: len(codes)]  # words along this axis may be filled up
+        shift = (middle - zeros).float() * scale if bool((zeros != middle).any()) else None
+    return Quantized(_stored(codes - middle, bits, group, where), scale.contiguous(), shift, group, columns)
+
+
+def _columns(groups: torch.Tensor | None, group: int, where: str) -> torch.Tensor | None:
+    """The order of inputs in which groups are neighbours; None where they are already."""
+    if groups is None or bool((groups < 0).any()) or torch.equal(groups.long(), torch.arange(len(groups)) // group):
+        return None
+    columns = groups.argsort(stable=True)
+    if not torch.equal(groups[columns].long(), torch.arange(len(groups)) // group):
+        raise QuantizationError(f"{where}: g_idx puts other than {group} inputs into a group; quantise with groups of equal size")
+    return columns
+
+
+def _stored(codes: torch.Tensor, bits: int, group: int, where: str) -> torch.Tensor:
+    codes = codes.to(torch.int8)
+    if bits == 8:
+        return codes.contiguous()
+    if group % reference.NIBBLE_SPAN:
+        raise QuantizationError(
+            f"{where}: {codes.shape[1]} inputs in groups of {group}; 4-bit groups have to be multiples of {reference.NIBBLE_SPAN}"
+        )
+    return reference.pack_nibbles(codes)
+
+
+def _read_elements(tensors: Mapping[str, torch.Tensor], block: tuple[int, int] | None, where: str) -> Quantized:
+    weight = tensors["weight"]
+    if weight.dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise QuantizationError(f"{where}: weights of {weight.dtype} are not served; int8 and float8_e4m3fn are")
+    scale = next((tensors[name] for name in ELEMENTS_SCALES if name in tensors), None)
+    if scale is None:
+        raise QuantizationError(f"{where}: no {' or '.join(ELEMENTS_SCALES)} beside the weight")
+    rows, size = weight.shape
+    scale, group = scale.float(), size
+    if scale.numel() == 1:
+        scale = scale.reshape(1, 1).expand(rows, 1)
+    elif scale.dim() == 2 and block is not None:
+        if scale.shape != (-(-rows // block[0]), -(-size // block[1])):
+            raise QuantizationError(f"{where}: scales {list(scale.shape)} are not those of blocks of {block[0]} x {block[1]}")
+        scale, group = scale.repeat_interleave(block[0], dim=0)[:rows], block[1]
+    elif scale.numel() == rows:
+        scale = scale.reshape(rows, 1)
+    else:
+        raise QuantizationError(f"{where}: scales {list(scale.shape)} are neither one nor one a row of {rows}")
+    return Quantized(weight.contiguous(), scale.contiguous(), None, group)
+
+
+def quantize(weight: torch.Tensor, method: str, where: str) -> Quantized:
+    """weight [N, K] by one of ONLINE: fp8 and int8 a scale a row, int4 a scale and a shift a group of 32."""
+    if method != "int4":
+        codes, scale = reference.quantize_rows(weight, torch.int8 if method == "int8" else torch.float8_e4m3fn)
+        return Quantized(codes, scale, None, weight.shape[1])
+    if weight.shape[1] % ONLINE_GROUP:
+        raise QuantizationError(
+            f"{where}: {weight.shape[1]} inputs do not divide into groups of {ONLINE_GROUP}; set quantization to int8 or fp8"
+        )
+    codes, scale, shift = reference.quantize_groups(weight, ONLINE_GROUP)
+    return Quantized(reference.pack_nibbles(codes), scale, shift, ONLINE_GROUP)
+
+
+def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.float()

@@ -1,0 +1,245 @@
+"""Checkpoints of every served format load code by code, and compute what their dequantised values compute."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from compiler import quant_formats
+from compiler.build import resolve_quantization
+from compiler.passes import registry
+from compiler.passes.merge_linears import MergedQuantLinear
+from compiler.passes.quant_linears import Int4Packed, Int8Dynamic, QuantLinear
+from compiler.quant_formats import QuantizationError
+from compiler.weights import WeightsMismatch, build_meta, load_weights
+
+sys.path.insert(0, str(Path(__file__).parent))
+from architectures import tiny_config  # noqa: E402
+from quantized_checkpoints import FORMATS, write  # noqa: E402
+
+CPU = torch.device("cpu")
+WIDE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, head_dim=32)  # groups of 128 fit
+PASSES = SimpleNamespace(merge_linears=True, skinny_linears=False, rotary_once=False)
+
+
+def stock_model(name: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    config = tiny_config(name)
+    if name == "llama":
+        config.update(WIDE)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
+
+
+def load(
+    folder: Path, asked: str | None = None, dtype: torch.dtype = torch.float32, load_format: str = "auto"
+) -> nn.Module:
+    config = AutoConfig.from_pretrained(folder)
+    quantization = resolve_quantization(asked, config, CPU)
+    model = build_meta(config, dtype, "eager", max_model_len=config.max_position_embeddings)
+    load_weights(model, folder, device=CPU, dtype=dtype, quantization=quantization, progress=False, load_format=load_format)
+    return model
+
+
+@torch.inference_mode()
+def logits(model: nn.Module) -> torch.Tensor:
+    ids = torch.randint(3, 128, (1, 17), generator=torch.Generator().manual_seed(1))
+    return model(ids, use_cache=False).logits.float()
+
+
+def quantised(model: nn.Module) -> dict[str, QuantLinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_value_is_the_formats(name: str, tmp_path: Path) -> None:
+    """Bit for bit: codes, zero points and half-precision scales multiply exactly in float32."""
+    stock = write(tmp_path, stock_model(), name)
+    model = load(tmp_path)
+    linears = quantised(model)
+    assert len(linears) == 7 * WIDE["num_hidden_layers"]
+    for path, linear in linears.items():
+        assert torch.equal(linear.dequantized(), stock.get_submodule(path).weight), path
+    torch.testing.assert_close(logits(model), logits(stock), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["awq_g32", "gptq_4_act_order", "w4a16_asymmetric", "w8a8", "fp8_row", "gptq_8"])
+def test_passes_keep_what_it_computes(name: str, tmp_path: Path) -> None:
+    """Merged, and in the form of this CPU: within the roundings that the form adds (states to int8, scales to the dtype)."""
+    stock = write(tmp_path, stock_model(), name)
+    model = load(tmp_path)
+    reports = {report.name: report.changes for report in registry.apply(model, PASSES)}
+    assert reports["merge_linears"] == 2 * WIDE["num_hidden_layers"]
+    assert reports["quant_linears"] == 4 * WIDE["num_hidden_layers"]
+    assert not quantised(model)
+    got, expected = logits(model), logits(stock)
+    kinds = {type(module) for module in model.modules()}
+    if name == "w8a8":
+        assert Int8Dynamic in kinds or not torch.cpu._is_vnni_supported()
+        assert (got - expected).abs().max() < 0.03 * expected.abs().max()
+    else:
+        assert (Int4Packed in kinds) == (name not in ("fp8_row", "gptq_8"))
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_linears_left_unquantised_stay(tmp_path: Path) -> None:
+    stock = write(tmp_path, stock_model(), "awq_g64")
+    path = "model.layers.1.mlp.down_proj"
+    tensors = load_file(tmp_path / "model.safetensors")
+    for leaf in ("qweight", "qzeros", "scales"):
+        del tensors[f"{path}.{leaf}"]
+    tensors[f"{path}.weight"] = stock.get_submodule(path).weight.detach()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = load(tmp_path)
+    assert type(model.get_submodule(path)) is nn.Linear
+    torch.testing.assert_close(logits(model), logits(stock), atol=1e-5, rtol=1e-5)
+
+
+def test_siblings_in_different_orders_are_not_merged(tmp_path: Path) -> None:
+    write(tmp_path, stock_model(), "gptq_4_act_order")
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj.g_idx"
+    tensors[name] = tensors[name].flip(0)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = load(tmp_path)
+    expected = logits(model)
+    reports = {report.name: report.changes for report in registry.apply(model, PASSES)}
+    assert reports["merge_linears"] == 2 * WIDE["num_hidden_layers"] - 1
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method, error", [("int8", 0.03), ("int4", 0.25), ("fp8", 0.08)])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2", "phi", "opt", "gpt_neox", "deepseek_v3", "mixtral", "cohere2"])
+def test_quantised_while_loading(name: str, method: str, error: float, tmp_path: Path) -> None:
+    """Logits within a stated share of their spread; every linear but small routers is quantised, the head as its method says."""
+    if name == "deepseek_v3" and method == "int4":
+        pytest.skip("its low-rank projections of 24 inputs hold no group of 32")
+    stock = stock_model(name)
+    stock.save_pretrained(tmp_path)
+    model = load(tmp_path, method)
+    head = model.get_output_embeddings()
+    assert isinstance(head, QuantLinear) == (method != "fp8")
+    left = [path for path, m in model.named_modules() if type(m) is nn.Linear and m is not head]
+    assert all(path.endswith("gate") for path in left)
+    registry.apply(model, PASSES)
+    expected = logits(stock)
+    difference = (logits(model) - expected).pow(2).mean().sqrt() / expected.std()
+    assert difference < error, f"{difference:.3f}"
+
+
+def test_dummy_weights_can_be_quantised(tmp_path: Path) -> None:
+    stock_model().save_pretrained(tmp_path)
+    model = load(tmp_path, "int4", load_format="dummy")
+    assert all(linear.codes.dtype == (torch.int8 if path == "lm_head" else torch.uint8) for path, linear in quantised(model).items())
+
+
+def test_quantised_weights_are_smaller(tmp_path: Path) -> None:
+    stock_model().save_pretrained(tmp_path)
+
+    def size(method: str | None) -> int:
+        model = load(tmp_path, method, torch.bfloat16)
+        layers = model.model.layers
+        return sum(t.nbytes for t in [*layers.parameters(), *layers.buffers()])
+
+    plain = size(None)
+    assert size("int8") < 0.53 * plain
+    assert size("fp8") < 0.53 * plain
+    assert size("int4") < 0.38 * plain  # of 16 bits: 4, and two of float32 to 32 codes until a device's form is chosen
+
+
+def test_merged_linears_are_stacked_codes(tmp_path: Path) -> None:
+    write(tmp_path, stock_model(), "fp8_tensor")
+    model = load(tmp_path)
+    before = quantised(model)["model.layers.0.mlp.up_proj"].codes
+    registry.apply(model, SimpleNamespace(merge_linears=True, skinny_linears=False, rotary_once=False))
+    merged = [m for m in model.modules() if isinstance(m, MergedQuantLinear)]
+    assert len(merged) == 2 * WIDE["num_hidden_layers"]
+    assert before.shape[0] * 2 == merged[1].linear.out_features
+
+
+def test_config_words_and_methods_are_the_same() -> None:
+    from runtime.config import FIELDS
+
+    for method in quant_formats.METHODS:
+        assert FIELDS["quantization"].metadata["parse"](method) == method
+
+
+@pytest.mark.parametrize(
+    "asked, name, message",
+    [
+        ("gptq", "awq_g64", "quantization=gptq, but the checkpoint is quantised by awq; .*awq"),
+        ("int8", "w8a8", "quantised by compressed-tensors; .*compressed-tensors"),
+        ("awq", None, "has no quantization_config; fp8, int8, int4 quantise while loading"),
+        ("gguf", None, "comes from no .gguf file"),
+    ],
+)
+def test_flag_against_checkpoint(asked: str, name: str | None, message: str) -> None:
+    config = SimpleNamespace(quantization_config=FORMATS[name][0]) if name else SimpleNamespace()
+    with pytest.raises(QuantizationError, match=message):
+        resolve_quantization(asked, config, CPU)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(quant_method="bitsandbytes"), "'bitsandbytes' is not known; known: awq, gptq, fp8, compressed-tensors"),
+        (dict(quant_method="gptq", bits=3), "gptq of 3 bits is not served; 4 and 8 are"),
+        (dict(quant_method="awq", bits=4, version="gemv"), "'gemv' of AWQ is not served; gemm is"),
+        (dict(quant_method="compressed-tensors", format="marlin-24", config_groups=dict(a=dict(weights={}))), "'marlin-24'.*pack-quantized"),
+    ],
+)
+def test_unknown_checkpoints_are_refused(config: dict, message: str) -> None:
+    with pytest.raises(QuantizationError, match=message):
+        quant_formats.detect(config)
+
+
+def test_groups_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    config = tiny_config("llama")
+    config.update(dict(intermediate_size=80))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(QuantizationError, match=r"down_proj: 80 inputs do not divide into groups of 32; set quantization to int8 or fp8"):
+        load(tmp_path, "int4")
+
+
+def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
+    write(tmp_path, stock_model(), "gptq_4")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsMismatch, match=r"missing.*model\.norm\.weight"):
+        load(tmp_path)
+    tensors["model.norm.weight"] = torch.ones(128)
+    tensors["model.extra.qweight"] = torch.ones(2)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsMismatch, match=r"unexpected.*model\.extra\.qweight"):
+        load(tmp_path)
+
+
+def test_a_bias_that_the_model_lacks(tmp_path: Path) -> None:
+    """Of zeros it is left out; else it would be lost."""
+    stock = write(tmp_path, stock_model(), "gptq_4")
+    name = "model.layers.0.mlp.up_proj.bias"
+    tensors = load_file(tmp_path / "model.safetensors")
+    for value in (0.0, 1.0):
+        tensors[name] = torch.full((256,), value)
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        if value == 0.0:
+            torch.testing.assert_close(logits(load(tmp_path)), logits(stock), atol=1e-5, rtol=1e-5)
+        else:
+            with pytest.raises(WeightsMismatch, match=r"up_proj\.bias.*not zero"):
+                load(tmp_path)
+
+
+def test_a_configuration_without_quantised_tensors_is_refused(tmp_path: Path) -> None:
+    stock_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": FORMATS["awq_g64"][0]}))
+    with pytest.raises(QuantizationError, match="awq, but no linear of the model has qweight"):
+        load(tmp_path)

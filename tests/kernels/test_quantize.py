@@ -1,0 +1,65 @@
+"""The quantising reference ops against their definitions, and the op against its reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from kernels import reference
+
+
+def test_nibbles_come_back_and_lie_in_spans() -> None:
+    codes = torch.randint(-8, 8, (5, 96), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    packed = reference.pack_nibbles(codes)
+    assert packed.shape == (5, 48) and packed.dtype == torch.uint8
+    assert torch.equal(reference.unpack_nibbles(packed), codes)
+    # Byte 3 of the second span: columns 32 + 3 and 32 + 16 + 3.
+    assert torch.equal(packed[:, 16 + 3].int(), (codes[:, 35].int() + 8) + 16 * (codes[:, 51].int() + 8))
+
+
+@pytest.mark.parametrize("dtype, step", [(torch.int8, 1 / 127 / 2), (torch.float8_e4m3fn, 2**-4)])
+def test_rows_are_within_half_a_step(dtype: torch.dtype, step: float) -> None:
+    """int8: half of a 127th of the row's largest; e4m3: 3 bits of mantissa, a 16th of the value itself."""
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 7)[:, None]
+    x[3] = 0
+    codes, scale = reference.quantize_rows(x, dtype)
+    assert codes.dtype == dtype and scale.shape == (7, 1)
+    back = codes.float() * scale
+    size = x.abs().amax(1, keepdim=True) if dtype == torch.int8 else x.abs() + x.abs().amax(1, keepdim=True) * 2**-9
+    assert ((back - x).abs() <= size * step * 1.0001).all()
+    assert torch.equal(back[3], torch.zeros(64))
+
+
+def test_groups_are_within_half_a_step() -> None:
+    weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(0)) + 0.3
+    codes, scale, shift = reference.quantize_groups(weight, 32)
+    assert codes.min() == -8 and codes.max() == 7
+    back = reference.dequantize(reference.pack_nibbles(codes), scale, shift, 32)
+    step = scale.repeat_interleave(32, dim=1)
+    assert ((back - weight).abs() <= step * 0.501).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_the_op_multiplies_with_the_dequantised_weight(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x, bias = (torch.randn(*shape, generator=generator) for shape in ((48, 96), (2, 5, 96), (48,)))
+    shift, group = None, 96
+    if kind == "int4":
+        codes, scale, shift = reference.quantize_groups(weight, 32)
+        codes, group = reference.pack_nibbles(codes), 32
+    else:
+        codes, scale = reference.quantize_rows(weight, torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+    out = torch.ops.pagegraph.quant_linear(x, codes, scale, shift, bias, group)
+    whole = reference.dequantize(codes, scale, shift, group)
+    torch.testing.assert_close(out, functional.linear(x, whole, bias))
+    arguments = (x, codes, scale, shift, bias, group)
+    torch.library.opcheck(torch.ops.pagegraph.quant_linear.default, arguments, test_utils="test_faketensor")
+
+
+def test_the_last_group_may_be_short() -> None:
+    codes = torch.ones(2, 200, dtype=torch.int8)
+    out = reference.dequantize(codes, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), None, 128)
+    assert out.shape == (2, 200)
+    assert torch.equal(out[:, 127:129], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
