@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 INT8_MAX, FP8_MAX = 127.0, 448.0
+SECOND_DIGIT = 2 * INT8_MAX  # what a rounding to int8 leaves is at most half: this many steps fill the next int8
 NIBBLE_SPAN = 32  # columns that `pack_nibbles` keeps together
 
 
@@ -318,6 +319,13 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     scale = (wide.abs().amax(dim=-1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
     codes = (wide / scale).clamp(-largest, largest)
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+
+
+def two_digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, K] -> int8 high and low [T, K], float32 scale [T, 1]: x is about (high + low / 254) * scale."""
+    high, scale = quantize_rows(x, torch.int8)
+    rest = x.float() / scale - high
+    return high, (rest * SECOND_DIGIT).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
 
 
 def quantize_groups(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

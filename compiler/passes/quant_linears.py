@@ -52,9 +52,11 @@ class QuantLinear(nn.Module):
 
 
 class Int8Dynamic(nn.Module):
-    """CPUs with 8-bit dot products: each token's states are rounded to int8 by their own scale, and integers multiplied.
+    """CPUs with 8-bit dot products: each token's states become two int8 digits by their own scale, and integers are multiplied.
 
-    In plain operations, so that the compiler joins the rounding to the norm before it and the scales to what follows.
+    One digit would lose the small states of a token that has one large state; the second rides along in the same reading
+    of the weight. In plain operations, so that the compiler joins the rounding to the norm before it and the scales to what
+    follows.
     """
 
     def __init__(self, linear: QuantLinear) -> None:
@@ -64,8 +66,10 @@ class Int8Dynamic(nn.Module):
         self.bias, self.out_features = linear.bias, linear.out_features
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        codes, scale = reference.quantize_rows(states.flatten(0, -2), torch.int8)
-        product = torch._int_mm(codes, self.codes.t()).float() * scale * self.scale
+        rows = states.flatten(0, -2)
+        high, low, scale = reference.two_digits(rows)
+        upper, lower = torch._int_mm(torch.cat([high, low]), self.codes.t()).float().split(len(rows))
+        product = (upper + lower / reference.SECOND_DIGIT) * scale * self.scale
         if self.bias is not None:
             product = product + self.bias
         return product.to(states.dtype).unflatten(0, states.shape[:-1])

@@ -32,6 +32,13 @@ def test_rows_are_within_half_a_step(dtype: torch.dtype, step: float) -> None:
     assert torch.equal(back[3], torch.zeros(64))
 
 
+def test_two_digits_leave_half_a_step_of_the_second() -> None:
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 7)[:, None]
+    high, low, scale = reference.two_digits(x)
+    back = (high.float() + low.float() / 254) * scale
+    assert ((back - x).abs() <= x.abs().amax(1, keepdim=True) / 127 / 254 / 2 * 1.01).all()
+
+
 def test_groups_are_within_half_a_step() -> None:
     weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(0)) + 0.3
     codes, scale, shift = reference.quantize_groups(weight, 32)

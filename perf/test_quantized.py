@@ -1,0 +1,71 @@
+"""Quantised against bfloat16 on this machine's CPU, one real model; gates are ratios of the same run.
+
+Each case alternates the two sides and compares medians, as `test_cpu_engine` does. Memory is the peak of a process of its own.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compiler import build as builder
+from runtime.llm import LLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from prompts import PROMPTS  # noqa: E402
+from test_cpu_engine import MODEL, config_of, greedy, ratio  # noqa: E402
+
+METHODS = ("int8", "int4")
+
+pytestmark = pytest.mark.timeout(1800)  # three compilations
+
+
+@pytest.fixture(scope="module")
+def llms() -> dict[str | None, LLM]:
+    configs = {method: config_of(quantization=method, kv_cache_memory="128MiB") for method in (None, *METHODS)}
+    return {method: LLM(config, built=builder.ready(config, progress=False)) for method, config in configs.items()}
+
+
+@pytest.mark.parametrize("streams, goals", [(1, dict(int8=1.4, int4=1.8)), (8, dict(int8=1.0, int4=1.0))])
+@pytest.mark.parametrize("method", METHODS)
+def test_streams(benchmark, llms: dict[str | None, LLM], method: str, streams: int, goals: dict[str, float]) -> None:
+    prompts = PROMPTS[1 : 1 + streams]
+    ratio(
+        benchmark,
+        lambda: llms[method].generate(prompts, greedy(48)),
+        lambda: llms[None].generate(prompts, greedy(48)),
+        goal=goals[method],
+    )
+    benchmark.extra_info["tokens_per_s"] = round(streams * 48 / min(benchmark.extra_info["ours_s"]), 1)
+
+
+WEIGHTS = """
+import sys
+from compiler import build
+from runtime.config import load_config
+method = None if sys.argv[2] == "none" else sys.argv[2]
+settings = dict(dtype="bfloat16", device="cpu", max_model_len=256, kv_cache_memory="16MiB", max_num_seqs=4, quantization=method)
+model = build.build(load_config(sys.argv[1], settings).config, progress=False).step.captured.model
+held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
+peak = next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]
+print(sum(held.values()), int(peak) * 1024)
+"""
+
+
+@pytest.mark.parametrize("method, most", [("int8", 0.75), ("int4", 0.65)])
+def test_memory(benchmark, method: str, most: float) -> None:
+    """Bytes of weights held, as a share of bfloat16's; the embedding, a fifth of this model, stays as it is."""
+
+    def held(of: str) -> tuple[int, int]:
+        out = subprocess.run([sys.executable, "-c", WEIGHTS, MODEL, of], check=True, capture_output=True, text=True).stdout
+        weights, process = out.split()[-2:]
+        return int(weights), int(process)
+
+    (ours, process), (plain, plain_process) = benchmark.pedantic(lambda: (held(method), held("none")), rounds=1)
+    benchmark.extra_info.update(ratio=round(ours / plain, 3), bytes=ours, plain_bytes=plain, process=process, plain_process=plain_process)
+    print(f"\n{method}: weights {ours >> 20} of {plain >> 20} MiB, process {process >> 20} of {plain_process >> 20} MiB")
+    assert ours < most * plain
