@@ -128,6 +128,12 @@ def _linear_norm_linear_on_cuda(*arguments: Tensor | float | bool | None) -> tup
     return cuda.linear_norm_linear(*arguments)
 
 
+def _quant_linear_on_cuda(*arguments: Tensor | int | None) -> Tensor:
+    from kernels import cuda
+
+    return cuda.quant_linear(*arguments)
+
+
 def _rms_norm_on_cuda(*arguments: Tensor | float) -> Tensor:
     from kernels import rms_norm
 
@@ -156,7 +162,7 @@ _library.impl("linear_norm_linear", reference.linear_norm_linear, "CPU")
 _library.impl("linear_norm_linear", _linear_norm_linear_on_cuda, "CUDA")
 _library.impl("materialize", torch.clone, "CompositeExplicitAutograd")
 _library.impl("quant_linear", reference.quant_linear, "CPU")
-_library.impl("quant_linear", reference.quant_linear, "CUDA")
+_library.impl("quant_linear", _quant_linear_on_cuda, "CUDA")
 _library.impl("linear", functional.linear, "CPU")
 _library.impl("linear", _linear_on_cuda, "CUDA")
 _library.impl("paged_attention", cpu.paged_attention, "CPU")

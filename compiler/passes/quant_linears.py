@@ -151,6 +151,9 @@ def quant_linears(model: nn.Module) -> int:
 def _form(linear: QuantLinear) -> nn.Module:
     """On CUDA the op chooses by rows; on the CPU the product is chosen here, once."""
     if linear.codes.device.type != "cpu":
+        if linear.codes.dtype != torch.float8_e4m3fn and linear.scale.shape[1] > 1:
+            # Scales of small groups are read with the codes: two bytes of each tell apart what few bits can.
+            linear.scale, linear.shift = (None if one is None else one.to(linear.dtype) for one in (linear.scale, linear.shift))
         return linear
     if linear.codes.dtype == torch.int8 and linear.scale.shape[1] == 1 and linear.shift is None and linear.columns is None:
         if torch.cpu._is_vnni_supported():

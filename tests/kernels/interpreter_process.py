@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
+
+
+class Pickler(pickle.Pickler):
+    """PyTorch does not pickle float8 that it can read again: it goes as bytes."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float8_e4m3fn:
+            return torch.Tensor.view, (value.view(torch.uint8), value.dtype)
+        return NotImplemented
 
 
 class InterpreterProcess:
@@ -34,7 +45,7 @@ class InterpreterProcess:
         self, module: str, function: str, *arguments: Any, constants: dict[str, Any] | None = None
     ) -> tuple[Any, tuple[Any, ...]]:
         """(result, arguments after the call). `constants`: "module.NAME" to the value it has during the call."""
-        pickle.dump((module, function, arguments, constants or {}), self._process.stdin)
+        Pickler(self._process.stdin).dump((module, function, arguments, constants or {}))
         self._process.stdin.flush()
         error, result, arguments = pickle.load(self._process.stdout)
         if error:
@@ -60,27 +71,37 @@ def widen_bfloat16_products() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
-def round_to_bfloat16() -> None:
-    """The interpreter cuts float32 off where devices round it to the nearest bfloat16: round as PyTorch does."""
-    import torch
+def round_as_devices() -> None:
+    """The interpreter cuts float32 off on its way to bfloat16, and loses a carry on its way to e4m3: round as PyTorch does."""
     from triton import language as tl
     from triton.runtime import interpreter
 
     plain_cast = interpreter.InterpreterBuilder.cast_impl
 
     def cast_impl(self: Any, source: Any, to: Any) -> Any:
+        if to.scalar == tl.bfloat16 and source.dtype.scalar.is_int():  # it would take the integer for the 16-bit word
+            source = plain_cast(self, source, tl.float32)
         if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
             return plain_cast(self, source, to)
         words = torch.from_numpy(source.data.copy()).bfloat16().view(torch.uint16).numpy()
         return interpreter.TensorHandle(words, to.scalar)
 
+    plain_fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
+
+    def create_fp_to_fp(self: Any, source: Any, to: Any, mode: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or to.scalar != tl.float8e4nv:
+            return plain_fp_to_fp(self, source, to, mode)
+        words = torch.from_numpy(source.data.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return interpreter.TensorHandle(words, to.scalar)
+
     interpreter.InterpreterBuilder.cast_impl = cast_impl
+    interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 
 
 def serve() -> None:
     """Answer calls until the input ends."""
     widen_bfloat16_products()
-    round_to_bfloat16()
+    round_as_devices()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a kernel prints must not mix with answers
     while True:
@@ -94,7 +115,7 @@ def serve() -> None:
                 result = getattr(importlib.import_module(module), function)(*arguments)
         except Exception:
             error = traceback.format_exc()
-        pickle.dump((error, result, arguments), answers)
+        Pickler(answers).dump((error, result, arguments))
         answers.flush()
 
 

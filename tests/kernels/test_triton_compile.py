@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from kernels.quant_tiles import tile_by_rule
 from kernels.skinny_tiles import Tile, tile_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,6 +108,15 @@ def row_linears(rows: int, hidden: int, inner: int) -> list[list[Any]]:
     return [[f"{rows} rows of {hidden}, {inner}: {name}", "kernels.cuda", "linear_norm_linear", arguments] for name, arguments in (("gate", gate), ("down", down))]
 
 
+def quantised(rows: int, out_size: int, size: int, dtype: str, group: int, shifted: bool = False) -> list[Any]:
+    """The product by the tile of the rule, scales as a device holds them."""
+    tile = tile_by_rule(rows, out_size, size, group)
+    codes = tensor(dtype, out_size, size // 2 if dtype == "uint8" else size)
+    scale = tensor("bfloat16" if group < size and dtype != "float8_e4m3fn" else "float32", out_size, -(-size // group))
+    arguments = [tensor("bfloat16", rows, size), codes, scale, scale if shifted else None, None, group, {"tile": tile}]
+    return [f"{dtype} {rows} {out_size}x{size}/{group} {tile}", "kernels.quant_linear", "quant_linear", arguments]
+
+
 def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
     """Queries, keys and values as slices of a merged projection, with or without the norm."""
     wide = [{"slice": (256, n, size), "dtype": "bfloat16"} for n in (heads, kv_heads, kv_heads)]
@@ -119,6 +129,11 @@ def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
 ROPES = [rope(16, 8, 128, True), rope(32, 8, 128, False), rope(32, 32, 256, False)]
 LINEARS = [linear(rows, *shape) for rows in (2, 64) for shape in ((6144, 1024), (1024, 3072), (4096, 14336))]
 ROWS = [one for rows in (2, 4) for sizes in ((1024, 3072), (4096, 14336), (576, 1536)) for one in row_linears(rows, *sizes)]
+QUANTISED = [
+    quantised(rows, out_size, size, *weight)
+    for rows, out_size, size in ((64, 4096, 14336), (256, 6144, 4096))
+    for weight in (("float8_e4m3fn", size), ("float8_e4m3fn", 128), ("int8", size), ("int8", 32), ("uint8", 128, True), ("uint8", size))
+] + [["rows to fp8", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336)]]]
 HALF = [
     attention(64, 64, 8, 1),
     attention(64, 64, 8, 8, window=128, sinks=True),
@@ -210,6 +225,16 @@ def test_two_decode_programs_share_a_multiprocessor(half: list[dict[str, Any]]) 
     """Decode hides memory latency with the other program's loads: two blocks' shared memory and registers must fit."""
     kernels = [k for k in half if k["kernel"] == "decode_kernel"]
     assert all(2 * (k["shared_bytes"] + 1024) <= SHARED_MEMORY and k["registers"] * 128 * 2 <= 65536 for k in kernels)
+
+
+def test_quantised_products() -> None:
+    """No spills, on Hopper's matrix instruction, the weight in two buffers at least, and nothing touched before the wait."""
+    kernels = compiled(QUANTISED)
+    check_fits(kernels)
+    assert {k["kernel"] for k in kernels} == {"quant_linear_kernel", "quantize_rows_kernel"}
+    assert all(k["waits"] and not k["early"] for k in kernels)
+    products = [k for k in kernels if k["kernel"] == "quant_linear_kernel"]
+    assert all(k["warp_group_units"] and k["buffers"] >= 2 for k in products)
 
 
 def test_float32_fits() -> None:

@@ -1,0 +1,167 @@
+"""Triton: x @ weight.T with the weight as codes and scales, read once as it is stored and widened in registers.
+
+The weight is the left operand, as in `kernels.skinny_linear`, and its columns may be split the same way. Codes are exact in
+the type of x, so the matrix unit multiplies codes, and scales join its float32 sums: once a row where they are a row's, else
+once a group. A shift is its group's sum of x. Knows sizes and codes; which way suits which is data in `kernels/quant_tiles.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import arrival_counts, dependent, wait
+from kernels.skinny_tiles import Tile
+
+NIBBLE_SPAN = tl.constexpr(32)  # of `reference.pack_nibbles`
+MAX_BLOCK_T = 64
+
+
+@triton.jit
+def quant_linear_kernel(
+    out_ptr,
+    partial_ptr,
+    counter_ptr,
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    shift_ptr,
+    bias_ptr,
+    num_rows,
+    x_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    INT4: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_n = n < N
+    in_t = t < num_rows
+    span: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
+    # With two codes a byte, byte b of a step holds columns column[b] and column[b] + 16.
+    PER_BYTE: tl.constexpr = 2 if INT4 else 1
+    byte = tl.arange(0, BLOCK_K // PER_BYTE)
+    column = byte // (NIBBLE_SPAN // 2) * NIBBLE_SPAN + byte % (NIBBLE_SPAN // 2) if INT4 else byte
+    begin = split * span
+    codes_at = codes_ptr + n.to(tl.int64)[:, None] * (K // PER_BYTE) + byte[None, :]
+    x_at = x_ptr + t.to(tl.int64)[None, :] * x_stride + column[:, None]
+    scale_at = n.to(tl.int64) * GROUPS
+    if PDL:
+        wait()
+    total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    sums = tl.zeros([BLOCK_T], tl.float32)
+    for k in range(begin, min(begin + span, K), BLOCK_K):
+        in_w = in_n[:, None]
+        in_x = in_t[None, :]
+        if K % BLOCK_K != 0:
+            in_w = in_w & (column < K - k)[None, :]
+            in_x = in_x & (column < K - k)[:, None]
+        codes = tl.load(codes_at + k // PER_BYTE, mask=in_w, other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_at + k, mask=in_x, other=0.0)
+        if INT4:
+            x_high = tl.load(x_at + (k + NIBBLE_SPAN // 2), mask=in_x, other=0.0)
+            low = ((codes & 15).to(tl.int8) - 8).to(x.dtype)
+            high = ((codes >> 4).to(tl.int8) - 8).to(x.dtype)
+            if GROUPS == 1:
+                total = tl.dot(high, x_high, tl.dot(low, x, total, input_precision=PRECISION), input_precision=PRECISION)
+            else:
+                part = tl.dot(high, x_high, tl.dot(low, x, input_precision=PRECISION), input_precision=PRECISION)
+        else:
+            wide = codes.to(x.dtype)
+            if GROUPS == 1:
+                total = tl.dot(wide, x, total, input_precision=PRECISION)
+            else:
+                part = tl.dot(wide, x, input_precision=PRECISION)
+        if HAS_SHIFT:
+            summed = tl.sum(x.to(tl.float32), axis=0)
+            if INT4:
+                summed += tl.sum(x_high.to(tl.float32), axis=0)
+        if GROUPS > 1:
+            scale = tl.load(scale_ptr + scale_at + k // GROUP, mask=in_n, other=0.0).to(tl.float32)
+            total += part * scale[:, None]
+            if HAS_SHIFT:
+                shift = tl.load(shift_ptr + scale_at + k // GROUP, mask=in_n, other=0.0).to(tl.float32)
+                total += shift[:, None] * summed[None, :]
+        elif HAS_SHIFT:
+            sums += summed
+    if GROUPS == 1:
+        total *= tl.load(scale_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
+        if HAS_SHIFT:
+            total += tl.load(shift_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None] * sums[None, :]
+    if SPLIT_K > 1:
+        # partial [SPLIT_K, tiles, BLOCK_N, BLOCK_T]
+        tiles = tl.num_programs(0)
+        at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+        tl.store(partial_ptr + (split * tiles + tile) * BLOCK_N * BLOCK_T + at, total)
+        tl.debug_barrier()  # every thread's part is stored before the arrival is counted
+        arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
+        if arrived < SPLIT_K - 1:
+            return
+        tl.store(counter_ptr + tile, 0)
+        total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+        for other in tl.static_range(SPLIT_K):
+            total += tl.load(partial_ptr + (other * tiles + tile) * BLOCK_N * BLOCK_T + at, cache_modifier=".cg")
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
+    out_at = out_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=in_n[:, None] & in_t[None, :])
+
+
+def quant_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, tile: Tile
+) -> Tensor:
+    """x [T, K] (rows dense), the weight as in `kernels.ops`, all contiguous -> [T, N] in x's dtype.
+
+    `tile` splits columns for at most 64 rows, and its columns of a step divide `group` where a row has several.
+    """
+    rows, size = x.shape
+    out_size, groups = scale.shape
+    out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
+    tiles = -(-out_size // tile.block_n)
+    block_t = min(MAX_BLOCK_T, max(16, triton.next_power_of_2(rows)))
+    partial = counters = out
+    if tile.split_k > 1:
+        partial = torch.empty(tile.split_k * tiles * tile.block_n * block_t, dtype=torch.float32, device=x.device)
+        counters = arrival_counts(x.device)
+    quant_linear_kernel[tiles, tile.split_k, -(-rows // block_t)](
+        out,
+        partial,
+        counters,
+        x,
+        codes,
+        scale,
+        scale if shift is None else shift,
+        scale if bias is None else bias,
+        rows,
+        x.stride(0),
+        N=out_size,
+        K=size,
+        GROUP=group,
+        GROUPS=groups,
+        BLOCK_T=block_t,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        SPLIT_K=tile.split_k,
+        INT4=codes.dtype == torch.uint8,
+        HAS_SHIFT=shift is not None,
+        HAS_BIAS=bias is not None,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **dependent(x.device),
+    )
+    return out

@@ -1,0 +1,52 @@
+"""How `pagegraph::quant_linear` computes each product on CUDA: data by kind of code, shape and rows.
+
+A product of the table was measured by perf/h200_quantized.py; all others go by a rule of thumb. Knows sizes only.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from kernels.skinny_tiles import Tile
+
+FEW_ROWS = 64  # up to here reading the weight bounds a product
+WIDE_ROWS = 256  # above it a weight is dequantised once for all rows
+PROGRAMS = 264  # two on each multiprocessor of an H100 or H200
+
+Kind = Literal["int8", "int4", "fp8"]
+# tile: `kernels.quant_linear` by that tile; scaled: PyTorch's row-wise FP8 product; plain: dequantised, then cuBLAS.
+Way = Literal["tile", "scaled", "plain"]
+
+
+class Choice(NamedTuple):
+    """One way to compute a product; `tile` belongs to the way of that name."""
+
+    way: Way
+    tile: Tile | None = None
+
+
+# (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule.
+TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {}
+
+
+def choice_of(kind: Kind, rows: int, out_size: int, size: int, group: int, scaled: bool) -> Choice:
+    """For x [rows, size] @ weight [out_size, size].T; `scaled`: the row-wise FP8 product takes this weight."""
+    measured = TABLE.get((kind, out_size, size), {})
+    if limits := [limit for limit in measured if limit >= rows]:
+        return measured[min(limits)]
+    if rows > FEW_ROWS and scaled:
+        return Choice("scaled")
+    if rows > WIDE_ROWS:
+        return Choice("plain")
+    return Choice("tile", tile_by_rule(rows, out_size, size, group))
+
+
+def tile_by_rule(rows: int, out_size: int, size: int, group: int) -> Tile:
+    """Columns of a step divide a group; columns are split where rows of the weight alone do not fill the device."""
+    block_k = min(128, group & -group) if group < size else 128
+    if rows > FEW_ROWS:
+        return Tile(128, min(64, block_k), 1, 8, 3)
+    block_n = 64 if out_size >= 4096 else 32
+    wanted = max(1, PROGRAMS // -(-out_size // block_n))
+    split = min(8, 1 << wanted.bit_length() - 1, max(1, size // (4 * block_k)))
+    return Tile(block_n, block_k, split, 4, 4)

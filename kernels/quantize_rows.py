@@ -1,0 +1,47 @@
+"""Triton: rows as e4m3 codes with a scale each, by one reading for the largest magnitude and one for the codes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import dependent, wait
+from kernels.reference import FP8_MAX
+
+BLOCK = 2048
+NUM_WARPS = 4
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+@triton.jit
+def quantize_rows_kernel(
+    codes_ptr, scale_ptr, x_ptr, x_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    if PDL:
+        wait()
+    largest = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, SIZE, BLOCK):
+        x = tl.load(x_ptr + row * x_stride + start + lane, mask=start + lane < SIZE, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
+    scale = tl.maximum(tl.max(largest, axis=0) / LARGEST, TINY)
+    tl.store(scale_ptr + row, scale)
+    for start in range(0, SIZE, BLOCK):
+        inside = start + lane < SIZE
+        x = tl.load(x_ptr + row * x_stride + start + lane, mask=inside, other=0.0).to(tl.float32)
+        codes = tl.clamp(x / scale, -LARGEST, LARGEST).to(codes_ptr.dtype.element_ty)
+        tl.store(codes_ptr + row * SIZE + start + lane, codes, mask=inside)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, K], elements of a row dense -> codes float8_e4m3fn [T, K], scale float32 [T, 1]; as `reference.quantize_rows`."""
+    rows, size = x.shape
+    codes = torch.empty(rows, size, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    quantize_rows_kernel[rows,](
+        codes, scale, x, x.stride(0), SIZE=size, BLOCK=BLOCK, LARGEST=FP8_MAX, num_warps=NUM_WARPS, **dependent(x.device)
+    )
+    return codes, scale

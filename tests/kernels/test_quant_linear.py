@@ -1,0 +1,94 @@
+"""Products with quantised weights against their reference: kinds of codes, groups, splits, sizes that do not divide."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels import reference
+from kernels.quant_tiles import FEW_ROWS, Tile, choice_of, tile_by_rule
+
+MIXED = [
+    # kind, N, K, group, tile
+    ("int8", 96, 64, 64, Tile(32, 64, 1, 4, 3)),
+    ("int8", 40, 160, 160, Tile(16, 64, 2, 4, 3)),  # rows beyond the last tile, columns beyond the last step
+    ("int8", 32, 96, 16, Tile(16, 16, 2, 4, 3)),
+    ("int4", 64, 128, 32, Tile(32, 32, 1, 4, 3)),
+    ("int4", 48, 256, 128, Tile(32, 64, 2, 4, 3)),
+    ("int4", 40, 160, 160, Tile(16, 128, 1, 4, 3)),  # one group, columns beyond the last step
+    ("fp8", 64, 192, 192, Tile(32, 64, 8, 4, 3)),  # more splits than columns to share
+    ("fp8", 32, 200, 128, Tile(16, 64, 2, 4, 3)),  # the last group is short
+]
+
+
+def random_weight(kind: str, rows: int, size: int, group: int, shifted: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(rows + size)
+    groups = -(-size // group)
+    scale = torch.rand(rows, groups, generator=generator) + 0.1
+    shift = torch.randn(rows, groups, generator=generator) if shifted else None
+    if kind == "fp8":
+        return (torch.randn(rows, size, generator=generator) * 30).to(torch.float8_e4m3fn), scale, shift
+    limit = 8 if kind == "int4" else 128
+    codes = torch.randint(-limit, limit, (rows, size), dtype=torch.int8, generator=generator)
+    return reference.pack_nibbles(codes) if kind == "int4" else codes, scale, shift
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize(("kind", "out_size", "size", "group", "tile"), MIXED)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_equals_the_reference(
+    triton_calls, rows: int, kind: str, out_size: int, size: int, group: int, tile: Tile, shifted: bool
+) -> None:
+    codes, scale, shift = random_weight(kind, out_size, size, group, shifted)
+    x = torch.randn(rows, size + 16, generator=torch.Generator().manual_seed(rows)).bfloat16()[:, :size]
+    bias = torch.randn(out_size).bfloat16() if shifted else None
+    expected = reference.quant_linear(x.float(), codes, scale, shift, None if bias is None else bias.float(), group)
+    for _ in range(2):  # the second call finds the arrival counts as the first left them
+        out, _ = triton_calls.call("kernels.quant_linear", "quant_linear", x, codes, scale, shift, bias, group, tile)
+        assert out.dtype == x.dtype and out.shape == expected.shape
+        # What is added up is exact but for float32: one rounding to bfloat16 at the end.
+        torch.testing.assert_close(out.float(), expected, atol=1e-4 * expected.abs().max().item(), rtol=2**-8)
+
+
+def test_many_rows(triton_calls) -> None:
+    codes, scale, shift = random_weight("int4", 160, 128, 64, True)
+    x = torch.randn(150, 128).bfloat16()
+    expected = reference.quant_linear(x.float(), codes, scale, shift, None, 64)
+    out, _ = triton_calls.call("kernels.quant_linear", "quant_linear", x, codes, scale, shift, None, 64, tile_by_rule(150, 160, 128, 64))
+    torch.testing.assert_close(out.float(), expected, atol=1e-4 * expected.abs().max().item(), rtol=2**-8)
+
+
+def test_rows_become_the_codes_of_the_reference(triton_calls) -> None:
+    x = (torch.randn(5, 3000, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e4])[:, None]).bfloat16()
+    (codes, scale), _ = triton_calls.call("kernels.quantize_rows", "quantize_rows", x)
+    expected, expected_scale = reference.quantize_rows(x, torch.float8_e4m3fn)
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+    # A quotient at the middle of two codes may go either way: at most a step of the type.
+    step = expected.float().abs().clamp(min=2**-6) * 2**-3
+    assert ((codes.float() - expected.float()).abs() <= step).all()
+    assert (codes.float() == expected.float()).float().mean() > 0.99
+
+
+@given(
+    st.sampled_from(["int8", "int4", "fp8"]),
+    st.integers(1, 600),
+    st.integers(1, 5000).map(lambda n: 8 * n),
+    st.integers(1, 300).map(lambda n: 64 * n),
+    st.sampled_from([16, 32, 64, 128, 0]),
+    st.booleans(),
+)
+def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int, group: int, scaled: bool) -> None:
+    group = group or size
+    if kind == "int4" and group % 32:
+        group = 32
+    choice = choice_of(kind, rows, out_size, size, group, scaled and kind == "fp8" and group == size)
+    if choice.way != "tile":
+        assert choice.tile is None and rows > FEW_ROWS
+        return
+    tile = choice.tile
+    assert group >= size or group % tile.block_k == 0
+    assert tile.block_k >= (32 if kind == "int4" else 16)
+    assert tile.split_k == 1 or rows <= FEW_ROWS
+    assert tile.num_stages * tile.block_k * (tile.block_n + 2 * 64) <= 200 * 1024
