@@ -86,6 +86,7 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         quantization = resolve_quantization(config.quantization, model_config, device)
     dtype = resolve_dtype(config.dtype, model_config, device)
+    cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
     max_model_len = resolve_max_model_len(config.max_model_len, model_config)
     with timings.stage("capture"):
         model = weights.build_meta(
@@ -115,7 +116,7 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
             max_num_seqs=config.max_num_seqs,
             max_blocks=max(-(-max_model_len // config.block_size), 2),
             vocab_size=vocab_size,
-            dtype=dtype,
+            dtype=cache_dtype,
             device=device,
         )
 
@@ -189,12 +190,25 @@ def resolve_quantization(asked: str | None, model_config: Any, device: torch.dev
     """
     found = quant_formats.resolve(asked, vars(model_config).pop("quantization_config", None))
     method = found.method if isinstance(found, quant_formats.Scheme) else found
-    if method == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        raise quant_formats.QuantizationError(
-            f"quantization=fp8 needs a GPU of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or later, "
-            f"{torch.cuda.get_device_name(device)} has less; set quantization to int8 or int4"
-        )
+    if method == "fp8" or getattr(found, "fp8", False):
+        _require_fp8("quantization=fp8", device, "set quantization to int8 or int4 on an unquantised checkpoint")
     return found
+
+
+def resolve_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of keys and values in pages: `auto` is the activations' own, `fp8` e4m3 by a scale of 1."""
+    if name == "auto":
+        return dtype
+    _require_fp8("kv_cache_dtype=fp8", device, "set kv_cache_dtype to auto")
+    return torch.float8_e4m3fn
+
+
+def _require_fp8(setting: str, device: torch.device, instead: str) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise quant_formats.QuantizationError(
+            f"{setting} needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))} or later, "
+            f"{torch.cuda.get_device_name(device)} has less; {instead}"
+        )
 
 
 def resolve_max_model_len(asked: int | None, model_config: Any) -> int:

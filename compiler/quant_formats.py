@@ -86,6 +86,7 @@ class Scheme:
     bits: int
     group: int = 0
     block: tuple[int, int] | None = None  # rows and columns that share a scale
+    fp8: bool = False  # codes are float8_e4m3fn
 
     def first_tensor(self) -> str:
         """The tensor by which a quantised linear is known; only of type float8 or int8 where it is the weight itself."""
@@ -127,7 +128,7 @@ def detect(config: Mapping[str, Any] | None) -> Scheme | None:
         return Scheme("gptq", layout, _bits(config.get("bits"), (4, 8), "gptq"), max(int(config.get("group_size", 128)), 0))
     if method == "fp8":
         block = config.get("weight_block_size")
-        return Scheme("fp8", "elements", 8, block=tuple(block) if block else None)
+        return Scheme("fp8", "elements", 8, block=tuple(block) if block else None, fp8=True)
     if method == "gguf":
         return Scheme("gguf", STORED, 8)
     if method == "compressed-tensors":
@@ -173,7 +174,8 @@ def _compressed(config: Mapping[str, Any]) -> Scheme:
         if weights.get("type") == "int" and not weights.get("symmetric", True):
             raise QuantizationError(f"quantization_config: {layout} weights with zero points are not served; symmetric ones are")
         block = weights.get("block_structure")
-        return Scheme("compressed-tensors", "elements", _bits(weights.get("num_bits"), (8,), layout), block=tuple(block) if block else None)
+        bits, fp8 = _bits(weights.get("num_bits"), (8,), layout), weights.get("type") == "float"
+        return Scheme("compressed-tensors", "elements", bits, block=tuple(block) if block else None, fp8=fp8)
     raise QuantizationError(
         f"quantization_config: format {layout!r} of compressed-tensors is not served; pack-quantized, int-quantized, "
         "float-quantized and naive-quantized are"

@@ -171,6 +171,7 @@ def decode_kernel(
             mask=inside[:, None] & (value_column < VALUE_SIZE)[None, :],
             other=0.0,
         )
+        keys, values = keys.to(query.dtype), values.to(query.dtype)  # pages may be of 8 bits
         logits = to_base2(tl.dot(query, keys, input_precision=PRECISION), scale, SOFTCAP)
         logits = tl.where(inside[None, :], logits, float("-inf"))
         peak, total, mixed = update(logits, values, peak, total, mixed, PRECISION)
@@ -239,7 +240,7 @@ def attend_rows(
     num_seqs, max_blocks = block_tables.shape
     rows = query.shape[0] if by_token else num_seqs
     head_pad, value_pad = max(16, triton.next_power_of_2(head_size)), max(16, triton.next_power_of_2(value_size))
-    tile = TILES[key_cache.element_size(), max(head_pad, value_pad)]
+    tile = TILES[query.element_size(), max(head_pad, value_pad)]
     splits = num_splits(rows, kv_heads, max_blocks * block_size)
     parts = (rows, splits if splits > 1 else 0, heads)
     mixed = torch.empty(*parts, value_size, dtype=torch.float32, device=query.device)

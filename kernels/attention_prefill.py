@@ -187,7 +187,7 @@ def prefill_kernel(
     mixed = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
     shrink = total * 0.0
     nothing = tl.minimum(num_seqs, 0).to(tl.uint32)
-    weights = _pack(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), value_cache_ptr.dtype.element_ty, OPAQUE)
+    weights = _pack(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), query.dtype, OPAQUE)
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
     key_ptr = key_cache_ptr + kv_head * HEAD_SIZE
     value_ptr = value_cache_ptr + kv_head * VALUE_SIZE
@@ -203,8 +203,8 @@ def prefill_kernel(
         slot = _slot(page, tl.minimum((start + key_lane).to(tl.uint32), last), BLOCK_SIZE, WIDE)
         # Page ids are carried one tile ahead, as in the decode kernel.
         page = tl.load(table_ptr + tl.minimum((start + BLOCK_N + key_lane).to(tl.uint32), last) // BLOCK_SIZE)
-        keys = _rows(key_ptr, slot, KV_HEADS * HEAD_SIZE, HEAD_SIZE, HEAD_PAD)
-        values = _rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD)
+        keys = _rows(key_ptr, slot, KV_HEADS * HEAD_SIZE, HEAD_SIZE, HEAD_PAD).to(query.dtype)  # pages may be of 8 bits
+        values = _rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD).to(query.dtype)
         logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
         mixed = _mix(mixed, shrink, weights, nothing, values, PRECISION, OPAQUE)
         if SOFTCAP > 0:
@@ -216,7 +216,8 @@ def prefill_kernel(
         weighed, peak, total, shrink = weigh(logits, 1.0 if SOFTCAP > 0 else scale, peak, total, (WINDOW > 0) | (CHUNK > 0))
         weights = _pack(weighed, values.dtype, OPAQUE)
         before = slot
-    mixed = _mix(mixed, shrink, weights, nothing, _rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD), PRECISION, OPAQUE)
+    values = _rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD).to(query.dtype)
+    mixed = _mix(mixed, shrink, weights, nothing, values, PRECISION, OPAQUE)
     # Where the rows go is worked out anew: kept through the loop, it would cost registers that the tiles need.
     row_begin = tl.load(query_start_ptr + sequence, volatile=True)
     count = tl.load(query_start_ptr + sequence + 1, volatile=True) - row_begin
@@ -251,7 +252,7 @@ def attend_ragged(
     group = heads // kv_heads
     num_seqs = block_tables.shape[0]
     head_pad, value_pad = max(16, triton.next_power_of_2(head_size)), max(16, triton.next_power_of_2(value_size))
-    tile = TILES[key_cache.element_size(), max(head_pad, value_pad)]
+    tile = TILES[query.element_size(), max(head_pad, value_pad)]
     block_m = max(tile.block_m, triton.next_power_of_2(group))
     block_q = block_m // group
     prefill_kernel[((tokens // block_q + num_seqs) * kv_heads,)](

@@ -62,8 +62,8 @@ def paged_attention(
         )
     for sequence in torch.nonzero(counts > 1)[:, 0].tolist():
         begin, end, length = int(query_start[sequence]), int(query_start[sequence + 1]), int(seq_lens[sequence])
-        keys = _pages(key_cache, block_tables[sequence], length)
-        values = _pages(value_cache, block_tables[sequence], length)
+        keys = _pages(key_cache, block_tables[sequence], length).to(query.dtype)
+        values = _pages(value_cache, block_tables[sequence], length).to(query.dtype)
         if plain:
             out[begin:end] = _fused(query[begin:end], keys, values, scale, window, chunk)
         else:
@@ -97,8 +97,8 @@ def _decode(
 ) -> Tensor:
     """One query row [R, Hq, D] a sequence, all sequences at once -> [R, Hq, Dv]."""
     width = int(lengths.max())
-    keys = _gather(key_cache, tables, width)
-    values = _gather(value_cache, tables, width)
+    keys = _gather(key_cache, tables, width).to(query.dtype)
+    values = _gather(value_cache, tables, width).to(query.dtype)
     rows, heads, size = query.shape
     seen = None
     if rows > 1 or window or chunk:

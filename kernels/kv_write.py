@@ -9,7 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import reference
+
 NUM_WARPS = 4
+FP8_MAX = tl.constexpr(reference.FP8_MAX)
+
+
+@triton.jit
+def stored(x, dtype: tl.constexpr):
+    """x in the type of the cache; what lies beyond the largest of e4m3, which has no infinity, becomes it."""
+    if dtype == tl.float8e4nv:
+        x = tl.clamp(x.to(tl.float32), -FP8_MAX, FP8_MAX)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -37,12 +48,12 @@ def kv_write_kernel(
     inside = (head < HEADS) & (column < KEY_SIZE)
     key = tl.load(key_ptr + token * key_token_stride + head * key_head_stride + column, mask=inside)
     to = key_cache_ptr + (slot * HEADS + head) * KEY_SIZE + column
-    tl.store(to, key.to(key_cache_ptr.dtype.element_ty), mask=inside)
+    tl.store(to, stored(key, key_cache_ptr.dtype.element_ty), mask=inside)
     column = tl.arange(0, VALUE_PAD)[None, :]
     inside = (head < HEADS) & (column < VALUE_SIZE)
     value = tl.load(value_ptr + token * value_token_stride + head * value_head_stride + column, mask=inside)
     to = value_cache_ptr + (slot * HEADS + head) * VALUE_SIZE + column
-    tl.store(to, value.to(value_cache_ptr.dtype.element_ty), mask=inside)
+    tl.store(to, stored(value, value_cache_ptr.dtype.element_ty), mask=inside)
 
 
 def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:

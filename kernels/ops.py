@@ -3,7 +3,7 @@
 `pagegraph::paged_attention` writes the step's keys and values into pages, then attends:
 
 - query [T, Hq, D]; key [T, Hkv, D]; value [T, Hkv, Dv] -> [T, Hq, Dv] in query's dtype
-- key_cache [num_blocks, block_size, Hkv, D], value_cache [.., Dv]: whole tensors, mutated
+- key_cache [num_blocks, block_size, Hkv, D], value_cache [.., Dv]: whole tensors, mutated; in query's dtype or float8_e4m3fn
 - positions, slots int32 [T]; a token's K/V goes to slot = page * block_size + offset; padding goes to page 0
 - block_tables int32 [S, max_blocks], unused entries 0; query_start int32 [S + 1]; seq_lens int32 [S] with this
   step's tokens. Sequence s owns query rows query_start[s]:query_start[s + 1], its last positions; a padding

@@ -15,10 +15,15 @@ NIBBLE_SPAN = 32  # columns that `pack_nibbles` keeps together
 def write_kv(
     key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    """Store key [T, Hkv, D] and value [T, Hkv, Dv] at `slots` (int32 [T], page * block_size + offset), in place."""
+    """Store key [T, Hkv, D] and value [T, Hkv, Dv] at `slots` (int32 [T], page * block_size + offset), in place.
+
+    A cache of e4m3 holds them by a scale of 1; what lies beyond its largest, 448, becomes that.
+    """
     where = slots.long()
-    key_cache.view(-1, *key_cache.shape[2:])[where] = key
-    value_cache.view(-1, *value_cache.shape[2:])[where] = value
+    for heads, cache in ((key, key_cache), (value, value_cache)):
+        if cache.dtype == torch.float8_e4m3fn:
+            heads = heads.float().clamp(-FP8_MAX, FP8_MAX)
+        cache.view(-1, *cache.shape[2:])[where] = heads.to(cache.dtype)
 
 
 def norm_and_rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: torch.Tensor | None, eps: float) -> torch.Tensor:

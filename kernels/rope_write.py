@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.kv_write import stored
 from kernels.launch import dependent, wait
 
 QUERY_HEADS = 8  # of one program
@@ -89,13 +90,13 @@ def rope_write_kernel(
         key_at = key_ptr + token * key_token_stride + kv_head * key_head_stride + half[None, :]
         key_low, key_high = _rotated(key_at, in_key, cos_at, sin_at, key_norm_ptr, half, in_half, eps, HALF, HAS_NORM)
         key_to = key_cache_ptr + (slot * KV_HEADS + kv_head) * 2 * HALF + half[None, :]
-        tl.store(key_to, key_low.to(key_cache_ptr.dtype.element_ty), mask=in_key)
-        tl.store(key_to + HALF, key_high.to(key_cache_ptr.dtype.element_ty), mask=in_key)
+        tl.store(key_to, stored(key_low, key_cache_ptr.dtype.element_ty), mask=in_key)
+        tl.store(key_to + HALF, stored(key_high, key_cache_ptr.dtype.element_ty), mask=in_key)
         column = tl.arange(0, VALUE_PAD)[None, :]
         in_value = (kv_head < KV_HEADS) & (column < VALUE_SIZE)
         value = tl.load(value_ptr + token * value_token_stride + kv_head * value_head_stride + column, mask=in_value)
         value_to = value_cache_ptr + (slot * KV_HEADS + kv_head) * VALUE_SIZE + column
-        tl.store(value_to, value.to(value_cache_ptr.dtype.element_ty), mask=in_value)
+        tl.store(value_to, stored(value, value_cache_ptr.dtype.element_ty), mask=in_value)
 
 
 def rope_write(

@@ -145,6 +145,7 @@ class Config:
     block_size: int = _option(16, _block_size, "tokens in a KV block: a power of two, at least 8", "memory")
     num_blocks: int | None = _option(None, _between(parse_whole, 2), "KV blocks, block 0 being scrap (auto: what the memory holds)", "memory", _AUTO)
     kv_cache_memory: int | None = _option(None, _between(parse_bytes, 1), "bytes of the KV cache, such as 1GiB (auto: measured on a GPU, 1GiB on a CPU)", "memory", _AUTO)
+    kv_cache_dtype: str = _option("auto", _one_of("auto", "fp8"), "keys and values in the cache: auto (as activations) or fp8 (half the bytes)", "memory")
     gpu_memory_utilization: float = _option(0.9, _between(parse_number, 0, 1, low_is_open=True), "share of the GPU's memory to use, in (0, 1]", "memory")
 
     max_num_seqs: int = _option(256, _between(parse_whole, 1), "sequences in one step", "scheduling")

@@ -24,6 +24,7 @@ class Case:
     pad_tokens: int = 3
     pad_seqs: int = 2
     dtype: torch.dtype = torch.float32
+    cache_dtype: torch.dtype | None = None  # None: dtype
     strided: bool = field(default=False)
     seed: int = 0
 
@@ -68,8 +69,8 @@ class Case:
             rows_of(self.heads, self.head_size),
             rows_of(self.kv_heads, self.head_size),
             rows_of(self.kv_heads, value_size),
-            key_cache.to(self.dtype),
-            value_cache.to(self.dtype),
+            key_cache.to(self.cache_dtype or self.dtype),
+            value_cache.to(self.cache_dtype or self.dtype),
             torch.cat([*positions, pad]).int(),
             torch.cat([*slots, pad]).int(),
             tables,
@@ -103,4 +104,4 @@ def check(out: torch.Tensor, arguments: tuple, expected: torch.Tensor, expected_
     torch.testing.assert_close(out, expected, atol=tolerance(out.dtype), rtol=tolerance(out.dtype))
     assert (out[live:] == 0).all()
     for mine, theirs in zip(arguments[3:5], expected_arguments[3:5]):
-        torch.testing.assert_close(mine[1:], theirs[1:], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(mine[1:].float(), theirs[1:].float(), rtol=0, atol=0, equal_nan=True)

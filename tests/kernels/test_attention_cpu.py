@@ -41,6 +41,19 @@ def test_features(window: int, chunk: int, softcap: float, sinks: bool) -> None:
         compare(Case(RAGGED, 6, 2, 48, 32, window=window, chunk=chunk, softcap=softcap, sinks=sinks, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("features", [{}, dict(window=7, sinks=True), dict(chunk=16, softcap=4.0)], ids=str)
+def test_pages_of_8_bits(dtype: torch.dtype, features: dict) -> None:
+    compare(Case(RAGGED, 6, 2, 32, dtype=dtype, cache_dtype=torch.float8_e4m3fn, **features))
+
+
+def test_what_8_bits_do_not_hold_is_cut_off() -> None:
+    cache = torch.zeros(2, 2, 1, 4).to(torch.float8_e4m3fn)
+    heads = torch.tensor([[[1e4, -1e4, 1.0, 0.3]]])
+    reference.write_kv(heads, heads, cache, cache.clone(), torch.tensor([3]))
+    assert torch.equal(cache[1, 1, 0].float(), torch.tensor([448.0, -448.0, 1.0, 0.3125]))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30)).map(lambda p: (p[1], sum(p))), max_size=6),

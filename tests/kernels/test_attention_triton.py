@@ -33,6 +33,8 @@ CASES = [
     Case(lengths=((3, 3), (1, 5)), pad_tokens=0, pad_seqs=2),  # a bucket of T = S that is no decode step
     Case(lengths=RAGGED, dtype=torch.bfloat16),
     Case(lengths=DECODE, dtype=torch.float16, pad_tokens=2),
+    Case(lengths=RAGGED, dtype=torch.bfloat16, cache_dtype=torch.float8_e4m3fn, sinks=True),
+    Case(lengths=DECODE, cache_dtype=torch.float8_e4m3fn, pad_tokens=2),
     Case(lengths=(), pad_tokens=2, pad_seqs=2),  # nothing but padding: what a graph is captured on
 ]
 # Half of them split in the everyday run, the rest with the slow tests.

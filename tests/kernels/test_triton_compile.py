@@ -39,16 +39,17 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
     chunk: int = 0,
+    cache: str | None = None,
 ) -> list[Any]:
     """One call of the launcher: pages of 16, tables for 8192 tokens, query a slice of a merged projection."""
-    shape = f"{head_size}/{value_size} {kv_heads}x{group} {dtype} T={tokens} S={num_seqs}"
+    shape = f"{head_size}/{value_size} {kv_heads}x{group} {dtype}/{cache or dtype} T={tokens} S={num_seqs}"
     name = f"{shape} window={window} softcap={softcap} chunk={chunk} sinks={sinks}"
     arguments = [
         {"slice": (tokens, kv_heads * group, head_size), "dtype": dtype},
         {"slice": (tokens, kv_heads, head_size), "dtype": dtype},
         {"slice": (tokens, kv_heads, value_size), "dtype": dtype},
-        tensor(dtype, 4096, 16, kv_heads, head_size),
-        tensor(dtype, 4096, 16, kv_heads, value_size),
+        tensor(cache or dtype, 4096, 16, kv_heads, head_size),
+        tensor(cache or dtype, 4096, 16, kv_heads, value_size),
         tensor("int32", tokens),
         tensor("int32", tokens),
         tensor("int32", num_seqs, 512),
@@ -147,6 +148,9 @@ HALF = [
     attention(256, 256, 4, 2, window=1024, softcap=50.0),
     attention(256, 256, 4, 4, tokens=8, num_seqs=8, chunk=8192),
 ]
+PAGES_OF_8_BITS = [
+    attention(128, 128, 8, 4, tokens=tokens, num_seqs=64, cache="float8_e4m3fn") for tokens in (64, 512)
+]
 SINGLE = [attention(64, 64, 8, 3, "float32"), attention(128, 128, 8, 4, "float32"), attention(256, 256, 4, 2, "float32")]
 WIDE = [
     attention(size, size, 8, group, dtype, tokens, 32, *features)
@@ -235,6 +239,15 @@ def test_quantised_products() -> None:
     assert all(k["waits"] and not k["early"] for k in kernels)
     products = [k for k in kernels if k["kernel"] == "quant_linear_kernel"]
     assert all(k["warp_group_units"] and k["buffers"] >= 2 for k in products)
+
+
+def test_pages_of_8_bits() -> None:
+    """On matrix units and pipelined as those of 16."""
+    kernels = compiled(PAGES_OF_8_BITS)
+    check_fits(kernels)
+    attends = [k for k in kernels if k["kernel"] in ("decode_kernel", "prefill_kernel")]
+    assert {k["kernel"] for k in attends} == {"decode_kernel", "prefill_kernel"}
+    assert all(k["matrix_units"] and k["buffers"] >= 2 for k in attends), attends
 
 
 def test_float32_fits() -> None:

@@ -46,9 +46,10 @@ def test_figures_of_two_known_distributions() -> None:
     assert (quality.original_perplexity, quality.perplexity) == pytest.approx((2, 4), rel=1e-5)
 
 
-def built(model: str | Path, quantization: str | None = None) -> BuiltModel:
+def built(model: str | Path, quantization: str | None = None, kv_cache_dtype: str = "auto") -> BuiltModel:
     settings = dict(dtype="bfloat16", device="cpu", max_model_len=256, kv_cache_memory="64MiB", max_num_seqs=4)
-    return builder.build(load_config(str(model), {**settings, "quantization": quantization}).config, progress=False)
+    chosen = dict(quantization=quantization, kv_cache_dtype=kv_cache_dtype)
+    return builder.build(load_config(str(model), {**settings, **chosen}).config, progress=False)
 
 
 def prompts_of(llm: LLM) -> list[list[int]]:
@@ -67,6 +68,18 @@ def test_the_real_model_quantised(method: str, agreement: float, kl: float) -> N
     print(f"\n{method}: {quality}; {answer.text!r}")
     assert quality.top1_agreement > agreement and quality.kl < kl
     assert "Paris" in answer.text
+
+
+@pytest.mark.slow
+@real
+def test_the_real_model_with_pages_of_8_bits() -> None:
+    """Twice the pages in the same bytes; probabilities as close as with weights of 8 bits."""
+    original, other = built(GGUF), built(GGUF, kv_cache_dtype="fp8")
+    assert other.num_blocks == 2 * original.num_blocks
+    llm = LLM(load_config(str(GGUF), dict(device="cpu", max_model_len=256)).config, built=other)
+    quality = compare(original, other, prompts_of(llm))
+    print(f"\nfp8 cache: {quality}")
+    assert quality.top1_agreement > 0.88 and quality.kl < 0.03
 
 
 @pytest.mark.slow
