@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "kernels")]  # the cases and prompts of the tests
 
-SECTIONS = ("kernels", "graphs", "parity", "micro", "step", "engine", "memory", "serve", "startup", "host", "peer")
+SECTIONS = ("kernels", "graphs", "parity", "micro", "quantized", "quantized_step", "step", "engine", "memory", "serve", "startup", "host", "peer")
 OF_A_MODEL = ("step", "engine", "memory")
 OF_A_SERVER = ("serve", "startup")  # of a model too, in a process that holds no engine yet
 CASES = "throughput,sharegpt,latency,batch32,prefill,prefix"
@@ -92,7 +92,7 @@ def main() -> int:
 def jobs(args: argparse.Namespace) -> list[tuple[list[str], str | None]]:
     """What runs together in one process: (sections, model)."""
     of_a_model = [name for name in SECTIONS if name in args.sections and name in OF_A_MODEL]
-    before = [([name], None) for name in ("kernels", "graphs", "parity", "micro") if name in args.sections]
+    before = [([name], None) for name in ("kernels", "graphs", "parity", "micro", "quantized", "quantized_step") if name in args.sections]
     between = [(["start", *of_a_model], model) for model in args.models if of_a_model]
     between += [([name], model) for name in OF_A_SERVER if name in args.sections for model in args.models]
     return before + between + [([name], None) for name in ("host", "peer") if name in args.sections]
@@ -151,6 +151,8 @@ def section(name: str):
         import h200_kernels as module
     elif name == "micro":
         import h200_micro as module
+    elif name.startswith("quantized"):
+        import h200_quantized as module
     elif name in ("start", "step", "engine", "peer"):
         import h200_engine as module
     elif name in OF_A_SERVER:
