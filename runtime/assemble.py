@@ -11,12 +11,14 @@ from collections.abc import Callable
 from compiler.build import BuiltModel
 from runtime.blocks import BlockPool
 from runtime.config import Config
+from runtime.drafters import Ngram
 from runtime.engine import Engine, Limits, Mailbox
 from runtime.metrics import EngineMetrics
 from runtime.pace import Pace
 from runtime.protocol import EngineInfo
 from runtime.recorder import Recorder
 from runtime.scheduler import Scheduler
+from runtime.speculate import Speculation
 
 
 def engine_of(
@@ -41,6 +43,7 @@ def engine_of(
         max_model_len=built.max_model_len,
         enable_chunked_prefill=config.enable_chunked_prefill,
         pace=pace,
+        max_entries=config.max_entries,
     )
     limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, max_queue)
 
@@ -62,6 +65,12 @@ def engine_of(
     recorder = Recorder(metrics, scheduler, built.step.counts)
     engine = Engine(
         built.step, scheduler, mailbox, limits, info, time.monotonic, recorder, pace=pace, seed=config.seed,
-        use_idle_time=built.step.use_idle_time,
+        use_idle_time=built.step.use_idle_time, speculation=_speculation(config, scheduler),
     )  # fmt: skip
     return engine, metrics
+
+
+def _speculation(config: Config, scheduler: Scheduler) -> Speculation | None:
+    if config.method is None:
+        return None
+    return Speculation(scheduler, Ngram(config.prompt_lookup_min, config.prompt_lookup_max), config.num_speculative_tokens or 4)

@@ -1,7 +1,7 @@
 """The engine loop: messages in, one step launched ahead, tokens out.
 
 Step N+1 is scheduled and launched before the ids of step N are read, so the device never waits for the
-host. One request's error stays that request's; a failed step fails its own sequences, and only a run of
+host; where guesses are to be verified, after. One request's error stays that request's; a failed step fails its own sequences, and only a run of
 failed steps ends the engine. Holds no socket and no CUDA: the mailbox, the step and the clock are given.
 """
 
@@ -21,6 +21,7 @@ from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, ToClient,
 from runtime.recorder import Recorder
 from runtime.request import Sequence
 from runtime.scheduler import Arrived, Plan, Scheduler
+from runtime.speculate import Speculation
 
 log = logging.getLogger("pagegraph.engine")
 
@@ -69,6 +70,7 @@ class Engine:
         pace: Pace | None = None,
         seed: int = 0,
         use_idle_time: Callable[[], bool] = lambda: False,
+        speculation: Speculation | None = None,
     ) -> None:
         self.step = step
         self.scheduler = scheduler
@@ -80,6 +82,7 @@ class Engine:
         self.pace = pace
         self.seed = seed
         self.use_idle_time = use_idle_time
+        self.speculation = speculation
         self.stopping = False
         self._packer = Packer(scheduler.rows)
         self._running: InFlight | None = None
@@ -96,10 +99,16 @@ class Engine:
 
     def turn(self, block: bool = False) -> None:
         """One turn of the loop: accept, schedule, launch, and commit the step before."""
-        running = self._running
         for client, message in self.mailbox.poll(block and self.idle and not self.use_idle_time()):
             self._accept(client, message)
-        plan = self.scheduler.schedule(self.clock())
+        running, guesses = self._running, None
+        if self.speculation is not None:
+            if running is not None and self.speculation.wants_results(running.plan):
+                self._commit(running)
+                running = None
+            if running is None:
+                guesses = self.speculation.guesses()
+        plan = self.scheduler.schedule(self.clock(), guesses)
         self._running = self._launch(plan) if plan else None
         if running is not None:
             self._commit(running)
@@ -124,6 +133,8 @@ class Engine:
         now = self.clock()
         self._observe_pace(done, now)
         arrived = self.scheduler.commit(done.plan, output)
+        if self.speculation is not None:
+            self.speculation.learn(arrived)
         self.recorder.stepped(arrived, now)
         self._deliver(arrived)
 
