@@ -8,7 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from compiler import step_costs
 from compiler.build import BuiltModel
+from runtime.auto_k import StepCosts
 from runtime.blocks import BlockPool
 from runtime.config import Config
 from runtime.drafters import Ngram
@@ -65,12 +67,17 @@ def engine_of(
     recorder = Recorder(metrics, scheduler, built.step.counts)
     engine = Engine(
         built.step, scheduler, mailbox, limits, info, time.monotonic, recorder, pace=pace, seed=config.seed,
-        use_idle_time=built.step.use_idle_time, speculation=_speculation(config, scheduler),
+        use_idle_time=built.step.use_idle_time, speculation=_speculation(config, built, scheduler),
     )  # fmt: skip
     return engine, metrics
 
 
-def _speculation(config: Config, scheduler: Scheduler) -> Speculation | None:
+def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Speculation | None:
     if config.method is None:
         return None
-    return Speculation(scheduler, Ngram(config.prompt_lookup_min, config.prompt_lookup_max), config.num_speculative_tokens or 4)
+    retrieval = Ngram(config.prompt_lookup_min, config.prompt_lookup_max)
+    costs = None
+    if config.num_speculative_tokens is None:
+        most = scheduler.max_entries
+        costs = StepCosts(step_costs.rungs(built.step, most), step_costs.measure(built.step, most))
+    return Speculation(scheduler, retrieval, config.most_guesses, costs)

@@ -42,7 +42,8 @@ class InFlight:
 
     plan: Plan
     ticket: Ticket
-    launched: float
+    launched: float  # seconds of the engine's clock
+    waited: float = 0.0  # seconds from the results that it waited for to its launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +102,15 @@ class Engine:
         """One turn of the loop: accept, schedule, launch, and commit the step before."""
         for client, message in self.mailbox.poll(block and self.idle and not self.use_idle_time()):
             self._accept(client, message)
-        running, guesses = self._running, None
+        running, guesses, done = self._running, None, None
         if self.speculation is not None:
             if running is not None and self.speculation.wants_results(running.plan):
                 self._commit(running)
-                running = None
+                running, done = None, self._last_done
             if running is None:
                 guesses = self.speculation.guesses()
         plan = self.scheduler.schedule(self.clock(), guesses)
-        self._running = self._launch(plan) if plan else None
+        self._running = self._launch(plan, done) if plan else None
         if running is not None:
             self._commit(running)
 
@@ -118,10 +119,11 @@ class Engine:
         """Nothing waits, runs or is in flight."""
         return self._running is None and not self.scheduler.has_work
 
-    def _launch(self, plan: Plan) -> InFlight:
+    def _launch(self, plan: Plan, done: float | None) -> InFlight:
+        """`done`: when the results came that this step waited for, if it did."""
         now = self.clock()
         self.recorder.launched(plan, now)
-        return InFlight(plan, self.step.launch(self._packer.pack(plan)), now)
+        return InFlight(plan, self.step.launch(self._packer.pack(plan)), now, 0.0 if done is None else now - done)
 
     def _commit(self, done: InFlight) -> None:
         try:
@@ -131,18 +133,15 @@ class Engine:
             return
         self._failed_steps = 0
         now = self.clock()
-        self._observe_pace(done, now)
-        arrived = self.scheduler.commit(done.plan, output)
-        if self.speculation is not None:
-            self.speculation.learn(arrived)
-        self.recorder.stepped(arrived, now)
-        self._deliver(arrived)
-
-    def _observe_pace(self, done: InFlight, now: float) -> None:
-        started = max(done.launched, self._last_done)
+        seconds = now - max(done.launched, self._last_done)
         self._last_done = now
         if self.pace is not None:
-            self.pace.observe(done.plan.num_tokens, (now - started) * 1e3)
+            self.pace.observe(done.plan.num_tokens, seconds * 1e3)
+        arrived = self.scheduler.commit(done.plan, output)
+        if self.speculation is not None:
+            self.speculation.learn(done.plan, arrived, seconds * 1e3, done.waited * 1e3)
+        self.recorder.stepped(arrived, now)
+        self._deliver(arrived)
 
     def _deliver(self, arrived: Arrived) -> None:
         """One message for each client of the step."""

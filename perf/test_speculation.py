@@ -1,0 +1,93 @@
+"""Guessing by prompt lookup, as much as pays, against none: tokens a second on texts that repeat and on random ones.
+
+bfloat16 on this machine's CPU; sides alternate in one run and are compared by medians. Run with `make perf`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from compiler import build as builder
+from runtime.config import Config, load_config
+from runtime.llm import LLM
+from runtime.protocol import SamplingParams
+
+MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
+DATA = Path(__file__).parent / "data"
+ROUNDS = 5
+NUM_TOKENS = 96
+
+pytestmark = pytest.mark.timeout(1800)
+
+
+def config_of(**overrides: object) -> Config:
+    settings = dict(dtype="bfloat16", device="cpu", max_model_len=2048, kv_cache_memory="512MiB", max_num_seqs=64)
+    return load_config(MODEL, {**settings, **overrides}).config
+
+
+@pytest.fixture(scope="module")
+def built() -> builder.BuiltModel:
+    return builder.ready(config_of(), progress=False)
+
+
+@pytest.fixture(scope="module")
+def sides(built: builder.BuiltModel) -> tuple[LLM, LLM]:
+    """(guessing, not guessing)"""
+    return LLM(config_of(speculative_method="ngram"), built=built), LLM(config_of(), built=built)
+
+
+def repetitive(llm: LLM, streams: int) -> tuple[list[list[int]], SamplingParams]:
+    """Code edit, quoting and JSON rewriting in turn, greedy; no two streams share their first token."""
+    texts = [llm.tokenizer.encode(path.read_text().rstrip()) for path in sorted(DATA.glob("*.txt"))]
+    greedy = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    return [[1000 + index, *texts[index % len(texts)]] for index in range(streams)], greedy
+
+
+def random(llm: LLM, streams: int) -> tuple[list[list[int]], SamplingParams]:
+    """Random tokens go on at temperature 1: nothing to be looked up."""
+    rng = np.random.default_rng(streams)
+    prompts = [rng.integers(1000, 40000, 200).tolist() for _ in range(streams)]
+    return prompts, SamplingParams(max_tokens=NUM_TOKENS, temperature=1.0, ignore_eos=True, seed=streams)
+
+
+@pytest.mark.parametrize(
+    ("text", "streams", "goal"),
+    [
+        (repetitive, 1, 1.5), (repetitive, 4, 0.97), (repetitive, 16, 0.97),
+        (random, 1, 0.97), (random, 4, 0.97), (random, 16, 0.97),
+    ],
+)  # fmt: skip
+def test_guessing(benchmark, sides: tuple[LLM, LLM], text, streams: int, goal: float) -> None:
+    guessing, plain = sides
+    prompts, params = text(plain, streams)
+    if streams == 1 and text is repetitive:  # each of the texts, one after the other
+        works = [[prompt] for prompt in repetitive(plain, 3)[0]]
+    else:
+        works = [prompts]
+
+    def seconds(llm: LLM) -> float:
+        start = time.perf_counter()
+        for work in works:
+            llm.generate(work, params)
+        return time.perf_counter() - start
+
+    seconds(guessing), seconds(plain)  # the prompts are in both prefix caches: decoding is what is timed
+    mine, theirs = [], []
+    for turn in range(ROUNDS):
+        for llm, times in ((guessing, mine), (plain, theirs)) if turn % 2 else ((plain, theirs), (guessing, mine)):
+            times.append(seconds(llm))
+    benchmark.pedantic(lambda: seconds(guessing), rounds=1)
+    counters = guessing.engine.scheduler.counters
+    ratio = statistics.median(theirs) / statistics.median(mine)
+    benchmark.extra_info.update(
+        ratio=round(ratio, 3), guessing_s=mine, plain_s=theirs, tokens=sum(map(len, works)) * NUM_TOKENS,
+        guesses=counters.guesses, accepted=counters.accepted, torch=torch.__version__, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    print(f"\n{benchmark.name}: {ratio:.2f}x (gate {goal}x), guesses {counters.guesses}, accepted {counters.accepted}")
+    assert ratio >= goal
