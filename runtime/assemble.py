@@ -21,6 +21,7 @@ from runtime.protocol import EngineInfo
 from runtime.recorder import Recorder
 from runtime.scheduler import Scheduler
 from runtime.speculate import Speculation
+from runtime.suffix import Suffix
 
 
 def engine_of(
@@ -75,7 +76,10 @@ def engine_of(
 def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Speculation | None:
     if config.method is None:
         return None
-    retrieval = Ngram(config.prompt_lookup_min, config.prompt_lookup_max)
+    if config.method.startswith("suffix"):
+        retrieval = Suffix(config.prompt_lookup_min)
+    else:
+        retrieval = Ngram(config.prompt_lookup_min, config.prompt_lookup_max)
     costs = None
     if config.num_speculative_tokens is None:
         most = scheduler.max_entries

@@ -164,7 +164,7 @@ class Config:
     speculative_method: str | None = _option(None, _one_of(*METHODS), f"who guesses tokens ahead: {', '.join(METHODS)} (none: nobody)", "speculation", _NONE)
     speculative_model: str | None = _option(None, parse_text, "smaller model of the same vocabulary that guesses, for method draft", "speculation", _NONE)
     num_speculative_tokens: int | None = _option(None, _between(parse_whole, 1, 64), "guesses a sequence and step (auto: as many as pay, 0 too)", "speculation", ("auto",))
-    prompt_lookup_min: int = _option(2, _between(parse_whole, 1), "shortest run of tokens that method ngram looks up", "speculation")
+    prompt_lookup_min: int = _option(2, _between(parse_whole, 1), "shortest run of tokens that methods ngram and suffix look up", "speculation")
     prompt_lookup_max: int = _option(5, _between(parse_whole, 1), "longest run of tokens that method ngram looks up", "speculation")
 
     compile: bool = _option(True, parse_flag, "compile the model (false: run it as plain PyTorch)", "compiler")

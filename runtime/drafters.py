@@ -36,7 +36,7 @@ class Retrieval(Protocol):
         ...
 
     def ended(self, tokens: np.ndarray) -> None:
-        """A sequence ended with these tokens, int32 [n]: others may repeat them."""
+        """A sequence has generated these tokens, int32 [n], and ended: others may repeat them."""
         ...
 
 

@@ -74,10 +74,12 @@ class Counters:
     prefix_hits: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    drafts: int = 0  # times a row had guesses in a step
     guesses: int = 0
     accepted: int = 0
     accepted_at: list[int] = field(default_factory=list)  # accepted guesses by their place in the row, the first at 0
     saved_steps: int = 0  # tokens beyond the first of a sequence in one step
+    guesses_a_row: float = 0.0  # in the last step that could have had any
     finished: dict[str, int] = field(default_factory=dict)
 
 
@@ -318,6 +320,7 @@ class Scheduler:
         counters = self.counters
         counters.generated_tokens += int(found.lengths.sum())
         counters.saved_steps += int(found.lengths.sum()) - len(found.lengths)
+        counters.drafts += len(found.counts)
         counters.guesses += int(found.counts.sum())
         counters.accepted += int(found.accepted.sum())
         most = int(found.accepted.max(initial=0))

@@ -51,7 +51,6 @@ class Speculation:
         self.costs = costs
         self.clock = clock
         self.acceptance = Acceptance(scheduler.max_num_seqs)
-        self.current = 0.0  # guesses a row of the last step
         self._matched = np.zeros(scheduler.max_num_seqs, np.int32)  # of the guesses in flight
         self._shadows: dict[int, Shadow] = {}  # by row
         self._overhead_ms = 0.5  # from a step's results to the launch of one with guesses
@@ -67,7 +66,8 @@ class Speculation:
     def guesses(self) -> Guesses | None:
         """For the next step; nothing is in flight."""
         rows, limits, budget = self.scheduler.room_for_guesses(self.most)
-        guessing, self.current = self.current > 0, 0.0
+        counters = self.scheduler.counters
+        guessing, counters.guesses_a_row = counters.guesses_a_row > 0, 0.0
         if not len(rows) or not budget:
             return None
         proposal = self.retrieval.propose(self.scheduler.rows, rows, limits)
@@ -78,13 +78,13 @@ class Speculation:
         if not len(some):
             return None
         self._matched[rows[some]] = proposal.matched[some]
-        self.current = float(counts[some].mean())
+        counters.guesses_a_row = float(counts[some].mean())
         return Guesses(rows[some], counts[some], proposal.tokens[some])
 
     def learn(self, plan: Plan, arrived: Arrived, step_ms: float, overhead_ms: float) -> None:
         """Take what became of a step, what it took, and what passed between the results before it and its launch."""
         for sequence in arrived.ended:
-            self.retrieval.ended(sequence.tokens)
+            self.retrieval.ended(sequence.tokens[sequence.num_prompt :])
         if self.costs is None:
             return
         if plan.num_tokens == len(plan):
