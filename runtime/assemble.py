@@ -13,6 +13,7 @@ from compiler.build import BuiltModel
 from runtime.auto_k import StepCosts
 from runtime.blocks import BlockPool
 from runtime.config import Config
+from runtime.draft_model import DraftModel
 from runtime.drafters import Ngram
 from runtime.engine import Engine, Limits, Mailbox
 from runtime.metrics import EngineMetrics
@@ -76,12 +77,16 @@ def engine_of(
 def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Speculation | None:
     if config.method is None:
         return None
-    if config.method.startswith("suffix"):
+    looked_up = config.method.partition("+")[0]
+    retrieval = None
+    if looked_up == "suffix":
         retrieval = Suffix(config.prompt_lookup_min)
-    else:
+    elif looked_up == "ngram":
         retrieval = Ngram(config.prompt_lookup_min, config.prompt_lookup_max)
-    costs = None
+    most, costs, draft, draft_ms = scheduler.max_entries, None, None, 1.0
     if config.num_speculative_tokens is None:
-        most = scheduler.max_entries
         costs = StepCosts(step_costs.rungs(built.step, most), step_costs.measure(built.step, most))
-    return Speculation(scheduler, retrieval, config.most_guesses, costs)
+    if built.draft is not None:
+        draft = DraftModel(built.draft, scheduler.rows, scheduler.max_num_batched_tokens, most)
+        draft_ms = min(step_costs.measure(built.draft, 2).values()) if costs is not None else draft_ms
+    return Speculation(scheduler, retrieval, config.most_guesses, costs, draft, draft_ms)

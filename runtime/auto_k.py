@@ -6,6 +6,7 @@ Learned from the steps themselves. Knows no clock, no rows' contents and no devi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -110,10 +111,18 @@ class Acceptance:
         self._row_tried[new] = self._row_held[new] = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Guesses a row, int32 [R], and the tokens a millisecond that they are expected to give."""
+
+    counts: np.ndarray
+    rate: float
+
+
 def choose(
     chances: np.ndarray, limits: np.ndarray, base: int, budget: int, costs: StepCosts, overhead_ms: float, margin: float
-) -> np.ndarray:
-    """How many guesses a row give the most tokens a millisecond, int32 [R]; all 0 where none is better by `margin`.
+) -> Choice:
+    """How many guesses a row give the most tokens a millisecond; none where no number is better by `margin`.
 
     chances [R, K] fall along a row, so taking guesses in falling order takes the best of each number; limits [R] are
     guesses at hand, `budget` what the step has room for. A step without guesses has `base` entries and brings as many
@@ -123,16 +132,14 @@ def choose(
     gains = np.where(np.arange(most) < limits[:, None], chances, 0.0).ravel()
     order = np.argsort(-gains, kind="stable")[: min(budget, int(np.minimum(limits, most).sum()))]
     none = np.zeros(len(limits), np.int32)
-    if not len(order):
-        return none
     entries = base + np.arange(len(order) + 1)
     ms = costs.ms(entries)
     ms[1:] += overhead_ms
     rates = (base + np.concatenate([[0.0], np.cumsum(gains[order])])) / ms
     best = int(np.nanargmax(rates)) if np.isfinite(rates).any() else 0
     if not best or rates[best] <= rates[0] * (1 + margin):
-        return none
-    return np.bincount(order[:best] // most, minlength=len(limits)).astype(np.int32)
+        return Choice(none, float(rates[0]))
+    return Choice(np.bincount(order[:best] // most, minlength=len(limits)).astype(np.int32), float(rates[best]))
 
 
 def _classes(matched: np.ndarray, most: int) -> np.ndarray:

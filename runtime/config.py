@@ -202,14 +202,25 @@ class Config:
         return self.speculative_method or ("draft" if self.speculative_model else None)
 
     @property
+    def draft(self) -> Config | None:
+        """The configuration under which the model that guesses is loaded; None if there is none."""
+        if self.method is None or "draft" not in self.method:
+            return None
+        return dataclasses.replace(
+            self, model=self.speculative_model, gguf_file=None, revision=None, tokenizer=None,
+            speculative_method=None, speculative_model=None,
+        )  # fmt: skip
+
+    @property
     def most_guesses(self) -> int:
         """A sequence and step; 0 without speculation."""
         return 0 if self.method is None else self.num_speculative_tokens or AUTO_GUESSES
 
     @property
     def max_entries(self) -> int:
-        """Sequences and guesses of one step."""
-        return max(self.max_num_seqs, min(self.max_num_seqs * (1 + self.most_guesses), GUESS_ENTRIES))
+        """Sequences and guesses of one step, as far as its token budget goes."""
+        wanted = min(self.max_num_seqs * (1 + self.most_guesses), GUESS_ENTRIES, self.max_num_batched_tokens or GUESS_ENTRIES)
+        return max(self.max_num_seqs, wanted)
 
     def batched_tokens(self, device: str) -> int:
         """Token budget of one step on `device` ("cpu" or "cuda"); ConfigError if it is below `max_num_seqs`."""
@@ -390,5 +401,7 @@ def require_local_files(config: Config) -> None:
     if is_path and not path.exists():
         hint = "; `make model` fetches it" if path.parent.name == "models" else ""
         raise ConfigError(f"model={config.model} does not exist{hint}")
+    if config.draft is not None:
+        require_local_files(config.draft)
     if config.tokenizer is not None and not Path(config.tokenizer, "tokenizer.json").is_file():
         raise ConfigError(f"tokenizer={config.tokenizer} is not a folder with a tokenizer.json; leave it out to use the model's own")
