@@ -21,7 +21,7 @@ from runtime.verify import Guesses
 
 SHADOW = 3  # guesses a row that are compared with what comes without being verified
 LOOKING = 0.01  # share of time that looking for guesses may take while nothing is guessed
-PROBING = 0.01  # share of time for guesses of a model that are not expected to pay: they may by now
+PROBING = 0.005  # share of time for guesses of a model that are not expected to pay: they may by now
 MADE = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15)  # guesses a row that the model may be asked for
 START, STAY = 0.05, 0.0  # gain in tokens a millisecond from which guessing starts, and down to which it goes on
 RATE = 0.1  # weight of a step in the averages here
