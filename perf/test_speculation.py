@@ -6,10 +6,10 @@ bfloat16 on this machine's CPU; sides alternate in one run and are compared by m
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,8 +18,10 @@ from runtime.config import Config, load_config
 from runtime.llm import LLM
 from runtime.protocol import SamplingParams
 
+sys.path.insert(0, str(Path(__file__).parent))
+import texts  # noqa: E402
+
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
-DATA = Path(__file__).parent / "data"
 ROUNDS = 5
 NUM_TOKENS = 96
 
@@ -42,34 +44,26 @@ def sides(built: builder.BuiltModel) -> tuple[LLM, LLM]:
     return LLM(config_of(speculative_method="ngram"), built=built), LLM(config_of(), built=built)
 
 
-def repetitive(llm: LLM, streams: int) -> tuple[list[list[int]], SamplingParams]:
-    """Code edit, quoting and JSON rewriting in turn, greedy; no two streams share their first token."""
-    texts = [llm.tokenizer.encode(path.read_text().rstrip()) for path in sorted(DATA.glob("*.txt"))]
+def work_of(llm: LLM, kind: str, streams: int) -> tuple[list[list[list[int]]], SamplingParams]:
+    """(prompts that run together, one set after the other; parameters). A single stream takes text after text."""
+    if kind == "random":
+        return [texts.random(streams)], SamplingParams(max_tokens=NUM_TOKENS, temperature=1.0, ignore_eos=True, seed=streams)
     greedy = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    return [[1000 + index, *texts[index % len(texts)]] for index in range(streams)], greedy
-
-
-def random(llm: LLM, streams: int) -> tuple[list[list[int]], SamplingParams]:
-    """Random tokens go on at temperature 1: nothing to be looked up."""
-    rng = np.random.default_rng(streams)
-    prompts = [rng.integers(1000, 40000, 200).tolist() for _ in range(streams)]
-    return prompts, SamplingParams(max_tokens=NUM_TOKENS, temperature=1.0, ignore_eos=True, seed=streams)
+    if streams == 1:
+        return [[prompt] for prompt in texts.repetitive(llm.tokenizer.encode, len(texts.NAMES))], greedy
+    return [texts.repetitive(llm.tokenizer.encode, streams)], greedy
 
 
 @pytest.mark.parametrize(
-    ("text", "streams", "goal"),
+    ("kind", "streams", "goal"),
     [
-        (repetitive, 1, 1.5), (repetitive, 4, 0.97), (repetitive, 16, 0.97),
-        (random, 1, 0.97), (random, 4, 0.97), (random, 16, 0.97),
+        ("repetitive", 1, 1.5), ("repetitive", 4, 1.0), ("repetitive", 16, 0.97),
+        ("random", 1, 0.97), ("random", 4, 0.97), ("random", 16, 0.97),
     ],
 )  # fmt: skip
-def test_guessing(benchmark, sides: tuple[LLM, LLM], text, streams: int, goal: float) -> None:
+def test_guessing(benchmark, sides: tuple[LLM, LLM], kind: str, streams: int, goal: float) -> None:
     guessing, plain = sides
-    prompts, params = text(plain, streams)
-    if streams == 1 and text is repetitive:  # each of the texts, one after the other
-        works = [[prompt] for prompt in repetitive(plain, 3)[0]]
-    else:
-        works = [prompts]
+    works, params = work_of(plain, kind, streams)
 
     def seconds(llm: LLM) -> float:
         start = time.perf_counter()

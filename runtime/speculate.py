@@ -123,7 +123,8 @@ class Speculation:
         """Take what became of a step, what it took, and what passed between the results before it and its launch."""
         if self.retrieval is not None:
             for sequence in arrived.ended:
-                self.retrieval.ended(sequence.tokens[sequence.num_prompt :])
+                if not sequence.cache_salt:  # a salted one's tokens must not show in how fast others run
+                    self.retrieval.ended(sequence.tokens[sequence.num_prompt :])
         if (verdict := arrived.verdict) is not None and len(verdict.rows):
             stays = plan.stays[plan.guessed.first[np.isin(plan.guessed.rows, verdict.rows)]]
             self.acceptance.learn(verdict.rows, stays, self._matched[verdict.rows], verdict.counts, verdict.accepted)
