@@ -26,30 +26,37 @@ class DraftModel:
         num_rows = len(rows.stay)
         self._stay = np.zeros(num_rows, np.int64)
         self._computed = np.zeros(num_rows, np.int32)  # leading tokens of the row whose keys and values are right
-        self._guesses: dict[int, np.ndarray] = {}  # by row: guessed behind these, computed too but for the last
+        self._guesses: dict[int, np.ndarray] = {}  # by row: guessed behind these, and computed too
+        self._last = np.zeros(0, np.int64)  # of the entries of the last catching up, the sampled ones
 
-    def propose(self, at: np.ndarray, count: int) -> np.ndarray:
-        """`count` tokens for each row of `at` int32 [R], every token of which is known and has a page -> int32 [R, count].
+    def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """counts[i] >= 1 tokens for row at[i], int32 [R] -> int32 [R, K]; every token of the rows is known.
 
-        Pages for the guesses are there; at most `max_entries` rows.
+        The rows have pages for their guesses; there are at most `max_entries` of them.
         """
         self._settle(at)
         tickets = [self.step.launch(self._catch_up(at))]
-        filters, starts = self._filters(at), self.rows.known[at]
-        ones = np.arange(len(at) + 1, dtype=np.int32)
-        sampling = SamplingInput(self.rows.temperature[at], self.rows.seed[at], filters)
-        for behind in range(count - 1):
-            step = StepInput(
-                np.full(len(at), -1, np.int32), at, ones, starts + np.int32(behind), np.ones(len(at), bool), _NO_PAGES, sampling
-            )
-            tickets.append(self.step.launch(step))
-        self._computed[at] = starts
-        last = self._last
-        found = [ticket.wait().token_ids[last] if not i else ticket.wait().token_ids for i, ticket in enumerate(tickets)]
-        tokens = np.stack(found, axis=1).astype(np.int32)
-        for row, guessed in zip(at.tolist(), tokens):
-            self._guesses[row] = guessed[:-1]
+        active = [np.arange(len(at))]
+        known = self.rows.known[at]
+        for behind in range(int(counts.max()) - 1):
+            active.append(which := np.flatnonzero(counts > behind + 1))
+            tickets.append(self.step.launch(self._next(at[which], known[which] + np.int32(behind))))
+        self._computed[at] = known
+        tokens = np.zeros((len(at), len(tickets)), np.int32)
+        for place, (which, ticket) in enumerate(zip(active, tickets)):
+            sampled = ticket.wait().token_ids
+            tokens[which, place] = sampled if place else sampled[self._last]
+        for row, guessed, count in zip(at.tolist(), tokens, counts.tolist()):
+            self._guesses[row] = guessed[: count - 1]
         return tokens
+
+    def _next(self, at: np.ndarray, starts: np.ndarray) -> StepInput:
+        """A token more for each row, behind the one that it has just sampled."""
+        rows, seqs = self.rows, len(at)
+        return StepInput(
+            np.full(seqs, -1, np.int32), at, np.arange(seqs + 1, dtype=np.int32), starts, np.ones(seqs, bool), _NO_PAGES,
+            SamplingInput(rows.temperature[at], rows.seed[at], self._filters(at)),
+        )  # fmt: skip
 
     def _settle(self, at: np.ndarray) -> None:
         """Keep what was computed for guesses that held."""

@@ -40,8 +40,8 @@ class Shadow:
 class Model(Protocol):
     """Guesses by computing: `runtime.draft_model.DraftModel`."""
 
-    def propose(self, at: np.ndarray, count: int) -> np.ndarray:
-        """`count` tokens for each row of `at`: int32 [R, count]."""
+    def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """counts[i] tokens for row at[i]: int32 [R, K]."""
         ...
 
 
@@ -175,7 +175,7 @@ class Speculation:
         computed = np.flatnonzero(~offer.retrieved & (counts > 0))
         if len(computed):
             begin, made = self.clock(), int(counts[computed].max())
-            tokens[computed, :made] = self.model.propose(offer.rows[computed], made)
+            tokens[computed, :made] = self.model.propose(offer.rows[computed], counts[computed])
             self._spent_ms = (self.clock() - begin) * 1e3
             self._model_ms += RATE * (min(self._spent_ms / made, 4 * self._model_ms) - self._model_ms)
             self._probes_ms = max(min(self._probes_ms, 0.0), self._probes_ms - self._spent_ms)

@@ -76,11 +76,13 @@ class FakeStep:
         self.memory: list[dict[int, int]] = [{} for _ in range(num_rows)]
         self.last = np.zeros(num_rows, np.int64)
         self.largest = 0
+        self.limits = [1000] * num_rows  # tokens that the row has pages for
 
     def launch(self, step: StepInput) -> Ticket:
         self.largest = max(self.largest, step.num_tokens)
         ids = np.where(step.token_ids < 0, self.last[np.repeat(step.rows, np.diff(step.query_start))], step.token_ids)
         for entry, row in enumerate(step.rows.tolist()):
+            assert int(step.starts[entry]) + step.query_start[entry + 1] - step.query_start[entry] <= self.limits[row]
             for at, token in enumerate(ids[step.query_start[entry] : step.query_start[entry + 1]].tolist()):
                 self.memory[row][int(step.starts[entry]) + at] = token
         sampled = []
@@ -106,8 +108,11 @@ def test_guesses_are_those_of_the_confirmed_tokens_alone(lengths, turns, max_tok
     model = DraftModel(step, rows, max_tokens, max_entries)
     for count, kept, others in turns:
         at = np.arange(len(lengths), dtype=np.int32)[:: 2 if others and len(lengths) > 1 else 1]
-        guessed = model.propose(at, count)
-        for row, tokens in zip(at.tolist(), guessed.tolist()):
+        counts = np.array([1 + (count + index) % 4 for index in range(len(at))], np.int32)
+        for row, wanted in zip(at.tolist(), counts.tolist()):
+            step.limits[row] = int(rows.known[row]) + wanted - 1  # the last guess is not computed
+        guessed = [tokens[:wanted] for tokens, wanted in zip(model.propose(at, counts).tolist(), counts.tolist())]
+        for row, tokens in zip(at.tolist(), guessed):
             history = rows.tokens[row, : rows.known[row]].tolist()
             for token in tokens:
                 assert token == next_token(history)
@@ -123,6 +128,6 @@ def test_a_sequence_that_enters_a_row_is_computed_from_its_start() -> None:
     model = DraftModel(step := FakeStep(1), rows, 40, 8)
     for tokens in ([1, 2, 3], [4, 5, 6, 7]):
         rows.enter(Sequence("a", np.array(tokens), SamplingParams(), frozenset(), 0, 200), [], 0)
-        assert model.propose(np.zeros(1, np.int32), 2)[0, 0] == next_token(tokens)
+        assert model.propose(np.zeros(1, np.int32), np.full(1, 2, np.int32))[0, 0] == next_token(tokens)
         step.memory[0].clear()
         rows.leave(0)

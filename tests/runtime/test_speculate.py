@@ -62,7 +62,8 @@ class Model:
         self.rng = np.random.default_rng(1)
         self.made = 0
 
-    def propose(self, at: np.ndarray, count: int) -> np.ndarray:
+    def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        count = int(counts.max())
         self.device.now += self.ms * count / 1e3
         self.made += count
         positions = self.scheduler.rows.known[at][:, None] + np.arange(count)
