@@ -78,40 +78,40 @@ def texts(report: Report, args: argparse.Namespace, shared: dict) -> None:
     settings = dict(
         dtype="bfloat16", device=args.device, max_model_len=2048, max_num_seqs=64, num_blocks=4096, compile=not args.no_compile
     )
-    plain_config = load_config(args.weights, settings).config
-    built = builder.ready(plain_config, progress=False)
-    plain = LLM(plain_config, built=built)
+    built = builder.ready(load_config(args.weights, {**settings, "speculative_method": METHODS[0]}).config, progress=False)
     for method in METHODS:
-        guessing = LLM(load_config(args.weights, {**settings, "speculative_method": method}).config, built=built)
+        llm = LLM(load_config(args.weights, {**settings, "speculative_method": method}).config, built=built)
         for kind in ("repetitive", "random"):
             for streams in STREAMS:
                 if report.out_of_time((method, kind, streams)):
                     return
-                _compare(report, plain, guessing, method, kind, streams, num_tokens)
-        costs = guessing.engine.speculation.costs
+                _compare(report, llm, method, kind, streams, num_tokens)
+        costs = llm.engine.speculation.costs
         report.fact(**{f"{method}_costs_ms": dict(zip(costs.rungs.tolist(), costs.ms(costs.rungs).round(3).tolist()))})
-    plain.close()
+    built.close()
 
 
-def _compare(report: Report, plain: LLM, guessing: LLM, method: str, kind: str, streams: int, num_tokens: int) -> None:
+def _compare(report: Report, llm: LLM, method: str, kind: str, streams: int, num_tokens: int) -> None:
+    engine, speculation = llm.engine, llm.engine.speculation
     if kind == "repetitive":
-        prompts = work.repetitive(plain.tokenizer.encode, streams if streams > 1 else len(work.NAMES))
+        prompts = work.repetitive(llm.tokenizer.encode, streams if streams > 1 else len(work.NAMES))
         params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
     else:
         prompts = work.random(streams)
         params = SamplingParams(max_tokens=num_tokens, temperature=1.0, ignore_eos=True, seed=streams)
     together = [prompts] if streams > 1 else [[prompt] for prompt in prompts]  # a single stream: one text after the other
 
-    def seconds(llm: LLM) -> tuple[float, list[list[int]]]:
+    def seconds(guessing: bool) -> tuple[float, list[list[int]]]:
+        engine.speculation = speculation if guessing else None  # one engine: the same pages and caches on both sides
         start = time.perf_counter()
         done = [one.token_ids for some in together for one in llm.generate(some, params)]
         return time.perf_counter() - start, done
 
-    _, expected = seconds(plain)
-    _, got = seconds(guessing)
-    counters = guessing.engine.scheduler.counters
+    _, expected = seconds(False)
+    _, got = seconds(True)
+    counters = engine.scheduler.counters
     before = counters.guesses, counters.accepted
-    runs = [(seconds(plain)[0], seconds(guessing)[0]) for _ in range(ROUNDS)]
+    runs = [(seconds(False)[0], seconds(True)[0]) for _ in range(ROUNDS)]
     off, on = (statistics.median(side) for side in zip(*runs))
     tokens = len(prompts) * num_tokens
     report.row(
