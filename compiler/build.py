@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,52 @@ class BuiltModel:
     num_blocks: int
     eos_ids: frozenset[int]
     timings: Timings
+    draft: CompiledStep | None = None  # of the model that guesses, over the same pages
+
+    @property
+    def steps(self) -> list[CompiledStep]:
+        """Of all models."""
+        return [self.step] if self.draft is None else [self.step, self.draft]
+
+    def compile(self, progress: bool = False) -> None:
+        """Compile all forwards and swap them in; safe beside launches."""
+        for step in self.steps:
+            step.compile(warm_steps(step.state), progress)
+
+    def close(self) -> None:
+        """Finish launched steps."""
+        for step in self.steps:
+            step.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A captured model with its weights, and the facts that its configuration gives."""
+
+    captured: CapturedModel
+    model_config: Any
+    folder: Path
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    max_model_len: int
+    vocab_size: int
+
+    def state(self, config: Any, num_blocks: int, device: torch.device) -> DeviceState:
+        """Caches of so many pages, and what else outlives a step."""
+        return DeviceState(
+            self.captured.layouts,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_blocks=max(-(-self.max_model_len // config.block_size), 2),
+            vocab_size=self.vocab_size,
+            dtype=self.cache_dtype,
+            device=device,
+        )
 
 
 def build(config: Any, *, progress: bool = True) -> BuiltModel:
-    """Build the model of `config` (a `runtime.config.Config`), uncompiled.
+    """Build the model of `config` (a `runtime.config.Config`), and the one that guesses for it, uncompiled.
 
     Raises UnsupportedModel, memory.DoesNotFit, QuantizationError, or ValueError naming the key at fault.
     """
@@ -72,15 +114,34 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
     device = resolve_device(config.device)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    cache = lower.cache_folder(config.compile_cache_dir)
-    lower.use_cache(cache)
-    with timings.stage("source"):
+    lower.use_cache(lower.cache_folder(config.compile_cache_dir))
+    model = _load(config, device, timings, progress)
+    draft = None
+    if config.draft is not None:
+        draft = _load(replace(config.draft, max_model_len=model.max_model_len), device, timings, progress, "draft ")
+        _check_draft(config, model, draft)
+    models = [model] if draft is None else [model, draft]
+    with timings.stage("memory"):
+        num_blocks = _kv_budget(config, models, device).num_blocks
+        states = [one.state(config, num_blocks, device) for one in models]
+        # The same pages for both: one set of block tables, brought up to date by whoever steps first.
+        states[-1].block_tables = states[0].block_tables
+        steps = [_step(config, one.captured, state) for one, state in zip(models, states)]
+    return BuiltModel(
+        steps[0], model.folder, device, model.dtype, model.vocab_size, model.max_model_len, num_blocks,
+        eos_ids(model.folder, model.model_config), timings, None if draft is None else steps[1],
+    )  # fmt: skip
+
+
+def _load(config: Any, device: torch.device, timings: Timings, progress: bool, name: str = "") -> Loaded:
+    """The stages from the model's files to captured modules with weights; `name` goes before theirs."""
+    with timings.stage(f"{name}source"):
         folder = model_source.resolve(
             config.model,
             gguf_file=config.gguf_file,
             keep_quantized=config.quantization == "gguf",
             revision=config.revision,
-            cache_dir=cache,
+            cache_dir=lower.cache_folder(config.compile_cache_dir),
             trust_remote_code=config.trust_remote_code,
         )
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -88,12 +149,12 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
     dtype = resolve_dtype(config.dtype, model_config, device)
     cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
     max_model_len = resolve_max_model_len(config.max_model_len, model_config)
-    with timings.stage("capture"):
+    with timings.stage(f"{name}capture"):
         model = weights.build_meta(
             model_config, dtype, ATTENTION_NAME, max_model_len=max_model_len, trust_remote_code=config.trust_remote_code
         )
         captured = capture(model)
-    with timings.stage("weights"):
+    with timings.stage(f"{name}weights"):
         weights.load_weights(
             model,
             folder,
@@ -104,28 +165,17 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
             progress=progress,
             seed=config.seed,
         )
-    with timings.stage("passes"):
+    with timings.stage(f"{name}passes"):
         registry.apply(model, config)
-    vocab_size = model_config.get_text_config().vocab_size
+    return Loaded(captured, model_config, folder, dtype, cache_dtype, max_model_len, model_config.get_text_config().vocab_size)
 
-    def new_state(num_blocks: int) -> DeviceState:
-        return DeviceState(
-            captured.layouts,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_blocks=max(-(-max_model_len // config.block_size), 2),
-            vocab_size=vocab_size,
-            dtype=cache_dtype,
-            device=device,
+
+def _check_draft(config: Any, model: Loaded, draft: Loaded) -> None:
+    if draft.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"speculative_model={config.speculative_model} has a vocabulary of {draft.vocab_size} tokens, {config.model} one of"
+            f" {model.vocab_size}: only a model of the same vocabulary can guess; name one, or set speculative_method to ngram"
         )
-
-    with timings.stage("memory"):
-        budget = _kv_budget(config, captured, new_state, max_model_len)
-        step = _step(config, captured, new_state(budget.num_blocks))
-    return BuiltModel(
-        step, folder, device, dtype, vocab_size, max_model_len, budget.num_blocks, eos_ids(folder, model_config), timings
-    )
 
 
 def ready(config: Any, *, progress: bool = True) -> BuiltModel:
@@ -140,15 +190,15 @@ def finish(config: Any, built: BuiltModel, *, progress: bool, all_graphs: bool =
 
     Without `all_graphs` few are captured here, and the others in the step's idle time.
     """
-    step = built.step
     if config.compile:
         with built.timings.stage("compile"):
-            step.compile(warm_steps(step.state), progress)
+            built.compile(progress)
     if built.device.type == "cuda":
         with built.timings.stage("graphs"):
-            rungs = step.ladder.buckets() if all_graphs else step.ladder.first()
-            step.pending = Pending(step.ladder.buckets())
-            step.capture_graphs(rungs, progress)
+            for step in built.steps:
+                rungs = step.ladder.buckets() if all_graphs else step.ladder.first()
+                step.pending = Pending(step.ladder.buckets())
+                step.capture_graphs(rungs, progress)
 
 
 def _step(config: Any, captured: CapturedModel, state: DeviceState) -> CompiledStep:
@@ -156,12 +206,12 @@ def _step(config: Any, captured: CapturedModel, state: DeviceState) -> CompiledS
     largest = _largest(config, device)
     ladder = None
     if device.type == "cuda":
-        ladder = cuda_ladder(config.max_num_seqs, min(MAX_CAPTURED_TOKENS, largest.tokens))
+        ladder = cuda_ladder(config.max_entries, min(MAX_CAPTURED_TOKENS, largest.tokens))
     return CompiledStep(captured, state, Staging(state, largest), ladder, registry.graph_passes(config, device))
 
 
 def _largest(config: Any, device: torch.device) -> Bucket:
-    return Bucket(max(config.batched_tokens(device.type), 2), max(config.max_num_seqs, 2))
+    return Bucket(max(config.batched_tokens(device.type), 2), max(config.max_entries, 2))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -235,22 +285,23 @@ def eos_ids(folder: Path, model_config: Any) -> frozenset[int]:
     return frozenset(found if isinstance(found, list) else [found])
 
 
-def _kv_budget(
-    config: Any, captured: CapturedModel, new_state: Callable[[int], DeviceState], max_model_len: int
-) -> memory.KvBudget:
+def _kv_budget(config: Any, models: list[Loaded], device: torch.device) -> memory.KvBudget:
     """Pages that fit; on CUDA, where no amount is set, beside the measured peak of steps and graphs."""
-    state = new_state(1)
-    block_bytes = sum(cache.nbytes for cache in (*state.key_caches, *state.value_caches))
-    device = state.last_tokens.device
+    states = [model.state(config, 1, device) for model in models]
+    block_bytes = sum(cache.nbytes for state in states for cache in (*state.key_caches, *state.value_caches))
     if config.num_blocks is not None:
         available, source = config.num_blocks * block_bytes, f"num_blocks {config.num_blocks}"
     elif device.type == "cpu" or config.kv_cache_memory is not None:
         available, source = config.cpu_kv_cache_memory(), "kv_cache_memory"
     else:
-        peak = trial.measure(_step(config, captured, state), _largest(config, device), max_model_len)
-        available = memory.cuda_available(config.gpu_memory_utilization, peak.step, peak.graphs, device)
+        peaks = [
+            trial.measure(_step(config, model.captured, state), _largest(config, device), model.max_model_len)
+            for model, state in zip(models, states)
+        ]
+        step_bytes, graph_bytes = max(peak.step for peak in peaks), sum(peak.graphs for peak in peaks)
+        available = memory.cuda_available(config.gpu_memory_utilization, step_bytes, graph_bytes, device)
         source = f"gpu_memory_utilization {config.gpu_memory_utilization}"
-    return memory.plan_pages(available, block_bytes, config.block_size, max_model_len, source)
+    return memory.plan_pages(available, block_bytes, config.block_size, models[0].max_model_len, source)
 
 
 def warm_steps(state: DeviceState) -> list[StepInput]:

@@ -89,34 +89,68 @@ def _decode(
     value_cache: Tensor,
     tables: Tensor,
     lengths: Tensor,
+    *rest: Tensor | float | int | None,
+) -> Tensor:
+    """One query row [R, Hq, D] a sequence or guess, at once where that saves reading pages twice -> [R, Hq, Dv]."""
+    runs = _runs(tables, lengths) if len(query) > 1 else None
+    if runs is None:
+        return _attend(query[:, None], key_cache, value_cache, tables, lengths, *rest)[:, 0]
+    out = query.new_empty(len(query), query.shape[1], value_cache.shape[3])
+    for size in runs[runs > 0].unique().tolist():
+        rows = torch.nonzero(runs == size) + torch.arange(size)  # [runs of that size, size]
+        last = rows[:, -1]
+        out[rows] = _attend(query[rows], key_cache, value_cache, tables[last], lengths[last], *rest)
+    return out
+
+
+def _runs(tables: Tensor, lengths: Tensor) -> Tensor | None:
+    """Rows that follow each other in one sequence, its pages and one key more: the size of a run at its first row, 0 elsewhere.
+
+    None if there are no such rows.
+    """
+    follows = (lengths[1:] == lengths[:-1] + 1) & ((tables[1:] == tables[:-1]) | (tables[:-1] == 0)).all(dim=1)
+    if not follows.any():
+        return None
+    first = torch.nonzero(torch.cat([follows.new_ones(1), ~follows]))[:, 0]
+    return torch.zeros_like(lengths).index_put_((first,), torch.cat([first[1:], first.new_tensor([len(lengths)])]).sub(first).int())
+
+
+def _attend(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
     sinks: Tensor | None,
     scale: float,
     window: int,
     softcap: float,
     chunk: int,
 ) -> Tensor:
-    """One query row [R, Hq, D] a sequence, all sequences at once -> [R, Hq, Dv]."""
+    """The last n positions of R sequences: query [R, n, Hq, D], lengths [R] with them -> [R, n, Hq, Dv]."""
     width = int(lengths.max())
     keys = _gather(key_cache, tables, width).to(query.dtype)
     values = _gather(value_cache, tables, width).to(query.dtype)
-    rows, heads, size = query.shape
+    rows, count, heads, size = query.shape
     seen = None
-    if rows > 1 or window or chunk:
-        at = torch.arange(width)[None]
-        last = lengths[:, None] - 1
-        seen = at <= last
+    if rows > 1 or count > 1 or window or chunk:
+        at = torch.arange(width)
         # Slots that hold no token of the sequence may hold anything, NaN too, which no mask of logits keeps out.
-        unwritten = ~seen[:, :, None, None]
+        unwritten = (at >= lengths[:, None])[:, :, None, None]
         keys.masked_fill_(unwritten, 0)
         values.masked_fill_(unwritten, 0)
+        last = (lengths[:, None] + torch.arange(-count, 0))[:, :, None]
+        seen = at <= last
         if window:
             seen = seen & (at > last - window)
         if chunk:
             seen = seen & (at // chunk == last // chunk)
-        seen = seen[:, None, None]
     groups = key_cache.shape[2]
-    # [R, Hkv, G, D] x [R, Hkv, L, D]: the query heads of a group share their key head, nothing is repeated.
-    grouped = query.view(rows, groups, heads // groups, size)
+    shared = heads // groups
+    # [R, Hkv, G * n, D] x [R, Hkv, L, D]: the query heads of a group share their key head, nothing is repeated.
+    grouped = query.view(rows, count, groups, shared, size).permute(0, 2, 3, 1, 4).reshape(rows, groups, shared * count, size)
+    if seen is not None:
+        seen = seen[:, None, None].expand(-1, -1, shared, -1, -1).reshape(rows, 1, shared * count, width)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     if sinks is None and not softcap:
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen, scale=scale)
@@ -127,12 +161,12 @@ def _decode(
         if seen is not None:
             logits = logits.masked_fill(~seen, -torch.inf)
         if sinks is not None:
-            column = sinks.float().view(1, groups, heads // groups, 1).expand(rows, -1, -1, 1)
-            weights = torch.cat([logits, column], dim=-1).softmax(dim=-1)[..., :-1]
+            column = sinks.float().view(groups, shared, 1).expand(-1, -1, count).reshape(1, groups, shared * count, 1)
+            weights = torch.cat([logits, column.expand(rows, -1, -1, -1)], dim=-1).softmax(dim=-1)[..., :-1]
         else:
             weights = logits.softmax(dim=-1)
         out = torch.matmul(weights, values.float()).to(query.dtype)
-    return out.reshape(rows, heads, -1)
+    return out.view(rows, groups, shared, count, -1).permute(0, 3, 1, 2, 4).reshape(rows, count, heads, -1)
 
 
 def _fused(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, chunk: int) -> Tensor:

@@ -26,8 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "kernels")]  # the cases and prompts of the tests
 
-SECTIONS = ("kernels", "graphs", "parity", "micro", "quantized", "quantized_step", "step", "engine", "memory", "serve", "startup", "host", "peer")
-OF_A_MODEL = ("step", "engine", "memory")
+SECTIONS = (
+    "kernels", "graphs", "parity", "micro", "quantized", "quantized_step", "texts", "step", "engine", "memory", "speculation", "serve",
+    "startup", "host", "peer",
+)  # fmt: skip
+OF_A_MODEL = ("step", "engine", "memory", "speculation")
 OF_A_SERVER = ("serve", "startup")  # of a model too, in a process that holds no engine yet
 CASES = "throughput,sharegpt,latency,batch32,prefill,prefix"
 PEERS = ("vllm", "transformers")
@@ -42,7 +45,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--case", default=CASES, help="cases of the sections engine and peer, comma-separated")
     p.add_argument("--scale", type=float, default=1.0, help="share of the requests of the cases, and of the prompts of parity")
     p.add_argument("--seconds", type=float, default=100, help="wall time of a section before it skips what is left")
-    p.add_argument("--weights", help="GGUF file or folder of a real model, for parity")
+    p.add_argument("--weights", help="GGUF file or folder of a real model, for parity and texts")
     p.add_argument("--peer", type=Path, help="folder of a peer's benchmark: its workloads are used, and `peer` runs it")
     p.add_argument("--peer-target", type=Path, default=Path(tempfile.gettempdir(), "peer"), help="where the peer is installed")
     p.add_argument("--peer-engine", default="vllm", help=f"what section peer runs, comma-separated, of {','.join(PEERS)}")
@@ -66,8 +69,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
             p.error(f"unknown {key.replace('_', '-')} {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     if "peer" in args.sections and not args.peer:
         p.error("section peer needs --peer DIR")
-    if "parity" in args.sections and not args.weights:
-        p.error("section parity needs --weights PATH")
+    for name in ("parity", "texts"):
+        if name in args.sections and not args.weights:
+            p.error(f"section {name} needs --weights PATH")
     return args
 
 
@@ -92,7 +96,8 @@ def main() -> int:
 def jobs(args: argparse.Namespace) -> list[tuple[list[str], str | None]]:
     """What runs together in one process: (sections, model)."""
     of_a_model = [name for name in SECTIONS if name in args.sections and name in OF_A_MODEL]
-    before = [([name], None) for name in ("kernels", "graphs", "parity", "micro", "quantized", "quantized_step") if name in args.sections]
+    alone = ("kernels", "graphs", "parity", "micro", "quantized", "quantized_step", "texts")
+    before = [([name], None) for name in alone if name in args.sections]
     between = [(["start", *of_a_model], model) for model in args.models if of_a_model]
     between += [([name], model) for name in OF_A_SERVER if name in args.sections for model in args.models]
     return before + between + [([name], None) for name in ("host", "peer") if name in args.sections]
@@ -157,6 +162,8 @@ def section(name: str):
         import h200_engine as module
     elif name in OF_A_SERVER:
         import h200_serve as module
+    elif name in ("speculation", "texts"):
+        import h200_speculation as module
     else:
         import h200_checks as module
     return getattr(module, name)

@@ -8,15 +8,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from compiler import step_costs
 from compiler.build import BuiltModel
+from runtime.auto_k import StepCosts
 from runtime.blocks import BlockPool
 from runtime.config import Config
+from runtime.draft_model import DraftModel
+from runtime.drafters import Ngram
 from runtime.engine import Engine, Limits, Mailbox
 from runtime.metrics import EngineMetrics
 from runtime.pace import Pace
 from runtime.protocol import EngineInfo
 from runtime.recorder import Recorder
 from runtime.scheduler import Scheduler
+from runtime.speculate import Speculation
+from runtime.suffix import Suffix
 
 
 def engine_of(
@@ -41,6 +47,7 @@ def engine_of(
         max_model_len=built.max_model_len,
         enable_chunked_prefill=config.enable_chunked_prefill,
         pace=pace,
+        max_entries=config.max_entries,
     )
     limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, max_queue)
 
@@ -62,6 +69,24 @@ def engine_of(
     recorder = Recorder(metrics, scheduler, built.step.counts)
     engine = Engine(
         built.step, scheduler, mailbox, limits, info, time.monotonic, recorder, pace=pace, seed=config.seed,
-        use_idle_time=built.step.use_idle_time,
+        use_idle_time=built.step.use_idle_time, speculation=_speculation(config, built, scheduler),
     )  # fmt: skip
     return engine, metrics
+
+
+def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Speculation | None:
+    if config.method is None:
+        return None
+    looked_up = config.method.partition("+")[0]
+    retrieval = None
+    if looked_up == "suffix":
+        retrieval = Suffix(config.prompt_lookup_min)
+    elif looked_up == "ngram":
+        retrieval = Ngram(config.prompt_lookup_min, config.prompt_lookup_max)
+    most, costs, draft, draft_ms = scheduler.max_entries, None, None, 1.0
+    if config.num_speculative_tokens is None:
+        costs = StepCosts(step_costs.rungs(built.step, most), step_costs.measure(built.step, most))
+    if built.draft is not None:
+        draft = DraftModel(built.draft, scheduler.rows, scheduler.max_num_batched_tokens, most)
+        draft_ms = min(step_costs.measure(built.draft, 2).values()) if costs is not None else draft_ms
+    return Speculation(scheduler, retrieval, config.most_guesses, costs, draft, draft_ms)

@@ -37,7 +37,8 @@ class Packer:
             rows=plan.rows,
             query_start=query_start,
             starts=plan.starts,
-            sampled=plan.sampled,
+            # The next step of a row with guesses is packed with its tokens known: nothing is handed over on the device.
+            sampled=plan.sampled if plan.guessed is None else plan.sampled & plan.guessed.others,
             pages=self.rows.take_new_pages(),
             sampling=self._sampling(plan),
         )
@@ -54,7 +55,8 @@ class Packer:
         index = np.repeat(np.arange(len(plan)), plan.counts)
         owners = at[index]
         positions = np.arange(query_start[-1], dtype=np.int32) + (starts - query_start[:-1])[index]
-        return np.where(positions < rows.known[owners], rows.tokens[owners, positions], np.int32(-1)), query_start
+        given = rows.known[owners] + rows.guesses[owners]
+        return np.where(positions < given, rows.tokens[owners, positions], np.int32(-1)), query_start
 
     def _sampling(self, plan: Plan) -> SamplingInput:
         rows, at = self.rows, plan.rows

@@ -58,7 +58,7 @@ def main(path: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(PRIORITY)
     config = config_from_dict(json.loads(Path(path).read_text())["config"])
-    builder.ready(config, progress=False).step.close()
+    builder.ready(config, progress=False).close()
 
 
 def _end_with_parent() -> None:

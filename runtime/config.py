@@ -20,6 +20,15 @@ import yaml
 CPU_BATCHED_TOKENS = 2048
 CUDA_BATCHED_TOKENS = 8192
 CPU_KV_CACHE_MEMORY = 1 << 30  # bytes
+QUANTIZED_LOADING = ("fp8", "int8", "int4")  # quantisations that need no quantised checkpoint
+METHODS = ("ngram", "suffix", "draft", "ngram+draft", "suffix+draft")  # of speculation
+AUTO_GUESSES = 15  # a sequence at most, where their number is left to the engine
+GUESS_ENTRIES = 64  # sequences and guesses that a step has room for at least, where there is speculation
+# Keys of the mapping `speculative` of a file, and what they are called here.
+SPECULATIVE = {
+    "method": "speculative_method", "model": "speculative_model", "num_speculative_tokens": "num_speculative_tokens",
+    "prompt_lookup_min": "prompt_lookup_min", "prompt_lookup_max": "prompt_lookup_max",
+}  # fmt: skip
 
 _POWERS = {"": 1, "k": 10**3, "m": 10**6, "K": 1 << 10, "M": 1 << 20}
 _BYTE_UNITS = {
@@ -137,7 +146,7 @@ class Config:
     dtype: str = _option("auto", _one_of("auto", "float32", "bfloat16", "float16"), "weights and activations: auto, float32, bfloat16, float16", "model")
     device: str = _option("auto", _one_of("auto", "cpu", "cuda"), "auto (cuda if there is one), cpu or cuda", "model")
     load_format: str = _option("auto", _one_of("auto", "safetensors", "gguf", "dummy"), "auto, safetensors, gguf, or dummy (random weights)", "model")
-    quantization: str | None = _option(None, _one_of("awq", "gptq", "compressed-tensors", "fp8", "int8", "int4", "gguf"), "awq, gptq, compressed-tensors or gguf (as the checkpoint is), fp8, int8 or int4 (made while loading); none: what the checkpoint says", "model", _NONE)
+    quantization: str | None = _option(None, _one_of("awq", "gptq", "compressed-tensors", *QUANTIZED_LOADING, "gguf"), "awq, gptq, compressed-tensors or gguf (as the checkpoint is), fp8, int8 or int4 (made while loading); none: what the checkpoint says", "model", _NONE)
     trust_remote_code: bool = _option(False, parse_flag, "run Python code that comes with the model", "model")
     seed: int = _option(0, _between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none", "model")
 
@@ -153,6 +162,12 @@ class Config:
     enable_prefix_caching: bool = _option(True, parse_flag, "share KV blocks of equal prefixes", "scheduling")
     enable_chunked_prefill: bool = _option(True, parse_flag, "split long prompts over steps", "scheduling")
     inter_token_target_ms: float | None = _option(None, _between(parse_number, 0, low_is_open=True), "shrink prompt chunks to keep steps under this many ms", "scheduling", _NONE)
+
+    speculative_method: str | None = _option(None, _one_of(*METHODS), f"who guesses tokens ahead: {', '.join(METHODS)} (none: nobody)", "speculation", _NONE)
+    speculative_model: str | None = _option(None, parse_text, "smaller model of the same vocabulary that guesses, for method draft", "speculation", _NONE)
+    num_speculative_tokens: int | None = _option(None, _between(parse_whole, 1, 64), "guesses a sequence and step (auto: as many as pay, 0 too)", "speculation", ("auto",))
+    prompt_lookup_min: int = _option(2, _between(parse_whole, 1), "shortest run of tokens that methods ngram and suffix look up", "speculation")
+    prompt_lookup_max: int = _option(5, _between(parse_whole, 1), "longest run of tokens that method ngram looks up", "speculation")
 
     compile: bool = _option(True, parse_flag, "compile the model (false: run it as plain PyTorch)", "compiler")
     merge_linears: bool = _option(True, parse_flag, "merge q/k/v and gate/up projections into one matmul each", "compiler")
@@ -182,6 +197,34 @@ class Config:
         if self.model.endswith(".gguf") or is_local_path(self.model):
             return Path(self.model).name.removesuffix(".gguf")
         return self.model
+
+    @property
+    def method(self) -> str | None:
+        """Who guesses; naming a model alone means it."""
+        return self.speculative_method or ("draft" if self.speculative_model else None)
+
+    @property
+    def draft(self) -> Config | None:
+        """The configuration under which the model that guesses is loaded; None if there is none."""
+        if self.method is None or "draft" not in self.method:
+            return None
+        # What is made while loading is made of it too; what a checkpoint says holds for that checkpoint.
+        quantization = self.quantization if self.quantization in QUANTIZED_LOADING else None
+        return dataclasses.replace(
+            self, model=self.speculative_model, gguf_file=None, revision=None, tokenizer=None, quantization=quantization,
+            speculative_method=None, speculative_model=None,
+        )  # fmt: skip
+
+    @property
+    def most_guesses(self) -> int:
+        """A sequence and step; 0 without speculation."""
+        return 0 if self.method is None else self.num_speculative_tokens or AUTO_GUESSES
+
+    @property
+    def max_entries(self) -> int:
+        """Sequences and guesses of one step, as far as its token budget goes."""
+        wanted = min(self.max_num_seqs * (1 + self.most_guesses), GUESS_ENTRIES, self.max_num_batched_tokens or GUESS_ENTRIES)
+        return max(self.max_num_seqs, wanted)
 
     def batched_tokens(self, device: str) -> int:
         """Token budget of one step on `device` ("cpu" or "cuda"); ConfigError if it is below `max_num_seqs`."""
@@ -264,7 +307,11 @@ def _read_yaml(path: Path) -> dict[str, tuple[Any, str]]:
             key, source = str(loader.construct_object(key_node)), f"{path}:{key_node.start_mark.line + 1}"
             if key in read:
                 raise ConfigError(f"{source}: {key} is set twice; first in {read[key][1]}")
-            read[key] = (_anchored(path.parent, key, loader.construct_object(value_node, deep=True)), source)
+            value = loader.construct_object(value_node, deep=True)
+            if key == "speculative":
+                read.update(_speculative(path.parent, value, source))
+            else:
+                read[key] = (_anchored(path.parent, key, value), source)
         return read
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
@@ -272,9 +319,18 @@ def _read_yaml(path: Path) -> dict[str, tuple[Any, str]]:
         loader.dispose()
 
 
+def _speculative(folder: Path, value: Any, source: str) -> dict[str, tuple[Any, str]]:
+    """The mapping `speculative` of a file as keys of the configuration."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source}: speculative={value} is not a mapping; give it keys such as method: ngram")
+    if unknown := sorted(set(map(str, value)) - set(SPECULATIVE)):
+        raise ConfigError(f"{source}: unknown key speculative.{unknown[0]}; known: {', '.join(SPECULATIVE)}")
+    return {(key := SPECULATIVE[name]): (_anchored(folder, key, one), source) for name, one in value.items()}
+
+
 def _anchored(folder: Path, key: str, value: Any) -> Any:
     """A `./` or `../` path of a configuration file, made independent of where the command is run."""
-    if key in ("model", "tokenizer") and isinstance(value, str) and value.startswith(("./", "../")):
+    if key in ("model", "tokenizer", "speculative_model") and isinstance(value, str) and value.startswith(("./", "../")):
         return str((folder / value).resolve())
     return value
 
@@ -315,8 +371,23 @@ def check(config: Config) -> None:
         raise ConfigError(f"load_format=gguf but model={config.model} is no .gguf file; name the file in gguf_file")
     if config.quantization == "gguf" and config.gguf_file is None and not config.model.endswith(".gguf"):
         raise ConfigError(f"quantization=gguf but model={config.model} is no .gguf file; name the file in gguf_file")
+    _check_speculation(config)
     if config.probe_port and config.probe_port == config.port:
         raise ConfigError(f"probe_port={config.probe_port} is also port; probes need their own, such as {config.port % 65535 + 1}")
+
+
+def _check_speculation(config: Config) -> None:
+    method = config.method
+    drafts = method is not None and "draft" in method
+    if drafts and config.speculative_model is None:
+        raise ConfigError(f"speculative_method={method} needs a model that guesses; name it in speculative_model, or use ngram")
+    if method is not None and not drafts and config.speculative_model is not None:
+        raise ConfigError(f"speculative_model={config.speculative_model} is of no use to speculative_method={method}; use {method}+draft")
+    if config.prompt_lookup_min > config.prompt_lookup_max:
+        raise ConfigError(
+            f"prompt_lookup_min={config.prompt_lookup_min} is above prompt_lookup_max={config.prompt_lookup_max};"
+            f" set prompt_lookup_min to {config.prompt_lookup_max} or less"
+        )
 
 
 def _check_one_sequence_fits(num_blocks: int, block_size: int, length: int) -> None:
@@ -336,5 +407,7 @@ def require_local_files(config: Config) -> None:
     if is_path and not path.exists():
         hint = "; `make model` fetches it" if path.parent.name == "models" else ""
         raise ConfigError(f"model={config.model} does not exist{hint}")
+    if config.draft is not None:
+        require_local_files(config.draft)
     if config.tokenizer is not None and not Path(config.tokenizer, "tokenizer.json").is_file():
         raise ConfigError(f"tokenizer={config.tokenizer} is not a folder with a tokenizer.json; leave it out to use the model's own")

@@ -1,7 +1,7 @@
 """The engine loop: messages in, one step launched ahead, tokens out.
 
 Step N+1 is scheduled and launched before the ids of step N are read, so the device never waits for the
-host. One request's error stays that request's; a failed step fails its own sequences, and only a run of
+host; where guesses are to be verified, after. One request's error stays that request's; a failed step fails its own sequences, and only a run of
 failed steps ends the engine. Holds no socket and no CUDA: the mailbox, the step and the clock are given.
 """
 
@@ -21,6 +21,7 @@ from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, ToClient,
 from runtime.recorder import Recorder
 from runtime.request import Sequence
 from runtime.scheduler import Arrived, Plan, Scheduler
+from runtime.speculate import Speculation
 
 log = logging.getLogger("pagegraph.engine")
 
@@ -41,7 +42,8 @@ class InFlight:
 
     plan: Plan
     ticket: Ticket
-    launched: float
+    launched: float  # seconds of the engine's clock
+    waited: float = 0.0  # seconds from the results that it waited for to its launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class Engine:
         pace: Pace | None = None,
         seed: int = 0,
         use_idle_time: Callable[[], bool] = lambda: False,
+        speculation: Speculation | None = None,
     ) -> None:
         self.step = step
         self.scheduler = scheduler
@@ -80,6 +83,7 @@ class Engine:
         self.pace = pace
         self.seed = seed
         self.use_idle_time = use_idle_time
+        self.speculation = speculation
         self.stopping = False
         self._packer = Packer(scheduler.rows)
         self._running: InFlight | None = None
@@ -96,11 +100,17 @@ class Engine:
 
     def turn(self, block: bool = False) -> None:
         """One turn of the loop: accept, schedule, launch, and commit the step before."""
-        running = self._running
         for client, message in self.mailbox.poll(block and self.idle and not self.use_idle_time()):
             self._accept(client, message)
-        plan = self.scheduler.schedule(self.clock())
-        self._running = self._launch(plan) if plan else None
+        running, guesses, done = self._running, None, None
+        if self.speculation is not None:
+            if running is not None and self.speculation.wants_results(running.plan):
+                self._commit(running)
+                running, done = None, self._last_done
+            if running is None:
+                guesses = self.speculation.guesses()
+        plan = self.scheduler.schedule(self.clock(), guesses)
+        self._running = self._launch(plan, done) if plan else None
         if running is not None:
             self._commit(running)
 
@@ -109,10 +119,11 @@ class Engine:
         """Nothing waits, runs or is in flight."""
         return self._running is None and not self.scheduler.has_work
 
-    def _launch(self, plan: Plan) -> InFlight:
+    def _launch(self, plan: Plan, done: float | None) -> InFlight:
+        """`done`: when the results came that this step waited for, if it did."""
         now = self.clock()
         self.recorder.launched(plan, now)
-        return InFlight(plan, self.step.launch(self._packer.pack(plan)), now)
+        return InFlight(plan, self.step.launch(self._packer.pack(plan)), now, 0.0 if done is None else now - done)
 
     def _commit(self, done: InFlight) -> None:
         try:
@@ -122,16 +133,15 @@ class Engine:
             return
         self._failed_steps = 0
         now = self.clock()
-        self._observe_pace(done, now)
-        arrived = self.scheduler.commit(done.plan, output)
-        self.recorder.stepped(arrived, now)
-        self._deliver(arrived)
-
-    def _observe_pace(self, done: InFlight, now: float) -> None:
-        started = max(done.launched, self._last_done)
+        seconds = now - max(done.launched, self._last_done)
         self._last_done = now
         if self.pace is not None:
-            self.pace.observe(done.plan.num_tokens, (now - started) * 1e3)
+            self.pace.observe(done.plan.num_tokens, seconds * 1e3)
+        arrived = self.scheduler.commit(done.plan, output)
+        if self.speculation is not None:
+            self.speculation.learn(done.plan, arrived, seconds * 1e3, done.waited * 1e3)
+        self.recorder.stepped(arrived, now)
+        self._deliver(arrived)
 
     def _deliver(self, arrived: Arrived) -> None:
         """One message for each client of the step."""

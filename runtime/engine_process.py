@@ -44,7 +44,7 @@ def main(path: str) -> None:
     if config.compile and built.device.type == "cpu":
         threading.Thread(target=_compile_beside, args=(config, built, Path(path)), name="compile", daemon=True).start()
     engine.run()
-    built.step.close()
+    built.close()
 
 
 def _compile_beside(config: Config, built: builder.BuiltModel, settings: Path) -> None:
@@ -52,7 +52,7 @@ def _compile_beside(config: Config, built: builder.BuiltModel, settings: Path) -
     try:
         with built.timings.stage("compile"):
             compile_ahead.fill_cache(config, settings)
-            built.step.compile(builder.warm_steps(built.step.state))
+            built.compile()
     except BaseException:
         # Serving on, uncompiled, would hide a broken installation: say so and end.
         log.critical("compilation failed", exc_info=True)

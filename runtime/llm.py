@@ -134,7 +134,7 @@ class LLM:
 
     def close(self) -> None:
         """Finish what is launched and free the worker."""
-        self.built.step.close()
+        self.built.close()
 
     def _start(
         self, prompt: str | list[int], params: SamplingParams, stop: list[str] | None, eager: bool = False

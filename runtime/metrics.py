@@ -63,7 +63,7 @@ class EngineMetrics:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._prefixes = tuple(prefixes)
         self._gauges = dict.fromkeys(
-            ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "graph_hit_ratio"), 0.0
+            ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "graph_hit_ratio", "spec_decode_guesses_a_row"), 0.0
         )
         self._counters = {
             "prefix_cache_queries": 0,
@@ -74,7 +74,12 @@ class EngineMetrics:
             "engine_steps": 0,
             "engine_step_tokens": 0,
             "engine_padding_tokens": 0,
+            "spec_decode_num_drafts": 0,
+            "spec_decode_num_draft_tokens": 0,
+            "spec_decode_num_accepted_tokens": 0,
+            "spec_decode_saved_steps": 0,
         }
+        self._accepted_at: list[int] = []
         self.refresh: Callable[[], None] = lambda: None  # called before each reading, in the reader's thread
         self._success = dict.fromkeys(FINISH_REASONS, 0)
         lengths = _one_two_five(max_model_len)
@@ -121,6 +126,17 @@ class EngineMetrics:
         self._counters["engine_padding_tokens"] = padding
         self._gauges["graph_hit_ratio"] = graphed / steps if steps else 0.0
 
+    def set_speculation(
+        self, *, drafts: int, guesses: int, accepted: int, accepted_at: Sequence[int], saved_steps: int, guesses_a_row: float
+    ) -> None:
+        """Totals of guessed tokens, accepted ones also by their place behind the last known token; and the last step's mean."""
+        self._counters["spec_decode_num_drafts"] = drafts
+        self._counters["spec_decode_num_draft_tokens"] = guesses
+        self._counters["spec_decode_num_accepted_tokens"] = accepted
+        self._counters["spec_decode_saved_steps"] = saved_steps
+        self._accepted_at = list(accepted_at)
+        self._gauges["spec_decode_guesses_a_row"] = guesses_a_row
+
     def observe_scheduled(self, queue_time: float) -> None:
         """A sequence ran for the first time, `queue_time` seconds after it arrived."""
         self._histograms["request_queue_time_seconds"].observe(queue_time)
@@ -162,6 +178,12 @@ class EngineMetrics:
             counter = CounterMetricFamily(prefix + name, _HELP[name], labels=names)
             counter.add_metric(values, count)
             yield counter
+        places = CounterMetricFamily(
+            prefix + "spec_decode_num_accepted_tokens_per_pos", "Guessed tokens that held, by place.", labels=[*names, "position"]
+        )
+        for place, count in enumerate(self._accepted_at):
+            places.add_metric([*values, str(place)], count)
+        yield places
         success = CounterMetricFamily(
             prefix + "request_success", "Finished requests by reason.", labels=[*names, "finished_reason"]
         )
@@ -194,6 +216,11 @@ _HELP = {
     "engine_step_tokens": "Tokens of launched steps, padding left out.",
     "engine_padding_tokens": "Tokens that padding to a captured size added.",
     "graph_hit_ratio": "Share of launched steps that replayed a CUDA graph, 1 is all; 0 without a GPU.",
+    "spec_decode_num_drafts": "Times a sequence had tokens guessed for a step.",
+    "spec_decode_num_draft_tokens": "Guessed tokens.",
+    "spec_decode_num_accepted_tokens": "Guessed tokens that held.",
+    "spec_decode_saved_steps": "Tokens beyond the first that a step brought a sequence.",
+    "spec_decode_guesses_a_row": "Guesses a sequence in the last step that could have had any.",
     "time_to_first_token_seconds": "From arrival to the first token.",
     "inter_token_latency_seconds": "From one token of a sequence to its next.",
     "e2e_request_latency_seconds": "From arrival to the last token.",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from compiler.step import StepCounts
 from runtime.metrics import EngineMetrics
 from runtime.request import Sequence
 from runtime.scheduler import Arrived, Plan, Scheduler
+
+log = logging.getLogger("pagegraph.engine")
+
+REPORT_S = 60.0  # between two lines about guesses
 
 
 class Recorder:
@@ -18,6 +24,7 @@ class Recorder:
         self.scheduler = scheduler
         self.steps = steps
         self._tokens = 0  # counted so far
+        self._reported = (0.0, 0, 0)  # when the last line about guesses was written, guesses and accepted ones then
         metrics.refresh = self.publish
 
     def ended(self, sequence: Sequence, now: float) -> None:
@@ -51,6 +58,17 @@ class Recorder:
         tokens = self.scheduler.counters.prompt_tokens + self.scheduler.counters.generated_tokens
         self.metrics.observe_step(tokens - self._tokens)
         self._tokens = tokens
+        if arrived.verdict is not None:
+            self._report_guesses(now)
+
+    def _report_guesses(self, now: float) -> None:
+        counters, (then, guesses, accepted) = self.scheduler.counters, self._reported
+        if now - then < REPORT_S:
+            return
+        self._reported = now, counters.guesses, counters.accepted
+        if new := counters.guesses - guesses:
+            held = counters.accepted - accepted
+            log.info("speculation: %d of %d guessed tokens held (%.0f %%)", held, new, 100 * held / new)
 
     def publish(self) -> None:
         """What is read off the scheduler and the step when somebody asks."""
@@ -64,6 +82,14 @@ class Recorder:
             prefix_queries=counters.prefix_queries,
             prefix_hits=counters.prefix_hits,
             preemptions=counters.preemptions,
+        )
+        self.metrics.set_speculation(
+            drafts=counters.drafts,
+            guesses=counters.guesses,
+            accepted=counters.accepted,
+            accepted_at=counters.accepted_at,
+            saved_steps=counters.saved_steps,
+            guesses_a_row=counters.guesses_a_row,
         )
         self.metrics.set_launched(
             steps=steps.steps, graphed=steps.graphed, tokens=steps.tokens, padding=steps.padding

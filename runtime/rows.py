@@ -33,7 +33,8 @@ class Rows:
     """`num_rows` rows for sequences of at most `max_model_len` tokens in pages of `block_size`; int32 unless said.
 
     Half-open ranges: tokens[r, :computed[r]] have their KV in pages or in a launched step; tokens[r, :known[r]]
-    are on the host; total[r] - known[r] samples are scheduled and still to come.
+    are on the host; at most total[r] - known[r] samples are scheduled and still to come. Where guesses[r] is not 0, a
+    step with so many guessed tokens of the row, tokens[r, known:known + guesses], is scheduled and not committed.
     """
 
     def __init__(self, num_rows: int, max_model_len: int, block_size: int) -> None:
@@ -45,6 +46,7 @@ class Rows:
         self.stay = column(np.int64)  # a number for each time a sequence enters a row, 0: the row is empty
         self.tokens = np.empty((num_rows, max_model_len), np.int32)  # takes memory only as far as it is written
         self.known, self.total, self.computed = column(), column(), column()
+        self.guesses = column()
         self.num_prompt = column()
         self.max_len = column()  # tokens at which the sequence ends, whatever they are
         self.min_len = column()  # tokens up to which no id stops it
@@ -119,7 +121,7 @@ class Rows:
         sequence.last_token_at = float(self.last_token_at[row])
         sequence.row = -1
         self.sequences[row] = None
-        self.stay[row] = 0
+        self.stay[row] = self.guesses[row] = 0
         self._free.append(row)
 
     def add_blocks(self, rows: np.ndarray, counts: np.ndarray, blocks: list[int]) -> None:

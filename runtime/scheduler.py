@@ -10,7 +10,8 @@ Knows no clock, device, text or socket.
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import numpy as np
@@ -21,11 +22,15 @@ from runtime.pace import Pace
 from runtime.protocol import TokenDelta, TokenLogprob
 from runtime.request import Sequence, State
 from runtime.rows import Fixed, Rows
+from runtime.verify import Guessed, Guesses, Verdict, entries, verdict
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: tokens [starts[i], starts[i] + counts[i]) of the sequence in row rows[i]; arrays [S], int32 unless said."""
+    """One step: tokens [starts[i], starts[i] + counts[i]) of the sequence in row rows[i]; arrays [S], int32 unless said.
+
+    A row with guesses has an entry for each of them (`runtime.verify`); any other row has one.
+    """
 
     rows: np.ndarray
     stays: np.ndarray  # int64, of the row's sequence: another may be there when the step is done
@@ -33,6 +38,7 @@ class Plan:
     counts: np.ndarray
     sampled: np.ndarray  # bool, whether the last of the tokens yields a new one
     started: list[Sequence]  # those that entered their row for this step
+    guessed: Guessed | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,7 +50,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Arrived:
-    """What a step brought: token_ids[i] to the sequence that was in row rows[i]; arrays [n]."""
+    """What a step brought: token_ids[i], of several the last, to the sequence that was in row rows[i]; arrays [n]."""
 
     rows: np.ndarray  # int32
     token_ids: np.ndarray  # int32
@@ -52,6 +58,7 @@ class Arrived:
     request_ids: np.ndarray  # object: str
     deltas: dict[int, TokenDelta]  # by index, for those with more to tell than the token
     ended: list[Sequence]
+    verdict: Verdict | None = None  # of the step's guesses
 
 
 @dataclass(slots=True)
@@ -67,6 +74,12 @@ class Counters:
     prefix_hits: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    drafts: int = 0  # times a row had guesses in a step
+    guesses: int = 0
+    accepted: int = 0
+    accepted_at: list[int] = field(default_factory=list)  # accepted guesses by their place in the row, the first at 0
+    saved_steps: int = 0  # tokens beyond the first of a sequence in one step
+    guesses_a_row: float = 0.0  # in the last step that could have had any
     finished: dict[str, int] = field(default_factory=dict)
 
 
@@ -88,10 +101,13 @@ class Scheduler:
         max_model_len: int,
         enable_chunked_prefill: bool = True,
         pace: Pace | None = None,
+        max_entries: int | None = None,
     ) -> None:
+        """`max_entries`: sequences and guesses in one step; None: `max_num_seqs`."""
         _check_sizes(pool, max_num_seqs, max_num_batched_tokens, max_model_len, enable_chunked_prefill)
         self.pool = pool
         self.max_num_seqs = max_num_seqs
+        self.max_entries = max_entries or max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.enable_chunked_prefill = enable_chunked_prefill
@@ -155,24 +171,63 @@ class Scheduler:
         self.pool.forget_all()
         return sorted(touched, key=_place)
 
-    def schedule(self, now: float) -> Plan | None:
-        """The next step, or None if no sequence can take one. `now` is kept for policies that need it."""
+    def room_for_guesses(self, most: int, lag: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
+        """(rows that may be given guesses, at most how many each, how many in all), with pages taken for them.
+
+        They generate, ask for no penalties, whose counts know confirmed tokens only, and all but `lag` of their tokens
+        are on the host: with 0 they can be given to the next `schedule`; with more nothing is taken, it is a look ahead.
+        """
+        r, rows = self.rows, self._running_fixed().rows
+        known, total = r.known[rows], r.total[rows]
+        ready = (r.computed[rows] == total - 1) & (known >= total - lag) & (r.computed[rows] >= r.num_prompt[rows])
+        rows = rows[ready & ~r.has_penalties[rows] & (r.guesses[rows] == 0)]
+        limits = np.minimum(r.max_len[rows] - r.total[rows] - 1, most)
+        rows, limits = rows[limits > 0], limits[limits > 0]
+        # Those that wait may join the step, and prompts get half of what it may compute.
+        budget = self.max_entries - min(self.max_num_seqs, len(self._running) + len(self._waiting))
+        budget = min(budget, (self.max_num_batched_tokens - len(self._running)) // 2)
+        if not self.enable_chunked_prefill and self._waiting:
+            budget = 0
+        if budget <= 0 or not len(rows) or lag:
+            return rows, limits, max(budget, 0)
+        missing = self._missing(rows, r.total[rows] + limits)
+        if wanted := int(missing.sum()):
+            if wanted + len(rows) + self._watermark <= self.pool.num_free:
+                short = np.flatnonzero(missing)
+                r.add_blocks(rows[short], missing[short], self.pool.take(wanted))
+            else:
+                limits = np.minimum(limits, r.num_blocks[rows] * r.block_size - r.total[rows])
+                rows, limits = rows[limits > 0], limits[limits > 0]
+        return rows, limits, budget
+
+    def schedule(self, now: float, guesses: Guesses | None = None) -> Plan | None:
+        """The next step, or None if no sequence can take one. `now` is kept for policies that need it.
+
+        `guesses` within what `room_for_guesses` has just said are verified in it. Their rows take part in no other step
+        until this one is committed.
+        """
         self._vacate_drained()
         preemptions = self.counters.preemptions
-        part = self._continue_all()
+        guessed = None
+        part = self._continue_all() if guesses is None else None
         if part is not None:
             parts, prefill_budget = [part], self._prefill_budget(len(part[0]))
         else:
-            rows, counts, prefill_budget = self._wanted()
+            rows, counts, prefill_budget = self._wanted(guesses)
             rows, counts = self._grow(rows, counts)
             parts = [self._advance(rows, counts)] if len(rows) else []
+            if guesses is not None and parts:
+                parts[0], guessed = entries(parts[0], self.rows.guesses[rows])
         started: list[Sequence] = []
         if self._waiting and self.counters.preemptions == preemptions:
             self._admit(parts, started, prefill_budget)
         if not parts:
             return None
         columns = parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts)]
-        return Plan(*columns, started)
+        if guessed is not None and len(parts) > 1:
+            more = np.ones(len(columns[0]) - len(guessed.others), bool)
+            guessed = replace(guessed, others=np.concatenate([guessed.others, more]))
+        return Plan(*columns, started, guessed if guessed is not None and len(guessed.rows) else None)
 
     def commit(self, plan: Plan, output: StepOutput) -> Arrived:
         """Append what a step sampled; sequences that stop free their pages. In the order of the plan.
@@ -183,6 +238,8 @@ class Scheduler:
         r = self.rows
         rows, ids, index = plan.rows, output.token_ids, None
         wanted = plan.sampled & (r.stay[rows] == plan.stays)
+        if plan.guessed is not None:
+            wanted &= plan.guessed.others
         if not wanted.all():
             index = np.flatnonzero(wanted)
             rows, ids = rows[index], ids[index]
@@ -211,9 +268,65 @@ class Scheduler:
                 sequence.finish_reason,
                 sequence.stop_reason,
                 sequence.cached_tokens,
-                _logprobs(sequence, i if index is None else int(index[i]), token, output.logprobs),
+                _logprobs(sequence, [i if index is None else int(index[i])], [token], output.logprobs),
             )
+        if plan.guessed is not None:
+            self._commit_guessed(plan, output, arrived)
         return arrived
+
+    def _commit_guessed(self, plan: Plan, output: StepOutput, arrived: Arrived) -> None:
+        """Append what was sampled behind guesses that hold, up to an end, and add it to `arrived`; the rest is taken back."""
+        r, guessed = self.rows, plan.guessed
+        there = r.stay[guessed.rows] == plan.stays[guessed.first]
+        guessed = Guessed(guessed.rows[there], guessed.counts[there], guessed.first[there], guessed.others)
+        rows = guessed.rows
+        known = r.known[rows]
+        at = known[:, None] + np.arange(guessed.counts.max(initial=0))
+        found = verdict(
+            guessed, output.token_ids, r.tokens[rows[:, None], np.minimum(at, self.max_model_len - 1)], known,
+            r.max_len[rows], r.min_len[rows], r.stop_ids[rows],
+        )  # fmt: skip
+        inside = np.arange(found.tokens.shape[1]) < found.lengths[:, None]
+        r.tokens[np.repeat(rows, found.lengths), (known[:, None] + np.arange(found.tokens.shape[1]))[inside]] = found.tokens[inside]
+        r.known[rows] = r.total[rows] = known + found.lengths
+        # Without pages the row was preempted meanwhile: nothing of it is computed.
+        r.computed[rows] = np.where(r.num_blocks[rows] > 0, known + found.lengths - 1, 0)
+        r.guesses[rows] = 0
+        self._count(found)
+        begin = len(arrived.rows)
+        arrived.rows = np.concatenate([arrived.rows, rows])
+        arrived.token_ids = np.concatenate([arrived.token_ids, found.tokens[np.arange(len(rows)), found.lengths - 1]])
+        arrived.owners = np.concatenate([arrived.owners, r.owner[rows]])
+        arrived.request_ids = np.concatenate([arrived.request_ids, r.request_ids[rows]])
+        arrived.verdict = found
+        full = known + found.lengths >= r.max_len[rows]
+        for i, row in enumerate(rows.tolist()):
+            sequence, tokens = r.sequences[row], found.tokens[i, : found.lengths[i]].tolist()
+            first, accepted = int(guessed.first[i]), int(found.accepted[i])
+            sequence.accepted += accepted
+            sequence.rejected += int(found.counts[i]) - accepted
+            if found.stopped[i]:
+                sequence.stop_reason = tokens[-1]
+            if full[i] or found.stopped[i]:
+                self._finish(sequence, "length" if full[i] else "stop")
+                arrived.ended.append(sequence)
+            arrived.deltas[begin + i] = TokenDelta(
+                sequence.request_id, tokens, sequence.finish_reason, sequence.stop_reason, sequence.cached_tokens,
+                _logprobs(sequence, range(first, first + len(tokens)), tokens, output.logprobs),
+                sequence.accepted, sequence.rejected,
+            )  # fmt: skip
+
+    def _count(self, found: Verdict) -> None:
+        counters = self.counters
+        counters.generated_tokens += int(found.lengths.sum())
+        counters.saved_steps += int(found.lengths.sum()) - len(found.lengths)
+        counters.drafts += len(found.counts)
+        counters.guesses += int(found.counts.sum())
+        counters.accepted += int(found.accepted.sum())
+        most = int(found.accepted.max(initial=0))
+        counters.accepted_at += [0] * (most - len(counters.accepted_at))
+        for place in range(most):
+            counters.accepted_at[place] += int((found.accepted > place).sum())
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless pages, rows, states and the prefix cache fit together."""
@@ -250,26 +363,38 @@ class Scheduler:
         starts, total = r.computed[rows], r.total[rows]
         ends = starts + 1
         plain = (ends == total) & (total < fixed.max_len) & (starts >= fixed.num_prompt)
-        if not len(rows) or not (plain & (ends <= r.num_blocks[rows] * r.block_size)).all():
+        if not len(rows) or r.guesses[rows].any() or not (plain & (ends <= r.num_blocks[rows] * r.block_size)).all():
             return None
         r.computed[rows] = ends
         r.total[rows] = ends + 1
         return rows, fixed.stays, starts, self._ones, self._trues
 
-    def _wanted(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """Rows of the running and how many tokens each may compute, and the prompt tokens left for others."""
+    def _wanted(self, guesses: Guesses | None) -> tuple[np.ndarray, np.ndarray, int]:
+        """Rows of the running and how many tokens each may compute, guesses too, and the prompt tokens left for others."""
         r, fixed = self.rows, self._running_fixed()
         rows = fixed.rows
-        growing = r.total[rows] < fixed.max_len  # whatever is in flight turns out to be, more may be sampled
+        # Whatever is in flight turns out to be, more may be sampled; but guesses decide where a row stands.
+        growing = (r.total[rows] < fixed.max_len) & (r.guesses[rows] == 0)
         if not growing.all():
             rows = rows[growing]
         counts = r.total[rows] - r.computed[rows]
         prefills = np.flatnonzero(counts > 1)
-        budget = self._prefill_budget(len(rows) - len(prefills))
+        num_guesses = 0 if guesses is None else int(guesses.counts.sum())
+        budget = self._prefill_budget(len(rows) - len(prefills) + num_guesses)
         for i in prefills.tolist():
             counts[i] = tokens = self._chunk(int(counts[i]), budget)
             budget -= tokens
+        if guesses is not None:
+            self._put_guesses(guesses)
+            counts += r.guesses[rows]
         return (rows[counts > 0], counts[counts > 0], budget) if counts.min(initial=1) < 1 else (rows, counts, budget)
+
+    def _put_guesses(self, guesses: Guesses) -> None:
+        r, rows, counts = self.rows, guesses.rows, guesses.counts
+        at = np.arange(guesses.tokens.shape[1])
+        inside = at < counts[:, None]
+        r.tokens[np.repeat(rows, counts), (r.known[rows][:, None] + at)[inside]] = guesses.tokens[inside]
+        r.guesses[rows] = counts
 
     def _prefill_budget(self, decodes: int) -> int:
         """Prompt tokens the step may take: what decodes leave, less where a chunk beside them would slow them."""
@@ -318,8 +443,9 @@ class Scheduler:
         starts = r.computed[rows]
         ends = starts + counts
         r.computed[rows] = ends
-        sampled = ends == r.total[rows]
-        r.total[rows] += sampled
+        guesses = r.guesses[rows]
+        sampled = ends == r.total[rows] + guesses
+        r.total[rows] += np.where(sampled, guesses + 1, 0)
         for i in np.flatnonzero(starts < r.num_prompt[rows]).tolist():
             sequence = r.sequences[rows[i]]
             self.counters.prompt_tokens += min(int(ends[i]), sequence.num_prompt) - int(starts[i])
@@ -471,7 +597,10 @@ def _place(sequence: Sequence) -> tuple[int, float, int]:
     return sequence.place
 
 
-def _logprobs(sequence: Sequence, index: int, token: int, step: StepLogprobs | None) -> list[TokenLogprob] | None:
+def _logprobs(
+    sequence: Sequence, indices: Iterable[int], tokens: list[int], step: StepLogprobs | None
+) -> list[TokenLogprob] | None:
+    """Of the tokens, sampled by the entries `indices` of the step."""
     wanted = sequence.params.logprobs
     if wanted is None or step is None:
         return None
@@ -483,6 +612,7 @@ def _logprobs(sequence: Sequence, index: int, token: int, step: StepLogprobs | N
             step.top_ids[index, :wanted].tolist(),
             step.top_values[index, :wanted].tolist(),
         )
+        for index, token in zip(indices, tokens, strict=True)
     ]
 
 

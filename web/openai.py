@@ -328,6 +328,10 @@ class Shape:
             "completion_tokens": completion,
             "total_tokens": self._num_prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": sum(sequence.accepted for sequence in self._sequences),
+                "rejected_prediction_tokens": sum(sequence.rejected for sequence in self._sequences),
+            },
         }
 
     def _top(self, entry: TokenLogprob) -> list[tuple[int, float]]:

@@ -47,6 +47,8 @@ class Sequence:
     include_stop: bool
     num_tokens: int = 0
     cached_tokens: int = 0
+    accepted: int = 0  # tokens that the engine had guessed
+    rejected: int = 0
     finish_reason: str | None = None
 
 
@@ -100,6 +102,7 @@ class Generation:
         if delta.finish_reason in ("abort", "error"):
             raise RequestFailed(index, 503 if delta.finish_reason == "abort" else 500, "the server ended this request")
         sequence.cached_tokens = max(sequence.cached_tokens, delta.cached_tokens)
+        sequence.accepted, sequence.rejected = max(sequence.accepted, delta.accepted), max(sequence.rejected, delta.rejected)
         detokenizer = sequence.detokenizer
         text = detokenizer.push(_shown_tokens(delta, sequence.include_stop))
         num_tokens, reason, stop_reason = len(delta.token_ids), delta.finish_reason or None, None

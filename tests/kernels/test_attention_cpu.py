@@ -74,6 +74,27 @@ def test_any_ragged_step(lengths, decodes, pads, features, seed) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+@pytest.mark.parametrize(("window", "chunk"), [(0, 0), (7, 0), (0, 5)])
+def test_a_row_for_each_token_is_the_sequence_whole(window: int, chunk: int, softcap: float, sinks: bool) -> None:
+    """Guesses: every token of a sequence as a row of its own, over the pages of the others; with and without padding."""
+    lengths = ((3, 17), (1, 40), (5, 5), (1, 1), (3, 33), (1, 2))
+    for pad in (0, 2):
+        case = Case(lengths, 6, 2, 32, window=window, chunk=chunk, softcap=softcap, sinks=sinks, pad_tokens=pad, pad_seqs=pad)
+        expected_arguments = case.arguments()
+        arguments = list(clone(expected_arguments))
+        expected = reference.paged_attention(*expected_arguments)
+        counts = torch.tensor([rows for rows, _ in lengths])
+        live = arguments[5][: counts.sum()]
+        used = torch.arange(arguments[7].shape[1]) * case.block_size <= live[:, None]
+        tables = arguments[7][: len(lengths)].repeat_interleave(counts, dim=0).masked_fill(~used, 0)
+        arguments[7] = torch.cat([tables, arguments[7][len(lengths) :]])
+        arguments[8] = torch.cat([torch.arange(len(live) + 1), torch.full((pad,), len(live))]).int()
+        arguments[9] = torch.cat([live + 1, torch.zeros(pad)]).int()
+        check(torch.ops.pagegraph.paged_attention(*arguments), arguments, expected, expected_arguments)
+
+
 def test_one_graph_with_sizes_left_open() -> None:
     """torch.compile(fullgraph) over other T and S, the mutation of the caches seen by what follows."""
     attention = torch.ops.pagegraph.paged_attention

@@ -156,6 +156,60 @@ def test_the_api_key_is_not_in_messages() -> None:
 
 
 
+def test_speculation_is_a_mapping_in_a_file_and_flags_win_over_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: org/m\nspeculative:\n  method: ngram+draft\n  model: ./small\n  num_speculative_tokens: auto\n")
+    found = load_config(path, {"prompt_lookup_max": "7"})
+    config = found.config
+    assert (config.method, config.num_speculative_tokens, config.prompt_lookup_max) == ("ngram+draft", None, 7)
+    assert config.speculative_model == str(tmp_path / "small") and found.sources["speculative_model"] == f"{path}:2"
+    assert config.draft.model == config.speculative_model and config.draft.method is None
+    assert load_config(path, {"num_speculative_tokens": "3"}).config.num_speculative_tokens == 3
+
+
+def test_a_model_that_guesses_means_method_draft() -> None:
+    config = load_config("org/model", {"speculative_model": "org/small"}).config
+    assert config.method == "draft" and config.draft.model == "org/small"
+    assert load_config("org/model").config.draft is None and load_config("org/model").config.most_guesses == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "entries"),
+    [
+        (dict(), 256), (dict(max_num_seqs=4), 4), (dict(max_num_seqs=4, speculative_method="ngram"), 64),
+        (dict(max_num_seqs=4, speculative_method="ngram", num_speculative_tokens=3), 16),
+        (dict(speculative_method="ngram"), 256), (dict(max_num_seqs=4, speculative_method="ngram", max_num_batched_tokens=32), 32),
+    ],
+)  # fmt: skip
+def test_a_step_has_room_for_guesses(overrides: dict[str, Any], entries: int) -> None:
+    assert load_config("org/model", overrides).config.max_entries == entries
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("speculative: ngram", "speculative=ngram is not a mapping"),
+        ("speculative: {methods: ngram}", "unknown key speculative.methods; known: method, model"),
+        ("speculative: {method: ngrams}", "known: ngram, suffix, draft, ngram+draft, suffix+draft; did you mean ngram"),
+    ],
+)
+def test_bad_speculation_in_a_file(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(write(tmp_path, f"model: org/m\n{text}\n"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(speculative_method="draft"), "needs a model that guesses; name it in speculative_model"),
+        (dict(speculative_method="ngram", speculative_model="org/m"), "use ngram+draft"),
+        (dict(num_speculative_tokens="0"), "num_speculative_tokens=0"),
+        (dict(prompt_lookup_min="6"), "set prompt_lookup_min to 5 or less"),
+    ],
+)
+def test_bad_speculation(overrides: dict[str, Any], message: str) -> None:
+    assert message in refused(overrides)
+
+
 @pytest.mark.parametrize("key", ["num_blocks", "max_model_len"])
 @pytest.mark.parametrize("word", ["none", "auto", "AUTO"])
 def test_unset_words(key: str, word: str) -> None:

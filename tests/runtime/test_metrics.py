@@ -54,6 +54,16 @@ def test_a_served_request(prefix: str) -> None:
     assert got[prefix + "request_queue_time_seconds_sum", ""] == 0.4
 
 
+def test_guesses_are_counted_by_place() -> None:
+    metrics = EngineMetrics("m", 100)
+    metrics.set_speculation(drafts=4, guesses=12, accepted=7, accepted_at=[4, 2, 1], saved_steps=6, guesses_a_row=3.5)
+    text = metrics.render().decode()
+    for name, value in (("num_drafts_total", 4), ("num_draft_tokens_total", 12), ("num_accepted_tokens_total", 7),
+                        ("saved_steps_total", 6), ("guesses_a_row", 3.5)):  # fmt: skip
+        assert f'vllm:spec_decode_{name}{{engine="0",model_name="m"}} {float(value)}' in text
+    assert 'spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="1"} 2.0' in text
+
+
 def test_unknown_reason_is_an_error() -> None:
     with pytest.raises(KeyError):
         EngineMetrics("m", 16).observe_finished("odd", since_arrival=1, prompt_tokens=1, generation_tokens=1)

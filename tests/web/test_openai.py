@@ -55,6 +55,20 @@ def test_chat_whole(http: FlaskClient, fake_engine, tokenizer: Tokenizer) -> Non
     assert answer.headers["x-request-id"]
 
 
+def test_guessed_tokens_are_in_the_usage(http: FlaskClient, fake_engine) -> None:
+    """Deltas of several tokens, with totals of the sequence so far."""
+    fake_engine.script = lambda s: [
+        TokenDelta(s.request_id, [10, 11, 12], accepted=2, rejected=1),
+        TokenDelta(s.request_id, [13]),
+        TokenDelta(s.request_id, [14, 15], "length", accepted=3, rejected=5),
+    ]
+    body = {"model": "tiny", "messages": MESSAGES, "n": 2, "max_tokens": 6}
+    usage = strict(ChatCompletion, http.post("/v1/chat/completions", json=body).json).usage
+    assert usage.completion_tokens == 12
+    details = usage.completion_tokens_details
+    assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (6, 10)
+
+
 def test_chat_streamed(http: FlaskClient) -> None:
     body = {"model": "tiny", "messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}, "n": 2}
     answer = http.post("/v1/chat/completions", json=body)

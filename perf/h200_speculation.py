@@ -1,0 +1,121 @@
+"""Guessing on a GPU: what a step with guesses costs, and what guessing brings on texts that repeat and on random ones.
+
+`speculation` replays the decode graphs of one model; `texts` runs SmolLM2's real weights (--weights) through the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+
+import texts as work
+from compiler import build as builder
+from compiler.build import BuiltModel
+from compiler.step_input import SamplingInput, StepInput
+from floors import Shape
+from h200_engine import _replayed
+from h200_offline import built_of, ceilings_of
+from h200_report import Report
+from runtime.config import Config, load_config
+from runtime.llm import LLM
+from runtime.protocol import SamplingParams
+
+BATCHES, TINY_BATCHES = (1, 4, 16, 32), (1, 2)
+GUESSES = (0, 2, 4, 7)
+KEYS, TINY_KEYS = 1024, 64  # of each sequence
+STREAMS = (1, 4, 16)
+ROUNDS = 3
+METHODS = ("ngram", "suffix")
+
+
+def speculation(report: Report, args: argparse.Namespace, shared: dict) -> None:
+    """Milliseconds of a decode step with k guesses a sequence, to its floor and to the step without guesses.
+
+    The floor reads weights and each sequence's keys and values once, however many guesses there are.
+    """
+    config, built = built_of(shared)
+    shape, ceilings = Shape.of(args.models[0]), ceilings_of(report, args, shared)
+    keys = TINY_KEYS if args.tiny else KEYS
+    for seqs in TINY_BATCHES if args.tiny else BATCHES:
+        alone = None
+        for guesses in GUESSES:
+            if seqs * (1 + guesses) > config.max_num_seqs or report.out_of_time((seqs, guesses)):
+                break
+            ms = 1e3 * _replayed(built, _step(seqs, guesses, keys, built, config))
+            alone = alone or ms
+            counts, lengths = np.full(seqs, 1 + guesses), np.full(seqs, keys + guesses)
+            floor = 1e3 * shape.step_floor(ceilings, np.concatenate([[0], np.cumsum(counts)]), lengths)
+            report.row(
+                seqs=seqs, guesses=guesses, keys=keys, ms=ms, floor_ms=floor, ratio=ms / floor, to_none=ms / alone,
+                pays_from=(ms / alone - 1) / guesses if guesses else 0.0,
+            )  # fmt: skip
+
+
+def _step(seqs: int, guesses: int, keys: int, built: BuiltModel, config: Config) -> StepInput:
+    """Entries of `seqs` sequences on random pages, the first of each at position keys - 1."""
+    rng, each = np.random.default_rng(seqs), 1 + guesses
+    used = -(-(keys + guesses) // config.block_size)
+    owners = np.repeat(np.arange(seqs), used)
+    chosen = rng.permutation(built.num_blocks - 1)[: len(owners)] + 1
+    entries = seqs * each
+    return StepInput(
+        token_ids=rng.integers(0, built.vocab_size, entries, dtype=np.int32),
+        rows=np.repeat(np.arange(seqs, dtype=np.int32), each),
+        query_start=np.arange(entries + 1, dtype=np.int32),
+        starts=np.tile(np.arange(keys - 1, keys + guesses, dtype=np.int32), seqs),
+        sampled=np.zeros(entries, bool),
+        pages=np.stack([owners, np.tile(np.arange(used), seqs), chosen], axis=1).astype(np.int32),
+        sampling=SamplingInput(np.zeros(entries, np.float32), np.zeros(entries, np.int64)),
+    )
+
+
+def texts(report: Report, args: argparse.Namespace, shared: dict) -> None:
+    """Tokens a second with as many guesses as pay against none, same texts, sides alternating; medians."""
+    num_tokens = 32 if args.tiny else 192
+    settings = dict(
+        dtype="bfloat16", device=args.device, max_model_len=2048, max_num_seqs=64, num_blocks=4096, compile=not args.no_compile
+    )
+    built = builder.ready(load_config(args.weights, {**settings, "speculative_method": METHODS[0]}).config, progress=False)
+    for method in METHODS:
+        llm = LLM(load_config(args.weights, {**settings, "speculative_method": method}).config, built=built)
+        for kind in ("repetitive", "random"):
+            for streams in STREAMS:
+                if report.out_of_time((method, kind, streams)):
+                    return
+                _compare(report, llm, method, kind, streams, num_tokens)
+        costs = llm.engine.speculation.costs
+        report.fact(**{f"{method}_costs_ms": dict(zip(costs.rungs.tolist(), costs.ms(costs.rungs).round(3).tolist()))})
+    built.close()
+
+
+def _compare(report: Report, llm: LLM, method: str, kind: str, streams: int, num_tokens: int) -> None:
+    engine, speculation = llm.engine, llm.engine.speculation
+    if kind == "repetitive":
+        prompts = work.repetitive(llm.tokenizer.encode, streams if streams > 1 else len(work.NAMES))
+        params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    else:
+        prompts = work.random(streams)
+        params = SamplingParams(max_tokens=num_tokens, temperature=1.0, ignore_eos=True, seed=streams)
+    together = [prompts] if streams > 1 else [[prompt] for prompt in prompts]  # a single stream: one text after the other
+
+    def seconds(guessing: bool) -> tuple[float, list[list[int]]]:
+        engine.speculation = speculation if guessing else None  # one engine: the same pages and caches on both sides
+        start = time.perf_counter()
+        done = [one.token_ids for some in together for one in llm.generate(some, params)]
+        return time.perf_counter() - start, done
+
+    _, expected = seconds(False)
+    _, got = seconds(True)
+    counters = engine.scheduler.counters
+    before = counters.guesses, counters.accepted
+    runs = [(seconds(False)[0], seconds(True)[0]) for _ in range(ROUNDS)]
+    off, on = (statistics.median(side) for side in zip(*runs))
+    tokens = len(prompts) * num_tokens
+    report.row(
+        method=method, text=kind, streams=streams, off_tok_s=tokens / off, on_tok_s=tokens / on, ratio=off / on,
+        guesses=(counters.guesses - before[0]) / ROUNDS, accepted=(counters.accepted - before[1]) / ROUNDS,
+        same=sum(a == b for a, b in zip(got, expected)) / len(expected),
+    )  # fmt: skip

@@ -1,0 +1,83 @@
+"""Guessing by prompt lookup, as much as pays, against none: tokens a second on texts that repeat and on random ones.
+
+bfloat16 on this machine's CPU; sides alternate in one run and are compared by medians. Run with `make perf`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.config import Config, load_config
+from runtime.llm import LLM
+from runtime.protocol import SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parent))
+import texts  # noqa: E402
+
+MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
+# (rounds, tokens a stream): what should be equal is compared in many short runs, so that a busy moment hits both sides.
+SIZES = {"repetitive": (3, 96), "random": (9, 32)}
+
+pytestmark = pytest.mark.timeout(1800)
+
+
+def config_of(**overrides: object) -> Config:
+    settings = dict(dtype="bfloat16", device="cpu", max_model_len=2048, kv_cache_memory="512MiB", max_num_seqs=64)
+    return load_config(MODEL, {**settings, **overrides}).config
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(config_of(speculative_method="ngram"), progress=False)
+
+
+def work_of(llm: LLM, kind: str, streams: int) -> tuple[list[list[list[int]]], SamplingParams]:
+    """(prompts that run together, one set after the other; parameters). A single stream takes text after text."""
+    if kind == "random":
+        return [texts.random(streams)], SamplingParams(max_tokens=SIZES[kind][1], temperature=1.0, ignore_eos=True, seed=streams)
+    greedy = SamplingParams(max_tokens=SIZES[kind][1], temperature=0.0, ignore_eos=True)
+    if streams == 1:
+        return [[prompt] for prompt in texts.repetitive(llm.tokenizer.encode, len(texts.NAMES))], greedy
+    return [texts.repetitive(llm.tokenizer.encode, streams)], greedy
+
+
+@pytest.mark.parametrize(
+    ("kind", "streams", "goal"),
+    [
+        ("repetitive", 1, 1.5), ("repetitive", 4, 1.0), ("repetitive", 16, 0.97),
+        ("random", 1, 0.97), ("random", 4, 0.97), ("random", 16, 0.97),
+    ],
+)  # fmt: skip
+def test_guessing(benchmark, llm: LLM, kind: str, streams: int, goal: float) -> None:
+    works, params = work_of(llm, kind, streams)
+    engine, speculation = llm.engine, llm.engine.speculation
+
+    def seconds(guessing: bool) -> float:
+        engine.speculation = speculation if guessing else None  # one engine: the same pages and caches on both sides
+        start = time.perf_counter()
+        for work in works:
+            llm.generate(work, params)
+        return time.perf_counter() - start
+
+    counters = engine.scheduler.counters
+    before = counters.guesses, counters.accepted
+    seconds(True), seconds(False)  # the prompts are in the prefix cache: decoding is what is timed
+    mine, theirs = [], []
+    for turn in range(SIZES[kind][0]):
+        for guessing in (True, False) if turn % 2 else (False, True):
+            (mine if guessing else theirs).append(seconds(guessing))
+    benchmark.pedantic(lambda: seconds(True), rounds=1)
+    guesses, accepted = counters.guesses - before[0], counters.accepted - before[1]
+    ratio = statistics.median(theirs) / statistics.median(mine)
+    benchmark.extra_info.update(
+        ratio=round(ratio, 3), goal=goal, guessing_s=mine, plain_s=theirs, tokens=sum(map(len, works)) * SIZES[kind][1],
+        guesses=guesses, accepted=accepted, torch=torch.__version__, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    print(f"\n{benchmark.name}: {ratio:.2f}x (gate {goal}x), guesses {guesses}, accepted {accepted}")
+    assert ratio >= goal

@@ -1,0 +1,118 @@
+"""A smaller model that guesses: the same steps over the same pages, with keys and values of its own.
+
+It draws with the request's temperature and filters and with the noise that the target will draw with at that position:
+both take the largest of their logits plus the same noise, so they agree nearly as often as two draws can (Gumbel-max
+coupling), and what the target draws is not changed at all. Keys and values of guesses that did not hold, and of tokens
+that it has not seen yet, are computed before the next guess. Knows no acceptance and no scheduling.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from compiler.step import CompiledStep
+from compiler.step_input import Filters, SamplingInput, StepInput
+from runtime.rows import Rows
+
+
+class DraftModel:
+    """`step` shares its block tables with the target's; it takes `max_tokens` tokens, `max_entries` of them sampled."""
+
+    def __init__(self, step: CompiledStep, rows: Rows, max_tokens: int, max_entries: int) -> None:
+        self.step = step
+        self.rows = rows
+        self.max_tokens = max_tokens
+        self.max_entries = max_entries
+        num_rows = len(rows.stay)
+        self._stay = np.zeros(num_rows, np.int64)
+        self._computed = np.zeros(num_rows, np.int32)  # leading tokens of the row whose keys and values are right
+        self._guesses: dict[int, np.ndarray] = {}  # by row: guessed behind these, and computed too
+        self._last = np.zeros(0, np.int64)  # of the entries of the last catching up, the sampled ones
+
+    def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """counts[i] >= 1 tokens for row at[i], int32 [R] -> int32 [R, K]; every token of the rows is known.
+
+        The rows have pages for their guesses; there are at most `max_entries` of them.
+        """
+        self._settle(at)
+        tickets = [self.step.launch(self._catch_up(at))]
+        active = [np.arange(len(at))]
+        known = self.rows.known[at]
+        for behind in range(int(counts.max()) - 1):
+            active.append(which := np.flatnonzero(counts > behind + 1))
+            tickets.append(self.step.launch(self._next(at[which], known[which] + np.int32(behind))))
+        self._computed[at] = known
+        tokens = np.zeros((len(at), len(tickets)), np.int32)
+        for place, (which, ticket) in enumerate(zip(active, tickets)):
+            sampled = ticket.wait().token_ids
+            tokens[which, place] = sampled if place else sampled[self._last]
+        for row, guessed, count in zip(at.tolist(), tokens, counts.tolist()):
+            self._guesses[row] = guessed[: count - 1]
+        return tokens
+
+    def _next(self, at: np.ndarray, starts: np.ndarray) -> StepInput:
+        """A token more for each row, behind the one that it has just sampled."""
+        rows, seqs = self.rows, len(at)
+        return StepInput(
+            np.full(seqs, -1, np.int32), at, np.arange(seqs + 1, dtype=np.int32), starts, np.ones(seqs, bool), _NO_PAGES,
+            SamplingInput(rows.temperature[at], rows.seed[at], self._filters(at)),
+        )  # fmt: skip
+
+    def _settle(self, at: np.ndarray) -> None:
+        """Keep what was computed for guesses that held."""
+        rows = self.rows
+        new = at[self._stay[at] != rows.stay[at]]
+        self._stay[at], self._computed[new] = rows.stay[at], 0
+        for row in new.tolist():
+            self._guesses.pop(row, None)
+        for row in at.tolist():
+            if (guessed := self._guesses.pop(row, None)) is not None:
+                computed = int(self._computed[row])
+                came = rows.tokens[row, computed : min(int(rows.known[row]), computed + len(guessed))]
+                differs = np.flatnonzero(came != guessed[: len(came)])
+                self._computed[row] = computed + (differs[0] if len(differs) else len(came))
+        # The last token is computed again where need be: its logits are wanted.
+        self._computed[at] = np.minimum(self._computed[at], rows.known[at] - 1)
+
+    def _catch_up(self, at: np.ndarray) -> StepInput:
+        """The step that samples behind the last known token of each row, after those that it takes to get there."""
+        rows = self.rows
+        while (missing := rows.known[at] - self._computed[at]).sum() > self.max_tokens:
+            # All but the last token of some rows, as many as a step takes.
+            wanted = np.minimum(missing - 1, np.maximum(self.max_tokens - np.cumsum(missing - 1) + missing - 1, 0))
+            part = wanted > 0
+            self.step.launch(self._chunk(at[part], wanted[part], sampled=False))
+            self._computed[at[part]] += wanted[part]
+        return self._chunk(at, missing, sampled=True)
+
+    def _chunk(self, at: np.ndarray, counts: np.ndarray, sampled: bool) -> StepInput:
+        """The next counts[i] tokens of the rows; a few as entries of one token, which steps of guesses are made of too."""
+        rows = self.rows
+        total = int(counts.sum())
+        if total <= self.max_entries:
+            index = np.repeat(np.arange(len(at)), counts)
+            last = np.cumsum(counts) - 1
+            starts = self._computed[at][index] + np.arange(total) - (last - counts + 1)[index]
+            query_start, draws = np.arange(total + 1), np.zeros(total, bool)
+        else:
+            index, last, starts = np.arange(len(at)), np.arange(len(at)), self._computed[at]
+            query_start, draws = np.concatenate([[0], np.cumsum(counts)]), np.zeros(len(at), bool)
+        draws[last] = sampled
+        self._last = last
+        entry_rows = at[index]
+        token_rows = np.repeat(at, counts)
+        positions = np.repeat(self._computed[at], counts) + np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+        return StepInput(
+            rows.tokens[token_rows, positions], entry_rows, query_start.astype(np.int32), starts.astype(np.int32), draws,
+            rows.take_new_pages(),
+            SamplingInput(rows.temperature[entry_rows], rows.seed[entry_rows], self._filters(entry_rows) if sampled else None),
+        )  # fmt: skip
+
+    def _filters(self, at: np.ndarray) -> Filters | None:
+        rows = self.rows
+        if not rows.has_filters[at].any():
+            return None
+        return Filters(rows.top_k[at], rows.top_p[at], rows.min_p[at])
+
+
+_NO_PAGES = np.empty((0, 3), np.int32)

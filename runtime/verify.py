@@ -1,0 +1,92 @@
+"""Guessed tokens in a step: what they are, the entries they become, and how many of them hold.
+
+Each guess is an entry of its own behind its row's last known token: the same row, one token, the next position. Keys
+and values of all entries are written before any attends, so an entry sees the guesses before it, and its sample is the
+one that a step of its own would have drawn: noise depends on (seed, position, token) alone. A guess holds exactly if
+it is what the entry before it sampled, so the tokens are those of a run without guesses. Pure arithmetic over arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Guesses:
+    """Tokens that may follow: tokens[i, :counts[i]] in row rows[i], counts at least 1; int32 [R], [R], [R, K]."""
+
+    rows: np.ndarray
+    counts: np.ndarray
+    tokens: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Guessed:
+    """The guesses of a plan: row rows[i] has the entries first[i] .. first[i] + counts[i]; int32 [R]."""
+
+    rows: np.ndarray
+    counts: np.ndarray
+    first: np.ndarray
+    others: np.ndarray  # bool [S]: entries of rows without guesses
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of guesses, of R rows; arrays [R], int32 unless said."""
+
+    rows: np.ndarray
+    counts: np.ndarray  # guesses
+    accepted: np.ndarray  # guesses that held, from the first on
+    tokens: np.ndarray  # [R, K + 1], new tokens of the row, of which `lengths` count
+    lengths: np.ndarray  # at least 1
+    stopped: np.ndarray  # bool, whether the last of them is a stop id
+
+
+def entries(columns: tuple[np.ndarray, ...], guesses: np.ndarray) -> tuple[tuple[np.ndarray, ...], Guessed]:
+    """Plan columns (rows, stays, starts, counts, sampled) [N], guesses int32 [N] among the counts -> an entry a guess."""
+    rows, stays, starts, counts, sampled = columns
+    guessing = guesses > 0
+    repeats = np.where(guessing, guesses + 1, 1)
+    begin = np.cumsum(repeats) - repeats
+    index = np.repeat(np.arange(len(rows)), repeats)
+    within = np.arange(len(index)) - begin[index]
+    split = (
+        rows[index],
+        stays[index],
+        (starts[index] + within).astype(np.int32),
+        np.where(guessing, 1, counts)[index].astype(np.int32),
+        sampled[index],
+    )
+    return split, Guessed(rows[guessing], guesses[guessing], begin[guessing].astype(np.int32), ~guessing[index])
+
+
+def verdict(
+    guessed: Guessed,
+    sampled: np.ndarray,
+    guesses: np.ndarray,
+    known: np.ndarray,
+    max_len: np.ndarray,
+    min_len: np.ndarray,
+    stop_ids: np.ndarray,
+) -> Verdict:
+    """Compare `guesses` [R, K] with the ids `sampled` [S] by the plan's entries.
+
+    known, max_len, min_len [R] and stop_ids [R, n] as in `runtime.rows`, `known` before this step. Tokens end at
+    max_len and at the first stop id past min_len that is not also the last token allowed.
+    """
+    counts = guessed.counts
+    at = np.arange(guesses.shape[1] + 1)
+    inside = at <= counts[:, None]
+    tokens = sampled[np.where(inside, guessed.first[:, None] + at, guessed.first[:, None])]
+    held = (tokens[:, :-1] == guesses) & inside[:, 1:]
+    accepted = np.logical_and.accumulate(held, axis=1).sum(axis=1)
+    lengths = np.minimum(accepted + 1, max_len - known)
+    after = known[:, None] + at + 1
+    stops = (tokens[:, :, None] == stop_ids[:, None]).any(axis=2) & (after > min_len[:, None])
+    stops &= (after < max_len[:, None]) & (at < lengths[:, None])
+    stopped = stops.any(axis=1)
+    lengths = np.where(stopped, stops.argmax(axis=1) + 1, lengths)
+    accepted, lengths = np.minimum(accepted, lengths).astype(np.int32), lengths.astype(np.int32)
+    return Verdict(guessed.rows, counts, accepted, tokens.astype(np.int32), lengths, stopped)

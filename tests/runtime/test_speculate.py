@@ -1,0 +1,169 @@
+"""The engine's loop with guesses, against a device that is simulated: what it says is a script, what it takes a formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from compiler.step import StepCounts, Ticket
+from compiler.step_input import StepInput, StepOutput
+from runtime.auto_k import StepCosts
+from runtime.blocks import BlockPool
+from runtime.drafters import Ngram
+from runtime.engine import Engine, Limits
+from runtime.llm import LocalMailbox
+from runtime.metrics import EngineMetrics
+from runtime.protocol import SamplingParams, Submit, Tokens
+from runtime.recorder import Recorder
+from runtime.scheduler import Scheduler
+from runtime.speculate import Speculation
+
+MAX_LEN = 2000
+RNG = np.random.default_rng(0)
+RANDOM = RNG.integers(0, 1000, MAX_LEN)
+REPEATED = np.tile(RNG.integers(0, 1000, 60), -(-MAX_LEN // 60))
+BOTH = np.concatenate([RANDOM[:400], REPEATED[:400], RANDOM[400:]])
+HOST_MS = 0.3  # from results to the next launch
+
+
+class Device:
+    """Steps in order, `cost(entries)` ms each, on a clock of its own; row r says scripts[r], by position."""
+
+    def __init__(self, script: np.ndarray, cost: Callable[[int], float]) -> None:
+        self.script = script
+        self.cost = cost
+        self.now = 0.0  # seconds
+        self.free = 0.0  # when the last launched step is done
+        self.steps: list[int] = []  # entries of each
+
+    def clock(self) -> float:
+        return self.now
+
+    def launch(self, step: StepInput) -> Ticket:
+        self.now += HOST_MS / 1e3
+        self.steps.append(step.num_seqs)
+        done = self.free = max(self.free, self.now) + self.cost(step.num_seqs) / 1e3
+        output = StepOutput(self.script[step.seq_lens % len(self.script)].astype(np.int32))
+
+        def wait() -> StepOutput:
+            self.now = max(self.now, done)
+            return output
+
+        return Ticket(wait)
+
+
+class Model:
+    """Guesses what the script says with a chance, from position `good_from` on with a good one; takes `ms` a guess."""
+
+    def __init__(self, device: Device, scheduler: Scheduler, chance: float, ms: float, good_from: int = MAX_LEN) -> None:
+        self.device, self.scheduler, self.chance, self.ms, self.good_from = device, scheduler, chance, ms, good_from
+        self.rng = np.random.default_rng(1)
+        self.made = 0
+
+    def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        count = int(counts.max())
+        self.device.now += self.ms * count / 1e3
+        self.made += count
+        positions = self.scheduler.rows.known[at][:, None] + np.arange(count)
+        right = self.device.script[positions]
+        chance = np.where(positions < self.good_from, self.chance, 0.9)
+        return np.where(self.rng.random(right.shape) < chance, right, 1 - right).astype(np.int32)
+
+
+def flat(entries: int) -> float:
+    return 10.0 + 0.1 * entries
+
+
+def steep(entries: int) -> float:
+    return 0.5 + 8.0 * entries
+
+
+def drive(
+    script: np.ndarray, cost: Callable[[int], float], streams: int, num_tokens: int, *, guessing: bool = True, fixed: int = 0, **model
+) -> tuple[float, Device, Scheduler, Speculation | None]:
+    """Seconds that `streams` requests of `num_tokens` take."""
+    device = Device(script, cost)
+    scheduler = Scheduler(
+        BlockPool(4000, 16, enable_caching=False), max_num_seqs=16, max_num_batched_tokens=512, max_model_len=MAX_LEN, max_entries=64
+    )
+    metrics = EngineMetrics("m", MAX_LEN)
+    speculation = None
+    if guessing:
+        guesser = Model(device, scheduler, **model) if model else None
+        costs = None if fixed else StepCosts((*range(1, 17), *range(20, 65, 4)), {n: cost(n) for n in (1, 2, 4, 8, 16, 32, 64)})
+        speculation = Speculation(
+            scheduler, None if model else Ngram(2, 5), fixed or 15, costs, guesser, model.get("ms", 1.0), clock=device.clock
+        )
+    mailbox = LocalMailbox()
+    engine = Engine(
+        device, scheduler, mailbox, Limits(1000, MAX_LEN, frozenset(), 100), None, device.clock,
+        Recorder(metrics, scheduler, StepCounts()), speculation=speculation,
+    )  # fmt: skip
+    params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    for index in range(streams):
+        mailbox.put(Submit(request_id=str(index), token_ids=script[:20].tolist(), params=params))
+    got: dict[str, list[int]] = {str(index): [] for index in range(streams)}
+    while mailbox.inbox or not engine.idle:
+        engine.turn()
+        for message in mailbox.take():
+            assert isinstance(message, Tokens)
+            for delta in message.each():
+                got[delta.request_id] += delta.token_ids
+    scheduler.check_integrity()
+    for tokens in got.values():
+        assert tokens == script[20 : 20 + num_tokens].tolist()
+    return device.now, device, scheduler, speculation
+
+
+@pytest.mark.parametrize("streams", [1, 4, 16])
+@pytest.mark.parametrize("cost", [flat, steep])
+def test_random_text_loses_nothing(cost, streams: int) -> None:
+    plain = drive(RANDOM, cost, streams, 600, guessing=False)[0]
+    assert plain / drive(RANDOM, cost, streams, 600)[0] > 0.98
+
+
+@pytest.mark.parametrize(("streams", "gain"), [(1, 4.0), (4, 3.0), (16, 1.5)])
+def test_text_that_repeats_gains_where_entries_are_cheap(streams: int, gain: float) -> None:
+    plain = drive(REPEATED, flat, streams, 600, guessing=False)[0]
+    assert plain / drive(REPEATED, flat, streams, 600)[0] > gain
+
+
+def test_nothing_is_guessed_where_entries_cost_as_much_as_steps() -> None:
+    seconds, device, scheduler, _ = drive(REPEATED, steep, 4, 300)
+    assert drive(REPEATED, steep, 4, 300, guessing=False)[0] / seconds > 0.98
+    assert scheduler.counters.guesses < 20
+
+
+def test_guessing_starts_with_the_repetition_and_ends_with_it() -> None:
+    _, device, scheduler, _ = drive(BOTH, flat, 1, 1200)
+    steps = np.array(device.steps)
+    assert steps[:300].max() <= 2 and steps[-300:].max() <= 2
+    assert scheduler.counters.accepted > 250 and len(steps) < 960
+    assert scheduler.counters.guesses - scheduler.counters.accepted < 60
+
+
+def test_no_step_is_planned_ahead_of_guesses_and_all_others_are() -> None:
+    """Without guesses the device never waits for the host."""
+    seconds, device, _, _ = drive(RANDOM, flat, 1, 400)
+    assert seconds < sum(map(flat, device.steps)) / 1e3 + 20 * HOST_MS / 1e3
+
+
+def test_a_fixed_number_is_guessed_whether_it_pays_or_not() -> None:
+    _, _, scheduler, _ = drive(REPEATED, steep, 1, 300, fixed=3)
+    assert scheduler.counters.accepted > 150
+    assert scheduler.counters.guesses <= 3 * scheduler.counters.drafts
+
+
+@pytest.mark.parametrize(("chance", "gain"), [(0.9, 1.8), (0.02, 0.97)])
+def test_a_model_guesses_if_it_is_good(chance: float, gain: float) -> None:
+    plain = drive(RANDOM, flat, 1, 900, guessing=False)[0]
+    assert plain / drive(RANDOM, flat, 1, 900, chance=chance, ms=1.0)[0] > gain
+
+
+def test_a_model_that_was_bad_is_tried_now_and_then_until_it_is_good() -> None:
+    _, _, scheduler, speculation = drive(RANDOM, flat, 1, 900, chance=0.02, ms=1.0)
+    assert 3 < speculation.model.made < 60
+    _, device, scheduler, _ = drive(RANDOM, flat, 1, 1900, chance=0.02, ms=1.0, good_from=500)
+    assert scheduler.counters.accepted > 500 and len(device.steps) < 1400

@@ -1,0 +1,269 @@
+"""Guesses in a step: arithmetic by hand, and random right and wrong guesses through the scheduler and paged memory."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from compiler.step_input import StepLogprobs, StepOutput
+from runtime.batch import Packer
+from runtime.blocks import BlockPool
+from runtime.protocol import SamplingParams
+from runtime.request import Sequence, State
+from runtime.scheduler import Scheduler
+from runtime.speculate import within
+from runtime.verify import Guessed, Guesses, Verdict, verdict
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep, alone, next_token  # noqa: E402
+
+
+def judged(
+    sampled: list[int], guesses: list[int], known: int = 5, max_len: int = 40, min_len: int = 0, stop_ids: tuple[int, ...] = (EOS,)
+) -> Verdict:
+    ints = lambda *values: np.array(values, np.int32)  # noqa: E731
+    guessed = Guessed(ints(0), ints(len(guesses)), ints(0), np.zeros(len(sampled), bool))
+    return verdict(guessed, ints(*sampled), ints(*guesses)[None], ints(known), ints(max_len), ints(min_len), ints(*stop_ids)[None])
+
+
+@pytest.mark.parametrize(
+    ("sampled", "guesses", "limits", "tokens", "accepted", "stopped"),
+    [
+        ([1, 2, 3], [1, 2], {}, [1, 2, 3], 2, False),
+        ([1, 2, 3], [1, 5], {}, [1, 2], 1, False),
+        ([1, 2, 3], [5, 2], {}, [1], 0, False),
+        ([1, EOS, 3], [1, EOS], {}, [1, EOS], 2, True),
+        ([1, EOS, 3], [1, EOS], dict(min_len=7), [1, EOS, 3], 2, False),
+        ([1, EOS, 3], [1, EOS], dict(max_len=7), [1, EOS], 2, False),
+        ([1, 2, EOS], [1, 2], {}, [1, 2, EOS], 2, True),
+        ([1, 2, 3], [1, 2], dict(max_len=6), [1], 1, False),
+        ([4, 4, 4], [4, 4], dict(stop_ids=(-1, 4)), [4], 1, True),
+    ],
+)
+def test_what_holds_and_where_it_ends(sampled, guesses, limits, tokens, accepted, stopped) -> None:
+    found = judged(sampled, guesses, **limits)
+    assert found.tokens[0, : found.lengths[0]].tolist() == tokens
+    assert (int(found.accepted[0]), bool(found.stopped[0])) == (accepted, stopped)
+
+
+@pytest.mark.parametrize(
+    ("counts", "budget", "kept"),
+    [([3, 1, 2], 6, [3, 1, 2]), ([3, 1, 2], 5, [2, 1, 2]), ([3, 1, 2], 4, [2, 1, 1]), ([2, 2], 1, [1, 0]), ([2, 0], 0, [0, 0])],
+)
+def test_a_budget_goes_round(counts: list[int], budget: int, kept: list[int]) -> None:
+    assert within(np.array(counts, np.int32), budget).tolist() == kept
+
+
+prompts = st.builds(
+    lambda shared, own: ([1, 2, 3, 4, 5, 6, 8, 9, 10, 0, 1, 2] * 2)[:shared] + own,
+    st.integers(0, 24),
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=10),
+)
+works = st.lists(
+    st.tuples(prompts, st.integers(6, 26), st.integers(0, 2), st.integers(0, 1), st.integers(0, 6)), min_size=2, max_size=7
+)
+seen = {"steps": 0, "accepted": 0, "rejected": 0}
+
+
+class Oracle:
+    """Guesses that are right with a given chance."""
+
+    def __init__(self, scheduler: Scheduler, most: int, chance: float, seed: int) -> None:
+        self.scheduler, self.most, self.chance = scheduler, most, chance
+        self.rng = np.random.default_rng(seed)
+
+    def guesses(self) -> Guesses | None:
+        rows, limits, budget = self.scheduler.room_for_guesses(self.most)
+        counts = within(np.minimum(limits, self.rng.integers(0, self.most + 1, len(rows))).astype(np.int32), budget)
+        tokens = np.zeros((len(rows), self.most), np.int32)
+        for i, row in enumerate(rows.tolist()):
+            history = self.scheduler.rows.tokens[row, : self.scheduler.rows.known[row]].tolist()
+            for j in range(counts[i]):
+                right = next_token(history, int(self.scheduler.rows.seed[row]))
+                tokens[i, j] = right if self.rng.random() < self.chance else self.rng.integers(VOCAB)
+                history.append(int(tokens[i, j]))
+        guessing = counts > 0
+        return Guesses(rows[guessing], counts[guessing], tokens[guessing]) if guessing.any() else None
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    work=works,
+    spare_blocks=st.sampled_from([4, 2, 1, 0, 12]),
+    max_num_seqs=st.integers(1, 5),
+    spare_entries=st.integers(0, 24),
+    budget=st.integers(5, 80),
+    caching=st.booleans(),
+    depth=st.integers(0, 1),
+    most=st.sampled_from([4, 6, 2, 1]),
+    chance=st.sampled_from([1.0, 0.9, 0.6, 0.0]),
+    seed=st.integers(0, 1000),
+    aborts=st.dictionaries(st.integers(0, 6), st.integers(0, 20), max_size=2),
+)
+def test_guesses_right_or_wrong_change_no_token(
+    work, spare_blocks, max_num_seqs, spare_entries, budget, caching, depth, most, chance, seed, aborts
+) -> None:
+    num_blocks = MAX_LEN // BLOCK + 1 + spare_blocks
+    pool = BlockPool(num_blocks, BLOCK, caching)
+    scheduler = Scheduler(
+        pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_model_len=MAX_LEN, max_entries=max_num_seqs + spare_entries
+    )
+    step, packer, oracle = FakeStep(num_blocks, max_num_seqs), Packer(scheduler.rows), Oracle(scheduler, most, chance, seed)
+    sequences: dict[str, Sequence] = {}
+    got: dict[str, list[int]] = {}
+    ended: dict[str, str] = {}
+    arrivals = deque(sorted(enumerate(work), key=lambda item: item[1][4]))
+    launched: deque = deque()
+    turn = 0
+
+    def commit() -> None:
+        arrived = scheduler.commit(*launched.popleft())
+        tokens = {i: [token] for i, token in enumerate(arrived.token_ids.tolist())}
+        tokens.update({i: delta.token_ids for i, delta in arrived.deltas.items()})
+        for i, request_id in enumerate(arrived.request_ids):
+            assert tokens[i][-1] == arrived.token_ids[i]
+            got[request_id] += tokens[i]
+        for sequence in arrived.ended:
+            assert sequence.request_id not in ended, "a sequence ended twice"
+            ended[sequence.request_id] = sequence.finish_reason
+        scheduler.check_integrity()
+
+    while arrivals or scheduler.has_work or launched:
+        while arrivals and arrivals[0][1][4] <= turn:
+            index, (prompt, max_tokens, priority, noise, _) = arrivals.popleft()
+            params = SamplingParams(
+                max_tokens=max_tokens, min_tokens=noise, ignore_eos=index % 3 == 0, presence_penalty=float(index % 4 == 3)
+            )
+            sequence = Sequence(str(index), list(prompt), params, frozenset([EOS]), noise, MAX_LEN, priority, float(turn))
+            sequences[str(index)], got[str(index)] = sequence, []
+            scheduler.add(sequence)
+        for index, at in aborts.items():
+            if at == turn and scheduler.abort((0, str(index))):
+                ended[str(index)] = "abort"
+        while launched and turn % 3:  # before a step with guesses is planned, as the engine does, or not
+            commit()
+        guesses = oracle.guesses()
+        scheduler.check_integrity()
+        plan = scheduler.schedule(float(turn), guesses)
+        scheduler.check_integrity()
+        if plan:
+            assert plan.num_tokens <= budget and len(plan) <= scheduler.max_entries
+            if plan.guessed is not None:
+                assert not scheduler.rows.has_penalties[plan.guessed.rows].any()
+                assert len(set(plan.rows.tolist())) == len(plan) - int(plan.guessed.counts.sum())
+            launched.append((plan, step.run(packer.pack(plan))))
+        while launched and (len(launched) > depth or not plan):
+            commit()
+        turn += 1
+        assert turn < 3000, "the scheduler makes no progress"
+    counters = scheduler.counters
+    seen["steps"] += step.steps
+    seen["accepted"] += counters.accepted
+    seen["rejected"] += counters.guesses - counters.accepted
+    assert sum(counters.accepted_at) == counters.accepted
+    assert pool.num_free == num_blocks - 1, "pages are held by nobody"
+    for key, sequence in sequences.items():
+        tokens, reason = alone(sequence.tokens[: sequence.num_prompt].tolist(), sequence.params, sequence.seed)
+        if ended[key] == "abort":
+            assert got[key] == tokens[: len(got[key])]
+        else:
+            assert (got[key], ended[key]) == (tokens, reason)
+
+
+def test_the_fuzz_above_saw_all_there_is() -> None:
+    if not seen["steps"]:
+        pytest.skip("the fuzz was not selected")
+    assert seen["steps"] >= 2000 and seen["accepted"] >= 1000 and seen["rejected"] >= 500, seen
+
+
+def scheduler_of(**overrides) -> Scheduler:
+    settings = dict(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=MAX_LEN, max_entries=16)
+    return Scheduler(BlockPool(30, BLOCK), **{**settings, **overrides})
+
+
+def started(scheduler: Scheduler, name: str = "a", **params) -> Sequence:
+    """A sequence of four known tokens, three of them of the prompt, that may be given guesses."""
+    sequence = Sequence(name, [1, 2, 3], SamplingParams(max_tokens=20, **params), frozenset([EOS]), 0, MAX_LEN)
+    scheduler.add(sequence)
+    plan = scheduler.schedule(0)
+    scheduler.commit(plan, StepOutput(np.array([4], np.int32)))
+    return sequence
+
+
+def guess(sequence: Sequence, *tokens: int) -> Guesses:
+    return Guesses(np.array([sequence.row], np.int32), np.array([len(tokens)], np.int32), np.array([tokens], np.int32))
+
+
+def test_a_row_with_guesses_waits_for_their_verdict() -> None:
+    scheduler = scheduler_of()
+    sequence = started(scheduler)
+    plan = scheduler.schedule(0, guess(sequence, 5, 6))
+    packed = Packer(scheduler.rows).pack(plan)
+    assert (packed.token_ids.tolist(), packed.starts.tolist(), packed.rows.tolist()) == ([4, 5, 6], [3, 4, 5], [sequence.row] * 3)
+    assert packed.sampled.tolist() == [False] * 3, "no sample is handed over on the device"
+    assert scheduler.schedule(0) is None
+    arrived = scheduler.commit(plan, StepOutput(np.array([5, 9, 1], np.int32)))
+    assert arrived.deltas[0].token_ids == [5, 9] and (arrived.deltas[0].accepted, arrived.deltas[0].rejected) == (1, 1)
+    packed = Packer(scheduler.rows).pack(scheduler.schedule(0))
+    assert (packed.token_ids.tolist(), packed.starts.tolist()) == ([9], [5])
+
+
+@pytest.mark.parametrize("stop", [EOS, 9])
+def test_a_row_preempted_with_guesses_in_flight_keeps_what_held(stop: int) -> None:
+    scheduler = scheduler_of()
+    sequence = started(scheduler, stop_token_ids=[stop])
+    plan = scheduler.schedule(0, guess(sequence, 5, 6))
+    scheduler._preempt(sequence)
+    scheduler.check_integrity()
+    assert scheduler.schedule(0) is None, "it waits for what is in flight"
+    arrived = scheduler.commit(plan, StepOutput(np.array([5, 9, 1], np.int32)))
+    scheduler.check_integrity()
+    assert arrived.deltas[0].token_ids == [5, 9]
+    again = scheduler.schedule(0)
+    if stop == 9:
+        assert sequence.finish_reason == "stop" and again is None and sequence.tokens.tolist() == [1, 2, 3, 4, 5, 9]
+    else:
+        assert (again.starts.tolist(), again.counts.tolist()) == ([4], [2]), "a page of known tokens is found again"
+    scheduler.check_integrity()
+
+
+def test_log_probabilities_come_with_each_token() -> None:
+    scheduler = scheduler_of()
+    sequence = started(scheduler, logprobs=1)
+    plan = scheduler.schedule(0, guess(sequence, 5, 6))
+    values = np.arange(3, dtype=np.float32)
+    logprobs = StepLogprobs(values, values.astype(np.int32), values.astype(np.int32)[:, None], values[:, None])
+    delta = scheduler.commit(plan, StepOutput(np.array([5, 9, 1], np.int32), logprobs)).deltas[0]
+    assert [(one.token_id, one.logprob, one.top_ids) for one in delta.logprobs] == [(5, 0.0, [0]), (9, 1.0, [1])]
+
+
+def test_guesses_are_not_published() -> None:
+    """A page full of guesses gets a hash once they are the sequence's own, and then for what it holds."""
+    scheduler = scheduler_of()
+    sequence = started(scheduler)
+    plan = scheduler.schedule(0, guess(sequence, 5, 6, 8, 9))
+    scheduler.abort(sequence.key)
+    scheduler.commit(plan, StepOutput(np.array([5, 6, 8, 9, 1], np.int32)))
+    scheduler.check_integrity()
+    again = Sequence("b", [1, 2, 3, 4, 5, 6, 8, 9, 1], SamplingParams(), frozenset(), 0, MAX_LEN)
+    scheduler.add(again)
+    scheduler.schedule(0)
+    assert again.cached_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "waiting", "expected"),
+    [(dict(), 0, 15), (dict(max_entries=6), 2, 3), (dict(max_num_batched_tokens=9), 0, 4), (dict(max_entries=4), 5, 0)],
+)
+def test_how_many_guesses_a_step_has_room_for(overrides: dict, waiting: int, expected: int) -> None:
+    scheduler = scheduler_of(**overrides)
+    started(scheduler)
+    for index in range(waiting):
+        scheduler.add(Sequence(str(index), [1, 2], SamplingParams(), frozenset(), 0, MAX_LEN))
+    assert scheduler.room_for_guesses(8)[2] == expected
