@@ -6,6 +6,7 @@ Plain modules are run, which hold more at a time than their compiled form does. 
 from __future__ import annotations
 
 import gc
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ import torch
 from compiler.buckets import Bucket
 from compiler.scrap import everything, scrap_step
 from compiler.step import CompiledStep
+
+
+SAMPLES = 5  # graphs measured one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +46,14 @@ def measure(step: CompiledStep, largest: Bucket, max_model_len: int) -> Peak:
 
 
 def _graphs(step: CompiledStep) -> int:
-    """All graphs share one pool, which the largest makes; each has memory of the driver's besides."""
+    """All graphs share one pool, which the largest makes; each has memory of the driver's besides.
+
+    The median of a few: free memory is the whole device's, and what another process takes meanwhile would be multiplied.
+    """
     rungs = step.ladder.buckets()
     first = _taken(lambda: step.capture_graphs(rungs[-1:], progress=False))
-    each = _taken(lambda: step.capture_graphs(rungs[:1], progress=False))
-    return first + each * (len(rungs) - 1)
+    each = statistics.median(_taken(lambda: step.capture_graphs([rung], progress=False)) for rung in rungs[:SAMPLES])
+    return first + int(each) * (len(rungs) - 1)
 
 
 def _taken(act: Callable[[], None]) -> int:

@@ -29,11 +29,17 @@ class CudaCalls:
     """The interface of `InterpreterProcess`, on the device."""
 
     def call(self, module: str, function: str, *arguments, constants: dict | None = None):
-        move = lambda a, device: a.to(device) if isinstance(a, torch.Tensor) else a  # noqa: E731
-        there = [move(a, "cuda") for a in arguments]
+        there = [_moved(a, "cuda") for a in arguments]
         with load_beside("interpreter_process").replaced(constants or {}):
             result = getattr(importlib.import_module(module), function)(*there)
-        return move(result, "cpu"), tuple(move(a, "cpu") for a in there)
+        return _moved(result, "cpu"), _moved(tuple(there), "cpu")
+
+
+def _moved(value, device: str):
+    """A tensor, or what a tuple holds of tensors, on the device; anything else as it is."""
+    if type(value) is tuple:
+        return tuple(_moved(one, device) for one in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 @pytest.fixture(scope="session", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
