@@ -19,6 +19,7 @@ from kernels import reference
 METHODS = ("awq", "gptq", "compressed-tensors", "fp8", "int8", "int4", "gguf")
 ONLINE = ("fp8", "int8", "int4")  # made from an unquantised checkpoint while it loads
 ONLINE_GROUP = 32
+ROWS_AT_ONCE = 2048  # of a weight that is quantised: what it takes in float32 meanwhile stays small
 WORD_BITS = 32
 
 
@@ -88,11 +89,11 @@ class Scheme:
     block: tuple[int, int] | None = None  # rows and columns that share a scale
     fp8: bool = False  # codes are float8_e4m3fn
 
-    def first_tensor(self) -> str:
-        """The tensor by which a quantised linear is known; only of type float8 or int8 where it is the weight itself."""
+    def marks(self) -> tuple[str, ...]:
+        """Tensors of which any tells a quantised linear from one left as it was."""
         if self.layout in PACKED:
-            return PACKED[self.layout].codes
-        return "codes" if self.layout == STORED else "weight"
+            return (PACKED[self.layout].codes,)
+        return ("codes",) if self.layout == STORED else ELEMENTS_SCALES
 
     def tensors(self) -> tuple[str, ...]:
         """Every tensor that may stand beside a quantised linear's bias."""
@@ -270,15 +271,18 @@ def _read_elements(tensors: Mapping[str, torch.Tensor], block: tuple[int, int] |
 
 def quantize(weight: torch.Tensor, method: str, where: str) -> Quantized:
     """weight [N, K] by one of ONLINE: fp8 and int8 a scale a row, int4 a scale and a shift a group of 32."""
+    parts = weight.split(ROWS_AT_ONCE)
     if method != "int4":
-        codes, scale = reference.quantize_rows(weight, torch.int8 if method == "int8" else torch.float8_e4m3fn)
+        dtype = torch.int8 if method == "int8" else torch.float8_e4m3fn
+        codes, scale = map(torch.cat, zip(*(reference.quantize_rows(part, dtype) for part in parts)))
         return Quantized(codes, scale, None, weight.shape[1])
     if weight.shape[1] % ONLINE_GROUP:
         raise QuantizationError(
             f"{where}: {weight.shape[1]} inputs do not divide into groups of {ONLINE_GROUP}; set quantization to int8 or fp8"
         )
-    codes, scale, shift = reference.quantize_groups(weight, ONLINE_GROUP)
-    return Quantized(reference.pack_nibbles(codes), scale, shift, ONLINE_GROUP)
+    groups = (reference.quantize_groups(part, ONLINE_GROUP) for part in parts)
+    codes, scale, shift = map(torch.cat, zip(*((reference.pack_nibbles(codes), *rest) for codes, *rest in groups)))
+    return Quantized(codes, scale, shift, ONLINE_GROUP)
 
 
 def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compiler.capture import UnsupportedModel
 from compiler.passes.quant_linears import QuantLinear
-from compiler.quant_formats import ELEMENTS_SCALES, Quantized, QuantizationError, Scheme, quantize
+from compiler.quant_formats import Quantized, QuantizationError, Scheme, quantize
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -209,8 +209,7 @@ def _packed_linears(model: nn.Module, files: dict[str, Path], scheme: Scheme | N
     """Path of every linear that the checkpoint holds quantised -> the last names of its tensors."""
     if scheme is None:
         return {}
-    marks = ELEMENTS_SCALES if scheme.layout == "elements" else (scheme.first_tensor(),)
-    packed = {}
+    packed, marks = {}, scheme.marks()
     for path, module in model.named_modules():
         if type(module) is nn.Linear and any(f"{path}.{mark}" in files for mark in marks):
             packed[path] = {name for name in scheme.tensors() if f"{path}.{name}" in files}
@@ -246,6 +245,11 @@ def _differences(model: nn.Module, names: set[str], packed: dict[str, set[str]])
 
 def _refuse_names(model: nn.Module, folder: Path, names: set[str], packed: dict[str, set[str]]) -> None:
     missing, unexpected = _differences(model, names, packed)
+    if any(".experts." in name for name in missing):
+        raise QuantizationError(
+            f"{folder}: quantised experts of a mixture are not served; take the original checkpoint, whose other linears "
+            "quantization fp8, int8 or int4 quantises while loading"
+        )
     _refuse_differences(folder, dict(missing_keys=missing, unexpected_keys=unexpected))
 
 

@@ -222,6 +222,15 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_quantised_experts_are_refused(tmp_path: Path) -> None:
+    packed = write(tmp_path / "packed", stock_model("mixtral"), "fp8_row")
+    assert any(".experts." in name for name in packed.state_dict())
+    tensors = {n: t for n, t in load_file(tmp_path / "packed" / "model.safetensors").items() if ".experts." not in n}
+    save_file(tensors, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QuantizationError, match="quantised experts of a mixture are not served; take the original"):
+        load(tmp_path / "packed")
+
+
 def test_a_bias_that_the_model_lacks(tmp_path: Path) -> None:
     """Of zeros it is left out; else it would be lost."""
     stock = write(tmp_path, stock_model(), "gptq_4")

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from kernels import reference
 from kernels.quant_tiles import FEW_ROWS, Tile, choice_of, tile_by_rule
 
@@ -92,3 +93,26 @@ def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int,
     assert tile.block_k >= (32 if kind == "int4" else 16)
     assert tile.split_k == 1 or rows <= FEW_ROWS
     assert tile.num_stages * tile.block_k * (tile.block_n + 2 * 64) <= 200 * 1024
+
+
+@pytest.mark.parametrize("kind, rows, group", [("int4", 3, 64), ("int4", 70, 64), ("int4", 300, 64), ("int8", 2, 128), ("fp8", 2, 128)])
+def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
+    """Each way but the row-wise FP8 product, which is the device's own."""
+    codes, scale, shift = random_weight(kind, 48, 128, group, kind == "int4")
+    x = torch.randn(1, rows, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = reference.quant_linear(x.float(), codes, scale, shift, None, group)
+    out, _ = triton_calls.call("kernels.cuda", "quant_linear", x, codes, scale, shift, None, group)
+    assert out.dtype == x.dtype and out.shape == expected.shape
+    # `plain` rounds the weight to bfloat16 before it multiplies.
+    torch.testing.assert_close(out.float(), expected, atol=2**-8 * expected.abs().max().item(), rtol=2**-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_row_wise_fp8_product() -> None:
+    codes, scale, _ = random_weight("fp8", 64, 128, 128, False)
+    x = torch.randn(100, 128).bfloat16()
+    assert choice_of("fp8", 100, 64, 128, 128, True).way == "scaled"
+    expected = reference.quant_linear(x.float(), codes, scale, None, None, 128)
+    out = torch.ops.pagegraph.quant_linear(x.cuda(), codes.cuda(), scale.cuda(), None, None, 128).cpu()
+    assert ((out.float() - expected).norm() / expected.norm()).item() < 0.05
