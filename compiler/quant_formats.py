@@ -80,12 +80,11 @@ STORED = "stored"  # our own form, as a converted GGUF file holds it
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What a checkpoint's `quantization_config` says: method, layout, bits of a code, columns of a group (0: a whole row)."""
+    """What a checkpoint's `quantization_config` says: method, layout, bits of a code. Groups show in the shapes."""
 
     method: str
     layout: str  # a key of PACKED, "elements" or STORED
     bits: int
-    group: int = 0
     block: tuple[int, int] | None = None  # rows and columns that share a scale
     fp8: bool = False  # codes are float8_e4m3fn
 
@@ -123,10 +122,10 @@ def detect(config: Mapping[str, Any] | None) -> Scheme | None:
     if method == "awq":
         if (version := str(config.get("version", "gemm")).lower()) != "gemm":
             raise QuantizationError(f"quantization_config: version {version!r} of AWQ is not served; gemm is")
-        return Scheme("awq", "awq", _bits(config.get("bits", 4), (4,), "awq"), int(config.get("group_size", 128)))
+        return Scheme("awq", "awq", _bits(config.get("bits", 4), (4,), "awq"))
     if method == "gptq":
         layout = "gptq_v2" if config.get("checkpoint_format") == "gptq_v2" else "gptq"
-        return Scheme("gptq", layout, _bits(config.get("bits"), (4, 8), "gptq"), max(int(config.get("group_size", 128)), 0))
+        return Scheme("gptq", layout, _bits(config.get("bits"), (4, 8), "gptq"))
     if method == "fp8":
         block = config.get("weight_block_size")
         return Scheme("fp8", "elements", 8, block=tuple(block) if block else None, fp8=True)
@@ -169,8 +168,7 @@ def _compressed(config: Mapping[str, Any]) -> Scheme:
         raise QuantizationError("quantization_config: config_groups hold several kinds of weights; one kind is served")
     weights, layout = described[0], groups[0].get("format") or config.get("format")
     if layout == "pack-quantized":
-        bits = _bits(weights.get("num_bits"), (4, 8), "pack-quantized")
-        return Scheme("compressed-tensors", layout, bits, max(int(weights.get("group_size") or 0), 0))
+        return Scheme("compressed-tensors", layout, _bits(weights.get("num_bits"), (4, 8), "pack-quantized"))
     if layout in ("int-quantized", "float-quantized", "naive-quantized"):
         if weights.get("type") == "int" and not weights.get("symmetric", True):
             raise QuantizationError(f"quantization_config: {layout} weights with zero points are not served; symmetric ones are")
