@@ -5,6 +5,7 @@ Each case alternates the two sides and compares medians, as `test_cpu_engine` do
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from prompts import PROMPTS  # noqa: E402
 from test_cpu_engine import MODEL, config_of, greedy, ratio  # noqa: E402
 
 METHODS = ("int8", "int4")
+TURN = itertools.count()  # of prompts: none is another's prefix
 
 pytestmark = pytest.mark.timeout(1800)  # three compilations
 
@@ -41,6 +43,19 @@ def test_streams(benchmark, llms: dict[str | None, LLM], method: str, streams: i
         goal=goals[method],
     )
     benchmark.extra_info["tokens_per_s"] = round(streams * 48 / min(benchmark.extra_info["ours_s"]), 1)
+
+
+@pytest.mark.parametrize("method, goal", [("int8", 0.7), ("int4", 0.45)])
+def test_prompt(benchmark, llms: dict[str | None, LLM], method: str, goal: float) -> None:
+    """A prompt of 256 tokens, each time another: what many rows lose by products that are made for few."""
+
+    def prompt() -> list[list[int]]:
+        seed = next(TURN)
+        return [[(7 * seed + 11 * index) % 40000 + 100 for index in range(256)]]
+
+    ratio(
+        benchmark, lambda: llms[method].generate(prompt(), greedy(1)), lambda: llms[None].generate(prompt(), greedy(1)), goal=goal
+    )
 
 
 WEIGHTS = """
