@@ -130,6 +130,8 @@ def quant_linear(
     """
     rows, size = x.shape
     out_size, groups = scale.shape
+    if groups > 1 and group % tile.block_k:
+        raise ValueError(f"a step of {tile.block_k} columns reaches over groups of {group}: take one that divides them")
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
     tiles = -(-out_size // tile.block_n)
     block_t = min(MAX_BLOCK_T, max(16, triton.next_power_of_2(rows)))

@@ -33,7 +33,11 @@ def choice_of(kind: Kind, rows: int, out_size: int, size: int, group: int, scale
     """For x [rows, size] @ weight [out_size, size].T; `scaled`: the row-wise FP8 product takes this weight."""
     measured = TABLE.get((kind, out_size, size), {})
     if limits := [limit for limit in measured if limit >= rows]:
-        return measured[min(limits)]
+        found = measured[min(limits)]
+        if found.way == "tile":  # it may have been measured with larger groups
+            return Choice("tile", found.tile._replace(block_k=min(found.tile.block_k, step_within(group, size))))
+        if found.way == "plain" or scaled:
+            return found
     if rows > FEW_ROWS and scaled:
         return Choice("scaled")
     if rows > WIDE_ROWS:
@@ -41,9 +45,14 @@ def choice_of(kind: Kind, rows: int, out_size: int, size: int, group: int, scale
     return Choice("tile", tile_by_rule(rows, out_size, size, group))
 
 
+def step_within(group: int, size: int) -> int:
+    """Most columns of a step that lie in one group: a power of two, at most 128."""
+    return min(128, group & -group) if group < size else 128
+
+
 def tile_by_rule(rows: int, out_size: int, size: int, group: int) -> Tile:
     """Columns of a step divide a group; columns are split where rows of the weight alone do not fill the device."""
-    block_k = min(128, group & -group) if group < size else 128
+    block_k = step_within(group, size)
     if rows > FEW_ROWS:
         return Tile(128, min(64, block_k), 1, 8, 3)
     block_n = 64 if out_size >= 4096 else 32

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from kernels import reference
-from kernels.quant_tiles import FEW_ROWS, Tile, choice_of, tile_by_rule
+from kernels import quant_tiles, reference
+from kernels.quant_tiles import FEW_ROWS, Choice, Tile, choice_of, tile_by_rule
 
 MIXED = [
     # kind, N, K, group, tile
@@ -93,6 +93,17 @@ def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int,
     assert tile.block_k >= (32 if kind == "int4" else 16)
     assert tile.split_k == 1 or rows <= FEW_ROWS
     assert tile.num_stages * tile.block_k * (tile.block_n + 2 * 64) <= 200 * 1024
+
+
+def test_a_measured_choice_fits_the_weight_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {8: Choice("tile", Tile(64, 128, 2, 4, 4)), 64: Choice("scaled"), 300: Choice("plain")}
+    monkeypatch.setitem(quant_tiles.TABLE, ("fp8", 512, 1024), measured)
+    assert choice_of("fp8", 3, 512, 1024, 1024, True) == measured[8]
+    assert choice_of("fp8", 3, 512, 1024, 32, False).tile == Tile(64, 32, 2, 4, 4)
+    assert choice_of("fp8", 20, 512, 1024, 1024, True).way == "scaled"
+    assert choice_of("fp8", 20, 512, 1024, 128, False).way == "tile"  # a scale a block: the row-wise product does not take it
+    assert choice_of("fp8", 300, 512, 1024, 1024, True).way == "plain"
+    assert choice_of("fp8", 301, 512, 1024, 1024, True).way == "scaled"
 
 
 @pytest.mark.parametrize("kind, rows, group", [("int4", 3, 64), ("int4", 70, 64), ("int4", 300, 64), ("int8", 2, 128), ("fp8", 2, 128)])
