@@ -127,7 +127,10 @@ def _attend(
     softcap: float,
     chunk: int,
 ) -> Tensor:
-    """The last n positions of R sequences: query [R, n, Hq, D], lengths [R] with them -> [R, n, Hq, Dv]."""
+    """The last n positions of R sequences: query [R, n, Hq, D], lengths [R] with them -> [R, n, Hq, Dv].
+
+    Each position is computed as if it were alone: the order of sums, and so the rounding, does not depend on n.
+    """
     width = int(lengths.max())
     keys = _gather(key_cache, tables, width).to(query.dtype)
     values = _gather(value_cache, tables, width).to(query.dtype)
@@ -145,28 +148,38 @@ def _attend(
             seen = seen & (at > last - window)
         if chunk:
             seen = seen & (at // chunk == last // chunk)
+        seen = seen[:, :, None, None]
     groups = key_cache.shape[2]
-    shared = heads // groups
-    # [R, Hkv, G * n, D] x [R, Hkv, L, D]: the query heads of a group share their key head, nothing is repeated.
-    grouped = query.view(rows, count, groups, shared, size).permute(0, 2, 3, 1, 4).reshape(rows, groups, shared * count, size)
-    if seen is not None:
-        seen = seen[:, None, None].expand(-1, -1, shared, -1, -1).reshape(rows, 1, shared * count, width)
+    # [.., Hkv, G, D] x [.., Hkv, L, D]: the query heads of a group share their key head, nothing is repeated.
+    grouped = query.view(rows, count, groups, heads // groups, size)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    if sinks is None and not softcap:
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen, scale=scale)
+    if count == 1:
+        out = _softmax_over(grouped[:, 0], keys, values, seen if seen is None else seen[:, 0], sinks, scale, softcap)
     else:
-        logits = torch.matmul(grouped.float(), keys.float().transpose(2, 3)) * scale
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        if seen is not None:
-            logits = logits.masked_fill(~seen, -torch.inf)
-        if sinks is not None:
-            column = sinks.float().view(groups, shared, 1).expand(-1, -1, count).reshape(1, groups, shared * count, 1)
-            weights = torch.cat([logits, column.expand(rows, -1, -1, -1)], dim=-1).softmax(dim=-1)[..., :-1]
-        else:
-            weights = logits.softmax(dim=-1)
-        out = torch.matmul(weights, values.float()).to(query.dtype)
-    return out.view(rows, groups, shared, count, -1).permute(0, 3, 1, 2, 4).reshape(rows, count, heads, -1)
+        shared = [one.unsqueeze(1).expand(-1, count, -1, -1, -1) for one in (keys, values)]  # views: no copy for each position
+        each = zip(grouped, *shared, seen)
+        out = torch.stack([_softmax_over(*one, sinks, scale, softcap) for one in each])
+    return out.reshape(rows, count, heads, -1)
+
+
+def _softmax_over(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """query [R, Hkv, G, D], keys and values [R, Hkv, L, *], seen bool [R, 1, 1, L] or None: all -> [R, Hkv, G, Dv]."""
+    if sinks is None and not softcap:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scale)
+    rows, groups, shared, _ = query.shape
+    logits = torch.matmul(query.float(), keys.float().transpose(2, 3)) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if seen is not None:
+        logits = logits.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        column = sinks.float().view(1, groups, shared, 1).expand(rows, -1, -1, 1)
+        weights = torch.cat([logits, column], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = logits.softmax(dim=-1)
+    return torch.matmul(weights, values.float()).to(query.dtype)
 
 
 def _fused(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, chunk: int) -> Tensor:

@@ -77,11 +77,14 @@ def test_any_ragged_step(lengths, decodes, pads, features, seed) -> None:
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 4.0])
 @pytest.mark.parametrize(("window", "chunk"), [(0, 0), (7, 0), (0, 5)])
-def test_a_row_for_each_token_is_the_sequence_whole(window: int, chunk: int, softcap: float, sinks: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_row_for_each_token_is_the_sequence_whole(dtype: torch.dtype, window: int, chunk: int, softcap: float, sinks: bool) -> None:
     """Guesses: every token of a sequence as a row of its own, over the pages of the others; with and without padding."""
     lengths = ((3, 17), (1, 40), (5, 5), (1, 1), (3, 33), (1, 2))
     for pad in (0, 2):
-        case = Case(lengths, 6, 2, 32, window=window, chunk=chunk, softcap=softcap, sinks=sinks, pad_tokens=pad, pad_seqs=pad)
+        case = Case(
+            lengths, 6, 2, 32, window=window, chunk=chunk, softcap=softcap, sinks=sinks, pad_tokens=pad, pad_seqs=pad, dtype=dtype
+        )
         expected_arguments = case.arguments()
         arguments = list(clone(expected_arguments))
         expected = reference.paged_attention(*expected_arguments)
