@@ -1,8 +1,9 @@
 """The engine loop: messages in, one step launched ahead, tokens out.
 
 Step N+1 is scheduled and launched before the ids of step N are read, so the device never waits for the
-host; where guesses are to be verified, after. One request's error stays that request's; a failed step fails its own sequences, and only a run of
-failed steps ends the engine. Holds no socket and no CUDA: the mailbox, the step and the clock are given.
+host; where guesses are to be verified, after. One request's error stays that request's; a failed step fails
+its own sequences, and only a run of failed steps ends the engine. Holds no socket and no CUDA: the mailbox,
+the step and the clock are given.
 """
 
 from __future__ import annotations
