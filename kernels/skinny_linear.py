@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import arrival_counts, dependent, wait
+from kernels.launch import dependent, wait
 from kernels.skinny_tiles import Tile
+from kernels.split_columns import added_up, is_last, room_for_parts
 
 
 @triton.jit
@@ -68,18 +69,10 @@ def skinny_linear_kernel(
             x = tl.load(x_at + k, mask=in_t[None, :] & inside[:, None], other=0.0)
         total = tl.dot(weight, x, total, input_precision=PRECISION)
     if SPLIT_K > 1:
-        # partial [SPLIT_K, tiles, BLOCK_N, BLOCK_T]
-        tiles = tl.num_programs(0)
         at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + t[None, :]
-        tl.store(partial_ptr + (split * tiles + tile) * BLOCK_N * BLOCK_T + at, total)
-        tl.debug_barrier()  # every thread's part is stored before the arrival is counted
-        arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
-        if arrived < SPLIT_K - 1:
+        if not is_last(total, partial_ptr, counter_ptr, tile, split, at, SPLIT_K, BLOCK_N, BLOCK_T):
             return
-        tl.store(counter_ptr + tile, 0)
-        total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-        for other in tl.static_range(SPLIT_K):
-            total += tl.load(partial_ptr + (other * tiles + tile) * BLOCK_N * BLOCK_T + at, cache_modifier=".cg")
+        total = added_up(partial_ptr, counter_ptr, tile, at, SPLIT_K, BLOCK_N, BLOCK_T)
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
     dtype = out_ptr.dtype.element_ty
@@ -104,10 +97,7 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, ga
     out = torch.empty(rows, out_size // 2 if gated else out_size, dtype=x.dtype, device=x.device)
     tiles = -(-out_size // tile.block_n)
     block_t = max(16, triton.next_power_of_2(rows))
-    partial = counters = out
-    if tile.split_k > 1:
-        partial = torch.empty(tile.split_k * tiles * tile.block_n * block_t, dtype=torch.float32, device=x.device)
-        counters = arrival_counts(x.device)
+    partial, counters = room_for_parts(tile, tiles, block_t, out)
     skinny_linear_kernel[tiles, tile.split_k](
         out,
         partial,
