@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
+from compiler.quant_methods import METHODS, ONLINE
 from kernels import reference
 
-METHODS = ("awq", "gptq", "compressed-tensors", "fp8", "int8", "int4", "gguf")
-ONLINE = ("fp8", "int8", "int4")  # made from an unquantised checkpoint while it loads
 ONLINE_GROUP = 32
 ROWS_AT_ONCE = 2048  # of a weight that is quantised: what it takes in float32 meanwhile stays small
 WORD_BITS = 32

@@ -17,10 +17,11 @@ from typing import Any, Callable, Mapping
 
 import yaml
 
+from compiler import quant_methods
+
 CPU_BATCHED_TOKENS = 2048
 CUDA_BATCHED_TOKENS = 8192
 CPU_KV_CACHE_MEMORY = 1 << 30  # bytes
-QUANTIZED_LOADING = ("fp8", "int8", "int4")  # quantisations that need no quantised checkpoint
 METHODS = ("ngram", "suffix", "draft", "ngram+draft", "suffix+draft")  # of speculation
 AUTO_GUESSES = 15  # a sequence at most, where their number is left to the engine
 GUESS_ENTRIES = 64  # sequences and guesses that a step has room for at least, where there is speculation
@@ -146,7 +147,7 @@ class Config:
     dtype: str = _option("auto", _one_of("auto", "float32", "bfloat16", "float16"), "weights and activations: auto, float32, bfloat16, float16", "model")
     device: str = _option("auto", _one_of("auto", "cpu", "cuda"), "auto (cuda if there is one), cpu or cuda", "model")
     load_format: str = _option("auto", _one_of("auto", "safetensors", "gguf", "dummy"), "auto, safetensors, gguf, or dummy (random weights)", "model")
-    quantization: str | None = _option(None, _one_of("awq", "gptq", "compressed-tensors", *QUANTIZED_LOADING, "gguf"), "awq, gptq, compressed-tensors or gguf (as the checkpoint is), fp8, int8 or int4 (made while loading); none: what the checkpoint says", "model", _NONE)
+    quantization: str | None = _option(None, _one_of(*quant_methods.METHODS), "awq, gptq, compressed-tensors or gguf (as the checkpoint is), fp8, int8 or int4 (made while loading); none: what the checkpoint says", "model", _NONE)
     trust_remote_code: bool = _option(False, parse_flag, "run Python code that comes with the model", "model")
     seed: int = _option(0, _between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none", "model")
 
@@ -209,7 +210,7 @@ class Config:
         if self.method is None or "draft" not in self.method:
             return None
         # What is made while loading is made of it too; what a checkpoint says holds for that checkpoint.
-        quantization = self.quantization if self.quantization in QUANTIZED_LOADING else None
+        quantization = self.quantization if self.quantization in quant_methods.ONLINE else None
         return dataclasses.replace(
             self, model=self.speculative_model, gguf_file=None, revision=None, tokenizer=None, quantization=quantization,
             speculative_method=None, speculative_model=None,
