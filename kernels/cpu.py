@@ -108,7 +108,9 @@ def _runs(tables: Tensor, lengths: Tensor) -> Tensor | None:
 
     None if there are no such rows.
     """
-    follows = (lengths[1:] == lengths[:-1] + 1) & ((tables[1:] == tables[:-1]) | (tables[:-1] == 0)).all(dim=1)
+    follows = lengths[1:] == lengths[:-1] + 1
+    if follows.any():  # tables are compared only where lengths leave it open
+        follows &= ((tables[1:] == tables[:-1]) | (tables[:-1] == 0)).all(dim=1)
     if not follows.any():
         return None
     first = torch.nonzero(torch.cat([follows.new_ones(1), ~follows]))[:, 0]
