@@ -51,6 +51,31 @@ def prompts_for(vocab: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
+def check_compiled(stock: torch.nn.Module, captured, graph_passes: list, schedule: list[list[int]]) -> list[torch.fx.GraphModule]:
+    """Let Dynamo capture the forward, rewrite it, and compare what it computes with the stock model -> the rewritten graphs."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = lower.compile_forward(captured, graph_passes, backend=backend)
+
+    def forward(*inputs):
+        lower.mark_dynamic(*inputs[:7])
+        return compiled(*inputs)
+
+    prompts = prompts_for(SIZES["vocab_size"])
+    expected = stock_logits(stock, prompts)
+    with torch.inference_mode():
+        got = run_paged(forward, captured.layouts, prompts, schedule)
+    for sequence, by_position in enumerate(got):
+        for position, logits in by_position.items():
+            torch.testing.assert_close(logits, expected[sequence][position], atol=1e-4, rtol=0)
+    return graphs
+
+
 def stock_logits(stock: torch.nn.Module, prompts: list[list[int]]) -> list[torch.Tensor]:
     return [stock(input_ids=torch.tensor([p]), use_cache=False).logits[0].float() for p in prompts]
 
@@ -95,29 +120,10 @@ def test_is_one_full_graph(name: str) -> None:
     config = tiny_config(name)
     stock = random_model(config)
     captured = captured_copy(tiny_config(name), stock)
-    graphs = []
-
-    def backend(module, inputs):
-        graphs.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
-    compiled = lower.compile_forward(captured, backend=backend)
-
-    def forward(*inputs):
-        lower.mark_dynamic(*inputs[:7])
-        return compiled(*inputs)
-
-    prompts = prompts_for(SIZES["vocab_size"])
-    expected = stock_logits(stock, prompts)
-    with torch.inference_mode():
-        got = run_paged(forward, captured.layouts, prompts, CHUNKED)
+    graphs = check_compiled(stock, captured, [], CHUNKED)
     assert len(graphs) == 1
     ops = [n for n in graphs[0].graph.nodes if "paged_attention" in str(n.target)]
     assert len(ops) == config.get_text_config().num_hidden_layers
-    for sequence, by_position in enumerate(got):
-        for position, logits in by_position.items():
-            torch.testing.assert_close(logits, expected[sequence][position], atol=1e-4, rtol=0)
 
 
 REFUSED = {

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from compiler import lower
 from compiler.passes.fuse_rope import fuse_rope
 
 sys.path.insert(0, str(Path(__file__).parent))
-from architectures import ARCHITECTURES, SIZES, tiny_config  # noqa: E402
-from paged_run import run_paged  # noqa: E402
-from test_capture import MIXED, captured_copy, prompts_for, random_model, stock_logits  # noqa: E402
+from architectures import ARCHITECTURES, tiny_config  # noqa: E402
+from test_capture import MIXED, captured_copy, check_compiled, random_model  # noqa: E402
 
 ROTATED = {
     "llama", "llama3_rope", "llama_yarn", "llama_linear", "mistral_window", "qwen2", "qwen2_window", "gemma", "gemma2",
@@ -32,27 +30,12 @@ def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
     stock = random_model(config)
     captured = captured_copy(tiny_config(name), stock)
     found: list[int] = []
-    graphs: list[torch.fx.GraphModule] = []
 
     def counted(module: torch.fx.GraphModule) -> int:
         found.append(fuse_rope(module))
-        graphs.append(module)
         return found[-1]
 
-    torch._dynamo.reset()
-    compiled = lower.compile_forward(captured, [counted], backend=lambda module, inputs: module.forward)
-
-    def forward(*inputs):
-        lower.mark_dynamic(*inputs[:7])
-        return compiled(*inputs)
-
-    prompts = prompts_for(SIZES["vocab_size"])
-    expected = stock_logits(stock, prompts)
-    with torch.inference_mode():
-        got = run_paged(forward, captured.layouts, prompts, MIXED)
-    for sequence, by_position in enumerate(got):
-        for position, logits in by_position.items():
-            torch.testing.assert_close(logits, expected[sequence][position], atol=1e-4, rtol=0)
+    graphs = check_compiled(stock, captured, [counted], MIXED)
     if name in ROTATED:
         assert set(found) == {len(captured.layouts)}
     ops = [n for n in graphs[0].graph.nodes if n.target is torch.ops.pagegraph.rope_attention]

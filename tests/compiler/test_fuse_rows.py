@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from compiler import lower
 from compiler.passes.fuse_rope import fuse_rope
 from compiler.passes.fuse_rows import fuse_rows
 from compiler.passes.merge_linears import merge_linears
 
 sys.path.insert(0, str(Path(__file__).parent))
-from architectures import ARCHITECTURES, SIZES, tiny_config  # noqa: E402
-from paged_run import run_paged  # noqa: E402
-from test_capture import MIXED, captured_copy, prompts_for, random_model, stock_logits  # noqa: E402
+from architectures import ARCHITECTURES, tiny_config  # noqa: E402
+from test_capture import MIXED, captured_copy, check_compiled, random_model  # noqa: E402
 
 # (add_rms_norm, rms_norm, silu_mul) of a model of four layers
 FOUND = {
@@ -36,26 +34,7 @@ def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
     stock = random_model(tiny_config(name))
     captured = captured_copy(tiny_config(name), stock)
     merge_linears(captured)
-    graphs: list[torch.fx.GraphModule] = []
-
-    def kept(module: torch.fx.GraphModule) -> int:
-        graphs.append(module)
-        return 0
-
-    torch._dynamo.reset()
-    compiled = lower.compile_forward(captured, [fuse_rope, fuse_rows, kept], backend=lambda module, inputs: module.forward)
-
-    def forward(*inputs):
-        lower.mark_dynamic(*inputs[:7])
-        return compiled(*inputs)
-
-    prompts = prompts_for(SIZES["vocab_size"])
-    expected = stock_logits(stock, prompts)
-    with torch.inference_mode():
-        got = run_paged(forward, captured.layouts, prompts, MIXED)
-    for sequence, by_position in enumerate(got):
-        for position, logits in by_position.items():
-            torch.testing.assert_close(logits, expected[sequence][position], atol=1e-4, rtol=0)
+    graphs = check_compiled(stock, captured, [fuse_rope, fuse_rows], MIXED)
     if name in FOUND:
         ops = torch.ops.pagegraph
         targets = [node.target for node in graphs[0].graph.nodes]

@@ -65,3 +65,13 @@ def alone(prompt: list[int], params: SamplingParams, seed: int) -> tuple[list[in
             return tokens[len(prompt) :], "length"
         if made > params.min_tokens and tokens[-1] == EOS and not params.ignore_eos:
             return tokens[len(prompt) :], "stop"
+
+
+def check_outputs(sequences: dict, got: dict[str, list[int]], ended: dict[str, str]) -> None:
+    """Every sequence got the tokens it must get, up to where it was aborted, and ended for the right reason."""
+    for key, sequence in sequences.items():
+        tokens, reason = alone(sequence.tokens[: sequence.num_prompt].tolist(), sequence.params, sequence.seed)
+        if ended[key] == "abort":
+            assert got[key] == tokens[: len(got[key])]
+        else:
+            assert (got[key], ended[key]) == (tokens, reason)

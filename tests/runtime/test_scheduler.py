@@ -21,7 +21,7 @@ from runtime.request import Sequence
 from runtime.scheduler import Plan, Scheduler
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep, alone  # noqa: E402
+from fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep, check_outputs  # noqa: E402
 
 prompts = st.builds(
     lambda shared, own: ([1, 2, 3, 4, 5, 6, 8, 9, 10, 0, 1, 2] * 2)[:shared] + own,
@@ -95,12 +95,7 @@ def test_random_work_gives_every_sequence_its_own_tokens(
         assert turn < 3000, "the scheduler makes no progress"
     total_steps += step.steps
     assert pool.num_free == num_blocks - 1, "pages are held by nobody"
-    for key, sequence in sequences.items():
-        tokens, reason = alone(sequence.tokens[: sequence.num_prompt].tolist(), sequence.params, sequence.seed)
-        if ended[key] == "abort":
-            assert got[key] == tokens[: len(got[key])]
-        else:
-            assert (got[key], ended[key]) == (tokens, reason)
+    check_outputs(sequences, got, ended)
 
 
 def test_the_fuzz_above_ran_enough_steps() -> None:

@@ -21,7 +21,7 @@ from runtime.speculate import within
 from runtime.verify import Guessed, Guesses, Verdict, verdict
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep, alone, next_token  # noqa: E402
+from fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep, check_outputs, next_token  # noqa: E402
 
 
 def judged(
@@ -168,12 +168,7 @@ def test_guesses_right_or_wrong_change_no_token(
     seen["rejected"] += counters.guesses - counters.accepted
     assert sum(counters.accepted_at) == counters.accepted
     assert pool.num_free == num_blocks - 1, "pages are held by nobody"
-    for key, sequence in sequences.items():
-        tokens, reason = alone(sequence.tokens[: sequence.num_prompt].tolist(), sequence.params, sequence.seed)
-        if ended[key] == "abort":
-            assert got[key] == tokens[: len(got[key])]
-        else:
-            assert (got[key], ended[key]) == (tokens, reason)
+    check_outputs(sequences, got, ended)
 
 
 def test_the_fuzz_above_saw_all_there_is() -> None:
