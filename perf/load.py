@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import re
 import time
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import numpy as np
@@ -54,26 +55,24 @@ class Stream(asyncio.Protocol):
             self._done.set_exception(RuntimeError(f"{error or ''} {self._head[:300]!r} ... {self._tail[-300:]!r}"))
 
 
-async def _drive(args: argparse.Namespace, index: int, begin: float) -> dict[str, object]:
-    """This process's share: `streams / processes` at a time until its requests are done."""
+async def _drive(args: argparse.Namespace, index: int, begin: float, left: Synchronized) -> dict[str, object]:
+    """This process's share of the streams; each takes the next of the requests that all of them have `left`."""
     host, port = args.address.rsplit(":", 1)
-    rng = np.random.default_rng([args.seed, index])
-    count = len(range(index, args.requests, args.processes))
+    rng = np.random.default_rng(args.seed)  # the requests are the same whichever process takes them
     bodies = [
         json.dumps(
             dict(model=args.model, prompt=rng.integers(3, args.vocab, args.prompt).tolist(), max_tokens=args.output, temperature=0,
                  ignore_eos=True, stream=True, stream_options={"include_usage": True})
-        ).encode() for _ in range(count)
+        ).encode() for _ in range(args.requests)
     ]  # fmt: skip
     await asyncio.sleep(max(0.0, begin - time.monotonic()))
     loop, found, errors, cpu = asyncio.get_running_loop(), [], [], time.process_time()
 
     async def worker() -> None:
-        while bodies:
+        while (request := _take(left)) is not None:
             done = loop.create_future()
-            body = bodies.pop()
             try:
-                await loop.create_connection(lambda: Stream(body, args.address, done), host, int(port))
+                await loop.create_connection(lambda: Stream(bodies[request], args.address, done), host, int(port))
                 found.append(await done)
             except (OSError, RuntimeError) as error:
                 errors.append(f"{type(error).__name__}: {error}"[:600])
@@ -85,9 +84,16 @@ async def _drive(args: argparse.Namespace, index: int, begin: float) -> dict[str
     return dict(found=found, errors=errors, end=end, busy=(time.process_time() - cpu) / (end - begin))
 
 
-def _run(args: argparse.Namespace, index: int, begin: float, queue: multiprocessing.Queue) -> None:
+def _take(left: Synchronized) -> int | None:
+    """The number of a request that no process has taken yet."""
+    with left.get_lock():
+        left.value -= 1
+        return left.value if left.value >= 0 else None
+
+
+def _run(args: argparse.Namespace, index: int, begin: float, left: Synchronized, queue: multiprocessing.Queue) -> None:
     try:
-        queue.put(asyncio.run(_drive(args, index, begin)))
+        queue.put(asyncio.run(_drive(args, index, begin, left)))
     except BaseException as error:  # the parent waits for one answer of each
         queue.put(dict(found=[], errors=[f"{type(error).__name__}: {error}"], end=time.monotonic(), busy=0.0))
         raise
@@ -96,8 +102,8 @@ def _run(args: argparse.Namespace, index: int, begin: float, queue: multiprocess
 def load(args: argparse.Namespace) -> dict[str, object]:
     """Rates over the wall time from the first request to the last answer; times in milliseconds."""
     context = multiprocessing.get_context("fork")
-    queue, begin = context.Queue(), time.monotonic() + START_SECONDS
-    processes = [context.Process(target=_run, args=(args, index, begin, queue)) for index in range(args.processes)]
+    queue, left, begin = context.Queue(), context.Value("q", args.requests), time.monotonic() + START_SECONDS
+    processes = [context.Process(target=_run, args=(args, index, begin, left, queue)) for index in range(args.processes)]
     for process in processes:
         process.start()
     parts = [queue.get(timeout=TIMEOUT + 30) for _ in processes]
