@@ -25,7 +25,7 @@ from compiler.graphs import Pending
 from compiler.passes import registry
 from compiler.scrap import scrap_step
 from compiler.staging import Staging
-from compiler.state import DeviceState
+from compiler.state import DeviceState, Lookup
 from compiler.step import CompiledStep
 from compiler.step_input import StepInput
 
@@ -103,6 +103,8 @@ class Loaded:
             vocab_size=self.vocab_size,
             dtype=self.cache_dtype,
             device=device,
+            most_guesses=config.most_guesses,
+            lookup=Lookup(config.prompt_lookup_min, config.prompt_lookup_max) if config.looks_up_on_device else None,
         )
 
 

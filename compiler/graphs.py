@@ -13,7 +13,8 @@ from tqdm import tqdm
 from compiler.buckets import Bucket
 from compiler.staging import Staged
 
-Outputs = tuple[torch.Tensor, torch.Tensor, Staged]  # logits [S, vocab], ids int64 [S], the step they are of
+# logits [S, vocab], ids int64 [S], what was looked up (int32 [2, S]) if anything is, the step they are of
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Staged]
 Forward = Callable[[], Outputs]
 
 
@@ -60,8 +61,8 @@ class GraphSet:
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
-                logits, ids, staged = forward()
-            self._graphs[bucket] = (graph, (_borrowed(logits), ids, staged))
+                logits, *rest = forward()
+            self._graphs[bucket] = (graph, (_borrowed(logits), *rest))
 
     def holding(self, bucket: Bucket) -> Bucket | None:
         """The smallest captured bucket that a step of this one fits in."""

@@ -42,7 +42,22 @@ def draw(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tens
     """
     packet, count = staged.packet, len(logits)
     arguments = (packet.temperature, packet.seeds, staged.seq_lens, packet.rows, packet.sampled)
-    return torch.ops.pagegraph.draw(logits, *(one[:count] for one in arguments), state.last_tokens)
+    return torch.ops.pagegraph.draw(logits, *(one[:count] for one in arguments), state.last_tokens, state.last_at)
+
+
+def settle(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor | None:
+    """Hand on what guesses the drawn ids int64 [s] bear out; what follows is looked up where the device does that.
+
+    int32 [2, s] of `pagegraph::look_up`, or None. Called again with other ids, it makes good what it did with the first.
+    """
+    if not state.most_guesses:
+        return None
+    packet, ops, count = staged.packet, torch.ops.pagegraph, len(ids)
+    step = ids, staged.token_ids, packet.rows[:count], packet.query_start[: count + 1], staged.seq_lens[:count]
+    ops.accept(*step, state.last_tokens, state.last_at, state.most_guesses)
+    if state.lookup is None:
+        return None
+    return ops.look_up(*step, packet.sampled[:count], state.history, state.guesses, *state.lookup)
 
 
 def sample(

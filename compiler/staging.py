@@ -2,7 +2,7 @@
 
 On CUDA a packet lies at a fixed address for each bucket, so that captured graphs read it, and comes by one transfer
 from pinned memory. A step that continues the one before, each sequence with the token it has just sampled and no new
-page, needs none: the packet moves on by itself (`kernels.unpack`). Knows no scheduling and no model.
+page, needs none: the same packet says where to go on (`kernels.unpack`). Knows no scheduling and no model.
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ from compiler.step_input import StepInput
 
 ALIGN = 16  # int32 words: every field starts on a 64-byte border
 PINNED = 3  # host packets in rotation: at most two steps are in flight
-NEVER = -(2**30)  # an age at which a packet does not move on
 
 
 @dataclass(frozen=True, slots=True)
 class Packet:
     """A padded step as it travels: T tokens and S sequences of the bucket; int32 unless said."""
 
-    token_ids: torch.Tensor  # [T], -1: the last sampled token of the row
+    token_ids: torch.Tensor  # [T], below 0: known to the device, as in `StepInput`
     query_start: torch.Tensor  # [S + 1]
     rows: torch.Tensor  # [S]
     starts: torch.Tensor  # [S]
-    age: torch.Tensor  # [S]
     sampled: torch.Tensor  # [S] 0 or 1
     temperature: torch.Tensor  # [S] float32
     seeds: torch.Tensor  # [S] int64
@@ -66,7 +64,7 @@ class Layout:
     def of(bucket: Bucket) -> Layout:
         tokens, seqs = bucket.tokens, bucket.seqs
         sizes = {
-            "token_ids": tokens, "query_start": seqs + 1, "rows": seqs, "starts": seqs, "age": seqs, "sampled": seqs,
+            "token_ids": tokens, "query_start": seqs + 1, "rows": seqs, "starts": seqs, "sampled": seqs,
             "temperature": seqs, "seeds": 2 * seqs, "num_pages": 1,
         }  # fmt: skip
         at, fields = 0, {}
@@ -100,7 +98,9 @@ class Staging:
             self._words = torch.empty(words, dtype=torch.int32, device=self.device)
 
     def send(self, step: StepInput, bucket: Bucket) -> Packet:
-        """Pad `step` to `bucket` and bring it to the device. Each send is followed by one `unpack` of the packet."""
+        """Pad `step` to `bucket` and bring it to the device."""
+        for row, tokens in step.cached:
+            self._state.remember(row, tokens)
         if self.device.type == "cpu":
             return self._filled(step, bucket)
         packet = self.packet(bucket)
@@ -112,10 +112,10 @@ class Staging:
     def unpack(self, packet: Packet) -> Staged:
         """What the packet on the device says; launches only, so that a graph can hold it."""
         state, ops = self._state, torch.ops.pagegraph
-        ops.update_tables(state.block_tables, packet.pages, packet.num_pages, packet.starts, packet.age)
+        ops.update_tables(state.block_tables, packet.pages, packet.num_pages)
         ids, positions, slots, tables, seq_lens, logits_index = ops.unpack(
-            packet.token_ids, packet.rows, packet.query_start, packet.starts, state.last_tokens, state.block_tables,
-            state.block_size, packet.width,
+            packet.token_ids, packet.rows, packet.query_start, packet.starts, state.last_tokens, state.last_at,
+            state.guesses, state.block_tables, state.block_size, packet.width,
         )  # fmt: skip
         return Staged(ids, positions, slots, tables, packet.query_start, seq_lens, logits_index, packet)
 
@@ -133,24 +133,16 @@ class Staging:
         self._last = None
         return packet
 
-    def hold(self, packet: Packet) -> None:
-        """Keep the packet as it is however often it is unpacked: for measurements."""
-        packet.age.fill_(NEVER)
-        self._last = None
-
     def _continues(self, step: StepInput, bucket: Bucket) -> bool:
-        """Whether the device has moved on to this step by itself: the last one's sequences, each a token further."""
-        if self._last is None or self._last[0] != bucket or len(step.pages):
+        """Whether the packet that is there says this step too: the last one's, going on from what only the device knows."""
+        if self._last is None or self._last[0] != bucket or len(step.pages) or step.num_tokens != step.num_seqs:
             return False
         last = self._last[1]
         return bool(
             _same(step.rows, last.rows)
-            and step.num_tokens == step.num_seqs == last.num_tokens
-            and (step.starts == last.starts + 1).all()
             and step.token_ids.max() < 0
-            and last.token_ids.max() < 0
-            and step.sampled.all()
-            and last.sampled.all()
+            and _same(step.token_ids, last.token_ids)
+            and _same(step.sampled, last.sampled)
             and _same(step.sampling.seeds, last.sampling.seeds)
             and _same(step.sampling.temperature, last.sampling.temperature)
         )
@@ -189,7 +181,6 @@ class Staging:
         put("query_start", step.query_start, step.num_tokens)
         put("rows", step.rows, self._state.scrap_row)
         put("starts", step.starts, 0)
-        put("age", step.rows[:0], 0)
         put("sampled", step.sampled, 0)
         put("temperature", step.sampling.temperature.view(np.int32), 0)
         put("seeds", step.sampling.seeds.view(np.int32), 0)

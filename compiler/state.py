@@ -1,4 +1,4 @@
-"""Tensors that outlive a step: KV caches, block tables, the last sampled token of every row, penalty counts.
+"""Tensors that outlive a step: KV caches, block tables, each row's last token, its text and guesses, penalty counts.
 
 A row is a device slot that a running sequence owns. Padding uses the scrap row `max_num_seqs` and the scrap page 0.
 On CUDA every tensor keeps its address, so captured graphs stay valid. Knows no scheduling and no model.
@@ -6,10 +6,19 @@ On CUDA every tensor keeps its address, so captured graphs stay valid. Knows no 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from compiler.capture import AttentionLayout
+
+
+class Lookup(NamedTuple):
+    """Guesses come from the row's own text: what followed its last `least` to `most` tokens before."""
+
+    least: int
+    most: int
 
 
 class DeviceState:
@@ -26,7 +35,10 @@ class DeviceState:
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        most_guesses: int = 0,
+        lookup: Lookup | None = None,
     ) -> None:
+        """most_guesses: entries of a row in one step, less one; lookup: the device makes them itself."""
         self.scrap_row = max_num_seqs
         self.vocab_size = vocab_size
         self.block_size = block_size
@@ -40,6 +52,13 @@ class DeviceState:
         ]
         self.block_tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
+        self.last_at = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)  # their positions
+        self.most_guesses = most_guesses
+        self.guesses = torch.zeros(max_num_seqs + 1, max(most_guesses, 1), dtype=torch.int32, device=device)
+        self.lookup = lookup
+        self.history: torch.Tensor | None = None  # every row's tokens by position, and one more than pages hold
+        if lookup is not None:
+            self.history = torch.zeros(max_num_seqs + 1, max_blocks * block_size + 1, dtype=torch.int32, device=device)
         self._counts: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def penalty_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,6 +70,14 @@ class DeviceState:
                 torch.zeros(shape, dtype=torch.bool, device=device),
             )
         return self._counts
+
+    def remember(self, row: int, tokens: np.ndarray) -> None:
+        """Tokens int32 [n] that a row begins with and no step computes: their keys and values are in its pages already."""
+        if self.history is not None:
+            given = torch.from_numpy(np.ascontiguousarray(tokens))
+            if self.history.device.type == "cuda":
+                given = given.pin_memory()
+            self.history[row, : len(tokens)].copy_(given, non_blocking=True)
 
     def reset_row(self, row: int, prompt_ids: np.ndarray, output_ids: np.ndarray) -> None:
         """Rebuild the penalty counts of `row` for a sequence that starts or restarts in it."""

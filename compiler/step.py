@@ -18,10 +18,10 @@ from compiler import lower
 from compiler.buckets import Bucket, Ladder, own_bucket
 from compiler.capture import CapturedModel
 from compiler.graphs import Forward, GraphSet, Outputs, Pending
-from compiler.sampling import StepLogprobTensors, draw, sample
+from compiler.sampling import StepLogprobTensors, draw, sample, settle
 from compiler.staging import Packet, Staged, Staging
 from compiler.state import DeviceState
-from compiler.step_input import StepInput, StepOutput
+from compiler.step_input import LookedUp, StepInput, StepOutput
 
 
 class Ticket:
@@ -126,22 +126,24 @@ class CompiledStep:
     def _run_cpu(self, step: StepInput) -> StepOutput:
         bucket = own_bucket(step.num_tokens, step.num_seqs)
         self.counts.launched(step.num_tokens, bucket.tokens, graphed=False)
-        ids, logprobs = self._finish(step, *self._forward_and_draw(self.staging.send(step, bucket)))
-        return StepOutput(ids.int().numpy(), logprobs.numpy() if logprobs else None)
+        ids, found, logprobs = self._finish(step, *self._forward_and_draw(self.staging.send(step, bucket)))
+        return _output(step, ids, found, logprobs)
 
     def _forward_and_draw(self, packet: Packet) -> Outputs:
         """The padded step's own work: all that a CUDA graph holds."""
         staged = self.staging.unpack(packet)
         logits = lower.call(self.forward, staged, self.state)
-        return logits, draw(logits, staged, self.state), staged
+        ids = draw(logits, staged, self.state)
+        return logits, ids, settle(ids, staged, self.state), staged
 
     def _finish(
-        self, step: StepInput, logits: torch.Tensor, ids: torch.Tensor, staged: Staged
-    ) -> tuple[torch.Tensor, StepLogprobTensors | None]:
-        """Ids [S] of the step's own sequences: those drawn with the forward where these are all it asks for."""
+        self, step: StepInput, logits: torch.Tensor, ids: torch.Tensor, found: torch.Tensor | None, staged: Staged
+    ) -> tuple[torch.Tensor, torch.Tensor | None, StepLogprobTensors | None]:
+        """(ids [S] of the step's own sequences, what was looked up [2, S], logprobs): those of the forward where they will do."""
         if step.sampling.is_plain:
-            return ids[: step.num_seqs], None
-        return sample(logits[: step.num_seqs], step.sampling, staged, self.state)
+            return ids[: step.num_seqs], None if found is None else found[:, : step.num_seqs], None
+        ids, logprobs = sample(logits[: step.num_seqs], step.sampling, staged, self.state)
+        return ids, settle(ids, staged, self.state), logprobs
 
     @torch.inference_mode()
     def _launch_cuda(self, step: StepInput) -> Ticket:
@@ -152,8 +154,7 @@ class CompiledStep:
             torch.cuda.current_stream().wait_event(self._returned)
         replayed = self.graphs.replay(bucket) if rung else None
         self.counts.launched(step.num_tokens, bucket.tokens, replayed is not None)
-        ids, logprobs = self._finish(step, *(replayed or self._forward_and_draw(packet)))
-        return Ticket(self._returning(ids, logprobs))
+        return Ticket(self._returning(step, *self._finish(step, *(replayed or self._forward_and_draw(packet)))))
 
     def _rung(self, step: StepInput) -> Bucket | None:
         """The rung that the step runs in: its own, or a larger one while that is not captured; None beyond the ladder."""
@@ -165,18 +166,34 @@ class CompiledStep:
             return rung
         return self.graphs.holding(rung)
 
-    def _returning(self, ids: torch.Tensor, logprobs: StepLogprobTensors | None) -> Callable[[], StepOutput]:
+    def _returning(
+        self, step: StepInput, ids: torch.Tensor, found: torch.Tensor | None, logprobs: StepLogprobTensors | None
+    ) -> Callable[[], StepOutput]:
         """Send ids to the host on a second stream; the main one goes on."""
-        host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
         self._returns.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._returns):
-            host.copy_(ids, non_blocking=True)
-            ids.record_stream(self._returns)
+            host, found_host = _sent_back(ids), None if found is None else _sent_back(found)
             arrived = self._returned = torch.cuda.Event()
             arrived.record()
 
         def result() -> StepOutput:
             arrived.synchronize()
-            return StepOutput(host.int().numpy(), logprobs.numpy() if logprobs else None)
+            return _output(step, host, found_host, logprobs)
 
         return result
+
+
+def _sent_back(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, which the current stream fills."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    tensor.record_stream(torch.cuda.current_stream())
+    return host
+
+
+def _output(step: StepInput, ids: torch.Tensor, found: torch.Tensor | None, logprobs: StepLogprobTensors | None) -> StepOutput:
+    lookup = None
+    if found is not None:
+        matches, fed = found.numpy()
+        lookup = LookedUp(matches >> 1, matches & 1 if step.sampling.is_plain else None, fed)
+    return StepOutput(ids.int().numpy(), logprobs.numpy() if logprobs else None, lookup)

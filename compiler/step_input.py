@@ -61,15 +61,19 @@ class StepInput:
 
     The device keeps the block table of every row, so a step brings only what is new in them. Positions and KV
     slots follow from `starts` and the tables; a sampled token's position is that after its sequence's last.
+    Guesses are sequences of one token each behind that of their row. Where a sequence begins with a token that only the
+    device knows, its start may be known to it alone too: `starts` is then the last it can be.
     """
 
-    token_ids: np.ndarray  # int32 [T], -1: the row's last sampled token, known to the device only
+    token_ids: np.ndarray  # int32 [T], known to the device only: -1 the row's last sampled token, -2 - j its guess j
     rows: np.ndarray  # int32 [S], device row of each sequence
     query_start: np.ndarray  # int32 [S + 1]
     starts: np.ndarray  # int32 [S], position of each sequence's first token in this step
     sampled: np.ndarray  # bool [S], False where a prefill chunk ends before the prompt does
     pages: np.ndarray  # int32 [P, 3]: (row, index in the row's block table, page)
     sampling: SamplingInput
+    # (row, int32 tokens) of those that begin with tokens found in the cache
+    cached: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -81,7 +85,7 @@ class StepInput:
 
     @property
     def seq_lens(self) -> np.ndarray:
-        """int32 [S], KV length with this step's tokens."""
+        """int32 [S], KV length with this step's tokens, at most."""
         return self.starts + np.diff(self.query_start)
 
 
@@ -95,9 +99,19 @@ class StepLogprobs:
     top_values: np.ndarray  # float32 [S, n]
 
 
+@dataclass(frozen=True, slots=True)
+class LookedUp:
+    """What a device that guesses by itself found; int32 [S]."""
+
+    matched: np.ndarray  # at a row's first entry: how long a match the guesses for its next tokens rest on, 0 for none
+    hits: np.ndarray | None  # there: 1 if the first guess for what it drew was right; unknown but with plain sampling
+    fed: np.ndarray  # the last token of each entry
+
+
 @dataclass(slots=True)
 class StepOutput:
     """Sampled ids of the S sequences, in the order of the step's rows."""
 
     token_ids: np.ndarray  # int32 [S]
     logprobs: StepLogprobs | None = None
+    lookup: LookedUp | None = None

@@ -72,14 +72,22 @@ def paged_attention(
 
 
 def draw(
-    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, sampled: Tensor, last_tokens: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    sampled: Tensor,
+    last_tokens: Tensor,
+    last_at: Tensor,
 ) -> Tensor:
     """See `kernels.ops`. Noise is made for the sequences that draw only."""
     ids = logits.argmax(dim=-1)
     if len(drawn := torch.nonzero(temperature > 0)[:, 0]):
         ids[drawn] = reference.gumbel_argmax(logits[drawn], temperature[drawn], seeds[drawn], positions[drawn])
     kept = sampled > 0
-    last_tokens[rows[kept].long()] = ids[kept].int()
+    owners = rows[kept].long()
+    last_tokens[owners], last_at[owners] = ids[kept].int(), positions[kept]
     return ids
 
 

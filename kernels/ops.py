@@ -33,15 +33,27 @@ anything.
 
 `pagegraph::draw` is the next token of each sequence by Gumbel-max (`kernels.reference.gumbel_argmax`): logits [S, V],
 temperature float32 [S], seeds int64 [S], positions int32 [S] -> ids int64 [S]. Where sampled int32 [S] is not 0 it also
-goes to last_tokens int32 [rows] at the sequence's row of rows int32 [S].
+goes to last_tokens int32 [rows] at the sequence's row of rows int32 [S], and its position to last_at int32 [rows].
 
-`pagegraph::update_tables` writes num_pages [1] of pages [P, 3] = (row, index, page) into tables [rows, max_blocks]. At the
-first call age [S] is 0 and becomes 1; at each further one starts [S] grow by 1: the same packet, read again, describes the
-next token of every sequence. All int32; a very negative age stays behind 1 and starts stay as they are.
+`pagegraph::update_tables` writes num_pages [1] of pages [P, 3] = (row, index, page) into tables [rows, max_blocks]; int32.
 
-`pagegraph::unpack` looks a padded step up: token_ids [T] (-1: the row's of last_tokens), rows [S], query_start [S + 1],
-starts [S], tables -> ids, positions, slots [T], block_tables [S, width], seq_lens [S], all int32, and the index of each
-sequence's last token int64 [S]. Tokens from query_start[S] on and sequences without tokens are padding: all zeros.
+`pagegraph::unpack` looks a padded step up: token_ids [T], rows [S], query_start [S + 1], starts [S], tables -> ids,
+positions, slots [T], block_tables [S, width], seq_lens [S], all int32, and the index of each sequence's last token int64
+[S]. Token -1 is the row's of last_tokens, token -2 - j the guess j of guesses [rows, K]; a sequence that begins with such a
+token begins at last_at, or 1 + j behind it, whatever starts says. So a packet that is read again describes the next token
+of every sequence. Tokens from query_start[S] on and sequences without tokens are padding: all zeros.
+
+A row may have several entries in a step, side by side: its last token, then guesses of what follows, one token each. A
+guess holds if the entry before it drew just that and all guesses before it hold. With ids int64 [S] as drawn and token_ids
+[T], seq_lens [S] as unpacked:
+
+`pagegraph::accept` puts what was drawn behind the last guess that holds, and its position, into last_tokens and last_at of
+the rows with guesses, of which no row has more than `most`.
+
+`pagegraph::look_up` writes a step's tokens, and what was drawn of them that holds, into history [rows, W], and for rows that
+drew (sampled or with guesses) writes what may follow into guesses [rows, K], by `kernels.reference.lookup` -> int32 [2, S]:
+at a row's first entry twice the length of the match, plus 1 if the first guess that stood there was what the entry drew;
+and the last token of each entry.
 """
 
 from __future__ import annotations
@@ -75,14 +87,20 @@ _library.define(
 _library.define("materialize(Tensor x) -> Tensor")
 _library.define(
     "draw(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor rows, Tensor sampled, "
-    "Tensor(a!) last_tokens) -> Tensor"
+    "Tensor(a!) last_tokens, Tensor(b!) last_at) -> Tensor"
+)
+_library.define("update_tables(Tensor(a!) tables, Tensor pages, Tensor num_pages) -> ()")
+_library.define(
+    "unpack(Tensor token_ids, Tensor rows, Tensor query_start, Tensor starts, Tensor last_tokens, Tensor last_at, "
+    "Tensor guesses, Tensor tables, int block_size, int width) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "update_tables(Tensor(a!) tables, Tensor pages, Tensor num_pages, Tensor(b!) starts, Tensor(c!) age) -> ()"
+    "accept(Tensor ids, Tensor token_ids, Tensor rows, Tensor query_start, Tensor seq_lens, Tensor(a!) last_tokens, "
+    "Tensor(b!) last_at, int most) -> ()"
 )
 _library.define(
-    "unpack(Tensor token_ids, Tensor rows, Tensor query_start, Tensor starts, Tensor last_tokens, Tensor tables, "
-    "int block_size, int width) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "look_up(Tensor ids, Tensor token_ids, Tensor rows, Tensor query_start, Tensor seq_lens, Tensor sampled, "
+    "Tensor(a!) history, Tensor(b!) guesses, int least, int most) -> Tensor"
 )
 
 
@@ -114,6 +132,18 @@ def _unpack_on_cuda(*arguments: Tensor | int) -> tuple[Tensor, ...]:
     from kernels import unpack
 
     return unpack.unpack(*arguments)
+
+
+def _accept_on_cuda(*arguments: Tensor | int) -> None:
+    from kernels import guesses
+
+    guesses.accept(*arguments)
+
+
+def _look_up_on_cuda(*arguments: Tensor | int) -> Tensor:
+    from kernels import guesses
+
+    return guesses.look_up(*arguments)
 
 
 def _linear_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -175,6 +205,10 @@ _library.impl("update_tables", reference.update_tables, "CPU")
 _library.impl("update_tables", _update_tables_on_cuda, "CUDA")
 _library.impl("unpack", reference.unpack, "CPU")
 _library.impl("unpack", _unpack_on_cuda, "CUDA")
+_library.impl("accept", reference.accept, "CPU")
+_library.impl("accept", _accept_on_cuda, "CUDA")
+_library.impl("look_up", reference.look_up, "CPU")
+_library.impl("look_up", _look_up_on_cuda, "CUDA")
 
 
 @torch.library.register_fake("pagegraph::paged_attention", lib=_library)

@@ -5,11 +5,13 @@ Slow on purpose where a loop says it more plainly. Knows no device, no pages bey
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 INT8_MAX, FP8_MAX = 127.0, 448.0
 SECOND_DIGIT = 2 * INT8_MAX  # what a rounding to int8 leaves is at most half: this many steps fill the next int8
 NIBBLE_SPAN = 32  # columns that `pack_nibbles` keeps together
+LOOKUP_SEEN = 32  # a match is measured up to so many tokens
 
 
 def write_kv(
@@ -220,14 +222,10 @@ def sample(
     return gumbel_argmax(drop_filtered(logits, temperature, top_k, top_p, min_p), temperature, seeds, positions)
 
 
-def update_tables(
-    tables: torch.Tensor, pages: torch.Tensor, num_pages: torch.Tensor, starts: torch.Tensor, age: torch.Tensor
-) -> None:
+def update_tables(tables: torch.Tensor, pages: torch.Tensor, num_pages: torch.Tensor) -> None:
     """See `kernels.ops`."""
     rows, index, page = pages[: int(num_pages)].long().unbind(1)
     tables[rows, index] = page.int()
-    starts += age.clamp(min=0)
-    age.copy_((age + 1).clamp(max=1))
 
 
 def unpack(
@@ -236,6 +234,8 @@ def unpack(
     query_start: torch.Tensor,
     starts: torch.Tensor,
     last_tokens: torch.Tensor,
+    last_at: torch.Tensor,
+    guesses: torch.Tensor,
     tables: torch.Tensor,
     block_size: int,
     width: int,
@@ -249,15 +249,122 @@ def unpack(
         return torch.nn.functional.pad(values.repeat_interleave(counts), (0, padding))
 
     live = torch.arange(len(token_ids)) < query_start[-1]
+    first = token_ids[query_start[:-1].long().clamp(max=len(token_ids) - 1)]
+    starts = torch.where(first < 0, last_at[rows] - 1 - first, starts)
     positions = (torch.arange(len(token_ids), dtype=torch.int32) + of_tokens(starts - query_start[:-1])).masked_fill(~live, 0)
     token_rows = of_tokens(rows)
-    ids = torch.where(token_ids < 0, last_tokens[token_rows], token_ids).masked_fill(~live, 0)
+    guess = guesses[token_rows, (-2 - token_ids).clamp(min=0).long()]
+    known = torch.where(token_ids == -1, last_tokens[token_rows], torch.where(token_ids < 0, guess, token_ids))
+    ids = known.masked_fill(~live, 0)
     blocks = torch.div(positions, block_size, rounding_mode="floor")
     slots = (tables[token_rows, blocks.long()] * block_size + positions % block_size).masked_fill(~live, 0)
     seq_lens = torch.where(counts > 0, starts + counts, 0)
     used = torch.arange(width)[None] * block_size < seq_lens[:, None]
     out_tables = tables[rows, :width].masked_fill(~used, 0)
     return ids, positions, slots, out_tables, seq_lens, (query_start[1:].long() - 1).clamp(min=0)
+
+
+def held_guesses(
+    ids: torch.Tensor, token_ids: torch.Tensor, rows: torch.Tensor, query_start: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every live row of a step, in order: (its first entry, the entry behind the guesses that hold, its last); int64 [R].
+
+    The entries of a row stand together, the second and later ones a guess each.
+    """
+    live = int((query_start.diff() > 0).sum())  # padding comes last
+    ids, rows, starts = ids[:live].numpy(), rows[:live].numpy(), query_start[:live].numpy()
+    guess = np.zeros(live, bool)
+    guess[1:] = rows[1:] == rows[:-1]
+    wrong = np.zeros(live, bool)
+    wrong[1:] = guess[1:] & (token_ids.numpy()[starts[1:]] != ids[:-1])
+    first = np.flatnonzero(~guess)
+    last = np.append(first[1:], live) - 1
+    total = np.cumsum(wrong)
+    row = np.cumsum(~guess) - 1
+    held = total == total[first][row]
+    return first, first + np.bincount(row, held, minlength=len(first)).astype(np.int64) - 1, last
+
+
+def accept(
+    ids: torch.Tensor,
+    token_ids: torch.Tensor,
+    rows: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    last_tokens: torch.Tensor,
+    last_at: torch.Tensor,
+    most: int,
+) -> None:
+    """See `kernels.ops`."""
+    first, kept, last = held_guesses(ids, token_ids, rows, query_start)
+    kept = torch.from_numpy(kept[last > first])
+    owners = rows[kept].long()
+    last_tokens[owners], last_at[owners] = ids[kept].int(), seq_lens[kept]
+
+
+def look_up(
+    ids: torch.Tensor,
+    token_ids: torch.Tensor,
+    rows: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sampled: torch.Tensor,
+    history: torch.Tensor,
+    guesses: torch.Tensor,
+    least: int,
+    most: int,
+) -> torch.Tensor:
+    """See `kernels.ops`."""
+    found = torch.zeros(2, len(ids), dtype=torch.int32)
+    firsts, kepts, lasts = held_guesses(ids, token_ids, rows, query_start)
+    if not len(firsts):
+        return found
+    text, tokens, drawn = history.numpy(), token_ids.numpy(), ids.numpy()
+    lengths, begins, owners = seq_lens.numpy(), query_start.numpy(), rows.numpy()
+    found[1, : lasts[-1] + 1] = token_ids[query_start[1 : lasts[-1] + 2].long() - 1]
+    ended = (lasts > firsts) | (sampled.numpy()[firsts] > 0)
+    for first, kept, sampling in zip(firsts.tolist(), kepts.tolist(), ended.tolist()):
+        row, begin, end, length = owners[first], begins[first], begins[first + 1], int(lengths[first])
+        text[row, length - (end - begin) : length] = tokens[begin:end]
+        if sampling:
+            text[row, length : length + kept - first + 1] = drawn[first : kept + 1][: text.shape[1] - length]
+    first, kept = firsts[ended], kepts[ended]
+    if not len(first):
+        return found
+    at, known = owners[first], np.minimum(lengths[kept] + 1, text.shape[1])
+    hit = guesses.numpy()[at, 0] == drawn[first]
+    proposed, matched = lookup(text[at, : known.max()], known, guesses.shape[1], least, most)
+    guesses.numpy()[at] = proposed
+    found[0, torch.from_numpy(first)] = torch.from_numpy((2 * matched + hit).astype(np.int32))
+    return found
+
+
+def lookup(text: np.ndarray, known: np.ndarray, count: int, least: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """text int32 [R, W], of which known[i] >= 1 tokens are row i's -> (guesses int32 [R, count], matched int32 [R]).
+
+    The latest place where the row's last `least` to `most` tokens stood before, as many of them as stood anywhere; what
+    followed there is guessed, going on with its period where that ends. matched: tokens alike, up to LOOKUP_SEEN; 0
+    where there is no such place, and the last token is guessed then.
+    """
+    row, width = np.arange(len(text)), text.shape[1]
+    at = np.arange(width)
+    same = at < known[:, None] - 1
+    length = np.zeros(same.shape, np.int32)
+    for back in range(most):
+        wanted = text[row, np.maximum(known - 1 - back, 0)]
+        same[:, back:] &= text[:, : width - back] == wanted[:, None]
+        same[:, :back] = False
+        if not same.any():
+            break
+        length += same
+    best = length.max(axis=1)
+    end = width - 1 - (length[:, ::-1] == best[:, None]).argmax(axis=1)
+    back = np.arange(LOOKUP_SEEN)
+    before = end[:, None] - back
+    alike = (before >= 0) & (text[row[:, None], np.maximum(before, 0)] == text[row[:, None], np.maximum(known[:, None] - 1 - back, 0)])
+    matched = np.where(best >= least, np.logical_and.accumulate(alike, axis=1).sum(axis=1), 0)
+    begin = np.where(matched > 0, end + 1, known - 1)
+    return text[row[:, None], begin[:, None] + np.arange(count) % (known - begin)[:, None]], matched.astype(np.int32)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -79,8 +79,10 @@ def best_of_parts_kernel(
 def best_of_row_kernel(
     ids_ptr,
     last_tokens_ptr,
+    last_at_ptr,
     score_ptr,
     token_ptr,
+    positions_ptr,
     rows_ptr,
     sampled_ptr,
     PARTS: tl.constexpr,
@@ -96,11 +98,20 @@ def best_of_row_kernel(
     token = tl.load(token_ptr + row * PARTS + best)
     tl.store(ids_ptr + row, token.to(tl.int64))
     if tl.load(sampled_ptr + row) > 0:
-        tl.store(last_tokens_ptr + tl.load(rows_ptr + row), token)
+        owner = tl.load(rows_ptr + row)
+        tl.store(last_tokens_ptr + owner, token)
+        tl.store(last_at_ptr + owner, tl.load(positions_ptr + row))
 
 
 def draw(
-    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, sampled: Tensor, last_tokens: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    sampled: Tensor,
+    last_tokens: Tensor,
+    last_at: Tensor,
 ) -> Tensor:
     """See `kernels.ops`. Of equal logits the first; the last dimension of logits must be dense."""
     seqs, vocab = logits.shape
@@ -125,8 +136,10 @@ def draw(
     best_of_row_kernel[(seqs,)](
         ids,
         last_tokens,
+        last_at,
         scores,
         tokens,
+        positions,
         rows,
         sampled,
         PARTS=parts,

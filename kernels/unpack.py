@@ -1,7 +1,7 @@
 """Triton: what a step brought becomes what the model reads: ids, positions, slots and block tables.
 
-Two kernels at the head of every step. The first brings the block tables up to date and, where the same packet is read
-again, moves every sequence on by a token; the second looks up. Knows no host and no model. See `kernels.ops`.
+Two kernels at the head of every step. The first brings the block tables up to date; the second looks up, also where a row
+stands of which the host does not know yet. Knows no host and no model. See `kernels.ops`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,11 @@ NUM_WARPS = 4
 
 
 # Sizes vary from step to step: one compiled kernel serves them all.
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit
 def update_tables_kernel(
     tables_ptr,
     pages_ptr,
     num_pages_ptr,
-    starts_ptr,
-    age_ptr,
-    num_seqs,
     table_stride,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -43,16 +40,17 @@ def update_tables_kernel(
         index = tl.load(pages_ptr + 3 * entry + 1, mask=inside, other=0)
         page = tl.load(pages_ptr + 3 * entry + 2, mask=inside, other=0)
         tl.store(tables_ptr + row.to(tl.int64) * table_stride + index, page, mask=inside)
-    for begin in range(0, num_seqs, step):
-        sequence = begin + first
-        inside = sequence < num_seqs
-        age = tl.load(age_ptr + sequence, mask=inside, other=0)
-        start = tl.load(starts_ptr + sequence, mask=inside, other=0)
-        tl.store(starts_ptr + sequence, start + tl.maximum(age, 0), mask=inside)
-        tl.store(age_ptr + sequence, tl.minimum(age + 1, 1), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "token_programs"])
+@triton.jit
+def _start(token_ids_ptr, starts_ptr, last_at_ptr, sequence, begin, row, live):
+    """The position of a sequence's first token: as given, or as far behind the row's last token as its id says."""
+    first = tl.load(token_ids_ptr + begin, mask=live, other=0)
+    behind_last = tl.load(last_at_ptr + row) - 1 - first
+    return tl.where(first < 0, behind_last, tl.load(starts_ptr + sequence))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "token_programs", "guess_stride"])
 def unpack_kernel(
     ids_ptr,
     positions_ptr,
@@ -65,10 +63,13 @@ def unpack_kernel(
     query_start_ptr,
     starts_ptr,
     last_tokens_ptr,
+    last_at_ptr,
+    guesses_ptr,
     tables_ptr,
     num_tokens,
     num_seqs,
     token_programs,
+    guess_stride,
     table_stride,
     WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -92,22 +93,26 @@ def unpack_kernel(
             low = tl.where(before, middle, low)
             high = tl.where(before, high, middle)
         row = tl.load(rows_ptr + low).to(tl.int64)
-        position = tl.load(starts_ptr + low) + token - tl.load(query_start_ptr + low)
+        begin = tl.load(query_start_ptr + low)
+        position = _start(token_ids_ptr, starts_ptr, last_at_ptr, low, begin, row, live) + token - begin
         given = tl.load(token_ids_ptr + token, mask=inside, other=0)
         last = tl.load(last_tokens_ptr + row)
+        guess = tl.load(guesses_ptr + row * guess_stride - given - 2, mask=live & (given < -1), other=0)
+        known = tl.where(given == -1, last, tl.where(given < -1, guess, given))
         page = tl.load(tables_ptr + row * table_stride + position // BLOCK_SIZE, mask=live, other=0)
-        tl.store(ids_ptr + token, tl.where(live, tl.where(given < 0, last, given), 0), mask=inside)
+        tl.store(ids_ptr + token, tl.where(live, known, 0), mask=inside)
         tl.store(positions_ptr + token, tl.where(live, position, 0), mask=inside)
         tl.store(slots_ptr + token, tl.where(live, page * BLOCK_SIZE + position % BLOCK_SIZE, 0), mask=inside)
     else:
         sequence = program - token_programs
         begin = tl.load(query_start_ptr + sequence)
         end = tl.load(query_start_ptr + sequence + 1)
-        # Padding has no tokens, and so no keys.
-        length = tl.where(end > begin, tl.load(starts_ptr + sequence) + end - begin, 0)
+        row = tl.load(rows_ptr + sequence).to(tl.int64)
+        start = _start(token_ids_ptr, starts_ptr, last_at_ptr, sequence, begin, row, end > begin)
+        length = tl.where(end > begin, start + end - begin, 0)  # padding has no tokens, and so no keys
         tl.store(seq_lens_ptr + sequence, length)
         tl.store(logits_index_ptr + sequence, tl.maximum(end - 1, 0).to(tl.int64))
-        table = tables_ptr + tl.load(rows_ptr + sequence).to(tl.int64) * table_stride
+        table = tables_ptr + row * table_stride
         out = out_tables_ptr + sequence.to(tl.int64) * WIDTH
         used = (length + BLOCK_SIZE - 1) // BLOCK_SIZE
         for first in range(0, WIDTH, BLOCK):
@@ -115,15 +120,12 @@ def unpack_kernel(
             tl.store(out + index, tl.load(table + index, mask=index < used, other=0), mask=index < WIDTH)
 
 
-def update_tables(tables: Tensor, pages: Tensor, num_pages: Tensor, starts: Tensor, age: Tensor) -> None:
+def update_tables(tables: Tensor, pages: Tensor, num_pages: Tensor) -> None:
     """See `kernels.ops`."""
     update_tables_kernel[(UPDATE_PROGRAMS,)](
         tables,
         pages,
         num_pages,
-        starts,
-        age,
-        len(starts),
         tables.stride(0),
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
@@ -137,6 +139,8 @@ def unpack(
     query_start: Tensor,
     starts: Tensor,
     last_tokens: Tensor,
+    last_at: Tensor,
+    guesses: Tensor,
     tables: Tensor,
     block_size: int,
     width: int,
@@ -160,10 +164,13 @@ def unpack(
         query_start,
         starts,
         last_tokens,
+        last_at,
+        guesses,
         tables,
         tokens,
         seqs,
         token_programs,
+        guesses.stride(0),
         tables.stride(0),
         WIDTH=width,
         BLOCK_SIZE=block_size,

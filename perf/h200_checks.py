@@ -135,12 +135,16 @@ def _bucket_error(built: BuiltModel, one: StepInput, bucket: Bucket) -> float:
     before = [cache[pages] for cache in caches]
     # Some decodes take their token from the device, as those of a running engine do.
     state.last_tokens.random_(0, built.vocab_size)
-    one.token_ids[one.query_start[:-1][np.diff(one.query_start) == 1][::2]] = -1
+    single = np.flatnonzero(np.diff(one.query_start) == 1)[::2]
+    one.token_ids[one.query_start[single]] = -1
+    stand = torch.from_numpy(one.rows[single]).cuda(), torch.from_numpy(one.starts[single]).cuda()
+    state.last_at[stand[0]] = stand[1]
     staged = step.staging.unpack(step.staging.send(one, bucket))
     expected = lower.call(step.captured, staged, state)[: one.num_seqs].clone()
     written = [cache[pages] for cache in caches]
     for cache, old in zip(caches, before):
         cache[pages] = old
+    state.last_at[stand[0]] = stand[1]
     step.staging.send(one, bucket)
     outputs = step.graphs.replay(bucket)
     if outputs is None:

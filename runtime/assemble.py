@@ -13,6 +13,7 @@ from compiler.build import BuiltModel
 from runtime.auto_k import StepCosts
 from runtime.blocks import BlockPool
 from runtime.config import Config
+from runtime.device_lookup import DeviceLookup
 from runtime.draft_model import DraftModel
 from runtime.drafters import Ngram
 from runtime.engine import Engine, Limits, Mailbox
@@ -21,7 +22,7 @@ from runtime.pace import Pace
 from runtime.protocol import EngineInfo
 from runtime.recorder import Recorder
 from runtime.scheduler import Scheduler
-from runtime.speculate import Speculation
+from runtime.speculate import Guesser, Speculation
 from runtime.suffix import Suffix
 
 
@@ -74,19 +75,23 @@ def engine_of(
     return engine, metrics
 
 
-def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Speculation | None:
+def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Guesser | None:
     if config.method is None:
         return None
+    costs = None
+    if config.num_speculative_tokens is None:
+        most = scheduler.max_entries
+        costs = StepCosts(step_costs.rungs(built.step, most), step_costs.measure(built.step, most))
+    if config.looks_up_on_device:
+        return DeviceLookup(scheduler, config.most_guesses, costs)
     looked_up = config.method.partition("+")[0]
     retrieval = None
     if looked_up == "suffix":
         retrieval = Suffix(config.prompt_lookup_min)
     elif looked_up == "ngram":
         retrieval = Ngram(config.prompt_lookup_min, config.prompt_lookup_max)
-    most, costs, draft, draft_ms = scheduler.max_entries, None, None, 1.0
-    if config.num_speculative_tokens is None:
-        costs = StepCosts(step_costs.rungs(built.step, most), step_costs.measure(built.step, most))
+    draft, draft_ms = None, 1.0
     if built.draft is not None:
-        draft = DraftModel(built.draft, scheduler.rows, scheduler.max_num_batched_tokens, most)
+        draft = DraftModel(built.draft, scheduler.rows, scheduler.max_num_batched_tokens, scheduler.max_entries)
         draft_ms = min(step_costs.measure(built.draft, 2).values()) if costs is not None else draft_ms
     return Speculation(scheduler, retrieval, config.most_guesses, costs, draft, draft_ms)

@@ -29,7 +29,8 @@ class Packer:
     def pack(self, plan: Plan) -> StepInput:
         """A StepInput of the plan's T tokens and S sequences, in the plan's order.
 
-        A token sampled by a step that is still running is unknown to the host: its id is -1.
+        A token sampled by a step that is still running is unknown to the host: its id is -1; a guess of the device's
+        own, j places behind, has -1 - j.
         """
         token_ids, query_start = self._tokens(plan)
         return StepInput(
@@ -37,16 +38,17 @@ class Packer:
             rows=plan.rows,
             query_start=query_start,
             starts=plan.starts,
-            # The next step of a row with guesses is packed with its tokens known: nothing is handed over on the device.
+            # Which of a row's guesses hold decides what is handed over: not the draw of one entry.
             sampled=plan.sampled if plan.guessed is None else plan.sampled & plan.guessed.others,
             pages=self.rows.take_new_pages(),
             sampling=self._sampling(plan),
+            cached=self._cached(plan),
         )
 
     def _tokens(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32 [T], query_start int32 [S + 1])."""
         rows, at, starts = self.rows, plan.rows, plan.starts
-        if (plan.counts == 1).all() and (starts >= rows.known[at]).all():
+        if plan.guessed is None and (plan.counts == 1).all() and (starts >= rows.known[at]).all():
             if len(self._decode[0]) != len(plan):
                 self._decode = np.full(len(plan), -1, np.int32), np.arange(len(plan) + 1, dtype=np.int32)
             return self._decode
@@ -55,8 +57,16 @@ class Packer:
         index = np.repeat(np.arange(len(plan)), plan.counts)
         owners = at[index]
         positions = np.arange(query_start[-1], dtype=np.int32) + (starts - query_start[:-1])[index]
-        given = rows.known[owners] + rows.guesses[owners]
-        return np.where(positions < given, rows.tokens[owners, positions], np.int32(-1)), query_start
+        ids = np.where(positions < rows.known[owners], rows.tokens[owners, positions], np.int32(-1))
+        if (guessed := plan.guessed) is not None:
+            row, place, entry = guessed.entries()
+            ids[query_start[entry]] = -2 - place if guessed.tokens is None else guessed.tokens[row, place]
+        return ids, query_start
+
+    def _cached(self, plan: Plan) -> list[tuple[int, np.ndarray]]:
+        """What those that start in the step have in the cache; they are its last entries."""
+        begun = list(zip(plan.rows.tolist(), plan.starts.tolist()))[len(plan) - len(plan.started) :] if plan.started else []
+        return [(row, self.rows.tokens[row, :start].copy()) for row, start in begun if start]
 
     def _sampling(self, plan: Plan) -> SamplingInput:
         rows, at = self.rows, plan.rows

@@ -222,6 +222,11 @@ class Config:
         return 0 if self.method is None else self.num_speculative_tokens or AUTO_GUESSES
 
     @property
+    def looks_up_on_device(self) -> bool:
+        """Whether a step itself makes the guesses for the next one."""
+        return self.method == "ngram"
+
+    @property
     def max_entries(self) -> int:
         """Sequences and guesses of one step, as far as its token budget goes."""
         wanted = min(self.max_num_seqs * (1 + self.most_guesses), GUESS_ENTRIES, self.max_num_batched_tokens or GUESS_ENTRIES)

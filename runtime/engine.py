@@ -1,7 +1,7 @@
 """The engine loop: messages in, one step launched ahead, tokens out.
 
 Step N+1 is scheduled and launched before the ids of step N are read, so the device never waits for the
-host; where guesses are to be verified, after. One request's error stays that request's; a failed step fails
+host; where the host is to guess, after. One request's error stays that request's; a failed step fails
 its own sequences, and only a run of failed steps ends the engine. Holds no socket and no CUDA: the mailbox,
 the step and the clock are given.
 """
@@ -22,7 +22,7 @@ from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, ToClient,
 from runtime.recorder import Recorder
 from runtime.request import Sequence
 from runtime.scheduler import Arrived, Plan, Scheduler
-from runtime.speculate import Speculation
+from runtime.speculate import Guesser
 
 log = logging.getLogger("pagegraph.engine")
 
@@ -72,7 +72,7 @@ class Engine:
         pace: Pace | None = None,
         seed: int = 0,
         use_idle_time: Callable[[], bool] = lambda: False,
-        speculation: Speculation | None = None,
+        speculation: Guesser | None = None,
     ) -> None:
         self.step = step
         self.scheduler = scheduler
@@ -108,8 +108,7 @@ class Engine:
             if running is not None and self.speculation.wants_results(running.plan):
                 self._commit(running)
                 running, done = None, self._last_done
-            if running is None:
-                guesses = self.speculation.guesses()
+            guesses = self.speculation.guesses(ahead=running is not None)
         plan = self.scheduler.schedule(self.clock(), guesses)
         self._running = self._launch(plan, done) if plan else None
         if running is not None:
@@ -140,7 +139,7 @@ class Engine:
             self.pace.observe(done.plan.num_tokens, seconds * 1e3)
         arrived = self.scheduler.commit(done.plan, output)
         if self.speculation is not None:
-            self.speculation.learn(done.plan, arrived, seconds * 1e3, done.waited * 1e3)
+            self.speculation.learn(done.plan, arrived, output.lookup, seconds * 1e3, done.waited * 1e3)
         self.recorder.stepped(arrived, now)
         self._deliver(arrived)
 

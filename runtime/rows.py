@@ -33,8 +33,8 @@ class Rows:
     """`num_rows` rows for sequences of at most `max_model_len` tokens in pages of `block_size`; int32 unless said.
 
     Half-open ranges: tokens[r, :computed[r]] have their KV in pages or in a launched step; tokens[r, :known[r]]
-    are on the host; at most total[r] - known[r] samples are scheduled and still to come. Where guesses[r] is not 0, a
-    step with so many guessed tokens of the row, tokens[r, known:known + guesses], is scheduled and not committed.
+    are on the host; at most total[r] - known[r] samples are scheduled and still to come. Both computed and total count
+    guesses in flight as if they held, and are taken back where they did not. guesses[r] are those of the plan being made.
     """
 
     def __init__(self, num_rows: int, max_model_len: int, block_size: int) -> None:

@@ -171,16 +171,19 @@ class Scheduler:
         self.pool.forget_all()
         return sorted(touched, key=_place)
 
-    def room_for_guesses(self, most: int, lag: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
+    def room_for_guesses(self, most: int, lag: int | None = 0) -> tuple[np.ndarray, np.ndarray, int]:
         """(rows that may be given guesses, at most how many each, how many in all), with pages taken for them.
 
-        They generate, ask for no penalties, whose counts know confirmed tokens only, and all but `lag` of their tokens
-        are on the host: with 0 they can be given to the next `schedule`; with more nothing is taken, it is a look ahead.
+        They generate, ask for no penalties, whose counts know confirmed tokens only, are past min_tokens, which the host
+        looks after, and all but `lag` of their tokens are on the host: with 0 they can be given to the next `schedule`; with
+        more nothing is taken, it is a look ahead. None: the device knows the tokens, and the host need not.
         """
         r, rows = self.rows, self._running_fixed().rows
         known, total = r.known[rows], r.total[rows]
-        ready = (r.computed[rows] == total - 1) & (known >= total - lag) & (r.computed[rows] >= r.num_prompt[rows])
-        rows = rows[ready & ~r.has_penalties[rows] & (r.guesses[rows] == 0)]
+        ready = (r.computed[rows] == total - 1) & (known >= r.min_len[rows]) & (r.computed[rows] >= r.num_prompt[rows])
+        if lag is not None:
+            ready &= known >= total - lag
+        rows = rows[ready & ~r.has_penalties[rows]]
         limits = np.minimum(r.max_len[rows] - r.total[rows] - 1, most)
         rows, limits = rows[limits > 0], limits[limits > 0]
         # Those that wait may join the step, and prompts get half of what it may compute.
@@ -203,8 +206,8 @@ class Scheduler:
     def schedule(self, now: float, guesses: Guesses | None = None) -> Plan | None:
         """The next step, or None if no sequence can take one. `now` is kept for policies that need it.
 
-        `guesses` within what `room_for_guesses` has just said are verified in it. Their rows take part in no other step
-        until this one is committed.
+        `guesses` within what `room_for_guesses` has just said are verified in it. Until it is committed their rows count as
+        if all of them held.
         """
         self._vacate_drained()
         preemptions = self.counters.preemptions
@@ -217,7 +220,9 @@ class Scheduler:
             rows, counts = self._grow(rows, counts)
             parts = [self._advance(rows, counts)] if len(rows) else []
             if guesses is not None and parts:
-                parts[0], guessed = entries(parts[0], self.rows.guesses[rows])
+                parts[0], guessed = entries(parts[0], guesses)
+            if guesses is not None:
+                self.rows.guesses[guesses.rows] = 0
         started: list[Sequence] = []
         if self._waiting and self.counters.preemptions == preemptions:
             self._admit(parts, started, prefill_budget)
@@ -276,22 +281,18 @@ class Scheduler:
 
     def _commit_guessed(self, plan: Plan, output: StepOutput, arrived: Arrived) -> None:
         """Append what was sampled behind guesses that hold, up to an end, and add it to `arrived`; the rest is taken back."""
-        r, guessed = self.rows, plan.guessed
-        there = r.stay[guessed.rows] == plan.stays[guessed.first]
-        guessed = Guessed(guessed.rows[there], guessed.counts[there], guessed.first[there], guessed.others)
-        rows = guessed.rows
+        r = self.rows
+        guessed = plan.guessed.among(r.stay[plan.guessed.rows] == plan.stays[plan.guessed.first])
+        rows, fed = guessed.rows, None if output.lookup is None else output.lookup.fed
         known = r.known[rows]
-        at = known[:, None] + np.arange(guessed.counts.max(initial=0))
-        found = verdict(
-            guessed, output.token_ids, r.tokens[rows[:, None], np.minimum(at, self.max_model_len - 1)], known,
-            r.max_len[rows], r.min_len[rows], r.stop_ids[rows],
-        )  # fmt: skip
+        found = verdict(guessed, output.token_ids, guessed.fed(fed), known, r.max_len[rows], r.min_len[rows], r.stop_ids[rows])
         inside = np.arange(found.tokens.shape[1]) < found.lengths[:, None]
         r.tokens[np.repeat(rows, found.lengths), (known[:, None] + np.arange(found.tokens.shape[1]))[inside]] = found.tokens[inside]
-        r.known[rows] = r.total[rows] = known + found.lengths
+        r.known[rows] = known + found.lengths
+        surplus = found.counts + 1 - found.lengths
+        r.total[rows] -= surplus
         # Without pages the row was preempted meanwhile: nothing of it is computed.
-        r.computed[rows] = np.where(r.num_blocks[rows] > 0, known + found.lengths - 1, 0)
-        r.guesses[rows] = 0
+        r.computed[rows] -= np.where(r.num_blocks[rows] > 0, surplus, 0)
         self._count(found)
         begin = len(arrived.rows)
         arrived.rows = np.concatenate([arrived.rows, rows])
@@ -363,7 +364,7 @@ class Scheduler:
         starts, total = r.computed[rows], r.total[rows]
         ends = starts + 1
         plain = (ends == total) & (total < fixed.max_len) & (starts >= fixed.num_prompt)
-        if not len(rows) or r.guesses[rows].any() or not (plain & (ends <= r.num_blocks[rows] * r.block_size)).all():
+        if not len(rows) or not (plain & (ends <= r.num_blocks[rows] * r.block_size)).all():
             return None
         r.computed[rows] = ends
         r.total[rows] = ends + 1
@@ -373,8 +374,8 @@ class Scheduler:
         """Rows of the running and how many tokens each may compute, guesses too, and the prompt tokens left for others."""
         r, fixed = self.rows, self._running_fixed()
         rows = fixed.rows
-        # Whatever is in flight turns out to be, more may be sampled; but guesses decide where a row stands.
-        growing = (r.total[rows] < fixed.max_len) & (r.guesses[rows] == 0)
+        # Whatever is in flight turns out to be, more may be sampled; where guesses in flight may end it, they are waited for.
+        growing = r.total[rows] < fixed.max_len
         if not growing.all():
             rows = rows[growing]
         counts = r.total[rows] - r.computed[rows]
@@ -385,16 +386,9 @@ class Scheduler:
             counts[i] = tokens = self._chunk(int(counts[i]), budget)
             budget -= tokens
         if guesses is not None:
-            self._put_guesses(guesses)
+            r.guesses[guesses.rows] = guesses.counts
             counts += r.guesses[rows]
         return (rows[counts > 0], counts[counts > 0], budget) if counts.min(initial=1) < 1 else (rows, counts, budget)
-
-    def _put_guesses(self, guesses: Guesses) -> None:
-        r, rows, counts = self.rows, guesses.rows, guesses.counts
-        at = np.arange(guesses.tokens.shape[1])
-        inside = at < counts[:, None]
-        r.tokens[np.repeat(rows, counts), (r.known[rows][:, None] + at)[inside]] = guesses.tokens[inside]
-        r.guesses[rows] = counts
 
     def _prefill_budget(self, decodes: int) -> int:
         """Prompt tokens the step may take: what decodes leave, less where a chunk beside them would slow them."""

@@ -1,8 +1,8 @@
-"""When to guess, and how much: between the engine's loop, the scheduler and those who guess.
+"""When to guess, and how much, where the host guesses: between the engine's loop, the scheduler and those who guess.
 
-Guesses need every token of their rows on the host, so a step with guesses is committed before the next one is planned;
-all other steps are planned ahead as ever. Where the number of guesses is left to the engine, what is looked up is
-compared with what comes while nothing is guessed: knowing whether guesses would hold takes no step. Knows no device.
+Such guesses need every token of their rows on the host, so the step before is committed before they are made; all other steps
+are planned ahead as ever. Where the number of guesses is left to the engine, what is looked up is compared with what comes
+while nothing is guessed: knowing whether guesses would hold takes no step. Knows no device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from compiler.step_input import LookedUp
 from runtime.auto_k import Acceptance, StepCosts, choose
 from runtime.drafters import Proposal, Retrieval, empty_proposal
 from runtime.scheduler import Arrived, Plan, Scheduler
@@ -35,6 +36,22 @@ class Shadow:
     at: int
     matched: int
     tokens: np.ndarray
+
+
+class Guesser(Protocol):
+    """What the engine asks before each step, and tells after it: `Speculation`, and `runtime.device_lookup.DeviceLookup`."""
+
+    def wants_results(self, running: Plan) -> bool:
+        """Whether the results of the step in flight are wanted before the next is planned."""
+        ...
+
+    def guesses(self, ahead: bool) -> Guesses | None:
+        """For the next step; `ahead`: one is in flight."""
+        ...
+
+    def learn(self, plan: Plan, arrived: Arrived, lookup: LookedUp | None, step_ms: float, overhead_ms: float) -> None:
+        """Take what became of a step, what it took, and what passed between the results before it and its launch."""
+        ...
 
 
 class Model(Protocol):
@@ -91,13 +108,15 @@ class Speculation:
         self._probing = False
 
     def wants_results(self, running: Plan) -> bool:
-        """Whether the results of the step in flight are wanted before the next is planned."""
+        """See `Guesser`."""
         if running.guessed is not None or self.costs is None:
             return True
         return self._would_guess()
 
-    def guesses(self) -> Guesses | None:
-        """For the next step; nothing is in flight."""
+    def guesses(self, ahead: bool) -> Guesses | None:
+        """See `Guesser`; none while a step is in flight."""
+        if ahead:
+            return None
         counters = self.scheduler.counters
         guessing, counters.guesses_a_row, self._spent_ms = counters.guesses_a_row > 0, 0.0, 0.0
         probing, self._probing = self._probing, False
@@ -119,8 +138,8 @@ class Speculation:
         counters.guesses_a_row = float(counts[some].mean())
         return Guesses(rows[some], counts[some], tokens[some])
 
-    def learn(self, plan: Plan, arrived: Arrived, step_ms: float, overhead_ms: float) -> None:
-        """Take what became of a step, what it took, and what passed between the results before it and its launch."""
+    def learn(self, plan: Plan, arrived: Arrived, lookup: LookedUp | None, step_ms: float, overhead_ms: float) -> None:
+        """See `Guesser`."""
         if self.retrieval is not None:
             for sequence in arrived.ended:
                 if not sequence.cache_salt:  # a salted one's tokens must not show in how fast others run
@@ -188,7 +207,7 @@ class Speculation:
         begin = self.clock()
         rows, limits, budget = self.scheduler.room_for_guesses(self.most, lag=1)
         found = False
-        if len(rows) and budget and self._could_pay(budget):
+        if len(rows) and budget and could_pay(self.scheduler.num_running, budget, self.costs):
             offer = self._offer(rows, limits, 1)
             self._compare(rows, offer.proposal)
             found = bool(self._paying(offer, budget, START).any())
@@ -208,13 +227,6 @@ class Speculation:
         self._probes_ms -= price
         return True
 
-    def _could_pay(self, budget: int) -> bool:
-        """Whether guesses would pay if all held."""
-        base = self.scheduler.num_running
-        entries = base + np.arange(budget + 1)
-        rates = entries / self.costs.ms(entries)
-        return bool(rates.max() > rates[0] * (1 + START))
-
     def _compare(self, rows: np.ndarray, proposal: Proposal) -> None:
         """Learn from shadows that have been overtaken, and cast new ones."""
         r = self.scheduler.rows
@@ -233,6 +245,13 @@ class Speculation:
                 self._shadows[row] = Shadow(stay, known, int(proposal.matched[i]), proposal.tokens[i, :count].copy())
         if learned:
             self.acceptance.learn(*np.array(learned).T)
+
+
+def could_pay(base: int, budget: int, costs: StepCosts) -> bool:
+    """Whether guesses beside `base` rows would pay if all held."""
+    entries = base + np.arange(budget + 1)
+    rates = entries / costs.ms(entries)
+    return bool(rates.max() > rates[0] * (1 + START))
 
 
 def within(counts: np.ndarray, budget: int) -> np.ndarray:

@@ -8,18 +8,21 @@ it is what the entry before it sampled, so the tokens are those of a run without
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
 class Guesses:
-    """Tokens that may follow: tokens[i, :counts[i]] in row rows[i], counts at least 1; int32 [R], [R], [R, K]."""
+    """Tokens that may follow: tokens[i, :counts[i]] in row rows[i], counts at least 1; int32 [R], [R], [R, K].
+
+    tokens None: the device has made them, and knows them alone.
+    """
 
     rows: np.ndarray
     counts: np.ndarray
-    tokens: np.ndarray
+    tokens: np.ndarray | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,27 @@ class Guessed:
     counts: np.ndarray
     first: np.ndarray
     others: np.ndarray  # bool [S]: entries of rows without guesses
+    tokens: np.ndarray | None  # int32 [R, K] as in `Guesses`
+
+    def among(self, kept: np.ndarray) -> Guessed:
+        """Of the rows where kept bool [R]."""
+        tokens = self.tokens if self.tokens is None else self.tokens[kept]
+        return replace(self, rows=self.rows[kept], counts=self.counts[kept], first=self.first[kept], tokens=tokens)
+
+    def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each guess: its place in `rows`, its place in the row from 0 on, its entry in the plan; int [G]."""
+        index = np.repeat(np.arange(len(self.rows)), self.counts)
+        place = np.arange(len(index)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
+        return index, place, self.first[index] + 1 + place
+
+    def fed(self, fed: np.ndarray | None) -> np.ndarray:
+        """int32 [R, K], the guesses: those at hand, or of the device, which says what it fed each entry with, [S]."""
+        if self.tokens is not None:
+            return self.tokens
+        tokens = np.zeros((len(self.rows), int(self.counts.max(initial=0))), np.int32)
+        index, place, entry = self.entries()
+        tokens[index, place] = fed[entry]
+        return tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +68,17 @@ class Verdict:
     stopped: np.ndarray  # bool, whether the last of them is a stop id
 
 
-def entries(columns: tuple[np.ndarray, ...], guesses: np.ndarray) -> tuple[tuple[np.ndarray, ...], Guessed]:
-    """Plan columns (rows, stays, starts, counts, sampled) [N], guesses int32 [N] among the counts -> an entry a guess."""
+def entries(columns: tuple[np.ndarray, ...], guesses: Guesses) -> tuple[tuple[np.ndarray, ...], Guessed]:
+    """Plan columns (rows, stays, starts, counts, sampled) [N], guesses among the counts -> an entry a guess.
+
+    `guesses` of rows that are not in the plan are left out.
+    """
     rows, stays, starts, counts, sampled = columns
-    guessing = guesses > 0
-    repeats = np.where(guessing, guesses + 1, 1)
+    index_of = np.full(max(rows.max(), guesses.rows.max()) + 1, -1)
+    index_of[guesses.rows] = np.arange(len(guesses.rows))
+    of = index_of[rows]
+    guessing = of >= 0
+    repeats = np.where(guessing, guesses.counts[of] + 1, 1)
     begin = np.cumsum(repeats) - repeats
     index = np.repeat(np.arange(len(rows)), repeats)
     within = np.arange(len(index)) - begin[index]
@@ -59,7 +89,9 @@ def entries(columns: tuple[np.ndarray, ...], guesses: np.ndarray) -> tuple[tuple
         np.where(guessing, 1, counts)[index].astype(np.int32),
         sampled[index],
     )
-    return split, Guessed(rows[guessing], guesses[guessing], begin[guessing].astype(np.int32), ~guessing[index])
+    of = of[guessing]
+    tokens = guesses.tokens if guesses.tokens is None else guesses.tokens[of]
+    return split, Guessed(rows[guessing], guesses.counts[of], begin[guessing].astype(np.int32), ~guessing[index], tokens)
 
 
 def verdict(

@@ -7,10 +7,11 @@ block tables. A wrong page, slot, prefix hit, preemption or guess therefore give
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 
-from compiler.step_input import StepInput, StepOutput
+from compiler.step_input import LookedUp, StepInput, StepOutput
 from runtime.protocol import SamplingParams
 
 BLOCK = 4
@@ -25,12 +26,18 @@ def next_token(history: list[int], seed: int) -> int:
 
 
 class FakeStep:
-    """Paged memory of token ids, rows of last samples, and the same order of work as a device."""
+    """Paged memory of token ids, rows of last samples, and the same order of work as a device.
 
-    def __init__(self, num_blocks: int, max_num_seqs: int) -> None:
+    `guess`, of a row's tokens and seed, makes the guesses for its next step, as a device that looks up does.
+    """
+
+    def __init__(self, num_blocks: int, max_num_seqs: int, guess: Callable[[list[int], int], list[int]] | None = None) -> None:
         self.memory = np.full(num_blocks * BLOCK, -5, np.int64)
         self.tables = np.zeros((max_num_seqs, -(-MAX_LEN // BLOCK)), np.int64)
         self.last = np.zeros(max_num_seqs, np.int64)
+        self.last_at = np.zeros(max_num_seqs, np.int64)
+        self.guess = guess
+        self.guesses: dict[int, list[int]] = {}
         self.steps = 0
 
     def run(self, step: StepInput) -> StepOutput:
@@ -38,21 +45,39 @@ class FakeStep:
         self.tables[step.pages[:, 0], step.pages[:, 1]] = step.pages[:, 2]
         counts = np.diff(step.query_start)
         owners = np.repeat(step.rows, counts)
-        positions = np.concatenate([np.arange(start, start + n) for start, n in zip(step.starts, counts)])
+        first = step.token_ids[step.query_start[:-1]]
+        starts = np.where(first < 0, self.last_at[step.rows] - 1 - first, step.starts)
+        assert (starts <= step.starts).all(), "a row stands behind where it can be at most"
+        positions = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, counts)])
         slots = self.tables[owners, positions // BLOCK] * BLOCK + positions % BLOCK
-        ids = np.where(step.token_ids < 0, self.last[owners], step.token_ids)
+        ids = step.token_ids.astype(np.int64)
+        for at in np.flatnonzero(ids < 0).tolist():
+            ids[at] = self.last[owners[at]] if ids[at] == -1 else self.guesses[int(owners[at])][-2 - ids[at]]
         assert len(set(slots.tolist())) == len(slots) and slots.min(initial=BLOCK) >= BLOCK
         self.memory[slots] = ids
-        sampled = []
+        sampled, matched = [], np.zeros(step.num_seqs, np.int32)
+        histories = []
         for s in range(step.num_seqs):
-            length = step.seq_lens[s]
+            length = starts[s] + counts[s]
             table = self.tables[step.rows[s]]
-            history = [int(self.memory[table[at // BLOCK] * BLOCK + at % BLOCK]) for at in range(length)]
-            assert min(history) >= 0, "a slot was read before it was written"
-            sampled.append(next_token(history, int(step.sampling.seeds[s])))
-            if step.sampled[s]:
-                self.last[step.rows[s]] = sampled[-1]
-        return StepOutput(np.array(sampled, np.int32))
+            histories.append([int(self.memory[table[at // BLOCK] * BLOCK + at % BLOCK]) for at in range(length)])
+            assert min(histories[-1]) >= 0, "a slot was read before it was written"
+            sampled.append(next_token(histories[-1], int(step.sampling.seeds[s])))
+        fed = ids[step.query_start[1:] - 1]
+        s = 0
+        while s < step.num_seqs:
+            row, kept, end = int(step.rows[s]), s, s + 1
+            while end < step.num_seqs and step.rows[end] == row:
+                kept += kept == end - 1 and fed[end] == sampled[kept]
+                end += 1
+            if step.sampled[s] or end - s > 1:
+                self.last[row], self.last_at[row] = sampled[kept], len(histories[kept])
+                if self.guess is not None:
+                    self.guesses[row] = self.guess([*histories[kept], sampled[kept]], int(step.sampling.seeds[s]))
+                    matched[s] = 1
+            s = end
+        lookup = None if self.guess is None else LookedUp(matched, None, fed.astype(np.int32))
+        return StepOutput(np.array(sampled, np.int32), lookup=lookup)
 
 
 def alone(prompt: list[int], params: SamplingParams, seed: int) -> tuple[list[int], str]:

@@ -44,7 +44,7 @@ def test_verified_draws_follow_the_target_and_agree_more_often_than_independent_
     guesses.append(drawn(guesser[guesses[0]], 11))
     entries = [drawn(target[-1].expand(DRAWS, -1), 10), drawn(target[guesses[0]], 11), drawn(target[guesses[1]], 12)]
     ints = lambda value: np.full(DRAWS, value, np.int32)  # noqa: E731
-    guessed = Guessed(np.arange(DRAWS, dtype=np.int32), ints(2), 3 * np.arange(DRAWS, dtype=np.int32), np.zeros(3 * DRAWS, bool))
+    guessed = Guessed(np.arange(DRAWS, dtype=np.int32), ints(2), 3 * np.arange(DRAWS, dtype=np.int32), np.zeros(3 * DRAWS, bool), None)
     sampled = torch.stack(entries, 1).flatten().int().numpy()
     found = verdict(
         guessed, sampled, torch.stack(guesses, 1).int().numpy(), ints(10), ints(100), ints(0), np.full((DRAWS, 1), -1, np.int32)

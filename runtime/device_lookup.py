@@ -1,0 +1,88 @@
+"""When to guess, and how much, where each step looks up the guesses for the next: prompt lookup on the device.
+
+A step that verifies is launched before the one before it is done: where its rows stand, and with what, the device knows
+(`kernels.guesses`). The host says how many guesses a row gets, from what it knows by then, a step late: how long a match the
+row's guesses rested on, and how often guesses on such a match have held. Knows no device and no text.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from compiler.step_input import LookedUp
+from runtime.auto_k import Acceptance, StepCosts, choose
+from runtime.scheduler import Arrived, Plan, Scheduler
+from runtime.speculate import START, STAY, could_pay, within
+from runtime.verify import Guesses
+
+
+class DeviceLookup:
+    """At most `most` guesses a row for every step; with `costs`, as many of them as pay. See `runtime.speculate.Guesser`."""
+
+    def __init__(self, scheduler: Scheduler, most: int, costs: StepCosts | None = None) -> None:
+        self.scheduler = scheduler
+        self.most = most
+        self.costs = costs
+        self.acceptance = Acceptance(scheduler.max_num_seqs)
+        self._stays = np.zeros(scheduler.max_num_seqs, np.int64)  # of the sequence that the next is of
+        self._matched = np.zeros(scheduler.max_num_seqs, np.int32)  # what the row's next guesses rest on, 0: on nothing
+
+    def wants_results(self, running: Plan) -> bool:
+        """Never: the device has what it needs."""
+        return False
+
+    def guesses(self, ahead: bool) -> Guesses | None:
+        """For rows whose last text that the host has heard of was a repetition."""
+        counters, scheduler = self.scheduler.counters, self.scheduler
+        guessing, counters.guesses_a_row = counters.guesses_a_row > 0, 0.0
+        if not self._matched.any():
+            return None
+        rows, limits, budget = scheduler.room_for_guesses(self.most, lag=None)
+        matching = (self._matched[rows] > 0) & (self._stays[rows] == scheduler.rows.stay[rows])
+        rows, limits = rows[matching], limits[matching]
+        if not len(rows) or not budget:
+            return None
+        if self.costs is None:
+            counts = within(limits, budget)
+        else:
+            counts = self._paying(rows, limits, budget, STAY if guessing else START)
+        some = np.flatnonzero(counts)
+        if not len(some):
+            return None
+        counters.guesses_a_row = float(counts[some].mean())
+        return Guesses(rows[some], counts[some], None)
+
+    def learn(self, plan: Plan, arrived: Arrived, lookup: LookedUp | None, step_ms: float, overhead_ms: float) -> None:
+        """See `runtime.speculate.Guesser`."""
+        rows = self.scheduler.rows
+        if (verdict := arrived.verdict) is not None and len(verdict.rows):
+            at = verdict.rows
+            stays = plan.stays[plan.guessed.first[np.isin(plan.guessed.rows, at)]]
+            self.acceptance.learn(at, stays, self._matched[at], verdict.counts, verdict.accepted)
+        first = np.ones(len(plan), bool)
+        first[1:] = plan.rows[1:] != plan.rows[:-1]
+        at, stays = plan.rows[first], plan.stays[first]
+        if self.costs is not None:
+            if plan.num_tokens == len(plan):
+                self.costs.observe(len(plan), step_ms)
+            if lookup.hits is not None and self.scheduler.num_running < self.scheduler.max_entries:
+                self._learn_unverified(plan, first, lookup.hits)
+        self._stays[at] = stays
+        self._matched[at] = np.where(rows.stay[at] == stays, lookup.matched[first], 0)
+
+    def _learn_unverified(self, plan: Plan, first: np.ndarray, hits: np.ndarray) -> None:
+        """Of rows that were not given their guesses: whether the first would have held."""
+        asked = first & plan.sampled & (self._matched[plan.rows] > 0) & (self._stays[plan.rows] == plan.stays)
+        if plan.guessed is not None:
+            asked &= plan.guessed.others
+        at = np.flatnonzero(asked)
+        if len(at):
+            rows = plan.rows[at]
+            self.acceptance.learn(rows, plan.stays[at], self._matched[rows], np.ones(len(at), np.int32), hits[at])
+
+    def _paying(self, rows: np.ndarray, limits: np.ndarray, budget: int, margin: float) -> np.ndarray:
+        base = self.scheduler.num_running
+        if not could_pay(base, budget, self.costs):
+            return np.zeros(len(rows), np.int32)
+        chances = self.acceptance.chances(rows, self.scheduler.rows.stay[rows], self._matched[rows], self.most)
+        return choose(chances, limits, base, budget, self.costs, 0.0, margin).counts
