@@ -53,13 +53,18 @@ class DeviceState:
         self.block_tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         self.last_at = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)  # their positions
-        self.most_guesses = most_guesses
-        self.guesses = torch.zeros(max_num_seqs + 1, max(most_guesses, 1), dtype=torch.int32, device=device)
-        self.lookup = lookup
-        self.history: torch.Tensor | None = None  # every row's tokens by position, and one more than pages hold
-        if lookup is not None:
-            self.history = torch.zeros(max_num_seqs + 1, max_blocks * block_size + 1, dtype=torch.int32, device=device)
+        self.allow_guesses(most_guesses, lookup)
         self._counts: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def allow_guesses(self, most: int, lookup: Lookup | None) -> None:
+        """See `__init__`; before graphs are captured."""
+        rows, device = len(self.block_tables), self.block_tables.device
+        self.most_guesses = most
+        self.guesses = torch.zeros(rows, max(most, 1), dtype=torch.int32, device=device)
+        self.lookup = lookup
+        self.history: torch.Tensor | None = None  # every row's tokens by position, with room for one behind the last page
+        if lookup is not None:
+            self.history = torch.zeros(rows, self.max_blocks * self.block_size + 1, dtype=torch.int32, device=device)
 
     def penalty_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(output counts int32, prompt presence bool), each [max_num_seqs + 1, vocab]; made at first use."""

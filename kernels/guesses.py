@@ -16,7 +16,7 @@ from kernels.launch import dependent, wait
 from kernels.reference import LOOKUP_SEEN
 
 BLOCK = 1024
-NUM_WARPS = 4
+NUM_WARPS = 8
 SEEN = tl.constexpr(LOOKUP_SEEN)
 
 

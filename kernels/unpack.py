@@ -93,8 +93,8 @@ def unpack_kernel(
             low = tl.where(before, middle, low)
             high = tl.where(before, high, middle)
         row = tl.load(rows_ptr + low).to(tl.int64)
-        begin = tl.load(query_start_ptr + low)
-        position = _start(token_ids_ptr, starts_ptr, last_at_ptr, low, begin, row, live) + token - begin
+        first = tl.load(query_start_ptr + low)
+        position = _start(token_ids_ptr, starts_ptr, last_at_ptr, low, first, row, live) + token - first
         given = tl.load(token_ids_ptr + token, mask=inside, other=0)
         last = tl.load(last_tokens_ptr + row)
         guess = tl.load(guesses_ptr + row * guess_stride - given - 2, mask=live & (given < -1), other=0)
@@ -107,16 +107,16 @@ def unpack_kernel(
         sequence = program - token_programs
         begin = tl.load(query_start_ptr + sequence)
         end = tl.load(query_start_ptr + sequence + 1)
-        row = tl.load(rows_ptr + sequence).to(tl.int64)
-        start = _start(token_ids_ptr, starts_ptr, last_at_ptr, sequence, begin, row, end > begin)
+        owner = tl.load(rows_ptr + sequence).to(tl.int64)
+        start = _start(token_ids_ptr, starts_ptr, last_at_ptr, sequence, begin, owner, end > begin)
         length = tl.where(end > begin, start + end - begin, 0)  # padding has no tokens, and so no keys
         tl.store(seq_lens_ptr + sequence, length)
         tl.store(logits_index_ptr + sequence, tl.maximum(end - 1, 0).to(tl.int64))
-        table = tables_ptr + row * table_stride
+        table = tables_ptr + owner * table_stride
         out = out_tables_ptr + sequence.to(tl.int64) * WIDTH
         used = (length + BLOCK_SIZE - 1) // BLOCK_SIZE
-        for first in range(0, WIDTH, BLOCK):
-            index = first + lane
+        for base in range(0, WIDTH, BLOCK):
+            index = base + lane
             tl.store(out + index, tl.load(table + index, mask=index < used, other=0), mask=index < WIDTH)
 
 

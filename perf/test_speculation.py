@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compiler.state import Lookup
 from runtime.config import Config, load_config
 from runtime.llm import LLM
 from runtime.protocol import SamplingParams
@@ -56,10 +57,13 @@ def work_of(llm: LLM, kind: str, streams: int) -> tuple[list[list[list[int]]], S
 )  # fmt: skip
 def test_guessing(benchmark, llm: LLM, kind: str, streams: int, goal: float) -> None:
     works, params = work_of(llm, kind, streams)
-    engine, speculation = llm.engine, llm.engine.speculation
+    engine, speculation, state = llm.engine, llm.engine.speculation, llm.built.step.state
+    allowed = 15, Lookup(2, 5)
 
     def seconds(guessing: bool) -> float:
-        engine.speculation = speculation if guessing else None  # one engine: the same pages and caches on both sides
+        # One engine: the same pages and caches on both sides. Steps look up nothing where nothing is guessed.
+        engine.speculation = speculation if guessing else None
+        state.allow_guesses(*(allowed if guessing else (0, None)))
         start = time.perf_counter()
         for work in works:
             llm.generate(work, params)

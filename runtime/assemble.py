@@ -78,6 +78,9 @@ def engine_of(
 def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Guesser | None:
     if config.method is None:
         return None
+    state = built.step.state
+    if state.most_guesses < config.most_guesses or (config.looks_up_on_device and state.lookup is None):
+        raise ValueError(f"the model was built without guesses by {config.method}: build it with that configuration")
     costs = None
     if config.num_speculative_tokens is None:
         most = scheduler.max_entries

@@ -116,12 +116,14 @@ def test_random_bits_equal_in_triton(triton_calls) -> None:
         drawn = (logits, p["temperature"], p["seeds"], p["positions"])
         expected = reference.gumbel_argmax(*drawn)
         rows, sampled = torch.tensor([3, 0, 8, 9, 1, 4, 9], dtype=torch.int32), torch.tensor([1, 1, 1, 0, 1, 1, 0], dtype=torch.int32)
-        last = torch.full((10,), -7, dtype=torch.int32)
-        handed = last.clone()
+        last, at = (torch.full((10,), -7, dtype=torch.int32) for _ in range(2))
+        handed, stands = last.clone(), at.clone()
         handed[[3, 0, 8, 1, 4]] = expected[[0, 1, 2, 4, 5]].int()
-        ids, after = triton_calls.call("kernels.sampling", "draw", *drawn, rows, sampled, last)
-        assert torch.equal(ids, expected) and torch.equal(after[-1], handed)
-        assert torch.equal(torch.ops.pagegraph.draw(*drawn, rows, sampled, last), expected) and torch.equal(last, handed)
+        stands[[3, 0, 8, 1, 4]] = p["positions"][[0, 1, 2, 4, 5]]
+        ids, after = triton_calls.call("kernels.sampling", "draw", *drawn, rows, sampled, last, at)
+        assert torch.equal(ids, expected) and torch.equal(after[-2], handed) and torch.equal(after[-1], stands)
+        assert torch.equal(torch.ops.pagegraph.draw(*drawn, rows, sampled, last, at), expected)
+        assert torch.equal(last, handed) and torch.equal(at, stands)
 
 
 def test_ties_go_to_the_first(triton_calls) -> None:
@@ -129,5 +131,5 @@ def test_ties_go_to_the_first(triton_calls) -> None:
     logits[1, [1000, 4000]] = 3
     zero = torch.zeros(2)
     whole = zero.int()
-    ids, _ = triton_calls.call("kernels.sampling", "draw", logits, zero, zero.long(), whole, whole, whole, whole)
+    ids, _ = triton_calls.call("kernels.sampling", "draw", logits, zero, zero.long(), whole, whole, whole, whole, whole.clone())
     assert ids.tolist() == [0, 1000]

@@ -66,7 +66,7 @@ def attention(
 
 def sampling(vocab: int, dtype: str) -> list[Any]:
     words = tensor("int32", 256)
-    arguments = [tensor(dtype, 256, vocab), tensor("float32", 256), tensor("int64", 256), words, words, words, words]
+    arguments = [tensor(dtype, 256, vocab), tensor("float32", 256), tensor("int64", 256), words, words, words, words, words]
     return [f"sampling {vocab} {dtype}", "kernels.sampling", "draw", arguments]
 
 
@@ -81,11 +81,21 @@ def rows(rows: int, size: int) -> list[list[Any]]:
 
 def unpack(tokens: int, seqs: int) -> list[list[Any]]:
     tables, starts = tensor("int32", 257, 512), tensor("int32", seqs)
-    update = [tables, tensor("int32", 4096, 3), tensor("int32", 1), starts, starts]
-    arguments = [tensor("int32", tokens), starts, tensor("int32", seqs + 1), starts, tensor("int32", 257), tables, 16, 512]
+    update = [tables, tensor("int32", 4096, 3), tensor("int32", 1)]
+    rows, guesses = tensor("int32", 257), tensor("int32", 257, 15)
+    arguments = [tensor("int32", tokens), starts, tensor("int32", seqs + 1), starts, rows, rows, guesses, tables, 16, 512]
     return [
         [f"update {seqs}", "kernels.unpack", "update_tables", update],
         [f"unpack {tokens} {seqs}", "kernels.unpack", "unpack", arguments],
+    ]
+
+
+def guessing(tokens: int, seqs: int) -> list[list[Any]]:
+    entries, rows = tensor("int32", seqs), tensor("int32", 257)
+    step = [tensor("int64", seqs), tensor("int32", tokens), entries, tensor("int32", seqs + 1), entries]
+    return [
+        [f"accept {seqs}", "kernels.guesses", "accept", [*step, rows, rows, 15]],
+        [f"look up {seqs}", "kernels.guesses", "look_up", [*step, entries, tensor("int32", 257, 8193), tensor("int32", 257, 15), 2, 5]],
     ]
 
 
@@ -184,7 +194,7 @@ def half() -> list[dict[str, Any]]:
     """The launches of models in bfloat16, and sampling."""
     unpacks = [*unpack(2, 2), *unpack(2048, 256)]
     rowwise = [*rows(1, 1024), *rows(256, 4096), *rows(8192, 16384)]
-    return compiled([*HALF, *ROPES, *LINEARS, *ROWS, *unpacks, *rowwise, sampling(151936, "float32"), sampling(128256, "bfloat16")])
+    return compiled([*HALF, *ROPES, *LINEARS, *ROWS, *unpacks, *guessing(64, 64), *rowwise, sampling(151936, "float32"), sampling(128256, "bfloat16")])
 
 
 def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
@@ -192,6 +202,7 @@ def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
     assert names == {
         "kv_write_kernel", "decode_kernel", "prefill_kernel", "skinny_linear_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
         "update_tables_kernel", "unpack_kernel", "rms_norm_kernel", "silu_mul_kernel", "row_linear_kernel",
+        "accept_kernel", "look_up_kernel",
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compiler import build as builder
+from compiler.state import Lookup
 from runtime.llm import LLM, Completion
 from runtime.protocol import SamplingParams
 
@@ -31,6 +33,14 @@ WAYS = {
     "no-prefix-cache": dict(enable_prefix_caching=False),
     "preempting": dict(tight=True),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built(built: builder.BuiltModel) -> Iterator[builder.BuiltModel]:
+    """The model of all tests, whose steps look up and accept guesses meanwhile."""
+    built.step.state.allow_guesses(15, Lookup(2, 5))
+    yield built
+    built.step.state.allow_guesses(0, None)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +146,7 @@ def test_every_parameter_means_what_it_does_without_guesses(config_of, built) ->
     params = [SamplingParams(**{"max_tokens": 24, "temperature": 0.0, "ignore_eos": True, **one}) for one in asked]
     prompts = PROMPTS[: len(params)]
     expected = LLM(config_of(), built=built).generate(prompts, params)
-    got, _ = run(config_of, built, "batch16", prompts, params, speculative_method="ngram", prompt_lookup_min=1)
+    got, _ = run(config_of, built, "batch16", prompts, params, speculative_method="ngram")
     for mine, theirs in zip(got, expected, strict=True):
         assert (mine.token_ids, mine.finish_reason, mine.stop_reason) == (theirs.token_ids, theirs.finish_reason, theirs.stop_reason)
         assert [one.token_id for one in mine.logprobs] == [one.token_id for one in theirs.logprobs]
