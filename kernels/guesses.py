@@ -16,7 +16,7 @@ from kernels.launch import dependent, wait
 from kernels.reference import LOOKUP_SEEN
 
 BLOCK = 1024
-NUM_WARPS = 8
+NUM_WARPS = 16
 SEEN = tl.constexpr(LOOKUP_SEEN)
 
 
@@ -118,7 +118,7 @@ def look_up_kernel(
     tl.debug_barrier()  # what this program wrote is read by its other threads
     known = tl.minimum(length + held + 1, WIDTH)
     last = tl.load(text + known - 1)
-    # The longest match, of equals the latest, as one number: length * WIDTH + where it ends.
+    # The longest match, of equals the latest, as one number: its length above 32 bits of where it ends.
     best = tl.full([BLOCK], -1, tl.int64)
     for start in range(0, known - 1, BLOCK):
         at = start + lane
@@ -130,12 +130,12 @@ def look_up_kernel(
                 same = same & (at >= back)
                 same = same & (tl.load(text + at - back, mask=same, other=-2) == wanted)
                 alike += same.to(tl.int64)
-            best = tl.maximum(best, tl.where(alike > 0, alike * WIDTH + at, -1))
+            best = tl.maximum(best, tl.where(alike > 0, (alike << 32) + at, -1))
     key = tl.max(best, axis=0)
     matched = 0
     behind = known - 1
-    if key >= LEAST * WIDTH:
-        place = (key % WIDTH).to(tl.int32)
+    if (key >> 32) >= LEAST:
+        place = key.to(tl.int32)
         back = tl.arange(0, SEEN)
         there = tl.load(text + place - back, mask=place >= back, other=-1)
         here = tl.load(text + known - 1 - back, mask=known - 1 >= back, other=-2)

@@ -16,7 +16,7 @@ from compiler import build as builder
 from compiler.build import BuiltModel
 from compiler.step_input import SamplingInput, StepInput
 from floors import Shape
-from h200_engine import _replayed
+from h200_engine import _profile, _replayed
 from h200_offline import built_of, ceilings_of
 from h200_report import Report
 from runtime.config import Config, load_config
@@ -88,6 +88,8 @@ def texts(report: Report, args: argparse.Namespace, shared: dict) -> None:
                 _compare(report, llm, method, kind, streams, num_tokens)
         costs = llm.engine.speculation.costs
         report.fact(**{f"{method}_costs_ms": dict(zip(costs.rungs.tolist(), costs.ms(costs.rungs).round(3).tolist()))})
+    if built.device.type == "cuda":  # what looking up and accepting take of a step without guesses; last, as it leaves hooks
+        _profile(report, built, _step(16, 0, KEYS, built, llm.config))
     built.close()
 
 

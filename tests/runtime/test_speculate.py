@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from compiler.step import StepCounts, Ticket
-from compiler.step_input import StepInput, StepOutput
+from compiler.step_input import LookedUp, StepInput, StepOutput
+from kernels import reference
 from runtime.auto_k import StepCosts
 from runtime.blocks import BlockPool
+from runtime.device_lookup import DeviceLookup
 from runtime.drafters import Ngram
 from runtime.engine import Engine, Limits
 from runtime.llm import LocalMailbox
@@ -18,7 +20,7 @@ from runtime.metrics import EngineMetrics
 from runtime.protocol import SamplingParams, Submit, Tokens
 from runtime.recorder import Recorder
 from runtime.scheduler import Scheduler
-from runtime.speculate import Speculation
+from runtime.speculate import Guesser, Speculation
 
 MAX_LEN = 2000
 RNG = np.random.default_rng(0)
@@ -31,9 +33,12 @@ HOST_MS = 0.3  # from results to the next launch
 class Device:
     """Steps in order, `cost(entries)` ms each, on a clock of its own; row r says scripts[r], by position."""
 
-    def __init__(self, script: np.ndarray, cost: Callable[[int], float]) -> None:
+    def __init__(self, script: np.ndarray, cost: Callable[[int], float], looks_up: bool = False) -> None:
         self.script = script
         self.cost = cost
+        self.looks_up = looks_up
+        self.last_at = np.zeros(16, np.int64)  # of each row's last token
+        self.guesses: dict[int, np.ndarray] = {}
         self.now = 0.0  # seconds
         self.free = 0.0  # when the last launched step is done
         self.steps: list[int] = []  # entries of each
@@ -45,13 +50,40 @@ class Device:
         self.now += HOST_MS / 1e3
         self.steps.append(step.num_seqs)
         done = self.free = max(self.free, self.now) + self.cost(step.num_seqs) / 1e3
-        output = StepOutput(self.script[step.seq_lens % len(self.script)].astype(np.int32))
+        first = step.token_ids[step.query_start[:-1]]
+        starts = np.where(first < 0, self.last_at[step.rows] - 1 - first, step.starts)
+        at = starts + np.diff(step.query_start)
+        ids = self.script[at % len(self.script)].astype(np.int32)
+        lookup = self._settle(step, at, ids)
+        output = StepOutput(ids, lookup=lookup if self.looks_up else None)
 
         def wait() -> StepOutput:
             self.now = max(self.now, done)
             return output
 
         return Ticket(wait)
+
+
+    def _settle(self, step: StepInput, at: np.ndarray, ids: np.ndarray) -> LookedUp:
+        matched, hits = np.zeros((2, step.num_seqs), np.int32)
+        fed = step.token_ids[step.query_start[1:] - 1].copy()
+        for s in np.flatnonzero(np.append(True, step.rows[1:] != step.rows[:-1])).tolist():
+            row, kept = int(step.rows[s]), s
+            guesses = self.guesses.get(row, np.full(15, -1, np.int32))
+            hits[s] = guesses[0] == ids[s]
+            for entry in range(s + 1, step.num_seqs):
+                if step.rows[entry] != row:
+                    break
+                if fed[entry] < 0:
+                    fed[entry] = guesses[-2 - fed[entry]]
+                kept += kept == entry - 1 and fed[entry] == ids[kept]
+            if step.sampled[s] or kept > s or step.rows[s + 1 : s + 2] == row:
+                self.last_at[row] = at[kept]
+                if not self.looks_up:
+                    continue
+                text = self.script[: at[kept] + 1].astype(np.int32)[None]
+                (self.guesses[row],), (matched[s],) = reference.lookup(text, np.array([text.shape[1]]), 15, 2, 5)
+        return LookedUp(matched, hits, fed)
 
 
 class Model:
@@ -69,7 +101,7 @@ class Model:
         positions = self.scheduler.rows.known[at][:, None] + np.arange(count)
         right = self.device.script[positions]
         chance = np.where(positions < self.good_from, self.chance, 0.9)
-        return np.where(self.rng.random(right.shape) < chance, right, 1 - right).astype(np.int32)
+        return np.where(self.rng.random(right.shape) < chance, right, (right + 1) % 1000).astype(np.int32)
 
 
 def flat(entries: int) -> float:
@@ -81,10 +113,18 @@ def steep(entries: int) -> float:
 
 
 def drive(
-    script: np.ndarray, cost: Callable[[int], float], streams: int, num_tokens: int, *, guessing: bool = True, fixed: int = 0, **model
-) -> tuple[float, Device, Scheduler, Speculation | None]:
+    script: np.ndarray,
+    cost: Callable[[int], float],
+    streams: int,
+    num_tokens: int,
+    *,
+    guessing: bool = True,
+    fixed: int = 0,
+    on_device: bool = False,
+    **model,
+) -> tuple[float, Device, Scheduler, Guesser | None]:
     """Seconds that `streams` requests of `num_tokens` take."""
-    device = Device(script, cost)
+    device = Device(script, cost, on_device)
     scheduler = Scheduler(
         BlockPool(4000, 16, enable_caching=False), max_num_seqs=16, max_num_batched_tokens=512, max_model_len=MAX_LEN, max_entries=64
     )
@@ -93,9 +133,9 @@ def drive(
     if guessing:
         guesser = Model(device, scheduler, **model) if model else None
         costs = None if fixed else StepCosts((*range(1, 17), *range(20, 65, 4)), {n: cost(n) for n in (1, 2, 4, 8, 16, 32, 64)})
-        speculation = Speculation(
+        speculation = DeviceLookup(scheduler, fixed or 15, costs) if on_device else Speculation(
             scheduler, None if model else Ngram(2, 5), fixed or 15, costs, guesser, model.get("ms", 1.0), clock=device.clock
-        )
+        )  # fmt: skip
     mailbox = LocalMailbox()
     engine = Engine(
         device, scheduler, mailbox, Limits(1000, MAX_LEN, frozenset(), 100), None, device.clock,
@@ -117,27 +157,43 @@ def drive(
     return device.now, device, scheduler, speculation
 
 
+WHERE = pytest.mark.parametrize("on_device", [False, True])
+
+
+@WHERE
 @pytest.mark.parametrize("streams", [1, 4, 16])
 @pytest.mark.parametrize("cost", [flat, steep])
-def test_random_text_loses_nothing(cost, streams: int) -> None:
+def test_random_text_loses_nothing(cost, streams: int, on_device: bool) -> None:
     plain = drive(RANDOM, cost, streams, 600, guessing=False)[0]
-    assert plain / drive(RANDOM, cost, streams, 600)[0] > 0.98
+    assert plain / drive(RANDOM, cost, streams, 600, on_device=on_device)[0] > 0.98
 
 
+@WHERE
 @pytest.mark.parametrize(("streams", "gain"), [(1, 4.0), (4, 3.0), (16, 1.5)])
-def test_text_that_repeats_gains_where_entries_are_cheap(streams: int, gain: float) -> None:
+def test_text_that_repeats_gains_where_entries_are_cheap(streams: int, gain: float, on_device: bool) -> None:
     plain = drive(REPEATED, flat, streams, 600, guessing=False)[0]
-    assert plain / drive(REPEATED, flat, streams, 600)[0] > gain
+    assert plain / drive(REPEATED, flat, streams, 600, on_device=on_device)[0] > gain
 
 
-def test_nothing_is_guessed_where_entries_cost_as_much_as_steps() -> None:
-    seconds, device, scheduler, _ = drive(REPEATED, steep, 4, 300)
+def test_a_device_that_looks_up_never_waits_for_the_host() -> None:
+    """With guesses in every step, a turn takes what the step takes."""
+    fast = lambda entries: 0.7 + 0.01 * entries  # noqa: E731
+    seconds, device, scheduler, _ = drive(REPEATED, fast, 1, 900, on_device=True)
+    assert scheduler.counters.saved_steps > 700
+    assert seconds < sum(map(fast, device.steps)) / 1e3 + 20 * HOST_MS / 1e3
+    assert drive(REPEATED, fast, 1, 900)[0] > 1.2 * seconds, "where the host looks up, each such step waits for it"
+
+
+@WHERE
+def test_nothing_is_guessed_where_entries_cost_as_much_as_steps(on_device: bool) -> None:
+    seconds, device, scheduler, _ = drive(REPEATED, steep, 4, 300, on_device=on_device)
     assert drive(REPEATED, steep, 4, 300, guessing=False)[0] / seconds > 0.98
     assert scheduler.counters.guesses < 20
 
 
-def test_guessing_starts_with_the_repetition_and_ends_with_it() -> None:
-    _, device, scheduler, _ = drive(BOTH, flat, 1, 1200)
+@WHERE
+def test_guessing_starts_with_the_repetition_and_ends_with_it(on_device: bool) -> None:
+    _, device, scheduler, _ = drive(BOTH, flat, 1, 1200, on_device=on_device)
     steps = np.array(device.steps)
     assert steps[:300].max() <= 2 and steps[-300:].max() <= 2
     assert scheduler.counters.accepted > 250 and len(steps) < 960
@@ -150,8 +206,9 @@ def test_no_step_is_planned_ahead_of_guesses_and_all_others_are() -> None:
     assert seconds < sum(map(flat, device.steps)) / 1e3 + 20 * HOST_MS / 1e3
 
 
-def test_a_fixed_number_is_guessed_whether_it_pays_or_not() -> None:
-    _, _, scheduler, _ = drive(REPEATED, steep, 1, 300, fixed=3)
+@WHERE
+def test_a_fixed_number_is_guessed_whether_it_pays_or_not(on_device: bool) -> None:
+    _, _, scheduler, _ = drive(REPEATED, steep, 1, 300, fixed=3, on_device=on_device)
     assert scheduler.counters.accepted > 150
     assert scheduler.counters.guesses <= 3 * scheduler.counters.drafts
 
