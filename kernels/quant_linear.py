@@ -20,7 +20,7 @@ NIBBLE_SPAN = tl.constexpr(32)  # of `reference.pack_nibbles`
 MAX_BLOCK_T = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # 2 and 8 rows, 64 and 256, share a kernel
 def quant_linear_kernel(
     out_ptr,
     partial_ptr,

@@ -64,7 +64,8 @@ def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], n
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        fixed = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not fixed):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -72,7 +73,7 @@ def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], n
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[parameter.name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not fixed:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
