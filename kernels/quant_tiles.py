@@ -54,7 +54,7 @@ def tile_by_rule(rows: int, out_size: int, size: int, group: int) -> Tile:
     """Columns of a step divide a group; columns are split where rows of the weight alone do not fill the device."""
     block_k = step_within(group, size)
     if rows > FEW_ROWS:
-        return Tile(128, min(64, block_k), 1, 8, 3)
+        return Tile(128, block_k, 1, 8, 3)
     block_n = 64 if out_size >= 4096 else 32
     wanted = max(1, PROGRAMS // -(-out_size // block_n))
     split = min(8, 1 << wanted.bit_length() - 1, max(1, size // (4 * block_k)))

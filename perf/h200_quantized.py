@@ -92,7 +92,10 @@ def _models(args: argparse.Namespace) -> list[str]:
 
 
 def _choices(product: Product, rows: int) -> Iterator[Choice]:
-    """Few, because each is compiled: enough programs to fill the device, no more than four waves of them."""
+    """Few, because each is compiled: enough programs to fill the device, no more than four waves of them.
+
+    More rows of the weight to a tile read x less often, which counts from 32 rows on.
+    """
     if rows > FEW_ROWS // 2:
         yield Choice("plain")
     if product.kind == "fp8":
@@ -101,10 +104,11 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
     if rows > FEW_ROWS:
         yield Choice("tile", Tile(64, 128, 1, 4, 3))
         return
-    for block_n, split in itertools.product((32, 64), (1, 2, 4, 8)):
+    sizes = ((64, 4, 4), (64, 4, 6), (128, 4, 4)) if rows <= 16 else ((64, 4, 4), (128, 8, 4))
+    for (block_n, warps, stages), split in itertools.product(sizes, (1, 2, 4, 8)):
         programs = -(-product.out_size // block_n) * split
-        if product.size % (split * 128) == 0 and 128 <= programs and (split == 1 or programs <= 1056):
-            yield Choice("tile", Tile(block_n, 128, split, 4, 4))
+        if product.size % (split * 128) == 0 and 120 <= programs and (split == 1 or programs <= 1056):
+            yield Choice("tile", Tile(block_n, 128, split, warps, stages))
 
 
 def _compile_ahead(report: Report, args: argparse.Namespace, products: list[Product]) -> None:
