@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import reference
 from kernels.attention_decode import attend_rows
 from kernels.attention_prefill import attend_ragged
+from kernels.dequantize import dequantize
 from kernels.kv_write import write_kv
 from kernels.quant_linear import quant_linear as tiled_quant_linear
 from kernels.quant_tiles import Choice, Kind, choice_of
@@ -124,7 +124,7 @@ def quant_linear_by(
     if choice.way == "tile":
         return tiled_quant_linear(rows, codes, scale, shift, bias, group, choice.tile)
     if choice.way == "plain":
-        return reference.quant_linear(rows, codes, scale, shift, bias, group)
+        return functional.linear(rows, dequantize(codes, scale, shift, group, rows.dtype), bias)
     x_codes, x_scale = quantize_rows(rows)
     return torch._scaled_mm(
         x_codes, codes.t(), scale_a=x_scale, scale_b=scale.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=True

@@ -83,6 +83,7 @@ def quant_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    UNROLL: tl.constexpr,
     INT4: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -115,7 +116,7 @@ def quant_linear_kernel(
         shift = scale
         if HAS_SHIFT:
             shift = tl.load(shift_ptr + scale_at + begin // GROUP, mask=in_n & (begin < K), other=0.0)
-    for k in range(begin, min(begin + span, K), BLOCK_K):
+    for k in tl.range(begin, min(begin + span, K), BLOCK_K, loop_unroll_factor=UNROLL):
         in_w = in_n[:, None]
         in_x = in_t[None, :]
         if K % BLOCK_K != 0:
@@ -202,6 +203,7 @@ def quant_linear(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         SPLIT_K=tile.split_k,
+        UNROLL=max(1, 128 // tile.block_k),  # short steps share what a turn of the loop costs
         INT4=codes.dtype == torch.uint8,
         HAS_SHIFT=shift is not None,
         HAS_BIAS=bias is not None,

@@ -137,8 +137,7 @@ def compile_product(device: str, product: Product, rows: int) -> list[str]:
     x = torch.empty(rows, product.size, dtype=torch.bfloat16, device=device)
     for choice in product.choices(rows):
         try:
-            if choice.way != "plain":
-                cuda.quant_linear_by(choice, x, *weight, None, product.group)
+            cuda.quant_linear_by(choice, x, *weight, None, product.group)
         except Exception as problem:
             wrong.append(f"{product} {rows} {choice}: {problem!r}"[:300])
     torch.cuda.synchronize()

@@ -53,6 +53,15 @@ def test_equals_the_reference(
         torch.testing.assert_close(out.float(), expected, atol=1e-4 * expected.abs().max().item(), rtol=2**-8)
 
 
+@pytest.mark.parametrize(("kind", "out_size", "size", "group", "tile"), MIXED)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_weights_come_back(triton_calls, kind: str, out_size: int, size: int, group: int, tile: Tile, shifted: bool) -> None:
+    codes, scale, shift = random_weight(kind, out_size, size, group, shifted)
+    out, _ = triton_calls.call("kernels.dequantize", "dequantize", codes, scale, shift, group, torch.bfloat16)
+    expected = reference.dequantize(codes, scale, shift, group)
+    torch.testing.assert_close(out.float(), expected, atol=1e-5, rtol=2**-8)
+
+
 def test_many_rows(triton_calls) -> None:
     codes, scale, shift = random_weight("int4", 160, 128, 64, True)
     x = torch.randn(150, 128).bfloat16()

@@ -134,7 +134,7 @@ QUANTISED = [
     quantised(rows, out_size, size, *weight)
     for rows, out_size, size in ((64, 4096, 14336), (256, 6144, 4096))
     for weight in (("float8_e4m3fn", size), ("float8_e4m3fn", 128), ("int8", size), ("int8", 32), ("uint8", 128, True), ("uint8", size))
-] + [["rows to fp8", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336)]]]
+] + [quantised(64, 4096, 4096, "uint8", 32, True)] + [["rows to fp8", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336)]]]
 HALF = [
     attention(64, 64, 8, 1),
     attention(64, 64, 8, 8, window=128, sinks=True),
