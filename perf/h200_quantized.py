@@ -35,7 +35,8 @@ ROWS = (2, 8, 32, 64, 128, 256)  # of a product; a step of one sequence is padde
 GROUP = 128  # of the codes of 4 bits that are measured, as most checkpoints have
 CODE_BYTES: dict[Kind, float] = {"fp8": 1, "int4": 0.5 + 4 / GROUP, "int8": 1}  # an element, with its scale and shift
 ROTATED = 192 << 20  # bytes that weights rotate through, more than the L2 holds
-TOLERANCE = {"tile": 1e-2, "plain": 1e-2, "scaled": 8e-2}  # relative; rows become 8-bit codes for the last
+TOLERANCE = {"tile": 1e-2, "plain": 1e-2, "digits": 1e-2, "scaled": 8e-2}  # relative; rows become 8-bit codes for the last
+LOSSY = Choice("scaled")  # of int8: measured to be known, never the best
 WORKERS = 12
 COMPILING = 0.5  # share of a section's time for compiling ahead
 
@@ -100,6 +101,9 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
         yield Choice("plain")
     if product.kind == "fp8":
         yield Choice("scaled")
+    if product.kind == "int8" and rows >= FEW_ROWS:
+        yield Choice("digits")
+        yield LOSSY
     yield Choice("tile", tile_by_rule(rows, product.out_size, product.size, product.group))
     if rows > FEW_ROWS:
         yield Choice("tile", Tile(64, 128, 1, 4, 3))
@@ -189,9 +193,10 @@ def _measured(report: Report, args: argparse.Namespace, product: Product, ceilin
                 took[choice] = _seconds(args, [lambda of=of: run(of) for of in copies])
             except Exception as problem:
                 report.failure(f"{product} {rows} {choice}: {problem!r}"[:300])
-        if not took:
+        allowed = {choice: seconds for choice, seconds in took.items() if kind != "int8" or choice != LOSSY}
+        if not allowed:
             continue
-        best = entry[rows] = min(took, key=took.__getitem__)
+        best = entry[rows] = min(allowed, key=allowed.__getitem__)
         moved = out_size * size * CODE_BYTES[kind] + rows * (size + out_size) * BYTES
         floor = max(moved / ceilings.bandwidth, 2 * rows * out_size * size / ceilings.flops)
         row = dict(
