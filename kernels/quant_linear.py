@@ -3,7 +3,8 @@
 The weight is the left operand, as in `kernels.skinny_linear`, and its columns may be split the same way. Codes are exact in
 the type of x, so the matrix unit multiplies codes, and scales join its float32 sums: once a row where they are a row's, else
 once a group. A shift is its group's sum of x, which the matrix unit adds up beside the product. What an instruction costs
-decides these loops: at 4 bits an SM is to widen 38 codes a cycle, and can issue 3.4 instructions a code. Knows sizes and codes; which way suits which is data in `kernels/quant_tiles.py`.
+decides these loops: at 4 bits an SM is to widen 38 codes a cycle, and can issue 3.4 instructions a code. Knows sizes and
+codes; which way suits which is data in `kernels/quant_tiles.py`.
 """
 
 from __future__ import annotations

@@ -36,9 +36,9 @@ def choice_of(kind: Kind, rows: int, out_size: int, size: int, group: int, by_ro
     measured = TABLE.get((kind, out_size, size), {})
     if limits := [limit for limit in measured if limit >= rows]:
         found = measured[min(limits)]
-        if found.way == "tile":  # it may have been measured with larger groups
-            return Choice("tile", found.tile._replace(block_k=min(found.tile.block_k, step_within(group, size))))
-        if found.way == "plain" or by_row:
+        # A tile that was measured with larger groups says nothing of steps as short as these.
+        fits = found.tile.block_k <= step_within(group, size) if found.way == "tile" else found.way == "plain" or by_row
+        if fits:
             return found
     if rows > FEW_ROWS and by_row and kind in WIDE:
         return Choice(WIDE[kind])

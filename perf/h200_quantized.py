@@ -37,6 +37,7 @@ CODE_BYTES: dict[Kind, float] = {"fp8": 1, "int4": 0.5 + 4 / GROUP, "int8": 1}  
 ROTATED = 192 << 20  # bytes that weights rotate through, more than the L2 holds
 TOLERANCE = {"tile": 1e-2, "plain": 1e-2, "digits": 1e-2, "scaled": 8e-2}  # relative; rows become 8-bit codes for the last
 LOSSY = Choice("scaled")  # of int8: measured to be known, never the best
+ALIKE = ((128, 256), (64,), (32,), (2, 8))  # rows that share most kernels: compiled by one process
 WORKERS = 12
 COMPILING = 0.5  # share of a section's time for compiling ahead
 
@@ -120,7 +121,7 @@ def _compile_ahead(report: Report, args: argparse.Namespace, products: list[Prod
     start = time.perf_counter()
     lower.use_cache(lower.cache_folder(None))
     limit = report.seconds * COMPILING
-    jobs = [(args.device, product, rows) for rows in reversed(ROWS) for product in products]
+    jobs = [(args.device, product, rows) for rows in ALIKE for product in products]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(WORKERS, max(1, (os.cpu_count() or 1) - 2)), mp_context=spawn) as pool:
         futures = [pool.submit(compile_product, *job) for job in jobs]
@@ -132,14 +133,14 @@ def _compile_ahead(report: Report, args: argparse.Namespace, products: list[Prod
         print(f"not compiled: {text}", flush=True)
 
 
-def compile_product(device: str, product: Product, rows: int) -> list[str]:
-    """Run each choice of a product once on whatever memory holds; returns what went wrong."""
+def compile_product(device: str, product: Product, counts: tuple[int, ...]) -> list[str]:
+    """Run each choice of a product of so many rows once on whatever memory holds; returns what went wrong."""
     if device != "cuda":
         return []
     wrong = []
     weight = _weight(product, device, random=False)
-    x = torch.empty(rows, product.size, dtype=torch.bfloat16, device=device)
-    for choice in product.choices(rows):
+    for rows, choice in ((rows, choice) for rows in counts for choice in product.choices(rows)):
+        x = torch.zeros(rows, product.size, dtype=torch.bfloat16, device=device)
         try:
             cuda.quant_linear_by(choice, x, *weight, None, product.group)
         except Exception as problem:
