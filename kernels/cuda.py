@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import reference
 from kernels.attention_decode import attend_rows
 from kernels.attention_prefill import attend_ragged
+from kernels.dequantize import dequantize
 from kernels.kv_write import write_kv
 from kernels.quant_linear import quant_linear as tiled_quant_linear
 from kernels.quant_tiles import Choice, Kind, choice_of
@@ -20,12 +20,13 @@ from kernels.quantize_rows import quantize_rows
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_write import rope_write
 from kernels.row_linear import row_linear
+from kernels.scaled_int8 import scaled_int8
 from kernels.silu_mul import silu_mul
 from kernels.skinny_linear import skinny_linear
 from kernels.skinny_tiles import RowTile, row_tile_of, tile_of
 
 KINDS: dict[torch.dtype, Kind] = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
-SCALED_SIZES = 16  # what PyTorch's FP8 product wants both sizes of a weight to be multiples of
+SCALED_SIZES = 16  # what products of 8-bit codes want both sizes of a weight to be multiples of
 
 
 def paged_attention(
@@ -111,21 +112,23 @@ def quant_linear(x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, 
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out_size, size = len(codes), rows.shape[1]
-    by_row = codes.dtype == torch.float8_e4m3fn and scale.shape[1] == 1 and shift is None and x.dtype == torch.bfloat16
-    scaled = by_row and out_size % SCALED_SIZES == 0 and size % SCALED_SIZES == 0
-    choice = choice_of(KINDS[codes.dtype], len(rows), out_size, size, group, scaled)
+    by_row = scale.shape[1] == 1 and shift is None and x.dtype == torch.bfloat16
+    by_row = by_row and out_size % SCALED_SIZES == 0 and size % SCALED_SIZES == 0
+    choice = choice_of(KINDS[codes.dtype], len(rows), out_size, size, group, by_row)
     return quant_linear_by(choice, rows, codes, scale, shift, bias, group).view(*x.shape[:-1], -1)
 
 
 def quant_linear_by(
     choice: Choice, rows: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int
 ) -> Tensor:
-    """rows [T, K] -> [T, N] by the given way; the row-wise FP8 product rounds rows to e4m3 too."""
+    """rows [T, K] -> [T, N] by the given way; `scaled` rounds rows to the type of the codes too."""
     if choice.way == "tile":
         return tiled_quant_linear(rows, codes, scale, shift, bias, group, choice.tile)
     if choice.way == "plain":
-        return reference.quant_linear(rows, codes, scale, shift, bias, group)
-    x_codes, x_scale = quantize_rows(rows)
+        return functional.linear(rows, dequantize(codes, scale, shift, group, rows.dtype), bias)
+    x_codes, x_scale = quantize_rows(rows, codes.dtype, 2 if choice.way == "digits" else 1)
+    if codes.dtype == torch.int8:
+        return scaled_int8(x_codes, x_scale, codes, scale, bias, rows.dtype)
     return torch._scaled_mm(
         x_codes, codes.t(), scale_a=x_scale, scale_b=scale.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=True
     )

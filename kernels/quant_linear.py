@@ -2,7 +2,9 @@
 
 The weight is the left operand, as in `kernels.skinny_linear`, and its columns may be split the same way. Codes are exact in
 the type of x, so the matrix unit multiplies codes, and scales join its float32 sums: once a row where they are a row's, else
-once a group. A shift is its group's sum of x. Knows sizes and codes; which way suits which is data in `kernels/quant_tiles.py`.
+once a group. A shift is its group's sum of x, which the matrix unit adds up beside the product. What an instruction costs
+decides these loops: at 4 bits an SM is to widen 38 codes a cycle, and can issue 3.4 instructions a code. Knows sizes and
+codes; which way suits which is data in `kernels/quant_tiles.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +20,51 @@ from kernels.split_columns import added_up, is_last, room_for_parts
 
 NIBBLE_SPAN = tl.constexpr(32)  # of `reference.pack_nibbles`
 MAX_BLOCK_T = 64
+# Two bytes of two codes each: a code, 0 to 15, becomes the low bits of 128.0 in bfloat16, then 136 is taken off, which is exact.
+NIBBLES = tl.constexpr("""{
+.reg .b32 low, high, one, bias;
+mov.b32 one, 0x3f803f80;
+mov.b32 bias, 0xc308c308;
+cvt.u32.u16 low, $2;
+prmt.b32 low, low, 0, 0x4140;
+shr.u32 high, low, 4;
+lop3.b32 low, low, 0x000f000f, 0x43004300, 0xea;
+lop3.b32 high, high, 0x000f000f, 0x43004300, 0xea;
+fma.rn.bf16x2 $0, low, one, bias;
+fma.rn.bf16x2 $1, high, one, bias;
+}""")
+# Two int8 codes: their low seven bits the same way, then 128 is taken off, 256 where the code is negative.
+BYTES = tl.constexpr("""{
+.reg .b32 low, bias, minus;
+mov.b32 minus, 0xbf80bf80;
+cvt.u32.u16 low, $1;
+prmt.b32 low, low, 0, 0x4140;
+lop3.b32 bias, low, 0x00800080, 0x43004300, 0xea;
+lop3.b32 low, low, 0x007f007f, 0x43004300, 0xea;
+fma.rn.bf16x2 $0, bias, minus, low;
+}""")
+ASSEMBLES = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def _nibbles(codes, DTYPE: tl.constexpr):
+    """uint8 of two codes each -> the low and the high ones, -8 to 7, in DTYPE."""
+    if ASSEMBLES and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(NIBBLES, "=r,=r,h", [codes], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=2)
+    else:
+        return ((codes & 15).to(tl.int8) - 8).to(DTYPE), ((codes >> 4).to(tl.int8) - 8).to(DTYPE)
+
+
+@triton.jit
+def _wide(codes, DTYPE: tl.constexpr):
+    """int8 or e4m3 codes in DTYPE."""
+    if ASSEMBLES and DTYPE == tl.bfloat16 and codes.dtype == tl.int8:
+        return tl.inline_asm_elementwise(BYTES, "=r,h", [codes], tl.bfloat16, is_pure=True, pack=2)
+    else:  # e4m3 to float32 and on: straight to bfloat16 it takes the slower converter
+        return codes.to(tl.float32).to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # 2 and 8 rows, 64 and 256, share a kernel
 def quant_linear_kernel(
     out_ptr,
     partial_ptr,
@@ -40,16 +84,18 @@ def quant_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    UNROLL: tl.constexpr,
     INT4: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    tile = tl.program_id(0)
+    row_blocks = tl.cdiv(num_rows, BLOCK_T)  # those that read the same weights run side by side
+    tile = tl.program_id(0) // row_blocks
     split = tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = tl.program_id(0) % row_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     in_n = n < N
     in_t = t < num_rows
     span: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
@@ -64,8 +110,14 @@ def quant_linear_kernel(
     if PDL:
         wait()
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    sums = tl.zeros([BLOCK_T], tl.float32)
-    for k in range(begin, min(begin + span, K), BLOCK_K):
+    sums = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    ones = tl.full([BLOCK_N, BLOCK_K // PER_BYTE], 1.0, tl.float32).to(x_ptr.dtype.element_ty)
+    if GROUPS > 1:
+        scale = tl.load(scale_ptr + scale_at + begin // GROUP, mask=in_n & (begin < K), other=0.0)
+        shift = scale
+        if HAS_SHIFT:
+            shift = tl.load(shift_ptr + scale_at + begin // GROUP, mask=in_n & (begin < K), other=0.0)
+    for k in tl.range(begin, min(begin + span, K), BLOCK_K, loop_unroll_factor=UNROLL):
         in_w = in_n[:, None]
         in_x = in_t[None, :]
         if K % BLOCK_K != 0:
@@ -73,36 +125,40 @@ def quant_linear_kernel(
             in_x = in_x & (column < K - k)[:, None]
         codes = tl.load(codes_at + k // PER_BYTE, mask=in_w, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_at + k, mask=in_x, other=0.0)
+        if GROUPS > 1:  # those of the next step: they come while this one's are multiplied
+            ahead = k + BLOCK_K
+            next_scale = tl.load(scale_ptr + scale_at + ahead // GROUP, mask=in_n & (ahead < K), other=0.0)
+            next_shift = next_scale
+            if HAS_SHIFT:
+                next_shift = tl.load(shift_ptr + scale_at + ahead // GROUP, mask=in_n & (ahead < K), other=0.0)
         if INT4:
             x_high = tl.load(x_at + (k + NIBBLE_SPAN // 2), mask=in_x, other=0.0)
-            low = ((codes & 15).to(tl.int8) - 8).to(x.dtype)
-            high = ((codes >> 4).to(tl.int8) - 8).to(x.dtype)
+            low, high = _nibbles(codes, x.dtype)
             if GROUPS == 1:
                 total = tl.dot(high, x_high, tl.dot(low, x, total, input_precision=PRECISION), input_precision=PRECISION)
             else:
                 part = tl.dot(high, x_high, tl.dot(low, x, input_precision=PRECISION), input_precision=PRECISION)
         else:
-            wide = codes.to(x.dtype)
+            wide = _wide(codes, x.dtype)
             if GROUPS == 1:
                 total = tl.dot(wide, x, total, input_precision=PRECISION)
             else:
                 part = tl.dot(wide, x, input_precision=PRECISION)
-        if HAS_SHIFT:
-            summed = tl.sum(x.to(tl.float32), axis=0)
+        if HAS_SHIFT:  # the sum of x by the matrix unit too, which has time: all rows of it are alike
+            summed = tl.dot(ones, x, sums, input_precision=PRECISION)
             if INT4:
-                summed += tl.sum(x_high.to(tl.float32), axis=0)
+                summed = tl.dot(ones, x_high, summed, input_precision=PRECISION)
         if GROUPS > 1:
-            scale = tl.load(scale_ptr + scale_at + k // GROUP, mask=in_n, other=0.0).to(tl.float32)
-            total += part * scale[:, None]
+            total += part * scale.to(tl.float32)[:, None]
             if HAS_SHIFT:
-                shift = tl.load(shift_ptr + scale_at + k // GROUP, mask=in_n, other=0.0).to(tl.float32)
-                total += shift[:, None] * summed[None, :]
+                total += summed * shift.to(tl.float32)[:, None]
+            scale, shift = next_scale, next_shift
         elif HAS_SHIFT:
-            sums += summed
+            sums = summed
     if GROUPS == 1:
         total *= tl.load(scale_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
         if HAS_SHIFT:
-            total += tl.load(shift_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None] * sums[None, :]
+            total += tl.load(shift_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None] * sums
     if SPLIT_K > 1:
         at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
         if not is_last(total, partial_ptr, counter_ptr, tile, split, at, SPLIT_K, BLOCK_N, BLOCK_T):
@@ -129,7 +185,7 @@ def quant_linear(
     tiles = -(-out_size // tile.block_n)
     block_t = min(MAX_BLOCK_T, max(16, triton.next_power_of_2(rows)))
     partial, counters = room_for_parts(tile, tiles, block_t, out)
-    quant_linear_kernel[tiles, tile.split_k, -(-rows // block_t)](
+    quant_linear_kernel[tiles * -(-rows // block_t), tile.split_k](
         out,
         partial,
         counters,
@@ -148,6 +204,7 @@ def quant_linear(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         SPLIT_K=tile.split_k,
+        UNROLL=max(1, 128 // tile.block_k),  # short steps share what a turn of the loop costs
         INT4=codes.dtype == torch.uint8,
         HAS_SHIFT=shift is not None,
         HAS_BIAS=bias is not None,

@@ -14,8 +14,10 @@ WIDE_ROWS = 256  # above it a weight is dequantised once for all rows
 PROGRAMS = 264  # two on each multiprocessor of an H100 or H200
 
 Kind = Literal["int8", "int4", "fp8"]
-# tile: `kernels.quant_linear` by that tile; scaled: PyTorch's row-wise FP8 product; plain: dequantised, then cuBLAS.
-Way = Literal["tile", "scaled", "plain"]
+# tile: `kernels.quant_linear` by that tile; plain: dequantised, then cuBLAS; scaled: rows rounded to codes with a scale each, for fp8
+# PyTorch's product; digits: the same for int8 with two digits of each state, which lose nothing.
+Way = Literal["tile", "plain", "scaled", "digits"]
+WIDE: dict[Kind, Way] = {"fp8": "scaled", "int8": "digits"}  # ways that want a weight with one scale a row and no shift
 
 
 class Choice(NamedTuple):
@@ -29,17 +31,17 @@ class Choice(NamedTuple):
 TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {}
 
 
-def choice_of(kind: Kind, rows: int, out_size: int, size: int, group: int, scaled: bool) -> Choice:
-    """For x [rows, size] @ weight [out_size, size].T; `scaled`: the row-wise FP8 product takes this weight."""
+def choice_of(kind: Kind, rows: int, out_size: int, size: int, group: int, by_row: bool) -> Choice:
+    """For x [rows, size] @ weight [out_size, size].T; `by_row`: the ways of WIDE take this weight."""
     measured = TABLE.get((kind, out_size, size), {})
     if limits := [limit for limit in measured if limit >= rows]:
         found = measured[min(limits)]
-        if found.way == "tile":  # it may have been measured with larger groups
-            return Choice("tile", found.tile._replace(block_k=min(found.tile.block_k, step_within(group, size))))
-        if found.way == "plain" or scaled:
+        # A tile that was measured with larger groups says nothing of steps as short as these.
+        fits = found.tile.block_k <= step_within(group, size) if found.way == "tile" else found.way == "plain" or by_row
+        if fits:
             return found
-    if rows > FEW_ROWS and scaled:
-        return Choice("scaled")
+    if rows > FEW_ROWS and by_row and kind in WIDE:
+        return Choice(WIDE[kind])
     if rows > WIDE_ROWS:
         return Choice("plain")
     return Choice("tile", tile_by_rule(rows, out_size, size, group))
@@ -54,7 +56,7 @@ def tile_by_rule(rows: int, out_size: int, size: int, group: int) -> Tile:
     """Columns of a step divide a group; columns are split where rows of the weight alone do not fill the device."""
     block_k = step_within(group, size)
     if rows > FEW_ROWS:
-        return Tile(128, min(64, block_k), 1, 8, 3)
+        return Tile(128, block_k, 1, 8, 3)
     block_n = 64 if out_size >= 4096 else 32
     wanted = max(1, PROGRAMS // -(-out_size // block_n))
     split = min(8, 1 << wanted.bit_length() - 1, max(1, size // (4 * block_k)))

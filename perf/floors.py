@@ -32,6 +32,8 @@ MODELS: dict[str, dict[str, object]] = {
     ),
 }  # fmt: skip
 BYTES = 2  # of a weight or a cached element: bfloat16
+# Bytes of a weight in the layers and in the head, quantised while loading: fp8 leaves the head alone, int4 gives it 8 bits.
+WEIGHT_BYTES = {None: (BYTES, BYTES), "fp8": (1, BYTES), "int8": (1, 1), "int4": (0.5 + 2 * BYTES / 32, 1)}
 
 
 def write_model(name: str, folder: Path) -> Path:
@@ -88,16 +90,21 @@ class Shape:
         """Bytes of K and V of one token over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_size * BYTES
 
-    def step_floor(self, ceilings: Ceilings, query_start: np.ndarray, seq_lens: np.ndarray) -> float:
+    def step_floor(
+        self, ceilings: Ceilings, query_start: np.ndarray, seq_lens: np.ndarray, method: str | None = None, cache: str = "auto"
+    ) -> float:
         """Seconds a step takes at least: matmuls and attention each at the slower of bytes and operations.
 
-        query_start [S + 1] and seq_lens [S] as in `compiler.step_input.StepInput`; the head runs on S rows.
+        query_start [S + 1] and seq_lens [S] as in `compiler.step_input.StepInput`; the head runs on S rows. Weights and pages
+        are read as they are stored by `method` and `cache`; operations are bfloat16's whatever the method.
         """
         rows, lengths = np.diff(query_start).astype(np.int64), seq_lens.astype(np.int64)
         head = self.vocab * self.hidden
         matmul_flop = 2 * (self.layer_weights * int(rows.sum()) + head * len(rows))
         pairs = int((rows * lengths - rows * (rows - 1) // 2).sum())
         attention_flop = 4 * self.layers * self.heads * self.head_size * pairs
-        return max((self.layer_weights + head) * BYTES / ceilings.bandwidth, matmul_flop / ceilings.flops) + max(
-            self.kv_bytes * int(lengths.sum()) / ceilings.bandwidth, attention_flop / ceilings.flops
+        of_layers, of_head = WEIGHT_BYTES[method]
+        pages = self.kv_bytes * int(lengths.sum()) * (0.5 if cache == "fp8" else 1)
+        return max((self.layer_weights * of_layers + head * of_head) / ceilings.bandwidth, matmul_flop / ceilings.flops) + max(
+            pages / ceilings.bandwidth, attention_flop / ceilings.flops
         )

@@ -67,18 +67,23 @@ def step(report: Report, args: argparse.Namespace, shared: dict) -> None:
             np.random.default_rng(seqs), np.ones(seqs), np.full(seqs, keys),
             vocab_size=built.vocab_size, num_blocks=built.num_blocks, block_size=config.block_size,
         )  # fmt: skip
-        floor = shape.step_floor(ceilings, one.query_start, one.seq_lens)
+        floor = shape.step_floor(ceilings, one.query_start, one.seq_lens, config.quantization)
         replay = _replayed(built, one)
         launched = _launched(built, one)
         turn, host, wait, launch = _driven(config, built, seqs, keys)
         report.row(
-            seqs=seqs, keys=keys, floor_ms=floor * 1e3, replay_ms=replay * 1e3, ratio=replay / floor,
+            **_method(args), seqs=seqs, keys=keys, floor_ms=floor * 1e3, replay_ms=replay * 1e3, ratio=replay / floor,
             ahead_ms=launched * 1e3, turn_ms=turn * 1e3, turn_ratio=turn / floor, over_ms=(turn - replay) * 1e3,
             host_ms=host * 1e3, launch_ms=launch * 1e3, wait_ms=wait * 1e3,
         )  # fmt: skip
         profiled += [one] if seqs in PROFILED and built.device.type == "cuda" else []
     for one in profiled:  # last: a profiler leaves hooks that slow launches
         _profile(report, built, one)
+
+
+def _method(args: argparse.Namespace) -> dict[str, str]:
+    """How the weights of a row's model are quantised, if they are."""
+    return {"quantization": args.quantization} if args.quantization else {}
 
 
 def _replayed(built: BuiltModel, one) -> float:
@@ -153,10 +158,10 @@ def engine(report: Report, args: argparse.Namespace, shared: dict) -> None:
             # Each repeat with an empty prefix cache, as the first had.
             runs.append(Offline(config_of(args, model, enable_prefix_caching=caching), built).run(work.prompts, work.lengths))
         run = sorted(runs, key=lambda one: one.seconds)[len(runs) // 2]
-        floor = floor_seconds(run, shape, ceilings)
+        floor = floor_seconds(run, shape, ceilings, args.quantization)
         inputs, outputs, steps = sum(map(len, work.prompts)), sum(work.lengths), len(run.steps)
         report.row(
-            case=case, caching=caching, requests=len(work.prompts), wall_s=run.seconds, out_tok_s=outputs / run.seconds,
+            **_method(args), case=case, caching=caching, requests=len(work.prompts), wall_s=run.seconds, out_tok_s=outputs / run.seconds,
             total_tok_s=(inputs + outputs) / run.seconds, ratio=run.seconds / floor, steps=steps,
             in_graphs=run.graph_hits / steps, turn_ms=1e3 * run.seconds / steps,
             host_ms=1e3 * statistics.mean(turn.host for turn in run.steps),
@@ -178,17 +183,17 @@ def peer(report: Report, args: argparse.Namespace, shared: dict) -> None:
         ours = {
             (row["case"], row["caching"]): row
             for one in known if one["section"] == "engine" and one["model"] == model for row in one["rows"]
-        }  # fmt: skip
+        }  # fmt: skip  # all of this run, whose models are quantised alike
         for theirs in _peer_rows(args, engine, model, environment):
             if "error" in theirs or theirs["case"] == "startup":
-                report.row(model=model, peer=engine, **{key: theirs[key] for key in ("case", "error", "llm_init_s", "init_s") if key in theirs})
+                report.row(model=model, peer=engine, **_method(args), **{key: theirs[key] for key in ("case", "error", "llm_init_s", "init_s") if key in theirs})
                 if "error" in theirs:
                     report.failure(f"{model} {theirs['case']}: {theirs['error']}")
                 continue
             caching = theirs.get("prefix_caching", False)
             mine = ours.get((theirs["case"], caching))
             report.row(
-                model=model, peer=engine, case=theirs["case"], caching=caching, requests=theirs["requests"], wall_s=theirs["wall_s"],
+                model=model, peer=engine, **_method(args), case=theirs["case"], caching=caching, requests=theirs["requests"], wall_s=theirs["wall_s"],
                 out_tok_s=theirs["out_tok_s"], total_tok_s=theirs["total_tok_s"], ours_s=mine["wall_s"] if mine else None,
                 ours_over_theirs=mine["total_tok_s"] / theirs["total_tok_s"] if mine else None,
             )  # fmt: skip
@@ -198,7 +203,11 @@ def _peer_command(args: argparse.Namespace, engine: str, model: str) -> list[obj
     """The peer's benchmark. That of transformers runs static batches of 64 and less work: rates are compared."""
     if engine == "vllm":
         shell = ["bash", "-c", f'source "{args.peer_target}/env.sh" && exec "$PY" "$0" "$@"']
-        return [*shell, args.peer / "bench_vllm.py", "--model", args.peer / "models" / PEER_MODELS[model], "--scale", args.scale, "--case", *args.cases]
+        quantized = ["--quantization", args.quantization] if args.quantization else []
+        return [
+            *shell, args.peer / "bench_vllm.py", "--model", args.peer / "models" / PEER_MODELS[model], "--scale", args.scale, *quantized,
+            "--case", *args.cases,
+        ]  # fmt: skip
     cases = [case for case in HF_CASES if case in args.cases]
     if not cases:
         raise RuntimeError(f"transformers runs the cases {', '.join(HF_CASES)} alone; name one in --case")

@@ -145,7 +145,7 @@ def config_of(args: argparse.Namespace, model: str, **changed: object) -> Config
     settings = dict(
         model=str(folder), load_format="dummy", dtype=str(MODELS[model]["dtype"]), device=args.device,
         max_model_len=8192, max_num_seqs=256, max_queue=100_000, enable_prefix_caching=False,
-        compile=not args.no_compile, kv_cache_memory=1 << 28 if args.device == "cpu" else None,
+        compile=not args.no_compile, quantization=args.quantization, kv_cache_memory=1 << 28 if args.device == "cpu" else None,
     )  # fmt: skip
     if args.tiny:
         settings.update(max_num_seqs=16, max_num_batched_tokens=512)
@@ -198,6 +198,6 @@ def random_prompts(seed: int, sizes: list[int], vocab_size: int) -> list[list[in
     return [rng.integers(3, vocab_size, size).tolist() for size in sizes]
 
 
-def floor_seconds(run: Run, shape: Shape, ceilings: Ceilings) -> float:
-    """The least time of the run's own steps."""
-    return sum(shape.step_floor(ceilings, turn.query_start, turn.seq_lens) for turn in run.steps)
+def floor_seconds(run: Run, shape: Shape, ceilings: Ceilings, method: str | None) -> float:
+    """The least time of the run's own steps, weights quantised by `method`."""
+    return sum(shape.step_floor(ceilings, turn.query_start, turn.seq_lens, method) for turn in run.steps)

@@ -1,8 +1,8 @@
 """Quantised products, whole decode steps and an FP8 cache on one CUDA machine, each against bfloat16 and its floor.
 
-Three parts: every way to compute each matrix of a model by rows, with the entries for `kernels.quant_tiles.TABLE` that
-follow; decode steps of a built model by method; decode steps at long context by type of the cache. Knows the shapes of the
-reference models; knows no jobs.
+Two sections: every way to compute each matrix of a model by rows, with the entries for `kernels.quant_tiles.TABLE` that
+follow and what is slower than bfloat16; and decode steps of built models by method and by type of the cache. Knows the
+shapes of the reference models; knows no jobs. On a CPU both run their control flow alone.
 """
 
 from __future__ import annotations
@@ -10,150 +10,344 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
+import os
+import time
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from compiler import build as builder
-from compiler.quant_formats import ONLINE_GROUP
+from compiler import lower
 from floors import BYTES, Ceilings, Shape
 from h200_offline import ceilings_of, config_of, step_of
 from h200_report import Report, graph_seconds
 from kernels import cuda, reference
-from kernels.quant_tiles import Choice, Kind, tile_by_rule
+from kernels.quant_tiles import FEW_ROWS, Choice, Kind, tile_by_rule
 from kernels.skinny_tiles import Tile
 
-ROWS = (1, 8, 32, 64, 128, 256)
+ROWS = (2, 8, 32, 64, 128, 256)  # of a product; a step of one sequence is padded to two
 GROUP = 128  # of the codes of 4 bits that are measured, as most checkpoints have
 CODE_BYTES: dict[Kind, float] = {"fp8": 1, "int4": 0.5 + 4 / GROUP, "int8": 1}  # an element, with its scale and shift
-METHOD_BYTES = {None: BYTES, "fp8": 1, "int8": 1, "int4": 0.5 + 4 / ONLINE_GROUP}
-HEAD_BYTES = {None: BYTES, "fp8": BYTES, "int8": 1, "int4": 1}
 ROTATED = 192 << 20  # bytes that weights rotate through, more than the L2 holds
-TOLERANCE = {"tile": 1e-2, "plain": 1e-2, "scaled": 8e-2}  # relative; the FP8 product rounds rows to e4m3
+TOLERANCE = {"tile": 1e-2, "plain": 1e-2, "digits": 1e-2, "scaled": 8e-2}  # relative; rows become 8-bit codes for the last
+LOSSY = Choice("scaled")  # of int8: measured to be known, never the best
+ALIKE = ((128, 256), (64,), (32,), (2, 8))  # rows that share most kernels: compiled by one process
+WORKERS = 12
+COMPILING = 0.5  # share of a section's time for compiling ahead
+
+Case = tuple[int, int]  # sequences, keys of each
+SHORT, LONG = tuple((rows, 256) for rows in (1, 8, 32, 64, 128, 256)), ((8, 8000), (32, 8000))
+TINY_SHORT, TINY_LONG = ((1, 64), (8, 64)), ((8, 96),)
+# (method, cache, whether at few keys, whether at many): of a row together, if their weights and pages fit.
+RUNS = (
+    ((None, "auto", True, True), (None, "fp8", False, True), ("fp8", "auto", True, False), ("int4", "auto", True, False)),
+    (("int8", "auto", True, False),),
+)
+TOGETHER = 130 << 30  # bytes of a device that hold the first row of them for the 8B
+START_SECONDS = 200  # of a model's build
+
+
+@dataclass(frozen=True)
+class Product:
+    """A model's matrix [out_size, size] with codes of a kind."""
+
+    model: str
+    matrix: str
+    kind: Kind
+    out_size: int
+    size: int
+
+    @property
+    def group(self) -> int:
+        return GROUP if self.kind == "int4" else self.size
+
+    def choices(self, rows: int) -> list[Choice]:
+        return list(dict.fromkeys(_choices(self, rows)))
 
 
 def quantized(report: Report, args: argparse.Namespace, shared: dict) -> None:
-    """Products of each model's matrices, kinds of codes one after the other."""
+    """Products of each model's matrices, kinds of codes one after the other: by rows, the best way against bfloat16."""
     ceilings = ceilings_of(report, args, shared)
-    for model in [model for model in args.models if model != "tiny"] or ["8b"]:
-        shape = Shape.of(model)
-        for kind, (name, (out_size, size)) in itertools.product(CODE_BYTES, shape.matmuls().items()):
-            if report.out_of_time((model, name, kind)):
-                return
-            _products(report, model, name, kind, out_size, size, ceilings)
+    products = [
+        Product(model, matrix, kind, out_size, size)
+        for model, kind in itertools.product(_models(args), CODE_BYTES)
+        for matrix, (out_size, size) in Shape.of(model).matmuls().items()
+    ]
+    _compile_ahead(report, args, products)
+    rows: list[dict] = []
+    for at, product in enumerate(products):
+        if report.time_is_over():
+            report.fact(unmeasured=[f"{one.model} {one.kind} {one.matrix}" for one in products[at:]])
+            break
+        rows += _measured(report, args, product, ceilings)
+    _gains(rows)
 
 
-def quantized_step(report: Report, args: argparse.Namespace, shared: dict) -> None:
-    """Replayed decode steps, each model in a process of its own: by method at 256 keys, then at 8000 by type of the cache."""
-    ceilings = ceilings_of(report, args, shared)
-    short, long = [(rows, 256) for rows in ROWS], [(8, 8000), (32, 8000)]
-    runs = [
-        (None, "auto", short + long), (None, "fp8", long), ("fp8", "auto", short), ("fp8", "fp8", long), ("int4", "auto", short),
-        ("int8", "auto", short),
-    ]  # fmt: skip
-    spawn = multiprocessing.get_context("spawn")
-    for model, (method, cache, cases) in itertools.product([one for one in args.models if one != "tiny"] or ["8b"], runs):
-        if report.out_of_time((model, method, cache)):
-            return
-        with ProcessPoolExecutor(1, mp_context=spawn) as process:
-            taken = process.submit(steps, args, model, method, cache, cases).result()
-        for (rows, keys), seconds in zip(cases, taken):
-            floor = step_floor(Shape.of(model), method, cache, rows, keys, ceilings)
-            report.row(
-                model=model, method=method or "bf16", cache=cache, rows=rows, keys=keys, ms=seconds * 1e3, floor_ms=floor * 1e3,
-                ratio=seconds / floor,
-            )  # fmt: skip
+def _models(args: argparse.Namespace) -> list[str]:
+    return [one for one in args.models if one != "tiny"] or (["8b"] if args.device == "cuda" else ["tiny"])
 
 
-def steps(args: argparse.Namespace, model: str, method: str | None, cache: str, cases: list[tuple[int, int]]) -> list[float]:
-    """Seconds of a replayed step of (rows, keys of each); a pool of as many pages as the largest needs."""
-    from h200_engine import _replayed
+def _choices(product: Product, rows: int) -> Iterator[Choice]:
+    """Few, because each is compiled: enough programs to fill the device, no more than four waves of them.
 
-    pages = max(rows * -(-keys // 16) for rows, keys in cases) + 600  # and those of one longest sequence
-    config = config_of(args, model, quantization=method, kv_cache_dtype=cache, num_blocks=pages)
-    built = builder.ready(config, progress=False)
-    for cache_of_layer in (*built.step.state.key_caches, *built.step.state.value_caches):
-        # Random values in every page: zeros run faster than what a model writes.
-        cache_of_layer.copy_(torch.randn(cache_of_layer.shape, dtype=torch.bfloat16, device=cache_of_layer.device))
-    sizes = dict(vocab_size=built.vocab_size, num_blocks=built.num_blocks, block_size=config.block_size)
-    return [_replayed(built, step_of(np.random.default_rng(rows), np.ones(rows), np.full(rows, keys), **sizes)) for rows, keys in cases]
-
-
-def step_floor(shape: Shape, method: str | None, cache: str, rows: int, keys: int, ceilings: Ceilings) -> float:
-    """Seconds: the weights as they are stored (fp8 leaves the head alone) or their products in bfloat16, then the pages once."""
-    head = shape.vocab * shape.hidden
-    weights = shape.layer_weights * METHOD_BYTES[method] + head * HEAD_BYTES[method]
-    flops = 2 * rows * (shape.layer_weights + head)
-    pages = rows * keys * shape.kv_bytes * (0.5 if cache == "fp8" else 1)
-    return max(weights / ceilings.bandwidth, flops / ceilings.flops) + pages / ceilings.bandwidth
-
-
-def _weight(kind: Kind, out_size: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
-    weight = torch.randn(out_size, size, device="cuda", dtype=torch.bfloat16) * 0.02
-    if kind == "int4":
-        codes, scale, shift = reference.quantize_groups(weight, GROUP)
-        return reference.pack_nibbles(codes), scale.bfloat16(), shift.bfloat16(), GROUP
-    codes, scale = reference.quantize_rows(weight, torch.int8 if kind == "int8" else torch.float8_e4m3fn)
-    return codes, scale, None, size
-
-
-def _choices(kind: Kind, rows: int, out_size: int, size: int, group: int) -> Iterator[Choice]:
-    yield Choice("plain")
-    if kind == "fp8":
+    More rows of the weight to a tile read x less often, which counts from 32 rows on.
+    """
+    if rows > FEW_ROWS // 2:
+        yield Choice("plain")
+    if product.kind == "fp8":
         yield Choice("scaled")
-    yield Choice("tile", tile_by_rule(rows, out_size, size, group))
-    if rows > 64:
+    if product.kind == "int8" and rows >= FEW_ROWS:
+        yield Choice("digits")
+        yield LOSSY
+    yield Choice("tile", tile_by_rule(rows, product.out_size, product.size, product.group))
+    if rows > FEW_ROWS:
         yield Choice("tile", Tile(64, 128, 1, 4, 3))
         return
-    # Few, because each is compiled: enough programs to fill the device, no more than four waves of them.
-    for block_n, split in itertools.product((32, 64), (1, 2, 4, 8)):
-        programs = -(-out_size // block_n) * split
-        if size % (split * 128) == 0 and 128 <= programs and (split == 1 or programs <= 1056):
-            yield Choice("tile", Tile(block_n, 128, split, 4, 4))
+    sizes = ((64, 4, 4), (64, 4, 6), (128, 4, 4)) if rows <= 16 else ((64, 4, 4), (128, 8, 4))
+    for (block_n, warps, stages), split in itertools.product(sizes, (1, 2, 4, 8)):
+        programs = -(-product.out_size // block_n) * split
+        if product.size % (split * 128) == 0 and 120 <= programs and (split == 1 or programs <= 1056):
+            yield Choice("tile", Tile(block_n, 128, split, warps, stages))
 
 
-def _products(report: Report, model: str, name: str, kind: Kind, out_size: int, size: int, ceilings: Ceilings) -> None:
-    """One line a matrix and kind: by rows, bfloat16 / best way in us, ratio to the floor; then the table's entry."""
-    codes, scale, shift, group = _weight(kind, out_size, size)
+def _compile_ahead(report: Report, args: argparse.Namespace, products: list[Product]) -> None:
+    """Every kernel of every choice into Triton's cache, by several processes: nothing is compiled between timings."""
+    start = time.perf_counter()
+    lower.use_cache(lower.cache_folder(None))
+    limit = report.seconds * COMPILING
+    jobs = [(args.device, product, rows) for rows in ALIKE for product in products]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(WORKERS, max(1, (os.cpu_count() or 1) - 2)), mp_context=spawn) as pool:
+        futures = [pool.submit(compile_product, *job) for job in jobs]
+        done, late = wait(futures, timeout=limit)
+        pool.shutdown(wait=True, cancel_futures=True)
+    failed = [text for one in done if not one.cancelled() for text in (one.result() if one.exception() is None else [repr(one.exception())])]
+    report.fact(compile_s=time.perf_counter() - start, compiled=len(done), not_compiled=len(late), failed=len(failed))
+    for text in dict.fromkeys(failed):
+        print(f"not compiled: {text}", flush=True)
+
+
+def compile_product(device: str, product: Product, counts: tuple[int, ...]) -> list[str]:
+    """Run each choice of a product of so many rows once on whatever memory holds; returns what went wrong."""
+    if device != "cuda":
+        return []
+    wrong = []
+    weight = _weight(product, device, random=False)
+    for rows, choice in ((rows, choice) for rows in counts for choice in product.choices(rows)):
+        x = torch.zeros(rows, product.size, dtype=torch.bfloat16, device=device)
+        try:
+            cuda.quant_linear_by(choice, x, *weight, None, product.group)
+        except Exception as problem:
+            wrong.append(f"{product} {rows} {choice}: {problem!r}"[:300])
+    torch.cuda.synchronize()
+    return wrong
+
+
+def _weight(product: Product, device: str, random: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(codes, scale, shift) as a device holds them."""
+    out_size, size = product.out_size, product.size
+    weight = torch.empty(out_size, size, device=device, dtype=torch.bfloat16)
+    if not random:
+        groups = size // product.group
+        codes = torch.empty(out_size, size // 2 if product.kind == "int4" else size, dtype=torch.uint8, device=device)
+        scale = torch.empty(out_size, groups, dtype=torch.bfloat16 if groups > 1 else torch.float32, device=device)
+        dtype = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[product.kind]
+        return codes.view(dtype), scale, scale if product.kind == "int4" else None
+    weight.normal_(std=0.02)
+    if product.kind == "int4":
+        codes, scale, shift = reference.quantize_groups(weight, GROUP)
+        return reference.pack_nibbles(codes), scale.bfloat16(), shift.bfloat16()
+    return *reference.quantize_rows(weight, torch.int8 if product.kind == "int8" else torch.float8_e4m3fn), None
+
+
+def _measured(report: Report, args: argparse.Namespace, product: Product, ceilings: Ceilings) -> list[dict]:
+    """One line: by rows, bfloat16 / best way in us, ratio to the floor; then the table's entry."""
+    out_size, size, kind, group = product.out_size, product.size, product.kind, product.group
+    codes, scale, shift = _weight(product, args.device)
     whole = reference.dequantize(codes, scale, shift, group)
     plain = [whole.bfloat16() for _ in range(max(1, min(16, ROTATED // (out_size * size * BYTES))))]
     copies = [codes.clone() for _ in range(max(1, min(32, int(ROTATED / (out_size * size * CODE_BYTES[kind])))))]
-    line, entry = [], {}
+    line, entry, found = [], {}, []
     for rows in ROWS:
-        x = torch.randn(rows, size, device="cuda", dtype=torch.bfloat16)
-        expected = F.linear(x.float(), whole)
-        unquantised = _seconds([lambda w=w: F.linear(x, w) for w in plain])
-        best, seconds = None, float("inf")
-        for choice in dict.fromkeys(_choices(kind, rows, out_size, size, group)):
+        x = torch.randn(rows, size, device=args.device, dtype=torch.bfloat16)
+        expected = x.float() @ whole.t()
+        linear = cuda.linear if args.device == "cuda" else functional.linear
+        unquantised = _seconds(args, [lambda w=w: linear(x, w, None) for w in plain])
+        took: dict[Choice, float] = {}
+        for choice in product.choices(rows):
             def run(of: torch.Tensor, choice: Choice = choice) -> torch.Tensor:
+                if args.device == "cpu":
+                    return reference.quant_linear(x, of, scale, shift, None, group)
                 return cuda.quant_linear_by(choice, x, of, scale, shift, None, group)
 
             try:
                 error = ((run(codes).float() - expected).norm() / expected.norm()).item()
                 if not error < TOLERANCE[choice.way]:
-                    report.failure(f"{model} {name} {kind} {rows} {choice}: relative error {error:.3g}")
+                    report.failure(f"{product} {rows} {choice}: relative error {error:.3g}")
                     continue
-                took = _seconds([lambda of=of: run(of) for of in copies])
+                took[choice] = _seconds(args, [lambda of=of: run(of) for of in copies])
             except Exception as problem:
-                report.failure(f"{model} {name} {kind} {rows} {choice}: {problem!r}"[:300])
-                continue
-            if took < seconds:
-                best, seconds = choice, took
+                report.failure(f"{product} {rows} {choice}: {problem!r}"[:300])
+        allowed = {choice: seconds for choice, seconds in took.items() if kind != "int8" or choice != LOSSY}
+        if not allowed:
+            continue
+        best = entry[rows] = min(allowed, key=allowed.__getitem__)
         moved = out_size * size * CODE_BYTES[kind] + rows * (size + out_size) * BYTES
         floor = max(moved / ceilings.bandwidth, 2 * rows * out_size * size / ceilings.flops)
-        report.row(
-            show=False, kernel="quant_linear", model=model, matrix=name, kind=kind, rows=rows, bf16_us=unquantised * 1e6,
-            us=seconds * 1e6, gain=unquantised / seconds, ratio=seconds / floor, choice=repr(best),
+        row = dict(
+            kernel="quant_linear", model=product.model, matrix=product.matrix, kind=kind, rows=rows, bf16_us=unquantised * 1e6,
+            us=took[best] * 1e6, gain=unquantised / took[best], ratio=took[best] / floor, way=best.way, choice=repr(best),
         )  # fmt: skip
-        if best is not None:
-            entry[rows] = best
-        line.append(f"{unquantised * 1e6:.1f}/{seconds * 1e6:.1f} x{seconds / floor:.2f}")
-    print(f"{name:>8} {kind:>5}  {'  '.join(line)}")
+        report.row(show=False, **row, all_us={repr(choice): round(seconds * 1e6, 2) for choice, seconds in took.items()})
+        found.append(row)
+        line.append(f"{row['bf16_us']:.1f}/{row['us']:.1f} x{row['ratio']:.2f}")
+    print(f"{product.matrix:>8} {kind:>5}  {'  '.join(line)}")
     print(f'    ("{kind}", {out_size}, {size}): {entry},', flush=True)
+    return found
 
 
-def _seconds(calls: list[Callable[[], object]]) -> float:
-    return graph_seconds(calls * max(1, 16 // len(calls)), 0.02)
+def _seconds(args: argparse.Namespace, calls: list[Callable[[], object]]) -> float:
+    if args.device == "cuda":
+        return graph_seconds(calls * max(1, 16 // len(calls)), 0.02)
+    start = time.perf_counter()
+    calls[0]()
+    return time.perf_counter() - start
+
+
+def _gains(rows: list[dict]) -> None:
+    """Times as fast as bfloat16 by matrix and rows, all products of a step together, and where the best way is slower."""
+    print("\ntimes as fast as bfloat16" + "".join(f"{f'{count} rows':>18}" for count in ROWS))
+    by_cell = {(row["model"], row["kind"], row["matrix"], row["rows"]): row for row in rows}
+    for model, kind in dict.fromkeys((row["model"], row["kind"]) for row in rows):
+        shape, totals = Shape.of(model), {}
+        for matrix in shape.matmuls():
+            cells = [by_cell.get((model, kind, matrix, count)) for count in ROWS]
+            print(f"{model:>6} {kind:>5} {matrix:>10}  " + "".join(f"{_gain(cell):>18}" for cell in cells))
+            for count, cell in zip(ROWS, cells):
+                times = 1 if matrix == "lm_head" else shape.layers
+                add = (times * cell["bf16_us"], times * cell["us"]) if cell else (float("nan"),) * 2
+                totals[count] = tuple(map(sum, zip(totals.get(count, (0.0, 0.0)), add)))
+        print(f"{model:>6} {kind:>5} {'step, ms':>10}  " + "".join(f"{f'{a / 1e3:.2f}/{b / 1e3:.2f} {a / b:.2f}':>18}" for a, b in totals.values()))
+    slower = [row for row in rows if row["gain"] < 1]
+    print(f"slower than bfloat16: {len(slower)} of {len(rows)}")
+    for row in slower:
+        print(f"  {row['model']} {row['kind']} {row['matrix']} {row['rows']} rows: {_gain(row)}", flush=True)
+
+
+def _gain(row: dict | None) -> str:
+    return f"{row['gain']:.2f} {row['way']}" if row else ""
+
+
+def quantized_step(report: Report, args: argparse.Namespace, shared: dict) -> None:
+    """Replayed decode steps, each model in a process of its own: by method at few keys, by type of the cache at many.
+
+    Several are built at a time and wait for each other, so that nothing else runs on the device while one is timed.
+    """
+    ceilings = ceilings_of(report, args, shared)
+    room = torch.cuda.mem_get_info()[1] if args.device == "cuda" else 0
+    batches = RUNS if room > TOGETHER else tuple((run,) for runs in RUNS for run in runs)
+    for model in _models(args):
+        found: dict[tuple, float] = {}
+        for at, batch in enumerate(batches):
+            if report.time_is_over():
+                report.fact(unmeasured=[f"{model} {run[:2]}" for rest in batches[at:] for run in rest])
+                break
+            _together(report, args, model, batch, ceilings, found)
+        _by_method(model, found)
+
+
+def _together(
+    report: Report, args: argparse.Namespace, model: str, runs: tuple[tuple, ...], ceilings: Ceilings, found: dict[tuple, float]
+) -> None:
+    """Build the models of `runs` side by side, then time one after the other; seconds of each step into `found`."""
+    spawn = multiprocessing.get_context("spawn")
+    started = []
+    for method, cache, few, many in runs:
+        short, long = (TINY_SHORT, TINY_LONG) if args.tiny else (SHORT, LONG)
+        cases = (short if few else ()) + (long if many else ())
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=steps, args=(theirs, args, model, method, cache, cases))
+        process.start()
+        theirs.close()
+        started.append((process, ours, method, cache, cases))
+    end = time.perf_counter() + START_SECONDS
+    waiting = []
+    for process, pipe, method, cache, cases in started:
+        built = _received(pipe, end - time.perf_counter())
+        if isinstance(built, str):
+            report.failure(f"{model} {method} {cache}: {built}")
+            process.kill()
+        else:
+            report.fact(**{f"{method or 'bf16'}_{cache}_s": built})
+            waiting.append((pipe, method, cache, cases))
+    for pipe, method, cache, cases in waiting:
+        pipe.send("go")
+        for rows, keys in cases:
+            seconds = _received(pipe, 60)
+            if isinstance(seconds, str):
+                report.failure(f"{model} {method} {cache}: {seconds}")
+                break
+            lengths, start = np.full(rows, keys), np.arange(rows + 1)
+            floor = Shape.of(model).step_floor(ceilings, start, lengths, method, cache)
+            found[method, cache, rows, keys] = seconds
+            report.row(
+                model=model, method=method or "bf16", cache=cache, rows=rows, keys=keys, ms=seconds * 1e3, floor_ms=floor * 1e3,
+                ratio=seconds / floor, gain=found.get((None, "auto", rows, keys), float("nan")) / seconds,
+            )  # fmt: skip
+    for process, pipe, *_ in started:
+        pipe.close()
+        process.join(20)
+        process.kill()
+
+
+def _received(pipe: Connection, seconds: float) -> object:
+    """What a process sends; a text where it has failed."""
+    try:
+        return pipe.recv() if pipe.poll(max(seconds, 0)) else f"nothing came in {seconds:.0f} s"
+    except EOFError:
+        return "its process ended"
+
+
+def steps(pipe: Connection, args: argparse.Namespace, model: str, method: str | None, cache: str, cases: tuple[Case, ...]) -> None:
+    """Build, say the seconds by stage, wait for a word, then send the seconds of a replayed step of each case."""
+    from h200_engine import _replayed
+
+    try:
+        pages = sum((max(rows * -(-keys // 16) for rows, keys in cases), -(-8192 // 16), 8))
+        config = config_of(args, model, quantization=method, kv_cache_dtype=cache, num_blocks=pages)
+        built = builder.build(config, progress=False)
+        for pool in (*built.step.state.key_caches, *built.step.state.value_caches):
+            # Random values in every page: zeros run faster than what a model writes.
+            pool.copy_(torch.randn(pool.shape, dtype=torch.bfloat16, device=pool.device))
+        if config.compile:
+            with built.timings.stage("compile"):
+                built.compile()
+        if built.device.type == "cuda":
+            with built.timings.stage("graphs"):
+                rungs = {built.step.ladder.bucket(rows, rows) for rows, _ in cases}
+                built.step.capture_graphs(sorted(rungs), progress=False)
+            torch.cuda.empty_cache()
+        pipe.send({name: round(seconds, 1) for name, seconds in built.timings.seconds.items()})
+        pipe.recv()
+        sizes = dict(vocab_size=built.vocab_size, num_blocks=built.num_blocks, block_size=config.block_size)
+        for rows, keys in cases:
+            pipe.send(_replayed(built, step_of(np.random.default_rng(rows), np.ones(rows), np.full(rows, keys), **sizes)))
+    except Exception:
+        pipe.send(traceback.format_exc()[-1500:])
+
+
+def _by_method(model: str, found: dict[tuple, float]) -> None:
+    """A column a method: ms, times as fast as bfloat16."""
+    columns = list(dict.fromkeys((method, cache) for method, cache, _, _ in found))
+    names = [f"{method or 'bf16'}, cache {cache}" for method, cache in columns]
+    print(f"\n{model}: ms, times as fast as bfloat16\n{'rows':>6} {'keys':>6}" + "".join(f"{name:>24}" for name in names))
+    for rows, keys in dict.fromkeys((rows, keys) for _, _, rows, keys in found):
+        whole = found.get((None, "auto", rows, keys), float("nan"))
+        taken = [found.get((*column, rows, keys)) for column in columns]
+        print(f"{rows:>6} {keys:>6}" + "".join(f"{f'{one * 1e3:.3f}  {whole / one:.2f}' if one else '':>24}" for one in taken), flush=True)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 SHAPES = {"0.6b": "Qwen3-0.6B", "8b": "Llama-3-8B"}
+METHODS = (None, "fp8", "int8", "int4")
 JOBS = {
     "throughput": "1000 x (128 in, 256 out)", "sharegpt": "1000 of mixed lengths", "latency": "one stream",
     "batch32": "32 x (512 in, 256 out)", "prefill": "64 prompts of 4096", "prefix": "256 x (500 shared + 100 in, 16 out)",
@@ -26,6 +27,7 @@ class Results:
     """Rows of several files by what they are of. Jobs that ran scaled down are left out."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
+        # A model is a shape, and behind it the method by which its weights were quantised: "8b fp8".
         self.jobs: Rows = {}  # (model, case, caching)
         self.peers: Rows = {}  # (peer, model, case, caching)
         self.steps: Rows = {}  # (model, sequences, keys)
@@ -41,15 +43,15 @@ class Results:
             self.served[model,] = {**section["facts"], **{row["way"]: row for row in section["rows"]}}
         for row in section["rows"]:
             if section["section"] == "engine" and row["requests"] == REQUESTS[row["case"]]:
-                job = model, row["case"], row["caching"]
+                job = named(model, row), row["case"], row["caching"]
                 self.jobs[job] = row
                 self.peers = {key: theirs for key, theirs in self.peers.items() if key[1:] != job}
             elif section["section"] == "step" and "replay_ms" in row:
-                self.steps[model, row["seqs"], row["keys"]] = row
+                self.steps[named(model, row), row["seqs"], row["keys"]] = row
             elif section["section"] == "startup":
                 self.starts[model, row["caches"]] = row
             elif section["section"] == "peer" and "out_tok_s" in row:
-                self.peers[row.get("peer", "vllm"), row["model"], row["case"], row["caching"]] = row
+                self.peers[row.get("peer", "vllm"), named(row["model"], row), row["case"], row["caching"]] = row
 
     def job(self, model: str, case: str, caching: bool) -> tuple[str, dict]:
         """(rate of a job, its row); a rate of prompt and output tokens where the output is next to none."""
@@ -65,9 +67,19 @@ class Results:
 
     def kinds(self) -> Iterator[tuple[str, str, bool]]:
         """Jobs that were run, in the order of the tables."""
-        for model in SHAPES:
+        for model in (named(shape, {"quantization": method}) for shape in SHAPES for method in METHODS):
             for case in JOBS:
                 yield from ((model, case, caching) for caching in (False, True) if (model, case, caching) in self.jobs)
+
+
+def named(model: str | None, row: dict) -> str | None:
+    """The model a row is of: its shape, and the method where its weights were quantised."""
+    return f"{model} {row['quantization']}" if row.get("quantization") else model
+
+
+def title(model: str) -> str:
+    shape, _, method = model.partition(" ")
+    return SHAPES.get(shape, shape) + (f" {method}" if method else "")
 
 
 def rate(row: dict, case: str) -> str:
@@ -80,10 +92,10 @@ def job_name(case: str, caching: bool) -> str:
 
 
 def overview(results: Results) -> Iterator[str]:
-    """README.md: a column a shape."""
+    """README.md: a column a shape, not quantised."""
     yield "| job | " + " | ".join(SHAPES.values()) + " |"
     yield "|---" * (1 + len(SHAPES)) + "|"
-    for case, caching in dict.fromkeys((case, caching) for _, case, caching in results.kinds()):
+    for case, caching in dict.fromkeys((case, caching) for model, case, caching in results.kinds() if model in SHAPES):
         cells = []
         for model in SHAPES:
             cells.append("")
@@ -100,7 +112,7 @@ def jobs(results: Results) -> Iterator[str]:
     yield "|---" * (7 if others else 5) + "|"
     for model, case, caching in results.kinds():
         mine, row = results.job(model, case, caching)
-        cells = [f"{SHAPES[model]}, {job_name(case, caching)}", mine, f"{row['ratio']:.2f}", *results.over("vllm", model, case, caching)]
+        cells = [f"{title(model)}, {job_name(case, caching)}", mine, f"{row['ratio']:.2f}", *results.over("vllm", model, case, caching)]
         cells += results.over("transformers", model, case, caching) if others else ()
         yield "| " + " | ".join(cells) + " |"
 
@@ -109,8 +121,8 @@ def steps(results: Results) -> Iterator[str]:
     yield "| shape | sequences x context | ms | x floor |"
     yield "|---|---|---|---|"
     for (model, seqs, keys), row in sorted(results.steps.items()):
-        if model in SHAPES:
-            yield f"| {SHAPES[model]} | {seqs} x {keys} | {row['replay_ms']:#.4g} | {row['ratio']:.2f} |"
+        if model.partition(" ")[0] in SHAPES:
+            yield f"| {title(model)} | {seqs} x {keys} | {row['replay_ms']:#.4g} | {row['ratio']:.2f} |"
 
 
 def served(results: Results) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 Launchers are called on meta tensors with Triton's launch replaced by one that compiles. Reads a list of
 [name, module, function, arguments] from standard input, where an argument {"shape", "dtype"} is a tensor and
-{"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear. Run without TRITON_INTERPRET, in a process of its own:
+{"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear, {"type"} a type. Run without TRITON_INTERPRET, in a process of its own:
 the replaced launch stays replaced.
 """
 
@@ -64,7 +64,8 @@ def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], n
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        fixed = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not fixed):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -72,7 +73,7 @@ def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], n
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[parameter.name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not fixed:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
@@ -125,6 +126,8 @@ def argument(described: Any) -> Any:
         return described
     if "tile" in described:
         return Tile(*described["tile"])
+    if "type" in described:
+        return getattr(torch, described["type"])
     dtype = getattr(torch, described["dtype"])
     if "slice" in described:
         rows, *row = described["slice"]

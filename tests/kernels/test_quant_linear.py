@@ -53,12 +53,47 @@ def test_equals_the_reference(
         torch.testing.assert_close(out.float(), expected, atol=1e-4 * expected.abs().max().item(), rtol=2**-8)
 
 
+@pytest.mark.parametrize(("kind", "out_size", "size", "group", "tile"), MIXED)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_weights_come_back(triton_calls, kind: str, out_size: int, size: int, group: int, tile: Tile, shifted: bool) -> None:
+    codes, scale, shift = random_weight(kind, out_size, size, group, shifted)
+    out, _ = triton_calls.call("kernels.dequantize", "dequantize", codes, scale, shift, group, torch.bfloat16)
+    expected = reference.dequantize(codes, scale, shift, group)
+    torch.testing.assert_close(out.float(), expected, atol=1e-5, rtol=2**-8)
+
+
 def test_many_rows(triton_calls) -> None:
     codes, scale, shift = random_weight("int4", 160, 128, 64, True)
     x = torch.randn(150, 128).bfloat16()
     expected = reference.quant_linear(x.float(), codes, scale, shift, None, 64)
     out, _ = triton_calls.call("kernels.quant_linear", "quant_linear", x, codes, scale, shift, None, 64, tile_by_rule(150, 160, 128, 64))
     torch.testing.assert_close(out.float(), expected, atol=1e-4 * expected.abs().max().item(), rtol=2**-8)
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_rows_become_digits(triton_calls, digits: int) -> None:
+    x = (torch.randn(5, 3000, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e4])[:, None]).bfloat16()
+    (codes, scale), _ = triton_calls.call("kernels.quantize_rows", "quantize_rows", x, torch.int8, digits)
+    high, low, expected_scale = reference.two_digits(x)
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+    # A quotient at the middle of two codes may go either way.
+    assert ((codes[:5].int() - high.int()).abs() <= 1).all() and (codes[:5] == high).float().mean() > 0.999
+    if digits == 2:
+        back = (codes[:5].float() + codes[5:].float() / reference.SECOND_DIGIT) * scale
+        assert ((back - x.float()).abs() <= scale * 0.501 / reference.SECOND_DIGIT + 1e-6 * x.float().abs()).all()
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize(("rows", "out_size", "size"), [(5, 48, 64), (130, 144, 208)])
+def test_products_of_integers(triton_calls, digits: int, rows: int, out_size: int, size: int) -> None:
+    """Exact but for float32: against the same codes multiplied by PyTorch; one part of a tile, and parts past all borders."""
+    codes, scale, _ = random_weight("int8", out_size, size, size, False)
+    x_codes = torch.randint(-127, 128, (digits * rows, size), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    x_scale, bias = torch.rand(rows, 1), torch.randn(out_size).bfloat16()
+    wide = x_codes[:rows].double() + (x_codes[rows:].double() / reference.SECOND_DIGIT if digits == 2 else 0)
+    expected = (wide @ codes.double().t() * x_scale * scale.t() + bias).float()
+    out, _ = triton_calls.call("kernels.scaled_int8", "scaled_int8", x_codes, x_scale, codes, scale, bias, torch.float32)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 def test_rows_become_the_codes_of_the_reference(triton_calls) -> None:
@@ -84,7 +119,7 @@ def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int,
     group = group or size
     if kind == "int4" and group % 32:
         group = 32
-    choice = choice_of(kind, rows, out_size, size, group, scaled and kind == "fp8" and group == size)
+    choice = choice_of(kind, rows, out_size, size, group, scaled and kind != "int4" and group == size)
     if choice.way != "tile":
         assert choice.tile is None and rows > FEW_ROWS
         return
@@ -99,14 +134,14 @@ def test_a_measured_choice_fits_the_weight_at_hand(monkeypatch: pytest.MonkeyPat
     measured = {8: Choice("tile", Tile(64, 128, 2, 4, 4)), 64: Choice("scaled"), 300: Choice("plain")}
     monkeypatch.setitem(quant_tiles.TABLE, ("fp8", 512, 1024), measured)
     assert choice_of("fp8", 3, 512, 1024, 1024, True) == measured[8]
-    assert choice_of("fp8", 3, 512, 1024, 32, False).tile == Tile(64, 32, 2, 4, 4)
+    assert choice_of("fp8", 3, 512, 1024, 32, False).tile == tile_by_rule(3, 512, 1024, 32)
     assert choice_of("fp8", 20, 512, 1024, 1024, True).way == "scaled"
     assert choice_of("fp8", 20, 512, 1024, 128, False).way == "tile"  # a scale a block: the row-wise product does not take it
     assert choice_of("fp8", 300, 512, 1024, 1024, True).way == "plain"
     assert choice_of("fp8", 301, 512, 1024, 1024, True).way == "scaled"
 
 
-@pytest.mark.parametrize("kind, rows, group", [("int4", 3, 64), ("int4", 70, 64), ("int4", 300, 64), ("int8", 2, 128), ("fp8", 2, 128)])
+@pytest.mark.parametrize("kind, rows, group", [("int4", 3, 64), ("int4", 70, 64), ("int4", 300, 64), ("int8", 2, 128), ("int8", 70, 128), ("fp8", 2, 128)])
 def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
     """Each way but the row-wise FP8 product, which is the device's own."""
     codes, scale, shift = random_weight(kind, 48, 128, group, kind == "int4")

@@ -128,6 +128,13 @@ def quantised(rows: int, out_size: int, size: int, dtype: str, group: int, shift
     return [f"{dtype} {rows} {out_size}x{size}/{group} {tile}", "kernels.quant_linear", "quant_linear", arguments]
 
 
+def integers(rows: int, digits: int, out_size: int, size: int) -> list[Any]:
+    """The product of rows and weight in int8."""
+    x, codes = tensor("int8", digits * rows, size), tensor("int8", out_size, size)
+    arguments = [x, tensor("float32", rows, 1), codes, tensor("float32", out_size, 1), None, {"type": "bfloat16"}]
+    return [f"int8 {digits} x {rows} {out_size}x{size}", "kernels.scaled_int8", "scaled_int8", arguments]
+
+
 def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
     """Queries, keys and values as slices of a merged projection, with or without the norm."""
     wide = [{"slice": (256, n, size), "dtype": "bfloat16"} for n in (heads, kv_heads, kv_heads)]
@@ -144,7 +151,11 @@ QUANTISED = [
     quantised(rows, out_size, size, *weight)
     for rows, out_size, size in ((64, 4096, 14336), (256, 6144, 4096))
     for weight in (("float8_e4m3fn", size), ("float8_e4m3fn", 128), ("int8", size), ("int8", 32), ("uint8", 128, True), ("uint8", size))
-] + [["rows to fp8", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336)]]]
+] + [quantised(64, 4096, 4096, "uint8", 32, True)] + [
+    ["rows to fp8", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336)]],
+    ["rows to digits", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336), {"type": "int8"}, 2]],
+    *(integers(rows, digits, *shape) for rows in (128, 2048) for digits in (1, 2) for shape in ((4096, 14336), (28672, 4096))),
+]
 HALF = [
     attention(64, 64, 8, 1),
     attention(64, 64, 8, 8, window=128, sinks=True),
@@ -246,9 +257,9 @@ def test_quantised_products() -> None:
     """No spills, on Hopper's matrix instruction, the weight in two buffers at least, and nothing touched before the wait."""
     kernels = compiled(QUANTISED)
     check_fits(kernels)
-    assert {k["kernel"] for k in kernels} == {"quant_linear_kernel", "quantize_rows_kernel"}
+    assert {k["kernel"] for k in kernels} == {"quant_linear_kernel", "quantize_rows_kernel", "scaled_int8_kernel"}
     assert all(k["waits"] and not k["early"] for k in kernels)
-    products = [k for k in kernels if k["kernel"] == "quant_linear_kernel"]
+    products = [k for k in kernels if k["kernel"] != "quantize_rows_kernel"]
     assert all(k["warp_group_units"] and k["buffers"] >= 2 for k in products)
 
 

@@ -35,6 +35,19 @@ def test_the_file_named_last_counts_and_scaled_jobs_do_not(tmp_path: Path) -> No
     assert "| Llama-3-8B, 32 x (512 in, 256 out) | 20 | 1.00 |  |  |" in list(tables.jobs(found))
 
 
+def test_quantised_models_have_rows_of_their_own(tmp_path: Path) -> None:
+    job = {"case": "latency", "caching": False, "requests": 1, "out_tok_s": 300.0, "ratio": 1.4, "quantization": "fp8"}
+    theirs = {**job, "model": "8b", "ours_over_theirs": 1.2}
+    step = {"seqs": 1, "keys": 256, "replay_ms": 2.5, "ratio": 1.2, "quantization": "fp8"}
+    sections = [dict(section="engine", model="8b", rows=[job]), dict(section="peer", model=None, rows=[theirs]), dict(section="step", model="8b", rows=[step])]
+    path = tmp_path / "fp8.json"
+    path.write_text(json.dumps({"sections": sections}))
+    found = tables.Results([*STORED, path])
+    assert {"| Llama-3-8B, one stream | 223 | 1.27 | 201 | 1.11 |", "| Llama-3-8B fp8, one stream | 300 | 1.40 | 300 | 1.20 |"} < set(tables.jobs(found))
+    assert "| Llama-3-8B fp8 | 1 x 256 | 2.500 | 1.20 |" in list(tables.steps(found))
+    assert list(tables.overview(found)) == list(tables.overview(tables.Results(STORED)))
+
+
 def test_a_ratio_is_of_one_run_only() -> None:
     found = tables.Results([*STORED, STORED[0].with_name("h200-2026-11-24-llama3-8b-few-rows.json")])
     rows = list(tables.jobs(found))
