@@ -88,19 +88,16 @@ class Acceptance:
         if not len(rows):
             return
         self._enter(rows, stays)
-        most = int(counts.max())
-        at = np.arange(most)
-        tried = at < np.minimum(accepted + 1, counts)[:, None]  # what follows a wrong guess was not put to the test
-        held = at < accepted[:, None]
-        row = np.broadcast_to(rows[:, None], tried.shape)[tried]
-        classes = _classes(matched, most)[tried]
-        tries = np.zeros_like(self._row_tried[rows])
-        holds = np.zeros_like(tries)
-        index = np.broadcast_to(np.arange(len(rows))[:, None], tried.shape)[tried]
-        np.add.at(tries, (index, classes), 1)
-        np.add.at(holds, (index, classes), held[tried])
-        self._row_tried[rows] = self._row_tried[rows] * ROW_DECAY**tries + tries
-        self._row_held[rows] = self._row_held[rows] * ROW_DECAY**tries + holds
+        at = np.arange(int(counts.max()))
+        # What follows a wrong guess was not put to the test.
+        row, place = np.nonzero(at < np.minimum(accepted + 1, counts)[:, None])
+        index = row * len(PRIOR) + _classes(matched, len(at))[row, place]
+        shape = len(rows), len(PRIOR)
+        tries = np.bincount(index, minlength=shape[0] * shape[1]).reshape(shape)
+        holds = np.bincount(index[place < accepted[row]], minlength=shape[0] * shape[1]).reshape(shape)
+        decay = ROW_DECAY**tries
+        self._row_tried[rows] = self._row_tried[rows] * decay + tries
+        self._row_held[rows] = self._row_held[rows] * decay + holds
         decay = ALL_DECAY ** tries.sum(axis=0)
         self._tried = np.maximum(self._tried * decay, 1e-9) + tries.sum(axis=0)
         self._held = self._held * decay + holds.sum(axis=0)

@@ -15,6 +15,9 @@ from runtime.scheduler import Arrived, Plan, Scheduler
 from runtime.speculate import START, STAY, could_pay, within
 from runtime.verify import Guesses
 
+KEPT = 4  # steps for which numbers of guesses are kept while the same rows may have them
+LOOKED_AT = 4  # of so many steps without guesses one is looked at, for what steps cost and what guesses would have held
+
 
 class DeviceLookup:
     """At most `most` guesses a row for every step; with `costs`, as many of them as pay. See `runtime.speculate.Guesser`."""
@@ -26,6 +29,8 @@ class DeviceLookup:
         self.acceptance = Acceptance(scheduler.max_num_seqs)
         self._stays = np.zeros(scheduler.max_num_seqs, np.int64)  # of the sequence that the next is of
         self._matched = np.zeros(scheduler.max_num_seqs, np.int32)  # what the row's next guesses rest on, 0: on nothing
+        self._chosen: tuple[np.ndarray, np.ndarray] | None = None  # rows, and numbers of guesses that pay
+        self._steps = 0
 
     def wants_results(self, running: Plan) -> bool:
         """Never: the device has what it needs."""
@@ -45,44 +50,49 @@ class DeviceLookup:
         if self.costs is None:
             counts = within(limits, budget)
         else:
-            counts = self._paying(rows, limits, budget, STAY if guessing else START)
-        some = np.flatnonzero(counts)
-        if not len(some):
+            counts = self._paying(rows, limits, budget, guessing)
+        some = counts > 0
+        if not some.any():
             return None
         counters.guesses_a_row = float(counts[some].mean())
         return Guesses(rows[some], counts[some], None)
 
     def learn(self, plan: Plan, arrived: Arrived, lookup: LookedUp | None, step_ms: float, overhead_ms: float) -> None:
         """See `runtime.speculate.Guesser`."""
-        rows = self.scheduler.rows
+        self._steps += 1
+        looked_at = plan.guessed is not None or self._steps % LOOKED_AT == 0
+        if self.costs is not None and looked_at and plan.num_tokens == len(plan):
+            self.costs.observe(len(plan), step_ms)
         if (verdict := arrived.verdict) is not None and len(verdict.rows):
             at = verdict.rows
             stays = plan.stays[plan.guessed.first[np.isin(plan.guessed.rows, at)]]
             self.acceptance.learn(at, stays, self._matched[at], verdict.counts, verdict.accepted)
-        first = np.ones(len(plan), bool)
-        first[1:] = plan.rows[1:] != plan.rows[:-1]
-        at, stays = plan.rows[first], plan.stays[first]
-        if self.costs is not None:
-            if plan.num_tokens == len(plan):
-                self.costs.observe(len(plan), step_ms)
-            if lookup.hits is not None and self.scheduler.num_running < self.scheduler.max_entries:
-                self._learn_unverified(plan, first, lookup.hits)
-        self._stays[at] = stays
-        self._matched[at] = np.where(rows.stay[at] == stays, lookup.matched[first], 0)
-
-    def _learn_unverified(self, plan: Plan, first: np.ndarray, hits: np.ndarray) -> None:
-        """Of rows that were not given their guesses: whether the first would have held."""
-        asked = first & plan.sampled & (self._matched[plan.rows] > 0) & (self._stays[plan.rows] == plan.stays)
+        elif looked_at and self.costs is not None and lookup.hits is not None:
+            self._learn_unverified(plan, lookup.hits)
+        at, stays, matched = plan.rows, plan.stays, lookup.matched
         if plan.guessed is not None:
-            asked &= plan.guessed.others
-        at = np.flatnonzero(asked)
-        if len(at):
-            rows = plan.rows[at]
-            self.acceptance.learn(rows, plan.stays[at], self._matched[rows], np.ones(len(at), np.int32), hits[at])
+            first = np.append(True, at[1:] != at[:-1])
+            at, stays, matched = at[first], stays[first], matched[first]
+        self._stays[at], self._matched[at] = stays, matched
+        if arrived.ended:
+            self._matched[at[self.scheduler.rows.stay[at] != stays]] = 0
 
-    def _paying(self, rows: np.ndarray, limits: np.ndarray, budget: int, margin: float) -> np.ndarray:
+    def _learn_unverified(self, plan: Plan, hits: np.ndarray) -> None:
+        """Of rows that were not given their guesses: whether the first would have held."""
+        asked = plan.sampled & (self._matched[plan.rows] > 0) & (self._stays[plan.rows] == plan.stays)
+        if self.scheduler.num_running < self.scheduler.max_entries and asked.any():
+            rows = plan.rows[asked]
+            self.acceptance.learn(rows, plan.stays[asked], self._matched[rows], np.ones(len(rows), np.int32), hits[asked])
+
+    def _paying(self, rows: np.ndarray, limits: np.ndarray, budget: int, guessing: bool) -> np.ndarray:
+        """Numbers of guesses: those of the last step while they may stand, else what pays now."""
+        kept = self._chosen if guessing and self._steps % KEPT else None
+        if kept is not None and np.array_equal(kept[0], rows) and kept[1].sum() <= budget:
+            return np.minimum(kept[1], limits)
         base = self.scheduler.num_running
-        if not could_pay(base, budget, self.costs):
-            return np.zeros(len(rows), np.int32)
-        chances = self.acceptance.chances(rows, self.scheduler.rows.stay[rows], self._matched[rows], self.most)
-        return choose(chances, limits, base, budget, self.costs, 0.0, margin).counts
+        counts = np.zeros(len(rows), np.int32)
+        if could_pay(base, budget, self.costs):
+            chances = self.acceptance.chances(rows, self.scheduler.rows.stay[rows], self._matched[rows], self.most)
+            counts = choose(chances, limits, base, budget, self.costs, 0.0, STAY if guessing else START).counts
+        self._chosen = rows, counts
+        return counts
