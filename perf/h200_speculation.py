@@ -28,6 +28,7 @@ GUESSES = (0, 2, 4, 7)
 KEYS, TINY_KEYS = 1024, 64  # of each sequence
 STREAMS = (1, 4, 16)
 ROUNDS = 3
+REQUESTS = 4  # a stream
 METHODS = ("ngram", "suffix")
 
 
@@ -73,16 +74,21 @@ def _step(seqs: int, guesses: int, keys: int, built: BuiltModel, config: Config)
 
 
 def texts(report: Report, args: argparse.Namespace, shared: dict) -> None:
-    """Tokens a second with as many guesses as pay against none, same texts, sides alternating; medians."""
+    """Tokens a second with as many guesses as pay against none, same texts, sides alternating; medians.
+
+    `streams` requests run at a time, and several times as many are asked for: where some rows guess well and others not,
+    those that are done make room. First, tokens in float32 with guesses against those without.
+    """
+    _equal(report, args)
     num_tokens = 32 if args.tiny else 192
-    settings = dict(
-        dtype="bfloat16", device=args.device, max_model_len=2048, max_num_seqs=64, num_blocks=4096, compile=not args.no_compile
-    )
-    built = builder.ready(load_config(args.weights, {**settings, "speculative_method": METHODS[0]}).config, progress=False)
+    settings = dict(dtype="bfloat16", device=args.device, max_model_len=2048, num_blocks=4096, compile=not args.no_compile)
+    most = load_config(args.weights, {**settings, "speculative_method": METHODS[0], "max_num_seqs": 64}).config
+    built = builder.ready(most, progress=False)
     for method in METHODS:
-        llm = LLM(load_config(args.weights, {**settings, "speculative_method": method}).config, built=built)
-        for kind in ("repetitive", "random"):
-            for streams in STREAMS:
+        for streams in STREAMS:
+            given = {**settings, "speculative_method": method, "max_num_seqs": streams}
+            llm = LLM(load_config(args.weights, given).config, built=built)
+            for kind in ("repetitive", "random"):
                 if report.out_of_time((method, kind, streams)):
                     return
                 _compare(report, llm, method, kind, streams, num_tokens)
@@ -93,20 +99,42 @@ def texts(report: Report, args: argparse.Namespace, shared: dict) -> None:
     built.close()
 
 
+def _equal(report: Report, args: argparse.Namespace) -> None:
+    """Greedy float32 tokens with guesses that the device looks up, as many as pay and four always, against none."""
+    from prompts import PROMPTS
+
+    settings = dict(dtype="float32", device=args.device, max_model_len=1024, max_num_seqs=16, num_blocks=1024, compile=False)
+    prompts, params = PROMPTS[:4] if args.tiny else PROMPTS, SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+    built = builder.ready(load_config(args.weights, {**settings, "speculative_method": "ngram"}).config, progress=False)
+    expected = None
+    for guesses in (None, "auto", 4):
+        given = {**settings, "speculative_method": "ngram", "num_speculative_tokens": guesses or "auto"}
+        llm = LLM(load_config(args.weights, given).config, built=built)
+        if guesses is None:
+            llm.engine.speculation = None
+        got = [one.token_ids for one in llm.generate(prompts, params)]
+        expected = expected or got
+        same, counters = sum(a == b for a, b in zip(got, expected)), llm.engine.scheduler.counters
+        report.row(float32=str(guesses), prompts=len(prompts), same=same, guesses=counters.guesses, accepted=counters.accepted)
+        if same < len(prompts):
+            report.failure(f"{len(prompts) - same} of {len(prompts)} prompts differ in float32 with {guesses} guesses")
+    built.close()
+
+
 def _compare(report: Report, llm: LLM, method: str, kind: str, streams: int, num_tokens: int) -> None:
     engine, speculation = llm.engine, llm.engine.speculation
+    requests = REQUESTS * streams
     if kind == "repetitive":
-        prompts = work.repetitive(llm.tokenizer.encode, streams if streams > 1 else len(work.NAMES))
+        prompts = work.repetitive(llm.tokenizer.encode, requests)
         params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
     else:
-        prompts = work.random(streams)
+        prompts = work.random(requests)
         params = SamplingParams(max_tokens=num_tokens, temperature=1.0, ignore_eos=True, seed=streams)
-    together = [prompts] if streams > 1 else [[prompt] for prompt in prompts]  # a single stream: one text after the other
 
     def seconds(guessing: bool) -> tuple[float, list[list[int]]]:
         engine.speculation = speculation if guessing else None  # one engine: the same pages and caches on both sides
         start = time.perf_counter()
-        done = [one.token_ids for some in together for one in llm.generate(some, params)]
+        done = [one.token_ids for one in llm.generate(prompts, params)]
         return time.perf_counter() - start, done
 
     _, expected = seconds(False)
