@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from compiler import spinning  # isort: skip  # noqa: F401  before torch is loaded, which reads it once
+
 import torch
 from transformers import AutoConfig
 

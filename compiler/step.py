@@ -8,13 +8,12 @@ device. It does not wait: `Ticket.wait` does. Knows nothing of requests, pages o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from compiler import lower
+from compiler import lower, step_thread
 from compiler.buckets import Bucket, Ladder, own_bucket
 from compiler.capture import CapturedModel
 from compiler.graphs import Forward, GraphSet, Outputs, Pending
@@ -72,16 +71,13 @@ class CompiledStep:
         self.counts = StepCounts()
         self.graphs = GraphSet() if staging.device.type == "cuda" else None
         self.pending = Pending()  # rungs to be captured between steps
-        # One thread runs CPU steps in order: the engine's loop goes on meanwhile, as it does beside a GPU.
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="step") if staging.device.type == "cpu" else None
         self._returns = torch.cuda.Stream() if staging.device.type == "cuda" else None
         self._returned: torch.cuda.Event | None = None  # the last step's ids are copied out of their buffer
 
     def launch(self, step: StepInput) -> Ticket:
         """Start one step; steps run in the order of their launch."""
-        if self._worker is not None:
-            future: Future[StepOutput] = self._worker.submit(self._run_cpu, step)
-            return Ticket(future.result)
+        if self.graphs is None:  # on another thread: the engine's loop goes on meanwhile, as it does beside a GPU
+            return Ticket(step_thread.submit(self._run_cpu, step).result)
         return self._launch_cuda(step)
 
     def compile(self, warm: list[StepInput], progress: bool = False) -> None:
@@ -118,9 +114,9 @@ class CompiledStep:
         return bucket is not None
 
     def close(self) -> None:
-        """Finish launched steps and stop the worker."""
-        if self._worker is not None:
-            self._worker.shutdown(wait=True)
+        """Finish launched steps."""
+        if self.graphs is None:
+            step_thread.rest()
 
     @torch.inference_mode()
     def _run_cpu(self, step: StepInput) -> StepOutput:

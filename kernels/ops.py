@@ -21,6 +21,9 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kernels.reference.pack_nibbles`); scale and shift
 [N, groups] of `group` neighbouring columns each, the last group maybe of fewer.
 
+`pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit codes as
+PyTorch packs them for AVX-512 (`kernels.cpu.unpack_int4`), pairs [K / group, N, 2] scale and shift beside each other in x's dtype.
+
 `pagegraph::rms_norm` is x [..., H] / sqrt(mean(x ** 2) + eps) * weight [H]; `pagegraph::add_rms_norm` adds a residual
 like x before it -> (sum, norm of the sum). `pagegraph::silu_mul` is silu(gate) * up of [..., 2 * I] = (gate, up).
 
@@ -77,6 +80,7 @@ _library.define(
 )
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("quant_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group) -> Tensor")
+_library.define("int4_packed_linear(Tensor x, Tensor packed, Tensor pairs, int group) -> Tensor")
 _library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 _library.define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)")
 _library.define("silu_mul(Tensor gate_up) -> Tensor")
@@ -193,6 +197,7 @@ _library.impl("linear_norm_linear", _linear_norm_linear_on_cuda, "CUDA")
 _library.impl("materialize", torch.clone, "CompositeExplicitAutograd")
 _library.impl("quant_linear", reference.quant_linear, "CPU")
 _library.impl("quant_linear", _quant_linear_on_cuda, "CUDA")
+_library.impl("int4_packed_linear", cpu.int4_packed_linear, "CPU")
 _library.impl("linear", functional.linear, "CPU")
 _library.impl("linear", _linear_on_cuda, "CUDA")
 _library.impl("paged_attention", cpu.paged_attention, "CPU")
@@ -234,6 +239,11 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.register_fake("pagegraph::quant_linear", lib=_library)
 def _quant_linear_fake(x: Tensor, codes: Tensor, *_: Tensor | int | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@torch.library.register_fake("pagegraph::int4_packed_linear", lib=_library)
+def _int4_packed_linear_fake(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
+    return x.new_empty(x.shape[0], packed.shape[0])
 
 
 @torch.library.register_fake("pagegraph::rms_norm", lib=_library)

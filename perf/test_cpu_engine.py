@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compiler import build as builder
+from compiler import step_thread
 from runtime.config import Config, load_config
 from runtime.llm import LLM
 from runtime.protocol import SamplingParams
@@ -51,6 +52,7 @@ def greedy(num_tokens: int) -> SamplingParams:
 
 def peer_generate(model: torch.nn.Module, prompts: list[list[int]], num_tokens: int) -> None:
     """One static batch, padded left to its longest prompt, to `num_tokens` outputs each."""
+    step_thread.rest()  # or its threads would not let the peer's stay awake
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])

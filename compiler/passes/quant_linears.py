@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from compiler.quant_formats import Quantized
-from kernels import reference
+from kernels import cpu, reference
 
 log = logging.getLogger("pagegraph.quantization")
 
@@ -88,12 +88,17 @@ class Int4Packed(nn.Module):
         self.register_buffer("pairs", pairs, persistent=False)  # [K / group, N, 2]
         self.register_buffer("columns", linear.columns, persistent=False)
         self.group, self.bias, self.out_features = linear.group, linear.bias, linear.out_features
+        # How codes lie is PyTorch's affair and differs between CPUs: where it is not as known here, many rows go as few do.
+        self.unpacks = self.out_features % cpu.INT4_BLOCK == 0 and torch.equal(cpu.unpack_int4(packed).int(), codes)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if self.columns is not None:
             states = states.index_select(-1, self.columns)
         rows = states.flatten(0, -2)
-        product = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.pairs)
+        if self.unpacks and len(rows) > 1:  # one row is a graph of its own, which calls the product without the detour
+            product = torch.ops.pagegraph.int4_packed_linear(rows, self.packed, self.pairs, self.group)
+        else:
+            product = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.pairs)
         if self.bias is not None:
             product = product + self.bias
         return product.unflatten(0, states.shape[:-1])

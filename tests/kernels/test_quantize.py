@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from kernels import reference
+from kernels import cpu, reference
 
 
 def test_nibbles_come_back_and_lie_in_spans() -> None:
@@ -70,3 +70,24 @@ def test_the_last_group_may_be_short() -> None:
     out = reference.dequantize(codes, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), None, 128)
     assert out.shape == (2, 200)
     assert torch.equal(out[:, 127:129], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 130, 200])
+@pytest.mark.parametrize("shape", [(64, 96), (192, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_nibbles_by_rows(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Few rows and many, against the product with the dequantised weight."""
+    generator = torch.Generator().manual_seed(0)
+    codes, scale, shift = reference.quantize_groups(torch.randn(*shape, generator=generator), 32)
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
+    if not torch.equal(cpu.unpack_int4(packed).int(), codes.int() + 8):
+        pytest.skip("this CPU packs otherwise")
+    pairs = torch.stack([scale.t(), shift.t()], dim=2).to(dtype).contiguous()
+    x = torch.randn(rows, shape[1], generator=generator).to(dtype)
+    out = torch.ops.pagegraph.int4_packed_linear(x, packed, pairs, 32)
+    assert out.dtype == dtype
+    scale, shift = pairs.float().permute(2, 1, 0)
+    expected = reference.quant_linear(x.float(), reference.pack_nibbles(codes), scale, shift, None, 32)
+    allowed = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(out.float(), expected, atol=allowed * expected.abs().max().item(), rtol=0)
+    torch.library.opcheck(torch.ops.pagegraph.int4_packed_linear.default, (x, packed, pairs, 32), test_utils="test_faketensor")
