@@ -136,3 +136,8 @@ def test_bad_requests_are_refused_and_leave_the_engine_usable(llm) -> None:
     with pytest.raises(RequestFailed, match="token id"):
         llm.generate([[10**6]], greedy())
     assert len(ids_of(llm, greedy())) == 12
+
+
+def test_guesses_want_a_model_that_was_built_for_them(config_of, built) -> None:
+    with pytest.raises(ValueError, match="built without guesses by ngram"):
+        LLM(config_of(speculative_method="ngram"), built=built)
