@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import arrival_counts, dependent, wait
-from kernels.online_softmax import LOG2E, dot_precision, first_key, in_float16, last_not_above, quietened, to_base2, update, widened
+from kernels.online_softmax import LOG2E, dot_precision, first_key, in_float16, last_not_above, levelled, to_base2, update, widened
 
 
 class Tile(NamedTuple):
@@ -145,8 +145,8 @@ def decode_kernel(
     # Pages of 8 bits are multiplied in float16, which holds them exactly and weights more precisely than bfloat16.
     IN_FLOAT16: tl.constexpr = key_cache_ptr.dtype.element_ty.primitive_bitwidth == 8 and query.dtype != tl.float32
     if IN_FLOAT16:
-        query, times = quietened(query)
-        scale = times[:, None] * scale
+        query, level = levelled(query)
+        scale = level[:, None] * scale
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:

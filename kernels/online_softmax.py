@@ -49,14 +49,13 @@ def last_not_above(starts_ptr, value, num_seqs, guess, TILE: tl.constexpr):
     return low
 
 
-# Four e4m3 as two times two float16, which hold them exactly: one instruction for two.
+# Four e4m3 as two pairs of float16, which hold them exactly: one instruction for two.
 E4M3 = tl.constexpr("""{
 .reg .b16 low, high;
 mov.b32 {low, high}, $2;
 cvt.rn.f16x2.e4m3x2 $0, low;
 cvt.rn.f16x2.e4m3x2 $1, high;
 }""")
-_LOUDEST = tl.constexpr(32768.0)
 
 
 @triton.jit
@@ -70,11 +69,13 @@ def in_float16(pages, ASSEMBLES: tl.constexpr):
 
 
 @triton.jit
-def quietened(query):
-    """query [M, D] -> (float16, float32 [M] that its products are to be multiplied by): 1 unless float16 would overflow."""
+def levelled(query):
+    """query [M, D] -> (float16, float32 [M] that its products are to be multiplied by): by a power of two, which is exact, each row
+    is brought to where its largest element is 1 to 2, so that float16 holds it whatever the model's range."""
     wide = query.to(tl.float32)
-    times = tl.maximum(tl.max(tl.abs(wide), 1) / _LOUDEST, 1.0)
-    return (wide / times[:, None]).to(tl.float16), times
+    power = tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000
+    level = tl.maximum(power.to(tl.float32, bitcast=True), 1e-30)
+    return (wide / level[:, None]).to(tl.float16), level
 
 
 @triton.jit

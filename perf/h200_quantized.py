@@ -110,8 +110,8 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
         whole = -(-product.out_size // block_n) * -(-rows // block_t)
         for split in (1, 2, 4, 8):
             programs = whole * split
-            enough = 100 <= programs and (split == 1 or programs <= (1056 if rows <= FEW_ROWS else 264))
-            if product.size % (split * 128) == 0 and enough:
+            most = 1056 if rows <= FEW_ROWS else 264 if block_n * block_t < 1 << 15 else 0  # the largest tiles would spill
+            if product.size % (split * 128) == 0 and 100 <= programs and (split == 1 or programs <= most):
                 yield Choice("tile", Tile(block_n, block_k, split, warps, stages, block_t))
 
 

@@ -149,7 +149,7 @@ def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
 ROPES = [rope(16, 8, 128, True), rope(32, 8, 128, False), rope(32, 32, 256, False)]
 LINEARS = [linear(rows, *shape) for rows in (2, 64) for shape in ((6144, 1024), (1024, 3072), (4096, 14336))]
 ROWS = [one for rows in (2, 4) for sizes in ((1024, 3072), (4096, 14336), (576, 1536)) for one in row_linears(rows, *sizes)]
-INT4_OF_MANY_ROWS = ((128, 128, 1, 8, 3, 128), (64, 64, 2, 4, 3, 128), (256, 64, 8, 8, 3, 128), (128, 64, 2, 8, 3, 256))
+INT4_OF_MANY_ROWS = ((128, 128, 1, 8, 3, 128), (64, 64, 2, 4, 3, 128), (256, 64, 1, 8, 3, 128), (128, 64, 1, 8, 3, 256))
 QUANTISED = [
     quantised(rows, out_size, size, *weight)
     for rows, out_size, size in ((64, 4096, 14336), (256, 6144, 4096))
@@ -157,7 +157,7 @@ QUANTISED = [
 ] + [quantised(64, 4096, 4096, "uint8", 32, True)] + [
     *(quantised(256, 4096, 14336, "uint8", 128, True, Tile(*tile)) for tile in INT4_OF_MANY_ROWS),
     quantised(256, 4096, 14336, "uint8", 128, False, Tile(128, 128, 4, 8, 3, 128)),
-    *(quantised(256, 4096, 14336, "int8", 14336, False, Tile(128, 64, 2, 8, 3, block_t)) for block_t in (128, 256)),
+    *(quantised(256, 4096, 14336, "int8", 14336, False, Tile(128, 64, split, 8, 3, block_t)) for split, block_t in ((2, 128), (1, 256))),
     ["rows to fp8", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336)]],
     ["rows to digits", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336), {"type": "int8"}, 2]],
     *(integers(rows, digits, *shape) for rows in (128, 2048) for digits in (1, 2) for shape in ((4096, 14336), (28672, 4096))),
