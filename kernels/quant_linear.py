@@ -19,86 +19,9 @@ from torch import Tensor
 from kernels.launch import dependent, wait
 from kernels.skinny_tiles import Tile
 from kernels.split_columns import added_up, is_last, room_for_parts
+from kernels.widen import NIBBLE_SPAN, nibbles, wide_codes
 
-NIBBLE_SPAN = tl.constexpr(32)  # of `reference.pack_nibbles`
 MAX_BLOCK_T = 64  # of float32, which takes twice the room; else the tile says
-# Four bytes of two codes each: a code, 0 to 15, becomes the low bits of 128.0 in bfloat16, then 136 is taken off, which is exact.
-NIBBLES = tl.constexpr("""{
-.reg .b32 one, bias, a, b;
-mov.b32 one, 0x3f803f80;
-mov.b32 bias, 0xc308c308;
-prmt.b32 a, $4, 0, 0x4140;
-prmt.b32 b, $4, 0, 0x4342;
-lop3.b32 $0, a, 0x000f000f, 0x43004300, 0xea;
-lop3.b32 $1, b, 0x000f000f, 0x43004300, 0xea;
-shr.u32 a, a, 4;
-shr.u32 b, b, 4;
-lop3.b32 $2, a, 0x000f000f, 0x43004300, 0xea;
-lop3.b32 $3, b, 0x000f000f, 0x43004300, 0xea;
-fma.rn.bf16x2 $0, $0, one, bias;
-fma.rn.bf16x2 $1, $1, one, bias;
-fma.rn.bf16x2 $2, $2, one, bias;
-fma.rn.bf16x2 $3, $3, one, bias;
-}""")
-# Two int8 codes: their low seven bits the same way, then 128 is taken off, 256 where the code is negative.
-BYTES = tl.constexpr("""{
-.reg .b32 low, bias, minus;
-mov.b32 minus, 0xbf80bf80;
-cvt.u32.u16 low, $1;
-prmt.b32 low, low, 0, 0x4140;
-lop3.b32 bias, low, 0x00800080, 0x43004300, 0xea;
-lop3.b32 low, low, 0x007f007f, 0x43004300, 0xea;
-fma.rn.bf16x2 $0, bias, minus, low;
-}""")
-ASSEMBLES = tl.constexpr(not triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _scaled(wide, scale, shift, HAS_SHIFT: tl.constexpr):
-    """Codes [BLOCK_N, columns] in the type of x, scale and shift [BLOCK_N] of their group -> the weight in the same type."""
-    if ASSEMBLES and wide.dtype == tl.bfloat16 and scale.dtype == tl.bfloat16:
-        scale = tl.broadcast_to(scale[:, None], wide.shape)
-        if HAS_SHIFT:
-            shift = tl.broadcast_to(shift[:, None], wide.shape)
-            asm: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"
-            return tl.inline_asm_elementwise(asm, "=r,r,r,r", [wide, scale, shift], tl.bfloat16, is_pure=True, pack=2)
-        else:
-            return tl.inline_asm_elementwise("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [wide, scale], tl.bfloat16, is_pure=True, pack=2)
-    else:
-        weight = wide.to(tl.float32) * scale.to(tl.float32)[:, None]
-        if HAS_SHIFT:
-            weight += shift.to(tl.float32)[:, None]
-        return weight.to(wide.dtype)
-
-
-@triton.jit
-def _nibbles(codes, scale, shift, DTYPE: tl.constexpr, WHOLE: tl.constexpr, HAS_SHIFT: tl.constexpr):
-    """uint8 [BLOCK_N, bytes] of two codes each -> the low and the high ones, -8 to 7, in DTYPE; with WHOLE the weight.
-
-    Not pure as far as Triton knows, so it stays where four bytes lie in a register: moved into the operand of a product, as it
-    would be, each pair of bytes is taken out and put together again, which is an instruction more for each code.
-    """
-    if ASSEMBLES and DTYPE == tl.bfloat16:
-        low, high = tl.inline_asm_elementwise(
-            NIBBLES, "=&r,=&r,=&r,=&r,r", [codes], (tl.bfloat16, tl.bfloat16), is_pure=False, pack=4
-        )
-    else:
-        low, high = ((codes & 15).to(tl.int8) - 8).to(DTYPE), ((codes >> 4).to(tl.int8) - 8).to(DTYPE)
-    if WHOLE:
-        low, high = _scaled(low, scale, shift, HAS_SHIFT), _scaled(high, scale, shift, HAS_SHIFT)
-    return low, high
-
-
-@triton.jit
-def _wide(codes, scale, shift, DTYPE: tl.constexpr, WHOLE: tl.constexpr, HAS_SHIFT: tl.constexpr):
-    """int8 or e4m3 codes [BLOCK_N, columns] in DTYPE; with WHOLE the weight."""
-    if ASSEMBLES and DTYPE == tl.bfloat16 and codes.dtype == tl.int8:
-        wide = tl.inline_asm_elementwise(BYTES, "=r,h", [codes], tl.bfloat16, is_pure=True, pack=2)
-    else:  # e4m3 to float32 and on: straight to bfloat16 it takes the slower converter
-        wide = codes.to(tl.float32).to(DTYPE)
-    if WHOLE:
-        wide = _scaled(wide, scale, shift, HAS_SHIFT)
-    return wide
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # 2 and 8 rows, 64 and 256, share a kernel
@@ -170,10 +93,10 @@ def quant_linear_kernel(
                 next_shift = tl.load(shift_ptr + scale_at + ahead // GROUP, mask=in_n & (ahead < K), other=0.0)
         if INT4:
             x_high = tl.load(x_at + (k + NIBBLE_SPAN // 2), mask=in_x, other=0.0)
-            low, high = _nibbles(codes, scale, shift, x.dtype, WHOLE, HAS_SHIFT)
+            low, high = nibbles(codes, scale, shift, x.dtype, WHOLE, HAS_SHIFT)
             total = tl.dot(high, x_high, tl.dot(low, x, total, input_precision=PRECISION), input_precision=PRECISION)
         else:
-            wide = _wide(codes, scale, shift, x.dtype, WHOLE, HAS_SHIFT)
+            wide = wide_codes(codes, scale, shift, x.dtype, WHOLE, HAS_SHIFT)
             if WHOLE or GROUPS == 1:
                 total = tl.dot(wide, x, total, input_precision=PRECISION)
             else:

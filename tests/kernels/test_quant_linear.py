@@ -135,7 +135,7 @@ def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int,
     tile = choice.tile
     assert group >= size or group % tile.block_k == 0
     assert tile.block_k >= (32 if kind == "int4" else 16)
-    assert tile.split_k * tile.block_k <= size
+    assert tile.split_k == 1 or tile.split_k * tile.block_k <= size
     assert tile.num_stages * tile.block_k * (tile.block_n + 2 * tile.block_t) <= 200 * 1024
 
 
