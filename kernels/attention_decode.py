@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import arrival_counts, dependent, wait
-from kernels.online_softmax import LOG2E, dot_precision, first_key, last_not_above, to_base2, update
+from kernels.online_softmax import LOG2E, dot_precision, first_key, in_float16, last_not_above, levelled, to_base2, update, widened
 
 
 class Tile(NamedTuple):
@@ -107,6 +107,7 @@ def decode_kernel(
     HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     BY_TOKEN: tl.constexpr,
+    ASSEMBLES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -141,6 +142,11 @@ def decode_kernel(
         mask=grouped[:, None] & (key_column < HEAD_SIZE)[None, :],
         other=0.0,
     )
+    # Pages of 8 bits are multiplied in float16, which holds them exactly and weights more precisely than bfloat16.
+    IN_FLOAT16: tl.constexpr = key_cache_ptr.dtype.element_ty.primitive_bitwidth == 8 and query.dtype != tl.float32
+    if IN_FLOAT16:
+        query, level = levelled(query)
+        scale = level[:, None] * scale
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
@@ -171,7 +177,10 @@ def decode_kernel(
             mask=inside[:, None] & (value_column < VALUE_SIZE)[None, :],
             other=0.0,
         )
-        keys, values = keys.to(query.dtype), values.to(query.dtype)  # pages may be of 8 bits
+        if IN_FLOAT16:
+            keys, values = in_float16(keys, ASSEMBLES), in_float16(values, ASSEMBLES)
+        else:
+            keys, values = widened(keys, query.dtype), widened(values, query.dtype)
         logits = to_base2(tl.dot(query, keys, input_precision=PRECISION), scale, SOFTCAP)
         logits = tl.where(inside[None, :], logits, float("-inf"))
         peak, total, mixed = update(logits, values, peak, total, mixed, PRECISION)
@@ -283,6 +292,7 @@ def attend_rows(
         HAS_SINKS=sinks is not None,
         PRECISION=dot_precision(max(head_pad, value_pad)),
         BY_TOKEN=by_token,
+        ASSEMBLES=query.device.type != "cpu",  # the interpreter knows no inline assembly
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **dependent(query.device),

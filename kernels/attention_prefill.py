@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.online_softmax import LOG2E, dot_precision, first_key, last_not_above, to_base2, weigh
+from kernels.online_softmax import LOG2E, dot_precision, first_key, last_not_above, to_base2, weigh, widened
 
 
 class Tile(NamedTuple):
@@ -203,8 +203,8 @@ def prefill_kernel(
         slot = _slot(page, tl.minimum((start + key_lane).to(tl.uint32), last), BLOCK_SIZE, WIDE)
         # Page ids are carried one tile ahead, as in the decode kernel.
         page = tl.load(table_ptr + tl.minimum((start + BLOCK_N + key_lane).to(tl.uint32), last) // BLOCK_SIZE)
-        keys = _rows(key_ptr, slot, KV_HEADS * HEAD_SIZE, HEAD_SIZE, HEAD_PAD).to(query.dtype)  # pages may be of 8 bits
-        values = _rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD).to(query.dtype)
+        keys = widened(_rows(key_ptr, slot, KV_HEADS * HEAD_SIZE, HEAD_SIZE, HEAD_PAD), query.dtype)
+        values = widened(_rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD), query.dtype)
         logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
         mixed = _mix(mixed, shrink, weights, nothing, values, PRECISION, OPAQUE)
         if SOFTCAP > 0:
@@ -216,7 +216,7 @@ def prefill_kernel(
         weighed, peak, total, shrink = weigh(logits, 1.0 if SOFTCAP > 0 else scale, peak, total, (WINDOW > 0) | (CHUNK > 0))
         weights = _pack(weighed, values.dtype, OPAQUE)
         before = slot
-    values = _rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD).to(query.dtype)
+    values = widened(_rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD), query.dtype)
     mixed = _mix(mixed, shrink, weights, nothing, values, PRECISION, OPAQUE)
     # Where the rows go is worked out anew: kept through the loop, it would cost registers that the tiles need.
     row_begin = tl.load(query_start_ptr + sequence, volatile=True)

@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import NIBBLE_SPAN
+from kernels.widen import NIBBLE_SPAN, nibbles, scaled
 
-SPAN = tl.constexpr(NIBBLE_SPAN)
-BLOCK_N = 16
-BLOCK_K = 256
+BLOCK = 4096  # elements
+BLOCK_K = 256  # most columns of a block, which lie in one group
 NUM_WARPS = 4
 
 
@@ -33,22 +32,28 @@ def dequantize_kernel(
     INT4: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
 ):
-    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
-    k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
-    inside = (n < N) & (k < K)
-    if INT4:  # a byte holds two columns: neighbours in memory read it twice, the second time from the cache
-        byte = k // SPAN * (SPAN // 2) + k % (SPAN // 2)
-        packed = tl.load(codes_ptr + n * (K // 2) + byte, mask=inside, other=0)
-        codes = ((packed >> (k % SPAN // (SPAN // 2) * 4)) & 15).to(tl.float32) - 8.0
-    else:
-        codes = tl.load(codes_ptr + n * K + k, mask=inside, other=0.0).to(tl.float32)
-    at, has_scale = n, n < N  # one for a row of the tile, or one an element
-    if GROUPS > 1:
-        at, has_scale = n * GROUPS + k // GROUP, inside
-    weight = codes * tl.load(scale_ptr + at, mask=has_scale, other=0.0).to(tl.float32)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = n < N
+    n = n.to(tl.int64)
+    begin = tl.program_id(1) * BLOCK_K
+    # With two codes a byte, byte b of a block holds columns column[b] and column[b] + 16.
+    PER_BYTE: tl.constexpr = 2 if INT4 else 1
+    byte = tl.arange(0, BLOCK_K // PER_BYTE)
+    column = begin + (byte // (NIBBLE_SPAN // 2) * NIBBLE_SPAN + byte % (NIBBLE_SPAN // 2) if INT4 else byte)
+    inside = in_n[:, None] & (column < K)[None, :]
+    scale_at = n * GROUPS + begin // GROUP
+    scale = tl.load(scale_ptr + scale_at, mask=in_n, other=0.0)
+    shift = scale
     if HAS_SHIFT:
-        weight += tl.load(shift_ptr + at, mask=has_scale, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n * K + k, weight.to(out_ptr.dtype.element_ty), mask=inside)
+        shift = tl.load(shift_ptr + scale_at, mask=in_n, other=0.0)
+    codes = tl.load(codes_ptr + n[:, None] * (K // PER_BYTE) + (begin // PER_BYTE + byte)[None, :], mask=inside, other=0.0)
+    out_at = out_ptr + n[:, None] * K + column[None, :]
+    if INT4:
+        low, high = nibbles(codes, scale, shift, out_ptr.dtype.element_ty, True, HAS_SHIFT)
+        tl.store(out_at, low, mask=inside)
+        tl.store(out_at + NIBBLE_SPAN // 2, high, mask=inside)
+    else:
+        tl.store(out_at, scaled(codes.to(tl.float32), scale, shift, HAS_SHIFT).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def dequantize(codes: Tensor, scale: Tensor, shift: Tensor | None, group: int, dtype: torch.dtype) -> Tensor:
@@ -57,7 +62,9 @@ def dequantize(codes: Tensor, scale: Tensor, shift: Tensor | None, group: int, d
     int4 = codes.dtype == torch.uint8
     size = codes.shape[1] * (2 if int4 else 1)
     out = torch.empty(out_size, size, dtype=dtype, device=codes.device)
-    dequantize_kernel[-(-out_size // BLOCK_N), -(-size // BLOCK_K)](
+    block_k = BLOCK_K if groups == 1 else min(BLOCK_K, group & -group)
+    block_n = BLOCK // block_k
+    dequantize_kernel[-(-out_size // block_n), -(-size // block_k)](
         out,
         codes,
         scale,
@@ -66,8 +73,8 @@ def dequantize(codes: Tensor, scale: Tensor, shift: Tensor | None, group: int, d
         K=size,
         GROUP=group,
         GROUPS=groups,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
         INT4=int4,
         HAS_SHIFT=shift is not None,
         num_warps=NUM_WARPS,

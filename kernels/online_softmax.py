@@ -49,6 +49,44 @@ def last_not_above(starts_ptr, value, num_seqs, guess, TILE: tl.constexpr):
     return low
 
 
+# Four e4m3 as two pairs of float16, which hold them exactly: one instruction for two.
+E4M3 = tl.constexpr("""{
+.reg .b16 low, high;
+mov.b32 {low, high}, $2;
+cvt.rn.f16x2.e4m3x2 $0, low;
+cvt.rn.f16x2.e4m3x2 $1, high;
+}""")
+
+
+@triton.jit
+def in_float16(pages, ASSEMBLES: tl.constexpr):
+    """e4m3 in float16. Not pure as far as Triton knows, so it stays where 16 bytes lie side by side: moved into the operand
+    of a product, as it would be, single bytes are read from shared memory."""
+    if ASSEMBLES:
+        return tl.inline_asm_elementwise(E4M3, "=r,=r,r", [pages], tl.float16, is_pure=False, pack=4)
+    else:
+        return pages.to(tl.float32).to(tl.float16)
+
+
+@triton.jit
+def levelled(query):
+    """query [M, D] -> (float16, float32 [M] that its products are to be multiplied by): by a power of two, which is exact, each row
+    is brought to where its largest element is 1 to 2, so that float16 holds it whatever the model's range."""
+    wide = query.to(tl.float32)
+    power = tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000
+    level = tl.maximum(power.to(tl.float32, bitcast=True), 1e-30)
+    return (wide / level[:, None]).to(tl.float16), level
+
+
+@triton.jit
+def widened(elements, DTYPE: tl.constexpr):
+    """What pages hold, in DTYPE. 8-bit floats go by float32: straight to bfloat16 they would take a converter of a quarter of the rate."""
+    if elements.dtype == DTYPE:
+        return elements
+    else:
+        return elements.to(tl.float32).to(DTYPE)
+
+
 @triton.jit
 def first_key(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
     """Smallest key position that a query at `position` sees."""

@@ -55,8 +55,11 @@ def step_within(group: int, size: int) -> int:
 def tile_by_rule(rows: int, out_size: int, size: int, group: int) -> Tile:
     """Columns of a step divide a group; columns are split where rows of the weight alone do not fill the device."""
     block_k = step_within(group, size)
-    if rows > FEW_ROWS:
-        return Tile(128, block_k, 1, 8, 3)
+    if rows > FEW_ROWS:  # a tile takes 128 rows of x, so that a weight is widened once or twice
+        block_n, block_k = 128 if out_size >= 128 * PROGRAMS // 2 else 64, min(64, block_k)
+        wanted = max(1, PROGRAMS // 2 // (-(-out_size // block_n) * -(-rows // 128)))
+        split = min(4, 1 << wanted.bit_length() - 1, max(1, size // (8 * block_k)))
+        return Tile(block_n, block_k, split, block_n // 16, 3, 128)
     block_n = 64 if out_size >= 4096 else 32
     wanted = max(1, PROGRAMS // -(-out_size // block_n))
     split = min(8, 1 << wanted.bit_length() - 1, max(1, size // (4 * block_k)))

@@ -11,13 +11,14 @@ MAX_ROWS = 64  # above it cuBLAS's tiles are full
 
 
 class Tile(NamedTuple):
-    """How one product is cut: weight rows and columns of a step, splits of the columns, warps, pipeline stages."""
+    """How one product is cut: weight rows and columns of a step, splits of the columns, warps, pipeline stages, most rows of x."""
 
     block_n: int
     block_k: int
     split_k: int
     num_warps: int
     num_stages: int
+    block_t: int = MAX_ROWS
 
 
 class RowTile(NamedTuple):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import arrival_counts
+from kernels.launch import ARRIVALS, arrival_counts
 from kernels.skinny_tiles import Tile
 
 
@@ -36,5 +36,7 @@ def room_for_parts(tile: Tile, tiles: int, block_t: int, out: Tensor) -> tuple[T
     """(parts float32 [split_k, tiles, block_n, block_t], counts); `out` stands for both where columns are whole."""
     if tile.split_k == 1:
         return out, out
+    if tiles > ARRIVALS:
+        raise ValueError(f"{tiles} tiles of split columns: more than {ARRIVALS} counts")
     parts = torch.empty(tile.split_k * tiles * tile.block_n * block_t, dtype=torch.float32, device=out.device)
     return parts, arrival_counts(out.device)

@@ -106,14 +106,27 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
         yield Choice("digits")
         yield LOSSY
     yield Choice("tile", tile_by_rule(rows, product.out_size, product.size, product.group))
-    if rows > FEW_ROWS:
-        yield Choice("tile", Tile(64, 128, 1, 4, 3))
-        return
-    sizes = ((64, 4, 4), (64, 4, 6), (128, 4, 4)) if rows <= 16 else ((64, 4, 4), (128, 8, 4))
-    for (block_n, warps, stages), split in itertools.product(sizes, (1, 2, 4, 8)):
-        programs = -(-product.out_size // block_n) * split
-        if product.size % (split * 128) == 0 and 120 <= programs and (split == 1 or programs <= 1056):
-            yield Choice("tile", Tile(block_n, 128, split, warps, stages))
+    for block_n, block_k, warps, stages, block_t in _sizes(product.kind, rows):
+        whole = -(-product.out_size // block_n) * -(-rows // block_t)
+        for split in (1, 2, 4, 8):
+            programs = whole * split
+            most = 1056 if rows <= FEW_ROWS else 264 if block_n * block_t < 1 << 15 else 0  # the largest tiles would spill
+            if product.size % (split * 128) == 0 and 100 <= programs and (split == 1 or programs <= most):
+                yield Choice("tile", Tile(block_n, block_k, split, warps, stages, block_t))
+
+
+def _sizes(kind: Kind, rows: int) -> tuple[tuple[int, int, int, int, int], ...]:
+    """Weight rows and columns of a step, warps, stages, rows of x: none spills, and with many rows two programs share an SM or one fills it."""
+    if rows <= 16:
+        return (64, 128, 4, 4, 64), (64, 128, 4, 6, 64), (128, 128, 4, 4, 64)
+    if rows <= FEW_ROWS:
+        common = (64, 128, 4, 4, 64), (128, 128, 8, 4, 64)
+        return (*common, (128, 128, 4, 4, 64), (256, 64, 8, 4, 64)) if kind == "int4" else common
+    if kind == "int4":
+        many = (128, 128, 8, 3, 128), (64, 64, 4, 3, 128), (256, 64, 8, 3, 128)
+        return (*many, (128, 64, 8, 3, 256)) if rows > 128 else many
+    many = (128, 64, 8, 3, 128), (64, 64, 4, 3, 128)
+    return (*many, (128, 64, 8, 3, 256)) if rows > 128 else many
 
 
 def _compile_ahead(report: Report, args: argparse.Namespace, products: list[Product]) -> None:

@@ -83,6 +83,18 @@ def test_wide_grid(triton_calls, case: Case) -> None:
     compare(triton_calls, case)
 
 
+def test_queries_beyond_float16(triton_calls) -> None:
+    """Pages of 8 bits are multiplied in float16; what it does not hold is scaled first."""
+    case = Case(lengths=DECODE, dtype=torch.bfloat16, cache_dtype=torch.float8_e4m3fn, pad_tokens=2)
+    query, *rest = case.arguments()
+    for times in (1e-6, 1e6):
+        expected_arguments = (query * times, *rest[:10], rest[10] / times, *rest[11:])
+        arguments = clone(expected_arguments)
+        expected = reference.paged_attention(*expected_arguments)
+        out, arguments = triton_calls.call("kernels.cuda", "paged_attention", *arguments)
+        check(out, arguments, expected, expected_arguments)
+
+
 def test_a_wrong_window_is_seen(triton_calls) -> None:
     """Negative control: the comparison fails where the kernel computes something else."""
     case = Case(lengths=RAGGED, window=7)

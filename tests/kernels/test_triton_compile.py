@@ -119,9 +119,11 @@ def row_linears(rows: int, hidden: int, inner: int) -> list[list[Any]]:
     return [[f"{rows} rows of {hidden}, {inner}: {name}", "kernels.cuda", "linear_norm_linear", arguments] for name, arguments in (("gate", gate), ("down", down))]
 
 
-def quantised(rows: int, out_size: int, size: int, dtype: str, group: int, shifted: bool = False) -> list[Any]:
-    """The product by the tile of the rule, scales as a device holds them."""
-    tile = tile_by_rule(rows, out_size, size, group)
+def quantised(
+    rows: int, out_size: int, size: int, dtype: str, group: int, shifted: bool = False, tile: Tile | None = None
+) -> list[Any]:
+    """The product by the given tile or the rule's, scales as a device holds them."""
+    tile = tile or tile_by_rule(rows, out_size, size, group)
     codes = tensor(dtype, out_size, size // 2 if dtype == "uint8" else size)
     scale = tensor("bfloat16" if group < size and dtype != "float8_e4m3fn" else "float32", out_size, -(-size // group))
     arguments = [tensor("bfloat16", rows, size), codes, scale, scale if shifted else None, None, group, {"tile": tile}]
@@ -147,11 +149,15 @@ def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
 ROPES = [rope(16, 8, 128, True), rope(32, 8, 128, False), rope(32, 32, 256, False)]
 LINEARS = [linear(rows, *shape) for rows in (2, 64) for shape in ((6144, 1024), (1024, 3072), (4096, 14336))]
 ROWS = [one for rows in (2, 4) for sizes in ((1024, 3072), (4096, 14336), (576, 1536)) for one in row_linears(rows, *sizes)]
+INT4_OF_MANY_ROWS = ((128, 128, 1, 8, 3, 128), (64, 64, 2, 4, 3, 128), (256, 64, 1, 8, 3, 128), (128, 64, 1, 8, 3, 256))
 QUANTISED = [
     quantised(rows, out_size, size, *weight)
     for rows, out_size, size in ((64, 4096, 14336), (256, 6144, 4096))
     for weight in (("float8_e4m3fn", size), ("float8_e4m3fn", 128), ("int8", size), ("int8", 32), ("uint8", 128, True), ("uint8", size))
 ] + [quantised(64, 4096, 4096, "uint8", 32, True)] + [
+    *(quantised(256, 4096, 14336, "uint8", 128, True, Tile(*tile)) for tile in INT4_OF_MANY_ROWS),
+    quantised(256, 4096, 14336, "uint8", 128, False, Tile(128, 128, 4, 8, 3, 128)),
+    *(quantised(256, 4096, 14336, "int8", 14336, False, Tile(128, 64, split, 8, 3, block_t)) for split, block_t in ((2, 128), (1, 256))),
     ["rows to fp8", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336)]],
     ["rows to digits", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336), {"type": "int8"}, 2]],
     *(integers(rows, digits, *shape) for rows in (128, 2048) for digits in (1, 2) for shape in ((4096, 14336), (28672, 4096))),
