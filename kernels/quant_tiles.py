@@ -27,8 +27,30 @@ class Choice(NamedTuple):
     tile: Tile | None = None
 
 
-# (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule.
-TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {}
+def tiled(*sizes: int) -> Choice:
+    """By a tile of these sizes, in the order of `Tile`."""
+    return Choice("tile", Tile(*sizes))
+
+
+SCALED, DIGITS, PLAIN = Choice("scaled"), Choice("digits"), Choice("plain")
+# (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule. Codes of 4 bits in groups of 128.
+TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
+    ("fp8", 6144, 4096): {8: tiled(64, 128, 4, 4, 6), 32: tiled(64, 128, 4, 4, 4), 256: SCALED},
+    ("fp8", 4096, 4096): {32: tiled(64, 128, 8, 4, 4), 64: tiled(128, 128, 4, 8, 4), 256: SCALED},
+    ("fp8", 28672, 4096): {8: tiled(64, 128, 2, 4, 4), 256: SCALED},
+    ("fp8", 4096, 14336): {32: tiled(64, 128, 8, 4, 4), 64: tiled(128, 128, 4, 8, 4), 256: SCALED},
+    ("fp8", 128256, 4096): {32: tiled(64, 128, 1, 4, 4), 256: SCALED},
+    ("int8", 6144, 4096): {8: tiled(64, 128, 4, 4, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: DIGITS, 256: tiled(64, 128, 1, 4, 3)},
+    ("int8", 4096, 4096): {32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: DIGITS},
+    ("int8", 28672, 4096): {8: tiled(64, 128, 2, 4, 4), 64: tiled(64, 128, 1, 4, 4), 256: DIGITS},
+    ("int8", 4096, 14336): {8: tiled(64, 128, 8, 4, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: DIGITS},
+    ("int8", 128256, 4096): {64: tiled(64, 128, 1, 4, 4), 256: DIGITS},
+    ("int4", 6144, 4096): {8: tiled(64, 128, 4, 4, 6), 32: tiled(64, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 256: PLAIN},
+    ("int4", 4096, 4096): {8: tiled(64, 128, 8, 4, 4), 32: tiled(128, 128, 8, 8, 4), 64: tiled(128, 128, 4, 8, 4), 128: tiled(128, 128, 4, 8, 3, 128), 256: PLAIN},
+    ("int4", 28672, 4096): {8: tiled(128, 128, 2, 4, 4), 64: tiled(128, 128, 1, 8, 4)},
+    ("int4", 4096, 14336): {8: tiled(64, 128, 8, 4, 4), 32: tiled(128, 128, 8, 8, 4), 64: tiled(128, 128, 4, 8, 4)},
+    ("int4", 128256, 4096): {8: tiled(64, 128, 1, 4, 4), 64: tiled(128, 128, 1, 8, 4)},
+}  # fmt: skip
 
 
 def choice_of(kind: Kind, rows: int, out_size: int, size: int, group: int, by_row: bool) -> Choice:

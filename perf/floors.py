@@ -33,7 +33,7 @@ MODELS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 BYTES = 2  # of a weight or a cached element: bfloat16
 # Bytes of a weight in the layers and in the head, quantised while loading: fp8 leaves the head alone, int4 gives it 8 bits.
-WEIGHT_BYTES = {None: (BYTES, BYTES), "fp8": (1, BYTES), "int8": (1, 1), "int4": (0.5 + 2 * BYTES / 32, 1)}
+WEIGHT_BYTES = {None: (BYTES, BYTES), "fp8": (1, BYTES), "int8": (1, 1), "int4": (0.5 + 2 * BYTES / 128, 1)}
 
 
 def write_model(name: str, folder: Path) -> Path:

@@ -226,8 +226,13 @@ def _measured(report: Report, args: argparse.Namespace, product: Product, ceilin
         found.append(row)
         line.append(f"{row['bf16_us']:.1f}/{row['us']:.1f} x{row['ratio']:.2f}")
     print(f"{product.matrix:>8} {kind:>5}  {'  '.join(line)}")
-    print(f'    ("{kind}", {out_size}, {size}): {entry},', flush=True)
+    print(f'    ("{kind}", {out_size}, {size}): {{{", ".join(f"{rows}: {_written(choice)}" for rows, choice in entry.items())}}},', flush=True)
     return found
+
+
+def _written(choice: Choice) -> str:
+    """As the table has it."""
+    return f"tiled({', '.join(map(str, choice.tile))})" if choice.way == "tile" else choice.way.upper()
 
 
 def _seconds(args: argparse.Namespace, calls: list[Callable[[], object]]) -> float:

@@ -18,7 +18,7 @@ from compiler.build import resolve_quantization
 from compiler.passes import registry
 from compiler.passes.merge_linears import MergedQuantLinear
 from compiler.passes.quant_linears import Int4Packed, Int8Dynamic, QuantLinear
-from compiler.quant_formats import QuantizationError
+from compiler.quant_formats import QuantizationError, online_group
 from compiler.weights import WeightsMismatch, build_meta, load_weights
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -206,6 +206,11 @@ def test_groups_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(QuantizationError, match=r"down_proj: 80 inputs do not divide into groups of 32; set quantization to int8 or fp8"):
         load(tmp_path, "int4")
+
+
+@pytest.mark.parametrize(("inputs", "device", "group"), [(4096, "cuda", 128), (576, "cuda", 64), (96, "cuda", 32), (4096, "cpu", 32)])
+def test_groups_made_while_loading_suit_the_device(inputs: int, device: str, group: int) -> None:
+    assert online_group(inputs, device, "w") == group
 
 
 def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
