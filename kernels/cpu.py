@@ -51,8 +51,8 @@ def paged_attention(
     chunk: int,
 ) -> Tensor:
     """See `kernels.ops` for shapes."""
-    reference.write_kv(key, value, key_cache, value_cache, slots)
-    if len(query) == len(seq_lens) and int(seq_lens.min()) > 0:  # a row each and no padding
+    _write(key, value, key_cache, value_cache, slots)
+    if len(query) == len(seq_lens) and min(seq_lens.tolist()) > 0:  # a row each and no padding
         return _decode(query, key_cache, value_cache, block_tables, seq_lens, sinks, scale, window, softcap, chunk)
     out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
     counts = query_start.diff()
@@ -119,6 +119,15 @@ def draw(
     return ids
 
 
+def _write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """`reference.write_kv` in fewer calls where one row is written as it is."""
+    if len(slots) > 1 or key_cache.dtype != key.dtype:
+        return reference.write_kv(key, value, key_cache, value_cache, slots)
+    page, offset = divmod(int(slots), key_cache.shape[1])
+    key_cache[page, offset] = key[0]
+    value_cache[page, offset] = value[0]
+
+
 def _decode(
     query: Tensor,
     key_cache: Tensor,
@@ -169,17 +178,19 @@ def _attend(
 
     Each position is computed as if it were alone: the order of sums, and so the rounding, does not depend on n.
     """
-    width = int(lengths.max())
+    rows, count, heads, size = query.shape
+    known = lengths.tolist()
+    width = max(known)
     keys = _gather(key_cache, tables, width).to(query.dtype)
     values = _gather(value_cache, tables, width).to(query.dtype)
-    rows, count, heads, size = query.shape
+    for row, length in enumerate(known):
+        if length < width:
+            # Slots that hold no token of the sequence may hold anything, NaN too, which no mask of logits keeps out.
+            keys[row, length:] = 0
+            values[row, length:] = 0
     seen = None
     if rows > 1 or count > 1 or window or chunk:
         at = torch.arange(width)
-        # Slots that hold no token of the sequence may hold anything, NaN too, which no mask of logits keeps out.
-        unwritten = (at >= lengths[:, None])[:, :, None, None]
-        keys.masked_fill_(unwritten, 0)
-        values.masked_fill_(unwritten, 0)
         last = (lengths[:, None] + torch.arange(-count, 0))[:, :, None]
         seen = at <= last
         if window:
@@ -237,12 +248,19 @@ def _fused(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: in
 
 
 def _pages(cache: Tensor, table: Tensor, length: int) -> Tensor:
+    """First `length` tokens of the table [max_blocks]: [length, H, D], a view of the cache where the pages lie side by side."""
     pages = -(-length // cache.shape[1])
+    known = table[:pages].tolist()
+    if known == list(range(known[0], known[0] + pages)):
+        first = known[0] * cache.shape[1]
+        return cache.view(-1, *cache.shape[2:])[first : first + length]
     return cache.index_select(0, table[:pages]).flatten(0, 1)[:length]
 
 
 def _gather(cache: Tensor, tables: Tensor, width: int) -> Tensor:
-    """First `width` tokens of every table: [R, width, H, D], a copy."""
+    """First `width` tokens of every table: [R, width, H, D]; of several tables a copy."""
+    if len(tables) == 1:
+        return _pages(cache, tables[0], width)[None]
     pages = -(-width // cache.shape[1])
     picked = cache.index_select(0, tables[:, :pages].flatten())
     return picked.view(len(tables), pages * cache.shape[1], *cache.shape[2:])[:, :width]

@@ -17,6 +17,7 @@ from compiler.passes.fuse_linears import fuse_linears
 from compiler.passes.fuse_rope import fuse_rope
 from compiler.passes.fuse_rows import fuse_rows
 from compiler.passes.merge_linears import merge_linears
+from compiler.passes.one_row_linears import one_row_linears
 from compiler.passes.quant_linears import quant_linears
 from compiler.passes.rotary_once import rotary_once
 from compiler.passes.skinny_linears import skinny_linears
@@ -53,9 +54,9 @@ GRAPH_PASSES = {"fuse_rope": fuse_rope, "fuse_rows": fuse_rows, "fuse_linears": 
 
 
 def graph_passes(config: Any, device: torch.device) -> list[Callable[[torch.fx.GraphModule], int]]:
-    """The passes over the captured graph. On the CPU the compiler's own loops are the better form."""
+    """The passes over the captured graph. On the CPU the compiler's own loops are the better form, of one row's products too."""
     if device.type != "cuda":
-        return []
+        return [one_row_linears]
     return [graph_pass for setting, graph_pass in GRAPH_PASSES.items() if getattr(config, setting)]
 
 

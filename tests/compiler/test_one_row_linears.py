@@ -1,0 +1,61 @@
+"""Products of one narrow row as loops of the compiler: which are rewritten, what they give, and that states are computed once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+from compiler import lower
+from compiler.passes.one_row_linears import one_row_linears
+
+
+class Gated(nn.Module):
+    """Two products, the second of them reading a half of the first as it lies in memory or gated: [1, rows, 64] -> the same."""
+
+    def __init__(self, dtype: torch.dtype, bias: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.wide, self.back, self.plain = nn.Linear(64, 192, bias), nn.Linear(96, 64, bias), nn.Linear(96, 64, bias)
+        for parameter in self.parameters():
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.2).to(dtype)
+
+    def forward(self, states: Tensor) -> Tensor:
+        gate, up = self.wide(states).split(96, dim=-1)
+        return self.back(nn.functional.silu(gate) * up) + self.plain(up)
+
+
+def compiled(module: nn.Module, states: Tensor) -> tuple[Tensor, str, int]:
+    """(result, generated code, products rewritten)"""
+    torch._dynamo.reset()
+    found: list[int] = []
+    forward = lower.compile_forward(module, [lambda graph: found.append(one_row_linears(graph)) or found[-1]])
+    with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
+        out, (code,) = run_and_get_code(forward, states)
+    return out, code, found[0]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_row_is_summed_in_float32(bias: bool) -> None:
+    module = Gated(torch.bfloat16, bias)
+    states = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    out, code, found = compiled(module, states)
+    assert found == 3 and "extern_kernels" not in code.split("def call")[1]
+    assert "pagegraph" not in code.split("def call")[1]  # no call for what has to be in memory
+    assert code.count("exp()") <= 1 and out.dtype == torch.bfloat16  # the gate once, not in each output's loop
+    with torch.inference_mode():
+        expected = Gated(torch.bfloat16, bias).float()(states.float())
+        eager = module(states)
+    torch.testing.assert_close(out.float(), expected, atol=0.03, rtol=0.02)
+    assert (out.float() - expected).abs().max() <= 1.5 * (eager.float() - expected).abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 1), (torch.bfloat16, 2)])
+def test_wide_dtypes_and_more_rows_stay(dtype: torch.dtype, rows: int) -> None:
+    module = Gated(dtype, True)
+    states = torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    out, _, found = compiled(module, states)
+    assert found == 0
+    with torch.inference_mode():
+        torch.testing.assert_close(out, module(states), atol=0.03, rtol=0.02)
