@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.ir import TensorBox
-from torch._inductor.lowering import fallback_handler, lowerings, make_fallback, register_lowering, tag_to_layout_constraint
+from torch._inductor.lowering import lowerings, make_fallback, register_lowering, tag_to_layout_constraint
 from torch._library.utils import get_layout_constraint_tag
 from torch._ops import OpOverloadPacket
 
@@ -73,11 +73,8 @@ def _keep_as_calls(graph: torch.fx.Graph) -> None:
             make_fallback(op, tag_to_layout_constraint(get_layout_constraint_tag(op)), warn=False)
 
 
-@register_lowering(torch.ops.pagegraph.materialize.default, type_promotion_kind=None)
-def _materialized(x: TensorBox) -> TensorBox:
-    """On the CPU the copy is one of the compiler's own loops, which has its result in memory; elsewhere it is a call."""
-    if x.get_device().type != "cpu":
-        return fallback_handler(torch.ops.pagegraph.materialize.default)(x)
+@register_lowering(torch.ops.pagegraph.in_memory.default, type_promotion_kind=None)
+def _in_memory(x: TensorBox) -> TensorBox:
     copy = lowerings[torch.ops.aten.clone.default](x)
     copy.realize()
     return copy

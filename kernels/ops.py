@@ -32,7 +32,8 @@ linear(x, first), out = linear(rms_norm(sum, norm), second), where gated silu_mu
 which of its parts share a kernel depends on the rows of x. Rows from query_start[S] on are padding: they may come out as
 anything.
 
-`pagegraph::materialize` is a copy that the compiler does not look through.
+`pagegraph::materialize` is a copy that the compiler does not look through; `pagegraph::in_memory` one that it writes itself, and does
+not compute anew for each use.
 
 `pagegraph::draw` is the next token of each sequence by Gumbel-max (`kernels.reference.gumbel_argmax`): logits [S, V],
 temperature float32 [S], seeds int64 [S], positions int32 [S] -> ids int64 [S]. Where sampled int32 [S] is not 0 it also
@@ -89,6 +90,7 @@ _library.define(
     "Tensor? second_bias, bool gated, Tensor query_start) -> (Tensor, Tensor)"
 )
 _library.define("materialize(Tensor x) -> Tensor")
+_library.define("in_memory(Tensor x) -> Tensor")
 _library.define(
     "draw(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor rows, Tensor sampled, "
     "Tensor(a!) last_tokens, Tensor(b!) last_at) -> Tensor"
@@ -195,6 +197,7 @@ _library.impl("silu_mul", _silu_mul_on_cuda, "CUDA")
 _library.impl("linear_norm_linear", reference.linear_norm_linear, "CPU")
 _library.impl("linear_norm_linear", _linear_norm_linear_on_cuda, "CUDA")
 _library.impl("materialize", torch.clone, "CompositeExplicitAutograd")
+_library.impl("in_memory", torch.clone, "CompositeExplicitAutograd")
 _library.impl("quant_linear", reference.quant_linear, "CPU")
 _library.impl("quant_linear", _quant_linear_on_cuda, "CUDA")
 _library.impl("int4_packed_linear", cpu.int4_packed_linear, "CPU")
@@ -227,6 +230,7 @@ def _rope_attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Tensor |
 
 
 @torch.library.register_fake("pagegraph::materialize", lib=_library)
+@torch.library.register_fake("pagegraph::in_memory", lib=_library)
 def _materialize_fake(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 

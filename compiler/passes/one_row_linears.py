@@ -41,7 +41,7 @@ def _summed(node: Node) -> bool:
 
 def _one_row(graph: Graph, states: Node, weight: Node, bias: Node | None, dtype: torch.dtype, size: torch.Size) -> Node:
     """states [1, .., K] @ weight [N, K].T + bias [N] -> [1, .., N], summed in float32."""
-    row = _call(graph, "float", _call(graph, "reshape", _call(graph, torch.ops.pagegraph.materialize, states), -1))
+    row = _call(graph, "float", _call(graph, "reshape", _call(graph, torch.ops.pagegraph.in_memory, states), -1))
     out = _call(graph, "sum", _call(graph, operator.mul, _call(graph, "float", weight), row), -1)
     if bias is not None:
         out = _call(graph, operator.add, out, _call(graph, "float", bias))
