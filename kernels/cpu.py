@@ -52,7 +52,7 @@ def paged_attention(
 ) -> Tensor:
     """See `kernels.ops` for shapes."""
     _write(key, value, key_cache, value_cache, slots)
-    if len(query) == len(seq_lens) and min(seq_lens.tolist()) > 0:  # a row each and no padding
+    if len(query) == len(seq_lens) and min(seq_lens.tolist(), default=0) > 0:  # a row each and no padding
         return _decode(query, key_cache, value_cache, block_tables, seq_lens, sinks, scale, window, softcap, chunk)
     out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
     counts = query_start.diff()
@@ -121,7 +121,7 @@ def draw(
 
 def _write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
     """`reference.write_kv` in fewer calls where one row is written as it is."""
-    if len(slots) > 1 or key_cache.dtype != key.dtype:
+    if len(slots) != 1 or key_cache.dtype != key.dtype:
         return reference.write_kv(key, value, key_cache, value_cache, slots)
     page, offset = divmod(int(slots), key_cache.shape[1])
     key_cache[page, offset] = key[0]
