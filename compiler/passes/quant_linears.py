@@ -56,7 +56,7 @@ class Int8Dynamic(nn.Module):
 
     One digit would lose the small states of a token that has one large state; the second rides along in the same reading
     of the weight. In plain operations, so that the compiler joins the rounding to the norm before it and the scales to what
-    follows.
+    follows. One row is a sum over the widened weight, which the compiler writes a loop for (as `one_row_linears`).
     """
 
     def __init__(self, linear: QuantLinear) -> None:
@@ -67,9 +67,12 @@ class Int8Dynamic(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         rows = states.flatten(0, -2)
-        high, low, scale = reference.two_digits(rows)
-        upper, lower = torch._int_mm(torch.cat([high, low]), self.codes.t()).float().split(len(rows))
-        product = (upper + lower / reference.SECOND_DIGIT) * scale * self.scale
+        if torch.compiler.is_compiling() and len(rows) == 1:
+            product = ((self.codes.float() * torch.ops.pagegraph.in_memory(rows[0]).float()).sum(-1) * self.scale)[None]
+        else:
+            high, low, scale = reference.two_digits(rows)
+            upper, lower = torch._int_mm(torch.cat([high, low]), self.codes.t()).float().split(len(rows))
+            product = (upper + lower / reference.SECOND_DIGIT) * scale * self.scale
         if self.bias is not None:
             product = product + self.bias
         return product.to(states.dtype).unflatten(0, states.shape[:-1])

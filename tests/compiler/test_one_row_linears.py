@@ -9,6 +9,8 @@ from torch._inductor.utils import run_and_get_code
 
 from compiler import lower
 from compiler.passes.one_row_linears import one_row_linears
+from compiler.passes.quant_linears import Int8Dynamic, QuantLinear
+from compiler.quant_formats import quantize
 
 
 class Gated(nn.Module):
@@ -59,3 +61,14 @@ def test_wide_dtypes_and_more_rows_stay(dtype: torch.dtype, rows: int) -> None:
     assert found == 0
     with torch.inference_mode():
         torch.testing.assert_close(out, module(states), atol=0.03, rtol=0.02)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_row_of_int8_is_summed_over_the_widened_weight(rows: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = (torch.randn(96, 64, generator=generator) * 0.2).bfloat16()
+    linear = QuantLinear(quantize(weight, "int8", "w"), None, torch.bfloat16)
+    states = torch.randn(1, rows, 64, generator=generator).bfloat16()
+    out, code, _ = compiled(Int8Dynamic(linear), states)
+    assert ("_int_mm" in code) == (rows > 1)
+    torch.testing.assert_close(out.float(), states.float() @ linear.dequantized().float().t(), atol=0.02, rtol=0.01)
