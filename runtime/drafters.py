@@ -11,9 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from kernels.reference import LOOKUP_SEEN
 from runtime.rows import Rows
-
-SEEN = 32  # a match is measured up to so many tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class Ngram:
         """Nothing is kept of other sequences."""
 
     def find(self, tokens: np.ndarray) -> tuple[int, int]:
-        """(where the match ends in `tokens` int32 [n], its length up to SEEN); (0, 0) if there is none."""
+        """(where the match ends in `tokens` int32 [n], its length up to LOOKUP_SEEN); (0, 0) if there is none."""
         last = len(tokens) - 1
         ends = np.flatnonzero(tokens[:last] == tokens[last])  # the last token of every match
         length = 1 if len(ends) else 0
@@ -75,7 +74,7 @@ class Ngram:
         if length < self.least:
             return 0, 0
         end = int(ends[-1])
-        seen = min(SEEN, end + 1)
+        seen = min(LOOKUP_SEEN, end + 1)
         differs = np.flatnonzero(tokens[end - seen + 1 : end + 1] != tokens[last - seen + 1 :])
         return end + 1, seen - 1 - int(differs[-1]) if len(differs) else seen
 

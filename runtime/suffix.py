@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.drafters import SEEN, Ngram, Proposal
+from kernels.reference import LOOKUP_SEEN
+from runtime.drafters import Ngram, Proposal
 from runtime.rows import Rows
 
 HISTORY = 100_000  # tokens that are remembered; then the memory starts anew
@@ -90,7 +91,7 @@ class Suffix:
 
     def __init__(self, least: int) -> None:
         self.least = least
-        self._own = Ngram(least, SEEN)
+        self._own = Ngram(least, LOOKUP_SEEN)
         self._history = Automaton()
         self._version = 0  # of the history
         self._readers: dict[int, Reader] = {}  # by row
@@ -116,12 +117,12 @@ class Suffix:
         reader = self._readers.get(row)
         if reader is None or (reader.stay, reader.version) != (stay, self._version):
             reader = self._readers[row] = Reader(stay, self._version, 0, (0, 0))
-        if reader.read < known - SEEN:
-            reader.read, reader.place = known - SEEN, (0, 0)
+        if reader.read < known - LOOKUP_SEEN:
+            reader.read, reader.place = known - LOOKUP_SEEN, (0, 0)
         for token in rows.tokens[row, reader.read : known].tolist():
             reader.place = self._history.follow(reader.place, token)
         reader.read = known
-        length = min(reader.place[1], SEEN)
+        length = min(reader.place[1], LOOKUP_SEEN)
         if length < self.least or length <= proposal.matched[index]:
             return
         follows = self._history.after(reader.place, limit)

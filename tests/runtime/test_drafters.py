@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.drafters import SEEN, Ngram, Retrieval
+from kernels.reference import LOOKUP_SEEN
+from runtime.drafters import Ngram, Retrieval
 from runtime.protocol import SamplingParams
 from runtime.request import Sequence
 from runtime.rows import Rows
@@ -53,7 +54,7 @@ def test_prompt_lookup_is_the_latest_of_the_longest(text: list[int], least: int,
         ([7, 1, 2, 8, 1, 2, 9, 1, 2], [9, 1, 2, 9], 2),
         ([5, 5, 5], [5, 5, 5, 5], 2),
         ([1, 2, 3], [], 0),
-        ([*range(50), *range(40)], [40, 41, 42, 43], SEEN),
+        ([*range(50), *range(40)], [40, 41, 42, 43], LOOKUP_SEEN),
     ],
 )
 def test_prompt_lookup_by_hand(text: list[int], tokens: list[int], matched: int) -> None:
