@@ -13,6 +13,8 @@ from torch.nn import functional
 from kernels.attention_decode import attend_rows
 from kernels.attention_prefill import attend_ragged
 from kernels.dequantize import dequantize
+from kernels.int4_linear import int4_dequantize
+from kernels.int4_linear import int4_linear as tiled_int4_linear
 from kernels.kv_write import write_kv
 from kernels.quant_linear import quant_linear as tiled_quant_linear
 from kernels.quant_tiles import Choice, Kind, choice_of
@@ -25,7 +27,7 @@ from kernels.silu_mul import silu_mul
 from kernels.skinny_linear import skinny_linear
 from kernels.skinny_tiles import RowTile, row_tile_of, tile_of
 
-KINDS: dict[torch.dtype, Kind] = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
+KINDS: dict[torch.dtype, Kind] = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 SCALED_SIZES = 16  # what products of 8-bit codes want both sizes of a weight to be multiples of
 
 
@@ -132,6 +134,25 @@ def quant_linear_by(
     return torch._scaled_mm(
         x_codes, codes.t(), scale_a=x_scale, scale_b=scale.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=True
     )
+
+
+def int4_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int
+) -> Tensor:
+    """See `kernels.ops`."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    choice = choice_of("int4", len(rows), out_size, rows.shape[1], group, False)
+    return int4_linear_by(choice, rows, codes, scale, shift, bias, group, out_size).view(*x.shape[:-1], -1)
+
+
+def int4_linear_by(
+    choice: Choice, rows: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int
+) -> Tensor:
+    """rows [T, K] -> [T, out_size] by the given way."""
+    if choice.way == "tile":
+        return tiled_int4_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile)
+    return functional.linear(rows, int4_dequantize(codes, scale, shift, group, out_size, rows.shape[1], rows.dtype), bias)
 
 
 def linear_norm_linear(

@@ -1,4 +1,4 @@
-"""Triton: a weight of codes and scales as a weight of 16 bits, read and written once: for products of many rows by cuBLAS.
+"""Triton: a weight of 8-bit codes and scales as a weight of 16 bits, read and written once: for products of many rows by cuBLAS.
 
 Knows codes and groups as `kernels.ops` describes them; knows no products.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.widen import NIBBLE_SPAN, nibbles, scaled
+from kernels.widen import scaled
 
 BLOCK = 4096  # elements
 BLOCK_K = 256  # most columns of a block, which lie in one group
@@ -29,38 +29,28 @@ def dequantize_kernel(
     GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    INT4: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = n < N
     n = n.to(tl.int64)
     begin = tl.program_id(1) * BLOCK_K
-    # With two codes a byte, byte b of a block holds columns column[b] and column[b] + 16.
-    PER_BYTE: tl.constexpr = 2 if INT4 else 1
-    byte = tl.arange(0, BLOCK_K // PER_BYTE)
-    column = begin + (byte // (NIBBLE_SPAN // 2) * NIBBLE_SPAN + byte % (NIBBLE_SPAN // 2) if INT4 else byte)
+    column = begin + tl.arange(0, BLOCK_K)
     inside = in_n[:, None] & (column < K)[None, :]
     scale_at = n * GROUPS + begin // GROUP
     scale = tl.load(scale_ptr + scale_at, mask=in_n, other=0.0)
     shift = scale
     if HAS_SHIFT:
         shift = tl.load(shift_ptr + scale_at, mask=in_n, other=0.0)
-    codes = tl.load(codes_ptr + n[:, None] * (K // PER_BYTE) + (begin // PER_BYTE + byte)[None, :], mask=inside, other=0.0)
+    codes = tl.load(codes_ptr + n[:, None] * K + column[None, :], mask=inside, other=0.0)
     out_at = out_ptr + n[:, None] * K + column[None, :]
-    if INT4:
-        low, high = nibbles(codes, scale, shift, out_ptr.dtype.element_ty, True, HAS_SHIFT)
-        tl.store(out_at, low, mask=inside)
-        tl.store(out_at + NIBBLE_SPAN // 2, high, mask=inside)
-    else:
-        tl.store(out_at, scaled(codes.to(tl.float32), scale, shift, HAS_SHIFT).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_at, scaled(codes.to(tl.float32), scale, shift, HAS_SHIFT).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def dequantize(codes: Tensor, scale: Tensor, shift: Tensor | None, group: int, dtype: torch.dtype) -> Tensor:
     """The weight as in `kernels.ops`, all contiguous -> [N, K] in dtype; as `reference.dequantize`, rounded once."""
     out_size, groups = scale.shape
-    int4 = codes.dtype == torch.uint8
-    size = codes.shape[1] * (2 if int4 else 1)
+    size = codes.shape[1]
     out = torch.empty(out_size, size, dtype=dtype, device=codes.device)
     block_k = BLOCK_K if groups == 1 else min(BLOCK_K, group & -group)
     block_n = BLOCK // block_k
@@ -75,7 +65,6 @@ def dequantize(codes: Tensor, scale: Tensor, shift: Tensor | None, group: int, d
         GROUPS=groups,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        INT4=int4,
         HAS_SHIFT=shift is not None,
         num_warps=NUM_WARPS,
     )

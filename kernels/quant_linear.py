@@ -1,11 +1,10 @@
 """Triton: x @ weight.T with the weight as codes and scales, read once as it is stored and widened in registers.
 
-The weight is the left operand, as in `kernels.skinny_linear`, and its columns may be split the same way. Codes are exact in
-the type of x: where a row has one scale and no shift the matrix unit multiplies codes, and scales join its float32 sums at the
-end. Integers in groups become a weight in the type of x first, rounded as `dequantize` rounds it (WHOLE): one packed
-multiply-add for two codes, where sums by group would cost two for each row of x. 8-bit floats in groups keep their scales
-for the sums: they take long enough to convert. What an instruction costs decides these loops: at 4 bits an SM is to widen 38
-codes a cycle, and can issue 3.4 instructions a code. Knows sizes and codes; which way suits which is data in
+For codes of 8 bits. The weight is the left operand, as in `kernels.skinny_linear`, and its columns may be split the same way.
+Codes are exact in the type of x: where a row has one scale and no shift the matrix unit multiplies codes, and scales join its
+float32 sums at the end. Integers in groups become a weight in the type of x first, rounded as `dequantize` rounds it (WHOLE):
+one packed multiply-add for two codes, where sums by group would cost two for each row of x. 8-bit floats in groups keep their
+scales for the sums: they take long enough to convert. Knows sizes and codes; which way suits which is data in
 `kernels/quant_tiles.py`.
 """
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from kernels.launch import dependent, wait
 from kernels.skinny_tiles import Tile
 from kernels.split_columns import added_up, is_last, room_for_parts
-from kernels.widen import NIBBLE_SPAN, nibbles, wide_codes
+from kernels.widen import wide_codes
 
 MAX_BLOCK_T = 64  # of float32, which takes twice the room; else the tile says
 
@@ -45,7 +44,6 @@ def quant_linear_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     UNROLL: tl.constexpr,
-    INT4: tl.constexpr,
     WHOLE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -60,12 +58,9 @@ def quant_linear_kernel(
     in_n = n < N
     in_t = t < num_rows
     span: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
-    # With two codes a byte, byte b of a step holds columns column[b] and column[b] + 16.
-    PER_BYTE: tl.constexpr = 2 if INT4 else 1
-    byte = tl.arange(0, BLOCK_K // PER_BYTE)
-    column = byte // (NIBBLE_SPAN // 2) * NIBBLE_SPAN + byte % (NIBBLE_SPAN // 2) if INT4 else byte
+    column = tl.arange(0, BLOCK_K)
     begin = split * span
-    codes_at = codes_ptr + n.to(tl.int64)[:, None] * (K // PER_BYTE) + byte[None, :]
+    codes_at = codes_ptr + n.to(tl.int64)[:, None] * K + column[None, :]
     x_at = x_ptr + t.to(tl.int64)[None, :] * x_stride + column[:, None]
     scale_at = n.to(tl.int64) * GROUPS
     if PDL:
@@ -83,7 +78,7 @@ def quant_linear_kernel(
         if K % BLOCK_K != 0:
             in_w = in_w & (column < K - k)[None, :]
             in_x = in_x & (column < K - k)[:, None]
-        codes = tl.load(codes_at + k // PER_BYTE, mask=in_w, other=0.0, eviction_policy="evict_first")
+        codes = tl.load(codes_at + k, mask=in_w, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_at + k, mask=in_x, other=0.0)
         if GROUPS > 1:  # those of the next step: they come while this one's are multiplied
             ahead = k + BLOCK_K
@@ -91,16 +86,11 @@ def quant_linear_kernel(
             next_shift = next_scale
             if HAS_SHIFT:
                 next_shift = tl.load(shift_ptr + scale_at + ahead // GROUP, mask=in_n & (ahead < K), other=0.0)
-        if INT4:
-            x_high = tl.load(x_at + (k + NIBBLE_SPAN // 2), mask=in_x, other=0.0)
-            low, high = nibbles(codes, scale, shift, x.dtype, WHOLE, HAS_SHIFT)
-            total = tl.dot(high, x_high, tl.dot(low, x, total, input_precision=PRECISION), input_precision=PRECISION)
+        wide = wide_codes(codes, scale, shift, x.dtype, WHOLE, HAS_SHIFT)
+        if WHOLE or GROUPS == 1:
+            total = tl.dot(wide, x, total, input_precision=PRECISION)
         else:
-            wide = wide_codes(codes, scale, shift, x.dtype, WHOLE, HAS_SHIFT)
-            if WHOLE or GROUPS == 1:
-                total = tl.dot(wide, x, total, input_precision=PRECISION)
-            else:
-                total += tl.dot(wide, x, input_precision=PRECISION) * scale.to(tl.float32)[:, None]
+            total += tl.dot(wide, x, input_precision=PRECISION) * scale.to(tl.float32)[:, None]
         if GROUPS > 1:
             scale, shift = next_scale, next_shift
     if not WHOLE and GROUPS == 1:
@@ -153,7 +143,6 @@ def quant_linear(
         BLOCK_K=tile.block_k,
         SPLIT_K=tile.split_k,
         UNROLL=max(1, 128 // tile.block_k) if block_t <= MAX_BLOCK_T else 1,  # short steps of few rows share what a turn of the loop costs
-        INT4=codes.dtype == torch.uint8,
         WHOLE=shift is not None or (groups > 1 and codes.dtype != torch.float8_e4m3fn),
         HAS_SHIFT=shift is not None,
         HAS_BIAS=bias is not None,

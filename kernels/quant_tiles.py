@@ -58,15 +58,16 @@ def choice_of(kind: Kind, rows: int, out_size: int, size: int, group: int, by_ro
     measured = TABLE.get((kind, out_size, size), {})
     if limits := [limit for limit in measured if limit >= rows]:
         found = measured[min(limits)]
-        # A tile that was measured with larger groups says nothing of steps as short as these.
-        fits = found.tile.block_k <= step_within(group, size) if found.way == "tile" else found.way == "plain" or by_row
+        # A tile that was measured with larger groups says nothing of steps as short as these; steps of 4 bits may hold several groups.
+        short = kind != "int4" and found.way == "tile" and found.tile.block_k > step_within(group, size)
+        fits = not short if found.way == "tile" else found.way == "plain" or by_row
         if fits:
             return found
     if rows > FEW_ROWS and by_row and kind in WIDE:
         return Choice(WIDE[kind])
     if rows > WIDE_ROWS:
         return Choice("plain")
-    return Choice("tile", tile_by_rule(rows, out_size, size, group))
+    return Choice("tile", tile_by_rule(kind, rows, out_size, size, group))
 
 
 def step_within(group: int, size: int) -> int:
@@ -74,15 +75,18 @@ def step_within(group: int, size: int) -> int:
     return min(128, group & -group) if group < size else 128
 
 
-def tile_by_rule(rows: int, out_size: int, size: int, group: int) -> Tile:
-    """Columns of a step divide a group; columns are split where rows of the weight alone do not fill the device."""
-    block_k = step_within(group, size)
+def tile_by_rule(kind: Kind, rows: int, out_size: int, size: int, group: int) -> Tile:
+    """Columns of a step divide a group of 8-bit codes; columns are split where rows of the weight alone do not fill the device."""
+    block_k = 128 if kind == "int4" else step_within(group, size)
     if rows > FEW_ROWS:  # a tile takes 128 rows of x, so that a weight is widened once or twice
-        block_n, block_k = 128 if out_size >= 128 * PROGRAMS // 2 else 64, min(64, block_k)
+        block_n, block_k = 128 if kind == "int4" or out_size >= 128 * PROGRAMS // 2 else 64, min(64, block_k)
         wanted = max(1, PROGRAMS // 2 // (-(-out_size // block_n) * -(-rows // 128)))
         split = min(4, 1 << wanted.bit_length() - 1, max(1, size // (8 * block_k)))
         return Tile(block_n, block_k, split, block_n // 16, 3, 128)
-    block_n = 64 if out_size >= 4096 else 32
+    if kind == "int4":
+        block_n = 64 if rows <= 32 else 128
+    else:
+        block_n = 64 if out_size >= 4096 else 32
     wanted = max(1, PROGRAMS // -(-out_size // block_n))
     split = min(8, 1 << wanted.bit_length() - 1, max(1, size // (4 * block_k)))
-    return Tile(block_n, block_k, split, 4, 4)
+    return Tile(block_n, block_k, split, max(4, block_n // 16), 4)

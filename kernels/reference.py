@@ -11,6 +11,7 @@ import torch
 INT8_MAX, FP8_MAX = 127.0, 448.0
 SECOND_DIGIT = 2 * INT8_MAX  # what a rounding to int8 leaves is at most half: this many steps fill the next int8
 NIBBLE_SPAN = 32  # columns that `pack_nibbles` keeps together
+FRAGMENT_ROWS = 64  # of a weight that `fragments` lays together: what Hopper's matrix instruction takes
 LOOKUP_SEEN = 32  # a match is measured up to so many tokens
 
 
@@ -421,6 +422,44 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return (torch.stack([spans & 15, spans >> 4], dim=2).to(torch.int8) - 8).flatten(1)
 
 
+def fragment_width(group: int, size: int) -> int:
+    """Columns of a block of `fragments`, all of one group; 0 where groups are no multiple of 32."""
+    return 64 if group >= size or group % 64 == 0 else 0 if group % 32 else 32
+
+
+def fragments(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """int8 codes [N, K] in -8..7 -> uint8 [N / 64, K / width, 128, width / 4]: each thread's part of the matrix unit's left operand.
+
+    Blocks of 64 rows and `width` columns, filled up with codes of 0. Thread 32 * w + 4 * q + r holds rows 16 * w + q and 8 on of a
+    block; of every 16 columns a word of four bytes: bits from 4 * (4 * p + 2 * h + c) on are column 8 * c + 2 * r + p, row + 8 * h, plus 8.
+    So lies the operand A of wgmma m64k16 (PTX ISA, "Register Fragments for wgmma"); the words suit `kernels.widen`.
+    """
+    rows, size = codes.shape
+    codes = torch.nn.functional.pad(codes, (0, -size % width, 0, -rows % FRAGMENT_ROWS)) + 8
+    parts = codes.view(-1, 4, 2, 8, codes.shape[1] // width, width // 16, 2, 4, 2)  # block, w, h, q, block, step, c, r, p
+    low, high = parts.permute(0, 4, 1, 3, 7, 5, 8, 2, 6).to(torch.uint8).unbind(-1)
+    return (low | high << 4).flatten(5).reshape(low.shape[0], low.shape[1], 128, width // 4)
+
+
+def from_fragments(blocks: torch.Tensor, rows: int, size: int) -> torch.Tensor:
+    """The inverse of `fragments`: int8 [rows, size]."""
+    parts = torch.stack([blocks & 15, blocks >> 4], dim=-1).to(torch.int8) - 8
+    parts = parts.view(*blocks.shape[:2], 4, 8, 4, blocks.shape[3] // 4, 2, 2, 2)  # block, block, w, q, r, step, p, h, c
+    whole = parts.permute(0, 2, 7, 3, 1, 5, 8, 4, 6)
+    return whole.reshape(blocks.shape[0] * FRAGMENT_ROWS, -1)[:rows, :size].contiguous()
+
+
+def fragment_pairs(scale: torch.Tensor) -> torch.Tensor:
+    """Scales or shifts [N, groups] -> [N / 64, groups, 64] beside `fragments`: row 16 * w + q, then that 8 rows on, for each w and q."""
+    scale = torch.nn.functional.pad(scale, (0, 0, 0, -len(scale) % FRAGMENT_ROWS))
+    return scale.view(-1, 4, 2, 8, scale.shape[1]).permute(0, 4, 1, 3, 2).flatten(2).contiguous()
+
+
+def from_fragment_pairs(pairs: torch.Tensor, rows: int) -> torch.Tensor:
+    """The inverse of `fragment_pairs`: [rows, groups]."""
+    return pairs.unflatten(2, (4, 8, 2)).permute(0, 2, 4, 3, 1).flatten(0, 3)[:rows]
+
+
 def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., K] -> codes of `dtype` (int8 or float8_e4m3fn) [..., K], float32 scale [..., 1]: x is about codes * scale.
 
@@ -468,3 +507,17 @@ def quant_linear(
 ) -> torch.Tensor:
     """See `kernels.ops`: the product with the dequantised weight, rounded to x's dtype."""
     return torch.nn.functional.linear(x, dequantize(codes, scale, shift, group).to(x.dtype), bias)
+
+
+def int4_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group: int,
+    out_size: int,
+) -> torch.Tensor:
+    """See `kernels.ops`: the product with the dequantised weight, rounded to x's dtype."""
+    scale, shift = (None if one is None else from_fragment_pairs(one, out_size) for one in (scale, shift))
+    return quant_linear(x, from_fragments(codes, out_size, x.shape[-1]), scale, shift, bias, group)

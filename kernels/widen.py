@@ -1,6 +1,6 @@
-"""Device functions that widen codes of 4 and 8 bits to the type of a product, with or without their scales and shifts.
+"""Device functions that widen codes of 4 and 8 bits to the type of a product, and give them scale and shift.
 
-By packed arithmetic in assembly where it is bfloat16. Knows no memory layout but that of two codes in a byte.
+By packed arithmetic in assembly where it is bfloat16. Knows no memory layout but that of eight codes in a word.
 """
 
 from __future__ import annotations
@@ -8,22 +8,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels import reference
-
-NIBBLE_SPAN = tl.constexpr(reference.NIBBLE_SPAN)  # of `reference.pack_nibbles`
-# Four bytes of two codes each: a code, 0 to 15, becomes the low bits of 128.0 in bfloat16, then 136 is taken off, which is exact.
+# Eight codes as `reference.fragments` lays them: a code, 0 to 15, becomes the low bits of 128.0 in bfloat16, then 136 is taken off, which is exact.
 NIBBLES = tl.constexpr("""{
-.reg .b32 one, bias, a, b;
+.reg .b32 one, bias, more;
 mov.b32 one, 0x3f803f80;
 mov.b32 bias, 0xc308c308;
-prmt.b32 a, $4, 0, 0x4140;
-prmt.b32 b, $4, 0, 0x4342;
-lop3.b32 $0, a, 0x000f000f, 0x43004300, 0xea;
-lop3.b32 $1, b, 0x000f000f, 0x43004300, 0xea;
-shr.u32 a, a, 4;
-shr.u32 b, b, 4;
-lop3.b32 $2, a, 0x000f000f, 0x43004300, 0xea;
-lop3.b32 $3, b, 0x000f000f, 0x43004300, 0xea;
+lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
+shr.u32 more, $4, 4;
+lop3.b32 $1, more, 0x000f000f, 0x43004300, 0xea;
+shr.u32 more, $4, 8;
+lop3.b32 $2, more, 0x000f000f, 0x43004300, 0xea;
+shr.u32 more, $4, 12;
+lop3.b32 $3, more, 0x000f000f, 0x43004300, 0xea;
 fma.rn.bf16x2 $0, $0, one, bias;
 fma.rn.bf16x2 $1, $1, one, bias;
 fma.rn.bf16x2 $2, $2, one, bias;
@@ -61,21 +57,20 @@ def scaled(wide, scale, shift, HAS_SHIFT: tl.constexpr):
 
 
 @triton.jit
-def nibbles(codes, scale, shift, DTYPE: tl.constexpr, WHOLE: tl.constexpr, HAS_SHIFT: tl.constexpr):
-    """uint8 [BLOCK_N, bytes] of two codes each -> the low and the high ones, -8 to 7, in DTYPE; with WHOLE the weight.
+def nibbles(codes, DTYPE: tl.constexpr):
+    """uint8 [threads, bytes] as `reference.fragments` lays them -> the codes of each thread's two rows, -8 to 7, [threads, bytes] in DTYPE.
 
-    Not pure as far as Triton knows, so it stays where four bytes lie in a register: moved into the operand of a product, as it
-    would be, each pair of bytes is taken out and put together again, which is an instruction more for each code.
+    Not pure as far as Triton knows, so it stays where four bytes lie in a register.
     """
     if ASSEMBLES and DTYPE == tl.bfloat16:
-        low, high = tl.inline_asm_elementwise(
-            NIBBLES, "=&r,=&r,=&r,=&r,r", [codes], (tl.bfloat16, tl.bfloat16), is_pure=False, pack=4
-        )
+        return tl.inline_asm_elementwise(NIBBLES, "=&r,=&r,=&r,=&r,r", [codes], (tl.bfloat16, tl.bfloat16), is_pure=False, pack=4)
     else:
-        low, high = ((codes & 15).to(tl.int8) - 8).to(DTYPE), ((codes >> 4).to(tl.int8) - 8).to(DTYPE)
-    if WHOLE:
-        low, high = scaled(low, scale, shift, HAS_SHIFT), scaled(high, scale, shift, HAS_SHIFT)
-    return low, high
+        # Of a word, byte 2 * p + h holds column p of both halves of 8 columns, in row h.
+        words: tl.constexpr = codes.shape[1] // 4
+        first, second = (codes & 15).to(tl.int8) - 8, (codes >> 4).to(tl.int8) - 8
+        halves = tl.join(first, second).reshape(codes.shape[0], words, 2, 2, 2).permute(0, 1, 4, 2, 3)
+        low, high = tl.split(halves)
+        return low.reshape(codes.shape).to(DTYPE), high.reshape(codes.shape).to(DTYPE)
 
 
 @triton.jit

@@ -49,7 +49,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--peer", type=Path, help="folder of a peer's benchmark: its workloads are used, and `peer` runs it")
     p.add_argument("--peer-target", type=Path, default=Path(tempfile.gettempdir(), "peer"), help="where the peer is installed")
     p.add_argument("--peer-engine", default="vllm", help=f"what section peer runs, comma-separated, of {','.join(PEERS)}")
-    p.add_argument("--quantization", choices=["fp8", "int8", "int4"], help="of all models while they load, and of peer vllm")
+    p.add_argument("--quantization", choices=["fp8", "int8", "int4"], help="of all models while they load, and of peer vllm; the only one of quantized and quantized_step")
     p.add_argument("--workers", type=int, default=8, help="web processes of the server, each of which writes some 5,000 events a second")
     p.add_argument("--out", type=Path, default=ROOT / "perf" / "results")
     p.add_argument("--commit", default="unknown", help="what is measured, for the record")

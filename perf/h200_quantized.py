@@ -76,7 +76,7 @@ def quantized(report: Report, args: argparse.Namespace, shared: dict) -> None:
     ceilings = ceilings_of(report, args, shared)
     products = [
         Product(model, matrix, kind, out_size, size)
-        for model, kind in itertools.product(_models(args), CODE_BYTES)
+        for model, kind in itertools.product(_models(args), [args.quantization] if args.quantization else CODE_BYTES)
         for matrix, (out_size, size) in Shape.of(model).matmuls().items()
     ]
     _compile_ahead(report, args, products)
@@ -105,7 +105,7 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
     if product.kind == "int8" and rows >= FEW_ROWS:
         yield Choice("digits")
         yield LOSSY
-    yield Choice("tile", tile_by_rule(rows, product.out_size, product.size, product.group))
+    yield Choice("tile", tile_by_rule(product.kind, rows, product.out_size, product.size, product.group))
     for block_n, block_k, warps, stages, block_t in _sizes(product.kind, rows):
         whole = -(-product.out_size // block_n) * -(-rows // block_t)
         for split in (1, 2, 4, 8):
@@ -117,14 +117,17 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
 
 def _sizes(kind: Kind, rows: int) -> tuple[tuple[int, int, int, int, int], ...]:
     """Weight rows and columns of a step, warps, stages, rows of x: none spills, and with many rows two programs share an SM or one fills it."""
+    if kind == "int4" and rows <= 16:
+        return (64, 128, 4, 4, 64), (64, 128, 4, 6, 64), (64, 256, 4, 4, 64), (128, 128, 4, 4, 64), (128, 128, 8, 4, 64)
+    if kind == "int4" and rows <= FEW_ROWS:
+        return (64, 128, 4, 4, 64), (128, 128, 8, 4, 64), (128, 128, 4, 4, 64), (256, 64, 8, 4, 64), (256, 128, 8, 3, 64)
+    if kind == "int4":
+        many = (128, 128, 8, 3, 128), (128, 64, 8, 4, 128), (64, 64, 4, 4, 128), (256, 64, 8, 4, 128)
+        return (*many, (128, 64, 8, 3, 256)) if rows > 128 else many
     if rows <= 16:
         return (64, 128, 4, 4, 64), (64, 128, 4, 6, 64), (128, 128, 4, 4, 64)
     if rows <= FEW_ROWS:
-        common = (64, 128, 4, 4, 64), (128, 128, 8, 4, 64)
-        return (*common, (128, 128, 4, 4, 64), (256, 64, 8, 4, 64)) if kind == "int4" else common
-    if kind == "int4":
-        many = (128, 128, 8, 3, 128), (64, 64, 4, 3, 128), (256, 64, 8, 3, 128)
-        return (*many, (128, 64, 8, 3, 256)) if rows > 128 else many
+        return (64, 128, 4, 4, 64), (128, 128, 8, 4, 64)
     many = (128, 64, 8, 3, 128), (64, 64, 4, 3, 128)
     return (*many, (128, 64, 8, 3, 256)) if rows > 128 else many
 
@@ -160,35 +163,53 @@ def compile_product(device: str, product: Product, counts: tuple[int, ...]) -> l
     for rows, choice in ((rows, choice) for rows in counts for choice in product.choices(rows)):
         x = torch.zeros(rows, product.size, dtype=torch.bfloat16, device=device)
         try:
-            cuda.quant_linear_by(choice, x, *weight, None, product.group)
+            _product(product, choice, x, *weight)
         except Exception as problem:
             wrong.append(f"{product} {rows} {choice}: {problem!r}"[:300])
     torch.cuda.synchronize()
     return wrong
 
 
+def _product(
+    product: Product, choice: Choice, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
+) -> torch.Tensor:
+    """x [T, size] times the weight of `_weight` by the given way, on CUDA."""
+    if product.kind == "int4":
+        return cuda.int4_linear_by(choice, x, codes, scale, shift, None, product.group, product.out_size)
+    return cuda.quant_linear_by(choice, x, codes, scale, shift, None, product.group)
+
+
 def _weight(product: Product, device: str, random: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(codes, scale, shift) as a device holds them."""
     out_size, size = product.out_size, product.size
+    width = reference.fragment_width(product.group, size)
+    if product.kind == "int4" and not random:
+        row_blocks = -(-out_size // reference.FRAGMENT_ROWS)
+        codes = torch.zeros(row_blocks, size // width, 128, width // 4, dtype=torch.uint8, device=device)
+        pairs = torch.zeros(row_blocks, size // product.group, reference.FRAGMENT_ROWS, dtype=torch.bfloat16, device=device)
+        return codes, pairs, pairs
     weight = torch.empty(out_size, size, device=device, dtype=torch.bfloat16)
-    if not random:
-        groups = size // product.group
-        codes = torch.empty(out_size, size // 2 if product.kind == "int4" else size, dtype=torch.uint8, device=device)
-        scale = torch.empty(out_size, groups, dtype=torch.bfloat16 if groups > 1 else torch.float32, device=device)
-        dtype = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[product.kind]
-        return codes.view(dtype), scale, scale if product.kind == "int4" else None
-    weight.normal_(std=0.02)
+    if random:
+        weight.normal_(std=0.02)
     if product.kind == "int4":
-        codes, scale, shift = reference.quantize_groups(weight, GROUP)
-        return reference.pack_nibbles(codes), scale.bfloat16(), shift.bfloat16()
+        codes, *pairs = reference.quantize_groups(weight, product.group)
+        return reference.fragments(codes, width), *(reference.fragment_pairs(one.bfloat16()) for one in pairs)
     return *reference.quantize_rows(weight, torch.int8 if product.kind == "int8" else torch.float8_e4m3fn), None
+
+
+def _dequantized(product: Product, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """Float32 [out_size, size]."""
+    if product.kind == "int4":
+        codes = reference.from_fragments(codes, product.out_size, product.size)
+        scale, shift = (reference.from_fragment_pairs(one, product.out_size) for one in (scale, shift))
+    return reference.dequantize(codes, scale, shift, product.group)
 
 
 def _measured(report: Report, args: argparse.Namespace, product: Product, ceilings: Ceilings) -> list[dict]:
     """One line: by rows, bfloat16 / best way in us, ratio to the floor; then the table's entry."""
-    out_size, size, kind, group = product.out_size, product.size, product.kind, product.group
+    out_size, size, kind = product.out_size, product.size, product.kind
     codes, scale, shift = _weight(product, args.device)
-    whole = reference.dequantize(codes, scale, shift, group)
+    whole = _dequantized(product, codes, scale, shift)
     plain = [whole.bfloat16() for _ in range(max(1, min(16, ROTATED // (out_size * size * BYTES))))]
     copies = [codes.clone() for _ in range(max(1, min(32, int(ROTATED / (out_size * size * CODE_BYTES[kind])))))]
     line, entry, found = [], {}, []
@@ -201,8 +222,8 @@ def _measured(report: Report, args: argparse.Namespace, product: Product, ceilin
         for choice in product.choices(rows):
             def run(of: torch.Tensor, choice: Choice = choice) -> torch.Tensor:
                 if args.device == "cpu":
-                    return reference.quant_linear(x, of, scale, shift, None, group)
-                return cuda.quant_linear_by(choice, x, of, scale, shift, None, group)
+                    return functional.linear(x, whole.bfloat16())
+                return _product(product, choice, x, of, scale, shift)
 
             try:
                 error = ((run(codes).float() - expected).norm() / expected.norm()).item()
@@ -278,6 +299,9 @@ def quantized_step(report: Report, args: argparse.Namespace, shared: dict) -> No
     for model in _models(args):
         found: dict[tuple, float] = {}
         for at, batch in enumerate(batches):
+            batch = [run for run in batch if args.quantization in (None, run[0]) or run[:2] == (None, "auto")]
+            if not batch:
+                continue
             if report.time_is_over():
                 report.fact(unmeasured=[f"{model} {run[:2]}" for rest in batches[at:] for run in rest])
                 break

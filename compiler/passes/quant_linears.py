@@ -78,6 +78,27 @@ class Int8Dynamic(nn.Module):
         return product.to(states.dtype).unflatten(0, states.shape[:-1])
 
 
+class Int4Fragments(nn.Module):
+    """CUDA: 4-bit codes, scales and shifts laid as the threads of a product want them."""
+
+    def __init__(self, linear: QuantLinear) -> None:
+        super().__init__()
+        width = reference.fragment_width(linear.group, linear.in_features)
+        self.register_buffer("codes", reference.fragments(reference.unpack_nibbles(linear.codes), width), persistent=False)
+        for name in ("scale", "shift"):
+            values = getattr(linear, name)
+            self.register_buffer(name, None if values is None else reference.fragment_pairs(values), persistent=False)
+        self.register_buffer("columns", linear.columns, persistent=False)
+        self.group, self.bias, self.out_features = linear.group, linear.bias, linear.out_features
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if self.columns is not None:
+            states = states.index_select(-1, self.columns)
+        return torch.ops.pagegraph.int4_linear(
+            states, self.codes, self.scale, self.shift, self.bias, self.group, self.out_features
+        )
+
+
 class Int4Packed(nn.Module):
     """4-bit codes as PyTorch packs them for this CPU, scales and shifts beside each other in the type of the states."""
 
@@ -162,7 +183,7 @@ def _form(linear: QuantLinear) -> nn.Module:
         if linear.codes.dtype != torch.float8_e4m3fn and linear.scale.shape[1] > 1:
             # Scales of small groups are read with the codes: two bytes of each tell apart what few bits can.
             linear.scale, linear.shift = (None if one is None else one.to(linear.dtype) for one in (linear.scale, linear.shift))
-        return linear
+        return Int4Fragments(linear) if linear.codes.dtype == torch.uint8 else linear
     if linear.codes.dtype == torch.int8 and linear.scale.shape[1] == 1 and linear.shift is None and linear.columns is None:
         if torch.cpu._is_vnni_supported():
             return Int8Dynamic(linear)

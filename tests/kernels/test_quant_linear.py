@@ -16,13 +16,19 @@ MIXED = [
     ("int8", 96, 64, 64, Tile(32, 64, 1, 4, 3)),
     ("int8", 40, 160, 160, Tile(16, 64, 2, 4, 3)),  # rows beyond the last tile, columns beyond the last step
     ("int8", 32, 96, 16, Tile(16, 16, 2, 4, 3)),
-    ("int4", 64, 128, 32, Tile(32, 32, 1, 4, 3)),
-    ("int4", 48, 256, 128, Tile(32, 64, 2, 4, 3)),
-    ("int4", 40, 160, 160, Tile(16, 128, 1, 4, 3)),  # one group, columns beyond the last step
     ("fp8", 64, 192, 192, Tile(32, 64, 8, 4, 3)),  # more splits than columns to share
     ("fp8", 32, 200, 128, Tile(16, 64, 2, 4, 3)),  # the last group is short
-    ("int4", 96, 256, 128, Tile(64, 64, 2, 4, 3, 128)),  # with many rows, columns split for each block of them
-    ("int8", 96, 192, 192, Tile(64, 64, 2, 4, 3, 256)),
+    ("int8", 96, 192, 192, Tile(64, 64, 2, 4, 3, 256)),  # with many rows, columns split for each block of them
+]
+FOUR_BITS = [
+    # N, K, group, tile
+    (64, 128, 32, Tile(64, 64, 1, 4, 3)),  # two groups a step
+    (128, 256, 64, Tile(128, 128, 2, 4, 3)),
+    (64, 256, 128, Tile(64, 128, 2, 4, 3)),
+    (100, 160, 160, Tile(128, 128, 1, 4, 3)),  # rows beyond the last block and tile, columns beyond the last step
+    (200, 192, 96, Tile(128, 128, 1, 4, 3)),  # a step that begins within a group
+    (64, 320, 160, Tile(64, 64, 4, 4, 3)),  # more splits than columns to share
+    (128, 256, 128, Tile(128, 64, 2, 8, 3, 128)),  # with many rows, columns split for each block of them
 ]
 
 
@@ -62,6 +68,76 @@ def test_equals_the_reference(
         torch.testing.assert_close(out.float(), expected, atol=1e-4 * expected.abs().max().item(), rtol=2**-8)
 
 
+def laid(
+    codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, group: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """A weight of 4 bits as the threads of a product want it; scales of groups in bfloat16."""
+    dtype = torch.bfloat16 if scale.shape[1] > 1 else torch.float32
+    codes = reference.fragments(reference.unpack_nibbles(codes), reference.fragment_width(group, size))
+    return codes, *(None if one is None else reference.fragment_pairs(one.to(dtype)) for one in (scale, shift))
+
+
+@pytest.mark.parametrize("rows", [1, 17, 150])
+@pytest.mark.parametrize(("out_size", "size", "group", "tile"), FOUR_BITS)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_four_bits_equal_the_reference(
+    triton_calls, rows: int, out_size: int, size: int, group: int, tile: Tile, shifted: bool
+) -> None:
+    codes, scale, shift = random_weight("int4", out_size, size, group, shifted)
+    scale, shift = (None if one is None else one.bfloat16().float() for one in (scale, shift))
+    x = torch.randn(rows, size + 16, generator=torch.Generator().manual_seed(rows)).bfloat16()[:, :size]
+    bias = torch.randn(out_size).bfloat16() if shifted else None
+    expected = x.float() @ multiplied(codes, scale, shift, group, x.dtype).t() + (0 if bias is None else bias.float())
+    weight = laid(codes, scale, shift, group, size)
+    torch.testing.assert_close(
+        torch.ops.pagegraph.int4_linear(x, *weight, bias, group, out_size).float(), expected, atol=2**-8 * expected.abs().max().item(), rtol=2**-7
+    )
+    for _ in range(2):  # the second call finds the arrival counts as the first left them
+        out, _ = triton_calls.call("kernels.int4_linear", "int4_linear", x, *weight, bias, group, out_size, tile)
+        assert out.dtype == x.dtype and out.shape == expected.shape
+        torch.testing.assert_close(out.float(), expected, atol=1e-4 * expected.abs().max().item(), rtol=2**-8)
+
+
+@pytest.mark.parametrize(("out_size", "size", "group", "tile"), FOUR_BITS)
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_four_bits_come_back(
+    triton_calls, out_size: int, size: int, group: int, tile: Tile, shifted: bool, dtype: torch.dtype
+) -> None:
+    codes, scale, shift = random_weight("int4", out_size, size, group, shifted)
+    weight = laid(codes, scale, shift, group, size)
+    out, _ = triton_calls.call("kernels.int4_linear", "int4_dequantize", *weight, group, out_size, size, dtype)
+    rounded = (None if one is None else reference.from_fragment_pairs(one, out_size).float() for one in weight[1:])
+    expected = reference.dequantize(codes, *rounded, group)
+    torch.testing.assert_close(out.float(), expected, atol=1e-5, rtol=2**-8 if dtype == torch.bfloat16 else 2**-11)
+
+
+@pytest.mark.parametrize(("rows", "size", "width"), [(64, 64, 64), (100, 160, 32), (130, 200, 64)])
+def test_fragments_are_operands_of_the_matrix_unit(rows: int, size: int, width: int) -> None:
+    """By the formula, code by code; filled up with codes of 0; and back."""
+    codes = torch.randint(-8, 8, (rows, size), dtype=torch.int8, generator=torch.Generator().manual_seed(rows))
+    laid = reference.fragments(codes, width)
+    assert laid.shape == (-(-rows // 64), -(-size // width), 128, width // 4)
+    words = laid.contiguous().view(torch.int32).tolist()
+    for row in range(laid.shape[0] * 64):
+        w, h, q = row % 64 // 16, row % 16 // 8, row % 8
+        for column in range(0, laid.shape[1] * width, 3):
+            step, c, r, p = column % width // 16, column % 16 // 8, column % 8 // 2, column % 2
+            word = words[row // 64][column // width][32 * w + 4 * q + r][step]
+            code = (word >> 4 * (4 * p + 2 * h + c) & 15) - 8
+            assert code == (codes[row, column] if row < rows and column < size else 0)
+    assert torch.equal(reference.from_fragments(laid, rows, size), codes)
+    scale = torch.randn(rows, 3)
+    assert torch.equal(reference.from_fragment_pairs(reference.fragment_pairs(scale), rows), scale)
+    assert reference.fragment_pairs(scale)[0, 2, 2 * (8 * 1 + 3) + 1] == scale[16 * 1 + 3 + 8, 2]
+
+
+def test_a_tile_is_made_of_blocks(triton_calls) -> None:
+    weight = laid(*random_weight("int4", 64, 128, 64, False), 64, 128)
+    with pytest.raises((ValueError, AssertionError), match="is not made of blocks of 64 x 64"):
+        triton_calls.call("kernels.int4_linear", "int4_linear", torch.zeros(1, 128).bfloat16(), *weight, None, 64, 64, Tile(32, 64, 1, 4, 3))
+
+
 @pytest.mark.parametrize(("kind", "out_size", "size", "group", "tile"), MIXED)
 @pytest.mark.parametrize("shifted", [False, True])
 def test_weights_come_back(triton_calls, kind: str, out_size: int, size: int, group: int, tile: Tile, shifted: bool) -> None:
@@ -72,10 +148,10 @@ def test_weights_come_back(triton_calls, kind: str, out_size: int, size: int, gr
 
 
 def test_many_rows(triton_calls) -> None:
-    codes, scale, shift = random_weight("int4", 160, 128, 64, True)
+    codes, scale, shift = random_weight("int8", 160, 128, 64, True)
     x = torch.randn(150, 128).bfloat16()
     expected = x.float() @ multiplied(codes, scale, shift, 64, x.dtype).t()
-    out, _ = triton_calls.call("kernels.quant_linear", "quant_linear", x, codes, scale, shift, None, 64, tile_by_rule(150, 160, 128, 64))
+    out, _ = triton_calls.call("kernels.quant_linear", "quant_linear", x, codes, scale, shift, None, 64, tile_by_rule("int8", 150, 160, 128, 64))
     torch.testing.assert_close(out.float(), expected, atol=1e-4 * expected.abs().max().item(), rtol=2**-8)
 
 
@@ -133,7 +209,10 @@ def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int,
         assert choice.tile is None and rows > FEW_ROWS
         return
     tile = choice.tile
-    assert group >= size or group % tile.block_k == 0
+    if kind == "int4":
+        assert tile.block_n % 64 == 0 and tile.block_k % reference.fragment_width(group, size) == 0
+    else:
+        assert group >= size or group % tile.block_k == 0
     assert tile.block_k >= (32 if kind == "int4" else 16)
     assert tile.split_k == 1 or tile.split_k * tile.block_k <= size
     assert tile.num_stages * tile.block_k * (tile.block_n + 2 * tile.block_t) <= 200 * 1024
@@ -143,7 +222,7 @@ def test_a_measured_choice_fits_the_weight_at_hand(monkeypatch: pytest.MonkeyPat
     measured = {8: Choice("tile", Tile(64, 128, 2, 4, 4)), 64: Choice("scaled"), 300: Choice("plain")}
     monkeypatch.setitem(quant_tiles.TABLE, ("fp8", 512, 1024), measured)
     assert choice_of("fp8", 3, 512, 1024, 1024, True) == measured[8]
-    assert choice_of("fp8", 3, 512, 1024, 32, False).tile == tile_by_rule(3, 512, 1024, 32)
+    assert choice_of("fp8", 3, 512, 1024, 32, False).tile == tile_by_rule("fp8", 3, 512, 1024, 32)
     assert choice_of("fp8", 20, 512, 1024, 1024, True).way == "scaled"
     assert choice_of("fp8", 20, 512, 1024, 128, False).way == "tile"  # a scale a block: the row-wise product does not take it
     assert choice_of("fp8", 300, 512, 1024, 1024, True).way == "plain"
@@ -155,8 +234,13 @@ def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
     """Each way but the row-wise FP8 product, which is the device's own."""
     codes, scale, shift = random_weight(kind, 48, 128, group, kind == "int4")
     x = torch.randn(1, rows, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = reference.quant_linear(x.float(), codes, scale, shift, None, group)
-    out, _ = triton_calls.call("kernels.cuda", "quant_linear", x, codes, scale, shift, None, group)
+    if kind == "int4":
+        weight = laid(codes, scale, shift, group, 128)
+        expected = reference.int4_linear(x.float(), *weight, None, group, 48)
+        out, _ = triton_calls.call("kernels.cuda", "int4_linear", x, *weight, None, group, 48)
+    else:
+        expected = reference.quant_linear(x.float(), codes, scale, shift, None, group)
+        out, _ = triton_calls.call("kernels.cuda", "quant_linear", x, codes, scale, shift, None, group)
     assert out.dtype == x.dtype and out.shape == expected.shape
     # Groups and shifts round the weight to bfloat16 before it is multiplied, and so does `plain`.
     torch.testing.assert_close(out.float(), expected, atol=2**-8 * expected.abs().max().item(), rtol=2**-7)

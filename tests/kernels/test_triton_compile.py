@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from kernels.quant_tiles import tile_by_rule
+from kernels.reference import fragment_width
 from kernels.skinny_tiles import Tile, tile_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,11 +124,21 @@ def quantised(
     rows: int, out_size: int, size: int, dtype: str, group: int, shifted: bool = False, tile: Tile | None = None
 ) -> list[Any]:
     """The product by the given tile or the rule's, scales as a device holds them."""
-    tile = tile or tile_by_rule(rows, out_size, size, group)
-    codes = tensor(dtype, out_size, size // 2 if dtype == "uint8" else size)
+    if dtype == "uint8":
+        return four_bits(rows, out_size, size, group, shifted, tile or tile_by_rule("int4", rows, out_size, size, group))
+    tile = tile or tile_by_rule("int8" if dtype == "int8" else "fp8", rows, out_size, size, group)
+    codes = tensor(dtype, out_size, size)
     scale = tensor("bfloat16" if group < size and dtype != "float8_e4m3fn" else "float32", out_size, -(-size // group))
     arguments = [tensor("bfloat16", rows, size), codes, scale, scale if shifted else None, None, group, {"tile": tile}]
     return [f"{dtype} {rows} {out_size}x{size}/{group} {tile}", "kernels.quant_linear", "quant_linear", arguments]
+
+
+def four_bits(rows: int, out_size: int, size: int, group: int, shifted: bool, tile: Tile) -> list[Any]:
+    width = fragment_width(group, size)
+    codes = tensor("uint8", out_size // 64, size // width, 128, width // 4)
+    scale = tensor("bfloat16" if group < size else "float32", out_size // 64, size // group, 64)
+    arguments = [tensor("bfloat16", rows, size), codes, scale, scale if shifted else None, None, group, out_size, {"tile": tile}]
+    return [f"int4 {rows} {out_size}x{size}/{group} {tile}", "kernels.int4_linear", "int4_linear", arguments]
 
 
 def integers(rows: int, digits: int, out_size: int, size: int) -> list[Any]:
@@ -149,7 +160,7 @@ def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
 ROPES = [rope(16, 8, 128, True), rope(32, 8, 128, False), rope(32, 32, 256, False)]
 LINEARS = [linear(rows, *shape) for rows in (2, 64) for shape in ((6144, 1024), (1024, 3072), (4096, 14336))]
 ROWS = [one for rows in (2, 4) for sizes in ((1024, 3072), (4096, 14336), (576, 1536)) for one in row_linears(rows, *sizes)]
-INT4_OF_MANY_ROWS = ((128, 128, 1, 8, 3, 128), (64, 64, 2, 4, 3, 128), (256, 64, 1, 8, 3, 128), (128, 64, 1, 8, 3, 256))
+INT4_OF_MANY_ROWS = ((128, 128, 1, 8, 3, 128), (64, 64, 2, 4, 4, 128), (256, 64, 1, 8, 3, 128), (128, 64, 1, 8, 3, 256))
 QUANTISED = [
     quantised(rows, out_size, size, *weight)
     for rows, out_size, size in ((64, 4096, 14336), (256, 6144, 4096))
@@ -263,7 +274,7 @@ def test_quantised_products() -> None:
     """No spills, on Hopper's matrix instruction, the weight in two buffers at least, and nothing touched before the wait."""
     kernels = compiled(QUANTISED)
     check_fits(kernels)
-    assert {k["kernel"] for k in kernels} == {"quant_linear_kernel", "quantize_rows_kernel", "scaled_int8_kernel"}
+    assert {k["kernel"] for k in kernels} == {"quant_linear_kernel", "int4_linear_kernel", "quantize_rows_kernel", "scaled_int8_kernel"}
     assert all(k["waits"] and not k["early"] for k in kernels)
     products = [k for k in kernels if k["kernel"] != "quantize_rows_kernel"]
     assert all(k["warp_group_units"] and k["buffers"] >= 2 for k in products)
