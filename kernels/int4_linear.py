@@ -18,7 +18,7 @@ from kernels import reference
 from kernels.launch import dependent, wait
 from kernels.skinny_tiles import Tile
 from kernels.split_columns import added_up, is_last, room_for_parts
-from kernels.widen import nibbles, scaled
+from kernels.widen import nibbles, scaled, settled
 
 ROWS = tl.constexpr(reference.FRAGMENT_ROWS)  # of the weight that a block holds
 MAX_BLOCK_T = 64  # of float32, which takes twice the room; else the tile says
@@ -91,7 +91,7 @@ def int4_linear_kernel(
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     scale = tl.zeros([2 * BLOCK_N, 2], scale_ptr.dtype.element_ty)
     shift = scale
-    for k in range(begin, min(begin + span, K), BLOCK_K):
+    for k in range(begin, tl.maximum(begin, tl.minimum(begin + span, K)), BLOCK_K):
         for part in tl.static_range(BLOCK_K // WIDTH):
             start = k + part * WIDTH
             in_x = in_t
@@ -107,6 +107,7 @@ def int4_linear_kernel(
                     shift = tl.load(shift_ptr + pair_at + start // GROUP * ROWS)
             weight = _weight(codes, scale, shift, x.dtype, WHOLE, HAS_SHIFT)
             total = tl.dot(weight, x, total, input_precision=PRECISION)
+        total = settled(total)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = n < N
     if not WHOLE:

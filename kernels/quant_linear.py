@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.launch import dependent, wait
 from kernels.skinny_tiles import Tile
 from kernels.split_columns import added_up, is_last, room_for_parts
-from kernels.widen import wide_codes
+from kernels.widen import settled, wide_codes
 
 MAX_BLOCK_T = 64  # of float32, which takes twice the room; else the tile says
 
@@ -72,7 +72,8 @@ def quant_linear_kernel(
         shift = scale
         if HAS_SHIFT:
             shift = tl.load(shift_ptr + scale_at + begin // GROUP, mask=in_n & (begin < K), other=0.0)
-    for k in tl.range(begin, min(begin + span, K), BLOCK_K, loop_unroll_factor=UNROLL):
+    # The end is no less than the begin: an unrolled loop of fewer than no turns takes one.
+    for k in tl.range(begin, tl.maximum(begin, tl.minimum(begin + span, K)), BLOCK_K, loop_unroll_factor=UNROLL):
         in_w = in_n[:, None]
         in_x = in_t[None, :]
         if K % BLOCK_K != 0:
@@ -88,7 +89,7 @@ def quant_linear_kernel(
                 next_shift = tl.load(shift_ptr + scale_at + ahead // GROUP, mask=in_n & (ahead < K), other=0.0)
         wide = wide_codes(codes, scale, shift, x.dtype, WHOLE, HAS_SHIFT)
         if WHOLE or GROUPS == 1:
-            total = tl.dot(wide, x, total, input_precision=PRECISION)
+            total = settled(tl.dot(wide, x, total, input_precision=PRECISION))
         else:
             total += tl.dot(wide, x, input_precision=PRECISION) * scale.to(tl.float32)[:, None]
         if GROUPS > 1:

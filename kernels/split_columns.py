@@ -14,6 +14,9 @@ from kernels.launch import ARRIVALS, arrival_counts
 from kernels.skinny_tiles import Tile
 
 
+UNROLLED = tl.constexpr(4096)  # most sums of a tile whose parts are all asked for at once
+
+
 @triton.jit
 def is_last(part, partial_ptr, counter_ptr, tile, split, at, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
     """Leave a part float32 [BLOCK_N, BLOCK_T], its elements at `at` of a tile -> whether all others have been left before."""
@@ -27,8 +30,12 @@ def added_up(partial_ptr, counter_ptr, tile, at, SPLIT_K: tl.constexpr, BLOCK_N:
     """The sum of a tile's parts; its count is 0 again."""
     tl.store(counter_ptr + tile, 0)
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    for other in tl.static_range(SPLIT_K):
-        total += tl.load(partial_ptr + (other * tl.num_programs(0) + tile) * BLOCK_N * BLOCK_T + at, cache_modifier=".cg")
+    if BLOCK_N * BLOCK_T > UNROLLED:  # registers for one part at a time
+        for other in tl.range(SPLIT_K, num_stages=1):
+            total += tl.load(partial_ptr + (other * tl.num_programs(0) + tile) * BLOCK_N * BLOCK_T + at, cache_modifier=".cg")
+    else:
+        for other in tl.static_range(SPLIT_K):
+            total += tl.load(partial_ptr + (other * tl.num_programs(0) + tile) * BLOCK_N * BLOCK_T + at, cache_modifier=".cg")
     return total
 
 

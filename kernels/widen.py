@@ -39,6 +39,18 @@ ASSEMBLES = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def settled(total):
+    """float32 sums of products whose left operand is in registers, once the matrix unit is done with those.
+
+    Triton lets the last product of a turn run on into the next, which writes the same registers. No instruction: a use of the sums.
+    """
+    if ASSEMBLES:
+        return tl.inline_asm_elementwise("", "=f,0", [total], tl.float32, is_pure=False, pack=1)
+    else:
+        return total
+
+
+@triton.jit
 def scaled(wide, scale, shift, HAS_SHIFT: tl.constexpr):
     """Codes [BLOCK_N, columns] in the type of x, scale and shift [BLOCK_N] of their group -> the weight in the same type."""
     if ASSEMBLES and wide.dtype == tl.bfloat16 and scale.dtype == tl.bfloat16:

@@ -110,7 +110,8 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
         whole = -(-product.out_size // block_n) * -(-rows // block_t)
         for split in (1, 2, 4, 8):
             programs = whole * split
-            most = 1056 if rows <= FEW_ROWS else 264 if block_n * block_t < 1 << 15 else 0  # the largest tiles would spill
+            few, largest = rows <= FEW_ROWS, block_n * block_t >= 1 << 15  # which would spill if columns were split
+            most = 1056 if few else 0 if largest and product.kind != "int4" else 528 if product.kind == "int4" else 264
             if product.size % (split * 128) == 0 and 100 <= programs and (split == 1 or programs <= most):
                 yield Choice("tile", Tile(block_n, block_k, split, warps, stages, block_t))
 
@@ -122,8 +123,8 @@ def _sizes(kind: Kind, rows: int) -> tuple[tuple[int, int, int, int, int], ...]:
     if kind == "int4" and rows <= FEW_ROWS:
         return (64, 128, 4, 4, 64), (128, 128, 8, 4, 64), (128, 128, 4, 4, 64), (256, 64, 8, 4, 64), (256, 128, 8, 3, 64)
     if kind == "int4":
-        many = (128, 128, 8, 3, 128), (128, 64, 8, 4, 128), (64, 64, 4, 4, 128), (256, 64, 8, 4, 128)
-        return (*many, (128, 64, 8, 3, 256)) if rows > 128 else many
+        many = (128, 128, 8, 3, 128), (128, 64, 8, 4, 128), (64, 64, 4, 4, 128), (256, 64, 8, 4, 128), (64, 128, 4, 4, 64), (128, 128, 8, 4, 64)
+        return (*many, (128, 64, 8, 3, 256), (128, 64, 8, 4, 256)) if rows > 128 else many
     if rows <= 16:
         return (64, 128, 4, 4, 64), (64, 128, 4, 6, 64), (128, 128, 4, 4, 64)
     if rows <= FEW_ROWS:
