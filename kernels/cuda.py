@@ -12,22 +12,19 @@ from torch.nn import functional
 
 from kernels.attention_decode import attend_rows
 from kernels.attention_prefill import attend_ragged
-from kernels.dequantize import dequantize
-from kernels.int4_linear import int4_dequantize
-from kernels.int4_linear import int4_linear as tiled_int4_linear
+from kernels.fp8_linear import fp8_dequantize, fp8_linear
+from kernels.fragment_linear import fragment_dequantize
+from kernels.fragment_linear import fragment_linear as tiled_fragment_linear
 from kernels.kv_write import write_kv
-from kernels.quant_linear import quant_linear as tiled_quant_linear
-from kernels.quant_tiles import Choice, Kind, choice_of
+from kernels.quant_tiles import Choice, choice_of
 from kernels.quantize_rows import quantize_rows
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_write import rope_write
 from kernels.row_linear import row_linear
-from kernels.scaled_int8 import scaled_int8
 from kernels.silu_mul import silu_mul
 from kernels.skinny_linear import skinny_linear
 from kernels.skinny_tiles import RowTile, row_tile_of, tile_of
 
-KINDS: dict[torch.dtype, Kind] = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 SCALED_SIZES = 16  # what products of 8-bit codes want both sizes of a weight to be multiples of
 
 
@@ -110,49 +107,50 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = Fals
 
 
 def quant_linear(x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int) -> Tensor:
-    """See `kernels.ops`."""
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    out_size, size = len(codes), rows.shape[1]
-    by_row = scale.shape[1] == 1 and shift is None and x.dtype == torch.bfloat16
-    by_row = by_row and out_size % SCALED_SIZES == 0 and size % SCALED_SIZES == 0
-    choice = choice_of(KINDS[codes.dtype], len(rows), out_size, size, group, by_row)
-    return quant_linear_by(choice, rows, codes, scale, shift, bias, group).view(*x.shape[:-1], -1)
+    """See `kernels.ops`; of 8-bit floats."""
+    if codes.dtype != torch.float8_e4m3fn or shift is not None:
+        raise TypeError(f"quant_linear takes float8_e4m3fn without shifts on CUDA, not {codes.dtype}; integers go to fragment_linear")
+    rows = _rows(x)
+    out_size, size = codes.shape
+    by_row = scale.shape[1] == 1 and x.dtype == torch.bfloat16 and out_size % SCALED_SIZES == 0 and size % SCALED_SIZES == 0
+    choice = choice_of("fp8", len(rows), out_size, size, group, by_row)
+    return quant_linear_by(choice, rows, codes, scale, bias, group).view(*x.shape[:-1], -1)
 
 
-def quant_linear_by(
-    choice: Choice, rows: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int
-) -> Tensor:
+def quant_linear_by(choice: Choice, rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
     """rows [T, K] -> [T, N] by the given way; `scaled` rounds rows to the type of the codes too."""
     if choice.way == "tile":
-        return tiled_quant_linear(rows, codes, scale, shift, bias, group, choice.tile)
+        return fp8_linear(rows, codes, scale, bias, group, choice.tile)
     if choice.way == "plain":
-        return functional.linear(rows, dequantize(codes, scale, shift, group, rows.dtype), bias)
-    x_codes, x_scale = quantize_rows(rows, codes.dtype, 2 if choice.way == "digits" else 1)
-    if codes.dtype == torch.int8:
-        return scaled_int8(x_codes, x_scale, codes, scale, bias, rows.dtype)
+        return functional.linear(rows, fp8_dequantize(codes, scale, group, rows.dtype), bias)
+    x_codes, x_scale = quantize_rows(rows)
     return torch._scaled_mm(
         x_codes, codes.t(), scale_a=x_scale, scale_b=scale.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=True
     )
 
 
-def int4_linear(
+def fragment_linear(
     x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int
 ) -> Tensor:
     """See `kernels.ops`."""
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    choice = choice_of("int4", len(rows), out_size, rows.shape[1], group, False)
-    return int4_linear_by(choice, rows, codes, scale, shift, bias, group, out_size).view(*x.shape[:-1], -1)
+    rows = _rows(x)
+    choice = choice_of("int4" if codes.dtype == torch.uint8 else "int8", len(rows), out_size, rows.shape[1], group)
+    return fragment_linear_by(choice, rows, codes, scale, shift, bias, group, out_size).view(*x.shape[:-1], -1)
 
 
-def int4_linear_by(
+def fragment_linear_by(
     choice: Choice, rows: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int
 ) -> Tensor:
     """rows [T, K] -> [T, out_size] by the given way."""
     if choice.way == "tile":
-        return tiled_int4_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile)
-    return functional.linear(rows, int4_dequantize(codes, scale, shift, group, out_size, rows.shape[1], rows.dtype), bias)
+        return tiled_fragment_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile)
+    return functional.linear(rows, fragment_dequantize(codes, scale, shift, group, out_size, rows.shape[1], rows.dtype), bias)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., K] -> [T, K], rows dense."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def linear_norm_linear(

@@ -18,11 +18,11 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 `pagegraph::linear` is x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the kernel that suits the rows of x.
 
 `pagegraph::quant_linear` is x [..., K] @ weight.T + bias [N] -> [..., N] with weight [N, K] = codes * scale + shift: codes
-int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kernels.reference.pack_nibbles`), not on CUDA; scale
-and shift [N, groups] of `group` neighbouring columns each, the last group maybe of fewer.
+int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kernels.reference.pack_nibbles`); scale and shift
+[N, groups] of `group` neighbouring columns each, the last group maybe of fewer. On CUDA of float8_e4m3fn without shifts.
 
-`pagegraph::int4_linear` is the same with 4-bit codes as `kernels.reference.fragments` lays them, scale and shift as `fragment_pairs`
-does: x [..., K] -> [..., out_size].
+`pagegraph::fragment_linear` is the same with codes of 4 or 8 bits as `kernels.reference.fragments` lays them, scale and shift as
+`fragment_pairs` does: x [..., K] -> [..., out_size].
 
 `pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit codes as
 PyTorch packs them for AVX-512 (`kernels.cpu.unpack_int4`), pairs [K / group, N, 2] scale and shift beside each other in x's dtype.
@@ -85,7 +85,7 @@ _library.define(
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("quant_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group) -> Tensor")
 _library.define(
-    "int4_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group, int out_size) -> Tensor"
+    "fragment_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group, int out_size) -> Tensor"
 )
 _library.define("int4_packed_linear(Tensor x, Tensor packed, Tensor pairs, int group) -> Tensor")
 _library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
@@ -176,10 +176,10 @@ def _quant_linear_on_cuda(*arguments: Tensor | int | None) -> Tensor:
     return cuda.quant_linear(*arguments)
 
 
-def _int4_linear_on_cuda(*arguments: Tensor | int | None) -> Tensor:
+def _fragment_linear_on_cuda(*arguments: Tensor | int | None) -> Tensor:
     from kernels import cuda
 
-    return cuda.int4_linear(*arguments)
+    return cuda.fragment_linear(*arguments)
 
 
 def _rms_norm_on_cuda(*arguments: Tensor | float) -> Tensor:
@@ -212,8 +212,8 @@ _library.impl("materialize", torch.clone, "CompositeExplicitAutograd")
 _library.impl("in_memory", torch.clone, "CompositeExplicitAutograd")
 _library.impl("quant_linear", reference.quant_linear, "CPU")
 _library.impl("quant_linear", _quant_linear_on_cuda, "CUDA")
-_library.impl("int4_linear", reference.int4_linear, "CPU")
-_library.impl("int4_linear", _int4_linear_on_cuda, "CUDA")
+_library.impl("fragment_linear", reference.fragment_linear, "CPU")
+_library.impl("fragment_linear", _fragment_linear_on_cuda, "CUDA")
 _library.impl("int4_packed_linear", cpu.int4_packed_linear, "CPU")
 _library.impl("linear", functional.linear, "CPU")
 _library.impl("linear", _linear_on_cuda, "CUDA")
@@ -259,8 +259,8 @@ def _quant_linear_fake(x: Tensor, codes: Tensor, *_: Tensor | int | None) -> Ten
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-@torch.library.register_fake("pagegraph::int4_linear", lib=_library)
-def _int4_linear_fake(x: Tensor, *arguments: Tensor | int | None) -> Tensor:
+@torch.library.register_fake("pagegraph::fragment_linear", lib=_library)
+def _fragment_linear_fake(x: Tensor, *arguments: Tensor | int | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], arguments[-1])
 
 

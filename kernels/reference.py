@@ -5,13 +5,16 @@ Slow on purpose where a loop says it more plainly. Knows no device, no pages bey
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 INT8_MAX, FP8_MAX = 127.0, 448.0
 SECOND_DIGIT = 2 * INT8_MAX  # what a rounding to int8 leaves is at most half: this many steps fill the next int8
 NIBBLE_SPAN = 32  # columns that `pack_nibbles` keeps together
-FRAGMENT_ROWS = 64  # of a weight that `fragments` lays together: what Hopper's matrix instruction takes
+FRAGMENT = 64  # rows and columns of a weight that `fragments` lays together: Hopper's matrix instruction takes so many rows
+FRAGMENT_GROUPS = {4: 32, 8: 16}  # by bits: fewest columns to a scale
 LOOKUP_SEEN = 32  # a match is measured up to so many tokens
 
 
@@ -422,42 +425,58 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return (torch.stack([spans & 15, spans >> 4], dim=2).to(torch.int8) - 8).flatten(1)
 
 
-def fragment_width(group: int, size: int) -> int:
-    """Columns of a block of `fragments`, all of one group; 0 where groups are no multiple of 32."""
-    return 64 if group >= size or group % 64 == 0 else 0 if group % 32 else 32
+def fragment_group(group: int, size: int, bits: int) -> int:
+    """Columns to a scale beside `fragments`: `group` or what divides it so that blocks have whole groups; 0 where nothing does."""
+    if group >= size or group % FRAGMENT == 0:
+        return min(group, size)
+    common = math.gcd(group, FRAGMENT)
+    return common if common >= FRAGMENT_GROUPS[bits] else 0
 
 
-def fragments(codes: torch.Tensor, width: int) -> torch.Tensor:
-    """int8 codes [N, K] in -8..7 -> uint8 [N / 64, K / width, 128, width / 4]: each thread's part of the matrix unit's left operand.
+def fragments(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 codes [N, K], in -8..7 at 4 bits -> [N / 64, K / 64, 128, 16] uint8, at 8 bits [.., 256, 16] int8: operands of the matrix unit.
 
-    Blocks of 64 rows and `width` columns, filled up with codes of 0. Thread 32 * w + 4 * q + r holds rows 16 * w + q and 8 on of a
-    block; of every 16 columns a word of four bytes: bits from 4 * (4 * p + 2 * h + c) on are column 8 * c + 2 * r + p, row + 8 * h, plus 8.
-    So lies the operand A of wgmma m64k16 (PTX ISA, "Register Fragments for wgmma"); the words suit `kernels.widen`.
+    Blocks of 64 rows and columns, filled up with codes of 0, lie as threads hold the operand A of wgmma m64k16 (PTX ISA, "Register
+    Fragments for wgmma"): thread 32 * w + 4 * q + r has rows 16 * w + q + 8 * h, and of every 16 columns those of 8 * c + 2 * r + p,
+    for h, c, p of 0 and 1. At 4 bits 16 columns are a word of a thread: bits from 4 * (4 * p + 2 * h + c) on are the code plus 8.
+    At 8 bits 8 columns are a word, byte 2 * p + h a code, and the last 32 columns of a block follow the first. `kernels.widen` wants words so.
     """
-    rows, size = codes.shape
-    codes = torch.nn.functional.pad(codes, (0, -size % width, 0, -rows % FRAGMENT_ROWS)) + 8
-    parts = codes.view(-1, 4, 2, 8, codes.shape[1] // width, width // 16, 2, 4, 2)  # block, w, h, q, block, step, c, r, p
-    low, high = parts.permute(0, 4, 1, 3, 7, 5, 8, 2, 6).to(torch.uint8).unbind(-1)
-    return (low | high << 4).flatten(5).reshape(low.shape[0], low.shape[1], 128, width // 4)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % FRAGMENT, 0, -len(codes) % FRAGMENT))
+    row_blocks, blocks = len(codes) // FRAGMENT, codes.shape[1] // FRAGMENT
+    if bits == 8:  # block, w, h, q, block, half, step, c, r, p
+        parts = codes.view(row_blocks, 4, 2, 8, blocks, 2, 2, 2, 4, 2).permute(0, 4, 5, 1, 3, 8, 6, 7, 9, 2)
+        return parts.reshape(row_blocks, blocks, 256, 16)
+    parts = (codes + 8).view(row_blocks, 4, 2, 8, blocks, 4, 2, 4, 2).permute(0, 4, 1, 3, 7, 5, 8, 2, 6)  # the last are halves c
+    low, high = parts.to(torch.uint8).unbind(-1)
+    return (low | high << 4).reshape(row_blocks, blocks, 128, 16)
 
 
-def from_fragments(blocks: torch.Tensor, rows: int, size: int) -> torch.Tensor:
+def from_fragments(laid: torch.Tensor, rows: int, size: int) -> torch.Tensor:
     """The inverse of `fragments`: int8 [rows, size]."""
-    parts = torch.stack([blocks & 15, blocks >> 4], dim=-1).to(torch.int8) - 8
-    parts = parts.view(*blocks.shape[:2], 4, 8, 4, blocks.shape[3] // 4, 2, 2, 2)  # block, block, w, q, r, step, p, h, c
-    whole = parts.permute(0, 2, 7, 3, 1, 5, 8, 4, 6)
-    return whole.reshape(blocks.shape[0] * FRAGMENT_ROWS, -1)[:rows, :size].contiguous()
+    row_blocks, blocks = laid.shape[:2]
+    if laid.dtype == torch.int8:
+        parts = laid.view(row_blocks, blocks, 2, 4, 8, 4, 2, 2, 2, 2).permute(0, 3, 9, 4, 1, 2, 6, 7, 5, 8)
+    else:
+        parts = torch.stack([laid & 15, laid >> 4], dim=-1).to(torch.int8) - 8
+        parts = parts.view(row_blocks, blocks, 4, 8, 4, 4, 2, 2, 2).permute(0, 2, 7, 3, 1, 5, 8, 4, 6)
+    return parts.reshape(row_blocks * FRAGMENT, -1)[:rows, :size].contiguous()
 
 
-def fragment_pairs(scale: torch.Tensor) -> torch.Tensor:
-    """Scales or shifts [N, groups] -> [N / 64, groups, 64] beside `fragments`: row 16 * w + q, then that 8 rows on, for each w and q."""
-    scale = torch.nn.functional.pad(scale, (0, 0, 0, -len(scale) % FRAGMENT_ROWS))
-    return scale.view(-1, 4, 2, 8, scale.shape[1]).permute(0, 4, 1, 3, 2).flatten(2).contiguous()
+def fragment_pairs(scale: torch.Tensor, group: int, size: int) -> torch.Tensor:
+    """Scales or shifts [N, groups] of `group` columns each -> [N / 64, blocks, 32, 2 * n] beside `fragments`, n groups to a block.
+
+    Or a group is of several blocks, or of all. At 8 * w + q are n pairs, of row 16 * w + q and of that 8 rows on.
+    """
+    n = 1 if group >= size else max(1, FRAGMENT // group)
+    scale = torch.nn.functional.pad(scale, (0, -scale.shape[1] % n, 0, -len(scale) % FRAGMENT))
+    parts = scale.view(len(scale) // FRAGMENT, 4, 2, 8, scale.shape[1] // n, n).permute(0, 4, 1, 3, 5, 2)
+    return parts.reshape(len(scale) // FRAGMENT, scale.shape[1] // n, 32, 2 * n)
 
 
-def from_fragment_pairs(pairs: torch.Tensor, rows: int) -> torch.Tensor:
-    """The inverse of `fragment_pairs`: [rows, groups]."""
-    return pairs.unflatten(2, (4, 8, 2)).permute(0, 2, 4, 3, 1).flatten(0, 3)[:rows]
+def from_fragment_pairs(pairs: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+    """The inverse of `fragment_pairs`: [rows, groups], of as many columns as it holds scales for."""
+    parts = pairs.view(*pairs.shape[:2], 4, 8, pairs.shape[3] // 2, 2).permute(0, 2, 5, 3, 1, 4)
+    return parts.reshape(len(pairs) * FRAGMENT, -1)[:rows, :groups]
 
 
 def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -509,7 +528,7 @@ def quant_linear(
     return torch.nn.functional.linear(x, dequantize(codes, scale, shift, group).to(x.dtype), bias)
 
 
-def int4_linear(
+def fragment_linear(
     x: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
@@ -519,5 +538,6 @@ def int4_linear(
     out_size: int,
 ) -> torch.Tensor:
     """See `kernels.ops`: the product with the dequantised weight, rounded to x's dtype."""
-    scale, shift = (None if one is None else from_fragment_pairs(one, out_size) for one in (scale, shift))
-    return quant_linear(x, from_fragments(codes, out_size, x.shape[-1]), scale, shift, bias, group)
+    size = x.shape[-1]
+    scale, shift = (None if one is None else from_fragment_pairs(one, out_size, -(-size // group)) for one in (scale, shift))
+    return quant_linear(x, from_fragments(codes, out_size, size), scale, shift, bias, group)

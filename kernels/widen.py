@@ -1,6 +1,6 @@
-"""Device functions that widen codes of 4 and 8 bits to the type of a product, and give them scale and shift.
+"""Device functions that widen integer codes of 4 and 8 bits to the type of a product, and give them scale and shift.
 
-By packed arithmetic in assembly where it is bfloat16. Knows no memory layout but that of eight codes in a word.
+By packed arithmetic in assembly where it is bfloat16. Knows no memory layout but that of the codes in a word.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ fma.rn.bf16x2 $1, $1, one, bias;
 fma.rn.bf16x2 $2, $2, one, bias;
 fma.rn.bf16x2 $3, $3, one, bias;
 }""")
-# Two int8 codes: their low seven bits the same way, then 128 is taken off, 256 where the code is negative.
+# Four int8 codes: their low seven bits the same way, then 128 is taken off, 256 where the code is negative.
 BYTES = tl.constexpr("""{
-.reg .b32 low, bias, minus;
+.reg .b32 bias, more, minus;
 mov.b32 minus, 0xbf80bf80;
-cvt.u32.u16 low, $1;
-prmt.b32 low, low, 0, 0x4140;
-lop3.b32 bias, low, 0x00800080, 0x43004300, 0xea;
-lop3.b32 low, low, 0x007f007f, 0x43004300, 0xea;
-fma.rn.bf16x2 $0, bias, minus, low;
+lop3.b32 $0, $2, 0x007f007f, 0x43004300, 0xea;
+lop3.b32 bias, $2, 0x00800080, 0x43004300, 0xea;
+fma.rn.bf16x2 $0, bias, minus, $0;
+shr.u32 more, $2, 8;
+lop3.b32 $1, more, 0x007f007f, 0x43004300, 0xea;
+lop3.b32 bias, more, 0x00800080, 0x43004300, 0xea;
+fma.rn.bf16x2 $1, bias, minus, $1;
 }""")
 ASSEMBLES = tl.constexpr(not triton.knobs.runtime.interpret)
 
@@ -52,25 +54,25 @@ def settled(total):
 
 @triton.jit
 def scaled(wide, scale, shift, HAS_SHIFT: tl.constexpr):
-    """Codes [BLOCK_N, columns] in the type of x, scale and shift [BLOCK_N] of their group -> the weight in the same type."""
+    """Codes in the type of x, scale and shift of their group in shapes that broadcast to theirs -> the weight in the same type."""
     if ASSEMBLES and wide.dtype == tl.bfloat16 and scale.dtype == tl.bfloat16:
-        scale = tl.broadcast_to(scale[:, None], wide.shape)
+        scale = tl.broadcast_to(scale, wide.shape)
         if HAS_SHIFT:
-            shift = tl.broadcast_to(shift[:, None], wide.shape)
+            shift = tl.broadcast_to(shift, wide.shape)
             asm: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"
             return tl.inline_asm_elementwise(asm, "=r,r,r,r", [wide, scale, shift], tl.bfloat16, is_pure=True, pack=2)
         else:
             return tl.inline_asm_elementwise("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [wide, scale], tl.bfloat16, is_pure=True, pack=2)
     else:
-        weight = wide.to(tl.float32) * scale.to(tl.float32)[:, None]
+        weight = wide.to(tl.float32) * scale.to(tl.float32)
         if HAS_SHIFT:
-            weight += shift.to(tl.float32)[:, None]
+            weight += shift.to(tl.float32)
         return weight.to(wide.dtype)
 
 
 @triton.jit
 def nibbles(codes, DTYPE: tl.constexpr):
-    """uint8 [threads, bytes] as `reference.fragments` lays them -> the codes of each thread's two rows, -8 to 7, [threads, bytes] in DTYPE.
+    """uint8 [threads, bytes] as `reference.fragments` lays them -> the codes of a thread's upper and lower row, -8 to 7, [threads, bytes] in DTYPE.
 
     Not pure as far as Triton knows, so it stays where four bytes lie in a register.
     """
@@ -86,12 +88,10 @@ def nibbles(codes, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def wide_codes(codes, scale, shift, DTYPE: tl.constexpr, WHOLE: tl.constexpr, HAS_SHIFT: tl.constexpr):
-    """int8 or e4m3 codes [BLOCK_N, columns] in DTYPE; with WHOLE the weight."""
-    if ASSEMBLES and DTYPE == tl.bfloat16 and codes.dtype == tl.int8:
-        wide = tl.inline_asm_elementwise(BYTES, "=r,h", [codes], tl.bfloat16, is_pure=True, pack=2)
-    else:  # e4m3 to float32 and on: straight to bfloat16 it takes the slower converter
-        wide = codes.to(tl.float32).to(DTYPE)
-    if WHOLE:
-        wide = scaled(wide, scale, shift, HAS_SHIFT)
-    return wide
+def wide_bytes(codes, DTYPE: tl.constexpr):
+    """int8 [threads, bytes] as `reference.fragments` lays them -> the codes [threads, bytes] in DTYPE, of each word first those of the upper row."""
+    if ASSEMBLES and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(BYTES, "=&r,=&r,r", [codes], tl.bfloat16, is_pure=False, pack=4)
+    else:
+        words: tl.constexpr = codes.shape[1] // 4
+        return codes.reshape(codes.shape[0], words, 2, 2).permute(0, 1, 3, 2).reshape(codes.shape).to(DTYPE)

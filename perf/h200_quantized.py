@@ -35,8 +35,7 @@ ROWS = (2, 8, 32, 64, 128, 256)  # of a product; a step of one sequence is padde
 GROUP = 128  # of the codes of 4 bits that are measured, as most checkpoints have
 CODE_BYTES: dict[Kind, float] = {"fp8": 1, "int4": 0.5 + 4 / GROUP, "int8": 1}  # an element, with its scale and shift
 ROTATED = 192 << 20  # bytes that weights rotate through, more than the L2 holds
-TOLERANCE = {"tile": 1e-2, "plain": 1e-2, "digits": 1e-2, "scaled": 8e-2}  # relative; rows become 8-bit codes for the last
-LOSSY = Choice("scaled")  # of int8: measured to be known, never the best
+TOLERANCE = {"tile": 1e-2, "plain": 1e-2, "scaled": 8e-2}  # relative; rows become 8-bit codes for the last
 ALIKE = ((128, 256), (64,), (32,), (2, 8))  # rows that share most kernels: compiled by one process
 WORKERS = 12
 COMPILING = 0.5  # share of a section's time for compiling ahead
@@ -102,34 +101,27 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
         yield Choice("plain")
     if product.kind == "fp8":
         yield Choice("scaled")
-    if product.kind == "int8" and rows >= FEW_ROWS:
-        yield Choice("digits")
-        yield LOSSY
     yield Choice("tile", tile_by_rule(product.kind, rows, product.out_size, product.size, product.group))
     for block_n, block_k, warps, stages, block_t in _sizes(product.kind, rows):
         whole = -(-product.out_size // block_n) * -(-rows // block_t)
         for split in (1, 2, 4, 8):
             programs = whole * split
-            few, largest = rows <= FEW_ROWS, block_n * block_t >= 1 << 15  # which would spill if columns were split
-            most = 1056 if few else 0 if largest and product.kind != "int4" else 528 if product.kind == "int4" else 264
+            most = 1056 if rows <= FEW_ROWS else 528
             if product.size % (split * 128) == 0 and 100 <= programs and (split == 1 or programs <= most):
                 yield Choice("tile", Tile(block_n, block_k, split, warps, stages, block_t))
 
 
 def _sizes(kind: Kind, rows: int) -> tuple[tuple[int, int, int, int, int], ...]:
-    """Weight rows and columns of a step, warps, stages, rows of x: none spills, and with many rows two programs share an SM or one fills it."""
-    if kind == "int4" and rows <= 16:
-        return (64, 128, 4, 4, 64), (64, 128, 4, 6, 64), (64, 256, 4, 4, 64), (128, 128, 4, 4, 64), (128, 128, 8, 4, 64)
-    if kind == "int4" and rows <= FEW_ROWS:
-        return (64, 128, 4, 4, 64), (128, 128, 8, 4, 64), (128, 128, 4, 4, 64), (256, 64, 8, 4, 64), (256, 128, 8, 3, 64)
-    if kind == "int4":
-        many = (128, 128, 8, 3, 128), (128, 64, 8, 4, 128), (64, 64, 4, 4, 128), (256, 64, 8, 4, 128), (64, 128, 4, 4, 64), (128, 128, 8, 4, 64)
-        return (*many, (128, 64, 8, 3, 256), (128, 64, 8, 4, 256)) if rows > 128 else many
+    """Weight rows and columns of a step, warps, stages, rows of x: none spills."""
+    if kind == "fp8" and rows <= 16:
+        return (64, 128, 4, 4, 64), (64, 128, 4, 6, 64), (128, 128, 4, 4, 64)
+    if kind == "fp8":
+        return ((64, 128, 4, 4, 64), (128, 128, 8, 4, 64)) if rows <= FEW_ROWS else ()
     if rows <= 16:
         return (64, 128, 4, 4, 64), (64, 128, 4, 6, 64), (128, 128, 4, 4, 64)
     if rows <= FEW_ROWS:
-        return (64, 128, 4, 4, 64), (128, 128, 8, 4, 64)
-    many = (128, 64, 8, 3, 128), (64, 64, 4, 3, 128)
+        return (64, 128, 4, 4, 64), (128, 128, 4, 4, 64), (256, 128, 8, 3, 64)
+    many = (128, 128, 8, 3, 128), (128, 64, 8, 4, 128), (128, 64, 8, 3, 128), (64, 64, 4, 4, 128), (64, 128, 4, 4, 64)
     return (*many, (128, 64, 8, 3, 256)) if rows > 128 else many
 
 
@@ -175,34 +167,32 @@ def _product(
     product: Product, choice: Choice, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
 ) -> torch.Tensor:
     """x [T, size] times the weight of `_weight` by the given way, on CUDA."""
-    if product.kind == "int4":
-        return cuda.int4_linear_by(choice, x, codes, scale, shift, None, product.group, product.out_size)
-    return cuda.quant_linear_by(choice, x, codes, scale, shift, None, product.group)
+    if product.kind == "fp8":
+        return cuda.quant_linear_by(choice, x, codes, scale, None, product.group)
+    return cuda.fragment_linear_by(choice, x, codes, scale, shift, None, product.group, product.out_size)
 
 
 def _weight(product: Product, device: str, random: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(codes, scale, shift) as a device holds them."""
-    out_size, size = product.out_size, product.size
-    width = reference.fragment_width(product.group, size)
-    if product.kind == "int4" and not random:
-        row_blocks = -(-out_size // reference.FRAGMENT_ROWS)
-        codes = torch.zeros(row_blocks, size // width, 128, width // 4, dtype=torch.uint8, device=device)
-        pairs = torch.zeros(row_blocks, size // product.group, reference.FRAGMENT_ROWS, dtype=torch.bfloat16, device=device)
-        return codes, pairs, pairs
+    out_size, size, group = product.out_size, product.size, product.group
     weight = torch.empty(out_size, size, device=device, dtype=torch.bfloat16)
     if random:
         weight.normal_(std=0.02)
-    if product.kind == "int4":
-        codes, *pairs = reference.quantize_groups(weight, product.group)
-        return reference.fragments(codes, width), *(reference.fragment_pairs(one.bfloat16()) for one in pairs)
-    return *reference.quantize_rows(weight, torch.int8 if product.kind == "int8" else torch.float8_e4m3fn), None
+    if product.kind == "fp8":
+        return *reference.quantize_rows(weight, torch.float8_e4m3fn), None
+    if product.kind == "int8":
+        codes, scale = reference.quantize_rows(weight, torch.int8)
+        return reference.fragments(codes, 8), reference.fragment_pairs(scale, group, size), None
+    codes, *pairs = reference.quantize_groups(weight, group)
+    return reference.fragments(codes, 4), *(reference.fragment_pairs(one.bfloat16(), group, size) for one in pairs)
 
 
 def _dequantized(product: Product, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
     """Float32 [out_size, size]."""
-    if product.kind == "int4":
+    if product.kind != "fp8":
         codes = reference.from_fragments(codes, product.out_size, product.size)
-        scale, shift = (reference.from_fragment_pairs(one, product.out_size) for one in (scale, shift))
+        groups = product.size // product.group
+        scale, shift = (None if one is None else reference.from_fragment_pairs(one, product.out_size, groups) for one in (scale, shift))
     return reference.dequantize(codes, scale, shift, product.group)
 
 
@@ -234,10 +224,9 @@ def _measured(report: Report, args: argparse.Namespace, product: Product, ceilin
                 took[choice] = _seconds(args, [lambda of=of: run(of) for of in copies])
             except Exception as problem:
                 report.failure(f"{product} {rows} {choice}: {problem!r}"[:300])
-        allowed = {choice: seconds for choice, seconds in took.items() if kind != "int8" or choice != LOSSY}
-        if not allowed:
+        if not took:
             continue
-        best = entry[rows] = min(allowed, key=lambda choice: allowed[choice] * _lag(choice, rows))
+        best = entry[rows] = min(took, key=lambda choice: took[choice] * _lag(choice, rows))
         moved = out_size * size * CODE_BYTES[kind] + rows * (size + out_size) * BYTES
         floor = max(moved / ceilings.bandwidth, 2 * rows * out_size * size / ceilings.flops)
         row = dict(

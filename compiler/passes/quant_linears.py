@@ -36,7 +36,11 @@ class QuantLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.codes.shape[1] * (2 if self.codes.dtype == torch.uint8 else 1)
+        return self.codes.shape[1] * 8 // self.bits
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.codes.dtype == torch.uint8 else 8
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if self.columns is not None:
@@ -78,23 +82,29 @@ class Int8Dynamic(nn.Module):
         return product.to(states.dtype).unflatten(0, states.shape[:-1])
 
 
-class Int4Fragments(nn.Module):
-    """CUDA: 4-bit codes, scales and shifts laid as the threads of a product want them."""
+class Fragments(nn.Module):
+    """CUDA: integer codes, scales and shifts laid as the threads of a product want them."""
 
     def __init__(self, linear: QuantLinear) -> None:
         super().__init__()
-        width = reference.fragment_width(linear.group, linear.in_features)
-        self.register_buffer("codes", reference.fragments(reference.unpack_nibbles(linear.codes), width), persistent=False)
+        bits, size = linear.bits, linear.in_features
+        self.group = reference.fragment_group(linear.group, size, bits)
+        codes = reference.unpack_nibbles(linear.codes) if bits == 4 else linear.codes
+        self.register_buffer("codes", reference.fragments(codes, bits), persistent=False)
         for name in ("scale", "shift"):
             values = getattr(linear, name)
-            self.register_buffer(name, None if values is None else reference.fragment_pairs(values), persistent=False)
+            if values is not None:
+                if self.group < size:  # of small groups they are read with the codes: two bytes of each tell apart what few bits can
+                    values = values.repeat_interleave(linear.group // self.group, dim=1)[:, : -(-size // self.group)].to(linear.dtype)
+                values = reference.fragment_pairs(values, self.group, size)
+            self.register_buffer(name, values, persistent=False)
         self.register_buffer("columns", linear.columns, persistent=False)
-        self.group, self.bias, self.out_features = linear.group, linear.bias, linear.out_features
+        self.bias, self.out_features = linear.bias, linear.out_features
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if self.columns is not None:
             states = states.index_select(-1, self.columns)
-        return torch.ops.pagegraph.int4_linear(
+        return torch.ops.pagegraph.fragment_linear(
             states, self.codes, self.scale, self.shift, self.bias, self.group, self.out_features
         )
 
@@ -169,7 +179,7 @@ def quant_linears(model: nn.Module) -> int:
                 widened += type(form) is nn.Linear
     if widened:
         log.warning(
-            "quantization: no product of this CPU takes %d of %d quantised linears; they are held unquantised, "
+            "quantization: no product of this device takes %d of %d quantised linears; they are held unquantised, "
             "as fast and as large as without",
             widened,
             found,
@@ -180,10 +190,9 @@ def quant_linears(model: nn.Module) -> int:
 def _form(linear: QuantLinear) -> nn.Module:
     """On CUDA the op chooses by rows; on the CPU the product is chosen here, once."""
     if linear.codes.device.type != "cpu":
-        if linear.codes.dtype != torch.float8_e4m3fn and linear.scale.shape[1] > 1:
-            # Scales of small groups are read with the codes: two bytes of each tell apart what few bits can.
-            linear.scale, linear.shift = (None if one is None else one.to(linear.dtype) for one in (linear.scale, linear.shift))
-        return Int4Fragments(linear) if linear.codes.dtype == torch.uint8 else linear
+        if linear.codes.dtype == torch.float8_e4m3fn:
+            return linear
+        return Fragments(linear) if reference.fragment_group(linear.group, linear.in_features, linear.bits) else _widened(linear)
     if linear.codes.dtype == torch.int8 and linear.scale.shape[1] == 1 and linear.shift is None and linear.columns is None:
         if torch.cpu._is_vnni_supported():
             return Int8Dynamic(linear)

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from kernels.quant_tiles import tile_by_rule
-from kernels.reference import fragment_width
 from kernels.skinny_tiles import Tile, tile_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,31 +120,18 @@ def row_linears(rows: int, hidden: int, inner: int) -> list[list[Any]]:
 
 
 def quantised(
-    rows: int, out_size: int, size: int, dtype: str, group: int, shifted: bool = False, tile: Tile | None = None
+    rows: int, out_size: int, size: int, kind: str, group: int, shifted: bool = False, tile: Tile | None = None
 ) -> list[Any]:
     """The product by the given tile or the rule's, scales as a device holds them."""
-    if dtype == "uint8":
-        return four_bits(rows, out_size, size, group, shifted, tile or tile_by_rule("int4", rows, out_size, size, group))
-    tile = tile or tile_by_rule("int8" if dtype == "int8" else "fp8", rows, out_size, size, group)
-    codes = tensor(dtype, out_size, size)
-    scale = tensor("bfloat16" if group < size and dtype != "float8_e4m3fn" else "float32", out_size, -(-size // group))
-    arguments = [tensor("bfloat16", rows, size), codes, scale, scale if shifted else None, None, group, {"tile": tile}]
-    return [f"{dtype} {rows} {out_size}x{size}/{group} {tile}", "kernels.quant_linear", "quant_linear", arguments]
-
-
-def four_bits(rows: int, out_size: int, size: int, group: int, shifted: bool, tile: Tile) -> list[Any]:
-    width = fragment_width(group, size)
-    codes = tensor("uint8", out_size // 64, size // width, 128, width // 4)
-    scale = tensor("bfloat16" if group < size else "float32", out_size // 64, size // group, 64)
-    arguments = [tensor("bfloat16", rows, size), codes, scale, scale if shifted else None, None, group, out_size, {"tile": tile}]
-    return [f"int4 {rows} {out_size}x{size}/{group} {tile}", "kernels.int4_linear", "int4_linear", arguments]
-
-
-def integers(rows: int, digits: int, out_size: int, size: int) -> list[Any]:
-    """The product of rows and weight in int8."""
-    x, codes = tensor("int8", digits * rows, size), tensor("int8", out_size, size)
-    arguments = [x, tensor("float32", rows, 1), codes, tensor("float32", out_size, 1), None, {"type": "bfloat16"}]
-    return [f"int8 {digits} x {rows} {out_size}x{size}", "kernels.scaled_int8", "scaled_int8", arguments]
+    tile = tile or tile_by_rule(kind, rows, out_size, size, group)
+    name = f"{kind} {rows} {out_size}x{size}/{group} {tile}"
+    x = tensor("bfloat16", rows, size)
+    if kind == "fp8":
+        arguments = [x, tensor("float8_e4m3fn", out_size, size), tensor("float32", out_size, -(-size // group)), None, group, {"tile": tile}]
+        return [name, "kernels.fp8_linear", "fp8_linear", arguments]
+    codes = tensor("uint8", out_size // 64, size // 64, 128, 16) if kind == "int4" else tensor("int8", out_size // 64, size // 64, 256, 16)
+    scale = tensor("bfloat16" if group < size else "float32", out_size // 64, size // max(group, 64), 32, 2 * max(1, 64 // group))
+    return [name, "kernels.fragment_linear", "fragment_linear", [x, codes, scale, scale if shifted else None, None, group, out_size, {"tile": tile}]]
 
 
 def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
@@ -160,18 +146,16 @@ def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
 ROPES = [rope(16, 8, 128, True), rope(32, 8, 128, False), rope(32, 32, 256, False)]
 LINEARS = [linear(rows, *shape) for rows in (2, 64) for shape in ((6144, 1024), (1024, 3072), (4096, 14336))]
 ROWS = [one for rows in (2, 4) for sizes in ((1024, 3072), (4096, 14336), (576, 1536)) for one in row_linears(rows, *sizes)]
-INT4_OF_MANY_ROWS = ((128, 128, 1, 8, 3, 128), (64, 64, 2, 4, 4, 128), (256, 64, 1, 8, 3, 128), (128, 64, 1, 8, 3, 256))
+MANY_ROWS = ((128, 128, 1, 8, 3, 128), (64, 64, 2, 4, 4, 128), (256, 64, 1, 8, 3, 128), (128, 64, 1, 8, 3, 256))
 QUANTISED = [
     quantised(rows, out_size, size, *weight)
     for rows, out_size, size in ((64, 4096, 14336), (256, 6144, 4096))
-    for weight in (("float8_e4m3fn", size), ("float8_e4m3fn", 128), ("int8", size), ("int8", 32), ("uint8", 128, True), ("uint8", size))
-] + [quantised(64, 4096, 4096, "uint8", 32, True)] + [
-    *(quantised(256, 4096, 14336, "uint8", 128, True, Tile(*tile)) for tile in INT4_OF_MANY_ROWS),
-    quantised(256, 4096, 14336, "uint8", 128, False, Tile(128, 128, 4, 8, 3, 128)),
-    *(quantised(256, 4096, 14336, "int8", 14336, False, Tile(128, 64, split, 8, 3, block_t)) for split, block_t in ((2, 128), (1, 256))),
+    for weight in (("fp8", size), ("fp8", 128), ("int8", size), ("int8", 32, True), ("int4", 128, True), ("int4", size))
+] + [
+    *(quantised(8, 4096, 4096, kind, group, shifted) for kind, group, shifted in (("int4", 32, True), ("int4", 128, False), ("int8", 16, False), ("int8", 4096, False))),
+    *(quantised(256, 4096, 14336, "int4", 128, True, Tile(*tile)) for tile in MANY_ROWS),
+    *(quantised(256, 4096, 14336, "int8", 14336, False, Tile(*tile)) for tile in MANY_ROWS),
     ["rows to fp8", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336)]],
-    ["rows to digits", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336), {"type": "int8"}, 2]],
-    *(integers(rows, digits, *shape) for rows in (128, 2048) for digits in (1, 2) for shape in ((4096, 14336), (28672, 4096))),
 ]
 HALF = [
     attention(64, 64, 8, 1),
@@ -274,10 +258,11 @@ def test_quantised_products() -> None:
     """No spills, on Hopper's matrix instruction, the weight in two buffers at least, and nothing touched before the wait."""
     kernels = compiled(QUANTISED)
     check_fits(kernels)
-    assert {k["kernel"] for k in kernels} == {"quant_linear_kernel", "int4_linear_kernel", "quantize_rows_kernel", "scaled_int8_kernel"}
+    assert {k["kernel"] for k in kernels} == {"fp8_linear_kernel", "fragment_linear_kernel", "quantize_rows_kernel"}
     assert all(k["waits"] and not k["early"] for k in kernels)
     products = [k for k in kernels if k["kernel"] != "quantize_rows_kernel"]
     assert all(k["warp_group_units"] and k["buffers"] >= 2 for k in products)
+    assert not any(k["exchanged"] for k in products), "a weight takes a way through shared memory on its way to the matrix unit"
 
 
 def test_pages_of_8_bits() -> None:
