@@ -129,9 +129,10 @@ def pages(end: float, out: list[dict]) -> None:
     cases = [(heads, case, dtype, tile) for heads, case, (dtype, tile) in itertools.product(HEADS, PAGES, candidates)]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, min(WORKERS, (os.cpu_count() or 1) - 1)), mp_context=spawn) as pool:
-        wait([pool.submit(reach, *one) for one in cases], timeout=max(0, (end - start) * 0.6))
+        done, late = wait([pool.submit(reach, *one) for one in cases], timeout=max(0, (end - start) * 0.6))
         pool.shutdown(cancel_futures=True)
-    print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
+    wrong = {repr(one.exception())[:200] for one in done if one.exception()}
+    print(f"{len(done)} compiled in {time.perf_counter() - start:.1f} s, {len(late)} left", *wrong, sep="\n", flush=True)
     for heads, case in itertools.product(HEADS, PAGES):
         print(f"{case[0]} x {case[1]}, {heads[0]}/{heads[1]} heads", flush=True)
         found = []
