@@ -16,19 +16,26 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import arrival_counts, dependent, wait
-from kernels.online_softmax import LOG2E, dot_precision, first_key, in_float16, last_not_above, levelled, to_base2, update, widened
+from kernels.online_softmax import LOG2E, dot_precision, first_key, last_not_above, levelled, of_pairs, to_base2, update, widened
 
 
 class Tile(NamedTuple):
-    """How one program of the decode kernel is cut."""
+    """How one program of the decode kernel is cut, and into how many programs at least a step that is long enough."""
 
     block_n: int
     num_warps: int
     num_stages: int
+    programs: int = 528  # four waves' worth of the 132 SMs of an H100 or H200
+    sum_late: bool = False  # weights are summed up after the last tile: fewer meetings of the warps, more registers
 
 
-# By (bytes an element, padded head size). Float32 is computed by FMA in full precision and needs the registers.
+# By (bytes an element of the pages, padded head size). Float32, whatever the pages hold, is computed by FMA in full
+# precision and needs the registers.
 TILES: dict[tuple[int, int], Tile] = {
+    (1, 32): Tile(64, 4, 4),
+    (1, 64): Tile(64, 4, 4, sum_late=True),
+    (1, 128): Tile(64, 4, 4, sum_late=True),
+    (1, 256): Tile(32, 4, 4, sum_late=True),
     (2, 16): Tile(64, 4, 4),
     (2, 32): Tile(64, 4, 4),
     (2, 64): Tile(64, 4, 4),
@@ -43,7 +50,6 @@ TILES: dict[tuple[int, int], Tile] = {
 MIN_SPLIT = 128  # keys: with few sequences even short ones are shared out
 MAX_SPLIT = 8192  # keys; one long sequence in a large batch must not run on one program
 MAX_SPLITS = 32
-TARGET_PROGRAMS = 528  # four waves' worth of the 132 SMs of an H100 or H200
 
 
 @triton.jit
@@ -99,6 +105,7 @@ def decode_kernel(
     VALUE_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SUM_LATE: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -120,6 +127,12 @@ def decode_kernel(
     grouped = member < GROUP
     key_column = tl.arange(0, HEAD_PAD)
     value_column = tl.arange(0, VALUE_PAD)
+    # Pages of 8 bits are read in pairs of neighbours: 16 bits are the least that the matrix unit's operands are loaded
+    # in from shared memory. First and second elements are then operands of two products of half the columns.
+    PAIRED: tl.constexpr = key_cache_ptr.dtype.element_ty == tl.int16
+    WIDTH: tl.constexpr = 2 if PAIRED else 1
+    key_unit = tl.arange(0, HEAD_PAD // WIDTH)
+    value_unit = tl.arange(0, VALUE_PAD // WIDTH)
     row = row.to(tl.int64)
     out_at = out_ptr + (row * KV_HEADS * GROUP + head[:, None]) * VALUE_SIZE + value_column[None, :]
     out_mask = grouped[:, None] & (value_column < VALUE_SIZE)[None, :]
@@ -142,11 +155,12 @@ def decode_kernel(
         mask=grouped[:, None] & (key_column < HEAD_SIZE)[None, :],
         other=0.0,
     )
-    # Pages of 8 bits are multiplied in float16, which holds them exactly and weights more precisely than bfloat16.
-    IN_FLOAT16: tl.constexpr = key_cache_ptr.dtype.element_ty.primitive_bitwidth == 8 and query.dtype != tl.float32
-    if IN_FLOAT16:
-        query, level = levelled(query)
-        scale = level[:, None] * scale
+    if PAIRED:
+        # Multiplied in float16, which holds e4m3 exactly and weights more precisely than bfloat16.
+        if query.dtype != tl.float32:
+            query, level = levelled(query)
+            scale = level[:, None] * scale
+        query, second_query = tl.split(query.reshape(BLOCK_M, HEAD_PAD // 2, 2))
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
@@ -154,7 +168,11 @@ def decode_kernel(
         sink = tl.load(sinks_ptr + head, mask=grouped & (split == 0), other=float("-inf")).to(tl.float32)
         peak = sink * 1.4426950408889634
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
-    mixed = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
+    if SUM_LATE:
+        total = tl.where(tl.arange(0, BLOCK_N)[None, :] == 0, total[:, None], 0.0)
+    mixed = tl.zeros([BLOCK_M, VALUE_PAD // WIDTH], tl.float32)
+    if PAIRED:
+        second_mixed = tl.zeros([BLOCK_M, VALUE_PAD // 2], tl.float32)
 
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
     lane = tl.arange(0, BLOCK_N)
@@ -168,23 +186,35 @@ def decode_kernel(
         page = tl.load(table_ptr + (token + BLOCK_N) // BLOCK_SIZE, mask=token + BLOCK_N < end, other=0)
         # Lanes past the end are not read, so what unused slots hold cannot reach the sum.
         keys = tl.load(
-            key_cache_ptr + (slot[None, :] * KV_HEADS + kv_head) * HEAD_SIZE + key_column[:, None],
-            mask=inside[None, :] & (key_column < HEAD_SIZE)[:, None],
-            other=0.0,
+            key_cache_ptr + (slot[None, :] * KV_HEADS + kv_head) * (HEAD_SIZE // WIDTH) + key_unit[:, None],
+            mask=inside[None, :] & (key_unit < HEAD_SIZE // WIDTH)[:, None],
+            other=0,
         )
         values = tl.load(
-            value_cache_ptr + (slot[:, None] * KV_HEADS + kv_head) * VALUE_SIZE + value_column[None, :],
-            mask=inside[:, None] & (value_column < VALUE_SIZE)[None, :],
-            other=0.0,
+            value_cache_ptr + (slot[:, None] * KV_HEADS + kv_head) * (VALUE_SIZE // WIDTH) + value_unit[None, :],
+            mask=inside[:, None] & (value_unit < VALUE_SIZE // WIDTH)[None, :],
+            other=0,
         )
-        if IN_FLOAT16:
-            keys, values = in_float16(keys, ASSEMBLES), in_float16(values, ASSEMBLES)
+        if PAIRED:
+            keys, second_keys = of_pairs(keys, ASSEMBLES)
+            products = tl.dot(query, keys.to(query.dtype), input_precision=PRECISION)
+            products = tl.dot(second_query, second_keys.to(query.dtype), products, input_precision=PRECISION)
         else:
-            keys, values = widened(keys, query.dtype), widened(values, query.dtype)
-        logits = to_base2(tl.dot(query, keys, input_precision=PRECISION), scale, SOFTCAP)
-        logits = tl.where(inside[None, :], logits, float("-inf"))
-        peak, total, mixed = update(logits, values, peak, total, mixed, PRECISION)
+            products = tl.dot(query, widened(keys, query.dtype), input_precision=PRECISION)
+        logits = tl.where(inside[None, :], to_base2(products, scale, SOFTCAP), float("-inf"))
+        weights, peak, total, shrink = update(logits, peak, total, SUM_LATE)
+        weights = weights.to(query.dtype)
+        mixed = mixed * shrink[:, None]
+        if PAIRED:
+            values, second_values = of_pairs(values, ASSEMBLES)
+            second_mixed = second_mixed * shrink[:, None]
+            second_mixed = tl.dot(weights, second_values.to(query.dtype), second_mixed, input_precision=PRECISION)
+        mixed = tl.dot(weights, widened(values, query.dtype), mixed, input_precision=PRECISION)
 
+    if SUM_LATE:
+        total = tl.sum(total, 1)
+    if PAIRED:
+        mixed = tl.interleave(mixed, second_mixed)
     if NUM_SPLITS == 1:
         tl.store(out_at, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
         return
@@ -219,9 +249,9 @@ def decode_kernel(
     tl.store(out_at, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
-def num_splits(rows: int, kv_heads: int, max_length: int) -> int:
-    """Splits a row is given, from sizes alone: enough programs to fill the device, a power of two."""
-    wanted = max(-(-TARGET_PROGRAMS // (rows * kv_heads)), -(-max_length // MAX_SPLIT))
+def num_splits(rows: int, kv_heads: int, max_length: int, programs: int) -> int:
+    """Splits a row is given, from sizes alone: `programs` altogether or more, a power of two."""
+    wanted = max(-(-programs // (rows * kv_heads)), -(-max_length // MAX_SPLIT))
     useful = -(-max_length // MIN_SPLIT)
     return min(triton.next_power_of_2(min(wanted, useful)), MAX_SPLITS)
 
@@ -248,9 +278,13 @@ def attend_rows(
     group = heads // kv_heads
     num_seqs, max_blocks = block_tables.shape
     rows = query.shape[0] if by_token else num_seqs
-    head_pad, value_pad = max(16, triton.next_power_of_2(head_size)), max(16, triton.next_power_of_2(value_size))
-    tile = TILES[query.element_size(), max(head_pad, value_pad)]
-    splits = num_splits(rows, kv_heads, max_blocks * block_size)
+    paired = key_cache.element_size() == 1
+    least = 32 if paired else 16
+    head_pad, value_pad = max(least, triton.next_power_of_2(head_size)), max(least, triton.next_power_of_2(value_size))
+    tile = TILES[4 if query.element_size() == 4 else key_cache.element_size(), max(head_pad, value_pad)]
+    if paired:
+        key_cache, value_cache = key_cache.view(torch.int16), value_cache.view(torch.int16)
+    splits = num_splits(rows, kv_heads, max_blocks * block_size, tile.programs)
     parts = (rows, splits if splits > 1 else 0, heads)
     mixed = torch.empty(*parts, value_size, dtype=torch.float32, device=query.device)
     arrivals = arrival_counts(query.device)
@@ -284,6 +318,7 @@ def attend_rows(
         VALUE_PAD=value_pad,
         BLOCK_M=max(16, triton.next_power_of_2(group)),
         BLOCK_N=tile.block_n,
+        SUM_LATE=tile.sum_late,
         NUM_SPLITS=splits,
         MIN_SPLIT=MIN_SPLIT,
         WINDOW=window,

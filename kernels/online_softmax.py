@@ -49,23 +49,28 @@ def last_not_above(starts_ptr, value, num_seqs, guess, TILE: tl.constexpr):
     return low
 
 
-# Four e4m3 as two pairs of float16, which hold them exactly: one instruction for two.
-E4M3 = tl.constexpr("""{
-.reg .b16 low, high;
-mov.b32 {low, high}, $2;
-cvt.rn.f16x2.e4m3x2 $0, low;
-cvt.rn.f16x2.e4m3x2 $1, high;
+# Two neighbours of a column of pairs of e4m3 -> the first elements and the second ones, as two float16 each, which hold
+# them exactly: the bytes change places, then one instruction converts two.
+E4M3_PAIRS = tl.constexpr("""{
+.reg .b32 sorted;
+.reg .b16 first, second;
+prmt.b32 sorted, $2, 0, 0x3120;
+mov.b32 {first, second}, sorted;
+cvt.rn.f16x2.e4m3x2 $0, first;
+cvt.rn.f16x2.e4m3x2 $1, second;
 }""")
 
 
 @triton.jit
-def in_float16(pages, ASSEMBLES: tl.constexpr):
-    """e4m3 in float16. Not pure as far as Triton knows, so it stays where 16 bytes lie side by side: moved into the operand
-    of a product, as it would be, single bytes are read from shared memory."""
+def of_pairs(pairs, ASSEMBLES: tl.constexpr):
+    """int16 of two e4m3 each -> (float16 of the lower bytes, float16 of the upper ones)."""
     if ASSEMBLES:
-        return tl.inline_asm_elementwise(E4M3, "=r,=r,r", [pages], tl.float16, is_pure=False, pack=4)
+        both: tl.constexpr = (tl.float16, tl.float16)
+        return tl.inline_asm_elementwise(E4M3_PAIRS, "=r,=r,r", [pairs], both, is_pure=True, pack=2)
     else:
-        return pages.to(tl.float32).to(tl.float16)
+        lower = (pairs & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        upper = ((pairs >> 8) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        return lower.to(tl.float32).to(tl.float16), upper.to(tl.float32).to(tl.float16)
 
 
 @triton.jit
@@ -126,14 +131,19 @@ def weigh(logits, scale, peak, total, MAY_BE_EMPTY: tl.constexpr):
 
 
 @triton.jit
-def update(logits, values, peak, total, mixed, PRECISION: tl.constexpr):
-    """One tile: logits float32 [M, N] (-inf where masked), values [N, Dv] -> new (peak [M], total [M], mixed [M, Dv])."""
+def update(logits, peak, total, SUM_LATE: tl.constexpr):
+    """One tile of logits float32 [M, N] (-inf where masked): its weights, and what is held so far.
+
+    Returns (weights [M, N], new peak [M], new total, what earlier sums shrink by [M]). total: [M], or [M, N] with
+    SUM_LATE, which leaves the sum over N, and the warps' meeting for it, until after the last tile.
+    """
     new_peak = tl.maximum(peak, tl.max(logits, 1))
     # A row whose keys are all masked so far has no peak; 0 keeps inf - inf out.
     anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     shrink = tl.exp2(peak - anchor)
     weights = tl.exp2(logits - anchor[:, None])
-    total = total * shrink + tl.sum(weights, 1)
-    mixed = mixed * shrink[:, None]
-    mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision=PRECISION)
-    return new_peak, total, mixed
+    if SUM_LATE:
+        total = total * shrink[:, None] + weights
+    else:
+        total = total * shrink + tl.sum(weights, 1)
+    return weights, new_peak, total, shrink

@@ -35,11 +35,12 @@ CASES = [
     Case(lengths=DECODE, dtype=torch.float16, pad_tokens=2),
     Case(lengths=RAGGED, dtype=torch.bfloat16, cache_dtype=torch.float8_e4m3fn, sinks=True),
     Case(lengths=DECODE, cache_dtype=torch.float8_e4m3fn, pad_tokens=2),
+    Case(lengths=DECODE, cache_dtype=torch.float8_e4m3fn, head_size=16, value_size=48, window=16, softcap=5.0, pad_tokens=2),
     Case(lengths=(), pad_tokens=2, pad_seqs=2),  # nothing but padding: what a graph is captured on
 ]
 # Half of them split in the everyday run, the rest with the slow tests.
 SPLIT_CASES = [pytest.param(c, marks=[pytest.mark.slow] if i % 2 else []) for i, c in enumerate(CASES) if c.lengths]
-SIZES = list(itertools.product((2, 4), (16, 32, 64, 128, 256)))
+SIZES = list(itertools.product((1, 2, 4), (16, 32, 64, 128, 256)))
 SMALL = {
     "kernels.attention_decode.MIN_SPLIT": 16,
     "kernels.attention_decode.MAX_SPLIT": 16,
@@ -75,6 +76,16 @@ def test_equals_reference(triton_calls, case: Case) -> None:
 def test_many_splits_and_small_tiles(triton_calls, case: Case) -> None:
     """Constants so small that a short sequence is split, split again and merged."""
     compare(triton_calls, case, SMALL)
+
+
+@pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("tile", [(16, 4, 2, 1), (128, 4, 3, 1), (64, 4, 4, 64), (16, 2, 3, 64)], ids=str)
+def test_sums_after_the_last_tile(triton_calls, cache: torch.dtype | None, tile: tuple[int, ...]) -> None:
+    """Other tiles, in whole or split, and weights that are summed up late."""
+    lengths = ((1, 17), (1, 1), (1, 130))
+    case = Case(lengths, heads=6, head_size=128, sinks=True, pad_tokens=2, dtype=torch.bfloat16, cache_dtype=cache)
+    tiles = dict.fromkeys(SIZES, attention_decode.Tile(*tile, sum_late=True))
+    compare(triton_calls, case, {"kernels.attention_decode.TILES": tiles, "kernels.attention_decode.MIN_SPLIT": 16})
 
 
 @pytest.mark.slow
