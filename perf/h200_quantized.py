@@ -175,9 +175,9 @@ def _product(
 def _weight(product: Product, device: str, random: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(codes, scale, shift) as a device holds them."""
     out_size, size, group = product.out_size, product.size, product.group
-    weight = torch.empty(out_size, size, device=device, dtype=torch.bfloat16)
-    if random:
-        weight.normal_(std=0.02)
+    if not random:
+        return _zeros(product, device)
+    weight = torch.empty(out_size, size, device=device, dtype=torch.bfloat16).normal_(std=0.02)
     if product.kind == "fp8":
         return *reference.quantize_rows(weight, torch.float8_e4m3fn), None
     if product.kind == "int8":
@@ -185,6 +185,19 @@ def _weight(product: Product, device: str, random: bool = True) -> tuple[torch.T
         return reference.fragments(codes, 8), reference.fragment_pairs(scale, group, size), None
     codes, *pairs = reference.quantize_groups(weight, group)
     return reference.fragments(codes, 4), *(reference.fragment_pairs(one.bfloat16(), group, size) for one in pairs)
+
+
+def _zeros(product: Product, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """As `_weight`, without the memory that quantising takes."""
+    out_size, size = product.out_size, product.size
+    blocks = -(-out_size // reference.FRAGMENT), size // reference.FRAGMENT
+    scale = torch.zeros(blocks[0], size // product.group, 32, 2, dtype=torch.bfloat16 if product.kind == "int4" else torch.float32, device=device)
+    if product.kind == "fp8":
+        codes = torch.zeros(out_size, size, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+        return codes, torch.zeros(out_size, 1, device=device), None
+    if product.kind == "int8":
+        return torch.zeros(*blocks, 256, 16, dtype=torch.int8, device=device), scale, None
+    return torch.zeros(*blocks, 128, 16, dtype=torch.uint8, device=device), scale, scale
 
 
 def _dequantized(product: Product, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
