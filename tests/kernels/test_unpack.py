@@ -159,6 +159,18 @@ def test_a_known_token_is_sent_again() -> None:
     assert staging.transfers == 2
 
 
+def test_a_packet_that_went_on_is_not_taken_for_what_was_sent() -> None:
+    staging = Recording(state_of(6), Bucket(8, 4))
+    step = decode([4, 2], [8, 21], token_ids=np.array([3, 5], np.int32))
+    packet = staging.send(step, Bucket(2, 2), times=2) or staging.packet(Bucket(2, 2))
+    staging.go_on(packet)
+    staging._state.last_tokens[:], staging._state.last_at[:] = 9, torch.arange(7, dtype=torch.int32)
+    staged = staging.unpack(packet)
+    assert staged.token_ids.tolist() == [9, 9] and staged.positions.tolist() == [4, 2] and staged.seq_lens.tolist() == [5, 3]
+    staging.send(decode([4, 2], [5, 3]), Bucket(2, 2))
+    assert staging.transfers == 2
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_reading_again_equals_sending_anew(data: st.DataObject) -> None:
