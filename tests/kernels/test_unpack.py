@@ -54,6 +54,16 @@ def test_equals_reference(triton_calls, counts: list[int], padded: Bucket) -> No
             assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
 
 
+def test_padding_may_say_what_it_will(triton_calls) -> None:
+    """Where a packet went on, padding too has the code of a row's last token."""
+    ids, rows, *others = packet_of([1] * 5, Bucket(8, 8), 0)
+    given = torch.full_like(ids, -1), rows, *others
+    got, _ = triton_calls.call("kernels.unpack", "unpack", *given, BLOCK, BLOCKS)
+    for mine, theirs in zip(got, reference.unpack(*given, BLOCK, BLOCKS), strict=True):
+        assert torch.equal(mine, theirs)
+    assert not any(one[5:].any() for one in got[:5])
+
+
 def test_reference_by_hand() -> None:
     tables = torch.zeros(4, 3, dtype=torch.int32)
     tables[2], tables[0], tables[1] = torch.tensor([5, 6, 9]), torch.tensor([7, 0, 0]), torch.tensor([8, 4, 0])
