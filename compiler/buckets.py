@@ -13,10 +13,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
-    """A padded step: `tokens` rows of the model, `seqs` sequences; decode when they are equal."""
+    """A padded step: `tokens` rows of the model, `seqs` sequences; decode when they are equal.
+
+    A decode may run `times` over, each time a token further: a chain.
+    """
 
     tokens: int
     seqs: int
+    times: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from compiler import lower, memory, model_source, quant_formats, trial, weights
 from compiler.buckets import Bucket, cuda_ladder
 from compiler.capture import ATTENTION_NAME, CapturedModel, capture
-from compiler.graphs import Pending
+from compiler.graphs import CHAINED, Pending
 from compiler.passes import registry
 from compiler.scrap import scrap_step
 from compiler.staging import Staging
@@ -71,6 +71,10 @@ class BuiltModel:
         """Of all models."""
         return [self.step] if self.draft is None else [self.step, self.draft]
 
+    def use_idle_time(self) -> bool:
+        """`CompiledStep.use_idle_time` of one of them."""
+        return any(step.use_idle_time() for step in self.steps)
+
     def compile(self, progress: bool = False) -> None:
         """Compile all forwards and swap them in; safe beside launches."""
         for step in self.steps:
@@ -86,6 +90,7 @@ class BuiltModel:
 class Loaded:
     """A captured model with its weights, and the facts that its configuration gives."""
 
+    config: Any
     captured: CapturedModel
     model_config: Any
     folder: Path
@@ -94,8 +99,9 @@ class Loaded:
     max_model_len: int
     vocab_size: int
 
-    def state(self, config: Any, num_blocks: int, device: torch.device) -> DeviceState:
+    def state(self, num_blocks: int, device: torch.device) -> DeviceState:
         """Caches of so many pages, and what else outlives a step."""
+        config = self.config
         return DeviceState(
             self.captured.layouts,
             num_blocks=num_blocks,
@@ -128,7 +134,7 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
     models = [model] if draft is None else [model, draft]
     with timings.stage("memory"):
         num_blocks = _kv_budget(config, models, device).num_blocks
-        states = [one.state(config, num_blocks, device) for one in models]
+        states = [one.state(num_blocks, device) for one in models]
         # The same pages for both: one set of block tables, brought up to date by whoever steps first.
         states[-1].block_tables = states[0].block_tables
         steps = [_step(config, one.captured, state) for one, state in zip(models, states)]
@@ -173,7 +179,8 @@ def _load(config: Any, device: torch.device, timings: Timings, progress: bool, n
     with timings.stage(f"{name}passes"):
         registry.apply(model, config)
         _return_freed_memory()
-    return Loaded(captured, model_config, folder, dtype, cache_dtype, max_model_len, model_config.get_text_config().vocab_size)
+    vocab_size = model_config.get_text_config().vocab_size
+    return Loaded(config, captured, model_config, folder, dtype, cache_dtype, max_model_len, vocab_size)
 
 
 def _check_draft(config: Any, model: Loaded, draft: Loaded) -> None:
@@ -299,7 +306,7 @@ def eos_ids(folder: Path, model_config: Any) -> frozenset[int]:
 
 def _kv_budget(config: Any, models: list[Loaded], device: torch.device) -> memory.KvBudget:
     """Pages that fit; on CUDA, where no amount is set, beside the measured peak of steps and graphs."""
-    states = [model.state(config, 1, device) for model in models]
+    states = [model.state(1, device) for model in models]
     block_bytes = sum(cache.nbytes for state in states for cache in (*state.key_caches, *state.value_caches))
     if config.num_blocks is not None:
         available, source = config.num_blocks * block_bytes, f"num_blocks {config.num_blocks}"
@@ -307,8 +314,8 @@ def _kv_budget(config: Any, models: list[Loaded], device: torch.device) -> memor
         available, source = config.cpu_kv_cache_memory(), "kv_cache_memory"
     else:
         peaks = [
-            trial.measure(_step(config, model.captured, state), _largest(config, device), model.max_model_len)
-            for model, state in zip(models, states)
+            trial.measure(_step(config, model.captured, state), _largest(config, device), model.max_model_len, chained)
+            for model, state, chained in zip(models, states, (0, CHAINED))  # the model that guesses does it in chains
         ]
         step_bytes, graph_bytes = max(peak.step for peak in peaks), sum(peak.graphs for peak in peaks)
         available = memory.cuda_available(config.gpu_memory_utilization, step_bytes, graph_bytes, device)

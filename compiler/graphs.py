@@ -1,4 +1,4 @@
-"""CUDA graphs: one captured forward per bucket, replayed with new metadata at the same addresses.
+"""CUDA graphs: one for each bucket, of its forwards, replayed with new metadata at the same addresses.
 
 Knows buckets and streams; the forward it captures is any callable. CUDA only.
 """
@@ -13,34 +13,50 @@ from tqdm import tqdm
 from compiler.buckets import Bucket
 from compiler.staging import Staged
 
-# logits [S, vocab], ids int64 [S], what was looked up (int32 [2, S]) if anything is, the step they are of
+# logits [S, vocab], ids int64 [S], what was looked up (int32 [2, S]) if anything is, the step they are of;
+# of a chain the last step's, but for ids [S, times]
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Staged]
 Forward = Callable[[], Outputs]
 
 
-DUE = 64  # steps that had to run in a larger bucket after which their own is captured even if that holds others up
+DUE = 64  # steps that had to run otherwise after which their own bucket is captured even if that holds others up
+OFTEN = 8  # steps that wanted a chain before it is captured in idle time: which chains there will be is not known before
+CHAINED = 128  # forwards in all captured chains: each takes the driver's memory of a graph
 
 
 class Pending:
-    """Buckets that are not captured yet, and how many steps have wanted each."""
+    """Buckets that are not captured yet, and how many steps have wanted each.
+
+    Chains are added when they are first wanted, while `CHAINED` leaves room.
+    """
 
     def __init__(self, buckets: Sequence[Bucket] = ()) -> None:
         self._wanted = dict.fromkeys(sorted(buckets), 0)
+        self._room = CHAINED
 
     def __contains__(self, bucket: Bucket) -> bool:
         return bucket in self._wanted
 
     def want(self, bucket: Bucket) -> bool:
         """A step would run in it -> whether it is due."""
-        self._wanted[bucket] += 1
+        if not self._fits(bucket):
+            return False
+        self._wanted[bucket] = self._wanted.get(bucket, 0) + 1
         return self._wanted[bucket] >= DUE
 
     def next(self) -> Bucket | None:
-        """The most wanted, of equals the smallest; None when all are captured."""
-        return max(self._wanted, key=self._wanted.__getitem__, default=None)
+        """The most wanted, of equals the smallest; None when all are captured, but for chains that are hardly wanted."""
+        ready = [bucket for bucket, wanted in self._wanted.items() if bucket.times == 1 or wanted >= OFTEN]
+        return max(ready, key=self._wanted.__getitem__, default=None)
 
     def done(self, bucket: Bucket) -> None:
         self._wanted.pop(bucket, None)
+        if bucket.times > 1:
+            self._room -= bucket.times
+            self._wanted = {one: wanted for one, wanted in self._wanted.items() if self._fits(one)}
+
+    def _fits(self, bucket: Bucket) -> bool:
+        return bucket.times == 1 or bucket.times <= self._room
 
 
 class GraphSet:
@@ -64,9 +80,12 @@ class GraphSet:
                 logits, *rest = forward()
             self._graphs[bucket] = (graph, (_borrowed(logits), *rest))
 
+    def __contains__(self, bucket: Bucket) -> bool:
+        return bucket in self._graphs
+
     def holding(self, bucket: Bucket) -> Bucket | None:
-        """The smallest captured bucket that a step of this one fits in."""
-        larger = [one for one in self._graphs if one.tokens >= bucket.tokens and one.seqs >= bucket.seqs]
+        """The smallest captured bucket, no chain, that a step of this one fits in."""
+        larger = [one for one in self._graphs if one.tokens >= bucket.tokens and one.seqs >= bucket.seqs and one.times == 1]
         return min(larger, default=None)
 
     def replay(self, bucket: Bucket) -> Outputs | None:

@@ -97,17 +97,21 @@ class Staging:
             self._sent = [torch.cuda.Event() for _ in range(PINNED)]
             self._words = torch.empty(words, dtype=torch.int32, device=self.device)
 
-    def send(self, step: StepInput, bucket: Bucket) -> Packet:
-        """Pad `step` to `bucket` and bring it to the device."""
+    def send(self, step: StepInput, bucket: Bucket, times: int = 1) -> Packet:
+        """Pad `step`, which is to run `times` over, to `bucket` and bring it to the device."""
         for row, tokens in step.cached:
             self._state.remember(row, tokens)
         if self.device.type == "cpu":
-            return self._filled(step, bucket)
+            return self._filled(step, bucket, times)
         packet = self.packet(bucket)
         if not self._continues(step, bucket):
             self._transfer(step, bucket)
-        self._last = bucket, step
+        self._last = (bucket, step) if times == 1 else None
         return packet
+
+    def go_on(self, packet: Packet) -> None:
+        """Let it say the token that each sequence has just sampled, whatever it said; a launch, so that a graph can hold it."""
+        packet.token_ids.fill_(-1)
 
     def unpack(self, packet: Packet) -> Staged:
         """What the packet on the device says; launches only, so that a graph can hold it."""
@@ -163,12 +167,12 @@ class Staging:
         rows, index, page = torch.from_numpy(pages).to(self.device).unbind(1)
         self._state.block_tables[rows.long(), index.long()] = page
 
-    def _filled(self, step: StepInput, bucket: Bucket) -> Packet:
+    def _filled(self, step: StepInput, bucket: Bucket, times: int = 1) -> Packet:
         """CPU: a packet of the step's own."""
         layout = Layout.of(bucket)
         words = torch.empty(layout.pages + step.pages.size, dtype=torch.int32)
         self._fill(words.numpy(), layout, step)
-        width = -(-int(step.seq_lens.max()) // self._state.block_size)
+        width = -(-(int(step.seq_lens.max()) + times - 1) // self._state.block_size)
         return layout.views(words, len(step.pages), max(width, 2))  # a width of one would be a constant to the compiler
 
     def _fill(self, host: np.ndarray, layout: Layout, step: StepInput) -> None:

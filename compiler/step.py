@@ -2,13 +2,14 @@
 
 A launch stages the step's metadata, runs the forward (a replayed CUDA graph, the compiled graph, or the
 plain captured modules while compilation is under way), samples, and hands the ids to the next step on the
-device. It does not wait: `Ticket.wait` does. Knows nothing of requests, pages or sockets.
+device. It does not wait: `Ticket.wait` does. A decode may be launched as a chain: several steps, each of which goes on from
+what the one before drew. Knows nothing of requests, pages or sockets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -21,6 +22,10 @@ from compiler.sampling import StepLogprobTensors, draw, sample, settle
 from compiler.staging import Packet, Staged, Staging
 from compiler.state import DeviceState
 from compiler.step_input import LookedUp, StepInput, StepOutput
+
+
+# ids int64 [S] of the step's own sequences, of a chain [S, times]; where there are any, what was looked up int32 [2, S], logprobs
+Finished = tuple[torch.Tensor, torch.Tensor | None, StepLogprobTensors | None]
 
 
 class Ticket:
@@ -74,11 +79,15 @@ class CompiledStep:
         self._returns = torch.cuda.Stream() if staging.device.type == "cuda" else None
         self._returned: torch.cuda.Event | None = None  # the last step's ids are copied out of their buffer
 
-    def launch(self, step: StepInput) -> Ticket:
-        """Start one step; steps run in the order of their launch."""
+    def launch(self, step: StepInput, times: int = 1) -> Ticket:
+        """Start one step; steps run in the order of their launch.
+
+        `times` > 1: a chain of so many steps. `step` is the first, one token of each of several rows, all of them sampled; the
+        others go on from what was drawn. Every row has pages for all of it. The ids are [S, times].
+        """
         if self.graphs is None:  # on another thread: the engine's loop goes on meanwhile, as it does beside a GPU
-            return Ticket(step_thread.submit(self._run_cpu, step).result)
-        return self._launch_cuda(step)
+            return Ticket(step_thread.submit(self._run_cpu, step, times).result)
+        return self._launch_cuda(step, times)
 
     def compile(self, warm: list[StepInput], progress: bool = False) -> None:
         """Compile the forward on the given steps and swap it in; safe beside launches.
@@ -99,7 +108,7 @@ class CompiledStep:
 
         def forward_of(bucket: Bucket) -> Forward:
             packet = self.staging.placeholder(bucket)
-            return lambda: self._forward_and_draw(packet)
+            return lambda: self._forward_and_draw(packet, bucket.times)
 
         with torch.inference_mode():
             self.graphs.capture(buckets, forward_of, progress)
@@ -119,38 +128,59 @@ class CompiledStep:
             step_thread.rest()
 
     @torch.inference_mode()
-    def _run_cpu(self, step: StepInput) -> StepOutput:
+    def _run_cpu(self, step: StepInput, times: int) -> StepOutput:
         bucket = own_bucket(step.num_tokens, step.num_seqs)
-        self.counts.launched(step.num_tokens, bucket.tokens, graphed=False)
-        ids, found, logprobs = self._finish(step, *self._forward_and_draw(self.staging.send(step, bucket)))
-        return _output(step, ids, found, logprobs)
+        self.counts.launched(step.num_tokens * times, bucket.tokens * times, graphed=False)
+        packet = self.staging.send(step, bucket, times)
+        return _output(step, *self._over(packet, times, lambda: self._finish(step, *self._forward_and_draw(packet))))
 
-    def _forward_and_draw(self, packet: Packet) -> Outputs:
-        """The padded step's own work: all that a CUDA graph holds."""
+    def _forward_and_draw(self, packet: Packet, times: int = 1) -> Outputs:
+        """The padded step's own work, `times` over: all that a CUDA graph holds."""
+        before = []
+        for _ in range(times - 1):
+            before.append(self._forward_and_draw(packet)[1])  # the ids alone: what else there was makes room for the next
+            self.staging.go_on(packet)
         staged = self.staging.unpack(packet)
         logits = lower.call(self.forward, staged, self.state)
         ids = draw(logits, staged, self.state)
-        return logits, ids, settle(ids, staged, self.state), staged
+        found = settle(ids, staged, self.state)
+        return logits, torch.stack([*before, ids], dim=1) if before else ids, found, staged
+
+    def _over(self, packet: Packet, times: int, run: Callable[[], Finished]) -> Finished:
+        """What comes of it if `run` takes the packet so often, each time a token further; of several the ids alone."""
+        if times == 1:
+            return run()
+        drawn = []
+        for _ in range(times):
+            drawn.append(run()[0].clone())
+            self.staging.go_on(packet)
+        return torch.stack(drawn, dim=1), None, None
 
     def _finish(
         self, step: StepInput, logits: torch.Tensor, ids: torch.Tensor, found: torch.Tensor | None, staged: Staged
-    ) -> tuple[torch.Tensor, torch.Tensor | None, StepLogprobTensors | None]:
-        """(ids [S] of the step's own sequences, what was looked up [2, S], logprobs): those of the forward where they will do."""
+    ) -> Finished:
+        """What the step's own sequences get: ids of the forward where they will do."""
         if step.sampling.is_plain:
             return ids[: step.num_seqs], None if found is None else found[:, : step.num_seqs], None
         ids, logprobs = sample(logits[: step.num_seqs], step.sampling, staged, self.state)
         return ids, settle(ids, staged, self.state), logprobs
 
     @torch.inference_mode()
-    def _launch_cuda(self, step: StepInput) -> Ticket:
+    def _launch_cuda(self, step: StepInput, times: int) -> Ticket:
         rung = self._rung(step)
         bucket = rung or Bucket(step.num_tokens, self.ladder.max_num_seqs)  # the kernels of the largest rung
-        packet = self.staging.send(step, bucket)
+        if times > 1 and rung and step.sampling.is_plain:
+            rung = self._chain(rung, times)
+        packet = self.staging.send(step, bucket, times)
         if self._returned is not None:
             torch.cuda.current_stream().wait_event(self._returned)
-        replayed = self.graphs.replay(bucket) if rung else None
-        self.counts.launched(step.num_tokens, bucket.tokens, replayed is not None)
-        return Ticket(self._returning(step, *self._finish(step, *(replayed or self._forward_and_draw(packet)))))
+        self.counts.launched(step.num_tokens * times, bucket.tokens * times, rung in self.graphs)
+
+        def run() -> Finished:
+            replayed = self.graphs.replay(rung) if rung else None
+            return self._finish(step, *(replayed or self._forward_and_draw(packet)))
+
+        return Ticket(self._returning(step, *self._over(packet, times // (rung or bucket).times, run)))
 
     def _rung(self, step: StepInput) -> Bucket | None:
         """The rung that the step runs in: its own, or a larger one while that is not captured; None beyond the ladder."""
@@ -161,6 +191,13 @@ class CompiledStep:
             self.capture_graphs([rung], progress=False)
             return rung
         return self.graphs.holding(rung)
+
+    def _chain(self, rung: Bucket, times: int) -> Bucket:
+        """The chain of so many steps of the rung if it is captured, or due by now; else the rung."""
+        chain = replace(rung, times=times)
+        if chain not in self.graphs and self.pending.want(chain):
+            self.capture_graphs([chain], progress=False)
+        return chain if chain in self.graphs else rung
 
     def _returning(
         self, step: StepInput, ids: torch.Tensor, found: torch.Tensor | None, logprobs: StepLogprobTensors | None

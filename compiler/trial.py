@@ -30,8 +30,11 @@ class Peak:
 
 
 @torch.inference_mode()
-def measure(step: CompiledStep, largest: Bucket, max_model_len: int) -> Peak:
-    """Run steps of `largest` through `step`, whose state has the scrap page only; `step` is of no use afterwards."""
+def measure(step: CompiledStep, largest: Bucket, max_model_len: int, chained: int = 0) -> Peak:
+    """Run steps of `largest` through `step`, whose state has the scrap page only; `step` is of no use afterwards.
+
+    `chained`: forwards that chains will hold beside the rungs' graphs.
+    """
     device = step.staging.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -42,10 +45,10 @@ def measure(step: CompiledStep, largest: Bucket, max_model_len: int) -> Peak:
     step.launch(scrap_step(lengths, step.state.scrap_row, everything(largest.seqs))).wait()
     peak = torch.cuda.max_memory_reserved(device) - before
     torch.cuda.empty_cache()
-    return Peak(peak, _graphs(step))
+    return Peak(peak, _graphs(step, chained))
 
 
-def _graphs(step: CompiledStep) -> int:
+def _graphs(step: CompiledStep, chained: int) -> int:
     """All graphs share one pool, which the largest makes; each has memory of the driver's besides.
 
     The median of a few: free memory is the whole device's, and what another process takes meanwhile would be multiplied.
@@ -53,7 +56,7 @@ def _graphs(step: CompiledStep) -> int:
     rungs = step.ladder.buckets()
     first = _taken(lambda: step.capture_graphs(rungs[-1:], progress=False))
     each = statistics.median(_taken(lambda: step.capture_graphs([rung], progress=False)) for rung in rungs[:SAMPLES])
-    return first + int(each) * (len(rungs) - 1)
+    return first + int(each) * (len(rungs) - 1 + chained)
 
 
 def _taken(act: Callable[[], None]) -> int:

@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "kernels")]  # the cases and prompts of the tests
 
 SECTIONS = (
-    "kernels", "graphs", "parity", "micro", "quantized", "quantized_step", "texts", "step", "engine", "memory", "speculation", "serve",
-    "startup", "host", "peer",
+    "kernels", "graphs", "parity", "micro", "quantized", "quantized_step", "texts", "chains", "step", "engine", "memory", "speculation",
+    "serve", "startup", "host", "peer",
 )  # fmt: skip
 OF_A_MODEL = ("step", "engine", "memory", "speculation")
 OF_A_SERVER = ("serve", "startup")  # of a model too, in a process that holds no engine yet
@@ -99,7 +99,7 @@ def main() -> int:
 def jobs(args: argparse.Namespace) -> list[tuple[list[str], str | None]]:
     """What runs together in one process: (sections, model)."""
     of_a_model = [name for name in SECTIONS if name in args.sections and name in OF_A_MODEL]
-    alone = ("kernels", "graphs", "parity", "micro", "quantized", "quantized_step", "texts")
+    alone = ("kernels", "graphs", "parity", "micro", "quantized", "quantized_step", "texts", "chains")
     before = [([name], None) for name in alone if name in args.sections]
     between = [(["start", *of_a_model], model) for model in args.models if of_a_model]
     between += [([name], model) for name in OF_A_SERVER if name in args.sections for model in args.models]
@@ -165,7 +165,7 @@ def section(name: str):
         import h200_engine as module
     elif name in OF_A_SERVER:
         import h200_serve as module
-    elif name in ("speculation", "texts"):
+    elif name in ("speculation", "texts", "chains"):
         import h200_speculation as module
     else:
         import h200_checks as module

@@ -1,6 +1,7 @@
 """Guessing on a GPU: what a step with guesses costs, and what guessing brings on texts that repeat and on random ones.
 
-`speculation` replays the decode graphs of one model; `texts` runs SmolLM2's real weights (--weights) through the engine.
+`speculation` replays the decode graphs of one model; `texts` runs SmolLM2's real weights (--weights) through the engine;
+`chains` times how a small model makes guesses.
 """
 
 from __future__ import annotations
@@ -8,16 +9,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 import texts as work
 from compiler import build as builder
 from compiler.build import BuiltModel
+from compiler.graphs import GraphSet, Pending
+from compiler.step import CompiledStep
 from compiler.step_input import SamplingInput, StepInput
 from floors import Shape
 from h200_engine import _profile, _replayed
-from h200_offline import built_of, ceilings_of
+from h200_offline import built_of, ceilings_of, config_of, step_of
 from h200_report import Report
 from runtime.config import Config, load_config
 from runtime.llm import LLM
@@ -30,6 +35,7 @@ STREAMS = (1, 4, 16)
 ROUNDS = 3
 REQUESTS = 4  # a stream
 METHODS = ("ngram", "suffix")
+CHAINED_SEQS, CHAINED_GUESSES, CHAINED_ROUNDS, TINY_ROUNDS = (1, 4, 16), (4, 8), 50, 2
 
 
 def speculation(report: Report, args: argparse.Namespace, shared: dict) -> None:
@@ -149,3 +155,75 @@ def _compare(report: Report, llm: LLM, method: str, kind: str, streams: int, num
         guesses=(counters.guesses - before[0]) / ROUNDS, accepted=(counters.accepted - before[1]) / ROUNDS,
         same=sum(a == b for a, b in zip(got, expected)) / len(expected),
     )  # fmt: skip
+
+
+def chains(report: Report, args: argparse.Namespace, shared: dict) -> None:
+    """Milliseconds until k tokens of each sequence are on the host, as a small model guesses them: by k launches, by one that
+    replays the step's graph k times, and by one graph of all; medians, the ways alternating on the same pages.
+
+    All three have to give the same tokens. The model has the 0.6B shape; only the graphs in use are captured.
+    """
+    keys, most = TINY_KEYS if args.tiny else KEYS, max(CHAINED_GUESSES)
+    begin = time.perf_counter()
+    settings = dict(max_num_seqs=max(CHAINED_SEQS), max_num_batched_tokens=512, num_blocks=2048, max_model_len=2048)
+    config = config_of(args, "tiny" if args.tiny else "0.6b", **settings)
+    built = builder.build(config, progress=False)
+    if config.compile:
+        built.compile()
+    for cache in (*built.step.state.key_caches, *built.step.state.value_caches):
+        cache.normal_()
+    report.fact(start_s=time.perf_counter() - begin, phases_s=built.timings.seconds)
+    for seqs in CHAINED_SEQS:
+        one = step_of(
+            np.random.default_rng(seqs), np.ones(seqs), np.full(seqs, keys + most),
+            vocab_size=built.vocab_size, num_blocks=built.num_blocks, block_size=config.block_size,
+        )  # fmt: skip
+        one.starts -= most
+        for guesses in CHAINED_GUESSES:
+            if report.out_of_time((seqs, guesses)):
+                return
+            ways = _ways(built.step, one, guesses)
+            tokens = {name: way() for name, way in ways.items()}
+            seconds: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(TINY_ROUNDS if args.tiny else CHAINED_ROUNDS):
+                for name, way in ways.items():
+                    begin = time.perf_counter()
+                    way()
+                    seconds[name].append(time.perf_counter() - begin)
+            ms = {f"{name}_ms": 1e3 * statistics.median(each) for name, each in seconds.items()}
+            same = all(np.array_equal(each, tokens["launches"]) for each in tokens.values())
+            report.row(seqs=seqs, guesses=guesses, **ms, ratio=ms["launches_ms"] / list(ms.values())[-1], same=same)
+            if not same:
+                report.failure(f"{guesses} guesses of {seqs} sequences differ: {tokens}")
+    built.close()
+
+
+def _ways(step: CompiledStep, one: StepInput, guesses: int) -> dict[str, Callable[[], np.ndarray]]:
+    """Each gives the tokens [S, guesses] behind the decode step `one`."""
+    on_device = np.full_like(one.token_ids, -1)
+    onward = [replace(one, token_ids=on_device, pages=one.pages[:0], starts=one.starts + at) for at in range(1, guesses)]
+
+    def launches() -> np.ndarray:
+        tickets = [step.launch(each) for each in (one, *onward)]
+        return np.stack([ticket.wait().token_ids for ticket in tickets], axis=1)
+
+    def chain() -> np.ndarray:
+        return step.launch(one, guesses).wait().token_ids
+
+    if step.graphs is None:
+        return {"launches": launches, "replays": chain}
+    rung = step.ladder.bucket(one.num_tokens, one.num_seqs)
+    step.pending = Pending()  # nobody else captures
+    without, whole = GraphSet(), GraphSet()
+    for graphs, buckets in ((without, [rung]), (whole, [rung, replace(rung, times=guesses)])):
+        step.graphs = graphs
+        step.capture_graphs(buckets, progress=False)
+
+    def on(graphs: GraphSet, way: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+        def run() -> np.ndarray:
+            step.graphs = graphs
+            return way()
+
+        return run
+
+    return {"launches": on(without, launches), "replays": on(without, chain), "graph": on(whole, chain)}

@@ -70,7 +70,7 @@ def engine_of(
     recorder = Recorder(metrics, scheduler, built.step.counts)
     engine = Engine(
         built.step, scheduler, mailbox, limits, info, time.monotonic, recorder, pace=pace, seed=config.seed,
-        use_idle_time=built.step.use_idle_time, speculation=_speculation(config, built, scheduler),
+        use_idle_time=built.use_idle_time, speculation=_speculation(config, built, scheduler),
     )  # fmt: skip
     return engine, metrics
 
@@ -95,6 +95,9 @@ def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Gue
         retrieval = Ngram(config.prompt_lookup_min, config.prompt_lookup_max)
     draft, draft_ms = None, 1.0
     if built.draft is not None:
-        draft = DraftModel(built.draft, scheduler.rows, scheduler.max_num_batched_tokens, scheduler.max_entries)
+        draft = DraftModel(
+            built.draft, scheduler.rows, scheduler.max_num_batched_tokens, scheduler.max_entries,
+            together=built.device.type == "cuda",
+        )  # fmt: skip
         draft_ms = min(step_costs.measure(built.draft, 2).values()) if costs is not None else draft_ms
     return Speculation(scheduler, retrieval, config.most_guesses, costs, draft, draft_ms)

@@ -3,7 +3,8 @@
 It draws with the request's temperature and filters and with the noise that the target will draw with at that position:
 both take the largest of their logits plus the same noise, so they agree nearly as often as two draws can (Gumbel-max
 coupling), and what the target draws is not changed at all. Keys and values of guesses that did not hold, and of tokens
-that it has not seen yet, are computed before the next guess. Knows no acceptance and no scheduling.
+that it has not seen yet, are computed before the next guess. All guesses are one launch, a chain of steps, or two where a
+row lacks more than its last token. Knows no acceptance and no scheduling.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ from runtime.rows import Rows
 
 
 class DraftModel:
-    """`step` shares its block tables with the target's; it takes `max_tokens` tokens, `max_entries` of them sampled."""
+    """`step` shares its block tables with the target's; it takes `max_tokens` tokens, `max_entries` of them sampled.
 
-    def __init__(self, step: CompiledStep, rows: Rows, max_tokens: int, max_entries: int) -> None:
+    `together`: rows that want fewer guesses go on with the others as far as their pages reach, because a launch costs more
+    than a row.
+    """
+
+    def __init__(self, step: CompiledStep, rows: Rows, max_tokens: int, max_entries: int, together: bool = False) -> None:
         self.step = step
         self.rows = rows
         self.max_tokens = max_tokens
         self.max_entries = max_entries
+        self.together = together
         num_rows = len(rows.stay)
         self._stay = np.zeros(num_rows, np.int64)
         self._computed = np.zeros(num_rows, np.int32)  # leading tokens of the row whose keys and values are right
@@ -35,20 +41,31 @@ class DraftModel:
         The rows have pages for their guesses; there are at most `max_entries` of them.
         """
         self._settle(at)
-        tickets = [self.step.launch(self._catch_up(at))]
-        active = [np.arange(len(at))]
-        known = self.rows.known[at]
-        for behind in range(int(counts.max()) - 1):
-            active.append(which := np.flatnonzero(counts > behind + 1))
-            tickets.append(self.step.launch(self._next(at[which], known[which] + np.int32(behind))))
+        known, ends = self.rows.known[at], self._ends(at, counts)
+        first = self._catch_up(at)
+        done = int(ends.min()) if first.num_seqs == len(at) == first.num_tokens else 1
+        tickets = [(slice(0, done), np.arange(len(at)), self.step.launch(first, done))]
+        for end in np.unique(ends[ends > done]).tolist():
+            which = np.flatnonzero(ends >= end)
+            ticket = self.step.launch(self._next(at[which], known[which] + np.int32(done - 1)), end - done)
+            tickets.append((slice(done, end), which, ticket))
+            done = end
         self._computed[at] = known
-        tokens = np.zeros((len(at), len(tickets)), np.int32)
-        for place, (which, ticket) in enumerate(zip(active, tickets)):
+        tokens = np.zeros((len(at), done), np.int32)
+        for places, which, ticket in tickets:
             sampled = ticket.wait().token_ids
-            tokens[which, place] = sampled if place else sampled[self._last]
-        for row, guessed, count in zip(at.tolist(), tokens, counts.tolist()):
-            self._guesses[row] = guessed[: count - 1]
+            tokens[which, places] = (sampled if places.start else sampled[self._last]).reshape(len(which), -1)
+        for row, guessed, end in zip(at.tolist(), tokens, ends.tolist()):
+            self._guesses[row] = guessed[: end - 1]
         return tokens
+
+    def _ends(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """How many tokens each row makes: its own count, or with the others as many as any, where its pages will do."""
+        if not self.together:
+            return counts
+        rows = self.rows
+        room = np.minimum(rows.num_blocks[at] * rows.block_size, rows.max_len[at]) - rows.known[at]
+        return np.maximum(counts, np.minimum(counts.max(), room + 1))  # the last is not computed
 
     def _next(self, at: np.ndarray, starts: np.ndarray) -> StepInput:
         """A token more for each row, behind the one that it has just sampled."""

@@ -54,6 +54,16 @@ def test_equals_reference(triton_calls, counts: list[int], padded: Bucket) -> No
             assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
 
 
+def test_padding_may_say_what_it_will(triton_calls) -> None:
+    """Where a packet went on, padding too has the code of a row's last token."""
+    ids, rows, *others = packet_of([1] * 5, Bucket(8, 8), 0)
+    given = torch.full_like(ids, -1), rows, *others
+    got, _ = triton_calls.call("kernels.unpack", "unpack", *given, BLOCK, BLOCKS)
+    for mine, theirs in zip(got, reference.unpack(*given, BLOCK, BLOCKS), strict=True):
+        assert torch.equal(mine, theirs)
+    assert not any(one[5:].any() for one in got[:5])
+
+
 def test_reference_by_hand() -> None:
     tables = torch.zeros(4, 3, dtype=torch.int32)
     tables[2], tables[0], tables[1] = torch.tensor([5, 6, 9]), torch.tensor([7, 0, 0]), torch.tensor([8, 4, 0])
@@ -156,6 +166,18 @@ def test_a_known_token_is_sent_again() -> None:
     step = decode([4, 2], [8, 21], token_ids=np.array([-1, 5], np.int32))
     sent(staging, step, Bucket(2, 2))
     sent(staging, step, Bucket(2, 2))
+    assert staging.transfers == 2
+
+
+def test_a_packet_that_went_on_is_not_taken_for_what_was_sent() -> None:
+    staging = Recording(state_of(6), Bucket(8, 4))
+    step = decode([4, 2], [8, 21], token_ids=np.array([3, 5], np.int32))
+    packet = staging.send(step, Bucket(2, 2), times=2) or staging.packet(Bucket(2, 2))
+    staging.go_on(packet)
+    staging._state.last_tokens[:], staging._state.last_at[:] = 9, torch.arange(7, dtype=torch.int32)
+    staged = staging.unpack(packet)
+    assert staged.token_ids.tolist() == [9, 9] and staged.positions.tolist() == [4, 2] and staged.seq_lens.tolist() == [5, 3]
+    staging.send(decode([4, 2], [5, 3]), Bucket(2, 2))
     assert staging.transfers == 2
 
 

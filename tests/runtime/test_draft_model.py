@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
-from compiler.step import Ticket
-from compiler.step_input import StepInput, StepOutput
+from compiler import build as builder
+from compiler.step import CompiledStep, Ticket
+from compiler.step_input import SamplingInput, StepInput, StepOutput
 from kernels import reference
+from runtime.config import Config
 from runtime.draft_model import DraftModel
 from runtime.protocol import SamplingParams
 from runtime.request import Sequence
@@ -75,10 +81,20 @@ class FakeStep:
     def __init__(self, num_rows: int) -> None:
         self.memory: list[dict[int, int]] = [{} for _ in range(num_rows)]
         self.last = np.zeros(num_rows, np.int64)
-        self.largest = 0
+        self.largest = self.launches = 0
         self.limits = [1000] * num_rows  # tokens that the row has pages for
 
-    def launch(self, step: StepInput) -> Ticket:
+    def launch(self, step: StepInput, times: int = 1) -> Ticket:
+        self.launches += 1
+        sampled = [self._run(step)]
+        if times == 1:
+            return Ticket(lambda: StepOutput(sampled[0]))
+        assert step.sampled.all() and step.num_tokens == len(set(step.rows.tolist())), "a token of each of several rows"
+        onward = np.full_like(step.token_ids, -1)
+        sampled += [self._run(dataclasses.replace(step, token_ids=onward, starts=step.starts + at)) for at in range(1, times)]
+        return Ticket(lambda: StepOutput(np.stack(sampled, axis=1)))
+
+    def _run(self, step: StepInput) -> np.ndarray:
         self.largest = max(self.largest, step.num_tokens)
         ids = np.where(step.token_ids < 0, self.last[np.repeat(step.rows, np.diff(step.query_start))], step.token_ids)
         for entry, row in enumerate(step.rows.tolist()):
@@ -90,7 +106,7 @@ class FakeStep:
             sampled.append(next_token([self.memory[row][at] for at in range(length)]))
             if draws:
                 self.last[row] = sampled[-1]
-        return Ticket(lambda: StepOutput(np.array(sampled, np.int32)))
+        return np.array(sampled, np.int32)
 
 
 @given(
@@ -98,19 +114,25 @@ class FakeStep:
     turns=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5), st.booleans()), min_size=1, max_size=8),
     max_tokens=st.integers(4, 40),
     max_entries=st.integers(4, 12),
+    together=st.booleans(),
 )
-def test_guesses_are_those_of_the_confirmed_tokens_alone(lengths, turns, max_tokens, max_entries) -> None:
+def test_guesses_are_those_of_the_confirmed_tokens_alone(lengths, turns, max_tokens, max_entries, together) -> None:
     """Whatever held, was corrected or went on without guesses: keys of the past are right when the next are made."""
-    rows = Rows(len(lengths), 200, 16)
+    rows = Rows(len(lengths), 200, 4)
     for index, length in enumerate(lengths):
-        rows.enter(Sequence(str(index), np.arange(length) + index, SamplingParams(), frozenset(), 0, 200), [], 0)
+        params = SamplingParams(max_tokens=100)
+        rows.enter(Sequence(str(index), np.arange(length) + index, params, frozenset(), 0, 200), [], 0)
     step = FakeStep(len(lengths))
-    model = DraftModel(step, rows, max_tokens, max_entries)
+    model = DraftModel(step, rows, max_tokens, max_entries, together)
     for count, kept, others in turns:
         at = np.arange(len(lengths), dtype=np.int32)[:: 2 if others and len(lengths) > 1 else 1]
         counts = np.array([1 + (count + index) % 4 for index in range(len(at))], np.int32)
         for row, wanted in zip(at.tolist(), counts.tolist()):
             step.limits[row] = int(rows.known[row]) + wanted - 1  # the last guess is not computed
+            if together:
+                missing = -(-step.limits[row] // 4) - int(rows.num_blocks[row])
+                rows.add_blocks(np.array([row]), np.array([max(missing, 0)]), [1] * missing)
+                step.limits[row] = int(rows.num_blocks[row]) * 4
         guessed = [tokens[:wanted] for tokens, wanted in zip(model.propose(at, counts).tolist(), counts.tolist())]
         for row, tokens in zip(at.tolist(), guessed):
             history = rows.tokens[row, : rows.known[row]].tolist()
@@ -131,3 +153,77 @@ def test_a_sequence_that_enters_a_row_is_computed_from_its_start() -> None:
         assert model.propose(np.zeros(1, np.int32), np.full(1, 2, np.int32))[0, 0] == next_token(tokens)
         step.memory[0].clear()
         rows.leave(0)
+
+
+def test_rows_that_want_fewer_guesses_go_along_as_far_as_their_pages_reach() -> None:
+    """So guesses are one launch; one more where a row lacks two tokens or more, or has no page to go on in."""
+    rows = Rows(3, 200, 4)
+    for index in range(3):
+        params = SamplingParams(max_tokens=100)
+        rows.enter(Sequence(str(index), np.arange(6) + index, params, frozenset(), 0, 200), [1, 2, 3], 0)
+    step, at = FakeStep(3), np.arange(3, dtype=np.int32)
+    step.limits = [12, 12, 12]
+    model = DraftModel(step, rows, 40, 8, together=True)
+    launches = []
+    for counts in ([3, 1, 2], [2, 4, 2], [1, 1, 1], [6, 5, 1]):
+        if max(counts) > 4:
+            rows.add_blocks(at[:2], np.ones(2, np.int32), [4, 4])
+            step.limits = [16, 16, 12]
+        before = step.launches
+        tokens = model.propose(at, np.array(counts, np.int32))
+        launches.append(step.launches - before)
+        assert tokens.shape == (3, max(counts))
+        rows.tokens[at, rows.known] = tokens[:, 0]
+        rows.known += 1
+    # With prompts; chains; at last the third row, with 9 tokens known and pages for 12, leaves after its fourth guess.
+    assert launches == [2, 1, 1, 2]
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> builder.BuiltModel:
+    """Random weights, uncompiled, with a model that guesses."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    LlamaConfig(
+        vocab_size=300, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128,
+    ).save_pretrained(folder := tmp_path_factory.mktemp("model"))
+    config = Config(
+        model=str(folder), speculative_model=str(folder), load_format="dummy", dtype="float32", device=request.param,
+        max_num_seqs=4, max_num_batched_tokens=64, block_size=8, num_blocks=64, compile=False,
+    )  # fmt: skip
+    return builder.ready(config, progress=False)
+
+
+def afresh(step: CompiledStep, history: list[int], count: int, temperature: float, seed: int) -> list[int]:
+    """What follows, each token from all that comes before, in the last row and pages of its own."""
+    tokens, row, pages = list(history), step.state.scrap_row - 1, np.arange(16)
+    for _ in range(count):
+        one = StepInput(
+            np.array(tokens, np.int32), np.full(1, row, np.int32), np.array([0, len(tokens)], np.int32), np.zeros(1, np.int32),
+            np.ones(1, bool), np.stack([np.full(16, row), pages, 48 + pages], axis=1).astype(np.int32),
+            SamplingInput(np.full(1, temperature, np.float32), np.full(1, seed, np.int64)),
+        )  # fmt: skip
+        tokens.append(int(step.launch(one).wait().token_ids[0]))
+    return tokens[len(history) :]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("together", [False, True])
+def test_guesses_of_a_real_model_are_what_it_says_afresh(drafted: builder.BuiltModel, temperature: float, together: bool) -> None:
+    """Also behind a token that is not what the model itself would have put behind guesses that all held."""
+    rows, at, count = Rows(4, 128, 8), np.arange(2, dtype=np.int32), 4
+    for index, length in enumerate((5, 11)):
+        params = SamplingParams(max_tokens=100, temperature=temperature, seed=index)
+        sequence = Sequence(str(index), np.arange(3, 3 + length), params, frozenset(), index, 128)
+        rows.enter(sequence, list(range(1 + 16 * index, 17 + 16 * index)), 0)
+    model = DraftModel(drafted.draft, rows, 64, 64, together)
+    for kept in (count, 2, count, 0):
+        guesses = model.propose(at, np.array([count, count - 1], np.int32))
+        for row, wanted in ((0, count), (1, count - 1)):
+            history = rows.tokens[row, : rows.known[row]].tolist()
+            expected = afresh(drafted.draft, history, count if together else wanted, temperature, int(rows.seed[row]))
+            assert guesses[row, : len(expected)].tolist() == expected
+            came = [*expected[: min(kept, wanted)], 299 - expected[-1]]
+            rows.tokens[row, rows.known[row] : rows.known[row] + len(came)] = came
+            rows.known[row] += len(came)
