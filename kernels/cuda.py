@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from kernels.attention_decode import attend_rows
 from kernels.attention_prefill import attend_ragged
-from kernels.fp8_linear import fp8_dequantize, fp8_linear
-from kernels.fragment_linear import fragment_dequantize
+from kernels.fragment_linear import KINDS, fragment_dequantize
 from kernels.fragment_linear import fragment_linear as tiled_fragment_linear
 from kernels.kv_write import write_kv
 from kernels.quant_tiles import Choice, choice_of
@@ -25,7 +24,7 @@ from kernels.silu_mul import silu_mul
 from kernels.skinny_linear import skinny_linear
 from kernels.skinny_tiles import RowTile, row_tile_of, tile_of
 
-SCALED_SIZES = 16  # what products of 8-bit codes want both sizes of a weight to be multiples of
+SCALED_ROWS = 16  # what PyTorch's product of two fp8 wants the rows of a weight to be a multiple of
 
 
 def paged_attention(
@@ -106,45 +105,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = Fals
     return silu_mul(product) if gated else product
 
 
-def quant_linear(x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int) -> Tensor:
-    """See `kernels.ops`; of 8-bit floats."""
-    if codes.dtype != torch.float8_e4m3fn or shift is not None:
-        raise TypeError(f"quant_linear takes float8_e4m3fn without shifts on CUDA, not {codes.dtype}; integers go to fragment_linear")
-    rows = _rows(x)
-    out_size, size = codes.shape
-    by_row = scale.shape[1] == 1 and x.dtype == torch.bfloat16 and out_size % SCALED_SIZES == 0 and size % SCALED_SIZES == 0
-    choice = choice_of("fp8", len(rows), out_size, size, group, by_row)
-    return quant_linear_by(choice, rows, codes, scale, bias, group).view(*x.shape[:-1], -1)
-
-
-def quant_linear_by(choice: Choice, rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
-    """rows [T, K] -> [T, N] by the given way; `scaled` rounds rows to the type of the codes too."""
-    if choice.way == "tile":
-        return fp8_linear(rows, codes, scale, bias, group, choice.tile)
-    if choice.way == "plain":
-        return functional.linear(rows, fp8_dequantize(codes, scale, group, rows.dtype), bias)
-    x_codes, x_scale = quantize_rows(rows)
-    return torch._scaled_mm(
-        x_codes, codes.t(), scale_a=x_scale, scale_b=scale.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=True
-    )
-
-
 def fragment_linear(
     x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int
 ) -> Tensor:
     """See `kernels.ops`."""
     rows = _rows(x)
-    choice = choice_of("int4" if codes.dtype == torch.uint8 else "int8", len(rows), out_size, rows.shape[1], group)
+    kind, size = KINDS[codes.dtype], rows.shape[1]
+    by_row = kind == "fp8" and group >= size and x.dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0
+    choice = choice_of(kind, len(rows), out_size, size, by_row)
     return fragment_linear_by(choice, rows, codes, scale, shift, bias, group, out_size).view(*x.shape[:-1], -1)
 
 
 def fragment_linear_by(
     choice: Choice, rows: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int
 ) -> Tensor:
-    """rows [T, K] -> [T, out_size] by the given way."""
+    """rows [T, K] -> [T, out_size] by the given way; `scaled` rounds rows to 8 bits too."""
     if choice.way == "tile":
         return tiled_fragment_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile)
-    return functional.linear(rows, fragment_dequantize(codes, scale, shift, group, out_size, rows.shape[1], rows.dtype), bias)
+    if choice.way == "plain":
+        return functional.linear(rows, fragment_dequantize(codes, scale, shift, group, out_size, rows.shape[1], rows.dtype), bias)
+    x_codes, x_scale = quantize_rows(rows)
+    return torch._scaled_mm(
+        x_codes, codes.t(), scale_a=x_scale, scale_b=scale.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=True
+    )
 
 
 def _rows(x: Tensor) -> Tensor:

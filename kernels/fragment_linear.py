@@ -1,10 +1,11 @@
-"""Triton: x @ weight.T with a weight of integer codes that lie as the matrix unit takes them (`reference.fragments`).
+"""Triton: x @ weight.T with a weight of codes that lie as the matrix unit takes them (`reference.fragments`).
 
 A thread loads the very codes of its operand, so a weight goes from memory through registers to the matrix unit and waits for no
 other thread: it is widened by packed arithmetic, gets the scale and shift of its group in one multiply-add, and is rounded as
-`dequantize` rounds it. Whole rows with one scale and no shift are multiplied as codes, and scaled at the end. The weight is
-the left operand, and its columns may be split (`kernels.split_columns`). `fragment_dequantize` writes such a weight out, for
-products of more rows. Knows sizes and codes; which way suits which is data in `kernels/quant_tiles.py`.
+`dequantize` rounds it. Whole rows with one scale and no shift are multiplied as codes, and scaled at the end. Integers lie block
+by block, scales beside them; 8-bit floats row by row, columns exchanged within 64, so that PyTorch's product takes them too. The
+weight is the left operand, and its columns may be split (`kernels.split_columns`). `fragment_dequantize` writes such a weight
+out, for products of more rows. Knows sizes and codes; which way suits which is data in `kernels/quant_tiles.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.launch import dependent, wait
+from kernels.quant_tiles import Kind
 from kernels.skinny_tiles import Tile
 from kernels.split_columns import added_up, is_last, room_for_parts
 from kernels.widen import nibbles, scaled, settled, wide_bytes
@@ -24,6 +26,7 @@ SIZE = tl.constexpr(reference.FRAGMENT)  # rows and columns of a block of the we
 THREADS = tl.constexpr(128)  # that hold a block
 MAX_BLOCK_T = 64  # of float32, which takes twice the room; else the tile says
 BLOCKS = 4  # side by side, to a program that writes the weight out
+KINDS: dict[torch.dtype, Kind] = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
 @triton.jit
@@ -79,6 +82,29 @@ def _weight(codes_at, scale, shift, DTYPE: tl.constexpr, GROUPS: tl.constexpr, I
         return tl.join(first, second).permute(0, 2, 1).reshape(threads // 2, SIZE)
 
 
+@triton.jit
+def _float_weight(
+    codes_ptr, scale_ptr, row, at, start, DTYPE: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    GROUP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """8-bit floats from column `start` on; thread `at` of 128 to a block from `row` on, both [threads] -> the weight [rows, 64]."""
+    threads: tl.constexpr = row.shape[0]
+    stride: tl.constexpr = (K + SIZE - 1) // SIZE * SIZE
+    groups: tl.constexpr = (K + GROUP - 1) // GROUP
+    upper_row = row + at // 32 * 16 + at % 32 // 4
+    lower_row = tl.minimum(upper_row + 8, N - 1).to(tl.int64)  # rows past the last are the last again: nothing of them is stored
+    upper_row = tl.minimum(upper_row, N - 1).to(tl.int64)
+    column = (start + at % 4 * 16)[:, None] + tl.arange(0, 16)[None, :]
+    upper = tl.load(codes_ptr + upper_row[:, None] * stride + column, eviction_policy="evict_first").to(tl.float32)
+    lower = tl.load(codes_ptr + lower_row[:, None] * stride + column, eviction_policy="evict_first").to(tl.float32)
+    if WHOLE:
+        upper *= tl.load(scale_ptr + upper_row * groups + start // GROUP)[:, None]
+        lower *= tl.load(scale_ptr + lower_row * groups + start // GROUP)[:, None]
+    # From float32: straight to bfloat16 it takes the slower converter. Elements are as those of 4 bits.
+    parts = tl.join(upper.to(DTYPE), lower.to(DTYPE)).reshape(threads // 32, 8, 4, 4, 2, 2, 2)
+    return parts.permute(0, 6, 1, 3, 4, 2, 5).reshape(threads // 2, SIZE)
+
+
 @triton.jit(do_not_specialize=["num_rows"])  # 2 and 8 rows, 64 and 256, share a kernel
 def fragment_linear_kernel(
     out_ptr,
@@ -99,7 +125,7 @@ def fragment_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    INT4: tl.constexpr,
+    KIND: tl.constexpr,
     WHOLE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -113,6 +139,7 @@ def fragment_linear_kernel(
     in_t = (t < num_rows)[None, :]
     column = tl.arange(0, SIZE)
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
+    INT4: tl.constexpr = KIND == "int4"
     BYTES: tl.constexpr = SIZE * SIZE // 2 if INT4 else SIZE * SIZE  # of a block
     span: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
     begin = split * span
@@ -137,19 +164,23 @@ def fragment_linear_kernel(
                 in_x = in_x & (column < K - start)[:, None]
                 start = tl.minimum(start, (blocks - 1) * SIZE)
             x = tl.load(x_at + (k + part * SIZE), mask=in_x, other=0.0)
-            if WHOLE and (part == 0 or GROUP % BLOCK_K != 0):  # else the step lies in one group
-                group_at = start // max(GROUP, SIZE) * (SIZE * GROUPS)
-                scale = tl.load(scale_ptr + pair_at + group_at)
-                shift = scale
-                if HAS_SHIFT:
-                    shift = tl.load(shift_ptr + pair_at + group_at)
-            weight = _weight(codes_at + start // SIZE * BYTES, scale, shift, x.dtype, GROUPS, INT4, WHOLE, HAS_SHIFT)
+            if KIND == "fp8":
+                weight = _float_weight(codes_ptr, scale_ptr, (tile * BLOCK_N + thread // THREADS * SIZE), at, start, x.dtype, N, K, GROUP, WHOLE)
+            else:
+                if WHOLE and (part == 0 or GROUP % BLOCK_K != 0):  # else the step lies in one group
+                    group_at = start // max(GROUP, SIZE) * (SIZE * GROUPS)
+                    scale = tl.load(scale_ptr + pair_at + group_at)
+                    shift = scale
+                    if HAS_SHIFT:
+                        shift = tl.load(shift_ptr + pair_at + group_at)
+                weight = _weight(codes_at + start // SIZE * BYTES, scale, shift, x.dtype, GROUPS, INT4, WHOLE, HAS_SHIFT)
             total = tl.dot(weight, x, total, input_precision=PRECISION)
         total = settled(total)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = n < N
     if not WHOLE:
-        total *= tl.load(scale_ptr + n // 16 * 16 + n % 8 * 2 + n % 16 // 8, mask=in_n, other=0.0).to(tl.float32)[:, None]
+        scale_at = n if KIND == "fp8" else n // 16 * 16 + n % 8 * 2 + n % 16 // 8
+        total *= tl.load(scale_ptr + scale_at, mask=in_n, other=0.0).to(tl.float32)[:, None]
     if SPLIT_K > 1:
         part_at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
         if not is_last(total, partial_ptr, counter_ptr, tl.program_id(0), split, part_at, SPLIT_K, BLOCK_N, BLOCK_T):
@@ -190,12 +221,12 @@ def fragment_linear(
         N=out_size,
         K=size,
         GROUP=group,
-        GROUPS=scale.shape[3] // 2,
+        GROUPS=_groups(scale),
         BLOCK_T=block_t,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         SPLIT_K=tile.split_k,
-        INT4=codes.dtype == torch.uint8,
+        KIND=KINDS[codes.dtype],
         WHOLE=shift is not None or group < size,
         HAS_SHIFT=shift is not None,
         HAS_BIAS=bias is not None,
@@ -218,10 +249,11 @@ def fragment_dequantize_kernel(
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    INT4: tl.constexpr,
+    KIND: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
 ):
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
+    INT4: tl.constexpr = KIND == "int4"
     BYTES: tl.constexpr = SIZE * SIZE // 2 if INT4 else SIZE * SIZE
     row_block = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, THREADS)
@@ -233,12 +265,15 @@ def fragment_dequantize_kernel(
         block = tl.program_id(1) * BLOCKS + part
         column = block * SIZE + tl.arange(0, SIZE)
         held = tl.minimum(block, blocks - 1)
-        group_at = held * SIZE // max(GROUP, SIZE) * (SIZE * GROUPS)
-        scale = tl.load(scale_ptr + pair_at + group_at)
-        shift = scale
-        if HAS_SHIFT:
-            shift = tl.load(shift_ptr + pair_at + group_at)
-        weight = _weight(codes_at + held * BYTES, scale, shift, out_ptr.dtype.element_ty, GROUPS, INT4, True, HAS_SHIFT)
+        if KIND == "fp8":
+            weight = _float_weight(codes_ptr, scale_ptr, tl.full([THREADS], row_block * SIZE, tl.int32), at, held * SIZE, out_ptr.dtype.element_ty, N, K, GROUP, True)
+        else:
+            group_at = held * SIZE // max(GROUP, SIZE) * (SIZE * GROUPS)
+            scale = tl.load(scale_ptr + pair_at + group_at)
+            shift = scale
+            if HAS_SHIFT:
+                shift = tl.load(shift_ptr + pair_at + group_at)
+            weight = _weight(codes_at + held * BYTES, scale, shift, out_ptr.dtype.element_ty, GROUPS, INT4, True, HAS_SHIFT)
         tl.store(out_ptr + n[:, None] * K + column[None, :], weight, mask=(n < N)[:, None] & (column < K)[None, :])
 
 
@@ -246,9 +281,8 @@ def fragment_dequantize(
     codes: Tensor, scale: Tensor, shift: Tensor | None, group: int, out_size: int, size: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight as in `kernels.ops`, all contiguous -> [out_size, size] in dtype, rounded once."""
-    row_blocks, blocks = codes.shape[:2]
     out = torch.empty(out_size, size, dtype=dtype, device=codes.device)
-    fragment_dequantize_kernel[row_blocks, triton.cdiv(blocks, BLOCKS)](
+    fragment_dequantize_kernel[triton.cdiv(out_size, SIZE.value), triton.cdiv(size, SIZE.value * BLOCKS)](
         out,
         codes,
         scale,
@@ -256,10 +290,15 @@ def fragment_dequantize(
         N=out_size,
         K=size,
         GROUP=group,
-        GROUPS=scale.shape[3] // 2,
+        GROUPS=_groups(scale),
         BLOCKS=BLOCKS,
-        INT4=codes.dtype == torch.uint8,
+        KIND=KINDS[codes.dtype],
         HAS_SHIFT=shift is not None,
         num_warps=4,
     )
     return out
+
+
+def _groups(scale: Tensor) -> int:
+    """Of a block of integers."""
+    return scale.shape[3] // 2 if scale.dim() == 4 else 1

@@ -19,10 +19,11 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 
 `pagegraph::quant_linear` is x [..., K] @ weight.T + bias [N] -> [..., N] with weight [N, K] = codes * scale + shift: codes
 int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kernels.reference.pack_nibbles`); scale and shift
-[N, groups] of `group` neighbouring columns each, the last group maybe of fewer. On CUDA of float8_e4m3fn without shifts.
+[N, groups] of `group` neighbouring columns each, the last group maybe of fewer. Not on CUDA.
 
-`pagegraph::fragment_linear` is the same with codes of 4 or 8 bits as `kernels.reference.fragments` lays them, scale and shift as
-`fragment_pairs` does: x [..., K] -> [..., out_size].
+`pagegraph::fragment_linear` is the same with the weight as the matrix unit takes it, x [..., K] -> [..., out_size]: integers as
+`kernels.reference.fragments` lays them, scale and shift as `fragment_pairs` does; or float8_e4m3fn as `exchanged_columns`, scale float32
+[N, groups] of a multiple of 64 columns each, no shift.
 
 `pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit codes as
 PyTorch packs them for AVX-512 (`kernels.cpu.unpack_int4`), pairs [K / group, N, 2] scale and shift beside each other in x's dtype.
@@ -170,12 +171,6 @@ def _linear_norm_linear_on_cuda(*arguments: Tensor | float | bool | None) -> tup
     return cuda.linear_norm_linear(*arguments)
 
 
-def _quant_linear_on_cuda(*arguments: Tensor | int | None) -> Tensor:
-    from kernels import cuda
-
-    return cuda.quant_linear(*arguments)
-
-
 def _fragment_linear_on_cuda(*arguments: Tensor | int | None) -> Tensor:
     from kernels import cuda
 
@@ -211,7 +206,6 @@ _library.impl("linear_norm_linear", _linear_norm_linear_on_cuda, "CUDA")
 _library.impl("materialize", torch.clone, "CompositeExplicitAutograd")
 _library.impl("in_memory", torch.clone, "CompositeExplicitAutograd")
 _library.impl("quant_linear", reference.quant_linear, "CPU")
-_library.impl("quant_linear", _quant_linear_on_cuda, "CUDA")
 _library.impl("fragment_linear", reference.fragment_linear, "CPU")
 _library.impl("fragment_linear", _fragment_linear_on_cuda, "CUDA")
 _library.impl("int4_packed_linear", cpu.int4_packed_linear, "CPU")

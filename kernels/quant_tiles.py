@@ -1,4 +1,4 @@
-"""How `pagegraph::quant_linear` and `pagegraph::fragment_linear` compute each product on CUDA: data by kind of code, shape and rows.
+"""How `pagegraph::fragment_linear` computes each product on CUDA: data by kind of code, shape and rows.
 
 A product of the table was measured by perf/h200_quantized.py; all others go by a rule of thumb. Knows sizes only.
 """
@@ -14,8 +14,8 @@ WIDE_ROWS = 256  # above it a weight is dequantised once for all rows
 PROGRAMS = 264  # two on each multiprocessor of an H100 or H200
 
 Kind = Literal["int8", "int4", "fp8"]
-# tile: a kernel of ours, `fp8_linear` or `fragment_linear`, by that tile; plain: dequantised, then cuBLAS; scaled: rows rounded to
-# codes with a scale each, for PyTorch's product of two fp8, which wants a weight with one scale a row.
+# tile: `kernels.fragment_linear` by that tile; plain: dequantised, then cuBLAS; scaled: rows rounded to codes with a scale each, for
+# PyTorch's product of two fp8, which wants a weight with one scale a row.
 Way = Literal["tile", "plain", "scaled"]
 
 
@@ -39,6 +39,11 @@ TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
     ("fp8", 28672, 4096): {8: tiled(64, 128, 2, 4, 4), 256: SCALED},
     ("fp8", 4096, 14336): {32: tiled(64, 128, 8, 4, 4), 64: tiled(128, 128, 4, 8, 4), 256: SCALED},
     ("fp8", 128256, 4096): {32: tiled(64, 128, 1, 4, 4), 256: SCALED},
+    ("int8", 6144, 4096): {8: tiled(64, 128, 4, 4, 6), 32: tiled(128, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 2, 4, 4, 128), 256: tiled(64, 64, 1, 4, 4, 128)},
+    ("int8", 4096, 4096): {32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 64, 2, 4, 4, 128)},
+    ("int8", 28672, 4096): {8: tiled(64, 128, 1, 4, 4), 64: tiled(128, 128, 1, 4, 4), 256: tiled(128, 64, 1, 8, 4, 128)},
+    ("int8", 4096, 14336): {8: tiled(64, 128, 8, 4, 4), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(128, 64, 4, 8, 4, 128)},
+    ("int8", 128256, 4096): {8: tiled(64, 128, 1, 4, 4), 64: tiled(256, 128, 1, 8, 3), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 3, 256)},
     ("int4", 6144, 4096): {8: tiled(64, 128, 8, 4, 4), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(64, 64, 2, 4, 4, 128)},
     ("int4", 4096, 4096): {8: tiled(64, 128, 8, 4, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 128, 1, 4, 4)},
     ("int4", 28672, 4096): {8: tiled(64, 128, 2, 4, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 4, 128)},
@@ -47,38 +52,26 @@ TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
 }  # fmt: skip
 
 
-def choice_of(kind: Kind, rows: int, out_size: int, size: int, group: int, by_row: bool = False) -> Choice:
+def choice_of(kind: Kind, rows: int, out_size: int, size: int, by_row: bool = False) -> Choice:
     """For x [rows, size] @ weight [out_size, size].T; `by_row`: PyTorch's product takes this weight."""
     measured = TABLE.get((kind, out_size, size), {})
     if limits := [limit for limit in measured if limit >= rows]:
         found = measured[min(limits)]
-        # A tile that was measured with larger groups says nothing of steps as short as these.
-        short = kind == "fp8" and found.way == "tile" and found.tile.block_k > step_within(group, size)
-        if not short and (found.way != "scaled" or by_row):
+        if found.way != "scaled" or by_row:
             return found
     if rows > FEW_ROWS and by_row:
         return SCALED
     if rows > WIDE_ROWS:
         return PLAIN
-    return Choice("tile", tile_by_rule(kind, rows, out_size, size, group))
+    return Choice("tile", tile_by_rule(rows, out_size, size))
 
 
-def step_within(group: int, size: int) -> int:
-    """Most columns of a step that lie in one group: a power of two, at most 128."""
-    return min(128, group & -group) if group < size else 128
-
-
-def tile_by_rule(kind: Kind, rows: int, out_size: int, size: int, group: int) -> Tile:
-    """Columns are split where rows of the weight alone do not fill the device; a step of fp8 lies in one group."""
-    laid = kind != "fp8"  # as fragments, in blocks of 64 by 64, whose groups may be short
+def tile_by_rule(rows: int, out_size: int, size: int) -> Tile:
+    """Columns are split where rows of the weight alone do not fill the device."""
     if rows > FEW_ROWS:  # a tile takes 128 rows of x, so that a weight is widened once or twice
-        block_n = 128 if laid or out_size >= 128 * PROGRAMS // 2 else 64
-        block_k = 64 if laid else min(64, step_within(group, size))
-        wanted = max(1, PROGRAMS // 2 // (-(-out_size // block_n) * -(-rows // 128)))
-        split = min(4, 1 << wanted.bit_length() - 1, max(1, size // (8 * block_k)))
-        return Tile(block_n, block_k, split, block_n // 16, 3, 128)
-    block_n = 64 if out_size >= 4096 or laid else 32
-    block_k = 128 if laid else step_within(group, size)
-    wanted = max(1, PROGRAMS * (2 if laid else 1) // -(-out_size // block_n))
-    split = min(8, 1 << wanted.bit_length() - 1, max(1, size // (4 * block_k)))
-    return Tile(block_n, block_k, split, 4, 4)
+        wanted = max(1, PROGRAMS // 2 // (-(-out_size // 128) * -(-rows // 128)))
+        split = min(4, 1 << wanted.bit_length() - 1, max(1, size // 512))
+        return Tile(128, 64, split, 8, 3, 128)
+    wanted = max(1, 2 * PROGRAMS // -(-out_size // 64))
+    split = min(8, 1 << wanted.bit_length() - 1, max(1, size // 512))
+    return Tile(64, 128, split, 4, 4)

@@ -5,8 +5,6 @@ Slow on purpose where a loop says it more plainly. Knows no device, no pages bey
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
@@ -14,7 +12,6 @@ INT8_MAX, FP8_MAX = 127.0, 448.0
 SECOND_DIGIT = 2 * INT8_MAX  # what a rounding to int8 leaves is at most half: this many steps fill the next int8
 NIBBLE_SPAN = 32  # columns that `pack_nibbles` keeps together
 FRAGMENT = 64  # rows and columns of a weight that `fragments` lays together: Hopper's matrix instruction takes so many rows
-FRAGMENT_GROUPS = {4: 32, 8: 16}  # by bits: fewest columns to a scale
 LOOKUP_SEEN = 32  # a match is measured up to so many tokens
 
 
@@ -425,14 +422,6 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return (torch.stack([spans & 15, spans >> 4], dim=2).to(torch.int8) - 8).flatten(1)
 
 
-def fragment_group(group: int, size: int, bits: int) -> int:
-    """Columns to a scale beside `fragments`: `group` or what divides it so that blocks have whole groups; 0 where nothing does."""
-    if group >= size or group % FRAGMENT == 0:
-        return min(group, size)
-    common = math.gcd(group, FRAGMENT)
-    return common if common >= FRAGMENT_GROUPS[bits] else 0
-
-
 def fragments(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 codes [N, K], in -8..7 at 4 bits -> [N / 64, K / 64, 128, 16] uint8, at 8 bits [.., 256, 16] int8: operands of the matrix unit.
 
@@ -460,6 +449,21 @@ def from_fragments(laid: torch.Tensor, rows: int, size: int) -> torch.Tensor:
         parts = torch.stack([laid & 15, laid >> 4], dim=-1).to(torch.int8) - 8
         parts = parts.view(row_blocks, blocks, 4, 8, 4, 4, 2, 2, 2).permute(0, 2, 7, 3, 1, 5, 8, 4, 6)
     return parts.reshape(row_blocks * FRAGMENT, -1)[:rows, :size].contiguous()
+
+
+def exchanged_columns(values: torch.Tensor) -> torch.Tensor:
+    """[N, K] -> [N, K'], K filled up to a multiple of 64 with zeros: of every 64 columns first those of thread r = 0 of `fragments`.
+
+    So 16 neighbours are the part of a row that a thread's operand has: column 16 * step + 8 * c + 2 * r + p is at 16 * r + 4 * step + 2 * c + p.
+    """
+    padded = values.new_zeros(len(values), -(-values.shape[1] // FRAGMENT) * FRAGMENT)
+    padded[:, : values.shape[1]] = values
+    return padded.view(len(values), -1, 4, 2, 4, 2).permute(0, 1, 4, 2, 3, 5).reshape(padded.shape)
+
+
+def restored_columns(exchanged: torch.Tensor, size: int) -> torch.Tensor:
+    """The inverse of `exchanged_columns`: [N, size]."""
+    return exchanged.view(len(exchanged), -1, 4, 4, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(exchanged.shape)[:, :size]
 
 
 def fragment_pairs(scale: torch.Tensor, group: int, size: int) -> torch.Tensor:
@@ -539,5 +543,7 @@ def fragment_linear(
 ) -> torch.Tensor:
     """See `kernels.ops`: the product with the dequantised weight, rounded to x's dtype."""
     size = x.shape[-1]
+    if codes.dtype == torch.float8_e4m3fn:
+        return quant_linear(x, restored_columns(codes, size), scale, None, bias, group)
     scale, shift = (None if one is None else from_fragment_pairs(one, out_size, -(-size // group)) for one in (scale, shift))
     return quant_linear(x, from_fragments(codes, out_size, size), scale, shift, bias, group)

@@ -101,7 +101,8 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
         yield Choice("plain")
     if product.kind == "fp8":
         yield Choice("scaled")
-    yield Choice("tile", tile_by_rule(product.kind, rows, product.out_size, product.size, product.group))
+    if product.kind != "fp8" or rows <= FEW_ROWS:
+        yield Choice("tile", tile_by_rule(rows, product.out_size, product.size))
     for block_n, block_k, warps, stages, block_t in _sizes(product.kind, rows):
         whole = -(-product.out_size // block_n) * -(-rows // block_t)
         for split in (1, 2, 4, 8):
@@ -113,14 +114,12 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
 
 def _sizes(kind: Kind, rows: int) -> tuple[tuple[int, int, int, int, int], ...]:
     """Weight rows and columns of a step, warps, stages, rows of x: none spills."""
-    if kind == "fp8" and rows <= 16:
-        return (64, 128, 4, 4, 64), (64, 128, 4, 6, 64), (128, 128, 4, 4, 64)
-    if kind == "fp8":
-        return ((64, 128, 4, 4, 64), (128, 128, 8, 4, 64)) if rows <= FEW_ROWS else ()
     if rows <= 16:
         return (64, 128, 4, 4, 64), (64, 128, 4, 6, 64), (128, 128, 4, 4, 64)
     if rows <= FEW_ROWS:
         return (64, 128, 4, 4, 64), (128, 128, 4, 4, 64), (256, 128, 8, 3, 64)
+    if kind == "fp8":
+        return ()
     many = (128, 128, 8, 3, 128), (128, 64, 8, 4, 128), (128, 64, 8, 3, 128), (64, 64, 4, 4, 128), (64, 128, 4, 4, 64)
     return (*many, (128, 64, 8, 3, 256)) if rows > 128 else many
 
@@ -167,8 +166,6 @@ def _product(
     product: Product, choice: Choice, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
 ) -> torch.Tensor:
     """x [T, size] times the weight of `_weight` by the given way, on CUDA."""
-    if product.kind == "fp8":
-        return cuda.quant_linear_by(choice, x, codes, scale, None, product.group)
     return cuda.fragment_linear_by(choice, x, codes, scale, shift, None, product.group, product.out_size)
 
 
@@ -179,7 +176,8 @@ def _weight(product: Product, device: str, random: bool = True) -> tuple[torch.T
         return _zeros(product, device)
     weight = torch.empty(out_size, size, device=device, dtype=torch.bfloat16).normal_(std=0.02)
     if product.kind == "fp8":
-        return *reference.quantize_rows(weight, torch.float8_e4m3fn), None
+        codes, scale = reference.quantize_rows(weight, torch.float8_e4m3fn)
+        return reference.exchanged_columns(codes), scale, None
     if product.kind == "int8":
         codes, scale = reference.quantize_rows(weight, torch.int8)
         return reference.fragments(codes, 8), reference.fragment_pairs(scale, group, size), None
@@ -202,7 +200,9 @@ def _zeros(product: Product, device: str) -> tuple[torch.Tensor, torch.Tensor, t
 
 def _dequantized(product: Product, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
     """Float32 [out_size, size]."""
-    if product.kind != "fp8":
+    if product.kind == "fp8":
+        codes = reference.restored_columns(codes, product.size)
+    else:
         codes = reference.from_fragments(codes, product.out_size, product.size)
         groups = product.size // product.group
         scale, shift = (None if one is None else reference.from_fragment_pairs(one, product.out_size, groups) for one in (scale, shift))

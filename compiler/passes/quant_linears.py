@@ -6,6 +6,7 @@ Knows what a device's products take and which of them beat the unquantised produ
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 from torch import nn
@@ -83,22 +84,23 @@ class Int8Dynamic(nn.Module):
 
 
 class Fragments(nn.Module):
-    """CUDA: integer codes, scales and shifts laid as the threads of a product want them."""
+    """CUDA: codes, scales and shifts laid as the threads of a product want them."""
 
     def __init__(self, linear: QuantLinear) -> None:
         super().__init__()
-        bits, size = linear.bits, linear.in_features
-        self.group = reference.fragment_group(linear.group, size, bits)
-        codes = reference.unpack_nibbles(linear.codes) if bits == 4 else linear.codes
-        self.register_buffer("codes", reference.fragments(codes, bits), persistent=False)
-        for name in ("scale", "shift"):
-            values = getattr(linear, name)
-            if values is not None:
-                if self.group < size:  # of small groups they are read with the codes: two bytes of each tell apart what few bits can
-                    values = values.repeat_interleave(linear.group // self.group, dim=1)[:, : -(-size // self.group)].to(linear.dtype)
-                values = reference.fragment_pairs(values, self.group, size)
+        size = linear.in_features
+        self.group = fragment_group(linear)
+        scale, shift = (_regrouped(one, linear.group, self.group, size) for one in (linear.scale, linear.shift))
+        if linear.codes.dtype == torch.float8_e4m3fn:
+            codes = reference.exchanged_columns(linear.codes)
+        else:
+            codes = reference.unpack_nibbles(linear.codes) if linear.bits == 4 else linear.codes
+            codes = reference.fragments(codes, linear.bits)
+            if self.group < size:  # of small groups they are read with the codes: two bytes of each tell apart what few bits can
+                scale, shift = (None if one is None else one.to(linear.dtype) for one in (scale, shift))
+            scale, shift = (None if one is None else reference.fragment_pairs(one, self.group, size) for one in (scale, shift))
+        for name, values in dict(codes=codes, scale=scale, shift=shift, columns=linear.columns).items():
             self.register_buffer(name, values, persistent=False)
-        self.register_buffer("columns", linear.columns, persistent=False)
         self.bias, self.out_features = linear.bias, linear.out_features
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
@@ -107,6 +109,22 @@ class Fragments(nn.Module):
         return torch.ops.pagegraph.fragment_linear(
             states, self.codes, self.scale, self.shift, self.bias, self.group, self.out_features
         )
+
+
+def fragment_group(linear: QuantLinear) -> int:
+    """Columns to a scale of `Fragments`: those of the linear, or what divides them so that blocks have whole groups; 0 where nothing does."""
+    if linear.group >= linear.in_features or linear.group % reference.FRAGMENT == 0:
+        return min(linear.group, linear.in_features)
+    least = {torch.uint8: 32, torch.int8: 16, torch.float8_e4m3fn: reference.FRAGMENT}[linear.codes.dtype]
+    common = math.gcd(linear.group, reference.FRAGMENT)
+    return common if common >= least else 0
+
+
+def _regrouped(values: torch.Tensor | None, group: int, held: int, size: int) -> torch.Tensor | None:
+    """Scales of groups as scales of parts of them."""
+    if values is None or held >= size:
+        return values
+    return values.repeat_interleave(group // held, dim=1)[:, : -(-size // held)].contiguous()
 
 
 class Int4Packed(nn.Module):
@@ -190,9 +208,7 @@ def quant_linears(model: nn.Module) -> int:
 def _form(linear: QuantLinear) -> nn.Module:
     """On CUDA the op chooses by rows; on the CPU the product is chosen here, once."""
     if linear.codes.device.type != "cpu":
-        if linear.codes.dtype == torch.float8_e4m3fn:
-            return linear
-        return Fragments(linear) if reference.fragment_group(linear.group, linear.in_features, linear.bits) else _widened(linear)
+        return Fragments(linear) if fragment_group(linear) else _widened(linear)
     if linear.codes.dtype == torch.int8 and linear.scale.shape[1] == 1 and linear.shift is None and linear.columns is None:
         if torch.cpu._is_vnni_supported():
             return Int8Dynamic(linear)

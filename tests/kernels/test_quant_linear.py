@@ -11,15 +11,7 @@ import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from kernels import quant_tiles, reference
 from kernels.quant_tiles import FEW_ROWS, Choice, Tile, choice_of, tile_by_rule
 
-FLOATS = [
-    # N, K, group, tile
-    (64, 192, 192, Tile(32, 64, 8, 4, 3)),  # more splits than columns to share
-    (40, 160, 160, Tile(16, 64, 2, 4, 3)),  # rows beyond the last tile, columns beyond the last step
-    (32, 96, 16, Tile(16, 16, 2, 4, 3)),
-    (32, 200, 128, Tile(16, 64, 2, 4, 3)),  # the last group is short
-    (96, 192, 192, Tile(64, 64, 2, 4, 3, 256)),  # with many rows, columns split for each block of them
-]
-INTEGERS = [
+SHAPES = [
     # kind, N, K, group, tile
     ("int4", 64, 128, 32, Tile(64, 64, 1, 4, 3)),  # two groups a block
     ("int4", 128, 256, 64, Tile(128, 128, 2, 4, 3)),
@@ -32,8 +24,12 @@ INTEGERS = [
     ("int8", 100, 96, 16, Tile(128, 128, 1, 4, 3)),  # four groups a block
     ("int8", 64, 192, 32, Tile(64, 64, 2, 4, 3)),
     ("int8", 192, 256, 128, Tile(64, 64, 2, 4, 3, 256)),
+    ("fp8", 64, 192, 192, Tile(64, 64, 8, 4, 3)),  # more splits than columns to share
+    ("fp8", 44, 160, 160, Tile(64, 64, 2, 4, 3)),
+    ("fp8", 100, 200, 128, Tile(128, 128, 1, 4, 3)),  # the last group is short
+    ("fp8", 128, 256, 64, Tile(64, 128, 2, 4, 3)),
+    ("fp8", 96, 192, 192, Tile(64, 64, 2, 4, 3, 256)),
 ]
-SHAPES = [("fp8", *sizes) for sizes in FLOATS] + INTEGERS
 
 
 def random_weight(kind: str, rows: int, size: int, group: int, shifted: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -49,16 +45,18 @@ def random_weight(kind: str, rows: int, size: int, group: int, shifted: bool) ->
 
 
 def multiplied(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, group: int, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [N, K] float32 that rows are multiplied by: with a shift, and of integers in groups, rounded to dtype."""
+    """The weight [N, K] float32 that rows are multiplied by: with a shift, and in groups, rounded to dtype."""
     weight = reference.dequantize(codes, scale, shift, group)
-    exact = shift is None and (scale.shape[1] == 1 or codes.dtype == torch.float8_e4m3fn)
+    exact = shift is None and scale.shape[1] == 1
     return weight if exact else weight.to(dtype).float()
 
 
 def laid(
     codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, group: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Integers as the threads of a product want them."""
+    """As the threads of a product want it."""
+    if codes.dtype == torch.float8_e4m3fn:
+        return reference.exchanged_columns(codes), scale, shift
     bits = 4 if codes.dtype == torch.uint8 else 8
     codes = reference.fragments(reference.unpack_nibbles(codes) if bits == 4 else codes, bits)
     return codes, *(None if one is None else reference.fragment_pairs(one, group, size) for one in (scale, shift))
@@ -74,15 +72,11 @@ def test_equals_the_reference(
     x = torch.randn(rows, size + 16, generator=torch.Generator().manual_seed(rows)).bfloat16()[:, :size]
     bias = torch.randn(out_size).bfloat16() if shifted else None
     expected = x.float() @ multiplied(codes, scale, shift, group, x.dtype).t() + (0 if bias is None else bias.float())
-    if kind == "fp8":
-        call = ("kernels.fp8_linear", "fp8_linear", x, codes, scale, bias, group, tile)
-    else:
-        weight = laid(codes, scale, shift, group, size)
-        call = ("kernels.fragment_linear", "fragment_linear", x, *weight, bias, group, out_size, tile)
-        rounded = torch.ops.pagegraph.fragment_linear(x, *weight, bias, group, out_size)
-        torch.testing.assert_close(rounded.float(), expected, atol=2**-8 * expected.abs().max().item(), rtol=2**-7)
+    weight = laid(codes, scale, shift, group, size)
+    rounded = torch.ops.pagegraph.fragment_linear(x, *weight, bias, group, out_size)
+    torch.testing.assert_close(rounded.float(), expected, atol=2**-8 * expected.abs().max().item(), rtol=2**-7)
     for _ in range(2):  # the second call finds the arrival counts as the first left them
-        out, _ = triton_calls.call(*call)
+        out, _ = triton_calls.call("kernels.fragment_linear", "fragment_linear", x, *weight, bias, group, out_size, tile)
         assert out.dtype == x.dtype and out.shape == expected.shape
         # What is added up is exact but for float32: one rounding to bfloat16 at the end.
         torch.testing.assert_close(out.float(), expected, atol=1e-4 * expected.abs().max().item(), rtol=2**-8)
@@ -95,11 +89,8 @@ def test_weights_come_back(
     triton_calls, kind: str, out_size: int, size: int, group: int, tile: Tile, shifted: bool, dtype: torch.dtype
 ) -> None:
     codes, scale, shift = random_weight(kind, out_size, size, group, shifted and kind != "fp8")
-    if kind == "fp8":
-        out, _ = triton_calls.call("kernels.fp8_linear", "fp8_dequantize", codes, scale, group, dtype)
-    else:
-        weight = laid(codes, scale, shift, group, size)
-        out, _ = triton_calls.call("kernels.fragment_linear", "fragment_dequantize", *weight, group, out_size, size, dtype)
+    weight = laid(codes, scale, shift, group, size)
+    out, _ = triton_calls.call("kernels.fragment_linear", "fragment_dequantize", *weight, group, out_size, size, dtype)
     expected = reference.dequantize(codes, scale, shift, group)
     torch.testing.assert_close(out.float(), expected, atol=1e-5, rtol=2**-8 if dtype == torch.bfloat16 else 2**-11)
 
@@ -151,11 +142,16 @@ def test_pairs_lie_beside_fragments(group: int, size: int) -> None:
             assert pairs[row // 64, block, 8 * (row % 64 // 16) + row % 8, 2 * n + row % 16 // 8] == scale[row, at]
 
 
-@pytest.mark.parametrize(
-    "group, size, bits, held", [(128, 512, 4, 128), (32, 512, 4, 32), (96, 512, 4, 32), (40, 40, 4, 40), (16, 64, 8, 16), (48, 96, 8, 16), (16, 64, 4, 0)]
-)
-def test_groups_beside_fragments(group: int, size: int, bits: int, held: int) -> None:
-    assert reference.fragment_group(group, size, bits) == held
+@pytest.mark.parametrize("size", [64, 200])
+def test_columns_are_exchanged_within_64(size: int) -> None:
+    values = torch.arange(size).repeat(2, 1) + 1
+    exchanged = reference.exchanged_columns(values)
+    assert exchanged.shape == (2, -(-size // 64) * 64)
+    for column in range(exchanged.shape[1]):
+        step, c, r, p = column % 64 // 16, column % 16 // 8, column % 8 // 2, column % 2
+        at = column // 64 * 64 + 16 * r + 4 * step + 2 * c + p
+        assert exchanged[1, at] == (column + 1 if column < size else 0)
+    assert torch.equal(reference.restored_columns(exchanged, size), values)
 
 
 def test_a_tile_is_made_of_blocks(triton_calls) -> None:
@@ -164,10 +160,12 @@ def test_a_tile_is_made_of_blocks(triton_calls) -> None:
         triton_calls.call("kernels.fragment_linear", "fragment_linear", torch.zeros(1, 128).bfloat16(), *weight, None, 64, 64, Tile(32, 64, 1, 4, 3))
 
 
-def test_rows_become_the_codes_of_the_reference(triton_calls) -> None:
-    x = (torch.randn(5, 3000, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e4])[:, None]).bfloat16()
+@pytest.mark.parametrize("size", [3000, 64])
+def test_rows_become_the_codes_of_the_reference(triton_calls, size: int) -> None:
+    x = (torch.randn(5, size, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e4])[:, None]).bfloat16()
     (codes, scale), _ = triton_calls.call("kernels.quantize_rows", "quantize_rows", x)
     expected, expected_scale = reference.quantize_rows(x, torch.float8_e4m3fn)
+    expected = reference.exchanged_columns(expected)
     torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
     # A quotient at the middle of two codes may go either way: at most a step of the type.
     step = expected.float().abs().clamp(min=2**-6) * 2**-3
@@ -180,20 +178,15 @@ def test_rows_become_the_codes_of_the_reference(triton_calls) -> None:
     st.integers(1, 600),
     st.integers(1, 5000).map(lambda n: 8 * n),
     st.integers(1, 300).map(lambda n: 64 * n),
-    st.sampled_from([16, 32, 64, 128, 0]),
     st.booleans(),
 )
-def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int, group: int, scaled: bool) -> None:
-    group = group or size
-    choice = choice_of(kind, rows, out_size, size, group, scaled and kind == "fp8" and group == size)
+def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int, by_row: bool) -> None:
+    choice = choice_of(kind, rows, out_size, size, by_row and kind == "fp8")
     if choice.way != "tile":
         assert choice.tile is None and rows > FEW_ROWS
         return
     tile = choice.tile
-    if kind == "fp8":
-        assert tile.block_k >= 16 and (group >= size or group % tile.block_k == 0)
-    else:
-        assert tile.block_n % 64 == 0 and tile.block_k % 64 == 0
+    assert tile.block_n % 64 == 0 and tile.block_k % 64 == 0
     assert tile.split_k == 1 or tile.split_k * tile.block_k <= size
     assert tile.num_stages * tile.block_k * (tile.block_n + 2 * tile.block_t) <= 200 * 1024
 
@@ -201,13 +194,12 @@ def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int,
 def test_a_measured_choice_fits_the_weight_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {8: Choice("tile", Tile(64, 128, 2, 4, 4)), 64: Choice("scaled"), 300: Choice("plain")}
     monkeypatch.setitem(quant_tiles.TABLE, ("fp8", 512, 1024), measured)
-    monkeypatch.setitem(quant_tiles.TABLE, ("int4", 512, 1024), measured)
-    assert choice_of("fp8", 3, 512, 1024, 1024, True) == choice_of("int4", 3, 512, 1024, 32) == measured[8]
-    assert choice_of("fp8", 3, 512, 1024, 32).tile == tile_by_rule("fp8", 3, 512, 1024, 32)
-    assert choice_of("fp8", 20, 512, 1024, 1024, True).way == "scaled"
-    assert choice_of("fp8", 20, 512, 1024, 128).way == "tile"  # a scale a block: the row-wise product does not take it
-    assert choice_of("fp8", 300, 512, 1024, 1024, True).way == "plain"
-    assert choice_of("fp8", 301, 512, 1024, 1024, True).way == "scaled"
+    assert choice_of("fp8", 3, 512, 1024, True) == choice_of("fp8", 3, 512, 1024) == measured[8]
+    assert choice_of("fp8", 20, 512, 1024, True).way == "scaled"
+    assert choice_of("fp8", 20, 512, 1024).tile == tile_by_rule(20, 512, 1024)  # a scale a block: the row-wise product does not take it
+    assert choice_of("fp8", 300, 512, 1024, True).way == "plain"
+    assert choice_of("fp8", 301, 512, 1024, True).way == "scaled"
+    assert choice_of("int4", 3, 512, 1024).tile == tile_by_rule(3, 512, 1024)
 
 
 @pytest.mark.parametrize(
@@ -215,29 +207,22 @@ def test_a_measured_choice_fits_the_weight_at_hand(monkeypatch: pytest.MonkeyPat
 )
 def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
     """Each way but the row-wise FP8 product, which is the device's own."""
-    codes, scale, shift = random_weight(kind, 48, 128, group, kind == "int4")
+    codes, scale, shift = random_weight(kind, 44, 128, group, kind == "int4")
     x = torch.randn(1, rows, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = reference.quant_linear(x.float(), codes, scale, shift, None, group)
-    if kind == "fp8":
-        out, _ = triton_calls.call("kernels.cuda", "quant_linear", x, codes, scale, None, None, group)
-    else:
-        out, _ = triton_calls.call("kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, group, 128), None, group, 48)
+    out, _ = triton_calls.call("kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, group, 128), None, group, 44)
     assert out.dtype == x.dtype and out.shape == expected.shape
     # Groups and shifts round the weight to bfloat16 before it is multiplied, and so does `plain`.
     torch.testing.assert_close(out.float(), expected, atol=2**-8 * expected.abs().max().item(), rtol=2**-7)
 
 
-def test_integers_are_not_for_the_product_of_floats(triton_calls) -> None:
-    with pytest.raises((TypeError, AssertionError), match="integers go to fragment_linear"):
-        triton_calls.call("kernels.cuda", "quant_linear", torch.zeros(1, 64), torch.zeros(8, 64, dtype=torch.int8), torch.ones(8, 1), None, None, 64)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_row_wise_fp8_product() -> None:
-    codes, scale, _ = random_weight("fp8", 64, 128, 128, False)
-    x = torch.randn(100, 128).bfloat16()
-    assert choice_of("fp8", 100, 64, 128, 128, True).way == "scaled"
-    expected = reference.quant_linear(x.float(), codes, scale, None, None, 128)
-    out = torch.ops.pagegraph.quant_linear(x.cuda(), codes.cuda(), scale.cuda(), None, None, 128).cpu()
+@pytest.mark.parametrize("size", [128, 200])
+def test_the_row_wise_fp8_product(size: int) -> None:
+    codes, scale, _ = random_weight("fp8", 64, size, size, False)
+    x = torch.randn(100, size).bfloat16()
+    assert choice_of("fp8", 100, 64, size, True).way == "scaled"
+    expected = reference.quant_linear(x.float(), codes, scale, None, None, size)
+    out = torch.ops.pagegraph.fragment_linear(x.cuda(), reference.exchanged_columns(codes).cuda(), scale.cuda(), None, None, size, 64).cpu()
     assert ((out.float() - expected).norm() / expected.norm()).item() < 0.05
