@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 TILES: dict[tuple[int, int], Tile] = {
     (1, 32): Tile(64, 4, 4),
     (1, 64): Tile(64, 4, 4, sum_late=True),
-    (1, 128): Tile(64, 4, 3, sum_late=True),
+    (1, 128): Tile(64, 2, 3, 264, sum_late=True),
     (1, 256): Tile(32, 4, 4, sum_late=True),
     (2, 16): Tile(64, 4, 4),
     (2, 32): Tile(64, 4, 4),

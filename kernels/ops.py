@@ -19,7 +19,7 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 
 `pagegraph::quant_linear` is x [..., K] @ weight.T + bias [N] -> [..., N] with weight [N, K] = codes * scale + shift: codes
 int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kernels.reference.pack_nibbles`); scale and shift
-[N, groups] of `group` neighbouring columns each, the last group maybe of fewer. Not on CUDA.
+[N, groups] of `group` neighbouring columns each, the last group maybe of fewer. In plain PyTorch: weights are loaded so, and steps run the ops below.
 
 `pagegraph::fragment_linear` is the same with the weight as the matrix unit takes it, x [..., K] -> [..., out_size]: integers as
 `kernels.reference.fragments` lays them, scale and shift as `fragment_pairs` does; or float8_e4m3fn as `exchanged_columns`, scale float32
@@ -205,7 +205,7 @@ _library.impl("linear_norm_linear", reference.linear_norm_linear, "CPU")
 _library.impl("linear_norm_linear", _linear_norm_linear_on_cuda, "CUDA")
 _library.impl("materialize", torch.clone, "CompositeExplicitAutograd")
 _library.impl("in_memory", torch.clone, "CompositeExplicitAutograd")
-_library.impl("quant_linear", reference.quant_linear, "CPU")
+_library.impl("quant_linear", reference.quant_linear, "CompositeExplicitAutograd")
 _library.impl("fragment_linear", reference.fragment_linear, "CPU")
 _library.impl("fragment_linear", _fragment_linear_on_cuda, "CUDA")
 _library.impl("int4_packed_linear", cpu.int4_packed_linear, "CPU")

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compiler import quant_formats
 from compiler.build import resolve_quantization
-from compiler.passes import registry
+from compiler.passes import quant_linears, registry
 from compiler.passes.merge_linears import MergedQuantLinear
-from compiler.passes.quant_linears import Int4Packed, Int8Dynamic, QuantLinear
+from compiler.passes.quant_linears import Fragments, Int4Packed, Int8Dynamic, QuantLinear
 from compiler.quant_formats import QuantizationError, online_group
 from compiler.weights import WeightsMismatch, build_meta, load_weights
 
@@ -198,6 +198,24 @@ def test_flag_against_checkpoint(asked: str, name: str | None, message: str) -> 
 def test_unknown_checkpoints_are_refused(config: dict, message: str) -> None:
     with pytest.raises(QuantizationError, match=message):
         quant_formats.detect(config)
+
+
+@pytest.mark.parametrize("method", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+def test_the_form_of_a_gpu_computes_what_was_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, device: str) -> None:
+    """Merged and laid out; on the CPU by the reference of its op."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    stock_model().save_pretrained(tmp_path)
+    plain, model = load(tmp_path, method, torch.bfloat16), load(tmp_path, method, torch.bfloat16).to(device)
+    if device == "cpu":
+        monkeypatch.setattr(quant_linears, "_form", Fragments)
+    registry.apply(model, PASSES)
+    forms = [type(module) for module in model.modules()]
+    assert forms.count(Fragments) == 4 * 2 + (method != "fp8") and QuantLinear not in forms
+    ids = torch.randint(3, 128, (1, 17), generator=torch.Generator().manual_seed(1))
+    expected, out = logits(plain), model(ids.to(device), use_cache=False).logits.float().cpu()
+    assert ((out - expected).norm() / expected.norm()).item() < 0.02
 
 
 def test_groups_that_do_not_divide_are_refused(tmp_path: Path) -> None:
