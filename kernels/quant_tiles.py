@@ -34,11 +34,11 @@ def tiled(*sizes: int) -> Choice:
 SCALED, PLAIN = Choice("scaled"), Choice("plain")
 # (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule. Codes of 4 bits in groups of 128.
 TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
-    ("fp8", 6144, 4096): {8: tiled(64, 128, 4, 4, 6), 32: tiled(64, 128, 4, 4, 4), 256: SCALED},
-    ("fp8", 4096, 4096): {32: tiled(64, 128, 8, 4, 4), 64: tiled(128, 128, 4, 8, 4), 256: SCALED},
-    ("fp8", 28672, 4096): {8: tiled(64, 128, 2, 4, 4), 256: SCALED},
-    ("fp8", 4096, 14336): {32: tiled(64, 128, 8, 4, 4), 64: tiled(128, 128, 4, 8, 4), 256: SCALED},
-    ("fp8", 128256, 4096): {32: tiled(64, 128, 1, 4, 4), 256: SCALED},
+    ("fp8", 6144, 4096): {8: tiled(64, 128, 4, 4, 6), 32: tiled(64, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 256: SCALED},
+    ("fp8", 4096, 4096): {32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
+    ("fp8", 28672, 4096): {2: tiled(64, 128, 1, 4, 4), 32: tiled(128, 128, 1, 4, 4), 256: SCALED},
+    ("fp8", 4096, 14336): {32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
+    ("fp8", 128256, 4096): {8: tiled(64, 128, 1, 4, 6), 32: tiled(64, 128, 1, 4, 4), 256: SCALED},
     ("int8", 6144, 4096): {8: tiled(64, 128, 4, 4, 6), 32: tiled(128, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 2, 4, 4, 128), 256: tiled(64, 64, 1, 4, 4, 128)},
     ("int8", 4096, 4096): {32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 64, 2, 4, 4, 128)},
     ("int8", 28672, 4096): {8: tiled(64, 128, 1, 4, 4), 64: tiled(128, 128, 1, 4, 4), 256: tiled(128, 64, 1, 8, 4, 128)},
