@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from compiler.build import BuiltModel
 from compiler.step import CompiledStep, StepCounts, Ticket

@@ -6,7 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import h200_checks  # noqa: E402

@@ -151,7 +151,7 @@ class LLM:
         self.engine.turn()
         for message in self._mailbox.take():
             match message:
-                case Failed(request_id, _, text):
+                case Failed(_, _, text):
                     self._drain()
                     raise RequestFailed(text)
                 case Tokens():

@@ -15,7 +15,7 @@ from compiler.step_input import StepLogprobs, StepOutput
 from runtime.batch import Packer
 from runtime.blocks import BlockPool
 from runtime.protocol import SamplingParams
-from runtime.request import Sequence, State
+from runtime.request import Sequence
 from runtime.scheduler import Scheduler
 from runtime.speculate import within
 from runtime.verify import Guessed, Guesses, Verdict, verdict

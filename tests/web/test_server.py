@@ -88,7 +88,7 @@ def test_the_official_client(client: openai.OpenAI, port: int) -> None:
 def test_a_client_that_leaves_aborts_its_sequences(port: int, fake_engine, stream: bool) -> None:
     fake_engine.script = lambda s: [TokenDelta(s.request_id, [10])]
     body = json.dumps({"prompt": "a", "n": 2, "max_tokens": 100, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert eventually(lambda: len(fake_engine.submits) == 2)
@@ -128,7 +128,7 @@ def test_a_lagging_reader_does_not_slow_others(client: openai.OpenAI, port: int,
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(("127.0.0.1", port))
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\nContent-Type: application/json\r\n"
         slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert eventually(lambda: fake_engine.submits)
         started = time.monotonic()
