@@ -1,7 +1,7 @@
 """The ops on the CPU. Paged attention: decode rows in one batch, longer rows one sequence at a time.
 
-Attention reads only the pages of the sequences at hand. Built from PyTorch's fused attention; soft caps and sinks, which
-it does not have, take the reference's formula.
+Attention reads only the pages of the sequences at hand. Decode rows are `cpu_attention`'s where that is built; the rest is made of
+PyTorch's fused attention, and soft caps and sinks, which it does not have, take the reference's formula.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
+from kernels import cpu_attention, cpu_int4, reference
 
 INT4_BLOCK = 64  # rows of 4-bit codes that PyTorch packs together for AVX-512
 INT4_MANY_ROWS = 128  # from here on the weight is widened first: the packed product takes twice bfloat16's time and more
@@ -51,8 +51,11 @@ def paged_attention(
     chunk: int,
 ) -> Tensor:
     """See `kernels.ops` for shapes."""
+    a_row_each = len(query) == len(seq_lens) and min(seq_lens.tolist(), default=0) > 0  # and no padding
+    if a_row_each and cpu_attention.takes(query, key_cache, sinks, softcap):
+        return cpu_attention.attend(query, key, value, key_cache, value_cache, slots, block_tables, seq_lens, scale, window, chunk)
     _write(key, value, key_cache, value_cache, slots)
-    if len(query) == len(seq_lens) and min(seq_lens.tolist(), default=0) > 0:  # a row each and no padding
+    if a_row_each:
         return _decode(query, key_cache, value_cache, block_tables, seq_lens, sinks, scale, window, softcap, chunk)
     out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
     counts = query_start.diff()
@@ -76,6 +79,8 @@ def paged_attention(
 
 def int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     """See `kernels.ops`. Few rows meet scaled codes in float32, many a weight rounded to x's dtype."""
+    if cpu_int4.takes(x):
+        return cpu_int4.linear(x, packed, pairs, group)
     if len(x) < INT4_MANY_ROWS:
         return torch._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
     size, rows = x.shape[1], packed.shape[0]
@@ -137,6 +142,9 @@ def _decode(
     *rest: Tensor | float | int | None,
 ) -> Tensor:
     """One query row [R, Hq, D] a sequence or guess, at once where that saves reading pages twice -> [R, Hq, Dv]."""
+    sinks, scale, window, softcap, chunk = rest
+    if cpu_attention.takes(query, key_cache, sinks, softcap):
+        return cpu_attention.attend(query, None, None, key_cache, value_cache, None, tables, lengths, scale, window, chunk)
     runs = _runs(tables, lengths) if len(query) > 1 else None
     if runs is None:
         return _attend(query[:, None], key_cache, value_cache, tables, lengths, *rest)[:, 0]
