@@ -80,8 +80,8 @@ def paged_attention(
 
 def int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     """See `kernels.ops`. Few rows meet scaled codes in float32, many a weight rounded to x's dtype."""
-    if cpu_int4.takes(x):
-        return cpu_int4.linear(x, packed, pairs, group)
+    if cpu_int4.takes(x.dtype, len(x)):
+        return cpu_int4.linear_into(x.contiguous(), packed, pairs, group=group, out=x.new_empty(1, packed.shape[0]))
     if len(x) < INT4_MANY_ROWS:
         return torch._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
     size, rows = x.shape[1], packed.shape[0]

@@ -26,13 +26,19 @@ def build() -> None:
         _kernel = cpu_build.built(SOURCE, ARGUMENTS, "int4 products of one row stay PyTorch's, which take longer")
 
 
-def takes(x: Tensor) -> bool:
-    """Whether `linear` is there for this x [T, K]."""
-    return _kernel is not None and len(x) == 1 and x.dtype == torch.bfloat16
+def built_as() -> str:
+    """What tells products compiled with it from others."""
+    return "" if _kernel is None else SOURCE.stem
 
 
-def linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
-    """`pagegraph::int4_packed_linear` of one bfloat16 row."""
-    out = x.new_empty(1, packed.shape[0])
-    _kernel(x.contiguous(), packed, pairs, out, packed.shape[0], x.shape[1], group)
+def takes(dtype: torch.dtype, rows: int) -> bool:
+    """Whether `linear_into` is there for an x [rows, K] of `dtype`."""
+    return _kernel is not None and rows == 1 and dtype == torch.bfloat16
+
+
+def linear_into(x: Tensor, packed: Tensor, pairs: Tensor, *, group: int, out: Tensor) -> Tensor:
+    """`pagegraph::int4_packed_linear` of one contiguous bfloat16 row [1, K] into out [1, N]."""
+    if _kernel is None:  # compiled by a process in which it was
+        return out.copy_(torch._weight_int4pack_mm_for_cpu(x, packed, group, pairs))
+    _kernel(x, packed, pairs, out, out.shape[1], x.shape[1], group)
     return out
