@@ -92,9 +92,9 @@ _int4_rows = fallback_handler(torch.ops.pagegraph.int4_packed_linear.default)
 @register_lowering(torch.ops.pagegraph.int4_packed_linear.default, type_promotion_kind=None)
 def _int4_packed_linear(x: TensorBox, packed: TensorBox, pairs: TensorBox, group: int) -> TensorBox:
     """One row's product is called past the dispatcher, which takes a quarter as long as the product."""
-    if not cpu_int4.takes(x.get_dtype(), x.get_size()[0]):
-        return _int4_rows(x, packed, pairs, group)
     inputs = [ExternKernel.require_contiguous(one) for one in (x, packed, pairs)]
+    if not cpu_int4.takes(x.get_dtype(), x.get_size()[0]):
+        return _int4_rows(*inputs, group)
     layout = FixedLayout(x.get_device(), x.get_dtype(), [1, packed.get_size()[0]])
     return _int4_row.bind(inputs, layout, group=group).output_node()
 

@@ -1,7 +1,7 @@
 """The ops on the CPU. Paged attention: decode rows in one batch, longer rows one sequence at a time.
 
-Attention reads only the pages of the sequences at hand. Decode rows are `cpu_attention`'s where that is built; the rest is made of
-PyTorch's fused attention, and soft caps and sinks, which it does not have, take the reference's formula.
+Attention reads only the pages of the sequences at hand. Decode rows are `cpu_attention`'s where that is built; the rest is made
+of PyTorch's fused attention, and soft caps and sinks, which it does not have, take the reference's formula.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def paged_attention(
     """See `kernels.ops` for shapes."""
     a_row_each = len(query) == len(seq_lens) and min(seq_lens.tolist(), default=0) > 0  # and no padding
     if a_row_each and cpu_attention.takes(query, key_cache, sinks, softcap):
-        return cpu_attention.attend(query, key, value, key_cache, value_cache, slots, block_tables, seq_lens, scale, window, chunk)
+        return cpu_attention.attend(
+            query, key, value, key_cache, value_cache, slots, block_tables, seq_lens, scale, window, chunk
+        )
     _write(key, value, key_cache, value_cache, slots)
     if a_row_each:
         return _decode(query, key_cache, value_cache, block_tables, seq_lens, sinks, scale, window, softcap, chunk)

@@ -1,4 +1,4 @@
-// Attention of decode rows on a CPU: softmax over the pages of each row's sequence, in float32. `cpu_attention.py` builds and calls it.
+// Attention of decode rows on a CPU: softmax over the pages of each row's sequence, in float32, built by `cpu_attention.py`.
 // A task is one query head of one row, so what a row gives depends on no other row. Knows no dtype but float and bfloat16,
 // no soft caps, no sinks.
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t PARALLEL = 1000000;  // multiplications (80 us of one thread) from which on waking a team pays
+constexpr int64_t PARALLEL = 1000000;  // multiplications, 80 us of one thread: from here on waking a team pays
 
 struct Bfloat16 {
     uint16_t bits;
@@ -40,8 +40,8 @@ inline float exp_of(float x) {
     return p * power;
 }
 
-// Tokens first .. last - 1 of a sequence, as they lie in pages: `visit(j, at)` gets each token's place from the first on and the
-// element of a cache at which its head begins.
+// Tokens first .. last - 1 of a sequence, as they lie in pages: `visit(j, at)` gets each token's place from the first on and
+// the element of a cache at which its head begins.
 template <typename Visit>
 inline void walk(const int32_t* table, int64_t size, int64_t first, int64_t last, int64_t stride, int64_t offset, Visit visit) {
     int64_t page = first / size, at = first % size, j = 0;
@@ -52,7 +52,7 @@ inline void walk(const int32_t* table, int64_t size, int64_t first, int64_t last
     }
 }
 
-// One head of a query [D] over keys [.., D] and values [.., V] of its head. SIZE, where not 0, is D and V: a head stays in registers.
+// One head of a query [D] over keys [.., D] and values [.., V]. SIZE, where not 0, is D and V: a head stays in registers.
 template <typename T, int64_t SIZE>
 void attend(const T* query, const T* keys, const T* values, T* out, const int32_t* table, int64_t block_size, int64_t groups,
             int64_t group, int64_t first, int64_t last, int64_t D, int64_t V, float scale, float* scratch) {
@@ -94,8 +94,8 @@ struct Heads {  // of a step: [rows, heads, size], elements of a head side by si
 };
 
 template <typename T>
-void run(Heads query, Heads key, Heads value, T* keys, T* values, const int32_t* slots, const int32_t* tables, const int32_t* lengths,
-         T* out, int64_t rows, int64_t heads, int64_t groups, int64_t D, int64_t V, int64_t block_size, int64_t table_stride,
+void run(Heads query, Heads key, Heads value, T* keys, T* values, const int32_t* slots, const int32_t* tables,
+         const int32_t* lengths, T* out, int64_t rows, int64_t heads, int64_t groups, int64_t D, int64_t V, int64_t block_size, int64_t table_stride,
          int64_t window, int64_t chunk, bool write, float scale) {
     int64_t longest = 0;
     for (int64_t r = 0; r < rows; r++) {
@@ -129,8 +129,8 @@ extern "C" void kernel(const void* query, const void* key, const void* value, vo
                        int64_t chunk, int64_t write, int64_t is_bfloat16, float scale) {
     const auto of = [&](auto type) {
         using T = decltype(type);
-        run<T>({query, query_row, query_head}, {key, key_row, key_head}, {value, value_row, value_head}, (T*)keys, (T*)values, slots,
-               tables, lengths, (T*)out, rows, heads, groups, D, V, block_size, table_stride, window, chunk, write, scale);
+        run<T>({query, query_row, query_head}, {key, key_row, key_head}, {value, value_row, value_head}, (T*)keys, (T*)values,
+               slots, tables, lengths, (T*)out, rows, heads, groups, D, V, block_size, table_stride, window, chunk, write, scale);
     };
     is_bfloat16 ? of(Bfloat16()) : of(float());
 }

@@ -1,6 +1,6 @@
-// One row of float or bfloat16 [K] times 4-bit codes as PyTorch packs them for AVX-512 -> [N]. `cpu_int4.py` builds and calls it.
-// Of each column and block of 64 rows 32 bytes hold the first 32 rows in their low halves, so a row is a lane of a vector and no sum
-// goes across one. Sums are taken in float32, a group's before its scale and shift.
+// One row of bfloat16 [K] times 4-bit codes as PyTorch packs them for AVX-512 -> [N]. `cpu_int4.py` builds and calls it.
+// Of each column and block of 64 rows 32 bytes hold the first 32 rows in their low halves: a row is a lane of a vector, and no
+// sum goes across one. Sums are taken in float32, a group's before its scale and shift.
 #include <immintrin.h>
 
 #include <cstdint>

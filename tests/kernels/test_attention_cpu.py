@@ -143,7 +143,8 @@ def test_a_row_depends_on_no_other(decode_rows: str) -> None:
     """Bit for bit, whatever else the step holds, above and below the work that one thread does alone."""
     if decode_rows == "PyTorch":
         pytest.skip("its fused attention has no such promise")
-    arguments = list(Case(tuple((1, 60 + 40 * row) for row in range(16)), 9, 3, 64, dtype=torch.bfloat16, pad_tokens=0, pad_seqs=0).arguments())
+    lengths = tuple((1, 60 + 40 * row) for row in range(16))
+    arguments = Case(lengths, 9, 3, 64, dtype=torch.bfloat16, pad_tokens=0, pad_seqs=0).arguments()
     whole = torch.ops.pagegraph.paged_attention(*clone(arguments))
     for row in range(16):
         alone = list(clone(arguments))
