@@ -30,6 +30,7 @@ from compiler.staging import Staging
 from compiler.state import DeviceState, Lookup
 from compiler.step import CompiledStep
 from compiler.step_input import StepInput
+from kernels import cpu_attention, cpu_int4
 
 MAX_CAPTURED_TOKENS = 2048
 FP8_CAPABILITY = (8, 9)
@@ -76,7 +77,10 @@ class BuiltModel:
         return any(step.use_idle_time() for step in self.steps)
 
     def compile(self, progress: bool = False) -> None:
-        """Compile all forwards and swap them in; safe beside launches."""
+        """Compile all forwards, and what they call, and swap them in; safe beside launches."""
+        if self.device.type == "cpu":
+            cpu_attention.build()
+            cpu_int4.build()
         for step in self.steps:
             step.compile(warm_steps(step.state), progress)
 

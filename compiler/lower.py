@@ -10,15 +10,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.ir import TensorBox
-from torch._inductor.lowering import lowerings, make_fallback, register_lowering, tag_to_layout_constraint
+from torch._inductor.ir import ExternKernel, FixedLayout, TensorBox
+from torch._inductor.lowering import fallback_handler, lowerings, make_fallback, register_lowering, tag_to_layout_constraint
+from torch._inductor.select_algorithm import ExternKernelChoice
 from torch._library.utils import get_layout_constraint_tag
 from torch._ops import OpOverloadPacket
 
 from compiler.capture import CapturedModel
 from compiler.staging import Staged
 from compiler.state import DeviceState
+from kernels import cpu_int4
 
 
 DEFAULT_CACHE = "~/.cache/pagegraph"
@@ -55,7 +58,9 @@ def compile_forward(
         for graph_pass in graph_passes:
             graph_pass(module)
         _keep_as_calls(module.graph)
-        return compile_graph(module, inputs)
+        # Checks of every tensor at each step are a tenth of a small step's Python. Artefacts differ by what was built here.
+        with config.patch(size_asserts=False), torch.compiler.config.patch(cache_key_tag=cpu_int4.built_as()):
+            return compile_graph(module, inputs)
 
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     return torch.compile(captured, fullgraph=True, backend=rewritten, options=options)
@@ -78,6 +83,20 @@ def _in_memory(x: TensorBox) -> TensorBox:
     copy = lowerings[torch.ops.aten.clone.default](x)
     copy.realize()
     return copy
+
+
+_int4_row = ExternKernelChoice(cpu_int4.linear_into, name="pagegraph_int4_row", has_out_variant=True)
+_int4_rows = fallback_handler(torch.ops.pagegraph.int4_packed_linear.default)
+
+
+@register_lowering(torch.ops.pagegraph.int4_packed_linear.default, type_promotion_kind=None)
+def _int4_packed_linear(x: TensorBox, packed: TensorBox, pairs: TensorBox, group: int) -> TensorBox:
+    """One row's product is called past the dispatcher, which takes a quarter as long as the product."""
+    inputs = [ExternKernel.require_contiguous(one) for one in (x, packed, pairs)]
+    if not cpu_int4.takes(x.get_dtype(), x.get_size()[0]):
+        return _int4_rows(*inputs, group)
+    layout = FixedLayout(x.get_device(), x.get_dtype(), [1, packed.get_size()[0]])
+    return _int4_row.bind(inputs, layout, group=group).output_node()
 
 
 def mark_dynamic(

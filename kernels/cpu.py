@@ -1,16 +1,17 @@
 """The ops on the CPU. Paged attention: decode rows in one batch, longer rows one sequence at a time.
 
-Attention reads only the pages of the sequences at hand. Built from PyTorch's fused attention; soft caps and sinks, which
-it does not have, take the reference's formula.
+Attention reads only the pages of the sequences at hand. Decode rows are `cpu_attention`'s where that is built; the rest is made
+of PyTorch's fused attention, and soft caps and sinks, which it does not have, take the reference's formula.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
+from kernels import cpu_attention, cpu_int4, reference
 
 INT4_BLOCK = 64  # rows of 4-bit codes that PyTorch packs together for AVX-512
 INT4_MANY_ROWS = 128  # from here on the weight is widened first: the packed product takes twice bfloat16's time and more
@@ -51,8 +52,13 @@ def paged_attention(
     chunk: int,
 ) -> Tensor:
     """See `kernels.ops` for shapes."""
+    a_row_each = len(query) == len(seq_lens) and min(seq_lens.tolist(), default=0) > 0  # and no padding
+    if a_row_each and cpu_attention.takes(query, key_cache, sinks, softcap):
+        return cpu_attention.attend(
+            query, key, value, key_cache, value_cache, slots, block_tables, seq_lens, scale, window, chunk
+        )
     _write(key, value, key_cache, value_cache, slots)
-    if len(query) == len(seq_lens) and min(seq_lens.tolist(), default=0) > 0:  # a row each and no padding
+    if a_row_each:
         return _decode(query, key_cache, value_cache, block_tables, seq_lens, sinks, scale, window, softcap, chunk)
     out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
     counts = query_start.diff()
@@ -76,6 +82,8 @@ def paged_attention(
 
 def int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     """See `kernels.ops`. Few rows meet scaled codes in float32, many a weight rounded to x's dtype."""
+    if cpu_int4.takes(x.dtype, len(x)):
+        return cpu_int4.linear_into(x.contiguous(), packed, pairs, group=group, out=x.new_empty(1, packed.shape[0]))
     if len(x) < INT4_MANY_ROWS:
         return torch._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
     size, rows = x.shape[1], packed.shape[0]
@@ -99,6 +107,45 @@ def _int4_blocks(packed: Tensor) -> Tensor:
     return torch.cat([blocks & 15, blocks >> 4], dim=-1)
 
 
+def update_tables(tables: Tensor, pages: Tensor, num_pages: Tensor) -> None:
+    """See `kernels.ops`."""
+    if len(pages):
+        reference.update_tables(tables, pages, num_pages)
+
+
+def unpack(
+    token_ids: Tensor,
+    rows: Tensor,
+    query_start: Tensor,
+    starts: Tensor,
+    last_tokens: Tensor,
+    last_at: Tensor,
+    guesses: Tensor,
+    tables: Tensor,
+    block_size: int,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`reference.unpack` by numpy, whose calls take a fifth of the time on a few numbers."""
+    given = (token_ids, rows, query_start, starts, last_tokens, last_at, guesses, tables)
+    ids, row, begins, start, last_tokens, last_at, guesses, tables = (one.numpy() for one in given)
+    counts, live = np.diff(begins), begins[-1]
+    first = ids[np.minimum(begins[:-1], len(ids) - 1)]
+    start = np.where(first < 0, last_at[row] - 1 - first, start)
+    out = np.zeros((3, len(ids)), np.int32)  # ids, positions, slots
+    owner = row.repeat(counts)
+    known, positions, slots = out[:, :live]
+    positions[:] = np.arange(live) + (start - begins[:-1]).repeat(counts)
+    known[:] = ids[:live]
+    if (known < 0).any():
+        guess = guesses[owner, np.maximum(-2 - known, 0)] if (known < -1).any() else 0
+        known[:] = np.where(known == -1, last_tokens[owner], np.where(known < 0, guess, known))
+    slots[:] = tables[owner, positions // block_size] * block_size + positions % block_size
+    seq_lens = np.where(counts > 0, start + counts, 0).astype(np.int32)
+    out_tables = tables[row, :width] * (np.arange(width) * block_size < seq_lens[:, None])
+    last = np.maximum(begins[1:].astype(np.int64) - 1, 0)
+    return *torch.from_numpy(out).unbind(), torch.from_numpy(out_tables), torch.from_numpy(seq_lens), torch.from_numpy(last)
+
+
 def draw(
     logits: Tensor,
     temperature: Tensor,
@@ -110,12 +157,14 @@ def draw(
     last_at: Tensor,
 ) -> Tensor:
     """See `kernels.ops`. Noise is made for the sequences that draw only."""
-    ids = logits.argmax(dim=-1)
-    if len(drawn := torch.nonzero(temperature > 0)[:, 0]):
+    ids = logits.max(dim=-1).indices  # `argmax` takes twice the time
+    drawn = temperature.numpy() > 0
+    if drawn.any():
+        drawn = torch.from_numpy(drawn.nonzero()[0])
         ids[drawn] = reference.gumbel_argmax(logits[drawn], temperature[drawn], seeds[drawn], positions[drawn])
-    kept = sampled > 0
-    owners = rows[kept].long()
-    last_tokens[owners], last_at[owners] = ids[kept].int(), positions[kept]
+    kept = sampled.numpy() > 0
+    owners = rows.numpy()[kept]
+    last_tokens.numpy()[owners], last_at.numpy()[owners] = ids.numpy()[kept], positions.numpy()[kept]
     return ids
 
 
@@ -137,6 +186,9 @@ def _decode(
     *rest: Tensor | float | int | None,
 ) -> Tensor:
     """One query row [R, Hq, D] a sequence or guess, at once where that saves reading pages twice -> [R, Hq, Dv]."""
+    sinks, scale, window, softcap, chunk = rest
+    if cpu_attention.takes(query, key_cache, sinks, softcap):
+        return cpu_attention.attend(query, None, None, key_cache, value_cache, None, tables, lengths, scale, window, chunk)
     runs = _runs(tables, lengths) if len(query) > 1 else None
     if runs is None:
         return _attend(query[:, None], key_cache, value_cache, tables, lengths, *rest)[:, 0]

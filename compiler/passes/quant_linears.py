@@ -18,6 +18,7 @@ log = logging.getLogger("pagegraph.quantization")
 
 CPU_INT4_GROUPS = (32, 64, 128, 256)
 CPU_INT4_ROWS = 16  # PyTorch packs as many rows of 4-bit codes together
+SUMS_AT_ONCE = 4  # in one loop: with one, adding up is slower than memory
 
 
 class QuantLinear(nn.Module):
@@ -73,7 +74,9 @@ class Int8Dynamic(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         rows = states.flatten(0, -2)
         if torch.compiler.is_compiling() and len(rows) == 1:
-            product = ((self.codes.float() * torch.ops.pagegraph.in_memory(rows[0]).float()).sum(-1) * self.scale)[None]
+            row = torch.ops.pagegraph.in_memory(rows[0].float())
+            parts = self.codes.unflatten(0, (math.gcd(self.out_features, SUMS_AT_ONCE), -1)).unbind()
+            product = (torch.cat([(part.float() * row).sum(-1) for part in parts]) * self.scale)[None]
         else:
             high, low, scale = reference.two_digits(rows)
             upper, lower = torch._int_mm(torch.cat([high, low]), self.codes.t()).float().split(len(rows))
@@ -147,7 +150,7 @@ class Int4Packed(nn.Module):
         if self.columns is not None:
             states = states.index_select(-1, self.columns)
         rows = states.flatten(0, -2)
-        if self.unpacks and len(rows) > 1:  # one row is a graph of its own, which calls the product without the detour
+        if self.unpacks:
             product = torch.ops.pagegraph.int4_packed_linear(rows, self.packed, self.pairs, self.group)
         else:
             product = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.pairs)

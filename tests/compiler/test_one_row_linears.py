@@ -9,8 +9,9 @@ from torch._inductor.utils import run_and_get_code
 
 from compiler import lower
 from compiler.passes.one_row_linears import one_row_linears
-from compiler.passes.quant_linears import Int8Dynamic, QuantLinear
+from compiler.passes.quant_linears import Int4Packed, Int8Dynamic, QuantLinear
 from compiler.quant_formats import quantize
+from kernels import cpu_int4
 
 
 class Gated(nn.Module):
@@ -63,12 +64,39 @@ def test_wide_dtypes_and_more_rows_stay(dtype: torch.dtype, rows: int) -> None:
         torch.testing.assert_close(out, module(states), atol=0.03, rtol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (98, 100), (7, 33)])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_one_row_of_int8_is_summed_over_the_widened_weight(rows: int) -> None:
+def test_one_row_of_int8_is_summed_over_the_widened_weight(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
-    weight = (torch.randn(96, 64, generator=generator) * 0.2).bfloat16()
-    linear = QuantLinear(quantize(weight, "int8", "w"), None, torch.bfloat16)
-    states = torch.randn(1, rows, 64, generator=generator).bfloat16()
+    weight = (torch.randn(outputs, inputs, generator=generator) * 0.2).to(dtype)
+    bias = torch.randn(outputs, generator=generator).to(dtype)
+    linear = QuantLinear(quantize(weight, "int8", "w"), bias, dtype)
+    states = torch.randn(1, rows, inputs, generator=generator).to(dtype)
     out, code, _ = compiled(Int8Dynamic(linear), states)
     assert ("_int_mm" in code) == (rows > 1)
-    torch.testing.assert_close(out.float(), states.float() @ linear.dequantized().float().t(), atol=0.02, rtol=0.01)
+    assert out.dtype == dtype
+    expected = states.float() @ linear.dequantized().float().t() + bias.float()
+    torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("outputs", [192, 80])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_int4_by_rows(rows: int, outputs: int, dtype: torch.dtype, built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of bfloat16 goes to the C++ where it is built and takes the size, past the dispatcher; all come out right."""
+    monkeypatch.setattr(cpu_int4, "_kernel", None)
+    if built:
+        cpu_int4.build()
+    generator = torch.Generator().manual_seed(3)
+    weight = (torch.randn(outputs, 96, generator=generator) * 0.2).to(dtype)
+    bias = torch.randn(outputs, generator=generator).to(dtype)
+    linear = Int4Packed(QuantLinear(quantize(weight, "int4", "w"), bias, dtype))
+    states = torch.randn(1, rows, 96, generator=generator).to(dtype)
+    out, code, _ = compiled(linear, states)
+    direct = linear.unpacks and cpu_int4.takes(dtype, rows)
+    assert ("pagegraph_int4_row" in code) == direct
+    torch.testing.assert_close(out, linear(states), atol=0.02, rtol=0.02)
+    expected = states.float() @ QuantLinear(quantize(weight, "int4", "w"), None, dtype).dequantized().float().t() + bias.float()
+    torch.testing.assert_close(out.float(), expected, atol=0.03, rtol=0.02)

@@ -1,8 +1,9 @@
-"""The CPU implementation, through the op, against the reference."""
+"""The CPU implementation, through the op, against the reference: with decode rows in C++, and where that is not built."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,9 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from kernels import reference
+from kernels import cpu_attention, reference
 
 RAGGED = ((1, 17), (5, 5), (1, 1), (20, 37), (1, 64), (33, 65))
+
+
+@pytest.fixture(scope="module", autouse=True, params=["C++", "PyTorch"])
+def decode_rows(request: pytest.FixtureRequest) -> Iterator[str]:
+    cpu_attention.build()
+    kernel = cpu_attention._kernel
+    assert kernel is not None
+    cpu_attention._kernel = kernel if request.param == "C++" else None
+    yield request.param
+    cpu_attention._kernel = kernel
 
 
 def compare(case: Case) -> None:
@@ -126,3 +137,18 @@ def test_op_passes_the_library_checks() -> None:
         tuple(a.nan_to_num() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in Case().arguments()),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_a_row_depends_on_no_other(decode_rows: str) -> None:
+    """Bit for bit, whatever else the step holds, above and below the work that one thread does alone."""
+    if decode_rows == "PyTorch":
+        pytest.skip("its fused attention has no such promise")
+    lengths = tuple((1, 60 + 40 * row) for row in range(16))
+    arguments = Case(lengths, 9, 3, 64, dtype=torch.bfloat16, pad_tokens=0, pad_seqs=0).arguments()
+    whole = torch.ops.pagegraph.paged_attention(*clone(arguments))
+    for row in range(16):
+        alone = list(clone(arguments))
+        for place in (0, 1, 2, 5, 6, 7, 9):
+            alone[place] = alone[place][row : row + 1]
+        alone[8] = torch.tensor([0, 1], dtype=torch.int32)
+        assert torch.equal(torch.ops.pagegraph.paged_attention(*alone)[0], whole[row])

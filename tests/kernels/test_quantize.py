@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from kernels import cpu, reference
+from kernels import cpu, cpu_int4, reference
 
 
 def test_nibbles_come_back_and_lie_in_spans() -> None:
@@ -73,12 +73,20 @@ def test_the_last_group_may_be_short() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 5, 130, 200])
-@pytest.mark.parametrize("shape", [(64, 96), (192, 64)])
+@pytest.mark.parametrize("shape", [(64, 96), (192, 64), (320, 640)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_nibbles_by_rows(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Few rows and many, against the product with the dequantised weight."""
+@pytest.mark.parametrize("built", [False, True])
+def test_packed_nibbles_by_rows(
+    rows: int, shape: tuple[int, int], dtype: torch.dtype, built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows and many, against the product with the dequantised weight; one row in C++ and where that is not built."""
+    monkeypatch.setattr(cpu_int4, "_kernel", None)
+    if built:
+        cpu_int4.build()
+        assert cpu_int4.takes(torch.bfloat16, 1) == torch.cpu._is_avx512_supported()
     generator = torch.Generator().manual_seed(0)
-    codes, scale, shift = reference.quantize_groups(torch.randn(*shape, generator=generator), 32)
+    codes, scale, _ = reference.quantize_groups(torch.randn(*shape, generator=generator), 32)
+    shift = torch.randn(scale.shape, generator=generator) * 0.1
     packed = torch._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
     if not torch.equal(cpu.unpack_int4(packed).int(), codes.int() + 8):
         pytest.skip("this CPU packs otherwise")

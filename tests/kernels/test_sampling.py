@@ -126,10 +126,12 @@ def test_random_bits_equal_in_triton(triton_calls) -> None:
         assert torch.equal(last, handed) and torch.equal(at, stands)
 
 
-def test_ties_go_to_the_first(triton_calls) -> None:
-    logits = torch.zeros(2, 5000)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ties_go_to_the_first(triton_calls, dtype: torch.dtype) -> None:
+    logits = torch.zeros(2, 5000, dtype=dtype)
     logits[1, [1000, 4000]] = 3
     zero = torch.zeros(2)
     whole = zero.int()
     ids, _ = triton_calls.call("kernels.sampling", "draw", logits, zero, zero.long(), whole, whole, whole, whole, whole.clone())
     assert ids.tolist() == [0, 1000]
+    assert torch.ops.pagegraph.draw(logits, zero, zero.long(), whole, whole, whole, whole, whole.clone()).tolist() == [0, 1000]

@@ -64,6 +64,18 @@ def test_padding_may_say_what_it_will(triton_calls) -> None:
     assert not any(one[5:].any() for one in got[:5])
 
 
+@pytest.mark.parametrize("padded", [0, 3])
+@pytest.mark.parametrize("counts", [[1], [1] * 9, [7, 1, 130, 2, 1], [33]], ids=str)
+def test_the_cpu_equals_reference(counts: list[int], padded: int) -> None:
+    for seed, width in ((0, BLOCKS), (1, BLOCKS - 1)):
+        packet = packet_of(counts, Bucket(sum(counts) + padded, len(counts) + padded), seed)
+        before = [one.clone() for one in packet]
+        got = torch.ops.pagegraph.unpack(*packet, BLOCK, width)
+        for mine, theirs in zip(got, reference.unpack(*packet, BLOCK, width), strict=True):
+            assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(packet, before))
+
+
 def test_reference_by_hand() -> None:
     tables = torch.zeros(4, 3, dtype=torch.int32)
     tables[2], tables[0], tables[1] = torch.tensor([5, 6, 9]), torch.tensor([7, 0, 0]), torch.tensor([8, 4, 0])

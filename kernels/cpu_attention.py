@@ -1,0 +1,73 @@
+"""Attention of decode rows on a CPU in C++ (`cpu_attention.cpp`).
+
+A fifth of the time that PyTorch's calls take for one row, most of which is not attention. Where it is not built, or does not
+take a step, `kernels.cpu` has those calls. Knows no prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import cpu_build
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+ARGUMENTS = ["void*"] * 5 + ["int32_t*"] * 3 + ["void*"] + ["int64_t"] * 17 + ["float"]
+
+_kernel: Callable | None = None
+
+
+def build() -> None:
+    """From here on `takes` may say yes."""
+    global _kernel
+    _kernel = cpu_build.built(SOURCE, ARGUMENTS, "attention of single tokens stays PyTorch's, which takes longer")
+
+
+def takes(query: Tensor, key_cache: Tensor, sinks: Tensor | None, softcap: float) -> bool:
+    """Whether `attend` is there for steps of this kind."""
+    return (
+        _kernel is not None
+        and sinks is None
+        and not softcap
+        and query.dtype == key_cache.dtype
+        and query.dtype in (torch.bfloat16, torch.float32)
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor | None,
+    tables: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int,
+    chunk: int,
+) -> Tensor:
+    """A row each of R sequences: query [R, Hq, D] -> [R, Hq, Dv]; key, value [R, Hkv, *], where given, go to their slots first.
+
+    lengths int32 [R], at least 1, tables int32 [R, pages]; the rest as in `kernels.ops`.
+    """
+    write = key is not None
+    query, key, value = (_rows(one) for one in ((query, key, value) if write else (query, query, query)))
+    num_rows, heads, size = query.shape
+    _, block_size, groups, value_size = value_cache.shape
+    if tables.stride(1) != 1:
+        tables = tables.contiguous()
+    out = query.new_empty(num_rows, heads, value_size)
+    _kernel(
+        query, key, value, key_cache, value_cache, slots if write else lengths, tables, lengths, out,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], num_rows, heads, groups, size, value_size, block_size,
+        tables.stride(0), window, chunk, write, query.dtype == torch.bfloat16, scale,
+    )  # fmt: skip
+    return out
+
+
+def _rows(heads: Tensor) -> Tensor:
+    return heads if heads.stride(2) == 1 else heads.contiguous()
