@@ -165,11 +165,11 @@ class Scheduler:
     def fail(self, plan: Plan, reason: str = "error") -> list[Sequence]:
         """End what a failed step touched -> the ended. Its KV is unknown: the prefix cache is emptied too."""
         still_there = plan.rows[self.rows.stay[plan.rows] == plan.stays]
-        touched = {*self._running, *self.rows.sequences[still_there].tolist()}
+        touched = sorted({*self._running, *self.rows.sequences[still_there].tolist()}, key=_place)
         for sequence in touched:
             self._finish(sequence, reason)
         self.pool.forget_all()
-        return sorted(touched, key=_place)
+        return touched
 
     def room_for_guesses(self, most: int, lag: int | None = 0) -> tuple[np.ndarray, np.ndarray, int]:
         """(rows that may be given guesses, at most how many each, how many in all), with pages taken for them.
