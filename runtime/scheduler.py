@@ -216,13 +216,12 @@ class Scheduler:
         if part is not None:
             parts, prefill_budget = [part], self._prefill_budget(len(part[0]))
         else:
-            rows, counts, prefill_budget = self._wanted(guesses)
+            num_guesses = None if guesses is None else guesses.of_rows(self.max_num_seqs)
+            rows, counts, prefill_budget = self._wanted(num_guesses)
             rows, counts = self._grow(rows, counts)
-            parts = [self._advance(rows, counts)] if len(rows) else []
+            parts = [self._advance(rows, counts, num_guesses)] if len(rows) else []
             if guesses is not None and parts:
                 parts[0], guessed = entries(parts[0], guesses)
-            if guesses is not None:
-                self.rows.guesses[guesses.rows] = 0
         started: list[Sequence] = []
         if self._waiting and self.counters.preemptions == preemptions:
             self._admit(parts, started, prefill_budget)
@@ -370,8 +369,11 @@ class Scheduler:
         r.total[rows] = ends + 1
         return rows, fixed.stays, starts, self._ones, self._trues
 
-    def _wanted(self, guesses: Guesses | None) -> tuple[np.ndarray, np.ndarray, int]:
-        """Rows of the running and how many tokens each may compute, guesses too, and the prompt tokens left for others."""
+    def _wanted(self, num_guesses: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, int]:
+        """Rows of the running and how many tokens each may compute, guesses too, and the prompt tokens left for others.
+
+        num_guesses: int32, by row.
+        """
         r, fixed = self.rows, self._running_fixed()
         rows = fixed.rows
         # Whatever is in flight turns out to be, more may be sampled; where guesses in flight may end it, they are waited for.
@@ -380,14 +382,12 @@ class Scheduler:
             rows = rows[growing]
         counts = r.total[rows] - r.computed[rows]
         prefills = np.flatnonzero(counts > 1)
-        num_guesses = 0 if guesses is None else int(guesses.counts.sum())
-        budget = self._prefill_budget(len(rows) - len(prefills) + num_guesses)
+        budget = self._prefill_budget(len(rows) - len(prefills) + (0 if num_guesses is None else int(num_guesses.sum())))
         for i in prefills.tolist():
             counts[i] = tokens = self._chunk(int(counts[i]), budget)
             budget -= tokens
-        if guesses is not None:
-            r.guesses[guesses.rows] = guesses.counts
-            counts += r.guesses[rows]
+        if num_guesses is not None:
+            counts += num_guesses[rows]
         return (rows[counts > 0], counts[counts > 0], budget) if counts.min(initial=1) < 1 else (rows, counts, budget)
 
     def _prefill_budget(self, decodes: int) -> int:
@@ -431,13 +431,13 @@ class Scheduler:
         """Pages that the rows lack to hold so many tokens."""
         return np.maximum(-(-lengths // self.rows.block_size) - self.rows.num_blocks[rows], 0)
 
-    def _advance(self, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _advance(self, rows: np.ndarray, counts: np.ndarray, num_guesses: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
         """Count the tokens as computed -> the first five columns of a plan."""
         r = self.rows
         starts = r.computed[rows]
         ends = starts + counts
         r.computed[rows] = ends
-        guesses = r.guesses[rows]
+        guesses = 0 if num_guesses is None else num_guesses[rows]
         sampled = ends == r.total[rows] + guesses
         r.total[rows] += np.where(sampled, guesses + 1, 0)
         for i in np.flatnonzero(starts < r.num_prompt[rows]).tolist():

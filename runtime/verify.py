@@ -24,6 +24,12 @@ class Guesses:
     counts: np.ndarray
     tokens: np.ndarray | None
 
+    def of_rows(self, num_rows: int) -> np.ndarray:
+        """int32 [num_rows], how many each row has."""
+        counts = np.zeros(num_rows, np.int32)
+        counts[self.rows] = self.counts
+        return counts
+
 
 @dataclass(frozen=True, slots=True)
 class Guessed:
