@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 
 from compiler.step_input import Filters, Penalties, SamplingInput, StepInput
+from runtime.plan import Plan
 from runtime.request import Sequence
 from runtime.rows import Rows
-from runtime.scheduler import Plan
 
 
 class Packer:
