@@ -106,9 +106,8 @@ def _end(sequence: Sequence, token: int, full: bool, stopped: bool, arrived: Arr
 def _delta(
     sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprob] | None, accepted: int = 0, rejected: int = 0
 ) -> TokenDelta:
-    return TokenDelta(
-        sequence.request_id, tokens, sequence.finish_reason, sequence.stop_reason, sequence.cached_tokens, logprobs, accepted, rejected
-    )
+    reasons = sequence.finish_reason, sequence.stop_reason
+    return TokenDelta(sequence.request_id, tokens, *reasons, sequence.cached_tokens, logprobs, accepted, rejected)
 
 
 def _logprobs(
