@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 
 from compiler.step_input import Filters, Penalties, SamplingInput, StepInput
+from runtime.plan import Plan
 from runtime.request import Sequence
 from runtime.rows import Rows
-from runtime.scheduler import Plan
 
 
 class Packer:
@@ -42,7 +42,7 @@ class Packer:
             sampled=plan.sampled if plan.guessed is None else plan.sampled & plan.guessed.others,
             pages=self.rows.take_new_pages(),
             sampling=self._sampling(plan),
-            cached=self._cached(plan),
+            cached=_cached(plan),
         )
 
     def _tokens(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
@@ -62,11 +62,6 @@ class Packer:
             row, place, entry = guessed.entries()
             ids[query_start[entry]] = -2 - place if guessed.tokens is None else guessed.tokens[row, place]
         return ids, query_start
-
-    def _cached(self, plan: Plan) -> list[tuple[int, np.ndarray]]:
-        """What those that start in the step have in the cache; they are its last entries."""
-        begun = list(zip(plan.rows.tolist(), plan.starts.tolist()))[len(plan) - len(plan.started) :] if plan.started else []
-        return [(row, self.rows.tokens[row, :start].copy()) for row, start in begun if start]
 
     def _sampling(self, plan: Plan) -> SamplingInput:
         rows, at = self.rows, plan.rows
@@ -92,6 +87,17 @@ class Packer:
             allowed={index: s.allowed_ids for index, s in extras if s.allowed_ids is not None},
             num_logprobs=max((s.params.logprobs for _, s in extras if s.params.logprobs is not None), default=-1),
         )
+
+
+def _cached(plan: Plan) -> list[tuple[int, np.ndarray]]:
+    """What those that start in the step have in the cache; they are its last entries.
+
+    Views of their own tokens: only a device that looks up copies them.
+    """
+    if not plan.started:
+        return []
+    begun = zip(plan.started, plan.starts[-len(plan.started) :].tolist())
+    return [(sequence.row, sequence.tokens[:start]) for sequence, start in begun if start]
 
 
 def _bias(extras: list[tuple[int, Sequence]], young: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

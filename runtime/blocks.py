@@ -46,6 +46,11 @@ class BlockPool:
         self._end = end
 
     @property
+    def capacity(self) -> int:
+        """Tokens that the blocks hold, the null block left out."""
+        return (self.num_blocks - 1) * self.block_size
+
+    @property
     def usage(self) -> float:
         """Share of blocks that sequences hold, 0 to 1."""
         return 1 - self.num_free / (self.num_blocks - 1)
@@ -126,15 +131,15 @@ class BlockPool:
         for table in tables:
             for block in table:
                 held[block] += 1
-        _require(held[NULL_BLOCK] == 0 and self._references[NULL_BLOCK] == 0, "the null block is referenced")
+        require(held[NULL_BLOCK] == 0 and self._references[NULL_BLOCK] == 0, "the null block is referenced")
         free = self._walk()
-        _require(len(free) == self.num_free == len(set(free)), "the free list and its count differ")
+        require(len(free) == self.num_free == len(set(free)), "the free list and its count differ")
         for block in range(1, self.num_blocks):
-            _require(held[block] == self._references[block], f"block {block}: references and tables differ")
-        _require({b for b in range(1, self.num_blocks) if not held[b]} == set(free), "free blocks are not those unreferenced")
+            require(held[block] == self._references[block], f"block {block}: references and tables differ")
+        require({b for b in range(1, self.num_blocks) if not held[b]} == set(free), "free blocks are not those unreferenced")
         for digest, block in self._cached.items():
-            _require(self._hash[block] == digest, f"block {block}: the cache points to other content")
-        _require(sum(map(bool, self._hash)) == len(self._cached), "a hash is not in the cache")
+            require(self._hash[block] == digest, f"block {block}: the cache points to other content")
+        require(sum(map(bool, self._hash)) == len(self._cached), "a hash is not in the cache")
 
     def _digest(self, content: bytes) -> bytes:
         return hashlib.blake2b(content, key=self._key, digest_size=16).digest()
@@ -142,7 +147,7 @@ class BlockPool:
     def _walk(self) -> list[int]:
         free, block, before = [], self._next[self._end], self._end
         while block != self._end and len(free) <= self.num_blocks:
-            _require(self._previous[block] == before, f"block {block}: broken link")
+            require(self._previous[block] == before, f"block {block}: broken link")
             free.append(block)
             before, block = block, self._next[block]
         return free
@@ -164,6 +169,7 @@ class BlockPool:
         self.num_free += 1
 
 
-def _require(holds: bool, what: str) -> None:
+def require(holds: bool, what: str) -> None:
+    """An assertion that stays where Python drops its own."""
     if not holds:
         raise AssertionError(what)

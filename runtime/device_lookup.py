@@ -11,7 +11,9 @@ import numpy as np
 
 from compiler.step_input import LookedUp
 from runtime.auto_k import Acceptance, StepCosts, choose
-from runtime.scheduler import Arrived, Plan, Scheduler
+from runtime.plan import Plan
+from runtime.results import Arrived
+from runtime.scheduler import Scheduler
 from runtime.speculate import START, STAY, could_pay, within
 from runtime.verify import Guesses
 

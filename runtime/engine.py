@@ -18,10 +18,12 @@ import numpy as np
 from compiler.step import CompiledStep, Ticket
 from runtime.batch import Packer
 from runtime.pace import Pace
+from runtime.plan import Plan
 from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, ToClient, ToEngine, Tokens
 from runtime.recorder import Recorder
 from runtime.request import Sequence
-from runtime.scheduler import Arrived, Plan, Scheduler
+from runtime.results import Arrived
+from runtime.scheduler import Scheduler
 from runtime.speculate import Guesser
 
 log = logging.getLogger("pagegraph.engine")

@@ -8,8 +8,10 @@ import numpy as np
 
 from compiler.step import StepCounts
 from runtime.metrics import EngineMetrics
+from runtime.plan import Plan
 from runtime.request import Sequence
-from runtime.scheduler import Arrived, Plan, Scheduler
+from runtime.results import Arrived
+from runtime.scheduler import Scheduler
 
 log = logging.getLogger("pagegraph.engine")
 
@@ -76,7 +78,7 @@ class Recorder:
         self.metrics.set_state(
             running=self.scheduler.num_running,
             waiting=self.scheduler.num_waiting,
-            kv_cache_usage=self.scheduler.pool.usage,
+            kv_cache_usage=self.scheduler.pages.pool.usage,
             prompt_tokens=counters.prompt_tokens,
             generation_tokens=counters.generated_tokens,
             prefix_queries=counters.prefix_queries,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import attrgetter
 
 import numpy as np
 
@@ -87,3 +88,6 @@ class Sequence:
     def has_penalties(self) -> bool:
         params = self.params
         return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+place_of = attrgetter("place")  # to sort by

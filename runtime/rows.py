@@ -34,7 +34,7 @@ class Rows:
 
     Half-open ranges: tokens[r, :computed[r]] have their KV in pages or in a launched step; tokens[r, :known[r]]
     are on the host; at most total[r] - known[r] samples are scheduled and still to come. Both computed and total count
-    guesses in flight as if they held, and are taken back where they did not. guesses[r] are those of the plan being made.
+    guesses in flight as if they held, and are taken back where they did not.
     """
 
     def __init__(self, num_rows: int, max_model_len: int, block_size: int) -> None:
@@ -46,7 +46,6 @@ class Rows:
         self.stay = column(np.int64)  # a number for each time a sequence enters a row, 0: the row is empty
         self.tokens = np.empty((num_rows, max_model_len), np.int32)  # takes memory only as far as it is written
         self.known, self.total, self.computed = column(), column(), column()
-        self.guesses = column()
         self.num_prompt = column()
         self.max_len = column()  # tokens at which the sequence ends, whatever they are
         self.min_len = column()  # tokens up to which no id stops it
@@ -121,7 +120,7 @@ class Rows:
         sequence.last_token_at = float(self.last_token_at[row])
         sequence.row = -1
         self.sequences[row] = None
-        self.stay[row] = self.guesses[row] = 0
+        self.stay[row] = 0
         self._free.append(row)
 
     def add_blocks(self, rows: np.ndarray, counts: np.ndarray, blocks: list[int]) -> None:

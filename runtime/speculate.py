@@ -17,7 +17,9 @@ import numpy as np
 from compiler.step_input import LookedUp
 from runtime.auto_k import Acceptance, StepCosts, choose
 from runtime.drafters import Proposal, Retrieval, empty_proposal
-from runtime.scheduler import Arrived, Plan, Scheduler
+from runtime.plan import Plan
+from runtime.results import Arrived
+from runtime.scheduler import Scheduler
 from runtime.verify import Guesses
 
 SHADOW = 3  # guesses a row that are compared with what comes without being verified

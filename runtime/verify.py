@@ -24,6 +24,12 @@ class Guesses:
     counts: np.ndarray
     tokens: np.ndarray | None
 
+    def of_rows(self, num_rows: int) -> np.ndarray:
+        """int32 [num_rows], how many each row has."""
+        counts = np.zeros(num_rows, np.int32)
+        counts[self.rows] = self.counts
+        return counts
+
 
 @dataclass(frozen=True, slots=True)
 class Guessed:
@@ -68,16 +74,18 @@ class Verdict:
     stopped: np.ndarray  # bool, whether the last of them is a stop id
 
 
-def entries(columns: tuple[np.ndarray, ...], guesses: Guesses) -> tuple[tuple[np.ndarray, ...], Guessed]:
+def entries(columns: tuple[np.ndarray, ...], guesses: Guesses) -> tuple[tuple[np.ndarray, ...], Guessed | None]:
     """Plan columns (rows, stays, starts, counts, sampled) [N], guesses among the counts -> an entry a guess.
 
-    `guesses` of rows that are not in the plan are left out.
+    `guesses` of rows that are not in the plan are left out; None: that is all of them.
     """
     rows, stays, starts, counts, sampled = columns
     index_of = np.full(max(rows.max(), guesses.rows.max()) + 1, -1)
     index_of[guesses.rows] = np.arange(len(guesses.rows))
     of = index_of[rows]
     guessing = of >= 0
+    if not guessing.any():
+        return columns, None
     repeats = np.where(guessing, guesses.counts[of] + 1, 1)
     begin = np.cumsum(repeats) - repeats
     index = np.repeat(np.arange(len(rows)), repeats)

@@ -65,6 +65,18 @@ def test_only_new_pages_travel() -> None:
     assert seen == [entries[:1], [], entries[1:], [], [], []] and len(entries) == 4
 
 
+def test_what_a_row_begins_with_travels_uncopied() -> None:
+    """A device that looks up needs the tokens that no step computes; any other leaves them alone."""
+    scheduler = scheduler_of()
+    add(scheduler, "a", list(range(9)))
+    assert step(scheduler).cached == []
+    again, new = add(scheduler, "b", list(range(9))), add(scheduler, "c", [5, 6])
+    plan = scheduler.schedule(0)
+    ((row, tokens),) = Packer(scheduler.rows).pack(plan).cached
+    assert plan.started == [again, new] and (row, tokens.tolist()) == (again.row, list(range(8)))
+    assert np.shares_memory(tokens, again.tokens)
+
+
 def test_what_nobody_asks_for_is_not_sent() -> None:
     scheduler = scheduler_of()
     add(scheduler, "a", [1, 2, 3], temperature=0.5)

@@ -16,9 +16,10 @@ from compiler.step_input import StepOutput
 from runtime.batch import Packer
 from runtime.blocks import BlockPool
 from runtime.pace import Pace
+from runtime.plan import Plan
 from runtime.protocol import SamplingParams
 from runtime.request import Sequence
-from runtime.scheduler import Plan, Scheduler
+from runtime.scheduler import Scheduler
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep, check_outputs  # noqa: E402

@@ -18,7 +18,7 @@ from runtime.protocol import SamplingParams
 from runtime.request import Sequence
 from runtime.scheduler import Scheduler
 from runtime.speculate import within
-from runtime.verify import Guessed, Guesses, Verdict, verdict
+from runtime.verify import Guessed, Guesses, Verdict, entries, verdict
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep, check_outputs, next_token  # noqa: E402
@@ -58,6 +58,18 @@ def test_what_holds_and_where_it_ends(sampled, guesses, limits, tokens, accepted
 )
 def test_a_budget_goes_round(counts: list[int], budget: int, kept: list[int]) -> None:
     assert within(np.array(counts, np.int32), budget).tolist() == kept
+
+
+@pytest.mark.parametrize(("of", "rows"), [([3], [2, 3, 3, 3]), ([3, 0], [2, 3, 3, 3]), ([0], None)])
+def test_guesses_are_entries_of_their_rows_in_the_plan(of: list[int], rows: list[int] | None) -> None:
+    ints = lambda *values: np.array(values, np.int32)  # noqa: E731
+    columns = ints(2, 3), ints(7, 8), ints(5, 6), ints(4, 3), np.array([False, True])
+    split, guessed = entries(columns, Guesses(ints(*of), ints(*[2] * len(of)), None))
+    if rows is None:
+        assert split is columns and guessed is None
+    else:
+        assert split[0].tolist() == rows and split[2].tolist() == [5, 6, 7, 8] and split[3].tolist() == [4, 1, 1, 1]
+        assert (guessed.rows.tolist(), guessed.first.tolist(), guessed.others.tolist()) == ([3], [1], [True] + [False] * 3)
 
 
 prompts = st.builds(

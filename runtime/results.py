@@ -1,0 +1,129 @@
+"""What a step brought: its samples appended to their rows, and which sequences end by them, and why.
+
+Plans are taken in the order they were scheduled. Length is looked at before stop ids: a stop id that is also the last token
+allowed ends the sequence with "length". A sample past an end is dropped here, and guesses that did not hold are taken back.
+Knows no pages and no queue: a sequence that ends is still in its row afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from compiler.step_input import StepLogprobs, StepOutput
+from runtime.plan import Plan
+from runtime.protocol import TokenDelta, TokenLogprob
+from runtime.request import Sequence
+from runtime.rows import Rows
+from runtime.running import Running
+from runtime.verify import Verdict, verdict
+
+
+@dataclass(slots=True)
+class Arrived:
+    """What a step brought: token_ids[i], of several the last, to the sequence that was in row rows[i]; arrays [n]."""
+
+    rows: np.ndarray  # int32
+    token_ids: np.ndarray  # int32
+    owners: np.ndarray  # int32
+    request_ids: np.ndarray  # object: str
+    deltas: dict[int, TokenDelta]  # by index, for those with more to tell than the token
+    ended: list[Sequence]  # their `finish_reason` says why
+    verdict: Verdict | None = None  # of the step's guesses
+
+
+def append(rows: Rows, running: Running, plan: Plan, output: StepOutput) -> Arrived:
+    """Append what the step sampled for those that are still in its rows. In the order of the plan, rows with guesses last."""
+    at, ids, index = plan.rows, output.token_ids, None
+    wanted = plan.sampled & (rows.stay[at] == plan.stays)
+    if plan.guessed is not None:
+        wanted &= plan.guessed.others
+    if not wanted.all():
+        index = np.flatnonzero(wanted)
+        at, ids = at[index], ids[index]
+    fixed = running.fixed_of(at)
+    known = rows.known[at] + 1
+    rows.tokens[at, known - 1] = ids
+    rows.known[at] = known
+    full = known >= fixed.max_len
+    stopped = (fixed.stop_ids == ids[:, None]).any(axis=1) & (known > fixed.min_len) & ~full
+    arrived = Arrived(at, ids, fixed.owners, fixed.request_ids, {}, [])
+    more = full | stopped | (known == fixed.num_prompt + 1)
+    if output.logprobs is not None:
+        more |= rows.has_extras[at]
+    for i in np.flatnonzero(more).tolist():
+        sequence, token = rows.sequences[at[i]], int(ids[i])
+        _end(sequence, token, full[i], stopped[i], arrived)
+        entry = i if index is None else int(index[i])
+        arrived.deltas[i] = _delta(sequence, [token], _logprobs(sequence, [entry], [token], output.logprobs))
+    if plan.guessed is not None:
+        _append_guessed(rows, plan, output, arrived)
+    return arrived
+
+
+def _append_guessed(rows: Rows, plan: Plan, output: StepOutput, arrived: Arrived) -> None:
+    """Append what was sampled behind guesses that hold, up to an end, and add it to `arrived`; the rest is taken back."""
+    guessed = plan.guessed.among(rows.stay[plan.guessed.rows] == plan.stays[plan.guessed.first])
+    at, fed = guessed.rows, None if output.lookup is None else output.lookup.fed
+    known, max_len = rows.known[at], rows.max_len[at]
+    found = verdict(guessed, output.token_ids, guessed.fed(fed), known, max_len, rows.min_len[at], rows.stop_ids[at])
+    places = np.arange(found.tokens.shape[1])
+    inside = places < found.lengths[:, None]
+    rows.tokens[np.repeat(at, found.lengths), (known[:, None] + places)[inside]] = found.tokens[inside]
+    rows.known[at] = known + found.lengths
+    surplus = found.counts + 1 - found.lengths
+    rows.total[at] -= surplus
+    # Without pages the row was preempted meanwhile: nothing of it is computed.
+    rows.computed[at] -= np.where(rows.num_blocks[at] > 0, surplus, 0)
+    begin = len(arrived.rows)
+    arrived.rows = np.concatenate([arrived.rows, at])
+    arrived.token_ids = np.concatenate([arrived.token_ids, found.tokens[np.arange(len(at)), found.lengths - 1]])
+    arrived.owners = np.concatenate([arrived.owners, rows.owner[at]])
+    arrived.request_ids = np.concatenate([arrived.request_ids, rows.request_ids[at]])
+    arrived.verdict = found
+    full = known + found.lengths >= max_len
+    for i, row in enumerate(at.tolist()):
+        sequence, tokens = rows.sequences[row], found.tokens[i, : found.lengths[i]].tolist()
+        first, accepted = int(guessed.first[i]), int(found.accepted[i])
+        sequence.accepted += accepted
+        sequence.rejected += int(found.counts[i]) - accepted
+        _end(sequence, tokens[-1], full[i], found.stopped[i], arrived)
+        logprobs = _logprobs(sequence, range(first, first + len(tokens)), tokens, output.logprobs)
+        arrived.deltas[begin + i] = _delta(sequence, tokens, logprobs, sequence.accepted, sequence.rejected)
+
+
+def _end(sequence: Sequence, token: int, full: bool, stopped: bool, arrived: Arrived) -> None:
+    """If `token`, its last, ended the sequence, for being the last it may have or a stop id."""
+    if stopped:
+        sequence.stop_reason = token
+    if full or stopped:
+        sequence.finish_reason = "length" if full else "stop"
+        arrived.ended.append(sequence)
+
+
+def _delta(
+    sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprob] | None, accepted: int = 0, rejected: int = 0
+) -> TokenDelta:
+    reasons = sequence.finish_reason, sequence.stop_reason
+    return TokenDelta(sequence.request_id, tokens, *reasons, sequence.cached_tokens, logprobs, accepted, rejected)
+
+
+def _logprobs(
+    sequence: Sequence, indices: Iterable[int], tokens: list[int], step: StepLogprobs | None
+) -> list[TokenLogprob] | None:
+    """Of the tokens, sampled by the entries `indices` of the step."""
+    wanted = sequence.params.logprobs
+    if wanted is None or step is None:
+        return None
+    return [
+        TokenLogprob(
+            token,
+            float(step.chosen[index]),
+            int(step.ranks[index]),
+            step.top_ids[index, :wanted].tolist(),
+            step.top_values[index, :wanted].tolist(),
+        )
+        for index, token in zip(indices, tokens, strict=True)
+    ]
