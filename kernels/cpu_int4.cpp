@@ -42,6 +42,49 @@ inline float exp_of(float x) {
     return p * power;
 }
 
+// 64 rows of one group: codes [group, 32] times row [group] -> sum, rows 0, 16, 32 and 48 on. Values of row are bfloat16's.
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+inline void add_group(const uint8_t* codes, const uint16_t* row, int64_t group, __m512 sum[4]) {
+    // -8 .. 7 in bfloat16, twice: a look-up takes the low five bits of each index, of which the fifth is another code's.
+    alignas(64) static const uint16_t values[32] = {
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+    const __m512i table = _mm512_load_si512(values);
+    // Bytes r and 32 + r, a row's codes of two columns, go to the words of lane r; what else is in a word does not matter.
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i low = _mm512_add_epi32(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(LANES)), 16));
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(0x00100010));
+    for (int64_t k = 0; k < group; k += 2, codes += 2 * LANES) {
+        int32_t pair;
+        std::memcpy(&pair, row + k, 4);
+        const __m512bh columns = (__m512bh)_mm512_set1_epi32(pair);
+        const __m512i both = _mm512_loadu_si512(codes);
+        const __m512i first = _mm512_permutexvar_epi8(low, both), second = _mm512_permutexvar_epi8(high, both);
+        const auto add = [&](__m512 to, __m512i index) {
+            return _mm512_dpbf16_ps(to, (__m512bh)_mm512_permutexvar_epi16(index, table), columns);
+        };
+        sum[0] = add(sum[0], first);
+        sum[1] = add(sum[1], second);
+        sum[2] = add(sum[2], _mm512_srli_epi16(first, 4));
+        sum[3] = add(sum[3], _mm512_srli_epi16(second, 4));
+    }
+}
+#else
+inline void add_group(const uint8_t* codes, const uint16_t* row, int64_t group, __m512 sum[4]) {
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    for (int64_t k = 0; k < group; k++, codes += LANES) {
+        const __m512 column = _mm512_set1_ps(wide(row[k]));
+        const __m512i first = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
+        const __m512i second = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + 16)));
+        // A look-up takes the low four bits of each index.
+        sum[0] = _mm512_fmadd_ps(column, _mm512_permutexvar_ps(first, values), sum[0]);
+        sum[1] = _mm512_fmadd_ps(column, _mm512_permutexvar_ps(second, values), sum[1]);
+        sum[2] = _mm512_fmadd_ps(column, _mm512_permutexvar_ps(_mm512_srli_epi32(first, 4), values), sum[2]);
+        sum[3] = _mm512_fmadd_ps(column, _mm512_permutexvar_ps(_mm512_srli_epi32(second, 4), values), sum[3]);
+    }
+}
+#endif
+
 // pairs [K / group, N, 2] (scale, shift), bias and norm bfloat16; packed [N / 64, K, 32].
 struct Product {
     const uint8_t* packed;
@@ -49,22 +92,12 @@ struct Product {
     int64_t N, K, group;
 
     // 64 rows over groups begin .. end - 1, before the bias.
-    void block(const float* row, const float* sums, int64_t at, int64_t begin, int64_t end, float* out) const {
-        const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    void block(const uint16_t* row, const float* sums, int64_t at, int64_t begin, int64_t end, float* out) const {
         const uint8_t* codes = packed + (at * K + begin * group) * LANES;
         __m512 total[4] = {};  // rows 0, 16, 32 and 48 on
-        for (int64_t g = begin; g < end; g++) {
+        for (int64_t g = begin; g < end; g++, codes += group * LANES) {
             __m512 sum[4] = {};
-            for (int64_t k = g * group; k < (g + 1) * group; k++, codes += LANES) {
-                const __m512 column = _mm512_set1_ps(row[k]);
-                const __m512i first = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
-                const __m512i second = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + 16)));
-                // A look-up takes the low four bits of each index.
-                sum[0] = _mm512_fmadd_ps(column, _mm512_permutexvar_ps(first, values), sum[0]);
-                sum[1] = _mm512_fmadd_ps(column, _mm512_permutexvar_ps(second, values), sum[1]);
-                sum[2] = _mm512_fmadd_ps(column, _mm512_permutexvar_ps(_mm512_srli_epi32(first, 4), values), sum[2]);
-                sum[3] = _mm512_fmadd_ps(column, _mm512_permutexvar_ps(_mm512_srli_epi32(second, 4), values), sum[3]);
-            }
+            add_group(codes, row + g * group, group, sum);
             const __m512 columns = _mm512_set1_ps(sums[g]);
             for (int i = 0; i < 4; i++) {  // a scale and its shift are the low and the high half of a word
                 const __m512i word = _mm512_loadu_si512(pairs + (g * N + at * 2 * LANES + i * 16) * 2);
@@ -122,6 +155,7 @@ extern "C" void kernel(const uint16_t* x, const uint16_t* residual, const uint8_
 #pragma omp parallel
     {
         std::vector<float> held(2 * most + H);
+        std::vector<uint16_t> states(most);
         float *row = held.data(), *sums = row + most, *total = sums + most;
         for (int64_t k = 0; k < K0; k++) row[k] = wide(x[k]);
         for (int64_t i = 0; i < H; i++) total[i] = wide(residual[i]);
@@ -129,6 +163,7 @@ extern "C" void kernel(const uint16_t* x, const uint16_t* residual, const uint8_
             const Product& product = products[i];
             if (i % 2) add_norm(total, row, product.norm, H, i == 1 ? eps1 : eps3);
             const int64_t groups = product.K / product.group;
+            for (int64_t k = 0; k < product.K; k++) states[k] = narrow(row[k]);
             for (int64_t g = 0; g < groups; g++) {
                 float sum = 0;
                 for (int64_t k = g * product.group; k < (g + 1) * product.group; k++) sum += row[k];
@@ -139,7 +174,7 @@ extern "C" void kernel(const uint16_t* x, const uint16_t* residual, const uint8_
             for (int64_t task = 0; task < product.N / LANES; task++) {
                 const int64_t at = task / 2, half = task % 2, middle = groups / 2;
                 float* to = halves + half * product.N + at * 2 * LANES;
-                product.block(row, sums, at, half ? middle : 0, half ? groups : middle, to);
+                product.block(states.data(), sums, at, half ? middle : 0, half ? groups : middle, to);
             }
             product.finish(halves, row);
             if (gated >> i & 1) gate(row, product.N / 2);
