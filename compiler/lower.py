@@ -67,7 +67,8 @@ def compile_forward(
             graph_pass(module)
         _keep_as_calls(module.graph)
         # Checks of every tensor at each step are a tenth of a small step's Python. Artefacts differ by what was built here.
-        with config.patch(size_asserts=False), torch.compiler.config.patch(cache_key_tag=cpu_int4.built_as() + cpu_attention.built_as()):
+        built = cpu_int4.built_as() + cpu_attention.built_as()
+        with config.patch(size_asserts=False), torch.compiler.config.patch(cache_key_tag=built):
             return compile_graph(module, inputs)
 
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
@@ -135,6 +136,8 @@ def _attention(op: OpOverload, *arguments: TensorBox | float | int | None) -> Te
     if not row or not cpu_attention.takes_dtypes(query.get_dtype(), key_cache.get_dtype(), sinks, softcap):
         return fallback_handler(op, add_to_fallback_set=False)(*arguments)
     tensors = [ExternKernel.realize_input(one) for one in tensors]
+    if any(one.get_stride()[2] != 1 for one in tensors[:3]):
+        return fallback_handler(op, add_to_fallback_set=False)(*arguments)
     strides = [stride for one in tensors[:3] for stride in one.get_stride()[:2]]
     _, heads, size = query.get_size()
     _, block_size, groups, value_size = value_cache.get_size()

@@ -37,7 +37,8 @@ def takes(query: Tensor, key_cache: Tensor, sinks: Tensor | None, softcap: float
 
 
 def takes_dtypes(states: torch.dtype, cache: torch.dtype, sinks: object | None, softcap: float) -> bool:
-    return _kernel is not None and sinks is None and not softcap and states == cache and states in (torch.bfloat16, torch.float32)
+    known = states == cache and states in (torch.bfloat16, torch.float32)
+    return _kernel is not None and known and sinks is None and not softcap
 
 
 def attend(
@@ -75,8 +76,8 @@ def attend(
 def attend_into(*tensors: Tensor, numbers: Sequence[int], scale: float, out: Tensor) -> Tensor:
     """One row [1, Hq, D] into out [1, Hq, Dv], called by compiled graphs, which know sizes and strides before.
 
-    tensors: query, key, value, cos and sin [1, D] (anything where not rotated), caches, slots, tables, lengths. numbers: those of
-    the kernel.
+    tensors: query, key, value, cos and sin [1, D] (anything where not rotated), caches, slots, tables, lengths.
+    numbers: those of the kernel.
     """
     if _kernel is None:  # compiled by a process in which it was
         raise RuntimeError(f"{SOURCE.name} is not built")

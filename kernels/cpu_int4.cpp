@@ -47,8 +47,10 @@ inline float exp_of(float x) {
 inline void add_group(const uint8_t* codes, const uint16_t* row, int64_t group, __m512 sum[4]) {
     // -8 .. 7 in bfloat16, twice: a look-up takes the low five bits of each index, of which the fifth is another code's.
     alignas(64) static const uint16_t values[32] = {
-        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+        0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+        0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
     const __m512i table = _mm512_load_si512(values);
     // Bytes r and 32 + r, a row's codes of two columns, go to the words of lane r; what else is in a word does not matter.
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -137,10 +139,10 @@ void add_norm(float* total, float* row, const uint16_t* norm, int64_t size, floa
 extern "C" void kernel(const uint16_t* x, const uint16_t* residual, const uint8_t* packed0, const uint16_t* pairs0,
                        const uint16_t* bias0, const uint8_t* packed1, const uint16_t* pairs1, const uint16_t* bias1,
                        const uint16_t* norm1, const uint8_t* packed2, const uint16_t* pairs2, const uint16_t* bias2,
-                       const uint8_t* packed3, const uint16_t* pairs3, const uint16_t* bias3, const uint16_t* norm3, uint16_t* out,
-                       int64_t count, int64_t biased, int64_t gated, int64_t K0, int64_t N0, int64_t group0, int64_t K1, int64_t N1,
-                       int64_t group1, int64_t K2, int64_t N2, int64_t group2, int64_t K3, int64_t N3, int64_t group3, float eps1,
-                       float eps3) {
+                       const uint8_t* packed3, const uint16_t* pairs3, const uint16_t* bias3, const uint16_t* norm3,
+                       uint16_t* out, int64_t count, int64_t biased, int64_t gated, int64_t K0, int64_t N0, int64_t group0, int64_t K1,
+                       int64_t N1, int64_t group1, int64_t K2, int64_t N2, int64_t group2, int64_t K3, int64_t N3, int64_t group3,
+                       float eps1, float eps3) {
     Product products[] = {{packed0, pairs0, bias0, nullptr, N0, K0, group0},
                           {packed1, pairs1, bias1, norm1, N1, K1, group1},
                           {packed2, pairs2, bias2, nullptr, N2, K2, group2},

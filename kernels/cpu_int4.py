@@ -51,7 +51,7 @@ def chain(x: Tensor, residual: Tensor, tensors: Sequence[Tensor], numbers: Seque
 
     Every second product takes the norm of the residual plus the product before; that sum is the residual from there on.
     tensors: packed, pairs and bias of each product, of every second its norm behind them. numbers: how many products; bits of
-    those with a bias (others have whatever tensor in its place), and of those whose result is gated; inputs, outputs, group of each.
+    those with a bias (others have any tensor in its place), of those whose result is gated; inputs, outputs, group of each.
     """
     count, biased, gated, *sizes = numbers
     rest = iter(tensors)
@@ -71,7 +71,9 @@ def chain_size(numbers: Sequence[int]) -> int:
     return sizes[1] + (sizes[3 * count - 2] >> (gated >> (count - 1)))
 
 
-def chain_into(x: Tensor, residual: Tensor, *tensors: Tensor, numbers: Sequence[int], eps: Sequence[float], out: Tensor) -> Tensor:
+def chain_into(
+    x: Tensor, residual: Tensor, *tensors: Tensor, numbers: Sequence[int], eps: Sequence[float], out: Tensor
+) -> Tensor:
     """`chain` of contiguous bfloat16, all of it filled up to four products with anything."""
     if _kernel is None:
         return out.copy_(chain(x, residual, tensors, numbers, eps))

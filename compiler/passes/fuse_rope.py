@@ -52,6 +52,8 @@ def _fuse(module: GraphModule, attention: Node, norms: bool = True) -> bool:
     rotated = [_rotated(query), _rotated(key)]
     if None in rotated or rotated[0].cos is not rotated[1].cos or rotated[0].sin is not rotated[1].sin:
         return False
+    if not norms and rotated[0].cos.meta["example_value"].dtype != query.meta["example_value"].dtype:
+        return False
     normed = [normed_of(one.heads) if norms else None for one in rotated]
     if None in normed or normed[0].eps != normed[1].eps:
         normed = [None, None]
