@@ -123,7 +123,9 @@ def _int4_packed_chain(
     ).output_node()
 
 
-_attention_of_one_row = ExternKernelChoice(cpu_attention.attend_into, name="pagegraph_attention_of_one_row", has_out_variant=True)
+_attention_of_one_row = ExternKernelChoice(
+    cpu_attention.attend_into, name="pagegraph_attention_of_one_row", has_out_variant=True
+)
 
 
 def _attention(op: OpOverload, *arguments: TensorBox | float | int | None) -> TensorBox:

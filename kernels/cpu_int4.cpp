@@ -140,8 +140,9 @@ extern "C" void kernel(const uint16_t* x, const uint16_t* residual, const uint8_
                        const uint16_t* bias0, const uint8_t* packed1, const uint16_t* pairs1, const uint16_t* bias1,
                        const uint16_t* norm1, const uint8_t* packed2, const uint16_t* pairs2, const uint16_t* bias2,
                        const uint8_t* packed3, const uint16_t* pairs3, const uint16_t* bias3, const uint16_t* norm3,
-                       uint16_t* out, int64_t count, int64_t biased, int64_t gated, int64_t K0, int64_t N0, int64_t group0, int64_t K1,
-                       int64_t N1, int64_t group1, int64_t K2, int64_t N2, int64_t group2, int64_t K3, int64_t N3, int64_t group3,
+                       uint16_t* out, int64_t count, int64_t biased, int64_t gated, int64_t K0, int64_t N0,
+                       int64_t group0, int64_t K1, int64_t N1, int64_t group1, int64_t K2,
+                       int64_t N2, int64_t group2, int64_t K3, int64_t N3, int64_t group3,
                        float eps1, float eps3) {
     Product products[] = {{packed0, pairs0, bias0, nullptr, N0, K0, group0},
                           {packed1, pairs1, bias1, norm1, N1, K1, group1},

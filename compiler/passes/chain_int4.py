@@ -136,7 +136,7 @@ def _gate(out: Node) -> Node | None:
     """silu(first half) * second half of `out`, where nothing else reads it."""
     halves = _only_user(out)
     gates = {user for part in halves.users for user in part.users} if halves is not None else ()
-    gates = {next(iter(user.users)) if user.target is torch.nn.functional.silu and len(user.users) == 1 else user for user in gates}
+    gates = {_only_user(user) if is_call(user, torch.nn.functional.silu) else user for user in gates}
     return next(iter(gates)) if len(gates) == 1 and gated_of(next(iter(gates))) is out else None
 
 

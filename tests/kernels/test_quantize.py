@@ -104,7 +104,9 @@ def test_packed_nibbles_by_rows(
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("biased", [0, 5, 15])
 @pytest.mark.parametrize("gated", [0, 2, 10])
-@pytest.mark.parametrize(("inputs", "hidden", "inner", "group"), [(128, 192, 320, 32), (64, 192, 128, 64), (128, 256, 128, 128), (32, 64, 64, 32)])
+@pytest.mark.parametrize(
+    ("inputs", "hidden", "inner", "group"), [(128, 192, 320, 32), (64, 192, 128, 64), (128, 256, 128, 128), (32, 64, 64, 32)]
+)
 def test_chain_of_packed_nibbles(
     inputs: int, hidden: int, inner: int, group: int, gated: int, biased: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
