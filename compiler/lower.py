@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.ir import ExternKernel, FixedLayout, TensorBox
-from torch._inductor.lowering import fallback_handler, lowerings, make_fallback, register_lowering, tag_to_layout_constraint
+from torch._inductor.ir import ExternKernel, FixedLayout, MutationOutput, NoneLayout, TensorBox
+from torch._inductor.lowering import (
+    add_layout_constraint,
+    fallback_handler,
+    lowerings,
+    make_fallback,
+    register_lowering,
+    tag_to_layout_constraint,
+)
 from torch._inductor.select_algorithm import ExternKernelChoice
 from torch._library.utils import get_layout_constraint_tag
-from torch._ops import OpOverloadPacket
+from torch._ops import OpOverload, OpOverloadPacket
 
 from compiler.capture import CapturedModel
 from compiler.staging import Staged
 from compiler.state import DeviceState
-from kernels import cpu_int4
+from kernels import cpu_attention, cpu_int4
 
 
 DEFAULT_CACHE = "~/.cache/pagegraph"
@@ -59,7 +67,8 @@ def compile_forward(
             graph_pass(module)
         _keep_as_calls(module.graph)
         # Checks of every tensor at each step are a tenth of a small step's Python. Artefacts differ by what was built here.
-        with config.patch(size_asserts=False), torch.compiler.config.patch(cache_key_tag=cpu_int4.built_as()):
+        built = cpu_int4.built_as() + cpu_attention.built_as()
+        with config.patch(size_asserts=False), torch.compiler.config.patch(cache_key_tag=built):
             return compile_graph(module, inputs)
 
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
@@ -97,6 +106,57 @@ def _int4_packed_linear(x: TensorBox, packed: TensorBox, pairs: TensorBox, group
         return _int4_rows(*inputs, group)
     layout = FixedLayout(x.get_device(), x.get_dtype(), [1, packed.get_size()[0]])
     return _int4_row.bind(inputs, layout, group=group).output_node()
+
+
+_int4_chain = ExternKernelChoice(cpu_int4.chain_into, name="pagegraph_int4_chain", has_out_variant=True)
+
+
+@register_lowering(torch.ops.pagegraph.int4_packed_chain.default, type_promotion_kind=None)
+def _int4_packed_chain(
+    x: TensorBox, residual: TensorBox, tensors: list[TensorBox], numbers: list[int], eps: list[float]
+) -> TensorBox:
+    inputs = [ExternKernel.require_contiguous(one) for one in (x, residual, *tensors)]
+    layout = FixedLayout(x.get_device(), x.get_dtype(), [1, cpu_int4.chain_size(numbers)])
+    alone = len(eps) == 1  # of two places
+    return _int4_chain.bind(
+        inputs + inputs[2:] * alone, layout, numbers=[*numbers, *[0] * 6 * alone], eps=[*eps, *[0.0] * alone]
+    ).output_node()
+
+
+_attention_of_one_row = ExternKernelChoice(
+    cpu_attention.attend_into, name="pagegraph_attention_of_one_row", has_out_variant=True
+)
+
+
+def _attention(op: OpOverload, *arguments: TensorBox | float | int | None) -> TensorBox:
+    """One row's on a CPU is called past the dispatcher, which takes longer than the attention."""
+    query, key, value, *rest = arguments
+    cos, sin, norms = (*rest[:2], rest[2:4]) if len(rest) > 12 else (query, query, [None, None])
+    key_cache, value_cache, _, slots, tables, _, lengths, sinks, scale, window, softcap, chunk = rest[-12:]
+    tensors = (query, key, value, cos, sin, key_cache, value_cache, slots, tables, lengths)
+    row = query.get_device().type == "cpu" and query.get_size()[0] == lengths.get_size()[0] == 1 and norms == [None, None]
+    if not row or not cpu_attention.takes_dtypes(query.get_dtype(), key_cache.get_dtype(), sinks, softcap):
+        return fallback_handler(op, add_to_fallback_set=False)(*arguments)
+    tensors = [ExternKernel.realize_input(one) for one in tensors]
+    if any(one.get_stride()[2] != 1 for one in tensors[:3]):
+        return fallback_handler(op, add_to_fallback_set=False)(*arguments)
+    strides = [stride for one in tensors[:3] for stride in one.get_stride()[:2]]
+    _, heads, size = query.get_size()
+    _, block_size, groups, value_size = value_cache.get_size()
+    numbers = [
+        *strides, 1, heads, groups, size, value_size, block_size, 0, window, chunk, 1, int(cos is not query),
+        int(query.get_dtype() == torch.bfloat16),
+    ]  # fmt: skip
+    layout = FixedLayout(query.get_device(), query.get_dtype(), [1, heads, value_size])
+    out = _attention_of_one_row.bind(tensors, layout, numbers=[int(one) for one in numbers], scale=scale).output_node()
+    call = out.data.data
+    call.mutation_outputs += [MutationOutput(NoneLayout(device=one.get_device()), one, call) for one in tensors[5:7]]
+    return out
+
+
+for _op in (torch.ops.pagegraph.paged_attention.default, torch.ops.pagegraph.rope_attention.default):
+    add_layout_constraint(_op, tag_to_layout_constraint(get_layout_constraint_tag(_op)))
+    register_lowering(_op, type_promotion_kind=None)(partial(_attention, _op))
 
 
 def mark_dynamic(

@@ -82,7 +82,18 @@ void attend(const T* query, const T* keys, const T* values, T* out, const int32_
 #pragma omp simd
         for (int64_t d = 0; d < V; d++) acc[d] += weight * wide(values[at + d]);
     });
-    for (int64_t d = 0; d < V; d++) narrow(acc[d] / total, out + d);
+    for (int64_t d = 0; d < V; d++) narrow(total ? acc[d] / total : 0, out + d);  // nothing where there is no token
+}
+
+// Half-split rotation of one head [D], rounded once; D is even.
+template <typename T>
+inline void rotate(const T* x, const T* cos, const T* sin, T* out, int64_t D) {
+    const int64_t half = D / 2;
+#pragma omp simd
+    for (int64_t d = 0; d < half; d++) {
+        narrow(wide(x[d]) * wide(cos[d]) - wide(x[d + half]) * wide(sin[d]), out + d);
+        narrow(wide(x[d + half]) * wide(cos[d + half]) + wide(x[d]) * wide(sin[d + half]), out + d + half);
+    }
 }
 
 struct Heads {  // of a step: [rows, heads, size], elements of a head side by side
@@ -94,14 +105,15 @@ struct Heads {  // of a step: [rows, heads, size], elements of a head side by si
 };
 
 template <typename T>
-void run(Heads query, Heads key, Heads value, T* keys, T* values, const int32_t* slots, const int32_t* tables,
+void run(Heads query, Heads key, Heads value, const T* cos, const T* sin, T* keys, T* values, const int32_t* slots, const int32_t* tables,
          const int32_t* lengths, T* out, int64_t rows, int64_t heads, int64_t groups, int64_t D, int64_t V, int64_t block_size, int64_t table_stride,
          int64_t window, int64_t chunk, bool write, float scale) {
     int64_t longest = 0;
     for (int64_t r = 0; r < rows; r++) {
         longest = std::max<int64_t>(longest, lengths[r]);
         for (int64_t g = 0; write && g < groups; g++) {
-            std::memcpy(keys + (slots[r] * groups + g) * D, key.at<T>(r, g), D * sizeof(T));
+            T* const to = keys + (slots[r] * groups + g) * D;
+            cos ? rotate(key.at<T>(r, g), cos + r * D, sin + r * D, to, D) : (void)std::memcpy(to, key.at<T>(r, g), D * sizeof(T));
             std::memcpy(values + (slots[r] * groups + g) * V, value.at<T>(r, g), V * sizeof(T));
         }
     }
@@ -109,12 +121,15 @@ void run(Heads query, Heads key, Heads value, T* keys, T* values, const int32_t*
 #pragma omp parallel if (rows * heads * longest * (D + V) > PARALLEL)
     {
         std::vector<float> scratch(longest + D + V);
+        std::vector<T> turned(D);
 #pragma omp for
         for (int64_t task = 0; task < rows * heads; task++) {
             const int64_t r = task / heads, head = task % heads, last = lengths[r];
             int64_t first = window ? std::max<int64_t>(0, last - window) : 0;
             if (chunk) first = std::max(first, (last - 1) / chunk * chunk);
-            one(query.at<T>(r, head), keys, values, out + task * V, tables + r * table_stride, block_size, groups,
+            const T* from = query.at<T>(r, head);
+            if (cos) rotate(from, cos + r * D, sin + r * D, turned.data(), D), from = turned.data();
+            one(from, keys, values, out + task * V, tables + r * table_stride, block_size, groups,
                 head / (heads / groups), first, last, D, V, scale, scratch.data());
         }
     }
@@ -122,14 +137,14 @@ void run(Heads query, Heads key, Heads value, T* keys, T* values, const int32_t*
 
 }  // namespace
 
-extern "C" void kernel(const void* query, const void* key, const void* value, void* keys, void* values, const int32_t* slots,
+extern "C" void kernel(const void* query, const void* key, const void* value, const void* cos, const void* sin, void* keys, void* values, const int32_t* slots,
                        const int32_t* tables, const int32_t* lengths, void* out, int64_t query_row, int64_t query_head,
                        int64_t key_row, int64_t key_head, int64_t value_row, int64_t value_head, int64_t rows, int64_t heads,
                        int64_t groups, int64_t D, int64_t V, int64_t block_size, int64_t table_stride, int64_t window,
-                       int64_t chunk, int64_t write, int64_t is_bfloat16, float scale) {
+                       int64_t chunk, int64_t write, int64_t rotated, int64_t is_bfloat16, float scale) {
     const auto of = [&](auto type) {
         using T = decltype(type);
-        run<T>({query, query_row, query_head}, {key, key_row, key_head}, {value, value_row, value_head}, (T*)keys, (T*)values,
+        run<T>({query, query_row, query_head}, {key, key_row, key_head}, {value, value_row, value_head}, rotated ? (const T*)cos : nullptr, (const T*)sin, (T*)keys, (T*)values,
                slots, tables, lengths, (T*)out, rows, heads, groups, D, V, block_size, table_stride, window, chunk, write, scale);
     };
     is_bfloat16 ? of(Bfloat16()) : of(float());

@@ -6,7 +6,7 @@ take a step, `kernels.cpu` has those calls. Knows no prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels import cpu_build
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-ARGUMENTS = ["void*"] * 5 + ["int32_t*"] * 3 + ["void*"] + ["int64_t"] * 17 + ["float"]
+ARGUMENTS = ["void*"] * 7 + ["int32_t*"] * 3 + ["void*"] + ["int64_t"] * 18 + ["float"]
 
 _kernel: Callable | None = None
 
@@ -26,15 +26,19 @@ def build() -> None:
     _kernel = cpu_build.built(SOURCE, ARGUMENTS, "attention of single tokens stays PyTorch's, which takes longer")
 
 
+def built_as() -> str:
+    """What tells graphs compiled with it from others."""
+    return "" if _kernel is None else SOURCE.stem
+
+
 def takes(query: Tensor, key_cache: Tensor, sinks: Tensor | None, softcap: float) -> bool:
     """Whether `attend` is there for steps of this kind."""
-    return (
-        _kernel is not None
-        and sinks is None
-        and not softcap
-        and query.dtype == key_cache.dtype
-        and query.dtype in (torch.bfloat16, torch.float32)
-    )
+    return takes_dtypes(query.dtype, key_cache.dtype, sinks, softcap)
+
+
+def takes_dtypes(states: torch.dtype, cache: torch.dtype, sinks: object | None, softcap: float) -> bool:
+    known = states == cache and states in (torch.bfloat16, torch.float32)
+    return _kernel is not None and known and sinks is None and not softcap
 
 
 def attend(
@@ -62,10 +66,22 @@ def attend(
         tables = tables.contiguous()
     out = query.new_empty(num_rows, heads, value_size)
     _kernel(
-        query, key, value, key_cache, value_cache, slots if write else lengths, tables, lengths, out,
+        query, key, value, query, query, key_cache, value_cache, slots if write else lengths, tables, lengths, out,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], num_rows, heads, groups, size, value_size, block_size,
-        tables.stride(0), window, chunk, write, query.dtype == torch.bfloat16, scale,
+        tables.stride(0), window, chunk, write, False, query.dtype == torch.bfloat16, scale,
     )  # fmt: skip
+    return out
+
+
+def attend_into(*tensors: Tensor, numbers: Sequence[int], scale: float, out: Tensor) -> Tensor:
+    """One row [1, Hq, D] into out [1, Hq, Dv], called by compiled graphs, which know sizes and strides before.
+
+    tensors: query, key, value, cos and sin [1, D] (anything where not rotated), caches, slots, tables, lengths.
+    numbers: those of the kernel.
+    """
+    if _kernel is None:  # compiled by a process in which it was
+        raise RuntimeError(f"{SOURCE.name} is not built")
+    _kernel(*tensors, out, *numbers, scale)
     return out
 
 

@@ -27,6 +27,7 @@ int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kern
 
 `pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit codes as
 PyTorch packs them for AVX-512 (`kernels.cpu.unpack_int4`), pairs [K / group, N, 2] scale and shift beside each other in x's dtype.
+`pagegraph::int4_packed_chain` is two or four of them on one row, `linear_norm_linear` once or twice (`kernels.cpu_int4.chain`).
 
 `pagegraph::rms_norm` is x [..., H] / sqrt(mean(x ** 2) + eps) * weight [H]; `pagegraph::add_rms_norm` adds a residual
 like x before it -> (sum, norm of the sum). `pagegraph::silu_mul` is silu(gate) * up of [..., 2 * I] = (gate, up).
@@ -70,7 +71,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import cpu, reference
+from kernels import cpu, cpu_int4, reference
 
 _library = torch.library.Library("pagegraph", "DEF")
 _library.define(
@@ -89,6 +90,7 @@ _library.define(
     "fragment_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group, int out_size) -> Tensor"
 )
 _library.define("int4_packed_linear(Tensor x, Tensor packed, Tensor pairs, int group) -> Tensor")
+_library.define("int4_packed_chain(Tensor x, Tensor residual, Tensor[] tensors, int[] numbers, float[] eps) -> Tensor")
 _library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 _library.define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)")
 _library.define("silu_mul(Tensor gate_up) -> Tensor")
@@ -209,6 +211,7 @@ _library.impl("quant_linear", reference.quant_linear, "CompositeExplicitAutograd
 _library.impl("fragment_linear", reference.fragment_linear, "CPU")
 _library.impl("fragment_linear", _fragment_linear_on_cuda, "CUDA")
 _library.impl("int4_packed_linear", cpu.int4_packed_linear, "CPU")
+_library.impl("int4_packed_chain", cpu_int4.chain, "CPU")
 _library.impl("linear", functional.linear, "CPU")
 _library.impl("linear", _linear_on_cuda, "CUDA")
 _library.impl("paged_attention", cpu.paged_attention, "CPU")
@@ -261,6 +264,11 @@ def _fragment_linear_fake(x: Tensor, *arguments: Tensor | int | None) -> Tensor:
 @torch.library.register_fake("pagegraph::int4_packed_linear", lib=_library)
 def _int4_packed_linear_fake(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     return x.new_empty(x.shape[0], packed.shape[0])
+
+
+@torch.library.register_fake("pagegraph::int4_packed_chain", lib=_library)
+def _int4_packed_chain_fake(x: Tensor, residual: Tensor, tensors: list[Tensor], numbers: list[int], eps: list[float]) -> Tensor:
+    return x.new_empty(1, cpu_int4.chain_size(numbers))
 
 
 @torch.library.register_fake("pagegraph::rms_norm", lib=_library)

@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from compiler.passes.graph_forms import is_call, is_method, normed_of, rewrite, shape
+from kernels import cpu_attention
 
 
 class Rotated(NamedTuple):
@@ -28,12 +29,32 @@ def fuse_rope(module: GraphModule) -> int:
     return rewrite(module, lambda node: node.target is torch.ops.pagegraph.paged_attention and _fuse(module, node))
 
 
-def _fuse(module: GraphModule, attention: Node) -> bool:
+def rotate_one_row(module: GraphModule) -> int:
+    """The same for the CPU, without norms: where one row's attention is one call of ours."""
+
+    def fuse(node: Node) -> bool:
+        if node.target is not torch.ops.pagegraph.paged_attention or not _is_one_row(node):
+            return False
+        return _fuse(module, node, norms=False)
+
+    return rewrite(module, fuse)
+
+
+def _is_one_row(attention: Node) -> bool:
+    query, _, _, key_cache, *_ = (one.meta["example_value"] for one in attention.args[:4])
+    sinks, _, _, softcap, _ = attention.args[10:]
+    rows = query.shape[0]
+    return isinstance(rows, int) and rows == 1 and cpu_attention.takes(query, key_cache, sinks, softcap)
+
+
+def _fuse(module: GraphModule, attention: Node, norms: bool = True) -> bool:
     query, key, value, *rest = attention.args
     rotated = [_rotated(query), _rotated(key)]
     if None in rotated or rotated[0].cos is not rotated[1].cos or rotated[0].sin is not rotated[1].sin:
         return False
-    normed = [normed_of(one.heads) for one in rotated]
+    if not norms and rotated[0].cos.meta["example_value"].dtype != query.meta["example_value"].dtype:
+        return False
+    normed = [normed_of(one.heads) if norms else None for one in rotated]
     if None in normed or normed[0].eps != normed[1].eps:
         normed = [None, None]
     sources = [norm.source if norm else one.heads for norm, one in zip(normed, rotated)]

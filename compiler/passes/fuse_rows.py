@@ -11,9 +11,8 @@ import operator
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.nn import functional
 
-from compiler.passes.graph_forms import is_call, is_method, normed_of, rewrite, shape
+from compiler.passes.graph_forms import gated_of, is_call, normed_of, rewrite, shape
 
 
 def fuse_rows(module: GraphModule) -> int:
@@ -50,25 +49,11 @@ def _is_residual(total: Node, norm: Node) -> bool:
 
 
 def _fuse_gated(graph: Graph, node: Node) -> bool:
-    product = _gated(node)
+    product = gated_of(node)
     if product is not None:
         with graph.inserting_before(node):
             _replace(node, graph.call_function(torch.ops.pagegraph.silu_mul, (product,)))
     return product is not None
-
-
-def _gated(node: Node) -> Node | None:
-    """The product of which node = silu(first half) * second half."""
-    if not is_call(node, operator.mul) or not all(isinstance(one, Node) for one in node.args):
-        return None
-    activated, up = node.args
-    if not is_call(activated, functional.silu) or not is_call(up, operator.getitem, 1, 1):
-        return None
-    gate, halves = activated.args[0], up.args[0]
-    if not is_call(gate, operator.getitem, 1, 0) or gate.args[0] is not halves:
-        return None
-    size = shape(node)[-1]
-    return halves.args[0] if is_method(halves, "split", [size, size]) and halves.kwargs == {"dim": -1} else None
 
 
 def _replace(old: Node, new: Node) -> None:

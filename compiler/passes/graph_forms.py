@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+from torch.nn import functional
 
 
 class Normed(NamedTuple):
@@ -44,6 +46,31 @@ def normed_of(rows: Node) -> Normed | None:
     if len({one.meta["example_value"].dtype for one in (wide.args[0], weight, rows)}) > 1:
         return None
     return Normed(wide.args[0], weight, shifted.args[1])
+
+
+def gated_of(node: Node) -> Node | None:
+    """The product of which node = silu(first half) * second half."""
+    if not is_call(node, operator.mul) or not all(isinstance(one, Node) for one in node.args):
+        return None
+    activated, up = node.args
+    if not is_call(activated, functional.silu) or not is_call(up, operator.getitem, 1, 1):
+        return None
+    gate, halves = activated.args[0], up.args[0]
+    if not is_call(gate, operator.getitem, 1, 0) or gate.args[0] is not halves:
+        return None
+    size = shape(node)[-1]
+    return halves.args[0] if is_method(halves, "split", [size, size]) and halves.kwargs == {"dim": -1} else None
+
+
+def call(graph: Graph, target: Callable | str, *arguments: Any) -> Node:
+    """The node with its example value, without which the compiler's cache takes no call of a method."""
+    values = map_arg(arguments, lambda node: node.meta["example_value"])
+    if isinstance(target, str):
+        node, value = graph.call_method(target, arguments), getattr(values[0], target)(*values[1:])
+    else:
+        node, value = graph.call_function(target, arguments), target(*values)
+    node.meta["example_value"] = value
+    return node
 
 
 def is_call(node: Any, target: Any, *at: Any) -> bool:

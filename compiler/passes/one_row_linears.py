@@ -7,14 +7,12 @@ first: the compiler would repeat in every output what they are computed from.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional
 
-from compiler.passes.graph_forms import is_call, rewrite, shape
+from compiler.passes.graph_forms import call, is_call, rewrite, shape
 
 LINEAR = torch._C._nn.linear  # as TorchDynamo writes functional.linear down
 NARROW = (torch.bfloat16, torch.float16)
@@ -41,19 +39,8 @@ def _summed(node: Node) -> bool:
 
 def _one_row(graph: Graph, states: Node, weight: Node, bias: Node | None, dtype: torch.dtype, size: torch.Size) -> Node:
     """states [1, .., K] @ weight [N, K].T + bias [N] -> [1, .., N], summed in float32."""
-    row = _call(graph, "float", _call(graph, "reshape", _call(graph, torch.ops.pagegraph.in_memory, states), -1))
-    out = _call(graph, "sum", _call(graph, operator.mul, _call(graph, "float", weight), row), -1)
+    row = call(graph, "float", call(graph, "reshape", call(graph, torch.ops.pagegraph.in_memory, states), -1))
+    out = call(graph, "sum", call(graph, operator.mul, call(graph, "float", weight), row), -1)
     if bias is not None:
-        out = _call(graph, operator.add, out, _call(graph, "float", bias))
-    return _call(graph, "view", _call(graph, "to", out, dtype), tuple(size))
-
-
-def _call(graph: Graph, target: Callable | str, *arguments: Any) -> Node:
-    """The node with its example value, without which the compiler's cache takes no call of a method."""
-    values = [one.meta["example_value"] if isinstance(one, Node) else one for one in arguments]
-    if isinstance(target, str):
-        node, value = graph.call_method(target, arguments), getattr(values[0], target)(*values[1:])
-    else:
-        node, value = graph.call_function(target, arguments), target(*values)
-    node.meta["example_value"] = value
-    return node
+        out = call(graph, operator.add, out, call(graph, "float", bias))
+    return call(graph, "view", call(graph, "to", out, dtype), tuple(size))

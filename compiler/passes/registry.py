@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from compiler.passes.chain_int4 import chain_int4
 from compiler.passes.fuse_linears import fuse_linears
-from compiler.passes.fuse_rope import fuse_rope
+from compiler.passes.fuse_rope import fuse_rope, rotate_one_row
 from compiler.passes.fuse_rows import fuse_rows
 from compiler.passes.merge_linears import merge_linears
 from compiler.passes.one_row_linears import one_row_linears
@@ -56,7 +57,7 @@ GRAPH_PASSES = {"fuse_rope": fuse_rope, "fuse_rows": fuse_rows, "fuse_linears": 
 def graph_passes(config: Any, device: torch.device) -> list[Callable[[torch.fx.GraphModule], int]]:
     """The passes over the captured graph. On the CPU the compiler's own loops are the better form, of one row's products too."""
     if device.type != "cuda":
-        return [one_row_linears]
+        return [rotate_one_row, one_row_linears, chain_int4]
     return [graph_pass for setting, graph_pass in GRAPH_PASSES.items() if getattr(config, setting)]
 
 

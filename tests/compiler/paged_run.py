@@ -18,6 +18,7 @@ def run_paged(
     prompts: list[list[int]],
     schedule: list[list[int]],
     dtype: torch.dtype = torch.float32,
+    pad: int = 2,
 ) -> list[dict[int, torch.Tensor]]:
     """`schedule[step][s]` tokens of sequence s run in that step -> per sequence, position -> logits [vocab]."""
     num_blocks = sum(-(-len(p) // BLOCK) for p in prompts) + 3
@@ -44,16 +45,16 @@ def run_paged(
             start.append(len(ids))
             lens.append(computed[s])
             rows.append(tables[s] + [0] * (width - len(tables[s])))
-        pad = 2  # padding tokens and one padding sequence, as a bucket would have
+        extra = min(pad, 1)  # padding tokens and one padding sequence, as a bucket would have
         tensor = lambda x: torch.tensor(x, dtype=torch.int32)  # noqa: E731
         out = forward(
             tensor(ids + [0] * pad),
             tensor(positions + [0] * pad),
             tensor(slots + [0] * pad),
-            tensor(rows + [[0] * width]),
-            tensor(start + [start[-1]]),
-            tensor(lens + [0]),
-            torch.tensor([e - 1 for e in start[1:]] + [0]),
+            tensor(rows + [[0] * width] * extra),
+            tensor(start + [start[-1]] * extra),
+            tensor(lens + [0] * extra),
+            torch.tensor([e - 1 for e in start[1:]] + [0] * extra),
             keys,
             values,
         )

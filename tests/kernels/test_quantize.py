@@ -99,3 +99,37 @@ def test_packed_nibbles_by_rows(
     allowed = 1e-5 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(out.float(), expected, atol=allowed * expected.abs().max().item(), rtol=0)
     torch.library.opcheck(torch.ops.pagegraph.int4_packed_linear.default, (x, packed, pairs, 32), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("biased", [0, 5, 15])
+@pytest.mark.parametrize("gated", [0, 2, 10])
+@pytest.mark.parametrize(
+    ("inputs", "hidden", "inner", "group"), [(128, 192, 320, 32), (64, 192, 128, 64), (128, 256, 128, 128), (32, 64, 64, 32)]
+)
+def test_chain_of_packed_nibbles(
+    inputs: int, hidden: int, inner: int, group: int, gated: int, biased: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call in C++ against PyTorch's: blocks in odd numbers, one group alone, and what is filled up to four products."""
+    monkeypatch.setattr(cpu_int4, "_kernel", None)
+    cpu_int4.build()
+    if not cpu_int4.takes(torch.bfloat16, 1):
+        pytest.skip("no AVX-512")
+    generator = torch.Generator().manual_seed(0)
+    biased, gated = biased % 2**count, gated % 2**count
+    sizes = [(inputs, hidden), (hidden, inner << (gated >> 1 & 1)), (inner, hidden), (hidden, 128)][:count]
+    random = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()  # noqa: E731
+    tensors, numbers = [], [count, biased, gated]
+    for index, (columns, rows) in enumerate(sizes):
+        codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.int32)
+        pairs = torch.stack([random(columns // group, rows), random(columns // group, rows)], dim=2) * 0.02
+        tensors += [torch._convert_weight_to_int4pack_for_cpu(codes, 1), pairs, random(rows), *[random(hidden)] * (index % 2)]
+        numbers += [columns, rows, group]
+    x, residual, eps = random(1, inputs), random(1, hidden), [1e-5] * (count // 2)
+    expected = torch.ops.pagegraph.int4_packed_chain(x, residual, tensors, numbers, eps)
+    filled = 4 // count
+    out = torch.empty(1, cpu_int4.chain_size(numbers), dtype=torch.bfloat16)
+    numbers = numbers + [0] * (15 - len(numbers))
+    cpu_int4.chain_into(x, residual, *tensors * filled, numbers=numbers, eps=eps * filled, out=out)
+    for one, other in zip(out.split([hidden, out.shape[1] - hidden], 1), expected.split([hidden, out.shape[1] - hidden], 1)):
+        torch.testing.assert_close(one, other, atol=2**-6 * other.abs().max().item(), rtol=0)
