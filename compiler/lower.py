@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -65,6 +65,8 @@ def compile_forward(
     def rewritten(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
         for graph_pass in graph_passes:
             graph_pass(module)
+        if all(one.device.type == "cpu" for one in inputs if isinstance(one, torch.Tensor)):
+            _lower_attention()
         _keep_as_calls(module.graph)
         # Checks of every tensor at each step are a tenth of a small step's Python. Artefacts differ by what was built here.
         built = cpu_int4.built_as() + cpu_attention.built_as()
@@ -154,9 +156,12 @@ def _attention(op: OpOverload, *arguments: TensorBox | float | int | None) -> Te
     return out
 
 
-for _op in (torch.ops.pagegraph.paged_attention.default, torch.ops.pagegraph.rope_attention.default):
-    add_layout_constraint(_op, tag_to_layout_constraint(get_layout_constraint_tag(_op)))
-    register_lowering(_op, type_promotion_kind=None)(partial(_attention, _op))
+@cache
+def _lower_attention() -> None:
+    """From here on by `_attention`; for graphs of a CPU alone, on CUDA the ops stay calls as they are."""
+    for op in (torch.ops.pagegraph.paged_attention.default, torch.ops.pagegraph.rope_attention.default):
+        add_layout_constraint(op, tag_to_layout_constraint(get_layout_constraint_tag(op)))
+        register_lowering(op, type_promotion_kind=None)(partial(_attention, op))
 
 
 def mark_dynamic(
