@@ -272,8 +272,9 @@ def held_guesses(
 
     The entries of a row stand together, the second and later ones a guess each.
     """
-    live = int((query_start.diff() > 0).sum())  # padding comes last
-    ids, rows, starts = ids[:live].numpy(), rows[:live].numpy(), query_start[:live].numpy()
+    begins = query_start.numpy()
+    live = int((begins[1:] > begins[:-1]).sum())  # padding comes last
+    ids, rows, starts = ids.numpy()[:live], rows.numpy()[:live], begins[:live]
     guess = np.zeros(live, bool)
     guess[1:] = rows[1:] == rows[:-1]
     wrong = np.zeros(live, bool)
@@ -298,6 +299,8 @@ def accept(
 ) -> None:
     """See `kernels.ops`."""
     first, kept, last = held_guesses(ids, token_ids, rows, query_start)
+    if not (last > first).any():
+        return
     kept = torch.from_numpy(kept[last > first])
     owners = rows[kept].long()
     last_tokens[owners], last_at[owners] = ids[kept].int(), seq_lens[kept]
@@ -316,13 +319,13 @@ def look_up(
     most: int,
 ) -> torch.Tensor:
     """See `kernels.ops`."""
-    found = torch.zeros(2, len(ids), dtype=torch.int32)
+    found = np.zeros((2, len(ids)), np.int32)
     firsts, kepts, lasts = held_guesses(ids, token_ids, rows, query_start)
     if not len(firsts):
-        return found
+        return torch.from_numpy(found)
     text, tokens, drawn = history.numpy(), token_ids.numpy(), ids.numpy()
     lengths, begins, owners = seq_lens.numpy(), query_start.numpy(), rows.numpy()
-    found[1, : lasts[-1] + 1] = token_ids[query_start[1 : lasts[-1] + 2].long() - 1]
+    found[1, : lasts[-1] + 1] = tokens[begins[1 : lasts[-1] + 2] - 1]
     ended = (lasts > firsts) | (sampled.numpy()[firsts] > 0)
     for first, kept, sampling in zip(firsts.tolist(), kepts.tolist(), ended.tolist()):
         row, begin, end, length = owners[first], begins[first], begins[first + 1], int(lengths[first])
@@ -331,13 +334,13 @@ def look_up(
             text[row, length : length + kept - first + 1] = drawn[first : kept + 1][: text.shape[1] - length]
     first, kept = firsts[ended], kepts[ended]
     if not len(first):
-        return found
+        return torch.from_numpy(found)
     at, known = owners[first], np.minimum(lengths[kept] + 1, text.shape[1])
     hit = guesses.numpy()[at, 0] == drawn[first]
     proposed, matched = lookup(text[at, : known.max()], known, guesses.shape[1], least, most)
     guesses.numpy()[at] = proposed
-    found[0, torch.from_numpy(first)] = torch.from_numpy((2 * matched + hit).astype(np.int32))
-    return found
+    found[0, first] = 2 * matched + hit
+    return torch.from_numpy(found)
 
 
 def lookup(text: np.ndarray, known: np.ndarray, count: int, least: int, most: int) -> tuple[np.ndarray, np.ndarray]:
