@@ -277,6 +277,9 @@ def held_guesses(
     ids, rows, starts = ids.numpy()[:live], rows.numpy()[:live], begins[:live]
     guess = np.zeros(live, bool)
     guess[1:] = rows[1:] == rows[:-1]
+    if not guess.any():
+        alone = np.arange(live)
+        return alone, alone, alone
     wrong = np.zeros(live, bool)
     wrong[1:] = guess[1:] & (token_ids.numpy()[starts[1:]] != ids[:-1])
     first = np.flatnonzero(~guess)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from kernels import reference
 from runtime.drafters import Ngram, continuation
 
