@@ -54,10 +54,11 @@ def settle(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tenso
         return None
     packet, ops, count = staged.packet, torch.ops.pagegraph, len(ids)
     step = ids, staged.token_ids, packet.rows[:count], packet.query_start[: count + 1], staged.seq_lens[:count]
-    ops.accept(*step, state.last_tokens, state.last_at, state.most_guesses)
+    last = state.last_tokens, state.last_at
     if state.lookup is None:
+        ops.accept(*step, *last, state.most_guesses)
         return None
-    return ops.look_up(*step, packet.sampled[:count], state.history, state.guesses, *state.lookup)
+    return ops.look_up(*step, packet.sampled[:count], *last, state.history, state.guesses, *state.lookup)
 
 
 def sample(

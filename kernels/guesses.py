@@ -46,6 +46,13 @@ def _begins_row(rows_ptr, query_start_ptr, entry):
     return live & ((entry == 0) | (before != tl.load(rows_ptr + entry)))
 
 
+@triton.jit
+def _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, row, entry):
+    """What `entry` drew is the last token of its row."""
+    tl.store(last_tokens_ptr + row, tl.load(ids_ptr + entry).to(tl.int32))
+    tl.store(last_at_ptr + row, tl.load(seq_lens_ptr + entry))
+
+
 @triton.jit(do_not_specialize=["num_seqs"])
 def accept_kernel(
     last_tokens_ptr,
@@ -66,14 +73,14 @@ def accept_kernel(
         return
     guesses, held = _held(ids_ptr, token_ids_ptr, rows_ptr, query_start_ptr, entry, num_seqs, LANES)
     if guesses > 0:
-        row = tl.load(rows_ptr + entry)
-        tl.store(last_tokens_ptr + row, tl.load(ids_ptr + entry + held).to(tl.int32))
-        tl.store(last_at_ptr + row, tl.load(seq_lens_ptr + entry + held))
+        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, tl.load(rows_ptr + entry), entry + held)
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def look_up_kernel(
     found_ptr,
+    last_tokens_ptr,
+    last_at_ptr,
     history_ptr,
     guesses_ptr,
     ids_ptr,
@@ -103,6 +110,8 @@ def look_up_kernel(
         return
     guesses, held = _held(ids_ptr, token_ids_ptr, rows_ptr, query_start_ptr, entry, num_seqs, LANES)
     row = tl.load(rows_ptr + entry).to(tl.int64)
+    if guesses > 0:
+        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, row, entry + held)
     text = history_ptr + row * WIDTH
     length = tl.load(seq_lens_ptr + entry)
     lane = tl.arange(0, BLOCK)
@@ -176,6 +185,8 @@ def look_up(
     query_start: Tensor,
     seq_lens: Tensor,
     sampled: Tensor,
+    last_tokens: Tensor,
+    last_at: Tensor,
     history: Tensor,
     guesses: Tensor,
     least: int,
@@ -186,6 +197,8 @@ def look_up(
     found = torch.empty(2, seqs, dtype=torch.int32, device=ids.device)
     look_up_kernel[(seqs,)](
         found,
+        last_tokens,
+        last_at,
         history,
         guesses,
         ids,

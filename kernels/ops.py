@@ -59,7 +59,7 @@ guess holds if the entry before it drew just that and all guesses before it hold
 `pagegraph::accept` puts what was drawn behind the last guess that holds, and its position, into last_tokens and last_at of
 the rows with guesses, of which no row has more than `most`.
 
-`pagegraph::look_up` writes a step's tokens, and what was drawn of them that holds, into history [rows, W], and for rows that
+`pagegraph::look_up` does that too, and writes a step's tokens, and what was drawn of them that holds, into history [rows, W], and for rows that
 drew (sampled or with guesses) writes what may follow into guesses [rows, K], by `kernels.reference.lookup` -> int32 [2, S]:
 at a row's first entry twice the length of the match, plus 1 if the first guess that stood there was what the entry drew;
 and the last token of each entry.
@@ -71,7 +71,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import cpu, cpu_int4, reference
+from kernels import cpu, cpu_guesses, cpu_int4, reference
 
 _library = torch.library.Library("pagegraph", "DEF")
 _library.define(
@@ -115,7 +115,7 @@ _library.define(
 )
 _library.define(
     "look_up(Tensor ids, Tensor token_ids, Tensor rows, Tensor query_start, Tensor seq_lens, Tensor sampled, "
-    "Tensor(a!) history, Tensor(b!) guesses, int least, int most) -> Tensor"
+    "Tensor(a!) last_tokens, Tensor(b!) last_at, Tensor(c!) history, Tensor(d!) guesses, int least, int most) -> Tensor"
 )
 
 
@@ -226,7 +226,7 @@ _library.impl("unpack", cpu.unpack, "CPU")
 _library.impl("unpack", _unpack_on_cuda, "CUDA")
 _library.impl("accept", reference.accept, "CPU")
 _library.impl("accept", _accept_on_cuda, "CUDA")
-_library.impl("look_up", reference.look_up, "CPU")
+_library.impl("look_up", cpu_guesses.look_up, "CPU")
 _library.impl("look_up", _look_up_on_cuda, "CUDA")
 
 

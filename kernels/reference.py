@@ -302,11 +302,9 @@ def accept(
 ) -> None:
     """See `kernels.ops`."""
     first, kept, last = held_guesses(ids, token_ids, rows, query_start)
-    if not (last > first).any():
-        return
-    kept = torch.from_numpy(kept[last > first])
-    owners = rows[kept].long()
-    last_tokens[owners], last_at[owners] = ids[kept].int(), seq_lens[kept]
+    kept = kept[last > first]
+    owners = rows.numpy()[kept]
+    last_tokens.numpy()[owners], last_at.numpy()[owners] = ids.numpy()[kept], seq_lens.numpy()[kept]
 
 
 def look_up(
@@ -316,12 +314,15 @@ def look_up(
     query_start: torch.Tensor,
     seq_lens: torch.Tensor,
     sampled: torch.Tensor,
+    last_tokens: torch.Tensor,
+    last_at: torch.Tensor,
     history: torch.Tensor,
     guesses: torch.Tensor,
     least: int,
     most: int,
 ) -> torch.Tensor:
     """See `kernels.ops`."""
+    accept(ids, token_ids, rows, query_start, seq_lens, last_tokens, last_at, guesses.shape[1])
     found = np.zeros((2, len(ids)), np.int32)
     firsts, kepts, lasts = held_guesses(ids, token_ids, rows, query_start)
     if not len(firsts):

@@ -18,7 +18,7 @@ from runtime.speculate import START, STAY, could_pay, within
 from runtime.verify import Guesses
 
 KEPT = 4  # steps for which numbers of guesses are kept while the same rows may have them
-LOOKED_AT = 4  # of so many steps without guesses one is looked at, for what steps cost and what guesses would have held
+LOOKED_AT = 8  # of so many steps without guesses one is looked at, for what steps cost and what guesses would have held
 
 
 class DeviceLookup:
@@ -65,6 +65,8 @@ class DeviceLookup:
         looked_at = plan.guessed is not None or self._steps % LOOKED_AT == 0
         if self.costs is not None and looked_at and plan.num_tokens == len(plan):
             self.costs.observe(len(plan), step_ms)
+        if plan.guessed is None and not lookup.matched.any() and not self._matched.any():
+            return  # nothing repeats: the usual step costs nothing more
         if (verdict := arrived.verdict) is not None and len(verdict.rows):
             at = verdict.rows
             stays = plan.stays[plan.guessed.first[np.isin(plan.guessed.rows, at)]]

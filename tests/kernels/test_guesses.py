@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from kernels import reference
+from kernels import cpu_guesses, reference
 from runtime.drafters import Ngram, continuation
 
 ROWS, WIDTH, GUESSES = 7, 2500, 5
@@ -49,7 +49,7 @@ def step_of(seed: int, padding: int = 2) -> dict[str, torch.Tensor]:
         for count, length, draws in entries:
             counts.append(count), lengths.append(length), sampled.append(draws)
     total, live = sum(counts), len(rows)
-    fill = [0] * padding
+    fill = np.zeros(padding, np.int64)
     return dict(
         ids=torch.from_numpy(np.concatenate([*ids, fill])), token_ids=words(np.concatenate([*tokens, fill])), rows=words([*rows, *[ROWS] * padding]),
         query_start=words([0, *np.cumsum(counts), *[total] * padding]), seq_lens=words([*lengths, *fill]), sampled=words([*sampled, *fill]),
@@ -59,6 +59,7 @@ def step_of(seed: int, padding: int = 2) -> dict[str, torch.Tensor]:
 
 
 STEP = ("ids", "token_ids", "rows", "query_start", "seq_lens")
+MORE = ("sampled", "last_tokens", "last_at", "history", "guesses")
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -67,14 +68,27 @@ def test_kernels_equal_reference(triton_calls, seed: int) -> None:
     common = [one[name] for name in STEP]
     last = [one[name] for name in ("last_tokens", "last_at")]
     _, after = triton_calls.call("kernels.guesses", "accept", *common, *last, GUESSES)
-    torch.ops.pagegraph.accept(*common, *last, GUESSES)
+    reference.accept(*common, *last, GUESSES)
     assert torch.equal(after[5], last[0]) and torch.equal(after[6], last[1])
-    more = [one[name] for name in ("sampled", "history", "guesses")]
+    one = step_of(seed, padding=seed % 3)
+    common, more = ([one[name] for name in names] for names in (STEP, MORE))
     found, after = triton_calls.call("kernels.guesses", "look_up", *common, *more, LEAST, MOST)
-    expected = torch.ops.pagegraph.look_up(*common, *more, LEAST, MOST)
+    expected = reference.look_up(*common, *more, LEAST, MOST)
     live = int(one["live"])
     assert torch.equal(found[:, :live], expected[:, :live])
-    assert torch.equal(after[6], more[1]) and torch.equal(after[7], more[2])
+    assert all(torch.equal(changed, own) for changed, own in zip(after[6:], more[1:]))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_cpp_equals_reference(seed: int) -> None:
+    cpu_guesses.build()
+    assert cpu_guesses._kernel is not None
+    one, other = (step_of(seed, padding=seed % 3) for _ in range(2))
+    names = (*STEP, *MORE)
+    found = torch.ops.pagegraph.look_up(*(one[name] for name in names), LEAST, MOST)
+    expected = reference.look_up(*(other[name] for name in names), LEAST, MOST)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(one[name], other[name]) for name in names)
 
 
 def test_by_hand() -> None:
@@ -86,7 +100,7 @@ def test_by_hand() -> None:
     reference.accept(*step, tokens, at, 2)
     assert tokens.tolist() == [0, 4, 0] and at.tolist() == [0, 8, 0], "a row without guesses is not its business"
     guesses = words([[3, 3], [7, 9], [1, 1]])
-    found = reference.look_up(*step, words([0, 0, 0, 1, 0]), history, guesses, 1, 3)
+    found = reference.look_up(*step, words([0, 0, 0, 1, 0]), tokens, at, history, guesses, 1, 3)
     assert history[1, :10].tolist() == [5, 6, 7, 8, 9, 5, 6, 7, 4, 0] and history[0, :5].tolist() == [0, 0, 2, 3, 0]
     assert history[2, :3].tolist() == [4, 4, 0]
     assert found.tolist() == [[1, 0, 0, 1, 0], [6, 7, 8, 2, 4]], "no match for either, but both first guesses were right"
@@ -109,8 +123,7 @@ def test_what_is_looked_up_is_what_the_search_of_one_row_finds(tokens: list[int]
 def test_what_was_looked_up_by_tokens_that_were_not_it_is_made_good() -> None:
     """A step that draws again, with filters say, settles again."""
     one, other = step_of(3), step_of(3)
-    more = ("sampled", "history", "guesses")
-    reference.look_up(torch.zeros_like(one["ids"]), *(one[name] for name in (*STEP[1:], *more)), LEAST, MOST)
-    again = reference.look_up(*(one[name] for name in (*STEP, *more)), LEAST, MOST)
-    straight = reference.look_up(*(other[name] for name in (*STEP, *more)), LEAST, MOST)
+    reference.look_up(torch.zeros_like(one["ids"]), *(one[name] for name in (*STEP[1:], *MORE)), LEAST, MOST)
+    again = reference.look_up(*(one[name] for name in (*STEP, *MORE)), LEAST, MOST)
+    straight = reference.look_up(*(other[name] for name in (*STEP, *MORE)), LEAST, MOST)
     assert torch.equal(again[0] >> 1, straight[0] >> 1) and torch.equal(one["guesses"], other["guesses"])

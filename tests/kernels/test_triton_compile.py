@@ -96,7 +96,7 @@ def guessing(tokens: int, seqs: int) -> list[list[Any]]:
     step = [tensor("int64", seqs), tensor("int32", tokens), entries, tensor("int32", seqs + 1), entries]
     return [
         [f"accept {seqs}", "kernels.guesses", "accept", [*step, rows, rows, 15]],
-        [f"look up {seqs}", "kernels.guesses", "look_up", [*step, entries, tensor("int32", 257, 8193), tensor("int32", 257, 15), 2, 5]],
+        [f"look up {seqs}", "kernels.guesses", "look_up", [*step, entries, rows, rows, tensor("int32", 257, 8193), tensor("int32", 257, 15), 2, 5]],
     ]
 
 
