@@ -14,6 +14,7 @@ from kernels.attention_decode import attend_rows
 from kernels.attention_prefill import attend_ragged
 from kernels.fragment_linear import KINDS, fragment_dequantize
 from kernels.fragment_linear import fragment_linear as tiled_fragment_linear
+from kernels.fragment_rows import ROWS, fragment_rows
 from kernels.kv_write import write_kv
 from kernels.quant_tiles import Choice, choice_of
 from kernels.quantize_rows import quantize_rows
@@ -110,16 +111,22 @@ def fragment_linear(
 ) -> Tensor:
     """See `kernels.ops`."""
     rows = _rows(x)
-    kind, size = KINDS[codes.dtype], rows.shape[1]
-    by_row = kind == "fp8" and group >= size and x.dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0
-    choice = choice_of(kind, len(rows), out_size, size, by_row)
+    choice = _choice(rows, codes, group, out_size)
     return fragment_linear_by(choice, rows, codes, scale, shift, bias, group, out_size).view(*x.shape[:-1], -1)
+
+
+def _choice(rows: Tensor, codes: Tensor, group: int, out_size: int) -> Choice:
+    kind, size = KINDS[codes.dtype], rows.shape[1]
+    by_row = kind == "fp8" and group >= size and rows.dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0
+    return choice_of(kind, len(rows), out_size, size, by_row, narrow=rows.element_size() == 2)
 
 
 def fragment_linear_by(
     choice: Choice, rows: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int
 ) -> Tensor:
     """rows [T, K] -> [T, out_size] by the given way; `scaled` rounds rows to 8 bits too."""
+    if choice.way == "rows":
+        return fragment_rows(rows, codes, scale, shift, bias, group, out_size, choice.tile)[0]
     if choice.way == "tile":
         return tiled_fragment_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile)
     if choice.way == "plain":
@@ -156,6 +163,33 @@ def linear_norm_linear(
     rows = x.reshape(-1, x.shape[-1])
     total = row_linear(rows, first, first_bias, tiles[0], residual=residual.reshape(len(rows), -1), query_start=query_start)
     out = row_linear(total, second, second_bias, tiles[1], norm=norm, eps=eps, gated=gated, query_start=query_start)
+    return total.view(residual.shape), out.view(*x.shape[:-1], -1)
+
+
+def fragment_linear_norm_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    size: int,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    *second: Tensor | int | bool | None,
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.ops`. For a few rows of bfloat16 two kernels, else a kernel for each of its parts."""
+    first, (*second, gated) = (codes, scale, shift, bias, group, size), second
+    rows = _rows(x)
+    choices = _choice(rows, codes, group, size), _choice(rows, second[0], *second[-2:])
+    halves = not gated or second[-1] % (2 * ROWS.value) == 0
+    if x.dtype != torch.bfloat16 or any(one.way != "rows" for one in choices) or not halves or not residual.is_contiguous():
+        total, normed = add_rms_norm(residual, fragment_linear(x, *first), norm, eps)
+        product = fragment_linear(normed, *second)
+        return total, silu_mul(product) if gated else product
+    total, gained, squares = fragment_rows(rows, *first, choices[0].tile, residual=residual.view(len(rows), -1), gain=norm)
+    out, *_ = fragment_rows(gained, *second, choices[1].tile, squares=squares, eps=eps, gated=gated)
     return total.view(residual.shape), out.view(*x.shape[:-1], -1)
 
 

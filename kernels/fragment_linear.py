@@ -87,8 +87,8 @@ def _float_weight(
     codes_ptr, scale_ptr, row, at, start, DTYPE: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """8-bit floats from column `start` on; thread `at` of 128 to a block from `row` on, both [threads] -> the weight [rows, 64]."""
-    threads: tl.constexpr = row.shape[0]
+    """8-bit floats from column `start` on; thread `at` [threads] of 128 to a block from `row` on -> the weight [rows, 64]."""
+    threads: tl.constexpr = at.shape[0]
     stride: tl.constexpr = (K + SIZE - 1) // SIZE * SIZE
     groups: tl.constexpr = (K + GROUP - 1) // GROUP
     upper_row = row + at // 32 * 16 + at % 32 // 4
@@ -266,7 +266,7 @@ def fragment_dequantize_kernel(
         column = block * SIZE + tl.arange(0, SIZE)
         held = tl.minimum(block, blocks - 1)
         if KIND == "fp8":
-            weight = _float_weight(codes_ptr, scale_ptr, tl.full([THREADS], row_block * SIZE, tl.int32), at, held * SIZE, out_ptr.dtype.element_ty, N, K, GROUP, True)
+            weight = _float_weight(codes_ptr, scale_ptr, row_block * SIZE, at, held * SIZE, out_ptr.dtype.element_ty, N, K, GROUP, True)
         else:
             group_at = held * SIZE // max(GROUP, SIZE) * (SIZE * GROUPS)
             scale = tl.load(scale_ptr + pair_at + group_at)

@@ -9,21 +9,30 @@ from typing import Literal, NamedTuple
 
 from kernels.skinny_tiles import Tile
 
+SINGLE_ROWS = 8  # up to here a matrix instruction takes all rows of x at once
 FEW_ROWS = 64  # up to here reading the weight bounds a product
 WIDE_ROWS = 256  # above it a weight is dequantised once for all rows
 PROGRAMS = 264  # two on each multiprocessor of an H100 or H200
 
 Kind = Literal["int8", "int4", "fp8"]
-# tile: `kernels.fragment_linear` by that tile; plain: dequantised, then cuBLAS; scaled: rows rounded to codes with a scale each, for
+# rows: `kernels.fragment_rows`, for few rows; tile: `kernels.fragment_linear` by that tile; plain: dequantised, then cuBLAS; scaled: rows rounded to codes with a scale each, for
 # PyTorch's product of two fp8, which wants a weight with one scale a row.
-Way = Literal["tile", "plain", "scaled"]
+Way = Literal["rows", "tile", "plain", "scaled"]
+
+
+class RowsTile(NamedTuple):
+    """How a product of few rows is cut: warps, each with a block of 64 columns; such steps of a turn; pipeline stages."""
+
+    warps: int
+    steps: int
+    stages: int
 
 
 class Choice(NamedTuple):
-    """One way to compute a product; `tile` belongs to the way of that name."""
+    """One way to compute a product; `tile` belongs to the ways rows and tile."""
 
     way: Way
-    tile: Tile | None = None
+    tile: Tile | RowsTile | None = None
 
 
 def tiled(*sizes: int) -> Choice:
@@ -31,39 +40,51 @@ def tiled(*sizes: int) -> Choice:
     return Choice("tile", Tile(*sizes))
 
 
+def few(*sizes: int) -> Choice:
+    """By a tile of few rows of these sizes, in the order of `RowsTile`."""
+    return Choice("rows", RowsTile(*sizes))
+
+
 SCALED, PLAIN = Choice("scaled"), Choice("plain")
 # (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule. Codes of 4 bits in groups of 128.
 TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
-    ("fp8", 6144, 4096): {8: tiled(64, 128, 4, 4, 6), 32: tiled(64, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 256: SCALED},
-    ("fp8", 4096, 4096): {32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
-    ("fp8", 28672, 4096): {2: tiled(64, 128, 1, 4, 4), 32: tiled(128, 128, 1, 4, 4), 256: SCALED},
-    ("fp8", 4096, 14336): {32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
-    ("fp8", 128256, 4096): {8: tiled(64, 128, 1, 4, 6), 32: tiled(64, 128, 1, 4, 4), 256: SCALED},
-    ("int8", 6144, 4096): {8: tiled(64, 128, 4, 4, 6), 32: tiled(128, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 2, 4, 4, 128), 256: tiled(64, 64, 1, 4, 4, 128)},
-    ("int8", 4096, 4096): {32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 64, 2, 4, 4, 128)},
-    ("int8", 28672, 4096): {8: tiled(64, 128, 1, 4, 4), 64: tiled(128, 128, 1, 4, 4), 256: tiled(128, 64, 1, 8, 4, 128)},
-    ("int8", 4096, 14336): {8: tiled(64, 128, 8, 4, 4), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(128, 64, 4, 8, 4, 128)},
-    ("int8", 128256, 4096): {8: tiled(64, 128, 1, 4, 4), 64: tiled(256, 128, 1, 8, 3), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 3, 256)},
-    ("int4", 6144, 4096): {8: tiled(64, 128, 8, 4, 4), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(64, 64, 2, 4, 4, 128)},
-    ("int4", 4096, 4096): {8: tiled(64, 128, 8, 4, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 128, 1, 4, 4)},
-    ("int4", 28672, 4096): {8: tiled(64, 128, 2, 4, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 4, 128)},
-    ("int4", 4096, 14336): {8: tiled(64, 128, 8, 4, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(128, 64, 8, 8, 4, 128), 256: tiled(128, 64, 4, 8, 4, 128)},
-    ("int4", 128256, 4096): {8: tiled(128, 128, 1, 4, 4), 32: tiled(256, 128, 1, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: tiled(128, 64, 1, 8, 3, 128)},
+    ("fp8", 6144, 4096): {8: few(8, 1, 4), 32: tiled(64, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 256: SCALED},
+    ("fp8", 4096, 4096): {8: few(8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
+    ("fp8", 28672, 4096): {8: few(8, 1, 4), 32: tiled(128, 128, 1, 4, 4), 256: SCALED},
+    ("fp8", 4096, 14336): {8: few(8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
+    ("fp8", 128256, 4096): {8: few(8, 1, 4), 32: tiled(64, 128, 1, 4, 4), 256: SCALED},
+    ("int8", 6144, 4096): {8: few(8, 1, 4), 32: tiled(128, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 2, 4, 4, 128), 256: tiled(64, 64, 1, 4, 4, 128)},
+    ("int8", 4096, 4096): {8: few(8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 64, 2, 4, 4, 128)},
+    ("int8", 28672, 4096): {8: few(8, 1, 4), 64: tiled(128, 128, 1, 4, 4), 256: tiled(128, 64, 1, 8, 4, 128)},
+    ("int8", 4096, 14336): {8: few(8, 1, 4), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(128, 64, 4, 8, 4, 128)},
+    ("int8", 128256, 4096): {8: few(8, 1, 4), 64: tiled(256, 128, 1, 8, 3), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 3, 256)},
+    ("int4", 6144, 4096): {8: few(8, 1, 4), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(64, 64, 2, 4, 4, 128)},
+    ("int4", 4096, 4096): {8: few(8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 128, 1, 4, 4)},
+    ("int4", 28672, 4096): {8: few(8, 1, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 4, 128)},
+    ("int4", 4096, 14336): {8: few(8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(128, 64, 8, 8, 4, 128), 256: tiled(128, 64, 4, 8, 4, 128)},
+    ("int4", 128256, 4096): {8: few(8, 1, 4), 32: tiled(256, 128, 1, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: tiled(128, 64, 1, 8, 3, 128)},
 }  # fmt: skip
 
 
-def choice_of(kind: Kind, rows: int, out_size: int, size: int, by_row: bool = False) -> Choice:
-    """For x [rows, size] @ weight [out_size, size].T; `by_row`: PyTorch's product takes this weight."""
+def choice_of(kind: Kind, rows: int, out_size: int, size: int, by_row: bool = False, narrow: bool = True) -> Choice:
+    """For x [rows, size] @ weight [out_size, size].T; `by_row`: PyTorch's product takes this weight; narrow: x has 16 bits."""
     measured = TABLE.get((kind, out_size, size), {})
     if limits := [limit for limit in measured if limit >= rows]:
         found = measured[min(limits)]
-        if found.way != "scaled" or by_row:
+        if (found.way != "scaled" or by_row) and (found.way != "rows" or narrow):
             return found
+    if rows <= SINGLE_ROWS and narrow:
+        return Choice("rows", rows_tile_by_rule(size))
     if rows > FEW_ROWS and by_row:
         return SCALED
     if rows > WIDE_ROWS:
         return PLAIN
     return Choice("tile", tile_by_rule(rows, out_size, size))
+
+
+def rows_tile_by_rule(size: int) -> RowsTile:
+    """Four warps where a turn of eight would be most of the columns."""
+    return RowsTile(8, 1, 4) if size >= 2048 else RowsTile(4, 1, 4)
 
 
 def tile_by_rule(rows: int, out_size: int, size: int) -> Tile:

@@ -395,6 +395,26 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
+def fragment_linear_norm_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group: int,
+    size: int,
+    residual: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    *second: torch.Tensor | int | bool | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kernels.ops`; rounds as ops of their own do."""
+    *weight, gated = second
+    total, normed = add_rms_norm(residual, fragment_linear(x, codes, scale, shift, bias, group, size), norm, eps)
+    product = fragment_linear(normed, *weight)
+    return total, silu_mul(product) if gated else product
+
+
 def linear_norm_linear(
     x: torch.Tensor,
     first: torch.Tensor,

@@ -95,3 +95,19 @@ def wide_bytes(codes, DTYPE: tl.constexpr):
     else:
         words: tl.constexpr = codes.shape[1] // 4
         return codes.reshape(codes.shape[0], words, 2, 2).permute(0, 1, 3, 2).reshape(codes.shape).to(DTYPE)
+
+
+@triton.jit
+def in_registers(weight):
+    """A left operand of 16 bits as it lies in registers. No instruction: Triton does not look behind it for a layout of its own."""
+    if ASSEMBLES:
+        return tl.inline_asm_elementwise("", "=r,0", [weight], weight.dtype, is_pure=False, pack=2)
+    else:
+        return weight
+
+
+@triton.jit
+def fetched(at):
+    """Have the lines at these addresses brought to the L2; waits for nothing."""
+    if ASSEMBLES:
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1)

@@ -28,15 +28,16 @@ from floors import BYTES, Ceilings, Shape
 from h200_offline import ceilings_of, config_of, step_of
 from h200_report import Report, graph_seconds
 from kernels import cuda, reference
-from kernels.quant_tiles import FEW_ROWS, Choice, Kind, tile_by_rule
+from kernels.quant_tiles import FEW_ROWS, SINGLE_ROWS, Choice, Kind, few, tile_by_rule
 from kernels.skinny_tiles import Tile
 
 ROWS = (2, 8, 32, 64, 128, 256)  # of a product; a step of one sequence is padded to two
 GROUP = 128  # of the codes of 4 bits that are measured, as most checkpoints have
 CODE_BYTES: dict[Kind, float] = {"fp8": 1, "int4": 0.5 + 4 / GROUP, "int8": 1}  # an element, with its scale and shift
 ROTATED = 192 << 20  # bytes that weights rotate through, more than the L2 holds
-TOLERANCE = {"tile": 1e-2, "plain": 1e-2, "scaled": 8e-2}  # relative; rows become 8-bit codes for the last
+TOLERANCE = {"rows": 1e-2, "tile": 1e-2, "plain": 1e-2, "scaled": 8e-2}  # relative; rows become 8-bit codes for the last
 ALIKE = ((128, 256), (64,), (32,), (2, 8))  # rows that share most kernels: compiled by one process
+FEW_SIZES = (8, 1, 4), (8, 1, 6), (8, 2, 3), (4, 1, 6), (4, 2, 4), (4, 4, 3), (16, 1, 3)  # of a product of few rows, as `RowsTile`
 WORKERS = 12
 COMPILING = 0.5  # share of a section's time for compiling ahead
 
@@ -97,6 +98,10 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
 
     More rows of the weight to a tile read x less often, which counts from 32 rows on.
     """
+    if rows <= SINGLE_ROWS:
+        yield from (few(*sizes) for sizes in FEW_SIZES)
+        yield Choice("tile", tile_by_rule(rows, product.out_size, product.size))
+        return
     if rows > FEW_ROWS // 2:
         yield Choice("plain")
     if product.kind == "fp8":
@@ -126,7 +131,7 @@ def _sizes(kind: Kind, rows: int) -> tuple[tuple[int, int, int, int, int], ...]:
 
 def _lag(choice: Choice, rows: int) -> float:
     """What a way that is no kernel of ours is to be slower by: in a step of few rows it breaks the chain of dependent launches."""
-    return 1.0 if choice.way == "tile" or rows > 16 else 1.05
+    return 1.0 if choice.way in ("rows", "tile") or rows > 16 else 1.05
 
 
 def _compile_ahead(report: Report, args: argparse.Namespace, products: list[Product]) -> None:
@@ -256,7 +261,8 @@ def _measured(report: Report, args: argparse.Namespace, product: Product, ceilin
 
 def _written(choice: Choice) -> str:
     """As the table has it."""
-    return f"tiled({', '.join(map(str, choice.tile))})" if choice.way == "tile" else choice.way.upper()
+    by = {"rows": "few", "tile": "tiled"}.get(choice.way)
+    return f"{by}({', '.join(map(str, choice.tile))})" if by else choice.way.upper()
 
 
 def _seconds(args: argparse.Namespace, calls: list[Callable[[], object]]) -> float:

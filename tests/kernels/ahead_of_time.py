@@ -2,7 +2,7 @@
 
 Launchers are called on meta tensors with Triton's launch replaced by one that compiles. Reads a list of
 [name, module, function, arguments] from standard input, where an argument {"shape", "dtype"} is a tensor and
-{"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear, {"type"} a type. Run without TRITON_INTERPRET, in a process of its own:
+{"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear, {"few"} one of few rows, {"type"} a type. Run without TRITON_INTERPRET, in a process of its own:
 the replaced launch stays replaced.
 """
 
@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from kernels import launch
+from kernels.quant_tiles import RowsTile
 from kernels.skinny_tiles import Tile
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -129,6 +130,8 @@ def argument(described: Any) -> Any:
         return described
     if "tile" in described:
         return Tile(*described["tile"])
+    if "few" in described:
+        return RowsTile(*described["few"])
     if "type" in described:
         return getattr(torch, described["type"])
     dtype = getattr(torch, described["dtype"])

@@ -22,6 +22,7 @@ def load_beside(name: str) -> ModuleType:
 
 
 load_beside("attention_cases")
+load_beside("quantised_weights")
 InterpreterProcess = load_beside("interpreter_process").InterpreterProcess
 
 

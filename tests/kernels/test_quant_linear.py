@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from quantised_weights import laid, multiplied, random_weight
 
 import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from kernels import quant_tiles, reference
-from kernels.quant_tiles import FEW_ROWS, Choice, Tile, choice_of, tile_by_rule
+from kernels.quant_tiles import FEW_ROWS, SINGLE_ROWS, Choice, RowsTile, Tile, choice_of, few, tile_by_rule
 
 SHAPES = [
     # kind, N, K, group, tile
@@ -30,36 +31,6 @@ SHAPES = [
     ("fp8", 128, 256, 64, Tile(64, 128, 2, 4, 3)),
     ("fp8", 96, 192, 192, Tile(64, 64, 2, 4, 3, 256)),
 ]
-
-
-def random_weight(kind: str, rows: int, size: int, group: int, shifted: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    generator = torch.Generator().manual_seed(rows + size)
-    groups = -(-size // group)
-    scale = torch.rand(rows, groups, generator=generator) + 0.1
-    shift = torch.randn(rows, groups, generator=generator) if shifted else None
-    if kind == "fp8":
-        return (torch.randn(rows, size, generator=generator) * 30).to(torch.float8_e4m3fn), scale, shift
-    limit = 8 if kind == "int4" else 128
-    codes = torch.randint(-limit, limit, (rows, size), dtype=torch.int8, generator=generator)
-    return reference.pack_nibbles(codes) if kind == "int4" else codes, scale, shift
-
-
-def multiplied(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, group: int, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [N, K] float32 that rows are multiplied by: with a shift, and in groups, rounded to dtype."""
-    weight = reference.dequantize(codes, scale, shift, group)
-    exact = shift is None and scale.shape[1] == 1
-    return weight if exact else weight.to(dtype).float()
-
-
-def laid(
-    codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, group: int, size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """As the threads of a product want it."""
-    if codes.dtype == torch.float8_e4m3fn:
-        return reference.exchanged_columns(codes), scale, shift
-    bits = 4 if codes.dtype == torch.uint8 else 8
-    codes = reference.fragments(reference.unpack_nibbles(codes) if bits == 4 else codes, bits)
-    return codes, *(None if one is None else reference.fragment_pairs(one, group, size) for one in (scale, shift))
 
 
 @pytest.mark.parametrize("rows", [1, 17, 150])
@@ -179,9 +150,13 @@ def test_rows_become_the_codes_of_the_reference(triton_calls, size: int) -> None
     st.integers(1, 5000).map(lambda n: 8 * n),
     st.integers(1, 300).map(lambda n: 64 * n),
     st.booleans(),
+    st.booleans(),
 )
-def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int, by_row: bool) -> None:
-    choice = choice_of(kind, rows, out_size, size, by_row and kind == "fp8")
+def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int, by_row: bool, narrow: bool) -> None:
+    choice = choice_of(kind, rows, out_size, size, by_row and kind == "fp8", narrow)
+    if choice.way == "rows":
+        assert rows <= SINGLE_ROWS and narrow and isinstance(choice.tile, RowsTile)
+        return
     if choice.way != "tile":
         assert choice.tile is None and rows > FEW_ROWS
         return
@@ -195,15 +170,18 @@ def test_a_measured_choice_fits_the_weight_at_hand(monkeypatch: pytest.MonkeyPat
     measured = {8: Choice("tile", Tile(64, 128, 2, 4, 4)), 64: Choice("scaled"), 300: Choice("plain")}
     monkeypatch.setitem(quant_tiles.TABLE, ("fp8", 512, 1024), measured)
     assert choice_of("fp8", 3, 512, 1024, True) == choice_of("fp8", 3, 512, 1024) == measured[8]
+    monkeypatch.setitem(quant_tiles.TABLE, ("int8", 512, 1024), {8: few(2, 1, 3)})
+    assert choice_of("int8", 3, 512, 1024) == few(2, 1, 3)
+    assert choice_of("int8", 3, 512, 1024, narrow=False).tile == tile_by_rule(3, 512, 1024)  # float32 states
     assert choice_of("fp8", 20, 512, 1024, True).way == "scaled"
     assert choice_of("fp8", 20, 512, 1024).tile == tile_by_rule(20, 512, 1024)  # a scale a block: the row-wise product does not take it
     assert choice_of("fp8", 300, 512, 1024, True).way == "plain"
     assert choice_of("fp8", 301, 512, 1024, True).way == "scaled"
-    assert choice_of("int4", 3, 512, 1024).tile == tile_by_rule(3, 512, 1024)
+    assert choice_of("int4", 12, 512, 1024).tile == tile_by_rule(12, 512, 1024)
 
 
 @pytest.mark.parametrize(
-    "kind, rows, group", [("int4", 3, 64), ("int4", 70, 64), ("int4", 300, 64), ("int8", 2, 128), ("int8", 70, 128), ("int8", 300, 32), ("fp8", 2, 128), ("fp8", 300, 64)]
+    "kind, rows, group", [("int4", 3, 64), ("int4", 20, 64), ("int4", 70, 64), ("int4", 300, 64), ("int8", 2, 128), ("int8", 70, 128), ("int8", 300, 32), ("fp8", 2, 128), ("fp8", 300, 64)]
 )
 def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
     """Each way but the row-wise FP8 product, which is the device's own."""

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kernels.attention_decode import TILES
-from kernels.quant_tiles import tile_by_rule
+from kernels.quant_tiles import RowsTile, tile_by_rule
 from kernels.skinny_tiles import Tile, tile_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +135,18 @@ def quantised(
     return [name, "kernels.fragment_linear", "fragment_linear", [x, codes, scale, scale if shifted else None, None, group, out_size, {"tile": tile}]]
 
 
+def quantised_rows(kind: str, group: int, tile: RowsTile, shifted: bool = False) -> list[list[Any]]:
+    """Products of two rows before and behind a norm, scales as a device holds them."""
+    hidden, inner, starts = 4096, 14336, []
+    for name, out_size, more in (
+        ("sum", hidden, [tensor("bfloat16", 2, hidden), tensor("bfloat16", hidden), None, 0.0, False]),
+        ("gate", 2 * inner, [None, None, tensor("float32", 2, hidden // 16), 1e-5, True]),
+    ):
+        _, _, _, (x, *weight, _) = quantised(2, out_size, hidden, kind, hidden if group == 0 else group, shifted)
+        starts.append([f"{kind}/{group} {name} {tile}", "kernels.fragment_rows", "fragment_rows", [x, *weight, {"few": tile}, *more]])
+    return starts
+
+
 def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
     """Queries, keys and values as slices of a merged projection, with or without the norm."""
     wide = [{"slice": (256, n, size), "dtype": "bfloat16"} for n in (heads, kv_heads, kv_heads)]
@@ -188,6 +200,16 @@ WIDE = [
         ((False, 0, 0.0, 0), (True, 128, 0.0, 0), (False, 0, 30.0, 8192)),
     )
 ]
+
+
+QUANTISED_ROWS = [
+    launch
+    for kind, group, shifted, tile in (
+        ("int4", 128, True, RowsTile(8, 1, 4)), ("int4", 32, True, RowsTile(4, 2, 4)), ("int8", 0, False, RowsTile(8, 2, 3)),
+        ("int8", 128, False, RowsTile(4, 4, 3)), ("fp8", 0, False, RowsTile(8, 1, 6)), ("fp8", 128, False, RowsTile(16, 1, 3)),
+    )
+    for launch in quantised_rows(kind, group, tile, shifted)
+]  # fmt: skip
 
 
 def compiled(launches: list[list[Any]]) -> list[dict[str, Any]]:
@@ -267,6 +289,14 @@ def test_quantised_products() -> None:
     products = [k for k in kernels if k["kernel"] != "quantize_rows_kernel"]
     assert all(k["warp_group_units"] and k["buffers"] >= 2 for k in products)
     assert not any(k["exchanged"] for k in products), "a weight takes a way through shared memory on its way to the matrix unit"
+
+
+def test_quantised_products_of_few_rows() -> None:
+    """On matrix units, pipelined, no weight by a way of shared memory of its own; before the wait lines are asked for, and no more."""
+    kernels = compiled(QUANTISED_ROWS)
+    check_fits(kernels)
+    assert all(k["matrix_units"] and k["buffers"] >= 2 and k["waits"] and set(k["early"]) == {"CCTL"} for k in kernels), kernels
+    assert not any(k["exchanged"] for k in kernels), kernels
 
 
 def test_pages_of_8_bits() -> None:
