@@ -183,13 +183,16 @@ def fragment_linear_norm_linear(
     first, (*second, gated) = (codes, scale, shift, bias, group, size), second
     rows = _rows(x)
     choices = _choice(rows, codes, group, size), _choice(rows, second[0], *second[-2:])
-    halves = not gated or second[-1] % (2 * ROWS.value) == 0
-    if x.dtype != torch.bfloat16 or any(one.way != "rows" for one in choices) or not halves or not residual.is_contiguous():
+    tiles = [one.tile if one.way == "rows" else None for one in choices]
+    if gated and tiles[1]:  # gate and up in one program
+        tiles[1] = tiles[1]._replace(parts=max(2, tiles[1].parts))
+        tiles[1] = None if second[-1] % (tiles[1].parts * ROWS.value) else tiles[1]
+    if x.dtype != torch.bfloat16 or not all(tiles) or not residual.is_contiguous():
         total, normed = add_rms_norm(residual, fragment_linear(x, *first), norm, eps)
         product = fragment_linear(normed, *second)
         return total, silu_mul(product) if gated else product
-    total, gained, squares = fragment_rows(rows, *first, choices[0].tile, residual=residual.view(len(rows), -1), gain=norm)
-    out, *_ = fragment_rows(gained, *second, choices[1].tile, squares=squares, eps=eps, gated=gated)
+    total, gained, squares = fragment_rows(rows, *first, tiles[0], residual=residual.view(len(rows), -1), gain=norm)
+    out, *_ = fragment_rows(gained, *second, tiles[1], squares=squares, eps=eps, gated=gated)
     return total.view(residual.shape), out.view(*x.shape[:-1], -1)
 
 

@@ -1,6 +1,6 @@
 """Triton: x @ weight.T for up to eight rows of x with a weight of codes (`reference.fragments`), and what stands around it.
 
-A program has 16 rows of the weight, or of gate and up, and all columns; its warps take blocks of 64 columns in turn, so nothing is
+A program has a few times 16 rows of the weight, or of gate and up, and all columns; its warps take blocks of 64 columns in turn, so nothing is
 left to other programs to add up. A warp's codes are its operand of the matrix unit as they lie. A norm between two products
 costs no kernel: the one before leaves its sum, its sum times the norm's weight, and each program's part of the squares; the scale
 of a row is known when the product after it is. Knows no models; which shapes are cut how is data in `kernels/quant_tiles.py`.
@@ -18,20 +18,29 @@ from kernels.launch import dependent, wait
 from kernels.quant_tiles import SINGLE_ROWS, RowsTile
 from kernels.widen import fetched, in_registers
 
-ROWS = tl.constexpr(16)  # of the weight, to a program: those of one warp's operand
-EARLY = tl.constexpr(4)  # steps whose codes are on their way to the L2 before the kernel waits
+ROWS = tl.constexpr(16)  # of the weight: those of one warp's operand
+EARLY = tl.constexpr(8)  # steps whose codes are on their way to the L2 before the kernel waits
+
+
+@triton.jit
+def _part(part, at: tl.constexpr, OUT: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr):
+    """Which 16 rows of the weight the part `at` of a program's is: neighbours, or first those of gate and then those of up."""
+    if GATED:
+        return part * (PARTS // 2) + at % (PARTS // 2) + at // (PARTS // 2) * (OUT // ROWS)
+    else:
+        return part * PARTS + at
 
 
 @triton.jit
 def _blocks(
     codes_ptr, scale_ptr, shift_ptr, part, first, DTYPE: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, WARPS: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    BEYOND: tl.constexpr,
+    GROUPS: tl.constexpr, WARPS: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr, HAS_SHIFT: tl.constexpr, BEYOND: tl.constexpr,
 ):  # fmt: skip
     """Rows 16 * part on of the weight, a block of 64 columns to each warp from block `first` on: [WARPS, 16, 64]."""
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
+    last: tl.constexpr = (N + SIZE - 1) // SIZE - 1
     thread = tl.arange(0, 32 * WARPS)
-    row_block = (part // 4).to(tl.int64)
+    row_block = tl.minimum(part // 4, last).to(tl.int64)  # nothing past the last row is stored
     at = part % 4 * 32 + thread % 32
     block = first + thread // 32
     if BEYOND:  # x is zeros there
@@ -50,13 +59,20 @@ def _blocks(
             if HAS_SHIFT:
                 shift = tl.load(shift_ptr + pair_at)
         weight = _weight(codes_at, scale, shift, DTYPE, GROUPS, KIND == "int4", WHOLE, HAS_SHIFT)
-    return in_registers(weight.reshape(WARPS, ROWS, SIZE))
+    return weight.reshape(WARPS, ROWS, SIZE)
+
+
+@triton.jit
+def _below(upper, lower):
+    """Two [warps, rows, 64] below each other."""
+    return tl.join(upper, lower).permute(0, 3, 1, 2).reshape(upper.shape[0], 2 * upper.shape[1], upper.shape[2])
 
 
 @triton.jit
 def _ask(codes_ptr, part, N: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr, KIND: tl.constexpr):
     """Have the codes of the first steps brought to the L2."""
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
+    last: tl.constexpr = (N + SIZE - 1) // SIZE - 1
     BYTES: tl.constexpr = SIZE * SIZE // 2 if KIND == "int4" else SIZE * SIZE
     thread = tl.arange(0, 32 * WARPS)
     for step in tl.static_range(EARLY):
@@ -65,23 +81,10 @@ def _ask(codes_ptr, part, N: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr,
             row = tl.minimum(part * ROWS + thread % 16, N - 1).to(tl.int64)
             fetched(codes_ptr + row * (blocks * SIZE) + block * SIZE)
         else:
-            at = ((part // 4).to(tl.int64) * blocks + block) * BYTES + part % 4 * 512 + thread % 32 * 16
+            at = (tl.minimum(part // 4, last).to(tl.int64) * blocks + block) * BYTES + part % 4 * 512 + thread % 32 * 16
             fetched(codes_ptr + at)
             if KIND == "int8":
                 fetched(codes_ptr + at + BYTES // 2)
-
-
-@triton.jit
-def _scaled(total, scale_ptr, bias_ptr, part, N: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, by_row):
-    """Sums [16, T] of rows 16 * part on with what is known of each row of the weight, and of x."""
-    n = part * ROWS + tl.arange(0, ROWS)
-    if not WHOLE:
-        scale_at = n if KIND == "fp8" else n // 16 * 16 + n % 8 * 2 + n % 16 // 8
-        total *= tl.load(scale_ptr + scale_at, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    total *= by_row
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    return total
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -108,7 +111,8 @@ def fragment_rows_kernel(
     WARPS: tl.constexpr,
     STEPS: tl.constexpr,
     BEYOND: tl.constexpr,  # the last turn goes past the columns
-    PARTS: tl.constexpr,  # of the squares of x; 0: x is not to be normalised
+    PARTS: tl.constexpr,  # of 16 rows, to a program
+    SQUARES: tl.constexpr,  # of a row of x: parts of their sum; 0: x is not to be normalised
     EACH: tl.constexpr,  # the power of two not below
     KIND: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -122,51 +126,62 @@ def fragment_rows_kernel(
     part = tl.program_id(0)
     OUT: tl.constexpr = N // 2 if GATED else N
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
-    _ask(codes_ptr, part, N, K, WARPS, KIND)
-    if GATED:
-        _ask(codes_ptr, part + OUT // ROWS, N, K, WARPS, KIND)
+    for at in tl.static_range(PARTS):
+        _ask(codes_ptr, _part(part, at, OUT, PARTS, GATED), N, K, WARPS, KIND)
     t = tl.arange(0, T)
     in_t = t < num_rows
     column = tl.arange(0, WARPS)[:, None, None] * SIZE + tl.arange(0, SIZE)[None, :, None]
     x_at = x_ptr + column + t[None, None, :] * x_stride
     if PDL:
         wait()
-    total = tl.zeros([WARPS, ROWS, T], tl.float32)
-    other = total
-    for first in range(0, blocks, WARPS * STEPS):
+    total = tl.zeros([WARPS, PARTS * ROWS, T], tl.float32)
+    for turn in range(0, blocks, WARPS * STEPS):
         for step in tl.static_range(STEPS):
-            block = first + step * WARPS
+            first = turn + step * WARPS
             inside = in_t[None, None, :]
             if BEYOND:
-                inside = inside & (column < K - block * SIZE)
-            x = tl.load(x_at + block * SIZE, mask=inside, other=0.0)
-            weight = _blocks(codes_ptr, scale_ptr, shift_ptr, part, block, x.dtype, N, K, GROUP, GROUPS, WARPS, KIND, WHOLE, HAS_SHIFT, BEYOND)
-            total = tl.dot(weight, x, total)
-            if GATED:
-                weight = _blocks(codes_ptr, scale_ptr, shift_ptr, part + OUT // ROWS, block, x.dtype, N, K, GROUP, GROUPS, WARPS, KIND, WHOLE, HAS_SHIFT, BEYOND)
-                other = tl.dot(weight, x, other)
-    by_row = 1.0
-    if PARTS:
-        each = tl.arange(0, EACH)
-        squares = tl.load(squares_ptr + t[None, :] * PARTS + each[:, None], mask=in_t[None, :] & (each < PARTS)[:, None], other=0.0)
-        by_row = tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
-    dtype = out_ptr.dtype.element_ty
-    # Rounds where kernels of their own would.
-    sums = _scaled(tl.sum(total, 0), scale_ptr, bias_ptr, part, N, KIND, WHOLE, HAS_BIAS, by_row).to(dtype).to(tl.float32)
+                inside = inside & (column < K - first * SIZE)
+            x = tl.load(x_at + first * SIZE, mask=inside, other=0.0)
+            weight = _blocks(codes_ptr, scale_ptr, shift_ptr, _part(part, 0, OUT, PARTS, GATED), first, x.dtype, N, K, GROUP, GROUPS, WARPS, KIND, WHOLE, HAS_SHIFT, BEYOND)
+            if PARTS > 1:
+                second = _blocks(codes_ptr, scale_ptr, shift_ptr, _part(part, 1, OUT, PARTS, GATED), first, x.dtype, N, K, GROUP, GROUPS, WARPS, KIND, WHOLE, HAS_SHIFT, BEYOND)
+                weight = _below(weight, second)
+            if PARTS > 2:
+                third = _blocks(codes_ptr, scale_ptr, shift_ptr, _part(part, 2, OUT, PARTS, GATED), first, x.dtype, N, K, GROUP, GROUPS, WARPS, KIND, WHOLE, HAS_SHIFT, BEYOND)
+                fourth = _blocks(codes_ptr, scale_ptr, shift_ptr, _part(part, 3, OUT, PARTS, GATED), first, x.dtype, N, K, GROUP, GROUPS, WARPS, KIND, WHOLE, HAS_SHIFT, BEYOND)
+                weight = _below(weight, _below(third, fourth))
+            total = tl.dot(in_registers(weight), x, total)
+    sums = tl.sum(total, 0)
+    n = _part(part, 0, OUT, PARTS, GATED) * ROWS + tl.arange(0, PARTS * ROWS)  # of all rows that belong together
     if GATED:
-        up = _scaled(tl.sum(other, 0), scale_ptr, bias_ptr, part + OUT // ROWS, N, KIND, WHOLE, HAS_BIAS, by_row).to(dtype).to(tl.float32)
-        sums = sums * tl.sigmoid(sums) * up
-    n = part * ROWS + tl.arange(0, ROWS)
+        half: tl.constexpr = PARTS * ROWS // 2
+        n = tl.where(tl.arange(0, PARTS * ROWS) < half, n, n - half + OUT)
+    if not WHOLE:
+        scale_at = n if KIND == "fp8" else n // 16 * 16 + n % 8 * 2 + n % 16 // 8
+        sums *= tl.load(scale_ptr + scale_at, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if SQUARES:
+        each = tl.arange(0, EACH)
+        squares = tl.load(squares_ptr + t[None, :] * SQUARES + each[:, None], mask=in_t[None, :] & (each < SQUARES)[:, None], other=0.0)
+        sums *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
+    if HAS_BIAS:
+        sums += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    # Rounds where kernels of their own would.
+    dtype = out_ptr.dtype.element_ty
+    sums = sums.to(dtype).to(tl.float32)
+    if GATED:
+        gate, up = tl.split(sums.reshape(2, half, T).permute(1, 2, 0))
+        sums = gate * tl.sigmoid(gate) * up
+        n = part * half + tl.arange(0, half)
     inside = (n < OUT)[:, None] & in_t[None, :]
-    at = t[None, :] * OUT + n[:, None]
+    to = t[None, :] * OUT + n[:, None]
     if HAS_RESIDUAL:
-        sums += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        sums += tl.load(residual_ptr + to, mask=inside, other=0.0).to(tl.float32)
     rounded = sums.to(dtype)
-    tl.store(out_ptr + at, rounded, mask=inside)
+    tl.store(out_ptr + to, rounded, mask=inside)
     if HAS_GAIN:
         wide = tl.where(inside, rounded.to(tl.float32), 0.0)
         gain = tl.load(gain_ptr + n, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
-        tl.store(gained_ptr + at, (wide * gain).to(dtype), mask=inside)
+        tl.store(gained_ptr + to, (wide * gain).to(dtype), mask=inside)
         tl.store(left_ptr + t * tl.num_programs(0) + part, tl.sum(wide * wide, 0), mask=in_t)
 
 
@@ -193,11 +208,12 @@ def fragment_rows(
     """
     rows, size = x.shape
     width = out_size // 2 if gated else out_size
-    if rows > SINGLE_ROWS or x.element_size() != 2 or (gated and width % ROWS.value):
+    most = tile.parts * ROWS.value // (2 if gated else 1)  # outputs of a program
+    if rows > SINGLE_ROWS or x.element_size() != 2 or (gated and (tile.parts == 1 or width % most)):
         raise ValueError(f"x {tuple(x.shape)} of {x.dtype} and {out_size} outputs, gated {gated}: not a product of this kernel")
-    parts = 0 if squares is None else squares.shape[1]
+    count = 0 if squares is None else squares.shape[1]
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    programs = triton.cdiv(width, ROWS.value)
+    programs = triton.cdiv(width, most)
     gained, left = out, out
     if gain is not None:
         gained, left = torch.empty_like(out), torch.empty(rows, programs, dtype=torch.float32, device=x.device)
@@ -224,8 +240,9 @@ def fragment_rows(
         WARPS=tile.warps,
         STEPS=tile.steps,
         BEYOND=size % (SIZE.value * tile.warps * tile.steps) != 0,
-        PARTS=parts,
-        EACH=triton.next_power_of_2(max(parts, 1)),
+        PARTS=tile.parts,
+        SQUARES=count,
+        EACH=triton.next_power_of_2(max(count, 1)),
         KIND=KINDS[codes.dtype],
         WHOLE=shift is not None or group < size,
         HAS_SHIFT=shift is not None,

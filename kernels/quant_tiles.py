@@ -21,8 +21,9 @@ Way = Literal["rows", "tile", "plain", "scaled"]
 
 
 class RowsTile(NamedTuple):
-    """How a product of few rows is cut: warps, each with a block of 64 columns; such steps of a turn; pipeline stages."""
+    """How a product of few rows is cut: 16 rows of the weight to a program, times 1, 2 or 4; warps, each with a block of 64 columns; such steps of a turn; stages."""
 
+    parts: int
     warps: int
     steps: int
     stages: int
@@ -48,21 +49,21 @@ def few(*sizes: int) -> Choice:
 SCALED, PLAIN = Choice("scaled"), Choice("plain")
 # (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule. Codes of 4 bits in groups of 128.
 TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
-    ("fp8", 6144, 4096): {8: few(8, 1, 4), 32: tiled(64, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 256: SCALED},
-    ("fp8", 4096, 4096): {8: few(8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
-    ("fp8", 28672, 4096): {8: few(8, 1, 4), 32: tiled(128, 128, 1, 4, 4), 256: SCALED},
-    ("fp8", 4096, 14336): {8: few(8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
-    ("fp8", 128256, 4096): {8: few(8, 1, 4), 32: tiled(64, 128, 1, 4, 4), 256: SCALED},
-    ("int8", 6144, 4096): {8: few(8, 1, 4), 32: tiled(128, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 2, 4, 4, 128), 256: tiled(64, 64, 1, 4, 4, 128)},
-    ("int8", 4096, 4096): {8: few(8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 64, 2, 4, 4, 128)},
-    ("int8", 28672, 4096): {8: few(8, 1, 4), 64: tiled(128, 128, 1, 4, 4), 256: tiled(128, 64, 1, 8, 4, 128)},
-    ("int8", 4096, 14336): {8: few(8, 1, 4), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(128, 64, 4, 8, 4, 128)},
-    ("int8", 128256, 4096): {8: few(8, 1, 4), 64: tiled(256, 128, 1, 8, 3), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 3, 256)},
-    ("int4", 6144, 4096): {8: few(8, 1, 4), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(64, 64, 2, 4, 4, 128)},
-    ("int4", 4096, 4096): {8: few(8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 128, 1, 4, 4)},
-    ("int4", 28672, 4096): {8: few(8, 1, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 4, 128)},
-    ("int4", 4096, 14336): {8: few(8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(128, 64, 8, 8, 4, 128), 256: tiled(128, 64, 4, 8, 4, 128)},
-    ("int4", 128256, 4096): {8: few(8, 1, 4), 32: tiled(256, 128, 1, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: tiled(128, 64, 1, 8, 3, 128)},
+    ("fp8", 6144, 4096): {8: few(1, 8, 1, 4), 32: tiled(64, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 256: SCALED},
+    ("fp8", 4096, 4096): {8: few(1, 8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
+    ("fp8", 28672, 4096): {8: few(1, 8, 1, 4), 32: tiled(128, 128, 1, 4, 4), 256: SCALED},
+    ("fp8", 4096, 14336): {8: few(1, 8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
+    ("fp8", 128256, 4096): {8: few(1, 8, 1, 4), 32: tiled(64, 128, 1, 4, 4), 256: SCALED},
+    ("int8", 6144, 4096): {8: few(1, 8, 1, 4), 32: tiled(128, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 2, 4, 4, 128), 256: tiled(64, 64, 1, 4, 4, 128)},
+    ("int8", 4096, 4096): {8: few(1, 8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 64, 2, 4, 4, 128)},
+    ("int8", 28672, 4096): {8: few(1, 8, 1, 4), 64: tiled(128, 128, 1, 4, 4), 256: tiled(128, 64, 1, 8, 4, 128)},
+    ("int8", 4096, 14336): {8: few(1, 8, 1, 4), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(128, 64, 4, 8, 4, 128)},
+    ("int8", 128256, 4096): {8: few(1, 8, 1, 4), 64: tiled(256, 128, 1, 8, 3), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 3, 256)},
+    ("int4", 6144, 4096): {8: few(1, 8, 1, 4), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(64, 64, 2, 4, 4, 128)},
+    ("int4", 4096, 4096): {8: few(1, 8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 128, 1, 4, 4)},
+    ("int4", 28672, 4096): {8: few(1, 8, 1, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 4, 128)},
+    ("int4", 4096, 14336): {8: few(1, 8, 1, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(128, 64, 8, 8, 4, 128), 256: tiled(128, 64, 4, 8, 4, 128)},
+    ("int4", 128256, 4096): {8: few(1, 8, 1, 4), 32: tiled(256, 128, 1, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: tiled(128, 64, 1, 8, 3, 128)},
 }  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def choice_of(kind: Kind, rows: int, out_size: int, size: int, by_row: bool = Fa
 
 def rows_tile_by_rule(size: int) -> RowsTile:
     """Four warps where a turn of eight would be most of the columns."""
-    return RowsTile(8, 1, 4) if size >= 2048 else RowsTile(4, 1, 4)
+    return RowsTile(1, 8, 1, 4) if size >= 2048 else RowsTile(1, 4, 1, 4)
 
 
 def tile_by_rule(rows: int, out_size: int, size: int) -> Tile:

@@ -37,7 +37,9 @@ CODE_BYTES: dict[Kind, float] = {"fp8": 1, "int4": 0.5 + 4 / GROUP, "int8": 1}  
 ROTATED = 192 << 20  # bytes that weights rotate through, more than the L2 holds
 TOLERANCE = {"rows": 1e-2, "tile": 1e-2, "plain": 1e-2, "scaled": 8e-2}  # relative; rows become 8-bit codes for the last
 ALIKE = ((128, 256), (64,), (32,), (2, 8))  # rows that share most kernels: compiled by one process
-FEW_SIZES = (8, 1, 4), (8, 1, 6), (8, 2, 3), (4, 1, 6), (4, 2, 4), (4, 4, 3), (16, 1, 3)  # of a product of few rows, as `RowsTile`
+FEW_SIZES = (  # of a product of few rows, as `RowsTile`
+    (1, 8, 1, 6), (1, 8, 1, 8), (1, 8, 2, 4), (1, 4, 4, 3), (1, 4, 2, 6), (1, 4, 1, 6), (2, 4, 1, 6), (2, 4, 2, 4), (2, 8, 1, 6), (4, 4, 1, 4), (4, 2, 2, 4), (2, 2, 2, 6),
+)  # fmt: skip
 WORKERS = 12
 COMPILING = 0.5  # share of a section's time for compiling ahead
 

@@ -12,16 +12,16 @@ from kernels.quant_tiles import RowsTile
 
 SHAPES = [
     # kind, N, K, group, tile
-    ("int4", 64, 512, 128, RowsTile(4, 1, 3)),
-    ("int4", 128, 256, 32, RowsTile(2, 2, 2)),  # two groups a block
-    ("int4", 100, 160, 160, RowsTile(2, 1, 3)),  # rows beyond the last block, columns beyond the last step
-    ("int4", 64, 320, 64, RowsTile(4, 2, 3)),
-    ("int8", 40, 160, 160, RowsTile(4, 1, 3)),
-    ("int8", 64, 128, 16, RowsTile(2, 1, 4)),  # four groups a block
-    ("int8", 192, 512, 128, RowsTile(8, 1, 3)),
-    ("fp8", 44, 160, 160, RowsTile(2, 1, 3)),
-    ("fp8", 100, 200, 128, RowsTile(2, 2, 3)),  # the last group is short
-    ("fp8", 64, 512, 512, RowsTile(8, 1, 3)),
+    ("int4", 64, 512, 128, RowsTile(1, 4, 1, 3)),
+    ("int4", 128, 256, 32, RowsTile(2, 2, 2, 2)),  # two groups a block
+    ("int4", 100, 160, 160, RowsTile(2, 2, 1, 3)),  # rows beyond the last block, columns beyond the last step
+    ("int4", 64, 320, 64, RowsTile(4, 4, 2, 3)),
+    ("int8", 40, 160, 160, RowsTile(1, 4, 1, 3)),
+    ("int8", 64, 128, 16, RowsTile(2, 2, 1, 4)),  # four groups a block
+    ("int8", 192, 512, 128, RowsTile(4, 8, 1, 3)),
+    ("fp8", 44, 160, 160, RowsTile(1, 2, 1, 3)),
+    ("fp8", 100, 200, 128, RowsTile(4, 2, 2, 3)),  # the last group is short
+    ("fp8", 64, 512, 512, RowsTile(2, 8, 1, 3)),
 ]
 
 
@@ -71,4 +71,4 @@ def test_what_the_kernel_does_not_take_is_refused(triton_calls) -> None:
     weight = laid(*random_weight("int8", 64, 128, 128, False), 128, 128)
     for x, gated in ((rows_of(9, 128), False), (rows_of(1, 128).float(), False)):
         with pytest.raises((ValueError, AssertionError), match="not a product of this kernel"):
-            triton_calls.call("kernels.fragment_rows", "fragment_rows", x, *weight, None, 128, 64, RowsTile(2, 1, 3), None, None, None, 0.0, gated)
+            triton_calls.call("kernels.fragment_rows", "fragment_rows", x, *weight, None, 128, 64, RowsTile(1, 2, 1, 3), None, None, None, 0.0, gated)

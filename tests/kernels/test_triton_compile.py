@@ -143,7 +143,7 @@ def quantised_rows(kind: str, group: int, tile: RowsTile, shifted: bool = False)
         ("gate", 2 * inner, [None, None, tensor("float32", 2, hidden // 16), 1e-5, True]),
     ):
         _, _, _, (x, *weight, _) = quantised(2, out_size, hidden, kind, hidden if group == 0 else group, shifted)
-        starts.append([f"{kind}/{group} {name} {tile}", "kernels.fragment_rows", "fragment_rows", [x, *weight, {"few": tile}, *more]])
+        starts.append([f"{kind}/{group} {name} {tile}", "kernels.fragment_rows", "fragment_rows", [x, *weight, {"few": tile._replace(parts=max(2, tile.parts)) if name == "gate" else tile}, *more]])
     return starts
 
 
@@ -205,8 +205,8 @@ WIDE = [
 QUANTISED_ROWS = [
     launch
     for kind, group, shifted, tile in (
-        ("int4", 128, True, RowsTile(8, 1, 4)), ("int4", 32, True, RowsTile(4, 2, 4)), ("int8", 0, False, RowsTile(8, 2, 3)),
-        ("int8", 128, False, RowsTile(4, 4, 3)), ("fp8", 0, False, RowsTile(8, 1, 6)), ("fp8", 128, False, RowsTile(16, 1, 3)),
+        ("int4", 128, True, RowsTile(1, 8, 1, 4)), ("int4", 32, True, RowsTile(4, 4, 2, 4)), ("int8", 0, False, RowsTile(2, 8, 2, 3)),
+        ("int8", 128, False, RowsTile(1, 4, 4, 3)), ("fp8", 0, False, RowsTile(1, 8, 1, 6)), ("fp8", 128, False, RowsTile(2, 16, 1, 3)),
     )
     for launch in quantised_rows(kind, group, tile, shifted)
 ]  # fmt: skip
