@@ -128,12 +128,33 @@ def fragment_rows_kernel(
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
     for at in tl.static_range(PARTS):
         _ask(codes_ptr, _part(part, at, OUT, PARTS, GATED), N, K, WARPS, KIND)
+    # What the sums will meet is asked for before them: what no kernel of a step writes even before the wait.
+    half: tl.constexpr = PARTS * ROWS // 2
+    n = _part(part, 0, OUT, PARTS, GATED) * ROWS + tl.arange(0, PARTS * ROWS)  # rows of the weight
+    m = n  # columns of the output
+    if GATED:
+        n = tl.where(tl.arange(0, PARTS * ROWS) < half, n, n - half + OUT)
+        m = part * half + tl.arange(0, half)
+    if not WHOLE:
+        scale_at = n if KIND == "fp8" else n // 16 * 16 + n % 8 * 2 + n % 16 // 8
+        scale = tl.load(scale_ptr + scale_at, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if HAS_GAIN:
+        gain = tl.load(gain_ptr + m, mask=m < OUT, other=0.0).to(tl.float32)[:, None]
     t = tl.arange(0, T)
     in_t = t < num_rows
+    stored = (m < OUT)[:, None] & in_t[None, :]
+    to = t[None, :] * OUT + m[:, None]
     column = tl.arange(0, WARPS)[:, None, None] * SIZE + tl.arange(0, SIZE)[None, :, None]
     x_at = x_ptr + column + t[None, None, :] * x_stride
     if PDL:
         wait()
+    if SQUARES:
+        each = tl.arange(0, EACH)
+        squares = tl.load(squares_ptr + t[None, :] * SQUARES + each[:, None], mask=in_t[None, :] & (each < SQUARES)[:, None], other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + to, mask=stored, other=0.0).to(tl.float32)
     total = tl.zeros([WARPS, PARTS * ROWS, T], tl.float32)
     for turn in range(0, blocks, WARPS * STEPS):
         for step in tl.static_range(STEPS):
@@ -152,36 +173,25 @@ def fragment_rows_kernel(
                 weight = _below(weight, _below(third, fourth))
             total = tl.dot(in_registers(weight), x, total)
     sums = tl.sum(total, 0)
-    n = _part(part, 0, OUT, PARTS, GATED) * ROWS + tl.arange(0, PARTS * ROWS)  # of all rows that belong together
-    if GATED:
-        half: tl.constexpr = PARTS * ROWS // 2
-        n = tl.where(tl.arange(0, PARTS * ROWS) < half, n, n - half + OUT)
     if not WHOLE:
-        scale_at = n if KIND == "fp8" else n // 16 * 16 + n % 8 * 2 + n % 16 // 8
-        sums *= tl.load(scale_ptr + scale_at, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        sums *= scale
     if SQUARES:
-        each = tl.arange(0, EACH)
-        squares = tl.load(squares_ptr + t[None, :] * SQUARES + each[:, None], mask=in_t[None, :] & (each < SQUARES)[:, None], other=0.0)
         sums *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
     if HAS_BIAS:
-        sums += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        sums += bias
     # Rounds where kernels of their own would.
     dtype = out_ptr.dtype.element_ty
     sums = sums.to(dtype).to(tl.float32)
     if GATED:
         gate, up = tl.split(sums.reshape(2, half, T).permute(1, 2, 0))
         sums = gate * tl.sigmoid(gate) * up
-        n = part * half + tl.arange(0, half)
-    inside = (n < OUT)[:, None] & in_t[None, :]
-    to = t[None, :] * OUT + n[:, None]
     if HAS_RESIDUAL:
-        sums += tl.load(residual_ptr + to, mask=inside, other=0.0).to(tl.float32)
+        sums += residual
     rounded = sums.to(dtype)
-    tl.store(out_ptr + to, rounded, mask=inside)
+    tl.store(out_ptr + to, rounded, mask=stored)
     if HAS_GAIN:
-        wide = tl.where(inside, rounded.to(tl.float32), 0.0)
-        gain = tl.load(gain_ptr + n, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
-        tl.store(gained_ptr + to, (wide * gain).to(dtype), mask=inside)
+        wide = tl.where(stored, rounded.to(tl.float32), 0.0)
+        tl.store(gained_ptr + to, (wide * gain).to(dtype), mask=stored)
         tl.store(left_ptr + t * tl.num_programs(0) + part, tl.sum(wide * wide, 0), mask=in_t)
 
 
