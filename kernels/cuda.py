@@ -107,34 +107,43 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = Fals
 
 
 def fragment_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int
+    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int, gated: bool
 ) -> Tensor:
     """See `kernels.ops`."""
     rows = _rows(x)
-    choice = _choice(rows, codes, group, out_size)
-    return fragment_linear_by(choice, rows, codes, scale, shift, bias, group, out_size).view(*x.shape[:-1], -1)
-
-
-def _choice(rows: Tensor, codes: Tensor, group: int, out_size: int) -> Choice:
     kind, size = KINDS[codes.dtype], rows.shape[1]
-    by_row = kind == "fp8" and group >= size and rows.dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0
-    return choice_of(kind, len(rows), out_size, size, by_row, narrow=rows.element_size() == 2)
+    by_row = kind == "fp8" and group >= size and x.dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0
+    choice = choice_of(kind, len(rows), out_size, size, by_row, narrow=x.element_size() == 2)
+    return fragment_linear_by(choice, rows, codes, scale, shift, bias, group, out_size, gated).view(*x.shape[:-1], -1)
 
 
 def fragment_linear_by(
-    choice: Choice, rows: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int
+    choice: Choice,
+    rows: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    out_size: int,
+    gated: bool = False,
 ) -> Tensor:
-    """rows [T, K] -> [T, out_size] by the given way; `scaled` rounds rows to 8 bits too."""
+    """rows [T, K] -> [T, out_size], gated half of that, by the given way; `scaled` rounds rows to 8 bits too."""
     if choice.way == "rows":
-        return fragment_rows(rows, codes, scale, shift, bias, group, out_size, choice.tile)[0]
+        tile = choice.tile._replace(parts=max(2, choice.tile.parts)) if gated else choice.tile  # gate and up are one program's
+        within = gated and out_size % (ROWS.value * tile.parts) == 0
+        out = fragment_rows(rows, codes, scale, shift, bias, group, out_size, within, tile)
+        return silu_mul(out) if gated and not within else out
     if choice.way == "tile":
-        return tiled_fragment_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile)
-    if choice.way == "plain":
-        return functional.linear(rows, fragment_dequantize(codes, scale, shift, group, out_size, rows.shape[1], rows.dtype), bias)
-    x_codes, x_scale = quantize_rows(rows)
-    return torch._scaled_mm(
-        x_codes, codes.t(), scale_a=x_scale, scale_b=scale.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=True
-    )
+        out = tiled_fragment_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile)
+    elif choice.way == "plain":
+        out = functional.linear(rows, fragment_dequantize(codes, scale, shift, group, out_size, rows.shape[1], rows.dtype), bias)
+    else:
+        x_codes, x_scale = quantize_rows(rows)
+        out = torch._scaled_mm(
+            x_codes, codes.t(), scale_a=x_scale, scale_b=scale.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=True
+        )
+    return silu_mul(out) if gated else out
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -163,36 +172,6 @@ def linear_norm_linear(
     rows = x.reshape(-1, x.shape[-1])
     total = row_linear(rows, first, first_bias, tiles[0], residual=residual.reshape(len(rows), -1), query_start=query_start)
     out = row_linear(total, second, second_bias, tiles[1], norm=norm, eps=eps, gated=gated, query_start=query_start)
-    return total.view(residual.shape), out.view(*x.shape[:-1], -1)
-
-
-def fragment_linear_norm_linear(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    bias: Tensor | None,
-    group: int,
-    size: int,
-    residual: Tensor,
-    norm: Tensor,
-    eps: float,
-    *second: Tensor | int | bool | None,
-) -> tuple[Tensor, Tensor]:
-    """See `kernels.ops`. For a few rows of bfloat16 two kernels, else a kernel for each of its parts."""
-    first, (*second, gated) = (codes, scale, shift, bias, group, size), second
-    rows = _rows(x)
-    choices = _choice(rows, codes, group, size), _choice(rows, second[0], *second[-2:])
-    tiles = [one.tile if one.way == "rows" else None for one in choices]
-    if gated and tiles[1]:  # gate and up in one program
-        tiles[1] = tiles[1]._replace(parts=max(2, tiles[1].parts))
-        tiles[1] = None if second[-1] % (tiles[1].parts * ROWS.value) else tiles[1]
-    if x.dtype != torch.bfloat16 or not all(tiles) or not residual.is_contiguous():
-        total, normed = add_rms_norm(residual, fragment_linear(x, *first), norm, eps)
-        product = fragment_linear(normed, *second)
-        return total, silu_mul(product) if gated else product
-    total, gained, squares = fragment_rows(rows, *first, tiles[0], residual=residual.view(len(rows), -1), gain=norm)
-    out, *_ = fragment_rows(gained, *second, tiles[1], squares=squares, eps=eps, gated=gated)
     return total.view(residual.shape), out.view(*x.shape[:-1], -1)
 
 

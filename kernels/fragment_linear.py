@@ -20,7 +20,7 @@ from kernels.launch import dependent, wait
 from kernels.quant_tiles import Kind
 from kernels.skinny_tiles import Tile
 from kernels.split_columns import added_up, is_last, room_for_parts
-from kernels.widen import nibbles, scaled, settled, wide_bytes
+from kernels.widen import halves, nibbles, scaled, settled, wide_bytes
 
 SIZE = tl.constexpr(reference.FRAGMENT)  # rows and columns of a block of the weight
 THREADS = tl.constexpr(128)  # that hold a block
@@ -97,11 +97,14 @@ def _float_weight(
     column = (start + at % 4 * 16)[:, None] + tl.arange(0, 16)[None, :]
     upper = tl.load(codes_ptr + upper_row[:, None] * stride + column, eviction_policy="evict_first").to(tl.float32)
     lower = tl.load(codes_ptr + lower_row[:, None] * stride + column, eviction_policy="evict_first").to(tl.float32)
+    # By float32: straight to bfloat16 it takes the slower converter.
     if WHOLE:
-        upper *= tl.load(scale_ptr + upper_row * groups + start // GROUP)[:, None]
-        lower *= tl.load(scale_ptr + lower_row * groups + start // GROUP)[:, None]
-    # From float32: straight to bfloat16 it takes the slower converter. Elements are as those of 4 bits.
-    parts = tl.join(upper.to(DTYPE), lower.to(DTYPE)).reshape(threads // 32, 8, 4, 4, 2, 2, 2)
+        upper = (upper * tl.load(scale_ptr + upper_row * groups + start // GROUP)[:, None]).to(DTYPE)
+        lower = (lower * tl.load(scale_ptr + lower_row * groups + start // GROUP)[:, None]).to(DTYPE)
+    else:
+        upper, lower = halves(upper, DTYPE), halves(lower, DTYPE)
+    # Elements are as those of 4 bits.
+    parts = tl.join(upper, lower).reshape(threads // 32, 8, 4, 4, 2, 2, 2)
     return parts.permute(0, 6, 1, 3, 4, 2, 5).reshape(threads // 2, SIZE)
 
 

@@ -1,9 +1,8 @@
-"""Triton: x @ weight.T for up to eight rows of x with a weight of codes (`reference.fragments`), and what stands around it.
+"""Triton: x @ weight.T for up to eight rows of x with a weight of codes (`reference.fragments`), and a gate behind it.
 
-A program has a few times 16 rows of the weight, or of gate and up, and all columns; its warps take blocks of 64 columns in turn, so nothing is
-left to other programs to add up. A warp's codes are its operand of the matrix unit as they lie. A norm between two products
-costs no kernel: the one before leaves its sum, its sum times the norm's weight, and each program's part of the squares; the scale
-of a row is known when the product after it is. Knows no models; which shapes are cut how is data in `kernels/quant_tiles.py`.
+A program has a few times 16 rows of the weight, or of gate and up, and all columns; its warps take blocks of 64 columns in turn, so
+nothing is left to other programs to add up. A warp's codes are its operand of the matrix unit as they lie; the first are on their
+way before the kernel waits for those before it. Knows no models; which shapes are cut how is data in `kernels/quant_tiles.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from kernels.quant_tiles import SINGLE_ROWS, RowsTile
 from kernels.widen import fetched, in_registers
 
 ROWS = tl.constexpr(16)  # of the weight: those of one warp's operand
-EARLY = tl.constexpr(8)  # steps whose codes are on their way to the L2 before the kernel waits
+EARLY = tl.constexpr(4)  # steps whose codes are on their way to the L2 before the kernel waits
 
 
 @triton.jit
@@ -90,17 +89,11 @@ def _ask(codes_ptr, part, N: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr,
 @triton.jit(do_not_specialize=["num_rows"])
 def fragment_rows_kernel(
     out_ptr,
-    gained_ptr,
-    left_ptr,
     x_ptr,
     codes_ptr,
     scale_ptr,
     shift_ptr,
     bias_ptr,
-    residual_ptr,
-    gain_ptr,
-    squares_ptr,
-    eps,
     num_rows,
     x_stride,
     N: tl.constexpr,  # rows of the weight
@@ -112,14 +105,10 @@ def fragment_rows_kernel(
     STEPS: tl.constexpr,
     BEYOND: tl.constexpr,  # the last turn goes past the columns
     PARTS: tl.constexpr,  # of 16 rows, to a program
-    SQUARES: tl.constexpr,  # of a row of x: parts of their sum; 0: x is not to be normalised
-    EACH: tl.constexpr,  # the power of two not below
     KIND: tl.constexpr,
     WHOLE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
     GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -128,7 +117,6 @@ def fragment_rows_kernel(
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
     for at in tl.static_range(PARTS):
         _ask(codes_ptr, _part(part, at, OUT, PARTS, GATED), N, K, WARPS, KIND)
-    # What the sums will meet is asked for before them: what no kernel of a step writes even before the wait.
     half: tl.constexpr = PARTS * ROWS // 2
     n = _part(part, 0, OUT, PARTS, GATED) * ROWS + tl.arange(0, PARTS * ROWS)  # rows of the weight
     m = n  # columns of the output
@@ -140,21 +128,12 @@ def fragment_rows_kernel(
         scale = tl.load(scale_ptr + scale_at, mask=n < N, other=0.0).to(tl.float32)[:, None]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    if HAS_GAIN:
-        gain = tl.load(gain_ptr + m, mask=m < OUT, other=0.0).to(tl.float32)[:, None]
     t = tl.arange(0, T)
     in_t = t < num_rows
-    stored = (m < OUT)[:, None] & in_t[None, :]
-    to = t[None, :] * OUT + m[:, None]
     column = tl.arange(0, WARPS)[:, None, None] * SIZE + tl.arange(0, SIZE)[None, :, None]
     x_at = x_ptr + column + t[None, None, :] * x_stride
     if PDL:
         wait()
-    if SQUARES:
-        each = tl.arange(0, EACH)
-        squares = tl.load(squares_ptr + t[None, :] * SQUARES + each[:, None], mask=in_t[None, :] & (each < SQUARES)[:, None], other=0.0)
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + to, mask=stored, other=0.0).to(tl.float32)
     total = tl.zeros([WARPS, PARTS * ROWS, T], tl.float32)
     for turn in range(0, blocks, WARPS * STEPS):
         for step in tl.static_range(STEPS):
@@ -175,24 +154,12 @@ def fragment_rows_kernel(
     sums = tl.sum(total, 0)
     if not WHOLE:
         sums *= scale
-    if SQUARES:
-        sums *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
     if HAS_BIAS:
         sums += bias
-    # Rounds where kernels of their own would.
-    dtype = out_ptr.dtype.element_ty
-    sums = sums.to(dtype).to(tl.float32)
-    if GATED:
-        gate, up = tl.split(sums.reshape(2, half, T).permute(1, 2, 0))
+    if GATED:  # rounds where a kernel of its own would
+        gate, up = tl.split(sums.to(out_ptr.dtype.element_ty).to(tl.float32).reshape(2, half, T).permute(1, 2, 0))
         sums = gate * tl.sigmoid(gate) * up
-    if HAS_RESIDUAL:
-        sums += residual
-    rounded = sums.to(dtype)
-    tl.store(out_ptr + to, rounded, mask=stored)
-    if HAS_GAIN:
-        wide = tl.where(stored, rounded.to(tl.float32), 0.0)
-        tl.store(gained_ptr + to, (wide * gain).to(dtype), mask=stored)
-        tl.store(left_ptr + t * tl.num_programs(0) + part, tl.sum(wide * wide, 0), mask=in_t)
+    tl.store(out_ptr + t[None, :] * OUT + m[:, None], sums.to(out_ptr.dtype.element_ty), mask=(m < OUT)[:, None] & in_t[None, :])
 
 
 def fragment_rows(
@@ -203,43 +170,26 @@ def fragment_rows(
     bias: Tensor | None,
     group: int,
     out_size: int,
+    gated: bool,
     tile: RowsTile,
-    residual: Tensor | None = None,
-    gain: Tensor | None = None,
-    squares: Tensor | None = None,
-    eps: float = 0.0,
-    gated: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, K] of 16 bits (rows dense, at most eight), the weight as in `kernels.ops`, all contiguous -> three tensors.
+) -> Tensor:
+    """x [T, K] of 16 bits (rows dense, at most eight), the weight as in `kernels.ops`, all contiguous -> [T, out_size] in x's dtype.
 
-    The result [T, out_size] in x's dtype: with residual [T, out_size] added where given; gated, [T, out_size / 2], silu(first half)
-    * second half. gain [out_size]: the second is the result times it, the third float32 [T, parts] the parts of its rows' squares;
-    else they are the result. squares: such parts of what x was before its gain; the product is that of x's RMS norm with eps.
+    gated: [T, out_size / 2], silu(first half) * second half.
     """
     rows, size = x.shape
     width = out_size // 2 if gated else out_size
-    most = tile.parts * ROWS.value // (2 if gated else 1)  # outputs of a program
-    if rows > SINGLE_ROWS or x.element_size() != 2 or (gated and (tile.parts == 1 or width % most)):
-        raise ValueError(f"x {tuple(x.shape)} of {x.dtype} and {out_size} outputs, gated {gated}: not a product of this kernel")
-    count = 0 if squares is None else squares.shape[1]
+    outputs = tile.parts * ROWS.value // (2 if gated else 1)  # of a program
+    if rows > SINGLE_ROWS or x.element_size() != 2 or (gated and (tile.parts == 1 or width % outputs)):
+        raise ValueError(f"x {tuple(x.shape)} of {x.dtype}, {out_size} outputs, gated {gated}, {tile}: not a product of this kernel")
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    programs = triton.cdiv(width, most)
-    gained, left = out, out
-    if gain is not None:
-        gained, left = torch.empty_like(out), torch.empty(rows, programs, dtype=torch.float32, device=x.device)
-    fragment_rows_kernel[(programs,)](
+    fragment_rows_kernel[(triton.cdiv(width, outputs),)](
         out,
-        gained,
-        left,
         x,
         codes,
         scale,
         scale if shift is None else shift,
         scale if bias is None else bias,
-        out if residual is None else residual,
-        out if gain is None else gain,
-        left if squares is None else squares,
-        eps,
         rows,
         x.stride(0),
         N=out_size,
@@ -251,17 +201,13 @@ def fragment_rows(
         STEPS=tile.steps,
         BEYOND=size % (SIZE.value * tile.warps * tile.steps) != 0,
         PARTS=tile.parts,
-        SQUARES=count,
-        EACH=triton.next_power_of_2(max(count, 1)),
         KIND=KINDS[codes.dtype],
         WHOLE=shift is not None or group < size,
         HAS_SHIFT=shift is not None,
         HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        HAS_GAIN=gain is not None,
         GATED=gated,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **dependent(x.device),
     )
-    return out, gained, left
+    return out

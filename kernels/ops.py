@@ -23,10 +23,7 @@ int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kern
 
 `pagegraph::fragment_linear` is the same with the weight as the matrix unit takes it, x [..., K] -> [..., out_size]: integers as
 `kernels.reference.fragments` lays them, scale and shift as `fragment_pairs` does; or float8_e4m3fn as `exchanged_columns`, scale float32
-[N, groups] of a multiple of 64 columns each, no shift.
-
-`pagegraph::fragment_linear_norm_linear` is two of them with a residual and a norm between, as `linear_norm_linear`: each is given by
-the arguments of `fragment_linear` that follow x.
+[N, groups] of a multiple of 64 columns each, no shift. gated: [..., out_size / 2], silu(first half) * second half.
 
 `pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit codes as
 PyTorch packs them for AVX-512 (`kernels.cpu.unpack_int4`), pairs [K / group, N, 2] scale and shift beside each other in x's dtype.
@@ -88,14 +85,10 @@ _library.define(
     "Tensor query_start, Tensor seq_lens, Tensor? sinks, float scale, int window, float softcap, int chunk) -> Tensor"
 )
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_FRAGMENTS = "Tensor {0}codes, Tensor {0}scale, Tensor? {0}shift, Tensor? {0}bias, int {0}group, int {0}out_size"
-_library.define(
-    f"fragment_linear_norm_linear(Tensor x, {_FRAGMENTS.format('first_')}, Tensor residual, Tensor norm, float eps, "
-    f"{_FRAGMENTS.format('second_')}, bool gated) -> (Tensor, Tensor)"
-)
 _library.define("quant_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group) -> Tensor")
 _library.define(
-    "fragment_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group, int out_size) -> Tensor"
+    "fragment_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group, int out_size, "
+    "bool gated=False) -> Tensor"
 )
 _library.define("int4_packed_linear(Tensor x, Tensor packed, Tensor pairs, int group) -> Tensor")
 _library.define("int4_packed_chain(Tensor x, Tensor residual, Tensor[] tensors, int[] numbers, float[] eps) -> Tensor")
@@ -181,12 +174,6 @@ def _linear_norm_linear_on_cuda(*arguments: Tensor | float | bool | None) -> tup
     return cuda.linear_norm_linear(*arguments)
 
 
-def _fragment_linear_norm_linear_on_cuda(*arguments: Tensor | float | int | None) -> tuple[Tensor, Tensor]:
-    from kernels import cuda
-
-    return cuda.fragment_linear_norm_linear(*arguments)
-
-
 def _fragment_linear_on_cuda(*arguments: Tensor | int | None) -> Tensor:
     from kernels import cuda
 
@@ -222,8 +209,6 @@ _library.impl("linear_norm_linear", _linear_norm_linear_on_cuda, "CUDA")
 _library.impl("materialize", torch.clone, "CompositeExplicitAutograd")
 _library.impl("in_memory", torch.clone, "CompositeExplicitAutograd")
 _library.impl("quant_linear", reference.quant_linear, "CompositeExplicitAutograd")
-_library.impl("fragment_linear_norm_linear", reference.fragment_linear_norm_linear, "CPU")
-_library.impl("fragment_linear_norm_linear", _fragment_linear_norm_linear_on_cuda, "CUDA")
 _library.impl("fragment_linear", reference.fragment_linear, "CPU")
 _library.impl("fragment_linear", _fragment_linear_on_cuda, "CUDA")
 _library.impl("int4_packed_linear", cpu.int4_packed_linear, "CPU")
@@ -273,14 +258,10 @@ def _quant_linear_fake(x: Tensor, codes: Tensor, *_: Tensor | int | None) -> Ten
 
 
 @torch.library.register_fake("pagegraph::fragment_linear", lib=_library)
-def _fragment_linear_fake(x: Tensor, *arguments: Tensor | int | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], arguments[-1])
-
-
-@torch.library.register_fake("pagegraph::fragment_linear_norm_linear", lib=_library)
-def _fragment_linear_norm_linear_fake(x: Tensor, *arguments: Tensor | float | int | None) -> tuple[Tensor, Tensor]:
-    residual, size, gated = arguments[6], *arguments[-2:]
-    return torch.empty_like(residual), x.new_empty(*x.shape[:-1], size // 2 if gated else size)
+def _fragment_linear_fake(
+    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int, gated: bool = False
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_size // 2 if gated else out_size)
 
 
 @torch.library.register_fake("pagegraph::int4_packed_linear", lib=_library)

@@ -395,26 +395,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
-def fragment_linear_norm_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    group: int,
-    size: int,
-    residual: torch.Tensor,
-    norm: torch.Tensor,
-    eps: float,
-    *second: torch.Tensor | int | bool | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `kernels.ops`; rounds as ops of their own do."""
-    *weight, gated = second
-    total, normed = add_rms_norm(residual, fragment_linear(x, codes, scale, shift, bias, group, size), norm, eps)
-    product = fragment_linear(normed, *weight)
-    return total, silu_mul(product) if gated else product
-
-
 def linear_norm_linear(
     x: torch.Tensor,
     first: torch.Tensor,
@@ -567,10 +547,14 @@ def fragment_linear(
     bias: torch.Tensor | None,
     group: int,
     out_size: int,
+    gated: bool = False,
 ) -> torch.Tensor:
     """See `kernels.ops`: the product with the dequantised weight, rounded to x's dtype."""
     size = x.shape[-1]
     if codes.dtype == torch.float8_e4m3fn:
-        return quant_linear(x, restored_columns(codes, size), scale, None, bias, group)
-    scale, shift = (None if one is None else from_fragment_pairs(one, out_size, -(-size // group)) for one in (scale, shift))
-    return quant_linear(x, from_fragments(codes, out_size, size), scale, shift, bias, group)
+        codes = restored_columns(codes, size)
+    else:
+        scale, shift = (None if one is None else from_fragment_pairs(one, out_size, -(-size // group)) for one in (scale, shift))
+        codes = from_fragments(codes, out_size, size)
+    product = quant_linear(x, codes, scale, shift, bias, group)
+    return silu_mul(product) if gated else product

@@ -98,6 +98,15 @@ def wide_bytes(codes, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def halves(wide, DTYPE: tl.constexpr):
+    """float32 that DTYPE holds exactly, in it: of bfloat16 the upper halves, which takes no converter."""
+    if ASSEMBLES and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [wide], tl.bfloat16, is_pure=True, pack=2)
+    else:
+        return wide.to(DTYPE)
+
+
+@triton.jit
 def in_registers(weight):
     """A left operand of 16 bits as it lies in registers. No instruction: Triton does not look behind it for a layout of its own."""
     if ASSEMBLES:

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from compiler.passes import quant_linears
 from compiler.passes.fuse_linears import fuse_linears
 from compiler.passes.fuse_rope import fuse_rope
 from compiler.passes.fuse_rows import fuse_rows
 from compiler.passes.merge_linears import merge_linears
+from compiler.passes.quant_linears import Fragments, QuantLinear
 from compiler.passes.skinny_linears import skinny_linears
+from compiler.quant_formats import quantize
 
 sys.path.insert(0, str(Path(__file__).parent))
 from architectures import tiny_config  # noqa: E402
@@ -38,3 +42,24 @@ def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
     fused = [node for node in graphs[0].graph.nodes if node.target is torch.ops.pagegraph.linear_norm_linear]
     gated = sum(node.args[-2] for node in fused)
     assert (gated, len(fused) - gated) == FOUND[name]
+
+
+def test_gates_join_quantised_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the form that they have on CUDA, on the CPU by the reference of its op."""
+    monkeypatch.setattr(quant_linears, "_form", Fragments)
+    stock = random_model(tiny_config("llama"))
+    for parent in list(stock.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear and name.endswith("proj"):
+                linear.weight.data = QuantLinear(quantize(linear.weight, "int8", name), None, torch.float32).dequantized()
+    captured = captured_copy(tiny_config("llama"), stock)
+    for parent in list(captured.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear and name.endswith("proj"):
+                setattr(parent, name, QuantLinear(quantize(linear.weight, "int8", name), linear.bias, torch.float32))
+    merge_linears(captured)
+    quant_linears.quant_linears(captured)
+    graphs = check_compiled(stock, captured, [fuse_rope, fuse_rows, fuse_linears], MIXED)
+    products = [node for node in graphs[0].graph.nodes if node.target is torch.ops.pagegraph.fragment_linear]
+    assert sorted(len(node.args) for node in products) == [7] * 12 + [8] * 4
+    assert not [node for node in graphs[0].graph.nodes if node.target is torch.ops.pagegraph.silu_mul]

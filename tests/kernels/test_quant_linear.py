@@ -170,8 +170,8 @@ def test_a_measured_choice_fits_the_weight_at_hand(monkeypatch: pytest.MonkeyPat
     measured = {8: Choice("tile", Tile(64, 128, 2, 4, 4)), 64: Choice("scaled"), 300: Choice("plain")}
     monkeypatch.setitem(quant_tiles.TABLE, ("fp8", 512, 1024), measured)
     assert choice_of("fp8", 3, 512, 1024, True) == choice_of("fp8", 3, 512, 1024) == measured[8]
-    monkeypatch.setitem(quant_tiles.TABLE, ("int8", 512, 1024), {8: few(2, 1, 3)})
-    assert choice_of("int8", 3, 512, 1024) == few(2, 1, 3)
+    monkeypatch.setitem(quant_tiles.TABLE, ("int8", 512, 1024), {8: few(1, 2, 1, 3)})
+    assert choice_of("int8", 3, 512, 1024) == few(1, 2, 1, 3)
     assert choice_of("int8", 3, 512, 1024, narrow=False).tile == tile_by_rule(3, 512, 1024)  # float32 states
     assert choice_of("fp8", 20, 512, 1024, True).way == "scaled"
     assert choice_of("fp8", 20, 512, 1024).tile == tile_by_rule(20, 512, 1024)  # a scale a block: the row-wise product does not take it
@@ -188,7 +188,7 @@ def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
     codes, scale, shift = random_weight(kind, 44, 128, group, kind == "int4")
     x = torch.randn(1, rows, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = reference.quant_linear(x.float(), codes, scale, shift, None, group)
-    out, _ = triton_calls.call("kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, group, 128), None, group, 44)
+    out, _ = triton_calls.call("kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, group, 128), None, group, 44, False)
     assert out.dtype == x.dtype and out.shape == expected.shape
     # Groups and shifts round the weight to bfloat16 before it is multiplied, and so does `plain`.
     torch.testing.assert_close(out.float(), expected, atol=2**-8 * expected.abs().max().item(), rtol=2**-7)

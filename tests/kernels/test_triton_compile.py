@@ -136,15 +136,13 @@ def quantised(
 
 
 def quantised_rows(kind: str, group: int, tile: RowsTile, shifted: bool = False) -> list[list[Any]]:
-    """Products of two rows before and behind a norm, scales as a device holds them."""
-    hidden, inner, starts = 4096, 14336, []
-    for name, out_size, more in (
-        ("sum", hidden, [tensor("bfloat16", 2, hidden), tensor("bfloat16", hidden), None, 0.0, False]),
-        ("gate", 2 * inner, [None, None, tensor("float32", 2, hidden // 16), 1e-5, True]),
-    ):
-        _, _, _, (x, *weight, _) = quantised(2, out_size, hidden, kind, hidden if group == 0 else group, shifted)
-        starts.append([f"{kind}/{group} {name} {tile}", "kernels.fragment_rows", "fragment_rows", [x, *weight, {"few": tile._replace(parts=max(2, tile.parts)) if name == "gate" else tile}, *more]])
-    return starts
+    """Products of two rows without a gate and with one, scales as a device holds them."""
+    hidden, launches = 4096, []
+    for out_size, gated in ((hidden, False), (28672, True)):
+        _, _, _, (x, *weight, _) = quantised(2, out_size, hidden, kind, group or hidden, shifted)
+        cut = tile._replace(parts=max(2, tile.parts)) if gated else tile
+        launches.append([f"{kind}/{group} {out_size} {cut}", "kernels.fragment_rows", "fragment_rows", [x, *weight, gated, {"few": cut}]])
+    return launches
 
 
 def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
