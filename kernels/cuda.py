@@ -107,7 +107,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = Fals
 
 
 def fragment_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int, gated: bool
+    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int, gated: bool = False
 ) -> Tensor:
     """See `kernels.ops`."""
     rows = _rows(x)

@@ -51,14 +51,14 @@ SCALED, PLAIN = Choice("scaled"), Choice("plain")
 TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
     ("fp8", 6144, 4096): {8: few(1, 4, 4, 3), 32: tiled(64, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 256: SCALED},
     ("fp8", 4096, 4096): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
-    ("fp8", 28672, 4096): {8: few(1, 4, 1, 6), 32: tiled(128, 128, 1, 4, 4), 256: SCALED},
+    ("fp8", 28672, 4096): {8: few(2, 2, 2, 6), 32: tiled(128, 128, 1, 4, 4), 256: SCALED},
     ("fp8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
-    ("fp8", 128256, 4096): {8: few(2, 2, 2, 6), 32: tiled(64, 128, 1, 4, 4), 256: SCALED},
-    ("int8", 6144, 4096): {8: few(2, 4, 1, 6), 32: tiled(128, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 2, 4, 4, 128), 256: tiled(64, 64, 1, 4, 4, 128)},
+    ("fp8", 128256, 4096): {8: few(1, 4, 1, 6), 32: tiled(64, 128, 1, 4, 4), 256: SCALED},
+    ("int8", 6144, 4096): {8: few(1, 4, 4, 3), 32: tiled(128, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 2, 4, 4, 128), 256: tiled(64, 64, 1, 4, 4, 128)},
     ("int8", 4096, 4096): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 64, 2, 4, 4, 128)},
     ("int8", 28672, 4096): {8: few(2, 2, 2, 6), 64: tiled(128, 128, 1, 4, 4), 256: tiled(128, 64, 1, 8, 4, 128)},
     ("int8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(128, 64, 4, 8, 4, 128)},
-    ("int8", 128256, 4096): {8: few(2, 2, 2, 6), 64: tiled(256, 128, 1, 8, 3), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 3, 256)},
+    ("int8", 128256, 4096): {8: few(1, 4, 1, 6), 64: tiled(256, 128, 1, 8, 3), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 3, 256)},
     ("int4", 6144, 4096): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(64, 64, 2, 4, 4, 128)},
     ("int4", 4096, 4096): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 128, 1, 4, 4)},
     ("int4", 28672, 4096): {8: few(4, 2, 2, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 4, 128)},
@@ -75,7 +75,7 @@ def choice_of(kind: Kind, rows: int, out_size: int, size: int, by_row: bool = Fa
         if (found.way != "scaled" or by_row) and (found.way != "rows" or narrow):
             return found
     if rows <= SINGLE_ROWS and narrow:
-        return Choice("rows", rows_tile_by_rule(size))
+        return Choice("rows", rows_tile_by_rule(kind, out_size))
     if rows > FEW_ROWS and by_row:
         return SCALED
     if rows > WIDE_ROWS:
@@ -83,9 +83,11 @@ def choice_of(kind: Kind, rows: int, out_size: int, size: int, by_row: bool = Fa
     return Choice("tile", tile_by_rule(rows, out_size, size))
 
 
-def rows_tile_by_rule(size: int) -> RowsTile:
-    """Four warps where a turn of eight would be most of the columns."""
-    return RowsTile(1, 8, 1, 4) if size >= 2048 else RowsTile(1, 4, 1, 4)
+def rows_tile_by_rule(kind: Kind, out_size: int) -> RowsTile:
+    """More rows to a program where there are enough for the device."""
+    if out_size < 16384:
+        return RowsTile(1, 4, 2, 6)
+    return RowsTile(4, 2, 2, 4) if kind == "int4" else RowsTile(2, 2, 2, 6)
 
 
 def tile_by_rule(rows: int, out_size: int, size: int) -> Tile:

@@ -188,7 +188,7 @@ def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
     codes, scale, shift = random_weight(kind, 44, 128, group, kind == "int4")
     x = torch.randn(1, rows, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = reference.quant_linear(x.float(), codes, scale, shift, None, group)
-    out, _ = triton_calls.call("kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, group, 128), None, group, 44, False)
+    out, _ = triton_calls.call("kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, group, 128), None, group, 44)
     assert out.dtype == x.dtype and out.shape == expected.shape
     # Groups and shifts round the weight to bfloat16 before it is multiplied, and so does `plain`.
     torch.testing.assert_close(out.float(), expected, atol=2**-8 * expected.abs().max().item(), rtol=2**-7)
