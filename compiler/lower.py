@@ -29,6 +29,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from compiler.capture import CapturedModel
 from compiler.staging import Staged
 from compiler.state import DeviceState
+from compiler.straight import Forward
 from kernels import cpu_attention, cpu_int4
 
 
@@ -73,8 +74,7 @@ def compile_forward(
         with config.patch(size_asserts=False), torch.compiler.config.patch(cache_key_tag=built):
             return compile_graph(module, inputs)
 
-    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    return torch.compile(captured, fullgraph=True, backend=rewritten, options=options)
+    return Forward(captured, rewritten, options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
 
 
 def _keep_as_calls(graph: torch.fx.Graph) -> None:

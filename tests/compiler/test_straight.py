@@ -1,0 +1,63 @@
+"""Graphs called past Dynamo: the same results, and back to Dynamo where a graph is not for the inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from compiler.straight import Forward
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(40, 3))
+
+    def forward(self, ids: torch.Tensor, table: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:
+        rows = self.weight[ids] * table.shape[1] + table.sum() + caches[0]
+        return rows * 2 if ids.shape[0] > 6 else rows
+
+
+@pytest.fixture
+def forward() -> Forward:
+    torch._dynamo.reset()
+    toy = Toy()
+    forward = Forward(toy, lambda module, traced: module.forward)
+    forward.toy = toy
+    forward.traced = []
+    traced = forward._traced
+    forward._traced = lambda *inputs: forward.traced.append(len(inputs[0])) or traced(*inputs)
+    return forward
+
+
+def check(forward: Forward, size: int, width: int, caches: list[torch.Tensor]) -> None:
+    ids, table = torch.arange(size), torch.arange(2.0 * width).view(2, width)
+    if size > 1:
+        torch._dynamo.mark_dynamic(ids, 0)
+    torch._dynamo.mark_dynamic(table, 1)
+    with torch.inference_mode():
+        weight = forward.toy.weight
+        expected = weight[ids] * width + table.sum() + caches[0]
+        assert torch.equal(forward(ids, table, caches), expected * 2 if size > 6 else expected)
+
+
+def test_each_kind_is_traced_once(forward: Forward) -> None:
+    caches = [torch.ones(3)]
+    for size, width in ((3, 4), (5, 7), (1, 4), (4, 5), (1, 9), (2, 2)):
+        check(forward, size, width, caches)
+    assert forward.traced == [3, 1]
+
+
+def test_sizes_beyond_a_graphs_conditions_are_traced(forward: Forward) -> None:
+    caches = [torch.ones(3)]
+    for size in (3, 8, 4, 9):
+        check(forward, size, 4, caches)
+    assert forward.traced[:2] == [3, 8]
+
+
+def test_other_caches_are_not_taken_for_those_that_are_kept(forward: Forward) -> None:
+    for value in (1.0, 2.0):
+        check(forward, 3, 4, [torch.full((3,), value)])
+        check(forward, 4, 4, [torch.full((3,), value)])
+    assert forward.traced == [3, 4, 3, 4]
