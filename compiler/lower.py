@@ -142,15 +142,10 @@ def _attention(op: OpOverload, *arguments: TensorBox | float | int | None) -> Te
     tensors = [ExternKernel.realize_input(one) for one in tensors]
     if any(one.get_stride()[2] != 1 for one in tensors[:3]):
         return fallback_handler(op, add_to_fallback_set=False)(*arguments)
-    strides = [stride for one in tensors[:3] for stride in one.get_stride()[:2]]
-    _, heads, size = query.get_size()
-    _, block_size, groups, value_size = value_cache.get_size()
-    numbers = [
-        *strides, 1, heads, groups, size, value_size, block_size, 0, window, chunk, 1, int(cos is not query),
-        int(query.get_dtype() == torch.bfloat16),
-    ]  # fmt: skip
-    layout = FixedLayout(query.get_device(), query.get_dtype(), [1, heads, value_size])
-    out = _attention_of_one_row.bind(tensors, layout, numbers=[int(one) for one in numbers], scale=scale).output_node()
+    strides, sizes = [one.get_stride() for one in tensors[:3]], (query.get_size(), value_cache.get_size())
+    numbers = cpu_attention.numbers_of(query.get_dtype(), *sizes, strides, 0, window, chunk, True, cos is not query)
+    layout = FixedLayout(query.get_device(), query.get_dtype(), [1, sizes[0][1], sizes[1][3]])
+    out = _attention_of_one_row.bind(tensors, layout, numbers=numbers, scale=scale).output_node()
     call = out.data.data
     call.mutation_outputs += [MutationOutput(NoneLayout(device=one.get_device()), one, call) for one in tensors[5:7]]
     return out

@@ -60,17 +60,30 @@ def attend(
     """
     write = key is not None
     query, key, value = (_rows(one) for one in ((query, key, value) if write else (query, query, query)))
-    num_rows, heads, size = query.shape
-    _, block_size, groups, value_size = value_cache.shape
     if tables.stride(1) != 1:
         tables = tables.contiguous()
-    out = query.new_empty(num_rows, heads, value_size)
-    _kernel(
-        query, key, value, query, query, key_cache, value_cache, slots if write else lengths, tables, lengths, out,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], num_rows, heads, groups, size, value_size, block_size,
-        tables.stride(0), window, chunk, write, False, query.dtype == torch.bfloat16, scale,
-    )  # fmt: skip
+    out = query.new_empty(*query.shape[:2], value_cache.shape[3])
+    strides = [one.stride() for one in (query, key, value)]
+    numbers = numbers_of(query.dtype, query.shape, value_cache.shape, strides, tables.stride(0), window, chunk, write, False)
+    _kernel(query, key, value, query, query, key_cache, value_cache, slots if write else lengths, tables, lengths, out, *numbers, scale)
     return out
+
+
+def numbers_of(
+    dtype: torch.dtype,
+    query: Sequence[int],
+    values: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    table_stride: int,
+    window: int,
+    chunk: int,
+    write: bool,
+    rotated: bool,
+) -> list[int]:
+    """The kernel's numbers, in its order: query [R, Hq, D] and value cache [.., block, Hkv, Dv] by their shapes, strides of query, key, value."""
+    ours = [int(stride) for one in strides for stride in one[:2]]
+    heads = [*query[:2], values[2], query[2], values[3], values[1]]
+    return [*ours, *map(int, heads), table_stride, window, chunk, int(write), int(rotated), int(dtype == torch.bfloat16)]
 
 
 def attend_into(*tensors: Tensor, numbers: Sequence[int], scale: float, out: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def _split(graph: Graph, chain: Node, total: Node, out: Node) -> None:
 
 def _source(rows: Node, part: int) -> Node | None:
     """The chain of whose result `rows` is the sum (0) or the rest (1), where nothing else reads it."""
-    if not is_method(rows, "flatten", 0, -2) or not is_method(rows.args[0], "view", *rows.args[0].args[1:]):
+    if not is_method(rows, "flatten", 0, -2) or rows.args[0].target != "view":
         return None
     taken = rows.args[0].args[0]
     if not is_call(taken, operator.getitem) or not is_call(taken.args[0], ops.int4_packed_chain):
