@@ -26,6 +26,12 @@ class Straight:
         self._caches = [one for one in inputs if isinstance(one, list)]
         own = {id(one): at for at, one in enumerate(inputs) if isinstance(one, torch.Tensor)}
         self._tensors = [(at, own[id(one)]) for at, one in enumerate(given) if id(one) in own]
+        self._fixed = [
+            (tensor, dim, size)
+            for at, tensor in self._tensors
+            for dim, size in enumerate(traced[at].shape)
+            if not isinstance(size, torch.SymInt)
+        ]
         self._symbols = [at for at, one in enumerate(traced) if isinstance(one, torch.SymInt)]
         self._sizes = [(at, *origin) for at in self._symbols if (origin := self._origin(traced[at], traced))]
         self._condition = None
@@ -35,6 +41,8 @@ class Straight:
 
     def run(self, inputs: Inputs) -> torch.Tensor | None:
         """The result, or None where the graph is not for these inputs."""
+        if any(inputs[tensor].shape[dim] != size for tensor, dim, size in self._fixed):
+            return None
         values = self._inputs.copy()
         for at, tensor, dim in self._sizes:
             values[at] = inputs[tensor].shape[dim]

@@ -31,9 +31,9 @@ def forward() -> Forward:
     return forward
 
 
-def check(forward: Forward, size: int, width: int, caches: list[torch.Tensor]) -> None:
+def check(forward: Forward, size: int, width: int, caches: list[torch.Tensor], dynamic: bool = True) -> None:
     ids, table = torch.arange(size), torch.arange(2.0 * width).view(2, width)
-    if size > 1:
+    if size > 1 and dynamic:
         torch._dynamo.mark_dynamic(ids, 0)
     torch._dynamo.mark_dynamic(table, 1)
     with torch.inference_mode():
@@ -54,6 +54,13 @@ def test_sizes_beyond_a_graphs_conditions_are_traced(forward: Forward) -> None:
     for size in (3, 8, 4, 9):
         check(forward, size, 4, caches)
     assert forward.traced[:2] == [3, 8]
+
+
+def test_a_size_that_was_a_constant_to_the_compiler_stays_one(forward: Forward) -> None:
+    caches = [torch.ones(3)]
+    for size in (3, 3, 5, 3):
+        check(forward, size, 4, caches, dynamic=False)
+    assert forward.traced[:2] == [3, 5]
 
 
 def test_other_caches_are_not_taken_for_those_that_are_kept(forward: Forward) -> None:
