@@ -58,7 +58,7 @@ def _half(codes, scale, shift, DTYPE: tl.constexpr, GROUPS: tl.constexpr, HALF: 
 
 
 @triton.jit
-def _weight(codes_at, scale, shift, DTYPE: tl.constexpr, GROUPS: tl.constexpr, INT4: tl.constexpr, WHOLE: tl.constexpr, HAS_SHIFT: tl.constexpr):
+def weight_of(codes_at, scale, shift, DTYPE: tl.constexpr, GROUPS: tl.constexpr, INT4: tl.constexpr, WHOLE: tl.constexpr, HAS_SHIFT: tl.constexpr):
     """Codes of blocks below each other at [threads, 16], scales and shifts of their groups [threads, 2 * groups] -> the weight [rows, 64].
 
     The first of a pair of scales is of the upper row of a thread, the second of that 8 rows on.
@@ -83,7 +83,7 @@ def _weight(codes_at, scale, shift, DTYPE: tl.constexpr, GROUPS: tl.constexpr, I
 
 
 @triton.jit
-def _float_weight(
+def float_weight_of(
     codes_ptr, scale_ptr, row, at, start, DTYPE: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +168,7 @@ def fragment_linear_kernel(
                 start = tl.minimum(start, (blocks - 1) * SIZE)
             x = tl.load(x_at + (k + part * SIZE), mask=in_x, other=0.0)
             if KIND == "fp8":
-                weight = _float_weight(codes_ptr, scale_ptr, (tile * BLOCK_N + thread // THREADS * SIZE), at, start, x.dtype, N, K, GROUP, WHOLE)
+                weight = float_weight_of(codes_ptr, scale_ptr, (tile * BLOCK_N + thread // THREADS * SIZE), at, start, x.dtype, N, K, GROUP, WHOLE)
             else:
                 if WHOLE and (part == 0 or GROUP % BLOCK_K != 0):  # else the step lies in one group
                     group_at = start // max(GROUP, SIZE) * (SIZE * GROUPS)
@@ -176,7 +176,7 @@ def fragment_linear_kernel(
                     shift = scale
                     if HAS_SHIFT:
                         shift = tl.load(shift_ptr + pair_at + group_at)
-                weight = _weight(codes_at + start // SIZE * BYTES, scale, shift, x.dtype, GROUPS, INT4, WHOLE, HAS_SHIFT)
+                weight = weight_of(codes_at + start // SIZE * BYTES, scale, shift, x.dtype, GROUPS, INT4, WHOLE, HAS_SHIFT)
             total = tl.dot(weight, x, total, input_precision=PRECISION)
         total = settled(total)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -224,7 +224,7 @@ def fragment_linear(
         N=out_size,
         K=size,
         GROUP=group,
-        GROUPS=_groups(scale),
+        GROUPS=groups_of(scale),
         BLOCK_T=block_t,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -269,14 +269,14 @@ def fragment_dequantize_kernel(
         column = block * SIZE + tl.arange(0, SIZE)
         held = tl.minimum(block, blocks - 1)
         if KIND == "fp8":
-            weight = _float_weight(codes_ptr, scale_ptr, row_block * SIZE, at, held * SIZE, out_ptr.dtype.element_ty, N, K, GROUP, True)
+            weight = float_weight_of(codes_ptr, scale_ptr, row_block * SIZE, at, held * SIZE, out_ptr.dtype.element_ty, N, K, GROUP, True)
         else:
             group_at = held * SIZE // max(GROUP, SIZE) * (SIZE * GROUPS)
             scale = tl.load(scale_ptr + pair_at + group_at)
             shift = scale
             if HAS_SHIFT:
                 shift = tl.load(shift_ptr + pair_at + group_at)
-            weight = _weight(codes_at + held * BYTES, scale, shift, out_ptr.dtype.element_ty, GROUPS, INT4, True, HAS_SHIFT)
+            weight = weight_of(codes_at + held * BYTES, scale, shift, out_ptr.dtype.element_ty, GROUPS, INT4, True, HAS_SHIFT)
         tl.store(out_ptr + n[:, None] * K + column[None, :], weight, mask=(n < N)[:, None] & (column < K)[None, :])
 
 
@@ -293,7 +293,7 @@ def fragment_dequantize(
         N=out_size,
         K=size,
         GROUP=group,
-        GROUPS=_groups(scale),
+        GROUPS=groups_of(scale),
         BLOCKS=BLOCKS,
         KIND=KINDS[codes.dtype],
         HAS_SHIFT=shift is not None,
@@ -302,6 +302,6 @@ def fragment_dequantize(
     return out
 
 
-def _groups(scale: Tensor) -> int:
+def groups_of(scale: Tensor) -> int:
     """Of a block of integers."""
     return scale.shape[3] // 2 if scale.dim() == 4 else 1

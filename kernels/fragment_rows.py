@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fragment_linear import KINDS, SIZE, _float_weight, _groups, _weight
+from kernels.fragment_linear import KINDS, SIZE, float_weight_of, groups_of, weight_of
 from kernels.launch import dependent, wait
 from kernels.quant_tiles import SINGLE_ROWS, RowsTile
 from kernels.widen import fetched, in_registers
@@ -45,7 +45,7 @@ def _blocks(
     if BEYOND:  # x is zeros there
         block = tl.minimum(block, blocks - 1)
     if KIND == "fp8":
-        weight = _float_weight(codes_ptr, scale_ptr, row_block.to(tl.int32) * SIZE, at, block * SIZE, DTYPE, N, K, GROUP, WHOLE)
+        weight = float_weight_of(codes_ptr, scale_ptr, row_block.to(tl.int32) * SIZE, at, block * SIZE, DTYPE, N, K, GROUP, WHOLE)
     else:
         BYTES: tl.constexpr = SIZE * SIZE // 2 if KIND == "int4" else SIZE * SIZE
         codes_at = codes_ptr + ((row_block * blocks + block) * BYTES + at * 16)[:, None] + tl.arange(0, 16)[None, :]
@@ -57,7 +57,7 @@ def _blocks(
             scale = tl.load(scale_ptr + pair_at)
             if HAS_SHIFT:
                 shift = tl.load(shift_ptr + pair_at)
-        weight = _weight(codes_at, scale, shift, DTYPE, GROUPS, KIND == "int4", WHOLE, HAS_SHIFT)
+        weight = weight_of(codes_at, scale, shift, DTYPE, GROUPS, KIND == "int4", WHOLE, HAS_SHIFT)
     return weight.reshape(WARPS, ROWS, SIZE)
 
 
@@ -195,7 +195,7 @@ def fragment_rows(
         N=out_size,
         K=size,
         GROUP=group,
-        GROUPS=_groups(scale),
+        GROUPS=groups_of(scale),
         T=SINGLE_ROWS,
         WARPS=tile.warps,
         STEPS=tile.steps,
