@@ -37,7 +37,9 @@ class Straight:
         self._condition = None
         if self._symbols:
             self._shapes = traced[self._symbols[0]].node.shape_env
-            self._condition = self._shapes.produce_guards_expression([traced[at] for at in self._symbols])
+            condition = self._shapes.produce_guards_expression([traced[at] for at in self._symbols])
+            if condition:  # compiled once: it is evaluated in each step
+                self._condition = compile(condition, "<sizes>", "eval")
 
     def run(self, inputs: Inputs) -> torch.Tensor | None:
         """The result, or None where the graph is not for these inputs."""
