@@ -301,7 +301,18 @@ def accept(
     most: int,
 ) -> None:
     """See `kernels.ops`."""
-    first, kept, last = held_guesses(ids, token_ids, rows, query_start)
+    _accept(held_guesses(ids, token_ids, rows, query_start), ids, rows, seq_lens, last_tokens, last_at)
+
+
+def _accept(
+    held: tuple[np.ndarray, np.ndarray, np.ndarray],
+    ids: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    last_tokens: torch.Tensor,
+    last_at: torch.Tensor,
+) -> None:
+    first, kept, last = held
     kept = kept[last > first]
     owners = rows.numpy()[kept]
     last_tokens.numpy()[owners], last_at.numpy()[owners] = ids.numpy()[kept], seq_lens.numpy()[kept]
@@ -322,9 +333,9 @@ def look_up(
     most: int,
 ) -> torch.Tensor:
     """See `kernels.ops`."""
-    accept(ids, token_ids, rows, query_start, seq_lens, last_tokens, last_at, guesses.shape[1])
     found = np.zeros((2, len(ids)), np.int32)
-    firsts, kepts, lasts = held_guesses(ids, token_ids, rows, query_start)
+    firsts, kepts, lasts = held = held_guesses(ids, token_ids, rows, query_start)
+    _accept(held, ids, rows, seq_lens, last_tokens, last_at)
     if not len(firsts):
         return torch.from_numpy(found)
     text, tokens, drawn = history.numpy(), token_ids.numpy(), ids.numpy()
