@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from kernels.attention_decode import attend_rows
 from kernels.attention_prefill import attend_ragged
+from kernels.coded_linear import coded_linear
 from kernels.fragment_linear import KINDS, fragment_dequantize
 from kernels.fragment_linear import fragment_linear as tiled_fragment_linear
 from kernels.fragment_rows import ROWS, fragment_rows
@@ -112,8 +113,10 @@ def fragment_linear(
     """See `kernels.ops`."""
     rows = _rows(x)
     kind, size = KINDS[codes.dtype], rows.shape[1]
-    by_row = kind == "fp8" and group >= size and x.dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0
-    choice = choice_of(kind, len(rows), out_size, size, by_row, narrow=x.element_size() == 2)
+    narrow = x.element_size() == 2
+    suits = {"fp8": x.dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0, "int8": narrow, "int4": False}
+    rounds = suits[kind] and group >= size and shift is None
+    choice = choice_of(kind, len(rows), out_size, size, rounds, narrow)
     return fragment_linear_by(choice, rows, codes, scale, shift, bias, group, out_size, gated).view(*x.shape[:-1], -1)
 
 
@@ -128,7 +131,7 @@ def fragment_linear_by(
     out_size: int,
     gated: bool = False,
 ) -> Tensor:
-    """rows [T, K] -> [T, out_size], gated half of that, by the given way; `scaled` rounds rows to 8 bits too."""
+    """rows [T, K] -> [T, out_size], gated half of that, by the given way; `coded` and `scaled` round rows to 8 bits too."""
     if choice.way == "rows":
         tile = choice.tile._replace(parts=max(2, choice.tile.parts)) if gated else choice.tile  # gate and up are one program's
         within = gated and out_size % (ROWS.value * tile.parts) == 0
@@ -136,6 +139,8 @@ def fragment_linear_by(
         return silu_mul(out) if gated and not within else out
     if choice.way == "tile":
         out = tiled_fragment_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile)
+    elif choice.way == "coded":
+        out = coded_linear(rows, codes, scale, bias, out_size, choice.tile)
     elif choice.way == "plain":
         out = functional.linear(rows, fragment_dequantize(codes, scale, shift, group, out_size, rows.shape[1], rows.dtype), bias)
     else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from kernels.reference import CODED_GROUP
 from kernels.skinny_tiles import Tile
 
 SINGLE_ROWS = 8  # up to here a matrix instruction takes all rows of x at once
@@ -15,9 +16,9 @@ WIDE_ROWS = 256  # above it a weight is dequantised once for all rows
 PROGRAMS = 264  # two on each multiprocessor of an H100 or H200
 
 Kind = Literal["int8", "int4", "fp8"]
-# rows: `kernels.fragment_rows`, for few rows; tile: `kernels.fragment_linear` by that tile; plain: dequantised, then cuBLAS; scaled: rows rounded to codes with a scale each, for
-# PyTorch's product of two fp8, which wants a weight with one scale a row.
-Way = Literal["rows", "tile", "plain", "scaled"]
+# rows: `kernels.fragment_rows`, for few rows; tile: `kernels.fragment_linear` by that tile; plain: dequantised, then cuBLAS. Two round rows of x to 8 bits:
+# coded: `kernels.coded_linear` by that tile, of int8; scaled: PyTorch's product of two fp8. Both want a weight with one scale a row.
+Way = Literal["rows", "tile", "plain", "coded", "scaled"]
 
 
 class RowsTile(NamedTuple):
@@ -30,7 +31,7 @@ class RowsTile(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One way to compute a product; `tile` belongs to the ways rows and tile."""
+    """One way to compute a product; `tile` belongs to the ways rows, tile and coded."""
 
     way: Way
     tile: Tile | RowsTile | None = None
@@ -46,6 +47,11 @@ def few(*sizes: int) -> Choice:
     return Choice("rows", RowsTile(*sizes))
 
 
+def coded(block_n: int, split_k: int, num_warps: int, num_stages: int, block_t: int) -> Choice:
+    """By integers on both sides, 128 columns to a step."""
+    return Choice("coded", Tile(block_n, CODED_GROUP, split_k, num_warps, num_stages, block_t))
+
+
 SCALED, PLAIN = Choice("scaled"), Choice("plain")
 # (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule. Codes of 4 bits in groups of 128.
 TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
@@ -54,11 +60,11 @@ TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
     ("fp8", 28672, 4096): {8: few(2, 2, 2, 6), 32: tiled(128, 128, 1, 4, 4), 256: SCALED},
     ("fp8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
     ("fp8", 128256, 4096): {8: few(1, 4, 1, 6), 32: tiled(64, 128, 1, 4, 4), 256: SCALED},
-    ("int8", 6144, 4096): {8: few(1, 4, 4, 3), 32: tiled(128, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 2, 4, 4, 128), 256: tiled(64, 64, 1, 4, 4, 128)},
-    ("int8", 4096, 4096): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 64, 2, 4, 4, 128)},
-    ("int8", 28672, 4096): {8: few(2, 2, 2, 6), 64: tiled(128, 128, 1, 4, 4), 256: tiled(128, 64, 1, 8, 4, 128)},
-    ("int8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(128, 64, 4, 8, 4, 128)},
-    ("int8", 128256, 4096): {8: few(1, 4, 1, 6), 64: tiled(256, 128, 1, 8, 3), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 3, 256)},
+    ("int8", 6144, 4096): {8: few(1, 4, 4, 3), 32: tiled(128, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: coded(64, 2, 4, 4, 64), 256: coded(64, 1, 4, 4, 64), 1024: coded(64, 1, 4, 3, 128)},
+    ("int8", 4096, 4096): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
+    ("int8", 28672, 4096): {8: few(2, 2, 2, 6), 64: tiled(128, 128, 1, 4, 4), 128: coded(64, 1, 4, 4, 128), 1024: coded(64, 1, 4, 3, 128)},
+    ("int8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: coded(64, 4, 4, 4, 128), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
+    ("int8", 128256, 4096): {8: few(1, 4, 1, 6), 64: tiled(256, 128, 1, 8, 3), 128: coded(64, 1, 4, 4, 128), 256: coded(128, 1, 8, 3, 128), 1024: coded(64, 1, 4, 3, 128)},
     ("int4", 6144, 4096): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(64, 64, 2, 4, 4, 128)},
     ("int4", 4096, 4096): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 128, 1, 4, 4)},
     ("int4", 28672, 4096): {8: few(4, 2, 2, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 4, 128)},
@@ -67,17 +73,17 @@ TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
 }  # fmt: skip
 
 
-def choice_of(kind: Kind, rows: int, out_size: int, size: int, by_row: bool = False, narrow: bool = True) -> Choice:
-    """For x [rows, size] @ weight [out_size, size].T; `by_row`: PyTorch's product takes this weight; narrow: x has 16 bits."""
+def choice_of(kind: Kind, rows: int, out_size: int, size: int, rounds: bool = False, narrow: bool = True) -> Choice:
+    """For x [rows, size] @ weight [out_size, size].T; rounds: x may be rounded to 8 bits as this weight wants it; narrow: x has 16 bits."""
     measured = TABLE.get((kind, out_size, size), {})
     if limits := [limit for limit in measured if limit >= rows]:
         found = measured[min(limits)]
-        if (found.way != "scaled" or by_row) and (found.way != "rows" or narrow):
+        if (rounds or found.way not in ("scaled", "coded")) and (narrow or found.way != "rows"):
             return found
     if rows <= SINGLE_ROWS and narrow:
         return Choice("rows", rows_tile_by_rule(kind, out_size))
-    if rows > FEW_ROWS and by_row:
-        return SCALED
+    if rows > FEW_ROWS and rounds:
+        return SCALED if kind == "fp8" else Choice("coded", coded_tile_by_rule(rows, out_size, size))
     if rows > WIDE_ROWS:
         return PLAIN
     return Choice("tile", tile_by_rule(rows, out_size, size))
@@ -99,3 +105,10 @@ def tile_by_rule(rows: int, out_size: int, size: int) -> Tile:
     wanted = max(1, 2 * PROGRAMS // -(-out_size // 64))
     split = min(8, 1 << wanted.bit_length() - 1, max(1, size // 512))
     return Tile(64, 128, split, 4, 4)
+
+
+def coded_tile_by_rule(rows: int, out_size: int, size: int) -> Tile:
+    """Of many rows."""
+    wanted = max(1, PROGRAMS // (-(-out_size // 64) * -(-rows // 128)))
+    split = min(8, 1 << wanted.bit_length() - 1, max(1, size // 512))
+    return Tile(64, CODED_GROUP, split, 4, 4, 128)

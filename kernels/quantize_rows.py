@@ -1,6 +1,6 @@
-"""Triton: rows as e4m3 codes with a scale each, by one reading for the largest magnitude and one for the codes.
+"""Triton: rows as 8-bit codes: e4m3 with a scale a row, by two readings, or int8 with a scale for every 128 columns.
 
-Columns come out in the order that weights of 8-bit floats have (`reference.exchanged_columns`). Knows no products.
+Columns come out in the order of the weights they meet (`reference.exchanged_columns`, `reference.coded_rows`). Knows no products.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import dependent, wait
-from kernels.reference import FP8_MAX
+from kernels.reference import CODED_GROUP, FP8_MAX, INT8_MAX
 
 BLOCK = 2048
 NUM_WARPS = 4
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 LARGEST = tl.constexpr(FP8_MAX)
+LARGEST_INT = tl.constexpr(INT8_MAX)
+GROUP = tl.constexpr(CODED_GROUP)
+ROUNDS = tl.constexpr(1.5 * 2**23)  # added to a float32 of magnitude below 2**22, leaves no room for a fraction
 
 
 @triton.jit
@@ -49,5 +52,36 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     quantize_rows_kernel[rows,](
         codes, scale, x, x.stride(0), SIZE=size, BLOCK=BLOCK, num_warps=NUM_WARPS, **dependent(x.device)
+    )
+    return codes, scale
+
+
+@triton.jit(do_not_specialize=["rows"])
+def code_rows_kernel(codes_ptr, scale_ptr, x_ptr, x_stride, rows, filled, SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    if PDL:
+        wait()
+    x = tl.load(x_ptr + row * x_stride + column, mask=(column < SIZE) & (row < rows), other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), axis=1) / LARGEST_INT, TINY)
+    codes = (x * (1.0 / scale)[:, None] + ROUNDS) - ROUNDS
+    tl.store(scale_ptr + group * filled + row, scale, mask=group < GROUPS)
+    codes = codes.to(tl.int8).reshape(BLOCK, GROUP // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BLOCK, GROUP)
+    tl.store(codes_ptr + row * (GROUPS * GROUP) + column, codes, mask=(group < GROUPS)[:, None])
+
+
+def code_rows(x: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """x [T, K], elements of a row dense -> codes int8 [T', K'], scale float32 [K' / 128, T'].
+
+    The first T rows are as `reference.coded_rows`; T' is a multiple of `multiple`, and the rest is zeros.
+    """
+    rows, size = x.shape
+    filled, groups = triton.cdiv(rows, multiple) * multiple, triton.cdiv(size, CODED_GROUP)
+    codes = torch.empty(filled, groups * CODED_GROUP, dtype=torch.int8, device=x.device)
+    scale = torch.empty(groups, filled, dtype=torch.float32, device=x.device)
+    block = min(BLOCK // CODED_GROUP, triton.next_power_of_2(groups))
+    code_rows_kernel[filled, triton.cdiv(groups, block)](
+        codes, scale, x, x.stride(0), rows, filled, SIZE=size, GROUPS=groups, BLOCK=block, num_warps=NUM_WARPS, **dependent(x.device)
     )
     return codes, scale

@@ -12,6 +12,7 @@ INT8_MAX, FP8_MAX = 127.0, 448.0
 SECOND_DIGIT = 2 * INT8_MAX  # what a rounding to int8 leaves is at most half: this many steps fill the next int8
 NIBBLE_SPAN = 32  # columns that `pack_nibbles` keeps together
 FRAGMENT = 64  # rows and columns of a weight that `fragments` lays together: Hopper's matrix instruction takes so many rows
+CODED_GROUP = 128  # columns of a row of x that share a scale, where both sides of a product are integer codes
 LOOKUP_SEEN = 32  # a match is measured up to so many tokens
 
 
@@ -511,6 +512,24 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     scale = (wide.abs().amax(dim=-1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
     codes = (wide / scale).clamp(-largest, largest)
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+
+
+def coded_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, K] -> int8 codes [T, K'], float32 scale [K' / 128, T]; K' is K filled up to a multiple of 128 with zeros.
+
+    Every 128 columns have a scale of their own. Of each 16 columns, column 8 * c + 2 * r + p is at 4 * r + 2 * c + p: so four
+    neighbours are the four bytes of a register of the matrix unit whose other operand is made of `fragments`.
+    """
+    wide = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % CODED_GROUP)).unflatten(1, (-1, CODED_GROUP))
+    codes, scale = quantize_rows(wide, torch.int8)
+    laid = codes.view(len(x), -1, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(len(x), -1)
+    return laid, scale[..., 0].t().contiguous()
+
+
+def decoded_rows(codes: torch.Tensor, scale: torch.Tensor, size: int) -> torch.Tensor:
+    """What `coded_rows` stands for: float32 [T, size]."""
+    plain = codes.view(len(codes), -1, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(len(codes), -1, CODED_GROUP)
+    return (plain.float() * scale.t()[:, :, None]).flatten(1)[:, :size]
 
 
 def two_digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

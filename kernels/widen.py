@@ -1,6 +1,6 @@
-"""Device functions that widen integer codes of 4 and 8 bits to the type of a product, and give them scale and shift.
+"""Device functions that bring integer codes of 4 and 8 bits to the type of a product, and give them scale and shift.
 
-By packed arithmetic in assembly where it is bfloat16. Knows no memory layout but that of the codes in a word.
+By packed arithmetic in assembly where it is bfloat16 or int8. Knows no memory layout but that of the codes in a word.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ lop3.b32 $1, more, 0x007f007f, 0x43004300, 0xea;
 lop3.b32 bias, more, 0x00800080, 0x43004300, 0xea;
 fma.rn.bf16x2 $1, bias, minus, $1;
 }""")
+# Eight int8 codes of two words: each row's four in a word.
+BYTES_BY_ROW = tl.constexpr("""prmt.b32 $0, $2, $3, 0x6420;
+prmt.b32 $1, $2, $3, 0x7531;""")
 ASSEMBLES = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
@@ -95,6 +98,19 @@ def wide_bytes(codes, DTYPE: tl.constexpr):
     else:
         words: tl.constexpr = codes.shape[1] // 4
         return codes.reshape(codes.shape[0], words, 2, 2).permute(0, 1, 3, 2).reshape(codes.shape).to(DTYPE)
+
+
+@triton.jit
+def bytes_by_row(codes):
+    """int8 [threads, bytes] as `reference.fragments` lays them -> the same codes, of each eight first those of the upper row.
+
+    In the order of `reference.coded_rows`: of each 16 columns the neighbours of the first 8 and then those of the last 8.
+    """
+    if ASSEMBLES:
+        return tl.inline_asm_elementwise(BYTES_BY_ROW, "=&r,=&r,r,r", [codes], tl.int8, is_pure=False, pack=8)
+    else:
+        threads: tl.constexpr = codes.shape[0]
+        return codes.reshape(threads, codes.shape[1] // 8, 4, 2).permute(0, 1, 3, 2).reshape(codes.shape)
 
 
 @triton.jit

@@ -28,18 +28,19 @@ from floors import BYTES, Ceilings, Shape
 from h200_offline import ceilings_of, config_of, step_of
 from h200_report import Report, graph_seconds
 from kernels import cuda, reference
-from kernels.quant_tiles import FEW_ROWS, SINGLE_ROWS, Choice, Kind, few, tile_by_rule
+from kernels.quant_tiles import FEW_ROWS, SINGLE_ROWS, Choice, Kind, coded, few, tile_by_rule
 from kernels.skinny_tiles import Tile
 
-ROWS = (2, 8, 32, 64, 128, 256)  # of a product; a step of one sequence is padded to two
+ROWS = (2, 8, 32, 64, 128, 256, 1024)  # of a product; a step of one sequence is padded to two
 GROUP = 128  # of the codes of 4 bits that are measured, as most checkpoints have
 CODE_BYTES: dict[Kind, float] = {"fp8": 1, "int4": 0.5 + 4 / GROUP, "int8": 1}  # an element, with its scale and shift
 ROTATED = 192 << 20  # bytes that weights rotate through, more than the L2 holds
-TOLERANCE = {"rows": 1e-2, "tile": 1e-2, "plain": 1e-2, "scaled": 8e-2}  # relative; rows become 8-bit codes for the last
-ALIKE = ((128, 256), (64,), (32,), (2, 8))  # rows that share most kernels: compiled by one process
+TOLERANCE = {"rows": 1e-2, "tile": 1e-2, "plain": 1e-2, "coded": 2e-2, "scaled": 8e-2}  # relative; rows become 8-bit codes for the last two
+ALIKE = ((128, 256, 1024), (64,), (32,), (2, 8))  # rows that share most kernels: compiled by one process
 FEW_SIZES = (  # of a product of few rows, as `RowsTile`
     (1, 8, 1, 6), (1, 8, 1, 8), (1, 8, 2, 4), (1, 4, 4, 3), (1, 4, 2, 6), (1, 4, 1, 6), (2, 4, 1, 6), (2, 4, 2, 4), (2, 8, 1, 6), (4, 4, 1, 4), (4, 2, 2, 4), (2, 2, 2, 6),
 )  # fmt: skip
+CODED_SIZES = ((64, 4, 4, 64), (64, 4, 3, 128), (64, 4, 4, 128), (128, 8, 3, 128))  # weight rows of a tile of integers on both sides, warps, stages, rows of x
 WORKERS = 12
 COMPILING = 0.5  # share of a section's time for compiling ahead
 
@@ -108,15 +109,24 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
         yield Choice("plain")
     if product.kind == "fp8":
         yield Choice("scaled")
+    if product.kind == "int8" and rows > FEW_ROWS:
+        for block_n, warps, stages, block_t in CODED_SIZES:
+            for split in _splits(product, rows, block_n, block_t):
+                yield coded(block_n, split, warps, stages, block_t)
     if product.kind != "fp8" or rows <= FEW_ROWS:
         yield Choice("tile", tile_by_rule(rows, product.out_size, product.size))
     for block_n, block_k, warps, stages, block_t in _sizes(product.kind, rows):
-        whole = -(-product.out_size // block_n) * -(-rows // block_t)
-        for split in (1, 2, 4, 8):
-            programs = whole * split
-            most = 1056 if rows <= FEW_ROWS else 528
-            if product.size % (split * 128) == 0 and 100 <= programs and (split == 1 or programs <= most):
-                yield Choice("tile", Tile(block_n, block_k, split, warps, stages, block_t))
+        for split in _splits(product, rows, block_n, block_t):
+            yield Choice("tile", Tile(block_n, block_k, split, warps, stages, block_t))
+
+
+def _splits(product: Product, rows: int, block_n: int, block_t: int) -> Iterator[int]:
+    """That divide the columns and leave programs for the device, but not many."""
+    whole = -(-product.out_size // block_n) * -(-rows // block_t)
+    most = 1056 if rows <= FEW_ROWS else 528
+    for split in (1, 2, 4, 8):
+        if product.size % (split * 128) == 0 and 100 <= whole * split and (split == 1 or whole * split <= most):
+            yield split
 
 
 def _sizes(kind: Kind, rows: int) -> tuple[tuple[int, int, int, int, int], ...]:
@@ -133,7 +143,7 @@ def _sizes(kind: Kind, rows: int) -> tuple[tuple[int, int, int, int, int], ...]:
 
 def _lag(choice: Choice, rows: int) -> float:
     """What a way that is no kernel of ours is to be slower by: in a step of few rows it breaks the chain of dependent launches."""
-    return 1.0 if choice.way in ("rows", "tile") or rows > 16 else 1.05
+    return 1.0 if choice.way in ("rows", "tile", "coded") or rows > 16 else 1.05
 
 
 def _compile_ahead(report: Report, args: argparse.Namespace, products: list[Product]) -> None:
@@ -263,6 +273,9 @@ def _measured(report: Report, args: argparse.Namespace, product: Product, ceilin
 
 def _written(choice: Choice) -> str:
     """As the table has it."""
+    if choice.way == "coded":
+        block_n, _, *sizes = choice.tile
+        return f"coded({', '.join(map(str, (block_n, *sizes)))})"
     by = {"rows": "few", "tile": "tiled"}.get(choice.way)
     return f"{by}({', '.join(map(str, choice.tile))})" if by else choice.way.upper()
 
