@@ -206,7 +206,8 @@ def _zeros(product: Product, device: str) -> tuple[torch.Tensor, torch.Tensor, t
     """As `_weight`, without the memory that quantising takes."""
     out_size, size = product.out_size, product.size
     blocks = -(-out_size // reference.FRAGMENT), size // reference.FRAGMENT
-    scale = torch.zeros(blocks[0], size // product.group, 32, 2, dtype=torch.bfloat16 if product.kind == "int4" else torch.float32, device=device)
+    pairs = blocks[0], size // max(product.group, reference.FRAGMENT), 32, 2 * max(1, reference.FRAGMENT // product.group)
+    scale = torch.zeros(pairs, dtype=torch.bfloat16 if product.kind == "int4" else torch.float32, device=device)
     if product.kind == "fp8":
         codes = torch.zeros(out_size, size, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
         return codes, torch.zeros(out_size, 1, device=device), None
