@@ -30,7 +30,7 @@ from compiler.staging import Staging
 from compiler.state import DeviceState, Lookup
 from compiler.step import CompiledStep
 from compiler.step_input import StepInput
-from kernels import cpu_attention, cpu_guesses, cpu_int4
+from kernels import cpu_attention, cpu_guesses, cpu_int4, cpu_step
 
 MAX_CAPTURED_TOKENS = 2048
 FP8_CAPABILITY = (8, 9)
@@ -81,6 +81,7 @@ class BuiltModel:
         if self.device.type == "cpu":
             cpu_attention.build()
             cpu_int4.build()
+            cpu_step.build()
             if self.step.state.lookup is not None:
                 cpu_guesses.build()
         for step in self.steps:

@@ -23,7 +23,7 @@ int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kern
 
 `pagegraph::fragment_linear` is the same with the weight as the matrix unit takes it, x [..., K] -> [..., out_size]: integers as
 `kernels.reference.fragments` lays them, scale and shift as `fragment_pairs` does; or float8_e4m3fn as `exchanged_columns`, scale float32
-[N, groups] of a multiple of 64 columns each, no shift. gated: [..., out_size / 2], silu(first half) * second half.
+[N, groups] of a multiple of 64 columns each, no shift. From many rows on a device may round x to 8 bits (`kernels.quant_tiles`). gated: [..., out_size / 2], silu(first half) * second half.
 
 `pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit codes as
 PyTorch packs them for AVX-512 (`kernels.cpu.unpack_int4`), pairs [K / group, N, 2] scale and shift beside each other in x's dtype.
@@ -71,7 +71,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import cpu, cpu_guesses, cpu_int4, reference
+from kernels import cpu, cpu_guesses, cpu_int4, cpu_step, reference
 
 _library = torch.library.Library("pagegraph", "DEF")
 _library.define(
@@ -219,11 +219,11 @@ _library.impl("paged_attention", cpu.paged_attention, "CPU")
 _library.impl("rope_attention", cpu.rope_attention, "CPU")
 _library.impl("rope_attention", _rope_attention_on_cuda, "CUDA")
 _library.impl("paged_attention", _attention_on_cuda, "CUDA")
-_library.impl("draw", cpu.draw, "CPU")
+_library.impl("draw", cpu_step.draw, "CPU")
 _library.impl("draw", _draw_on_cuda, "CUDA")
 _library.impl("update_tables", cpu.update_tables, "CPU")
 _library.impl("update_tables", _update_tables_on_cuda, "CUDA")
-_library.impl("unpack", cpu.unpack, "CPU")
+_library.impl("unpack", cpu_step.unpack, "CPU")
 _library.impl("unpack", _unpack_on_cuda, "CUDA")
 _library.impl("accept", reference.accept, "CPU")
 _library.impl("accept", _accept_on_cuda, "CUDA")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import ops, reference  # noqa: F401  ops registers torch.ops.pagegraph
+from kernels import cpu_step, ops, reference  # noqa: F401  ops registers torch.ops.pagegraph
 
 
 def parameters(rows: int, **changed: float) -> dict[str, torch.Tensor]:
@@ -135,3 +135,29 @@ def test_ties_go_to_the_first(triton_calls, dtype: torch.dtype) -> None:
     ids, _ = triton_calls.call("kernels.sampling", "draw", logits, zero, zero.long(), whole, whole, whole, whole, whole.clone())
     assert ids.tolist() == [0, 1000]
     assert torch.ops.pagegraph.draw(logits, zero, zero.long(), whole, whole, whole, whole, whole.clone()).tolist() == [0, 1000]
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [1, 7, 5003])
+def test_the_cpu_draws_as_the_reference(built: bool, dtype: torch.dtype, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy rows beside others, all negative, with infinities and with ties; only what is sampled is handed on."""
+    monkeypatch.setattr(cpu_step, "_draw", None)
+    if built:
+        cpu_step.build()
+        assert cpu_step._draw is not None
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        logits = (torch.randn(6, vocab, generator=generator) * 4).round(decimals=1).to(dtype)
+        logits[1] = -logits[1].abs() - 1
+        logits[2, vocab // 2 :] = -torch.inf
+        logits[3] = torch.inf if vocab == 1 else -1e30
+        temperature = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.7, 1.0 if seed % 2 else 0.0])
+        drawn = logits, temperature, torch.arange(6) * 31, torch.arange(6, dtype=torch.int32) + seed
+        rows, sampled = torch.tensor([3, 0, 8, 9, 1, 4], dtype=torch.int32), torch.tensor([1, 1, 0, 1, 1, 0], dtype=torch.int32)
+        last, at = (torch.full((10,), -7, dtype=torch.int32) for _ in range(2))
+        expected, handed, stands = reference.gumbel_argmax(*drawn), last.clone(), at.clone()
+        kept = sampled > 0
+        handed[rows[kept].long()], stands[rows[kept].long()] = expected[kept].int(), drawn[3][kept]
+        assert torch.equal(torch.ops.pagegraph.draw(*drawn, rows, sampled, last, at), expected)
+        assert torch.equal(last, handed) and torch.equal(at, stands)

@@ -12,7 +12,7 @@ from compiler.buckets import Bucket
 from compiler.staging import Staging
 from compiler.state import DeviceState
 from compiler.step_input import SamplingInput, StepInput
-from kernels import reference
+from kernels import cpu_step, reference
 
 ROWS, BLOCKS, BLOCK, GUESSES = 9, 150, 16, 5
 
@@ -64,9 +64,14 @@ def test_padding_may_say_what_it_will(triton_calls) -> None:
     assert not any(one[5:].any() for one in got[:5])
 
 
+@pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("padded", [0, 3])
 @pytest.mark.parametrize("counts", [[1], [1] * 9, [7, 1, 130, 2, 1], [33]], ids=str)
-def test_the_cpu_equals_reference(counts: list[int], padded: int) -> None:
+def test_the_cpu_equals_reference(counts: list[int], padded: int, built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_step, "_unpack", None)
+    if built:
+        cpu_step.build()
+        assert cpu_step._unpack is not None
     for seed, width in ((0, BLOCKS), (1, BLOCKS - 1)):
         packet = packet_of(counts, Bucket(sum(counts) + padded, len(counts) + padded), seed)
         before = [one.clone() for one in packet]
