@@ -108,7 +108,7 @@ def tile_by_rule(rows: int, out_size: int, size: int) -> Tile:
 
 
 def coded_tile_by_rule(rows: int, out_size: int, size: int) -> Tile:
-    """Of many rows."""
+    """Of many rows; with three stages three programs share a multiprocessor, which pays where there are many."""
     wanted = max(1, PROGRAMS // (-(-out_size // 64) * -(-rows // 128)))
     split = min(8, 1 << wanted.bit_length() - 1, max(1, size // 512))
-    return Tile(64, CODED_GROUP, split, 4, 4, 128)
+    return Tile(64, CODED_GROUP, split, 4, 3 if split == 1 else 4, 128)
