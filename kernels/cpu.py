@@ -158,14 +158,19 @@ def draw(
 ) -> Tensor:
     """See `kernels.ops`. Noise is made for the sequences that draw only."""
     ids = logits.max(dim=-1).indices  # `argmax` takes twice the time
-    drawn = temperature.numpy() > 0
-    if drawn.any():
-        drawn = torch.from_numpy(drawn.nonzero()[0])
-        ids[drawn] = reference.gumbel_argmax(logits[drawn], temperature[drawn], seeds[drawn], positions[drawn])
+    draw_with_noise(ids, logits, temperature, seeds, positions)
     kept = sampled.numpy() > 0
     owners = rows.numpy()[kept]
     last_tokens.numpy()[owners], last_at.numpy()[owners] = ids.numpy()[kept], positions.numpy()[kept]
     return ids
+
+
+def draw_with_noise(ids: Tensor, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
+    """`reference.gumbel_argmax` into ids int64 [S], of sequences with a temperature only."""
+    drawn = temperature.numpy() > 0
+    if drawn.any():
+        drawn = torch.from_numpy(drawn.nonzero()[0])
+        ids[drawn] = reference.gumbel_argmax(logits[drawn], temperature[drawn], seeds[drawn], positions[drawn])
 
 
 def _write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import cpu, cpu_build, reference
+from kernels import cpu, cpu_build
 
 FOLDER = Path(__file__).parent
 UNPACK = ["int32_t*"] * 11 + ["int64_t*"] + ["int64_t"] * 6
@@ -46,9 +46,6 @@ def draw(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, 
     if _draw is None or logits.dtype not in (torch.bfloat16, torch.float32) or not logits.is_contiguous():
         return cpu.draw(logits, temperature, seeds, positions, rows, sampled, *last)
     ids = rows.new_empty(len(logits), dtype=torch.int64)
-    drawn = temperature.numpy() > 0
-    if drawn.any():
-        drawn = torch.from_numpy(drawn.nonzero()[0])
-        ids[drawn] = reference.gumbel_argmax(logits[drawn], temperature[drawn], seeds[drawn], positions[drawn])
+    cpu.draw_with_noise(ids, logits, temperature, seeds, positions)
     _draw(logits, ids, temperature, rows, sampled, positions, *last, *logits.shape, logits.element_size())
     return ids
