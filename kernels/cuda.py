@@ -19,6 +19,7 @@ from kernels.fragment_rows import ROWS, fragment_rows
 from kernels.kv_write import write_kv
 from kernels.quant_tiles import Choice, choice_of
 from kernels.quantize_rows import quantize_rows
+from kernels.reference import CODED_GROUP
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_write import rope_write
 from kernels.row_linear import row_linear
@@ -114,9 +115,13 @@ def fragment_linear(
     rows = _rows(x)
     kind, size = KINDS[codes.dtype], rows.shape[1]
     narrow = x.element_size() == 2
-    suits = {"fp8": x.dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0, "int8": narrow, "int4": False}
-    rounds = suits[kind] and group >= size and shift is None
-    choice = choice_of(kind, len(rows), out_size, size, rounds, narrow)
+    one_scale = group >= size and shift is None
+    suits = {
+        "fp8": x.dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0 and one_scale,
+        "int8": narrow and one_scale,
+        "int4": narrow and (group >= size or group % CODED_GROUP == 0),
+    }
+    choice = choice_of(kind, len(rows), out_size, size, suits[kind], narrow)
     return fragment_linear_by(choice, rows, codes, scale, shift, bias, group, out_size, gated).view(*x.shape[:-1], -1)
 
 
@@ -140,7 +145,7 @@ def fragment_linear_by(
     if choice.way == "tile":
         out = tiled_fragment_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile)
     elif choice.way == "coded":
-        out = coded_linear(rows, codes, scale, bias, out_size, choice.tile)
+        out = coded_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile)
     elif choice.way == "plain":
         out = functional.linear(rows, fragment_dequantize(codes, scale, shift, group, out_size, rows.shape[1], rows.dtype), bias)
     else:

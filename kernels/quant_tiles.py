@@ -17,7 +17,7 @@ PROGRAMS = 264  # two on each multiprocessor of an H100 or H200
 
 Kind = Literal["int8", "int4", "fp8"]
 # rows: `kernels.fragment_rows`, for few rows; tile: `kernels.fragment_linear` by that tile; plain: dequantised, then cuBLAS. Two round rows of x to 8 bits:
-# coded: `kernels.coded_linear` by that tile, of int8; scaled: PyTorch's product of two fp8. Both want a weight with one scale a row.
+# coded: `kernels.coded_linear` by that tile, of int8 with one scale a row or int4 in groups of multiples of 128; scaled: PyTorch's product of two fp8, of one scale a row.
 Way = Literal["rows", "tile", "plain", "coded", "scaled"]
 
 
@@ -48,7 +48,7 @@ def few(*sizes: int) -> Choice:
 
 
 def coded(block_n: int, split_k: int, num_warps: int, num_stages: int, block_t: int) -> Choice:
-    """By integers on both sides, 128 columns to a step."""
+    """By codes on both sides, 128 columns to a step."""
     return Choice("coded", Tile(block_n, CODED_GROUP, split_k, num_warps, num_stages, block_t))
 
 
@@ -65,11 +65,11 @@ TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
     ("int8", 28672, 4096): {8: few(2, 2, 2, 6), 64: tiled(128, 128, 1, 4, 4), 128: coded(64, 1, 4, 4, 128), 1024: coded(64, 1, 4, 3, 128)},
     ("int8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: coded(64, 4, 4, 4, 128), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
     ("int8", 128256, 4096): {8: few(1, 4, 1, 6), 64: tiled(256, 128, 1, 8, 3), 1024: coded(64, 1, 4, 3, 128)},
-    ("int4", 6144, 4096): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 256: tiled(64, 64, 2, 4, 4, 128)},
-    ("int4", 4096, 4096): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: tiled(64, 128, 1, 4, 4)},
-    ("int4", 28672, 4096): {8: few(4, 2, 2, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 128: tiled(128, 64, 1, 8, 3, 128), 256: tiled(128, 64, 1, 8, 4, 128)},
-    ("int4", 4096, 14336): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(128, 64, 8, 8, 4, 128), 256: tiled(128, 64, 4, 8, 4, 128)},
-    ("int4", 128256, 4096): {8: tiled(64, 128, 1, 4, 4, 64), 32: tiled(256, 128, 1, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: tiled(128, 64, 1, 8, 3, 128)},
+    ("int4", 6144, 4096): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 1024: coded(128, 1, 4, 3, 64)},
+    ("int4", 4096, 4096): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: coded(64, 2, 4, 4, 128), 1024: coded(128, 1, 4, 3, 64)},
+    ("int4", 28672, 4096): {8: few(4, 2, 2, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: coded(64, 1, 4, 4, 64), 1024: coded(128, 1, 4, 3, 64)},
+    ("int4", 4096, 14336): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: coded(64, 4, 4, 4, 64), 256: coded(128, 2, 4, 3, 64), 1024: coded(64, 1, 4, 4, 128)},
+    ("int4", 128256, 4096): {8: tiled(64, 128, 1, 4, 4, 64), 32: tiled(256, 128, 1, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: coded(64, 1, 4, 4, 128), 1024: coded(128, 1, 4, 3, 64)},
 }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def choice_of(kind: Kind, rows: int, out_size: int, size: int, rounds: bool = Fa
     if rows <= SINGLE_ROWS and narrow:
         return Choice("rows", rows_tile_by_rule(kind, out_size))
     if rows > FEW_ROWS and rounds:
-        return SCALED if kind == "fp8" else Choice("coded", coded_tile_by_rule(rows, out_size, size))
+        return SCALED if kind == "fp8" else Choice("coded", coded_tile_by_rule(kind, rows, out_size, size))
     if rows > WIDE_ROWS:
         return PLAIN
     return Choice("tile", tile_by_rule(rows, out_size, size))
@@ -107,8 +107,10 @@ def tile_by_rule(rows: int, out_size: int, size: int) -> Tile:
     return Tile(64, 128, split, 4, 4)
 
 
-def coded_tile_by_rule(rows: int, out_size: int, size: int) -> Tile:
-    """Of many rows; with three stages three programs share a multiprocessor, which pays where there are many."""
+def coded_tile_by_rule(kind: Kind, rows: int, out_size: int, size: int) -> Tile:
+    """Of many rows; with three stages three programs of int8 share a multiprocessor, which pays where there are many."""
+    if kind == "int4" and rows > WIDE_ROWS:
+        return Tile(128, CODED_GROUP, 1, 4, 3, 64)
     wanted = max(1, PROGRAMS // (-(-out_size // 64) * -(-rows // 128)))
     split = min(8, 1 << wanted.bit_length() - 1, max(1, size // 512))
-    return Tile(64, CODED_GROUP, split, 4, 3 if split == 1 else 4, 128)
+    return Tile(64, CODED_GROUP, split, 4, 3 if split == 1 and kind == "int8" else 4, 128)

@@ -1,4 +1,4 @@
-"""Triton: rows as 8-bit codes: e4m3 with a scale a row, by two readings, or int8 with a scale for every 128 columns.
+"""Triton: rows as 8-bit codes: e4m3 with a scale a row, or int8 with a scale for every 128 columns.
 
 Columns come out in the order of the weights they meet (`reference.exchanged_columns`, `reference.coded_rows`). Knows no products.
 """
@@ -85,3 +85,48 @@ def code_rows(x: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
         codes, scale, x, x.stride(0), rows, filled, SIZE=size, GROUPS=groups, BLOCK=block, num_warps=NUM_WARPS, **dependent(x.device)
     )
     return codes, scale
+
+
+@triton.jit
+def _rounded(x):
+    """float32 -> the nearest with three bits behind the point, half to even: what e4m3 holds of all but the smallest.
+
+    Not by e4m3 and back, which ptxas of CUDA 12.8 gets wrong where the codes are stored too.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFFF + (bits >> 20 & 1)) & -0x100000).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def float_rows_kernel(
+    codes_ptr, scale_ptr, sum_ptr, x_ptr, x_stride, rows, filled, SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, BLOCK)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    if PDL:
+        wait()
+    x = tl.load(x_ptr + row * x_stride + column, mask=(column < SIZE) & (row < rows), other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0) / LARGEST, TINY)
+    codes = _rounded(tl.clamp(x * (1.0 / scale), -LARGEST, LARGEST))
+    tl.store(scale_ptr + row, scale)
+    tl.store(sum_ptr + group * filled + row, tl.sum(codes, axis=1), mask=group < GROUPS)
+    codes = codes.to(codes_ptr.dtype.element_ty).reshape(BLOCK, GROUP // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BLOCK, GROUP)
+    tl.store(codes_ptr + row * (GROUPS * GROUP) + column, codes, mask=(group < GROUPS)[:, None])
+
+
+def float_rows(x: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, K], elements of a row dense -> codes float8_e4m3fn [T', K'], scale float32 [T'], sums of codes float32 [K' / 128, T'].
+
+    The first T rows are as `reference.float_rows`; T' is a multiple of `multiple`, and the rest is zeros.
+    """
+    rows, size = x.shape
+    filled, groups = triton.cdiv(rows, multiple) * multiple, triton.cdiv(size, CODED_GROUP)
+    codes = torch.empty(filled, groups * CODED_GROUP, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(filled, dtype=torch.float32, device=x.device)
+    sums = torch.empty(groups, filled, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(groups)
+    float_rows_kernel[filled,](
+        codes, scale, sums, x, x.stride(0), rows, filled, SIZE=size, GROUPS=groups, BLOCK=block, num_warps=2 * NUM_WARPS, **dependent(x.device)
+    )
+    return codes, scale, sums

@@ -522,12 +522,23 @@ def coded_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     wide = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % CODED_GROUP)).unflatten(1, (-1, CODED_GROUP))
     codes, scale = quantize_rows(wide, torch.int8)
-    laid = codes.view(len(x), -1, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(len(x), -1)
-    return laid, scale[..., 0].t().contiguous()
+    return _as_bytes_of_registers(codes.flatten(1)), scale[..., 0].t().contiguous()
+
+
+def float_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, K] -> float8_e4m3fn codes [T, K'], float32 scale [T], the sums of every 128 codes float32 [K' / 128, T]; columns as `coded_rows`."""
+    codes, scale = quantize_rows(torch.nn.functional.pad(x.float(), (0, -x.shape[1] % CODED_GROUP)), torch.float8_e4m3fn)
+    sums = codes.float().unflatten(1, (-1, CODED_GROUP)).sum(2)
+    return _as_bytes_of_registers(codes), scale[:, 0], sums.t().contiguous()
+
+
+def _as_bytes_of_registers(codes: torch.Tensor) -> torch.Tensor:
+    """[T, K] with columns in the order that `coded_rows` tells of."""
+    return codes.view(len(codes), -1, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(codes.shape)
 
 
 def decoded_rows(codes: torch.Tensor, scale: torch.Tensor, size: int) -> torch.Tensor:
-    """What `coded_rows` stands for: float32 [T, size]."""
+    """What `coded_rows` stands for, or `float_rows` with its scale as [1, T]: float32 [T, size]."""
     plain = codes.view(len(codes), -1, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(len(codes), -1, CODED_GROUP)
     return (plain.float() * scale.t()[:, :, None]).flatten(1)[:, :size]
 

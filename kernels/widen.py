@@ -40,6 +40,15 @@ fma.rn.bf16x2 $1, bias, minus, $1;
 # Eight int8 codes of two words: each row's four in a word.
 BYTES_BY_ROW = tl.constexpr("""prmt.b32 $0, $2, $3, 0x6420;
 prmt.b32 $1, $2, $3, 0x7531;""")
+# Eight codes of 4 bits as `reference.fragments` lays them: each row's four in a word, in the order of `bytes_by_row`.
+NIBBLES_BY_ROW = tl.constexpr("""{
+.reg .b32 low, high;
+and.b32 low, $2, 0x0f0f0f0f;
+shr.u32 high, $2, 4;
+and.b32 high, high, 0x0f0f0f0f;
+prmt.b32 $0, low, high, 0x6420;
+prmt.b32 $1, low, high, 0x7531;
+}""")
 ASSEMBLES = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
@@ -111,6 +120,23 @@ def bytes_by_row(codes):
     else:
         threads: tl.constexpr = codes.shape[0]
         return codes.reshape(threads, codes.shape[1] // 8, 4, 2).permute(0, 1, 3, 2).reshape(codes.shape)
+
+
+@triton.jit
+def nibbles_by_row(codes):
+    """uint8 [threads, bytes] as `reference.fragments` lays them -> a thread's upper and lower row, the codes plus 8 times 2**-9, e4m3 [threads, bytes].
+
+    That is what an e4m3 stands for whose upper four bits are 0. In the order of `bytes_by_row`.
+    """
+    if ASSEMBLES:
+        upper, lower = tl.inline_asm_elementwise(NIBBLES_BY_ROW, "=&r,=&r,r", [codes], (tl.uint8, tl.uint8), is_pure=False, pack=4)
+    else:
+        # Of a word, byte 2 * p + h holds column p of both halves of 8 columns, in row h.
+        threads: tl.constexpr = codes.shape[0]
+        both = tl.join(codes & 15, codes >> 4).reshape(threads, codes.shape[1] // 4, 2, 2, 2).permute(0, 1, 4, 2, 3)
+        upper, lower = tl.split(both)
+        upper, lower = upper.reshape(codes.shape), lower.reshape(codes.shape)
+    return upper.to(tl.float8e4nv, bitcast=True), lower.to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit

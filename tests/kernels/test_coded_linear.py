@@ -1,4 +1,4 @@
-"""Products of integer codes on both sides against their definition: rows as codes, kinds, groups, splits, sizes that do not divide."""
+"""Products of codes on both sides against their definition: rows as codes, kinds, groups, splits, sizes that do not divide."""
 
 from __future__ import annotations
 
@@ -40,6 +40,28 @@ def test_rows_become_the_codes_of_the_reference(triton_calls, size: int, dtype: 
     assert not codes[5:].any()
 
 
+@pytest.mark.parametrize("size", [64, 200, 4096])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_become_the_floats_of_the_reference(triton_calls, size: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(5, size, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e3])[:, None]).to(dtype)
+    (codes, scale, sums), _ = triton_calls.call("kernels.quantize_rows", "float_rows", x, 16)
+    assert codes.shape == (16, -(-size // CODED_GROUP) * CODED_GROUP) and scale.shape == (16,) and sums.shape == (codes.shape[1] // CODED_GROUP, 16)
+    expected, expected_scale, _ = reference.float_rows(x)
+    torch.testing.assert_close(scale[:5], expected_scale, rtol=1e-6, atol=0)
+    check_floats(codes[:5], expected)
+    assert not codes[5:].float().any() and not sums[:, 5:].any()
+    # Codes below 2**-6 have fewer bits than those that are added up.
+    added = codes.float().view(16, -1, CODED_GROUP).sum(2).t()
+    torch.testing.assert_close(sums, added, rtol=1e-5, atol=CODED_GROUP * 2**-10)
+
+
+def check_floats(codes: torch.Tensor, expected: torch.Tensor) -> None:
+    """A quotient at the middle of two codes may go either way: at most a step of the type."""
+    step = expected.float().abs().clamp(min=2**-6) * 2**-3
+    assert ((codes.float() - expected.float()).abs() <= step).all()
+    assert (codes.float() == expected.float()).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("size", [128, 200])
 def test_codes_are_within_half_a_step_of_what_they_stand_for(size: int) -> None:
     x = random_rows(6, size)
@@ -47,6 +69,10 @@ def test_codes_are_within_half_a_step_of_what_they_stand_for(size: int) -> None:
     back = reference.decoded_rows(codes, scale, size)
     step = scale.t().repeat_interleave(CODED_GROUP, dim=1)[:, :size]
     assert ((back - x.float()).abs() <= 0.5001 * step).all()
+    floats, scale, sums = reference.float_rows(x)
+    back = reference.decoded_rows(floats.float(), scale[None], size)
+    assert ((back - x.float()).abs() <= 2**-4 * x.float().abs() + 2**-10 * scale[:, None]).all()
+    torch.testing.assert_close((sums * scale).sum(0), back.sum(1))
 
 
 def test_the_place_of_each_column() -> None:
@@ -70,7 +96,7 @@ def test_equals_the_product_of_what_the_codes_stand_for(
     laid_codes, laid_scale, _ = laid(codes, scale, None, size, size)
     expected = reference.decoded_rows(*reference.coded_rows(x), size) @ weight.t() + added
     for _ in range(2):  # the second call finds the arrival counts as the first left them
-        out, _ = triton_calls.call("kernels.coded_linear", "coded_linear", x, laid_codes, laid_scale, bias, out_size, tile)
+        out, _ = triton_calls.call("kernels.coded_linear", "coded_linear", x, laid_codes, laid_scale, None, bias, size, out_size, tile)
         assert out.dtype == x.dtype and out.shape == expected.shape
         # Integers are added up exactly; a code of x that is rounded the other way is a step of many.
         torch.testing.assert_close(out.float(), expected, atol=2e-3 * expected.abs().max().item(), rtol=2**-7)
@@ -78,24 +104,61 @@ def test_equals_the_product_of_what_the_codes_stand_for(
     assert ((out.float() - exact).norm() / exact.norm()).item() < 0.02
 
 
+GROUPED = [
+    # N, K, group, whether with shifts, rows, dtype of x, dtype of scales
+    (40, 320, 128, True, 17, torch.bfloat16, torch.bfloat16),
+    (100, 512, 256, True, 5, torch.float16, torch.float16),
+    (128, 512, 128, False, 150, torch.bfloat16, torch.float32),
+    (192, 64, 64, False, 33, torch.bfloat16, torch.float32),  # a group of all columns
+]
+
+
+@pytest.mark.parametrize("tile", [Tile(64, 128, 1, 4, 3), Tile(64, 128, 8, 4, 3, 32), Tile(128, 128, 2, 8, 3, 128)])
+@pytest.mark.parametrize(("out_size", "size", "group", "shifted", "rows", "dtype", "scales"), GROUPED)
+def test_groups_of_4_bits(
+    triton_calls, tile: Tile, out_size: int, size: int, group: int, shifted: bool, rows: int, dtype: torch.dtype, scales: torch.dtype
+) -> None:
+    codes, *pairs = random_weight("int4", out_size, size, group, shifted)
+    scale, shift = (None if one is None else one.to(scales) for one in pairs)
+    x, weight = random_rows(rows, size).to(dtype), reference.dequantize(codes, scale, shift, group)
+    bias = torch.randn(out_size).to(dtype)
+    floats, x_scale, _ = reference.float_rows(x)
+    expected = reference.decoded_rows(floats.float(), x_scale[None], size) @ weight.t() + bias.float()
+    for _ in range(2):
+        out, _ = triton_calls.call("kernels.coded_linear", "coded_linear", x, *laid(codes, scale, shift, group, size), bias, group, out_size, tile)
+        assert out.dtype == x.dtype and out.shape == expected.shape
+        assert ((out.float() - expected).norm() / expected.norm()).item() < 6e-3
+    exact = x.float() @ weight.t() + bias.float()
+    assert ((out.float() - exact).norm() / exact.norm()).item() < 0.04
+
+
+@pytest.mark.parametrize(("kind", "group", "shifted"), [("int4", 64, True), ("int8", 128, False), ("int8", 256, True)])
+def test_groups_that_do_not_fit_are_refused(triton_calls, kind: str, group: int, shifted: bool) -> None:
+    weight = laid(*random_weight(kind, 64, 256, group, shifted), group, 256)
+    with pytest.raises((ValueError, AssertionError), match="have no product by codes"):
+        triton_calls.call("kernels.coded_linear", "coded_linear", torch.zeros(1, 256).bfloat16(), *weight, None, group, 64, Tile(64, 128, 1, 4, 3))
+
+
 @pytest.mark.parametrize("tile", [Tile(32, 128, 1, 4, 3), Tile(64, 64, 1, 4, 3), Tile(64, 128, 1, 4, 3, 256)])
 def test_tiles_that_do_not_fit_are_refused(triton_calls, tile: Tile) -> None:
     codes, scale, _ = laid(*random_weight("int8", 64, 128, 128, False), 128, 128)
     with pytest.raises((ValueError, AssertionError), match="is not made of blocks of 64 x 128 for up to 128 rows"):
-        triton_calls.call("kernels.coded_linear", "coded_linear", torch.zeros(1, 128).bfloat16(), codes, scale, None, 64, tile)
+        triton_calls.call("kernels.coded_linear", "coded_linear", torch.zeros(1, 128).bfloat16(), codes, scale, None, None, 128, 64, tile)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("rows", [20, 64, 128, 200, 1000])
-def test_products_of_a_model(rows: int) -> None:
-    """Large ones, with the rule's tile and some of the table's, again and again: nothing depends on timing."""
-    codes, scale, _ = random_weight("int8", 6144, 4096, 4096, False)
-    laid_codes, laid_scale, _ = laid(codes, scale, None, 4096, 4096)
-    arguments = laid_codes.cuda(), laid_scale.cuda(), None, None, 4096, 6144
+def test_products_of_a_model(kind: str, rows: int) -> None:
+    """Large ones, with the rule's tiles and some of the table's, again and again: nothing depends on timing."""
+    group = 128 if kind == "int4" else 4096
+    codes, scale, shift = random_weight(kind, 6144, 4096, group, kind == "int4")
+    laid_weight = [None if one is None else one.cuda() for one in laid(codes, scale, shift, group, 4096)]
     x = random_rows(rows, 4096).cuda()
-    expected = x.float() @ (codes.float() * scale).t().cuda()
-    for choice in (choice_of("int8", 100, 512, 4096, True), coded(128, 1, 8, 3, 128), coded(64, 2, 4, 4, 64), coded(64, 4, 4, 3, 128)):
-        first = fragment_linear_by(choice, x, *arguments)
-        assert ((first.float() - expected).norm() / expected.norm()).item() < 0.02
-        assert all(torch.equal(first, fragment_linear_by(choice, x, *arguments)) for _ in range(20))
+    expected = x.float() @ reference.dequantize(codes, scale, shift, group).t().cuda()
+    ruled = [choice_of(kind, count, 512, 4096, True) for count in (100, 1000)]
+    for choice in (*ruled, coded(128, 1, 8, 3, 128), coded(64, 2, 4, 4, 64), coded(64, 4, 4, 3, 128)):
+        first = fragment_linear_by(choice, x, *laid_weight, None, group, 6144)
+        assert ((first.float() - expected).norm() / expected.norm()).item() < 0.04
+        assert all(torch.equal(first, fragment_linear_by(choice, x, *laid_weight, None, group, 6144)) for _ in range(20))

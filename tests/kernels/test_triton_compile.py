@@ -135,11 +135,10 @@ def quantised(
     return [name, "kernels.fragment_linear", "fragment_linear", [x, codes, scale, scale if shifted else None, None, group, out_size, {"tile": tile}]]
 
 
-def coded(rows: int, out_size: int, size: int, tile: Tile) -> list[Any]:
-    """The product of int8 on both sides."""
-    codes, scale = tensor("int8", out_size // 64, size // 64, 256, 16), tensor("float32", out_size // 64, 1, 32, 2)
-    arguments = [tensor("bfloat16", rows, size), codes, scale, None, out_size, {"tile": tile}]
-    return [f"int8 on both sides {rows} {out_size}x{size} {tile}", "kernels.coded_linear", "coded_linear", arguments]
+def coded(kind: str, rows: int, out_size: int, size: int, tile: Tile) -> list[Any]:
+    """The product of codes on both sides."""
+    name, _, _, (x, *weight, _) = quantised(rows, out_size, size, kind, 128 if kind == "int4" else size, kind == "int4", tile)
+    return [f"{name} on both sides", "kernels.coded_linear", "coded_linear", [x, *weight, {"tile": tile}]]
 
 
 def quantised_rows(kind: str, group: int, tile: RowsTile, shifted: bool = False) -> list[list[Any]]:
@@ -174,7 +173,8 @@ QUANTISED = [
     *(quantised(256, 4096, 14336, "int4", 128, True, Tile(*tile)) for tile in MANY_ROWS),
     *(quantised(256, 4096, 14336, "int8", 14336, False, Tile(*tile)) for tile in MANY_ROWS),
     ["rows to fp8", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336)]],
-    *(coded(256, 4096, 14336, Tile(*tile)) for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 3, 128), (64, 128, 2, 4, 4, 128), (128, 128, 1, 8, 3, 128))),
+    *(coded("int8", 256, 4096, 14336, Tile(*tile)) for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 3, 128), (64, 128, 2, 4, 4, 128), (128, 128, 1, 8, 3, 128))),
+    *(coded("int4", 256, 4096, 14336, Tile(*tile)) for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 4, 128), (128, 128, 2, 4, 3, 64))),
 ]
 HALF = [
     attention(64, 64, 8, 1),
@@ -290,11 +290,11 @@ def test_quantised_products() -> None:
     """No spills, on Hopper's matrix instruction, the weight in two buffers at least, and nothing touched before the wait."""
     kernels = compiled(QUANTISED)
     check_fits(kernels)
-    assert {k["kernel"] for k in kernels} == {"fragment_linear_kernel", "coded_linear_kernel", "quantize_rows_kernel", "code_rows_kernel"}
+    assert {k["kernel"] for k in kernels} == {"fragment_linear_kernel", "coded_linear_kernel", "quantize_rows_kernel", "code_rows_kernel", "float_rows_kernel"}
     assert all(k["waits"] and not k["early"] for k in kernels)
     products = [k for k in kernels if k["kernel"].endswith("linear_kernel")]
     assert all(k["warp_group_units"] and k["buffers"] >= 2 for k in products)
-    three = [k for k in products if k["kernel"] == "coded_linear_kernel" and "num_warps=4, num_stages=3" in k["case"]]
+    three = [k for k in products if k["kernel"] == "coded_linear_kernel" and k["case"].startswith("int8") and "num_warps=4, num_stages=3" in k["case"]]
     assert three and all(3 * (k["shared_bytes"] + 1024) <= SHARED_MEMORY and k["registers"] * 128 * 3 <= 65536 for k in three)
     assert not any(k["exchanged"] for k in products), "a weight takes a way through shared memory on its way to the matrix unit"
 
