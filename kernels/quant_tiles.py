@@ -65,11 +65,11 @@ TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
     ("int8", 28672, 4096): {8: few(2, 2, 2, 6), 64: tiled(128, 128, 1, 4, 4), 128: coded(64, 1, 4, 4, 128), 1024: coded(64, 1, 4, 3, 128)},
     ("int8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: coded(64, 4, 4, 4, 128), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
     ("int8", 128256, 4096): {8: few(1, 4, 1, 6), 64: tiled(256, 128, 1, 8, 3), 1024: coded(64, 1, 4, 3, 128)},
-    ("int4", 6144, 4096): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 1024: coded(128, 1, 4, 3, 64)},
-    ("int4", 4096, 4096): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: coded(64, 2, 4, 4, 128), 1024: coded(128, 1, 4, 3, 64)},
-    ("int4", 28672, 4096): {8: few(4, 2, 2, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: coded(64, 1, 4, 4, 64), 1024: coded(128, 1, 4, 3, 64)},
-    ("int4", 4096, 14336): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: coded(64, 4, 4, 4, 64), 256: coded(128, 2, 4, 3, 64), 1024: coded(64, 1, 4, 4, 128)},
-    ("int4", 128256, 4096): {8: tiled(64, 128, 1, 4, 4, 64), 32: tiled(256, 128, 1, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: coded(64, 1, 4, 4, 128), 1024: coded(128, 1, 4, 3, 64)},
+    ("int4", 6144, 4096): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
+    ("int4", 4096, 4096): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
+    ("int4", 28672, 4096): {8: few(4, 2, 2, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: coded(64, 1, 4, 4, 64), 1024: coded(64, 1, 4, 4, 128)},
+    ("int4", 4096, 14336): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: coded(128, 4, 4, 3, 64), 256: coded(128, 2, 4, 3, 64), 1024: coded(64, 1, 4, 4, 128)},
+    ("int4", 128256, 4096): {8: tiled(64, 128, 1, 4, 4, 64), 32: tiled(256, 128, 1, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: coded(64, 1, 4, 4, 128), 1024: coded(128, 1, 8, 4, 128)},
 }  # fmt: skip
 
 
@@ -109,8 +109,6 @@ def tile_by_rule(rows: int, out_size: int, size: int) -> Tile:
 
 def coded_tile_by_rule(kind: Kind, rows: int, out_size: int, size: int) -> Tile:
     """Of many rows; with three stages three programs of int8 share a multiprocessor, which pays where there are many."""
-    if kind == "int4" and rows > WIDE_ROWS:
-        return Tile(128, CODED_GROUP, 1, 4, 3, 64)
     wanted = max(1, PROGRAMS // (-(-out_size // 64) * -(-rows // 128)))
     split = min(8, 1 << wanted.bit_length() - 1, max(1, size // 512))
     return Tile(64, CODED_GROUP, split, 4, 3 if split == 1 and kind == "int8" else 4, 128)

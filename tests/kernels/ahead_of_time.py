@@ -56,7 +56,7 @@ class Compiled:
     matrix_units: bool
     warp_group_units: bool
     waits: bool  # for the kernels before it, having let the next be set up
-    exchanged: int  # stores to shared memory from registers ahead of its last matrix instruction
+    exchanged: int  # stores to shared memory from registers ahead of its last matrix instruction on fewer bits than float32's
     early: list[str]  # what it does to global memory, or ends with, before it waits: opcodes of machine code
 
 
@@ -96,7 +96,7 @@ def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], n
         matrix_units="mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"],
         warp_group_units="wgmma.mma_async" in compiled.asm["ptx"],
         waits=all(f"griddepcontrol.{what}" in compiled.asm["ptx"] for what in ("wait", "launch_dependents")),
-        exchanged=len(re.findall(r"\bst\.shared", compiled.asm["ptx"].rpartition("wgmma.mma_async")[0])),
+        exchanged=len(re.findall(r"\bst\.shared", re.sub(r"wgmma\.mma_async\S*tf32", "", compiled.asm["ptx"]).rpartition("wgmma.mma_async")[0])),
         early=before_wait(compiled.asm["cubin"]),
     )
 
