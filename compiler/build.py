@@ -31,9 +31,9 @@ from compiler.state import DeviceState, Lookup
 from compiler.step import CompiledStep
 from compiler.step_input import StepInput
 from kernels import cpu_attention, cpu_guesses, cpu_int4, cpu_step
+from kernels.quant_tiles import FP8_CAPABILITY
 
 MAX_CAPTURED_TOKENS = 2048
-FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(slots=True)

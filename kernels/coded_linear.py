@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fragment_linear import SIZE, THREADS
+from kernels.fragment_linear import KINDS, SIZE, THREADS, scale_place
 from kernels.launch import dependent, wait
+from kernels.quant_tiles import has_coded
 from kernels.quantize_rows import code_rows, float_rows
 from kernels.reference import CODED_GROUP
 from kernels.skinny_tiles import Tile
@@ -67,7 +68,7 @@ def _shifted(
     total, scale_ptr, shift_ptr, sum_ptr, n, first_step, end, t, filled_rows, N: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, HAS_SHIFT: tl.constexpr
 ):  # fmt: skip
     """float32 [n, t] with what shifts, and the bias of codes, add over the steps before `end`: times sums of columns of x."""
-    row_at = tl.minimum(n // SIZE, (N + SIZE - 1) // SIZE - 1) * (GROUPS * SIZE) + n % SIZE // 16 * 16 + n % 8 * 2 + n % 16 // 8
+    row_at = tl.minimum(n // SIZE, (N + SIZE - 1) // SIZE - 1) * (GROUPS * SIZE) + scale_place(n % SIZE, False)
     for start in tl.range(first_step, end, SHIFTS, num_stages=1):
         step = start + tl.arange(0, SHIFTS)
         at = row_at[:, None] + (tl.minimum(step, end - 1) * STEP // GROUP * SIZE)[None, :]
@@ -168,7 +169,7 @@ def coded_linear_kernel(
         total = _shifted(total, scale_ptr, shift_ptr, x_sum_ptr, n, split * share, end, row, filled_rows, N, GROUP, groups, HAS_SHIFT)
         total *= tl.load(x_scale_ptr + row)[None, :] * (1 / UNIT)
     else:
-        total *= tl.load(scale_ptr + n // 16 * 16 + n % 8 * 2 + n % 16 // 8, mask=in_n, other=0.0).to(tl.float32)[:, None]
+        total *= tl.load(scale_ptr + scale_place(n, False), mask=in_n, other=0.0).to(tl.float32)[:, None]
     if SPLIT_K > 1:
         sum_at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
         if not is_last(total, partial_ptr, counter_ptr, tl.program_id(0), split, sum_at, SPLIT_K, BLOCK_N, BLOCK_T):
@@ -191,7 +192,7 @@ def coded_linear(
     if tile.block_n % SIZE.value or tile.block_k != STEP.value or tile.block_t > 2 * PART:
         raise ValueError(f"{tile} is not made of blocks of {SIZE.value} x {STEP.value} for up to {2 * PART} rows")
     int4 = codes.dtype == torch.uint8
-    if group < size and (not int4 or group % STEP.value) or shift is not None and not int4:
+    if not has_coded(KINDS[codes.dtype], group, size, shift is not None):
         raise ValueError(f"groups of {group} columns{' with shifts' if shift is not None else ''} of {codes.dtype} have no product by codes")
     block_t = min(tile.block_t, max(16, triton.next_power_of_2(rows)))
     if int4:

@@ -17,17 +17,14 @@ from kernels.fragment_linear import KINDS, fragment_dequantize
 from kernels.fragment_linear import fragment_linear as tiled_fragment_linear
 from kernels.fragment_rows import ROWS, fragment_rows
 from kernels.kv_write import write_kv
-from kernels.quant_tiles import Choice, choice_of
+from kernels.quant_tiles import FP8_CAPABILITY, Choice, choice_of, takes_8_bits
 from kernels.quantize_rows import quantize_rows
-from kernels.reference import CODED_GROUP
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_write import rope_write
 from kernels.row_linear import row_linear
 from kernels.silu_mul import silu_mul
 from kernels.skinny_linear import skinny_linear
 from kernels.skinny_tiles import RowTile, row_tile_of, tile_of
-
-SCALED_ROWS = 16  # what PyTorch's product of two fp8 wants the rows of a weight to be a multiple of
 
 
 def paged_attention(
@@ -109,19 +106,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = Fals
 
 
 def fragment_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int, gated: bool = False
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    out_size: int,
+    rounds: bool,
+    gated: bool = False,
 ) -> Tensor:
     """See `kernels.ops`."""
-    rows = _rows(x)
-    kind, size = KINDS[codes.dtype], rows.shape[1]
-    narrow = x.element_size() == 2
-    one_scale = group >= size and shift is None
-    suits = {
-        "fp8": x.dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0 and one_scale,
-        "int8": narrow and one_scale,
-        "int4": narrow and (group >= size or group % CODED_GROUP == 0),
-    }
-    choice = choice_of(kind, len(rows), out_size, size, suits[kind], narrow)
+    rows, kind = _rows(x), KINDS[codes.dtype]
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else FP8_CAPABILITY  # none: the interpreter
+    rounds = rounds and takes_8_bits(kind, x.dtype, out_size, rows.shape[1], group, shift is not None, capability)
+    choice = choice_of(kind, len(rows), out_size, rows.shape[1], rounds, rows.element_size() == 2)
     return fragment_linear_by(choice, rows, codes, scale, shift, bias, group, out_size, gated).view(*x.shape[:-1], -1)
 
 
@@ -150,6 +149,7 @@ def fragment_linear_by(
         out = functional.linear(rows, fragment_dequantize(codes, scale, shift, group, out_size, rows.shape[1], rows.dtype), bias)
     else:
         x_codes, x_scale = quantize_rows(rows)
+        # Fast: the matrix unit adds up a whole row, with fewer bits than float32 has.
         out = torch._scaled_mm(
             x_codes, codes.t(), scale_a=x_scale, scale_b=scale.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=True
         )

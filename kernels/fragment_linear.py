@@ -108,6 +108,12 @@ def float_weight_of(
     return parts.permute(0, 6, 1, 3, 4, 2, 5).reshape(threads // 2, SIZE)
 
 
+@triton.jit
+def scale_place(n, FLOATS: tl.constexpr):
+    """Where the scales of rows n are, one a row: 8-bit floats keep their order, integers have pairs of rows 8 apart (`reference.fragment_pairs`)."""
+    return n if FLOATS else n // 16 * 16 + n % 8 * 2 + n % 16 // 8
+
+
 @triton.jit(do_not_specialize=["num_rows"])  # 2 and 8 rows, 64 and 256, share a kernel
 def fragment_linear_kernel(
     out_ptr,
@@ -182,8 +188,7 @@ def fragment_linear_kernel(
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = n < N
     if not WHOLE:
-        scale_at = n if KIND == "fp8" else n // 16 * 16 + n % 8 * 2 + n % 16 // 8
-        total *= tl.load(scale_ptr + scale_at, mask=in_n, other=0.0).to(tl.float32)[:, None]
+        total *= tl.load(scale_ptr + scale_place(n, KIND == "fp8"), mask=in_n, other=0.0).to(tl.float32)[:, None]
     if SPLIT_K > 1:
         part_at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
         if not is_last(total, partial_ptr, counter_ptr, tl.program_id(0), split, part_at, SPLIT_K, BLOCK_N, BLOCK_T):

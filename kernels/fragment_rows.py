@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fragment_linear import KINDS, SIZE, float_weight_of, groups_of, weight_of
+from kernels.fragment_linear import KINDS, SIZE, float_weight_of, groups_of, scale_place, weight_of
 from kernels.launch import dependent, wait
 from kernels.quant_tiles import SINGLE_ROWS, RowsTile
 from kernels.widen import fetched, in_registers
@@ -124,8 +124,7 @@ def fragment_rows_kernel(
         n = tl.where(tl.arange(0, PARTS * ROWS) < half, n, n - half + OUT)
         m = part * half + tl.arange(0, half)
     if not WHOLE:
-        scale_at = n if KIND == "fp8" else n // 16 * 16 + n % 8 * 2 + n % 16 // 8
-        scale = tl.load(scale_ptr + scale_at, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        scale = tl.load(scale_ptr + scale_place(n, KIND == "fp8"), mask=n < N, other=0.0).to(tl.float32)[:, None]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     t = tl.arange(0, T)

@@ -23,7 +23,8 @@ int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kern
 
 `pagegraph::fragment_linear` is the same with the weight as the matrix unit takes it, x [..., K] -> [..., out_size]: integers as
 `kernels.reference.fragments` lays them, scale and shift as `fragment_pairs` does; or float8_e4m3fn as `exchanged_columns`, scale float32
-[N, groups] of a multiple of 64 columns each, no shift. From many rows on a device may round x to 8 bits (`kernels.quant_tiles`). gated: [..., out_size / 2], silu(first half) * second half.
+[N, groups] of a multiple of 64 columns each, no shift. rounds: a device may round x to 8 bits where that is
+faster, from many rows on (`kernels.quant_tiles`). gated: [..., out_size / 2], silu(first half) * second half.
 
 `pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit codes as
 PyTorch packs them for AVX-512 (`kernels.cpu.unpack_int4`), pairs [K / group, N, 2] scale and shift beside each other in x's dtype.
@@ -88,7 +89,7 @@ _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("quant_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group) -> Tensor")
 _library.define(
     "fragment_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group, int out_size, "
-    "bool gated=False) -> Tensor"
+    "bool rounds, bool gated=False) -> Tensor"
 )
 _library.define("int4_packed_linear(Tensor x, Tensor packed, Tensor pairs, int group) -> Tensor")
 _library.define("int4_packed_chain(Tensor x, Tensor residual, Tensor[] tensors, int[] numbers, float[] eps) -> Tensor")
@@ -259,8 +260,9 @@ def _quant_linear_fake(x: Tensor, codes: Tensor, *_: Tensor | int | None) -> Ten
 
 @torch.library.register_fake("pagegraph::fragment_linear", lib=_library)
 def _fragment_linear_fake(
-    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int, gated: bool = False
-) -> Tensor:
+    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int,
+    rounds: bool, gated: bool = False,
+) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], out_size // 2 if gated else out_size)
 
 

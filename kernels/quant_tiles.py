@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
+
 from kernels.reference import CODED_GROUP
 from kernels.skinny_tiles import Tile
 
@@ -14,6 +16,8 @@ SINGLE_ROWS = 8  # up to here a matrix instruction takes all rows of x at once
 FEW_ROWS = 64  # up to here reading the weight bounds a product
 WIDE_ROWS = 256  # above it a weight is dequantised once for all rows
 PROGRAMS = 264  # two on each multiprocessor of an H100 or H200
+SCALED_ROWS = 16  # what PyTorch's product of two fp8 wants the rows of a weight to be a multiple of
+FP8_CAPABILITY = (8, 9)  # compute capability from which on a GPU converts and multiplies e4m3
 
 Kind = Literal["int8", "int4", "fp8"]
 # rows: `kernels.fragment_rows`, for few rows; tile: `kernels.fragment_linear` by that tile; plain: dequantised, then cuBLAS. Two round rows of x to 8 bits:
@@ -73,8 +77,24 @@ TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
 }  # fmt: skip
 
 
+def has_coded(kind: Kind, group: int, size: int, shifted: bool) -> bool:
+    """Whether `kernels.coded_linear` multiplies a weight [N, size] of such groups, with shifts or without."""
+    if kind == "int4":
+        return group >= size or group % CODED_GROUP == 0
+    return kind == "int8" and group >= size and not shifted
+
+
+def takes_8_bits(
+    kind: Kind, dtype: torch.dtype, out_size: int, size: int, group: int, shifted: bool, capability: tuple[int, int]
+) -> bool:
+    """Whether a GPU of this compute capability multiplies a weight [out_size, size] with rows of `dtype` rounded to 8 bits."""
+    if kind == "fp8":
+        return dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0 and group >= size and not shifted
+    return dtype.itemsize == 2 and has_coded(kind, group, size, shifted) and (kind == "int8" or capability >= FP8_CAPABILITY)
+
+
 def choice_of(kind: Kind, rows: int, out_size: int, size: int, rounds: bool = False, narrow: bool = True) -> Choice:
-    """For x [rows, size] @ weight [out_size, size].T; rounds: x may be rounded to 8 bits as this weight wants it; narrow: x has 16 bits."""
+    """For x [rows, size] @ weight [out_size, size].T; rounds: x may be rounded to 8 bits (`takes_8_bits`); narrow: x has 16 bits."""
     measured = TABLE.get((kind, out_size, size), {})
     if limits := [limit for limit in measured if limit >= rows]:
         found = measured[min(limits)]

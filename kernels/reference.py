@@ -588,6 +588,7 @@ def fragment_linear(
     bias: torch.Tensor | None,
     group: int,
     out_size: int,
+    rounds: bool,
     gated: bool = False,
 ) -> torch.Tensor:
     """See `kernels.ops`: the product with the dequantised weight, rounded to x's dtype."""

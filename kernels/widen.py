@@ -74,7 +74,9 @@ def scaled(wide, scale, shift, HAS_SHIFT: tl.constexpr):
             asm: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"
             return tl.inline_asm_elementwise(asm, "=r,r,r,r", [wide, scale, shift], tl.bfloat16, is_pure=True, pack=2)
         else:
-            return tl.inline_asm_elementwise("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [wide, scale], tl.bfloat16, is_pure=True, pack=2)
+            # A product as a sum with -0, which changes none: GPUs before 9.0 have no other.
+            asm: tl.constexpr = "{.reg .b32 none; mov.b32 none, 0x80008000; fma.rn.bf16x2 $0, $1, $2, none;}"
+            return tl.inline_asm_elementwise(asm, "=r,r,r", [wide, scale], tl.bfloat16, is_pure=True, pack=2)
     else:
         weight = wide.to(tl.float32) * scale.to(tl.float32)
         if HAS_SHIFT:

@@ -28,8 +28,7 @@ from floors import BYTES, Ceilings, Shape
 from h200_offline import ceilings_of, config_of, step_of
 from h200_report import Report, graph_seconds
 from kernels import cuda, reference
-from kernels.quant_tiles import FEW_ROWS, SINGLE_ROWS, Choice, Kind, coded, few, tile_by_rule
-from kernels.reference import CODED_GROUP
+from kernels.quant_tiles import FEW_ROWS, SINGLE_ROWS, Choice, Kind, coded, few, has_coded, tile_by_rule
 from kernels.skinny_tiles import Tile
 
 ROWS = (2, 8, 32, 64, 128, 256, 1024)  # of a product; a step of one sequence is padded to two
@@ -110,7 +109,7 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
         yield Choice("plain")
     if product.kind == "fp8":
         yield Choice("scaled")
-    if product.kind != "fp8" and rows > FEW_ROWS and (product.group >= product.size or product.group % CODED_GROUP == 0):
+    if rows > FEW_ROWS and has_coded(product.kind, product.group, product.size, product.kind == "int4"):
         for block_n, warps, stages, block_t in CODED_SIZES:
             for split in _splits(product, rows, block_n, block_t):
                 yield coded(block_n, split, warps, stages, block_t)

@@ -148,6 +148,7 @@ class Config:
     device: str = _option("auto", _one_of("auto", "cpu", "cuda"), "auto (cuda if there is one), cpu or cuda", "model")
     load_format: str = _option("auto", _one_of("auto", "safetensors", "gguf", "dummy"), "auto, safetensors, gguf, or dummy (random weights)", "model")
     quantization: str | None = _option(None, _one_of(*quant_methods.METHODS), "awq, gptq, compressed-tensors or gguf (as the checkpoint is), fp8, int8 or int4 (made while loading); none: what the checkpoint says", "model", _NONE)
+    round_activations: bool = _option(True, parse_flag, "in steps of more than about 64 tokens round activations to 8 bits in front of quantised weights, where a GPU is faster so", "model")
     trust_remote_code: bool = _option(False, parse_flag, "run Python code that comes with the model", "model")
     seed: int = _option(0, _between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none", "model")
 

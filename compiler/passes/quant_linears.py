@@ -13,6 +13,7 @@ from torch import nn
 
 from compiler.quant_formats import Quantized
 from kernels import cpu, reference
+from kernels.quant_tiles import FEW_ROWS
 
 log = logging.getLogger("pagegraph.quantization")
 
@@ -87,10 +88,11 @@ class Int8Dynamic(nn.Module):
 
 
 class Fragments(nn.Module):
-    """CUDA: codes, scales and shifts laid as the threads of a product want them."""
+    """CUDA: codes, scales and shifts laid as the threads of a product want them. rounds: states may be rounded to 8 bits."""
 
-    def __init__(self, linear: QuantLinear) -> None:
+    def __init__(self, linear: QuantLinear, rounds: bool = True) -> None:
         super().__init__()
+        self.rounds = rounds
         size = linear.in_features
         self.group = fragment_group(linear)
         scale, shift = (_regrouped(one, linear.group, self.group, size) for one in (linear.scale, linear.shift))
@@ -110,7 +112,7 @@ class Fragments(nn.Module):
         if self.columns is not None:
             states = states.index_select(-1, self.columns)
         return torch.ops.pagegraph.fragment_linear(
-            states, self.codes, self.scale, self.shift, self.bias, self.group, self.out_features
+            states, self.codes, self.scale, self.shift, self.bias, self.group, self.out_features, self.rounds
         )
 
 
@@ -188,16 +190,20 @@ def stackable(linears: list[QuantLinear]) -> bool:
 
 
 @torch.no_grad()
-def quant_linears(model: nn.Module) -> int:
-    """Bring every QuantLinear of `model` (weights loaded) into its device's form; returns how many there were."""
-    found, widened = 0, 0
+def quant_linears(model: nn.Module, round_activations: bool = True) -> int:
+    """Bring every QuantLinear of `model` (weights loaded) into its device's form; returns how many there were.
+
+    round_activations: in steps of many rows a GPU may round states to 8 bits, of weights of any format.
+    """
+    found, widened, rounding = 0, 0, 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is QuantLinear:
-                form = _form(child)
+                form = _form(child, round_activations)
                 setattr(parent, name, form)
                 found += 1
                 widened += type(form) is nn.Linear
+                rounding += type(form) is Fragments and round_activations
     if widened:
         log.warning(
             "quantization: no product of this device takes %d of %d quantised linears; they are held unquantised, "
@@ -205,13 +211,19 @@ def quant_linears(model: nn.Module) -> int:
             widened,
             found,
         )
+    if rounding:
+        log.info(
+            "quantization: steps of more than about %d tokens may round activations to 8 bits in front of quantised linears; "
+            "round_activations=false keeps them as they are, at less speed",
+            FEW_ROWS,
+        )
     return found
 
 
-def _form(linear: QuantLinear) -> nn.Module:
+def _form(linear: QuantLinear, rounds: bool) -> nn.Module:
     """On CUDA the op chooses by rows; on the CPU the product is chosen here, once."""
     if linear.codes.device.type != "cpu":
-        return Fragments(linear) if fragment_group(linear) else _widened(linear)
+        return Fragments(linear, rounds) if fragment_group(linear) else _widened(linear)
     if linear.codes.dtype == torch.int8 and linear.scale.shape[1] == 1 and linear.shift is None and linear.columns is None:
         if torch.cpu._is_vnni_supported():
             return Int8Dynamic(linear)

@@ -26,10 +26,14 @@ from compiler.passes.skinny_linears import skinny_linears
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A rewrite of the model in place; `run` returns the number of places changed, `setting` switches it (none: always on)."""
+    """A rewrite of the model in place; `run` returns the number of places changed, `setting` switches it (none: always on).
+
+    `options` are settings that `run` takes by name.
+    """
 
     setting: str | None
-    run: Callable[[nn.Module], int]
+    run: Callable[..., int]
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class PassReport:
 # Quantised linears get their device's form after the merge, which needs them as they were loaded.
 PASSES: tuple[Pass, ...] = (
     Pass("merge_linears", merge_linears),
-    Pass(None, quant_linears),
+    Pass(None, quant_linears, ("round_activations",)),
     Pass("skinny_linears", skinny_linears),
     Pass("rotary_once", rotary_once),
 )
@@ -67,7 +71,7 @@ def apply(model: nn.Module, config: Any) -> list[PassReport]:
     for step in PASSES:
         if step.setting is None or getattr(config, step.setting):
             start = time.perf_counter()
-            changes = step.run(model)
+            changes = step.run(model, **{name: getattr(config, name) for name in step.options})
             if changes or step.setting is not None:
                 reports.append(PassReport(step.run.__name__, changes, time.perf_counter() - start))
     return reports

@@ -61,5 +61,5 @@ def test_gates_join_quantised_products(monkeypatch: pytest.MonkeyPatch) -> None:
     quant_linears.quant_linears(captured)
     graphs = check_compiled(stock, captured, [fuse_rope, fuse_rows, fuse_linears], MIXED)
     products = [node for node in graphs[0].graph.nodes if node.target is torch.ops.pagegraph.fragment_linear]
-    assert sorted(len(node.args) for node in products) == [7] * 12 + [8] * 4
+    assert sorted(len(node.args) for node in products) == [8] * 12 + [9] * 4
     assert not [node for node in graphs[0].graph.nodes if node.target is torch.ops.pagegraph.silu_mul]

@@ -43,7 +43,7 @@ def test_logits_and_bytes_stay(name: str) -> None:
     model = random_model(name)
     ids = torch.randint(3, SIZES["vocab_size"], (2, 21), generator=torch.Generator().manual_seed(1))
     expected, before = model(ids, use_cache=False).logits, parameter_bytes(model)
-    (report,) = registry.apply(model, SimpleNamespace(merge_linears=True, skinny_linears=False, rotary_once=False))
+    (report,) = registry.apply(model, SimpleNamespace(merge_linears=True, skinny_linears=False, rotary_once=False, round_activations=True))
     assert report.name == "merge_linears"
     assert report.changes >= SIZES["num_hidden_layers"]
     torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
@@ -59,7 +59,7 @@ def test_llama_merges_two_groups_a_layer() -> None:
 
 def test_switched_off_changes_nothing() -> None:
     model = random_model("llama")
-    assert registry.apply(model, SimpleNamespace(merge_linears=False, skinny_linears=False, rotary_once=False)) == []
+    assert registry.apply(model, SimpleNamespace(merge_linears=False, skinny_linears=False, rotary_once=False, round_activations=True)) == []
     assert not any(isinstance(m, MergedLinear) for m in model.modules())
 
 

@@ -27,7 +27,7 @@ from quantized_checkpoints import FORMATS, write  # noqa: E402
 
 CPU = torch.device("cpu")
 WIDE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, head_dim=32)  # groups of 128 fit
-PASSES = SimpleNamespace(merge_linears=True, skinny_linears=False, rotary_once=False)
+PASSES = SimpleNamespace(merge_linears=True, skinny_linears=False, rotary_once=False, round_activations=True)
 
 
 def stock_model(name: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -158,7 +158,7 @@ def test_merged_linears_are_stacked_codes(tmp_path: Path) -> None:
     write(tmp_path, stock_model(), "fp8_tensor")
     model = load(tmp_path)
     before = quantised(model)["model.layers.0.mlp.up_proj"].codes
-    registry.apply(model, SimpleNamespace(merge_linears=True, skinny_linears=False, rotary_once=False))
+    registry.apply(model, SimpleNamespace(merge_linears=True, skinny_linears=False, rotary_once=False, round_activations=True))
     merged = [m for m in model.modules() if isinstance(m, MergedQuantLinear)]
     assert len(merged) == 2 * WIDE["num_hidden_layers"]
     assert before.shape[0] * 2 == merged[1].linear.out_features

@@ -10,7 +10,7 @@ from quantised_weights import laid, multiplied, random_weight
 
 import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from kernels import quant_tiles, reference
-from kernels.quant_tiles import FEW_ROWS, SINGLE_ROWS, Choice, RowsTile, Tile, choice_of, few, tile_by_rule
+from kernels.quant_tiles import FEW_ROWS, SINGLE_ROWS, Choice, RowsTile, Tile, choice_of, few, takes_8_bits, tile_by_rule
 
 SHAPES = [
     # kind, N, K, group, tile
@@ -44,7 +44,7 @@ def test_equals_the_reference(
     bias = torch.randn(out_size).bfloat16() if shifted else None
     expected = x.float() @ multiplied(codes, scale, shift, group, x.dtype).t() + (0 if bias is None else bias.float())
     weight = laid(codes, scale, shift, group, size)
-    rounded = torch.ops.pagegraph.fragment_linear(x, *weight, bias, group, out_size)
+    rounded = torch.ops.pagegraph.fragment_linear(x, *weight, bias, group, out_size, False)
     torch.testing.assert_close(rounded.float(), expected, atol=2**-8 * expected.abs().max().item(), rtol=2**-7)
     for _ in range(2):  # the second call finds the arrival counts as the first left them
         out, _ = triton_calls.call("kernels.fragment_linear", "fragment_linear", x, *weight, bias, group, out_size, tile)
@@ -159,8 +159,11 @@ def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int,
         return
     if choice.way == "coded":
         assert rounds and kind != "fp8" and choice.tile.block_k == 128 and choice.tile.block_t <= 128
-    elif choice.way != "tile":
-        assert choice.tile is None and rows > FEW_ROWS and (kind == "fp8" and rounds or choice.way == "plain")
+    elif choice.way == "scaled":
+        assert choice.tile is None and kind == "fp8" and rounds and rows > SINGLE_ROWS
+        return
+    elif choice.way == "plain":
+        assert choice.tile is None and rows > FEW_ROWS
         return
     tile = choice.tile
     assert tile.block_n % 64 == 0 and tile.block_k % 64 == 0
@@ -190,11 +193,46 @@ def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
     codes, scale, shift = random_weight(kind, 44, 128, group, kind == "int4")
     x = torch.randn(1, rows, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = reference.quant_linear(x.float(), codes, scale, shift, None, group)
-    out, _ = triton_calls.call("kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, group, 128), None, group, 44)
+    out, _ = triton_calls.call("kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, group, 128), None, group, 44, True)
     assert out.dtype == x.dtype and out.shape == expected.shape
     # Groups and shifts round the weight to bfloat16 before it is multiplied, and so does `plain`; `coded` rounds x to 8 bits.
     part = {"int8": 2**-6, "int4": 2**-5}[kind] if kind != "fp8" and rows > FEW_ROWS and group == 128 else 2**-8
     torch.testing.assert_close(out.float(), expected, atol=part * expected.abs().max().item(), rtol=2**-7)
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, out_size, group, shifted, capability, takes",
+    [
+        ("int4", torch.bfloat16, 100, 128, True, (8, 9), True),
+        ("int4", torch.float16, 100, 512, False, (9, 0), True),
+        ("int4", torch.bfloat16, 100, 128, True, (8, 6), False),  # knows no e4m3
+        ("int4", torch.bfloat16, 100, 64, True, (9, 0), False),
+        ("int4", torch.float32, 100, 128, True, (9, 0), False),
+        ("int8", torch.bfloat16, 100, 512, False, (8, 0), True),
+        ("int8", torch.bfloat16, 100, 128, False, (9, 0), False),
+        ("int8", torch.bfloat16, 100, 512, True, (9, 0), False),
+        ("fp8", torch.bfloat16, 96, 512, False, (9, 0), True),
+        ("fp8", torch.bfloat16, 100, 512, False, (9, 0), False),
+        ("fp8", torch.float16, 96, 512, False, (9, 0), False),
+        ("fp8", torch.bfloat16, 96, 128, False, (9, 0), False),
+    ],
+)
+def test_which_products_take_rows_of_8_bits(
+    kind: str, dtype: torch.dtype, out_size: int, group: int, shifted: bool, capability: tuple[int, int], takes: bool
+) -> None:
+    assert takes_8_bits(kind, dtype, out_size, 512, group, shifted, capability) == takes
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_rows_stay_as_they_are_where_they_shall(triton_calls, kind: str) -> None:
+    codes, scale, shift = random_weight(kind, 44, 128, 128, kind == "int4")
+    x = torch.randn(70, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = reference.quant_linear(x.float(), codes, scale, shift, None, 128)
+    errors = []
+    for rounds in (True, False):
+        out, _ = triton_calls.call("kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, 128, 128), None, 128, 44, rounds)
+        errors.append(((out.float() - expected).norm() / expected.norm()).item())
+    assert errors[1] < 2**-8 < errors[0] < 2**-4
 
 
 @pytest.mark.gpu
@@ -205,5 +243,5 @@ def test_the_row_wise_fp8_product(size: int) -> None:
     x = torch.randn(100, size).bfloat16()
     assert choice_of("fp8", 100, 64, size, True).way == "scaled"
     expected = reference.quant_linear(x.float(), codes, scale, None, None, size)
-    out = torch.ops.pagegraph.fragment_linear(x.cuda(), reference.exchanged_columns(codes).cuda(), scale.cuda(), None, None, size, 64).cpu()
+    out = torch.ops.pagegraph.fragment_linear(x.cuda(), reference.exchanged_columns(codes).cuda(), scale.cuda(), None, None, size, 64, True).cpu()
     assert ((out.float() - expected).norm() / expected.norm()).item() < 0.05
