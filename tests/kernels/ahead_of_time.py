@@ -1,8 +1,8 @@
-"""Compiles kernels for sm_90 with no GPU, with exactly what their launchers pass; a script that prints JSON.
+"""Compiles kernels for a GPU that is not there, with exactly what their launchers pass; a script that prints JSON.
 
 Launchers are called on meta tensors with Triton's launch replaced by one that compiles. Reads a list of
 [name, module, function, arguments] from standard input, where an argument {"shape", "dtype"} is a tensor and
-{"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear, {"few"} one of few rows, {"type"} a type. Run without TRITON_INTERPRET, in a process of its own:
+{"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear, {"few"} one of few rows, {"type"} a type. Its argument is the compute capability, such as 90. Run without TRITON_INTERPRET, in a process of its own:
 the replaced launch stays replaced.
 """
 
@@ -28,7 +28,6 @@ from kernels import launch
 from kernels.quant_tiles import RowsTile
 from kernels.skinny_tiles import Tile
 
-TARGET = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 232448  # bytes a block may have on sm_90
 TYPES = {
     torch.float32: "*fp32",
@@ -60,7 +59,9 @@ class Compiled:
     early: list[str]  # what it does to global memory, or ends with, before it waits: opcodes of machine code
 
 
-def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], named: dict[str, Any]) -> Compiled:
+def compile_launch(
+    case: str, kernel: JITFunction, arguments: tuple[Any, ...], named: dict[str, Any], capability: int = 90
+) -> Compiled:
     """Compile one launch, specialised as Triton specialises it at run time, and read what ptxas says of it."""
     names = kernel.arg_names
     values = dict(zip(names, arguments)) | {n: v for n, v in named.items() if n in names}
@@ -82,8 +83,8 @@ def compile_launch(case: str, kernel: JITFunction, arguments: tuple[Any, ...], n
             signature[parameter.name] = "fp32"
     options = {n: v for n, v in named.items() if n in ("num_warps", "num_stages", "launch_pdl")}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=TARGET, options=options)
-    report = assemble(compiled.asm["ptx"])
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    report = assemble(compiled.asm["ptx"], capability)
     ttgir = compiled.asm["ttgir"]
     depths = [int(depth) for depth in re.findall(r"local_alloc :.*memdesc<(\d+)x\d+x\d+x\w+", ttgir)]
     return Compiled(
@@ -115,12 +116,13 @@ def before_wait(cubin: bytes) -> list[str]:
     return re.findall(r"\b(LDG|STG|LD|ST|LDGSTS|ATOMG?|RED|REDG|UBLK\w+|UTMA\w+|CCTL|EXIT)\b", ahead)
 
 
-def assemble(ptx: str) -> str:
+def assemble(ptx: str, capability: int) -> str:
     """What ptxas, the one that Triton ships, reports of registers and spills."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        gpu = f"sm_{capability}{'a' if capability >= 90 else ''}"
+        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={gpu}", file.name, "-o", "/dev/null"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
@@ -144,13 +146,13 @@ def argument(described: Any) -> Any:
 
 def main() -> None:
     compiled: list[Compiled] = []
-    case = ""
+    case, capability = "", int(sys.argv[1])
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        compiled.append(compile_launch(case, kernel, arguments, named))
+        compiled.append(compile_launch(case, kernel, arguments, named, capability))
 
     JITFunction.run = record
-    launch.dependent = lambda device: {"PDL": True, "launch_pdl": True}
+    launch.dependent = lambda device: {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
     for case, module, function, described in json.load(sys.stdin):
         getattr(importlib.import_module(module), function)(*(argument(one) for one in described))
     print(json.dumps([asdict(one) for one in compiled]))

@@ -121,24 +121,32 @@ def row_linears(rows: int, hidden: int, inner: int) -> list[list[Any]]:
 
 
 def quantised(
-    rows: int, out_size: int, size: int, kind: str, group: int, shifted: bool = False, tile: Tile | None = None
+    rows: int, out_size: int, size: int, kind: str, group: int, shifted: bool = False, tile: Tile | None = None, dtype: str = "bfloat16"
 ) -> list[Any]:
     """The product by the given tile or the rule's, scales as a device holds them."""
     tile = tile or tile_by_rule(rows, out_size, size)
-    name = f"{kind} {rows} {out_size}x{size}/{group} {tile}"
-    x, blocks = tensor("bfloat16", rows, size), (out_size // 64, size // 64)
+    name = f"{kind} {rows} {out_size}x{size}/{group} {dtype} {tile}"
+    x, blocks = tensor(dtype, rows, size), (out_size // 64, size // 64)
     if kind == "fp8":
         arguments = [x, tensor("float8_e4m3fn", out_size, size), tensor("float32", out_size, -(-size // group)), None, None, group, out_size, {"tile": tile}]
         return [name, "kernels.fragment_linear", "fragment_linear", arguments]
     codes = tensor("uint8", *blocks, 128, 16) if kind == "int4" else tensor("int8", *blocks, 256, 16)
-    scale = tensor("bfloat16" if group < size else "float32", out_size // 64, size // max(group, 64), 32, 2 * max(1, 64 // group))
+    scale = tensor(dtype if group < size else "float32", out_size // 64, size // max(group, 64), 32, 2 * max(1, 64 // group))
     return [name, "kernels.fragment_linear", "fragment_linear", [x, codes, scale, scale if shifted else None, None, group, out_size, {"tile": tile}]]
 
 
-def coded(kind: str, rows: int, out_size: int, size: int, tile: Tile) -> list[Any]:
-    """The product of codes on both sides."""
-    name, _, _, (x, *weight, _) = quantised(rows, out_size, size, kind, 128 if kind == "int4" else size, kind == "int4", tile)
-    return [f"{name} on both sides", "kernels.coded_linear", "coded_linear", [x, *weight, {"tile": tile}]]
+def coded(kind: str, rows: int, out_size: int, size: int, tile: Tile, symmetric: bool = False, dtype: str = "bfloat16") -> list[Any]:
+    """The product of codes on both sides; with a bias where it is symmetric, which int8 is."""
+    shifted = kind == "int4" and not symmetric
+    name, _, _, (x, codes, scale, shift, bias, *sizes, _) = quantised(rows, out_size, size, kind, 128 if kind == "int4" else size, shifted, tile, dtype)
+    bias = None if shifted else tensor(dtype, out_size)
+    return [f"{name} on both sides", "kernels.coded_linear", "coded_linear", [x, codes, scale, shift, bias, *sizes, {"tile": tile}]]
+
+
+def written_out(kind: str, group: int, shifted: bool) -> list[Any]:
+    """The weight on its own."""
+    _, _, _, (_, codes, scale, shift, _, *sizes, _) = quantised(8, 4096, 4096, kind, group, shifted)
+    return [f"{kind}/{group} written out", "kernels.fragment_linear", "fragment_dequantize", [codes, scale, shift, *sizes, 4096, {"type": "bfloat16"}]]
 
 
 def quantised_rows(kind: str, group: int, tile: RowsTile, shifted: bool = False) -> list[list[Any]]:
@@ -175,6 +183,9 @@ QUANTISED = [
     ["rows to fp8", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336)]],
     *(coded("int8", 256, 4096, 14336, Tile(*tile)) for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 3, 128), (64, 128, 2, 4, 4, 128), (128, 128, 1, 8, 3, 128))),
     *(coded("int4", 256, 4096, 14336, Tile(*tile)) for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 4, 128), (128, 128, 2, 4, 3, 64))),
+    *(coded(kind, 256, 4096, 4096, Tile(64, 128, 1, 4, 4, 128), symmetric=True, dtype="float16") for kind in ("int4", "int8")),
+    quantised(64, 4096, 4096, "int4", 128, True, dtype="float16"),
+    *(written_out(kind, group, shifted) for kind, group, shifted in (("int4", 32, True), ("int8", 4096, False), ("fp8", 128, False))),
 ]
 HALF = [
     attention(64, 64, 8, 1),
@@ -218,9 +229,9 @@ QUANTISED_ROWS = [
 ]  # fmt: skip
 
 
-def compiled(launches: list[list[Any]]) -> list[dict[str, Any]]:
+def compiled(launches: list[list[Any]], capability: int = 90) -> list[dict[str, Any]]:
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(Path(__file__).with_name("ahead_of_time.py"))]
+    command = [sys.executable, str(Path(__file__).with_name("ahead_of_time.py")), str(capability)]
     done = subprocess.run(command, input=json.dumps(launches), env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
@@ -290,13 +301,31 @@ def test_quantised_products() -> None:
     """No spills, on Hopper's matrix instruction, the weight in two buffers at least, and nothing touched before the wait."""
     kernels = compiled(QUANTISED)
     check_fits(kernels)
-    assert {k["kernel"] for k in kernels} == {"fragment_linear_kernel", "coded_linear_kernel", "quantize_rows_kernel", "code_rows_kernel", "float_rows_kernel"}
-    assert all(k["waits"] and not k["early"] for k in kernels)
+    assert {k["kernel"] for k in kernels} == {"fragment_linear_kernel", "coded_linear_kernel", "quantize_rows_kernel", "code_rows_kernel", "float_rows_kernel", "fragment_dequantize_kernel"}
+    assert all(k["waits"] and not k["early"] for k in kernels if k["kernel"] != "fragment_dequantize_kernel")
     products = [k for k in kernels if k["kernel"].endswith("linear_kernel")]
     assert all(k["warp_group_units"] and k["buffers"] >= 2 for k in products)
     three = [k for k in products if k["kernel"] == "coded_linear_kernel" and k["case"].startswith("int8") and "num_warps=4, num_stages=3" in k["case"]]
     assert three and all(3 * (k["shared_bytes"] + 1024) <= SHARED_MEMORY and k["registers"] * 128 * 3 <= 65536 for k in three)
     assert not any(k["exchanged"] for k in products), "a weight takes a way through shared memory on its way to the matrix unit"
+
+
+@pytest.mark.parametrize("capability", [80, 89])
+def test_quantised_products_on_gpus_before_hopper(capability: int) -> None:
+    """Every product that such a GPU is given: of e4m3 only where it knows them."""
+    fp8 = [quantised(64, 512, 512, "fp8", 512), *quantised_rows("fp8", 0, RowsTile(1, 4, 2, 3)), coded("int4", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64))]
+    kernels = compiled(
+        [
+            *(quantised(64, 512, 512, "int4", 128, shifted) for shifted in (False, True)),
+            *(quantised(300, 512, 512, kind, group) for kind, group in (("int4", 32), ("int8", 32), ("int8", 512))),
+            *(launch for kind, group in (("int4", 128), ("int8", 0)) for launch in quantised_rows(kind, group, RowsTile(1, 4, 2, 3))),
+            coded("int8", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64)),
+            *(fp8 if capability >= 89 else []),
+        ],
+        capability,
+    )
+    assert len(kernels) == 11 + (5 if capability >= 89 else 0)
+    assert not any(k["waits"] for k in kernels) and all(k["matrix_units"] for k in kernels if not k["kernel"].endswith("rows_kernel") or "fragment" in k["kernel"])
 
 
 def test_quantised_products_of_few_rows() -> None:
