@@ -163,7 +163,7 @@ def _load(config: Any, device: torch.device, timings: Timings, progress: bool, n
             trust_remote_code=config.trust_remote_code,
         )
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        quantization = resolve_quantization(config.quantization, model_config, device)
+        quantization = resolve_quantization(config.quantization, model_config, device, quant_formats.beside(folder))
     dtype = resolve_dtype(config.dtype, model_config, device)
     cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
     max_model_len = resolve_max_model_len(config.max_model_len, model_config)
@@ -259,12 +259,15 @@ def resolve_dtype(name: str, model_config: Any, device: torch.device) -> torch.d
     return torch.bfloat16 if device.type == "cpu" else dtype
 
 
-def resolve_quantization(asked: str | None, model_config: Any, device: torch.device) -> quant_formats.Scheme | str | None:
+def resolve_quantization(
+    asked: str | None, model_config: Any, device: torch.device, beside: dict[str, Any] | None = None
+) -> quant_formats.Scheme | str | None:
     """The checkpoint's scheme, or the method asked for; takes the checkpoint's words off `model_config`.
 
+    beside: what counts where `model_config` has no word of it.
     Raises QuantizationError where they contradict each other or the device cannot hold the type.
     """
-    found = quant_formats.resolve(asked, vars(model_config).pop("quantization_config", None))
+    found = quant_formats.resolve(asked, vars(model_config).pop("quantization_config", None) or beside)
     method = found.method if isinstance(found, quant_formats.Scheme) else found
     if method == "fp8" or getattr(found, "fp8", False):
         _require_fp8("quantization=fp8", device, "set quantization to int8 or int4 on an unquantised checkpoint")

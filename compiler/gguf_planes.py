@@ -6,6 +6,7 @@ asked to convert the file once for each plane, as if the plane were the weights.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,12 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import nn
 
+from compiler.quant_formats import QuantizationError
 from kernels import reference
 
+log = logging.getLogger("pagegraph.quantization")
+
+WIDE = {"F32", "F16", "BF16"}  # types of what is not quantised
 CODES, SCALE, SHIFT = range(3)
 
 
@@ -90,7 +95,10 @@ def keep(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict
     """Put the planes of every linear of a type in BLOCKS in the place of its weight, and the rest in bfloat16.
 
     `tensors` are the converted, dequantised weights of `path` by the names of `model`. Returns the `quantization_config`.
+    Raises QuantizationError where no linear is of such a type.
     """
+    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) == 2}
+    others = ", ".join(sorted(types - WIDE - {kind.name for kind in BLOCKS}))
     linears = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     codes, scales, shifts = (_converted(path, model, plane) for plane in (CODES, SCALE, SHIFT))
@@ -105,6 +113,13 @@ def keep(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict
         tensors[f"{stem}scale"] = scale
         if shift.any():
             tensors[f"{stem}shift"] = shift
+    if not any(name.endswith(".codes") for name in tensors):
+        raise QuantizationError(
+            f"{path}: quantization=gguf keeps {', '.join(kind.name for kind in BLOCKS)}, and the file's linears are {others or 'not quantised'}; "
+            "leave quantization out, or take a file of those types"
+        )
+    if others:
+        log.warning("quantization=gguf: %s holds weights as %s too, which become bfloat16", path.name, others)
     return {"quant_method": "gguf"}
 
 

@@ -1,15 +1,17 @@
 """How quantised checkpoints name, pack, group and centre their tensors: data, and one reader for all of them.
 
 Every format becomes the same `Quantized`: weight [N, K] = codes * scale + shift of the column's group. Knows tensors by name
-and the words of `quantization_config`; knows no modules, files or devices.
+and the words of `quantization_config`; knows no modules or devices.
 
 The layouts are those that AutoAWQ (GEMM), AutoGPTQ, compressed-tensors, transformers' fine-grained FP8 and ggml write.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,6 +78,8 @@ PACKED: dict[str, Words] = {
 # needed: ours are taken from each token.
 ELEMENTS_SCALES = ("weight_scale", "weight_scale_inv")
 ELEMENTS_IGNORED = ("input_scale", "activation_scale", "output_scale", "weight_zero_point")
+# Older quantisers left no `quantization_config`; their own file says what it would -> its quant_method.
+OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 STORED = "stored"  # our own form, as a converted GGUF file holds it
 
 
@@ -115,6 +119,14 @@ class Scheme:
         return _read_words(PACKED[self.layout], tensors, self.bits, where)
 
 
+def beside(folder: Path) -> dict[str, Any] | None:
+    """What stands for `quantization_config` in a checkpoint's folder without one: the quantiser's own file."""
+    for name, method in OWN_FILES.items():
+        if (file := folder / name).is_file():
+            return {"quant_method": method, **json.loads(file.read_text())}
+    return None
+
+
 def detect(config: Mapping[str, Any] | None) -> Scheme | None:
     """The scheme of a checkpoint's `quantization_config`, None where there is none; QuantizationError for unknown ones."""
     if not config:
@@ -123,7 +135,7 @@ def detect(config: Mapping[str, Any] | None) -> Scheme | None:
     if method == "awq":
         if (version := str(config.get("version", "gemm")).lower()) != "gemm":
             raise QuantizationError(f"quantization_config: version {version!r} of AWQ is not served; gemm is")
-        return Scheme("awq", "awq", _bits(config.get("bits", 4), (4,), "awq"))
+        return Scheme("awq", "awq", _bits(config.get("bits", config.get("w_bit", 4)), (4,), "awq"))
     if method == "gptq":
         layout = "gptq_v2" if config.get("checkpoint_format") == "gptq_v2" else "gptq"
         return Scheme("gptq", layout, _bits(config.get("bits"), (4, 8), "gptq"))
@@ -163,7 +175,10 @@ def resolve(asked: str | None, config: Mapping[str, Any] | None) -> Scheme | str
 
 def _compressed(config: Mapping[str, Any]) -> Scheme:
     """compressed-tensors: one group of linears, described by the numbers of its weights."""
-    groups = list((config.get("config_groups") or {}).values())
+    named = config.get("config_groups")
+    if not isinstance(named, Mapping) or not all(isinstance(group, Mapping) for group in named.values()) or not named:
+        raise QuantizationError("quantization_config: config_groups has to name at least one group of linears with its weights")
+    groups = list(named.values())
     described = [group.get("weights") or {} for group in groups]
     if len({(w.get("num_bits"), w.get("type"), w.get("strategy"), w.get("group_size")) for w in described}) != 1:
         raise QuantizationError("quantization_config: config_groups hold several kinds of weights; one kind is served")
@@ -174,8 +189,9 @@ def _compressed(config: Mapping[str, Any]) -> Scheme:
         if weights.get("type") == "int" and not weights.get("symmetric", True):
             raise QuantizationError(f"quantization_config: {layout} weights with zero points are not served; symmetric ones are")
         block = weights.get("block_structure")
+        block = block.split("x") if isinstance(block, str) else block
         bits, fp8 = _bits(weights.get("num_bits"), (8,), layout), weights.get("type") == "float"
-        return Scheme("compressed-tensors", "elements", bits, block=tuple(block) if block else None, fp8=fp8)
+        return Scheme("compressed-tensors", "elements", bits, block=tuple(map(int, block)) if block else None, fp8=fp8)
     raise QuantizationError(
         f"quantization_config: format {layout!r} of compressed-tensors is not served; pack-quantized, int-quantized, "
         "float-quantized and naive-quantized are"
@@ -184,7 +200,7 @@ def _compressed(config: Mapping[str, Any]) -> Scheme:
 
 def _bits(bits: Any, served: tuple[int, ...], method: str) -> int:
     if bits not in served:
-        raise QuantizationError(f"quantization_config: {method} of {bits} bits is not served; {' and '.join(map(str, served))} are")
+        raise QuantizationError(f"quantization_config: {method} of {bits!r} bits is not served; {' and '.join(map(str, served))} are")
     return bits
 
 
@@ -200,22 +216,30 @@ def unpack_words(words: torch.Tensor, bits: int, axis: int, order: tuple[int, ..
 def _read_words(words: Words, tensors: Mapping[str, torch.Tensor], bits: int, where: str) -> Quantized:
     """codes, zeros unsigned; w = (code - zero) * scale, with zero in the middle where none is stored."""
     middle = 1 << (bits - 1)
-    codes = unpack_words(tensors[words.codes], bits, words.codes_axis, words.order)
-    scale = tensors[words.scale].float()
+    codes = unpack_words(_two_axes(tensors, words.codes, where, torch.int32), bits, words.codes_axis, words.order)
+    scale = tensors.get(words.scale)
+    scale = scale.float().reshape(1, 1) if scale is not None and scale.numel() == 1 else _two_axes(tensors, words.scale, where).float()
     zeros = tensors.get(words.zeros)
-    if zeros is not None:
-        zeros = unpack_words(zeros, bits, words.zeros_axis, words.order)
+    if zeros is not None and zeros.dtype == torch.int8 and zeros.shape == scale.shape:
+        zeros = zeros.int() + middle  # signed and one by one, as compressed-tensors once left them
+    elif zeros is not None:
+        zeros = unpack_words(_two_axes(tensors, words.zeros, where, torch.int32), bits, words.zeros_axis, words.order)
         # A zero point of 0 is stored as the largest integer where one was subtracted.
         zeros = (zeros + words.zeros_less) & ((1 << bits) - 1)
     if words.inputs_first:
         codes, scale, zeros = codes.t(), scale.t(), None if zeros is None else zeros.t()
     if (shape := tensors.get("weight_shape")) is not None:
         codes = codes[:, : int(shape[1])]
-    size, groups = codes.shape[1], scale.shape[1]
+    rows, size = codes.shape
+    scale = scale.expand(rows, -1) if scale.numel() == 1 else scale
+    groups = scale.shape[1]
+    if len(scale) != rows or zeros is not None and (len(zeros) < rows or zeros.shape[1] != groups):
+        stored = ", ".join(f"{name} {list(tensors[name].shape)}" for name in (words.codes, words.scale, words.zeros) if name in tensors)
+        raise QuantizationError(f"{where}: {stored} do not belong together in {bits} bits; is quantization_config that of this checkpoint?")
     if size % groups:
         raise QuantizationError(f"{where}: {size} inputs do not divide into {groups} groups; quantise with a group that divides them")
     group = size // groups
-    columns = _columns(tensors.get(words.columns), group, where)
+    columns = _columns(tensors.get(words.columns), size, group, where)
     if columns is not None:
         codes = codes[:, columns]
     shift = None
@@ -225,8 +249,20 @@ def _read_words(words: Words, tensors: Mapping[str, torch.Tensor], bits: int, wh
     return Quantized(_stored(codes - middle, bits, group, where), scale.contiguous(), shift, group, columns)
 
 
-def _columns(groups: torch.Tensor | None, group: int, where: str) -> torch.Tensor | None:
+def _two_axes(tensors: Mapping[str, torch.Tensor], name: str, where: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The named tensor, where it is a matrix of that type."""
+    if (tensor := tensors.get(name)) is None:
+        raise QuantizationError(f"{where}: the checkpoint has no {where}.{name}")
+    if tensor.dim() != 2 or dtype is not None and tensor.dtype != dtype:
+        found, wanted = (str(one).removeprefix("torch.") for one in (tensor.dtype, dtype or "any type"))
+        raise QuantizationError(f"{where}.{name}: {found} {list(tensor.shape)} is not served; {wanted} of two axes is")
+    return tensor
+
+
+def _columns(groups: torch.Tensor | None, size: int, group: int, where: str) -> torch.Tensor | None:
     """The order of inputs in which groups are neighbours; None where they are already."""
+    if groups is not None and len(groups) != size:
+        raise QuantizationError(f"{where}: groups of {len(groups)} inputs, codes of {size}; is `bits` in quantization_config right?")
     if groups is None or bool((groups < 0).any()) or torch.equal(groups.long(), torch.arange(len(groups)) // group):
         return None
     columns = groups.argsort(stable=True)

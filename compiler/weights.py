@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,8 @@ from compiler.capture import UnsupportedModel
 from compiler.passes.quant_linears import QuantLinear
 from compiler.quant_formats import Quantized, QuantizationError, Scheme, quantize
 
+log = logging.getLogger("pagegraph.quantization")
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SETTLED_ROPE = "settled"
@@ -34,7 +37,7 @@ DUMMY_STD = 0.02
 NEVER_QUANTIZED = ("gate", "router", "shared_expert_gate")
 # Method -> that of the output head: its few bits would show in every probability.
 HEAD_METHODS = {"int8": "int8", "int4": "int8", "fp8": None}
-KV_SCALES = re.compile(r"\.([kvq]|attn|prob)(_proj)?\.?(output)?_scale$")
+KV_SCALES = re.compile(r"\.(kv|[kvq]|attn|prob)(_proj)?\.?(output)?_scale$")
 
 
 class WeightsMismatch(ValueError):
@@ -103,6 +106,8 @@ def load_weights(
     else:
         files = _safetensors_files(folder)
         packed = _packed_linears(model, files, scheme)
+        if packed and any(KV_SCALES.search(name) for name in files):
+            log.info("quantization: the checkpoint's scales of keys and values are not used; kv_cache_dtype=fp8 holds them by a scale of 1")
         if _names_match(model, set(files), packed):
             _stream(model, files, device, progress, packed, scheme, online)
         elif scheme is None:
@@ -195,6 +200,13 @@ def _online(model: nn.Module, method: str, dtype: torch.dtype) -> dict[str, str]
             continue
         if wanted := HEAD_METHODS[method] if module is head else method:
             methods[path] = wanted
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if experts := sum(size for name, size in sizes.items() if model.get_parameter(name).dim() == 3):
+        log.warning(
+            "quantization=%s: the experts of a mixture are not quantised; they stay as they are, %d %% of the weights",
+            method,
+            100 * experts / sum(sizes.values()),
+        )
     return methods
 
 
@@ -210,13 +222,15 @@ def _packed_linears(model: nn.Module, files: dict[str, Path], scheme: Scheme | N
     if scheme is None:
         return {}
     packed, marks = {}, scheme.marks()
-    for path, module in model.named_modules():
-        if type(module) is nn.Linear and any(f"{path}.{mark}" in files for mark in marks):
+    linears = [path for path, module in model.named_modules() if type(module) is nn.Linear]
+    for path in linears:
+        if any(f"{path}.{mark}" in files for mark in marks):
             packed[path] = {name for name in scheme.tensors() if f"{path}.{name}" in files}
     if not packed:
         raise QuantizationError(
             f"quantization_config says {scheme.method}, but no linear of the model has {' or '.join(marks)} in the checkpoint"
         )
+    log.info("quantization: %d of %d linears are quantised in the checkpoint (%s)", len(packed), len(linears), scheme.method)
     return packed
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compiler import quant_formats
-from compiler.build import resolve_quantization
+from compiler import quant_formats, weights
+from compiler.build import resolve_cache_dtype, resolve_quantization
 from compiler.passes import quant_linears, registry
 from compiler.passes.merge_linears import MergedQuantLinear
 from compiler.passes.quant_linears import Fragments, Int4Packed, Int8Dynamic, QuantLinear
@@ -23,7 +25,7 @@ from compiler.weights import WeightsMismatch, build_meta, load_weights
 
 sys.path.insert(0, str(Path(__file__).parent))
 from architectures import tiny_config  # noqa: E402
-from quantized_checkpoints import FORMATS, write  # noqa: E402
+from quantized_checkpoints import FORMATS, compressed, write  # noqa: E402
 
 CPU = torch.device("cpu")
 WIDE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, head_dim=32)  # groups of 128 fit
@@ -134,6 +136,32 @@ def test_quantised_while_loading(name: str, method: str, error: float, tmp_path:
     assert difference < error, f"{difference:.3f}"
 
 
+def test_one_unquantised_weight_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock_model().save_pretrained(tmp_path)
+    given, original = [], weights.quantize
+
+    def watched(weight: torch.Tensor, *arguments: str) -> quant_formats.Quantized:
+        assert not any(earlier() is not None for earlier in given)
+        given.append(weakref.ref(weight))
+        return original(weight, *arguments)
+
+    monkeypatch.setattr(weights, "quantize", watched)
+    load(tmp_path, "int8", torch.bfloat16)
+    assert len(given) == 7 * WIDE["num_hidden_layers"] + 1
+
+
+@pytest.mark.parametrize("asked, config", [("fp8", {}), (None, dict(quantization_config=dict(quant_method="fp8")))])
+def test_a_gpu_that_knows_no_fp8(monkeypatch: pytest.MonkeyPatch, asked: str | None, config: dict) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an older GPU")
+    device = torch.device("cuda")
+    with pytest.raises(QuantizationError, match="quantization=fp8 needs a GPU of compute capability 8.9 or later, an older GPU has less; set quantization to int8 or int4"):
+        resolve_quantization(asked, SimpleNamespace(**config), device)
+    with pytest.raises(QuantizationError, match="kv_cache_dtype=fp8 needs .*; set kv_cache_dtype to auto"):
+        resolve_cache_dtype("fp8", torch.bfloat16, device)
+    assert resolve_quantization("int4", SimpleNamespace(), device) == "int4"
+
+
 def test_dummy_weights_can_be_quantised(tmp_path: Path) -> None:
     stock_model().save_pretrained(tmp_path)
     model = load(tmp_path, "int4", load_format="dummy")
@@ -192,12 +220,72 @@ def test_flag_against_checkpoint(asked: str, name: str | None, message: str) -> 
         (dict(quant_method="bitsandbytes"), "'bitsandbytes' is not known; known: awq, gptq, fp8, compressed-tensors"),
         (dict(quant_method="gptq", bits=3), "gptq of 3 bits is not served; 4 and 8 are"),
         (dict(quant_method="awq", bits=4, version="gemv"), "'gemv' of AWQ is not served; gemm is"),
+        (dict(quant_method="gptq", bits="4"), "gptq of '4' bits"),
+        (dict(quant_method="compressed-tensors", format="int-quantized", config_groups={}), "config_groups has to name at least one group"),
         (dict(quant_method="compressed-tensors", format="marlin-24", config_groups=dict(a=dict(weights={}))), "'marlin-24'.*pack-quantized"),
     ],
 )
 def test_unknown_checkpoints_are_refused(config: dict, message: str) -> None:
     with pytest.raises(QuantizationError, match=message):
         quant_formats.detect(config)
+
+
+@pytest.mark.parametrize("structure", ["128x128", [128, 128]])
+def test_blocks_of_compressed_tensors(structure: object) -> None:
+    config = compressed("float-quantized", num_bits=8, type="float", strategy="block", block_structure=structure)
+    assert quant_formats.detect(config).block == (128, 128)
+
+
+def changed(tmp_path: Path, name: str, leaf: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    """The checkpoint with one tensor of `model.layers.0.mlp.up_proj` changed, or left out."""
+    write(tmp_path, stock_model(), name)
+    tensors = load_file(tmp_path / "model.safetensors")
+    path = f"model.layers.0.mlp.up_proj.{leaf}"
+    if (tensor := change(tensors.pop(path))) is not None:
+        tensors[path] = tensor
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name, leaf, change, message",
+    [
+        ("awq_g64", "scales", lambda tensor: None, r"up_proj: the checkpoint has no model\.layers\.0\.mlp\.up_proj\.scales"),
+        ("awq_g64", "scales", lambda tensor: tensor[:, :-8].contiguous(), r"up_proj: qweight \[128, 32\], scales \[2, 248\], qzeros .* do not belong together in 4 bits"),
+        ("w4a16_asymmetric", "weight_zero_point", lambda tensor: tensor[:4].contiguous(), "weight_zero_point .* do not belong together"),
+        ("awq_g64", "qzeros", lambda tensor: tensor.float(), r"up_proj\.qzeros: float32 .* is not served; int32 of two axes is"),
+        ("gptq_4_act_order", "g_idx", lambda tensor: tensor[:64].clone(), "groups of 64 inputs, codes of 128; is `bits`"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, name: str, leaf: str, change: Callable, message: str) -> None:
+    changed(tmp_path, name, leaf, change)
+    with pytest.raises(QuantizationError, match=message):
+        load(tmp_path)
+
+
+def test_zero_points_one_by_one(tmp_path: Path) -> None:
+    """As int8 [N, groups] they are those of the words, less 8."""
+
+    def unpacked(words: torch.Tensor) -> torch.Tensor:
+        return (quant_formats.unpack_words(words, 4, 0) - 8).to(torch.int8)
+
+    changed(tmp_path, "w4a16_asymmetric", "weight_zero_point", unpacked)
+    one_by_one = load(tmp_path)
+    write(tmp_path, stock_model(), "w4a16_asymmetric")
+    assert torch.equal(logits(one_by_one), logits(load(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "file, words, scheme",
+    [
+        ("quantize_config.json", dict(bits=8, group_size=64, desc_act=True), ("gptq", 8)),
+        ("quant_config.json", dict(zero_point=True, q_group_size=64, w_bit=4, version="GEMM"), ("awq", 4)),
+        ("config.json", dict(bits=8), None),
+    ],
+)
+def test_a_quantisers_own_file(tmp_path: Path, file: str, words: dict, scheme: tuple[str, int] | None) -> None:
+    (tmp_path / file).write_text(json.dumps(words))
+    found = resolve_quantization(None, SimpleNamespace(), CPU, quant_formats.beside(tmp_path))
+    assert (found and (found.method, found.bits)) == scheme
 
 
 @pytest.mark.parametrize("method", ["int4", "int8", "fp8"])
