@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "kernels")]  # the cases and prompts of the tests
 
 SECTIONS = (
-    "kernels", "graphs", "parity", "micro", "quantized", "quantized_step", "texts", "chains", "step", "engine", "memory", "speculation",
+    "kernels", "graphs", "parity", "quality", "micro", "quantized", "quantized_step", "texts", "chains", "step", "engine", "memory", "speculation",
     "serve", "startup", "host", "peer",
 )  # fmt: skip
 OF_A_MODEL = ("step", "engine", "memory", "speculation")
@@ -45,11 +45,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--case", default=CASES, help="cases of the sections engine and peer, comma-separated")
     p.add_argument("--scale", type=float, default=1.0, help="share of the requests of the cases, and of the prompts of parity")
     p.add_argument("--seconds", type=float, default=100, help="wall time of a section before it skips what is left")
-    p.add_argument("--weights", help="GGUF file or folder of a real model, for parity and texts")
+    p.add_argument("--weights", help="GGUF file or folder of a real model, for parity, quality and texts")
     p.add_argument("--peer", type=Path, help="folder of a peer's benchmark: its workloads are used, and `peer` runs it")
     p.add_argument("--peer-target", type=Path, default=Path(tempfile.gettempdir(), "peer"), help="where the peer is installed")
     p.add_argument("--peer-engine", default="vllm", help=f"what section peer runs, comma-separated, of {','.join(PEERS)}")
     p.add_argument("--quantization", choices=["fp8", "int8", "int4"], help="of all models while they load, and of peer vllm; the only one of quantized and quantized_step")
+    p.add_argument("--group", type=int, default=128, help="columns to a scale of int4, in section quantized")
     p.add_argument("--workers", type=int, default=8, help="web processes of the server, each of which writes some 5,000 events a second")
     p.add_argument("--out", type=Path, default=ROOT / "perf" / "results")
     p.add_argument("--commit", default="unknown", help="what is measured, for the record")
@@ -72,7 +73,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         p.error("section peer needs --peer DIR")
     if args.quantization and "peer" in args.sections and args.engines != ["vllm"]:
         p.error("--quantization is known to the peer vllm alone")
-    for name in ("parity", "texts"):
+    for name in ("parity", "quality", "texts"):
         if name in args.sections and not args.weights:
             p.error(f"section {name} needs --weights PATH")
     return args
@@ -99,7 +100,7 @@ def main() -> int:
 def jobs(args: argparse.Namespace) -> list[tuple[list[str], str | None]]:
     """What runs together in one process: (sections, model)."""
     of_a_model = [name for name in SECTIONS if name in args.sections and name in OF_A_MODEL]
-    alone = ("kernels", "graphs", "parity", "micro", "quantized", "quantized_step", "texts", "chains")
+    alone = ("kernels", "graphs", "parity", "quality", "micro", "quantized", "quantized_step", "texts", "chains")
     before = [([name], None) for name in alone if name in args.sections]
     between = [(["start", *of_a_model], model) for model in args.models if of_a_model]
     between += [([name], model) for name in OF_A_SERVER if name in args.sections for model in args.models]

@@ -1,6 +1,6 @@
 """Is the engine right on this device: captured graphs against eager, tokens against transformers; and the host's share.
 
-`graphs` needs no weights, `parity` a real model, `host` no device at all. Knows the engine by its public parts.
+`graphs` needs no weights, `parity` and `quality` a real model, `host` no device at all. Knows the engine by its public parts.
 """
 
 from __future__ import annotations
@@ -198,6 +198,33 @@ def parity(report: Report, args: argparse.Namespace, shared: dict) -> None:
                 report.failure(f"prompt {index} differs from transformers at token {at}, top-2 logits {gap:.1e} apart")
     report.fact(prompts=len(prompts), equal=equal, tokens_each=num_tokens, theirs_s=time.perf_counter() - start)
     llm.close()
+
+
+def quality(report: Report, args: argparse.Namespace, shared: dict) -> None:
+    """What each way to quantise a real model costs, by this device's products, against the same model in bfloat16.
+
+    Prompts are long enough for products of many rows; `rounds`: whether those may round states to 8 bits.
+    """
+    from prompts import PROMPTS
+
+    from runtime.quality import compare
+    from runtime.tokenizer import Tokenizer
+
+    def built(**settings: object) -> BuiltModel:
+        fixed = dict(dtype="bfloat16", device=args.device, max_model_len=1024, kv_cache_memory="64MiB", max_num_seqs=4)
+        return builder.build(load_config(args.weights, fixed | settings).config, progress=False)
+
+    original = built()
+    ids = Tokenizer.load(original.folder).encode(" ".join(PROMPTS))
+    prompts = [ids[: len(ids) // 2], ids[len(ids) // 2 :]]
+    report.fact(tokens=[len(one) for one in prompts])
+    ways = [dict(quantization=method, round_activations=rounds) for method in ("fp8", "int8", "int4", "gguf") for rounds in (True, False)]
+    for way in [*ways, dict(kv_cache_dtype="fp8")]:
+        found = compare(original, built(**way), prompts)
+        report.row(
+            method=way.get("quantization", "pages"), rounds=way.get("round_activations", ""), top1=found.top1_agreement, kl=found.kl,
+            error=found.logprob_error, perplexity=found.perplexity, original=found.original_perplexity,
+        )  # fmt: skip
 
 
 def memory(report: Report, args: argparse.Namespace, shared: dict) -> None:

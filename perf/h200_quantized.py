@@ -32,8 +32,7 @@ from kernels.quant_tiles import FEW_ROWS, SINGLE_ROWS, Choice, Kind, coded, few,
 from kernels.skinny_tiles import Tile
 
 ROWS = (2, 8, 32, 64, 128, 256, 1024)  # of a product; a step of one sequence is padded to two
-GROUP = 128  # of the codes of 4 bits that are measured, as most checkpoints have
-CODE_BYTES: dict[Kind, float] = {"fp8": 1, "int4": 0.5 + 4 / GROUP, "int8": 1}  # an element, with its scale and shift
+CODE_BYTES: dict[Kind, float] = {"fp8": 1, "int4": 0.5 + 4 / 128, "int8": 1}  # an element, with its scale and shift where int4 is made while loading
 ROTATED = 192 << 20  # bytes that weights rotate through, more than the L2 holds
 TOLERANCE = {"rows": 1e-2, "tile": 1e-2, "plain": 1e-2, "coded": 4e-2, "scaled": 8e-2}  # relative; rows become 8-bit codes for the last two
 ALIKE = ((128, 256, 1024), (64,), (32,), (2, 8))  # rows that share most kernels: compiled by one process
@@ -65,10 +64,12 @@ class Product:
     kind: Kind
     out_size: int
     size: int
+    group: int  # columns that share a scale
 
     @property
-    def group(self) -> int:
-        return GROUP if self.kind == "int4" else self.size
+    def bytes(self) -> float:
+        """Of the codes with their scales and shifts, as the floor counts them."""
+        return self.out_size * self.size * (0.5 + 4 / self.group if self.kind == "int4" else CODE_BYTES[self.kind])
 
     def choices(self, rows: int) -> list[Choice]:
         return list(dict.fromkeys(_choices(self, rows)))
@@ -78,7 +79,7 @@ def quantized(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """Products of each model's matrices, kinds of codes one after the other: by rows, the best way against bfloat16."""
     ceilings = ceilings_of(report, args, shared)
     products = [
-        Product(model, matrix, kind, out_size, size)
+        Product(model, matrix, kind, out_size, size, args.group if kind == "int4" else size)
         for model, kind in itertools.product(_models(args), [args.quantization] if args.quantization else CODE_BYTES)
         for matrix, (out_size, size) in Shape.of(model).matmuls().items()
     ]
@@ -233,7 +234,7 @@ def _measured(report: Report, args: argparse.Namespace, product: Product, ceilin
     codes, scale, shift = _weight(product, args.device)
     whole = _dequantized(product, codes, scale, shift)
     plain = [whole.bfloat16() for _ in range(max(1, min(16, ROTATED // (out_size * size * BYTES))))]
-    copies = [codes.clone() for _ in range(max(1, min(32, int(ROTATED / (out_size * size * CODE_BYTES[kind])))))]
+    copies = [codes.clone() for _ in range(max(1, min(32, int(ROTATED / product.bytes)))]
     line, entry, found = [], {}, []
     for rows in ROWS:
         x = torch.randn(rows, size, device=args.device, dtype=torch.bfloat16)
@@ -258,7 +259,7 @@ def _measured(report: Report, args: argparse.Namespace, product: Product, ceilin
         if not took:
             continue
         best = entry[rows] = min(took, key=lambda choice: took[choice] * _lag(choice, rows))
-        moved = out_size * size * CODE_BYTES[kind] + rows * (size + out_size) * BYTES
+        moved = product.bytes + rows * (size + out_size) * BYTES
         floor = max(moved / ceilings.bandwidth, 2 * rows * out_size * size / ceilings.flops)
         row = dict(
             kernel="quant_linear", model=product.model, matrix=product.matrix, kind=kind, rows=rows, bf16_us=unquantised * 1e6,

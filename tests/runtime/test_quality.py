@@ -89,7 +89,7 @@ def test_the_real_model_from_quantised_checkpoints(name: str, tmp_path: Path) ->
     """Written in the format by plain rounding; what is served agrees with the values that the format holds."""
     from transformers import AutoModelForCausalLM
 
-    original = built(GGUF)
+    original, plain = built(GGUF), name in ("gptq_8", "w8a8", "fp8_row", "fp8_block")
     held = write(tmp_path, AutoModelForCausalLM.from_pretrained(original.folder, dtype=torch.float32), name)
     for file in [*original.folder.glob("token*"), *original.folder.glob("*.jinja"), original.folder / "generation_config.json"]:
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -99,9 +99,11 @@ def test_the_real_model_from_quantised_checkpoints(name: str, tmp_path: Path) ->
     quality = compare(original, other, prompts)
     with torch.inference_mode():
         own = summarize([(held(torch.tensor([ids])).logits[0].float(), prompt_logits(other, ids), ids) for ids in prompts])
-    print(f"\n{name}: {quality}; against its own values: {own}")
+    answer = llm.chat([dict(role="user", content="What is the capital of France?")], SamplingParams(max_tokens=12, temperature=0.0))
+    print(f"\n{name}: {quality}; against its own values: {own}; {answer.text!r}")
     assert own.kl < 0.01 and own.top1_agreement > 0.93
-    assert name.endswith(("g64", "order")) or quality.kl < 0.06
+    assert "Paris" in answer.text
+    assert quality.kl < (0.06 if plain else 0.6)
 
 
 def test_a_prompt_that_the_cache_does_not_hold() -> None:
