@@ -6,11 +6,10 @@ Reads plain values off the configuration; knows nothing of requests or sockets.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from compiler.staging import Staging
 from compiler.state import DeviceState, Lookup
 from compiler.step import CompiledStep
 from compiler.step_input import StepInput
+from compiler.trim import return_freed_memory
 from kernels import cpu_attention, cpu_guesses, cpu_int4, cpu_step
 from kernels.quant_tiles import FP8_CAPABILITY
 
@@ -185,7 +185,7 @@ def _load(config: Any, device: torch.device, timings: Timings, progress: bool, n
         )
     with timings.stage(f"{name}passes"):
         registry.apply(model, config)
-        _return_freed_memory()
+        return_freed_memory()
     vocab_size = model_config.get_text_config().vocab_size
     return Loaded(config, captured, model_config, folder, dtype, cache_dtype, max_model_len, vocab_size)
 
@@ -196,12 +196,6 @@ def _check_draft(config: Any, model: Loaded, draft: Loaded) -> None:
             f"speculative_model={config.speculative_model} has a vocabulary of {draft.vocab_size} tokens, {config.model} one of"
             f" {model.vocab_size}: only a model of the same vocabulary can guess; name one, or set speculative_method to ngram"
         )
-
-
-def _return_freed_memory() -> None:
-    """What loading has freed goes back to the system: glibc would keep it, a third of a small model's process."""
-    with suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def ready(config: Any, *, progress: bool = True) -> BuiltModel:

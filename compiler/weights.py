@@ -26,6 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from compiler.capture import UnsupportedModel
 from compiler.passes.quant_linears import QuantLinear
 from compiler.quant_formats import Quantized, QuantizationError, Scheme, quantize
+from compiler.trim import return_freed_memory
 
 log = logging.getLogger("pagegraph.quantization")
 
@@ -325,6 +326,7 @@ def _place_quantized(model: nn.Module, path: str, quantized: Quantized, device: 
             f"{path}: the checkpoint has a quantised shape {[new.out_features, new.in_features]}, the model {list(old.weight.shape)}"
         )
     model.set_submodule(path, new)
+    return_freed_memory()
 
 
 def _place(model: nn.Module, name: str, values: torch.Tensor, device: torch.device) -> None:

@@ -1,9 +1,9 @@
-"""Triton: x @ weight.T with codes on both sides: rows of x of 8 bits, a weight of `reference.fragments` that becomes an operand by a few instructions.
+"""Triton: x @ weight.T with 8 bits on both sides: rows of x rounded to codes, and a weight of `reference.fragments`.
 
 The matrix unit takes twice as many bytes as bfloat16, and adds up 128 columns at a time:
 - int8: rows of int8 with a scale for every 128 columns, the weight with one a row. Sums are exact, meet the scale of x in float32, that of the weight at the end.
 - int4: rows of e4m3 with a scale each, the weight in groups of a multiple of 128, or of all columns. A code plus 8, in the low bits of a byte, is e4m3 as
-  it stands; sums meet the scale of their group in float32. What shifts add, and the 8 takes off, is a product of its own with sums of columns of x.
+  it stands, in units of 2**-9; sums meet the scale of their group in float32. Shifts, and the 8 too much, multiply whole groups of x: sums of its columns.
 
 Knows sizes and codes; which products go this way is data in `kernels/quant_tiles.py`.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.fragment_linear import KINDS, SIZE, THREADS, scale_place
 from kernels.launch import dependent, wait
 from kernels.quant_tiles import has_coded
-from kernels.quantize_rows import code_rows, float_rows
+from kernels.quantize_rows import int8_rows, e4m3_rows
 from kernels.reference import CODED_GROUP
 from kernels.skinny_tiles import Tile
 from kernels.split_columns import added_up, is_last, room_for_parts
@@ -27,13 +27,13 @@ from kernels.widen import bytes_by_row, nibbles_by_row
 STEP = tl.constexpr(CODED_GROUP)  # columns of a scale of x
 SHIFTS = tl.constexpr(32)  # steps whose shifts are one product
 BIAS = tl.constexpr(8)  # that a code of 4 bits is held with
-UNIT = tl.constexpr(2.0**-9)  # the least of e4m3, which a code of 4 bits counts
-PART = 64  # rows of x that are multiplied at a time: sums of the next are on their way while these are added up
+UNIT = tl.constexpr(2.0**-9)  # what the lowest bit of an e4m3 is worth while its upper four are 0
+ROWS_AT_ONCE = 64  # of x: sums of the next are on their way while these are added up
 
 
 @triton.jit
 def _half(codes_at):
-    """Half of the codes of blocks below each other, 32 columns at [threads, 16] -> int8 [rows, 32] in the order of `reference.coded_rows`."""
+    """Half of the codes of blocks below each other, 32 columns at [threads, 16] -> int8 [rows, 32] in the order of `reference.int8_rows`."""
     threads: tl.constexpr = codes_at.shape[0]
     codes = tl.load(codes_at, eviction_policy="evict_first")
     # Threads are 8 rows of 4 by warps of 16 rows; elements are halves of 16 columns, rows 8 apart, neighbours.
@@ -43,7 +43,7 @@ def _half(codes_at):
 
 @triton.jit
 def _block(codes_at):
-    """Codes of 4 bits of blocks below each other at [threads, 16] -> e4m3 [rows, 64] in the order of `reference.coded_rows`."""
+    """Codes of 4 bits of blocks below each other at [threads, 16] -> e4m3 [rows, 64] in the order of `reference.int8_rows`."""
     threads: tl.constexpr = codes_at.shape[0]
     upper, lower = nibbles_by_row(tl.load(codes_at, eviction_policy="evict_first"))
     parts = tl.join(upper, lower).reshape(threads // 32, 8, 4, 4, 4, 2)  # elements are steps of 16 columns, neighbours, rows 8 apart
@@ -145,7 +145,7 @@ def coded_linear_kernel(
         wait()
     total = tl.zeros([BLOCK_N, PART], tl.float32)
     second = total
-    # Said to the loop, the stages hold for scales too, which no product takes.
+    # num_stages on the loop and not the kernel alone: else loads that no product takes, the scales, are not fetched ahead.
     for step in tl.range(split * share, tl.minimum((split + 1) * share, steps), num_stages=STAGES):
         left = codes_at + step * (STEP // SIZE) * BYTES
         right = codes_at + tl.minimum(step * (STEP // SIZE) + 1, blocks - 1) * BYTES  # past the last x is zeros
@@ -189,16 +189,16 @@ def coded_linear(
     int8 has one scale a row and no shift, int4 groups of a multiple of 128 or of all columns. A tile has a multiple of 64 as rows of the weight, up to 128 rows of x and 128 columns to a step.
     """
     rows, size = x.shape
-    if tile.block_n % SIZE.value or tile.block_k != STEP.value or tile.block_t > 2 * PART:
-        raise ValueError(f"{tile} is not made of blocks of {SIZE.value} x {STEP.value} for up to {2 * PART} rows")
+    if tile.block_n % SIZE.value or tile.block_k != STEP.value or tile.block_t > 2 * ROWS_AT_ONCE:
+        raise ValueError(f"{tile} is not made of blocks of {SIZE.value} x {STEP.value} for up to {2 * ROWS_AT_ONCE} rows")
     int4 = codes.dtype == torch.uint8
     if not has_coded(KINDS[codes.dtype], group, size, shift is not None):
         raise ValueError(f"groups of {group} columns{' with shifts' if shift is not None else ''} of {codes.dtype} have no product by codes")
     block_t = min(tile.block_t, max(16, triton.next_power_of_2(rows)))
     if int4:
-        x_codes, x_scale, x_sum = float_rows(x, block_t)
+        x_codes, x_scale, x_sum = e4m3_rows(x, block_t)
     else:
-        x_codes, x_scale = code_rows(x, block_t)
+        x_codes, x_scale = int8_rows(x, block_t)
         x_sum = x_scale
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
     programs = triton.cdiv(out_size, tile.block_n) * triton.cdiv(rows, block_t)
@@ -222,7 +222,7 @@ def coded_linear(
         BLOCK_T=block_t,
         BLOCK_N=tile.block_n,
         SPLIT_K=tile.split_k,
-        PARTS=max(1, block_t // PART),
+        PARTS=max(1, block_t // ROWS_AT_ONCE),
         STAGES=tile.num_stages,
         INT4=int4,
         HAS_SHIFT=shift is not None,

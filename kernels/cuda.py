@@ -18,7 +18,7 @@ from kernels.fragment_linear import fragment_linear as tiled_fragment_linear
 from kernels.fragment_rows import ROWS, fragment_rows
 from kernels.kv_write import write_kv
 from kernels.quant_tiles import FP8_CAPABILITY, Choice, choice_of, takes_8_bits
-from kernels.quantize_rows import quantize_rows
+from kernels.quantize_rows import exchanged_e4m3_rows
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_write import rope_write
 from kernels.row_linear import row_linear
@@ -148,7 +148,7 @@ def fragment_linear_by(
     elif choice.way == "plain":
         out = functional.linear(rows, fragment_dequantize(codes, scale, shift, group, out_size, rows.shape[1], rows.dtype), bias)
     else:
-        x_codes, x_scale = quantize_rows(rows)
+        x_codes, x_scale = exchanged_e4m3_rows(rows)
         # Fast: the matrix unit adds up a whole row, with fewer bits than float32 has.
         out = torch._scaled_mm(
             x_codes, codes.t(), scale_a=x_scale, scale_b=scale.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=True

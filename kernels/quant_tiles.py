@@ -13,7 +13,7 @@ from kernels.reference import CODED_GROUP
 from kernels.skinny_tiles import Tile
 
 SINGLE_ROWS = 8  # up to here a matrix instruction takes all rows of x at once
-FEW_ROWS = 64  # up to here reading the weight bounds a product
+MEMORY_BOUND_ROWS = 64  # up to here reading the weight bounds a product
 WIDE_ROWS = 256  # above it a weight is dequantised once for all rows
 PROGRAMS = 264  # two on each multiprocessor of an H100 or H200
 SCALED_ROWS = 16  # what PyTorch's product of two fp8 wants the rows of a weight to be a multiple of
@@ -102,7 +102,7 @@ def choice_of(kind: Kind, rows: int, out_size: int, size: int, rounds: bool = Fa
             return found
     if rows <= SINGLE_ROWS and narrow:
         return Choice("rows", rows_tile_by_rule(kind, out_size))
-    if rows > FEW_ROWS and rounds:
+    if rows > MEMORY_BOUND_ROWS and rounds:
         return SCALED if kind == "fp8" else Choice("coded", coded_tile_by_rule(kind, rows, out_size, size))
     if rows > WIDE_ROWS:
         return PLAIN
@@ -118,7 +118,7 @@ def rows_tile_by_rule(kind: Kind, out_size: int) -> RowsTile:
 
 def tile_by_rule(rows: int, out_size: int, size: int) -> Tile:
     """Columns are split where rows of the weight alone do not fill the device."""
-    if rows > FEW_ROWS:  # a tile takes 128 rows of x, so that a weight is widened once or twice
+    if rows > MEMORY_BOUND_ROWS:  # a tile takes 128 rows of x, so that a weight is widened once or twice
         wanted = max(1, PROGRAMS // 2 // (-(-out_size // 128) * -(-rows // 128)))
         split = min(4, 1 << wanted.bit_length() - 1, max(1, size // 512))
         return Tile(128, 64, split, 8, 3, 128)

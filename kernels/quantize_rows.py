@@ -1,6 +1,7 @@
-"""Triton: rows as 8-bit codes: e4m3 with a scale a row, or int8 with a scale for every 128 columns.
+"""Triton: rows as 8-bit codes: int8 with a scale for every 128 columns, or e4m3 with one a row, with sums of columns or without.
 
-Columns come out in the order of the weights they meet (`reference.exchanged_columns`, `reference.coded_rows`). Knows no products.
+Columns come out in the order of the weights they meet: those of `reference.int8_rows`, or of `reference.exchanged_columns` for
+PyTorch's product of two e4m3. Knows no products.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from kernels.launch import dependent, wait
 from kernels.reference import CODED_GROUP, FP8_MAX, INT8_MAX
 
-BLOCK = 2048
+COLUMNS = 2048  # of a program at a time
 NUM_WARPS = 4
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 LARGEST = tl.constexpr(FP8_MAX)
@@ -23,7 +24,7 @@ ROUNDS = tl.constexpr(1.5 * 2**23)  # added to a float32 of magnitude below 2**2
 
 
 @triton.jit
-def quantize_rows_kernel(codes_ptr, scale_ptr, x_ptr, x_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def exchanged_e4m3_rows_kernel(codes_ptr, scale_ptr, x_ptr, x_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     if PDL:
@@ -42,7 +43,7 @@ def quantize_rows_kernel(codes_ptr, scale_ptr, x_ptr, x_stride, SIZE: tl.constex
         tl.store(codes_ptr + row * PADDED + start + lane, codes.to(codes_ptr.dtype.element_ty), mask=start + lane < PADDED)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def exchanged_e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, K], elements of a row dense -> codes float8_e4m3fn [T, K'], scale float32 [T, 1].
 
     As `reference.quantize_rows`, then `reference.exchanged_columns`.
@@ -50,15 +51,21 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, size = x.shape
     codes = torch.empty(rows, triton.cdiv(size, 64) * 64, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    quantize_rows_kernel[rows,](
-        codes, scale, x, x.stride(0), SIZE=size, BLOCK=BLOCK, num_warps=NUM_WARPS, **dependent(x.device)
+    exchanged_e4m3_rows_kernel[rows,](
+        codes, scale, x, x.stride(0), SIZE=size, BLOCK=COLUMNS, num_warps=NUM_WARPS, **dependent(x.device)
     )
     return codes, scale
 
 
+@triton.jit
+def _ordered(codes):
+    """Codes [groups, 128] -> the same in the order of `reference.int8_rows`."""
+    return codes.reshape(codes.shape[0], GROUP // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(codes.shape[0], GROUP)
+
+
 @triton.jit(do_not_specialize=["rows"])
-def code_rows_kernel(codes_ptr, scale_ptr, x_ptr, x_stride, rows, filled, SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def int8_rows_kernel(codes_ptr, scale_ptr, x_ptr, x_stride, rows, filled, SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # BLOCK counts groups
     group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     if PDL:
@@ -67,21 +74,20 @@ def code_rows_kernel(codes_ptr, scale_ptr, x_ptr, x_stride, rows, filled, SIZE: 
     scale = tl.maximum(tl.max(tl.abs(x), axis=1) / LARGEST_INT, TINY)
     codes = (x * (1.0 / scale)[:, None] + ROUNDS) - ROUNDS
     tl.store(scale_ptr + group * filled + row, scale, mask=group < GROUPS)
-    codes = codes.to(tl.int8).reshape(BLOCK, GROUP // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BLOCK, GROUP)
-    tl.store(codes_ptr + row * (GROUPS * GROUP) + column, codes, mask=(group < GROUPS)[:, None])
+    tl.store(codes_ptr + row * (GROUPS * GROUP) + column, _ordered(codes.to(tl.int8)), mask=(group < GROUPS)[:, None])
 
 
-def code_rows(x: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+def int8_rows(x: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     """x [T, K], elements of a row dense -> codes int8 [T', K'], scale float32 [K' / 128, T'].
 
-    The first T rows are as `reference.coded_rows`; T' is a multiple of `multiple`, and the rest is zeros.
+    The first T rows are as `reference.int8_rows`; T' is a multiple of `multiple`, and the rest is zeros.
     """
     rows, size = x.shape
     filled, groups = triton.cdiv(rows, multiple) * multiple, triton.cdiv(size, CODED_GROUP)
     codes = torch.empty(filled, groups * CODED_GROUP, dtype=torch.int8, device=x.device)
     scale = torch.empty(groups, filled, dtype=torch.float32, device=x.device)
-    block = min(BLOCK // CODED_GROUP, triton.next_power_of_2(groups))
-    code_rows_kernel[filled, triton.cdiv(groups, block)](
+    block = min(COLUMNS // CODED_GROUP, triton.next_power_of_2(groups))
+    int8_rows_kernel[filled, triton.cdiv(groups, block)](
         codes, scale, x, x.stride(0), rows, filled, SIZE=size, GROUPS=groups, BLOCK=block, num_warps=NUM_WARPS, **dependent(x.device)
     )
     return codes, scale
@@ -98,10 +104,10 @@ def _rounded(x):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def float_rows_kernel(
+def e4m3_rows_kernel(
     codes_ptr, scale_ptr, sum_ptr, x_ptr, x_stride, rows, filled, SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)  # BLOCK counts groups: all of a row
     group = tl.arange(0, BLOCK)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     if PDL:
@@ -111,14 +117,13 @@ def float_rows_kernel(
     codes = _rounded(tl.clamp(x * (1.0 / scale), -LARGEST, LARGEST))
     tl.store(scale_ptr + row, scale)
     tl.store(sum_ptr + group * filled + row, tl.sum(codes, axis=1), mask=group < GROUPS)
-    codes = codes.to(codes_ptr.dtype.element_ty).reshape(BLOCK, GROUP // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BLOCK, GROUP)
-    tl.store(codes_ptr + row * (GROUPS * GROUP) + column, codes, mask=(group < GROUPS)[:, None])
+    tl.store(codes_ptr + row * (GROUPS * GROUP) + column, _ordered(codes.to(codes_ptr.dtype.element_ty)), mask=(group < GROUPS)[:, None])
 
 
-def float_rows(x: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+def e4m3_rows(x: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, K], elements of a row dense -> codes float8_e4m3fn [T', K'], scale float32 [T'], sums of codes float32 [K' / 128, T'].
 
-    The first T rows are as `reference.float_rows`; T' is a multiple of `multiple`, and the rest is zeros.
+    The first T rows are as `reference.e4m3_rows`; T' is a multiple of `multiple`, and the rest is zeros.
     """
     rows, size = x.shape
     filled, groups = triton.cdiv(rows, multiple) * multiple, triton.cdiv(size, CODED_GROUP)
@@ -126,7 +131,7 @@ def float_rows(x: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     scale = torch.empty(filled, dtype=torch.float32, device=x.device)
     sums = torch.empty(groups, filled, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(groups)
-    float_rows_kernel[filled,](
+    e4m3_rows_kernel[filled,](
         codes, scale, sums, x, x.stride(0), rows, filled, SIZE=size, GROUPS=groups, BLOCK=block, num_warps=2 * NUM_WARPS, **dependent(x.device)
     )
     return codes, scale, sums

@@ -514,7 +514,7 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
 
 
-def coded_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, K] -> int8 codes [T, K'], float32 scale [K' / 128, T]; K' is K filled up to a multiple of 128 with zeros.
 
     Every 128 columns have a scale of their own. Of each 16 columns, column 8 * c + 2 * r + p is at 4 * r + 2 * c + p: so four
@@ -525,20 +525,20 @@ def coded_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _as_bytes_of_registers(codes.flatten(1)), scale[..., 0].t().contiguous()
 
 
-def float_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [T, K] -> float8_e4m3fn codes [T, K'], float32 scale [T], the sums of every 128 codes float32 [K' / 128, T]; columns as `coded_rows`."""
+def e4m3_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, K] -> float8_e4m3fn codes [T, K'], float32 scale [T], the sums of every 128 codes float32 [K' / 128, T]; columns as `int8_rows`."""
     codes, scale = quantize_rows(torch.nn.functional.pad(x.float(), (0, -x.shape[1] % CODED_GROUP)), torch.float8_e4m3fn)
     sums = codes.float().unflatten(1, (-1, CODED_GROUP)).sum(2)
     return _as_bytes_of_registers(codes), scale[:, 0], sums.t().contiguous()
 
 
 def _as_bytes_of_registers(codes: torch.Tensor) -> torch.Tensor:
-    """[T, K] with columns in the order that `coded_rows` tells of."""
+    """[T, K] with columns in the order that `int8_rows` tells of."""
     return codes.view(len(codes), -1, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(codes.shape)
 
 
 def decoded_rows(codes: torch.Tensor, scale: torch.Tensor, size: int) -> torch.Tensor:
-    """What `coded_rows` stands for, or `float_rows` with its scale as [1, T]: float32 [T, size]."""
+    """What `int8_rows` stands for, or `e4m3_rows` with its scale as [1, T]: float32 [T, size]."""
     plain = codes.view(len(codes), -1, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(len(codes), -1, CODED_GROUP)
     return (plain.float() * scale.t()[:, :, None]).flatten(1)[:, :size]
 

@@ -1,6 +1,7 @@
 """Device functions that bring integer codes of 4 and 8 bits to the type of a product, and give them scale and shift.
 
-By packed arithmetic in assembly where it is bfloat16 or int8. Knows no memory layout but that of the codes in a word.
+By packed arithmetic in assembly where it is bfloat16 or 8 bits; and what else of such a product has to be said in assembly: that its operand
+stays in registers, that sums are done, that lines are wanted soon. Knows no memory layout but that of the codes in a word.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def wide_bytes(codes, DTYPE: tl.constexpr):
 def bytes_by_row(codes):
     """int8 [threads, bytes] as `reference.fragments` lays them -> the same codes, of each eight first those of the upper row.
 
-    In the order of `reference.coded_rows`: of each 16 columns the neighbours of the first 8 and then those of the last 8.
+    In the order of `reference.int8_rows`: of each 16 columns the neighbours of the first 8 and then those of the last 8.
     """
     if ASSEMBLES:
         return tl.inline_asm_elementwise(BYTES_BY_ROW, "=&r,=&r,r,r", [codes], tl.int8, is_pure=False, pack=8)

@@ -28,7 +28,7 @@ from floors import BYTES, Ceilings, Shape
 from h200_offline import ceilings_of, config_of, step_of
 from h200_report import Report, graph_seconds
 from kernels import cuda, reference
-from kernels.quant_tiles import FEW_ROWS, SINGLE_ROWS, Choice, Kind, coded, few, has_coded, tile_by_rule
+from kernels.quant_tiles import MEMORY_BOUND_ROWS, SINGLE_ROWS, Choice, Kind, coded, few, has_coded, tile_by_rule
 from kernels.skinny_tiles import Tile
 
 ROWS = (2, 8, 32, 64, 128, 256, 1024)  # of a product; a step of one sequence is padded to two
@@ -106,15 +106,15 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
         yield from (few(*sizes) for sizes in FEW_SIZES)
         yield Choice("tile", tile_by_rule(rows, product.out_size, product.size))
         return
-    if rows > FEW_ROWS // 2:
+    if rows > MEMORY_BOUND_ROWS // 2:
         yield Choice("plain")
     if product.kind == "fp8":
         yield Choice("scaled")
-    if rows > FEW_ROWS and has_coded(product.kind, product.group, product.size, product.kind == "int4"):
+    if rows > MEMORY_BOUND_ROWS and has_coded(product.kind, product.group, product.size, product.kind == "int4"):
         for block_n, warps, stages, block_t in CODED_SIZES:
             for split in _splits(product, rows, block_n, block_t):
                 yield coded(block_n, split, warps, stages, block_t)
-    if product.kind != "fp8" or rows <= FEW_ROWS:
+    if product.kind != "fp8" or rows <= MEMORY_BOUND_ROWS:
         yield Choice("tile", tile_by_rule(rows, product.out_size, product.size))
     for block_n, block_k, warps, stages, block_t in _sizes(product.kind, rows):
         for split in _splits(product, rows, block_n, block_t):
@@ -124,7 +124,7 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
 def _splits(product: Product, rows: int, block_n: int, block_t: int) -> Iterator[int]:
     """That divide the columns and leave programs for the device, but not many."""
     whole = -(-product.out_size // block_n) * -(-rows // block_t)
-    most = 1056 if rows <= FEW_ROWS else 528
+    most = 1056 if rows <= MEMORY_BOUND_ROWS else 528
     for split in (1, 2, 4, 8):
         if product.size % (split * 128) == 0 and 100 <= whole * split and (split == 1 or whole * split <= most):
             yield split
@@ -134,7 +134,7 @@ def _sizes(kind: Kind, rows: int) -> tuple[tuple[int, int, int, int, int], ...]:
     """Weight rows and columns of a step, warps, stages, rows of x: none spills."""
     if rows <= 16:
         return (64, 128, 4, 4, 64), (64, 128, 4, 6, 64), (128, 128, 4, 4, 64)
-    if rows <= FEW_ROWS:
+    if rows <= MEMORY_BOUND_ROWS:
         return (64, 128, 4, 4, 64), (128, 128, 4, 4, 64), (256, 128, 8, 3, 64)
     if kind == "fp8":
         return ()

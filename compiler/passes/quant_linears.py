@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from compiler.quant_formats import Quantized
+from compiler.trim import return_freed_memory
 from kernels import cpu, reference
-from kernels.quant_tiles import FEW_ROWS
+from kernels.quant_tiles import MEMORY_BOUND_ROWS
 
 log = logging.getLogger("pagegraph.quantization")
 
@@ -201,6 +202,7 @@ def quant_linears(model: nn.Module, round_activations: bool = True) -> int:
             if type(child) is QuantLinear:
                 form = _form(child, round_activations)
                 setattr(parent, name, form)
+                return_freed_memory()
                 found += 1
                 widened += type(form) is nn.Linear
                 rounding += type(form) is Fragments and round_activations
@@ -215,7 +217,7 @@ def quant_linears(model: nn.Module, round_activations: bool = True) -> int:
         log.info(
             "quantization: steps of more than about %d tokens may round activations to 8 bits in front of quantised linears; "
             "round_activations=false keeps them as they are, at less speed",
-            FEW_ROWS,
+            MEMORY_BOUND_ROWS,
         )
     return found
 

@@ -31,9 +31,9 @@ def random_rows(rows: int, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rows_become_the_codes_of_the_reference(triton_calls, size: int, dtype: torch.dtype) -> None:
     x = (torch.randn(5, size, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e3])[:, None]).to(dtype)
-    (codes, scale), _ = triton_calls.call("kernels.quantize_rows", "code_rows", x, 16)
+    (codes, scale), _ = triton_calls.call("kernels.quantize_rows", "int8_rows", x, 16)
     assert codes.shape == (16, -(-size // CODED_GROUP) * CODED_GROUP) and scale.shape == (codes.shape[1] // CODED_GROUP, 16)
-    expected, expected_scale = reference.coded_rows(x)
+    expected, expected_scale = reference.int8_rows(x)
     torch.testing.assert_close(scale[:, :5], expected_scale, rtol=1e-6, atol=0)
     # A quotient at the middle of two codes may go either way.
     assert ((codes[:5].int() - expected.int()).abs() <= 1).all() and (codes[:5] == expected).float().mean() > 0.99
@@ -44,9 +44,9 @@ def test_rows_become_the_codes_of_the_reference(triton_calls, size: int, dtype: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rows_become_the_floats_of_the_reference(triton_calls, size: int, dtype: torch.dtype) -> None:
     x = (torch.randn(5, size, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e3])[:, None]).to(dtype)
-    (codes, scale, sums), _ = triton_calls.call("kernels.quantize_rows", "float_rows", x, 16)
+    (codes, scale, sums), _ = triton_calls.call("kernels.quantize_rows", "e4m3_rows", x, 16)
     assert codes.shape == (16, -(-size // CODED_GROUP) * CODED_GROUP) and scale.shape == (16,) and sums.shape == (codes.shape[1] // CODED_GROUP, 16)
-    expected, expected_scale, _ = reference.float_rows(x)
+    expected, expected_scale, _ = reference.e4m3_rows(x)
     torch.testing.assert_close(scale[:5], expected_scale, rtol=1e-6, atol=0)
     check_floats(codes[:5], expected)
     assert not codes[5:].float().any() and not sums[:, 5:].any()
@@ -65,11 +65,11 @@ def check_floats(codes: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("size", [128, 200])
 def test_codes_are_within_half_a_step_of_what_they_stand_for(size: int) -> None:
     x = random_rows(6, size)
-    codes, scale = reference.coded_rows(x)
+    codes, scale = reference.int8_rows(x)
     back = reference.decoded_rows(codes, scale, size)
     step = scale.t().repeat_interleave(CODED_GROUP, dim=1)[:, :size]
     assert ((back - x.float()).abs() <= 0.5001 * step).all()
-    floats, scale, sums = reference.float_rows(x)
+    floats, scale, sums = reference.e4m3_rows(x)
     back = reference.decoded_rows(floats.float(), scale[None], size)
     assert ((back - x.float()).abs() <= 2**-4 * x.float().abs() + 2**-10 * scale[:, None]).all()
     torch.testing.assert_close((sums * scale).sum(0), back.sum(1))
@@ -77,7 +77,7 @@ def test_codes_are_within_half_a_step_of_what_they_stand_for(size: int) -> None:
 
 def test_the_place_of_each_column() -> None:
     """Columns 8 * c + 2 * r + p of 16 at 4 * r + 2 * c + p."""
-    codes, _ = reference.coded_rows(torch.arange(128.0)[None] - 0.5)
+    codes, _ = reference.int8_rows(torch.arange(128.0)[None] - 0.5)
     expected, _ = reference.quantize_rows(torch.arange(128.0)[None] - 0.5, torch.int8)
     for column in range(128):
         c, r, p = column % 16 // 8, column % 8 // 2, column % 2
@@ -94,7 +94,7 @@ def test_equals_the_product_of_what_the_codes_stand_for(
     bias = torch.randn(out_size).to(dtype) if biased else None
     added = 0 if bias is None else bias.float()
     laid_codes, laid_scale, _ = laid(codes, scale, None, size, size)
-    expected = reference.decoded_rows(*reference.coded_rows(x), size) @ weight.t() + added
+    expected = reference.decoded_rows(*reference.int8_rows(x), size) @ weight.t() + added
     for _ in range(2):  # the second call finds the arrival counts as the first left them
         out, _ = triton_calls.call("kernels.coded_linear", "coded_linear", x, laid_codes, laid_scale, None, bias, size, out_size, tile)
         assert out.dtype == x.dtype and out.shape == expected.shape
@@ -122,7 +122,7 @@ def test_groups_of_4_bits(
     scale, shift = (None if one is None else one.to(scales) for one in pairs)
     x, weight = random_rows(rows, size).to(dtype), reference.dequantize(codes, scale, shift, group)
     bias = torch.randn(out_size).to(dtype)
-    floats, x_scale, _ = reference.float_rows(x)
+    floats, x_scale, _ = reference.e4m3_rows(x)
     expected = reference.decoded_rows(floats.float(), x_scale[None], size) @ weight.t() + bias.float()
     for _ in range(2):
         out, _ = triton_calls.call("kernels.coded_linear", "coded_linear", x, *laid(codes, scale, shift, group, size), bias, group, out_size, tile)

@@ -10,7 +10,7 @@ from quantised_weights import laid, multiplied, random_weight
 
 import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from kernels import quant_tiles, reference
-from kernels.quant_tiles import FEW_ROWS, SINGLE_ROWS, Choice, RowsTile, Tile, choice_of, few, takes_8_bits, tile_by_rule
+from kernels.quant_tiles import MEMORY_BOUND_ROWS, SINGLE_ROWS, Choice, RowsTile, Tile, choice_of, few, takes_8_bits, tile_by_rule
 
 SHAPES = [
     # kind, N, K, group, tile
@@ -134,7 +134,7 @@ def test_a_tile_is_made_of_blocks(triton_calls) -> None:
 @pytest.mark.parametrize("size", [3000, 64])
 def test_rows_become_the_codes_of_the_reference(triton_calls, size: int) -> None:
     x = (torch.randn(5, size, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e4])[:, None]).bfloat16()
-    (codes, scale), _ = triton_calls.call("kernels.quantize_rows", "quantize_rows", x)
+    (codes, scale), _ = triton_calls.call("kernels.quantize_rows", "exchanged_e4m3_rows", x)
     expected, expected_scale = reference.quantize_rows(x, torch.float8_e4m3fn)
     expected = reference.exchanged_columns(expected)
     torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
@@ -163,7 +163,7 @@ def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int,
         assert choice.tile is None and kind == "fp8" and rounds and rows > SINGLE_ROWS
         return
     elif choice.way == "plain":
-        assert choice.tile is None and rows > FEW_ROWS
+        assert choice.tile is None and rows > MEMORY_BOUND_ROWS
         return
     tile = choice.tile
     assert tile.block_n % 64 == 0 and tile.block_k % 64 == 0
@@ -196,7 +196,7 @@ def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
     out, _ = triton_calls.call("kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, group, 128), None, group, 44, True)
     assert out.dtype == x.dtype and out.shape == expected.shape
     # Groups and shifts round the weight to bfloat16 before it is multiplied, and so does `plain`; `coded` rounds x to 8 bits.
-    part = {"int8": 2**-6, "int4": 2**-5}[kind] if kind != "fp8" and rows > FEW_ROWS and group == 128 else 2**-8
+    part = {"int8": 2**-6, "int4": 2**-5}[kind] if kind != "fp8" and rows > MEMORY_BOUND_ROWS and group == 128 else 2**-8
     torch.testing.assert_close(out.float(), expected, atol=part * expected.abs().max().item(), rtol=2**-7)
 
 

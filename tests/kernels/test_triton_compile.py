@@ -180,7 +180,7 @@ QUANTISED = [
     *(quantised(8, 4096, 4096, kind, group, shifted) for kind, group, shifted in (("fp8", 4096, False), ("int4", 32, True), ("int4", 128, False), ("int8", 16, False), ("int8", 4096, False))),
     *(quantised(256, 4096, 14336, "int4", 128, True, Tile(*tile)) for tile in MANY_ROWS),
     *(quantised(256, 4096, 14336, "int8", 14336, False, Tile(*tile)) for tile in MANY_ROWS),
-    ["rows to fp8", "kernels.quantize_rows", "quantize_rows", [tensor("bfloat16", 512, 14336)]],
+    ["rows to fp8", "kernels.quantize_rows", "exchanged_e4m3_rows", [tensor("bfloat16", 512, 14336)]],
     *(coded("int8", 256, 4096, 14336, Tile(*tile)) for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 3, 128), (64, 128, 2, 4, 4, 128), (128, 128, 1, 8, 3, 128))),
     *(coded("int4", 256, 4096, 14336, Tile(*tile)) for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 4, 128), (128, 128, 2, 4, 3, 64))),
     *(coded(kind, 256, 4096, 4096, Tile(64, 128, 1, 4, 4, 128), symmetric=True, dtype="float16") for kind in ("int4", "int8")),
@@ -301,7 +301,7 @@ def test_quantised_products() -> None:
     """No spills, on Hopper's matrix instruction, the weight in two buffers at least, and nothing touched before the wait."""
     kernels = compiled(QUANTISED)
     check_fits(kernels)
-    assert {k["kernel"] for k in kernels} == {"fragment_linear_kernel", "coded_linear_kernel", "quantize_rows_kernel", "code_rows_kernel", "float_rows_kernel", "fragment_dequantize_kernel"}
+    assert {k["kernel"] for k in kernels} == {"fragment_linear_kernel", "coded_linear_kernel", "exchanged_e4m3_rows_kernel", "int8_rows_kernel", "e4m3_rows_kernel", "fragment_dequantize_kernel"}
     assert all(k["waits"] and not k["early"] for k in kernels if k["kernel"] != "fragment_dequantize_kernel")
     products = [k for k in kernels if k["kernel"].endswith("linear_kernel")]
     assert all(k["warp_group_units"] and k["buffers"] >= 2 for k in products)
