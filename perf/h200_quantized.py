@@ -234,7 +234,7 @@ def _measured(report: Report, args: argparse.Namespace, product: Product, ceilin
     codes, scale, shift = _weight(product, args.device)
     whole = _dequantized(product, codes, scale, shift)
     plain = [whole.bfloat16() for _ in range(max(1, min(16, ROTATED // (out_size * size * BYTES))))]
-    copies = [codes.clone() for _ in range(max(1, min(32, int(ROTATED / product.bytes)))]
+    copies = [codes.clone() for _ in range(max(1, min(32, int(ROTATED / product.bytes))))]
     line, entry, found = [], {}, []
     for rows in ROWS:
         x = torch.randn(rows, size, device=args.device, dtype=torch.bfloat16)
