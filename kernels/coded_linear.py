@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.fragment_linear import KINDS, SIZE, THREADS, scale_place
 from kernels.launch import dependent, wait
 from kernels.quant_tiles import has_coded
-from kernels.quantize_rows import int8_rows, e4m3_rows
+from kernels.quantize_rows import Norm, e4m3_rows, int8_rows
 from kernels.reference import CODED_GROUP
 from kernels.skinny_tiles import Tile
 from kernels.split_columns import added_up, is_last, room_for_parts
@@ -182,13 +182,23 @@ def coded_linear_kernel(
 
 
 def coded_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int, tile: Tile
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    out_size: int,
+    tile: Tile,
+    norm: Norm | None = None,
+    gated: bool = False,
 ) -> Tensor:
     """x [T, K] (rows dense), a weight of integers as in `kernels.ops`, all contiguous -> [T, out_size] in x's dtype.
 
+    norm, gated: what is done to x before it is rounded (`kernels.quantize_rows`); gated: x is [T, 2 * K].
     int8 has one scale a row and no shift, int4 groups of a multiple of 128 or of all columns. A tile has a multiple of 64 as rows of the weight, up to 128 rows of x and 128 columns to a step.
     """
-    rows, size = x.shape
+    rows, size = len(x), x.shape[1] // 2 if gated else x.shape[1]
     if tile.block_n % SIZE.value or tile.block_k != STEP.value or tile.block_t > 2 * ROWS_AT_ONCE:
         raise ValueError(f"{tile} is not made of blocks of {SIZE.value} x {STEP.value} for up to {2 * ROWS_AT_ONCE} rows")
     int4 = codes.dtype == torch.uint8
@@ -196,9 +206,9 @@ def coded_linear(
         raise ValueError(f"groups of {group} columns{' with shifts' if shift is not None else ''} of {codes.dtype} have no product by codes")
     block_t = min(tile.block_t, max(16, triton.next_power_of_2(rows)))
     if int4:
-        x_codes, x_scale, x_sum = e4m3_rows(x, block_t)
+        x_codes, x_scale, x_sum = e4m3_rows(x, block_t, norm, gated)
     else:
-        x_codes, x_scale = int8_rows(x, block_t)
+        x_codes, x_scale = int8_rows(x, block_t, norm, gated)
         x_sum = x_scale
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
     programs = triton.cdiv(out_size, tile.block_n) * triton.cdiv(rows, block_t)

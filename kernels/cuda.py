@@ -17,8 +17,8 @@ from kernels.fragment_linear import KINDS, fragment_dequantize
 from kernels.fragment_linear import fragment_linear as tiled_fragment_linear
 from kernels.fragment_rows import ROWS, fragment_rows
 from kernels.kv_write import write_kv
-from kernels.quant_tiles import FP8_CAPABILITY, Choice, choice_of, takes_8_bits
-from kernels.quantize_rows import exchanged_e4m3_rows
+from kernels.quant_tiles import FP8_CAPABILITY, ROUNDING, Choice, choice_of, takes_8_bits
+from kernels.quantize_rows import Norm, exchanged_e4m3_rows
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_write import rope_write
 from kernels.row_linear import row_linear
@@ -117,11 +117,54 @@ def fragment_linear(
     gated: bool = False,
 ) -> Tensor:
     """See `kernels.ops`."""
-    rows, kind = _rows(x), KINDS[codes.dtype]
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else FP8_CAPABILITY  # none: the interpreter
-    rounds = rounds and takes_8_bits(kind, x.dtype, out_size, rows.shape[1], group, shift is not None, capability)
-    choice = choice_of(kind, len(rows), out_size, rows.shape[1], rounds, rows.element_size() == 2)
+    rows = _rows(x)
+    choice = _choice(len(rows), rows.shape[1], x.dtype, codes, shift, group, out_size, rounds)
     return fragment_linear_by(choice, rows, codes, scale, shift, bias, group, out_size, gated).view(*x.shape[:-1], -1)
+
+
+def norm_fragment_linear(
+    x: Tensor,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    codes: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    out_size: int,
+    rounds: bool,
+    second_codes: Tensor | None,
+    second_scale: Tensor | None,
+    second_shift: Tensor | None,
+    second_bias: Tensor | None,
+    second_group: int,
+    second_size: int,
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.ops`. Where rows are rounded for a product, one kernel does that and what is ahead of it."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    ahead = Norm(norm, eps, residual.reshape(rows.shape).contiguous(), torch.empty_like(rows))
+    first = codes, scale, shift, bias, group, out_size
+    choice = _choice(len(rows), rows.shape[1], x.dtype, codes, shift, group, out_size, rounds)
+    if second_codes is None:
+        out = fragment_linear_by(choice, rows, *first, norm=ahead)
+    else:
+        second = second_codes, second_scale, second_shift, second_bias, second_group, second_size
+        later = _choice(len(rows), out_size // 2, x.dtype, second_codes, second_shift, second_group, second_size, rounds)
+        apart = later.way in ROUNDING  # then the gate is done as its result is rounded
+        inner = fragment_linear_by(choice, rows, *first, gated=not apart, norm=ahead)
+        out = fragment_linear_by(later, inner, *second, gated_rows=apart)
+    return ahead.total.view(x.shape), out.view(*x.shape[:-1], -1)
+
+
+def _choice(
+    rows: int, size: int, dtype: torch.dtype, codes: Tensor, shift: Tensor | None, group: int, out_size: int, rounds: bool
+) -> Choice:
+    """How x [rows, size] is multiplied with a weight."""
+    kind = KINDS[codes.dtype]
+    capability = torch.cuda.get_device_capability(codes.device) if codes.is_cuda else FP8_CAPABILITY  # none: the interpreter
+    rounds = rounds and takes_8_bits(kind, dtype, out_size, size, group, shift is not None, capability)
+    return choice_of(kind, rows, out_size, size, rounds, dtype.itemsize == 2)
 
 
 def fragment_linear_by(
@@ -134,8 +177,16 @@ def fragment_linear_by(
     group: int,
     out_size: int,
     gated: bool = False,
+    norm: Norm | None = None,
+    gated_rows: bool = False,
 ) -> Tensor:
-    """rows [T, K] -> [T, out_size], gated half of that, by the given way; `coded` and `scaled` round rows to 8 bits too."""
+    """rows [T, K] -> [T, out_size], gated half of that, by the given way; `coded` and `scaled` round rows to 8 bits too.
+
+    norm: what is done to rows first; gated_rows: they are [T, 2 * K], and silu(first half) * second half is multiplied.
+    """
+    if choice.way not in ROUNDING:
+        rows = rows if norm is None else add_rms_norm(rows, norm.residual, norm.weight, norm.eps, norm.total)[1]
+        rows = silu_mul(rows) if gated_rows else rows
     if choice.way == "rows":
         tile = choice.tile._replace(parts=max(2, choice.tile.parts)) if gated else choice.tile  # gate and up are one program's
         within = gated and out_size % (ROWS.value * tile.parts) == 0
@@ -144,11 +195,11 @@ def fragment_linear_by(
     if choice.way == "tile":
         out = tiled_fragment_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile)
     elif choice.way == "coded":
-        out = coded_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile)
+        out = coded_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile, norm, gated_rows)
     elif choice.way == "plain":
         out = functional.linear(rows, fragment_dequantize(codes, scale, shift, group, out_size, rows.shape[1], rows.dtype), bias)
     else:
-        x_codes, x_scale = exchanged_e4m3_rows(rows)
+        x_codes, x_scale = exchanged_e4m3_rows(rows, norm, gated_rows)
         # Fast: the matrix unit adds up a whole row, with fewer bits than float32 has.
         out = torch._scaled_mm(
             x_codes, codes.t(), scale_a=x_scale, scale_b=scale.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=True

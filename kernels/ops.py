@@ -25,6 +25,8 @@ int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kern
 `kernels.reference.fragments` lays them, scale and shift as `fragment_pairs` does; or float8_e4m3fn as `exchanged_columns`, scale float32
 [N, groups] of a multiple of 64 columns each, no shift. rounds: a device may round x to 8 bits where that is
 faster, from many rows on (`kernels.quant_tiles`). gated: [..., out_size / 2], silu(first half) * second half.
+`pagegraph::norm_fragment_linear` is x + residual -> its norm -> fragment_linear -> (sum, product); with a second weight the first is
+gated and the second's product [..., second_size] comes out.
 
 `pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit codes as
 PyTorch packs them for AVX-512 (`kernels.cpu.unpack_int4`), pairs [K / group, N, 2] scale and shift beside each other in x's dtype.
@@ -90,6 +92,11 @@ _library.define("quant_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shif
 _library.define(
     "fragment_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group, int out_size, "
     "bool rounds, bool gated=False) -> Tensor"
+)
+_library.define(
+    "norm_fragment_linear(Tensor x, Tensor residual, Tensor norm, float eps, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, "
+    "int group, int out_size, bool rounds, Tensor? second_codes, Tensor? second_scale, Tensor? second_shift, Tensor? second_bias, "
+    "int second_group, int second_size) -> (Tensor, Tensor)"
 )
 _library.define("int4_packed_linear(Tensor x, Tensor packed, Tensor pairs, int group) -> Tensor")
 _library.define("int4_packed_chain(Tensor x, Tensor residual, Tensor[] tensors, int[] numbers, float[] eps) -> Tensor")
@@ -181,6 +188,12 @@ def _fragment_linear_on_cuda(*arguments: Tensor | int | None) -> Tensor:
     return cuda.fragment_linear(*arguments)
 
 
+def _norm_fragment_linear_on_cuda(*arguments: Tensor | float | bool | None) -> tuple[Tensor, Tensor]:
+    from kernels import cuda
+
+    return cuda.norm_fragment_linear(*arguments)
+
+
 def _rms_norm_on_cuda(*arguments: Tensor | float) -> Tensor:
     from kernels import rms_norm
 
@@ -212,6 +225,8 @@ _library.impl("in_memory", torch.clone, "CompositeExplicitAutograd")
 _library.impl("quant_linear", reference.quant_linear, "CompositeExplicitAutograd")
 _library.impl("fragment_linear", reference.fragment_linear, "CPU")
 _library.impl("fragment_linear", _fragment_linear_on_cuda, "CUDA")
+_library.impl("norm_fragment_linear", reference.norm_fragment_linear, "CPU")
+_library.impl("norm_fragment_linear", _norm_fragment_linear_on_cuda, "CUDA")
 _library.impl("int4_packed_linear", cpu.int4_packed_linear, "CPU")
 _library.impl("int4_packed_chain", cpu_int4.chain, "CPU")
 _library.impl("linear", functional.linear, "CPU")
@@ -264,6 +279,14 @@ def _fragment_linear_fake(
     rounds: bool, gated: bool = False,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], out_size // 2 if gated else out_size)
+
+
+@torch.library.register_fake("pagegraph::norm_fragment_linear", lib=_library)
+def _norm_fragment_linear_fake(
+    x: Tensor, residual: Tensor, norm: Tensor, eps: float, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None,
+    group: int, out_size: int, rounds: bool, second_codes: Tensor | None, *second: Tensor | int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), x.new_empty(*x.shape[:-1], out_size if second_codes is None else second[-1])
 
 
 @torch.library.register_fake("pagegraph::int4_packed_linear", lib=_library)

@@ -23,6 +23,7 @@ Kind = Literal["int8", "int4", "fp8"]
 # rows: `kernels.fragment_rows`, for few rows; tile: `kernels.fragment_linear` by that tile; plain: dequantised, then cuBLAS. Two round rows of x to 8 bits:
 # coded: `kernels.coded_linear` by that tile, of int8 with one scale a row or int4 in groups of multiples of 128; scaled: PyTorch's product of two fp8, of one scale a row.
 Way = Literal["rows", "tile", "plain", "coded", "scaled"]
+ROUNDING: tuple[Way, ...] = ("coded", "scaled")
 
 
 class RowsTile(NamedTuple):

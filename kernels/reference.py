@@ -600,3 +600,30 @@ def fragment_linear(
         codes = from_fragments(codes, out_size, size)
     product = quant_linear(x, codes, scale, shift, bias, group)
     return silu_mul(product) if gated else product
+
+
+def norm_fragment_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group: int,
+    out_size: int,
+    rounds: bool,
+    second_codes: torch.Tensor | None,
+    second_scale: torch.Tensor | None,
+    second_shift: torch.Tensor | None,
+    second_bias: torch.Tensor | None,
+    second_group: int,
+    second_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kernels.ops`."""
+    total, normed = add_rms_norm(x, residual, norm, eps)
+    out = fragment_linear(normed, codes, scale, shift, bias, group, out_size, rounds, second_codes is not None)
+    if second_codes is not None:
+        out = fragment_linear(out, second_codes, second_scale, second_shift, second_bias, second_group, second_size, rounds)
+    return total, out

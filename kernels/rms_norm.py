@@ -49,10 +49,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `kernels.ops`."""
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `kernels.ops`. total: like x, where the sum is left if it is given."""
     x, residual = x.contiguous(), residual.contiguous()
-    total, out = torch.empty_like(x), torch.empty_like(x)
+    total, out = torch.empty_like(x) if total is None else total, torch.empty_like(x)
     _launch(out, total, x, residual, weight, eps, add=True)
     return total, out
 

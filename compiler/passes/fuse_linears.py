@@ -1,6 +1,7 @@
 """Graph pass: linear, residual addition, norm, linear, gate in a row become one op, which may share kernels among them.
 
-Of quantised linears the gate alone joins the one before it: norms in their kernels for few rows cost more than kernels of their own.
+Of quantised linears it is addition, norm, linear, or these with a gate and a second linear behind: what is ahead of a product of many
+rows is done where its rows are rounded. For few rows norms in the products' kernels cost more than kernels of their own.
 Runs after `fuse_rows`, whose ops it looks for. Knows FX graphs; knows no models, and not which kernels the op takes.
 """
 
@@ -11,9 +12,11 @@ import operator
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from compiler.passes.graph_forms import is_call, rewrite
 
 ops = torch.ops.pagegraph
+FRAGMENT_ARGUMENTS = 8  # of a fragment_linear without a gate; the last says whether rows may be rounded
 QUERY_START = {ops.paged_attention: 8, ops.rope_attention: 13}  # its place among the arguments
 
 
@@ -29,12 +32,13 @@ def fuse_linears(module: GraphModule) -> int:
 def _fuse(graph: Graph, second: Node, query_start: Node) -> bool:
     if is_call(second, ops.silu_mul):
         return _gate(second)
+    if is_call(second, ops.fragment_linear):
+        return _fuse_fragments(graph, second)
     if not is_call(second, ops.linear):
         return False
-    normed = second.args[0]
-    if not is_call(normed, operator.getitem, 1, 1) or not is_call(normed.args[0], ops.add_rms_norm) or len(normed.users) > 1:
+    both = _norm_before(second)
+    if both is None:
         return False
-    both = normed.args[0]
     *addends, norm, eps = both.args
     first = next((one for one in addends if is_call(one, ops.linear) and len(one.users) == 1), None)
     if first is None:
@@ -47,11 +51,42 @@ def _fuse(graph: Graph, second: Node, query_start: Node) -> bool:
         arguments = (*first.args, residual, norm, eps, *second.args[1:], gated, query_start)
         fused = graph.call_function(ops.linear_norm_linear, arguments)
         total, out = (graph.call_function(operator.getitem, (fused, index)) for index in (0, 1))
-    for old, new in ((_sum_of(both), total), (gate if gated else second, out)):
+    _replace(both, total, gate if gated else second, out)
+    return True
+
+
+def _fuse_fragments(graph: Graph, last: Node) -> bool:
+    gated = last.args[0]
+    if len(last.users) == 1 and is_call(next(iter(last.users)), ops.silu_mul):
+        return False  # comes again with the linear behind the gate
+    pair = is_call(gated, ops.fragment_linear) and len(gated.args) == FRAGMENT_ARGUMENTS + 1 and len(gated.users) == 1
+    first = gated if pair else last
+    both = _norm_before(first)
+    if both is None or pair and first.args[FRAGMENT_ARGUMENTS - 1] != last.args[FRAGMENT_ARGUMENTS - 1]:
+        return False
+    behind = last.args[1 : FRAGMENT_ARGUMENTS - 1] if pair else (None, None, None, None, 0, 0)
+    with graph.inserting_before(both):
+        arguments = (*both.args, *first.args[1:FRAGMENT_ARGUMENTS], *behind)
+        fused = graph.call_function(ops.norm_fragment_linear, arguments)
+        total, out = (graph.call_function(operator.getitem, (fused, index)) for index in (0, 1))
+    _replace(both, total, last, out)
+    return True
+
+
+def _norm_before(product: Node) -> Node | None:
+    """The addition with norm whose result this product alone reads."""
+    normed = product.args[0]
+    if not is_call(normed, operator.getitem, 1, 1) or not is_call(normed.args[0], ops.add_rms_norm) or len(normed.users) > 1:
+        return None
+    return normed.args[0]
+
+
+def _replace(both: Node, total: Node, last: Node, out: Node) -> None:
+    """Sum and product in the place of an addition's sum and of the last node of a row."""
+    for old, new in ((_sum_of(both), total), (last, out)):
         if old is not None:
             new.meta = old.meta
             old.replace_all_uses_with(new)
-    return True
 
 
 def _gate(gate: Node) -> bool:
@@ -61,6 +96,7 @@ def _gate(gate: Node) -> bool:
     product.args = (*product.args, True)
     product.meta = gate.meta
     gate.replace_all_uses_with(product)
+    gate.graph.erase_node(gate)  # now, so that the product is seen to have one reader
     return True
 
 

@@ -44,7 +44,7 @@ def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
     assert (gated, len(fused) - gated) == FOUND[name]
 
 
-def test_gates_join_quantised_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_ahead_joins_quantised_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the form that they have on CUDA, on the CPU by the reference of its op."""
     monkeypatch.setattr(quant_linears, "_form", Fragments)
     stock = random_model(tiny_config("llama"))
@@ -60,6 +60,8 @@ def test_gates_join_quantised_products(monkeypatch: pytest.MonkeyPatch) -> None:
     merge_linears(captured)
     quant_linears.quant_linears(captured)
     graphs = check_compiled(stock, captured, [fuse_rope, fuse_rows, fuse_linears], MIXED)
-    products = [node for node in graphs[0].graph.nodes if node.target is torch.ops.pagegraph.fragment_linear]
-    assert sorted(len(node.args) for node in products) == [8] * 12 + [9] * 4
-    assert not [node for node in graphs[0].graph.nodes if node.target is torch.ops.pagegraph.silu_mul]
+    called = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+    fused = [node for node in called if node.target is torch.ops.pagegraph.norm_fragment_linear]
+    assert sorted(node.args[11] is not None for node in fused) == [False] * 3 + [True] * 4  # qkv, but for the first layer's; the other two
+    assert [len(node.args) for node in called if node.target is torch.ops.pagegraph.fragment_linear] == [8] * 5
+    assert not [node for node in called if node.target in (torch.ops.pagegraph.silu_mul, torch.ops.pagegraph.add_rms_norm)][1:]  # the last norm

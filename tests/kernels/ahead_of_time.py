@@ -2,7 +2,7 @@
 
 Launchers are called on meta tensors with Triton's launch replaced by one that compiles. Reads a list of
 [name, module, function, arguments] from standard input, where an argument {"shape", "dtype"} is a tensor and
-{"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear, {"few"} one of few rows, {"type"} a type. Its argument is the compute capability, such as 90. Run without TRITON_INTERPRET, in a process of its own:
+{"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear, {"few"} one of few rows, {"norm"} a norm ahead of so many rows, {"type"} a type. Its argument is the compute capability, such as 90. Run without TRITON_INTERPRET, in a process of its own:
 the replaced launch stays replaced.
 """
 
@@ -134,6 +134,11 @@ def argument(described: Any) -> Any:
         return Tile(*described["tile"])
     if "few" in described:
         return RowsTile(*described["few"])
+    if "norm" in described:
+        from kernels.quantize_rows import Norm  # binds what `main` replaces
+
+        weight, residual, total = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in (described["norm"][1:], *[described["norm"]] * 2))
+        return Norm(weight, 1e-6, residual, total)
     if "type" in described:
         return getattr(torch, described["type"])
     dtype = getattr(torch, described["dtype"])

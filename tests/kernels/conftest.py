@@ -38,8 +38,9 @@ class CudaCalls:
 
 def _moved(value, device: str):
     """A tensor, or what a tuple holds of tensors, on the device; anything else as it is."""
-    if type(value) is tuple:
-        return tuple(_moved(one, device) for one in value)
+    if isinstance(value, tuple):
+        moved = [_moved(one, device) for one in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from quantised_weights import laid, random_weight
 
+import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from kernels import reference
 from kernels.cuda import fragment_linear_by
 from kernels.quant_tiles import CODED_GROUP, choice_of, coded
+from kernels.quantize_rows import Norm
 from kernels.skinny_tiles import Tile
 
 SHAPES = [
@@ -60,6 +62,53 @@ def check_floats(codes: torch.Tensor, expected: torch.Tensor) -> None:
     step = expected.float().abs().clamp(min=2**-6) * 2**-3
     assert ((codes.float() - expected.float()).abs() <= step).all()
     assert (codes.float() == expected.float()).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("size", [200, 3000])
+@pytest.mark.parametrize("function", ["int8_rows", "e4m3_rows", "exchanged_e4m3_rows"])
+def test_what_is_ahead_of_the_rounding(triton_calls, function: str, size: int) -> None:
+    """A norm with the addition before it, or a gate, as by a kernel of its own."""
+
+    def rounded(x: torch.Tensor, *ahead: object) -> tuple[list[torch.Tensor], tuple]:
+        multiple = () if function.startswith("exchanged") else (16,)
+        found, given = triton_calls.call("kernels.quantize_rows", function, x, *multiple, *ahead)
+        return [one.float() for one in found], given
+
+    x, weight = random_rows(5, size), torch.randn(size, generator=torch.Generator().manual_seed(1)).bfloat16()
+    residual = random_rows(6, size)[:5].contiguous()
+    total, normed = reference.add_rms_norm(x, residual, weight, 1e-6)
+    found, given = rounded(x, Norm(weight, 1e-6, residual, torch.empty(5, size, dtype=torch.bfloat16)))
+    assert torch.equal(given[-1].total, total)
+    gate_up = random_rows(5, 2 * size)
+    for one, plain in ((found, normed), (rounded(gate_up, None, True)[0], reference.silu_mul(gate_up))):
+        codes, scale, *_ = one
+        expected, expected_scale, *_ = rounded(plain)[0]
+        # A mean in another order of additions, or another exponential, moves few values by a step of bfloat16.
+        torch.testing.assert_close(scale, expected_scale, rtol=2**-7, atol=0)
+        assert (codes == expected).float().mean() > 0.97 and (codes - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", pytest.param("fp8", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("rows", [3, 20, 70])
+@pytest.mark.parametrize("gated", [False, True])
+def test_norm_and_gate_ahead_of_products(triton_calls, kind: str, rows: int, gated: bool) -> None:
+    """By each way of few, some and many rows; by the sum, the same as one op after the other on this device."""
+    size, inner = 128, 192 if gated else 96
+    group = 128 if kind == "int4" else size
+    x, residual, norm = random_rows(rows, size)[None], random_rows(rows + 1, size)[None, :rows], torch.rand(size).bfloat16()
+    first = [*laid(*random_weight(kind, inner * 2 if gated else inner, size, group, kind == "int4"), group, size), None, group, inner * 2 if gated else inner, True]
+    second_group = {"int4": 64}.get(kind, inner)  # of the second weight rows are not rounded in int4
+    second = [*laid(*random_weight(kind, 128, inner, second_group, kind == "int4"), second_group, inner), None, second_group, 128]
+    behind = second if gated else [None, None, None, None, 0, 0]
+    (total, out), _ = triton_calls.call("kernels.cuda", "norm_fragment_linear", x, residual, norm, 1e-6, *first, *behind)
+    expected_total, normed = reference.add_rms_norm(x, residual, norm, 1e-6)
+    expected, _ = triton_calls.call("kernels.cuda", "fragment_linear", normed, *first, gated)
+    if gated:
+        expected, _ = triton_calls.call("kernels.cuda", "fragment_linear", expected, *second, True)
+    assert torch.equal(total, expected_total) and out.shape == expected.shape and out.dtype == x.dtype
+    assert ((out.float() - expected.float()).norm() / expected.float().norm()).item() < 2**-6
+    whole, whole_out = torch.ops.pagegraph.norm_fragment_linear(x, residual, norm, 1e-6, *first, *behind)
+    assert torch.equal(whole, total) and ((out.float() - whole_out.float()).norm() / whole_out.float().norm()).item() < 0.06
 
 
 @pytest.mark.parametrize("size", [128, 200])

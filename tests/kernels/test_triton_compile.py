@@ -143,6 +143,16 @@ def coded(kind: str, rows: int, out_size: int, size: int, tile: Tile, symmetric:
     return [f"{name} on both sides", "kernels.coded_linear", "coded_linear", [x, codes, scale, shift, bias, *sizes, {"tile": tile}]]
 
 
+def rounded_rows(size: int) -> list[list[Any]]:
+    """Alone, behind a gate, behind an addition and a norm."""
+    x, residual = tensor("bfloat16", 256, size), {"norm": [256, size]}
+    return [
+        ["rows to e4m3", "kernels.quantize_rows", "exchanged_e4m3_rows", [x]],
+        ["gated rows to int8", "kernels.quantize_rows", "int8_rows", [tensor("bfloat16", 256, 2 * size), 64, None, True]],
+        ["normed rows to e4m3 with sums", "kernels.quantize_rows", "e4m3_rows", [x, 64, residual]],
+    ]
+
+
 def written_out(kind: str, group: int, shifted: bool) -> list[Any]:
     """The weight on its own."""
     _, _, _, (_, codes, scale, shift, _, *sizes, _) = quantised(8, 4096, 4096, kind, group, shifted)
@@ -180,7 +190,9 @@ QUANTISED = [
     *(quantised(8, 4096, 4096, kind, group, shifted) for kind, group, shifted in (("fp8", 4096, False), ("int4", 32, True), ("int4", 128, False), ("int8", 16, False), ("int8", 4096, False))),
     *(quantised(256, 4096, 14336, "int4", 128, True, Tile(*tile)) for tile in MANY_ROWS),
     *(quantised(256, 4096, 14336, "int8", 14336, False, Tile(*tile)) for tile in MANY_ROWS),
-    ["rows to fp8", "kernels.quantize_rows", "exchanged_e4m3_rows", [tensor("bfloat16", 512, 14336)]],
+    *rounded_rows(4096),
+    *rounded_rows(14336),
+    *rounded_rows(53248)[:1],
     *(coded("int8", 256, 4096, 14336, Tile(*tile)) for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 3, 128), (64, 128, 2, 4, 4, 128), (128, 128, 1, 8, 3, 128))),
     *(coded("int4", 256, 4096, 14336, Tile(*tile)) for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 4, 128), (128, 128, 2, 4, 3, 64))),
     *(coded(kind, 256, 4096, 4096, Tile(64, 128, 1, 4, 4, 128), symmetric=True, dtype="float16") for kind in ("int4", "int8")),
@@ -301,8 +313,9 @@ def test_quantised_products() -> None:
     """No spills, on Hopper's matrix instruction, the weight in two buffers at least, and nothing touched before the wait."""
     kernels = compiled(QUANTISED)
     check_fits(kernels)
-    assert {k["kernel"] for k in kernels} == {"fragment_linear_kernel", "coded_linear_kernel", "exchanged_e4m3_rows_kernel", "int8_rows_kernel", "e4m3_rows_kernel", "fragment_dequantize_kernel"}
-    assert all(k["waits"] and not k["early"] for k in kernels if k["kernel"] != "fragment_dequantize_kernel")
+    assert {k["kernel"] for k in kernels} == {"fragment_linear_kernel", "coded_linear_kernel", "rows_kernel", "fragment_dequantize_kernel"}
+    assert all(k["waits"] and not k["early"] for k in kernels if k["kernel"] != "fragment_dequantize_kernel" and "normed" not in k["case"])
+    assert {kind for k in kernels if "normed" in k["case"] for kind in k["early"]} == {"LDG"}  # the norm's weight
     products = [k for k in kernels if k["kernel"].endswith("linear_kernel")]
     assert all(k["warp_group_units"] and k["buffers"] >= 2 for k in products)
     three = [k for k in products if k["kernel"] == "coded_linear_kernel" and k["case"].startswith("int8") and "num_warps=4, num_stages=3" in k["case"]]
@@ -325,7 +338,7 @@ def test_quantised_products_on_gpus_before_hopper(capability: int) -> None:
         capability,
     )
     assert len(kernels) == 11 + (5 if capability >= 89 else 0)
-    assert not any(k["waits"] for k in kernels) and all(k["matrix_units"] for k in kernels if not k["kernel"].endswith("rows_kernel") or "fragment" in k["kernel"])
+    assert not any(k["waits"] for k in kernels) and all(k["matrix_units"] for k in kernels if k["kernel"] != "rows_kernel")
 
 
 def test_quantised_products_of_few_rows() -> None:
