@@ -88,7 +88,7 @@ def test_what_is_ahead_of_the_rounding(triton_calls, function: str, size: int) -
         assert (codes == expected).float().mean() > 0.97 and (codes - expected).norm() < 0.01 * expected.norm()
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", pytest.param("fp8", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("rows", [3, 20, 70])
 @pytest.mark.parametrize("gated", [False, True])
 def test_norm_and_gate_ahead_of_products(triton_calls, kind: str, rows: int, gated: bool) -> None:
