@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fragment_linear import KINDS, SIZE, THREADS, scale_place
+from kernels.fragment_linear import SIZE, THREADS, scale_place
 from kernels.launch import dependent, wait
-from kernels.quant_tiles import has_coded
+from kernels.quant_tiles import KINDS, has_coded
 from kernels.quantize_rows import Norm, e4m3_rows, int8_rows
 from kernels.reference import CODED_GROUP
 from kernels.skinny_tiles import Tile

@@ -13,11 +13,11 @@ from torch.nn import functional
 from kernels.attention_decode import attend_rows
 from kernels.attention_prefill import attend_ragged
 from kernels.coded_linear import coded_linear
-from kernels.fragment_linear import KINDS, fragment_dequantize
+from kernels.fragment_linear import fragment_dequantize
 from kernels.fragment_linear import fragment_linear as tiled_fragment_linear
 from kernels.fragment_rows import ROWS, fragment_rows
 from kernels.kv_write import write_kv
-from kernels.quant_tiles import FP8_CAPABILITY, ROUNDING, Choice, choice_of, takes_8_bits
+from kernels.quant_tiles import KINDS, ROUNDING, Choice, choice_of, takes_8_bits
 from kernels.quantize_rows import Norm, exchanged_e4m3_rows
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_write import rope_write
@@ -162,8 +162,7 @@ def _choice(
 ) -> Choice:
     """How x [rows, size] is multiplied with a weight."""
     kind = KINDS[codes.dtype]
-    capability = torch.cuda.get_device_capability(codes.device) if codes.is_cuda else FP8_CAPABILITY  # none: the interpreter
-    rounds = rounds and takes_8_bits(kind, dtype, out_size, size, group, shift is not None, capability)
+    rounds = rounds and takes_8_bits(kind, dtype, out_size, size, group, shift is not None, codes.device)
     return choice_of(kind, rows, out_size, size, rounds, dtype.itemsize == 2)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.launch import dependent, wait
-from kernels.quant_tiles import Kind
+from kernels.quant_tiles import KINDS
 from kernels.skinny_tiles import Tile
 from kernels.split_columns import added_up, is_last, room_for_parts
 from kernels.widen import halves, nibbles, scaled, settled, wide_bytes
@@ -26,7 +26,6 @@ SIZE = tl.constexpr(reference.FRAGMENT)  # rows and columns of a block of the we
 THREADS = tl.constexpr(128)  # that hold a block
 MAX_BLOCK_T = 64  # of float32, which takes twice the room; else the tile says
 BLOCKS = 4  # side by side, to a program that writes the weight out
-KINDS: dict[torch.dtype, Kind] = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
 @triton.jit

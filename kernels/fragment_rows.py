@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fragment_linear import KINDS, SIZE, float_weight_of, groups_of, scale_place, weight_of
+from kernels.fragment_linear import SIZE, float_weight_of, groups_of, scale_place, weight_of
 from kernels.launch import dependent, wait
-from kernels.quant_tiles import SINGLE_ROWS, RowsTile
+from kernels.quant_tiles import KINDS, SINGLE_ROWS, RowsTile
 from kernels.widen import fetched, in_registers
 
 ROWS = tl.constexpr(16)  # of the weight: those of one warp's operand

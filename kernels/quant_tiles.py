@@ -1,6 +1,7 @@
 """How `pagegraph::fragment_linear` computes each product on CUDA: data by kind of code, shape and rows.
 
-A product of the table was measured by perf/h200_quantized.py; all others go by a rule of thumb. Knows sizes only.
+A product of the table was measured by perf/h200_quantized.py; all others go by a rule of thumb. Knows sizes, kinds
+and GPUs, no kernel.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ SCALED_ROWS = 16  # what PyTorch's product of two fp8 wants the rows of a weight
 FP8_CAPABILITY = (8, 9)  # compute capability from which on a GPU converts and multiplies e4m3
 
 Kind = Literal["int8", "int4", "fp8"]
+KINDS: dict[torch.dtype, Kind] = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # of codes
 # rows: `kernels.fragment_rows`, for few rows; tile: `kernels.fragment_linear` by that tile; plain: dequantised, then cuBLAS. Two round rows of x to 8 bits:
 # coded: `kernels.coded_linear` by that tile, of int8 with one scale a row or int4 in groups of multiples of 128; scaled: PyTorch's product of two fp8, of one scale a row.
 Way = Literal["rows", "tile", "plain", "coded", "scaled"]
@@ -86,12 +88,14 @@ def has_coded(kind: Kind, group: int, size: int, shifted: bool) -> bool:
 
 
 def takes_8_bits(
-    kind: Kind, dtype: torch.dtype, out_size: int, size: int, group: int, shifted: bool, capability: tuple[int, int]
+    kind: Kind, dtype: torch.dtype, out_size: int, size: int, group: int, shifted: bool, device: torch.device
 ) -> bool:
-    """Whether a GPU of this compute capability multiplies a weight [out_size, size] with rows of `dtype` rounded to 8 bits."""
+    """Whether this GPU, or the interpreter, multiplies a weight [out_size, size] with rows of `dtype` rounded to 8 bits."""
     if kind == "fp8":
         return dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0 and group >= size and not shifted
-    return dtype.itemsize == 2 and has_coded(kind, group, size, shifted) and (kind == "int8" or capability >= FP8_CAPABILITY)
+    if dtype.itemsize != 2 or not has_coded(kind, group, size, shifted):
+        return False
+    return kind == "int8" or device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 def choice_of(kind: Kind, rows: int, out_size: int, size: int, rounds: bool = False, narrow: bool = True) -> Choice:
@@ -99,7 +103,7 @@ def choice_of(kind: Kind, rows: int, out_size: int, size: int, rounds: bool = Fa
     measured = TABLE.get((kind, out_size, size), {})
     if limits := [limit for limit in measured if limit >= rows]:
         found = measured[min(limits)]
-        if (rounds or found.way not in ("scaled", "coded")) and (narrow or found.way != "rows"):
+        if (rounds or found.way not in ROUNDING) and (narrow or found.way != "rows"):
             return found
     if rows <= SINGLE_ROWS and narrow:
         return Choice("rows", rows_tile_by_rule(kind, out_size))

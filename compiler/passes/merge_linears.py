@@ -91,14 +91,9 @@ def merge_linears(model: nn.Module) -> int:
 
     Raises ArithmeticError where a merged product differs from the separate ones by more than rounding.
     """
-    merged = 0
-    for path, parent in list(model.named_modules()):
-        for names in GROUPS:
-            linears = [getattr(parent, name, None) for name in names]
-            if _mergeable(linears):
-                _merge(parent, names, linears, path)
-                merged += 1
-    return merged
+    # No linear is held here: each is to go when its group is merged.
+    parents = [(path, module) for path, module in model.named_modules() if type(module) not in (nn.Linear, QuantLinear)]
+    return sum(_merge(parent, names, path) for path, parent in parents for names in GROUPS)
 
 
 def _mergeable(linears: list[nn.Module | None]) -> bool:
@@ -114,11 +109,15 @@ def _mergeable(linears: list[nn.Module | None]) -> bool:
     return len(alike) == 1
 
 
-def _merge(parent: nn.Module, names: tuple[str, ...], linears: list[nn.Linear] | list[QuantLinear], path: str) -> None:
+def _merge(parent: nn.Module, names: tuple[str, ...], path: str) -> bool:
+    linears = [getattr(parent, name, None) for name in names]
+    if not _mergeable(linears):
+        return False
     merged = MergedQuantLinear(linears) if type(linears[0]) is QuantLinear else MergedLinear(linears)
     _check(merged, linears, f"{path}: {', '.join(names)}")
     for index, name in enumerate(names):
         setattr(parent, name, LinearPart(merged, index))
+    return True
 
 
 def _check(merged: MergedLinear, linears: list[nn.Linear] | list[QuantLinear], where: str) -> None:

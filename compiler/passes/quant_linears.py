@@ -14,7 +14,7 @@ from torch import nn
 from compiler.quant_formats import Quantized
 from compiler.trim import return_freed_memory
 from kernels import cpu, reference
-from kernels.quant_tiles import MEMORY_BOUND_ROWS
+from kernels.quant_tiles import KINDS, MEMORY_BOUND_ROWS, takes_8_bits
 
 log = logging.getLogger("pagegraph.quantization")
 
@@ -108,6 +108,8 @@ class Fragments(nn.Module):
         for name, values in dict(codes=codes, scale=scale, shift=shift, columns=linear.columns).items():
             self.register_buffer(name, values, persistent=False)
         self.bias, self.out_features = linear.bias, linear.out_features
+        kind = KINDS[linear.codes.dtype]
+        self.may_round = rounds and takes_8_bits(kind, linear.dtype, self.out_features, size, self.group, shift is not None, codes.device)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if self.columns is not None:
@@ -196,30 +198,31 @@ def quant_linears(model: nn.Module, round_activations: bool = True) -> int:
 
     round_activations: in steps of many rows a GPU may round states to 8 bits, of weights of any format.
     """
-    found, widened, rounding = 0, 0, 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is QuantLinear:
-                form = _form(child, round_activations)
-                setattr(parent, name, form)
-                return_freed_memory()
-                found += 1
-                widened += type(form) is nn.Linear
-                rounding += type(form) is Fragments and round_activations
+    widened, rounding = 0, 0
+    # No QuantLinear is held here: each is to go when its form is there.
+    places = [(parent, name) for parent in model.modules() for name, child in parent.named_children() if type(child) is QuantLinear]
+    for parent, name in places:
+        form = _form(getattr(parent, name), round_activations)
+        setattr(parent, name, form)
+        return_freed_memory()
+        widened += type(form) is nn.Linear
+        rounding += type(form) is Fragments and form.may_round
     if widened:
         log.warning(
             "quantization: no product of this device takes %d of %d quantised linears; they are held unquantised, "
             "as fast and as large as without",
             widened,
-            found,
+            len(places),
         )
     if rounding:
         log.info(
-            "quantization: steps of more than about %d tokens may round activations to 8 bits in front of quantised linears; "
+            "quantization: steps of more than about %d tokens may round activations to 8 bits in front of %d of %d quantised linears; "
             "round_activations=false keeps them as they are, at less speed",
             MEMORY_BOUND_ROWS,
+            rounding,
+            len(places),
         )
-    return found
+    return len(places)
 
 
 def _form(linear: QuantLinear, rounds: bool) -> nn.Module:

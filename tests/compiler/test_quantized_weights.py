@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compiler import quant_formats, weights
 from compiler.build import resolve_cache_dtype, resolve_quantization
+from compiler.passes import merge_linears as merge_module
 from compiler.passes import quant_linears, registry
 from compiler.passes.merge_linears import MergedQuantLinear
 from compiler.passes.quant_linears import Fragments, Int4Packed, Int8Dynamic, QuantLinear
@@ -148,6 +149,29 @@ def test_one_unquantised_weight_is_held_at_a_time(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(weights, "quantize", watched)
     load(tmp_path, "int8", torch.bfloat16)
     assert len(given) == 7 * WIDE["num_hidden_layers"] + 1
+
+
+def test_passes_let_each_weight_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the next group is merged, or the next linear gets its form, those before are gone."""
+    stock_model().save_pretrained(tmp_path)
+    model, held = load(tmp_path, "int8", torch.bfloat16), []
+    check, form = merge_module._check, quant_linears._form
+
+    def checked(merged: MergedQuantLinear, linears: list[QuantLinear], where: str) -> None:
+        assert not any(linear() is not None for linear in held)
+        held.extend(map(weakref.ref, linears))
+        check(merged, linears, where)
+
+    def formed(linear: QuantLinear, *arguments: bool) -> nn.Module:
+        assert not any(linear() is not None for linear in held)
+        held.append(weakref.ref(linear))
+        return form(linear, *arguments)
+
+    monkeypatch.setattr(merge_module, "_check", checked)
+    monkeypatch.setattr(quant_linears, "_form", formed)
+    registry.apply(model, PASSES)
+    layers = WIDE["num_hidden_layers"]
+    assert len(held) == 5 * layers + 4 * layers + 1
 
 
 @pytest.mark.parametrize("asked, config", [("fp8", {}), (None, dict(quantization_config=dict(quant_method="fp8")))])

@@ -218,9 +218,10 @@ def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
     ],
 )
 def test_which_products_take_rows_of_8_bits(
-    kind: str, dtype: torch.dtype, out_size: int, group: int, shifted: bool, capability: tuple[int, int], takes: bool
+    monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype, out_size: int, group: int, shifted: bool, capability: tuple[int, int], takes: bool
 ) -> None:
-    assert takes_8_bits(kind, dtype, out_size, 512, group, shifted, capability) == takes
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert takes_8_bits(kind, dtype, out_size, 512, group, shifted, torch.device("cuda")) == takes
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
