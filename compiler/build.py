@@ -163,7 +163,8 @@ def _load(config: Any, device: torch.device, timings: Timings, progress: bool, n
             trust_remote_code=config.trust_remote_code,
         )
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        quantization = resolve_quantization(config.quantization, model_config, device, quant_formats.beside(folder))
+        beside = None if config.load_format == "dummy" else weights.words_beside(folder)
+        quantization = resolve_quantization(config.quantization, model_config, device, beside)
     dtype = resolve_dtype(config.dtype, model_config, device)
     cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
     max_model_len = resolve_max_model_len(config.max_model_len, model_config)

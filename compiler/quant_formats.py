@@ -1,17 +1,15 @@
 """How quantised checkpoints name, pack, group and centre their tensors: data, and one reader for all of them.
 
 Every format becomes the same `Quantized`: weight [N, K] = codes * scale + shift of the column's group. Knows tensors by name
-and the words of `quantization_config`; knows no modules or devices.
+and the words of `quantization_config`; knows no modules, files or devices.
 
 The layouts are those that AutoAWQ (GEMM), AutoGPTQ, compressed-tensors, transformers' fine-grained FP8 and ggml write.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,8 +75,8 @@ PACKED: dict[str, Words] = {
 # A weight of 8 bits an element beside its scale; the first scale that is there holds. Scales of activations are not
 # needed: ours are taken from each token.
 ELEMENTS_SCALES = ("weight_scale", "weight_scale_inv")
-ELEMENTS_IGNORED = ("input_scale", "activation_scale", "output_scale", "weight_zero_point")
-# Older quantisers left no `quantization_config`; their own file says what it would -> its quant_method.
+ELEMENTS_IGNORED = ("input_scale", "activation_scale", "output_scale", "weight_zero_point", "input_zero_point", "output_zero_point")
+# Older quantisers left no `quantization_config` but a file of their own with the same words -> its quant_method.
 OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 STORED = "stored"  # our own form, as a converted GGUF file holds it
 
@@ -117,14 +115,6 @@ class Scheme:
         if self.layout == "elements":
             return _read_elements(tensors, self.block, where)
         return _read_words(PACKED[self.layout], tensors, self.bits, where)
-
-
-def beside(folder: Path) -> dict[str, Any] | None:
-    """What stands for `quantization_config` in a checkpoint's folder without one: the quantiser's own file."""
-    for name, method in OWN_FILES.items():
-        if (file := folder / name).is_file():
-            return {"quant_method": method, **json.loads(file.read_text())}
-    return None
 
 
 def detect(config: Mapping[str, Any] | None) -> Scheme | None:
@@ -173,9 +163,11 @@ def resolve(asked: str | None, config: Mapping[str, Any] | None) -> Scheme | str
     return asked
 
 
-def _compressed(config: Mapping[str, Any]) -> Scheme:
+def _compressed(config: Mapping[str, Any]) -> Scheme | None:
     """compressed-tensors: one group of linears, described by the numbers of its weights."""
     named = config.get("config_groups")
+    if config.get("kv_cache_scheme") and not named:
+        return None  # keys and values alone, which are held by a scale of 1
     if not isinstance(named, Mapping) or not all(isinstance(group, Mapping) for group in named.values()) or not named:
         raise QuantizationError("quantization_config: config_groups has to name at least one group of linears with its weights")
     groups = list(named.values())
@@ -217,23 +209,23 @@ def _read_words(words: Words, tensors: Mapping[str, torch.Tensor], bits: int, wh
     """codes, zeros unsigned; w = (code - zero) * scale, with zero in the middle where none is stored."""
     middle = 1 << (bits - 1)
     codes = unpack_words(_two_axes(tensors, words.codes, where, torch.int32), bits, words.codes_axis, words.order)
-    scale = tensors.get(words.scale)
-    scale = scale.float().reshape(1, 1) if scale is not None and scale.numel() == 1 else _two_axes(tensors, words.scale, where).float()
+    scale = _two_axes(tensors, words.scale, where, one_will_do=not words.inputs_first).float()
     zeros = tensors.get(words.zeros)
-    if zeros is not None and zeros.dtype == torch.int8 and zeros.shape == scale.shape:
-        zeros = zeros.int() + middle  # signed and one by one, as compressed-tensors once left them
+    if zeros is not None and zeros.dtype == torch.int8 and zeros.numel() == scale.numel():
+        zeros = zeros.reshape(scale.shape).int() + middle  # signed and one by one, as compressed-tensors leaves those it does not pack
     elif zeros is not None:
         zeros = unpack_words(_two_axes(tensors, words.zeros, where, torch.int32), bits, words.zeros_axis, words.order)
         # A zero point of 0 is stored as the largest integer where one was subtracted.
         zeros = (zeros + words.zeros_less) & ((1 << bits) - 1)
     if words.inputs_first:
         codes, scale, zeros = codes.t(), scale.t(), None if zeros is None else zeros.t()
-    if (shape := tensors.get("weight_shape")) is not None:
-        codes = codes[:, : int(shape[1])]
+    shape, filled = tensors.get("weight_shape"), WORD_BITS // bits  # what fills the last words up is fewer than a word holds
+    fits = shape is None or 0 <= codes.shape[1] - int(shape[1]) < filled
+    codes = codes if shape is None else codes[:, : int(shape[1])]
     rows, size = codes.shape
-    scale = scale.expand(rows, -1) if scale.numel() == 1 else scale
+    scale, zeros = (one if one is None or one.numel() > 1 else one.expand(rows, 1) for one in (scale, zeros))
     groups = scale.shape[1]
-    if len(scale) != rows or zeros is not None and (len(zeros) < rows or zeros.shape[1] != groups):
+    if not fits or len(scale) != rows or zeros is not None and not (zeros.shape[1] == groups and rows <= len(zeros) < rows + filled):
         stored = ", ".join(f"{name} {list(tensors[name].shape)}" for name in (words.codes, words.scale, words.zeros) if name in tensors)
         raise QuantizationError(f"{where}: {stored} do not belong together in {bits} bits; is quantization_config that of this checkpoint?")
     if size % groups:
@@ -244,18 +236,22 @@ def _read_words(words: Words, tensors: Mapping[str, torch.Tensor], bits: int, wh
         codes = codes[:, columns]
     shift = None
     if zeros is not None:
-        zeros = zeros[: len(codes)]  # words along this axis may be filled up
+        zeros = zeros[: len(codes)]
         shift = (middle - zeros).float() * scale if bool((zeros != middle).any()) else None
     return Quantized(_stored(codes - middle, bits, group, where), scale.contiguous(), shift, group, columns)
 
 
-def _two_axes(tensors: Mapping[str, torch.Tensor], name: str, where: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The named tensor, where it is a matrix of that type."""
+def _two_axes(
+    tensors: Mapping[str, torch.Tensor], name: str, where: str, dtype: torch.dtype | None = None, one_will_do: bool = False
+) -> torch.Tensor:
+    """The named tensor of two axes, of that type; with `one_will_do` one value, or one a row, is brought to two."""
     if (tensor := tensors.get(name)) is None:
         raise QuantizationError(f"{where}: the checkpoint has no {where}.{name}")
+    if one_will_do and tensor.dim() < 2:
+        tensor = tensor.reshape(-1, 1)
     if tensor.dim() != 2 or dtype is not None and tensor.dtype != dtype:
-        found, wanted = (str(one).removeprefix("torch.") for one in (tensor.dtype, dtype or "any type"))
-        raise QuantizationError(f"{where}.{name}: {found} {list(tensor.shape)} is not served; {wanted} of two axes is")
+        found, wanted = (str(one or "").removeprefix("torch.") for one in (tensor.dtype, dtype))
+        raise QuantizationError(f"{where}.{name} is {found} {list(tensor.shape)}; {f'{wanted} and ' * bool(wanted)}two axes are served")
     return tensor
 
 

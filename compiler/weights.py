@@ -25,7 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compiler.capture import UnsupportedModel
 from compiler.passes.quant_linears import QuantLinear
-from compiler.quant_formats import Quantized, QuantizationError, Scheme, quantize
+from compiler.quant_formats import OWN_FILES, PACKED, Quantized, QuantizationError, Scheme, quantize
 from compiler.trim import return_freed_memory
 
 log = logging.getLogger("pagegraph.quantization")
@@ -107,7 +107,7 @@ def load_weights(
     else:
         files = _safetensors_files(folder)
         packed = _packed_linears(model, files, scheme)
-        if packed and any(KV_SCALES.search(name) for name in files):
+        if any(KV_SCALES.search(name) for name in files):
             log.info("quantization: the checkpoint's scales of keys and values are not used; kv_cache_dtype=fp8 holds them by a scale of 1")
         if _names_match(model, set(files), packed):
             _stream(model, files, device, progress, packed, scheme, online)
@@ -184,12 +184,26 @@ def _safetensors_files(folder: Path) -> dict[str, Path]:
     if (index := folder / INDEX_FILE).is_file():
         shards = json.loads(index.read_text())["weight_map"]
         return {name: folder / shard for name, shard in shards.items()}
-    if (single := folder / SINGLE_FILE).is_file():
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
+    # Quantisers give the one file other names.
+    singles = [folder / SINGLE_FILE] if (folder / SINGLE_FILE).is_file() else list(folder.glob("*.safetensors"))
+    if len(singles) == 1:
+        with safe_open(singles[0], framework="pt") as file:
+            return dict.fromkeys(file.keys(), singles[0])
     pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     found = f"it holds {', '.join(pickled[:3])}, and pickled weights are not loaded; " if pickled else ""
+    found = f"it holds {len(singles)} safetensors files and no index of them; " if singles else found
     raise FileNotFoundError(f"{folder}: no {SINGLE_FILE} or {INDEX_FILE}; {found}convert the model to safetensors")
+
+
+def words_beside(folder: Path) -> dict[str, Any] | None:
+    """What stands for `quantization_config` where a quantiser left a file of its own, and weights packed as it packs them."""
+    for name, method in OWN_FILES.items():
+        if (file := folder / name).is_file() and any(one.endswith(f".{PACKED[method].codes}") for one in _safetensors_files(folder)):
+            try:
+                return {"quant_method": method, **json.loads(file.read_text())}
+            except ValueError as error:
+                raise QuantizationError(f"{file} is no JSON: {error}") from error
+    return None
 
 
 def _online(model: nn.Module, method: str, dtype: torch.dtype) -> dict[str, str]:
@@ -254,7 +268,7 @@ def _differences(model: nn.Module, names: set[str], packed: dict[str, set[str]])
     # Some quantisers write a bias of zeros beside every linear.
     leftovers -= {f"{path}.bias" for path in packed}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    patterns = [*map(re.compile, ignored), *[KV_SCALES] * bool(packed)]
+    patterns = [*map(re.compile, ignored), KV_SCALES]
     return missing, {name for name in leftovers if not any(pattern.search(name) for pattern in patterns)}
 
 

@@ -23,10 +23,11 @@ from compiler.passes.merge_linears import MergedQuantLinear
 from compiler.passes.quant_linears import Fragments, Int4Packed, Int8Dynamic, QuantLinear
 from compiler.quant_formats import QuantizationError, online_group
 from compiler.weights import WeightsMismatch, build_meta, load_weights
+from kernels import reference
 
 sys.path.insert(0, str(Path(__file__).parent))
 from architectures import tiny_config  # noqa: E402
-from quantized_checkpoints import FORMATS, compressed, write  # noqa: E402
+from quantized_checkpoints import FORMATS, compressed, words, write  # noqa: E402
 
 CPU = torch.device("cpu")
 WIDE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, head_dim=32)  # groups of 128 fit
@@ -276,7 +277,10 @@ def changed(tmp_path: Path, name: str, leaf: str, change: Callable[[torch.Tensor
         ("awq_g64", "scales", lambda tensor: None, r"up_proj: the checkpoint has no model\.layers\.0\.mlp\.up_proj\.scales"),
         ("awq_g64", "scales", lambda tensor: tensor[:, :-8].contiguous(), r"up_proj: qweight \[128, 32\], scales \[2, 248\], qzeros .* do not belong together in 4 bits"),
         ("w4a16_asymmetric", "weight_zero_point", lambda tensor: tensor[:4].contiguous(), "weight_zero_point .* do not belong together"),
-        ("awq_g64", "qzeros", lambda tensor: tensor.float(), r"up_proj\.qzeros: float32 .* is not served; int32 of two axes is"),
+        ("w4a16_asymmetric", "weight_zero_point", lambda tensor: tensor.repeat(8, 1), "weight_zero_point .* do not belong together"),
+        ("w4a16_asymmetric", "weight_packed", lambda tensor: tensor.repeat(1, 2), "weight_packed .* do not belong together"),
+        ("awq_g64", "qzeros", lambda tensor: tensor.float(), r"up_proj\.qzeros is float32 .*; int32 and two axes are served"),
+        ("awq_g64", "scales", lambda tensor: tensor[0].clone(), r"up_proj\.scales is float16 \[256\]; two axes are served"),
         ("gptq_4_act_order", "g_idx", lambda tensor: tensor[:64].clone(), "groups of 64 inputs, codes of 128; is `bits`"),
     ],
 )
@@ -307,9 +311,49 @@ def test_zero_points_one_by_one(tmp_path: Path) -> None:
     ],
 )
 def test_a_quantisers_own_file(tmp_path: Path, file: str, words: dict, scheme: tuple[str, int] | None) -> None:
+    """It counts where weights are packed; those may be in one file of any name."""
     (tmp_path / file).write_text(json.dumps(words))
-    found = resolve_quantization(None, SimpleNamespace(), CPU, quant_formats.beside(tmp_path))
+    save_file({"a.qweight": torch.zeros(1)}, tmp_path / "gptq_model-4bit-64g.safetensors")
+    found = resolve_quantization(None, SimpleNamespace(), CPU, weights.words_beside(tmp_path))
     assert (found and (found.method, found.bits)) == scheme
+    save_file({"a.weight": torch.zeros(1)}, tmp_path / "gptq_model-4bit-64g.safetensors")
+    assert weights.words_beside(tmp_path) is None
+
+
+def test_a_quantisers_own_file_that_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "quantize_config.json").write_text("bits: 4")
+    save_file({"a.qweight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(QuantizationError, match="quantize_config.json is no JSON"):
+        weights.words_beside(tmp_path)
+
+
+@pytest.mark.parametrize("zero", [None, 3])
+def test_one_scale_for_all(zero: int | None) -> None:
+    """compressed-tensors' strategy tensor: scale and zero point, int8, of one element; a scale a row may have one axis."""
+    codes = torch.randint(-8, 8, (48, 64), generator=torch.Generator().manual_seed(0))
+    packed = words((codes + 8).numpy(), 4)
+    scheme = quant_formats.detect(compressed("pack-quantized", num_bits=4, type="int", strategy="tensor", symmetric=zero is None))
+    tensors = dict(weight_packed=packed, weight_scale=torch.tensor([0.5]), weight_shape=torch.tensor([48, 64]))
+    if zero is not None:
+        tensors["weight_zero_point"] = torch.tensor([zero], dtype=torch.int8)
+    for scale in (torch.tensor([0.5]), torch.full((48,), 0.5)):
+        if scale.numel() > 1 and zero is not None:
+            tensors["weight_zero_point"] = torch.full((48,), zero, dtype=torch.int8)
+        read = scheme.read(tensors | dict(weight_scale=scale), "a")
+        weight = reference.dequantize(read.codes, read.scale, read.shift, read.group)
+        assert torch.equal(weight, (codes - (zero or 0)).float() * 0.5)
+
+
+def test_scales_of_keys_and_values_alone_quantise_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = dict(quant_method="compressed-tensors", config_groups={}, kv_cache_scheme=dict(num_bits=8, type="float"))
+    assert quant_formats.detect(config) is None
+    stock_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    scales = {f"model.layers.0.self_attn.{name}_scale": torch.ones(1) for name in ("k", "v", "kv")}
+    save_file(tensors | scales, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with caplog.at_level("INFO"):
+        load(tmp_path)
+    assert "scales of keys and values are not used" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["int4", "int8", "fp8"])
