@@ -115,7 +115,7 @@ def keep(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict
             tensors[f"{stem}shift"] = shift
     if not any(name.endswith(".codes") for name in tensors):
         raise QuantizationError(
-            f"{path}: quantization=gguf keeps {', '.join(kind.name for kind in BLOCKS)}, and the file's linears are {others or 'not quantised'}; "
+            f"{path}: quantization=gguf keeps {', '.join(kind.name for kind in BLOCKS)}, and no linear of the file is one of these ({others or 'nothing is quantised'}); "
             "leave quantization out, or take a file of those types"
         )
     if others:

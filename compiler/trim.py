@@ -1,4 +1,4 @@
-"""What was freed goes back to the system: glibc would keep it, as much again as a model that is quantised while it loads.
+"""What was freed goes back to the system: glibc would keep it, at times more than the model takes unquantised.
 
 Knows the C library only.
 """

@@ -151,7 +151,7 @@ def norm_fragment_linear(
     else:
         second = second_codes, second_scale, second_shift, second_bias, second_group, second_size
         later = _choice(len(rows), out_size // 2, x.dtype, second_codes, second_shift, second_group, second_size, rounds)
-        apart = later.way in ROUNDING  # then the gate is done as its result is rounded
+        apart = later.way in ROUNDING  # then the gate is done as its result is rounded; else it may be done in the first product's kernel
         inner = fragment_linear_by(choice, rows, *first, gated=not apart, norm=ahead)
         out = fragment_linear_by(later, inner, *second, gated_rows=apart)
     return ahead.total.view(x.shape), out.view(*x.shape[:-1], -1)
@@ -181,11 +181,10 @@ def fragment_linear_by(
 ) -> Tensor:
     """rows [T, K] -> [T, out_size], gated half of that, by the given way; `coded` and `scaled` round rows to 8 bits too.
 
-    norm: what is done to rows first; gated_rows: they are [T, 2 * K], and silu(first half) * second half is multiplied.
+    norm: what is done to rows first; gated_rows, of ways that round: they are [T, 2 * K], and silu(first half) * second half is multiplied.
     """
-    if choice.way not in ROUNDING:
-        rows = rows if norm is None else add_rms_norm(rows, norm.residual, norm.weight, norm.eps, norm.total)[1]
-        rows = silu_mul(rows) if gated_rows else rows
+    if choice.way not in ROUNDING and norm is not None:
+        _, rows = add_rms_norm(rows, norm.residual, norm.weight, norm.eps, norm.total)
     if choice.way == "rows":
         tile = choice.tile._replace(parts=max(2, choice.tile.parts)) if gated else choice.tile  # gate and up are one program's
         within = gated and out_size % (ROWS.value * tile.parts) == 0

@@ -188,7 +188,7 @@ def _fragment_linear_on_cuda(*arguments: Tensor | int | None) -> Tensor:
     return cuda.fragment_linear(*arguments)
 
 
-def _norm_fragment_linear_on_cuda(*arguments: Tensor | float | bool | None) -> tuple[Tensor, Tensor]:
+def _norm_fragment_linear_on_cuda(*arguments: Tensor | float | int | None) -> tuple[Tensor, Tensor]:
     from kernels import cuda
 
     return cuda.norm_fragment_linear(*arguments)
@@ -286,7 +286,7 @@ def _norm_fragment_linear_fake(
     x: Tensor, residual: Tensor, norm: Tensor, eps: float, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None,
     group: int, out_size: int, rounds: bool, second_codes: Tensor | None, *second: Tensor | int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x), x.new_empty(*x.shape[:-1], out_size if second_codes is None else second[-1])
+    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], out_size if second_codes is None else second[-1])
 
 
 @torch.library.register_fake("pagegraph::int4_packed_linear", lib=_library)

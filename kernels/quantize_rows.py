@@ -43,7 +43,7 @@ def _rounded(x):
     return ((bits + 0x7FFFF + (bits >> 20 & 1)) & -0x100000).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "filled"])
 def rows_kernel(
     codes_ptr, scale_ptr, sum_ptr, x_ptr, weight_ptr, eps, residual_ptr, total_ptr, x_stride, rows, filled,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,  # groups of 128 columns; those that are allotted

@@ -32,7 +32,7 @@ from kernels.quant_tiles import MEMORY_BOUND_ROWS, SINGLE_ROWS, Choice, Kind, co
 from kernels.skinny_tiles import Tile
 
 ROWS = (2, 8, 32, 64, 128, 256, 1024)  # of a product; a step of one sequence is padded to two
-CODE_BYTES: dict[Kind, float] = {"fp8": 1, "int4": 0.5 + 4 / 128, "int8": 1}  # an element, with its scale and shift where int4 is made while loading
+TABLE_GROUP = 128  # of int4 in `quant_tiles.TABLE`
 ROTATED = 192 << 20  # bytes that weights rotate through, more than the L2 holds
 TOLERANCE = {"rows": 1e-2, "tile": 1e-2, "plain": 1e-2, "coded": 4e-2, "scaled": 8e-2}  # relative; rows become 8-bit codes for the last two
 ALIKE = ((128, 256, 1024), (64,), (32,), (2, 8))  # rows that share most kernels: compiled by one process
@@ -68,8 +68,8 @@ class Product:
 
     @property
     def bytes(self) -> float:
-        """Of the codes with their scales and shifts, as the floor counts them."""
-        return self.out_size * self.size * (0.5 + 4 / self.group if self.kind == "int4" else CODE_BYTES[self.kind])
+        """Of the codes, those of 4 bits with their scales and shifts, as the floor counts them."""
+        return self.out_size * self.size * (0.5 + 4 / self.group if self.kind == "int4" else 1)
 
     def choices(self, rows: int) -> list[Choice]:
         return list(dict.fromkeys(_choices(self, rows)))
@@ -80,7 +80,7 @@ def quantized(report: Report, args: argparse.Namespace, shared: dict) -> None:
     ceilings = ceilings_of(report, args, shared)
     products = [
         Product(model, matrix, kind, out_size, size, args.group if kind == "int4" else size)
-        for model, kind in itertools.product(_models(args), [args.quantization] if args.quantization else CODE_BYTES)
+        for model, kind in itertools.product(_models(args), [args.quantization] if args.quantization else ("fp8", "int4", "int8"))
         for matrix, (out_size, size) in Shape.of(model).matmuls().items()
     ]
     _compile_ahead(report, args, products)
@@ -269,7 +269,8 @@ def _measured(report: Report, args: argparse.Namespace, product: Product, ceilin
         found.append(row)
         line.append(f"{row['bf16_us']:.1f}/{row['us']:.1f} x{row['ratio']:.2f}")
     print(f"{product.matrix:>8} {kind:>5}  {'  '.join(line)}")
-    print(f'    ("{kind}", {out_size}, {size}): {{{", ".join(f"{rows}: {_written(choice)}" for rows, choice in entry.items())}}},', flush=True)
+    if kind != "int4" or product.group == TABLE_GROUP:
+        print(f'    ("{kind}", {out_size}, {size}): {{{", ".join(f"{rows}: {_written(choice)}" for rows, choice in entry.items())}}},', flush=True)
     return found
 
 

@@ -1,7 +1,8 @@
 """Graph pass: linear, residual addition, norm, linear, gate in a row become one op, which may share kernels among them.
 
 Of quantised linears it is addition, norm, linear, or these with a gate and a second linear behind: what is ahead of a product of many
-rows is done where its rows are rounded. For few rows norms in the products' kernels cost more than kernels of their own.
+rows is done where its rows are rounded. For few rows norms in the products' kernels cost more than kernels of their own. A gate that no
+such linear reads joins the one before it alone.
 Runs after `fuse_rows`, whose ops it looks for. Knows FX graphs; knows no models, and not which kernels the op takes.
 """
 
@@ -56,9 +57,11 @@ def _fuse(graph: Graph, second: Node, query_start: Node) -> bool:
 
 
 def _fuse_fragments(graph: Graph, last: Node) -> bool:
+    if len(last.args) != FRAGMENT_ARGUMENTS:
+        return False
     gated = last.args[0]
     if len(last.users) == 1 and is_call(next(iter(last.users)), ops.silu_mul):
-        return False  # comes again with the linear behind the gate
+        return False  # the gate joins it first, and then maybe the linear behind
     pair = is_call(gated, ops.fragment_linear) and len(gated.args) == FRAGMENT_ARGUMENTS + 1 and len(gated.users) == 1
     first = gated if pair else last
     both = _norm_before(first)

@@ -24,6 +24,7 @@ from compiler.passes.quant_linears import Fragments, Int4Packed, Int8Dynamic, Qu
 from compiler.quant_formats import QuantizationError, online_group
 from compiler.weights import WeightsMismatch, build_meta, load_weights
 from kernels import reference
+from runtime.config import Config
 
 sys.path.insert(0, str(Path(__file__).parent))
 from architectures import tiny_config  # noqa: E402
@@ -369,9 +370,27 @@ def test_the_form_of_a_gpu_computes_what_was_loaded(tmp_path: Path, monkeypatch:
     registry.apply(model, PASSES)
     forms = [type(module) for module in model.modules()]
     assert forms.count(Fragments) == 4 * 2 + (method != "fp8") and QuantLinear not in forms
+    assert all(module.rounds for module in model.modules() if type(module) is Fragments)
     ids = torch.randint(3, 128, (1, 17), generator=torch.Generator().manual_seed(1))
     expected, out = logits(plain), model(ids.to(device), use_cache=False).logits.float().cpu()
     assert ((out - expected).norm() / expected.norm()).item() < 0.02
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_whether_states_may_be_rounded_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rounds: bool) -> None:
+    monkeypatch.setattr(quant_linears, "_form", Fragments)
+    stock_model().save_pretrained(tmp_path)
+    model = load(tmp_path, "int8", torch.bfloat16)
+    with caplog.at_level("INFO"):
+        registry.apply(model, Config(model=str(tmp_path), round_activations=rounds))
+    assert {module.rounds for module in model.modules() if type(module) is Fragments} == {rounds}
+    assert ("may round activations to 8 bits in front of 9 of 9" in caplog.text) == rounds
+
+
+def test_experts_that_stay_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stock_model("mixtral").save_pretrained(tmp_path)
+    load(tmp_path, "int8")
+    assert "the experts of a mixture are not quantised" in caplog.text
 
 
 def test_groups_that_do_not_divide_are_refused(tmp_path: Path) -> None:

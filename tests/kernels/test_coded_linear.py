@@ -88,27 +88,37 @@ def test_what_is_ahead_of_the_rounding(triton_calls, function: str, size: int) -
         assert (codes == expected).float().mean() > 0.97 and (codes - expected).norm() < 0.01 * expected.norm()
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind, second_group", [("int8", 256), ("int4", 128), ("int4", 64), ("fp8", 256)])
 @pytest.mark.parametrize("rows", [3, 20, 70])
 @pytest.mark.parametrize("gated", [False, True])
-def test_norm_and_gate_ahead_of_products(triton_calls, kind: str, rows: int, gated: bool) -> None:
-    """By each way of few, some and many rows; by the sum, the same as one op after the other on this device."""
-    size, inner = 128, 192 if gated else 96
-    group = 128 if kind == "int4" else size
+def test_norm_and_gate_ahead_of_products(triton_calls, kind: str, second_group: int, rows: int, gated: bool) -> None:
+    """By each way of few, some and many rows, as one op after the other; rows of int4 in groups of 64 are not rounded."""
+    size, inner, out_size = 128, 256, 128
+    width = 2 * inner if gated else inner
     x, residual, norm = random_rows(rows, size)[None], random_rows(rows + 1, size)[None, :rows], torch.rand(size).bfloat16()
-    first = [*laid(*random_weight(kind, inner * 2 if gated else inner, size, group, kind == "int4"), group, size), None, group, inner * 2 if gated else inner, True]
-    second_group = {"int4": 64}.get(kind, inner)  # of the second weight rows are not rounded in int4
-    second = [*laid(*random_weight(kind, 128, inner, second_group, kind == "int4"), second_group, inner), None, second_group, 128]
-    behind = second if gated else [None, None, None, None, 0, 0]
-    (total, out), _ = triton_calls.call("kernels.cuda", "norm_fragment_linear", x, residual, norm, 1e-6, *first, *behind)
+
+    def weight(outputs: int, inputs: int, group: int) -> list:
+        return [*laid(*random_weight(kind, outputs, inputs, group, kind == "int4"), group, inputs), torch.randn(outputs).bfloat16(), group, outputs]
+
+    first, second = [*weight(width, size, 128), True], weight(out_size, inner, second_group)
+    arguments = [x, residual, norm, 1e-6, *first, *(second if gated else [None, None, None, None, 0, 0])]
+    (total, out), _ = triton_calls.call("kernels.cuda", "norm_fragment_linear", *arguments)
     expected_total, normed = reference.add_rms_norm(x, residual, norm, 1e-6)
     expected, _ = triton_calls.call("kernels.cuda", "fragment_linear", normed, *first, gated)
     if gated:
         expected, _ = triton_calls.call("kernels.cuda", "fragment_linear", expected, *second, True)
-    assert torch.equal(total, expected_total) and out.shape == expected.shape and out.dtype == x.dtype
+    assert torch.equal(total, expected_total) and out.shape == expected.shape == (1, rows, out_size if gated else width)
     assert ((out.float() - expected.float()).norm() / expected.float().norm()).item() < 2**-6
-    whole, whole_out = torch.ops.pagegraph.norm_fragment_linear(x, residual, norm, 1e-6, *first, *behind)
-    assert torch.equal(whole, total) and ((out.float() - whole_out.float()).norm() / whole_out.float().norm()).item() < 0.06
+    whole_total, whole = torch.ops.pagegraph.norm_fragment_linear(*arguments)
+    assert torch.equal(whole_total, total) and ((out.float() - whole.float()).norm() / whole.float().norm()).item() < 0.06
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_op_is_well_formed(gated: bool) -> None:
+    x, norm = random_rows(3, 128)[None].contiguous(), torch.rand(128).bfloat16()
+    first = [*laid(*random_weight("int8", 256, 128, 128, False), 128, 128), None, 128, 256, True]
+    second = [*laid(*random_weight("int8", 64, 128, 128, False), 128, 128), None, 128, 64] if gated else [None, None, None, None, 0, 0]
+    torch.library.opcheck(torch.ops.pagegraph.norm_fragment_linear.default, (x, x, norm, 1e-6, *first, *second), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("size", [128, 200])

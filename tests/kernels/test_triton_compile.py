@@ -310,7 +310,7 @@ def test_two_decode_programs_share_a_multiprocessor(half: list[dict[str, Any]]) 
 
 
 def test_quantised_products() -> None:
-    """No spills, on Hopper's matrix instruction, the weight in two buffers at least, and nothing touched before the wait."""
+    """No spills, on Hopper's matrix instruction, the weight in two buffers at least, and nothing but a norm's weight touched before the wait."""
     kernels = compiled(QUANTISED)
     check_fits(kernels)
     assert {k["kernel"] for k in kernels} == {"fragment_linear_kernel", "coded_linear_kernel", "rows_kernel", "fragment_dequantize_kernel"}
@@ -325,20 +325,25 @@ def test_quantised_products() -> None:
 
 @pytest.mark.parametrize("capability", [80, 89])
 def test_quantised_products_on_gpus_before_hopper(capability: int) -> None:
-    """Every product that such a GPU is given: of e4m3 only where it knows them."""
-    fp8 = [quantised(64, 512, 512, "fp8", 512), *quantised_rows("fp8", 0, RowsTile(1, 4, 2, 3)), coded("int4", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64))]
+    """Products that such a GPU is given, with what is ahead of them: of e4m3 only where it knows them."""
+    rows_to_e4m3, rows_to_int8, rows_with_sums = rounded_rows(4096)
+    fp8 = [rows_to_e4m3, rows_with_sums, quantised(64, 512, 512, "fp8", 512), *quantised_rows("fp8", 0, RowsTile(1, 4, 2, 3)), coded("int4", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64))]
     kernels = compiled(
         [
             *(quantised(64, 512, 512, "int4", 128, shifted) for shifted in (False, True)),
             *(quantised(300, 512, 512, kind, group) for kind, group in (("int4", 32), ("int8", 32), ("int8", 512))),
             *(launch for kind, group in (("int4", 128), ("int8", 0)) for launch in quantised_rows(kind, group, RowsTile(1, 4, 2, 3))),
             coded("int8", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64)),
+            rows_to_int8,
+            quantised(64, 512, 512, "int4", 128, True, dtype="float16"),
+            written_out("int4", 32, True),
             *(fp8 if capability >= 89 else []),
         ],
         capability,
     )
-    assert len(kernels) == 11 + (5 if capability >= 89 else 0)
-    assert not any(k["waits"] for k in kernels) and all(k["matrix_units"] for k in kernels if k["kernel"] != "rows_kernel")
+    assert len(kernels) == 14 + (7 if capability >= 89 else 0)
+    products = [k for k in kernels if k["kernel"] not in ("rows_kernel", "fragment_dequantize_kernel")]
+    assert not any(k["waits"] or k["spilled_bytes"] for k in kernels) and all(k["matrix_units"] for k in products)
 
 
 def test_quantised_products_of_few_rows() -> None:

@@ -89,7 +89,7 @@ def test_the_real_model_from_quantised_checkpoints(name: str, tmp_path: Path) ->
     """Written in the format by plain rounding; what is served agrees with the values that the format holds."""
     from transformers import AutoModelForCausalLM
 
-    original, plain = built(GGUF), name in ("gptq_8", "w8a8", "fp8_row", "fp8_block")
+    original, of_8_bits = built(GGUF), name in ("gptq_8", "w8a8", "fp8_row", "fp8_block")
     held = write(tmp_path, AutoModelForCausalLM.from_pretrained(original.folder, dtype=torch.float32), name)
     for file in [*original.folder.glob("token*"), *original.folder.glob("*.jinja"), original.folder / "generation_config.json"]:
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -103,7 +103,7 @@ def test_the_real_model_from_quantised_checkpoints(name: str, tmp_path: Path) ->
     print(f"\n{name}: {quality}; against its own values: {own}; {answer.text!r}")
     assert own.kl < 0.01 and own.top1_agreement > 0.93
     assert "Paris" in answer.text
-    assert quality.kl < (0.06 if plain else 0.6)
+    assert quality.kl < (0.06 if of_8_bits else 0.6)
 
 
 def test_a_prompt_that_the_cache_does_not_hold() -> None:
