@@ -60,7 +60,7 @@ def coded(block_n: int, split_k: int, num_warps: int, num_stages: int, block_t: 
 
 
 SCALED, PLAIN = Choice("scaled"), Choice("plain")
-# (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule. Codes of 4 bits in groups of 128.
+# (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule. Codes of 4 bits were measured in groups of 128; smaller groups take the same tiles.
 TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
     ("fp8", 6144, 4096): {8: few(1, 4, 4, 3), 32: tiled(64, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 256: SCALED},
     ("fp8", 4096, 4096): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
