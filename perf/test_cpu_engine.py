@@ -60,11 +60,11 @@ def peer_generate(model: torch.nn.Module, prompts: list[list[int]], num_tokens: 
         model.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
 
 
-def ratio(benchmark, ours: Callable[[], object], theirs: Callable[[], object], goal: float) -> None:
+def ratio(benchmark, ours: Callable[[], object], theirs: Callable[[], object], goal: float, pairs: int = ROUNDS) -> None:
     """Gate: theirs / ours in median seconds is at least `goal`; sides alternate, so drift hits both."""
     ours(), theirs()
     mine, peers = [], []
-    for _ in range(ROUNDS):
+    for _ in range(pairs):
         for run, seconds in ((ours, mine), (theirs, peers)):
             start = time.perf_counter()
             run()
