@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kernels.fragment_linear import SIZE, THREADS, scale_place
 from kernels.launch import dependent, wait
-from kernels.quant_tiles import KINDS, has_coded
-from kernels.quantize_rows import Norm, e4m3_rows, int8_rows
+from kernels.quant_tiles import QuantWeight, has_coded
+from kernels.quantize_rows import Norm, e4m3_rows, int8_rows, width
 from kernels.reference import CODED_GROUP
 from kernels.skinny_tiles import Tile
 from kernels.split_columns import added_up, is_last, room_for_parts
@@ -181,28 +181,18 @@ def coded_linear_kernel(
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=in_n[:, None] & (row < num_rows)[None, :])
 
 
-def coded_linear(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    bias: Tensor | None,
-    group: int,
-    out_size: int,
-    tile: Tile,
-    norm: Norm | None = None,
-    gated: bool = False,
-) -> Tensor:
+def coded_linear(x: Tensor, weight: QuantWeight, tile: Tile, norm: Norm | None = None, gated: bool = False) -> Tensor:
     """x [T, K] (rows dense), a weight of integers as in `kernels.ops`, all contiguous -> [T, out_size] in x's dtype.
 
     norm, gated: what is done to x before it is rounded (`kernels.quantize_rows`); gated: x is [T, 2 * K].
     int8 has one scale a row and no shift, int4 groups of a multiple of 128 or of all columns. A tile has a multiple of 64 as rows of the weight, up to 128 rows of x and 128 columns to a step.
     """
-    rows, size = len(x), x.shape[1] // 2 if gated else x.shape[1]
+    codes, scale, shift, bias, group, out_size = weight
+    rows, size = len(x), width(x, gated)
     if tile.block_n % SIZE.value or tile.block_k != STEP.value or tile.block_t > 2 * ROWS_AT_ONCE:
         raise ValueError(f"{tile} is not made of blocks of {SIZE.value} x {STEP.value} for up to {2 * ROWS_AT_ONCE} rows")
     int4 = codes.dtype == torch.uint8
-    if not has_coded(KINDS[codes.dtype], group, size, shift is not None):
+    if not has_coded(weight.kind, group, size, shift is not None):
         raise ValueError(f"groups of {group} columns{' with shifts' if shift is not None else ''} of {codes.dtype} have no product by codes")
     block_t = min(tile.block_t, max(16, triton.next_power_of_2(rows)))
     if int4:

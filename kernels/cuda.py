@@ -17,7 +17,7 @@ from kernels.fragment_linear import fragment_dequantize
 from kernels.fragment_linear import fragment_linear as tiled_fragment_linear
 from kernels.fragment_rows import ROWS, fragment_rows
 from kernels.kv_write import write_kv
-from kernels.quant_tiles import KINDS, ROUNDING, Choice, choice_of, takes_8_bits
+from kernels.quant_tiles import ROUNDING, Choice, QuantWeight, choice_of, takes_8_bits
 from kernels.quantize_rows import Norm, exchanged_e4m3_rows
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_write import rope_write
@@ -117,9 +117,9 @@ def fragment_linear(
     gated: bool = False,
 ) -> Tensor:
     """See `kernels.ops`."""
-    rows = _rows(x)
-    choice = _choice(len(rows), rows.shape[1], x.dtype, codes, shift, group, out_size, rounds)
-    return fragment_linear_by(choice, rows, codes, scale, shift, bias, group, out_size, gated).view(*x.shape[:-1], -1)
+    rows, weight = _rows(x), QuantWeight(codes, scale, shift, bias, group, out_size)
+    choice = _choice(len(rows), rows.shape[1], x.dtype, weight, rounds)
+    return fragment_linear_by(choice, rows, weight, gated).view(*x.shape[:-1], -1)
 
 
 def norm_fragment_linear(
@@ -134,47 +134,33 @@ def norm_fragment_linear(
     group: int,
     out_size: int,
     rounds: bool,
-    second_codes: Tensor | None,
-    second_scale: Tensor | None,
-    second_shift: Tensor | None,
-    second_bias: Tensor | None,
-    second_group: int,
-    second_size: int,
+    *second: Tensor | int | None,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.ops`. Where rows are rounded for a product, one kernel does that and what is ahead of it."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     ahead = Norm(norm, eps, residual.reshape(rows.shape).contiguous(), torch.empty_like(rows))
-    first = codes, scale, shift, bias, group, out_size
-    choice = _choice(len(rows), rows.shape[1], x.dtype, codes, shift, group, out_size, rounds)
-    if second_codes is None:
-        out = fragment_linear_by(choice, rows, *first, norm=ahead)
+    weight, behind = QuantWeight(codes, scale, shift, bias, group, out_size), QuantWeight(*second)
+    choice = _choice(len(rows), rows.shape[1], x.dtype, weight, rounds)
+    if behind.codes is None:
+        out = fragment_linear_by(choice, rows, weight, norm=ahead)
     else:
-        second = second_codes, second_scale, second_shift, second_bias, second_group, second_size
-        later = _choice(len(rows), out_size // 2, x.dtype, second_codes, second_shift, second_group, second_size, rounds)
+        later = _choice(len(rows), out_size // 2, x.dtype, behind, rounds)
         apart = later.way in ROUNDING  # then the gate is done as its result is rounded; else it may be done in the first product's kernel
-        inner = fragment_linear_by(choice, rows, *first, gated=not apart, norm=ahead)
-        out = fragment_linear_by(later, inner, *second, gated_rows=apart)
+        inner = fragment_linear_by(choice, rows, weight, gated=not apart, norm=ahead)
+        out = fragment_linear_by(later, inner, behind, gated_rows=apart)
     return ahead.total.view(x.shape), out.view(*x.shape[:-1], -1)
 
 
-def _choice(
-    rows: int, size: int, dtype: torch.dtype, codes: Tensor, shift: Tensor | None, group: int, out_size: int, rounds: bool
-) -> Choice:
+def _choice(rows: int, size: int, dtype: torch.dtype, weight: QuantWeight, rounds: bool) -> Choice:
     """How x [rows, size] is multiplied with a weight."""
-    kind = KINDS[codes.dtype]
-    rounds = rounds and takes_8_bits(kind, dtype, out_size, size, group, shift is not None, codes.device)
-    return choice_of(kind, rows, out_size, size, rounds, dtype.itemsize == 2)
+    rounds = rounds and takes_8_bits(weight.kind, dtype, weight.out_size, size, weight.group, weight.shift is not None, weight.codes.device)
+    return choice_of(weight.kind, rows, weight.out_size, size, rounds, dtype.itemsize == 2)
 
 
 def fragment_linear_by(
     choice: Choice,
     rows: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    bias: Tensor | None,
-    group: int,
-    out_size: int,
+    weight: QuantWeight,
     gated: bool = False,
     norm: Norm | None = None,
     gated_rows: bool = False,
@@ -187,20 +173,20 @@ def fragment_linear_by(
         _, rows = add_rms_norm(rows, norm.residual, norm.weight, norm.eps, norm.total)
     if choice.way == "rows":
         tile = choice.tile._replace(parts=max(2, choice.tile.parts)) if gated else choice.tile  # gate and up are one program's
-        within = gated and out_size % (ROWS.value * tile.parts) == 0
-        out = fragment_rows(rows, codes, scale, shift, bias, group, out_size, within, tile)
+        within = gated and weight.out_size % (ROWS.value * tile.parts) == 0
+        out = fragment_rows(rows, weight, within, tile)
         return silu_mul(out) if gated and not within else out
     if choice.way == "tile":
-        out = tiled_fragment_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile)
+        out = tiled_fragment_linear(rows, weight, choice.tile)
     elif choice.way == "coded":
-        out = coded_linear(rows, codes, scale, shift, bias, group, out_size, choice.tile, norm, gated_rows)
+        out = coded_linear(rows, weight, choice.tile, norm, gated_rows)
     elif choice.way == "plain":
-        out = functional.linear(rows, fragment_dequantize(codes, scale, shift, group, out_size, rows.shape[1], rows.dtype), bias)
+        out = functional.linear(rows, fragment_dequantize(weight, rows.shape[1], rows.dtype), weight.bias)
     else:
         x_codes, x_scale = exchanged_e4m3_rows(rows, norm, gated_rows)
         # Fast: the matrix unit adds up a whole row, with fewer bits than float32 has.
         out = torch._scaled_mm(
-            x_codes, codes.t(), scale_a=x_scale, scale_b=scale.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=True
+            x_codes, weight.codes.t(), scale_a=x_scale, scale_b=weight.scale.t(), bias=weight.bias, out_dtype=rows.dtype, use_fast_accum=True
         )
     return silu_mul(out) if gated else out
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.launch import dependent, wait
-from kernels.quant_tiles import KINDS
+from kernels.quant_tiles import QuantWeight
 from kernels.skinny_tiles import Tile
 from kernels.split_columns import added_up, is_last, room_for_parts
 from kernels.widen import halves, nibbles, scaled, settled, wide_bytes
@@ -199,13 +199,12 @@ def fragment_linear_kernel(
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=in_n[:, None] & in_t)
 
 
-def fragment_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int, tile: Tile
-) -> Tensor:
+def fragment_linear(x: Tensor, weight: QuantWeight, tile: Tile) -> Tensor:
     """x [T, K] (rows dense), the weight as in `kernels.ops`, all contiguous -> [T, out_size] in x's dtype.
 
     A tile has multiples of 64 as rows of the weight, and as columns of a step.
     """
+    codes, scale, shift, bias, group, out_size = weight
     rows, size = x.shape
     if tile.block_n % SIZE.value or tile.block_k % SIZE.value:
         raise ValueError(f"a tile of {tile.block_n} x {tile.block_k} is not made of blocks of {SIZE.value} x {SIZE.value}")
@@ -233,7 +232,7 @@ def fragment_linear(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         SPLIT_K=tile.split_k,
-        KIND=KINDS[codes.dtype],
+        KIND=weight.kind,
         WHOLE=shift is not None or group < size,
         HAS_SHIFT=shift is not None,
         HAS_BIAS=bias is not None,
@@ -284,10 +283,9 @@ def fragment_dequantize_kernel(
         tl.store(out_ptr + n[:, None] * K + column[None, :], weight, mask=(n < N)[:, None] & (column < K)[None, :])
 
 
-def fragment_dequantize(
-    codes: Tensor, scale: Tensor, shift: Tensor | None, group: int, out_size: int, size: int, dtype: torch.dtype
-) -> Tensor:
-    """The weight as in `kernels.ops`, all contiguous -> [out_size, size] in dtype, rounded once."""
+def fragment_dequantize(weight: QuantWeight, size: int, dtype: torch.dtype) -> Tensor:
+    """The weight as in `kernels.ops`, all contiguous -> [out_size, size] in dtype, rounded once. Its bias is not looked at."""
+    codes, scale, shift, _, group, out_size = weight
     out = torch.empty(out_size, size, dtype=dtype, device=codes.device)
     fragment_dequantize_kernel[triton.cdiv(out_size, SIZE.value), triton.cdiv(size, SIZE.value * BLOCKS)](
         out,
@@ -299,7 +297,7 @@ def fragment_dequantize(
         GROUP=group,
         GROUPS=groups_of(scale),
         BLOCKS=BLOCKS,
-        KIND=KINDS[codes.dtype],
+        KIND=weight.kind,
         HAS_SHIFT=shift is not None,
         num_warps=4,
     )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kernels.fragment_linear import SIZE, float_weight_of, groups_of, scale_place, weight_of
 from kernels.launch import dependent, wait
-from kernels.quant_tiles import KINDS, SINGLE_ROWS, RowsTile
+from kernels.quant_tiles import SINGLE_ROWS, QuantWeight, RowsTile
+from kernels.silu_mul import silu_times
 from kernels.widen import fetched, in_registers
 
 ROWS = tl.constexpr(16)  # of the weight: those of one warp's operand
@@ -157,25 +158,16 @@ def fragment_rows_kernel(
         sums += bias
     if GATED:  # rounds where a kernel of its own would
         gate, up = tl.split(sums.to(out_ptr.dtype.element_ty).to(tl.float32).reshape(2, half, T).permute(1, 2, 0))
-        sums = gate * tl.sigmoid(gate) * up
+        sums = silu_times(gate, up)
     tl.store(out_ptr + t[None, :] * OUT + m[:, None], sums.to(out_ptr.dtype.element_ty), mask=(m < OUT)[:, None] & in_t[None, :])
 
 
-def fragment_rows(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    bias: Tensor | None,
-    group: int,
-    out_size: int,
-    gated: bool,
-    tile: RowsTile,
-) -> Tensor:
+def fragment_rows(x: Tensor, weight: QuantWeight, gated: bool, tile: RowsTile) -> Tensor:
     """x [T, K] of 16 bits (rows dense, at most eight), the weight as in `kernels.ops`, all contiguous -> [T, out_size] in x's dtype.
 
     gated: [T, out_size / 2], silu(first half) * second half.
     """
+    codes, scale, shift, bias, group, out_size = weight
     rows, size = x.shape
     width = out_size // 2 if gated else out_size
     outputs = tile.parts * ROWS.value // (2 if gated else 1)  # of a program
@@ -200,7 +192,7 @@ def fragment_rows(
         STEPS=tile.steps,
         BEYOND=size % (SIZE.value * tile.warps * tile.steps) != 0,
         PARTS=tile.parts,
-        KIND=KINDS[codes.dtype],
+        KIND=weight.kind,
         WHOLE=shift is not None or group < size,
         HAS_SHIFT=shift is not None,
         HAS_BIAS=bias is not None,

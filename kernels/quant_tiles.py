@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from kernels.reference import CODED_GROUP
 from kernels.skinny_tiles import Tile
@@ -26,6 +27,21 @@ KINDS: dict[torch.dtype, Kind] = {torch.uint8: "int4", torch.int8: "int8", torch
 # coded: `kernels.coded_linear` by that tile, of int8 with one scale a row or int4 in groups of multiples of 128; scaled: PyTorch's product of two fp8, of one scale a row.
 Way = Literal["rows", "tile", "plain", "coded", "scaled"]
 ROUNDING: tuple[Way, ...] = ("coded", "scaled")
+
+
+class QuantWeight(NamedTuple):
+    """A weight [out_size, K] of codes with what belongs to it, laid out as for `pagegraph::fragment_linear` (`kernels.ops`)."""
+
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor | None
+    bias: Tensor | None
+    group: int
+    out_size: int
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.codes.dtype]
 
 
 class RowsTile(NamedTuple):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from kernels.launch import dependent, wait
 from kernels.reference import CODED_GROUP, FP8_MAX, INT8_MAX
+from kernels.rms_norm import scaled_rows
+from kernels.silu_mul import silu_times
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 LARGEST = tl.constexpr(FP8_MAX)
@@ -63,11 +65,10 @@ def rows_kernel(
         states = (x + tl.load(residual_ptr + row * SIZE + column, mask=inside, other=0.0).to(tl.float32)).to(states.dtype)
         tl.store(total_ptr + row * SIZE + column, states, mask=inside)
         x = states.to(tl.float32)
-        mean = tl.sum(tl.sum(x * x, axis=1), axis=0) / SIZE
-        x = ((x * tl.rsqrt(mean + eps)).to(states.dtype).to(tl.float32) * weight).to(states.dtype).to(tl.float32)
+        x = scaled_rows(states, tl.sum(tl.sum(x * x, axis=1), axis=0) / SIZE, eps, weight).to(tl.float32)
     if GATED:
         up = tl.load(x_ptr + row * x_stride + SIZE + column, mask=inside, other=0.0).to(tl.float32)
-        x = (x * tl.sigmoid(x) * up).to(states.dtype).to(tl.float32)
+        x = silu_times(x, up).to(states.dtype).to(tl.float32)
     largest = tl.max(tl.abs(x), axis=1)
     if INT8:
         scale = tl.maximum(largest / LARGEST_INT, TINY)
@@ -90,13 +91,18 @@ def rows_kernel(
         tl.store(codes_ptr + row * (GROUPS * GROUP) + column, codes, mask=(group < GROUPS)[:, None])
 
 
+def width(x: Tensor, gated: bool) -> int:
+    """Columns of what is rounded: of rows behind a gate half as many as x has."""
+    return x.shape[1] // 2 if gated else x.shape[1]
+
+
 def int8_rows(x: Tensor, multiple: int, norm: Norm | None = None, gated: bool = False) -> tuple[Tensor, Tensor]:
     """x [T, K], elements of a row dense -> codes int8 [T', K'], scale float32 [K' / 128, T'].
 
     The first T rows are as `reference.int8_rows`; T' is a multiple of `multiple`, and the rest is zeros. gated: x is [T, 2 * K],
     and what is rounded silu(first half) * second half.
     """
-    size = x.shape[1] // 2 if gated else x.shape[1]
+    size = width(x, gated)
     filled, groups = triton.cdiv(len(x), multiple) * multiple, triton.cdiv(size, CODED_GROUP)
     codes = torch.empty(filled, groups * CODED_GROUP, dtype=torch.int8, device=x.device)
     scale = torch.empty(groups, filled, dtype=torch.float32, device=x.device)
@@ -106,7 +112,7 @@ def int8_rows(x: Tensor, multiple: int, norm: Norm | None = None, gated: bool = 
 
 def e4m3_rows(x: Tensor, multiple: int, norm: Norm | None = None, gated: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """As `int8_rows` -> codes float8_e4m3fn [T', K'], scale float32 [T'], sums of every 128 codes float32 [K' / 128, T'], as `reference.e4m3_rows`."""
-    size = x.shape[1] // 2 if gated else x.shape[1]
+    size = width(x, gated)
     filled, groups = triton.cdiv(len(x), multiple) * multiple, triton.cdiv(size, CODED_GROUP)
     codes = torch.empty(filled, groups * CODED_GROUP, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(filled, dtype=torch.float32, device=x.device)
@@ -120,7 +126,7 @@ def exchanged_e4m3_rows(x: Tensor, norm: Norm | None = None, gated: bool = False
 
     As `reference.quantize_rows`, then `reference.exchanged_columns`.
     """
-    size = x.shape[1] // 2 if gated else x.shape[1]
+    size = width(x, gated)
     codes = torch.empty(len(x), triton.cdiv(size, 64) * 64, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
     _launch(codes, scale, scale, x, size, norm, gated, exchanged=True)

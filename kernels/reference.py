@@ -614,16 +614,10 @@ def norm_fragment_linear(
     group: int,
     out_size: int,
     rounds: bool,
-    second_codes: torch.Tensor | None,
-    second_scale: torch.Tensor | None,
-    second_shift: torch.Tensor | None,
-    second_bias: torch.Tensor | None,
-    second_group: int,
-    second_size: int,
+    *second: torch.Tensor | int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.ops`."""
     total, normed = add_rms_norm(x, residual, norm, eps)
-    out = fragment_linear(normed, codes, scale, shift, bias, group, out_size, rounds, second_codes is not None)
-    if second_codes is not None:
-        out = fragment_linear(out, second_codes, second_scale, second_shift, second_bias, second_group, second_size, rounds)
-    return total, out
+    followed = second[0] is not None
+    out = fragment_linear(normed, codes, scale, shift, bias, group, out_size, rounds, followed)
+    return total, fragment_linear(out, *second, rounds) if followed else out

@@ -14,6 +14,12 @@ from kernels.launch import dependent, wait
 
 
 @triton.jit
+def scaled_rows(x, mean, eps, weight):
+    """x of a row or a part of it, the mean of the row's squares, weight float32 like x -> the norm in x's type, rounded on the way as said above."""
+    return ((x.to(tl.float32) * tl.rsqrt(mean + eps)).to(x.dtype).to(tl.float32) * weight).to(x.dtype)
+
+
+@triton.jit
 def rms_norm_kernel(
     out_ptr,
     sum_ptr,
@@ -37,8 +43,7 @@ def rms_norm_kernel(
         x = (x.to(tl.float32) + tl.load(residual_ptr + row + column, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
         tl.store(sum_ptr + row + column, x, mask=inside)
     wide = x.to(tl.float32)
-    scaled = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)).to(x.dtype)
-    tl.store(out_ptr + row + column, (scaled.to(tl.float32) * weight).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row + column, scaled_rows(x, tl.sum(wide * wide, 0) / SIZE, eps, weight), mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

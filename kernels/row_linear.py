@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import dependent, wait
+from kernels.silu_mul import silu_times
 from kernels.skinny_tiles import RowTile
 
 
@@ -59,7 +60,7 @@ def _finish(
     sums = (sums + bias).to(dtype).to(tl.float32)
     if GATED:
         gate, up = tl.split(sums.reshape(BLOCK_N, 2))
-        sums = gate * tl.sigmoid(gate) * up
+        sums = silu_times(gate, up)
     if HAS_RESIDUAL:
         sums += tl.load(residual_ptr + row * N + n, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * N + n, sums.to(dtype), mask=inside)

@@ -32,6 +32,7 @@ SECTIONS = (
 )  # fmt: skip
 OF_A_MODEL = ("step", "engine", "memory", "speculation")
 OF_A_SERVER = ("serve", "startup")  # of a model too, in a process that holds no engine yet
+LAST = ("host", "peer")  # of no engine of this script's
 CASES = "throughput,sharegpt,latency,batch32,prefill,prefix"
 PEERS = ("vllm", "transformers")
 START_SECONDS = 240  # on top of the sections' own time: imports, building, compiling, capturing
@@ -100,11 +101,11 @@ def main() -> int:
 def jobs(args: argparse.Namespace) -> list[tuple[list[str], str | None]]:
     """What runs together in one process: (sections, model)."""
     of_a_model = [name for name in SECTIONS if name in args.sections and name in OF_A_MODEL]
-    alone = ("kernels", "graphs", "parity", "quality", "micro", "quantized", "quantized_step", "texts", "chains")
+    alone = [name for name in SECTIONS if name not in (*OF_A_MODEL, *OF_A_SERVER, *LAST)]
     before = [([name], None) for name in alone if name in args.sections]
     between = [(["start", *of_a_model], model) for model in args.models if of_a_model]
     between += [([name], model) for name in OF_A_SERVER if name in args.sections for model in args.models]
-    return before + between + [([name], None) for name in ("host", "peer") if name in args.sections]
+    return before + between + [([name], None) for name in LAST if name in args.sections]
 
 
 def run_job(args: argparse.Namespace, sections: list[str], model: str | None, path: Path, results: dict) -> None:

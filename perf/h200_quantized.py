@@ -28,7 +28,7 @@ from floors import BYTES, Ceilings, Shape
 from h200_offline import ceilings_of, config_of, step_of
 from h200_report import Report, graph_seconds
 from kernels import cuda, reference
-from kernels.quant_tiles import MEMORY_BOUND_ROWS, SINGLE_ROWS, Choice, Kind, coded, few, has_coded, tile_by_rule
+from kernels.quant_tiles import MEMORY_BOUND_ROWS, SINGLE_ROWS, Choice, Kind, QuantWeight, coded, few, has_coded, tile_by_rule
 from kernels.skinny_tiles import Tile
 
 ROWS = (2, 8, 32, 64, 128, 256, 1024)  # of a product; a step of one sequence is padded to two
@@ -184,7 +184,7 @@ def _product(
     product: Product, choice: Choice, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
 ) -> torch.Tensor:
     """x [T, size] times the weight of `_weight` by the given way, on CUDA."""
-    return cuda.fragment_linear_by(choice, x, codes, scale, shift, None, product.group, product.out_size)
+    return cuda.fragment_linear_by(choice, x, QuantWeight(codes, scale, shift, None, product.group, product.out_size))
 
 
 def _weight(product: Product, device: str, random: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

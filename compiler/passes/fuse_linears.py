@@ -9,6 +9,7 @@ Runs after `fuse_rows`, whose ops it looks for. Knows FX graphs; knows no models
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -47,12 +48,8 @@ def _fuse(graph: Graph, second: Node, query_start: Node) -> bool:
     residual = addends[1] if first is addends[0] else addends[0]
     gate = next(iter(second.users)) if len(second.users) == 1 else None
     gated = gate is not None and is_call(gate, ops.silu_mul)
-    # In the sum's place, where all that is no parameter is known.
-    with graph.inserting_before(both):
-        arguments = (*first.args, residual, norm, eps, *second.args[1:], gated, query_start)
-        fused = graph.call_function(ops.linear_norm_linear, arguments)
-        total, out = (graph.call_function(operator.getitem, (fused, index)) for index in (0, 1))
-    _replace(both, total, gate if gated else second, out)
+    arguments = (*first.args, residual, norm, eps, *second.args[1:], gated, query_start)
+    _replace(graph, both, gate if gated else second, ops.linear_norm_linear, arguments)
     return True
 
 
@@ -68,11 +65,7 @@ def _fuse_fragments(graph: Graph, last: Node) -> bool:
     if both is None or pair and first.args[FRAGMENT_ARGUMENTS - 1] != last.args[FRAGMENT_ARGUMENTS - 1]:
         return False
     behind = last.args[1 : FRAGMENT_ARGUMENTS - 1] if pair else (None, None, None, None, 0, 0)
-    with graph.inserting_before(both):
-        arguments = (*both.args, *first.args[1:FRAGMENT_ARGUMENTS], *behind)
-        fused = graph.call_function(ops.norm_fragment_linear, arguments)
-        total, out = (graph.call_function(operator.getitem, (fused, index)) for index in (0, 1))
-    _replace(both, total, last, out)
+    _replace(graph, both, last, ops.norm_fragment_linear, (*both.args, *first.args[1:FRAGMENT_ARGUMENTS], *behind))
     return True
 
 
@@ -84,8 +77,11 @@ def _norm_before(product: Node) -> Node | None:
     return normed.args[0]
 
 
-def _replace(both: Node, total: Node, last: Node, out: Node) -> None:
-    """Sum and product in the place of an addition's sum and of the last node of a row."""
+def _replace(graph: Graph, both: Node, last: Node, op: Callable, arguments: tuple) -> None:
+    """The op's sum and product in the place of the sum of addition and norm and of the last node of a row."""
+    with graph.inserting_before(both):  # where all that is no parameter is known
+        fused = graph.call_function(op, arguments)
+        total, out = (graph.call_function(operator.getitem, (fused, index)) for index in (0, 1))
     for old, new in ((_sum_of(both), total), (last, out)):
         if old is not None:
             new.meta = old.meta

@@ -2,7 +2,7 @@
 
 Launchers are called on meta tensors with Triton's launch replaced by one that compiles. Reads a list of
 [name, module, function, arguments] from standard input, where an argument {"shape", "dtype"} is a tensor and
-{"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear, {"few"} one of few rows, {"norm"} a norm ahead of so many rows, {"type"} a type. Its argument is the compute capability, such as 90. Run without TRITON_INTERPRET, in a process of its own:
+{"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear, {"few"} one of few rows, {"norm"} a norm ahead of so many rows, {"weight"} a quantised weight, {"type"} a type. Its argument is the compute capability, such as 90. Run without TRITON_INTERPRET, in a process of its own:
 the replaced launch stays replaced.
 """
 
@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from kernels import launch
-from kernels.quant_tiles import RowsTile
+from kernels.quant_tiles import QuantWeight, RowsTile
 from kernels.skinny_tiles import Tile
 
 SHARED_MEMORY = 232448  # bytes a block may have on sm_90
@@ -134,6 +134,8 @@ def argument(described: Any) -> Any:
         return Tile(*described["tile"])
     if "few" in described:
         return RowsTile(*described["few"])
+    if "weight" in described:
+        return QuantWeight(*map(argument, described["weight"]))
     if "norm" in described:
         from kernels.quantize_rows import Norm  # binds what `main` replaces
 

@@ -9,7 +9,7 @@ from quantised_weights import laid, random_weight
 import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from kernels import reference
 from kernels.cuda import fragment_linear_by
-from kernels.quant_tiles import CODED_GROUP, choice_of, coded
+from kernels.quant_tiles import CODED_GROUP, QuantWeight, choice_of, coded
 from kernels.quantize_rows import Norm
 from kernels.skinny_tiles import Tile
 
@@ -155,7 +155,7 @@ def test_equals_the_product_of_what_the_codes_stand_for(
     laid_codes, laid_scale, _ = laid(codes, scale, None, size, size)
     expected = reference.decoded_rows(*reference.int8_rows(x), size) @ weight.t() + added
     for _ in range(2):  # the second call finds the arrival counts as the first left them
-        out, _ = triton_calls.call("kernels.coded_linear", "coded_linear", x, laid_codes, laid_scale, None, bias, size, out_size, tile)
+        out, _ = triton_calls.call("kernels.coded_linear", "coded_linear", x, QuantWeight(laid_codes, laid_scale, None, bias, size, out_size), tile)
         assert out.dtype == x.dtype and out.shape == expected.shape
         # Integers are added up exactly; a code of x that is rounded the other way is a step of many.
         torch.testing.assert_close(out.float(), expected, atol=2e-3 * expected.abs().max().item(), rtol=2**-7)
@@ -184,7 +184,7 @@ def test_groups_of_4_bits(
     floats, x_scale, _ = reference.e4m3_rows(x)
     expected = reference.decoded_rows(floats.float(), x_scale[None], size) @ weight.t() + bias.float()
     for _ in range(2):
-        out, _ = triton_calls.call("kernels.coded_linear", "coded_linear", x, *laid(codes, scale, shift, group, size), bias, group, out_size, tile)
+        out, _ = triton_calls.call("kernels.coded_linear", "coded_linear", x, QuantWeight(*laid(codes, scale, shift, group, size), bias, group, out_size), tile)
         assert out.dtype == x.dtype and out.shape == expected.shape
         assert ((out.float() - expected).norm() / expected.norm()).item() < 6e-3
     exact = x.float() @ weight.t() + bias.float()
@@ -195,14 +195,14 @@ def test_groups_of_4_bits(
 def test_groups_that_do_not_fit_are_refused(triton_calls, kind: str, group: int, shifted: bool) -> None:
     weight = laid(*random_weight(kind, 64, 256, group, shifted), group, 256)
     with pytest.raises((ValueError, AssertionError), match="have no product by codes"):
-        triton_calls.call("kernels.coded_linear", "coded_linear", torch.zeros(1, 256).bfloat16(), *weight, None, group, 64, Tile(64, 128, 1, 4, 3))
+        triton_calls.call("kernels.coded_linear", "coded_linear", torch.zeros(1, 256).bfloat16(), QuantWeight(*weight, None, group, 64), Tile(64, 128, 1, 4, 3))
 
 
 @pytest.mark.parametrize("tile", [Tile(32, 128, 1, 4, 3), Tile(64, 64, 1, 4, 3), Tile(64, 128, 1, 4, 3, 256)])
 def test_tiles_that_do_not_fit_are_refused(triton_calls, tile: Tile) -> None:
     codes, scale, _ = laid(*random_weight("int8", 64, 128, 128, False), 128, 128)
     with pytest.raises((ValueError, AssertionError), match="is not made of blocks of 64 x 128 for up to 128 rows"):
-        triton_calls.call("kernels.coded_linear", "coded_linear", torch.zeros(1, 128).bfloat16(), codes, scale, None, None, 128, 64, tile)
+        triton_calls.call("kernels.coded_linear", "coded_linear", torch.zeros(1, 128).bfloat16(), QuantWeight(codes, scale, None, None, 128, 64), tile)
 
 
 @pytest.mark.gpu
@@ -213,11 +213,11 @@ def test_products_of_a_model(kind: str, rows: int) -> None:
     """Large ones, with the rule's tiles and some of the table's, again and again: nothing depends on timing."""
     group = 128 if kind == "int4" else 4096
     codes, scale, shift = random_weight(kind, 6144, 4096, group, kind == "int4")
-    laid_weight = [None if one is None else one.cuda() for one in laid(codes, scale, shift, group, 4096)]
+    weight = QuantWeight(*(None if one is None else one.cuda() for one in laid(codes, scale, shift, group, 4096)), None, group, 6144)
     x = random_rows(rows, 4096).cuda()
     expected = x.float() @ reference.dequantize(codes, scale, shift, group).t().cuda()
     ruled = [choice_of(kind, count, 512, 4096, True) for count in (100, 1000)]
     for choice in (*ruled, coded(128, 1, 8, 3, 128), coded(64, 2, 4, 4, 64), coded(64, 4, 4, 3, 128)):
-        first = fragment_linear_by(choice, x, *laid_weight, None, group, 6144)
+        first = fragment_linear_by(choice, x, weight)
         assert ((first.float() - expected).norm() / expected.norm()).item() < 0.04
-        assert all(torch.equal(first, fragment_linear_by(choice, x, *laid_weight, None, group, 6144)) for _ in range(20))
+        assert all(torch.equal(first, fragment_linear_by(choice, x, weight)) for _ in range(20))

@@ -7,7 +7,7 @@ import torch
 from quantised_weights import laid, multiplied, random_weight
 
 import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from kernels.quant_tiles import RowsTile
+from kernels.quant_tiles import QuantWeight, RowsTile
 
 SHAPES = [
     # kind, N, K, group, tile
@@ -38,7 +38,7 @@ def test_equals_the_reference(
     x, bias = rows_of(rows, size), torch.randn(out_size).bfloat16() if shifted else None
     expected = x.float() @ multiplied(codes, scale, shift, group, x.dtype).t() + (0 if bias is None else bias.float())
     weight = laid(codes, scale, shift, group, size)
-    out, _ = triton_calls.call("kernels.fragment_rows", "fragment_rows", x, *weight, bias, group, out_size, False, tile)
+    out, _ = triton_calls.call("kernels.fragment_rows", "fragment_rows", x, QuantWeight(*weight, bias, group, out_size), False, tile)
     assert out.dtype == x.dtype and out.shape == expected.shape
     torch.testing.assert_close(out.float(), expected, atol=1e-4 * expected.abs().max().item(), rtol=2**-8)
 
@@ -62,4 +62,4 @@ def test_what_the_kernel_does_not_take_is_refused(triton_calls) -> None:
     weight = laid(*random_weight("int8", 64, 128, 128, False), 128, 128)
     for x, gated in ((rows_of(9, 128), False), (rows_of(1, 128).float(), False), (rows_of(1, 128), True)):
         with pytest.raises((ValueError, AssertionError), match="not a product of this kernel"):
-            triton_calls.call("kernels.fragment_rows", "fragment_rows", x, *weight, None, 128, 64, gated, RowsTile(1, 2, 1, 3))
+            triton_calls.call("kernels.fragment_rows", "fragment_rows", x, QuantWeight(*weight, None, 128, 64), gated, RowsTile(1, 2, 1, 3))

@@ -128,19 +128,20 @@ def quantised(
     name = f"{kind} {rows} {out_size}x{size}/{group} {dtype} {tile}"
     x, blocks = tensor(dtype, rows, size), (out_size // 64, size // 64)
     if kind == "fp8":
-        arguments = [x, tensor("float8_e4m3fn", out_size, size), tensor("float32", out_size, -(-size // group)), None, None, group, out_size, {"tile": tile}]
-        return [name, "kernels.fragment_linear", "fragment_linear", arguments]
+        weight = [tensor("float8_e4m3fn", out_size, size), tensor("float32", out_size, -(-size // group)), None, None, group, out_size]
+        return [name, "kernels.fragment_linear", "fragment_linear", [x, {"weight": weight}, {"tile": tile}]]
     codes = tensor("uint8", *blocks, 128, 16) if kind == "int4" else tensor("int8", *blocks, 256, 16)
     scale = tensor(dtype if group < size else "float32", out_size // 64, size // max(group, 64), 32, 2 * max(1, 64 // group))
-    return [name, "kernels.fragment_linear", "fragment_linear", [x, codes, scale, scale if shifted else None, None, group, out_size, {"tile": tile}]]
+    weight = [codes, scale, scale if shifted else None, None, group, out_size]
+    return [name, "kernels.fragment_linear", "fragment_linear", [x, {"weight": weight}, {"tile": tile}]]
 
 
 def coded(kind: str, rows: int, out_size: int, size: int, tile: Tile, symmetric: bool = False, dtype: str = "bfloat16") -> list[Any]:
     """The product of codes on both sides; with a bias where it is symmetric, which int8 is."""
     shifted = kind == "int4" and not symmetric
-    name, _, _, (x, codes, scale, shift, bias, *sizes, _) = quantised(rows, out_size, size, kind, 128 if kind == "int4" else size, shifted, tile, dtype)
-    bias = None if shifted else tensor(dtype, out_size)
-    return [f"{name} on both sides", "kernels.coded_linear", "coded_linear", [x, codes, scale, shift, bias, *sizes, {"tile": tile}]]
+    name, _, _, (x, weight, _) = quantised(rows, out_size, size, kind, 128 if kind == "int4" else size, shifted, tile, dtype)
+    weight["weight"][3] = None if shifted else tensor(dtype, out_size)
+    return [f"{name} on both sides", "kernels.coded_linear", "coded_linear", [x, weight, {"tile": tile}]]
 
 
 def rounded_rows(size: int) -> list[list[Any]]:
@@ -155,17 +156,17 @@ def rounded_rows(size: int) -> list[list[Any]]:
 
 def written_out(kind: str, group: int, shifted: bool) -> list[Any]:
     """The weight on its own."""
-    _, _, _, (_, codes, scale, shift, _, *sizes, _) = quantised(8, 4096, 4096, kind, group, shifted)
-    return [f"{kind}/{group} written out", "kernels.fragment_linear", "fragment_dequantize", [codes, scale, shift, *sizes, 4096, {"type": "bfloat16"}]]
+    _, _, _, (_, weight, _) = quantised(8, 4096, 4096, kind, group, shifted)
+    return [f"{kind}/{group} written out", "kernels.fragment_linear", "fragment_dequantize", [weight, 4096, {"type": "bfloat16"}]]
 
 
 def quantised_rows(kind: str, group: int, tile: RowsTile, shifted: bool = False) -> list[list[Any]]:
     """Products of two rows without a gate and with one, scales as a device holds them."""
     hidden, launches = 4096, []
     for out_size, gated in ((hidden, False), (28672, True)):
-        _, _, _, (x, *weight, _) = quantised(2, out_size, hidden, kind, group or hidden, shifted)
+        _, _, _, (x, weight, _) = quantised(2, out_size, hidden, kind, group or hidden, shifted)
         cut = tile._replace(parts=max(2, tile.parts)) if gated else tile
-        launches.append([f"{kind}/{group} {out_size} {cut}", "kernels.fragment_rows", "fragment_rows", [x, *weight, gated, {"few": cut}]])
+        launches.append([f"{kind}/{group} {out_size} {cut}", "kernels.fragment_rows", "fragment_rows", [x, weight, gated, {"few": cut}]])
     return launches
 
 
