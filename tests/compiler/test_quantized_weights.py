@@ -24,7 +24,7 @@ from compiler.passes.quant_linears import Fragments, Int4Packed, Int8Dynamic, Qu
 from compiler.quant_formats import QuantizationError, online_group
 from compiler.weights import WeightsMismatch, build_meta, load_weights
 from kernels import reference
-from runtime.config import Config
+from runtime.config import Config, ConfigError, load_config
 
 sys.path.insert(0, str(Path(__file__).parent))
 from architectures import tiny_config  # noqa: E402
@@ -218,11 +218,23 @@ def test_merged_linears_are_stacked_codes(tmp_path: Path) -> None:
     assert before.shape[0] * 2 == merged[1].linear.out_features
 
 
-def test_config_words_and_methods_are_the_same() -> None:
-    from runtime.config import FIELDS
-
+def test_every_method_that_the_configuration_takes_is_carried_out() -> None:
+    """By a checkpoint of its kind, or while loading; and what checkpoints say of themselves may be asked for."""
+    of_checkpoints = {method: name for name, (stored, _) in FORMATS.items() if (method := quant_formats.detect(stored).method)}
+    assert set(of_checkpoints) | set(quant_formats.ONLINE) | {"gguf"} == set(quant_formats.METHODS)
     for method in quant_formats.METHODS:
-        assert FIELDS["quantization"].metadata["parse"](method) == method
+        asked = Config(model="any", quantization=method).quantization
+        if method in of_checkpoints:
+            assert quant_formats.resolve(asked, FORMATS[of_checkpoints[method]][0]).method == method
+        elif method == "gguf":
+            assert quant_formats.resolve(asked, {"quant_method": "gguf"}).method == method
+        else:
+            assert quant_formats.resolve(asked, None) == method
+        if method in quant_formats.ONLINE:
+            linear = quant_formats.quantize(torch.randn(128, 128), method, "linear")
+            assert linear.codes.nbytes <= 128 * 128
+    with pytest.raises(ConfigError, match="awq, gptq, compressed-tensors"):
+        load_config("any", {"quantization": "awq2"})
 
 
 @pytest.mark.parametrize(
