@@ -21,6 +21,7 @@ import transformers
 
 from compiler import build as builder
 from compiler import lower
+from runtime.child import child_environment, module_command
 from runtime.config import Config, config_from_dict
 
 PRIORITY = 10  # added to the niceness: streams go first
@@ -35,9 +36,10 @@ def fill_cache(config: Config, settings: Path) -> None:
     done = _stamp(config)
     if done.exists():
         return
-    command = [sys.executable, "-m", "runtime.compile_ahead", str(settings)]
+    command = module_command("runtime.compile_ahead", str(settings))
     # The child watches its standard input, which ends with this process.
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **pipes, env=child_environment()) as child:
         output = child.stdout.read().decode(errors="replace")
     if child.returncode:
         raise RuntimeError(f"the compiling process ended with status {child.returncode}: {output[-2000:]}")

@@ -6,7 +6,6 @@ Imports no torch and nothing of web: both children are started by name. Its own 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -14,7 +13,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -27,33 +25,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from runtime.child import Child, module_command
 from runtime.client import EngineClient, EngineDead
 from runtime.config import Config
 from runtime.protocol import EngineInfo
 
 log = logging.getLogger("pagegraph.supervisor")
 
-ENGINE_COMMAND = (sys.executable, "-m", "runtime.engine_process")
-WEB_COMMAND = (sys.executable, "-m", "gunicorn")
+ENGINE_COMMAND = module_command("runtime.engine_process")
+WEB_COMMAND = module_command("gunicorn")
 
 HEARTBEAT_S = 0.25
 SILENCE_S = 30.0  # a longer step counts as a hang: /health/live then fails and streams end
 IDLE_S = 1.5  # without work before a drain is over: web workers learn of it from a heartbeat of one second
 FREE_THREADS = 16  # of a web worker's threads, kept free of streams so that short requests are answered
-STOP_S = 10.0  # what a child gets between SIGTERM and SIGKILL
-TAIL_BYTES = 8192
 ABORTED = 130  # exit status after a second signal, as a shell reports an interrupt
-
-# Runs in the child before the command takes its place: the kernel is to end it when the supervisor is killed.
-# A program of its own and not `preexec_fn`, which may deadlock where the parent has threads.
-BOUND_TO_PARENT = """
-import ctypes, os, signal, sys
-PR_SET_PDEATHSIG = 1
-ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the supervisor is gone")
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
 
 # Everything fetched here is on this machine: a proxy from the environment must not see it.
 _fetch = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -61,70 +47,6 @@ _fetch = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 class Unserved(Exception):
     """The server could not start or did not stay up; the message is for the user."""
-
-
-class Child:
-    """A child process in its own session whose output is passed on and whose last lines are kept.
-
-    Its own session, so that a terminal's Ctrl-C reaches only the supervisor, which drains first.
-    """
-
-    def __init__(self, name: str, command: Sequence[str], pass_fds: Sequence[int] = ()) -> None:
-        self.name = name
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", BOUND_TO_PARENT, str(os.getpid()), *command] if sys.platform == "linux" else command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=pass_fds,
-        )
-        self._tail = bytearray()
-        self._reader = threading.Thread(target=self._pass_on, name=f"{name}-output", daemon=True)
-        self._reader.start()
-
-    @property
-    def exit_code(self) -> int | None:
-        """None while it runs; negative: the signal that ended it."""
-        return self._process.poll()
-
-    def last_lines(self, count: int = 15) -> str:
-        """The end of what it wrote."""
-        self._reader.join(timeout=1.0)
-        return "\n".join(self._tail.decode(errors="replace").rstrip().splitlines()[-count:])
-
-    def stop(self, timeout: float = STOP_S) -> None:
-        """SIGTERM, then after `timeout` seconds SIGKILL to its whole session; returns when it has ended."""
-        if self.exit_code is None:
-            self._process.terminate()
-            try:
-                self._process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                log.warning("%s did not stop within %g s and is killed", self.name, timeout)
-        self.kill()
-
-    def kill(self) -> None:
-        """SIGKILL to whatever is left of its session; returns when the process has ended."""
-        self.abort()
-        self._process.wait()
-
-    def abort(self) -> None:
-        """SIGKILL without waiting: may be called from a signal handler."""
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # nothing of it is left
-
-    def _pass_on(self) -> None:
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        while chunk := os.read(descriptor, 65536):
-            self._tail += chunk
-            del self._tail[:-TAIL_BYTES]
-            # A reader of ours that went away must not fill the pipe and so stop the child.
-            with contextlib.suppress(BrokenPipeError):
-                sys.stderr.buffer.write(chunk)
-                sys.stderr.buffer.flush()
 
 
 class Supervisor:
@@ -163,7 +85,8 @@ class Supervisor:
             self._engine = Child("engine", [*self._engine_command, str(self._write_engine_settings())])
             if info := self._wait_for_engine():
                 settings = self._write_web_settings(probes.port)
-                self._web = Child("web", self._web_arguments(settings, listener.fileno()), (listener.fileno(),))
+                # In a folder of ours, because gunicorn makes its folder the first place where modules are looked for.
+                self._web = Child("web", self._web_arguments(settings, listener.fileno()), (listener.fileno(),), self._run_dir)
                 if self._wait_for_web(listener):
                     self._ready = True
                     print(banner(self.config, info, listener.getsockname(), probes.port), file=sys.stderr, flush=True)
@@ -219,7 +142,8 @@ class Supervisor:
         engine = json.loads((self._run_dir / "engine.json").read_text())
         settings = {
             "engine_address": self._engine_address,
-            "model": self.config.tokenizer or engine["model_dir"],
+            # Absolute: the web processes run elsewhere.
+            "model": os.path.abspath(self.config.tokenizer or engine["model_dir"]),
             "served_model_name": self.config.model_name,
             "api_key": self.config.api_key,
             "probe_address": f"127.0.0.1:{probe_port}",

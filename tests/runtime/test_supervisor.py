@@ -21,6 +21,7 @@ import tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from runtime.child import child_environment, module_command
 from runtime.config import Config
 from runtime.protocol import EngineInfo
 from runtime.supervisor import Probes, Unserved, banner, bind
@@ -41,7 +42,7 @@ ENGINE = """
         def log_message(self, *args): pass
 
     settings = json.loads(Path(sys.argv[1]).read_text())
-    control = Path(settings["config"]["model"])
+    control = Path(settings["config"]["model"])  # relative to where the command was given
     assert "torch" not in sys.modules
     if (control / "refuse").exists():
         print("a reason for refusing"); sys.exit(7)
@@ -94,14 +95,14 @@ WEB = """
 """
 
 DRIVER = """
-    import logging, sys
+    import logging, os, sys
     from runtime.config import Config
     from runtime.supervisor import WEB_COMMAND, Supervisor, Unserved
     control, port, probe_port, drain, web = sys.argv[1:]
     logging.basicConfig(level="INFO")
-    config = Config(model=control, port=int(port), probe_port=int(probe_port), drain_timeout_s=float(drain), api_key="secret", workers=1)
-    web_command = WEB_COMMAND if web == "gunicorn" else [sys.executable, control + "/web.py"]
-    supervisor = Supervisor(config, [sys.executable, control + "/engine.py"], web_command)
+    config = Config(model=control, served_model_name="m", port=int(port), probe_port=int(probe_port), drain_timeout_s=float(drain), api_key="secret", workers=1)
+    web_command = WEB_COMMAND if web == "gunicorn" else [sys.executable, os.path.abspath(control) + "/fake_web.py"]
+    supervisor = Supervisor(config, [sys.executable, control + "/fake_engine.py"], web_command)
     try:
         status = supervisor.run()
     except Unserved as error:
@@ -140,16 +141,17 @@ def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
 class Server:
     """A supervisor in a process of its own with a folder through which the test steers its children."""
 
-    def __init__(self, control: Path, drain: float = 20.0, web: str = "fake") -> None:
+    def __init__(self, control: Path, drain: float = 20.0, web: str = "fake", folder: Path = ROOT) -> None:
+        """`folder`: where the command is given."""
         self.control = control
         self.temporary = control / "tmp"
         self.temporary.mkdir()
         self.port, self.probe_port = free_port(), free_port()
-        for name, text in {"engine": ENGINE, "web": WEB, "driver": DRIVER}.items():
+        for name, text in {"fake_engine": ENGINE, "fake_web": WEB, "driver": DRIVER}.items():
             (control / f"{name}.py").write_text(textwrap.dedent(text))
         self.process = subprocess.Popen(
-            [sys.executable, str(control / "driver.py"), str(control), str(self.port), str(self.probe_port), str(drain), web],
-            cwd=ROOT,
+            [sys.executable, str(control / "driver.py"), os.path.relpath(control, folder), *map(str, (self.port, self.probe_port, drain, web))],
+            cwd=folder,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -208,7 +210,7 @@ def test_web_settings_are_what_the_web_takes(server: Server) -> None:
     written = json.loads(server.flag("settings.json").read_text())
     argv = written.pop("argv")
     settings = WebSettings.load(written)
-    assert settings.model == str(server.control) and settings.served_model_name == server.control.name
+    assert settings.model == str(server.control) and settings.served_model_name == "m"
     assert settings.api_key == "secret" and settings.max_queue == 256
     assert settings.max_streams == 80 - 16 and argv[argv.index("--threads") + 1] == "80"
     assert get(f"http://{settings.probe_address}/metrics")[1] == "fake_metric 1\n"
@@ -285,7 +287,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def stream(server: Server, max_tokens: int) -> http.client.HTTPResponse:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    body = json.dumps({"model": server.control.name, "prompt": "la la", "max_tokens": max_tokens, "stream": True})
+    body = json.dumps({"model": "m", "prompt": "la la", "max_tokens": max_tokens, "stream": True})
     headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", body, headers)
     return connection.getresponse()
@@ -321,6 +323,22 @@ def test_gunicorn_streams_through_a_drain_and_refuses_new_requests(real_web: Ser
     assert '"finish_reason":"length"' in rest.replace(" ", "") and rest.endswith("data: [DONE]\n\n")
     status, output = real_web.end()
     assert status == 0, output
+
+
+def test_served_from_a_folder_that_holds_packages_of_our_names(tmp_path_factory: pytest.TempPathFactory) -> None:
+    control = tmp_path_factory.mktemp("s")
+    write_tokenizer(control)
+    here = control / "project"
+    for name in ("kernels", "compiler", "runtime", "web", "gunicorn", "ctypes"):
+        (here / name).mkdir(parents=True)
+        (here / name / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    command = module_command("runtime.config")  # which imports another of our packages
+    subprocess.run(command, cwd=here, env=child_environment(), check=True)
+    server = Server(control, web="gunicorn", folder=here)
+    server.wait_ready()
+    assert first_data(stream(server, max_tokens=1)).startswith(b"data: ")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end()[0] == 0
 
 
 def test_engine_death_ends_streams_with_an_error(real_web: Server) -> None:

@@ -1,0 +1,113 @@
+"""Processes that a process of ours starts: how they find our packages, how they end, and what they said last.
+
+Knows nothing of what a child does. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+log = logging.getLogger("pagegraph.child")
+
+STOP_S = 10.0  # what a child gets between SIGTERM and SIGKILL
+TAIL_BYTES = 8192
+
+# Runs in the child before the command takes its place: the kernel is to end it when the supervisor is killed.
+# A program of its own and not `preexec_fn`, which may deadlock where the parent has threads.
+BOUND_TO_PARENT = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the supervisor is gone")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs `module` as a child of ours; start it with `child_environment`.
+
+    `-P`: Python does not look for modules in the folder where the user happens to be, which may hold others of our names.
+    """
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def child_environment() -> dict[str, str]:
+    """The variables of a child of ours: it, and what it starts in turn, finds modules where this process does."""
+    searched = [os.path.abspath(entry) for entry in sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(searched), "PYTHONSAFEPATH": "1"}
+
+
+class Child:
+    """A child process in its own session whose output is passed on and whose last lines are kept.
+
+    Its own session, so that a terminal's Ctrl-C reaches only the supervisor, which drains first.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], pass_fds: Sequence[int] = (), folder: Path | None = None) -> None:
+        """Start `command`, in `folder` (None: in this process's); the descriptors `pass_fds` stay open in it."""
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", BOUND_TO_PARENT, str(os.getpid()), *command] if sys.platform == "linux" else command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=pass_fds,
+            cwd=folder,
+            env=child_environment(),
+        )
+        self._tail = bytearray()
+        self._reader = threading.Thread(target=self._pass_on, name=f"{name}-output", daemon=True)
+        self._reader.start()
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; negative: the signal that ended it."""
+        return self._process.poll()
+
+    def last_lines(self, count: int = 15) -> str:
+        """The end of what it wrote."""
+        self._reader.join(timeout=1.0)
+        return "\n".join(self._tail.decode(errors="replace").rstrip().splitlines()[-count:])
+
+    def stop(self, timeout: float = STOP_S) -> None:
+        """SIGTERM, then after `timeout` seconds SIGKILL to its whole session; returns when it has ended."""
+        if self.exit_code is None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                log.warning("%s did not stop within %g s and is killed", self.name, timeout)
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to whatever is left of its session; returns when the process has ended."""
+        self.abort()
+        self._process.wait()
+
+    def abort(self) -> None:
+        """SIGKILL without waiting: may be called from a signal handler."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # nothing of it is left
+
+    def _pass_on(self) -> None:
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        while chunk := os.read(descriptor, 65536):
+            self._tail += chunk
+            del self._tail[:-TAIL_BYTES]
+            # A reader of ours that went away must not fill the pipe and so stop the child.
+            with contextlib.suppress(BrokenPipeError):
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.buffer.flush()
