@@ -103,12 +103,19 @@ class Group:
         if self._front is not None and not isinstance(self._front[1], TokenDelta):
             self.get(0)
 
-    def abort(self, index: int | None = None) -> None:
-        """Stop one sequence, or all that are open; no more deltas come for it."""
-        for which in list(self._open) if index is None else [index]:
-            if which in self._open:
-                self._open.discard(which)
-                self._connection.abort(self.request_ids[which])
+    def abort(self) -> None:
+        """Stop all sequences that are open; no more deltas come for them."""
+        for index in list(self._open):
+            self._end(index, Abort(self.request_ids[index]))
+
+    def stop(self, index: int) -> None:
+        """End one sequence for what its text says: a stop string was found. No more deltas come for it."""
+        if index in self._open:
+            self._end(index, Abort(self.request_ids[index], "stop"))
+
+    def _end(self, index: int, message: Abort) -> None:
+        self._open.discard(index)
+        self._connection.abort(message)
 
     def _next(self, timeout: float | None) -> tuple[int, _Item] | None:
         if self._front is not None:
@@ -263,11 +270,11 @@ class _Connection:
             self._streams[submit.request_id] = (index, inbox)
         self._send_later(submit)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, message: Abort) -> None:
         with self._changed:
-            known = self._streams.pop(request_id, None)
+            known = self._streams.pop(message.request_id, None)
         if known is not None:
-            self._send_later(Abort(request_id))
+            self._send_later(message)
 
     def close(self) -> None:
         self._closing = True

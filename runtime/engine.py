@@ -178,8 +178,8 @@ class Engine:
         match message:
             case Submit():
                 self._submit(client, message)
-            case Abort(request_id):
-                if sequence := self.scheduler.abort((self._owner(client), request_id)):
+            case Abort(request_id, reason):
+                if sequence := self.scheduler.abort((self._owner(client), request_id), reason):
                     self.recorder.ended(sequence, self.clock())
             case Hello():
                 self.mailbox.send(client, self.info())

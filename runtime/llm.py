@@ -171,7 +171,7 @@ class LLM:
         """Its text is whole; the engine is told where it does not know."""
         del unfinished[request.request_id]
         if not request.ended_by_engine:
-            self._mailbox.put(Abort(request.request_id))
+            self._mailbox.put(Abort(request.request_id, "stop"))
 
     def _drain(self) -> None:
         while not self.engine.idle or self._mailbox.inbox:

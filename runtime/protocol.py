@@ -7,6 +7,7 @@ Knows no sockets and no torch. Decoding is strict: a frame that is not one of th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import msgspec
 
@@ -41,10 +42,15 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True, omit_defau
     cache_salt: str = ""
 
 
-class Abort(msgspec.Struct, frozen=True, tag="abort"):
-    """Stop a sequence and free its pages; an unknown id is ignored."""
+class Abort(msgspec.Struct, frozen=True, tag="abort", omit_defaults=True):
+    """Stop a sequence and free its pages; an unknown id is ignored.
+
+    `finish_reason` is what the sequence counts as: "stop" where whoever reads its text found a stop string, "abort" where
+    nobody wants it any more.
+    """
 
     request_id: str
+    finish_reason: Literal["abort", "stop"] = "abort"
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -52,7 +58,10 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probability and rank of the sampled token, and the likeliest tokens in falling order."""
+    """Log-probability and rank of the sampled token, and the likeliest tokens in falling order.
+
+    Of equally likely tokens the sampled one comes first.
+    """
 
     token_id: int
     logprob: float

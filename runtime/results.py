@@ -117,13 +117,12 @@ def _logprobs(
     wanted = sequence.params.logprobs
     if wanted is None or step is None:
         return None
-    return [
-        TokenLogprob(
-            token,
-            float(step.chosen[index]),
-            int(step.ranks[index]),
-            step.top_ids[index, :wanted].tolist(),
-            step.top_values[index, :wanted].tolist(),
-        )
-        for index, token in zip(indices, tokens, strict=True)
-    ]
+    return [_logprob(token, index, wanted, step) for index, token in zip(indices, tokens, strict=True)]
+
+
+def _logprob(token: int, index: int, wanted: int, step: StepLogprobs) -> TokenLogprob:
+    """Of `token`, sampled by entry `index`. Among equals it comes first, and is not the one that falls out at the end."""
+    rank, top_ids = int(step.ranks[index]), step.top_ids[index, :wanted].tolist()
+    if rank <= wanted:
+        top_ids = [*top_ids[: rank - 1], token, *(one for one in top_ids[rank - 1 :] if one != token)][:wanted]
+    return TokenLogprob(token, float(step.chosen[index]), rank, top_ids, step.top_values[index, :wanted].tolist())

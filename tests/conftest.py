@@ -68,13 +68,18 @@ class FakeEngine:
         )  # fmt: skip
         self.script: Callable[[Submit], list[TokenDelta | Failed]] = lambda submit: []
         self.submits: list[Submit] = []
-        self.aborts: list[str] = []
+        self.aborted: dict[str, str] = {}  # finish reason by request id
         self.silent = False
         self._stopping = False
         self._running = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         self._running.wait(5)
+
+    @property
+    def aborts(self) -> list[str]:
+        """Ids of aborted requests, in order."""
+        return list(self.aborted)
 
     def stop(self) -> None:
         """Close the socket, as an engine that dies does."""
@@ -95,7 +100,8 @@ class FakeEngine:
         if isinstance(message, Hello):
             mailbox.send(client, self.info)
         elif isinstance(message, Abort):
-            self.aborts.append(message.request_id)
+            assert message.request_id not in self.aborted
+            self.aborted[message.request_id] = message.finish_reason
         else:
             self.submits.append(message)
             for answer in self.script(message):

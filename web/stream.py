@@ -112,7 +112,7 @@ class Generation:
             # Tokens after the one that completed the stop string were never asked for.
             num_tokens = detokenizer.num_tokens - sequence.num_tokens
             reason, stop_reason = "stop", detokenizer.stopped_by
-            self.group.abort(index)
+            self.group.stop(index)
         elif delta.stop_reason in sequence.stop_token_ids:
             stop_reason = delta.stop_reason
         sequence.num_tokens += num_tokens

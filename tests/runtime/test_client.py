@@ -65,6 +65,16 @@ def test_abort_reaches_the_engine_once(client: EngineClient, fake_engine) -> Non
     assert fake_engine.aborts == [stream.request_id]
 
 
+def test_what_ended_by_its_text_says_so(client: EngineClient, fake_engine) -> None:
+    fake_engine.script = lambda s: [TokenDelta(s.request_id, [1])]
+    group = client.submit_group([([1], PARAMS), ([2], PARAMS)])
+    group.stop(1)
+    group.stop(1)
+    group.abort()
+    assert eventually(lambda: len(fake_engine.aborts) == 2)
+    assert fake_engine.aborted == dict(zip(group.request_ids, ["abort", "stop"]))
+
+
 def test_no_token_in_time(client: EngineClient, fake_engine) -> None:
     fake_engine.script = lambda s: []
     with pytest.raises(TimeoutError):

@@ -257,7 +257,7 @@ def test_log_probabilities_come_with_each_token() -> None:
     sequence = started(scheduler, logprobs=1)
     plan = scheduler.schedule(0, guess(sequence, 5, 6))
     values = np.arange(3, dtype=np.float32)
-    logprobs = StepLogprobs(values, values.astype(np.int32), values.astype(np.int32)[:, None], values[:, None])
+    logprobs = StepLogprobs(values, np.full(3, 2, np.int32), values.astype(np.int32)[:, None], values[:, None])
     delta = scheduler.commit(plan, StepOutput(np.array([5, 9, 1], np.int32), logprobs)).deltas[0]
     assert [(one.token_id, one.logprob, one.top_ids) for one in delta.logprobs] == [(5, 0.0, [0]), (9, 1.0, [1])]
 
