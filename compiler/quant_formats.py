@@ -90,6 +90,7 @@ class Scheme:
     bits: int
     block: tuple[int, int] | None = None  # rows and columns that share a scale
     fp8: bool = False  # codes are float8_e4m3fn
+    act_order: bool = False  # groups are of inputs in an order of their own, which a tensor tells
 
     def marks(self) -> tuple[str, ...]:
         """Tensors of which any tells a quantised linear from one left as it was."""
@@ -114,7 +115,7 @@ class Scheme:
             return Quantized(codes, scale.float(), _float(tensors.get("shift")), size // scale.shape[1])
         if self.layout == "elements":
             return _read_elements(tensors, self.block, where)
-        return _read_words(PACKED[self.layout], tensors, self.bits, where)
+        return _read_words(PACKED[self.layout], tensors, self.bits, where, self.act_order)
 
 
 def detect(config: Mapping[str, Any] | None) -> Scheme | None:
@@ -128,7 +129,7 @@ def detect(config: Mapping[str, Any] | None) -> Scheme | None:
         return Scheme("awq", "awq", _bits(config.get("bits", config.get("w_bit", 4)), (4,), "awq"))
     if method == "gptq":
         layout = "gptq_v2" if config.get("checkpoint_format") == "gptq_v2" else "gptq"
-        return Scheme("gptq", layout, _bits(config.get("bits"), (4, 8), "gptq"))
+        return Scheme("gptq", layout, _bits(config.get("bits"), (4, 8), "gptq"), act_order=bool(config.get("desc_act")))
     if method == "fp8":
         block = config.get("weight_block_size")
         return Scheme("fp8", "elements", 8, block=tuple(block) if block else None, fp8=True)
@@ -176,7 +177,8 @@ def _compressed(config: Mapping[str, Any]) -> Scheme | None:
         raise QuantizationError("quantization_config: config_groups hold several kinds of weights; one kind is served")
     weights, layout = described[0], groups[0].get("format") or config.get("format")
     if layout == "pack-quantized":
-        return Scheme("compressed-tensors", layout, _bits(weights.get("num_bits"), (4, 8), "pack-quantized"))
+        bits, order = _bits(weights.get("num_bits"), (4, 8), "pack-quantized"), weights.get("actorder") in (True, "group", "dynamic")
+        return Scheme("compressed-tensors", layout, bits, act_order=order)
     if layout in ("int-quantized", "float-quantized", "naive-quantized"):
         if weights.get("type") == "int" and not weights.get("symmetric", True):
             raise QuantizationError(f"quantization_config: {layout} weights with zero points are not served; symmetric ones are")
@@ -205,7 +207,7 @@ def unpack_words(words: torch.Tensor, bits: int, axis: int, order: tuple[int, ..
     return (spread & ((1 << bits) - 1)).flatten(axis, axis + 1)
 
 
-def _read_words(words: Words, tensors: Mapping[str, torch.Tensor], bits: int, where: str) -> Quantized:
+def _read_words(words: Words, tensors: Mapping[str, torch.Tensor], bits: int, where: str, act_order: bool) -> Quantized:
     """codes, zeros unsigned; w = (code - zero) * scale, with zero in the middle where none is stored."""
     middle = 1 << (bits - 1)
     codes = unpack_words(_two_axes(tensors, words.codes, where, torch.int32), bits, words.codes_axis, words.order)
@@ -231,7 +233,7 @@ def _read_words(words: Words, tensors: Mapping[str, torch.Tensor], bits: int, wh
     if size % groups:
         raise QuantizationError(f"{where}: {size} inputs do not divide into {groups} groups; quantise with a group that divides them")
     group = size // groups
-    columns = _columns(tensors.get(words.columns), size, group, where)
+    columns = _columns(tensors.get(words.columns), size, group, where, act_order)
     if columns is not None:
         codes = codes[:, columns]
     shift = None
@@ -255,11 +257,21 @@ def _two_axes(
     return tensor
 
 
-def _columns(groups: torch.Tensor | None, size: int, group: int, where: str) -> torch.Tensor | None:
-    """The order of inputs in which groups are neighbours; None where they are already."""
+def _columns(groups: torch.Tensor | None, size: int, group: int, where: str, act_order: bool) -> torch.Tensor | None:
+    """The order of inputs in which groups are neighbours; None where they are already.
+
+    groups: int [size], the group of each input. Some quantisers write all of them as 0 or below where inputs keep their order.
+    """
     if groups is not None and len(groups) != size:
         raise QuantizationError(f"{where}: groups of {len(groups)} inputs, codes of {size}; is `bits` in quantization_config right?")
-    if groups is None or bool((groups < 0).any()) or torch.equal(groups.long(), torch.arange(len(groups)) // group):
+    if groups is None or torch.equal(groups.long(), torch.arange(len(groups)) // group):
+        return None
+    if bool((groups <= 0).all()):
+        if act_order:
+            raise QuantizationError(
+                f"{where}: quantization_config says that inputs are in an order of their own (desc_act or actorder), but its group "
+                "indices are all 0, which tells none; take a checkpoint that is whole, or one quantised without"
+            )
         return None
     columns = groups.argsort(stable=True)
     if not torch.equal(groups[columns].long(), torch.arange(len(groups)) // group):

@@ -303,6 +303,23 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, name: str, leaf: str,
         load(tmp_path)
 
 
+@pytest.mark.parametrize("empty", [0, -1])
+def test_group_indices_that_say_nothing(tmp_path: Path, empty: int) -> None:
+    """All 0 or all -1 is how some quantisers write that inputs keep their order; with an order declared it is a contradiction."""
+    stock = write(tmp_path, stock_model(), "gptq_4")
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".g_idx")]:
+        assert tensors[name].max() > 0
+        tensors[name] = torch.full_like(tensors[name], empty)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(logits(load(tmp_path)), logits(stock), atol=1e-5, rtol=1e-5)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["desc_act"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QuantizationError, match="_proj: .*desc_act.* all 0"):
+        load(tmp_path)
+
+
 def test_zero_points_one_by_one(tmp_path: Path) -> None:
     """As int8 [N, groups] they are those of the words, less 8."""
 
