@@ -7,6 +7,7 @@ Reads plain values off the configuration; knows nothing of requests or sockets.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from compiler.step_input import StepInput
 from compiler.trim import return_freed_memory
 from kernels import cpu_attention, cpu_guesses, cpu_int4, cpu_step
 from kernels.quant_tiles import FP8_CAPABILITY
+
+log = logging.getLogger("pagegraph.build")
 
 MAX_CAPTURED_TOKENS = 2048
 
@@ -147,7 +150,7 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
         steps = [_step(config, one.captured, state) for one, state in zip(models, states)]
     return BuiltModel(
         steps[0], model.folder, device, model.dtype, model.vocab_size, model.max_model_len, num_blocks,
-        eos_ids(model.folder, model.model_config), timings, None if draft is None else steps[1],
+        eos_ids(model.folder, model.model_config, Path(config.tokenizer) if config.tokenizer else None), timings, None if draft is None else steps[1],
     )  # fmt: skip
 
 
@@ -296,17 +299,52 @@ def resolve_max_model_len(asked: int | None, model_config: Any) -> int:
     return asked
 
 
-def eos_ids(folder: Path, model_config: Any) -> frozenset[int]:
-    """End-of-sequence ids: of generation_config.json where it has them, else of the model's config."""
-    found: Any = None
-    path = folder / "generation_config.json"
-    if path.is_file():
-        found = json.loads(path.read_text()).get("eos_token_id")
-    if found is None:
-        found = getattr(model_config.get_text_config(), "eos_token_id", None)
-    if found is None:
-        return frozenset()
-    return frozenset(found if isinstance(found, list) else [found])
+def eos_ids(folder: Path, model_config: Any, tokenizer: Path | None = None) -> frozenset[int]:
+    """End-of-sequence ids: all that generation_config.json, config.json and the tokenizer's files name.
+
+    A file that names none, by an empty list too, silences no other. Only where no file names any the default of the
+    configuration's class holds, which may belong to another vocabulary. `tokenizer` is its folder where it is not `folder`.
+    """
+    config = _json_object(folder / "config.json")
+    said = [_json_object(folder / "generation_config.json").get("eos_token_id"), config.get("eos_token_id")]
+    said += [part.get("eos_token_id") for part in config.values() if isinstance(part, dict)]
+    said.append(_ending_tokens(tokenizer or folder))
+    found = _ids(said) or _ids([getattr(model_config.get_text_config(), "eos_token_id", None)])
+    if not found:
+        log.warning("%s names no end-of-sequence token: text ends at max_tokens, a stop string or a stop token alone", folder)
+    return found
+
+
+def _ids(said: list[Any]) -> frozenset[int]:
+    """Token ids out of ids, lists of ids and None."""
+    flat = [one for value in said for one in (value if isinstance(value, list) else [value])]
+    return frozenset(one for one in flat if isinstance(one, int) and not isinstance(one, bool) and one >= 0)
+
+
+def _ending_tokens(folder: Path) -> list[int]:
+    """Ids of the tokens that a tokenizer's files name as the end of a sequence or of a turn."""
+    named = _json_object(folder / "special_tokens_map.json") | _json_object(folder / "tokenizer_config.json")
+    tokens = [token.get("content") if isinstance(token, dict) else token for token in (named.get("eos_token"), named.get("eot_token"))]
+    if not any(tokens):
+        return []
+    words = _json_object(folder / "tokenizer.json")
+    ids = {token.get("content"): token.get("id") for token in words.get("added_tokens") or []}
+    vocabulary = (words.get("model") or {}).get("vocab")
+    vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
+    return [ids.get(token, vocabulary.get(token)) for token in tokens if token]
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """Of a file; empty where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {model_source.lfs_pointer(path) or error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return found
 
 
 def _kv_budget(config: Any, models: list[Loaded], device: torch.device) -> memory.KvBudget:

@@ -12,6 +12,7 @@ import torch
 
 log = logging.getLogger("pagegraph.memory")
 
+MIB = 1 << 20
 GIB = 1 << 30
 CONTEXT = GIB  # what a process of CUDA's holds without having allocated anything
 
@@ -35,13 +36,20 @@ def plan_pages(
     num_blocks = available_bytes // block_bytes
     needed = -(-max_model_len // block_size) + 1
     if num_blocks < needed:
-        fits = max((num_blocks - 1) * block_size, 0)
+        fits = (num_blocks - 1) * block_size
+        shorter = f"Set max_model_len to at most {fits}, or give" if fits > 0 else "Give"
         raise DoesNotFit(
             f"max_model_len {max_model_len} needs {needed} pages of {block_size} tokens "
             f"({needed * block_bytes / GIB:.2f} GiB), but {source} leaves {available_bytes / GIB:.2f} GiB = "
-            f"{num_blocks} pages. Set max_model_len to at most {fits}, or give the KV cache more memory."
+            f"{num_blocks} pages. {shorter} the KV cache {_mebibytes(needed * block_bytes)} or more"
+            f"{'' if fits > 0 else f'; {_mebibytes(2 * block_bytes)} is the least, for max_model_len {block_size}'}."
         )
     return KvBudget(num_blocks, block_bytes)
+
+
+def _mebibytes(size: int) -> str:
+    """As the configuration takes it, rounded up."""
+    return f"{-(-size // MIB)}MiB"
 
 
 def cuda_available(gpu_memory_utilization: float, step_bytes: int, graph_bytes: int, device: torch.device) -> int:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
-SAMPLE_BYTES = 1 << 20
-CONVERSION = 1  # counts up when a conversion would write something else, so that old ones are not reused
+CONVERSION = 2  # counts up when a conversion would write something else, so that old ones are not reused
+LFS_POINTER = b"version https://git-lfs"
+SETTLED_NS = 2_000_000_000  # a file that changed later than this ago may change again without its times showing it
 
 
 def resolve(
@@ -39,7 +42,7 @@ def resolve(
 
     `gguf_file` names a file in the folder or repository, and `keep_quantized` leaves its linears in its few bits.
     `revision` applies to the hub alone.
-    Raises FileNotFoundError where there is no such model, ValueError for a GGUF file that cannot be converted.
+    Raises FileNotFoundError where there is no such model, ValueError for a GGUF file that cannot be converted, or for an adapter.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -50,9 +53,29 @@ def resolve(
         path = _downloaded(model, gguf_file, revision, trust_remote_code)
     if gguf_file is not None:
         return _converted(_existing(path / gguf_file), cache_dir, keep_quantized)
+    _refuse_adapter(path)
     if (path / "config.json").is_file():
         return path
     return _converted(_only_gguf(path), cache_dir, keep_quantized)
+
+
+def lfs_pointer(path: Path) -> str:
+    """What to do about a file that stands for its content in a Git repository; empty where the file is none."""
+    with path.open("rb") as file:
+        pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    return "it is a pointer of Git LFS and not the file itself; run `git lfs pull` in its folder, or download the file" if pointer else ""
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raise ValueError for what changes a model but is none: the weights of a LoRA adapter alone."""
+    path = folder / "adapter_config.json"
+    if not path.is_file() or any(folder.glob("model*.safetensors")):
+        return
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = "the model it was trained on"
+    raise ValueError(f"{folder} holds a LoRA adapter and no model; adapters are not served: merge it into {base} and serve the result")
 
 
 def _existing(path: Path) -> Path:
@@ -91,7 +114,7 @@ def _downloaded(model: str, gguf_file: str | None, revision: str | None, trust_r
 def _converted(gguf: Path, cache_dir: Path, keep_quantized: bool) -> Path:
     """The folder of the converted file, made now if it is not there. Processes that meet here wait in line."""
     models = cache_dir / "models"
-    folder = models / f"{gguf.stem}-{_key(gguf)}{'-quantized' if keep_quantized else ''}"
+    folder = models / f"{gguf.stem}-{_key(gguf, models / 'digests')}{'-quantized' if keep_quantized else ''}"
     if folder.is_dir():
         return folder
     models.mkdir(parents=True, exist_ok=True)
@@ -104,14 +127,33 @@ def _converted(gguf: Path, cache_dir: Path, keep_quantized: bool) -> Path:
     return folder
 
 
-def _key(path: Path) -> str:
-    """By content (size, first and last MiB), so that a moved or touched file is not converted again."""
-    digest = hashlib.sha256(f"{CONVERSION} {path.stat().st_size}".encode())
+def _key(path: Path, digests: Path) -> str:
+    """By all of the content, so that a moved or touched file is not converted again and a replaced one always is.
+
+    Reading all of it takes about a second a GB: `digests` remembers what the file of an inode held. Nobody can set the time at
+    which an inode changed, so content that is replaced in place, with name, size and modification time as before, is read again.
+    Raises ValueError where the file changes meanwhile.
+    """
+    before = _identity(path)
+    known = digests / before
+    if known.is_file():
+        return known.read_text()
     with path.open("rb") as file:
-        digest.update(file.read(SAMPLE_BYTES))
-        file.seek(max(0, path.stat().st_size - SAMPLE_BYTES))
-        digest.update(file.read())
-    return digest.hexdigest()[:12]
+        content = hashlib.file_digest(file, lambda: hashlib.sha256(f"{CONVERSION} ".encode())).hexdigest()[:16]
+    if _identity(path) != before:
+        raise ValueError(f"{path} changes while it is read; start again when it is whole")
+    if time.time_ns() - path.stat().st_ctime_ns > SETTLED_NS:
+        digests.mkdir(parents=True, exist_ok=True)
+        unfinished = known.with_name(f"{known.name}.{os.getpid()}")
+        unfinished.write_text(content)
+        os.replace(unfinished, known)
+    return content
+
+
+def _identity(path: Path) -> str:
+    """Of a file as it is now: one that is written to, replaced or moved gets another."""
+    stat = path.stat()
+    return f"{CONVERSION}-{stat.st_dev}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
 
 
 @contextmanager

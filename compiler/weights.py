@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compiler.capture import UnsupportedModel
+from compiler.model_source import lfs_pointer
 from compiler.passes.quant_linears import QuantLinear
 from compiler.quant_formats import OWN_FILES, PACKED, Quantized, QuantizationError, Scheme, quantize
 from compiler.trim import return_freed_memory
@@ -43,6 +44,10 @@ KV_SCALES = re.compile(r"\.(kv|[kvq]|attn|prob)(_proj)?\.?(output)?_scale$")
 
 class WeightsMismatch(ValueError):
     """The checkpoint does not hold exactly the model's weights; the message names what differs."""
+
+
+class BrokenFile(ValueError):
+    """A file of the checkpoint is missing, cut short or not what its name says; the message names it and what to do."""
 
 
 def build_meta(
@@ -180,19 +185,47 @@ def _keep_in_float32(model: nn.Module) -> None:
 
 
 def _safetensors_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
+    """Tensor name -> the file that holds it, for every tensor that is there and, with an index, named in it.
+
+    Raises BrokenFile where a file is not whole, or lacks what the index says it holds.
+    """
     if (index := folder / INDEX_FILE).is_file():
-        shards = json.loads(index.read_text())["weight_map"]
-        return {name: folder / shard for name, shard in shards.items()}
+        return _indexed_files(index)
     # Quantisers give the one file other names.
     singles = [folder / SINGLE_FILE] if (folder / SINGLE_FILE).is_file() else list(folder.glob("*.safetensors"))
     if len(singles) == 1:
-        with safe_open(singles[0], framework="pt") as file:
-            return dict.fromkeys(file.keys(), singles[0])
+        return dict.fromkeys(_tensor_names(singles[0]), singles[0])
     pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     found = f"it holds {', '.join(pickled[:3])}, and pickled weights are not loaded; " if pickled else ""
     found = f"it holds {len(singles)} safetensors files and no index of them; " if singles else found
     raise FileNotFoundError(f"{folder}: no {SINGLE_FILE} or {INDEX_FILE}; {found}convert the model to safetensors")
+
+
+def _indexed_files(index: Path) -> dict[str, Path]:
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: index.parent / shard for name, shard in shards.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BrokenFile(f"{index} is no index of safetensors files ({lfs_pointer(index) or error}); download it again") from error
+    if gone := sorted({path.name for path in files.values() if not path.is_file()}):
+        raise BrokenFile(f"{index.parent}: {INDEX_FILE} names {', '.join(gone[:4])} ({len(gone)} files), not there; download the rest")
+    for path in sorted(set(files.values())):
+        lacking = sorted({name for name, one in files.items() if one == path} - _tensor_names(path))
+        if lacking:
+            raise BrokenFile(
+                f"{path} lacks {', '.join(lacking[:4])} ({len(lacking)} tensors) that {INDEX_FILE} says it holds; "
+                "download both again: they are of different versions of the model"
+            )
+    return files
+
+
+def _tensor_names(path: Path) -> set[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except SafetensorError as error:
+        reason = lfs_pointer(path) or f"{path.stat().st_size:,} bytes that are cut short or damaged ({error}); download it again"
+        raise BrokenFile(f"{path} is no whole safetensors file: {reason}") from error
 
 
 def words_beside(folder: Path) -> dict[str, Any] | None:

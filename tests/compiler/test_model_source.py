@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -64,6 +66,61 @@ def test_other_content_is_another_folder(tmp_path: Path, conversions: list[Path]
     assert len(conversions) == 2
 
 
+def swap(path: Path, content: bytes) -> None:
+    """Write `content` over the file's own, of the same size, and set its times back."""
+    stat = path.stat()
+    assert len(content) == stat.st_size
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_a_file_replaced_in_place_is_another(settled: bool, tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name, size, inode, modification time, first and last MiB are those of the old file; what is between them is not."""
+    monkeypatch.setattr(model_source, "SETTLED_NS", -1 if settled else 10**18)
+    size, cache = 3 << 20, tmp_path / "cache"
+    path = make_gguf(tmp_path / "a", content=bytes(size))
+    first = resolve(str(path), cache_dir=cache)
+    assert resolve(str(path), cache_dir=cache) == first
+    content = bytearray(size)
+    content[size // 2] = 1
+    time.sleep(0.02)  # of what a file system's clock ticks
+    swap(path, bytes(content))
+    other = resolve(str(path), cache_dir=cache)
+    swap(path, bytes(size))
+    assert other != first == resolve(str(path), cache_dir=cache)
+    assert len(conversions) == 2
+
+
+def test_content_is_read_once(tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of a file that has not changed for a while costs no second reading; a conversion of another version is not taken."""
+    monkeypatch.setattr(model_source, "SETTLED_NS", -1)
+    path, cache, read = make_gguf(tmp_path / "a"), tmp_path / "cache", []
+    whole = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *arguments: read.append(1) or whole(*arguments))
+    first = resolve(str(path), cache_dir=cache)
+    assert resolve(str(path), cache_dir=cache) == resolve(str(path), cache_dir=cache, keep_quantized=False) == first
+    assert len(read) == 1
+    monkeypatch.setattr(model_source, "CONVERSION", model_source.CONVERSION + 1)
+    assert resolve(str(path), cache_dir=cache) != first
+    assert len(read) == len(conversions) == 2
+
+
+def test_a_file_that_is_being_written_is_not_converted(tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, whole = make_gguf(tmp_path / "a"), hashlib.file_digest
+
+    def digest(*arguments: object) -> object:
+        with path.open("ab") as file:
+            file.write(b"more")
+        return whole(*arguments)
+
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    with pytest.raises(ValueError, match=r"tiny\.gguf changes while it is read"):
+        resolve(str(path), cache_dir=tmp_path / "cache")
+    assert not conversions
+
+
 def test_those_who_meet_wait_for_one_conversion(tmp_path: Path, conversions: list[Path]) -> None:
     path, found = make_gguf(tmp_path / "a"), []
     threads = [
@@ -122,6 +179,19 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         resolve(str(tmp_path / "model.bin"), cache_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"absent\.gguf"):
         resolve(str(tmp_path), gguf_file="absent.gguf", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("config, base", [('{"base_model_name_or_path": "org/base"}', "into org/base"), ("{", "into the model it was trained on")])
+def test_an_adapter_is_no_model(config: str, base: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(config)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"LoRA adapter and no model.*{base}"):
+        resolve(str(tmp_path), cache_dir=tmp_path)
+    (tmp_path / "config.json").write_text("{}")  # some trainers leave the model's beside it
+    with pytest.raises(ValueError, match="LoRA adapter"):
+        resolve(str(tmp_path), cache_dir=tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert resolve(str(tmp_path), cache_dir=tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize("trusted", [False, True])

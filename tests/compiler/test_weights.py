@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from compiler.capture import ATTENTION_NAME, UnsupportedModel
-from compiler.weights import WeightsMismatch, build_meta, load_weights
+from compiler.weights import BrokenFile, WeightsMismatch, build_meta, load_weights
 
 sys.path.insert(0, str(Path(__file__).parent))
 from architectures import SIZES, tiny_config  # noqa: E402
@@ -166,7 +166,42 @@ def test_an_index_without_its_shard_fails(tmp_path: Path) -> None:
     names = dict(build(tiny_config("llama")).named_parameters())
     index = {"weight_map": dict.fromkeys(names, "gone.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match="gone"):
+    with pytest.raises(BrokenFile, match=r"index\.json names gone\.safetensors .1 files., not there"):
+        load(build(tiny_config("llama")), tmp_path)
+
+
+def test_a_shard_that_lacks_a_tensor_is_named(tmp_path: Path) -> None:
+    stock_model("llama").save_pretrained(tmp_path, max_shard_size="50KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = tmp_path / index["model.norm.weight"]
+    tensors = load_file(shard)
+    del tensors["model.norm.weight"]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(BrokenFile, match=rf"{shard.name} lacks model\.norm\.weight .1 tensors.* download both again"):
+        load(build(tiny_config("llama")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS .* `git lfs pull`"),
+        (b"", "0 bytes that are cut short"),
+        (None, r"bytes that are cut short or damaged .* download it again"),
+    ],
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_files_that_are_not_whole_are_named(tmp_path: Path, content: bytes | None, message: str, sharded: bool) -> None:
+    stock_model("llama").save_pretrained(tmp_path, max_shard_size="50KB" if sharded else "1GB")
+    file = sorted(tmp_path.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-9] if content is None else content)
+    with pytest.raises(BrokenFile, match=rf"{file.name} is no whole safetensors file: .*{message}"):
+        load(build(tiny_config("llama")), tmp_path)
+
+
+@pytest.mark.parametrize("content, message", [("{}", "weight_map"), ("version https://git-lfs.github.com/spec/v1", "git lfs pull"), ("{", "download it again")])
+def test_a_broken_index_is_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(BrokenFile, match=f"index.json is no index of safetensors files .*{message}"):
         load(build(tiny_config("llama")), tmp_path)
 
 

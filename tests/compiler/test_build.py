@@ -1,0 +1,58 @@
+"""Facts that the stages of building a model read off its files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from compiler.build import eos_ids
+
+WORDS = {"model": {"vocab": {"</s>": 5, "hello": 2}}, "added_tokens": [{"id": 7, "content": "<|im_end|>"}, {"id": 8, "content": "<|eot|>"}]}
+
+
+def folder_of(tmp_path: Path, **files: object) -> Path:
+    """A model folder of JSON files; `generation_config={...}` is generation_config.json."""
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        (dict(config=dict(eos_token_id=3), generation_config=dict(eos_token_id=[4, 1])), {1, 3, 4}),
+        (dict(config=dict(eos_token_id=3), generation_config=dict(eos_token_id=[])), {3}),
+        (dict(config=dict(eos_token_id=[]), generation_config={}, tokenizer=WORDS, tokenizer_config=dict(eos_token="<|im_end|>")), {7}),
+        (dict(config=dict(text_config=dict(eos_token_id=9), eos_token_id=None)), {9}),
+        (dict(config=dict(eos_token_id=3), tokenizer=WORDS, special_tokens_map=dict(eos_token=dict(content="</s>"))), {3, 5}),
+        (dict(config={}, tokenizer=WORDS, tokenizer_config=dict(eos_token="</s>", eot_token="<|eot|>")), {5, 8}),
+        (dict(config={}, tokenizer=WORDS, tokenizer_config=dict(eos_token="no such token")), {2}),
+        (dict(config={}), {2}),  # LlamaConfig's own
+        (dict(config=dict(eos_token_id=-1), generation_config=dict(eos_token_id=[True, None, 6])), {6}),
+    ],
+)
+def test_whoever_names_an_end_is_heard(tmp_path: Path, files: dict[str, object], expected: set[int]) -> None:
+    assert eos_ids(folder_of(tmp_path, **files), LlamaConfig()) == expected
+
+
+def test_a_tokenizer_of_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = folder_of(tmp_path / "other", tokenizer=WORDS, tokenizer_config=dict(eos_token="<|im_end|>"))
+    model = folder_of(tmp_path, config=dict(eos_token_id=3), tokenizer=WORDS, tokenizer_config=dict(eos_token="</s>"))
+    assert eos_ids(model, LlamaConfig(), other) == {3, 7}
+
+
+def test_no_end_at_all_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert eos_ids(folder_of(tmp_path, config={}), LlamaConfig(eos_token_id=None)) == frozenset()
+    assert "names no end-of-sequence token" in caplog.text
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json is no JSON"):
+        eos_ids(tmp_path, LlamaConfig())
