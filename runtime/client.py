@@ -21,12 +21,14 @@ import zmq
 import zmq.utils.monitor
 
 from runtime.protocol import (
+    MAX_FRAME_BYTES,
     Abort,
     EngineInfo,
     Failed,
     Hello,
+    Member,
     SamplingParams,
-    Submit,
+    SubmitGroup,
     ToClient,
     ToEngine,
     TokenDelta,
@@ -36,7 +38,6 @@ from runtime.protocol import (
 )
 
 _log = logging.getLogger(__name__)
-_MAX_FRAME_BYTES = 64 << 20
 _RETRY_S = 0.1  # between tries to reach an engine that is not there
 
 
@@ -76,7 +77,8 @@ class Group:
     def get(self, timeout: float | None) -> tuple[int, TokenDelta] | None:
         """The next (index, delta), or None when `timeout` seconds pass; 0 does not wait.
 
-        Raises RequestFailed for one sequence, EngineDead for all. Call only while `num_open`.
+        Raises RequestFailed for one sequence, or for all where the group was refused; EngineDead for all.
+        Call only while `num_open`.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -91,6 +93,8 @@ class Group:
                 continue  # was on its way when the sequence was aborted
             if isinstance(content, Failed):
                 self._open.discard(index)
+                if content.others:
+                    self._open.clear()
                 raise RequestFailed(index, content.status, content.message)
             if content.finish_reason:
                 self._open.discard(index)
@@ -191,23 +195,20 @@ class EngineClient:
         priority: int = 0,
         cache_salt: str = "",
     ) -> Group:
-        """Start several sequences that one thread reads. Raises EngineDead."""
+        """Start several sequences that one thread reads; the engine takes all of them or none.
+
+        Raises EngineDead, and RequestFailed if they are too long for one message.
+        """
         connection = self._connected()
         connection.info(None)
         inbox: _Inbox = queue.SimpleQueue()
-        submits = [
-            Submit(
-                request_id=connection.new_id(),
-                token_ids=token_ids,
-                params=params,
-                priority=priority,
-                cache_salt=cache_salt,
-            )
-            for token_ids, params in sequences
-        ]
-        for index, submit in enumerate(submits):
-            connection.open(submit, index, inbox)
-        return Group(connection, [submit.request_id for submit in submits], inbox)
+        prompts = {id(token_ids): token_ids for token_ids, _ in sequences}
+        places = {key: place for place, key in enumerate(prompts)}
+        members = [Member(connection.new_id(), places[id(token_ids)], params) for token_ids, params in sequences]
+        connection.open(
+            SubmitGroup(prompts=list(prompts.values()), members=members, priority=priority, cache_salt=cache_salt), inbox
+        )
+        return Group(connection, [member.request_id for member in members], inbox)
 
     def close(self) -> None:
         """Stop the background thread; open streams end with EngineDead."""
@@ -236,7 +237,8 @@ class _Connection:
         self._silence_s = silence_s
         self._name = uuid.uuid4().hex
         self._count = itertools.count()
-        self._outbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[tuple[ToEngine, bytes]] = queue.SimpleQueue()
+        self._owed: list[bytes] = []  # aborts that no engine was there to take
         self._streams: dict[str, tuple[int, _Inbox]] = {}
         self._changed = threading.Condition()  # guards _streams and _info
         self._info: EngineInfo | None = None
@@ -265,25 +267,32 @@ class _Connection:
                 raise EngineDead("the engine does not answer")
             return self._info
 
-    def open(self, submit: Submit, index: int, inbox: _Inbox) -> None:
+    def open(self, group: SubmitGroup, inbox: _Inbox) -> None:
+        frame = encode(group)
+        if len(frame) > MAX_FRAME_BYTES:
+            raise RequestFailed(
+                0, 400, f"the prompts of one request take {len(frame)} bytes on their way to the engine, above "
+                f"{MAX_FRAME_BYTES}; send fewer or shorter ones at a time",
+            )  # fmt: skip
         with self._changed:
-            self._streams[submit.request_id] = (index, inbox)
-        self._send_later(submit)
+            self._streams.update((member.request_id, (index, inbox)) for index, member in enumerate(group.members))
+        self._outbox.put((group, frame))
+        self._wake()
 
     def abort(self, message: Abort) -> None:
         with self._changed:
             known = self._streams.pop(message.request_id, None)
         if known is not None:
-            self._send_later(message)
+            self._abort_later(message)
+            self._wake()
 
     def close(self) -> None:
         self._closing = True
         self._wake()
         self._thread.join(timeout=5)
 
-    def _send_later(self, message: ToEngine) -> None:
-        self._outbox.put(message)
-        self._wake()
+    def _abort_later(self, message: Abort) -> None:
+        self._outbox.put((message, encode(message)))
 
     def _wake(self) -> None:
         try:
@@ -310,7 +319,7 @@ class _Connection:
 
     def _serve(self, dealer: zmq.Socket[bytes]) -> None:
         dealer.setsockopt(zmq.IDENTITY, self._name.encode())
-        dealer.setsockopt(zmq.MAXMSGSIZE, _MAX_FRAME_BYTES)
+        dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         dealer.setsockopt(zmq.SNDHWM, 0)
         dealer.setsockopt(zmq.RCVHWM, 0)
         # Nothing is kept for an engine that is not there: a new engine must not get an old one's requests.
@@ -325,7 +334,10 @@ class _Connection:
         while not self._closing:
             now = time.monotonic()
             if now >= next_hello:
-                connected = self._send(dealer, Hello())
+                connected = self._send(dealer, encode(Hello()))
+                while self._owed and self._send(dealer, self._owed[-1]):
+                    self._owed.pop()
+                self._receive(dealer)  # this thread may have been silent itself
                 self._check_silence(now)
                 next_hello = now + (self._heartbeat_s if connected else min(self._heartbeat_s, _RETRY_S))
             ready = dict(poller.poll(max(1, int(1000 * (next_hello - time.monotonic())))))
@@ -341,15 +353,20 @@ class _Connection:
     def _flush(self, dealer: zmq.Socket[bytes]) -> None:
         while True:
             try:
-                message = self._outbox.get_nowait()
+                message, frame = self._outbox.get_nowait()
             except queue.Empty:
                 return
-            if not self._send(dealer, message) and isinstance(message, Submit):
-                self._deliver(message.request_id, EngineDead("the engine went away"), final=True)
+            if self._send(dealer, frame):
+                continue
+            if isinstance(message, SubmitGroup):
+                for member in message.members:
+                    self._deliver(member.request_id, EngineDead("the engine went away"), final=True)
+            else:
+                self._owed.append(frame)
 
-    def _send(self, dealer: zmq.Socket[bytes], message: ToEngine) -> bool:
+    def _send(self, dealer: zmq.Socket[bytes], frame: bytes) -> bool:
         try:
-            dealer.send(encode(message), zmq.NOBLOCK)
+            dealer.send(frame, zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True
@@ -380,6 +397,9 @@ class _Connection:
                 self._changed.notify_all()
         elif message.request_id:
             self._deliver(message.request_id, message, final=True)
+            with self._changed:
+                for other in message.others:
+                    self._streams.pop(other, None)
         else:  # a failure of no request is the engine's own
             self._fail_all("the engine died")
 
@@ -404,12 +424,14 @@ class _Connection:
             self._fail_all(f"the engine has been silent for {self._silence_s:g} s")
 
     def _fail_all(self, reason: str) -> None:
+        """End all streams; an engine that is still there, or comes back, is told to give them up."""
         with self._changed:
             streams, self._streams = self._streams, {}
             self._lost = True
             self._info = None
             self._changed.notify_all()
-        for index, inbox in streams.values():
+        for request_id, (index, inbox) in streams.items():
+            self._abort_later(Abort(request_id))
             inbox.put((index, EngineDead(reason)))
         if streams:
             _log.error("%s; %d open streams end", reason, len(streams))

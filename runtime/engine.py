@@ -19,7 +19,7 @@ from compiler.step import CompiledStep, Ticket
 from runtime.batch import Packer
 from runtime.pace import Pace
 from runtime.plan import Plan
-from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, ToClient, ToEngine, Tokens
+from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, SubmitGroup, ToClient, ToEngine, Tokens
 from runtime.recorder import Recorder
 from runtime.request import Sequence
 from runtime.results import Arrived
@@ -177,7 +177,9 @@ class Engine:
     def _accept(self, client: bytes, message: ToEngine) -> None:
         match message:
             case Submit():
-                self._submit(client, message)
+                self._submit(client, [message])
+            case SubmitGroup():
+                self._submit(client, message.each())
             case Abort(request_id, reason):
                 if sequence := self.scheduler.abort((self._owner(client), request_id), reason):
                     self.recorder.ended(sequence, self.clock())
@@ -191,20 +193,34 @@ class Engine:
             self._clients.append(client)
         return self._owners[client]
 
-    def _submit(self, client: bytes, message: Submit) -> None:
-        try:
-            self._check(message)
-            if self.scheduler.num_waiting >= self.limits.max_queue:
-                full = f"the queue is full: max_queue {self.limits.max_queue} requests are waiting"
-                self.mailbox.send(client, Failed(message.request_id, 503, full))
-                return
-            self.scheduler.add(self._sequence(client, message))
-        except ValueError as error:
-            self.mailbox.send(client, Failed(message.request_id, 400, str(error)))
+    def _submit(self, client: bytes, submits: list[Submit]) -> None:
+        """Queue sequences, all of them or none; if none, one `Failed` says why."""
+        if self.scheduler.num_waiting >= self.limits.max_queue:
+            full = f"the queue is full: {self.scheduler.num_waiting} sequences are waiting, max_queue is {self.limits.max_queue}"
+            self._refuse(client, submits, 0, 503, full)
             return
+        added: list[Sequence] = []
+        try:
+            for submit in submits:
+                self._check(submit)
+                sequence = self._sequence(client, submit)
+                self.scheduler.add(sequence)
+                added.append(sequence)
+            return
+        except ValueError as error:
+            status, reason = 400, str(error)
         except Exception:
             log.exception("a submitted sequence could not be added")
-            self.mailbox.send(client, Failed(message.request_id, 500, "the request could not be added"))
+            status, reason = 500, "the request could not be added"
+        bad = len(added)
+        for sequence in added:
+            self.scheduler.abort(sequence.key)
+        self._refuse(client, submits, bad, status, reason)
+
+    def _refuse(self, client: bytes, submits: list[Submit], which: int, status: int, reason: str) -> None:
+        """None of them runs, because of the one at `which`."""
+        ids = [submit.request_id for submit in submits]
+        self.mailbox.send(client, Failed(ids.pop(which), status, reason, ids))
 
     def _sequence(self, client: bytes, message: Submit) -> Sequence:
         self._num_submitted += 1

@@ -15,9 +15,11 @@ import msgspec
 import zmq
 
 from runtime.protocol import (
+    MAX_FRAME_BYTES,
     Abort,
     Failed,
     Submit,
+    SubmitGroup,
     ToClient,
     ToEngine,
     Tokens,
@@ -26,7 +28,6 @@ from runtime.protocol import (
 )
 
 _log = logging.getLogger(__name__)
-_MAX_FRAME_BYTES = 64 << 20
 # One poll hands over at most this many frames, so that a flood cannot hold up a step.
 _MAX_FRAMES_A_POLL = 1024
 # Lost clients whose requests are remembered; one that died never comes to ask.
@@ -68,7 +69,7 @@ class Mailbox:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, send_high_water)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a client that left is an error
         self._socket.bind(address)
 
@@ -76,8 +77,9 @@ class Mailbox:
         """All messages that have come, as (client, message); with `block` wait up to `wait_ms` for the first."""
         if block and not self._aborts:
             self._socket.poll(self._wait_ms)
-        messages = self._receive()
-        self._expire()
+        messages, all_read = self._receive()
+        if all_read:  # else the heartbeat of who seems silent may be among what waits
+            self._expire()
         messages += self._aborts
         self._aborts = []
         return messages
@@ -99,27 +101,28 @@ class Mailbox:
         self._socket.close()
         self._context.term()
 
-    def _receive(self) -> list[tuple[bytes, ToEngine]]:
+    def _receive(self) -> tuple[list[tuple[bytes, ToEngine]], bool]:
+        """Messages that have come, and whether these are all."""
         messages: list[tuple[bytes, ToEngine]] = []
         now = self._clock()
         for _ in range(_MAX_FRAMES_A_POLL):
             try:
                 client, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                break
+                return messages, True
             message = self._parse(frames)
             if message is None:
                 continue
             self._heard[client] = now
             self._note(client, message)
             messages.append((client, message))
-        return messages
+        return messages, False
 
     def _parse(self, frames: list[bytes]) -> ToEngine | None:
         try:
             (frame,) = frames
             return decode_to_engine(frame)
-        except (ValueError, msgspec.MsgspecError, RecursionError):
+        except (ValueError, msgspec.MsgspecError, RecursionError, MemoryError):
             self.malformed += 1
             return None
 
@@ -129,6 +132,8 @@ class Mailbox:
             self.send(client, Failed(request_id, 503, "the server lost touch with this request"))
         if isinstance(message, Submit):
             self._live.setdefault(client, set()).add(message.request_id)
+        elif isinstance(message, SubmitGroup):
+            self._live.setdefault(client, set()).update(member.request_id for member in message.members)
         elif isinstance(message, Abort):
             self._live.get(client, set()).discard(message.request_id)
 
@@ -139,7 +144,7 @@ class Mailbox:
         if isinstance(message, Tokens):
             live.difference_update(delta.request_id for delta in message.deltas if delta.finish_reason)
         elif isinstance(message, Failed):
-            live.discard(message.request_id)
+            live.difference_update((message.request_id, *message.others))
 
     def _expire(self) -> None:
         oldest = self._clock() - self._lease_s
@@ -155,7 +160,7 @@ class Mailbox:
             self._cut_off[client] = requests
             if len(self._cut_off) > _MAX_CUT_OFF:
                 del self._cut_off[next(iter(self._cut_off))]
-            _log.warning("client lost with %d live requests", len(requests))
+            _log.warning("a web worker cannot be reached, or was silent for %g s: its %d requests end", self._lease_s, len(requests))
 
 
 def _private_folder(address: str) -> None:

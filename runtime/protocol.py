@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+MAX_FRAME_BYTES = 64 << 20  # a longer frame ends the connection of whoever sent it
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How one sequence is sampled and when it stops. Ranges are checked by whoever builds it."""
@@ -40,6 +42,40 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True, omit_defau
     params: SamplingParams
     priority: int = 0  # lower runs first
     cache_salt: str = ""
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence of a group: `prompt` is an index into the group's prompts."""
+
+    request_id: str
+    prompt: int
+    params: SamplingParams
+
+
+class SubmitGroup(msgspec.Struct, frozen=True, tag="submit_group", kw_only=True, omit_defaults=True):
+    """Start several sequences, all of them or none. A prompt that several of them have travels once."""
+
+    prompts: list[list[int]]
+    members: list[Member]
+    priority: int = 0
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.members or not all(0 <= member.prompt < len(self.prompts) for member in self.members):
+            raise ValueError("a group needs sequences, and each of them a prompt that is there")
+
+    def each(self) -> list[Submit]:
+        """Its sequences, as if they came one by one; equal prompts are the same list."""
+        return [
+            Submit(
+                request_id=member.request_id,
+                token_ids=self.prompts[member.prompt],
+                params=member.params,
+                priority=self.priority,
+                cache_salt=self.cache_salt,
+            )
+            for member in self.members
+        ]
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", omit_defaults=True):
@@ -105,11 +141,15 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """A sequence that cannot run: `status` is the HTTP status (400, 500 or 503), `message` is for the user."""
+    """A sequence that cannot run: `status` is the HTTP status (400, 500 or 503), `message` is for the user.
+
+    `others` are those of its group, where it was the group that was refused: none of them runs.
+    """
 
     request_id: str
     status: int
     message: str
+    others: list[str] = []
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
@@ -128,7 +168,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     num_waiting: int = 0
 
 
-ToEngine = Submit | Abort | Hello
+ToEngine = Submit | SubmitGroup | Abort | Hello
 ToClient = Tokens | Failed | EngineInfo
 
 _encoder = msgspec.msgpack.Encoder()

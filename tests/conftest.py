@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from runtime.mailbox import Mailbox
-from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, TokenDelta, TokenLogprob, Tokens
+from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, SubmitGroup, TokenDelta, TokenLogprob, Tokens
 
 # One run of the tests is like another; `make fuzz` draws examples of its own.
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -70,6 +71,7 @@ class FakeEngine:
         self.submits: list[Submit] = []
         self.aborted: dict[str, str] = {}  # finish reason by request id
         self.silent = False
+        self.stalled = threading.Event()  # while it is set nothing is read
         self._stopping = False
         self._running = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -90,11 +92,14 @@ class FakeEngine:
         mailbox = Mailbox(self.address, wait_ms=10)
         self._running.set()
         while not self._stopping:
+            if self.stalled.is_set():
+                time.sleep(0.01)
+                continue
             for client, message in mailbox.poll(block=True):
                 self._answer(mailbox, client, message)
         mailbox.close()
 
-    def _answer(self, mailbox: Mailbox, client: bytes, message: Submit | Abort | Hello) -> None:
+    def _answer(self, mailbox: Mailbox, client: bytes, message: SubmitGroup | Abort | Hello) -> None:
         if self.silent:
             return
         if isinstance(message, Hello):
@@ -103,9 +108,10 @@ class FakeEngine:
             assert message.request_id not in self.aborted
             self.aborted[message.request_id] = message.finish_reason
         else:
-            self.submits.append(message)
-            for answer in self.script(message):
-                mailbox.send(client, answer if isinstance(answer, Failed) else Tokens([answer]))
+            for submit in message.each():
+                self.submits.append(submit)
+                for answer in self.script(submit):
+                    mailbox.send(client, answer if isinstance(answer, Failed) else Tokens([answer]))
 
     @staticmethod
     def deltas(submit: Submit, token_ids: list[int], finish: str = "stop", stop_id: int = -1) -> list[TokenDelta]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from runtime.client import EngineClient, EngineDead, RequestFailed
-from runtime.protocol import Failed, SamplingParams, TokenDelta
+from runtime.protocol import Failed, SamplingParams, Submit, TokenDelta
 
 PARAMS = SamplingParams()
 
@@ -90,6 +90,33 @@ def test_a_failed_sequence_names_itself(client: EngineClient, fake_engine) -> No
     assert group.num_open == 1
 
 
+def test_a_refused_group_fails_once_for_all(client: EngineClient, fake_engine) -> None:
+    def refuse(submit: Submit) -> list[Failed]:
+        ids = [one.request_id for one in fake_engine.submits]
+        return [Failed(ids.pop(1), 503, "full", ids)] if submit.token_ids == [3] else []
+
+    fake_engine.script = refuse
+    group = client.submit_group([([1], PARAMS), ([2], PARAMS), ([3], PARAMS)])
+    with pytest.raises(RequestFailed, match="full") as caught:
+        group.get(5)
+    assert (caught.value.index, caught.value.status, group.num_open) == (1, 503, 0)
+    group.abort()
+    assert fake_engine.aborts == []
+
+
+def test_a_prompt_of_many_sequences_travels_once(client: EngineClient, fake_engine, monkeypatch) -> None:
+    monkeypatch.setattr("runtime.client.MAX_FRAME_BYTES", 30_000)
+    prompt = list(range(100, 5100))
+    group = client.submit_group([(prompt, PARAMS)] * 128)
+    while group.num_open:
+        assert group.get(5) is not None
+    assert len(fake_engine.submits) == 128 and all(submit.token_ids == prompt for submit in fake_engine.submits)
+    with pytest.raises(RequestFailed, match="above 30000; send fewer or shorter") as caught:
+        client.submit_group([(prompt, PARAMS), (prompt[::-1], PARAMS), (prompt[1:], PARAMS)])
+    assert caught.value.status == 400
+    assert list(client.submit([1], PARAMS, timeout=5)), "the connection has lived on"
+
+
 def test_engine_that_closes_ends_every_stream_at_once(client: EngineClient, fake_engine) -> None:
     fake_engine.script = lambda s: []
     streams = [client.submit([1], PARAMS) for _ in range(3)]
@@ -115,6 +142,35 @@ def test_silent_engine_is_dead_and_may_come_back(client: EngineClient, fake_engi
         stream.get(5)
     fake_engine.silent = False
     assert client.info(timeout=5) == fake_engine.info
+
+
+def test_what_was_given_up_is_aborted_when_the_engine_wakes(client: EngineClient, fake_engine) -> None:
+    """It reads nothing while it is stalled; the requests before the stall are computed for nobody."""
+    fake_engine.script = lambda s: []
+    streams = [client.submit([1], PARAMS) for _ in range(3)]
+    assert eventually(lambda: len(fake_engine.submits) == 3)
+    fake_engine.stalled.set()
+    for stream in streams:
+        with pytest.raises(EngineDead, match="silent"):
+            stream.get(5)
+    assert fake_engine.aborts == []
+    fake_engine.stalled.clear()
+    assert eventually(lambda: len(fake_engine.aborts) == 3)
+    assert sorted(fake_engine.aborts) == sorted(stream.request_id for stream in streams)
+
+
+def test_what_was_given_up_while_nobody_was_there_is_aborted_on_the_next_contact(client: EngineClient, fake_engine) -> None:
+    """A connection can break between two that live on."""
+    fake_engine.script = lambda s: []
+    stream = client.submit([1], PARAMS)
+    assert eventually(lambda: fake_engine.submits)
+    fake_engine.stop()
+    with pytest.raises(EngineDead):
+        stream.get(5)
+    second = type(fake_engine)(fake_engine.address, 99)
+    assert eventually(lambda: second.aborts)
+    second.stop()
+    assert second.aborts == [stream.request_id]
 
 
 def test_engine_that_says_it_died(client: EngineClient, fake_engine) -> None:

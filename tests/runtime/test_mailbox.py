@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 from hypothesis import HealthCheck, given, settings
@@ -16,8 +17,10 @@ from runtime.protocol import (
     Abort,
     Failed,
     Hello,
+    Member,
     SamplingParams,
     Submit,
+    SubmitGroup,
     TokenDelta,
     Tokens,
     decode_to_client,
@@ -133,6 +136,45 @@ def test_a_silent_client_is_lost_and_told_when_it_speaks(
     take(mailbox)
     failed = decode_to_client(client.recv())
     assert isinstance(failed, Failed) and (failed.request_id, failed.status) == ("a", 503)
+
+
+def test_a_client_whose_heartbeats_wait_behind_a_backlog_is_not_lost(
+    mailbox: Mailbox, client: zmq.Socket[bytes], clock: Clock, monkeypatch
+) -> None:
+    """After a stall of the engine's own, nobody is silent of whom not all has been read."""
+    client.send(encode(submit("a")))
+    take(mailbox)
+    monkeypatch.setattr("runtime.mailbox._MAX_FRAMES_A_POLL", 2)
+    for _ in range(4):
+        client.send(b"junk")
+    client.send(encode(Hello()))
+    clock.now = 31.0
+    got = []
+    while not got:
+        got = mailbox.poll(block=True)
+    assert got == [(b"web", Hello())] and mailbox.lost_clients == 0
+
+
+def test_a_group_is_lost_whole_and_refused_whole(mailbox: Mailbox, client: zmq.Socket[bytes], clock: Clock) -> None:
+    members = [Member(name, 0, SamplingParams()) for name in "abc"]
+    group = SubmitGroup(prompts=[[1, 2]], members=members)
+    client.send(encode(group))
+    assert take(mailbox) == [(b"web", group)] and [one.token_ids for one in group.each()] == [[1, 2]] * 3
+    clock.now = 11.0
+    assert {message.request_id for _, message in mailbox.poll(block=False)} == set("abc")
+    client.send(encode(group))
+    take(mailbox)
+    mailbox.send(b"web", Failed("b", 503, "full", ["a", "c"]))
+    clock.now = 22.0
+    assert mailbox.poll(block=False) == []
+
+
+@pytest.mark.parametrize("members", [[], [["a", 1, {}]], [["a", 0, {}], ["b", -1, {}]]])
+def test_a_group_without_its_prompt_is_malformed(mailbox: Mailbox, client: zmq.Socket[bytes], members: list) -> None:
+    for those in (members, [["a", 0, {}]]):
+        client.send(msgspec.msgpack.encode({"type": "submit_group", "prompts": [[1]], "members": those}))
+    group = SubmitGroup(prompts=[[1]], members=[Member("a", 0, SamplingParams())])
+    assert take(mailbox) == [(b"web", group)] and mailbox.malformed == 1
 
 
 def test_an_unknown_client_is_no_error(mailbox: Mailbox) -> None:

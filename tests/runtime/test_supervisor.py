@@ -34,7 +34,7 @@ ENGINE = """
     from http.server import BaseHTTPRequestHandler, HTTPServer
     from pathlib import Path
     from runtime.mailbox import Mailbox
-    from runtime.protocol import Abort, EngineInfo, Hello, Submit, TokenDelta, Tokens
+    from runtime.protocol import Abort, EngineInfo, Hello, SubmitGroup, TokenDelta, Tokens
 
     class Metrics(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -61,8 +61,8 @@ ENGINE = """
                     running = len(left) + (control / "busy").exists()
                     mailbox.send(client, EngineInfo("m", "cpu", "bfloat16", 3, 1000, 9, 16, True,
                         draining=Path(settings["drain_flag"]).exists(), num_running=running))
-                case Submit():
-                    left[client, message.request_id] = message.params.max_tokens
+                case SubmitGroup():
+                    left.update({(client, member.request_id): member.params.max_tokens for member in message.members})
                 case Abort():
                     left.pop((client, message.request_id), None)
         for (client, request_id), count in list(left.items()):
