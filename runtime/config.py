@@ -25,6 +25,8 @@ CPU_KV_CACHE_MEMORY = 1 << 30  # bytes
 METHODS = ("ngram", "suffix", "draft", "ngram+draft", "suffix+draft")  # of speculation
 AUTO_GUESSES = 15  # a sequence at most, where their number is left to the engine
 GUESS_ENTRIES = 64  # sequences and guesses that a step has room for at least, where there is speculation
+MOST_THREADS = 4096  # of a web process
+SPARE_THREADS = 32  # for what is short, is being tokenised, or is about to be refused
 # Keys of the mapping `speculative` of a file, and what they are called here.
 SPECULATIVE = {
     "method": "speculative_method", "model": "speculative_model", "num_speculative_tokens": "num_speculative_tokens",
@@ -185,8 +187,8 @@ class Config:
     port: int = _option(8000, _between(parse_whole, 0, 65535), "port of the API (0: any free one)", "server")
     probe_port: int | None = _option(None, _between(parse_whole, 0, 65535), "port of /health and /metrics (auto: a free one on 127.0.0.1)", "server", _AUTO)
     workers: int = _option(2, _between(parse_whole, 1, 64), "web processes", "server")
-    threads: int = _option(80, _between(parse_whole, 2, 4096), "threads of each web process; one stream holds one thread", "server")
-    max_queue: int = _option(256, _between(parse_whole, 1), "waiting requests beyond which new ones get 503", "server")
+    threads: int | None = _option(None, _between(parse_whole, 2, MOST_THREADS), "threads of each web process; a request holds one (auto: max_num_seqs + max_queue and some)", "server", ("auto",))
+    max_queue: int = _option(256, _between(parse_whole, 1), "waiting requests, of all web processes together, beyond which new ones get 503", "server")
     drain_timeout_s: float = _option(30.0, _between(parse_number, 0), "seconds that running requests get to end at shutdown", "server")
     api_key: str | None = _option(None, parse_text, "key that clients must send (none: open)", "server", _NONE)
     log_level: str = _option("info", _one_of("debug", "info", "warning", "error"), "debug, info, warning or error", "server")
@@ -221,6 +223,11 @@ class Config:
     def most_guesses(self) -> int:
         """A sequence and step; 0 without speculation."""
         return 0 if self.method is None else self.num_speculative_tokens or AUTO_GUESSES
+
+    @property
+    def enough_threads(self) -> int:
+        """Threads with which one web process alone can fill the engine and its queue: any connection may come to any process."""
+        return min(MOST_THREADS, self.max_num_seqs + self.max_queue + SPARE_THREADS)
 
     @property
     def looks_up_on_device(self) -> bool:

@@ -38,7 +38,7 @@ WEB_COMMAND = module_command("gunicorn")
 HEARTBEAT_S = 0.25
 SILENCE_S = 30.0  # a longer step counts as a hang: /health/live then fails and streams end
 IDLE_S = 1.5  # without work before a drain is over: web workers learn of it from a heartbeat of one second
-FREE_THREADS = 16  # of a web worker's threads, kept free of streams so that short requests are answered
+IDLE_CONNECTIONS = 1000  # that a web worker holds open beside those with a request
 ABORTED = 130  # exit status after a second signal, as a shell reports an interrupt
 
 # Everything fetched here is on this machine: a proxy from the environment must not see it.
@@ -147,8 +147,8 @@ class Supervisor:
             "served_model_name": self.config.model_name,
             "api_key": self.config.api_key,
             "probe_address": f"127.0.0.1:{probe_port}",
-            "max_queue": self.config.max_queue,
-            "max_streams": self.config.threads - min(FREE_THREADS, self.config.threads // 2),
+            "threads": self._web_threads,
+            "enough_threads": self.config.enough_threads,
             "silence_s": SILENCE_S,
         }
         path.write_text(json.dumps(settings, indent=1))
@@ -161,9 +161,15 @@ class Supervisor:
             "--config", "python:web.gunicorn_conf",
             "--bind", f"fd://{descriptor}",
             "--workers", str(self.config.workers),
-            "--threads", str(self.config.threads),
+            "--threads", str(self._web_threads),
+            # Idle connections come on top of the busy ones.
+            "--worker-connections", str(self._web_threads + IDLE_CONNECTIONS),
             "--log-level", self.config.log_level,
         ]  # fmt: skip
+
+    @property
+    def _web_threads(self) -> int:
+        return self.config.threads or self.config.enough_threads
 
     def _wait_for_engine(self) -> EngineInfo | None:
         """The engine's facts once it is loaded and answers; None if a signal came first."""

@@ -1,7 +1,7 @@
 """gunicorn's settings for the web workers; the supervisor adds bind address, workers and threads as flags.
 
-One thread carries one request for its whole stream, so the supervisor keeps `max_streams` of the web
-settings below `threads`: health checks always find a free thread.
+One thread carries one request for its whole stream, and the routes keep some threads free of streams: health
+checks always find one. Threads start as they are needed.
 """
 
 import os

@@ -1,16 +1,18 @@
 """The OpenAI routes: models, completions and chat completions.
 
-Knows OpenAI's shapes and the order check, tokenize, submit, answer. Field checks are in `schema`, tokens
+Knows OpenAI's shapes and the order check, take a thread, tokenize, submit, answer. Field checks are in `schema`, tokens
 and text in `stream`, failures in `errors`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,32 +30,53 @@ from web.stream import ClientGone, EventStream, Generation, Piece, Sequence, cli
 # A refusal by the engine comes at once: waiting this long lets it be an HTTP status, not a late event.
 _REFUSAL_WAIT_S = 0.05
 _STATUS_CLIENT_GONE = 499
+_FREE_THREADS = 16  # of a worker's, kept free of generations so that short requests and probes are answered
+_LONG_CHARS = 1 << 16  # characters of a request from which on it waits its turn to be tokenised: some 10 ms
+_PEEK_S = 0.1  # between looks whether a client that waits for its turn is still there
 
 blueprint = Blueprint("openai", __name__)
 
 
 class Service:
-    """What the routes of one worker share: the engine, the tokenizer and the count of open requests."""
+    """What the routes of one worker share: the engine, the tokenizer and the threads that requests hold."""
 
     def __init__(self, settings: WebSettings, tokenizer: Tokenizer, engine: EngineClient) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
         self.engine = engine
         self.started = int(time.time())
-        self._places = threading.BoundedSemaphore(settings.max_streams)
+        self._places = threading.BoundedSemaphore(settings.threads - min(_FREE_THREADS, settings.threads // 2))
+        self._long_texts = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) // 2))
+        _ = tokenizer.min_tokens  # made before the first request
 
-    def admit(self) -> Callable[[], None]:
-        """Take a place for one request; returns what gives it back. Raises ApiError 503 when full."""
-        if not self._places.acquire(blocking=False):
-            raise ApiError(503, f"all max_streams = {self.settings.max_streams} places of this worker are taken")
-        return self._places.release
+    def admit(self, info: EngineInfo) -> Callable[[], None]:
+        """Take one of this worker's threads for one request; returns what gives it back.
 
-    def check_load(self, info: EngineInfo) -> None:
-        """Raise ApiError 503 while the engine drains or its queue is full."""
+        Raises ApiError 503 while the engine drains, or when no thread is left. How many requests may run and wait is
+        for the engine to say, and with `threads: auto` it says so first.
+        """
         if info.draining:
             raise ApiError(503, "the server is shutting down")
-        if info.num_waiting >= self.settings.max_queue:
-            raise ApiError(503, f"{info.num_waiting} requests are waiting; max_queue = {self.settings.max_queue}")
+        if not self._places.acquire(blocking=False):
+            threads, enough = self.settings.threads, self.settings.enough_threads
+            raise ApiError(503, f"all threads of this web process are taken: threads = {threads}; {enough} (auto) would be enough")
+        return self._places.release
+
+    @contextlib.contextmanager
+    def long_text(self, client_gone: Callable[[], bool]) -> Iterator[None]:
+        """One's turn to tokenise a long text: a few at a time, or they would take the memory and the engine's CPUs.
+
+        Raises ClientGone.
+        """
+        while not self._long_texts.acquire(timeout=_PEEK_S):
+            if client_gone():
+                raise ClientGone
+        try:
+            if client_gone():
+                raise ClientGone
+            yield
+        finally:
+            self._long_texts.release()
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError 404 for a model that is not served; no name means the one that is."""
@@ -101,11 +124,14 @@ def _generate(parse: Callable[[dict[str, Any], int], GenerationRequest], shape_o
     info = served.engine.info()
     checked = parse(parse_body(request.get_data(cache=False)), info.vocab_size)
     served.check_model(checked.model)
-    served.check_load(info)
-    prompts = _token_prompts(served.tokenizer, checked, info)
-    release = served.admit()
+    texts = _texts(served.tokenizer, checked, info)
+    release = served.admit(info)
     try:
+        prompts = _token_prompts(served, texts, checked, info)
         generation = _submit(served, checked, prompts, info, release)
+    except ClientGone:
+        release()
+        return Response(status=_STATUS_CLIENT_GONE)
     except BaseException:
         release()
         raise
@@ -121,23 +147,21 @@ def _generate(parse: Callable[[dict[str, Any], int], GenerationRequest], shape_o
     return response
 
 
-def _token_prompts(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> list[list[int]]:
-    """Token ids of every prompt, each checked against the context."""
+def _texts(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> list[str | list[int]]:
+    """The prompts, a chat rendered by its template. What is too long for the context by its characters alone is refused."""
+    prompts = [_render(tokenizer, checked)] if checked.messages else checked.prompts
     try:
-        if checked.messages:
-            prompts = [_chat_ids(tokenizer, checked)]
-        else:
-            prompts = [_prompt_ids(tokenizer, prompt, checked, info) for prompt in checked.prompts]
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                _check_chars(prompt, tokenizer, checked, info)
     except UnicodeEncodeError:
         raise ApiError(400, "the prompt holds half of a surrogate pair: not valid Unicode") from None
-    for ids in prompts:
-        _check_length(len(ids), checked, info)
     return prompts
 
 
-def _chat_ids(tokenizer: Tokenizer, checked: GenerationRequest) -> list[int]:
+def _render(tokenizer: Tokenizer, checked: GenerationRequest) -> str:
     try:
-        text = tokenizer.render_chat(
+        return tokenizer.render_chat(
             checked.messages,
             add_generation_prompt=checked.add_generation_prompt,
             continue_final_message=checked.continue_final_message,
@@ -145,22 +169,33 @@ def _chat_ids(tokenizer: Tokenizer, checked: GenerationRequest) -> list[int]:
         )
     except ChatTemplateError as error:
         raise ApiError(400, str(error), param="messages") from None
-    return tokenizer.encode(text, add_special_tokens=checked.add_special_tokens)
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt: str | list[int], checked: GenerationRequest, info: EngineInfo) -> list[int]:
-    if isinstance(prompt, list):
-        return prompt
-    at_least = len(prompt) // tokenizer.max_token_chars
-    if at_least > info.max_model_len:  # tokenizing megabytes only to refuse them would cost seconds
+def _check_chars(text: str, tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> None:
+    """Refuse megabytes before they are tokenised, which takes seconds and hundreds of megabytes."""
+    at_least = tokenizer.min_tokens(text)
+    if at_least > info.max_model_len:
+        param = "messages" if checked.messages else "prompt"
         raise ApiError(
             400,
-            f"the prompt of {len(prompt)} characters is at least {at_least} tokens; "
-            f"max_model_len is {info.max_model_len}",
-            param="prompt",
+            f"{param} of {len(text)} characters is at least {at_least} tokens; max_model_len is {info.max_model_len}",
+            param=param,
             code="context_length_exceeded",
         )
-    return tokenizer.encode(prompt, add_special_tokens=checked.add_special_tokens)
+
+
+def _token_prompts(
+    served: Service, texts: list[str | list[int]], checked: GenerationRequest, info: EngineInfo
+) -> list[list[int]]:
+    """Token ids of every prompt, each checked against the context. Raises ClientGone."""
+    is_long = sum(len(text) for text in texts if isinstance(text, str)) >= _LONG_CHARS
+    with served.long_text(client_probe(request.environ)) if is_long else contextlib.nullcontext():
+        prompts = []
+        for text in texts:
+            ids = text if isinstance(text, list) else served.tokenizer.encode(text, add_special_tokens=checked.add_special_tokens)
+            _check_length(len(ids), checked, info)
+            prompts.append(ids)
+    return prompts
 
 
 def _check_length(num_prompt: int, checked: GenerationRequest, info: EngineInfo) -> None:

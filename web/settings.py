@@ -21,8 +21,8 @@ class WebSettings:
     served_model_name: str
     api_key: str | None = None  # None: no key is asked
     probe_address: str | None = None  # host:port that serves the engine's /metrics; None: not served
-    max_queue: int = 256  # waiting sequences beyond which a request gets 503
-    max_streams: int = 64  # requests at once in this worker; below gunicorn's threads, so that probes answer
+    threads: int = 80  # of this worker, as gunicorn is told; a request holds one until its answer is sent
+    enough_threads: int = 80  # with so many, the engine's queue is full before they are
     max_body_bytes: int = 8 << 20
     keep_alive_s: float = 5.0  # between SSE comments while no token comes
     silence_s: float = 10.0  # without an answer of the engine, it counts as dead

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import shutil
 import subprocess
 import sys
@@ -169,3 +170,24 @@ def test_token_bytes(tokenizer: Tokenizer, byte_fallback: Tokenizer) -> None:
 def test_garbage_does_not_hold_text_back_for_ever(tokenizer: Tokenizer) -> None:
     lone = next(i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) == b"\x80")
     assert Detokenizer(tokenizer).push([lone] * 50).count("\ufffd") >= 40
+
+
+def test_a_long_text_is_encoded_as_a_short_one_and_holds_nobody(tokenizer: Tokenizer) -> None:
+    text = "hello world 0123456789\n" * 40_000
+    ticks, done = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.wait(0.001):
+            ticks += 1
+
+    other = threading.Thread(target=tick)
+    other.start()
+    ids = tokenizer.encode(text)
+    counted = ticks
+    done.set()
+    other.join()
+    assert ids == tokenizer._backend.encode(text).ids and len(ids) > 40_000
+    assert counted >= 10  # with Python's lock held it is 2 at most
+    with pytest.raises(UnicodeEncodeError):
+        tokenizer.encode(text + "\ud800")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -167,6 +169,58 @@ def test_context_arithmetic(http: FlaskClient) -> None:
     assert huge.json["error"]["code"] == "context_length_exceeded" and time.monotonic() - started < 1
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_text_too_long_by_its_characters_is_not_tokenised(make_app: Callable[..., Flask], monkeypatch, path: str) -> None:
+    app = make_app()
+    monkeypatch.setattr(app.extensions["pagegraph"].tokenizer, "encode", None)
+    text = "hello " * 1_300_000
+    body = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
+    started = time.monotonic()
+    answer = app.test_client().post(path, json=body)
+    assert (answer.status_code, answer.json["error"]["code"]) == (400, "context_length_exceeded")
+    assert answer.json["error"]["param"] == next(iter(body)) and "characters" in answer.json["error"]["message"]
+    assert time.monotonic() - started < 2
+
+
+def test_long_texts_are_tokenised_in_turn(make_app: Callable[..., Flask], fake_engine, monkeypatch) -> None:
+    fake_engine.info = msgspec.structs.replace(fake_engine.info, max_model_len=1 << 20)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    app = make_app(threads=4)  # two are kept free
+    tokenizer = app.extensions["pagegraph"].tokenizer
+    encode, inside, resume = tokenizer.encode, [], threading.Event()
+
+    def slow(text: str, add_special_tokens: bool = True) -> list[int]:
+        inside.append(text)
+        if len(text) > 1000:
+            assert resume.wait(10)
+        inside.pop()
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "encode", slow)
+    post = lambda text: app.test_client().post("/v1/completions", json={"prompt": text, "max_tokens": 1})
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(post, "a" * 70_000)
+        while not inside:
+            time.sleep(0.01)
+        second = pool.submit(post, "b" * 70_000)
+        while post("c").status_code != 503:  # until the second has its place too
+            time.sleep(0.01)
+        assert len(inside) == 1
+        resume.set()
+        assert [first.result().status_code, second.result().status_code] == [200, 200]
+    assert not fake_engine.aborts
+
+
+def test_who_leaves_while_waiting_its_turn_is_not_tokenised(make_app: Callable[..., Flask], fake_engine, monkeypatch) -> None:
+    fake_engine.info = msgspec.structs.replace(fake_engine.info, max_model_len=1 << 20)
+    app = make_app(threads=2)
+    monkeypatch.setattr("web.openai.client_probe", lambda environ: lambda: True)
+    monkeypatch.setattr(app.extensions["pagegraph"].tokenizer, "encode", None)
+    for _ in range(2):  # its thread is given back
+        assert app.test_client().post("/v1/completions", json={"prompt": "a" * 70_000}).status_code == 499
+    assert not fake_engine.submits
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "code"),
     [
@@ -256,24 +310,26 @@ def test_quiet_stream_is_kept_alive_and_closing_aborts(make_app: Callable[..., F
 
 
 def test_stream_closed_before_it_began_gives_its_place_back(make_app: Callable[..., Flask], fake_engine) -> None:
-    app = make_app(max_streams=1)
+    app = make_app(threads=2, enough_threads=320)  # one is kept free
     http = app.test_client()
     fake_engine.script = lambda s: []
     first = http.post("/v1/completions", json={"prompt": "a", "stream": True})
     full = http.post("/v1/completions", json={"prompt": "a"})
-    assert full.status_code == 503 and "max_streams = 1" in full.json["error"]["message"]
+    assert full.status_code == 503 and "threads = 2; 320 (auto)" in full.json["error"]["message"]
     first.close()
     fake_engine.script = lambda s: fake_engine.deltas(s, [10])
     assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 200
 
 
-def test_load_and_drain(make_app: Callable[..., Flask], fake_engine) -> None:
-    fake_engine.info = msgspec.structs.replace(fake_engine.info, num_waiting=5)
-    full = make_app(max_queue=5).test_client().post("/v1/completions", json={"prompt": "a"})
-    assert full.status_code == 503 and "max_queue = 5" in full.json["error"]["message"]
-    assert make_app(max_queue=6).test_client().post("/v1/completions", json={"prompt": "a"}).status_code == 200
+def test_the_queue_is_for_the_engine_to_refuse(make_app: Callable[..., Flask], fake_engine) -> None:
+    """However many wait: what the worker knows of the queue is a second old, and other workers fill it too."""
+    fake_engine.info = msgspec.structs.replace(fake_engine.info, num_running=32, num_waiting=10_000)
+    assert make_app().test_client().post("/v1/completions", json={"prompt": "a"}).status_code == 200
+
+
+def test_draining_refuses(make_app: Callable[..., Flask], fake_engine) -> None:
     fake_engine.info = msgspec.structs.replace(fake_engine.info, draining=True)
-    drained = make_app(max_queue=6).test_client().post("/v1/completions", json={"prompt": "a"})
+    drained = make_app().test_client().post("/v1/completions", json={"prompt": "a"})
     assert drained.status_code == 503 and "shutting down" in drained.json["error"]["message"]
 
 

@@ -23,7 +23,7 @@ def port(fake_engine, tokenizer_folder: Path, tmp_path: Path) -> Iterator[int]:
     """The port of one gunicorn worker with eight threads."""
     path = tmp_path / "settings.json"
     settings = {"engine_address": fake_engine.address, "model": str(tokenizer_folder), "served_model_name": "tiny",
-                "api_key": "key", "max_streams": 4, "keep_alive_s": 1.0}  # fmt: skip
+                "api_key": "key", "threads": 8, "keep_alive_s": 1.0}  # fmt: skip
     path.write_text(json.dumps(settings))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -102,7 +102,7 @@ def test_a_client_that_leaves_aborts_its_sequences(port: int, fake_engine, strea
 def test_probes_answer_while_every_place_is_taken(client: openai.OpenAI, port: int, fake_engine) -> None:
     fake_engine.script = lambda s: [TokenDelta(s.request_id, [10])]
     streams = [client.completions.create(model="tiny", prompt="a", stream=True) for _ in range(4)]
-    with pytest.raises(openai.InternalServerError, match="max_streams = 4"):
+    with pytest.raises(openai.InternalServerError, match="threads = 8"):
         client.completions.create(model="tiny", prompt="a")
     assert b"200" in ask(port, b"GET /health/ready HTTP/1.0\r\n\r\n")
     for stream in streams:
