@@ -12,14 +12,15 @@ from runtime.verify import Verdict
 class Counters:
     """Running totals.
 
-    Prefix counts are in tokens and leave re-admissions after preemption out; `prompt_tokens` counts what was
-    computed, so hits are not in it and tokens computed again after a preemption are.
+    Prefix counts are in tokens, of admissions, and leave those after a preemption out. `prompt_tokens` are those of prompts
+    that were done, found in the cache or computed, each prompt once.
     """
 
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of `prompt_tokens`
     generated_tokens: int = 0
     drafts: int = 0  # times a row had guesses in a step
     guesses: int = 0
@@ -31,6 +32,9 @@ class Counters:
     def count(self, arrived: Arrived) -> None:
         """What a step brought."""
         self.generated_tokens += len(arrived.rows)
+        for sequence in arrived.begun:
+            self.prompt_tokens += sequence.num_prompt
+            self.cached_tokens += sequence.cached_tokens
         if arrived.verdict is not None:
             self._count_guesses(arrived.verdict)
 

@@ -209,7 +209,7 @@ _HELP = {
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
     "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
     "num_preemptions": "Sequences that gave up their pages and started again.",
-    "prompt_tokens": "Prompt tokens computed.",
+    "prompt_tokens": "Tokens of prompts that were done, those found in the prefix cache included.",
     "generation_tokens": "Tokens generated.",
     "iteration_tokens_total": "Tokens in one step.",
     "engine_steps": "Steps launched.",

@@ -31,6 +31,7 @@ class Arrived:
     request_ids: np.ndarray  # object: str
     deltas: dict[int, TokenDelta]  # by index, for those with more to tell than the token
     ended: list[Sequence]  # their `finish_reason` says why
+    begun: list[Sequence]  # those whose first token it is
     verdict: Verdict | None = None  # of the step's guesses
 
 
@@ -49,13 +50,16 @@ def append(rows: Rows, running: Running, plan: Plan, output: StepOutput) -> Arri
     rows.known[at] = known
     full = known >= fixed.max_len
     stopped = (fixed.stop_ids == ids[:, None]).any(axis=1) & (known > fixed.min_len) & ~full
-    arrived = Arrived(at, ids, fixed.owners, fixed.request_ids, {}, [])
-    more = full | stopped | (known == fixed.num_prompt + 1)
+    arrived = Arrived(at, ids, fixed.owners, fixed.request_ids, {}, [], [])
+    first = known == fixed.num_prompt + 1
+    more = full | stopped | first
     if output.logprobs is not None:
         more |= rows.has_extras[at]
     for i in np.flatnonzero(more).tolist():
         sequence, token = rows.sequences[at[i]], int(ids[i])
         _end(sequence, token, full[i], stopped[i], arrived)
+        if first[i]:
+            arrived.begun.append(sequence)
         entry = i if index is None else int(index[i])
         arrived.deltas[i] = _delta(sequence, [token], _logprobs(sequence, [entry], [token], output.logprobs))
     if plan.guessed is not None:

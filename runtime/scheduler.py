@@ -20,13 +20,16 @@ from runtime.counters import Counters
 from runtime.pace import Pace
 from runtime.pages import Pages
 from runtime.plan import Columns, Plan, joined
+from runtime.prompt_room import PromptRoom
 from runtime.request import Sequence, State, place_of
 from runtime.results import Arrived, append
 from runtime.rows import Rows
 from runtime.running import Running
-from runtime.verify import Guessed, Guesses, entries
+from runtime.verify import Guesses, entries
 
 LOOK_AHEAD = 8  # steps of decoding for which pages are taken at once, while there are plenty
+LOOK_PAST = 16  # waiting prompts that a step looks past for one that ends in it
+HASH_PAST = 256  # pages of such a prompt that are hashed to learn whether the cache holds most of it
 
 
 class Scheduler:
@@ -148,11 +151,16 @@ class Scheduler:
         """
         self._vacate_drained()
         preemptions = self.counters.preemptions
-        part, guessed, budget = self._continue(guesses)
-        parts = [part] if len(part[0]) else []
+        columns, room = self._continue(guesses)
+        parts = [columns] if len(columns[0]) else []
         started: list[Sequence] = []
         if self._waiting and self.counters.preemptions == preemptions:
-            self._admit(parts, started, budget)
+            self._admit(parts, started, room)
+        if room.long >= 0:
+            self._fill_up(parts, room)
+        guessed = None
+        if guesses is not None and len(columns[0]):
+            parts[0], guessed = entries(columns, guesses)
         return joined(parts, started, guessed) if parts else None
 
     def commit(self, plan: Plan, output: StepOutput) -> Arrived:
@@ -184,17 +192,14 @@ class Scheduler:
             require(sequence.num_prompt <= r.known[row] <= r.total[row], "tokens are lost")
             require(r.computed[row] <= r.total[row] <= sequence.max_len, "a sequence runs past its end")
 
-    def _continue(self, guesses: Guesses | None) -> tuple[Columns, Guessed | None, int]:
-        """What the running sequences get, their guesses, and the prompt tokens left for others."""
+    def _continue(self, guesses: Guesses | None) -> tuple[Columns, PromptRoom]:
+        """What the running sequences get, guesses too, and the prompt tokens left for others."""
         if guesses is None and (plain := self._continue_all()) is not None:
-            return plain, None, self._prefill_budget(len(plain[0]))
+            return plain, self._room(len(plain[0]))
         num_guesses = None if guesses is None else guesses.of_rows(self.max_num_seqs)
-        rows, counts, budget = self._wanted(num_guesses)
+        rows, counts, room = self._wanted(num_guesses)
         rows, counts = self._grow(rows, counts)
-        columns = self._advance(rows, counts, num_guesses)
-        if guesses is None or not len(rows):
-            return columns, None, budget
-        return *entries(columns, guesses), budget
+        return self._advance(rows, counts, num_guesses), room
 
     def _continue_all(self) -> Columns | None:
         """The commonest step, a token of every running sequence, all with room for it; else None.
@@ -212,7 +217,7 @@ class Scheduler:
         r.total[rows] = ends + 1
         return rows, fixed.stays, starts, self._running.ones, self._running.trues
 
-    def _wanted(self, num_guesses: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, int]:
+    def _wanted(self, num_guesses: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, PromptRoom]:
         """Rows of the running and how many tokens each may compute, guesses too, and the prompt tokens left for others.
 
         num_guesses: int32, by row.
@@ -225,28 +230,23 @@ class Scheduler:
             rows = rows[growing]
         counts = r.total[rows] - r.computed[rows]
         prefills = np.flatnonzero(counts > 1)
-        budget = self._prefill_budget(len(rows) - len(prefills) + (0 if num_guesses is None else int(num_guesses.sum())))
+        room = self._room(len(rows) - len(prefills) + (0 if num_guesses is None else int(num_guesses.sum())))
         for i in prefills.tolist():
-            counts[i] = tokens = self._chunk(int(counts[i]), budget)
-            budget -= tokens
+            wanted = int(counts[i])
+            counts[i] = tokens = room.offer(wanted)
+            room.take(int(rows[i]), wanted, tokens)
         if num_guesses is not None:
             counts += num_guesses[rows]
-        return (rows[counts > 0], counts[counts > 0], budget) if counts.min(initial=1) < 1 else (rows, counts, budget)
+        return (rows[counts > 0], counts[counts > 0], room) if counts.min(initial=1) < 1 else (rows, counts, room)
 
-    def _prefill_budget(self, decodes: int) -> int:
+    def _room(self, decodes: int) -> PromptRoom:
         """Prompt tokens the step may take: what decodes leave, less where a chunk beside them would slow them."""
-        left = self.max_num_batched_tokens - decodes
-        if self.pace is None or not decodes or not self.enable_chunked_prefill:
-            return left
-        beside = self.pace.prefill_tokens_beside(decodes)
-        # A page at least: prompts always get on.
-        return left if beside is None else min(left, max(beside, self.rows.block_size))
-
-    def _chunk(self, wanted: int, limit: int) -> int:
-        """Of `wanted` tokens those that fit the limit; all or none where prompts are not split."""
-        if wanted <= limit:
-            return wanted
-        return max(limit, 0) if self.enable_chunked_prefill else 0
+        left, page = max(self.max_num_batched_tokens - decodes, 0), self.rows.block_size
+        if self.pace is not None and decodes and self.enable_chunked_prefill:
+            beside = self.pace.prefill_tokens_beside(decodes)
+            # A page at least: prompts always get on.
+            left = left if beside is None else min(left, max(beside, page))
+        return PromptRoom(left, self.enable_chunked_prefill, page)
 
     def _grow(self, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Give running rows pages for `counts` more tokens, preempting the last running ones until they suffice.
@@ -276,35 +276,56 @@ class Scheduler:
         guesses = 0 if num_guesses is None else num_guesses[rows]
         sampled = ends == r.total[rows] + guesses
         r.total[rows] += np.where(sampled, guesses + 1, 0)
-        for i in np.flatnonzero(starts < r.num_prompt[rows]).tolist():
-            sequence = r.sequences[rows[i]]
-            self.counters.prompt_tokens += min(int(ends[i]), sequence.num_prompt) - int(starts[i])
-            self.pages.publish(sequence)
+        for row in rows[starts < r.num_prompt[rows]].tolist():
+            self.pages.publish(r.sequences[row])
         return rows, r.stay[rows], starts, counts, sampled
 
-    def _admit(self, parts: list[Columns], started: list[Sequence], budget: int) -> None:
-        """Start waiting sequences in order while budget, rows and pages for their whole prompts last.
+    def _admit(self, parts: list[Columns], started: list[Sequence], room: PromptRoom) -> None:
+        """Start waiting sequences in order while prompt tokens, rows and pages for their whole prompts last.
 
-        The first that does not fit ends it: nothing overtakes a long prompt, so none starves.
+        Behind a long prompt those start that end within what it leaves. The first that lacks pages ends it, though: pages
+        that others took would come back only when they end, so the one that needs many would starve.
         """
-        while self._waiting and self.rows.num_free and budget > 0:
-            sequence = self._waiting[0]
+        at = 0
+        while at < min(len(self._waiting), LOOK_PAST) and self.rows.num_free and room.tokens > 0:
+            sequence = self._waiting[at]
             if sequence.row >= 0:  # its samples from before a preemption are still to come
                 return
-            found = self.pages.find(sequence)
-            computed = len(found) * self.rows.block_size
-            tokens = self._chunk(len(sequence.tokens) - computed, budget)
-            pages = self.pages.claim(sequence, found, self.pages.watermark if len(self._running) else 0) if tokens else None
+            tokens = 0
+            if at == 0 or self._may_end(sequence, room):
+                found = self.pages.find(sequence)
+                computed = len(found) * self.rows.block_size
+                wanted = len(sequence.tokens) - computed
+                tokens = room.offer(wanted)
+            if not tokens:
+                if not self.enable_chunked_prefill:
+                    return
+                at += 1
+                continue
+            pages = self.pages.claim(sequence, found, self.pages.watermark if len(self._running) else 0)
             if pages is None:
                 return
-            row = self._start(sequence, pages, computed)
+            row = self._start(at, pages, computed)
             parts.append(self._advance(np.array([row], np.int32), np.array([tokens], np.int32)))
             started.append(sequence)
-            budget -= tokens
+            room.take(row, wanted, tokens)
 
-    def _start(self, sequence: Sequence, pages: list[int], computed: int) -> int:
-        """Move the first of the queue into a row, with `computed` tokens in its pages already -> the row."""
-        del self._waiting[0]
+    def _may_end(self, sequence: Sequence, room: PromptRoom) -> bool:
+        """Whether a waiting prompt is worth a look in the cache for whether it ends within what is left."""
+        unhashed = len(sequence.tokens) // self.rows.block_size - len(sequence.hashes)
+        return room.long < 0 or len(sequence.tokens) <= room.tokens or unhashed <= HASH_PAST
+
+    def _fill_up(self, parts: list[Columns], room: PromptRoom) -> None:
+        """The long prompt of the step gets what nobody behind it took; it does not end by that either."""
+        for rows, _, _, counts, _ in parts:
+            for i in np.flatnonzero(rows == room.long).tolist():
+                counts[i] += room.tokens
+                self.rows.computed[room.long] += room.tokens
+                self.pages.publish(self.rows.sequences[room.long])
+
+    def _start(self, at: int, pages: list[int], computed: int) -> int:
+        """Move a sequence of the queue into a row, with `computed` tokens in its pages already -> the row."""
+        sequence = self._waiting.pop(at)
         if sequence.state is State.WAITING:
             sequence.cached_tokens = computed
             if self.pages.pool.enable_caching:

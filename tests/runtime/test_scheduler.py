@@ -176,3 +176,103 @@ def test_a_failed_step_leaves_no_pages_and_no_cache() -> None:
     again = sequence_of("a", 18)
     scheduler.add(again)
     assert scheduler.schedule(1).counts.tolist() == [18]
+
+
+def large(**overrides) -> Scheduler:
+    settings = dict(max_num_seqs=40, max_num_batched_tokens=512, max_model_len=16_000)
+    return Scheduler(BlockPool(2000, 16), **{**settings, **overrides})
+
+
+def prompt_of(name: str, length: int, **overrides) -> Sequence:
+    tokens = [zlib.crc32(f"{name}{i}".encode()) % 1000 for i in range(length)]
+    return Sequence(name, tokens, SamplingParams(max_tokens=20), frozenset(), 0, 16_000, **overrides)
+
+
+def turn(scheduler: Scheduler) -> dict[str, int]:
+    """Tokens of the next step by sequence; what it samples is committed."""
+    plan = scheduler.schedule(0)
+    scheduler.check_integrity()
+    scheduler.commit(plan, StepOutput(np.zeros(len(plan), np.int32)))
+    return dict(planned(scheduler, plan))
+
+
+def test_short_prompts_pass_a_long_one_that_runs() -> None:
+    scheduler = large()
+    scheduler.add(prompt_of("long", 8000))
+    assert turn(scheduler) == {"long": 512}
+    for name in "abc":
+        scheduler.add(prompt_of(name, 1))
+    assert turn(scheduler) == {"long": 509, "a": 1, "b": 1, "c": 1}
+    scheduler.add(prompt_of("d", 100))
+    assert turn(scheduler) == {"long": 409, "a": 1, "b": 1, "c": 1, "d": 100}
+
+
+def test_short_prompts_pass_a_long_one_that_waits_and_those_behind_it() -> None:
+    scheduler = large()
+    for name, length in (("first", 3000), ("second", 3000), ("short", 60), ("as long as the share", 68), ("too long", 1)):
+        scheduler.add(prompt_of(name, length))
+    assert turn(scheduler) == {"first": 384, "short": 60, "as long as the share": 68}
+
+
+def test_a_prompt_is_as_long_as_what_the_cache_lacks_of_it() -> None:
+    scheduler = large()
+    scheduler.add(history := prompt_of("history", 400))
+    turn(scheduler)
+    scheduler.add(prompt_of("long", 8000))
+    turn(scheduler)
+    tokens = [*history.tokens, *range(300)]
+    scheduler.add(Sequence("again", tokens[:420], SamplingParams(), frozenset(), 0, 16_000))
+    scheduler.add(Sequence("too much more", tokens[:600], SamplingParams(), frozenset(), 0, 16_000))
+    assert turn(scheduler) == {"history": 1, "long": 491, "again": 20}
+
+
+def test_equal_long_prompts_run_one_after_the_other() -> None:
+    scheduler = large()
+    for name in "abc":
+        scheduler.add(prompt_of(name, 1200))
+    assert [turn(scheduler) for _ in range(4)] == [
+        {"a": 512}, {"a": 512}, {"a": 176, "b": 336}, {"a": 1, "b": 511}
+    ]  # fmt: skip
+
+
+def test_nothing_passes_a_prompt_that_lacks_pages() -> None:
+    scheduler = Scheduler(BlockPool(101, 16), max_num_seqs=8, max_num_batched_tokens=512, max_model_len=1600)
+
+    def prompt(name: str, length: int) -> Sequence:
+        return Sequence(name, list(range(length)), SamplingParams(max_tokens=99), frozenset(), 0, 1600, cache_salt=name)
+
+    scheduler.add(prompt("a", 900))
+    assert turn(scheduler) == {"a": 512}
+    scheduler.add(prompt("lacks pages", 1000))
+    scheduler.add(prompt("short", 1))
+    assert turn(scheduler) == {"a": 388}, "the second has tokens to start with, but no pages: nobody takes those it waits for"
+
+
+@given(
+    work=st.lists(st.tuples(st.sampled_from([1, 3, 31, 32, 33, 200, 600]), st.integers(0, 8)), min_size=2, max_size=12),
+    budget=st.sampled_from([40, 64, 127, 128]),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_long_prompt_always_gets_its_share_and_no_token_is_left(work, budget: int) -> None:
+    scheduler = large(max_num_batched_tokens=budget)
+    work = deque(sorted(enumerate(work), key=lambda item: item[1][1]))
+    turns = 0
+    while work or scheduler.has_work:
+        while work and work[0][1][1] <= turns:
+            index, (length, _) = work.popleft()
+            scheduler.add(prompt_of(str(index), length, arrival=float(turns)))
+        running = list(scheduler._running)
+        before = {s.request_id: int(scheduler.rows.computed[s.row]) for s in running}
+        prompts = [s for s in running if before[s.request_id] < s.num_prompt]
+        decodes = len(running) - len(prompts)
+        got = turn(scheduler) if scheduler.has_work else {}
+        unfinished = [s for s in prompts if before[s.request_id] + got.get(s.request_id, 0) < s.num_prompt]
+        if unfinished:
+            first = unfinished[0]
+            ahead = sum(got.get(s.request_id, 0) for s in prompts[: prompts.index(first)])
+            left = budget - decodes - ahead
+            assert got.get(first.request_id, 0) >= left - min(max(left // 4, 16), left // 2)
+            assert sum(got.values()) == budget, "tokens are left while a prompt waits for them"
+            assert not any(got.get(s.request_id, 0) for s in unfinished[1:]), "two long prompts at a time"
+        turns += 1
+        assert turns < 2000
