@@ -23,6 +23,7 @@ import zmq.utils.monitor
 from runtime.protocol import (
     MAX_FRAME_BYTES,
     Abort,
+    Admitted,
     EngineInfo,
     Failed,
     Hello,
@@ -55,7 +56,7 @@ class RequestFailed(Exception):
         self.message = message
 
 
-_Item = TokenDelta | Failed | EngineDead
+_Item = Admitted | TokenDelta | Failed | EngineDead
 _Inbox = queue.SimpleQueue[tuple[int, _Item]]
 
 
@@ -89,6 +90,8 @@ class Group:
             if isinstance(content, EngineDead):
                 self._open.clear()
                 raise content
+            if isinstance(content, Admitted):
+                continue
             if index not in self._open:
                 continue  # was on its way when the sequence was aborted
             if isinstance(content, Failed):
@@ -100,12 +103,13 @@ class Group:
                 self._open.discard(index)
             return index, content
 
-    def wait(self, timeout: float) -> None:
-        """Wait at most `timeout` seconds for something to `get`, leaving it there; a failure is raised at once."""
+    def wait_admitted(self, timeout: float) -> bool:
+        """Whether the engine has said within `timeout` seconds that it takes the group. Raises as `get` does if it does not."""
         if self._front is None:
             self._front = self._next(timeout)
-        if self._front is not None and not isinstance(self._front[1], TokenDelta):
+        if self._front is not None and isinstance(self._front[1], Failed | EngineDead):
             self.get(0)
+        return self._front is not None
 
     def abort(self) -> None:
         """Stop all sequences that are open; no more deltas come for them."""
@@ -395,6 +399,8 @@ class _Connection:
                 self._info = message
                 self._lost = False
                 self._changed.notify_all()
+        elif isinstance(message, Admitted):
+            self._deliver(message.request_id, message, final=False)
         elif message.request_id:
             self._deliver(message.request_id, message, final=True)
             with self._changed:

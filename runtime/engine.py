@@ -19,7 +19,7 @@ from compiler.step import CompiledStep, Ticket
 from runtime.batch import Packer
 from runtime.pace import Pace
 from runtime.plan import Plan
-from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, SubmitGroup, ToClient, ToEngine, Tokens
+from runtime.protocol import Abort, Admitted, EngineInfo, Failed, Hello, Submit, SubmitGroup, ToClient, ToEngine, Tokens
 from runtime.recorder import Recorder
 from runtime.request import Sequence
 from runtime.results import Arrived
@@ -179,7 +179,8 @@ class Engine:
             case Submit():
                 self._submit(client, [message])
             case SubmitGroup():
-                self._submit(client, message.each())
+                if self._submit(client, message.each()):
+                    self.mailbox.send(client, Admitted(message.members[0].request_id))
             case Abort(request_id, reason):
                 if sequence := self.scheduler.abort((self._owner(client), request_id), reason):
                     self.recorder.ended(sequence, self.clock())
@@ -193,12 +194,12 @@ class Engine:
             self._clients.append(client)
         return self._owners[client]
 
-    def _submit(self, client: bytes, submits: list[Submit]) -> None:
-        """Queue sequences, all of them or none; if none, one `Failed` says why."""
+    def _submit(self, client: bytes, submits: list[Submit]) -> bool:
+        """Queue sequences, all of them or none; if none, one `Failed` says why. Returns whether they are queued."""
         if self.scheduler.num_waiting >= self.limits.max_queue:
             full = f"the queue is full: {self.scheduler.num_waiting} sequences are waiting, max_queue is {self.limits.max_queue}"
             self._refuse(client, submits, 0, 503, full)
-            return
+            return False
         added: list[Sequence] = []
         try:
             for submit in submits:
@@ -206,7 +207,7 @@ class Engine:
                 sequence = self._sequence(client, submit)
                 self.scheduler.add(sequence)
                 added.append(sequence)
-            return
+            return True
         except ValueError as error:
             status, reason = 400, str(error)
         except Exception:
@@ -216,6 +217,7 @@ class Engine:
         for sequence in added:
             self.scheduler.abort(sequence.key)
         self._refuse(client, submits, bad, status, reason)
+        return False
 
     def _refuse(self, client: bytes, submits: list[Submit], which: int, status: int, reason: str) -> None:
         """None of them runs, because of the one at `which`."""

@@ -152,6 +152,12 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     others: list[str] = []
 
 
+class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
+    """The group whose first sequence this is runs or waits: it is not refused any more. Comes before its first token."""
+
+    request_id: str
+
+
 class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     """Facts of the running engine that the front end shows and checks requests against."""
 
@@ -169,7 +175,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
 
 
 ToEngine = Submit | SubmitGroup | Abort | Hello
-ToClient = Tokens | Failed | EngineInfo
+ToClient = Admitted | Tokens | Failed | EngineInfo
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from runtime.mailbox import Mailbox
-from runtime.protocol import Abort, EngineInfo, Failed, Hello, Submit, SubmitGroup, TokenDelta, TokenLogprob, Tokens
+from runtime.protocol import Abort, Admitted, EngineInfo, Failed, Hello, Submit, SubmitGroup, TokenDelta, TokenLogprob, Tokens
 
 # One run of the tests is like another; `make fuzz` draws examples of its own.
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -108,9 +108,12 @@ class FakeEngine:
             assert message.request_id not in self.aborted
             self.aborted[message.request_id] = message.finish_reason
         else:
-            for submit in message.each():
+            for index, submit in enumerate(message.each()):
                 self.submits.append(submit)
-                for answer in self.script(submit):
+                answers = self.script(submit)
+                if index == 0 and not (answers and isinstance(answers[0], Failed)):
+                    mailbox.send(client, Admitted(submit.request_id))
+                for answer in answers:
                     mailbox.send(client, answer if isinstance(answer, Failed) else Tokens([answer]))
 
     @staticmethod

@@ -27,8 +27,6 @@ from web.schema import GenerationRequest, parse_body, parse_chat, parse_completi
 from web.settings import WebSettings
 from web.stream import ClientGone, EventStream, Generation, Piece, Sequence, client_probe
 
-# A refusal by the engine comes at once: waiting this long lets it be an HTTP status, not a late event.
-_REFUSAL_WAIT_S = 0.05
 _STATUS_CLIENT_GONE = 499
 _FREE_THREADS = 16  # of a worker's, kept free of generations so that short requests and probes are answered
 _LONG_CHARS = 1 << 16  # characters of a request from which on it waits its turn to be tokenised: some 10 ms
@@ -136,9 +134,12 @@ def _generate(parse: Callable[[dict[str, Any], int], GenerationRequest], shape_o
         release()
         raise
     try:
-        generation.group.wait(_REFUSAL_WAIT_S)
+        generation.wait_admitted()
         shape = shape_of(checked, served, info, prompts, generation)
         response = _streamed(generation, shape, served) if checked.stream else _whole(generation, shape)
+    except ClientGone:
+        generation.close()
+        return Response(status=_STATUS_CLIENT_GONE)
     except BaseException:
         generation.close()
         raise

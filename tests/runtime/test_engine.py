@@ -13,7 +13,7 @@ from runtime.blocks import BlockPool
 from runtime.engine import Engine, Limits
 from runtime.llm import CLIENT, LocalMailbox
 from runtime.metrics import EngineMetrics
-from runtime.protocol import Failed, Member, SamplingParams, Submit, SubmitGroup, Tokens
+from runtime.protocol import Admitted, Failed, Member, SamplingParams, Submit, SubmitGroup, Tokens
 from runtime.recorder import Recorder
 from runtime.scheduler import Scheduler
 
@@ -109,6 +109,17 @@ def test_a_full_queue_refuses_a_group_whole_and_once() -> None:
     assert "5 sequences are waiting, max_queue is 5" in harness.failures[0].message
     harness.run()
     assert sorted(harness.tokens) == [f"g{i}" for i in range(7)]
+
+
+def test_a_group_is_told_that_it_is_admitted_before_its_first_token() -> None:
+    harness = Harness(max_queue=1, max_num_seqs=1)
+    for first in (0, 2, 4):
+        harness.mailbox.put(group_of(2, first=first))
+        harness.engine.turn()
+    messages = harness.mailbox.take()
+    assert messages[0] == Admitted("g0") and isinstance(messages[-1], Tokens)
+    assert [message.request_id for message in messages if isinstance(message, Admitted | Failed)] == ["g0", "g2", "g4"]
+    assert sum(isinstance(message, Failed) for message in messages) == 2
 
 
 @pytest.mark.parametrize("bad", ["id", "twice"])

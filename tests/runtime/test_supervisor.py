@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -34,7 +35,7 @@ ENGINE = """
     from http.server import BaseHTTPRequestHandler, HTTPServer
     from pathlib import Path
     from runtime.mailbox import Mailbox
-    from runtime.protocol import Abort, EngineInfo, Hello, SubmitGroup, TokenDelta, Tokens
+    from runtime.protocol import Abort, Admitted, EngineInfo, Hello, SubmitGroup, TokenDelta, Tokens
 
     class Metrics(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -62,6 +63,7 @@ ENGINE = """
                     mailbox.send(client, EngineInfo("m", "cpu", "bfloat16", 3, 1000, 9, 16, True,
                         draining=Path(settings["drain_flag"]).exists(), num_running=running))
                 case SubmitGroup():
+                    mailbox.send(client, Admitted(message.members[0].request_id))
                     left.update({(client, member.request_id): member.params.max_tokens for member in message.members})
                 case Abort():
                     left.pop((client, message.request_id), None)
@@ -340,6 +342,22 @@ def test_served_from_a_folder_that_holds_packages_of_our_names(tmp_path_factory:
     assert first_data(stream(server, max_tokens=1)).startswith(b"data: ")
     server.process.send_signal(signal.SIGTERM)
     assert server.end()[0] == 0
+
+
+@pytest.mark.slow
+def test_two_hundred_requests_at_once_are_for_the_engine_to_queue(real_web: Server) -> None:
+    """With one web process and no setting of threads."""
+    real_web.wait_ready()
+    body = json.dumps({"prompt": "la la", "max_tokens": 900, "stream": True}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_connection(("127.0.0.1", real_web.port), 20)) for _ in range(200)]
+        for each in sockets:
+            each.sendall(request)
+        assert {each.recv(12) for each in sockets} == {b"HTTP/1.1 200"}
+        started = time.monotonic()
+        assert real_web.api() == 200 and time.monotonic() - started < 2.0
 
 
 def test_engine_death_ends_streams_with_an_error(real_web: Server) -> None:

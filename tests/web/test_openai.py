@@ -276,6 +276,28 @@ def test_refusal_by_the_engine_is_a_status_even_when_streaming(http: FlaskClient
         assert answer.json["error"]["message"] == "the queue is full"
 
 
+def test_a_refusal_that_comes_late_is_a_status_too(http: FlaskClient, fake_engine) -> None:
+    """An engine in a long step answers after it: a stream does not begin before the engine has taken the request."""
+
+    def refuse(submit) -> list[Failed]:
+        time.sleep(0.5)
+        return [Failed(submit.request_id, 503, "the queue is full")]
+
+    fake_engine.script = refuse
+    answer = http.post("/v1/completions", json={"prompt": "a", "stream": True})
+    assert answer.status_code == 503 and answer.headers["Retry-After"] == "1"
+
+
+def test_who_leaves_before_the_engine_answers_is_given_up(http: FlaskClient, fake_engine, monkeypatch) -> None:
+    monkeypatch.setattr("web.openai.client_probe", lambda environ: lambda: True)
+    fake_engine.script = lambda s: time.sleep(0.5) or [TokenDelta(s.request_id, [10])]
+    assert http.post("/v1/completions", json={"prompt": "a", "stream": True}).status_code == 499
+    deadline = time.monotonic() + 5
+    while not fake_engine.aborted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert list(fake_engine.aborted) == [fake_engine.submits[0].request_id]
+
+
 def test_failure_in_mid_stream_is_an_event(http: FlaskClient, fake_engine) -> None:
     fake_engine.script = lambda s: [TokenDelta(s.request_id, [10]), Failed(s.request_id, 500, "the step failed")]
     chunks = events(http.post("/v1/completions", json={"prompt": "a", "stream": True, "n": 2}).data)
