@@ -69,6 +69,7 @@ class BuiltModel:
     eos_ids: frozenset[int]
     timings: Timings
     draft: CompiledStep | None = None  # of the model that guesses, over the same pages
+    generation_config: dict[str, Any] = field(default_factory=dict)  # what generation_config.json of the model says
 
     @property
     def steps(self) -> list[CompiledStep]:
@@ -108,6 +109,7 @@ class Loaded:
     cache_dtype: torch.dtype
     max_model_len: int
     vocab_size: int
+    generation_config: dict[str, Any]
 
     def state(self, num_blocks: int, device: torch.device) -> DeviceState:
         """Caches of so many pages, and what else outlives a step."""
@@ -151,6 +153,7 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
     return BuiltModel(
         steps[0], model.folder, device, model.dtype, model.vocab_size, model.max_model_len, num_blocks,
         eos_ids(model.folder, model.model_config, Path(config.tokenizer) if config.tokenizer else None), timings, None if draft is None else steps[1],
+        model.generation_config,
     )  # fmt: skip
 
 
@@ -165,6 +168,7 @@ def _load(config: Any, device: torch.device, timings: Timings, progress: bool, n
             cache_dir=lower.cache_folder(config.compile_cache_dir),
             trust_remote_code=config.trust_remote_code,
         )
+        generation = model_source.json_object(folder / "generation_config.json")
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         beside = None if config.load_format == "dummy" else weights.words_beside(folder)
         quantization = resolve_quantization(config.quantization, model_config, device, beside)
@@ -191,7 +195,7 @@ def _load(config: Any, device: torch.device, timings: Timings, progress: bool, n
         registry.apply(model, config)
         return_freed_memory()
     vocab_size = model_config.get_text_config().vocab_size
-    return Loaded(config, captured, model_config, folder, dtype, cache_dtype, max_model_len, vocab_size)
+    return Loaded(config, captured, model_config, folder, dtype, cache_dtype, max_model_len, vocab_size, generation)
 
 
 def _check_draft(config: Any, model: Loaded, draft: Loaded) -> None:
@@ -305,8 +309,8 @@ def eos_ids(folder: Path, model_config: Any, tokenizer: Path | None = None) -> f
     A file that names none, by an empty list too, silences no other. Only where no file names any the default of the
     configuration's class holds, which may belong to another vocabulary. `tokenizer` is its folder where it is not `folder`.
     """
-    config = _json_object(folder / "config.json")
-    said = [_json_object(folder / "generation_config.json").get("eos_token_id"), config.get("eos_token_id")]
+    config = model_source.json_object(folder / "config.json")
+    said = [model_source.json_object(folder / "generation_config.json").get("eos_token_id"), config.get("eos_token_id")]
     said += [part.get("eos_token_id") for part in config.values() if isinstance(part, dict)]
     said.append(_ending_tokens(tokenizer or folder))
     found = _ids(said) or _ids([getattr(model_config.get_text_config(), "eos_token_id", None)])
@@ -323,28 +327,15 @@ def _ids(said: list[Any]) -> frozenset[int]:
 
 def _ending_tokens(folder: Path) -> list[int]:
     """Ids of the tokens that a tokenizer's files name as the end of a sequence or of a turn."""
-    named = _json_object(folder / "special_tokens_map.json") | _json_object(folder / "tokenizer_config.json")
+    named = model_source.json_object(folder / "special_tokens_map.json") | model_source.json_object(folder / "tokenizer_config.json")
     tokens = [token.get("content") if isinstance(token, dict) else token for token in (named.get("eos_token"), named.get("eot_token"))]
     if not any(tokens):
         return []
-    words = _json_object(folder / "tokenizer.json")
+    words = model_source.json_object(folder / "tokenizer.json")
     ids = {token.get("content"): token.get("id") for token in words.get("added_tokens") or []}
     vocabulary = (words.get("model") or {}).get("vocab")
     vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
     return [ids.get(token, vocabulary.get(token)) for token in tokens if token]
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    """Of a file; empty where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {model_source.lfs_pointer(path) or error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return found
 
 
 def _kv_budget(config: Any, models: list[Loaded], device: torch.device) -> memory.KvBudget:

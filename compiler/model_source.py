@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +57,19 @@ def resolve(
     if (path / "config.json").is_file():
         return path
     return _converted(_only_gguf(path), cache_dir, keep_quantized)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """Of a file; empty where there is none. Raises ValueError for a file of something else."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {lfs_pointer(path) or error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return found
 
 
 def lfs_pointer(path: Path) -> str:

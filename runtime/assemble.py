@@ -21,6 +21,7 @@ from runtime.metrics import EngineMetrics
 from runtime.pace import Pace
 from runtime.protocol import EngineInfo
 from runtime.recorder import Recorder
+from runtime.sampling_params import model_defaults
 from runtime.scheduler import Scheduler
 from runtime.speculate import Guesser, Speculation
 from runtime.suffix import Suffix
@@ -50,6 +51,7 @@ def engine_of(
         pace=pace,
         max_entries=config.max_entries,
     )
+    sampling_defaults = model_defaults(built.generation_config) if config.generation_config == "auto" else {}
     limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, max_queue)
 
     def info() -> EngineInfo:
@@ -65,6 +67,7 @@ def engine_of(
             draining=draining(),
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
+            sampling_defaults=sampling_defaults,
         )
 
     recorder = Recorder(metrics, scheduler, built.step.counts)

@@ -152,7 +152,8 @@ class Config:
     quantization: str | None = _option(None, _one_of(*quant_methods.METHODS), "awq, gptq, compressed-tensors or gguf (as the checkpoint is), fp8, int8 or int4 (made while loading); none: what the checkpoint says", "model", _NONE)
     round_activations: bool = _option(True, parse_flag, "in steps of more than about 64 tokens round activations to 8 bits in front of quantised weights, where a GPU is faster so", "model")
     trust_remote_code: bool = _option(False, parse_flag, "run Python code that comes with the model", "model")
-    seed: int = _option(0, _between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none", "model")
+    seed: int = _option(0, _between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none: 0 to 2^63 - 1", "model")
+    generation_config: str = _option("auto", _one_of("auto", "none"), "sampling of requests that do not say: auto (as the model's generation_config.json has it) or none", "model")
 
     max_model_len: int | None = _option(None, _between(parse_whole, 1), "longest prompt plus output, in tokens; 8k = 8000, 8K = 8192 (auto: the model's limit)", "memory", _AUTO)
     block_size: int = _option(16, _block_size, "tokens in a KV block: a power of two, at least 8", "memory")

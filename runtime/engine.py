@@ -23,6 +23,7 @@ from runtime.protocol import Abort, Admitted, EngineInfo, Failed, Hello, Submit,
 from runtime.recorder import Recorder
 from runtime.request import Sequence
 from runtime.results import Arrived
+from runtime.sampling_params import check_ids, check_length, own_seed
 from runtime.scheduler import Scheduler
 from runtime.speculate import Guesser
 
@@ -232,8 +233,7 @@ class Engine:
             tokens=np.array(message.token_ids, np.int32),
             params=message.params,
             eos_ids=self.limits.eos_ids,
-            # An unseeded request draws its own noise, reproducible from the engine's seed.
-            seed=seed if seed is not None else (self.seed << 32) + self._num_submitted,
+            seed=seed if seed is not None else own_seed(self.seed, self._num_submitted),
             priority=message.priority,
             arrival=self.clock(),
             cache_salt=message.cache_salt,
@@ -243,22 +243,6 @@ class Engine:
 
     def _check(self, message: Submit) -> None:
         """Raises ValueError for what would harm the step: the last gate before the device."""
-        limits, params = self.limits, message.params
-        ids = message.token_ids
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        if len(ids) >= limits.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens and max_model_len is {limits.max_model_len}; "
-                f"give at most {limits.max_model_len - 1}"
-            )
-        asked = [*ids, *params.logit_bias, *params.stop_token_ids, *(params.allowed_token_ids or ())]
-        if min(asked) < 0 or max(asked) >= limits.vocab_size:
-            raise ValueError(f"a token id is outside 0..{limits.vocab_size - 1}")
-        if params.logprobs is not None and not 0 <= params.logprobs <= min(limits.vocab_size, 128):
-            raise ValueError(f"logprobs {params.logprobs} is outside 0..{min(limits.vocab_size, 128)}")
-        if params.max_tokens < 1:
-            raise ValueError(f"max_tokens {params.max_tokens} is below 1")
-        if params.seed is not None and not -(2**63) <= params.seed < 2**63:
-            raise ValueError("seed is outside the signed 64-bit range")
-
+        check_length(len(message.token_ids), self.limits.max_model_len, min_tokens=message.params.min_tokens)
+        check_ids("prompt", message.token_ids, self.limits.vocab_size)
+        message.params.check_vocabulary(self.limits.vocab_size)

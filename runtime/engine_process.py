@@ -23,6 +23,7 @@ from runtime.assemble import engine_of
 from runtime.config import Config, config_from_dict
 from runtime.engine import Engine
 from runtime.mailbox import Mailbox
+from runtime.sampling_params import describe_defaults
 
 log = logging.getLogger("pagegraph.engine")
 
@@ -41,6 +42,7 @@ def main(path: str) -> None:
     start_http_server(settings["metrics_port"], "127.0.0.1", registry=metrics)
     _announce(Path(path).with_name("engine.json"), built)
     log.info("loaded: %s", built.timings)
+    log.info("%s", describe_defaults(engine.info().sampling_defaults))
     if config.compile and built.device.type == "cpu":
         threading.Thread(target=_compile_beside, args=(config, built, Path(path)), name="compile", daemon=True).start()
     engine.run()

@@ -8,7 +8,7 @@ import click
 
 from runtime.cli import config_command
 from runtime.config import load_config, require_local_files
-from runtime.protocol import SamplingParams
+from runtime.sampling_params import BadParameter, SamplingParams, check_stop
 
 
 @config_command("generate")
@@ -16,18 +16,18 @@ from runtime.protocol import SamplingParams
 @click.option("--prompt", required=True, help="Text to complete; - reads standard input.")
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the chat template.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Most tokens to generate.")
-@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus to sample from.")
-@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Likeliest tokens to sample from; 0: all.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0, or below 1e-5: the likeliest token.  [default: the model's, else 0]")
+@click.option("--top-p", type=click.FloatRange(0, 1), help="Nucleus to sample from.  [default: the model's, else 1]")
+@click.option("--top-k", type=click.IntRange(min=0), help="Likeliest tokens to sample from; 0: all.  [default: the model's, else 0]")
 @click.option("--stop", multiple=True, help="Text that ends the completion; may be repeated.")
 def generate(
     path: str,
     prompt: str,
     chat: bool,
     max_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
     stop: tuple[str, ...],
     overrides: dict[str, str],
 ) -> None:
@@ -35,13 +35,20 @@ def generate(
     config = load_config(path, overrides).config
     require_local_files(config)
     text = sys.stdin.read() if prompt == "-" else prompt
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=config.seed)
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_tokens": max_tokens, "seed": config.seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        SamplingParams(**given)
+        stop = check_stop(stop)
+    except BadParameter as error:
+        raise click.ClickException(str(error)) from None
     from runtime.llm import LLM  # here and not above: importing torch takes seconds, a bad flag should not
 
     llm = LLM(config, progress=sys.stderr.isatty())
     try:
+        params = SamplingParams(**{"temperature": 0.0, **llm.sampling_defaults, **given})
         asked = llm.tokenizer.apply_chat([{"role": "user", "content": text}]) if chat else text
-        for piece in llm.stream(asked, params, stop=list(stop)):
+        for piece in llm.stream(asked, params, stop=stop):
             click.echo(piece, nl=False)
         click.echo()
     finally:

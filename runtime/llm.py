@@ -18,7 +18,6 @@ from runtime.config import Config, load_config
 from runtime.protocol import (
     Abort,
     Failed,
-    SamplingParams,
     Submit,
     ToClient,
     ToEngine,
@@ -26,6 +25,7 @@ from runtime.protocol import (
     TokenLogprob,
     Tokens,
 )
+from runtime.sampling_params import SamplingParams, check_ids, check_length, check_stop
 from runtime.tokenizer import Detokenizer, Tokenizer
 
 CLIENT = b"local"
@@ -89,6 +89,7 @@ class LLM:
         self.tokenizer = Tokenizer.load(Path(config.tokenizer) if config.tokenizer else self.built.folder)
         self._mailbox = LocalMailbox()
         self.engine, self.metrics = engine_of(config, self.built, self._mailbox, max_queue=sys.maxsize)
+        self.sampling_defaults = self.engine.info().sampling_defaults
         self._num_requests = 0
 
     def generate(
@@ -96,24 +97,30 @@ class LLM:
         prompts: str | list[str] | list[list[int]],
         params: SamplingParams | list[SamplingParams] | None = None,
         *,
-        stop: list[str] | None = None,
+        stop: str | list[str] | None = None,
     ) -> list[Completion]:
-        """Complete every prompt (text or token ids); completions in the order of the prompts."""
+        """Complete every prompt (text or token ids); completions in the order of the prompts.
+
+        `params` are taken as they are; without any, `sampling_params()` are.
+        Raises ValueError, before any prompt runs, for what cannot be served.
+        """
         if isinstance(prompts, str):
             prompts = [prompts]
-        params = params or SamplingParams()
+        params = self.sampling_params() if params is None else params
         each = params if isinstance(params, list) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"params: {len(each)} for {len(prompts)} prompts; give one, or one a prompt")
-        requests = [self._start(prompt, one, stop) for prompt, one in zip(prompts, each)]
+        requests = self._start(prompts, each, stop)
         unfinished = {request.request_id: request for request in requests}
         while unfinished:
             self._turn(unfinished)
         return [request.completion for request in requests]
 
-    def stream(self, prompt: str | list[int], params: SamplingParams, *, stop: list[str] | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: str | list[int], params: SamplingParams | None = None, *, stop: str | list[str] | None = None
+    ) -> Iterator[str]:
         """Pieces of the completion's text as they come; closing the iterator aborts the request."""
-        request = self._start(prompt, params, stop, eager=True)
+        (request,) = self._start([prompt], [self.sampling_params() if params is None else params], stop, eager=True)
         unfinished = {request.request_id: request}
         try:
             while unfinished:
@@ -127,7 +134,7 @@ class LLM:
                 self._drain()
 
     def chat(
-        self, messages: list[dict[str, str]], params: SamplingParams | None = None, *, stop: list[str] | None = None
+        self, messages: list[dict[str, str]], params: SamplingParams | None = None, *, stop: str | list[str] | None = None
     ) -> Completion:
         """Answer a conversation through the model's chat template."""
         return self.generate([self.tokenizer.apply_chat(messages)], params, stop=stop)[0]
@@ -136,14 +143,32 @@ class LLM:
         """Finish what is launched and free the worker."""
         self.built.close()
 
+    def sampling_params(self, **fields: object) -> SamplingParams:
+        """Sampling parameters of these fields, and of the model's generation_config.json for all others it speaks of."""
+        return SamplingParams(**{**self.sampling_defaults, **fields})
+
     def _start(
-        self, prompt: str | list[int], params: SamplingParams, stop: list[str] | None, eager: bool = False
-    ) -> _Request:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self,
+        prompts: list[str] | list[list[int]],
+        params: list[SamplingParams],
+        stop: str | list[str] | None,
+        eager: bool = False,
+    ) -> list[_Request]:
+        """Hand all prompts to the engine, or none: each is checked before the first goes. Raises ValueError."""
+        words = check_stop(stop)
+        for one in params:
+            one.check_vocabulary(self.built.vocab_size)
+        encoded = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        for ids, one in zip(encoded, params):
+            check_length(len(ids), self.built.max_model_len, min_tokens=one.min_tokens)
+            check_ids("prompt", ids, self.built.vocab_size)
+        return [self._submit(ids, one, words, eager) for ids, one in zip(encoded, params)]
+
+    def _submit(self, ids: list[int], params: SamplingParams, stop: list[str], eager: bool) -> _Request:
         self._num_requests += 1
         request_id = str(self._num_requests)
         self._mailbox.put(Submit(request_id=request_id, token_ids=ids, params=params))
-        detokenizer = Detokenizer(self.tokenizer, stop or [], prompt_ids=ids, min_tokens=params.min_tokens)
+        detokenizer = Detokenizer(self.tokenizer, stop, prompt_ids=ids, min_tokens=params.min_tokens)
         return _Request(request_id, Completion(ids), detokenizer, eager=eager or bool(stop))
 
     def _turn(self, unfinished: dict[str, _Request]) -> None:

@@ -11,27 +11,9 @@ from typing import Literal
 
 import msgspec
 
+from runtime.sampling_params import SamplingParams
+
 MAX_FRAME_BYTES = 64 << 20  # a longer frame ends the connection of whoever sent it
-
-
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How one sequence is sampled and when it stops. Ranges are checked by whoever builds it."""
-
-    max_tokens: int = 16
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
-    allowed_token_ids: list[int] | None = None
-    seed: int | None = None
-    stop_token_ids: list[int] = []
-    ignore_eos: bool = False
-    logprobs: int | None = None  # None: none; 0: of the sampled token; n: and of the n likeliest
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True, omit_defaults=True):
@@ -172,6 +154,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     draining: bool = False
     num_running: int = 0
     num_waiting: int = 0
+    sampling_defaults: dict[str, int | float] = {}  # fields of SamplingParams that the model itself sets for requests
 
 
 ToEngine = Submit | SubmitGroup | Abort | Hello

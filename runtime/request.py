@@ -61,7 +61,9 @@ class Sequence:
         params = self.params
         self.tokens = np.array(self.tokens, np.int32)
         self.num_prompt = len(self.tokens)
-        self.max_len = min(self.num_prompt + params.max_tokens, self.max_model_len)
+        self.max_len = self.max_model_len
+        if params.max_tokens is not None:
+            self.max_len = min(self.num_prompt + params.max_tokens, self.max_model_len)
         eos = frozenset() if params.ignore_eos else self.eos_ids
         self.stop_ids = eos.union(params.stop_token_ids)
         self.bias_ids = np.fromiter(params.logit_bias.keys(), np.int32, len(params.logit_bias))

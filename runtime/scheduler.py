@@ -25,6 +25,7 @@ from runtime.request import Sequence, State, place_of
 from runtime.results import Arrived, append
 from runtime.rows import Rows
 from runtime.running import Running
+from runtime.sampling_params import check_length
 from runtime.verify import Guesses, entries
 
 LOOK_AHEAD = 8  # steps of decoding for which pages are taken at once, while there are plenty
@@ -89,11 +90,7 @@ class Scheduler:
                 f"the KV cache holds {pool.capacity} (num_blocks {pool.num_blocks} x block_size "
                 f"{pool.block_size}, block 0 being scrap): raise num_blocks or kv_cache_memory"
             )
-        if not 0 < len(sequence.tokens) < sequence.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(sequence.tokens)} tokens; it needs 1 to {sequence.max_model_len - 1} "
-                f"(max_model_len {sequence.max_model_len})"
-            )
+        check_length(len(sequence.tokens), sequence.max_model_len)
         sequence.order = next(self._order)
         self._live[sequence.key] = sequence
         insort(self._waiting, sequence, key=place_of)

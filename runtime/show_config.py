@@ -1,11 +1,18 @@
-"""`runtime config`: every setting of a run and where its value came from. Loads no model."""
+"""`runtime config`: every setting of a run, and of requests that do not say, and where its value came from.
+
+Loads no model and fetches nothing: of a model it reads generation_config.json, where that is on this machine.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
+from compiler import model_source
 from runtime.cli import config_command
-from runtime.config import FIELDS, Resolved, load_config
+from runtime.config import FIELDS, Config, ConfigError, Resolved, is_local_path, load_config
+from runtime.sampling_params import FROM_GENERATION_CONFIG, SamplingParams, model_defaults
 
 
 @config_command("config")
@@ -18,7 +25,9 @@ def show_config(config: str | None, keys: bool, overrides: dict[str, str]) -> No
     elif config is None:
         raise click.UsageError("name a configuration: a YAML file or a model")
     else:
-        click.echo(setting_lines(load_config(config, overrides)))
+        resolved = load_config(config, overrides)
+        click.echo(setting_lines(resolved))
+        click.echo(sampling_lines(resolved.config))
 
 
 def key_lines() -> str:
@@ -39,6 +48,38 @@ def setting_lines(resolved: Resolved) -> str:
             lines += ["", f"# {group}"]
         lines.append(f"{key:<{key_width}}  {shown[key]:<{value_width}}  # {resolved.sources[key]}")
     return "\n".join(lines[1:])
+
+
+def sampling_lines(config: Config) -> str:
+    """How requests are sampled that do not say: field, value and source, one a line, under a heading."""
+    folder, unknown = _folder(config)
+    try:
+        own = model_defaults(model_source.json_object(folder / "generation_config.json")) if folder else {}
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    lines = ["", f"# sampling where a request does not say{unknown}"]
+    for name in FROM_GENERATION_CONFIG.values():
+        value = f"{own.get(name, getattr(SamplingParams(), name)):g}"
+        if name == "max_tokens" and name not in own:
+            value = "16 of a prompt, all that fit of a chat"
+        lines.append(f"{name:<18}  {value:<6}  # {folder / 'generation_config.json' if name in own else 'default'}")
+    return "\n".join(lines)
+
+
+def _folder(config: Config) -> tuple[Path | None, str]:
+    """The folder whose generation_config.json counts, and what to say where it cannot be known before the model is loaded."""
+    if config.generation_config == "none":
+        return None, ""
+    path = Path(config.model).expanduser()
+    if config.gguf_file is None and (path / "config.json").is_file():
+        return path, ""
+    if config.gguf_file is None and not is_local_path(config.model) and not config.model.endswith(".gguf"):
+        from huggingface_hub import try_to_load_from_cache  # here: it takes longer than all the rest
+
+        found = try_to_load_from_cache(config.model, "config.json", revision=config.revision)
+        if isinstance(found, str):
+            return Path(found).parent, ""
+    return None, ", as far as is known before the model is loaded; then a line of the log says it"
 
 
 def _shown(key: str, value: object) -> str:

@@ -13,6 +13,7 @@ from flask import Flask, Response, current_app, request
 from werkzeug.exceptions import HTTPException
 
 from runtime.client import EngineDead, RequestFailed
+from runtime.sampling_params import BadParameter
 
 _log = logging.getLogger(__name__)
 _RETRY_AFTER_S = 1
@@ -62,6 +63,8 @@ def as_api_error(error: Exception) -> ApiError:
     """What the user is told of any error; an unforeseen one is logged and becomes a bare 500."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, BadParameter):
+        return ApiError(400, str(error), param=error.field, code=error.code)
     if isinstance(error, RequestFailed):
         return ApiError(error.status, error.message)
     if isinstance(error, EngineDead):

@@ -20,7 +20,8 @@ import msgspec
 from flask import Blueprint, Response, current_app, request
 
 from runtime.client import EngineClient
-from runtime.protocol import EngineInfo, SamplingParams, TokenLogprob
+from runtime.protocol import EngineInfo, TokenLogprob
+from runtime.sampling_params import SamplingParams, check_length, wrap_seed
 from runtime.tokenizer import ChatTemplateError, Detokenizer, Tokenizer
 from web.errors import ApiError, json_response
 from web.schema import GenerationRequest, parse_body, parse_chat, parse_completion
@@ -115,12 +116,12 @@ def chat_completions() -> Response:
     return _generate(parse_chat, ChatShape)
 
 
-def _generate(parse: Callable[[dict[str, Any], int], GenerationRequest], shape_of: type[Shape]) -> Response:
+def _generate(parse: Callable[..., GenerationRequest], shape_of: type[Shape]) -> Response:
     if request.mimetype != "application/json":
         raise ApiError(415, "the body must be JSON, with the header Content-Type: application/json")
     served = service()
     info = served.engine.info()
-    checked = parse(parse_body(request.get_data(cache=False)), info.vocab_size)
+    checked = parse(parse_body(request.get_data(cache=False)), info.vocab_size, info.sampling_defaults)
     served.check_model(checked.model)
     texts = _texts(served.tokenizer, checked, info)
     release = served.admit(info)
@@ -174,15 +175,8 @@ def _render(tokenizer: Tokenizer, checked: GenerationRequest) -> str:
 
 def _check_chars(text: str, tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> None:
     """Refuse megabytes before they are tokenised, which takes seconds and hundreds of megabytes."""
-    at_least = tokenizer.min_tokens(text)
-    if at_least > info.max_model_len:
-        param = "messages" if checked.messages else "prompt"
-        raise ApiError(
-            400,
-            f"{param} of {len(text)} characters is at least {at_least} tokens; max_model_len is {info.max_model_len}",
-            param=param,
-            code="context_length_exceeded",
-        )
+    if at_least := tokenizer.min_tokens(text):
+        check_length(at_least, info.max_model_len, field=_prompt_field(checked), num_chars=len(text))
 
 
 def _token_prompts(
@@ -200,32 +194,18 @@ def _token_prompts(
 
 
 def _check_length(num_prompt: int, checked: GenerationRequest, info: EngineInfo) -> None:
-    param = "messages" if checked.messages else "prompt"
-    limit = info.max_model_len
-    if num_prompt == 0:
-        raise ApiError(400, f"{param} has no tokens; give at least one", param=param, code="invalid_value")
-    if num_prompt >= limit:
-        raise ApiError(
-            400,
-            f"{param} has {num_prompt} tokens; max_model_len is {limit}, so with one token of output "
-            f"at most {limit - 1} fit",
-            param=param,
-            code="context_length_exceeded",
-        )
-    asked = checked.max_tokens
-    if not checked.max_tokens_is_default and asked is not None and num_prompt + asked > limit:
-        raise ApiError(
-            400,
-            f"{num_prompt} tokens of {param} + max_tokens {asked} = {num_prompt + asked}, above max_model_len {limit}; "
-            f"give max_tokens of at most {limit - num_prompt}",
-            param="max_tokens",
-            code="context_length_exceeded",
-        )
-    if checked.params.min_tokens > limit - num_prompt:
-        raise ApiError(
-            400, f"min_tokens must be at most {limit - num_prompt} after this prompt", param="min_tokens",
-            code="context_length_exceeded",
-        )  # fmt: skip
+    """Raise BadParameter unless the prompt fits the context with the output that was asked for."""
+    check_length(
+        num_prompt,
+        info.max_model_len,
+        field=_prompt_field(checked),
+        max_tokens=None if checked.max_tokens_is_default else checked.max_tokens,
+        min_tokens=checked.params.min_tokens,
+    )
+
+
+def _prompt_field(checked: GenerationRequest) -> str:
+    return "messages" if checked.messages else "prompt"
 
 
 def _submit(
@@ -259,7 +239,7 @@ def _params(checked: GenerationRequest, num_prompt: int, rank: int, max_model_le
     max_tokens = room if checked.max_tokens is None else min(checked.max_tokens, room)
     seed = checked.params.seed
     if seed is not None:
-        seed = (seed + rank + 2**63) % 2**64 - 2**63
+        seed = wrap_seed(seed + rank)
     return msgspec.structs.replace(checked.params, max_tokens=max_tokens, seed=seed)
 
 
@@ -316,6 +296,7 @@ class Shape:
         }
         self._tokenizer = served.tokenizer
         self._include_usage = checked.include_usage
+        self._continuous_usage = checked.continuous_usage
         self._n = checked.n
         self._num_prompt_tokens = sum(map(len, prompts))
         self._sequences = generation.sequences
@@ -354,6 +335,8 @@ class Shape:
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         chunk = {**self._head, "object": self.object_chunk, "choices": choices}
+        if self._continuous_usage:
+            usage = self._usage()
         return {**chunk, "usage": usage} if self._include_usage else chunk
 
     def _usage(self) -> dict[str, Any]:

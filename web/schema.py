@@ -7,26 +7,27 @@ Flask, no tokenizer and no engine state beyond the vocabulary's size.
 from __future__ import annotations
 
 import json
-import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from functools import wraps
+from typing import Any, NamedTuple, NoReturn
 
-import msgspec
+from runtime.sampling_params import RANGES, BadParameter, Range, SamplingParams, check_ids, check_stop, shown
+from web.errors import ApiError, as_api_error
 
-from runtime.protocol import SamplingParams
-from web.errors import ApiError
-
-MAX_N = 128
 MAX_PROMPTS = 1024
 MAX_SEQUENCES = 1024
-MAX_STOP = 16
-MAX_STOP_CHARS = 1024
-MAX_TOP_LOGPROBS = 20
-MAX_ID_LIST = 1024
 MAX_MESSAGES = 4096
 DEFAULT_COMPLETION_TOKENS = 16
-_INT64 = 2**63
+_N = Range(1, 128, 1, int)
+_PRIORITY = Range(-(2**31), 2**31 - 1, 0, int)
+_STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
+# Fields of SamplingParams that a request has under the same name and in the same form.
+_SAMPLED = (
+    "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
+    "allowed_token_ids", "seed", "stop_token_ids", "ignore_eos",
+)  # fmt: skip
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -40,6 +41,7 @@ class GenerationRequest:
     n: int
     stream: bool
     include_usage: bool
+    continuous_usage: bool  # in every chunk
     max_tokens: int | None  # None: chat, fill the context
     max_tokens_is_default: bool
     params: SamplingParams
@@ -52,7 +54,7 @@ class GenerationRequest:
     template_arguments: dict[str, Any]
     priority: int
     cache_salt: str
-    ignored: list[str]  # fields that are not known
+    ignored: list[str]  # fields without effect here, and those that are not known
 
 
 def parse_body(data: bytes) -> dict[str, Any]:
@@ -69,35 +71,54 @@ def parse_body(data: bytes) -> dict[str, Any]:
     return body
 
 
-def parse_completion(body: dict[str, Any], vocab_size: int) -> GenerationRequest:
-    """A body of POST /v1/completions."""
+def _answered(parse: Callable[..., GenerationRequest]) -> Callable[..., GenerationRequest]:
+    """`parse` with what is wrong with a field told as an ApiError 400."""
+
+    @wraps(parse)
+    def answered(*arguments: Any) -> GenerationRequest:
+        try:
+            return parse(*arguments)
+        except BadParameter as error:
+            raise as_api_error(error) from None
+
+    return answered
+
+
+@_answered
+def parse_completion(
+    body: dict[str, Any], vocab_size: int, sampling_defaults: Mapping[str, int | float] = {}
+) -> GenerationRequest:
+    """A body of POST /v1/completions; `sampling_defaults` are fields of SamplingParams that the model sets for requests."""
     fields = _Fields(body)
-    prompts = _prompts(fields.take("prompt"), vocab_size)
-    logprobs = fields.integer("logprobs", None, 0, MAX_TOP_LOGPROBS)
     return _request(
         fields,
         vocab_size,
-        prompts=prompts,
+        sampling_defaults,
+        prompts=_prompts(fields.take("prompt"), vocab_size),
         messages=[],
-        max_tokens=fields.integer("max_tokens", None, 1, _INT64 - 1),
+        max_tokens=fields.number("max_tokens", RANGES["max_tokens"], None),
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
-        logprobs=logprobs,
+        logprobs=fields.number("logprobs", RANGES["logprobs"], None),
     )
 
 
-def parse_chat(body: dict[str, Any], vocab_size: int) -> GenerationRequest:
-    """A body of POST /v1/chat/completions."""
+@_answered
+def parse_chat(
+    body: dict[str, Any], vocab_size: int, sampling_defaults: Mapping[str, int | float] = {}
+) -> GenerationRequest:
+    """A body of POST /v1/chat/completions; `sampling_defaults` as in `parse_completion`."""
     fields = _Fields(body)
     messages = _messages(fields.take("messages"))
     wanted = fields.boolean("logprobs", False)
-    top = fields.integer("top_logprobs", None, 0, MAX_TOP_LOGPROBS)
+    top = fields.number("top_logprobs", RANGES["logprobs"], None)
     if top and not wanted:
         _refuse("top_logprobs", "needs logprobs: true beside it")
-    longest = fields.integer("max_tokens", None, 1, _INT64 - 1)
-    newer = fields.integer("max_completion_tokens", None, 1, _INT64 - 1)
+    longest = fields.number("max_tokens", RANGES["max_tokens"], None)
+    newer = fields.number("max_completion_tokens", RANGES["max_tokens"], None)
     return _request(
         fields,
         vocab_size,
+        sampling_defaults,
         prompts=[],
         messages=messages,
         max_tokens=longest if newer is None else newer,
@@ -109,6 +130,7 @@ def parse_chat(body: dict[str, Any], vocab_size: int) -> GenerationRequest:
 def _request(
     fields: _Fields,
     vocab_size: int,
+    sampling_defaults: Mapping[str, int | float],
     *,
     prompts: list[str] | list[list[int]],
     messages: list[dict[str, Any]],
@@ -118,63 +140,54 @@ def _request(
 ) -> GenerationRequest:
     """The fields that both endpoints share, and the check that nothing unserved was asked."""
     chat = bool(messages)
-    n = fields.integer("n", 1, 1, MAX_N)
-    best_of = fields.integer("best_of", n, 1, MAX_N)
+    n = fields.number("n", _N, 1)
+    best_of = fields.number("best_of", _N, n)
     if best_of != n:
         _refuse("best_of", f"other than n is not served; leave it out or give {n}")
     if n * len(prompts) > MAX_SEQUENCES:
         _refuse("n", f"times the number of prompts is {n * len(prompts)}; at most {MAX_SEQUENCES} sequences a request")
     stream = fields.boolean("stream", False)
-    limit = default_max_tokens if max_tokens is None else max_tokens
+    options = _stream_options(fields, stream)
+    limit = max_tokens
+    if limit is None:
+        limit = min((one for one in (default_max_tokens, sampling_defaults.get("max_tokens")) if one is not None), default=None)
     request = GenerationRequest(
         model=fields.text("model"),
         prompts=prompts,
         messages=messages,
         n=n,
         stream=stream,
-        include_usage=_include_usage(fields.take("stream_options"), stream),
+        include_usage=options["include_usage"],
+        continuous_usage=options["continuous_usage_stats"],
         max_tokens=limit,
         max_tokens_is_default=max_tokens is None,
-        params=_sampling(fields, vocab_size, limit, logprobs),
-        stop=_stop(fields.take("stop")),
+        params=_sampling(fields, vocab_size, sampling_defaults, max_tokens=limit, logprobs=logprobs),
+        stop=check_stop(fields.take("stop")),
         include_stop=fields.boolean("include_stop_str_in_output", False),
         skip_special_tokens=fields.boolean("skip_special_tokens", True),
         add_special_tokens=fields.boolean("add_special_tokens", not chat),
-        add_generation_prompt=fields.boolean("add_generation_prompt", True),
-        continue_final_message=fields.boolean("continue_final_message", False),
-        template_arguments=_mapping(fields.take("chat_template_kwargs"), "chat_template_kwargs"),
-        priority=fields.integer("priority", 0, -(2**31), 2**31 - 1),
+        add_generation_prompt=fields.boolean("add_generation_prompt", True) if chat else False,
+        continue_final_message=fields.boolean("continue_final_message", False) if chat else False,
+        template_arguments=_mapping(fields.take("chat_template_kwargs"), "chat_template_kwargs") if chat else {},
+        priority=fields.number("priority", _PRIORITY, 0),
         cache_salt=_cache_salt(fields.take("cache_salt")),
-        ignored=fields.check_rest(),
+        ignored=[*fields.check_rest(), *(f"stream_options.{name}" for name in options if name not in _STREAM_OPTIONS)],
     )
-    if request.continue_final_message and request.add_generation_prompt and chat:
-        if "add_generation_prompt" in fields.body:
+    if request.continue_final_message and request.add_generation_prompt:
+        if fields.body.get("add_generation_prompt") is not None:
             _refuse("continue_final_message", "needs add_generation_prompt: false beside it")
         return replace(request, add_generation_prompt=False)
     return request
 
 
-def _sampling(fields: _Fields, vocab_size: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-    min_tokens = fields.integer("min_tokens", 0, 0, _INT64 - 1)
-    if max_tokens is not None and min_tokens > max_tokens:
-        _refuse("min_tokens", f"is {min_tokens}, above max_tokens = {max_tokens}; give at most {max_tokens}")
-    return SamplingParams(
-        max_tokens=DEFAULT_COMPLETION_TOKENS if max_tokens is None else max_tokens,
-        min_tokens=min_tokens,
-        temperature=fields.number("temperature", 1.0, 0.0, 2.0),
-        top_k=_top_k(fields),
-        top_p=fields.number("top_p", 1.0, 0.0, 1.0, low_open=True),
-        min_p=fields.number("min_p", 0.0, 0.0, 1.0),
-        repetition_penalty=fields.number("repetition_penalty", 1.0, 0.0, 2.0, low_open=True),
-        frequency_penalty=fields.number("frequency_penalty", 0.0, -2.0, 2.0),
-        presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),
-        logit_bias=_logit_bias(fields.take("logit_bias"), vocab_size),
-        allowed_token_ids=_allowed(fields.take("allowed_token_ids"), vocab_size),
-        seed=fields.integer("seed", None, -_INT64, _INT64 - 1),
-        stop_token_ids=_ids(fields.take("stop_token_ids") or [], "stop_token_ids", vocab_size, MAX_ID_LIST),
-        ignore_eos=fields.boolean("ignore_eos", False),
-        logprobs=logprobs,
-    )
+def _sampling(fields: _Fields, vocab_size: int, defaults: Mapping[str, int | float], **own: int | None) -> SamplingParams:
+    """What the request gives, over the model's defaults, over our own; `own` fields are read already."""
+    given = {name: value for name in _SAMPLED if (value := fields.take(name)) is not None}
+    if (bias := fields.take("logit_bias")) is not None:
+        given["logit_bias"] = _logit_bias(bias, vocab_size)
+    params = SamplingParams(**{**defaults, **given, **own})
+    params.check_vocabulary(vocab_size)
+    return params
 
 
 class _Fields:
@@ -188,54 +201,37 @@ class _Fields:
         self._taken.add(name)
         return self.body.get(name)
 
-    def integer(self, name: str, default: Any, low: int, high: int) -> Any:
+    def number(self, name: str, allowed: Range, default: Any) -> Any:
         value = self.take(name)
-        if value is None:
-            return default
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            if high >= 2**31:
-                bound = f"at least {low}" if low >= 0 else "of 64 bits" if low == -_INT64 else "of 32 bits"
-            else:
-                bound = f"from {low} to {high}"
-            _refuse(name, f"must be a whole number {bound}, for example {_within(default, low, high)}; got {_show(value)}")
-        return value
-
-    def number(self, name: str, default: float, low: float, high: float, *, low_open: bool = False) -> float:
-        value = self.take(name)
-        if value is None:
-            return default
-        good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-        if not good or not math.isfinite(value) or (low_open and value == low):
-            bound = f"above {low:g} and at most {high:g}" if low_open else f"from {low:g} to {high:g}"
-            _refuse(name, f"must be a number {bound}, for example {default:g}; got {_show(value)}")
-        return float(value)
+        return default if value is None else allowed.checked(name, value)
 
     def boolean(self, name: str, default: bool) -> bool:
         value = self.take(name)
         if value is None:
             return default
         if not isinstance(value, bool):
-            _refuse(name, f"must be true or false; got {_show(value)}")
+            _refuse(name, f"must be true or false; got {shown(value)}")
         return value
 
     def text(self, name: str) -> str | None:
         value = self.take(name)
         if value is not None and not isinstance(value, str):
-            _refuse(name, f"must be a string; got {_show(value)}")
+            _refuse(name, f"must be a string; got {shown(value)}")
         return value
 
     def check_rest(self) -> list[str]:
-        """Names that are not known; raises on a known field that is not served, unless it asks nothing."""
-        rest = [name for name in self.body if name not in self._taken and name not in _ADVISORY]
-        for name in rest:
-            neutral = _UNSERVED.get(name)
-            value = self.body[name]
-            if neutral is not None and value is not None and not any(_same(value, item) for item in neutral):
-                works = f"; leave it out or give {json.dumps(neutral[0])}" if neutral else "; leave it out"
-                _refuse(name, f"is not served{works}")
-        return [name for name in rest if name not in _UNSERVED]
+        """Names that have no effect; raises on a known field that is not served, unless it asks nothing."""
+        ignored = []
+        for name, value in self.body.items():
+            if name in self._taken or (value is None and name in _UNSERVED):
+                continue
+            row = _UNSERVED.get(name, _HARMLESS)
+            if row.neutral is None:
+                ignored.append(name)
+            elif not any(_same(value, item) for item in row.neutral):
+                works = f"leave it out or give {json.dumps(row.neutral[0])}" if row.neutral else "leave it out"
+                _refuse(name, f"is not served here; {row.instead or works}")
+        return ignored
 
 
 def _prompts(value: Any, vocab_size: int) -> list[str] | list[list[int]]:
@@ -249,20 +245,22 @@ def _prompts(value: Any, vocab_size: int) -> list[str] | list[list[int]]:
     else:
         prompts = value
     if not isinstance(prompts, list) or not prompts:
-        _refuse("prompt", f"must be {example}; got {_show(value)}")
+        _refuse("prompt", f"must be {example}; got {shown(value)}")
     if len(prompts) > MAX_PROMPTS:
         _refuse("prompt", f"holds {len(prompts)} prompts; at most {MAX_PROMPTS} a request")
     if all(isinstance(prompt, str) for prompt in prompts):
         return prompts
     if not all(isinstance(prompt, list) and prompt for prompt in prompts):
         _refuse("prompt", f"must be {example}")
-    return [_ids(prompt, "prompt", vocab_size, _INT64) for prompt in prompts]
+    for prompt in prompts:
+        check_ids("prompt", prompt, vocab_size)
+    return prompts
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
     example = '[{"role": "user", "content": "Hello"}]'
     if not isinstance(value, list) or not value:
-        _refuse("messages", f"must be a list that is not empty, for example {example}; got {_show(value)}")
+        _refuse("messages", f"must be a list that is not empty, for example {example}; got {shown(value)}")
     if len(value) > MAX_MESSAGES:
         _refuse("messages", f"holds {len(value)} messages; at most {MAX_MESSAGES}")
     return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
@@ -270,10 +268,10 @@ def _messages(value: Any) -> list[dict[str, Any]]:
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        _refuse(where, f'must be an object, for example {{"role": "user", "content": "Hello"}}; got {_show(message)}')
+        _refuse(where, f'must be an object, for example {{"role": "user", "content": "Hello"}}; got {shown(message)}')
     role = message.get("role")
     if role not in _ROLES:
-        _refuse(f"{where}.role", f"must be one of {', '.join(_ROLES)}; got {_show(role)}")
+        _refuse(f"{where}.role", f"must be one of {', '.join(_ROLES)}; got {shown(role)}")
     for name in ("tool_calls", "function_call", "audio"):
         if message.get(name):
             _refuse(f"{where}.{name}", "is not served; leave it out")
@@ -284,7 +282,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     name = message.get("name")
     if name is not None:
         if not isinstance(name, str):
-            _refuse(f"{where}.name", f"must be a string; got {_show(name)}")
+            _refuse(f"{where}.name", f"must be a string; got {shown(name)}")
         checked["name"] = name
     return checked
 
@@ -296,162 +294,273 @@ def _content(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        _refuse(where, f"must be a string or a list of text parts; got {_show(content)}")
+        _refuse(where, f"must be a string or a list of text parts; got {shown(content)}")
     texts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            _refuse(f"{where}[{index}].type", f"must be \"text\", the only kind served; got {_show(kind)}")
+            _refuse(f"{where}[{index}].type", f"must be \"text\", the only kind served; got {shown(kind)}")
         if not isinstance(part.get("text"), str):
             _refuse(f"{where}[{index}].text", "must be a string")
         texts.append(part["text"])
     return "\n".join(texts)
 
 
-def _stop(value: Any) -> list[str]:
-    if value is None:
-        return []
-    words = [value] if isinstance(value, str) else value
-    if not isinstance(words, list) or len(words) > MAX_STOP:
-        _refuse("stop", f"must be a string or a list of at most {MAX_STOP} strings; got {_show(value)}")
-    for word in words:
-        if not isinstance(word, str) or not 0 < len(word) <= MAX_STOP_CHARS:
-            _refuse("stop", f"must hold strings of 1 to {MAX_STOP_CHARS} characters, for example \"\\n\"; got {_show(word)}")
-    return words
-
-
-def _logit_bias(value: Any, vocab_size: int) -> dict[int, float]:
-    bias: dict[int, float] = {}
+def _logit_bias(value: Any, vocab_size: int) -> dict[int, Any]:
+    """The biases by token id, which JSON can only write as a string; their values are not looked at."""
     entries = _mapping(value, "logit_bias")
-    if len(entries) > MAX_ID_LIST:
-        _refuse("logit_bias", f"holds {len(entries)} entries; at most {MAX_ID_LIST}")
-    for key, amount in entries.items():
-        if not re.fullmatch(r"[0-9]{1,10}", key) or int(key) >= vocab_size:
-            _refuse("logit_bias", f"keys must be token ids from 0 to {vocab_size - 1}; got {_show(key)}")
-        if isinstance(amount, bool) or not isinstance(amount, int | float) or not -100 <= amount <= 100:
-            _refuse("logit_bias", f"values must be numbers from -100 to 100; got {_show(amount)}")
-        bias[int(key)] = float(amount)
-    return bias
-
-
-def _allowed(value: Any, vocab_size: int) -> list[int] | None:
-    if value is None:
-        return None
-    ids = _ids(value, "allowed_token_ids", vocab_size, vocab_size)
-    if not ids:
-        _refuse("allowed_token_ids", "must hold at least one token id, or be left out")
-    return ids
-
-
-def _ids(value: Any, name: str, vocab_size: int, most: int) -> list[int]:
-    if not isinstance(value, list) or len(value) > most:
-        _refuse(name, f"must be a list of at most {most} token ids; got {_show(value)}")
-    for item in value:
-        if not _is_id(item) or not 0 <= item < vocab_size:
-            _refuse(name, f"must hold token ids from 0 to {vocab_size - 1}; got {_show(item)}")
-    return value
+    for key in entries:
+        if not re.fullmatch("0|[1-9][0-9]{0,9}", key):
+            _refuse("logit_bias", f"keys must be token ids from 0 to {vocab_size - 1}; got {shown(key)}")
+    return {int(key): amount for key, amount in entries.items()}
 
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _top_k(fields: _Fields) -> int:
-    """-1 and 0 both mean off; some clients send one, some the other."""
-    return max(0, fields.integer("top_k", 0, -1, 2**31 - 1))
-
-
 def _cache_salt(value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]{1,128}", value):
-        _refuse("cache_salt", f"must be 1 to 128 printable ASCII characters without spaces; got {_show(value)}")
+        _refuse("cache_salt", f"must be 1 to 128 printable ASCII characters without spaces; got {shown(value)}")
     return value
 
 
-def _include_usage(value: Any, stream: bool) -> bool:
-    options = _mapping(value, "stream_options")
+def _stream_options(fields: _Fields, stream: bool) -> dict[str, Any]:
+    """The options of a stream; those that are served are booleans, false where they are not given."""
+    options = _mapping(fields.take("stream_options"), "stream_options")
     if options and not stream:
         _refuse("stream_options", "needs stream: true beside it")
-    wanted = options.get("include_usage")
-    if wanted is not None and not isinstance(wanted, bool):
-        _refuse("stream_options.include_usage", f"must be true or false; got {_show(wanted)}")
-    return bool(wanted)
+    served = {}
+    for name in _STREAM_OPTIONS:
+        value = options.get(name)
+        if value is not None and not isinstance(value, bool):
+            _refuse(f"stream_options.{name}", f"must be true or false; got {shown(value)}")
+        served[name] = bool(value)
+    if served["continuous_usage_stats"] and not served["include_usage"]:
+        _refuse("stream_options.continuous_usage_stats", "needs include_usage: true beside it")
+    return {**options, **served}
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        _refuse(name, f"must be an object; got {_show(value)}")
+        _refuse(name, f"must be an object; got {shown(value)}")
     return value
 
 
 def _refuse(name: str, message: str) -> NoReturn:
-    raise ApiError(400, f"{name} {message}", param=name, code="invalid_value")
-
-
-def _within(default: Any, low: int, high: int) -> int:
-    return default if isinstance(default, int) and low <= default <= high else max(low, min(high, 1))
+    raise BadParameter(name, message)
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    return type(value) is type(neutral) and value == neutral
-
-
-def _show(value: Any) -> str:
-    """A value as the user sent it, cut short."""
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if isinstance(value, dict):
-        return f"an object of {len(value)} fields"
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:
-        return "a number of more than 64 bits"
-    text = msgspec.json.encode(value).decode() if not isinstance(value, str) else json.dumps(value[:80])
-    return text if len(text) <= 80 else text[:80] + "..."
+    """Equal in JSON, where 1 is 1.0 and no boolean."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
 
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-# Fields that ask nothing of the output: taken without a word.
-_ADVISORY = frozenset(
-    {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "metadata", "store", "service_tier",
-     "parallel_tool_calls", "request_id"}
-)  # fmt: skip
+class _Row(NamedTuple):
+    """A known field that is not served: the values besides null that ask nothing (None: no value has an effect here)."""
 
-# Known fields that are not served, and the values of each that ask nothing (null always does).
-_UNSERVED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "echo": (False,),
-    "prompt_logprobs": (),
-    "audio": (),
-    "modalities": (["text"],),
-    "prediction": (),
-    "moderation": (),
-    "web_search_options": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "bad_words": ([],),
-    "chat_template": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "truncate_prompt_tokens": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "documents": ([],),
-    "use_beam_search": (False,),
-    "length_penalty": (1.0, 1),
-    "prompt_embeds": (),
-    "mm_processor_kwargs": (),
-    "logits_processors": ([],),
+    neutral: tuple[Any, ...] | None
+    instead: str = ""  # what to give in its place
+
+
+def _not(*neutral: Any, instead: str = "") -> _Row:
+    return _Row(neutral, f"give {instead}" if instead else "")
+
+
+_HARMLESS = _Row(None)  # changes no token and no text of the answer: taken, and named in x-ignored-fields
+_THINKING = 'chat_template_kwargs as the model\'s template has it, for example {"enable_thinking": false}'
+
+# Known fields that no endpoint, or only the other one, serves. A field that is here is either without effect on the answer, or
+# refused by name unless its value asks nothing. Those that only qualify a refused one, such as mirostat_tau, are without effect.
+_UNSERVED: dict[str, _Row] = {
+    # OpenAI, on the other endpoint
+    "messages": _not(instead="prompt, or post to /v1/chat/completions"),
+    "prompt": _not(instead="messages, or post to /v1/completions"),
+    "max_completion_tokens": _not(instead="max_tokens"),
+    "top_logprobs": _not(0, instead="logprobs, a number"),
+    "continue_final_message": _HARMLESS,
+    "add_generation_prompt": _HARMLESS,
+    "chat_template_kwargs": _HARMLESS,
+    # OpenAI
+    "tools": _not([]),
+    "tool_choice": _not("none", "auto"),
+    "parallel_tool_calls": _HARMLESS,
+    "functions": _not([]),
+    "function_call": _not("none", "auto"),
+    "response_format": _not({"type": "text"}),
+    "suffix": _not(""),
+    "echo": _not(False),
+    "audio": _not(),
+    "modalities": _not(["text"]),
+    "prediction": _HARMLESS,  # makes an answer faster, never another one
+    "moderation": _not(),
+    "web_search_options": _not(),
+    "reasoning_effort": _not(instead=_THINKING),
+    "verbosity": _not("medium"),
+    "user": _HARMLESS,
+    "safety_identifier": _HARMLESS,
+    "prompt_cache_key": _HARMLESS,
+    "prompt_cache_options": _HARMLESS,
+    "prompt_cache_retention": _HARMLESS,
+    "metadata": _HARMLESS,
+    "store": _HARMLESS,
+    "service_tier": _HARMLESS,
+    # vLLM
+    "structured_outputs": _not({}),
+    "guided_json": _not(),
+    "guided_regex": _not(),
+    "guided_choice": _not(),
+    "guided_grammar": _not(),
+    "guided_decoding_backend": _HARMLESS,
+    "guided_whitespace_pattern": _HARMLESS,
+    "structural_tag": _not(),
+    "bad_words": _not([]),
+    "use_beam_search": _not(False),
+    "length_penalty": _not(1.0),
+    "early_stopping": _not(False),
+    "watermarking": _not(False),
+    "logits_processors": _not([]),
+    "repetition_detection": _not(),
+    "thinking_token_budget": _not(-1),
+    "include_reasoning": _not(True),
+    "truncate_prompt_tokens": _not(),
+    "truncation_side": _HARMLESS,
+    "prompt_logprobs": _not(False),
+    "logprob_token_ids": _not(),
+    "return_token_ids": _not(False),
+    "return_tokens_as_token_ids": _not(False),
+    "return_token_offsets": _not(False),
+    "return_prompt_text": _not(False),
+    "return_mm_kwargs": _HARMLESS,
+    "routed_experts_prompt_start": _HARMLESS,
+    "spaces_between_special_tokens": _HARMLESS,  # joins tokens of slow tokenizers, which are not served
+    "chat_template": _not(),
+    "documents": _not([]),
+    "prompt_embeds": _not(),
+    "mm_processor_kwargs": _not({}),
+    "media_io_kwargs": _not({}),
+    "kv_transfer_params": _not({}),
+    "ec_transfer_params": _not({}),
+    "vllm_xargs": _not({}),
+    "stream_interval": _HARMLESS,
+    "request_id": _HARMLESS,
+    "session_id": _HARMLESS,
+    # SGLang
+    "regex": _not(),
+    "ebnf": _not(),
+    "stop_regex": _not([], ""),
+    "no_stop_trim": _not(False, instead="include_stop_str_in_output"),
+    "max_new_tokens": _not(instead="max_tokens"),
+    "min_new_tokens": _not(0, instead="min_tokens"),
+    "sampling_seed": _not(instead="seed"),
+    "sampling_params": _not({}),
+    "lora_path": _not(),
+    "session_params": _not({}),
+    "custom_logit_processor": _not(),
+    "custom_params": _not({}),
+    "input_ids": _not(instead="prompt, which may be token ids"),
+    "task": _not(),
+    "separate_reasoning": _not(False),
+    "stream_reasoning": _HARMLESS,
+    "reasoning": _not({}, instead=_THINKING),
+    "thinking": _not({}, instead=_THINKING),
+    "enable_thinking": _not(instead=_THINKING),
+    "return_hidden_states": _not(False),
+    "return_routed_experts": _not(False),
+    "routed_experts_start_len": _HARMLESS,
+    "return_prompt_token_ids": _not(False),
+    "return_cached_tokens_details": _HARMLESS,
+    "return_meta_info": _not(False),
+    "images_config": _HARMLESS,
+    "max_dynamic_patch": _HARMLESS,
+    "min_dynamic_patch": _HARMLESS,
+    "use_audio_in_video": _HARMLESS,
+    "rid": _HARMLESS,
+    "extra_key": _HARMLESS,
+    "ngram_corpus_id": _HARMLESS,
+    "bootstrap_host": _HARMLESS,
+    "bootstrap_port": _HARMLESS,
+    "bootstrap_room": _HARMLESS,
+    "routed_dp_rank": _HARMLESS,
+    "disagg_prefill_dp_rank": _HARMLESS,
+    "data_parallel_rank": _HARMLESS,
+    "custom_labels": _HARMLESS,
+    # llama.cpp
+    "grammar": _not(""),
+    "grammar_lazy": _HARMLESS,
+    "grammar_triggers": _HARMLESS,
+    "preserved_tokens": _HARMLESS,
+    "json_schema": _not(),
+    "n_predict": _not(instead="max_tokens"),
+    "n_cmpl": _not(1, instead="n"),
+    "n_probs": _not(0, instead="logprobs"),
+    "post_sampling_probs": _not(False),
+    "repeat_penalty": _not(1.0, instead="repetition_penalty"),
+    "repeat_last_n": _not(-1),
+    "penalize_nl": _not(False),
+    "penalty_prompt": _not(),
+    "samplers": _not(),
+    "min_keep": _not(0, 1),
+    "typical_p": _not(1.0),
+    "tfs_z": _not(1.0),
+    "top_n_sigma": _not(-1.0, 0.0),
+    "dynatemp_range": _not(0.0),
+    "dynatemp_exponent": _HARMLESS,
+    "xtc_probability": _not(0.0),
+    "xtc_threshold": _HARMLESS,
+    "dry_multiplier": _not(0.0),
+    "dry_base": _HARMLESS,
+    "dry_allowed_length": _HARMLESS,
+    "dry_penalty_last_n": _HARMLESS,
+    "dry_sequence_breakers": _HARMLESS,
+    "mirostat": _not(0),
+    "mirostat_tau": _HARMLESS,
+    "mirostat_eta": _HARMLESS,
+    "adaptive_target": _not(-1.0),
+    "adaptive_decay": _HARMLESS,
+    "backend_sampling": _HARMLESS,
+    "lora": _not([]),
+    "n_keep": _not(0, -1),
+    "n_discard": _not(0),
+    "n_indent": _not(0),
+    "t_max_predict_ms": _not(0, -1),
+    "t_max_prompt_ms": _not(0, -1),
+    "system_prompt": _not("", instead="a system message"),
+    "input_prefix": _not(""),
+    "input_suffix": _not(""),
+    "input_extra": _not([]),
+    "image_data": _not([]),
+    "multimodal_data": _not([]),
+    "reasoning_format": _not("none"),
+    "reasoning_in_content": _HARMLESS,
+    "reasoning_budget_tokens": _not(-1),
+    "reasoning_budget_start_tag": _HARMLESS,
+    "reasoning_budget_end_tag": _HARMLESS,
+    "reasoning_budget_message": _HARMLESS,
+    "reasoning_budget_arm_immediately": _HARMLESS,
+    "thinking_budget_tokens": _not(-1),
+    "thinking_forced_open": _not(False),
+    "parse_tool_calls": _HARMLESS,
+    "chat_format": _not(0),
+    "chat_parser": _not(""),
+    "response_fields": _not([]),
+    "return_tokens": _not(False),
+    "return_progress": _HARMLESS,
+    "timings_per_token": _HARMLESS,
+    "cache_prompt": _HARMLESS,
+    "n_cache_reuse": _HARMLESS,
+    "id_slot": _HARMLESS,
+    "slot_id": _HARMLESS,
+}
+_UNSERVED |= {
+    f"speculative.{name}": _HARMLESS  # how tokens are guessed, never which come
+    for name in ("n_max", "n_min", "p_min", "type", "ngram_size_n", "ngram_size_m", "ngram_m_hits")
 }

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from runtime.cli import COMMANDS, main
 from runtime.config import FIELDS, flag_of
+from runtime.sampling_params import FROM_GENERATION_CONFIG
 
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = str(ROOT / "configs" / "smollm2-cpu.yaml")
@@ -56,11 +57,31 @@ def test_config_prints_values_and_sources() -> None:
     result = run("config", SMOLLM2, "--max-model-len", "2K", "--api-key", "s3cret")
     assert result.exit_code == 0, result.output
     rows = {line.split()[0]: line.split(None, 1)[1] for line in result.output.splitlines() if line and not line.startswith("#")}
-    assert set(rows) == set(FIELDS)
+    assert set(rows) == {*FIELDS, *FROM_GENERATION_CONFIG.values()}
     assert rows["max_model_len"].split() == ["2048", "#", "--max-model-len"]
     assert rows["device"].endswith("smollm2-cpu.yaml:4")
     assert rows["block_size"].split() == ["16", "#", "default"]
     assert "s3cret" not in result.output
+
+
+def test_config_says_how_requests_are_sampled_that_do_not_say(tmp_path: Path) -> None:
+    def shown(*arguments: str) -> dict[str, list[str]]:
+        result = run("config", str(tmp_path), *arguments)
+        assert result.exit_code == 0, result.output
+        section = result.output.partition("# sampling where a request does not say")[2]
+        return {line.split()[0]: line.split()[1:] for line in section.splitlines()[1:]}
+
+    (tmp_path / "config.json").write_text("{}")
+    assert shown()["temperature"] == ["1", "#", "default"]
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"temperature": 0.6, "max_new_tokens": 2048, "eos_token_id": 2}')
+    rows = shown()
+    assert (rows["temperature"], rows["max_tokens"]) == (["0.6", "#", str(file)], ["2048", "#", str(file)])
+    assert rows["top_p"] == ["1", "#", "default"]
+    assert shown("--generation-config", "none")["temperature"] == ["1", "#", "default"]
+    file.write_text('{"temperature": 7}')
+    assert "temperature must be a number from 0 to 2" in run("config", str(tmp_path)).output
+    assert "before the model is loaded" in run("config", SMOLLM2).output
 
 
 def test_the_yaml_spelling_of_a_key_is_a_flag_too() -> None:
@@ -78,6 +99,12 @@ def test_a_bad_value_is_one_line_and_status_1(command: list[str]) -> None:
     result = run(*command, "--block-size", "12")
     assert result.exit_code == 1
     assert result.output == "Error: block_size=12 is not a power of two of at least 8; 8 works\n"
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--stop", ""), ("--temperature", "nan")])
+def test_generate_refuses_bad_sampling_before_it_loads(flag: str, value: str) -> None:
+    result = run("generate", "--config", "org/model", "--prompt", "a", flag, value)
+    assert result.exit_code == 1 and result.output.startswith(f"Error: {flag[2:]} must ")
 
 
 @pytest.mark.parametrize("command", [["serve", "/no/models/m.gguf"], ["generate", "--config", "/no/models/m.gguf", "--prompt", "a"]])

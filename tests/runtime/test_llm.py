@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ from compiler.step import StepCounts, Ticket
 from compiler.step_input import StepInput, StepOutput
 from runtime.config import Config
 from runtime.llm import LLM
-from runtime.protocol import SamplingParams
+from runtime.protocol import Submit
+from runtime.sampling_params import SamplingParams
 from runtime.tokenizer import Tokenizer
 
 MAX_LEN = 400
@@ -38,6 +40,7 @@ def llm(tokenizer_folder: Path) -> LLM:
     built = SimpleNamespace(
         step=Script(), folder=tokenizer_folder, device=torch.device("cpu"), dtype=torch.float32, vocab_size=350, max_model_len=MAX_LEN,
         num_blocks=200, eos_ids=frozenset({1}), use_idle_time=lambda: False, draft=None,
+        generation_config={"temperature": 0.5, "max_new_tokens": 3, "eos_token_id": 1},
     )  # fmt: skip
     return LLM(Config(model="tiny", max_num_seqs=8, max_num_batched_tokens=64), built=built)
 
@@ -65,3 +68,51 @@ def test_a_stop_string_counts_as_stop(llm: LLM) -> None:
     next(stream)
     stream.close()
     assert ended(llm) == {"stop": 1, "length": 1, "abort": 1}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields", "stop", "names"),
+    [
+        ([5] * MAX_LEN, {}, None, "maximum context length is 400 .*max_model_len"),
+        ([350], {}, None, "prompt must hold token ids from 0 to 349"),
+        ([], {}, None, "prompt has no tokens"),
+        ([5], {"logit_bias": {350: 1.0}}, None, "logit_bias must hold token ids"),
+        ([5], {"min_tokens": 2000, "max_tokens": None}, None, "give min_tokens of at most 399"),
+        ([5], {}, [""], "stop must hold strings"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_runs(llm: LLM, prompt, fields, stop, names) -> None:
+    says(llm, "hello")
+    with pytest.raises(ValueError, match=names):
+        llm.generate([[5], prompt], [SamplingParams(), SamplingParams(**fields)], stop=stop)
+    assert llm.engine.idle and not llm._mailbox.inbox
+    assert llm.generate([[5]])[0].token_ids
+
+
+def test_the_engine_refuses_what_would_harm_a_step(llm: LLM) -> None:
+    """Its own gate, for messages of others than the offline API."""
+    harmful = [([5] * MAX_LEN, {}, "maximum context"), ([350], {}, "token ids"), ([5], {"stop_token_ids": [350]}, "stop_token_ids")]
+    for ids, fields, names in harmful:
+        llm._mailbox.put(Submit(request_id="x", token_ids=ids, params=SamplingParams(**fields)))
+        llm.engine.turn()
+        (failed,) = llm._mailbox.take()
+        assert failed.status == 400 and names in failed.message
+
+
+def test_sampling_that_nobody_asked_for_is_the_models(llm: LLM) -> None:
+    assert llm.sampling_params() == SamplingParams(temperature=0.5, max_tokens=3)
+    assert llm.sampling_params(top_k=3, temperature=0) == SamplingParams(temperature=0.0, max_tokens=3, top_k=3)
+    ids = says(llm, "the end of the world is near")
+    assert len(ids) > 5
+    assert llm.generate([[5]])[0].token_ids == ids[:3]
+    assert llm.generate([[5]], SamplingParams(max_tokens=5))[0].token_ids == ids[:5]  # taken as they are
+    assert "".join(llm.stream([5])) == llm.tokenizer.decode(ids[:3])
+    other = LLM(dataclasses.replace(llm.config, generation_config="none"), built=llm.built)
+    assert other.sampling_params() == SamplingParams()
+
+
+@pytest.mark.parametrize("seed", [2**31, 2**63 - 1])
+def test_an_engine_of_any_seed_serves_requests_that_bring_none(llm: LLM, seed: int) -> None:
+    other = LLM(dataclasses.replace(llm.config, seed=seed), built=llm.built)
+    says(other, "hello")
+    assert other.generate([[5]])[0].token_ids

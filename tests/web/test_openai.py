@@ -167,6 +167,32 @@ def test_context_arithmetic(http: FlaskClient) -> None:
     started = time.monotonic()
     huge = http.post("/v1/completions", json={"model": "tiny", "prompt": "x" * 4_000_000})
     assert huge.json["error"]["code"] == "context_length_exceeded" and time.monotonic() - started < 1
+    for refused in (long, much, huge):
+        assert refused.json["error"]["message"].startswith("This model's maximum context length is 128 tokens")
+        assert refused.json["error"]["param"] in ("prompt", "max_tokens")
+
+
+def test_what_the_model_sets_for_requests(http: FlaskClient, fake_engine) -> None:
+    fake_engine.info = msgspec.structs.replace(fake_engine.info, sampling_defaults={"temperature": 0.6, "top_k": 20, "max_tokens": 9})
+    for body in ({}, {"temperature": 0.1, "top_k": None}, {"max_tokens": 30, "top_k": 0}):
+        assert http.post("/v1/chat/completions", json={"messages": MESSAGES, **body}).status_code == 200
+    sent = [(one.params.temperature, one.params.top_k, one.params.max_tokens) for one in fake_engine.submits]
+    assert sent == [(0.6, 20, 9), (0.1, 20, 9), (0.6, 0, 30)]
+
+
+def test_a_tiny_temperature_and_a_top_p_of_0_reach_the_engine_as_what_they_mean(http: FlaskClient, fake_engine) -> None:
+    body = {"prompt": "a", "temperature": 1e-40, "top_p": 0}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    params = fake_engine.submits[0].params
+    assert (params.temperature, params.top_p) == (0, 0)
+
+
+def test_usage_in_every_chunk(http: FlaskClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events(http.post("/v1/completions", json={"prompt": "a", "stream": True, "stream_options": options}).data)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert len(counts) > 2 and counts == sorted(counts) and counts[0] > 0
+    assert all(chunk["usage"]["total_tokens"] == 1 + count for chunk, count in zip(chunks, counts, strict=True))
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.sampling_params import SamplingParams
 from web.errors import ApiError
 from web.schema import _UNSERVED, parse_body, parse_chat, parse_completion
 
@@ -26,11 +27,11 @@ def chat(**fields: Any):
 
 
 BAD = [
-    ("temperature", [-0.1, 2.1, "1", True, 10**400]),
-    ("top_p", [0, 1.01, "x"]),
+    ("temperature", [-0.1, 2.1, "1", True, 10**400, float("inf")]),
+    ("top_p", [-0.1, 1.01, "x"]),
     ("top_k", [-2, 1.5, 2**31]),
     ("min_p", [-0.1, 1.1]),
-    ("repetition_penalty", [0, -1, 3]),
+    ("repetition_penalty", [0, 1e-6, -1, 3]),
     ("frequency_penalty", [-2.1, 2.1]),
     ("presence_penalty", [-2.1, 2.1]),
     ("n", [0, 129, 10**9, "1", 1.5]),
@@ -38,9 +39,13 @@ BAD = [
     ("seed", [2**63, -(2**63) - 1, "a"]),
     ("stream", ["yes", 1]),
     ("stream_options", [{"include_usage": True}, 3]),
+    ("echo", [True]),
+    ("max_completion_tokens", [5]),
+    ("top_logprobs", [2]),
     ("stop", [[""], [1], ["a"] * 17, {"a": 1}, "x" * 1025]),
     ("stop_token_ids", [[-1], [VOCAB], [2**63], [True], "a", [1] * 1025]),
-    ("logit_bias", [{"x": 1}, {"100": 1}, {"-1": 1}, {"1": 101}, {"1": None}, [1], {"9" * 50: 1}]),
+    ("logit_bias", [{"x": 1}, {"100": 1}, {"-1": 1}, {"1": 101}, {"1": None}, [1], {"9" * 50: 1}, {"01": 1},
+                    {"1": float("inf")}, {str(i): 1 for i in range(1025)}]),
     ("allowed_token_ids", [[], [VOCAB], [-1], 5]),
     ("min_tokens", [-1, 17, "a"]),
     ("ignore_eos", [1]),
@@ -50,7 +55,6 @@ BAD = [
     ("cache_salt", ["", "a b", "x" * 129, 4, "\n"]),
     ("model", [3]),
     ("max_tokens", [0, -1, 2**63, "a"]),
-    ("chat_template_kwargs", [[1]]),
 ]
 
 
@@ -63,12 +67,44 @@ def test_a_bad_value_is_a_400_that_names_it(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(_UNSERVED))
-def test_unserved_fields_take_only_what_asks_nothing(name: str) -> None:
-    for value in (None, *_UNSERVED[name]):
-        completion(**{name: value})
+def test_known_fields_are_refused_by_name_or_without_effect(name: str) -> None:
+    parse = chat if name == "prompt" else completion
+    if name in ("prompt", "messages"):
+        return  # every request of the one endpoint has the one, and of the other the other: see below
+    neutral = _UNSERVED[name].neutral
+    for value in (None, *(neutral or ())):
+        assert parse(**{name: value}).ignored == []
+    wish = {name: [{"real": "wish"}]}
+    if neutral is None:
+        assert parse(**wish).ignored == [name]
+        return
     with pytest.raises(ApiError) as caught:
-        completion(**{name: [{"real": "wish"}]})
+        parse(**wish)
     assert (caught.value.status, caught.value.param) == (400, name)
+    assert name in caught.value.message
+
+
+def test_fields_of_the_other_endpoint() -> None:
+    for parse, name in ((completion, "messages"), (chat, "prompt")):
+        with pytest.raises(ApiError, match=f"{name} is not served here; give") as caught:
+            parse(**{name: [1]})
+        assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "works"),
+    [("grammar", 'root ::= "a"', "leave it out"), ("json_schema", {}, "leave it out"), ("n_predict", 9, "give max_tokens"),
+     ("repeat_penalty", 1.1, "give repetition_penalty"), ("enable_thinking", False, "chat_template_kwargs"),
+     ("typical_p", 0.9, "give 1.0"), ("mirostat", True, "give 0"), ("prompt_logprobs", 0, "leave it out")],
+)  # fmt: skip
+def test_what_works_in_place_of_a_refused_field(name: str, value: Any, works: str) -> None:
+    with pytest.raises(ApiError, match=name) as caught:
+        completion(**{name: value})
+    assert works in caught.value.message
+
+
+def test_numbers_that_ask_nothing_may_be_written_either_way() -> None:
+    assert completion(typical_p=1, mirostat=0.0, min_keep=1.0, n=1.0, best_of=1).ignored == []
 
 
 def test_response_format_other_than_text() -> None:
@@ -143,6 +179,13 @@ def test_text_parts_are_joined() -> None:
     assert chat(messages=[{"role": "user", "content": parts}]).messages == [{"role": "user", "content": "a\nb"}]
 
 
+def test_template_arguments_are_an_object() -> None:
+    assert chat(chat_template_kwargs={"a": 1}).template_arguments == {"a": 1}
+    with pytest.raises(ApiError) as caught:
+        chat(chat_template_kwargs=[1])
+    assert caught.value.param == "chat_template_kwargs"
+
+
 def test_chat_logprobs() -> None:
     assert chat().params.logprobs is None
     assert chat(logprobs=True).params.logprobs == 0
@@ -159,8 +202,43 @@ def test_min_tokens_without_max_tokens() -> None:
     assert chat(min_tokens=500).params.min_tokens == 500
 
 
-def test_unknown_fields_are_listed_and_advisory_ones_are_not() -> None:
-    assert completion(frobnicate=1, user="me", metadata={}).ignored == ["frobnicate"]
+def test_fields_without_effect_are_listed() -> None:
+    assert completion(frobnicate=1, user="me", metadata={}, top_k=None).ignored == ["frobnicate", "user", "metadata"]
+    assert completion(add_generation_prompt=True).ignored == ["add_generation_prompt"]
+    assert chat(add_generation_prompt=True).ignored == []
+
+
+def test_a_number_beyond_64_bits_is_not_shown_as_null() -> None:
+    with pytest.raises(ApiError, match="temperature must be a number from 0 to 2, for example 1; got infinity"):
+        parse_completion(parse_body(b'{"prompt": "hi", "temperature": 1e999}'), VOCAB)
+
+
+def test_stream_options() -> None:
+    def options(**fields: Any) -> tuple[bool, bool]:
+        request = completion(stream=True, stream_options=fields)
+        return request.include_usage, request.continuous_usage
+
+    assert options() == options(include_usage=False) == (False, False)
+    assert completion(stream=True, stream_options={"include_obfuscation": False}).ignored == ["stream_options.include_obfuscation"]
+    assert options(include_usage=True, continuous_usage_stats=None) == (True, False)
+    assert options(include_usage=True, continuous_usage_stats=True) == (True, True)
+    both = {"include_usage": True, "continuous_usage_stats": "x"}
+    for bad in ({"include_usage": 1}, {"continuous_usage_stats": True}, both):
+        with pytest.raises(ApiError, match="stream_options") as caught:
+            options(**bad)
+        assert caught.value.param == f"stream_options.{list(bad)[-1]}"
+
+
+def test_what_the_model_sets_for_requests_holds_where_they_do_not_say() -> None:
+    own = {"temperature": 0.6, "top_p": 0.9, "max_tokens": 40}
+    body = {"messages": MESSAGES, "temperature": 0.2, "top_p": None}
+    request = parse_chat(body, VOCAB, own)
+    assert (request.params.temperature, request.params.top_p, request.params.top_k) == (0.2, 0.9, 0)
+    assert (request.max_tokens, request.max_tokens_is_default) == (40, True)
+    assert parse_chat({**body, "max_tokens": 300}, VOCAB, own).max_tokens == 300
+    prompt = {"prompt": "hi"}
+    assert parse_completion(prompt, VOCAB, own).max_tokens == 16
+    assert parse_completion(prompt, VOCAB, {"max_tokens": 4}).max_tokens == 4
 
 
 def test_fan_out_is_refused_fast() -> None:
@@ -184,10 +262,18 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-NAMES = st.sampled_from([name for name, _ in BAD] + ["messages", "prompt", "logprobs", "top_logprobs", *_UNSERVED])
+SAMPLED = {
+    "temperature": st.floats(0, 2), "top_p": st.floats(0, 1), "min_p": st.floats(0, 1), "top_k": st.integers(-1, 2**31 - 1),
+    "repetition_penalty": st.floats(1e-5, 2), "frequency_penalty": st.floats(-2, 2), "presence_penalty": st.integers(-2, 2),
+    "seed": st.integers(-(2**63), 2**63 - 1), "stop_token_ids": st.lists(st.integers(0, VOCAB - 1), max_size=3),
+    "allowed_token_ids": st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=3), "ignore_eos": st.booleans(),
+    "logit_bias": st.dictionaries(st.integers(0, VOCAB - 1).map(str), st.floats(-100, 100), max_size=3),
+    "max_tokens": st.integers(1, 2**63 - 1), "min_tokens": st.integers(0, 3), "logprobs": st.integers(0, 20),
+}  # fmt: skip
+NAMES = sorted({*(name for name, _ in BAD), *SAMPLED, "messages", "prompt", "top_logprobs", *_UNSERVED})
 
 
-@given(fields=st.dictionaries(NAMES, JSON, max_size=5))
+@given(fields=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=5))
 def test_any_json_is_taken_or_refused(fields: dict[str, Any]) -> None:
     for parse in (completion, chat):
         try:
@@ -195,3 +281,17 @@ def test_any_json_is_taken_or_refused(fields: dict[str, Any]) -> None:
         except ApiError as error:
             assert error.status == 400 and error.param
             json.dumps(error.body())
+
+
+@given(fields=st.fixed_dictionaries({}, optional=SAMPLED))
+def test_what_is_taken_arrives_in_the_parameters(fields: dict[str, Any]) -> None:
+    try:
+        params = completion(**fields).params
+    except ApiError as error:
+        assert error.param == "min_tokens" and fields["min_tokens"] > fields["max_tokens"]
+        return
+    expected = {**fields, "logit_bias": {int(key): value for key, value in fields.get("logit_bias", {}).items()}}
+    expected["top_k"] = max(fields.get("top_k", 0), 0)
+    expected["temperature"] = 0 if fields.get("temperature", 1) < 1e-5 else fields.get("temperature", 1)
+    assert params == SamplingParams(**expected)
+    assert {name: getattr(params, name) for name in expected} == expected
