@@ -276,9 +276,12 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         if message.get(name):
             _refuse(f"{where}.{name}", "is not served; leave it out")
     content = message.get("content")
+    if content is None and role == "assistant":
+        content = message.get("refusal")  # what it said instead
     if content is None and role != "assistant":
         _refuse(f"{where}.content", "is missing; give a string")
-    checked: dict[str, Any] = {"role": role, "content": _content(content, f"{where}.content")}
+    kinds = ("text", "refusal") if role == "assistant" else ("text",)
+    checked: dict[str, Any] = {"role": role, "content": _content(content, f"{where}.content", kinds)}
     name = message.get("name")
     if name is not None:
         if not isinstance(name, str):
@@ -287,8 +290,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     return checked
 
 
-def _content(content: Any, where: str) -> str:
-    """Content as one string; several text parts are joined by newlines."""
+def _content(content: Any, where: str, kinds: tuple[str, ...]) -> str:
+    """Content as one string; parts, which are of these kinds and hold a string under that name, are joined by newlines."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -298,11 +301,11 @@ def _content(content: Any, where: str) -> str:
     texts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            _refuse(f"{where}[{index}].type", f"must be \"text\", the only kind served; got {shown(kind)}")
-        if not isinstance(part.get("text"), str):
-            _refuse(f"{where}[{index}].text", "must be a string")
-        texts.append(part["text"])
+        if kind not in kinds:
+            _refuse(f"{where}[{index}].type", f"must be {' or '.join(map(json.dumps, kinds))}; others are not served; got {shown(kind)}")
+        if not isinstance(part.get(kind), str):
+            _refuse(f"{where}[{index}].{kind}", "must be a string")
+        texts.append(part[kind])
     return "\n".join(texts)
 
 

@@ -166,6 +166,9 @@ def test_bad_prompts(prompt: Any) -> None:
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
         ([*MESSAGES, {"role": "assistant", "tool_calls": [{}]}], "messages[1].tool_calls"),
+        ([{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}], "messages[0].content[0].type"),
+        ([{"role": "assistant", "content": [{"type": "refusal"}]}], "messages[0].content[0].refusal"),
+        ([{"role": "assistant", "refusal": 5}], "messages[0].content"),
     ],
 )  # fmt: skip
 def test_bad_messages(messages: Any, param: str) -> None:
@@ -177,6 +180,12 @@ def test_bad_messages(messages: Any, param: str) -> None:
 def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert chat(messages=[{"role": "user", "content": parts}]).messages == [{"role": "user", "content": "a\nb"}]
+
+
+def test_what_an_assistant_refused_is_part_of_the_history() -> None:
+    said = [{"type": "text", "text": "Well."}, {"type": "refusal", "refusal": "I cannot."}]
+    history = [*MESSAGES, {"role": "assistant", "content": said}, {"role": "assistant", "content": None, "refusal": "No."}]
+    assert [one["content"] for one in chat(messages=history).messages] == ["hi", "Well.\nI cannot.", "No."]
 
 
 def test_template_arguments_are_an_object() -> None:
