@@ -20,7 +20,7 @@ from compiler import spinning  # isort: skip  # noqa: F401  before torch is load
 import torch
 from transformers import AutoConfig
 
-from compiler import lower, memory, model_source, quant_formats, trial, weights
+from compiler import lower, memory, model_source, quant_formats, rope, trial, weights
 from compiler.buckets import Bucket, cuda_ladder
 from compiler.capture import ATTENTION_NAME, CapturedModel, capture
 from compiler.graphs import CHAINED, Pending
@@ -293,14 +293,21 @@ def _require_fp8(setting: str, device: torch.device, instead: str) -> None:
 
 
 def resolve_max_model_len(asked: int | None, model_config: Any) -> int:
-    """The asked length, at most the model's own limit."""
-    text = model_config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048
-    if asked is None:
-        return limit
-    if asked > limit:
-        raise ValueError(f"max_model_len {asked} is above the model's own limit of {limit}; set it to {limit} or less")
-    return asked
+    """The asked length, or the model's default; raises ValueError above its own limit, or where its rope type is unknown."""
+    known = rope.lengths(model_config)
+    if asked is not None and asked > known.longest:
+        raise ValueError(
+            f"max_model_len {asked} is above the model's own limit of {known.longest} ({known.reason});"
+            f" set it to {known.longest} or less"
+        )
+    length = asked or known.default
+    if known.default < known.longest:
+        log.info(
+            "max_model_len %d: rotary frequencies of this model go by the length, and all prompts get those of %s;"
+            " set max_model_len above %d, up to %d, for the others",
+            length, "long ones" if length > known.default else "short ones", known.default, known.longest,
+        )  # fmt: skip
+    return length
 
 
 def eos_ids(folder: Path, model_config: Any, tokenizer: Path | None = None) -> frozenset[int]:

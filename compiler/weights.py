@@ -21,11 +21,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from compiler.capture import UnsupportedModel
+from compiler import rope
 from compiler.model_source import lfs_pointer
 from compiler.passes.quant_linears import QuantLinear
+from compiler.probe import UnsupportedModel
 from compiler.quant_formats import OWN_FILES, PACKED, Quantized, QuantizationError, Scheme, quantize
 from compiler.trim import return_freed_memory
 
@@ -33,7 +33,6 @@ log = logging.getLogger("pagegraph.quantization")
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SETTLED_ROPE = "settled"
 DUMMY_STD = 0.02
 # Linears that choose experts: small, and a wrong choice costs more than they weigh.
 NEVER_QUANTIZED = ("gate", "router", "shared_expert_gate")
@@ -61,11 +60,11 @@ def build_meta(
     """The causal language model of `config` with parameters on the meta device and real buffers on the CPU.
 
     `config` is not changed. Rotary embeddings that would pick their frequencies by sequence length (rope
-    types `dynamic` and `longrope`) are settled for `max_model_len` tokens. Raises UnsupportedModel where the
-    model's class does not know attention implementations.
+    types `dynamic` and `longrope`) are settled for `max_model_len` tokens. Raises UnsupportedModel where transformers
+    has no causal language model of the type, or its class does not know attention implementations; ValueError for an unknown rope type.
     """
     config = copy.deepcopy(config)
-    _settle_rope(config, max_model_len)
+    rope.parameters_of(config)  # refuses types that nothing computes
     try:
         with no_init_weights(), _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(
@@ -77,6 +76,13 @@ def build_meta(
         raise UnsupportedModel(
             f"{config.model_type}: the model does not attend through transformers' attention interface"
         ) from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise UnsupportedModel(
+            f"{config.model_type}: transformers has no causal language model of this type; only text models are served"
+        ) from error
+    rope.settle(model, max_model_len)
     _keep_in_float32(model)
     model.tie_weights()
     return model.eval().requires_grad_(False)
@@ -143,34 +149,6 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register
-
-
-def _settle_rope(config: PretrainedConfig, max_model_len: int) -> None:
-    """Fix the sequence length of data-dependent rope types, so that the forward has no branch on data.
-
-    It is done on the configuration: whatever is built from it, the probe's shadow included, is settled.
-    """
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    for parameters in [rope] if "rope_type" in rope else rope.values():
-        if isinstance(parameters, dict) and parameters.get("rope_type") in ("dynamic", "longrope"):
-            parameters["settled_type"] = parameters["rope_type"]
-            parameters["settled_length"] = max_model_len
-            parameters["rope_type"] = SETTLED_ROPE
-
-
-def _settled_frequencies(
-    config: PretrainedConfig,
-    device: torch.device | None = None,
-    seq_len: int | None = None,
-    layer_type: str | None = None,
-) -> tuple[torch.Tensor, float]:
-    """transformers' rope init signature: inverse frequencies float32 [head_size / 2], attention factor."""
-    parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
-    settled = ROPE_INIT_FUNCTIONS[parameters["settled_type"]]
-    return settled(config, device, seq_len=parameters["settled_length"], layer_type=layer_type)
-
-
-ROPE_INIT_FUNCTIONS[SETTLED_ROPE] = _settled_frequencies
 
 
 def _keep_in_float32(model: nn.Module) -> None:

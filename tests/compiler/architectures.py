@@ -10,6 +10,7 @@ SIZES = dict(
 )
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
 ROPE = dict(rope_theta=10000.0)
+ALPHA = dict(rope_type="dynamic", rope_theta=10000.0, factor=1.0, alpha=1000.0)
 DEEPSEEK = dict(
     kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=4,
     num_experts_per_tok=2, moe_intermediate_size=48, n_shared_experts=1, first_k_dense_replace=1,
@@ -23,6 +24,7 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
         original_max_position_embeddings=32))),
     "llama_yarn": ("llama", dict(rope_parameters=dict(
         rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64))),
+    "llama_of_windows_in_name": ("llama", dict(layer_types=["sliding_attention"] * 4, sliding_window=9)),  # which its class ignores
     "llama_linear": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0))),
     "mistral_window": ("mistral", dict(sliding_window=9)),
     "qwen2": ("qwen2", {}),
@@ -30,9 +32,11 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "qwen3": ("qwen3", dict(head_dim=24)),
     "gemma": ("gemma", dict(head_dim=24)),
     "gemma2": ("gemma2", dict(head_dim=24, sliding_window=9, query_pre_attn_scalar=20)),
-    "gemma3": ("gemma3_text", dict(head_dim=24, sliding_window=9, query_pre_attn_scalar=20)),
+    "gemma3": ("gemma3_text", dict(
+        head_dim=24, sliding_window=9, query_pre_attn_scalar=20, layer_types=["sliding_attention", "full_attention"] * 2)),
     "phi": ("phi", {}),
     "phi3": ("phi3", dict(sliding_window=9)),
+    "phimoe": ("phimoe", dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=9)),
     "gpt2": ("gpt2", dict(n_embd=64, n_layer=4, n_head=4, n_positions=256)),
     "gpt_neox": ("gpt_neox", {}),
     "opt": ("opt", dict(ffn_dim=96, word_embed_proj_dim=64)),
@@ -51,6 +55,10 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
     "qwen3_moe": ("qwen3_moe", dict(head_dim=16, **MOE)),
     "olmoe": ("olmoe", MOE),
+    "hunyuan": ("hunyuan_v1_dense", dict(head_dim=16, rope_parameters=ALPHA)),
+    "hunyuan_moe": ("hunyuan_v1_moe", dict(head_dim=16, num_experts=4, moe_topk=2, rope_parameters=ALPHA)),
+    "llama4": ("llama4_text", dict(
+        head_dim=16, intermediate_size_mlp=96, num_local_experts=4, attention_chunk_size=9, floor_scale=5)),
     "gpt_oss": ("gpt_oss", dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=9)),
     "deepseek_v2": ("deepseek_v2", dict(q_lora_rank=None, **DEEPSEEK)),
     "deepseek_v3": ("deepseek_v3", dict(q_lora_rank=24, n_group=1, topk_group=1, **DEEPSEEK)),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from compiler.capture import AttentionLayout
+from compiler.probe import AttentionLayout
 
 BLOCK = 8
 

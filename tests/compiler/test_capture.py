@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compiler import lower
-from compiler.capture import ATTENTION_NAME, UnsupportedModel, capture
+from compiler.capture import ATTENTION_NAME, capture
+from compiler.probe import UnsupportedModel
 from compiler.weights import build_meta
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -126,20 +127,37 @@ def test_is_one_full_graph(name: str) -> None:
     assert len(ops) == config.get_text_config().num_hidden_layers
 
 
+# Configuration, and what the refusal says.
 REFUSED = {
-    "bloom": dict(hidden_size=64, n_layer=2, n_head=4, vocab_size=128),
-    "mpt": dict(d_model=64, n_layers=2, n_heads=4, vocab_size=128),
-    "gptj": dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, vocab_size=128),
-    "gpt_neo": dict(hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global"], 2]], vocab_size=128),
-    "falcon": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=True, vocab_size=128),
-    "mamba2": dict(hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, vocab_size=128),
-    "qwen3_next": dict(SIZES, layer_types=["linear_attention", "full_attention"] * 2, head_dim=16, num_experts=4),
-    "lfm2": dict(SIZES, layer_types=["conv", "full_attention"] * 2),
+    "bloom": (dict(hidden_size=64, n_layer=2, n_head=4, vocab_size=128), "ALiBi"),
+    "mpt": (dict(d_model=64, n_layers=2, n_heads=4, vocab_size=128), "ALiBi"),
+    "gptj": (dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, vocab_size=128), "attention interface"),
+    "gpt_neo": (
+        dict(hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global"], 2]], vocab_size=128), "attention interface"
+    ),
+    "falcon": (
+        dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=True, vocab_size=128), "attention interface"
+    ),
+    "mamba2": (dict(hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, vocab_size=128), "type linear_attention"),
+    "qwen3_next": (
+        dict(SIZES, layer_types=["linear_attention", "full_attention"] * 2, head_dim=16, num_experts=4), "type linear_attention"
+    ),
+    "lfm2": (dict(SIZES, layer_types=["conv", "full_attention"] * 2), "type conv"),
+    "diffllama": (SIZES, "layer 0 attends more than once"),
+    "doge": (SIZES, "layer 0 makes a mask of its own"),
+    "moshi": (SIZES, "layer 0 attends without a mask"),
+    "roberta": (dict(SIZES, is_decoder=True), "positions start behind a padding index"),
+    "bert": (dict(SIZES, is_decoder=False), "mask of layer 0 is neither causal"),
+    "gemma3": (
+        dict(text_config=SIZES, vision_config=dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)),
+        "another model beside the text model",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refuses_what_paged_attention_does_not_compute(kind: str) -> None:
-    config = AutoConfig.for_model(kind, **REFUSED[kind])
-    with pytest.raises(UnsupportedModel, match=kind):
+    sizes, why = REFUSED[kind]
+    config = AutoConfig.for_model(kind, **sizes)
+    with pytest.raises(UnsupportedModel, match=f"(?s){kind}.*{why}"):
         capture(build_meta(config, torch.bfloat16, ATTENTION_NAME, max_model_len=64))
