@@ -205,8 +205,8 @@ def check_length(
         raise BadParameter(field, "has no tokens; give at least one")
     room = max_model_len - num_prompt
     if room < 1:
-        has = f"has {num_prompt} tokens" if num_chars is None else f"of {num_chars} characters has at least {num_prompt} tokens"
-        _too_long(field, max_model_len, f"{field} {has}, and one of output has to fit: give at most {max_model_len - 1}")
+        has = f"{num_prompt} tokens" if num_chars is None else f"{num_chars} characters, at least {num_prompt} tokens"
+        _too_long(field, max_model_len, f"{has} of {field} leave no room for one of output: give at most {max_model_len - 1}")
     if max_tokens is not None and max_tokens > room:
         total = f"{num_prompt} tokens of {field} + max_tokens {max_tokens} = {num_prompt + max_tokens}"
         _too_long("max_tokens", max_model_len, f"{total}: give max_tokens of at most {room}, or a shorter {field}")

@@ -28,6 +28,9 @@ _SAMPLED = (
     "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
     "allowed_token_ids", "seed", "stop_token_ids", "ignore_eos",
 )  # fmt: skip
+# Fields of a message besides role and content that a template may read; and all that are known.
+_MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
+_MESSAGE_FIELDS = {"role", "content", "refusal", "tool_calls", "function_call", "audio", "prefix", "partial", *_MESSAGE_TEXTS}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -108,7 +111,7 @@ def parse_chat(
 ) -> GenerationRequest:
     """A body of POST /v1/chat/completions; `sampling_defaults` as in `parse_completion`."""
     fields = _Fields(body)
-    messages = _messages(fields.take("messages"))
+    messages = _messages(fields)
     wanted = fields.boolean("logprobs", False)
     top = fields.number("top_logprobs", RANGES["logprobs"], None)
     if top and not wanted:
@@ -195,6 +198,7 @@ class _Fields:
 
     def __init__(self, body: dict[str, Any]) -> None:
         self.body = body
+        self.ignored: list[str] = []  # names without effect
         self._taken: set[str] = set()
 
     def take(self, name: str) -> Any:
@@ -220,8 +224,8 @@ class _Fields:
         return value
 
     def check_rest(self) -> list[str]:
-        """Names that have no effect; raises on a known field that is not served, unless it asks nothing."""
-        ignored = []
+        """Names without effect, those in `ignored` first; raises on a known field that is not served, unless it asks nothing."""
+        ignored = self.ignored
         for name, value in self.body.items():
             if name in self._taken or (value is None and name in _UNSERVED):
                 continue
@@ -257,16 +261,18 @@ def _prompts(value: Any, vocab_size: int) -> list[str] | list[list[int]]:
     return prompts
 
 
-def _messages(value: Any) -> list[dict[str, Any]]:
+def _messages(fields: _Fields) -> list[dict[str, Any]]:
+    value = fields.take("messages")
     example = '[{"role": "user", "content": "Hello"}]'
     if not isinstance(value, list) or not value:
         _refuse("messages", f"must be a list that is not empty, for example {example}; got {shown(value)}")
     if len(value) > MAX_MESSAGES:
         _refuse("messages", f"holds {len(value)} messages; at most {MAX_MESSAGES}")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+    return [_message(message, f"messages[{index}]", fields.ignored) for index, message in enumerate(value)]
 
 
-def _message(message: Any, where: str) -> dict[str, Any]:
+def _message(message: Any, where: str, ignored: list[str]) -> dict[str, Any]:
+    """One message as the template gets it; names of fields that it does not get are added to `ignored`."""
     if not isinstance(message, dict):
         _refuse(where, f'must be an object, for example {{"role": "user", "content": "Hello"}}; got {shown(message)}')
     role = message.get("role")
@@ -275,6 +281,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     for name in ("tool_calls", "function_call", "audio"):
         if message.get(name):
             _refuse(f"{where}.{name}", "is not served; leave it out")
+    for name in ("prefix", "partial"):
+        if message.get(name):
+            _refuse(f"{where}.{name}", "is not served; give continue_final_message: true beside messages")
     content = message.get("content")
     if content is None and role == "assistant":
         content = message.get("refusal")  # what it said instead
@@ -282,11 +291,16 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         _refuse(f"{where}.content", "is missing; give a string")
     kinds = ("text", "refusal") if role == "assistant" else ("text",)
     checked: dict[str, Any] = {"role": role, "content": _content(content, f"{where}.content", kinds)}
-    name = message.get("name")
-    if name is not None:
-        if not isinstance(name, str):
-            _refuse(f"{where}.name", f"must be a string; got {shown(name)}")
-        checked["name"] = name
+    for name in _MESSAGE_TEXTS:
+        text = message.get(name)
+        if text is not None:
+            if not isinstance(text, str):
+                _refuse(f"{where}.{name}", f"must be a string; got {shown(text)}")
+            checked[name] = text
+    for name, value in message.items():
+        listed = f"messages.{name}"
+        if value is not None and name not in _MESSAGE_FIELDS and listed not in ignored:
+            ignored.append(listed)
     return checked
 
 

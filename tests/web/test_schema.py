@@ -188,6 +188,17 @@ def test_what_an_assistant_refused_is_part_of_the_history() -> None:
     assert [one["content"] for one in chat(messages=history).messages] == ["hi", "Well.\nI cannot.", "No."]
 
 
+def test_fields_of_a_message_reach_the_template_or_are_named() -> None:
+    given = {"role": "assistant", "content": "4", "reasoning_content": "2 + 2", "name": "a", "annotations": [], "weight": None}
+    request = chat(messages=[*MESSAGES, given, given], mood="calm")
+    assert request.messages[1:] == [{"role": "assistant", "content": "4", "reasoning_content": "2 + 2", "name": "a"}] * 2
+    assert request.ignored == ["messages.annotations", "mood"]
+    for name, value in (("prefix", True), ("partial", True), ("reasoning", 5), ("tool_call_id", [1])):
+        with pytest.raises(ApiError) as caught:
+            chat(messages=[{"role": "assistant", "content": "a", name: value}])
+        assert caught.value.param == f"messages[0].{name}"
+
+
 def test_template_arguments_are_an_object() -> None:
     assert chat(chat_template_kwargs={"a": 1}).template_arguments == {"a": 1}
     with pytest.raises(ApiError) as caught:
