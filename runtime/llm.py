@@ -1,7 +1,7 @@
 """The offline API: `LLM(config).generate(prompts, params)`, in this process, without a server.
 
-Runs the same engine as the server; messages go through lists instead of sockets. Text in, text out:
-stop strings are found here, after detokenising.
+Runs the same engine as the server; messages go through lists instead of sockets. Text in, text out, by the rules of
+`runtime.text_output`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from runtime.protocol import (
     Tokens,
 )
 from runtime.sampling_params import SamplingParams, check_ids, check_length, check_stop
-from runtime.tokenizer import Detokenizer, Tokenizer
+from runtime.text_output import TextOutput
+from runtime.tokenizer import Tokenizer
 
 CLIENT = b"local"
 
@@ -43,7 +44,7 @@ class Completion:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""  # stop or length once finished
-    stop_reason: str | int | None = None  # the stop string or stop token id that matched
+    stop_reason: str | int | None = None  # the stop string, or the one of stop_token_ids, that ended it
     cached_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
@@ -168,8 +169,8 @@ class LLM:
         self._num_requests += 1
         request_id = str(self._num_requests)
         self._mailbox.put(Submit(request_id=request_id, token_ids=ids, params=params))
-        detokenizer = Detokenizer(self.tokenizer, stop, prompt_ids=ids, min_tokens=params.min_tokens)
-        return _Request(request_id, Completion(ids), detokenizer, eager=eager or bool(stop))
+        output = TextOutput(self.tokenizer, ids, params, stop)
+        return _Request(request_id, Completion(ids), output, eager=eager or bool(stop))
 
     def _turn(self, unfinished: dict[str, _Request]) -> None:
         """One turn of the engine; requests that it ends leave `unfinished`."""
@@ -186,17 +187,20 @@ class LLM:
         for request_id, token_id in zip(message.request_ids, message.token_ids):
             if request := unfinished.get(request_id):
                 request.fresh.append(token_id)
-                if request.eager and request.read():
-                    self._end(request, unfinished)
+                if request.eager:
+                    self._read(request, unfinished)
         for delta in message.deltas:
-            if (request := unfinished.get(delta.request_id)) and request.take(delta):
-                self._end(request, unfinished)
+            if request := unfinished.get(delta.request_id):
+                request.gather(delta)
+                if request.eager or delta.finish_reason:
+                    self._read(request, unfinished, delta.finish_reason, delta.stop_reason)
 
-    def _end(self, request: _Request, unfinished: dict[str, _Request]) -> None:
-        """Its text is whole; the engine is told where it does not know."""
-        del unfinished[request.request_id]
-        if not request.ended_by_engine:
-            self._mailbox.put(Abort(request.request_id, "stop"))
+    def _read(self, request: _Request, unfinished: dict[str, _Request], finish_reason: str = "", stop_reason: int = -1) -> None:
+        """Make text of what was gathered; if that ends the request, tell the engine where it does not know."""
+        if request.read(finish_reason, stop_reason):
+            del unfinished[request.request_id]
+            if not finish_reason:
+                self._mailbox.put(Abort(request.request_id, "stop"))
 
     def _drain(self) -> None:
         while not self.engine.idle or self._mailbox.inbox:
@@ -210,36 +214,26 @@ class _Request:
 
     request_id: str
     completion: Completion
-    detokenizer: Detokenizer
+    output: TextOutput
     eager: bool
     fresh: list[int] = field(default_factory=list)  # tokens that are not text yet
-    ended_by_engine: bool = False
+    logprobs: list[TokenLogprob] | None = None  # of those
 
-    def take(self, delta: TokenDelta) -> bool:
-        """Add a delta; True if the completion is whole."""
-        done = self.completion
+    def gather(self, delta: TokenDelta) -> None:
+        """Take in a delta's tokens."""
         self.fresh += delta.token_ids
-        done.logprobs += delta.logprobs or ()
-        done.cached_tokens = delta.cached_tokens
-        self.ended_by_engine = bool(delta.finish_reason)
-        if not self.ended_by_engine:
-            return self.eager and self.read()
-        if not self.read():
-            done.text += self.detokenizer.finish()
-            done.finish_reason, done.stop_reason = delta.finish_reason, delta.stop_reason if delta.stop_reason >= 0 else None
-            self._note_stop_string()
-        return True
+        if delta.logprobs is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs += delta.logprobs
+        self.completion.cached_tokens = delta.cached_tokens
 
-    def read(self) -> bool:
-        """Turn fresh tokens into text; True if a stop string ended it."""
-        done = self.completion
-        done.token_ids += self.fresh
-        done.text += self.detokenizer.push(self.fresh)
-        self.fresh.clear()
-        return self._note_stop_string()
-
-    def _note_stop_string(self) -> bool:
-        if self.detokenizer.stopped_by is None:
-            return False
-        self.completion.finish_reason, self.completion.stop_reason = "stop", self.detokenizer.stopped_by
-        return True
+    def read(self, finish_reason: str, stop_reason: int) -> bool:
+        """Turn fresh tokens into text; True if the completion is whole."""
+        delta = TokenDelta(self.request_id, self.fresh, finish_reason, stop_reason, logprobs=self.logprobs)
+        self.fresh, self.logprobs = [], None
+        piece, done = self.output.add(delta), self.completion
+        done.text += piece.text
+        done.token_ids += piece.token_ids
+        done.logprobs += piece.logprobs or ()
+        done.finish_reason, done.stop_reason = piece.finish_reason or "", piece.stop_reason
+        return piece.finish_reason is not None

@@ -6,6 +6,7 @@ Knows nothing of requests, sockets or torch: a web worker imports this module an
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import re
@@ -27,10 +28,11 @@ _TEMPLATE_ARGUMENTS = frozenset(
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACEMENT = "\ufffd"
 _MANY_CHARS = 4096  # about a millisecond; from here on without Python's lock, which only the library's batches give up
-# A character is at most 4 bytes, so at most 4 tokens; past this many the bytes are not UTF-8 at all.
-_MAX_HELD_TOKENS = 8
-# Tokens of the prompt that stand before the first output token, so that its leading space is kept.
-_PRIMING_TOKENS = 6
+_BEFORE = "a"  # a token that stands before another, which then keeps its leading space
+_NEIGHBOURS = re.compile(r"\b(BPEDecoder|CTC)\(")  # decoders under which a token's text depends on its neighbours
+# Byte-level decoders show wrong bytes as Python's "replace" does; of single byte tokens each is shown.
+_EACH_BYTE = "pagegraph.each-byte"
+codecs.register_error(_EACH_BYTE, lambda error: (_REPLACEMENT * (error.end - error.start), error.end))
 
 
 class ChatTemplateError(ValueError):
@@ -58,6 +60,10 @@ class Tokenizer:
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self._byte_chars = _byte_level_chars() if "ByteLevel" in str(backend.decoder) else None
+        self.pieces = _Pieces(backend, self._byte_chars)
+        self.byte_errors = _EACH_BYTE if self._byte_chars is None else "replace"  # of a codec, for text from bytes
+        if unfit := _NEIGHBOURS.search(str(backend.decoder)):
+            raise ValueError(f"the tokenizer's decoder {unfit[1]} is not served: a token's text would depend on its neighbours")
         self._bos_id = self._missing_bos(add_bos)
 
     @classmethod
@@ -146,16 +152,8 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for; empty for an id outside the vocabulary."""
-        token = self._backend.id_to_token(token_id)
-        if token is None:
-            return b""
-        if token_id in self.added_ids:
-            return token.encode()
-        if self._byte_chars is not None and all(char in self._byte_chars for char in token):
-            return bytes(self._byte_chars[char] for char in token)
-        if match := _BYTE_TOKEN.fullmatch(token):
-            return bytes([int(match.group(1), 16)])
-        return token.replace("\u2581", " ").encode()
+        piece = self.pieces[token_id]
+        return piece.encode() if isinstance(piece, str) else piece
 
     def _missing_bos(self, add_bos: bool | None) -> int | None:
         """The opening token's id when the config asks for one and `tokenizer.json` does not add it."""
@@ -166,96 +164,41 @@ class Tokenizer:
         return bos_id
 
 
-class Detokenizer:
-    """Text of one growing sequence: never half a character, never part of a stop string.
+class _Pieces(dict[int, str | bytes]):
+    """What each token adds to text that stands before it, worked out when it is first asked for.
 
-    The stop string whose last character comes first wins (the longest of those), whatever pieces the
-    tokens cut the text into. Text of the first `min_tokens` tokens is not searched.
+    Text where the token is whole characters, else bytes. "" for an id outside the vocabulary.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop: Sequence[str] = (),
-        include_stop: bool = False,
-        skip_special: bool = True,
-        *,
-        prompt_ids: Sequence[int] = (),
-        min_tokens: int = 0,
-    ) -> None:
-        self.stopped_by: str | None = None
-        self.num_tokens = 0  # tokens taken in, up to and with the one that completed a stop string
-        self._tokenizer = tokenizer
-        self._stop = tuple(stop)
-        self._include_stop = include_stop
-        self._dropped_ids = tokenizer.special_ids if skip_special else frozenset()
-        self._min_tokens = min_tokens
-        self._held = ""  # text that may begin a stop string
-        # `_ids[:_read]` has been turned into `_read_text`; the rest is not yet whole characters.
-        self._ids = [id for id in prompt_ids[-_PRIMING_TOKENS:] if id not in self._dropped_ids]
-        self._read = len(self._ids)
-        self._read_text = self._decode(self._ids).rstrip(_REPLACEMENT)
+    def __init__(self, backend: tokenizers.Tokenizer, byte_chars: dict[str, int] | None) -> None:
+        self._backend = backend
+        self._byte_chars = byte_chars
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Take in new tokens and return the text that is now certain; "" after a stop string matched."""
-        return "".join(self._push(token_id) for token_id in token_ids)
+    def __missing__(self, token_id: int) -> str | bytes:
+        token = self._backend.id_to_token(token_id)
+        piece = self[token_id] = "" if token is None else self._piece(token)
+        return piece
 
-    def finish(self) -> str:
-        """The text still held back at the end of the sequence, without a trailing half character."""
-        if self.stopped_by is not None:
-            return ""
-        rest = self._decode(self._ids)[len(self._read_text) :].rstrip(_REPLACEMENT)
-        text = self._cut(rest) + self._held
-        self._held = ""
-        return text
+    def _piece(self, token: str) -> str | bytes:
+        decoder = self._backend.decoder
+        if decoder is None:  # then the library puts a space between tokens
+            return " " + token
+        text = decoder.decode([_BEFORE, token]).removeprefix(_BEFORE)
+        if _REPLACEMENT not in text:
+            return text
+        data = self._bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return data
 
-    def _push(self, token_id: int) -> str:
-        if self.stopped_by is not None:
-            return ""
-        self.num_tokens += 1
-        if token_id in self._dropped_ids:
-            return ""
-        self._ids.append(token_id)
-        text = self._advance()
-        return text if self.num_tokens <= self._min_tokens else self._cut(text)
-
-    def _advance(self) -> str:
-        """Text of whole characters that the newest token completed."""
-        text = self._decode(self._ids)
-        if text.endswith(_REPLACEMENT) and len(self._ids) - self._read < _MAX_HELD_TOKENS:
-            return ""
-        new = text[len(self._read_text) :]
-        if new:
-            # Only the tokens of the newest text are kept: they stand before the next token.
-            self._ids = self._ids[self._read :]
-            self._read_text = self._decode(self._ids)
-        self._read = len(self._ids)
-        return new
-
-    def _cut(self, new: str) -> str:
-        """Pass text on up to a stop string, holding back what may begin one."""
-        if not self._stop:
-            return new
-        text = self._held + new
-        ends = ((at + len(word), -len(word), word) for word in self._stop if (at := text.find(word)) >= 0)
-        if found := min(ends, default=None):
-            end, _, self.stopped_by = found
-            self._held = ""
-            return text[: end if self._include_stop else end - len(self.stopped_by)]
-        keep = max(_overlap(text, word) for word in self._stop)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special=False)
-
-
-def _overlap(text: str, word: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `word`."""
-    for length in range(min(len(text), len(word) - 1), 0, -1):
-        if text.endswith(word[:length]):
-            return length
-    return 0
+    def _bytes(self, token: str) -> bytes:
+        """Of a token whose text has U+FFFD."""
+        if self._byte_chars is not None and all(char in self._byte_chars for char in token):
+            return bytes(self._byte_chars[char] for char in token)
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(match.group(1), 16)])
+        return token.encode()
 
 
 def _byte_level_chars() -> dict[str, int]:

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -22,11 +22,12 @@ from flask import Blueprint, Response, current_app, request
 from runtime.client import EngineClient
 from runtime.protocol import EngineInfo, TokenLogprob
 from runtime.sampling_params import SamplingParams, check_length, wrap_seed
-from runtime.tokenizer import ChatTemplateError, Detokenizer, Tokenizer
+from runtime.text_output import Piece, TextOutput
+from runtime.tokenizer import ChatTemplateError, Tokenizer
 from web.errors import ApiError, json_response
 from web.schema import GenerationRequest, parse_body, parse_chat, parse_completion
 from web.settings import WebSettings
-from web.stream import ClientGone, EventStream, Generation, Piece, Sequence, client_probe
+from web.stream import ClientGone, EventStream, Generation, Sequence, client_probe
 
 _STATUS_CLIENT_GONE = 499
 _FREE_THREADS = 16  # of a worker's, kept free of generations so that short requests and probes are answered
@@ -218,16 +219,7 @@ def _submit(
     group = served.engine.submit_group(submits, checked.priority, checked.cache_salt)
     sequences = [
         Sequence(
-            Detokenizer(
-                served.tokenizer,
-                checked.stop,
-                checked.include_stop,
-                checked.skip_special_tokens,
-                prompt_ids=ids,
-                min_tokens=params.min_tokens,
-            ),
-            frozenset(params.stop_token_ids),
-            checked.include_stop,
+            TextOutput(served.tokenizer, ids, params, checked.stop, checked.include_stop, checked.skip_special_tokens)
         )
         for ids, params in submits
     ]
@@ -254,8 +246,8 @@ def _streamed(generation: Generation, shape: Shape, served: Service) -> Response
 def _whole(generation: Generation, shape: Shape) -> Response:
     try:
         for pieces in generation.batches(keep_alive_s=float("inf")):
-            for piece in pieces:
-                shape.add(piece)
+            for index, piece in pieces:
+                shape.add(index, piece)
     except ClientGone:
         return Response(status=_STATUS_CLIENT_GONE)
     finally:
@@ -269,6 +261,7 @@ class _Output:
 
     text: str = ""
     logprobs: list[TokenLogprob] | None = None
+    offsets: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
@@ -301,14 +294,15 @@ class Shape:
         self._num_prompt_tokens = sum(map(len, prompts))
         self._sequences = generation.sequences
         self._outputs = [_Output() for _ in generation.sequences]
-        self._offsets = [0] * len(generation.sequences)
 
-    def add(self, piece: Piece) -> None:
-        """Take one piece into the whole response."""
-        output = self._outputs[piece.index]
+    def add(self, index: int, piece: Piece) -> None:
+        """Take one piece of a sequence into the whole response."""
+        output = self._outputs[index]
         output.text += piece.text
         if piece.logprobs is not None:
-            output.logprobs = [*(output.logprobs or ()), *piece.logprobs]
+            output.logprobs = output.logprobs or []
+            output.logprobs += piece.logprobs
+            output.offsets += piece.offsets
         if piece.finish_reason:
             output.finish_reason, output.stop_reason = piece.finish_reason, piece.stop_reason
 
@@ -321,7 +315,7 @@ class Shape:
         """Chunks before any token."""
         return []
 
-    def events(self, piece: Piece) -> list[dict[str, Any]]:
+    def events(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """Chunks of one piece; none when all its text is held back."""
         raise NotImplementedError
 
@@ -340,7 +334,7 @@ class Shape:
         return {**chunk, "usage": usage} if self._include_usage else chunk
 
     def _usage(self) -> dict[str, Any]:
-        completion = sum(sequence.num_tokens for sequence in self._sequences)
+        completion = sum(sequence.output.num_tokens for sequence in self._sequences)
         cached = sum(sequence.cached_tokens for sequence in self._sequences[:: self._n])
         return {
             "prompt_tokens": self._num_prompt_tokens,
@@ -369,14 +363,14 @@ class ChatShape(Shape):
         delta = {"role": "assistant", "content": ""}
         return [self._chunk([self._chunk_choice(index, delta)]) for index in range(len(self._outputs))]
 
-    def events(self, piece: Piece) -> list[dict[str, Any]]:
+    def events(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """A chunk with text and log-probabilities, then one with the finish reason."""
         events = []
         if piece.text or piece.logprobs:
             delta = {"content": piece.text}
-            events.append(self._chunk([self._chunk_choice(piece.index, delta, self._logprobs(piece.logprobs))]))
+            events.append(self._chunk([self._chunk_choice(index, delta, self._logprobs(piece.logprobs))]))
         if piece.finish_reason:
-            end = self._chunk_choice(piece.index, {})
+            end = self._chunk_choice(index, {})
             end |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
             events.append(self._chunk([end]))
         return events
@@ -420,37 +414,41 @@ class CompletionShape(Shape):
     object_whole = "text_completion"
     object_chunk = "text_completion"
 
-    def events(self, piece: Piece) -> list[dict[str, Any]]:
+    def events(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """A chunk with text, log-probabilities and finish reason."""
         if not (piece.text or piece.logprobs or piece.finish_reason):
             return []
-        output = _Output(piece.text, piece.logprobs, piece.finish_reason, piece.stop_reason)
-        return [self._chunk([self.choice(piece.index, output)])]
+        output = _Output(piece.text, piece.logprobs, piece.offsets, piece.finish_reason, piece.stop_reason)
+        return [self._chunk([self.choice(index, output)])]
 
     def choice(self, index: int, output: _Output) -> dict[str, Any]:
         """A choice with the text."""
         return {
             "index": index,
             "text": output.text,
-            "logprobs": self._logprobs(index, output.logprobs),
+            "logprobs": self._logprobs(output.logprobs, output.offsets),
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
         }
 
-    def _logprobs(self, index: int, entries: list[TokenLogprob] | None) -> dict[str, Any] | None:
-        """Parallel lists; `text_offset` counts characters of the tokens before, from the choice's start."""
+    def _logprobs(self, entries: list[TokenLogprob] | None, offsets: list[int]) -> dict[str, Any] | None:
+        """Parallel lists; `text_offset` is where in the choice's text that of the token begins."""
         if entries is None:
             return None
-        tokens, offsets, tops = [], [], []
-        for entry in entries:
-            token = self._token(entry.token_id)
-            tokens.append(token)
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(self._tokenizer.token_bytes(entry.token_id).decode("utf-8", "replace"))
-            top = {self._token(token_id): _finite(value) for token_id, value in reversed(self._top(entry))}
-            tops.append(top | {token: _finite(entry.logprob)})
+        tokens = [self._token(entry.token_id) for entry in entries]
         chosen = [_finite(entry.logprob) for entry in entries]
+        tops = [self._likeliest(entry, token) for entry, token in zip(entries, tokens, strict=True)]
         return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
+
+    def _likeliest(self, entry: TokenLogprob, token: str) -> dict[str, float]:
+        """The likeliest tokens in falling order, the sampled one (`token`, as text) among them; of equal texts one."""
+        tops: dict[str, float] = {}
+        for token_id, value in self._top(entry):
+            text = self._token(token_id)
+            if text != token or token_id == entry.token_id:
+                tops.setdefault(text, _finite(value))
+        tops.setdefault(token, _finite(entry.logprob))
+        return tops
 
     def _token(self, token_id: int) -> str:
         """A token as text; one that is not whole characters as its bytes, so that no two look the same."""

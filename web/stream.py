@@ -1,6 +1,6 @@
-"""Deltas of the engine to pieces of text, and pieces to server-sent events.
+"""Deltas of the engine to pieces of text (`runtime.text_output`), and pieces to server-sent events.
 
-Knows detokenizing, stop strings, keep-alive and a client that left. Knows no OpenAI shapes.
+Knows keep-alive and a client that left. Knows no OpenAI shapes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from runtime.client import Group, RequestFailed
-from runtime.protocol import TokenDelta, TokenLogprob
-from runtime.tokenizer import Detokenizer
+from runtime.protocol import TokenDelta
+from runtime.text_output import Piece, TextOutput
 from web.errors import as_api_error
 
 # How often a waiting request looks whether its client is still there.
@@ -27,29 +27,14 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one delta brought one sequence: certain text, its tokens' log-probabilities, perhaps its end."""
-
-    index: int
-    text: str
-    logprobs: list[TokenLogprob] | None
-    finish_reason: str | None
-    stop_reason: str | int | None
-
-
 @dataclass(slots=True)
 class Sequence:
     """One sequence as the web worker sees it."""
 
-    detokenizer: Detokenizer
-    stop_token_ids: frozenset[int]
-    include_stop: bool
-    num_tokens: int = 0
+    output: TextOutput
     cached_tokens: int = 0
     accepted: int = 0  # tokens that the engine had guessed
     rejected: int = 0
-    finish_reason: str | None = None
 
 
 class ClientGone(Exception):
@@ -75,8 +60,8 @@ class Generation:
         while not self.group.wait_admitted(_PEEK_S):
             self._peek()
 
-    def batches(self, keep_alive_s: float) -> Iterator[list[Piece]]:
-        """Pieces as they come, all that wait at once; an empty list when none came for `keep_alive_s`.
+    def batches(self, keep_alive_s: float) -> Iterator[list[tuple[int, Piece]]]:
+        """(index of the sequence, piece) as they come, all that wait at once; an empty list when none came for `keep_alive_s`.
 
         Raises ClientGone, RequestFailed or EngineDead.
         """
@@ -96,11 +81,11 @@ class Generation:
             self.group.abort()
             self.on_close()
 
-    def _waiting_pieces(self) -> list[Piece]:
+    def _waiting_pieces(self) -> list[tuple[int, Piece]]:
         pieces = []
         item = self.group.get(_PEEK_S)
         while item is not None:
-            pieces.append(self._piece(*item))
+            pieces.append((item[0], self._piece(*item)))
             more = self.group.num_open and len(pieces) < _MAX_PIECES_A_WRITE
             item = self.group.get(0) if more else None
         return pieces
@@ -111,22 +96,10 @@ class Generation:
             raise RequestFailed(index, 503 if delta.finish_reason == "abort" else 500, "the server ended this request")
         sequence.cached_tokens = max(sequence.cached_tokens, delta.cached_tokens)
         sequence.accepted, sequence.rejected = max(sequence.accepted, delta.accepted), max(sequence.rejected, delta.rejected)
-        detokenizer = sequence.detokenizer
-        text = detokenizer.push(_shown_tokens(delta, sequence.include_stop))
-        num_tokens, reason, stop_reason = len(delta.token_ids), delta.finish_reason or None, None
-        if detokenizer.stopped_by is None and reason:
-            text += detokenizer.finish()
-        if detokenizer.stopped_by is not None:
-            # Tokens after the one that completed the stop string were never asked for.
-            num_tokens = detokenizer.num_tokens - sequence.num_tokens
-            reason, stop_reason = "stop", detokenizer.stopped_by
-            self.group.stop(index)
-        elif delta.stop_reason in sequence.stop_token_ids:
-            stop_reason = delta.stop_reason
-        sequence.num_tokens += num_tokens
-        sequence.finish_reason = reason
-        logprobs = delta.logprobs[:num_tokens] if delta.logprobs is not None else None
-        return Piece(index, text, logprobs, reason, stop_reason)
+        piece = sequence.output.add(delta)
+        if piece.finish_reason:
+            self.group.stop(index)  # the engine knows of every end but that by a stop string
+        return piece
 
     def _peek(self) -> None:
         now = time.monotonic()
@@ -134,12 +107,6 @@ class Generation:
             self._peeked = now
             if self.client_gone():
                 raise ClientGone
-
-
-def _shown_tokens(delta: TokenDelta, include_stop: bool) -> list[int]:
-    """The delta's tokens without the one that stopped the sequence."""
-    stopped = delta.finish_reason == "stop" and delta.stop_reason >= 0 and delta.token_ids[-1:] == [delta.stop_reason]
-    return delta.token_ids[:-1] if stopped and not include_stop else delta.token_ids
 
 
 def client_probe(environ: dict[str, Any]) -> Callable[[], bool]:
@@ -176,7 +143,7 @@ class EventStream:
     """The body of a streaming response. A class, for a generator that never started runs no `finally`."""
 
     def __init__(
-        self, generation: Generation, events: Callable[[Piece], list[Any]], last: Callable[[], list[Any]],
+        self, generation: Generation, events: Callable[[int, Piece], list[Any]], last: Callable[[], list[Any]],
         first: list[Any], keep_alive_s: float,
     ) -> None:  # fmt: skip
         self._generation = generation
@@ -194,12 +161,12 @@ class EventStream:
         self._generation.close()
 
     def _write(
-        self, events: Callable[[Piece], list[Any]], last: Callable[[], list[Any]], first: list[Any], keep_alive_s: float
+        self, events: Callable[[int, Piece], list[Any]], last: Callable[[], list[Any]], first: list[Any], keep_alive_s: float
     ) -> Generator[bytes, None, None]:
         try:
             yield b"".join(map(sse, first)) or KEEP_ALIVE
             for pieces in self._generation.batches(keep_alive_s):
-                body = b"".join(sse(event) for piece in pieces for event in events(piece))
+                body = b"".join(sse(event) for index, piece in pieces for event in events(index, piece))
                 if body or not pieces:
                     yield body or KEEP_ALIVE
             yield b"".join(map(sse, last())) + DONE
