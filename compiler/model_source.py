@@ -8,7 +8,6 @@ torch and transformers are imported only when a conversion has to be done.
 from __future__ import annotations
 
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -17,14 +16,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import numpy as np
+from typing import Any
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
-CONVERSION = 2  # counts up when a conversion would write something else, so that old ones are not reused
+CONVERSION = 3  # counts up when a conversion would write something else, so that old ones are not reused
 LFS_POINTER = b"version https://git-lfs"
 SETTLED_NS = 2_000_000_000  # a file that changed later than this ago may change again without its times showing it
 
@@ -184,59 +180,32 @@ def _convert(gguf: Path, folder: Path, keep_quantized: bool) -> None:
 
     transformers reads the file; its `from_pretrained` would also want accelerate and build the whole model.
     """
-    with _read_once():
+    from compiler.gguf_file import read_once
+
+    with read_once():
         _convert_parts(gguf, folder, keep_quantized)
-
-
-@contextmanager
-def _read_once() -> Iterator[None]:
-    """While this lasts a GGUF file's metadata is parsed once, and its table of tensor names built once.
-
-    transformers asks for both again and again, and a vocabulary takes seconds to parse.
-    """
-    import gguf
-    import numpy as np
-
-    class PlainReader(gguf.GGUFReader):
-        """Reads through a plain array: slices of a memmap cost several times more, and there are a million."""
-
-        @property
-        def data(self) -> np.ndarray:
-            return self._plain
-
-        @data.setter
-        def data(self, mapped: np.memmap) -> None:
-            self._plain = mapped.view(np.ndarray)
-
-    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    once = functools.cache(PlainReader)
-    gguf.GGUFReader = lambda path: once(str(path))
-    gguf.get_tensor_name_map = functools.cache(names)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
 def _convert_parts(gguf: Path, folder: Path, keep_quantized: bool) -> None:
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    from compiler import gguf_config, gguf_tensors, gguf_tokenizer
+    from compiler.gguf_file import open_gguf
     from compiler.weights import build_meta
 
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    file = open_gguf(gguf)
+    config = gguf_config.configuration(file)
+    folder.mkdir(parents=True)
+    config.eos_token_id = gguf_tokenizer.save(file, folder).endings
     model = build_meta(config, torch.float32, "eager", max_model_len=config.max_position_embeddings)
-    tensors = load_gguf_checkpoint(gguf, return_tensors=True, model_to_load=model, torch_dtype=torch.float32)["tensors"]
+    tensors, consumed = gguf_tensors.read(file, model)
+    gguf_config.check(file, model, consumed)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if missing := sorted(model.state_dict().keys() - tied - tensors.keys()):
-        raise ValueError(f"{gguf}: not in the file: {', '.join(missing[:8])} ({len(missing)} weights)")
     if keep_quantized:
         from compiler.gguf_planes import keep
 
         config.quantization_config = keep(gguf, model, tensors)
-    folder.mkdir(parents=True)
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items() if name not in tied},
         folder / "model.safetensors",
@@ -246,9 +215,4 @@ def _convert_parts(gguf: Path, folder: Path, keep_quantized: bool) -> None:
     # What `dtype: auto` means for it: the file's values come from few bits, float32 would serve no one.
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
-    GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, config=config)
-    # The converted tokenizer can name another end token than the file's own metadata.
-    if isinstance(config.eos_token_id, int):
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
-    tokenizer.save_pretrained(folder)
+    gguf_config.write_json(folder / "generation_config.json", gguf_config.generation_config(file, config))

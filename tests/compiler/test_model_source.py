@@ -241,7 +241,7 @@ def test_converts_a_real_file(tmp_path: Path) -> None:
     folder = resolve(str(GGUF), cache_dir=tmp_path)
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
-    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == config["eos_token_id"] == 2
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == config["eos_token_id"] == [0, 2]
     assert (folder / "chat_template.jinja").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.eos_token == "<|im_end|>"
