@@ -27,7 +27,7 @@ from runtime.tokenizer import ChatTemplateError, Tokenizer
 from web.errors import ApiError, json_response
 from web.schema import GenerationRequest, parse_body, parse_chat, parse_completion
 from web.settings import WebSettings
-from web.stream import ClientGone, EventStream, Generation, Sequence, client_probe
+from web.stream import ClientGone, EventStream, Generation, NoTokens, Sequence, client_probe
 
 _STATUS_CLIENT_GONE = 499
 _FREE_THREADS = 16  # of a worker's, kept free of generations so that short requests and probes are answered
@@ -213,15 +213,15 @@ def _submit(
     served: Service, checked: GenerationRequest, prompts: list[list[int]], info: EngineInfo, release: Callable[[], None]
 ) -> Generation:
     """Submit n sequences for each prompt; sequence j of a prompt runs with seed + j."""
-    submits = [
-        (ids, _params(checked, len(ids), rank, info.max_model_len)) for ids in prompts for rank in range(checked.n)
-    ]
-    group = served.engine.submit_group(submits, checked.priority, checked.cache_salt)
+    each = [ids for ids in prompts for _ in range(checked.n)]
+    if checked.max_tokens == 0:
+        params, group = [checked.params] * len(each), NoTokens(len(each))
+    else:
+        params = [_params(checked, len(ids), index % checked.n, info.max_model_len) for index, ids in enumerate(each)]
+        group = served.engine.submit_group(list(zip(each, params, strict=True)), checked.priority, checked.cache_salt)
     sequences = [
-        Sequence(
-            TextOutput(served.tokenizer, ids, params, checked.stop, checked.include_stop, checked.skip_special_tokens)
-        )
-        for ids, params in submits
+        Sequence(TextOutput(served.tokenizer, ids, one, checked.stop, checked.include_stop, checked.skip_special_tokens))
+        for ids, one in zip(each, params, strict=True)
     ]
     return Generation(group, sequences, client_probe(request.environ), release)
 
@@ -413,6 +413,20 @@ class CompletionShape(Shape):
     prefix = "cmpl-"
     object_whole = "text_completion"
     object_chunk = "text_completion"
+
+    def __init__(
+        self, checked: GenerationRequest, served: Service, info: EngineInfo, prompts: list[list[int]], generation: Generation
+    ) -> None:
+        super().__init__(checked, served, info, prompts, generation)
+        self._echo = checked.echo
+        if self._echo:
+            skip = checked.skip_special_tokens
+            texts = [one if isinstance(one, str) else self._tokenizer.decode(one, skip_special=skip) for one in checked.prompts]
+            self._outputs = [_Output(text) for text in texts for _ in range(checked.n)]
+
+    def first(self) -> list[dict[str, Any]]:
+        """The prompts' texts, where they are wanted."""
+        return [self._chunk([self.choice(index, output)]) for index, output in enumerate(self._outputs)] if self._echo else []
 
     def events(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """A chunk with text, log-probabilities and finish reason."""

@@ -45,7 +45,8 @@ class GenerationRequest:
     stream: bool
     include_usage: bool
     continuous_usage: bool  # in every chunk
-    max_tokens: int | None  # None: chat, fill the context
+    echo: bool  # the prompt's text goes before the output's
+    max_tokens: int | None  # None: chat, fill the context; 0: the prompt alone comes back
     max_tokens_is_default: bool
     params: SamplingParams
     stop: list[str]
@@ -93,15 +94,23 @@ def parse_completion(
 ) -> GenerationRequest:
     """A body of POST /v1/completions; `sampling_defaults` are fields of SamplingParams that the model sets for requests."""
     fields = _Fields(body)
+    echo = fields.boolean("echo", False)
+    max_tokens = fields.number("max_tokens", replace(RANGES["max_tokens"], low=0), None)
+    logprobs = fields.number("logprobs", RANGES["logprobs"], None)
+    if max_tokens == 0 and not echo:
+        _refuse("max_tokens", f"0 needs echo: true beside it; give at least 1, for example {DEFAULT_COMPLETION_TOKENS}")
+    if echo and logprobs is not None:
+        _refuse("echo", "beside logprobs is not served, for they would be the prompt's too; leave one of them out")
     return _request(
         fields,
         vocab_size,
         sampling_defaults,
         prompts=_prompts(fields.take("prompt"), vocab_size),
         messages=[],
-        max_tokens=fields.number("max_tokens", RANGES["max_tokens"], None),
+        max_tokens=max_tokens,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
-        logprobs=fields.number("logprobs", RANGES["logprobs"], None),
+        logprobs=logprobs,
+        echo=echo,
     )
 
 
@@ -140,6 +149,7 @@ def _request(
     max_tokens: int | None,
     default_max_tokens: int | None,
     logprobs: int | None,
+    echo: bool = False,
 ) -> GenerationRequest:
     """The fields that both endpoints share, and the check that nothing unserved was asked."""
     chat = bool(messages)
@@ -162,9 +172,10 @@ def _request(
         stream=stream,
         include_usage=options["include_usage"],
         continuous_usage=options["continuous_usage_stats"],
+        echo=echo,
         max_tokens=limit,
         max_tokens_is_default=max_tokens is None,
-        params=_sampling(fields, vocab_size, sampling_defaults, max_tokens=limit, logprobs=logprobs),
+        params=_sampling(fields, vocab_size, sampling_defaults, max_tokens=limit or None, logprobs=logprobs),
         stop=check_stop(fields.take("stop")),
         include_stop=fields.boolean("include_stop_str_in_output", False),
         skip_special_tokens=fields.boolean("skip_special_tokens", True),
@@ -176,6 +187,8 @@ def _request(
         cache_salt=_cache_salt(fields.take("cache_salt")),
         ignored=[*fields.check_rest(), *(f"stream_options.{name}" for name in options if name not in _STREAM_OPTIONS)],
     )
+    if limit == 0 and request.params.min_tokens:
+        _refuse("min_tokens", f"is {request.params.min_tokens}, above max_tokens = 0; leave it out")
     if request.continue_final_message and request.add_generation_prompt:
         if fields.body.get("add_generation_prompt") is not None:
             _refuse("continue_final_message", "needs add_generation_prompt: false beside it")

@@ -41,11 +41,33 @@ class ClientGone(Exception):
     """The client closed its connection."""
 
 
+class NoTokens:
+    """In the place of a group of `count` sequences that are to have no tokens: each ends at once, without the engine."""
+
+    def __init__(self, count: int) -> None:
+        self.num_open = count
+
+    def wait_admitted(self, timeout: float) -> bool:
+        """Nothing could refuse them."""
+        return True
+
+    def get(self, timeout: float) -> tuple[int, TokenDelta]:
+        """The end of the next one, the last first."""
+        self.num_open -= 1
+        return self.num_open, TokenDelta("", [], "length")
+
+    def stop(self, index: int) -> None:
+        """It has ended."""
+
+    def abort(self) -> None:
+        """None runs."""
+
+
 @dataclass(slots=True)
 class Generation:
     """All sequences of one request while they run. `close` aborts what is left and must be called."""
 
-    group: Group
+    group: Group | NoTokens
     sequences: list[Sequence]
     client_gone: Callable[[], bool]
     on_close: Callable[[], None]

@@ -187,6 +187,22 @@ def test_a_tiny_temperature_and_a_top_p_of_0_reach_the_engine_as_what_they_mean(
     assert (params.temperature, params.top_p) == (0, 0)
 
 
+@pytest.mark.parametrize(("max_tokens", "output"), [(0, ""), (50, "hello world")])
+def test_echo_puts_the_prompt_before_the_output(http: FlaskClient, fake_engine, tokenizer: Tokenizer, max_tokens: int, output: str) -> None:
+    asked = {"n": 2, "echo": True, "max_tokens": max_tokens, "stop": ["tiny"]}
+    for prompt in (["a tiny", "b"], [tokenizer.encode("a tiny"), tokenizer.encode("b")]):
+        whole = strict(Completion, http.post("/v1/completions", json={"prompt": prompt, **asked}).json)
+        assert [choice.text for choice in whole.choices] == ["a tiny" + output] * 2 + ["b" + output] * 2
+        assert {choice.finish_reason for choice in whole.choices} == {"stop" if output else "length"}
+        assert (whole.usage.completion_tokens > 0) == bool(output) and whole.usage.prompt_tokens > 1
+        chunks = events(http.post("/v1/completions", json={"prompt": prompt, **asked, "stream": True}).data)
+        for index, choice in enumerate(whole.choices):
+            parts = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+            assert "".join(part["text"] for part in parts) == choice.text
+            assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [choice.finish_reason]
+    assert len(fake_engine.submits) == (16 if output else 0)
+
+
 def test_usage_in_every_chunk(http: FlaskClient) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = events(http.post("/v1/completions", json={"prompt": "a", "stream": True, "stream_options": options}).data)

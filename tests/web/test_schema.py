@@ -39,7 +39,7 @@ BAD = [
     ("seed", [2**63, -(2**63) - 1, "a"]),
     ("stream", ["yes", 1]),
     ("stream_options", [{"include_usage": True}, 3]),
-    ("echo", [True]),
+    ("echo", ["yes"]),
     ("max_completion_tokens", [5]),
     ("top_logprobs", [2]),
     ("stop", [[""], [1], ["a"] * 17, {"a": 1}, "x" * 1025]),
@@ -68,9 +68,9 @@ def test_a_bad_value_is_a_400_that_names_it(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("name", sorted(_UNSERVED))
 def test_known_fields_are_refused_by_name_or_without_effect(name: str) -> None:
-    parse = chat if name == "prompt" else completion
     if name in ("prompt", "messages"):
         return  # every request of the one endpoint has the one, and of the other the other: see below
+    parse = chat if name == "echo" else completion
     neutral = _UNSERVED[name].neutral
     for value in (None, *(neutral or ())):
         assert parse(**{name: value}).ignored == []
@@ -82,6 +82,18 @@ def test_known_fields_are_refused_by_name_or_without_effect(name: str) -> None:
         parse(**wish)
     assert (caught.value.status, caught.value.param) == (400, name)
     assert name in caught.value.message
+
+
+def test_echo() -> None:
+    assert completion(echo=True, max_tokens=0).max_tokens == 0 and completion(echo=True).max_tokens == 16
+    with pytest.raises(ApiError, match="max_tokens 0 needs echo: true"):
+        completion(max_tokens=0)
+    for fields, param in (({"logprobs": 0}, "echo"), ({"max_tokens": 0, "min_tokens": 1}, "min_tokens")):
+        with pytest.raises(ApiError) as caught:
+            completion(echo=True, **fields)
+        assert caught.value.param == param
+    with pytest.raises(ApiError, match="echo is not served here"):
+        chat(echo=True)
 
 
 def test_fields_of_the_other_endpoint() -> None:
