@@ -9,6 +9,7 @@ import click
 from runtime.cli import config_command
 from runtime.config import load_config, require_local_files
 from runtime.sampling_params import BadParameter, SamplingParams, check_stop
+from runtime.show_config import sampling_defaults
 
 
 @config_command("generate")
@@ -34,6 +35,7 @@ def generate(
     """Complete one prompt; the text goes to standard output, progress to standard error."""
     config = load_config(path, overrides).config
     require_local_files(config)
+    sampling_defaults(config)  # what is wrong with them is said before the model is loaded
     text = sys.stdin.read() if prompt == "-" else prompt
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_tokens": max_tokens, "seed": config.seed}
     given = {name: value for name, value in given.items() if value is not None}

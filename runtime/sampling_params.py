@@ -146,7 +146,8 @@ def model_defaults(generation_config: Mapping[str, Any]) -> dict[str, int | floa
 
     Raises ValueError for a value that no request may have.
     """
-    given = {name: generation_config[key] for key, name in FROM_GENERATION_CONFIG.items() if generation_config.get(key) is not None}
+    said = {name: generation_config.get(key) for key, name in FROM_GENERATION_CONFIG.items()}
+    given = {name: value for name, value in said.items() if value is not None}
     try:
         checked = SamplingParams(**given)
     except BadParameter as error:
@@ -160,7 +161,7 @@ def describe_defaults(defaults: Mapping[str, int | float]) -> str:
     """A line on how requests are sampled that do not say; `defaults` are the model's own."""
     if not defaults:
         return "sampling where a request does not say: temperature 1, no filters, no penalties"
-    own = ", ".join(f"{name} {value:g}" for name, value in defaults.items())
+    own = ", ".join(f"{name} {value:.10g}" for name, value in defaults.items())
     return f"sampling where a request does not say, of generation_config.json: {own}; generation_config: none leaves it out"
 
 

@@ -9,6 +9,7 @@ import click
 
 from runtime.cli import config_command
 from runtime.config import load_config, require_local_files
+from runtime.show_config import sampling_defaults
 
 
 @config_command("serve")
@@ -17,6 +18,7 @@ def serve(config: str, overrides: dict[str, str]) -> None:
     """Serve CONFIG until SIGTERM or Ctrl-C; a second signal stops at once."""
     settings = load_config(config, overrides).config
     require_local_files(settings)
+    sampling_defaults(settings)  # what is wrong with them is said before the model is loaded
     from runtime.supervisor import Supervisor, Unserved
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(name)s %(message)s")

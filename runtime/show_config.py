@@ -53,17 +53,25 @@ def setting_lines(resolved: Resolved) -> str:
 def sampling_lines(config: Config) -> str:
     """How requests are sampled that do not say: field, value and source, one a line, under a heading."""
     folder, unknown = _folder(config)
-    try:
-        own = model_defaults(model_source.json_object(folder / "generation_config.json")) if folder else {}
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    own = sampling_defaults(config)
     lines = ["", f"# sampling where a request does not say{unknown}"]
     for name in FROM_GENERATION_CONFIG.values():
-        value = f"{own.get(name, getattr(SamplingParams(), name)):g}"
+        value = f"{own.get(name, getattr(SamplingParams(), name)):.10g}"
         if name == "max_tokens" and name not in own:
             value = "16 of a prompt, all that fit of a chat"
         lines.append(f"{name:<18}  {value:<6}  # {folder / 'generation_config.json' if name in own else 'default'}")
     return "\n".join(lines)
+
+
+def sampling_defaults(config: Config) -> dict[str, int | float]:
+    """What the model sets for requests, as far as its file is on this machine; raises ConfigError where no request may have that."""
+    folder, _ = _folder(config)
+    if folder is None:
+        return {}
+    try:
+        return model_defaults(model_source.json_object(folder / "generation_config.json"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _folder(config: Config) -> tuple[Path | None, str]:

@@ -329,7 +329,8 @@ def _content(content: Any, where: str, kinds: tuple[str, ...]) -> str:
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in kinds:
-            _refuse(f"{where}[{index}].type", f"must be {' or '.join(map(json.dumps, kinds))}; others are not served; got {shown(kind)}")
+            served = " or ".join(map(json.dumps, kinds))
+            _refuse(f"{where}[{index}].type", f"must be {served}, the only kind served; got {shown(kind)}")
         if not isinstance(part.get(kind), str):
             _refuse(f"{where}[{index}].{kind}", "must be a string")
         texts.append(part[kind])

@@ -80,7 +80,9 @@ def test_config_says_how_requests_are_sampled_that_do_not_say(tmp_path: Path) ->
     assert rows["top_p"] == ["1", "#", "default"]
     assert shown("--generation-config", "none")["temperature"] == ["1", "#", "default"]
     file.write_text('{"temperature": 7}')
-    assert "temperature must be a number from 0 to 2" in run("config", str(tmp_path)).output
+    for command in (["config", str(tmp_path)], ["serve", str(tmp_path)], ["generate", "--config", str(tmp_path), "--prompt", "a"]):
+        result = run(*command)
+        assert result.exit_code == 1 and "temperature must be a number from 0 to 2" in result.output
     assert "before the model is loaded" in run("config", SMOLLM2).output
 
 

@@ -188,7 +188,9 @@ def test_a_tiny_temperature_and_a_top_p_of_0_reach_the_engine_as_what_they_mean(
 
 
 @pytest.mark.parametrize(("max_tokens", "output"), [(0, ""), (50, "hello world")])
-def test_echo_puts_the_prompt_before_the_output(http: FlaskClient, fake_engine, tokenizer: Tokenizer, max_tokens: int, output: str) -> None:
+def test_echo_puts_the_prompt_before_the_output(
+    http: FlaskClient, fake_engine, tokenizer: Tokenizer, max_tokens: int, output: str
+) -> None:
     asked = {"n": 2, "echo": True, "max_tokens": max_tokens, "stop": ["tiny"]}
     for prompt in (["a tiny", "b"], [tokenizer.encode("a tiny"), tokenizer.encode("b")]):
         whole = strict(Completion, http.post("/v1/completions", json={"prompt": prompt, **asked}).json)
