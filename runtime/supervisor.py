@@ -38,7 +38,7 @@ WEB_COMMAND = module_command("gunicorn")
 HEARTBEAT_S = 0.25
 SILENCE_S = 30.0  # a longer step counts as a hang: /health/live then fails and streams end
 IDLE_S = 1.5  # without work before a drain is over: web workers learn of it from a heartbeat of one second
-IDLE_CONNECTIONS = 1000  # that a web worker holds open beside those with a request
+IDLE_CONNECTIONS = 4000  # that a web worker holds open beside those with a request; then the longest idle is closed
 ABORTED = 130  # exit status after a second signal, as a shell reports an interrupt
 
 # Everything fetched here is on this machine: a proxy from the environment must not see it.
@@ -162,7 +162,6 @@ class Supervisor:
             "--bind", f"fd://{descriptor}",
             "--workers", str(self.config.workers),
             "--threads", str(self._web_threads),
-            # Idle connections come on top of the busy ones.
             "--worker-connections", str(self._web_threads + IDLE_CONNECTIONS),
             "--log-level", self.config.log_level,
         ]  # fmt: skip

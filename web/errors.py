@@ -82,9 +82,13 @@ def _of_http(error: HTTPException) -> ApiError:
     if status == 405:
         return ApiError(405, f"{request.method} is not allowed here; use {', '.join(sorted(error.valid_methods or ()))}")
     if status == 413:
-        limit = current_app.config["MAX_CONTENT_LENGTH"]
-        return ApiError(413, f"the request body is larger than max_body_bytes = {limit}")
+        return body_too_large(current_app.config["MAX_CONTENT_LENGTH"])
     return ApiError(status, error.name.lower())
+
+
+def body_too_large(limit: int) -> ApiError:
+    """413, told as soon as the size is known."""
+    return ApiError(413, f"the request body is larger than max_body_bytes = {limit}")
 
 
 def register(app: Flask) -> None:

@@ -1,13 +1,13 @@
 """gunicorn's settings for the web workers; the supervisor adds bind address, workers and threads as flags.
 
-One thread carries one request for its whole stream, and the routes keep some threads free of streams: health
-checks always find one. Threads start as they are needed.
+One thread carries one POST for its whole stream; other requests have threads of their own, so health checks always
+find one. Threads start as they are needed.
 """
 
 import os
 
 bind = "127.0.0.1:8000"
-worker_class = "gthread"
+worker_class = "web.worker.Worker"
 workers = 2
 threads = 80
 # Heartbeats come from the worker's main loop, so this limits a hung worker, not a long stream.

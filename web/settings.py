@@ -24,6 +24,9 @@ class WebSettings:
     threads: int = 80  # of this worker, as gunicorn is told; a request holds one until its answer is sent
     enough_threads: int = 80  # with so many, the engine's queue is full before they are
     max_body_bytes: int = 8 << 20
+    header_timeout_s: float = 10.0  # from a request's first byte, or from the connection, to the end of its headers
+    body_timeout_s: float = 30.0  # between two reads of a body
+    send_timeout_s: float = 30.0  # that a client may take nothing of its answer
     keep_alive_s: float = 5.0  # between SSE comments while no token comes
     silence_s: float = 10.0  # without an answer of the engine, it counts as dead
 

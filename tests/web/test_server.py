@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
 from runtime.protocol import TokenDelta
+
+sys.path.insert(0, str(Path(__file__).parent))
+from web_process import eventually, web_process  # noqa: E402
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -25,18 +27,8 @@ def port(fake_engine, tokenizer_folder: Path, tmp_path: Path) -> Iterator[int]:
     settings = {"engine_address": fake_engine.address, "model": str(tokenizer_folder), "served_model_name": "tiny",
                 "api_key": "key", "threads": 8, "keep_alive_s": 1.0}  # fmt: skip
     path.write_text(json.dumps(settings))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(64)
-        number = listener.getsockname()[1]
-        command = [sys.executable, "-m", "gunicorn", f"web.app:create_app({json.dumps(str(path))})",
-                   "--config", "python:web.gunicorn_conf", "--bind", f"fd://{listener.fileno()}",
-                   "--workers", "1", "--threads", "8"]  # fmt: skip
-        process = subprocess.Popen(command, pass_fds=[listener.fileno()])
-        assert eventually(lambda: b"200" in ask(number, b"GET /health/ready HTTP/1.0\r\n\r\n"), 30)
-        yield number
-        process.terminate()
-        process.wait(20)
+    with web_process(path, threads=8) as process:
+        yield process.port
 
 
 @pytest.fixture
@@ -49,15 +41,6 @@ def ask(port: int, request: bytes) -> bytes:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(request)
         return connection.recv(64)
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 5) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_the_official_client(client: openai.OpenAI, port: int) -> None:
