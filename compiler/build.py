@@ -157,17 +157,22 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
     )  # fmt: skip
 
 
+def model_folder(config: Any) -> Path:
+    """Where the model's files lie: fetched and converted now where they are not there yet."""
+    return model_source.resolve(
+        config.model,
+        gguf_file=config.gguf_file,
+        keep_quantized=config.quantization == "gguf",
+        revision=config.revision,
+        cache_dir=lower.cache_folder(config.compile_cache_dir),
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 def _load(config: Any, device: torch.device, timings: Timings, progress: bool, name: str = "") -> Loaded:
     """The stages from the model's files to captured modules with weights; `name` goes before theirs."""
     with timings.stage(f"{name}source"):
-        folder = model_source.resolve(
-            config.model,
-            gguf_file=config.gguf_file,
-            keep_quantized=config.quantization == "gguf",
-            revision=config.revision,
-            cache_dir=lower.cache_folder(config.compile_cache_dir),
-            trust_remote_code=config.trust_remote_code,
-        )
+        folder = model_folder(config)
         generation = model_source.json_object(folder / "generation_config.json")
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         beside = None if config.load_format == "dummy" else weights.words_beside(folder)

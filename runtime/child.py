@@ -1,4 +1,4 @@
-"""Processes that a process of ours starts: how they find our packages, how they end, and what they said last.
+"""Processes that a process of ours starts: how they find our packages, how they end, and where what they write goes.
 
 Knows nothing of what a child does. Imports no torch.
 """
@@ -18,7 +18,6 @@ from pathlib import Path
 log = logging.getLogger("pagegraph.child")
 
 STOP_S = 10.0  # what a child gets between SIGTERM and SIGKILL
-TAIL_BYTES = 8192
 
 # Runs in the child before the command takes its place: the kernel is to end it when the supervisor is killed.
 # A program of its own and not `preexec_fn`, which may deadlock where the parent has threads.
@@ -47,7 +46,7 @@ def child_environment() -> dict[str, str]:
 
 
 class Child:
-    """A child process in its own session whose output is passed on and whose last lines are kept.
+    """A child process in its own session whose output is passed on.
 
     Its own session, so that a terminal's Ctrl-C reaches only the supervisor, which drains first.
     """
@@ -65,7 +64,6 @@ class Child:
             cwd=folder,
             env=child_environment(),
         )
-        self._tail = bytearray()
         self._reader = threading.Thread(target=self._pass_on, name=f"{name}-output", daemon=True)
         self._reader.start()
 
@@ -74,10 +72,9 @@ class Child:
         """None while it runs; negative: the signal that ended it."""
         return self._process.poll()
 
-    def last_lines(self, count: int = 15) -> str:
-        """The end of what it wrote."""
+    def finish_output(self) -> None:
+        """Return once all that it wrote is passed on, or a second later: what it started may still hold the pipe."""
         self._reader.join(timeout=1.0)
-        return "\n".join(self._tail.decode(errors="replace").rstrip().splitlines()[-count:])
 
     def stop(self, timeout: float = STOP_S) -> None:
         """SIGTERM, then after `timeout` seconds SIGKILL to its whole session; returns when it has ended."""
@@ -105,8 +102,6 @@ class Child:
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         while chunk := os.read(descriptor, 65536):
-            self._tail += chunk
-            del self._tail[:-TAIL_BYTES]
             # A reader of ours that went away must not fill the pipe and so stop the child.
             with contextlib.suppress(BrokenPipeError):
                 sys.stderr.buffer.write(chunk)

@@ -2,7 +2,7 @@
 
 Loads the model, answers on its socket at once with the uncompiled step, and swaps the compiled one in
 when it is ready. Writes engine.json beside the settings once loaded; ends with a non-zero status on any
-error that is not one request's own.
+error that is not one request's own, and leaves the reason beside the settings where it is the user's to mend.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from runtime.config import Config, config_from_dict
 from runtime.engine import Engine
 from runtime.mailbox import Mailbox
 from runtime.sampling_params import describe_defaults
+from runtime.start_errors import REASON_FILE, load_tokenizer, sentence
 
 log = logging.getLogger("pagegraph.engine")
 
@@ -33,11 +34,19 @@ def main(path: str) -> None:
     settings = json.loads(Path(path).read_text())
     config = config_from_dict(settings["config"])
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
-    built = builder.build(config, progress=sys.stderr.isatty())
-    if built.device.type == "cuda":
-        builder.finish(config, built, progress=sys.stderr.isatty(), all_graphs=False)
-    drain_flag = Path(settings["drain_flag"])
-    engine, metrics = engine_of(config, built, Mailbox(settings["engine_address"]), drain_flag.exists)
+    try:
+        load_tokenizer(config)  # what the web workers will do: a fault of it is found before the model loads
+        built = builder.build(config, progress=sys.stderr.isatty())
+        if built.device.type == "cuda":
+            builder.finish(config, built, progress=sys.stderr.isatty(), all_graphs=False)
+        drain_flag = Path(settings["drain_flag"])
+        engine, metrics = engine_of(config, built, Mailbox(settings["engine_address"]), drain_flag.exists)
+    except Exception as error:
+        if (reason := sentence(error)) is None:
+            raise
+        log.debug("the start failed", exc_info=True)
+        Path(path).with_name(REASON_FILE).write_text(reason)
+        sys.exit(1)
     _stop_on_signal(engine)
     start_http_server(settings["metrics_port"], "127.0.0.1", registry=metrics)
     _announce(Path(path).with_name("engine.json"), built)

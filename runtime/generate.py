@@ -10,6 +10,7 @@ from runtime.cli import config_command
 from runtime.config import load_config, require_local_files
 from runtime.sampling_params import BadParameter, SamplingParams, check_stop
 from runtime.show_config import sampling_defaults
+from runtime.start_errors import as_one_sentence, load_tokenizer
 
 
 @config_command("generate")
@@ -44,14 +45,20 @@ def generate(
         stop = check_stop(stop)
     except BadParameter as error:
         raise click.ClickException(str(error)) from None
-    from runtime.llm import LLM  # here and not above: importing torch takes seconds, a bad flag should not
+    from runtime.llm import LLM, RequestFailed  # here and not above: importing torch takes seconds, a bad flag should not
 
-    llm = LLM(config, progress=sys.stderr.isatty())
+    with as_one_sentence(config.log_level):
+        tokenizer = load_tokenizer(config)
+        if chat and tokenizer.chat_template is None:
+            raise click.ClickException(f"{config.model} has no chat template; leave --chat out to complete the prompt as it is")
+        asked = tokenizer.apply_chat([{"role": "user", "content": text}]) if chat else text
+        llm = LLM(config, progress=sys.stderr.isatty())
     try:
         params = SamplingParams(**{"temperature": 0.0, **llm.sampling_defaults, **given})
-        asked = llm.tokenizer.apply_chat([{"role": "user", "content": text}]) if chat else text
         for piece in llm.stream(asked, params, stop=stop):
             click.echo(piece, nl=False)
         click.echo()
+    except RequestFailed as error:
+        raise click.ClickException(str(error)) from error
     finally:
         llm.close()

@@ -29,6 +29,7 @@ from runtime.child import Child, module_command
 from runtime.client import EngineClient, EngineDead
 from runtime.config import Config
 from runtime.protocol import EngineInfo
+from runtime.start_errors import REASON_FILE
 
 log = logging.getLogger("pagegraph.supervisor")
 
@@ -199,10 +200,14 @@ class Supervisor:
             time.sleep(0.1)
 
     def _check_children(self) -> None:
-        """Raise Unserved with its last lines if a child has ended."""
+        """Raise Unserved if a child has ended: with the reason that it left, else a pointer to what it wrote."""
         for child in (self._engine, self._web):
             if child is not None and child.exit_code is not None and self._signals < 2:
-                raise Unserved(f"the {child.name} process ended with {_status(child.exit_code)}; its last lines:\n{child.last_lines()}")
+                child.finish_output()
+                reason = self._run_dir / REASON_FILE
+                if child is self._engine and reason.is_file():
+                    raise Unserved(reason.read_text())
+                raise Unserved(f"the {child.name} process ended with {_status(child.exit_code)}; what it wrote stands above")
 
     def _drain(self) -> int:
         """Refuse new requests, let running ones end, stop the engine, then the web processes."""

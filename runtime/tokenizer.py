@@ -1,6 +1,6 @@
 """Text to token ids and back, from the tokenizer files of a model folder.
 
-Knows `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`.
+Knows `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja` and `chat_template.json`.
 Knows nothing of requests, sockets or torch: a web worker imports this module and must stay light.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import functools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import jinja2
 import tokenizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from compiler.model_source import json_object, lfs_pointer
 from runtime.token_bound import TokenBound
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -79,11 +79,11 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers library raises bare Exception
-            raise ValueError(f"{path} is not a tokenizer of the tokenizers library: {error}") from error
-        config = _read_json(folder / "tokenizer_config.json")
+            raise ValueError(f"{path} is not a tokenizer of the tokenizers library: {lfs_pointer(path) or error}") from error
+        config = json_object(folder / "tokenizer_config.json")
         return cls(
             backend,
-            special_tokens=_special_tokens(_read_json(folder / "special_tokens_map.json") | config),
+            special_tokens=_special_tokens(json_object(folder / "special_tokens_map.json") | config),
             chat_template=_chat_template(folder, config),
             add_bos=config.get("add_bos_token"),
         )
@@ -208,16 +208,6 @@ def _byte_level_chars() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or {} when the model has no such file."""
-    if not path.is_file():
-        return {}
-    value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return value
-
-
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """Special tokens by name; the files write them as a string or as an object with `content`."""
     values = {name: config.get(name) for name in _SPECIAL_NAMES}
@@ -230,7 +220,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
+    template = json_object(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):  # several named templates
         named = {entry["name"]: entry["template"] for entry in template}
         return named.get("default")
