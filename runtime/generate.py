@@ -45,7 +45,7 @@ def generate(
         stop = check_stop(stop)
     except BadParameter as error:
         raise click.ClickException(str(error)) from None
-    from runtime.llm import LLM, RequestFailed  # here and not above: importing torch takes seconds, a bad flag should not
+    from runtime.llm import LLM  # here and not above: importing torch takes seconds, a bad flag should not
 
     with as_one_sentence(config.log_level):
         tokenizer = load_tokenizer(config)
@@ -53,12 +53,10 @@ def generate(
             raise click.ClickException(f"{config.model} has no chat template; leave --chat out to complete the prompt as it is")
         asked = tokenizer.apply_chat([{"role": "user", "content": text}]) if chat else text
         llm = LLM(config, progress=sys.stderr.isatty())
-    try:
-        params = SamplingParams(**{"temperature": 0.0, **llm.sampling_defaults, **given})
-        for piece in llm.stream(asked, params, stop=stop):
-            click.echo(piece, nl=False)
-        click.echo()
-    except RequestFailed as error:
-        raise click.ClickException(str(error)) from error
-    finally:
-        llm.close()
+        try:
+            params = SamplingParams(**{"temperature": 0.0, **llm.sampling_defaults, **given})
+            for piece in llm.stream(asked, params, stop=stop):
+                click.echo(piece, nl=False)
+            click.echo()
+        finally:
+            llm.close()
