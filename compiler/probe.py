@@ -126,6 +126,8 @@ def probe(original: nn.Module) -> Probed:
         except UnsupportedModel:
             raise
         except Exception as error:
+            if past is not None:
+                break
             notes.refuse(f"the forward does not run on packed sequences without a cache ({type(error).__name__}: {error})")
         if sorted(notes.layouts) != list(range(layers)):
             notes.refuse(
