@@ -18,7 +18,8 @@ SMALL = dict(
     pronunciation_embed_dim=64, shape_embed_dim=64, shape_vocab_size=128, pronunciation_vocab_size=128,
     intermediate_size=96, intermediate_size_mlp=96, ffn_dim=96, d_ff=96, dim_ff=96, ffn_hidden_size=96, n_inner=96,
     encoder_ffn_dim=96, decoder_ffn_dim=96, dense_intermediate_size=96, moe_intermediate_size=48,
-    shared_expert_intermediate_size=48, shared_intermediate_size=48, moe_shared_expert_intermediate_size=48, expert_ffn_hidden_size=48,
+    shared_expert_intermediate_size=48, shared_intermediate_size=48, moe_shared_expert_intermediate_size=48,
+    expert_ffn_hidden_size=48,
     num_hidden_layers=4, n_layer=4, n_layers=4, num_layers=4, encoder_layers=2, decoder_layers=2,
     num_decoder_layers=4, num_encoder_layers=2,
     num_attention_heads=4, n_head=4, n_heads=4, num_heads=4, encoder_attention_heads=4, decoder_attention_heads=4,
@@ -60,7 +61,7 @@ OWN: dict[str, dict[str, Any]] = {
 def tiny(kind: str) -> PretrainedConfig:
     """The type's configuration at tiny size.
 
-    Raises ValueError where it holds other models beside a text model, or what its class raises where small sizes do not fit together.
+    Raises ValueError where it holds other models beside a text model, or what its class raises where small sizes do not fit.
     """
     config_class = CONFIG_MAPPING[kind]
     default = config_class()

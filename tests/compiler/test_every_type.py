@@ -1,4 +1,4 @@
-"""Every causal-LM type of transformers, tiny and random: right against its own eager forward, or refused with a sentence; never wrong.
+"""Every causal-LM type of transformers, tiny and random: right against its own eager forward, or refused, never wrong.
 
 What the generic small sizes of `every_type` do not reach is skipped and says why.
 """
