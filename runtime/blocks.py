@@ -31,17 +31,21 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_caching = enable_caching
-        self.num_free = num_blocks - 1
         self.evictions = 0
         # A fresh key for each process: hashes cannot be predicted, so nobody can aim for a collision.
         self._key = secrets.token_bytes(32)
-        self._references = array("q", [0]) * num_blocks
-        self._hash = [_NO_HASH] * num_blocks
+        self.clear()
+
+    def clear(self) -> None:
+        """All blocks are free and none is cached, whatever was."""
+        self.num_free = self.num_blocks - 1
+        self._references = array("q", [0]) * self.num_blocks
+        self._hash = [_NO_HASH] * self.num_blocks
         self._cached: dict[bytes, int] = {}
-        # Links of the free list; index `num_blocks` is its end: next(end) is the front, previous(end) the back.
-        end = num_blocks
-        self._next = array("q", [*range(1, num_blocks + 1), 1])
-        self._previous = array("q", [*range(-1, num_blocks - 1), num_blocks - 1])
+        # Links of the free list; index `self.num_blocks` is its end: next(end) is the front, previous(end) the back.
+        end = self.num_blocks
+        self._next = array("q", [*range(1, self.num_blocks + 1), 1])
+        self._previous = array("q", [*range(-1, self.num_blocks - 1), self.num_blocks - 1])
         self._previous[1] = end
         self._end = end
 
@@ -115,11 +119,6 @@ class BlockPool:
         if self.enable_caching and digest not in self._cached and not self._hash[block]:
             self._cached[digest] = block
             self._hash[block] = digest
-
-    def forget_all(self) -> None:
-        """Empty the prefix cache: after a step failed, nobody knows what its pages hold."""
-        for block in list(self._cached.values()):
-            self._forget(block)
 
     def hash_of(self, block: int) -> bytes:
         """Hash under which the cache knows `block`, b"" if it does not."""

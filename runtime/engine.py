@@ -1,16 +1,16 @@
 """The engine loop: messages in, one step launched ahead, tokens out.
 
 Step N+1 is scheduled and launched before the ids of step N are read, so the device never waits for the
-host; where the host is to guess, after. One request's error stays that request's; a failed step fails
-its own sequences, and only a run of failed steps ends the engine. Holds no socket and no CUDA: the mailbox,
-the step and the clock are given.
+host; where the host is to guess, after. One request's error stays that request's: after an exception all run
+again from their committed tokens, one at a time until it is known whose it is. It ends the engine only where a
+step of the engine's own fails too. Holds no socket and no CUDA: the mailbox, the step and the clock are given.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -23,13 +23,14 @@ from runtime.protocol import Abort, Admitted, EngineInfo, Failed, Hello, Submit,
 from runtime.recorder import Recorder
 from runtime.request import Sequence
 from runtime.results import Arrived
-from runtime.sampling_params import check_ids, check_length, own_seed
+from runtime.sampling_params import SamplingParams, check_ids, check_length, own_seed
 from runtime.scheduler import Scheduler
 from runtime.speculate import Guesser
+from runtime.suspects import Suspects
 
 log = logging.getLogger("pagegraph.engine")
 
-MAX_FAILED_STEPS = 3
+MAX_FAILED_STEPS = 3  # of the engine's own, in a row, after which the device is held for broken
 
 
 class Mailbox(Protocol):
@@ -94,7 +95,7 @@ class Engine:
         self._clients: list[bytes] = []  # by owner number
         self._owners: dict[bytes, int] = {}
         self._num_submitted = 0
-        self._failed_steps = 0
+        self._suspects = Suspects(scheduler)
         self._last_done = 0.0
 
     def run(self) -> None:
@@ -105,17 +106,35 @@ class Engine:
     def turn(self, block: bool = False) -> None:
         """One turn of the loop: accept, schedule, launch, and commit the step before."""
         for client, message in self.mailbox.poll(block and self.idle and not self.use_idle_time()):
-            self._accept(client, message)
+            try:
+                self._accept(client, message)
+            except Exception:
+                log.exception("a message of a client could not be answered")
+                if isinstance(message, Abort):  # nobody knows how far it got
+                    self._running = None
+                    self.scheduler.restart()
+        try:
+            self._advance()
+        except Exception as error:
+            self._recover(error)
+
+    def _advance(self) -> None:
+        """Schedule and launch a step, and commit the one before."""
         running, guesses, done = self._running, None, None
+        if running is not None and (self._suspects or self._wants_results(running.plan)):
+            self._commit(running)
+            running, done = None, self._last_done
+        if running is None:
+            self._suspects.choose()
         if self.speculation is not None:
-            if running is not None and self.speculation.wants_results(running.plan):
-                self._commit(running)
-                running, done = None, self._last_done
             guesses = self.speculation.guesses(ahead=running is not None)
         plan = self.scheduler.schedule(self.clock(), guesses)
         self._running = self._launch(plan, done) if plan else None
         if running is not None:
             self._commit(running)
+
+    def _wants_results(self, running: Plan) -> bool:
+        return self.speculation is not None and self.speculation.wants_results(running)
 
     @property
     def idle(self) -> bool:
@@ -129,22 +148,19 @@ class Engine:
         return InFlight(plan, self.step.launch(self._packer.pack(plan)), now, 0.0 if done is None else now - done)
 
     def _commit(self, done: InFlight) -> None:
-        try:
-            output = done.ticket.wait()
-        except Exception as error:
-            self._fail(done.plan, error)
-            return
-        self._failed_steps = 0
+        output = done.ticket.wait()
         now = self.clock()
         seconds = now - max(done.launched, self._last_done)
         self._last_done = now
         if self.pace is not None:
             self.pace.observe(done.plan.num_tokens, seconds * 1e3)
         arrived = self.scheduler.commit(done.plan, output)
+        self._deliver(arrived)  # before anything else may fail: what is committed has been told
+        self.scheduler.finish(arrived)
+        self._suspects.stepped(len(arrived.rows))
         if self.speculation is not None:
             self.speculation.learn(done.plan, arrived, output.lookup, seconds * 1e3, done.waited * 1e3)
         self.recorder.stepped(arrived, now)
-        self._deliver(arrived)
 
     def _deliver(self, arrived: Arrived) -> None:
         """One message for each client of the step."""
@@ -162,17 +178,62 @@ class Engine:
             ids, tokens = arrived.request_ids, arrived.token_ids
             if theirs is not None:
                 ids, tokens = ids[theirs], tokens[theirs]
-            self.mailbox.send(self._clients[owner], Tokens(deltas, ids.tolist(), tokens.tolist()))
+            self._tell(owner, Tokens(deltas, ids.tolist(), tokens.tolist()))
 
-    def _fail(self, plan: Plan, error: Exception) -> None:
-        """Running sequences end with an error; a third failure in a row ends the engine."""
-        log.exception("a step of %d sequences failed", len(plan), exc_info=error)
-        self._failed_steps += 1
-        if self._failed_steps >= MAX_FAILED_STEPS:
-            raise RuntimeError(f"{MAX_FAILED_STEPS} steps in a row failed") from error
-        for sequence in self.scheduler.fail(plan):
+    def _tell(self, owner: int, tokens: Tokens) -> None:
+        """Send them; where that raises, one by one, and whose cannot be sent ends."""
+        try:
+            self.mailbox.send(self._clients[owner], tokens)
+        except Exception:
+            deltas = list(tokens.each())
+            if len(deltas) == 1:
+                log.exception("tokens of a request could not be sent")
+                self._fail((owner, deltas[0].request_id))
+                return
+            for delta in deltas:
+                self._tell(owner, Tokens([delta]))
+
+    def _recover(self, error: Exception) -> None:
+        """Go on after a step that failed, or was not even planned: as if it had not been, and without whoever is to blame.
+
+        Raises RuntimeError if it is no request's fault.
+        """
+        log.error("a step failed", exc_info=error)
+        self._running = None
+        touched = self.scheduler.restart()
+        self._prove(error)
+        guilty = self._suspects.accuse(touched)
+        if guilty is None:
+            log.warning("%d sequences run one at a time, to find whose step it is that fails", len(touched))
+        else:
+            self._fail(guilty.key)
+
+    def _prove(self, error: Exception) -> None:
+        """Run a sequence of the engine's own, which is not counted. Raises RuntimeError if its steps fail too."""
+        for _ in range(MAX_FAILED_STEPS):
+            counters = replace(self.scheduler.counters)
+            own = Sequence("", [0], SamplingParams(max_tokens=1), frozenset(), 0, 2, owner=-1)
+            try:
+                self.scheduler.alone = own
+                self.scheduler.add(own)
+                plan = self.scheduler.schedule(self.clock())
+                output = self.step.launch(self._packer.pack(plan)).wait()
+                self.scheduler.finish(self.scheduler.commit(plan, output))
+                self.scheduler.alone = None
+                return
+            except Exception as another:
+                log.error("so does a step of one token that is nobody's", exc_info=another)
+                own.finish_reason = "error"
+                self.scheduler.restart()
+            finally:
+                self.scheduler.counters = counters
+        raise RuntimeError(f"a step failed, and {MAX_FAILED_STEPS} of one token after it") from error
+
+    def _fail(self, key: tuple[int, str]) -> None:
+        """End a sequence because of an exception that is its own."""
+        if sequence := self.scheduler.abort(key, "error"):
             self.recorder.ended(sequence, self.clock())
-            failed = Failed(sequence.request_id, 500, "the step that ran this request failed")
+            failed = Failed(sequence.request_id, 500, "a step of the model failed for this request; the log says why")
             self.mailbox.send(self._clients[sequence.owner], failed)
 
     def _accept(self, client: bytes, message: ToEngine) -> None:

@@ -36,7 +36,10 @@ class Arrived:
 
 
 def append(rows: Rows, running: Running, plan: Plan, output: StepOutput) -> Arrived:
-    """Append what the step sampled for those that are still in its rows. In the order of the plan, rows with guesses last."""
+    """Append what the step sampled for those that are still in its rows. In the order of the plan, rows with guesses last.
+
+    Nothing is changed before all that may go wrong is done.
+    """
     at, ids, index = plan.rows, output.token_ids, None
     wanted = plan.sampled & (rows.stay[at] == plan.stays)
     if plan.guessed is not None:
@@ -46,8 +49,6 @@ def append(rows: Rows, running: Running, plan: Plan, output: StepOutput) -> Arri
         at, ids = at[index], ids[index]
     fixed = running.fixed_of(at)
     known = rows.known[at] + 1
-    rows.tokens[at, known - 1] = ids
-    rows.known[at] = known
     full = known >= fixed.max_len
     stopped = (fixed.stop_ids == ids[:, None]).any(axis=1) & (known > fixed.min_len) & ~full
     arrived = Arrived(at, ids, fixed.owners, fixed.request_ids, {}, [], [])
@@ -55,32 +56,35 @@ def append(rows: Rows, running: Running, plan: Plan, output: StepOutput) -> Arri
     more = full | stopped | first
     if output.logprobs is not None:
         more |= rows.has_extras[at]
+    told: list[Sequence] = []  # whom the deltas are of
     for i in np.flatnonzero(more).tolist():
         sequence, token = rows.sequences[at[i]], int(ids[i])
-        _end(sequence, token, full[i], stopped[i], arrived)
+        entry = i if index is None else int(index[i])
+        logprobs = _logprobs(sequence, [entry], [token], output.logprobs)
+        arrived.deltas[i] = _delta(sequence, [token], full[i], stopped[i], logprobs)
+        told.append(sequence)
         if first[i]:
             arrived.begun.append(sequence)
-        entry = i if index is None else int(index[i])
-        arrived.deltas[i] = _delta(sequence, [token], _logprobs(sequence, [entry], [token], output.logprobs))
-    if plan.guessed is not None:
-        _append_guessed(rows, plan, output, arrived)
+    guessed = None if plan.guessed is None else _judge(rows, plan, output, arrived, told)
+    # From here on nothing depends on what was asked for.
+    rows.tokens[at, known - 1] = ids
+    rows.known[at] = known
+    if guessed is not None:
+        _append_guessed(rows, guessed)
+    for sequence, delta in zip(told, arrived.deltas.values(), strict=True):
+        sequence.finish_reason, sequence.stop_reason = delta.finish_reason, delta.stop_reason
+        sequence.accepted, sequence.rejected = max(sequence.accepted, delta.accepted), max(sequence.rejected, delta.rejected)
+        if delta.finish_reason:
+            arrived.ended.append(sequence)
     return arrived
 
 
-def _append_guessed(rows: Rows, plan: Plan, output: StepOutput, arrived: Arrived) -> None:
-    """Append what was sampled behind guesses that hold, up to an end, and add it to `arrived`; the rest is taken back."""
+def _judge(rows: Rows, plan: Plan, output: StepOutput, arrived: Arrived, told: list[Sequence]) -> Verdict:
+    """What was sampled behind guesses that hold, up to an end, added to `arrived`."""
     guessed = plan.guessed.among(rows.stay[plan.guessed.rows] == plan.stays[plan.guessed.first])
     at, fed = guessed.rows, None if output.lookup is None else output.lookup.fed
     known, max_len = rows.known[at], rows.max_len[at]
     found = verdict(guessed, output.token_ids, guessed.fed(fed), known, max_len, rows.min_len[at], rows.stop_ids[at])
-    places = np.arange(found.tokens.shape[1])
-    inside = places < found.lengths[:, None]
-    rows.tokens[np.repeat(at, found.lengths), (known[:, None] + places)[inside]] = found.tokens[inside]
-    rows.known[at] = known + found.lengths
-    surplus = found.counts + 1 - found.lengths
-    rows.total[at] -= surplus
-    # Without pages the row was preempted meanwhile: nothing of it is computed.
-    rows.computed[at] -= np.where(rows.num_blocks[at] > 0, surplus, 0)
     begin = len(arrived.rows)
     arrived.rows = np.concatenate([arrived.rows, at])
     arrived.token_ids = np.concatenate([arrived.token_ids, found.tokens[np.arange(len(at)), found.lengths - 1]])
@@ -91,27 +95,39 @@ def _append_guessed(rows: Rows, plan: Plan, output: StepOutput, arrived: Arrived
     for i, row in enumerate(at.tolist()):
         sequence, tokens = rows.sequences[row], found.tokens[i, : found.lengths[i]].tolist()
         first, accepted = int(guessed.first[i]), int(found.accepted[i])
-        sequence.accepted += accepted
-        sequence.rejected += int(found.counts[i]) - accepted
-        _end(sequence, tokens[-1], full[i], found.stopped[i], arrived)
         logprobs = _logprobs(sequence, range(first, first + len(tokens)), tokens, output.logprobs)
-        arrived.deltas[begin + i] = _delta(sequence, tokens, logprobs, sequence.accepted, sequence.rejected)
+        counts = sequence.accepted + accepted, sequence.rejected + int(found.counts[i]) - accepted
+        arrived.deltas[begin + i] = _delta(sequence, tokens, full[i], found.stopped[i], logprobs, *counts)
+        told.append(sequence)
+    return found
 
 
-def _end(sequence: Sequence, token: int, full: bool, stopped: bool, arrived: Arrived) -> None:
-    """If `token`, its last, ended the sequence, for being the last it may have or a stop id."""
-    if stopped:
-        sequence.stop_reason = token
-    if full or stopped:
-        sequence.finish_reason = "length" if full else "stop"
-        arrived.ended.append(sequence)
+def _append_guessed(rows: Rows, found: Verdict) -> None:
+    """Append the tokens of the verdict; guesses that did not hold are taken back."""
+    at, known = found.rows, rows.known[found.rows]
+    places = np.arange(found.tokens.shape[1])
+    inside = places < found.lengths[:, None]
+    rows.tokens[np.repeat(at, found.lengths), (known[:, None] + places)[inside]] = found.tokens[inside]
+    rows.known[at] = known + found.lengths
+    surplus = found.counts + 1 - found.lengths
+    rows.total[at] -= surplus
+    # Without pages the row was preempted meanwhile: nothing of it is computed.
+    rows.computed[at] -= np.where(rows.num_blocks[at] > 0, surplus, 0)
 
 
 def _delta(
-    sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprob] | None, accepted: int = 0, rejected: int = 0
+    sequence: Sequence,
+    tokens: list[int],
+    full: bool,
+    stopped: bool,
+    logprobs: list[TokenLogprob] | None,
+    accepted: int = 0,
+    rejected: int = 0,
 ) -> TokenDelta:
-    reasons = sequence.finish_reason, sequence.stop_reason
-    return TokenDelta(sequence.request_id, tokens, *reasons, sequence.cached_tokens, logprobs, accepted, rejected)
+    """`full`, `stopped`: its last token ended it, for being the last it may have, or a stop id."""
+    reason = "length" if full else "stop" if stopped else ""
+    stop_reason = tokens[-1] if stopped else -1
+    return TokenDelta(sequence.request_id, tokens, reason, stop_reason, sequence.cached_tokens, logprobs, accepted, rejected)
 
 
 def _logprobs(

@@ -62,8 +62,15 @@ class Rows:
         self.request_ids = np.full(num_rows, "", object)
         self.arrival = column(np.float64)  # seconds of the engine's clock
         self.last_token_at = column(np.float64)  # seconds, NaN before the first token
-        self._free = list(range(num_rows - 1, -1, -1))
         self._stays = count(1)
+        self.clear()
+
+    def clear(self) -> None:
+        """All rows are empty, whatever they were."""
+        self.sequences[:] = None
+        self.stay[:] = self.known[:] = self.total[:] = self.computed[:] = self.num_blocks[:] = 0
+        self.blocks[:] = 0
+        self._free = list(range(len(self.stay) - 1, -1, -1))
         self._new_pages: list[np.ndarray] = []
 
     @property
@@ -71,12 +78,12 @@ class Rows:
         return len(self._free)
 
     def enter(self, sequence: Sequence, blocks: list[int], computed: int) -> int:
-        """Give the sequence a row, its pages, and the tokens whose KV these hold already -> the row."""
+        """Give the sequence a row, its pages, and the tokens whose KV these hold already -> the row.
+
+        If that raises, it still has no row.
+        """
         row = self._free.pop()
         params, num_known = sequence.params, len(sequence.tokens)
-        sequence.row = row
-        self.sequences[row] = sequence
-        self.stay[row] = next(self._stays)
         self.tokens[row, :num_known] = sequence.tokens
         self.known[row] = self.total[row] = num_known
         self.computed[row] = computed
@@ -98,6 +105,8 @@ class Rows:
         )
         self.owner[row], self.request_ids[row] = sequence.owner, sequence.request_id
         self.arrival[row], self.last_token_at[row] = sequence.arrival, sequence.last_token_at
+        self.stay[row] = next(self._stays)
+        self.sequences[row], sequence.row = sequence, row
         return row
 
     def fixed(self, rows: np.ndarray) -> Fixed:

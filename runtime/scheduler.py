@@ -66,6 +66,13 @@ class Scheduler:
         self._live: dict[tuple[int, str], Sequence] = {}  # waiting and running, by key
         self._draining: set[int] = set()  # rows of preempted sequences
         self._order = count()
+        self._starting: Sequence | None = None  # on its way from the queue into a row
+        self.alone: Sequence | None = None  # if given, nobody else starts
+
+    @property
+    def live(self) -> list[Sequence]:
+        """All that wait or run, in order."""
+        return sorted(self._live.values(), key=place_of)
 
     @property
     def has_work(self) -> bool:
@@ -92,8 +99,8 @@ class Scheduler:
             )
         check_length(len(sequence.tokens), sequence.max_model_len)
         sequence.order = next(self._order)
-        self._live[sequence.key] = sequence
         insort(self._waiting, sequence, key=place_of)
+        self._live[sequence.key] = sequence
 
     def abort(self, key: tuple[int, str], reason: str = "abort") -> Sequence | None:
         """End a live sequence and free its pages -> the sequence; None if there is none of that key."""
@@ -102,16 +109,6 @@ class Scheduler:
             sequence.finish_reason = reason
             self._finish(sequence)
         return sequence
-
-    def fail(self, plan: Plan, reason: str = "error") -> list[Sequence]:
-        """End what a failed step touched -> the ended. Its KV is unknown: the prefix cache is emptied too."""
-        still_there = plan.rows[self.rows.stay[plan.rows] == plan.stays]
-        touched = sorted({*self._running, *self.rows.sequences[still_there].tolist()}, key=place_of)
-        for sequence in touched:
-            sequence.finish_reason = reason
-            self._finish(sequence)
-        self.pages.pool.forget_all()
-        return touched
 
     def room_for_guesses(self, most: int, lag: int | None = 0) -> tuple[np.ndarray, np.ndarray, int]:
         """(rows that may be given guesses, at most how many each, how many in all), with pages taken for them.
@@ -153,6 +150,7 @@ class Scheduler:
         started: list[Sequence] = []
         if self._waiting and self.counters.preemptions == preemptions:
             self._admit(parts, started, room)
+            self._starting = None
         if room.long >= 0:
             self._fill_up(parts, room)
         guessed = None
@@ -161,12 +159,54 @@ class Scheduler:
         return joined(parts, started, guessed) if parts else None
 
     def commit(self, plan: Plan, output: StepOutput) -> Arrived:
-        """Append what a step sampled; sequences that stop free their pages. Plans come in the order they were scheduled."""
+        """Append what a step sampled; plans come in the order they were scheduled.
+
+        Those that ended by it keep their rows and pages until `finish`. If it raises, nothing was appended.
+        """
         arrived = append(self.rows, self._running, plan, output)
         self.counters.count(arrived)
-        for sequence in arrived.ended:
-            self._finish(sequence)
         return arrived
+
+    def finish(self, arrived: Arrived) -> None:
+        """Free the rows and pages of those that ended."""
+        for sequence in arrived.ended:
+            if sequence.state is not State.FINISHED:
+                self._finish(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Back to the queue with its outputs as prompt; what is in flight still arrives."""
+        self._leave_running(sequence)
+        sequence.state = State.PREEMPTED
+        sequence.num_preemptions += 1
+        self.counters.preemptions += 1
+        insort(self._waiting, sequence, key=place_of)
+        self._draining.add(sequence.row)
+
+    def restart(self) -> list[Sequence]:
+        """Begin anew after an exception, in whatever state it left this -> those it may have to do with, in order, ended ones too.
+
+        Everyone waits, with the tokens that were committed; who has its finish reason has ended. Rows and pages are empty, and
+        so is the prefix cache, for what a failed step wrote nobody knows. What is in flight must not be committed any more.
+        """
+        touched = [s for s in self.live if s.row >= 0 or s is self._starting]
+        for sequence in touched:
+            if sequence.row >= 0:
+                self.counters.preemptions += sequence.state is State.RUNNING
+                sequence.num_preemptions += sequence.state is State.RUNNING
+                sequence.state = State.PREEMPTED
+                self.rows.leave(sequence.row)
+            sequence.num_registered = 0
+        for sequence in self._live.values():
+            if sequence.finish_reason:
+                sequence.state = State.FINISHED
+        self._live = {key: sequence for key, sequence in self._live.items() if not sequence.finish_reason}
+        self._waiting = self.live
+        self._running = Running(self.rows)
+        self._draining.clear()
+        self._starting = self.alone = None
+        self.rows.clear()
+        self.pages.pool.clear()
+        return touched
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless pages, rows, states and the prefix cache fit together."""
@@ -261,7 +301,7 @@ class Scheduler:
             victim = self._running.last
             stays = rows != victim.row
             rows, counts = rows[stays], counts[stays]
-            self._preempt(victim)
+            self.preempt(victim)
         return rows, counts
 
     def _advance(self, rows: np.ndarray, counts: np.ndarray, num_guesses: np.ndarray | None = None) -> Columns:
@@ -283,13 +323,14 @@ class Scheduler:
         Behind a long prompt those start that end within what it leaves. The first that lacks pages ends it, though: pages
         that others took would come back only when they end, so the one that needs many would starve.
         """
-        at = 0
-        while at < min(len(self._waiting), LOOK_PAST) and self.rows.num_free and room.tokens > 0:
-            sequence = self._waiting[at]
+        passed = 0
+        for sequence in self._next_in_line():
+            if not self.rows.num_free or not room.tokens or passed == LOOK_PAST:
+                return
             if sequence.row >= 0:  # its samples from before a preemption are still to come
                 return
-            tokens = 0
-            if at == 0 or self._may_end(sequence, room):
+            self._starting, tokens = sequence, 0
+            if not passed or self._may_end(sequence, room):
                 found = self.pages.find(sequence)
                 computed = len(found) * self.rows.block_size
                 wanted = len(sequence.tokens) - computed
@@ -297,15 +338,21 @@ class Scheduler:
             if not tokens:
                 if not self.enable_chunked_prefill:
                     return
-                at += 1
+                passed += 1
                 continue
             pages = self.pages.claim(sequence, found, self.pages.watermark if len(self._running) else 0)
             if pages is None:
                 return
-            row = self._start(at, pages, computed)
+            row = self._start(sequence, pages, computed)
             parts.append(self._advance(np.array([row], np.int32), np.array([tokens], np.int32)))
             started.append(sequence)
             room.take(row, wanted, tokens)
+
+    def _next_in_line(self) -> list[Sequence]:
+        """Those of the queue who may start in the next step, as far as it can get."""
+        if self.alone is None:
+            return self._waiting[: self.rows.num_free + LOOK_PAST]
+        return [] if self.alone.state is State.RUNNING else [self.alone]
 
     def _may_end(self, sequence: Sequence, room: PromptRoom) -> bool:
         """Whether a waiting prompt is worth a look in the cache for whether it ends within what is left."""
@@ -320,27 +367,18 @@ class Scheduler:
                 self.rows.computed[room.long] += room.tokens
                 self.pages.publish(self.rows.sequences[room.long])
 
-    def _start(self, at: int, pages: list[int], computed: int) -> int:
+    def _start(self, sequence: Sequence, pages: list[int], computed: int) -> int:
         """Move a sequence of the queue into a row, with `computed` tokens in its pages already -> the row."""
-        sequence = self._waiting.pop(at)
+        row = self.rows.enter(sequence, pages, computed)
+        self._waiting.remove(sequence)
         if sequence.state is State.WAITING:
             sequence.cached_tokens = computed
             if self.pages.pool.enable_caching:
                 self.counters.prefix_queries += sequence.num_prompt
                 self.counters.prefix_hits += computed
         sequence.state = State.RUNNING
-        row = self.rows.enter(sequence, pages, computed)
         self._running.join(sequence)
         return row
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue with its outputs as prompt; what is in flight still arrives."""
-        self._leave_running(sequence)
-        sequence.state = State.PREEMPTED
-        sequence.num_preemptions += 1
-        self.counters.preemptions += 1
-        insort(self._waiting, sequence, key=place_of)
-        self._draining.add(sequence.row)
 
     def _vacate_drained(self) -> None:
         for row in [row for row in self._draining if self.rows.known[row] == self.rows.total[row]]:

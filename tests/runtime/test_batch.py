@@ -31,7 +31,7 @@ def step(scheduler: Scheduler) -> StepInput:
     """Schedule, pack and commit token 5 for every sequence."""
     plan = scheduler.schedule(0)
     packed = Packer(scheduler.rows).pack(plan)
-    scheduler.commit(plan, StepOutput(np.full(len(plan), 5, np.int32)))
+    scheduler.finish(scheduler.commit(plan, StepOutput(np.full(len(plan), 5, np.int32))))
     return packed
 
 

@@ -78,8 +78,10 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.take(len(self.free) + 1)
 
     @rule()
-    def forget(self) -> None:
-        self.pool.forget_all()
+    def clear(self) -> None:
+        self.pool.clear()
+        self.free = list(range(1, NUM_BLOCKS))
+        self.tables.clear()
         self.cache.clear()
         self.hash_of.clear()
 

@@ -26,7 +26,7 @@ def appended(sequence: Sequence, tokens: list[int]) -> list[str]:
     for token in tokens:
         plan = scheduler.schedule(0)
         assert plan is not None, "the sequence had ended"
-        scheduler.commit(plan, StepOutput(np.array([token], np.int32)))
+        scheduler.finish(scheduler.commit(plan, StepOutput(np.array([token], np.int32))))
         reasons.append(sequence.finish_reason)
     return reasons
 

@@ -91,6 +91,7 @@ def test_random_work_gives_every_sequence_its_own_tokens(
             for sequence in arrived.ended:
                 assert sequence.request_id not in ended, "a sequence ended twice"
                 ended[sequence.request_id] = sequence.finish_reason
+            scheduler.finish(arrived)
             scheduler.check_integrity()
         turn += 1
         assert turn < 3000, "the scheduler makes no progress"
@@ -171,10 +172,9 @@ def test_a_pool_too_small_for_one_sequence_is_refused() -> None:
 def test_a_failed_step_leaves_no_pages_and_no_cache() -> None:
     scheduler = scheduler_of()
     scheduler.add(sequence_of("a", 18))
-    assert [sequence.request_id for sequence in scheduler.fail(scheduler.schedule(0))] == ["a"]
+    scheduler.schedule(0)
+    assert [sequence.request_id for sequence in scheduler.restart()] == ["a"]
     scheduler.check_integrity()
-    again = sequence_of("a", 18)
-    scheduler.add(again)
     assert scheduler.schedule(1).counts.tolist() == [18]
 
 
@@ -192,7 +192,7 @@ def turn(scheduler: Scheduler) -> dict[str, int]:
     """Tokens of the next step by sequence; what it samples is committed."""
     plan = scheduler.schedule(0)
     scheduler.check_integrity()
-    scheduler.commit(plan, StepOutput(np.zeros(len(plan), np.int32)))
+    scheduler.finish(scheduler.commit(plan, StepOutput(np.zeros(len(plan), np.int32))))
     return dict(planned(scheduler, plan))
 
 

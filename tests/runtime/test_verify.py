@@ -89,6 +89,7 @@ class Oracle:
     def __init__(self, scheduler: Scheduler, most: int, chance: float, seed: int, on_device: bool) -> None:
         self.scheduler, self.most, self.chance, self.on_device = scheduler, most, chance, on_device
         self.rng = np.random.default_rng(seed)
+        self.stays: dict[int, int] = {}  # of the sequence that a row's last sample was of, by row
 
     def guess(self, history: list[int], seed: int) -> list[int]:
         history, known = list(history), len(history)
@@ -101,6 +102,8 @@ class Oracle:
         rows, limits, budget = self.scheduler.room_for_guesses(self.most, lag=None if self.on_device else 0)
         counts = within(np.minimum(limits, self.rng.integers(0, self.most + 1, len(rows))).astype(np.int32), budget)
         guessing = counts > 0
+        if self.on_device:  # it has made none for a row that has not sampled yet
+            guessing &= [self.stays.get(row) == self.scheduler.rows.stay[row] for row in rows.tolist()]
         if not guessing.any():
             return None
         if self.on_device:
@@ -152,6 +155,7 @@ def test_guesses_right_or_wrong_change_no_token(
         for sequence in arrived.ended:
             assert sequence.request_id not in ended, "a sequence ended twice"
             ended[sequence.request_id] = sequence.finish_reason
+        scheduler.finish(arrived)
         scheduler.check_integrity()
 
     while arrivals or scheduler.has_work or launched:
@@ -179,6 +183,7 @@ def test_guesses_right_or_wrong_change_no_token(
                 assert len(set(plan.rows.tolist())) == len(plan) - int(plan.guessed.counts.sum())
                 seen["uncertain"] += on_device and bool((plan.starts >= scheduler.rows.known[plan.rows] + 1).any())
             launched.append((plan, step.run(packer.pack(plan))))
+            oracle.stays.update(zip(plan.rows[plan.sampled].tolist(), plan.stays[plan.sampled].tolist()))
         while launched and (len(launched) > depth or not plan):
             commit()
         turn += 1
@@ -238,10 +243,11 @@ def test_a_row_preempted_with_guesses_in_flight_keeps_what_held(stop: int) -> No
     scheduler = scheduler_of()
     sequence = started(scheduler, stop_token_ids=[stop])
     plan = scheduler.schedule(0, guess(sequence, 5, 6))
-    scheduler._preempt(sequence)
+    scheduler.preempt(sequence)
     scheduler.check_integrity()
     assert scheduler.schedule(0) is None, "it waits for what is in flight"
     arrived = scheduler.commit(plan, StepOutput(np.array([5, 9, 1], np.int32)))
+    scheduler.finish(arrived)
     scheduler.check_integrity()
     assert arrived.deltas[0].token_ids == [5, 9]
     again = scheduler.schedule(0)
