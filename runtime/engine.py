@@ -263,10 +263,14 @@ class Engine:
             self._refuse(client, submits, 0, 503, full)
             return False
         added: list[Sequence] = []
+        prompts: dict[int, np.ndarray] = {}  # by the list that they came as: many may have the same
         try:
             for submit in submits:
                 self._check(submit)
-                sequence = self._sequence(client, submit)
+                if (key := id(submit.token_ids)) not in prompts:
+                    check_ids("prompt", submit.token_ids, self.limits.vocab_size)
+                    prompts[key] = np.array(submit.token_ids, np.int32)
+                sequence = self._sequence(client, submit, prompts[key])
                 self.scheduler.add(sequence)
                 added.append(sequence)
             return True
@@ -286,12 +290,12 @@ class Engine:
         ids = [submit.request_id for submit in submits]
         self.mailbox.send(client, Failed(ids.pop(which), status, reason, ids))
 
-    def _sequence(self, client: bytes, message: Submit) -> Sequence:
+    def _sequence(self, client: bytes, message: Submit, prompt: np.ndarray) -> Sequence:
         self._num_submitted += 1
         seed = message.params.seed
         return Sequence(
             request_id=message.request_id,
-            tokens=np.array(message.token_ids, np.int32),
+            tokens=prompt,
             params=message.params,
             eos_ids=self.limits.eos_ids,
             seed=seed if seed is not None else own_seed(self.seed, self._num_submitted),
@@ -305,5 +309,4 @@ class Engine:
     def _check(self, message: Submit) -> None:
         """Raises ValueError for what would harm the step: the last gate before the device."""
         check_length(len(message.token_ids), self.limits.max_model_len, min_tokens=message.params.min_tokens)
-        check_ids("prompt", message.token_ids, self.limits.vocab_size)
         message.params.check_vocabulary(self.limits.vocab_size)

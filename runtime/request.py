@@ -59,7 +59,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         params = self.params
-        self.tokens = np.array(self.tokens, np.int32)
+        self.tokens = np.asarray(self.tokens, np.int32)  # never written to: sequences of a group share their prompt
         self.num_prompt = len(self.tokens)
         self.max_len = self.max_model_len
         if params.max_tokens is not None:

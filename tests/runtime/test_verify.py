@@ -103,7 +103,7 @@ class Oracle:
         counts = within(np.minimum(limits, self.rng.integers(0, self.most + 1, len(rows))).astype(np.int32), budget)
         guessing = counts > 0
         if self.on_device:  # it has made none for a row that has not sampled yet
-            guessing &= [self.stays.get(row) == self.scheduler.rows.stay[row] for row in rows.tolist()]
+            guessing &= np.array([self.stays.get(row) == self.scheduler.rows.stay[row] for row in rows.tolist()], bool)
         if not guessing.any():
             return None
         if self.on_device:
