@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.sampling_params import SamplingParams
 from web.errors import ApiError
-from web.schema import _UNSERVED, parse_body, parse_chat, parse_completion
+from web.schema import _MESSAGE_FIELDS, _UNSERVED, parse_body, parse_chat, parse_completion
 
 VOCAB = 100
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -290,7 +290,7 @@ def test_bad_bodies(body: bytes) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),  # 1e999 is infinity
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
@@ -313,6 +313,23 @@ def test_any_json_is_taken_or_refused(fields: dict[str, Any]) -> None:
         except ApiError as error:
             assert error.status == 400 and error.param
             json.dumps(error.body())
+
+
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool"]) | JSON},
+    optional={name: st.lists(st.dictionaries(st.sampled_from(["type", "text", "refusal"]), JSON | st.sampled_from(["text", "refusal"])))
+              | JSON for name in sorted(_MESSAGE_FIELDS - {"role"})},
+)  # fmt: skip
+
+
+@given(messages=st.lists(MESSAGE | JSON, max_size=3))
+def test_any_history_is_taken_or_refused(messages: list[Any]) -> None:
+    try:
+        request = chat(messages=messages)
+    except ApiError as error:
+        assert error.status == 400 and error.param.startswith("messages")
+    else:
+        assert all(isinstance(one["content"], str) for one in request.messages)
 
 
 @given(fields=st.fixed_dictionaries({}, optional=SAMPLED))
