@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from compiler.forward_local import forward_local
 from compiler.probe import AttentionLayout, TokensBefore, ask_for_no_padding, probe
 
 ATTENTION_NAME = "pagegraph"
@@ -22,8 +23,9 @@ ATTENTION_NAME = "pagegraph"
 
 @dataclass(slots=True)
 class PagedBatch:
-    """Where the tokens of one step live; see `kernels.ops` for shapes and dtypes."""
+    """Where the tokens of one step live, and what the layers compute; see `kernels.ops` for shapes and dtypes."""
 
+    layouts: list[AttentionLayout]
     positions: torch.Tensor
     slots: torch.Tensor
     block_tables: torch.Tensor
@@ -31,18 +33,6 @@ class PagedBatch:
     seq_lens: torch.Tensor
     key_caches: list[torch.Tensor]
     value_caches: list[torch.Tensor]
-
-
-class PagedContext:
-    """What the attention of one model reads during a forward: layouts, and the batch of the moment.
-
-    Every module of the model carries a reference to its own model's context, so two captured models
-    (a target and a draft) never see each other's batch.
-    """
-
-    def __init__(self) -> None:
-        self.layouts: list[AttentionLayout] = []
-        self.batch: PagedBatch | None = None
 
 
 def paged_attention(
@@ -55,10 +45,12 @@ def paged_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention signature: query [1, Hq, T, D], key and value [1, Hkv, T, *] -> [1, T, Hq, Dv]."""
-    context: PagedContext = module.paged_context
-    layout = context.layouts[module.layer_idx]
-    batch = context.batch
+    """transformers' attention signature: query [1, Hq, T, D], key and value [1, Hkv, T, *] -> [1, T, Hq, Dv].
+
+    The batch is that of the forward that this thread is in: not every model hands keyword arguments down to here.
+    """
+    batch: PagedBatch = forward_local.paged
+    layout = batch.layouts[module.layer_idx]
     out = torch.ops.pagegraph.paged_attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -85,15 +77,11 @@ AttentionInterface.register(ATTENTION_NAME, paged_attention)
 class CapturedModel(nn.Module):
     """The whole forward as one function of tensors: token ids in, logits of the wanted tokens out."""
 
-    def __init__(self, model: nn.Module, context: PagedContext, counts_tokens: bool) -> None:
+    def __init__(self, model: nn.Module, layouts: list[AttentionLayout], counts_tokens: bool) -> None:
         super().__init__()
         self.model = model
-        self.context = context
+        self.layouts = layouts
         self.counts_tokens = counts_tokens
-
-    @property
-    def layouts(self) -> list[AttentionLayout]:
-        return self.context.layouts
 
     def forward(
         self,
@@ -108,14 +96,18 @@ class CapturedModel(nn.Module):
         value_caches: list[torch.Tensor],
     ) -> torch.Tensor:
         """token_ids, positions, slots int32 [T]; logits_index int64 [S] of token rows -> logits [S, vocab]."""
-        self.context.batch = PagedBatch(
-            positions, slots, block_tables, query_start, seq_lens, key_caches, value_caches
+        forward_local.paged = PagedBatch(
+            self.layouts, positions, slots, block_tables, query_start, seq_lens, key_caches, value_caches
         )
+        forward_local.products = {}
         position_ids = positions.long()[None]
         past = dict(past_key_values=TokensBefore(position_ids)) if self.counts_tokens else {}
-        out = self.model(
-            input_ids=token_ids.long()[None], position_ids=position_ids, use_cache=False, logits_to_keep=logits_index, **past
-        )
+        try:
+            out = self.model(
+                input_ids=token_ids.long()[None], position_ids=position_ids, use_cache=False, logits_to_keep=logits_index, **past
+            )
+        finally:
+            forward_local.paged = forward_local.products = None
         return out.logits[0]
 
 
@@ -125,9 +117,5 @@ def capture(model: nn.Module) -> CapturedModel:
     Raises UnsupportedModel where a layer mixes tokens outside our op or in a way it does not compute.
     """
     probed = probe(model)
-    context = PagedContext()
-    context.layouts = probed.layouts
-    for module in model.modules():
-        module.paged_context = context
     ask_for_no_padding(model)
-    return CapturedModel(model.eval(), context, probed.counts_tokens)
+    return CapturedModel(model.eval(), probed.layouts, probed.counts_tokens)

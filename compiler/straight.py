@@ -7,6 +7,7 @@ What Dynamo would check is checked: sizes by the conditions under which the grap
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,6 +66,12 @@ class Straight:
         return None
 
 
+class _Seen(threading.local):
+    """The graph that a call by Dynamo ended in, with its inputs as they were traced and as they are: each thread's own call."""
+
+    call: tuple[Graph, Sequence[Any], Sequence[Any]] | None = None
+
+
 class Forward:
     """The compiled forward: `compile_graph(module, traced inputs)` is called for each graph that Dynamo captures of it."""
 
@@ -72,7 +79,7 @@ class Forward:
         self._compile_graph = compile_graph
         self._traced = torch.compile(captured, fullgraph=True, backend=self._backend, **options)
         self._graphs: dict[tuple[bool, ...], Straight] = {}
-        self._seen: tuple[Graph, Sequence[Any], Sequence[Any]] | None = None
+        self._seen = _Seen()
 
     def __call__(self, *inputs: Any) -> torch.Tensor:
         # A size of one is a constant to the compiler, so such steps have graphs of their own.
@@ -80,10 +87,10 @@ class Forward:
         known = self._graphs.get(kind)
         out = None if known is None else known.run(inputs)
         if out is None:
-            self._seen = None
+            self._seen.call = None
             out = self._traced(*inputs)
-            if self._seen is not None:
-                self._graphs[kind] = Straight(*self._seen, inputs)
+            if self._seen.call is not None:
+                self._graphs[kind] = Straight(*self._seen.call, inputs)
         return out
 
     def _backend(self, module: torch.fx.GraphModule, traced: list[Any]) -> Graph:
@@ -91,7 +98,7 @@ class Forward:
         graph = self._compile_graph(module, traced)
 
         def run(*given: Any) -> Sequence[torch.Tensor]:
-            self._seen = graph, symbolic, given
+            self._seen.call = graph, symbolic, given
             return graph(*given)
 
         return run

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from compiler.forward_local import forward_local
 from compiler.passes.quant_linears import QuantLinear, stackable, stacked
 
 GROUPS: tuple[tuple[str, ...], ...] = (
@@ -33,11 +34,6 @@ class MergedLinear(nn.Module):
         if linears[0].bias is not None:
             self.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
         self.product = functional.linear  # (states, weight, bias) -> states @ weight.T + bias
-        self._forget()
-
-    def _forget(self) -> None:
-        self.source: torch.Tensor | None = None
-        self.slices: list[torch.Tensor | None] = []
 
     def whole(self, states: torch.Tensor) -> torch.Tensor:
         """states [..., in] -> [..., sum of out]."""
@@ -46,18 +42,24 @@ class MergedLinear(nn.Module):
     def part(self, states: torch.Tensor, index: int) -> torch.Tensor:
         """states [..., in] -> the output [..., sizes[index]] of the linear at `index`.
 
-        The product is formed at the first call with an input and kept until every part was asked for, in
-        any order. Another input, or a part asked for again, forms it anew: wasteful but right.
+        The product is formed at the first call with an input, and kept with the forward until every part was asked for, in
+        any order. Another input, or a part asked for again, forms it anew: wasteful but right; so does each part outside
+        of a `CapturedModel`'s forward. Nothing is kept on the module, which other threads run too.
         """
-        if self.source is not states or self.slices[index] is None:
-            self.source = states
-            self.slices = list(self.whole(states).split(self.sizes, dim=-1))
-        out = self.slices[index]
-        self.slices[index] = None
-        if all(rest is None for rest in self.slices):
-            # Nothing outlives the forward: a tensor left here would become an output of the captured graph.
-            self._forget()
+        products = forward_local.products
+        if products is None:
+            return self._parts(states)[index]
+        source, parts = products.get(self, (None, {}))
+        if source is not states or index not in parts:
+            parts = dict(enumerate(self._parts(states)))
+            products[self] = states, parts
+        out = parts.pop(index)
+        if not parts:
+            del products[self]
         return out
+
+    def _parts(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.whole(states).split(self.sizes, dim=-1)
 
 
 class MergedQuantLinear(MergedLinear):
@@ -67,7 +69,6 @@ class MergedQuantLinear(MergedLinear):
         nn.Module.__init__(self)
         self.sizes = [linear.out_features for linear in linears]
         self.linear = stacked(linears)
-        self._forget()
 
     def whole(self, states: torch.Tensor) -> torch.Tensor:
         return self.linear(states)

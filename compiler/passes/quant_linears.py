@@ -75,7 +75,7 @@ class Int8Dynamic(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         rows = states.flatten(0, -2)
-        if torch.compiler.is_compiling() and len(rows) == 1:
+        if torch.compiler.is_dynamo_compiling() and len(rows) == 1:  # `is_compiling` is true of other threads too
             row = torch.ops.pagegraph.in_memory(rows[0].float())
             parts = self.codes.unflatten(0, (math.gcd(self.out_features, SUMS_AT_ONCE), -1)).unbind()
             product = (torch.cat([(part.float() * row).sum(-1) for part in parts]) * self.scale)[None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from compiler import lower
 from compiler.capture import ATTENTION_NAME, capture
 from compiler.probe import UnsupportedModel
+from compiler.passes import registry
 from compiler.weights import build_meta
+from runtime.config import Config
 
 sys.path.insert(0, str(Path(__file__).parent))
 from architectures import ARCHITECTURES, SIZES, tiny_config  # noqa: E402
 from paged_run import run_paged  # noqa: E402
+from shared_state import nothing_written  # noqa: E402
 
 LENGTHS = (37, 12, 25)  # past every window of the configurations
 WHOLE = [[37, 12, 25]]
@@ -96,6 +100,58 @@ def test_matches_transformers(name: str) -> None:
                 torch.testing.assert_close(logits, expected[sequence][position], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_forward_writes_to_nothing_that_its_modules_hold(name: str) -> None:
+    """With all passes: other threads run the same modules, and the compiler reads them meanwhile."""
+    config = tiny_config(name)
+    captured = captured_copy(config, random_model(config))
+    registry.apply(captured.model, Config(model="tiny"))
+    with nothing_written(captured), torch.inference_mode():
+        run_paged(captured, captured.layouts, prompts_for(SIZES["vocab_size"]), CHUNKED)
+
+
+@pytest.mark.parametrize("write", ["attribute", "attribute of an object", "buffer in place", "set and set back"])
+def test_a_write_shows(write: str) -> None:
+    """Negative control of what the test above looks at."""
+    config = tiny_config("llama")
+    captured = captured_copy(config, random_model(config))
+    norm = captured.model.model.norm
+    norm.register_buffer("seen", torch.zeros(1), persistent=False)
+    norm.noted, norm.noted_by = None, captured.model.config
+
+    def hook(*_: object) -> None:
+        if write == "attribute":
+            norm.__dict__["noted"] = 1
+        elif write == "attribute of an object":
+            norm.noted_by.noted = 1
+        elif write == "buffer in place":
+            norm.seen += 1
+        else:
+            norm.noted, norm.noted = 1, None
+
+    norm.register_forward_hook(hook)
+    with pytest.raises(AssertionError, match="a forward wrote"), nothing_written(captured), torch.inference_mode():
+        run_paged(captured, captured.layouts, prompts_for(SIZES["vocab_size"]), WHOLE)
+
+
+def test_two_threads_run_their_own_batches_through_the_same_modules(impatient_threads: None) -> None:
+    config = tiny_config("llama")
+    captured = captured_copy(config, random_model(config))
+    registry.apply(captured.model, Config(model="tiny"))
+    prompts = prompts_for(SIZES["vocab_size"])
+    work = [(prompts, MIXED), (prompts[:1], [[1], [2], [34]])]
+
+    def run(mine: tuple[list, list]) -> list[dict[int, torch.Tensor]]:
+        with torch.inference_mode():
+            return run_paged(captured, captured.layouts, *mine)
+
+    expected = [run(mine) for mine in work]
+    with ThreadPoolExecutor(2) as threads:
+        for index, got in enumerate(threads.map(run, work * 8)):
+            for by_position, theirs in zip(got, expected[index % 2], strict=True):
+                torch.testing.assert_close(by_position, theirs)
+
+
 @pytest.mark.parametrize("name", ["mistral_window", "gemma2", "gemma3", "gpt_oss", "cohere2", "llama3_rope"])
 def test_a_wrong_layout_shows(name: str) -> None:
     """Negative control: with window, soft cap, sinks and scale dropped, the comparison fails."""
@@ -106,7 +162,7 @@ def test_a_wrong_layout_shows(name: str) -> None:
         type(a)(a.num_heads, a.num_kv_heads, a.head_size, a.value_size, a.scale * 1.1, 0, 0, 0.0, False)
         for a in captured.layouts
     ]
-    captured.context.layouts = wrong
+    captured.layouts = wrong
     prompts = prompts_for(SIZES["vocab_size"])
     expected = stock_logits(stock, prompts)
     with torch.inference_mode():

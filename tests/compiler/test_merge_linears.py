@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from compiler.forward_local import forward_local
 from compiler.passes import merge_linears as module
 from compiler.passes import registry
 from compiler.passes.merge_linears import LinearPart, MergedLinear, merge_linears
@@ -63,31 +67,62 @@ def test_switched_off_changes_nothing() -> None:
     assert not any(isinstance(m, MergedLinear) for m in model.modules())
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 1, 0), (0, 2, 2)])
-def test_parts_in_any_order(order: tuple[int, ...]) -> None:
+@pytest.fixture
+def in_a_forward() -> Iterator[None]:
+    """As within the forward of a captured model."""
+    forward_local.products = {}
+    yield
+    assert forward_local.products == {}, "a product outlived its last part"
+    forward_local.products = None
+
+
+def count_products(merged: MergedLinear, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    made, product = [], merged.product
+    monkeypatch.setattr(merged, "product", lambda *given: made.append(1) or product(*given))
+    return made
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_parts_in_any_order_are_of_one_product(in_a_forward: None, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     linears = siblings()
     merged = MergedLinear(linears)
+    made = count_products(merged, monkeypatch)
     parts = [LinearPart(merged, index) for index in range(3)]
     for states in torch.randn(3, 5, 16):
         for index in order:
             torch.testing.assert_close(parts[index](states), linears[index](states))
+    assert len(made) == 3
 
 
-def test_nothing_is_kept_after_the_last_part() -> None:
+@pytest.mark.parametrize("order", [(1, 1, 0), (0, 2, 2), (0, 1, 2)])
+def test_parts_asked_for_again_and_outside_of_a_forward(order: tuple[int, ...]) -> None:
+    linears = siblings()
+    parts = [LinearPart(MergedLinear(linears), index) for index in range(3)]
+    for products in ({}, None):
+        forward_local.products = products
+        for states in torch.randn(3, 5, 16):
+            for index in order:
+                torch.testing.assert_close(parts[index](states), linears[index](states))
+    assert forward_local.products is None
+
+
+def test_nothing_is_kept_on_the_module(in_a_forward: None) -> None:
     merged = MergedLinear(siblings())
+    before = dict(vars(merged))
     states = torch.randn(2, 16)
     for index in (1, 0, 2):
         merged.part(states, index)
-    assert merged.source is None
-    assert merged.slices == []
+        assert vars(merged) == before
 
 
-def test_an_unfinished_forward_does_not_leak_into_the_next() -> None:
+def test_parts_of_another_input_are_not_handed_out() -> None:
     linears = siblings()
     merged = MergedLinear(linears)
+    forward_local.products = {}
     merged.part(torch.randn(2, 16), 0)
     states = torch.randn(2, 16)
     torch.testing.assert_close(merged.part(states, 1), linears[1](states))
+    forward_local.products = None
 
 
 def test_unlike_siblings_stay() -> None:
@@ -121,8 +156,15 @@ def test_is_one_graph_with_one_product_a_group() -> None:
         graphs.append(graph)
         return graph
 
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        forward_local.products = {}
+        try:
+            return model(ids, use_cache=False).logits
+        finally:
+            forward_local.products = None
+
     torch._dynamo.reset()
-    compiled = torch.compile(lambda ids: model(ids, use_cache=False).logits, fullgraph=True, dynamic=True, backend=backend)
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend=backend)
     torch.testing.assert_close(compiled(ids), expected, atol=1e-5, rtol=1e-5)
     compiled(torch.cat([ids, ids], dim=1))
     assert len(graphs) == 1
@@ -130,3 +172,38 @@ def test_is_one_graph_with_one_product_a_group() -> None:
     assert len(products) == 4 * SIZES["num_hidden_layers"] + 1
     (output,) = [n for n in graphs[0].graph.nodes if n.op == "output"]
     assert len(output.args[0]) == 1
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(functional.silu(self.gate_proj(states)) * self.up_proj(states))
+
+
+def test_compiles_while_another_thread_runs_the_same_modules(impatient_threads: None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Mlp() for _ in range(12)]).requires_grad_(False)
+    states = torch.randn(3, 16)
+    expected = model(states)
+    assert merge_linears(model) == 12
+    stop, wrong = threading.Event(), []
+
+    def serve() -> None:
+        while not stop.is_set():
+            if not torch.allclose(model(states), expected, atol=1e-5):
+                wrong.append(1)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for _ in range(3):
+            torch._dynamo.reset()
+            compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graph.forward)
+            torch.testing.assert_close(compiled(states), expected, atol=1e-5, rtol=1e-5)
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong

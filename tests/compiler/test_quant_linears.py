@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from compiler.passes.quant_linears import Fragments, QuantLinear, fragment_group
+from compiler.passes.quant_linears import Fragments, Int8Dynamic, QuantLinear, fragment_group
 from compiler.quant_formats import Quantized
 from kernels import reference
 
@@ -42,3 +42,12 @@ def test_laid_out_as_operands_they_compute_the_same(kind: str, group: int, size:
 )
 def test_groups_that_blocks_are_made_of(kind: str, group: int, size: int, held: int) -> None:
     assert fragment_group(linear(kind, group, size)) == held
+
+
+def test_a_step_beside_a_compilation_computes_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says of every thread that it compiles while one does."""
+    product, state = Int8Dynamic(linear("int8", 96, 96)), torch.randn(1, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    alone = product(state)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True, raising=False)
+    monkeypatch.setattr(torch.ops.pagegraph, "in_memory", None)  # of the form that the compiler is shown
+    assert torch.equal(product(state), alone)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -68,3 +71,23 @@ def test_other_caches_are_not_taken_for_those_that_are_kept(forward: Forward) ->
         check(forward, 3, 4, [torch.full((3,), value)])
         check(forward, 4, 4, [torch.full((3,), value)])
     assert forward.traced == [3, 4, 3, 4]
+
+
+def test_threads_keep_their_own_calls_apart(forward: Forward, impatient_threads: None) -> None:
+    caches = [torch.ones(3)]
+    traced = forward._traced
+    both_called = threading.Barrier(2, timeout=60)
+
+    def traced_together(*inputs: object) -> torch.Tensor:
+        out = traced(*inputs)
+        both_called.wait()
+        return out
+
+    check(forward, 3, 4, caches)
+    check(forward, 1, 4, caches)
+    forward._graphs.clear()
+    forward._traced = traced_together
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda size: check(forward, size, 4, caches), (3, 1)))
+    for size in (5, 1):
+        check(forward, size, 6, caches)
