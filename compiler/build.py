@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from compiler import spinning  # isort: skip  # noqa: F401  before torch is loaded, which reads it once
 
@@ -37,6 +37,8 @@ from kernels.quant_tiles import FP8_CAPABILITY
 log = logging.getLogger("pagegraph.build")
 
 MAX_CAPTURED_TOKENS = 2048
+
+CompileState = Literal["off", "compiling", "compiled", "failed"]  # steps run the compiled forward when it is "compiled"
 
 
 @dataclass(slots=True)
@@ -70,6 +72,7 @@ class BuiltModel:
     timings: Timings
     draft: CompiledStep | None = None  # of the model that guesses, over the same pages
     generation_config: dict[str, Any] = field(default_factory=dict)  # what generation_config.json of the model says
+    compile_state: CompileState = "off"
 
     @property
     def steps(self) -> list[CompiledStep]:
@@ -80,16 +83,27 @@ class BuiltModel:
         """`CompiledStep.use_idle_time` of one of them."""
         return any(step.use_idle_time() for step in self.steps)
 
-    def compile(self, progress: bool = False) -> None:
-        """Compile all forwards, and what they call, and swap them in; safe beside launches."""
+    def compile(self, progress: bool = False, first: Callable[[], None] = lambda: None) -> None:
+        """Do `first`, compile all forwards, and what they call, and swap them in: all or, where one fails, none. Safe beside launches."""
+        self.compile_state = "compiling"
+        try:
+            first()
+            forwards = self._compiled_forwards(progress)
+        except BaseException:
+            self.compile_state = "failed"
+            raise
+        for step, forward in zip(self.steps, forwards, strict=True):
+            step.forward = forward
+        self.compile_state = "compiled"
+
+    def _compiled_forwards(self, progress: bool) -> list[Callable[..., torch.Tensor]]:
         if self.device.type == "cpu":
             cpu_attention.build()
             cpu_int4.build()
             cpu_step.build()
             if self.step.state.lookup is not None:
                 cpu_guesses.build()
-        for step in self.steps:
-            step.compile(warm_steps(step.state), progress)
+        return [step.compiled_forward(warm_steps(step.state), progress) for step in self.steps]
 
     def close(self) -> None:
         """Finish launched steps."""
@@ -218,14 +232,16 @@ def ready(config: Any, *, progress: bool = True) -> BuiltModel:
     return built
 
 
-def finish(config: Any, built: BuiltModel, *, progress: bool, all_graphs: bool = True) -> None:
-    """The stages after loading: compilation where it is on, graph capture on CUDA.
-
-    Without `all_graphs` few are captured here, and the others in the step's idle time.
-    """
+def finish(config: Any, built: BuiltModel, *, progress: bool) -> None:
+    """The stages after loading: compilation where it is on, graph capture on CUDA. Raises what the compilation raised."""
     if config.compile:
         with built.timings.stage("compile"):
             built.compile(progress)
+    capture_graphs(built, progress=progress)
+
+
+def capture_graphs(built: BuiltModel, *, progress: bool, all_graphs: bool = True) -> None:
+    """On CUDA, of whatever forward there is. Without `all_graphs` few are captured here, and the others in the step's idle time."""
     if built.device.type == "cuda":
         with built.timings.stage("graphs"):
             for step in built.steps:

@@ -72,7 +72,6 @@ class CompiledStep:
         self.ladder = ladder
         self.graph_passes = graph_passes
         self.forward: Callable[..., torch.Tensor] = captured
-        self.compiled = False
         self.counts = StepCounts()
         self.graphs = GraphSet() if staging.device.type == "cuda" else None
         self.pending = Pending()  # rungs to be captured between steps
@@ -89,8 +88,8 @@ class CompiledStep:
             return Ticket(step_thread.submit(self._run_cpu, step, times).result)
         return self._launch_cuda(step, times)
 
-    def compile(self, warm: list[StepInput], progress: bool = False) -> None:
-        """Compile the forward on the given steps and swap it in; safe beside launches.
+    def compiled_forward(self, warm: list[StepInput], progress: bool = False) -> Callable[..., torch.Tensor]:
+        """The forward compiled on the given steps, to be swapped in as `forward`; safe beside launches.
 
         `warm` must touch scrap pages and the scrap row only.
         """
@@ -101,7 +100,7 @@ class CompiledStep:
                 inputs = lower.step_inputs(staged)
                 lower.mark_dynamic(*inputs)
                 forward(*inputs, self.state.key_caches, self.state.value_caches)
-        self.forward, self.compiled = forward, True
+        return forward
 
     def capture_graphs(self, buckets: Sequence[Bucket], progress: bool) -> None:
         """CUDA: capture these rungs of the ladder; a step may be in flight."""

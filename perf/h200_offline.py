@@ -54,10 +54,6 @@ class WatchedStep:
         self.turn = Turn()
 
     @property
-    def compiled(self) -> bool:
-        return self.step.compiled
-
-    @property
     def counts(self) -> StepCounts:
         return self.step.counts
 

@@ -40,6 +40,7 @@ def engine_of(
     """
     max_queue = config.max_queue if max_queue is None else max_queue
     metrics = EngineMetrics(config.model_name, built.max_model_len)
+    metrics.compile_state = lambda: built.compile_state
     pool = BlockPool(built.num_blocks, config.block_size, config.enable_prefix_caching)
     pace = Pace(config.inter_token_target_ms) if config.inter_token_target_ms else None
     scheduler = Scheduler(
@@ -63,7 +64,7 @@ def engine_of(
             max_model_len=built.max_model_len,
             num_blocks=built.num_blocks,
             block_size=config.block_size,
-            compiled=built.step.compiled,
+            compile_state=built.compile_state,
             draining=draining(),
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,

@@ -90,6 +90,16 @@ def parse_flag(value: Any) -> bool:
     return text in _TRUE
 
 
+def parse_compile(value: Any) -> bool | str:
+    """true, false, or `required`."""
+    if value == "required":
+        return value
+    try:
+        return parse_flag(value)
+    except ValueError:
+        raise ValueError("is none of true, false and required") from None
+
+
 def parse_text(value: Any) -> str:
     """Non-empty text without control characters."""
     if not isinstance(value, str) or not value.strip():
@@ -174,7 +184,7 @@ class Config:
     prompt_lookup_min: int = _option(2, _between(parse_whole, 1), "shortest run of tokens that methods ngram and suffix look up", "speculation")
     prompt_lookup_max: int = _option(5, _between(parse_whole, 1), "longest run of tokens that method ngram looks up", "speculation")
 
-    compile: bool = _option(True, parse_flag, "compile the model (false: run it as plain PyTorch)", "compiler")
+    compile: bool | str = _option(True, parse_compile, "compile the model (false: run it as plain PyTorch; required: a server whose compilation fails ends, instead of serving uncompiled)", "compiler")
     merge_linears: bool = _option(True, parse_flag, "merge q/k/v and gate/up projections into one matmul each", "compiler")
     skinny_linears: bool = _option(True, parse_flag, "GPU: own kernels for products of few rows, where measured faster", "compiler")
     fuse_rope: bool = _option(True, parse_flag, "GPU: rotate queries and keys and store them in one kernel", "compiler")

@@ -2,7 +2,8 @@
 
 Loads the model, answers on its socket at once with the uncompiled step, and swaps the compiled one in
 when it is ready. Writes engine.json beside the settings once loaded; ends with a non-zero status on any
-error that is not one request's own, and leaves the reason beside the settings where it is the user's to mend.
+error that is not one request's own, but for a failed compilation, which it serves without; and leaves the reason
+beside the settings where it is the user's to mend.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import start_http_server
@@ -28,6 +31,8 @@ from runtime.start_errors import REASON_FILE, load_tokenizer, sentence
 
 log = logging.getLogger("pagegraph.engine")
 
+REQUIRED_COMPILATION_FAILED = 3  # exit status
+
 
 def main(path: str) -> None:
     """Serve until SIGTERM; `path` is a JSON file with `config`, `engine_address`, `metrics_port` and `drain_flag`."""
@@ -37,8 +42,12 @@ def main(path: str) -> None:
     try:
         load_tokenizer(config)  # what the web workers will do: a fault of it is found before the model loads
         built = builder.build(config, progress=sys.stderr.isatty())
-        if built.device.type == "cuda":
-            builder.finish(config, built, progress=sys.stderr.isatty(), all_graphs=False)
+        beside = config.compile and built.device.type == "cpu"
+        if beside:
+            built.compile_state = "compiling"  # before any client asks
+        elif config.compile:
+            _compile(config, built)
+        builder.capture_graphs(built, progress=sys.stderr.isatty(), all_graphs=False)
         drain_flag = Path(settings["drain_flag"])
         engine, metrics = engine_of(config, built, Mailbox(settings["engine_address"]), drain_flag.exists)
     except Exception as error:
@@ -52,23 +61,29 @@ def main(path: str) -> None:
     _announce(Path(path).with_name("engine.json"), built)
     log.info("loaded: %s", built.timings)
     log.info("%s", describe_defaults(engine.info().sampling_defaults))
-    if config.compile and built.device.type == "cpu":
-        threading.Thread(target=_compile_beside, args=(config, built, Path(path)), name="compile", daemon=True).start()
+    if beside:
+        fill_cache = partial(compile_ahead.fill_cache, config, built, Path(path))
+        threading.Thread(target=_compile, args=(config, built, fill_cache), name="compile", daemon=True).start()
     engine.run()
     built.close()
 
 
-def _compile_beside(config: Config, built: builder.BuiltModel, settings: Path) -> None:
-    """Swap the compiled step in while the engine serves; the slow part runs in another process."""
+def _compile(config: Config, built: builder.BuiltModel, first: Callable[[], None] = lambda: None) -> None:
+    """Do `first`, then swap the compiled step in; where that fails, the engine serves uncompiled, or ends if so configured."""
     try:
         with built.timings.stage("compile"):
-            compile_ahead.fill_cache(config, settings)
-            built.compile()
+            built.compile(sys.stderr.isatty() and built.device.type == "cuda", first)
     except BaseException:
-        # Serving on, uncompiled, would hide a broken installation: say so and end.
-        log.critical("compilation failed", exc_info=True)
-        os._exit(3)
-    log.info("compiled after %.1f s: steps run the compiled graph from here on", built.timings.seconds["compile"])
+        if config.compile == "required":
+            log.critical("compilation failed, and compile=required: the engine ends", exc_info=True)
+            os._exit(REQUIRED_COMPILATION_FAILED)
+        log.critical(
+            "compilation failed: the engine serves on, uncompiled and slower; compile=false starts so without trying, "
+            "compile=required ends the server instead",
+            exc_info=True,
+        )
+    else:
+        log.info("compiled after %.1f s: steps run the compiled graph from here on", built.timings.seconds["compile"])
 
 
 def _announce(path: Path, built: builder.BuiltModel) -> None:

@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 PREFIXES = ("vllm:", "pagegraph:")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+COMPILE_STATES = ("off", "compiling", "compiled", "failed")
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -80,6 +81,7 @@ class EngineMetrics:
             "spec_decode_saved_steps": 0,
         }
         self._accepted_at: list[int] = []
+        self.compile_state: Callable[[], str] = lambda: "off"  # one of COMPILE_STATES
         self.refresh: Callable[[], None] = lambda: None  # called before each reading, in the reader's thread
         self._success = dict.fromkeys(FINISH_REASONS, 0)
         lengths = _one_two_five(max_model_len)
@@ -167,6 +169,13 @@ class EngineMetrics:
         self.refresh()
         for prefix in self._prefixes:
             yield from self._families(prefix)
+        states = GaugeMetricFamily(
+            "pagegraph:compile_state", "1 for the state that the compilation of the model is in.", labels=[*self._labels, "state"]
+        )
+        now = self.compile_state()
+        for state in COMPILE_STATES:
+            states.add_metric([*self._labels.values(), state], float(state == now))
+        yield states
 
     def _families(self, prefix: str) -> Iterable[Metric]:
         names, values = list(self._labels), list(self._labels.values())

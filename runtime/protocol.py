@@ -150,7 +150,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     max_model_len: int
     num_blocks: int
     block_size: int
-    compiled: bool  # False while the step still runs uncompiled
+    compile_state: Literal["off", "compiling", "compiled", "failed"]  # uncompiled steps run in all but "compiled"
     draining: bool = False
     num_running: int = 0
     num_waiting: int = 0

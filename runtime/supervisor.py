@@ -40,6 +40,10 @@ HEARTBEAT_S = 0.25
 SILENCE_S = 30.0  # a longer step counts as a hang: /health/live then fails and streams end
 IDLE_S = 1.5  # without work before a drain is over: web workers learn of it from a heartbeat of one second
 IDLE_CONNECTIONS = 4000  # that a web worker holds open beside those with a request; then the longest idle is closed
+COMPILE_STATES = {
+    "off": "not compiled", "compiling": "compiling, serving uncompiled until then", "compiled": "compiled",
+    "failed": "serving uncompiled, because the compilation failed: see the log",
+}  # fmt: skip
 ABORTED = 130  # exit status after a second signal, as a shell reports an interrupt
 
 # Everything fetched here is on this machine: a proxy from the environment must not see it.
@@ -339,7 +343,7 @@ def banner(config: Config, info: EngineInfo, address: tuple[Any, ...], probe_por
     return "\n".join([
         "",
         f"  {url}  serves {config.model_name}",
-        f"  device {info.device}, {info.dtype}, {'compiled' if info.compiled else 'compiling, serving uncompiled until then'}",
+        f"  device {info.device}, {info.dtype}, {COMPILE_STATES[info.compile_state]}",
         f"  KV cache {info.num_blocks:,} pages of {info.block_size} = {tokens:,} tokens; max_model_len {info.max_model_len:,}",
         f"  probes and metrics http://127.0.0.1:{probe_port}/health/ready /health/live /metrics",
         "",

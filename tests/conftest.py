@@ -65,7 +65,7 @@ class FakeEngine:
         self.address = address
         self.info = EngineInfo(
             model="tiny", device="cpu", dtype="float32", vocab_size=vocab_size, max_model_len=128,
-            num_blocks=16, block_size=16, compiled=True,
+            num_blocks=16, block_size=16, compile_state="compiled",
         )  # fmt: skip
         self.script: Callable[[Submit], list[TokenDelta | Failed]] = lambda submit: []
         self.submits: list[Submit] = []

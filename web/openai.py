@@ -490,7 +490,7 @@ def _model_card(served: Service) -> dict[str, Any]:
 
 def _fingerprint(info: EngineInfo) -> str:
     """Equal for equal model, number format and device kind: what decides the tokens of a seed."""
-    facts = f"{info.model} {info.dtype} {info.device} {info.compiled}"
+    facts = f"{info.model} {info.dtype} {info.device} {info.compile_state == 'compiled'}"
     return "fp_" + hashlib.sha256(facts.encode()).hexdigest()[:12]
 
 

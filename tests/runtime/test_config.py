@@ -125,7 +125,7 @@ def test_missing_file_is_named() -> None:
         ({"load_format": "gguf"}, ["load_format=gguf", "gguf_file"]),
         ({"port": "70000"}, ["port=70000", "[0, 65535]"]),
         ({"probe_port": "8000"}, ["probe_port=8000 is also port", "8001"]),
-        ({"compile": "maybe"}, ["compile=maybe is neither true nor false"]),
+        ({"compile": "maybe"}, ["compile=maybe is none of true, false and required"]),
         ({"served_model_name": "a\nb"}, ["control characters"]),
     ],
 )
@@ -246,7 +246,7 @@ def test_a_missing_model_file_is_refused(tmp_path: Path) -> None:
             "max_num_seqs": st.integers(1, 2048),
             "max_model_len": st.integers(1, 10**6) | st.none(),
             "drain_timeout_s": st.floats(0, 1e6),
-            "compile": st.booleans(),
+            "compile": st.sampled_from([True, False, "required"]),
             "api_key": st.text("abc", min_size=1) | st.none(),
             "dtype": st.sampled_from(["auto", "float32"]),
         },

@@ -91,3 +91,11 @@ def test_steps_are_counted_by_bucket() -> None:
     counts.launched(5, 8, graphed=True)
     counts.launched(3, 3, graphed=False)
     assert (counts.steps, counts.graphed, counts.tokens, counts.padding) == (2, 1, 8, 3)
+
+
+@pytest.mark.parametrize("state", ["off", "compiling", "compiled", "failed"])
+def test_the_state_of_the_compilation_is_the_one_that_is_1(state: str) -> None:
+    metrics = EngineMetrics("m", 100)
+    metrics.compile_state = lambda: state
+    (family,) = [one for one in text_string_to_metric_families(metrics.render().decode()) if one.name == "pagegraph:compile_state"]
+    assert [sample.labels["state"] for sample in family.samples if sample.value] == [state] and len(family.samples) == 4

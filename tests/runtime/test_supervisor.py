@@ -60,7 +60,7 @@ ENGINE = """
             match message:
                 case Hello():
                     running = len(left) + (control / "busy").exists()
-                    mailbox.send(client, EngineInfo("m", "cpu", "bfloat16", 3, 1000, 9, 16, True,
+                    mailbox.send(client, EngineInfo("m", "cpu", "bfloat16", 3, 1000, 9, 16, "compiled",
                         draining=Path(settings["drain_flag"]).exists(), num_running=running))
                 case SubmitGroup():
                     mailbox.send(client, Admitted(message.members[0].request_id))
@@ -407,7 +407,14 @@ def test_probe_says_503_when_the_engine_has_no_metrics() -> None:
 
 
 def test_banner_gives_capacity_and_hides_the_key() -> None:
-    info = EngineInfo("m", "cpu", "bfloat16", 100, 8192, 1001, 16, False)
+    info = EngineInfo("m", "cpu", "bfloat16", 100, 8192, 1001, 16, "compiling")
     text = banner(Config(model="org/name", api_key="s3cret"), info, ("0.0.0.0", 8000), 9000)
     assert "1,001 pages of 16 = 16,000 tokens" in text and "http://127.0.0.1:8000" in text
+    assert "bfloat16, compiling, serving uncompiled" in text
     assert '"model": "org/name"' in text and "s3cret" not in text and "$API_KEY" in text
+
+
+@pytest.mark.parametrize("state, said", [("off", "float32, not compiled\n"), ("failed", "compilation failed"), ("compiled", "float32, compiled\n")])
+def test_banner_says_what_the_steps_run(state: str, said: str) -> None:
+    info = EngineInfo("m", "cpu", "float32", 100, 8192, 1001, 16, state)
+    assert said in banner(Config(model="org/name"), info, ("127.0.0.1", 8000), 9000)
