@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compiler import lower
 from compiler.capture import ATTENTION_NAME, capture
-from compiler.probe import UnsupportedModel
 from compiler.passes import registry
+from compiler.probe import UnsupportedModel
 from compiler.weights import build_meta
 from runtime.config import Config
 
