@@ -41,7 +41,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "expert_feed_forward_length": ("moe_intermediate_size",),
     "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
     "expert_weights_norm": ("norm_topk_prob",),
-    "use_parallel_residual": ("use_parallel_residual",),
 }
 # Keys that say nothing at these values, and change what the model computes at every other one.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -67,7 +66,8 @@ ROPE = {
 }  # fmt: skip
 PATTERN = "attention.sliding_window_pattern"  # every so many layers one sees all, or a flag a layer
 CHECKED = {"vocab_size", "attention.value_length"}
-WITHOUT_EFFECT = {"rope.scaling.finetuned", "tensor_data_layout"}
+# The second is told by which norms there are: transformers looks, as llama.cpp does, and files say it wrongly.
+WITHOUT_EFFECT = {"rope.scaling.finetuned", "use_parallel_residual", "tensor_data_layout"}
 ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 DEFAULT_BASE = 10000.0
 # Layers of the models whose attention is scaled by the size of a head that the hidden states would divide into.
@@ -93,6 +93,7 @@ def configuration(file: GgufFile) -> PretrainedConfig:
         _refuse_unapplied(file, empty, key, value)
         if key in FIELDS and value not in NEUTRAL.get(key, ()):
             found[_place(empty, key)] = value
+    found.setdefault("pad_token_id", None)  # a class's own may lie outside the vocabulary
     if found["model_type"] == "mistral":
         found.setdefault("sliding_window", None)  # its files are of architecture llama, which has none
     if (pattern := own.get(PATTERN)) is not None:

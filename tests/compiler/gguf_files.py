@@ -34,14 +34,16 @@ def spm_keys(pieces: list[str] = PIECES, scores: list[float] | None = None) -> d
 
 def model_keys(config: Any, arch: str) -> dict[str, Any]:
     """Sizes of a configuration; further keys are each test's own."""
+    epsilons = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
     keys = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
+        "feed_forward_length": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", None),
+        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
+        "attention.layer_norm_epsilon": next((value for name in epsilons if (value := getattr(config, name, None))), None),
     }
     return {f"{arch}.{key}": value for key, value in keys.items()}
 
@@ -64,6 +66,10 @@ def model_tensors(model: nn.Module, arch: str) -> dict[str, np.ndarray]:
             values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             values = values + 1
+        if arch == "nemotron" and name.endswith("norm.weight"):
+            values = values + 1
+        if arch == "gpt2" and values.ndim == 2 and stem.split(".")[-1] in ("c_attn", "c_proj", "c_fc"):
+            values = values.T
         tensors[f"{names.get_name(stem)}.{leaf}"] = np.ascontiguousarray(values)
     return tensors
 

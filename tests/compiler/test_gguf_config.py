@@ -59,6 +59,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # model, its o
         dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True),
         {"attention.key_length": 16, "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32},
     ),
+    "stablelm": ("stablelm", dict(layer_norm_eps=1e-3), {"rope.dimension_count": 4, "use_parallel_residual": True}),
+    "starcoder2": ("starcoder2", rope("default", theta=999.0), {"rope.freq_base": 999.0}),
+    "phi3": ("phi3", dict(sliding_window=9), {"attention.sliding_window": 9, "rope.dimension_count": 16, "rope.scaling.original_context_length": 256}),
+    "nemotron": ("nemotron", dict(norm_eps=1e-3), {"rope.dimension_count": 8}),
+    "gpt2": ("gpt2", dict(n_embd=64, n_layer=3, n_head=4, n_positions=256), {"attention.head_count_kv": None, "feed_forward_length": 256}),
     "gemma2": (
         "gemma2",
         dict(head_dim=24, sliding_window=9, query_pre_attn_scalar=24, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
