@@ -64,7 +64,7 @@ def sampling_lines(config: Config) -> str:
 
 
 def sampling_defaults(config: Config) -> dict[str, int | float]:
-    """What the model sets for requests, as far as its file is on this machine; raises ConfigError where no request may have that."""
+    """What the model sets for requests, if its file is on this machine; raises ConfigError for what no request may have."""
     folder, _ = _folder(config)
     if folder is None:
         return {}
