@@ -1,7 +1,8 @@
 """What the engine counts, and its Prometheus text.
 
 Knows numbers and metric names. Knows no torch, no sockets and no clock: the engine hands in durations.
-Names and buckets follow the dashboards of the field, so each metric is rendered under both prefixes.
+What stands under `vllm:` has the name, the buckets and the meaning that it has there, so dashboards of the field fit; under
+`pagegraph:` the same stands again, with what only this engine counts.
 The engine's thread writes, any thread may render: a scrape may see one step half counted.
 """
 
@@ -14,7 +15,8 @@ import numpy as np
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-PREFIXES = ("vllm:", "pagegraph:")
+FIELD, OWN = "vllm:", "pagegraph:"
+PREFIXES = (FIELD, OWN)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 COMPILE_STATES = ("off", "compiling", "compiled", "failed")
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -71,6 +73,7 @@ class EngineMetrics:
             "prefix_cache_hits": 0,
             "num_preemptions": 0,
             "prompt_tokens": 0,
+            "prompt_tokens_cached": 0,
             "generation_tokens": 0,
             "engine_steps": 0,
             "engine_step_tokens": 0,
@@ -91,12 +94,15 @@ class EngineMetrics:
             "inter_token_latency_seconds": Histogram(_ITL),
             "e2e_request_latency_seconds": Histogram(_REQUEST_TIME),
             "request_queue_time_seconds": Histogram(_REQUEST_TIME),
+            "request_prefill_time_seconds": Histogram(_REQUEST_TIME),
+            "request_decode_time_seconds": Histogram(_REQUEST_TIME),
+            "request_inference_time_seconds": Histogram(_REQUEST_TIME),
             "request_prompt_tokens": Histogram(lengths),
             "request_generation_tokens": Histogram(lengths),
         }
 
     def observe_step(self, tokens: int) -> None:
-        """A step computed so many prompt tokens and generated so many others, together."""
+        """A step brought so many: see `_HELP`."""
         self._histograms["iteration_tokens_total"].observe(tokens)
 
     def set_state(
@@ -106,6 +112,7 @@ class EngineMetrics:
         waiting: int,
         kv_cache_usage: float,
         prompt_tokens: int,
+        cached_tokens: int,
         generation_tokens: int,
         prefix_queries: int,
         prefix_hits: int,
@@ -116,6 +123,7 @@ class EngineMetrics:
         self._gauges["num_requests_waiting"] = waiting
         self._gauges["kv_cache_usage_perc"] = kv_cache_usage
         self._counters["prompt_tokens"] = prompt_tokens
+        self._counters["prompt_tokens_cached"] = cached_tokens
         self._counters["generation_tokens"] = generation_tokens
         self._counters["prefix_cache_queries"] = prefix_queries
         self._counters["prefix_cache_hits"] = prefix_hits
@@ -139,10 +147,6 @@ class EngineMetrics:
         self._accepted_at = list(accepted_at)
         self._gauges["spec_decode_guesses_a_row"] = guesses_a_row
 
-    def observe_scheduled(self, queue_time: float) -> None:
-        """A sequence ran for the first time, `queue_time` seconds after it arrived."""
-        self._histograms["request_queue_time_seconds"].observe(queue_time)
-
     def observe_first_token(self, since_arrival: float) -> None:
         """A sequence's first token is out, `since_arrival` seconds after it arrived."""
         self._histograms["time_to_first_token_seconds"].observe(since_arrival)
@@ -151,12 +155,26 @@ class EngineMetrics:
         """Sequences got a token each, gaps[i] seconds after the one before; float64 [n]."""
         self._histograms["inter_token_latency_seconds"].observe_all(gaps)
 
-    def observe_finished(
-        self, reason: str, *, since_arrival: float, prompt_tokens: int, generation_tokens: int
-    ) -> None:
+    def observe_finished(self, reason: str) -> None:
         """A sequence ended for one of FINISH_REASONS; another reason raises KeyError."""
         self._success[reason] += 1
+
+    def observe_served(
+        self,
+        *,
+        queue_time: float,
+        prefill_time: float,
+        decode_time: float,
+        since_arrival: float,
+        prompt_tokens: int,
+        generation_tokens: int,
+    ) -> None:
+        """A sequence came to its end, which nobody had to abort: seconds and tokens of all of it."""
         self._histograms["e2e_request_latency_seconds"].observe(since_arrival)
+        self._histograms["request_queue_time_seconds"].observe(queue_time)
+        self._histograms["request_prefill_time_seconds"].observe(prefill_time)
+        self._histograms["request_decode_time_seconds"].observe(decode_time)
+        self._histograms["request_inference_time_seconds"].observe(prefill_time + decode_time)
         self._histograms["request_prompt_tokens"].observe(prompt_tokens)
         self._histograms["request_generation_tokens"].observe(generation_tokens)
 
@@ -180,22 +198,28 @@ class EngineMetrics:
     def _families(self, prefix: str) -> Iterable[Metric]:
         names, values = list(self._labels), list(self._labels.values())
         for name, value in self._gauges.items():
+            if prefix == FIELD and name in _OWN_NAMES:
+                continue
             gauge = GaugeMetricFamily(prefix + name, _HELP[name], labels=names)
             gauge.add_metric(values, value)
             yield gauge
         for name, count in self._counters.items():
+            if prefix == FIELD and name in _OWN_NAMES:
+                continue
             counter = CounterMetricFamily(prefix + name, _HELP[name], labels=names)
             counter.add_metric(values, count)
             yield counter
-        places = CounterMetricFamily(
-            prefix + "spec_decode_num_accepted_tokens_per_pos", "Guessed tokens that held, by place.", labels=[*names, "position"]
-        )
+        name, cached = "prompt_tokens_by_source", self._counters["prompt_tokens_cached"]
+        sources = CounterMetricFamily(prefix + name, _HELP[name], labels=[*names, "source"])
+        sources.add_metric([*values, "local_compute"], self._counters["prompt_tokens"] - cached)
+        sources.add_metric([*values, "local_cache_hit"], cached)
+        yield sources
+        name = "spec_decode_num_accepted_tokens_per_pos"
+        places = CounterMetricFamily(prefix + name, _HELP[name], labels=[*names, "position"])
         for place, count in enumerate(self._accepted_at):
             places.add_metric([*values, str(place)], count)
         yield places
-        success = CounterMetricFamily(
-            prefix + "request_success", "Finished requests by reason.", labels=[*names, "finished_reason"]
-        )
+        success = CounterMetricFamily(prefix + "request_success", _HELP["request_success"], labels=[*names, "finished_reason"])
         for reason, count in self._success.items():
             success.add_metric([*values, reason], count)
         yield success
@@ -211,29 +235,42 @@ def _one_two_five(limit: int) -> list[int]:
     return [value for value in values if value <= limit]
 
 
+# What only this engine counts.
+_OWN_NAMES = frozenset({
+    "engine_steps", "engine_step_tokens", "engine_padding_tokens", "graph_hit_ratio", "spec_decode_saved_steps", "spec_decode_guesses_a_row",
+})  # fmt: skip
+
+# A request is a sequence here: each of n choices, and each prompt of a list, is one.
 _HELP = {
-    "num_requests_running": "Sequences in the running batch.",
-    "num_requests_waiting": "Sequences waiting to run.",
-    "kv_cache_usage_perc": "Share of KV pages in use, 1 is all.",
-    "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
-    "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
-    "num_preemptions": "Sequences that gave up their pages and started again.",
-    "prompt_tokens": "Tokens of prompts that were done, those found in the prefix cache included.",
-    "generation_tokens": "Tokens generated.",
-    "iteration_tokens_total": "Tokens in one step.",
+    "num_requests_running": "Requests that hold KV pages and take part in steps, now.",
+    "num_requests_waiting": "Requests that wait for a place in the batch, preempted ones too, now.",
+    "kv_cache_usage_perc": "Share of KV pages that running requests hold, 1 is all; what is only cached is free.",
+    "prefix_cache_queries": "Tokens of prompts looked up in the prefix cache, each prompt once: not again after a preemption.",
+    "prefix_cache_hits": "Of the tokens looked up, those found: computed before, for this request or another.",
+    "num_preemptions": "Times that a running request gave up its pages and went back to the queue.",
+    "prompt_tokens": "Tokens of prompts, counted when the first token comes: found in the cache or computed, each prompt once.",
+    "prompt_tokens_cached": "Of prompt_tokens, those found in the prefix cache.",
+    "prompt_tokens_by_source": "prompt_tokens by where their keys and values came from.",
+    "generation_tokens": "Tokens generated, all that steps brought requests.",
+    "iteration_tokens_total": "Of each step: tokens it generated, and computed tokens of the prompts that were done in it.",
     "engine_steps": "Steps launched.",
     "engine_step_tokens": "Tokens of launched steps, padding left out.",
     "engine_padding_tokens": "Tokens that padding to a captured size added.",
     "graph_hit_ratio": "Share of launched steps that replayed a CUDA graph, 1 is all; 0 without a GPU.",
-    "spec_decode_num_drafts": "Times a sequence had tokens guessed for a step.",
-    "spec_decode_num_draft_tokens": "Guessed tokens.",
-    "spec_decode_num_accepted_tokens": "Guessed tokens that held.",
+    "spec_decode_num_drafts": "Times a request had draft tokens in a step.",
+    "spec_decode_num_draft_tokens": "Draft tokens that were verified.",
+    "spec_decode_num_accepted_tokens": "Draft tokens that held.",
+    "spec_decode_num_accepted_tokens_per_pos": "Draft tokens that held, by their place in the draft, the first at 0.",
     "spec_decode_saved_steps": "Tokens beyond the first that a step brought a sequence.",
     "spec_decode_guesses_a_row": "Guesses a sequence in the last step that could have had any.",
-    "time_to_first_token_seconds": "From arrival to the first token.",
-    "inter_token_latency_seconds": "From one token of a sequence to its next.",
-    "e2e_request_latency_seconds": "From arrival to the last token.",
-    "request_queue_time_seconds": "From arrival to the first step.",
-    "request_prompt_tokens": "Prompt length of finished requests.",
-    "request_generation_tokens": "Output length of finished requests.",
+    "time_to_first_token_seconds": "Of each request with a first token: from its arrival to that.",
+    "inter_token_latency_seconds": "From one step that brought a request tokens to the next that does, however many they bring.",
+    "request_success": "Requests that ended, by reason.",
+    "e2e_request_latency_seconds": "Of requests that ended and were not aborted: from arrival to the last token.",
+    "request_queue_time_seconds": "Of those: from arrival to the launch of the first step.",
+    "request_prefill_time_seconds": "Of those: from the launch of the first step to the first token.",
+    "request_decode_time_seconds": "Of those: from the first token to the last.",
+    "request_inference_time_seconds": "Of those: from the launch of the first step to the last token.",
+    "request_prompt_tokens": "Of those: tokens of the prompt, cached ones too.",
+    "request_generation_tokens": "Of those: tokens generated.",
 }

@@ -31,18 +31,22 @@ class Recorder:
 
     def ended(self, sequence: Sequence, now: float) -> None:
         """A sequence ended, for its `finish_reason`."""
-        self.metrics.observe_finished(
-            sequence.finish_reason,
-            since_arrival=now - sequence.arrival,
-            prompt_tokens=sequence.num_prompt,
-            generation_tokens=sequence.num_generated,
-        )
+        self.metrics.observe_finished(sequence.finish_reason)
+        if sequence.finish_reason in ("stop", "length") and sequence.num_generated:
+            self.metrics.observe_served(
+                queue_time=sequence.launched_at - sequence.arrival,
+                prefill_time=sequence.first_token_at - sequence.launched_at,
+                decode_time=now - sequence.first_token_at,
+                since_arrival=now - sequence.arrival,
+                prompt_tokens=sequence.num_prompt,
+                generation_tokens=sequence.num_generated,
+            )
 
     def launched(self, plan: Plan, now: float) -> None:
         """A step is on its way: the first of some sequences."""
         for sequence in plan.started:
             if not sequence.num_preemptions:
-                self.metrics.observe_scheduled(now - sequence.arrival)
+                sequence.launched_at = now
 
     def stepped(self, arrived: Arrived, now: float) -> None:
         """A step's tokens are on the host."""
@@ -55,9 +59,12 @@ class Recorder:
             before = before[~first]
         self.metrics.observe_inter_tokens(now - before)
         rows.last_token_at[arrived.rows] = now
+        for sequence in arrived.begun:
+            sequence.first_token_at = now
         for sequence in arrived.ended:
             self.ended(sequence, now)
-        tokens = self.scheduler.counters.prompt_tokens + self.scheduler.counters.generated_tokens
+        counters = self.scheduler.counters
+        tokens = counters.prompt_tokens - counters.cached_tokens + counters.generated_tokens
         self.metrics.observe_step(tokens - self._tokens)
         self._tokens = tokens
         if arrived.verdict is not None:
@@ -80,6 +87,7 @@ class Recorder:
             waiting=self.scheduler.num_waiting,
             kv_cache_usage=self.scheduler.pages.pool.usage,
             prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
             generation_tokens=counters.generated_tokens,
             prefix_queries=counters.prefix_queries,
             prefix_hits=counters.prefix_hits,

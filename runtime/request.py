@@ -55,6 +55,8 @@ class Sequence:
     num_preemptions: int = 0
     accepted: int = 0  # guessed tokens that became its own
     rejected: int = 0  # guessed tokens that did not
+    launched_at: float = float("nan")  # seconds of the engine's clock: of its first step
+    first_token_at: float = float("nan")
     last_token_at: float = float("nan")  # seconds of the engine's clock; out of date while in a row
 
     def __post_init__(self) -> None:

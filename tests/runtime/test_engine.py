@@ -7,9 +7,11 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from compiler.step import StepCounts, Ticket
 from compiler.step_input import StepInput, StepOutput
@@ -84,6 +86,7 @@ class Harness:
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}  # finish reason, or the status of a failure
         self.failures: list[Failed] = []
+        self.cached = 0  # as usage tells
 
     def turn(self) -> None:
         self.engine.turn()
@@ -99,6 +102,7 @@ class Harness:
                     assert delta.request_id not in self.ended, "a token after the end"
                     self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
                     if delta.finish_reason:
+                        self.cached += delta.cached_tokens
                         self._end(delta.request_id, delta.finish_reason)
 
     def run(self) -> None:
@@ -340,6 +344,39 @@ def test_a_message_that_cannot_be_sent_ends_its_request(monkeypatch) -> None:
     served(harness, eight())
     assert harness.ended == {**clean.ended, "3": "500"}
     assert {**harness.tokens, "3": []} == {**clean.tokens, "3": []}
+
+
+@pytest.mark.parametrize("setting", ["roomy", "short of pages", "in chunks"])
+def test_prompt_tokens_are_those_of_usage(setting: str) -> None:
+    """However often a prompt is computed, wherever its tokens come from, it counts once, and whole."""
+    options = {"roomy": {}, "short of pages": dict(num_blocks=16), "in chunks": dict(budget=8)}[setting]
+    harness = Harness(max_queue=20, **options)
+    submits = eight()
+    served(harness, submits)
+    again = [msgspec.structs.replace(submit, request_id=f"again {submit.request_id}") for submit in submits]
+    served(harness, again)
+    harness.mailbox.put(Submit(request_id="left", token_ids=[1] * 30, params=SamplingParams()))
+    if setting == "in chunks":
+        harness.turn()
+    harness.mailbox.put(Abort("left"))
+    harness.run()
+    counted = {
+        (sample.name, sample.labels.get("source", "")): sample.value
+        for family in text_string_to_metric_families(harness.metrics.render().decode())
+        for sample in family.samples
+        if sample.name.startswith("vllm:") and "le" not in sample.labels and "finished_reason" not in sample.labels
+    }
+    prompt = 2 * sum(len(submit.token_ids) for submit in submits)
+    generated = sum(map(len, harness.tokens.values()))
+    assert counted["vllm:prompt_tokens_total", ""] == prompt
+    assert counted["vllm:request_prompt_tokens_sum", ""] == prompt
+    assert counted["vllm:generation_tokens_total", ""] == counted["vllm:request_generation_tokens_sum", ""] == generated
+    assert counted["vllm:prompt_tokens_cached_total", ""] == harness.cached > 0
+    assert counted["vllm:prompt_tokens_by_source_total", "local_compute"] == prompt - harness.cached
+    assert counted["vllm:iteration_tokens_total_sum", ""] == prompt - harness.cached + generated
+    assert counted["vllm:time_to_first_token_seconds_count", ""] == counted["vllm:e2e_request_latency_seconds_count", ""] == 16
+    assert counted["vllm:num_preemptions_total", ""] > 0 or setting != "short of pages"
+    assert counted["vllm:prefix_cache_queries_total", ""] == prompt + 30 * (setting == "in chunks")
 
 
 @settings(max_examples=40, deadline=None)

@@ -26,12 +26,14 @@ def test_a_served_request(prefix: str) -> None:
     metrics.observe_step(30)
     metrics.observe_step(2)
     metrics.set_state(
-        running=1, waiting=0, kv_cache_usage=0.5, prompt_tokens=30, generation_tokens=2, prefix_queries=40, prefix_hits=10, preemptions=1,
+        running=1, waiting=0, kv_cache_usage=0.5, prompt_tokens=30, cached_tokens=10, generation_tokens=2, prefix_queries=40, prefix_hits=10, preemptions=1,
     )  # fmt: skip
-    metrics.observe_scheduled(0.4)
     metrics.observe_first_token(0.03)
     metrics.observe_inter_tokens(np.array([0.002, 0.002, 1000.0, 0.002]))
-    metrics.observe_finished("length", since_arrival=1.5, prompt_tokens=40, generation_tokens=5)
+    metrics.observe_finished("length")
+    metrics.observe_served(
+        queue_time=0.4, prefill_time=0.2, decode_time=0.9, since_arrival=1.5, prompt_tokens=40, generation_tokens=5
+    )
     got = samples(metrics)
     assert got[prefix + "num_requests_running", ""] == 1
     assert got[prefix + "kv_cache_usage_perc", ""] == 0.5
@@ -52,6 +54,9 @@ def test_a_served_request(prefix: str) -> None:
     assert got[prefix + "request_prompt_tokens_bucket", "50.0"] == 1
     assert got[prefix + "e2e_request_latency_seconds_count", ""] == 1
     assert got[prefix + "request_queue_time_seconds_sum", ""] == 0.4
+    assert got[prefix + "request_inference_time_seconds_sum", ""] == pytest.approx(1.1)
+    assert got[prefix + "prompt_tokens_cached_total", ""] == 10
+    assert b'prompt_tokens_by_source_total{engine="0",model_name="tiny",source="local_compute"} 20.0' in metrics.render()
 
 
 def test_guesses_are_counted_by_place() -> None:
@@ -60,13 +65,24 @@ def test_guesses_are_counted_by_place() -> None:
     text = metrics.render().decode()
     for name, value in (("num_drafts_total", 4), ("num_draft_tokens_total", 12), ("num_accepted_tokens_total", 7),
                         ("saved_steps_total", 6), ("guesses_a_row", 3.5)):  # fmt: skip
-        assert f'vllm:spec_decode_{name}{{engine="0",model_name="m"}} {float(value)}' in text
+        assert f'pagegraph:spec_decode_{name}{{engine="0",model_name="m"}} {float(value)}' in text
     assert 'spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="1"} 2.0' in text
 
 
 def test_unknown_reason_is_an_error() -> None:
     with pytest.raises(KeyError):
-        EngineMetrics("m", 16).observe_finished("odd", since_arrival=1, prompt_tokens=1, generation_tokens=1)
+        EngineMetrics("m", 16).observe_finished("odd")
+
+
+def test_every_name_says_what_it_means_and_own_ones_do_not_pose_as_the_fields() -> None:
+    families = {family.name: family for family in EngineMetrics("m", 16).collect()}
+    assert all(len(family.documentation) > 10 for family in families.values())
+    field = {name.removeprefix("vllm:") for name in families if name.startswith("vllm:")}
+    own = {name.removeprefix("pagegraph:") for name in families if name.startswith("pagegraph:")}
+    assert field < own and own - field == {
+        "engine_steps", "engine_step_tokens", "engine_padding_tokens", "graph_hit_ratio",
+        "spec_decode_saved_steps", "spec_decode_guesses_a_row",
+    }  # fmt: skip
 
 
 def test_model_name_is_escaped_and_openmetrics_works() -> None:
