@@ -65,9 +65,10 @@ ROPE = {
     "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
 }  # fmt: skip
 PATTERN = "attention.sliding_window_pattern"  # every so many layers one sees all, or a flag a layer
-CHECKED = {"vocab_size", "attention.value_length"}
+CHECKED = {"attention.value_length"}
 # The second is told by which norms there are: transformers looks, as llama.cpp does, and files say it wrongly.
-WITHOUT_EFFECT = {"rope.scaling.finetuned", "use_parallel_residual", "tensor_data_layout"}
+WITHOUT_EFFECT = {"rope.scaling.finetuned", "use_parallel_residual", "tensor_data_layout", "vocab_size"}
+EMBEDDING = "token_embd.weight"
 ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 DEFAULT_BASE = 10000.0
 # Layers of the models whose attention is scaled by the size of a head that the hidden states would divide into.
@@ -93,6 +94,8 @@ def configuration(file: GgufFile) -> PretrainedConfig:
         _refuse_unapplied(file, empty, key, value)
         if key in FIELDS and value not in NEUTRAL.get(key, ()):
             found[_place(empty, key)] = value
+    if EMBEDDING in file.tensors:  # with rows beyond the last token, as trainers pad them
+        found["vocab_size"] = int(file.tensors[EMBEDDING].shape[-1])
     found.setdefault("pad_token_id", None)  # a class's own may lie outside the vocabulary
     if found["model_type"] == "mistral":
         found.setdefault("sliding_window", None)  # its files are of architecture llama, which has none

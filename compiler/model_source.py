@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ def resolve(
 
     `gguf_file` names a file in the folder or repository, and `keep_quantized` leaves its linears in its few bits.
     `revision` applies to the hub alone.
-    Raises FileNotFoundError where there is no such model, ValueError for a GGUF file that cannot be converted, or for an adapter.
+    Raises FileNotFoundError where there is no such model, ValueError for a GGUF file that cannot be converted, for an adapter,
+    or where config.json is none.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -51,6 +52,7 @@ def resolve(
         return _converted(_existing(path / gguf_file), cache_dir, keep_quantized)
     _refuse_adapter(path)
     if (path / "config.json").is_file():
+        json_object(path / "config.json")  # whatever reads it later would name it less well
         return path
     return _converted(_only_gguf(path), cache_dir, keep_quantized)
 
@@ -152,10 +154,11 @@ def _key(path: Path, digests: Path) -> str:
     if _identity(path) != before:
         raise ValueError(f"{path} changes while it is read; start again when it is whole")
     if time.time_ns() - path.stat().st_ctime_ns > SETTLED_NS:
-        digests.mkdir(parents=True, exist_ok=True)
-        unfinished = known.with_name(f"{known.name}.{os.getpid()}")
-        unfinished.write_text(content)
-        os.replace(unfinished, known)
+        with suppress(OSError):  # a cache that cannot be written to may hold the conversion all the same
+            digests.mkdir(parents=True, exist_ok=True)
+            unfinished = known.with_name(f"{known.name}.{os.getpid()}")
+            unfinished.write_text(content)
+            os.replace(unfinished, known)
     return content
 
 

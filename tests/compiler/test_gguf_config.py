@@ -156,6 +156,13 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
         resolve(str(path), cache_dir=tmp_path)
 
 
+def test_rows_beyond_the_last_token(tmp_path: Path) -> None:
+    stock = stock_model("llama", vocab_size=400)
+    got = converted(write_model(tmp_path / "a.gguf", stock, {"vocab_size": 296}))
+    assert got.config.vocab_size == 400
+    torch.testing.assert_close(logits(got), logits(stock), atol=2e-5, rtol=1e-5)
+
+
 def test_shapes_that_the_metadata_denies_are_named(tmp_path: Path) -> None:
     path = write_model(tmp_path / "a.gguf", stock_model("llama"), {"feed_forward_length": 100})
     with pytest.raises(GgufError, match=r"gate_proj\.weight has shape \[96, 64\], the model that the metadata describes \[100, 64\]"):

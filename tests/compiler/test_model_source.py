@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -45,6 +46,23 @@ def make_gguf(folder: Path, name: str = "tiny.gguf", content: bytes = b"GGUF") -
 def test_a_model_folder_is_itself(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert resolve(str(tmp_path), cache_dir=tmp_path / "cache") == tmp_path
+
+
+@pytest.mark.parametrize("content, message", [("{", "is no JSON"), ("[]", "is not a JSON object"), ("version https://git-lfs.github.com/spec/v1", "git lfs pull")])
+def test_a_configuration_that_is_none_is_named(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.json .*{message}"):
+        resolve(str(tmp_path), cache_dir=tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_to_is_read(tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache = make_gguf(tmp_path / "a"), tmp_path / "cache"
+    folder = resolve(str(path), cache_dir=cache)
+    shutil.rmtree(cache / "models" / "digests", ignore_errors=True)
+    (cache / "models" / "digests").write_text("")  # nothing can be made in it, by whoever runs the tests
+    monkeypatch.setattr(model_source, "SETTLED_NS", -1)
+    assert resolve(str(path), cache_dir=cache) == folder
+    assert len(conversions) == 1
 
 
 def test_a_gguf_file_is_converted_once(tmp_path: Path, conversions: list[Path]) -> None:
