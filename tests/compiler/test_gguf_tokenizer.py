@@ -66,7 +66,7 @@ def by_score(trained: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     return tokenizer_of(tmp_path_factory.mktemp("words"), keys)[0]
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(text=st.one_of(st.text(st.sampled_from(LETTERS), max_size=40), st.lists(st.sampled_from(" ".join(CORPUS).split()), max_size=8).map(" ".join)))
 def test_pairs_are_joined_by_score(trained: dict[str, Any], by_score: tokenizers.Tokenizer, text: str) -> None:
     tokens = trained["tokenizer.ggml.tokens"]
