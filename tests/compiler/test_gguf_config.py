@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from compiler.build import eos_ids
 from compiler.gguf_config import configuration
 from compiler.gguf_file import GgufError, open_gguf
 from compiler.model_source import resolve
@@ -189,6 +190,12 @@ def test_longrope_of_phi3(tmp_path: Path) -> None:
     path = write_model(tmp_path / "b.gguf", stock, keys, tensors={"rope_factors_long.weight": long})
     with pytest.raises(GgufError, match="which belong together"):
         configuration(open_gguf(path))
+
+
+def test_text_ends_at_either_end(tmp_path: Path) -> None:
+    """The end of a sequence and that of a turn, all the way to what the engine stops at."""
+    folder = resolve(str(write_model(tmp_path / "a.gguf", stock_model("llama"), tokenizer__ggml__eot_token_id=270)), cache_dir=tmp_path)
+    assert eos_ids(folder, AutoConfig.from_pretrained(folder)) == {2, 270}
 
 
 def test_recommended_sampling_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
