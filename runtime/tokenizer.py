@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from compiler.model_source import json_object, lfs_pointer
+from runtime.chat_template import ChatTemplate, ChatTemplateError
 from runtime.token_bound import TokenBound
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -35,10 +34,6 @@ _EACH_BYTE = "pagegraph.each-byte"
 codecs.register_error(_EACH_BYTE, lambda error: (_REPLACEMENT * (error.end - error.start), error.end))
 
 
-class ChatTemplateError(ValueError):
-    """The messages cannot be rendered; the text is fit to show to the user."""
-
-
 class Tokenizer:
     """A model's vocabulary, its special tokens and its chat template. Safe to share between threads."""
 
@@ -52,6 +47,7 @@ class Tokenizer:
     ) -> None:
         self.special_tokens = special_tokens or {}
         self.chat_template = chat_template
+        self._template = None if chat_template is None else ChatTemplate(chat_template, self.special_tokens)
         self._backend = backend
         backend.no_truncation()
         backend.no_padding()
@@ -124,27 +120,17 @@ class Tokenizer:
     ) -> str:
         """Messages to the text the model was trained on; `arguments` are extra variables of the template.
 
-        Raises ChatTemplateError when the model has no template or the template refuses the messages.
+        Content is a string or a list of text parts, whatever the template wants. Raises ChatTemplateError when the model has
+        no template, the template refuses the messages, or what the user said is not in its text.
         """
-        if self.chat_template is None:
+        if self._template is None:
             raise ChatTemplateError("this model has no chat template; use /v1/completions with a prompt")
         extra = arguments or {}
         if taken := _TEMPLATE_ARGUMENTS & extra.keys():
             raise ChatTemplateError(f"chat_template_kwargs may not set {sorted(taken)[0]}")
-        try:
-            rendered, _ = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **extra,
-                **self.special_tokens,
-            )
-        except jinja2.TemplateError as error:
-            raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from error
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise ChatTemplateError("the model's chat template cannot render these messages") from error
-        return rendered[0]
+        return self._template.render(
+            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, **extra
+        )
 
     def apply_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
         """Messages to ids: `render_chat`, then `encode` with no further special tokens."""

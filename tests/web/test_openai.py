@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from flask.testing import FlaskClient
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from runtime.protocol import Failed, TokenDelta
+from runtime.protocol import Failed, TokenDelta, TokenLogprob
 from runtime.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -117,6 +118,45 @@ def test_chat_logprobs(http: FlaskClient) -> None:
     content = strict(ChatCompletion, answer.json).choices[0].logprobs.content
     assert b"".join(bytes(entry.bytes) for entry in content).decode() == "hello world<|end|>"
     assert all(len(entry.top_logprobs) == 3 and entry.top_logprobs[0].logprob == entry.logprob for entry in content)
+
+
+@pytest.mark.parametrize("stop", [[], ["wo"]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_offsets_lie_in_the_text(http: FlaskClient, fake_engine, tokenizer: Tokenizer, stop: list[str], stream: bool) -> None:
+    """Characters of several tokens, tokens that are not shown, and text that a stop string cut off."""
+    ids = [*tokenizer.encode("\U0001f999"), 1, *tokenizer.encode("\u65e5hello world"), 1]
+    assert len(tokenizer.encode("\U0001f999")) == 4
+    fake_engine.script = lambda s: fake_engine.deltas(s, ids, stop_id=1)
+    body = {"model": "tiny", "prompt": "a", "logprobs": 1, "max_tokens": 50, "stop": stop, "stream": stream}
+    answer = http.post("/v1/completions", json=body)
+    choices = [chunk["choices"][0] for chunk in events(answer.data)] if stream else answer.json["choices"]
+    text, offsets, tokens = "", [], []
+    for choice in choices:
+        text += choice["text"]
+        offsets += choice["logprobs"]["text_offset"]
+        tokens += choice["logprobs"]["tokens"]
+        assert max(offsets) <= len(text)
+    assert text == "\U0001f999\u65e5hello " + ("" if stop else "world")
+    assert offsets[:8] == [0, 0, 0, 0, 1, 1, 1, 1] and len(offsets) == len(tokens)
+    shown = [(token, at) for token, at in zip(tokens, offsets) if not token.startswith(("bytes:", "<|end|>")) and at < len(text)]
+    assert shown and all(text[at:].startswith(token) or token.startswith(text[at:]) for token, at in shown)
+
+
+def test_the_likeliest_come_first_and_the_sampled_token_where_it_belongs(http: FlaskClient, fake_engine, tokenizer: Tokenizer) -> None:
+    a, b, c = (tokenizer.encode(char)[0] for char in "abc")
+    entries = [TokenLogprob(b, -1.0, 2, [a, b], [-0.5, -1.0]), TokenLogprob(c, -3.0, 3, [a, b], [-0.5, -1.0]), TokenLogprob(a, -0.5, 1, [a, b], [-0.5, -0.5])]
+    fake_engine.script = lambda s: [TokenDelta(s.request_id, [b, c, a], "length", logprobs=entries)]
+    choice = http.post("/v1/completions", json={"model": "tiny", "prompt": "a", "logprobs": 2}).json["choices"][0]
+    tops = [list(top.items()) for top in choice["logprobs"]["top_logprobs"]]
+    assert tops == [[("a", -0.5), ("b", -1.0)], [("a", -0.5), ("b", -1.0), ("c", -3.0)], [("a", -0.5), ("b", -0.5)]]
+
+
+def test_a_template_without_the_user_s_text_is_refused(make_app: Callable[..., Flask], tokenizer_folder, tmp_path) -> None:
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "silent")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}{% endfor %}")
+    answer = make_app(model=str(folder)).test_client().post("/v1/chat/completions", json={"messages": MESSAGES})
+    assert (answer.status_code, answer.json["error"]["param"]) == (400, "messages")
+    assert "leaves out the content of messages[0]" in answer.json["error"]["message"]
 
 
 def test_default_length_and_finish_reason(http: FlaskClient, fake_engine) -> None:
