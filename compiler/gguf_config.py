@@ -137,7 +137,9 @@ def generation_config(file: GgufFile, config: PretrainedConfig) -> dict[str, Any
     sampling = {name: file.metadata[key] for key, name in SAMPLING.items() if key in file.metadata}
     if idle := sorted(key for key in file.metadata if key.startswith("general.sampling.") and key not in SAMPLING):
         log.info("%s: recommendations that are not taken: %s", file.path.name, ", ".join(idle))
-    return {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, **({"do_sample": True} if sampling else {}), **sampling}
+    if sampling:
+        sampling["do_sample"] = True
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, **sampling}
 
 
 def _read_by_transformers(file: GgufFile) -> dict[str, Any]:
@@ -183,7 +185,8 @@ def _set_rope(file: GgufFile, empty: PretrainedConfig, found: dict[str, Any], ow
         found["rope_parameters"] = {"full_attention": parameters, "sliding_attention": sliding}
         return
     if own.get("rope.freq_base_swa", parameters["rope_theta"]) != parameters["rope_theta"]:
-        raise file.refuse(f"{file.architecture}.rope.freq_base_swa", own["rope.freq_base_swa"], "is another base than that of the other layers")
+        base = own["rope.freq_base_swa"]
+        raise file.refuse(f"{file.architecture}.rope.freq_base_swa", base, "is another base than that of the other layers")
     rotated = own.get("rope.dimension_count", width)
     if rotated != width or "partial_rotary_factor" in usual:
         parameters["partial_rotary_factor"] = rotated / width
@@ -201,10 +204,12 @@ def _scaling(file: GgufFile, own: dict[str, Any]) -> dict[str, Any]:
     attention = own.get("rope.scaling.attn_factor", 1.0)
     if SHORT_FACTORS in file.tensors or LONG_FACTORS in file.tensors:
         if kind not in ("longrope", "none") or not {SHORT_FACTORS, LONG_FACTORS} <= file.tensors.keys():
-            raise file.refuse(f"{file.architecture}.rope.scaling.type", kind, f"does not go with {SHORT_FACTORS} and {LONG_FACTORS}, which belong together")
+            reason = f"does not go with {SHORT_FACTORS} and {LONG_FACTORS}, which belong together"
+            raise file.refuse(f"{file.architecture}.rope.scaling.type", kind, reason)
         return _by_factors(original, attention, file.values(SHORT_FACTORS), file.values(LONG_FACTORS))
     if kind == "longrope" or kind == "yarn" and ROPE_FACTORS in file.tensors or kind not in ("none", "linear", "yarn"):
-        raise file.refuse(f"{file.architecture}.rope.scaling.type", kind, "is not served with the factors that this file has; none, linear and yarn are")
+        reason = "is not served with the factors that this file has; none, linear and yarn are"
+        raise file.refuse(f"{file.architecture}.rope.scaling.type", kind, reason)
     if kind == "none":
         factor = 1.0
     if kind != "yarn" and attention != 1.0:

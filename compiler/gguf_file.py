@@ -50,7 +50,8 @@ class GgufFile:
     def refuse(self, key: str, value: Any, reason: str) -> GgufError:
         """The error for a key whose value is not applied."""
         shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-        return GgufError(f"{self.path.name}: {key} = {shown} {reason}; take another file of this model, or its safetensors checkpoint")
+        instead = "take another file of this model, or its safetensors checkpoint"
+        return GgufError(f"{self.path.name}: {key} = {shown} {reason}; {instead}")
 
 
 class PlainReader(gguf.GGUFReader):
@@ -76,11 +77,12 @@ def open_gguf(path: Path) -> GgufFile:
         metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         size = os.path.getsize(path)
-        raise GgufError(f"{path} is no whole GGUF file: its {size:,} bytes are cut short or damaged ({error}); download it again") from error
+        reason = f"its {size:,} bytes are cut short or damaged ({error}); download it again"
+        raise GgufError(f"{path} is no whole GGUF file: {reason}") from error
     found = GgufFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
     if (kind := metadata.get("general.type", "model")) != "model":
-        what = "a LoRA adapter; merge it into its model and serve the result" if kind == "adapter" else f"of type {kind!r}; a model is served"
-        raise GgufError(f"{path} is {what}")
+        adapter = "a LoRA adapter; merge it into its model and serve the result"
+        raise GgufError(f"{path} is {adapter if kind == 'adapter' else f'of type {kind!r}; a model is served'}")
     if "general.architecture" not in metadata:
         raise GgufError(f"{path} names no general.architecture; download it again, or take another file of this model")
     if (parts := metadata.get("split.count", 1)) > 1:

@@ -28,5 +28,6 @@ def read(file: GgufFile, model: nn.Module) -> tuple[dict[str, torch.Tensor], set
         raise GgufError(f"{file.path}: not in the file: {', '.join(missing[:8])} ({len(missing)} weights)")
     for name, tensor in tensors.items():
         if name in wanted and wanted[name].shape != tensor.shape:
-            raise GgufError(f"{file.path}: {name} has shape {list(tensor.shape)}, the model that the metadata describes {list(wanted[name].shape)}")
+            found, described = list(tensor.shape), list(wanted[name].shape)
+            raise GgufError(f"{file.path}: {name} has shape {found}, the model that the metadata describes {described}")
     return tensors, consumed

@@ -156,14 +156,17 @@ def read(file: GgufFile) -> tuple[tokenizers.Tokenizer, Vocabulary]:
         backend, add_bos = _of_pieces(file, vocabulary, kind)
     backend.add_special_tokens(vocabulary.as_they_stand(CONTROL, UNKNOWN, special=True))
     backend.add_tokens(vocabulary.as_they_stand(USER_DEFINED, special=False))
-    around = [("bos", file.metadata.get("tokenizer.ggml.add_bos_token", add_bos)), ("eos", file.metadata.get("tokenizer.ggml.add_eos_token", False))]
-    for name, wanted in around:
-        if wanted and name not in vocabulary.ids:
+    asked = {
+        "bos": file.metadata.get("tokenizer.ggml.add_bos_token", add_bos),
+        "eos": file.metadata.get("tokenizer.ggml.add_eos_token", False),
+    }
+    for name in asked:
+        if asked[name] and name not in vocabulary.ids:
             raise file.refuse(f"tokenizer.ggml.add_{name}_token", True, f"but the file has no {IDS[name]}")
-    wanted = {name: (vocabulary.tokens[vocabulary.ids[name]], vocabulary.ids[name]) for name, asked in around if asked}
-    if wanted:
-        single = [*(wanted[name][0] for name in ("bos",) if name in wanted), "$A", *(wanted[name][0] for name in ("eos",) if name in wanted)]
-        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(wanted.values()))
+    if any(asked.values()):
+        around = {name: (vocabulary.tokens[vocabulary.ids[name]], vocabulary.ids[name]) for name in asked if asked[name]}
+        single = [around[name][0] if name in around else name for name in ("bos", "$A", "eos") if name in around or name == "$A"]
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(around.values()))
     return backend, vocabulary
 
 
@@ -171,7 +174,8 @@ def save(file: GgufFile, folder: Path) -> Vocabulary:
     """Write tokenizer.json, tokenizer_config.json and the chat template into `folder`."""
     backend, vocabulary = read(file)
     backend.save(str(folder / "tokenizer.json"))
-    named = {f"{name}_token": vocabulary.tokens[vocabulary.ids[name]] for name in ("bos", "eos", "unk", "pad") if name in vocabulary.ids}
+    kinds = [name for name in ("bos", "eos", "unk", "pad") if name in vocabulary.ids]
+    named = {f"{name}_token": vocabulary.tokens[vocabulary.ids[name]] for name in kinds}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
     if template := file.metadata.get("tokenizer.chat_template"):
@@ -223,7 +227,10 @@ def _vocabulary(file: GgufFile, ids: dict[str, int]) -> Vocabulary:
 def _of_bytes(file: GgufFile, vocabulary: Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
     name = file.metadata.get("tokenizer.ggml.pre")
     if name is None:
-        log.warning("%s names no tokenizer.ggml.pre, as old files do: text is cut by the default patterns, which may not be the model's", file.path.name)
+        log.warning(
+            "%s names no tokenizer.ggml.pre, as old files do: text is cut by the default patterns, which may not be the model's",
+            file.path.name,
+        )
         name = "default"
     if name not in CUTS:
         raise file.refuse("tokenizer.ggml.pre", name, f"is not served; {', '.join(sorted(CUTS))} are")
@@ -267,7 +274,8 @@ def merges_by_score(file: GgufFile, vocabulary: Vocabulary) -> list[tuple[str, s
     scores: Sequence[float] = file.metadata.get("tokenizer.ggml.scores") or []
     if len(scores) != len(vocabulary.tokens):
         raise file.refuse("tokenizer.ggml.scores", len(scores), f"scores belong to {len(vocabulary.tokens)} tokens")
-    ordinary = {vocabulary.tokens[index]: scores[index] for index, kind in enumerate(vocabulary.types) if kind not in (CONTROL, UNKNOWN, BYTE)}
+    each = zip(vocabulary.tokens, scores, vocabulary.types)
+    ordinary = {token: score for token, score, kind in each if kind not in (CONTROL, UNKNOWN, BYTE)}
     ranked = sorted((token for token in ordinary if len(token) > 1), key=lambda token: -ordinary[token])
     merges = []
     for token in ranked:
