@@ -160,7 +160,7 @@ class Mailbox:
             self._cut_off[client] = requests
             if len(self._cut_off) > _MAX_CUT_OFF:
                 del self._cut_off[next(iter(self._cut_off))]
-            _log.warning("a web worker cannot be reached, or was silent for %g s: its %d requests end", self._lease_s, len(requests))
+            _log.warning("a worker cannot be reached, or was silent for %g s: its %d requests end", self._lease_s, len(requests))
 
 
 def _private_folder(address: str) -> None:

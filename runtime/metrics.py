@@ -237,7 +237,8 @@ def _one_two_five(limit: int) -> list[int]:
 
 # What only this engine counts.
 _OWN_NAMES = frozenset({
-    "engine_steps", "engine_step_tokens", "engine_padding_tokens", "graph_hit_ratio", "spec_decode_saved_steps", "spec_decode_guesses_a_row",
+    "engine_steps", "engine_step_tokens", "engine_padding_tokens", "graph_hit_ratio",
+    "spec_decode_saved_steps", "spec_decode_guesses_a_row",
 })  # fmt: skip
 
 # A request is a sequence here: each of n choices, and each prompt of a list, is one.

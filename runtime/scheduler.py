@@ -183,10 +183,11 @@ class Scheduler:
         self._draining.add(sequence.row)
 
     def restart(self) -> list[Sequence]:
-        """Begin anew after an exception, in whatever state it left this -> those it may have to do with, in order, ended ones too.
+        """Begin anew after an exception, in whatever state it left this -> those it may have to do with, in order.
 
-        Everyone waits, with the tokens that were committed; who has its finish reason has ended. Rows and pages are empty, and
-        so is the prefix cache, for what a failed step wrote nobody knows. What is in flight must not be committed any more.
+        Everyone waits, with the tokens that were committed, but for those that have their finish reason: they have ended. Rows and
+        pages are empty, and so is the prefix cache, for what a failed step wrote nobody knows. What is in flight must not be
+        committed any more.
         """
         touched = [s for s in self.live if s.row >= 0 or s is self._starting]
         for sequence in touched:
