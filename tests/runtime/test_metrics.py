@@ -79,9 +79,14 @@ def test_every_name_says_what_it_means_and_own_ones_do_not_pose_as_the_fields() 
     assert all(len(family.documentation) > 10 for family in families.values())
     field = {name.removeprefix("vllm:") for name in families if name.startswith("vllm:")}
     own = {name.removeprefix("pagegraph:") for name in families if name.startswith("pagegraph:")}
-    assert field < own and own - field == {
-        "engine_steps", "engine_step_tokens", "engine_padding_tokens", "graph_hit_ratio",
-        "spec_decode_saved_steps", "spec_decode_guesses_a_row",
+    assert field < own and field == {
+        "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries", "prefix_cache_hits",
+        "num_preemptions", "prompt_tokens", "prompt_tokens_cached", "prompt_tokens_by_source", "generation_tokens",
+        "request_success", "request_prompt_tokens", "request_generation_tokens", "iteration_tokens_total",
+        "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
+        "request_queue_time_seconds", "request_inference_time_seconds", "request_prefill_time_seconds",
+        "request_decode_time_seconds", "spec_decode_num_drafts", "spec_decode_num_draft_tokens",
+        "spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos",
     }  # fmt: skip
 
 
