@@ -25,7 +25,7 @@ MAX_LEN = 400
 class Script:
     """A step in which the token at position p of every sequence is script[p]."""
 
-    compiled, counts = True, StepCounts()
+    counts = StepCounts()
 
     def __init__(self) -> None:
         self.script = np.zeros(MAX_LEN + 1, np.int32)
@@ -39,7 +39,7 @@ class Script:
 def llm(tokenizer_folder: Path) -> LLM:
     built = SimpleNamespace(
         step=Script(), folder=tokenizer_folder, device=torch.device("cpu"), dtype=torch.float32, vocab_size=350, max_model_len=MAX_LEN,
-        num_blocks=200, eos_ids=frozenset({1}), use_idle_time=lambda: False, draft=None,
+        num_blocks=200, eos_ids=frozenset({1}), use_idle_time=lambda: False, draft=None, compile_state="off",
         generation_config={"temperature": 0.5, "max_new_tokens": 3, "eos_token_id": 1},
     )  # fmt: skip
     return LLM(Config(model="tiny", max_num_seqs=8, max_num_batched_tokens=64), built=built)
