@@ -27,6 +27,8 @@ PROBE_NAME = "pagegraph_probe"
 SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Of the probe's packed row: tokens, a number that is no size of a model, and those of them whose logits are asked for.
 TOKENS, ASKED = 37, 2
+# Tensors handed to attention by name that change nothing in it, or that the paged op takes.
+HEARD = frozenset({"position_ids", "logits_to_keep", "s_aux"})
 # Masks are read up to this position, beyond every window and chunk.
 LONGEST = 2**30
 
@@ -198,6 +200,8 @@ def _probed_attention(
         notes.forms[function] = _form(function) or notes.refuse(
             f"the mask of layer {layer} is neither causal, nor a sliding window, nor in chunks; paged attention computes no other"
         )
+    if unheard := sorted(name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in HEARD):
+        notes.refuse(f"layer {layer} hands {', '.join(unheard)} to attention, which paged attention does not compute with")
     window, chunk = notes.forms[function]
     notes.layouts[layer] = AttentionLayout(
         num_heads=query.shape[1],

@@ -183,6 +183,9 @@ def test_is_one_full_graph(name: str) -> None:
     assert len(ops) == config.get_text_config().num_hidden_layers
 
 
+ENCODER_DECODER = dict(
+    d_model=64, encoder_layers=2, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=96, vocab_size=128, pad_token_id=0
+)
 # Configuration, and what the refusal says.
 REFUSED = {
     "bloom": (dict(hidden_size=64, n_layer=2, n_head=4, vocab_size=128), "ALiBi"),
@@ -203,6 +206,8 @@ REFUSED = {
     "doge": (SIZES, "layer 0 makes a mask of its own"),
     "moshi": (SIZES, "layer 0 attends without a mask"),
     "roberta": (dict(SIZES, is_decoder=True), "positions start behind a padding index"),
+    "bart": (ENCODER_DECODER, "numbers its tokens by"),
+    "whisper": (ENCODER_DECODER, "logits of 37 of 37 tokens"),
     "bert": (dict(SIZES, is_decoder=False), "mask of layer 0 is neither causal"),
     "gemma3": (
         dict(text_config=SIZES, vision_config=dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)),
