@@ -69,6 +69,7 @@ def engine_of(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             sampling_defaults=sampling_defaults,
+            stalled_s=engine.stalled_s,
         )
 
     recorder = Recorder(metrics, scheduler, built.step.counts)

@@ -12,12 +12,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 log = logging.getLogger("pagegraph.child")
 
-STOP_S = 10.0  # what a child gets between SIGTERM and SIGKILL
+STOP_S = 5.0  # what children get between SIGTERM and SIGKILL
+REAP_S = 2.0  # for a killed process to be gone; one that a driver holds takes longer, and is left
 
 # Runs in the child before the command takes its place: the kernel is to end it when the supervisor is killed.
 # A program of its own and not `preexec_fn`, which may deadlock where the parent has threads.
@@ -51,8 +54,14 @@ class Child:
     Its own session, so that a terminal's Ctrl-C reaches only the supervisor, which drains first.
     """
 
-    def __init__(self, name: str, command: Sequence[str], pass_fds: Sequence[int] = (), folder: Path | None = None) -> None:
-        """Start `command`, in `folder` (None: in this process's); the descriptors `pass_fds` stay open in it."""
+    def __init__(
+        self, name: str, command: Sequence[str], pass_fds: Sequence[int] = (), folder: Path | None = None,
+        variables: Mapping[str, str | None] = MappingProxyType({}),
+    ) -> None:
+        """Start `command`, in `folder` (None: in this process's); the descriptors `pass_fds` stay open in it.
+
+        `variables` are set in its environment, or left out of it where they are None.
+        """
         self.name = name
         self._process = subprocess.Popen(
             [sys.executable, "-c", BOUND_TO_PARENT, str(os.getpid()), *command] if sys.platform == "linux" else command,
@@ -62,7 +71,7 @@ class Child:
             start_new_session=True,
             pass_fds=pass_fds,
             cwd=folder,
-            env=child_environment(),
+            env={key: value for key, value in {**child_environment(), **variables}.items() if value is not None},
         )
         self._reader = threading.Thread(target=self._pass_on, name=f"{name}-output", daemon=True)
         self._reader.start()
@@ -76,20 +85,22 @@ class Child:
         """Return once all that it wrote is passed on, or a second later: what it started may still hold the pipe."""
         self._reader.join(timeout=1.0)
 
-    def stop(self, timeout: float = STOP_S) -> None:
-        """SIGTERM, then after `timeout` seconds SIGKILL to its whole session; returns when it has ended."""
+    def send(self, number: int) -> None:
+        """Send a signal; one that has ended gets none."""
         if self.exit_code is None:
-            self._process.terminate()
-            try:
-                self._process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                log.warning("%s did not stop within %g s and is killed", self.name, timeout)
-        self.kill()
+            self._process.send_signal(number)
+
+    def ends_by(self, deadline: float) -> bool:
+        """Wait until it has ended, or `deadline` of the monotonic clock; returns whether it has."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        return self.exit_code is not None
 
     def kill(self) -> None:
         """SIGKILL to whatever is left of its session; returns when the process has ended."""
         self.abort()
-        self._process.wait()
+        if not self.ends_by(time.monotonic() + REAP_S):
+            log.error("%s was killed and is still there", self.name)
 
     def abort(self) -> None:
         """SIGKILL without waiting: may be called from a signal handler."""
@@ -102,7 +113,20 @@ class Child:
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         while chunk := os.read(descriptor, 65536):
-            # A reader of ours that went away must not fill the pipe and so stop the child.
-            with contextlib.suppress(BrokenPipeError):
+            # A reader of ours, or a terminal, that went away must not fill the pipe and so stop the child.
+            with contextlib.suppress(OSError):
                 sys.stderr.buffer.write(chunk)
                 sys.stderr.buffer.flush()
+
+
+def stop(*children: Child | None, timeout: float = STOP_S) -> None:
+    """SIGTERM to all at once, and after `timeout` seconds SIGKILL to whatever is left of their sessions."""
+    started = [child for child in children if child is not None]
+    for child in started:
+        child.send(signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    for child in started:
+        if not child.ends_by(deadline):
+            log.warning("%s did not stop within %g s and is killed", child.name, timeout)
+    for child in started:
+        child.kill()

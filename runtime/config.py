@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ CPU_KV_CACHE_MEMORY = 1 << 30  # bytes
 METHODS = ("ngram", "suffix", "draft", "ngram+draft", "suffix+draft")  # of speculation
 AUTO_GUESSES = 15  # a sequence at most, where their number is left to the engine
 GUESS_ENTRIES = 64  # sequences and guesses that a step has room for at least, where there is speculation
+API_KEY_VARIABLE = "PAGEGRAPH_API_KEY"  # of the environment; comes after flags and before files
 MOST_THREADS = 4096  # of a web process
 SPARE_THREADS = 32  # for what is short, is being tokenised, or is about to be refused
 # Keys of the mapping `speculative` of a file, and what they are called here.
@@ -196,12 +198,15 @@ class Config:
 
     host: str = _option("127.0.0.1", parse_text, "address to listen on; 0.0.0.0 for every interface", "server")
     port: int = _option(8000, _between(parse_whole, 0, 65535), "port of the API (0: any free one)", "server")
-    probe_port: int | None = _option(None, _between(parse_whole, 0, 65535), "port of /health and /metrics (auto: a free one on 127.0.0.1)", "server", _AUTO)
+    probe_host: str = _option("127.0.0.1", parse_text, "address of probe_port; 0.0.0.0 lets other machines probe, without a key", "server")
+    probe_port: int | None = _option(None, _between(parse_whole, 0, 65535), "port of /health and /metrics beside the API (auto: a free one)", "server", _AUTO)
     workers: int = _option(2, _between(parse_whole, 1, 64), "web processes", "server")
     threads: int | None = _option(None, _between(parse_whole, 2, MOST_THREADS), "threads of each web process; a request holds one (auto: max_num_seqs + max_queue and some)", "server", ("auto",))
     max_queue: int = _option(256, _between(parse_whole, 1), "waiting requests, of all web processes together, beyond which new ones get 503", "server")
-    drain_timeout_s: float = _option(30.0, _between(parse_number, 0), "seconds that running requests get to end at shutdown", "server")
-    api_key: str | None = _option(None, parse_text, "key that clients must send (none: open)", "server", _NONE)
+    drain_timeout_s: float = _option(20.0, _between(parse_number, 0), "seconds that running requests get to end at shutdown; stopping takes up to 7 more", "server")
+    watchdog_timeout_s: float = _option(300.0, _between(parse_number, 1), "seconds with work and without a finished step after which the engine counts as hung and the server ends", "server")
+    api_key: str | None = _option(None, parse_text, "key that clients must send (none: open); on the command line others see it: rather use api_key_file or PAGEGRAPH_API_KEY", "server", _NONE)
+    api_key_file: str | None = _option(None, parse_text, "file that holds the key alone", "server", _NONE)
     log_level: str = _option("info", _one_of("debug", "info", "warning", "error"), "debug, info, warning or error", "server")
 
     @property
@@ -289,10 +294,13 @@ def is_local_path(model: str) -> bool:
     return model.startswith(("/", "./", "../", "~")) or Path(model).exists()
 
 
-def load_config(path_or_model: str, overrides: Mapping[str, Any] | None = None) -> Resolved:
+def load_config(
+    path_or_model: str, overrides: Mapping[str, Any] | None = None, environment: Mapping[str, str] = os.environ
+) -> Resolved:
     """Read a YAML file, or take `path_or_model` as the model, then apply `overrides` (key to value; None: not given).
 
-    A `model` or `tokenizer` in a file that starts with `./` or `../` is relative to the file's folder.
+    A path in a file that starts with `./` or `../` is relative to the file's folder. The API key may also come from the
+    variable PAGEGRAPH_API_KEY of `environment`, and from the file that `api_key_file` names.
     Raises ConfigError naming the key, the arithmetic and a value that works.
     """
     given: dict[str, tuple[Any, str]] = {}
@@ -300,13 +308,37 @@ def load_config(path_or_model: str, overrides: Mapping[str, Any] | None = None) 
         given.update(_read_yaml(Path(path_or_model)))
     else:
         given["model"] = (path_or_model, "argument")
-    for key, value in (overrides or {}).items():
-        if value is not None:
-            given[key] = (value, flag_of(key))
+    flags = {key: (value, flag_of(key)) for key, value in (overrides or {}).items() if value is not None}
+    # A key from a later place, in whatever form, takes the place of an earlier one.
+    for later in ({"api_key": (environment[API_KEY_VARIABLE], API_KEY_VARIABLE)} if API_KEY_VARIABLE in environment else {}, flags):
+        if later.keys() & _API_KEYS:
+            given = {key: found for key, found in given.items() if key not in _API_KEYS}
+        given.update(later)
     values = {key: _parse(key, value, source) for key, (value, source) in given.items()}
+    sources = {key: given[key][1] if key in given else "default" for key in FIELDS}
+    if values.get("api_key_file") is not None:
+        if values.get("api_key") is not None:
+            raise ConfigError("api_key and api_key_file both give the key that clients must send; set one of them")
+        values["api_key"] = _read_key(values["api_key_file"], sources["api_key_file"])
+        sources["api_key"] = f"api_key_file, {sources['api_key_file']}"
     config = Config(**values)
     check(config)
-    return Resolved(config, {key: given[key][1] if key in given else "default" for key in FIELDS})
+    return Resolved(config, sources)
+
+
+_API_KEYS = {"api_key", "api_key_file"}
+
+
+def _read_key(path: str, source: str) -> str:
+    where = "" if source.startswith("--") else f"{source}: "
+    try:
+        key = Path(path).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(f"{where}api_key_file={path} cannot be read: {reason}") from error
+    if not key or not key.isprintable():
+        raise ConfigError(f"{where}api_key_file={path} does not hold a key: one line of text is expected, and nothing else")
+    return key
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
@@ -355,7 +387,7 @@ def _speculative(folder: Path, value: Any, source: str) -> dict[str, tuple[Any, 
 
 def _anchored(folder: Path, key: str, value: Any) -> Any:
     """A `./` or `../` path of a configuration file, made independent of where the command is run."""
-    if key in ("model", "tokenizer", "speculative_model") and isinstance(value, str) and value.startswith(("./", "../")):
+    if key in ("model", "tokenizer", "speculative_model", "api_key_file") and isinstance(value, str) and value.startswith(("./", "../")):
         return str((folder / value).resolve())
     return value
 

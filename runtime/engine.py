@@ -97,6 +97,7 @@ class Engine:
         self._num_submitted = 0
         self._suspects = Suspects(scheduler)
         self._last_done = 0.0
+        self._moved = 0.0  # when a step ended, well or not, or the engine was idle last
 
     def run(self) -> None:
         """Turn until `stopping` is set."""
@@ -105,7 +106,10 @@ class Engine:
 
     def turn(self, block: bool = False) -> None:
         """One turn of the loop: accept, schedule, launch, and commit the step before."""
-        for client, message in self.mailbox.poll(block and self.idle and not self.use_idle_time()):
+        idle = self.idle
+        if idle:
+            self._moved = self.clock()
+        for client, message in self.mailbox.poll(block and idle and not self.use_idle_time()):
             try:
                 self._accept(client, message)
             except Exception:
@@ -141,6 +145,11 @@ class Engine:
         """Nothing waits, runs or is in flight."""
         return self._running is None and not self.scheduler.has_work
 
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since anything moved; 0 where nothing has to."""
+        return 0.0 if self.idle else self.clock() - self._moved
+
     def _launch(self, plan: Plan, done: float | None) -> InFlight:
         """`done`: when the results came that this step waited for, if it did."""
         now = self.clock()
@@ -149,7 +158,7 @@ class Engine:
 
     def _commit(self, done: InFlight) -> None:
         output = done.ticket.wait()
-        now = self.clock()
+        self._moved = now = self.clock()
         seconds = now - max(done.launched, self._last_done)
         self._last_done = now
         if self.pace is not None:
@@ -200,6 +209,7 @@ class Engine:
         """
         log.error("a step failed", exc_info=error)
         self._running = None
+        self._moved = self.clock()
         touched = self.scheduler.restart()
         self._prove(error)
         guilty = self._suspects.accuse(touched)

@@ -8,6 +8,7 @@ beside the settings where it is the user's to mend.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
@@ -36,6 +37,8 @@ REQUIRED_COMPILATION_FAILED = 3  # exit status
 
 def main(path: str) -> None:
     """Serve until SIGTERM; `path` is a JSON file with `config`, `engine_address`, `metrics_port` and `drain_flag`."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # writes where all threads stand; the supervisor asks it of an engine that hangs
     settings = json.loads(Path(path).read_text())
     config = config_from_dict(settings["config"])
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(message)s")

@@ -155,6 +155,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     num_running: int = 0
     num_waiting: int = 0
     sampling_defaults: dict[str, int | float] = {}  # fields of SamplingParams that the model itself sets for requests
+    stalled_s: float = 0.0  # seconds since a step ended or work came to an idle engine; 0 without work
 
 
 ToEngine = Submit | SubmitGroup | Abort | Hello

@@ -12,7 +12,7 @@ workers = 2
 threads = 80
 # Heartbeats come from the worker's main loop, so this limits a hung worker, not a long stream.
 timeout = 60
-graceful_timeout = 5  # the supervisor has drained before gunicorn hears of a stop
+graceful_timeout = 3  # the supervisor has drained before gunicorn hears of a stop
 keepalive = 75
 max_requests = 0
 preload_app = False

@@ -1,6 +1,6 @@
 """Health, version and the engine's metrics.
 
-Knows whether the engine answers. Health needs no key and shows no internals.
+What health means is `runtime.health`'s to say, here as on the probe port. It needs no key and shows no internals.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib import metadata
 
 from flask import Blueprint, Response
 
-from runtime.client import EngineDead
+from runtime.health import Health, engine_health
 from web.errors import ApiError, json_response
 from web.openai import service
 
@@ -25,19 +25,17 @@ blueprint = Blueprint("probes", __name__)
 
 @blueprint.get("/health/live")
 def live() -> Response:
-    """200 as long as this worker answers at all."""
-    return json_response({"status": "live"})
+    """503 when only a restart helps."""
+    found = _health()
+    return _answer(found, found.live)
 
 
 @blueprint.get("/health")
 @blueprint.get("/health/ready")
 def ready() -> Response:
-    """200 when the engine answers and takes requests, else 503 with the reason."""
-    try:
-        info = service().engine.info(_PROBE_WAIT_S)
-    except EngineDead:
-        return _not_ready("no engine")
-    return _not_ready("draining") if info.draining else json_response({"status": "ready"})
+    """200 when requests are taken now."""
+    found = _health()
+    return _answer(found, found.ready)
 
 
 @blueprint.get("/version")
@@ -59,7 +57,13 @@ def metrics() -> Response:
         raise ApiError(503, "the engine's metrics cannot be read") from None
 
 
-def _not_ready(status: str) -> Response:
-    response = json_response({"status": status}, 503)
-    response.headers["Retry-After"] = "1"
+def _health() -> Health:
+    served = service()
+    return engine_health(served.engine, served.settings.silence_s, _PROBE_WAIT_S)
+
+
+def _answer(found: Health, good: bool) -> Response:
+    response = json_response({"status": found.status}, 200 if good else 503)
+    if not good:
+        response.headers["Retry-After"] = "1"
     return response

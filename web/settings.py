@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from runtime.config import API_KEY_VARIABLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +31,19 @@ class WebSettings:
     body_timeout_s: float = 30.0  # between two reads of a body
     send_timeout_s: float = 30.0  # that a client may take nothing of its answer
     keep_alive_s: float = 5.0  # between SSE comments while no token comes
-    silence_s: float = 10.0  # without an answer of the engine, it counts as dead
+    silence_s: float = 10.0  # without an answer of the engine, or with work and no finished step, it counts as dead
 
     @classmethod
     def load(cls, source: str | Path | dict[str, Any] | WebSettings) -> WebSettings:
-        """Settings from a JSON file or a mapping; raises ValueError naming an unknown or missing key."""
+        """Settings from a JSON file or a mapping; raises ValueError naming an unknown or missing key.
+
+        The API key of a file's settings may come from the environment instead, so that no file need hold it.
+        """
         if isinstance(source, WebSettings):
             return source
         values = source if isinstance(source, dict) else json.loads(Path(source).read_text(encoding="utf-8"))
+        if not isinstance(source, dict) and API_KEY_VARIABLE in os.environ:
+            values.setdefault("api_key", os.environ[API_KEY_VARIABLE])
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := values.keys() - fields.keys():
             raise ValueError(f"unknown web setting {sorted(unknown)[0]!r}; known: {', '.join(fields)}")

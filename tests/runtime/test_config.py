@@ -287,3 +287,55 @@ def test_there_are_shipped_configurations() -> None:
 def test_imports_no_torch() -> None:
     code = "import runtime.config, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+KEY_FILE = "the file's key\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "variable", "flags", "key", "source"),
+    [
+        ("api_key: written", None, {}, "written", "c.yaml:2"),
+        ("api_key: written", "variable", {}, "variable", "PAGEGRAPH_API_KEY"),
+        ("api_key_file: ./key", None, {}, "the file's key", "api_key_file, c.yaml:2"),
+        ("api_key_file: ./key", "variable", {}, "variable", "PAGEGRAPH_API_KEY"),
+        ("api_key: written", "variable", {"api_key": "flag"}, "flag", "--api-key"),
+        ("api_key: written", "variable", {"api_key_file": "key"}, "the file's key", "api_key_file, --api-key-file"),
+        ("api_key: written", "variable", {"api_key": "none"}, None, "--api-key"),
+        ("", None, {}, None, "default"),
+    ],
+)
+def test_where_the_api_key_may_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, variable: str | None, flags: dict[str, str], key: str | None, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("key").write_text(KEY_FILE)
+    Path("c.yaml").write_text(f"model: org/name\n{text}\n")
+    resolved = load_config("c.yaml", flags, {} if variable is None else {"PAGEGRAPH_API_KEY": variable})
+    assert (resolved.config.api_key, resolved.sources["api_key"]) == (key, source)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        ({"api_key_file": "missing"}, {}, "api_key_file=missing cannot be read: No such file"),
+        ({"api_key_file": "empty"}, {}, "api_key_file=empty does not hold a key"),
+        ({"api_key_file": "two"}, {}, "api_key_file=two does not hold a key"),
+        ({"api_key_file": "empty", "api_key": "a"}, {}, "set one of them"),
+        ({}, {"PAGEGRAPH_API_KEY": ""}, "api_key=\\*\\*\\* is not a text"),  # not an open server
+    ],
+)
+def test_an_api_key_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, str], environment: dict[str, str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").write_text("\n")
+    Path("two").write_text("one\ntwo\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config("org/name", flags, environment)
+
+
+def test_threads_are_enough_for_the_engine_and_its_queue() -> None:
+    assert Config(model="m", max_num_seqs=32, max_queue=256).enough_threads == 32 + 256 + 32
+    assert Config(model="m", max_queue=100_000).enough_threads == 4096
+    assert load_config("org/name", {"threads": "auto"}).config.threads is None and load_config("org/name", {"threads": "7"}).config.threads == 7

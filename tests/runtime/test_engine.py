@@ -426,3 +426,22 @@ def test_faults_of_any_step_end_every_request_once(faults, num_blocks, budget, c
         own = harness.tokens.get(request_id, [])
         assert own == clean.tokens[request_id][: len(own)]
         assert reason == "500" or (reason, own) == (clean.ended[request_id], clean.tokens[request_id])
+
+
+def test_an_engine_that_has_work_and_finishes_no_step_says_for_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness()
+    for _ in range(5):
+        harness.turn()
+    assert harness.engine.stalled_s == 0
+    harness.mailbox.put(group_of(1))
+    harness.turn()
+    with monkeypatch.context() as patched:
+        patched.setattr(harness.scheduler, "schedule", lambda *_: [])
+        for _ in range(8):
+            harness.turn()
+    assert harness.engine.stalled_s >= 7
+    harness.turn()  # launches
+    harness.turn()  # and commits
+    assert harness.engine.stalled_s <= 2
+    harness.run()
+    assert harness.engine.stalled_s == 0 and harness.ended == {"g0": "length"}

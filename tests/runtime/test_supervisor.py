@@ -8,9 +8,11 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,16 +24,18 @@ import tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from runtime import run_dir
 from runtime.child import child_environment, module_command
 from runtime.config import Config
+from runtime.health import DRAINING, LOADING, READY, Health
 from runtime.protocol import EngineInfo
-from runtime.supervisor import Probes, Unserved, banner, bind
+from runtime.supervisor import Probes, Supervisor, Unserved, _stopping_signals, banner, bind
 from web.settings import WebSettings
 
 ROOT = Path(__file__).parents[2]
 
 ENGINE = """
-    import json, signal, sys, threading
+    import faulthandler, json, signal, sys, threading, time
     from http.server import BaseHTTPRequestHandler, HTTPServer
     from pathlib import Path
     from runtime.mailbox import Mailbox
@@ -47,7 +51,9 @@ ENGINE = """
     assert "torch" not in sys.modules
     if (control / "refuse").exists():
         Path(sys.argv[1]).with_name("engine-refused.txt").write_text("a reason for refusing"); sys.exit(7)
-    signal.signal(signal.SIGTERM, lambda *_: ((control / "engine-stopped").touch(), sys.exit(0)))
+    faulthandler.register(signal.SIGUSR1)
+    stubborn = (control / "stubborn").exists()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if stubborn else lambda *_: ((control / "engine-stopped").touch(), sys.exit(0)))
     (control / "engine-pid").write_text(str(__import__("os").getpid()))
     mailbox = Mailbox(settings["engine_address"])
     threading.Thread(target=HTTPServer(("127.0.0.1", settings["metrics_port"]), Metrics).serve_forever, daemon=True).start()
@@ -56,12 +62,16 @@ ENGINE = """
     while True:
         if (control / "crash").exists():
             print("boom: the last line", flush=True); sys.exit(3)
+        def wedged():
+            while (control / "wedge").exists(): time.sleep(0.05)
+        wedged()
         for client, message in mailbox.poll(block=True):
             match message:
                 case Hello():
                     running = len(left) + (control / "busy").exists()
                     mailbox.send(client, EngineInfo("m", "cpu", "bfloat16", 3, 1000, 9, 16, "compiled",
-                        draining=Path(settings["drain_flag"]).exists(), num_running=running))
+                        draining=Path(settings["drain_flag"]).exists(), num_running=running,
+                        stalled_s=100.0 if (control / "stall").exists() else 0.0))
                 case SubmitGroup():
                     mailbox.send(client, Admitted(message.members[0].request_id))
                     left.update({(client, member.request_id): member.params.max_tokens for member in message.members})
@@ -74,7 +84,7 @@ ENGINE = """
 """
 
 WEB = """
-    import json, re, signal, socket, sys, threading
+    import json, os, re, signal, socket, sys, threading, time
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     from pathlib import Path
 
@@ -91,9 +101,11 @@ WEB = """
     server = ThreadingHTTPServer(("127.0.0.1", 0), App, bind_and_activate=False)
     server.socket = socket.socket(fileno=int(sys.argv[sys.argv.index("--bind") + 1].removeprefix("fd://")))
     server.server_activate()
-    signal.signal(signal.SIGTERM, lambda *_: ((control / "web-stopped").touch(), sys.exit(0)))
+    (control / "environment.json").write_text(json.dumps(dict(os.environ)))
+    stubborn = (control / "stubborn").exists()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if stubborn else lambda *_: ((control / "web-stopped").touch(), sys.exit(0)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    signal.pause()
+    while True: signal.pause()
 """
 
 DRIVER = """
@@ -102,10 +114,13 @@ DRIVER = """
     from runtime.supervisor import WEB_COMMAND, Supervisor, Unserved
     control, port, probe_port, drain, web = sys.argv[1:]
     logging.basicConfig(level="INFO")
-    config = Config(model=control, served_model_name="m", port=int(port), probe_port=int(probe_port), drain_timeout_s=float(drain), api_key="secret", workers=1)
+    config = Config(
+        model=control, served_model_name="m", port=int(port), probe_port=int(probe_port), drain_timeout_s=float(drain),
+        watchdog_timeout_s=2.0, api_key="secret", workers=1,
+    )
     web_command = WEB_COMMAND if web == "gunicorn" else [sys.executable, os.path.abspath(control) + "/fake_web.py"]
-    supervisor = Supervisor(config, [sys.executable, control + "/fake_engine.py"], web_command)
     try:
+        supervisor = Supervisor(config, [sys.executable, control + "/fake_engine.py"], web_command)
         status = supervisor.run()
     except Unserved as error:
         print("UNSERVED", error)
@@ -143,7 +158,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
 class Server:
     """A supervisor in a process of its own with a folder through which the test steers its children."""
 
-    def __init__(self, control: Path, drain: float = 20.0, web: str = "fake", folder: Path = ROOT) -> None:
+    def __init__(self, control: Path, drain: float = 20.0, web: str = "fake", folder: Path = ROOT, **environment: str) -> None:
         """`folder`: where the command is given."""
         self.control = control
         self.temporary = control / "tmp"
@@ -154,7 +169,7 @@ class Server:
         self.process = subprocess.Popen(
             [sys.executable, str(control / "driver.py"), os.path.relpath(control, folder), *map(str, (self.port, self.probe_port, drain, web))],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -202,7 +217,6 @@ def test_serves_then_stops_in_order_with_status_0(server: Server) -> None:
     status, output = server.end()
     assert status == 0, output
     assert server.flag("engine-stopped").exists() and server.flag("web-stopped").exists()
-    assert server.flag("engine-stopped").stat().st_mtime_ns <= server.flag("web-stopped").stat().st_mtime_ns
     assert f"curl http://127.0.0.1:{server.port}/v1/chat/completions" in output and "secret" not in output
     assert list(server.temporary.iterdir()) == []
 
@@ -211,9 +225,14 @@ def test_web_settings_are_what_the_web_takes(server: Server) -> None:
     server.wait_ready()
     written = json.loads(server.flag("settings.json").read_text())
     argv = written.pop("argv")
+    assert "secret" not in str(written)
     settings = WebSettings.load(written)
     assert settings.model == str(server.control) and settings.served_model_name == "m"
-    assert settings.api_key == "secret"
+    assert json.loads(server.flag("environment.json").read_text())["PAGEGRAPH_API_KEY"] == "secret"
+    (private,) = server.temporary.iterdir()
+    for path in private.iterdir():
+        assert path.stat().st_mode & 0o077 == 0 or path.is_socket() or path.name in ("engine.json", "draining")
+        assert path.is_socket() or "secret" not in path.read_text()
     # One process alone can fill the engine and its queue, whatever the number of processes.
     assert settings.threads == settings.enough_threads == 256 + 256 + 32 and argv[argv.index("--threads") + 1] == "544"
     assert get(f"http://{settings.probe_address}/metrics")[1] == "fake_metric 1\n"
@@ -230,6 +249,17 @@ def test_drain_refuses_new_requests_and_waits_for_running_ones(server: Server) -
     assert server.process.poll() is None and not server.flag("engine-stopped").exists()
     server.flag("busy").unlink()
     assert server.end()[0] == 0
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
+    previous = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in _stopping_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        assert signal.SIGHUP not in _stopping_signals()
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_second_signal_aborts(server: Server) -> None:
@@ -249,9 +279,80 @@ def test_drain_ends_at_its_timeout(tmp_path_factory: pytest.TempPathFactory) -> 
     server.wait_ready()
     server.flag("busy").touch()
     time.sleep(0.6)
-    server.process.send_signal(signal.SIGTERM)
+    server.process.send_signal(signal.SIGHUP)
     status, output = server.end(8.0)
     assert status == 0 and "requests cut: 1" in output
+
+
+@pytest.mark.slow
+def test_children_that_do_not_stop_are_killed_together(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With the default drain_timeout_s of 20 s this stays below the usual 30 s of grace."""
+    control = tmp_path_factory.mktemp("s")
+    (control / "stubborn").touch()
+    server = Server(control, drain=1.0)
+    server.wait_ready()
+    server.flag("busy").touch()
+    time.sleep(0.6)
+    started = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    status, output = server.end(20.0)
+    assert status == 0 and "engine did not stop" in output and "web did not stop" in output
+    assert time.monotonic() - started < 1.0 + (28.0 - 20.0)
+    assert Config.drain_timeout_s == 20.0
+
+
+@pytest.mark.parametrize("flag", ["wedge", pytest.param("stall", marks=pytest.mark.slow)])
+def test_a_hung_engine_is_ended_with_its_stacks(server: Server, flag: str) -> None:
+    """It answers no more, or it answers and finishes no step."""
+    server.wait_ready()
+    server.flag(flag).touch()
+    wait_for(lambda: server.probe("/health/live")[0] == 503)
+    assert server.probe("/health/ready")[0] == 503
+    status, output = server.end()
+    assert status == 1
+    assert output.rstrip().splitlines()[-1].startswith("UNSERVED the engine hung: for 2 s") and "watchdog_timeout_s=2" in output
+    if flag == "wedge":
+        assert "in wedged" in output
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(server.flag("engine-pid").read_text()), 0)
+
+
+@pytest.mark.slow
+def test_a_long_step_is_no_hang(server: Server) -> None:
+    server.wait_ready()
+    server.flag("wedge").touch()
+    time.sleep(1.0)
+    server.flag("wedge").unlink()
+    time.sleep(2.0)
+    assert server.probe("/health/live") == (200, '{"status": "ready"}') and server.process.poll() is None
+
+
+@pytest.mark.slow
+def test_what_a_killed_server_left_is_removed_by_the_next(tmp_path_factory: pytest.TempPathFactory) -> None:
+    server = Server(tmp_path_factory.mktemp("s"))
+    server.wait_ready()
+    (left,) = server.temporary.iterdir()
+    server.process.kill()
+    server.process.communicate()
+    wait_for(lambda: server.flag("engine-stopped").exists() and server.flag("web-stopped").exists())
+    assert left.is_dir()
+    others = [Server(tmp_path_factory.mktemp("s"), TMPDIR=str(server.temporary)) for _ in range(2)]
+    for other in others:
+        other.wait_ready()
+    assert not left.exists() and len(list(server.temporary.iterdir())) == 2  # those that live are left alone
+    for other in others:
+        other.process.send_signal(signal.SIGTERM)
+        assert other.end()[0] == 0
+
+
+def test_no_folder_for_the_socket_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    long = tmp_path / ("a" * 100)
+    long.mkdir()
+    monkeypatch.setattr(run_dir, "FALLBACKS", ())
+    monkeypatch.setattr(run_dir.tempfile, "tempdir", str(long))
+    with pytest.raises(Unserved, match=r"a{100}: AF_UNIX path too long\); set TMPDIR"):
+        Supervisor(Config(model="m"))
+    assert list(long.iterdir()) == []
 
 
 def test_engine_death_stops_the_web_and_is_told_once(server: Server) -> None:
@@ -329,16 +430,26 @@ def test_gunicorn_streams_through_a_drain_and_refuses_new_requests(real_web: Ser
     assert status == 0, output
 
 
-def test_served_from_a_folder_that_holds_packages_of_our_names(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.fixture
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds packages of our names, in one with a tokenizer."""
     control = tmp_path_factory.mktemp("s")
     write_tokenizer(control)
-    here = control / "project"
     for name in ("kernels", "compiler", "runtime", "web", "gunicorn", "ctypes"):
-        (here / name).mkdir(parents=True)
-        (here / name / "__init__.py").write_text("raise SystemExit('the wrong package')")
+        package = control / "project" / name
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    return control / "project"
+
+
+def test_children_import_our_packages_wherever_they_start(hostile: Path) -> None:
     command = module_command("runtime.config")  # which imports another of our packages
-    subprocess.run(command, cwd=here, env=child_environment(), check=True)
-    server = Server(control, web="gunicorn", folder=here)
+    subprocess.run(command, cwd=hostile, env=child_environment(), check=True)
+
+
+@pytest.mark.slow
+def test_served_from_a_folder_that_holds_packages_of_our_names(hostile: Path) -> None:
+    server = Server(hostile.parent, web="gunicorn", folder=hostile)
     server.wait_ready()
     assert first_data(stream(server, max_tokens=1)).startswith(b"data: ")
     server.process.send_signal(signal.SIGTERM)
@@ -389,7 +500,37 @@ def test_a_taken_port_is_refused_before_the_model_loads(tmp_path_factory: pytest
         with pytest.raises(Unserved, match=rf"port={port} on 127.0.0.1.*--port"):
             bind("127.0.0.1", port, "port")
         with pytest.raises(Unserved, match=rf"probe_port={port}"):
-            Probes(port, lambda: True, lambda: True, "http://127.0.0.1:9/")
+            Probes("127.0.0.1", port, lambda: READY, "http://127.0.0.1:9/")
+    with pytest.raises(Unserved, match="probe_host=192.0.2.1.*--probe-host"):
+        Probes("192.0.2.1", 0, lambda: READY, "http://127.0.0.1:9/")
+
+
+def test_a_probe_that_leaves_is_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    asked = threading.Semaphore(0)
+
+    def health() -> Health:
+        asked.release()
+        time.sleep(0.1)
+        return READY
+
+    probes = Probes("127.0.0.1", 0, health, "http://127.0.0.1:9/")
+    for _ in range(3):
+        with socket.create_connection(probes.address.rsplit(":", 1), 5) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
+            connection.sendall(b"GET /health/live HTTP/1.1\r\n\r\n")
+            assert asked.acquire(timeout=5)
+    time.sleep(0.3)
+    probes.close()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::1"])
+def test_probes_listen_where_they_are_told(host: str) -> None:
+    probes = Probes(host, 0, lambda: DRAINING, "http://127.0.0.1:9/")
+    assert probes.address.startswith("127.0.0.1:" if host == "0.0.0.0" else "[::1]:")
+    assert get(f"http://{probes.address}/health/live") == (200, '{"status": "draining"}')
+    assert get(f"http://{probes.address}/health/ready") == (503, '{"status": "draining"}')
+    probes.close()
 
 
 def test_bound_port_refuses_connections_until_it_listens() -> None:
@@ -400,15 +541,15 @@ def test_bound_port_refuses_connections_until_it_listens() -> None:
 
 
 def test_probe_says_503_when_the_engine_has_no_metrics() -> None:
-    probes = Probes(0, lambda: False, lambda: False, f"http://127.0.0.1:{free_port()}/metrics")
-    assert get(f"http://127.0.0.1:{probes.port}/metrics")[0] == 503
-    assert get(f"http://127.0.0.1:{probes.port}/health/live")[0] == 503
+    probes = Probes("127.0.0.1", 0, lambda: LOADING, f"http://127.0.0.1:{free_port()}/metrics")
+    assert get(f"http://{probes.address}/metrics")[0] == 503
+    assert [get(f"http://{probes.address}/health/{asked}")[0] for asked in ("live", "ready")] == [200, 503]
     probes.close()
 
 
 def test_banner_gives_capacity_and_hides_the_key() -> None:
     info = EngineInfo("m", "cpu", "bfloat16", 100, 8192, 1001, 16, "compiling")
-    text = banner(Config(model="org/name", api_key="s3cret"), info, ("0.0.0.0", 8000), 9000)
+    text = banner(Config(model="org/name", api_key="s3cret"), info, ("0.0.0.0", 8000), "127.0.0.1:9000")
     assert "1,001 pages of 16 = 16,000 tokens" in text and "http://127.0.0.1:8000" in text
     assert "bfloat16, compiling, serving uncompiled" in text
     assert '"model": "org/name"' in text and "s3cret" not in text and "$API_KEY" in text
@@ -417,4 +558,4 @@ def test_banner_gives_capacity_and_hides_the_key() -> None:
 @pytest.mark.parametrize("state, said", [("off", "float32, not compiled\n"), ("failed", "compilation failed"), ("compiled", "float32, compiled\n")])
 def test_banner_says_what_the_steps_run(state: str, said: str) -> None:
     info = EngineInfo("m", "cpu", "float32", 100, 8192, 1001, 16, state)
-    assert said in banner(Config(model="org/name"), info, ("127.0.0.1", 8000), 9000)
+    assert said in banner(Config(model="org/name"), info, ("127.0.0.1", 8000), "127.0.0.1:9000")

@@ -6,6 +6,7 @@ import http.server
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -46,10 +47,29 @@ def test_the_key_opens_and_health_is_open(make_app: Callable[..., Flask]) -> Non
 def test_health_follows_the_engine(http: FlaskClient, fake_engine) -> None:
     assert http.get("/health").json == {"status": "ready"}
     fake_engine.stop()
-    assert http.get("/health/live").status_code == 200
-    for path in ("/health", "/health/ready"):
+    for path in ("/health", "/health/ready", "/health/live"):
         answer = http.get(path)
-        assert answer.status_code == 503 and answer.headers["Retry-After"]
+        assert answer.status_code == 503 and answer.headers["Retry-After"] and answer.json == {"status": "no engine"}
+
+
+def test_an_engine_that_makes_no_progress_is_not_live(http: FlaskClient, fake_engine) -> None:
+    fake_engine.info = msgspec.structs.replace(fake_engine.info, stalled_s=1.9)  # the limit is 2 s
+    assert [http.get(f"/health/{asked}").status_code for asked in ("live", "ready")] == [200, 200]
+    fake_engine.info = msgspec.structs.replace(fake_engine.info, stalled_s=2.1)
+    time.sleep(1.2)  # over a heartbeat
+    for asked in ("live", "ready"):
+        answer = http.get(f"/health/{asked}")
+        assert (answer.status_code, answer.json) == (503, {"status": "stalled"})
+
+
+def test_a_silent_engine_is_not_live(make_app: Callable[..., Flask], fake_engine) -> None:
+    http = make_app(silence_s=0.5).test_client()
+    assert http.get("/health/live").status_code == 200
+    fake_engine.silent = True
+    deadline = time.monotonic() + 10
+    while http.get("/health/live").status_code == 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_draining_is_not_ready(http: FlaskClient, fake_engine) -> None:
@@ -93,3 +113,10 @@ def test_a_bad_setting_is_named() -> None:
         create_app({"mdoel": "x"})
     with pytest.raises(ValueError, match="engine_address"):
         create_app({"model": "x", "served_model_name": "y"})
+
+
+def test_a_key_from_the_environment_is_asked_for(make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEGRAPH_API_KEY", "s3cret")
+    client = make_app().test_client()
+    assert client.get("/v1/models").status_code == 401
+    assert client.get("/v1/models", headers={"Authorization": "Bearer s3cret"}).status_code == 200

@@ -159,7 +159,7 @@ def test_what_is_no_request_is_told_in_json(web: WebProcess) -> None:
 def test_names_of_server_variables_in_headers_change_nothing(web: WebProcess) -> None:
     plain = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
     for header in (b"SCRIPT_NAME: /v2", b"SCRIPT_NAME: /health", b"PATH_INFO: /none", b"REMOTE_USER: root", b"X-Forwarded-Proto: https"):
-        assert web.ask(plain + header + b"\r\n\r\n").endswith(b'{"status":"live"}')
+        assert web.ask(plain + header + b"\r\n\r\n").endswith(b'{"status":"ready"}')
 
 
 def test_continue_pipelines_and_keep_alive(web: WebProcess) -> None:
@@ -168,10 +168,10 @@ def test_continue_pipelines_and_keep_alive(web: WebProcess) -> None:
         connection.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
         assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(body + HEALTH + HEALTH[:9])
-        answers = read_to(connection, b'"live"}')
-        assert answers.count(b"200 OK") == 2 and answers.index(b"hello world") < answers.index(b'"live"')
+        answers = read_to(connection, b'"ready"}')
+        assert answers.count(b"200 OK") == 2 and answers.index(b"hello world") < answers.index(b'"ready"')
         connection.sendall(HEALTH[9:])
-        read_to(connection, b'"live"}')
+        read_to(connection, b'"ready"}')
         connection.sendall(head + b"\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n" + body)
         assert b"hello world" in read_to_end(connection)
 
@@ -183,7 +183,7 @@ def test_idle_connections_make_room_for_new_ones(web: WebProcess) -> None:
     with ExitStack() as stack:
         kept = stack.enter_context(web.connect())
         kept.sendall(HEALTH)
-        read_to(kept, b'"live"}')
+        read_to(kept, b'"ready"}')
         resource.prlimit(web.worker, resource.RLIMIT_NOFILE, (files, before[1]))
         idle = [stack.enter_context(web.connect()) for _ in range(60)]
         assert served(web)
