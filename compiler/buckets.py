@@ -63,13 +63,23 @@ def _every_fourth(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(kept))
 
 
-def cuda_ladder(max_num_seqs: int, max_captured_tokens: int) -> Ladder:
-    """Decode rungs 2, 4, then by 8 to 256 and by 32 to `max_num_seqs`; mixed rungs 16, 32, 48, by 64 to 1024, by 256 beyond."""
+def cuda_ladder(max_num_seqs: int, max_tokens: int) -> Ladder:
+    """Rungs for every step of at most `max_tokens`; decode ones are 2, 4, then by 8 to 256 and by 32 to `max_num_seqs`."""
     max_num_seqs = max(max_num_seqs, 2)
     decode = sorted({n for n in (2, 4, *range(8, 257, 8), *range(288, max_num_seqs + 1, 32)) if n < max_num_seqs} | {max_num_seqs})
-    # Padding of a mixed step costs matrix time: rungs are close where steps are many.
-    mixed = [n for n in (16, 32, 48, *range(64, 1024, 64), *range(1024, max_captured_tokens + 1, 256)) if n <= max_captured_tokens]
-    return Ladder(tuple(decode), tuple(mixed), max_num_seqs)
+    return Ladder(tuple(decode), tuple(_mixed(max_tokens)), max_num_seqs)
+
+
+def _mixed(limit: int) -> list[int]:
+    """16, 32, 48, by 64 to 1024, by 256 to 4096, from there on eight to an octave, and the limit itself.
+
+    Padding of a mixed step costs matrix time: rungs are close where steps are many. A prompt's own steps are mostly the limit.
+    """
+    sizes, size = [16, 32, 48, *range(64, 1024, 64)], 1024
+    while size < limit:
+        sizes.append(size)
+        size += max(256, 1 << (size.bit_length() - 4))
+    return [*(n for n in sizes if n < limit), limit]
 
 
 def own_bucket(num_tokens: int, num_seqs: int) -> Bucket:

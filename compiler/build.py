@@ -36,7 +36,7 @@ from kernels.quant_tiles import FP8_CAPABILITY
 
 log = logging.getLogger("pagegraph.build")
 
-MAX_CAPTURED_TOKENS = 2048
+MAX_CAPTURED_TOKENS = 16384
 
 CompileState = Literal["off", "compiling", "compiled", "failed"]  # steps run the compiled forward when it is "compiled"
 
