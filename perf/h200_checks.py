@@ -37,7 +37,7 @@ WAYS = {"logprobs": dict(logprobs=2), "plain": {}, "sampled": dict(temperature=0
 
 def graphs(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """Greedy float32 tokens are the same compiled or not, with graphs or not; each bucket's logits equal eager ones."""
-    settings = dict(max_num_seqs=32, max_num_batched_tokens=3000, num_blocks=1024, max_model_len=1024, kv_cache_memory=None)
+    settings = dict(max_num_seqs=32, max_num_batched_tokens=3000, num_blocks=1024, max_model_len=4096, kv_cache_memory=None)
     sizes = [int(n) for n in np.random.default_rng(0).integers(1, 300, 24)]
     prompts, lengths = random_prompts(0, sizes, 1000), [32] * len(sizes)
     first: dict[str, Run] = {}
