@@ -9,6 +9,7 @@ beside the settings where it is the user's to mend.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -67,6 +68,8 @@ def main(path: str) -> None:
     if beside:
         fill_cache = partial(compile_ahead.fill_cache, config, built, Path(path))
         threading.Thread(target=_compile, args=(config, built, fill_cache), name="compile", daemon=True).start()
+    gc.collect()
+    gc.freeze()  # what is built stays; with it, looking for garbage would hold up a step for half a second now and then
     engine.run()
     built.close()
 
@@ -86,6 +89,7 @@ def _compile(config: Config, built: builder.BuiltModel, first: Callable[[], None
             exc_info=True,
         )
     else:
+        gc.freeze()
         log.info("compiled after %.1f s: steps run the compiled graph from here on", built.timings.seconds["compile"])
 
 
