@@ -173,14 +173,16 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
 
 def model_folder(config: Any) -> Path:
     """Where the model's files lie: fetched and converted now where they are not there yet."""
-    return model_source.resolve(
-        config.model,
-        gguf_file=config.gguf_file,
-        keep_quantized=config.quantization == "gguf",
-        revision=config.revision,
-        cache_dir=lower.cache_folder(config.compile_cache_dir),
-        trust_remote_code=config.trust_remote_code,
-    )
+    cache = lower.cache_folder(config.compile_cache_dir)
+    with lower.naming_the_cache(cache):
+        return model_source.resolve(
+            config.model,
+            gguf_file=config.gguf_file,
+            keep_quantized=config.quantization == "gguf",
+            revision=config.revision,
+            cache_dir=cache,
+            trust_remote_code=config.trust_remote_code,
+        )
 
 
 def _load(config: Any, device: torch.device, timings: Timings, progress: bool, name: str = "") -> Loaded:

@@ -5,11 +5,14 @@ Knows which sizes are dynamic and how to read back the lowered graph; knows noth
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
+import safetensors
 import torch
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
@@ -41,9 +44,28 @@ def cache_folder(asked: str | None) -> Path:
     return Path(asked or DEFAULT_CACHE).expanduser()
 
 
+@contextmanager
+def naming_the_cache(folder: Path) -> Iterator[None]:
+    """Errors of writing below `folder`, as on a full or read-only disk, become OSErrors that name the setting."""
+    try:
+        yield
+    except Exception as error:
+        at = Path(error.filename).absolute() if isinstance(error, OSError) and error.filename is not None else None
+        # Of the folder itself a folder above it may be what cannot be made.
+        inside = at is not None and (at.is_relative_to(folder.absolute()) or folder.absolute().is_relative_to(at))
+        full = isinstance(error, safetensors.SafetensorError) and os.strerror(errno.ENOSPC) in str(error)
+        if not (inside or full):
+            raise
+        reason = error.strerror if inside else os.strerror(errno.ENOSPC)
+        raise OSError(
+            f"compile_cache_dir={folder} cannot be written to: {reason}; name a folder that has room for compiled code and converted models"
+        ) from error
+
+
 def use_cache(folder: Path) -> None:
     """Keep Inductor's and Triton's artefacts under `folder`; call before the first compilation."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming_the_cache(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     # Both libraries read these variables only.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
