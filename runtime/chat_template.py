@@ -53,7 +53,7 @@ class ChatTemplate:
         except ChatTemplateError:
             lost = False
         if lost:
-            raise ChatTemplateError(f"the model's chat template leaves out the content of messages[{index}], the last of role user")
+            raise ChatTemplateError(f"the model's chat template leaves out the content of messages[{index}], the user's last")
         return rendered
 
     def _shows(self, content: str | list[Message]) -> bool:

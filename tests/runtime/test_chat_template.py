@@ -9,13 +9,19 @@ import pytest
 from runtime.chat_template import ChatTemplate, ChatTemplateError
 
 STRINGS = "{% for m in messages %}<{{ m.role }}>{{ m['content'] | trim }}{% endfor %}"
-LOOP = "{% for m in messages %}<{{ m.role }}>{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+LOOP = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
 INDEX = "{% for m in messages %}<{{ m.role }}>{{ m.content[0].text }}{% endfor %}"
 MACRO = (
     "{% macro said(content) %}{% for part in content %}{{ part.text }}{% endfor %}{% endmacro %}"
     "{% for m in messages %}<{{ m.role }}>{{ said(m.content) }}{% endfor %}"
 )
-STRICT = "{% for m in messages %}{% if m.content is string %}{{ raise_exception('parts!') }}{% endif %}<{{ m.role }}>{{ m.content[0].text }}{% endfor %}"
+STRICT = (
+    "{% for m in messages %}{% if m.content is string %}{{ raise_exception('parts!') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content[0].text }}{% endfor %}"
+)
 # Users' content in either form, the system's as a string.
 BOTH = (
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'system' %}{{ m.content | trim }}{% elif m.content is string %}{{ m.content }}"

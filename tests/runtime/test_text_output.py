@@ -162,7 +162,8 @@ def test_a_prompt_of_characters_in_bytes_is_whole(kind: str) -> None:
     llamas = tokenizer.encode("\U0001f999\U0001f999", add_special_tokens=False)
     for prompt, text in ((llamas, "\U0001f999!a"), (tokenizer.encode("caf\ufffd"), "a")):
         output = tokenizer.encode(text, add_special_tokens=False)
-        assert whole(Detokenizer(tokenizer, prompt), output) == tokenizer.decode([*prompt, *output]).removeprefix(tokenizer.decode(prompt))
+        wanted = tokenizer.decode([*prompt, *output]).removeprefix(tokenizer.decode(prompt))
+        assert whole(Detokenizer(tokenizer, prompt), output) == wanted
     assert whole(Detokenizer(tokenizer, llamas), llamas).strip(" ") == "\U0001f999\U0001f999"
 
 
@@ -187,7 +188,8 @@ def test_wrong_bytes_are_told_at_once_and_do_not_undo_characters() -> None:
     tokenizer = KINDS["llama"]
     fire, e6, ff = [tokenizer.encode("\U0001f999")[-4:], 0xE6 + 3, 0xFF + 3]
     detokenizer = Detokenizer(tokenizer, tokenizer.encode("a"))
-    assert [detokenizer.push(token_id) for token_id in [*fire, ff, e6, ff]] == ["", "", "", "\U0001f999", "\ufffd", "", "\ufffd\ufffd"]
+    wanted = ["", "", "", "\U0001f999", "\ufffd", "", "\ufffd\ufffd"]
+    assert [detokenizer.push(token_id) for token_id in [*fire, ff, e6, ff]] == wanted
 
 
 def test_whole_sequences_are_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +199,8 @@ def test_whole_sequences_are_not_decoded_again(monkeypatch: pytest.MonkeyPatch) 
         text = whole(Detokenizer(tokenizer, ids), ids)
         monkeypatch.setattr(Tokenizer, "decode", None)
         looked_up = []
-        monkeypatch.setattr(type(tokenizer.pieces), "__getitem__", lambda self, key: looked_up.append(key) or dict.__getitem__(self, key))
+        look_up = lambda pieces, key: looked_up.append(key) or dict.__getitem__(pieces, key)
+        monkeypatch.setattr(type(tokenizer.pieces), "__getitem__", look_up)
         detokenizer = Detokenizer(tokenizer, ids * 1000)
         assert len(looked_up) < 10
         assert whole(detokenizer, ids) == text and len(looked_up) < 10 + len(ids)
@@ -206,7 +209,11 @@ def test_whole_sequences_are_not_decoded_again(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("decoder", "vocab", "text"),
-    [(None, ["a", "b", "c"], "a b c"), (decoders.WordPiece(), ["a", "b", "##c", "."], "a bc."), (decoders.Metaspace(), ["\u2581a", "\u2581", "\u2581b"], "a  b")],
+    [
+        (None, ["a", "b", "c"], "a b c"),
+        (decoders.WordPiece(), ["a", "b", "##c", "."], "a bc."),
+        (decoders.Metaspace(), ["\u2581a", "\u2581", "\u2581b"], "a  b"),
+    ],
 )
 def test_other_decoders(decoder: decoders.Decoder | None, vocab: list[str], text: str) -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocab)}, vocab[0]))

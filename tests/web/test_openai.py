@@ -144,7 +144,11 @@ def test_text_offsets_lie_in_the_text(http: FlaskClient, fake_engine, tokenizer:
 
 def test_the_likeliest_come_first_and_the_sampled_token_where_it_belongs(http: FlaskClient, fake_engine, tokenizer: Tokenizer) -> None:
     a, b, c = (tokenizer.encode(char)[0] for char in "abc")
-    entries = [TokenLogprob(b, -1.0, 2, [a, b], [-0.5, -1.0]), TokenLogprob(c, -3.0, 3, [a, b], [-0.5, -1.0]), TokenLogprob(a, -0.5, 1, [a, b], [-0.5, -0.5])]
+    entries = [
+        TokenLogprob(b, -1.0, 2, [a, b], [-0.5, -1.0]),
+        TokenLogprob(c, -3.0, 3, [a, b], [-0.5, -1.0]),
+        TokenLogprob(a, -0.5, 1, [a, b], [-0.5, -0.5]),
+    ]
     fake_engine.script = lambda s: [TokenDelta(s.request_id, [b, c, a], "length", logprobs=entries)]
     choice = http.post("/v1/completions", json={"model": "tiny", "prompt": "a", "logprobs": 2}).json["choices"][0]
     tops = [list(top.items()) for top in choice["logprobs"]["top_logprobs"]]

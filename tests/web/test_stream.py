@@ -55,7 +55,8 @@ def test_served_text_is_offline_text(http: FlaskClient, fake_engine, llm: LLM, l
     known = llm.tokenizer.encode(TEXT)
     stopped = 0
     for _ in range(60):
-        ids = [*known[: rng.randrange(len(known))], *rng.choices(range(5, llm.tokenizer.vocab_size), k=rng.randrange(6)), rng.choice([1, *known])]
+        random_ids = rng.choices(range(5, llm.tokenizer.vocab_size), k=rng.randrange(6))
+        ids = [*known[: rng.randrange(len(known))], *random_ids, rng.choice([1, *known])]
         prompt = rng.choice([[5], known[:13], [5, *known]])
         stop = rng.sample(STOPS, rng.randrange(3))
         named = rng.choice([[], [ids[-1]]])
@@ -64,7 +65,8 @@ def test_served_text_is_offline_text(http: FlaskClient, fake_engine, llm: LLM, l
         while ids:
             part, ids = ids[: (size := rng.choice([1, 1, 2, 5]))], ids[size:]
             entries = None if logprobs is None else [TokenLogprob(token_id, -1.0, 1) for token_id in part]
-            deltas.append(TokenDelta("", part, "" if ids else reason, part[-1] if reason == "stop" and not ids else -1, logprobs=entries))
+            end = ("", -1) if ids else (reason, part[-1] if reason == "stop" else -1)
+            deltas.append(TokenDelta("", part, *end, logprobs=entries))
         llm.engine = engine = Scripted(llm, deltas)
         params = SamplingParams(max_tokens=60, stop_token_ids=named, logprobs=logprobs)
         done = llm.generate([prompt], params, stop=stop)[0]
