@@ -32,6 +32,7 @@ from web.stream import ClientGone, EventStream, Generation, NoTokens, Sequence, 
 _STATUS_CLIENT_GONE = 499
 _FREE_THREADS = 16  # of a worker's, kept free of generations so that short requests and probes are answered
 _LONG_CHARS = 1 << 16  # characters of a request from which on it waits its turn to be tokenised: some 10 ms
+_LARGE_BODY_BYTES = 1 << 20  # from which on a body waits its turn to be parsed
 _PEEK_S = 0.1  # between looks whether a client that waits for its turn is still there
 
 blueprint = Blueprint("openai", __name__)
@@ -64,7 +65,7 @@ class Service:
 
     @contextlib.contextmanager
     def long_text(self, client_gone: Callable[[], bool]) -> Iterator[None]:
-        """One's turn to tokenise a long text: a few at a time, or they would take the memory and the engine's CPUs.
+        """One's turn to parse a large body or tokenise a long text: a few at a time, or they would take memory and CPUs.
 
         Raises ClientGone.
         """
@@ -122,9 +123,10 @@ def _generate(parse: Callable[..., GenerationRequest], shape_of: type[Shape]) ->
         raise ApiError(415, "the body must be JSON, with the header Content-Type: application/json")
     served = service()
     info = served.engine.info()
-    checked = parse(parse_body(request.get_data(cache=False)), info.vocab_size, info.sampling_defaults)
-    served.check_model(checked.model)
-    texts = _texts(served.tokenizer, checked, info)
+    try:
+        checked, texts = _asked(parse, served, info)
+    except ClientGone:
+        return Response(status=_STATUS_CLIENT_GONE)
     release = served.admit(info)
     try:
         prompts = _token_prompts(served, texts, checked, info)
@@ -148,6 +150,18 @@ def _generate(parse: Callable[..., GenerationRequest], shape_of: type[Shape]) ->
     if checked.ignored:
         response.headers["x-ignored-fields"] = _header_text(checked.ignored)
     return response
+
+
+def _asked(
+    parse: Callable[..., GenerationRequest], served: Service, info: EngineInfo
+) -> tuple[GenerationRequest, list[str | list[int]]]:
+    """The checked request and its prompts. A large body waits its turn: parsed, it takes four times its size. Raises ClientGone."""
+    is_large = (request.content_length or _LARGE_BODY_BYTES) >= _LARGE_BODY_BYTES  # one in chunks does not say
+    with served.long_text(client_probe(request.environ)) if is_large else contextlib.nullcontext():
+        checked = parse(parse_body(request.get_data(cache=False)), info.vocab_size, info.sampling_defaults)
+        served.check_model(checked.model)
+        texts = _texts(served.tokenizer, checked, info)
+        return checked, texts
 
 
 def _texts(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> list[str | list[int]]:

@@ -11,6 +11,7 @@ Settings come from the application. Knows no routes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import selectors
@@ -34,11 +35,12 @@ SHORT_SEND_TIMEOUT_S = 2.0  # their answers fit into what the kernel takes unrea
 SWEEP_S = 0.5  # between two looks at the deadlines
 # Bodies above SMALL_BODY_BYTES are read only while all of them together fit into LARGE_BODIES_BYTES.
 SMALL_BODY_BYTES = 256 << 10
-LARGE_BODIES_BYTES = 32 << 20
+LARGE_BODIES_BYTES = 24 << 20
 HURRY_S = 5.0  # that a large body may pause while others wait for its room
 OTHER_FILES = 128  # descriptors a worker has beside its connections
 ACCEPT_PAUSE_S = 0.25  # when the system has no descriptor or memory for another connection
 STOP_LINGER_S = 2.0  # that a stopping worker waits for a request already on its way
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 WRITE_BYTES = 64 << 10  # of an answer at a time; the send time-out holds for each
 
 
@@ -82,6 +84,7 @@ class Worker(base.Worker):
 
     def init_process(self) -> None:
         """Called by gunicorn in the new process; returns when the worker ends."""
+        _free_large_blocks_at_once()
         self._selector = selectors.DefaultSelector()
         self._deferred: deque[Callable[[], None]] = deque()
         self._connections: set[Connection] = set()
@@ -318,6 +321,12 @@ class Worker(base.Worker):
 
 def _crowded() -> ApiError:
     return ApiError(503, f"large requests of others take all {LARGE_BODIES_BYTES >> 20} MiB meant for them; try again")
+
+
+def _free_large_blocks_at_once() -> None:
+    """Have glibc give a freed body's memory back: after the first it would keep the holes, twice what bodies take."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL_BODY_BYTES)
 
 
 def _allow_files(needed: int, log: Any) -> int:
