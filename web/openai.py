@@ -155,7 +155,7 @@ def _generate(parse: Callable[..., GenerationRequest], shape_of: type[Shape]) ->
 def _asked(
     parse: Callable[..., GenerationRequest], served: Service, info: EngineInfo
 ) -> tuple[GenerationRequest, list[str | list[int]]]:
-    """The checked request and its prompts. A large body waits its turn: parsed, it takes four times its size. Raises ClientGone."""
+    """The checked request and its prompts. A large body waits its turn, for it takes four times its size. Raises ClientGone."""
     is_large = (request.content_length or _LARGE_BODY_BYTES) >= _LARGE_BODY_BYTES  # one in chunks does not say
     with served.long_text(client_probe(request.environ)) if is_large else contextlib.nullcontext():
         checked = parse(parse_body(request.get_data(cache=False)), info.vocab_size, info.sampling_defaults)

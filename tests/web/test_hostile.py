@@ -51,8 +51,8 @@ ENGINE = """
             match message:
                 case Hello():
                     draining = Path(settings["drain_flag"]).exists()
-                    mailbox.send(client, EngineInfo(model="m", device="cpu", dtype="float32", vocab_size=LONG + 1, max_model_len=512,
-                        num_blocks=9, block_size=16, compile_state="compiled", draining=draining, num_running=len(open_)))
+                    mailbox.send(client, EngineInfo(model="m", device="cpu", dtype="float32", vocab_size=LONG + 1,
+                        max_model_len=512, num_blocks=9, block_size=16, compile_state="compiled", draining=draining, num_running=len(open_)))
                 case SubmitGroup():
                     mailbox.send(client, Admitted(message.members[0].request_id))
                     for member in message.each():
