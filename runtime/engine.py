@@ -268,7 +268,8 @@ class Engine:
 
     def _submit(self, client: bytes, submits: list[Submit]) -> bool:
         """Queue sequences, all of them or none; if none, one `Failed` says why. Returns whether they are queued."""
-        if self.scheduler.num_waiting >= self.limits.max_queue:
+        # Those that came with the same poll may start yet: only who finds no free slot waits.
+        if self.scheduler.num_waiting - self.scheduler.rows.num_free >= self.limits.max_queue:
             full = f"the queue is full: {self.scheduler.num_waiting} sequences are waiting, max_queue is {self.limits.max_queue}"
             self._refuse(client, submits, 0, 503, full)
             return False

@@ -143,6 +143,15 @@ def test_a_full_queue_refuses_a_group_whole_and_once() -> None:
     assert sorted(harness.tokens) == [f"g{i}" for i in range(7)]
 
 
+def test_a_burst_fills_slots_and_queue() -> None:
+    """All of it comes with one poll, before any can start."""
+    harness = Harness(max_queue=5, max_num_seqs=2)
+    for number in range(8):
+        harness.mailbox.put(Submit(request_id=f"r{number}", token_ids=[1], params=SamplingParams()))
+    harness.turn()
+    assert [failed.request_id for failed in harness.failures] == ["r7"]
+
+
 def test_a_group_is_told_that_it_is_admitted_before_its_first_token() -> None:
     harness = Harness(max_queue=1, max_num_seqs=1)
     for first in (0, 2, 4):
