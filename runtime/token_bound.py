@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-_BYTES_AT_ONCE = 1 << 20  # numpy counts in 64-bit numbers, eight times the text
+_BYTES_AT_ONCE = 1 << 16  # numpy counts in 64-bit numbers, eight times the text
 _METASPACE = "\u2581"  # stands for a space in the vocabularies of SentencePiece
 # Bytes of all characters that count as white space in UTF-8.
 _WHITESPACE = sorted({byte for char in map(chr, range(0x3001)) if char.isspace() for byte in char.encode()})
@@ -39,17 +39,24 @@ class TokenBound:
         if of_bytes == (byte_chars is not None) and _keeps_bytes(backend.model, of_bytes, normalizers, pre_tokenizers):
             self._shares = self._measured(backend, byte_chars)
 
-    def __call__(self, text: str) -> int:
-        """Tokens that `text` has at least; 0 where nothing is known. Raises UnicodeEncodeError on lone surrogates."""
+    def __call__(self, text: str, enough: float = math.inf) -> int:
+        """Tokens that `text` has at least; 0 where nothing is known. It is read only until they are more than `enough`.
+
+        Raises UnicodeEncodeError on lone surrogates.
+        """
         if self._composes and not text.isascii():
             text = unicodedata.normalize("NFC", text)
         if self._has_metaspace:
             text = text.replace(_METASPACE, " ")
         data = np.frombuffer(text.encode(), np.uint8)
         counts = np.zeros(256, np.int64)
+        tokens = 0
         for start in range(0, len(data), _BYTES_AT_ONCE):
             counts += np.bincount(data[start : start + _BYTES_AT_ONCE], minlength=256)
-        return math.ceil(counts @ self._shares - 1e-6)  # a sum of shares is rounded, a number of tokens is whole
+            tokens = math.ceil(counts @ self._shares - 1e-6)  # a sum of shares is rounded, a number of tokens is whole
+            if tokens > enough:
+                break
+        return tokens
 
     def _measured(self, backend: tokenizers.Tokenizer, byte_chars: Mapping[str, int] | None) -> np.ndarray:
         """Float64 [256]: each byte's share of a token; 0 for bytes that a token may take without limit."""

@@ -190,7 +190,7 @@ def _render(tokenizer: Tokenizer, checked: GenerationRequest) -> str:
 
 def _check_chars(text: str, tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> None:
     """Refuse megabytes before they are tokenised, which takes seconds and hundreds of megabytes."""
-    if at_least := tokenizer.min_tokens(text):
+    if at_least := tokenizer.min_tokens(text, enough=info.max_model_len):
         check_length(at_least, info.max_model_len, field=_prompt_field(checked), num_chars=len(text))
 
 
