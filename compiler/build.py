@@ -334,7 +334,7 @@ def resolve_max_model_len(asked: int | None, model_config: Any) -> int:
 
 
 def eos_ids(folder: Path, model_config: Any, tokenizer: Path | None = None) -> frozenset[int]:
-    """End-of-sequence ids: all that generation_config.json, config.json and the tokenizer's files name.
+    """End-of-sequence ids: all that generation_config.json, config.json and the tokenizer's files name, and the model has.
 
     A file that names none, by an empty list too, silences no other. Only where no file names any the default of the
     configuration's class holds, which may belong to another vocabulary. `tokenizer` is its folder where it is not `folder`.
@@ -343,7 +343,12 @@ def eos_ids(folder: Path, model_config: Any, tokenizer: Path | None = None) -> f
     said = [model_source.json_object(folder / "generation_config.json").get("eos_token_id"), config.get("eos_token_id")]
     said += [part.get("eos_token_id") for part in config.values() if isinstance(part, dict)]
     said.append(_ending_tokens(tokenizer or folder))
-    found = _ids(said) or _ids([getattr(model_config.get_text_config(), "eos_token_id", None)])
+    text_config = model_config.get_text_config()
+    found = _ids(said) or _ids([getattr(text_config, "eos_token_id", None)])
+    size = getattr(text_config, "vocab_size", None)
+    if size is not None and (beyond := sorted(one for one in found if one >= size)):
+        log.warning("%s names %s as ends of a sequence, but the model has %d tokens: they are left out", folder, beyond, size)
+        found = frozenset(one for one in found if one < size)
     if not found:
         log.warning("%s names no end-of-sequence token: text ends at max_tokens, a stop string or a stop token alone", folder)
     return found

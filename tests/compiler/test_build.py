@@ -32,6 +32,7 @@ def folder_of(tmp_path: Path, **files: object) -> Path:
         (dict(config={}, tokenizer=WORDS, tokenizer_config=dict(eos_token="</s>", eot_token="<|eot|>")), {5, 8}),
         (dict(config={}, tokenizer=WORDS, tokenizer_config=dict(eos_token="no such token")), {2}),
         (dict(config={}), {2}),  # LlamaConfig's own
+        (dict(config=dict(eos_token_id=3), generation_config=dict(eos_token_id=[2, 40_000])), {2, 3}),  # of 32,000
         (dict(config=dict(eos_token_id=-1), generation_config=dict(eos_token_id=[True, None, 6])), {6}),
     ],
 )
