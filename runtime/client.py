@@ -182,6 +182,11 @@ class EngineClient:
         """
         return self._connected().info(timeout)
 
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the engine was heard last; it answers each heartbeat between two steps."""
+        return self._connected().silent_s
+
     def submit(
         self,
         token_ids: list[int],
@@ -258,6 +263,10 @@ class _Connection:
     @property
     def running(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def silent_s(self) -> float:
+        return time.monotonic() - self._heard
 
     def new_id(self) -> str:
         return f"{self._name}-{next(self._count)}"

@@ -104,7 +104,9 @@ def parse_compile(value: Any) -> bool | str:
 
 def parse_text(value: Any) -> str:
     """Non-empty text without control characters."""
-    if not isinstance(value, str) or not value.strip():
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("is empty; give a text, or leave it out")
+    if not isinstance(value, str):
         raise ValueError("is not a text; quote it if it looks like a number")
     if not value.isprintable():
         raise ValueError("contains control characters")

@@ -19,19 +19,27 @@ class Health:
     ready: bool
 
 
+UNREADY_S = 30.0
+
 READY = Health("ready", live=True, ready=True)
 LOADING = Health("loading", live=True, ready=False)
 DRAINING = Health("draining", live=True, ready=False)
 NO_ENGINE = Health("no engine", live=False, ready=False)  # it ended, or has been silent for too long
+SLOW = Health("no progress", live=True, ready=False)  # for long enough that new requests better go elsewhere
 STALLED = Health("stalled", live=False, ready=False)  # it answers, has work, and finishes no step
 
 
 def engine_health(engine: EngineClient, limit_s: float, wait_s: float = 0.0) -> Health:
-    """What the engine's newest facts mean. `engine` counts silence itself; `wait_s`: for the first facts of a new connection."""
+    """What the engine's newest facts mean: it is live for `limit_s` without progress, and ready for UNREADY_S.
+
+    `engine` counts silence up to the limit itself; `wait_s`: for the first facts of a new connection.
+    """
     try:
         info = engine.info(wait_s)
     except EngineDead:
         return NO_ENGINE
     if info.stalled_s > limit_s:
         return STALLED
+    if max(info.stalled_s, engine.silent_s) > UNREADY_S:
+        return SLOW
     return DRAINING if info.draining else READY

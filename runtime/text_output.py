@@ -69,10 +69,10 @@ class TextOutput:
         hidden = delta.finish_reason == "stop" and token_ids[-1:] == [delta.stop_reason] and not self._include_stop
         texts, places = [], []
         for token_id in token_ids[:-1] if hidden else token_ids:
-            begin = self._length
+            before_it = self._length
             texts.append(self._text_of(token_id))
             if delta.logprobs is not None:
-                places.append((begin, self._length + self._detokenizer.is_inside))
+                places.append((before_it + self._detokenizer.spoilt, self._length + self._detokenizer.is_inside))
             if self.stopped_by is not None:
                 break
         reason, stop_reason = delta.finish_reason or None, None
@@ -131,6 +131,7 @@ class Detokenizer:
         self._pieces = tokenizer.pieces
         self._errors = tokenizer.byte_errors
         self._dropped_ids = tokenizer.special_ids if skip_special else frozenset()
+        self.spoilt = 0  # characters that the last push gave for bytes before it, which its token did not complete
         self._unfinished = b""  # of a character that is not whole
         self._prompts = ""  # what the prompt's text shows for those of them that are the prompt's
         self._opening: list[int] | None = None  # all tokens, while there is no text: a decoder may drop the first space
@@ -143,6 +144,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Text of the characters that this token completed."""
+        self.spoilt = 0
         if token_id in self._dropped_ids:
             return ""
         piece = self._pieces[token_id] if self._opening is None else self._open(token_id)
@@ -157,6 +159,8 @@ class Detokenizer:
         return self._join(b"", final=True)
 
     def _join(self, data: bytes, final: bool = False) -> str:
+        if self._unfinished and data and not 0x80 <= data[0] < 0xC0:  # it does not go on with that character
+            self.spoilt = len(self._unfinished.decode("utf-8", self._errors).removeprefix(self._prompts))
         data = self._unfinished + data
         text, used = codecs.utf_8_decode(data, self._errors, final)
         self._unfinished = data[used:]

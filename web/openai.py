@@ -60,7 +60,8 @@ class Service:
             raise ApiError(503, "the server is shutting down")
         if not self._places.acquire(blocking=False):
             threads, enough = self.settings.threads, self.settings.enough_threads
-            raise ApiError(503, f"all threads of this web process are taken: threads = {threads}; {enough} (auto) would be enough")
+            more = f"; {enough} (auto) would be enough" if threads < enough else ", enough for all that may run and wait"
+            raise ApiError(503, f"all threads of this web process are taken: threads = {threads}{more}")
         return self._places.release
 
     @contextlib.contextmanager

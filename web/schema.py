@@ -68,6 +68,8 @@ def parse_body(data: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
     except ValueError as error:
+        if "integer string conversion" in str(error):
+            raise ApiError(400, "the body holds a number of thousands of digits") from None
         detail = f": {error.msg} at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise ApiError(400, f"the body is not JSON{detail}") from None
     if not isinstance(body, dict):
@@ -590,6 +592,16 @@ _UNSERVED: dict[str, _Row] = {
     "n_cache_reuse": _HARMLESS,
     "id_slot": _HARMLESS,
     "slot_id": _HARMLESS,
+}
+# What other programs call it, or what belongs into the body and not into a field of it.
+_UNSERVED |= {
+    "extra_body": _not({}, instead="what it holds beside the other fields: clients unpack it"),
+    "do_sample": _not(True, instead="temperature: 0 for the likeliest tokens"),
+    "num_beams": _not(1),
+    "stop_sequences": _not([], instead="stop"),
+    "bad_words_ids": _not([]),
+    "guided_decoding": _not({}),
+    "format": _not(""),
 }
 _UNSERVED |= {
     f"speculative.{name}": _HARMLESS  # how tokens are guessed, never which come

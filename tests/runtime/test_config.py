@@ -322,7 +322,7 @@ def test_where_the_api_key_may_come_from(
         ({"api_key_file": "empty"}, {}, "api_key_file=empty does not hold a key"),
         ({"api_key_file": "two"}, {}, "api_key_file=two does not hold a key"),
         ({"api_key_file": "empty", "api_key": "a"}, {}, "set one of them"),
-        ({}, {"PAGEGRAPH_API_KEY": ""}, "api_key=\\*\\*\\* is not a text"),  # not an open server
+        ({}, {"PAGEGRAPH_API_KEY": ""}, "api_key=\\*\\*\\* is empty"),  # not an open server
     ],
 )
 def test_an_api_key_that_is_none(

@@ -332,9 +332,10 @@ def test_log_probabilities_come_with_the_text_of_their_tokens(data: st.DataObjec
     tokenizer = KINDS["byte-level"]
     ids = data.draw(ids_of("byte-level"))
     stops = data.draw(st.lists(st.sampled_from(["the caf", "\u65e5\u672c", "\U0001f999 ", "  "]), max_size=2))
-    detokenizer, ends, needs = Detokenizer(tokenizer), [0], []
+    detokenizer, ends, begins, needs = Detokenizer(tokenizer), [0], [], []
     for token_id in ids:
         ends.append(ends[-1] + len(detokenizer.push(token_id)))
+        begins.append(ends[-2] + detokenizer.spoilt)
         needs.append(ends[-1] + detokenizer.is_inside)
     output, text, offsets, logprobs, left = TextOutput(tokenizer, [], PARAMS, stops), "", [], [], list(ids)
     while output.stopped_by is None and (left or not text):
@@ -346,7 +347,15 @@ def test_log_probabilities_come_with_the_text_of_their_tokens(data: st.DataObjec
             break
         assert len(offsets) == sum(need <= len(text) for need in needs[: output.num_tokens]), "with their text, no earlier or later"
     assert [entry.token_id for entry in logprobs] == ids[: output.num_tokens]
-    assert offsets == [min(end, len(text)) for end in ends[: output.num_tokens]]
+    assert offsets == [min(begin, len(text)) for begin in begins[: output.num_tokens]]
+
+
+def test_a_token_begins_behind_the_character_that_it_does_not_complete() -> None:
+    tokenizer = KINDS["gemma"]
+    ids = [*tokenizer.encode("\U0001f999")[-4:-2], *tokenizer.encode("the", add_special_tokens=False)]
+    piece = TextOutput(tokenizer, [], PARAMS).add(TokenDelta("", ids, "length", logprobs=[TokenLogprob(one, -1.0, 1) for one in ids]))
+    spoilt = piece.text.count("\ufffd")
+    assert spoilt and piece.text.lstrip("\ufffd").strip() == "the" and piece.offsets[2] == spoilt
 
 
 def test_log_probabilities_of_a_character_in_bytes_come_together() -> None:

@@ -14,6 +14,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
+from runtime import health
 from runtime.metrics import EngineMetrics
 from web.app import create_app
 
@@ -60,6 +61,28 @@ def test_an_engine_that_makes_no_progress_is_not_live(http: FlaskClient, fake_en
     for asked in ("live", "ready"):
         answer = http.get(f"/health/{asked}")
         assert (answer.status_code, answer.json) == (503, {"status": "stalled"})
+
+
+def test_a_slow_engine_is_live_and_gets_no_new_requests(make_app: Callable[..., Flask], fake_engine) -> None:
+    http = make_app(silence_s=300.0).test_client()
+    fake_engine.info = msgspec.structs.replace(fake_engine.info, stalled_s=health.UNREADY_S + 1)
+    assert http.get("/health/live").status_code == 200
+    answer = http.get("/health/ready")
+    assert (answer.status_code, answer.json) == (503, {"status": "no progress"})
+
+
+def test_an_engine_that_says_nothing_gets_no_new_requests(
+    make_app: Callable[..., Flask], fake_engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "UNREADY_S", 1.5)
+    http = make_app(silence_s=300.0).test_client()
+    assert http.get("/health/ready").status_code == 200
+    fake_engine.silent = True
+    deadline = time.monotonic() + 20
+    while http.get("/health/ready").status_code == 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert http.get("/health/live").status_code == 200
 
 
 def test_a_silent_engine_is_not_live(make_app: Callable[..., Flask], fake_engine) -> None:
