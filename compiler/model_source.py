@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
 CONVERSION = 3  # counts up when a conversion would write something else, so that old ones are not reused
 LFS_POINTER = b"version https://git-lfs"
+DIGEST = re.compile(rb"[0-9a-f]{16}")  # of a file's content
 SETTLED_NS = 2_000_000_000  # a file that changed later than this ago may change again without its times showing it
 
 
@@ -123,9 +125,12 @@ def _downloaded(model: str, gguf_file: str | None, revision: str | None, trust_r
 
 
 def _converted(gguf: Path, cache_dir: Path, keep_quantized: bool) -> Path:
-    """The folder of the converted file, made now if it is not there. Processes that meet here wait in line."""
-    models = cache_dir / "models"
-    folder = models / f"{gguf.stem}-{_key(gguf, models / 'digests')}{'-quantized' if keep_quantized else ''}"
+    """The folder of the converted file, made now if it is not there. Processes that meet here wait in line.
+
+    Raises ValueError where the file is changed or replaced before all of it is converted: the folder's name would be of other content.
+    """
+    models, read = cache_dir / "models", _identity(gguf)
+    folder = models / f"{gguf.stem}-{_key(gguf, read, models / 'digests')}{'-quantized' if keep_quantized else ''}"
     if folder.is_dir():
         return folder
     models.mkdir(parents=True, exist_ok=True)
@@ -134,32 +139,43 @@ def _converted(gguf: Path, cache_dir: Path, keep_quantized: bool) -> Path:
             unfinished = folder.with_name(folder.name + ".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             _convert(gguf, unfinished, keep_quantized)
+            if _identity(gguf) != read:
+                shutil.rmtree(unfinished)
+                raise _changing(gguf)
             os.rename(unfinished, folder)
     return folder
 
 
-def _key(path: Path, digests: Path) -> str:
+def _key(path: Path, identity: str, digests: Path) -> str:
     """By all of the content, so that a moved or touched file is not converted again and a replaced one always is.
 
     Reading all of it takes about a second a GB: `digests` remembers what the file of an inode held. Nobody can set the time at
     which an inode changed, so content that is replaced in place, with name, size and modification time as before, is read again.
-    Raises ValueError where the file changes meanwhile.
+    What is there and is no digest, as a crash of the machine leaves it, is made anew. Raises ValueError where the file is no longer
+    the one of `identity` when it is read.
     """
-    before = _identity(path)
-    known = digests / before
-    if known.is_file():
-        return known.read_text()
+    known = digests / identity
+    with suppress(OSError):
+        if DIGEST.fullmatch(found := known.read_bytes()):
+            return found.decode()
     with path.open("rb") as file:
         content = hashlib.file_digest(file, lambda: hashlib.sha256(f"{CONVERSION} ".encode())).hexdigest()[:16]
-    if _identity(path) != before:
-        raise ValueError(f"{path} changes while it is read; start again when it is whole")
+    if _identity(path) != identity:
+        raise _changing(path)
     if time.time_ns() - path.stat().st_ctime_ns > SETTLED_NS:
         with suppress(OSError):  # a cache that cannot be written to may hold the conversion all the same
             digests.mkdir(parents=True, exist_ok=True)
             unfinished = known.with_name(f"{known.name}.{os.getpid()}")
-            unfinished.write_text(content)
+            with unfinished.open("w") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(unfinished, known)
     return content
+
+
+def _changing(path: Path) -> ValueError:
+    return ValueError(f"{path} changes while it is read; start again when it is whole")
 
 
 def _identity(path: Path) -> str:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -137,6 +138,37 @@ def test_a_file_that_is_being_written_is_not_converted(tmp_path: Path, conversio
     with pytest.raises(ValueError, match=r"tiny\.gguf changes while it is read"):
         resolve(str(path), cache_dir=tmp_path / "cache")
     assert not conversions
+
+
+def test_a_file_replaced_while_it_is_converted_is_not_kept(tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a rename, as downloads end: what was converted is not what the folder's name says."""
+    path, cache, convert = make_gguf(tmp_path / "a"), tmp_path / "cache", model_source._convert
+
+    def replaced(*arguments: Any) -> None:
+        os.replace(make_gguf(tmp_path / "b", content=b"GGUG"), path)
+        convert(*arguments)
+
+    monkeypatch.setattr(model_source, "_convert", replaced)
+    with pytest.raises(ValueError, match=r"tiny\.gguf changes while it is read"):
+        resolve(str(path), cache_dir=cache)
+    assert [one for one in (cache / "models").iterdir() if one.is_dir() and one.name.startswith("tiny")] == []
+    monkeypatch.setattr(model_source, "_convert", convert)
+    other = resolve(str(path), cache_dir=cache)
+    os.replace(make_gguf(tmp_path / "b"), path)
+    assert resolve(str(path), cache_dir=cache) != other
+    assert len(conversions) == 3
+
+
+@pytest.mark.parametrize("damaged", [b"", b"0123456789abcde", b"0123456789abcdef\n", b"../../../../tmp/a", bytes(16), b"\xff" * 16])
+def test_a_digest_that_is_none_is_made_anew(damaged: bytes, tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_source, "SETTLED_NS", -1)
+    path, cache = make_gguf(tmp_path / "a"), tmp_path / "cache"
+    folder = resolve(str(path), cache_dir=cache)
+    (digest,) = (cache / "models" / "digests").iterdir()
+    whole = digest.read_bytes()
+    digest.write_bytes(damaged)
+    assert resolve(str(path), cache_dir=cache) == folder
+    assert digest.read_bytes() == whole and len(conversions) == 1
 
 
 def test_those_who_meet_wait_for_one_conversion(tmp_path: Path, conversions: list[Path]) -> None:
