@@ -177,7 +177,8 @@ def _compressed(config: Mapping[str, Any]) -> Scheme | None:
         raise QuantizationError("quantization_config: config_groups hold several kinds of weights; one kind is served")
     weights, layout = described[0], groups[0].get("format") or config.get("format")
     if layout == "pack-quantized":
-        bits, order = _bits(weights.get("num_bits"), (4, 8), "pack-quantized"), weights.get("actorder") in (True, "group", "dynamic")
+        bits = _bits(weights.get("num_bits"), (4, 8), "pack-quantized")
+        order = str(weights.get("actorder")).lower() in ("true", "group", "dynamic")
         return Scheme("compressed-tensors", layout, bits, act_order=order)
     if layout in ("int-quantized", "float-quantized", "naive-quantized"):
         if weights.get("type") == "int" and not weights.get("symmetric", True):
@@ -264,13 +265,15 @@ def _columns(groups: torch.Tensor | None, size: int, group: int, where: str, act
     """
     if groups is not None and len(groups) != size:
         raise QuantizationError(f"{where}: groups of {len(groups)} inputs, codes of {size}; is `bits` in quantization_config right?")
-    if groups is None or torch.equal(groups.long(), torch.arange(len(groups)) // group):
+    in_order = group == size if groups is None else torch.equal(groups.long(), torch.arange(size) // group)
+    if in_order:
         return None
-    if bool((groups <= 0).all()):
+    if groups is None or bool((groups <= 0).all()):
         if act_order:
+            found = "there are no group indices (g_idx)" if groups is None else "its group indices are all 0, which tells none"
             raise QuantizationError(
-                f"{where}: quantization_config says that inputs are in an order of their own (desc_act or actorder), but its group "
-                "indices are all 0, which tells none; take a checkpoint that is whole, or one quantised without"
+                f"{where}: quantization_config says that inputs are in an order of their own (desc_act or actorder), but {found}; "
+                "take a checkpoint that is whole, or one quantised without"
             )
         return None
     columns = groups.argsort(stable=True)

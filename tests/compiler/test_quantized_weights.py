@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -313,11 +314,43 @@ def test_group_indices_that_say_nothing(tmp_path: Path, empty: int) -> None:
         tensors[name] = torch.full_like(tensors[name], empty)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     torch.testing.assert_close(logits(load(tmp_path)), logits(stock), atol=1e-5, rtol=1e-5)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["desc_act"] = True
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    declare_order(tmp_path, lambda config: config, desc_act=True)
     with pytest.raises(QuantizationError, match="_proj: .*desc_act.* all 0"):
         load(tmp_path)
+
+
+def declare_order(folder: Path, place: Callable[[dict], dict], **said: Any) -> None:
+    """Let config.json say so, where `place` finds it in quantization_config."""
+    config = json.loads((folder / "config.json").read_text())
+    place(config["quantization_config"]).update(said)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_an_order_that_is_declared_has_its_group_indices(tmp_path: Path) -> None:
+    write(tmp_path / "gptq", stock_model(), "gptq_4_act_order")
+    tensors = load_file(tmp_path / "gptq" / "model.safetensors")
+    left = {name: tensor for name, tensor in tensors.items() if not name.endswith("layers.1.mlp.up_proj.g_idx")}
+    save_file(left, tmp_path / "gptq" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QuantizationError, match=r"layers\.1\.mlp\.up_proj: .*desc_act.* no group indices"):
+        load(tmp_path / "gptq")
+
+
+def test_an_order_of_compressed_tensors_has_its_group_indices(tmp_path: Path) -> None:
+    def weights(config: dict) -> dict:
+        return next(iter(config["config_groups"].values()))["weights"]
+
+    stock = write(tmp_path, stock_model(), "w4a16")
+    declare_order(tmp_path, weights, actorder="weight")  # inputs keep their order
+    torch.testing.assert_close(logits(load(tmp_path)), logits(stock), atol=1e-5, rtol=1e-5)
+    declare_order(tmp_path, weights, actorder="group")
+    with pytest.raises(QuantizationError, match=r"_proj: .*actorder.* no group indices"):
+        load(tmp_path)
+
+
+def test_one_group_has_no_order() -> None:
+    """Of all inputs: their order means nothing, with group indices or without."""
+    assert quant_formats._columns(None, 64, 64, "up_proj", True) is None
+    assert quant_formats._columns(torch.zeros(64, dtype=torch.int32), 64, 64, "up_proj", True) is None
 
 
 def test_zero_points_one_by_one(tmp_path: Path) -> None:
