@@ -1,6 +1,6 @@
 """Opening GGUF files: their metadata as Python values, their tensors by name, and an error that names what is not whole.
 
-Knows the container; does not know what keys or tensors mean.
+Knows the container, and that a number may be given layer by layer; does not know what keys or tensors mean.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from compiler.model_source import lfs_pointer
 
 MAGIC = b"GGUF"
+NOT_NUMBERS = {gguf.GGUFValueType.BOOL, gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY}
 
 
 class GgufError(ValueError):
@@ -74,6 +75,7 @@ def open_gguf(path: Path) -> GgufFile:
         raise GgufError(f"{path} is no GGUF file: {lfs_pointer(path) or f'it begins with {magic!r}; download it again'}")
     try:
         reader = gguf.GGUFReader(path)
+        _take_equal_layers_together(reader)
         metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         size = os.path.getsize(path)
@@ -88,6 +90,22 @@ def open_gguf(path: Path) -> GgufFile:
     if (parts := metadata.get("split.count", 1)) > 1:
         raise GgufError(f"{path} is one of {parts} parts of a model; merge them into one file: gguf-split --merge")
     return found
+
+
+def _take_equal_layers_together(reader: gguf.GGUFReader) -> None:
+    """Let each list of the architecture with a number for every layer, all of them equal, be that number to all who use `reader`."""
+    if "general.architecture" not in reader.fields:
+        return
+    prefix = f"{reader.fields['general.architecture'].contents()}."
+    if (count := reader.fields.get(f"{prefix}block_count")) is None:
+        return
+    layers = count.contents()
+    for key, field in reader.fields.items():
+        if not key.startswith(prefix) or field.types[0] != gguf.GGUFValueType.ARRAY or len(field.data) != layers:
+            continue
+        values = field.contents()
+        if field.types[-1] not in NOT_NUMBERS and values.count(values[0]) == layers:
+            reader.fields[key] = field._replace(types=field.types[1:], data=field.data[-1:])
 
 
 @contextmanager

@@ -124,7 +124,8 @@ def test_some_biases_are_zero(tmp_path: Path) -> None:
     "key, value",
     [
         ("expert_count", 8), ("attention.scale", 0.1), ("attention.causal", False), ("residual_scale", 0.5), ("attention.clamp_kqv", 3.0),
-        ("attention.value_length", 12), ("attention.head_count_kv", [2, 2, 2]), ("no.such.key", 1), ("attention.sliding_window", 9),
+        ("attention.value_length", 12), ("attention.head_count_kv", [2, 2, 1]), ("attention.head_count_kv", [2, 2]), ("attention.head_count", [4, 4, 2]),
+        ("no.such.key", 1), ("attention.sliding_window", 9),
         ("rope.scaling.type", "longrope"), ("rope.scaling.type", "new"), ("rope.scaling.attn_factor", 1.5), ("rope.freq_base_swa", 5.0),
         ("rope.scaling.yarn_log_multiplier", 0.1), ("attention.sliding_window_pattern", 2),
     ],
@@ -135,7 +136,15 @@ def test_what_is_not_applied_is_refused(key: str, value: Any, tmp_path: Path) ->
         resolve(str(path), cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("key, value", [("expert_count", 0), ("attention.causal", True), ("logit_scale", 1.0)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("expert_count", 0), ("attention.causal", True), ("logit_scale", 1.0), ("attention.temperature_scale", 0.0), ("expert_shared_count", 0),
+        ("expert_shared_feed_forward_length", 0), ("expert_group_count", 0), ("expert_group_used_count", 0), ("leading_dense_block_count", 0),
+        ("nextn_predict_layers", 0), ("attention.head_count", [4, 4, 4]), ("attention.head_count_kv", [2, 2, 2]),
+        ("feed_forward_length", [96, 96, 96]), ("attention.sliding_window", [0, 0, 0]),
+    ],
+)  # fmt: skip
 def test_what_says_nothing_is_served(key: str, value: Any, tmp_path: Path) -> None:
     stock = stock_model("llama")
     got = logits(converted(write_model(tmp_path / "a.gguf", stock, {key: value})))
