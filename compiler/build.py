@@ -324,7 +324,9 @@ def resolve_max_model_len(asked: int | None, model_config: Any) -> int:
             f" set it to {known.longest} or less"
         )
     length = asked or known.default
-    if known.default < known.longest:
+    if known.default < known.longest and not known.by_length:
+        log.info("max_model_len %d: the model's file names %d; its rope scaling reaches up to %d", length, known.default, known.longest)
+    elif known.default < known.longest:
         log.info(
             "max_model_len %d: rotary frequencies of this model go by the length, and all prompts get those of %s;"
             " set max_model_len above %d, up to %d, for the others",

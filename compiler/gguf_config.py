@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from compiler import rope
 from compiler.gguf_file import GgufError, GgufFile
 
 log = logging.getLogger("pagegraph.gguf")
@@ -101,6 +102,7 @@ def configuration(file: GgufFile) -> PretrainedConfig:
         _refuse_unapplied(file, empty, key, value)
         if key in FIELDS and value not in NEUTRAL.get(key, ()):
             found[_place(empty, key)] = value
+    found[rope.CONTEXT_LENGTH] = own["context_length"]
     if EMBEDDING in file.tensors:  # with rows beyond the last token, as trainers pad them
         found["vocab_size"] = int(file.tensors[EMBEDDING].shape[-1])
     found.setdefault("pad_token_id", None)  # a class's own may lie outside the vocabulary
@@ -204,7 +206,10 @@ def _set_rope(file: GgufFile, empty: PretrainedConfig, found: dict[str, Any], ow
 
 
 def _scaling(file: GgufFile, own: dict[str, Any]) -> dict[str, Any]:
-    """transformers' words for how the file scales positions."""
+    """transformers' words for how the file scales positions.
+
+    The file's context_length is the length to serve, scaling included; where it names no original length, yarn takes it for that too.
+    """
     factor = own.get("rope.scaling.factor") or own.get("rope.scale_linear") or 1.0
     kind = own.get("rope.scaling.type", "linear" if factor != 1.0 else "none")
     original = own.get("rope.scaling.original_context_length", own["context_length"])

@@ -21,7 +21,7 @@ from typing import Any
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
-CONVERSION = 3  # counts up when a conversion would write something else, so that old ones are not reused
+CONVERSION = 4  # counts up when a conversion would write something else, so that old ones are not reused
 LFS_POINTER = b"version https://git-lfs"
 DIGEST = re.compile(rb"[0-9a-f]{16}")  # of a file's content
 SETTLED_NS = 2_000_000_000  # a file that changed later than this ago may change again without its times showing it

@@ -5,7 +5,7 @@ Knows transformers' rope types and what a configuration says of them; knows noth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ KNOWN = frozenset({"default", *ROPE_INIT_FUNCTIONS})
 BY_LENGTH = frozenset({"dynamic", "longrope"})
 SETTLED = "settled"  # no type of transformers: what it stands for is never computed anew
 DEFAULT_LENGTH = 2048
+CONTEXT_LENGTH = "gguf_context_length"  # what a configuration made of a GGUF file has besides max_position_embeddings
 
 
 def parameters_of(config: PretrainedConfig) -> list[dict[str, Any]]:
@@ -40,35 +41,47 @@ def parameters_of(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Of a sequence, in tokens: the longest, the default, and how the longest comes about."""
+    """Of a sequence, in tokens: the longest, the default, how the longest comes about, whether rotary frequencies go by the length."""
 
     longest: int
     default: int
     reason: str
+    by_length: bool = False
 
 
 def lengths(config: PretrainedConfig) -> Lengths:
     """How long sequences of the text model can be; raises ValueError where its rope type is unknown.
 
     The default is less than the longest where frequencies go by the length: settled for more than the original length, they
-    change what short prompts give too.
+    change what short prompts give too. It is `gguf_context_length` where there is one: a file says it as the length to serve,
+    scaling included (`compiler.gguf_config`).
     """
     text = config.get_text_config()
+    reached = _reached(text)
+    if (served := getattr(text, CONTEXT_LENGTH, None)) is None or reached.by_length:
+        return reached
+    if reached.longest <= served:
+        return Lengths(served, served, f"context_length {served} of the GGUF file")
+    return replace(reached, default=served)
+
+
+def _reached(text: PretrainedConfig) -> Lengths:
+    """By `text`'s own sizes and rope parameters, with the longest as the default where nothing goes by the length."""
     named = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     own = named or DEFAULT_LENGTH
     said = f"max_position_embeddings {own}" if named else f"{own} where config.json names no length"
-    scaled = parameters_of(config)
+    scaled = parameters_of(text)
     for one in scaled:
         kind, factor, original = one.get("rope_type"), one.get("factor"), one.get("original_max_position_embeddings") or own
         if kind == "longrope":
-            return Lengths(own, min(original, own), said)
+            return Lengths(own, min(original, own), said, by_length=True)
         if kind == "yarn" and factor:
             longest = int(original * factor)
             return Lengths(longest, longest, f"original_max_position_embeddings {original} x factor {factor:g} of rope type yarn")
         # Where types of layers differ (Gemma 3), the length that config.json names is the scaled one.
         if kind in ("linear", "dynamic") and factor and len(scaled) == 1:
-            longest = int(own * factor)
-            return Lengths(longest, own if kind in BY_LENGTH else longest, f"{said} x factor {factor:g} of rope type {kind}")
+            longest, by_length = int(own * factor), kind in BY_LENGTH
+            return Lengths(longest, own if by_length else longest, f"{said} x factor {factor:g} of rope type {kind}", by_length)
     return Lengths(own, own, said)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from compiler.build import eos_ids
+from compiler.build import eos_ids, resolve_max_model_len
 from compiler.gguf_config import configuration
 from compiler.gguf_file import GgufError, open_gguf
 from compiler.model_source import resolve
@@ -90,6 +90,27 @@ def test_the_model_is_the_one_that_was_written(case: str, tmp_path: Path) -> Non
     stock = stock_model(kind, **options)
     got = logits(converted(write_model(tmp_path / "a.gguf", stock, keys)))
     torch.testing.assert_close(got, logits(stock), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "keys, longest",
+    [
+        ({}, 256),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 1024),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}, 256),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128}, 512),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, 1024),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}, 256),
+    ],
+)
+def test_the_length_to_serve_is_the_files(keys: dict[str, Any], longest: int, tmp_path: Path) -> None:
+    """Scaling is within context_length already; what it reaches beyond is there for who asks."""
+    folder = resolve(str(write_model(tmp_path / "a.gguf", stock_model("llama"), keys)), cache_dir=tmp_path)
+    config = AutoConfig.from_pretrained(folder)
+    assert resolve_max_model_len(None, config) == 256
+    assert resolve_max_model_len(longest, config) == longest
+    with pytest.raises(ValueError, match=f"limit of {longest} "):
+        resolve_max_model_len(longest + 1, config)
 
 
 def test_factors_of_llama_3(tmp_path: Path) -> None:
