@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,12 @@ PATTERN = "attention.sliding_window_pattern"  # every so many layers one sees al
 CHECKED = {"attention.value_length"}
 # The second is told by which norms there are: transformers looks, as llama.cpp does, and files say it wrongly.
 WITHOUT_EFFECT = {"rope.scaling.finetuned", "use_parallel_residual", "tensor_data_layout", "vocab_size"}
+READ_ON_OPENING = {"general.architecture", "general.type", "general.alignment", "split.count"}
+# Names, origins, licences and how the file was made.
+DESCRIPTIVE = re.compile(
+    r"general\.(name|author|version|organization|finetune|basename|description|quantized_by|size_label|url|doi|uuid|repo_url|tags|languages"
+    r"|datasets|file_type|quantization_version|(license|source|base_model|dataset)(\..+)?)$|split\.|quantize\.imatrix\."
+)
 EMBEDDING = "token_embd.weight"
 ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 DEFAULT_BASE = 10000.0
@@ -96,6 +103,7 @@ SAMPLING = {
 
 def configuration(file: GgufFile) -> PretrainedConfig:
     """The configuration of the file's model. Raises GgufError for keys that cannot be applied, ValueError for unknown architectures."""
+    _log_unread(file)
     found, own = _read_by_transformers(file), file.own()
     empty = CONFIG_MAPPING[found["model_type"]]()
     for key, value in own.items():
@@ -160,6 +168,18 @@ def _read_by_transformers(file: GgufFile) -> dict[str, Any]:
         raise GgufError(f"{file.path.name}: the metadata of architecture {file.architecture} lacks what a model needs ({error})") from error
     found.pop("rope_scaling", None)  # set here
     return found
+
+
+def _log_unread(file: GgufFile) -> None:
+    """Name the keys that belong neither to the architecture nor to the tokenizer: in one line those that nobody knows, in another,
+    for debugging, those that say where the file comes from. Recommended sampling is `generation_config`'s."""
+    read_elsewhere = (f"{file.architecture}.", "tokenizer.", "general.sampling.")
+    others = sorted(key for key in file.metadata if not key.startswith(read_elsewhere) and key not in READ_ON_OPENING)
+    unknown = [key for key in others if not DESCRIPTIVE.match(key)]
+    if unknown:
+        log.info("%s: keys that are not known here and not applied: %s", file.path.name, ", ".join(unknown))
+    if described := [key for key in others if DESCRIPTIVE.match(key)]:
+        log.debug("%s: descriptive keys, not applied: %s", file.path.name, ", ".join(described))
 
 
 def _refuse_unapplied(file: GgufFile, empty: PretrainedConfig, key: str, value: Any) -> None:

@@ -238,6 +238,19 @@ def test_recommended_sampling_is_kept(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "general.sampling.mirostat" in caplog.text
 
 
+def test_keys_outside_the_architecture_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What nobody knows in one line; what says where a file comes from is for debugging."""
+    unknown = {"general__attention_trick": 1, "clip__vision__block_count": 2, "maker__note": "x"}
+    described = {"general__license__name": "mit", "general__base_model__0__name": "base", "quantize__imatrix__file": "x"}
+    with caplog.at_level(logging.DEBUG, logger="pagegraph.gguf"):
+        resolve(str(write_model(tmp_path / "a.gguf", stock_model("llama"), **unknown, **described)), cache_dir=tmp_path)
+    lines = [(one.levelno, one.getMessage()) for one in caplog.records if "not applied" in one.getMessage()]
+    assert lines == [
+        (logging.INFO, "a.gguf: keys that are not known here and not applied: clip.vision.block_count, general.attention_trick, maker.note"),
+        (logging.DEBUG, "a.gguf: descriptive keys, not applied: general.base_model.0.name, general.license.name, quantize.imatrix.file"),
+    ]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
