@@ -8,6 +8,7 @@ is refused with what the model does. Knows nothing of weights, pages or steps.
 from __future__ import annotations
 
 import copy
+import traceback
 import types
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -130,6 +131,11 @@ def probe(original: nn.Module) -> Probed:
         except Exception as error:
             if past is not None:
                 break
+            if "Tensor.item()" in str(error) and (rotary := _rotary_embedding_at(error)) is not None:
+                notes.refuse(
+                    f"its rope depends on the length of the sequence in a way that the forward of {type(rotary).__name__} decides"
+                    " anew each time, and the sequences of a step share one rope"
+                )
             notes.refuse(f"the forward does not run on packed sequences without a cache ({type(error).__name__}: {error})")
         if sorted(notes.layouts) != list(range(layers)):
             notes.refuse(
@@ -144,6 +150,12 @@ def probe(original: nn.Module) -> Probed:
         if watch.counted == (0 if past is None else past.asked):
             return Probed([notes.layouts[layer] for layer in range(layers)], counts_tokens=past is not None)
     notes.refuse("the forward numbers its tokens by their place in the step, not by the positions it is given")
+
+
+def _rotary_embedding_at(error: Exception) -> nn.Module | None:
+    """The rotary embedding in whose forward `error` was raised, if it was in one."""
+    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((one for one in owners if isinstance(one, nn.Module) and hasattr(one, "rope_type")), None)
 
 
 def ask_for_no_padding(model: nn.Module) -> None:
@@ -192,6 +204,11 @@ def _probed_attention(
     if layer in notes.layouts:
         notes.refuse(f"layer {layer} attends more than once, and paged memory holds one set of keys and values a layer")
     function = getattr(attention_mask, "mask_function", None)
+    if query.shape[1] % key.shape[1]:
+        notes.refuse(
+            f"layer {layer} has {query.shape[1]} attention heads over {key.shape[1]} of keys and values (num_key_value_heads):"
+            " the one must be a multiple of the other"
+        )
     if attention_mask is None:
         notes.refuse(f"layer {layer} attends without a mask, to later tokens too; only causal attention is served")
     if function is None:

@@ -213,6 +213,13 @@ REFUSED = {
         dict(text_config=SIZES, vision_config=dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)),
         "another model beside the text model",
     ),
+    "llama": (dict(SIZES, num_key_value_heads=3), r"4 attention heads over 3 of keys and values \(num_key_value_heads\)"),
+    "phimoe": (
+        dict(SIZES, num_local_experts=4, rope_parameters=dict(
+            rope_type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8, short_mscale=1.2, long_mscale=1.3,
+            original_max_position_embeddings=64)),
+        "rope depends on the length .* forward of PhimoeRotaryEmbedding decides",
+    ),
 }
 
 
