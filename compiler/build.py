@@ -18,9 +18,8 @@ from typing import Any, Literal
 from compiler import spinning  # isort: skip  # noqa: F401  before torch is loaded, which reads it once
 
 import torch
-from transformers import AutoConfig
 
-from compiler import lower, memory, model_source, quant_formats, rope, trial, weights
+from compiler import config_json, lower, memory, model_source, quant_formats, rope, trial, weights
 from compiler.buckets import Bucket, cuda_ladder
 from compiler.capture import ATTENTION_NAME, CapturedModel, capture
 from compiler.graphs import CHAINED, Pending
@@ -190,7 +189,7 @@ def _load(config: Any, device: torch.device, timings: Timings, progress: bool, n
     with timings.stage(f"{name}source"):
         folder = model_folder(config)
         generation = model_source.json_object(folder / "generation_config.json")
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        model_config = config_json.load(folder, trust_remote_code=config.trust_remote_code)
         beside = None if config.load_format == "dummy" else weights.words_beside(folder)
         quantization = resolve_quantization(config.quantization, model_config, device, beside)
     dtype = resolve_dtype(config.dtype, model_config, device)

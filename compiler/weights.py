@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from compiler import rope
+from compiler.config_json import reason
 from compiler.model_source import lfs_pointer
 from compiler.passes.quant_linears import QuantLinear
 from compiler.probe import UnsupportedModel
@@ -61,7 +62,8 @@ def build_meta(
 
     `config` is not changed. Rotary embeddings that would pick their frequencies by sequence length (rope
     types `dynamic` and `longrope`) are settled for `max_model_len` tokens. Raises UnsupportedModel where transformers
-    has no causal language model of the type, or its class does not know attention implementations; ValueError for an unknown rope type.
+    has no causal language model of the type or cannot build it, or its class does not know attention implementations;
+    ValueError for an unknown rope type.
     """
     config = copy.deepcopy(config)
     rope.parameters_of(config)  # refuses types that nothing computes
@@ -70,18 +72,15 @@ def build_meta(
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
             )
-    except KeyError as error:
-        if error.args != (attn_implementation,):
-            raise
-        raise UnsupportedModel(
-            f"{config.model_type}: the model does not attend through transformers' attention interface"
-        ) from error
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise UnsupportedModel(
-            f"{config.model_type}: transformers has no causal language model of this type; only text models are served"
-        ) from error
+    except (ImportError, OSError):
+        raise
+    except Exception as error:
+        why = f"transformers builds no model by this config.json ({reason(error)})"
+        if isinstance(error, KeyError) and error.args == (attn_implementation,):
+            why = "the model does not attend through transformers' attention interface"
+        if isinstance(error, ValueError) and "Unrecognized configuration class" in str(error):
+            why = "transformers has no causal language model of this type; only text models are served"
+        raise UnsupportedModel(f"{config.model_type}: {why}") from error
     rope.settle(model, max_model_len)
     _keep_in_float32(model)
     model.tie_weights()

@@ -87,3 +87,21 @@ def test_what_does_not_load_is_one_line(folder: Path) -> None:
     assert result.exit_code == 1 and result.output.startswith("Error: ") and result.output.count("\n") == 1
     assert isinstance(result.exception, SystemExit)
     assert isinstance(generate(folder, "--log-level", "debug").exception, ValueError)
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        (dict(rope_parameters=dict(rope_type="yarn")), "'factor'"),
+        (dict(vocab_size="x"), "'vocab_size'"),
+        (dict(hidden_act="no such"), "no such"),
+    ],
+)
+def test_a_faulty_configuration_is_one_line(folder: Path, tmp_path: Path, wrong: dict[str, object], named: str) -> None:
+    (folder / "config.json").write_text(json.dumps(dict(model_type="llama", pad_token_id=0) | wrong))
+    result = generate(folder)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert result.output.startswith("Error: ") and result.output.count("\n") == 1
+    assert "config.json" in result.output and named in result.output
+    reason = start_engine(tmp_path, model=str(folder), device="cpu").read_text()
+    assert f"Error: {reason.strip()}" == result.output.strip()
