@@ -351,7 +351,7 @@ class _Connection:
                 while self._owed and self._send(dealer, self._owed[-1]):
                     self._owed.pop()
                 self._receive(dealer)  # this thread may have been silent itself
-                self._check_silence(now)
+                self._check_silence()
                 next_hello = now + (self._heartbeat_s if connected else min(self._heartbeat_s, _RETRY_S))
             ready = dict(poller.poll(max(1, int(1000 * (next_hello - time.monotonic())))))
             if dealer in ready:
@@ -434,8 +434,8 @@ class _Connection:
         self._heard = time.monotonic()
         return True
 
-    def _check_silence(self, now: float) -> None:
-        if now - self._heard > self._silence_s and (self._info is not None or self._streams):
+    def _check_silence(self) -> None:
+        if self.silent_s > self._silence_s and (self._info is not None or self._streams):
             self._fail_all(f"the engine has been silent for {self._silence_s:g} s")
 
     def _fail_all(self, reason: str) -> None:

@@ -78,10 +78,7 @@ def test_an_engine_that_says_nothing_gets_no_new_requests(
     http = make_app(silence_s=300.0).test_client()
     assert http.get("/health/ready").status_code == 200
     fake_engine.silent = True
-    deadline = time.monotonic() + 20
-    while http.get("/health/ready").status_code == 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    _wait_while_200(http, "/health/ready", 20)
     assert http.get("/health/live").status_code == 200
 
 
@@ -89,8 +86,12 @@ def test_a_silent_engine_is_not_live(make_app: Callable[..., Flask], fake_engine
     http = make_app(silence_s=0.5).test_client()
     assert http.get("/health/live").status_code == 200
     fake_engine.silent = True
-    deadline = time.monotonic() + 10
-    while http.get("/health/live").status_code == 200:
+    _wait_while_200(http, "/health/live", 10)
+
+
+def _wait_while_200(http: FlaskClient, path: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while http.get(path).status_code == 200:
         assert time.monotonic() < deadline
         time.sleep(0.1)
 

@@ -26,7 +26,7 @@ import pytest
 from runtime.child import child_environment
 
 sys.path.insert(0, str(Path(__file__).parent))
-from web_process import eventually, read_to_end  # noqa: E402
+from web_process import connect, eventually, read_to_end  # noqa: E402
 
 # Prompts of one token; the engine answers 8 at once, 1 every twentieth of a second, and 1 very long one every fifth.
 SHORT, STEADY, FLOOD = 20, 21, 22
@@ -90,12 +90,7 @@ class Server:
     lines: list[str] = field(default_factory=list)
 
     def connect(self, receive_buffer: int | None = None) -> socket.socket:
-        connection = socket.socket()
-        connection.settimeout(60)
-        if receive_buffer is not None:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        connection.connect(("127.0.0.1", self.port))
-        return connection
+        return connect(self.port, 60, receive_buffer)
 
     def worker_rss(self) -> int:
         """Bytes of the web worker: of gunicorn's child."""

@@ -28,13 +28,7 @@ class WebProcess:
         return int(children[0])
 
     def connect(self, receive_buffer: int | None = None) -> socket.socket:
-        """A new connection; `receive_buffer` bytes of unread answer fit into its socket."""
-        connection = socket.socket()
-        connection.settimeout(20)
-        if receive_buffer is not None:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        connection.connect(("127.0.0.1", self.port))
-        return connection
+        return connect(self.port, 20, receive_buffer)
 
     def ask(self, request: bytes) -> bytes:
         """All that is answered to some bytes until the server closes."""
@@ -75,6 +69,16 @@ def web_process(settings: Path, threads: int) -> Iterator[WebProcess]:
         finally:
             if process.master.poll() is None:
                 process.stop()
+
+
+def connect(port: int, timeout: float, receive_buffer: int | None = None) -> socket.socket:
+    """A new connection; `receive_buffer` bytes of unread answer fit into its socket."""
+    connection = socket.socket()
+    connection.settimeout(timeout)
+    if receive_buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.connect(("127.0.0.1", port))
+    return connection
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 5) -> bool:
