@@ -15,23 +15,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from compiler import spinning  # isort: skip  # noqa: F401  before torch is loaded, which reads it once
+from pagegraph.compiler import spinning  # isort: skip  # noqa: F401  before torch is loaded, which reads it once
 
 import torch
 
-from compiler import config_json, lower, memory, model_source, quant_formats, rope, trial, weights
-from compiler.buckets import Bucket, cuda_ladder
-from compiler.capture import ATTENTION_NAME, CapturedModel, capture
-from compiler.graphs import CHAINED, Pending
-from compiler.passes import registry
-from compiler.scrap import scrap_step
-from compiler.staging import Staging
-from compiler.state import DeviceState, Lookup
-from compiler.step import CompiledStep
-from compiler.step_input import StepInput
-from compiler.trim import return_freed_memory
-from kernels import cpu_attention, cpu_guesses, cpu_int4, cpu_step
-from kernels.quant_tiles import FP8_CAPABILITY
+from pagegraph.compiler import config_json, lower, memory, model_source, quant_formats, rope, trial, weights
+from pagegraph.compiler.buckets import Bucket, cuda_ladder
+from pagegraph.compiler.capture import ATTENTION_NAME, CapturedModel, capture
+from pagegraph.compiler.graphs import CHAINED, Pending
+from pagegraph.compiler.passes import registry
+from pagegraph.compiler.scrap import scrap_step
+from pagegraph.compiler.staging import Staging
+from pagegraph.compiler.state import DeviceState, Lookup
+from pagegraph.compiler.step import CompiledStep
+from pagegraph.compiler.step_input import StepInput
+from pagegraph.compiler.trim import return_freed_memory
+from pagegraph.kernels import cpu_attention, cpu_guesses, cpu_int4, cpu_step
+from pagegraph.kernels.quant_tiles import FP8_CAPABILITY
 
 log = logging.getLogger("pagegraph.build")
 

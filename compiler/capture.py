@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from compiler.forward_local import forward_local
-from compiler.probe import AttentionLayout, TokensBefore, ask_for_no_padding, probe
+import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from pagegraph.compiler.forward_local import forward_local
+from pagegraph.compiler.probe import AttentionLayout, TokensBefore, ask_for_no_padding, probe
 
 ATTENTION_NAME = "pagegraph"
 

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from compiler import rope
-from compiler.gguf_file import GgufError, GgufFile
+from pagegraph.compiler import rope
+from pagegraph.compiler.gguf_file import GgufError, GgufFile
 
 log = logging.getLogger("pagegraph.gguf")
 

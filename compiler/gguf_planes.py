@@ -18,8 +18,8 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import nn
 
-from compiler.quant_formats import QuantizationError
-from kernels import reference
+from pagegraph.compiler.quant_formats import QuantizationError
+from pagegraph.kernels import reference
 
 log = logging.getLogger("pagegraph.quantization")
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map, load_gguf_checkpoint
 
-from compiler.gguf_file import GgufError, GgufFile
+from pagegraph.compiler.gguf_file import GgufError, GgufFile
 
 
 def read(file: GgufFile, model: nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:

@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from compiler.gguf_file import GgufFile
+from pagegraph.compiler.gguf_file import GgufFile
 
 log = logging.getLogger("pagegraph.gguf")
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from tqdm import tqdm
 
-from compiler.buckets import Bucket
-from compiler.staging import Staged
+from pagegraph.compiler.buckets import Bucket
+from pagegraph.compiler.staging import Staged
 
 # logits [S, vocab], ids int64 [S], what was looked up (int32 [2, S]) if anything is, the step they are of;
 # of a chain the last step's, but for ids [S, times]

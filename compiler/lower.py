@@ -29,11 +29,11 @@ from torch._inductor.select_algorithm import ExternKernelChoice
 from torch._library.utils import get_layout_constraint_tag
 from torch._ops import OpOverload, OpOverloadPacket
 
-from compiler.capture import CapturedModel
-from compiler.staging import Staged
-from compiler.state import DeviceState
-from compiler.straight import Forward
-from kernels import cpu_attention, cpu_int4
+from pagegraph.compiler.capture import CapturedModel
+from pagegraph.compiler.staging import Staged
+from pagegraph.compiler.state import DeviceState
+from pagegraph.compiler.straight import Forward
+from pagegraph.kernels import cpu_attention, cpu_int4
 
 
 DEFAULT_CACHE = "~/.cache/pagegraph"

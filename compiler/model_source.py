@@ -199,7 +199,7 @@ def _convert(gguf: Path, folder: Path, keep_quantized: bool) -> None:
 
     transformers reads the file; its `from_pretrained` would also want accelerate and build the whole model.
     """
-    from compiler.gguf_file import read_once
+    from pagegraph.compiler.gguf_file import read_once
 
     with read_once():
         _convert_parts(gguf, folder, keep_quantized)
@@ -209,9 +209,9 @@ def _convert_parts(gguf: Path, folder: Path, keep_quantized: bool) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from compiler import gguf_config, gguf_tensors, gguf_tokenizer
-    from compiler.gguf_file import open_gguf
-    from compiler.weights import build_meta
+    from pagegraph.compiler import gguf_config, gguf_tensors, gguf_tokenizer
+    from pagegraph.compiler.gguf_file import open_gguf
+    from pagegraph.compiler.weights import build_meta
 
     file = open_gguf(gguf)
     config = gguf_config.configuration(file)
@@ -222,7 +222,7 @@ def _convert_parts(gguf: Path, folder: Path, keep_quantized: bool) -> None:
     gguf_config.check(file, model, consumed)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if keep_quantized:
-        from compiler.gguf_planes import keep
+        from pagegraph.compiler.gguf_planes import keep
 
         config.quantization_config = keep(gguf, model, tensors)
     save_file(

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
-from compiler.rope import silence
+from pagegraph.compiler.rope import silence
 
 PROBE_NAME = "pagegraph_probe"
 SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from compiler.quant_methods import METHODS, ONLINE
-from kernels import reference
+from pagegraph.compiler.quant_methods import METHODS, ONLINE
+from pagegraph.kernels import reference
 
 # Columns that share a scale in int4 made while loading: of those that divide, the first. A GPU needs steps of 128 columns to be
 # fast; a CPU's product is as fast with groups of 32, which are more exact.

@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from compiler.staging import Staged
-from compiler.state import DeviceState
-from compiler.step_input import SamplingInput, StepLogprobs
-from kernels import reference
+from pagegraph.compiler.staging import Staged
+from pagegraph.compiler.state import DeviceState
+from pagegraph.compiler.step_input import SamplingInput, StepLogprobs
+from pagegraph.kernels import reference
 
 
 class StepLogprobTensors:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from compiler.step_input import Filters, Penalties, SamplingInput, StepInput
+from pagegraph.compiler.step_input import Filters, Penalties, SamplingInput, StepInput
 
 LOGPROBS = 20
 

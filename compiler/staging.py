@@ -13,10 +13,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-import kernels.ops  # noqa: F401  (registers the ops)
-from compiler.buckets import Bucket
-from compiler.state import DeviceState
-from compiler.step_input import StepInput
+import pagegraph.kernels.ops  # noqa: F401  (registers the ops)
+from pagegraph.compiler.buckets import Bucket
+from pagegraph.compiler.state import DeviceState
+from pagegraph.compiler.step_input import StepInput
 
 ALIGN = 16  # int32 words: every field starts on a 64-byte border
 PINNED = 3  # host packets in rotation: at most two steps are in flight

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from compiler.probe import AttentionLayout
+from pagegraph.compiler.probe import AttentionLayout
 
 
 class Lookup(NamedTuple):

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
-from compiler import lower, step_thread
-from compiler.buckets import Bucket, Ladder, own_bucket
-from compiler.capture import CapturedModel
-from compiler.graphs import Forward, GraphSet, Outputs, Pending
-from compiler.sampling import StepLogprobTensors, draw, sample, settle
-from compiler.staging import Packet, Staged, Staging
-from compiler.state import DeviceState
-from compiler.step_input import LookedUp, StepInput, StepOutput
+from pagegraph.compiler import lower, step_thread
+from pagegraph.compiler.buckets import Bucket, Ladder, own_bucket
+from pagegraph.compiler.capture import CapturedModel
+from pagegraph.compiler.graphs import Forward, GraphSet, Outputs, Pending
+from pagegraph.compiler.sampling import StepLogprobTensors, draw, sample, settle
+from pagegraph.compiler.staging import Packet, Staged, Staging
+from pagegraph.compiler.state import DeviceState
+from pagegraph.compiler.step_input import LookedUp, StepInput, StepOutput
 
 
 # ids int64 [S] of the step's own sequences, of a chain [S, times]; where there are any, what was looked up int32 [2, S], logprobs

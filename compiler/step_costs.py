@@ -8,8 +8,8 @@ from __future__ import annotations
 import statistics
 import time
 
-from compiler.scrap import scrap_step
-from compiler.step import CompiledStep
+from pagegraph.compiler.scrap import scrap_step
+from pagegraph.compiler.step import CompiledStep
 
 REPEATS = 3
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from compiler.buckets import Bucket
-from compiler.scrap import everything, scrap_step
-from compiler.step import CompiledStep
+from pagegraph.compiler.buckets import Bucket
+from pagegraph.compiler.scrap import everything, scrap_step
+from pagegraph.compiler.step import CompiledStep
 
 
 SAMPLES = 5  # graphs measured one by one

@@ -22,13 +22,13 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from compiler import rope
-from compiler.config_json import reason
-from compiler.model_source import lfs_pointer
-from compiler.passes.quant_linears import QuantLinear
-from compiler.probe import UnsupportedModel
-from compiler.quant_formats import OWN_FILES, PACKED, Quantized, QuantizationError, Scheme, quantize
-from compiler.trim import return_freed_memory
+from pagegraph.compiler import rope
+from pagegraph.compiler.config_json import reason
+from pagegraph.compiler.model_source import lfs_pointer
+from pagegraph.compiler.passes.quant_linears import QuantLinear
+from pagegraph.compiler.probe import UnsupportedModel
+from pagegraph.compiler.quant_formats import OWN_FILES, PACKED, Quantized, QuantizationError, Scheme, quantize
+from pagegraph.compiler.trim import return_freed_memory
 
 log = logging.getLogger("pagegraph.quantization")
 

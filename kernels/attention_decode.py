@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import arrival_counts, dependent, wait
-from kernels.online_softmax import LOG2E, dot_precision, first_key, last_not_above, levelled, of_pairs, to_base2, update, widened
+from pagegraph.kernels.launch import arrival_counts, dependent, wait
+from pagegraph.kernels.online_softmax import LOG2E, dot_precision, first_key, last_not_above, levelled, of_pairs, to_base2, update, widened
 
 
 class Tile(NamedTuple):

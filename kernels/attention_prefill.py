@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.online_softmax import LOG2E, dot_precision, first_key, last_not_above, to_base2, weigh, widened
+from pagegraph.kernels.online_softmax import LOG2E, dot_precision, first_key, last_not_above, to_base2, weigh, widened
 
 
 class Tile(NamedTuple):

@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fragment_linear import SIZE, THREADS, scale_place
-from kernels.launch import dependent, wait
-from kernels.quant_tiles import QuantWeight, has_coded
-from kernels.quantize_rows import Norm, e4m3_rows, int8_rows, width
-from kernels.reference import CODED_GROUP
-from kernels.skinny_tiles import Tile
-from kernels.split_columns import added_up, is_last, room_for_parts
-from kernels.widen import bytes_by_row, nibbles_by_row
+from pagegraph.kernels.fragment_linear import SIZE, THREADS, scale_place
+from pagegraph.kernels.launch import dependent, wait
+from pagegraph.kernels.quant_tiles import QuantWeight, has_coded
+from pagegraph.kernels.quantize_rows import Norm, e4m3_rows, int8_rows, width
+from pagegraph.kernels.reference import CODED_GROUP
+from pagegraph.kernels.skinny_tiles import Tile
+from pagegraph.kernels.split_columns import added_up, is_last, room_for_parts
+from pagegraph.kernels.widen import bytes_by_row, nibbles_by_row
 
 STEP = tl.constexpr(CODED_GROUP)  # columns of a scale of x
 SHIFTS = tl.constexpr(32)  # steps whose shifts are one product

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu_attention, cpu_int4, reference
+from pagegraph.kernels import cpu_attention, cpu_int4, reference
 
 INT4_BLOCK = 64  # rows of 4-bit codes that PyTorch packs together for AVX-512
 INT4_MANY_ROWS = 128  # from here on the weight is widened first: the packed product takes twice bfloat16's time and more

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import cpu_build
+from pagegraph.kernels import cpu_build
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 ARGUMENTS = ["void*"] * 7 + ["int32_t*"] * 3 + ["void*"] + ["int64_t"] * 18 + ["float"]

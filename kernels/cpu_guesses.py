@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kernels import cpu_build, reference
+from pagegraph.kernels import cpu_build, reference
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 ARGUMENTS = ["int64_t*"] + ["int32_t*"] * 10 + ["int64_t"] * 6

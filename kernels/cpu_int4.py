@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import cpu_build, reference
+from pagegraph.kernels import cpu_build, reference
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 PRODUCT = ["uint8_t*", "uint16_t*", "uint16_t*"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import cpu, cpu_build
+from pagegraph.kernels import cpu, cpu_build
 
 FOLDER = Path(__file__).parent
 UNPACK = ["int32_t*"] * 11 + ["int64_t*"] + ["int64_t"] * 6

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.attention_decode import attend_rows
-from kernels.attention_prefill import attend_ragged
-from kernels.coded_linear import coded_linear
-from kernels.fragment_linear import fragment_dequantize
-from kernels.fragment_linear import fragment_linear as tiled_fragment_linear
-from kernels.fragment_rows import ROWS, fragment_rows
-from kernels.kv_write import write_kv
-from kernels.quant_tiles import ROUNDING, Choice, QuantWeight, choice_of, takes_8_bits
-from kernels.quantize_rows import Norm, exchanged_e4m3_rows
-from kernels.rms_norm import add_rms_norm
-from kernels.rope_write import rope_write
-from kernels.row_linear import row_linear
-from kernels.silu_mul import silu_mul
-from kernels.skinny_linear import skinny_linear
-from kernels.skinny_tiles import RowTile, row_tile_of, tile_of
+from pagegraph.kernels.attention_decode import attend_rows
+from pagegraph.kernels.attention_prefill import attend_ragged
+from pagegraph.kernels.coded_linear import coded_linear
+from pagegraph.kernels.fragment_linear import fragment_dequantize
+from pagegraph.kernels.fragment_linear import fragment_linear as tiled_fragment_linear
+from pagegraph.kernels.fragment_rows import ROWS, fragment_rows
+from pagegraph.kernels.kv_write import write_kv
+from pagegraph.kernels.quant_tiles import ROUNDING, Choice, QuantWeight, choice_of, takes_8_bits
+from pagegraph.kernels.quantize_rows import Norm, exchanged_e4m3_rows
+from pagegraph.kernels.rms_norm import add_rms_norm
+from pagegraph.kernels.rope_write import rope_write
+from pagegraph.kernels.row_linear import row_linear
+from pagegraph.kernels.silu_mul import silu_mul
+from pagegraph.kernels.skinny_linear import skinny_linear
+from pagegraph.kernels.skinny_tiles import RowTile, row_tile_of, tile_of
 
 
 def paged_attention(

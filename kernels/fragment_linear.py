@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
-from kernels.launch import dependent, wait
-from kernels.quant_tiles import QuantWeight
-from kernels.skinny_tiles import Tile
-from kernels.split_columns import added_up, is_last, room_for_parts
-from kernels.widen import halves, nibbles, scaled, settled, wide_bytes
+from pagegraph.kernels import reference
+from pagegraph.kernels.launch import dependent, wait
+from pagegraph.kernels.quant_tiles import QuantWeight
+from pagegraph.kernels.skinny_tiles import Tile
+from pagegraph.kernels.split_columns import added_up, is_last, room_for_parts
+from pagegraph.kernels.widen import halves, nibbles, scaled, settled, wide_bytes
 
 SIZE = tl.constexpr(reference.FRAGMENT)  # rows and columns of a block of the weight
 THREADS = tl.constexpr(128)  # that hold a block

@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fragment_linear import SIZE, float_weight_of, groups_of, scale_place, weight_of
-from kernels.launch import dependent, wait
-from kernels.quant_tiles import SINGLE_ROWS, QuantWeight, RowsTile
-from kernels.silu_mul import silu_times
-from kernels.widen import fetched, in_registers
+from pagegraph.kernels.fragment_linear import SIZE, float_weight_of, groups_of, scale_place, weight_of
+from pagegraph.kernels.launch import dependent, wait
+from pagegraph.kernels.quant_tiles import SINGLE_ROWS, QuantWeight, RowsTile
+from pagegraph.kernels.silu_mul import silu_times
+from pagegraph.kernels.widen import fetched, in_registers
 
 ROWS = tl.constexpr(16)  # of the weight: those of one warp's operand
 EARLY = tl.constexpr(4)  # steps whose codes are on their way to the L2 before the kernel waits

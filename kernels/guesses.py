@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import dependent, wait
-from kernels.reference import LOOKUP_SEEN
+from pagegraph.kernels.launch import dependent, wait
+from pagegraph.kernels.reference import LOOKUP_SEEN
 
 BLOCK = 1024
 NUM_WARPS = 16

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
+from pagegraph.kernels import reference
 
 NUM_WARPS = 4
 FP8_MAX = tl.constexpr(reference.FP8_MAX)

@@ -74,7 +74,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import cpu, cpu_guesses, cpu_int4, cpu_step, reference
+from pagegraph.kernels import cpu, cpu_guesses, cpu_int4, cpu_step, reference
 
 _library = torch.library.Library("pagegraph", "DEF")
 _library.define(
@@ -129,85 +129,85 @@ _library.define(
 
 
 def _attention_on_cuda(*arguments: Tensor | float | int | None) -> Tensor:
-    from kernels import cuda  # Triton is imported where there is a device for it
+    from pagegraph.kernels import cuda  # Triton is imported where there is a device for it
 
     return cuda.paged_attention(*arguments)
 
 
 def _rope_attention_on_cuda(*arguments: Tensor | float | int | None) -> Tensor:
-    from kernels import cuda
+    from pagegraph.kernels import cuda
 
     return cuda.rope_attention(*arguments)
 
 
 def _draw_on_cuda(logits: Tensor, *arguments: Tensor) -> Tensor:
-    from kernels import sampling
+    from pagegraph.kernels import sampling
 
     return sampling.draw(logits.contiguous(), *arguments)
 
 
 def _update_tables_on_cuda(*arguments: Tensor) -> None:
-    from kernels import unpack
+    from pagegraph.kernels import unpack
 
     unpack.update_tables(*arguments)
 
 
 def _unpack_on_cuda(*arguments: Tensor | int) -> tuple[Tensor, ...]:
-    from kernels import unpack
+    from pagegraph.kernels import unpack
 
     return unpack.unpack(*arguments)
 
 
 def _accept_on_cuda(*arguments: Tensor | int) -> None:
-    from kernels import guesses
+    from pagegraph.kernels import guesses
 
     guesses.accept(*arguments)
 
 
 def _look_up_on_cuda(*arguments: Tensor | int) -> Tensor:
-    from kernels import guesses
+    from pagegraph.kernels import guesses
 
     return guesses.look_up(*arguments)
 
 
 def _linear_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from kernels import cuda
+    from pagegraph.kernels import cuda
 
     return cuda.linear(x, weight, bias)
 
 
 def _linear_norm_linear_on_cuda(*arguments: Tensor | float | bool | None) -> tuple[Tensor, Tensor]:
-    from kernels import cuda
+    from pagegraph.kernels import cuda
 
     return cuda.linear_norm_linear(*arguments)
 
 
 def _fragment_linear_on_cuda(*arguments: Tensor | int | None) -> Tensor:
-    from kernels import cuda
+    from pagegraph.kernels import cuda
 
     return cuda.fragment_linear(*arguments)
 
 
 def _norm_fragment_linear_on_cuda(*arguments: Tensor | float | int | None) -> tuple[Tensor, Tensor]:
-    from kernels import cuda
+    from pagegraph.kernels import cuda
 
     return cuda.norm_fragment_linear(*arguments)
 
 
 def _rms_norm_on_cuda(*arguments: Tensor | float) -> Tensor:
-    from kernels import rms_norm
+    from pagegraph.kernels import rms_norm
 
     return rms_norm.rms_norm(*arguments)
 
 
 def _add_rms_norm_on_cuda(*arguments: Tensor | float) -> tuple[Tensor, Tensor]:
-    from kernels import rms_norm
+    from pagegraph.kernels import rms_norm
 
     return rms_norm.add_rms_norm(*arguments)
 
 
 def _silu_mul_on_cuda(gate_up: Tensor) -> Tensor:
-    from kernels import silu_mul
+    from pagegraph.kernels import silu_mul
 
     return silu_mul.silu_mul(gate_up)
 

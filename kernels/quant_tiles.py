@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.reference import CODED_GROUP
-from kernels.skinny_tiles import Tile
+from pagegraph.kernels.reference import CODED_GROUP
+from pagegraph.kernels.skinny_tiles import Tile
 
 SINGLE_ROWS = 8  # up to here a matrix instruction takes all rows of x at once
 MEMORY_BOUND_ROWS = 64  # up to here reading the weight bounds a product

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import dependent, wait
-from kernels.reference import CODED_GROUP, FP8_MAX, INT8_MAX
-from kernels.rms_norm import scaled_rows
-from kernels.silu_mul import silu_times
+from pagegraph.kernels.launch import dependent, wait
+from pagegraph.kernels.reference import CODED_GROUP, FP8_MAX, INT8_MAX
+from pagegraph.kernels.rms_norm import scaled_rows
+from pagegraph.kernels.silu_mul import silu_times
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 LARGEST = tl.constexpr(FP8_MAX)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import dependent, wait
+from pagegraph.kernels.launch import dependent, wait
 
 
 @triton.jit

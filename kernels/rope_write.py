@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv_write import stored
-from kernels.launch import dependent, wait
+from pagegraph.kernels.kv_write import stored
+from pagegraph.kernels.launch import dependent, wait
 
 QUERY_HEADS = 8  # of one program
 NUM_WARPS = 4

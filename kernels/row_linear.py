@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import dependent, wait
-from kernels.silu_mul import silu_times
-from kernels.skinny_tiles import RowTile
+from pagegraph.kernels.launch import dependent, wait
+from pagegraph.kernels.silu_mul import silu_times
+from pagegraph.kernels.skinny_tiles import RowTile
 
 
 @triton.jit

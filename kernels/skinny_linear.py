@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import dependent, wait
-from kernels.silu_mul import silu_times
-from kernels.skinny_tiles import Tile
-from kernels.split_columns import added_up, is_last, room_for_parts
+from pagegraph.kernels.launch import dependent, wait
+from pagegraph.kernels.silu_mul import silu_times
+from pagegraph.kernels.skinny_tiles import Tile
+from pagegraph.kernels.split_columns import added_up, is_last, room_for_parts
 
 
 @triton.jit

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import ARRIVALS, arrival_counts
-from kernels.skinny_tiles import Tile
+from pagegraph.kernels.launch import ARRIVALS, arrival_counts
+from pagegraph.kernels.skinny_tiles import Tile
 
 
 UNROLLED = tl.constexpr(4096)  # most sums of a tile whose parts are all asked for at once

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import dependent, wait
+from pagegraph.kernels.launch import dependent, wait
 
 BLOCK = 128
 UPDATE_PROGRAMS = 8

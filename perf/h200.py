@@ -1,6 +1,6 @@
 """Correctness and speed of the engine on one CUDA machine, section by section: tables here, JSON under --out.
 
-    python perf/h200.py --section kernels,graphs,step,engine --model 8b,0.6b --commit $(git rev-parse --short HEAD)
+    python -m perf.h200 --section kernels,graphs,step,engine --model 8b,0.6b --commit $(git rev-parse --short HEAD)
 
 Each group of sections runs in a process of its own: a crash, or a device that a bad kernel has left unusable, ends
 that group and no other. Sections of one model share one built engine. Knows the order and the files; the sections
@@ -23,8 +23,6 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "kernels")]  # the cases and prompts of the tests
 
 SECTIONS = (
     "kernels", "graphs", "parity", "quality", "micro", "quantized", "quantized_step", "texts", "chains", "step", "engine", "memory", "speculation",
@@ -114,7 +112,7 @@ def run_job(args: argparse.Namespace, sections: list[str], model: str | None, pa
     limit = START_SECONDS + len(sections) * args.seconds
     if sections == ["peer"]:
         limit = START_SECONDS + PEER_SECONDS * len(args.models) * len(args.engines)
-    command = [sys.executable, "-u", __file__, *sys.argv[1:], "--child", str(part), "--results", str(path), "--section", ",".join(sections)]
+    command = [sys.executable, "-u", "-m", "perf.h200", *sys.argv[1:], "--child", str(part), "--results", str(path), "--section", ",".join(sections)]
     command += ["--model", model] if model else []
     child = subprocess.Popen(command, start_new_session=True)
     try:
@@ -140,7 +138,7 @@ def run_job(args: argparse.Namespace, sections: list[str], model: str | None, pa
 def run_child(args: argparse.Namespace) -> int:
     """Run the given sections in this process; a section that fails does not stop the next."""
     start = time.perf_counter()
-    from h200_report import Report  # torch is imported in children alone
+    from perf.h200_report import Report  # torch is imported in children alone
 
     report = Report(args.child, machine_facts(args), args.seconds)
     print(f"\n{report.machine['gpu']}, imports {time.perf_counter() - start:.1f} s", flush=True)
@@ -170,7 +168,7 @@ def section(name: str):
     elif name in ("speculation", "texts", "chains"):
         import h200_speculation as module
     else:
-        import h200_checks as module
+        from perf import h200_checks as module
     return getattr(module, name)
 
 

@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compiler import build as builder
-from compiler import lower
-from compiler.buckets import Bucket
-from compiler.build import BuiltModel, Timings
-from compiler.graphs import GraphSet
-from compiler.staging import Layout, Staging
-from compiler.state import DeviceState
-from compiler.step import StepCounts, Ticket
-from compiler.step_input import StepInput, StepOutput
-from h200_offline import Offline, Run, built_of, config_of, random_prompts, step_of
-from h200_report import Report
-from runtime.config import load_config
+from pagegraph.compiler import build as builder
+from pagegraph.compiler import lower
+from pagegraph.compiler.buckets import Bucket
+from pagegraph.compiler.build import BuiltModel, Timings
+from pagegraph.compiler.graphs import GraphSet
+from pagegraph.compiler.staging import Layout, Staging
+from pagegraph.compiler.state import DeviceState
+from pagegraph.compiler.step import StepCounts, Ticket
+from pagegraph.compiler.step_input import StepInput, StepOutput
+from perf.h200_offline import Offline, Run, built_of, config_of, random_prompts, step_of
+from perf.h200_report import Report
+from pagegraph.runtime.config import load_config
 
 TIE = 1e-3  # two logits nearer than this may change places
 LOGITS = 1e-4  # error of float32 logits relative to the largest
@@ -159,11 +159,11 @@ def _bucket_error(built: BuiltModel, one: StepInput, bucket: Bucket) -> float:
 
 def parity(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """Greedy float32 tokens of a real model equal those of transformers' generate; ties are printed."""
-    from prompts import PROMPTS
+    from tests.prompts import PROMPTS
     from transformers import AutoModelForCausalLM
 
-    from runtime.llm import LLM
-    from runtime.protocol import SamplingParams
+    from pagegraph.runtime.llm import LLM
+    from pagegraph.runtime.protocol import SamplingParams
 
     num_tokens = 48
     settings = dict(
@@ -205,10 +205,10 @@ def quality(report: Report, args: argparse.Namespace, shared: dict) -> None:
 
     Prompts are long enough for products of many rows; `rounds`: whether those may round states to 8 bits.
     """
-    from prompts import PROMPTS
+    from tests.prompts import PROMPTS
 
-    from runtime.quality import compare
-    from runtime.tokenizer import Tokenizer
+    from pagegraph.runtime.quality import compare
+    from pagegraph.runtime.tokenizer import Tokenizer
 
     def built(**settings: object) -> BuiltModel:
         fixed = dict(dtype="bfloat16", device=args.device, max_model_len=1024, kv_cache_memory="64MiB", max_num_seqs=4)

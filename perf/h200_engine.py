@@ -18,15 +18,15 @@ import time
 import numpy as np
 import torch
 
-import workloads
-from compiler import build as builder
-from compiler.build import BuiltModel
-from floors import Shape
-from h200_offline import (
+from perf import workloads
+from pagegraph.compiler import build as builder
+from pagegraph.compiler.build import BuiltModel
+from perf.floors import Shape
+from perf.h200_offline import (
     Offline, built_of, ceilings_of, config_of, floor_seconds, random_prompts, step_of,
 )  # fmt: skip
-from h200_report import Report, replay_seconds
-from runtime.config import Config
+from perf.h200_report import Report, replay_seconds
+from pagegraph.runtime.config import Config
 
 DECODES = ((1, 256), (32, 1024), (256, 384))  # (sequences, keys of each)
 TINY_DECODES = ((1, 64), (8, 96))

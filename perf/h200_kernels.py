@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 
-from attention_cases import Case, check
-from h200_report import Report
-from kernels import ops, reference  # noqa: F401  ops registers torch.ops.pagegraph
+from tests.kernels.attention_cases import Case, check
+from perf.h200_report import Report
+from pagegraph.kernels import ops, reference  # noqa: F401  ops registers torch.ops.pagegraph
 
 FEATURES: dict[str, dict[str, object]] = {
     "plain": {},

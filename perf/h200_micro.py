@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from floors import BYTES, Ceilings, Shape
-from h200_offline import ceilings_of
-from h200_report import Report, graph_seconds
-from kernels import ops  # noqa: F401  registers torch.ops.pagegraph
+from perf.floors import BYTES, Ceilings, Shape
+from perf.h200_offline import ceilings_of
+from perf.h200_report import Report, graph_seconds
+from pagegraph.kernels import ops  # noqa: F401  registers torch.ops.pagegraph
 
 ROTATED = 192 << 20  # bytes that inputs rotate through
 NODES = 16  # calls in a graph at least

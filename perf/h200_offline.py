@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from compiler.build import BuiltModel
-from compiler.step import CompiledStep, StepCounts, Ticket
-from compiler.step_input import SamplingInput, StepInput, StepOutput
-from floors import MODELS, Ceilings, Shape, write_model
-from h200_report import Report
-from runtime.assemble import engine_of
-from runtime.config import Config
-from runtime.llm import LocalMailbox
-from runtime.protocol import SamplingParams, Submit, TokenLogprob, Tokens
+from pagegraph.compiler.build import BuiltModel
+from pagegraph.compiler.step import CompiledStep, StepCounts, Ticket
+from pagegraph.compiler.step_input import SamplingInput, StepInput, StepOutput
+from perf.floors import MODELS, Ceilings, Shape, write_model
+from perf.h200_report import Report
+from pagegraph.runtime.assemble import engine_of
+from pagegraph.runtime.config import Config
+from pagegraph.runtime.llm import LocalMailbox
+from pagegraph.runtime.protocol import SamplingParams, Submit, TokenLogprob, Tokens
 
 
 @dataclasses.dataclass(slots=True)
@@ -157,7 +157,7 @@ def built_of(shared: dict) -> tuple[Config, BuiltModel]:
 def ceilings_of(report: Report, args: argparse.Namespace, shared: dict) -> Ceilings:
     """The device's ceilings, measured once a process; made up without a device."""
     if "ceilings" not in shared:
-        from h200_report import ceilings
+        from perf.h200_report import ceilings
 
         shared["ceilings"] = ceilings() if args.device == "cuda" else Ceilings(10e9, 100e9)
     found = shared["ceilings"]

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from compiler import build as builder
-from compiler import lower
-from floors import BYTES, Ceilings, Shape
-from h200_offline import ceilings_of, config_of, step_of
-from h200_report import Report, graph_seconds
-from kernels import cuda, reference
-from kernels.quant_tiles import MEMORY_BOUND_ROWS, SINGLE_ROWS, Choice, Kind, QuantWeight, coded, few, has_coded, tile_by_rule
-from kernels.skinny_tiles import Tile
+from pagegraph.compiler import build as builder
+from pagegraph.compiler import lower
+from perf.floors import BYTES, Ceilings, Shape
+from perf.h200_offline import ceilings_of, config_of, step_of
+from perf.h200_report import Report, graph_seconds
+from pagegraph.kernels import cuda, reference
+from pagegraph.kernels.quant_tiles import MEMORY_BOUND_ROWS, SINGLE_ROWS, Choice, Kind, QuantWeight, coded, few, has_coded, tile_by_rule
+from pagegraph.kernels.skinny_tiles import Tile
 
 ROWS = (2, 8, 32, 64, 128, 256, 1024)  # of a product; a step of one sequence is padded to two
 TABLE_GROUP = 128  # of int4 in `quant_tiles.TABLE`
@@ -390,7 +390,7 @@ def _received(pipe: Connection, seconds: float) -> object:
 
 def steps(pipe: Connection, args: argparse.Namespace, model: str, method: str | None, cache: str, cases: tuple[Case, ...]) -> None:
     """Build, say the seconds by stage, wait for a word, then send the seconds of a replayed step of each case."""
-    from h200_engine import _replayed
+    from perf.h200_engine import _replayed
 
     try:
         pages = sum((max(rows * -(-keys // 16) for rows, keys in cases), -(-8192 // 16), 8))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from floors import Ceilings
+from perf.floors import Ceilings
 
 
 class Report:

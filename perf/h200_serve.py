@@ -21,10 +21,10 @@ import tokenizers
 import yaml
 from tokenizers import decoders, models, pre_tokenizers
 
-from compiler import build as builder
-from floors import MODELS
-from h200_offline import Offline, config_of, random_prompts
-from h200_report import Report
+from pagegraph.compiler import build as builder
+from perf.floors import MODELS
+from perf.h200_offline import Offline, config_of, random_prompts
+from perf.h200_report import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT, OUTPUT = 128, 256
@@ -44,7 +44,7 @@ class Server:
         path.write_text(yaml.safe_dump({**settings, "port": 0}))
         self.begin = time.perf_counter()
         with open(self._log, "w") as log:
-            command = [sys.executable, "-m", "runtime.cli", "serve", str(path)]
+            command = [sys.executable, "-m", "pagegraph.runtime.cli", "serve", str(path)]
             self._process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         try:
             self.wait_for(LOADED)
@@ -85,7 +85,7 @@ class Server:
         given = dict(address=self.address, model="m", streams=streams, requests=requests, prompt=PROMPT, output=output,
                      vocab=MODELS[model]["vocab_size"], seed=seed, processes=min(6, os.cpu_count() or 1), out=out)  # fmt: skip
         flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
-        subprocess.run([sys.executable, ROOT / "perf" / "load.py", *flags], check=True, timeout=500)
+        subprocess.run([sys.executable, "-m", "perf.load", *flags], cwd=ROOT, check=True, timeout=500)
         found = json.loads(out.read_text())
         if found["errors"] or found["out_tokens"] != requests * output:
             raise RuntimeError(f"{found['errors']} of {requests} requests failed: {found['first_error']}")

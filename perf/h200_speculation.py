@@ -14,19 +14,19 @@ from dataclasses import replace
 
 import numpy as np
 
-import texts as work
-from compiler import build as builder
-from compiler.build import BuiltModel
-from compiler.graphs import GraphSet, Pending
-from compiler.step import CompiledStep
-from compiler.step_input import SamplingInput, StepInput
-from floors import Shape
-from h200_engine import _profile, _replayed
-from h200_offline import built_of, ceilings_of, config_of, step_of
-from h200_report import Report
-from runtime.config import Config, load_config
-from runtime.llm import LLM
-from runtime.protocol import SamplingParams
+from perf import texts as work
+from pagegraph.compiler import build as builder
+from pagegraph.compiler.build import BuiltModel
+from pagegraph.compiler.graphs import GraphSet, Pending
+from pagegraph.compiler.step import CompiledStep
+from pagegraph.compiler.step_input import SamplingInput, StepInput
+from perf.floors import Shape
+from perf.h200_engine import _profile, _replayed
+from perf.h200_offline import built_of, ceilings_of, config_of, step_of
+from perf.h200_report import Report
+from pagegraph.runtime.config import Config, load_config
+from pagegraph.runtime.llm import LLM
+from pagegraph.runtime.protocol import SamplingParams
 
 BATCHES, TINY_BATCHES = (1, 4, 16, 32), (1, 2)
 GUESSES = (0, 2, 4, 7)
@@ -107,7 +107,7 @@ def texts(report: Report, args: argparse.Namespace, shared: dict) -> None:
 
 def _equal(report: Report, args: argparse.Namespace) -> None:
     """Greedy float32 tokens with guesses that the device looks up, as many as pay and four always, against none."""
-    from prompts import PROMPTS
+    from tests.prompts import PROMPTS
 
     settings = dict(dtype="float32", device=args.device, max_model_len=1024, max_num_seqs=16, num_blocks=1024, compile=False)
     prompts, params = PROMPTS[:4] if args.tiny else PROMPTS, SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)

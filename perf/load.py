@@ -1,6 +1,6 @@
 """A load generator for one server: streams of /v1/completions over plain sockets, one request a connection.
 
-    python perf/load.py --address 127.0.0.1:8000 --streams 512 --requests 1024 --vocab 151936 --out load.json
+    python -m perf.load --address 127.0.0.1:8000 --streams 512 --requests 1024 --vocab 151936 --out load.json
 
 Several processes share the streams and start together; each only counts events and notes times, so that it can say
 from its own processor time whether it was what limited. Knows HTTP and server-sent events; knows no engine.

@@ -1,6 +1,6 @@
 """The tables of README.md and perf/README.md as Markdown, from the result files of one machine.
 
-    python perf/tables.py perf/results/h200-2026-11-24-*.json
+    python -m perf.tables perf/results/h200-2026-11-24-*.json
 
 Of a job or step that several files hold, the last file named counts; a peer's ratio is kept only beside the job it was measured
 with. Knows the files; measures nothing.

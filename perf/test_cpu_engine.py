@@ -7,23 +7,20 @@ perf/results/ by `make perf ARGS="--benchmark-json perf/results/NAME.json"`.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compiler import build as builder
-from compiler import step_thread
-from runtime.config import Config, load_config
-from runtime.llm import LLM
-from runtime.protocol import SamplingParams
+from pagegraph.compiler import build as builder
+from pagegraph.compiler import step_thread
+from pagegraph.runtime.config import Config, load_config
+from pagegraph.runtime.llm import LLM
+from pagegraph.runtime.protocol import SamplingParams
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from prompts import PROMPTS  # noqa: E402
+from tests.prompts import PROMPTS
 
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROUNDS = 3

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).parent))
-import h200_checks  # noqa: E402
+from perf import h200_checks
 
 GATE = 3.0  # rounds of the fixed loop, a thousand look-ups and appends each
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from compiler import build as builder
-from runtime.llm import LLM
+from pagegraph.compiler import build as builder
+from pagegraph.runtime.llm import LLM
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from prompts import PROMPTS  # noqa: E402
-from test_cpu_engine import MODEL, config_of, greedy, ratio  # noqa: E402
+from tests.prompts import PROMPTS
+from perf.test_cpu_engine import MODEL, config_of, greedy, ratio
 
 METHODS = ("int8", "int4")
 PAIRS = 24  # of one stream: neighbouring runs differ by a tenth
@@ -63,8 +60,8 @@ def test_prompt(benchmark, llms: dict[str | None, LLM], method: str, goal: float
 
 WEIGHTS = """
 import sys
-from compiler import build
-from runtime.config import load_config
+from pagegraph.compiler import build
+from pagegraph.runtime.config import load_config
 method = None if sys.argv[2] == "none" else sys.argv[2]
 settings = dict(dtype="bfloat16", device="cpu", max_model_len=256, kv_cache_memory="16MiB", max_num_seqs=4, quantization=method)
 

@@ -6,20 +6,17 @@ bfloat16 on this machine's CPU; sides alternate in one run, and the median of th
 from __future__ import annotations
 
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from compiler.state import Lookup
-from runtime.config import Config, load_config
-from runtime.llm import LLM
-from runtime.protocol import SamplingParams
+from pagegraph.compiler.state import Lookup
+from pagegraph.runtime.config import Config, load_config
+from pagegraph.runtime.llm import LLM
+from pagegraph.runtime.protocol import SamplingParams
 
-sys.path.insert(0, str(Path(__file__).parent))
-import texts  # noqa: E402
+from perf import texts
 
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 # (rounds, tokens a stream): neighbours in time differ by a twentieth, so what should be equal is compared in many short runs.

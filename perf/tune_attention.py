@@ -1,7 +1,7 @@
 """Times tiles and split rules of the attention kernels on a CUDA device, heads of 128 in groups of 4 and 2.
 
-    python perf/tune_attention.py --parts prefill,decode --seconds 120
-    python perf/tune_attention.py --parts pages --seconds 60 --out pages.json
+    python -m perf.tune_attention --parts prefill,decode --seconds 120
+    python -m perf.tune_attention --parts pages --seconds 60 --out pages.json
 
 Parts `prefill` and `decode` are in bfloat16: each candidate is checked against the present setting first, and printed
 with what it takes. Part `pages` reads pages of 8 bits with each candidate and pages of bfloat16 with the present
@@ -18,19 +18,17 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import torch  # noqa: E402
-from h200_report import graph_seconds  # noqa: E402
+import torch
+from perf.h200_report import graph_seconds
 
-from kernels import attention_decode, attention_prefill, reference  # noqa: E402
-from kernels.attention_decode import Tile  # noqa: E402
-from kernels.cuda import _attend  # noqa: E402
+from pagegraph.kernels import attention_decode, attention_prefill, reference
+from pagegraph.kernels.attention_decode import Tile
+from pagegraph.kernels.cuda import _attend
 
 DEVICE = "cuda"
 PAGE = 16

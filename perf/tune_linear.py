@@ -2,7 +2,7 @@
 
 Prints `TABLE` and `ROW_TABLE` of skinny_tiles.
 
-    python perf/tune_linear.py --out perf/results --seconds 120
+    python -m perf.tune_linear --out perf/results --seconds 120
 
 Each product is checked first, then timed in a CUDA graph over copies of the weight that together exceed the L2
 cache. Candidates are compiled by parallel processes before. Knows the shapes of the measured models only.
@@ -15,20 +15,18 @@ import concurrent.futures
 import itertools
 import json
 import multiprocessing
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from torch.nn import functional  # noqa: E402
+import torch
+from torch.nn import functional
 
-from kernels import reference  # noqa: E402
-from kernels.launch import dependent  # noqa: E402
-from kernels.row_linear import row_linear, row_linear_kernel  # noqa: E402
-from kernels.skinny_linear import skinny_linear, skinny_linear_kernel  # noqa: E402
-from kernels.skinny_tiles import MAX_SINGLE_ROWS, RowTile, Tile  # noqa: E402
+from pagegraph.kernels import reference
+from pagegraph.kernels.launch import dependent
+from pagegraph.kernels.row_linear import row_linear, row_linear_kernel
+from pagegraph.kernels.skinny_linear import skinny_linear, skinny_linear_kernel
+from pagegraph.kernels.skinny_tiles import MAX_SINGLE_ROWS, RowTile, Tile
 
 SHAPES = {  # (N, K) by model
     "0.6b": [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024)],

@@ -8,23 +8,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from compiler import step_costs
-from compiler.build import BuiltModel
-from runtime.auto_k import StepCosts
-from runtime.blocks import BlockPool
-from runtime.config import Config
-from runtime.device_lookup import DeviceLookup
-from runtime.draft_model import DraftModel
-from runtime.drafters import Ngram
-from runtime.engine import Engine, Limits, Mailbox
-from runtime.metrics import EngineMetrics
-from runtime.pace import Pace
-from runtime.protocol import EngineInfo
-from runtime.recorder import Recorder
-from runtime.sampling_params import model_defaults
-from runtime.scheduler import Scheduler
-from runtime.speculate import Guesser, Speculation
-from runtime.suffix import Suffix
+from pagegraph.compiler import step_costs
+from pagegraph.compiler.build import BuiltModel
+from pagegraph.runtime.auto_k import StepCosts
+from pagegraph.runtime.blocks import BlockPool
+from pagegraph.runtime.config import Config
+from pagegraph.runtime.device_lookup import DeviceLookup
+from pagegraph.runtime.draft_model import DraftModel
+from pagegraph.runtime.drafters import Ngram
+from pagegraph.runtime.engine import Engine, Limits, Mailbox
+from pagegraph.runtime.metrics import EngineMetrics
+from pagegraph.runtime.pace import Pace
+from pagegraph.runtime.protocol import EngineInfo
+from pagegraph.runtime.recorder import Recorder
+from pagegraph.runtime.sampling_params import model_defaults
+from pagegraph.runtime.scheduler import Scheduler
+from pagegraph.runtime.speculate import Guesser, Speculation
+from pagegraph.runtime.suffix import Suffix
 
 
 def engine_of(

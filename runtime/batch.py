@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from compiler.step_input import Filters, Penalties, SamplingInput, StepInput
-from runtime.plan import Plan
-from runtime.request import Sequence
-from runtime.rows import Rows
+from pagegraph.compiler.step_input import Filters, Penalties, SamplingInput, StepInput
+from pagegraph.runtime.plan import Plan
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.rows import Rows
 
 
 class Packer:

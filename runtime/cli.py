@@ -15,9 +15,9 @@ import click
 
 # name: (module, its click command, one line of help)
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "serve": ("runtime.serve", "serve", "Serve a model over HTTP with the OpenAI protocol."),
-    "generate": ("runtime.generate", "generate", "Complete one prompt in the terminal."),
-    "config": ("runtime.show_config", "show_config", "Show every setting and where its value came from."),
+    "serve": ("pagegraph.runtime.serve", "serve", "Serve a model over HTTP with the OpenAI protocol."),
+    "generate": ("pagegraph.runtime.generate", "generate", "Complete one prompt in the terminal."),
+    "config": ("pagegraph.runtime.show_config", "show_config", "Show every setting and where its value came from."),
 }
 
 
@@ -59,7 +59,7 @@ class ConfigCommand(click.Command):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        from runtime.config import FIELDS
+        from pagegraph.runtime.config import FIELDS
 
         super().__init__(*args, **kwargs)
         self.groups: dict[str, list[click.Option]] = {}
@@ -69,7 +69,7 @@ class ConfigCommand(click.Command):
             self.groups.setdefault(option.metadata["group"], []).append(flag)
 
     def invoke(self, ctx: click.Context) -> Any:
-        from runtime.config import FIELDS, ConfigError
+        from pagegraph.runtime.config import FIELDS, ConfigError
 
         ctx.params["overrides"] = {
             key: value for key in FIELDS if (value := ctx.params.pop(_parameter(key))) is not None
@@ -95,7 +95,7 @@ def _parameter(key: str) -> str:
 
 
 def _config_option(key: str, help_text: str) -> click.Option:
-    from runtime.config import FIELDS, flag_of
+    from pagegraph.runtime.config import FIELDS, flag_of
 
     default = FIELDS[key].default
     shown = str(default).lower() if isinstance(default, bool) else default

@@ -20,7 +20,7 @@ import msgspec
 import zmq
 import zmq.utils.monitor
 
-from runtime.protocol import (
+from pagegraph.runtime.protocol import (
     MAX_FRAME_BYTES,
     Abort,
     Admitted,

@@ -22,18 +22,17 @@ from pathlib import Path
 import torch
 import transformers
 
-import compiler
-import kernels
-from compiler import build as builder
-from compiler import lower
-from runtime.child import child_environment, module_command
-from runtime.config import Config, config_from_dict
+import pagegraph
+from pagegraph.compiler import build as builder
+from pagegraph.compiler import lower
+from pagegraph.runtime.child import child_environment, module_command
+from pagegraph.runtime.config import Config, config_from_dict
 
 log = logging.getLogger("pagegraph.engine")
 
 NICENESS = 5  # added: by Linux's weights 335 to an engine thread's 1024; with 10, 110, a busy machine compiled for more than 8 minutes
 REPORT_S = 60.0  # between two lines that say that it is still compiling
-FOLDERS = [Path(package.__file__).parent for package in (compiler, kernels)]
+FOLDERS = [Path(pagegraph.__file__).parent / folder for folder in ("compiler", "kernels")]
 SOURCES = sorted(path for folder in FOLDERS for path in folder.rglob("*") if path.suffix in (".py", ".cpp"))
 
 # Settings that artefacts depend on: the model, the sizes of what is constant in a graph (weights, pages), the passes and threads.
@@ -54,7 +53,7 @@ def fill_cache(config: Config, built: builder.BuiltModel, settings: Path) -> Non
     done = _stamp(config, built)
     if done.exists():
         return
-    command = module_command("runtime.compile_ahead", str(settings))
+    command = module_command("pagegraph.runtime.compile_ahead", str(settings))
     start = time.monotonic()
     # The child watches its standard input, which ends with this process.
     watched, held = os.pipe()

@@ -18,7 +18,7 @@ from typing import Any, Callable, Mapping
 
 import yaml
 
-from compiler import quant_methods
+from pagegraph.compiler import quant_methods
 
 CPU_BATCHED_TOKENS = 2048
 CUDA_BATCHED_TOKENS = 8192

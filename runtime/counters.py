@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from runtime.results import Arrived
-from runtime.verify import Verdict
+from pagegraph.runtime.results import Arrived
+from pagegraph.runtime.verify import Verdict
 
 
 @dataclass(slots=True)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from compiler.step_input import LookedUp
-from runtime.auto_k import Acceptance, StepCosts, choose
-from runtime.plan import Plan
-from runtime.results import Arrived
-from runtime.scheduler import Scheduler
-from runtime.speculate import START, STAY, could_pay, within
-from runtime.verify import Guesses
+from pagegraph.compiler.step_input import LookedUp
+from pagegraph.runtime.auto_k import Acceptance, StepCosts, choose
+from pagegraph.runtime.plan import Plan
+from pagegraph.runtime.results import Arrived
+from pagegraph.runtime.scheduler import Scheduler
+from pagegraph.runtime.speculate import START, STAY, could_pay, within
+from pagegraph.runtime.verify import Guesses
 
 KEPT = 4  # steps for which numbers of guesses are kept while the same rows may have them
 LOOKED_AT = 8  # of so many steps without guesses one is looked at, for what steps cost and what guesses would have held

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from compiler.step import CompiledStep
-from compiler.step_input import Filters, SamplingInput, StepInput
-from runtime.rows import Rows
+from pagegraph.compiler.step import CompiledStep
+from pagegraph.compiler.step_input import Filters, SamplingInput, StepInput
+from pagegraph.runtime.rows import Rows
 
 
 class DraftModel:

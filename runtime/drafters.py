@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from kernels.reference import LOOKUP_SEEN
-from runtime.rows import Rows
+from pagegraph.kernels.reference import LOOKUP_SEEN
+from pagegraph.runtime.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)

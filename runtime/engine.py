@@ -15,18 +15,18 @@ from typing import Protocol
 
 import numpy as np
 
-from compiler.step import CompiledStep, Ticket
-from runtime.batch import Packer
-from runtime.pace import Pace
-from runtime.plan import Plan
-from runtime.protocol import Abort, Admitted, EngineInfo, Failed, Hello, Submit, SubmitGroup, ToClient, ToEngine, Tokens
-from runtime.recorder import Recorder
-from runtime.request import Sequence
-from runtime.results import Arrived
-from runtime.sampling_params import SamplingParams, check_ids, check_length, own_seed
-from runtime.scheduler import Scheduler
-from runtime.speculate import Guesser
-from runtime.suspects import Suspects
+from pagegraph.compiler.step import CompiledStep, Ticket
+from pagegraph.runtime.batch import Packer
+from pagegraph.runtime.pace import Pace
+from pagegraph.runtime.plan import Plan
+from pagegraph.runtime.protocol import Abort, Admitted, EngineInfo, Failed, Hello, Submit, SubmitGroup, ToClient, ToEngine, Tokens
+from pagegraph.runtime.recorder import Recorder
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.results import Arrived
+from pagegraph.runtime.sampling_params import SamplingParams, check_ids, check_length, own_seed
+from pagegraph.runtime.scheduler import Scheduler
+from pagegraph.runtime.speculate import Guesser
+from pagegraph.runtime.suspects import Suspects
 
 log = logging.getLogger("pagegraph.engine")
 

@@ -22,14 +22,14 @@ from pathlib import Path
 
 from prometheus_client import start_http_server
 
-from compiler import build as builder
-from runtime import compile_ahead
-from runtime.assemble import engine_of
-from runtime.config import Config, config_from_dict
-from runtime.engine import Engine
-from runtime.mailbox import Mailbox
-from runtime.sampling_params import describe_defaults
-from runtime.start_errors import REASON_FILE, load_tokenizer, sentence
+from pagegraph.compiler import build as builder
+from pagegraph.runtime import compile_ahead
+from pagegraph.runtime.assemble import engine_of
+from pagegraph.runtime.config import Config, config_from_dict
+from pagegraph.runtime.engine import Engine
+from pagegraph.runtime.mailbox import Mailbox
+from pagegraph.runtime.sampling_params import describe_defaults
+from pagegraph.runtime.start_errors import REASON_FILE, load_tokenizer, sentence
 
 log = logging.getLogger("pagegraph.engine")
 

@@ -6,11 +6,11 @@ import sys
 
 import click
 
-from runtime.cli import config_command
-from runtime.config import load_config, require_local_files
-from runtime.sampling_params import BadParameter, SamplingParams, check_stop
-from runtime.show_config import sampling_defaults
-from runtime.start_errors import as_one_sentence, load_tokenizer
+from pagegraph.runtime.cli import config_command
+from pagegraph.runtime.config import load_config, require_local_files
+from pagegraph.runtime.sampling_params import BadParameter, SamplingParams, check_stop
+from pagegraph.runtime.show_config import sampling_defaults
+from pagegraph.runtime.start_errors import as_one_sentence, load_tokenizer
 
 
 @config_command("generate")
@@ -45,7 +45,7 @@ def generate(
         stop = check_stop(stop)
     except BadParameter as error:
         raise click.ClickException(str(error)) from None
-    from runtime.llm import LLM  # here and not above: importing torch takes seconds, a bad flag should not
+    from pagegraph.runtime.llm import LLM  # here and not above: importing torch takes seconds, a bad flag should not
 
     with as_one_sentence(config.log_level):
         tokenizer = load_tokenizer(config)

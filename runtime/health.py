@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.client import EngineClient, EngineDead
+from pagegraph.runtime.client import EngineClient, EngineDead
 
 
 @dataclass(frozen=True)

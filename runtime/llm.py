@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compiler import build as builder
-from compiler.build import BuiltModel
-from runtime.assemble import engine_of
-from runtime.config import Config, load_config
-from runtime.protocol import (
+from pagegraph.compiler import build as builder
+from pagegraph.compiler.build import BuiltModel
+from pagegraph.runtime.assemble import engine_of
+from pagegraph.runtime.config import Config, load_config
+from pagegraph.runtime.protocol import (
     Abort,
     Failed,
     Submit,
@@ -25,9 +25,9 @@ from runtime.protocol import (
     TokenLogprob,
     Tokens,
 )
-from runtime.sampling_params import SamplingParams, check_ids, check_length, check_stop
-from runtime.text_output import TextOutput
-from runtime.tokenizer import Tokenizer
+from pagegraph.runtime.sampling_params import SamplingParams, check_ids, check_length, check_stop
+from pagegraph.runtime.text_output import TextOutput
+from pagegraph.runtime.tokenizer import Tokenizer
 
 CLIENT = b"local"
 

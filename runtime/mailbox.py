@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from runtime.protocol import (
+from pagegraph.runtime.protocol import (
     MAX_FRAME_BYTES,
     Abort,
     Failed,

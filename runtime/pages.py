@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from runtime.blocks import BlockPool, require
-from runtime.request import Sequence
-from runtime.rows import Rows
+from pagegraph.runtime.blocks import BlockPool, require
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.rows import Rows
 
 
 class Pages:

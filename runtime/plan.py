@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtime.request import Sequence
-from runtime.verify import Guessed
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.verify import Guessed
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # the first five of a plan
 

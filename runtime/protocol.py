@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from runtime.sampling_params import SamplingParams
+from pagegraph.runtime.sampling_params import SamplingParams
 
 MAX_FRAME_BYTES = 64 << 20  # a longer frame ends the connection of whoever sent it
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compiler.build import BuiltModel
+from pagegraph.compiler.build import BuiltModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ import logging
 
 import numpy as np
 
-from compiler.step import StepCounts
-from runtime.metrics import EngineMetrics
-from runtime.plan import Plan
-from runtime.request import Sequence
-from runtime.results import Arrived
-from runtime.scheduler import Scheduler
+from pagegraph.compiler.step import StepCounts
+from pagegraph.runtime.metrics import EngineMetrics
+from pagegraph.runtime.plan import Plan
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.results import Arrived
+from pagegraph.runtime.scheduler import Scheduler
 
 log = logging.getLogger("pagegraph.engine")
 

@@ -12,7 +12,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from runtime.protocol import SamplingParams
+from pagegraph.runtime.protocol import SamplingParams
 
 
 class State(Enum):

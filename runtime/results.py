@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compiler.step_input import StepLogprobs, StepOutput
-from runtime.plan import Plan
-from runtime.protocol import TokenDelta, TokenLogprob
-from runtime.request import Sequence
-from runtime.rows import Rows
-from runtime.running import Running
-from runtime.verify import Verdict, verdict
+from pagegraph.compiler.step_input import StepLogprobs, StepOutput
+from pagegraph.runtime.plan import Plan
+from pagegraph.runtime.protocol import TokenDelta, TokenLogprob
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.rows import Rows
+from pagegraph.runtime.running import Running
+from pagegraph.runtime.verify import Verdict, verdict
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from itertools import count
 
 import numpy as np
 
-from runtime.request import Sequence
+from pagegraph.runtime.request import Sequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from runtime.request import Sequence, place_of
-from runtime.rows import Fixed, Rows
+from pagegraph.runtime.request import Sequence, place_of
+from pagegraph.runtime.rows import Fixed, Rows
 
 
 class Running:

@@ -14,19 +14,19 @@ from itertools import count
 
 import numpy as np
 
-from compiler.step_input import StepOutput
-from runtime.blocks import BlockPool, require
-from runtime.counters import Counters
-from runtime.pace import Pace
-from runtime.pages import Pages
-from runtime.plan import Columns, Plan, joined
-from runtime.prompt_room import PromptRoom
-from runtime.request import Sequence, State, place_of
-from runtime.results import Arrived, append
-from runtime.rows import Rows
-from runtime.running import Running
-from runtime.sampling_params import check_length
-from runtime.verify import Guesses, entries
+from pagegraph.compiler.step_input import StepOutput
+from pagegraph.runtime.blocks import BlockPool, require
+from pagegraph.runtime.counters import Counters
+from pagegraph.runtime.pace import Pace
+from pagegraph.runtime.pages import Pages
+from pagegraph.runtime.plan import Columns, Plan, joined
+from pagegraph.runtime.prompt_room import PromptRoom
+from pagegraph.runtime.request import Sequence, State, place_of
+from pagegraph.runtime.results import Arrived, append
+from pagegraph.runtime.rows import Rows
+from pagegraph.runtime.running import Running
+from pagegraph.runtime.sampling_params import check_length
+from pagegraph.runtime.verify import Guesses, entries
 
 LOOK_AHEAD = 8  # steps of decoding for which pages are taken at once, while there are plenty
 LOOK_PAST = 16  # waiting prompts that a step looks past for one that ends in it

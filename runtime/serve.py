@@ -7,9 +7,9 @@ import sys
 
 import click
 
-from runtime.cli import config_command
-from runtime.config import API_KEY_VARIABLE, flag_of, load_config, require_local_files
-from runtime.show_config import sampling_defaults
+from pagegraph.runtime.cli import config_command
+from pagegraph.runtime.config import API_KEY_VARIABLE, flag_of, load_config, require_local_files
+from pagegraph.runtime.show_config import sampling_defaults
 
 log = logging.getLogger("pagegraph.serve")
 
@@ -22,7 +22,7 @@ def serve(config: str, overrides: dict[str, str]) -> None:
     settings = resolved.config
     require_local_files(settings)
     sampling_defaults(settings)  # what is wrong with them is said before the model is loaded
-    from runtime.supervisor import Supervisor, Unserved
+    from pagegraph.runtime.supervisor import Supervisor, Unserved
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
     if resolved.sources["api_key"] == flag_of("api_key"):

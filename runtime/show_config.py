@@ -9,10 +9,10 @@ from pathlib import Path
 
 import click
 
-from compiler import model_source
-from runtime.cli import config_command
-from runtime.config import FIELDS, Config, ConfigError, Resolved, is_local_path, load_config
-from runtime.sampling_params import FROM_GENERATION_CONFIG, SamplingParams, model_defaults
+from pagegraph.compiler import model_source
+from pagegraph.runtime.cli import config_command
+from pagegraph.runtime.config import FIELDS, Config, ConfigError, Resolved, is_local_path, load_config
+from pagegraph.runtime.sampling_params import FROM_GENERATION_CONFIG, SamplingParams, model_defaults
 
 
 @config_command("config")

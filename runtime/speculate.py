@@ -14,13 +14,13 @@ from typing import Protocol
 
 import numpy as np
 
-from compiler.step_input import LookedUp
-from runtime.auto_k import Acceptance, StepCosts, choose
-from runtime.drafters import Proposal, Retrieval, empty_proposal
-from runtime.plan import Plan
-from runtime.results import Arrived
-from runtime.scheduler import Scheduler
-from runtime.verify import Guesses
+from pagegraph.compiler.step_input import LookedUp
+from pagegraph.runtime.auto_k import Acceptance, StepCosts, choose
+from pagegraph.runtime.drafters import Proposal, Retrieval, empty_proposal
+from pagegraph.runtime.plan import Plan
+from pagegraph.runtime.results import Arrived
+from pagegraph.runtime.scheduler import Scheduler
+from pagegraph.runtime.verify import Guesses
 
 SHADOW = 3  # guesses a row that are compared with what comes without being verified
 LOOKING = 0.01  # share of time that looking for guesses may take while nothing is guessed

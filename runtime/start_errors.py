@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from runtime.config import Config
-    from runtime.tokenizer import Tokenizer
+    from pagegraph.runtime.config import Config
+    from pagegraph.runtime.tokenizer import Tokenizer
 
 REASON_FILE = "engine-refused.txt"  # beside an engine's settings: why it did not start
 FORESEEN = (ValueError, OSError, ImportError)  # what loading raises for files, settings, addresses and packages that are lacking
@@ -45,7 +45,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
 
     Raises ValueError or FileNotFoundError where it is not whole.
     """
-    from compiler.build import model_folder
-    from runtime.tokenizer import Tokenizer
+    from pagegraph.compiler.build import model_folder
+    from pagegraph.runtime.tokenizer import Tokenizer
 
     return Tokenizer.load(Path(config.tokenizer) if config.tokenizer else model_folder(config))

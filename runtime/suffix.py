@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels.reference import LOOKUP_SEEN
-from runtime.drafters import Ngram, Proposal
-from runtime.rows import Rows
+from pagegraph.kernels.reference import LOOKUP_SEEN
+from pagegraph.runtime.drafters import Ngram, Proposal
+from pagegraph.runtime.rows import Rows
 
 HISTORY = 100_000  # tokens that are remembered; then the memory starts anew
 LONGEST = 4096  # last tokens of a sequence that are added to it

@@ -25,17 +25,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from runtime.child import Child, module_command, stop
-from runtime.client import EngineClient, EngineDead
-from runtime.config import API_KEY_VARIABLE, Config
-from runtime.health import DRAINING, LOADING, NO_ENGINE, Health, engine_health
-from runtime.protocol import EngineInfo
-from runtime.run_dir import RunDir
-from runtime.start_errors import REASON_FILE
+from pagegraph.runtime.child import Child, module_command, stop
+from pagegraph.runtime.client import EngineClient, EngineDead
+from pagegraph.runtime.config import API_KEY_VARIABLE, Config
+from pagegraph.runtime.health import DRAINING, LOADING, NO_ENGINE, Health, engine_health
+from pagegraph.runtime.protocol import EngineInfo
+from pagegraph.runtime.run_dir import RunDir
+from pagegraph.runtime.start_errors import REASON_FILE
 
 log = logging.getLogger("pagegraph.supervisor")
 
-ENGINE_COMMAND = module_command("runtime.engine_process")
+ENGINE_COMMAND = module_command("pagegraph.runtime.engine_process")
 WEB_COMMAND = module_command("gunicorn")
 
 HEARTBEAT_S = 0.25
@@ -167,7 +167,7 @@ class Supervisor:
     def _web_arguments(self, settings: Path, descriptor: int) -> list[str]:
         return [
             *self._web_command,
-            f"web.app:create_app({json.dumps(str(settings))})",
+            f"pagegraph.web.app:create_app({json.dumps(str(settings))})",
             "--config", "python:web.gunicorn_conf",
             "--bind", f"fd://{descriptor}",
             "--workers", str(self.config.workers),

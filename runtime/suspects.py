@@ -8,8 +8,8 @@ Knows no step, no socket and no clock: the engine says what happened, and asks b
 
 from __future__ import annotations
 
-from runtime.request import Sequence, State
-from runtime.scheduler import Scheduler
+from pagegraph.runtime.request import Sequence, State
+from pagegraph.runtime.scheduler import Scheduler
 
 TRIAL_STEPS = 3  # that bring tokens: the prompt's last, a decode, and one that may verify guesses
 PEACE = 100  # steps after which a failure has nothing to do with the one before

@@ -15,9 +15,9 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.protocol import TokenDelta, TokenLogprob
-from runtime.sampling_params import SamplingParams
-from runtime.tokenizer import Tokenizer
+from pagegraph.runtime.protocol import TokenDelta, TokenLogprob
+from pagegraph.runtime.sampling_params import SamplingParams
+from pagegraph.runtime.tokenizer import Tokenizer
 
 _MOST_UNFINISHED = 3  # bytes of a character that lacks its last
 

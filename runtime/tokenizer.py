@@ -15,9 +15,9 @@ from typing import Any
 
 import tokenizers
 
-from compiler.model_source import json_object, lfs_pointer
-from runtime.chat_template import ChatTemplate, ChatTemplateError
-from runtime.token_bound import TokenBound
+from pagegraph.compiler.model_source import json_object, lfs_pointer
+from pagegraph.runtime.chat_template import ChatTemplate, ChatTemplateError
+from pagegraph.runtime.token_bound import TokenBound
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATE_ARGUMENTS = frozenset(

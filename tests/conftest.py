@@ -18,8 +18,8 @@ import tokenizers
 from hypothesis import HealthCheck, settings
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from runtime.mailbox import Mailbox
-from runtime.protocol import Abort, Admitted, EngineInfo, Failed, Hello, Submit, SubmitGroup, TokenDelta, TokenLogprob, Tokens
+from pagegraph.runtime.mailbox import Mailbox
+from pagegraph.runtime.protocol import Abort, Admitted, EngineInfo, Failed, Hello, Submit, SubmitGroup, TokenDelta, TokenLogprob, Tokens
 
 # One run of the tests is like another; `make fuzz` draws examples of its own.
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -34,7 +34,7 @@ GAP = 1e-3  # of log-probabilities
 LONGEST_S = 900.0  # that a start may take to compile
 TAKE_TURNS = """
 import sys
-if "runtime.engine_process" in sys.orig_argv:
+if "pagegraph.runtime.engine_process" in sys.orig_argv:
     sys.setswitchinterval(5e-6)
 """
 
@@ -50,7 +50,7 @@ class Start:
             (folder / "site").mkdir()
             (folder / "site" / "sitecustomize.py").write_text(TAKE_TURNS)
             environment["PYTHONPATH"] = os.pathsep.join([str(folder / "site"), *filter(None, [environment.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", "runtime.cli", "serve", model, "--port", "0", "--device", "cpu", "--dtype", "float32",
+        command = [sys.executable, "-m", "pagegraph.runtime.cli", "serve", model, "--port", "0", "--device", "cpu", "--dtype", "float32",
                    "--compile-cache-dir", str(folder / "cache"), "--served-model-name", "m", "--max-num-seqs", "8",
                    "--max-model-len", "256", "--kv-cache-memory", "32MiB", "--workers", "1"]  # fmt: skip
         self.started = time.monotonic()

@@ -28,7 +28,7 @@ class Server:
     """`runtime serve` on a free loopback port, uncompiled: what is tested here is not speed."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "runtime.cli", "serve", "configs/smollm2-cpu.yaml", "--port", "0",
+        command = [sys.executable, "-m", "pagegraph.runtime.cli", "serve", "configs/smollm2-cpu.yaml", "--port", "0",
                    "--dtype", "float32", "--compile", "false", "--max-model-len", "1024"]  # fmt: skip
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.lines: list[str] = []
@@ -151,7 +151,7 @@ def test_an_engine_that_dies_ends_streams_and_server() -> None:
     )
     pieces = iter(stream)
     next(pieces)
-    children = subprocess.run(["pgrep", "-f", "runtime.engine_process"], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(["pgrep", "-f", "pagegraph.runtime.engine_process"], capture_output=True, text=True).stdout.split()
     mine = [int(pid) for pid in children if _descends(int(pid), server.process.pid)]
     assert mine
     for pid in mine:

@@ -14,11 +14,11 @@ from typing import Any
 
 from flask import Flask, Response, g, request
 
-from runtime.client import EngineClient
-from runtime.tokenizer import Tokenizer
-from web import errors, openai, probes
-from web.errors import ApiError
-from web.settings import WebSettings
+from pagegraph.runtime.client import EngineClient
+from pagegraph.runtime.tokenizer import Tokenizer
+from pagegraph.web import errors, openai, probes
+from pagegraph.web.errors import ApiError
+from pagegraph.web.settings import WebSettings
 
 
 def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:

@@ -13,9 +13,9 @@ import struct
 import time
 from typing import Any
 
-from web.errors import ApiError
-from web.request_reader import Request, RequestReader
-from web.settings import WebSettings
+from pagegraph.web.errors import ApiError
+from pagegraph.web.request_reader import Request, RequestReader
+from pagegraph.web.settings import WebSettings
 
 # What the kernel keeps of an answer for a client that does not read: a stream of hundreds of tokens, not of
 # thousands. Linux doubles the number.

@@ -12,8 +12,8 @@ import msgspec
 from flask import Flask, Response, current_app, request
 from werkzeug.exceptions import HTTPException
 
-from runtime.client import EngineDead, RequestFailed
-from runtime.sampling_params import BadParameter
+from pagegraph.runtime.client import EngineDead, RequestFailed
+from pagegraph.runtime.sampling_params import BadParameter
 
 _log = logging.getLogger(__name__)
 _RETRY_AFTER_S = 1

@@ -7,7 +7,7 @@ find one. Threads start as they are needed.
 import os
 
 bind = "127.0.0.1:8000"
-worker_class = "web.worker.Worker"
+worker_class = "pagegraph.web.worker.Worker"
 workers = 2
 threads = 80
 # Heartbeats come from the worker's main loop, so this limits a hung worker, not a long stream.

@@ -19,15 +19,15 @@ from typing import Any
 import msgspec
 from flask import Blueprint, Response, current_app, request
 
-from runtime.client import EngineClient
-from runtime.protocol import EngineInfo, TokenLogprob
-from runtime.sampling_params import SamplingParams, check_length, wrap_seed
-from runtime.text_output import Piece, TextOutput
-from runtime.tokenizer import ChatTemplateError, Tokenizer
-from web.errors import ApiError, json_response
-from web.schema import GenerationRequest, parse_body, parse_chat, parse_completion
-from web.settings import WebSettings
-from web.stream import ClientGone, EventStream, Generation, NoTokens, Sequence, client_probe
+from pagegraph.runtime.client import EngineClient
+from pagegraph.runtime.protocol import EngineInfo, TokenLogprob
+from pagegraph.runtime.sampling_params import SamplingParams, check_length, wrap_seed
+from pagegraph.runtime.text_output import Piece, TextOutput
+from pagegraph.runtime.tokenizer import ChatTemplateError, Tokenizer
+from pagegraph.web.errors import ApiError, json_response
+from pagegraph.web.schema import GenerationRequest, parse_body, parse_chat, parse_completion
+from pagegraph.web.settings import WebSettings
+from pagegraph.web.stream import ClientGone, EventStream, Generation, NoTokens, Sequence, client_probe
 
 _STATUS_CLIENT_GONE = 499
 _FREE_THREADS = 16  # of a worker's, kept free of generations so that short requests and probes are answered

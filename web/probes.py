@@ -11,9 +11,9 @@ from importlib import metadata
 
 from flask import Blueprint, Response
 
-from runtime.health import Health, engine_health
-from web.errors import ApiError, json_response
-from web.openai import service
+from pagegraph.runtime.health import Health, engine_health
+from pagegraph.web.errors import ApiError, json_response
+from pagegraph.web.openai import service
 
 HEALTH_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 # A probe asks often and gives up soon: it does not wait for an engine that is still to answer first.

@@ -12,7 +12,7 @@ import urllib.parse
 import h11
 from gunicorn.util import split_request_uri
 
-from web.errors import ApiError, body_too_large
+from pagegraph.web.errors import ApiError, body_too_large
 
 MAX_HEAD_BYTES = 64 << 10  # request line and headers, or the trailers of a chunked body
 MAX_FIELDS = 100

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, NamedTuple, NoReturn
 
-from runtime.sampling_params import RANGES, BadParameter, Range, SamplingParams, check_ids, check_stop, shown
-from web.errors import ApiError, as_api_error
+from pagegraph.runtime.sampling_params import RANGES, BadParameter, Range, SamplingParams, check_ids, check_stop, shown
+from pagegraph.web.errors import ApiError, as_api_error
 
 MAX_PROMPTS = 1024
 MAX_SEQUENCES = 1024

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.config import API_KEY_VARIABLE
+from pagegraph.runtime.config import API_KEY_VARIABLE
 
 
 @dataclass(frozen=True, kw_only=True)

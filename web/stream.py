@@ -14,10 +14,10 @@ from typing import Any
 
 import msgspec
 
-from runtime.client import Group, RequestFailed
-from runtime.protocol import TokenDelta
-from runtime.text_output import Piece, TextOutput
-from web.errors import as_api_error
+from pagegraph.runtime.client import Group, RequestFailed
+from pagegraph.runtime.protocol import TokenDelta
+from pagegraph.runtime.text_output import Piece, TextOutput
+from pagegraph.web.errors import as_api_error
 
 # How often a waiting request looks whether its client is still there.
 _PEEK_S = 0.2  # five times a second and thread: 300 that wait take 5 % of a CPU

@@ -26,9 +26,9 @@ from typing import Any
 from gunicorn.http import wsgi
 from gunicorn.workers import base
 
-from web.connection import Connection
-from web.errors import ApiError
-from web.request_reader import Request
+from pagegraph.web.connection import Connection
+from pagegraph.web.errors import ApiError
+from pagegraph.web.request_reader import Request
 
 SHORT_THREADS = 8  # for requests without a body, which are answered from memory
 SHORT_SEND_TIMEOUT_S = 2.0  # their answers fit into what the kernel takes unread

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from compiler.passes.graph_forms import call, gated_of, is_call, is_method, normed_of, rewrite, shape
-from kernels import cpu_int4
+from pagegraph.compiler.passes.graph_forms import call, gated_of, is_call, is_method, normed_of, rewrite, shape
+from pagegraph.kernels import cpu_int4
 
 ops = torch.ops.pagegraph
 PAIR = 7  # tensors of a pair: packed, pairs, bias of each product, and the norm

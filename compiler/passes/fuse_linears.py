@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from compiler.passes.graph_forms import is_call, rewrite
+import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from pagegraph.compiler.passes.graph_forms import is_call, rewrite
 
 ops = torch.ops.pagegraph
 FRAGMENT_ARGUMENTS = 8  # of a fragment_linear without a gate; the last says whether rows may be rounded

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import GraphModule, Node
 
-from compiler.passes.graph_forms import is_call, is_method, normed_of, rewrite, shape
-from kernels import cpu_attention
+from pagegraph.compiler.passes.graph_forms import is_call, is_method, normed_of, rewrite, shape
+from pagegraph.kernels import cpu_attention
 
 
 class Rotated(NamedTuple):

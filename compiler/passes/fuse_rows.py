@@ -12,7 +12,7 @@ import operator
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from compiler.passes.graph_forms import gated_of, is_call, normed_of, rewrite, shape
+from pagegraph.compiler.passes.graph_forms import gated_of, is_call, normed_of, rewrite, shape
 
 
 def fuse_rows(module: GraphModule) -> int:

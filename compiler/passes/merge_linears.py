@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compiler.forward_local import forward_local
-from compiler.passes.quant_linears import QuantLinear, stackable, stacked
+from pagegraph.compiler.forward_local import forward_local
+from pagegraph.compiler.passes.quant_linears import QuantLinear, stackable, stacked
 
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional
 
-from compiler.passes.graph_forms import call, is_call, rewrite, shape
+from pagegraph.compiler.passes.graph_forms import call, is_call, rewrite, shape
 
 LINEAR = torch._C._nn.linear  # as TorchDynamo writes functional.linear down
 NARROW = (torch.bfloat16, torch.float16)

@@ -11,10 +11,10 @@ import math
 import torch
 from torch import nn
 
-from compiler.quant_formats import Quantized
-from compiler.trim import return_freed_memory
-from kernels import cpu, reference
-from kernels.quant_tiles import KINDS, MEMORY_BOUND_ROWS, takes_8_bits
+from pagegraph.compiler.quant_formats import Quantized
+from pagegraph.compiler.trim import return_freed_memory
+from pagegraph.kernels import cpu, reference
+from pagegraph.kernels.quant_tiles import KINDS, MEMORY_BOUND_ROWS, takes_8_bits
 
 log = logging.getLogger("pagegraph.quantization")
 

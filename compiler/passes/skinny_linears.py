@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from compiler.passes.merge_linears import MergedLinear
+from pagegraph.compiler.passes.merge_linears import MergedLinear
 
 
 class SkinnyLinear(nn.Module):

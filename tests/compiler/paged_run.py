@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from compiler.probe import AttentionLayout
+from pagegraph.compiler.probe import AttentionLayout
 
 BLOCK = 8
 

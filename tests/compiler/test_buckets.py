@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiler.buckets import Bucket, own_bucket, cuda_ladder
+from pagegraph.compiler.buckets import Bucket, own_bucket, cuda_ladder
 
 
 @given(st.integers(1, 1024), st.integers(16, 4096), st.data())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from compiler.build import eos_ids
+from pagegraph.compiler.build import eos_ids
 
 WORDS = {"model": {"vocab": {"</s>": 5, "hello": 2}}, "added_tokens": [{"id": 7, "content": "<|im_end|>"}, {"id": 8, "content": "<|eot|>"}]}
 

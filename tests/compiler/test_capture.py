@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compiler import lower
-from compiler.capture import ATTENTION_NAME, capture
-from compiler.passes import registry
-from compiler.probe import UnsupportedModel
-from compiler.weights import build_meta
-from runtime.config import Config
+from pagegraph.compiler import lower
+from pagegraph.compiler.capture import ATTENTION_NAME, capture
+from pagegraph.compiler.passes import registry
+from pagegraph.compiler.probe import UnsupportedModel
+from pagegraph.compiler.weights import build_meta
+from pagegraph.runtime.config import Config
 
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import ARCHITECTURES, SIZES, tiny_config  # noqa: E402
-from paged_run import run_paged  # noqa: E402
-from shared_state import nothing_written  # noqa: E402
+from tests.compiler.architectures import ARCHITECTURES, SIZES, tiny_config
+from tests.compiler.paged_run import run_paged
+from tests.compiler.shared_state import nothing_written
 
 LENGTHS = (37, 12, 25)  # past every window of the configurations
 WHOLE = [[37, 12, 25]]

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
-from compiler import lower
-from compiler.passes.chain_int4 import chain_int4
-from compiler.passes.fuse_rope import rotate_one_row
-from compiler.passes.merge_linears import merge_linears
-from compiler.passes.quant_linears import QuantLinear, quant_linears
-from compiler.quant_formats import quantize
-from kernels import cpu_attention, cpu_int4
+from pagegraph.compiler import lower
+from pagegraph.compiler.passes.chain_int4 import chain_int4
+from pagegraph.compiler.passes.fuse_rope import rotate_one_row
+from pagegraph.compiler.passes.merge_linears import merge_linears
+from pagegraph.compiler.passes.quant_linears import QuantLinear, quant_linears
+from pagegraph.compiler.quant_formats import quantize
+from pagegraph.kernels import cpu_attention, cpu_int4
 
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import tiny_config  # noqa: E402
-from paged_run import run_paged  # noqa: E402
-from test_capture import captured_copy, random_model  # noqa: E402
+from tests.compiler.architectures import tiny_config
+from tests.compiler.paged_run import run_paged
+from tests.compiler.test_capture import captured_copy, random_model
 
 PROMPT, STEPS = list(range(3, 21)), [[15], [1], [1], [1]]
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from compiler import build as builder
-from compiler.buckets import Bucket
-from compiler.graphs import DUE
-from compiler.step_input import Filters, SamplingInput, StepInput
-from runtime.config import Config
+from pagegraph.compiler import build as builder
+from pagegraph.compiler.buckets import Bucket
+from pagegraph.compiler.graphs import DUE
+from pagegraph.compiler.step_input import Filters, SamplingInput, StepInput
+from pagegraph.runtime.config import Config
 
 SEQS, BLOCK, PAGES = 3, 8, 6  # pages of each sequence
 LENGTHS = np.array([5, 1, 13])  # of the prompts

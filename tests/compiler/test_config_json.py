@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig
 
-from compiler.build import resolve_max_model_len
-from compiler.config_json import load
-from compiler.weights import build_meta
+from pagegraph.compiler.build import resolve_max_model_len
+from pagegraph.compiler.config_json import load
+from pagegraph.compiler.weights import build_meta
 
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import SIZES  # noqa: E402
-from test_rope import LONGROPE  # noqa: E402
+from tests.compiler.architectures import SIZES
+from tests.compiler.test_rope import LONGROPE
 
 FACTORS = {key: LONGROPE[key] for key in ("short_factor", "long_factor")}
 

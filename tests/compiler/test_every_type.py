@@ -5,21 +5,18 @@ What the generic small sizes of `every_type` do not reach is skipped and says wh
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compiler.capture import ATTENTION_NAME, CapturedModel, capture
-from compiler.probe import UnsupportedModel
-from compiler.weights import build_meta
+from pagegraph.compiler.capture import ATTENTION_NAME, CapturedModel, capture
+from pagegraph.compiler.probe import UnsupportedModel
+from pagegraph.compiler.weights import build_meta
 
-sys.path.insert(0, str(Path(__file__).parent))
-from every_type import causal_types, tiny  # noqa: E402
-from paged_run import run_paged  # noqa: E402
-from test_capture import CHUNKED, MIXED, WHOLE, prompts_for, random_model, stock_logits  # noqa: E402
+from tests.compiler.every_type import causal_types, tiny
+from tests.compiler.paged_run import run_paged
+from tests.compiler.test_capture import CHUNKED, MIXED, WHOLE, prompts_for, random_model, stock_logits
 
 MOST_PARAMETERS = 5_000_000
 # Types that are served: a guard that refuses one of them is too strict.

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from compiler.passes import quant_linears
-from compiler.passes.fuse_linears import fuse_linears
-from compiler.passes.fuse_rope import fuse_rope
-from compiler.passes.fuse_rows import fuse_rows
-from compiler.passes.merge_linears import merge_linears
-from compiler.passes.quant_linears import Fragments, QuantLinear
-from compiler.passes.skinny_linears import skinny_linears
-from compiler.quant_formats import quantize
+from pagegraph.compiler.passes import quant_linears
+from pagegraph.compiler.passes.fuse_linears import fuse_linears
+from pagegraph.compiler.passes.fuse_rope import fuse_rope
+from pagegraph.compiler.passes.fuse_rows import fuse_rows
+from pagegraph.compiler.passes.merge_linears import merge_linears
+from pagegraph.compiler.passes.quant_linears import Fragments, QuantLinear
+from pagegraph.compiler.passes.skinny_linears import skinny_linears
+from pagegraph.compiler.quant_formats import quantize
 
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import tiny_config  # noqa: E402
-from test_capture import MIXED, captured_copy, check_compiled, random_model  # noqa: E402
+from tests.compiler.architectures import tiny_config
+from tests.compiler.test_capture import MIXED, captured_copy, check_compiled, random_model
 
 # (with a gate, without) of a model of four layers: the last product of the last layer meets a norm, but rows are picked behind it
 FOUND = {

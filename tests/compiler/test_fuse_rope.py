@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from compiler.passes.fuse_rope import fuse_rope
+from pagegraph.compiler.passes.fuse_rope import fuse_rope
 
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import ARCHITECTURES, tiny_config  # noqa: E402
-from test_capture import MIXED, captured_copy, check_compiled, random_model  # noqa: E402
+from tests.compiler.architectures import ARCHITECTURES, tiny_config
+from tests.compiler.test_capture import MIXED, captured_copy, check_compiled, random_model
 
 ROTATED = {
     "llama", "llama3_rope", "llama_yarn", "llama_linear", "mistral_window", "qwen2", "qwen2_window", "gemma", "gemma2",

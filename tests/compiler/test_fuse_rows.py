@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from compiler.passes.fuse_rope import fuse_rope
-from compiler.passes.fuse_rows import fuse_rows
-from compiler.passes.merge_linears import merge_linears
+from pagegraph.compiler.passes.fuse_rope import fuse_rope
+from pagegraph.compiler.passes.fuse_rows import fuse_rows
+from pagegraph.compiler.passes.merge_linears import merge_linears
 
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import ARCHITECTURES, tiny_config  # noqa: E402
-from test_capture import MIXED, captured_copy, check_compiled, random_model  # noqa: E402
+from tests.compiler.architectures import ARCHITECTURES, tiny_config
+from tests.compiler.test_capture import MIXED, captured_copy, check_compiled, random_model
 
 # (add_rms_norm, rms_norm, silu_mul) of a model of four layers
 FOUND = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from compiler.build import eos_ids, resolve_max_model_len
-from compiler.gguf_config import configuration
-from compiler.gguf_file import GgufError, open_gguf
-from compiler.model_source import resolve
+from pagegraph.compiler.build import eos_ids, resolve_max_model_len
+from pagegraph.compiler.gguf_config import configuration
+from pagegraph.compiler.gguf_file import GgufError, open_gguf
+from pagegraph.compiler.model_source import resolve
 
-sys.path.insert(0, str(Path(__file__).parent))
-from gguf_files import model_keys, model_tensors, spm_keys, stock_model, write, write_model  # noqa: E402
+from tests.compiler.gguf_files import model_keys, model_tensors, spm_keys, stock_model, write, write_model
 
 
 def converted(path: Path) -> nn.Module:

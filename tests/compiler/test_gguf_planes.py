@@ -12,9 +12,9 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoConfig
 
-from compiler.gguf_planes import BLOCKS, keep, planes
-from compiler.quant_formats import QuantizationError
-from compiler.weights import build_meta
+from pagegraph.compiler.gguf_planes import BLOCKS, keep, planes
+from pagegraph.compiler.quant_formats import QuantizationError
+from pagegraph.compiler.weights import build_meta
 
 ROWS, BLOCKS_A_ROW = 6, 3
 

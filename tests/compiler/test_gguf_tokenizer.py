@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, trainers
 
-from compiler import gguf_tokenizer
-from compiler.gguf_file import GgufError, open_gguf, read_once
-from compiler.model_source import resolve
-from runtime.tokenizer import Tokenizer
+from pagegraph.compiler import gguf_tokenizer
+from pagegraph.compiler.gguf_file import GgufError, open_gguf, read_once
+from pagegraph.compiler.model_source import resolve
+from pagegraph.runtime.tokenizer import Tokenizer
 
-sys.path.insert(0, str(Path(__file__).parent))
-from gguf_files import CONTROL, NORMAL, PIECES, USER_DEFINED, spm_keys, write  # noqa: E402
+from tests.compiler.gguf_files import CONTROL, NORMAL, PIECES, USER_DEFINED, spm_keys, write
 
 MODELS = Path(__file__).parents[2] / "models"
 SMOLLM2, GEMMA = MODELS / "SmolLM2-135M-Instruct.Q4_1.gguf", MODELS / "gemma-3-270m-q4_k_m.gguf"

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compiler.buckets import Bucket
-from compiler.graphs import CHAINED, DUE, OFTEN, GraphSet, Pending
+from pagegraph.compiler.buckets import Bucket
+from pagegraph.compiler.graphs import CHAINED, DUE, OFTEN, GraphSet, Pending
 
 SMALL, MIDDLE, LARGE = Bucket(2, 2), Bucket(8, 8), Bucket(64, 16)
 

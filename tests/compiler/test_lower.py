@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors
 
-from compiler import lower
+from pagegraph.compiler import lower
 
 
 @pytest.mark.parametrize("folder", ["/proc/nothing", "/proc/nothing/below"])

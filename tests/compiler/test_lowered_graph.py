@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from compiler import lower
-from compiler.capture import ATTENTION_NAME, capture
-from compiler.weights import build_meta
+from pagegraph.compiler import lower
+from pagegraph.compiler.capture import ATTENTION_NAME, capture
+from pagegraph.compiler.weights import build_meta
 
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import tiny_config  # noqa: E402
-from paged_run import BLOCK, run_paged  # noqa: E402
+from tests.compiler.architectures import tiny_config
+from tests.compiler.paged_run import BLOCK, run_paged
 
 PROMPTS = [list(range(3, 40)), list(range(40, 52)), list(range(60, 85))]
 SCHEDULE = [[30, 11, 0], [3, 1, 20], [3, 0, 4], [1, 0, 1]]

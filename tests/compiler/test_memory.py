@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from compiler.memory import DoesNotFit, plan_pages
+from pagegraph.compiler.memory import DoesNotFit, plan_pages
 
 
 def test_pages_fill_the_memory() -> None:

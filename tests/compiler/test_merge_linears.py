@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +12,12 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from compiler.forward_local import forward_local
-from compiler.passes import merge_linears as module
-from compiler.passes import registry
-from compiler.passes.merge_linears import LinearPart, MergedLinear, merge_linears
+from pagegraph.compiler.forward_local import forward_local
+from pagegraph.compiler.passes import merge_linears as module
+from pagegraph.compiler.passes import registry
+from pagegraph.compiler.passes.merge_linears import LinearPart, MergedLinear, merge_linears
 
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import SIZES, tiny_config  # noqa: E402
+from tests.compiler.architectures import SIZES, tiny_config
 
 
 def random_model(name: str) -> nn.Module:

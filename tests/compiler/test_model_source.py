@@ -16,8 +16,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from compiler import model_source
-from compiler.model_source import resolve
+from pagegraph.compiler import model_source
+from pagegraph.compiler.model_source import resolve
 
 GGUF = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 

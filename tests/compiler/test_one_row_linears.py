@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
-from compiler import lower
-from compiler.passes.one_row_linears import one_row_linears
-from compiler.passes.quant_linears import Int4Packed, Int8Dynamic, QuantLinear
-from compiler.quant_formats import quantize
-from kernels import cpu_int4
+from pagegraph.compiler import lower
+from pagegraph.compiler.passes.one_row_linears import one_row_linears
+from pagegraph.compiler.passes.quant_linears import Int4Packed, Int8Dynamic, QuantLinear
+from pagegraph.compiler.quant_formats import quantize
+from pagegraph.kernels import cpu_int4
 
 
 class Gated(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import masking_utils
 
-from compiler.probe import UnsupportedModel, _form, _Notes, _probed_attention
+from pagegraph.compiler.probe import UnsupportedModel, _form, _Notes, _probed_attention
 
 NO_PADDING = torch.zeros(1, dtype=torch.int64, device="meta")
 CAUSAL = masking_utils.causal_mask_function

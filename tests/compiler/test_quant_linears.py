@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from compiler.passes.quant_linears import Fragments, Int8Dynamic, QuantLinear, fragment_group
-from compiler.quant_formats import Quantized
-from kernels import reference
+import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from pagegraph.compiler.passes.quant_linears import Fragments, Int8Dynamic, QuantLinear, fragment_group
+from pagegraph.compiler.quant_formats import Quantized
+from pagegraph.kernels import reference
 
 
 def linear(kind: str, group: int, size: int, shifted: bool = False, columns: bool = False) -> QuantLinear:

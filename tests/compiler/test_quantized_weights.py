@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,20 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compiler import quant_formats, weights
-from compiler.build import resolve_cache_dtype, resolve_quantization
-from compiler.passes import merge_linears as merge_module
-from compiler.passes import quant_linears, registry
-from compiler.passes.merge_linears import MergedQuantLinear
-from compiler.passes.quant_linears import Fragments, Int4Packed, Int8Dynamic, QuantLinear
-from compiler.quant_formats import QuantizationError, online_group
-from compiler.weights import WeightsMismatch, build_meta, load_weights
-from kernels import reference
-from runtime.config import Config, ConfigError, load_config
+from pagegraph.compiler import quant_formats, weights
+from pagegraph.compiler.build import resolve_cache_dtype, resolve_quantization
+from pagegraph.compiler.passes import merge_linears as merge_module
+from pagegraph.compiler.passes import quant_linears, registry
+from pagegraph.compiler.passes.merge_linears import MergedQuantLinear
+from pagegraph.compiler.passes.quant_linears import Fragments, Int4Packed, Int8Dynamic, QuantLinear
+from pagegraph.compiler.quant_formats import QuantizationError, online_group
+from pagegraph.compiler.weights import WeightsMismatch, build_meta, load_weights
+from pagegraph.kernels import reference
+from pagegraph.runtime.config import Config, ConfigError, load_config
 
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import tiny_config  # noqa: E402
-from quantized_checkpoints import FORMATS, compressed, words, write  # noqa: E402
+from tests.compiler.architectures import tiny_config
+from tests.compiler.quantized_checkpoints import FORMATS, compressed, words, write
 
 CPU = torch.device("cpu")
 WIDE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, head_dim=32)  # groups of 128 fit

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from compiler.build import resolve_max_model_len
-from compiler.rope import lengths
-from compiler.weights import build_meta
+from pagegraph.compiler.build import resolve_max_model_len
+from pagegraph.compiler.rope import lengths
+from pagegraph.compiler.weights import build_meta
 
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import ALPHA, SIZES, tiny_config  # noqa: E402
+from tests.compiler.architectures import ALPHA, SIZES, tiny_config
 
 HALF = SIZES["hidden_size"] // SIZES["num_attention_heads"] // 2
 LONGROPE = dict(

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from compiler.passes.merge_linears import MergedLinear, merge_linears
-from compiler.passes.rotary_once import rotary_once
-from compiler.passes.skinny_linears import SkinnyLinear, skinny_linears
+from pagegraph.compiler.passes.merge_linears import MergedLinear, merge_linears
+from pagegraph.compiler.passes.rotary_once import rotary_once
+from pagegraph.compiler.passes.skinny_linears import SkinnyLinear, skinny_linears
 
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import SIZES, tiny_config  # noqa: E402
-from paged_run import run_paged  # noqa: E402
-from test_capture import MIXED, captured_copy, prompts_for, random_model  # noqa: E402
+from tests.compiler.architectures import SIZES, tiny_config
+from tests.compiler.paged_run import run_paged
+from tests.compiler.test_capture import MIXED, captured_copy, prompts_for, random_model
 
 
 def logits_of(captured) -> list[torch.Tensor]:

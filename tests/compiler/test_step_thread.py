@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from compiler import step_thread
+from pagegraph.compiler import step_thread
 
 
 def test_work_runs_in_order_on_one_thread() -> None:
@@ -29,7 +29,7 @@ def test_an_error_is_the_futures_and_ends_nothing() -> None:
 TEAMS = """
 import os
 import torch
-from compiler import step_thread
+from pagegraph.compiler import step_thread
 
 def threads():
     return len(os.listdir("/proc/self/task"))

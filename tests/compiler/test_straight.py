@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from compiler.straight import Forward
+from pagegraph.compiler.straight import Forward
 
 
 class Toy(nn.Module):

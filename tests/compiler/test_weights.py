@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from compiler.capture import ATTENTION_NAME
-from compiler.probe import UnsupportedModel
-from compiler.weights import BrokenFile, WeightsMismatch, build_meta, load_weights
+from pagegraph.compiler.capture import ATTENTION_NAME
+from pagegraph.compiler.probe import UnsupportedModel
+from pagegraph.compiler.weights import BrokenFile, WeightsMismatch, build_meta, load_weights
 
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import SIZES, tiny_config  # noqa: E402
+from tests.compiler.architectures import SIZES, tiny_config
 
 CPU = torch.device("cpu")
 

@@ -24,9 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels import launch
-from kernels.quant_tiles import QuantWeight, RowsTile
-from kernels.skinny_tiles import Tile
+from pagegraph.kernels import launch
+from pagegraph.kernels.quant_tiles import QuantWeight, RowsTile
+from pagegraph.kernels.skinny_tiles import Tile
 
 SHARED_MEMORY = 232448  # bytes a block may have on sm_90
 TYPES = {
@@ -137,7 +137,7 @@ def argument(described: Any) -> Any:
     if "weight" in described:
         return QuantWeight(*map(argument, described["weight"]))
     if "norm" in described:
-        from kernels.quantize_rows import Norm  # binds what `main` replaces
+        from pagegraph.kernels.quantize_rows import Norm  # binds what `main` replaces
 
         weight, residual, total = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in (described["norm"][1:], *[described["norm"]] * 2))
         return Norm(weight, 1e-6, residual, total)

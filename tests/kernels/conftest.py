@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 
-def load_beside(name: str) -> ModuleType:
-    """A helper module of this folder, under its own name: the tests are no package."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-load_beside("attention_cases")
-load_beside("quantised_weights")
-InterpreterProcess = load_beside("interpreter_process").InterpreterProcess
+from tests.kernels.interpreter_process import InterpreterProcess, replaced
 
 
 class CudaCalls:
@@ -31,7 +17,7 @@ class CudaCalls:
 
     def call(self, module: str, function: str, *arguments, constants: dict | None = None):
         there = [_moved(a, "cuda") for a in arguments]
-        with load_beside("interpreter_process").replaced(constants or {}):
+        with replaced(constants or {}):
             result = getattr(importlib.import_module(module), function)(*there)
         return _moved(result, "cpu"), _moved(tuple(there), "cpu")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels import reference
+from pagegraph.kernels import reference
 
 
 def random_weight(kind: str, rows: int, size: int, group: int, shifted: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from attention_cases import Case, check, clone
+from tests.kernels.attention_cases import Case, check, clone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from kernels import cpu_attention, reference
+import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from pagegraph.kernels import cpu_attention, reference
 
 RAGGED = ((1, 17), (5, 5), (1, 1), (20, 37), (1, 64), (33, 65))
 

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import Case, check, clone
+from tests.kernels.attention_cases import Case, check, clone
 
-from kernels import attention_decode, attention_prefill, reference
+from pagegraph.kernels import attention_decode, attention_prefill, reference
 
 DECODE = ((1, 1), (1, 15), (1, 16), (1, 17), (1, 100))
 RAGGED = ((1, 17), (5, 5), (1, 1), (20, 37), (2, 64), (33, 65))
@@ -42,10 +42,10 @@ CASES = [
 SPLIT_CASES = [pytest.param(c, marks=[pytest.mark.slow] if i % 2 else []) for i, c in enumerate(CASES) if c.lengths]
 SIZES = list(itertools.product((1, 2, 4), (16, 32, 64, 128, 256)))
 SMALL = {
-    "kernels.attention_decode.MIN_SPLIT": 16,
-    "kernels.attention_decode.MAX_SPLIT": 16,
-    "kernels.attention_decode.TILES": dict.fromkeys(SIZES, attention_decode.Tile(16, 4, 2)),
-    "kernels.attention_prefill.TILES": dict.fromkeys(SIZES, attention_prefill.Tile(16, 16, 4, 2)),
+    "pagegraph.kernels.attention_decode.MIN_SPLIT": 16,
+    "pagegraph.kernels.attention_decode.MAX_SPLIT": 16,
+    "pagegraph.kernels.attention_decode.TILES": dict.fromkeys(SIZES, attention_decode.Tile(16, 4, 2)),
+    "pagegraph.kernels.attention_prefill.TILES": dict.fromkeys(SIZES, attention_prefill.Tile(16, 16, 4, 2)),
 }
 WIDE = [
     Case(lengths, heads, kv_heads, head_size, block_size=block_size, window=window, softcap=softcap, chunk=chunk, sinks=sinks, pad_tokens=pad)
@@ -63,7 +63,7 @@ def compare(triton_calls, case: Case, constants: dict[str, object] | None = None
     expected_arguments = case.arguments()
     arguments = clone(expected_arguments)
     expected = reference.paged_attention(*expected_arguments)
-    out, arguments = triton_calls.call("kernels.cuda", "paged_attention", *arguments, constants=constants)
+    out, arguments = triton_calls.call("pagegraph.kernels.cuda", "paged_attention", *arguments, constants=constants)
     check(out, arguments, expected, expected_arguments)
 
 
@@ -85,7 +85,7 @@ def test_sums_after_the_last_tile(triton_calls, cache: torch.dtype | None, tile:
     lengths = ((1, 17), (1, 1), (1, 130))
     case = Case(lengths, heads=6, head_size=128, sinks=True, pad_tokens=2, dtype=torch.bfloat16, cache_dtype=cache)
     tiles = dict.fromkeys(SIZES, attention_decode.Tile(*tile, sum_late=True))
-    compare(triton_calls, case, {"kernels.attention_decode.TILES": tiles, "kernels.attention_decode.MIN_SPLIT": 16})
+    compare(triton_calls, case, {"pagegraph.kernels.attention_decode.TILES": tiles, "pagegraph.kernels.attention_decode.MIN_SPLIT": 16})
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_queries_beyond_float16(triton_calls) -> None:
         expected_arguments = (query * times, *rest[:10], rest[10] / times, *rest[11:])
         arguments = clone(expected_arguments)
         expected = reference.paged_attention(*expected_arguments)
-        out, arguments = triton_calls.call("kernels.cuda", "paged_attention", *arguments)
+        out, arguments = triton_calls.call("pagegraph.kernels.cuda", "paged_attention", *arguments)
         check(out, arguments, expected, expected_arguments)
 
 
@@ -112,6 +112,6 @@ def test_a_wrong_window_is_seen(triton_calls) -> None:
     expected_arguments = case.arguments()
     expected = reference.paged_attention(*expected_arguments)
     arguments = (*clone(expected_arguments)[:12], 8, *expected_arguments[13:])
-    out, arguments = triton_calls.call("kernels.cuda", "paged_attention", *arguments)
+    out, arguments = triton_calls.call("pagegraph.kernels.cuda", "paged_attention", *arguments)
     with pytest.raises(AssertionError):
         check(out, arguments, expected, expected_arguments)

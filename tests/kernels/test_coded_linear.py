@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantised_weights import laid, random_weight
+from tests.kernels.quantised_weights import laid, random_weight
 
-import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from kernels import reference
-from kernels.cuda import fragment_linear_by
-from kernels.quant_tiles import CODED_GROUP, QuantWeight, choice_of, coded
-from kernels.quantize_rows import Norm
-from kernels.skinny_tiles import Tile
+import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from pagegraph.kernels import reference
+from pagegraph.kernels.cuda import fragment_linear_by
+from pagegraph.kernels.quant_tiles import CODED_GROUP, QuantWeight, choice_of, coded
+from pagegraph.kernels.quantize_rows import Norm
+from pagegraph.kernels.skinny_tiles import Tile
 
 SHAPES = [
     # N, K, tile
@@ -33,7 +33,7 @@ def random_rows(rows: int, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rows_become_the_codes_of_the_reference(triton_calls, size: int, dtype: torch.dtype) -> None:
     x = (torch.randn(5, size, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e3])[:, None]).to(dtype)
-    (codes, scale), _ = triton_calls.call("kernels.quantize_rows", "int8_rows", x, 16)
+    (codes, scale), _ = triton_calls.call("pagegraph.kernels.quantize_rows", "int8_rows", x, 16)
     assert codes.shape == (16, -(-size // CODED_GROUP) * CODED_GROUP) and scale.shape == (codes.shape[1] // CODED_GROUP, 16)
     expected, expected_scale = reference.int8_rows(x)
     torch.testing.assert_close(scale[:, :5], expected_scale, rtol=1e-6, atol=0)
@@ -46,7 +46,7 @@ def test_rows_become_the_codes_of_the_reference(triton_calls, size: int, dtype: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rows_become_the_floats_of_the_reference(triton_calls, size: int, dtype: torch.dtype) -> None:
     x = (torch.randn(5, size, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e3])[:, None]).to(dtype)
-    (codes, scale, sums), _ = triton_calls.call("kernels.quantize_rows", "e4m3_rows", x, 16)
+    (codes, scale, sums), _ = triton_calls.call("pagegraph.kernels.quantize_rows", "e4m3_rows", x, 16)
     assert codes.shape == (16, -(-size // CODED_GROUP) * CODED_GROUP) and scale.shape == (16,) and sums.shape == (codes.shape[1] // CODED_GROUP, 16)
     expected, expected_scale, _ = reference.e4m3_rows(x)
     torch.testing.assert_close(scale[:5], expected_scale, rtol=1e-6, atol=0)
@@ -71,7 +71,7 @@ def test_what_is_ahead_of_the_rounding(triton_calls, function: str, size: int) -
 
     def rounded(x: torch.Tensor, *ahead: object) -> tuple[list[torch.Tensor], tuple]:
         multiple = () if function.startswith("exchanged") else (16,)
-        found, given = triton_calls.call("kernels.quantize_rows", function, x, *multiple, *ahead)
+        found, given = triton_calls.call("pagegraph.kernels.quantize_rows", function, x, *multiple, *ahead)
         return [one.float() for one in found], given
 
     x, weight = random_rows(5, size), torch.randn(size, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -102,11 +102,11 @@ def test_norm_and_gate_ahead_of_products(triton_calls, kind: str, second_group: 
 
     first, second = [*weight(width, size, 128), True], weight(out_size, inner, second_group)
     arguments = [x, residual, norm, 1e-6, *first, *(second if gated else [None, None, None, None, 0, 0])]
-    (total, out), _ = triton_calls.call("kernels.cuda", "norm_fragment_linear", *arguments)
+    (total, out), _ = triton_calls.call("pagegraph.kernels.cuda", "norm_fragment_linear", *arguments)
     expected_total, normed = reference.add_rms_norm(x, residual, norm, 1e-6)
-    expected, _ = triton_calls.call("kernels.cuda", "fragment_linear", normed, *first, gated)
+    expected, _ = triton_calls.call("pagegraph.kernels.cuda", "fragment_linear", normed, *first, gated)
     if gated:
-        expected, _ = triton_calls.call("kernels.cuda", "fragment_linear", expected, *second, True)
+        expected, _ = triton_calls.call("pagegraph.kernels.cuda", "fragment_linear", expected, *second, True)
     assert torch.equal(total, expected_total) and out.shape == expected.shape == (1, rows, out_size if gated else width)
     assert ((out.float() - expected.float()).norm() / expected.float().norm()).item() < 2**-6
     whole_total, whole = torch.ops.pagegraph.norm_fragment_linear(*arguments)
@@ -155,7 +155,7 @@ def test_equals_the_product_of_what_the_codes_stand_for(
     laid_codes, laid_scale, _ = laid(codes, scale, None, size, size)
     expected = reference.decoded_rows(*reference.int8_rows(x), size) @ weight.t() + added
     for _ in range(2):  # the second call finds the arrival counts as the first left them
-        out, _ = triton_calls.call("kernels.coded_linear", "coded_linear", x, QuantWeight(laid_codes, laid_scale, None, bias, size, out_size), tile)
+        out, _ = triton_calls.call("pagegraph.kernels.coded_linear", "coded_linear", x, QuantWeight(laid_codes, laid_scale, None, bias, size, out_size), tile)
         assert out.dtype == x.dtype and out.shape == expected.shape
         # Integers are added up exactly; a code of x that is rounded the other way is a step of many.
         torch.testing.assert_close(out.float(), expected, atol=2e-3 * expected.abs().max().item(), rtol=2**-7)
@@ -184,7 +184,7 @@ def test_groups_of_4_bits(
     floats, x_scale, _ = reference.e4m3_rows(x)
     expected = reference.decoded_rows(floats.float(), x_scale[None], size) @ weight.t() + bias.float()
     for _ in range(2):
-        out, _ = triton_calls.call("kernels.coded_linear", "coded_linear", x, QuantWeight(*laid(codes, scale, shift, group, size), bias, group, out_size), tile)
+        out, _ = triton_calls.call("pagegraph.kernels.coded_linear", "coded_linear", x, QuantWeight(*laid(codes, scale, shift, group, size), bias, group, out_size), tile)
         assert out.dtype == x.dtype and out.shape == expected.shape
         assert ((out.float() - expected).norm() / expected.norm()).item() < 6e-3
     exact = x.float() @ weight.t() + bias.float()
@@ -195,14 +195,14 @@ def test_groups_of_4_bits(
 def test_groups_that_do_not_fit_are_refused(triton_calls, kind: str, group: int, shifted: bool) -> None:
     weight = laid(*random_weight(kind, 64, 256, group, shifted), group, 256)
     with pytest.raises((ValueError, AssertionError), match="have no product by codes"):
-        triton_calls.call("kernels.coded_linear", "coded_linear", torch.zeros(1, 256).bfloat16(), QuantWeight(*weight, None, group, 64), Tile(64, 128, 1, 4, 3))
+        triton_calls.call("pagegraph.kernels.coded_linear", "coded_linear", torch.zeros(1, 256).bfloat16(), QuantWeight(*weight, None, group, 64), Tile(64, 128, 1, 4, 3))
 
 
 @pytest.mark.parametrize("tile", [Tile(32, 128, 1, 4, 3), Tile(64, 64, 1, 4, 3), Tile(64, 128, 1, 4, 3, 256)])
 def test_tiles_that_do_not_fit_are_refused(triton_calls, tile: Tile) -> None:
     codes, scale, _ = laid(*random_weight("int8", 64, 128, 128, False), 128, 128)
     with pytest.raises((ValueError, AssertionError), match="is not made of blocks of 64 x 128 for up to 128 rows"):
-        triton_calls.call("kernels.coded_linear", "coded_linear", torch.zeros(1, 128).bfloat16(), QuantWeight(codes, scale, None, None, 128, 64), tile)
+        triton_calls.call("pagegraph.kernels.coded_linear", "coded_linear", torch.zeros(1, 128).bfloat16(), QuantWeight(codes, scale, None, None, 128, 64), tile)
 
 
 @pytest.mark.gpu

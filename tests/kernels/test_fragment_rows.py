@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantised_weights import laid, multiplied, random_weight
+from tests.kernels.quantised_weights import laid, multiplied, random_weight
 
-import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from kernels.quant_tiles import QuantWeight, RowsTile
+import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from pagegraph.kernels.quant_tiles import QuantWeight, RowsTile
 
 SHAPES = [
     # kind, N, K, group, tile
@@ -38,7 +38,7 @@ def test_equals_the_reference(
     x, bias = rows_of(rows, size), torch.randn(out_size).bfloat16() if shifted else None
     expected = x.float() @ multiplied(codes, scale, shift, group, x.dtype).t() + (0 if bias is None else bias.float())
     weight = laid(codes, scale, shift, group, size)
-    out, _ = triton_calls.call("kernels.fragment_rows", "fragment_rows", x, QuantWeight(*weight, bias, group, out_size), False, tile)
+    out, _ = triton_calls.call("pagegraph.kernels.fragment_rows", "fragment_rows", x, QuantWeight(*weight, bias, group, out_size), False, tile)
     assert out.dtype == x.dtype and out.shape == expected.shape
     torch.testing.assert_close(out.float(), expected, atol=1e-4 * expected.abs().max().item(), rtol=2**-8)
 
@@ -52,7 +52,7 @@ def test_gate_behind_the_product(triton_calls, kind: str, rows: int, out_size: i
     codes, scale, shift = random_weight(kind, out_size, size, 64, kind == "int4")
     x, bias = rows_of(rows, size)[None] / 16, torch.randn(out_size).bfloat16()
     arguments = [x, *laid(codes, scale * 0.1, shift, 64, size), bias, 64, out_size, True, True]
-    out, _ = triton_calls.call("kernels.cuda", "fragment_linear", *arguments)
+    out, _ = triton_calls.call("pagegraph.kernels.cuda", "fragment_linear", *arguments)
     expected = torch.ops.pagegraph.fragment_linear(*arguments)
     assert out.shape == expected.shape == (1, rows, out_size // 2)
     torch.testing.assert_close(out.float(), expected.float(), atol=2**-7 * expected.abs().max().item(), rtol=2**-6)
@@ -62,4 +62,4 @@ def test_what_the_kernel_does_not_take_is_refused(triton_calls) -> None:
     weight = laid(*random_weight("int8", 64, 128, 128, False), 128, 128)
     for x, gated in ((rows_of(9, 128), False), (rows_of(1, 128).float(), False), (rows_of(1, 128), True)):
         with pytest.raises((ValueError, AssertionError), match="not a product of this kernel"):
-            triton_calls.call("kernels.fragment_rows", "fragment_rows", x, QuantWeight(*weight, None, 128, 64), gated, RowsTile(1, 2, 1, 3))
+            triton_calls.call("pagegraph.kernels.fragment_rows", "fragment_rows", x, QuantWeight(*weight, None, 128, 64), gated, RowsTile(1, 2, 1, 3))

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from kernels import cpu_guesses, reference
-from runtime.drafters import Ngram, continuation
+import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from pagegraph.kernels import cpu_guesses, reference
+from pagegraph.runtime.drafters import Ngram, continuation
 
 ROWS, WIDTH, GUESSES = 7, 2500, 5
 LEAST, MOST = 2, 4
@@ -67,12 +67,12 @@ def test_kernels_equal_reference(triton_calls, seed: int) -> None:
     one = step_of(seed, padding=seed % 3)
     common = [one[name] for name in STEP]
     last = [one[name] for name in ("last_tokens", "last_at")]
-    _, after = triton_calls.call("kernels.guesses", "accept", *common, *last, GUESSES)
+    _, after = triton_calls.call("pagegraph.kernels.guesses", "accept", *common, *last, GUESSES)
     reference.accept(*common, *last, GUESSES)
     assert torch.equal(after[5], last[0]) and torch.equal(after[6], last[1])
     one = step_of(seed, padding=seed % 3)
     common, more = ([one[name] for name in names] for names in (STEP, MORE))
-    found, after = triton_calls.call("kernels.guesses", "look_up", *common, *more, LEAST, MOST)
+    found, after = triton_calls.call("pagegraph.kernels.guesses", "look_up", *common, *more, LEAST, MOST)
     expected = reference.look_up(*common, *more, LEAST, MOST)
     live = int(one["live"])
     assert torch.equal(found[:, :live], expected[:, :live])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quantised_weights import laid, multiplied, random_weight
+from tests.kernels.quantised_weights import laid, multiplied, random_weight
 
-import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from kernels import quant_tiles, reference
-from kernels.quant_tiles import MEMORY_BOUND_ROWS, SINGLE_ROWS, Choice, QuantWeight, RowsTile, Tile, choice_of, few, takes_8_bits, tile_by_rule
+import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from pagegraph.kernels import quant_tiles, reference
+from pagegraph.kernels.quant_tiles import MEMORY_BOUND_ROWS, SINGLE_ROWS, Choice, QuantWeight, RowsTile, Tile, choice_of, few, takes_8_bits, tile_by_rule
 
 SHAPES = [
     # kind, N, K, group, tile
@@ -47,7 +47,7 @@ def test_equals_the_reference(
     rounded = torch.ops.pagegraph.fragment_linear(x, *weight, bias, group, out_size, False)
     torch.testing.assert_close(rounded.float(), expected, atol=2**-8 * expected.abs().max().item(), rtol=2**-7)
     for _ in range(2):  # the second call finds the arrival counts as the first left them
-        out, _ = triton_calls.call("kernels.fragment_linear", "fragment_linear", x, QuantWeight(*weight, bias, group, out_size), tile)
+        out, _ = triton_calls.call("pagegraph.kernels.fragment_linear", "fragment_linear", x, QuantWeight(*weight, bias, group, out_size), tile)
         assert out.dtype == x.dtype and out.shape == expected.shape
         # What is added up is exact but for float32: one rounding to bfloat16 at the end.
         torch.testing.assert_close(out.float(), expected, atol=1e-4 * expected.abs().max().item(), rtol=2**-8)
@@ -61,7 +61,7 @@ def test_weights_come_back(
 ) -> None:
     codes, scale, shift = random_weight(kind, out_size, size, group, shifted and kind != "fp8")
     weight = laid(codes, scale, shift, group, size)
-    out, _ = triton_calls.call("kernels.fragment_linear", "fragment_dequantize", QuantWeight(*weight, None, group, out_size), size, dtype)
+    out, _ = triton_calls.call("pagegraph.kernels.fragment_linear", "fragment_dequantize", QuantWeight(*weight, None, group, out_size), size, dtype)
     expected = reference.dequantize(codes, scale, shift, group)
     torch.testing.assert_close(out.float(), expected, atol=1e-5, rtol=2**-8 if dtype == torch.bfloat16 else 2**-11)
 
@@ -74,7 +74,7 @@ def test_scales_of_groups_in_bfloat16(triton_calls, group: int) -> None:
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = x.float() @ multiplied(codes, *pairs, group, x.dtype).t()
     weight = laid(codes, *pairs, group, 128)
-    out, _ = triton_calls.call("kernels.fragment_linear", "fragment_linear", x, QuantWeight(*weight, None, group, 64), Tile(64, 128, 1, 4, 4))
+    out, _ = triton_calls.call("pagegraph.kernels.fragment_linear", "fragment_linear", x, QuantWeight(*weight, None, group, 64), Tile(64, 128, 1, 4, 4))
     torch.testing.assert_close(out.float(), expected, atol=1e-4 * expected.abs().max().item(), rtol=2**-8)
 
 
@@ -128,13 +128,13 @@ def test_columns_are_exchanged_within_64(size: int) -> None:
 def test_a_tile_is_made_of_blocks(triton_calls) -> None:
     weight = laid(*random_weight("int4", 64, 128, 64, False), 64, 128)
     with pytest.raises((ValueError, AssertionError), match="is not made of blocks of 64 x 64"):
-        triton_calls.call("kernels.fragment_linear", "fragment_linear", torch.zeros(1, 128).bfloat16(), QuantWeight(*weight, None, 64, 64), Tile(32, 64, 1, 4, 3))
+        triton_calls.call("pagegraph.kernels.fragment_linear", "fragment_linear", torch.zeros(1, 128).bfloat16(), QuantWeight(*weight, None, 64, 64), Tile(32, 64, 1, 4, 3))
 
 
 @pytest.mark.parametrize("size", [3000, 64])
 def test_rows_become_the_codes_of_the_reference(triton_calls, size: int) -> None:
     x = (torch.randn(5, size, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e4])[:, None]).bfloat16()
-    (codes, scale), _ = triton_calls.call("kernels.quantize_rows", "exchanged_e4m3_rows", x)
+    (codes, scale), _ = triton_calls.call("pagegraph.kernels.quantize_rows", "exchanged_e4m3_rows", x)
     expected, expected_scale = reference.quantize_rows(x, torch.float8_e4m3fn)
     expected = reference.exchanged_columns(expected)
     torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
@@ -193,7 +193,7 @@ def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
     codes, scale, shift = random_weight(kind, 44, 128, group, kind == "int4")
     x = torch.randn(1, rows, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = reference.quant_linear(x.float(), codes, scale, shift, None, group)
-    out, _ = triton_calls.call("kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, group, 128), None, group, 44, True)
+    out, _ = triton_calls.call("pagegraph.kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, group, 128), None, group, 44, True)
     assert out.dtype == x.dtype and out.shape == expected.shape
     # Groups and shifts round the weight to bfloat16 before it is multiplied, and so does `plain`; `coded` rounds x to 8 bits.
     part = {"int8": 2**-6, "int4": 2**-5}[kind] if kind != "fp8" and rows > MEMORY_BOUND_ROWS and group == 128 else 2**-8
@@ -231,7 +231,7 @@ def test_rows_stay_as_they_are_where_they_shall(triton_calls, kind: str) -> None
     expected = reference.quant_linear(x.float(), codes, scale, shift, None, 128)
     errors = []
     for rounds in (True, False):
-        out, _ = triton_calls.call("kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, 128, 128), None, 128, 44, rounds)
+        out, _ = triton_calls.call("pagegraph.kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, 128, 128), None, 128, 44, rounds)
         errors.append(((out.float() - expected).norm() / expected.norm()).item())
     assert errors[1] < 2**-8 < errors[0] < 2**-4
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-import kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from kernels import cpu, cpu_int4, reference
+import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from pagegraph.kernels import cpu, cpu_int4, reference
 
 
 def test_nibbles_come_back_and_lie_in_spans() -> None:

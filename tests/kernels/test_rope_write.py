@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import reference
+from pagegraph.kernels import reference
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 64), (9, 3, 80), (16, 2, 128), (3, 3, 24)])
@@ -23,7 +23,7 @@ def test_equals_reference(triton_calls, heads: int, kv_heads: int, size: int, no
     rotated = [reference.norm_and_rotate(x, cos, sin, norm, 1e-6) for x, norm in zip((query, key), norms)]
     reference.write_kv(rotated[1], value, *expected, slots)
     out, arguments = triton_calls.call(
-        "kernels.rope_write", "rope_write", query, key, value, cos, sin, *norms, 1e-6, *caches, slots
+        "pagegraph.kernels.rope_write", "rope_write", query, key, value, cos, sin, *norms, 1e-6, *caches, slots
     )
     torch.testing.assert_close(out, rotated[0], atol=2e-5, rtol=1e-5)
     for mine, theirs in zip(arguments[8:10], expected):
@@ -40,7 +40,7 @@ def test_pages_of_8_bits(triton_calls) -> None:
     slots = torch.tensor([17, 18, 40, 21], dtype=torch.int32)
     expected = [cache.clone() for cache in caches]
     reference.write_kv(reference.norm_and_rotate(key, cos, sin, None, 0.0), value, *expected, slots)
-    _, arguments = triton_calls.call("kernels.rope_write", "rope_write", query, key, value, cos, sin, None, None, 0.0, *caches, slots)
+    _, arguments = triton_calls.call("pagegraph.kernels.rope_write", "rope_write", query, key, value, cos, sin, None, None, 0.0, *caches, slots)
     torch.testing.assert_close(arguments[8].float(), expected[0].float(), rtol=2**-3, atol=2**-9)
     assert torch.equal(arguments[9].float(), expected[1].float())
     assert arguments[9].float().abs().max() == 448

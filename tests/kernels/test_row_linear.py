@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import reference
-from kernels.skinny_tiles import MAX_SINGLE_ROWS, RowTile, row_tile_of
+from pagegraph.kernels import reference
+from pagegraph.kernels.skinny_tiles import MAX_SINGLE_ROWS, RowTile, row_tile_of
 
 
 def plain(x, weight, bias, norm, residual, gated):
@@ -45,7 +45,7 @@ def test_equals_torch(triton_calls, rows: int, out_size: int, size: int, tile: R
 
 
 def run(triton_calls, x, weight, bias, tile, norm, residual, gated):
-    out, _ = triton_calls.call("kernels.row_linear", "row_linear", x, weight, bias, tile, norm, 1e-6, residual, gated)
+    out, _ = triton_calls.call("pagegraph.kernels.row_linear", "row_linear", x, weight, bias, tile, norm, 1e-6, residual, gated)
     return out
 
 
@@ -62,8 +62,8 @@ def test_padding_is_left_out(triton_calls, live: int) -> None:
     x, weight, residual = torch.randn(2, 96).bfloat16(), torch.randn(16, 96).bfloat16(), torch.randn(2, 16).bfloat16()
     starts = torch.tensor([0, 1, live], dtype=torch.int32)
     arguments = (x, weight, None, RowTile(2, 32, 1), None, 1e-6, residual, False)
-    every, _ = triton_calls.call("kernels.row_linear", "row_linear", *arguments)
-    some, _ = triton_calls.call("kernels.row_linear", "row_linear", *arguments, starts)
+    every, _ = triton_calls.call("pagegraph.kernels.row_linear", "row_linear", *arguments)
+    some, _ = triton_calls.call("pagegraph.kernels.row_linear", "row_linear", *arguments, starts)
     assert torch.equal(some[:live], every[:live]) and not some[live:].any()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import reference
+from pagegraph.kernels import reference
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # a rounding or two of values near 1
@@ -17,18 +17,18 @@ def test_norm_equals_reference(triton_calls, shape: tuple[int, ...], add: bool, 
     x, residual, weight = (torch.randn(*shape).to(dtype), torch.randn(*shape).to(dtype), torch.rand(shape[-1]).to(dtype))
     tolerance = TOLERANCE[dtype]
     if add:
-        got, _ = triton_calls.call("kernels.rms_norm", "add_rms_norm", x, residual, weight, 1e-6)
+        got, _ = triton_calls.call("pagegraph.kernels.rms_norm", "add_rms_norm", x, residual, weight, 1e-6)
         total, normed = reference.add_rms_norm(x, residual, weight, 1e-6)
         assert torch.equal(got[0], total)
         torch.testing.assert_close(got[1], normed, atol=tolerance, rtol=tolerance)
     else:
-        got, _ = triton_calls.call("kernels.rms_norm", "rms_norm", x, weight, 1e-6)
+        got, _ = triton_calls.call("pagegraph.kernels.rms_norm", "rms_norm", x, weight, 1e-6)
         torch.testing.assert_close(got, reference.rms_norm(x, weight, 1e-6), atol=tolerance, rtol=tolerance)
 
 
 def test_strided_rows(triton_calls) -> None:
     x = torch.randn(4, 96)[:, ::3]
-    got, _ = triton_calls.call("kernels.rms_norm", "rms_norm", x, torch.ones(32), 1e-5)
+    got, _ = triton_calls.call("pagegraph.kernels.rms_norm", "rms_norm", x, torch.ones(32), 1e-5)
     torch.testing.assert_close(got, reference.rms_norm(x, torch.ones(32), 1e-5))
 
 
@@ -46,5 +46,5 @@ def test_norm_is_transformers(dtype: torch.dtype) -> None:
 def test_silu_equals_reference(triton_calls, shape: tuple[int, ...]) -> None:
     for dtype, tolerance in TOLERANCE.items():
         gate_up = (torch.randn(*shape) * 4).to(dtype)
-        got, _ = triton_calls.call("kernels.silu_mul", "silu_mul", gate_up)
+        got, _ = triton_calls.call("pagegraph.kernels.silu_mul", "silu_mul", gate_up)
         torch.testing.assert_close(got, reference.silu_mul(gate_up), atol=tolerance, rtol=tolerance)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import cpu_step, ops, reference  # noqa: F401  ops registers torch.ops.pagegraph
+from pagegraph.kernels import cpu_step, ops, reference  # noqa: F401  ops registers torch.ops.pagegraph
 
 
 def parameters(rows: int, **changed: float) -> dict[str, torch.Tensor]:
@@ -120,7 +120,7 @@ def test_random_bits_equal_in_triton(triton_calls) -> None:
         handed, stands = last.clone(), at.clone()
         handed[[3, 0, 8, 1, 4]] = expected[[0, 1, 2, 4, 5]].int()
         stands[[3, 0, 8, 1, 4]] = p["positions"][[0, 1, 2, 4, 5]]
-        ids, after = triton_calls.call("kernels.sampling", "draw", *drawn, rows, sampled, last, at)
+        ids, after = triton_calls.call("pagegraph.kernels.sampling", "draw", *drawn, rows, sampled, last, at)
         assert torch.equal(ids, expected) and torch.equal(after[-2], handed) and torch.equal(after[-1], stands)
         assert torch.equal(torch.ops.pagegraph.draw(*drawn, rows, sampled, last, at), expected)
         assert torch.equal(last, handed) and torch.equal(at, stands)
@@ -132,7 +132,7 @@ def test_ties_go_to_the_first(triton_calls, dtype: torch.dtype) -> None:
     logits[1, [1000, 4000]] = 3
     zero = torch.zeros(2)
     whole = zero.int()
-    ids, _ = triton_calls.call("kernels.sampling", "draw", logits, zero, zero.long(), whole, whole, whole, whole, whole.clone())
+    ids, _ = triton_calls.call("pagegraph.kernels.sampling", "draw", logits, zero, zero.long(), whole, whole, whole, whole, whole.clone())
     assert ids.tolist() == [0, 1000]
     assert torch.ops.pagegraph.draw(logits, zero, zero.long(), whole, whole, whole, whole, whole.clone()).tolist() == [0, 1000]
 

@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from kernels import reference
-from kernels.skinny_tiles import MAX_ROWS, Tile, tile_of
+from pagegraph.kernels import reference
+from pagegraph.kernels.skinny_tiles import MAX_ROWS, Tile, tile_of
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 33])
@@ -31,7 +31,7 @@ def test_equals_torch(triton_calls, rows: int, out_size: int, size: int, tile: T
     expected = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
     expected = reference.silu_mul(expected) if gated else expected
     for _ in range(2):  # the second call finds the arrival counts as the first left them
-        out, _ = triton_calls.call("kernels.skinny_linear", "skinny_linear", x, weight, bias, tile, gated)
+        out, _ = triton_calls.call("pagegraph.kernels.skinny_linear", "skinny_linear", x, weight, bias, tile, gated)
         assert out.dtype == x.dtype and out.shape == expected.shape
         torch.testing.assert_close(out.float(), expected, atol=2e-2 * size**0.5, rtol=1e-2)
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from kernels.attention_decode import TILES
-from kernels.quant_tiles import RowsTile, tile_by_rule
-from kernels.skinny_tiles import Tile, tile_of
+from pagegraph.kernels.attention_decode import TILES
+from pagegraph.kernels.quant_tiles import RowsTile, tile_by_rule
+from pagegraph.kernels.skinny_tiles import Tile, tile_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = 232448  # bytes a block may have on sm_90
@@ -62,21 +62,21 @@ def attention(
         softcap,
         chunk,
     ]
-    return [name, "kernels.cuda", "paged_attention", arguments]
+    return [name, "pagegraph.kernels.cuda", "paged_attention", arguments]
 
 
 def sampling(vocab: int, dtype: str) -> list[Any]:
     words = tensor("int32", 256)
     arguments = [tensor(dtype, 256, vocab), tensor("float32", 256), tensor("int64", 256), words, words, words, words, words]
-    return [f"sampling {vocab} {dtype}", "kernels.sampling", "draw", arguments]
+    return [f"sampling {vocab} {dtype}", "pagegraph.kernels.sampling", "draw", arguments]
 
 
 def rows(rows: int, size: int) -> list[list[Any]]:
     x, weight = tensor("bfloat16", rows, size), tensor("bfloat16", size)
     return [
-        [f"norm {rows}x{size}", "kernels.rms_norm", "rms_norm", [x, weight, 1e-6]],
-        [f"add and norm {rows}x{size}", "kernels.rms_norm", "add_rms_norm", [x, x, weight, 1e-6]],
-        [f"silu {rows}x{size}", "kernels.silu_mul", "silu_mul", [x]],
+        [f"norm {rows}x{size}", "pagegraph.kernels.rms_norm", "rms_norm", [x, weight, 1e-6]],
+        [f"add and norm {rows}x{size}", "pagegraph.kernels.rms_norm", "add_rms_norm", [x, x, weight, 1e-6]],
+        [f"silu {rows}x{size}", "pagegraph.kernels.silu_mul", "silu_mul", [x]],
     ]
 
 
@@ -86,8 +86,8 @@ def unpack(tokens: int, seqs: int) -> list[list[Any]]:
     rows, guesses = tensor("int32", 257), tensor("int32", 257, 15)
     arguments = [tensor("int32", tokens), starts, tensor("int32", seqs + 1), starts, rows, rows, guesses, tables, 16, 512]
     return [
-        [f"update {seqs}", "kernels.unpack", "update_tables", update],
-        [f"unpack {tokens} {seqs}", "kernels.unpack", "unpack", arguments],
+        [f"update {seqs}", "pagegraph.kernels.unpack", "update_tables", update],
+        [f"unpack {tokens} {seqs}", "pagegraph.kernels.unpack", "unpack", arguments],
     ]
 
 
@@ -95,8 +95,8 @@ def guessing(tokens: int, seqs: int) -> list[list[Any]]:
     entries, rows = tensor("int32", seqs), tensor("int32", 257)
     step = [tensor("int64", seqs), tensor("int32", tokens), entries, tensor("int32", seqs + 1), entries]
     return [
-        [f"accept {seqs}", "kernels.guesses", "accept", [*step, rows, rows, 15]],
-        [f"look up {seqs}", "kernels.guesses", "look_up", [*step, entries, rows, rows, tensor("int32", 257, 8193), tensor("int32", 257, 15), 2, 5]],
+        [f"accept {seqs}", "pagegraph.kernels.guesses", "accept", [*step, rows, rows, 15]],
+        [f"look up {seqs}", "pagegraph.kernels.guesses", "look_up", [*step, entries, rows, rows, tensor("int32", 257, 8193), tensor("int32", 257, 15), 2, 5]],
     ]
 
 
@@ -104,7 +104,7 @@ def linear(rows: int, out_size: int, size: int) -> list[Any]:
     """The product with the tile that is chosen for it, or a plain one."""
     tile = tile_of(rows, out_size, size) or Tile(32, 128, 1, 4, 4)
     arguments = [tensor("bfloat16", rows, size), tensor("bfloat16", out_size, size), None, {"tile": tile}]
-    return [f"linear {rows} {out_size}x{size} {tile}", "kernels.skinny_linear", "skinny_linear", arguments]
+    return [f"linear {rows} {out_size}x{size} {tile}", "pagegraph.kernels.skinny_linear", "skinny_linear", arguments]
 
 
 def row_linears(rows: int, hidden: int, inner: int) -> list[list[Any]]:
@@ -117,7 +117,7 @@ def row_linears(rows: int, hidden: int, inner: int) -> list[list[Any]]:
     x, norm, residual = bf16(1, rows, hidden), bf16(hidden), bf16(1, rows, hidden)
     gate = [x, bf16(hidden, hidden), None, residual, norm, 1e-6, bf16(2 * inner, hidden), None, True, starts]
     down = [bf16(1, rows, inner), bf16(hidden, inner), None, residual, norm, 1e-6, bf16(2 * hidden, hidden), None, False, starts]
-    return [[f"{rows} rows of {hidden}, {inner}: {name}", "kernels.cuda", "linear_norm_linear", arguments] for name, arguments in (("gate", gate), ("down", down))]
+    return [[f"{rows} rows of {hidden}, {inner}: {name}", "pagegraph.kernels.cuda", "linear_norm_linear", arguments] for name, arguments in (("gate", gate), ("down", down))]
 
 
 def quantised(
@@ -129,11 +129,11 @@ def quantised(
     x, blocks = tensor(dtype, rows, size), (out_size // 64, size // 64)
     if kind == "fp8":
         weight = [tensor("float8_e4m3fn", out_size, size), tensor("float32", out_size, -(-size // group)), None, None, group, out_size]
-        return [name, "kernels.fragment_linear", "fragment_linear", [x, {"weight": weight}, {"tile": tile}]]
+        return [name, "pagegraph.kernels.fragment_linear", "fragment_linear", [x, {"weight": weight}, {"tile": tile}]]
     codes = tensor("uint8", *blocks, 128, 16) if kind == "int4" else tensor("int8", *blocks, 256, 16)
     scale = tensor(dtype if group < size else "float32", out_size // 64, size // max(group, 64), 32, 2 * max(1, 64 // group))
     weight = [codes, scale, scale if shifted else None, None, group, out_size]
-    return [name, "kernels.fragment_linear", "fragment_linear", [x, {"weight": weight}, {"tile": tile}]]
+    return [name, "pagegraph.kernels.fragment_linear", "fragment_linear", [x, {"weight": weight}, {"tile": tile}]]
 
 
 def coded(kind: str, rows: int, out_size: int, size: int, tile: Tile, symmetric: bool = False, dtype: str = "bfloat16") -> list[Any]:
@@ -141,23 +141,23 @@ def coded(kind: str, rows: int, out_size: int, size: int, tile: Tile, symmetric:
     shifted = kind == "int4" and not symmetric
     name, _, _, (x, weight, _) = quantised(rows, out_size, size, kind, 128 if kind == "int4" else size, shifted, tile, dtype)
     weight["weight"][3] = None if shifted else tensor(dtype, out_size)
-    return [f"{name} on both sides", "kernels.coded_linear", "coded_linear", [x, weight, {"tile": tile}]]
+    return [f"{name} on both sides", "pagegraph.kernels.coded_linear", "coded_linear", [x, weight, {"tile": tile}]]
 
 
 def rounded_rows(size: int) -> list[list[Any]]:
     """Alone, behind a gate, behind an addition and a norm."""
     x, residual = tensor("bfloat16", 256, size), {"norm": [256, size]}
     return [
-        ["rows to e4m3", "kernels.quantize_rows", "exchanged_e4m3_rows", [x]],
-        ["gated rows to int8", "kernels.quantize_rows", "int8_rows", [tensor("bfloat16", 256, 2 * size), 64, None, True]],
-        ["normed rows to e4m3 with sums", "kernels.quantize_rows", "e4m3_rows", [x, 64, residual]],
+        ["rows to e4m3", "pagegraph.kernels.quantize_rows", "exchanged_e4m3_rows", [x]],
+        ["gated rows to int8", "pagegraph.kernels.quantize_rows", "int8_rows", [tensor("bfloat16", 256, 2 * size), 64, None, True]],
+        ["normed rows to e4m3 with sums", "pagegraph.kernels.quantize_rows", "e4m3_rows", [x, 64, residual]],
     ]
 
 
 def written_out(kind: str, group: int, shifted: bool) -> list[Any]:
     """The weight on its own."""
     _, _, _, (_, weight, _) = quantised(8, 4096, 4096, kind, group, shifted)
-    return [f"{kind}/{group} written out", "kernels.fragment_linear", "fragment_dequantize", [weight, 4096, {"type": "bfloat16"}]]
+    return [f"{kind}/{group} written out", "pagegraph.kernels.fragment_linear", "fragment_dequantize", [weight, 4096, {"type": "bfloat16"}]]
 
 
 def quantised_rows(kind: str, group: int, tile: RowsTile, shifted: bool = False) -> list[list[Any]]:
@@ -166,7 +166,7 @@ def quantised_rows(kind: str, group: int, tile: RowsTile, shifted: bool = False)
     for out_size, gated in ((hidden, False), (28672, True)):
         _, _, _, (x, weight, _) = quantised(2, out_size, hidden, kind, group or hidden, shifted)
         cut = tile._replace(parts=max(2, tile.parts)) if gated else tile
-        launches.append([f"{kind}/{group} {out_size} {cut}", "kernels.fragment_rows", "fragment_rows", [x, weight, gated, {"few": cut}]])
+        launches.append([f"{kind}/{group} {out_size} {cut}", "pagegraph.kernels.fragment_rows", "fragment_rows", [x, weight, gated, {"few": cut}]])
     return launches
 
 
@@ -176,7 +176,7 @@ def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
     norms = [tensor("bfloat16", size) if normed else None] * 2
     caches = [tensor("bfloat16", 4096, 16, kv_heads, size)] * 2
     arguments = [*wide, *[tensor("bfloat16", 256, size)] * 2, *norms, 1e-6, *caches, tensor("int32", 256)]
-    return [f"rope {heads}/{kv_heads} {size}", "kernels.rope_write", "rope_write", arguments]
+    return [f"rope {heads}/{kv_heads} {size}", "pagegraph.kernels.rope_write", "rope_write", arguments]
 
 
 ROPES = [rope(16, 8, 128, True), rope(32, 8, 128, False), rope(32, 32, 256, False)]

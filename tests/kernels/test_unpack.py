@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compiler.buckets import Bucket
-from compiler.staging import Staging
-from compiler.state import DeviceState
-from compiler.step_input import SamplingInput, StepInput
-from kernels import cpu_step, reference
+from pagegraph.compiler.buckets import Bucket
+from pagegraph.compiler.staging import Staging
+from pagegraph.compiler.state import DeviceState
+from pagegraph.compiler.step_input import SamplingInput, StepInput
+from pagegraph.kernels import cpu_step, reference
 
 ROWS, BLOCKS, BLOCK, GUESSES = 9, 150, 16, 5
 
@@ -49,7 +49,7 @@ def packet_of(counts: list[int], padded: Bucket, seed: int) -> tuple[torch.Tenso
 def test_equals_reference(triton_calls, counts: list[int], padded: Bucket) -> None:
     for seed, width in ((0, BLOCKS), (1, BLOCKS - 1)):
         packet = packet_of(counts, padded, seed)
-        got, _ = triton_calls.call("kernels.unpack", "unpack", *packet, BLOCK, width)
+        got, _ = triton_calls.call("pagegraph.kernels.unpack", "unpack", *packet, BLOCK, width)
         for mine, theirs in zip(got, reference.unpack(*packet, BLOCK, width), strict=True):
             assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
 
@@ -58,7 +58,7 @@ def test_padding_may_say_what_it_will(triton_calls) -> None:
     """Where a packet went on, padding too has the code of a row's last token."""
     ids, rows, *others = packet_of([1] * 5, Bucket(8, 8), 0)
     given = torch.full_like(ids, -1), rows, *others
-    got, _ = triton_calls.call("kernels.unpack", "unpack", *given, BLOCK, BLOCKS)
+    got, _ = triton_calls.call("pagegraph.kernels.unpack", "unpack", *given, BLOCK, BLOCKS)
     for mine, theirs in zip(got, reference.unpack(*given, BLOCK, BLOCKS), strict=True):
         assert torch.equal(mine, theirs)
     assert not any(one[5:].any() for one in got[:5])
@@ -104,7 +104,7 @@ def test_updates_equal_reference(triton_calls, pages: int) -> None:
     entries = np.concatenate([entries, np.full((5, 3), 7)])  # beyond the count: not read
     arguments = [torch.from_numpy(one.astype(np.int32)) for one in (np.zeros((40, BLOCKS)), entries, np.array([pages]))]
     expected = [one.clone() for one in arguments]
-    _, arguments = triton_calls.call("kernels.unpack", "update_tables", *arguments)
+    _, arguments = triton_calls.call("pagegraph.kernels.unpack", "update_tables", *arguments)
     reference.update_tables(*expected)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(arguments, expected))
 

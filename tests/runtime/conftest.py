@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from compiler import build as builder
-from runtime.config import Config, load_config
-from runtime.llm import LLM
+from pagegraph.compiler import build as builder
+from pagegraph.runtime.config import Config, load_config
+from pagegraph.runtime.llm import LLM
 
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 

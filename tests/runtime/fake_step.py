@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from compiler.step_input import LookedUp, StepInput, StepOutput
-from runtime.protocol import SamplingParams
+from pagegraph.compiler.step_input import LookedUp, StepInput, StepOutput
+from pagegraph.runtime.protocol import SamplingParams
 
 BLOCK = 4
 EOS = 7

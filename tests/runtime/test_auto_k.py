@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.auto_k import PRIOR, Acceptance, StepCosts, choose
+from pagegraph.runtime.auto_k import PRIOR, Acceptance, StepCosts, choose
 
 RUNGS = (1, 2, 4, 8, 16, 32, 64)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compiler.step_input import StepInput, StepOutput
-from runtime.batch import Packer
-from runtime.blocks import BlockPool
-from runtime.protocol import SamplingParams
-from runtime.request import Sequence
-from runtime.scheduler import Scheduler
+from pagegraph.compiler.step_input import StepInput, StepOutput
+from pagegraph.runtime.batch import Packer
+from pagegraph.runtime.blocks import BlockPool
+from pagegraph.runtime.protocol import SamplingParams
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.scheduler import Scheduler
 
 BLOCK = 4
 EOS = 7

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from runtime.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
+from pagegraph.runtime.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
 
 NUM_BLOCKS = 9
 SIZE = 2

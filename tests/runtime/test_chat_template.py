@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from runtime.chat_template import ChatTemplate, ChatTemplateError
+from pagegraph.runtime.chat_template import ChatTemplate, ChatTemplateError
 
 STRINGS = "{% for m in messages %}<{{ m.role }}>{{ m['content'] | trim }}{% endfor %}"
 LOOP = (

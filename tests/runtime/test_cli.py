@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from runtime.cli import COMMANDS, main
-from runtime.config import FIELDS, flag_of
-from runtime.sampling_params import FROM_GENERATION_CONFIG
+from pagegraph.runtime.cli import COMMANDS, main
+from pagegraph.runtime.config import FIELDS, flag_of
+from pagegraph.runtime.sampling_params import FROM_GENERATION_CONFIG
 
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = str(ROOT / "configs" / "smollm2-cpu.yaml")
@@ -23,7 +23,7 @@ def run(*arguments: str) -> Result:
 
 
 def test_help_is_fast_and_imports_no_torch() -> None:
-    code = "import sys, runtime.cli\ntry: runtime.cli.main(['--help'])\nexcept SystemExit: sys.exit('torch' in sys.modules or 'yaml' in sys.modules)"
+    code = "import sys; from pagegraph.runtime import cli\ntry: cli.main(['--help'])\nexcept SystemExit: sys.exit('torch' in sys.modules or 'yaml' in sys.modules)"
 
     def once() -> float:
         start = time.perf_counter()
@@ -116,5 +116,5 @@ def test_a_missing_model_is_refused_before_anything_starts(command: list[str]) -
 
 
 def test_serve_imports_no_torch() -> None:
-    code = "import runtime.serve, runtime.supervisor, runtime.generate, sys; sys.exit('torch' in sys.modules)"
+    code = "import pagegraph.runtime.serve, pagegraph.runtime.supervisor, pagegraph.runtime.generate, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

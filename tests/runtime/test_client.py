@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from runtime.client import EngineClient, EngineDead, RequestFailed
-from runtime.protocol import Failed, SamplingParams, Submit, TokenDelta
+from pagegraph.runtime.client import EngineClient, EngineDead, RequestFailed
+from pagegraph.runtime.protocol import Failed, SamplingParams, Submit, TokenDelta
 
 PARAMS = SamplingParams()
 
@@ -105,7 +105,7 @@ def test_a_refused_group_fails_once_for_all(client: EngineClient, fake_engine) -
 
 
 def test_a_prompt_of_many_sequences_travels_once(client: EngineClient, fake_engine, monkeypatch) -> None:
-    monkeypatch.setattr("runtime.client.MAX_FRAME_BYTES", 30_000)
+    monkeypatch.setattr("pagegraph.runtime.client.MAX_FRAME_BYTES", 30_000)
     prompt = list(range(100, 5100))
     group = client.submit_group([(prompt, PARAMS)] * 128)
     while group.num_open:

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlamaConfig
 
-from runtime import compile_ahead
-from runtime.config import FIELDS, Config
+from pagegraph.runtime import compile_ahead
+from pagegraph.runtime.config import FIELDS, Config
 
 # What no artefact depends on; every setting is here or among `compile_ahead.ARTEFACT_SETTINGS`.
 OTHER_SETTINGS = {

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.config import (
+from pagegraph.runtime.config import (
     FIELDS,
     Config,
     ConfigError,
@@ -285,7 +285,7 @@ def test_there_are_shipped_configurations() -> None:
 
 
 def test_imports_no_torch() -> None:
-    code = "import runtime.config, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import pagegraph.runtime.config, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from compiler import build as builder
-from compiler.step import CompiledStep, Ticket
-from compiler.step_input import SamplingInput, StepInput, StepOutput
-from kernels import reference
-from runtime.config import Config
-from runtime.draft_model import DraftModel
-from runtime.protocol import SamplingParams
-from runtime.request import Sequence
-from runtime.rows import Rows
-from runtime.verify import Guessed, verdict
+from pagegraph.compiler import build as builder
+from pagegraph.compiler.step import CompiledStep, Ticket
+from pagegraph.compiler.step_input import SamplingInput, StepInput, StepOutput
+from pagegraph.kernels import reference
+from pagegraph.runtime.config import Config
+from pagegraph.runtime.draft_model import DraftModel
+from pagegraph.runtime.protocol import SamplingParams
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.rows import Rows
+from pagegraph.runtime.verify import Guessed, verdict
 
 DRAWS = 200_000
 VOCAB = 6

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.reference import LOOKUP_SEEN
-from runtime.drafters import Ngram, Retrieval
-from runtime.protocol import SamplingParams
-from runtime.request import Sequence
-from runtime.rows import Rows
-from runtime.suffix import BORDER, Automaton, Suffix
+from pagegraph.kernels.reference import LOOKUP_SEEN
+from pagegraph.runtime.drafters import Ngram, Retrieval
+from pagegraph.runtime.protocol import SamplingParams
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.rows import Rows
+from pagegraph.runtime.suffix import BORDER, Automaton, Suffix
 
 texts = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 

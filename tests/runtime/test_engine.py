@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -13,25 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from compiler.step import StepCounts, Ticket
-from compiler.step_input import StepInput, StepOutput
-from runtime import results
-from runtime.batch import Packer
-from runtime.blocks import BlockPool
-from runtime.device_lookup import DeviceLookup
-from runtime.drafters import Ngram
-from runtime.engine import Engine, Limits
-from runtime.llm import CLIENT, LocalMailbox
-from runtime.metrics import EngineMetrics
-from runtime.protocol import Abort, Admitted, Failed, Member, SamplingParams, Submit, SubmitGroup, Tokens
-from runtime.recorder import Recorder
-from runtime.request import Sequence
-from runtime.rows import Rows
-from runtime.scheduler import Scheduler
-from runtime.speculate import Speculation
+from pagegraph.compiler.step import StepCounts, Ticket
+from pagegraph.compiler.step_input import StepInput, StepOutput
+from pagegraph.runtime import results
+from pagegraph.runtime.batch import Packer
+from pagegraph.runtime.blocks import BlockPool
+from pagegraph.runtime.device_lookup import DeviceLookup
+from pagegraph.runtime.drafters import Ngram
+from pagegraph.runtime.engine import Engine, Limits
+from pagegraph.runtime.llm import CLIENT, LocalMailbox
+from pagegraph.runtime.metrics import EngineMetrics
+from pagegraph.runtime.protocol import Abort, Admitted, Failed, Member, SamplingParams, Submit, SubmitGroup, Tokens
+from pagegraph.runtime.recorder import Recorder
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.rows import Rows
+from pagegraph.runtime.scheduler import Scheduler
+from pagegraph.runtime.speculate import Speculation
 
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep  # noqa: E402
+from tests.runtime.fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep
 
 
 class Device(FakeStep):

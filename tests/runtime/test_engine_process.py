@@ -10,9 +10,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from compiler.build import BuiltModel, Timings
-from runtime import engine_process
-from runtime.config import Config
+from pagegraph.compiler.build import BuiltModel, Timings
+from pagegraph.runtime import engine_process
+from pagegraph.runtime.config import Config
 
 
 class Step:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from runtime.llm import LLM
-from runtime.sampling_params import SamplingParams
+from pagegraph.runtime.llm import LLM
+from pagegraph.runtime.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.timeout(900)  # the first test compiles the model
 

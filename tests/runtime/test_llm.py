@@ -11,13 +11,13 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from compiler.step import StepCounts, Ticket
-from compiler.step_input import StepInput, StepOutput
-from runtime.config import Config
-from runtime.llm import LLM
-from runtime.protocol import Submit
-from runtime.sampling_params import SamplingParams
-from runtime.tokenizer import Tokenizer
+from pagegraph.compiler.step import StepCounts, Ticket
+from pagegraph.compiler.step_input import StepInput, StepOutput
+from pagegraph.runtime.config import Config
+from pagegraph.runtime.llm import LLM
+from pagegraph.runtime.protocol import Submit
+from pagegraph.runtime.sampling_params import SamplingParams
+from pagegraph.runtime.tokenizer import Tokenizer
 
 MAX_LEN = 400
 

@@ -12,8 +12,8 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime.mailbox import Mailbox
-from runtime.protocol import (
+from pagegraph.runtime.mailbox import Mailbox
+from pagegraph.runtime.protocol import (
     Abort,
     Failed,
     Hello,
@@ -144,7 +144,7 @@ def test_a_client_whose_heartbeats_wait_behind_a_backlog_is_not_lost(
     """After a stall of the engine's own, nobody is silent of whom not all has been read."""
     client.send(encode(submit("a")))
     take(mailbox)
-    monkeypatch.setattr("runtime.mailbox._MAX_FRAMES_A_POLL", 2)
+    monkeypatch.setattr("pagegraph.runtime.mailbox._MAX_FRAMES_A_POLL", 2)
     for _ in range(4):
         client.send(b"junk")
     client.send(encode(Hello()))

@@ -7,8 +7,8 @@ import pytest
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from compiler.step import StepCounts
-from runtime.metrics import EngineMetrics
+from pagegraph.compiler.step import StepCounts
+from pagegraph.runtime.metrics import EngineMetrics
 
 
 def samples(metrics: EngineMetrics) -> dict[tuple[str, str], float]:

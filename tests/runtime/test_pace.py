@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from runtime.pace import Pace
+from pagegraph.runtime.pace import Pace
 
 
 def observed(sizes: list[int], fixed: float, per_token: float, target_ms: float = 30.0, noise: float = 0.0) -> Pace:

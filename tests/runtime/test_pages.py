@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtime.blocks import BlockPool
-from runtime.pages import Pages
-from runtime.protocol import SamplingParams
-from runtime.request import Sequence
-from runtime.rows import Rows
+from pagegraph.runtime.blocks import BlockPool
+from pagegraph.runtime.pages import Pages
+from pagegraph.runtime.protocol import SamplingParams
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.rows import Rows
 
 BLOCK = 4
 

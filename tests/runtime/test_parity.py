@@ -7,21 +7,19 @@ A difference is allowed only where the two likeliest logits are nearer than TIE,
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compiler import build as builder
-from compiler import model_source
-from runtime.config import Config
-from runtime.llm import LLM
-from runtime.protocol import SamplingParams
+from pagegraph.compiler import build as builder
+from pagegraph.compiler import model_source
+from pagegraph.runtime.config import Config
+from pagegraph.runtime.llm import LLM
+from pagegraph.runtime.protocol import SamplingParams
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from prompts import PROMPTS  # noqa: E402
+from tests.prompts import PROMPTS
 
 pytestmark = pytest.mark.timeout(900)  # the first test compiles the model
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from compiler import build as builder
-from compiler.build import BuiltModel
-from runtime.config import load_config
-from runtime.llm import LLM
-from runtime.protocol import SamplingParams
-from runtime.quality import compare, prompt_logits, summarize
+from pagegraph.compiler import build as builder
+from pagegraph.compiler.build import BuiltModel
+from pagegraph.runtime.config import load_config
+from pagegraph.runtime.llm import LLM
+from pagegraph.runtime.protocol import SamplingParams
+from pagegraph.runtime.quality import compare, prompt_logits, summarize
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "compiler"))
-from prompts import PROMPTS  # noqa: E402
-from quantized_checkpoints import write  # noqa: E402
+from tests.prompts import PROMPTS
+from tests.compiler.quantized_checkpoints import write
 
 GGUF = Path("models/SmolLM2-135M-Instruct.Q4_1.gguf")
 real = pytest.mark.skipif(not GGUF.is_file(), reason=f"{GGUF.name} is not in models/")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from compiler.sampling import StepLogprobTensors
-from compiler.step_input import StepOutput
-from runtime.blocks import BlockPool
-from runtime.protocol import SamplingParams, TokenLogprob
-from runtime.request import Sequence
-from runtime.scheduler import Scheduler
+from pagegraph.compiler.sampling import StepLogprobTensors
+from pagegraph.compiler.step_input import StepOutput
+from pagegraph.runtime.blocks import BlockPool
+from pagegraph.runtime.protocol import SamplingParams, TokenLogprob
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.scheduler import Scheduler
 
 
 def told(logits: list[float], chosen: int, wanted: int, most: int) -> TokenLogprob:

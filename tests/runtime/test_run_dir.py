@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.run_dir import LOCK, PREFIX, RunDir
+from pagegraph.runtime.run_dir import LOCK, PREFIX, RunDir
 
 ROOT = Path(__file__).parents[2]
 KILLED = "import os, signal; from runtime.run_dir import RunDir; kept = RunDir(); os.kill(os.getpid(), signal.SIGKILL)"
@@ -39,7 +39,7 @@ def test_a_temporary_folder_that_holds_no_socket_is_passed_over(temporary: Path,
     if "/" not in name:
         (temporary / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / name))
-    monkeypatch.setattr("runtime.run_dir.FALLBACKS", (str(temporary),))
+    monkeypatch.setattr("pagegraph.runtime.run_dir.FALLBACKS", (str(temporary),))
     folder = RunDir()
     assert folder.path.parent == temporary
     folder.close()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from runtime.protocol import SamplingParams
-from runtime.request import Sequence
-from runtime.rows import Rows
-from runtime.running import Running
+from pagegraph.runtime.protocol import SamplingParams
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.rows import Rows
+from pagegraph.runtime.running import Running
 
 
 def joined(running: Running, rows: Rows, name: str, priority: int) -> Sequence:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.protocol import Submit, decode_to_engine, encode
-from runtime.sampling_params import (
+from pagegraph.runtime.protocol import Submit, decode_to_engine, encode
+from pagegraph.runtime.sampling_params import (
     RANGES,
     BadParameter,
     SamplingParams,

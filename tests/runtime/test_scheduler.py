@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections import deque
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from compiler.step_input import StepOutput
-from runtime.batch import Packer
-from runtime.blocks import BlockPool
-from runtime.pace import Pace
-from runtime.plan import Plan
-from runtime.protocol import SamplingParams
-from runtime.request import Sequence
-from runtime.scheduler import Scheduler
+from pagegraph.compiler.step_input import StepOutput
+from pagegraph.runtime.batch import Packer
+from pagegraph.runtime.blocks import BlockPool
+from pagegraph.runtime.pace import Pace
+from pagegraph.runtime.plan import Plan
+from pagegraph.runtime.protocol import SamplingParams
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.scheduler import Scheduler
 
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep, check_outputs  # noqa: E402
+from tests.runtime.fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep, check_outputs
 
 prompts = st.builds(
     lambda shared, own: ([1, 2, 3, 4, 5, 6, 8, 9, 10, 0, 1, 2] * 2)[:shared] + own,

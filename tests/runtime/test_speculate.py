@@ -7,20 +7,20 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from compiler.step import StepCounts, Ticket
-from compiler.step_input import LookedUp, StepInput, StepOutput
-from kernels import reference
-from runtime.auto_k import StepCosts
-from runtime.blocks import BlockPool
-from runtime.device_lookup import DeviceLookup
-from runtime.drafters import Ngram
-from runtime.engine import Engine, Limits
-from runtime.llm import LocalMailbox
-from runtime.metrics import EngineMetrics
-from runtime.protocol import SamplingParams, Submit, Tokens
-from runtime.recorder import Recorder
-from runtime.scheduler import Scheduler
-from runtime.speculate import Guesser, Speculation
+from pagegraph.compiler.step import StepCounts, Ticket
+from pagegraph.compiler.step_input import LookedUp, StepInput, StepOutput
+from pagegraph.kernels import reference
+from pagegraph.runtime.auto_k import StepCosts
+from pagegraph.runtime.blocks import BlockPool
+from pagegraph.runtime.device_lookup import DeviceLookup
+from pagegraph.runtime.drafters import Ngram
+from pagegraph.runtime.engine import Engine, Limits
+from pagegraph.runtime.llm import LocalMailbox
+from pagegraph.runtime.metrics import EngineMetrics
+from pagegraph.runtime.protocol import SamplingParams, Submit, Tokens
+from pagegraph.runtime.recorder import Recorder
+from pagegraph.runtime.scheduler import Scheduler
+from pagegraph.runtime.speculate import Guesser, Speculation
 
 MAX_LEN = 2000
 RNG = np.random.default_rng(0)

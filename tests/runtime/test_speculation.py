@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from compiler import build as builder
-from compiler.state import Lookup
-from runtime.llm import LLM, Completion
-from runtime.protocol import SamplingParams
+from pagegraph.compiler import build as builder
+from pagegraph.compiler.state import Lookup
+from pagegraph.runtime.llm import LLM, Completion
+from pagegraph.runtime.protocol import SamplingParams
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from prompts import PROMPTS  # noqa: E402
+from tests.prompts import PROMPTS
 
 pytestmark = pytest.mark.timeout(900)  # the first test compiles the model
 

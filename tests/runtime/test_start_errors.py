@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from compiler.memory import DoesNotFit
-from runtime import engine_process
-from runtime.cli import main
-from runtime.config import Config
-from runtime.start_errors import REASON_FILE, sentence
+from pagegraph.compiler.memory import DoesNotFit
+from pagegraph.runtime import engine_process
+from pagegraph.runtime.cli import main
+from pagegraph.runtime.config import Config
+from pagegraph.runtime.start_errors import REASON_FILE, sentence
 
 
 def start_engine(tmp_path: Path, **options: object) -> Path:
@@ -33,7 +33,7 @@ def generate(folder: Path, *arguments: str) -> Result:
 
 @pytest.fixture
 def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compiler.build.build", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("pagegraph.compiler.build.build", lambda *_, **__: pytest.fail("the model was loaded"))
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_the_engine_keeps_the_traceback_of_our_faults(tmp_path: Path, folder: Pa
     def broken(*_: object, **__: object) -> None:
         raise KeyError("ours")
 
-    monkeypatch.setattr("compiler.build.build", broken)
+    monkeypatch.setattr("pagegraph.compiler.build.build", broken)
     (tmp_path / "settings.json").write_text(json.dumps({"config": dataclasses.asdict(Config(model=str(folder)))}))
     with pytest.raises(KeyError):
         engine_process.main(str(tmp_path / "settings.json"))

@@ -24,13 +24,13 @@ import tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from runtime import run_dir
-from runtime.child import child_environment, module_command
-from runtime.config import Config
-from runtime.health import DRAINING, LOADING, READY, Health
-from runtime.protocol import EngineInfo
-from runtime.supervisor import Probes, Supervisor, Unserved, _stopping_signals, banner, bind
-from web.settings import WebSettings
+from pagegraph.runtime import run_dir
+from pagegraph.runtime.child import child_environment, module_command
+from pagegraph.runtime.config import Config
+from pagegraph.runtime.health import DRAINING, LOADING, READY, Health
+from pagegraph.runtime.protocol import EngineInfo
+from pagegraph.runtime.supervisor import Probes, Supervisor, Unserved, _stopping_signals, banner, bind
+from pagegraph.web.settings import WebSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,8 +38,8 @@ ENGINE = """
     import faulthandler, json, signal, sys, threading, time
     from http.server import BaseHTTPRequestHandler, HTTPServer
     from pathlib import Path
-    from runtime.mailbox import Mailbox
-    from runtime.protocol import Abort, Admitted, EngineInfo, Hello, SubmitGroup, TokenDelta, Tokens
+    from pagegraph.runtime.mailbox import Mailbox
+    from pagegraph.runtime.protocol import Abort, Admitted, EngineInfo, Hello, SubmitGroup, TokenDelta, Tokens
 
     class Metrics(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -110,8 +110,8 @@ WEB = """
 
 DRIVER = """
     import logging, os, sys
-    from runtime.config import Config
-    from runtime.supervisor import WEB_COMMAND, Supervisor, Unserved
+    from pagegraph.runtime.config import Config
+    from pagegraph.runtime.supervisor import WEB_COMMAND, Supervisor, Unserved
     control, port, probe_port, drain, web = sys.argv[1:]
     logging.basicConfig(level="INFO")
     config = Config(
@@ -443,7 +443,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_children_import_our_packages_wherever_they_start(hostile: Path) -> None:
-    command = module_command("runtime.config")  # which imports another of our packages
+    command = module_command("pagegraph.runtime.config")  # which imports another of our packages
     subprocess.run(command, cwd=hostile, env=child_environment(), check=True)
 
 

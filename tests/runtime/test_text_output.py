@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from runtime.protocol import TokenDelta, TokenLogprob
-from runtime.sampling_params import SamplingParams
-from runtime.text_output import Detokenizer, StopStrings, TextOutput
-from runtime.tokenizer import Tokenizer
+from pagegraph.runtime.protocol import TokenDelta, TokenLogprob
+from pagegraph.runtime.sampling_params import SamplingParams
+from pagegraph.runtime.text_output import Detokenizer, StopStrings, TextOutput
+from pagegraph.runtime.tokenizer import Tokenizer
 
 SCRIPTS = [
     "the", " ", "  ", "a", "\n", " caf\u00e9", "\u65e5\u672c", "\u8a9e", "\U0001f999", "\U0001f469\u200d\U0001f469\u200d\U0001f467",

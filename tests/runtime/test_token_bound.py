@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from runtime.tokenizer import Tokenizer
+from pagegraph.runtime.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 # Runs of one character, words, marks that compose, jamo, signs of SentencePiece, white space of all kinds, special tokens.

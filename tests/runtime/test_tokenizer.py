@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from runtime.tokenizer import ChatTemplateError, Tokenizer
+from pagegraph.runtime.tokenizer import ChatTemplateError, Tokenizer
 
 EMOJI = "caf\u00e9 \U0001f600 \u65e5\u672c"
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from compiler.step_input import StepLogprobs, StepOutput
-from runtime.batch import Packer
-from runtime.blocks import BlockPool
-from runtime.protocol import SamplingParams
-from runtime.request import Sequence
-from runtime.scheduler import Scheduler
-from runtime.speculate import within
-from runtime.verify import Guessed, Guesses, Verdict, entries, verdict
+from pagegraph.compiler.step_input import StepLogprobs, StepOutput
+from pagegraph.runtime.batch import Packer
+from pagegraph.runtime.blocks import BlockPool
+from pagegraph.runtime.protocol import SamplingParams
+from pagegraph.runtime.request import Sequence
+from pagegraph.runtime.scheduler import Scheduler
+from pagegraph.runtime.speculate import within
+from pagegraph.runtime.verify import Guessed, Guesses, Verdict, entries, verdict
 
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep, check_outputs, next_token  # noqa: E402
+from tests.runtime.fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep, check_outputs, next_token
 
 
 def judged(

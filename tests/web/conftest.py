@@ -11,7 +11,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from web.app import create_app
+from pagegraph.web.app import create_app
 
 
 @pytest.fixture

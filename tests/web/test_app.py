@@ -14,9 +14,9 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from runtime import health
-from runtime.metrics import EngineMetrics
-from web.app import create_app
+from pagegraph.runtime import health
+from pagegraph.runtime.metrics import EngineMetrics
+from pagegraph.web.app import create_app
 
 PATHS = ["/v1/models", "/v1/models/tiny", "/v1/completions", "/v1/chat/completions", "/metrics", "/version", "/none",
          "//v1/models", "/health/", "/health/../v1/models", "/%2e/v1/models"]  # fmt: skip

@@ -23,10 +23,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.child import child_environment
+from pagegraph.runtime.child import child_environment
 
-sys.path.insert(0, str(Path(__file__).parent))
-from web_process import connect, eventually, read_to_end  # noqa: E402
+from tests.web.web_process import connect, eventually, read_to_end
 
 # Prompts of one token; the engine answers 8 at once, 1 every twentieth of a second, and 1 very long one every fifth.
 SHORT, STEADY, FLOOD = 20, 21, 22
@@ -37,8 +36,8 @@ SEND_TIMEOUT_S = 30.0  # the default
 ENGINE = """
     import json, sys, time
     from pathlib import Path
-    from runtime.mailbox import Mailbox
-    from runtime.protocol import Abort, Admitted, EngineInfo, Hello, SubmitGroup, TokenDelta, Tokens
+    from pagegraph.runtime.mailbox import Mailbox
+    from pagegraph.runtime.protocol import Abort, Admitted, EngineInfo, Hello, SubmitGroup, TokenDelta, Tokens
 
     settings = json.loads(Path(sys.argv[1]).read_text())
     model = Path(settings["config"]["model"])
@@ -72,8 +71,8 @@ ENGINE = """
 
 DRIVER = """
     import logging, sys
-    from runtime.config import Config
-    from runtime.supervisor import Supervisor
+    from pagegraph.runtime.config import Config
+    from pagegraph.runtime.supervisor import Supervisor
     folder, port = sys.argv[1:]
     logging.basicConfig(level="INFO")
     config = Config(model=folder, served_model_name="m", port=int(port), workers=1, drain_timeout_s=1)

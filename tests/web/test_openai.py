@@ -17,8 +17,8 @@ from flask.testing import FlaskClient
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from runtime.protocol import Failed, TokenDelta, TokenLogprob
-from runtime.tokenizer import Tokenizer
+from pagegraph.runtime.protocol import Failed, TokenDelta, TokenLogprob
+from pagegraph.runtime.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -303,7 +303,7 @@ def test_long_texts_are_tokenised_in_turn(make_app: Callable[..., Flask], fake_e
 def test_who_leaves_while_waiting_its_turn_is_not_tokenised(make_app: Callable[..., Flask], fake_engine, monkeypatch) -> None:
     fake_engine.info = msgspec.structs.replace(fake_engine.info, max_model_len=1 << 20)
     app = make_app(threads=2)
-    monkeypatch.setattr("web.openai.client_probe", lambda environ: lambda: True)
+    monkeypatch.setattr("pagegraph.web.openai.client_probe", lambda environ: lambda: True)
     monkeypatch.setattr(app.extensions["pagegraph"].tokenizer, "encode", None)
     for _ in range(2):  # its thread is given back
         assert app.test_client().post("/v1/completions", json={"prompt": "a" * 70_000}).status_code == 499
@@ -378,7 +378,7 @@ def test_a_refusal_that_comes_late_is_a_status_too(http: FlaskClient, fake_engin
 
 
 def test_who_leaves_before_the_engine_answers_is_given_up(http: FlaskClient, fake_engine, monkeypatch) -> None:
-    monkeypatch.setattr("web.openai.client_probe", lambda environ: lambda: True)
+    monkeypatch.setattr("pagegraph.web.openai.client_probe", lambda environ: lambda: True)
     fake_engine.script = lambda s: time.sleep(0.5) or [TokenDelta(s.request_id, [10])]
     assert http.post("/v1/completions", json={"prompt": "a", "stream": True}).status_code == 499
     deadline = time.monotonic() + 5

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from web.errors import ApiError
-from web.request_reader import MAX_HEAD_BYTES, RequestReader
+from pagegraph.web.errors import ApiError
+from pagegraph.web.request_reader import MAX_HEAD_BYTES, RequestReader
 
 MAX_BODY = 2000
 HEAD = b"POST /v1/x?y=1 HTTP/1.1\r\nHost: a\r\n"

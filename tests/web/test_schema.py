@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.sampling_params import SamplingParams
-from web.errors import ApiError
-from web.schema import _MESSAGE_FIELDS, _UNSERVED, parse_body, parse_chat, parse_completion
+from pagegraph.runtime.sampling_params import SamplingParams
+from pagegraph.web.errors import ApiError
+from pagegraph.web.schema import _MESSAGE_FIELDS, _UNSERVED, parse_body, parse_chat, parse_completion
 
 VOCAB = 100
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +11,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from runtime.protocol import TokenDelta
+from pagegraph.runtime.protocol import TokenDelta
 
-sys.path.insert(0, str(Path(__file__).parent))
-from web_process import eventually, web_process  # noqa: E402
+from tests.web.web_process import eventually, web_process
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 from flask.testing import FlaskClient
 
-from runtime.config import Config
-from runtime.llm import LLM
-from runtime.protocol import Abort, Submit, TokenDelta, TokenLogprob, Tokens
-from runtime.sampling_params import SamplingParams
+from pagegraph.runtime.config import Config
+from pagegraph.runtime.llm import LLM
+from pagegraph.runtime.protocol import Abort, Submit, TokenDelta, TokenLogprob, Tokens
+from pagegraph.runtime.sampling_params import SamplingParams
 
 TEXT = "hello world \u65e5\u672c \U0001f999 the end\ufffd"
 STOPS = ["world", "\u672c ", "\U0001f999", " the e", "\ufffd", "lo"]
@@ -44,7 +44,7 @@ def fields_of(delta: TokenDelta) -> list[object]:
 @pytest.fixture
 def llm(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> LLM:
     facts = SimpleNamespace(sampling_defaults={})
-    monkeypatch.setattr("runtime.llm.engine_of", lambda *_, **__: (SimpleNamespace(info=lambda: facts), None))
+    monkeypatch.setattr("pagegraph.runtime.llm.engine_of", lambda *_, **__: (SimpleNamespace(info=lambda: facts), None))
     return LLM(Config(model="tiny"), built=SimpleNamespace(folder=tokenizer_folder, vocab_size=350, max_model_len=128))
 
 

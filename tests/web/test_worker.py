@@ -7,7 +7,6 @@ import random
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -16,14 +15,12 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from runtime.protocol import Submit, TokenDelta
+from pagegraph.runtime.protocol import Submit, TokenDelta
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import FakeEngine  # noqa: E402
-from web_process import WebProcess, eventually, read_to_end, web_process  # noqa: E402
+from tests.conftest import FakeEngine
+from tests.web.web_process import WebProcess, eventually, read_to_end, web_process
 
-from web.worker import LARGE_BODIES_BYTES, SMALL_BODY_BYTES, Room  # noqa: E402
+from pagegraph.web.worker import LARGE_BODIES_BYTES, SMALL_BODY_BYTES, Room
 
 THREADS = 8
 PLACES = THREADS // 2  # the routes leave the others to what is refused
