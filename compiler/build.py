@@ -6,7 +6,6 @@ Reads plain values off the configuration; knows nothing of requests or sockets.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -15,23 +14,32 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pagegraph.compiler import spinning  # isort: skip  # noqa: F401  before torch is loaded, which reads it once
+from pagegraph.compiler.host import openmp_spin as spinning  # isort: skip  # noqa: F401  before torch is loaded, which reads it once
 
 import torch
 
-from pagegraph.compiler import config_json, lower, memory, model_source, quant_formats, rope, trial, weights
-from pagegraph.compiler.buckets import Bucket, cuda_ladder
-from pagegraph.compiler.capture import ATTENTION_NAME, CapturedModel, capture
-from pagegraph.compiler.graphs import CHAINED, Pending
+from pagegraph.compiler.host.malloc import return_freed_memory
+from pagegraph.compiler.inductor import compile as lower
+from pagegraph.compiler.model import config_json, rope, weights
+from pagegraph.compiler.model import source as model_source
+from pagegraph.compiler.model.capture import ATTENTION_NAME, CapturedModel, capture
 from pagegraph.compiler.passes import registry
-from pagegraph.compiler.scrap import scrap_step
-from pagegraph.compiler.staging import Staging
-from pagegraph.compiler.state import DeviceState, Lookup
-from pagegraph.compiler.step import CompiledStep
-from pagegraph.compiler.step_input import StepInput
-from pagegraph.compiler.trim import return_freed_memory
-from pagegraph.kernels import cpu_attention, cpu_guesses, cpu_int4, cpu_step
-from pagegraph.kernels.quant_tiles import FP8_CAPABILITY
+from pagegraph.compiler.profile import kv_budget as memory
+from pagegraph.compiler.profile import memory as trial
+from pagegraph.compiler.quantization import packing as quant_formats
+from pagegraph.compiler.step.capture_sizes import Bucket, cuda_ladder
+from pagegraph.compiler.step.dummy import scrap_step
+from pagegraph.compiler.step.graphs import CHAINED, Pending
+from pagegraph.compiler.step.inputs import StepInput
+from pagegraph.compiler.step.staging import Staging
+from pagegraph.compiler.step.state import DeviceState, Lookup
+from pagegraph.compiler.step.step import CompiledStep
+from pagegraph.kernels.attention import cpu_decode
+from pagegraph.kernels.inputs import cpp as inputs_cpp
+from pagegraph.kernels.quant import cpu_int4
+from pagegraph.kernels.quant.tiles import FP8_CAPABILITY
+from pagegraph.kernels.sampling import cpp as sampling_cpp
+from pagegraph.kernels.spec_decode import cpu as cpu_guesses
 
 log = logging.getLogger("pagegraph.build")
 
@@ -97,9 +105,10 @@ class BuiltModel:
 
     def _compiled_forwards(self, progress: bool) -> list[Callable[..., torch.Tensor]]:
         if self.device.type == "cpu":
-            cpu_attention.build()
+            cpu_decode.build()
             cpu_int4.build()
-            cpu_step.build()
+            inputs_cpp.build()
+            sampling_cpp.build()
             if self.step.state.lookup is not None:
                 cpu_guesses.build()
         return [step.compiled_forward(warm_steps(step.state), progress) for step in self.steps]
@@ -324,7 +333,12 @@ def resolve_max_model_len(asked: int | None, model_config: Any) -> int:
         )
     length = asked or known.default
     if known.default < known.longest and not known.by_length:
-        log.info("max_model_len %d: the model's file names %d; its rope scaling reaches up to %d", length, known.default, known.longest)
+        log.info(
+            "max_model_len %d: the model's file names %d; its rope scaling reaches up to %d",
+            length,
+            known.default,
+            known.longest,
+        )
     elif known.default < known.longest:
         log.info(
             "max_model_len %d: rotary frequencies of this model go by the length, and all prompts get those of %s;"
@@ -348,10 +362,14 @@ def eos_ids(folder: Path, model_config: Any, tokenizer: Path | None = None) -> f
     found = _ids(said) or _ids([getattr(text_config, "eos_token_id", None)])
     size = getattr(text_config, "vocab_size", None)
     if size is not None and (beyond := sorted(one for one in found if one >= size)):
-        log.warning("%s names %s as ends of a sequence, but the model has %d tokens: they are left out", folder, beyond, size)
+        log.warning(
+            "%s names %s as ends of a sequence, but the model has %d tokens: they are left out", folder, beyond, size
+        )
         found = frozenset(one for one in found if one < size)
     if not found:
-        log.warning("%s names no end-of-sequence token: text ends at max_tokens, a stop string or a stop token alone", folder)
+        log.warning(
+            "%s names no end-of-sequence token: text ends at max_tokens, a stop string or a stop token alone", folder
+        )
     return found
 
 
@@ -363,8 +381,13 @@ def _ids(said: list[Any]) -> frozenset[int]:
 
 def _ending_tokens(folder: Path) -> list[int]:
     """Ids of the tokens that a tokenizer's files name as the end of a sequence or of a turn."""
-    named = model_source.json_object(folder / "special_tokens_map.json") | model_source.json_object(folder / "tokenizer_config.json")
-    tokens = [token.get("content") if isinstance(token, dict) else token for token in (named.get("eos_token"), named.get("eot_token"))]
+    named = model_source.json_object(folder / "special_tokens_map.json") | model_source.json_object(
+        folder / "tokenizer_config.json"
+    )
+    tokens = [
+        token.get("content") if isinstance(token, dict) else token
+        for token in (named.get("eos_token"), named.get("eot_token"))
+    ]
     if not any(tokens):
         return []
     words = model_source.json_object(folder / "tokenizer.json")

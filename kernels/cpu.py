@@ -11,10 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagegraph.kernels import cpu_attention, cpu_int4, reference
+from pagegraph.kernels import reference
+from pagegraph.kernels.attention import cpu_decode
+from pagegraph.kernels.quant import cpu_int4
 
 INT4_BLOCK = 64  # rows of 4-bit codes that PyTorch packs together for AVX-512
-INT4_MANY_ROWS = 128  # from here on the weight is widened first: the packed product takes twice bfloat16's time and more
+INT4_MANY_ROWS = (
+    128  # from here on the weight is widened first: the packed product takes twice bfloat16's time and more
+)
 
 
 def rope_attention(
@@ -53,8 +57,8 @@ def paged_attention(
 ) -> Tensor:
     """See `kernels.ops` for shapes."""
     a_row_each = len(query) == len(seq_lens) and min(seq_lens.tolist(), default=0) > 0  # and no padding
-    if a_row_each and cpu_attention.takes(query, key_cache, sinks, softcap):
-        return cpu_attention.attend(
+    if a_row_each and cpu_decode.takes(query, key_cache, sinks, softcap):
+        return cpu_decode.attend(
             query, key, value, key_cache, value_cache, slots, block_tables, seq_lens, scale, window, chunk
         )
     _write(key, value, key_cache, value_cache, slots)
@@ -67,7 +71,16 @@ def paged_attention(
     if len(decode):
         rows = query_start[decode].long()
         out[rows] = _decode(
-            query[rows], key_cache, value_cache, block_tables[decode], seq_lens[decode], sinks, scale, window, softcap, chunk
+            query[rows],
+            key_cache,
+            value_cache,
+            block_tables[decode],
+            seq_lens[decode],
+            sinks,
+            scale,
+            window,
+            softcap,
+            chunk,
         )
     for sequence in torch.nonzero(counts > 1)[:, 0].tolist():
         begin, end, length = int(query_start[sequence]), int(query_start[sequence + 1]), int(seq_lens[sequence])
@@ -76,7 +89,9 @@ def paged_attention(
         if plain:
             out[begin:end] = _fused(query[begin:end], keys, values, scale, window, chunk)
         else:
-            out[begin:end] = reference.attend(query[begin:end], keys, values, sinks, scale, window, softcap, chunk).to(out.dtype)
+            out[begin:end] = reference.attend(query[begin:end], keys, values, sinks, scale, window, softcap, chunk).to(
+                out.dtype
+            )
     return out
 
 
@@ -143,7 +158,12 @@ def unpack(
     seq_lens = np.where(counts > 0, start + counts, 0).astype(np.int32)
     out_tables = tables[row, :width] * (np.arange(width) * block_size < seq_lens[:, None])
     last = np.maximum(begins[1:].astype(np.int64) - 1, 0)
-    return *torch.from_numpy(out).unbind(), torch.from_numpy(out_tables), torch.from_numpy(seq_lens), torch.from_numpy(last)
+    return (
+        *torch.from_numpy(out).unbind(),
+        torch.from_numpy(out_tables),
+        torch.from_numpy(seq_lens),
+        torch.from_numpy(last),
+    )
 
 
 def draw(
@@ -192,8 +212,8 @@ def _decode(
 ) -> Tensor:
     """One query row [R, Hq, D] a sequence or guess, at once where that saves reading pages twice -> [R, Hq, Dv]."""
     sinks, scale, window, softcap, chunk = rest
-    if cpu_attention.takes(query, key_cache, sinks, softcap):
-        return cpu_attention.attend(query, None, None, key_cache, value_cache, None, tables, lengths, scale, window, chunk)
+    if cpu_decode.takes(query, key_cache, sinks, softcap):
+        return cpu_decode.attend(query, None, None, key_cache, value_cache, None, tables, lengths, scale, window, chunk)
     runs = _runs(tables, lengths) if len(query) > 1 else None
     if runs is None:
         return _attend(query[:, None], key_cache, value_cache, tables, lengths, *rest)[:, 0]
@@ -216,7 +236,9 @@ def _runs(tables: Tensor, lengths: Tensor) -> Tensor | None:
     if not follows.any():
         return None
     first = torch.nonzero(torch.cat([follows.new_ones(1), ~follows]))[:, 0]
-    return torch.zeros_like(lengths).index_put_((first,), torch.cat([first[1:], first.new_tensor([len(lengths)])]).sub(first).int())
+    return torch.zeros_like(lengths).index_put_(
+        (first,), torch.cat([first[1:], first.new_tensor([len(lengths)])]).sub(first).int()
+    )
 
 
 def _attend(
@@ -262,7 +284,9 @@ def _attend(
     if count == 1:
         out = _softmax_over(grouped[:, 0], keys, values, seen if seen is None else seen[:, 0], sinks, scale, softcap)
     else:
-        shared = [one.unsqueeze(1).expand(-1, count, -1, -1, -1) for one in (keys, values)]  # views: no copy for each position
+        shared = [
+            one.unsqueeze(1).expand(-1, count, -1, -1, -1) for one in (keys, values)
+        ]  # views: no copy for each position
         each = zip(grouped, *shared, seen)
         out = torch.stack([_softmax_over(*one, sinks, scale, softcap) for one in each])
     return out.reshape(rows, count, heads, -1)
@@ -291,7 +315,11 @@ def _softmax_over(
 def _fused(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, chunk: int) -> Tensor:
     """Rows of one sequence: query [Q, Hq, D], keys [N, Hkv, D], values [N, Hkv, Dv] -> [Q, Hq, Dv]."""
     whole = query.shape[0] == keys.shape[0]
-    mask = None if whole and not window and not chunk else reference.visible(len(query), len(keys), window, chunk, query.device)
+    mask = (
+        None
+        if whole and not window and not chunk
+        else reference.visible(len(query), len(keys), window, chunk, query.device)
+    )
     out = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         keys.transpose(0, 1)[None],

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pagegraph.kernels.attention_decode import attend_rows
-from pagegraph.kernels.attention_prefill import attend_ragged
-from pagegraph.kernels.coded_linear import coded_linear
-from pagegraph.kernels.fragment_linear import fragment_dequantize
-from pagegraph.kernels.fragment_linear import fragment_linear as tiled_fragment_linear
-from pagegraph.kernels.fragment_rows import ROWS, fragment_rows
-from pagegraph.kernels.kv_write import write_kv
-from pagegraph.kernels.quant_tiles import ROUNDING, Choice, QuantWeight, choice_of, takes_8_bits
-from pagegraph.kernels.quantize_rows import Norm, exchanged_e4m3_rows
-from pagegraph.kernels.rms_norm import add_rms_norm
-from pagegraph.kernels.rope_write import rope_write
-from pagegraph.kernels.row_linear import row_linear
-from pagegraph.kernels.silu_mul import silu_mul
-from pagegraph.kernels.skinny_linear import skinny_linear
-from pagegraph.kernels.skinny_tiles import RowTile, row_tile_of, tile_of
+from pagegraph.kernels.attention.decode import attend_rows
+from pagegraph.kernels.attention.kv_cache import write_kv
+from pagegraph.kernels.attention.prefill import attend_ragged
+from pagegraph.kernels.attention.rope_kv_cache import rope_write
+from pagegraph.kernels.linear.gemv import row_linear
+from pagegraph.kernels.linear.rms_norm import add_rms_norm
+from pagegraph.kernels.linear.silu_mul import silu_mul
+from pagegraph.kernels.linear.skinny_gemm import skinny_linear
+from pagegraph.kernels.linear.tiles import RowTile, row_tile_of, tile_of
+from pagegraph.kernels.quant.activations import Norm, exchanged_e4m3_rows
+from pagegraph.kernels.quant.gemm_8bit import coded_linear
+from pagegraph.kernels.quant.gemm_16bit import fragment_dequantize
+from pagegraph.kernels.quant.gemm_16bit import fragment_linear as tiled_fragment_linear
+from pagegraph.kernels.quant.gemv import ROWS, fragment_rows
+from pagegraph.kernels.quant.tiles import ROUNDING, Choice, QuantWeight, choice_of, takes_8_bits
 
 
 def paged_attention(
@@ -73,7 +73,9 @@ def rope_attention(
     return _attend(rotated, key_cache, value_cache, *metadata)
 
 
-def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, *rest: Tensor | float | int | None) -> Tensor:
+def _attend(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, *rest: Tensor | float | int | None
+) -> Tensor:
     """Attention over pages that hold the step's own keys and values already.
 
     A bucket with a row a sequence (T <= S) is all the decode kernel's, whatever its real rows are. A larger one
@@ -145,7 +147,9 @@ def norm_fragment_linear(
         out = fragment_linear_by(choice, rows, weight, norm=ahead)
     else:
         later = _choice(len(rows), out_size // 2, x.dtype, behind, rounds)
-        apart = later.way in ROUNDING  # then the gate is done as its result is rounded; else it may be done in the first product's kernel
+        apart = (
+            later.way in ROUNDING
+        )  # then the gate is done as its result is rounded; else it may be done in the first product's kernel
         inner = fragment_linear_by(choice, rows, weight, gated=not apart, norm=ahead)
         out = fragment_linear_by(later, inner, behind, gated_rows=apart)
     return ahead.total.view(x.shape), out.view(*x.shape[:-1], -1)
@@ -153,7 +157,9 @@ def norm_fragment_linear(
 
 def _choice(rows: int, size: int, dtype: torch.dtype, weight: QuantWeight, rounds: bool) -> Choice:
     """How x [rows, size] is multiplied with a weight."""
-    rounds = rounds and takes_8_bits(weight.kind, dtype, weight.out_size, size, weight.group, weight.shift is not None, weight.codes.device)
+    rounds = rounds and takes_8_bits(
+        weight.kind, dtype, weight.out_size, size, weight.group, weight.shift is not None, weight.codes.device
+    )
     return choice_of(weight.kind, rows, weight.out_size, size, rounds, dtype.itemsize == 2)
 
 
@@ -172,7 +178,9 @@ def fragment_linear_by(
     if choice.way not in ROUNDING and norm is not None:
         _, rows = add_rms_norm(rows, norm.residual, norm.weight, norm.eps, norm.total)
     if choice.way == "rows":
-        tile = choice.tile._replace(parts=max(2, choice.tile.parts)) if gated else choice.tile  # gate and up are one program's
+        tile = (
+            choice.tile._replace(parts=max(2, choice.tile.parts)) if gated else choice.tile
+        )  # gate and up are one program's
         within = gated and weight.out_size % (ROWS.value * tile.parts) == 0
         out = fragment_rows(rows, weight, within, tile)
         return silu_mul(out) if gated and not within else out
@@ -186,7 +194,13 @@ def fragment_linear_by(
         x_codes, x_scale = exchanged_e4m3_rows(rows, norm, gated_rows)
         # Fast: the matrix unit adds up a whole row, with fewer bits than float32 has.
         out = torch._scaled_mm(
-            x_codes, weight.codes.t(), scale_a=x_scale, scale_b=weight.scale.t(), bias=weight.bias, out_dtype=rows.dtype, use_fast_accum=True
+            x_codes,
+            weight.codes.t(),
+            scale_a=x_scale,
+            scale_b=weight.scale.t(),
+            bias=weight.bias,
+            out_dtype=rows.dtype,
+            use_fast_accum=True,
         )
     return silu_mul(out) if gated else out
 
@@ -215,12 +229,16 @@ def linear_norm_linear(
         total, normed = add_rms_norm(residual, linear(x, first, first_bias), norm, eps)
         return total, linear(normed, second, second_bias, gated=gated)
     rows = x.reshape(-1, x.shape[-1])
-    total = row_linear(rows, first, first_bias, tiles[0], residual=residual.reshape(len(rows), -1), query_start=query_start)
+    total = row_linear(
+        rows, first, first_bias, tiles[0], residual=residual.reshape(len(rows), -1), query_start=query_start
+    )
     out = row_linear(total, second, second_bias, tiles[1], norm=norm, eps=eps, gated=gated, query_start=query_start)
     return total.view(residual.shape), out.view(*x.shape[:-1], -1)
 
 
-def _row_tiles(x: Tensor, first: Tensor, residual: Tensor, second: Tensor, gated: bool) -> tuple[RowTile, RowTile] | None:
+def _row_tiles(
+    x: Tensor, first: Tensor, residual: Tensor, second: Tensor, gated: bool
+) -> tuple[RowTile, RowTile] | None:
     """How both products are cut where all they read suits `row_linear`."""
     dense = all(one.is_contiguous() for one in (x, first, residual, second))
     if not dense or first.element_size() != 2 or second.element_size() != 2:

@@ -24,13 +24,13 @@ int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kern
 `pagegraph::fragment_linear` is the same with the weight as the matrix unit takes it, x [..., K] -> [..., out_size]: integers as
 `kernels.reference.fragments` lays them, scale and shift as `fragment_pairs` does; or float8_e4m3fn as `exchanged_columns`, scale float32
 [N, groups] of a multiple of 64 columns each, no shift. rounds: a device may round x to 8 bits where that is
-faster, from many rows on (`kernels.quant_tiles`). gated: [..., out_size / 2], silu(first half) * second half.
+faster, from many rows on (`kernels.quant.tiles`). gated: [..., out_size / 2], silu(first half) * second half.
 `pagegraph::norm_fragment_linear` is x + residual -> its norm -> fragment_linear -> (sum, product); with a second weight the first is
 gated and the second's product [..., second_size] comes out.
 
 `pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit codes as
 PyTorch packs them for AVX-512 (`kernels.cpu.unpack_int4`), pairs [K / group, N, 2] scale and shift beside each other in x's dtype.
-`pagegraph::int4_packed_chain` is two or four of them on one row, `linear_norm_linear` once or twice (`kernels.cpu_int4.chain`).
+`pagegraph::int4_packed_chain` is two or four of them on one row, `linear_norm_linear` once or twice (`kernels.quant.cpu_int4.chain`).
 
 `pagegraph::rms_norm` is x [..., H] / sqrt(mean(x ** 2) + eps) * weight [H]; `pagegraph::add_rms_norm` adds a residual
 like x before it -> (sum, norm of the sum). `pagegraph::silu_mul` is silu(gate) * up of [..., 2 * I] = (gate, up).
@@ -74,7 +74,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pagegraph.kernels import cpu, cpu_guesses, cpu_int4, cpu_step, reference
+from pagegraph.kernels import cpu, reference
+from pagegraph.kernels.inputs import cpp as inputs_cpp
+from pagegraph.kernels.quant import cpu_int4
+from pagegraph.kernels.sampling import cpp as sampling_cpp
+from pagegraph.kernels.spec_decode import cpu as cpu_guesses
 
 _library = torch.library.Library("pagegraph", "DEF")
 _library.define(
@@ -141,31 +145,31 @@ def _rope_attention_on_cuda(*arguments: Tensor | float | int | None) -> Tensor:
 
 
 def _draw_on_cuda(logits: Tensor, *arguments: Tensor) -> Tensor:
-    from pagegraph.kernels import sampling
+    from pagegraph.kernels.sampling import gumbel
 
-    return sampling.draw(logits.contiguous(), *arguments)
+    return gumbel.draw(logits.contiguous(), *arguments)
 
 
 def _update_tables_on_cuda(*arguments: Tensor) -> None:
-    from pagegraph.kernels import unpack
+    from pagegraph.kernels.inputs import prepare as unpack
 
     unpack.update_tables(*arguments)
 
 
 def _unpack_on_cuda(*arguments: Tensor | int) -> tuple[Tensor, ...]:
-    from pagegraph.kernels import unpack
+    from pagegraph.kernels.inputs import prepare as unpack
 
     return unpack.unpack(*arguments)
 
 
 def _accept_on_cuda(*arguments: Tensor | int) -> None:
-    from pagegraph.kernels import guesses
+    from pagegraph.kernels.spec_decode import ngram as guesses
 
     guesses.accept(*arguments)
 
 
 def _look_up_on_cuda(*arguments: Tensor | int) -> Tensor:
-    from pagegraph.kernels import guesses
+    from pagegraph.kernels.spec_decode import ngram as guesses
 
     return guesses.look_up(*arguments)
 
@@ -195,19 +199,19 @@ def _norm_fragment_linear_on_cuda(*arguments: Tensor | float | int | None) -> tu
 
 
 def _rms_norm_on_cuda(*arguments: Tensor | float) -> Tensor:
-    from pagegraph.kernels import rms_norm
+    from pagegraph.kernels.linear import rms_norm
 
     return rms_norm.rms_norm(*arguments)
 
 
 def _add_rms_norm_on_cuda(*arguments: Tensor | float) -> tuple[Tensor, Tensor]:
-    from pagegraph.kernels import rms_norm
+    from pagegraph.kernels.linear import rms_norm
 
     return rms_norm.add_rms_norm(*arguments)
 
 
 def _silu_mul_on_cuda(gate_up: Tensor) -> Tensor:
-    from pagegraph.kernels import silu_mul
+    from pagegraph.kernels.linear import silu_mul
 
     return silu_mul.silu_mul(gate_up)
 
@@ -235,11 +239,11 @@ _library.impl("paged_attention", cpu.paged_attention, "CPU")
 _library.impl("rope_attention", cpu.rope_attention, "CPU")
 _library.impl("rope_attention", _rope_attention_on_cuda, "CUDA")
 _library.impl("paged_attention", _attention_on_cuda, "CUDA")
-_library.impl("draw", cpu_step.draw, "CPU")
+_library.impl("draw", sampling_cpp.draw, "CPU")
 _library.impl("draw", _draw_on_cuda, "CUDA")
 _library.impl("update_tables", cpu.update_tables, "CPU")
 _library.impl("update_tables", _update_tables_on_cuda, "CUDA")
-_library.impl("unpack", cpu_step.unpack, "CPU")
+_library.impl("unpack", inputs_cpp.unpack, "CPU")
 _library.impl("unpack", _unpack_on_cuda, "CUDA")
 _library.impl("accept", reference.accept, "CPU")
 _library.impl("accept", _accept_on_cuda, "CUDA")
@@ -295,7 +299,9 @@ def _int4_packed_linear_fake(x: Tensor, packed: Tensor, pairs: Tensor, group: in
 
 
 @torch.library.register_fake("pagegraph::int4_packed_chain", lib=_library)
-def _int4_packed_chain_fake(x: Tensor, residual: Tensor, tensors: list[Tensor], numbers: list[int], eps: list[float]) -> Tensor:
+def _int4_packed_chain_fake(
+    x: Tensor, residual: Tensor, tensors: list[Tensor], numbers: list[int], eps: list[float]
+) -> Tensor:
     return x.new_empty(1, cpu_int4.chain_size(numbers))
 
 

@@ -11,7 +11,9 @@ import torch
 INT8_MAX, FP8_MAX = 127.0, 448.0
 SECOND_DIGIT = 2 * INT8_MAX  # what a rounding to int8 leaves is at most half: this many steps fill the next int8
 NIBBLE_SPAN = 32  # columns that `pack_nibbles` keeps together
-FRAGMENT = 64  # rows and columns of a weight that `fragments` lays together: Hopper's matrix instruction takes so many rows
+FRAGMENT = (
+    64  # rows and columns of a weight that `fragments` lays together: Hopper's matrix instruction takes so many rows
+)
 CODED_GROUP = 128  # columns of a row of x that share a scale, where both sides of a product are integer codes
 LOOKUP_SEEN = 32  # a match is measured up to so many tokens
 
@@ -30,7 +32,9 @@ def write_kv(
         cache.view(-1, *cache.shape[2:])[where] = heads.to(cache.dtype)
 
 
-def norm_and_rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: torch.Tensor | None, eps: float) -> torch.Tensor:
+def norm_and_rotate(
+    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: torch.Tensor | None, eps: float
+) -> torch.Tensor:
     """heads [T, H, D], cos and sin [T, D], norm [D] -> [T, H, D]: RMS norm where given, then half-split rotation.
 
     RoFormer's rotation (Su et al. 2021) with element i paired with i + D / 2, as GPT-NeoX lays it out.
@@ -253,7 +257,9 @@ def unpack(
     live = torch.arange(len(token_ids)) < query_start[-1]
     first = token_ids[query_start[:-1].long().clamp(max=len(token_ids) - 1)]
     starts = torch.where(first < 0, last_at[rows] - 1 - first, starts)
-    positions = (torch.arange(len(token_ids), dtype=torch.int32) + of_tokens(starts - query_start[:-1])).masked_fill(~live, 0)
+    positions = (torch.arange(len(token_ids), dtype=torch.int32) + of_tokens(starts - query_start[:-1])).masked_fill(
+        ~live, 0
+    )
     token_rows = of_tokens(rows)
     guess = guesses[token_rows, (-2 - token_ids).clamp(min=0).long()]
     known = torch.where(token_ids == -1, last_tokens[token_rows], torch.where(token_ids < 0, guess, token_ids))
@@ -381,7 +387,9 @@ def lookup(text: np.ndarray, known: np.ndarray, count: int, least: int, most: in
     end = width - 1 - (length[:, ::-1] == best[:, None]).argmax(axis=1)
     back = np.arange(LOOKUP_SEEN)
     before = end[:, None] - back
-    alike = (before >= 0) & (text[row[:, None], np.maximum(before, 0)] == text[row[:, None], np.maximum(known[:, None] - 1 - back, 0)])
+    alike = (before >= 0) & (
+        text[row[:, None], np.maximum(before, 0)] == text[row[:, None], np.maximum(known[:, None] - 1 - back, 0)]
+    )
     matched = np.where(best >= least, np.logical_and.accumulate(alike, axis=1).sum(axis=1), 0)
     begin = np.where(matched > 0, end + 1, known - 1)
     return text[row[:, None], begin[:, None] + np.arange(count) % (known - begin)[:, None]], matched.astype(np.int32)
@@ -447,14 +455,16 @@ def fragments(codes: torch.Tensor, bits: int) -> torch.Tensor:
     Blocks of 64 rows and columns, filled up with codes of 0, lie as threads hold the operand A of wgmma m64k16 (PTX ISA, "Register
     Fragments for wgmma"): thread 32 * w + 4 * q + r has rows 16 * w + q + 8 * h, and of every 16 columns those of 8 * c + 2 * r + p,
     for h, c, p of 0 and 1. At 4 bits 16 columns are a word of a thread: bits from 4 * (4 * p + 2 * h + c) on are the code plus 8.
-    At 8 bits 8 columns are a word, byte 2 * p + h a code, and the last 32 columns of a block follow the first. `kernels.widen` wants words so.
+    At 8 bits 8 columns are a word, byte 2 * p + h a code, and the last 32 columns of a block follow the first. `kernels.quant.dequant` wants words so.
     """
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % FRAGMENT, 0, -len(codes) % FRAGMENT))
     row_blocks, blocks = len(codes) // FRAGMENT, codes.shape[1] // FRAGMENT
     if bits == 8:  # block, w, h, q, block, half, step, c, r, p
         parts = codes.view(row_blocks, 4, 2, 8, blocks, 2, 2, 2, 4, 2).permute(0, 4, 5, 1, 3, 8, 6, 7, 9, 2)
         return parts.reshape(row_blocks, blocks, 256, 16)
-    parts = (codes + 8).view(row_blocks, 4, 2, 8, blocks, 4, 2, 4, 2).permute(0, 4, 1, 3, 7, 5, 8, 2, 6)  # the last are halves c
+    parts = (
+        (codes + 8).view(row_blocks, 4, 2, 8, blocks, 4, 2, 4, 2).permute(0, 4, 1, 3, 7, 5, 8, 2, 6)
+    )  # the last are halves c
     low, high = parts.to(torch.uint8).unbind(-1)
     return (low | high << 4).reshape(row_blocks, blocks, 128, 16)
 
@@ -527,7 +537,9 @@ def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def e4m3_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [T, K] -> float8_e4m3fn codes [T, K'], float32 scale [T], the sums of every 128 codes float32 [K' / 128, T]; columns as `int8_rows`."""
-    codes, scale = quantize_rows(torch.nn.functional.pad(x.float(), (0, -x.shape[1] % CODED_GROUP)), torch.float8_e4m3fn)
+    codes, scale = quantize_rows(
+        torch.nn.functional.pad(x.float(), (0, -x.shape[1] % CODED_GROUP)), torch.float8_e4m3fn
+    )
     sums = codes.float().unflatten(1, (-1, CODED_GROUP)).sum(2)
     return _as_bytes_of_registers(codes), scale[:, 0], sums.t().contiguous()
 
@@ -596,7 +608,9 @@ def fragment_linear(
     if codes.dtype == torch.float8_e4m3fn:
         codes = restored_columns(codes, size)
     else:
-        scale, shift = (None if one is None else from_fragment_pairs(one, out_size, -(-size // group)) for one in (scale, shift))
+        scale, shift = (
+            None if one is None else from_fragment_pairs(one, out_size, -(-size // group)) for one in (scale, shift)
+        )
         codes = from_fragments(codes, out_size, size)
     product = quant_linear(x, codes, scale, shift, bias, group)
     return silu_mul(product) if gated else product

@@ -103,7 +103,9 @@ def load(args: argparse.Namespace) -> dict[str, object]:
     """Rates over the wall time from the first request to the last answer; times in milliseconds."""
     context = multiprocessing.get_context("fork")
     queue, left, begin = context.Queue(), context.Value("q", args.requests), time.monotonic() + START_SECONDS
-    processes = [context.Process(target=_run, args=(args, index, begin, left, queue)) for index in range(args.processes)]
+    processes = [
+        context.Process(target=_run, args=(args, index, begin, left, queue)) for index in range(args.processes)
+    ]
     for process in processes:
         process.start()
     parts = [queue.get(timeout=TIMEOUT + 30) for _ in processes]

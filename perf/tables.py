@@ -101,18 +101,29 @@ def overview(results: Results) -> Iterator[str]:
             cells.append("")
             if (model, case, caching) in results.jobs:
                 ratio = results.over("vllm", model, case, caching)[1]
-                cells[-1] = results.job(model, case, caching)[0].removesuffix(" in + out") + " tok/s" + (f", {ratio} x vLLM" if ratio else "")
+                cells[-1] = (
+                    results.job(model, case, caching)[0].removesuffix(" in + out")
+                    + " tok/s"
+                    + (f", {ratio} x vLLM" if ratio else "")
+                )
         yield f"| {job_name(case, caching)} | " + " | ".join(cells) + " |"
 
 
 def jobs(results: Results) -> Iterator[str]:
     """perf/README.md: a row a job."""
     others = any(key[0] == "transformers" for key in results.peers)
-    yield "| shape, job | out tok/s | x floor | vLLM out tok/s | ours / vLLM |" + (" transformers out tok/s | ours / transformers |" if others else "")
+    yield "| shape, job | out tok/s | x floor | vLLM out tok/s | ours / vLLM |" + (
+        " transformers out tok/s | ours / transformers |" if others else ""
+    )
     yield "|---" * (7 if others else 5) + "|"
     for model, case, caching in results.kinds():
         mine, row = results.job(model, case, caching)
-        cells = [f"{title(model)}, {job_name(case, caching)}", mine, f"{row['ratio']:.2f}", *results.over("vllm", model, case, caching)]
+        cells = [
+            f"{title(model)}, {job_name(case, caching)}",
+            mine,
+            f"{row['ratio']:.2f}",
+            *results.over("vllm", model, case, caching),
+        ]
         cells += results.over("transformers", model, case, caching) if others else ()
         yield "| " + " | ".join(cells) + " |"
 
@@ -142,7 +153,11 @@ def starts(results: Results) -> Iterator[str]:
     yield "|---" * (3 + len(phases)) + "|"
     for (model, caches), row in results.starts.items():
         cells = [f"{row[phase]:.1f}" if phase in row else "" for phase in phases]
-        yield f"| {SHAPES.get(model, model)}, {caches} | {row['first_bucket_s']:.1f} | {row['ready_s']:.1f} | " + " | ".join(cells) + " |"
+        yield (
+            f"| {SHAPES.get(model, model)}, {caches} | {row['first_bucket_s']:.1f} | {row['ready_s']:.1f} | "
+            + " | ".join(cells)
+            + " |"
+        )
 
 
 def main() -> None:

@@ -15,11 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pagegraph.compiler import build as builder
-from pagegraph.compiler import step_thread
+from pagegraph.compiler.host import step_thread
 from pagegraph.runtime.config import Config, load_config
+from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.llm import LLM
-from pagegraph.runtime.protocol import SamplingParams
-
 from tests.prompts import PROMPTS
 
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,7 +39,9 @@ def llm() -> LLM:
 
 @pytest.fixture(scope="module")
 def peer(llm: LLM) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(llm.built.folder, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        llm.built.folder, dtype=torch.bfloat16, attn_implementation="sdpa"
+    ).eval()
 
 
 def greedy(num_tokens: int) -> SamplingParams:
@@ -54,10 +55,19 @@ def peer_generate(model: torch.nn.Module, prompts: list[list[int]], num_tokens: 
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     with torch.inference_mode():
-        model.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
 
 
-def ratio(benchmark, ours: Callable[[], object], theirs: Callable[[], object], goal: float, pairs: int = ROUNDS) -> None:
+def ratio(
+    benchmark, ours: Callable[[], object], theirs: Callable[[], object], goal: float, pairs: int = ROUNDS
+) -> None:
     """Gate: theirs / ours in median seconds is at least `goal`; sides alternate, so drift hits both."""
     ours(), theirs()
     mine, peers = [], []

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-
-from perf import h200_checks
+from perf.gpu import checks
 
 GATE = 3.0  # rounds of the fixed loop, a thousand look-ups and appends each
 
@@ -22,7 +21,7 @@ class Rows(list):
 def test_python_of_a_step(benchmark) -> None:
     def loops() -> float:
         rows = Rows()
-        h200_checks.host(rows, argparse.Namespace(device="cpu", no_compile=True, tiny=False, quantization=None), {})
+        checks.host(rows, argparse.Namespace(device="cpu", no_compile=True, tiny=False, quantization=None), {})
         spent = {row["part"]: row for row in rows}
         outside = spent["turn"]["us"] - spent["stage"]["us"]
         benchmark.extra_info.update(outside_launch_us=outside, loop_us=spent["turn"]["us"] / spent["turn"]["loops"])

@@ -14,9 +14,8 @@ import pytest
 
 from pagegraph.compiler import build as builder
 from pagegraph.runtime.llm import LLM
-
-from tests.prompts import PROMPTS
 from perf.test_cpu_engine import MODEL, config_of, greedy, ratio
+from tests.prompts import PROMPTS
 
 METHODS = ("int8", "int4")
 PAIRS = 24  # of one stream: neighbouring runs differ by a tenth
@@ -54,7 +53,10 @@ def test_prompt(benchmark, llms: dict[str | None, LLM], method: str, goal: float
         return [[(7 * seed + 11 * index) % 40000 + 100 for index in range(256)]]
 
     ratio(
-        benchmark, lambda: llms[method].generate(prompt(), greedy(1)), lambda: llms[None].generate(prompt(), greedy(1)), goal=goal
+        benchmark,
+        lambda: llms[method].generate(prompt(), greedy(1)),
+        lambda: llms[None].generate(prompt(), greedy(1)),
+        goal=goal,
     )
 
 
@@ -79,11 +81,16 @@ def test_memory(benchmark, method: str, most: float) -> None:
     """Bytes of weights held, as a share of bfloat16's; the embedding, a fifth of this model, stays as it is."""
 
     def held(of: str) -> tuple[int, int, int]:
-        out = subprocess.run([sys.executable, "-c", WEIGHTS, MODEL, of], check=True, capture_output=True, text=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", WEIGHTS, MODEL, of], check=True, capture_output=True, text=True
+        ).stdout
         return tuple(map(int, out.split()[-3:]))
 
     both = benchmark.pedantic(lambda: (held(method), held("none")), rounds=1)
     shown = {what: tuple(one[at] for one in both) for at, what in enumerate(("weights", "process", "peak"))}
     benchmark.extra_info.update(ratio=round(both[0][0] / both[1][0], 3), bytes=shown)
-    print(f"\n{method}: " + ", ".join(f"{what} {ours >> 20} of {plain >> 20} MiB" for what, (ours, plain) in shown.items()))
+    print(
+        f"\n{method}: "
+        + ", ".join(f"{what} {ours >> 20} of {plain >> 20} MiB" for what, (ours, plain) in shown.items())
+    )
     assert both[0][0] < most * both[1][0]

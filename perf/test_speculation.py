@@ -11,11 +11,10 @@ import time
 import pytest
 import torch
 
-from pagegraph.compiler.state import Lookup
+from pagegraph.compiler.step.state import Lookup
 from pagegraph.runtime.config import Config, load_config
+from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.llm import LLM
-from pagegraph.runtime.protocol import SamplingParams
-
 from perf import texts
 
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,7 +37,9 @@ def llm() -> LLM:
 def work_of(llm: LLM, kind: str, streams: int) -> tuple[list[list[list[int]]], SamplingParams]:
     """(prompts that run together, one set after the other; parameters). A single stream takes text after text."""
     if kind == "random":
-        return [texts.random(streams)], SamplingParams(max_tokens=SIZES[kind][1], temperature=1.0, ignore_eos=True, seed=streams)
+        return [texts.random(streams)], SamplingParams(
+            max_tokens=SIZES[kind][1], temperature=1.0, ignore_eos=True, seed=streams
+        )
     greedy = SamplingParams(max_tokens=SIZES[kind][1], temperature=0.0, ignore_eos=True)
     if streams == 1:
         return [[prompt] for prompt in texts.repetitive(llm.tokenizer.encode, len(texts.NAMES))], greedy

@@ -15,9 +15,13 @@ import click
 
 # name: (module, its click command, one line of help)
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "serve": ("pagegraph.runtime.serve", "serve", "Serve a model over HTTP with the OpenAI protocol."),
-    "generate": ("pagegraph.runtime.generate", "generate", "Complete one prompt in the terminal."),
-    "config": ("pagegraph.runtime.show_config", "show_config", "Show every setting and where its value came from."),
+    "serve": ("pagegraph.runtime.commands.serve", "serve", "Serve a model over HTTP with the OpenAI protocol."),
+    "generate": ("pagegraph.runtime.commands.generate", "generate", "Complete one prompt in the terminal."),
+    "config": (
+        "pagegraph.runtime.commands.show_config",
+        "show_config",
+        "Show every setting and where its value came from.",
+    ),
 }
 
 
@@ -37,10 +41,15 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_line) for name, (_, _, help_line) in COMMANDS.items()])
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS:
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            ctx.fail(f"no command {args[0]}" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"))
+            ctx.fail(
+                f"no command {args[0]}"
+                + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}")
+            )
         return super().resolve_command(ctx, args)
 
 
@@ -81,7 +90,11 @@ class ConfigCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         ours = {id(option) for options in self.groups.values() for option in options}
-        own = [record for p in self.get_params(ctx) if isinstance(p, click.Option) and id(p) not in ours and (record := p.get_help_record(ctx))]
+        own = [
+            record
+            for p in self.get_params(ctx)
+            if isinstance(p, click.Option) and id(p) not in ours and (record := p.get_help_record(ctx))
+        ]
         with formatter.section("Options"):
             formatter.write_dl(own)
         for group, options in self.groups.items():

@@ -12,13 +12,14 @@ import difflib
 import math
 import os
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import yaml
 
-from pagegraph.compiler import quant_methods
+from pagegraph.compiler.quantization import methods as quant_methods
 
 CPU_BATCHED_TOKENS = 2048
 CUDA_BATCHED_TOKENS = 8192
@@ -117,7 +118,9 @@ def _one_of(*choices: str) -> Parser:
     def parse(value: Any) -> str:
         if value not in choices:
             hint = difflib.get_close_matches(str(value), choices, n=1)
-            raise ValueError(f"is not known; known: {', '.join(choices)}" + (f"; did you mean {hint[0]}?" if hint else ""))
+            raise ValueError(
+                f"is not known; known: {', '.join(choices)}" + (f"; did you mean {hint[0]}?" if hint else "")
+            )
         return value
 
     return parse
@@ -156,60 +159,194 @@ class Config:
     """Every setting of a run. Sizes are in tokens, bytes or blocks as each help text says."""
 
     model: str = _option("", parse_text, "folder, .gguf file or Hugging Face name of the model", "model")
-    gguf_file: str | None = _option(None, parse_text, "name of the .gguf file inside the model folder or repository", "model", _NONE)
+    gguf_file: str | None = _option(
+        None, parse_text, "name of the .gguf file inside the model folder or repository", "model", _NONE
+    )
     revision: str | None = _option(None, parse_text, "branch, tag or commit of a Hugging Face model", "model", _NONE)
     tokenizer: str | None = _option(None, parse_text, "folder of the tokenizer (none: the model's)", "model", _NONE)
-    served_model_name: str | None = _option(None, parse_text, "name in the HTTP API (none: last part of model)", "model", _NONE)
-    dtype: str = _option("auto", _one_of("auto", "float32", "bfloat16", "float16"), "weights and activations: auto, float32, bfloat16, float16", "model")
+    served_model_name: str | None = _option(
+        None, parse_text, "name in the HTTP API (none: last part of model)", "model", _NONE
+    )
+    dtype: str = _option(
+        "auto",
+        _one_of("auto", "float32", "bfloat16", "float16"),
+        "weights and activations: auto, float32, bfloat16, float16",
+        "model",
+    )
     device: str = _option("auto", _one_of("auto", "cpu", "cuda"), "auto (cuda if there is one), cpu or cuda", "model")
-    load_format: str = _option("auto", _one_of("auto", "safetensors", "gguf", "dummy"), "auto, safetensors, gguf, or dummy (random weights)", "model")
-    quantization: str | None = _option(None, _one_of(*quant_methods.METHODS), "awq, gptq, compressed-tensors or gguf (as the checkpoint is), fp8, int8 or int4 (made while loading); none: what the checkpoint says", "model", _NONE)
-    round_activations: bool = _option(True, parse_flag, "in steps of more than about 64 tokens round activations to 8 bits in front of quantised weights, where a GPU is faster so", "model")
+    load_format: str = _option(
+        "auto",
+        _one_of("auto", "safetensors", "gguf", "dummy"),
+        "auto, safetensors, gguf, or dummy (random weights)",
+        "model",
+    )
+    quantization: str | None = _option(
+        None,
+        _one_of(*quant_methods.METHODS),
+        "awq, gptq, compressed-tensors or gguf (as the checkpoint is), fp8, int8 or int4 (made while loading); none: what the checkpoint says",
+        "model",
+        _NONE,
+    )
+    round_activations: bool = _option(
+        True,
+        parse_flag,
+        "in steps of more than about 64 tokens round activations to 8 bits in front of quantised weights, where a GPU is faster so",
+        "model",
+    )
     trust_remote_code: bool = _option(False, parse_flag, "run Python code that comes with the model", "model")
-    seed: int = _option(0, _between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none: 0 to 2^63 - 1", "model")
-    generation_config: str = _option("auto", _one_of("auto", "none"), "sampling of requests that do not say: auto (as the model's generation_config.json has it) or none", "model")
+    seed: int = _option(
+        0, _between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none: 0 to 2^63 - 1", "model"
+    )
+    generation_config: str = _option(
+        "auto",
+        _one_of("auto", "none"),
+        "sampling of requests that do not say: auto (as the model's generation_config.json has it) or none",
+        "model",
+    )
 
-    max_model_len: int | None = _option(None, _between(parse_whole, 1), "longest prompt plus output, in tokens; 8k = 8000, 8K = 8192 (auto: the model's limit)", "memory", _AUTO)
+    max_model_len: int | None = _option(
+        None,
+        _between(parse_whole, 1),
+        "longest prompt plus output, in tokens; 8k = 8000, 8K = 8192 (auto: the model's limit)",
+        "memory",
+        _AUTO,
+    )
     block_size: int = _option(16, _block_size, "tokens in a KV block: a power of two, at least 8", "memory")
-    num_blocks: int | None = _option(None, _between(parse_whole, 2), "KV blocks, block 0 being scrap (auto: what the memory holds)", "memory", _AUTO)
-    kv_cache_memory: int | None = _option(None, _between(parse_bytes, 1), "bytes of the KV cache, such as 1GiB (auto: measured on a GPU, 1GiB on a CPU)", "memory", _AUTO)
-    kv_cache_dtype: str = _option("auto", _one_of("auto", "fp8"), "keys and values in the cache: auto (as activations) or fp8 (half the bytes)", "memory")
-    gpu_memory_utilization: float = _option(0.9, _between(parse_number, 0, 1, low_is_open=True), "share of the GPU's memory to use, in (0, 1]", "memory")
+    num_blocks: int | None = _option(
+        None, _between(parse_whole, 2), "KV blocks, block 0 being scrap (auto: what the memory holds)", "memory", _AUTO
+    )
+    kv_cache_memory: int | None = _option(
+        None,
+        _between(parse_bytes, 1),
+        "bytes of the KV cache, such as 1GiB (auto: measured on a GPU, 1GiB on a CPU)",
+        "memory",
+        _AUTO,
+    )
+    kv_cache_dtype: str = _option(
+        "auto",
+        _one_of("auto", "fp8"),
+        "keys and values in the cache: auto (as activations) or fp8 (half the bytes)",
+        "memory",
+    )
+    gpu_memory_utilization: float = _option(
+        0.9, _between(parse_number, 0, 1, low_is_open=True), "share of the GPU's memory to use, in (0, 1]", "memory"
+    )
 
     max_num_seqs: int = _option(256, _between(parse_whole, 1), "sequences in one step", "scheduling")
-    max_num_batched_tokens: int | None = _option(None, _between(parse_whole, 1), "tokens in one step (auto: 8192 on a GPU, 2048 on a CPU)", "scheduling", _AUTO)
+    max_num_batched_tokens: int | None = _option(
+        None, _between(parse_whole, 1), "tokens in one step (auto: 8192 on a GPU, 2048 on a CPU)", "scheduling", _AUTO
+    )
     enable_prefix_caching: bool = _option(True, parse_flag, "share KV blocks of equal prefixes", "scheduling")
     enable_chunked_prefill: bool = _option(True, parse_flag, "split long prompts over steps", "scheduling")
-    inter_token_target_ms: float | None = _option(None, _between(parse_number, 0, low_is_open=True), "shrink prompt chunks to keep steps under this many ms", "scheduling", _NONE)
+    inter_token_target_ms: float | None = _option(
+        None,
+        _between(parse_number, 0, low_is_open=True),
+        "shrink prompt chunks to keep steps under this many ms",
+        "scheduling",
+        _NONE,
+    )
 
-    speculative_method: str | None = _option(None, _one_of(*METHODS), f"who guesses tokens ahead: {', '.join(METHODS)} (none: nobody)", "speculation", _NONE)
-    speculative_model: str | None = _option(None, parse_text, "smaller model of the same vocabulary that guesses, for method draft", "speculation", _NONE)
-    num_speculative_tokens: int | None = _option(None, _between(parse_whole, 1, 64), "guesses a sequence and step (auto: as many as pay, 0 too)", "speculation", ("auto",))
-    prompt_lookup_min: int = _option(2, _between(parse_whole, 1), "shortest run of tokens that methods ngram and suffix look up", "speculation")
-    prompt_lookup_max: int = _option(5, _between(parse_whole, 1), "longest run of tokens that method ngram looks up", "speculation")
+    speculative_method: str | None = _option(
+        None, _one_of(*METHODS), f"who guesses tokens ahead: {', '.join(METHODS)} (none: nobody)", "speculation", _NONE
+    )
+    speculative_model: str | None = _option(
+        None, parse_text, "smaller model of the same vocabulary that guesses, for method draft", "speculation", _NONE
+    )
+    num_speculative_tokens: int | None = _option(
+        None,
+        _between(parse_whole, 1, 64),
+        "guesses a sequence and step (auto: as many as pay, 0 too)",
+        "speculation",
+        ("auto",),
+    )
+    prompt_lookup_min: int = _option(
+        2, _between(parse_whole, 1), "shortest run of tokens that methods ngram and suffix look up", "speculation"
+    )
+    prompt_lookup_max: int = _option(
+        5, _between(parse_whole, 1), "longest run of tokens that method ngram looks up", "speculation"
+    )
 
-    compile: bool | str = _option(True, parse_compile, "compile the model (false: run it as plain PyTorch; required: a server whose compilation fails ends, instead of serving uncompiled)", "compiler")
-    merge_linears: bool = _option(True, parse_flag, "merge q/k/v and gate/up projections into one matmul each", "compiler")
-    skinny_linears: bool = _option(True, parse_flag, "GPU: own kernels for products of few rows, where measured faster", "compiler")
+    compile: bool | str = _option(
+        True,
+        parse_compile,
+        "compile the model (false: run it as plain PyTorch; required: a server whose compilation fails ends, instead of serving uncompiled)",
+        "compiler",
+    )
+    merge_linears: bool = _option(
+        True, parse_flag, "merge q/k/v and gate/up projections into one matmul each", "compiler"
+    )
+    skinny_linears: bool = _option(
+        True, parse_flag, "GPU: own kernels for products of few rows, where measured faster", "compiler"
+    )
     fuse_rope: bool = _option(True, parse_flag, "GPU: rotate queries and keys and store them in one kernel", "compiler")
-    fuse_rows: bool = _option(True, parse_flag, "GPU: norms, residual additions and gated SiLU as kernels that overlap", "compiler")
-    fuse_linears: bool = _option(True, parse_flag, "GPU: norms, residual additions and gated SiLU inside the products beside them, for few rows", "compiler")
-    rotary_once: bool = _option(True, parse_flag, "compute rotary cosines and sines once a step, not in every layer", "compiler")
-    compile_cache_dir: str | None = _option(None, parse_text, "folder of compiled artefacts (none: ~/.cache/pagegraph)", "compiler", _NONE)
-    num_threads: int | None = _option(None, _between(parse_whole, 1, 4096), "CPU threads of the engine (auto: PyTorch's choice)", "compiler", _AUTO)
+    fuse_rows: bool = _option(
+        True, parse_flag, "GPU: norms, residual additions and gated SiLU as kernels that overlap", "compiler"
+    )
+    fuse_linears: bool = _option(
+        True,
+        parse_flag,
+        "GPU: norms, residual additions and gated SiLU inside the products beside them, for few rows",
+        "compiler",
+    )
+    rotary_once: bool = _option(
+        True, parse_flag, "compute rotary cosines and sines once a step, not in every layer", "compiler"
+    )
+    compile_cache_dir: str | None = _option(
+        None, parse_text, "folder of compiled artefacts (none: ~/.cache/pagegraph)", "compiler", _NONE
+    )
+    num_threads: int | None = _option(
+        None, _between(parse_whole, 1, 4096), "CPU threads of the engine (auto: PyTorch's choice)", "compiler", _AUTO
+    )
 
     host: str = _option("127.0.0.1", parse_text, "address to listen on; 0.0.0.0 for every interface", "server")
     port: int = _option(8000, _between(parse_whole, 0, 65535), "port of the API (0: any free one)", "server")
-    probe_host: str = _option("127.0.0.1", parse_text, "address of probe_port; 0.0.0.0 lets other machines probe, without a key", "server")
-    probe_port: int | None = _option(None, _between(parse_whole, 0, 65535), "port of /health and /metrics beside the API (auto: a free one)", "server", _AUTO)
+    probe_host: str = _option(
+        "127.0.0.1", parse_text, "address of probe_port; 0.0.0.0 lets other machines probe, without a key", "server"
+    )
+    probe_port: int | None = _option(
+        None,
+        _between(parse_whole, 0, 65535),
+        "port of /health and /metrics beside the API (auto: a free one)",
+        "server",
+        _AUTO,
+    )
     workers: int = _option(2, _between(parse_whole, 1, 64), "web processes", "server")
-    threads: int | None = _option(None, _between(parse_whole, 2, MOST_THREADS), "threads of each web process; a request holds one (auto: max_num_seqs + max_queue and some)", "server", ("auto",))
-    max_queue: int = _option(256, _between(parse_whole, 1), "waiting requests, of all web processes together, beyond which new ones get 503", "server")
-    drain_timeout_s: float = _option(20.0, _between(parse_number, 0), "seconds that running requests get to end at shutdown; stopping takes up to 7 more", "server")
-    watchdog_timeout_s: float = _option(300.0, _between(parse_number, 1), "seconds with work and without a finished step after which the engine counts as hung and the server ends", "server")
-    api_key: str | None = _option(None, parse_text, "key that clients must send (none: open); on the command line others see it: rather use api_key_file or PAGEGRAPH_API_KEY", "server", _NONE)
+    threads: int | None = _option(
+        None,
+        _between(parse_whole, 2, MOST_THREADS),
+        "threads of each web process; a request holds one (auto: max_num_seqs + max_queue and some)",
+        "server",
+        ("auto",),
+    )
+    max_queue: int = _option(
+        256,
+        _between(parse_whole, 1),
+        "waiting requests, of all web processes together, beyond which new ones get 503",
+        "server",
+    )
+    drain_timeout_s: float = _option(
+        20.0,
+        _between(parse_number, 0),
+        "seconds that running requests get to end at shutdown; stopping takes up to 7 more",
+        "server",
+    )
+    watchdog_timeout_s: float = _option(
+        300.0,
+        _between(parse_number, 1),
+        "seconds with work and without a finished step after which the engine counts as hung and the server ends",
+        "server",
+    )
+    api_key: str | None = _option(
+        None,
+        parse_text,
+        "key that clients must send (none: open); on the command line others see it: rather use api_key_file or PAGEGRAPH_API_KEY",
+        "server",
+        _NONE,
+    )
     api_key_file: str | None = _option(None, parse_text, "file that holds the key alone", "server", _NONE)
-    log_level: str = _option("info", _one_of("debug", "info", "warning", "error"), "debug, info, warning or error", "server")
+    log_level: str = _option(
+        "info", _one_of("debug", "info", "warning", "error"), "debug, info, warning or error", "server"
+    )
 
     @property
     def model_name(self) -> str:
@@ -255,7 +392,9 @@ class Config:
     @property
     def max_entries(self) -> int:
         """Sequences and guesses of one step, as far as its token budget goes."""
-        wanted = min(self.max_num_seqs * (1 + self.most_guesses), GUESS_ENTRIES, self.max_num_batched_tokens or GUESS_ENTRIES)
+        wanted = min(
+            self.max_num_seqs * (1 + self.most_guesses), GUESS_ENTRIES, self.max_num_batched_tokens or GUESS_ENTRIES
+        )
         return max(self.max_num_seqs, wanted)
 
     def batched_tokens(self, device: str) -> int:
@@ -312,7 +451,10 @@ def load_config(
         given["model"] = (path_or_model, "argument")
     flags = {key: (value, flag_of(key)) for key, value in (overrides or {}).items() if value is not None}
     # A key from a later place, in whatever form, takes the place of an earlier one.
-    for later in ({"api_key": (environment[API_KEY_VARIABLE], API_KEY_VARIABLE)} if API_KEY_VARIABLE in environment else {}, flags):
+    for later in (
+        {"api_key": (environment[API_KEY_VARIABLE], API_KEY_VARIABLE)} if API_KEY_VARIABLE in environment else {},
+        flags,
+    ):
         if later.keys() & _API_KEYS:
             given = {key: found for key, found in given.items() if key not in _API_KEYS}
         given.update(later)
@@ -339,7 +481,9 @@ def _read_key(path: str, source: str) -> str:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise ConfigError(f"{where}api_key_file={path} cannot be read: {reason}") from error
     if not key or not key.isprintable():
-        raise ConfigError(f"{where}api_key_file={path} does not hold a key: one line of text is expected, and nothing else")
+        raise ConfigError(
+            f"{where}api_key_file={path} does not hold a key: one line of text is expected, and nothing else"
+        )
     return key
 
 
@@ -389,7 +533,11 @@ def _speculative(folder: Path, value: Any, source: str) -> dict[str, tuple[Any, 
 
 def _anchored(folder: Path, key: str, value: Any) -> Any:
     """A `./` or `../` path of a configuration file, made independent of where the command is run."""
-    if key in ("model", "tokenizer", "speculative_model", "api_key_file") and isinstance(value, str) and value.startswith(("./", "../")):
+    if (
+        key in ("model", "tokenizer", "speculative_model", "api_key_file")
+        and isinstance(value, str)
+        and value.startswith(("./", "../"))
+    ):
         return str((folder / value).resolve())
     return value
 
@@ -401,7 +549,9 @@ def _parse(key: str, value: Any, source: str) -> Any:
         hint = f"did you mean {near[0]}?" if near else "`runtime config --keys` lists the known keys"
         raise ConfigError(f"{where}unknown key {key}; {hint}")
     option = FIELDS[key]
-    if option.default is None and (value is None or (isinstance(value, str) and value.lower() in option.metadata["unset"])):
+    if option.default is None and (
+        value is None or (isinstance(value, str) and value.lower() in option.metadata["unset"])
+    ):
         return None
     try:
         return option.metadata["parse"](value)
@@ -432,16 +582,22 @@ def check(config: Config) -> None:
         raise ConfigError(f"quantization=gguf but model={config.model} is no .gguf file; name the file in gguf_file")
     _check_speculation(config)
     if config.probe_port and config.probe_port == config.port:
-        raise ConfigError(f"probe_port={config.probe_port} is also port; probes need their own, such as {config.port % 65535 + 1}")
+        raise ConfigError(
+            f"probe_port={config.probe_port} is also port; probes need their own, such as {config.port % 65535 + 1}"
+        )
 
 
 def _check_speculation(config: Config) -> None:
     method = config.method
     drafts = method is not None and "draft" in method
     if drafts and config.speculative_model is None:
-        raise ConfigError(f"speculative_method={method} needs a model that guesses; name it in speculative_model, or use ngram")
+        raise ConfigError(
+            f"speculative_method={method} needs a model that guesses; name it in speculative_model, or use ngram"
+        )
     if method is not None and not drafts and config.speculative_model is not None:
-        raise ConfigError(f"speculative_model={config.speculative_model} is of no use to speculative_method={method}; use {method}+draft")
+        raise ConfigError(
+            f"speculative_model={config.speculative_model} is of no use to speculative_method={method}; use {method}+draft"
+        )
     if config.prompt_lookup_min > config.prompt_lookup_max:
         raise ConfigError(
             f"prompt_lookup_min={config.prompt_lookup_min} is above prompt_lookup_max={config.prompt_lookup_max};"
@@ -469,4 +625,6 @@ def require_local_files(config: Config) -> None:
     if config.draft is not None:
         require_local_files(config.draft)
     if config.tokenizer is not None and not Path(config.tokenizer, "tokenizer.json").is_file():
-        raise ConfigError(f"tokenizer={config.tokenizer} is not a folder with a tokenizer.json; leave it out to use the model's own")
+        raise ConfigError(
+            f"tokenizer={config.tokenizer} is not a folder with a tokenizer.json; leave it out to use the model's own"
+        )

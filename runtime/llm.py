@@ -1,7 +1,7 @@
 """The offline API: `LLM(config).generate(prompts, params)`, in this process, without a server.
 
 Runs the same engine as the server; messages go through lists instead of sockets. Text in, text out, by the rules of
-`runtime.text_output`.
+`runtime.text.output`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pagegraph.compiler import build as builder
 from pagegraph.compiler.build import BuiltModel
-from pagegraph.runtime.assemble import engine_of
 from pagegraph.runtime.config import Config, load_config
-from pagegraph.runtime.protocol import (
+from pagegraph.runtime.engine.assemble import engine_of
+from pagegraph.runtime.ipc.protocol import (
     Abort,
     Failed,
     Submit,
@@ -26,8 +26,8 @@ from pagegraph.runtime.protocol import (
     Tokens,
 )
 from pagegraph.runtime.sampling_params import SamplingParams, check_ids, check_length, check_stop
-from pagegraph.runtime.text_output import TextOutput
-from pagegraph.runtime.tokenizer import Tokenizer
+from pagegraph.runtime.text.output import TextOutput
+from pagegraph.runtime.text.tokenizer import Tokenizer
 
 CLIENT = b"local"
 
@@ -135,7 +135,11 @@ class LLM:
                 self._drain()
 
     def chat(
-        self, messages: list[dict[str, str]], params: SamplingParams | None = None, *, stop: str | list[str] | None = None
+        self,
+        messages: list[dict[str, str]],
+        params: SamplingParams | None = None,
+        *,
+        stop: str | list[str] | None = None,
     ) -> Completion:
         """Answer a conversation through the model's chat template."""
         return self.generate([self.tokenizer.apply_chat(messages)], params, stop=stop)[0]
@@ -195,7 +199,9 @@ class LLM:
                 if request.eager or delta.finish_reason:
                     self._read(request, unfinished, delta.finish_reason, delta.stop_reason)
 
-    def _read(self, request: _Request, unfinished: dict[str, _Request], finish_reason: str = "", stop_reason: int = -1) -> None:
+    def _read(
+        self, request: _Request, unfinished: dict[str, _Request], finish_reason: str = "", stop_reason: int = -1
+    ) -> None:
         """Make text of what was gathered; if that ends the request, tell the engine where it does not know."""
         if request.read(finish_reason, stop_reason):
             del unfinished[request.request_id]

@@ -138,7 +138,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.allowed_token_ids is not None:
             check_ids("allowed_token_ids", self.allowed_token_ids, vocab_size)
         if self.logprobs is not None and self.logprobs > vocab_size:
-            raise BadParameter("logprobs", f"is {self.logprobs}; the vocabulary has {vocab_size} tokens, give at most those")
+            raise BadParameter(
+                "logprobs", f"is {self.logprobs}; the vocabulary has {vocab_size} tokens, give at most those"
+            )
 
 
 def model_defaults(generation_config: Mapping[str, Any]) -> dict[str, int | float]:
@@ -180,7 +182,9 @@ def check_stop(stop: Any) -> list[str]:
 def check_ids(field: str, ids: Any, vocab_size: int) -> None:
     """Raises BadParameter unless `ids` is a list of token ids of a vocabulary of so many."""
     # Types and bounds of all at once first: prompts are long, and good.
-    if isinstance(ids, list) and (not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size)):
+    if isinstance(ids, list) and (
+        not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size)
+    ):
         return
     _check_id_list(field, ids)
     for one in ids:
@@ -207,7 +211,9 @@ def check_length(
     room = max_model_len - num_prompt
     if room < 1:
         has = f"{num_prompt} tokens" if num_chars is None else f"{num_chars} characters, at least {num_prompt} tokens"
-        _too_long(field, max_model_len, f"{has} of {field} leave no room for one of output: give at most {max_model_len - 1}")
+        _too_long(
+            field, max_model_len, f"{has} of {field} leave no room for one of output: give at most {max_model_len - 1}"
+        )
     if max_tokens is not None and max_tokens > room:
         total = f"{num_prompt} tokens of {field} + max_tokens {max_tokens} = {num_prompt + max_tokens}"
         _too_long("max_tokens", max_model_len, f"{total}: give max_tokens of at most {room}, or a shorter {field}")
@@ -262,7 +268,9 @@ def _bias(bias: Any) -> dict[int, float]:
 
 def _check_id_list(field: str, ids: Any, most: int | None = None) -> None:
     if not isinstance(ids, list | tuple) or (most is not None and len(ids) > most):
-        raise BadParameter(field, f"must be a list of {'' if most is None else f'at most {most} '}token ids; got {shown(ids)}")
+        raise BadParameter(
+            field, f"must be a list of {'' if most is None else f'at most {most} '}token ids; got {shown(ids)}"
+        )
     if set(map(type, ids)) == {int} and min(ids) >= 0:
         return
     for one in ids:

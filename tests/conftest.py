@@ -18,8 +18,19 @@ import tokenizers
 from hypothesis import HealthCheck, settings
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from pagegraph.runtime.mailbox import Mailbox
-from pagegraph.runtime.protocol import Abort, Admitted, EngineInfo, Failed, Hello, Submit, SubmitGroup, TokenDelta, TokenLogprob, Tokens
+from pagegraph.runtime.ipc.mailbox import Mailbox
+from pagegraph.runtime.ipc.protocol import (
+    Abort,
+    Admitted,
+    EngineInfo,
+    Failed,
+    Hello,
+    Submit,
+    SubmitGroup,
+    TokenDelta,
+    TokenLogprob,
+    Tokens,
+)
 
 # One run of the tests is like another; `make fuzz` draws examples of its own.
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -50,7 +61,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     special = ["<s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=350, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=350, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     backend.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": {"content": "<|end|>"}, "chat_template": CHAT_TEMPLATE}

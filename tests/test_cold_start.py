@@ -34,7 +34,7 @@ GAP = 1e-3  # of log-probabilities
 LONGEST_S = 900.0  # that a start may take to compile
 TAKE_TURNS = """
 import sys
-if "pagegraph.runtime.engine_process" in sys.orig_argv:
+if "pagegraph.runtime.server.engine_process" in sys.orig_argv:
     sys.setswitchinterval(5e-6)
 """
 
@@ -49,12 +49,16 @@ class Start:
         if impatient:
             (folder / "site").mkdir()
             (folder / "site" / "sitecustomize.py").write_text(TAKE_TURNS)
-            environment["PYTHONPATH"] = os.pathsep.join([str(folder / "site"), *filter(None, [environment.get("PYTHONPATH")])])
+            environment["PYTHONPATH"] = os.pathsep.join(
+                [str(folder / "site"), *filter(None, [environment.get("PYTHONPATH")])]
+            )
         command = [sys.executable, "-m", "pagegraph.runtime.cli", "serve", model, "--port", "0", "--device", "cpu", "--dtype", "float32",
                    "--compile-cache-dir", str(folder / "cache"), "--served-model-name", "m", "--max-num-seqs", "8",
                    "--max-model-len", "256", "--kv-cache-memory", "32MiB", "--workers", "1"]  # fmt: skip
         self.started = time.monotonic()
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
         self.lines: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
         self.url = self.wait_for(r"http://127\.0\.0\.1:\d+")
@@ -78,7 +82,9 @@ class Start:
     def ask(self, prompt: list[int]) -> dict:
         """Logprobs of a completion as its dict; raises what a client would meet."""
         body = dict(model="m", prompt=prompt, max_tokens=TOKENS, temperature=0, logprobs=2, ignore_eos=True)
-        request = urllib.request.Request(self.url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=300) as answer:
             return json.loads(answer.read())["choices"][0]["logprobs"]
 
@@ -110,7 +116,9 @@ def model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> s
     return str(folder)
 
 
-def serve_meanwhile(start: Start, prompts: list[list[int]], until: Callable[[], bool], seed: int) -> list[tuple[int, list[str]]]:
+def serve_meanwhile(
+    start: Start, prompts: list[list[int]], until: Callable[[], bool], seed: int
+) -> list[tuple[int, list[str]]]:
     """What CLIENTS clients got, (index of the prompt, tokens), each asking one prompt after the other."""
 
     def client(number: int) -> list[tuple[int, list[str]]]:

@@ -55,7 +55,9 @@ class Server:
             return answer.read().decode()
 
     def metric(self, name: str) -> float:
-        return sum(float(value) for value in re.findall(rf"^pagegraph:{name}\{{[^}}]*\}} (\S+)$", self.get("/metrics"), re.M))
+        return sum(
+            float(value) for value in re.findall(rf"^pagegraph:{name}\{{[^}}]*\}} (\S+)$", self.get("/metrics"), re.M)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,12 @@ def server() -> Iterator[Server]:
 def ask(client: OpenAI, question: str, **options) -> str:
     """A streamed answer, put together."""
     stream = client.chat.completions.create(
-        model="smollm2", messages=[{"role": "user", "content": question}], temperature=0, max_tokens=24, stream=True, **options
+        model="smollm2",
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=24,
+        stream=True,
+        **options,
     )
     return "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
 
@@ -104,12 +111,15 @@ def test_completions_options(server: Server) -> None:
     choice = plain.choices[0]
     assert choice.finish_reason == "length" and plain.usage.completion_tokens == 8
     assert len(choice.logprobs.tokens) == 8 and all(len(top) >= 3 for top in choice.logprobs.top_logprobs)
-    assert all(top[token] == max(top.values()) for token, top in zip(choice.logprobs.tokens, choice.logprobs.top_logprobs))
+    assert all(
+        top[token] == max(top.values()) for token, top in zip(choice.logprobs.tokens, choice.logprobs.top_logprobs)
+    )
     stopped = client.completions.create(**ask_for, stop="Paris")
     assert stopped.choices[0].finish_reason == "stop" and "Paris" not in stopped.choices[0].text
     assert choice.text.startswith(stopped.choices[0].text)
     seeded = [
-        client.completions.create(model="smollm2", prompt="Once", max_tokens=12, temperature=1.0, seed=5, n=2) for _ in range(2)
+        client.completions.create(model="smollm2", prompt="Once", max_tokens=12, temperature=1.0, seed=5, n=2)
+        for _ in range(2)
     ]
     texts = [[c.text for c in answer.choices] for answer in seeded]
     assert texts[0] == texts[1] and texts[0][0] != texts[0][1]
@@ -151,7 +161,9 @@ def test_an_engine_that_dies_ends_streams_and_server() -> None:
     )
     pieces = iter(stream)
     next(pieces)
-    children = subprocess.run(["pgrep", "-f", "pagegraph.runtime.engine_process"], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-f", "pagegraph.runtime.server.engine_process"], capture_output=True, text=True
+    ).stdout.split()
     mine = [int(pid) for pid in children if _descends(int(pid), server.process.pid)]
     assert mine
     for pid in mine:

@@ -14,8 +14,8 @@ from typing import Any
 
 from flask import Flask, Response, g, request
 
-from pagegraph.runtime.client import EngineClient
-from pagegraph.runtime.tokenizer import Tokenizer
+from pagegraph.runtime.ipc.client import EngineClient
+from pagegraph.runtime.text.tokenizer import Tokenizer
 from pagegraph.web import errors, openai, probes
 from pagegraph.web.errors import ApiError
 from pagegraph.web.settings import WebSettings

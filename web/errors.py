@@ -12,7 +12,7 @@ import msgspec
 from flask import Flask, Response, current_app, request
 from werkzeug.exceptions import HTTPException
 
-from pagegraph.runtime.client import EngineDead, RequestFailed
+from pagegraph.runtime.ipc.client import EngineDead, RequestFailed
 from pagegraph.runtime.sampling_params import BadParameter
 
 _log = logging.getLogger(__name__)
@@ -80,7 +80,9 @@ def _of_http(error: HTTPException) -> ApiError:
     if status == 404:
         return ApiError(404, f"no such route: {request.method} {request.path[:200]}")
     if status == 405:
-        return ApiError(405, f"{request.method} is not allowed here; use {', '.join(sorted(error.valid_methods or ()))}")
+        return ApiError(
+            405, f"{request.method} is not allowed here; use {', '.join(sorted(error.valid_methods or ()))}"
+        )
     if status == 413:
         return body_too_large(current_app.config["MAX_CONTENT_LENGTH"])
     return ApiError(status, error.name.lower())

@@ -19,11 +19,11 @@ from typing import Any
 import msgspec
 from flask import Blueprint, Response, current_app, request
 
-from pagegraph.runtime.client import EngineClient
-from pagegraph.runtime.protocol import EngineInfo, TokenLogprob
+from pagegraph.runtime.ipc.client import EngineClient
+from pagegraph.runtime.ipc.protocol import EngineInfo, TokenLogprob
 from pagegraph.runtime.sampling_params import SamplingParams, check_length, wrap_seed
-from pagegraph.runtime.text_output import Piece, TextOutput
-from pagegraph.runtime.tokenizer import ChatTemplateError, Tokenizer
+from pagegraph.runtime.text.output import Piece, TextOutput
+from pagegraph.runtime.text.tokenizer import ChatTemplateError, Tokenizer
 from pagegraph.web.errors import ApiError, json_response
 from pagegraph.web.schema import GenerationRequest, parse_body, parse_chat, parse_completion
 from pagegraph.web.settings import WebSettings
@@ -60,7 +60,9 @@ class Service:
             raise ApiError(503, "the server is shutting down")
         if not self._places.acquire(blocking=False):
             threads, enough = self.settings.threads, self.settings.enough_threads
-            more = f"; {enough} (auto) would be enough" if threads < enough else ", enough for all that may run and wait"
+            more = (
+                f"; {enough} (auto) would be enough" if threads < enough else ", enough for all that may run and wait"
+            )
             raise ApiError(503, f"all threads of this web process are taken: threads = {threads}{more}")
         return self._places.release
 
@@ -203,7 +205,11 @@ def _token_prompts(
     with served.long_text(client_probe(request.environ)) if is_long else contextlib.nullcontext():
         prompts = []
         for text in texts:
-            ids = text if isinstance(text, list) else served.tokenizer.encode(text, add_special_tokens=checked.add_special_tokens)
+            ids = (
+                text
+                if isinstance(text, list)
+                else served.tokenizer.encode(text, add_special_tokens=checked.add_special_tokens)
+            )
             _check_length(len(ids), checked, info)
             prompts.append(ids)
     return prompts
@@ -235,7 +241,9 @@ def _submit(
         params = [_params(checked, len(ids), index % checked.n, info.max_model_len) for index, ids in enumerate(each)]
         group = served.engine.submit_group(list(zip(each, params, strict=True)), checked.priority, checked.cache_salt)
     sequences = [
-        Sequence(TextOutput(served.tokenizer, ids, one, checked.stop, checked.include_stop, checked.skip_special_tokens))
+        Sequence(
+            TextOutput(served.tokenizer, ids, one, checked.stop, checked.include_stop, checked.skip_special_tokens)
+        )
         for ids, one in zip(each, params, strict=True)
     ]
     return Generation(group, sequences, client_probe(request.environ), release)
@@ -430,18 +438,30 @@ class CompletionShape(Shape):
     object_chunk = "text_completion"
 
     def __init__(
-        self, checked: GenerationRequest, served: Service, info: EngineInfo, prompts: list[list[int]], generation: Generation
+        self,
+        checked: GenerationRequest,
+        served: Service,
+        info: EngineInfo,
+        prompts: list[list[int]],
+        generation: Generation,
     ) -> None:
         super().__init__(checked, served, info, prompts, generation)
         self._echo = checked.echo
         if self._echo:
             skip = checked.skip_special_tokens
-            texts = [one if isinstance(one, str) else self._tokenizer.decode(one, skip_special=skip) for one in checked.prompts]
+            texts = [
+                one if isinstance(one, str) else self._tokenizer.decode(one, skip_special=skip)
+                for one in checked.prompts
+            ]
             self._outputs = [_Output(text) for text in texts for _ in range(checked.n)]
 
     def first(self) -> list[dict[str, Any]]:
         """The prompts' texts, where they are wanted."""
-        return [self._chunk([self.choice(index, output)]) for index, output in enumerate(self._outputs)] if self._echo else []
+        return (
+            [self._chunk([self.choice(index, output)]) for index, output in enumerate(self._outputs)]
+            if self._echo
+            else []
+        )
 
     def events(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """A chunk with text, log-probabilities and finish reason."""

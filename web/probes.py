@@ -1,6 +1,6 @@
 """Health, version and the engine's metrics.
 
-What health means is `runtime.health`'s to say, here as on the probe port. It needs no key and shows no internals.
+What health means is `runtime.server.health`'s to say, here as on the probe port. It needs no key and shows no internals.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib import metadata
 
 from flask import Blueprint, Response
 
-from pagegraph.runtime.health import Health, engine_health
+from pagegraph.runtime.server.health import Health, engine_health
 from pagegraph.web.errors import ApiError, json_response
 from pagegraph.web.openai import service
 

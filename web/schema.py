@@ -30,7 +30,17 @@ _SAMPLED = (
 )  # fmt: skip
 # Fields of a message besides role and content that a template may read; and all that are known.
 _MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
-_MESSAGE_FIELDS = {"role", "content", "refusal", "tool_calls", "function_call", "audio", "prefix", "partial", *_MESSAGE_TEXTS}
+_MESSAGE_FIELDS = {
+    "role",
+    "content",
+    "refusal",
+    "tool_calls",
+    "function_call",
+    "audio",
+    "prefix",
+    "partial",
+    *_MESSAGE_TEXTS,
+}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -165,7 +175,9 @@ def _request(
     options = _stream_options(fields, stream)
     limit = max_tokens
     if limit is None:
-        limit = min((one for one in (default_max_tokens, sampling_defaults.get("max_tokens")) if one is not None), default=None)
+        limit = min(
+            (one for one in (default_max_tokens, sampling_defaults.get("max_tokens")) if one is not None), default=None
+        )
     request = GenerationRequest(
         model=fields.text("model"),
         prompts=prompts,
@@ -198,7 +210,9 @@ def _request(
     return request
 
 
-def _sampling(fields: _Fields, vocab_size: int, defaults: Mapping[str, int | float], **own: int | None) -> SamplingParams:
+def _sampling(
+    fields: _Fields, vocab_size: int, defaults: Mapping[str, int | float], **own: int | None
+) -> SamplingParams:
     """What the request gives, over the model's defaults, over our own; `own` fields are read already."""
     given = {name: value for name in _SAMPLED if (value := fields.take(name)) is not None}
     if (bias := fields.take("logit_bias")) is not None:

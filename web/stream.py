@@ -1,4 +1,4 @@
-"""Deltas of the engine to pieces of text (`runtime.text_output`), and pieces to server-sent events.
+"""Deltas of the engine to pieces of text (`runtime.text.output`), and pieces to server-sent events.
 
 Knows keep-alive and a client that left. Knows no OpenAI shapes.
 """
@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 
-from pagegraph.runtime.client import Group, RequestFailed
-from pagegraph.runtime.protocol import TokenDelta
-from pagegraph.runtime.text_output import Piece, TextOutput
+from pagegraph.runtime.ipc.client import Group, RequestFailed
+from pagegraph.runtime.ipc.protocol import TokenDelta
+from pagegraph.runtime.text.output import Piece, TextOutput
 from pagegraph.web.errors import as_api_error
 
 # How often a waiting request looks whether its client is still there.
@@ -117,7 +117,10 @@ class Generation:
         if delta.finish_reason in ("abort", "error"):
             raise RequestFailed(index, 503 if delta.finish_reason == "abort" else 500, "the server ended this request")
         sequence.cached_tokens = max(sequence.cached_tokens, delta.cached_tokens)
-        sequence.accepted, sequence.rejected = max(sequence.accepted, delta.accepted), max(sequence.rejected, delta.rejected)
+        sequence.accepted, sequence.rejected = (
+            max(sequence.accepted, delta.accepted),
+            max(sequence.rejected, delta.rejected),
+        )
         piece = sequence.output.add(delta)
         if piece.finish_reason:
             self.group.stop(index)  # the engine knows of every end but that by a stop string
@@ -183,7 +186,11 @@ class EventStream:
         self._generation.close()
 
     def _write(
-        self, events: Callable[[int, Piece], list[Any]], last: Callable[[], list[Any]], first: list[Any], keep_alive_s: float
+        self,
+        events: Callable[[int, Piece], list[Any]],
+        last: Callable[[], list[Any]],
+        first: list[Any],
+        keep_alive_s: float,
     ) -> Generator[bytes, None, None]:
         try:
             yield b"".join(map(sse, first)) or KEEP_ALIVE

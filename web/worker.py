@@ -336,6 +336,8 @@ def _allow_files(needed: int, log: Any) -> int:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft != resource.RLIM_INFINITY and soft < needed:
-        log.warning("a worker may have %d files open; it would use %d, so it keeps fewer connections (ulimit -Hn)", soft, needed)
+        log.warning(
+            "a worker may have %d files open; it would use %d, so it keeps fewer connections (ulimit -Hn)", soft, needed
+        )
         return soft
     return needed

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from pagegraph.compiler.passes.chain_int4 import chain_int4
-from pagegraph.compiler.passes.fuse_linears import fuse_linears
-from pagegraph.compiler.passes.fuse_rope import fuse_rope, rotate_one_row
-from pagegraph.compiler.passes.fuse_rows import fuse_rows
-from pagegraph.compiler.passes.merge_linears import merge_linears
-from pagegraph.compiler.passes.one_row_linears import one_row_linears
-from pagegraph.compiler.passes.quant_linears import quant_linears
-from pagegraph.compiler.passes.rotary_once import rotary_once
-from pagegraph.compiler.passes.skinny_linears import skinny_linears
+from pagegraph.compiler.passes.graph.cpu_gemv import one_row_linears
+from pagegraph.compiler.passes.graph.cpu_int4_layer import chain_int4
+from pagegraph.compiler.passes.graph.fuse_linears import fuse_linears
+from pagegraph.compiler.passes.graph.fuse_norms import fuse_rows
+from pagegraph.compiler.passes.graph.fuse_rope import fuse_rope, rotate_one_row
+from pagegraph.compiler.passes.modules.merge_linears import merge_linears
+from pagegraph.compiler.passes.modules.quant_linears import quant_linears
+from pagegraph.compiler.passes.modules.rotary_once import rotary_once
+from pagegraph.compiler.passes.modules.skinny_linears import skinny_linears
 
 
 @dataclass(frozen=True, slots=True)

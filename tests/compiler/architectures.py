@@ -5,26 +5,58 @@ from __future__ import annotations
 from transformers import AutoConfig, PretrainedConfig
 
 SIZES = dict(
-    vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
 )
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
 ROPE = dict(rope_theta=10000.0)
 ALPHA = dict(rope_type="dynamic", rope_theta=10000.0, factor=1.0, alpha=1000.0)
 DEEPSEEK = dict(
-    kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=4,
-    num_experts_per_tok=2, moe_intermediate_size=48, n_shared_experts=1, first_k_dense_replace=1,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=16,
+    v_head_dim=16,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=48,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
     num_key_value_heads=4,
 )
 
 ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {}),
-    "llama3_rope": ("llama", dict(rope_parameters=dict(
-        rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-        original_max_position_embeddings=32))),
-    "llama_yarn": ("llama", dict(rope_parameters=dict(
-        rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64))),
-    "llama_of_windows_in_name": ("llama", dict(layer_types=["sliding_attention"] * 4, sliding_window=9)),  # which its class ignores
+    "llama3_rope": (
+        "llama",
+        dict(
+            rope_parameters=dict(
+                rope_type="llama3",
+                rope_theta=10000.0,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            )
+        ),
+    ),
+    "llama_yarn": (
+        "llama",
+        dict(
+            rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+        ),
+    ),
+    "llama_of_windows_in_name": (
+        "llama",
+        dict(layer_types=["sliding_attention"] * 4, sliding_window=9),
+    ),  # which its class ignores
     "llama_linear": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0))),
     "mistral_window": ("mistral", dict(sliding_window=9)),
     "qwen2": ("qwen2", {}),
@@ -32,8 +64,15 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "qwen3": ("qwen3", dict(head_dim=24)),
     "gemma": ("gemma", dict(head_dim=24)),
     "gemma2": ("gemma2", dict(head_dim=24, sliding_window=9, query_pre_attn_scalar=20)),
-    "gemma3": ("gemma3_text", dict(
-        head_dim=24, sliding_window=9, query_pre_attn_scalar=20, layer_types=["sliding_attention", "full_attention"] * 2)),
+    "gemma3": (
+        "gemma3_text",
+        dict(
+            head_dim=24,
+            sliding_window=9,
+            query_pre_attn_scalar=20,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+    ),
     "phi": ("phi", {}),
     "phi3": ("phi3", dict(sliding_window=9)),
     "phimoe": ("phimoe", dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=9)),
@@ -57,8 +96,10 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "olmoe": ("olmoe", MOE),
     "hunyuan": ("hunyuan_v1_dense", dict(head_dim=16, rope_parameters=ALPHA)),
     "hunyuan_moe": ("hunyuan_v1_moe", dict(head_dim=16, num_experts=4, moe_topk=2, rope_parameters=ALPHA)),
-    "llama4": ("llama4_text", dict(
-        head_dim=16, intermediate_size_mlp=96, num_local_experts=4, attention_chunk_size=9, floor_scale=5)),
+    "llama4": (
+        "llama4_text",
+        dict(head_dim=16, intermediate_size_mlp=96, num_local_experts=4, attention_chunk_size=9, floor_scale=5),
+    ),
     "gpt_oss": ("gpt_oss", dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=9)),
     "deepseek_v2": ("deepseek_v2", dict(q_lora_rank=None, **DEEPSEEK)),
     "deepseek_v3": ("deepseek_v3", dict(q_lora_rank=24, n_group=1, topk_group=1, **DEEPSEEK)),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from pagegraph.compiler.probe import AttentionLayout
+from pagegraph.compiler.model.probe import AttentionLayout
 
 BLOCK = 8
 

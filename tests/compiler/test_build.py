@@ -11,7 +11,10 @@ from transformers import LlamaConfig
 
 from pagegraph.compiler.build import eos_ids
 
-WORDS = {"model": {"vocab": {"</s>": 5, "hello": 2}}, "added_tokens": [{"id": 7, "content": "<|im_end|>"}, {"id": 8, "content": "<|eot|>"}]}
+WORDS = {
+    "model": {"vocab": {"</s>": 5, "hello": 2}},
+    "added_tokens": [{"id": 7, "content": "<|im_end|>"}, {"id": 8, "content": "<|eot|>"}],
+}
 
 
 def folder_of(tmp_path: Path, **files: object) -> Path:
@@ -26,9 +29,20 @@ def folder_of(tmp_path: Path, **files: object) -> Path:
     [
         (dict(config=dict(eos_token_id=3), generation_config=dict(eos_token_id=[4, 1])), {1, 3, 4}),
         (dict(config=dict(eos_token_id=3), generation_config=dict(eos_token_id=[])), {3}),
-        (dict(config=dict(eos_token_id=[]), generation_config={}, tokenizer=WORDS, tokenizer_config=dict(eos_token="<|im_end|>")), {7}),
+        (
+            dict(
+                config=dict(eos_token_id=[]),
+                generation_config={},
+                tokenizer=WORDS,
+                tokenizer_config=dict(eos_token="<|im_end|>"),
+            ),
+            {7},
+        ),
         (dict(config=dict(text_config=dict(eos_token_id=9), eos_token_id=None)), {9}),
-        (dict(config=dict(eos_token_id=3), tokenizer=WORDS, special_tokens_map=dict(eos_token=dict(content="</s>"))), {3, 5}),
+        (
+            dict(config=dict(eos_token_id=3), tokenizer=WORDS, special_tokens_map=dict(eos_token=dict(content="</s>"))),
+            {3, 5},
+        ),
         (dict(config={}, tokenizer=WORDS, tokenizer_config=dict(eos_token="</s>", eot_token="<|eot|>")), {5, 8}),
         (dict(config={}, tokenizer=WORDS, tokenizer_config=dict(eos_token="no such token")), {2}),
         (dict(config={}), {2}),  # LlamaConfig's own

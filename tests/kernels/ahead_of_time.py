@@ -24,9 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from pagegraph.kernels import launch
-from pagegraph.kernels.quant_tiles import QuantWeight, RowsTile
-from pagegraph.kernels.skinny_tiles import Tile
+from pagegraph.kernels import pdl
+from pagegraph.kernels.linear.tiles import Tile
+from pagegraph.kernels.quant.tiles import QuantWeight, RowsTile
 
 SHARED_MEMORY = 232448  # bytes a block may have on sm_90
 TYPES = {
@@ -55,7 +55,9 @@ class Compiled:
     matrix_units: bool
     warp_group_units: bool
     waits: bool  # for the kernels before it, having let the next be set up
-    exchanged: int  # stores to shared memory from registers ahead of its last matrix instruction on fewer bits than float32's
+    exchanged: (
+        int  # stores to shared memory from registers ahead of its last matrix instruction on fewer bits than float32's
+    )
     early: list[str]  # what it does to global memory, or ends with, before it waits: opcodes of machine code
 
 
@@ -97,7 +99,12 @@ def compile_launch(
         matrix_units="mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"],
         warp_group_units="wgmma.mma_async" in compiled.asm["ptx"],
         waits=all(f"griddepcontrol.{what}" in compiled.asm["ptx"] for what in ("wait", "launch_dependents")),
-        exchanged=len(re.findall(r"\bst\.shared", re.sub(r"wgmma\.mma_async\S*tf32", "", compiled.asm["ptx"]).rpartition("wgmma.mma_async")[0])),
+        exchanged=len(
+            re.findall(
+                r"\bst\.shared",
+                re.sub(r"wgmma\.mma_async\S*tf32", "", compiled.asm["ptx"]).rpartition("wgmma.mma_async")[0],
+            )
+        ),
         early=before_wait(compiled.asm["cubin"]),
     )
 
@@ -137,9 +144,12 @@ def argument(described: Any) -> Any:
     if "weight" in described:
         return QuantWeight(*map(argument, described["weight"]))
     if "norm" in described:
-        from pagegraph.kernels.quantize_rows import Norm  # binds what `main` replaces
+        from pagegraph.kernels.quant.activations import Norm  # binds what `main` replaces
 
-        weight, residual, total = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in (described["norm"][1:], *[described["norm"]] * 2))
+        weight, residual, total = (
+            torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            for shape in (described["norm"][1:], *[described["norm"]] * 2)
+        )
         return Norm(weight, 1e-6, residual, total)
     if "type" in described:
         return getattr(torch, described["type"])
@@ -159,8 +169,8 @@ def main() -> None:
         compiled.append(compile_launch(case, kernel, arguments, named, capability))
 
     JITFunction.run = record
-    launch.dependent = lambda device: {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
-    for case, module, function, described in json.load(sys.stdin):
+    pdl.dependent = lambda device: {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
+    for case, module, function, described in json.load(sys.stdin):  # noqa: B007  `record` reads it
         getattr(importlib.import_module(module), function)(*(argument(one) for one in described))
     print(json.dumps([asdict(one) for one in compiled]))
 

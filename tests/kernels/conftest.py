@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-
 from tests.kernels.interpreter_process import InterpreterProcess, replaced
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from pagegraph.kernels.attention_decode import TILES
-from pagegraph.kernels.quant_tiles import RowsTile, tile_by_rule
-from pagegraph.kernels.skinny_tiles import Tile, tile_of
+from pagegraph.kernels.attention.decode import TILES
+from pagegraph.kernels.linear.tiles import Tile, tile_of
+from pagegraph.kernels.quant.tiles import RowsTile, tile_by_rule
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = 232448  # bytes a block may have on sm_90
 REGISTERS = 255  # registers a thread may have
 
@@ -67,16 +67,25 @@ def attention(
 
 def sampling(vocab: int, dtype: str) -> list[Any]:
     words = tensor("int32", 256)
-    arguments = [tensor(dtype, 256, vocab), tensor("float32", 256), tensor("int64", 256), words, words, words, words, words]
-    return [f"sampling {vocab} {dtype}", "pagegraph.kernels.sampling", "draw", arguments]
+    arguments = [
+        tensor(dtype, 256, vocab),
+        tensor("float32", 256),
+        tensor("int64", 256),
+        words,
+        words,
+        words,
+        words,
+        words,
+    ]
+    return [f"sampling {vocab} {dtype}", "pagegraph.kernels.sampling.gumbel", "draw", arguments]
 
 
 def rows(rows: int, size: int) -> list[list[Any]]:
     x, weight = tensor("bfloat16", rows, size), tensor("bfloat16", size)
     return [
-        [f"norm {rows}x{size}", "pagegraph.kernels.rms_norm", "rms_norm", [x, weight, 1e-6]],
-        [f"add and norm {rows}x{size}", "pagegraph.kernels.rms_norm", "add_rms_norm", [x, x, weight, 1e-6]],
-        [f"silu {rows}x{size}", "pagegraph.kernels.silu_mul", "silu_mul", [x]],
+        [f"norm {rows}x{size}", "pagegraph.kernels.linear.rms_norm", "rms_norm", [x, weight, 1e-6]],
+        [f"add and norm {rows}x{size}", "pagegraph.kernels.linear.rms_norm", "add_rms_norm", [x, x, weight, 1e-6]],
+        [f"silu {rows}x{size}", "pagegraph.kernels.linear.silu_mul", "silu_mul", [x]],
     ]
 
 
@@ -84,10 +93,21 @@ def unpack(tokens: int, seqs: int) -> list[list[Any]]:
     tables, starts = tensor("int32", 257, 512), tensor("int32", seqs)
     update = [tables, tensor("int32", 4096, 3), tensor("int32", 1)]
     rows, guesses = tensor("int32", 257), tensor("int32", 257, 15)
-    arguments = [tensor("int32", tokens), starts, tensor("int32", seqs + 1), starts, rows, rows, guesses, tables, 16, 512]
+    arguments = [
+        tensor("int32", tokens),
+        starts,
+        tensor("int32", seqs + 1),
+        starts,
+        rows,
+        rows,
+        guesses,
+        tables,
+        16,
+        512,
+    ]
     return [
-        [f"update {seqs}", "pagegraph.kernels.unpack", "update_tables", update],
-        [f"unpack {tokens} {seqs}", "pagegraph.kernels.unpack", "unpack", arguments],
+        [f"update {seqs}", "pagegraph.kernels.inputs.prepare", "update_tables", update],
+        [f"unpack {tokens} {seqs}", "pagegraph.kernels.inputs.prepare", "unpack", arguments],
     ]
 
 
@@ -95,8 +115,13 @@ def guessing(tokens: int, seqs: int) -> list[list[Any]]:
     entries, rows = tensor("int32", seqs), tensor("int32", 257)
     step = [tensor("int64", seqs), tensor("int32", tokens), entries, tensor("int32", seqs + 1), entries]
     return [
-        [f"accept {seqs}", "pagegraph.kernels.guesses", "accept", [*step, rows, rows, 15]],
-        [f"look up {seqs}", "pagegraph.kernels.guesses", "look_up", [*step, entries, rows, rows, tensor("int32", 257, 8193), tensor("int32", 257, 15), 2, 5]],
+        [f"accept {seqs}", "pagegraph.kernels.spec_decode.ngram", "accept", [*step, rows, rows, 15]],
+        [
+            f"look up {seqs}",
+            "pagegraph.kernels.spec_decode.ngram",
+            "look_up",
+            [*step, entries, rows, rows, tensor("int32", 257, 8193), tensor("int32", 257, 15), 2, 5],
+        ],
     ]
 
 
@@ -104,7 +129,12 @@ def linear(rows: int, out_size: int, size: int) -> list[Any]:
     """The product with the tile that is chosen for it, or a plain one."""
     tile = tile_of(rows, out_size, size) or Tile(32, 128, 1, 4, 4)
     arguments = [tensor("bfloat16", rows, size), tensor("bfloat16", out_size, size), None, {"tile": tile}]
-    return [f"linear {rows} {out_size}x{size} {tile}", "pagegraph.kernels.skinny_linear", "skinny_linear", arguments]
+    return [
+        f"linear {rows} {out_size}x{size} {tile}",
+        "pagegraph.kernels.linear.skinny_gemm",
+        "skinny_linear",
+        arguments,
+    ]
 
 
 def row_linears(rows: int, hidden: int, inner: int) -> list[list[Any]]:
@@ -116,48 +146,92 @@ def row_linears(rows: int, hidden: int, inner: int) -> list[list[Any]]:
     starts = tensor("int32", rows + 1)
     x, norm, residual = bf16(1, rows, hidden), bf16(hidden), bf16(1, rows, hidden)
     gate = [x, bf16(hidden, hidden), None, residual, norm, 1e-6, bf16(2 * inner, hidden), None, True, starts]
-    down = [bf16(1, rows, inner), bf16(hidden, inner), None, residual, norm, 1e-6, bf16(2 * hidden, hidden), None, False, starts]
-    return [[f"{rows} rows of {hidden}, {inner}: {name}", "pagegraph.kernels.cuda", "linear_norm_linear", arguments] for name, arguments in (("gate", gate), ("down", down))]
+    down = [
+        bf16(1, rows, inner),
+        bf16(hidden, inner),
+        None,
+        residual,
+        norm,
+        1e-6,
+        bf16(2 * hidden, hidden),
+        None,
+        False,
+        starts,
+    ]
+    return [
+        [f"{rows} rows of {hidden}, {inner}: {name}", "pagegraph.kernels.cuda", "linear_norm_linear", arguments]
+        for name, arguments in (("gate", gate), ("down", down))
+    ]
 
 
 def quantised(
-    rows: int, out_size: int, size: int, kind: str, group: int, shifted: bool = False, tile: Tile | None = None, dtype: str = "bfloat16"
+    rows: int,
+    out_size: int,
+    size: int,
+    kind: str,
+    group: int,
+    shifted: bool = False,
+    tile: Tile | None = None,
+    dtype: str = "bfloat16",
 ) -> list[Any]:
     """The product by the given tile or the rule's, scales as a device holds them."""
     tile = tile or tile_by_rule(rows, out_size, size)
     name = f"{kind} {rows} {out_size}x{size}/{group} {dtype} {tile}"
     x, blocks = tensor(dtype, rows, size), (out_size // 64, size // 64)
     if kind == "fp8":
-        weight = [tensor("float8_e4m3fn", out_size, size), tensor("float32", out_size, -(-size // group)), None, None, group, out_size]
-        return [name, "pagegraph.kernels.fragment_linear", "fragment_linear", [x, {"weight": weight}, {"tile": tile}]]
+        weight = [
+            tensor("float8_e4m3fn", out_size, size),
+            tensor("float32", out_size, -(-size // group)),
+            None,
+            None,
+            group,
+            out_size,
+        ]
+        return [name, "pagegraph.kernels.quant.gemm_16bit", "fragment_linear", [x, {"weight": weight}, {"tile": tile}]]
     codes = tensor("uint8", *blocks, 128, 16) if kind == "int4" else tensor("int8", *blocks, 256, 16)
-    scale = tensor(dtype if group < size else "float32", out_size // 64, size // max(group, 64), 32, 2 * max(1, 64 // group))
+    scale = tensor(
+        dtype if group < size else "float32", out_size // 64, size // max(group, 64), 32, 2 * max(1, 64 // group)
+    )
     weight = [codes, scale, scale if shifted else None, None, group, out_size]
-    return [name, "pagegraph.kernels.fragment_linear", "fragment_linear", [x, {"weight": weight}, {"tile": tile}]]
+    return [name, "pagegraph.kernels.quant.gemm_16bit", "fragment_linear", [x, {"weight": weight}, {"tile": tile}]]
 
 
-def coded(kind: str, rows: int, out_size: int, size: int, tile: Tile, symmetric: bool = False, dtype: str = "bfloat16") -> list[Any]:
+def coded(
+    kind: str, rows: int, out_size: int, size: int, tile: Tile, symmetric: bool = False, dtype: str = "bfloat16"
+) -> list[Any]:
     """The product of codes on both sides; with a bias where it is symmetric, which int8 is."""
     shifted = kind == "int4" and not symmetric
-    name, _, _, (x, weight, _) = quantised(rows, out_size, size, kind, 128 if kind == "int4" else size, shifted, tile, dtype)
+    name, _, _, (x, weight, _) = quantised(
+        rows, out_size, size, kind, 128 if kind == "int4" else size, shifted, tile, dtype
+    )
     weight["weight"][3] = None if shifted else tensor(dtype, out_size)
-    return [f"{name} on both sides", "pagegraph.kernels.coded_linear", "coded_linear", [x, weight, {"tile": tile}]]
+    return [f"{name} on both sides", "pagegraph.kernels.quant.gemm_8bit", "coded_linear", [x, weight, {"tile": tile}]]
 
 
 def rounded_rows(size: int) -> list[list[Any]]:
     """Alone, behind a gate, behind an addition and a norm."""
     x, residual = tensor("bfloat16", 256, size), {"norm": [256, size]}
     return [
-        ["rows to e4m3", "pagegraph.kernels.quantize_rows", "exchanged_e4m3_rows", [x]],
-        ["gated rows to int8", "pagegraph.kernels.quantize_rows", "int8_rows", [tensor("bfloat16", 256, 2 * size), 64, None, True]],
-        ["normed rows to e4m3 with sums", "pagegraph.kernels.quantize_rows", "e4m3_rows", [x, 64, residual]],
+        ["rows to e4m3", "pagegraph.kernels.quant.activations", "exchanged_e4m3_rows", [x]],
+        [
+            "gated rows to int8",
+            "pagegraph.kernels.quant.activations",
+            "int8_rows",
+            [tensor("bfloat16", 256, 2 * size), 64, None, True],
+        ],
+        ["normed rows to e4m3 with sums", "pagegraph.kernels.quant.activations", "e4m3_rows", [x, 64, residual]],
     ]
 
 
 def written_out(kind: str, group: int, shifted: bool) -> list[Any]:
     """The weight on its own."""
     _, _, _, (_, weight, _) = quantised(8, 4096, 4096, kind, group, shifted)
-    return [f"{kind}/{group} written out", "pagegraph.kernels.fragment_linear", "fragment_dequantize", [weight, 4096, {"type": "bfloat16"}]]
+    return [
+        f"{kind}/{group} written out",
+        "pagegraph.kernels.quant.gemm_16bit",
+        "fragment_dequantize",
+        [weight, 4096, {"type": "bfloat16"}],
+    ]
 
 
 def quantised_rows(kind: str, group: int, tile: RowsTile, shifted: bool = False) -> list[list[Any]]:
@@ -166,7 +240,14 @@ def quantised_rows(kind: str, group: int, tile: RowsTile, shifted: bool = False)
     for out_size, gated in ((hidden, False), (28672, True)):
         _, _, _, (x, weight, _) = quantised(2, out_size, hidden, kind, group or hidden, shifted)
         cut = tile._replace(parts=max(2, tile.parts)) if gated else tile
-        launches.append([f"{kind}/{group} {out_size} {cut}", "pagegraph.kernels.fragment_rows", "fragment_rows", [x, weight, gated, {"few": cut}]])
+        launches.append(
+            [
+                f"{kind}/{group} {out_size} {cut}",
+                "pagegraph.kernels.quant.gemv",
+                "fragment_rows",
+                [x, weight, gated, {"few": cut}],
+            ]
+        )
     return launches
 
 
@@ -176,29 +257,52 @@ def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
     norms = [tensor("bfloat16", size) if normed else None] * 2
     caches = [tensor("bfloat16", 4096, 16, kv_heads, size)] * 2
     arguments = [*wide, *[tensor("bfloat16", 256, size)] * 2, *norms, 1e-6, *caches, tensor("int32", 256)]
-    return [f"rope {heads}/{kv_heads} {size}", "pagegraph.kernels.rope_write", "rope_write", arguments]
+    return [f"rope {heads}/{kv_heads} {size}", "pagegraph.kernels.attention.rope_kv_cache", "rope_write", arguments]
 
 
 ROPES = [rope(16, 8, 128, True), rope(32, 8, 128, False), rope(32, 32, 256, False)]
 LINEARS = [linear(rows, *shape) for rows in (2, 64) for shape in ((6144, 1024), (1024, 3072), (4096, 14336))]
-ROWS = [one for rows in (2, 4) for sizes in ((1024, 3072), (4096, 14336), (576, 1536)) for one in row_linears(rows, *sizes)]
+ROWS = [
+    one for rows in (2, 4) for sizes in ((1024, 3072), (4096, 14336), (576, 1536)) for one in row_linears(rows, *sizes)
+]
 MANY_ROWS = ((128, 128, 1, 8, 3, 128), (64, 64, 2, 4, 4, 128), (256, 64, 1, 8, 3, 128), (128, 64, 1, 8, 3, 256))
 QUANTISED = [
     quantised(rows, out_size, size, *weight)
     for rows, out_size, size in ((64, 4096, 14336), (256, 6144, 4096))
     for weight in (("fp8", size), ("fp8", 128), ("int8", size), ("int8", 32, True), ("int4", 128, True), ("int4", size))
 ] + [
-    *(quantised(8, 4096, 4096, kind, group, shifted) for kind, group, shifted in (("fp8", 4096, False), ("int4", 32, True), ("int4", 128, False), ("int8", 16, False), ("int8", 4096, False))),
+    *(
+        quantised(8, 4096, 4096, kind, group, shifted)
+        for kind, group, shifted in (
+            ("fp8", 4096, False),
+            ("int4", 32, True),
+            ("int4", 128, False),
+            ("int8", 16, False),
+            ("int8", 4096, False),
+        )
+    ),
     *(quantised(256, 4096, 14336, "int4", 128, True, Tile(*tile)) for tile in MANY_ROWS),
     *(quantised(256, 4096, 14336, "int8", 14336, False, Tile(*tile)) for tile in MANY_ROWS),
     *rounded_rows(4096),
     *rounded_rows(14336),
     *rounded_rows(53248)[:1],
-    *(coded("int8", 256, 4096, 14336, Tile(*tile)) for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 3, 128), (64, 128, 2, 4, 4, 128), (128, 128, 1, 8, 3, 128))),
-    *(coded("int4", 256, 4096, 14336, Tile(*tile)) for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 4, 128), (128, 128, 2, 4, 3, 64))),
-    *(coded(kind, 256, 4096, 4096, Tile(64, 128, 1, 4, 4, 128), symmetric=True, dtype="float16") for kind in ("int4", "int8")),
+    *(
+        coded("int8", 256, 4096, 14336, Tile(*tile))
+        for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 3, 128), (64, 128, 2, 4, 4, 128), (128, 128, 1, 8, 3, 128))
+    ),
+    *(
+        coded("int4", 256, 4096, 14336, Tile(*tile))
+        for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 4, 128), (128, 128, 2, 4, 3, 64))
+    ),
+    *(
+        coded(kind, 256, 4096, 4096, Tile(64, 128, 1, 4, 4, 128), symmetric=True, dtype="float16")
+        for kind in ("int4", "int8")
+    ),
     quantised(64, 4096, 4096, "int4", 128, True, dtype="float16"),
-    *(written_out(kind, group, shifted) for kind, group, shifted in (("int4", 32, True), ("int8", 4096, False), ("fp8", 128, False))),
+    *(
+        written_out(kind, group, shifted)
+        for kind, group, shifted in (("int4", 32, True), ("int8", 4096, False), ("fp8", 128, False))
+    ),
 ]
 HALF = [
     attention(64, 64, 8, 1),
@@ -214,12 +318,17 @@ HALF = [
     attention(256, 256, 4, 4, tokens=8, num_seqs=8, chunk=8192),
 ]
 PAGES_OF_8_BITS = [
-    attention(128, 128, 8, group, tokens=tokens, num_seqs=64, cache="float8_e4m3fn") for group, tokens in ((4, 64), (4, 512), (2, 256))
+    attention(128, 128, 8, group, tokens=tokens, num_seqs=64, cache="float8_e4m3fn")
+    for group, tokens in ((4, 64), (4, 512), (2, 256))
 ] + [
     attention(size, size, 8, 4, dtype, tokens=64, num_seqs=64, cache="float8_e4m3fn", sinks=True)
     for size, dtype in ((16, "bfloat16"), (64, "bfloat16"), (80, "bfloat16"), (256, "bfloat16"), (64, "float32"))
 ]
-SINGLE = [attention(64, 64, 8, 3, "float32"), attention(128, 128, 8, 4, "float32"), attention(256, 256, 4, 2, "float32")]
+SINGLE = [
+    attention(64, 64, 8, 3, "float32"),
+    attention(128, 128, 8, 4, "float32"),
+    attention(256, 256, 4, 2, "float32"),
+]
 WIDE = {
     size: [
         attention(size, size, 8, group, dtype, tokens, 32, *features)
@@ -250,7 +359,9 @@ QUANTISED_ROWS = [
 def compiled(launches: list[list[Any]], capability: int = 90) -> list[dict[str, Any]]:
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(Path(__file__).with_name("ahead_of_time.py")), str(capability)]
-    done = subprocess.run(command, input=json.dumps(launches), env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, input=json.dumps(launches), env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
@@ -267,7 +378,19 @@ def half() -> list[dict[str, Any]]:
     """The launches of models in bfloat16, and sampling."""
     unpacks = [*unpack(2, 2), *unpack(2048, 256)]
     rowwise = [*rows(1, 1024), *rows(256, 4096), *rows(8192, 16384)]
-    return compiled([*HALF, *ROPES, *LINEARS, *ROWS, *unpacks, *guessing(64, 64), *rowwise, sampling(151936, "float32"), sampling(128256, "bfloat16")])
+    return compiled(
+        [
+            *HALF,
+            *ROPES,
+            *LINEARS,
+            *ROWS,
+            *unpacks,
+            *guessing(64, 64),
+            *rowwise,
+            sampling(151936, "float32"),
+            sampling(128256, "bfloat16"),
+        ]
+    )
 
 
 def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
@@ -319,26 +442,55 @@ def test_quantised_products() -> None:
     """No spills, on Hopper's matrix instruction, the weight in two buffers at least, and nothing but a norm's weight touched before the wait."""
     kernels = compiled(QUANTISED)
     check_fits(kernels)
-    assert {k["kernel"] for k in kernels} == {"fragment_linear_kernel", "coded_linear_kernel", "rows_kernel", "fragment_dequantize_kernel"}
-    assert all(k["waits"] and not k["early"] for k in kernels if k["kernel"] != "fragment_dequantize_kernel" and "normed" not in k["case"])
+    assert {k["kernel"] for k in kernels} == {
+        "fragment_linear_kernel",
+        "coded_linear_kernel",
+        "rows_kernel",
+        "fragment_dequantize_kernel",
+    }
+    assert all(
+        k["waits"] and not k["early"]
+        for k in kernels
+        if k["kernel"] != "fragment_dequantize_kernel" and "normed" not in k["case"]
+    )
     assert {kind for k in kernels if "normed" in k["case"] for kind in k["early"]} == {"LDG"}  # the norm's weight
     products = [k for k in kernels if k["kernel"].endswith("linear_kernel")]
     assert all(k["warp_group_units"] and k["buffers"] >= 2 for k in products)
-    three = [k for k in products if k["kernel"] == "coded_linear_kernel" and k["case"].startswith("int8") and "num_warps=4, num_stages=3" in k["case"]]
-    assert three and all(3 * (k["shared_bytes"] + 1024) <= SHARED_MEMORY and k["registers"] * 128 * 3 <= 65536 for k in three)
-    assert not any(k["exchanged"] for k in products), "a weight takes a way through shared memory on its way to the matrix unit"
+    three = [
+        k
+        for k in products
+        if k["kernel"] == "coded_linear_kernel"
+        and k["case"].startswith("int8")
+        and "num_warps=4, num_stages=3" in k["case"]
+    ]
+    assert three and all(
+        3 * (k["shared_bytes"] + 1024) <= SHARED_MEMORY and k["registers"] * 128 * 3 <= 65536 for k in three
+    )
+    assert not any(k["exchanged"] for k in products), (
+        "a weight takes a way through shared memory on its way to the matrix unit"
+    )
 
 
 @pytest.mark.parametrize("capability", [80, 89])
 def test_quantised_products_on_gpus_before_hopper(capability: int) -> None:
     """Products that such a GPU is given, with what is ahead of them: of e4m3 only where it knows them."""
     rows_to_e4m3, rows_to_int8, rows_with_sums = rounded_rows(4096)
-    fp8 = [rows_to_e4m3, rows_with_sums, quantised(64, 512, 512, "fp8", 512), *quantised_rows("fp8", 0, RowsTile(1, 4, 2, 3)), coded("int4", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64))]
+    fp8 = [
+        rows_to_e4m3,
+        rows_with_sums,
+        quantised(64, 512, 512, "fp8", 512),
+        *quantised_rows("fp8", 0, RowsTile(1, 4, 2, 3)),
+        coded("int4", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64)),
+    ]
     kernels = compiled(
         [
             *(quantised(64, 512, 512, "int4", 128, shifted) for shifted in (False, True)),
             *(quantised(300, 512, 512, kind, group) for kind, group in (("int4", 32), ("int8", 32), ("int8", 512))),
-            *(launch for kind, group in (("int4", 128), ("int8", 0)) for launch in quantised_rows(kind, group, RowsTile(1, 4, 2, 3))),
+            *(
+                launch
+                for kind, group in (("int4", 128), ("int8", 0))
+                for launch in quantised_rows(kind, group, RowsTile(1, 4, 2, 3))
+            ),
             coded("int8", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64)),
             rows_to_int8,
             quantised(64, 512, 512, "int4", 128, True, dtype="float16"),
@@ -356,7 +508,10 @@ def test_quantised_products_of_few_rows() -> None:
     """On matrix units, pipelined, no weight by a way of shared memory of its own; before the wait lines are asked for, and what no kernel writes."""
     kernels = compiled(QUANTISED_ROWS)
     check_fits(kernels)
-    assert all(k["matrix_units"] and k["buffers"] >= 2 and k["waits"] and {"CCTL"} <= set(k["early"]) <= {"CCTL", "LDG"} for k in kernels), kernels
+    assert all(
+        k["matrix_units"] and k["buffers"] >= 2 and k["waits"] and {"CCTL"} <= set(k["early"]) <= {"CCTL", "LDG"}
+        for k in kernels
+    ), kernels
     assert not any(k["exchanged"] for k in kernels), kernels
 
 
@@ -367,10 +522,16 @@ def test_pages_of_8_bits() -> None:
     """
     kernels = compiled(PAGES_OF_8_BITS)
     check_fits(kernels)
-    decodes = [k for k in kernels if k["kernel"] == "decode_kernel" and k["case"].startswith("128/128 8x") and "bfloat16" in k["case"]]
+    decodes = [
+        k
+        for k in kernels
+        if k["kernel"] == "decode_kernel" and k["case"].startswith("128/128 8x") and "bfloat16" in k["case"]
+    ]
     threads = 32 * TILES[1, 128].num_warps
     assert len(decodes) == 3 and all(k["buffers"] >= 2 for k in decodes)
-    assert all(4 * (k["shared_bytes"] + 1024) <= SHARED_MEMORY and k["registers"] * threads * 4 <= 65536 for k in decodes), decodes
+    assert all(
+        4 * (k["shared_bytes"] + 1024) <= SHARED_MEMORY and k["registers"] * threads * 4 <= 65536 for k in decodes
+    ), decodes
     attends = [k for k in kernels if k["kernel"] in ("decode_kernel", "prefill_kernel")]
     assert {k["kernel"] for k in attends} == {"decode_kernel", "prefill_kernel"}
     assert all(k["matrix_units"] and k["buffers"] >= 2 for k in attends), attends

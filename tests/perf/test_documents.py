@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from perf import tables
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 # What the documents quote; of a job that several files hold the last one counts.
 QUOTED = [
     ROOT / "perf" / "results" / f"h200-2026-11-24-{name}.json"
@@ -19,7 +18,12 @@ QUOTED = [
 
 @pytest.mark.parametrize(
     "document, table",
-    [("README.md", tables.overview), ("perf/README.md", tables.jobs), ("perf/README.md", tables.steps), ("perf/README.md", tables.served)],
+    [
+        ("README.md", tables.overview),
+        ("perf/README.md", tables.jobs),
+        ("perf/README.md", tables.steps),
+        ("perf/README.md", tables.served),
+    ],
 )
 def test_a_table_is_of_the_stored_results(document: str, table: Callable[[tables.Results], Iterator[str]]) -> None:
     expected = list(table(tables.Results(QUOTED)))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from perf import tables
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 STORED = [ROOT / "perf" / "results" / f"h200-2026-11-24-{name}.json" for name in ("llama3-8b", "qwen3-0.6b")]
 
 
@@ -20,7 +20,9 @@ def results() -> tables.Results:
 
 def test_known_rows(results: tables.Results) -> None:
     assert "| Qwen3-0.6B, one stream | 1,074 | 3.23 | 650 | 1.65 |" in list(tables.jobs(results))
-    assert "| Llama-3-8B, 64 prompts of 4096 | 38,980 in + out | 1.16 | 40,584 in + out | 0.96 |" in list(tables.jobs(results))
+    assert "| Llama-3-8B, 64 prompts of 4096 | 38,980 in + out | 1.16 | 40,584 in + out | 0.96 |" in list(
+        tables.jobs(results)
+    )
     assert "| Llama-3-8B | 256 x 384 | 10.89 | 1.25 |" in list(tables.steps(results))
 
 
@@ -39,11 +41,18 @@ def test_quantised_models_have_rows_of_their_own(tmp_path: Path) -> None:
     job = {"case": "latency", "caching": False, "requests": 1, "out_tok_s": 300.0, "ratio": 1.4, "quantization": "fp8"}
     theirs = {**job, "model": "8b", "ours_over_theirs": 1.2}
     step = {"seqs": 1, "keys": 256, "replay_ms": 2.5, "ratio": 1.2, "quantization": "fp8"}
-    sections = [dict(section="engine", model="8b", rows=[job]), dict(section="peer", model=None, rows=[theirs]), dict(section="step", model="8b", rows=[step])]
+    sections = [
+        dict(section="engine", model="8b", rows=[job]),
+        dict(section="peer", model=None, rows=[theirs]),
+        dict(section="step", model="8b", rows=[step]),
+    ]
     path = tmp_path / "fp8.json"
     path.write_text(json.dumps({"sections": sections}))
     found = tables.Results([*STORED, path])
-    assert {"| Llama-3-8B, one stream | 223 | 1.27 | 201 | 1.11 |", "| Llama-3-8B fp8, one stream | 300 | 1.40 | 300 | 1.20 |"} < set(tables.jobs(found))
+    assert {
+        "| Llama-3-8B, one stream | 223 | 1.27 | 201 | 1.11 |",
+        "| Llama-3-8B fp8, one stream | 300 | 1.40 | 300 | 1.20 |",
+    } < set(tables.jobs(found))
     assert "| Llama-3-8B fp8 | 1 x 256 | 2.500 | 1.20 |" in list(tables.steps(found))
     assert list(tables.overview(found)) == list(tables.overview(tables.Results(STORED)))
 
@@ -63,8 +72,18 @@ def test_other_peers_get_columns_of_their_own() -> None:
 
 
 def test_a_served_run_is_one_row(tmp_path: Path) -> None:
-    served = dict(way="served", out_tok_s=900.0, ttft_p50_ms=1.0, ttft_p99_ms=2.0, itl_p50_ms=3.0, itl_p99_ms=4.0, in_graphs=0.98)
-    section = {"section": "serve", "model": "8b", "facts": {"served_over_offline": 0.9}, "rows": [served, dict(way="offline", out_tok_s=1000.0)]}
+    served = dict(
+        way="served", out_tok_s=900.0, ttft_p50_ms=1.0, ttft_p99_ms=2.0, itl_p50_ms=3.0, itl_p99_ms=4.0, in_graphs=0.98
+    )
+    section = {
+        "section": "serve",
+        "model": "8b",
+        "facts": {"served_over_offline": 0.9},
+        "rows": [served, dict(way="offline", out_tok_s=1000.0)],
+    }
     path = tmp_path / "served.json"
     path.write_text(json.dumps({"sections": [section]}))
-    assert list(tables.served(tables.Results([path])))[-1] == "| Llama-3-8B | 900 | 1,000 | 0.90 | 1, 2 | 3.0, 4.0 | 98.0% |"
+    assert (
+        list(tables.served(tables.Results([path])))[-1]
+        == "| Llama-3-8B | 900 | 1,000 | 0.90 | 1, 2 | 3.0, 4.0 | 98.0% |"
+    )

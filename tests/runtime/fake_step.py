@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pagegraph.compiler.step_input import LookedUp, StepInput, StepOutput
-from pagegraph.runtime.protocol import SamplingParams
+from pagegraph.compiler.step.inputs import LookedUp, StepInput, StepOutput
+from pagegraph.runtime.ipc.protocol import SamplingParams
 
 BLOCK = 4
 EOS = 7
@@ -31,7 +31,9 @@ class FakeStep:
     `guess`, of a row's tokens and seed, makes the guesses for its next step, as a device that looks up does.
     """
 
-    def __init__(self, num_blocks: int, max_num_seqs: int, guess: Callable[[list[int], int], list[int]] | None = None) -> None:
+    def __init__(
+        self, num_blocks: int, max_num_seqs: int, guess: Callable[[list[int], int], list[int]] | None = None
+    ) -> None:
         self.memory = np.full(num_blocks * BLOCK, -5, np.int64)
         self.tables = np.zeros((max_num_seqs, -(-MAX_LEN // BLOCK)), np.int64)
         self.last = np.zeros(max_num_seqs, np.int64)

@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 from pagegraph.runtime.cli import COMMANDS, main
 from pagegraph.runtime.config import FIELDS, flag_of
 from pagegraph.runtime.sampling_params import FROM_GENERATION_CONFIG
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 SMOLLM2 = str(ROOT / "configs" / "smollm2-cpu.yaml")
 
 
@@ -56,7 +56,11 @@ def test_unknown_command_and_flag_name_the_nearest() -> None:
 def test_config_prints_values_and_sources() -> None:
     result = run("config", SMOLLM2, "--max-model-len", "2K", "--api-key", "s3cret")
     assert result.exit_code == 0, result.output
-    rows = {line.split()[0]: line.split(None, 1)[1] for line in result.output.splitlines() if line and not line.startswith("#")}
+    rows = {
+        line.split()[0]: line.split(None, 1)[1]
+        for line in result.output.splitlines()
+        if line and not line.startswith("#")
+    }
     assert set(rows) == {*FIELDS, *FROM_GENERATION_CONFIG.values()}
     assert rows["max_model_len"].split() == ["2048", "#", "--max-model-len"]
     assert rows["device"].endswith("smollm2-cpu.yaml:4")
@@ -80,7 +84,11 @@ def test_config_says_how_requests_are_sampled_that_do_not_say(tmp_path: Path) ->
     assert rows["top_p"] == ["1", "#", "default"]
     assert shown("--generation-config", "none")["temperature"] == ["1", "#", "default"]
     file.write_text('{"temperature": 7}')
-    for command in (["config", str(tmp_path)], ["serve", str(tmp_path)], ["generate", "--config", str(tmp_path), "--prompt", "a"]):
+    for command in (
+        ["config", str(tmp_path)],
+        ["serve", str(tmp_path)],
+        ["generate", "--config", str(tmp_path), "--prompt", "a"],
+    ):
         result = run(*command)
         assert result.exit_code == 1 and "temperature must be a number from 0 to 2" in result.output
     assert "before the model is loaded" in run("config", SMOLLM2).output
@@ -96,7 +104,9 @@ def test_config_lists_the_keys() -> None:
     assert run("config").exit_code == 2
 
 
-@pytest.mark.parametrize("command", [["config", SMOLLM2], ["serve", SMOLLM2], ["generate", "--config", SMOLLM2, "--prompt", "a"]])
+@pytest.mark.parametrize(
+    "command", [["config", SMOLLM2], ["serve", SMOLLM2], ["generate", "--config", SMOLLM2, "--prompt", "a"]]
+)
 def test_a_bad_value_is_one_line_and_status_1(command: list[str]) -> None:
     result = run(*command, "--block-size", "12")
     assert result.exit_code == 1
@@ -109,12 +119,14 @@ def test_generate_refuses_bad_sampling_before_it_loads(flag: str, value: str) ->
     assert result.exit_code == 1 and result.output.startswith(f"Error: {flag[2:]} must ")
 
 
-@pytest.mark.parametrize("command", [["serve", "/no/models/m.gguf"], ["generate", "--config", "/no/models/m.gguf", "--prompt", "a"]])
+@pytest.mark.parametrize(
+    "command", [["serve", "/no/models/m.gguf"], ["generate", "--config", "/no/models/m.gguf", "--prompt", "a"]]
+)
 def test_a_missing_model_is_refused_before_anything_starts(command: list[str]) -> None:
     result = run(*command)
     assert result.exit_code == 1 and "does not exist; `make model` fetches it" in result.output
 
 
 def test_serve_imports_no_torch() -> None:
-    code = "import pagegraph.runtime.serve, pagegraph.runtime.supervisor, pagegraph.runtime.generate, sys; sys.exit('torch' in sys.modules)"
+    code = "import pagegraph.runtime.commands.serve, pagegraph.runtime.server.supervisor, pagegraph.runtime.commands.generate, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

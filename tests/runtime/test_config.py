@@ -23,8 +23,8 @@ from pagegraph.runtime.config import (
     parse_whole,
     require_local_files,
 )
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -41,14 +41,16 @@ def refused(overrides: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("8k", 8000), ("8K", 8192), ("1m", 10**6), ("1M", 1 << 20), ("4096", 4096), (7, 7), ("1_000", 1000), (" 5 ", 5)]
+    ("text", "value"),
+    [("8k", 8000), ("8K", 8192), ("1m", 10**6), ("1M", 1 << 20), ("4096", 4096), (7, 7), ("1_000", 1000), (" 5 ", 5)],
 )
 def test_whole_numbers(text: str | int, value: int) -> None:
     assert parse_whole(text) == value
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1GiB", 1 << 30), ("1GB", 10**9), ("1.5 KiB", 1536), ("512mib", 512 << 20), (4096, 4096), ("10", 10)]
+    ("text", "value"),
+    [("1GiB", 1 << 30), ("1GB", 10**9), ("1.5 KiB", 1536), ("512mib", 512 << 20), (4096, 4096), ("10", 10)],
 )
 def test_sizes(text: str | int, value: int) -> None:
     assert parse_bytes(text) == value
@@ -79,7 +81,9 @@ def test_a_model_name_alone_is_a_configuration() -> None:
 
 def test_unknown_key_names_the_nearest_and_the_line(tmp_path: Path) -> None:
     path = write(tmp_path, "model: m\nmax_num_seq: 4\n")
-    with pytest.raises(ConfigError, match=rf"^{re.escape(path)}:2: unknown key max_num_seq; did you mean max_num_seqs\?$"):
+    with pytest.raises(
+        ConfigError, match=rf"^{re.escape(path)}:2: unknown key max_num_seq; did you mean max_num_seqs\?$"
+    ):
         load_config(path)
     assert "runtime config --keys" in refused({"zzzzzz": "1"})
 
@@ -115,10 +119,19 @@ def test_missing_file_is_named() -> None:
         ({"gpu_memory_utilization": "1.01"}, ["(0, 1]"]),
         ({"gpu_memory_utilization": "nan"}, ["gpu_memory_utilization=nan is not a number"]),
         ({"max_num_seqs": "0"}, ["max_num_seqs=0", "at least 1"]),
-        ({"max_num_seqs": "64", "max_num_batched_tokens": "32"}, ["max_num_seqs=64 exceeds max_num_batched_tokens=32", "to 32 or less", "to 64 or more"]),
+        (
+            {"max_num_seqs": "64", "max_num_batched_tokens": "32"},
+            ["max_num_seqs=64 exceeds max_num_batched_tokens=32", "to 32 or less", "to 64 or more"],
+        ),
         ({"max_num_seqs": "4096", "device": "cpu"}, ["max_num_batched_tokens=2048 (the default on cpu)"]),
-        ({"enable_chunked_prefill": "false", "max_model_len": "8K", "max_num_batched_tokens": "8k"}, ["max_num_batched_tokens=8000", "max_model_len=8192"]),
-        ({"num_blocks": "11", "max_model_len": "161"}, ["(11 - 1 scrap) x block_size 16 = 160", "to 160 or less", "to 12 or more"]),
+        (
+            {"enable_chunked_prefill": "false", "max_model_len": "8K", "max_num_batched_tokens": "8k"},
+            ["max_num_batched_tokens=8000", "max_model_len=8192"],
+        ),
+        (
+            {"num_blocks": "11", "max_model_len": "161"},
+            ["(11 - 1 scrap) x block_size 16 = 160", "to 160 or less", "to 12 or more"],
+        ),
         ({"num_blocks": "11", "kv_cache_memory": "1GiB"}, ["num_blocks and kv_cache_memory"]),
         ({"quantization": "awk"}, ["quantization=awk", "known: awq, gptq", "did you mean awq?"]),
         ({"dtype": "bf16"}, ["dtype=bf16", "did you mean bfloat16?"]),
@@ -154,10 +167,11 @@ def test_the_api_key_is_not_in_messages() -> None:
     assert "s3cret" not in refused({"api_key": "s3cret\x07"})
 
 
-
-
 def test_speculation_is_a_mapping_in_a_file_and_flags_win_over_it(tmp_path: Path) -> None:
-    path = write(tmp_path, "model: org/m\nspeculative:\n  method: ngram+draft\n  model: ./small\n  num_speculative_tokens: auto\n")
+    path = write(
+        tmp_path,
+        "model: org/m\nspeculative:\n  method: ngram+draft\n  model: ./small\n  num_speculative_tokens: auto\n",
+    )
     found = load_config(path, {"prompt_lookup_max": "7"})
     config = found.config
     assert (config.method, config.num_speculative_tokens, config.prompt_lookup_max) == ("ngram+draft", None, 7)
@@ -216,7 +230,9 @@ def test_unset_words(key: str, word: str) -> None:
     assert getattr(load_config("m", {key: word}).config, key) is None
 
 
-def test_relative_models_of_a_file_do_not_depend_on_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_models_of_a_file_do_not_depend_on_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path, "model: ../models/m.gguf\n")
     monkeypatch.chdir("/")
     assert load_config(path).config.model == str(tmp_path.parent / "models" / "m.gguf")
@@ -257,7 +273,10 @@ def test_as_dict_and_back(values: dict[str, Any]) -> None:
     assert config_from_dict(dataclasses.asdict(config)) == config
 
 
-@given(st.sampled_from(sorted(FIELDS)), st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers()))
+@given(
+    st.sampled_from(sorted(FIELDS)),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers()),
+)
 def test_any_value_is_taken_or_refused_by_name(key: str, value: Any) -> None:
     try:
         load_config("org/model", {key: value})
@@ -306,7 +325,13 @@ KEY_FILE = "the file's key\n"
     ],
 )
 def test_where_the_api_key_may_come_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, variable: str | None, flags: dict[str, str], key: str | None, source: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    variable: str | None,
+    flags: dict[str, str],
+    key: str | None,
+    source: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("key").write_text(KEY_FILE)
@@ -338,4 +363,7 @@ def test_an_api_key_that_is_none(
 def test_threads_are_enough_for_the_engine_and_its_queue() -> None:
     assert Config(model="m", max_num_seqs=32, max_queue=256).enough_threads == 32 + 256 + 32
     assert Config(model="m", max_queue=100_000).enough_threads == 4096
-    assert load_config("org/name", {"threads": "auto"}).config.threads is None and load_config("org/name", {"threads": "7"}).config.threads == 7
+    assert (
+        load_config("org/name", {"threads": "auto"}).config.threads is None
+        and load_config("org/name", {"threads": "7"}).config.threads == 7
+    )

@@ -11,13 +11,12 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from pagegraph.compiler.step import StepCounts, Ticket
-from pagegraph.compiler.step_input import StepInput, StepOutput
+from pagegraph.compiler.step.inputs import StepInput, StepOutput
+from pagegraph.compiler.step.step import StepCounts, Ticket
 from pagegraph.runtime.config import Config
+from pagegraph.runtime.ipc.protocol import Submit
 from pagegraph.runtime.llm import LLM
-from pagegraph.runtime.protocol import Submit
 from pagegraph.runtime.sampling_params import SamplingParams
-from pagegraph.runtime.tokenizer import Tokenizer
 
 MAX_LEN = 400
 
@@ -54,7 +53,9 @@ def says(llm: LLM, text: str, prompt: int = 1) -> list[int]:
 
 def ended(llm: LLM) -> dict[str, float]:
     families = text_string_to_metric_families(llm.metrics.render().decode())
-    samples = [sample for family in families for sample in family.samples if sample.name == "vllm:request_success_total"]
+    samples = [
+        sample for family in families for sample in family.samples if sample.name == "vllm:request_success_total"
+    ]
     return {sample.labels["finished_reason"]: sample.value for sample in samples if sample.value}
 
 
@@ -91,7 +92,11 @@ def test_bad_requests_are_refused_before_any_runs(llm: LLM, prompt, fields, stop
 
 def test_the_engine_refuses_what_would_harm_a_step(llm: LLM) -> None:
     """Its own gate, for messages of others than the offline API."""
-    harmful = [([5] * MAX_LEN, {}, "maximum context"), ([350], {}, "token ids"), ([5], {"stop_token_ids": [350]}, "stop_token_ids")]
+    harmful = [
+        ([5] * MAX_LEN, {}, "maximum context"),
+        ([350], {}, "token ids"),
+        ([5], {"stop_token_ids": [350]}, "stop_token_ids"),
+    ]
     for ids, fields, names in harmful:
         llm._mailbox.put(Submit(request_id="x", token_ids=ids, params=SamplingParams(**fields)))
         llm.engine.turn()

@@ -14,11 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pagegraph.compiler import build as builder
-from pagegraph.compiler import model_source
+from pagegraph.compiler.model import source as model_source
 from pagegraph.runtime.config import Config
+from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.llm import LLM
-from pagegraph.runtime.protocol import SamplingParams
-
 from tests.prompts import PROMPTS
 
 pytestmark = pytest.mark.timeout(900)  # the first test compiles the model
@@ -40,10 +39,12 @@ def reference(config_of, built: builder.BuiltModel) -> tuple[list[list[int]], li
     for ids in prompts:
         with torch.inference_mode():
             out = model.generate(
-                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                max_new_tokens=NUM_TOKENS, do_sample=False,
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                max_new_tokens=NUM_TOKENS,
+                do_sample=False,
             )
-        outputs.append(out[0, len(ids):].tolist())
+        outputs.append(out[0, len(ids) :].tolist())
     return prompts, outputs, model
 
 

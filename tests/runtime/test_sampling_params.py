@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagegraph.runtime.protocol import Submit, decode_to_engine, encode
+from pagegraph.runtime.ipc.protocol import Submit, decode_to_engine, encode
 from pagegraph.runtime.sampling_params import (
     RANGES,
     BadParameter,
@@ -36,7 +36,10 @@ BAD = [
     ("min_tokens", [-1, None, 17]),
     ("seed", [2**63, -(2**63) - 1, 0.5]),
     ("logprobs", [-1, 21]),
-    ("logit_bias", [{3: math.inf}, {3: math.nan}, {3: -101}, {"3": 1}, {-1: 1}, {3: None}, [3], dict.fromkeys(range(1025), 1)]),
+    (
+        "logit_bias",
+        [{3: math.inf}, {3: math.nan}, {3: -101}, {"3": 1}, {-1: 1}, {3: None}, [3], dict.fromkeys(range(1025), 1)],
+    ),
     ("stop_token_ids", [[-1], ["a"], [True], 5, [1] * 1025]),
     ("allowed_token_ids", [[], [-1], 5]),
     ("ignore_eos", [1, None]),
@@ -55,7 +58,9 @@ def test_a_bad_value_is_refused_by_name(field: str, value: Any) -> None:
 def test_a_copy_and_a_message_are_checked_like_the_first() -> None:
     with pytest.raises(BadParameter, match="top_p"):
         msgspec.structs.replace(SamplingParams(), top_p=7)
-    frame = msgspec.msgpack.encode({"type": "submit", "request_id": "a", "token_ids": [1], "params": {"temperature": -1.0}})
+    frame = msgspec.msgpack.encode(
+        {"type": "submit", "request_id": "a", "token_ids": [1], "params": {"temperature": -1.0}}
+    )
     with pytest.raises(msgspec.ValidationError, match="temperature"):
         decode_to_engine(frame)
 
@@ -64,7 +69,9 @@ def test_a_copy_and_a_message_are_checked_like_the_first() -> None:
 def test_a_tiny_temperature_is_greedy_wherever_it_comes_from(value: float) -> None:
     assert SamplingParams(temperature=value).temperature == 0.0
     assert msgspec.structs.replace(SamplingParams(), temperature=value).temperature == 0.0
-    frame = msgspec.msgpack.encode({"type": "submit", "request_id": "a", "token_ids": [1], "params": {"temperature": value}})
+    frame = msgspec.msgpack.encode(
+        {"type": "submit", "request_id": "a", "token_ids": [1], "params": {"temperature": value}}
+    )
     assert decode_to_engine(frame).params.temperature == 0.0
     assert SamplingParams(temperature=1e-5).temperature == 1e-5
 
@@ -78,7 +85,12 @@ def test_numbers_of_other_kinds_become_ours() -> None:
 
 def test_ids_outside_the_vocabulary() -> None:
     SamplingParams(logit_bias={9: 1}, stop_token_ids=[0, 9], allowed_token_ids=[9], logprobs=10).check_vocabulary(10)
-    for field, value in {"logit_bias": {10: 1}, "stop_token_ids": [10], "allowed_token_ids": [3, 2**40], "logprobs": 11}.items():
+    for field, value in {
+        "logit_bias": {10: 1},
+        "stop_token_ids": [10],
+        "allowed_token_ids": [3, 2**40],
+        "logprobs": 11,
+    }.items():
         with pytest.raises(BadParameter, match=field):
             SamplingParams(**{field: value}).check_vocabulary(10)
     check_ids("prompt", [np.int64(3), 4], 10)
@@ -88,7 +100,12 @@ def test_ids_outside_the_vocabulary() -> None:
 
 
 def test_stop_strings() -> None:
-    assert (check_stop(None), check_stop("a"), check_stop(["a", "b"]), check_stop(("a",))) == ([], ["a"], ["a", "b"], ["a"])
+    assert (check_stop(None), check_stop("a"), check_stop(["a", "b"]), check_stop(("a",))) == (
+        [],
+        ["a"],
+        ["a", "b"],
+        ["a"],
+    )
     for bad in ("", [""], ["a", ""], [1], 5, ["a"] * 17, ["x" * 1025]):
         with pytest.raises(BadParameter, match="stop must"):
             check_stop(bad)
@@ -98,7 +115,9 @@ def test_what_a_model_sets_for_requests() -> None:
     file = {"eos_token_id": 2, "temperature": 0.6, "top_p": 0.9, "top_k": None, "max_new_tokens": 2048, "min_p": 0}
     assert model_defaults(file) == {"temperature": 0.6, "top_p": 0.9, "min_p": 0.0, "max_tokens": 2048}
     assert model_defaults({}) == {}
-    with pytest.raises(ValueError, match="generation_config.json of the model: top_p must be .* set generation_config to none"):
+    with pytest.raises(
+        ValueError, match="generation_config.json of the model: top_p must be .* set generation_config to none"
+    ):
         model_defaults({"top_p": 1.5})
 
 

@@ -11,10 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pagegraph.compiler import build as builder
-from pagegraph.compiler.state import Lookup
+from pagegraph.compiler.step.state import Lookup
+from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.llm import LLM, Completion
-from pagegraph.runtime.protocol import SamplingParams
-
 from tests.prompts import PROMPTS
 
 pytestmark = pytest.mark.timeout(900)  # the first test compiles the model
@@ -22,7 +21,10 @@ pytestmark = pytest.mark.timeout(900)  # the first test compiles the model
 NUM_TOKENS = 64
 TIE = 1e-3  # as in test_parity: a step of another size rounds otherwise
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-FEW, SHORT = PROMPTS[::4], SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)  # where all would take minutes
+FEW, SHORT = (
+    PROMPTS[::4],
+    SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True),
+)  # where all would take minutes
 WAYS = {
     "batch16": dict(),
     "alone": dict(max_num_seqs=1),
@@ -145,9 +147,15 @@ def test_every_parameter_means_what_it_does_without_guesses(config_of, built) ->
     expected = LLM(config_of(), built=built).generate(prompts, params)
     got, _ = run(config_of, built, "batch16", prompts, params, speculative_method="ngram")
     for mine, theirs in zip(got, expected, strict=True):
-        assert (mine.token_ids, mine.finish_reason, mine.stop_reason) == (theirs.token_ids, theirs.finish_reason, theirs.stop_reason)
+        assert (mine.token_ids, mine.finish_reason, mine.stop_reason) == (
+            theirs.token_ids,
+            theirs.finish_reason,
+            theirs.stop_reason,
+        )
         assert [one.token_id for one in mine.logprobs] == [one.token_id for one in theirs.logprobs]
-        assert [one.logprob for one in mine.logprobs] == pytest.approx([one.logprob for one in theirs.logprobs], abs=1e-3)
+        assert [one.logprob for one in mine.logprobs] == pytest.approx(
+            [one.logprob for one in theirs.logprobs], abs=1e-3
+        )
 
 
 def test_as_many_guesses_as_pay_change_no_token(config_of, built, plain, model) -> None:
@@ -170,7 +178,12 @@ def test_whoever_guesses_and_however_it_runs(config_of, built, drafted, cut, pla
 
 def test_a_model_of_another_vocabulary_is_refused(config_of, tmp_path) -> None:
     LlamaConfig(
-        vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=2048
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=2048,
     ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vocabulary of 100 tokens.*one of 49152"):
         builder.build(config_of(speculative_model=str(tmp_path), load_format="dummy", compile=False), progress=False)

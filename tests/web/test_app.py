@@ -14,8 +14,8 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from pagegraph.runtime import health
-from pagegraph.runtime.metrics import EngineMetrics
+from pagegraph.runtime.engine.metrics import EngineMetrics
+from pagegraph.runtime.server import health
 from pagegraph.web.app import create_app
 
 PATHS = ["/v1/models", "/v1/models/tiny", "/v1/completions", "/v1/chat/completions", "/metrics", "/version", "/none",
@@ -139,7 +139,9 @@ def test_a_bad_setting_is_named() -> None:
         create_app({"model": "x", "served_model_name": "y"})
 
 
-def test_a_key_from_the_environment_is_asked_for(make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_from_the_environment_is_asked_for(
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PAGEGRAPH_API_KEY", "s3cret")
     client = make_app().test_client()
     assert client.get("/v1/models").status_code == 401

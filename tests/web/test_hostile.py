@@ -23,8 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from pagegraph.runtime.child import child_environment
-
+from pagegraph.runtime.server.child import child_environment
 from tests.web.web_process import connect, eventually, read_to_end
 
 # Prompts of one token; the engine answers 8 at once, 1 every twentieth of a second, and 1 very long one every fifth.
@@ -36,8 +35,8 @@ SEND_TIMEOUT_S = 30.0  # the default
 ENGINE = """
     import json, sys, time
     from pathlib import Path
-    from pagegraph.runtime.mailbox import Mailbox
-    from pagegraph.runtime.protocol import Abort, Admitted, EngineInfo, Hello, SubmitGroup, TokenDelta, Tokens
+    from pagegraph.runtime.ipc.mailbox import Mailbox
+    from pagegraph.runtime.ipc.protocol import Abort, Admitted, EngineInfo, Hello, SubmitGroup, TokenDelta, Tokens
 
     settings = json.loads(Path(sys.argv[1]).read_text())
     model = Path(settings["config"]["model"])
@@ -72,7 +71,7 @@ ENGINE = """
 DRIVER = """
     import logging, sys
     from pagegraph.runtime.config import Config
-    from pagegraph.runtime.supervisor import Supervisor
+    from pagegraph.runtime.server.supervisor import Supervisor
     folder, port = sys.argv[1:]
     logging.basicConfig(level="INFO")
     config = Config(model=folder, served_model_name="m", port=int(port), workers=1, drain_timeout_s=1)
@@ -99,7 +98,11 @@ class Server:
 
 
 def _children(pid: int) -> list[int]:
-    return [int(child) for thread in Path(f"/proc/{pid}/task").iterdir() for child in (thread / "children").read_text().split()]
+    return [
+        int(child)
+        for thread in Path(f"/proc/{pid}/task").iterdir()
+        for child in (thread / "children").read_text().split()
+    ]
 
 
 def _descendants(pid: int) -> list[int]:
@@ -120,7 +123,9 @@ def server(tokenizer_folder: Path, tmp_path: Path) -> Iterator[Server]:
     shutil.copytree(tokenizer_folder, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     long_id = len(tokenizer["model"]["vocab"])
-    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": long_id, "content": "x" * 8000, "special": False})
+    tokenizer["added_tokens"].append(
+        {**tokenizer["added_tokens"][-1], "id": long_id, "content": "x" * 8000, "special": False}
+    )
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     engine = textwrap.dedent(ENGINE)
     for name, token_id in {"SHORT": SHORT, "STEADY": STEADY, "FLOOD": FLOOD, "LONG": long_id}.items():
@@ -166,7 +171,9 @@ class Seen:
         return sorted(self.seconds)[int(0.99 * len(self.seconds))]
 
 
-def watch(server: Server, attack: Callable[[ExitStack], None] = lambda stack: None, duration: float = SCENARIO_S) -> Seen:
+def watch(
+    server: Server, attack: Callable[[ExitStack], None] = lambda stack: None, duration: float = SCENARIO_S
+) -> Seen:
     """Ask gently and read streams for `duration` seconds while `attack` opens what it likes."""
     seen = Seen([], [], 0, 0)
     over = threading.Event()
@@ -216,12 +223,16 @@ def half_open(server: Server) -> Callable[[ExitStack], None]:
     """500 connections with half a head, half a body, or nothing."""
     whole = request_of(SHORT)
     parts = [b"", whole[:30], whole[:-5]]
-    return lambda stack: [stack.enter_context(server.connect()).sendall(parts[number % 3]) for number in range(500)] and None
+    return lambda stack: (
+        [stack.enter_context(server.connect()).sendall(parts[number % 3]) for number in range(500)] and None
+    )
 
 
 def never_read(server: Server) -> Callable[[ExitStack], None]:
     """200 streams that nobody reads."""
-    return lambda stack: [stack.enter_context(server.connect(4096)).sendall(request_of(FLOOD, 500)) for _ in range(200)] and None
+    return lambda stack: (
+        [stack.enter_context(server.connect(4096)).sendall(request_of(FLOOD, 500)) for _ in range(200)] and None
+    )
 
 
 def idle(server: Server) -> Callable[[ExitStack], None]:
@@ -277,7 +288,9 @@ def test_careless_connections_harm_nobody(server: Server) -> None:
 def test_chats_of_megabytes_harm_nobody(server: Server) -> None:
     """Ten a second for 20 s, each refused for its length."""
     quiet = watch(server)
-    chat = _post("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello " * 1_300_000}], "max_tokens": 1})
+    chat = _post(
+        "/v1/chat/completions", {"messages": [{"role": "user", "content": "hello " * 1_300_000}], "max_tokens": 1}
+    )
 
     def ask() -> bytes:
         with server.connect() as connection:
@@ -288,7 +301,7 @@ def test_chats_of_megabytes_harm_nobody(server: Server) -> None:
 
     def ask_often(stack: ExitStack) -> None:
         with ThreadPoolExecutor(64) as threads:
-            for number in range(200):
+            for _ in range(200):
                 answers.append(threads.submit(ask))
                 time.sleep(0.1)
 

@@ -17,8 +17,8 @@ from flask.testing import FlaskClient
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from pagegraph.runtime.protocol import Failed, TokenDelta, TokenLogprob
-from pagegraph.runtime.tokenizer import Tokenizer
+from pagegraph.runtime.ipc.protocol import Failed, TokenDelta, TokenLogprob
+from pagegraph.runtime.text.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -107,7 +107,9 @@ def test_completion_whole_and_streamed_agree(http: FlaskClient) -> None:
             joined = [item for part in parts if part["logprobs"] for item in part["logprobs"][name]]
             assert joined == whole["choices"][index]["logprobs"][name]
     logprobs = whole["choices"][0]["logprobs"]
-    assert all(top[token] == max(top.values()) for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
+    assert all(
+        top[token] == max(top.values()) for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True)
+    )
     assert logprobs["text_offset"][0] == 0 and logprobs["text_offset"][1] == len(logprobs["tokens"][0])
 
 
@@ -122,7 +124,9 @@ def test_chat_logprobs(http: FlaskClient) -> None:
 
 @pytest.mark.parametrize("stop", [[], ["wo"]])
 @pytest.mark.parametrize("stream", [False, True])
-def test_text_offsets_lie_in_the_text(http: FlaskClient, fake_engine, tokenizer: Tokenizer, stop: list[str], stream: bool) -> None:
+def test_text_offsets_lie_in_the_text(
+    http: FlaskClient, fake_engine, tokenizer: Tokenizer, stop: list[str], stream: bool
+) -> None:
     """Characters of several tokens, tokens that are not shown, and text that a stop string cut off."""
     ids = [*tokenizer.encode("\U0001f999"), 1, *tokenizer.encode("\u65e5hello world"), 1]
     assert len(tokenizer.encode("\U0001f999")) == 4
@@ -138,11 +142,17 @@ def test_text_offsets_lie_in_the_text(http: FlaskClient, fake_engine, tokenizer:
         assert max(offsets) <= len(text)
     assert text == "\U0001f999\u65e5hello " + ("" if stop else "world")
     assert offsets[:8] == [0, 0, 0, 0, 1, 1, 1, 1] and len(offsets) == len(tokens)
-    shown = [(token, at) for token, at in zip(tokens, offsets) if not token.startswith(("bytes:", "<|end|>")) and at < len(text)]
+    shown = [
+        (token, at)
+        for token, at in zip(tokens, offsets)
+        if not token.startswith(("bytes:", "<|end|>")) and at < len(text)
+    ]
     assert shown and all(text[at:].startswith(token) or token.startswith(text[at:]) for token, at in shown)
 
 
-def test_the_likeliest_come_first_and_the_sampled_token_where_it_belongs(http: FlaskClient, fake_engine, tokenizer: Tokenizer) -> None:
+def test_the_likeliest_come_first_and_the_sampled_token_where_it_belongs(
+    http: FlaskClient, fake_engine, tokenizer: Tokenizer
+) -> None:
     a, b, c = (tokenizer.encode(char)[0] for char in "abc")
     entries = [
         TokenLogprob(b, -1.0, 2, [a, b], [-0.5, -1.0]),
@@ -155,7 +165,9 @@ def test_the_likeliest_come_first_and_the_sampled_token_where_it_belongs(http: F
     assert tops == [[("a", -0.5), ("b", -1.0)], [("a", -0.5), ("b", -1.0), ("c", -3.0)], [("a", -0.5), ("b", -0.5)]]
 
 
-def test_a_template_without_the_user_s_text_is_refused(make_app: Callable[..., Flask], tokenizer_folder, tmp_path) -> None:
+def test_a_template_without_the_user_s_text_is_refused(
+    make_app: Callable[..., Flask], tokenizer_folder, tmp_path
+) -> None:
     folder = shutil.copytree(tokenizer_folder, tmp_path / "silent")
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}{% endfor %}")
     answer = make_app(model=str(folder)).test_client().post("/v1/chat/completions", json={"messages": MESSAGES})
@@ -217,7 +229,9 @@ def test_context_arithmetic(http: FlaskClient) -> None:
 
 
 def test_what_the_model_sets_for_requests(http: FlaskClient, fake_engine) -> None:
-    fake_engine.info = msgspec.structs.replace(fake_engine.info, sampling_defaults={"temperature": 0.6, "top_k": 20, "max_tokens": 9})
+    fake_engine.info = msgspec.structs.replace(
+        fake_engine.info, sampling_defaults={"temperature": 0.6, "top_k": 20, "max_tokens": 9}
+    )
     for body in ({}, {"temperature": 0.1, "top_k": None}, {"max_tokens": 30, "top_k": 0}):
         assert http.post("/v1/chat/completions", json={"messages": MESSAGES, **body}).status_code == 200
     sent = [(one.params.temperature, one.params.top_k, one.params.max_tokens) for one in fake_engine.submits]
@@ -258,7 +272,9 @@ def test_usage_in_every_chunk(http: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_a_text_too_long_by_its_characters_is_not_tokenised(make_app: Callable[..., Flask], monkeypatch, path: str) -> None:
+def test_a_text_too_long_by_its_characters_is_not_tokenised(
+    make_app: Callable[..., Flask], monkeypatch, path: str
+) -> None:
     app = make_app()
     monkeypatch.setattr(app.extensions["pagegraph"].tokenizer, "encode", None)
     text = "hello " * 1_300_000
@@ -285,7 +301,10 @@ def test_long_texts_are_tokenised_in_turn(make_app: Callable[..., Flask], fake_e
         return encode(text, add_special_tokens)
 
     monkeypatch.setattr(tokenizer, "encode", slow)
-    post = lambda text: app.test_client().post("/v1/completions", json={"prompt": text, "max_tokens": 1})
+
+    def post(text: str):
+        return app.test_client().post("/v1/completions", json={"prompt": text, "max_tokens": 1})
+
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(post, "a" * 70_000)
         while not inside:
@@ -300,7 +319,9 @@ def test_long_texts_are_tokenised_in_turn(make_app: Callable[..., Flask], fake_e
     assert not fake_engine.aborts
 
 
-def test_who_leaves_while_waiting_its_turn_is_not_tokenised(make_app: Callable[..., Flask], fake_engine, monkeypatch) -> None:
+def test_who_leaves_while_waiting_its_turn_is_not_tokenised(
+    make_app: Callable[..., Flask], fake_engine, monkeypatch
+) -> None:
     fake_engine.info = msgspec.structs.replace(fake_engine.info, max_model_len=1 << 20)
     app = make_app(threads=2)
     monkeypatch.setattr("pagegraph.web.openai.client_probe", lambda environ: lambda: True)

@@ -18,7 +18,9 @@ GET = b"GET /last HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 names = st.sampled_from(["X-A", "Accept", "x-stainless-os", "Cookie"])
 values = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=20)
-headers = st.lists(st.tuples(names, values), max_size=4).map(lambda pairs: "".join(f"{n}: {v}\r\n" for n, v in pairs).encode())
+headers = st.lists(st.tuples(names, values), max_size=4).map(
+    lambda pairs: "".join(f"{n}: {v}\r\n" for n, v in pairs).encode()
+)
 bodies = st.binary(max_size=300)
 pieces = st.lists(st.binary(min_size=1, max_size=60), max_size=6)
 
@@ -43,7 +45,9 @@ def read(parts: list[bytes]) -> list[Any]:
             reader.feed(part)
             while (request := reader.request()) is not None:
                 body = request.body.read()
-                found.append((request.method, request.path, request.query, request.headers, body, request.should_close()))
+                found.append(
+                    (request.method, request.path, request.query, request.headers, body, request.should_close())
+                )
     except ApiError as error:
         found.append(error.status)
     return found

@@ -44,8 +44,21 @@ BAD = [
     ("top_logprobs", [2]),
     ("stop", [[""], [1], ["a"] * 17, {"a": 1}, "x" * 1025]),
     ("stop_token_ids", [[-1], [VOCAB], [2**63], [True], "a", [1] * 1025]),
-    ("logit_bias", [{"x": 1}, {"100": 1}, {"-1": 1}, {"1": 101}, {"1": None}, [1], {"9" * 50: 1}, {"01": 1},
-                    {"1": float("inf")}, {str(i): 1 for i in range(1025)}]),
+    (
+        "logit_bias",
+        [
+            {"x": 1},
+            {"100": 1},
+            {"-1": 1},
+            {"1": 101},
+            {"1": None},
+            [1],
+            {"9" * 50: 1},
+            {"01": 1},
+            {"1": float("inf")},
+            {str(i): 1 for i in range(1025)},
+        ],
+    ),
     ("allowed_token_ids", [[], [VOCAB], [-1], 5]),
     ("min_tokens", [-1, 17, "a"]),
     ("ignore_eos", [1]),
@@ -196,14 +209,27 @@ def test_text_parts_are_joined() -> None:
 
 def test_what_an_assistant_refused_is_part_of_the_history() -> None:
     said = [{"type": "text", "text": "Well."}, {"type": "refusal", "refusal": "I cannot."}]
-    history = [*MESSAGES, {"role": "assistant", "content": said}, {"role": "assistant", "content": None, "refusal": "No."}]
+    history = [
+        *MESSAGES,
+        {"role": "assistant", "content": said},
+        {"role": "assistant", "content": None, "refusal": "No."},
+    ]
     assert [one["content"] for one in chat(messages=history).messages] == ["hi", "Well.\nI cannot.", "No."]
 
 
 def test_fields_of_a_message_reach_the_template_or_are_named() -> None:
-    given = {"role": "assistant", "content": "4", "reasoning_content": "2 + 2", "name": "a", "annotations": [], "weight": None}
+    given = {
+        "role": "assistant",
+        "content": "4",
+        "reasoning_content": "2 + 2",
+        "name": "a",
+        "annotations": [],
+        "weight": None,
+    }
     request = chat(messages=[*MESSAGES, given, given], mood="calm")
-    assert request.messages[1:] == [{"role": "assistant", "content": "4", "reasoning_content": "2 + 2", "name": "a"}] * 2
+    assert (
+        request.messages[1:] == [{"role": "assistant", "content": "4", "reasoning_content": "2 + 2", "name": "a"}] * 2
+    )
     assert request.ignored == ["messages.annotations", "mood"]
     for name, value in (("prefix", True), ("partial", True), ("reasoning", 5), ("tool_call_id", [1])):
         with pytest.raises(ApiError) as caught:
@@ -251,7 +277,9 @@ def test_stream_options() -> None:
         return request.include_usage, request.continuous_usage
 
     assert options() == options(include_usage=False) == (False, False)
-    assert completion(stream=True, stream_options={"include_obfuscation": False}).ignored == ["stream_options.include_obfuscation"]
+    assert completion(stream=True, stream_options={"include_obfuscation": False}).ignored == [
+        "stream_options.include_obfuscation"
+    ]
     assert options(include_usage=True, continuous_usage_stats=None) == (True, False)
     assert options(include_usage=True, continuous_usage_stats=True) == (True, True)
     both = {"include_usage": True, "continuous_usage_stats": "x"}
@@ -282,7 +310,9 @@ def test_fan_out_is_refused_fast() -> None:
     assert time.perf_counter() - started < 0.25
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"a": NaN}', b"\xff", b"[" * 100_000, b'{"n": 1' + b"0" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{", b'{"a": NaN}', b"\xff", b"[" * 100_000, b'{"n": 1' + b"0" * 5000 + b"}"]
+)
 def test_bad_bodies(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         parse_completion(parse_body(body), VOCAB)

@@ -11,8 +11,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from pagegraph.runtime.protocol import TokenDelta
-
+from pagegraph.runtime.ipc.protocol import TokenDelta
 from tests.web.web_process import eventually, web_process
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -104,7 +103,9 @@ def test_engine_death_reaches_the_client(client: openai.OpenAI, fake_engine) -> 
 
 def test_a_lagging_reader_does_not_slow_others(client: openai.OpenAI, port: int, fake_engine) -> None:
     normal = fake_engine.script
-    fake_engine.script = lambda s: [TokenDelta(s.request_id, [10] * 100) for _ in range(3000)] if s.token_ids[0] == 9 else normal(s)
+    fake_engine.script = lambda s: (
+        [TokenDelta(s.request_id, [10] * 100) for _ in range(3000)] if s.token_ids[0] == 9 else normal(s)
+    )
     body = json.dumps({"prompt": [9], "max_tokens": 100, "stream": True, "logprobs": 5}).encode()
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -10,8 +10,8 @@ import pytest
 from flask.testing import FlaskClient
 
 from pagegraph.runtime.config import Config
+from pagegraph.runtime.ipc.protocol import Abort, Submit, TokenDelta, TokenLogprob, Tokens
 from pagegraph.runtime.llm import LLM
-from pagegraph.runtime.protocol import Abort, Submit, TokenDelta, TokenLogprob, Tokens
 from pagegraph.runtime.sampling_params import SamplingParams
 
 TEXT = "hello world \u65e5\u672c \U0001f999 the end\ufffd"
@@ -26,7 +26,7 @@ class Scripted:
         self.idle = True
 
     def turn(self) -> None:
-        for client, message in self.mailbox.poll(block=False):
+        for _, message in self.mailbox.poll(block=False):
             if isinstance(message, Submit):
                 self.left = [TokenDelta(message.request_id, *fields_of(delta)) for delta in self.deltas]
             elif isinstance(message, Abort):

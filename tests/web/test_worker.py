@@ -15,12 +15,10 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from pagegraph.runtime.protocol import Submit, TokenDelta
-
+from pagegraph.runtime.ipc.protocol import Submit, TokenDelta
+from pagegraph.web.worker import LARGE_BODIES_BYTES, SMALL_BODY_BYTES, Room
 from tests.conftest import FakeEngine
 from tests.web.web_process import WebProcess, eventually, read_to_end, web_process
-
-from pagegraph.web.worker import LARGE_BODIES_BYTES, SMALL_BODY_BYTES, Room
 
 THREADS = 8
 PLACES = THREADS // 2  # the routes leave the others to what is refused
@@ -97,7 +95,9 @@ def test_half_requests_take_no_thread_and_end(web: WebProcess) -> None:
         assert served(web) and time.monotonic() - began < HEADER_S
         answers = [read_to_end(connection) for connection in opened]
         assert set(answers[0::3]) == {b""}
-        assert {error_of(answer, 408)["message"] for answer in answers[1::3]} == {"the headers did not come within 1.5 s"}
+        assert {error_of(answer, 408)["message"] for answer in answers[1::3]} == {
+            "the headers did not come within 1.5 s"
+        }
         assert all("5 bytes of it arrived" in error_of(answer, 408)["message"] for answer in answers[2::3])
 
 
@@ -121,7 +121,9 @@ def test_readers_that_never_read_are_cut(web: WebProcess, engine: FakeEngine) ->
         for _ in range(PLACES):
             stack.enter_context(web.connect(receive_buffer=4096)).sendall(completion(FLOOD, stream=True))
         assert eventually(lambda: len(engine.submits) == submits + PLACES)
-        assert b"200 OK" in web.ask(HEALTH.replace(b"Host", b"Connection: close\r\nHost")), "probes have threads of their own"
+        assert b"200 OK" in web.ask(HEALTH.replace(b"Host", b"Connection: close\r\nHost")), (
+            "probes have threads of their own"
+        )
         assert eventually(lambda: len(engine.aborts) == aborts + PLACES, 20 * SEND_S)
         assert served(web)
 

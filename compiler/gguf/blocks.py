@@ -1,0 +1,151 @@
+"""GGUF's block types as planes of codes, scales and shifts, and linears that keep them when a file is converted.
+
+The blocks are those of ggml (`ggml-common.h`, docs of GGUF). Names and the order of rows are transformers' business: it is
+asked to convert the file once for each plane, as if the plane were the weights. Knows bytes; knows no devices.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from torch import nn
+
+from pagegraph.compiler.quantization.packing import QuantizationError
+from pagegraph.kernels import reference
+
+log = logging.getLogger("pagegraph.quantization")
+
+WIDE = {"F32", "F16", "BF16"}  # types of what is not quantised
+CODES, SCALE, SHIFT = range(3)
+
+
+class Planes(NamedTuple):
+    """Of blocks uint8 [B, bytes]: codes float32 [B, size], scale float32 [B, groups], shift likewise or None."""
+
+    codes: np.ndarray
+    scale: np.ndarray
+    shift: np.ndarray | None
+
+
+def _half(blocks: np.ndarray, at: int) -> np.ndarray:
+    return blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32)
+
+
+def _nibbles(bytes_: np.ndarray, run: int) -> np.ndarray:
+    """[B, n] -> [B, 2 n]: of every `run` bytes first all low halves, then all high ones; float32, less 8."""
+    runs = bytes_.reshape(len(bytes_), -1, run)
+    return np.stack([runs & 15, runs >> 4], axis=2).reshape(len(bytes_), -1).astype(np.float32) - 8
+
+
+def _q4_0(blocks: np.ndarray) -> Planes:
+    return Planes(_nibbles(blocks[:, 2:], 16), _half(blocks, 0), None)
+
+
+def _q4_1(blocks: np.ndarray) -> Planes:
+    scale = _half(blocks, 0)
+    return Planes(_nibbles(blocks[:, 4:], 16), scale, 8 * scale + _half(blocks, 2))
+
+
+def _q8_0(blocks: np.ndarray) -> Planes:
+    return Planes(blocks[:, 2:].copy().view(np.int8).astype(np.float32), _half(blocks, 0), None)
+
+
+def _q4_k(blocks: np.ndarray) -> Planes:
+    """256 codes in eight groups; their 6-bit scales and minima take 12 bytes, the upper bits of the last four apart."""
+    packed = blocks[:, 4:16].astype(np.int32)
+    first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=1)
+    minima = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=1)
+    scale = _half(blocks, 0) * scales
+    return Planes(_nibbles(blocks[:, 16:], 32), scale, 8 * scale - _half(blocks, 2) * minima)
+
+
+def _q6_k(blocks: np.ndarray) -> Planes:
+    """256 codes in sixteen groups: four low bits of each, then two high ones, in halves of 128."""
+    low = _nibbles(blocks[:, :128], 64) + 8
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8).reshape(4, 1) & 3
+    codes = low + 16.0 * high.reshape(len(blocks), 256) - 32
+    return Planes(codes, _half(blocks, 208) * blocks[:, 192:208].copy().view(np.int8), None)
+
+
+BLOCKS: dict[GGMLQuantizationType, Callable[[np.ndarray], Planes]] = {
+    GGMLQuantizationType.Q4_0: _q4_0,
+    GGMLQuantizationType.Q4_1: _q4_1,
+    GGMLQuantizationType.Q8_0: _q8_0,
+    GGMLQuantizationType.Q4_K: _q4_k,
+    GGMLQuantizationType.Q6_K: _q6_k,
+}
+
+
+def planes(data: np.ndarray, kind: GGMLQuantizationType) -> Planes:
+    """Of a tensor's bytes uint8 [N, bytes a row]: codes [N, K], scale and shift [N, groups]."""
+    found = BLOCKS[kind](np.ascontiguousarray(data).reshape(-1, gguf.GGML_QUANT_SIZES[kind][1]))
+    return Planes(*(None if plane is None else plane.reshape(len(data), -1).astype(np.float32) for plane in found))
+
+
+def keep(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Put the planes of every linear of a type in BLOCKS in the place of its weight, and the rest in bfloat16.
+
+    `tensors` are the converted, dequantised weights of `path` by the names of `model`. Returns the `quantization_config`.
+    Raises QuantizationError where no linear is of such a type.
+    """
+    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) == 2}
+    others = ", ".join(sorted(types - WIDE - {kind.name for kind in BLOCKS}))
+    linears = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    codes, scales, shifts = (_converted(path, model, plane) for plane in (CODES, SCALE, SHIFT))
+    for name in list(tensors):
+        if name not in linears or name in tied or scales[name].shape == tensors[name].shape:
+            tensors[name] = tensors[name].bfloat16()
+            continue
+        stem, weight = name.removesuffix("weight"), tensors.pop(name)
+        code, scale, shift = codes[name].to(torch.int8), scales[name], shifts[name]
+        four_bits = (
+            int(code.min()) >= -8
+            and int(code.max()) < 8
+            and weight.shape[1] // scale.shape[1] % reference.NIBBLE_SPAN == 0
+        )
+        tensors[f"{stem}codes"] = reference.pack_nibbles(code) if four_bits else code
+        tensors[f"{stem}scale"] = scale
+        if shift.any():
+            tensors[f"{stem}shift"] = shift
+    if not any(name.endswith(".codes") for name in tensors):
+        raise QuantizationError(
+            f"{path}: quantization=gguf keeps {', '.join(kind.name for kind in BLOCKS)}, and no linear of the file is one of these ({others or 'nothing is quantised'}); "
+            "leave quantization out, or take a file of those types"
+        )
+    if others:
+        log.warning("quantization=gguf: %s holds weights as %s too, which become bfloat16", path.name, others)
+    return {"quant_method": "gguf"}
+
+
+def _converted(path: Path, model: nn.Module, plane: int) -> dict[str, torch.Tensor]:
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    with _planes_for_weights(plane):
+        return load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+
+
+@contextmanager
+def _planes_for_weights(plane: int) -> Iterator[None]:
+    dequantize = gguf.dequantize
+
+    def of_plane(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+        if kind not in BLOCKS or data.ndim != 2:
+            return dequantize(data, kind)
+        found = planes(data, kind)
+        return found[plane] if found[plane] is not None else np.zeros_like(found.scale)
+
+    gguf.dequantize = of_plane
+    try:
+        yield
+    finally:
+        gguf.dequantize = dequantize

@@ -1,0 +1,1 @@
+"""The process itself: threads, OpenMP and malloc."""

@@ -1,0 +1,1 @@
+"""torch.compile: lowering, cache and guard-free calls."""

@@ -1,0 +1,1 @@
+"""A folder of files becomes captured modules with weights."""

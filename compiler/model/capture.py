@@ -1,0 +1,125 @@
+"""A transformers decoder becomes one function over paged KV memory.
+
+Registers our attention with transformers' `AttentionInterface` and calls the model's own forward, so no
+model code lives here. What varies between architectures is what `compiler.model.probe` found, a layout a layer.
+Knows nothing of weights on disk, compilation or scheduling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from pagegraph.compiler.model.forward_local import forward_local
+from pagegraph.compiler.model.probe import AttentionLayout, TokensBefore, ask_for_no_padding, probe
+
+ATTENTION_NAME = "pagegraph"
+
+
+@dataclass(slots=True)
+class PagedBatch:
+    """Where the tokens of one step live, and what the layers compute; see `kernels.ops` for shapes and dtypes."""
+
+    layouts: list[AttentionLayout]
+    positions: torch.Tensor
+    slots: torch.Tensor
+    block_tables: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    key_caches: list[torch.Tensor]
+    value_caches: list[torch.Tensor]
+
+
+def paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature: query [1, Hq, T, D], key and value [1, Hkv, T, *] -> [1, T, Hq, Dv].
+
+    The batch is that of the forward that this thread is in: not every model hands keyword arguments down to here.
+    """
+    batch: PagedBatch = forward_local.paged
+    layout = batch.layouts[module.layer_idx]
+    out = torch.ops.pagegraph.paged_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        batch.key_caches[module.layer_idx],
+        batch.value_caches[module.layer_idx],
+        batch.positions,
+        batch.slots,
+        batch.block_tables,
+        batch.query_start,
+        batch.seq_lens,
+        kwargs.get("s_aux"),
+        layout.scale,
+        layout.window,
+        layout.softcap,
+        layout.chunk,
+    )
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, paged_attention)
+
+
+class CapturedModel(nn.Module):
+    """The whole forward as one function of tensors: token ids in, logits of the wanted tokens out."""
+
+    def __init__(self, model: nn.Module, layouts: list[AttentionLayout], counts_tokens: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.layouts = layouts
+        self.counts_tokens = counts_tokens
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_start: torch.Tensor,
+        seq_lens: torch.Tensor,
+        logits_index: torch.Tensor,
+        key_caches: list[torch.Tensor],
+        value_caches: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """token_ids, positions, slots int32 [T]; logits_index int64 [S] of token rows -> logits [S, vocab]."""
+        forward_local.paged = PagedBatch(
+            self.layouts, positions, slots, block_tables, query_start, seq_lens, key_caches, value_caches
+        )
+        forward_local.products = {}
+        position_ids = positions.long()[None]
+        past = dict(past_key_values=TokensBefore(position_ids)) if self.counts_tokens else {}
+        try:
+            out = self.model(
+                input_ids=token_ids.long()[None],
+                position_ids=position_ids,
+                use_cache=False,
+                logits_to_keep=logits_index,
+                **past,
+            )
+        finally:
+            forward_local.paged = forward_local.products = None
+        return out.logits[0]
+
+
+def capture(model: nn.Module) -> CapturedModel:
+    """Probe `model` (built on the meta device with our attention) and wrap it.
+
+    Raises UnsupportedModel where a layer mixes tokens outside our op or in a way it does not compute.
+    """
+    probed = probe(model)
+    ask_for_no_padding(model)
+    return CapturedModel(model.eval(), probed.layouts, probed.counts_tokens)

@@ -1,0 +1,21 @@
+"""What a forward sets for its own later layers: it belongs to the thread that is in the forward, and ends with it.
+
+Several threads run the same modules at once (steps, and the compiler that traces them), so no forward writes to a
+module or to anything else that threads share. The compiler follows a thread's own attributes as it follows names.
+Knows no models.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+
+class ForwardLocal(threading.local):
+    """All None outside of a forward."""
+
+    paged: Any = None  # what attention reads, see `compiler.model.capture`
+    products: dict[Any, Any] | None = None  # of merged linears, of which parts are not yet asked for
+
+
+forward_local = ForwardLocal()

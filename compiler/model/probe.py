@@ -1,0 +1,329 @@
+"""What each layer's attention computes, read off one forward of a model on the meta device.
+
+The shadow that is run attends under a name of its own, for which transformers hands us the function of every mask: so a layer's
+window or chunk is what the model's own mask says, not what a configuration promises. Whatever the paged op does not compute
+is refused with what the model does. Knows nothing of weights, pages or steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+import types
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+from pagegraph.compiler.model.rope import silence
+
+PROBE_NAME = "pagegraph_probe"
+SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+# Of the probe's packed row: tokens, a number that is no size of a model, and those of them whose logits are asked for.
+TOKENS, ASKED = 37, 2
+# Tensors handed to attention by name that change nothing in it, or that the paged op takes.
+HEARD = frozenset({"position_ids", "logits_to_keep", "s_aux"})
+# Masks are read up to this position, beyond every window and chunk.
+LONGEST = 2**30
+
+
+class UnsupportedModel(ValueError):
+    """The model would not run, or not run right, through paged attention; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayout:
+    """What one layer's attention computes, as probed. Sizes in elements; 0 switches a feature off."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    value_size: int
+    scale: float
+    window: int
+    chunk: int
+    softcap: float
+    has_sinks: bool
+
+
+@dataclass(slots=True)
+class _Notes:
+    """What one forward of the model called `name` showed so far."""
+
+    name: str
+    layouts: dict[int, AttentionLayout] = field(default_factory=dict)
+    forms: dict[Callable[..., torch.Tensor], tuple[int, int]] = field(
+        default_factory=dict
+    )  # window and chunk of a mask function
+
+    def refuse(self, why: str) -> NoReturn:
+        raise UnsupportedModel(f"{self.name}: {why}")
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """Layouts of the layers, and whether the forward wants `TokensBefore` in place of a cache."""
+
+    layouts: list[AttentionLayout]
+    counts_tokens: bool
+
+
+class TokensBefore:
+    """Stands for a cache where a forward numbers its tokens by their place in the step and adds how many came before.
+
+    Before each token were as many as its position, less its place in the step. positions: [1, T].
+    """
+
+    is_compileable = False
+
+    def __init__(self, positions: torch.Tensor) -> None:
+        self.before = positions[0] - torch.arange(positions.shape[1], device=positions.device)
+        self.asked = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
+        self.asked += 1
+        return self.before
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return keys, values
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+
+def probe(original: nn.Module) -> Probed:
+    """What the layers of `original` compute; it is left alone: a shadow of its configuration is run.
+
+    Raises UnsupportedModel where a layer mixes tokens outside attention or attends in a way that the paged op does not compute.
+    """
+    config = original.config.get_text_config()
+    name, layers = config.model_type, config.num_hidden_layers
+    _refuse_by_configuration(original)
+    # In bfloat16, the type that grouped expert matmuls accept on the meta device.
+    with torch.device("meta"):
+        shadow = type(original)._from_config(
+            copy.deepcopy(original.config), dtype=torch.bfloat16, attn_implementation=PROBE_NAME
+        )
+    silence(shadow)
+    ask_for_no_padding(shadow)
+    positions = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    for past in (None, TokensBefore(positions)):
+        notes, watch = _Notes(name), _Watch(positions)
+        for module in shadow.modules():
+            module.notes = notes
+        try:
+            with torch.no_grad(), _one_sequence(), watch:
+                logits = shadow(
+                    input_ids=torch.zeros_like(positions),
+                    position_ids=positions,
+                    use_cache=False,
+                    logits_to_keep=torch.zeros(ASKED, dtype=torch.long, device="meta"),
+                    **({} if past is None else dict(past_key_values=past)),
+                ).logits
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            if past is not None:
+                break
+            if "Tensor.item()" in str(error) and (rotary := _rotary_embedding_at(error)) is not None:
+                notes.refuse(
+                    f"its rope depends on the length of the sequence in a way that the forward of {type(rotary).__name__} decides"
+                    " anew each time, and the sequences of a step share one rope"
+                )
+            notes.refuse(
+                f"the forward does not run on packed sequences without a cache ({type(error).__name__}: {error})"
+            )
+        if sorted(notes.layouts) != list(range(layers)):
+            notes.refuse(
+                f"{len(notes.layouts)} of {layers} layers attend through the attention interface; "
+                "the others would run without their state and give wrong answers. Serve a model whose every "
+                "layer is full, sliding-window or chunked attention."
+            )
+        if logits.shape[1] != ASKED:
+            notes.refuse(
+                f"the forward gives logits of {logits.shape[1]} of {TOKENS} tokens where {ASKED} are asked for"
+            )
+        if watch.padded_positions:
+            notes.refuse("its positions start behind a padding index; paged attention numbers tokens from 0")
+        if watch.counted == (0 if past is None else past.asked):
+            return Probed([notes.layouts[layer] for layer in range(layers)], counts_tokens=past is not None)
+    notes.refuse("the forward numbers its tokens by their place in the step, not by the positions it is given")
+
+
+def _rotary_embedding_at(error: Exception) -> nn.Module | None:
+    """The rotary embedding in whose forward `error` was raised, if it was in one."""
+    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((one for one in owners if isinstance(one, nn.Module) and hasattr(one, "rope_type")), None)
+
+
+def ask_for_no_padding(model: nn.Module) -> None:
+    """Keep modules of `model` from reading token ids back to look for padding: packed sequences have none."""
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            module.warn_if_padding_and_no_attention_mask = _no_warning
+
+
+def _no_warning(*_: Any) -> None:
+    """Stands for a transformers check that does not apply to packed sequences."""
+
+
+def _refuse_by_configuration(model: nn.Module) -> None:
+    config = model.config.get_text_config()
+    notes = _Notes(config.model_type)
+    if unserved := sorted(set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES):
+        notes.refuse(
+            f"paged attention does not compute layers of type {', '.join(unserved)};"
+            f" served are {', '.join(sorted(SERVED_LAYER_TYPES))}"
+        )
+    if getattr(config, "alibi", False) or config.model_type in {"bloom", "mpt"}:
+        notes.refuse("ALiBi position biases are not computed by paged attention")
+    if config is not model.config:
+        towers = [path for path, module in model.named_modules() if getattr(module, "is_causal", True) is False]
+        if towers:
+            notes.refuse(
+                "the checkpoint holds another model beside the text model, which sees all of its input at once"
+                f" ({towers[0]}); only text models are served"
+            )
+
+
+def _probed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature; notes the layout of the layer and returns zeros [1, T, Hq, Dv]."""
+    notes: _Notes = module.notes
+    layer = module.layer_idx
+    if layer in notes.layouts:
+        notes.refuse(f"layer {layer} attends more than once, and paged memory holds one set of keys and values a layer")
+    function = getattr(attention_mask, "mask_function", None)
+    if query.shape[1] % key.shape[1]:
+        notes.refuse(
+            f"layer {layer} has {query.shape[1]} attention heads over {key.shape[1]} of keys and values (num_key_value_heads):"
+            " the one must be a multiple of the other"
+        )
+    if attention_mask is None:
+        notes.refuse(f"layer {layer} attends without a mask, to later tokens too; only causal attention is served")
+    if function is None:
+        notes.refuse(f"layer {layer} makes a mask of its own, which paged attention does not read")
+    if function not in notes.forms:
+        notes.forms[function] = _form(function) or notes.refuse(
+            f"the mask of layer {layer} is neither causal, nor a sliding window, nor in chunks; paged attention computes no other"
+        )
+    if unheard := sorted(
+        name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in HEARD
+    ):
+        notes.refuse(
+            f"layer {layer} hands {', '.join(unheard)} to attention, which paged attention does not compute with"
+        )
+    window, chunk = notes.forms[function]
+    notes.layouts[layer] = AttentionLayout(
+        num_heads=query.shape[1],
+        num_kv_heads=key.shape[1],
+        head_size=key.shape[3],
+        value_size=value.shape[3],
+        scale=float(scaling) if scaling is not None else query.shape[3] ** -0.5,
+        window=window,
+        chunk=chunk,
+        softcap=float(kwargs.get("softcap") or 0.0),
+        has_sinks=kwargs.get("s_aux") is not None,
+    )
+    return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def _probed_mask(
+    *, batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., Any], **_: Any
+) -> torch.Tensor:
+    """transformers' mask signature: a mask without values that carries the function it would be made with."""
+    mask = torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+    mask.mask_function = mask_function
+    return mask
+
+
+AttentionInterface.register(PROBE_NAME, _probed_attention)
+AttentionMaskInterface.register(PROBE_NAME, _probed_mask)
+
+
+def _form(function: Callable[..., Any]) -> tuple[int, int] | None:
+    """(window, chunk) of a mask function of transformers, 0 where it has none; None where it is of another form."""
+    function = _with_values(function)
+
+    def sees(token: int, position: int) -> bool:
+        return bool(function(0, 0, torch.tensor(token), torch.tensor(position)))
+
+    def first_of(token: int) -> int:
+        return bisect_left(range(token), True, key=partial(sees, token))
+
+    try:
+        start, window, chunk = first_of(LONGEST), 0, 0
+        if start and first_of(LONGEST - 1) == start - 1:  # a window moves with the token
+            window = LONGEST - start + 1
+        elif start:
+            chunk = start - first_of(start - 1)
+        size = window or chunk
+        for token in sorted({0, 1, 2, 63, *range(max(size - 1, 0), size + 2), 2 * size, 3 * size + 1, LONGEST}):
+            first = token - token % chunk if chunk else max(token - window + 1, 0) if window else 0
+            near = torch.arange(-4, 5)
+            positions = torch.cat([token + near, first + near, torch.linspace(0, 2 * token, 1024).long()]).clamp(0)
+            seen = torch.as_tensor(function(0, 0, torch.tensor(token), positions)).expand(positions.shape)
+            if not torch.equal(seen, (positions >= first) & (positions <= token)):
+                return None
+    except Exception:  # a function of the model's own, which may want anything
+        return None
+    return window, chunk
+
+
+def _with_values(part: Any) -> Any:
+    """`part` of a mask function, with zeros for every tensor of the meta device in it: no padding, nothing marked."""
+    if isinstance(part, torch.Tensor):
+        return torch.zeros(part.shape, dtype=part.dtype) if part.is_meta else part
+    if isinstance(part, tuple):
+        return tuple(map(_with_values, part))
+    if not isinstance(part, types.FunctionType) or not part.__closure__:
+        return part
+    cells = tuple(types.CellType(_with_values(cell.cell_contents)) for cell in part.__closure__)
+    return types.FunctionType(part.__code__, part.__globals__, part.__name__, part.__defaults__, cells)
+
+
+@contextmanager
+def _one_sequence() -> Iterator[None]:
+    """Masks are made for one sequence: looking for several in the positions would need their values."""
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
+
+
+class _Watch(TorchDispatchMode):
+    """Counts how often a forward numbers its tokens; notices positions looked up in a table that has one for padding."""
+
+    def __init__(self, positions: torch.Tensor) -> None:
+        super().__init__()
+        self.positions = positions
+        self.counted = 0
+        self.padded_positions = False
+
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket is torch.ops.aten.arange:
+            self.counted += out.numel() == TOKENS
+        if function.overloadpacket is torch.ops.aten.embedding and args[1] is self.positions:
+            self.padded_positions |= len(args) > 2 and args[2] >= 0
+        return out

@@ -1,0 +1,125 @@
+"""Rotary embeddings with scaling: the lengths that they reach, and how those that go by the length are settled for one.
+
+Knows transformers' rope types and what a configuration says of them; knows nothing of attention or weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+KNOWN = frozenset({"default", *ROPE_INIT_FUNCTIONS})
+# Frequencies of these go by the length of the sequence at hand.
+BY_LENGTH = frozenset({"dynamic", "longrope"})
+SETTLED = "settled"  # no type of transformers: what it stands for is never computed anew
+DEFAULT_LENGTH = 2048
+CONTEXT_LENGTH = "gguf_context_length"  # what a configuration made of a GGUF file has besides max_position_embeddings
+
+
+def parameters_of(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The rope parameters of the text model: one for all layers, one for each type of layer, or none.
+
+    Raises ValueError where a rope type is not one of transformers'.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    nested = [one for one in rope.values() if isinstance(one, dict)]
+    found = nested or ([rope] if rope else [])
+    for one in found:
+        if (kind := one.get("rope_type", "default")) not in KNOWN:
+            raise ValueError(
+                f"{text.model_type}: rope_type {kind!r} in the model's config.json is not known;"
+                f" known are {', '.join(sorted(KNOWN))}"
+            )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Of a sequence, in tokens: the longest, the default, how the longest comes about, whether rotary frequencies go by the length."""
+
+    longest: int
+    default: int
+    reason: str
+    by_length: bool = False
+
+
+def lengths(config: PretrainedConfig) -> Lengths:
+    """How long sequences of the text model can be; raises ValueError where its rope type is unknown.
+
+    The default is less than the longest where frequencies go by the length: settled for more than the original length, they
+    change what short prompts give too. It is `gguf_context_length` where there is one: a file says it as the length to serve,
+    scaling included (`compiler.gguf.config`).
+    """
+    text = config.get_text_config()
+    reached = _reached(text)
+    if (served := getattr(text, CONTEXT_LENGTH, None)) is None or reached.by_length:
+        return reached
+    if reached.longest <= served:
+        return Lengths(served, served, f"context_length {served} of the GGUF file")
+    return replace(reached, default=served)
+
+
+def _reached(text: PretrainedConfig) -> Lengths:
+    """By `text`'s own sizes and rope parameters, with the longest as the default where nothing goes by the length."""
+    named = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    own = named or DEFAULT_LENGTH
+    said = f"max_position_embeddings {own}" if named else f"{own} where config.json names no length"
+    scaled = parameters_of(text)
+    for one in scaled:
+        kind, factor, original = (
+            one.get("rope_type"),
+            one.get("factor"),
+            one.get("original_max_position_embeddings") or own,
+        )
+        if kind == "longrope":
+            return Lengths(own, min(original, own), said, by_length=True)
+        if kind == "yarn" and factor:
+            longest = int(original * factor)
+            return Lengths(
+                longest, longest, f"original_max_position_embeddings {original} x factor {factor:g} of rope type yarn"
+            )
+        # Where types of layers differ (Gemma 3), the length that config.json names is the scaled one.
+        if kind in ("linear", "dynamic") and factor and len(scaled) == 1:
+            longest, by_length = int(own * factor), kind in BY_LENGTH
+            return Lengths(
+                longest, own if by_length else longest, f"{said} x factor {factor:g} of rope type {kind}", by_length
+            )
+    return Lengths(own, own, said)
+
+
+def settle(model: nn.Module, length: int) -> None:
+    """Give rotary embeddings of `model`, on the CPU, the frequencies of a sequence of `length` tokens for good.
+
+    What they are is the module's own affair: it is shown the last position of such a sequence.
+    """
+    for module, kinds in _by_length(model):
+        for layer_type in kinds:
+            last = torch.tensor([[length - 1]])
+            module(torch.zeros(1), last) if layer_type is None else module(torch.zeros(1), last, layer_type=layer_type)
+    silence(model)
+
+
+def silence(model: nn.Module) -> None:
+    """Let no rotary embedding of `model` ask for the length of a sequence."""
+    for module, kinds in _by_length(model):
+        if isinstance(module.rope_type, dict):
+            module.rope_type |= dict.fromkeys(kinds, SETTLED)
+        else:
+            module.rope_type = SETTLED
+
+
+def _by_length(model: nn.Module) -> list[tuple[nn.Module, list[str | None]]]:
+    """Rotary embeddings whose frequencies go by the length, and for which types of layer (None: all)."""
+    found = []
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        kinds = kinds if isinstance(kinds, dict) else {None: kinds}
+        if wanted := [layer_type for layer_type, kind in kinds.items() if kind in BY_LENGTH]:
+            found.append((module, wanted))
+    return found

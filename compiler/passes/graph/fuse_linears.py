@@ -1,0 +1,114 @@
+"""Graph pass: linear, residual addition, norm, linear, gate in a row become one op, which may share kernels among them.
+
+Of quantised linears it is addition, norm, linear, or these with a gate and a second linear behind: what is ahead of a product of many
+rows is done where its rows are rounded. For few rows norms in the products' kernels cost more than kernels of their own. A gate that no
+such linear reads joins the one before it alone.
+Runs after `fuse_rows`, whose ops it looks for. Knows FX graphs; knows no models, and not which kernels the op takes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from pagegraph.compiler.passes.graph.patterns import is_call, rewrite
+
+ops = torch.ops.pagegraph
+FRAGMENT_ARGUMENTS = 8  # of a fragment_linear without a gate; the last says whether rows may be rounded
+QUERY_START = {ops.paged_attention: 8, ops.rope_attention: 13}  # its place among the arguments
+
+
+def fuse_linears(module: GraphModule) -> int:
+    """Rewrite every such row of `module` whose inner results nothing else reads; returns how many."""
+    attention = next(
+        (
+            node
+            for node in module.graph.nodes
+            if is_call(node, ops.rope_attention) or is_call(node, ops.paged_attention)
+        ),
+        None,
+    )
+    if attention is None:
+        return 0
+    query_start = attention.args[QUERY_START[attention.target]]
+    return rewrite(module, lambda node: _fuse(module.graph, node, query_start))
+
+
+def _fuse(graph: Graph, second: Node, query_start: Node) -> bool:
+    if is_call(second, ops.silu_mul):
+        return _gate(second)
+    if is_call(second, ops.fragment_linear):
+        return _fuse_fragments(graph, second)
+    if not is_call(second, ops.linear):
+        return False
+    both = _norm_before(second)
+    if both is None:
+        return False
+    *addends, norm, eps = both.args
+    first = next((one for one in addends if is_call(one, ops.linear) and len(one.users) == 1), None)
+    if first is None:
+        return False
+    residual = addends[1] if first is addends[0] else addends[0]
+    gate = next(iter(second.users)) if len(second.users) == 1 else None
+    gated = gate is not None and is_call(gate, ops.silu_mul)
+    arguments = (*first.args, residual, norm, eps, *second.args[1:], gated, query_start)
+    _replace(graph, both, gate if gated else second, ops.linear_norm_linear, arguments)
+    return True
+
+
+def _fuse_fragments(graph: Graph, last: Node) -> bool:
+    if len(last.args) != FRAGMENT_ARGUMENTS:
+        return False
+    gated = last.args[0]
+    if len(last.users) == 1 and is_call(next(iter(last.users)), ops.silu_mul):
+        return False  # the gate joins it first, and then maybe the linear behind
+    pair = is_call(gated, ops.fragment_linear) and len(gated.args) == FRAGMENT_ARGUMENTS + 1 and len(gated.users) == 1
+    first = gated if pair else last
+    both = _norm_before(first)
+    if both is None or pair and first.args[FRAGMENT_ARGUMENTS - 1] != last.args[FRAGMENT_ARGUMENTS - 1]:
+        return False
+    behind = last.args[1 : FRAGMENT_ARGUMENTS - 1] if pair else (None, None, None, None, 0, 0)
+    _replace(graph, both, last, ops.norm_fragment_linear, (*both.args, *first.args[1:FRAGMENT_ARGUMENTS], *behind))
+    return True
+
+
+def _norm_before(product: Node) -> Node | None:
+    """The addition with norm whose result this product alone reads."""
+    normed = product.args[0]
+    if (
+        not is_call(normed, operator.getitem, 1, 1)
+        or not is_call(normed.args[0], ops.add_rms_norm)
+        or len(normed.users) > 1
+    ):
+        return None
+    return normed.args[0]
+
+
+def _replace(graph: Graph, both: Node, last: Node, op: Callable, arguments: tuple) -> None:
+    """The op's sum and product in the place of the sum of addition and norm and of the last node of a row."""
+    with graph.inserting_before(both):  # where all that is no parameter is known
+        fused = graph.call_function(op, arguments)
+        total, out = (graph.call_function(operator.getitem, (fused, index)) for index in (0, 1))
+    for old, new in ((_sum_of(both), total), (last, out)):
+        if old is not None:
+            new.meta = old.meta
+            old.replace_all_uses_with(new)
+
+
+def _gate(gate: Node) -> bool:
+    product = gate.args[0]
+    if not is_call(product, ops.fragment_linear) or len(product.users) > 1:
+        return False
+    product.args = (*product.args, True)
+    product.meta = gate.meta
+    gate.replace_all_uses_with(product)
+    gate.graph.erase_node(gate)  # now, so that the product is seen to have one reader
+    return True
+
+
+def _sum_of(both: Node) -> Node | None:
+    return next((user for user in both.users if is_call(user, operator.getitem, 1, 0)), None)

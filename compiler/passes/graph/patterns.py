@@ -1,0 +1,112 @@
+"""Forms that graph passes look for in what TorchDynamo captured. Knows FX nodes; knows no pass."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+from torch.nn import functional
+
+
+class Normed(NamedTuple):
+    """rows = RMS norm of `source` over its last dimension, times `weight`."""
+
+    source: Node
+    weight: Node
+    eps: float
+
+
+def normed_of(rows: Node) -> Normed | None:
+    """rows = weight * (x * rsqrt(mean(x ** 2, -1, keepdim) + eps)).to(dtype) with x = source.to(float32), all of one dtype."""
+    if not is_call(rows, operator.mul):
+        return None
+    weight, narrowed = rows.args
+    if not (isinstance(weight, Node) and weight.op == "placeholder" and is_narrowing(narrowed)):
+        return None
+    product = narrowed.args[0]
+    if not is_call(product, operator.mul):
+        return None
+    wide, scale = product.args
+    if not (is_method(wide, "to", torch.float32) and is_call(scale, torch.rsqrt)):
+        return None
+    shifted = scale.args[0]
+    if not is_call(shifted, operator.add) or not isinstance(shifted.args[1], float):
+        return None
+    mean = shifted.args[0]
+    if not is_method(mean, "mean", -1) or mean.kwargs != {"keepdim": True}:
+        return None
+    if not is_method(mean.args[0], "pow", 2) or mean.args[0].args[0] is not wide:
+        return None
+    if tuple(shape(weight)) != (shape(rows)[-1],):
+        return None
+    if len({one.meta["example_value"].dtype for one in (wide.args[0], weight, rows)}) > 1:
+        return None
+    return Normed(wide.args[0], weight, shifted.args[1])
+
+
+def gated_of(node: Node) -> Node | None:
+    """The product of which node = silu(first half) * second half."""
+    if not is_call(node, operator.mul) or not all(isinstance(one, Node) for one in node.args):
+        return None
+    activated, up = node.args
+    if not is_call(activated, functional.silu) or not is_call(up, operator.getitem, 1, 1):
+        return None
+    gate, halves = activated.args[0], up.args[0]
+    if not is_call(gate, operator.getitem, 1, 0) or gate.args[0] is not halves:
+        return None
+    size = shape(node)[-1]
+    return halves.args[0] if is_method(halves, "split", [size, size]) and halves.kwargs == {"dim": -1} else None
+
+
+def call(graph: Graph, target: Callable | str, *arguments: Any) -> Node:
+    """The node with its example value, without which the compiler's cache takes no call of a method."""
+    values = map_arg(arguments, lambda node: node.meta["example_value"])
+    if isinstance(target, str):
+        node, value = graph.call_method(target, arguments), getattr(values[0], target)(*values[1:])
+    else:
+        node, value = graph.call_function(target, arguments), target(*values)
+    node.meta["example_value"] = value
+    return node
+
+
+def is_call(node: Any, target: Any, *at: Any) -> bool:
+    """A call of the function; `at`: (position, value) of an argument it must have."""
+    if not (isinstance(node, Node) and node.op == "call_function" and node.target is target):
+        return False
+    return not at or node.args[at[0]] == at[1]
+
+
+def is_method(node: Any, name: str, *arguments: Any) -> bool:
+    """A call of the method with these further arguments."""
+    return isinstance(node, Node) and node.op == "call_method" and node.target == name and node.args[1:] == arguments
+
+
+def is_narrowing(node: Any) -> bool:
+    return (
+        isinstance(node, Node) and node.target == "to" and len(node.args) == 2 and isinstance(node.args[1], torch.dtype)
+    )
+
+
+def shape(node: Node) -> torch.Size:
+    return node.meta["example_value"].shape
+
+
+def rewrite(module: GraphModule, replace: Callable[[Node], bool]) -> int:
+    """Offer every node of the graph to `replace`; drop what that leaves without use -> how often it said yes.
+
+    What had no use before stays: it is there for its effect, as an assignment into a slice is.
+    """
+    graph = module.graph
+    effects = {node for node in graph.nodes if not node.users}
+    changes = sum(replace(node) for node in list(graph.nodes))
+    if changes:
+        for node in reversed(graph.nodes):
+            if not node.users and node not in effects and node.op != "placeholder":
+                graph.erase_node(node)
+        graph.lint()
+        module.recompile()
+    return changes

@@ -1,0 +1,42 @@
+"""On CUDA every linear goes through `pagegraph::linear`, which picks its kernel by the number of rows of a step.
+
+The choice is made when a bucket is captured, so a replayed graph holds the kernel alone. Knows nn.Linear and
+MergedLinear; knows nothing of which sizes win.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pagegraph.compiler.passes.modules.merge_linears import MergedLinear
+
+
+class SkinnyLinear(nn.Module):
+    """Stands where an nn.Linear stood, with its parameters."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.ops.pagegraph.linear(states, self.weight, self.bias)
+
+
+def skinny_linears(model: nn.Module, device_type: str = "cuda") -> int:
+    """Route every plain linear of `model` (weights loaded) on such a device through the op; returns how many were."""
+    routed = 0
+    for parent in list(model.modules()):
+        if type(parent) is MergedLinear and parent.weight.device.type == device_type:
+            parent.product = torch.ops.pagegraph.linear
+            routed += 1
+        for name, child in list(parent.named_children()):
+            if (
+                type(child) is nn.Linear
+                and child.weight.device.type == device_type
+                and not (child._forward_hooks or child._forward_pre_hooks)
+            ):
+                setattr(parent, name, SkinnyLinear(child))
+                routed += 1
+    return routed

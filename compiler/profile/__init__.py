@@ -1,0 +1,1 @@
+"""What is measured at the start: peak memory, the KV cache's budget, latency of steps."""

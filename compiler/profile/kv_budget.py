@@ -1,0 +1,73 @@
+"""How many pages the KV cache holds, and the refusal where that is too few.
+
+On the CPU the amount is a setting; on CUDA it is what a measured peak leaves free. Knows no scheduling.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+log = logging.getLogger("pagegraph.memory")
+
+MIB = 1 << 20
+GIB = 1 << 30
+CONTEXT = GIB  # what a process of CUDA's holds without having allocated anything
+
+
+class DoesNotFit(ValueError):
+    """The configuration needs more memory than there is; the message holds the arithmetic and a value that fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvBudget:
+    """Pages of the pool (page 0 is scrap) and the bytes they take."""
+
+    num_blocks: int
+    block_bytes: int
+
+
+def plan_pages(available_bytes: int, block_bytes: int, block_size: int, max_model_len: int, source: str) -> KvBudget:
+    """Pages that fit in `available_bytes`; raises DoesNotFit if one sequence of `max_model_len` would not."""
+    num_blocks = available_bytes // block_bytes
+    needed = -(-max_model_len // block_size) + 1
+    if num_blocks < needed:
+        fits = (num_blocks - 1) * block_size
+        shorter = f"Set max_model_len to at most {fits}, or give" if fits > 0 else "Give"
+        raise DoesNotFit(
+            f"max_model_len {max_model_len} needs {needed} pages of {block_size} tokens "
+            f"({needed * block_bytes / GIB:.2f} GiB), but {source} leaves {available_bytes / GIB:.2f} GiB = "
+            f"{num_blocks} pages. {shorter} the KV cache {_mebibytes(needed * block_bytes)} or more"
+            f"{'' if fits > 0 else f'; {_mebibytes(2 * block_bytes)} is the least, for max_model_len {block_size}'}."
+        )
+    return KvBudget(num_blocks, block_bytes)
+
+
+def _mebibytes(size: int) -> str:
+    """As the configuration takes it, rounded up."""
+    return f"{-(-size // MIB)}MiB"
+
+
+def cuda_available(gpu_memory_utilization: float, step_bytes: int, graph_bytes: int, device: torch.device) -> int:
+    """Bytes for the KV cache: the share of the device we may use, less what is in use and what steps and graphs take.
+
+    Raises DoesNotFit when the device has less free than the share asks for.
+    """
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device)
+    wanted = int(total * gpu_memory_utilization)
+    if free + held < wanted - CONTEXT:
+        share = (free + held) / total
+        raise DoesNotFit(
+            f"gpu_memory_utilization {gpu_memory_utilization} asks for {wanted / GIB:.1f} of {total / GIB:.1f} GiB, "
+            f"but {(free + held) / GIB:.1f} GiB are free. Set gpu_memory_utilization to {share - 0.01:.2f} or less."
+        )
+    available = wanted - (total - free) - step_bytes - graph_bytes
+    log.info(
+        "memory: %.2f of %.2f GiB may be used; %.2f are, a largest step takes %.2f, CUDA graphs %.2f: %.2f for pages",
+        *(one / GIB for one in (wanted, total, total - free, step_bytes, graph_bytes, max(available, 0))),
+    )
+    return max(available, 0)

@@ -1,0 +1,44 @@
+"""What steps of so many entries take on this device, measured on the scrap row: a first idea for whoever weighs sizes.
+
+Contexts of one token: a bound from below. Knows no requests.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+from pagegraph.compiler.step.dummy import scrap_step
+from pagegraph.compiler.step.step import CompiledStep
+
+REPEATS = 3
+
+
+def rungs(step: CompiledStep, most: int) -> tuple[int, ...]:
+    """Sizes in which steps of one token an entry run, up to `most`: the ladder's, or nearly every one."""
+    if step.ladder is not None:
+        return tuple(rung for rung in step.ladder.decode if rung <= most)
+    return (*range(1, min(most, 16) + 1), *range(20, most + 1, 4))
+
+
+def measure(step: CompiledStep, most: int) -> dict[int, float]:
+    """Entries -> milliseconds of a step, for a few sizes up to `most`; nothing may be in flight."""
+    found = {}
+    for size in _few(rungs(step, most)):
+        one = scrap_step([1] * size, step.state.scrap_row)
+        seconds = []
+        for _ in range(REPEATS + 1):
+            start = time.perf_counter()
+            step.launch(one).wait()
+            seconds.append(time.perf_counter() - start)
+        found[size] = 1e3 * statistics.median(seconds[1:])
+    return found
+
+
+def _few(sizes: tuple[int, ...]) -> list[int]:
+    """The first, then each at least half as large again as the one before, and the last."""
+    kept = [sizes[0]]
+    for size in sizes[1:]:
+        if size >= 1.5 * kept[-1] or size == sizes[-1]:
+            kept.append(size)
+    return kept

@@ -1,0 +1,67 @@
+"""What steps take on a CUDA device beside weights and pages: measured by running the largest ones on scrap pages.
+
+Plain modules are run, which hold more at a time than their compiled form does. Knows no pages and no requests.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pagegraph.compiler.step.capture_sizes import Bucket
+from pagegraph.compiler.step.dummy import everything, scrap_step
+from pagegraph.compiler.step.step import CompiledStep
+
+SAMPLES = 5  # graphs measured one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Bytes beside weights and pages: of the largest step, and of all CUDA graphs."""
+
+    step: int
+    graphs: int
+
+
+@torch.inference_mode()
+def measure(step: CompiledStep, largest: Bucket, max_model_len: int, chained: int = 0) -> Peak:
+    """Run steps of `largest` through `step`, whose state has the scrap page only; `step` is of no use afterwards.
+
+    `chained`: forwards that chains will hold beside the rungs' graphs.
+    """
+    device = step.staging.device
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    tokens = min(largest.tokens, largest.seqs * max_model_len)
+    lengths = np.full(largest.seqs, tokens // largest.seqs)
+    lengths[: tokens % largest.seqs] += 1
+    step.launch(scrap_step(lengths, step.state.scrap_row, everything(largest.seqs))).wait()
+    peak = torch.cuda.max_memory_reserved(device) - before
+    torch.cuda.empty_cache()
+    return Peak(peak, _graphs(step, chained))
+
+
+def _graphs(step: CompiledStep, chained: int) -> int:
+    """All graphs share one pool, which the largest makes; each has memory of the driver's besides.
+
+    The median of a few: free memory is the whole device's, and what another process takes meanwhile would be multiplied.
+    """
+    rungs = step.ladder.buckets()
+    first = _taken(lambda: step.capture_graphs(rungs[-1:], progress=False))
+    each = statistics.median(_taken(lambda: step.capture_graphs([rung], progress=False)) for rung in rungs[:SAMPLES])
+    return first + int(each) * (len(rungs) - 1 + chained)
+
+
+def _taken(act: Callable[[], None]) -> int:
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    act()
+    torch.cuda.empty_cache()
+    return free - torch.cuda.mem_get_info()[0]

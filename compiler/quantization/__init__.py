@@ -1,0 +1,1 @@
+"""Checkpoints' formats and online quantization."""

@@ -1,0 +1,91 @@
+"""The ladder of step sizes: which padded shape a step of T tokens and S sequences runs in.
+
+Pure arithmetic. Sizes of one are padded to two, because the compiler would specialise on a one. On CUDA every
+rung is captured as one graph; on the CPU, and beyond the rungs, a step otherwise keeps its own size. On the CPU a
+single token has a compiled forward of its own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """A padded step: `tokens` rows of the model, `seqs` sequences; decode when they are equal.
+
+    A decode may run `times` over, each time a token further: a chain.
+    """
+
+    tokens: int
+    seqs: int
+    times: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Captured sizes in rising order. `decode`: steps of one token a sequence; `mixed`: token counts."""
+
+    decode: tuple[int, ...]
+    mixed: tuple[int, ...]
+    max_num_seqs: int
+
+    def buckets(self) -> list[Bucket]:
+        """Every rung, smallest first: the order of capture."""
+        rungs = [Bucket(n, n) for n in self.decode]
+        rungs += [Bucket(n, min(n, self.max_num_seqs)) for n in self.mixed]
+        return sorted(set(rungs))
+
+    def first(self) -> list[Bucket]:
+        """The few rungs that steps of every size fit in without much padding: captured before anything runs."""
+        decode, mixed = _every_fourth(self.decode), _every_fourth(self.mixed)
+        return [rung for rung in self.buckets() if rung in Ladder(decode, mixed, self.max_num_seqs).buckets()]
+
+    def bucket(self, num_tokens: int, num_seqs: int) -> Bucket | None:
+        """Smallest rung that holds the step, or None when it is larger than every rung."""
+        if num_tokens == num_seqs:
+            at = bisect_left(self.decode, num_tokens)
+            if at < len(self.decode):
+                return Bucket(self.decode[at], self.decode[at])
+        at = bisect_left(self.mixed, num_tokens)
+        if at < len(self.mixed):
+            return Bucket(self.mixed[at], min(self.mixed[at], self.max_num_seqs))
+        return None
+
+
+def _every_fourth(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The largest of rising sizes, then each that is at most a quarter of the one kept before."""
+    kept: list[int] = []
+    for size in reversed(sizes):
+        if not kept or size * 4 <= kept[-1]:
+            kept.append(size)
+    return tuple(reversed(kept))
+
+
+def cuda_ladder(max_num_seqs: int, max_tokens: int) -> Ladder:
+    """Rungs for every step of at most `max_tokens`; decode ones are 2, 4, then by 8 to 256 and by 32 to `max_num_seqs`."""
+    max_num_seqs = max(max_num_seqs, 2)
+    decode = sorted(
+        {n for n in (2, 4, *range(8, 257, 8), *range(288, max_num_seqs + 1, 32)) if n < max_num_seqs} | {max_num_seqs}
+    )
+    return Ladder(tuple(decode), tuple(_mixed(max_tokens)), max_num_seqs)
+
+
+def _mixed(limit: int) -> list[int]:
+    """16, 32, 48, by 64 to 1024, by 256 to 4096, from there on eight to an octave, and the limit itself.
+
+    Padding of a mixed step costs matrix time: rungs are close where steps are many. A prompt's own steps are mostly the limit.
+    """
+    sizes, size = [16, 32, 48, *range(64, 1024, 64)], 1024
+    while size < limit:
+        sizes.append(size)
+        size += max(256, 1 << (size.bit_length() - 4))
+    return [*(n for n in sizes if n < limit), limit]
+
+
+def own_bucket(num_tokens: int, num_seqs: int) -> Bucket:
+    """The step's own size, at least two of each unless it is a single token of a single sequence."""
+    if num_tokens == 1:
+        return Bucket(1, 1)
+    return Bucket(num_tokens, max(num_seqs, 2))

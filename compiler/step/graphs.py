@@ -1,0 +1,121 @@
+"""CUDA graphs: one for each bucket, of its forwards, replayed with new metadata at the same addresses.
+
+Knows buckets and streams; the forward it captures is any callable. CUDA only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tqdm import tqdm
+
+from pagegraph.compiler.step.capture_sizes import Bucket
+from pagegraph.compiler.step.staging import Staged
+
+# logits [S, vocab], ids int64 [S], what was looked up (int32 [2, S]) if anything is, the step they are of;
+# of a chain the last step's, but for ids [S, times]
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Staged]
+Forward = Callable[[], Outputs]
+
+
+DUE = 64  # steps that had to run otherwise after which their own bucket is captured even if that holds others up
+OFTEN = (
+    8  # steps that wanted a chain before it is captured in idle time: which chains there will be is not known before
+)
+CHAINED = 128  # forwards in all captured chains: each takes the driver's memory of a graph
+
+
+class Pending:
+    """Buckets that are not captured yet, and how many steps have wanted each.
+
+    Chains are added when they are first wanted, while `CHAINED` leaves room.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket] = ()) -> None:
+        self._wanted = dict.fromkeys(sorted(buckets), 0)
+        self._room = CHAINED
+
+    def __contains__(self, bucket: Bucket) -> bool:
+        return bucket in self._wanted
+
+    def want(self, bucket: Bucket) -> bool:
+        """A step would run in it -> whether it is due."""
+        if not self._fits(bucket):
+            return False
+        self._wanted[bucket] = self._wanted.get(bucket, 0) + 1
+        return self._wanted[bucket] >= DUE
+
+    def next(self) -> Bucket | None:
+        """The most wanted, of equals the smallest; None when all are captured, but for chains that are hardly wanted."""
+        ready = [bucket for bucket, wanted in self._wanted.items() if bucket.times == 1 or wanted >= OFTEN]
+        return max(ready, key=self._wanted.__getitem__, default=None)
+
+    def done(self, bucket: Bucket) -> None:
+        self._wanted.pop(bucket, None)
+        if bucket.times > 1:
+            self._room -= bucket.times
+            self._wanted = {one: wanted for one, wanted in self._wanted.items() if self._fits(one)}
+
+    def _fits(self, bucket: Bucket) -> bool:
+        return bucket.times == 1 or bucket.times <= self._room
+
+
+class GraphSet:
+    """Captured buckets sharing one memory pool, so the largest decides the memory of all."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, buckets: Sequence[Bucket], forward_of: Callable[[Bucket], Forward], progress: bool) -> None:
+        """Capture largest first, so that smaller graphs fit in the pool the largest has made."""
+        for bucket in tqdm(sorted(buckets, reverse=True), desc="capture", disable=not progress, unit="graph"):
+            forward = forward_of(bucket)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                forward()  # compiles and warms the allocator outside the capture
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                logits, *rest = forward()
+            self._graphs[bucket] = (graph, (_borrowed(logits), *rest))
+
+    def __contains__(self, bucket: Bucket) -> bool:
+        return bucket in self._graphs
+
+    def holding(self, bucket: Bucket) -> Bucket | None:
+        """The smallest captured bucket, no chain, that a step of this one fits in."""
+        larger = [
+            one for one in self._graphs if one.tokens >= bucket.tokens and one.seqs >= bucket.seqs and one.times == 1
+        ]
+        return min(larger, default=None)
+
+    def replay(self, bucket: Bucket) -> Outputs | None:
+        """The bucket's outputs, valid until the next replay; None if it was not captured."""
+        entry = self._graphs.get(bucket)
+        if entry is None:
+            return None
+        entry[0].replay()
+        return entry[1]
+
+
+class _Bytes:
+    """Device memory as the CUDA array interface describes it (version 3)."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 3,
+        }  # fmt: skip
+
+
+def _borrowed(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a tensor, where it is dense, without a hold on it, so that the graphs' pool gives it to other graphs too.
+
+    Sound because graphs are replayed one after the other, and each one's logits are read before the next replay.
+    """
+    if not tensor.is_contiguous():
+        return tensor
+    words = torch.as_tensor(_Bytes(tensor), device=tensor.device)
+    return words.view(tensor.dtype).view(tensor.shape)

@@ -1,0 +1,121 @@
+"""From logits to the next token of every sequence of a step, in the documented order.
+
+raw log-probabilities -> allowed ids -> bias and min_tokens -> penalties -> temperature -> min-p -> top-k ->
+top-p -> Gumbel noise keyed by (seed, position). The arithmetic is in `kernels`; this file moves parameters to
+the device and skips what no sequence of the step asks for. Knows no requests.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pagegraph.compiler.step.inputs import SamplingInput, StepLogprobs
+from pagegraph.compiler.step.staging import Staged
+from pagegraph.compiler.step.state import DeviceState
+from pagegraph.kernels import reference
+
+
+class StepLogprobTensors:
+    """Log-probabilities of one step, still on the device."""
+
+    def __init__(self, logits: torch.Tensor, chosen: torch.Tensor, num: int) -> None:
+        logprobs = torch.log_softmax(logits, dim=-1)
+        self.chosen = logprobs.gather(1, chosen[:, None])
+        self.ranks = (logprobs > self.chosen).sum(dim=1) + 1
+        self.top_values, self.top_ids = logprobs.topk(num, dim=-1)
+
+    def numpy(self) -> StepLogprobs:
+        """On the host; waits for the device."""
+        return StepLogprobs(
+            self.chosen[:, 0].cpu().numpy(),
+            self.ranks.int().cpu().numpy(),
+            self.top_ids.int().cpu().numpy(),
+            self.top_values.cpu().numpy(),
+        )
+
+
+def draw(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor:
+    """Logits of the first s sequences of the step, [s, vocab] -> ids int64 [s], handed to the next step.
+
+    Temperature, seed and position are all it looks at. Nothing is read back, so it is captured with the forward.
+    """
+    packet, count = staged.packet, len(logits)
+    arguments = (packet.temperature, packet.seeds, staged.seq_lens, packet.rows, packet.sampled)
+    return torch.ops.pagegraph.draw(logits, *(one[:count] for one in arguments), state.last_tokens, state.last_at)
+
+
+def settle(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor | None:
+    """Hand on what guesses the drawn ids int64 [s] bear out; what follows is looked up where the device does that.
+
+    int32 [2, s] of `pagegraph::look_up`, or None. Called again with other ids, it makes good what it did with the first.
+    """
+    if not state.most_guesses:
+        return None
+    packet, ops, count = staged.packet, torch.ops.pagegraph, len(ids)
+    step = ids, staged.token_ids, packet.rows[:count], packet.query_start[: count + 1], staged.seq_lens[:count]
+    last = state.last_tokens, state.last_at
+    if state.lookup is None:
+        ops.accept(*step, *last, state.most_guesses)
+        return None
+    return ops.look_up(*step, packet.sampled[:count], *last, state.history, state.guesses, *state.lookup)
+
+
+def sample(
+    logits: torch.Tensor, sampling: SamplingInput, staged: Staged, state: DeviceState
+) -> tuple[torch.Tensor, StepLogprobTensors | None]:
+    """logits [S, vocab] of the step's S sequences -> (token ids int64 [S], logprobs if any sequence asked).
+
+    Everything that `draw` alone does not know; its ids replace those that were drawn with the forward.
+    """
+    device, packet, num_seqs = logits.device, staged.packet, len(logits)
+    raw = logits.float()
+    logits = raw
+    if sampling.allowed or sampling.bias:
+        logits = _restrict(logits.clone(), sampling)
+    rows = packet.rows[:num_seqs].long()
+    if penalties := sampling.penalties:
+        for row, prompt_ids, output_ids in sampling.penalty_reset:
+            state.reset_row(row, prompt_ids, output_ids)
+        outputs, prompt = state.penalty_counts()
+        logits = reference.apply_penalties(
+            logits,
+            outputs[rows],
+            prompt[rows],
+            _to(penalties.repetition, device),
+            _to(penalties.presence, device),
+            _to(penalties.frequency, device),
+        )
+    if filters := sampling.filters:
+        logits = reference.drop_filtered(
+            logits,
+            packet.temperature[:num_seqs],
+            _to(filters.top_k, device),
+            _to(filters.top_p, device),
+            _to(filters.min_p, device),
+        )
+    ids = draw(logits, staged, state)
+    if penalties:
+        outputs.index_put_((rows, ids), packet.sampled[:num_seqs], accumulate=True)
+    logprobs = StepLogprobTensors(raw, ids, sampling.num_logprobs) if sampling.num_logprobs >= 0 else None
+    return ids, logprobs
+
+
+def _restrict(logits: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
+    """Allowed ids, then bias; `logits` is written to."""
+    device = logits.device
+    for row, allowed in sampling.allowed.items():
+        mask = torch.ones(logits.shape[1], dtype=torch.bool, device=device)
+        mask[_to(allowed, device).long()] = False
+        logits[row].masked_fill_(mask, -torch.inf)
+    if sampling.bias:
+        rows, tokens, values = (_to(one, device) for one in sampling.bias)
+        logits.index_put_((rows.long(), tokens.long()), values, accumulate=True)
+    return logits
+
+
+def _to(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return tensor

@@ -1,0 +1,196 @@
+"""A step on its way to the device: one packet of int32 words, and what it becomes there.
+
+On CUDA a packet lies at a fixed address for each bucket, so that captured graphs read it, and comes by one transfer
+from pinned memory. A step that continues the one before, each sequence with the token it has just sampled and no new
+page, needs none: the same packet says where to go on (`kernels.inputs.prepare`). Knows no scheduling and no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+import pagegraph.kernels.ops  # noqa: F401  (registers the ops)
+from pagegraph.compiler.step.capture_sizes import Bucket
+from pagegraph.compiler.step.inputs import StepInput
+from pagegraph.compiler.step.state import DeviceState
+
+ALIGN = 16  # int32 words: every field starts on a 64-byte border
+PINNED = 3  # host packets in rotation: at most two steps are in flight
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """A padded step as it travels: T tokens and S sequences of the bucket; int32 unless said."""
+
+    token_ids: torch.Tensor  # [T], below 0: known to the device, as in `StepInput`
+    query_start: torch.Tensor  # [S + 1]
+    rows: torch.Tensor  # [S]
+    starts: torch.Tensor  # [S]
+    sampled: torch.Tensor  # [S] 0 or 1
+    temperature: torch.Tensor  # [S] float32
+    seeds: torch.Tensor  # [S] int64
+    num_pages: torch.Tensor  # [1]
+    pages: torch.Tensor  # [P, 3], of which num_pages count
+    width: int  # pages a sequence of the step may have
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A padded step as the model reads it; int32 unless said. See `kernels.ops`."""
+
+    token_ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T]
+    slots: torch.Tensor  # [T]
+    block_tables: torch.Tensor  # [S, width]
+    query_start: torch.Tensor  # [S + 1]
+    seq_lens: torch.Tensor  # [S], also the position of the token to be sampled
+    logits_index: torch.Tensor  # [S] int64, last token of each sequence
+    packet: Packet
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each field of a bucket's packet lies, in words; pages come last, as many as there are."""
+
+    fields: dict[str, slice]
+    pages: int
+
+    @staticmethod
+    @lru_cache(1024)
+    def of(bucket: Bucket) -> Layout:
+        tokens, seqs = bucket.tokens, bucket.seqs
+        sizes = {
+            "token_ids": tokens, "query_start": seqs + 1, "rows": seqs, "starts": seqs, "sampled": seqs,
+            "temperature": seqs, "seeds": 2 * seqs, "num_pages": 1,
+        }  # fmt: skip
+        at, fields = 0, {}
+        for name, size in sizes.items():
+            fields[name] = slice(at, at + size)
+            at += -(-size // ALIGN) * ALIGN
+        return Layout(fields, at)
+
+    def views(self, words: torch.Tensor, num_pages: int, width: int) -> Packet:
+        fields = {name: words[where] for name, where in self.fields.items()}
+        fields["temperature"] = fields["temperature"].view(torch.float32)
+        fields["seeds"] = fields["seeds"].view(torch.int64)
+        return Packet(**fields, pages=words[self.pages : self.pages + 3 * num_pages].view(-1, 3), width=width)
+
+
+class Staging:
+    """Brings steps to the device."""
+
+    def __init__(self, state: DeviceState, largest: Bucket) -> None:
+        self.device = state.last_tokens.device
+        self._state = state
+        self._captured: dict[Bucket, Packet] = {}
+        self._last: tuple[Bucket, StepInput] | None = None
+        if self.device.type == "cuda":
+            # Pages that a step may bring: those of its tokens, and long prompts found in the cache.
+            self._max_pages = 2 * largest.tokens + 8 * largest.seqs
+            words = Layout.of(largest).pages + 3 * self._max_pages
+            self._turn = 0
+            self._host = [torch.empty(words, dtype=torch.int32, pin_memory=True) for _ in range(PINNED)]
+            self._sent = [torch.cuda.Event() for _ in range(PINNED)]
+            self._words = torch.empty(words, dtype=torch.int32, device=self.device)
+
+    def send(self, step: StepInput, bucket: Bucket, times: int = 1) -> Packet:
+        """Pad `step`, which is to run `times` over, to `bucket` and bring it to the device."""
+        for row, tokens in step.cached:
+            self._state.remember(row, tokens)
+        if self.device.type == "cpu":
+            return self._filled(step, bucket, times)
+        packet = self.packet(bucket)
+        if not self._continues(step, bucket):
+            self._transfer(step, bucket)
+        self._last = (bucket, step) if times == 1 else None
+        return packet
+
+    def go_on(self, packet: Packet) -> None:
+        """Let it say the token that each sequence has just sampled, whatever it said; a launch, so that a graph can hold it."""
+        packet.token_ids.fill_(-1)
+
+    def unpack(self, packet: Packet) -> Staged:
+        """What the packet on the device says; launches only, so that a graph can hold it."""
+        state, ops = self._state, torch.ops.pagegraph
+        ops.update_tables(state.block_tables, packet.pages, packet.num_pages)
+        ids, positions, slots, tables, seq_lens, logits_index = ops.unpack(
+            packet.token_ids, packet.rows, packet.query_start, packet.starts, state.last_tokens, state.last_at,
+            state.guesses, state.block_tables, state.block_size, packet.width,
+        )  # fmt: skip
+        return Staged(ids, positions, slots, tables, packet.query_start, seq_lens, logits_index, packet)
+
+    def packet(self, bucket: Bucket) -> Packet:
+        """CUDA: the bucket's fields at their fixed addresses."""
+        if bucket in self._captured:
+            return self._captured[bucket]
+        return Layout.of(bucket).views(self._words, self._max_pages, self._state.max_blocks)
+
+    def placeholder(self, bucket: Bucket) -> Packet:
+        """CUDA: the bucket's packet filled as an all-padding step: what a capture runs on."""
+        packet = self._captured[bucket] = self.packet(bucket)
+        self._words.zero_()
+        packet.rows.fill_(self._state.scrap_row)
+        self._last = None
+        return packet
+
+    def _continues(self, step: StepInput, bucket: Bucket) -> bool:
+        """Whether the packet that is there says this step too: the last one's, going on from what only the device knows."""
+        if self._last is None or self._last[0] != bucket or len(step.pages) or step.num_tokens != step.num_seqs:
+            return False
+        last = self._last[1]
+        return bool(
+            _same(step.rows, last.rows)
+            and step.token_ids.max() < 0
+            and _same(step.token_ids, last.token_ids)
+            and _same(step.sampled, last.sampled)
+            and _same(step.sampling.seeds, last.sampling.seeds)
+            and _same(step.sampling.temperature, last.sampling.temperature)
+        )
+
+    def _transfer(self, step: StepInput, bucket: Bucket) -> None:
+        layout = Layout.of(bucket)
+        if len(step.pages) > self._max_pages:  # prompts that the cache holds whole bring more than a packet takes
+            self._put_pages(step.pages)
+            step.pages = step.pages[:0]
+        turn = self._turn = (self._turn + 1) % PINNED
+        self._sent[turn].synchronize()  # the transfer of three steps ago: long done
+        host, words = self._host[turn], layout.pages + step.pages.size
+        self._fill(host.numpy(), layout, step)
+        self._words[:words].copy_(host[:words], non_blocking=True)
+        self._sent[turn].record()
+
+    def _put_pages(self, pages: np.ndarray) -> None:
+        rows, index, page = torch.from_numpy(pages).to(self.device).unbind(1)
+        self._state.block_tables[rows.long(), index.long()] = page
+
+    def _filled(self, step: StepInput, bucket: Bucket, times: int = 1) -> Packet:
+        """CPU: a packet of the step's own."""
+        layout = Layout.of(bucket)
+        words = torch.empty(layout.pages + step.pages.size, dtype=torch.int32)
+        self._fill(words.numpy(), layout, step)
+        width = -(-(int(step.seq_lens.max()) + times - 1) // self._state.block_size)
+        return layout.views(words, len(step.pages), max(width, 2))  # a width of one would be a constant to the compiler
+
+    def _fill(self, host: np.ndarray, layout: Layout, step: StepInput) -> None:
+        def put(name: str, values: np.ndarray, pad: int) -> None:
+            field = host[layout.fields[name]]
+            field[: len(values)] = values
+            field[len(values) :] = pad
+
+        put("token_ids", step.token_ids, 0)
+        put("query_start", step.query_start, step.num_tokens)
+        put("rows", step.rows, self._state.scrap_row)
+        put("starts", step.starts, 0)
+        put("sampled", step.sampled, 0)
+        put("temperature", step.sampling.temperature.view(np.int32), 0)
+        put("seeds", step.sampling.seeds.view(np.int32), 0)
+        host[layout.fields["num_pages"]] = len(step.pages)
+        host[layout.pages : layout.pages + step.pages.size] = step.pages.ravel()
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one is other or np.array_equal(one, other)

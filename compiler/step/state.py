@@ -1,0 +1,99 @@
+"""Tensors that outlive a step: KV caches, block tables, each row's last token, its text and guesses, penalty counts.
+
+A row is a device slot that a running sequence owns. Padding uses the scrap row `max_num_seqs` and the scrap page 0.
+On CUDA every tensor keeps its address, so captured graphs stay valid. Knows no scheduling and no model.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pagegraph.compiler.model.probe import AttentionLayout
+
+
+class Lookup(NamedTuple):
+    """Guesses come from the row's own text: what followed its last `least` to `most` tokens before."""
+
+    least: int
+    most: int
+
+
+class DeviceState:
+    """Everything on the device that a later step reads."""
+
+    def __init__(
+        self,
+        layouts: list[AttentionLayout],
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_blocks: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        most_guesses: int = 0,
+        lookup: Lookup | None = None,
+    ) -> None:
+        """most_guesses: entries of a row in one step, less one; lookup: the device makes them itself."""
+        self.scrap_row = max_num_seqs
+        self.vocab_size = vocab_size
+        self.block_size = block_size
+        self.max_blocks = max_blocks
+        # Separate whole tensors: a view of a shared storage would be cloned by functionalization.
+        self.key_caches = [
+            torch.zeros(num_blocks, block_size, a.num_kv_heads, a.head_size, dtype=dtype, device=device)
+            for a in layouts
+        ]
+        self.value_caches = [
+            torch.zeros(num_blocks, block_size, a.num_kv_heads, a.value_size, dtype=dtype, device=device)
+            for a in layouts
+        ]
+        self.block_tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
+        self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
+        self.last_at = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)  # their positions
+        self.allow_guesses(most_guesses, lookup)
+        self._counts: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def allow_guesses(self, most: int, lookup: Lookup | None) -> None:
+        """See `__init__`; before graphs are captured."""
+        rows, device = len(self.block_tables), self.block_tables.device
+        self.most_guesses = most
+        self.guesses = torch.zeros(rows, max(most, 1), dtype=torch.int32, device=device)
+        self.lookup = lookup
+        self.history: torch.Tensor | None = (
+            None  # every row's tokens by position, with room for one behind the last page
+        )
+        if lookup is not None:
+            self.history = torch.zeros(rows, self.max_blocks * self.block_size + 1, dtype=torch.int32, device=device)
+
+    def penalty_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output counts int32, prompt presence bool), each [max_num_seqs + 1, vocab]; made at first use."""
+        if self._counts is None:
+            shape, device = (self.scrap_row + 1, self.vocab_size), self.last_tokens.device
+            self._counts = (
+                torch.zeros(shape, dtype=torch.int32, device=device),
+                torch.zeros(shape, dtype=torch.bool, device=device),
+            )
+        return self._counts
+
+    def remember(self, row: int, tokens: np.ndarray) -> None:
+        """Tokens int32 [n] that a row begins with and no step computes: their keys and values are in its pages already."""
+        if self.history is not None:
+            given = torch.from_numpy(np.ascontiguousarray(tokens))
+            if self.history.device.type == "cuda":
+                given = given.pin_memory()
+            self.history[row, : len(tokens)].copy_(given, non_blocking=True)
+
+    def reset_row(self, row: int, prompt_ids: np.ndarray, output_ids: np.ndarray) -> None:
+        """Rebuild the penalty counts of `row` for a sequence that starts or restarts in it."""
+        outputs, prompt = self.penalty_counts()
+        device = outputs.device
+        outputs[row].zero_()
+        prompt[row].zero_()
+        prompt[row].index_fill_(0, torch.as_tensor(prompt_ids, dtype=torch.long, device=device), True)
+        ids = torch.as_tensor(output_ids, dtype=torch.long, device=device)
+        outputs[row].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))

@@ -1,0 +1,344 @@
+"""Triton: paged attention of single rows, split along the keys.
+
+One program computes one row, one KV head and one split; the query heads that share the KV head are the rows
+of its matrix. The last of a row's splits to arrive merges them, in order, so the result does not depend on timing. With BY_TOKEN each row of the step is found its sequence, so the kernel is right for any ragged
+step (verification of a few drafts among them); otherwise it takes the sequences that have one row and leaves
+the rest to `attention_prefill`. The grid depends on sizes alone; lengths are read on the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pagegraph.kernels.attention.softmax import (
+    LOG2E,
+    dot_precision,
+    first_key,
+    last_not_above,
+    levelled,
+    of_pairs,
+    to_base2,
+    update,
+    widened,
+)
+from pagegraph.kernels.pdl import arrival_counts, dependent, wait
+
+
+class Tile(NamedTuple):
+    """How one program of the decode kernel is cut, and into how many programs at least a step that is long enough."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int = 528  # four waves' worth of the 132 SMs of an H100 or H200
+    sum_late: bool = False  # weights are summed up after the last tile: fewer meetings of the warps, more registers
+
+
+# By (bytes an element of the pages, padded head size). Float32, whatever the pages hold, is computed by FMA in full
+# precision and needs the registers.
+TILES: dict[tuple[int, int], Tile] = {
+    (1, 32): Tile(64, 4, 4),
+    (1, 64): Tile(64, 4, 4, sum_late=True),
+    (1, 128): Tile(64, 2, 3, 264, sum_late=True),
+    (1, 256): Tile(32, 4, 4, sum_late=True),
+    (2, 16): Tile(64, 4, 4),
+    (2, 32): Tile(64, 4, 4),
+    (2, 64): Tile(64, 4, 4),
+    (2, 128): Tile(64, 4, 3),
+    (2, 256): Tile(32, 4, 3),
+    (4, 16): Tile(32, 4, 3),
+    (4, 32): Tile(32, 4, 3),
+    (4, 64): Tile(32, 4, 3),
+    (4, 128): Tile(16, 4, 3),
+    (4, 256): Tile(16, 4, 2),
+}
+MIN_SPLIT = 128  # keys: with few sequences even short ones are shared out
+MAX_SPLIT = 8192  # keys; one long sequence in a large batch must not run on one program
+MAX_SPLITS = 32
+
+
+@triton.jit
+def split_span(length, NUM_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.constexpr):
+    """Keys a split takes of `length` keys: equal shares in whole tiles, at least MIN_SPLIT."""
+    span = (length + NUM_SPLITS - 1) // NUM_SPLITS
+    span = (span + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    return tl.maximum(span, MIN_SPLIT)
+
+
+@triton.jit
+def locate(index, query_start_ptr, seq_lens_ptr, num_seqs, BY_TOKEN: tl.constexpr):
+    """Program index -> (row, sequence, position of the row, whether there is work)."""
+    if BY_TOKEN:
+        row = index
+        sequence = last_not_above(query_start_ptr, row, num_seqs, row, 1)
+        end = tl.load(query_start_ptr + sequence + 1)
+        live = row < end
+    else:
+        sequence = index
+        row = tl.load(query_start_ptr + sequence)
+        end = tl.load(query_start_ptr + sequence + 1)
+        live = end - row == 1
+    position = tl.load(seq_lens_ptr + sequence) - (end - row)
+    return row, sequence, position, live
+
+
+@triton.jit
+def decode_kernel(
+    out_ptr,
+    mixed_ptr,
+    peak_ptr,
+    total_ptr,
+    arrivals_ptr,
+    query_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    block_tables_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    sinks_ptr,
+    scale,
+    num_seqs,
+    query_token_stride,
+    query_head_stride,
+    table_stride,
+    BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUM_LATE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    ASSEMBLES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait()
+    row, sequence, position, live = locate(tl.program_id(0), query_start_ptr, seq_lens_ptr, num_seqs, BY_TOKEN)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    member = tl.arange(0, BLOCK_M)
+    head = kv_head * GROUP + member
+    grouped = member < GROUP
+    key_column = tl.arange(0, HEAD_PAD)
+    value_column = tl.arange(0, VALUE_PAD)
+    # Pages of 8 bits are read in pairs of neighbours: 16 bits are the least that the matrix unit's operands are loaded
+    # in from shared memory. First and second elements are then operands of two products of half the columns.
+    PAIRED: tl.constexpr = key_cache_ptr.dtype.element_ty == tl.int16
+    WIDTH: tl.constexpr = 2 if PAIRED else 1
+    key_unit = tl.arange(0, HEAD_PAD // WIDTH)
+    value_unit = tl.arange(0, VALUE_PAD // WIDTH)
+    row = row.to(tl.int64)
+    out_at = out_ptr + (row * KV_HEADS * GROUP + head[:, None]) * VALUE_SIZE + value_column[None, :]
+    out_mask = grouped[:, None] & (value_column < VALUE_SIZE)[None, :]
+    if not live:
+        if BY_TOKEN and split == 0:
+            tl.store(out_at, tl.zeros([BLOCK_M, VALUE_PAD], out_ptr.dtype.element_ty), mask=out_mask)
+        return
+    begin = first_key(position, WINDOW, CHUNK)
+    length = position + 1 - begin
+    span = split_span(length, NUM_SPLITS, BLOCK_N, MIN_SPLIT)
+    if NUM_SPLITS == 1:
+        span = length
+    end = tl.minimum(begin + (split + 1) * span, position + 1)
+    begin += split * span
+    if begin >= end:
+        return
+
+    query = tl.load(
+        query_ptr + row * query_token_stride + head[:, None] * query_head_stride + key_column[None, :],
+        mask=grouped[:, None] & (key_column < HEAD_SIZE)[None, :],
+        other=0.0,
+    )
+    if PAIRED:
+        # Multiplied in float16, which holds e4m3 exactly and weights more precisely than bfloat16.
+        if query.dtype != tl.float32:
+            query, level = levelled(query)
+            scale = level[:, None] * scale
+        query, second_query = tl.split(query.reshape(BLOCK_M, HEAD_PAD // 2, 2))
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:
+        # The sink is one more logit of the denominator; the first split counts it.
+        sink = tl.load(sinks_ptr + head, mask=grouped & (split == 0), other=float("-inf")).to(tl.float32)
+        peak = sink * 1.4426950408889634
+        total = tl.where(peak == float("-inf"), 0.0, 1.0)
+    if SUM_LATE:
+        total = tl.where(tl.arange(0, BLOCK_N)[None, :] == 0, total[:, None], 0.0)
+    mixed = tl.zeros([BLOCK_M, VALUE_PAD // WIDTH], tl.float32)
+    if PAIRED:
+        second_mixed = tl.zeros([BLOCK_M, VALUE_PAD // 2], tl.float32)
+
+    table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
+    lane = tl.arange(0, BLOCK_N)
+    # The next tile's page ids are carried: a load of them inside the loop, which the loads of keys and values
+    # depend on, would take half of the pipeline's buffers.
+    page = tl.load(table_ptr + (begin + lane) // BLOCK_SIZE, mask=begin + lane < end, other=0)
+    for start in range(begin, end, BLOCK_N):
+        token = start + lane
+        inside = token < end
+        slot = page.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
+        page = tl.load(table_ptr + (token + BLOCK_N) // BLOCK_SIZE, mask=token + BLOCK_N < end, other=0)
+        # Lanes past the end are not read, so what unused slots hold cannot reach the sum.
+        keys = tl.load(
+            key_cache_ptr + (slot[None, :] * KV_HEADS + kv_head) * (HEAD_SIZE // WIDTH) + key_unit[:, None],
+            mask=inside[None, :] & (key_unit < HEAD_SIZE // WIDTH)[:, None],
+            other=0,
+        )
+        values = tl.load(
+            value_cache_ptr + (slot[:, None] * KV_HEADS + kv_head) * (VALUE_SIZE // WIDTH) + value_unit[None, :],
+            mask=inside[:, None] & (value_unit < VALUE_SIZE // WIDTH)[None, :],
+            other=0,
+        )
+        if PAIRED:
+            keys, second_keys = of_pairs(keys, ASSEMBLES)
+            products = tl.dot(query, keys.to(query.dtype), input_precision=PRECISION)
+            products = tl.dot(second_query, second_keys.to(query.dtype), products, input_precision=PRECISION)
+        else:
+            products = tl.dot(query, widened(keys, query.dtype), input_precision=PRECISION)
+        logits = tl.where(inside[None, :], to_base2(products, scale, SOFTCAP), float("-inf"))
+        weights, peak, total, shrink = update(logits, peak, total, SUM_LATE)
+        weights = weights.to(query.dtype)
+        mixed = mixed * shrink[:, None]
+        if PAIRED:
+            values, second_values = of_pairs(values, ASSEMBLES)
+            second_mixed = second_mixed * shrink[:, None]
+            second_mixed = tl.dot(weights, second_values.to(query.dtype), second_mixed, input_precision=PRECISION)
+        mixed = tl.dot(weights, widened(values, query.dtype), mixed, input_precision=PRECISION)
+
+    if SUM_LATE:
+        total = tl.sum(total, 1)
+    if PAIRED:
+        mixed = tl.interleave(mixed, second_mixed)
+    if NUM_SPLITS == 1:
+        tl.store(out_at, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
+        return
+    # Parts [row, split, head]: what each split found.
+    used = (length + span - 1) // span
+    index = tl.program_id(0) * KV_HEADS + kv_head
+    part = tl.program_id(0).to(tl.int64) * NUM_SPLITS * KV_HEADS * GROUP + head
+    mine = part + split * KV_HEADS * GROUP
+    tl.store(peak_ptr + mine, peak, mask=grouped)
+    tl.store(total_ptr + mine, total, mask=grouped)
+    tl.store(mixed_ptr + mine[:, None] * VALUE_SIZE + value_column[None, :], mixed, mask=out_mask)
+    tl.debug_barrier()  # every thread's share is stored before the arrival is counted
+    if tl.atomic_add(arrivals_ptr + index, 1, sem="acq_rel") < used - 1:
+        return
+    tl.store(arrivals_ptr + index, 0)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mixed = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
+    for other in range(0, used):
+        at = part + other * KV_HEADS * GROUP
+        # Past the first-level cache, which does not see what other programs store.
+        peak_there = tl.load(peak_ptr + at, mask=grouped, other=0.0, cache_modifier=".cg")
+        total_there = tl.load(total_ptr + at, mask=grouped, other=1.0, cache_modifier=".cg")
+        mixed_there = tl.load(
+            mixed_ptr + at[:, None] * VALUE_SIZE + value_column[None, :], mask=out_mask, other=0.0, cache_modifier=".cg"
+        )
+        higher = tl.maximum(peak, peak_there)
+        keep, take = tl.exp2(peak - higher), tl.exp2(peak_there - higher)
+        total = total * keep + total_there * take
+        mixed = mixed * keep[:, None] + mixed_there * take[:, None]
+        peak = higher
+    tl.store(out_at, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+def num_splits(rows: int, kv_heads: int, max_length: int, programs: int) -> int:
+    """Splits a row is given, from sizes alone: `programs` altogether or more, a power of two."""
+    wanted = max(-(-programs // (rows * kv_heads)), -(-max_length // MAX_SPLIT))
+    useful = -(-max_length // MIN_SPLIT)
+    return min(triton.next_power_of_2(min(wanted, useful)), MAX_SPLITS)
+
+
+def attend_rows(
+    out: Tensor,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    chunk: int,
+    *,
+    by_token: bool,
+) -> None:
+    """Write rows of out [T, Hq, Dv]: all of them by token, else those of the sequences with one row."""
+    heads, head_size = query.shape[1:]
+    block_size, kv_heads, value_size = value_cache.shape[1:]
+    group = heads // kv_heads
+    num_seqs, max_blocks = block_tables.shape
+    rows = query.shape[0] if by_token else num_seqs
+    paired = key_cache.element_size() == 1
+    least = 32 if paired else 16
+    head_pad, value_pad = max(least, triton.next_power_of_2(head_size)), max(least, triton.next_power_of_2(value_size))
+    tile = TILES[4 if query.element_size() == 4 else key_cache.element_size(), max(head_pad, value_pad)]
+    if paired:
+        key_cache, value_cache = key_cache.view(torch.int16), value_cache.view(torch.int16)
+    splits = num_splits(rows, kv_heads, max_blocks * block_size, tile.programs)
+    parts = (rows, splits if splits > 1 else 0, heads)
+    mixed = torch.empty(*parts, value_size, dtype=torch.float32, device=query.device)
+    arrivals = arrival_counts(query.device)
+    if splits > 1 and rows * kv_heads > len(arrivals):
+        raise ValueError(f"{rows} rows of {kv_heads} heads are split: more than {len(arrivals)} counts")
+    peak, total = torch.empty(2, *parts, dtype=torch.float32, device=query.device)
+    decode_kernel[rows, kv_heads, splits](
+        out,
+        mixed,
+        peak,
+        total,
+        arrivals,
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        query_start,
+        seq_lens,
+        sinks if sinks is not None else query,
+        scale if softcap else scale * LOG2E,
+        num_seqs,
+        query.stride(0),
+        query.stride(1),
+        block_tables.stride(0),
+        BLOCK_SIZE=block_size,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        HEAD_SIZE=head_size,
+        VALUE_SIZE=value_size,
+        HEAD_PAD=head_pad,
+        VALUE_PAD=value_pad,
+        BLOCK_M=max(16, triton.next_power_of_2(group)),
+        BLOCK_N=tile.block_n,
+        SUM_LATE=tile.sum_late,
+        NUM_SPLITS=splits,
+        MIN_SPLIT=MIN_SPLIT,
+        WINDOW=window,
+        CHUNK=chunk,
+        SOFTCAP=softcap,
+        HAS_SINKS=sinks is not None,
+        PRECISION=dot_precision(max(head_pad, value_pad)),
+        BY_TOKEN=by_token,
+        ASSEMBLES=query.device.type != "cpu",  # the interpreter knows no inline assembly
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **dependent(query.device),
+    )

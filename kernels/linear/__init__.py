@@ -1,0 +1,1 @@
+"""Unquantised linears of few rows, norms and gates."""

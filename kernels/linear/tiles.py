@@ -1,0 +1,128 @@
+"""Which products of few rows `skinny_linear` computes, and how each is cut: data, measured by perf/tune/linear_tiles.py.
+
+Products that are not in the table go by a rule of thumb. Knows sizes only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAX_ROWS = 64  # above it cuBLAS's tiles are full
+
+
+class Tile(NamedTuple):
+    """How one product is cut: weight rows and columns of a step, splits of the columns, warps, pipeline stages, most rows of x."""
+
+    block_n: int
+    block_k: int
+    split_k: int
+    num_warps: int
+    num_stages: int
+    block_t: int = MAX_ROWS
+
+
+class RowTile(NamedTuple):
+    """How a product of one to four rows is cut: weight rows and columns of a step, warps."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+# (N, K) -> rows up to which the tile holds -> tile, None where cuBLAS was faster. One NVIDIA H200, bfloat16.
+TABLE: dict[tuple[int, int], dict[int, Tile | None]] = {
+    (4096, 1024): {2: None, 8: Tile(32, 128, 1, 4, 6), 16: Tile(32, 128, 1, 4, 6), 32: None, 64: None},
+    (1024, 2048): {
+        2: Tile(32, 128, 4, 4, 4),
+        8: Tile(32, 128, 4, 4, 4),
+        16: Tile(32, 128, 4, 4, 4),
+        32: Tile(32, 128, 4, 4, 4),
+        64: None,
+    },
+    (6144, 1024): {
+        2: Tile(64, 128, 1, 4, 5),
+        8: Tile(64, 128, 1, 4, 5),
+        16: Tile(64, 128, 1, 4, 5),
+        32: Tile(64, 128, 1, 4, 4),
+        64: None,
+    },
+    (1024, 3072): {
+        2: Tile(64, 128, 8, 4, 3),
+        8: Tile(64, 128, 8, 4, 3),
+        16: Tile(64, 128, 8, 4, 3),
+        32: Tile(32, 256, 4, 4, 3),
+        64: Tile(32, 128, 4, 4, 4),
+    },
+    (151936, 1024): {
+        2: Tile(64, 128, 1, 4, 5),
+        8: Tile(64, 128, 1, 4, 5),
+        16: Tile(64, 128, 1, 4, 5),
+        32: Tile(128, 64, 1, 4, 5),
+        64: Tile(64, 64, 1, 4, 6),
+    },
+    (6144, 4096): {
+        2: Tile(64, 128, 1, 4, 5),
+        8: Tile(64, 128, 1, 4, 5),
+        16: Tile(64, 128, 1, 4, 5),
+        32: Tile(64, 128, 1, 4, 4),
+        64: None,
+    },
+    (4096, 4096): {
+        2: Tile(64, 128, 2, 4, 5),
+        8: Tile(64, 64, 4, 4, 6),
+        16: Tile(64, 128, 2, 4, 5),
+        32: Tile(64, 128, 2, 4, 4),
+        64: None,
+    },
+    (28672, 4096): {64: None},
+    (4096, 14336): {64: None},
+    (128256, 4096): {
+        2: Tile(64, 128, 1, 4, 5),
+        8: Tile(32, 128, 1, 4, 6),
+        16: Tile(64, 128, 1, 4, 5),
+        32: Tile(64, 128, 1, 4, 4),
+        64: Tile(128, 64, 1, 4, 4),
+    },
+}
+
+
+def tile_of(rows: int, out_size: int, size: int) -> Tile | None:
+    """The tile of x [rows, size] @ weight [out_size, size].T in 16-bit types; None: leave it to cuBLAS."""
+    if rows > MAX_ROWS:
+        return None
+    if (measured := TABLE.get((out_size, size))) is not None:
+        return measured[min(limit for limit in measured if limit >= rows)]
+    if rows > 16 or size % 64:
+        return None
+    block_n = 32 if out_size >= 4096 else 16
+    wanted = max(1, 264 // -(-out_size // block_n))
+    split = min(8, 1 << wanted.bit_length() - 1, max(1, size // 256))
+    return Tile(block_n, 256 if size % 256 == 0 else 64, split, 4, 4)
+
+
+MAX_SINGLE_ROWS = 4  # above it the matrix unit is worth its padding
+
+# The same for products without the matrix unit, with what stands around them. Those of up to two rows are cut so
+# that one is fast, the commonest, and two are not slow; None where cuBLAS and kernels of their own for norm and gate are faster.
+ROW_TABLE: dict[tuple[int, int], dict[int, RowTile | None]] = {
+    (4096, 1024): {2: RowTile(8, 1024, 4), 4: RowTile(8, 512, 2)},
+    (1024, 2048): {2: RowTile(4, 2048, 8), 4: RowTile(1, 2048, 8)},
+    (6144, 1024): {2: RowTile(2, 512, 2), 4: None},
+    (1024, 3072): {2: RowTile(1, 2048, 8), 4: RowTile(4, 2048, 8)},
+    (151936, 1024): {2: RowTile(4, 256, 1), 4: RowTile(8, 256, 1)},
+    (6144, 4096): {2: RowTile(4, 1024, 4), 4: None},
+    (4096, 4096): {2: RowTile(2, 1024, 4), 4: None},
+    (28672, 4096): {2: RowTile(2, 1024, 4), 4: None},
+    (4096, 14336): {2: RowTile(2, 2048, 8), 4: None},
+    (128256, 4096): {2: RowTile(4, 512, 2), 4: RowTile(8, 256, 1)},
+}
+
+
+def row_tile_of(rows: int, out_size: int, size: int, *, gated: bool = False) -> RowTile | None:
+    """The tile of a product [rows, size] x [out_size, size] without the matrix unit; None: more rows, or rows not aligned."""
+    if rows > MAX_SINGLE_ROWS or size % 8:
+        return None
+    if (measured := ROW_TABLE.get((out_size, size))) is not None:
+        return measured[min(limit for limit in measured if limit >= rows)]
+    wide = size >= 1024
+    return RowTile(1 if gated else 2, 1024 if wide else 512, 4 if wide else 2)

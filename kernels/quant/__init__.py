@@ -1,0 +1,1 @@
+"""Quantised weights: their layouts, GEMMs and GEMVs, and dynamic activation quantization."""

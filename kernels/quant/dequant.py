@@ -1,0 +1,175 @@
+"""Device functions that bring integer codes of 4 and 8 bits to the type of a product, and give them scale and shift.
+
+By packed arithmetic in assembly where it is bfloat16 or 8 bits; and what else of such a product has to be said in assembly: that its operand
+stays in registers, that sums are done, that lines are wanted soon. Knows no memory layout but that of the codes in a word.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Eight codes as `reference.fragments` lays them: a code, 0 to 15, becomes the low bits of 128.0 in bfloat16, then 136 is taken off, which is exact.
+NIBBLES = tl.constexpr("""{
+.reg .b32 one, bias, more;
+mov.b32 one, 0x3f803f80;
+mov.b32 bias, 0xc308c308;
+lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
+shr.u32 more, $4, 4;
+lop3.b32 $1, more, 0x000f000f, 0x43004300, 0xea;
+shr.u32 more, $4, 8;
+lop3.b32 $2, more, 0x000f000f, 0x43004300, 0xea;
+shr.u32 more, $4, 12;
+lop3.b32 $3, more, 0x000f000f, 0x43004300, 0xea;
+fma.rn.bf16x2 $0, $0, one, bias;
+fma.rn.bf16x2 $1, $1, one, bias;
+fma.rn.bf16x2 $2, $2, one, bias;
+fma.rn.bf16x2 $3, $3, one, bias;
+}""")
+# Four int8 codes: their low seven bits the same way, then 128 is taken off, 256 where the code is negative.
+BYTES = tl.constexpr("""{
+.reg .b32 bias, more, minus;
+mov.b32 minus, 0xbf80bf80;
+lop3.b32 $0, $2, 0x007f007f, 0x43004300, 0xea;
+lop3.b32 bias, $2, 0x00800080, 0x43004300, 0xea;
+fma.rn.bf16x2 $0, bias, minus, $0;
+shr.u32 more, $2, 8;
+lop3.b32 $1, more, 0x007f007f, 0x43004300, 0xea;
+lop3.b32 bias, more, 0x00800080, 0x43004300, 0xea;
+fma.rn.bf16x2 $1, bias, minus, $1;
+}""")
+# Eight int8 codes of two words: each row's four in a word.
+BYTES_BY_ROW = tl.constexpr("""prmt.b32 $0, $2, $3, 0x6420;
+prmt.b32 $1, $2, $3, 0x7531;""")
+# Eight codes of 4 bits as `reference.fragments` lays them: each row's four in a word, in the order of `bytes_by_row`.
+NIBBLES_BY_ROW = tl.constexpr("""{
+.reg .b32 low, high;
+and.b32 low, $2, 0x0f0f0f0f;
+shr.u32 high, $2, 4;
+and.b32 high, high, 0x0f0f0f0f;
+prmt.b32 $0, low, high, 0x6420;
+prmt.b32 $1, low, high, 0x7531;
+}""")
+ASSEMBLES = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def settled(total):
+    """float32 sums of products whose left operand is in registers, once the matrix unit is done with those.
+
+    Triton lets the last product of a turn run on into the next, which writes the same registers. No instruction: a use of the sums.
+    """
+    if ASSEMBLES:
+        return tl.inline_asm_elementwise("", "=f,0", [total], tl.float32, is_pure=False, pack=1)
+    else:
+        return total
+
+
+@triton.jit
+def scaled(wide, scale, shift, HAS_SHIFT: tl.constexpr):
+    """Codes in the type of x, scale and shift of their group in shapes that broadcast to theirs -> the weight in the same type."""
+    if ASSEMBLES and wide.dtype == tl.bfloat16 and scale.dtype == tl.bfloat16:
+        scale = tl.broadcast_to(scale, wide.shape)
+        if HAS_SHIFT:
+            shift = tl.broadcast_to(shift, wide.shape)
+            asm: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"
+            return tl.inline_asm_elementwise(asm, "=r,r,r,r", [wide, scale, shift], tl.bfloat16, is_pure=True, pack=2)
+        else:
+            # A product as a sum with -0, which changes none: GPUs before 9.0 have no other.
+            asm: tl.constexpr = "{.reg .b32 none; mov.b32 none, 0x80008000; fma.rn.bf16x2 $0, $1, $2, none;}"
+            return tl.inline_asm_elementwise(asm, "=r,r,r", [wide, scale], tl.bfloat16, is_pure=True, pack=2)
+    else:
+        weight = wide.to(tl.float32) * scale.to(tl.float32)
+        if HAS_SHIFT:
+            weight += shift.to(tl.float32)
+        return weight.to(wide.dtype)
+
+
+@triton.jit
+def nibbles(codes, DTYPE: tl.constexpr):
+    """uint8 [threads, bytes] as `reference.fragments` lays them -> the codes of a thread's upper and lower row, -8 to 7, [threads, bytes] in DTYPE.
+
+    Not pure as far as Triton knows, so it stays where four bytes lie in a register.
+    """
+    if ASSEMBLES and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            NIBBLES, "=&r,=&r,=&r,=&r,r", [codes], (tl.bfloat16, tl.bfloat16), is_pure=False, pack=4
+        )
+    else:
+        # Of a word, byte 2 * p + h holds column p of both halves of 8 columns, in row h.
+        words: tl.constexpr = codes.shape[1] // 4
+        first, second = (codes & 15).to(tl.int8) - 8, (codes >> 4).to(tl.int8) - 8
+        halves = tl.join(first, second).reshape(codes.shape[0], words, 2, 2, 2).permute(0, 1, 4, 2, 3)
+        low, high = tl.split(halves)
+        return low.reshape(codes.shape).to(DTYPE), high.reshape(codes.shape).to(DTYPE)
+
+
+@triton.jit
+def wide_bytes(codes, DTYPE: tl.constexpr):
+    """int8 [threads, bytes] as `reference.fragments` lays them -> the codes [threads, bytes] in DTYPE, of each word first those of the upper row."""
+    if ASSEMBLES and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(BYTES, "=&r,=&r,r", [codes], tl.bfloat16, is_pure=False, pack=4)
+    else:
+        words: tl.constexpr = codes.shape[1] // 4
+        return codes.reshape(codes.shape[0], words, 2, 2).permute(0, 1, 3, 2).reshape(codes.shape).to(DTYPE)
+
+
+@triton.jit
+def bytes_by_row(codes):
+    """int8 [threads, bytes] as `reference.fragments` lays them -> the same codes, of each eight first those of the upper row.
+
+    In the order of `reference.int8_rows`: of each 16 columns the neighbours of the first 8 and then those of the last 8.
+    """
+    if ASSEMBLES:
+        return tl.inline_asm_elementwise(BYTES_BY_ROW, "=&r,=&r,r,r", [codes], tl.int8, is_pure=False, pack=8)
+    else:
+        threads: tl.constexpr = codes.shape[0]
+        return codes.reshape(threads, codes.shape[1] // 8, 4, 2).permute(0, 1, 3, 2).reshape(codes.shape)
+
+
+@triton.jit
+def nibbles_by_row(codes):
+    """uint8 [threads, bytes] as `reference.fragments` lays them -> a thread's upper and lower row, the codes plus 8 times 2**-9, e4m3 [threads, bytes].
+
+    That is what an e4m3 stands for whose upper four bits are 0. In the order of `bytes_by_row`.
+    """
+    if ASSEMBLES:
+        upper, lower = tl.inline_asm_elementwise(
+            NIBBLES_BY_ROW, "=&r,=&r,r", [codes], (tl.uint8, tl.uint8), is_pure=False, pack=4
+        )
+    else:
+        # Of a word, byte 2 * p + h holds column p of both halves of 8 columns, in row h.
+        threads: tl.constexpr = codes.shape[0]
+        both = tl.join(codes & 15, codes >> 4).reshape(threads, codes.shape[1] // 4, 2, 2, 2).permute(0, 1, 4, 2, 3)
+        upper, lower = tl.split(both)
+        upper, lower = upper.reshape(codes.shape), lower.reshape(codes.shape)
+    return upper.to(tl.float8e4nv, bitcast=True), lower.to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def halves(wide, DTYPE: tl.constexpr):
+    """float32 that DTYPE holds exactly, in it: of bfloat16 the upper halves, which takes no converter."""
+    if ASSEMBLES and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [wide], tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return wide.to(DTYPE)
+
+
+@triton.jit
+def in_registers(weight):
+    """A left operand of 16 bits as it lies in registers. No instruction: Triton does not look behind it for a layout of its own."""
+    if ASSEMBLES:
+        return tl.inline_asm_elementwise("", "=r,0", [weight], weight.dtype, is_pure=False, pack=2)
+    else:
+        return weight
+
+
+@triton.jit
+def fetched(at):
+    """Have the lines at these addresses brought to the L2; waits for nothing."""
+    if ASSEMBLES:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )

@@ -1,0 +1,353 @@
+"""Triton: x @ weight.T with a weight of codes that lie as the matrix unit takes them (`reference.fragments`).
+
+A thread loads the very codes of its operand, so a weight goes from memory through registers to the matrix unit and waits for no
+other thread: it is widened by packed arithmetic, gets the scale and shift of its group in one multiply-add, and is rounded as
+`dequantize` rounds it. Whole rows with one scale and no shift are multiplied as codes, and scaled at the end. Integers lie block
+by block, scales beside them; 8-bit floats row by row, columns exchanged within 64, so that PyTorch's product takes them too. The
+weight is the left operand, and its columns may be split (`kernels.linear.split_k`). `fragment_dequantize` writes such a weight
+out, for products of more rows. Knows sizes and codes; which way suits which is data in `kernels/quant/tiles.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pagegraph.kernels import reference
+from pagegraph.kernels.linear.split_k import added_up, is_last, room_for_parts
+from pagegraph.kernels.linear.tiles import Tile
+from pagegraph.kernels.pdl import dependent, wait
+from pagegraph.kernels.quant.dequant import halves, nibbles, scaled, settled, wide_bytes
+from pagegraph.kernels.quant.tiles import QuantWeight
+
+SIZE = tl.constexpr(reference.FRAGMENT)  # rows and columns of a block of the weight
+THREADS = tl.constexpr(128)  # that hold a block
+MAX_BLOCK_T = 64  # of float32, which takes twice the room; else the tile says
+BLOCKS = 4  # side by side, to a program that writes the weight out
+
+
+@triton.jit
+def _at(values, GROUPS: tl.constexpr, HALF: tl.constexpr):
+    """Scales of a block [threads, 2 * groups] -> of its first or second 32 columns: [threads, groups, 2]; of both, where there is but one."""
+    threads: tl.constexpr = values.shape[0]
+    if GROUPS == 1:
+        return values.reshape(threads, 1, 2)
+    else:
+        first, second = tl.split(values.reshape(threads, 2, GROUPS // 2, 2).permute(0, 2, 3, 1))
+        return second if HALF else first
+
+
+@triton.jit
+def _half(
+    codes,
+    scale,
+    shift,
+    DTYPE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HALF: tl.constexpr,
+    WHOLE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+):
+    """int8 [threads, 16], columns 32 * HALF to 32 on of blocks below each other -> the weight [rows, 32]."""
+    threads: tl.constexpr = codes.shape[0]
+    wide = wide_bytes(codes, DTYPE)
+    if WHOLE:
+        scales = _at(scale, GROUPS, HALF)
+        groups: tl.constexpr = scales.shape[1]
+        wide = wide.reshape(threads, groups, 4 // groups, 2, 2)
+        scales = scales.reshape(threads, groups, 1, 2, 1)
+        shifts = _at(shift, GROUPS, HALF).reshape(threads, groups, 1, 2, 1)
+        wide = scaled(wide, scales, shifts, HAS_SHIFT)
+    # Threads are 8 rows of 4 by warps of 16 rows; elements are steps of 16 columns, halves of 8, rows 8 apart, neighbours.
+    parts = wide.reshape(threads // 32, 8, 4, 2, 2, 2, 2)
+    return parts.permute(0, 5, 1, 3, 4, 2, 6).reshape(threads // 2, 32)
+
+
+@triton.jit
+def weight_of(
+    codes_at,
+    scale,
+    shift,
+    DTYPE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    INT4: tl.constexpr,
+    WHOLE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+):
+    """Codes of blocks below each other at [threads, 16], scales and shifts of their groups [threads, 2 * groups] -> the weight [rows, 64].
+
+    The first of a pair of scales is of the upper row of a thread, the second of that 8 rows on.
+    """
+    threads: tl.constexpr = codes_at.shape[0]
+    codes = tl.load(codes_at, eviction_policy="evict_first")
+    if INT4:
+        upper, lower = nibbles(codes, DTYPE)
+        if WHOLE:
+            upper, lower = upper.reshape(threads, GROUPS, 16 // GROUPS), lower.reshape(threads, GROUPS, 16 // GROUPS)
+            upper_scale, lower_scale = tl.split(scale.reshape(threads, GROUPS, 1, 2))
+            upper_shift, lower_shift = tl.split(shift.reshape(threads, GROUPS, 1, 2))
+            upper, lower = (
+                scaled(upper, upper_scale, upper_shift, HAS_SHIFT),
+                scaled(lower, lower_scale, lower_shift, HAS_SHIFT),
+            )
+        # Elements are steps of 16 columns, halves of 8, neighbours; the last are rows 8 apart.
+        parts = tl.join(upper.reshape(threads, 16), lower.reshape(threads, 16)).reshape(threads // 32, 8, 4, 4, 2, 2, 2)
+        return parts.permute(0, 6, 1, 3, 4, 2, 5).reshape(threads // 2, SIZE)
+    else:
+        more = tl.load(codes_at + THREADS * 16, eviction_policy="evict_first")
+        first = _half(codes, scale, shift, DTYPE, GROUPS, False, WHOLE, HAS_SHIFT)
+        second = _half(more, scale, shift, DTYPE, GROUPS, True, WHOLE, HAS_SHIFT)
+        return tl.join(first, second).permute(0, 2, 1).reshape(threads // 2, SIZE)
+
+
+@triton.jit
+def float_weight_of(
+    codes_ptr, scale_ptr, row, at, start, DTYPE: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    GROUP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """8-bit floats from column `start` on; thread `at` [threads] of 128 to a block from `row` on -> the weight [rows, 64]."""
+    threads: tl.constexpr = at.shape[0]
+    stride: tl.constexpr = (K + SIZE - 1) // SIZE * SIZE
+    groups: tl.constexpr = (K + GROUP - 1) // GROUP
+    upper_row = row + at // 32 * 16 + at % 32 // 4
+    lower_row = tl.minimum(upper_row + 8, N - 1).to(
+        tl.int64
+    )  # rows past the last are the last again: nothing of them is stored
+    upper_row = tl.minimum(upper_row, N - 1).to(tl.int64)
+    column = (start + at % 4 * 16)[:, None] + tl.arange(0, 16)[None, :]
+    upper = tl.load(codes_ptr + upper_row[:, None] * stride + column, eviction_policy="evict_first").to(tl.float32)
+    lower = tl.load(codes_ptr + lower_row[:, None] * stride + column, eviction_policy="evict_first").to(tl.float32)
+    # By float32: straight to bfloat16 it takes the slower converter.
+    if WHOLE:
+        upper = (upper * tl.load(scale_ptr + upper_row * groups + start // GROUP)[:, None]).to(DTYPE)
+        lower = (lower * tl.load(scale_ptr + lower_row * groups + start // GROUP)[:, None]).to(DTYPE)
+    else:
+        upper, lower = halves(upper, DTYPE), halves(lower, DTYPE)
+    # Elements are as those of 4 bits.
+    parts = tl.join(upper, lower).reshape(threads // 32, 8, 4, 4, 2, 2, 2)
+    return parts.permute(0, 6, 1, 3, 4, 2, 5).reshape(threads // 2, SIZE)
+
+
+@triton.jit
+def scale_place(n, FLOATS: tl.constexpr):
+    """Where the scales of rows n are, one a row: 8-bit floats keep their order, integers have pairs of rows 8 apart (`reference.fragment_pairs`)."""
+    return n if FLOATS else n // 16 * 16 + n % 8 * 2 + n % 16 // 8
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # 2 and 8 rows, 64 and 256, share a kernel
+def fragment_linear_kernel(
+    out_ptr,
+    partial_ptr,
+    counter_ptr,
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    shift_ptr,
+    bias_ptr,
+    num_rows,
+    x_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    KIND: tl.constexpr,
+    WHOLE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row_blocks = tl.cdiv(num_rows, BLOCK_T)  # those that read the same weights run side by side
+    tile = tl.program_id(0) // row_blocks
+    split = tl.program_id(1)
+    t = tl.program_id(0) % row_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_t = (t < num_rows)[None, :]
+    column = tl.arange(0, SIZE)
+    blocks: tl.constexpr = (K + SIZE - 1) // SIZE
+    INT4: tl.constexpr = KIND == "int4"
+    BYTES: tl.constexpr = SIZE * SIZE // 2 if INT4 else SIZE * SIZE  # of a block
+    span: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
+    begin = split * span
+    # Two threads to each row of a tile; blocks past the last row of the weight are those of the last again: nothing of them is stored.
+    thread = tl.arange(0, 2 * BLOCK_N)
+    row_block = tl.minimum(tile * (BLOCK_N // SIZE) + thread // THREADS, (N + SIZE - 1) // SIZE - 1).to(tl.int64)
+    at = thread % THREADS
+    codes_at = codes_ptr + (row_block * blocks * BYTES + at * 16)[:, None] + tl.arange(0, 16)[None, :]
+    # Of scales a block has those of its GROUPS groups side by side for each pair of rows, or a group of several blocks has one pair.
+    pair_at = (row_block * ((K + max(GROUP, SIZE) - 1) // max(GROUP, SIZE)) * SIZE + at // 4 * 2)[
+        :, None
+    ] * GROUPS + tl.arange(0, 2 * GROUPS)[None, :]
+    x_at = x_ptr + t.to(tl.int64)[None, :] * x_stride + column[:, None]
+    if PDL:
+        wait()
+    total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    scale = tl.zeros([2 * BLOCK_N, 2 * GROUPS], scale_ptr.dtype.element_ty)
+    shift = scale
+    for k in range(begin, tl.maximum(begin, tl.minimum(begin + span, K)), BLOCK_K):
+        for part in tl.static_range(BLOCK_K // SIZE):
+            start = k + part * SIZE
+            in_x = in_t
+            if K % BLOCK_K != 0:
+                in_x = in_x & (column < K - start)[:, None]
+                start = tl.minimum(start, (blocks - 1) * SIZE)
+            x = tl.load(x_at + (k + part * SIZE), mask=in_x, other=0.0)
+            if KIND == "fp8":
+                weight = float_weight_of(
+                    codes_ptr,
+                    scale_ptr,
+                    (tile * BLOCK_N + thread // THREADS * SIZE),
+                    at,
+                    start,
+                    x.dtype,
+                    N,
+                    K,
+                    GROUP,
+                    WHOLE,
+                )
+            else:
+                if WHOLE and (part == 0 or GROUP % BLOCK_K != 0):  # else the step lies in one group
+                    group_at = start // max(GROUP, SIZE) * (SIZE * GROUPS)
+                    scale = tl.load(scale_ptr + pair_at + group_at)
+                    shift = scale
+                    if HAS_SHIFT:
+                        shift = tl.load(shift_ptr + pair_at + group_at)
+                weight = weight_of(
+                    codes_at + start // SIZE * BYTES, scale, shift, x.dtype, GROUPS, INT4, WHOLE, HAS_SHIFT
+                )
+            total = tl.dot(weight, x, total, input_precision=PRECISION)
+        total = settled(total)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = n < N
+    if not WHOLE:
+        total *= tl.load(scale_ptr + scale_place(n, KIND == "fp8"), mask=in_n, other=0.0).to(tl.float32)[:, None]
+    if SPLIT_K > 1:
+        part_at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+        if not is_last(total, partial_ptr, counter_ptr, tl.program_id(0), split, part_at, SPLIT_K, BLOCK_N, BLOCK_T):
+            return
+        total = added_up(partial_ptr, counter_ptr, tl.program_id(0), part_at, SPLIT_K, BLOCK_N, BLOCK_T)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
+    out_at = out_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=in_n[:, None] & in_t)
+
+
+def fragment_linear(x: Tensor, weight: QuantWeight, tile: Tile) -> Tensor:
+    """x [T, K] (rows dense), the weight as in `kernels.ops`, all contiguous -> [T, out_size] in x's dtype.
+
+    A tile has multiples of 64 as rows of the weight, and as columns of a step.
+    """
+    codes, scale, shift, bias, group, out_size = weight
+    rows, size = x.shape
+    if tile.block_n % SIZE.value or tile.block_k % SIZE.value:
+        raise ValueError(
+            f"a tile of {tile.block_n} x {tile.block_k} is not made of blocks of {SIZE.value} x {SIZE.value}"
+        )
+    out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
+    most = tile.block_t if x.element_size() == 2 else MAX_BLOCK_T
+    block_t = min(most, max(16, triton.next_power_of_2(rows)))
+    programs = triton.cdiv(out_size, tile.block_n) * triton.cdiv(rows, block_t)
+    partial, counters = room_for_parts(tile, programs, block_t, out)
+    fragment_linear_kernel[programs, tile.split_k](
+        out,
+        partial,
+        counters,
+        x,
+        codes,
+        scale,
+        scale if shift is None else shift,
+        scale if bias is None else bias,
+        rows,
+        x.stride(0),
+        N=out_size,
+        K=size,
+        GROUP=group,
+        GROUPS=groups_of(scale),
+        BLOCK_T=block_t,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        SPLIT_K=tile.split_k,
+        KIND=weight.kind,
+        WHOLE=shift is not None or group < size,
+        HAS_SHIFT=shift is not None,
+        HAS_BIAS=bias is not None,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **dependent(x.device),
+    )
+    return out
+
+
+@triton.jit
+def fragment_dequantize_kernel(
+    out_ptr,
+    codes_ptr,
+    scale_ptr,
+    shift_ptr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    KIND: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+):
+    blocks: tl.constexpr = (K + SIZE - 1) // SIZE
+    INT4: tl.constexpr = KIND == "int4"
+    BYTES: tl.constexpr = SIZE * SIZE // 2 if INT4 else SIZE * SIZE
+    row_block = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, THREADS)
+    n = row_block * SIZE + tl.arange(0, SIZE)
+    codes_at = codes_ptr + row_block * blocks * BYTES + at[:, None] * 16 + tl.arange(0, 16)[None, :]
+    pairs: tl.constexpr = (K + max(GROUP, SIZE) - 1) // max(GROUP, SIZE)
+    pair_at = (row_block * pairs * SIZE + at // 4 * 2)[:, None] * GROUPS + tl.arange(0, 2 * GROUPS)[None, :]
+    for part in tl.static_range(BLOCKS):
+        block = tl.program_id(1) * BLOCKS + part
+        column = block * SIZE + tl.arange(0, SIZE)
+        held = tl.minimum(block, blocks - 1)
+        if KIND == "fp8":
+            weight = float_weight_of(
+                codes_ptr, scale_ptr, row_block * SIZE, at, held * SIZE, out_ptr.dtype.element_ty, N, K, GROUP, True
+            )
+        else:
+            group_at = held * SIZE // max(GROUP, SIZE) * (SIZE * GROUPS)
+            scale = tl.load(scale_ptr + pair_at + group_at)
+            shift = scale
+            if HAS_SHIFT:
+                shift = tl.load(shift_ptr + pair_at + group_at)
+            weight = weight_of(
+                codes_at + held * BYTES, scale, shift, out_ptr.dtype.element_ty, GROUPS, INT4, True, HAS_SHIFT
+            )
+        tl.store(out_ptr + n[:, None] * K + column[None, :], weight, mask=(n < N)[:, None] & (column < K)[None, :])
+
+
+def fragment_dequantize(weight: QuantWeight, size: int, dtype: torch.dtype) -> Tensor:
+    """The weight as in `kernels.ops`, all contiguous -> [out_size, size] in dtype, rounded once. Its bias is not looked at."""
+    codes, scale, shift, _, group, out_size = weight
+    out = torch.empty(out_size, size, dtype=dtype, device=codes.device)
+    fragment_dequantize_kernel[triton.cdiv(out_size, SIZE.value), triton.cdiv(size, SIZE.value * BLOCKS)](
+        out,
+        codes,
+        scale,
+        scale if shift is None else shift,
+        N=out_size,
+        K=size,
+        GROUP=group,
+        GROUPS=groups_of(scale),
+        BLOCKS=BLOCKS,
+        KIND=weight.kind,
+        HAS_SHIFT=shift is not None,
+        num_warps=4,
+    )
+    return out
+
+
+def groups_of(scale: Tensor) -> int:
+    """Of a block of integers."""
+    return scale.shape[3] // 2 if scale.dim() == 4 else 1

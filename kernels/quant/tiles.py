@@ -1,0 +1,155 @@
+"""How `pagegraph::fragment_linear` computes each product on CUDA: data by kind of code, shape and rows.
+
+A product of the table was measured by perf/gpu/quantized.py; all others go by a rule of thumb. Knows sizes, kinds
+and GPUs, no kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pagegraph.kernels.linear.tiles import Tile
+from pagegraph.kernels.reference import CODED_GROUP
+
+SINGLE_ROWS = 8  # up to here a matrix instruction takes all rows of x at once
+MEMORY_BOUND_ROWS = 64  # up to here reading the weight bounds a product
+WIDE_ROWS = 256  # above it a weight is dequantised once for all rows
+PROGRAMS = 264  # two on each multiprocessor of an H100 or H200
+SCALED_ROWS = 16  # what PyTorch's product of two fp8 wants the rows of a weight to be a multiple of
+FP8_CAPABILITY = (8, 9)  # compute capability from which on a GPU converts and multiplies e4m3
+
+Kind = Literal["int8", "int4", "fp8"]
+KINDS: dict[torch.dtype, Kind] = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # of codes
+# rows: `kernels.quant.gemv`, for few rows; tile: `kernels.quant.gemm_16bit` by that tile; plain: dequantised, then cuBLAS. Two round rows of x to 8 bits:
+# coded: `kernels.quant.gemm_8bit` by that tile, of int8 with one scale a row or int4 in groups of multiples of 128; scaled: PyTorch's product of two fp8, of one scale a row.
+Way = Literal["rows", "tile", "plain", "coded", "scaled"]
+ROUNDING: tuple[Way, ...] = ("coded", "scaled")
+
+
+class QuantWeight(NamedTuple):
+    """A weight [out_size, K] of codes with what belongs to it, laid out as for `pagegraph::fragment_linear` (`kernels.ops`)."""
+
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor | None
+    bias: Tensor | None
+    group: int
+    out_size: int
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.codes.dtype]
+
+
+class RowsTile(NamedTuple):
+    """How a product of few rows is cut: 16 rows of the weight to a program, times 1, 2 or 4; warps, each with a block of 64 columns; such steps of a turn; stages."""
+
+    parts: int
+    warps: int
+    steps: int
+    stages: int
+
+
+class Choice(NamedTuple):
+    """One way to compute a product; `tile` belongs to the ways rows, tile and coded."""
+
+    way: Way
+    tile: Tile | RowsTile | None = None
+
+
+def tiled(*sizes: int) -> Choice:
+    """By a tile of these sizes, in the order of `Tile`."""
+    return Choice("tile", Tile(*sizes))
+
+
+def few(*sizes: int) -> Choice:
+    """By a tile of few rows of these sizes, in the order of `RowsTile`."""
+    return Choice("rows", RowsTile(*sizes))
+
+
+def coded(block_n: int, split_k: int, num_warps: int, num_stages: int, block_t: int) -> Choice:
+    """By codes on both sides, 128 columns to a step."""
+    return Choice("coded", Tile(block_n, CODED_GROUP, split_k, num_warps, num_stages, block_t))
+
+
+SCALED, PLAIN = Choice("scaled"), Choice("plain")
+# (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule. Codes of 4 bits were measured in groups of 128; smaller groups take the same tiles.
+TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
+    ("fp8", 6144, 4096): {8: few(1, 4, 4, 3), 32: tiled(64, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 256: SCALED},
+    ("fp8", 4096, 4096): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
+    ("fp8", 28672, 4096): {8: few(2, 2, 2, 6), 32: tiled(128, 128, 1, 4, 4), 256: SCALED},
+    ("fp8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
+    ("fp8", 128256, 4096): {8: few(1, 4, 1, 6), 32: tiled(64, 128, 1, 4, 4), 256: SCALED},
+    ("int8", 6144, 4096): {8: few(1, 4, 4, 3), 32: tiled(128, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: coded(64, 2, 4, 4, 64), 256: coded(64, 1, 4, 4, 64), 1024: coded(64, 1, 4, 3, 128)},
+    ("int8", 4096, 4096): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
+    ("int8", 28672, 4096): {8: few(2, 2, 2, 6), 64: tiled(128, 128, 1, 4, 4), 128: coded(64, 1, 4, 4, 128), 1024: coded(64, 1, 4, 3, 128)},
+    ("int8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: coded(64, 4, 4, 4, 128), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
+    ("int8", 128256, 4096): {8: few(1, 4, 1, 6), 64: tiled(256, 128, 1, 8, 3), 1024: coded(64, 1, 4, 3, 128)},
+    ("int4", 6144, 4096): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
+    ("int4", 4096, 4096): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
+    ("int4", 28672, 4096): {8: few(4, 2, 2, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: coded(64, 1, 4, 4, 64), 1024: coded(64, 1, 4, 4, 128)},
+    ("int4", 4096, 14336): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: coded(128, 4, 4, 3, 64), 256: coded(128, 2, 4, 3, 64), 1024: coded(64, 1, 4, 4, 128)},
+    ("int4", 128256, 4096): {8: tiled(64, 128, 1, 4, 4, 64), 32: tiled(256, 128, 1, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: coded(64, 1, 4, 4, 128), 1024: coded(128, 1, 8, 4, 128)},
+}  # fmt: skip
+
+
+def has_coded(kind: Kind, group: int, size: int, shifted: bool) -> bool:
+    """Whether `kernels.quant.gemm_8bit` multiplies a weight [N, size] of such groups, with shifts or without."""
+    if kind == "int4":
+        return group >= size or group % CODED_GROUP == 0
+    return kind == "int8" and group >= size and not shifted
+
+
+def takes_8_bits(
+    kind: Kind, dtype: torch.dtype, out_size: int, size: int, group: int, shifted: bool, device: torch.device
+) -> bool:
+    """Whether this GPU, or the interpreter, multiplies a weight [out_size, size] with rows of `dtype` rounded to 8 bits."""
+    if kind == "fp8":
+        return dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0 and group >= size and not shifted
+    if dtype.itemsize != 2 or not has_coded(kind, group, size, shifted):
+        return False
+    return kind == "int8" or device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
+def choice_of(kind: Kind, rows: int, out_size: int, size: int, rounds: bool = False, narrow: bool = True) -> Choice:
+    """For x [rows, size] @ weight [out_size, size].T; rounds: x may be rounded to 8 bits (`takes_8_bits`); narrow: x has 16 bits."""
+    measured = TABLE.get((kind, out_size, size), {})
+    if limits := [limit for limit in measured if limit >= rows]:
+        found = measured[min(limits)]
+        if (rounds or found.way not in ROUNDING) and (narrow or found.way != "rows"):
+            return found
+    if rows <= SINGLE_ROWS and narrow:
+        return Choice("rows", rows_tile_by_rule(kind, out_size))
+    if rows > MEMORY_BOUND_ROWS and rounds:
+        return SCALED if kind == "fp8" else Choice("coded", coded_tile_by_rule(kind, rows, out_size, size))
+    if rows > WIDE_ROWS:
+        return PLAIN
+    return Choice("tile", tile_by_rule(rows, out_size, size))
+
+
+def rows_tile_by_rule(kind: Kind, out_size: int) -> RowsTile:
+    """More rows to a program where there are enough for the device."""
+    if out_size < 16384:
+        return RowsTile(1, 4, 2, 6)
+    return RowsTile(4, 2, 2, 4) if kind == "int4" else RowsTile(2, 2, 2, 6)
+
+
+def tile_by_rule(rows: int, out_size: int, size: int) -> Tile:
+    """Columns are split where rows of the weight alone do not fill the device."""
+    if rows > MEMORY_BOUND_ROWS:  # a tile takes 128 rows of x, so that a weight is widened once or twice
+        wanted = max(1, PROGRAMS // 2 // (-(-out_size // 128) * -(-rows // 128)))
+        split = min(4, 1 << wanted.bit_length() - 1, max(1, size // 512))
+        return Tile(128, 64, split, 8, 3, 128)
+    wanted = max(1, 2 * PROGRAMS // -(-out_size // 64))
+    split = min(8, 1 << wanted.bit_length() - 1, max(1, size // 512))
+    return Tile(64, 128, split, 4, 4)
+
+
+def coded_tile_by_rule(kind: Kind, rows: int, out_size: int, size: int) -> Tile:
+    """Of many rows; with three stages three programs of int8 share a multiprocessor, which pays where there are many."""
+    wanted = max(1, PROGRAMS // (-(-out_size // 64) * -(-rows // 128)))
+    split = min(8, 1 << wanted.bit_length() - 1, max(1, size // 512))
+    return Tile(64, CODED_GROUP, split, 4, 3 if split == 1 and kind == "int8" else 4, 128)

@@ -1,0 +1,1 @@
+"""Temperature, filters and Gumbel-max sampling."""

@@ -1,0 +1,37 @@
+"""`draw` on a CPU in C++: microseconds, by PyTorch's calls in cold caches twenty times that.
+
+Where it is not built, `kernels.cpu` does it. Knows no scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pagegraph.kernels import cpp_extension, cpu
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+ARGUMENTS = ["int16_t*", "int64_t*", "float*"] + ["int32_t*"] * 5 + ["int64_t"] * 3
+
+_kernel: Callable | None = None
+
+
+def build() -> None:
+    """From here on `draw` runs it."""
+    global _kernel
+    _kernel = cpp_extension.built(SOURCE, ARGUMENTS, "tokens are drawn by PyTorch's calls, which take longer")
+
+
+def draw(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, sampled: Tensor, *last: Tensor
+) -> Tensor:
+    """See `kernels.ops`. Noise is made for the sequences that draw only."""
+    if _kernel is None or logits.dtype not in (torch.bfloat16, torch.float32) or not logits.is_contiguous():
+        return cpu.draw(logits, temperature, seeds, positions, rows, sampled, *last)
+    ids = rows.new_empty(len(logits), dtype=torch.int64)
+    cpu.draw_with_noise(ids, logits, temperature, seeds, positions)
+    _kernel(logits, ids, temperature, rows, sampled, positions, *last, *logits.shape, logits.element_size())
+    return ids

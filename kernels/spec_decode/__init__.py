@@ -1,0 +1,1 @@
+"""n-gram proposer and verification of draft tokens, on the device."""

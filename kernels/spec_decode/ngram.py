@@ -1,0 +1,227 @@
+"""Triton: which guesses held, and what to guess next, on the device, at the end of every step.
+
+Entries of a row stand together: its last token, then a guess each. A guess holds if it is what the entry before it drew. What
+the row then holds is looked up in itself, so the next step can be launched before the host knows any of it. Knows no host
+and no model. See `kernels.ops`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pagegraph.kernels.pdl import dependent, wait
+from pagegraph.kernels.reference import LOOKUP_SEEN
+
+BLOCK = 1024
+NUM_WARPS = 16
+SEEN = tl.constexpr(LOOKUP_SEEN)
+
+
+@triton.jit
+def _held(ids_ptr, token_ids_ptr, rows_ptr, query_start_ptr, entry, num_seqs, LANES: tl.constexpr):
+    """Of the row that begins at `entry`: (guesses, how many of them hold)."""
+    row = tl.load(rows_ptr + entry)
+    lane = tl.arange(0, LANES)
+    guess = entry + 1 + lane
+    inside = guess < num_seqs
+    begin = tl.load(query_start_ptr + guess, mask=inside, other=0)
+    end = tl.load(query_start_ptr + guess + 1, mask=inside, other=0)
+    ours = inside & (tl.load(rows_ptr + guess, mask=inside, other=-1) == row) & (end > begin)
+    # The first that is not of the row ends it, whatever stands behind.
+    guesses = tl.min(tl.where(ours, LANES, lane), axis=0)
+    fed = tl.load(token_ids_ptr + begin, mask=ours, other=0)
+    drawn = tl.load(ids_ptr + entry + lane, mask=ours, other=0)
+    held = tl.min(tl.where(fed == drawn, LANES, lane), axis=0)
+    return guesses, tl.minimum(held, guesses)
+
+
+@triton.jit
+def _begins_row(rows_ptr, query_start_ptr, entry):
+    """Whether the entry has tokens, and is the first of its row."""
+    live = tl.load(query_start_ptr + entry + 1) > tl.load(query_start_ptr + entry)
+    before = tl.load(rows_ptr + tl.maximum(entry - 1, 0))
+    return live & ((entry == 0) | (before != tl.load(rows_ptr + entry)))
+
+
+@triton.jit
+def _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, row, entry):
+    """What `entry` drew is the last token of its row."""
+    tl.store(last_tokens_ptr + row, tl.load(ids_ptr + entry).to(tl.int32))
+    tl.store(last_at_ptr + row, tl.load(seq_lens_ptr + entry))
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def accept_kernel(
+    last_tokens_ptr,
+    last_at_ptr,
+    ids_ptr,
+    token_ids_ptr,
+    rows_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    num_seqs,
+    LANES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait()
+    entry = tl.program_id(0)
+    if not _begins_row(rows_ptr, query_start_ptr, entry):
+        return
+    guesses, held = _held(ids_ptr, token_ids_ptr, rows_ptr, query_start_ptr, entry, num_seqs, LANES)
+    if guesses > 0:
+        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, tl.load(rows_ptr + entry), entry + held)
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def look_up_kernel(
+    found_ptr,
+    last_tokens_ptr,
+    last_at_ptr,
+    history_ptr,
+    guesses_ptr,
+    ids_ptr,
+    token_ids_ptr,
+    rows_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    sampled_ptr,
+    num_seqs,
+    WIDTH: tl.constexpr,
+    GUESSES: tl.constexpr,
+    LANES: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        wait()
+    entry = tl.program_id(0)
+    begin = tl.load(query_start_ptr + entry)
+    end = tl.load(query_start_ptr + entry + 1)
+    fed = tl.load(token_ids_ptr + end - 1, mask=end > begin, other=0)
+    tl.store(found_ptr + entry, 0)
+    tl.store(found_ptr + num_seqs + entry, fed)
+    if not _begins_row(rows_ptr, query_start_ptr, entry):
+        return
+    guesses, held = _held(ids_ptr, token_ids_ptr, rows_ptr, query_start_ptr, entry, num_seqs, LANES)
+    row = tl.load(rows_ptr + entry).to(tl.int64)
+    if guesses > 0:
+        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, row, entry + held)
+    text = history_ptr + row * WIDTH
+    length = tl.load(seq_lens_ptr + entry)
+    lane = tl.arange(0, BLOCK)
+    for first in range(begin, end, BLOCK):
+        token = first + lane
+        inside = token < end
+        tl.store(text + length - end + token, tl.load(token_ids_ptr + token, mask=inside, other=0), mask=inside)
+    if (guesses == 0) & (tl.load(sampled_ptr + entry) == 0):
+        return
+    few = tl.arange(0, LANES)
+    kept = (few <= held) & (length + few < WIDTH)
+    tl.store(text + length + few, tl.load(ids_ptr + entry + few, mask=kept, other=0).to(tl.int32), mask=kept)
+    tl.debug_barrier()  # what this program wrote is read by its other threads
+    known = tl.minimum(length + held + 1, WIDTH)
+    last = tl.load(text + known - 1)
+    # The longest match, of equals the latest, as one number: its length above 32 bits of where it ends.
+    best = tl.full([BLOCK], -1, tl.int64)
+    for start in range(0, known - 1, BLOCK):
+        at = start + lane
+        same = (at < known - 1) & (tl.load(text + at, mask=at < known - 1, other=-1) == last)
+        if tl.max(same.to(tl.int32), axis=0) > 0:
+            alike = same.to(tl.int64)
+            for back in tl.static_range(1, MOST):
+                wanted = tl.load(text + known - 1 - back, mask=known - 1 - back >= 0, other=-1)
+                same = same & (at >= back)
+                same = same & (tl.load(text + at - back, mask=same, other=-2) == wanted)
+                alike += same.to(tl.int64)
+            best = tl.maximum(best, tl.where(alike > 0, (alike << 32) + at, -1))
+    key = tl.max(best, axis=0)
+    matched = 0
+    behind = known - 1
+    if (key >> 32) >= LEAST:
+        place = key.to(tl.int32)
+        back = tl.arange(0, SEEN)
+        there = tl.load(text + place - back, mask=place >= back, other=-1)
+        here = tl.load(text + known - 1 - back, mask=known - 1 >= back, other=-2)
+        matched = tl.min(tl.where((place >= back) & (there == here), SEEN, back), axis=0)
+        behind = place + 1
+    first_guess = tl.load(guesses_ptr + row * GUESSES)
+    hit = (first_guess == tl.load(ids_ptr + entry).to(tl.int32)).to(tl.int32)
+    tl.store(found_ptr + entry, 2 * matched + hit)
+    tl.debug_barrier()  # the old guess is read before a new one takes its place
+    following = tl.load(text + behind + few % (known - behind), mask=few < GUESSES, other=0)
+    tl.store(guesses_ptr + row * GUESSES + few, following, mask=few < GUESSES)
+
+
+def accept(
+    ids: Tensor,
+    token_ids: Tensor,
+    rows: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    last_tokens: Tensor,
+    last_at: Tensor,
+    most: int,
+) -> None:
+    """See `kernels.ops`."""
+    seqs = len(ids)
+    accept_kernel[(seqs,)](
+        last_tokens,
+        last_at,
+        ids,
+        token_ids,
+        rows,
+        query_start,
+        seq_lens,
+        seqs,
+        LANES=triton.next_power_of_2(most + 1),
+        num_warps=1,
+        **dependent(ids.device),
+    )
+
+
+def look_up(
+    ids: Tensor,
+    token_ids: Tensor,
+    rows: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    sampled: Tensor,
+    last_tokens: Tensor,
+    last_at: Tensor,
+    history: Tensor,
+    guesses: Tensor,
+    least: int,
+    most: int,
+) -> Tensor:
+    """See `kernels.ops`."""
+    seqs = len(ids)
+    found = torch.empty(2, seqs, dtype=torch.int32, device=ids.device)
+    look_up_kernel[(seqs,)](
+        found,
+        last_tokens,
+        last_at,
+        history,
+        guesses,
+        ids,
+        token_ids,
+        rows,
+        query_start,
+        seq_lens,
+        sampled,
+        seqs,
+        WIDTH=history.shape[1],
+        GUESSES=guesses.shape[1],
+        LANES=triton.next_power_of_2(guesses.shape[1] + 1),
+        LEAST=least,
+        MOST=most,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        **dependent(ids.device),
+    )
+    return found

@@ -1,0 +1,256 @@
+"""Speed of whole steps and whole jobs: one decode step, offline jobs, and a peer on the same jobs.
+
+Weights are random: no speed here depends on what the model says. Knows the engine by its public parts alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+
+from pagegraph.compiler import build as builder
+from pagegraph.compiler.build import BuiltModel
+from pagegraph.runtime.config import Config
+from perf import workloads
+from perf.floors import Shape
+from perf.gpu.offline import (
+    Offline,
+    built_of,
+    ceilings_of,
+    config_of,
+    floor_seconds,
+    random_prompts,
+    step_of,
+)  # fmt: skip
+from perf.gpu.report import Report, replay_seconds
+
+DECODES = ((1, 256), (32, 1024), (256, 384))  # (sequences, keys of each)
+TINY_DECODES = ((1, 64), (8, 96))
+DRIVEN_TOKENS = 64  # steps of a decode that are driven through the engine
+PROFILED = (1, 256)
+PEER_SECONDS = 400  # of a model, its start included
+PEER_MODELS = {"8b": "llama3-8b", "0.6b": "qwen3-0.6b"}
+HF_CASES, HF_BUDGET = ("throughput", "latency"), 15  # seconds of timed work a case
+NO_WAIT = 1e-4  # seconds: a turn that waits less was late, the device had nothing more to do
+
+
+def start(report: Report, args: argparse.Namespace, shared: dict) -> None:
+    """Build, compile and capture the model once for the sections that follow; seconds by phase."""
+    config = config_of(args, args.models[0])
+    begin = time.perf_counter()
+    built = builder.ready(config, progress=False)
+    report.fact(total_s=time.perf_counter() - begin, phases_s=built.timings.seconds, num_blocks=built.num_blocks)
+    if built.device.type == "cuda":
+        # Random values in every page: zeros run faster than what a model writes.
+        for cache in (*built.step.state.key_caches, *built.step.state.value_caches):
+            cache.normal_()
+        free, total = torch.cuda.mem_get_info()
+        report.fact(graphs=len(built.step.ladder.buckets()), used_gib=(total - free) / 2**30)
+    shared["built"] = config, built
+
+
+def step(report: Report, args: argparse.Namespace, shared: dict) -> None:
+    """One decode step: replayed alone, launched ahead without waiting, and driven through the engine; ms."""
+    model = args.models[0]
+    config, built = built_of(shared)
+    profiled = []
+    shape, ceilings = Shape.of(model), ceilings_of(report, args, shared)
+    for seqs, keys in TINY_DECODES if args.tiny else DECODES:
+        if report.out_of_time((seqs, keys)):
+            break
+        one = step_of(
+            np.random.default_rng(seqs), np.ones(seqs), np.full(seqs, keys),
+            vocab_size=built.vocab_size, num_blocks=built.num_blocks, block_size=config.block_size,
+        )  # fmt: skip
+        floor = shape.step_floor(ceilings, one.query_start, one.seq_lens, config.quantization)
+        replay = _replayed(built, one)
+        launched = _launched(built, one)
+        turn, host, wait, launch = _driven(config, built, seqs, keys)
+        report.row(
+            **_method(args), seqs=seqs, keys=keys, floor_ms=floor * 1e3, replay_ms=replay * 1e3, ratio=replay / floor,
+            ahead_ms=launched * 1e3, turn_ms=turn * 1e3, turn_ratio=turn / floor, over_ms=(turn - replay) * 1e3,
+            host_ms=host * 1e3, launch_ms=launch * 1e3, wait_ms=wait * 1e3,
+        )  # fmt: skip
+        profiled += [one] if seqs in PROFILED and built.device.type == "cuda" else []
+    for one in profiled:  # last: a profiler leaves hooks that slow launches
+        _profile(report, built, one)
+
+
+def _method(args: argparse.Namespace) -> dict[str, str]:
+    """How the weights of a row's model are quantised, if they are."""
+    return {"quantization": args.quantization} if args.quantization else {}
+
+
+def _replayed(built: BuiltModel, one) -> float:
+    """Seconds of the step's graph, replayed back to back; nan where there is none."""
+    if built.device.type != "cuda":
+        return float("nan")
+    bucket = built.step.ladder.bucket(one.num_tokens, one.num_seqs)
+    with torch.inference_mode():
+        built.step.staging.send(one, bucket)  # tokens of the host's: every replay runs the same step
+        if built.step.graphs.replay(bucket) is None:
+            raise RuntimeError(f"no captured graph of {bucket}")
+        return replay_seconds(lambda: built.step.graphs.replay(bucket), 0.5)
+
+
+def _launched(built: BuiltModel, one, count: int = 50) -> float:
+    """Seconds a launch when launches follow each other and no result is waited for: staging, forward, sampling."""
+    count = count if built.device.type == "cuda" else 5
+    for warm in (True, False):
+        tickets, start = [], time.perf_counter()
+        for _ in range(3 if warm else count):
+            tickets.append(built.step.launch(one))
+        for ticket in tickets:
+            ticket.wait()
+        seconds = (time.perf_counter() - start) / len(tickets)
+    return seconds
+
+
+def _driven(config: Config, built: BuiltModel, seqs: int, keys: int) -> tuple[float, float, float, float]:
+    """Median seconds of (turn, host, wait, launch) over turns that decode `seqs` sequences of about `keys` keys."""
+    prompts = random_prompts(seqs, [keys - DRIVEN_TOKENS // 2] * seqs, built.vocab_size)
+    offline = Offline(config, built)
+    offline.run([prompt[:8] for prompt in prompts], [4] * seqs)
+    run = offline.run(prompts, [DRIVEN_TOKENS] * seqs)
+    # A turn waits for the step before it: both have to be full decodes.
+    full = [turn.num_decodes == seqs for turn in run.turns]
+    turns = [turn for before, now, turn in zip(full, full[1:], run.turns[1:]) if before and now]
+    return tuple(
+        statistics.median(getattr(turn, name) for turn in turns) for name in ("seconds", "host", "wait", "launch")
+    )
+
+
+def _profile(report: Report, built: BuiltModel, one) -> None:
+    """The fifteen kernels that take most of one launched step."""
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            built.step.launch(one).wait()
+            torch.cuda.synchronize()
+        events = [event for event in profile.key_averages() if event.self_device_time_total]
+        events.sort(key=lambda event: -event.self_device_time_total)
+        total = sum(event.self_device_time_total for event in events)
+        for event in events[:15]:
+            spent = event.self_device_time_total
+            report.row(seqs=one.num_seqs, us=spent, share=spent / total, calls=event.count, kernel=event.key[:90])
+        report.row(seqs=one.num_seqs, us=total, share=1.0, calls=sum(event.count for event in events), kernel="all")
+    except Exception as error:  # a machine without profiling rights still measures the rest
+        report.fact(profiler=f"{type(error).__name__}: {error}"[:300])
+
+
+def engine(report: Report, args: argparse.Namespace, shared: dict) -> None:
+    """Offline jobs through the engine: greedy, EOS ignored, exact output lengths, after a warm-up."""
+    model = args.models[0]
+    _, built = built_of(shared)
+    shape, ceilings = Shape.of(model), ceilings_of(report, args, shared)
+    make = workloads.of_peer(args.peer) if args.peer else workloads.make
+    cases = [(case, False) for case in args.cases] + ([("prefix", True)] if "prefix" in args.cases else [])
+    for case, caching in cases:
+        if report.out_of_time((case, caching)):
+            return
+        work = make(case, built.vocab_size, args.scale)
+        offline = Offline(config_of(args, model, enable_prefix_caching=caching), built)
+        offline.run(work.warm_prompts, work.warm_lengths)
+        runs = []
+        for _ in range(work.repeat):
+            # Each repeat with an empty prefix cache, as the first had.
+            runs.append(
+                Offline(config_of(args, model, enable_prefix_caching=caching), built).run(work.prompts, work.lengths)
+            )
+        run = sorted(runs, key=lambda one: one.seconds)[len(runs) // 2]
+        floor = floor_seconds(run, shape, ceilings, args.quantization)
+        inputs, outputs, steps = sum(map(len, work.prompts)), sum(work.lengths), len(run.steps)
+        report.row(
+            **_method(args), case=case, caching=caching, requests=len(work.prompts), wall_s=run.seconds, out_tok_s=outputs / run.seconds,
+            total_tok_s=(inputs + outputs) / run.seconds, ratio=run.seconds / floor, steps=steps,
+            in_graphs=run.graph_hits / steps, turn_ms=1e3 * run.seconds / steps,
+            host_ms=1e3 * statistics.mean(turn.host for turn in run.steps),
+            launch_ms=1e3 * statistics.mean(turn.launch for turn in run.steps),
+            late=sum(turn.wait < NO_WAIT for turn in run.steps) / steps,
+            spread=(max(r.seconds for r in runs) - min(r.seconds for r in runs)) / run.seconds,
+        )  # fmt: skip
+
+
+def peer(report: Report, args: argparse.Namespace, shared: dict) -> None:
+    """Peers on the same work, in processes of their own; ratios of output rates to this run's `engine` rows."""
+    environment = {**os.environ, "PY": sys.executable}
+    if "vllm" in args.engines and not (args.peer_target / "env.sh").exists():
+        start = time.perf_counter()
+        subprocess.run(
+            ["bash", args.peer / "install.sh", args.peer, args.peer_target], env=environment, check=True, timeout=300
+        )
+        report.fact(install_s=time.perf_counter() - start)
+    known = json.loads(args.results.read_text())["sections"] if args.results and args.results.exists() else []
+    for model, engine in itertools.product(args.models, args.engines):
+        ours = {
+            (row["case"], row["caching"]): row
+            for one in known if one["section"] == "engine" and one["model"] == model for row in one["rows"]
+        }  # fmt: skip  # all of this run, whose models are quantised alike
+        for theirs in _peer_rows(args, engine, model, environment):
+            if "error" in theirs or theirs["case"] == "startup":
+                report.row(
+                    model=model,
+                    peer=engine,
+                    **_method(args),
+                    **{key: theirs[key] for key in ("case", "error", "llm_init_s", "init_s") if key in theirs},
+                )
+                if "error" in theirs:
+                    report.failure(f"{model} {theirs['case']}: {theirs['error']}")
+                continue
+            caching = theirs.get("prefix_caching", False)
+            mine = ours.get((theirs["case"], caching))
+            report.row(
+                model=model, peer=engine, **_method(args), case=theirs["case"], caching=caching, requests=theirs["requests"], wall_s=theirs["wall_s"],
+                out_tok_s=theirs["out_tok_s"], total_tok_s=theirs["total_tok_s"], ours_s=mine["wall_s"] if mine else None,
+                ours_over_theirs=mine["total_tok_s"] / theirs["total_tok_s"] if mine else None,
+            )  # fmt: skip
+
+
+def _peer_command(args: argparse.Namespace, engine: str, model: str) -> list[object]:
+    """The peer's benchmark. That of transformers runs static batches of 64 and less work: rates are compared."""
+    if engine == "vllm":
+        shell = ["bash", "-c", f'source "{args.peer_target}/env.sh" && exec "$PY" "$0" "$@"']
+        quantized = ["--quantization", args.quantization] if args.quantization else []
+        return [
+            *shell, args.peer / "bench_vllm.py", "--model", args.peer / "models" / PEER_MODELS[model], "--scale", args.scale, *quantized,
+            "--case", *args.cases,
+        ]  # fmt: skip
+    cases = [case for case in HF_CASES if case in args.cases]
+    if not cases:
+        raise RuntimeError(f"transformers runs the cases {', '.join(HF_CASES)} alone; name one in --case")
+    # One batch a case, three of the shortest: within a minute.
+    scale = 0.004 if args.tiny else 0.064
+    return [
+        sys.executable, args.peer / "bench_hf.py", "--model", config_of(args, model).model, "--scale", scale, "--budget", HF_BUDGET,
+        "--device", args.device, "--case", *cases,
+    ]  # fmt: skip
+
+
+def _peer_rows(args: argparse.Namespace, engine: str, model: str, environment: dict[str, str]) -> list[dict]:
+    """The lines the peer's benchmark writes; those of a run that ends badly too."""
+    lines = args.child.with_name(f"peer-{engine}-{model}.jsonl")
+    command = [*map(str, _peer_command(args, engine, model)), "--out", str(lines)]
+    with open(lines.with_suffix(".log"), "w+") as log:
+        run = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            ended = f"exit code {run.wait(PEER_SECONDS)}"
+        except subprocess.TimeoutExpired:
+            ended = f"killed after {PEER_SECONDS} s"
+        finally:
+            try:
+                os.killpg(run.pid, signal.SIGKILL)  # its own group alone: engine processes it may have left
+            except ProcessLookupError:
+                pass
+        log.seek(0)
+        tail = log.read()[-1500:]
+    rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    return rows + ([{"case": "all", "error": f"{ended}: {tail}"}] if ended != "exit code 0" else [])

@@ -1,0 +1,36 @@
+"""`runtime serve`: check the configuration, then hand over to the supervisor. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import click
+
+from pagegraph.runtime.cli import config_command
+from pagegraph.runtime.commands.show_config import sampling_defaults
+from pagegraph.runtime.config import API_KEY_VARIABLE, flag_of, load_config, require_local_files
+
+log = logging.getLogger("pagegraph.serve")
+
+
+@config_command("serve")
+@click.argument("config")
+def serve(config: str, overrides: dict[str, str]) -> None:
+    """Serve CONFIG until SIGTERM or Ctrl-C; a second signal stops at once."""
+    resolved = load_config(config, overrides)
+    settings = resolved.config
+    require_local_files(settings)
+    sampling_defaults(settings)  # what is wrong with them is said before the model is loaded
+    from pagegraph.runtime.server.supervisor import Supervisor, Unserved
+
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
+    if resolved.sources["api_key"] == flag_of("api_key"):
+        log.warning(
+            "other users see --api-key in the list of processes; api_key_file or %s keeps it to itself",
+            API_KEY_VARIABLE,
+        )
+    try:
+        sys.exit(Supervisor(settings).run())
+    except Unserved as error:
+        raise click.ClickException(str(error)) from error

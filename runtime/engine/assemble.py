@@ -1,0 +1,108 @@
+"""Puts an engine together from a configuration: built model, block pool, scheduler, loop.
+
+Shared by the offline API and the engine process; holds no loop of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from pagegraph.compiler.build import BuiltModel
+from pagegraph.compiler.profile import latency as step_costs
+from pagegraph.runtime.config import Config
+from pagegraph.runtime.engine.engine import Engine, Limits, Mailbox
+from pagegraph.runtime.engine.metrics import EngineMetrics
+from pagegraph.runtime.engine.stats import Recorder
+from pagegraph.runtime.ipc.protocol import EngineInfo
+from pagegraph.runtime.sampling_params import model_defaults
+from pagegraph.runtime.scheduler.block_pool import BlockPool
+from pagegraph.runtime.scheduler.scheduler import Scheduler
+from pagegraph.runtime.scheduler.step_time import Pace
+from pagegraph.runtime.spec_decode.device_ngram import DeviceLookup
+from pagegraph.runtime.spec_decode.draft_model import DraftModel
+from pagegraph.runtime.spec_decode.host import Guesser, Speculation
+from pagegraph.runtime.spec_decode.num_draft_tokens import StepCosts
+from pagegraph.runtime.spec_decode.proposer import Ngram
+from pagegraph.runtime.spec_decode.suffix import Suffix
+
+
+def engine_of(
+    config: Config,
+    built: BuiltModel,
+    mailbox: Mailbox,
+    draining: Callable[[], bool] = lambda: False,
+    max_queue: int | None = None,
+) -> tuple[Engine, EngineMetrics]:
+    """An engine over `built`, reading messages from `mailbox`, and what it counts.
+
+    `draining` tells clients whether the server is on its way down. `max_queue` overrides the configuration's.
+    """
+    max_queue = config.max_queue if max_queue is None else max_queue
+    metrics = EngineMetrics(config.model_name, built.max_model_len)
+    metrics.compile_state = lambda: built.compile_state
+    pool = BlockPool(built.num_blocks, config.block_size, config.enable_prefix_caching)
+    pace = Pace(config.inter_token_target_ms) if config.inter_token_target_ms else None
+    scheduler = Scheduler(
+        pool,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.batched_tokens(built.device.type),
+        max_model_len=built.max_model_len,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        pace=pace,
+        max_entries=config.max_entries,
+    )
+    sampling_defaults = model_defaults(built.generation_config) if config.generation_config == "auto" else {}
+    limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, max_queue)
+
+    def info() -> EngineInfo:
+        return EngineInfo(
+            model=config.model_name,
+            device=str(built.device),
+            dtype=str(built.dtype).removeprefix("torch."),
+            vocab_size=built.vocab_size,
+            max_model_len=built.max_model_len,
+            num_blocks=built.num_blocks,
+            block_size=config.block_size,
+            compile_state=built.compile_state,
+            draining=draining(),
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            sampling_defaults=sampling_defaults,
+            stalled_s=engine.stalled_s,
+        )
+
+    recorder = Recorder(metrics, scheduler, built.step.counts)
+    engine = Engine(
+        built.step, scheduler, mailbox, limits, info, time.monotonic, recorder, pace=pace, seed=config.seed,
+        use_idle_time=built.use_idle_time, speculation=_speculation(config, built, scheduler),
+    )  # fmt: skip
+    return engine, metrics
+
+
+def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Guesser | None:
+    if config.method is None:
+        return None
+    state = built.step.state
+    if state.most_guesses < config.most_guesses or (config.looks_up_on_device and state.lookup is None):
+        raise ValueError(f"the model was built without guesses by {config.method}: build it with that configuration")
+    costs = None
+    if config.num_speculative_tokens is None:
+        most = scheduler.max_entries
+        costs = StepCosts(step_costs.rungs(built.step, most), step_costs.measure(built.step, most))
+    if config.looks_up_on_device:
+        return DeviceLookup(scheduler, config.most_guesses, costs)
+    looked_up = config.method.partition("+")[0]
+    retrieval = None
+    if looked_up == "suffix":
+        retrieval = Suffix(config.prompt_lookup_min)
+    elif looked_up == "ngram":
+        retrieval = Ngram(config.prompt_lookup_min, config.prompt_lookup_max)
+    draft, draft_ms = None, 1.0
+    if built.draft is not None:
+        draft = DraftModel(
+            built.draft, scheduler.rows, scheduler.max_num_batched_tokens, scheduler.max_entries,
+            together=built.device.type == "cuda",
+        )  # fmt: skip
+        draft_ms = min(step_costs.measure(built.draft, 2).values()) if costs is not None else draft_ms
+    return Speculation(scheduler, retrieval, config.most_guesses, costs, draft, draft_ms)

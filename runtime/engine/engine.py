@@ -1,0 +1,334 @@
+"""The engine loop: messages in, one step launched ahead, tokens out.
+
+Step N+1 is scheduled and launched before the ids of step N are read, so the device never waits for the
+host; where the host is to guess, after. One request's error stays that request's: after an exception all run
+again from their committed tokens, one at a time until it is known whose it is. It ends the engine only where a
+step of the engine's own fails too. Holds no socket and no CUDA: the mailbox, the step and the clock are given.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from pagegraph.compiler.step.step import CompiledStep, Ticket
+from pagegraph.runtime.engine.stats import Recorder
+from pagegraph.runtime.engine.suspects import Suspects
+from pagegraph.runtime.ipc.protocol import (
+    Abort,
+    Admitted,
+    EngineInfo,
+    Failed,
+    Hello,
+    Submit,
+    SubmitGroup,
+    ToClient,
+    ToEngine,
+    Tokens,
+)
+from pagegraph.runtime.sampling_params import SamplingParams, check_ids, check_length, own_seed
+from pagegraph.runtime.scheduler.commit import Arrived
+from pagegraph.runtime.scheduler.pack import Packer
+from pagegraph.runtime.scheduler.plan import Plan
+from pagegraph.runtime.scheduler.scheduler import Scheduler
+from pagegraph.runtime.scheduler.sequence import Sequence
+from pagegraph.runtime.scheduler.step_time import Pace
+from pagegraph.runtime.spec_decode.host import Guesser
+
+log = logging.getLogger("pagegraph.engine")
+
+MAX_FAILED_STEPS = 3  # of the engine's own, in a row, after which the device is held for broken
+
+
+class Mailbox(Protocol):
+    """Where messages come from and go to; `runtime.ipc.mailbox.Mailbox` over sockets, `runtime.llm` in process."""
+
+    def poll(self, block: bool) -> list[tuple[bytes, ToEngine]]: ...
+
+    def send(self, client: bytes, message: ToClient) -> None: ...
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A launched step whose ids are not on the host yet."""
+
+    plan: Plan
+    ticket: Ticket
+    launched: float  # seconds of the engine's clock
+    waited: float = 0.0  # seconds from the results that it waited for to its launch
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a submitted sequence is checked against."""
+
+    vocab_size: int
+    max_model_len: int
+    eos_ids: frozenset[int]
+    max_queue: int
+
+
+class Engine:
+    """Owns the loop and who asked for what. `use_idle_time` does a piece of other work -> whether there was any."""
+
+    def __init__(
+        self,
+        step: CompiledStep,
+        scheduler: Scheduler,
+        mailbox: Mailbox,
+        limits: Limits,
+        info: Callable[[], EngineInfo],
+        clock: Callable[[], float],
+        recorder: Recorder,
+        pace: Pace | None = None,
+        seed: int = 0,
+        use_idle_time: Callable[[], bool] = lambda: False,
+        speculation: Guesser | None = None,
+    ) -> None:
+        self.step = step
+        self.scheduler = scheduler
+        self.mailbox = mailbox
+        self.limits = limits
+        self.info = info
+        self.clock = clock
+        self.recorder = recorder
+        self.pace = pace
+        self.seed = seed
+        self.use_idle_time = use_idle_time
+        self.speculation = speculation
+        self.stopping = False
+        self._packer = Packer(scheduler.rows)
+        self._running: InFlight | None = None
+        self._clients: list[bytes] = []  # by owner number
+        self._owners: dict[bytes, int] = {}
+        self._num_submitted = 0
+        self._suspects = Suspects(scheduler)
+        self._last_done = 0.0
+        self._moved = 0.0  # when a step ended, well or not, or the engine was idle last
+
+    def run(self) -> None:
+        """Turn until `stopping` is set."""
+        while not self.stopping:
+            self.turn(block=True)
+
+    def turn(self, block: bool = False) -> None:
+        """One turn of the loop: accept, schedule, launch, and commit the step before."""
+        idle = self.idle
+        if idle:
+            self._moved = self.clock()
+        for client, message in self.mailbox.poll(block and idle and not self.use_idle_time()):
+            try:
+                self._accept(client, message)
+            except Exception:
+                log.exception("a message of a client could not be answered")
+                if isinstance(message, Abort):  # nobody knows how far it got
+                    self._running = None
+                    self.scheduler.restart()
+        try:
+            self._advance()
+        except Exception as error:
+            self._recover(error)
+
+    def _advance(self) -> None:
+        """Schedule and launch a step, and commit the one before."""
+        running, guesses, done = self._running, None, None
+        if running is not None and (self._suspects or self._wants_results(running.plan)):
+            self._commit(running)
+            running, done = None, self._last_done
+        if running is None:
+            self._suspects.choose()
+        if self.speculation is not None:
+            guesses = self.speculation.guesses(ahead=running is not None)
+        plan = self.scheduler.schedule(self.clock(), guesses)
+        self._running = self._launch(plan, done) if plan else None
+        if running is not None:
+            self._commit(running)
+
+    def _wants_results(self, running: Plan) -> bool:
+        return self.speculation is not None and self.speculation.wants_results(running)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits, runs or is in flight."""
+        return self._running is None and not self.scheduler.has_work
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since anything moved; 0 where nothing has to."""
+        return 0.0 if self.idle else self.clock() - self._moved
+
+    def _launch(self, plan: Plan, done: float | None) -> InFlight:
+        """`done`: when the results came that this step waited for, if it did."""
+        now = self.clock()
+        self.recorder.launched(plan, now)
+        return InFlight(plan, self.step.launch(self._packer.pack(plan)), now, 0.0 if done is None else now - done)
+
+    def _commit(self, done: InFlight) -> None:
+        output = done.ticket.wait()
+        self._moved = now = self.clock()
+        seconds = now - max(done.launched, self._last_done)
+        self._last_done = now
+        if self.pace is not None:
+            self.pace.observe(done.plan.num_tokens, seconds * 1e3)
+        arrived = self.scheduler.commit(done.plan, output)
+        self._deliver(arrived)  # before anything else may fail: what is committed has been told
+        self.scheduler.finish(arrived)
+        self._suspects.stepped(len(arrived.rows))
+        if self.speculation is not None:
+            self.speculation.learn(done.plan, arrived, output.lookup, seconds * 1e3, done.waited * 1e3)
+        self.recorder.stepped(arrived, now)
+
+    def _deliver(self, arrived: Arrived) -> None:
+        """One message for each client of the step."""
+        one = arrived.owners[:1]
+        owners = set((one if (arrived.owners == one).all() else arrived.owners).tolist())
+        plain = None
+        if len(owners) > 1 or arrived.deltas:
+            plain = np.ones(len(arrived.rows), bool)
+            plain[list(arrived.deltas)] = False
+        for owner in owners:
+            deltas, theirs = list(arrived.deltas.values()), plain
+            if len(owners) > 1:
+                deltas = [delta for index, delta in arrived.deltas.items() if arrived.owners[index] == owner]
+                theirs = plain & (arrived.owners == owner)
+            ids, tokens = arrived.request_ids, arrived.token_ids
+            if theirs is not None:
+                ids, tokens = ids[theirs], tokens[theirs]
+            self._tell(owner, Tokens(deltas, ids.tolist(), tokens.tolist()))
+
+    def _tell(self, owner: int, tokens: Tokens) -> None:
+        """Send them; where that raises, one by one, and whose cannot be sent ends."""
+        try:
+            self.mailbox.send(self._clients[owner], tokens)
+        except Exception:
+            deltas = list(tokens.each())
+            if len(deltas) == 1:
+                log.exception("tokens of a request could not be sent")
+                self._fail((owner, deltas[0].request_id))
+                return
+            for delta in deltas:
+                self._tell(owner, Tokens([delta]))
+
+    def _recover(self, error: Exception) -> None:
+        """Go on after a step that failed, or was not even planned: as if it had not been, and without whoever is to blame.
+
+        Raises RuntimeError if it is no request's fault.
+        """
+        log.error("a step failed", exc_info=error)
+        self._running = None
+        self._moved = self.clock()
+        touched = self.scheduler.restart()
+        self._prove(error)
+        guilty = self._suspects.accuse(touched)
+        if guilty is None:
+            log.warning("%d sequences run one at a time, to find whose step it is that fails", len(touched))
+        else:
+            self._fail(guilty.key)
+
+    def _prove(self, error: Exception) -> None:
+        """Run a sequence of the engine's own, which is not counted. Raises RuntimeError if its steps fail too."""
+        for _ in range(MAX_FAILED_STEPS):
+            counters = replace(self.scheduler.counters)
+            own = Sequence("", [0], SamplingParams(max_tokens=1), frozenset(), 0, 2, owner=-1)
+            try:
+                self.scheduler.alone = own
+                self.scheduler.add(own)
+                plan = self.scheduler.schedule(self.clock())
+                output = self.step.launch(self._packer.pack(plan)).wait()
+                self.scheduler.finish(self.scheduler.commit(plan, output))
+                self.scheduler.alone = None
+                return
+            except Exception as another:
+                log.error("so does a step of one token that is nobody's", exc_info=another)
+                own.finish_reason = "error"
+                self.scheduler.restart()
+            finally:
+                self.scheduler.counters = counters
+        raise RuntimeError(f"a step failed, and {MAX_FAILED_STEPS} of one token after it") from error
+
+    def _fail(self, key: tuple[int, str]) -> None:
+        """End a sequence because of an exception that is its own."""
+        if sequence := self.scheduler.abort(key, "error"):
+            self.recorder.ended(sequence, self.clock())
+            failed = Failed(sequence.request_id, 500, "a step of the model failed for this request; the log says why")
+            self.mailbox.send(self._clients[sequence.owner], failed)
+
+    def _accept(self, client: bytes, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                self._submit(client, [message])
+            case SubmitGroup():
+                if self._submit(client, message.each()):
+                    self.mailbox.send(client, Admitted(message.members[0].request_id))
+            case Abort(request_id, reason):
+                if sequence := self.scheduler.abort((self._owner(client), request_id), reason):
+                    self.recorder.ended(sequence, self.clock())
+            case Hello():
+                self.mailbox.send(client, self.info())
+
+    def _owner(self, client: bytes) -> int:
+        """The client's number."""
+        if client not in self._owners:
+            self._owners[client] = len(self._clients)
+            self._clients.append(client)
+        return self._owners[client]
+
+    def _submit(self, client: bytes, submits: list[Submit]) -> bool:
+        """Queue sequences, all of them or none; if none, one `Failed` says why. Returns whether they are queued."""
+        # Those that came with the same poll may start yet: only who finds no free slot waits.
+        if self.scheduler.num_waiting - self.scheduler.rows.num_free >= self.limits.max_queue:
+            full = f"the queue is full: {self.scheduler.num_waiting} sequences are waiting, max_queue is {self.limits.max_queue}"
+            self._refuse(client, submits, 0, 503, full)
+            return False
+        added: list[Sequence] = []
+        prompts: dict[int, np.ndarray] = {}  # by the list that they came as: many may have the same
+        try:
+            for submit in submits:
+                self._check(submit)
+                if (key := id(submit.token_ids)) not in prompts:
+                    check_ids("prompt", submit.token_ids, self.limits.vocab_size)
+                    prompts[key] = np.array(submit.token_ids, np.int32)
+                sequence = self._sequence(client, submit, prompts[key])
+                self.scheduler.add(sequence)
+                added.append(sequence)
+            return True
+        except ValueError as error:
+            status, reason = 400, str(error)
+        except Exception:
+            log.exception("a submitted sequence could not be added")
+            status, reason = 500, "the request could not be added"
+        bad = len(added)
+        for sequence in added:
+            self.scheduler.abort(sequence.key)
+        self._refuse(client, submits, bad, status, reason)
+        return False
+
+    def _refuse(self, client: bytes, submits: list[Submit], which: int, status: int, reason: str) -> None:
+        """None of them runs, because of the one at `which`."""
+        ids = [submit.request_id for submit in submits]
+        self.mailbox.send(client, Failed(ids.pop(which), status, reason, ids))
+
+    def _sequence(self, client: bytes, message: Submit, prompt: np.ndarray) -> Sequence:
+        self._num_submitted += 1
+        seed = message.params.seed
+        return Sequence(
+            request_id=message.request_id,
+            tokens=prompt,
+            params=message.params,
+            eos_ids=self.limits.eos_ids,
+            seed=seed if seed is not None else own_seed(self.seed, self._num_submitted),
+            priority=message.priority,
+            arrival=self.clock(),
+            cache_salt=message.cache_salt,
+            owner=self._owner(client),
+            max_model_len=self.limits.max_model_len,
+        )
+
+    def _check(self, message: Submit) -> None:
+        """Raises ValueError for what would harm the step: the last gate before the device."""
+        check_length(len(message.token_ids), self.limits.max_model_len, min_tokens=message.params.min_tokens)
+        message.params.check_vocabulary(self.limits.vocab_size)

@@ -1,0 +1,295 @@
+"""What the engine counts, and its Prometheus text.
+
+Knows numbers and metric names. Knows no torch, no sockets and no clock: the engine hands in durations.
+What stands under `vllm:` has the name, the buckets and the meaning that it has there, so dashboards of the field fit; under
+`pagegraph:` the same stands again, with what only this engine counts.
+The engine's thread writes, any thread may render: a scrape may see one step half counted.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+from prometheus_client import generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+FIELD, OWN = "vllm:", "pagegraph:"
+PREFIXES = (FIELD, OWN)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+COMPILE_STATES = ("off", "compiling", "compiled", "failed")
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+         80.0, 160.0, 640.0, 2560.0)  # fmt: skip
+_ITL = (0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
+        0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)  # fmt: skip
+_REQUEST_TIME = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+                 480.0, 960.0, 1920.0, 7680.0)  # fmt: skip
+_ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Histogram:
+    """Counts by upper bound, and the sum."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(float(bound) for bound in bounds)
+        self._bounds = np.array(self.bounds)
+        self.counts = np.zeros(len(self.bounds) + 1, np.int64)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def observe_all(self, values: np.ndarray) -> None:
+        """Count every value, float64 [n]."""
+        self.counts += np.bincount(self._bounds.searchsorted(values), minlength=len(self.counts))
+        self.total += float(values.sum())
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(upper bound, observations at or below it), the last bound being "+Inf"."""
+        running = 0
+        pairs: list[tuple[str, float]] = []
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts.tolist(), strict=True):
+            running += count
+            pairs.append((bound, running))
+        return pairs
+
+
+class EngineMetrics:
+    """The engine's counters. Times are seconds; `model_name` becomes a label of every sample."""
+
+    def __init__(self, model_name: str, max_model_len: int, prefixes: Sequence[str] = PREFIXES) -> None:
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._prefixes = tuple(prefixes)
+        self._gauges = dict.fromkeys(
+            (
+                "num_requests_running",
+                "num_requests_waiting",
+                "kv_cache_usage_perc",
+                "graph_hit_ratio",
+                "spec_decode_guesses_a_row",
+            ),
+            0.0,
+        )
+        self._counters = {
+            "prefix_cache_queries": 0,
+            "prefix_cache_hits": 0,
+            "num_preemptions": 0,
+            "prompt_tokens": 0,
+            "prompt_tokens_cached": 0,
+            "generation_tokens": 0,
+            "engine_steps": 0,
+            "engine_step_tokens": 0,
+            "engine_padding_tokens": 0,
+            "spec_decode_num_drafts": 0,
+            "spec_decode_num_draft_tokens": 0,
+            "spec_decode_num_accepted_tokens": 0,
+            "spec_decode_saved_steps": 0,
+        }
+        self._accepted_at: list[int] = []
+        self.compile_state: Callable[[], str] = lambda: "off"  # one of COMPILE_STATES
+        self.refresh: Callable[[], None] = lambda: None  # called before each reading, in the reader's thread
+        self._success = dict.fromkeys(FINISH_REASONS, 0)
+        lengths = _one_two_five(max_model_len)
+        self._histograms = {
+            "iteration_tokens_total": Histogram(_ITERATION_TOKENS),
+            "time_to_first_token_seconds": Histogram(_TTFT),
+            "inter_token_latency_seconds": Histogram(_ITL),
+            "e2e_request_latency_seconds": Histogram(_REQUEST_TIME),
+            "request_queue_time_seconds": Histogram(_REQUEST_TIME),
+            "request_prefill_time_seconds": Histogram(_REQUEST_TIME),
+            "request_decode_time_seconds": Histogram(_REQUEST_TIME),
+            "request_inference_time_seconds": Histogram(_REQUEST_TIME),
+            "request_prompt_tokens": Histogram(lengths),
+            "request_generation_tokens": Histogram(lengths),
+        }
+
+    def observe_step(self, tokens: int) -> None:
+        """A step brought so many: see `_HELP`."""
+        self._histograms["iteration_tokens_total"].observe(tokens)
+
+    def set_state(
+        self,
+        *,
+        running: int,
+        waiting: int,
+        kv_cache_usage: float,
+        prompt_tokens: int,
+        cached_tokens: int,
+        generation_tokens: int,
+        prefix_queries: int,
+        prefix_hits: int,
+        preemptions: int,
+    ) -> None:
+        """The moment (`running`, `waiting`, `kv_cache_usage` in 0..1) and totals since the start."""
+        self._gauges["num_requests_running"] = running
+        self._gauges["num_requests_waiting"] = waiting
+        self._gauges["kv_cache_usage_perc"] = kv_cache_usage
+        self._counters["prompt_tokens"] = prompt_tokens
+        self._counters["prompt_tokens_cached"] = cached_tokens
+        self._counters["generation_tokens"] = generation_tokens
+        self._counters["prefix_cache_queries"] = prefix_queries
+        self._counters["prefix_cache_hits"] = prefix_hits
+        self._counters["num_preemptions"] = preemptions
+
+    def set_launched(self, *, steps: int, graphed: int, tokens: int, padding: int) -> None:
+        """Totals over the steps launched so far: how many replayed a CUDA graph, tokens, and tokens of padding."""
+        self._counters["engine_steps"] = steps
+        self._counters["engine_step_tokens"] = tokens
+        self._counters["engine_padding_tokens"] = padding
+        self._gauges["graph_hit_ratio"] = graphed / steps if steps else 0.0
+
+    def set_speculation(
+        self,
+        *,
+        drafts: int,
+        guesses: int,
+        accepted: int,
+        accepted_at: Sequence[int],
+        saved_steps: int,
+        guesses_a_row: float,
+    ) -> None:
+        """Totals of guessed tokens, accepted ones also by their place behind the last known token; and the last step's mean."""
+        self._counters["spec_decode_num_drafts"] = drafts
+        self._counters["spec_decode_num_draft_tokens"] = guesses
+        self._counters["spec_decode_num_accepted_tokens"] = accepted
+        self._counters["spec_decode_saved_steps"] = saved_steps
+        self._accepted_at = list(accepted_at)
+        self._gauges["spec_decode_guesses_a_row"] = guesses_a_row
+
+    def observe_first_token(self, since_arrival: float) -> None:
+        """A sequence's first token is out, `since_arrival` seconds after it arrived."""
+        self._histograms["time_to_first_token_seconds"].observe(since_arrival)
+
+    def observe_inter_tokens(self, gaps: np.ndarray) -> None:
+        """Sequences got a token each, gaps[i] seconds after the one before; float64 [n]."""
+        self._histograms["inter_token_latency_seconds"].observe_all(gaps)
+
+    def observe_finished(self, reason: str) -> None:
+        """A sequence ended for one of FINISH_REASONS; another reason raises KeyError."""
+        self._success[reason] += 1
+
+    def observe_served(
+        self,
+        *,
+        queue_time: float,
+        prefill_time: float,
+        decode_time: float,
+        since_arrival: float,
+        prompt_tokens: int,
+        generation_tokens: int,
+    ) -> None:
+        """A sequence came to its end, which nobody had to abort: seconds and tokens of all of it."""
+        self._histograms["e2e_request_latency_seconds"].observe(since_arrival)
+        self._histograms["request_queue_time_seconds"].observe(queue_time)
+        self._histograms["request_prefill_time_seconds"].observe(prefill_time)
+        self._histograms["request_decode_time_seconds"].observe(decode_time)
+        self._histograms["request_inference_time_seconds"].observe(prefill_time + decode_time)
+        self._histograms["request_prompt_tokens"].observe(prompt_tokens)
+        self._histograms["request_generation_tokens"].observe(generation_tokens)
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format (`CONTENT_TYPE`)."""
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """Metric families as prometheus-client's registries yield them."""
+        self.refresh()
+        for prefix in self._prefixes:
+            yield from self._families(prefix)
+        states = GaugeMetricFamily(
+            "pagegraph:compile_state",
+            "1 for the state that the compilation of the model is in.",
+            labels=[*self._labels, "state"],
+        )
+        now = self.compile_state()
+        for state in COMPILE_STATES:
+            states.add_metric([*self._labels.values(), state], float(state == now))
+        yield states
+
+    def _families(self, prefix: str) -> Iterable[Metric]:
+        names, values = list(self._labels), list(self._labels.values())
+        for name, value in self._gauges.items():
+            if prefix == FIELD and name in _OWN_NAMES:
+                continue
+            gauge = GaugeMetricFamily(prefix + name, _HELP[name], labels=names)
+            gauge.add_metric(values, value)
+            yield gauge
+        for name, count in self._counters.items():
+            if prefix == FIELD and name in _OWN_NAMES:
+                continue
+            counter = CounterMetricFamily(prefix + name, _HELP[name], labels=names)
+            counter.add_metric(values, count)
+            yield counter
+        name, cached = "prompt_tokens_by_source", self._counters["prompt_tokens_cached"]
+        sources = CounterMetricFamily(prefix + name, _HELP[name], labels=[*names, "source"])
+        sources.add_metric([*values, "local_compute"], self._counters["prompt_tokens"] - cached)
+        sources.add_metric([*values, "local_cache_hit"], cached)
+        yield sources
+        name = "spec_decode_num_accepted_tokens_per_pos"
+        places = CounterMetricFamily(prefix + name, _HELP[name], labels=[*names, "position"])
+        for place, count in enumerate(self._accepted_at):
+            places.add_metric([*values, str(place)], count)
+        yield places
+        success = CounterMetricFamily(
+            prefix + "request_success", _HELP["request_success"], labels=[*names, "finished_reason"]
+        )
+        for reason, count in self._success.items():
+            success.add_metric([*values, reason], count)
+        yield success
+        for name, histogram in self._histograms.items():
+            family = HistogramMetricFamily(prefix + name, _HELP[name], labels=names)
+            family.add_metric(values, buckets=histogram.cumulative(), sum_value=histogram.total)
+            yield family
+
+
+def _one_two_five(limit: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50 ... up to `limit`."""
+    values = (digit * 10**power for power in range(len(str(limit)) + 1) for digit in (1, 2, 5))
+    return [value for value in values if value <= limit]
+
+
+# What only this engine counts.
+_OWN_NAMES = frozenset({
+    "engine_steps", "engine_step_tokens", "engine_padding_tokens", "graph_hit_ratio",
+    "spec_decode_saved_steps", "spec_decode_guesses_a_row",
+})  # fmt: skip
+
+# A request is a sequence here: each of n choices, and each prompt of a list, is one.
+_HELP = {
+    "num_requests_running": "Requests that hold KV pages and take part in steps, now.",
+    "num_requests_waiting": "Requests that wait for a place in the batch, preempted ones too, now.",
+    "kv_cache_usage_perc": "Share of KV pages that running requests hold, 1 is all; what is only cached is free.",
+    "prefix_cache_queries": "Tokens of prompts looked up in the prefix cache, each prompt once: not again after a preemption.",
+    "prefix_cache_hits": "Of the tokens looked up, those found: computed before, for this request or another.",
+    "num_preemptions": "Times that a running request gave up its pages and went back to the queue.",
+    "prompt_tokens": "Tokens of prompts, counted when the first token comes: found in the cache or computed, each prompt once.",
+    "prompt_tokens_cached": "Of prompt_tokens, those found in the prefix cache.",
+    "prompt_tokens_by_source": "prompt_tokens by where their keys and values came from.",
+    "generation_tokens": "Tokens generated, all that steps brought requests.",
+    "iteration_tokens_total": "Of each step: tokens it generated, and computed tokens of the prompts that were done in it.",
+    "engine_steps": "Steps launched.",
+    "engine_step_tokens": "Tokens of launched steps, padding left out.",
+    "engine_padding_tokens": "Tokens that padding to a captured size added.",
+    "graph_hit_ratio": "Share of launched steps that replayed a CUDA graph, 1 is all; 0 without a GPU.",
+    "spec_decode_num_drafts": "Times a request had draft tokens in a step.",
+    "spec_decode_num_draft_tokens": "Draft tokens that were verified.",
+    "spec_decode_num_accepted_tokens": "Draft tokens that held.",
+    "spec_decode_num_accepted_tokens_per_pos": "Draft tokens that held, by their place in the draft, the first at 0.",
+    "spec_decode_saved_steps": "Tokens beyond the first that a step brought a sequence.",
+    "spec_decode_guesses_a_row": "Guesses a sequence in the last step that could have had any.",
+    "time_to_first_token_seconds": "Of each request with a first token: from its arrival to that.",
+    "inter_token_latency_seconds": "From one step that brought a request tokens to the next that does, however many they bring.",
+    "request_success": "Requests that ended, by reason.",
+    "e2e_request_latency_seconds": "Of requests that ended and were not aborted: from arrival to the last token.",
+    "request_queue_time_seconds": "Of those: from arrival to the launch of the first step.",
+    "request_prefill_time_seconds": "Of those: from the launch of the first step to the first token.",
+    "request_decode_time_seconds": "Of those: from the first token to the last.",
+    "request_inference_time_seconds": "Of those: from the launch of the first step to the last token.",
+    "request_prompt_tokens": "Of those: tokens of the prompt, cached ones too.",
+    "request_generation_tokens": "Of those: tokens generated.",
+}

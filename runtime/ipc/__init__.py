@@ -1,0 +1,1 @@
+"""Messages between web workers and the engine."""

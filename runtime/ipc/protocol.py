@@ -1,0 +1,183 @@
+"""Messages between the web workers and the engine, typed and encoded as msgpack by msgspec.
+
+Knows no sockets and no torch. Decoding is strict: a frame that is not one of these types raises
+`msgspec.DecodeError` or `msgspec.ValidationError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+
+from pagegraph.runtime.sampling_params import SamplingParams
+
+MAX_FRAME_BYTES = 64 << 20  # a longer frame ends the connection of whoever sent it
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True, omit_defaults=True):
+    """Start one sequence. `request_id` is chosen by the client, unique among live ones."""
+
+    request_id: str
+    token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0  # lower runs first
+    cache_salt: str = ""
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence of a group: `prompt` is an index into the group's prompts."""
+
+    request_id: str
+    prompt: int
+    params: SamplingParams
+
+
+class SubmitGroup(msgspec.Struct, frozen=True, tag="submit_group", kw_only=True, omit_defaults=True):
+    """Start several sequences, all of them or none. A prompt that several of them have travels once."""
+
+    prompts: list[list[int]]
+    members: list[Member]
+    priority: int = 0
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.members or not all(0 <= member.prompt < len(self.prompts) for member in self.members):
+            raise ValueError("a group needs sequences, and each of them a prompt that is there")
+
+    def each(self) -> list[Submit]:
+        """Its sequences, as if they came one by one; equal prompts are the same list."""
+        return [
+            Submit(
+                request_id=member.request_id,
+                token_ids=self.prompts[member.prompt],
+                params=member.params,
+                priority=self.priority,
+                cache_salt=self.cache_salt,
+            )
+            for member in self.members
+        ]
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort", omit_defaults=True):
+    """Stop a sequence and free its pages; an unknown id is ignored.
+
+    `finish_reason` is what the sequence counts as: "stop" where whoever reads its text found a stop string, "abort" where
+    nobody wants it any more.
+    """
+
+    request_id: str
+    finish_reason: Literal["abort", "stop"] = "abort"
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """A client asks what the engine serves; answered by `EngineInfo`. Also the client's heartbeat."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability and rank of the sampled token, and the likeliest tokens in falling order.
+
+    Of equally likely tokens the sampled one comes first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int] = []
+    top_logprobs: list[float] = []
+
+
+class TokenDelta(msgspec.Struct, array_like=True, gc=False):
+    """What one step brought one sequence.
+
+    `finish_reason`: "" while running, else "stop", "length", "abort" or "error".
+    `stop_reason`: the stop token id that matched, or -1.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str = ""
+    stop_reason: int = -1
+    cached_tokens: int = 0  # prompt tokens served from the prefix cache; told with the first and the last token
+    logprobs: list[TokenLogprob] | None = None
+    accepted: int = (
+        0  # guessed tokens of the sequence so far that became its own; told with every step that had guesses
+    )
+    rejected: int = 0  # and those that did not
+
+
+class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+    """What one step brought one client, each sequence once.
+
+    A sequence that got one token and goes on is an entry of the two lists; `deltas` holds all others.
+    """
+
+    deltas: list[TokenDelta] = []
+    request_ids: list[str] = []
+    token_ids: list[int] = []  # token i belongs to request_ids[i]
+
+    def each(self) -> Iterator[TokenDelta]:
+        """All of it as deltas."""
+        yield from self.deltas
+        for request_id, token_id in zip(self.request_ids, self.token_ids, strict=True):
+            yield TokenDelta(request_id, [token_id])
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """A sequence that cannot run: `status` is the HTTP status (400, 500 or 503), `message` is for the user.
+
+    `others` are those of its group, where it was the group that was refused: none of them runs.
+    """
+
+    request_id: str
+    status: int
+    message: str
+    others: list[str] = []
+
+
+class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
+    """The group whose first sequence this is runs or waits: it is not refused any more. Comes before its first token."""
+
+    request_id: str
+
+
+class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
+    """Facts of the running engine that the front end shows and checks requests against."""
+
+    model: str
+    device: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    compile_state: Literal["off", "compiling", "compiled", "failed"]  # uncompiled steps run in all but "compiled"
+    draining: bool = False
+    num_running: int = 0
+    num_waiting: int = 0
+    sampling_defaults: dict[str, int | float] = {}  # fields of SamplingParams that the model itself sets for requests
+    stalled_s: float = 0.0  # seconds since a step ended or work came to an idle engine; 0 without work
+
+
+ToEngine = Submit | SubmitGroup | Abort | Hello
+ToClient = Admitted | Tokens | Failed | EngineInfo
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_to_client = msgspec.msgpack.Decoder(ToClient)
+
+
+def encode(message: ToEngine | ToClient) -> bytes:
+    """Message to one msgpack frame."""
+    return _encoder.encode(message)
+
+
+def decode_to_engine(frame: bytes) -> ToEngine:
+    """Frame to a message for the engine; raises msgspec.DecodeError on anything else."""
+    return _to_engine.decode(frame)
+
+
+def decode_to_client(frame: bytes) -> ToClient:
+    """Frame to a message for a client; raises msgspec.DecodeError on anything else."""
+    return _to_client.decode(frame)

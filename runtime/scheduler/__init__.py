@@ -1,0 +1,1 @@
+"""Which tokens the next step computes, and where their keys and values go."""

@@ -1,0 +1,93 @@
+"""Pages of sequences: found by content for those that start, taken as they grow, published once full, released.
+
+A page is published when it is full of known tokens whose keys and values are computed or under way: a later step, or a later
+sequence of the same one, reads it after it is written. Guesses are not published. Keeps each sequence's hashes, and how
+many of its pages were published. Knows no order among sequences: who gives way where pages are short, others decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from pagegraph.runtime.scheduler.block_pool import BlockPool, require
+from pagegraph.runtime.scheduler.sequence import Sequence
+from pagegraph.runtime.scheduler.slots import Rows
+
+
+class Pages:
+    """Hands the blocks of `pool` to the tables of `rows`."""
+
+    def __init__(self, pool: BlockPool, rows: Rows) -> None:
+        self.pool = pool
+        self.rows = rows
+        # Room left for running sequences to grow, by new ones beside them and by pages that are taken ahead of need.
+        self.watermark = max(1, pool.num_blocks // 100)
+
+    def find(self, sequence: Sequence) -> list[int]:
+        """Cached pages of a waiting sequence's prefix; one token at least is left to compute."""
+        if not self.pool.enable_caching:
+            return []
+        full = (len(sequence.tokens) - 1) // self.pool.block_size
+        self._extend_hashes(sequence, sequence.tokens, full)
+        return self.pool.lookup(sequence.hashes[:full])
+
+    def claim(self, sequence: Sequence, found: list[int], spare: int) -> list[int] | None:
+        """Pages for all tokens of a waiting sequence, `found` the first; None, taking none, if less than `spare` were left."""
+        needed = -(-len(sequence.tokens) // self.pool.block_size) - len(found)
+        if needed + spare > self.pool.num_free - self.pool.num_free_among(found):
+            return None
+        self.pool.share(found)
+        sequence.num_registered = len(found)
+        return found + self.pool.take(needed)
+
+    def extend(self, rows: np.ndarray, lengths: np.ndarray, spare: int = 0) -> bool:
+        """Give the rows the pages they lack to hold `lengths` tokens; False, giving none, if less than `spare` were left."""
+        missing = np.maximum(-(-lengths // self.rows.block_size) - self.rows.num_blocks[rows], 0)
+        if wanted := int(missing.sum()):
+            if wanted + spare > self.pool.num_free:
+                return False
+            short = np.flatnonzero(missing)
+            self.rows.add_blocks(rows[short], missing[short], self.pool.take(wanted))
+        return True
+
+    def publish(self, sequence: Sequence) -> None:
+        """What is full by now of a sequence in a row."""
+        r, row = self.rows, sequence.row
+        full = min(int(r.known[row]), int(r.computed[row])) // self.pool.block_size
+        if full <= sequence.num_registered or not self.pool.enable_caching:
+            return
+        self._extend_hashes(sequence, r.tokens[row], full)
+        for block in range(sequence.num_registered, full):
+            self.pool.register(int(r.blocks[row, block]), sequence.hashes[block])
+        sequence.num_registered = full
+
+    def release(self, sequence: Sequence) -> None:
+        """Take a sequence's pages from its row; what it generated may be found in them."""
+        self.publish(sequence)
+        self.pool.release(self.rows.take_blocks(sequence.row))
+        sequence.num_registered = 0
+
+    def check_integrity(self, running: Iterable[Sequence]) -> None:
+        """Raise AssertionError unless the tables of the running hold all pages in use, and what is published is in them."""
+        self.pool.check_integrity([self.rows.blocks_of(sequence.row) for sequence in running])
+        for sequence in running:
+            self._check(sequence)
+
+    def _extend_hashes(self, sequence: Sequence, tokens: np.ndarray, num_blocks: int) -> None:
+        size, hashes = self.pool.block_size, sequence.hashes
+        for block in range(len(hashes), num_blocks):
+            parent = hashes[-1] if hashes else self.pool.root_hash(sequence.cache_salt)
+            hashes.append(self.pool.hash_block(parent, tokens[block * size : (block + 1) * size]))
+
+    def _check(self, sequence: Sequence) -> None:
+        r, row = self.rows, sequence.row
+        blocks = r.blocks_of(row)
+        require(len(blocks) * r.block_size >= r.computed[row], "tokens were computed without a page")
+        require(not r.blocks[row, len(blocks) :].any(), "a page is listed beyond a table's end")
+        require(sequence.num_registered * r.block_size <= r.computed[row], "unwritten pages are published")
+        for index, block in enumerate(blocks):
+            published = self.pool.hash_of(block)
+            rightly = index < sequence.num_registered and published == sequence.hashes[index]
+            require(not published or rightly, f"block {block} is published as content that it does not hold")

@@ -1,0 +1,153 @@
+"""What a step brought: its samples appended to their rows, and which sequences end by them, and why.
+
+Plans are taken in the order they were scheduled. Length is looked at before stop ids: a stop id that is also the last token
+allowed ends the sequence with "length". A sample past an end is dropped here, and guesses that did not hold are taken back.
+Knows no pages and no queue: a sequence that ends is still in its row afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pagegraph.compiler.step.inputs import StepLogprobs, StepOutput
+from pagegraph.runtime.ipc.protocol import TokenDelta, TokenLogprob
+from pagegraph.runtime.scheduler.draft_tokens import Verdict, verdict
+from pagegraph.runtime.scheduler.plan import Plan
+from pagegraph.runtime.scheduler.running import Running
+from pagegraph.runtime.scheduler.sequence import Sequence
+from pagegraph.runtime.scheduler.slots import Rows
+
+
+@dataclass(slots=True)
+class Arrived:
+    """What a step brought: token_ids[i], of several the last, to the sequence that was in row rows[i]; arrays [n]."""
+
+    rows: np.ndarray  # int32
+    token_ids: np.ndarray  # int32
+    owners: np.ndarray  # int32
+    request_ids: np.ndarray  # object: str
+    deltas: dict[int, TokenDelta]  # by index, for those with more to tell than the token
+    ended: list[Sequence]  # their `finish_reason` says why
+    begun: list[Sequence]  # those whose first token it is
+    verdict: Verdict | None = None  # of the step's guesses
+
+
+def append(rows: Rows, running: Running, plan: Plan, output: StepOutput) -> Arrived:
+    """Append what the step sampled for those that are still in its rows. In the order of the plan, rows with guesses last.
+
+    Nothing is changed before all that may go wrong is done.
+    """
+    at, ids, index = plan.rows, output.token_ids, None
+    wanted = plan.sampled & (rows.stay[at] == plan.stays)
+    if plan.guessed is not None:
+        wanted &= plan.guessed.others
+    if not wanted.all():
+        index = np.flatnonzero(wanted)
+        at, ids = at[index], ids[index]
+    fixed = running.fixed_of(at)
+    known = rows.known[at] + 1
+    full = known >= fixed.max_len
+    stopped = (fixed.stop_ids == ids[:, None]).any(axis=1) & (known > fixed.min_len) & ~full
+    arrived = Arrived(at, ids, fixed.owners, fixed.request_ids, {}, [], [])
+    first = known == fixed.num_prompt + 1
+    more = full | stopped | first
+    if output.logprobs is not None:
+        more |= rows.has_extras[at]
+    told: list[Sequence] = []  # whom the deltas are of
+    for i in np.flatnonzero(more).tolist():
+        sequence, token = rows.sequences[at[i]], int(ids[i])
+        entry = i if index is None else int(index[i])
+        logprobs = _logprobs(sequence, [entry], [token], output.logprobs)
+        arrived.deltas[i] = _delta(sequence, [token], full[i], stopped[i], logprobs)
+        told.append(sequence)
+        if first[i]:
+            arrived.begun.append(sequence)
+    guessed = None if plan.guessed is None else _judge(rows, plan, output, arrived, told)
+    # From here on nothing depends on what was asked for.
+    rows.tokens[at, known - 1] = ids
+    rows.known[at] = known
+    if guessed is not None:
+        _append_guessed(rows, guessed)
+    for sequence, delta in zip(told, arrived.deltas.values(), strict=True):
+        sequence.finish_reason, sequence.stop_reason = delta.finish_reason, delta.stop_reason
+        sequence.accepted, sequence.rejected = (
+            max(sequence.accepted, delta.accepted),
+            max(sequence.rejected, delta.rejected),
+        )
+        if delta.finish_reason:
+            arrived.ended.append(sequence)
+    return arrived
+
+
+def _judge(rows: Rows, plan: Plan, output: StepOutput, arrived: Arrived, told: list[Sequence]) -> Verdict:
+    """What was sampled behind guesses that hold, up to an end, added to `arrived`."""
+    guessed = plan.guessed.among(rows.stay[plan.guessed.rows] == plan.stays[plan.guessed.first])
+    at, fed = guessed.rows, None if output.lookup is None else output.lookup.fed
+    known, max_len = rows.known[at], rows.max_len[at]
+    found = verdict(guessed, output.token_ids, guessed.fed(fed), known, max_len, rows.min_len[at], rows.stop_ids[at])
+    begin = len(arrived.rows)
+    arrived.rows = np.concatenate([arrived.rows, at])
+    arrived.token_ids = np.concatenate([arrived.token_ids, found.tokens[np.arange(len(at)), found.lengths - 1]])
+    arrived.owners = np.concatenate([arrived.owners, rows.owner[at]])
+    arrived.request_ids = np.concatenate([arrived.request_ids, rows.request_ids[at]])
+    arrived.verdict = found
+    full = known + found.lengths >= max_len
+    for i, row in enumerate(at.tolist()):
+        sequence, tokens = rows.sequences[row], found.tokens[i, : found.lengths[i]].tolist()
+        first, accepted = int(guessed.first[i]), int(found.accepted[i])
+        logprobs = _logprobs(sequence, range(first, first + len(tokens)), tokens, output.logprobs)
+        counts = sequence.accepted + accepted, sequence.rejected + int(found.counts[i]) - accepted
+        arrived.deltas[begin + i] = _delta(sequence, tokens, full[i], found.stopped[i], logprobs, *counts)
+        told.append(sequence)
+    return found
+
+
+def _append_guessed(rows: Rows, found: Verdict) -> None:
+    """Append the tokens of the verdict; guesses that did not hold are taken back."""
+    at, known = found.rows, rows.known[found.rows]
+    places = np.arange(found.tokens.shape[1])
+    inside = places < found.lengths[:, None]
+    rows.tokens[np.repeat(at, found.lengths), (known[:, None] + places)[inside]] = found.tokens[inside]
+    rows.known[at] = known + found.lengths
+    surplus = found.counts + 1 - found.lengths
+    rows.total[at] -= surplus
+    # Without pages the row was preempted meanwhile: nothing of it is computed.
+    rows.computed[at] -= np.where(rows.num_blocks[at] > 0, surplus, 0)
+
+
+def _delta(
+    sequence: Sequence,
+    tokens: list[int],
+    full: bool,
+    stopped: bool,
+    logprobs: list[TokenLogprob] | None,
+    accepted: int = 0,
+    rejected: int = 0,
+) -> TokenDelta:
+    """`full`, `stopped`: its last token ended it, for being the last it may have, or a stop id."""
+    reason = "length" if full else "stop" if stopped else ""
+    stop_reason = tokens[-1] if stopped else -1
+    return TokenDelta(
+        sequence.request_id, tokens, reason, stop_reason, sequence.cached_tokens, logprobs, accepted, rejected
+    )
+
+
+def _logprobs(
+    sequence: Sequence, indices: Iterable[int], tokens: list[int], step: StepLogprobs | None
+) -> list[TokenLogprob] | None:
+    """Of the tokens, sampled by the entries `indices` of the step."""
+    wanted = sequence.params.logprobs
+    if wanted is None or step is None:
+        return None
+    return [_logprob(token, index, wanted, step) for index, token in zip(indices, tokens, strict=True)]
+
+
+def _logprob(token: int, index: int, wanted: int, step: StepLogprobs) -> TokenLogprob:
+    """Of `token`, sampled by entry `index`. Among equals it comes first, and is not the one that falls out at the end."""
+    rank, top_ids = int(step.ranks[index]), step.top_ids[index, :wanted].tolist()
+    if rank <= wanted:
+        top_ids = [*top_ids[: rank - 1], token, *(one for one in top_ids[rank - 1 :] if one != token)][:wanted]
+    return TokenLogprob(token, float(step.chosen[index]), rank, top_ids, step.top_values[index, :wanted].tolist())

@@ -1,0 +1,121 @@
+"""From a plan to the flat arrays of a step. Knows no pool and no device: pure packing.
+
+Pack a plan before the next one is scheduled: tokens and pages are read from the rows as they stand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from pagegraph.compiler.step.inputs import Filters, Penalties, SamplingInput, StepInput
+from pagegraph.runtime.scheduler.plan import Plan
+from pagegraph.runtime.scheduler.sequence import Sequence
+from pagegraph.runtime.scheduler.slots import Rows
+
+
+class Packer:
+    """Packs plan after plan, in order; what a plan shares with the one before is kept."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self._decode = np.zeros(0, np.int32), np.zeros(1, np.int32)  # ids and query_start of a token a sequence
+        self._stays = np.zeros(0, np.int64)
+        self._same = SamplingInput(np.zeros(0, np.float32), np.zeros(0, np.int64))
+        self._special = False
+        self._min_len = np.zeros(0, np.int32)
+
+    def pack(self, plan: Plan) -> StepInput:
+        """A StepInput of the plan's T tokens and S sequences, in the plan's order.
+
+        A token sampled by a step that is still running is unknown to the host: its id is -1; a guess of the device's
+        own, j places behind, has -1 - j.
+        """
+        token_ids, query_start = self._tokens(plan)
+        return StepInput(
+            token_ids=token_ids,
+            rows=plan.rows,
+            query_start=query_start,
+            starts=plan.starts,
+            # Which of a row's guesses hold decides what is handed over: not the draw of one entry.
+            sampled=plan.sampled if plan.guessed is None else plan.sampled & plan.guessed.others,
+            pages=self.rows.take_new_pages(),
+            sampling=self._sampling(plan),
+            cached=_cached(plan),
+        )
+
+    def _tokens(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32 [T], query_start int32 [S + 1])."""
+        rows, at, starts = self.rows, plan.rows, plan.starts
+        if plan.guessed is None and (plan.counts == 1).all() and (starts >= rows.known[at]).all():
+            if len(self._decode[0]) != len(plan):
+                self._decode = np.full(len(plan), -1, np.int32), np.arange(len(plan) + 1, dtype=np.int32)
+            return self._decode
+        query_start = np.zeros(len(plan) + 1, np.int32)
+        np.cumsum(plan.counts, out=query_start[1:])
+        index = np.repeat(np.arange(len(plan)), plan.counts)
+        owners = at[index]
+        positions = np.arange(query_start[-1], dtype=np.int32) + (starts - query_start[:-1])[index]
+        ids = np.where(positions < rows.known[owners], rows.tokens[owners, positions], np.int32(-1))
+        if (guessed := plan.guessed) is not None:
+            row, place, entry = guessed.entries()
+            ids[query_start[entry]] = -2 - place if guessed.tokens is None else guessed.tokens[row, place]
+        return ids, query_start
+
+    def _sampling(self, plan: Plan) -> SamplingInput:
+        rows, at = self.rows, plan.rows
+        if not np.array_equal(plan.stays, self._stays):
+            self._stays = plan.stays
+            self._same = SamplingInput(temperature=rows.temperature[at], seeds=rows.seed[at])
+            if rows.has_filters[at].any():
+                self._same.filters = Filters(rows.top_k[at], rows.top_p[at], rows.min_p[at])
+            if rows.has_penalties[at].any():
+                self._same.penalties = Penalties(rows.repetition[at], rows.presence[at], rows.frequency[at])
+            self._special = bool(rows.has_extras[at].any())
+            self._min_len = rows.min_len[at]
+        # Within min_tokens the ids that would stop the sequence are masked.
+        young = plan.starts + plan.counts < self._min_len
+        resets = [_counts(sequence) for sequence in plan.started if sequence.has_penalties]
+        if not (self._special or resets or young.any()):
+            return self._same
+        extras = [(int(i), rows.sequences[at[i]]) for i in np.flatnonzero(plan.sampled & (rows.has_extras[at] | young))]
+        return replace(
+            self._same,
+            penalty_reset=resets,
+            bias=_bias(extras, young),
+            allowed={index: s.allowed_ids for index, s in extras if s.allowed_ids is not None},
+            num_logprobs=max((s.params.logprobs for _, s in extras if s.params.logprobs is not None), default=-1),
+        )
+
+
+def _cached(plan: Plan) -> list[tuple[int, np.ndarray]]:
+    """What those that start in the step have in the cache; they are its last entries.
+
+    Views of their own tokens: only a device that looks up copies them.
+    """
+    if not plan.started:
+        return []
+    begun = zip(plan.started, plan.starts[-len(plan.started) :].tolist())
+    return [(sequence.row, sequence.tokens[:start]) for sequence, start in begun if start]
+
+
+def _bias(extras: list[tuple[int, Sequence]], young: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """`SamplingInput.bias` of logit_bias and of min_tokens' masks."""
+    rows, tokens, values = [], [], []
+    for index, sequence in extras:
+        rows.append(np.full(len(sequence.bias_ids), index, np.int32))
+        tokens.append(sequence.bias_ids)
+        values.append(sequence.bias_values)
+        if young[index]:
+            rows.append(np.full(len(sequence.stop_ids), index, np.int32))
+            tokens.append(np.fromiter(sequence.stop_ids, np.int32))
+            values.append(np.full(len(sequence.stop_ids), -np.inf, np.float32))
+    if not sum(map(len, rows)):
+        return None
+    return np.concatenate(rows), np.concatenate(tokens), np.concatenate(values)
+
+
+def _counts(sequence: Sequence) -> tuple[int, np.ndarray, np.ndarray]:
+    """The sequence has just entered its row, so its own tokens are up to date."""
+    return sequence.row, sequence.tokens[: sequence.num_prompt], sequence.tokens[sequence.num_prompt :]

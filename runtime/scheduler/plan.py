@@ -1,0 +1,49 @@
+"""A planned step: which tokens of which rows it computes. What the scheduler says to whoever packs, records or learns.
+
+Knows no tokens and no pages: those stand in `runtime.scheduler.slots`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pagegraph.runtime.scheduler.draft_tokens import Guessed
+from pagegraph.runtime.scheduler.sequence import Sequence
+
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # the first five of a plan
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: tokens [starts[i], starts[i] + counts[i]) of the sequence in row rows[i]; arrays [S], int32 unless said.
+
+    A row with guesses has an entry for each of them (`runtime.scheduler.draft_tokens`); any other row has one.
+    """
+
+    rows: np.ndarray
+    stays: np.ndarray  # int64, of the row's sequence: another may be there when the step is done
+    starts: np.ndarray
+    counts: np.ndarray
+    sampled: np.ndarray  # bool, whether the last of the tokens yields a new one
+    started: list[Sequence]  # those that entered their row for this step; its last entries
+    guessed: Guessed | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.counts.sum())
+
+
+def joined(parts: list[Columns], started: list[Sequence], guessed: Guessed | None) -> Plan:
+    """One plan of its parts, guesses in the first alone."""
+    if len(parts) == 1:
+        return Plan(*parts[0], started, guessed)
+    columns = [np.concatenate(column) for column in zip(*parts)]
+    if guessed is not None:
+        more = np.ones(len(columns[0]) - len(guessed.others), bool)
+        guessed = replace(guessed, others=np.concatenate([guessed.others, more]))
+    return Plan(*columns, started, guessed)

@@ -1,0 +1,57 @@
+"""The running sequences, in the order of `Sequence.place`, and the columns that stay as they are while nobody joins or leaves.
+
+Knows no pages and not why somebody joins or leaves.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+
+import numpy as np
+
+from pagegraph.runtime.scheduler.sequence import Sequence, place_of
+from pagegraph.runtime.scheduler.slots import Fixed, Rows
+
+
+class Running:
+    """Sequences that hold a row and pages."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._sequences: list[Sequence] = []
+        self._fixed: Fixed | None = None  # of all of them, until somebody joins or leaves
+        self.ones, self.trues = np.zeros(0, np.int32), np.zeros(0, bool)  # as many as `fixed` has
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences)
+
+    @property
+    def last(self) -> Sequence:
+        """The first to give way."""
+        return self._sequences[-1]
+
+    def join(self, sequence: Sequence) -> None:
+        """It has its row."""
+        insort(self._sequences, sequence, key=place_of)
+        self._fixed = None
+
+    def leave(self, sequence: Sequence) -> None:
+        self._sequences.remove(sequence)
+        self._fixed = None
+
+    def fixed(self) -> Fixed:
+        """Of all of them, in order: the same arrays while nobody joins or leaves."""
+        if self._fixed is None:
+            rows = np.fromiter((sequence.row for sequence in self._sequences), np.int32, len(self._sequences))
+            self._fixed = self._rows.fixed(rows)
+            self.ones, self.trues = np.ones(len(rows), np.int32), np.ones(len(rows), bool)
+        return self._fixed
+
+    def fixed_of(self, rows: np.ndarray) -> Fixed:
+        """Of these rows; there already if they are the very array that `fixed` gave."""
+        kept = self._fixed
+        return kept if kept is not None and rows is kept.rows else self._rows.fixed(rows)

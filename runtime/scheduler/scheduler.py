@@ -1,0 +1,428 @@
+"""Which tokens of which sequences the next step computes, and what its results mean for who runs.
+
+There are no phases: a sequence has `computed` tokens chasing `total`, and one ragged step mixes prefill chunks
+and decodes. Scheduling uses counts only, so a step can be planned while those before it are still running.
+Pages are freed at once even then: the device runs steps in order. Running sequences are handled as columns of
+`runtime.scheduler.slots`; only what starts, ends, fills a prompt or lacks pages is looked at one by one.
+Knows no clock, device, text or socket; which pages hold what, `runtime.scheduler.block_tables` knows.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from itertools import count
+
+import numpy as np
+
+from pagegraph.compiler.step.inputs import StepOutput
+from pagegraph.runtime.sampling_params import check_length
+from pagegraph.runtime.scheduler.block_pool import BlockPool, require
+from pagegraph.runtime.scheduler.block_tables import Pages
+from pagegraph.runtime.scheduler.commit import Arrived, append
+from pagegraph.runtime.scheduler.counters import Counters
+from pagegraph.runtime.scheduler.draft_tokens import Guesses, entries
+from pagegraph.runtime.scheduler.plan import Columns, Plan, joined
+from pagegraph.runtime.scheduler.prompt_room import PromptRoom
+from pagegraph.runtime.scheduler.running import Running
+from pagegraph.runtime.scheduler.sequence import Sequence, State, place_of
+from pagegraph.runtime.scheduler.slots import Rows
+from pagegraph.runtime.scheduler.step_time import Pace
+
+LOOK_AHEAD = 8  # steps of decoding for which pages are taken at once, while there are plenty
+LOOK_PAST = 16  # waiting prompts that a step looks past for one that ends in it
+HASH_PAST = 256  # pages of such a prompt that are hashed to learn whether the cache holds most of it
+
+
+class Scheduler:
+    """Owns the queue, the running set, their rows and pages.
+
+    A preempted sequence stays in its row, without pages, until the samples in flight have arrived.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        enable_chunked_prefill: bool = True,
+        pace: Pace | None = None,
+        max_entries: int | None = None,
+    ) -> None:
+        """`max_entries`: sequences and guesses in one step; None: `max_num_seqs`."""
+        _check_sizes(pool, max_num_seqs, max_num_batched_tokens, max_model_len, enable_chunked_prefill)
+        self.max_num_seqs = max_num_seqs
+        self.max_entries = max_entries or max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.enable_chunked_prefill = enable_chunked_prefill
+        self.pace = pace
+        self.counters = Counters()
+        self.rows = Rows(max_num_seqs, max_model_len, pool.block_size)
+        self.pages = Pages(pool, self.rows)
+        self._running = Running(self.rows)
+        self._waiting: list[Sequence] = []  # in the order of `Sequence.place`
+        self._live: dict[tuple[int, str], Sequence] = {}  # waiting and running, by key
+        self._draining: set[int] = set()  # rows of preempted sequences
+        self._order = count()
+        self._starting: Sequence | None = None  # on its way from the queue into a row
+        self.alone: Sequence | None = None  # if given, nobody else starts
+
+    @property
+    def live(self) -> list[Sequence]:
+        """All that wait or run, in order."""
+        return sorted(self._live.values(), key=place_of)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises ValueError if the pool could never hold it or its id is in use."""
+        if sequence.key in self._live:
+            raise ValueError(f"request id {sequence.request_id} is already in use")
+        if sequence.max_model_len > self.max_model_len:
+            pool = self.pages.pool
+            raise ValueError(
+                f"the sequence may grow to {sequence.max_model_len} tokens, past max_model_len {self.max_model_len}; "
+                f"the KV cache holds {pool.capacity} (num_blocks {pool.num_blocks} x block_size "
+                f"{pool.block_size}, block 0 being scrap): raise num_blocks or kv_cache_memory"
+            )
+        check_length(len(sequence.tokens), sequence.max_model_len)
+        sequence.order = next(self._order)
+        insort(self._waiting, sequence, key=place_of)
+        self._live[sequence.key] = sequence
+
+    def abort(self, key: tuple[int, str], reason: str = "abort") -> Sequence | None:
+        """End a live sequence and free its pages -> the sequence; None if there is none of that key."""
+        sequence = self._live.get(key)
+        if sequence is not None:
+            sequence.finish_reason = reason
+            self._finish(sequence)
+        return sequence
+
+    def room_for_guesses(self, most: int, lag: int | None = 0) -> tuple[np.ndarray, np.ndarray, int]:
+        """(rows that may be given guesses, at most how many each, how many in all), with pages taken for them.
+
+        They generate, ask for no penalties, whose counts know confirmed tokens only, are past min_tokens, which the host
+        looks after, and all but `lag` of their tokens are on the host: with 0 they can be given to the next `schedule`; with
+        more nothing is taken, it is a look ahead. None: the device knows the tokens, and the host need not.
+        """
+        r, rows = self.rows, self._running.fixed().rows
+        known, total = r.known[rows], r.total[rows]
+        ready = (r.computed[rows] == total - 1) & (known >= r.min_len[rows]) & (r.computed[rows] >= r.num_prompt[rows])
+        if lag is not None:
+            ready &= known >= total - lag
+        rows = rows[ready & ~r.has_penalties[rows]]
+        limits = np.minimum(r.max_len[rows] - r.total[rows] - 1, most)
+        rows, limits = rows[limits > 0], limits[limits > 0]
+        # Those that wait may join the step, and prompts get half of what it may compute.
+        budget = self.max_entries - min(self.max_num_seqs, len(self._running) + len(self._waiting))
+        budget = min(budget, (self.max_num_batched_tokens - len(self._running)) // 2)
+        if not self.enable_chunked_prefill and self._waiting:
+            budget = 0
+        if budget <= 0 or not len(rows) or lag:
+            return rows, limits, max(budget, 0)
+        if not self.pages.extend(rows, r.total[rows] + limits, spare=len(rows) + self.pages.watermark):
+            limits = np.minimum(limits, r.num_blocks[rows] * r.block_size - r.total[rows])
+            rows, limits = rows[limits > 0], limits[limits > 0]
+        return rows, limits, budget
+
+    def schedule(self, now: float, guesses: Guesses | None = None) -> Plan | None:
+        """The next step, or None if no sequence can take one. `now` is kept for policies that need it.
+
+        `guesses` within what `room_for_guesses` has just said are verified in it. Until it is committed their rows count as
+        if all of them held.
+        """
+        self._vacate_drained()
+        preemptions = self.counters.preemptions
+        columns, room = self._continue(guesses)
+        parts = [columns] if len(columns[0]) else []
+        started: list[Sequence] = []
+        if self._waiting and self.counters.preemptions == preemptions:
+            self._admit(parts, started, room)
+            self._starting = None
+        if room.long >= 0:
+            self._fill_up(parts, room)
+        guessed = None
+        if guesses is not None and len(columns[0]):
+            parts[0], guessed = entries(columns, guesses)
+        return joined(parts, started, guessed) if parts else None
+
+    def commit(self, plan: Plan, output: StepOutput) -> Arrived:
+        """Append what a step sampled; plans come in the order they were scheduled.
+
+        Those that ended by it keep their rows and pages until `finish`. If it raises, nothing was appended.
+        """
+        arrived = append(self.rows, self._running, plan, output)
+        self.counters.count(arrived)
+        return arrived
+
+    def finish(self, arrived: Arrived) -> None:
+        """Free the rows and pages of those that ended."""
+        for sequence in arrived.ended:
+            if sequence.state is not State.FINISHED:
+                self._finish(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Back to the queue with its outputs as prompt; what is in flight still arrives."""
+        self._leave_running(sequence)
+        sequence.state = State.PREEMPTED
+        sequence.num_preemptions += 1
+        self.counters.preemptions += 1
+        insort(self._waiting, sequence, key=place_of)
+        self._draining.add(sequence.row)
+
+    def restart(self) -> list[Sequence]:
+        """Begin anew after an exception, in whatever state it left this -> those it may have to do with, in order.
+
+        Everyone waits, with the tokens that were committed, but for those that have their finish reason: they have ended. Rows and
+        pages are empty, and so is the prefix cache, for what a failed step wrote nobody knows. What is in flight must not be
+        committed any more.
+        """
+        touched = [s for s in self.live if s.row >= 0 or s is self._starting]
+        for sequence in touched:
+            if sequence.row >= 0:
+                self.counters.preemptions += sequence.state is State.RUNNING
+                sequence.num_preemptions += sequence.state is State.RUNNING
+                sequence.state = State.PREEMPTED
+                self.rows.leave(sequence.row)
+            sequence.num_registered = 0
+        for sequence in self._live.values():
+            if sequence.finish_reason:
+                sequence.state = State.FINISHED
+        self._live = {key: sequence for key, sequence in self._live.items() if not sequence.finish_reason}
+        self._waiting = self.live
+        self._running = Running(self.rows)
+        self._draining.clear()
+        self._starting = self.alone = None
+        self.rows.clear()
+        self.pages.pool.clear()
+        return touched
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless pages, rows, states and the prefix cache fit together."""
+        r, running = self.rows, list(self._running)
+        self.pages.check_integrity(running)
+        held = sorted([sequence.row for sequence in running] + list(self._draining))
+        require(held == np.flatnonzero(r.stay).tolist(), "rows are lost or held twice")
+        require(len(held) + r.num_free == self.max_num_seqs, "rows are lost")
+        for queue in (self._waiting, running):
+            require(queue == sorted(queue, key=place_of), "a queue is out of order")
+        require(self._live == {s.key: s for s in [*running, *self._waiting]}, "a sequence is lost")
+        for sequence in self._waiting:
+            require(sequence.state in (State.WAITING, State.PREEMPTED), "a waiting sequence is in another state")
+            require(sequence.row < 0 or sequence.row in self._draining, "a waiting sequence holds a row")
+        for row in self._draining:
+            require(not r.num_blocks[row], "a draining row holds pages")
+        for sequence in running:
+            row = sequence.row
+            require(
+                sequence.state is State.RUNNING and r.sequences[row] is sequence,
+                "a running sequence is in another state",
+            )
+            require(sequence.num_prompt <= r.known[row] <= r.total[row], "tokens are lost")
+            require(r.computed[row] <= r.total[row] <= sequence.max_len, "a sequence runs past its end")
+
+    def _continue(self, guesses: Guesses | None) -> tuple[Columns, PromptRoom]:
+        """What the running sequences get, guesses too, and the prompt tokens left for others."""
+        if guesses is None and (plain := self._continue_all()) is not None:
+            return plain, self._room(len(plain[0]))
+        num_guesses = None if guesses is None else guesses.of_rows(self.max_num_seqs)
+        rows, counts, room = self._wanted(num_guesses)
+        rows, counts = self._grow(rows, counts)
+        return self._advance(rows, counts, num_guesses), room
+
+    def _continue_all(self) -> Columns | None:
+        """The commonest step, a token of every running sequence, all with room for it; else None.
+
+        What `_wanted`, `_grow` and `_advance` would come to, with fewer looks.
+        """
+        r, fixed = self.rows, self._running.fixed()
+        rows = fixed.rows
+        starts, total = r.computed[rows], r.total[rows]
+        ends = starts + 1
+        plain = (ends == total) & (total < fixed.max_len) & (starts >= fixed.num_prompt)
+        if not len(rows) or not (plain & (ends <= r.num_blocks[rows] * r.block_size)).all():
+            return None
+        r.computed[rows] = ends
+        r.total[rows] = ends + 1
+        return rows, fixed.stays, starts, self._running.ones, self._running.trues
+
+    def _wanted(self, num_guesses: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, PromptRoom]:
+        """Rows of the running and how many tokens each may compute, guesses too, and the prompt tokens left for others.
+
+        num_guesses: int32, by row.
+        """
+        r, fixed = self.rows, self._running.fixed()
+        rows = fixed.rows
+        # Whatever is in flight turns out to be, more may be sampled; where guesses in flight may end it, they are waited for.
+        growing = r.total[rows] < fixed.max_len
+        if not growing.all():
+            rows = rows[growing]
+        counts = r.total[rows] - r.computed[rows]
+        prefills = np.flatnonzero(counts > 1)
+        room = self._room(len(rows) - len(prefills) + (0 if num_guesses is None else int(num_guesses.sum())))
+        for i in prefills.tolist():
+            wanted = int(counts[i])
+            counts[i] = tokens = room.offer(wanted)
+            room.take(int(rows[i]), wanted, tokens)
+        if num_guesses is not None:
+            counts += num_guesses[rows]
+        return (rows[counts > 0], counts[counts > 0], room) if counts.min(initial=1) < 1 else (rows, counts, room)
+
+    def _room(self, decodes: int) -> PromptRoom:
+        """Prompt tokens the step may take: what decodes leave, less where a chunk beside them would slow them."""
+        left, page = max(self.max_num_batched_tokens - decodes, 0), self.rows.block_size
+        if self.pace is not None and decodes and self.enable_chunked_prefill:
+            beside = self.pace.prefill_tokens_beside(decodes)
+            # A page at least: prompts always get on.
+            left = left if beside is None else min(left, max(beside, page))
+        return PromptRoom(left, self.enable_chunked_prefill, page)
+
+    def _grow(self, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Give running rows pages for `counts` more tokens, preempting the last running ones until they suffice.
+
+        Returns the rows that are left, all with the pages they need.
+        """
+        r = self.rows
+        ends = r.computed[rows] + counts
+        if (ends <= r.num_blocks[rows] * r.block_size).all():
+            return rows, counts
+        ahead = np.minimum(ends + LOOK_AHEAD, r.max_len[rows])
+        if self.pages.extend(rows, ahead, spare=len(rows) + self.pages.watermark):
+            return rows, counts
+        while not self.pages.extend(rows, r.computed[rows] + counts):
+            victim = self._running.last
+            stays = rows != victim.row
+            rows, counts = rows[stays], counts[stays]
+            self.preempt(victim)
+        return rows, counts
+
+    def _advance(self, rows: np.ndarray, counts: np.ndarray, num_guesses: np.ndarray | None = None) -> Columns:
+        """Count the tokens as computed -> the columns of a plan."""
+        r = self.rows
+        starts = r.computed[rows]
+        ends = starts + counts
+        r.computed[rows] = ends
+        guesses = 0 if num_guesses is None else num_guesses[rows]
+        sampled = ends == r.total[rows] + guesses
+        r.total[rows] += np.where(sampled, guesses + 1, 0)
+        for row in rows[starts < r.num_prompt[rows]].tolist():
+            self.pages.publish(r.sequences[row])
+        return rows, r.stay[rows], starts, counts, sampled
+
+    def _admit(self, parts: list[Columns], started: list[Sequence], room: PromptRoom) -> None:
+        """Start waiting sequences in order while prompt tokens, rows and pages for their whole prompts last.
+
+        Behind a long prompt those start that end within what it leaves. The first that lacks pages ends it, though: pages
+        that others took would come back only when they end, so the one that needs many would starve.
+        """
+        passed = 0
+        for sequence in self._next_in_line():
+            if not self.rows.num_free or not room.tokens or passed == LOOK_PAST:
+                return
+            if sequence.row >= 0:  # its samples from before a preemption are still to come
+                return
+            self._starting, tokens = sequence, 0
+            if not passed or self._may_end(sequence, room):
+                found = self.pages.find(sequence)
+                computed = len(found) * self.rows.block_size
+                wanted = len(sequence.tokens) - computed
+                tokens = room.offer(wanted)
+            if not tokens:
+                if not self.enable_chunked_prefill:
+                    return
+                passed += 1
+                continue
+            pages = self.pages.claim(sequence, found, self.pages.watermark if len(self._running) else 0)
+            if pages is None:
+                return
+            row = self._start(sequence, pages, computed)
+            parts.append(self._advance(np.array([row], np.int32), np.array([tokens], np.int32)))
+            started.append(sequence)
+            room.take(row, wanted, tokens)
+
+    def _next_in_line(self) -> list[Sequence]:
+        """Those of the queue who may start in the next step, as far as it can get."""
+        if self.alone is None:
+            return self._waiting[: self.rows.num_free + LOOK_PAST]
+        return [] if self.alone.state is State.RUNNING else [self.alone]
+
+    def _may_end(self, sequence: Sequence, room: PromptRoom) -> bool:
+        """Whether a waiting prompt is worth a look in the cache for whether it ends within what is left."""
+        unhashed = len(sequence.tokens) // self.rows.block_size - len(sequence.hashes)
+        return room.long < 0 or len(sequence.tokens) <= room.tokens or unhashed <= HASH_PAST
+
+    def _fill_up(self, parts: list[Columns], room: PromptRoom) -> None:
+        """The long prompt of the step gets what nobody behind it took; it does not end by that either."""
+        for rows, _, _, counts, _ in parts:
+            for i in np.flatnonzero(rows == room.long).tolist():
+                counts[i] += room.tokens
+                self.rows.computed[room.long] += room.tokens
+                self.pages.publish(self.rows.sequences[room.long])
+
+    def _start(self, sequence: Sequence, pages: list[int], computed: int) -> int:
+        """Move a sequence of the queue into a row, with `computed` tokens in its pages already -> the row."""
+        row = self.rows.enter(sequence, pages, computed)
+        self._waiting.remove(sequence)
+        if sequence.state is State.WAITING:
+            sequence.cached_tokens = computed
+            if self.pages.pool.enable_caching:
+                self.counters.prefix_queries += sequence.num_prompt
+                self.counters.prefix_hits += computed
+        sequence.state = State.RUNNING
+        self._running.join(sequence)
+        return row
+
+    def _vacate_drained(self) -> None:
+        for row in [row for row in self._draining if self.rows.known[row] == self.rows.total[row]]:
+            self._draining.remove(row)
+            self.rows.leave(row)
+
+    def _finish(self, sequence: Sequence) -> None:
+        """It ends, for its `finish_reason`."""
+        if sequence.state is State.RUNNING:
+            self._leave_running(sequence)
+        else:
+            self._waiting.remove(sequence)
+        if sequence.row >= 0:
+            self._draining.discard(sequence.row)
+            self.rows.leave(sequence.row)
+        del self._live[sequence.key]
+        sequence.state = State.FINISHED
+
+    def _leave_running(self, sequence: Sequence) -> None:
+        self._running.leave(sequence)
+        self.pages.release(sequence)
+
+
+def _check_sizes(
+    pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, enable_chunked_prefill: bool
+) -> None:
+    """Raise ValueError for sizes under which some sequence could never run."""
+    capacity = pool.capacity
+    if max_model_len > capacity:
+        raise ValueError(
+            f"max_model_len {max_model_len} exceeds the KV cache of {pool.num_blocks - 1} pages x {pool.block_size} "
+            f"tokens = {capacity}; set max_model_len to at most {capacity} or raise num_blocks or kv_cache_memory"
+        )
+    if max_num_seqs > max_num_batched_tokens:
+        raise ValueError(
+            f"max_num_seqs {max_num_seqs} exceeds max_num_batched_tokens {max_num_batched_tokens}: a step could not "
+            f"hold one token of each; set max_num_seqs to at most {max_num_batched_tokens}"
+        )
+    if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
+        raise ValueError(
+            f"max_num_batched_tokens {max_num_batched_tokens} is below max_model_len {max_model_len} with "
+            f"enable_chunked_prefill off; set it to at least {max_model_len}, or turn chunked prefill on"
+        )

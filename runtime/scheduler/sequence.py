@@ -1,0 +1,97 @@
+"""One sequence on its way through the engine: what was asked, its tokens while it waits, how it ended.
+
+While it runs its tokens and counts stand in `runtime.scheduler.slots`. Knows no pages, no scheduling order and no text:
+stop strings are found after detokenising, by whoever reads the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from operator import attrgetter
+
+import numpy as np
+
+from pagegraph.runtime.ipc.protocol import SamplingParams
+
+
+class State(Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request of one prompt. `owner` and `request_id` name it to whoever asked; both together are unique."""
+
+    request_id: str
+    tokens: np.ndarray  # int32, known ones; out of date while the sequence is in a row
+    params: SamplingParams
+    eos_ids: frozenset[int]
+    seed: int
+    max_model_len: int
+    priority: int = 0
+    arrival: float = 0.0
+    cache_salt: str = ""
+    owner: int = 0
+    num_prompt: int = field(init=False)
+    max_len: int = field(init=False)  # tokens at which it ends, whatever they are
+    stop_ids: frozenset[int] = field(init=False)  # ids that end it, EOS included unless ignored
+    bias_ids: np.ndarray = field(init=False)  # int32, the keys of logit_bias
+    bias_values: np.ndarray = field(init=False)  # float32, its values
+    allowed_ids: np.ndarray | None = field(init=False)  # int32, None: all
+    order: int = -1  # of addition to the scheduler, breaks ties of priority and arrival
+    hashes: list[bytes] = field(default_factory=list)  # of leading full blocks of known tokens
+    num_registered: int = 0  # leading blocks that were offered to the prefix cache
+    row: int = -1  # also for a while after a preemption: until what was in flight has arrived
+    state: State = State.WAITING
+    finish_reason: str = ""
+    stop_reason: int = -1
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
+    num_preemptions: int = 0
+    accepted: int = 0  # guessed tokens that became its own
+    rejected: int = 0  # guessed tokens that did not
+    launched_at: float = float("nan")  # seconds of the engine's clock: of its first step
+    first_token_at: float = float("nan")
+    last_token_at: float = float("nan")  # seconds of the engine's clock; out of date while in a row
+
+    def __post_init__(self) -> None:
+        params = self.params
+        self.tokens = np.asarray(self.tokens, np.int32)  # never written to: sequences of a group share their prompt
+        self.num_prompt = len(self.tokens)
+        self.max_len = self.max_model_len
+        if params.max_tokens is not None:
+            self.max_len = min(self.num_prompt + params.max_tokens, self.max_model_len)
+        eos = frozenset() if params.ignore_eos else self.eos_ids
+        self.stop_ids = eos.union(params.stop_token_ids)
+        self.bias_ids = np.fromiter(params.logit_bias.keys(), np.int32, len(params.logit_bias))
+        self.bias_values = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
+        allowed = params.allowed_token_ids
+        self.allowed_ids = None if allowed is None else np.array(allowed, np.int32)
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Unique among live sequences."""
+        return self.owner, self.request_id
+
+    @property
+    def place(self) -> tuple[int, float, int]:
+        """Sort key of the queue and of the running set, smaller first."""
+        return self.priority, self.arrival, self.order
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens sampled so far; out of date while the sequence is in a row."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def has_penalties(self) -> bool:
+        params = self.params
+        return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+place_of = attrgetter("place")  # to sort by

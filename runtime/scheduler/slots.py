@@ -1,0 +1,173 @@
+"""Running sequences as columns: entry r of every array belongs to the sequence in device row r.
+
+What a step reads or changes of every running sequence stands here, so that planning, packing and committing
+are array operations whatever the batch. A waiting or finished sequence holds its own tokens and nothing here.
+Knows no scheduling order, no pool and no device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+
+from pagegraph.runtime.scheduler.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """What of some rows does not change while their sequences stay; columns of `Rows`, entry i of rows[i]."""
+
+    rows: np.ndarray
+    stays: np.ndarray
+    max_len: np.ndarray
+    min_len: np.ndarray
+    num_prompt: np.ndarray
+    stop_ids: np.ndarray
+    owners: np.ndarray
+    request_ids: np.ndarray
+
+
+class Rows:
+    """`num_rows` rows for sequences of at most `max_model_len` tokens in pages of `block_size`; int32 unless said.
+
+    Half-open ranges: tokens[r, :computed[r]] have their KV in pages or in a launched step; tokens[r, :known[r]]
+    are on the host; at most total[r] - known[r] samples are scheduled and still to come. Both computed and total count
+    guesses in flight as if they held, and are taken back where they did not.
+    """
+
+    def __init__(self, num_rows: int, max_model_len: int, block_size: int) -> None:
+        def column(dtype: type = np.int32) -> np.ndarray:
+            return np.zeros(num_rows, dtype)
+
+        self.block_size = block_size
+        self.sequences = np.full(num_rows, None, object)
+        self.stay = column(np.int64)  # a number for each time a sequence enters a row, 0: the row is empty
+        self.tokens = np.empty((num_rows, max_model_len), np.int32)  # takes memory only as far as it is written
+        self.known, self.total, self.computed = column(), column(), column()
+        self.num_prompt = column()
+        self.max_len = column()  # tokens at which the sequence ends, whatever they are
+        self.min_len = column()  # tokens up to which no id stops it
+        self.stop_ids = np.full((num_rows, 1), -1, np.int32)  # widened for a sequence with more
+        self.blocks = np.zeros((num_rows, -(-max_model_len // block_size)), np.int32)
+        self.num_blocks = column()
+        self.temperature, self.top_p, self.min_p = column(np.float32), column(np.float32), column(np.float32)
+        self.top_k = column()
+        self.repetition, self.presence, self.frequency = column(np.float32), column(np.float32), column(np.float32)
+        self.seed = column(np.int64)
+        self.has_filters, self.has_penalties = column(bool), column(bool)
+        self.has_extras = column(bool)  # what only a look at the parameters tells: bias, allowed ids, logprobs
+        self.owner = column()
+        self.request_ids = np.full(num_rows, "", object)
+        self.arrival = column(np.float64)  # seconds of the engine's clock
+        self.last_token_at = column(np.float64)  # seconds, NaN before the first token
+        self._stays = count(1)
+        self.clear()
+
+    def clear(self) -> None:
+        """All rows are empty, whatever they were."""
+        self.sequences[:] = None
+        self.stay[:] = self.known[:] = self.total[:] = self.computed[:] = self.num_blocks[:] = 0
+        self.blocks[:] = 0
+        self._free = list(range(len(self.stay) - 1, -1, -1))
+        self._new_pages: list[np.ndarray] = []
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def enter(self, sequence: Sequence, blocks: list[int], computed: int) -> int:
+        """Give the sequence a row, its pages, and the tokens whose KV these hold already -> the row.
+
+        If that raises, it still has no row.
+        """
+        row = self._free.pop()
+        params, num_known = sequence.params, len(sequence.tokens)
+        self.tokens[row, :num_known] = sequence.tokens
+        self.known[row] = self.total[row] = num_known
+        self.computed[row] = computed
+        self.num_prompt[row] = sequence.num_prompt
+        self.max_len[row] = sequence.max_len
+        self.min_len[row] = sequence.num_prompt + params.min_tokens
+        self._set_stop_ids(row, sequence.stop_ids)
+        self._put_blocks(row, np.arange(len(blocks)), np.array(blocks, np.int32))
+        self.num_blocks[row] = len(blocks)
+        self.temperature[row], self.top_p[row], self.min_p[row] = params.temperature, params.top_p, params.min_p
+        self.top_k[row] = params.top_k
+        self.repetition[row] = params.repetition_penalty
+        self.presence[row], self.frequency[row] = params.presence_penalty, params.frequency_penalty
+        self.seed[row] = sequence.seed
+        self.has_filters[row] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        self.has_penalties[row] = sequence.has_penalties
+        self.has_extras[row] = (
+            len(params.logit_bias) > 0 or params.allowed_token_ids is not None or params.logprobs is not None
+        )
+        self.owner[row], self.request_ids[row] = sequence.owner, sequence.request_id
+        self.arrival[row], self.last_token_at[row] = sequence.arrival, sequence.last_token_at
+        self.stay[row] = next(self._stays)
+        self.sequences[row], sequence.row = sequence, row
+        return row
+
+    def fixed(self, rows: np.ndarray) -> Fixed:
+        """Of these rows, in this order."""
+        return Fixed(
+            rows,
+            self.stay[rows],
+            self.max_len[rows],
+            self.min_len[rows],
+            self.num_prompt[rows],
+            self.stop_ids[rows],
+            self.owner[rows],
+            self.request_ids[rows],
+        )
+
+    def leave(self, row: int) -> None:
+        """The sequence takes its tokens along; its pages were taken before."""
+        sequence = self.sequences[row]
+        sequence.tokens = self.tokens[row, : self.known[row]].copy()
+        sequence.last_token_at = float(self.last_token_at[row])
+        sequence.row = -1
+        self.sequences[row] = None
+        self.stay[row] = 0
+        self._free.append(row)
+
+    def add_blocks(self, rows: np.ndarray, counts: np.ndarray, blocks: list[int]) -> None:
+        """Append counts[i] of `blocks`, in order, to the table of row rows[i]; no row twice."""
+        within = np.arange(len(blocks)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self._put_blocks(
+            np.repeat(rows, counts), np.repeat(self.num_blocks[rows], counts) + within, np.array(blocks, np.int32)
+        )
+        self.num_blocks[rows] += counts
+
+    def take_new_pages(self) -> np.ndarray:
+        """What the tables have gained since the last call, int32 [P, 3]: (row, index, page)."""
+        new, self._new_pages = self._new_pages, []
+        return np.concatenate(new) if new else _NO_PAGES
+
+    def blocks_of(self, row: int) -> list[int]:
+        """The row's pages in order."""
+        return self.blocks[row, : self.num_blocks[row]].tolist()
+
+    def take_blocks(self, row: int) -> list[int]:
+        """The row's pages, which it no longer holds."""
+        blocks = self.blocks_of(row)
+        self.blocks[row, : len(blocks)] = 0
+        self.num_blocks[row] = self.computed[row] = 0
+        return blocks
+
+    def _put_blocks(self, rows: np.ndarray | int, at: np.ndarray, blocks: np.ndarray) -> None:
+        self.blocks[rows, at] = blocks
+        new = np.empty((len(blocks), 3), np.int32)
+        new[:, 0], new[:, 1], new[:, 2] = rows, at, blocks
+        self._new_pages.append(new)
+
+    def _set_stop_ids(self, row: int, ids: frozenset[int]) -> None:
+        if len(ids) > self.stop_ids.shape[1]:
+            more = np.full((len(self.stop_ids), len(ids) - self.stop_ids.shape[1]), -1, np.int32)
+            self.stop_ids = np.concatenate([self.stop_ids, more], axis=1)
+        self.stop_ids[row] = -1
+        self.stop_ids[row, : len(ids)] = list(ids)
+
+
+_NO_PAGES = np.empty((0, 3), np.int32)

@@ -1,0 +1,115 @@
+"""The engine as a process: `python -m runtime.server.engine_process SETTINGS.json`, started by the supervisor.
+
+Loads the model, answers on its socket at once with the uncompiled step, and swaps the compiled one in
+when it is ready. Writes engine.json beside the settings once loaded; ends with a non-zero status on any
+error that is not one request's own, but for a failed compilation, which it serves without; and leaves the reason
+beside the settings where it is the user's to mend.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from prometheus_client import start_http_server
+
+from pagegraph.compiler import build as builder
+from pagegraph.runtime.config import Config, config_from_dict
+from pagegraph.runtime.engine.assemble import engine_of
+from pagegraph.runtime.engine.engine import Engine
+from pagegraph.runtime.ipc.mailbox import Mailbox
+from pagegraph.runtime.sampling_params import describe_defaults
+from pagegraph.runtime.server import compile_process
+from pagegraph.runtime.server.start_errors import REASON_FILE, load_tokenizer, sentence
+
+log = logging.getLogger("pagegraph.engine")
+
+REQUIRED_COMPILATION_FAILED = 3  # exit status
+
+
+def main(path: str) -> None:
+    """Serve until SIGTERM; `path` is a JSON file with `config`, `engine_address`, `metrics_port` and `drain_flag`."""
+    faulthandler.enable()
+    faulthandler.register(
+        signal.SIGUSR1
+    )  # writes where all threads stand; the supervisor asks it of an engine that hangs
+    settings = json.loads(Path(path).read_text())
+    config = config_from_dict(settings["config"])
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
+    try:
+        load_tokenizer(config)  # what the web workers will do: a fault of it is found before the model loads
+        built = builder.build(config, progress=sys.stderr.isatty())
+        beside = config.compile and built.device.type == "cpu"
+        if beside:
+            built.compile_state = "compiling"  # before any client asks
+        elif config.compile:
+            _compile(config, built)
+        builder.capture_graphs(built, progress=sys.stderr.isatty(), all_graphs=False)
+        drain_flag = Path(settings["drain_flag"])
+        engine, metrics = engine_of(config, built, Mailbox(settings["engine_address"]), drain_flag.exists)
+    except Exception as error:
+        if (reason := sentence(error)) is None:
+            raise
+        log.debug("the start failed", exc_info=True)
+        Path(path).with_name(REASON_FILE).write_text(reason)
+        sys.exit(1)
+    _stop_on_signal(engine)
+    start_http_server(settings["metrics_port"], "127.0.0.1", registry=metrics)
+    _announce(Path(path).with_name("engine.json"), built)
+    log.info("loaded: %s", built.timings)
+    log.info("%s", describe_defaults(engine.info().sampling_defaults))
+    if beside:
+        fill_cache = partial(compile_process.fill_cache, config, built, Path(path))
+        threading.Thread(target=_compile, args=(config, built, fill_cache), name="compile", daemon=True).start()
+    gc.collect()
+    gc.freeze()  # what is built stays; with it, looking for garbage would hold up a step for half a second now and then
+    engine.run()
+    built.close()
+
+
+def _compile(config: Config, built: builder.BuiltModel, first: Callable[[], None] = lambda: None) -> None:
+    """Do `first`, then swap the compiled step in; where that fails, the engine serves uncompiled, or ends if so configured."""
+    try:
+        with built.timings.stage("compile"):
+            built.compile(sys.stderr.isatty() and built.device.type == "cuda", first)
+    except BaseException:
+        if config.compile == "required":
+            log.critical("compilation failed, and compile=required: the engine ends", exc_info=True)
+            os._exit(REQUIRED_COMPILATION_FAILED)
+        log.critical(
+            "compilation failed: the engine serves on, uncompiled and slower; compile=false starts so without trying, "
+            "compile=required ends the server instead",
+            exc_info=True,
+        )
+    else:
+        gc.freeze()
+        log.info("compiled after %.1f s: steps run the compiled graph from here on", built.timings.seconds["compile"])
+
+
+def _announce(path: Path, built: builder.BuiltModel) -> None:
+    facts = {"model_dir": str(built.folder), "pid": os.getpid(), "seconds": built.timings.seconds}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(facts))
+    partial.rename(path)
+
+
+def _stop_on_signal(engine: Engine) -> None:
+    def stop(*_: object) -> None:
+        engine.stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the supervisor, who decides
+    threading.current_thread().name = "engine"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,45 @@
+"""Whether the server lives and takes requests: one answer for the probe port and for the API's.
+
+Knows what the engine says of itself and for how long it may say nothing. Knows no processes and no HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pagegraph.runtime.ipc.client import EngineClient, EngineDead
+
+
+@dataclass(frozen=True)
+class Health:
+    """A word for people, and the two answers that probes ask for: to be restarted if not live, spared requests if not ready."""
+
+    status: str
+    live: bool
+    ready: bool
+
+
+UNREADY_S = 30.0
+
+READY = Health("ready", live=True, ready=True)
+LOADING = Health("loading", live=True, ready=False)
+DRAINING = Health("draining", live=True, ready=False)
+NO_ENGINE = Health("no engine", live=False, ready=False)  # it ended, or has been silent for too long
+SLOW = Health("no progress", live=True, ready=False)  # for long enough that new requests better go elsewhere
+STALLED = Health("stalled", live=False, ready=False)  # it answers, has work, and finishes no step
+
+
+def engine_health(engine: EngineClient, limit_s: float, wait_s: float = 0.0) -> Health:
+    """What the engine's newest facts mean: it is live for `limit_s` without progress, and ready for UNREADY_S.
+
+    `engine` counts silence up to the limit itself; `wait_s`: for the first facts of a new connection.
+    """
+    try:
+        info = engine.info(wait_s)
+    except EngineDead:
+        return NO_ENGINE
+    if info.stalled_s > limit_s:
+        return STALLED
+    if max(info.stalled_s, engine.silent_s) > UNREADY_S:
+        return SLOW
+    return DRAINING if info.draining else READY

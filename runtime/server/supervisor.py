@@ -1,0 +1,424 @@
+"""The parent of a server: starts the engine and gunicorn, watches them, answers probes, drains at the end.
+
+Imports no torch and nothing of web: both children are started by name. Its own port answers
+`/health/live`, `/health/ready` and `/metrics` even when every web thread holds a stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from pagegraph.runtime.config import API_KEY_VARIABLE, Config
+from pagegraph.runtime.ipc.client import EngineClient, EngineDead
+from pagegraph.runtime.ipc.protocol import EngineInfo
+from pagegraph.runtime.server.child import Child, module_command, stop
+from pagegraph.runtime.server.health import DRAINING, LOADING, NO_ENGINE, Health, engine_health
+from pagegraph.runtime.server.run_dir import RunDir
+from pagegraph.runtime.server.start_errors import REASON_FILE
+
+log = logging.getLogger("pagegraph.supervisor")
+
+ENGINE_COMMAND = module_command("pagegraph.runtime.server.engine_process")
+WEB_COMMAND = module_command("gunicorn")
+
+HEARTBEAT_S = 0.25
+UNHEALTHY_S = 2.0  # an engine that ends is not heard either: for so long it is not taken for a hung one
+DUMP_S = 1.0  # for a hung engine to write where its threads stand
+IDLE_S = 1.5  # without work before a drain is over: web workers learn of it from a heartbeat of one second
+IDLE_CONNECTIONS = 4000  # that a web worker holds open beside those with a request; then the longest idle is closed
+COMPILE_STATES = {
+    "off": "not compiled", "compiling": "compiling, serving uncompiled until then", "compiled": "compiled",
+    "failed": "serving uncompiled, because the compilation failed: see the log",
+}  # fmt: skip
+ABORTED = 130  # exit status after a second signal, as a shell reports an interrupt
+
+# Everything fetched here is on this machine: a proxy from the environment must not see it.
+_fetch = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+
+class Unserved(Exception):
+    """The server could not start or did not stay up; the message is for the user."""
+
+
+class Supervisor:
+    """One server from start to exit. `run` returns the exit status."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine_command: Sequence[str] = ENGINE_COMMAND,
+        web_command: Sequence[str] = WEB_COMMAND,
+    ) -> None:
+        self.config = config
+        self._engine_command = engine_command
+        self._web_command = web_command
+        try:
+            self._run_dir = RunDir()
+        except OSError as error:
+            raise Unserved(str(error)) from error
+        self._engine_address = f"ipc://{self._run_dir.socket}"
+        self._client = EngineClient(self._engine_address, heartbeat_s=HEARTBEAT_S, silence_s=config.watchdog_timeout_s)
+        self._metrics_url = f"http://127.0.0.1:{free_port()}/metrics"
+        self._signals = 0
+        self._ready = False
+        self._engine: Child | None = None
+        self._web: Child | None = None
+
+    def run(self) -> int:
+        """Serve until a signal or the death of a child. Main thread only: it owns the signal handlers.
+
+        Returns 0 after a drain, ABORTED when a second signal cut it short. Raises Unserved when the address
+        is taken or a child ends by itself.
+        """
+        previous = {number: signal.signal(number, self._on_signal) for number in _stopping_signals()}
+        probes: Probes | None = None
+        listener: socket.socket | None = None
+        try:
+            listener = bind(self.config.host, self.config.port, "port")
+            probes = Probes(self.config.probe_host, self.config.probe_port or 0, self.health, self._metrics_url)
+            self._engine = Child("engine", [*self._engine_command, str(self._write_engine_settings())])
+            if info := self._wait_for_engine():
+                settings = self._write_web_settings(probes.address)
+                # In a folder of ours, because gunicorn makes its folder the first place where modules are looked for.
+                self._web = Child(
+                    "web",
+                    self._web_arguments(settings, listener.fileno()),
+                    (listener.fileno(),),
+                    self._run_dir.path,
+                    self._secrets(),
+                )
+                if self._wait_for_web(listener):
+                    self._ready = True
+                    print(
+                        banner(self.config, info, listener.getsockname(), probes.address), file=sys.stderr, flush=True
+                    )
+                    self._watch()
+            return self._drain()
+        finally:
+            self._close(probes, listener)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def health(self) -> Health:
+        """What both ports tell probes."""
+        for child in (self._engine, self._web):
+            if child is not None and child.exit_code is not None:
+                return NO_ENGINE
+        if not self._ready:
+            return LOADING
+        found = engine_health(self._client, self.config.watchdog_timeout_s)
+        return DRAINING if self._signals and found.live else found
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            for child in (self._engine, self._web):
+                if child is not None:
+                    child.abort()
+
+    def _info(self) -> EngineInfo | None:
+        try:
+            return self._client.info(timeout=0.0)
+        except EngineDead:
+            return None
+
+    @property
+    def _drain_flag(self) -> Path:
+        return self._run_dir.path / "draining"
+
+    def _write_engine_settings(self) -> Path:
+        """The engine's settings, without the API key, for which it has no use."""
+        settings = {
+            "config": dataclasses.asdict(dataclasses.replace(self.config, api_key=None)),
+            "engine_address": self._engine_address,
+            "metrics_port": urllib.parse.urlsplit(self._metrics_url).port,
+            "drain_flag": str(self._drain_flag),  # once it exists, the engine says `draining` in its EngineInfo
+        }
+        return self._run_dir.write("engine-settings.json", json.dumps(settings, indent=1))
+
+    def _write_web_settings(self, probe_address: str) -> Path:
+        """The web workers' settings, once the engine said which folder holds the tokenizer; see web/settings.py."""
+        engine = json.loads((self._run_dir.path / "engine.json").read_text())
+        settings = {
+            "engine_address": self._engine_address,
+            # Absolute: the web processes run elsewhere.
+            "model": os.path.abspath(self.config.tokenizer or engine["model_dir"]),
+            "served_model_name": self.config.model_name,
+            "probe_address": probe_address,
+            "threads": self._web_threads,
+            "enough_threads": self.config.enough_threads,
+            "silence_s": self.config.watchdog_timeout_s,
+        }
+        return self._run_dir.write("web-settings.json", json.dumps(settings, indent=1))
+
+    def _secrets(self) -> dict[str, str | None]:
+        """What the web processes find in their environment and nowhere else: no file holds it, no list of processes shows it."""
+        return {API_KEY_VARIABLE: self.config.api_key}
+
+    def _web_arguments(self, settings: Path, descriptor: int) -> list[str]:
+        return [
+            *self._web_command,
+            f"pagegraph.web.app:create_app({json.dumps(str(settings))})",
+            "--config", "python:web.gunicorn_conf",
+            "--bind", f"fd://{descriptor}",
+            "--workers", str(self.config.workers),
+            "--threads", str(self._web_threads),
+            "--worker-connections", str(self._web_threads + IDLE_CONNECTIONS),
+            "--log-level", self.config.log_level,
+        ]  # fmt: skip
+
+    @property
+    def _web_threads(self) -> int:
+        return self.config.threads or self.config.enough_threads
+
+    def _wait_for_engine(self) -> EngineInfo | None:
+        """The engine's facts once it is loaded and answers; None if a signal came first."""
+        while not self._signals:
+            self._check_children()
+            if (self._run_dir.path / "engine.json").exists() and (info := self._info()):
+                return info
+            time.sleep(0.05)
+        return None
+
+    def _wait_for_web(self, listener: socket.socket) -> bool:
+        """Until a web worker answers over HTTP, whatever the status; False if a signal came first."""
+        url = f"http://{_connectable(listener.getsockname())}/health/live"
+        while not self._signals:
+            self._check_children()
+            try:
+                with _fetch(url, timeout=1.0):
+                    return True
+            except urllib.error.HTTPError:
+                return True
+            except (OSError, urllib.error.URLError):
+                time.sleep(0.05)
+        return False
+
+    def _watch(self) -> None:
+        lived = time.monotonic()
+        while not self._signals:
+            self._check_children()
+            if self.health().live:
+                lived = time.monotonic()
+            elif time.monotonic() - lived > UNHEALTHY_S:
+                self._end_hung_engine()
+            time.sleep(0.1)
+
+    def _end_hung_engine(self) -> None:
+        """Have the engine write the stacks of its threads, then raise Unserved, which ends it."""
+        limit = self.config.watchdog_timeout_s
+        assert self._engine is not None
+        log.critical("the engine hangs; where its threads stand:")
+        self._engine.send(signal.SIGUSR1)  # faulthandler answers, whatever the threads do
+        time.sleep(DUMP_S)
+        raise Unserved(
+            f"the engine hung: for {limit:g} s it has had work and finished no step, and it is ended; if a step of this model"
+            f" may take longer, raise watchdog_timeout_s={limit:g} or lower max_num_batched_tokens"
+        )
+
+    def _check_children(self) -> None:
+        """Raise Unserved if a child has ended: with the reason that it left, else a pointer to what it wrote."""
+        for child in (self._engine, self._web):
+            if child is not None and child.exit_code is not None and self._signals < 2:
+                child.finish_output()
+                reason = self._run_dir.path / REASON_FILE
+                if child is self._engine and reason.is_file():
+                    raise Unserved(reason.read_text())
+                raise Unserved(
+                    f"the {child.name} process ended with {_status(child.exit_code)}; what it wrote stands above"
+                )
+
+    def _drain(self) -> int:
+        """Refuse new requests, let running ones end, then stop the engine and the web processes, both at once.
+
+        Streams that are cut see the engine's end through their own connections and end with an error.
+        """
+        self._drain_flag.touch()
+        log.info("draining: new requests get 503, running ones have %g s", self.config.drain_timeout_s)
+        if self._ready:
+            self._wait_until_idle(time.monotonic() + self.config.drain_timeout_s)
+        stop(self._engine, self._web)
+        return ABORTED if self._signals > 1 else 0
+
+    def _wait_until_idle(self, deadline: float) -> None:
+        idle_since = time.monotonic()
+        while self._signals < 2:
+            self._check_children()
+            info, now = self._info(), time.monotonic()
+            unfinished = info.num_running + info.num_waiting if info else 0
+            if unfinished:
+                idle_since = now
+            if now - idle_since > IDLE_S:
+                return
+            if now > deadline:
+                log.warning("drain_timeout_s is over: requests cut: %d", unfinished)
+                return
+            time.sleep(0.1)
+
+    def _close(self, probes: Probes | None, listener: socket.socket | None) -> None:
+        self._ready = False
+        self._drain_flag.touch()
+        if self._engine is not None:
+            self._engine.kill()
+        if self._web is not None:
+            # Streams see the engine's end through their own connection and close with an error first.
+            stop(self._web)
+        self._client.close()
+        if probes is not None:
+            probes.close()
+        if listener is not None:
+            listener.close()
+        self._run_dir.close()
+
+
+class Probes:
+    """The probe listener, in its own threads. `address` is where this machine reaches it, as host:port."""
+
+    def __init__(self, host: str, port: int, health: Callable[[], Health], metrics_url: str) -> None:
+        """Listen at once; port 0 takes a free one. Raises Unserved when the address is taken or not ours."""
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = 10.0  # seconds for a client to send its request and take the answer
+
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                if path == "/health/live":
+                    self._health(health(), "live")
+                elif path in ("/health", "/health/ready"):
+                    self._health(health(), "ready")
+                elif path == "/metrics":
+                    self._metrics()
+                else:
+                    self._answer(404, b"not found\n")
+
+            def _health(self, found: Health, asked: str) -> None:
+                body = json.dumps({"status": found.status}).encode()
+                self._answer(200 if getattr(found, asked) else 503, body, "application/json")
+
+            def _metrics(self) -> None:
+                try:
+                    with _fetch(metrics_url, timeout=5.0) as reply:
+                        self._answer(200, reply.read(), reply.headers.get("Content-Type", "text/plain"))
+                except (OSError, urllib.error.URLError):
+                    self._answer(503, b"the engine has no metrics yet\n")
+
+            def _answer(self, status: int, body: bytes, content_type: str = "text/plain; charset=utf-8") -> None:
+                # A client that left before its answer is no error of ours.
+                with contextlib.suppress(ConnectionError, TimeoutError):
+                    self.send_response(status)
+                    self.send_header("Content-Type", content_type)
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                log.debug("probe: " + format, *args)
+
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+            def server_bind(self) -> None:
+                socketserver.TCPServer.server_bind(self)  # HTTPServer's asks name servers for the host's name
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                log.debug("a probe's connection failed", exc_info=True)
+
+        try:
+            self._server = Server((host, port), Handler)
+        except OSError as error:
+            what = f"probe_port={port} on probe_host={host}: {error.strerror}"
+            raise Unserved(f"{what}; choose another with --probe-port or --probe-host") from error
+        self._server.daemon_threads = True
+        self.address = _connectable(self._server.server_address)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="probes", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def bind(host: str, port: int, key: str) -> socket.socket:
+    """A bound socket that does not listen yet: the port is ours while the model loads, and connections are refused.
+
+    Raises Unserved naming `key` when the address is taken or unknown.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        bound = socket.socket(family, kind)
+    except OSError as error:
+        raise Unserved(f"host={host}: {error.strerror}") from error
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise Unserved(
+            f"{key}={port} on {host}: {error.strerror}; choose another with --{key}, or --{key} 0 for any free one"
+        ) from error
+    return bound
+
+
+def _stopping_signals() -> list[signal.Signals]:
+    """Signals that end the server. A hang-up too, as when a terminal closes, unless it is ignored as under nohup."""
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def banner(config: Config, info: EngineInfo, address: tuple[Any, ...], probe_address: str) -> str:
+    """What a user needs once the server answers: where, what, how much, and a line to paste."""
+    url = f"http://{_connectable(address)}"
+    key = ' -H "Authorization: Bearer $API_KEY"' if config.api_key else ""
+    body = json.dumps(
+        {"model": config.model_name, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 32}
+    )
+    tokens = (info.num_blocks - 1) * info.block_size
+    return "\n".join([
+        "",
+        f"  {url}  serves {config.model_name}",
+        f"  device {info.device}, {info.dtype}, {COMPILE_STATES[info.compile_state]}",
+        f"  KV cache {info.num_blocks:,} pages of {info.block_size} = {tokens:,} tokens; max_model_len {info.max_model_len:,}",
+        f"  probes and metrics http://{probe_address}/health/ready /health/live /metrics",
+        "",
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
+        "",
+    ])  # fmt: skip
+
+
+def _connectable(address: tuple[Any, ...]) -> str:
+    """host:port that a client on this machine can use for a listener's address."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
+    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+
+
+def _status(exit_code: int) -> str:
+    return f"status {exit_code}" if exit_code >= 0 else f"signal {signal.Signals(-exit_code).name}"

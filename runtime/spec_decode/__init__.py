@@ -1,0 +1,1 @@
+"""Who proposes draft tokens, and how many pay."""

@@ -1,0 +1,139 @@
+"""A smaller model that guesses: the same steps over the same pages, with keys and values of its own.
+
+It draws with the request's temperature and filters and with the noise that the target will draw with at that position:
+both take the largest of their logits plus the same noise, so they agree nearly as often as two draws can (Gumbel-max
+coupling), and what the target draws is not changed at all. Keys and values of guesses that did not hold, and of tokens
+that it has not seen yet, are computed before the next guess. All guesses are one launch, a chain of steps, or two where a
+row lacks more than its last token. Knows no acceptance and no scheduling.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagegraph.compiler.step.inputs import Filters, SamplingInput, StepInput
+from pagegraph.compiler.step.step import CompiledStep
+from pagegraph.runtime.scheduler.slots import Rows
+
+
+class DraftModel:
+    """`step` shares its block tables with the target's; it takes `max_tokens` tokens, `max_entries` of them sampled.
+
+    `together`: rows that want fewer guesses go on with the others as far as their pages reach, because a launch costs more
+    than a row.
+    """
+
+    def __init__(
+        self, step: CompiledStep, rows: Rows, max_tokens: int, max_entries: int, together: bool = False
+    ) -> None:
+        self.step = step
+        self.rows = rows
+        self.max_tokens = max_tokens
+        self.max_entries = max_entries
+        self.together = together
+        num_rows = len(rows.stay)
+        self._stay = np.zeros(num_rows, np.int64)
+        self._computed = np.zeros(num_rows, np.int32)  # leading tokens of the row whose keys and values are right
+        self._guesses: dict[int, np.ndarray] = {}  # by row: guessed behind these, and computed too
+        self._last = np.zeros(0, np.int64)  # of the entries of the last catching up, the sampled ones
+
+    def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """counts[i] >= 1 tokens for row at[i], int32 [R] -> int32 [R, K]; every token of the rows is known.
+
+        The rows have pages for their guesses; there are at most `max_entries` of them.
+        """
+        self._settle(at)
+        known, ends = self.rows.known[at], self._ends(at, counts)
+        first = self._catch_up(at)
+        done = int(ends.min()) if first.num_seqs == len(at) == first.num_tokens else 1
+        tickets = [(slice(0, done), np.arange(len(at)), self.step.launch(first, done))]
+        for end in np.unique(ends[ends > done]).tolist():
+            which = np.flatnonzero(ends >= end)
+            ticket = self.step.launch(self._next(at[which], known[which] + np.int32(done - 1)), end - done)
+            tickets.append((slice(done, end), which, ticket))
+            done = end
+        self._computed[at] = known
+        tokens = np.zeros((len(at), done), np.int32)
+        for places, which, ticket in tickets:
+            sampled = ticket.wait().token_ids
+            tokens[which, places] = (sampled if places.start else sampled[self._last]).reshape(len(which), -1)
+        for row, guessed, end in zip(at.tolist(), tokens, ends.tolist()):
+            self._guesses[row] = guessed[: end - 1]
+        return tokens
+
+    def _ends(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """How many tokens each row makes: its own count, or with the others as many as any, where its pages will do."""
+        if not self.together:
+            return counts
+        rows = self.rows
+        room = np.minimum(rows.num_blocks[at] * rows.block_size, rows.max_len[at]) - rows.known[at]
+        return np.maximum(counts, np.minimum(counts.max(), room + 1))  # the last is not computed
+
+    def _next(self, at: np.ndarray, starts: np.ndarray) -> StepInput:
+        """A token more for each row, behind the one that it has just sampled."""
+        rows, seqs = self.rows, len(at)
+        return StepInput(
+            np.full(seqs, -1, np.int32), at, np.arange(seqs + 1, dtype=np.int32), starts, np.ones(seqs, bool), _NO_PAGES,
+            SamplingInput(rows.temperature[at], rows.seed[at], self._filters(at)),
+        )  # fmt: skip
+
+    def _settle(self, at: np.ndarray) -> None:
+        """Keep what was computed for guesses that held."""
+        rows = self.rows
+        new = at[self._stay[at] != rows.stay[at]]
+        self._stay[at], self._computed[new] = rows.stay[at], 0
+        for row in new.tolist():
+            self._guesses.pop(row, None)
+        for row in at.tolist():
+            if (guessed := self._guesses.pop(row, None)) is not None:
+                computed = int(self._computed[row])
+                came = rows.tokens[row, computed : min(int(rows.known[row]), computed + len(guessed))]
+                differs = np.flatnonzero(came != guessed[: len(came)])
+                self._computed[row] = computed + (differs[0] if len(differs) else len(came))
+        # The last token is computed again where need be: its logits are wanted.
+        self._computed[at] = np.minimum(self._computed[at], rows.known[at] - 1)
+
+    def _catch_up(self, at: np.ndarray) -> StepInput:
+        """The step that samples behind the last known token of each row, after those that it takes to get there."""
+        rows = self.rows
+        while (missing := rows.known[at] - self._computed[at]).sum() > self.max_tokens:
+            # All but the last token of some rows, as many as a step takes.
+            wanted = np.minimum(missing - 1, np.maximum(self.max_tokens - np.cumsum(missing - 1) + missing - 1, 0))
+            part = wanted > 0
+            self.step.launch(self._chunk(at[part], wanted[part], sampled=False))
+            self._computed[at[part]] += wanted[part]
+        return self._chunk(at, missing, sampled=True)
+
+    def _chunk(self, at: np.ndarray, counts: np.ndarray, sampled: bool) -> StepInput:
+        """The next counts[i] tokens of the rows; a few as entries of one token, which steps of guesses are made of too."""
+        rows = self.rows
+        total = int(counts.sum())
+        if total <= self.max_entries:
+            index = np.repeat(np.arange(len(at)), counts)
+            last = np.cumsum(counts) - 1
+            starts = self._computed[at][index] + np.arange(total) - (last - counts + 1)[index]
+            query_start, draws = np.arange(total + 1), np.zeros(total, bool)
+        else:
+            index, last, starts = np.arange(len(at)), np.arange(len(at)), self._computed[at]
+            query_start, draws = np.concatenate([[0], np.cumsum(counts)]), np.zeros(len(at), bool)
+        draws[last] = sampled
+        self._last = last
+        entry_rows = at[index]
+        token_rows = np.repeat(at, counts)
+        positions = (
+            np.repeat(self._computed[at], counts) + np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+        )
+        return StepInput(
+            rows.tokens[token_rows, positions], entry_rows, query_start.astype(np.int32), starts.astype(np.int32), draws,
+            rows.take_new_pages(),
+            SamplingInput(rows.temperature[entry_rows], rows.seed[entry_rows], self._filters(entry_rows) if sampled else None),
+        )  # fmt: skip
+
+    def _filters(self, at: np.ndarray) -> Filters | None:
+        rows = self.rows
+        if not rows.has_filters[at].any():
+            return None
+        return Filters(rows.top_k[at], rows.top_p[at], rows.min_p[at])
+
+
+_NO_PAGES = np.empty((0, 3), np.int32)

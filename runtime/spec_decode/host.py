@@ -1,0 +1,268 @@
+"""When to guess, and how much, where the host guesses: between the engine's loop, the scheduler and those who guess.
+
+Such guesses need every token of their rows on the host, so the step before is committed before they are made; all other steps
+are planned ahead as ever. Where the number of guesses is left to the engine, what is looked up is compared with what comes
+while nothing is guessed: knowing whether guesses would hold takes no step. Knows no device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pagegraph.compiler.step.inputs import LookedUp
+from pagegraph.runtime.scheduler.commit import Arrived
+from pagegraph.runtime.scheduler.draft_tokens import Guesses
+from pagegraph.runtime.scheduler.plan import Plan
+from pagegraph.runtime.scheduler.scheduler import Scheduler
+from pagegraph.runtime.spec_decode.num_draft_tokens import Acceptance, StepCosts, choose
+from pagegraph.runtime.spec_decode.proposer import Proposal, Retrieval, empty_proposal
+
+SHADOW = 3  # guesses a row that are compared with what comes without being verified
+LOOKING = 0.01  # share of time that looking for guesses may take while nothing is guessed
+PROBING = 0.005  # share of time for guesses of a model that are not expected to pay: they may by now
+MADE = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15)  # guesses a row that the model may be asked for
+START, STAY = 0.05, 0.0  # gain in tokens a millisecond from which guessing starts, and down to which it goes on
+RATE = 0.1  # weight of a step in the averages here
+
+
+@dataclass(slots=True)
+class Shadow:
+    """Guesses that are not verified: for position `at` of the sequence of that stay."""
+
+    stay: int
+    at: int
+    matched: int
+    tokens: np.ndarray
+
+
+class Guesser(Protocol):
+    """What the engine asks before each step, and tells after it: `Speculation`, and `runtime.spec_decode.device_ngram.DeviceLookup`."""
+
+    def wants_results(self, running: Plan) -> bool:
+        """Whether the results of the step in flight are wanted before the next is planned."""
+        ...
+
+    def guesses(self, ahead: bool) -> Guesses | None:
+        """For the next step; `ahead`: one is in flight."""
+        ...
+
+    def learn(self, plan: Plan, arrived: Arrived, lookup: LookedUp | None, step_ms: float, overhead_ms: float) -> None:
+        """Take what became of a step, what it took, and what passed between the results before it and its launch."""
+        ...
+
+
+class Model(Protocol):
+    """Guesses by computing: `runtime.spec_decode.draft_model.DraftModel`."""
+
+    def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """counts[i] tokens for row at[i]: int32 [R, K]."""
+        ...
+
+
+@dataclass(slots=True)
+class Offer:
+    """What could be guessed: the first limits[i] of proposal i, or as many by the model where it is not `retrieved`."""
+
+    rows: np.ndarray
+    limits: np.ndarray
+    proposal: Proposal
+    retrieved: np.ndarray  # bool [R]
+    chances: np.ndarray  # float64 [R, K]
+
+
+class Speculation:
+    """Guesses `most` tokens a row for every step; with `costs`, as many of them as pay.
+
+    Where both look-up and model could guess, the one does that has been right more often on such a match.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        retrieval: Retrieval | None,
+        most: int,
+        costs: StepCosts | None = None,
+        model: Model | None = None,
+        model_ms: float = 1.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`model_ms`: what a step of the model takes, a first idea."""
+        self.scheduler = scheduler
+        self.retrieval = retrieval
+        self.most = most
+        self.costs = costs
+        self.model = model
+        self.clock = clock
+        self.acceptance = Acceptance(scheduler.max_num_seqs)
+        self._matched = np.zeros(scheduler.max_num_seqs, np.int32)  # of the guesses in flight
+        self._shadows: dict[int, Shadow] = {}  # by row
+        self._overhead_ms = 0.5  # from a step's results to the launch of one with guesses, less the model's time
+        self._model_ms = model_ms  # of a guess
+        self._spent_ms = 0.0  # by the model for the guesses in flight
+        self._look_ms = 0.1
+        self._looks_ms = 0.0  # allowed for looking
+        self._probes_ms = 0.0  # and for guesses of the model that are not expected to pay
+        self._probing = False
+
+    def wants_results(self, running: Plan) -> bool:
+        """See `Guesser`."""
+        if running.guessed is not None or self.costs is None:
+            return True
+        return self._would_guess()
+
+    def guesses(self, ahead: bool) -> Guesses | None:
+        """See `Guesser`; none while a step is in flight."""
+        if ahead:
+            return None
+        counters = self.scheduler.counters
+        guessing, counters.guesses_a_row, self._spent_ms = counters.guesses_a_row > 0, 0.0, 0.0
+        probing, self._probing = self._probing, False
+        rows, limits, budget = self.scheduler.room_for_guesses(self.most)
+        if not len(rows) or not budget:
+            return None
+        offer = self._offer(rows, limits, 0)
+        if probing:
+            counts = within(np.minimum(np.where(offer.retrieved, 0, offer.limits), 1), budget)
+        elif self.costs is not None:
+            counts = self._paying(offer, budget, STAY if guessing else START)
+        else:
+            counts = within(offer.limits, budget)
+        some = np.flatnonzero(counts)
+        if not len(some):
+            return None
+        tokens = self._tokens(offer, counts)
+        self._matched[rows[some]] = np.where(offer.retrieved, offer.proposal.matched, 0)[some]
+        counters.guesses_a_row = float(counts[some].mean())
+        return Guesses(rows[some], counts[some], tokens[some])
+
+    def learn(self, plan: Plan, arrived: Arrived, lookup: LookedUp | None, step_ms: float, overhead_ms: float) -> None:
+        """See `Guesser`."""
+        if self.retrieval is not None:
+            for sequence in arrived.ended:
+                if not sequence.cache_salt:  # a salted one's tokens must not show in how fast others run
+                    self.retrieval.ended(sequence.tokens[sequence.num_prompt :])
+        if (verdict := arrived.verdict) is not None and len(verdict.rows):
+            stays = plan.stays[plan.guessed.first[np.isin(plan.guessed.rows, verdict.rows)]]
+            self.acceptance.learn(verdict.rows, stays, self._matched[verdict.rows], verdict.counts, verdict.accepted)
+            overhead_ms = max(overhead_ms - self._spent_ms, 0.0)
+            self._overhead_ms += RATE * (min(overhead_ms, 4 * self._overhead_ms) - self._overhead_ms)
+        if self.costs is not None:
+            if plan.num_tokens == len(plan):
+                self.costs.observe(len(plan), step_ms)
+            self._looks_ms = min(self._looks_ms + LOOKING * step_ms, 2 * self._look_ms)
+            if self.model is not None:
+                self._probes_ms += PROBING * step_ms
+
+    def _offer(self, rows: np.ndarray, limits: np.ndarray, ahead: int) -> Offer:
+        """What could be guessed for the rows; a look-up's first `ahead` tokens are for those in flight, and left out."""
+        stays = self.scheduler.rows.stay[rows]
+        if self.retrieval is None:
+            proposal = empty_proposal(len(rows), int(limits.max()))
+        else:
+            proposal = self.retrieval.propose(self.scheduler.rows, rows, limits)
+        most = proposal.tokens.shape[1]
+        looked_up = self.acceptance.chances(rows, stays, proposal.matched, most)[:, ahead:]
+        available = np.maximum(proposal.counts - ahead, 0)
+        if self.model is None:
+            return Offer(rows, available, proposal, np.ones(len(rows), bool), looked_up)
+        computed = self.acceptance.chances(rows, stays, np.zeros(len(rows), np.int32), most)[:, : most - ahead]
+        retrieved = available > 0
+        if most > ahead:
+            retrieved &= looked_up[:, 0] >= computed[:, 0]
+        chances = np.where(retrieved[:, None], looked_up, computed)
+        return Offer(rows, np.where(retrieved, available, np.maximum(limits - ahead, 0)), proposal, retrieved, chances)
+
+    def _paying(self, offer: Offer, budget: int, margin: float) -> np.ndarray:
+        """How many of the guesses pay: the best over how many the model makes, which takes its time for each."""
+        base, best = self.scheduler.num_running, None
+        for made in MADE if self.model is not None and not offer.retrieved.all() else (0,):
+            if made > self.most:
+                break
+            limits = np.where(offer.retrieved, offer.limits, np.minimum(offer.limits, made))
+            overhead = self._overhead_ms + made * self._model_ms
+            choice = choose(offer.chances, limits, base, budget, self.costs, overhead, margin)
+            if best is None or choice.rate > best.rate:
+                best = choice
+        return best.counts
+
+    def _tokens(self, offer: Offer, counts: np.ndarray) -> np.ndarray:
+        """int32 [R, K] of which counts [R] are wanted; runs the model where they are its own."""
+        tokens = offer.proposal.tokens
+        computed = np.flatnonzero(~offer.retrieved & (counts > 0))
+        if len(computed):
+            begin, made = self.clock(), int(counts[computed].max())
+            tokens[computed, :made] = self.model.propose(offer.rows[computed], counts[computed])
+            self._spent_ms = (self.clock() - begin) * 1e3
+            self._model_ms += RATE * (min(self._spent_ms / made, 4 * self._model_ms) - self._model_ms)
+            self._probes_ms = max(min(self._probes_ms, 0.0), self._probes_ms - self._spent_ms)
+        return tokens
+
+    def _would_guess(self) -> bool:
+        """Whether guesses would pay in the next step, seen from a token earlier; looks only as often as it may."""
+        if self._looks_ms < self._look_ms:
+            return False
+        begin = self.clock()
+        rows, limits, budget = self.scheduler.room_for_guesses(self.most, lag=1)
+        found = False
+        if len(rows) and budget and could_pay(self.scheduler.num_running, budget, self.costs):
+            offer = self._offer(rows, limits, 1)
+            self._compare(rows, offer.proposal)
+            found = bool(self._paying(offer, budget, START).any())
+            if not found and self.model is not None and not offer.retrieved.all():
+                found = self._probing = self._may_probe(len(rows))
+        spent = (self.clock() - begin) * 1e3
+        self._look_ms += RATE * (min(spent, 4 * self._look_ms) - self._look_ms)
+        self._looks_ms -= self._look_ms
+        return found
+
+    def _may_probe(self, rows: int) -> bool:
+        """Whether enough was saved for a guess of the model in each row; it is spent then."""
+        base = self.scheduler.num_running
+        price = self._model_ms + self._overhead_ms + float(self.costs.ms(base + rows) - self.costs.ms(base))
+        if self._probes_ms < price:
+            return False
+        self._probes_ms -= price
+        return True
+
+    def _compare(self, rows: np.ndarray, proposal: Proposal) -> None:
+        """Learn from shadows that have been overtaken, and cast new ones."""
+        r = self.scheduler.rows
+        learned: list[tuple[int, int, int, int, int]] = []  # row, stay, matched, guesses, held
+        for i, row in enumerate(rows.tolist()):
+            shadow, stay, known = self._shadows.get(row), int(r.stay[row]), int(r.known[row])
+            if shadow is not None and shadow.stay == stay:
+                came = r.tokens[row, shadow.at : min(known, shadow.at + len(shadow.tokens))]
+                differs = np.flatnonzero(came != shadow.tokens[: len(came)])
+                if not len(differs) and len(came) < len(shadow.tokens):
+                    continue
+                held = int(differs[0]) if len(differs) else len(came)
+                learned.append((row, stay, shadow.matched, len(shadow.tokens), held))
+            self._shadows.pop(row, None)
+            if count := min(SHADOW, int(proposal.counts[i])):
+                self._shadows[row] = Shadow(stay, known, int(proposal.matched[i]), proposal.tokens[i, :count].copy())
+        if learned:
+            self.acceptance.learn(*np.array(learned).T)
+
+
+def could_pay(base: int, budget: int, costs: StepCosts) -> bool:
+    """Whether guesses beside `base` rows would pay if all held."""
+    entries = base + np.arange(budget + 1)
+    rates = entries / costs.ms(entries)
+    return bool(rates.max() > rates[0] * (1 + START))
+
+
+def within(counts: np.ndarray, budget: int) -> np.ndarray:
+    """int32 [R] -> as many as `budget` allows in all, first the first guess of each row, then the second."""
+    if counts.sum() <= budget:
+        return counts
+    level = np.minimum(counts[:, None], np.arange(1, counts.max() + 1)).sum(axis=0)
+    fits = int(np.searchsorted(level, budget, side="right"))
+    kept = np.minimum(counts, fits)
+    more = np.flatnonzero(counts > kept)[: budget - int(kept.sum())]
+    kept[more] += 1
+    return kept

@@ -1,0 +1,149 @@
+"""How many guesses pay: what steps of so many entries take, how often guesses hold, and the best count of the two.
+
+Learned from the steps themselves. Knows no clock, no rows' contents and no device: numbers are handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+OUTLIER = np.log(3.0)  # a step that took longer than three times its prediction (a compilation, a pause) counts as this
+SPEED_RATE = 0.1  # weight of a step in the common pace of all sizes
+SHAPE_RATE = 0.05  # weight of a step in its own size's cost relative to the others, once it is known
+MATCHES = np.array([1, 2, 3, 4, 6, 9, 17, 33])  # a class of guesses begins at each: longer matches hold more often
+# Chances of a class before anything is known, the first of guesses that rest on no match.
+PRIOR = np.array([0.6, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+PRIOR_WEIGHT = 4.0  # guesses' worth of the prior, and of all rows in the chance of one row
+ROW_DECAY, ALL_DECAY = 0.95, 0.999  # weight of the past at each guess
+
+
+class StepCosts:
+    """Milliseconds of a step by its entries: ms(n, now) = speed(now) * shape(n), both learned.
+
+    The speed follows context lengths and the machine's load quickly, the shape slowly: a busy moment slows all sizes,
+    and does not make the size that it fell on look dear. Sizes are rounded up to `rungs`, those in which steps run.
+    """
+
+    def __init__(self, rungs: Sequence[int], measured: Mapping[int, float] | None = None) -> None:
+        self.rungs = np.array(rungs)
+        self._shape = np.zeros(len(rungs))  # logarithms
+        self._seen = np.zeros(len(rungs), np.int64)
+        self._speed = 0.0
+        for entries, ms in (measured or {}).items():
+            self.observe(entries, ms)
+
+    def observe(self, entries: int, ms: float) -> None:
+        """A step of so many entries, one token each, took `ms`."""
+        at = self._at(entries)
+        value = np.log(max(ms, 1e-3))
+        if not self._seen.any():
+            self._speed = value
+        surprise = (
+            float(np.clip(value - np.log(self.ms(self.rungs[at])), -OUTLIER, OUTLIER)) if self._seen.any() else 0.0
+        )
+        if self._seen[at]:
+            self._speed += SPEED_RATE * surprise
+            self._shape[at] += max(SHAPE_RATE, 0.5 / self._seen[at]) * surprise
+        else:
+            self._shape[at] = np.log(self.ms(self.rungs[at])) - self._speed + surprise if self._seen.any() else 0.0
+        self._seen[at] += 1
+
+    def ms(self, entries: np.ndarray | int) -> np.ndarray:
+        """Expected milliseconds of steps of so many entries; NaN while nothing is known.
+
+        Between known sizes a line; beyond the largest it grows with the root, so that larger ones are tried.
+        """
+        known = np.flatnonzero(self._seen)
+        rungs = self.rungs[self._at(entries)]
+        if not len(known):
+            return np.full(np.shape(rungs), np.nan)
+        sizes, ms = self.rungs[known], np.exp(self._speed + self._shape[known])
+        return np.interp(rungs, sizes, ms) * np.sqrt(np.maximum(rungs / sizes[-1], 1.0))
+
+    def _at(self, entries: np.ndarray | int) -> np.ndarray:
+        return np.minimum(np.searchsorted(self.rungs, entries), len(self.rungs) - 1)
+
+
+class Acceptance:
+    """How often a guess holds if those before it did, by the row and by the class of the match that it rests on."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._stay = np.zeros(num_rows, np.int64)
+        self._row_tried, self._row_held = (np.zeros((num_rows, len(PRIOR))) for _ in range(2))
+        self._tried = np.full(len(PRIOR), PRIOR_WEIGHT)
+        self._held = PRIOR_WEIGHT * PRIOR
+
+    def chances(self, rows: np.ndarray, stays: np.ndarray, matched: np.ndarray, most: int) -> np.ndarray:
+        """float64 [R, most]: that the guesses 0..j of each row all hold, resting on matches of `matched` [R] tokens."""
+        self._enter(rows, stays)
+        classes = _classes(matched, most)
+        row = rows[:, None]
+        common = self._held[classes] / self._tried[classes]
+        own = (self._row_held[row, classes] + PRIOR_WEIGHT * common) / (self._row_tried[row, classes] + PRIOR_WEIGHT)
+        return np.cumprod(own, axis=1)
+
+    def learn(
+        self, rows: np.ndarray, stays: np.ndarray, matched: np.ndarray, counts: np.ndarray, accepted: np.ndarray
+    ) -> None:
+        """Of counts[i] guesses in row rows[i], no row twice, the first accepted[i] held; all int [R]."""
+        if not len(rows):
+            return
+        self._enter(rows, stays)
+        at = np.arange(int(counts.max()))
+        # What follows a wrong guess was not put to the test.
+        row, place = np.nonzero(at < np.minimum(accepted + 1, counts)[:, None])
+        index = row * len(PRIOR) + _classes(matched, len(at))[row, place]
+        shape = len(rows), len(PRIOR)
+        tries = np.bincount(index, minlength=shape[0] * shape[1]).reshape(shape)
+        holds = np.bincount(index[place < accepted[row]], minlength=shape[0] * shape[1]).reshape(shape)
+        decay = ROW_DECAY**tries
+        self._row_tried[rows] = self._row_tried[rows] * decay + tries
+        self._row_held[rows] = self._row_held[rows] * decay + holds
+        decay = ALL_DECAY ** tries.sum(axis=0)
+        self._tried = np.maximum(self._tried * decay, 1e-9) + tries.sum(axis=0)
+        self._held = self._held * decay + holds.sum(axis=0)
+
+    def _enter(self, rows: np.ndarray, stays: np.ndarray) -> None:
+        new = rows[self._stay[rows] != stays]
+        self._stay[rows] = stays
+        self._row_tried[new] = self._row_held[new] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Guesses a row, int32 [R], and the tokens a millisecond that they are expected to give."""
+
+    counts: np.ndarray
+    rate: float
+
+
+def choose(
+    chances: np.ndarray, limits: np.ndarray, base: int, budget: int, costs: StepCosts, overhead_ms: float, margin: float
+) -> Choice:
+    """How many guesses a row give the most tokens a millisecond; none where no number is better by `margin`.
+
+    chances [R, K] fall along a row, so taking guesses in falling order takes the best of each number; limits [R] are
+    guesses at hand, `budget` what the step has room for. A step without guesses has `base` entries and brings as many
+    tokens; one with guesses costs `overhead_ms` on top of its own time.
+    """
+    most = chances.shape[1]
+    gains = np.where(np.arange(most) < limits[:, None], chances, 0.0).ravel()
+    order = np.argsort(-gains, kind="stable")[: min(budget, int(np.minimum(limits, most).sum()))]
+    none = np.zeros(len(limits), np.int32)
+    entries = base + np.arange(len(order) + 1)
+    ms = costs.ms(entries)
+    ms[1:] += overhead_ms
+    rates = (base + np.concatenate([[0.0], np.cumsum(gains[order])])) / ms
+    best = int(np.nanargmax(rates)) if np.isfinite(rates).any() else 0
+    if not best or rates[best] <= rates[0] * (1 + margin):
+        return Choice(none, float(rates[0]))
+    return Choice(np.bincount(order[:best] // most, minlength=len(limits)).astype(np.int32), float(rates[best]))
+
+
+def _classes(matched: np.ndarray, most: int) -> np.ndarray:
+    """[R, most]: of each guess; each one that holds lengthens the match. Guesses that rest on none are a class of their own."""
+    lengths = matched[:, None] + np.arange(most) * (matched > 0)[:, None]
+    return np.searchsorted(MATCHES, lengths, side="right")

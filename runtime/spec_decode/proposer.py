@@ -1,0 +1,89 @@
+"""Who guesses what comes next: the interface, and prompt lookup.
+
+A drafter sees rows of `runtime.scheduler.slots` whose known tokens end where the guesses begin. It may be wrong; it is then only
+of no use. Knows no scheduling, no acceptance and no clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pagegraph.kernels.reference import LOOKUP_SEEN
+from pagegraph.runtime.scheduler.slots import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Of R rows: tokens[i, :counts[i]] may follow, because the last matched[i] tokens have been seen before.
+
+    int32; tokens [R, K], counts and matched [R]; matched 0 where the guess rests on no match, counts 0: no guess.
+    """
+
+    tokens: np.ndarray
+    counts: np.ndarray
+    matched: np.ndarray
+
+
+class Retrieval(Protocol):
+    """Guesses by looking up what has been written before: cheap, on the host."""
+
+    def propose(self, rows: Rows, at: np.ndarray, limits: np.ndarray) -> Proposal:
+        """At most limits[i] tokens for row at[i]; int32 [R]. A row may have tokens in flight: they are not looked at."""
+        ...
+
+    def ended(self, tokens: np.ndarray) -> None:
+        """A sequence has generated these tokens, int32 [n], and ended: others may repeat them."""
+        ...
+
+
+class Ngram:
+    """Prompt lookup: the longest suffix of `least` to `most` tokens that stood in the row before, its latest place."""
+
+    def __init__(self, least: int, most: int) -> None:
+        self.least = least
+        self.most = most
+
+    def propose(self, rows: Rows, at: np.ndarray, limits: np.ndarray) -> Proposal:
+        """See `Retrieval`."""
+        proposal = empty_proposal(len(at), int(limits.max(initial=0)))
+        for i, row in enumerate(at.tolist()):
+            tokens = rows.tokens[row, : rows.known[row]]
+            end, proposal.matched[i] = self.find(tokens)
+            if end:
+                proposal.counts[i] = count = limits[i]
+                proposal.tokens[i, :count] = continuation(tokens, end, count)
+        return proposal
+
+    def ended(self, tokens: np.ndarray) -> None:
+        """Nothing is kept of other sequences."""
+
+    def find(self, tokens: np.ndarray) -> tuple[int, int]:
+        """(where the match ends in `tokens` int32 [n], its length up to LOOKUP_SEEN); (0, 0) if there is none."""
+        last = len(tokens) - 1
+        ends = np.flatnonzero(tokens[:last] == tokens[last])  # the last token of every match
+        length = 1 if len(ends) else 0
+        while 0 < length < self.most:
+            longer = ends[ends >= length]
+            longer = longer[tokens[longer - length] == tokens[last - length]]
+            if not len(longer):
+                break
+            ends, length = longer, length + 1
+        if length < self.least:
+            return 0, 0
+        end = int(ends[-1])
+        seen = min(LOOKUP_SEEN, end + 1)
+        differs = np.flatnonzero(tokens[end - seen + 1 : end + 1] != tokens[last - seen + 1 :])
+        return end + 1, seen - 1 - int(differs[-1]) if len(differs) else seen
+
+
+def continuation(tokens: np.ndarray, begin: int, count: int) -> np.ndarray:
+    """`count` tokens from `begin` on; what runs into the end of `tokens` goes on with the period that it then has."""
+    return tokens[begin + np.arange(count) % (len(tokens) - begin)]
+
+
+def empty_proposal(rows: int, most: int) -> Proposal:
+    """No guesses, with room for `most` a row."""
+    return Proposal(np.zeros((rows, most), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32))

@@ -1,0 +1,57 @@
+"""Windows and chunks read off the functions that transformers makes masks with."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import masking_utils
+
+from pagegraph.compiler.model.probe import UnsupportedModel, _form, _Notes, _probed_attention
+
+NO_PADDING = torch.zeros(1, dtype=torch.int64, device="meta")
+CAUSAL = masking_utils.causal_mask_function
+
+
+def prefix(batch: int, head: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return key < 4
+
+
+def every_second(batch: int, head: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return (query - key) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    "function, form",
+    [
+        (CAUSAL, (0, 0)),
+        (masking_utils.sliding_window_causal_mask_function(1), (1, 0)),
+        (masking_utils.sliding_window_causal_mask_function(9), (9, 0)),
+        (masking_utils.sliding_window_causal_mask_function(131072), (131072, 0)),
+        (masking_utils.chunked_causal_mask_function(7, NO_PADDING), (0, 7)),
+        (masking_utils.chunked_causal_mask_function(8192, NO_PADDING), (0, 8192)),
+        (masking_utils.bidirectional_mask_function, None),
+        (masking_utils.sliding_window_bidirectional_mask_function(5), None),
+        (masking_utils.or_masks(CAUSAL, prefix), None),
+        (masking_utils.and_masks(CAUSAL, every_second), None),
+        (masking_utils.or_masks(CAUSAL, masking_utils.blockwise_overlay(NO_PADDING[None])), None),
+    ],
+)
+def test_masks_are_read_as_windows_and_chunks(function, form: tuple[int, int] | None) -> None:
+    assert _form(function) == form
+
+
+def test_a_tensor_that_attention_does_not_compute_with_is_refused() -> None:
+    heads = torch.zeros(1, 2, 3, 8)
+    mask = torch.ones(1, 1, 3, 3)
+    mask.mask_function = CAUSAL
+
+    def attend(**more: torch.Tensor) -> _Notes:
+        layer = SimpleNamespace(notes=_Notes("toy"), layer_idx=0)
+        _probed_attention(layer, heads, heads, heads, mask, **more)
+        return layer.notes
+
+    assert attend(position_ids=heads, s_aux=heads).layouts[0].has_sinks
+    with pytest.raises(UnsupportedModel, match="toy: layer 0 hands indices to attention"):
+        attend(indices=heads)

@@ -1,0 +1,206 @@
+"""Weights reach the model as transformers itself would load them, and nothing else passes for a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from pagegraph.compiler.model.capture import ATTENTION_NAME
+from pagegraph.compiler.model.probe import UnsupportedModel
+from pagegraph.compiler.model.weights import BrokenFile, WeightsMismatch, build_meta, load_weights
+from tests.compiler.architectures import SIZES, tiny_config
+
+CPU = torch.device("cpu")
+
+
+def stock_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(name), attn_implementation="eager", dtype=torch.float32).eval()
+
+
+def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32, attention: str = "eager") -> nn.Module:
+    return build_meta(config, dtype, attention, max_model_len=config.max_position_embeddings)
+
+
+def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
+    load_weights(model, folder, device=CPU, dtype=dtype, progress=False, **options)
+    return model
+
+
+@torch.inference_mode()
+def logits(model: nn.Module) -> torch.Tensor:
+    ids = torch.randint(3, SIZES["vocab_size"], (1, 17), generator=torch.Generator().manual_seed(1))
+    return model(ids, use_cache=False).logits
+
+
+def edit(folder: Path, change: object) -> None:
+    """Rewrite the single checkpoint file of `folder` by `change`, a function of its tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_loads_what_was_saved(name: str, tmp_path: Path) -> None:
+    stock = stock_model(name)
+    stock.save_pretrained(tmp_path)
+    model = load(build(AutoConfig.from_pretrained(tmp_path)), tmp_path)
+    torch.testing.assert_close(logits(model), logits(stock), atol=1e-6, rtol=0)
+
+
+def test_loads_shards(tmp_path: Path) -> None:
+    stock = stock_model("llama")
+    stock.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    torch.testing.assert_close(logits(load(build(tiny_config("llama")), tmp_path)), logits(stock), atol=1e-6, rtol=0)
+
+
+def test_casts_to_the_asked_dtype(tmp_path: Path) -> None:
+    stock_model("llama").save_pretrained(tmp_path)
+    model = load(build(tiny_config("llama"), torch.bfloat16), tmp_path, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_tied_weights_are_one_tensor(tmp_path: Path) -> None:
+    config = tiny_config("gemma2")
+    assert config.tie_word_embeddings
+    stock_model("gemma2").save_pretrained(tmp_path)
+    model = load(build(config), tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.lm_head.weight.is_meta
+
+
+def test_meta_build_holds_no_weights_but_real_buffers() -> None:
+    config = tiny_config("gemma3")
+    before = copy.deepcopy(config)
+    model = build(config, torch.bfloat16, ATTENTION_NAME)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    stock = dict(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).named_buffers())
+    buffers = dict(model.named_buffers())
+    assert buffers.keys() == stock.keys()
+    for name, buffer in buffers.items():
+        assert torch.equal(buffer, stock[name]), name
+    assert before._attn_implementation != model.config._attn_implementation
+
+
+def test_the_given_configuration_stays_as_it_was() -> None:
+    config = tiny_config("llama")
+    config.rope_parameters = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+    before = config.to_dict()
+    build_meta(config, torch.bfloat16, ATTENTION_NAME, max_model_len=512)
+    assert config.to_dict() == before
+    assert config._attn_implementation != ATTENTION_NAME
+
+
+@pytest.mark.parametrize("kind", ["gptj", "gpt_neo", "falcon"])
+def test_models_with_their_own_attention_are_refused(kind: str) -> None:
+    sizes = dict(
+        gptj=dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8),
+        gpt_neo=dict(hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global"], 2]]),
+        falcon=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
+    )
+    config = AutoConfig.for_model(kind, vocab_size=128, **sizes[kind])
+    with pytest.raises(UnsupportedModel, match=f"{kind}: .*attention interface"):
+        build_meta(config, torch.bfloat16, ATTENTION_NAME, max_model_len=64)
+
+
+def test_types_without_a_causal_language_model_are_refused() -> None:
+    config = AutoConfig.for_model("qwen2_5_vl")
+    with pytest.raises(UnsupportedModel, match="qwen2_5_vl: transformers has no causal language model of this type"):
+        build_meta(config, torch.bfloat16, ATTENTION_NAME, max_model_len=64)
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    stock_model("llama").save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(WeightsMismatch, match=r"missing.*model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(build(tiny_config("llama")), tmp_path)
+
+
+def test_unexpected_weights_are_named(tmp_path: Path) -> None:
+    stock_model("llama").save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.extra.weight": torch.ones(2)}))
+    with pytest.raises(WeightsMismatch, match=r"unexpected.*self_attn\.extra\.weight"):
+        load(build(tiny_config("llama")), tmp_path)
+
+
+def test_wrong_shapes_are_named(tmp_path: Path) -> None:
+    stock_model("llama").save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
+    with pytest.raises(WeightsMismatch, match=r"model\.norm\.weight.*\[3\].*\[64\]"):
+        load(build(tiny_config("llama")), tmp_path)
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin.*safetensors"):
+        load(build(tiny_config("llama")), tmp_path)
+
+
+def test_an_index_without_its_shard_fails(tmp_path: Path) -> None:
+    names = dict(build(tiny_config("llama")).named_parameters())
+    index = {"weight_map": dict.fromkeys(names, "gone.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BrokenFile, match=r"index\.json names gone\.safetensors .1 files., not there"):
+        load(build(tiny_config("llama")), tmp_path)
+
+
+def test_a_shard_that_lacks_a_tensor_is_named(tmp_path: Path) -> None:
+    stock_model("llama").save_pretrained(tmp_path, max_shard_size="50KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = tmp_path / index["model.norm.weight"]
+    tensors = load_file(shard)
+    del tensors["model.norm.weight"]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(BrokenFile, match=rf"{shard.name} lacks model\.norm\.weight .1 tensors.* download both again"):
+        load(build(tiny_config("llama")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "a pointer of Git LFS .* `git lfs pull`",
+        ),
+        (b"", "0 bytes that are cut short"),
+        (None, r"bytes that are cut short or damaged .* download it again"),
+    ],
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_files_that_are_not_whole_are_named(tmp_path: Path, content: bytes | None, message: str, sharded: bool) -> None:
+    stock_model("llama").save_pretrained(tmp_path, max_shard_size="50KB" if sharded else "1GB")
+    file = sorted(tmp_path.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-9] if content is None else content)
+    with pytest.raises(BrokenFile, match=rf"{file.name} is no whole safetensors file: .*{message}"):
+        load(build(tiny_config("llama")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [("{}", "weight_map"), ("version https://git-lfs.github.com/spec/v1", "git lfs pull"), ("{", "download it again")],
+)
+def test_a_broken_index_is_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(BrokenFile, match=f"index.json is no index of safetensors files .*{message}"):
+        load(build(tiny_config("llama")), tmp_path)
+
+
+def test_dummy_weights_follow_the_seed(tmp_path: Path) -> None:
+    def dummy(seed: int) -> nn.Module:
+        return load(build(tiny_config("llama")), tmp_path, load_format="dummy", seed=seed)
+
+    first, again, other = logits(dummy(1)), logits(dummy(1)), logits(dummy(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    model = dummy(1)
+    assert torch.equal(model.model.norm.weight, torch.ones(64))
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)

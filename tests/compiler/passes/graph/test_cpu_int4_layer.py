@@ -1,0 +1,87 @@
+"""Products of 4-bit codes in a row and the attention of one row as one call each: which are found, and the same logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.utils import run_and_get_code
+
+from pagegraph.compiler.inductor import compile as lower
+from pagegraph.compiler.passes.graph.cpu_int4_layer import chain_int4
+from pagegraph.compiler.passes.graph.fuse_rope import rotate_one_row
+from pagegraph.compiler.passes.modules.merge_linears import merge_linears
+from pagegraph.compiler.passes.modules.quant_linears import QuantLinear, quant_linears
+from pagegraph.compiler.quantization.packing import quantize
+from pagegraph.kernels.attention import cpu_decode
+from pagegraph.kernels.quant import cpu_int4
+from tests.compiler.architectures import tiny_config
+from tests.compiler.model.test_capture import captured_copy, random_model
+from tests.compiler.paged_run import run_paged
+
+PROMPT, STEPS = list(range(3, 21)), [[15], [1], [1], [1]]
+
+# Products in each chain of a model of four layers. The last layer's last product meets a norm, but the head is none of them.
+FOUND = {
+    "llama": [2, 4, 4, 4],
+    "qwen3": [2, 4, 4, 4],
+    "qwen2": [2, 4, 4, 4],  # products with a bias
+    "mixtral": [],  # behind the norm a router and experts read
+    "olmo2": [],  # norms stand behind the products
+}
+
+OFTEN = {"llama", "qwen2"}
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (cpu_int4, cpu_decode):
+        monkeypatch.setattr(module, "_kernel", None)
+        module.build()
+    if not cpu_int4.takes(torch.bfloat16, 1):
+        pytest.skip("no AVX-512")
+
+
+def int4_model(name: str) -> nn.Module:
+    captured = captured_copy(tiny_config(name), random_model(tiny_config(name))).to(torch.bfloat16)
+    for parent in list(captured.modules()):
+        for child, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear and child.endswith("proj"):
+                setattr(parent, child, QuantLinear(quantize(linear.weight, "int4", child), linear.bias, torch.bfloat16))
+    merge_linears(captured)
+    quant_linears(captured)
+    return captured
+
+
+def logits(captured: nn.Module, passes: list) -> tuple[torch.Tensor, str]:
+    """(those of the steps of one row, generated code)"""
+    torch._dynamo.reset()
+    compiled = lower.compile_forward(captured, passes)
+
+    def forward(*inputs):
+        lower.mark_dynamic(*inputs[:7])
+        return compiled(*inputs)
+
+    with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
+        (out,), codes = run_and_get_code(run_paged, forward, captured.layouts, [PROMPT], STEPS, torch.bfloat16, 0)
+    return torch.stack([out[at] for at in sorted(out)[1:]]), codes[-1]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in FOUND])
+def test_logits_stay_and_the_known_forms_are_found(name: str, kernels: None) -> None:
+    captured = int4_model(name)
+    counts: list[list[int]] = []
+
+    def chained(module: torch.fx.GraphModule) -> int:
+        pairs = chain_int4(module)
+        chains = [node for node in module.graph.nodes if node.target is torch.ops.pagegraph.int4_packed_chain]
+        counts.append(sorted(node.args[3][0] for node in chains))
+        return pairs
+
+    plain, _ = logits(captured, [])
+    out, code = logits(captured, [rotate_one_row, chained])
+    assert counts == [[], FOUND[name]]  # many rows stay
+    assert ("pagegraph_int4_chain" in code) == bool(FOUND[name])
+    assert code.count("extern_kernels.pagegraph_attention_of_one_row(") == len(captured.layouts)
+    # Sums are rounded where the compiler keeps them wide.
+    torch.testing.assert_close(out, plain, atol=0.03 * plain.abs().max().item(), rtol=0)

@@ -1,0 +1,68 @@
+"""Rows of linear, norm, linear, gate as one op: found where they have the known form, and the same logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pagegraph.compiler.passes.graph.fuse_linears import fuse_linears
+from pagegraph.compiler.passes.graph.fuse_norms import fuse_rows
+from pagegraph.compiler.passes.graph.fuse_rope import fuse_rope
+from pagegraph.compiler.passes.modules import quant_linears
+from pagegraph.compiler.passes.modules.merge_linears import merge_linears
+from pagegraph.compiler.passes.modules.quant_linears import Fragments, QuantLinear
+from pagegraph.compiler.passes.modules.skinny_linears import skinny_linears
+from pagegraph.compiler.quantization.packing import quantize
+from tests.compiler.architectures import tiny_config
+from tests.compiler.model.test_capture import MIXED, captured_copy, check_compiled, random_model
+
+# (with a gate, without) of a model of four layers: the last product of the last layer meets a norm, but rows are picked behind it
+FOUND = {
+    "llama": (4, 3),
+    "qwen3": (4, 3),
+    "qwen2": (4, 3),  # products with a bias
+    "mixtral": (0, 0),  # behind the norm a router and experts read
+    "olmo2": (0, 0),  # norms stand behind the products
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
+    stock = random_model(tiny_config(name))
+    captured = captured_copy(tiny_config(name), stock)
+    merge_linears(captured)
+    assert skinny_linears(captured, "cpu") > 0
+    graphs = check_compiled(stock, captured, [fuse_rope, fuse_rows, fuse_linears], MIXED)
+    fused = [node for node in graphs[0].graph.nodes if node.target is torch.ops.pagegraph.linear_norm_linear]
+    gated = sum(node.args[-2] for node in fused)
+    assert (gated, len(fused) - gated) == FOUND[name]
+
+
+def test_what_is_ahead_joins_quantised_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the form that they have on CUDA, on the CPU by the reference of its op."""
+    monkeypatch.setattr(quant_linears, "_form", Fragments)
+    stock = random_model(tiny_config("llama"))
+    for parent in list(stock.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear and name.endswith("proj"):
+                linear.weight.data = QuantLinear(
+                    quantize(linear.weight, "int8", name), None, torch.float32
+                ).dequantized()
+    captured = captured_copy(tiny_config("llama"), stock)
+    for parent in list(captured.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear and name.endswith("proj"):
+                setattr(parent, name, QuantLinear(quantize(linear.weight, "int8", name), linear.bias, torch.float32))
+    merge_linears(captured)
+    quant_linears.quant_linears(captured)
+    graphs = check_compiled(stock, captured, [fuse_rope, fuse_rows, fuse_linears], MIXED)
+    called = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+    fused = [node for node in called if node.target is torch.ops.pagegraph.norm_fragment_linear]
+    assert (
+        sorted(node.args[11] is not None for node in fused) == [False] * 3 + [True] * 4
+    )  # qkv, but for the first layer's; the other two
+    assert [len(node.args) for node in called if node.target is torch.ops.pagegraph.fragment_linear] == [8] * 5
+    assert not [
+        node for node in called if node.target in (torch.ops.pagegraph.silu_mul, torch.ops.pagegraph.add_rms_norm)
+    ][1:]  # the last norm

@@ -1,0 +1,50 @@
+"""The routing of linears and the copy behind rotary embeddings leave logits as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pagegraph.compiler.passes.modules.merge_linears import MergedLinear, merge_linears
+from pagegraph.compiler.passes.modules.rotary_once import rotary_once
+from pagegraph.compiler.passes.modules.skinny_linears import SkinnyLinear, skinny_linears
+from tests.compiler.architectures import SIZES, tiny_config
+from tests.compiler.model.test_capture import MIXED, captured_copy, prompts_for, random_model
+from tests.compiler.paged_run import run_paged
+
+
+def logits_of(captured) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        got = run_paged(captured, captured.layouts, prompts_for(SIZES["vocab_size"]), MIXED)
+    return [logits for by_position in got for logits in by_position.values()]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3", "phi"])
+def test_rotary_once_keeps_logits(name: str) -> None:
+    captured = captured_copy(tiny_config(name), random_model(tiny_config(name)))
+    before = logits_of(captured)
+    assert rotary_once(captured.model) >= 1
+    for mine, theirs in zip(logits_of(captured), before, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_models_without_rotary_are_left_alone() -> None:
+    assert rotary_once(captured_copy(tiny_config("gpt2"), random_model(tiny_config("gpt2"))).model) == 0
+
+
+def test_cpu_linears_stay() -> None:
+    assert skinny_linears(nn.Sequential(nn.Linear(4, 4))) == 0
+
+
+def test_routed_linears_compute_the_same() -> None:
+    captured = captured_copy(tiny_config("qwen2"), random_model(tiny_config("qwen2")))
+    before = logits_of(captured)
+    merge_linears(captured.model)
+    routed = skinny_linears(captured.model, "cpu")  # the op has a CPU form too
+    kinds = [type(m) for m in captured.model.modules()]
+    assert (
+        routed == kinds.count(SkinnyLinear) + kinds.count(MergedLinear) == 4 * 4 + 1
+    )  # qkv, o, gate_up, down; lm_head
+    for mine, theirs in zip(logits_of(captured), before, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)

@@ -1,0 +1,110 @@
+"""A chain of steps in one launch gives what its steps give one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from pagegraph.compiler import build as builder
+from pagegraph.compiler.step.capture_sizes import Bucket
+from pagegraph.compiler.step.graphs import DUE
+from pagegraph.compiler.step.inputs import Filters, SamplingInput, StepInput
+from pagegraph.runtime.config import Config
+
+SEQS, BLOCK, PAGES = 3, 8, 6  # pages of each sequence
+LENGTHS = np.array([5, 1, 13])  # of the prompts
+TIMES = 5
+NO_PAGES = np.empty((0, 3), np.int32)
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[builder.BuiltModel]:
+    """Random weights, uncompiled; on CUDA with the graphs of its rungs, of which no chain."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    LlamaConfig(
+        vocab_size=300, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, max_position_embeddings=128,
+    ).save_pretrained(folder := tmp_path_factory.mktemp("model"))  # fmt: skip
+    config = Config(
+        model=str(folder), load_format="dummy", dtype="float32", device=request.param, max_num_seqs=8,
+        max_num_batched_tokens=64, block_size=BLOCK, num_blocks=1 + SEQS * PAGES, compile=False,
+    )  # fmt: skip
+    built = builder.ready(config, progress=False)
+    yield built
+    built.close()
+
+
+def sampling(kind: str, seqs: int = SEQS) -> SamplingInput:
+    """Of the first `seqs` sequences: all greedy, or one of them."""
+    temperature = np.array([0.0, 0.9, 1.3] if kind != "greedy" else [0.0] * SEQS, np.float32)
+    filters = Filters(np.full(seqs, 20, np.int32), np.full(seqs, 0.9, np.float32), np.zeros(seqs, np.float32))
+    return SamplingInput(temperature[:seqs], np.arange(7, 7 + seqs), filters if kind == "filtered" else None)
+
+
+def prompts(kind: str) -> StepInput:
+    """All sequences, in pages of their own."""
+    counts = LENGTHS.astype(np.int32)
+    index = np.arange(SEQS * PAGES)
+    return StepInput(
+        np.random.default_rng(0).integers(3, 300, counts.sum(), dtype=np.int32), np.arange(SEQS, dtype=np.int32),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), np.zeros(SEQS, np.int32), np.zeros(SEQS, bool),
+        np.stack([index // PAGES, index % PAGES, 1 + index], axis=1).astype(np.int32), sampling(kind),
+    )  # fmt: skip
+
+
+def decode(kind: str, tokens: list[int], behind: int, seqs: int = SEQS) -> StepInput:
+    """A token of each sequence, so many positions behind its prompt."""
+    return StepInput(
+        np.array(tokens[:seqs], np.int32), np.arange(seqs, dtype=np.int32), np.arange(seqs + 1, dtype=np.int32),
+        (LENGTHS[:seqs] + behind).astype(np.int32), np.ones(seqs, bool), NO_PAGES, sampling(kind, seqs),
+    )  # fmt: skip
+
+
+def one_by_one(step, kind: str, seqs: int = SEQS) -> np.ndarray:
+    step.launch(prompts(kind))
+    tickets = [
+        step.launch(decode(kind, [50, 60, 70] if behind == 0 else [-1] * SEQS, behind, seqs)) for behind in range(TIMES)
+    ]
+    return np.stack([ticket.wait().token_ids for ticket in tickets], axis=1)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "drawn", "filtered"])
+def test_a_chain_is_its_steps_one_by_one(built: builder.BuiltModel, kind: str) -> None:
+    """Begun with tokens of the host's, then gone on with by a second chain, over a border of pages."""
+    expected = one_by_one(built.step, kind)
+    assert len(np.unique(expected)) > 3
+    built.step.launch(prompts(kind))
+    whole = built.step.launch(decode(kind, [50, 60, 70], 0), TIMES).wait().token_ids
+    np.testing.assert_array_equal(whole, expected)
+    built.step.launch(prompts(kind))
+    tickets = [
+        built.step.launch(decode(kind, [50, 60, 70], 0), 2),
+        built.step.launch(decode(kind, [-1] * SEQS, 2), TIMES - 2),
+    ]
+    np.testing.assert_array_equal(np.concatenate([ticket.wait().token_ids for ticket in tickets], axis=1), expected)
+    state = built.step.state
+    np.testing.assert_array_equal(state.last_tokens[:SEQS].cpu(), expected[:, -1])
+    np.testing.assert_array_equal(state.last_at[:SEQS].cpu(), LENGTHS + TIMES)
+
+
+@pytest.mark.parametrize("seqs", [1, SEQS])
+@pytest.mark.parametrize("kind", ["greedy", "drawn"])
+@pytest.mark.parametrize("built", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_a_captured_chain_is_its_steps_one_by_one(built: builder.BuiltModel, kind: str, seqs: int) -> None:
+    """Padding beside the sequences, and steps of other kinds between two replays."""
+    step, rung = built.step, built.step.ladder.bucket(seqs, seqs)
+    expected, chain = one_by_one(step, kind, seqs), Bucket(rung.tokens, rung.seqs, TIMES)
+    for _ in range(DUE + 2):  # captured on the way
+        step.launch(prompts(kind))
+        got = step.launch(decode(kind, [50, 60, 70], 0, seqs), TIMES)
+        after = step.launch(decode(kind, [-1] * SEQS, TIMES, seqs))
+        np.testing.assert_array_equal(got.wait().token_ids, expected)
+        assert after.wait().token_ids.shape == (seqs,)
+    assert chain in step.graphs and step.graphs.replay(chain)[1].shape == (rung.seqs, TIMES)
+    np.testing.assert_array_equal(one_by_one(step, kind, seqs), expected)
+    np.testing.assert_array_equal(step.state.last_at[:seqs].cpu(), LENGTHS[:seqs] + TIMES)

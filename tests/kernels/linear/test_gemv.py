@@ -1,0 +1,75 @@
+"""Products of one to four rows with norm, residual, gate and bias, against the plain composition in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagegraph.kernels import reference
+from pagegraph.kernels.linear.tiles import MAX_SINGLE_ROWS, RowTile, row_tile_of
+
+
+def plain(x, weight, bias, norm, residual, gated):
+    """Float32 throughout."""
+    x, weight = x.float(), weight.float()
+    if norm is not None:
+        x = reference.rms_norm(x, norm.float(), 1e-6)
+    out = torch.nn.functional.linear(x, weight, None if bias is None else bias.float())
+    out = reference.silu_mul(out) if gated else out
+    return out if residual is None else out + residual.float()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("out_size", "size", "tile"),
+    [
+        (24, 128, RowTile(4, 64, 1)),
+        (20, 200, RowTile(8, 64, 2)),  # neither rows of the weight nor columns fill the tiles
+        (6, 64, RowTile(1, 256, 4)),  # one tile is wider than the weight
+    ],
+)
+@pytest.mark.parametrize("parts", ["", "norm", "residual", "gated", "bias", "norm gated bias", "residual bias"])
+def test_equals_torch(triton_calls, rows: int, out_size: int, size: int, tile: RowTile, parts: str) -> None:
+    bf16, gated = torch.bfloat16, "gated" in parts
+    x = torch.randn(rows, size + 8).to(bf16)[:, :size]  # rows that are no neighbours
+    weight = torch.randn(out_size, size).to(bf16)
+    bias = torch.randn(out_size).to(bf16) if "bias" in parts else None
+    norm = torch.rand(size).to(bf16) if "norm" in parts else None
+    residual = torch.randn(rows, out_size).to(bf16) if "residual" in parts else None
+    expected = plain(x, weight, bias, norm, residual, gated)
+    got = run(triton_calls, x, weight, bias, tile, norm, residual, gated)
+    assert got.dtype == bf16 and got.shape == expected.shape
+    torch.testing.assert_close(got.float(), expected, atol=2e-2 * size**0.5, rtol=1e-2)
+
+
+def run(triton_calls, x, weight, bias, tile, norm, residual, gated):
+    out, _ = triton_calls.call(
+        "pagegraph.kernels.linear.gemv", "row_linear", x, weight, bias, tile, norm, 1e-6, residual, gated
+    )
+    return out
+
+
+def test_a_row_does_not_depend_on_the_others(triton_calls) -> None:
+    x, weight = torch.randn(4, 96).bfloat16(), torch.randn(16, 96).bfloat16()
+    together = run(triton_calls, x, weight, None, RowTile(2, 32, 1), None, None, False)
+    x[1:] = torch.nan
+    alone = run(triton_calls, x, weight, None, RowTile(2, 32, 1), None, None, False)
+    assert torch.equal(together[0], alone[0]) and alone[1:].isnan().all()
+
+
+@pytest.mark.parametrize("live", [1, 2])
+def test_padding_is_left_out(triton_calls, live: int) -> None:
+    x, weight, residual = torch.randn(2, 96).bfloat16(), torch.randn(16, 96).bfloat16(), torch.randn(2, 16).bfloat16()
+    starts = torch.tensor([0, 1, live], dtype=torch.int32)
+    arguments = (x, weight, None, RowTile(2, 32, 1), None, 1e-6, residual, False)
+    every, _ = triton_calls.call("pagegraph.kernels.linear.gemv", "row_linear", *arguments)
+    some, _ = triton_calls.call("pagegraph.kernels.linear.gemv", "row_linear", *arguments, starts)
+    assert torch.equal(some[:live], every[:live]) and not some[live:].any()
+
+
+@given(st.integers(1, 64), st.integers(1, 300000), st.integers(1, 30000), st.booleans())
+def test_a_tile_is_chosen_for_aligned_rows_only(rows: int, out_size: int, size: int, gated: bool) -> None:
+    tile = row_tile_of(rows, out_size, size, gated=gated)
+    assert tile is None or (rows <= MAX_SINGLE_ROWS and size % 8 == 0)

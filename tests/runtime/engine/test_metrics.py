@@ -1,0 +1,128 @@
+"""Engine metrics: names, counts and buckets as a Prometheus parser reads them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from pagegraph.compiler.step.step import StepCounts
+from pagegraph.runtime.engine.metrics import EngineMetrics
+
+
+def samples(metrics: EngineMetrics) -> dict[tuple[str, str], float]:
+    families = text_string_to_metric_families(metrics.render().decode())
+    return {
+        (sample.name, sample.labels.get("finished_reason") or sample.labels.get("le") or ""): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+@pytest.mark.parametrize("prefix", ["vllm:", "pagegraph:"])
+def test_a_served_request(prefix: str) -> None:
+    metrics = EngineMetrics("tiny", 4096)
+    metrics.observe_step(30)
+    metrics.observe_step(2)
+    metrics.set_state(
+        running=1, waiting=0, kv_cache_usage=0.5, prompt_tokens=30, cached_tokens=10, generation_tokens=2, prefix_queries=40, prefix_hits=10, preemptions=1,
+    )  # fmt: skip
+    metrics.observe_first_token(0.03)
+    metrics.observe_inter_tokens(np.array([0.002, 0.002, 1000.0, 0.002]))
+    metrics.observe_finished("length")
+    metrics.observe_served(
+        queue_time=0.4, prefill_time=0.2, decode_time=0.9, since_arrival=1.5, prompt_tokens=40, generation_tokens=5
+    )
+    got = samples(metrics)
+    assert got[prefix + "num_requests_running", ""] == 1
+    assert got[prefix + "kv_cache_usage_perc", ""] == 0.5
+    assert got[prefix + "prefix_cache_queries_total", ""] == 40
+    assert got[prefix + "prefix_cache_hits_total", ""] == 10
+    assert got[prefix + "num_preemptions_total", ""] == 1
+    assert got[prefix + "prompt_tokens_total", ""] == 30
+    assert got[prefix + "generation_tokens_total", ""] == 2
+    assert got[prefix + "request_success_total", "length"] == 1
+    assert got[prefix + "request_success_total", "stop"] == 0
+    assert got[prefix + "time_to_first_token_seconds_bucket", "0.02"] == 0
+    assert got[prefix + "time_to_first_token_seconds_bucket", "0.04"] == 1
+    assert got[prefix + "inter_token_latency_seconds_bucket", "0.001"] == 0
+    assert got[prefix + "inter_token_latency_seconds_bucket", "0.002"] == 3
+    assert got[prefix + "inter_token_latency_seconds_bucket", "+Inf"] == 4
+    assert got[prefix + "inter_token_latency_seconds_sum", ""] == pytest.approx(1000.006)
+    assert got[prefix + "iteration_tokens_total_count", ""] == 2
+    assert got[prefix + "request_prompt_tokens_bucket", "50.0"] == 1
+    assert got[prefix + "e2e_request_latency_seconds_count", ""] == 1
+    assert got[prefix + "request_queue_time_seconds_sum", ""] == 0.4
+    assert got[prefix + "request_inference_time_seconds_sum", ""] == pytest.approx(1.1)
+    assert got[prefix + "prompt_tokens_cached_total", ""] == 10
+    assert (
+        b'prompt_tokens_by_source_total{engine="0",model_name="tiny",source="local_compute"} 20.0' in metrics.render()
+    )
+
+
+def test_guesses_are_counted_by_place() -> None:
+    metrics = EngineMetrics("m", 100)
+    metrics.set_speculation(drafts=4, guesses=12, accepted=7, accepted_at=[4, 2, 1], saved_steps=6, guesses_a_row=3.5)
+    text = metrics.render().decode()
+    for name, value in (("num_drafts_total", 4), ("num_draft_tokens_total", 12), ("num_accepted_tokens_total", 7),
+                        ("saved_steps_total", 6), ("guesses_a_row", 3.5)):  # fmt: skip
+        assert f'pagegraph:spec_decode_{name}{{engine="0",model_name="m"}} {float(value)}' in text
+    assert 'spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="1"} 2.0' in text
+
+
+def test_unknown_reason_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        EngineMetrics("m", 16).observe_finished("odd")
+
+
+def test_every_name_says_what_it_means_and_own_ones_do_not_pose_as_the_fields() -> None:
+    families = {family.name: family for family in EngineMetrics("m", 16).collect()}
+    assert all(len(family.documentation) > 10 for family in families.values())
+    field = {name.removeprefix("vllm:") for name in families if name.startswith("vllm:")}
+    own = {name.removeprefix("pagegraph:") for name in families if name.startswith("pagegraph:")}
+    assert field < own and field == {
+        "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries", "prefix_cache_hits",
+        "num_preemptions", "prompt_tokens", "prompt_tokens_cached", "prompt_tokens_by_source", "generation_tokens",
+        "request_success", "request_prompt_tokens", "request_generation_tokens", "iteration_tokens_total",
+        "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
+        "request_queue_time_seconds", "request_inference_time_seconds", "request_prefill_time_seconds",
+        "request_decode_time_seconds", "spec_decode_num_drafts", "spec_decode_num_draft_tokens",
+        "spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos",
+    }  # fmt: skip
+
+
+def test_model_name_is_escaped_and_openmetrics_works() -> None:
+    metrics = EngineMetrics('a"b\nc', 16)
+    families = list(text_string_to_metric_families(metrics.render().decode()))
+    assert families[0].samples[0].labels["model_name"] == 'a"b\nc'
+    assert openmetrics(metrics).endswith(b"# EOF\n")
+
+
+def test_launched_steps_give_the_graph_ratio_and_padding() -> None:
+    metrics = EngineMetrics("m", 100)
+    metrics.set_launched(steps=0, graphed=0, tokens=0, padding=0)
+    assert 'graph_hit_ratio{engine="0",model_name="m"} 0.0' in metrics.render().decode()
+    metrics.set_launched(steps=8, graphed=6, tokens=100, padding=25)
+    text = metrics.render().decode()
+    for line in ("graph_hit_ratio{%s} 0.75", "engine_steps_total{%s} 8.0", "engine_padding_tokens_total{%s} 25.0"):
+        assert line % 'engine="0",model_name="m"' in text
+
+
+def test_steps_are_counted_by_bucket() -> None:
+    counts = StepCounts()
+    counts.launched(5, 8, graphed=True)
+    counts.launched(3, 3, graphed=False)
+    assert (counts.steps, counts.graphed, counts.tokens, counts.padding) == (2, 1, 8, 3)
+
+
+@pytest.mark.parametrize("state", ["off", "compiling", "compiled", "failed"])
+def test_the_state_of_the_compilation_is_the_one_that_is_1(state: str) -> None:
+    metrics = EngineMetrics("m", 100)
+    metrics.compile_state = lambda: state
+    (family,) = [
+        one
+        for one in text_string_to_metric_families(metrics.render().decode())
+        if one.name == "pagegraph:compile_state"
+    ]
+    assert [sample.labels["state"] for sample in family.samples if sample.value] == [state] and len(family.samples) == 4

@@ -1,0 +1,78 @@
+"""A compilation that fails beside a serving engine: it serves on, says so, or ends where that is configured."""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from pagegraph.compiler.build import BuiltModel, Timings
+from pagegraph.runtime.config import Config
+from pagegraph.runtime.server import engine_process
+
+
+class Step:
+    """Compiles to a name; or raises what it is given."""
+
+    def __init__(self, compiled: str | Exception) -> None:
+        self.compiled, self.forward = compiled, "captured"
+        self.state = SimpleNamespace(max_blocks=4, scrap_row=2, last_tokens=torch.zeros(1, device="meta"), lookup=None)
+
+    def compiled_forward(self, warm: list, progress: bool) -> str:
+        if isinstance(self.compiled, Exception):
+            raise self.compiled
+        return self.compiled
+
+
+def built_of(*steps: Step) -> BuiltModel:
+    facts = dict(
+        folder=None, device=torch.device("meta"), dtype=torch.float32, vocab_size=3, max_model_len=4, num_blocks=5
+    )
+    target, draft = (*steps, None)[:2]
+    return BuiltModel(step=target, draft=draft, eos_ids=frozenset(), timings=Timings(), **facts)
+
+
+@pytest.mark.parametrize("where", ["the first thing", "the model", "the model that guesses"])
+def test_a_failure_leaves_every_step_uncompiled(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    error = RuntimeError("no toolchain")
+    built = built_of(
+        Step(error if where == "the model" else "compiled"),
+        Step(error if where == "the model that guesses" else "compiled"),
+    )
+    first = Mock(side_effect=error if where == "the first thing" else None)
+    with caplog.at_level(logging.INFO):
+        engine_process._compile(Config(model="m"), built, first)
+    assert [step.forward for step in built.steps] == ["captured", "captured"]
+    assert built.compile_state == "failed"
+    (record,) = caplog.records
+    assert (
+        record.levelno == logging.CRITICAL
+        and "serves on, uncompiled" in record.message
+        and "no toolchain" in caplog.text
+    )
+
+
+def test_a_failure_ends_a_server_that_requires_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "_exit", Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        engine_process._compile(Config(model="m", compile="required"), built_of(Step(RuntimeError("no toolchain"))))
+    os._exit.assert_called_once_with(3)
+    assert "compile=required" in caplog.text and "no toolchain" in caplog.text
+
+
+def test_a_compilation_swaps_every_step_at_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    built = built_of(Step("compiled"), Step("compiled too"))
+    seen = []
+    with caplog.at_level(logging.INFO):
+        engine_process._compile(
+            Config(model="m"), built, lambda: seen.append((built.compile_state, built.step.forward))
+        )
+    assert seen == [("compiling", "captured")]
+    assert [step.forward for step in built.steps] == ["compiled", "compiled too"]
+    assert built.compile_state == "compiled" and "compiled after" in caplog.text

@@ -1,0 +1,577 @@
+"""The supervisor against real child processes that stand in for the engine and gunicorn."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from pagegraph.runtime.config import Config
+from pagegraph.runtime.ipc.protocol import EngineInfo
+from pagegraph.runtime.server import run_dir
+from pagegraph.runtime.server.child import child_environment, module_command
+from pagegraph.runtime.server.health import DRAINING, LOADING, READY, Health
+from pagegraph.runtime.server.supervisor import Probes, Supervisor, Unserved, _stopping_signals, banner, bind
+from pagegraph.web.settings import WebSettings
+from tests.paths import ROOT
+
+ENGINE = """
+    import faulthandler, json, signal, sys, threading, time
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from pathlib import Path
+    from pagegraph.runtime.ipc.mailbox import Mailbox
+    from pagegraph.runtime.ipc.protocol import Abort, Admitted, EngineInfo, Hello, SubmitGroup, TokenDelta, Tokens
+
+    class Metrics(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200); self.end_headers(); self.wfile.write(b"fake_metric 1\\n")
+        def log_message(self, *args): pass
+
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    control = Path(settings["config"]["model"])  # relative to where the command was given
+    assert "torch" not in sys.modules
+    if (control / "refuse").exists():
+        Path(sys.argv[1]).with_name("engine-refused.txt").write_text("a reason for refusing"); sys.exit(7)
+    faulthandler.register(signal.SIGUSR1)
+    stubborn = (control / "stubborn").exists()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if stubborn else lambda *_: ((control / "engine-stopped").touch(), sys.exit(0)))
+    (control / "engine-pid").write_text(str(__import__("os").getpid()))
+    mailbox = Mailbox(settings["engine_address"])
+    threading.Thread(target=HTTPServer(("127.0.0.1", settings["metrics_port"]), Metrics).serve_forever, daemon=True).start()
+    Path(sys.argv[1]).with_name("engine.json").write_text(json.dumps({"model_dir": str(control)}))
+    left = {}  # (client, request id): tokens still to come, one a poll
+    while True:
+        if (control / "crash").exists():
+            print("boom: the last line", flush=True); sys.exit(3)
+        def wedged():
+            while (control / "wedge").exists(): time.sleep(0.05)
+        wedged()
+        for client, message in mailbox.poll(block=True):
+            match message:
+                case Hello():
+                    running = len(left) + (control / "busy").exists()
+                    mailbox.send(client, EngineInfo("m", "cpu", "bfloat16", 3, 1000, 9, 16, "compiled",
+                        draining=Path(settings["drain_flag"]).exists(), num_running=running,
+                        stalled_s=100.0 if (control / "stall").exists() else 0.0))
+                case SubmitGroup():
+                    mailbox.send(client, Admitted(message.members[0].request_id))
+                    left.update({(client, member.request_id): member.params.max_tokens for member in message.members})
+                case Abort():
+                    left.pop((client, message.request_id), None)
+        for (client, request_id), count in list(left.items()):
+            mailbox.send(client, Tokens([TokenDelta(request_id, [1], "length" if count == 1 else "")]))
+            left[client, request_id] = count - 1
+        left = {key: count for key, count in left.items() if count}
+"""
+
+WEB = """
+    import json, os, re, signal, socket, sys, threading, time
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from pathlib import Path
+
+    path = json.loads(re.search(r"create_app\\((.*)\\)", sys.argv[1])[1])
+    settings = json.loads(Path(path).read_text())
+    control = Path(settings["model"])
+    (control / "settings.json").write_text(json.dumps({**settings, "argv": sys.argv}))
+
+    class App(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(503 if Path(path).with_name("draining").exists() else 200); self.end_headers()
+        def log_message(self, *args): pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), App, bind_and_activate=False)
+    server.socket = socket.socket(fileno=int(sys.argv[sys.argv.index("--bind") + 1].removeprefix("fd://")))
+    server.server_activate()
+    (control / "environment.json").write_text(json.dumps(dict(os.environ)))
+    stubborn = (control / "stubborn").exists()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if stubborn else lambda *_: ((control / "web-stopped").touch(), sys.exit(0)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    while True: signal.pause()
+"""
+
+DRIVER = """
+    import logging, os, sys
+    from pagegraph.runtime.config import Config
+    from pagegraph.runtime.server.supervisor import WEB_COMMAND, Supervisor, Unserved
+    control, port, probe_port, drain, web = sys.argv[1:]
+    logging.basicConfig(level="INFO")
+    config = Config(
+        model=control, served_model_name="m", port=int(port), probe_port=int(probe_port), drain_timeout_s=float(drain),
+        watchdog_timeout_s=2.0, api_key="secret", workers=1,
+    )
+    web_command = WEB_COMMAND if web == "gunicorn" else [sys.executable, os.path.abspath(control) + "/fake_web.py"]
+    try:
+        supervisor = Supervisor(config, [sys.executable, control + "/fake_engine.py"], web_command)
+        status = supervisor.run()
+    except Unserved as error:
+        print("UNSERVED", error)
+        status = 1
+    assert "torch" not in sys.modules
+    sys.exit(status)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def get(url: str) -> tuple[int, str]:
+    """Status and body; status 0 when nobody answers."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=5) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError:
+        return 0, ""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.02)
+
+
+class Server:
+    """A supervisor in a process of its own with a folder through which the test steers its children."""
+
+    def __init__(
+        self, control: Path, drain: float = 20.0, web: str = "fake", folder: Path = ROOT, **environment: str
+    ) -> None:
+        """`folder`: where the command is given."""
+        self.control = control
+        self.temporary = control / "tmp"
+        self.temporary.mkdir()
+        self.port, self.probe_port = free_port(), free_port()
+        for name, text in {"fake_engine": ENGINE, "fake_web": WEB, "driver": DRIVER}.items():
+            (control / f"{name}.py").write_text(textwrap.dedent(text))
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                str(control / "driver.py"),
+                os.path.relpath(control, folder),
+                *map(str, (self.port, self.probe_port, drain, web)),
+            ],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def api(self) -> int:
+        return get(f"http://127.0.0.1:{self.port}/health/live")[0]
+
+    def probe(self, path: str) -> tuple[int, str]:
+        return get(f"http://127.0.0.1:{self.probe_port}{path}")
+
+    def wait_ready(self) -> None:
+        wait_for(lambda: self.probe("/health/ready")[0] == 200 or self.process.poll() is not None)
+        assert self.process.poll() is None, self.end()[1]
+
+    def flag(self, name: str) -> Path:
+        return self.control / name
+
+    def end(self, seconds: float = 15.0) -> tuple[int, str]:
+        """Exit status and all output."""
+        output, _ = self.process.communicate(timeout=seconds)
+        return self.process.returncode, output
+
+
+@pytest.fixture
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    # A short path: a unix socket's is at most 107 bytes.
+    server = Server(tmp_path_factory.mktemp("s"))
+    yield server
+    if server.process.poll() is None:
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.communicate(timeout=15)
+
+
+def test_serves_then_stops_in_order_with_status_0(server: Server) -> None:
+    server.wait_ready()
+    assert server.api() == 200
+    assert server.probe("/health/live")[0] == 200
+    assert server.probe("/metrics") == (200, "fake_metric 1\n")
+    assert server.probe("/elsewhere")[0] == 404
+    (run_dir,) = server.temporary.iterdir()
+    assert run_dir.stat().st_mode & 0o777 == 0o700
+    server.process.send_signal(signal.SIGTERM)
+    status, output = server.end()
+    assert status == 0, output
+    assert server.flag("engine-stopped").exists() and server.flag("web-stopped").exists()
+    assert f"curl http://127.0.0.1:{server.port}/v1/chat/completions" in output and "secret" not in output
+    assert list(server.temporary.iterdir()) == []
+
+
+def test_web_settings_are_what_the_web_takes(server: Server) -> None:
+    server.wait_ready()
+    written = json.loads(server.flag("settings.json").read_text())
+    argv = written.pop("argv")
+    assert "secret" not in str(written)
+    settings = WebSettings.load(written)
+    assert settings.model == str(server.control) and settings.served_model_name == "m"
+    assert json.loads(server.flag("environment.json").read_text())["PAGEGRAPH_API_KEY"] == "secret"
+    (private,) = server.temporary.iterdir()
+    for path in private.iterdir():
+        assert path.stat().st_mode & 0o077 == 0 or path.is_socket() or path.name in ("engine.json", "draining")
+        assert path.is_socket() or "secret" not in path.read_text()
+    # One process alone can fill the engine and its queue, whatever the number of processes.
+    assert settings.threads == settings.enough_threads == 256 + 256 + 32 and argv[argv.index("--threads") + 1] == "544"
+    assert get(f"http://{settings.probe_address}/metrics")[1] == "fake_metric 1\n"
+
+
+def test_drain_refuses_new_requests_and_waits_for_running_ones(server: Server) -> None:
+    server.wait_ready()
+    server.flag("busy").touch()
+    time.sleep(0.6)  # over two heartbeats: the supervisor has seen it
+    server.process.send_signal(signal.SIGINT)
+    wait_for(lambda: server.api() == 503)
+    assert server.probe("/health/ready")[0] == 503 and server.probe("/health/live")[0] == 200
+    time.sleep(1.5)
+    assert server.process.poll() is None and not server.flag("engine-stopped").exists()
+    server.flag("busy").unlink()
+    assert server.end()[0] == 0
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
+    previous = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in _stopping_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        assert signal.SIGHUP not in _stopping_signals()
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_second_signal_aborts(server: Server) -> None:
+    server.wait_ready()
+    server.flag("busy").touch()
+    time.sleep(0.6)
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: server.api() == 503)
+    server.process.send_signal(signal.SIGTERM)
+    status, output = server.end(4.0)
+    assert status == 130, output
+    assert not server.flag("engine-stopped").exists()
+
+
+def test_drain_ends_at_its_timeout(tmp_path_factory: pytest.TempPathFactory) -> None:
+    server = Server(tmp_path_factory.mktemp("s"), drain=2.0)  # over IDLE_S: a late heartbeat is still in time
+    server.wait_ready()
+    server.flag("busy").touch()
+    time.sleep(0.6)
+    server.process.send_signal(signal.SIGHUP)
+    status, output = server.end(8.0)
+    assert status == 0 and "requests cut: 1" in output
+
+
+@pytest.mark.slow
+def test_children_that_do_not_stop_are_killed_together(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With the default drain_timeout_s of 20 s this stays below the usual 30 s of grace."""
+    control = tmp_path_factory.mktemp("s")
+    (control / "stubborn").touch()
+    server = Server(control, drain=1.0)
+    server.wait_ready()
+    server.flag("busy").touch()
+    time.sleep(0.6)
+    started = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    status, output = server.end(20.0)
+    assert status == 0 and "engine did not stop" in output and "web did not stop" in output
+    assert time.monotonic() - started < 1.0 + (28.0 - 20.0)
+    assert Config.drain_timeout_s == 20.0
+
+
+@pytest.mark.parametrize("flag", ["wedge", pytest.param("stall", marks=pytest.mark.slow)])
+def test_a_hung_engine_is_ended_with_its_stacks(server: Server, flag: str) -> None:
+    """It answers no more, or it answers and finishes no step."""
+    server.wait_ready()
+    server.flag(flag).touch()
+    wait_for(lambda: server.probe("/health/live")[0] == 503)
+    assert server.probe("/health/ready")[0] == 503
+    status, output = server.end()
+    assert status == 1
+    assert (
+        output.rstrip().splitlines()[-1].startswith("UNSERVED the engine hung: for 2 s")
+        and "watchdog_timeout_s=2" in output
+    )
+    if flag == "wedge":
+        assert "in wedged" in output
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(server.flag("engine-pid").read_text()), 0)
+
+
+@pytest.mark.slow
+def test_a_long_step_is_no_hang(server: Server) -> None:
+    server.wait_ready()
+    server.flag("wedge").touch()
+    time.sleep(1.0)
+    server.flag("wedge").unlink()
+    time.sleep(2.0)
+    assert server.probe("/health/live") == (200, '{"status": "ready"}') and server.process.poll() is None
+
+
+@pytest.mark.slow
+def test_what_a_killed_server_left_is_removed_by_the_next(tmp_path_factory: pytest.TempPathFactory) -> None:
+    server = Server(tmp_path_factory.mktemp("s"))
+    server.wait_ready()
+    (left,) = server.temporary.iterdir()
+    server.process.kill()
+    server.process.communicate()
+    wait_for(lambda: server.flag("engine-stopped").exists() and server.flag("web-stopped").exists())
+    assert left.is_dir()
+    others = [Server(tmp_path_factory.mktemp("s"), TMPDIR=str(server.temporary)) for _ in range(2)]
+    for other in others:
+        other.wait_ready()
+    assert not left.exists() and len(list(server.temporary.iterdir())) == 2  # those that live are left alone
+    for other in others:
+        other.process.send_signal(signal.SIGTERM)
+        assert other.end()[0] == 0
+
+
+def test_no_folder_for_the_socket_is_said_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    long = tmp_path / ("a" * 100)
+    long.mkdir()
+    monkeypatch.setattr(run_dir, "FALLBACKS", ())
+    monkeypatch.setattr(run_dir.tempfile, "tempdir", str(long))
+    with pytest.raises(Unserved, match=r"a{100}: AF_UNIX path too long\); set TMPDIR"):
+        Supervisor(Config(model="m"))
+    assert list(long.iterdir()) == []
+
+
+def test_engine_death_stops_the_web_and_is_told_once(server: Server) -> None:
+    server.wait_ready()
+    server.flag("crash").touch()
+    status, output = server.end()
+    assert status == 1
+    assert output.rstrip().endswith("UNSERVED the engine process ended with status 3; what it wrote stands above")
+    assert output.count("boom: the last line") == 1
+    assert server.flag("web-stopped").exists()
+    assert server.api() == 0
+
+
+def test_engine_killed_names_the_signal(server: Server) -> None:
+    server.wait_ready()
+    os.kill(int(server.flag("engine-pid").read_text()), signal.SIGKILL)
+    status, output = server.end()
+    assert status == 1 and "ended with signal SIGKILL" in output
+
+
+def test_engine_that_refuses_at_start_leaves_one_sentence(tmp_path_factory: pytest.TempPathFactory) -> None:
+    control = tmp_path_factory.mktemp("s")
+    (control / "refuse").touch()
+    status, output = Server(control).end()
+    assert status == 1
+    assert output.rstrip().splitlines()[-1] == "UNSERVED a reason for refusing" and output.count("a reason") == 1
+    assert "status 7" not in output
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of three words, in the files that a model folder has."""
+    words = WordLevel({"<unk>": 0, "la": 1, "end": 2}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def stream(server: Server, max_tokens: int) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    body = json.dumps({"model": "m", "prompt": "la la", "max_tokens": max_tokens, "stream": True})
+    headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", body, headers)
+    return connection.getresponse()
+
+
+def first_data(response: http.client.HTTPResponse) -> bytes:
+    """The first data line; comments that only keep the connection alive may come before it."""
+    while (line := response.readline()).startswith(b":") or line == b"\n":
+        pass
+    return line
+
+
+@pytest.fixture
+def real_web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    control = tmp_path_factory.mktemp("s")
+    write_tokenizer(control)
+    server = Server(control, web="gunicorn")
+    yield server
+    if server.process.poll() is None:
+        server.process.kill()
+        server.process.communicate(timeout=15)
+
+
+def test_gunicorn_streams_through_a_drain_and_refuses_new_requests(real_web: Server) -> None:
+    real_web.wait_ready()
+    running = stream(real_web, max_tokens=30)  # 3 s at a token each 0.1 s
+    assert running.status == 200 and first_data(running).startswith(b"data: ")
+    real_web.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: real_web.probe("/health/ready")[0] == 503)
+    time.sleep(1.2)  # over a heartbeat of the web worker
+    assert stream(real_web, max_tokens=1).status == 503
+    rest = running.read().decode()
+    assert '"finish_reason":"length"' in rest.replace(" ", "") and rest.endswith("data: [DONE]\n\n")
+    status, output = real_web.end()
+    assert status == 0, output
+
+
+@pytest.fixture
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds packages of our names, in one with a tokenizer."""
+    control = tmp_path_factory.mktemp("s")
+    write_tokenizer(control)
+    for name in ("kernels", "compiler", "runtime", "web", "gunicorn", "ctypes"):
+        package = control / "project" / name
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    return control / "project"
+
+
+def test_children_import_our_packages_wherever_they_start(hostile: Path) -> None:
+    command = module_command("pagegraph.runtime.config")  # which imports another of our packages
+    subprocess.run(command, cwd=hostile, env=child_environment(), check=True)
+
+
+@pytest.mark.slow
+def test_served_from_a_folder_that_holds_packages_of_our_names(hostile: Path) -> None:
+    server = Server(hostile.parent, web="gunicorn", folder=hostile)
+    server.wait_ready()
+    assert first_data(stream(server, max_tokens=1)).startswith(b"data: ")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end()[0] == 0
+
+
+@pytest.mark.slow
+def test_two_hundred_requests_at_once_are_for_the_engine_to_queue(real_web: Server) -> None:
+    """With one web process and no setting of threads."""
+    real_web.wait_ready()
+    body = json.dumps({"prompt": "la la", "max_tokens": 900, "stream": True}).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\n"
+    )
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_connection(("127.0.0.1", real_web.port), 20)) for _ in range(200)]
+        for each in sockets:
+            each.sendall(request)
+        assert {each.recv(12) for each in sockets} == {b"HTTP/1.1 200"}
+        started = time.monotonic()
+        assert real_web.api() == 200 and time.monotonic() - started < 2.0
+
+
+def test_engine_death_ends_streams_with_an_error(real_web: Server) -> None:
+    real_web.wait_ready()
+    running = stream(real_web, max_tokens=900)
+    assert first_data(running).startswith(b"data: ")
+    os.kill(int(real_web.flag("engine-pid").read_text()), signal.SIGKILL)
+    start = time.monotonic()
+    rest = running.read().decode()
+    assert '"error"' in rest and '"finish_reason":"length"' not in rest.replace(" ", "")
+    status, output = real_web.end()
+    assert status == 1 and "ended with signal SIGKILL" in output
+    assert time.monotonic() - start < 8.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children end with a killed parent on Linux only")
+def test_children_end_with_a_killed_supervisor(server: Server) -> None:
+    server.wait_ready()
+    server.process.kill()
+    wait_for(lambda: server.flag("engine-stopped").exists() and server.flag("web-stopped").exists())
+
+
+def test_a_taken_port_is_refused_before_the_model_loads(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(Unserved, match=rf"port={port} on 127.0.0.1.*--port"):
+            bind("127.0.0.1", port, "port")
+        with pytest.raises(Unserved, match=rf"probe_port={port}"):
+            Probes("127.0.0.1", port, lambda: READY, "http://127.0.0.1:9/")
+    with pytest.raises(Unserved, match="probe_host=192.0.2.1.*--probe-host"):
+        Probes("192.0.2.1", 0, lambda: READY, "http://127.0.0.1:9/")
+
+
+def test_a_probe_that_leaves_is_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    asked = threading.Semaphore(0)
+
+    def health() -> Health:
+        asked.release()
+        time.sleep(0.1)
+        return READY
+
+    probes = Probes("127.0.0.1", 0, health, "http://127.0.0.1:9/")
+    for _ in range(3):
+        with socket.create_connection(probes.address.rsplit(":", 1), 5) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
+            connection.sendall(b"GET /health/live HTTP/1.1\r\n\r\n")
+            assert asked.acquire(timeout=5)
+    time.sleep(0.3)
+    probes.close()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::1"])
+def test_probes_listen_where_they_are_told(host: str) -> None:
+    probes = Probes(host, 0, lambda: DRAINING, "http://127.0.0.1:9/")
+    assert probes.address.startswith("127.0.0.1:" if host == "0.0.0.0" else "[::1]:")
+    assert get(f"http://{probes.address}/health/live") == (200, '{"status": "draining"}')
+    assert get(f"http://{probes.address}/health/ready") == (503, '{"status": "draining"}')
+    probes.close()
+
+
+def test_bound_port_refuses_connections_until_it_listens() -> None:
+    bound = bind("127.0.0.1", 0, "port")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(bound.getsockname(), timeout=1)
+    bound.close()
+
+
+def test_probe_says_503_when_the_engine_has_no_metrics() -> None:
+    probes = Probes("127.0.0.1", 0, lambda: LOADING, f"http://127.0.0.1:{free_port()}/metrics")
+    assert get(f"http://{probes.address}/metrics")[0] == 503
+    assert [get(f"http://{probes.address}/health/{asked}")[0] for asked in ("live", "ready")] == [200, 503]
+    probes.close()
+
+
+def test_banner_gives_capacity_and_hides_the_key() -> None:
+    info = EngineInfo("m", "cpu", "bfloat16", 100, 8192, 1001, 16, "compiling")
+    text = banner(Config(model="org/name", api_key="s3cret"), info, ("0.0.0.0", 8000), "127.0.0.1:9000")
+    assert "1,001 pages of 16 = 16,000 tokens" in text and "http://127.0.0.1:8000" in text
+    assert "bfloat16, compiling, serving uncompiled" in text
+    assert '"model": "org/name"' in text and "s3cret" not in text and "$API_KEY" in text
+
+
+@pytest.mark.parametrize(
+    "state, said",
+    [("off", "float32, not compiled\n"), ("failed", "compilation failed"), ("compiled", "float32, compiled\n")],
+)
+def test_banner_says_what_the_steps_run(state: str, said: str) -> None:
+    info = EngineInfo("m", "cpu", "float32", 100, 8192, 1001, 16, state)
+    assert said in banner(Config(model="org/name"), info, ("127.0.0.1", 8000), "127.0.0.1:9000")

@@ -1,0 +1,245 @@
+"""The model that guesses: its draws against the target's, and its bookkeeping against a plain recomputation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from pagegraph.compiler import build as builder
+from pagegraph.compiler.step.inputs import SamplingInput, StepInput, StepOutput
+from pagegraph.compiler.step.step import CompiledStep, Ticket
+from pagegraph.kernels import reference
+from pagegraph.runtime.config import Config
+from pagegraph.runtime.ipc.protocol import SamplingParams
+from pagegraph.runtime.scheduler.draft_tokens import Guessed, verdict
+from pagegraph.runtime.scheduler.sequence import Sequence
+from pagegraph.runtime.scheduler.slots import Rows
+from pagegraph.runtime.spec_decode.draft_model import DraftModel
+
+DRAWS = 200_000
+VOCAB = 6
+CRITICAL = {5: 25.7, 30: 70.0}  # of chi-square at 0.9999, by degrees of freedom (30: above it)
+
+
+def chi_square(counts: np.ndarray, chances: np.ndarray) -> float:
+    expected = counts.sum() * chances
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def log_chances(seed: int) -> torch.Tensor:
+    """[VOCAB + 1, VOCAB]: of the next token, by the one before; the last row at the start."""
+    return (1.5 * torch.randn(VOCAB + 1, VOCAB, generator=torch.Generator().manual_seed(seed))).log_softmax(-1)
+
+
+def drawn(logits: torch.Tensor, position: int) -> torch.Tensor:
+    """One draw a row, with the seeds 0.. and the position's noise, as both models draw."""
+    seeds = torch.arange(DRAWS)
+    return reference.gumbel_argmax(logits, torch.ones(DRAWS), seeds, torch.full((DRAWS,), position))
+
+
+def test_verified_draws_follow_the_target_and_agree_more_often_than_independent_ones() -> None:
+    """Two guesses by a model q for a target p, both chains over a small vocabulary, through the verdict of the engine."""
+    target, guesser = log_chances(0), log_chances(1)
+    guesses = [drawn(guesser[-1].expand(DRAWS, -1), 10)]
+    guesses.append(drawn(guesser[guesses[0]], 11))
+    entries = [drawn(target[-1].expand(DRAWS, -1), 10), drawn(target[guesses[0]], 11), drawn(target[guesses[1]], 12)]
+    ints = lambda value: np.full(DRAWS, value, np.int32)  # noqa: E731
+    guessed = Guessed(
+        np.arange(DRAWS, dtype=np.int32), ints(2), 3 * np.arange(DRAWS, dtype=np.int32), np.zeros(3 * DRAWS, bool), None
+    )
+    sampled = torch.stack(entries, 1).flatten().int().numpy()
+    found = verdict(
+        guessed,
+        sampled,
+        torch.stack(guesses, 1).int().numpy(),
+        ints(10),
+        ints(100),
+        ints(0),
+        np.full((DRAWS, 1), -1, np.int32),
+    )
+    p, q = target.exp().numpy(), guesser.exp().numpy()
+    first, second = found.tokens[:, 0], found.tokens[:, 1]
+    assert chi_square(np.bincount(first, minlength=VOCAB), p[-1]) < CRITICAL[5]
+    on = found.lengths > 1  # the first guess held: the next token is the target's own given it
+    pairs = np.bincount(first[on] * VOCAB + second[on], minlength=VOCAB**2).reshape(VOCAB, VOCAB)
+    statistic = sum(chi_square(pairs[token], p[token]) for token in range(VOCAB))
+    assert statistic < CRITICAL[30]
+    # P(both draw i) = 1 / sum_j max(p_j / p_i, q_j / q_i): the larger of two races decides (Daliri et al. 2024).
+    ratio = np.maximum(p[-1] / p[-1][:, None], q[-1] / q[-1][:, None]).sum(axis=1)
+    agree, independent, most = (1 / ratio).sum(), (p[-1] * q[-1]).sum(), np.minimum(p[-1], q[-1]).sum()
+    reached = (found.accepted > 0).mean()
+    assert abs(reached - agree) < 4 * (agree * (1 - agree) / DRAWS) ** 0.5
+    assert independent + 0.1 < reached <= most
+    assert not (found.accepted > found.counts).any() and (found.accepted == 2).any()
+
+
+def next_token(history: list[int]) -> int:
+    return (7 * sum(history) + 3 * len(history)) % 11
+
+
+class FakeStep:
+    """Remembers the tokens whose keys it has computed, by row and position, and says what follows them."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.memory: list[dict[int, int]] = [{} for _ in range(num_rows)]
+        self.last = np.zeros(num_rows, np.int64)
+        self.largest = self.launches = 0
+        self.limits = [1000] * num_rows  # tokens that the row has pages for
+
+    def launch(self, step: StepInput, times: int = 1) -> Ticket:
+        self.launches += 1
+        sampled = [self._run(step)]
+        if times == 1:
+            return Ticket(lambda: StepOutput(sampled[0]))
+        assert step.sampled.all() and step.num_tokens == len(set(step.rows.tolist())), "a token of each of several rows"
+        onward = np.full_like(step.token_ids, -1)
+        sampled += [
+            self._run(dataclasses.replace(step, token_ids=onward, starts=step.starts + at)) for at in range(1, times)
+        ]
+        return Ticket(lambda: StepOutput(np.stack(sampled, axis=1)))
+
+    def _run(self, step: StepInput) -> np.ndarray:
+        self.largest = max(self.largest, step.num_tokens)
+        ids = np.where(step.token_ids < 0, self.last[np.repeat(step.rows, np.diff(step.query_start))], step.token_ids)
+        for entry, row in enumerate(step.rows.tolist()):
+            assert int(step.starts[entry]) + step.query_start[entry + 1] - step.query_start[entry] <= self.limits[row]
+            for at, token in enumerate(ids[step.query_start[entry] : step.query_start[entry + 1]].tolist()):
+                self.memory[row][int(step.starts[entry]) + at] = token
+        sampled = []
+        for row, length, draws in zip(step.rows.tolist(), step.seq_lens.tolist(), step.sampled.tolist()):
+            sampled.append(next_token([self.memory[row][at] for at in range(length)]))
+            if draws:
+                self.last[row] = sampled[-1]
+        return np.array(sampled, np.int32)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    turns=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5), st.booleans()), min_size=1, max_size=8),
+    max_tokens=st.integers(4, 40),
+    max_entries=st.integers(4, 12),
+    together=st.booleans(),
+)
+def test_guesses_are_those_of_the_confirmed_tokens_alone(lengths, turns, max_tokens, max_entries, together) -> None:
+    """Whatever held, was corrected or went on without guesses: keys of the past are right when the next are made."""
+    rows = Rows(len(lengths), 200, 4)
+    for index, length in enumerate(lengths):
+        params = SamplingParams(max_tokens=100)
+        rows.enter(Sequence(str(index), np.arange(length) + index, params, frozenset(), 0, 200), [], 0)
+    step = FakeStep(len(lengths))
+    model = DraftModel(step, rows, max_tokens, max_entries, together)
+    for count, kept, others in turns:
+        at = np.arange(len(lengths), dtype=np.int32)[:: 2 if others and len(lengths) > 1 else 1]
+        counts = np.array([1 + (count + index) % 4 for index in range(len(at))], np.int32)
+        for row, wanted in zip(at.tolist(), counts.tolist()):
+            step.limits[row] = int(rows.known[row]) + wanted - 1  # the last guess is not computed
+            if together:
+                missing = -(-step.limits[row] // 4) - int(rows.num_blocks[row])
+                rows.add_blocks(np.array([row]), np.array([max(missing, 0)]), [1] * missing)
+                step.limits[row] = int(rows.num_blocks[row]) * 4
+        guessed = [tokens[:wanted] for tokens, wanted in zip(model.propose(at, counts).tolist(), counts.tolist())]
+        for row, tokens in zip(at.tolist(), guessed):
+            history = rows.tokens[row, : rows.known[row]].tolist()
+            for token in tokens:
+                assert token == next_token(history)
+                history.append(token)
+            came = [*tokens[:kept], *([1] * (kept + 1 - len(tokens[:kept])))]  # guesses that held, and others
+            rows.tokens[row, rows.known[row] : rows.known[row] + len(came)] = came
+            rows.known[row] += len(came)
+    assert step.largest <= max(max_tokens, max_entries)
+
+
+def test_a_sequence_that_enters_a_row_is_computed_from_its_start() -> None:
+    rows = Rows(1, 200, 16)
+    model = DraftModel(step := FakeStep(1), rows, 40, 8)
+    for tokens in ([1, 2, 3], [4, 5, 6, 7]):
+        rows.enter(Sequence("a", np.array(tokens), SamplingParams(), frozenset(), 0, 200), [], 0)
+        assert model.propose(np.zeros(1, np.int32), np.full(1, 2, np.int32))[0, 0] == next_token(tokens)
+        step.memory[0].clear()
+        rows.leave(0)
+
+
+def test_rows_that_want_fewer_guesses_go_along_as_far_as_their_pages_reach() -> None:
+    """So guesses are one launch; one more where a row lacks two tokens or more, or has no page to go on in."""
+    rows = Rows(3, 200, 4)
+    for index in range(3):
+        params = SamplingParams(max_tokens=100)
+        rows.enter(Sequence(str(index), np.arange(6) + index, params, frozenset(), 0, 200), [1, 2, 3], 0)
+    step, at = FakeStep(3), np.arange(3, dtype=np.int32)
+    step.limits = [12, 12, 12]
+    model = DraftModel(step, rows, 40, 8, together=True)
+    launches = []
+    for counts in ([3, 1, 2], [2, 4, 2], [1, 1, 1], [6, 5, 1]):
+        if max(counts) > 4:
+            rows.add_blocks(at[:2], np.ones(2, np.int32), [4, 4])
+            step.limits = [16, 16, 12]
+        before = step.launches
+        tokens = model.propose(at, np.array(counts, np.int32))
+        launches.append(step.launches - before)
+        assert tokens.shape == (3, max(counts))
+        rows.tokens[at, rows.known] = tokens[:, 0]
+        rows.known += 1
+    # With prompts; chains; at last the third row, with 9 tokens known and pages for 12, leaves after its fourth guess.
+    assert launches == [2, 1, 1, 2]
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> builder.BuiltModel:
+    """Random weights, uncompiled, with a model that guesses."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    LlamaConfig(
+        vocab_size=300,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    ).save_pretrained(folder := tmp_path_factory.mktemp("model"))
+    config = Config(
+        model=str(folder), speculative_model=str(folder), load_format="dummy", dtype="float32", device=request.param,
+        max_num_seqs=4, max_num_batched_tokens=64, block_size=8, num_blocks=64, compile=False,
+    )  # fmt: skip
+    return builder.ready(config, progress=False)
+
+
+def afresh(step: CompiledStep, history: list[int], count: int, temperature: float, seed: int) -> list[int]:
+    """What follows, each token from all that comes before, in the last row and pages of its own."""
+    tokens, row, pages = list(history), step.state.scrap_row - 1, np.arange(16)
+    for _ in range(count):
+        one = StepInput(
+            np.array(tokens, np.int32), np.full(1, row, np.int32), np.array([0, len(tokens)], np.int32), np.zeros(1, np.int32),
+            np.ones(1, bool), np.stack([np.full(16, row), pages, 48 + pages], axis=1).astype(np.int32),
+            SamplingInput(np.full(1, temperature, np.float32), np.full(1, seed, np.int64)),
+        )  # fmt: skip
+        tokens.append(int(step.launch(one).wait().token_ids[0]))
+    return tokens[len(history) :]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("together", [False, True])
+def test_guesses_of_a_real_model_are_what_it_says_afresh(
+    drafted: builder.BuiltModel, temperature: float, together: bool
+) -> None:
+    """Also behind a token that is not what the model itself would have put behind guesses that all held."""
+    rows, at, count = Rows(4, 128, 8), np.arange(2, dtype=np.int32), 4
+    for index, length in enumerate((5, 11)):
+        params = SamplingParams(max_tokens=100, temperature=temperature, seed=index)
+        sequence = Sequence(str(index), np.arange(3, 3 + length), params, frozenset(), index, 128)
+        rows.enter(sequence, list(range(1 + 16 * index, 17 + 16 * index)), 0)
+    model = DraftModel(drafted.draft, rows, 64, 64, together)
+    for kept in (count, 2, count, 0):
+        guesses = model.propose(at, np.array([count, count - 1], np.int32))
+        for row, wanted in ((0, count), (1, count - 1)):
+            history = rows.tokens[row, : rows.known[row]].tolist()
+            expected = afresh(drafted.draft, history, count if together else wanted, temperature, int(rows.seed[row]))
+            assert guesses[row, : len(expected)].tolist() == expected
+            came = [*expected[: min(kept, wanted)], 299 - expected[-1]]
+            rows.tokens[row, rows.known[row] : rows.known[row] + len(came)] = came
+            rows.known[row] += len(came)

@@ -1,0 +1,235 @@
+"""The engine's loop with guesses, against a device that is simulated: what it says is a script, what it takes a formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from pagegraph.compiler.step.inputs import LookedUp, StepInput, StepOutput
+from pagegraph.compiler.step.step import StepCounts, Ticket
+from pagegraph.kernels import reference
+from pagegraph.runtime.engine.engine import Engine, Limits
+from pagegraph.runtime.engine.metrics import EngineMetrics
+from pagegraph.runtime.engine.stats import Recorder
+from pagegraph.runtime.ipc.protocol import SamplingParams, Submit, Tokens
+from pagegraph.runtime.llm import LocalMailbox
+from pagegraph.runtime.scheduler.block_pool import BlockPool
+from pagegraph.runtime.scheduler.scheduler import Scheduler
+from pagegraph.runtime.spec_decode.device_ngram import DeviceLookup
+from pagegraph.runtime.spec_decode.host import Guesser, Speculation
+from pagegraph.runtime.spec_decode.num_draft_tokens import StepCosts
+from pagegraph.runtime.spec_decode.proposer import Ngram
+
+MAX_LEN = 2000
+RNG = np.random.default_rng(0)
+RANDOM = RNG.integers(0, 1000, MAX_LEN)
+REPEATED = np.tile(RNG.integers(0, 1000, 60), -(-MAX_LEN // 60))
+BOTH = np.concatenate([RANDOM[:400], REPEATED[:400], RANDOM[400:]])
+HOST_MS = 0.3  # from results to the next launch
+
+
+class Device:
+    """Steps in order, `cost(entries)` ms each, on a clock of its own; row r says scripts[r], by position."""
+
+    def __init__(self, script: np.ndarray, cost: Callable[[int], float], looks_up: bool = False) -> None:
+        self.script = script
+        self.cost = cost
+        self.looks_up = looks_up
+        self.last_at = np.zeros(16, np.int64)  # of each row's last token
+        self.guesses: dict[int, np.ndarray] = {}
+        self.now = 0.0  # seconds
+        self.free = 0.0  # when the last launched step is done
+        self.steps: list[int] = []  # entries of each
+
+    def clock(self) -> float:
+        return self.now
+
+    def launch(self, step: StepInput) -> Ticket:
+        self.now += HOST_MS / 1e3
+        self.steps.append(step.num_seqs)
+        done = self.free = max(self.free, self.now) + self.cost(step.num_seqs) / 1e3
+        first = step.token_ids[step.query_start[:-1]]
+        starts = np.where(first < 0, self.last_at[step.rows] - 1 - first, step.starts)
+        at = starts + np.diff(step.query_start)
+        ids = self.script[at % len(self.script)].astype(np.int32)
+        lookup = self._settle(step, at, ids)
+        output = StepOutput(ids, lookup=lookup if self.looks_up else None)
+
+        def wait() -> StepOutput:
+            self.now = max(self.now, done)
+            return output
+
+        return Ticket(wait)
+
+    def _settle(self, step: StepInput, at: np.ndarray, ids: np.ndarray) -> LookedUp:
+        matched, hits = np.zeros((2, step.num_seqs), np.int32)
+        fed = step.token_ids[step.query_start[1:] - 1].copy()
+        for s in np.flatnonzero(np.append(True, step.rows[1:] != step.rows[:-1])).tolist():
+            row, kept = int(step.rows[s]), s
+            guesses = self.guesses.get(row, np.full(15, -1, np.int32))
+            hits[s] = guesses[0] == ids[s]
+            for entry in range(s + 1, step.num_seqs):
+                if step.rows[entry] != row:
+                    break
+                if fed[entry] < 0:
+                    fed[entry] = guesses[-2 - fed[entry]]
+                kept += kept == entry - 1 and fed[entry] == ids[kept]
+            if step.sampled[s] or kept > s or step.rows[s + 1 : s + 2] == row:
+                self.last_at[row] = at[kept]
+                if not self.looks_up:
+                    continue
+                text = self.script[: at[kept] + 1].astype(np.int32)[None]
+                (self.guesses[row],), (matched[s],) = reference.lookup(text, np.array([text.shape[1]]), 15, 2, 5)
+        return LookedUp(matched, hits, fed)
+
+
+class Model:
+    """Guesses what the script says with a chance, from position `good_from` on with a good one; takes `ms` a guess."""
+
+    def __init__(
+        self, device: Device, scheduler: Scheduler, chance: float, ms: float, good_from: int = MAX_LEN
+    ) -> None:
+        self.device, self.scheduler, self.chance, self.ms, self.good_from = device, scheduler, chance, ms, good_from
+        self.rng = np.random.default_rng(1)
+        self.made = 0
+
+    def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        count = int(counts.max())
+        self.device.now += self.ms * count / 1e3
+        self.made += count
+        positions = self.scheduler.rows.known[at][:, None] + np.arange(count)
+        right = self.device.script[positions]
+        chance = np.where(positions < self.good_from, self.chance, 0.9)
+        return np.where(self.rng.random(right.shape) < chance, right, (right + 1) % 1000).astype(np.int32)
+
+
+def flat(entries: int) -> float:
+    return 10.0 + 0.1 * entries
+
+
+def steep(entries: int) -> float:
+    return 0.5 + 8.0 * entries
+
+
+def drive(
+    script: np.ndarray,
+    cost: Callable[[int], float],
+    streams: int,
+    num_tokens: int,
+    *,
+    guessing: bool = True,
+    fixed: int = 0,
+    on_device: bool = False,
+    **model,
+) -> tuple[float, Device, Scheduler, Guesser | None]:
+    """Seconds that `streams` requests of `num_tokens` take."""
+    device = Device(script, cost, on_device)
+    scheduler = Scheduler(
+        BlockPool(4000, 16, enable_caching=False),
+        max_num_seqs=16,
+        max_num_batched_tokens=512,
+        max_model_len=MAX_LEN,
+        max_entries=64,
+    )
+    metrics = EngineMetrics("m", MAX_LEN)
+    speculation = None
+    if guessing:
+        guesser = Model(device, scheduler, **model) if model else None
+        costs = (
+            None
+            if fixed
+            else StepCosts((*range(1, 17), *range(20, 65, 4)), {n: cost(n) for n in (1, 2, 4, 8, 16, 32, 64)})
+        )
+        speculation = DeviceLookup(scheduler, fixed or 15, costs) if on_device else Speculation(
+            scheduler, None if model else Ngram(2, 5), fixed or 15, costs, guesser, model.get("ms", 1.0), clock=device.clock
+        )  # fmt: skip
+    mailbox = LocalMailbox()
+    engine = Engine(
+        device, scheduler, mailbox, Limits(1000, MAX_LEN, frozenset(), 100), None, device.clock,
+        Recorder(metrics, scheduler, StepCounts()), speculation=speculation,
+    )  # fmt: skip
+    params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    for index in range(streams):
+        mailbox.put(Submit(request_id=str(index), token_ids=script[:20].tolist(), params=params))
+    got: dict[str, list[int]] = {str(index): [] for index in range(streams)}
+    while mailbox.inbox or not engine.idle:
+        engine.turn()
+        for message in mailbox.take():
+            assert isinstance(message, Tokens)
+            for delta in message.each():
+                got[delta.request_id] += delta.token_ids
+    scheduler.check_integrity()
+    for tokens in got.values():
+        assert tokens == script[20 : 20 + num_tokens].tolist()
+    return device.now, device, scheduler, speculation
+
+
+WHERE = pytest.mark.parametrize("on_device", [False, True])
+
+
+@WHERE
+@pytest.mark.parametrize("streams", [1, 4, 16])
+@pytest.mark.parametrize("cost", [flat, steep])
+def test_random_text_loses_nothing(cost, streams: int, on_device: bool) -> None:
+    plain = drive(RANDOM, cost, streams, 600, guessing=False)[0]
+    assert plain / drive(RANDOM, cost, streams, 600, on_device=on_device)[0] > 0.98
+
+
+@WHERE
+@pytest.mark.parametrize(("streams", "gain"), [(1, 4.0), (4, 3.0), (16, 1.5)])
+def test_text_that_repeats_gains_where_entries_are_cheap(streams: int, gain: float, on_device: bool) -> None:
+    plain = drive(REPEATED, flat, streams, 600, guessing=False)[0]
+    assert plain / drive(REPEATED, flat, streams, 600, on_device=on_device)[0] > gain
+
+
+def test_a_device_that_looks_up_never_waits_for_the_host() -> None:
+    """With guesses in every step, a turn takes what the step takes."""
+    fast = lambda entries: 0.7 + 0.01 * entries  # noqa: E731
+    seconds, device, scheduler, _ = drive(REPEATED, fast, 1, 900, on_device=True)
+    assert scheduler.counters.saved_steps > 700
+    assert seconds < sum(map(fast, device.steps)) / 1e3 + 20 * HOST_MS / 1e3
+    assert drive(REPEATED, fast, 1, 900)[0] > 1.2 * seconds, "where the host looks up, each such step waits for it"
+
+
+@WHERE
+def test_nothing_is_guessed_where_entries_cost_as_much_as_steps(on_device: bool) -> None:
+    seconds, device, scheduler, _ = drive(REPEATED, steep, 4, 300, on_device=on_device)
+    assert drive(REPEATED, steep, 4, 300, guessing=False)[0] / seconds > 0.98
+    assert scheduler.counters.guesses < 20
+
+
+@WHERE
+def test_guessing_starts_with_the_repetition_and_ends_with_it(on_device: bool) -> None:
+    _, device, scheduler, _ = drive(BOTH, flat, 1, 1200, on_device=on_device)
+    steps = np.array(device.steps)
+    assert steps[:300].max() <= 2 and steps[-300:].max() <= 2
+    assert scheduler.counters.accepted > 250 and len(steps) < 960
+    assert scheduler.counters.guesses - scheduler.counters.accepted < 60
+
+
+def test_no_step_is_planned_ahead_of_guesses_and_all_others_are() -> None:
+    """Without guesses the device never waits for the host."""
+    seconds, device, _, _ = drive(RANDOM, flat, 1, 400)
+    assert seconds < sum(map(flat, device.steps)) / 1e3 + 20 * HOST_MS / 1e3
+
+
+@WHERE
+def test_a_fixed_number_is_guessed_whether_it_pays_or_not(on_device: bool) -> None:
+    _, _, scheduler, _ = drive(REPEATED, steep, 1, 300, fixed=3, on_device=on_device)
+    assert scheduler.counters.accepted > 150
+    assert scheduler.counters.guesses <= 3 * scheduler.counters.drafts
+
+
+@pytest.mark.parametrize(("chance", "gain"), [(0.9, 1.8), (0.02, 0.97)])
+def test_a_model_guesses_if_it_is_good(chance: float, gain: float) -> None:
+    plain = drive(RANDOM, flat, 1, 900, guessing=False)[0]
+    assert plain / drive(RANDOM, flat, 1, 900, chance=chance, ms=1.0)[0] > gain
+
+
+def test_a_model_that_was_bad_is_tried_now_and_then_until_it_is_good() -> None:
+    _, _, scheduler, speculation = drive(RANDOM, flat, 1, 900, chance=0.02, ms=1.0)
+    assert 3 < speculation.model.made < 60
+    _, device, scheduler, _ = drive(RANDOM, flat, 1, 1900, chance=0.02, ms=1.0, good_from=500)
+    assert scheduler.counters.accepted > 500 and len(device.steps) < 1400

@@ -1,0 +1,106 @@
+"""Ids, what a token stands for, and templates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from pagegraph.runtime.text.tokenizer import ChatTemplateError, Tokenizer
+
+EMOJI = "caf\u00e9 \U0001f600 \u65e5\u672c"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    return Tokenizer.load(tokenizer_folder)
+
+
+@pytest.fixture(scope="module")
+def byte_fallback() -> Tokenizer:
+    """A sentencepiece-like tokenizer: a leading space on words, bytes for unknown characters."""
+    vocab = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
+    for piece in ("\u2581", "a", "b", "h", "e", "l", "o", "w", "r", "d", "\n"):
+        vocab[piece] = len(vocab)
+    backend = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(backend)
+
+
+def test_loading_imports_no_torch(tokenizer_folder: Path) -> None:
+    code = (
+        "import sys; from runtime.text.tokenizer import Tokenizer; t = Tokenizer.load(sys.argv[1]);"
+        "t.apply_chat([{'role': 'user', 'content': 'x'}]); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tokenizer_folder)], timeout=60).returncode == 0
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_chat_has_the_template_s_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.apply_chat([{"role": "user", "content": "hello"}])
+    assert tokenizer.decode(ids, skip_special=False) == "<|user|>hello<|end|><|assistant|>"
+    assert ids[0] in tokenizer.special_ids
+
+
+def test_template_refusal_and_reserved_arguments(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ChatTemplateError, match="no functions here"):
+        tokenizer.apply_chat([{"role": "function", "content": "x"}])
+    with pytest.raises(ChatTemplateError, match="may not set messages"):
+        tokenizer.apply_chat([{"role": "user", "content": "x"}], arguments={"messages": []})
+
+
+def test_template_file_wins_and_bos_is_added(tokenizer_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "copy"))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}x")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True}))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.render_chat([]) == "<s>x"
+    assert tokenizer.decode(tokenizer.encode("a"), skip_special=False) == "<s>a"
+    assert tokenizer.decode(tokenizer.encode("a", add_special_tokens=False), skip_special=False) == "a"
+
+
+def test_token_bytes(tokenizer: Tokenizer, byte_fallback: Tokenizer) -> None:
+    for each in (tokenizer, byte_fallback):
+        ids = each.encode(EMOJI)
+        assert b"".join(map(each.token_bytes, ids)).decode().strip() == EMOJI
+    assert tokenizer.token_bytes(1) == b"<|end|>"
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_a_long_text_is_encoded_as_a_short_one_and_holds_nobody(tokenizer: Tokenizer) -> None:
+    text = "hello world 0123456789\n" * 40_000
+    ticks, done = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.wait(0.001):
+            ticks += 1
+
+    other = threading.Thread(target=tick)
+    other.start()
+    ids = tokenizer.encode(text)
+    counted = ticks
+    done.set()
+    other.join()
+    assert ids == tokenizer._backend.encode(text).ids and len(ids) > 40_000
+    assert counted >= 10  # with Python's lock held it is 2 at most
+    with pytest.raises(UnicodeEncodeError):
+        tokenizer.encode(text + "\ud800")
