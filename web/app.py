@@ -16,8 +16,9 @@ from flask import Flask, Response, g, request
 
 from pagegraph.runtime.ipc.client import EngineClient
 from pagegraph.runtime.text.tokenizer import Tokenizer
-from pagegraph.web import errors, openai, probes
+from pagegraph.web import errors, probes, routes
 from pagegraph.web.errors import ApiError
+from pagegraph.web.service import Service
 from pagegraph.web.settings import WebSettings
 
 
@@ -31,13 +32,13 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.url_map.merge_slashes = False  # `//v1/models` is no route, not a redirect to one
     engine = EngineClient(settings.engine_address, silence_s=settings.silence_s)
-    app.extensions["pagegraph"] = openai.Service(settings, Tokenizer.load(settings.model), engine)
+    app.extensions["pagegraph"] = Service(settings, Tokenizer.load(settings.model), engine)
     errors.register(app)
     app.before_request(_name_request)
     if settings.api_key is not None:
         _require_key(app, settings.api_key)
     app.after_request(_add_headers)
-    app.register_blueprint(openai.blueprint)
+    app.register_blueprint(routes.blueprint)
     app.register_blueprint(probes.blueprint)
     return app
 

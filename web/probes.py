@@ -13,7 +13,7 @@ from flask import Blueprint, Response
 
 from pagegraph.runtime.server.health import Health, engine_health
 from pagegraph.web.errors import ApiError, json_response
-from pagegraph.web.openai import service
+from pagegraph.web.service import current_service
 
 HEALTH_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 # A probe asks often and gives up soon: it does not wait for an engine that is still to answer first.
@@ -47,7 +47,7 @@ def version() -> Response:
 @blueprint.get("/metrics")
 def metrics() -> Response:
     """The engine's Prometheus text, fetched from the probe port."""
-    address = service().settings.probe_address
+    address = current_service().settings.probe_address
     if address is None:
         raise ApiError(404, "metrics are not served here")
     try:
@@ -58,8 +58,8 @@ def metrics() -> Response:
 
 
 def _health() -> Health:
-    served = service()
-    return engine_health(served.engine, served.settings.silence_s, _PROBE_WAIT_S)
+    service = current_service()
+    return engine_health(service.engine, service.settings.silence_s, _PROBE_WAIT_S)
 
 
 def _answer(found: Health, good: bool) -> Response:

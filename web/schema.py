@@ -1,7 +1,7 @@
 """JSON of a request to a checked value, or a 400 that names the field and a value that works.
 
-Knows the fields of OpenAI's completions and chat completions and the extras of other engines. Knows no
-Flask, no tokenizer and no engine state beyond the vocabulary's size.
+Knows the fields that completions and chat completions accept; all others are `fields`'. Knows no Flask, no tokenizer and no
+engine state beyond the vocabulary's size.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from pagegraph.runtime.sampling_params import RANGES, BadParameter, Range, SamplingParams, check_ids, check_stop, shown
 from pagegraph.web.errors import ApiError, as_api_error
+from pagegraph.web.fields import Fields, is_id, mapping, refuse
 
 MAX_PROMPTS = 1024
 MAX_SEQUENCES = 1024
@@ -105,14 +106,14 @@ def parse_completion(
     body: dict[str, Any], vocab_size: int, sampling_defaults: Mapping[str, int | float] = {}
 ) -> GenerationRequest:
     """A body of POST /v1/completions; `sampling_defaults` are fields of SamplingParams that the model sets for requests."""
-    fields = _Fields(body)
+    fields = Fields(body)
     echo = fields.boolean("echo", False)
     max_tokens = fields.number("max_tokens", replace(RANGES["max_tokens"], low=0), None)
     logprobs = fields.number("logprobs", RANGES["logprobs"], None)
     if max_tokens == 0 and not echo:
-        _refuse("max_tokens", f"0 needs echo: true beside it; give at least 1, for example {DEFAULT_COMPLETION_TOKENS}")
+        refuse("max_tokens", f"0 needs echo: true beside it; give at least 1, for example {DEFAULT_COMPLETION_TOKENS}")
     if echo and logprobs is not None:
-        _refuse("echo", "beside logprobs is not served, for they would be the prompt's too; leave one of them out")
+        refuse("echo", "beside logprobs is not served, for they would be the prompt's too; leave one of them out")
     return _request(
         fields,
         vocab_size,
@@ -131,12 +132,12 @@ def parse_chat(
     body: dict[str, Any], vocab_size: int, sampling_defaults: Mapping[str, int | float] = {}
 ) -> GenerationRequest:
     """A body of POST /v1/chat/completions; `sampling_defaults` as in `parse_completion`."""
-    fields = _Fields(body)
+    fields = Fields(body)
     messages = _messages(fields)
     wanted = fields.boolean("logprobs", False)
     top = fields.number("top_logprobs", RANGES["logprobs"], None)
     if top and not wanted:
-        _refuse("top_logprobs", "needs logprobs: true beside it")
+        refuse("top_logprobs", "needs logprobs: true beside it")
     longest = fields.number("max_tokens", RANGES["max_tokens"], None)
     newer = fields.number("max_completion_tokens", RANGES["max_tokens"], None)
     return _request(
@@ -152,7 +153,7 @@ def parse_chat(
 
 
 def _request(
-    fields: _Fields,
+    fields: Fields,
     vocab_size: int,
     sampling_defaults: Mapping[str, int | float],
     *,
@@ -168,9 +169,9 @@ def _request(
     n = fields.number("n", _N, 1)
     best_of = fields.number("best_of", _N, n)
     if best_of != n:
-        _refuse("best_of", f"other than n is not served; leave it out or give {n}")
+        refuse("best_of", f"other than n is not served; leave it out or give {n}")
     if n * len(prompts) > MAX_SEQUENCES:
-        _refuse("n", f"times the number of prompts is {n * len(prompts)}; at most {MAX_SEQUENCES} sequences a request")
+        refuse("n", f"times the number of prompts is {n * len(prompts)}; at most {MAX_SEQUENCES} sequences a request")
     stream = fields.boolean("stream", False)
     options = _stream_options(fields, stream)
     limit = max_tokens
@@ -196,22 +197,22 @@ def _request(
         add_special_tokens=fields.boolean("add_special_tokens", not chat),
         add_generation_prompt=fields.boolean("add_generation_prompt", True) if chat else False,
         continue_final_message=fields.boolean("continue_final_message", False) if chat else False,
-        template_arguments=_mapping(fields.take("chat_template_kwargs"), "chat_template_kwargs") if chat else {},
+        template_arguments=mapping(fields.take("chat_template_kwargs"), "chat_template_kwargs") if chat else {},
         priority=fields.number("priority", _PRIORITY, 0),
         cache_salt=_cache_salt(fields.take("cache_salt")),
         ignored=[*fields.check_rest(), *(f"stream_options.{name}" for name in options if name not in _STREAM_OPTIONS)],
     )
     if limit == 0 and request.params.min_tokens:
-        _refuse("min_tokens", f"is {request.params.min_tokens}, above max_tokens = 0; leave it out")
+        refuse("min_tokens", f"is {request.params.min_tokens}, above max_tokens = 0; leave it out")
     if request.continue_final_message and request.add_generation_prompt:
         if fields.body.get("add_generation_prompt") is not None:
-            _refuse("continue_final_message", "needs add_generation_prompt: false beside it")
+            refuse("continue_final_message", "needs add_generation_prompt: false beside it")
         return replace(request, add_generation_prompt=False)
     return request
 
 
 def _sampling(
-    fields: _Fields, vocab_size: int, defaults: Mapping[str, int | float], **own: int | None
+    fields: Fields, vocab_size: int, defaults: Mapping[str, int | float], **own: int | None
 ) -> SamplingParams:
     """What the request gives, over the model's defaults, over our own; `own` fields are read already."""
     given = {name: value for name in _SAMPLED if (value := fields.take(name)) is not None}
@@ -222,109 +223,64 @@ def _sampling(
     return params
 
 
-class _Fields:
-    """A body whose fields are taken one by one; null counts as absent, as OpenAI has it."""
-
-    def __init__(self, body: dict[str, Any]) -> None:
-        self.body = body
-        self.ignored: list[str] = []  # names without effect
-        self._taken: set[str] = set()
-
-    def take(self, name: str) -> Any:
-        self._taken.add(name)
-        return self.body.get(name)
-
-    def number(self, name: str, allowed: Range, default: Any) -> Any:
-        value = self.take(name)
-        return default if value is None else allowed.checked(name, value)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.take(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            _refuse(name, f"must be true or false; got {shown(value)}")
-        return value
-
-    def text(self, name: str) -> str | None:
-        value = self.take(name)
-        if value is not None and not isinstance(value, str):
-            _refuse(name, f"must be a string; got {shown(value)}")
-        return value
-
-    def check_rest(self) -> list[str]:
-        """Names without effect, those in `ignored` first; raises on a known field that is not served, unless it asks nothing."""
-        ignored = self.ignored
-        for name, value in self.body.items():
-            if name in self._taken or (value is None and name in _UNSERVED):
-                continue
-            row = _UNSERVED.get(name, _HARMLESS)
-            if row.neutral is None:
-                ignored.append(name)
-            elif not any(_same(value, item) for item in row.neutral):
-                works = f"leave it out or give {json.dumps(row.neutral[0])}" if row.neutral else "leave it out"
-                _refuse(name, f"is not served here; {row.instead or works}")
-        return ignored
-
-
 def _prompts(value: Any, vocab_size: int) -> list[str] | list[list[int]]:
     example = 'a string, a list of strings, a list of token ids or a list of those, for example "Hello"'
     if value is None:
-        _refuse("prompt", f"is missing; give {example}")
+        refuse("prompt", f"is missing; give {example}")
     if isinstance(value, str):
         prompts: list[Any] = [value]
-    elif isinstance(value, list) and value and _is_id(value[0]):
+    elif isinstance(value, list) and value and is_id(value[0]):
         prompts = [value]
     else:
         prompts = value
     if not isinstance(prompts, list) or not prompts:
-        _refuse("prompt", f"must be {example}; got {shown(value)}")
+        refuse("prompt", f"must be {example}; got {shown(value)}")
     if len(prompts) > MAX_PROMPTS:
-        _refuse("prompt", f"holds {len(prompts)} prompts; at most {MAX_PROMPTS} a request")
+        refuse("prompt", f"holds {len(prompts)} prompts; at most {MAX_PROMPTS} a request")
     if all(isinstance(prompt, str) for prompt in prompts):
         return prompts
     if not all(isinstance(prompt, list) and prompt for prompt in prompts):
-        _refuse("prompt", f"must be {example}")
+        refuse("prompt", f"must be {example}")
     for prompt in prompts:
         check_ids("prompt", prompt, vocab_size)
     return prompts
 
 
-def _messages(fields: _Fields) -> list[dict[str, Any]]:
+def _messages(fields: Fields) -> list[dict[str, Any]]:
     value = fields.take("messages")
     example = '[{"role": "user", "content": "Hello"}]'
     if not isinstance(value, list) or not value:
-        _refuse("messages", f"must be a list that is not empty, for example {example}; got {shown(value)}")
+        refuse("messages", f"must be a list that is not empty, for example {example}; got {shown(value)}")
     if len(value) > MAX_MESSAGES:
-        _refuse("messages", f"holds {len(value)} messages; at most {MAX_MESSAGES}")
+        refuse("messages", f"holds {len(value)} messages; at most {MAX_MESSAGES}")
     return [_message(message, f"messages[{index}]", fields.ignored) for index, message in enumerate(value)]
 
 
 def _message(message: Any, where: str, ignored: list[str]) -> dict[str, Any]:
     """One message as the template gets it; names of fields that it does not get are added to `ignored`."""
     if not isinstance(message, dict):
-        _refuse(where, f'must be an object, for example {{"role": "user", "content": "Hello"}}; got {shown(message)}')
+        refuse(where, f'must be an object, for example {{"role": "user", "content": "Hello"}}; got {shown(message)}')
     role = message.get("role")
     if role not in _ROLES:
-        _refuse(f"{where}.role", f"must be one of {', '.join(_ROLES)}; got {shown(role)}")
+        refuse(f"{where}.role", f"must be one of {', '.join(_ROLES)}; got {shown(role)}")
     for name in ("tool_calls", "function_call", "audio"):
         if message.get(name):
-            _refuse(f"{where}.{name}", "is not served; leave it out")
+            refuse(f"{where}.{name}", "is not served; leave it out")
     for name in ("prefix", "partial"):
         if message.get(name):
-            _refuse(f"{where}.{name}", "is not served; give continue_final_message: true beside messages")
+            refuse(f"{where}.{name}", "is not served; give continue_final_message: true beside messages")
     content = message.get("content")
     if content is None and role == "assistant":
         content = message.get("refusal")  # what it said instead
     if content is None and role != "assistant":
-        _refuse(f"{where}.content", "is missing; give a string")
+        refuse(f"{where}.content", "is missing; give a string")
     kinds = ("text", "refusal") if role == "assistant" else ("text",)
     checked: dict[str, Any] = {"role": role, "content": _content(content, f"{where}.content", kinds)}
     for name in _MESSAGE_TEXTS:
         text = message.get(name)
         if text is not None:
             if not isinstance(text, str):
-                _refuse(f"{where}.{name}", f"must be a string; got {shown(text)}")
+                refuse(f"{where}.{name}", f"must be a string; got {shown(text)}")
             checked[name] = text
     for name, value in message.items():
         listed = f"messages.{name}"
@@ -340,284 +296,51 @@ def _content(content: Any, where: str, kinds: tuple[str, ...]) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        _refuse(where, f"must be a string or a list of text parts; got {shown(content)}")
+        refuse(where, f"must be a string or a list of text parts; got {shown(content)}")
     texts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in kinds:
             served = " or ".join(map(json.dumps, kinds))
-            _refuse(f"{where}[{index}].type", f"must be {served}, the only kind served; got {shown(kind)}")
+            refuse(f"{where}[{index}].type", f"must be {served}, the only kind served; got {shown(kind)}")
         if not isinstance(part.get(kind), str):
-            _refuse(f"{where}[{index}].{kind}", "must be a string")
+            refuse(f"{where}[{index}].{kind}", "must be a string")
         texts.append(part[kind])
     return "\n".join(texts)
 
 
 def _logit_bias(value: Any, vocab_size: int) -> dict[int, Any]:
     """The biases by token id, which JSON can only write as a string; their values are not looked at."""
-    entries = _mapping(value, "logit_bias")
+    entries = mapping(value, "logit_bias")
     for key in entries:
         if not re.fullmatch("0|[1-9][0-9]{0,9}", key):
-            _refuse("logit_bias", f"keys must be token ids from 0 to {vocab_size - 1}; got {shown(key)}")
+            refuse("logit_bias", f"keys must be token ids from 0 to {vocab_size - 1}; got {shown(key)}")
     return {int(key): amount for key, amount in entries.items()}
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _cache_salt(value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]{1,128}", value):
-        _refuse("cache_salt", f"must be 1 to 128 printable ASCII characters without spaces; got {shown(value)}")
+        refuse("cache_salt", f"must be 1 to 128 printable ASCII characters without spaces; got {shown(value)}")
     return value
 
 
-def _stream_options(fields: _Fields, stream: bool) -> dict[str, Any]:
+def _stream_options(fields: Fields, stream: bool) -> dict[str, Any]:
     """The options of a stream; those that are served are booleans, false where they are not given."""
-    options = _mapping(fields.take("stream_options"), "stream_options")
+    options = mapping(fields.take("stream_options"), "stream_options")
     if options and not stream:
-        _refuse("stream_options", "needs stream: true beside it")
+        refuse("stream_options", "needs stream: true beside it")
     served = {}
     for name in _STREAM_OPTIONS:
         value = options.get(name)
         if value is not None and not isinstance(value, bool):
-            _refuse(f"stream_options.{name}", f"must be true or false; got {shown(value)}")
+            refuse(f"stream_options.{name}", f"must be true or false; got {shown(value)}")
         served[name] = bool(value)
     if served["continuous_usage_stats"] and not served["include_usage"]:
-        _refuse("stream_options.continuous_usage_stats", "needs include_usage: true beside it")
+        refuse("stream_options.continuous_usage_stats", "needs include_usage: true beside it")
     return {**options, **served}
-
-
-def _mapping(value: Any, name: str) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        _refuse(name, f"must be an object; got {shown(value)}")
-    return value
-
-
-def _refuse(name: str, message: str) -> NoReturn:
-    raise BadParameter(name, message)
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    """Equal in JSON, where 1 is 1.0 and no boolean."""
-    return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
 
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
-
-
-class _Row(NamedTuple):
-    """A known field that is not served: the values besides null that ask nothing (None: no value has an effect here)."""
-
-    neutral: tuple[Any, ...] | None
-    instead: str = ""  # what to give in its place
-
-
-def _not(*neutral: Any, instead: str = "") -> _Row:
-    return _Row(neutral, f"give {instead}" if instead else "")
-
-
-_HARMLESS = _Row(None)  # changes no token and no text of the answer: taken, and named in x-ignored-fields
-_THINKING = 'chat_template_kwargs as the model\'s template has it, for example {"enable_thinking": false}'
-
-# Known fields that no endpoint, or only the other one, serves. A field that is here is either without effect on the answer, or
-# refused by name unless its value asks nothing. Those that only qualify a refused one, such as mirostat_tau, are without effect.
-_UNSERVED: dict[str, _Row] = {
-    # OpenAI, on the other endpoint
-    "messages": _not(instead="prompt, or post to /v1/chat/completions"),
-    "prompt": _not(instead="messages, or post to /v1/completions"),
-    "max_completion_tokens": _not(instead="max_tokens"),
-    "top_logprobs": _not(0, instead="logprobs, a number"),
-    "continue_final_message": _HARMLESS,
-    "add_generation_prompt": _HARMLESS,
-    "chat_template_kwargs": _HARMLESS,
-    # OpenAI
-    "tools": _not([]),
-    "tool_choice": _not("none", "auto"),
-    "parallel_tool_calls": _HARMLESS,
-    "functions": _not([]),
-    "function_call": _not("none", "auto"),
-    "response_format": _not({"type": "text"}),
-    "suffix": _not(""),
-    "echo": _not(False),
-    "audio": _not(),
-    "modalities": _not(["text"]),
-    "prediction": _HARMLESS,  # makes an answer faster, never another one
-    "moderation": _not(),
-    "web_search_options": _not(),
-    "reasoning_effort": _not(instead=_THINKING),
-    "verbosity": _not("medium"),
-    "user": _HARMLESS,
-    "safety_identifier": _HARMLESS,
-    "prompt_cache_key": _HARMLESS,
-    "prompt_cache_options": _HARMLESS,
-    "prompt_cache_retention": _HARMLESS,
-    "metadata": _HARMLESS,
-    "store": _HARMLESS,
-    "service_tier": _HARMLESS,
-    # vLLM
-    "structured_outputs": _not({}),
-    "guided_json": _not(),
-    "guided_regex": _not(),
-    "guided_choice": _not(),
-    "guided_grammar": _not(),
-    "guided_decoding_backend": _HARMLESS,
-    "guided_whitespace_pattern": _HARMLESS,
-    "structural_tag": _not(),
-    "bad_words": _not([]),
-    "use_beam_search": _not(False),
-    "length_penalty": _not(1.0),
-    "early_stopping": _not(False),
-    "watermarking": _not(False),
-    "logits_processors": _not([]),
-    "repetition_detection": _not(),
-    "thinking_token_budget": _not(-1),
-    "include_reasoning": _not(True),
-    "truncate_prompt_tokens": _not(),
-    "truncation_side": _HARMLESS,
-    "prompt_logprobs": _not(False),
-    "logprob_token_ids": _not(),
-    "return_token_ids": _not(False),
-    "return_tokens_as_token_ids": _not(False),
-    "return_token_offsets": _not(False),
-    "return_prompt_text": _not(False),
-    "return_mm_kwargs": _HARMLESS,
-    "routed_experts_prompt_start": _HARMLESS,
-    "spaces_between_special_tokens": _HARMLESS,  # joins tokens of slow tokenizers, which are not served
-    "chat_template": _not(),
-    "documents": _not([]),
-    "prompt_embeds": _not(),
-    "mm_processor_kwargs": _not({}),
-    "media_io_kwargs": _not({}),
-    "kv_transfer_params": _not({}),
-    "ec_transfer_params": _not({}),
-    "vllm_xargs": _not({}),
-    "stream_interval": _HARMLESS,
-    "request_id": _HARMLESS,
-    "session_id": _HARMLESS,
-    # SGLang
-    "regex": _not(),
-    "ebnf": _not(),
-    "stop_regex": _not([], ""),
-    "no_stop_trim": _not(False, instead="include_stop_str_in_output"),
-    "max_new_tokens": _not(instead="max_tokens"),
-    "min_new_tokens": _not(0, instead="min_tokens"),
-    "sampling_seed": _not(instead="seed"),
-    "sampling_params": _not({}),
-    "lora_path": _not(),
-    "session_params": _not({}),
-    "custom_logit_processor": _not(),
-    "custom_params": _not({}),
-    "input_ids": _not(instead="prompt, which may be token ids"),
-    "task": _not(),
-    "separate_reasoning": _not(False),
-    "stream_reasoning": _HARMLESS,
-    "reasoning": _not({}, instead=_THINKING),
-    "thinking": _not({}, instead=_THINKING),
-    "enable_thinking": _not(instead=_THINKING),
-    "return_hidden_states": _not(False),
-    "return_routed_experts": _not(False),
-    "routed_experts_start_len": _HARMLESS,
-    "return_prompt_token_ids": _not(False),
-    "return_cached_tokens_details": _HARMLESS,
-    "return_meta_info": _not(False),
-    "images_config": _HARMLESS,
-    "max_dynamic_patch": _HARMLESS,
-    "min_dynamic_patch": _HARMLESS,
-    "use_audio_in_video": _HARMLESS,
-    "rid": _HARMLESS,
-    "extra_key": _HARMLESS,
-    "ngram_corpus_id": _HARMLESS,
-    "bootstrap_host": _HARMLESS,
-    "bootstrap_port": _HARMLESS,
-    "bootstrap_room": _HARMLESS,
-    "routed_dp_rank": _HARMLESS,
-    "disagg_prefill_dp_rank": _HARMLESS,
-    "data_parallel_rank": _HARMLESS,
-    "custom_labels": _HARMLESS,
-    # llama.cpp
-    "grammar": _not(""),
-    "grammar_lazy": _HARMLESS,
-    "grammar_triggers": _HARMLESS,
-    "preserved_tokens": _HARMLESS,
-    "json_schema": _not(),
-    "n_predict": _not(instead="max_tokens"),
-    "n_cmpl": _not(1, instead="n"),
-    "n_probs": _not(0, instead="logprobs"),
-    "post_sampling_probs": _not(False),
-    "repeat_penalty": _not(1.0, instead="repetition_penalty"),
-    "repeat_last_n": _not(-1),
-    "penalize_nl": _not(False),
-    "penalty_prompt": _not(),
-    "samplers": _not(),
-    "min_keep": _not(0, 1),
-    "typical_p": _not(1.0),
-    "tfs_z": _not(1.0),
-    "top_n_sigma": _not(-1.0, 0.0),
-    "dynatemp_range": _not(0.0),
-    "dynatemp_exponent": _HARMLESS,
-    "xtc_probability": _not(0.0),
-    "xtc_threshold": _HARMLESS,
-    "dry_multiplier": _not(0.0),
-    "dry_base": _HARMLESS,
-    "dry_allowed_length": _HARMLESS,
-    "dry_penalty_last_n": _HARMLESS,
-    "dry_sequence_breakers": _HARMLESS,
-    "mirostat": _not(0),
-    "mirostat_tau": _HARMLESS,
-    "mirostat_eta": _HARMLESS,
-    "adaptive_target": _not(-1.0),
-    "adaptive_decay": _HARMLESS,
-    "backend_sampling": _HARMLESS,
-    "lora": _not([]),
-    "n_keep": _not(0, -1),
-    "n_discard": _not(0),
-    "n_indent": _not(0),
-    "t_max_predict_ms": _not(0, -1),
-    "t_max_prompt_ms": _not(0, -1),
-    "system_prompt": _not("", instead="a system message"),
-    "input_prefix": _not(""),
-    "input_suffix": _not(""),
-    "input_extra": _not([]),
-    "image_data": _not([]),
-    "multimodal_data": _not([]),
-    "reasoning_format": _not("none"),
-    "reasoning_in_content": _HARMLESS,
-    "reasoning_budget_tokens": _not(-1),
-    "reasoning_budget_start_tag": _HARMLESS,
-    "reasoning_budget_end_tag": _HARMLESS,
-    "reasoning_budget_message": _HARMLESS,
-    "reasoning_budget_arm_immediately": _HARMLESS,
-    "thinking_budget_tokens": _not(-1),
-    "thinking_forced_open": _not(False),
-    "parse_tool_calls": _HARMLESS,
-    "chat_format": _not(0),
-    "chat_parser": _not(""),
-    "response_fields": _not([]),
-    "return_tokens": _not(False),
-    "return_progress": _HARMLESS,
-    "timings_per_token": _HARMLESS,
-    "cache_prompt": _HARMLESS,
-    "n_cache_reuse": _HARMLESS,
-    "id_slot": _HARMLESS,
-    "slot_id": _HARMLESS,
-}
-# What other programs call it, or what belongs into the body and not into a field of it.
-_UNSERVED |= {
-    "extra_body": _not({}, instead="what it holds beside the other fields: clients unpack it"),
-    "do_sample": _not(True, instead="temperature: 0 for the likeliest tokens"),
-    "num_beams": _not(1),
-    "stop_sequences": _not([], instead="stop"),
-    "bad_words_ids": _not([]),
-    "guided_decoding": _not({}),
-    "format": _not(""),
-}
-_UNSERVED |= {
-    f"speculative.{name}": _HARMLESS  # how tokens are guessed, never which come
-    for name in ("n_max", "n_min", "p_min", "type", "ngram_size_n", "ngram_size_m", "ngram_m_hits")
-}

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -164,15 +164,28 @@ def sse(value: Any) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
+class Events(Protocol):
+    """What a stream says, as JSON values, one an event."""
+
+    def first(self) -> list[Any]:
+        """Before any token."""
+        ...
+
+    def events(self, index: int, piece: Piece) -> list[Any]:
+        """Of one piece of the sequence at `index`; none where all its text is held back."""
+        ...
+
+    def last(self) -> list[Any]:
+        """After every sequence has ended."""
+        ...
+
+
 class EventStream:
     """The body of a streaming response. A class, for a generator that never started runs no `finally`."""
 
-    def __init__(
-        self, generation: Generation, events: Callable[[int, Piece], list[Any]], last: Callable[[], list[Any]],
-        first: list[Any], keep_alive_s: float,
-    ) -> None:  # fmt: skip
+    def __init__(self, generation: Generation, events: Events, keep_alive_s: float) -> None:
         self._generation = generation
-        self._body = self._write(events, last, first, keep_alive_s)
+        self._body = self._write(events, keep_alive_s)
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -185,20 +198,14 @@ class EventStream:
         self._body.close()
         self._generation.close()
 
-    def _write(
-        self,
-        events: Callable[[int, Piece], list[Any]],
-        last: Callable[[], list[Any]],
-        first: list[Any],
-        keep_alive_s: float,
-    ) -> Generator[bytes, None, None]:
+    def _write(self, events: Events, keep_alive_s: float) -> Generator[bytes, None, None]:
         try:
-            yield b"".join(map(sse, first)) or KEEP_ALIVE
+            yield b"".join(map(sse, events.first())) or KEEP_ALIVE
             for pieces in self._generation.batches(keep_alive_s):
-                body = b"".join(sse(event) for index, piece in pieces for event in events(index, piece))
+                body = b"".join(sse(event) for index, piece in pieces for event in events.events(index, piece))
                 if body or not pieces:
                     yield body or KEEP_ALIVE
-            yield b"".join(map(sse, last())) + DONE
+            yield b"".join(map(sse, events.last())) + DONE
         except ClientGone:
             return
         except Exception as error:

@@ -310,7 +310,7 @@ def test_long_texts_are_tokenised_in_turn(make_app: Callable[..., Flask], fake_e
         while not inside:
             time.sleep(0.01)
         second = pool.submit(post, "b" * 70_000)
-        places = app.extensions["pagegraph"]._places
+        places = app.extensions["pagegraph"]._threads
         while places._value:  # a request now could take the second one's place
             time.sleep(0.01)
         assert post("c").status_code == 503 and len(inside) == 1
@@ -324,7 +324,7 @@ def test_who_leaves_while_waiting_its_turn_is_not_tokenised(
 ) -> None:
     fake_engine.info = msgspec.structs.replace(fake_engine.info, max_model_len=1 << 20)
     app = make_app(threads=2)
-    monkeypatch.setattr("pagegraph.web.openai.client_probe", lambda environ: lambda: True)
+    monkeypatch.setattr("pagegraph.web.submit.client_probe", lambda environ: lambda: True)
     monkeypatch.setattr(app.extensions["pagegraph"].tokenizer, "encode", None)
     for _ in range(2):  # its thread is given back
         assert app.test_client().post("/v1/completions", json={"prompt": "a" * 70_000}).status_code == 499
@@ -399,7 +399,7 @@ def test_a_refusal_that_comes_late_is_a_status_too(http: FlaskClient, fake_engin
 
 
 def test_who_leaves_before_the_engine_answers_is_given_up(http: FlaskClient, fake_engine, monkeypatch) -> None:
-    monkeypatch.setattr("pagegraph.web.openai.client_probe", lambda environ: lambda: True)
+    monkeypatch.setattr("pagegraph.web.submit.client_probe", lambda environ: lambda: True)
     fake_engine.script = lambda s: time.sleep(0.5) or [TokenDelta(s.request_id, [10])]
     assert http.post("/v1/completions", json={"prompt": "a", "stream": True}).status_code == 499
     deadline = time.monotonic() + 5

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pagegraph.runtime.sampling_params import SamplingParams
 from pagegraph.web.errors import ApiError
-from pagegraph.web.schema import _MESSAGE_FIELDS, _UNSERVED, parse_body, parse_chat, parse_completion
+from pagegraph.web.fields import UNSERVED
+from pagegraph.web.schema import _MESSAGE_FIELDS, parse_body, parse_chat, parse_completion
 
 VOCAB = 100
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -79,12 +80,12 @@ def test_a_bad_value_is_a_400_that_names_it(name: str, value: Any) -> None:
     assert name in caught.value.message and len(caught.value.message) < 400
 
 
-@pytest.mark.parametrize("name", sorted(_UNSERVED))
+@pytest.mark.parametrize("name", sorted(UNSERVED))
 def test_known_fields_are_refused_by_name_or_without_effect(name: str) -> None:
     if name in ("prompt", "messages"):
         return  # every request of the one endpoint has the one, and of the other the other: see below
     parse = chat if name == "echo" else completion
-    neutral = _UNSERVED[name].neutral
+    neutral = UNSERVED[name].neutral
     for value in (None, *(neutral or ())):
         assert parse(**{name: value}).ignored == []
     wish = {name: [{"real": "wish"}]}
@@ -332,7 +333,7 @@ SAMPLED = {
     "logit_bias": st.dictionaries(st.integers(0, VOCAB - 1).map(str), st.floats(-100, 100), max_size=3),
     "max_tokens": st.integers(1, 2**63 - 1), "min_tokens": st.integers(0, 3), "logprobs": st.integers(0, 20),
 }  # fmt: skip
-NAMES = sorted({*(name for name, _ in BAD), *SAMPLED, "messages", "prompt", "top_logprobs", *_UNSERVED})
+NAMES = sorted({*(name for name, _ in BAD), *SAMPLED, "messages", "prompt", "top_logprobs", *UNSERVED})
 
 
 @given(fields=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=5))

@@ -1,0 +1,274 @@
+"""Generated text as OpenAI's JSON: chat completions and text completions, whole or in chunks.
+
+Knows the shapes of answers. Knows no engine, no fields of requests beyond those that change an answer, and no HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from pagegraph.runtime.ipc.protocol import EngineInfo, TokenLogprob
+from pagegraph.runtime.text.output import Piece
+from pagegraph.web.schema import GenerationRequest
+from pagegraph.web.service import Service
+from pagegraph.web.stream import Generation
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One choice of a response that is not streamed."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] | None = None
+    offsets: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+class GenerationResponse:
+    """One response in OpenAI's JSON, streamed or whole; the subclasses differ in what a choice looks like."""
+
+    prefix: str
+    object_whole: str
+    object_chunk: str
+
+    def __init__(
+        self,
+        checked: GenerationRequest,
+        service: Service,
+        info: EngineInfo,
+        prompts: list[list[int]],
+        generation: Generation,
+    ) -> None:
+        self._head = {
+            "id": f"{self.prefix}{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": service.settings.served_model_name,
+            "system_fingerprint": _fingerprint(info),
+        }
+        self._tokenizer = service.tokenizer
+        self._include_usage = checked.include_usage
+        self._continuous_usage = checked.continuous_usage
+        self._n = checked.n
+        self._num_prompt_tokens = sum(map(len, prompts))
+        self._sequences = generation.sequences
+        self._choices = [_Choice() for _ in generation.sequences]
+
+    def add(self, index: int, piece: Piece) -> None:
+        """Take one piece of a sequence into the whole response."""
+        output = self._choices[index]
+        output.text += piece.text
+        if piece.logprobs is not None:
+            output.logprobs = output.logprobs or []
+            output.logprobs += piece.logprobs
+            output.offsets += piece.offsets
+        if piece.finish_reason:
+            output.finish_reason, output.stop_reason = piece.finish_reason, piece.stop_reason
+
+    def whole(self) -> dict[str, Any]:
+        """The response that is not streamed."""
+        choices = [self.choice(index, output) for index, output in enumerate(self._choices)]
+        return {**self._head, "object": self.object_whole, "choices": choices, "usage": self._usage()}
+
+    def first(self) -> list[dict[str, Any]]:
+        """Chunks before any token."""
+        return []
+
+    def events(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """Chunks of one piece; none when all its text is held back."""
+        raise NotImplementedError
+
+    def last(self) -> list[dict[str, Any]]:
+        """Chunks after every sequence has ended."""
+        return [self._chunk([], usage=self._usage())] if self._include_usage else []
+
+    def choice(self, index: int, output: _Choice) -> dict[str, Any]:
+        """One choice of the whole response."""
+        raise NotImplementedError
+
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        chunk = {**self._head, "object": self.object_chunk, "choices": choices}
+        if self._continuous_usage:
+            usage = self._usage()
+        return {**chunk, "usage": usage} if self._include_usage else chunk
+
+    def _usage(self) -> dict[str, Any]:
+        completion = sum(sequence.output.num_tokens for sequence in self._sequences)
+        cached = sum(sequence.cached_tokens for sequence in self._sequences[:: self._n])
+        return {
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self._num_prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": sum(sequence.accepted for sequence in self._sequences),
+                "rejected_prediction_tokens": sum(sequence.rejected for sequence in self._sequences),
+            },
+        }
+
+    def _top(self, entry: TokenLogprob) -> list[tuple[int, float]]:
+        return list(zip(entry.top_ids, entry.top_logprobs, strict=True))
+
+
+class ChatResponse(GenerationResponse):
+    """`chat.completion` and its chunks."""
+
+    prefix = "chatcmpl-"
+    object_whole = "chat.completion"
+    object_chunk = "chat.completion.chunk"
+
+    def first(self) -> list[dict[str, Any]]:
+        """The role of every choice."""
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk([self._chunk_choice(index, delta)]) for index in range(len(self._choices))]
+
+    def events(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """A chunk with text and log-probabilities, then one with the finish reason."""
+        events = []
+        if piece.text or piece.logprobs:
+            delta = {"content": piece.text}
+            events.append(self._chunk([self._chunk_choice(index, delta, self._logprobs(piece.logprobs))]))
+        if piece.finish_reason:
+            end = self._chunk_choice(index, {})
+            end |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+            events.append(self._chunk([end]))
+        return events
+
+    def choice(self, index: int, output: _Choice) -> dict[str, Any]:
+        """A choice with the whole message."""
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "logprobs": self._logprobs(output.logprobs),
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+        }
+
+    def _chunk_choice(
+        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+    def _logprobs(self, entries: list[TokenLogprob] | None) -> dict[str, Any] | None:
+        if entries is None:
+            return None
+        content = [
+            {
+                **self._entry(entry.token_id, entry.logprob),
+                "top_logprobs": [self._entry(token_id, value) for token_id, value in self._top(entry)],
+            }
+            for entry in entries
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = self._tokenizer.token_bytes(token_id)
+        return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+class CompletionResponse(GenerationResponse):
+    """`text_completion`, whole and streamed alike."""
+
+    prefix = "cmpl-"
+    object_whole = "text_completion"
+    object_chunk = "text_completion"
+
+    def __init__(
+        self,
+        checked: GenerationRequest,
+        service: Service,
+        info: EngineInfo,
+        prompts: list[list[int]],
+        generation: Generation,
+    ) -> None:
+        super().__init__(checked, service, info, prompts, generation)
+        self._echo = checked.echo
+        if self._echo:
+            skip = checked.skip_special_tokens
+            texts = [
+                one if isinstance(one, str) else self._tokenizer.decode(one, skip_special=skip)
+                for one in checked.prompts
+            ]
+            self._choices = [_Choice(text) for text in texts for _ in range(checked.n)]
+
+    def first(self) -> list[dict[str, Any]]:
+        """The prompts' texts, where they are wanted."""
+        return (
+            [self._chunk([self.choice(index, output)]) for index, output in enumerate(self._choices)]
+            if self._echo
+            else []
+        )
+
+    def events(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """A chunk with text, log-probabilities and finish reason."""
+        if not (piece.text or piece.logprobs or piece.finish_reason):
+            return []
+        output = _Choice(piece.text, piece.logprobs, piece.offsets, piece.finish_reason, piece.stop_reason)
+        return [self._chunk([self.choice(index, output)])]
+
+    def choice(self, index: int, output: _Choice) -> dict[str, Any]:
+        """A choice with the text."""
+        return {
+            "index": index,
+            "text": output.text,
+            "logprobs": self._logprobs(output.logprobs, output.offsets),
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+        }
+
+    def _logprobs(self, entries: list[TokenLogprob] | None, offsets: list[int]) -> dict[str, Any] | None:
+        """Parallel lists; `text_offset` is where in the choice's text that of the token begins."""
+        if entries is None:
+            return None
+        tokens = [self._token(entry.token_id) for entry in entries]
+        chosen = [_finite(entry.logprob) for entry in entries]
+        tops = [self._likeliest(entry, token) for entry, token in zip(entries, tokens, strict=True)]
+        return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
+
+    def _likeliest(self, entry: TokenLogprob, token: str) -> dict[str, float]:
+        """The likeliest tokens in falling order, the sampled one (`token`, as text) among them; of equal texts one."""
+        tops: dict[str, float] = {}
+        for token_id, value in self._top(entry):
+            text = self._token(token_id)
+            if text != token or token_id == entry.token_id:
+                tops.setdefault(text, _finite(value))
+        tops.setdefault(token, _finite(entry.logprob))
+        return tops
+
+    def _token(self, token_id: int) -> str:
+        """A token as text; one that is not whole characters as its bytes, so that no two look the same."""
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI's floor for an impossible token stands for it."""
+    return max(logprob, -9999.0)
+
+
+def model_card(service: Service) -> dict[str, Any]:
+    card = {
+        "id": service.settings.served_model_name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "pagegraph",
+    }
+    return {**card, "max_model_len": service.engine.info().max_model_len}
+
+
+def _fingerprint(info: EngineInfo) -> str:
+    """Equal for equal model, number format and device kind: what decides the tokens of a seed."""
+    facts = f"{info.model} {info.dtype} {info.device} {info.compile_state == 'compiled'}"
+    return "fp_" + hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+
+def header_text(names: list[str]) -> str:
+    """Field names as a header value: ASCII, no control characters, bounded."""
+    return ", ".join("".join(char for char in name[:64] if "!" <= char <= "~") for name in names[:32])

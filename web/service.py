@@ -1,0 +1,82 @@
+"""What the routes of one web worker share: the engine, the tokenizer, and how many requests may hold its threads.
+
+Knows no fields of requests and no shapes of responses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from flask import current_app
+
+from pagegraph.runtime.ipc.client import EngineClient
+from pagegraph.runtime.ipc.protocol import EngineInfo
+from pagegraph.runtime.text.tokenizer import Tokenizer
+from pagegraph.web.errors import ApiError
+from pagegraph.web.settings import WebSettings
+from pagegraph.web.stream import ClientGone
+
+_FREE_THREADS = 16  # of a worker's, kept free of generations so that short requests and probes are answered
+_PEEK_S = 0.1  # between looks whether a client that waits for its turn is still there
+
+
+class Service:
+    """The engine, the tokenizer and the threads of one web worker. Thread-safe."""
+
+    def __init__(self, settings: WebSettings, tokenizer: Tokenizer, engine: EngineClient) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.engine = engine
+        self.started = int(time.time())
+        self._threads = threading.BoundedSemaphore(settings.threads - min(_FREE_THREADS, settings.threads // 2))
+        self._long_texts = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) // 2))
+        _ = tokenizer.min_tokens  # made before the first request
+
+    def admit(self, info: EngineInfo) -> Callable[[], None]:
+        """Take one of this worker's threads for one request; returns the function that gives it back.
+
+        Raises ApiError 503 while the engine drains, or when no thread is left. How many requests may run and wait is
+        decided by the engine; with `threads: auto` it refuses before the threads run out.
+        """
+        if info.draining:
+            raise ApiError(503, "the server is shutting down")
+        if not self._threads.acquire(blocking=False):
+            threads, enough = self.settings.threads, self.settings.enough_threads
+            more = (
+                f"; {enough} (auto) would be enough" if threads < enough else ", enough for all that may run and wait"
+            )
+            raise ApiError(503, f"all threads of this web process are taken: threads = {threads}{more}")
+        return self._threads.release
+
+    @contextlib.contextmanager
+    def long_text(self, client_gone: Callable[[], bool]) -> Iterator[None]:
+        """Parse a large body or tokenise a long text inside this: few do at a time, to bound memory and CPU time.
+
+        Raises ClientGone.
+        """
+        while not self._long_texts.acquire(timeout=_PEEK_S):
+            if client_gone():
+                raise ClientGone
+        try:
+            if client_gone():
+                raise ClientGone
+            yield
+        finally:
+            self._long_texts.release()
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError 404 for a model that is not served; no name means the one that is."""
+        served = self.settings.served_model_name
+        if name is not None and name != served:
+            raise ApiError(
+                404, f"the model {name[:200]!r} is not served; {served!r} is", param="model", code="model_not_found"
+            )
+
+
+def current_service() -> Service:
+    """The service of the app that answers the current request."""
+    return current_app.extensions["pagegraph"]

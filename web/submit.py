@@ -1,0 +1,129 @@
+"""A checked request to sequences of the engine: prompts to token ids, parameters, lengths.
+
+Knows the tokenizer, the context's length and the engine's client. Knows no JSON fields and no shapes of responses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import msgspec
+from flask import request
+
+from pagegraph.runtime.ipc.protocol import EngineInfo
+from pagegraph.runtime.sampling_params import SamplingParams, check_length, wrap_seed
+from pagegraph.runtime.text.output import TextOutput
+from pagegraph.runtime.text.tokenizer import ChatTemplateError, Tokenizer
+from pagegraph.web.errors import ApiError
+from pagegraph.web.schema import GenerationRequest, parse_body
+from pagegraph.web.service import Service
+from pagegraph.web.stream import Generation, NoTokens, Sequence, client_probe
+
+Parse = Callable[..., GenerationRequest]  # `schema.parse_completion` or `schema.parse_chat`
+Prompt = str | list[int]
+
+_LONG_CHARS = 1 << 16  # characters of a request from which on it waits its turn to be tokenised: some 10 ms
+_LARGE_BODY_BYTES = 1 << 20  # from which on a body waits its turn to be parsed
+
+
+def read_request(parse: Parse, service: Service, info: EngineInfo) -> tuple[GenerationRequest, list[Prompt]]:
+    """The body of the current request, checked, and its prompts. Raises ApiError, BadParameter or ClientGone.
+
+    A large body waits its turn: parsing takes four times its size.
+    """
+    is_large = (request.content_length or _LARGE_BODY_BYTES) >= _LARGE_BODY_BYTES  # one in chunks does not say
+    with service.long_text(client_probe(request.environ)) if is_large else contextlib.nullcontext():
+        checked = parse(parse_body(request.get_data(cache=False)), info.vocab_size, info.sampling_defaults)
+        service.check_model(checked.model)
+        return checked, _prompts(service.tokenizer, checked, info)
+
+
+def tokenize(service: Service, prompts: list[Prompt], checked: GenerationRequest, info: EngineInfo) -> list[list[int]]:
+    """Token ids of every prompt, each checked against the context. Raises BadParameter or ClientGone."""
+    is_long = sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) >= _LONG_CHARS
+    with service.long_text(client_probe(request.environ)) if is_long else contextlib.nullcontext():
+        tokenized = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                prompt = service.tokenizer.encode(prompt, add_special_tokens=checked.add_special_tokens)
+            _check_length(len(prompt), checked, info)
+            tokenized.append(prompt)
+    return tokenized
+
+
+def submit(
+    service: Service,
+    checked: GenerationRequest,
+    prompts: list[list[int]],
+    info: EngineInfo,
+    release: Callable[[], None],
+) -> Generation:
+    """Submit n sequences for each prompt; sequence j of a prompt runs with seed + j. Closing the generation calls `release`."""
+    each = [ids for ids in prompts for _ in range(checked.n)]
+    if checked.max_tokens == 0:
+        params, group = [checked.params] * len(each), NoTokens(len(each))
+    else:
+        params = [_params(checked, len(ids), index % checked.n, info.max_model_len) for index, ids in enumerate(each)]
+        group = service.engine.submit_group(list(zip(each, params, strict=True)), checked.priority, checked.cache_salt)
+    sequences = [
+        Sequence(
+            TextOutput(service.tokenizer, ids, one, checked.stop, checked.include_stop, checked.skip_special_tokens)
+        )
+        for ids, one in zip(each, params, strict=True)
+    ]
+    return Generation(group, sequences, client_probe(request.environ), release)
+
+
+def _prompts(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> list[Prompt]:
+    """The prompts, a chat rendered by its template. What is too long for the context by its characters alone is refused."""
+    prompts = [_render(tokenizer, checked)] if checked.messages else checked.prompts
+    try:
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                _check_chars(prompt, tokenizer, checked, info)
+    except UnicodeEncodeError:
+        raise ApiError(400, "the prompt holds half of a surrogate pair: not valid Unicode") from None
+    return prompts
+
+
+def _render(tokenizer: Tokenizer, checked: GenerationRequest) -> str:
+    try:
+        return tokenizer.render_chat(
+            checked.messages,
+            add_generation_prompt=checked.add_generation_prompt,
+            continue_final_message=checked.continue_final_message,
+            arguments=checked.template_arguments,
+        )
+    except ChatTemplateError as error:
+        raise ApiError(400, str(error), param="messages") from None
+
+
+def _check_chars(text: str, tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> None:
+    """Refuse megabytes before they are tokenised, which takes seconds and hundreds of megabytes."""
+    if at_least := tokenizer.min_tokens(text, enough=info.max_model_len):
+        check_length(at_least, info.max_model_len, field=_prompt_field(checked), num_chars=len(text))
+
+
+def _check_length(num_prompt: int, checked: GenerationRequest, info: EngineInfo) -> None:
+    """Raise BadParameter unless the prompt fits the context with the output that was asked for."""
+    check_length(
+        num_prompt,
+        info.max_model_len,
+        field=_prompt_field(checked),
+        max_tokens=None if checked.max_tokens_is_default else checked.max_tokens,
+        min_tokens=checked.params.min_tokens,
+    )
+
+
+def _prompt_field(checked: GenerationRequest) -> str:
+    return "messages" if checked.messages else "prompt"
+
+
+def _params(checked: GenerationRequest, num_prompt: int, rank: int, max_model_len: int) -> SamplingParams:
+    room = max_model_len - num_prompt
+    max_tokens = room if checked.max_tokens is None else min(checked.max_tokens, room)
+    seed = checked.params.seed
+    if seed is not None:
+        seed = wrap_seed(seed + rank)
+    return msgspec.structs.replace(checked.params, max_tokens=max_tokens, seed=seed)
