@@ -107,7 +107,7 @@ def test_a_refused_group_fails_once_for_all(client: EngineClient, fake_engine) -
 
 
 def test_a_prompt_of_many_sequences_travels_once(client: EngineClient, fake_engine, monkeypatch) -> None:
-    monkeypatch.setattr("pagegraph.runtime.ipc.client.MAX_FRAME_BYTES", 30_000)
+    monkeypatch.setattr("pagegraph.runtime.ipc.connection.MAX_FRAME_BYTES", 30_000)
     prompt = list(range(100, 5100))
     group = client.submit_group([(prompt, PARAMS)] * 128)
     while group.num_open:

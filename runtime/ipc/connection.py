@@ -1,0 +1,277 @@
+"""The socket of one web worker to the engine, and the thread that owns it.
+
+Knows ZeroMQ, the protocol, which thread reads which sequence, and when the engine is dead. Knows no groups, HTTP, text or torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import socket
+import threading
+import time
+import uuid
+
+import msgspec
+import zmq
+import zmq.utils.monitor
+
+from pagegraph.runtime.ipc.protocol import (
+    MAX_FRAME_BYTES,
+    Abort,
+    Admitted,
+    EngineInfo,
+    Failed,
+    Hello,
+    SubmitGroup,
+    ToClient,
+    ToEngine,
+    TokenDelta,
+    Tokens,
+    decode_to_client,
+    encode,
+)
+
+_log = logging.getLogger(__name__)
+_RETRY_S = 0.1  # between tries to reach an engine that is not there
+
+
+class EngineDead(Exception):
+    """The engine went away, is silent, or said that it died."""
+
+
+class RequestFailed(Exception):
+    """One sequence cannot run: `index` in its group, HTTP `status`, and a message for the user."""
+
+    def __init__(self, index: int, status: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
+        self.status = status
+        self.message = message
+
+
+Item = Admitted | TokenDelta | Failed | EngineDead
+Inbox = queue.SimpleQueue[tuple[int, Item]]  # (index of the sequence in its group, what came for it)
+
+
+class Connection:
+    """One DEALER socket and the thread that owns it. Other threads only touch the queue and the maps."""
+
+    def __init__(self, address: str, heartbeat_s: float, silence_s: float) -> None:
+        self._address = address
+        self._heartbeat_s = heartbeat_s
+        self._silence_s = silence_s
+        self._name = uuid.uuid4().hex
+        self._count = itertools.count()
+        self._outbox: queue.SimpleQueue[tuple[ToEngine, bytes]] = queue.SimpleQueue()
+        self._owed: list[bytes] = []  # aborts that no engine was there to take
+        self._streams: dict[str, tuple[int, Inbox]] = {}
+        self._changed = threading.Condition()  # guards _streams and _info
+        self._info: EngineInfo | None = None
+        self._started = self._heard = time.monotonic()
+        self._lost = False  # the engine was there and went away
+        self._closing = False
+        self._wake_send, self._wake_receive = socket.socketpair()
+        self._wake_send.setblocking(False)
+        self._wake_receive.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="engine-client", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether its thread lives; one that has ended is replaced by a new connection."""
+        return self._thread.is_alive()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the engine was heard last."""
+        return time.monotonic() - self._heard
+
+    def new_id(self) -> str:
+        """A request id that no other connection gives."""
+        return f"{self._name}-{next(self._count)}"
+
+    def info(self, timeout: float | None) -> EngineInfo:
+        """The engine's newest facts, waited for as `EngineClient.info` says. Raises EngineDead."""
+        if timeout is None:
+            timeout = 0.0 if self._lost else max(0.0, self._started + self._silence_s - time.monotonic())
+        with self._changed:
+            self._changed.wait_for(lambda: self._info is not None or not self.running, timeout)
+            if self._info is None:
+                raise EngineDead("the engine does not answer")
+            return self._info
+
+    def open(self, group: SubmitGroup, inbox: Inbox) -> None:
+        """Submit a group; what comes for its sequences goes to `inbox`. Raises RequestFailed if it is too long for a frame."""
+        frame = encode(group)
+        if len(frame) > MAX_FRAME_BYTES:
+            raise RequestFailed(
+                0, 400, f"the prompts of one request take {len(frame)} bytes on their way to the engine, above "
+                f"{MAX_FRAME_BYTES}; send fewer or shorter ones at a time",
+            )  # fmt: skip
+        with self._changed:
+            self._streams.update((member.request_id, (index, inbox)) for index, member in enumerate(group.members))
+        self._outbox.put((group, frame))
+        self._wake()
+
+    def abort(self, message: Abort) -> None:
+        """Tell the engine of a sequence that nobody reads any more; nothing more comes for it."""
+        with self._changed:
+            known = self._streams.pop(message.request_id, None)
+        if known is not None:
+            self._abort_later(message)
+            self._wake()
+
+    def close(self) -> None:
+        """Send what waits, then end the thread; open sequences end with EngineDead."""
+        self._closing = True
+        self._wake()
+        self._thread.join(timeout=5)
+
+    def _abort_later(self, message: Abort) -> None:
+        self._outbox.put((message, encode(message)))
+
+    def _wake(self) -> None:
+        try:
+            self._wake_send.send(b"\0")
+        except BlockingIOError:
+            pass  # the thread has wake-ups waiting already
+        except OSError:
+            self._fail_all("the connection to the engine is closed")
+
+    def _run(self) -> None:
+        context = zmq.Context()
+        dealer = context.socket(zmq.DEALER)
+        try:
+            self._serve(dealer)
+        except Exception:
+            _log.exception("the connection to the engine failed")
+        finally:
+            dealer.disable_monitor()
+            dealer.close(linger=0)
+            context.term()
+            self._wake_send.close()
+            self._wake_receive.close()
+            self._fail_all("the connection to the engine is closed")
+
+    def _serve(self, dealer: zmq.Socket[bytes]) -> None:
+        dealer.setsockopt(zmq.IDENTITY, self._name.encode())
+        dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        dealer.setsockopt(zmq.SNDHWM, 0)
+        dealer.setsockopt(zmq.RCVHWM, 0)
+        # Nothing is kept for an engine that is not there: a new engine must not get an old one's requests.
+        dealer.setsockopt(zmq.IMMEDIATE, 1)
+        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        dealer.connect(self._address)
+        poller = zmq.Poller()
+        for source in (dealer, monitor, self._wake_receive):
+            poller.register(source, zmq.POLLIN)
+        next_hello = 0.0
+        while not self._closing:
+            now = time.monotonic()
+            if now >= next_hello:
+                connected = self._send(dealer, encode(Hello()))
+                while self._owed and self._send(dealer, self._owed[-1]):
+                    self._owed.pop()
+                self._receive(dealer)  # this thread may have been silent itself
+                self._check_silence()
+                next_hello = now + (self._heartbeat_s if connected else min(self._heartbeat_s, _RETRY_S))
+            ready = dict(poller.poll(max(1, int(1000 * (next_hello - time.monotonic())))))
+            if dealer in ready:
+                self._receive(dealer)
+            if monitor in ready and self._connection_changed(monitor):
+                next_hello = 0.0
+            if self._wake_receive.fileno() in ready:
+                self._wake_receive.recv(4096)
+            self._flush(dealer)
+        self._flush(dealer)
+
+    def _flush(self, dealer: zmq.Socket[bytes]) -> None:
+        while True:
+            try:
+                message, frame = self._outbox.get_nowait()
+            except queue.Empty:
+                return
+            if self._send(dealer, frame):
+                continue
+            if isinstance(message, SubmitGroup):
+                for member in message.members:
+                    self._deliver(member.request_id, EngineDead("the engine went away"), final=True)
+            else:
+                self._owed.append(frame)
+
+    def _send(self, dealer: zmq.Socket[bytes], frame: bytes) -> bool:
+        try:
+            dealer.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def _receive(self, dealer: zmq.Socket[bytes]) -> None:
+        while True:
+            try:
+                frames = dealer.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                (frame,) = frames
+                message = decode_to_client(frame)
+            except (ValueError, msgspec.MsgspecError):
+                _log.error("the engine sent a frame that is no message")
+                continue
+            self._heard = time.monotonic()
+            self._take(message)
+
+    def _take(self, message: ToClient) -> None:
+        if isinstance(message, Tokens):
+            for delta in message.each():
+                self._deliver(delta.request_id, delta, final=bool(delta.finish_reason))
+        elif isinstance(message, EngineInfo):
+            with self._changed:
+                self._info = message
+                self._lost = False
+                self._changed.notify_all()
+        elif isinstance(message, Admitted):
+            self._deliver(message.request_id, message, final=False)
+        elif message.request_id:
+            self._deliver(message.request_id, message, final=True)
+            with self._changed:
+                for other in message.others:
+                    self._streams.pop(other, None)
+        else:  # a failure of no request is the engine's own
+            self._fail_all("the engine died")
+
+    def _deliver(self, request_id: str, item: Item, *, final: bool) -> None:
+        with self._changed:
+            known = self._streams.pop(request_id, None) if final else self._streams.get(request_id)
+        if known is not None:
+            index, inbox = known
+            inbox.put((index, item))
+
+    def _connection_changed(self, monitor: zmq.Socket[bytes]) -> bool:
+        """Read one event of the socket; True when a connection came up."""
+        event = zmq.utils.monitor.recv_monitor_message(monitor)["event"]
+        if event == zmq.EVENT_DISCONNECTED:
+            self._fail_all("the engine went away")
+            return False
+        self._heard = time.monotonic()
+        return True
+
+    def _check_silence(self) -> None:
+        if self.silent_s > self._silence_s and (self._info is not None or self._streams):
+            self._fail_all(f"the engine has been silent for {self._silence_s:g} s")
+
+    def _fail_all(self, reason: str) -> None:
+        """End all streams; an engine that is still there, or comes back, is told to give them up."""
+        with self._changed:
+            streams, self._streams = self._streams, {}
+            self._lost = True
+            self._info = None
+            self._changed.notify_all()
+        for request_id, (index, inbox) in streams.items():
+            self._abort_later(Abort(request_id))
+            inbox.put((index, EngineDead(reason)))
+        if streams:
+            _log.error("%s; %d open streams end", reason, len(streams))
