@@ -6,7 +6,6 @@ Reads plain values off the configuration; knows nothing of requests or sockets.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +19,24 @@ import torch
 
 from pagegraph.compiler.host.malloc import return_freed_memory
 from pagegraph.compiler.inductor import compile as lower
-from pagegraph.compiler.model import config_json, rope, weights
-from pagegraph.compiler.model import source as model_source
 from pagegraph.compiler.model.capture import ATTENTION_NAME, CapturedModel, capture
+from pagegraph.compiler.model.checkpoint import sidecar_quantization
+from pagegraph.compiler.model.config_json import load_model_config
+from pagegraph.compiler.model.files import json_object
+from pagegraph.compiler.model.meta import build_meta
+from pagegraph.compiler.model.source import resolve_model
+from pagegraph.compiler.model.weights import load_weights
 from pagegraph.compiler.passes import registry
 from pagegraph.compiler.profile import kv_budget as memory
 from pagegraph.compiler.profile import memory as trial
-from pagegraph.compiler.quantization import packing as quant_formats
+from pagegraph.compiler.resolve import (
+    eos_ids,
+    resolve_cache_dtype,
+    resolve_device,
+    resolve_dtype,
+    resolve_max_model_len,
+    resolve_quantization,
+)
 from pagegraph.compiler.step.capture_sizes import Bucket, cuda_ladder
 from pagegraph.compiler.step.dummy import scrap_step
 from pagegraph.compiler.step.graphs import CHAINED, Pending
@@ -37,11 +47,8 @@ from pagegraph.compiler.step.step import CompiledStep
 from pagegraph.kernels.attention import cpu_decode
 from pagegraph.kernels.inputs import cpp as inputs_cpp
 from pagegraph.kernels.quant import cpu_int4
-from pagegraph.kernels.quant.tiles import FP8_CAPABILITY
 from pagegraph.kernels.sampling import cpp as sampling_cpp
 from pagegraph.kernels.spec_decode import cpu as cpu_guesses
-
-log = logging.getLogger("pagegraph.build")
 
 MAX_CAPTURED_TOKENS = 16384
 
@@ -183,7 +190,7 @@ def model_folder(config: Any) -> Path:
     """Where the model's files lie: fetched and converted now where they are not there yet."""
     cache = lower.cache_folder(config.compile_cache_dir)
     with lower.naming_the_cache(cache):
-        return model_source.resolve(
+        return resolve_model(
             config.model,
             gguf_file=config.gguf_file,
             keep_quantized=config.quantization == "gguf",
@@ -197,20 +204,20 @@ def _load(config: Any, device: torch.device, timings: Timings, progress: bool, n
     """The stages from the model's files to captured modules with weights; `name` goes before theirs."""
     with timings.stage(f"{name}source"):
         folder = model_folder(config)
-        generation = model_source.json_object(folder / "generation_config.json")
-        model_config = config_json.load(folder, trust_remote_code=config.trust_remote_code)
-        beside = None if config.load_format == "dummy" else weights.words_beside(folder)
+        generation = json_object(folder / "generation_config.json")
+        model_config = load_model_config(folder, trust_remote_code=config.trust_remote_code)
+        beside = None if config.load_format == "dummy" else sidecar_quantization(folder)
         quantization = resolve_quantization(config.quantization, model_config, device, beside)
     dtype = resolve_dtype(config.dtype, model_config, device)
     cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
     max_model_len = resolve_max_model_len(config.max_model_len, model_config)
     with timings.stage(f"{name}capture"):
-        model = weights.build_meta(
+        model = build_meta(
             model_config, dtype, ATTENTION_NAME, max_model_len=max_model_len, trust_remote_code=config.trust_remote_code
         )
         captured = capture(model)
     with timings.stage(f"{name}weights"):
-        weights.load_weights(
+        load_weights(
             model,
             folder,
             device=device,
@@ -271,130 +278,6 @@ def _step(config: Any, captured: CapturedModel, state: DeviceState) -> CompiledS
 
 def _largest(config: Any, device: torch.device) -> Bucket:
     return Bucket(max(config.batched_tokens(device.type), 2), max(config.max_entries, 2))
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is a GPU; asking for CUDA without one is an error."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for but torch sees no GPU; set device to cpu or auto")
-    return torch.device(name)
-
-
-def resolve_dtype(name: str, model_config: Any, device: torch.device) -> torch.dtype:
-    """`auto` is the checkpoint's own type, bfloat16 on the CPU where it says float16 or float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    dtype = getattr(model_config.get_text_config(), "dtype", None) or torch.bfloat16
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
-    return torch.bfloat16 if device.type == "cpu" else dtype
-
-
-def resolve_quantization(
-    asked: str | None, model_config: Any, device: torch.device, beside: dict[str, Any] | None = None
-) -> quant_formats.Scheme | str | None:
-    """The checkpoint's scheme, or the method asked for; takes the checkpoint's words off `model_config`.
-
-    beside: what counts where `model_config` has no word of it.
-    Raises QuantizationError where they contradict each other or the device cannot hold the type.
-    """
-    found = quant_formats.resolve(asked, vars(model_config).pop("quantization_config", None) or beside)
-    method = found.method if isinstance(found, quant_formats.Scheme) else found
-    if method == "fp8" or getattr(found, "fp8", False):
-        _require_fp8("quantization=fp8", device, "set quantization to int8 or int4 on an unquantised checkpoint")
-    return found
-
-
-def resolve_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of keys and values in pages: `auto` is the activations' own, `fp8` e4m3 by a scale of 1."""
-    if name == "auto":
-        return dtype
-    _require_fp8("kv_cache_dtype=fp8", device, "set kv_cache_dtype to auto")
-    return torch.float8_e4m3fn
-
-
-def _require_fp8(setting: str, device: torch.device, instead: str) -> None:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        raise quant_formats.QuantizationError(
-            f"{setting} needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))} or later, "
-            f"{torch.cuda.get_device_name(device)} has less; {instead}"
-        )
-
-
-def resolve_max_model_len(asked: int | None, model_config: Any) -> int:
-    """The asked length, or the model's default; raises ValueError above its own limit, or where its rope type is unknown."""
-    known = rope.lengths(model_config)
-    if asked is not None and asked > known.longest:
-        raise ValueError(
-            f"max_model_len {asked} is above the model's own limit of {known.longest} ({known.reason});"
-            f" set it to {known.longest} or less"
-        )
-    length = asked or known.default
-    if known.default < known.longest and not known.by_length:
-        log.info(
-            "max_model_len %d: the model's file names %d; its rope scaling reaches up to %d",
-            length,
-            known.default,
-            known.longest,
-        )
-    elif known.default < known.longest:
-        log.info(
-            "max_model_len %d: rotary frequencies of this model go by the length, and all prompts get those of %s;"
-            " set max_model_len above %d, up to %d, for the others",
-            length, "long ones" if length > known.default else "short ones", known.default, known.longest,
-        )  # fmt: skip
-    return length
-
-
-def eos_ids(folder: Path, model_config: Any, tokenizer: Path | None = None) -> frozenset[int]:
-    """End-of-sequence ids: all that generation_config.json, config.json and the tokenizer's files name, and the model has.
-
-    A file that names none, by an empty list too, silences no other. Only where no file names any the default of the
-    configuration's class holds, which may belong to another vocabulary. `tokenizer` is its folder where it is not `folder`.
-    """
-    config = model_source.json_object(folder / "config.json")
-    said = [model_source.json_object(folder / "generation_config.json").get("eos_token_id"), config.get("eos_token_id")]
-    said += [part.get("eos_token_id") for part in config.values() if isinstance(part, dict)]
-    said.append(_ending_tokens(tokenizer or folder))
-    text_config = model_config.get_text_config()
-    found = _ids(said) or _ids([getattr(text_config, "eos_token_id", None)])
-    size = getattr(text_config, "vocab_size", None)
-    if size is not None and (beyond := sorted(one for one in found if one >= size)):
-        log.warning(
-            "%s names %s as ends of a sequence, but the model has %d tokens: they are left out", folder, beyond, size
-        )
-        found = frozenset(one for one in found if one < size)
-    if not found:
-        log.warning(
-            "%s names no end-of-sequence token: text ends at max_tokens, a stop string or a stop token alone", folder
-        )
-    return found
-
-
-def _ids(said: list[Any]) -> frozenset[int]:
-    """Token ids out of ids, lists of ids and None."""
-    flat = [one for value in said for one in (value if isinstance(value, list) else [value])]
-    return frozenset(one for one in flat if isinstance(one, int) and not isinstance(one, bool) and one >= 0)
-
-
-def _ending_tokens(folder: Path) -> list[int]:
-    """Ids of the tokens that a tokenizer's files name as the end of a sequence or of a turn."""
-    named = model_source.json_object(folder / "special_tokens_map.json") | model_source.json_object(
-        folder / "tokenizer_config.json"
-    )
-    tokens = [
-        token.get("content") if isinstance(token, dict) else token
-        for token in (named.get("eos_token"), named.get("eot_token"))
-    ]
-    if not any(tokens):
-        return []
-    words = model_source.json_object(folder / "tokenizer.json")
-    ids = {token.get("content"): token.get("id") for token in words.get("added_tokens") or []}
-    vocabulary = (words.get("model") or {}).get("vocab")
-    vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
-    return [ids.get(token, vocabulary.get(token)) for token in tokens if token]
 
 
 def _kv_budget(config: Any, models: list[Loaded], device: torch.device) -> memory.KvBudget:

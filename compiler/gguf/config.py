@@ -7,11 +7,9 @@ Keys mean what llama.cpp's reader takes them for, its defaults included.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,7 +142,7 @@ def configuration(file: GgufFile) -> PretrainedConfig:
     return CONFIG_MAPPING[found["model_type"]].from_dict(found)
 
 
-def check(file: GgufFile, model: nn.Module, consumed: set[str]) -> None:
+def check_model(file: GgufFile, model: nn.Module, consumed: set[str]) -> None:
     """Refuse what the built model did not hear: tensors that no weight of it was made of, other angles than the file's.
 
     consumed: names of the file's tensors that became weights.
@@ -314,8 +312,3 @@ def _check_angles(file: GgufFile, model: nn.Module) -> None:
             raise GgufError(
                 f"{file.path.name}: {type(model).__name__} would rotate by other angles than rope.* of the file say ({name})"
             )
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Of one of the folder's small files."""
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")

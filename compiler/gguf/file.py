@@ -16,7 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from pagegraph.compiler.model.source import lfs_pointer
+from pagegraph.compiler.model.files import lfs_pointer
 
 MAGIC = b"GGUF"
 NOT_NUMBERS = {gguf.GGUFValueType.BOOL, gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY}

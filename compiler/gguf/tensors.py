@@ -17,7 +17,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 from pagegraph.compiler.gguf.file import GgufError, GgufFile
 
 
-def read(file: GgufFile, model: nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
+def read_tensors(file: GgufFile, model: nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
     """Dequantised weights of `model`, float32, by name; and the names of the file's tensors that they came from.
 
     Biases that the model has and the file leaves out are zero, as its own readers take them. Raises GgufError where it lacks others.

@@ -159,7 +159,7 @@ class Vocabulary:
         ]
 
 
-def read(file: GgufFile) -> tuple[tokenizers.Tokenizer, Vocabulary]:
+def read_tokenizer(file: GgufFile) -> tuple[tokenizers.Tokenizer, Vocabulary]:
     """The tokenizer and its vocabulary; raises GgufError for a kind that is not served and for keys that nobody reads."""
     _refuse_unknown(file)
     kind = file.metadata.get("tokenizer.ggml.model")
@@ -192,9 +192,9 @@ def read(file: GgufFile) -> tuple[tokenizers.Tokenizer, Vocabulary]:
     return backend, vocabulary
 
 
-def save(file: GgufFile, folder: Path) -> Vocabulary:
+def save_tokenizer(file: GgufFile, folder: Path) -> Vocabulary:
     """Write tokenizer.json, tokenizer_config.json and the chat template into `folder`."""
-    backend, vocabulary = read(file)
+    backend, vocabulary = read_tokenizer(file)
     backend.save(str(folder / "tokenizer.json"))
     kinds = [name for name in ("bos", "eos", "unk", "pad") if name in vocabulary.ids]
     named = {f"{name}_token": vocabulary.tokens[vocabulary.ids[name]] for name in kinds}

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from pagegraph.compiler.model import source as model_source
+from pagegraph.compiler.model.files import json_object
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 ROPE = ("rope_parameters", "rope_scaling")
@@ -27,14 +27,14 @@ ROPE_NUMBERS = (
 )  # fmt: skip
 
 
-def load(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of the model in `folder`. A rope type of null is the default, `su` the old name of longrope.
 
     Raises ValueError that names the file and, as far as transformers tells it, the key at fault; ImportError and OSError
     for packages and files that the folder's own code lacks.
     """
     path = folder / "config.json"
-    said = model_source.json_object(path)
+    said = json_object(path)
     _check_sizes(path, said)
     meant = _with_rope_types(path, said)
     try:
@@ -49,13 +49,13 @@ def load(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     except (ImportError, OSError):
         raise
     except Exception as error:
-        raise ValueError(f"{path}: {reason(error)}") from error
+        raise ValueError(f"{path}: {reason_of(error)}") from error
 
 
-def reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """What transformers raised, in one line without the names of its own classes."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-        return reason(error.__cause__)
+        return reason_of(error.__cause__)
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     message = " ".join(message.split())
     says_enough = " " in message and isinstance(error, (ValueError, KeyError, TypeError))

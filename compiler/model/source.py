@@ -17,17 +17,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+
+from pagegraph.compiler.model.files import json_object
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
 CONVERSION = 4  # counts up when a conversion would write something else, so that old ones are not reused
-LFS_POINTER = b"version https://git-lfs"
 DIGEST = re.compile(rb"[0-9a-f]{16}")  # of a file's content
 SETTLED_NS = 2_000_000_000  # a file that changed later than this ago may change again without its times showing it
 
 
-def resolve(
+def resolve_model(
     model: str,
     *,
     gguf_file: str | None = None,
@@ -57,30 +57,6 @@ def resolve(
         json_object(path / "config.json")  # whatever reads it later would name it less well
         return path
     return _converted(_only_gguf(path), cache_dir, keep_quantized)
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """Of a file; empty where there is none. Raises ValueError for a file of something else."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {lfs_pointer(path) or error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return found
-
-
-def lfs_pointer(path: Path) -> str:
-    """What to do about a file that stands for its content in a Git repository; empty where the file is none."""
-    with path.open("rb") as file:
-        pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-    return (
-        "it is a pointer of Git LFS and not the file itself; run `git lfs pull` in its folder, or download the file"
-        if pointer
-        else ""
-    )
 
 
 def _refuse_adapter(folder: Path) -> None:
@@ -199,47 +175,6 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _convert(gguf: Path, folder: Path, keep_quantized: bool) -> None:
-    """Write the weights, the configuration and the tokenizer of `gguf` into `folder`.
+    from pagegraph.compiler.gguf.convert import convert  # loads torch and transformers, only where a conversion is due
 
-    Weights are dequantised to float32, but for linears with `keep_quantized` (bfloat16 then, as they are served).
-
-    transformers reads the file; its `from_pretrained` would also want accelerate and build the whole model.
-    """
-    from pagegraph.compiler.gguf.file import read_once
-
-    with read_once():
-        _convert_parts(gguf, folder, keep_quantized)
-
-
-def _convert_parts(gguf: Path, folder: Path, keep_quantized: bool) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    from pagegraph.compiler.gguf import config as gguf_config
-    from pagegraph.compiler.gguf import tensors as gguf_tensors
-    from pagegraph.compiler.gguf import tokenizer as gguf_tokenizer
-    from pagegraph.compiler.gguf.file import open_gguf
-    from pagegraph.compiler.model.weights import build_meta
-
-    file = open_gguf(gguf)
-    config = gguf_config.configuration(file)
-    folder.mkdir(parents=True)
-    config.eos_token_id = gguf_tokenizer.save(file, folder).endings
-    model = build_meta(config, torch.float32, "eager", max_model_len=config.max_position_embeddings)
-    tensors, consumed = gguf_tensors.read(file, model)
-    gguf_config.check(file, model, consumed)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if keep_quantized:
-        from pagegraph.compiler.gguf.blocks import keep
-
-        config.quantization_config = keep(gguf, model, tensors)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items() if name not in tied},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    config.architectures = [type(model).__name__]
-    # What `dtype: auto` means for it: the file's values come from few bits, float32 would serve no one.
-    config.dtype = torch.bfloat16
-    config.save_pretrained(folder)
-    gguf_config.write_json(folder / "generation_config.json", gguf_config.generation_config(file, config))
+    convert(gguf, folder, keep_quantized)

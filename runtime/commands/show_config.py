@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from pagegraph.compiler.model import source as model_source
+from pagegraph.compiler.model.files import json_object
 from pagegraph.runtime.cli import config_command
 from pagegraph.runtime.config import FIELDS, Config, ConfigError, Resolved, is_local_path, load_config
 from pagegraph.runtime.sampling_params import FROM_GENERATION_CONFIG, SamplingParams, model_defaults
@@ -69,7 +69,7 @@ def sampling_defaults(config: Config) -> dict[str, int | float]:
     if folder is None:
         return {}
     try:
-        return model_defaults(model_source.json_object(folder / "generation_config.json"))
+        return model_defaults(json_object(folder / "generation_config.json"))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

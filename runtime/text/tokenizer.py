@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from pagegraph.compiler.model.source import json_object, lfs_pointer
+from pagegraph.compiler.model.files import json_object, lfs_pointer
 from pagegraph.runtime.text.chat_template import ChatTemplate, ChatTemplateError
 from pagegraph.runtime.text.token_bound import TokenBound
 

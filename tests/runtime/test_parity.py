@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pagegraph.compiler import build as builder
-from pagegraph.compiler.model import source as model_source
+from pagegraph.compiler.model.source import resolve_model
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.llm import LLM
@@ -117,6 +117,6 @@ def test_plain_linears_give_the_same_tokens(config_of, reference) -> None:
 
 def test_the_converted_model_is_found_again() -> None:
     """The conversion is done once: the second resolve gives the same folder without torch work."""
-    first = model_source.resolve(MODEL, cache_dir=Path("~/.cache/pagegraph").expanduser())
+    first = resolve_model(MODEL, cache_dir=Path("~/.cache/pagegraph").expanduser())
     assert (first / "config.json").is_file()
-    assert first == model_source.resolve(MODEL, cache_dir=Path("~/.cache/pagegraph").expanduser())
+    assert first == resolve_model(MODEL, cache_dir=Path("~/.cache/pagegraph").expanduser())

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoConfig
 
 from pagegraph.compiler.gguf.blocks import BLOCKS, keep, planes
-from pagegraph.compiler.model.weights import build_meta
+from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.quantization.packing import QuantizationError
 
 ROWS, BLOCKS_A_ROW = 6, 3

@@ -15,15 +15,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pagegraph.compiler.build import eos_ids, resolve_max_model_len
 from pagegraph.compiler.gguf.config import configuration
 from pagegraph.compiler.gguf.file import GgufError, open_gguf
-from pagegraph.compiler.model.source import resolve
+from pagegraph.compiler.model.source import resolve_model
+from pagegraph.compiler.resolve import eos_ids, resolve_max_model_len
 from tests.compiler.gguf.files import model_keys, model_tensors, spm_keys, stock_model, write, write_model
 
 
 def converted(path: Path) -> nn.Module:
-    folder = resolve(str(path), cache_dir=path.parent / "cache")
+    folder = resolve_model(str(path), cache_dir=path.parent / "cache")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
@@ -105,7 +105,7 @@ def test_the_model_is_the_one_that_was_written(case: str, tmp_path: Path) -> Non
 )
 def test_the_length_to_serve_is_the_files(keys: dict[str, Any], longest: int, tmp_path: Path) -> None:
     """Scaling is within context_length already; what it reaches beyond is there for who asks."""
-    folder = resolve(str(write_model(tmp_path / "a.gguf", stock_model("llama"), keys)), cache_dir=tmp_path)
+    folder = resolve_model(str(write_model(tmp_path / "a.gguf", stock_model("llama"), keys)), cache_dir=tmp_path)
     config = AutoConfig.from_pretrained(folder)
     assert resolve_max_model_len(None, config) == 256
     assert resolve_max_model_len(longest, config) == longest
@@ -156,7 +156,7 @@ def test_some_biases_are_zero(tmp_path: Path) -> None:
 def test_what_is_not_applied_is_refused(key: str, value: Any, tmp_path: Path) -> None:
     path = write_model(tmp_path / "a.gguf", stock_model("llama"), {key: value})
     with pytest.raises(GgufError, match=rf"a\.gguf: llama\.{key} = .*safetensors checkpoint"):
-        resolve(str(path), cache_dir=tmp_path)
+        resolve_model(str(path), cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_tensors_that_become_no_weight_are_refused(tmp_path: Path) -> None:
         GgufError,
         match=r"Qwen2ForCausalLM has no weights for the tensors blk\.0\.attn_output\.bias, blk\.1\.attn_q_norm\.weight",
     ):
-        resolve(str(path), cache_dir=tmp_path)
+        resolve_model(str(path), cache_dir=tmp_path)
     path = write_model(tmp_path / "b.gguf", stock, tensors={"blk.0.attn_output.bias": 0 * extra})
     torch.testing.assert_close(logits(converted(path)), logits(stock), atol=2e-5, rtol=1e-5)
 
@@ -191,7 +191,7 @@ def test_tensors_that_become_no_weight_are_refused(tmp_path: Path) -> None:
 def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
     path = write_model(tmp_path / "a.gguf", stock_model("llama"), {"block_count": 4})
     with pytest.raises(GgufError, match=r"not in the file: model\.layers\.3\..*9 weights"):
-        resolve(str(path), cache_dir=tmp_path)
+        resolve_model(str(path), cache_dir=tmp_path)
 
 
 def test_rows_beyond_the_last_token(tmp_path: Path) -> None:
@@ -206,14 +206,14 @@ def test_shapes_that_the_metadata_denies_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         GgufError, match=r"gate_proj\.weight has shape \[96, 64\], the model that the metadata describes \[100, 64\]"
     ):
-        resolve(str(path), cache_dir=tmp_path)
+        resolve_model(str(path), cache_dir=tmp_path)
 
 
 def test_angles_that_the_model_does_not_take_are_refused(tmp_path: Path) -> None:
     """LlamaConfig has no place for heads that rotate in part."""
     path = write_model(tmp_path / "a.gguf", stock_model("llama", head_dim=24), {**LENGTHS, "rope.dimension_count": 12})
     with pytest.raises(GgufError, match=r"rotate by other angles than rope\.\* of the file"):
-        resolve(str(path), cache_dir=tmp_path)
+        resolve_model(str(path), cache_dir=tmp_path)
 
 
 def test_longrope_of_phi3(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_longrope_of_phi3(tmp_path: Path) -> None:
 
 def test_text_ends_at_either_end(tmp_path: Path) -> None:
     """The end of a sequence and that of a turn, all the way to what the engine stops at."""
-    folder = resolve(
+    folder = resolve_model(
         str(write_model(tmp_path / "a.gguf", stock_model("llama"), tokenizer__ggml__eot_token_id=270)),
         cache_dir=tmp_path,
     )
@@ -247,7 +247,9 @@ def test_text_ends_at_either_end(tmp_path: Path) -> None:
 def test_recommended_sampling_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     changes = {"general__sampling__temp": 0.25, "general__sampling__top_k": 20, "general__sampling__mirostat": 1}
     with caplog.at_level(logging.INFO):
-        folder = resolve(str(write_model(tmp_path / "a.gguf", stock_model("llama"), **changes)), cache_dir=tmp_path)
+        folder = resolve_model(
+            str(write_model(tmp_path / "a.gguf", stock_model("llama"), **changes)), cache_dir=tmp_path
+        )
     assert json.loads((folder / "generation_config.json").read_text()) == {
         "bos_token_id": 1, "eos_token_id": [2], "do_sample": True, "temperature": 0.25, "top_k": 20
     }  # fmt: skip
@@ -263,7 +265,9 @@ def test_keys_outside_the_architecture_are_named_once(tmp_path: Path, caplog: py
         "quantize__imatrix__file": "x",
     }
     with caplog.at_level(logging.DEBUG, logger="pagegraph.gguf"):
-        resolve(str(write_model(tmp_path / "a.gguf", stock_model("llama"), **unknown, **described)), cache_dir=tmp_path)
+        resolve_model(
+            str(write_model(tmp_path / "a.gguf", stock_model("llama"), **unknown, **described)), cache_dir=tmp_path
+        )
     lines = [(one.levelno, one.getMessage()) for one in caplog.records if "not applied" in one.getMessage()]
     assert lines == [
         (
@@ -288,7 +292,7 @@ def test_keys_outside_the_architecture_are_named_once(tmp_path: Path, caplog: py
 def test_files_that_are_no_whole_model_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = write_model(tmp_path / "a.gguf", stock_model("llama"), **changes)
     with pytest.raises(GgufError, match=message):
-        resolve(str(path), cache_dir=tmp_path)
+        resolve_model(str(path), cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("kept", [3, 40, 700, 9000, -7])
@@ -296,11 +300,11 @@ def test_files_that_are_cut_short_are_named(kept: int, tmp_path: Path) -> None:
     path = write_model(tmp_path / "a.gguf", stock_model("llama"))
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(GgufError, match=r"a\.gguf is no (whole )?GGUF file: .*download it again"):
-        resolve(str(path), cache_dir=tmp_path)
+        resolve_model(str(path), cache_dir=tmp_path)
 
 
 def test_a_pointer_of_git_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     with pytest.raises(GgufError, match="pointer of Git LFS.*git lfs pull"):
-        resolve(str(path), cache_dir=tmp_path)
+        resolve_model(str(path), cache_dir=tmp_path)

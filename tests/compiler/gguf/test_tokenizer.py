@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, trainers
 
-from pagegraph.compiler.gguf import tokenizer as gguf_tokenizer
 from pagegraph.compiler.gguf.file import GgufError, open_gguf, read_once
-from pagegraph.compiler.model.source import resolve
+from pagegraph.compiler.gguf.tokenizer import CUTS, Vocabulary, read_tokenizer, save_tokenizer
+from pagegraph.compiler.model.source import resolve_model
 from pagegraph.runtime.text.tokenizer import Tokenizer
 from tests.compiler.gguf.files import CONTROL, NORMAL, PIECES, USER_DEFINED, spm_keys, write
 from tests.paths import MODELS
@@ -48,8 +48,8 @@ def spm_by_hand(text: str, scores: dict[str, float], ids: dict[str, int]) -> lis
     return found
 
 
-def tokenizer_of(tmp_path: Path, keys: dict[str, Any]) -> tuple[tokenizers.Tokenizer, gguf_tokenizer.Vocabulary]:
-    return gguf_tokenizer.read(open_gguf(write(tmp_path / "words.gguf", "llama", keys, {})))
+def tokenizer_of(tmp_path: Path, keys: dict[str, Any]) -> tuple[tokenizers.Tokenizer, Vocabulary]:
+    return read_tokenizer(open_gguf(write(tmp_path / "words.gguf", "llama", keys, {})))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_text_is_cut_as_the_file_says(pre: str, expected: list[str], tmp_path: P
     assert backend.decode(backend.encode(" a\u00e9 12345\n").ids) == " a\u00e9 12345\n"
 
 
-@pytest.mark.parametrize("pre", gguf_tokenizer.CUTS)
+@pytest.mark.parametrize("pre", CUTS)
 def test_every_way_of_cutting_loses_nothing(pre: str, tmp_path: Path) -> None:
     backend, _ = tokenizer_of(tmp_path, gpt2_keys(pre, ["<|begin|>"], bos_token_id=259))
     for text in [
@@ -200,7 +200,7 @@ def test_the_folder_holds_what_serving_reads(tmp_path: Path) -> None:
         "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}",
         "tokenizer.chat_template.other": "x",
     }
-    gguf_tokenizer.save(open_gguf(write(tmp_path / "words.gguf", "llama", keys, {})), tmp_path)
+    save_tokenizer(open_gguf(write(tmp_path / "words.gguf", "llama", keys, {})), tmp_path)
     loaded = Tokenizer.load(tmp_path)
     assert loaded.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     assert loaded.encode("the")[0] == 1 and loaded.encode("the", add_special_tokens=False)[0] != 1
@@ -210,7 +210,7 @@ def test_the_folder_holds_what_serving_reads(tmp_path: Path) -> None:
 @pytest.mark.skipif(not SMOLLM2.is_file(), reason=f"{SMOLLM2.name} is not in models/; `make model` fetches it")
 def test_ids_of_smollm2() -> None:
     with read_once():
-        backend, vocabulary = gguf_tokenizer.read(open_gguf(SMOLLM2))
+        backend, vocabulary = read_tokenizer(open_gguf(SMOLLM2))
     assert vocabulary.endings == [0, 2]
     for text, ids in SMOLLM2_IDS.items():
         assert backend.encode(text).ids == ids
@@ -238,7 +238,7 @@ def test_real_gemma(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    folder = resolve(str(GEMMA), cache_dir=tmp_path)
+    folder = resolve_model(str(GEMMA), cache_dir=tmp_path)
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.encode("The capital of France is") == [2, 818, 5279, 529, 7001, 563]
     with read_once():

@@ -9,7 +9,7 @@ from torch._inductor.utils import run_and_get_code
 
 from pagegraph.compiler.inductor import compile as lower
 from pagegraph.compiler.model.capture import ATTENTION_NAME, capture
-from pagegraph.compiler.model.weights import build_meta
+from pagegraph.compiler.model.meta import build_meta
 from tests.compiler.architectures import tiny_config
 from tests.compiler.paged_run import BLOCK, run_paged
 

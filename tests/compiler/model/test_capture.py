@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pagegraph.compiler.inductor import compile as lower
 from pagegraph.compiler.model.capture import ATTENTION_NAME, capture
+from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.probe import UnsupportedModel
-from pagegraph.compiler.model.weights import build_meta
 from pagegraph.compiler.passes import registry
 from pagegraph.runtime.config import Config
 from tests.compiler.architectures import ARCHITECTURES, SIZES, tiny_config

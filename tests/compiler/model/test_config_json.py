@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from pagegraph.compiler.build import resolve_max_model_len
-from pagegraph.compiler.model.config_json import load
-from pagegraph.compiler.model.weights import build_meta
+from pagegraph.compiler.model.config_json import load_model_config
+from pagegraph.compiler.model.meta import build_meta
+from pagegraph.compiler.resolve import resolve_max_model_len
 from tests.compiler.architectures import SIZES
 from tests.compiler.model.test_rope import LONGROPE
 
@@ -58,7 +58,7 @@ def folder_of(tmp_path: Path, **said: object) -> Path:
 )
 def test_what_is_wrong_is_named(tmp_path: Path, wrong: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=r"^\S+config\.json: " + sentence) as raised:
-        load(folder_of(tmp_path, **wrong))
+        load_model_config(folder_of(tmp_path, **wrong))
     assert "\n" not in str(raised.value)
 
 
@@ -68,17 +68,17 @@ def test_packages_and_files_that_lack_keep_their_kind(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", lacking)
     with pytest.raises(ImportError, match="^pip install it$"):
-        load(folder_of(tmp_path))
+        load_model_config(folder_of(tmp_path))
 
 
 def test_su_is_longrope(tmp_path: Path) -> None:
     """The first files of Phi-3 have its original length beside the rope scaling."""
     said = dict(model_type="phi3", original_max_position_embeddings=64)
-    config = load(folder_of(tmp_path, **said, rope_scaling=dict(type="su", **FACTORS)))
+    config = load_model_config(folder_of(tmp_path, **said, rope_scaling=dict(type="su", **FACTORS)))
     assert config.name_or_path == str(tmp_path)
     assert resolve_max_model_len(None, config) == 64
     assert config.rope_parameters["rope_type"] == "longrope"
-    expected = load(folder_of(tmp_path, **said, rope_scaling=dict(type="longrope", **FACTORS)))
+    expected = load_model_config(folder_of(tmp_path, **said, rope_scaling=dict(type="longrope", **FACTORS)))
     for length in (64, 256):
         models = [build_meta(each, torch.float32, "eager", max_model_len=length) for each in (config, expected)]
         one, other = (each.model.rotary_emb for each in models)
@@ -91,7 +91,7 @@ def test_su_is_longrope(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 def test_a_rope_type_of_null_is_the_default(tmp_path: Path, key: str, rope: dict[str, object]) -> None:
-    config = load(folder_of(tmp_path, **{key: rope}))
+    config = load_model_config(folder_of(tmp_path, **{key: rope}))
     assert config.rope_parameters["rope_type"] == "default" and config.rope_parameters["rope_theta"] == 1e4
     build_meta(config, torch.float32, "eager", max_model_len=64)
 
@@ -100,6 +100,6 @@ def test_a_rope_type_of_null_for_a_type_of_layer(tmp_path: Path) -> None:
     rope = dict(
         full_attention=dict(rope_type=None, rope_theta=1e6), sliding_attention=dict(rope_type="default", rope_theta=1e4)
     )
-    config = load(folder_of(tmp_path, model_type="gemma3_text", rope_parameters=rope))
+    config = load_model_config(folder_of(tmp_path, model_type="gemma3_text", rope_parameters=rope))
     assert config.rope_parameters["full_attention"]["rope_type"] == "default"
     assert config.rope_parameters["full_attention"]["rope_theta"] == 1e6

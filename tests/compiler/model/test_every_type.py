@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pagegraph.compiler.model.capture import ATTENTION_NAME, CapturedModel, capture
+from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.probe import UnsupportedModel
-from pagegraph.compiler.model.weights import build_meta
 from tests.compiler.model.every_type import causal_types, tiny
 from tests.compiler.model.test_capture import CHUNKED, MIXED, WHOLE, prompts_for, random_model, stock_logits
 from tests.compiler.paged_run import run_paged

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from pagegraph.compiler.build import resolve_max_model_len
+from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.rope import lengths
-from pagegraph.compiler.model.weights import build_meta
+from pagegraph.compiler.resolve import resolve_max_model_len
 from tests.compiler.architectures import ALPHA, SIZES, tiny_config
 
 HALF = SIZES["hidden_size"] // SIZES["num_attention_heads"] // 2

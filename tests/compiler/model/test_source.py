@@ -17,7 +17,7 @@ import huggingface_hub
 import pytest
 
 from pagegraph.compiler.model import source as model_source
-from pagegraph.compiler.model.source import resolve
+from pagegraph.compiler.model.source import resolve_model
 from tests.paths import MODELS, ROOT
 
 GGUF = MODELS / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,7 +47,7 @@ def make_gguf(folder: Path, name: str = "tiny.gguf", content: bytes = b"GGUF") -
 
 def test_a_model_folder_is_itself(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert resolve(str(tmp_path), cache_dir=tmp_path / "cache") == tmp_path
+    assert resolve_model(str(tmp_path), cache_dir=tmp_path / "cache") == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -61,36 +61,36 @@ def test_a_model_folder_is_itself(tmp_path: Path) -> None:
 def test_a_configuration_that_is_none_is_named(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=rf"config\.json .*{message}"):
-        resolve(str(tmp_path), cache_dir=tmp_path)
+        resolve_model(str(tmp_path), cache_dir=tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_to_is_read(
     tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, cache = make_gguf(tmp_path / "a"), tmp_path / "cache"
-    folder = resolve(str(path), cache_dir=cache)
+    folder = resolve_model(str(path), cache_dir=cache)
     shutil.rmtree(cache / "models" / "digests", ignore_errors=True)
     (cache / "models" / "digests").write_text("")  # nothing can be made in it, by whoever runs the tests
     monkeypatch.setattr(model_source, "SETTLED_NS", -1)
-    assert resolve(str(path), cache_dir=cache) == folder
+    assert resolve_model(str(path), cache_dir=cache) == folder
     assert len(conversions) == 1
 
 
 def test_a_gguf_file_is_converted_once(tmp_path: Path, conversions: list[Path]) -> None:
     path, cache = make_gguf(tmp_path / "a"), tmp_path / "cache"
-    folder = resolve(str(path), cache_dir=cache)
+    folder = resolve_model(str(path), cache_dir=cache)
     assert folder.parent == cache / "models"
     assert folder.name.startswith("tiny-")
-    assert resolve(str(path.parent), cache_dir=cache) == folder
-    assert resolve(str(path.parent), gguf_file=path.name, cache_dir=cache) == folder
+    assert resolve_model(str(path.parent), cache_dir=cache) == folder
+    assert resolve_model(str(path.parent), gguf_file=path.name, cache_dir=cache) == folder
     assert conversions == [path]
 
 
 def test_other_content_is_another_folder(tmp_path: Path, conversions: list[Path]) -> None:
     cache = tmp_path / "cache"
-    first = resolve(str(make_gguf(tmp_path / "a")), cache_dir=cache)
-    moved = resolve(str(make_gguf(tmp_path / "b")), cache_dir=cache)
-    other = resolve(str(make_gguf(tmp_path / "c", content=b"GGUG")), cache_dir=cache)
+    first = resolve_model(str(make_gguf(tmp_path / "a")), cache_dir=cache)
+    moved = resolve_model(str(make_gguf(tmp_path / "b")), cache_dir=cache)
+    other = resolve_model(str(make_gguf(tmp_path / "c", content=b"GGUG")), cache_dir=cache)
     assert first == moved != other
     assert len(conversions) == 2
 
@@ -112,15 +112,15 @@ def test_a_file_replaced_in_place_is_another(
     monkeypatch.setattr(model_source, "SETTLED_NS", -1 if settled else 10**18)
     size, cache = 3 << 20, tmp_path / "cache"
     path = make_gguf(tmp_path / "a", content=bytes(size))
-    first = resolve(str(path), cache_dir=cache)
-    assert resolve(str(path), cache_dir=cache) == first
+    first = resolve_model(str(path), cache_dir=cache)
+    assert resolve_model(str(path), cache_dir=cache) == first
     content = bytearray(size)
     content[size // 2] = 1
     time.sleep(0.02)  # of what a file system's clock ticks
     swap(path, bytes(content))
-    other = resolve(str(path), cache_dir=cache)
+    other = resolve_model(str(path), cache_dir=cache)
     swap(path, bytes(size))
-    assert other != first == resolve(str(path), cache_dir=cache)
+    assert other != first == resolve_model(str(path), cache_dir=cache)
     assert len(conversions) == 2
 
 
@@ -130,11 +130,15 @@ def test_content_is_read_once(tmp_path: Path, conversions: list[Path], monkeypat
     path, cache, read = make_gguf(tmp_path / "a"), tmp_path / "cache", []
     whole = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda *arguments: read.append(1) or whole(*arguments))
-    first = resolve(str(path), cache_dir=cache)
-    assert resolve(str(path), cache_dir=cache) == resolve(str(path), cache_dir=cache, keep_quantized=False) == first
+    first = resolve_model(str(path), cache_dir=cache)
+    assert (
+        resolve_model(str(path), cache_dir=cache)
+        == resolve_model(str(path), cache_dir=cache, keep_quantized=False)
+        == first
+    )
     assert len(read) == 1
     monkeypatch.setattr(model_source, "CONVERSION", model_source.CONVERSION + 1)
-    assert resolve(str(path), cache_dir=cache) != first
+    assert resolve_model(str(path), cache_dir=cache) != first
     assert len(read) == len(conversions) == 2
 
 
@@ -150,7 +154,7 @@ def test_a_file_that_is_being_written_is_not_converted(
 
     monkeypatch.setattr(hashlib, "file_digest", digest)
     with pytest.raises(ValueError, match=r"tiny\.gguf changes while it is read"):
-        resolve(str(path), cache_dir=tmp_path / "cache")
+        resolve_model(str(path), cache_dir=tmp_path / "cache")
     assert not conversions
 
 
@@ -166,12 +170,12 @@ def test_a_file_replaced_while_it_is_converted_is_not_kept(
 
     monkeypatch.setattr(model_source, "_convert", replaced)
     with pytest.raises(ValueError, match=r"tiny\.gguf changes while it is read"):
-        resolve(str(path), cache_dir=cache)
+        resolve_model(str(path), cache_dir=cache)
     assert [one for one in (cache / "models").iterdir() if one.is_dir() and one.name.startswith("tiny")] == []
     monkeypatch.setattr(model_source, "_convert", convert)
-    other = resolve(str(path), cache_dir=cache)
+    other = resolve_model(str(path), cache_dir=cache)
     os.replace(make_gguf(tmp_path / "b"), path)
-    assert resolve(str(path), cache_dir=cache) != other
+    assert resolve_model(str(path), cache_dir=cache) != other
     assert len(conversions) == 3
 
 
@@ -183,18 +187,18 @@ def test_a_digest_that_is_none_is_made_anew(
 ) -> None:
     monkeypatch.setattr(model_source, "SETTLED_NS", -1)
     path, cache = make_gguf(tmp_path / "a"), tmp_path / "cache"
-    folder = resolve(str(path), cache_dir=cache)
+    folder = resolve_model(str(path), cache_dir=cache)
     (digest,) = (cache / "models" / "digests").iterdir()
     whole = digest.read_bytes()
     digest.write_bytes(damaged)
-    assert resolve(str(path), cache_dir=cache) == folder
+    assert resolve_model(str(path), cache_dir=cache) == folder
     assert digest.read_bytes() == whole and len(conversions) == 1
 
 
 def test_those_who_meet_wait_for_one_conversion(tmp_path: Path, conversions: list[Path]) -> None:
     path, found = make_gguf(tmp_path / "a"), []
     threads = [
-        threading.Thread(target=lambda: found.append(resolve(str(path), cache_dir=tmp_path / "cache")))
+        threading.Thread(target=lambda: found.append(resolve_model(str(path), cache_dir=tmp_path / "cache")))
         for _ in range(4)
     ]
     for thread in threads:
@@ -219,9 +223,9 @@ def test_an_interrupted_conversion_is_done_again(
 
     monkeypatch.setattr(model_source, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        resolve(str(path), cache_dir=cache)
+        resolve_model(str(path), cache_dir=cache)
     monkeypatch.setattr(model_source, "_convert", whole)
-    folder = resolve(str(path), cache_dir=cache)
+    folder = resolve_model(str(path), cache_dir=cache)
     assert [file.name for file in folder.iterdir()] == ["config.json"]
 
 
@@ -229,8 +233,8 @@ def test_several_gguf_files_must_be_chosen_from(tmp_path: Path, conversions: lis
     make_gguf(tmp_path / "a", "one.gguf")
     two = make_gguf(tmp_path / "a", "two.gguf")
     with pytest.raises(ValueError, match=r"one\.gguf, two\.gguf.*gguf_file"):
-        resolve(str(two.parent), cache_dir=tmp_path)
-    assert resolve(str(two.parent), gguf_file="two.gguf", cache_dir=tmp_path).name.startswith("two-")
+        resolve_model(str(two.parent), cache_dir=tmp_path)
+    assert resolve_model(str(two.parent), gguf_file="two.gguf", cache_dir=tmp_path).name.startswith("two-")
 
 
 @pytest.mark.parametrize("name", ["./gone", "/gone/model", "gone.gguf", "a/b/c"])
@@ -239,17 +243,17 @@ def test_missing_paths_are_not_looked_for_on_the_hub(
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(FileNotFoundError, match=name):
-        resolve(name, cache_dir=tmp_path)
+        resolve_model(name, cache_dir=tmp_path)
 
 
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        resolve(str(tmp_path), cache_dir=tmp_path)
+        resolve_model(str(tmp_path), cache_dir=tmp_path)
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="another kind"):
-        resolve(str(tmp_path / "model.bin"), cache_dir=tmp_path)
+        resolve_model(str(tmp_path / "model.bin"), cache_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"absent\.gguf"):
-        resolve(str(tmp_path), gguf_file="absent.gguf", cache_dir=tmp_path)
+        resolve_model(str(tmp_path), gguf_file="absent.gguf", cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -260,12 +264,12 @@ def test_an_adapter_is_no_model(config: str, base: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(config)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=f"LoRA adapter and no model.*{base}"):
-        resolve(str(tmp_path), cache_dir=tmp_path)
+        resolve_model(str(tmp_path), cache_dir=tmp_path)
     (tmp_path / "config.json").write_text("{}")  # some trainers leave the model's beside it
     with pytest.raises(ValueError, match="LoRA adapter"):
-        resolve(str(tmp_path), cache_dir=tmp_path)
+        resolve_model(str(tmp_path), cache_dir=tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert resolve(str(tmp_path), cache_dir=tmp_path) == tmp_path
+    assert resolve_model(str(tmp_path), cache_dir=tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize("trusted", [False, True])
@@ -278,7 +282,7 @@ def test_the_hub_gives_only_what_is_served(trusted: bool, tmp_path: Path, monkey
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    folder = resolve("owner/model", revision="abc", cache_dir=tmp_path, trust_remote_code=trusted)
+    folder = resolve_model("owner/model", revision="abc", cache_dir=tmp_path, trust_remote_code=trusted)
     assert folder == tmp_path
     assert (asked["name"], asked["revision"]) == ("owner/model", "abc")
     assert ("*.py" in asked["allow_patterns"]) is trusted
@@ -291,15 +295,15 @@ def test_what_the_hub_does_not_give_is_an_error(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(FileNotFoundError, match="owner/model.*no connection"):
-        resolve("owner/model", cache_dir=tmp_path)
+        resolve_model("owner/model", cache_dir=tmp_path)
 
 
 def test_a_converted_model_is_found_without_torch(tmp_path: Path, conversions: list[Path]) -> None:
     path, cache = make_gguf(tmp_path / "a"), tmp_path / "cache"
-    resolve(str(path), cache_dir=cache)
+    resolve_model(str(path), cache_dir=cache)
     program = (
-        "import sys; from pathlib import Path; from compiler.model.source import resolve;"
-        f"resolve({str(path)!r}, cache_dir=Path({str(cache)!r}));"
+        "import sys; from pathlib import Path; from compiler.model.source import resolve_model;"
+        f"resolve_model({str(path)!r}, cache_dir=Path({str(cache)!r}));"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
@@ -312,7 +316,7 @@ def test_converts_a_real_file(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = resolve(str(GGUF), cache_dir=tmp_path)
+    folder = resolve_model(str(GGUF), cache_dir=tmp_path)
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
     assert (

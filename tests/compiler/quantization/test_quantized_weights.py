@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pagegraph.compiler.build import resolve_cache_dtype, resolve_quantization
 from pagegraph.compiler.model import weights
-from pagegraph.compiler.model.weights import WeightsMismatch, build_meta, load_weights
+from pagegraph.compiler.model.checkpoint import WeightsMismatch, sidecar_quantization
+from pagegraph.compiler.model.meta import build_meta
+from pagegraph.compiler.model.weights import load_weights
 from pagegraph.compiler.passes import registry
 from pagegraph.compiler.passes.modules import merge_linears as merge_module
 from pagegraph.compiler.passes.modules import quant_linears
@@ -25,6 +26,7 @@ from pagegraph.compiler.passes.modules.merge_linears import MergedQuantLinear
 from pagegraph.compiler.passes.modules.quant_linears import Fragments, Int4Packed, Int8Dynamic, QuantLinear
 from pagegraph.compiler.quantization import packing as quant_formats
 from pagegraph.compiler.quantization.packing import QuantizationError, online_group
+from pagegraph.compiler.resolve import resolve_cache_dtype, resolve_quantization
 from pagegraph.kernels import reference
 from pagegraph.runtime.config import Config, ConfigError, load_config
 from tests.compiler.architectures import tiny_config
@@ -438,17 +440,17 @@ def test_a_quantisers_own_file(tmp_path: Path, file: str, words: dict, scheme: t
     """It counts where weights are packed; those may be in one file of any name."""
     (tmp_path / file).write_text(json.dumps(words))
     save_file({"a.qweight": torch.zeros(1)}, tmp_path / "gptq_model-4bit-64g.safetensors")
-    found = resolve_quantization(None, SimpleNamespace(), CPU, weights.words_beside(tmp_path))
+    found = resolve_quantization(None, SimpleNamespace(), CPU, sidecar_quantization(tmp_path))
     assert (found and (found.method, found.bits)) == scheme
     save_file({"a.weight": torch.zeros(1)}, tmp_path / "gptq_model-4bit-64g.safetensors")
-    assert weights.words_beside(tmp_path) is None
+    assert sidecar_quantization(tmp_path) is None
 
 
 def test_a_quantisers_own_file_that_is_broken(tmp_path: Path) -> None:
     (tmp_path / "quantize_config.json").write_text("bits: 4")
     save_file({"a.qweight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(QuantizationError, match="quantize_config.json is no JSON"):
-        weights.words_beside(tmp_path)
+        sidecar_quantization(tmp_path)
 
 
 @pytest.mark.parametrize("zero", [None, 3])

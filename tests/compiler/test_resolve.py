@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from pagegraph.compiler.build import eos_ids
+from pagegraph.compiler.resolve import eos_ids
 
 WORDS = {
     "model": {"vocab": {"</s>": 5, "hello": 2}},
