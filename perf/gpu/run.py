@@ -4,7 +4,7 @@
 
 Each group of sections runs in a process of its own: a crash, or a device that a bad kernel has left unusable, ends
 that group and no other. Sections of one model share one built engine. Knows the order and the files; the sections
-are in h200_kernels, h200_micro, h200_engine, h200_serve and h200_checks. Wants no network.
+are in the modules beside this one. Wants no network.
 """
 
 from __future__ import annotations
@@ -191,17 +191,17 @@ def run_child(args: argparse.Namespace) -> int:
 def section(name: str):
     """The function of a section, imported when it runs: Triton is wanted by some alone."""
     if name == "kernels":
-        import h200_kernels as module
+        from perf.gpu import kernel_ops as module
     elif name == "micro":
-        import h200_micro as module
+        from perf.gpu import micro as module
     elif name.startswith("quantized"):
-        import h200_quantized as module
+        from perf.gpu import quantized as module
     elif name in ("start", "step", "engine", "peer"):
-        import h200_engine as module
+        from perf.gpu import engine_steps as module
     elif name in OF_A_SERVER:
-        import h200_serve as module
+        from perf.gpu import serve as module
     elif name in ("speculation", "texts", "chains"):
-        import h200_speculation as module
+        from perf.gpu import spec_decode as module
     else:
         from perf.gpu import checks as module
     return getattr(module, name)

@@ -14,3 +14,10 @@ def test_every_script_can_be_imported() -> None:
     code = f"import importlib; [importlib.import_module(name) for name in {names}]"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_every_section_has_a_function() -> None:
+    from perf.gpu import run
+
+    for name in (*run.SECTIONS, "start"):
+        assert callable(run.section(name)), name
