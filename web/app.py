@@ -15,6 +15,7 @@ from typing import Any
 from flask import Flask, Response, g, request
 
 from pagegraph.runtime.ipc.client import EngineClient
+from pagegraph.runtime.server import health
 from pagegraph.runtime.text.tokenizer import Tokenizer
 from pagegraph.web import errors, probes, routes
 from pagegraph.web.errors import ApiError
@@ -48,7 +49,7 @@ def _require_key(app: Flask, key: str) -> None:
     expected = _digest(key)
 
     def check() -> None:
-        if request.path in probes.HEALTH_PATHS:
+        if request.path in health.PATHS:
             return
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         if not hmac.compare_digest(_digest(given.strip()), expected) or scheme.lower() != "bearer":

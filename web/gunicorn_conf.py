@@ -1,15 +1,12 @@
-"""gunicorn's settings for the web workers; the supervisor adds bind address, workers and threads as flags.
+"""gunicorn's settings for the web workers that no configuration changes.
 
-One thread carries one POST for its whole stream; other requests have threads of their own, so health checks always
-find one. Threads start as they are needed.
+The supervisor gives bind address, workers, threads and log level as flags. One thread carries one POST for its whole stream; other
+requests have threads of their own, so health checks always find one. Threads start as they are needed.
 """
 
 import os
 
-bind = "127.0.0.1:8000"
 worker_class = "pagegraph.web.worker.Worker"
-workers = 2
-threads = 80
 # Heartbeats come from the worker's main loop, so this limits a hung worker, not a long stream.
 timeout = 60
 graceful_timeout = 3  # the supervisor has drained before gunicorn hears of a stop

@@ -22,10 +22,10 @@ class WebSettings:
     engine_address: str  # ipc:// address of the engine
     model: str  # folder that holds the tokenizer
     served_model_name: str
+    threads: int  # of this worker, as gunicorn is told; a request holds one until its answer is sent
+    enough_threads: int  # with so many, the engine's queue is full before they are
     api_key: str | None = None  # None: no key is asked
     probe_address: str | None = None  # host:port that serves the engine's /metrics; None: not served
-    threads: int = 80  # of this worker, as gunicorn is told; a request holds one until its answer is sent
-    enough_threads: int = 80  # with so many, the engine's queue is full before they are
     max_body_bytes: int = 8 << 20
     header_timeout_s: float = 10.0  # from a request's first byte, or from the connection, to the end of its headers
     body_timeout_s: float = 30.0  # between two reads of a body

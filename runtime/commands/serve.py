@@ -22,7 +22,8 @@ def serve(config: str, overrides: dict[str, str]) -> None:
     settings = resolved.config
     require_local_files(settings)
     sampling_defaults(settings)  # what is wrong with them is said before the model is loaded
-    from pagegraph.runtime.server.supervisor import Supervisor, Unserved
+    from pagegraph.runtime.server.listen import Unserved
+    from pagegraph.runtime.server.supervisor import Supervisor
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
     if resolved.sources["api_key"] == flag_of("api_key"):

@@ -1,11 +1,13 @@
 """Whether the server lives and takes requests: one answer for the probe port and for the API's.
 
-Knows what the engine says of itself and for how long it may say nothing. Knows no processes and no HTTP.
+Knows what the engine says of itself, for how long it may say nothing, and what probes are told. Knows no processes and no sockets.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import msgspec
 
 from pagegraph.runtime.ipc.client import EngineClient, EngineDead
 
@@ -18,7 +20,15 @@ class Health:
     live: bool
     ready: bool
 
+    def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
+        """(HTTP status, body, headers) for a probe of `path`, one of PATHS."""
+        good = getattr(self, PATHS[path])
+        headers = {"Content-Type": "application/json"} | ({} if good else {"Retry-After": RETRY_AFTER_S})
+        return 200 if good else 503, msgspec.json.encode({"status": self.status}), headers
 
+
+PATHS = {"/health": "ready", "/health/live": "live", "/health/ready": "ready"}  # of probes, and what each asks
+RETRY_AFTER_S = "1"
 UNREADY_S = 30.0
 
 READY = Health("ready", live=True, ready=True)

@@ -1,4 +1,4 @@
-"""The parent of a server: starts the engine and gunicorn, watches them, answers probes, drains at the end.
+"""The parent of a server: starts the engine and gunicorn, watches them, drains at the end.
 
 Imports no torch and nothing of web: both children are started by name. Its own port answers
 `/health/live`, `/health/ready` and `/metrics` even when every web thread holds a stream.
@@ -6,22 +6,17 @@ Imports no torch and nothing of web: both children are started by name. Its own 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import os
 import signal
 import socket
-import socketserver
 import sys
-import threading
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Callable, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +25,8 @@ from pagegraph.runtime.ipc.client import EngineClient, EngineDead
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.server.child import Child, module_command, stop
 from pagegraph.runtime.server.health import DRAINING, LOADING, NO_ENGINE, Health, engine_health
+from pagegraph.runtime.server.listen import Unserved, bind, connectable, free_port
+from pagegraph.runtime.server.probes import Probes, fetch
 from pagegraph.runtime.server.run_dir import RunDir
 from pagegraph.runtime.server.start_errors import REASON_FILE
 
@@ -48,13 +45,6 @@ COMPILE_STATES = {
     "failed": "serving uncompiled, because the compilation failed: see the log",
 }  # fmt: skip
 ABORTED = 130  # exit status after a second signal, as a shell reports an interrupt
-
-# Everything fetched here is on this machine: a proxy from the environment must not see it.
-_fetch = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-
-
-class Unserved(Exception):
-    """The server could not start or did not stay up; the message is for the user."""
 
 
 class Supervisor:
@@ -199,11 +189,11 @@ class Supervisor:
 
     def _wait_for_web(self, listener: socket.socket) -> bool:
         """Until a web worker answers over HTTP, whatever the status; False if a signal came first."""
-        url = f"http://{_connectable(listener.getsockname())}/health/live"
+        url = f"http://{connectable(listener.getsockname())}/health/live"
         while not self._signals:
             self._check_children()
             try:
-                with _fetch(url, timeout=1.0):
+                with fetch(url, timeout=1.0):
                     return True
             except urllib.error.HTTPError:
                 return True
@@ -288,97 +278,6 @@ class Supervisor:
         self._run_dir.close()
 
 
-class Probes:
-    """The probe listener, in its own threads. `address` is where this machine reaches it, as host:port."""
-
-    def __init__(self, host: str, port: int, health: Callable[[], Health], metrics_url: str) -> None:
-        """Listen at once; port 0 takes a free one. Raises Unserved when the address is taken or not ours."""
-
-        class Handler(BaseHTTPRequestHandler):
-            timeout = 10.0  # seconds for a client to send its request and take the answer
-
-            def do_GET(self) -> None:
-                path = self.path.partition("?")[0]
-                if path == "/health/live":
-                    self._health(health(), "live")
-                elif path in ("/health", "/health/ready"):
-                    self._health(health(), "ready")
-                elif path == "/metrics":
-                    self._metrics()
-                else:
-                    self._answer(404, b"not found\n")
-
-            def _health(self, found: Health, asked: str) -> None:
-                body = json.dumps({"status": found.status}).encode()
-                self._answer(200 if getattr(found, asked) else 503, body, "application/json")
-
-            def _metrics(self) -> None:
-                try:
-                    with _fetch(metrics_url, timeout=5.0) as reply:
-                        self._answer(200, reply.read(), reply.headers.get("Content-Type", "text/plain"))
-                except (OSError, urllib.error.URLError):
-                    self._answer(503, b"the engine has no metrics yet\n")
-
-            def _answer(self, status: int, body: bytes, content_type: str = "text/plain; charset=utf-8") -> None:
-                # A client that left before its answer is no error of ours.
-                with contextlib.suppress(ConnectionError, TimeoutError):
-                    self.send_response(status)
-                    self.send_header("Content-Type", content_type)
-                    self.send_header("Content-Length", str(len(body)))
-                    self.end_headers()
-                    self.wfile.write(body)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                log.debug("probe: " + format, *args)
-
-        class Server(ThreadingHTTPServer):
-            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-
-            def server_bind(self) -> None:
-                socketserver.TCPServer.server_bind(self)  # HTTPServer's asks name servers for the host's name
-
-            def handle_error(self, request: object, client_address: object) -> None:
-                log.debug("a probe's connection failed", exc_info=True)
-
-        try:
-            self._server = Server((host, port), Handler)
-        except OSError as error:
-            what = f"probe_port={port} on probe_host={host}: {error.strerror}"
-            raise Unserved(f"{what}; choose another with --probe-port or --probe-host") from error
-        self._server.daemon_threads = True
-        self.address = _connectable(self._server.server_address)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="probes", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def bind(host: str, port: int, key: str) -> socket.socket:
-    """A bound socket that does not listen yet: the port is ours while the model loads, and connections are refused.
-
-    Raises Unserved naming `key` when the address is taken or unknown.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
-        bound = socket.socket(family, kind)
-    except OSError as error:
-        raise Unserved(f"host={host}: {error.strerror}") from error
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise Unserved(
-            f"{key}={port} on {host}: {error.strerror}; choose another with --{key}, or --{key} 0 for any free one"
-        ) from error
-    return bound
-
-
 def _stopping_signals() -> list[signal.Signals]:
     """Signals that end the server. A hang-up too, as when a terminal closes, unless it is ignored as under nohup."""
     signals = [signal.SIGTERM, signal.SIGINT]
@@ -387,16 +286,9 @@ def _stopping_signals() -> list[signal.Signals]:
     return signals
 
 
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def banner(config: Config, info: EngineInfo, address: tuple[Any, ...], probe_address: str) -> str:
     """What a user needs once the server answers: where, what, how much, and a line to paste."""
-    url = f"http://{_connectable(address)}"
+    url = f"http://{connectable(address)}"
     key = ' -H "Authorization: Bearer $API_KEY"' if config.api_key else ""
     body = json.dumps(
         {"model": config.model_name, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 32}
@@ -412,12 +304,6 @@ def banner(config: Config, info: EngineInfo, address: tuple[Any, ...], probe_add
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
         "",
     ])  # fmt: skip
-
-
-def _connectable(address: tuple[Any, ...]) -> str:
-    """host:port that a client on this machine can use for a listener's address."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
-    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
 
 
 def _status(exit_code: int) -> str:

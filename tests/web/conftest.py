@@ -24,6 +24,8 @@ def make_app(fake_engine, tokenizer_folder: Path, tmp_path: Path) -> Iterator[Ca
             "engine_address": fake_engine.address,
             "model": str(tokenizer_folder),
             "served_model_name": "tiny",
+            "threads": 80,
+            "enough_threads": 80,
             "silence_s": 2.0,
             **settings,
         }

@@ -51,7 +51,8 @@ def web(engine: FakeEngine, tokenizer_folder: Path, tmp_path_factory: pytest.Tem
     """A worker of few threads, with short time-outs."""
     path = tmp_path_factory.mktemp("web") / "settings.json"
     settings = {"engine_address": engine.address, "model": str(tokenizer_folder), "served_model_name": "tiny",
-                "threads": THREADS, "keep_alive_s": 0.2, "header_timeout_s": HEADER_S, "body_timeout_s": BODY_S,
+                "threads": THREADS, "enough_threads": 80, "keep_alive_s": 0.2,
+                "header_timeout_s": HEADER_S, "body_timeout_s": BODY_S,
                 "send_timeout_s": SEND_S}  # fmt: skip
     path.write_text(json.dumps(settings))
     with web_process(path, threads=THREADS) as process:

@@ -29,7 +29,9 @@ from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.server import run_dir
 from pagegraph.runtime.server.child import child_environment, module_command
 from pagegraph.runtime.server.health import DRAINING, LOADING, READY, Health
-from pagegraph.runtime.server.supervisor import Probes, Supervisor, Unserved, _stopping_signals, banner, bind
+from pagegraph.runtime.server.listen import Unserved, bind
+from pagegraph.runtime.server.probes import Probes
+from pagegraph.runtime.server.supervisor import Supervisor, _stopping_signals, banner
 from pagegraph.web.settings import WebSettings
 from tests.paths import ROOT
 
@@ -110,7 +112,8 @@ WEB = """
 DRIVER = """
     import logging, os, sys
     from pagegraph.runtime.config import Config
-    from pagegraph.runtime.server.supervisor import WEB_COMMAND, Supervisor, Unserved
+    from pagegraph.runtime.server.listen import Unserved
+    from pagegraph.runtime.server.supervisor import WEB_COMMAND, Supervisor
     control, port, probe_port, drain, web = sys.argv[1:]
     logging.basicConfig(level="INFO")
     config = Config(
@@ -333,7 +336,7 @@ def test_a_long_step_is_no_hang(server: Server) -> None:
     time.sleep(1.0)
     server.flag("wedge").unlink()
     time.sleep(2.0)
-    assert server.probe("/health/live") == (200, '{"status": "ready"}') and server.process.poll() is None
+    assert server.probe("/health/live") == (200, '{"status":"ready"}') and server.process.poll() is None
 
 
 @pytest.mark.slow
@@ -541,8 +544,8 @@ def test_a_probe_that_leaves_is_no_traceback(capfd: pytest.CaptureFixture[str]) 
 def test_probes_listen_where_they_are_told(host: str) -> None:
     probes = Probes(host, 0, lambda: DRAINING, "http://127.0.0.1:9/")
     assert probes.address.startswith("127.0.0.1:" if host == "0.0.0.0" else "[::1]:")
-    assert get(f"http://{probes.address}/health/live") == (200, '{"status": "draining"}')
-    assert get(f"http://{probes.address}/health/ready") == (503, '{"status": "draining"}')
+    assert get(f"http://{probes.address}/health/live") == (200, '{"status":"draining"}')
+    assert get(f"http://{probes.address}/health/ready") == (503, '{"status":"draining"}')
     probes.close()
 
 
