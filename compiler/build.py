@@ -48,7 +48,7 @@ from pagegraph.kernels.attention import cpu_decode
 from pagegraph.kernels.inputs import cpp as inputs_cpp
 from pagegraph.kernels.quant import cpu_int4
 from pagegraph.kernels.sampling import cpp as sampling_cpp
-from pagegraph.kernels.spec_decode import cpu as cpu_guesses
+from pagegraph.kernels.spec_decode import cpu as ngram_cpp
 
 MAX_CAPTURED_TOKENS = 16384
 
@@ -84,7 +84,7 @@ class BuiltModel:
     num_blocks: int
     eos_ids: frozenset[int]
     timings: Timings
-    draft: CompiledStep | None = None  # of the model that guesses, over the same pages
+    draft: CompiledStep | None = None  # of the draft model, over the same pages
     generation_config: dict[str, Any] = field(default_factory=dict)  # what generation_config.json of the model says
     compile_state: CompileState = "off"
 
@@ -117,7 +117,7 @@ class BuiltModel:
             inputs_cpp.build()
             sampling_cpp.build()
             if self.step.state.lookup is not None:
-                cpu_guesses.build()
+                ngram_cpp.build()
         return [step.compiled_forward(warm_steps(step.state), progress) for step in self.steps]
 
     def close(self) -> None:
@@ -152,13 +152,13 @@ class Loaded:
             vocab_size=self.vocab_size,
             dtype=self.cache_dtype,
             device=device,
-            most_guesses=config.most_guesses,
+            max_draft_tokens=config.max_draft_tokens,
             lookup=Lookup(config.prompt_lookup_min, config.prompt_lookup_max) if config.looks_up_on_device else None,
         )
 
 
 def build(config: Any, *, progress: bool = True) -> BuiltModel:
-    """Build the model of `config` (a `runtime.config.Config`), and the one that guesses for it, uncompiled.
+    """Build the model of `config` (a `runtime.config.Config`), and its draft model, uncompiled.
 
     Raises UnsupportedModel, memory.DoesNotFit, QuantizationError, or ValueError naming the key at fault.
     """
@@ -238,7 +238,7 @@ def _check_draft(config: Any, model: Loaded, draft: Loaded) -> None:
     if draft.vocab_size != model.vocab_size:
         raise ValueError(
             f"speculative_model={config.speculative_model} has a vocabulary of {draft.vocab_size} tokens, {config.model} one of"
-            f" {model.vocab_size}: only a model of the same vocabulary can guess; name one, or set speculative_method to ngram"
+            f" {model.vocab_size}: only a model of the same vocabulary can draft; name one, or set speculative_method to ngram"
         )
 
 
@@ -291,7 +291,7 @@ def _kv_budget(config: Any, models: list[Loaded], device: torch.device) -> memor
     else:
         peaks = [
             trial.measure(_step(config, model.captured, state), _largest(config, device), model.max_model_len, chained)
-            for model, state, chained in zip(models, states, (0, CHAINED))  # the model that guesses does it in chains
+            for model, state, chained in zip(models, states, (0, CHAINED))  # the draft model does it in chains
         ]
         step_bytes, graph_bytes = max(peak.step for peak in peaks), sum(peak.graphs for peak in peaks)
         available = memory.cuda_available(config.gpu_memory_utilization, step_bytes, graph_bytes, device)

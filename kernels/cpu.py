@@ -135,14 +135,14 @@ def unpack(
     starts: Tensor,
     last_tokens: Tensor,
     last_at: Tensor,
-    guesses: Tensor,
+    draft_tokens: Tensor,
     tables: Tensor,
     block_size: int,
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference.unpack` by numpy, whose calls take a fifth of the time on a few numbers."""
-    given = (token_ids, rows, query_start, starts, last_tokens, last_at, guesses, tables)
-    ids, row, begins, start, last_tokens, last_at, guesses, tables = (one.numpy() for one in given)
+    given = (token_ids, rows, query_start, starts, last_tokens, last_at, draft_tokens, tables)
+    ids, row, begins, start, last_tokens, last_at, draft_tokens, tables = (one.numpy() for one in given)
     counts, live = np.diff(begins), begins[-1]
     first = ids[np.minimum(begins[:-1], len(ids) - 1)]
     start = np.where(first < 0, last_at[row] - 1 - first, start)
@@ -152,8 +152,8 @@ def unpack(
     positions[:] = np.arange(live) + (start - begins[:-1]).repeat(counts)
     known[:] = ids[:live]
     if (known < 0).any():
-        guess = guesses[owner, np.maximum(-2 - known, 0)] if (known < -1).any() else 0
-        known[:] = np.where(known == -1, last_tokens[owner], np.where(known < 0, guess, known))
+        draft = draft_tokens[owner, np.maximum(-2 - known, 0)] if (known < -1).any() else 0
+        known[:] = np.where(known == -1, last_tokens[owner], np.where(known < 0, draft, known))
     slots[:] = tables[owner, positions // block_size] * block_size + positions % block_size
     seq_lens = np.where(counts > 0, start + counts, 0).astype(np.int32)
     out_tables = tables[row, :width] * (np.arange(width) * block_size < seq_lens[:, None])
@@ -210,7 +210,7 @@ def _decode(
     lengths: Tensor,
     *rest: Tensor | float | int | None,
 ) -> Tensor:
-    """One query row [R, Hq, D] a sequence or guess, at once where that saves reading pages twice -> [R, Hq, Dv]."""
+    """One query row [R, Hq, D] a sequence or draft token, at once where that saves reading pages twice -> [R, Hq, Dv]."""
     sinks, scale, window, softcap, chunk = rest
     if cpu_decode.takes(query, key_cache, sinks, softcap):
         return cpu_decode.attend(query, None, None, key_cache, value_cache, None, tables, lengths, scale, window, chunk)

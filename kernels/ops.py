@@ -51,20 +51,20 @@ goes to last_tokens int32 [rows] at the sequence's row of rows int32 [S], and it
 
 `pagegraph::unpack` looks a padded step up: token_ids [T], rows [S], query_start [S + 1], starts [S], tables -> ids,
 positions, slots [T], block_tables [S, width], seq_lens [S], all int32, and the index of each sequence's last token int64
-[S]. Token -1 is the row's of last_tokens, token -2 - j the guess j of guesses [rows, K]; a sequence that begins with such a
+[S]. Token -1 is the row's of last_tokens, token -2 - j the draft token j of draft_tokens [rows, K]; a sequence that begins with such a
 token begins at last_at, or 1 + j behind it, whatever starts says. So a packet that is read again describes the next token
 of every sequence. Tokens from query_start[S] on and sequences without tokens are padding: all zeros.
 
-A row may have several entries in a step, side by side: its last token, then guesses of what follows, one token each. A
-guess holds if the entry before it drew just that and all guesses before it hold. With ids int64 [S] as drawn and token_ids
+A row may have several entries in a step, side by side: its last token, then draft tokens of what follows, one token each. A
+draft token holds if the entry before it drew just that and all draft tokens before it hold. With ids int64 [S] as drawn and token_ids
 [T], seq_lens [S] as unpacked:
 
-`pagegraph::accept` puts what was drawn behind the last guess that holds, and its position, into last_tokens and last_at of
-the rows with guesses, of which no row has more than `most`.
+`pagegraph::accept` puts what was drawn behind the last draft token that holds, and its position, into last_tokens and last_at of
+the rows with draft tokens, of which no row has more than `most`.
 
 `pagegraph::look_up` does that too, and writes a step's tokens, and what was drawn of them that holds, into history [rows, W], and for rows that
-drew (sampled or with guesses) writes what may follow into guesses [rows, K], by `kernels.reference.lookup` -> int32 [2, S]:
-at a row's first entry twice the length of the match, plus 1 if the first guess that stood there was what the entry drew;
+drew (sampled or with draft tokens) writes what may follow into draft_tokens [rows, K], by `kernels.reference.lookup` -> int32 [2, S]:
+at a row's first entry twice the length of the match, plus 1 if the first draft token that stood there was what the entry drew;
 and the last token of each entry.
 """
 
@@ -78,7 +78,7 @@ from pagegraph.kernels import cpu, reference
 from pagegraph.kernels.inputs import cpp as inputs_cpp
 from pagegraph.kernels.quant import cpu_int4
 from pagegraph.kernels.sampling import cpp as sampling_cpp
-from pagegraph.kernels.spec_decode import cpu as cpu_guesses
+from pagegraph.kernels.spec_decode import cpu as ngram_cpp
 
 _library = torch.library.Library("pagegraph", "DEF")
 _library.define(
@@ -120,7 +120,7 @@ _library.define(
 _library.define("update_tables(Tensor(a!) tables, Tensor pages, Tensor num_pages) -> ()")
 _library.define(
     "unpack(Tensor token_ids, Tensor rows, Tensor query_start, Tensor starts, Tensor last_tokens, Tensor last_at, "
-    "Tensor guesses, Tensor tables, int block_size, int width) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor draft_tokens, Tensor tables, int block_size, int width) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "accept(Tensor ids, Tensor token_ids, Tensor rows, Tensor query_start, Tensor seq_lens, Tensor(a!) last_tokens, "
@@ -128,7 +128,7 @@ _library.define(
 )
 _library.define(
     "look_up(Tensor ids, Tensor token_ids, Tensor rows, Tensor query_start, Tensor seq_lens, Tensor sampled, "
-    "Tensor(a!) last_tokens, Tensor(b!) last_at, Tensor(c!) history, Tensor(d!) guesses, int least, int most) -> Tensor"
+    "Tensor(a!) last_tokens, Tensor(b!) last_at, Tensor(c!) history, Tensor(d!) draft_tokens, int least, int most) -> Tensor"
 )
 
 
@@ -163,15 +163,15 @@ def _unpack_on_cuda(*arguments: Tensor | int) -> tuple[Tensor, ...]:
 
 
 def _accept_on_cuda(*arguments: Tensor | int) -> None:
-    from pagegraph.kernels.spec_decode import ngram as guesses
+    from pagegraph.kernels.spec_decode import ngram as draft_tokens
 
-    guesses.accept(*arguments)
+    draft_tokens.accept(*arguments)
 
 
 def _look_up_on_cuda(*arguments: Tensor | int) -> Tensor:
-    from pagegraph.kernels.spec_decode import ngram as guesses
+    from pagegraph.kernels.spec_decode import ngram as draft_tokens
 
-    return guesses.look_up(*arguments)
+    return draft_tokens.look_up(*arguments)
 
 
 def _linear_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -247,7 +247,7 @@ _library.impl("unpack", inputs_cpp.unpack, "CPU")
 _library.impl("unpack", _unpack_on_cuda, "CUDA")
 _library.impl("accept", reference.accept, "CPU")
 _library.impl("accept", _accept_on_cuda, "CUDA")
-_library.impl("look_up", cpu_guesses.look_up, "CPU")
+_library.impl("look_up", ngram_cpp.look_up, "CPU")
 _library.impl("look_up", _look_up_on_cuda, "CUDA")
 
 

@@ -241,7 +241,7 @@ def unpack(
     starts: torch.Tensor,
     last_tokens: torch.Tensor,
     last_at: torch.Tensor,
-    guesses: torch.Tensor,
+    draft_tokens: torch.Tensor,
     tables: torch.Tensor,
     block_size: int,
     width: int,
@@ -261,8 +261,8 @@ def unpack(
         ~live, 0
     )
     token_rows = of_tokens(rows)
-    guess = guesses[token_rows, (-2 - token_ids).clamp(min=0).long()]
-    known = torch.where(token_ids == -1, last_tokens[token_rows], torch.where(token_ids < 0, guess, token_ids))
+    draft = draft_tokens[token_rows, (-2 - token_ids).clamp(min=0).long()]
+    known = torch.where(token_ids == -1, last_tokens[token_rows], torch.where(token_ids < 0, draft, token_ids))
     ids = known.masked_fill(~live, 0)
     blocks = torch.div(positions, block_size, rounding_mode="floor")
     slots = (tables[token_rows, blocks.long()] * block_size + positions % block_size).masked_fill(~live, 0)
@@ -272,27 +272,27 @@ def unpack(
     return ids, positions, slots, out_tables, seq_lens, (query_start[1:].long() - 1).clamp(min=0)
 
 
-def held_guesses(
+def verify(
     ids: torch.Tensor, token_ids: torch.Tensor, rows: torch.Tensor, query_start: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every live row of a step, in order: (its first entry, the entry behind the guesses that hold, its last); int64 [R].
+    """Of every live row of a step, in order: (its first entry, the entry behind the draft tokens that hold, its last); int64 [R].
 
-    The entries of a row stand together, the second and later ones a guess each.
+    The entries of a row stand together, the second and later ones a draft token each.
     """
     begins = query_start.numpy()
     live = int((begins[1:] > begins[:-1]).sum())  # padding comes last
     ids, rows, starts = ids.numpy()[:live], rows.numpy()[:live], begins[:live]
-    guess = np.zeros(live, bool)
-    guess[1:] = rows[1:] == rows[:-1]
-    if not guess.any():
+    draft = np.zeros(live, bool)
+    draft[1:] = rows[1:] == rows[:-1]
+    if not draft.any():
         alone = np.arange(live)
         return alone, alone, alone
     wrong = np.zeros(live, bool)
-    wrong[1:] = guess[1:] & (token_ids.numpy()[starts[1:]] != ids[:-1])
-    first = np.flatnonzero(~guess)
+    wrong[1:] = draft[1:] & (token_ids.numpy()[starts[1:]] != ids[:-1])
+    first = np.flatnonzero(~draft)
     last = np.append(first[1:], live) - 1
     total = np.cumsum(wrong)
-    row = np.cumsum(~guess) - 1
+    row = np.cumsum(~draft) - 1
     held = total == total[first][row]
     return first, first + np.bincount(row, held, minlength=len(first)).astype(np.int64) - 1, last
 
@@ -308,7 +308,7 @@ def accept(
     most: int,
 ) -> None:
     """See `kernels.ops`."""
-    _accept(held_guesses(ids, token_ids, rows, query_start), ids, rows, seq_lens, last_tokens, last_at)
+    _accept(verify(ids, token_ids, rows, query_start), ids, rows, seq_lens, last_tokens, last_at)
 
 
 def _accept(
@@ -335,13 +335,13 @@ def look_up(
     last_tokens: torch.Tensor,
     last_at: torch.Tensor,
     history: torch.Tensor,
-    guesses: torch.Tensor,
+    draft_tokens: torch.Tensor,
     least: int,
     most: int,
 ) -> torch.Tensor:
     """See `kernels.ops`."""
     found = np.zeros((2, len(ids)), np.int32)
-    firsts, kepts, lasts = held = held_guesses(ids, token_ids, rows, query_start)
+    firsts, kepts, lasts = held = verify(ids, token_ids, rows, query_start)
     _accept(held, ids, rows, seq_lens, last_tokens, last_at)
     if not len(firsts):
         return torch.from_numpy(found)
@@ -358,19 +358,19 @@ def look_up(
     if not len(first):
         return torch.from_numpy(found)
     at, known = owners[first], np.minimum(lengths[kept] + 1, text.shape[1])
-    hit = guesses.numpy()[at, 0] == drawn[first]
-    proposed, matched = lookup(text[at, : known.max()], known, guesses.shape[1], least, most)
-    guesses.numpy()[at] = proposed
+    hit = draft_tokens.numpy()[at, 0] == drawn[first]
+    proposed, matched = lookup(text[at, : known.max()], known, draft_tokens.shape[1], least, most)
+    draft_tokens.numpy()[at] = proposed
     found[0, first] = 2 * matched + hit
     return torch.from_numpy(found)
 
 
 def lookup(text: np.ndarray, known: np.ndarray, count: int, least: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """text int32 [R, W], of which known[i] >= 1 tokens are row i's -> (guesses int32 [R, count], matched int32 [R]).
+    """text int32 [R, W], of which known[i] >= 1 tokens are row i's -> (draft tokens int32 [R, count], matched int32 [R]).
 
     The latest place where the row's last `least` to `most` tokens stood before, as many of them as stood anywhere; what
-    followed there is guessed, going on with its period where that ends. matched: tokens alike, up to LOOKUP_SEEN; 0
-    where there is no such place, and the last token is guessed then.
+    followed there is drafted, going on with its period where that ends. matched: tokens alike, up to LOOKUP_SEEN; 0
+    where there is no such place, and the last token is drafted then.
     """
     row, width = np.arange(len(text)), text.shape[1]
     at = np.arange(width)

@@ -1,4 +1,4 @@
-"""Guessing by prompt lookup, as much as pays, against none: tokens a second on texts that repeat and on random ones.
+"""Drafting by prompt lookup, as much as pays, against none: tokens a second on texts that repeat and on random ones.
 
 bfloat16 on this machine's CPU; sides alternate in one run, and the median of their ratios counts. Run with `make perf`.
 """
@@ -53,33 +53,33 @@ def work_of(llm: LLM, kind: str, streams: int) -> tuple[list[list[list[int]]], S
         ("random", 1, 0.97), ("random", 4, 0.97), ("random", 16, 0.97),
     ],
 )  # fmt: skip
-def test_guessing(benchmark, llm: LLM, kind: str, streams: int, goal: float) -> None:
+def test_drafting(benchmark, llm: LLM, kind: str, streams: int, goal: float) -> None:
     works, params = work_of(llm, kind, streams)
     engine, speculation, state = llm.engine, llm.engine.speculation, llm.built.step.state
     allowed = 15, Lookup(2, 5)
 
-    def seconds(guessing: bool) -> float:
-        # One engine: the same pages and caches on both sides. Steps look up nothing where nothing is guessed.
-        engine.speculation = speculation if guessing else None
-        state.allow_guesses(*(allowed if guessing else (0, None)))
+    def seconds(drafting: bool) -> float:
+        # One engine: the same pages and caches on both sides. Steps look up nothing where nothing is drafted.
+        engine.speculation = speculation if drafting else None
+        state.allow_drafts(*(allowed if drafting else (0, None)))
         start = time.perf_counter()
         for work in works:
             llm.generate(work, params)
         return time.perf_counter() - start
 
     counters = engine.scheduler.counters
-    before = counters.guesses, counters.accepted
+    before = counters.draft_tokens, counters.accepted
     seconds(True), seconds(False)  # the prompts are in the prefix cache: decoding is what is timed
     mine, theirs = [], []
     for turn in range(SIZES[kind][0]):
-        for guessing in (True, False) if turn % 2 else (False, True):
-            (mine if guessing else theirs).append(seconds(guessing))
+        for drafting in (True, False) if turn % 2 else (False, True):
+            (mine if drafting else theirs).append(seconds(drafting))
     benchmark.pedantic(lambda: seconds(True), rounds=1)
-    guesses, accepted = counters.guesses - before[0], counters.accepted - before[1]
+    draft_tokens, accepted = counters.draft_tokens - before[0], counters.accepted - before[1]
     ratio = statistics.median(their / my for their, my in zip(theirs, mine))  # of neighbours in time
     benchmark.extra_info.update(
-        ratio=round(ratio, 3), goal=goal, guessing_s=mine, plain_s=theirs, tokens=sum(map(len, works)) * SIZES[kind][1],
-        guesses=guesses, accepted=accepted, torch=torch.__version__, threads=torch.get_num_threads(),
+        ratio=round(ratio, 3), goal=goal, drafting_s=mine, plain_s=theirs, tokens=sum(map(len, works)) * SIZES[kind][1],
+        draft_tokens=draft_tokens, accepted=accepted, torch=torch.__version__, threads=torch.get_num_threads(),
     )  # fmt: skip
-    print(f"\n{benchmark.name}: {ratio:.2f}x (gate {goal}x), guesses {guesses}, accepted {accepted}")
+    print(f"\n{benchmark.name}: {ratio:.2f}x (gate {goal}x), draft tokens {draft_tokens}, accepted {accepted}")
     assert ratio >= goal

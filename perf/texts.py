@@ -1,4 +1,4 @@
-"""Prompts to guess on: texts under data/ whose continuation repeats them, and random tokens, which nothing repeats.
+"""Prompts to draft on: texts under data/ whose continuation repeats them, and random tokens, which nothing repeats.
 
 Knows no engine: `encode` turns text into ids.
 """

@@ -25,8 +25,8 @@ CPU_BATCHED_TOKENS = 2048
 CUDA_BATCHED_TOKENS = 8192
 CPU_KV_CACHE_MEMORY = 1 << 30  # bytes
 METHODS = ("ngram", "suffix", "draft", "ngram+draft", "suffix+draft")  # of speculation
-AUTO_GUESSES = 15  # a sequence at most, where their number is left to the engine
-GUESS_ENTRIES = 64  # sequences and guesses that a step has room for at least, where there is speculation
+AUTO_DRAFT_TOKENS = 15  # a sequence at most, where their number is left to the engine
+DRAFT_STEP_TOKENS = 64  # sequences and draft tokens that a step has room for at least, where there is speculation
 API_KEY_VARIABLE = "PAGEGRAPH_API_KEY"  # of the environment; comes after flags and before files
 MOST_THREADS = 4096  # of a web process
 SPARE_THREADS = 32  # for what is short, is being tokenised, or is about to be refused
@@ -247,15 +247,15 @@ class Config:
     )
 
     speculative_method: str | None = _option(
-        None, _one_of(*METHODS), f"who guesses tokens ahead: {', '.join(METHODS)} (none: nobody)", "speculation", _NONE
+        None, _one_of(*METHODS), f"who proposes tokens ahead: {', '.join(METHODS)} (none: nobody)", "speculation", _NONE
     )
     speculative_model: str | None = _option(
-        None, parse_text, "smaller model of the same vocabulary that guesses, for method draft", "speculation", _NONE
+        None, parse_text, "smaller model of the same vocabulary that drafts, for method draft", "speculation", _NONE
     )
     num_speculative_tokens: int | None = _option(
         None,
         _between(parse_whole, 1, 64),
-        "guesses a sequence and step (auto: as many as pay, 0 too)",
+        "draft tokens a sequence and step (auto: as many as pay, 0 too)",
         "speculation",
         ("auto",),
     )
@@ -359,12 +359,12 @@ class Config:
 
     @property
     def method(self) -> str | None:
-        """Who guesses; naming a model alone means it."""
+        """Who proposes; naming a model alone means it."""
         return self.speculative_method or ("draft" if self.speculative_model else None)
 
     @property
     def draft(self) -> Config | None:
-        """The configuration under which the model that guesses is loaded; None if there is none."""
+        """The configuration under which the draft model is loaded; None if there is none."""
         if self.method is None or "draft" not in self.method:
             return None
         # What is made while loading is made of it too; what a checkpoint says holds for that checkpoint.
@@ -375,9 +375,9 @@ class Config:
         )  # fmt: skip
 
     @property
-    def most_guesses(self) -> int:
+    def max_draft_tokens(self) -> int:
         """A sequence and step; 0 without speculation."""
-        return 0 if self.method is None else self.num_speculative_tokens or AUTO_GUESSES
+        return 0 if self.method is None else self.num_speculative_tokens or AUTO_DRAFT_TOKENS
 
     @property
     def enough_threads(self) -> int:
@@ -386,14 +386,16 @@ class Config:
 
     @property
     def looks_up_on_device(self) -> bool:
-        """Whether a step itself makes the guesses for the next one."""
+        """Whether a step itself makes the draft tokens for the next one."""
         return self.method == "ngram"
 
     @property
     def max_entries(self) -> int:
-        """Sequences and guesses of one step, as far as its token budget goes."""
+        """Sequences and draft tokens of one step, as far as its token budget goes."""
         wanted = min(
-            self.max_num_seqs * (1 + self.most_guesses), GUESS_ENTRIES, self.max_num_batched_tokens or GUESS_ENTRIES
+            self.max_num_seqs * (1 + self.max_draft_tokens),
+            DRAFT_STEP_TOKENS,
+            self.max_num_batched_tokens or DRAFT_STEP_TOKENS,
         )
         return max(self.max_num_seqs, wanted)
 
@@ -592,7 +594,7 @@ def _check_speculation(config: Config) -> None:
     drafts = method is not None and "draft" in method
     if drafts and config.speculative_model is None:
         raise ConfigError(
-            f"speculative_method={method} needs a model that guesses; name it in speculative_model, or use ngram"
+            f"speculative_method={method} needs a draft model; name it in speculative_model, or use ngram"
         )
     if method is not None and not drafts and config.speculative_model is not None:
         raise ConfigError(

@@ -292,6 +292,6 @@ UNSERVED |= {
     "format": _not(""),
 }
 UNSERVED |= {
-    f"speculative.{name}": _HARMLESS  # how tokens are guessed, never which come
+    f"speculative.{name}": _HARMLESS  # how tokens are drafted, never which come
     for name in ("n_max", "n_min", "p_min", "type", "ngram_size_n", "ngram_size_m", "ngram_m_hits")
 }

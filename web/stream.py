@@ -33,7 +33,7 @@ class Sequence:
 
     output: TextOutput
     cached_tokens: int = 0
-    accepted: int = 0  # tokens that the engine had guessed
+    accepted: int = 0  # tokens that the engine had drafted
     rejected: int = 0
 
 

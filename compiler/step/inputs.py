@@ -61,11 +61,13 @@ class StepInput:
 
     The device keeps the block table of every row, so a step brings only what is new in them. Positions and KV
     slots follow from `starts` and the tables; a sampled token's position is that after its sequence's last.
-    Guesses are sequences of one token each behind that of their row. Where a sequence begins with a token that only the
+    Draft tokens are sequences of one token each behind that of their row. Where a sequence begins with a token that only the
     device knows, its start may be known to it alone too: `starts` is then the last it can be.
     """
 
-    token_ids: np.ndarray  # int32 [T], known to the device only: -1 the row's last sampled token, -2 - j its guess j
+    token_ids: (
+        np.ndarray
+    )  # int32 [T], known to the device only: -1 the row's last sampled token, -2 - j its draft token j
     rows: np.ndarray  # int32 [S], device row of each sequence
     query_start: np.ndarray  # int32 [S + 1]
     starts: np.ndarray  # int32 [S], position of each sequence's first token in this step
@@ -101,10 +103,14 @@ class StepLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class LookedUp:
-    """What a device that guesses by itself found; int32 [S]."""
+    """What a device that proposes by itself found; int32 [S]."""
 
-    matched: np.ndarray  # at a row's first entry: how long a match the guesses for its next tokens rest on, 0 for none
-    hits: np.ndarray | None  # there: 1 if the first guess for what it drew was right; unknown but with plain sampling
+    matched: (
+        np.ndarray
+    )  # at a row's first entry: how long a match the draft tokens for its next tokens rest on, 0 for none
+    hits: (
+        np.ndarray | None
+    )  # there: 1 if the first draft token for what it drew was right; unknown but with plain sampling
     fed: np.ndarray  # the last token of each entry
 
 

@@ -46,19 +46,19 @@ def draw(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tens
 
 
 def settle(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor | None:
-    """Hand on what guesses the drawn ids int64 [s] bear out; what follows is looked up where the device does that.
+    """Hand on what draft tokens the drawn ids int64 [s] bear out; what follows is looked up where the device does that.
 
     int32 [2, s] of `pagegraph::look_up`, or None. Called again with other ids, it makes good what it did with the first.
     """
-    if not state.most_guesses:
+    if not state.max_draft_tokens:
         return None
     packet, ops, count = staged.packet, torch.ops.pagegraph, len(ids)
     step = ids, staged.token_ids, packet.rows[:count], packet.query_start[: count + 1], staged.seq_lens[:count]
     last = state.last_tokens, state.last_at
     if state.lookup is None:
-        ops.accept(*step, *last, state.most_guesses)
+        ops.accept(*step, *last, state.max_draft_tokens)
         return None
-    return ops.look_up(*step, packet.sampled[:count], *last, state.history, state.guesses, *state.lookup)
+    return ops.look_up(*step, packet.sampled[:count], *last, state.history, state.draft_tokens, *state.lookup)
 
 
 def sample(

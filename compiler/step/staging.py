@@ -119,7 +119,7 @@ class Staging:
         ops.update_tables(state.block_tables, packet.pages, packet.num_pages)
         ids, positions, slots, tables, seq_lens, logits_index = ops.unpack(
             packet.token_ids, packet.rows, packet.query_start, packet.starts, state.last_tokens, state.last_at,
-            state.guesses, state.block_tables, state.block_size, packet.width,
+            state.draft_tokens, state.block_tables, state.block_size, packet.width,
         )  # fmt: skip
         return Staged(ids, positions, slots, tables, packet.query_start, seq_lens, logits_index, packet)
 

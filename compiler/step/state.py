@@ -1,4 +1,4 @@
-"""Tensors that outlive a step: KV caches, block tables, each row's last token, its text and guesses, penalty counts.
+"""Tensors that outlive a step: KV caches, block tables, each row's last token, its text and draft tokens, penalty counts.
 
 A row is a device slot that a running sequence owns. Padding uses the scrap row `max_num_seqs` and the scrap page 0.
 On CUDA every tensor keeps its address, so captured graphs stay valid. Knows no scheduling and no model.
@@ -15,7 +15,7 @@ from pagegraph.compiler.model.probe import AttentionLayout
 
 
 class Lookup(NamedTuple):
-    """Guesses come from the row's own text: what followed its last `least` to `most` tokens before."""
+    """Draft tokens come from the row's own text: what followed its last `least` to `most` tokens before."""
 
     least: int
     most: int
@@ -35,10 +35,10 @@ class DeviceState:
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        most_guesses: int = 0,
+        max_draft_tokens: int = 0,
         lookup: Lookup | None = None,
     ) -> None:
-        """most_guesses: entries of a row in one step, less one; lookup: the device makes them itself."""
+        """max_draft_tokens: entries of a row in one step, less one; lookup: the device makes them itself."""
         self.scrap_row = max_num_seqs
         self.vocab_size = vocab_size
         self.block_size = block_size
@@ -55,14 +55,14 @@ class DeviceState:
         self.block_tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         self.last_at = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)  # their positions
-        self.allow_guesses(most_guesses, lookup)
+        self.allow_drafts(max_draft_tokens, lookup)
         self._counts: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def allow_guesses(self, most: int, lookup: Lookup | None) -> None:
+    def allow_drafts(self, most: int, lookup: Lookup | None) -> None:
         """See `__init__`; before graphs are captured."""
         rows, device = len(self.block_tables), self.block_tables.device
-        self.most_guesses = most
-        self.guesses = torch.zeros(rows, max(most, 1), dtype=torch.int32, device=device)
+        self.max_draft_tokens = most
+        self.draft_tokens = torch.zeros(rows, max(most, 1), dtype=torch.int32, device=device)
         self.lookup = lookup
         self.history: torch.Tensor | None = (
             None  # every row's tokens by position, with room for one behind the last page

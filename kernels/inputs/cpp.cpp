@@ -3,8 +3,8 @@
 #include <cstdint>
 
 extern "C" void kernel(const int32_t* token_ids, const int32_t* rows, const int32_t* query_start, const int32_t* starts,
-                       const int32_t* last_tokens, const int32_t* last_at, const int32_t* guesses, const int32_t* tables, int32_t* out,
-                       int32_t* out_tables, int32_t* seq_lens, int64_t* last, int64_t tokens, int64_t seqs, int64_t guess_count,
+                       const int32_t* last_tokens, const int32_t* last_at, const int32_t* draft_tokens, const int32_t* tables, int32_t* out,
+                       int32_t* out_tables, int32_t* seq_lens, int64_t* last, int64_t tokens, int64_t seqs, int64_t num_draft_tokens,
                        int64_t blocks, int64_t block_size, int64_t width) {
     std::fill(out, out + 3 * tokens, 0);
     int32_t *const ids = out, *const positions = out + tokens, *const slots = out + 2 * tokens;
@@ -17,7 +17,7 @@ extern "C" void kernel(const int32_t* token_ids, const int32_t* rows, const int3
         last[seq] = std::max(end - 1, int64_t(0));
         for (int64_t at = begin; at < end; at++) {
             const int32_t token = token_ids[at], position = start + int32_t(at - begin);
-            ids[at] = token >= 0 ? token : token == -1 ? last_tokens[row] : guesses[row * guess_count - 2 - token];
+            ids[at] = token >= 0 ? token : token == -1 ? last_tokens[row] : draft_tokens[row * num_draft_tokens - 2 - token];
             positions[at] = position;
             slots[at] = table[position / block_size] * int32_t(block_size) + position % int32_t(block_size);
         }

@@ -30,7 +30,7 @@ def unpack(*step: Tensor | int) -> tuple[Tensor, ...]:
     *given, block_size, width = step
     if _kernel is None or not all(one.is_contiguous() for one in given):
         return cpu.unpack(*step)
-    token_ids, rows, *_, guesses, tables = given
+    token_ids, rows, *_, draft_tokens, tables = given
     tokens, seqs = len(token_ids), len(rows)
     out, out_tables, seq_lens = (
         token_ids.new_empty(3, tokens),
@@ -38,5 +38,7 @@ def unpack(*step: Tensor | int) -> tuple[Tensor, ...]:
         token_ids.new_empty(seqs),
     )
     last = token_ids.new_empty(seqs, dtype=torch.int64)
-    _kernel(*given, out, out_tables, seq_lens, last, tokens, seqs, guesses.shape[1], tables.shape[1], block_size, width)
+    _kernel(
+        *given, out, out_tables, seq_lens, last, tokens, seqs, draft_tokens.shape[1], tables.shape[1], block_size, width
+    )
     return *out.unbind(), out_tables, seq_lens, last

@@ -50,7 +50,7 @@ def _start(token_ids_ptr, starts_ptr, last_at_ptr, sequence, begin, row, live):
     return tl.where(first < 0, behind_last, tl.load(starts_ptr + sequence))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "token_programs", "guess_stride"])
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "token_programs", "draft_stride"])
 def unpack_kernel(
     ids_ptr,
     positions_ptr,
@@ -64,12 +64,12 @@ def unpack_kernel(
     starts_ptr,
     last_tokens_ptr,
     last_at_ptr,
-    guesses_ptr,
+    draft_tokens_ptr,
     tables_ptr,
     num_tokens,
     num_seqs,
     token_programs,
-    guess_stride,
+    draft_stride,
     table_stride,
     WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -97,8 +97,8 @@ def unpack_kernel(
         position = _start(token_ids_ptr, starts_ptr, last_at_ptr, low, first, row, live) + token - first
         given = tl.load(token_ids_ptr + token, mask=inside, other=0)
         last = tl.load(last_tokens_ptr + row)
-        guess = tl.load(guesses_ptr + row * guess_stride - given - 2, mask=live & (given < -1), other=0)
-        known = tl.where(given == -1, last, tl.where(given < -1, guess, given))
+        draft = tl.load(draft_tokens_ptr + row * draft_stride - given - 2, mask=live & (given < -1), other=0)
+        known = tl.where(given == -1, last, tl.where(given < -1, draft, given))
         page = tl.load(tables_ptr + row * table_stride + position // BLOCK_SIZE, mask=live, other=0)
         tl.store(ids_ptr + token, tl.where(live, known, 0), mask=inside)
         tl.store(positions_ptr + token, tl.where(live, position, 0), mask=inside)
@@ -140,7 +140,7 @@ def unpack(
     starts: Tensor,
     last_tokens: Tensor,
     last_at: Tensor,
-    guesses: Tensor,
+    draft_tokens: Tensor,
     tables: Tensor,
     block_size: int,
     width: int,
@@ -165,12 +165,12 @@ def unpack(
         starts,
         last_tokens,
         last_at,
-        guesses,
+        draft_tokens,
         tables,
         tokens,
         seqs,
         token_programs,
-        guesses.stride(0),
+        draft_tokens.stride(0),
         tables.stride(0),
         WIDTH=width,
         BLOCK_SIZE=block_size,

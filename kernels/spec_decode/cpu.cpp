@@ -1,4 +1,4 @@
-// The guesses that hold in a step, and those for the next, on a CPU: `look_up` of `reference.py`, row after row; built by `cpu_guesses.py`.
+// The draft_tokens that hold in a step, and those for the next, on a CPU: `look_up` of `reference.py`, row after row; built by `ngram_cpp.py`.
 #include <algorithm>
 #include <cstdint>
 
@@ -11,15 +11,15 @@ inline int64_t alike(const int32_t* text, int64_t one, int64_t other, int64_t mo
     return count;
 }
 
-// What may follow text's first `known` tokens, into guesses [count] -> how long a match they rest on.
-int64_t search(const int32_t* text, int64_t known, int32_t* guesses, int64_t count, int64_t least, int64_t most, int64_t seen) {
+// What may follow text's first `known` tokens, into draft_tokens [count] -> how long a match they rest on.
+int64_t search(const int32_t* text, int64_t known, int32_t* draft_tokens, int64_t count, int64_t least, int64_t most, int64_t seen) {
     int64_t best = least - 1, behind = known - 1;
     for (int64_t at = known - 2; at >= 0 && best < most; at--) {  // of equals the latest counts
         if (text[at] != text[known - 1]) continue;
         const int64_t length = alike(text, at, known - 1, most);
         if (length > best) best = length, behind = at + 1;
     }
-    for (int64_t i = 0; i < count; i++) guesses[i] = text[behind + i % (known - behind)];
+    for (int64_t i = 0; i < count; i++) draft_tokens[i] = text[behind + i % (known - behind)];
     return best < least ? 0 : alike(text, behind - 1, known - 1, seen);
 }
 
@@ -27,10 +27,10 @@ int64_t search(const int32_t* text, int64_t known, int32_t* guesses, int64_t cou
 
 extern "C" void kernel(const int64_t* ids, const int32_t* token_ids, const int32_t* rows, const int32_t* query_start,
                        const int32_t* seq_lens, const int32_t* sampled, int32_t* last_tokens, int32_t* last_at, int32_t* history,
-                       int32_t* guesses, int32_t* found, int64_t seqs, int64_t width, int64_t count, int64_t least, int64_t most, int64_t seen) {
+                       int32_t* draft_tokens, int32_t* found, int64_t seqs, int64_t width, int64_t count, int64_t least, int64_t most, int64_t seen) {
     const auto live = [&](int64_t entry) { return entry < seqs && query_start[entry + 1] > query_start[entry]; };
     for (int64_t entry = 0; entry < seqs; entry++) found[entry] = 0, found[seqs + entry] = 0;
-    for (int64_t first = 0, last; live(first); first = last) {  // a row: an entry, and one for each guess
+    for (int64_t first = 0, last; live(first); first = last) {  // a row: an entry, and one for each draft
         const int32_t row = rows[first];
         int64_t held = 0;
         bool holds = true;
@@ -47,7 +47,7 @@ extern "C" void kernel(const int64_t* ids, const int32_t* token_ids, const int32
         if (last == first + 1 && !sampled[first]) continue;
         const int64_t known = std::min(length + held + 1, width);
         for (int64_t at = length; at < known; at++) text[at] = int32_t(ids[first + at - length]);
-        int32_t* const next = guesses + row * count;
+        int32_t* const next = draft_tokens + row * count;
         const bool hit = next[0] == ids[first];
         found[first] = 2 * search(text, known, next, count, least, most, seen) + hit;
     }

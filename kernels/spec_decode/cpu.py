@@ -34,14 +34,14 @@ def look_up(
     last_tokens: Tensor,
     last_at: Tensor,
     history: Tensor,
-    guesses: Tensor,
+    draft_tokens: Tensor,
     least: int,
     most: int,
 ) -> Tensor:
     """See `kernels.ops`."""
-    step = ids, token_ids, rows, query_start, seq_lens, sampled, last_tokens, last_at, history, guesses
+    step = ids, token_ids, rows, query_start, seq_lens, sampled, last_tokens, last_at, history, draft_tokens
     if _kernel is None:
         return reference.look_up(*step, least, most)
     found = token_ids.new_empty(2, len(ids))
-    _kernel(*step, found, len(ids), history.shape[1], guesses.shape[1], least, most, reference.LOOKUP_SEEN)
+    _kernel(*step, found, len(ids), history.shape[1], draft_tokens.shape[1], least, most, reference.LOOKUP_SEEN)
     return found

@@ -1,6 +1,6 @@
-"""Triton: which guesses held, and what to guess next, on the device, at the end of every step.
+"""Triton: which draft tokens held, and what to draft next, on the device, at the end of every step.
 
-Entries of a row stand together: its last token, then a guess each. A guess holds if it is what the entry before it drew. What
+Entries of a row stand together: its last token, then a draft token each. A draft token holds if it is what the entry before it drew. What
 the row then holds is looked up in itself, so the next step can be launched before the host knows any of it. Knows no host
 and no model. See `kernels.ops`.
 """
@@ -22,20 +22,20 @@ SEEN = tl.constexpr(LOOKUP_SEEN)
 
 @triton.jit
 def _held(ids_ptr, token_ids_ptr, rows_ptr, query_start_ptr, entry, num_seqs, LANES: tl.constexpr):
-    """Of the row that begins at `entry`: (guesses, how many of them hold)."""
+    """Of the row that begins at `entry`: (draft tokens, how many of them hold)."""
     row = tl.load(rows_ptr + entry)
     lane = tl.arange(0, LANES)
-    guess = entry + 1 + lane
-    inside = guess < num_seqs
-    begin = tl.load(query_start_ptr + guess, mask=inside, other=0)
-    end = tl.load(query_start_ptr + guess + 1, mask=inside, other=0)
-    ours = inside & (tl.load(rows_ptr + guess, mask=inside, other=-1) == row) & (end > begin)
+    draft = entry + 1 + lane
+    inside = draft < num_seqs
+    begin = tl.load(query_start_ptr + draft, mask=inside, other=0)
+    end = tl.load(query_start_ptr + draft + 1, mask=inside, other=0)
+    ours = inside & (tl.load(rows_ptr + draft, mask=inside, other=-1) == row) & (end > begin)
     # The first that is not of the row ends it, whatever stands behind.
-    guesses = tl.min(tl.where(ours, LANES, lane), axis=0)
+    draft_tokens = tl.min(tl.where(ours, LANES, lane), axis=0)
     fed = tl.load(token_ids_ptr + begin, mask=ours, other=0)
     drawn = tl.load(ids_ptr + entry + lane, mask=ours, other=0)
     held = tl.min(tl.where(fed == drawn, LANES, lane), axis=0)
-    return guesses, tl.minimum(held, guesses)
+    return draft_tokens, tl.minimum(held, draft_tokens)
 
 
 @triton.jit
@@ -71,8 +71,8 @@ def accept_kernel(
     entry = tl.program_id(0)
     if not _begins_row(rows_ptr, query_start_ptr, entry):
         return
-    guesses, held = _held(ids_ptr, token_ids_ptr, rows_ptr, query_start_ptr, entry, num_seqs, LANES)
-    if guesses > 0:
+    draft_tokens, held = _held(ids_ptr, token_ids_ptr, rows_ptr, query_start_ptr, entry, num_seqs, LANES)
+    if draft_tokens > 0:
         _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, tl.load(rows_ptr + entry), entry + held)
 
 
@@ -82,7 +82,7 @@ def look_up_kernel(
     last_tokens_ptr,
     last_at_ptr,
     history_ptr,
-    guesses_ptr,
+    draft_tokens_ptr,
     ids_ptr,
     token_ids_ptr,
     rows_ptr,
@@ -91,7 +91,7 @@ def look_up_kernel(
     sampled_ptr,
     num_seqs,
     WIDTH: tl.constexpr,
-    GUESSES: tl.constexpr,
+    NUM_DRAFT_TOKENS: tl.constexpr,
     LANES: tl.constexpr,
     LEAST: tl.constexpr,
     MOST: tl.constexpr,
@@ -108,9 +108,9 @@ def look_up_kernel(
     tl.store(found_ptr + num_seqs + entry, fed)
     if not _begins_row(rows_ptr, query_start_ptr, entry):
         return
-    guesses, held = _held(ids_ptr, token_ids_ptr, rows_ptr, query_start_ptr, entry, num_seqs, LANES)
+    draft_tokens, held = _held(ids_ptr, token_ids_ptr, rows_ptr, query_start_ptr, entry, num_seqs, LANES)
     row = tl.load(rows_ptr + entry).to(tl.int64)
-    if guesses > 0:
+    if draft_tokens > 0:
         _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, row, entry + held)
     text = history_ptr + row * WIDTH
     length = tl.load(seq_lens_ptr + entry)
@@ -119,7 +119,7 @@ def look_up_kernel(
         token = first + lane
         inside = token < end
         tl.store(text + length - end + token, tl.load(token_ids_ptr + token, mask=inside, other=0), mask=inside)
-    if (guesses == 0) & (tl.load(sampled_ptr + entry) == 0):
+    if (draft_tokens == 0) & (tl.load(sampled_ptr + entry) == 0):
         return
     few = tl.arange(0, LANES)
     kept = (few <= held) & (length + few < WIDTH)
@@ -150,12 +150,12 @@ def look_up_kernel(
         here = tl.load(text + known - 1 - back, mask=known - 1 >= back, other=-2)
         matched = tl.min(tl.where((place >= back) & (there == here), SEEN, back), axis=0)
         behind = place + 1
-    first_guess = tl.load(guesses_ptr + row * GUESSES)
-    hit = (first_guess == tl.load(ids_ptr + entry).to(tl.int32)).to(tl.int32)
+    first_draft = tl.load(draft_tokens_ptr + row * NUM_DRAFT_TOKENS)
+    hit = (first_draft == tl.load(ids_ptr + entry).to(tl.int32)).to(tl.int32)
     tl.store(found_ptr + entry, 2 * matched + hit)
-    tl.debug_barrier()  # the old guess is read before a new one takes its place
-    following = tl.load(text + behind + few % (known - behind), mask=few < GUESSES, other=0)
-    tl.store(guesses_ptr + row * GUESSES + few, following, mask=few < GUESSES)
+    tl.debug_barrier()  # the old draft token is read before a new one takes its place
+    following = tl.load(text + behind + few % (known - behind), mask=few < NUM_DRAFT_TOKENS, other=0)
+    tl.store(draft_tokens_ptr + row * NUM_DRAFT_TOKENS + few, following, mask=few < NUM_DRAFT_TOKENS)
 
 
 def accept(
@@ -195,7 +195,7 @@ def look_up(
     last_tokens: Tensor,
     last_at: Tensor,
     history: Tensor,
-    guesses: Tensor,
+    draft_tokens: Tensor,
     least: int,
     most: int,
 ) -> Tensor:
@@ -207,7 +207,7 @@ def look_up(
         last_tokens,
         last_at,
         history,
-        guesses,
+        draft_tokens,
         ids,
         token_ids,
         rows,
@@ -216,8 +216,8 @@ def look_up(
         sampled,
         seqs,
         WIDTH=history.shape[1],
-        GUESSES=guesses.shape[1],
-        LANES=triton.next_power_of_2(guesses.shape[1] + 1),
+        NUM_DRAFT_TOKENS=draft_tokens.shape[1],
+        LANES=triton.next_power_of_2(draft_tokens.shape[1] + 1),
         LEAST=least,
         MOST=most,
         BLOCK=BLOCK,

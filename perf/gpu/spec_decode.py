@@ -1,7 +1,7 @@
-"""Guessing on a GPU: what a step with guesses costs, and what guessing brings on texts that repeat and on random ones.
+"""Drafting on a GPU: what a step with draft tokens costs, and what drafting brings on texts that repeat and on random ones.
 
 `speculation` replays the decode graphs of one model; `texts` runs SmolLM2's real weights (--weights) through the engine;
-`chains` times how a small model makes guesses.
+`chains` times how a small model makes draft tokens.
 """
 
 from __future__ import annotations
@@ -29,42 +29,42 @@ from perf.gpu.offline import built_of, ceilings_of, config_of, step_of
 from perf.gpu.report import Report
 
 BATCHES, TINY_BATCHES = (1, 4, 16, 32), (1, 2)
-GUESSES = (0, 2, 4, 7)
+NUM_DRAFT_TOKENS = (0, 2, 4, 7)
 KEYS, TINY_KEYS = 1024, 64  # of each sequence
 STREAMS = (1, 4, 16)
 ROUNDS = 3
 REQUESTS = 4  # a stream
 METHODS = ("ngram", "suffix")
-CHAINED_SEQS, CHAINED_GUESSES, CHAINED_ROUNDS, TINY_ROUNDS = (1, 4, 16), (4, 8), 50, 2
+CHAINED_SEQS, CHAINED_DRAFTS, CHAINED_ROUNDS, TINY_ROUNDS = (1, 4, 16), (4, 8), 50, 2
 
 
 def speculation(report: Report, args: argparse.Namespace, shared: dict) -> None:
-    """Milliseconds of a decode step with k guesses a sequence, to its floor and to the step without guesses.
+    """Milliseconds of a decode step with k draft tokens a sequence, to its floor and to the step without draft tokens.
 
-    The floor reads weights and each sequence's keys and values once, however many guesses there are.
+    The floor reads weights and each sequence's keys and values once, however many draft tokens there are.
     """
     config, built = built_of(shared)
     shape, ceilings = Shape.of(args.models[0]), ceilings_of(report, args, shared)
     keys = TINY_KEYS if args.tiny else KEYS
     for seqs in TINY_BATCHES if args.tiny else BATCHES:
         alone = None
-        for guesses in GUESSES:
-            if seqs * (1 + guesses) > config.max_num_seqs or report.out_of_time((seqs, guesses)):
+        for draft_tokens in NUM_DRAFT_TOKENS:
+            if seqs * (1 + draft_tokens) > config.max_num_seqs or report.out_of_time((seqs, draft_tokens)):
                 break
-            ms = 1e3 * _replayed(built, _step(seqs, guesses, keys, built, config))
+            ms = 1e3 * _replayed(built, _step(seqs, draft_tokens, keys, built, config))
             alone = alone or ms
-            counts, lengths = np.full(seqs, 1 + guesses), np.full(seqs, keys + guesses)
+            counts, lengths = np.full(seqs, 1 + draft_tokens), np.full(seqs, keys + draft_tokens)
             floor = 1e3 * shape.step_floor(ceilings, np.concatenate([[0], np.cumsum(counts)]), lengths)
             report.row(
-                seqs=seqs, guesses=guesses, keys=keys, ms=ms, floor_ms=floor, ratio=ms / floor, to_none=ms / alone,
-                pays_from=(ms / alone - 1) / guesses if guesses else 0.0,
+                seqs=seqs, draft_tokens=draft_tokens, keys=keys, ms=ms, floor_ms=floor, ratio=ms / floor, to_none=ms / alone,
+                pays_from=(ms / alone - 1) / draft_tokens if draft_tokens else 0.0,
             )  # fmt: skip
 
 
-def _step(seqs: int, guesses: int, keys: int, built: BuiltModel, config: Config) -> StepInput:
+def _step(seqs: int, draft_tokens: int, keys: int, built: BuiltModel, config: Config) -> StepInput:
     """Entries of `seqs` sequences on random pages, the first of each at position keys - 1."""
-    rng, each = np.random.default_rng(seqs), 1 + guesses
-    used = -(-(keys + guesses) // config.block_size)
+    rng, each = np.random.default_rng(seqs), 1 + draft_tokens
+    used = -(-(keys + draft_tokens) // config.block_size)
     owners = np.repeat(np.arange(seqs), used)
     chosen = rng.permutation(built.num_blocks - 1)[: len(owners)] + 1
     entries = seqs * each
@@ -72,7 +72,7 @@ def _step(seqs: int, guesses: int, keys: int, built: BuiltModel, config: Config)
         token_ids=rng.integers(0, built.vocab_size, entries, dtype=np.int32),
         rows=np.repeat(np.arange(seqs, dtype=np.int32), each),
         query_start=np.arange(entries + 1, dtype=np.int32),
-        starts=np.tile(np.arange(keys - 1, keys + guesses, dtype=np.int32), seqs),
+        starts=np.tile(np.arange(keys - 1, keys + draft_tokens, dtype=np.int32), seqs),
         sampled=np.zeros(entries, bool),
         pages=np.stack([owners, np.tile(np.arange(used), seqs), chosen], axis=1).astype(np.int32),
         sampling=SamplingInput(np.zeros(entries, np.float32), np.zeros(entries, np.int64)),
@@ -80,10 +80,10 @@ def _step(seqs: int, guesses: int, keys: int, built: BuiltModel, config: Config)
 
 
 def texts(report: Report, args: argparse.Namespace, shared: dict) -> None:
-    """Tokens a second with as many guesses as pay against none, same texts, sides alternating; medians.
+    """Tokens a second with as many draft tokens as pay against none, same texts, sides alternating; medians.
 
-    `streams` requests run at a time, and several times as many are asked for: where some rows guess well and others not,
-    those that are done make room. First, tokens in float32 with guesses against those without.
+    `streams` requests run at a time, and several times as many are asked for: where some rows draft well and others not,
+    those that are done make room. First, tokens in float32 with draft tokens against those without.
     """
     _equal(report, args)
     num_tokens = 32 if args.tiny else 192
@@ -104,13 +104,13 @@ def texts(report: Report, args: argparse.Namespace, shared: dict) -> None:
         report.fact(**{f"{method}_costs_ms": dict(zip(costs.rungs.tolist(), costs.ms(costs.rungs).round(3).tolist()))})
     if (
         built.device.type == "cuda"
-    ):  # what looking up and accepting take of a step without guesses; last, as it leaves hooks
+    ):  # what looking up and accepting take of a step without draft tokens; last, as it leaves hooks
         _profile(report, built, _step(16, 0, KEYS, built, llm.config))
     built.close()
 
 
 def _equal(report: Report, args: argparse.Namespace) -> None:
-    """Greedy float32 tokens with guesses that the device looks up, as many as pay and four always, against none."""
+    """Greedy float32 tokens with draft tokens that the device looks up, as many as pay and four always, against none."""
     from tests.prompts import PROMPTS
 
     settings = dict(
@@ -122,19 +122,25 @@ def _equal(report: Report, args: argparse.Namespace) -> None:
     )
     built = builder.ready(load_config(args.weights, {**settings, "speculative_method": "ngram"}).config, progress=False)
     expected = None
-    for guesses in (None, "auto", 4):
-        given = {**settings, "speculative_method": "ngram", "num_speculative_tokens": guesses or "auto"}
+    for draft_tokens in (None, "auto", 4):
+        given = {**settings, "speculative_method": "ngram", "num_speculative_tokens": draft_tokens or "auto"}
         llm = LLM(load_config(args.weights, given).config, built=built)
-        if guesses is None:
+        if draft_tokens is None:
             llm.engine.speculation = None
         got = [one.token_ids for one in llm.generate(prompts, params)]
         expected = expected or got
         same, counters = sum(a == b for a, b in zip(got, expected)), llm.engine.scheduler.counters
         report.row(
-            float32=str(guesses), prompts=len(prompts), same=same, guesses=counters.guesses, accepted=counters.accepted
+            float32=str(draft_tokens),
+            prompts=len(prompts),
+            same=same,
+            draft_tokens=counters.draft_tokens,
+            accepted=counters.accepted,
         )
         if same < len(prompts):
-            report.failure(f"{len(prompts) - same} of {len(prompts)} prompts differ in float32 with {guesses} guesses")
+            report.failure(
+                f"{len(prompts) - same} of {len(prompts)} prompts differ in float32 with {draft_tokens} draft tokens"
+            )
     built.close()
 
 
@@ -148,8 +154,8 @@ def _compare(report: Report, llm: LLM, method: str, kind: str, streams: int, num
         prompts = work.random(requests)
         params = SamplingParams(max_tokens=num_tokens, temperature=1.0, ignore_eos=True, seed=streams)
 
-    def seconds(guessing: bool) -> tuple[float, list[list[int]]]:
-        engine.speculation = speculation if guessing else None  # one engine: the same pages and caches on both sides
+    def seconds(drafting: bool) -> tuple[float, list[list[int]]]:
+        engine.speculation = speculation if drafting else None  # one engine: the same pages and caches on both sides
         start = time.perf_counter()
         done = [one.token_ids for one in llm.generate(prompts, params)]
         return time.perf_counter() - start, done
@@ -157,24 +163,24 @@ def _compare(report: Report, llm: LLM, method: str, kind: str, streams: int, num
     _, expected = seconds(False)
     _, got = seconds(True)
     counters = engine.scheduler.counters
-    before = counters.guesses, counters.accepted
+    before = counters.draft_tokens, counters.accepted
     runs = [(seconds(False)[0], seconds(True)[0]) for _ in range(ROUNDS)]
     off, on = (statistics.median(side) for side in zip(*runs))
     tokens = len(prompts) * num_tokens
     report.row(
         method=method, text=kind, streams=streams, off_tok_s=tokens / off, on_tok_s=tokens / on, ratio=off / on,
-        guesses=(counters.guesses - before[0]) / ROUNDS, accepted=(counters.accepted - before[1]) / ROUNDS,
+        draft_tokens=(counters.draft_tokens - before[0]) / ROUNDS, accepted=(counters.accepted - before[1]) / ROUNDS,
         same=sum(a == b for a, b in zip(got, expected)) / len(expected),
     )  # fmt: skip
 
 
 def chains(report: Report, args: argparse.Namespace, shared: dict) -> None:
-    """Milliseconds until k tokens of each sequence are on the host, as a small model guesses them: by k launches, by one that
+    """Milliseconds until k tokens of each sequence are on the host, as a small model proposes them: by k launches, by one that
     replays the step's graph k times, and by one graph of all; medians, the ways alternating on the same pages.
 
     All three have to give the same tokens. The model has the 0.6B shape; only the graphs in use are captured.
     """
-    keys, most = TINY_KEYS if args.tiny else KEYS, max(CHAINED_GUESSES)
+    keys, most = TINY_KEYS if args.tiny else KEYS, max(CHAINED_DRAFTS)
     begin = time.perf_counter()
     settings = dict(max_num_seqs=max(CHAINED_SEQS), max_num_batched_tokens=512, num_blocks=2048, max_model_len=2048)
     config = config_of(args, "tiny" if args.tiny else "0.6b", **settings)
@@ -190,10 +196,10 @@ def chains(report: Report, args: argparse.Namespace, shared: dict) -> None:
             vocab_size=built.vocab_size, num_blocks=built.num_blocks, block_size=config.block_size,
         )  # fmt: skip
         one.starts -= most
-        for guesses in CHAINED_GUESSES:
-            if report.out_of_time((seqs, guesses)):
+        for draft_tokens in CHAINED_DRAFTS:
+            if report.out_of_time((seqs, draft_tokens)):
                 return
-            ways = _ways(built.step, one, guesses)
+            ways = _ways(built.step, one, draft_tokens)
             tokens = {name: way() for name, way in ways.items()}
             seconds: dict[str, list[float]] = {name: [] for name in ways}
             for _ in range(TINY_ROUNDS if args.tiny else CHAINED_ROUNDS):
@@ -203,17 +209,19 @@ def chains(report: Report, args: argparse.Namespace, shared: dict) -> None:
                     seconds[name].append(time.perf_counter() - begin)
             ms = {f"{name}_ms": 1e3 * statistics.median(each) for name, each in seconds.items()}
             same = all(np.array_equal(each, tokens["launches"]) for each in tokens.values())
-            report.row(seqs=seqs, guesses=guesses, **ms, ratio=ms["launches_ms"] / list(ms.values())[-1], same=same)
+            report.row(
+                seqs=seqs, draft_tokens=draft_tokens, **ms, ratio=ms["launches_ms"] / list(ms.values())[-1], same=same
+            )
             if not same:
-                report.failure(f"{guesses} guesses of {seqs} sequences differ: {tokens}")
+                report.failure(f"{draft_tokens} draft tokens of {seqs} sequences differ: {tokens}")
     built.close()
 
 
-def _ways(step: CompiledStep, one: StepInput, guesses: int) -> dict[str, Callable[[], np.ndarray]]:
-    """Each gives the tokens [S, guesses] behind the decode step `one`."""
+def _ways(step: CompiledStep, one: StepInput, draft_tokens: int) -> dict[str, Callable[[], np.ndarray]]:
+    """Each gives the tokens [S, draft tokens] behind the decode step `one`."""
     on_device = np.full_like(one.token_ids, -1)
     onward = [
-        replace(one, token_ids=on_device, pages=one.pages[:0], starts=one.starts + at) for at in range(1, guesses)
+        replace(one, token_ids=on_device, pages=one.pages[:0], starts=one.starts + at) for at in range(1, draft_tokens)
     ]
 
     def launches() -> np.ndarray:
@@ -221,14 +229,14 @@ def _ways(step: CompiledStep, one: StepInput, guesses: int) -> dict[str, Callabl
         return np.stack([ticket.wait().token_ids for ticket in tickets], axis=1)
 
     def chain() -> np.ndarray:
-        return step.launch(one, guesses).wait().token_ids
+        return step.launch(one, draft_tokens).wait().token_ids
 
     if step.graphs is None:
         return {"launches": launches, "replays": chain}
     rung = step.ladder.bucket(one.num_tokens, one.num_seqs)
     step.pending = Pending()  # nobody else captures
     without, whole = GraphSet(), GraphSet()
-    for graphs, buckets in ((without, [rung]), (whole, [rung, replace(rung, times=guesses)])):
+    for graphs, buckets in ((without, [rung]), (whole, [rung, replace(rung, times=draft_tokens)])):
         step.graphs = graphs
         step.capture_graphs(buckets, progress=False)
 

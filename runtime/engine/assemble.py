@@ -21,7 +21,7 @@ from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.step_time import Pace
 from pagegraph.runtime.spec_decode.device_ngram import DeviceLookup
 from pagegraph.runtime.spec_decode.draft_model import DraftModel
-from pagegraph.runtime.spec_decode.host import Guesser, Speculation
+from pagegraph.runtime.spec_decode.host import Drafter, Speculation
 from pagegraph.runtime.spec_decode.num_draft_tokens import StepCosts
 from pagegraph.runtime.spec_decode.proposer import Ngram
 from pagegraph.runtime.spec_decode.suffix import Suffix
@@ -80,18 +80,20 @@ def engine_of(
     return engine, metrics
 
 
-def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Guesser | None:
+def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Drafter | None:
     if config.method is None:
         return None
     state = built.step.state
-    if state.most_guesses < config.most_guesses or (config.looks_up_on_device and state.lookup is None):
-        raise ValueError(f"the model was built without guesses by {config.method}: build it with that configuration")
+    if state.max_draft_tokens < config.max_draft_tokens or (config.looks_up_on_device and state.lookup is None):
+        raise ValueError(
+            f"the model was built without draft tokens by {config.method}: build it with that configuration"
+        )
     costs = None
     if config.num_speculative_tokens is None:
         most = scheduler.max_entries
         costs = StepCosts(step_costs.rungs(built.step, most), step_costs.measure(built.step, most))
     if config.looks_up_on_device:
-        return DeviceLookup(scheduler, config.most_guesses, costs)
+        return DeviceLookup(scheduler, config.max_draft_tokens, costs)
     looked_up = config.method.partition("+")[0]
     retrieval = None
     if looked_up == "suffix":
@@ -105,4 +107,4 @@ def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Gue
             together=built.device.type == "cuda",
         )  # fmt: skip
         draft_ms = min(step_costs.measure(built.draft, 2).values()) if costs is not None else draft_ms
-    return Speculation(scheduler, retrieval, config.most_guesses, costs, draft, draft_ms)
+    return Speculation(scheduler, retrieval, config.max_draft_tokens, costs, draft, draft_ms)

@@ -1,7 +1,7 @@
 """The engine loop: messages in, one step launched ahead, tokens out.
 
 Step N+1 is scheduled and launched before the ids of step N are read, so the device never waits for the
-host; where the host is to guess, after. One request's error stays that request's: after an exception all run
+host; where the host is to draft, after. One request's error stays that request's: after an exception all run
 again from their committed tokens, one at a time until it is known whose it is. It ends the engine only where a
 step of the engine's own fails too. Holds no socket and no CUDA: the mailbox, the step and the clock are given.
 """
@@ -37,7 +37,7 @@ from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
 from pagegraph.runtime.scheduler.step_time import Pace
-from pagegraph.runtime.spec_decode.host import Guesser
+from pagegraph.runtime.spec_decode.host import Drafter
 
 log = logging.getLogger("pagegraph.engine")
 
@@ -87,7 +87,7 @@ class Engine:
         pace: Pace | None = None,
         seed: int = 0,
         use_idle_time: Callable[[], bool] = lambda: False,
-        speculation: Guesser | None = None,
+        speculation: Drafter | None = None,
     ) -> None:
         self.step = step
         self.scheduler = scheduler
@@ -135,15 +135,15 @@ class Engine:
 
     def _advance(self) -> None:
         """Schedule and launch a step, and commit the one before."""
-        running, guesses, done = self._running, None, None
+        running, draft_tokens, done = self._running, None, None
         if running is not None and (self._suspects or self._wants_results(running.plan)):
             self._commit(running)
             running, done = None, self._last_done
         if running is None:
             self._suspects.choose()
         if self.speculation is not None:
-            guesses = self.speculation.guesses(ahead=running is not None)
-        plan = self.scheduler.schedule(self.clock(), guesses)
+            draft_tokens = self.speculation.propose(ahead=running is not None)
+        plan = self.scheduler.schedule(self.clock(), draft_tokens)
         self._running = self._launch(plan, done) if plan else None
         if running is not None:
             self._commit(running)

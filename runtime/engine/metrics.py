@@ -147,19 +147,19 @@ class EngineMetrics:
         self,
         *,
         drafts: int,
-        guesses: int,
+        draft_tokens: int,
         accepted: int,
         accepted_at: Sequence[int],
         saved_steps: int,
-        guesses_a_row: float,
+        mean_draft_tokens: float,
     ) -> None:
-        """Totals of guessed tokens, accepted ones also by their place behind the last known token; and the last step's mean."""
+        """Totals of draft tokens, accepted ones also by their place behind the last known token; and the last step's mean."""
         self._counters["spec_decode_num_drafts"] = drafts
-        self._counters["spec_decode_num_draft_tokens"] = guesses
+        self._counters["spec_decode_num_draft_tokens"] = draft_tokens
         self._counters["spec_decode_num_accepted_tokens"] = accepted
         self._counters["spec_decode_saved_steps"] = saved_steps
         self._accepted_at = list(accepted_at)
-        self._gauges["spec_decode_guesses_a_row"] = guesses_a_row
+        self._gauges["spec_decode_guesses_a_row"] = mean_draft_tokens
 
     def observe_first_token(self, since_arrival: float) -> None:
         """A sequence's first token is out, `since_arrival` seconds after it arrived."""
@@ -281,7 +281,7 @@ _HELP = {
     "spec_decode_num_accepted_tokens": "Draft tokens that held.",
     "spec_decode_num_accepted_tokens_per_pos": "Draft tokens that held, by their place in the draft, the first at 0.",
     "spec_decode_saved_steps": "Tokens beyond the first that a step brought a sequence.",
-    "spec_decode_guesses_a_row": "Guesses a sequence in the last step that could have had any.",
+    "spec_decode_guesses_a_row": "Draft tokens a sequence in the last step that could have had any.",
     "time_to_first_token_seconds": "Of each request with a first token: from its arrival to that.",
     "inter_token_latency_seconds": "From one step that brought a request tokens to the next that does, however many they bring.",
     "request_success": "Requests that ended, by reason.",

@@ -15,7 +15,7 @@ from pagegraph.runtime.scheduler.sequence import Sequence
 
 log = logging.getLogger("pagegraph.engine")
 
-REPORT_S = 60.0  # between two lines about guesses
+REPORT_S = 60.0  # between two lines about draft tokens
 
 
 class Recorder:
@@ -26,7 +26,11 @@ class Recorder:
         self.scheduler = scheduler
         self.steps = steps
         self._tokens = 0  # counted so far
-        self._reported = (0.0, 0, 0)  # when the last line about guesses was written, guesses and accepted ones then
+        self._reported = (
+            0.0,
+            0,
+            0,
+        )  # when the last line about draft tokens was written, draft tokens and accepted ones then
         metrics.refresh = self.publish
 
     def ended(self, sequence: Sequence, now: float) -> None:
@@ -68,16 +72,16 @@ class Recorder:
         self.metrics.observe_step(tokens - self._tokens)
         self._tokens = tokens
         if arrived.verdict is not None:
-            self._report_guesses(now)
+            self._report_acceptance(now)
 
-    def _report_guesses(self, now: float) -> None:
-        counters, (then, guesses, accepted) = self.scheduler.counters, self._reported
+    def _report_acceptance(self, now: float) -> None:
+        counters, (then, draft_tokens, accepted) = self.scheduler.counters, self._reported
         if now - then < REPORT_S:
             return
-        self._reported = now, counters.guesses, counters.accepted
-        if new := counters.guesses - guesses:
+        self._reported = now, counters.draft_tokens, counters.accepted
+        if new := counters.draft_tokens - draft_tokens:
             held = counters.accepted - accepted
-            log.info("speculation: %d of %d guessed tokens held (%.0f %%)", held, new, 100 * held / new)
+            log.info("speculation: %d of %d draft tokens held (%.0f %%)", held, new, 100 * held / new)
 
     def publish(self) -> None:
         """What is read off the scheduler and the step when somebody asks."""
@@ -95,10 +99,10 @@ class Recorder:
         )
         self.metrics.set_speculation(
             drafts=counters.drafts,
-            guesses=counters.guesses,
+            draft_tokens=counters.draft_tokens,
             accepted=counters.accepted,
             accepted_at=counters.accepted_at,
             saved_steps=counters.saved_steps,
-            guesses_a_row=counters.guesses_a_row,
+            mean_draft_tokens=counters.mean_draft_tokens,
         )
         self.metrics.set_launched(steps=steps.steps, graphed=steps.graphed, tokens=steps.tokens, padding=steps.padding)

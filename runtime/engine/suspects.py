@@ -11,7 +11,7 @@ from __future__ import annotations
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence, State
 
-TRIAL_STEPS = 3  # that bring tokens: the prompt's last, a decode, and one that may verify guesses
+TRIAL_STEPS = 3  # that bring tokens: the prompt's last, a decode, and one that may verify draft tokens
 PEACE = 100  # steps after which a failure has nothing to do with the one before
 
 

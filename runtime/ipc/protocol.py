@@ -102,7 +102,7 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
     cached_tokens: int = 0  # prompt tokens served from the prefix cache; told with the first and the last token
     logprobs: list[TokenLogprob] | None = None
     accepted: int = (
-        0  # guessed tokens of the sequence so far that became its own; told with every step that had guesses
+        0  # draft tokens of the sequence so far that became its own; told with every step that had draft tokens
     )
     rejected: int = 0  # and those that did not
 

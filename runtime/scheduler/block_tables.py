@@ -1,7 +1,7 @@
 """Pages of sequences: found by content for those that start, taken as they grow, published once full, released.
 
 A page is published when it is full of known tokens whose keys and values are computed or under way: a later step, or a later
-sequence of the same one, reads it after it is written. Guesses are not published. Keeps each sequence's hashes, and how
+sequence of the same one, reads it after it is written. Draft tokens are not published. Keeps each sequence's hashes, and how
 many of its pages were published. Knows no order among sequences: who gives way where pages are short, others decide.
 """
 

@@ -1,7 +1,7 @@
 """What a step brought: its samples appended to their rows, and which sequences end by them, and why.
 
 Plans are taken in the order they were scheduled. Length is looked at before stop ids: a stop id that is also the last token
-allowed ends the sequence with "length". A sample past an end is dropped here, and guesses that did not hold are taken back.
+allowed ends the sequence with "length". A sample past an end is dropped here, and draft tokens that did not hold are taken back.
 Knows no pages and no queue: a sequence that ends is still in its row afterwards.
 """
 
@@ -32,18 +32,18 @@ class Arrived:
     deltas: dict[int, TokenDelta]  # by index, for those with more to tell than the token
     ended: list[Sequence]  # their `finish_reason` says why
     begun: list[Sequence]  # those whose first token it is
-    verdict: Verdict | None = None  # of the step's guesses
+    verdict: Verdict | None = None  # of the step's draft tokens
 
 
 def append(rows: Rows, running: Running, plan: Plan, output: StepOutput) -> Arrived:
-    """Append what the step sampled for those that are still in its rows. In the order of the plan, rows with guesses last.
+    """Append what the step sampled for those that are still in its rows. In the order of the plan, rows with draft tokens last.
 
     Nothing is changed before all that may go wrong is done.
     """
     at, ids, index = plan.rows, output.token_ids, None
     wanted = plan.sampled & (rows.stay[at] == plan.stays)
-    if plan.guessed is not None:
-        wanted &= plan.guessed.others
+    if plan.drafts is not None:
+        wanted &= plan.drafts.others
     if not wanted.all():
         index = np.flatnonzero(wanted)
         at, ids = at[index], ids[index]
@@ -65,12 +65,12 @@ def append(rows: Rows, running: Running, plan: Plan, output: StepOutput) -> Arri
         told.append(sequence)
         if first[i]:
             arrived.begun.append(sequence)
-    guessed = None if plan.guessed is None else _judge(rows, plan, output, arrived, told)
+    drafts = None if plan.drafts is None else _judge(rows, plan, output, arrived, told)
     # From here on nothing depends on what was asked for.
     rows.tokens[at, known - 1] = ids
     rows.known[at] = known
-    if guessed is not None:
-        _append_guessed(rows, guessed)
+    if drafts is not None:
+        _append_accepted(rows, drafts)
     for sequence, delta in zip(told, arrived.deltas.values(), strict=True):
         sequence.finish_reason, sequence.stop_reason = delta.finish_reason, delta.stop_reason
         sequence.accepted, sequence.rejected = (
@@ -83,11 +83,11 @@ def append(rows: Rows, running: Running, plan: Plan, output: StepOutput) -> Arri
 
 
 def _judge(rows: Rows, plan: Plan, output: StepOutput, arrived: Arrived, told: list[Sequence]) -> Verdict:
-    """What was sampled behind guesses that hold, up to an end, added to `arrived`."""
-    guessed = plan.guessed.among(rows.stay[plan.guessed.rows] == plan.stays[plan.guessed.first])
-    at, fed = guessed.rows, None if output.lookup is None else output.lookup.fed
+    """What was sampled behind draft tokens that hold, up to an end, added to `arrived`."""
+    drafts = plan.drafts.among(rows.stay[plan.drafts.rows] == plan.stays[plan.drafts.first])
+    at, fed = drafts.rows, None if output.lookup is None else output.lookup.fed
     known, max_len = rows.known[at], rows.max_len[at]
-    found = verdict(guessed, output.token_ids, guessed.fed(fed), known, max_len, rows.min_len[at], rows.stop_ids[at])
+    found = verdict(drafts, output.token_ids, drafts.fed(fed), known, max_len, rows.min_len[at], rows.stop_ids[at])
     begin = len(arrived.rows)
     arrived.rows = np.concatenate([arrived.rows, at])
     arrived.token_ids = np.concatenate([arrived.token_ids, found.tokens[np.arange(len(at)), found.lengths - 1]])
@@ -97,7 +97,7 @@ def _judge(rows: Rows, plan: Plan, output: StepOutput, arrived: Arrived, told: l
     full = known + found.lengths >= max_len
     for i, row in enumerate(at.tolist()):
         sequence, tokens = rows.sequences[row], found.tokens[i, : found.lengths[i]].tolist()
-        first, accepted = int(guessed.first[i]), int(found.accepted[i])
+        first, accepted = int(drafts.first[i]), int(found.accepted[i])
         logprobs = _logprobs(sequence, range(first, first + len(tokens)), tokens, output.logprobs)
         counts = sequence.accepted + accepted, sequence.rejected + int(found.counts[i]) - accepted
         arrived.deltas[begin + i] = _delta(sequence, tokens, full[i], found.stopped[i], logprobs, *counts)
@@ -105,8 +105,8 @@ def _judge(rows: Rows, plan: Plan, output: StepOutput, arrived: Arrived, told: l
     return found
 
 
-def _append_guessed(rows: Rows, found: Verdict) -> None:
-    """Append the tokens of the verdict; guesses that did not hold are taken back."""
+def _append_accepted(rows: Rows, found: Verdict) -> None:
+    """Append the tokens of the verdict; draft tokens that did not hold are taken back."""
     at, known = found.rows, rows.known[found.rows]
     places = np.arange(found.tokens.shape[1])
     inside = places < found.lengths[:, None]

@@ -22,12 +22,14 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of `prompt_tokens`
     generated_tokens: int = 0
-    drafts: int = 0  # times a row had guesses in a step
-    guesses: int = 0
+    drafts: int = 0  # times a row had draft tokens in a step
+    draft_tokens: int = 0
     accepted: int = 0
-    accepted_at: list[int] = field(default_factory=list)  # accepted guesses by their place in the row, the first at 0
+    accepted_at: list[int] = field(
+        default_factory=list
+    )  # accepted draft tokens by their place in the row, the first at 0
     saved_steps: int = 0  # tokens beyond the first of a sequence in one step
-    guesses_a_row: float = 0.0  # in the last step that could have had any
+    mean_draft_tokens: float = 0.0  # in the last step that could have had any
 
     def count(self, arrived: Arrived) -> None:
         """What a step brought."""
@@ -36,14 +38,14 @@ class Counters:
             self.prompt_tokens += sequence.num_prompt
             self.cached_tokens += sequence.cached_tokens
         if arrived.verdict is not None:
-            self._count_guesses(arrived.verdict)
+            self._count_drafts(arrived.verdict)
 
-    def _count_guesses(self, found: Verdict) -> None:
+    def _count_drafts(self, found: Verdict) -> None:
         saved = int(found.lengths.sum()) - len(found.lengths)
         self.generated_tokens += saved
         self.saved_steps += saved
         self.drafts += len(found.counts)
-        self.guesses += int(found.counts.sum())
+        self.draft_tokens += int(found.counts.sum())
         self.accepted += int(found.accepted.sum())
         most = int(found.accepted.max(initial=0))
         self.accepted_at += [0] * (most - len(self.accepted_at))

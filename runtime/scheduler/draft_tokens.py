@@ -1,9 +1,9 @@
-"""Guessed tokens in a step: what they are, the entries they become, and how many of them hold.
+"""Draft tokens in a step: what they are, the entries they become, and how many of them hold.
 
-Each guess is an entry of its own behind its row's last known token: the same row, one token, the next position. Keys
-and values of all entries are written before any attends, so an entry sees the guesses before it, and its sample is the
-one that a step of its own would have drawn: noise depends on (seed, position, token) alone. A guess holds exactly if
-it is what the entry before it sampled, so the tokens are those of a run without guesses. Pure arithmetic over arrays.
+Each draft token is an entry of its own behind its row's last known token: the same row, one token, the next position. Keys
+and values of all entries are written before any attends, so an entry sees the draft tokens before it, and its sample is the
+one that a step of its own would have drawn: noise depends on (seed, position, token) alone. A draft token holds exactly if
+it is what the entry before it sampled, so the tokens are those of a run without draft tokens. Pure arithmetic over arrays.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class Guesses:
+class DraftTokens:
     """Tokens that may follow: tokens[i, :counts[i]] in row rows[i], counts at least 1; int32 [R], [R], [R, K].
 
     tokens None: the device has made them, and knows them alone.
@@ -32,28 +32,28 @@ class Guesses:
 
 
 @dataclass(frozen=True, slots=True)
-class Guessed:
-    """The guesses of a plan: row rows[i] has the entries first[i] .. first[i] + counts[i]; int32 [R]."""
+class ScheduledDrafts:
+    """The draft tokens of a plan: row rows[i] has the entries first[i] .. first[i] + counts[i]; int32 [R]."""
 
     rows: np.ndarray
     counts: np.ndarray
     first: np.ndarray
-    others: np.ndarray  # bool [S]: entries of rows without guesses
-    tokens: np.ndarray | None  # int32 [R, K] as in `Guesses`
+    others: np.ndarray  # bool [S]: entries of rows without draft tokens
+    tokens: np.ndarray | None  # int32 [R, K] as in `DraftTokens`
 
-    def among(self, kept: np.ndarray) -> Guessed:
+    def among(self, kept: np.ndarray) -> ScheduledDrafts:
         """Of the rows where kept bool [R]."""
         tokens = self.tokens if self.tokens is None else self.tokens[kept]
         return replace(self, rows=self.rows[kept], counts=self.counts[kept], first=self.first[kept], tokens=tokens)
 
     def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each guess: its place in `rows`, its place in the row from 0 on, its entry in the plan; int [G]."""
+        """Of each draft token: its place in `rows`, its place in the row from 0 on, its entry in the plan; int [G]."""
         index = np.repeat(np.arange(len(self.rows)), self.counts)
         place = np.arange(len(index)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
         return index, place, self.first[index] + 1 + place
 
     def fed(self, fed: np.ndarray | None) -> np.ndarray:
-        """int32 [R, K], the guesses: those at hand, or of the device, which says what it fed each entry with, [S]."""
+        """int32 [R, K], the draft tokens: those at hand, or of the device, which says what it fed each entry with, [S]."""
         if self.tokens is not None:
             return self.tokens
         tokens = np.zeros((len(self.rows), int(self.counts.max(initial=0))), np.int32)
@@ -64,29 +64,31 @@ class Guessed:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of guesses, of R rows; arrays [R], int32 unless said."""
+    """What became of draft tokens, of R rows; arrays [R], int32 unless said."""
 
     rows: np.ndarray
-    counts: np.ndarray  # guesses
-    accepted: np.ndarray  # guesses that held, from the first on
+    counts: np.ndarray  # draft tokens
+    accepted: np.ndarray  # draft tokens that held, from the first on
     tokens: np.ndarray  # [R, K + 1], new tokens of the row, of which `lengths` count
     lengths: np.ndarray  # at least 1
     stopped: np.ndarray  # bool, whether the last of them is a stop id
 
 
-def entries(columns: tuple[np.ndarray, ...], guesses: Guesses) -> tuple[tuple[np.ndarray, ...], Guessed | None]:
-    """Plan columns (rows, stays, starts, counts, sampled) [N], guesses among the counts -> an entry a guess.
+def entries(
+    columns: tuple[np.ndarray, ...], draft_tokens: DraftTokens
+) -> tuple[tuple[np.ndarray, ...], ScheduledDrafts | None]:
+    """Plan columns (rows, stays, starts, counts, sampled) [N], draft tokens among the counts -> an entry a draft token.
 
-    `guesses` of rows that are not in the plan are left out; None: that is all of them.
+    `draft_tokens` of rows that are not in the plan are left out; None: that is all of them.
     """
     rows, stays, starts, counts, sampled = columns
-    index_of = np.full(max(rows.max(), guesses.rows.max()) + 1, -1)
-    index_of[guesses.rows] = np.arange(len(guesses.rows))
+    index_of = np.full(max(rows.max(), draft_tokens.rows.max()) + 1, -1)
+    index_of[draft_tokens.rows] = np.arange(len(draft_tokens.rows))
     of = index_of[rows]
-    guessing = of >= 0
-    if not guessing.any():
+    drafting = of >= 0
+    if not drafting.any():
         return columns, None
-    repeats = np.where(guessing, guesses.counts[of] + 1, 1)
+    repeats = np.where(drafting, draft_tokens.counts[of] + 1, 1)
     begin = np.cumsum(repeats) - repeats
     index = np.repeat(np.arange(len(rows)), repeats)
     within = np.arange(len(index)) - begin[index]
@@ -94,35 +96,35 @@ def entries(columns: tuple[np.ndarray, ...], guesses: Guesses) -> tuple[tuple[np
         rows[index],
         stays[index],
         (starts[index] + within).astype(np.int32),
-        np.where(guessing, 1, counts)[index].astype(np.int32),
+        np.where(drafting, 1, counts)[index].astype(np.int32),
         sampled[index],
     )
-    of = of[guessing]
-    tokens = guesses.tokens if guesses.tokens is None else guesses.tokens[of]
-    return split, Guessed(
-        rows[guessing], guesses.counts[of], begin[guessing].astype(np.int32), ~guessing[index], tokens
+    of = of[drafting]
+    tokens = draft_tokens.tokens if draft_tokens.tokens is None else draft_tokens.tokens[of]
+    return split, ScheduledDrafts(
+        rows[drafting], draft_tokens.counts[of], begin[drafting].astype(np.int32), ~drafting[index], tokens
     )
 
 
 def verdict(
-    guessed: Guessed,
+    drafts: ScheduledDrafts,
     sampled: np.ndarray,
-    guesses: np.ndarray,
+    draft_tokens: np.ndarray,
     known: np.ndarray,
     max_len: np.ndarray,
     min_len: np.ndarray,
     stop_ids: np.ndarray,
 ) -> Verdict:
-    """Compare `guesses` [R, K] with the ids `sampled` [S] by the plan's entries.
+    """Compare `draft_tokens` [R, K] with the ids `sampled` [S] by the plan's entries.
 
     known, max_len, min_len [R] and stop_ids [R, n] as in `runtime.scheduler.slots`, `known` before this step. Tokens end at
     max_len and at the first stop id past min_len that is not also the last token allowed.
     """
-    counts = guessed.counts
-    at = np.arange(guesses.shape[1] + 1)
+    counts = drafts.counts
+    at = np.arange(draft_tokens.shape[1] + 1)
     inside = at <= counts[:, None]
-    tokens = sampled[np.where(inside, guessed.first[:, None] + at, guessed.first[:, None])]
-    held = (tokens[:, :-1] == guesses) & inside[:, 1:]
+    tokens = sampled[np.where(inside, drafts.first[:, None] + at, drafts.first[:, None])]
+    held = (tokens[:, :-1] == draft_tokens) & inside[:, 1:]
     accepted = np.logical_and.accumulate(held, axis=1).sum(axis=1)
     lengths = np.minimum(accepted + 1, max_len - known)
     after = known[:, None] + at + 1
@@ -131,4 +133,4 @@ def verdict(
     stopped = stops.any(axis=1)
     lengths = np.where(stopped, stops.argmax(axis=1) + 1, lengths)
     accepted, lengths = np.minimum(accepted, lengths).astype(np.int32), lengths.astype(np.int32)
-    return Verdict(guessed.rows, counts, accepted, tokens.astype(np.int32), lengths, stopped)
+    return Verdict(drafts.rows, counts, accepted, tokens.astype(np.int32), lengths, stopped)

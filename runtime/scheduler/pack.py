@@ -29,7 +29,7 @@ class Packer:
     def pack(self, plan: Plan) -> StepInput:
         """A StepInput of the plan's T tokens and S sequences, in the plan's order.
 
-        A token sampled by a step that is still running is unknown to the host: its id is -1; a guess of the device's
+        A token sampled by a step that is still running is unknown to the host: its id is -1; a draft token of the device's
         own, j places behind, has -1 - j.
         """
         token_ids, query_start = self._tokens(plan)
@@ -38,8 +38,8 @@ class Packer:
             rows=plan.rows,
             query_start=query_start,
             starts=plan.starts,
-            # Which of a row's guesses hold decides what is handed over: not the draw of one entry.
-            sampled=plan.sampled if plan.guessed is None else plan.sampled & plan.guessed.others,
+            # Which of a row's draft tokens hold decides what is handed over: not the draw of one entry.
+            sampled=plan.sampled if plan.drafts is None else plan.sampled & plan.drafts.others,
             pages=self.rows.take_new_pages(),
             sampling=self._sampling(plan),
             cached=_cached(plan),
@@ -48,7 +48,7 @@ class Packer:
     def _tokens(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32 [T], query_start int32 [S + 1])."""
         rows, at, starts = self.rows, plan.rows, plan.starts
-        if plan.guessed is None and (plan.counts == 1).all() and (starts >= rows.known[at]).all():
+        if plan.drafts is None and (plan.counts == 1).all() and (starts >= rows.known[at]).all():
             if len(self._decode[0]) != len(plan):
                 self._decode = np.full(len(plan), -1, np.int32), np.arange(len(plan) + 1, dtype=np.int32)
             return self._decode
@@ -58,9 +58,9 @@ class Packer:
         owners = at[index]
         positions = np.arange(query_start[-1], dtype=np.int32) + (starts - query_start[:-1])[index]
         ids = np.where(positions < rows.known[owners], rows.tokens[owners, positions], np.int32(-1))
-        if (guessed := plan.guessed) is not None:
-            row, place, entry = guessed.entries()
-            ids[query_start[entry]] = -2 - place if guessed.tokens is None else guessed.tokens[row, place]
+        if (drafts := plan.drafts) is not None:
+            row, place, entry = drafts.entries()
+            ids[query_start[entry]] = -2 - place if drafts.tokens is None else drafts.tokens[row, place]
         return ids, query_start
 
     def _sampling(self, plan: Plan) -> SamplingInput:

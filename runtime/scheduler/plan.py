@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pagegraph.runtime.scheduler.draft_tokens import Guessed
+from pagegraph.runtime.scheduler.draft_tokens import ScheduledDrafts
 from pagegraph.runtime.scheduler.sequence import Sequence
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # the first five of a plan
@@ -19,7 +19,7 @@ Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # t
 class Plan:
     """One step: tokens [starts[i], starts[i] + counts[i]) of the sequence in row rows[i]; arrays [S], int32 unless said.
 
-    A row with guesses has an entry for each of them (`runtime.scheduler.draft_tokens`); any other row has one.
+    A row with draft tokens has an entry for each of them (`runtime.scheduler.draft_tokens`); any other row has one.
     """
 
     rows: np.ndarray
@@ -28,7 +28,7 @@ class Plan:
     counts: np.ndarray
     sampled: np.ndarray  # bool, whether the last of the tokens yields a new one
     started: list[Sequence]  # those that entered their row for this step; its last entries
-    guessed: Guessed | None = None
+    drafts: ScheduledDrafts | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -38,12 +38,12 @@ class Plan:
         return int(self.counts.sum())
 
 
-def joined(parts: list[Columns], started: list[Sequence], guessed: Guessed | None) -> Plan:
-    """One plan of its parts, guesses in the first alone."""
+def joined(parts: list[Columns], started: list[Sequence], drafts: ScheduledDrafts | None) -> Plan:
+    """One plan of its parts, draft tokens in the first alone."""
     if len(parts) == 1:
-        return Plan(*parts[0], started, guessed)
+        return Plan(*parts[0], started, drafts)
     columns = [np.concatenate(column) for column in zip(*parts)]
-    if guessed is not None:
-        more = np.ones(len(columns[0]) - len(guessed.others), bool)
-        guessed = replace(guessed, others=np.concatenate([guessed.others, more]))
-    return Plan(*columns, started, guessed)
+    if drafts is not None:
+        more = np.ones(len(columns[0]) - len(drafts.others), bool)
+        drafts = replace(drafts, others=np.concatenate([drafts.others, more]))
+    return Plan(*columns, started, drafts)

@@ -20,7 +20,7 @@ from pagegraph.runtime.scheduler.block_pool import BlockPool, require
 from pagegraph.runtime.scheduler.block_tables import Pages
 from pagegraph.runtime.scheduler.commit import Arrived, append
 from pagegraph.runtime.scheduler.counters import Counters
-from pagegraph.runtime.scheduler.draft_tokens import Guesses, entries
+from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, entries
 from pagegraph.runtime.scheduler.plan import Columns, Plan, joined
 from pagegraph.runtime.scheduler.prompt_room import PromptRoom
 from pagegraph.runtime.scheduler.running import Running
@@ -50,7 +50,7 @@ class Scheduler:
         pace: Pace | None = None,
         max_entries: int | None = None,
     ) -> None:
-        """`max_entries`: sequences and guesses in one step; None: `max_num_seqs`."""
+        """`max_entries`: sequences and draft tokens in one step; None: `max_num_seqs`."""
         _check_sizes(pool, max_num_seqs, max_num_batched_tokens, max_model_len, enable_chunked_prefill)
         self.max_num_seqs = max_num_seqs
         self.max_entries = max_entries or max_num_seqs
@@ -110,8 +110,8 @@ class Scheduler:
             self._finish(sequence)
         return sequence
 
-    def room_for_guesses(self, most: int, lag: int | None = 0) -> tuple[np.ndarray, np.ndarray, int]:
-        """(rows that may be given guesses, at most how many each, how many in all), with pages taken for them.
+    def room_for_drafts(self, most: int, lag: int | None = 0) -> tuple[np.ndarray, np.ndarray, int]:
+        """(rows that may be given draft tokens, at most how many each, how many in all), with pages taken for them.
 
         They generate, ask for no penalties, whose counts know confirmed tokens only, are past min_tokens, which the host
         looks after, and all but `lag` of their tokens are on the host: with 0 they can be given to the next `schedule`; with
@@ -137,15 +137,15 @@ class Scheduler:
             rows, limits = rows[limits > 0], limits[limits > 0]
         return rows, limits, budget
 
-    def schedule(self, now: float, guesses: Guesses | None = None) -> Plan | None:
+    def schedule(self, now: float, draft_tokens: DraftTokens | None = None) -> Plan | None:
         """The next step, or None if no sequence can take one. `now` is kept for policies that need it.
 
-        `guesses` within what `room_for_guesses` has just said are verified in it. Until it is committed their rows count as
+        `draft_tokens` within what `room_for_drafts` has just said are verified in it. Until it is committed their rows count as
         if all of them held.
         """
         self._vacate_drained()
         preemptions = self.counters.preemptions
-        columns, room = self._continue(guesses)
+        columns, room = self._continue(draft_tokens)
         parts = [columns] if len(columns[0]) else []
         started: list[Sequence] = []
         if self._waiting and self.counters.preemptions == preemptions:
@@ -153,10 +153,10 @@ class Scheduler:
             self._starting = None
         if room.long >= 0:
             self._fill_up(parts, room)
-        guessed = None
-        if guesses is not None and len(columns[0]):
-            parts[0], guessed = entries(columns, guesses)
-        return joined(parts, started, guessed) if parts else None
+        drafts = None
+        if draft_tokens is not None and len(columns[0]):
+            parts[0], drafts = entries(columns, draft_tokens)
+        return joined(parts, started, drafts) if parts else None
 
     def commit(self, plan: Plan, output: StepOutput) -> Arrived:
         """Append what a step sampled; plans come in the order they were scheduled.
@@ -233,14 +233,14 @@ class Scheduler:
             require(sequence.num_prompt <= r.known[row] <= r.total[row], "tokens are lost")
             require(r.computed[row] <= r.total[row] <= sequence.max_len, "a sequence runs past its end")
 
-    def _continue(self, guesses: Guesses | None) -> tuple[Columns, PromptRoom]:
-        """What the running sequences get, guesses too, and the prompt tokens left for others."""
-        if guesses is None and (plain := self._continue_all()) is not None:
+    def _continue(self, draft_tokens: DraftTokens | None) -> tuple[Columns, PromptRoom]:
+        """What the running sequences get, draft tokens too, and the prompt tokens left for others."""
+        if draft_tokens is None and (plain := self._continue_all()) is not None:
             return plain, self._room(len(plain[0]))
-        num_guesses = None if guesses is None else guesses.of_rows(self.max_num_seqs)
-        rows, counts, room = self._wanted(num_guesses)
+        num_draft_tokens = None if draft_tokens is None else draft_tokens.of_rows(self.max_num_seqs)
+        rows, counts, room = self._wanted(num_draft_tokens)
         rows, counts = self._grow(rows, counts)
-        return self._advance(rows, counts, num_guesses), room
+        return self._advance(rows, counts, num_draft_tokens), room
 
     def _continue_all(self) -> Columns | None:
         """The commonest step, a token of every running sequence, all with room for it; else None.
@@ -258,26 +258,26 @@ class Scheduler:
         r.total[rows] = ends + 1
         return rows, fixed.stays, starts, self._running.ones, self._running.trues
 
-    def _wanted(self, num_guesses: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, PromptRoom]:
-        """Rows of the running and how many tokens each may compute, guesses too, and the prompt tokens left for others.
+    def _wanted(self, num_draft_tokens: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, PromptRoom]:
+        """Rows of the running and how many tokens each may compute, draft tokens too, and the prompt tokens left for others.
 
-        num_guesses: int32, by row.
+        num_draft_tokens: int32, by row.
         """
         r, fixed = self.rows, self._running.fixed()
         rows = fixed.rows
-        # Whatever is in flight turns out to be, more may be sampled; where guesses in flight may end it, they are waited for.
+        # Whatever is in flight turns out to be, more may be sampled; where draft tokens in flight may end it, they are waited for.
         growing = r.total[rows] < fixed.max_len
         if not growing.all():
             rows = rows[growing]
         counts = r.total[rows] - r.computed[rows]
         prefills = np.flatnonzero(counts > 1)
-        room = self._room(len(rows) - len(prefills) + (0 if num_guesses is None else int(num_guesses.sum())))
+        room = self._room(len(rows) - len(prefills) + (0 if num_draft_tokens is None else int(num_draft_tokens.sum())))
         for i in prefills.tolist():
             wanted = int(counts[i])
             counts[i] = tokens = room.offer(wanted)
             room.take(int(rows[i]), wanted, tokens)
-        if num_guesses is not None:
-            counts += num_guesses[rows]
+        if num_draft_tokens is not None:
+            counts += num_draft_tokens[rows]
         return (rows[counts > 0], counts[counts > 0], room) if counts.min(initial=1) < 1 else (rows, counts, room)
 
     def _room(self, decodes: int) -> PromptRoom:
@@ -308,15 +308,15 @@ class Scheduler:
             self.preempt(victim)
         return rows, counts
 
-    def _advance(self, rows: np.ndarray, counts: np.ndarray, num_guesses: np.ndarray | None = None) -> Columns:
+    def _advance(self, rows: np.ndarray, counts: np.ndarray, num_draft_tokens: np.ndarray | None = None) -> Columns:
         """Count the tokens as computed -> the columns of a plan."""
         r = self.rows
         starts = r.computed[rows]
         ends = starts + counts
         r.computed[rows] = ends
-        guesses = 0 if num_guesses is None else num_guesses[rows]
-        sampled = ends == r.total[rows] + guesses
-        r.total[rows] += np.where(sampled, guesses + 1, 0)
+        draft_tokens = 0 if num_draft_tokens is None else num_draft_tokens[rows]
+        sampled = ends == r.total[rows] + draft_tokens
+        r.total[rows] += np.where(sampled, draft_tokens + 1, 0)
         for row in rows[starts < r.num_prompt[rows]].tolist():
             self.pages.publish(r.sequences[row])
         return rows, r.stay[rows], starts, counts, sampled

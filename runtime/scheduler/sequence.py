@@ -53,8 +53,8 @@ class Sequence:
     stop_reason: int = -1
     cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
     num_preemptions: int = 0
-    accepted: int = 0  # guessed tokens that became its own
-    rejected: int = 0  # guessed tokens that did not
+    accepted: int = 0  # draft tokens that became its own
+    rejected: int = 0  # draft tokens that did not
     launched_at: float = float("nan")  # seconds of the engine's clock: of its first step
     first_token_at: float = float("nan")
     last_token_at: float = float("nan")  # seconds of the engine's clock; out of date while in a row

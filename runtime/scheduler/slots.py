@@ -34,7 +34,7 @@ class Rows:
 
     Half-open ranges: tokens[r, :computed[r]] have their KV in pages or in a launched step; tokens[r, :known[r]]
     are on the host; at most total[r] - known[r] samples are scheduled and still to come. Both computed and total count
-    guesses in flight as if they held, and are taken back where they did not.
+    draft tokens in flight as if they held, and are taken back where they did not.
     """
 
     def __init__(self, num_rows: int, max_model_len: int, block_size: int) -> None:

@@ -1,8 +1,8 @@
-"""When to guess, and how much, where each step looks up the guesses for the next: prompt lookup on the device.
+"""When to draft, and how much, where each step looks up the draft tokens for the next: prompt lookup on the device.
 
 A step that verifies is launched before the one before it is done: where its rows stand, and with what, the device knows
-(`kernels.spec_decode.ngram`). The host says how many guesses a row gets, from what it knows by then, a step late: how long a match the
-row's guesses rested on, and how often guesses on such a match have held. Knows no device and no text.
+(`kernels.spec_decode.ngram`). The host says how many draft tokens a row gets, from what it knows by then, a step late: how long a match the
+row's draft tokens rested on, and how often draft tokens on such a match have held. Knows no device and no text.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import numpy as np
 
 from pagegraph.compiler.step.inputs import LookedUp
 from pagegraph.runtime.scheduler.commit import Arrived
-from pagegraph.runtime.scheduler.draft_tokens import Guesses
+from pagegraph.runtime.scheduler.draft_tokens import DraftTokens
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.spec_decode.host import START, STAY, could_pay, within
 from pagegraph.runtime.spec_decode.num_draft_tokens import Acceptance, StepCosts, choose
 
-KEPT = 4  # steps for which numbers of guesses are kept while the same rows may have them
-LOOKED_AT = 8  # of so many steps without guesses one is looked at, for what steps cost and what guesses would have held
+KEPT = 4  # steps for which numbers of draft tokens are kept while the same rows may have them
+LOOKED_AT = 8  # of so many steps without draft tokens one is looked at, for what steps cost and what draft tokens would have held
 
 
 class DeviceLookup:
-    """At most `most` guesses a row for every step; with `costs`, as many of them as pay. See `runtime.spec_decode.host.Guesser`."""
+    """At most `most` draft tokens a row for every step; with `costs`, as many of them as pay. See `runtime.spec_decode.host.Drafter`."""
 
     def __init__(self, scheduler: Scheduler, most: int, costs: StepCosts | None = None) -> None:
         self.scheduler = scheduler
@@ -30,21 +30,23 @@ class DeviceLookup:
         self.costs = costs
         self.acceptance = Acceptance(scheduler.max_num_seqs)
         self._stays = np.zeros(scheduler.max_num_seqs, np.int64)  # of the sequence that the next is of
-        self._matched = np.zeros(scheduler.max_num_seqs, np.int32)  # what the row's next guesses rest on, 0: on nothing
-        self._chosen: tuple[np.ndarray, np.ndarray] | None = None  # rows, and numbers of guesses that pay
+        self._matched = np.zeros(
+            scheduler.max_num_seqs, np.int32
+        )  # what the row's next draft tokens rest on, 0: on nothing
+        self._chosen: tuple[np.ndarray, np.ndarray] | None = None  # rows, and numbers of draft tokens that pay
         self._steps = 0
 
     def wants_results(self, running: Plan) -> bool:
         """Never: the device has what it needs."""
         return False
 
-    def guesses(self, ahead: bool) -> Guesses | None:
+    def propose(self, ahead: bool) -> DraftTokens | None:
         """For rows whose last text that the host has heard of was a repetition."""
         counters, scheduler = self.scheduler.counters, self.scheduler
-        guessing, counters.guesses_a_row = counters.guesses_a_row > 0, 0.0
+        drafting, counters.mean_draft_tokens = counters.mean_draft_tokens > 0, 0.0
         if not self._matched.any():
             return None
-        rows, limits, budget = scheduler.room_for_guesses(self.most, lag=None)
+        rows, limits, budget = scheduler.room_for_drafts(self.most, lag=None)
         matching = (self._matched[rows] > 0) & (self._stays[rows] == scheduler.rows.stay[rows])
         rows, limits = rows[matching], limits[matching]
         if not len(rows) or not budget:
@@ -52,29 +54,29 @@ class DeviceLookup:
         if self.costs is None:
             counts = within(limits, budget)
         else:
-            counts = self._paying(rows, limits, budget, guessing)
+            counts = self._paying(rows, limits, budget, drafting)
         some = counts > 0
         if not some.any():
             return None
-        counters.guesses_a_row = float(counts[some].mean())
-        return Guesses(rows[some], counts[some], None)
+        counters.mean_draft_tokens = float(counts[some].mean())
+        return DraftTokens(rows[some], counts[some], None)
 
     def learn(self, plan: Plan, arrived: Arrived, lookup: LookedUp | None, step_ms: float, overhead_ms: float) -> None:
-        """See `runtime.spec_decode.host.Guesser`."""
+        """See `runtime.spec_decode.host.Drafter`."""
         self._steps += 1
-        looked_at = plan.guessed is not None or self._steps % LOOKED_AT == 0
+        looked_at = plan.drafts is not None or self._steps % LOOKED_AT == 0
         if self.costs is not None and looked_at and plan.num_tokens == len(plan):
             self.costs.observe(len(plan), step_ms)
-        if plan.guessed is None and not lookup.matched.any() and not self._matched.any():
+        if plan.drafts is None and not lookup.matched.any() and not self._matched.any():
             return  # nothing repeats: the usual step costs nothing more
         if (verdict := arrived.verdict) is not None and len(verdict.rows):
             at = verdict.rows
-            stays = plan.stays[plan.guessed.first[np.isin(plan.guessed.rows, at)]]
+            stays = plan.stays[plan.drafts.first[np.isin(plan.drafts.rows, at)]]
             self.acceptance.learn(at, stays, self._matched[at], verdict.counts, verdict.accepted)
         elif looked_at and self.costs is not None and lookup.hits is not None:
             self._learn_unverified(plan, lookup.hits)
         at, stays, matched = plan.rows, plan.stays, lookup.matched
-        if plan.guessed is not None:
+        if plan.drafts is not None:
             first = np.append(True, at[1:] != at[:-1])
             at, stays, matched = at[first], stays[first], matched[first]
         self._stays[at], self._matched[at] = stays, matched
@@ -82,7 +84,7 @@ class DeviceLookup:
             self._matched[at[self.scheduler.rows.stay[at] != stays]] = 0
 
     def _learn_unverified(self, plan: Plan, hits: np.ndarray) -> None:
-        """Of rows that were not given their guesses: whether the first would have held."""
+        """Of rows that were not given their draft tokens: whether the first would have held."""
         asked = plan.sampled & (self._matched[plan.rows] > 0) & (self._stays[plan.rows] == plan.stays)
         if self.scheduler.num_running < self.scheduler.max_entries and asked.any():
             rows = plan.rows[asked]
@@ -90,15 +92,15 @@ class DeviceLookup:
                 rows, plan.stays[asked], self._matched[rows], np.ones(len(rows), np.int32), hits[asked]
             )
 
-    def _paying(self, rows: np.ndarray, limits: np.ndarray, budget: int, guessing: bool) -> np.ndarray:
-        """Numbers of guesses: those of the last step while they may stand, else what pays now."""
-        kept = self._chosen if guessing and self._steps % KEPT else None
+    def _paying(self, rows: np.ndarray, limits: np.ndarray, budget: int, drafting: bool) -> np.ndarray:
+        """Numbers of draft tokens: those of the last step while they may stand, else what pays now."""
+        kept = self._chosen if drafting and self._steps % KEPT else None
         if kept is not None and np.array_equal(kept[0], rows) and kept[1].sum() <= budget:
             return np.minimum(kept[1], limits)
         base = self.scheduler.num_running
         counts = np.zeros(len(rows), np.int32)
         if could_pay(base, budget, self.costs):
             chances = self.acceptance.chances(rows, self.scheduler.rows.stay[rows], self._matched[rows], self.most)
-            counts = choose(chances, limits, base, budget, self.costs, 0.0, STAY if guessing else START).counts
+            counts = choose(chances, limits, base, budget, self.costs, 0.0, STAY if drafting else START).counts
         self._chosen = rows, counts
         return counts

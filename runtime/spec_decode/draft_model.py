@@ -1,9 +1,9 @@
-"""A smaller model that guesses: the same steps over the same pages, with keys and values of its own.
+"""A draft model: the same steps over the same pages, with keys and values of its own.
 
 It draws with the request's temperature and filters and with the noise that the target will draw with at that position:
 both take the largest of their logits plus the same noise, so they agree nearly as often as two draws can (Gumbel-max
-coupling), and what the target draws is not changed at all. Keys and values of guesses that did not hold, and of tokens
-that it has not seen yet, are computed before the next guess. All guesses are one launch, a chain of steps, or two where a
+coupling), and what the target draws is not changed at all. Keys and values of draft tokens that did not hold, and of tokens
+that it has not seen yet, are computed before the next draft token. All draft tokens are one launch, a chain of steps, or two where a
 row lacks more than its last token. Knows no acceptance and no scheduling.
 """
 
@@ -19,7 +19,7 @@ from pagegraph.runtime.scheduler.slots import Rows
 class DraftModel:
     """`step` shares its block tables with the target's; it takes `max_tokens` tokens, `max_entries` of them sampled.
 
-    `together`: rows that want fewer guesses go on with the others as far as their pages reach, because a launch costs more
+    `together`: rows that want fewer draft tokens go on with the others as far as their pages reach, because a launch costs more
     than a row.
     """
 
@@ -34,13 +34,13 @@ class DraftModel:
         num_rows = len(rows.stay)
         self._stay = np.zeros(num_rows, np.int64)
         self._computed = np.zeros(num_rows, np.int32)  # leading tokens of the row whose keys and values are right
-        self._guesses: dict[int, np.ndarray] = {}  # by row: guessed behind these, and computed too
+        self._drafted: dict[int, np.ndarray] = {}  # by row: drafted behind these, and computed too
         self._last = np.zeros(0, np.int64)  # of the entries of the last catching up, the sampled ones
 
     def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """counts[i] >= 1 tokens for row at[i], int32 [R] -> int32 [R, K]; every token of the rows is known.
 
-        The rows have pages for their guesses; there are at most `max_entries` of them.
+        The rows have pages for their draft tokens; there are at most `max_entries` of them.
         """
         self._settle(at)
         known, ends = self.rows.known[at], self._ends(at, counts)
@@ -57,8 +57,8 @@ class DraftModel:
         for places, which, ticket in tickets:
             sampled = ticket.wait().token_ids
             tokens[which, places] = (sampled if places.start else sampled[self._last]).reshape(len(which), -1)
-        for row, guessed, end in zip(at.tolist(), tokens, ends.tolist()):
-            self._guesses[row] = guessed[: end - 1]
+        for row, drafted, end in zip(at.tolist(), tokens, ends.tolist()):
+            self._drafted[row] = drafted[: end - 1]
         return tokens
 
     def _ends(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -78,17 +78,17 @@ class DraftModel:
         )  # fmt: skip
 
     def _settle(self, at: np.ndarray) -> None:
-        """Keep what was computed for guesses that held."""
+        """Keep what was computed for draft tokens that held."""
         rows = self.rows
         new = at[self._stay[at] != rows.stay[at]]
         self._stay[at], self._computed[new] = rows.stay[at], 0
         for row in new.tolist():
-            self._guesses.pop(row, None)
+            self._drafted.pop(row, None)
         for row in at.tolist():
-            if (guessed := self._guesses.pop(row, None)) is not None:
+            if (drafted := self._drafted.pop(row, None)) is not None:
                 computed = int(self._computed[row])
-                came = rows.tokens[row, computed : min(int(rows.known[row]), computed + len(guessed))]
-                differs = np.flatnonzero(came != guessed[: len(came)])
+                came = rows.tokens[row, computed : min(int(rows.known[row]), computed + len(drafted))]
+                differs = np.flatnonzero(came != drafted[: len(came)])
                 self._computed[row] = computed + (differs[0] if len(differs) else len(came))
         # The last token is computed again where need be: its logits are wanted.
         self._computed[at] = np.minimum(self._computed[at], rows.known[at] - 1)
@@ -105,7 +105,7 @@ class DraftModel:
         return self._chunk(at, missing, sampled=True)
 
     def _chunk(self, at: np.ndarray, counts: np.ndarray, sampled: bool) -> StepInput:
-        """The next counts[i] tokens of the rows; a few as entries of one token, which steps of guesses are made of too."""
+        """The next counts[i] tokens of the rows; a few as entries of one token, which steps of draft tokens are made of too."""
         rows = self.rows
         total = int(counts.sum())
         if total <= self.max_entries:

@@ -1,8 +1,8 @@
-"""When to guess, and how much, where the host guesses: between the engine's loop, the scheduler and those who guess.
+"""When to draft, and how much, where the host proposes: between the engine's loop, the scheduler and those who propose.
 
-Such guesses need every token of their rows on the host, so the step before is committed before they are made; all other steps
-are planned ahead as ever. Where the number of guesses is left to the engine, what is looked up is compared with what comes
-while nothing is guessed: knowing whether guesses would hold takes no step. Knows no device.
+Such draft tokens need every token of their rows on the host, so the step before is committed before they are made; all other steps
+are planned ahead as ever. Where the number of draft tokens is left to the engine, what is looked up is compared with what comes
+while nothing is drafted: knowing whether draft tokens would hold takes no step. Knows no device.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import numpy as np
 
 from pagegraph.compiler.step.inputs import LookedUp
 from pagegraph.runtime.scheduler.commit import Arrived
-from pagegraph.runtime.scheduler.draft_tokens import Guesses
+from pagegraph.runtime.scheduler.draft_tokens import DraftTokens
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.spec_decode.num_draft_tokens import Acceptance, StepCosts, choose
 from pagegraph.runtime.spec_decode.proposer import Proposal, Retrieval, empty_proposal
 
-SHADOW = 3  # guesses a row that are compared with what comes without being verified
-LOOKING = 0.01  # share of time that looking for guesses may take while nothing is guessed
-PROBING = 0.005  # share of time for guesses of a model that are not expected to pay: they may by now
-MADE = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15)  # guesses a row that the model may be asked for
-START, STAY = 0.05, 0.0  # gain in tokens a millisecond from which guessing starts, and down to which it goes on
+SHADOW = 3  # draft tokens a row that are compared with what comes without being verified
+LOOKING = 0.01  # share of time that looking for draft tokens may take while nothing is drafted
+PROBING = 0.005  # share of time for draft tokens of a model that are not expected to pay: they may by now
+MADE = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15)  # draft tokens a row that the model may be asked for
+START, STAY = 0.05, 0.0  # gain in tokens a millisecond from which drafting starts, and down to which it goes on
 RATE = 0.1  # weight of a step in the averages here
 
 
 @dataclass(slots=True)
 class Shadow:
-    """Guesses that are not verified: for position `at` of the sequence of that stay."""
+    """Draft tokens that are not verified: for position `at` of the sequence of that stay."""
 
     stay: int
     at: int
@@ -40,14 +40,14 @@ class Shadow:
     tokens: np.ndarray
 
 
-class Guesser(Protocol):
+class Drafter(Protocol):
     """What the engine asks before each step, and tells after it: `Speculation`, and `runtime.spec_decode.device_ngram.DeviceLookup`."""
 
     def wants_results(self, running: Plan) -> bool:
         """Whether the results of the step in flight are wanted before the next is planned."""
         ...
 
-    def guesses(self, ahead: bool) -> Guesses | None:
+    def propose(self, ahead: bool) -> DraftTokens | None:
         """For the next step; `ahead`: one is in flight."""
         ...
 
@@ -57,7 +57,7 @@ class Guesser(Protocol):
 
 
 class Model(Protocol):
-    """Guesses by computing: `runtime.spec_decode.draft_model.DraftModel`."""
+    """Draft tokens by computing: `runtime.spec_decode.draft_model.DraftModel`."""
 
     def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """counts[i] tokens for row at[i]: int32 [R, K]."""
@@ -66,7 +66,7 @@ class Model(Protocol):
 
 @dataclass(slots=True)
 class Offer:
-    """What could be guessed: the first limits[i] of proposal i, or as many by the model where it is not `retrieved`."""
+    """What could be drafted: the first limits[i] of proposal i, or as many by the model where it is not `retrieved`."""
 
     rows: np.ndarray
     limits: np.ndarray
@@ -76,9 +76,9 @@ class Offer:
 
 
 class Speculation:
-    """Guesses `most` tokens a row for every step; with `costs`, as many of them as pay.
+    """Drafts `most` tokens a row for every step; with `costs`, as many of them as pay.
 
-    Where both look-up and model could guess, the one does that has been right more often on such a match.
+    Where both look-up and model could draft token, the one does that has been right more often on such a match.
     """
 
     def __init__(
@@ -99,37 +99,37 @@ class Speculation:
         self.model = model
         self.clock = clock
         self.acceptance = Acceptance(scheduler.max_num_seqs)
-        self._matched = np.zeros(scheduler.max_num_seqs, np.int32)  # of the guesses in flight
+        self._matched = np.zeros(scheduler.max_num_seqs, np.int32)  # of the draft tokens in flight
         self._shadows: dict[int, Shadow] = {}  # by row
-        self._overhead_ms = 0.5  # from a step's results to the launch of one with guesses, less the model's time
-        self._model_ms = model_ms  # of a guess
-        self._spent_ms = 0.0  # by the model for the guesses in flight
+        self._overhead_ms = 0.5  # from a step's results to the launch of one with draft tokens, less the model's time
+        self._model_ms = model_ms  # of a draft token
+        self._spent_ms = 0.0  # by the model for the draft tokens in flight
         self._look_ms = 0.1
         self._looks_ms = 0.0  # allowed for looking
-        self._probes_ms = 0.0  # and for guesses of the model that are not expected to pay
+        self._probes_ms = 0.0  # and for draft tokens of the model that are not expected to pay
         self._probing = False
 
     def wants_results(self, running: Plan) -> bool:
-        """See `Guesser`."""
-        if running.guessed is not None or self.costs is None:
+        """See `Drafter`."""
+        if running.drafts is not None or self.costs is None:
             return True
-        return self._would_guess()
+        return self._would_draft()
 
-    def guesses(self, ahead: bool) -> Guesses | None:
-        """See `Guesser`; none while a step is in flight."""
+    def propose(self, ahead: bool) -> DraftTokens | None:
+        """See `Drafter`; none while a step is in flight."""
         if ahead:
             return None
         counters = self.scheduler.counters
-        guessing, counters.guesses_a_row, self._spent_ms = counters.guesses_a_row > 0, 0.0, 0.0
+        drafting, counters.mean_draft_tokens, self._spent_ms = counters.mean_draft_tokens > 0, 0.0, 0.0
         probing, self._probing = self._probing, False
-        rows, limits, budget = self.scheduler.room_for_guesses(self.most)
+        rows, limits, budget = self.scheduler.room_for_drafts(self.most)
         if not len(rows) or not budget:
             return None
         offer = self._offer(rows, limits, 0)
         if probing:
             counts = within(np.minimum(np.where(offer.retrieved, 0, offer.limits), 1), budget)
         elif self.costs is not None:
-            counts = self._paying(offer, budget, STAY if guessing else START)
+            counts = self._paying(offer, budget, STAY if drafting else START)
         else:
             counts = within(offer.limits, budget)
         some = np.flatnonzero(counts)
@@ -137,17 +137,17 @@ class Speculation:
             return None
         tokens = self._tokens(offer, counts)
         self._matched[rows[some]] = np.where(offer.retrieved, offer.proposal.matched, 0)[some]
-        counters.guesses_a_row = float(counts[some].mean())
-        return Guesses(rows[some], counts[some], tokens[some])
+        counters.mean_draft_tokens = float(counts[some].mean())
+        return DraftTokens(rows[some], counts[some], tokens[some])
 
     def learn(self, plan: Plan, arrived: Arrived, lookup: LookedUp | None, step_ms: float, overhead_ms: float) -> None:
-        """See `Guesser`."""
+        """See `Drafter`."""
         if self.retrieval is not None:
             for sequence in arrived.ended:
                 if not sequence.cache_salt:  # a salted one's tokens must not show in how fast others run
                     self.retrieval.ended(sequence.tokens[sequence.num_prompt :])
         if (verdict := arrived.verdict) is not None and len(verdict.rows):
-            stays = plan.stays[plan.guessed.first[np.isin(plan.guessed.rows, verdict.rows)]]
+            stays = plan.stays[plan.drafts.first[np.isin(plan.drafts.rows, verdict.rows)]]
             self.acceptance.learn(verdict.rows, stays, self._matched[verdict.rows], verdict.counts, verdict.accepted)
             overhead_ms = max(overhead_ms - self._spent_ms, 0.0)
             self._overhead_ms += RATE * (min(overhead_ms, 4 * self._overhead_ms) - self._overhead_ms)
@@ -159,7 +159,7 @@ class Speculation:
                 self._probes_ms += PROBING * step_ms
 
     def _offer(self, rows: np.ndarray, limits: np.ndarray, ahead: int) -> Offer:
-        """What could be guessed for the rows; a look-up's first `ahead` tokens are for those in flight, and left out."""
+        """What could be drafted for the rows; a look-up's first `ahead` tokens are for those in flight, and left out."""
         stays = self.scheduler.rows.stay[rows]
         if self.retrieval is None:
             proposal = empty_proposal(len(rows), int(limits.max()))
@@ -178,7 +178,7 @@ class Speculation:
         return Offer(rows, np.where(retrieved, available, np.maximum(limits - ahead, 0)), proposal, retrieved, chances)
 
     def _paying(self, offer: Offer, budget: int, margin: float) -> np.ndarray:
-        """How many of the guesses pay: the best over how many the model makes, which takes its time for each."""
+        """How many of the draft tokens pay: the best over how many the model makes, which takes its time for each."""
         base, best = self.scheduler.num_running, None
         for made in MADE if self.model is not None and not offer.retrieved.all() else (0,):
             if made > self.most:
@@ -202,12 +202,12 @@ class Speculation:
             self._probes_ms = max(min(self._probes_ms, 0.0), self._probes_ms - self._spent_ms)
         return tokens
 
-    def _would_guess(self) -> bool:
-        """Whether guesses would pay in the next step, seen from a token earlier; looks only as often as it may."""
+    def _would_draft(self) -> bool:
+        """Whether draft tokens would pay in the next step, seen from a token earlier; looks only as often as it may."""
         if self._looks_ms < self._look_ms:
             return False
         begin = self.clock()
-        rows, limits, budget = self.scheduler.room_for_guesses(self.most, lag=1)
+        rows, limits, budget = self.scheduler.room_for_drafts(self.most, lag=1)
         found = False
         if len(rows) and budget and could_pay(self.scheduler.num_running, budget, self.costs):
             offer = self._offer(rows, limits, 1)
@@ -221,7 +221,7 @@ class Speculation:
         return found
 
     def _may_probe(self, rows: int) -> bool:
-        """Whether enough was saved for a guess of the model in each row; it is spent then."""
+        """Whether enough was saved for a draft token of the model in each row; it is spent then."""
         base = self.scheduler.num_running
         price = self._model_ms + self._overhead_ms + float(self.costs.ms(base + rows) - self.costs.ms(base))
         if self._probes_ms < price:
@@ -232,7 +232,7 @@ class Speculation:
     def _compare(self, rows: np.ndarray, proposal: Proposal) -> None:
         """Learn from shadows that have been overtaken, and cast new ones."""
         r = self.scheduler.rows
-        learned: list[tuple[int, int, int, int, int]] = []  # row, stay, matched, guesses, held
+        learned: list[tuple[int, int, int, int, int]] = []  # row, stay, matched, draft tokens, held
         for i, row in enumerate(rows.tolist()):
             shadow, stay, known = self._shadows.get(row), int(r.stay[row]), int(r.known[row])
             if shadow is not None and shadow.stay == stay:
@@ -250,14 +250,14 @@ class Speculation:
 
 
 def could_pay(base: int, budget: int, costs: StepCosts) -> bool:
-    """Whether guesses beside `base` rows would pay if all held."""
+    """Whether draft tokens beside `base` rows would pay if all held."""
     entries = base + np.arange(budget + 1)
     rates = entries / costs.ms(entries)
     return bool(rates.max() > rates[0] * (1 + START))
 
 
 def within(counts: np.ndarray, budget: int) -> np.ndarray:
-    """int32 [R] -> as many as `budget` allows in all, first the first guess of each row, then the second."""
+    """int32 [R] -> as many as `budget` allows in all, first the first draft token of each row, then the second."""
     if counts.sum() <= budget:
         return counts
     level = np.minimum(counts[:, None], np.arange(1, counts.max() + 1)).sum(axis=0)

@@ -1,4 +1,4 @@
-"""How many guesses pay: what steps of so many entries take, how often guesses hold, and the best count of the two.
+"""How many draft tokens pay: what steps of so many entries take, how often draft tokens hold, and the best count of the two.
 
 Learned from the steps themselves. Knows no clock, no rows' contents and no device: numbers are handed in.
 """
@@ -13,11 +13,11 @@ import numpy as np
 OUTLIER = np.log(3.0)  # a step that took longer than three times its prediction (a compilation, a pause) counts as this
 SPEED_RATE = 0.1  # weight of a step in the common pace of all sizes
 SHAPE_RATE = 0.05  # weight of a step in its own size's cost relative to the others, once it is known
-MATCHES = np.array([1, 2, 3, 4, 6, 9, 17, 33])  # a class of guesses begins at each: longer matches hold more often
-# Chances of a class before anything is known, the first of guesses that rest on no match.
+MATCHES = np.array([1, 2, 3, 4, 6, 9, 17, 33])  # a class of draft tokens begins at each: longer matches hold more often
+# Chances of a class before anything is known, the first of draft tokens that rest on no match.
 PRIOR = np.array([0.6, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
-PRIOR_WEIGHT = 4.0  # guesses' worth of the prior, and of all rows in the chance of one row
-ROW_DECAY, ALL_DECAY = 0.95, 0.999  # weight of the past at each guess
+PRIOR_WEIGHT = 4.0  # draft tokens' worth of the prior, and of all rows in the chance of one row
+ROW_DECAY, ALL_DECAY = 0.95, 0.999  # weight of the past at each draft token
 
 
 class StepCosts:
@@ -68,7 +68,7 @@ class StepCosts:
 
 
 class Acceptance:
-    """How often a guess holds if those before it did, by the row and by the class of the match that it rests on."""
+    """How often a draft token holds if those before it did, by the row and by the class of the match that it rests on."""
 
     def __init__(self, num_rows: int) -> None:
         self._stay = np.zeros(num_rows, np.int64)
@@ -77,7 +77,7 @@ class Acceptance:
         self._held = PRIOR_WEIGHT * PRIOR
 
     def chances(self, rows: np.ndarray, stays: np.ndarray, matched: np.ndarray, most: int) -> np.ndarray:
-        """float64 [R, most]: that the guesses 0..j of each row all hold, resting on matches of `matched` [R] tokens."""
+        """float64 [R, most]: that the draft tokens 0..j of each row all hold, resting on matches of `matched` [R] tokens."""
         self._enter(rows, stays)
         classes = _classes(matched, most)
         row = rows[:, None]
@@ -88,12 +88,12 @@ class Acceptance:
     def learn(
         self, rows: np.ndarray, stays: np.ndarray, matched: np.ndarray, counts: np.ndarray, accepted: np.ndarray
     ) -> None:
-        """Of counts[i] guesses in row rows[i], no row twice, the first accepted[i] held; all int [R]."""
+        """Of counts[i] draft tokens in row rows[i], no row twice, the first accepted[i] held; all int [R]."""
         if not len(rows):
             return
         self._enter(rows, stays)
         at = np.arange(int(counts.max()))
-        # What follows a wrong guess was not put to the test.
+        # What follows a wrong draft token was not put to the test.
         row, place = np.nonzero(at < np.minimum(accepted + 1, counts)[:, None])
         index = row * len(PRIOR) + _classes(matched, len(at))[row, place]
         shape = len(rows), len(PRIOR)
@@ -114,7 +114,7 @@ class Acceptance:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Guesses a row, int32 [R], and the tokens a millisecond that they are expected to give."""
+    """Draft tokens a row, int32 [R], and the tokens a millisecond that they are expected to give."""
 
     counts: np.ndarray
     rate: float
@@ -123,11 +123,11 @@ class Choice:
 def choose(
     chances: np.ndarray, limits: np.ndarray, base: int, budget: int, costs: StepCosts, overhead_ms: float, margin: float
 ) -> Choice:
-    """How many guesses a row give the most tokens a millisecond; none where no number is better by `margin`.
+    """How many draft tokens a row give the most tokens a millisecond; none where no number is better by `margin`.
 
-    chances [R, K] fall along a row, so taking guesses in falling order takes the best of each number; limits [R] are
-    guesses at hand, `budget` what the step has room for. A step without guesses has `base` entries and brings as many
-    tokens; one with guesses costs `overhead_ms` on top of its own time.
+    chances [R, K] fall along a row, so taking draft tokens in falling order takes the best of each number; limits [R] are
+    draft tokens at hand, `budget` what the step has room for. A step without draft tokens has `base` entries and brings as many
+    tokens; one with draft tokens costs `overhead_ms` on top of its own time.
     """
     most = chances.shape[1]
     gains = np.where(np.arange(most) < limits[:, None], chances, 0.0).ravel()
@@ -144,6 +144,6 @@ def choose(
 
 
 def _classes(matched: np.ndarray, most: int) -> np.ndarray:
-    """[R, most]: of each guess; each one that holds lengthens the match. Guesses that rest on none are a class of their own."""
+    """[R, most]: of each draft token; each one that holds lengthens the match. Draft tokens that rest on none are a class of their own."""
     lengths = matched[:, None] + np.arange(most) * (matched > 0)[:, None]
     return np.searchsorted(MATCHES, lengths, side="right")

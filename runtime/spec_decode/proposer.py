@@ -1,6 +1,6 @@
-"""Who guesses what comes next: the interface, and prompt lookup.
+"""Who proposes what comes next: the interface, and prompt lookup.
 
-A drafter sees rows of `runtime.scheduler.slots` whose known tokens end where the guesses begin. It may be wrong; it is then only
+A drafter sees rows of `runtime.scheduler.slots` whose known tokens end where the draft tokens begin. It may be wrong; it is then only
 of no use. Knows no scheduling, no acceptance and no clock.
 """
 
@@ -19,7 +19,7 @@ from pagegraph.runtime.scheduler.slots import Rows
 class Proposal:
     """Of R rows: tokens[i, :counts[i]] may follow, because the last matched[i] tokens have been seen before.
 
-    int32; tokens [R, K], counts and matched [R]; matched 0 where the guess rests on no match, counts 0: no guess.
+    int32; tokens [R, K], counts and matched [R]; matched 0 where the draft token rests on no match, counts 0: no draft token.
     """
 
     tokens: np.ndarray
@@ -28,7 +28,7 @@ class Proposal:
 
 
 class Retrieval(Protocol):
-    """Guesses by looking up what has been written before: cheap, on the host."""
+    """Draft tokens by looking up what has been written before: cheap, on the host."""
 
     def propose(self, rows: Rows, at: np.ndarray, limits: np.ndarray) -> Proposal:
         """At most limits[i] tokens for row at[i]; int32 [R]. A row may have tokens in flight: they are not looked at."""
@@ -85,5 +85,5 @@ def continuation(tokens: np.ndarray, begin: int, count: int) -> np.ndarray:
 
 
 def empty_proposal(rows: int, most: int) -> Proposal:
-    """No guesses, with room for `most` a row."""
+    """No draft tokens, with room for `most` a row."""
     return Proposal(np.zeros((rows, most), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32))

@@ -87,7 +87,7 @@ class Reader:
 
 
 class Suffix:
-    """Matches of at least `least` tokens; the longer of the two guesses."""
+    """Matches of at least `least` tokens; the longer of the two proposes."""
 
     def __init__(self, least: int) -> None:
         self.least = least

@@ -92,7 +92,7 @@ def rows(rows: int, size: int) -> list[list[Any]]:
 def unpack(tokens: int, seqs: int) -> list[list[Any]]:
     tables, starts = tensor("int32", 257, 512), tensor("int32", seqs)
     update = [tables, tensor("int32", 4096, 3), tensor("int32", 1)]
-    rows, guesses = tensor("int32", 257), tensor("int32", 257, 15)
+    rows, draft_tokens = tensor("int32", 257), tensor("int32", 257, 15)
     arguments = [
         tensor("int32", tokens),
         starts,
@@ -100,7 +100,7 @@ def unpack(tokens: int, seqs: int) -> list[list[Any]]:
         starts,
         rows,
         rows,
-        guesses,
+        draft_tokens,
         tables,
         16,
         512,
@@ -111,7 +111,7 @@ def unpack(tokens: int, seqs: int) -> list[list[Any]]:
     ]
 
 
-def guessing(tokens: int, seqs: int) -> list[list[Any]]:
+def drafting(tokens: int, seqs: int) -> list[list[Any]]:
     entries, rows = tensor("int32", seqs), tensor("int32", 257)
     step = [tensor("int64", seqs), tensor("int32", tokens), entries, tensor("int32", seqs + 1), entries]
     return [
@@ -385,7 +385,7 @@ def half() -> list[dict[str, Any]]:
             *LINEARS,
             *ROWS,
             *unpacks,
-            *guessing(64, 64),
+            *drafting(64, 64),
             *rowwise,
             sampling(151936, "float32"),
             sampling(128256, "bfloat16"),

@@ -1,7 +1,7 @@
 """A step that computes tokens from paged memory, without a model.
 
 It stores token ids in slots, as attention stores K and V, and samples a hash of everything it reads back through the
-block tables. A wrong page, slot, prefix hit, preemption or guess therefore gives a wrong token.
+block tables. A wrong page, slot, prefix hit, preemption or draft token therefore gives a wrong token.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def next_token(history: list[int], seed: int) -> int:
 class FakeStep:
     """Paged memory of token ids, rows of last samples, and the same order of work as a device.
 
-    `guess`, of a row's tokens and seed, makes the guesses for its next step, as a device that looks up does.
+    `draft token`, of a row's tokens and seed, makes the draft tokens for its next step, as a device that looks up does.
     """
 
     def __init__(
-        self, num_blocks: int, max_num_seqs: int, guess: Callable[[list[int], int], list[int]] | None = None
+        self, num_blocks: int, max_num_seqs: int, draft: Callable[[list[int], int], list[int]] | None = None
     ) -> None:
         self.memory = np.full(num_blocks * BLOCK, -5, np.int64)
         self.tables = np.zeros((max_num_seqs, -(-MAX_LEN // BLOCK)), np.int64)
         self.last = np.zeros(max_num_seqs, np.int64)
         self.last_at = np.zeros(max_num_seqs, np.int64)
-        self.guess = guess
-        self.guesses: dict[int, list[int]] = {}
+        self.draft = draft
+        self.draft_tokens: dict[int, list[int]] = {}
         self.steps = 0
 
     def run(self, step: StepInput) -> StepOutput:
@@ -54,7 +54,7 @@ class FakeStep:
         slots = self.tables[owners, positions // BLOCK] * BLOCK + positions % BLOCK
         ids = step.token_ids.astype(np.int64)
         for at in np.flatnonzero(ids < 0).tolist():
-            ids[at] = self.last[owners[at]] if ids[at] == -1 else self.guesses[int(owners[at])][-2 - ids[at]]
+            ids[at] = self.last[owners[at]] if ids[at] == -1 else self.draft_tokens[int(owners[at])][-2 - ids[at]]
         assert len(set(slots.tolist())) == len(slots) and slots.min(initial=BLOCK) >= BLOCK
         self.memory[slots] = ids
         sampled, matched = [], np.zeros(step.num_seqs, np.int32)
@@ -74,11 +74,11 @@ class FakeStep:
                 end += 1
             if step.sampled[s] or end - s > 1:
                 self.last[row], self.last_at[row] = sampled[kept], len(histories[kept])
-                if self.guess is not None:
-                    self.guesses[row] = self.guess([*histories[kept], sampled[kept]], int(step.sampling.seeds[s]))
+                if self.draft is not None:
+                    self.draft_tokens[row] = self.draft([*histories[kept], sampled[kept]], int(step.sampling.seeds[s]))
                     matched[s] = 1
             s = end
-        lookup = None if self.guess is None else LookedUp(matched, None, fed.astype(np.int32))
+        lookup = None if self.draft is None else LookedUp(matched, None, fed.astype(np.int32))
         return StepOutput(np.array(sampled, np.int32), lookup=lookup)
 
 

@@ -180,10 +180,10 @@ def test_speculation_is_a_mapping_in_a_file_and_flags_win_over_it(tmp_path: Path
     assert load_config(path, {"num_speculative_tokens": "3"}).config.num_speculative_tokens == 3
 
 
-def test_a_model_that_guesses_means_method_draft() -> None:
+def test_a_draft_model_means_method_draft() -> None:
     config = load_config("org/model", {"speculative_model": "org/small"}).config
     assert config.method == "draft" and config.draft.model == "org/small"
-    assert load_config("org/model").config.draft is None and load_config("org/model").config.most_guesses == 0
+    assert load_config("org/model").config.draft is None and load_config("org/model").config.max_draft_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_model_that_guesses_means_method_draft() -> None:
         (dict(speculative_method="ngram"), 256), (dict(max_num_seqs=4, speculative_method="ngram", max_num_batched_tokens=32), 32),
     ],
 )  # fmt: skip
-def test_a_step_has_room_for_guesses(overrides: dict[str, Any], entries: int) -> None:
+def test_a_step_has_room_for_draft_tokens(overrides: dict[str, Any], entries: int) -> None:
     assert load_config("org/model", overrides).config.max_entries == entries
 
 
@@ -214,7 +214,7 @@ def test_bad_speculation_in_a_file(tmp_path: Path, text: str, message: str) -> N
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (dict(speculative_method="draft"), "needs a model that guesses; name it in speculative_model"),
+        (dict(speculative_method="draft"), "needs a draft model; name it in speculative_model"),
         (dict(speculative_method="ngram", speculative_model="org/m"), "use ngram+draft"),
         (dict(num_speculative_tokens="0"), "num_speculative_tokens=0"),
         (dict(prompt_lookup_min="6"), "set prompt_lookup_min to 5 or less"),

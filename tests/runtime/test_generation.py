@@ -135,6 +135,6 @@ def test_a_tiny_temperature_is_greedy(llm) -> None:
     assert ids_of(llm, greedy(temperature=1.0, top_p=0.0, seed=5)) == ids_of(llm, greedy())
 
 
-def test_guesses_want_a_model_that_was_built_for_them(config_of, built) -> None:
-    with pytest.raises(ValueError, match="built without guesses by ngram"):
+def test_draft_tokens_want_a_model_that_was_built_for_them(config_of, built) -> None:
+    with pytest.raises(ValueError, match="built without draft tokens by ngram"):
         LLM(config_of(speculative_method="ngram"), built=built)

@@ -1,4 +1,4 @@
-"""Guessing on a real model: whoever guesses and however requests are run, the tokens are those of a run without."""
+"""Drafting on a real model: whoever proposes and however requests are run, the tokens are those of a run without."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ WAYS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def built(built: builder.BuiltModel) -> Iterator[builder.BuiltModel]:
-    """The model of all tests, whose steps look up and accept guesses meanwhile."""
-    built.step.state.allow_guesses(15, Lookup(2, 5))
+    """The model of all tests, whose steps look up and accept draft tokens meanwhile."""
+    built.step.state.allow_drafts(15, Lookup(2, 5))
     yield built
-    built.step.state.allow_guesses(0, None)
+    built.step.state.allow_drafts(0, None)
 
 
 @pytest.fixture(scope="module")
 def plain(config_of, built: builder.BuiltModel):
-    """A function from FEW or all PROMPTS to what the engine gives without guesses."""
+    """A function from FEW or all PROMPTS to what the engine gives without draft tokens."""
     known: dict[int, list[Completion]] = {}
 
     def run(prompts: list[str], params: SamplingParams = SHORT) -> list[Completion]:
@@ -74,7 +74,7 @@ def cut(model, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def drafted(config_of, cut: str) -> builder.BuiltModel:
-    """Uncompiled, with a model that guesses."""
+    """Uncompiled, with a draft model."""
     return builder.build(config_of(compile=False, speculative_model=cut), progress=False)
 
 
@@ -103,7 +103,7 @@ def run(
     scheduler = llm.engine.scheduler
     scheduler.check_integrity()
     counters = scheduler.counters
-    assert 0 < counters.accepted < counters.guesses
+    assert 0 < counters.accepted < counters.draft_tokens
     assert counters.saved_steps and counters.generated_tokens == sum(len(one.token_ids) for one in done)
     assert (counters.preemptions > 0) == (way == "preempting")
     return done, llm
@@ -114,8 +114,8 @@ def test_prompt_lookup_changes_no_token(config_of, built, plain, model, way) -> 
     assert_same(run(config_of, built, way, FEW, speculative_method="ngram")[0], plain(FEW), model)
 
 
-def test_remembered_outputs_change_no_token_and_are_guessed(config_of, built, plain, model) -> None:
-    """The second time the whole output is known: most of it is guessed."""
+def test_remembered_outputs_change_no_token_and_are_drafted(config_of, built, plain, model) -> None:
+    """The second time the whole output is known: most of it is drafted."""
     plain(FEW)  # before, as it writes the same pages
     done, llm = run(config_of, built, "chunk32", FEW, speculative_method="suffix")
     assert_same(done, plain(FEW), model)
@@ -130,7 +130,7 @@ def test_a_smaller_model_changes_no_token(config_of, drafted, cut, plain, model)
     assert_same(run(config_of, drafted, "preempting", FEW, **speculative)[0], plain(FEW), model)
 
 
-def test_every_parameter_means_what_it_does_without_guesses(config_of, built) -> None:
+def test_every_parameter_means_what_it_does_without_draft_tokens(config_of, built) -> None:
     """Seeded draws, filters, penalties, bias, allowed ids, stops and log-probabilities, side by side."""
     asked = [
         dict(temperature=0.9, top_p=0.9, seed=1),
@@ -158,7 +158,7 @@ def test_every_parameter_means_what_it_does_without_guesses(config_of, built) ->
         )
 
 
-def test_as_many_guesses_as_pay_change_no_token(config_of, built, plain, model) -> None:
+def test_as_many_draft_tokens_as_pay_change_no_token(config_of, built, plain, model) -> None:
     llm = LLM(config_of(speculative_method="ngram", max_num_seqs=2), built=built)
     assert_same(llm.generate(FEW[:3], SHORT), plain(FEW)[:3], model)
     assert llm.engine.scheduler.counters.accepted > 0
@@ -168,7 +168,7 @@ def test_as_many_guesses_as_pay_change_no_token(config_of, built, plain, model) 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("method", ["ngram", "suffix", "draft", "ngram+draft", "suffix+draft"])
-def test_whoever_guesses_and_however_it_runs(config_of, built, drafted, cut, plain, model, method, way) -> None:
+def test_whoever_proposes_and_however_it_runs(config_of, built, drafted, cut, plain, model, method, way) -> None:
     speculative: dict[str, object] = dict(speculative_method=method)
     if "draft" in method:
         built = drafted

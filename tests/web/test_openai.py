@@ -58,7 +58,7 @@ def test_chat_whole(http: FlaskClient, fake_engine, tokenizer: Tokenizer) -> Non
     assert answer.headers["x-request-id"]
 
 
-def test_guessed_tokens_are_in_the_usage(http: FlaskClient, fake_engine) -> None:
+def test_draft_tokens_are_in_the_usage(http: FlaskClient, fake_engine) -> None:
     """Deltas of several tokens, with totals of the sequence so far."""
     fake_engine.script = lambda s: [
         TokenDelta(s.request_id, [10, 11, 12], accepted=2, rejected=1),

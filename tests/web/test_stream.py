@@ -50,7 +50,7 @@ def llm(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> LLM:
 
 @pytest.mark.parametrize("logprobs", [None, 0])
 def test_served_text_is_offline_text(http: FlaskClient, fake_engine, llm: LLM, logprobs: int | None) -> None:
-    """Random tokens in deltas of several, as guesses bring them: text, reasons and the tokens that count."""
+    """Random tokens in deltas of several, as draft tokens bring them: text, reasons and the tokens that count."""
     rng = random.Random(0)
     known = llm.tokenizer.encode(TEXT)
     stopped = 0

@@ -95,7 +95,7 @@ def test_any_ragged_step(lengths, decodes, pads, features, seed) -> None:
 def test_a_row_for_each_token_is_the_sequence_whole(
     dtype: torch.dtype, window: int, chunk: int, softcap: float, sinks: bool
 ) -> None:
-    """Guesses: every token of a sequence as a row of its own, over the pages of the others; with and without padding."""
+    """Draft tokens: every token of a sequence as a row of its own, over the pages of the others; with and without padding."""
     lengths = ((3, 17), (1, 40), (5, 5), (1, 1), (3, 33), (1, 2))
     for pad in (0, 2):
         case = Case(

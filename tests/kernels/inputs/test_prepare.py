@@ -15,14 +15,14 @@ from pagegraph.compiler.step.state import DeviceState
 from pagegraph.kernels import reference
 from pagegraph.kernels.inputs import cpp
 
-ROWS, BLOCKS, BLOCK, GUESSES = 9, 150, 16, 5
+ROWS, BLOCKS, BLOCK, DRAFT_TOKENS = 9, 150, 16, 5
 
 
 def packet_of(counts: list[int], padded: Bucket, seed: int) -> tuple[torch.Tensor, ...]:
-    """token_ids, rows, query_start, starts, last_tokens, last_at, guesses, tables of a step of these tokens a sequence."""
+    """token_ids, rows, query_start, starts, last_tokens, last_at, draft tokens, tables of a step of these tokens a sequence."""
     rng = np.random.default_rng(seed)
     tokens, seqs = sum(counts), len(counts)
-    ids = np.where(rng.random(tokens) < 0.5, -rng.integers(1, GUESSES + 2, tokens), rng.integers(0, 1000, tokens))
+    ids = np.where(rng.random(tokens) < 0.5, -rng.integers(1, DRAFT_TOKENS + 2, tokens), rng.integers(0, 1000, tokens))
     words = lambda *parts: torch.from_numpy(np.concatenate(parts).astype(np.int32))  # noqa: E731
     return (
         words(ids, np.zeros(padded.tokens - tokens)),
@@ -30,8 +30,8 @@ def packet_of(counts: list[int], padded: Bucket, seed: int) -> tuple[torch.Tenso
         words([0], np.cumsum(counts), np.full(padded.seqs - seqs, tokens)),
         words(rng.integers(0, BLOCKS * BLOCK - max(counts), seqs), np.zeros(padded.seqs - seqs)),
         words(rng.integers(0, 1000, ROWS + 1)),
-        words(rng.integers(0, BLOCKS * BLOCK - max(counts) - GUESSES, ROWS + 1)),
-        words(rng.integers(0, 1000, (ROWS + 1) * GUESSES)).view(ROWS + 1, GUESSES),
+        words(rng.integers(0, BLOCKS * BLOCK - max(counts) - DRAFT_TOKENS, ROWS + 1)),
+        words(rng.integers(0, 1000, (ROWS + 1) * DRAFT_TOKENS)).view(ROWS + 1, DRAFT_TOKENS),
         words(rng.integers(1, 10_000, (ROWS + 1) * BLOCKS)).view(ROWS + 1, BLOCKS),
     )
 
@@ -86,10 +86,19 @@ def test_reference_by_hand() -> None:
     tables = torch.zeros(4, 3, dtype=torch.int32)
     tables[2], tables[0], tables[1] = torch.tensor([5, 6, 9]), torch.tensor([7, 0, 0]), torch.tensor([8, 4, 0])
     words = lambda *values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
-    guesses = torch.tensor([[0, 0], [31, 32], [0, 0], [0, 0]], dtype=torch.int32)
-    # Row 2's last token, two tokens at hand of row 0, row 1's last token and both guesses, padding.
+    draft_tokens = torch.tensor([[0, 0], [31, 32], [0, 0], [0, 0]], dtype=torch.int32)
+    # Row 2's last token, two tokens at hand of row 0, row 1's last token and both draft tokens, padding.
     ids, rows, starts = words(-1, 11, 12, -1, -2, -3, 0), words(2, 0, 1, 1, 1, 3), words(99, 3, 99, 99, 99, 0)
-    given = (ids, rows, words(0, 1, 3, 4, 5, 6, 6), starts, words(0, 30, 42, 0), words(0, 15, 17, 0), guesses, tables)
+    given = (
+        ids,
+        rows,
+        words(0, 1, 3, 4, 5, 6, 6),
+        starts,
+        words(0, 30, 42, 0),
+        words(0, 15, 17, 0),
+        draft_tokens,
+        tables,
+    )
     ids, positions, slots, out, lengths, index = reference.unpack(*given, BLOCK, 2)
     assert ids.tolist() == [42, 11, 12, 30, 31, 32, 0] and positions.tolist() == [17, 3, 4, 15, 16, 17, 0]
     assert slots.tolist() == [6 * 16 + 1, 7 * 16 + 3, 7 * 16 + 4, 8 * 16 + 15, 4 * 16, 4 * 16 + 1, 0]
@@ -131,7 +140,7 @@ CHANGED = {
     "another row": decode([4, 3], [8, 21]),
     "another order": decode([2, 4], [21, 8]),
     "a row less": decode([4], [8]),
-    "a guess": decode([4, 4], [8, 9], token_ids=np.array([-1, -2], np.int32)),
+    "a draft token": decode([4, 4], [8, 9], token_ids=np.array([-1, -2], np.int32)),
     "a known token": decode([4, 2], [8, 21], token_ids=np.array([-1, 5], np.int32)),
     "a new page": decode([4, 2], [8, 21], pages=np.array([[4, 1, 3]], np.int32)),
     "nothing sampled": decode([4, 2], [8, 21], sampled=np.array([True, False])),

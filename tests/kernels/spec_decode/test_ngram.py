@@ -1,4 +1,4 @@
-"""Which guesses hold and what is guessed next: Triton against plain arrays, and these by hand and against another search."""
+"""Which draft tokens hold and what is drafted next: Triton against plain arrays, and these by hand and against another search."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.kernels import reference
-from pagegraph.kernels.spec_decode import cpu as cpu_guesses
+from pagegraph.kernels.spec_decode import cpu as ngram_cpp
 from pagegraph.runtime.spec_decode.proposer import Ngram, continuation
 
-ROWS, WIDTH, GUESSES = 7, 2500, 5
+ROWS, WIDTH, DRAFT_TOKENS = 7, 2500, 5
 LEAST, MOST = 2, 4
 
 
@@ -27,22 +27,22 @@ def text_of(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def step_of(seed: int, padding: int = 2) -> dict[str, torch.Tensor]:
-    """A step of several kinds: prompts, some unfinished, single tokens, and rows with guesses, right ones and wrong ones."""
+    """A step of several kinds: prompts, some unfinished, single tokens, and rows with draft tokens, right ones and wrong ones."""
     rng = np.random.default_rng(seed)
     history = np.stack([text_of(rng, WIDTH) for _ in range(ROWS + 1)])
     ids, tokens, rows, counts, lengths, sampled = [], [], [], [], [], []
     for row in rng.permutation(ROWS)[: rng.integers(1, ROWS + 1)].tolist():
-        kind, start = rng.choice(["prompt", "part", "one", "guesses"]), int(rng.integers(1, WIDTH - 1400))
+        kind, start = rng.choice(["prompt", "part", "one", "draft_tokens"]), int(rng.integers(1, WIDTH - 1400))
         if kind in ("prompt", "part"):
             count = int(rng.choice([2, 9, 1300]))
             entries = [(count, start + count, kind == "prompt")]
             tokens.append(text_of(rng, count))
         else:
-            many = int(rng.integers(1, GUESSES + 1)) + 1 if kind == "guesses" else 1
+            many = int(rng.integers(1, DRAFT_TOKENS + 1)) + 1 if kind == "draft_tokens" else 1
             entries = [(1, start + 1 + j, kind == "one") for j in range(many)]
             tokens.append(text_of(rng, many))
         drawn = text_of(rng, len(entries))
-        if kind == "guesses":
+        if kind == "draft_tokens":
             right = rng.integers(0, many)
             drawn[:right] = tokens[-1][1 : right + 1]
         ids.append(drawn)
@@ -54,13 +54,13 @@ def step_of(seed: int, padding: int = 2) -> dict[str, torch.Tensor]:
     return dict(
         ids=torch.from_numpy(np.concatenate([*ids, fill])), token_ids=words(np.concatenate([*tokens, fill])), rows=words([*rows, *[ROWS] * padding]),
         query_start=words([0, *np.cumsum(counts), *[total] * padding]), seq_lens=words([*lengths, *fill]), sampled=words([*sampled, *fill]),
-        history=words(history), guesses=words(rng.integers(0, 4, (ROWS + 1, GUESSES))), last_tokens=words(rng.integers(0, 9, ROWS + 1)),
+        history=words(history), draft_tokens=words(rng.integers(0, 4, (ROWS + 1, DRAFT_TOKENS))), last_tokens=words(rng.integers(0, 9, ROWS + 1)),
         last_at=words(rng.integers(0, 9, ROWS + 1)), live=torch.tensor(live),
     )  # fmt: skip
 
 
 STEP = ("ids", "token_ids", "rows", "query_start", "seq_lens")
-MORE = ("sampled", "last_tokens", "last_at", "history", "guesses")
+MORE = ("sampled", "last_tokens", "last_at", "history", "draft_tokens")
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -68,8 +68,8 @@ def test_kernels_equal_reference(triton_calls, seed: int) -> None:
     one = step_of(seed, padding=seed % 3)
     common = [one[name] for name in STEP]
     last = [one[name] for name in ("last_tokens", "last_at")]
-    _, after = triton_calls.call("pagegraph.kernels.spec_decode.ngram", "accept", *common, *last, GUESSES)
-    reference.accept(*common, *last, GUESSES)
+    _, after = triton_calls.call("pagegraph.kernels.spec_decode.ngram", "accept", *common, *last, DRAFT_TOKENS)
+    reference.accept(*common, *last, DRAFT_TOKENS)
     assert torch.equal(after[5], last[0]) and torch.equal(after[6], last[1])
     one = step_of(seed, padding=seed % 3)
     common, more = ([one[name] for name in names] for names in (STEP, MORE))
@@ -82,8 +82,8 @@ def test_kernels_equal_reference(triton_calls, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_cpp_equals_reference(seed: int) -> None:
-    cpu_guesses.build()
-    assert cpu_guesses._kernel is not None
+    ngram_cpp.build()
+    assert ngram_cpp._kernel is not None
     one, other = (step_of(seed, padding=seed % 3) for _ in range(2))
     names = (*STEP, *MORE)
     found = torch.ops.pagegraph.look_up(*(one[name] for name in names), LEAST, MOST)
@@ -93,7 +93,7 @@ def test_cpp_equals_reference(seed: int) -> None:
 
 
 def test_by_hand() -> None:
-    """Row 1 has two guesses, of which the first holds; row 0 decodes; row 2 has a prompt that goes on."""
+    """Row 1 has two draft tokens, of which the first holds; row 0 decodes; row 2 has a prompt that goes on."""
     history = torch.zeros(3, 20, dtype=torch.int32)
     history[1, :7] = words([5, 6, 7, 8, 9, 5, 6])
     step = (
@@ -105,15 +105,15 @@ def test_by_hand() -> None:
     )
     tokens, at = words([0, 0, 0]), words([0, 0, 0])
     reference.accept(*step, tokens, at, 2)
-    assert tokens.tolist() == [0, 4, 0] and at.tolist() == [0, 8, 0], "a row without guesses is not its business"
-    guesses = words([[3, 3], [7, 9], [1, 1]])
-    found = reference.look_up(*step, words([0, 0, 0, 1, 0]), tokens, at, history, guesses, 1, 3)
+    assert tokens.tolist() == [0, 4, 0] and at.tolist() == [0, 8, 0], "a row without draft tokens is not its business"
+    draft_tokens = words([[3, 3], [7, 9], [1, 1]])
+    found = reference.look_up(*step, words([0, 0, 0, 1, 0]), tokens, at, history, draft_tokens, 1, 3)
     assert history[1, :10].tolist() == [5, 6, 7, 8, 9, 5, 6, 7, 4, 0] and history[0, :5].tolist() == [0, 0, 2, 3, 0]
     assert history[2, :3].tolist() == [4, 4, 0]
     assert found.tolist() == [[1, 0, 0, 1, 0], [6, 7, 8, 2, 4]], (
-        "no match for either, but both first guesses were right"
+        "no match for either, but both first draft tokens were right"
     )
-    assert guesses.tolist() == [[3, 3], [4, 4], [1, 1]]
+    assert draft_tokens.tolist() == [[3, 3], [4, 4], [1, 1]]
 
 
 @settings(max_examples=200)
@@ -128,10 +128,10 @@ def test_what_is_looked_up_is_what_the_search_of_one_row_finds(
 ) -> None:
     text = np.array(tokens, np.int32)
     rows = np.stack([np.append(text, [1, 1, 1]), np.zeros(len(text) + 3)]).astype(np.int32)
-    guesses, matched = reference.lookup(rows, np.array([len(text), 1]), count, least, least + more)
+    draft_tokens, matched = reference.lookup(rows, np.array([len(text), 1]), count, least, least + more)
     end, seen = Ngram(least, least + more).find(text)
     assert matched.tolist() == [seen, 0]
-    assert guesses[0].tolist() == (continuation(text, end, count) if end else np.full(count, text[-1])).tolist()
+    assert draft_tokens[0].tolist() == (continuation(text, end, count) if end else np.full(count, text[-1])).tolist()
 
 
 def test_what_was_looked_up_by_tokens_that_were_not_it_is_made_good() -> None:
@@ -140,4 +140,4 @@ def test_what_was_looked_up_by_tokens_that_were_not_it_is_made_good() -> None:
     reference.look_up(torch.zeros_like(one["ids"]), *(one[name] for name in (*STEP[1:], *MORE)), LEAST, MOST)
     again = reference.look_up(*(one[name] for name in (*STEP, *MORE)), LEAST, MOST)
     straight = reference.look_up(*(other[name] for name in (*STEP, *MORE)), LEAST, MOST)
-    assert torch.equal(again[0] >> 1, straight[0] >> 1) and torch.equal(one["guesses"], other["guesses"])
+    assert torch.equal(again[0] >> 1, straight[0] >> 1) and torch.equal(one["draft_tokens"], other["draft_tokens"])

@@ -61,23 +61,23 @@ class Harness:
 
     def __init__(
         self, *, num_blocks: int = 60, max_num_seqs: int = 8, budget: int = 32, max_queue: int = 5, caching: bool = True,
-        guesses: str = "",
+        draft_tokens: str = "",
     ) -> None:  # fmt: skip
-        on_device = guesses == "device"
+        on_device = draft_tokens == "device"
         self.device = Device(num_blocks, max_num_seqs, (lambda history, seed: history[-2:]) if on_device else None)
         self.scheduler = Scheduler(
             BlockPool(num_blocks, BLOCK, caching), max_num_seqs=max_num_seqs, max_num_batched_tokens=budget,
             max_model_len=MAX_LEN, max_entries=3 * max_num_seqs,
         )  # fmt: skip
-        guesser = None
-        if guesses:
-            guesser = DeviceLookup(self.scheduler, 2) if on_device else Speculation(self.scheduler, Ngram(1, 3), 2)
+        drafter = None
+        if draft_tokens:
+            drafter = DeviceLookup(self.scheduler, 2) if on_device else Speculation(self.scheduler, Ngram(1, 3), 2)
         self.mailbox = LocalMailbox()
         self.metrics = EngineMetrics("m", MAX_LEN)
         self.turns = 0
         self.engine = Engine(
             self.device, self.scheduler, self.mailbox, Limits(VOCAB, MAX_LEN, frozenset([EOS]), max_queue), None,
-            lambda: float(self.turns), Recorder(self.metrics, self.scheduler, StepCounts()), speculation=guesser,
+            lambda: float(self.turns), Recorder(self.metrics, self.scheduler, StepCounts()), speculation=drafter,
         )  # fmt: skip
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}  # finish reason, or the status of a failure
@@ -232,8 +232,8 @@ def poison(harness: Harness, where: str, monkeypatch: pytest.MonkeyPatch, after:
             raising(harness.scheduler.rows, "_set_stop_ids", lambda row, ids: harness.scheduler._starting.seed == 99)
         case "schedule":
             raising(harness.scheduler, "schedule", lambda *_: running(harness.scheduler.rows))
-        case "guesses":
-            raising(harness.engine.speculation, "guesses", lambda ahead: running(harness.scheduler.rows))
+        case "draft_tokens":
+            raising(harness.engine.speculation, "propose", lambda ahead: running(harness.scheduler.rows))
         case "pack":
             raising(Packer, "pack", lambda self, plan: bool((harness.scheduler.rows.seed[plan.rows] == 99).any()))
         case "launch":
@@ -253,20 +253,20 @@ def poison(harness: Harness, where: str, monkeypatch: pytest.MonkeyPatch, after:
 PLACES = ("find", "enter", "schedule", "pack", "launch", "wait", "commit")
 
 
-@pytest.mark.parametrize("guesses", ["", "host", "device"])
+@pytest.mark.parametrize("draft_tokens", ["", "host", "device"])
 @pytest.mark.parametrize("setting", ["roomy", "without a cache", "short of pages", "in chunks"])
-@pytest.mark.parametrize("where", [*PLACES, "guesses", "finish"])
-def test_one_poisoned_request_of_eight_ends_alone(where: str, setting: str, guesses: str, monkeypatch) -> None:
-    if where == "guesses" and not guesses:
-        pytest.skip("nothing is guessed")
+@pytest.mark.parametrize("where", [*PLACES, "draft_tokens", "finish"])
+def test_one_poisoned_request_of_eight_ends_alone(where: str, setting: str, draft_tokens: str, monkeypatch) -> None:
+    if where == "draft_tokens" and not draft_tokens:
+        pytest.skip("nothing is drafted")
     options = {
         "roomy": {}, "without a cache": dict(caching=False), "short of pages": dict(num_blocks=16), "in chunks": dict(budget=8),
     }[setting]  # fmt: skip
-    clean = served(Harness(guesses=guesses, max_queue=20, **options), eight())
+    clean = served(Harness(draft_tokens=draft_tokens, max_queue=20, **options), eight())
     assert set(clean.ended.values()) == {"length"}
     for after in (0, 2):
         with monkeypatch.context() as patch:
-            harness = Harness(guesses=guesses, max_queue=20, **options)
+            harness = Harness(draft_tokens=draft_tokens, max_queue=20, **options)
             poison(harness, where, patch, after)
             served(harness, eight())
         assert {key: tokens for key, tokens in harness.tokens.items() if key != "5"} == {
@@ -409,15 +409,15 @@ def test_prompt_tokens_are_those_of_usage(setting: str) -> None:
     num_blocks=st.integers(12, 40),
     budget=st.integers(8, 40),
     caching=st.booleans(),
-    guesses=st.sampled_from(["", "host", "device"]),
+    draft_tokens=st.sampled_from(["", "host", "device"]),
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=9),
 )
-def test_faults_of_any_step_end_every_request_once(faults, num_blocks, budget, caching, guesses, lengths) -> None:
+def test_faults_of_any_step_end_every_request_once(faults, num_blocks, budget, caching, draft_tokens, lengths) -> None:
     submits = [
         Submit(request_id=str(i), token_ids=list(range(n % 7 + 1)) * 2, params=SamplingParams(max_tokens=n, seed=i))
         for i, n in enumerate(lengths)
     ]
-    options = dict(num_blocks=num_blocks, budget=budget, caching=caching, guesses=guesses, max_queue=20)
+    options = dict(num_blocks=num_blocks, budget=budget, caching=caching, draft_tokens=draft_tokens, max_queue=20)
     clean, harness = served(Harness(**options), submits), Harness(**options)
     calls, due = 0, deque(faults)
 

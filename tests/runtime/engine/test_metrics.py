@@ -61,9 +61,11 @@ def test_a_served_request(prefix: str) -> None:
     )
 
 
-def test_guesses_are_counted_by_place() -> None:
+def test_draft_tokens_are_counted_by_place() -> None:
     metrics = EngineMetrics("m", 100)
-    metrics.set_speculation(drafts=4, guesses=12, accepted=7, accepted_at=[4, 2, 1], saved_steps=6, guesses_a_row=3.5)
+    metrics.set_speculation(
+        drafts=4, draft_tokens=12, accepted=7, accepted_at=[4, 2, 1], saved_steps=6, mean_draft_tokens=3.5
+    )
     text = metrics.render().decode()
     for name, value in (("num_drafts_total", 4), ("num_draft_tokens_total", 12), ("num_accepted_tokens_total", 7),
                         ("saved_steps_total", 6), ("guesses_a_row", 3.5)):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Guesses in a step: arithmetic by hand, and random right and wrong guesses through the scheduler and paged memory."""
+"""Draft tokens in a step: arithmetic by hand, and random right and wrong draft tokens through the scheduler and paged memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pagegraph.compiler.step.inputs import StepLogprobs, StepOutput
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.scheduler.block_pool import BlockPool
-from pagegraph.runtime.scheduler.draft_tokens import Guessed, Guesses, Verdict, entries, verdict
+from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, ScheduledDrafts, Verdict, entries, verdict
 from pagegraph.runtime.scheduler.pack import Packer
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
@@ -22,21 +22,27 @@ from tests.runtime.fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep, check_
 
 def judged(
     sampled: list[int],
-    guesses: list[int],
+    draft_tokens: list[int],
     known: int = 5,
     max_len: int = 40,
     min_len: int = 0,
     stop_ids: tuple[int, ...] = (EOS,),
 ) -> Verdict:
     ints = lambda *values: np.array(values, np.int32)  # noqa: E731
-    guessed = Guessed(ints(0), ints(len(guesses)), ints(0), np.zeros(len(sampled), bool), None)
+    drafts = ScheduledDrafts(ints(0), ints(len(draft_tokens)), ints(0), np.zeros(len(sampled), bool), None)
     return verdict(
-        guessed, ints(*sampled), ints(*guesses)[None], ints(known), ints(max_len), ints(min_len), ints(*stop_ids)[None]
+        drafts,
+        ints(*sampled),
+        ints(*draft_tokens)[None],
+        ints(known),
+        ints(max_len),
+        ints(min_len),
+        ints(*stop_ids)[None],
     )
 
 
 @pytest.mark.parametrize(
-    ("sampled", "guesses", "limits", "tokens", "accepted", "stopped"),
+    ("sampled", "draft_tokens", "limits", "tokens", "accepted", "stopped"),
     [
         ([1, 2, 3], [1, 2], {}, [1, 2, 3], 2, False),
         ([1, 2, 3], [1, 5], {}, [1, 2], 1, False),
@@ -49,8 +55,8 @@ def judged(
         ([4, 4, 4], [4, 4], dict(stop_ids=(-1, 4)), [4], 1, True),
     ],
 )
-def test_what_holds_and_where_it_ends(sampled, guesses, limits, tokens, accepted, stopped) -> None:
-    found = judged(sampled, guesses, **limits)
+def test_what_holds_and_where_it_ends(sampled, draft_tokens, limits, tokens, accepted, stopped) -> None:
+    found = judged(sampled, draft_tokens, **limits)
     assert found.tokens[0, : found.lengths[0]].tolist() == tokens
     assert (int(found.accepted[0]), bool(found.stopped[0])) == (accepted, stopped)
 
@@ -70,15 +76,15 @@ def test_a_budget_goes_round(counts: list[int], budget: int, kept: list[int]) ->
 
 
 @pytest.mark.parametrize(("of", "rows"), [([3], [2, 3, 3, 3]), ([3, 0], [2, 3, 3, 3]), ([0], None)])
-def test_guesses_are_entries_of_their_rows_in_the_plan(of: list[int], rows: list[int] | None) -> None:
+def test_draft_tokens_are_entries_of_their_rows_in_the_plan(of: list[int], rows: list[int] | None) -> None:
     ints = lambda *values: np.array(values, np.int32)  # noqa: E731
     columns = ints(2, 3), ints(7, 8), ints(5, 6), ints(4, 3), np.array([False, True])
-    split, guessed = entries(columns, Guesses(ints(*of), ints(*[2] * len(of)), None))
+    split, drafts = entries(columns, DraftTokens(ints(*of), ints(*[2] * len(of)), None))
     if rows is None:
-        assert split is columns and guessed is None
+        assert split is columns and drafts is None
     else:
         assert split[0].tolist() == rows and split[2].tolist() == [5, 6, 7, 8] and split[3].tolist() == [4, 1, 1, 1]
-        assert (guessed.rows.tolist(), guessed.first.tolist(), guessed.others.tolist()) == (
+        assert (drafts.rows.tolist(), drafts.first.tolist(), drafts.others.tolist()) == (
             [3],
             [1],
             [True] + [False] * 3,
@@ -99,33 +105,33 @@ seen = {"steps": 0, "accepted": 0, "rejected": 0, "uncertain": 0}
 
 
 class Oracle:
-    """Guesses that are right with a given chance, on the host or, made by each step for the next, on the device."""
+    """Draft tokens that are right with a given chance, on the host or, made by each step for the next, on the device."""
 
     def __init__(self, scheduler: Scheduler, most: int, chance: float, seed: int, on_device: bool) -> None:
         self.scheduler, self.most, self.chance, self.on_device = scheduler, most, chance, on_device
         self.rng = np.random.default_rng(seed)
         self.stays: dict[int, int] = {}  # of the sequence that a row's last sample was of, by row
 
-    def guess(self, history: list[int], seed: int) -> list[int]:
+    def draft(self, history: list[int], seed: int) -> list[int]:
         history, known = list(history), len(history)
         for _ in range(self.most):
             right = next_token(history, seed)
             history.append(right if self.rng.random() < self.chance else int(self.rng.integers(VOCAB)))
         return history[known:]
 
-    def guesses(self) -> Guesses | None:
-        rows, limits, budget = self.scheduler.room_for_guesses(self.most, lag=None if self.on_device else 0)
+    def propose(self) -> DraftTokens | None:
+        rows, limits, budget = self.scheduler.room_for_drafts(self.most, lag=None if self.on_device else 0)
         counts = within(np.minimum(limits, self.rng.integers(0, self.most + 1, len(rows))).astype(np.int32), budget)
-        guessing = counts > 0
+        drafting = counts > 0
         if self.on_device:  # it has made none for a row that has not sampled yet
-            guessing &= np.array([self.stays.get(row) == self.scheduler.rows.stay[row] for row in rows.tolist()], bool)
-        if not guessing.any():
+            drafting &= np.array([self.stays.get(row) == self.scheduler.rows.stay[row] for row in rows.tolist()], bool)
+        if not drafting.any():
             return None
         if self.on_device:
-            return Guesses(rows[guessing], counts[guessing], None)
+            return DraftTokens(rows[drafting], counts[drafting], None)
         r = self.scheduler.rows
-        tokens = [self.guess(r.tokens[row, : r.known[row]].tolist(), int(r.seed[row])) for row in rows.tolist()]
-        return Guesses(rows[guessing], counts[guessing], np.array(tokens, np.int32)[guessing])
+        tokens = [self.draft(r.tokens[row, : r.known[row]].tolist(), int(r.seed[row])) for row in rows.tolist()]
+        return DraftTokens(rows[drafting], counts[drafting], np.array(tokens, np.int32)[drafting])
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -143,7 +149,7 @@ class Oracle:
     on_device=st.booleans(),
     aborts=st.dictionaries(st.integers(0, 6), st.integers(0, 20), max_size=2),
 )
-def test_guesses_right_or_wrong_change_no_token(
+def test_draft_tokens_right_or_wrong_change_no_token(
     work, spare_blocks, max_num_seqs, spare_entries, budget, caching, depth, most, chance, seed, on_device, aborts
 ) -> None:
     num_blocks = MAX_LEN // BLOCK + 1 + spare_blocks
@@ -156,7 +162,7 @@ def test_guesses_right_or_wrong_change_no_token(
         max_entries=max_num_seqs + spare_entries,
     )
     packer, oracle = Packer(scheduler.rows), Oracle(scheduler, most, chance, seed, on_device)
-    step = FakeStep(num_blocks, max_num_seqs, oracle.guess if on_device else None)
+    step = FakeStep(num_blocks, max_num_seqs, oracle.draft if on_device else None)
     sequences: dict[str, Sequence] = {}
     got: dict[str, list[int]] = {}
     ended: dict[str, str] = {}
@@ -194,17 +200,17 @@ def test_guesses_right_or_wrong_change_no_token(
         for index, at in aborts.items():
             if at == turn and scheduler.abort((0, str(index))):
                 ended[str(index)] = "abort"
-        while launched and turn % 3 and not on_device:  # before a step with guesses of the host is planned, or not
+        while launched and turn % 3 and not on_device:  # before a step with draft tokens of the host is planned, or not
             commit()
-        guesses = oracle.guesses()
+        draft_tokens = oracle.propose()
         scheduler.check_integrity()
-        plan = scheduler.schedule(float(turn), guesses)
+        plan = scheduler.schedule(float(turn), draft_tokens)
         scheduler.check_integrity()
         if plan:
             assert plan.num_tokens <= budget and len(plan) <= scheduler.max_entries
-            if plan.guessed is not None:
-                assert not scheduler.rows.has_penalties[plan.guessed.rows].any()
-                assert len(set(plan.rows.tolist())) == len(plan) - int(plan.guessed.counts.sum())
+            if plan.drafts is not None:
+                assert not scheduler.rows.has_penalties[plan.drafts.rows].any()
+                assert len(set(plan.rows.tolist())) == len(plan) - int(plan.drafts.counts.sum())
                 seen["uncertain"] += on_device and bool((plan.starts >= scheduler.rows.known[plan.rows] + 1).any())
             launched.append((plan, step.run(packer.pack(plan))))
             oracle.stays.update(zip(plan.rows[plan.sampled].tolist(), plan.stays[plan.sampled].tolist()))
@@ -215,7 +221,7 @@ def test_guesses_right_or_wrong_change_no_token(
     counters = scheduler.counters
     seen["steps"] += step.steps
     seen["accepted"] += counters.accepted
-    seen["rejected"] += counters.guesses - counters.accepted
+    seen["rejected"] += counters.draft_tokens - counters.accepted
     assert sum(counters.accepted_at) == counters.accepted
     assert pool.num_free == num_blocks - 1, "pages are held by nobody"
     check_outputs(sequences, got, ended)
@@ -235,7 +241,7 @@ def scheduler_of(**overrides) -> Scheduler:
 
 
 def started(scheduler: Scheduler, name: str = "a", **params) -> Sequence:
-    """A sequence of four known tokens, three of them of the prompt, that may be given guesses."""
+    """A sequence of four known tokens, three of them of the prompt, that may be given draft tokens."""
     sequence = Sequence(name, [1, 2, 3], SamplingParams(max_tokens=20, **params), frozenset([EOS]), 0, MAX_LEN)
     scheduler.add(sequence)
     plan = scheduler.schedule(0)
@@ -243,14 +249,16 @@ def started(scheduler: Scheduler, name: str = "a", **params) -> Sequence:
     return sequence
 
 
-def guess(sequence: Sequence, *tokens: int) -> Guesses:
-    return Guesses(np.array([sequence.row], np.int32), np.array([len(tokens)], np.int32), np.array([tokens], np.int32))
+def draft(sequence: Sequence, *tokens: int) -> DraftTokens:
+    return DraftTokens(
+        np.array([sequence.row], np.int32), np.array([len(tokens)], np.int32), np.array([tokens], np.int32)
+    )
 
 
-def test_a_row_with_guesses_counts_as_if_all_held_until_their_verdict() -> None:
+def test_a_row_with_draft_tokens_counts_as_if_all_held_until_their_verdict() -> None:
     scheduler = scheduler_of()
     sequence = started(scheduler)
-    plan = scheduler.schedule(0, guess(sequence, 5, 6))
+    plan = scheduler.schedule(0, draft(sequence, 5, 6))
     packed = Packer(scheduler.rows).pack(plan)
     assert (packed.token_ids.tolist(), packed.starts.tolist(), packed.rows.tolist()) == (
         [4, 5, 6],
@@ -269,10 +277,10 @@ def test_a_row_with_guesses_counts_as_if_all_held_until_their_verdict() -> None:
 
 
 @pytest.mark.parametrize("stop", [EOS, 9])
-def test_a_row_preempted_with_guesses_in_flight_keeps_what_held(stop: int) -> None:
+def test_a_row_preempted_with_draft_tokens_in_flight_keeps_what_held(stop: int) -> None:
     scheduler = scheduler_of()
     sequence = started(scheduler, stop_token_ids=[stop])
-    plan = scheduler.schedule(0, guess(sequence, 5, 6))
+    plan = scheduler.schedule(0, draft(sequence, 5, 6))
     scheduler.preempt(sequence)
     scheduler.check_integrity()
     assert scheduler.schedule(0) is None, "it waits for what is in flight"
@@ -291,18 +299,18 @@ def test_a_row_preempted_with_guesses_in_flight_keeps_what_held(stop: int) -> No
 def test_log_probabilities_come_with_each_token() -> None:
     scheduler = scheduler_of()
     sequence = started(scheduler, logprobs=1)
-    plan = scheduler.schedule(0, guess(sequence, 5, 6))
+    plan = scheduler.schedule(0, draft(sequence, 5, 6))
     values = np.arange(3, dtype=np.float32)
     logprobs = StepLogprobs(values, np.full(3, 2, np.int32), values.astype(np.int32)[:, None], values[:, None])
     delta = scheduler.commit(plan, StepOutput(np.array([5, 9, 1], np.int32), logprobs)).deltas[0]
     assert [(one.token_id, one.logprob, one.top_ids) for one in delta.logprobs] == [(5, 0.0, [0]), (9, 1.0, [1])]
 
 
-def test_guesses_are_not_published() -> None:
-    """A page full of guesses gets a hash once they are the sequence's own, and then for what it holds."""
+def test_draft_tokens_are_not_published() -> None:
+    """A page full of draft tokens gets a hash once they are the sequence's own, and then for what it holds."""
     scheduler = scheduler_of()
     sequence = started(scheduler)
-    plan = scheduler.schedule(0, guess(sequence, 5, 6, 8, 9))
+    plan = scheduler.schedule(0, draft(sequence, 5, 6, 8, 9))
     scheduler.abort(sequence.key)
     scheduler.commit(plan, StepOutput(np.array([5, 6, 8, 9, 1], np.int32)))
     scheduler.check_integrity()
@@ -316,9 +324,9 @@ def test_guesses_are_not_published() -> None:
     ("overrides", "waiting", "expected"),
     [(dict(), 0, 15), (dict(max_entries=6), 2, 3), (dict(max_num_batched_tokens=9), 0, 4), (dict(max_entries=4), 5, 0)],
 )
-def test_how_many_guesses_a_step_has_room_for(overrides: dict, waiting: int, expected: int) -> None:
+def test_how_many_draft_tokens_a_step_has_room_for(overrides: dict, waiting: int, expected: int) -> None:
     scheduler = scheduler_of(**overrides)
     started(scheduler)
     for index in range(waiting):
         scheduler.add(Sequence(str(index), [1, 2], SamplingParams(), frozenset(), 0, MAX_LEN))
-    assert scheduler.room_for_guesses(8)[2] == expected
+    assert scheduler.room_for_drafts(8)[2] == expected

@@ -36,12 +36,12 @@ def built_of(*steps: Step) -> BuiltModel:
     return BuiltModel(step=target, draft=draft, eos_ids=frozenset(), timings=Timings(), **facts)
 
 
-@pytest.mark.parametrize("where", ["the first thing", "the model", "the model that guesses"])
+@pytest.mark.parametrize("where", ["the first thing", "the model", "the draft model"])
 def test_a_failure_leaves_every_step_uncompiled(where: str, caplog: pytest.LogCaptureFixture) -> None:
     error = RuntimeError("no toolchain")
     built = built_of(
         Step(error if where == "the model" else "compiled"),
-        Step(error if where == "the model that guesses" else "compiled"),
+        Step(error if where == "the draft model" else "compiled"),
     )
     first = Mock(side_effect=error if where == "the first thing" else None)
     with caplog.at_level(logging.INFO):

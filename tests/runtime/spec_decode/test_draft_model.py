@@ -1,4 +1,4 @@
-"""The model that guesses: its draws against the target's, and its bookkeeping against a plain recomputation."""
+"""The draft model: its draws against the target's, and its bookkeeping against a plain recomputation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pagegraph.compiler.step.step import CompiledStep, Ticket
 from pagegraph.kernels import reference
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.ipc.protocol import SamplingParams
-from pagegraph.runtime.scheduler.draft_tokens import Guessed, verdict
+from pagegraph.runtime.scheduler.draft_tokens import ScheduledDrafts, verdict
 from pagegraph.runtime.scheduler.sequence import Sequence
 from pagegraph.runtime.scheduler.slots import Rows
 from pagegraph.runtime.spec_decode.draft_model import DraftModel
@@ -44,29 +44,33 @@ def drawn(logits: torch.Tensor, position: int) -> torch.Tensor:
 
 
 def test_verified_draws_follow_the_target_and_agree_more_often_than_independent_ones() -> None:
-    """Two guesses by a model q for a target p, both chains over a small vocabulary, through the verdict of the engine."""
-    target, guesser = log_chances(0), log_chances(1)
-    guesses = [drawn(guesser[-1].expand(DRAWS, -1), 10)]
-    guesses.append(drawn(guesser[guesses[0]], 11))
-    entries = [drawn(target[-1].expand(DRAWS, -1), 10), drawn(target[guesses[0]], 11), drawn(target[guesses[1]], 12)]
+    """Two draft tokens by a model q for a target p, both chains over a small vocabulary, through the verdict of the engine."""
+    target, drafter = log_chances(0), log_chances(1)
+    draft_tokens = [drawn(drafter[-1].expand(DRAWS, -1), 10)]
+    draft_tokens.append(drawn(drafter[draft_tokens[0]], 11))
+    entries = [
+        drawn(target[-1].expand(DRAWS, -1), 10),
+        drawn(target[draft_tokens[0]], 11),
+        drawn(target[draft_tokens[1]], 12),
+    ]
     ints = lambda value: np.full(DRAWS, value, np.int32)  # noqa: E731
-    guessed = Guessed(
+    drafted = ScheduledDrafts(
         np.arange(DRAWS, dtype=np.int32), ints(2), 3 * np.arange(DRAWS, dtype=np.int32), np.zeros(3 * DRAWS, bool), None
     )
     sampled = torch.stack(entries, 1).flatten().int().numpy()
     found = verdict(
-        guessed,
+        drafted,
         sampled,
-        torch.stack(guesses, 1).int().numpy(),
+        torch.stack(draft_tokens, 1).int().numpy(),
         ints(10),
         ints(100),
         ints(0),
         np.full((DRAWS, 1), -1, np.int32),
     )
-    p, q = target.exp().numpy(), guesser.exp().numpy()
+    p, q = target.exp().numpy(), drafter.exp().numpy()
     first, second = found.tokens[:, 0], found.tokens[:, 1]
     assert chi_square(np.bincount(first, minlength=VOCAB), p[-1]) < CRITICAL[5]
-    on = found.lengths > 1  # the first guess held: the next token is the target's own given it
+    on = found.lengths > 1  # the first draft token held: the next token is the target's own given it
     pairs = np.bincount(first[on] * VOCAB + second[on], minlength=VOCAB**2).reshape(VOCAB, VOCAB)
     statistic = sum(chi_square(pairs[token], p[token]) for token in range(VOCAB))
     assert statistic < CRITICAL[30]
@@ -126,8 +130,10 @@ class FakeStep:
     max_entries=st.integers(4, 12),
     together=st.booleans(),
 )
-def test_guesses_are_those_of_the_confirmed_tokens_alone(lengths, turns, max_tokens, max_entries, together) -> None:
-    """Whatever held, was corrected or went on without guesses: keys of the past are right when the next are made."""
+def test_draft_tokens_are_those_of_the_confirmed_tokens_alone(
+    lengths, turns, max_tokens, max_entries, together
+) -> None:
+    """Whatever held, was corrected or went on without draft tokens: keys of the past are right when the next are made."""
     rows = Rows(len(lengths), 200, 4)
     for index, length in enumerate(lengths):
         params = SamplingParams(max_tokens=100)
@@ -138,18 +144,18 @@ def test_guesses_are_those_of_the_confirmed_tokens_alone(lengths, turns, max_tok
         at = np.arange(len(lengths), dtype=np.int32)[:: 2 if others and len(lengths) > 1 else 1]
         counts = np.array([1 + (count + index) % 4 for index in range(len(at))], np.int32)
         for row, wanted in zip(at.tolist(), counts.tolist()):
-            step.limits[row] = int(rows.known[row]) + wanted - 1  # the last guess is not computed
+            step.limits[row] = int(rows.known[row]) + wanted - 1  # the last draft token is not computed
             if together:
                 missing = -(-step.limits[row] // 4) - int(rows.num_blocks[row])
                 rows.add_blocks(np.array([row]), np.array([max(missing, 0)]), [1] * missing)
                 step.limits[row] = int(rows.num_blocks[row]) * 4
-        guessed = [tokens[:wanted] for tokens, wanted in zip(model.propose(at, counts).tolist(), counts.tolist())]
-        for row, tokens in zip(at.tolist(), guessed):
+        drafted = [tokens[:wanted] for tokens, wanted in zip(model.propose(at, counts).tolist(), counts.tolist())]
+        for row, tokens in zip(at.tolist(), drafted):
             history = rows.tokens[row, : rows.known[row]].tolist()
             for token in tokens:
                 assert token == next_token(history)
                 history.append(token)
-            came = [*tokens[:kept], *([1] * (kept + 1 - len(tokens[:kept])))]  # guesses that held, and others
+            came = [*tokens[:kept], *([1] * (kept + 1 - len(tokens[:kept])))]  # draft tokens that held, and others
             rows.tokens[row, rows.known[row] : rows.known[row] + len(came)] = came
             rows.known[row] += len(came)
     assert step.largest <= max(max_tokens, max_entries)
@@ -165,8 +171,8 @@ def test_a_sequence_that_enters_a_row_is_computed_from_its_start() -> None:
         rows.leave(0)
 
 
-def test_rows_that_want_fewer_guesses_go_along_as_far_as_their_pages_reach() -> None:
-    """So guesses are one launch; one more where a row lacks two tokens or more, or has no page to go on in."""
+def test_rows_that_want_fewer_draft_tokens_go_along_as_far_as_their_pages_reach() -> None:
+    """So draft tokens are one launch; one more where a row lacks two tokens or more, or has no page to go on in."""
     rows = Rows(3, 200, 4)
     for index in range(3):
         params = SamplingParams(max_tokens=100)
@@ -185,13 +191,13 @@ def test_rows_that_want_fewer_guesses_go_along_as_far_as_their_pages_reach() -> 
         assert tokens.shape == (3, max(counts))
         rows.tokens[at, rows.known] = tokens[:, 0]
         rows.known += 1
-    # With prompts; chains; at last the third row, with 9 tokens known and pages for 12, leaves after its fourth guess.
+    # With prompts; chains; at last the third row, with 9 tokens known and pages for 12, leaves after its fourth draft token.
     assert launches == [2, 1, 1, 2]
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> builder.BuiltModel:
-    """Random weights, uncompiled, with a model that guesses."""
+    """Random weights, uncompiled, with a draft model."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     LlamaConfig(
@@ -224,10 +230,10 @@ def afresh(step: CompiledStep, history: list[int], count: int, temperature: floa
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("together", [False, True])
-def test_guesses_of_a_real_model_are_what_it_says_afresh(
+def test_draft_tokens_of_a_real_model_are_what_it_says_afresh(
     drafted: builder.BuiltModel, temperature: float, together: bool
 ) -> None:
-    """Also behind a token that is not what the model itself would have put behind guesses that all held."""
+    """Also behind a token that is not what the model itself would have put behind draft tokens that all held."""
     rows, at, count = Rows(4, 128, 8), np.arange(2, dtype=np.int32), 4
     for index, length in enumerate((5, 11)):
         params = SamplingParams(max_tokens=100, temperature=temperature, seed=index)
@@ -235,11 +241,11 @@ def test_guesses_of_a_real_model_are_what_it_says_afresh(
         rows.enter(sequence, list(range(1 + 16 * index, 17 + 16 * index)), 0)
     model = DraftModel(drafted.draft, rows, 64, 64, together)
     for kept in (count, 2, count, 0):
-        guesses = model.propose(at, np.array([count, count - 1], np.int32))
+        draft_tokens = model.propose(at, np.array([count, count - 1], np.int32))
         for row, wanted in ((0, count), (1, count - 1)):
             history = rows.tokens[row, : rows.known[row]].tolist()
             expected = afresh(drafted.draft, history, count if together else wanted, temperature, int(rows.seed[row]))
-            assert guesses[row, : len(expected)].tolist() == expected
+            assert draft_tokens[row, : len(expected)].tolist() == expected
             came = [*expected[: min(kept, wanted)], 299 - expected[-1]]
             rows.tokens[row, rows.known[row] : rows.known[row] + len(came)] = came
             rows.known[row] += len(came)

@@ -1,4 +1,4 @@
-"""The engine's loop with guesses, against a device that is simulated: what it says is a script, what it takes a formula."""
+"""The engine's loop with draft tokens, against a device that is simulated: what it says is a script, what it takes a formula."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pagegraph.runtime.llm import LocalMailbox
 from pagegraph.runtime.scheduler.block_pool import BlockPool
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.spec_decode.device_ngram import DeviceLookup
-from pagegraph.runtime.spec_decode.host import Guesser, Speculation
+from pagegraph.runtime.spec_decode.host import Drafter, Speculation
 from pagegraph.runtime.spec_decode.num_draft_tokens import StepCosts
 from pagegraph.runtime.spec_decode.proposer import Ngram
 
@@ -38,7 +38,7 @@ class Device:
         self.cost = cost
         self.looks_up = looks_up
         self.last_at = np.zeros(16, np.int64)  # of each row's last token
-        self.guesses: dict[int, np.ndarray] = {}
+        self.draft_tokens: dict[int, np.ndarray] = {}
         self.now = 0.0  # seconds
         self.free = 0.0  # when the last launched step is done
         self.steps: list[int] = []  # entries of each
@@ -68,25 +68,25 @@ class Device:
         fed = step.token_ids[step.query_start[1:] - 1].copy()
         for s in np.flatnonzero(np.append(True, step.rows[1:] != step.rows[:-1])).tolist():
             row, kept = int(step.rows[s]), s
-            guesses = self.guesses.get(row, np.full(15, -1, np.int32))
-            hits[s] = guesses[0] == ids[s]
+            draft_tokens = self.draft_tokens.get(row, np.full(15, -1, np.int32))
+            hits[s] = draft_tokens[0] == ids[s]
             for entry in range(s + 1, step.num_seqs):
                 if step.rows[entry] != row:
                     break
                 if fed[entry] < 0:
-                    fed[entry] = guesses[-2 - fed[entry]]
+                    fed[entry] = draft_tokens[-2 - fed[entry]]
                 kept += kept == entry - 1 and fed[entry] == ids[kept]
             if step.sampled[s] or kept > s or step.rows[s + 1 : s + 2] == row:
                 self.last_at[row] = at[kept]
                 if not self.looks_up:
                     continue
                 text = self.script[: at[kept] + 1].astype(np.int32)[None]
-                (self.guesses[row],), (matched[s],) = reference.lookup(text, np.array([text.shape[1]]), 15, 2, 5)
+                (self.draft_tokens[row],), (matched[s],) = reference.lookup(text, np.array([text.shape[1]]), 15, 2, 5)
         return LookedUp(matched, hits, fed)
 
 
 class Model:
-    """Guesses what the script says with a chance, from position `good_from` on with a good one; takes `ms` a guess."""
+    """Drafts what the script says with a chance, from position `good_from` on with a good one; takes `ms` a draft token."""
 
     def __init__(
         self, device: Device, scheduler: Scheduler, chance: float, ms: float, good_from: int = MAX_LEN
@@ -119,11 +119,11 @@ def drive(
     streams: int,
     num_tokens: int,
     *,
-    guessing: bool = True,
+    drafting: bool = True,
     fixed: int = 0,
     on_device: bool = False,
     **model,
-) -> tuple[float, Device, Scheduler, Guesser | None]:
+) -> tuple[float, Device, Scheduler, Drafter | None]:
     """Seconds that `streams` requests of `num_tokens` take."""
     device = Device(script, cost, on_device)
     scheduler = Scheduler(
@@ -135,15 +135,15 @@ def drive(
     )
     metrics = EngineMetrics("m", MAX_LEN)
     speculation = None
-    if guessing:
-        guesser = Model(device, scheduler, **model) if model else None
+    if drafting:
+        drafter = Model(device, scheduler, **model) if model else None
         costs = (
             None
             if fixed
             else StepCosts((*range(1, 17), *range(20, 65, 4)), {n: cost(n) for n in (1, 2, 4, 8, 16, 32, 64)})
         )
         speculation = DeviceLookup(scheduler, fixed or 15, costs) if on_device else Speculation(
-            scheduler, None if model else Ngram(2, 5), fixed or 15, costs, guesser, model.get("ms", 1.0), clock=device.clock
+            scheduler, None if model else Ngram(2, 5), fixed or 15, costs, drafter, model.get("ms", 1.0), clock=device.clock
         )  # fmt: skip
     mailbox = LocalMailbox()
     engine = Engine(
@@ -173,19 +173,19 @@ WHERE = pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("streams", [1, 4, 16])
 @pytest.mark.parametrize("cost", [flat, steep])
 def test_random_text_loses_nothing(cost, streams: int, on_device: bool) -> None:
-    plain = drive(RANDOM, cost, streams, 600, guessing=False)[0]
+    plain = drive(RANDOM, cost, streams, 600, drafting=False)[0]
     assert plain / drive(RANDOM, cost, streams, 600, on_device=on_device)[0] > 0.98
 
 
 @WHERE
 @pytest.mark.parametrize(("streams", "gain"), [(1, 4.0), (4, 3.0), (16, 1.5)])
 def test_text_that_repeats_gains_where_entries_are_cheap(streams: int, gain: float, on_device: bool) -> None:
-    plain = drive(REPEATED, flat, streams, 600, guessing=False)[0]
+    plain = drive(REPEATED, flat, streams, 600, drafting=False)[0]
     assert plain / drive(REPEATED, flat, streams, 600, on_device=on_device)[0] > gain
 
 
 def test_a_device_that_looks_up_never_waits_for_the_host() -> None:
-    """With guesses in every step, a turn takes what the step takes."""
+    """With draft tokens in every step, a turn takes what the step takes."""
     fast = lambda entries: 0.7 + 0.01 * entries  # noqa: E731
     seconds, device, scheduler, _ = drive(REPEATED, fast, 1, 900, on_device=True)
     assert scheduler.counters.saved_steps > 700
@@ -194,37 +194,37 @@ def test_a_device_that_looks_up_never_waits_for_the_host() -> None:
 
 
 @WHERE
-def test_nothing_is_guessed_where_entries_cost_as_much_as_steps(on_device: bool) -> None:
+def test_nothing_is_drafted_where_entries_cost_as_much_as_steps(on_device: bool) -> None:
     seconds, device, scheduler, _ = drive(REPEATED, steep, 4, 300, on_device=on_device)
-    assert drive(REPEATED, steep, 4, 300, guessing=False)[0] / seconds > 0.98
-    assert scheduler.counters.guesses < 20
+    assert drive(REPEATED, steep, 4, 300, drafting=False)[0] / seconds > 0.98
+    assert scheduler.counters.draft_tokens < 20
 
 
 @WHERE
-def test_guessing_starts_with_the_repetition_and_ends_with_it(on_device: bool) -> None:
+def test_drafting_starts_with_the_repetition_and_ends_with_it(on_device: bool) -> None:
     _, device, scheduler, _ = drive(BOTH, flat, 1, 1200, on_device=on_device)
     steps = np.array(device.steps)
     assert steps[:300].max() <= 2 and steps[-300:].max() <= 2
     assert scheduler.counters.accepted > 250 and len(steps) < 960
-    assert scheduler.counters.guesses - scheduler.counters.accepted < 60
+    assert scheduler.counters.draft_tokens - scheduler.counters.accepted < 60
 
 
-def test_no_step_is_planned_ahead_of_guesses_and_all_others_are() -> None:
-    """Without guesses the device never waits for the host."""
+def test_no_step_is_planned_ahead_of_draft_tokens_and_all_others_are() -> None:
+    """Without draft tokens the device never waits for the host."""
     seconds, device, _, _ = drive(RANDOM, flat, 1, 400)
     assert seconds < sum(map(flat, device.steps)) / 1e3 + 20 * HOST_MS / 1e3
 
 
 @WHERE
-def test_a_fixed_number_is_guessed_whether_it_pays_or_not(on_device: bool) -> None:
+def test_a_fixed_number_is_drafted_whether_it_pays_or_not(on_device: bool) -> None:
     _, _, scheduler, _ = drive(REPEATED, steep, 1, 300, fixed=3, on_device=on_device)
     assert scheduler.counters.accepted > 150
-    assert scheduler.counters.guesses <= 3 * scheduler.counters.drafts
+    assert scheduler.counters.draft_tokens <= 3 * scheduler.counters.drafts
 
 
 @pytest.mark.parametrize(("chance", "gain"), [(0.9, 1.8), (0.02, 0.97)])
-def test_a_model_guesses_if_it_is_good(chance: float, gain: float) -> None:
-    plain = drive(RANDOM, flat, 1, 900, guessing=False)[0]
+def test_a_model_drafts_if_it_is_good(chance: float, gain: float) -> None:
+    plain = drive(RANDOM, flat, 1, 900, drafting=False)[0]
     assert plain / drive(RANDOM, flat, 1, 900, chance=chance, ms=1.0)[0] > gain
 
 

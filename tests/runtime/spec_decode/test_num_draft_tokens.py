@@ -1,4 +1,4 @@
-"""How many guesses pay: costs and acceptance learned from made-up steps, and whole decisions in a simulated engine."""
+"""How many draft tokens pay: costs and acceptance learned from made-up steps, and whole decisions in a simulated engine."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ints = lambda *values: np.array(values, np.int32)  # noqa: E731
 def test_chances_start_at_the_prior_and_follow_what_happens() -> None:
     acceptance = Acceptance(2)
     chances = acceptance.chances(ints(0), ints(1), ints(1), 3)
-    assert chances[0] == pytest.approx(np.cumprod(PRIOR[[1, 2, 3]])), "each guess that holds lengthens the match"
+    assert chances[0] == pytest.approx(np.cumprod(PRIOR[[1, 2, 3]])), "each draft token that holds lengthens the match"
     for _ in range(60):
         acceptance.learn(ints(0, 1), ints(1, 2), ints(3, 3), ints(4, 4), ints(4, 0))
     good, bad = acceptance.chances(ints(0, 1), ints(1, 2), ints(3, 3), 2)
@@ -64,7 +64,7 @@ def test_chances_start_at_the_prior_and_follow_what_happens() -> None:
     assert untouched[0, 0] == PRIOR[0]
 
 
-def test_what_follows_a_wrong_guess_was_not_put_to_the_test() -> None:
+def test_what_follows_a_wrong_draft_token_was_not_put_to_the_test() -> None:
     acceptance = Acceptance(1)
     for _ in range(100):
         acceptance.learn(ints(0), ints(1), ints(0), ints(4), ints(1))  # one held, one did not
@@ -96,11 +96,11 @@ def test_the_choice_is_the_best_of_all(rows: int, budget: int, slope: float, ove
     assert rate(tuple(found.counts)) == pytest.approx(found.rate)
 
 
-def test_nothing_is_guessed_for_less_than_the_margin() -> None:
+def test_nothing_is_drafted_for_less_than_the_margin() -> None:
     costs = costs_of({1: 10.0, 2: 10.0})
     chances = np.array([[0.04]])
     assert choose(chances, ints(1), 1, 1, costs, 0.0, 0.05).counts.tolist() == [0]
     assert choose(chances, ints(1), 1, 1, costs, 0.0, 0.0).counts.tolist() == [1]
     assert choose(chances, ints(1), 1, 1, costs, 1.0, 0.0).counts.tolist() == [0], (
-        "the wait costs more than the guess brings"
+        "the wait costs more than the draft token brings"
     )

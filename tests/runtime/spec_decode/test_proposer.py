@@ -1,4 +1,4 @@
-"""Who guesses: prompt lookup and the suffix automaton against plain searches."""
+"""Who proposes: prompt lookup and the suffix automaton against plain searches."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_outputs_of_others_are_remembered_to_their_end() -> None:
     suffix.ended(np.array([20, 21, 22, 23, 24]))
     assert proposed(suffix, [1, 10, 11]) == ([12, 13], 2)
     assert proposed(suffix, [1, 10, 11, 12, 13])[0] == [], "nothing is known behind the end of an output"
-    assert proposed(suffix, [21, 22, 9, 20, 21, 22]) == ([23, 24], 3), "the longer match guesses"
+    assert proposed(suffix, [21, 22, 9, 20, 21, 22]) == ([23, 24], 3), "the longer match proposes"
     assert proposed(suffix, [20, 21, 7, 9, 20, 21]) == ([7, 9, 20, 21], 2), "of equals the row's own"
     assert BORDER not in proposed(suffix, [22, 23], 9)[0]
 

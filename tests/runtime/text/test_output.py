@@ -312,7 +312,7 @@ def test_min_tokens_are_not_searched(tokenizer: Tokenizer) -> None:
 
 
 def test_tokens_after_a_stop_string_were_not_asked_for(tokenizer: Tokenizer) -> None:
-    """A step with guesses brings several: ids, log-probabilities and text end at the same token."""
+    """A step with draft tokens brings several: ids, log-probabilities and text end at the same token."""
     ids = singly(tokenizer, "xabyz")
     logprobs = [TokenLogprob(token_id, -1.0, 1) for token_id in ids]
     for reason, stop in (("", -1), ("length", -1), ("stop", ids[-1])):
