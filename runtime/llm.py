@@ -226,12 +226,12 @@ class _Request:
     logprobs: list[TokenLogprob] | None = None  # of those
 
     def gather(self, delta: TokenDelta) -> None:
-        """Take in a delta's tokens."""
+        """Take in a delta's tokens and totals."""
         self.fresh += delta.token_ids
         if delta.logprobs is not None:
             self.logprobs = self.logprobs or []
             self.logprobs += delta.logprobs
-        self.completion.cached_tokens = delta.cached_tokens
+        self.output.count(delta)
 
     def read(self, finish_reason: str, stop_reason: int) -> bool:
         """Turn fresh tokens into text; True if the completion is whole."""
@@ -241,5 +241,6 @@ class _Request:
         done.text += piece.text
         done.token_ids += piece.token_ids
         done.logprobs += piece.logprobs or ()
+        done.cached_tokens = self.output.cached_tokens
         done.finish_reason, done.stop_reason = piece.finish_reason or "", piece.stop_reason
         return piece.finish_reason is not None

@@ -55,8 +55,8 @@ class GenerationResponse:
         self._continuous_usage = checked.continuous_usage
         self._n = checked.n
         self._num_prompt_tokens = sum(map(len, prompts))
-        self._sequences = generation.sequences
-        self._choices = [_Choice() for _ in generation.sequences]
+        self._outputs = generation.outputs
+        self._choices = [_Choice() for _ in generation.outputs]
 
     def add(self, index: int, piece: Piece) -> None:
         """Take one piece of a sequence into the whole response."""
@@ -97,16 +97,16 @@ class GenerationResponse:
         return {**chunk, "usage": usage} if self._include_usage else chunk
 
     def _usage(self) -> dict[str, Any]:
-        completion = sum(sequence.output.num_tokens for sequence in self._sequences)
-        cached = sum(sequence.cached_tokens for sequence in self._sequences[:: self._n])
+        completion = sum(output.num_tokens for output in self._outputs)
+        cached = sum(output.cached_tokens for output in self._outputs[:: self._n])
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self._num_prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
             "completion_tokens_details": {
-                "accepted_prediction_tokens": sum(sequence.accepted for sequence in self._sequences),
-                "rejected_prediction_tokens": sum(sequence.rejected for sequence in self._sequences),
+                "accepted_prediction_tokens": sum(output.accepted for output in self._outputs),
+                "rejected_prediction_tokens": sum(output.rejected for output in self._outputs),
             },
         }
 

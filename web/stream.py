@@ -27,16 +27,6 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
-@dataclass(slots=True)
-class Sequence:
-    """One sequence as the web worker sees it."""
-
-    output: TextOutput
-    cached_tokens: int = 0
-    accepted: int = 0  # tokens that the engine had drafted
-    rejected: int = 0
-
-
 class ClientGone(Exception):
     """The client closed its connection."""
 
@@ -68,7 +58,7 @@ class Generation:
     """All sequences of one request while they run. `close` aborts what is left and must be called."""
 
     group: Group | NoTokens
-    sequences: list[Sequence]
+    outputs: list[TextOutput]
     client_gone: Callable[[], bool]
     on_close: Callable[[], None]
     _peeked: float = field(default_factory=time.monotonic)
@@ -113,15 +103,9 @@ class Generation:
         return pieces
 
     def _piece(self, index: int, delta: TokenDelta) -> Piece:
-        sequence = self.sequences[index]
         if delta.finish_reason in ("abort", "error"):
             raise RequestFailed(index, 503 if delta.finish_reason == "abort" else 500, "the server ended this request")
-        sequence.cached_tokens = max(sequence.cached_tokens, delta.cached_tokens)
-        sequence.accepted, sequence.rejected = (
-            max(sequence.accepted, delta.accepted),
-            max(sequence.rejected, delta.rejected),
-        )
-        piece = sequence.output.add(delta)
+        piece = self.outputs[index].add(delta)
         if piece.finish_reason:
             self.group.stop(index)  # the engine knows of every end but that by a stop string
         return piece

@@ -18,7 +18,7 @@ from pagegraph.runtime.text.tokenizer import ChatTemplateError, Tokenizer
 from pagegraph.web.errors import ApiError
 from pagegraph.web.schema import GenerationRequest, parse_body
 from pagegraph.web.service import Service
-from pagegraph.web.stream import Generation, NoTokens, Sequence, client_probe
+from pagegraph.web.stream import Generation, NoTokens, client_probe
 
 Parse = Callable[..., GenerationRequest]  # `schema.parse_completion` or `schema.parse_chat`
 Prompt = str | list[int]
@@ -66,13 +66,11 @@ def submit(
     else:
         params = [_params(checked, len(ids), index % checked.n, info.max_model_len) for index, ids in enumerate(each)]
         group = service.engine.submit_group(list(zip(each, params, strict=True)), checked.priority, checked.cache_salt)
-    sequences = [
-        Sequence(
-            TextOutput(service.tokenizer, ids, one, checked.stop, checked.include_stop, checked.skip_special_tokens)
-        )
+    outputs = [
+        TextOutput(service.tokenizer, ids, one, checked.stop, checked.include_stop, checked.skip_special_tokens)
         for ids, one in zip(each, params, strict=True)
     ]
-    return Generation(group, sequences, client_probe(request.environ), release)
+    return Generation(group, outputs, client_probe(request.environ), release)
 
 
 def _prompts(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> list[Prompt]:

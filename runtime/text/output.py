@@ -54,6 +54,9 @@ class TextOutput:
         skip_special: bool = True,
     ) -> None:
         self.num_tokens = 0  # that count
+        self.cached_tokens = 0  # of the prompt, served from the prefix cache
+        self.accepted = 0  # draft tokens of the sequence that became its own
+        self.rejected = 0  # and those that did not
         self._detokenizer = Detokenizer(tokenizer, prompt_ids, skip_special)
         self._stop = StopStrings(stop, include_stop) if stop else None
         self._stop_token_ids = frozenset(params.stop_token_ids)
@@ -67,6 +70,7 @@ class TextOutput:
 
     def add(self, delta: TokenDelta) -> Piece:
         """Take in what a step brought. Nothing may be added after a piece with a finish reason."""
+        self.count(delta)
         token_ids, before = delta.token_ids, self.num_tokens
         hidden = delta.finish_reason == "stop" and token_ids[-1:] == [delta.stop_reason] and not self._include_stop
         texts, places = [], []
@@ -97,6 +101,12 @@ class TextOutput:
     def stopped_by(self) -> str | None:
         """The stop string that ended the sequence."""
         return None if self._stop is None else self._stop.found
+
+    def count(self, delta: TokenDelta) -> None:
+        """Keep the totals of a delta, which some deltas tell and others leave at 0; `add` does so itself."""
+        self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
+        self.accepted = max(self.accepted, delta.accepted)
+        self.rejected = max(self.rejected, delta.rejected)
 
     def _text_of(self, token_id: int) -> str:
         """What may be told now that this token is there."""
