@@ -48,7 +48,7 @@ from pagegraph.kernels.attention import cpu_decode
 from pagegraph.kernels.inputs import cpp as inputs_cpp
 from pagegraph.kernels.quant import cpu_int4
 from pagegraph.kernels.sampling import cpp as sampling_cpp
-from pagegraph.kernels.spec_decode import cpu as ngram_cpp
+from pagegraph.kernels.spec_decode import cpp as spec_decode_cpp
 
 MAX_CAPTURED_TOKENS = 16384
 
@@ -117,7 +117,7 @@ class BuiltModel:
             inputs_cpp.build()
             sampling_cpp.build()
             if self.step.state.lookup is not None:
-                ngram_cpp.build()
+                spec_decode_cpp.build()
         return [step.compiled_forward(warm_steps(step.state), progress) for step in self.steps]
 
     def close(self) -> None:

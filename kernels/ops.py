@@ -18,18 +18,18 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 `pagegraph::linear` is x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the kernel that suits the rows of x.
 
 `pagegraph::quant_linear` is x [..., K] @ weight.T + bias [N] -> [..., N] with weight [N, K] = codes * scale + shift: codes
-int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kernels.reference.pack_nibbles`); scale and shift
+int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kernels.quant.reference.pack_nibbles`); scale and shift
 [N, groups] of `group` neighbouring columns each, the last group maybe of fewer. In plain PyTorch: weights are loaded so, and steps run the ops below.
 
 `pagegraph::fragment_linear` is the same with the weight as the matrix unit takes it, x [..., K] -> [..., out_size]: integers as
-`kernels.reference.fragments` lays them, scale and shift as `fragment_pairs` does; or float8_e4m3fn as `exchanged_columns`, scale float32
+`kernels.quant.reference.fragments` lays them, scale and shift as `fragment_pairs` does; or float8_e4m3fn as `exchanged_columns`, scale float32
 [N, groups] of a multiple of 64 columns each, no shift. rounds: a device may round x to 8 bits where that is
 faster, from many rows on (`kernels.quant.tiles`). gated: [..., out_size / 2], silu(first half) * second half.
 `pagegraph::norm_fragment_linear` is x + residual -> its norm -> fragment_linear -> (sum, product); with a second weight the first is
 gated and the second's product [..., second_size] comes out.
 
 `pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit codes as
-PyTorch packs them for AVX-512 (`kernels.cpu.unpack_int4`), pairs [K / group, N, 2] scale and shift beside each other in x's dtype.
+PyTorch packs them for AVX-512 (`kernels.quant.cpu.unpack_int4`), pairs [K / group, N, 2] scale and shift beside each other in x's dtype.
 `pagegraph::int4_packed_chain` is two or four of them on one row, `linear_norm_linear` once or twice (`kernels.quant.cpu_int4.chain`).
 
 `pagegraph::rms_norm` is x [..., H] / sqrt(mean(x ** 2) + eps) * weight [H]; `pagegraph::add_rms_norm` adds a residual
@@ -43,7 +43,7 @@ anything.
 `pagegraph::materialize` is a copy that the compiler does not look through; `pagegraph::in_memory` one that it writes itself, and does
 not compute anew for each use.
 
-`pagegraph::draw` is the next token of each sequence by Gumbel-max (`kernels.reference.gumbel_argmax`): logits [S, V],
+`pagegraph::draw` is the next token of each sequence by Gumbel-max (`kernels.sampling.reference.gumbel_argmax`): logits [S, V],
 temperature float32 [S], seeds int64 [S], positions int32 [S] -> ids int64 [S]. Where sampled int32 [S] is not 0 it also
 goes to last_tokens int32 [rows] at the sequence's row of rows int32 [S], and its position to last_at int32 [rows].
 
@@ -63,7 +63,7 @@ draft token holds if the entry before it drew just that and all draft tokens bef
 the rows with draft tokens, of which no row has more than `most`.
 
 `pagegraph::look_up` does that too, and writes a step's tokens, and what was drawn of them that holds, into history [rows, W], and for rows that
-drew (sampled or with draft tokens) writes what may follow into draft_tokens [rows, K], by `kernels.reference.lookup` -> int32 [2, S]:
+drew (sampled or with draft tokens) writes what may follow into draft_tokens [rows, K], by `kernels.spec_decode.reference.lookup` -> int32 [2, S]:
 at a row's first entry twice the length of the match, plus 1 if the first draft token that stood there was what the entry drew;
 and the last token of each entry.
 """
@@ -74,11 +74,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pagegraph.kernels import cpu, reference
+from pagegraph.kernels.attention import cpu as attention_cpu
 from pagegraph.kernels.inputs import cpp as inputs_cpp
+from pagegraph.kernels.inputs import cpu as inputs_cpu
+from pagegraph.kernels.linear import reference as linear_reference
+from pagegraph.kernels.quant import cpu as quant_cpu
 from pagegraph.kernels.quant import cpu_int4
+from pagegraph.kernels.quant import reference as quant_reference
 from pagegraph.kernels.sampling import cpp as sampling_cpp
-from pagegraph.kernels.spec_decode import cpu as ngram_cpp
+from pagegraph.kernels.spec_decode import cpp as spec_decode_cpp
+from pagegraph.kernels.spec_decode import reference as spec_decode_reference
 
 _library = torch.library.Library("pagegraph", "DEF")
 _library.define(
@@ -133,15 +138,15 @@ _library.define(
 
 
 def _attention_on_cuda(*arguments: Tensor | float | int | None) -> Tensor:
-    from pagegraph.kernels import cuda  # Triton is imported where there is a device for it
+    from pagegraph.kernels.attention import cuda as attention_cuda
 
-    return cuda.paged_attention(*arguments)
+    return attention_cuda.paged_attention(*arguments)
 
 
 def _rope_attention_on_cuda(*arguments: Tensor | float | int | None) -> Tensor:
-    from pagegraph.kernels import cuda
+    from pagegraph.kernels.attention import cuda as attention_cuda
 
-    return cuda.rope_attention(*arguments)
+    return attention_cuda.rope_attention(*arguments)
 
 
 def _draw_on_cuda(logits: Tensor, *arguments: Tensor) -> Tensor:
@@ -175,27 +180,27 @@ def _look_up_on_cuda(*arguments: Tensor | int) -> Tensor:
 
 
 def _linear_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from pagegraph.kernels import cuda
+    from pagegraph.kernels.linear import cuda as linear_cuda
 
-    return cuda.linear(x, weight, bias)
+    return linear_cuda.linear(x, weight, bias)
 
 
 def _linear_norm_linear_on_cuda(*arguments: Tensor | float | bool | None) -> tuple[Tensor, Tensor]:
-    from pagegraph.kernels import cuda
+    from pagegraph.kernels.linear import cuda as linear_cuda
 
-    return cuda.linear_norm_linear(*arguments)
+    return linear_cuda.linear_norm_linear(*arguments)
 
 
 def _fragment_linear_on_cuda(*arguments: Tensor | int | None) -> Tensor:
-    from pagegraph.kernels import cuda
+    from pagegraph.kernels.quant import cuda as quant_cuda
 
-    return cuda.fragment_linear(*arguments)
+    return quant_cuda.fragment_linear(*arguments)
 
 
 def _norm_fragment_linear_on_cuda(*arguments: Tensor | float | int | None) -> tuple[Tensor, Tensor]:
-    from pagegraph.kernels import cuda
+    from pagegraph.kernels.quant import cuda as quant_cuda
 
-    return cuda.norm_fragment_linear(*arguments)
+    return quant_cuda.norm_fragment_linear(*arguments)
 
 
 def _rms_norm_on_cuda(*arguments: Tensor | float) -> Tensor:
@@ -216,38 +221,38 @@ def _silu_mul_on_cuda(gate_up: Tensor) -> Tensor:
     return silu_mul.silu_mul(gate_up)
 
 
-_library.impl("rms_norm", reference.rms_norm, "CPU")
+_library.impl("rms_norm", linear_reference.rms_norm, "CPU")
 _library.impl("rms_norm", _rms_norm_on_cuda, "CUDA")
-_library.impl("add_rms_norm", reference.add_rms_norm, "CPU")
+_library.impl("add_rms_norm", linear_reference.add_rms_norm, "CPU")
 _library.impl("add_rms_norm", _add_rms_norm_on_cuda, "CUDA")
-_library.impl("silu_mul", reference.silu_mul, "CPU")
+_library.impl("silu_mul", linear_reference.silu_mul, "CPU")
 _library.impl("silu_mul", _silu_mul_on_cuda, "CUDA")
-_library.impl("linear_norm_linear", reference.linear_norm_linear, "CPU")
+_library.impl("linear_norm_linear", linear_reference.linear_norm_linear, "CPU")
 _library.impl("linear_norm_linear", _linear_norm_linear_on_cuda, "CUDA")
 _library.impl("materialize", torch.clone, "CompositeExplicitAutograd")
 _library.impl("in_memory", torch.clone, "CompositeExplicitAutograd")
-_library.impl("quant_linear", reference.quant_linear, "CompositeExplicitAutograd")
-_library.impl("fragment_linear", reference.fragment_linear, "CPU")
+_library.impl("quant_linear", quant_reference.quant_linear, "CompositeExplicitAutograd")
+_library.impl("fragment_linear", quant_reference.fragment_linear, "CPU")
 _library.impl("fragment_linear", _fragment_linear_on_cuda, "CUDA")
-_library.impl("norm_fragment_linear", reference.norm_fragment_linear, "CPU")
+_library.impl("norm_fragment_linear", quant_reference.norm_fragment_linear, "CPU")
 _library.impl("norm_fragment_linear", _norm_fragment_linear_on_cuda, "CUDA")
-_library.impl("int4_packed_linear", cpu.int4_packed_linear, "CPU")
+_library.impl("int4_packed_linear", quant_cpu.int4_packed_linear, "CPU")
 _library.impl("int4_packed_chain", cpu_int4.chain, "CPU")
 _library.impl("linear", functional.linear, "CPU")
 _library.impl("linear", _linear_on_cuda, "CUDA")
-_library.impl("paged_attention", cpu.paged_attention, "CPU")
-_library.impl("rope_attention", cpu.rope_attention, "CPU")
+_library.impl("paged_attention", attention_cpu.paged_attention, "CPU")
+_library.impl("rope_attention", attention_cpu.rope_attention, "CPU")
 _library.impl("rope_attention", _rope_attention_on_cuda, "CUDA")
 _library.impl("paged_attention", _attention_on_cuda, "CUDA")
 _library.impl("draw", sampling_cpp.draw, "CPU")
 _library.impl("draw", _draw_on_cuda, "CUDA")
-_library.impl("update_tables", cpu.update_tables, "CPU")
+_library.impl("update_tables", inputs_cpu.update_tables, "CPU")
 _library.impl("update_tables", _update_tables_on_cuda, "CUDA")
 _library.impl("unpack", inputs_cpp.unpack, "CPU")
 _library.impl("unpack", _unpack_on_cuda, "CUDA")
-_library.impl("accept", reference.accept, "CPU")
+_library.impl("accept", spec_decode_reference.accept, "CPU")
 _library.impl("accept", _accept_on_cuda, "CUDA")
-_library.impl("look_up", ngram_cpp.look_up, "CPU")
+_library.impl("look_up", spec_decode_cpp.look_up, "CPU")
 _library.impl("look_up", _look_up_on_cuda, "CUDA")
 
 

@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType
 from torch import nn
 
 from pagegraph.compiler.quantization.packing import QuantizationError
-from pagegraph.kernels import reference
+from pagegraph.kernels.quant import reference
 
 log = logging.getLogger("pagegraph.quantization")
 

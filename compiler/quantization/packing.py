@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pagegraph.compiler.quantization.methods import METHODS, ONLINE
-from pagegraph.kernels import reference
+from pagegraph.kernels.quant import reference
 
 # Columns that share a scale in int4 made while loading: of those that divide, the first. A GPU needs steps of 128 columns to be
 # fast; a CPU's product is as fast with groups of 32, which are more exact.

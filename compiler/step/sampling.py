@@ -13,7 +13,7 @@ import torch
 from pagegraph.compiler.step.inputs import SamplingInput, StepLogprobs
 from pagegraph.compiler.step.staging import Staged
 from pagegraph.compiler.step.state import DeviceState
-from pagegraph.kernels import reference
+from pagegraph.kernels.sampling import reference
 
 
 class StepLogprobTensors:

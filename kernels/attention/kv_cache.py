@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagegraph.kernels import reference
+from pagegraph.kernels.dtypes import FP8_MAX
 
 NUM_WARPS = 4
-FP8_MAX = tl.constexpr(reference.FP8_MAX)
+FP8_MAX = tl.constexpr(FP8_MAX)
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def kv_write_kernel(
 
 
 def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-    """`kernels.reference.write_kv` on the device. The last dimension of key and value must be dense."""
+    """`kernels.attention.reference.write_kv` on the device. The last dimension of key and value must be dense."""
     tokens, heads, key_size = key.shape
     value_size = value.shape[2]
     kv_write_kernel[(tokens,)](

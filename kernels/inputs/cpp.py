@@ -1,6 +1,6 @@
 """`unpack` on a CPU in C++: microseconds, by numpy's calls in cold caches twenty times that.
 
-Where it is not built, `kernels.cpu` does it. Knows no scheduling.
+Where it is not built, `kernels.inputs.cpu` does it. Knows no scheduling.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pagegraph.kernels import cpp_extension, cpu
+from pagegraph.kernels import cpp_extension
+from pagegraph.kernels.inputs import cpu
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 ARGUMENTS = ["int32_t*"] * 11 + ["int64_t*"] + ["int64_t"] * 6

@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagegraph.kernels.dtypes import FP8_MAX, INT8_MAX
 from pagegraph.kernels.linear.rms_norm import scaled_rows
 from pagegraph.kernels.linear.silu_mul import silu_times
 from pagegraph.kernels.pdl import dependent, wait
-from pagegraph.kernels.reference import CODED_GROUP, FP8_MAX, INT8_MAX
+from pagegraph.kernels.quant.reference import CODED_GROUP
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 LARGEST = tl.constexpr(FP8_MAX)

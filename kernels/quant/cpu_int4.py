@@ -1,7 +1,7 @@
 """One row times packed 4-bit codes on a CPU with AVX-512, in C++ (`cpu_int4.cpp`): up to a fifth faster than PyTorch's product.
 
 Two products with a norm between them, or four, are one call too. Where it is not built, or does not take a product,
-`kernels.cpu` has PyTorch's. Knows only how PyTorch packs for AVX-512.
+`kernels.quant.cpu` has PyTorch's. Knows only how PyTorch packs for AVX-512.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pagegraph.kernels import cpp_extension, reference
+from pagegraph.kernels import cpp_extension
+from pagegraph.kernels.linear import reference
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 PRODUCT = ["uint8_t*", "uint16_t*", "uint16_t*"]

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagegraph.kernels import reference
 from pagegraph.kernels.linear.split_k import added_up, is_last, room_for_parts
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.pdl import dependent, wait
+from pagegraph.kernels.quant import reference
 from pagegraph.kernels.quant.dequant import halves, nibbles, scaled, settled, wide_bytes
 from pagegraph.kernels.quant.tiles import QuantWeight
 

@@ -21,8 +21,8 @@ from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.quant.activations import Norm, e4m3_rows, int8_rows, width
 from pagegraph.kernels.quant.dequant import bytes_by_row, nibbles_by_row
 from pagegraph.kernels.quant.gemm_16bit import SIZE, THREADS, scale_place
+from pagegraph.kernels.quant.reference import CODED_GROUP
 from pagegraph.kernels.quant.tiles import QuantWeight, has_coded
-from pagegraph.kernels.reference import CODED_GROUP
 
 STEP = tl.constexpr(CODED_GROUP)  # columns of a scale of x
 SHIFTS = tl.constexpr(32)  # steps whose shifts are one product

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pagegraph.kernels.linear.tiles import Tile
-from pagegraph.kernels.reference import CODED_GROUP
+from pagegraph.kernels.quant.reference import CODED_GROUP
 
 SINGLE_ROWS = 8  # up to here a matrix instruction takes all rows of x at once
 MEMORY_BOUND_ROWS = 64  # up to here reading the weight bounds a product

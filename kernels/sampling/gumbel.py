@@ -1,6 +1,6 @@
 """Triton: the next token by Gumbel-max over the vocabulary, without a sort and without noise in memory.
 
-The noise is `kernels.reference.gumbel`, computed where it is added. Two kernels: the best token of each part of
+The noise is `kernels.sampling.reference.gumbel`, computed where it is added. Two kernels: the best token of each part of
 the vocabulary, then the best of the parts, which the next step finds too. Knows no filters: they have made their tokens -inf before.
 """
 
@@ -19,7 +19,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def mix32(words):
-    """`kernels.reference.mix32` on uint32."""
+    """`kernels.sampling.reference.mix32` on uint32."""
     words = (words ^ (words >> 16)) * 0x85EBCA6B
     words = (words ^ (words >> 13)) * 0xC2B2AE35
     return words ^ (words >> 16)
@@ -36,7 +36,7 @@ def random_bits(seed, position, token):
 
 @triton.jit
 def gumbel(bits):
-    """`kernels.reference.gumbel` of random bits: -log(-log(1 - u)) with u of 32 bits."""
+    """`kernels.sampling.reference.gumbel` of random bits: -log(-log(1 - u)) with u of 32 bits."""
     uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
     # log(1 - u) cancels for small u, where the largest noise is made: a series instead.
     series = uniform * (1.0 + uniform * (0.5 + uniform * (0.3333333333 + uniform * 0.25)))

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagegraph.kernels.pdl import dependent, wait
-from pagegraph.kernels.reference import LOOKUP_SEEN
+from pagegraph.kernels.spec_decode.reference import LOOKUP_SEEN
 
 BLOCK = 1024
 NUM_WARPS = 16

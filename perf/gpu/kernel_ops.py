@@ -1,4 +1,4 @@
-"""The ops on the device against `kernels.reference`: attention, KV writes and Gumbel-max over a grid of shapes.
+"""The ops on the device against their references: attention, KV writes and Gumbel-max over a grid of shapes.
 
 Steps are random and ragged; unused slots, padding rows and every output hold NaN beforehand. Each combination of
 sizes compiles kernels of its own, so worker processes share the grid, and it is taken in a random order until the
@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 
-from pagegraph.kernels import ops, reference  # noqa: F401  ops registers torch.ops.pagegraph
+from pagegraph.kernels import ops  # noqa: F401  ops registers torch.ops.pagegraph
+from pagegraph.kernels.attention import reference as attention_reference
+from pagegraph.kernels.sampling import reference as sampling_reference
 from perf.gpu.report import Report
 from tests.kernels.attention.cases import Case, check
 
@@ -144,7 +146,7 @@ def _attention(shape: dict, seed: int, device: str) -> Outcome:
         try:
             arguments = case.arguments()
             mine, theirs = _on(device, arguments), _on(device, arguments)
-            expected = reference.paged_attention(*theirs)
+            expected = attention_reference.paged_attention(*theirs)
             with _poisoned_memory():
                 out = torch.ops.pagegraph.paged_attention(*mine)
             outcome.compared += 1
@@ -171,14 +173,14 @@ def _gumbel(vocab: int, seed: int, device: str) -> Outcome:
         seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=g)
         positions = torch.randint(0, 100_000, (rows,), generator=g, dtype=torch.int32)
         try:
-            expected = reference.gumbel_argmax(logits, temperature, seeds, positions)
+            expected = sampling_reference.gumbel_argmax(logits, temperature, seeds, positions)
             with _poisoned_memory():
                 whole = torch.arange(rows, dtype=torch.int32)
                 given = (logits, temperature, seeds, positions, whole, torch.ones_like(whole), torch.zeros_like(whole))
                 ids = torch.ops.pagegraph.draw(*_on(device, given)).cpu()
             drawn = (temperature > 0)[:, None]
             scores = logits.float() / torch.where(drawn, temperature[:, None], 1.0)
-            scores = torch.where(drawn, scores + reference.gumbel(seeds, positions, vocab), scores)
+            scores = torch.where(drawn, scores + sampling_reference.gumbel(seeds, positions, vocab), scores)
             gap = (scores.gather(1, expected[:, None]) - scores.gather(1, ids[:, None])).max().item()
             outcome.compared += 1
             outcome.worst = max(outcome.worst, gap)

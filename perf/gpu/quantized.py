@@ -24,8 +24,10 @@ from torch.nn import functional
 
 from pagegraph.compiler import build as builder
 from pagegraph.compiler.inductor import compile as lower
-from pagegraph.kernels import cuda, reference
+from pagegraph.kernels.linear import cuda as linear_cuda
 from pagegraph.kernels.linear.tiles import Tile
+from pagegraph.kernels.quant import cuda as quant_cuda
+from pagegraph.kernels.quant import reference
 from pagegraph.kernels.quant.tiles import (
     MEMORY_BOUND_ROWS,
     SINGLE_ROWS,
@@ -218,7 +220,9 @@ def _product(
     shift: torch.Tensor | None,
 ) -> torch.Tensor:
     """x [T, size] times the weight of `_weight` by the given way, on CUDA."""
-    return cuda.fragment_linear_by(choice, x, QuantWeight(codes, scale, shift, None, product.group, product.out_size))
+    return quant_cuda.fragment_linear_by(
+        choice, x, QuantWeight(codes, scale, shift, None, product.group, product.out_size)
+    )
 
 
 def _weight(
@@ -285,7 +289,7 @@ def _measured(report: Report, args: argparse.Namespace, product: Product, ceilin
     for rows in ROWS:
         x = torch.randn(rows, size, device=args.device, dtype=torch.bfloat16)
         expected = x.float() @ whole.t()
-        linear = cuda.linear if args.device == "cuda" else functional.linear
+        linear = linear_cuda.linear if args.device == "cuda" else functional.linear
         unquantised = _seconds(args, [lambda w=w: linear(x, w, None) for w in plain])
         took: dict[Choice, float] = {}
         for choice in product.choices(rows):

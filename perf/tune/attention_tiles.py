@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 
-from pagegraph.kernels import reference
 from pagegraph.kernels.attention import decode as attention_decode
 from pagegraph.kernels.attention import prefill as attention_prefill
+from pagegraph.kernels.attention import reference
+from pagegraph.kernels.attention.cuda import _attend
 from pagegraph.kernels.attention.decode import Tile
-from pagegraph.kernels.cuda import _attend
 from perf.gpu.report import graph_seconds
 
 DEVICE = "cuda"

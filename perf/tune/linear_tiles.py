@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from pagegraph.kernels import reference
+from pagegraph.kernels.linear import reference
 from pagegraph.kernels.linear.gemv import row_linear, row_linear_kernel
 from pagegraph.kernels.linear.skinny_gemm import skinny_linear, skinny_linear_kernel
 from pagegraph.kernels.linear.tiles import MAX_SINGLE_ROWS, RowTile, Tile

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pagegraph.kernels.reference import LOOKUP_SEEN
+from pagegraph.kernels.spec_decode.reference import LOOKUP_SEEN
 from pagegraph.runtime.scheduler.slots import Rows
 
 

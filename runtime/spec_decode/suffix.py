@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pagegraph.kernels.reference import LOOKUP_SEEN
+from pagegraph.kernels.spec_decode.reference import LOOKUP_SEEN
 from pagegraph.runtime.scheduler.slots import Rows
 from pagegraph.runtime.spec_decode.proposer import Ngram, Proposal
 

@@ -62,7 +62,7 @@ def attention(
         softcap,
         chunk,
     ]
-    return [name, "pagegraph.kernels.cuda", "paged_attention", arguments]
+    return [name, "pagegraph.kernels.attention.cuda", "paged_attention", arguments]
 
 
 def sampling(vocab: int, dtype: str) -> list[Any]:
@@ -159,7 +159,7 @@ def row_linears(rows: int, hidden: int, inner: int) -> list[list[Any]]:
         starts,
     ]
     return [
-        [f"{rows} rows of {hidden}, {inner}: {name}", "pagegraph.kernels.cuda", "linear_norm_linear", arguments]
+        [f"{rows} rows of {hidden}, {inner}: {name}", "pagegraph.kernels.linear.cuda", "linear_norm_linear", arguments]
         for name, arguments in (("gate", gate), ("down", down))
     ]
 

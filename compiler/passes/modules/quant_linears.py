@@ -13,7 +13,7 @@ from torch import nn
 
 from pagegraph.compiler.host.malloc import return_freed_memory
 from pagegraph.compiler.quantization.packing import Quantized
-from pagegraph.kernels import cpu, reference
+from pagegraph.kernels.quant import cpu, reference
 from pagegraph.kernels.quant.tiles import KINDS, MEMORY_BOUND_ROWS, takes_8_bits
 
 log = logging.getLogger("pagegraph.quantization")

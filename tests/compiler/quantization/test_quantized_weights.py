@@ -27,7 +27,7 @@ from pagegraph.compiler.passes.modules.quant_linears import Fragments, Int4Packe
 from pagegraph.compiler.quantization import packing as quant_formats
 from pagegraph.compiler.quantization.packing import QuantizationError, online_group
 from pagegraph.compiler.resolve import resolve_cache_dtype, resolve_quantization
-from pagegraph.kernels import reference
+from pagegraph.kernels.quant import reference
 from pagegraph.runtime.config import Config, ConfigError, load_config
 from tests.compiler.architectures import tiny_config
 from tests.compiler.quantization.checkpoints import FORMATS, compressed, words, write

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from pagegraph.kernels import reference
-from pagegraph.kernels.attention import cpu_decode
+from pagegraph.kernels.attention import cpu_decode, reference
 from tests.kernels.attention.cases import Case, check, clone
 
 RAGGED = ((1, 17), (5, 5), (1, 1), (20, 37), (1, 64), (33, 65))

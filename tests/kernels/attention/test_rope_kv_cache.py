@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pagegraph.kernels import reference
+from pagegraph.kernels.attention import reference
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 64), (9, 3, 80), (16, 2, 128), (3, 3, 24)])

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from pagegraph.kernels import reference
 from pagegraph.kernels.attention import decode as attention_decode
 from pagegraph.kernels.attention import prefill as attention_prefill
+from pagegraph.kernels.attention import reference
 from tests.kernels.attention.cases import Case, check, clone
 
 DECODE = ((1, 1), (1, 15), (1, 16), (1, 17), (1, 100))
@@ -73,7 +73,9 @@ def compare(triton_calls, case: Case, constants: dict[str, object] | None = None
     expected_arguments = case.arguments()
     arguments = clone(expected_arguments)
     expected = reference.paged_attention(*expected_arguments)
-    out, arguments = triton_calls.call("pagegraph.kernels.cuda", "paged_attention", *arguments, constants=constants)
+    out, arguments = triton_calls.call(
+        "pagegraph.kernels.attention.cuda", "paged_attention", *arguments, constants=constants
+    )
     check(out, arguments, expected, expected_arguments)
 
 
@@ -116,7 +118,7 @@ def test_queries_beyond_float16(triton_calls) -> None:
         expected_arguments = (query * times, *rest[:10], rest[10] / times, *rest[11:])
         arguments = clone(expected_arguments)
         expected = reference.paged_attention(*expected_arguments)
-        out, arguments = triton_calls.call("pagegraph.kernels.cuda", "paged_attention", *arguments)
+        out, arguments = triton_calls.call("pagegraph.kernels.attention.cuda", "paged_attention", *arguments)
         check(out, arguments, expected, expected_arguments)
 
 
@@ -126,6 +128,6 @@ def test_a_wrong_window_is_seen(triton_calls) -> None:
     expected_arguments = case.arguments()
     expected = reference.paged_attention(*expected_arguments)
     arguments = (*clone(expected_arguments)[:12], 8, *expected_arguments[13:])
-    out, arguments = triton_calls.call("pagegraph.kernels.cuda", "paged_attention", *arguments)
+    out, arguments = triton_calls.call("pagegraph.kernels.attention.cuda", "paged_attention", *arguments)
     with pytest.raises(AssertionError):
         check(out, arguments, expected, expected_arguments)

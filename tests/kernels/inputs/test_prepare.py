@@ -12,8 +12,7 @@ from pagegraph.compiler.step.capture_sizes import Bucket
 from pagegraph.compiler.step.inputs import SamplingInput, StepInput
 from pagegraph.compiler.step.staging import Staging
 from pagegraph.compiler.step.state import DeviceState
-from pagegraph.kernels import reference
-from pagegraph.kernels.inputs import cpp
+from pagegraph.kernels.inputs import cpp, reference
 
 ROWS, BLOCKS, BLOCK, DRAFT_TOKENS = 9, 150, 16, 5
 

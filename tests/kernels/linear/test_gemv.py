@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagegraph.kernels import reference
+from pagegraph.kernels.linear import reference
 from pagegraph.kernels.linear.tiles import MAX_SINGLE_ROWS, RowTile, row_tile_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pagegraph.kernels import reference
+from pagegraph.kernels.linear import reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # a rounding or two of values near 1
 

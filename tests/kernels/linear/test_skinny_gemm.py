@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from pagegraph.kernels import reference
+from pagegraph.kernels.linear import reference
 from pagegraph.kernels.linear.tiles import MAX_ROWS, Tile, tile_of
 
 

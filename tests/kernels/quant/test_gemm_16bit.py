@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from pagegraph.kernels import reference
-from pagegraph.kernels.quant import tiles
+from pagegraph.kernels.quant import reference, tiles
 from pagegraph.kernels.quant.tiles import (
     MEMORY_BOUND_ROWS,
     SINGLE_ROWS,
@@ -252,7 +251,14 @@ def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
     x = torch.randn(1, rows, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = reference.quant_linear(x.float(), codes, scale, shift, None, group)
     out, _ = triton_calls.call(
-        "pagegraph.kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, group, 128), None, group, 44, True
+        "pagegraph.kernels.quant.cuda",
+        "fragment_linear",
+        x,
+        *laid(codes, scale, shift, group, 128),
+        None,
+        group,
+        44,
+        True,
     )
     assert out.dtype == x.dtype and out.shape == expected.shape
     # Groups and shifts round the weight to bfloat16 before it is multiplied, and so does `plain`; `coded` rounds x to 8 bits.
@@ -301,7 +307,14 @@ def test_rows_stay_as_they_are_where_they_shall(triton_calls, kind: str) -> None
     errors = []
     for rounds in (True, False):
         out, _ = triton_calls.call(
-            "pagegraph.kernels.cuda", "fragment_linear", x, *laid(codes, scale, shift, 128, 128), None, 128, 44, rounds
+            "pagegraph.kernels.quant.cuda",
+            "fragment_linear",
+            x,
+            *laid(codes, scale, shift, 128, 128),
+            None,
+            128,
+            44,
+            rounds,
         )
         errors.append(((out.float() - expected).norm() / expected.norm()).item())
     assert errors[1] < 2**-8 < errors[0] < 2**-4

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from pagegraph.kernels import reference
-from pagegraph.kernels.cuda import fragment_linear_by
+from pagegraph.kernels.linear import reference as linear_reference
 from pagegraph.kernels.linear.tiles import Tile
+from pagegraph.kernels.quant import reference as quant_reference
 from pagegraph.kernels.quant.activations import Norm
+from pagegraph.kernels.quant.cuda import fragment_linear_by
 from pagegraph.kernels.quant.tiles import CODED_GROUP, QuantWeight, choice_of, coded
 from tests.kernels.quant.weights import laid, random_weight
 
@@ -42,7 +43,7 @@ def test_rows_become_the_codes_of_the_reference(triton_calls, size: int, dtype: 
         codes.shape[1] // CODED_GROUP,
         16,
     )
-    expected, expected_scale = reference.int8_rows(x)
+    expected, expected_scale = quant_reference.int8_rows(x)
     torch.testing.assert_close(scale[:, :5], expected_scale, rtol=1e-6, atol=0)
     # A quotient at the middle of two codes may go either way.
     assert ((codes[:5].int() - expected.int()).abs() <= 1).all() and (codes[:5] == expected).float().mean() > 0.99
@@ -61,7 +62,7 @@ def test_rows_become_the_floats_of_the_reference(triton_calls, size: int, dtype:
         and scale.shape == (16,)
         and sums.shape == (codes.shape[1] // CODED_GROUP, 16)
     )
-    expected, expected_scale, _ = reference.e4m3_rows(x)
+    expected, expected_scale, _ = quant_reference.e4m3_rows(x)
     torch.testing.assert_close(scale[:5], expected_scale, rtol=1e-6, atol=0)
     check_floats(codes[:5], expected)
     assert not codes[5:].float().any() and not sums[:, 5:].any()
@@ -89,11 +90,11 @@ def test_what_is_ahead_of_the_rounding(triton_calls, function: str, size: int) -
 
     x, weight = random_rows(5, size), torch.randn(size, generator=torch.Generator().manual_seed(1)).bfloat16()
     residual = random_rows(6, size)[:5].contiguous()
-    total, normed = reference.add_rms_norm(x, residual, weight, 1e-6)
+    total, normed = linear_reference.add_rms_norm(x, residual, weight, 1e-6)
     found, given = rounded(x, Norm(weight, 1e-6, residual, torch.empty(5, size, dtype=torch.bfloat16)))
     assert torch.equal(given[-1].total, total)
     gate_up = random_rows(5, 2 * size)
-    for one, plain in ((found, normed), (rounded(gate_up, None, True)[0], reference.silu_mul(gate_up))):
+    for one, plain in ((found, normed), (rounded(gate_up, None, True)[0], linear_reference.silu_mul(gate_up))):
         codes, scale, *_ = one
         expected, expected_scale, *_ = rounded(plain)[0]
         # A mean in another order of additions, or another exponential, moves few values by a step of bfloat16.
@@ -124,11 +125,11 @@ def test_norm_and_gate_ahead_of_products(triton_calls, kind: str, second_group: 
 
     first, second = [*weight(width, size, 128), True], weight(out_size, inner, second_group)
     arguments = [x, residual, norm, 1e-6, *first, *(second if gated else [None, None, None, None, 0, 0])]
-    (total, out), _ = triton_calls.call("pagegraph.kernels.cuda", "norm_fragment_linear", *arguments)
-    expected_total, normed = reference.add_rms_norm(x, residual, norm, 1e-6)
-    expected, _ = triton_calls.call("pagegraph.kernels.cuda", "fragment_linear", normed, *first, gated)
+    (total, out), _ = triton_calls.call("pagegraph.kernels.quant.cuda", "norm_fragment_linear", *arguments)
+    expected_total, normed = linear_reference.add_rms_norm(x, residual, norm, 1e-6)
+    expected, _ = triton_calls.call("pagegraph.kernels.quant.cuda", "fragment_linear", normed, *first, gated)
     if gated:
-        expected, _ = triton_calls.call("pagegraph.kernels.cuda", "fragment_linear", expected, *second, True)
+        expected, _ = triton_calls.call("pagegraph.kernels.quant.cuda", "fragment_linear", expected, *second, True)
     assert torch.equal(total, expected_total) and out.shape == expected.shape == (1, rows, out_size if gated else width)
     assert ((out.float() - expected.float()).norm() / expected.float().norm()).item() < 2**-6
     whole_total, whole = torch.ops.pagegraph.norm_fragment_linear(*arguments)
@@ -156,20 +157,20 @@ def test_the_op_is_well_formed(gated: bool) -> None:
 @pytest.mark.parametrize("size", [128, 200])
 def test_codes_are_within_half_a_step_of_what_they_stand_for(size: int) -> None:
     x = random_rows(6, size)
-    codes, scale = reference.int8_rows(x)
-    back = reference.decoded_rows(codes, scale, size)
+    codes, scale = quant_reference.int8_rows(x)
+    back = quant_reference.decoded_rows(codes, scale, size)
     step = scale.t().repeat_interleave(CODED_GROUP, dim=1)[:, :size]
     assert ((back - x.float()).abs() <= 0.5001 * step).all()
-    floats, scale, sums = reference.e4m3_rows(x)
-    back = reference.decoded_rows(floats.float(), scale[None], size)
+    floats, scale, sums = quant_reference.e4m3_rows(x)
+    back = quant_reference.decoded_rows(floats.float(), scale[None], size)
     assert ((back - x.float()).abs() <= 2**-4 * x.float().abs() + 2**-10 * scale[:, None]).all()
     torch.testing.assert_close((sums * scale).sum(0), back.sum(1))
 
 
 def test_the_place_of_each_column() -> None:
     """Columns 8 * c + 2 * r + p of 16 at 4 * r + 2 * c + p."""
-    codes, _ = reference.int8_rows(torch.arange(128.0)[None] - 0.5)
-    expected, _ = reference.quantize_rows(torch.arange(128.0)[None] - 0.5, torch.int8)
+    codes, _ = quant_reference.int8_rows(torch.arange(128.0)[None] - 0.5)
+    expected, _ = quant_reference.quantize_rows(torch.arange(128.0)[None] - 0.5, torch.int8)
     for column in range(128):
         c, r, p = column % 16 // 8, column % 8 // 2, column % 2
         assert codes[0, column // 16 * 16 + 4 * r + 2 * c + p] == expected[0, column]
@@ -187,7 +188,7 @@ def test_equals_the_product_of_what_the_codes_stand_for(
     bias = torch.randn(out_size).to(dtype) if biased else None
     added = 0 if bias is None else bias.float()
     laid_codes, laid_scale, _ = laid(codes, scale, None, size, size)
-    expected = reference.decoded_rows(*reference.int8_rows(x), size) @ weight.t() + added
+    expected = quant_reference.decoded_rows(*quant_reference.int8_rows(x), size) @ weight.t() + added
     for _ in range(2):  # the second call finds the arrival counts as the first left them
         out, _ = triton_calls.call(
             "pagegraph.kernels.quant.gemm_8bit",
@@ -227,10 +228,10 @@ def test_groups_of_4_bits(
 ) -> None:
     codes, *pairs = random_weight("int4", out_size, size, group, shifted)
     scale, shift = (None if one is None else one.to(scales) for one in pairs)
-    x, weight = random_rows(rows, size).to(dtype), reference.dequantize(codes, scale, shift, group)
+    x, weight = random_rows(rows, size).to(dtype), quant_reference.dequantize(codes, scale, shift, group)
     bias = torch.randn(out_size).to(dtype)
-    floats, x_scale, _ = reference.e4m3_rows(x)
-    expected = reference.decoded_rows(floats.float(), x_scale[None], size) @ weight.t() + bias.float()
+    floats, x_scale, _ = quant_reference.e4m3_rows(x)
+    expected = quant_reference.decoded_rows(floats.float(), x_scale[None], size) @ weight.t() + bias.float()
     for _ in range(2):
         out, _ = triton_calls.call(
             "pagegraph.kernels.quant.gemm_8bit",
@@ -283,7 +284,7 @@ def test_products_of_a_model(kind: str, rows: int) -> None:
         *(None if one is None else one.cuda() for one in laid(codes, scale, shift, group, 4096)), None, group, 6144
     )
     x = random_rows(rows, 4096).cuda()
-    expected = x.float() @ reference.dequantize(codes, scale, shift, group).t().cuda()
+    expected = x.float() @ quant_reference.dequantize(codes, scale, shift, group).t().cuda()
     ruled = [choice_of(kind, count, 512, 4096, True) for count in (100, 1000)]
     for choice in (*ruled, coded(128, 1, 8, 3, 128), coded(64, 2, 4, 4, 64), coded(64, 4, 4, 3, 128)):
         first = fragment_linear_by(choice, x, weight)

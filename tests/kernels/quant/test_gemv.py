@@ -54,7 +54,7 @@ def test_gate_behind_the_product(triton_calls, kind: str, rows: int, out_size: i
     codes, scale, shift = random_weight(kind, out_size, size, 64, kind == "int4")
     x, bias = rows_of(rows, size)[None] / 16, torch.randn(out_size).bfloat16()
     arguments = [x, *laid(codes, scale * 0.1, shift, 64, size), bias, 64, out_size, True, True]
-    out, _ = triton_calls.call("pagegraph.kernels.cuda", "fragment_linear", *arguments)
+    out, _ = triton_calls.call("pagegraph.kernels.quant.cuda", "fragment_linear", *arguments)
     expected = torch.ops.pagegraph.fragment_linear(*arguments)
     assert out.shape == expected.shape == (1, rows, out_size // 2)
     torch.testing.assert_close(out.float(), expected.float(), atol=2**-7 * expected.abs().max().item(), rtol=2**-6)

@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from pagegraph.kernels import cpu, reference
-from pagegraph.kernels.quant import cpu_int4
+from pagegraph.kernels.quant import cpu, cpu_int4, reference
 
 
 def test_nibbles_come_back_and_lie_in_spans() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pagegraph.kernels import reference
+from pagegraph.kernels.quant import reference
 
 
 def random_weight(

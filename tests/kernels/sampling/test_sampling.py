@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pagegraph.kernels import ops, reference  # noqa: F401  ops registers torch.ops.pagegraph
-from pagegraph.kernels.sampling import cpp
+from pagegraph.kernels import ops  # noqa: F401  ops registers torch.ops.pagegraph
+from pagegraph.kernels.sampling import cpp, reference
 
 
 def parameters(rows: int, **changed: float) -> dict[str, torch.Tensor]:

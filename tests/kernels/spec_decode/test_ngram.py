@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from pagegraph.kernels import reference
-from pagegraph.kernels.spec_decode import cpu as ngram_cpp
+from pagegraph.kernels.spec_decode import cpp as spec_decode_cpp
+from pagegraph.kernels.spec_decode import reference
 from pagegraph.runtime.spec_decode.proposer import Ngram, continuation
 
 ROWS, WIDTH, DRAFT_TOKENS = 7, 2500, 5
@@ -82,8 +82,8 @@ def test_kernels_equal_reference(triton_calls, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_cpp_equals_reference(seed: int) -> None:
-    ngram_cpp.build()
-    assert ngram_cpp._kernel is not None
+    spec_decode_cpp.build()
+    assert spec_decode_cpp._kernel is not None
     one, other = (step_of(seed, padding=seed % 3) for _ in range(2))
     names = (*STEP, *MORE)
     found = torch.ops.pagegraph.look_up(*(one[name] for name in names), LEAST, MOST)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from pagegraph.compiler import build as builder
 from pagegraph.compiler.step.inputs import SamplingInput, StepInput, StepOutput
 from pagegraph.compiler.step.step import CompiledStep, Ticket
-from pagegraph.kernels import reference
+from pagegraph.kernels.sampling import reference
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.scheduler.draft_tokens import ScheduledDrafts, verdict

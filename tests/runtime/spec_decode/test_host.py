@@ -9,7 +9,7 @@ import pytest
 
 from pagegraph.compiler.step.inputs import LookedUp, StepInput, StepOutput
 from pagegraph.compiler.step.step import StepCounts, Ticket
-from pagegraph.kernels import reference
+from pagegraph.kernels.spec_decode import reference
 from pagegraph.runtime.engine.engine import Engine, Limits
 from pagegraph.runtime.engine.metrics import EngineMetrics
 from pagegraph.runtime.engine.stats import Recorder

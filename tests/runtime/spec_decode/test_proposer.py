@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagegraph.kernels.reference import LOOKUP_SEEN
+from pagegraph.kernels.spec_decode.reference import LOOKUP_SEEN
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.scheduler.sequence import Sequence
 from pagegraph.runtime.scheduler.slots import Rows

@@ -8,7 +8,7 @@ import torch
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.compiler.passes.modules.quant_linears import Fragments, Int8Dynamic, QuantLinear, fragment_group
 from pagegraph.compiler.quantization.packing import Quantized
-from pagegraph.kernels import reference
+from pagegraph.kernels.quant import reference
 
 
 def linear(kind: str, group: int, size: int, shifted: bool = False, columns: bool = False) -> QuantLinear:

@@ -1,4 +1,4 @@
-"""Prompt lookup on a CPU in C++ (`cpu.cpp`): a few microseconds a step, by numpy's calls twenty times that.
+"""Prompt lookup on a CPU in C++ (`cpp.cpp`): a few microseconds a step, by numpy's calls twenty times that.
 
 Where it is not built, the reference does it. Knows no scheduling.
 """
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pagegraph.kernels import cpp_extension, reference
+from pagegraph.kernels import cpp_extension
+from pagegraph.kernels.spec_decode import reference
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 ARGUMENTS = ["int64_t*"] + ["int32_t*"] * 10 + ["int64_t"] * 6

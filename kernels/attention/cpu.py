@@ -1,24 +1,16 @@
-"""The ops on the CPU. Paged attention: decode rows in one batch, longer rows one sequence at a time.
+"""Paged attention on the CPU: decode rows in one batch, longer rows one sequence at a time.
 
-Attention reads only the pages of the sequences at hand. Decode rows are `cpu_attention`'s where that is built; the rest is made
+Reads only the blocks of the sequences at hand. Decode rows go through `cpu_decode` where that is built; the rest is made
 of PyTorch's fused attention, and soft caps and sinks, which it does not have, take the reference's formula.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagegraph.kernels import reference
-from pagegraph.kernels.attention import cpu_decode
-from pagegraph.kernels.quant import cpu_int4
-
-INT4_BLOCK = 64  # rows of 4-bit codes that PyTorch packs together for AVX-512
-INT4_MANY_ROWS = (
-    128  # from here on the weight is widened first: the packed product takes twice bfloat16's time and more
-)
+from pagegraph.kernels.attention import cpu_decode, reference
 
 
 def rope_attention(
@@ -93,104 +85,6 @@ def paged_attention(
                 out.dtype
             )
     return out
-
-
-def int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
-    """See `kernels.ops`. Few rows meet scaled codes in float32, many a weight rounded to x's dtype."""
-    if cpu_int4.takes(x.dtype, len(x)):
-        return cpu_int4.linear_into(x.contiguous(), packed, pairs, group=group, out=x.new_empty(1, packed.shape[0]))
-    if len(x) < INT4_MANY_ROWS:
-        return torch._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
-    size, rows = x.shape[1], packed.shape[0]
-    weight = _int4_blocks(packed).to(x.dtype).sub_(8).view(-1, size // group, group, INT4_BLOCK)
-    by_block = pairs.view(size // group, 1, -1, INT4_BLOCK, 2).permute(4, 2, 0, 1, 3).contiguous()
-    weight = weight.mul_(by_block[0]).add_(by_block[1]).view(-1, size, INT4_BLOCK)
-    return x @ weight.transpose(0, 1).reshape(size, rows)
-
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """uint8 [N, K / 2] as `torch._convert_weight_to_int4pack_for_cpu` writes it on AVX-512 -> codes 0..15 [N, K].
-
-    Elsewhere it packs otherwise, and this gives other codes.
-    """
-    return _int4_blocks(packed).transpose(1, 2).flatten(0, 1)
-
-
-def _int4_blocks(packed: Tensor) -> Tensor:
-    """[N / 64, K, 64]: of each column of a block, 32 bytes hold the first 32 rows in their low halves."""
-    blocks = packed.view(-1, 2 * packed.shape[1], INT4_BLOCK // 2)
-    return torch.cat([blocks & 15, blocks >> 4], dim=-1)
-
-
-def update_tables(tables: Tensor, pages: Tensor, num_pages: Tensor) -> None:
-    """See `kernels.ops`."""
-    if len(pages):
-        reference.update_tables(tables, pages, num_pages)
-
-
-def unpack(
-    token_ids: Tensor,
-    rows: Tensor,
-    query_start: Tensor,
-    starts: Tensor,
-    last_tokens: Tensor,
-    last_at: Tensor,
-    draft_tokens: Tensor,
-    tables: Tensor,
-    block_size: int,
-    width: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`reference.unpack` by numpy, whose calls take a fifth of the time on a few numbers."""
-    given = (token_ids, rows, query_start, starts, last_tokens, last_at, draft_tokens, tables)
-    ids, row, begins, start, last_tokens, last_at, draft_tokens, tables = (one.numpy() for one in given)
-    counts, live = np.diff(begins), begins[-1]
-    first = ids[np.minimum(begins[:-1], len(ids) - 1)]
-    start = np.where(first < 0, last_at[row] - 1 - first, start)
-    out = np.zeros((3, len(ids)), np.int32)  # ids, positions, slots
-    owner = row.repeat(counts)
-    known, positions, slots = out[:, :live]
-    positions[:] = np.arange(live) + (start - begins[:-1]).repeat(counts)
-    known[:] = ids[:live]
-    if (known < 0).any():
-        draft = draft_tokens[owner, np.maximum(-2 - known, 0)] if (known < -1).any() else 0
-        known[:] = np.where(known == -1, last_tokens[owner], np.where(known < 0, draft, known))
-    slots[:] = tables[owner, positions // block_size] * block_size + positions % block_size
-    seq_lens = np.where(counts > 0, start + counts, 0).astype(np.int32)
-    out_tables = tables[row, :width] * (np.arange(width) * block_size < seq_lens[:, None])
-    last = np.maximum(begins[1:].astype(np.int64) - 1, 0)
-    return (
-        *torch.from_numpy(out).unbind(),
-        torch.from_numpy(out_tables),
-        torch.from_numpy(seq_lens),
-        torch.from_numpy(last),
-    )
-
-
-def draw(
-    logits: Tensor,
-    temperature: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    rows: Tensor,
-    sampled: Tensor,
-    last_tokens: Tensor,
-    last_at: Tensor,
-) -> Tensor:
-    """See `kernels.ops`. Noise is made for the sequences that draw only."""
-    ids = logits.max(dim=-1).indices  # `argmax` takes twice the time
-    draw_with_noise(ids, logits, temperature, seeds, positions)
-    kept = sampled.numpy() > 0
-    owners = rows.numpy()[kept]
-    last_tokens.numpy()[owners], last_at.numpy()[owners] = ids.numpy()[kept], positions.numpy()[kept]
-    return ids
-
-
-def draw_with_noise(ids: Tensor, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
-    """`reference.gumbel_argmax` into ids int64 [S], of sequences with a temperature only."""
-    drawn = temperature.numpy() > 0
-    if drawn.any():
-        drawn = torch.from_numpy(drawn.nonzero()[0])
-        ids[drawn] = reference.gumbel_argmax(logits[drawn], temperature[drawn], seeds[drawn], positions[drawn])
 
 
 def _write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:

@@ -1,0 +1,46 @@
+"""RMS norm, gated SiLU and a pair of linears around them in plain PyTorch: the specification and the oracle of the tests.
+
+Rounds where transformers' modules round. Knows no device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """See `kernels.ops`; rounds as transformers' modules do."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kernels.ops`."""
+    total = x + residual
+    return total, rms_norm(total, weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """See `kernels.ops`; float32 inside."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def linear_norm_linear(
+    x: torch.Tensor,
+    first: torch.Tensor,
+    first_bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    second: torch.Tensor,
+    second_bias: torch.Tensor | None,
+    gated: bool,
+    query_start: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(residual + linear(x, first), linear of its RMS norm, gated or not)."""
+    total, normed = add_rms_norm(residual, torch.nn.functional.linear(x, first, first_bias), norm, eps)
+    out = torch.nn.functional.linear(normed, second, second_bias)
+    return total, silu_mul(out) if gated else out

@@ -1,0 +1,40 @@
+"""Linears of packed 4-bit weights on the CPU: in C++ (`cpu_int4`), by PyTorch, or dequantised first. Knows only how PyTorch packs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pagegraph.kernels.quant import cpu_int4
+
+INT4_BLOCK = 64  # rows of 4-bit codes that PyTorch packs together for AVX-512
+INT4_MANY_ROWS = (
+    128  # from here on the weight is dequantised first: the packed GEMM takes twice bfloat16's time and more
+)
+
+
+def int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
+    """See `kernels.ops`. Few rows meet scaled codes in float32, many a weight rounded to x's dtype."""
+    if cpu_int4.takes(x.dtype, len(x)):
+        return cpu_int4.linear_into(x.contiguous(), packed, pairs, group=group, out=x.new_empty(1, packed.shape[0]))
+    if len(x) < INT4_MANY_ROWS:
+        return torch._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
+    size, rows = x.shape[1], packed.shape[0]
+    weight = _int4_blocks(packed).to(x.dtype).sub_(8).view(-1, size // group, group, INT4_BLOCK)
+    by_block = pairs.view(size // group, 1, -1, INT4_BLOCK, 2).permute(4, 2, 0, 1, 3).contiguous()
+    weight = weight.mul_(by_block[0]).add_(by_block[1]).view(-1, size, INT4_BLOCK)
+    return x @ weight.transpose(0, 1).reshape(size, rows)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """uint8 [N, K / 2] as `torch._convert_weight_to_int4pack_for_cpu` writes it on AVX-512 -> codes 0..15 [N, K].
+
+    Elsewhere it packs otherwise, and this gives other codes.
+    """
+    return _int4_blocks(packed).transpose(1, 2).flatten(0, 1)
+
+
+def _int4_blocks(packed: Tensor) -> Tensor:
+    """[N / 64, K, 64]: of each column of a block, 32 bytes hold the first 32 rows in their low halves."""
+    blocks = packed.view(-1, 2 * packed.shape[1], INT4_BLOCK // 2)
+    return torch.cat([blocks & 15, blocks >> 4], dim=-1)

@@ -1,0 +1,120 @@
+"""Quantised linears on CUDA: which kernels a step launches, from its sizes alone. Imports Triton."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pagegraph.kernels.linear.rms_norm import add_rms_norm
+from pagegraph.kernels.linear.silu_mul import silu_mul
+from pagegraph.kernels.quant.activations import Norm, exchanged_e4m3_rows
+from pagegraph.kernels.quant.gemm_8bit import coded_linear
+from pagegraph.kernels.quant.gemm_16bit import fragment_dequantize
+from pagegraph.kernels.quant.gemm_16bit import fragment_linear as tiled_fragment_linear
+from pagegraph.kernels.quant.gemv import ROWS, fragment_rows
+from pagegraph.kernels.quant.tiles import ROUNDING, Choice, QuantWeight, choice_of, takes_8_bits
+
+
+def fragment_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    out_size: int,
+    rounds: bool,
+    gated: bool = False,
+) -> Tensor:
+    """See `kernels.ops`."""
+    rows, weight = _rows(x), QuantWeight(codes, scale, shift, bias, group, out_size)
+    choice = _choice(len(rows), rows.shape[1], x.dtype, weight, rounds)
+    return fragment_linear_by(choice, rows, weight, gated).view(*x.shape[:-1], -1)
+
+
+def norm_fragment_linear(
+    x: Tensor,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    codes: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    out_size: int,
+    rounds: bool,
+    *second: Tensor | int | None,
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.ops`. Where rows are rounded for a product, one kernel does that and what is ahead of it."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    ahead = Norm(norm, eps, residual.reshape(rows.shape).contiguous(), torch.empty_like(rows))
+    weight, behind = QuantWeight(codes, scale, shift, bias, group, out_size), QuantWeight(*second)
+    choice = _choice(len(rows), rows.shape[1], x.dtype, weight, rounds)
+    if behind.codes is None:
+        out = fragment_linear_by(choice, rows, weight, norm=ahead)
+    else:
+        later = _choice(len(rows), out_size // 2, x.dtype, behind, rounds)
+        apart = (
+            later.way in ROUNDING
+        )  # then the gate is done as its result is rounded; else it may be done in the first product's kernel
+        inner = fragment_linear_by(choice, rows, weight, gated=not apart, norm=ahead)
+        out = fragment_linear_by(later, inner, behind, gated_rows=apart)
+    return ahead.total.view(x.shape), out.view(*x.shape[:-1], -1)
+
+
+def _choice(rows: int, size: int, dtype: torch.dtype, weight: QuantWeight, rounds: bool) -> Choice:
+    """How x [rows, size] is multiplied with a weight."""
+    rounds = rounds and takes_8_bits(
+        weight.kind, dtype, weight.out_size, size, weight.group, weight.shift is not None, weight.codes.device
+    )
+    return choice_of(weight.kind, rows, weight.out_size, size, rounds, dtype.itemsize == 2)
+
+
+def fragment_linear_by(
+    choice: Choice,
+    rows: Tensor,
+    weight: QuantWeight,
+    gated: bool = False,
+    norm: Norm | None = None,
+    gated_rows: bool = False,
+) -> Tensor:
+    """rows [T, K] -> [T, out_size], gated half of that, by the given way; `coded` and `scaled` round rows to 8 bits too.
+
+    norm: what is done to rows first; gated_rows, of ways that round: they are [T, 2 * K], and silu(first half) * second half is multiplied.
+    """
+    if choice.way not in ROUNDING and norm is not None:
+        _, rows = add_rms_norm(rows, norm.residual, norm.weight, norm.eps, norm.total)
+    if choice.way == "rows":
+        tile = (
+            choice.tile._replace(parts=max(2, choice.tile.parts)) if gated else choice.tile
+        )  # gate and up are one program's
+        within = gated and weight.out_size % (ROWS.value * tile.parts) == 0
+        out = fragment_rows(rows, weight, within, tile)
+        return silu_mul(out) if gated and not within else out
+    if choice.way == "tile":
+        out = tiled_fragment_linear(rows, weight, choice.tile)
+    elif choice.way == "coded":
+        out = coded_linear(rows, weight, choice.tile, norm, gated_rows)
+    elif choice.way == "plain":
+        out = functional.linear(rows, fragment_dequantize(weight, rows.shape[1], rows.dtype), weight.bias)
+    else:
+        x_codes, x_scale = exchanged_e4m3_rows(rows, norm, gated_rows)
+        # Fast: the matrix unit adds up a whole row, with fewer bits than float32 has.
+        out = torch._scaled_mm(
+            x_codes,
+            weight.codes.t(),
+            scale_a=x_scale,
+            scale_b=weight.scale.t(),
+            bias=weight.bias,
+            out_dtype=rows.dtype,
+            use_fast_accum=True,
+        )
+    return silu_mul(out) if gated else out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., K] -> [T, K], rows dense."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()

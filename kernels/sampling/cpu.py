@@ -1,0 +1,35 @@
+"""The next tokens on the CPU, by PyTorch's calls. Knows no filters and no scheduling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pagegraph.kernels.sampling import reference
+
+
+def draw(
+    logits: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    sampled: Tensor,
+    last_tokens: Tensor,
+    last_at: Tensor,
+) -> Tensor:
+    """See `kernels.ops`. Noise is made for the sequences that draw only."""
+    ids = logits.max(dim=-1).indices  # `argmax` takes twice the time
+    draw_with_noise(ids, logits, temperature, seeds, positions)
+    kept = sampled.numpy() > 0
+    owners = rows.numpy()[kept]
+    last_tokens.numpy()[owners], last_at.numpy()[owners] = ids.numpy()[kept], positions.numpy()[kept]
+    return ids
+
+
+def draw_with_noise(ids: Tensor, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
+    """`reference.gumbel_argmax` into ids int64 [S], of sequences with a temperature only."""
+    drawn = temperature.numpy() > 0
+    if drawn.any():
+        drawn = torch.from_numpy(drawn.nonzero()[0])
+        ids[drawn] = reference.gumbel_argmax(logits[drawn], temperature[drawn], seeds[drawn], positions[drawn])
