@@ -1,4 +1,6 @@
-"""The ops that stand in captured graphs: schemas, fakes, dispatch by device. Imports no Triton.
+"""The ops: a table of schemas, implementations by device and fakes. Imports no Triton.
+
+A new op is a row of OPS, its reference and a file for its kernel.
 
 `pagegraph::paged_attention` writes the step's keys and values into pages, then attends:
 
@@ -70,6 +72,10 @@ and the last token of each entry.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -85,250 +91,186 @@ from pagegraph.kernels.sampling import cpp as sampling_cpp
 from pagegraph.kernels.spec_decode import cpp as spec_decode_cpp
 from pagegraph.kernels.spec_decode import reference as spec_decode_reference
 
-_library = torch.library.Library("pagegraph", "DEF")
-_library.define(
-    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-    "Tensor positions, Tensor slots, Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, "
-    "float scale, int window, float softcap, int chunk) -> Tensor"
-)
-_library.define(
-    "rope_attention(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor? query_norm, Tensor? key_norm, "
-    "float eps, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor positions, Tensor slots, Tensor block_tables, "
-    "Tensor query_start, Tensor seq_lens, Tensor? sinks, float scale, int window, float softcap, int chunk) -> Tensor"
-)
-_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.define("quant_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group) -> Tensor")
-_library.define(
-    "fragment_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group, int out_size, "
-    "bool rounds, bool gated=False) -> Tensor"
-)
-_library.define(
-    "norm_fragment_linear(Tensor x, Tensor residual, Tensor norm, float eps, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, "
-    "int group, int out_size, bool rounds, Tensor? second_codes, Tensor? second_scale, Tensor? second_shift, Tensor? second_bias, "
-    "int second_group, int second_size) -> (Tensor, Tensor)"
-)
-_library.define("int4_packed_linear(Tensor x, Tensor packed, Tensor pairs, int group) -> Tensor")
-_library.define("int4_packed_chain(Tensor x, Tensor residual, Tensor[] tensors, int[] numbers, float[] eps) -> Tensor")
-_library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
-_library.define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)")
-_library.define("silu_mul(Tensor gate_up) -> Tensor")
-_library.define(
-    "linear_norm_linear(Tensor x, Tensor first, Tensor? first_bias, Tensor residual, Tensor norm, float eps, Tensor second, "
-    "Tensor? second_bias, bool gated, Tensor query_start) -> (Tensor, Tensor)"
-)
-_library.define("materialize(Tensor x) -> Tensor")
-_library.define("in_memory(Tensor x) -> Tensor")
-_library.define(
-    "draw(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor rows, Tensor sampled, "
-    "Tensor(a!) last_tokens, Tensor(b!) last_at) -> Tensor"
-)
-_library.define("update_tables(Tensor(a!) tables, Tensor pages, Tensor num_pages) -> ()")
-_library.define(
-    "unpack(Tensor token_ids, Tensor rows, Tensor query_start, Tensor starts, Tensor last_tokens, Tensor last_at, "
-    "Tensor draft_tokens, Tensor tables, int block_size, int width) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "accept(Tensor ids, Tensor token_ids, Tensor rows, Tensor query_start, Tensor seq_lens, Tensor(a!) last_tokens, "
-    "Tensor(b!) last_at, int most) -> ()"
-)
-_library.define(
-    "look_up(Tensor ids, Tensor token_ids, Tensor rows, Tensor query_start, Tensor seq_lens, Tensor sampled, "
-    "Tensor(a!) last_tokens, Tensor(b!) last_at, Tensor(c!) history, Tensor(d!) draft_tokens, int least, int most) -> Tensor"
-)
+SAME = "same"  # the function of the CPU serves every device
 
 
-def _attention_on_cuda(*arguments: Tensor | float | int | None) -> Tensor:
-    from pagegraph.kernels.attention import cuda as attention_cuda
+class Op(NamedTuple):
+    """An op of the table: what it is called with, who computes it, and what comes out while a graph is traced."""
 
-    return attention_cuda.paged_attention(*arguments)
-
-
-def _rope_attention_on_cuda(*arguments: Tensor | float | int | None) -> Tensor:
-    from pagegraph.kernels.attention import cuda as attention_cuda
-
-    return attention_cuda.rope_attention(*arguments)
+    schema: str
+    cpu: Callable
+    cuda: str | None  # "module:function" below pagegraph.kernels, or SAME; None: no such device computes it
+    fake: Callable | None  # shapes and dtypes of the results; None: the op stands in no captured graph
 
 
-def _draw_on_cuda(logits: Tensor, *arguments: Tensor) -> Tensor:
-    from pagegraph.kernels.sampling import gumbel
-
-    return gumbel.draw(logits.contiguous(), *arguments)
-
-
-def _update_tables_on_cuda(*arguments: Tensor) -> None:
-    from pagegraph.kernels.inputs import prepare as unpack
-
-    unpack.update_tables(*arguments)
-
-
-def _unpack_on_cuda(*arguments: Tensor | int) -> tuple[Tensor, ...]:
-    from pagegraph.kernels.inputs import prepare as unpack
-
-    return unpack.unpack(*arguments)
-
-
-def _accept_on_cuda(*arguments: Tensor | int) -> None:
-    from pagegraph.kernels.spec_decode import ngram as draft_tokens
-
-    draft_tokens.accept(*arguments)
-
-
-def _look_up_on_cuda(*arguments: Tensor | int) -> Tensor:
-    from pagegraph.kernels.spec_decode import ngram as draft_tokens
-
-    return draft_tokens.look_up(*arguments)
-
-
-def _linear_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from pagegraph.kernels.linear import cuda as linear_cuda
-
-    return linear_cuda.linear(x, weight, bias)
-
-
-def _linear_norm_linear_on_cuda(*arguments: Tensor | float | bool | None) -> tuple[Tensor, Tensor]:
-    from pagegraph.kernels.linear import cuda as linear_cuda
-
-    return linear_cuda.linear_norm_linear(*arguments)
-
-
-def _fragment_linear_on_cuda(*arguments: Tensor | int | None) -> Tensor:
-    from pagegraph.kernels.quant import cuda as quant_cuda
-
-    return quant_cuda.fragment_linear(*arguments)
-
-
-def _norm_fragment_linear_on_cuda(*arguments: Tensor | float | int | None) -> tuple[Tensor, Tensor]:
-    from pagegraph.kernels.quant import cuda as quant_cuda
-
-    return quant_cuda.norm_fragment_linear(*arguments)
-
-
-def _rms_norm_on_cuda(*arguments: Tensor | float) -> Tensor:
-    from pagegraph.kernels.linear import rms_norm
-
-    return rms_norm.rms_norm(*arguments)
-
-
-def _add_rms_norm_on_cuda(*arguments: Tensor | float) -> tuple[Tensor, Tensor]:
-    from pagegraph.kernels.linear import rms_norm
-
-    return rms_norm.add_rms_norm(*arguments)
-
-
-def _silu_mul_on_cuda(gate_up: Tensor) -> Tensor:
-    from pagegraph.kernels.linear import silu_mul
-
-    return silu_mul.silu_mul(gate_up)
-
-
-_library.impl("rms_norm", linear_reference.rms_norm, "CPU")
-_library.impl("rms_norm", _rms_norm_on_cuda, "CUDA")
-_library.impl("add_rms_norm", linear_reference.add_rms_norm, "CPU")
-_library.impl("add_rms_norm", _add_rms_norm_on_cuda, "CUDA")
-_library.impl("silu_mul", linear_reference.silu_mul, "CPU")
-_library.impl("silu_mul", _silu_mul_on_cuda, "CUDA")
-_library.impl("linear_norm_linear", linear_reference.linear_norm_linear, "CPU")
-_library.impl("linear_norm_linear", _linear_norm_linear_on_cuda, "CUDA")
-_library.impl("materialize", torch.clone, "CompositeExplicitAutograd")
-_library.impl("in_memory", torch.clone, "CompositeExplicitAutograd")
-_library.impl("quant_linear", quant_reference.quant_linear, "CompositeExplicitAutograd")
-_library.impl("fragment_linear", quant_reference.fragment_linear, "CPU")
-_library.impl("fragment_linear", _fragment_linear_on_cuda, "CUDA")
-_library.impl("norm_fragment_linear", quant_reference.norm_fragment_linear, "CPU")
-_library.impl("norm_fragment_linear", _norm_fragment_linear_on_cuda, "CUDA")
-_library.impl("int4_packed_linear", quant_cpu.int4_packed_linear, "CPU")
-_library.impl("int4_packed_chain", cpu_int4.chain, "CPU")
-_library.impl("linear", functional.linear, "CPU")
-_library.impl("linear", _linear_on_cuda, "CUDA")
-_library.impl("paged_attention", attention_cpu.paged_attention, "CPU")
-_library.impl("rope_attention", attention_cpu.rope_attention, "CPU")
-_library.impl("rope_attention", _rope_attention_on_cuda, "CUDA")
-_library.impl("paged_attention", _attention_on_cuda, "CUDA")
-_library.impl("draw", sampling_cpp.draw, "CPU")
-_library.impl("draw", _draw_on_cuda, "CUDA")
-_library.impl("update_tables", inputs_cpu.update_tables, "CPU")
-_library.impl("update_tables", _update_tables_on_cuda, "CUDA")
-_library.impl("unpack", inputs_cpp.unpack, "CPU")
-_library.impl("unpack", _unpack_on_cuda, "CUDA")
-_library.impl("accept", spec_decode_reference.accept, "CPU")
-_library.impl("accept", _accept_on_cuda, "CUDA")
-_library.impl("look_up", spec_decode_cpp.look_up, "CPU")
-_library.impl("look_up", _look_up_on_cuda, "CUDA")
-
-
-@torch.library.register_fake("pagegraph::paged_attention", lib=_library)
-def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | float | int | None) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
 
 
-@torch.library.register_fake("pagegraph::rope_attention", lib=_library)
-def _rope_attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | float | int | None) -> Tensor:
-    return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-
-
-@torch.library.register_fake("pagegraph::materialize", lib=_library)
-@torch.library.register_fake("pagegraph::in_memory", lib=_library)
-def _materialize_fake(x: Tensor) -> Tensor:
+def _like(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("pagegraph::linear", lib=_library)
-def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _add_rms_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def _silu_mul(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.register_fake("pagegraph::quant_linear", lib=_library)
-def _quant_linear_fake(x: Tensor, codes: Tensor, *_: Tensor | int | None) -> Tensor:
+def _linear_norm_linear(
+    x: Tensor, first: Tensor, first_bias: Tensor | None, residual: Tensor, norm: Tensor, eps: float, second: Tensor,
+    second_bias: Tensor | None, gated: bool, query_start: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    size = second.shape[0] // 2 if gated else second.shape[0]
+    return torch.empty_like(residual), x.new_empty(*x.shape[:-1], size)
+
+
+def _quant_linear(x: Tensor, codes: Tensor, *_: Tensor | int | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-@torch.library.register_fake("pagegraph::fragment_linear", lib=_library)
-def _fragment_linear_fake(
+def _fragment_linear(
     x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int,
     rounds: bool, gated: bool = False,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], out_size // 2 if gated else out_size)
 
 
-@torch.library.register_fake("pagegraph::norm_fragment_linear", lib=_library)
-def _norm_fragment_linear_fake(
+def _norm_fragment_linear(
     x: Tensor, residual: Tensor, norm: Tensor, eps: float, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None,
     group: int, out_size: int, rounds: bool, second_codes: Tensor | None, *second: Tensor | int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], out_size if second_codes is None else second[-1])
 
 
-@torch.library.register_fake("pagegraph::int4_packed_linear", lib=_library)
-def _int4_packed_linear_fake(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
+def _int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
-@torch.library.register_fake("pagegraph::int4_packed_chain", lib=_library)
-def _int4_packed_chain_fake(
+def _int4_packed_chain(
     x: Tensor, residual: Tensor, tensors: list[Tensor], numbers: list[int], eps: list[float]
 ) -> Tensor:
     return x.new_empty(1, cpu_int4.chain_size(numbers))
 
 
-@torch.library.register_fake("pagegraph::rms_norm", lib=_library)
-def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
+OPS = (
+    Op(
+        "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+        "Tensor positions, Tensor slots, Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, "
+        "float scale, int window, float softcap, int chunk) -> Tensor",
+        attention_cpu.paged_attention, "attention.cuda:paged_attention", _attention,
+    ),
+    Op(
+        "rope_attention(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor? query_norm, "
+        "Tensor? key_norm, float eps, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor positions, "
+        "Tensor slots, Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, float scale, "
+        "int window, float softcap, int chunk) -> Tensor",
+        attention_cpu.rope_attention, "attention.cuda:rope_attention", _attention,
+    ),
+    Op(
+        "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+        functional.linear, "linear.cuda:linear", _linear,
+    ),
+    Op(
+        "linear_norm_linear(Tensor x, Tensor first, Tensor? first_bias, Tensor residual, Tensor norm, float eps, "
+        "Tensor second, Tensor? second_bias, bool gated, Tensor query_start) -> (Tensor, Tensor)",
+        linear_reference.linear_norm_linear, "linear.cuda:linear_norm_linear", _linear_norm_linear,
+    ),
+    Op(
+        "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+        linear_reference.rms_norm, "linear.rms_norm:rms_norm", _like,
+    ),
+    Op(
+        "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+        linear_reference.add_rms_norm, "linear.rms_norm:add_rms_norm", _add_rms_norm,
+    ),
+    Op(
+        "silu_mul(Tensor gate_up) -> Tensor",
+        linear_reference.silu_mul, "linear.silu_mul:silu_mul", _silu_mul,
+    ),
+    Op(
+        "quant_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group) -> Tensor",
+        quant_reference.quant_linear, SAME, _quant_linear,
+    ),
+    Op(
+        "fragment_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group, "
+        "int out_size, bool rounds, bool gated=False) -> Tensor",
+        quant_reference.fragment_linear, "quant.cuda:fragment_linear", _fragment_linear,
+    ),
+    Op(
+        "norm_fragment_linear(Tensor x, Tensor residual, Tensor norm, float eps, Tensor codes, Tensor scale, "
+        "Tensor? shift, Tensor? bias, int group, int out_size, bool rounds, Tensor? second_codes, "
+        "Tensor? second_scale, Tensor? second_shift, Tensor? second_bias, int second_group, "
+        "int second_size) -> (Tensor, Tensor)",
+        quant_reference.norm_fragment_linear, "quant.cuda:norm_fragment_linear", _norm_fragment_linear,
+    ),
+    Op(
+        "int4_packed_linear(Tensor x, Tensor packed, Tensor pairs, int group) -> Tensor",
+        quant_cpu.int4_packed_linear, None, _int4_packed_linear,
+    ),
+    Op(
+        "int4_packed_chain(Tensor x, Tensor residual, Tensor[] tensors, int[] numbers, float[] eps) -> Tensor",
+        cpu_int4.chain, None, _int4_packed_chain,
+    ),
+    Op(
+        "update_tables(Tensor(a!) tables, Tensor pages, Tensor num_pages) -> ()",
+        inputs_cpu.update_tables, "inputs.prepare:update_tables", None,
+    ),
+    Op(
+        "unpack(Tensor token_ids, Tensor rows, Tensor query_start, Tensor starts, Tensor last_tokens, "
+        "Tensor last_at, Tensor draft_tokens, Tensor tables, int block_size, int width) -> (Tensor, Tensor, "
+        "Tensor, Tensor, Tensor, Tensor)",
+        inputs_cpp.unpack, "inputs.prepare:unpack", None,
+    ),
+    Op(
+        "draw(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor rows, Tensor sampled, "
+        "Tensor(a!) last_tokens, Tensor(b!) last_at) -> Tensor",
+        sampling_cpp.draw, "sampling.gumbel:draw", None,
+    ),
+    Op(
+        "accept(Tensor ids, Tensor token_ids, Tensor rows, Tensor query_start, Tensor seq_lens, "
+        "Tensor(a!) last_tokens, Tensor(b!) last_at, int most) -> ()",
+        spec_decode_reference.accept, "spec_decode.ngram:accept", None,
+    ),
+    Op(
+        "look_up(Tensor ids, Tensor token_ids, Tensor rows, Tensor query_start, Tensor seq_lens, Tensor sampled, "
+        "Tensor(a!) last_tokens, Tensor(b!) last_at, Tensor(c!) history, Tensor(d!) draft_tokens, int least, "
+        "int most) -> Tensor",
+        spec_decode_cpp.look_up, "spec_decode.ngram:look_up", None,
+    ),
+    Op(
+        "materialize(Tensor x) -> Tensor",
+        torch.clone, SAME, _like,
+    ),
+    Op(
+        "in_memory(Tensor x) -> Tensor",
+        torch.clone, SAME, _like,
+    ),
+)  # fmt: skip
 
 
-@torch.library.register_fake("pagegraph::add_rms_norm", lib=_library)
-def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
+def _on_cuda(place: str) -> Callable:
+    """The function at "module:function", whose module is imported at its first call: Triton is for where there is a device."""
+    module, _, function = place.partition(":")
+
+    def call(*arguments: Any) -> Any:
+        return getattr(import_module(f"pagegraph.kernels.{module}"), function)(*arguments)
+
+    return call
 
 
-@torch.library.register_fake("pagegraph::silu_mul", lib=_library)
-def _silu_mul_fake(gate_up: Tensor) -> Tensor:
-    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-
-
-@torch.library.register_fake("pagegraph::linear_norm_linear", lib=_library)
-def _linear_norm_linear_fake(
-    x: Tensor, first: Tensor, first_bias: Tensor | None, residual: Tensor, norm: Tensor, eps: float, second: Tensor,
-    second_bias: Tensor | None, gated: bool, query_start: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    size = second.shape[0] // 2 if gated else second.shape[0]
-    return torch.empty_like(residual), x.new_empty(*x.shape[:-1], size)
+_library = torch.library.Library("pagegraph", "DEF")
+for _op in OPS:
+    _name = _op.schema.partition("(")[0]
+    _library.define(_op.schema)
+    _library.impl(_name, _op.cpu, "CompositeExplicitAutograd" if _op.cuda == SAME else "CPU")
+    if _op.cuda not in (SAME, None):
+        _library.impl(_name, _on_cuda(_op.cuda), "CUDA")
+    if _op.fake is not None:
+        torch.library.register_fake(f"pagegraph::{_name}", _op.fake, lib=_library)

@@ -113,7 +113,8 @@ def draw(
     last_tokens: Tensor,
     last_at: Tensor,
 ) -> Tensor:
-    """See `kernels.ops`. Of equal logits the first; the last dimension of logits must be dense."""
+    """See `kernels.ops`. Of equal logits the first."""
+    logits = logits.contiguous()
     seqs, vocab = logits.shape
     parts = -(-vocab // BLOCK_V)
     scores = torch.empty(seqs, parts, dtype=torch.float32, device=logits.device)
