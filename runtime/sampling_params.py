@@ -3,6 +3,10 @@
 `SamplingParams` checks itself whenever one is built, copied or decoded, so none holds a value that the engine could not
 run. What depends on the model, its vocabulary and its context, is checked by functions that the HTTP surface, the
 offline API and the engine all call. Knows no JSON shapes, no HTTP, no text and no scheduling.
+
+Parameters check themselves, so the offline API, HTTP and the engine refuse the same values in the same words. A
+model's own defaults (generation_config.json) reach the web processes with the engine's facts; a request's fields
+replace them.
 """
 
 from __future__ import annotations

@@ -6,6 +6,10 @@ threads of their own, so that probes are answered while every other thread holds
 
 Knows gunicorn's worker interface (`gunicorn.workers.base`) and how it calls an application (`gunicorn.http.wsgi`).
 Settings come from the application. Knows no routes.
+
+A thread per connection that reads for itself is held by whoever sends half a request. h11 says where requests end;
+gunicorn keeps the processes. What threads write waits `send_timeout_s` for a reader, with a small socket buffer, so
+that a client that reads nothing is noticed while its stream runs.
 """
 
 from __future__ import annotations

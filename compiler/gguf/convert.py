@@ -2,6 +2,10 @@
 
 transformers reads the file; its `from_pretrained` would also want accelerate and build the whole model.
 Knows the order of the parts; what each part means is known by the other files of this folder.
+
+Every key and tensor of a file is applied or refused: transformers' reader drops some without a word (rope scaling,
+head sizes, biases, second ends of a sequence), so what nobody took is an error, and rotary angles of the built model
+are compared with the file's. A conversion is named by the file's whole content.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """What was freed goes back to the system: glibc would keep it, at times more than the model takes unquantised.
 
 Knows the C library only.
+
+Loading calls it after each quantised weight, because glibc kept the holes between the small tensors that stay.
 """
 
 from __future__ import annotations

@@ -1,6 +1,13 @@
 """Inductor: the captured forward becomes machine code, and its artefacts stay in one cache folder.
 
 Knows which sizes are dynamic and how to read back the lowered graph; knows nothing of steps or buckets.
+
+The whole forward is one graph, not one layer compiled for all: ops span the border of layers (a layer's last linear
+shares kernels with the next one's first), and rotary angles are computed once. That costs about 20 s of a cold start.
+On CUDA all sizes are symbolic, so one compilation serves every capture size; a forward with constant sizes for single
+tokens doubled the start and gained nothing once rotation was fused. On a CPU it is faster and stays. Merged or viewed
+KV caches were rejected: functionalization clones views, so each layer's K and V enter the graph as whole tensors that
+the op declares as mutated.
 """
 
 from __future__ import annotations

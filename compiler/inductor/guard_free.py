@@ -3,6 +3,9 @@
 Dynamo fetches each of a graph's hundreds of inputs from the modules at every call, and writes back what the forward set: 0.8 ms on a CPU,
 a tenth of a step of one small sequence. All of them but a step's own are the same from call to call, and are kept with the graph.
 What Dynamo would check is checked: sizes by the conditions under which the graph was made. Knows no compiler, only what it returns.
+
+Guards on sizes are evaluated at each call, and so is whether the KV caches are the same tensors; if one fails, the
+call goes through Dynamo.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 Several threads run the same modules at once (steps, and the compiler that traces them), so no forward writes to a
 module or to anything else that threads share. The compiler follows a thread's own attributes as it follows names.
 Knows no models.
+
+Keyword arguments would do the same and were rejected: some models (StableLM) do not hand them down to their
+attention. A test runs every architecture and looks at all that its modules hold.
 """
 
 from __future__ import annotations

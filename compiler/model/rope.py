@@ -1,6 +1,10 @@
 """Rotary embeddings with scaling: the lengths that they reach, and how those that go by the length are settled for one.
 
 Knows transformers' rope types and what a configuration says of them; knows nothing of attention or weights.
+
+Frequencies that go by the length (`dynamic`, `longrope`) are settled for `max_model_len`, since all sequences of a
+step share them: above the original length every prompt gets the long ones. So the original length is the default of
+`max_model_len` there.
 """
 
 from __future__ import annotations

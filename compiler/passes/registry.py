@@ -1,6 +1,11 @@
 """The passes over the loaded model, in the order they run.
 
 Knows which setting switches each pass; knows nothing of what a pass does.
+
+There are two kinds. Passes over modules run before capture: merged q/k/v and gate/up, linears routed through the op,
+rotary angles once a step. Passes over the captured graph join rotation, norm and KV write to attention, and norms,
+residuals and gates to the linears beside them. A graph that does not match the known pattern exactly is left as it
+was; the tests compare every architecture with and without.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """What steps take on a CUDA device beside weights and pages: measured by running the largest ones on scrap pages.
 
 Plain modules are run, which hold more at a time than their compiled form does. Knows no pages and no requests.
+
+The KV cache is sized from this peak: a largest step with all that sampling offers, and two captured graphs. Logits in
+captured graphs are not kept, so all graphs share the memory of the largest.
 """
 
 from __future__ import annotations

@@ -4,6 +4,11 @@ Every format becomes the same `Quantized`: weight [N, K] = codes * scale + shift
 and the words of `quantization_config`; knows no modules, files or devices.
 
 The layouts are those that AutoAWQ (GEMM), AutoGPTQ, compressed-tensors, transformers' fine-grained FP8 and ggml write.
+
+int4 made while loading has groups of 128 columns on a GPU where inputs divide so, of 32 on a CPU: scale and zero of
+32 columns are a fifth of the bytes. Checkpoints keep the groups they have. The output head keeps 8 bits under int4
+and is left alone under fp8; routers of experts are never quantised. A linear becomes a quantised one the moment its
+tensors are read, so no model is held whole in bfloat16. Siblings merge by stacking rows, since scales belong to rows.
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 raw log-probabilities -> allowed ids -> bias and min_tokens -> penalties -> temperature -> min-p -> top-k ->
 top-p -> Gumbel noise keyed by (seed, position). The arithmetic is in `kernels`; this file moves parameters to
 the device and skips what no sequence of the step asks for. Knows no requests.
+
+Argmax or Gumbel-max, and the hand-over of the token to the next step, are captured with the forward: temperature and
+seed travel in the step's metadata. Filters, penalties, bias and log-probabilities run behind the graph when asked
+for.
 """
 
 from __future__ import annotations

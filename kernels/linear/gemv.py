@@ -4,6 +4,11 @@ No matrix unit: each program multiplies a few rows of the weight by all of x and
 pass over the weight with nothing to merge. A bucket of two rows that holds one costs no more than one. The first weights are asked for before the kernel waits for those before it.
 The norm of x costs no pass of its own: its scale is one number a row, which is known when the product is. Knows no models;
 which shapes are cut how is data in `kernels/linear/tiles.py`.
+
+`linear_norm_linear` spans linear, residual, norm, linear and gate between two attentions. For up to four rows it is
+two kernels without tensor cores, each one pass over a weight; for more rows a kernel a part. Capture sizes of one and
+two sequences would need two compilations; instead the kernels of two read how many rows are live and leave the other
+out.
 """
 
 from __future__ import annotations

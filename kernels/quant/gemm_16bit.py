@@ -6,6 +6,12 @@ other thread: it is widened by packed arithmetic, gets the scale and shift of it
 by block, scales beside them; 8-bit floats row by row, columns exchanged within 64, so that PyTorch's product takes them too. The
 weight is the left operand, and its columns may be split (`kernels.linear.split_k`). `fragment_dequantize` writes such a weight
 out, for products of more rows. Knows sizes and codes; which way suits which is data in `kernels/quant/tiles.py`.
+
+Weights lie in the tensor cores' layout: each thread loads the very values that its registers hand to the tensor core,
+so a weight goes through no shared memory once dequantised, and no thread waits for another. Laid row by row it was
+written to shared memory as bfloat16 and read again. One kernel serves 4 and 8 bits, integers and floats, and groups
+down to 32 and 16 columns at nearly the same cost. 8-bit floats keep their rows, with columns exchanged within 64,
+which PyTorch's FP8 GEMM takes as well: x is exchanged where it is quantised.
 """
 
 from __future__ import annotations

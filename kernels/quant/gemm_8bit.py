@@ -6,6 +6,16 @@ The matrix unit takes twice as many bytes as bfloat16, and adds up 128 columns a
   it stands, in units of 2**-9; sums meet the scale of their group in float32. Shifts, and the 8 too much, multiply whole groups of x: sums of its columns.
 
 Knows sizes and codes; which products go this way is data in `kernels/quant/tiles.py`.
+
+On a GPU activations stay in bfloat16 up to 64 rows. From 65 rows on int8 weights with one scale a row meet
+activations quantised to int8, int4 weights in groups of multiples of 128 activations in e4m3 with one scale a token,
+also where a checkpoint declares no 8-bit activations: there is no bfloat16 weight to fall back to, and dequantised
+weights were slower than bfloat16 there. int8 takes a scale for every 128 columns of a token: with one scale a token
+the KL against bfloat16 is 0.079 (SmolLM2, 278 positions), because a few activations are large; with 128 columns
+0.015, less than e4m3's 0.022. Sums are exact over 128 columns and are added up in float32. Two int8 digits lose less
+(0.008) but are as many operations as bfloat16. int4 takes e4m3 because a 4-bit value in the low bits of a byte is
+e4m3 as it stands and sums come as floats, so that a group costs one multiply-add a sum. Groups of 32 and 64 keep
+bfloat16 activations: their sums would be as many operations as the GEMM.
 """
 
 from __future__ import annotations

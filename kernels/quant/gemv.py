@@ -3,6 +3,11 @@
 A program has a few times 16 rows of the weight, or of gate and up, and all columns; its warps take blocks of 64 columns in turn, so
 nothing is left to other programs to add up. A warp's codes are its operand of the matrix unit as they lie; the first are on their
 way before the kernel waits for those before it. Knows no models; which shapes are cut how is data in `kernels/quant/tiles.py`.
+
+A warp takes blocks of 64 columns in turn and a program sums its own warps, so there is no split-K and no second pass.
+It is the tensor core's older instruction, one warp's, whose operand is a sixteen-row part of the same layout; above 8
+rows the tiles of `gemm_16bit` read x less often. A gate is computed in the same kernel; a norm is not, because
+leaving its partial sums to the next kernel cost more than a kernel of its own.
 """
 
 from __future__ import annotations

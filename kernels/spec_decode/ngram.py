@@ -3,6 +3,10 @@
 Entries of a row stand together: its last token, then a draft token each. A draft token holds if it is what the entry before it drew. What
 the row then holds is looked up in itself, so the next step can be launched before the host knows any of it. Knows no host
 and no model. See `kernels.ops`.
+
+Verification and the search are in the CUDA graph of the step: the next step is launched before the host knows any of
+it. The host counts draft tokens in flight as accepted, takes back what was not when ids arrive, and takes blocks for
+the longest that a sequence can be. A sequence that may end within the draft tokens in flight waits for them.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ The exception does not say. So everyone who took part is put back, and runs alon
 to blame, and the others go on as if nothing had happened. Where all come through and a step fails again soon, they run
 alone for longer and longer: in the end each by itself, which is slow, and still right.
 Knows no step, no socket and no clock: the engine says what happened, and asks before each step who runs.
+
+Only where a step of the engine's own fails as well is it the device, and the engine ends. `commit` changes nothing
+before all that may raise is done, and reports before slots are freed; that is all the common path pays.
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 A page is published when it is full of known tokens whose keys and values are computed or under way: a later step, or a later
 sequence of the same one, reads it after it is written. Draft tokens are not published. Keeps each sequence's hashes, and how
 many of its pages were published. Knows no order among sequences: who gives way where pages are short, others decide.
+
+Blocks of the next eight tokens are taken at once while there are plenty, so that most decode steps bring no new block
+and the device goes on from the metadata of the step before. Blocks are freed at once, even with a step in flight: a
+device runs steps in order, so a block is read before it is rewritten.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 What a step reads or changes of every running sequence stands here, so that planning, packing and committing
 are array operations whatever the batch. A waiting or finished sequence holds its own tokens and nothing here.
 Knows no scheduling order, no pool and no device.
+
+An object a sequence cost 1.4 ms of Python a step at 256 sequences; columns are a tenth of that.
 """
 
 from __future__ import annotations

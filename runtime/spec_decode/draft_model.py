@@ -5,6 +5,11 @@ both take the largest of their logits plus the same noise, so they agree nearly 
 coupling), and what the target draws is not changed at all. Keys and values of draft tokens that did not hold, and of tokens
 that it has not seen yet, are computed before the next draft token. All draft tokens are one launch, a chain of steps, or two where a
 row lacks more than its last token. Knows no acceptance and no scheduling.
+
+It shares block tables and block numbers with the target. A prefix found in the cache is computed again, for its own
+keys may not be there; wrong keys would cost acceptance only. Sequences that want fewer draft tokens go on with the
+others as far as their blocks reach, because on a GPU a launch costs more than a row; on a CPU they leave. Sequences
+with penalties get none: their counts know confirmed tokens alone.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 Such draft tokens need every token of their rows on the host, so the step before is committed before they are made; all other steps
 are planned ahead as ever. Where the number of draft tokens is left to the engine, what is looked up is compared with what comes
 while nothing is drafted: knowing whether draft tokens would hold takes no step. Knows no device.
+
+Splitting the batch into two alternating halves, so that only those wait who have draft tokens, would read the weights
+twice; so all wait, and the wait is part of what draft tokens must earn.
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
 """How many draft tokens pay: what steps of so many entries take, how often draft tokens hold, and the best count of the two.
 
 Learned from the steps themselves. Knows no clock, no rows' contents and no device: numbers are handed in.
+
+What a step of n tokens takes is speed (learned fast) times shape (learned slowly), because a busy moment is no reason
+to think a size dear. While nothing is drafted, the host compares proposals with what comes in at most 1 % of the
+time; a model is tried in at most 0.5 %.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 q/k/v and gate/up are found by the names transformers gives them. The parent's forward stays as it is: each
 projection is replaced by a part that hands out its slice of the shared product. Knows linears and names;
 knows nothing of attention, devices or compilation.
+
+Merging is surgery on modules, not a graph pass, because a graph pass would need private bookkeeping to rebind
+parameters. Both are exact.
 """
 
 from __future__ import annotations
