@@ -68,14 +68,12 @@ class ConfigCommand(click.Command):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        from pagegraph.runtime.config import FIELDS
+        from pagegraph.runtime.config import GROUPS
 
         super().__init__(*args, **kwargs)
-        self.groups: dict[str, list[click.Option]] = {}
-        for key, option in FIELDS.items():
-            flag = _config_option(key, option.metadata["help"])
-            self.params.append(flag)
-            self.groups.setdefault(option.metadata["group"], []).append(flag)
+        self.groups = {group: [_config_option(key) for key in keys] for group, keys in GROUPS.items()}
+        for flags in self.groups.values():
+            self.params += flags
 
     def invoke(self, ctx: click.Context) -> Any:
         from pagegraph.runtime.config import FIELDS, ConfigError
@@ -107,13 +105,15 @@ def _parameter(key: str) -> str:
     return f"config_{key}"
 
 
-def _config_option(key: str, help_text: str) -> click.Option:
+def _config_option(key: str) -> click.Option:
     from pagegraph.runtime.config import FIELDS, flag_of
 
     default = FIELDS[key].default
     shown = str(default).lower() if isinstance(default, bool) else default
     suffix = "" if default in (None, "") else f"  [default: {shown}]"
-    return click.Option([flag_of(key), _parameter(key)], metavar="VALUE", default=None, help=help_text + suffix)
+    return click.Option(
+        [flag_of(key), _parameter(key)], metavar="VALUE", default=None, help=FIELDS[key].metadata["help"] + suffix
+    )
 
 
 def config_command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:

@@ -11,7 +11,8 @@ import click
 
 from pagegraph.compiler.model.files import json_object
 from pagegraph.runtime.cli import config_command
-from pagegraph.runtime.config import FIELDS, Config, ConfigError, Resolved, is_local_path, load_config
+from pagegraph.runtime.config import FIELDS, GROUPS, Config, ConfigError, Resolved, load_config
+from pagegraph.runtime.config_groups import is_local_path
 from pagegraph.runtime.sampling_params import FROM_GENERATION_CONFIG, SamplingParams, model_defaults
 
 
@@ -41,12 +42,9 @@ def setting_lines(resolved: Resolved) -> str:
     shown = {key: _shown(key, getattr(resolved.config, key)) for key in FIELDS}
     key_width, value_width = max(map(len, shown)), min(48, max(map(len, shown.values())))
     lines: list[str] = []
-    group = ""
-    for key, option in FIELDS.items():
-        if option.metadata["group"] != group:
-            group = option.metadata["group"]
-            lines += ["", f"# {group}"]
-        lines.append(f"{key:<{key_width}}  {shown[key]:<{value_width}}  # {resolved.sources[key]}")
+    for group, keys in GROUPS.items():
+        lines += ["", f"# {group}"]
+        lines += [f"{key:<{key_width}}  {shown[key]:<{value_width}}  # {resolved.sources[key]}" for key in keys]
     return "\n".join(lines[1:])
 
 

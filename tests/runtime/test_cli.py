@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,17 +22,23 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments)
 
 
+def cpu_seconds() -> float:
+    """Of this process's children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_fast_and_imports_no_torch() -> None:
     code = "import sys; from pagegraph.runtime import cli\ntry: cli.main(['--help'])\nexcept SystemExit: sys.exit('torch' in sys.modules or 'yaml' in sys.modules)"
 
     def once() -> float:
-        start = time.perf_counter()
+        start = cpu_seconds()
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert all(name in done.stdout for name in COMMANDS)
-        return time.perf_counter() - start
+        return cpu_seconds() - start
 
-    # The best of three: what the command costs, not what else the machine does.
+    # CPU time, the best of three: what the command costs, not what else the machine does.
     assert min(once() for _ in range(3)) < 0.3
 
 

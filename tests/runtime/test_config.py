@@ -19,10 +19,9 @@ from pagegraph.runtime.config import (
     ConfigError,
     config_from_dict,
     load_config,
-    parse_bytes,
-    parse_whole,
     require_local_files,
 )
+from pagegraph.runtime.config_values import parse_bytes, parse_whole
 from tests.paths import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

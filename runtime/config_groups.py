@@ -1,0 +1,260 @@
+"""The settings of a run by subject: keys, types, ranges, defaults and help, one class a subject.
+
+A subject is a group of `--help`. `runtime.config.Config` is all of them in one flat value. Knows no device, no model's contents
+and no torch: what depends on the device (`batched_tokens`, `cpu_kv_cache_memory`) is asked with the device as an argument.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pagegraph.compiler.quantization import methods as quant_methods
+from pagegraph.runtime.config_values import (
+    Parser,
+    between,
+    one_of,
+    parse_block_size,
+    parse_bytes,
+    parse_compile,
+    parse_flag,
+    parse_number,
+    parse_text,
+    parse_whole,
+)
+
+CPU_BATCHED_TOKENS = 2048
+CUDA_BATCHED_TOKENS = 8192
+CPU_KV_CACHE_MEMORY = 1 << 30  # bytes
+METHODS = ("ngram", "suffix", "draft", "ngram+draft", "suffix+draft")  # of speculation
+AUTO_DRAFT_TOKENS = 15  # a sequence at most, where their number is left to the engine
+DRAFT_STEP_TOKENS = 64  # sequences and draft tokens that a step has room for at least, where there is speculation
+MOST_THREADS = 4096  # of a web process
+SPARE_THREADS = 32  # for what is short, is being tokenised, or is about to be refused
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be served; the message names the key and a value that works."""
+
+
+def _option(default: Any, parse: Parser, help: str, unset: tuple[str, ...] = ()) -> Any:
+    """One key. `unset`: words that, like null, mean None; allowed only where the default is None."""
+    return field(default=default, metadata={"parse": parse, "help": help, "unset": unset})
+
+
+_NONE, _AUTO = ("none",), ("none", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, where it is, and in what numbers it is computed."""
+
+    model: str = _option("", parse_text, "folder, .gguf file or Hugging Face name of the model")
+    gguf_file: str | None = _option(
+        None, parse_text, "name of the .gguf file inside the model folder or repository", _NONE
+    )
+    revision: str | None = _option(None, parse_text, "branch, tag or commit of a Hugging Face model", _NONE)
+    tokenizer: str | None = _option(None, parse_text, "folder of the tokenizer (none: the model's)", _NONE)
+    served_model_name: str | None = _option(None, parse_text, "name in the HTTP API (none: last part of model)", _NONE)
+    dtype: str = _option(
+        "auto",
+        one_of("auto", "float32", "bfloat16", "float16"),
+        "weights and activations: auto, float32, bfloat16, float16",
+    )
+    device: str = _option("auto", one_of("auto", "cpu", "cuda"), "auto (cuda if there is one), cpu or cuda")
+    load_format: str = _option(
+        "auto", one_of("auto", "safetensors", "gguf", "dummy"), "auto, safetensors, gguf, or dummy (random weights)"
+    )
+    quantization: str | None = _option(
+        None,
+        one_of(*quant_methods.METHODS),
+        "awq, gptq, compressed-tensors or gguf (as the checkpoint is), fp8, int8 or int4 (made while loading); none: what the checkpoint says",
+        _NONE,
+    )
+    round_activations: bool = _option(
+        True,
+        parse_flag,
+        "in steps of more than about 64 tokens round activations to 8 bits in front of quantised weights, where a GPU is faster so",
+    )
+    trust_remote_code: bool = _option(False, parse_flag, "run Python code that comes with the model")
+    seed: int = _option(0, between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none: 0 to 2^63 - 1")
+    generation_config: str = _option(
+        "auto",
+        one_of("auto", "none"),
+        "sampling of requests that do not say: auto (as the model's generation_config.json has it) or none",
+    )
+
+    @property
+    def model_name(self) -> str:
+        """Name in the HTTP API. A local path gives only its last part: paths stay out of answers."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        if self.model.endswith(".gguf") or is_local_path(self.model):
+            return Path(self.model).name.removesuffix(".gguf")
+        return self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """How long a sequence may be, and the blocks of the KV cache."""
+
+    max_model_len: int | None = _option(
+        None,
+        between(parse_whole, 1),
+        "longest prompt plus output, in tokens; 8k = 8000, 8K = 8192 (auto: the model's limit)",
+        _AUTO,
+    )
+    block_size: int = _option(16, parse_block_size, "tokens in a KV block: a power of two, at least 8")
+    num_blocks: int | None = _option(
+        None, between(parse_whole, 2), "KV blocks, block 0 being scrap (auto: what the memory holds)", _AUTO
+    )
+    kv_cache_memory: int | None = _option(
+        None,
+        between(parse_bytes, 1),
+        "bytes of the KV cache, such as 1GiB (auto: measured on a GPU, 1GiB on a CPU)",
+        _AUTO,
+    )
+    kv_cache_dtype: str = _option(
+        "auto", one_of("auto", "fp8"), "keys and values in the cache: auto (as activations) or fp8 (half the bytes)"
+    )
+    gpu_memory_utilization: float = _option(
+        0.9, between(parse_number, 0, 1, low_is_open=True), "share of the GPU's memory to use, in (0, 1]"
+    )
+
+    def cpu_kv_cache_memory(self) -> int:
+        """Bytes of the KV cache on a CPU, where free memory is not ours to measure and take."""
+        return self.kv_cache_memory if self.kv_cache_memory is not None else CPU_KV_CACHE_MEMORY
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """What one step holds."""
+
+    max_num_seqs: int = _option(256, between(parse_whole, 1), "sequences in one step")
+    max_num_batched_tokens: int | None = _option(
+        None, between(parse_whole, 1), "tokens in one step (auto: 8192 on a GPU, 2048 on a CPU)", _AUTO
+    )
+    enable_prefix_caching: bool = _option(True, parse_flag, "share KV blocks of equal prefixes")
+    enable_chunked_prefill: bool = _option(True, parse_flag, "split long prompts over steps")
+    inter_token_target_ms: float | None = _option(
+        None, between(parse_number, 0, low_is_open=True), "shrink prompt chunks to keep steps under this many ms", _NONE
+    )
+
+    def batched_tokens(self, device: str) -> int:
+        """Token budget of one step on `device` ("cpu" or "cuda"); ConfigError if it is below `max_num_seqs`."""
+        chosen = self.max_num_batched_tokens
+        budget = chosen if chosen is not None else CPU_BATCHED_TOKENS if device == "cpu" else CUDA_BATCHED_TOKENS
+        if self.max_num_seqs > budget:
+            raise ConfigError(
+                f"max_num_seqs={self.max_num_seqs} exceeds max_num_batched_tokens={budget}"
+                f"{'' if chosen is not None else f' (the default on {device})'}: each running sequence takes at least one"
+                f" token of a step; set max_num_seqs to {budget} or less, or max_num_batched_tokens to {self.max_num_seqs} or more"
+            )
+        return budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig:
+    """Who drafts tokens, and how many."""
+
+    speculative_method: str | None = _option(
+        None, one_of(*METHODS), f"who proposes tokens ahead: {', '.join(METHODS)} (none: nobody)", _NONE
+    )
+    speculative_model: str | None = _option(
+        None, parse_text, "smaller model of the same vocabulary that drafts, for method draft", _NONE
+    )
+    num_speculative_tokens: int | None = _option(
+        None, between(parse_whole, 1, 64), "draft tokens a sequence and step (auto: as many as pay, 0 too)", ("auto",)
+    )
+    prompt_lookup_min: int = _option(
+        2, between(parse_whole, 1), "shortest run of tokens that methods ngram and suffix look up"
+    )
+    prompt_lookup_max: int = _option(5, between(parse_whole, 1), "longest run of tokens that method ngram looks up")
+
+    @property
+    def method(self) -> str | None:
+        """Who proposes; naming a model alone means it."""
+        return self.speculative_method or ("draft" if self.speculative_model else None)
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """A sequence and step; 0 without speculation."""
+        return 0 if self.method is None else self.num_speculative_tokens or AUTO_DRAFT_TOKENS
+
+    @property
+    def looks_up_on_device(self) -> bool:
+        """Whether a step itself makes the draft tokens for the next one."""
+        return self.method == "ngram"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompilationConfig:
+    """What the compiler does with the model."""
+
+    compile: bool | str = _option(
+        True,
+        parse_compile,
+        "compile the model (false: run it as plain PyTorch; required: a server whose compilation fails ends, instead of serving uncompiled)",
+    )
+    merge_linears: bool = _option(True, parse_flag, "merge q/k/v and gate/up projections into one matmul each")
+    skinny_linears: bool = _option(True, parse_flag, "GPU: own kernels for products of few rows, where measured faster")
+    fuse_rope: bool = _option(True, parse_flag, "GPU: rotate queries and keys and store them in one kernel")
+    fuse_rows: bool = _option(True, parse_flag, "GPU: norms, residual additions and gated SiLU as kernels that overlap")
+    fuse_linears: bool = _option(
+        True, parse_flag, "GPU: norms, residual additions and gated SiLU inside the products beside them, for few rows"
+    )
+    rotary_once: bool = _option(True, parse_flag, "compute rotary cosines and sines once a step, not in every layer")
+    compile_cache_dir: str | None = _option(
+        None, parse_text, "folder of compiled artefacts (none: ~/.cache/pagegraph)", _NONE
+    )
+    num_threads: int | None = _option(
+        None, between(parse_whole, 1, 4096), "CPU threads of the engine (auto: PyTorch's choice)", _AUTO
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Addresses, processes, limits and the key of the HTTP server."""
+
+    host: str = _option("127.0.0.1", parse_text, "address to listen on; 0.0.0.0 for every interface")
+    port: int = _option(8000, between(parse_whole, 0, 65535), "port of the API (0: any free one)")
+    probe_host: str = _option(
+        "127.0.0.1", parse_text, "address of probe_port; 0.0.0.0 lets other machines probe, without a key"
+    )
+    probe_port: int | None = _option(
+        None, between(parse_whole, 0, 65535), "port of /health and /metrics beside the API (auto: a free one)", _AUTO
+    )
+    workers: int = _option(2, between(parse_whole, 1, 64), "web processes")
+    threads: int | None = _option(
+        None,
+        between(parse_whole, 2, MOST_THREADS),
+        "threads of each web process; a request holds one (auto: max_num_seqs + max_queue and some)",
+        ("auto",),
+    )
+    max_queue: int = _option(
+        256, between(parse_whole, 1), "waiting requests, of all web processes together, beyond which new ones get 503"
+    )
+    drain_timeout_s: float = _option(
+        20.0,
+        between(parse_number, 0),
+        "seconds that running requests get to end at shutdown; stopping takes up to 7 more",
+    )
+    watchdog_timeout_s: float = _option(
+        300.0,
+        between(parse_number, 1),
+        "seconds with work and without a finished step after which the engine counts as hung and the server ends",
+    )
+    api_key: str | None = _option(
+        None,
+        parse_text,
+        "key that clients must send (none: open); on the command line others see it: rather use api_key_file or PAGEGRAPH_API_KEY",
+        _NONE,
+    )
+    api_key_file: str | None = _option(None, parse_text, "file that holds the key alone", _NONE)
+    log_level: str = _option("info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error")
+
+
+def is_local_path(model: str) -> bool:
+    """Whether `model` can only be, or is, a path on this machine rather than a hub name."""
+    return model.startswith(("/", "./", "../", "~")) or Path(model).exists()
