@@ -1,20 +1,24 @@
 """Compiles kernels for a GPU that is not there, with exactly what their launchers pass; a script that prints JSON.
 
 Launchers are called on meta tensors with Triton's launch replaced by one that compiles. Reads a list of
-[name, module, function, arguments] from standard input, where an argument {"shape", "dtype"} is a tensor and
-{"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear, {"few"} one of few rows, {"norm"} a norm ahead of so many rows, {"weight"} a quantised weight, {"type"} a type. Its argument is the compute capability, such as 90. Run without TRITON_INTERPRET, in a process of its own:
-the replaced launch stays replaced.
+[name, module, function, arguments] from standard input, where an argument {"shape", "dtype"} is a tensor,
+{"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear, {"few"} one of few rows,
+{"norm"} a norm ahead of so many rows, {"weight"} a quantised weight, {"type"} a type. Its argument is the compute
+capability, such as 90. Run without TRITON_INTERPRET, in a process of its own: the replaced launch stays replaced.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -55,16 +59,12 @@ class Compiled:
     matrix_units: bool
     warp_group_units: bool
     waits: bool  # for the kernels before it, having let the next be set up
-    exchanged: (
-        int  # stores to shared memory from registers ahead of its last matrix instruction on fewer bits than float32's
-    )
+    exchanged: int  # stores from registers to shared memory ahead of its last matrix instruction but those of tf32
     early: list[str]  # what it does to global memory, or ends with, before it waits: opcodes of machine code
 
 
-def compile_launch(
-    case: str, kernel: JITFunction, arguments: tuple[Any, ...], named: dict[str, Any], capability: int = 90
-) -> Compiled:
-    """Compile one launch, specialised as Triton specialises it at run time, and read what ptxas says of it."""
+def source_of(kernel: JITFunction, arguments: tuple[Any, ...], named: dict[str, Any]) -> ASTSource:
+    """The kernel, specialised as Triton specialises it at run time."""
     names = kernel.arg_names
     values = dict(zip(names, arguments)) | {n: v for n, v in named.items() if n in names}
     signature, constants, attributes = {}, {}, {}
@@ -83,54 +83,60 @@ def compile_launch(
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
-    options = {n: v for n, v in named.items() if n in ("num_warps", "num_stages", "launch_pdl")}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    report = assemble(compiled.asm["ptx"], capability)
-    ttgir = compiled.asm["ttgir"]
-    depths = [int(depth) for depth in re.findall(r"local_alloc :.*memdesc<(\d+)x\d+x\d+x\w+", ttgir)]
-    return Compiled(
-        case=case,
-        kernel=kernel.fn.__name__,
+    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_source(source: ASTSource, options: dict[str, Any], capability: int) -> tuple[Compiled, bytes]:
+    """What one launch compiled to, and its machine code."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    report, ptx = printed.getvalue(), compiled.asm["ptx"]
+    depths = [int(depth) for depth in re.findall(r"local_alloc :.*memdesc<(\d+)x\d+x\d+x\w+", compiled.asm["ttgir"])]
+    ahead = re.sub(r"wgmma\.mma_async\S*tf32", "", ptx).rpartition("wgmma.mma_async")[0]
+    found = Compiled(
+        case="",
+        kernel=source.fn.fn.__name__,
         registers=int(re.search(r"Used (\d+) registers", report)[1]),
         spilled_bytes=sum(int(count) for count in re.findall(r"(\d+) bytes spill", report)),
         shared_bytes=compiled.metadata.shared,
         buffers=min(depths, default=0),
-        matrix_units="mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"],
-        warp_group_units="wgmma.mma_async" in compiled.asm["ptx"],
-        waits=all(f"griddepcontrol.{what}" in compiled.asm["ptx"] for what in ("wait", "launch_dependents")),
-        exchanged=len(
-            re.findall(
-                r"\bst\.shared",
-                re.sub(r"wgmma\.mma_async\S*tf32", "", compiled.asm["ptx"]).rpartition("wgmma.mma_async")[0],
-            )
-        ),
-        early=before_wait(compiled.asm["cubin"]),
+        matrix_units="mma.sync" in ptx or "wgmma" in ptx,
+        warp_group_units="wgmma.mma_async" in ptx,
+        waits=all(f"griddepcontrol.{what}" in ptx for what in ("wait", "launch_dependents")),
+        exchanged=len(re.findall(r"\bst\.shared", ahead)),
+        early=[],
     )
+    return found, machine_code(compiled.asm["cubin"])
 
 
-def before_wait(cubin: bytes) -> list[str]:
-    """Loads, stores, atomics, prefetches and exits ahead of griddepcontrol.wait (ACQBULK); of all code where there is none.
+def machine_code(cubin: bytes) -> bytes:
+    """The section .text of an ELF file of one kernel; sections are (name, .., offset, length)."""
+    (at,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, at + index * size) for index in range(count)]
+    strings = sections[names][4]
+    (code,) = (s for s in sections if cubin.startswith(b".text.", strings + s[0]))
+    return cubin[code[4] : code[4] + code[5]]
 
-    Of machine code, because ptxas is the last that may move a load.
+
+def before_waits(codes: list[bytes], capability: int) -> list[list[str]]:
+    """Loads, stores, atomics, prefetches and exits of each ahead of griddepcontrol.wait (ACQBULK), or in all of it.
+
+    Of machine code, because ptxas is the last that may move a load; at once, because nvdisasm is slow to start.
     """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        command = [knobs.nvidia.nvdisasm.path, "--binary", f"SM{capability}", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    ahead = listing.partition("ACQBULK")[0]
-    return re.findall(r"\b(LDG|STG|LD|ST|LDGSTS|ATOMG?|RED|REDG|UBLK\w+|UTMA\w+|CCTL|EXIT)\b", ahead)
-
-
-def assemble(ptx: str, capability: int) -> str:
-    """What ptxas, the one that Triton ships, reports of registers and spills."""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        gpu = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={gpu}", file.name, "-o", "/dev/null"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    instructions = re.findall(r"/\*[0-9a-f]+\*/\s+([^;]*);", listing)  # of 16 bytes each
+    assert 16 * len(instructions) == sum(map(len, codes))
+    found, at = [], 0
+    for code in codes:
+        end = at + len(code) // 16
+        ahead = "\n".join(instructions[at:end]).partition("ACQBULK")[0]
+        found.append(re.findall(r"\b(LDG|STG|LD|ST|LDGSTS|ATOMG?|RED|REDG|UBLK\w+|UTMA\w+|CCTL|EXIT)\b", ahead))
+        at = end
+    return found
 
 
 def argument(described: Any) -> Any:
@@ -162,17 +168,25 @@ def argument(described: Any) -> Any:
 
 
 def main() -> None:
-    compiled: list[Compiled] = []
-    case, capability = "", int(sys.argv[1])
+    capability = int(sys.argv[1])
+    compiled: dict[str, tuple[Compiled, bytes]] = {}  # by what Triton compiles
+    launches: list[tuple[str, str]] = []  # case, and what is compiled for it
+    knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True  # what ptxas reports is not in Triton's cache
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        compiled.append(compile_launch(case, kernel, arguments, named, capability))
+        source = source_of(kernel, arguments, named)
+        options = {n: v for n, v in named.items() if n in ("num_warps", "num_stages", "launch_pdl")}
+        key = f"{source.hash()} {options}"
+        if key not in compiled:
+            compiled[key] = compile_source(source, options, capability)
+        launches.append((case, key))
 
     JITFunction.run = record
     pdl.dependent = lambda device: {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
     for case, module, function, described in json.load(sys.stdin):  # noqa: B007  `record` reads it
         getattr(importlib.import_module(module), function)(*(argument(one) for one in described))
-    print(json.dumps([asdict(one) for one in compiled]))
+    early = dict(zip(compiled, before_waits([code for _, code in compiled.values()], capability), strict=True))
+    print(json.dumps([asdict(replace(compiled[key][0], case=case, early=early[key])) for case, key in launches]))
 
 
 if __name__ == "__main__":
