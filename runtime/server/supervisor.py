@@ -166,7 +166,7 @@ class Supervisor:
         return [
             *self._web_command,
             f"pagegraph.web.app:create_app({json.dumps(str(settings))})",
-            "--config", "python:web.gunicorn_conf",
+            "--config", "python:pagegraph.web.gunicorn_conf",
             "--bind", f"fd://{descriptor}",
             "--workers", str(self.config.workers),
             "--threads", str(self._web_threads),

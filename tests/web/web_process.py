@@ -60,7 +60,7 @@ def web_process(settings: Path, threads: int) -> Iterator[WebProcess]:
         listener.bind(("127.0.0.1", 0))
         listener.listen(512)
         command = [sys.executable, "-m", "gunicorn", f"pagegraph.web.app:create_app({json.dumps(str(settings))})",
-                   "--config", "python:web.gunicorn_conf", "--bind", f"fd://{listener.fileno()}",
+                   "--config", "python:pagegraph.web.gunicorn_conf", "--bind", f"fd://{listener.fileno()}",
                    "--workers", "1", "--threads", str(threads)]  # fmt: skip
         process = WebProcess(listener.getsockname()[1], subprocess.Popen(command, pass_fds=[listener.fileno()]))
         try:
