@@ -13,10 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pagegraph.compiler.host import openmp_spin as spinning  # isort: skip  # noqa: F401  before torch is loaded, which reads it once
-
 import torch
 
+# isort: skip  # noqa: F401  before torch is loaded, which reads it once
 from pagegraph.compiler.host.malloc import return_freed_memory
 from pagegraph.compiler.inductor import compile as lower
 from pagegraph.compiler.model.capture import ATTENTION_NAME, CapturedModel, capture
@@ -84,7 +83,7 @@ class BuiltModel:
     num_blocks: int
     eos_ids: frozenset[int]
     timings: Timings
-    draft: CompiledStep | None = None  # of the draft model, over the same pages
+    draft: CompiledStep | None = None  # of the draft model, over the same blocks
     generation_config: dict[str, Any] = field(default_factory=dict)  # what generation_config.json of the model says
     compile_state: CompileState = "off"
 
@@ -141,7 +140,7 @@ class Loaded:
     generation_config: dict[str, Any]
 
     def state(self, num_blocks: int, device: torch.device) -> DeviceState:
-        """Caches of so many pages, and what else outlives a step."""
+        """Caches of so many blocks, and what else outlives a step."""
         config = self.config
         return DeviceState(
             self.captured.layouts,
@@ -176,7 +175,7 @@ def build(config: Any, *, progress: bool = True) -> BuiltModel:
     with timings.stage("memory"):
         num_blocks = _kv_budget(config, models, device).num_blocks
         states = [one.state(num_blocks, device) for one in models]
-        # The same pages for both: one set of block tables, brought up to date by whoever steps first.
+        # The same blocks for both: one set of block tables, brought up to date by whoever steps first.
         states[-1].block_tables = states[0].block_tables
         steps = [_step(config, one.captured, state) for one, state in zip(models, states)]
     return BuiltModel(
@@ -281,7 +280,7 @@ def _largest(config: Any, device: torch.device) -> Bucket:
 
 
 def _kv_budget(config: Any, models: list[Loaded], device: torch.device) -> memory.KvBudget:
-    """Pages that fit; on CUDA, where no amount is set, beside the measured peak of steps and graphs."""
+    """Blocks that fit; on CUDA, where no amount is set, beside the measured peak of steps and graphs."""
     states = [model.state(1, device) for model in models]
     block_bytes = sum(cache.nbytes for state in states for cache in (*state.key_caches, *state.value_caches))
     if config.num_blocks is not None:
@@ -296,7 +295,7 @@ def _kv_budget(config: Any, models: list[Loaded], device: torch.device) -> memor
         step_bytes, graph_bytes = max(peak.step for peak in peaks), sum(peak.graphs for peak in peaks)
         available = memory.cuda_available(config.gpu_memory_utilization, step_bytes, graph_bytes, device)
         source = f"gpu_memory_utilization {config.gpu_memory_utilization}"
-    return memory.plan_pages(available, block_bytes, config.block_size, models[0].max_model_len, source)
+    return memory.plan_blocks(available, block_bytes, config.block_size, models[0].max_model_len, source)
 
 
 def warm_steps(state: DeviceState) -> list[StepInput]:

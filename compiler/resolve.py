@@ -55,7 +55,7 @@ def resolve_quantization(
 
 
 def resolve_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of keys and values in pages: `auto` is the activations' own, `fp8` e4m3 by a scale of 1."""
+    """Of keys and values in blocks: `auto` is the activations' own, `fp8` e4m3 by a scale of 1."""
     if name == "auto":
         return dtype
     _require_fp8("kv_cache_dtype=fp8", device, "set kv_cache_dtype to auto")

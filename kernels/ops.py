@@ -2,11 +2,11 @@
 
 A new op is a row of OPS, its reference and a file for its kernel.
 
-`pagegraph::paged_attention` writes the step's keys and values into pages, then attends:
+`pagegraph::paged_attention` writes the step's keys and values into blocks, then attends:
 
 - query [T, Hq, D]; key [T, Hkv, D]; value [T, Hkv, Dv] -> [T, Hq, Dv] in query's dtype
 - key_cache [num_blocks, block_size, Hkv, D], value_cache [.., Dv]: whole tensors, mutated; in query's dtype or float8_e4m3fn
-- positions, slots int32 [T]; a token's K/V goes to slot = page * block_size + offset; padding goes to page 0
+- positions, slots int32 [T]; a token's K/V goes to slot = block * block_size + offset; padding goes to block 0
 - block_tables int32 [S, max_blocks], unused entries 0; query_start int32 [S + 1]; seq_lens int32 [S] with this
   step's tokens. Sequence s owns query rows query_start[s]:query_start[s + 1], its last positions; a padding
   sequence has no rows. Rows from query_start[S] on are padding and come out as 0.
@@ -49,7 +49,7 @@ not compute anew for each use.
 temperature float32 [S], seeds int64 [S], positions int32 [S] -> ids int64 [S]. Where sampled int32 [S] is not 0 it also
 goes to last_tokens int32 [rows] at the sequence's row of rows int32 [S], and its position to last_at int32 [rows].
 
-`pagegraph::update_tables` writes num_pages [1] of pages [P, 3] = (row, index, page) into tables [rows, max_blocks]; int32.
+`pagegraph::update_tables` writes num_new_blocks [1] of new_blocks [P, 3] = (row, index, block) into tables [rows, max_blocks]; int32.
 
 `pagegraph::unpack` looks a padded step up: token_ids [T], rows [S], query_start [S + 1], starts [S], tables -> ids,
 positions, slots [T], block_tables [S, width], seq_lens [S], all int32, and the index of each sequence's last token int64
@@ -219,7 +219,7 @@ OPS = (
         cpu_int4.chain, None, _int4_packed_chain,
     ),
     Op(
-        "update_tables(Tensor(a!) tables, Tensor pages, Tensor num_pages) -> ()",
+        "update_tables(Tensor(a!) tables, Tensor new_blocks, Tensor num_new_blocks) -> ()",
         inputs_cpu.update_tables, "inputs.prepare:update_tables", None,
     ),
     Op(

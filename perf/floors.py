@@ -100,7 +100,7 @@ class Shape:
     ) -> float:
         """Seconds a step takes at least: matmuls and attention each at the slower of bytes and operations.
 
-        query_start [S + 1] and seq_lens [S] as in `compiler.step.inputs.StepInput`; the head runs on S rows. Weights and pages
+        query_start [S + 1] and seq_lens [S] as in `compiler.step.inputs.StepInput`; the head runs on S rows. Weights and blocks
         are read as they are stored by `method` and `cache`; operations are bfloat16's whatever the method.
         """
         rows, lengths = np.diff(query_start).astype(np.int64), seq_lens.astype(np.int64)
@@ -109,7 +109,7 @@ class Shape:
         pairs = int((rows * lengths - rows * (rows - 1) // 2).sum())
         attention_flop = 4 * self.layers * self.heads * self.head_size * pairs
         of_layers, of_head = WEIGHT_BYTES[method]
-        pages = self.kv_bytes * int(lengths.sum()) * (0.5 if cache == "fp8" else 1)
+        blocks = self.kv_bytes * int(lengths.sum()) * (0.5 if cache == "fp8" else 1)
         return max(
             (self.layer_weights * of_layers + head * of_head) / ceilings.bandwidth, matmul_flop / ceilings.flops
-        ) + max(pages / ceilings.bandwidth, attention_flop / ceilings.flops)
+        ) + max(blocks / ceilings.bandwidth, attention_flop / ceilings.flops)

@@ -33,14 +33,14 @@ class Quality:
 
 @torch.inference_mode()
 def prompt_logits(built: BuiltModel, token_ids: Sequence[int]) -> torch.Tensor:
-    """Float32 logits [T, vocab] at every position of one prompt, on the CPU; overwrites the first pages of the cache.
+    """Float32 logits [T, vocab] at every position of one prompt, on the CPU; overwrites the first blocks of the cache.
 
     Nothing may be running. Raises ValueError where the cache does not hold the prompt.
     """
     state, size = built.step.state, len(token_ids)
-    pages = -(-size // state.block_size)
-    if pages >= built.num_blocks:
-        raise ValueError(f"a prompt of {size} tokens takes {pages} pages, the cache holds {built.num_blocks - 1}")
+    num_blocks = -(-size // state.block_size)
+    if num_blocks >= built.num_blocks:
+        raise ValueError(f"a prompt of {size} tokens takes {num_blocks} blocks, the cache holds {built.num_blocks - 1}")
 
     def tensor(values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=built.device)
@@ -49,8 +49,8 @@ def prompt_logits(built: BuiltModel, token_ids: Sequence[int]) -> torch.Tensor:
     logits = built.step.captured(
         tensor(token_ids),
         positions,
-        positions + state.block_size,  # page 0 is scrap
-        tensor(range(1, pages + 1))[None],
+        positions + state.block_size,  # block 0 is scrap
+        tensor(range(1, num_blocks + 1))[None],
         tensor([0, size]),
         tensor([size]),
         torch.arange(size, device=built.device),

@@ -301,7 +301,7 @@ def fp8_cache() -> Iterator[str]:
 
 
 def gpu_quality() -> Iterator[str]:
-    names = {"int4": "int4, groups of 64 and 128", "gguf": "Q4_1 as in its file", "pages": "fp8 cache"}
+    names = {"int4": "int4, groups of 64 and 128", "gguf": "Q4_1 as in its file", "blocks": "fp8 cache"}
     found = {(row["method"], row["rounds"]): row for row in rows_of("h200-2026-11-25-quality.json", "quality")}
 
     def cell(row: dict | None) -> str:
@@ -385,7 +385,7 @@ def memory() -> Iterator[str]:
     return table(
         "requests | blocks of the pool | preemptions | share of the device's memory | allowed",
         (
-            [f"{row['requests']}, {row['kind']}", row["pages"], row["preemptions"], f"{row['used']:.1%}", f"{row['allowed']:.0%}"]
+            [f"{row['requests']}, {row['kind']}", row["blocks"], row["preemptions"], f"{row['used']:.1%}", f"{row['allowed']:.0%}"]
             for row in rows_of("h200-2026-11-24-qwen3-0.6b-memory.json", "memory")
         ),
     )  # fmt: skip

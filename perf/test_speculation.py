@@ -59,7 +59,7 @@ def test_drafting(benchmark, llm: LLM, kind: str, streams: int, goal: float) -> 
     allowed = 15, Lookup(2, 5)
 
     def seconds(drafting: bool) -> float:
-        # One engine: the same pages and caches on both sides. Steps look up nothing where nothing is drafted.
+        # One engine: the same blocks and caches on both sides. Steps look up nothing where nothing is drafted.
         engine.speculation = speculation if drafting else None
         state.allow_drafts(*(allowed if drafting else (0, None)))
         start = time.perf_counter()

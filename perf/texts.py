@@ -16,7 +16,7 @@ RANDOM_TOKENS = 200
 
 
 def repetitive(encode: Callable[[str], list[int]], streams: int) -> list[list[int]]:
-    """The texts in turn, each behind a token of its own, so that no two share pages."""
+    """The texts in turn, each behind a token of its own, so that no two share blocks."""
     texts = [encode((DATA / f"{name}.txt").read_text().rstrip()) for name in NAMES]
     return [[1000 + index, *texts[index % len(texts)]] for index in range(streams)]
 

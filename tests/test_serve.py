@@ -135,7 +135,7 @@ def test_what_is_not_served_is_named(server: Server) -> None:
     assert raw.headers["x-ignored-fields"] == "no_such_field"
 
 
-def test_a_client_that_leaves_frees_its_pages(server: Server) -> None:
+def test_a_client_that_leaves_frees_its_blocks(server: Server) -> None:
     stream = server.client().completions.create(
         model="smollm2", prompt="Once upon a time", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
     )
@@ -144,7 +144,7 @@ def test_a_client_that_leaves_frees_its_pages(server: Server) -> None:
     stream.close()
     deadline = time.monotonic() + 10
     while server.metric("num_requests_running") or server.metric("kv_cache_usage_perc"):
-        assert time.monotonic() < deadline, "the pages of a client that left are still held"
+        assert time.monotonic() < deadline, "the blocks of a client that left are still held"
         time.sleep(0.2)
 
 

@@ -2,7 +2,7 @@
 
 The shadow that is run attends under a name of its own, for which transformers hands us the function of every mask: so a layer's
 window or chunk is what the model's own mask says, not what a configuration promises. Whatever the paged op does not compute
-is refused with what the model does. Knows nothing of weights, pages or steps.
+is refused with what the model does. Knows nothing of weights, blocks or steps.
 
 Comparing a small copy of each model with transformers' own forward at the start was rejected: shrinking a
 configuration without knowing it fails for a quarter of the model types. The tests do that over all types.

@@ -1,4 +1,4 @@
-"""How many pages the KV cache holds, and the refusal where that is too few.
+"""How many blocks the KV cache holds, and the refusal where that is too few.
 
 On the CPU the amount is a setting; on CUDA it is what a measured peak leaves free. Knows no scheduling.
 """
@@ -23,23 +23,23 @@ class DoesNotFit(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class KvBudget:
-    """Pages of the pool (page 0 is scrap) and the bytes they take."""
+    """Blocks of the pool (block 0 is scrap) and the bytes they take."""
 
     num_blocks: int
     block_bytes: int
 
 
-def plan_pages(available_bytes: int, block_bytes: int, block_size: int, max_model_len: int, source: str) -> KvBudget:
-    """Pages that fit in `available_bytes`; raises DoesNotFit if one sequence of `max_model_len` would not."""
+def plan_blocks(available_bytes: int, block_bytes: int, block_size: int, max_model_len: int, source: str) -> KvBudget:
+    """Blocks that fit in `available_bytes`; raises DoesNotFit if one sequence of `max_model_len` would not."""
     num_blocks = available_bytes // block_bytes
     needed = -(-max_model_len // block_size) + 1
     if num_blocks < needed:
         fits = (num_blocks - 1) * block_size
         shorter = f"Set max_model_len to at most {fits}, or give" if fits > 0 else "Give"
         raise DoesNotFit(
-            f"max_model_len {max_model_len} needs {needed} pages of {block_size} tokens "
+            f"max_model_len {max_model_len} needs {needed} blocks of {block_size} tokens "
             f"({needed * block_bytes / GIB:.2f} GiB), but {source} leaves {available_bytes / GIB:.2f} GiB = "
-            f"{num_blocks} pages. {shorter} the KV cache {_mebibytes(needed * block_bytes)} or more"
+            f"{num_blocks} blocks. {shorter} the KV cache {_mebibytes(needed * block_bytes)} or more"
             f"{'' if fits > 0 else f'; {_mebibytes(2 * block_bytes)} is the least, for max_model_len {block_size}'}."
         )
     return KvBudget(num_blocks, block_bytes)
@@ -67,7 +67,7 @@ def cuda_available(gpu_memory_utilization: float, step_bytes: int, graph_bytes: 
         )
     available = wanted - (total - free) - step_bytes - graph_bytes
     log.info(
-        "memory: %.2f of %.2f GiB may be used; %.2f are, a largest step takes %.2f, CUDA graphs %.2f: %.2f for pages",
+        "memory: %.2f of %.2f GiB may be used; %.2f are, a largest step takes %.2f, CUDA graphs %.2f: %.2f for blocks",
         *(one / GIB for one in (wanted, total, total - free, step_bytes, graph_bytes, max(available, 0))),
     )
     return max(available, 0)

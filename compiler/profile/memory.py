@@ -1,6 +1,6 @@
-"""What steps take on a CUDA device beside weights and pages: measured by running the largest ones on scrap pages.
+"""What steps take on a CUDA device beside weights and blocks: measured by running the largest ones on the null block.
 
-Plain modules are run, which hold more at a time than their compiled form does. Knows no pages and no requests.
+Plain modules are run, which hold more at a time than their compiled form does. Knows no blocks and no requests.
 
 The KV cache is sized from this peak: a largest step with all that sampling offers, and two captured graphs. Logits in
 captured graphs are not kept, so all graphs share the memory of the largest.
@@ -25,7 +25,7 @@ SAMPLES = 5  # graphs measured one by one
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Bytes beside weights and pages: of the largest step, and of all CUDA graphs."""
+    """Bytes beside weights and blocks: of the largest step, and of all CUDA graphs."""
 
     step: int
     graphs: int
@@ -33,7 +33,7 @@ class Peak:
 
 @torch.inference_mode()
 def measure(step: CompiledStep, largest: Bucket, max_model_len: int, chained: int = 0) -> Peak:
-    """Run steps of `largest` through `step`, whose state has the scrap page only; `step` is of no use afterwards.
+    """Run steps of `largest` through `step`, whose state has the null block only; `step` is of no use afterwards.
 
     `chained`: forwards that chains will hold beside the rungs' graphs.
     """

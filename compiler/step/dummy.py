@@ -1,4 +1,4 @@
-"""Steps that touch the scrap row and page only: to compile, warm up and measure on, beside whatever runs."""
+"""Steps that touch the scrap row and block only: to compile, warm up and measure on, beside whatever runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def scrap_step(lengths: Sequence[int], scrap_row: int, sampling: SamplingInput |
         query_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
         starts=np.zeros(seqs, np.int32),
         sampled=np.zeros(seqs, bool),
-        pages=np.zeros((0, 3), np.int32),
+        new_blocks=np.zeros((0, 3), np.int32),
         sampling=sampling or greedy,
     )
 

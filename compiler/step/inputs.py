@@ -72,7 +72,7 @@ class StepInput:
     query_start: np.ndarray  # int32 [S + 1]
     starts: np.ndarray  # int32 [S], position of each sequence's first token in this step
     sampled: np.ndarray  # bool [S], False where a prefill chunk ends before the prompt does
-    pages: np.ndarray  # int32 [P, 3]: (row, index in the row's block table, page)
+    new_blocks: np.ndarray  # int32 [P, 3]: (row, index in the row's block table, block)
     sampling: SamplingInput
     # (row, int32 tokens) of those that begin with tokens found in the cache
     cached: list[tuple[int, np.ndarray]] = field(default_factory=list)

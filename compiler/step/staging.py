@@ -2,7 +2,7 @@
 
 On CUDA a packet lies at a fixed address for each bucket, so that captured graphs read it, and comes by one transfer
 from pinned memory. A step that continues the one before, each sequence with the token it has just sampled and no new
-page, needs none: the same packet says where to go on (`kernels.inputs.prepare`). Knows no scheduling and no model.
+block, needs none: the same packet says where to go on (`kernels.inputs.prepare`). Knows no scheduling and no model.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Packet:
     sampled: torch.Tensor  # [S] 0 or 1
     temperature: torch.Tensor  # [S] float32
     seeds: torch.Tensor  # [S] int64
-    num_pages: torch.Tensor  # [1]
-    pages: torch.Tensor  # [P, 3], of which num_pages count
-    width: int  # pages a sequence of the step may have
+    num_new_blocks: torch.Tensor  # [1]
+    new_blocks: torch.Tensor  # [P, 3], of which num_new_blocks count
+    width: int  # blocks a sequence of the step may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,10 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each field of a bucket's packet lies, in words; pages come last, as many as there are."""
+    """Where each field of a bucket's packet lies, in words; blocks come last, as many as there are."""
 
     fields: dict[str, slice]
-    pages: int
+    new_blocks: int
 
     @staticmethod
     @lru_cache(1024)
@@ -65,7 +65,7 @@ class Layout:
         tokens, seqs = bucket.tokens, bucket.seqs
         sizes = {
             "token_ids": tokens, "query_start": seqs + 1, "rows": seqs, "starts": seqs, "sampled": seqs,
-            "temperature": seqs, "seeds": 2 * seqs, "num_pages": 1,
+            "temperature": seqs, "seeds": 2 * seqs, "num_new_blocks": 1,
         }  # fmt: skip
         at, fields = 0, {}
         for name, size in sizes.items():
@@ -73,11 +73,13 @@ class Layout:
             at += -(-size // ALIGN) * ALIGN
         return Layout(fields, at)
 
-    def views(self, words: torch.Tensor, num_pages: int, width: int) -> Packet:
+    def views(self, words: torch.Tensor, num_new_blocks: int, width: int) -> Packet:
         fields = {name: words[where] for name, where in self.fields.items()}
         fields["temperature"] = fields["temperature"].view(torch.float32)
         fields["seeds"] = fields["seeds"].view(torch.int64)
-        return Packet(**fields, pages=words[self.pages : self.pages + 3 * num_pages].view(-1, 3), width=width)
+        return Packet(
+            **fields, new_blocks=words[self.new_blocks : self.new_blocks + 3 * num_new_blocks].view(-1, 3), width=width
+        )
 
 
 class Staging:
@@ -89,9 +91,9 @@ class Staging:
         self._captured: dict[Bucket, Packet] = {}
         self._last: tuple[Bucket, StepInput] | None = None
         if self.device.type == "cuda":
-            # Pages that a step may bring: those of its tokens, and long prompts found in the cache.
-            self._max_pages = 2 * largest.tokens + 8 * largest.seqs
-            words = Layout.of(largest).pages + 3 * self._max_pages
+            # Blocks that a step may bring: those of its tokens, and long prompts found in the cache.
+            self._max_new_blocks = 2 * largest.tokens + 8 * largest.seqs
+            words = Layout.of(largest).new_blocks + 3 * self._max_new_blocks
             self._turn = 0
             self._host = [torch.empty(words, dtype=torch.int32, pin_memory=True) for _ in range(PINNED)]
             self._sent = [torch.cuda.Event() for _ in range(PINNED)]
@@ -116,7 +118,7 @@ class Staging:
     def unpack(self, packet: Packet) -> Staged:
         """What the packet on the device says; launches only, so that a graph can hold it."""
         state, ops = self._state, torch.ops.pagegraph
-        ops.update_tables(state.block_tables, packet.pages, packet.num_pages)
+        ops.update_tables(state.block_tables, packet.new_blocks, packet.num_new_blocks)
         ids, positions, slots, tables, seq_lens, logits_index = ops.unpack(
             packet.token_ids, packet.rows, packet.query_start, packet.starts, state.last_tokens, state.last_at,
             state.draft_tokens, state.block_tables, state.block_size, packet.width,
@@ -127,7 +129,7 @@ class Staging:
         """CUDA: the bucket's fields at their fixed addresses."""
         if bucket in self._captured:
             return self._captured[bucket]
-        return Layout.of(bucket).views(self._words, self._max_pages, self._state.max_blocks)
+        return Layout.of(bucket).views(self._words, self._max_new_blocks, self._state.max_blocks)
 
     def placeholder(self, bucket: Bucket) -> Packet:
         """CUDA: the bucket's packet filled as an all-padding step: what a capture runs on."""
@@ -139,7 +141,7 @@ class Staging:
 
     def _continues(self, step: StepInput, bucket: Bucket) -> bool:
         """Whether the packet that is there says this step too: the last one's, going on from what only the device knows."""
-        if self._last is None or self._last[0] != bucket or len(step.pages) or step.num_tokens != step.num_seqs:
+        if self._last is None or self._last[0] != bucket or len(step.new_blocks) or step.num_tokens != step.num_seqs:
             return False
         last = self._last[1]
         return bool(
@@ -153,27 +155,29 @@ class Staging:
 
     def _transfer(self, step: StepInput, bucket: Bucket) -> None:
         layout = Layout.of(bucket)
-        if len(step.pages) > self._max_pages:  # prompts that the cache holds whole bring more than a packet takes
-            self._put_pages(step.pages)
-            step.pages = step.pages[:0]
+        # prompts that the cache holds whole bring more than a packet takes
+        if len(step.new_blocks) > self._max_new_blocks:
+            self._put_new_blocks(step.new_blocks)
+            step.new_blocks = step.new_blocks[:0]
         turn = self._turn = (self._turn + 1) % PINNED
         self._sent[turn].synchronize()  # the transfer of three steps ago: long done
-        host, words = self._host[turn], layout.pages + step.pages.size
+        host, words = self._host[turn], layout.new_blocks + step.new_blocks.size
         self._fill(host.numpy(), layout, step)
         self._words[:words].copy_(host[:words], non_blocking=True)
         self._sent[turn].record()
 
-    def _put_pages(self, pages: np.ndarray) -> None:
-        rows, index, page = torch.from_numpy(pages).to(self.device).unbind(1)
-        self._state.block_tables[rows.long(), index.long()] = page
+    def _put_new_blocks(self, new_blocks: np.ndarray) -> None:
+        rows, index, block = torch.from_numpy(new_blocks).to(self.device).unbind(1)
+        self._state.block_tables[rows.long(), index.long()] = block
 
     def _filled(self, step: StepInput, bucket: Bucket, times: int = 1) -> Packet:
         """CPU: a packet of the step's own."""
         layout = Layout.of(bucket)
-        words = torch.empty(layout.pages + step.pages.size, dtype=torch.int32)
+        words = torch.empty(layout.new_blocks + step.new_blocks.size, dtype=torch.int32)
         self._fill(words.numpy(), layout, step)
         width = -(-(int(step.seq_lens.max()) + times - 1) // self._state.block_size)
-        return layout.views(words, len(step.pages), max(width, 2))  # a width of one would be a constant to the compiler
+        # a width of one would be a constant to the compiler
+        return layout.views(words, len(step.new_blocks), max(width, 2))
 
     def _fill(self, host: np.ndarray, layout: Layout, step: StepInput) -> None:
         def put(name: str, values: np.ndarray, pad: int) -> None:
@@ -188,8 +192,8 @@ class Staging:
         put("sampled", step.sampled, 0)
         put("temperature", step.sampling.temperature.view(np.int32), 0)
         put("seeds", step.sampling.seeds.view(np.int32), 0)
-        host[layout.fields["num_pages"]] = len(step.pages)
-        host[layout.pages : layout.pages + step.pages.size] = step.pages.ravel()
+        host[layout.fields["num_new_blocks"]] = len(step.new_blocks)
+        host[layout.new_blocks : layout.new_blocks + step.new_blocks.size] = step.new_blocks.ravel()
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:

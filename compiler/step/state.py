@@ -1,6 +1,6 @@
 """Tensors that outlive a step: KV caches, block tables, each row's last token, its text and draft tokens, penalty counts.
 
-A row is a device slot that a running sequence owns. Padding uses the scrap row `max_num_seqs` and the scrap page 0.
+A row is a device slot that a running sequence owns. Padding uses the scrap row `max_num_seqs` and the null block.
 On CUDA every tensor keeps its address, so captured graphs stay valid. Knows no scheduling and no model.
 """
 
@@ -65,7 +65,7 @@ class DeviceState:
         self.draft_tokens = torch.zeros(rows, max(most, 1), dtype=torch.int32, device=device)
         self.lookup = lookup
         self.history: torch.Tensor | None = (
-            None  # every row's tokens by position, with room for one behind the last page
+            None  # every row's tokens by position, with room for one behind the last block
         )
         if lookup is not None:
             self.history = torch.zeros(rows, self.max_blocks * self.block_size + 1, dtype=torch.int32, device=device)
@@ -81,7 +81,7 @@ class DeviceState:
         return self._counts
 
     def remember(self, row: int, tokens: np.ndarray) -> None:
-        """Tokens int32 [n] that a row begins with and no step computes: their keys and values are in its pages already."""
+        """Tokens int32 [n] that a row begins with and no step computes: their keys and values are in its blocks already."""
         if self.history is not None:
             given = torch.from_numpy(np.ascontiguousarray(tokens))
             if self.history.device.type == "cuda":

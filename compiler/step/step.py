@@ -3,7 +3,7 @@
 A launch stages the step's metadata, runs the forward (a replayed CUDA graph, the compiled graph, or the
 plain captured modules while compilation is under way), samples, and hands the ids to the next step on the
 device. It does not wait: `Ticket.wait` does. A decode may be launched as a chain: several steps, each of which goes on from
-what the one before drew. Knows nothing of requests, pages or sockets.
+what the one before drew. Knows nothing of requests, blocks or sockets.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class CompiledStep:
         """Start one step; steps run in the order of their launch.
 
         `times` > 1: a chain of so many steps. `step` is the first, one token of each of several rows, all of them sampled; the
-        others go on from what was drawn. Every row has pages for all of it. The ids are [S, times].
+        others go on from what was drawn. Every row has blocks for all of it. The ids are [S, times].
         """
         if self.graphs is None:  # on another thread: the engine's loop goes on meanwhile, as it does beside a GPU
             return Ticket(step_thread.submit(self._run_cpu, step, times).result)
@@ -91,7 +91,7 @@ class CompiledStep:
     def compiled_forward(self, warm: list[StepInput], progress: bool = False) -> Callable[..., torch.Tensor]:
         """The forward compiled on the given steps, to be swapped in as `forward`; safe beside launches.
 
-        `warm` must touch scrap pages and the scrap row only.
+        `warm` must touch the null block and the scrap row only.
         """
         forward = lower.compile_forward(self.captured, self.graph_passes)
         with torch.inference_mode():

@@ -76,8 +76,8 @@ def paged_attention(
         )
     for sequence in torch.nonzero(counts > 1)[:, 0].tolist():
         begin, end, length = int(query_start[sequence]), int(query_start[sequence + 1]), int(seq_lens[sequence])
-        keys = _pages(key_cache, block_tables[sequence], length).to(query.dtype)
-        values = _pages(value_cache, block_tables[sequence], length).to(query.dtype)
+        keys = _blocks(key_cache, block_tables[sequence], length).to(query.dtype)
+        values = _blocks(value_cache, block_tables[sequence], length).to(query.dtype)
         if plain:
             out[begin:end] = _fused(query[begin:end], keys, values, scale, window, chunk)
         else:
@@ -91,9 +91,9 @@ def _write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, s
     """`reference.write_kv` in fewer calls where one row is written as it is."""
     if len(slots) != 1 or key_cache.dtype != key.dtype:
         return reference.write_kv(key, value, key_cache, value_cache, slots)
-    page, offset = divmod(int(slots), key_cache.shape[1])
-    key_cache[page, offset] = key[0]
-    value_cache[page, offset] = value[0]
+    block, offset = divmod(int(slots), key_cache.shape[1])
+    key_cache[block, offset] = key[0]
+    value_cache[block, offset] = value[0]
 
 
 def _decode(
@@ -104,7 +104,7 @@ def _decode(
     lengths: Tensor,
     *rest: Tensor | float | int | None,
 ) -> Tensor:
-    """One query row [R, Hq, D] a sequence or draft token, at once where that saves reading pages twice -> [R, Hq, Dv]."""
+    """One query row [R, Hq, D] a sequence or draft token, at once where that saves reading blocks twice -> [R, Hq, Dv]."""
     sinks, scale, window, softcap, chunk = rest
     if cpu_decode.takes(query, key_cache, sinks, softcap):
         return cpu_decode.attend(query, None, None, key_cache, value_cache, None, tables, lengths, scale, window, chunk)
@@ -120,7 +120,7 @@ def _decode(
 
 
 def _runs(tables: Tensor, lengths: Tensor) -> Tensor | None:
-    """Rows that follow each other in one sequence, its pages and one key more: the size of a run at its first row, 0 elsewhere.
+    """Rows that follow each other in one sequence, its blocks and one key more: the size of a run at its first row, 0 elsewhere.
 
     None if there are no such rows.
     """
@@ -226,20 +226,20 @@ def _fused(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: in
     return out[0].transpose(0, 1)
 
 
-def _pages(cache: Tensor, table: Tensor, length: int) -> Tensor:
-    """First `length` tokens of the table [max_blocks]: [length, H, D], a view of the cache where the pages lie side by side."""
-    pages = -(-length // cache.shape[1])
-    known = table[:pages].tolist()
-    if known == list(range(known[0], known[0] + pages)):
+def _blocks(cache: Tensor, table: Tensor, length: int) -> Tensor:
+    """First `length` tokens of the table [max_blocks]: [length, H, D], a view of the cache where the blocks lie side by side."""
+    num_blocks = -(-length // cache.shape[1])
+    known = table[:num_blocks].tolist()
+    if known == list(range(known[0], known[0] + num_blocks)):
         first = known[0] * cache.shape[1]
         return cache.view(-1, *cache.shape[2:])[first : first + length]
-    return cache.index_select(0, table[:pages]).flatten(0, 1)[:length]
+    return cache.index_select(0, table[:num_blocks]).flatten(0, 1)[:length]
 
 
 def _gather(cache: Tensor, tables: Tensor, width: int) -> Tensor:
     """First `width` tokens of every table: [R, width, H, D]; of several tables a copy."""
     if len(tables) == 1:
-        return _pages(cache, tables[0], width)[None]
-    pages = -(-width // cache.shape[1])
-    picked = cache.index_select(0, tables[:, :pages].flatten())
-    return picked.view(len(tables), pages * cache.shape[1], *cache.shape[2:])[:, :width]
+        return _blocks(cache, tables[0], width)[None]
+    num_blocks = -(-width // cache.shape[1])
+    picked = cache.index_select(0, tables[:, :num_blocks].flatten())
+    return picked.view(len(tables), num_blocks * cache.shape[1], *cache.shape[2:])[:, :width]

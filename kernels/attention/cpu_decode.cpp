@@ -1,4 +1,4 @@
-// Attention of decode rows on a CPU: softmax over the pages of each row's sequence, in float32, built by `cpu_attention.py`.
+// Attention of decode rows on a CPU: softmax over the blocks of each row's sequence, in float32, built by `cpu_attention.py`.
 // A task is one query head of one row, so what a row gives depends on no other row. Knows no dtype but float and bfloat16,
 // no soft caps, no sinks.
 #include <algorithm>
@@ -40,15 +40,15 @@ inline float exp_of(float x) {
     return p * power;
 }
 
-// Tokens first .. last - 1 of a sequence, as they lie in pages: `visit(j, at)` gets each token's place from the first on and
+// Tokens first .. last - 1 of a sequence, as they lie in blocks: `visit(j, at)` gets each token's place from the first on and
 // the element of a cache at which its head begins.
 template <typename Visit>
 inline void walk(const int32_t* table, int64_t size, int64_t first, int64_t last, int64_t stride, int64_t offset, Visit visit) {
-    int64_t page = first / size, at = first % size, j = 0;
+    int64_t block = first / size, at = first % size, j = 0;
     while (j < last - first) {
-        int64_t element = (table[page] * size + at) * stride + offset;
+        int64_t element = (table[block] * size + at) * stride + offset;
         for (const int64_t end = std::min(j + size - at, last - first); j < end; j++, element += stride) visit(j, element);
-        page++, at = 0;
+        block++, at = 0;
     }
 }
 

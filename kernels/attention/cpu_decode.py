@@ -56,7 +56,7 @@ def attend(
 ) -> Tensor:
     """A row each of R sequences: query [R, Hq, D] -> [R, Hq, Dv]; key, value [R, Hkv, *], where given, go to their slots first.
 
-    lengths int32 [R], at least 1, tables int32 [R, pages]; the rest as in `kernels.ops`.
+    lengths int32 [R], at least 1, tables int32 [R, blocks]; the rest as in `kernels.ops`.
     """
     write = key is not None
     query, key, value = (_rows(one) for one in ((query, key, value) if write else (query, query, query)))

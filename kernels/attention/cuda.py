@@ -64,7 +64,7 @@ def rope_attention(
 def _attend(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, *rest: Tensor | float | int | None
 ) -> Tensor:
-    """Attention over pages that hold the step's own keys and values already.
+    """Attention over blocks that hold the step's own keys and values already.
 
     A bucket with a row a sequence (T <= S) is all the decode kernel's, whatever its real rows are. A larger one
     runs both kernels; each leaves the other's sequences alone.

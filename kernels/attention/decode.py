@@ -39,7 +39,7 @@ class Tile(NamedTuple):
     sum_late: bool = False  # weights are summed up after the last tile: fewer meetings of the warps, more registers
 
 
-# By (bytes an element of the pages, padded head size). Float32, whatever the pages hold, is computed by FMA in full
+# By (bytes an element of the blocks, padded head size). Float32, whatever the blocks hold, is computed by FMA in full
 # precision and needs the registers.
 TILES: dict[tuple[int, int], Tile] = {
     (1, 32): Tile(64, 4, 4),
@@ -137,7 +137,7 @@ def decode_kernel(
     grouped = member < GROUP
     key_column = tl.arange(0, HEAD_PAD)
     value_column = tl.arange(0, VALUE_PAD)
-    # Pages of 8 bits are read in pairs of neighbours: 16 bits are the least that the matrix unit's operands are loaded
+    # 8-bit blocks are read in pairs of neighbours: 16 bits are the least that the matrix unit's operands are loaded
     # in from shared memory. First and second elements are then operands of two products of half the columns.
     PAIRED: tl.constexpr = key_cache_ptr.dtype.element_ty == tl.int16
     WIDTH: tl.constexpr = 2 if PAIRED else 1
@@ -186,14 +186,14 @@ def decode_kernel(
 
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
     lane = tl.arange(0, BLOCK_N)
-    # The next tile's page ids are carried: a load of them inside the loop, which the loads of keys and values
+    # The next tile's block ids are carried: a load of them inside the loop, which the loads of keys and values
     # depend on, would take half of the pipeline's buffers.
-    page = tl.load(table_ptr + (begin + lane) // BLOCK_SIZE, mask=begin + lane < end, other=0)
+    block = tl.load(table_ptr + (begin + lane) // BLOCK_SIZE, mask=begin + lane < end, other=0)
     for start in range(begin, end, BLOCK_N):
         token = start + lane
         inside = token < end
-        slot = page.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
-        page = tl.load(table_ptr + (token + BLOCK_N) // BLOCK_SIZE, mask=token + BLOCK_N < end, other=0)
+        slot = block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
+        block = tl.load(table_ptr + (token + BLOCK_N) // BLOCK_SIZE, mask=token + BLOCK_N < end, other=0)
         # Lanes past the end are not read, so what unused slots hold cannot reach the sum.
         keys = tl.load(
             key_cache_ptr + (slot[None, :] * KV_HEADS + kv_head) * (HEAD_SIZE // WIDTH) + key_unit[:, None],

@@ -1,6 +1,6 @@
-"""Triton: store a step's keys and values into their pages, one program a token.
+"""Triton: store a step's keys and values into their blocks, one program a token.
 
-Padding tokens carry slots of the scrap page and are written there like any other. Knows no sequences.
+Padding tokens carry slots of the null block and are written there like any other. Knows no sequences.
 """
 
 from __future__ import annotations

@@ -51,10 +51,10 @@ TILES: dict[tuple[int, int], Tile] = {
 
 
 @triton.jit
-def _slot(page, token, BLOCK_SIZE: tl.constexpr, WIDE: tl.constexpr):
+def _slot(block, token, BLOCK_SIZE: tl.constexpr, WIDE: tl.constexpr):
     if WIDE:
-        page = page.to(tl.int64)
-    return page * BLOCK_SIZE + (token % BLOCK_SIZE).to(tl.int32)
+        block = block.to(tl.int64)
+    return block * BLOCK_SIZE + (token % BLOCK_SIZE).to(tl.int32)
 
 
 @triton.jit
@@ -209,12 +209,12 @@ def prefill_kernel(
     last = (end - 1).to(tl.uint32)  # lanes past it read it: a weight of 0 must not meet what an unused slot holds
     key_lane = tl.arange(0, BLOCK_N)
     at = tl.minimum((begin + key_lane).to(tl.uint32), last)
-    page = tl.load(table_ptr + at // BLOCK_SIZE)
-    before = _slot(page, at, BLOCK_SIZE, WIDE)  # the first weights, all 0, meet the first tile's values
+    block = tl.load(table_ptr + at // BLOCK_SIZE)
+    before = _slot(block, at, BLOCK_SIZE, WIDE)  # the first weights, all 0, meet the first tile's values
     for start in range(begin, end, BLOCK_N):
-        slot = _slot(page, tl.minimum((start + key_lane).to(tl.uint32), last), BLOCK_SIZE, WIDE)
-        # Page ids are carried one tile ahead, as in the decode kernel.
-        page = tl.load(table_ptr + tl.minimum((start + BLOCK_N + key_lane).to(tl.uint32), last) // BLOCK_SIZE)
+        slot = _slot(block, tl.minimum((start + key_lane).to(tl.uint32), last), BLOCK_SIZE, WIDE)
+        # Block ids are carried one tile ahead, as in the decode kernel.
+        block = tl.load(table_ptr + tl.minimum((start + BLOCK_N + key_lane).to(tl.uint32), last) // BLOCK_SIZE)
         keys = widened(_rows(key_ptr, slot, KV_HEADS * HEAD_SIZE, HEAD_SIZE, HEAD_PAD), query.dtype)
         values = widened(_rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD), query.dtype)
         logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION)

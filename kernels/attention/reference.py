@@ -13,7 +13,7 @@ from pagegraph.kernels.dtypes import FP8_MAX
 def write_kv(
     key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    """Store key [T, Hkv, D] and value [T, Hkv, Dv] at `slots` (int32 [T], page * block_size + offset), in place.
+    """Store key [T, Hkv, D] and value [T, Hkv, Dv] at `slots` (int32 [T], block * block_size + offset), in place.
 
     A cache of e4m3 holds them by a scale of 1; what lies beyond its largest, 448, becomes that.
     """
@@ -56,7 +56,7 @@ def paged_attention(
     softcap: float,
     chunk: int,
 ) -> torch.Tensor:
-    """Softmax attention over pages, one sequence after the other, in float32; shapes as in `kernels.ops`."""
+    """Softmax attention over blocks, one sequence after the other, in float32; shapes as in `kernels.ops`."""
     write_kv(key, value, key_cache, value_cache, slots)
     out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
     starts, lengths = query_start.tolist(), seq_lens.tolist()
@@ -109,5 +109,5 @@ def visible(num_queries: int, num_keys: int, window: int, chunk: int, device: to
 
 
 def _read(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
-    pages = -(-length // cache.shape[1])
-    return cache[table[:pages].long()].flatten(0, 1)[:length]
+    num_blocks = -(-length // cache.shape[1])
+    return cache[table[:num_blocks].long()].flatten(0, 1)[:length]

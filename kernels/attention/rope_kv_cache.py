@@ -1,4 +1,4 @@
-"""Triton: a step's queries and keys normalised and rotated, and keys and values stored into their pages, in one kernel.
+"""Triton: a step's queries and keys normalised and rotated, and keys and values stored into their blocks, in one kernel.
 
 One program takes a token and either some query heads or all its key and value heads. Rotation is the half-split kind
 (Su et al. 2021, in the layout of GPT-NeoX); everything is float32 until it is stored. Knows no sequences.

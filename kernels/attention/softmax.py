@@ -91,7 +91,7 @@ def levelled(query):
 
 @triton.jit
 def widened(elements, DTYPE: tl.constexpr):
-    """What pages hold, in DTYPE. 8-bit floats go by float32: straight to bfloat16 they would take a converter of a quarter of the rate."""
+    """What blocks hold, in DTYPE. 8-bit floats go by float32: straight to bfloat16 they would take a converter of a quarter of the rate."""
     if elements.dtype == DTYPE:
         return elements
     else:

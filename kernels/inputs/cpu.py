@@ -9,10 +9,10 @@ from torch import Tensor
 from pagegraph.kernels.inputs import reference
 
 
-def update_tables(tables: Tensor, pages: Tensor, num_pages: Tensor) -> None:
+def update_tables(tables: Tensor, new_blocks: Tensor, num_new_blocks: Tensor) -> None:
     """See `kernels.ops`."""
-    if len(pages):
-        reference.update_tables(tables, pages, num_pages)
+    if len(new_blocks):
+        reference.update_tables(tables, new_blocks, num_new_blocks)
 
 
 def unpack(

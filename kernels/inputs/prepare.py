@@ -22,8 +22,8 @@ NUM_WARPS = 4
 @triton.jit
 def update_tables_kernel(
     tables_ptr,
-    pages_ptr,
-    num_pages_ptr,
+    new_blocks_ptr,
+    num_new_blocks_ptr,
     table_stride,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -32,14 +32,14 @@ def update_tables_kernel(
         wait()
     first = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     step = tl.num_programs(0) * BLOCK
-    num_pages = tl.load(num_pages_ptr)
-    for begin in range(0, num_pages, step):
+    num_new_blocks = tl.load(num_new_blocks_ptr)
+    for begin in range(0, num_new_blocks, step):
         entry = begin + first
-        inside = entry < num_pages
-        row = tl.load(pages_ptr + 3 * entry, mask=inside, other=0)
-        index = tl.load(pages_ptr + 3 * entry + 1, mask=inside, other=0)
-        page = tl.load(pages_ptr + 3 * entry + 2, mask=inside, other=0)
-        tl.store(tables_ptr + row.to(tl.int64) * table_stride + index, page, mask=inside)
+        inside = entry < num_new_blocks
+        row = tl.load(new_blocks_ptr + 3 * entry, mask=inside, other=0)
+        index = tl.load(new_blocks_ptr + 3 * entry + 1, mask=inside, other=0)
+        block = tl.load(new_blocks_ptr + 3 * entry + 2, mask=inside, other=0)
+        tl.store(tables_ptr + row.to(tl.int64) * table_stride + index, block, mask=inside)
 
 
 @triton.jit
@@ -99,10 +99,10 @@ def unpack_kernel(
         last = tl.load(last_tokens_ptr + row)
         draft = tl.load(draft_tokens_ptr + row * draft_stride - given - 2, mask=live & (given < -1), other=0)
         known = tl.where(given == -1, last, tl.where(given < -1, draft, given))
-        page = tl.load(tables_ptr + row * table_stride + position // BLOCK_SIZE, mask=live, other=0)
+        block = tl.load(tables_ptr + row * table_stride + position // BLOCK_SIZE, mask=live, other=0)
         tl.store(ids_ptr + token, tl.where(live, known, 0), mask=inside)
         tl.store(positions_ptr + token, tl.where(live, position, 0), mask=inside)
-        tl.store(slots_ptr + token, tl.where(live, page * BLOCK_SIZE + position % BLOCK_SIZE, 0), mask=inside)
+        tl.store(slots_ptr + token, tl.where(live, block * BLOCK_SIZE + position % BLOCK_SIZE, 0), mask=inside)
     else:
         sequence = program - token_programs
         begin = tl.load(query_start_ptr + sequence)
@@ -120,12 +120,12 @@ def unpack_kernel(
             tl.store(out + index, tl.load(table + index, mask=index < used, other=0), mask=index < WIDTH)
 
 
-def update_tables(tables: Tensor, pages: Tensor, num_pages: Tensor) -> None:
+def update_tables(tables: Tensor, new_blocks: Tensor, num_new_blocks: Tensor) -> None:
     """See `kernels.ops`."""
     update_tables_kernel[(UPDATE_PROGRAMS,)](
         tables,
-        pages,
-        num_pages,
+        new_blocks,
+        num_new_blocks,
         tables.stride(0),
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 
-def update_tables(tables: torch.Tensor, pages: torch.Tensor, num_pages: torch.Tensor) -> None:
+def update_tables(tables: torch.Tensor, new_blocks: torch.Tensor, num_new_blocks: torch.Tensor) -> None:
     """See `kernels.ops`."""
-    rows, index, page = pages[: int(num_pages)].long().unbind(1)
-    tables[rows, index] = page.int()
+    rows, index, block = new_blocks[: int(num_new_blocks)].long().unbind(1)
+    tables[rows, index] = block.int()
 
 
 def unpack(

@@ -102,7 +102,7 @@ def _differences(report: Report, name: str, run: Run, expected: Run) -> tuple[in
 
 
 def _check_buckets(report: Report, block_size: int, built: BuiltModel, name: str) -> None:
-    """Replays against the plain modules on random steps; unused pages hold NaN."""
+    """Replays against the plain modules on random steps; unused blocks hold NaN."""
     rng = np.random.default_rng(1)
     checked, worst = 0, 0.0
     for bucket in built.step.ladder.buckets():
@@ -135,14 +135,14 @@ def _rows_of(rng: np.random.Generator, bucket: Bucket) -> Iterator[np.ndarray]:
 
 @torch.inference_mode()
 def _bucket_error(built: BuiltModel, one: StepInput, bucket: Bucket) -> float:
-    """Largest error of replayed logits, of drawn tokens' logits and of written pages, relative to the largest value."""
+    """Largest error of replayed logits, of drawn tokens' logits and of written blocks, relative to the largest value."""
     step, state = built.step, built.step.state
     caches = [*state.key_caches, *state.value_caches]
-    pages = torch.from_numpy(one.pages[:, 2]).long().cuda()
+    num_blocks = torch.from_numpy(one.new_blocks[:, 2]).long().cuda()
     for cache in caches:
         cache.fill_(torch.nan)
-        cache[pages] = torch.randn(len(pages), *cache.shape[1:], device=cache.device, dtype=cache.dtype)
-    before = [cache[pages] for cache in caches]
+        cache[num_blocks] = torch.randn(len(num_blocks), *cache.shape[1:], device=cache.device, dtype=cache.dtype)
+    before = [cache[num_blocks] for cache in caches]
     # Some decodes take their token from the device, as those of a running engine do.
     state.last_tokens.random_(0, built.vocab_size)
     single = np.flatnonzero(np.diff(one.query_start) == 1)[::2]
@@ -151,9 +151,9 @@ def _bucket_error(built: BuiltModel, one: StepInput, bucket: Bucket) -> float:
     state.last_at[stand[0]] = stand[1]
     staged = step.staging.unpack(step.staging.send(one, bucket))
     expected = lower.call(step.captured, staged, state)[: one.num_seqs].clone()
-    written = [cache[pages] for cache in caches]
+    written = [cache[num_blocks] for cache in caches]
     for cache, old in zip(caches, before):
-        cache[pages] = old
+        cache[num_blocks] = old
     state.last_at[stand[0]] = stand[1]
     step.staging.send(one, bucket)
     outputs = step.graphs.replay(bucket)
@@ -162,7 +162,7 @@ def _bucket_error(built: BuiltModel, one: StepInput, bucket: Bucket) -> float:
     logits, ids = (output[: one.num_seqs] for output in outputs[:2])
     best = expected.amax(dim=-1)
     pairs = [(logits, expected), (expected.gather(1, ids[:, None])[:, 0], best)]
-    pairs += zip((cache[pages] for cache in caches), written)
+    pairs += zip((cache[num_blocks] for cache in caches), written)
     errors = [((mine - theirs).abs().max() / theirs.abs().max()).item() for mine, theirs in pairs]
     return float("nan") if any(np.isnan(errors)) else max(errors)
 
@@ -237,7 +237,7 @@ def quality(report: Report, args: argparse.Namespace, shared: dict) -> None:
     for way in [*ways, dict(kv_cache_dtype="fp8")]:
         found = compare(original, built(**way), prompts)
         report.row(
-            method=way.get("quantization", "pages"), rounds=way.get("round_activations", ""), top1=found.top1_agreement, kl=found.kl,
+            method=way.get("quantization", "blocks"), rounds=way.get("round_activations", ""), top1=found.top1_agreement, kl=found.kl,
             error=found.logprob_error, perplexity=found.perplexity, original=found.original_perplexity,
         )  # fmt: skip
 
@@ -251,12 +251,12 @@ def memory(report: Report, args: argparse.Namespace, shared: dict) -> None:
     sizes = np.minimum(rng.exponential(longest / 4, count).astype(int) + 1, longest)
     prompts = random_prompts(0, sizes.tolist(), built.vocab_size)
     lengths = rng.integers(1, 300, count).tolist()
-    # Fewer pages than the prompts of a full batch want: sequences wait, and are preempted.
-    pages = max(
+    # Fewer blocks than the prompts of a full batch want: sequences wait, and are preempted.
+    num_blocks = max(
         -(-built.max_model_len // config.block_size) + 1,
         int(sizes.sum() / count * config.max_num_seqs / config.block_size / 4),
     )
-    small = dataclasses.replace(built, num_blocks=min(built.num_blocks, pages))
+    small = dataclasses.replace(built, num_blocks=min(built.num_blocks, num_blocks))
     for kind, params in {
         **WAYS,
         "all": dict(temperature=0.9, top_p=0.8, top_k=40, repetition_penalty=1.1, logprobs=5),
@@ -267,7 +267,10 @@ def memory(report: Report, args: argparse.Namespace, shared: dict) -> None:
         offline.run(prompts, lengths, **params)
         offline.engine.scheduler.check_integrity()
         facts = dict(
-            kind=kind, requests=count, pages=small.num_blocks, preemptions=offline.engine.scheduler.counters.preemptions
+            kind=kind,
+            requests=count,
+            num_blocks=small.num_blocks,
+            preemptions=offline.engine.scheduler.counters.preemptions,
         )
         if built.device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
@@ -305,7 +308,7 @@ class _PlainStaging(Staging):
         super().__init__(state, largest)
         self.device = torch.device("cuda")
         self.transfers = 0
-        self._words = np.empty(Layout.of(largest).pages + 3 * (1 << 16), np.int32)
+        self._words = np.empty(Layout.of(largest).new_blocks + 3 * (1 << 16), np.int32)
 
     def packet(self, bucket: Bucket) -> None:
         return None
@@ -352,7 +355,7 @@ def host(report: Report, args: argparse.Namespace, shared: dict) -> None:
     scheduler.schedule, scheduler.commit = timed("schedule", scheduler.schedule), timed("commit", scheduler.commit)
     packer.pack = timed("pack", packer.pack)
     offline.engine.turn = timed("turn", offline.engine.turn)
-    # Prompts of every length: pages are filled at every step.
+    # Prompts of every length: blocks are filled at every step.
     prompts = random_prompts(0, [64 + i % 64 for i in range(HOST_SEQS)], 151936)
     run = offline.run(prompts, [200] * HOST_SEQS)
     loop = statistics.median(_loop() for _ in range(9))

@@ -51,7 +51,7 @@ def start(report: Report, args: argparse.Namespace, shared: dict) -> None:
     built = builder.ready(config, progress=False)
     report.fact(total_s=time.perf_counter() - begin, phases_s=built.timings.seconds, num_blocks=built.num_blocks)
     if built.device.type == "cuda":
-        # Random values in every page: zeros run faster than what a model writes.
+        # Random values in every block: zeros run faster than what a model writes.
         for cache in (*built.step.state.key_caches, *built.step.state.value_caches):
             cache.normal_()
         free, total = torch.cuda.mem_get_info()

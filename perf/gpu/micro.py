@@ -98,15 +98,15 @@ def _matmuls(report: Report, model: str, shape: Shape, ceilings: Ceilings) -> No
 
 def _attention_call(shape: Shape, seqs: int, rows: int, keys: int) -> Callable[[], object]:
     """One layer's op on `seqs` sequences of `keys` keys, the last `rows` of them computed now; inputs of its own."""
-    pages = -(-keys // BLOCK_SIZE)
-    blocks = seqs * pages + 1
+    blocks_each = -(-keys // BLOCK_SIZE)
+    blocks = seqs * blocks_each + 1
 
     def random(*sizes: int) -> torch.Tensor:
         return torch.randn(*sizes, device="cuda", dtype=torch.bfloat16)
 
     caches = [random(blocks, BLOCK_SIZE, shape.kv_heads, shape.head_size) for _ in range(2)]
     tables = torch.zeros(seqs, MAX_BLOCKS, dtype=torch.int32, device="cuda")
-    tables[:, :pages] = (torch.randperm(blocks - 1, device="cuda") + 1).view(seqs, pages)
+    tables[:, :blocks_each] = (torch.randperm(blocks - 1, device="cuda") + 1).view(seqs, blocks_each)
     position = torch.arange(keys - rows, keys, device="cuda").expand(seqs, rows)
     slots = tables.gather(1, position // BLOCK_SIZE) * BLOCK_SIZE + position % BLOCK_SIZE
     arguments = (

@@ -176,22 +176,22 @@ def step_of(
     num_blocks: int,
     block_size: int,
 ) -> StepInput:
-    """A greedy step: sequence s computes the last rows[s] of its lengths[s] tokens, on random pages of its own."""
+    """A greedy step: sequence s computes the last rows[s] of its lengths[s] tokens, on random blocks of its own."""
     rows, lengths = np.asarray(rows, np.int32), np.asarray(lengths, np.int32)
     used = -(-lengths // block_size)
     if used.sum() > num_blocks - 1:
-        raise ValueError(f"a step of {used.sum()} pages in a pool of {num_blocks}")
+        raise ValueError(f"a step of {used.sum()} blocks in a pool of {num_blocks}")
     start = np.concatenate([[0], np.cumsum(rows)]).astype(np.int32)
     owners, seqs = np.repeat(np.arange(len(used)), used), len(rows)
     index = np.arange(len(owners)) - np.repeat(np.cumsum(used) - used, used)
-    pages = rng.permutation(num_blocks - 1)[: len(owners)] + 1
+    blocks = rng.permutation(num_blocks - 1)[: len(owners)] + 1
     return StepInput(
         token_ids=rng.integers(0, vocab_size, start[-1], dtype=np.int32),
         rows=np.arange(seqs, dtype=np.int32),
         query_start=start,
         starts=lengths - rows,
         sampled=np.ones(seqs, bool),
-        pages=np.stack([owners, index, pages], axis=1).astype(np.int32),
+        new_blocks=np.stack([owners, index, blocks], axis=1).astype(np.int32),
         sampling=SamplingInput(temperature=np.zeros(seqs, np.float32), seeds=np.zeros(seqs, np.int64)),
     )
 

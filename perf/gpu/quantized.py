@@ -70,7 +70,7 @@ COMPILING = 0.5  # share of a section's time for compiling ahead
 Case = tuple[int, int]  # sequences, keys of each
 SHORT, LONG = tuple((rows, 256) for rows in (1, 8, 32, 64, 128, 256)), ((8, 8000), (32, 8000))
 TINY_SHORT, TINY_LONG = ((1, 64), (8, 64)), ((8, 96),)
-# (method, cache, whether at few keys, whether at many): of a row together, if their weights and pages fit.
+# (method, cache, whether at few keys, whether at many): of a row together, if their weights and blocks fit.
 RUNS = (
     ((None, "auto", True, True), (None, "fp8", False, True), ("fp8", "auto", True, False)),
     (("int4", "auto", True, False), ("int8", "auto", True, False)),
@@ -459,11 +459,11 @@ def steps(
     from perf.gpu.engine_steps import _replayed
 
     try:
-        pages = sum((max(rows * -(-keys // 16) for rows, keys in cases), -(-8192 // 16), 8))
-        config = config_of(args, model, quantization=method, kv_cache_dtype=cache, num_blocks=pages)
+        num_blocks = sum((max(rows * -(-keys // 16) for rows, keys in cases), -(-8192 // 16), 8))
+        config = config_of(args, model, quantization=method, kv_cache_dtype=cache, num_blocks=num_blocks)
         built = builder.build(config, progress=False)
         for pool in (*built.step.state.key_caches, *built.step.state.value_caches):
-            # Random values in every page: zeros run faster than what a model writes.
+            # Random values in every block: zeros run faster than what a model writes.
             pool.copy_(torch.randn(pool.shape, dtype=torch.bfloat16, device=pool.device))
         if config.compile:
             with built.timings.stage("compile"):

@@ -62,7 +62,7 @@ def speculation(report: Report, args: argparse.Namespace, shared: dict) -> None:
 
 
 def _step(seqs: int, draft_tokens: int, keys: int, built: BuiltModel, config: Config) -> StepInput:
-    """Entries of `seqs` sequences on random pages, the first of each at position keys - 1."""
+    """Entries of `seqs` sequences on random blocks, the first of each at position keys - 1."""
     rng, each = np.random.default_rng(seqs), 1 + draft_tokens
     used = -(-(keys + draft_tokens) // config.block_size)
     owners = np.repeat(np.arange(seqs), used)
@@ -74,7 +74,7 @@ def _step(seqs: int, draft_tokens: int, keys: int, built: BuiltModel, config: Co
         query_start=np.arange(entries + 1, dtype=np.int32),
         starts=np.tile(np.arange(keys - 1, keys + draft_tokens, dtype=np.int32), seqs),
         sampled=np.zeros(entries, bool),
-        pages=np.stack([owners, np.tile(np.arange(used), seqs), chosen], axis=1).astype(np.int32),
+        new_blocks=np.stack([owners, np.tile(np.arange(used), seqs), chosen], axis=1).astype(np.int32),
         sampling=SamplingInput(np.zeros(entries, np.float32), np.zeros(entries, np.int64)),
     )
 
@@ -155,7 +155,7 @@ def _compare(report: Report, llm: LLM, method: str, kind: str, streams: int, num
         params = SamplingParams(max_tokens=num_tokens, temperature=1.0, ignore_eos=True, seed=streams)
 
     def seconds(drafting: bool) -> tuple[float, list[list[int]]]:
-        engine.speculation = speculation if drafting else None  # one engine: the same pages and caches on both sides
+        engine.speculation = speculation if drafting else None  # one engine: the same blocks and caches on both sides
         start = time.perf_counter()
         done = [one.token_ids for one in llm.generate(prompts, params)]
         return time.perf_counter() - start, done
@@ -176,7 +176,7 @@ def _compare(report: Report, llm: LLM, method: str, kind: str, streams: int, num
 
 def chains(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """Milliseconds until k tokens of each sequence are on the host, as a small model proposes them: by k launches, by one that
-    replays the step's graph k times, and by one graph of all; medians, the ways alternating on the same pages.
+    replays the step's graph k times, and by one graph of all; medians, the ways alternating on the same blocks.
 
     All three have to give the same tokens. The model has the 0.6B shape; only the graphs in use are captured.
     """
@@ -221,7 +221,8 @@ def _ways(step: CompiledStep, one: StepInput, draft_tokens: int) -> dict[str, Ca
     """Each gives the tokens [S, draft tokens] behind the decode step `one`."""
     on_device = np.full_like(one.token_ids, -1)
     onward = [
-        replace(one, token_ids=on_device, pages=one.pages[:0], starts=one.starts + at) for at in range(1, draft_tokens)
+        replace(one, token_ids=on_device, new_blocks=one.new_blocks[:0], starts=one.starts + at)
+        for at in range(1, draft_tokens)
     ]
 
     def launches() -> np.ndarray:

@@ -1,11 +1,11 @@
 """Times tiles and split rules of the attention kernels on a CUDA device, heads of 128 in groups of 4 and 2.
 
     python -m perf.tune.attention_tiles --parts prefill,decode --seconds 120
-    python -m perf.tune.attention_tiles --parts pages --seconds 60 --out pages.json
+    python -m perf.tune.attention_tiles --parts blocks --seconds 60 --out pages.json
 
 Parts `prefill` and `decode` are in bfloat16: each candidate is checked against the present setting first, and printed
-with what it takes. Part `pages` reads pages of 8 bits with each candidate and pages of bfloat16 with the present
-setting, checks some rows against the reference, prints TB/s of the pages and the best candidate of each case, and
+with what it takes. Part `blocks` reads 8-bit blocks with each candidate and blocks of bfloat16 with the present
+setting, checks some rows against the reference, prints TB/s of the blocks and the best candidate of each case, and
 writes all of it as a list. Inputs rotate through more memory than the L2 holds. Knows the kernels' tables by name;
 changes no file.
 """
@@ -32,7 +32,7 @@ from pagegraph.kernels.attention.decode import Tile
 from perf.gpu.report import graph_seconds
 
 DEVICE = "cuda"
-PAGE = 16
+BLOCK_SIZE = 16
 MAX_LEN = 8192
 BANDWIDTH = 4.24e12  # bytes/s that an H200 copies
 HEADS = ((32, 8), (16, 8))  # of queries, of keys
@@ -44,12 +44,12 @@ DECODE_TILES = (
     *(Tile(64, 4, 3, programs) for programs in (528, 1056, 264)),
     Tile(64, 4, 3, sum_late=True), Tile(64, 4, 4), Tile(64, 4, 2), Tile(32, 4, 4), Tile(128, 4, 2), Tile(128, 8, 3),
 )  # fmt: skip
-PAGES = ((1, 8000), (8, 8000), (32, 8000), (64, 2000), (256, 500))  # sequences, keys of each
+NUM_BLOCKS = ((1, 8000), (8, 8000), (32, 8000), (64, 2000), (256, 500))  # sequences, keys of each
 TILES_OF_8_BITS = (
     Tile(64, 4, 4), Tile(64, 4, 4, 264), Tile(64, 4, 4, 1056), Tile(64, 4, 4, sum_late=True), Tile(64, 4, 3, sum_late=True),
     Tile(128, 4, 3), Tile(128, 4, 3, 264), Tile(128, 8, 3, sum_late=True), Tile(64, 2, 3), Tile(64, 2, 4), Tile(32, 2, 4), Tile(32, 4, 5, sum_late=True),
 )  # fmt: skip
-ROTATED = 320 << 20  # bytes of pages that the calls of a case go through at least
+ROTATED = 320 << 20  # bytes of blocks that the calls of a case go through at least
 TOLERANCE = 1e-2  # relative, of an output in bfloat16
 WORKERS = 14
 
@@ -62,12 +62,12 @@ def work(
     dtype: torch.dtype = torch.bfloat16,
     scrap: bool = False,
 ) -> list[tuple]:
-    """Arguments of `_attend` for (new, all) tokens a sequence, over `copies` sets of pages of `dtype`.
+    """Arguments of `_attend` for (new, all) tokens a sequence, over `copies` sets of blocks of `dtype`.
 
-    scrap: no pages but one, which every table names: sizes as they are in memory of nearly none, for compiling.
+    scrap: no blocks but one, which every table names: sizes as they are in memory of nearly none, for compiling.
     """
-    pages = sum(-(-keys // PAGE) for _, keys in lengths)
-    size = (1 if scrap else copies * pages + 1, PAGE, kv_heads, 128)
+    num_blocks = sum(-(-keys // BLOCK_SIZE) for _, keys in lengths)
+    size = (1 if scrap else copies * num_blocks + 1, BLOCK_SIZE, kv_heads, 128)
     caches = [torch.randn(size, device=DEVICE, dtype=torch.bfloat16).to(dtype) for _ in range(2)]
     tokens = max(2, sum(new for new, _ in lengths))  # a step of one is padded to two
     query = torch.randn(tokens, heads, 128, device=DEVICE, dtype=torch.bfloat16)
@@ -75,10 +75,10 @@ def work(
     keys = torch.tensor([keys for _, keys in lengths], dtype=torch.int32, device=DEVICE)
     sets = []
     for copy in range(copies):
-        order = (torch.randperm(pages) + 1 + copy * pages).int()
-        tables, at = torch.zeros(len(lengths), MAX_LEN // PAGE, dtype=torch.int32), 0
+        order = (torch.randperm(num_blocks) + 1 + copy * num_blocks).int()
+        tables, at = torch.zeros(len(lengths), MAX_LEN // BLOCK_SIZE, dtype=torch.int32), 0
         for row, (_, length) in enumerate(lengths if not scrap else ()):
-            used = -(-length // PAGE)
+            used = -(-length // BLOCK_SIZE)
             tables[row, :used] = order[at : at + used]
             at += used
         sets.append((query, *caches, tables.to(DEVICE), start, keys, None, 128**-0.5, 0, 0.0, 0))
@@ -130,14 +130,16 @@ def decode(end: float, out: list[dict]) -> None:
         attention_decode.TILES[2, 128] = present
 
 
-def pages(end: float, out: list[dict]) -> None:
-    """Decode over pages of 8 bits by each candidate, beside bfloat16's present setting."""
+def num_blocks(end: float, out: list[dict]) -> None:
+    """Decode over 8-bit blocks by each candidate, beside bfloat16's present setting."""
     candidates = [
         (torch.bfloat16, attention_decode.TILES[2, 128]),
         *((torch.float8_e4m3fn, tile) for tile in TILES_OF_8_BITS),
     ]
     start = time.perf_counter()
-    cases = [(heads, case, dtype, tile) for heads, case, (dtype, tile) in itertools.product(HEADS, PAGES, candidates)]
+    cases = [
+        (heads, case, dtype, tile) for heads, case, (dtype, tile) in itertools.product(HEADS, NUM_BLOCKS, candidates)
+    ]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, min(WORKERS, (os.cpu_count() or 1) - 1)), mp_context=spawn) as pool:
         done, late = wait([pool.submit(reach, *one) for one in cases], timeout=max(0, (end - start) * 0.6))
@@ -146,7 +148,7 @@ def pages(end: float, out: list[dict]) -> None:
     print(
         f"{len(done)} compiled in {time.perf_counter() - start:.1f} s, {len(late)} left", *wrong, sep="\n", flush=True
     )
-    for heads, case in itertools.product(HEADS, PAGES):
+    for heads, case in itertools.product(HEADS, NUM_BLOCKS):
         print(f"{case[0]} x {case[1]}, {heads[0]}/{heads[1]} heads", flush=True)
         found = []
         for dtype, group in itertools.groupby(candidates, lambda one: one[0]):
@@ -160,12 +162,12 @@ def pages(end: float, out: list[dict]) -> None:
                     heads=heads,
                     sequences=case[0],
                     keys=case[1],
-                    pages=str(dtype).removeprefix("torch."),
+                    num_blocks=str(dtype).removeprefix("torch."),
                     tile=tile._asdict(),
                 )
                 out.append(row | timed(sets, dtype, tile, size))
                 found.append(out[-1] | {"tile": tile})
-                print(f"    {row['pages']:14} {written(tile):28} {described(found[-1])}", flush=True)
+                print(f"    {row['num_blocks']:14} {written(tile):28} {described(found[-1])}", flush=True)
             del sets
         right = [row for row in found[1:] if not row["wrong"]]
         if right and not found[0]["wrong"]:
@@ -189,7 +191,7 @@ def reach(heads: tuple[int, int], case: tuple[int, int], dtype: torch.dtype, til
 
 
 def timed(sets: list[tuple], dtype: torch.dtype, tile: Tile, size: int) -> dict:
-    """us, TB/s of the pages' bytes, relative error of the first and last live rows, and what went wrong."""
+    """us, TB/s of the blocks' bytes, relative error of the first and last live rows, and what went wrong."""
     key = dtype.itemsize, 128
     present, attention_decode.TILES[key] = attention_decode.TILES[key], tile
     try:
@@ -218,13 +220,13 @@ def described(row: dict) -> str:
 
 def summary(out: list[dict]) -> None:
     """A line a candidate: TB/s of each case, and the geometric mean of the times as fast as bfloat16."""
-    whole = {(*row["heads"], row["sequences"], row["keys"]): row["us"] for row in out if row["pages"] == "bfloat16"}
+    whole = {(*row["heads"], row["sequences"], row["keys"]): row["us"] for row in out if row["blocks"] == "bfloat16"}
     print(
         f"\nTB/s by case, times as fast as bfloat16{'':3}"
-        + "".join(f"{heads[0]}: {rows}x{keys}".rjust(13) for heads in HEADS for rows, keys in PAGES)
+        + "".join(f"{heads[0]}: {rows}x{keys}".rjust(13) for heads in HEADS for rows, keys in NUM_BLOCKS)
     )
     for tile in TILES_OF_8_BITS:
-        cells = [row for row in out if row["pages"] != "bfloat16" and row["tile"] == tile._asdict()]
+        cells = [row for row in out if row["blocks"] != "bfloat16" and row["tile"] == tile._asdict()]
         gains = [whole[*row["heads"], row["sequences"], row["keys"]] / row["us"] for row in cells if not row["wrong"]]
         mean = math.exp(sum(map(math.log, gains)) / len(gains)) if gains else math.nan
         print(f"{written(tile):28} mean {mean:7.3f} " + "".join(f"{row['tb_s']:13.2f}" for row in cells), flush=True)
@@ -232,12 +234,12 @@ def summary(out: list[dict]) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--parts", default="prefill,decode", help="comma-separated, of prefill, decode, pages")
+    p.add_argument("--parts", default="prefill,decode", help="comma-separated, of prefill, decode, blocks")
     p.add_argument("--seconds", type=float, default=120)
-    p.add_argument("--out", type=Path, help="file for what part pages finds, JSON")
+    p.add_argument("--out", type=Path, help="file for what part blocks finds, JSON")
     args = p.parse_args()
     end = time.perf_counter() + args.seconds
-    parts = {"prefill": prefill, "decode": decode, "pages": pages}
+    parts = {"prefill": prefill, "decode": decode, "blocks": num_blocks}
     out: list[dict] = []
     for name in args.parts.split(","):
         parts[name](end, out)

@@ -261,12 +261,12 @@ _OWN_NAMES = frozenset({
 
 # A request is a sequence here: each of n choices, and each prompt of a list, is one.
 _HELP = {
-    "num_requests_running": "Requests that hold KV pages and take part in steps, now.",
+    "num_requests_running": "Requests that hold KV blocks and take part in steps, now.",
     "num_requests_waiting": "Requests that wait for a place in the batch, preempted ones too, now.",
-    "kv_cache_usage_perc": "Share of KV pages that running requests hold, 1 is all; what is only cached is free.",
+    "kv_cache_usage_perc": "Share of KV blocks that running requests hold, 1 is all; what is only cached is free.",
     "prefix_cache_queries": "Tokens of prompts looked up in the prefix cache, each prompt once: not again after a preemption.",
     "prefix_cache_hits": "Of the tokens looked up, those found: computed before, for this request or another.",
-    "num_preemptions": "Times that a running request gave up its pages and went back to the queue.",
+    "num_preemptions": "Times that a running request gave up its blocks and went back to the queue.",
     "prompt_tokens": "Tokens of prompts, counted when the first token comes: found in the cache or computed, each prompt once.",
     "prompt_tokens_cached": "Of prompt_tokens, those found in the prefix cache.",
     "prompt_tokens_by_source": "prompt_tokens by where their keys and values came from.",

@@ -89,7 +89,7 @@ class Recorder:
         self.metrics.set_state(
             running=self.scheduler.num_running,
             waiting=self.scheduler.num_waiting,
-            kv_cache_usage=self.scheduler.pages.pool.usage,
+            kv_cache_usage=self.scheduler.block_tables.pool.usage,
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
             generation_tokens=counters.generated_tokens,

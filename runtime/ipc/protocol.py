@@ -61,7 +61,7 @@ class SubmitGroup(msgspec.Struct, frozen=True, tag="submit_group", kw_only=True,
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", omit_defaults=True):
-    """Stop a sequence and free its pages; an unknown id is ignored.
+    """Stop a sequence and free its blocks; an unknown id is ignored.
 
     `finish_reason` is what the sequence counts as: "stop" where whoever reads its text found a stop string, "abort" where
     nobody wants it any more.

@@ -1,4 +1,4 @@
-"""The block pool: pages of the KV cache, shared by content, evicted least recently used first.
+"""The block pool: blocks of the KV cache, shared by content, evicted least recently used first.
 
 Every block is exactly one of: null (block 0: padding, never handed out), free, or referenced. Free blocks
 form an intrusive doubly linked list: taking, returning and pulling one out of the middle are O(1). A free
@@ -60,7 +60,7 @@ class BlockPool:
         return 1 - self.num_free / (self.num_blocks - 1)
 
     def root_hash(self, salt: str = "") -> bytes:
-        """Parent of a sequence's first block; a `salt` separates whoever must not share pages."""
+        """Parent of a sequence's first block; a `salt` separates whoever must not share blocks."""
         return self._digest(salt.encode())
 
     def hash_block(self, parent: bytes, tokens: Sequence[int] | np.ndarray) -> bytes:

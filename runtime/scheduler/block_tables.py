@@ -1,8 +1,8 @@
-"""Pages of sequences: found by content for those that start, taken as they grow, published once full, released.
+"""Blocks of sequences: found by content for those that start, taken as they grow, published once full, released.
 
-A page is published when it is full of known tokens whose keys and values are computed or under way: a later step, or a later
+A block is published when it is full of known tokens whose keys and values are computed or under way: a later step, or a later
 sequence of the same one, reads it after it is written. Draft tokens are not published. Keeps each sequence's hashes, and how
-many of its pages were published. Knows no order among sequences: who gives way where pages are short, others decide.
+many of its blocks were published. Knows no order among sequences: who gives way where blocks are short, others decide.
 
 Blocks of the next eight tokens are taken at once while there are plenty, so that most decode steps bring no new block
 and the device goes on from the metadata of the step before. Blocks are freed at once, even with a step in flight: a
@@ -20,17 +20,17 @@ from pagegraph.runtime.scheduler.sequence import Sequence
 from pagegraph.runtime.scheduler.slots import Rows
 
 
-class Pages:
+class BlockTables:
     """Hands the blocks of `pool` to the tables of `rows`."""
 
     def __init__(self, pool: BlockPool, rows: Rows) -> None:
         self.pool = pool
         self.rows = rows
-        # Room left for running sequences to grow, by new ones beside them and by pages that are taken ahead of need.
+        # Room left for running sequences to grow, by new ones beside them and by blocks that are taken ahead of need.
         self.watermark = max(1, pool.num_blocks // 100)
 
     def find(self, sequence: Sequence) -> list[int]:
-        """Cached pages of a waiting sequence's prefix; one token at least is left to compute."""
+        """Cached blocks of a waiting sequence's prefix; one token at least is left to compute."""
         if not self.pool.enable_caching:
             return []
         full = (len(sequence.tokens) - 1) // self.pool.block_size
@@ -38,7 +38,7 @@ class Pages:
         return self.pool.lookup(sequence.hashes[:full])
 
     def claim(self, sequence: Sequence, found: list[int], spare: int) -> list[int] | None:
-        """Pages for all tokens of a waiting sequence, `found` the first; None, taking none, if less than `spare` were left."""
+        """Blocks for all tokens of a waiting sequence, `found` the first; None, taking none, if less than `spare` were left."""
         needed = -(-len(sequence.tokens) // self.pool.block_size) - len(found)
         if needed + spare > self.pool.num_free - self.pool.num_free_among(found):
             return None
@@ -47,7 +47,7 @@ class Pages:
         return found + self.pool.take(needed)
 
     def extend(self, rows: np.ndarray, lengths: np.ndarray, spare: int = 0) -> bool:
-        """Give the rows the pages they lack to hold `lengths` tokens; False, giving none, if less than `spare` were left."""
+        """Give the rows the blocks they lack to hold `lengths` tokens; False, giving none, if less than `spare` were left."""
         missing = np.maximum(-(-lengths // self.rows.block_size) - self.rows.num_blocks[rows], 0)
         if wanted := int(missing.sum()):
             if wanted + spare > self.pool.num_free:
@@ -68,13 +68,13 @@ class Pages:
         sequence.num_registered = full
 
     def release(self, sequence: Sequence) -> None:
-        """Take a sequence's pages from its row; what it generated may be found in them."""
+        """Take a sequence's blocks from its row; what it generated may be found in them."""
         self.publish(sequence)
         self.pool.release(self.rows.take_blocks(sequence.row))
         sequence.num_registered = 0
 
     def check_integrity(self, running: Iterable[Sequence]) -> None:
-        """Raise AssertionError unless the tables of the running hold all pages in use, and what is published is in them."""
+        """Raise AssertionError unless the tables of the running hold all blocks in use, and what is published is in them."""
         self.pool.check_integrity([self.rows.blocks_of(sequence.row) for sequence in running])
         for sequence in running:
             self._check(sequence)
@@ -88,9 +88,9 @@ class Pages:
     def _check(self, sequence: Sequence) -> None:
         r, row = self.rows, sequence.row
         blocks = r.blocks_of(row)
-        require(len(blocks) * r.block_size >= r.computed[row], "tokens were computed without a page")
-        require(not r.blocks[row, len(blocks) :].any(), "a page is listed beyond a table's end")
-        require(sequence.num_registered * r.block_size <= r.computed[row], "unwritten pages are published")
+        require(len(blocks) * r.block_size >= r.computed[row], "tokens were computed without a block")
+        require(not r.blocks[row, len(blocks) :].any(), "a block is listed beyond a table's end")
+        require(sequence.num_registered * r.block_size <= r.computed[row], "unwritten blocks are published")
         for index, block in enumerate(blocks):
             published = self.pool.hash_of(block)
             rightly = index < sequence.num_registered and published == sequence.hashes[index]

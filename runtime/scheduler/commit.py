@@ -2,7 +2,7 @@
 
 Plans are taken in the order they were scheduled. Length is looked at before stop ids: a stop id that is also the last token
 allowed ends the sequence with "length". A sample past an end is dropped here, and draft tokens that did not hold are taken back.
-Knows no pages and no queue: a sequence that ends is still in its row afterwards.
+Knows no blocks and no queue: a sequence that ends is still in its row afterwards.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _append_accepted(rows: Rows, found: Verdict) -> None:
     rows.known[at] = known + found.lengths
     surplus = found.counts + 1 - found.lengths
     rows.total[at] -= surplus
-    # Without pages the row was preempted meanwhile: nothing of it is computed.
+    # Without blocks the row was preempted meanwhile: nothing of it is computed.
     rows.computed[at] -= np.where(rows.num_blocks[at] > 0, surplus, 0)
 
 

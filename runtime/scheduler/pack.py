@@ -1,6 +1,6 @@
 """From a plan to the flat arrays of a step. Knows no pool and no device: pure packing.
 
-Pack a plan before the next one is scheduled: tokens and pages are read from the rows as they stand.
+Pack a plan before the next one is scheduled: tokens and blocks are read from the rows as they stand.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Packer:
             starts=plan.starts,
             # Which of a row's draft tokens hold decides what is handed over: not the draw of one entry.
             sampled=plan.sampled if plan.drafts is None else plan.sampled & plan.drafts.others,
-            pages=self.rows.take_new_pages(),
+            new_blocks=self.rows.take_new_blocks(),
             sampling=self._sampling(plan),
             cached=_cached(plan),
         )

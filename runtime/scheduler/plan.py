@@ -1,6 +1,6 @@
 """A planned step: which tokens of which rows it computes. What the scheduler says to whoever packs, records or learns.
 
-Knows no tokens and no pages: those stand in `runtime.scheduler.slots`.
+Knows no tokens and no blocks: those stand in `runtime.scheduler.slots`.
 """
 
 from __future__ import annotations

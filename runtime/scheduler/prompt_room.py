@@ -3,7 +3,7 @@
 The first prompt that cannot end in the step leaves a share to those behind it that can: they are in and out while it is
 still computed, and it loses a quarter of its speed at most. A second long prompt gets nothing of the share: computing two
 at a time would delay the first and speed up neither. What nobody takes is the first one's in the end.
-Knows no sequences, rows or pages but by number.
+Knows no sequences, rows or blocks but by number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class PromptRoom:
-    """`tokens` that are left; `split`: whether a prompt may be computed in parts; `least`: of the share, a page."""
+    """`tokens` that are left; `split`: whether a prompt may be computed in parts; `least`: of the share, a block."""
 
     tokens: int
     split: bool

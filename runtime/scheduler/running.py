@@ -1,6 +1,6 @@
 """The running sequences, in the order of `Sequence.place`, and the columns that stay as they are while nobody joins or leaves.
 
-Knows no pages and not why somebody joins or leaves.
+Knows no blocks and not why somebody joins or leaves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pagegraph.runtime.scheduler.slots import Fixed, Rows
 
 
 class Running:
-    """Sequences that hold a row and pages."""
+    """Sequences that hold a row and blocks."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows

@@ -2,9 +2,9 @@
 
 There are no phases: a sequence has `computed` tokens chasing `total`, and one ragged step mixes prefill chunks
 and decodes. Scheduling uses counts only, so a step can be planned while those before it are still running.
-Pages are freed at once even then: the device runs steps in order. Running sequences are handled as columns of
-`runtime.scheduler.slots`; only what starts, ends, fills a prompt or lacks pages is looked at one by one.
-Knows no clock, device, text or socket; which pages hold what, `runtime.scheduler.block_tables` knows.
+Blocks are freed at once even then: the device runs steps in order. Running sequences are handled as columns of
+`runtime.scheduler.slots`; only what starts, ends, fills a prompt or lacks blocks is looked at one by one.
+Knows no clock, device, text or socket; which blocks hold what, `runtime.scheduler.block_tables` knows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from pagegraph.compiler.step.inputs import StepOutput
 from pagegraph.runtime.sampling_params import check_length
 from pagegraph.runtime.scheduler.block_pool import BlockPool, require
-from pagegraph.runtime.scheduler.block_tables import Pages
+from pagegraph.runtime.scheduler.block_tables import BlockTables
 from pagegraph.runtime.scheduler.commit import Arrived, append
 from pagegraph.runtime.scheduler.counters import Counters
 from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, entries
@@ -28,15 +28,15 @@ from pagegraph.runtime.scheduler.sequence import Sequence, State, place_of
 from pagegraph.runtime.scheduler.slots import Rows
 from pagegraph.runtime.scheduler.step_time import Pace
 
-LOOK_AHEAD = 8  # steps of decoding for which pages are taken at once, while there are plenty
+LOOK_AHEAD = 8  # steps of decoding for which blocks are taken at once, while there are plenty
 LOOK_PAST = 16  # waiting prompts that a step looks past for one that ends in it
-HASH_PAST = 256  # pages of such a prompt that are hashed to learn whether the cache holds most of it
+HASH_PAST = 256  # blocks of such a prompt that are hashed to learn whether the cache holds most of it
 
 
 class Scheduler:
-    """Owns the queue, the running set, their rows and pages.
+    """Owns the queue, the running set, their rows and blocks.
 
-    A preempted sequence stays in its row, without pages, until the samples in flight have arrived.
+    A preempted sequence stays in its row, without blocks, until the samples in flight have arrived.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Scheduler:
         self.pace = pace
         self.counters = Counters()
         self.rows = Rows(max_num_seqs, max_model_len, pool.block_size)
-        self.pages = Pages(pool, self.rows)
+        self.block_tables = BlockTables(pool, self.rows)
         self._running = Running(self.rows)
         self._waiting: list[Sequence] = []  # in the order of `Sequence.place`
         self._live: dict[tuple[int, str], Sequence] = {}  # waiting and running, by key
@@ -91,7 +91,7 @@ class Scheduler:
         if sequence.key in self._live:
             raise ValueError(f"request id {sequence.request_id} is already in use")
         if sequence.max_model_len > self.max_model_len:
-            pool = self.pages.pool
+            pool = self.block_tables.pool
             raise ValueError(
                 f"the sequence may grow to {sequence.max_model_len} tokens, past max_model_len {self.max_model_len}; "
                 f"the KV cache holds {pool.capacity} (num_blocks {pool.num_blocks} x block_size "
@@ -103,7 +103,7 @@ class Scheduler:
         self._live[sequence.key] = sequence
 
     def abort(self, key: tuple[int, str], reason: str = "abort") -> Sequence | None:
-        """End a live sequence and free its pages -> the sequence; None if there is none of that key."""
+        """End a live sequence and free its blocks -> the sequence; None if there is none of that key."""
         sequence = self._live.get(key)
         if sequence is not None:
             sequence.finish_reason = reason
@@ -111,7 +111,7 @@ class Scheduler:
         return sequence
 
     def room_for_drafts(self, most: int, lag: int | None = 0) -> tuple[np.ndarray, np.ndarray, int]:
-        """(rows that may be given draft tokens, at most how many each, how many in all), with pages taken for them.
+        """(rows that may be given draft tokens, at most how many each, how many in all), with blocks taken for them.
 
         They generate, ask for no penalties, whose counts know confirmed tokens only, are past min_tokens, which the host
         looks after, and all but `lag` of their tokens are on the host: with 0 they can be given to the next `schedule`; with
@@ -132,7 +132,7 @@ class Scheduler:
             budget = 0
         if budget <= 0 or not len(rows) or lag:
             return rows, limits, max(budget, 0)
-        if not self.pages.extend(rows, r.total[rows] + limits, spare=len(rows) + self.pages.watermark):
+        if not self.block_tables.extend(rows, r.total[rows] + limits, spare=len(rows) + self.block_tables.watermark):
             limits = np.minimum(limits, r.num_blocks[rows] * r.block_size - r.total[rows])
             rows, limits = rows[limits > 0], limits[limits > 0]
         return rows, limits, budget
@@ -161,14 +161,14 @@ class Scheduler:
     def commit(self, plan: Plan, output: StepOutput) -> Arrived:
         """Append what a step sampled; plans come in the order they were scheduled.
 
-        Those that ended by it keep their rows and pages until `finish`. If it raises, nothing was appended.
+        Those that ended by it keep their rows and blocks until `finish`. If it raises, nothing was appended.
         """
         arrived = append(self.rows, self._running, plan, output)
         self.counters.count(arrived)
         return arrived
 
     def finish(self, arrived: Arrived) -> None:
-        """Free the rows and pages of those that ended."""
+        """Free the rows and blocks of those that ended."""
         for sequence in arrived.ended:
             if sequence.state is not State.FINISHED:
                 self._finish(sequence)
@@ -186,7 +186,7 @@ class Scheduler:
         """Begin anew after an exception, in whatever state it left this -> those it may have to do with, in order.
 
         Everyone waits, with the tokens that were committed, but for those that have their finish reason: they have ended. Rows and
-        pages are empty, and so is the prefix cache, for what a failed step wrote nobody knows. What is in flight must not be
+        blocks are empty, and so is the prefix cache, for what a failed step wrote nobody knows. What is in flight must not be
         committed any more.
         """
         touched = [s for s in self.live if s.row >= 0 or s is self._starting]
@@ -206,13 +206,13 @@ class Scheduler:
         self._draining.clear()
         self._starting = self.alone = None
         self.rows.clear()
-        self.pages.pool.clear()
+        self.block_tables.pool.clear()
         return touched
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless pages, rows, states and the prefix cache fit together."""
+        """Raise AssertionError unless blocks, rows, states and the prefix cache fit together."""
         r, running = self.rows, list(self._running)
-        self.pages.check_integrity(running)
+        self.block_tables.check_integrity(running)
         held = sorted([sequence.row for sequence in running] + list(self._draining))
         require(held == np.flatnonzero(r.stay).tolist(), "rows are lost or held twice")
         require(len(held) + r.num_free == self.max_num_seqs, "rows are lost")
@@ -223,7 +223,7 @@ class Scheduler:
             require(sequence.state in (State.WAITING, State.PREEMPTED), "a waiting sequence is in another state")
             require(sequence.row < 0 or sequence.row in self._draining, "a waiting sequence holds a row")
         for row in self._draining:
-            require(not r.num_blocks[row], "a draining row holds pages")
+            require(not r.num_blocks[row], "a draining row holds blocks")
         for sequence in running:
             row = sequence.row
             require(
@@ -282,26 +282,26 @@ class Scheduler:
 
     def _room(self, decodes: int) -> PromptRoom:
         """Prompt tokens the step may take: what decodes leave, less where a chunk beside them would slow them."""
-        left, page = max(self.max_num_batched_tokens - decodes, 0), self.rows.block_size
+        left, block = max(self.max_num_batched_tokens - decodes, 0), self.rows.block_size
         if self.pace is not None and decodes and self.enable_chunked_prefill:
             beside = self.pace.prefill_tokens_beside(decodes)
-            # A page at least: prompts always get on.
-            left = left if beside is None else min(left, max(beside, page))
-        return PromptRoom(left, self.enable_chunked_prefill, page)
+            # A block at least: prompts always get on.
+            left = left if beside is None else min(left, max(beside, block))
+        return PromptRoom(left, self.enable_chunked_prefill, block)
 
     def _grow(self, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Give running rows pages for `counts` more tokens, preempting the last running ones until they suffice.
+        """Give running rows blocks for `counts` more tokens, preempting the last running ones until they suffice.
 
-        Returns the rows that are left, all with the pages they need.
+        Returns the rows that are left, all with the blocks they need.
         """
         r = self.rows
         ends = r.computed[rows] + counts
         if (ends <= r.num_blocks[rows] * r.block_size).all():
             return rows, counts
         ahead = np.minimum(ends + LOOK_AHEAD, r.max_len[rows])
-        if self.pages.extend(rows, ahead, spare=len(rows) + self.pages.watermark):
+        if self.block_tables.extend(rows, ahead, spare=len(rows) + self.block_tables.watermark):
             return rows, counts
-        while not self.pages.extend(rows, r.computed[rows] + counts):
+        while not self.block_tables.extend(rows, r.computed[rows] + counts):
             victim = self._running.last
             stays = rows != victim.row
             rows, counts = rows[stays], counts[stays]
@@ -318,13 +318,13 @@ class Scheduler:
         sampled = ends == r.total[rows] + draft_tokens
         r.total[rows] += np.where(sampled, draft_tokens + 1, 0)
         for row in rows[starts < r.num_prompt[rows]].tolist():
-            self.pages.publish(r.sequences[row])
+            self.block_tables.publish(r.sequences[row])
         return rows, r.stay[rows], starts, counts, sampled
 
     def _admit(self, parts: list[Columns], started: list[Sequence], room: PromptRoom) -> None:
-        """Start waiting sequences in order while prompt tokens, rows and pages for their whole prompts last.
+        """Start waiting sequences in order while prompt tokens, rows and blocks for their whole prompts last.
 
-        Behind a long prompt those start that end within what it leaves. The first that lacks pages ends it, though: pages
+        Behind a long prompt those start that end within what it leaves. The first that lacks blocks ends it, though: blocks
         that others took would come back only when they end, so the one that needs many would starve.
         """
         passed = 0
@@ -335,7 +335,7 @@ class Scheduler:
                 return
             self._starting, tokens = sequence, 0
             if not passed or self._may_end(sequence, room):
-                found = self.pages.find(sequence)
+                found = self.block_tables.find(sequence)
                 computed = len(found) * self.rows.block_size
                 wanted = len(sequence.tokens) - computed
                 tokens = room.offer(wanted)
@@ -344,10 +344,10 @@ class Scheduler:
                     return
                 passed += 1
                 continue
-            pages = self.pages.claim(sequence, found, self.pages.watermark if len(self._running) else 0)
-            if pages is None:
+            blocks = self.block_tables.claim(sequence, found, self.block_tables.watermark if len(self._running) else 0)
+            if blocks is None:
                 return
-            row = self._start(sequence, pages, computed)
+            row = self._start(sequence, blocks, computed)
             parts.append(self._advance(np.array([row], np.int32), np.array([tokens], np.int32)))
             started.append(sequence)
             room.take(row, wanted, tokens)
@@ -369,15 +369,15 @@ class Scheduler:
             for i in np.flatnonzero(rows == room.long).tolist():
                 counts[i] += room.tokens
                 self.rows.computed[room.long] += room.tokens
-                self.pages.publish(self.rows.sequences[room.long])
+                self.block_tables.publish(self.rows.sequences[room.long])
 
-    def _start(self, sequence: Sequence, pages: list[int], computed: int) -> int:
-        """Move a sequence of the queue into a row, with `computed` tokens in its pages already -> the row."""
-        row = self.rows.enter(sequence, pages, computed)
+    def _start(self, sequence: Sequence, blocks: list[int], computed: int) -> int:
+        """Move a sequence of the queue into a row, with `computed` tokens in its blocks already -> the row."""
+        row = self.rows.enter(sequence, blocks, computed)
         self._waiting.remove(sequence)
         if sequence.state is State.WAITING:
             sequence.cached_tokens = computed
-            if self.pages.pool.enable_caching:
+            if self.block_tables.pool.enable_caching:
                 self.counters.prefix_queries += sequence.num_prompt
                 self.counters.prefix_hits += computed
         sequence.state = State.RUNNING
@@ -403,7 +403,7 @@ class Scheduler:
 
     def _leave_running(self, sequence: Sequence) -> None:
         self._running.leave(sequence)
-        self.pages.release(sequence)
+        self.block_tables.release(sequence)
 
 
 def _check_sizes(
@@ -413,7 +413,7 @@ def _check_sizes(
     capacity = pool.capacity
     if max_model_len > capacity:
         raise ValueError(
-            f"max_model_len {max_model_len} exceeds the KV cache of {pool.num_blocks - 1} pages x {pool.block_size} "
+            f"max_model_len {max_model_len} exceeds the KV cache of {pool.num_blocks - 1} blocks x {pool.block_size} "
             f"tokens = {capacity}; set max_model_len to at most {capacity} or raise num_blocks or kv_cache_memory"
         )
     if max_num_seqs > max_num_batched_tokens:

@@ -1,6 +1,6 @@
 """One sequence on its way through the engine: what was asked, its tokens while it waits, how it ended.
 
-While it runs its tokens and counts stand in `runtime.scheduler.slots`. Knows no pages, no scheduling order and no text:
+While it runs its tokens and counts stand in `runtime.scheduler.slots`. Knows no blocks, no scheduling order and no text:
 stop strings are found after detokenising, by whoever reads the tokens.
 """
 

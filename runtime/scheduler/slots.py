@@ -32,9 +32,9 @@ class Fixed:
 
 
 class Rows:
-    """`num_rows` rows for sequences of at most `max_model_len` tokens in pages of `block_size`; int32 unless said.
+    """`num_rows` rows for sequences of at most `max_model_len` tokens in blocks of `block_size`; int32 unless said.
 
-    Half-open ranges: tokens[r, :computed[r]] have their KV in pages or in a launched step; tokens[r, :known[r]]
+    Half-open ranges: tokens[r, :computed[r]] have their KV in blocks or in a launched step; tokens[r, :known[r]]
     are on the host; at most total[r] - known[r] samples are scheduled and still to come. Both computed and total count
     draft tokens in flight as if they held, and are taken back where they did not.
     """
@@ -73,14 +73,14 @@ class Rows:
         self.stay[:] = self.known[:] = self.total[:] = self.computed[:] = self.num_blocks[:] = 0
         self.blocks[:] = 0
         self._free = list(range(len(self.stay) - 1, -1, -1))
-        self._new_pages: list[np.ndarray] = []
+        self._new_blocks: list[np.ndarray] = []
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
     def enter(self, sequence: Sequence, blocks: list[int], computed: int) -> int:
-        """Give the sequence a row, its pages, and the tokens whose KV these hold already -> the row.
+        """Give the sequence a row, its blocks, and the tokens whose KV these hold already -> the row.
 
         If that raises, it still has no row.
         """
@@ -125,7 +125,7 @@ class Rows:
         )
 
     def leave(self, row: int) -> None:
-        """The sequence takes its tokens along; its pages were taken before."""
+        """The sequence takes its tokens along; its blocks were taken before."""
         sequence = self.sequences[row]
         sequence.tokens = self.tokens[row, : self.known[row]].copy()
         sequence.last_token_at = float(self.last_token_at[row])
@@ -142,17 +142,17 @@ class Rows:
         )
         self.num_blocks[rows] += counts
 
-    def take_new_pages(self) -> np.ndarray:
-        """What the tables have gained since the last call, int32 [P, 3]: (row, index, page)."""
-        new, self._new_pages = self._new_pages, []
-        return np.concatenate(new) if new else _NO_PAGES
+    def take_new_blocks(self) -> np.ndarray:
+        """What the tables have gained since the last call, int32 [P, 3]: (row, index, block)."""
+        new, self._new_blocks = self._new_blocks, []
+        return np.concatenate(new) if new else _NO_BLOCKS
 
     def blocks_of(self, row: int) -> list[int]:
-        """The row's pages in order."""
+        """The row's blocks in order."""
         return self.blocks[row, : self.num_blocks[row]].tolist()
 
     def take_blocks(self, row: int) -> list[int]:
-        """The row's pages, which it no longer holds."""
+        """The row's blocks, which it no longer holds."""
         blocks = self.blocks_of(row)
         self.blocks[row, : len(blocks)] = 0
         self.num_blocks[row] = self.computed[row] = 0
@@ -162,7 +162,7 @@ class Rows:
         self.blocks[rows, at] = blocks
         new = np.empty((len(blocks), 3), np.int32)
         new[:, 0], new[:, 1], new[:, 2] = rows, at, blocks
-        self._new_pages.append(new)
+        self._new_blocks.append(new)
 
     def _set_stop_ids(self, row: int, ids: frozenset[int]) -> None:
         if len(ids) > self.stop_ids.shape[1]:
@@ -172,4 +172,4 @@ class Rows:
         self.stop_ids[row, : len(ids)] = list(ids)
 
 
-_NO_PAGES = np.empty((0, 3), np.int32)
+_NO_BLOCKS = np.empty((0, 3), np.int32)

@@ -30,12 +30,13 @@ from pagegraph.runtime.server.child import child_environment, module_command
 
 log = logging.getLogger("pagegraph.engine")
 
-NICENESS = 5  # added: by Linux's weights 335 to an engine thread's 1024; with 10, 110, a busy machine compiled for more than 8 minutes
+# added: by Linux's weights 335 to an engine thread's 1024; with 10, 110, a busy machine compiled for more than 8 minutes
+NICENESS = 5
 REPORT_S = 60.0  # between two lines that say that it is still compiling
 FOLDERS = [Path(pagegraph.__file__).parent / folder for folder in ("compiler", "kernels")]
 SOURCES = sorted(path for folder in FOLDERS for path in folder.rglob("*") if path.suffix in (".py", ".cpp"))
 
-# Settings that artefacts depend on: the model, the sizes of what is constant in a graph (weights, pages), the passes and threads.
+# Settings that artefacts depend on: the model, the sizes of what is constant in a graph (weights, blocks), the passes and threads.
 # Steps of any number of sequences and tokens run one graph, so no setting of scheduling is among them.
 ARTEFACT_SETTINGS = (
     "model", "gguf_file", "revision", "dtype", "device", "load_format", "quantization", "round_activations", "trust_remote_code",

@@ -298,7 +298,7 @@ def banner(config: Config, info: EngineInfo, address: tuple[Any, ...], probe_add
         "",
         f"  {url}  serves {config.model_name}",
         f"  device {info.device}, {info.dtype}, {COMPILE_STATES[info.compile_state]}",
-        f"  KV cache {info.num_blocks:,} pages of {info.block_size} = {tokens:,} tokens; max_model_len {info.max_model_len:,}",
+        f"  KV cache {info.num_blocks:,} blocks of {info.block_size} = {tokens:,} tokens; max_model_len {info.max_model_len:,}",
         f"  probes and metrics http://{probe_address}/health/ready /health/live /metrics",
         "",
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",

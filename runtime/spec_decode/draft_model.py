@@ -1,4 +1,4 @@
-"""A draft model: the same steps over the same pages, with keys and values of its own.
+"""A draft model: the same steps over the same blocks, with keys and values of its own.
 
 It draws with the request's temperature and filters and with the noise that the target will draw with at that position:
 both take the largest of their logits plus the same noise, so they agree nearly as often as two draws can (Gumbel-max
@@ -24,7 +24,7 @@ from pagegraph.runtime.scheduler.slots import Rows
 class DraftModel:
     """`step` shares its block tables with the target's; it takes `max_tokens` tokens, `max_entries` of them sampled.
 
-    `together`: rows that want fewer draft tokens go on with the others as far as their pages reach, because a launch costs more
+    `together`: rows that want fewer draft tokens go on with the others as far as their blocks reach, because a launch costs more
     than a row.
     """
 
@@ -45,7 +45,7 @@ class DraftModel:
     def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """counts[i] >= 1 tokens for row at[i], int32 [R] -> int32 [R, K]; every token of the rows is known.
 
-        The rows have pages for their draft tokens; there are at most `max_entries` of them.
+        The rows have blocks for their draft tokens; there are at most `max_entries` of them.
         """
         self._settle(at)
         known, ends = self.rows.known[at], self._ends(at, counts)
@@ -67,7 +67,7 @@ class DraftModel:
         return tokens
 
     def _ends(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """How many tokens each row makes: its own count, or with the others as many as any, where its pages will do."""
+        """How many tokens each row makes: its own count, or with the others as many as any, where its blocks will do."""
         if not self.together:
             return counts
         rows = self.rows
@@ -78,7 +78,7 @@ class DraftModel:
         """A token more for each row, behind the one that it has just sampled."""
         rows, seqs = self.rows, len(at)
         return StepInput(
-            np.full(seqs, -1, np.int32), at, np.arange(seqs + 1, dtype=np.int32), starts, np.ones(seqs, bool), _NO_PAGES,
+            np.full(seqs, -1, np.int32), at, np.arange(seqs + 1, dtype=np.int32), starts, np.ones(seqs, bool), _NO_BLOCKS,
             SamplingInput(rows.temperature[at], rows.seed[at], self._filters(at)),
         )  # fmt: skip
 
@@ -130,7 +130,7 @@ class DraftModel:
         )
         return StepInput(
             rows.tokens[token_rows, positions], entry_rows, query_start.astype(np.int32), starts.astype(np.int32), draws,
-            rows.take_new_pages(),
+            rows.take_new_blocks(),
             SamplingInput(rows.temperature[entry_rows], rows.seed[entry_rows], self._filters(entry_rows) if sampled else None),
         )  # fmt: skip
 
@@ -141,4 +141,4 @@ class DraftModel:
         return Filters(rows.top_k[at], rows.top_p[at], rows.min_p[at])
 
 
-_NO_PAGES = np.empty((0, 3), np.int32)
+_NO_BLOCKS = np.empty((0, 3), np.int32)

@@ -1,4 +1,4 @@
-"""Runs a captured model over packed ragged steps, the way the engine would, with random page placement."""
+"""Runs a captured model over packed ragged steps, the way the engine would, with random block placement."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def run_paged(
 ) -> list[dict[int, torch.Tensor]]:
     """`schedule[step][s]` tokens of sequence s run in that step -> per sequence, position -> logits [vocab]."""
     num_blocks = sum(-(-len(p) // BLOCK) for p in prompts) + 3
-    pages = list(range(1, num_blocks))
-    random.Random(0).shuffle(pages)
+    blocks = list(range(1, num_blocks))
+    random.Random(0).shuffle(blocks)
     tables = []
     for prompt in prompts:
-        tables.append([pages.pop() for _ in range(-(-len(prompt) // BLOCK))])
+        tables.append([blocks.pop() for _ in range(-(-len(prompt) // BLOCK))])
     width = max(2, max(map(len, tables)))
     # Unused slots are poisoned: attention that reads past a sequence shows as NaN.
     keys = [torch.full((num_blocks, BLOCK, a.num_kv_heads, a.head_size), torch.nan, dtype=dtype) for a in layouts]

@@ -42,7 +42,7 @@ def attention(
     chunk: int = 0,
     cache: str | None = None,
 ) -> list[Any]:
-    """One call of the launcher: pages of 16, tables for 8192 tokens, query a slice of a merged projection."""
+    """One call of the launcher: blocks of 16, tables for 8192 tokens, query a slice of a merged projection."""
     shape = f"{head_size}/{value_size} {kv_heads}x{group} {dtype}/{cache or dtype} T={tokens} S={num_seqs}"
     name = f"{shape} window={window} softcap={softcap} chunk={chunk} sinks={sinks}"
     arguments = [
@@ -317,7 +317,7 @@ HALF = [
     attention(256, 256, 4, 2, window=1024, softcap=50.0),
     attention(256, 256, 4, 4, tokens=8, num_seqs=8, chunk=8192),
 ]
-PAGES_OF_8_BITS = [
+KV_8_BITS = [
     attention(128, 128, 8, group, tokens=tokens, num_seqs=64, cache="float8_e4m3fn")
     for group, tokens in ((4, 64), (4, 512), (2, 256))
 ] + [
@@ -420,7 +420,7 @@ def test_nothing_is_touched_before_the_wait(half: list[dict[str, Any]]) -> None:
 
 
 def test_attention_is_pipelined_on_matrix_units(half: list[dict[str, Any]]) -> None:
-    """A page-table load that keys wait for in the same iteration would leave the pipeline fewer buffers."""
+    """A block-table load that keys wait for in the same iteration would leave the pipeline fewer buffers."""
     kernels = [k for k in half if k["kernel"] in ("decode_kernel", "prefill_kernel", "skinny_linear_kernel")]
     assert kernels
     assert all(k["matrix_units"] and k["buffers"] >= 2 for k in kernels), kernels
@@ -515,12 +515,12 @@ def test_quantised_products_of_few_rows() -> None:
     assert not any(k["exchanged"] for k in kernels), kernels
 
 
-def test_pages_of_8_bits() -> None:
+def test_an_8_bit_kv_cache() -> None:
     """On matrix units and pipelined as those of 16; a tile of half the bytes leaves room for programs that make up for it.
 
     Four of them would not fit if keys or values were written back to shared memory once they are float16.
     """
-    kernels = compiled(PAGES_OF_8_BITS)
+    kernels = compiled(KV_8_BITS)
     check_fits(kernels)
     decodes = [
         k

@@ -72,8 +72,8 @@ def test_the_real_model_quantised(method: str, agreement: float, kl: float) -> N
 
 @pytest.mark.slow
 @real
-def test_the_real_model_with_pages_of_8_bits() -> None:
-    """Twice the pages in the same bytes; probabilities as close as with weights of 8 bits."""
+def test_the_real_model_with_an_8_bit_kv_cache() -> None:
+    """Twice the blocks in the same bytes; probabilities as close as with weights of 8 bits."""
     original, other = built(GGUF), built(GGUF, kv_cache_dtype="fp8")
     assert other.num_blocks == 2 * original.num_blocks
     llm = LLM(load_config(str(GGUF), dict(device="cpu", max_model_len=256)).config, built=other)
@@ -124,5 +124,5 @@ def test_a_prompt_that_the_cache_does_not_hold() -> None:
     class Built:
         step, num_blocks = Step(), 3
 
-    with pytest.raises(ValueError, match="33 tokens takes 3 pages, the cache holds 2"):
+    with pytest.raises(ValueError, match="33 tokens takes 3 blocks, the cache holds 2"):
         prompt_logits(Built(), list(range(33)))

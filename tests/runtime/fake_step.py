@@ -1,7 +1,7 @@
 """A step that computes tokens from paged memory, without a model.
 
 It stores token ids in slots, as attention stores K and V, and samples a hash of everything it reads back through the
-block tables. A wrong page, slot, prefix hit, preemption or draft token therefore gives a wrong token.
+block tables. A wrong block, slot, prefix hit, preemption or draft token therefore gives a wrong token.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FakeStep:
 
     def run(self, step: StepInput) -> StepOutput:
         self.steps += 1
-        self.tables[step.pages[:, 0], step.pages[:, 1]] = step.pages[:, 2]
+        self.tables[step.new_blocks[:, 0], step.new_blocks[:, 1]] = step.new_blocks[:, 2]
         counts = np.diff(step.query_start)
         owners = np.repeat(step.rows, counts)
         first = step.token_ids[step.query_start[:-1]]

@@ -116,7 +116,7 @@ def test_prompt_lookup_changes_no_token(config_of, built, plain, model, way) -> 
 
 def test_remembered_outputs_change_no_token_and_are_drafted(config_of, built, plain, model) -> None:
     """The second time the whole output is known: most of it is drafted."""
-    plain(FEW)  # before, as it writes the same pages
+    plain(FEW)  # before, as it writes the same blocks
     done, llm = run(config_of, built, "chunk32", FEW, speculative_method="suffix")
     assert_same(done, plain(FEW), model)
     before = dataclasses.replace(llm.engine.scheduler.counters)

@@ -15,10 +15,10 @@ from pagegraph.compiler.step.graphs import DUE
 from pagegraph.compiler.step.inputs import Filters, SamplingInput, StepInput
 from pagegraph.runtime.config import Config
 
-SEQS, BLOCK, PAGES = 3, 8, 6  # pages of each sequence
+SEQS, BLOCK, NUM_BLOCKS = 3, 8, 6  # blocks of each sequence
 LENGTHS = np.array([5, 1, 13])  # of the prompts
 TIMES = 5
-NO_PAGES = np.empty((0, 3), np.int32)
+NO_BLOCKS = np.empty((0, 3), np.int32)
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -32,7 +32,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ).save_pretrained(folder := tmp_path_factory.mktemp("model"))  # fmt: skip
     config = Config(
         model=str(folder), load_format="dummy", dtype="float32", device=request.param, max_num_seqs=8,
-        max_num_batched_tokens=64, block_size=BLOCK, num_blocks=1 + SEQS * PAGES, compile=False,
+        max_num_batched_tokens=64, block_size=BLOCK, num_blocks=1 + SEQS * NUM_BLOCKS, compile=False,
     )  # fmt: skip
     built = builder.ready(config, progress=False)
     yield built
@@ -47,13 +47,13 @@ def sampling(kind: str, seqs: int = SEQS) -> SamplingInput:
 
 
 def prompts(kind: str) -> StepInput:
-    """All sequences, in pages of their own."""
+    """All sequences, in blocks of their own."""
     counts = LENGTHS.astype(np.int32)
-    index = np.arange(SEQS * PAGES)
+    index = np.arange(SEQS * NUM_BLOCKS)
     return StepInput(
         np.random.default_rng(0).integers(3, 300, counts.sum(), dtype=np.int32), np.arange(SEQS, dtype=np.int32),
         np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), np.zeros(SEQS, np.int32), np.zeros(SEQS, bool),
-        np.stack([index // PAGES, index % PAGES, 1 + index], axis=1).astype(np.int32), sampling(kind),
+        np.stack([index // NUM_BLOCKS, index % NUM_BLOCKS, 1 + index], axis=1).astype(np.int32), sampling(kind),
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def decode(kind: str, tokens: list[int], behind: int, seqs: int = SEQS) -> StepI
     """A token of each sequence, so many positions behind its prompt."""
     return StepInput(
         np.array(tokens[:seqs], np.int32), np.arange(seqs, dtype=np.int32), np.arange(seqs + 1, dtype=np.int32),
-        (LENGTHS[:seqs] + behind).astype(np.int32), np.ones(seqs, bool), NO_PAGES, sampling(kind, seqs),
+        (LENGTHS[:seqs] + behind).astype(np.int32), np.ones(seqs, bool), NO_BLOCKS, sampling(kind, seqs),
     )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def one_by_one(step, kind: str, seqs: int = SEQS) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["greedy", "drawn", "filtered"])
 def test_a_chain_is_its_steps_one_by_one(built: builder.BuiltModel, kind: str) -> None:
-    """Begun with tokens of the host's, then gone on with by a second chain, over a border of pages."""
+    """Begun with tokens of the host's, then gone on with by a second chain, over a border of blocks."""
     expected = one_by_one(built.step, kind)
     assert len(np.unique(expected)) > 3
     built.step.launch(prompts(kind))

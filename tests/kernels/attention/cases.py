@@ -1,4 +1,4 @@
-"""Random ragged steps over poisoned pages: the inputs that every implementation of the op is compared on."""
+"""Random ragged steps over poisoned blocks: the inputs that every implementation of the op is compared on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Case:
         value_size = self.value_size or self.head_size
         used = [-(-keys // self.block_size) for _, keys in self.lengths]
         num_blocks = sum(used) + 3
-        pages = (torch.randperm(num_blocks - 1, generator=g) + 1).int()
+        blocks = (torch.randperm(num_blocks - 1, generator=g) + 1).int()
         width = max(used, default=1) + 2
         num_seqs = len(self.lengths) + self.pad_seqs
         tables = torch.zeros(num_seqs, width, dtype=torch.int32)
@@ -46,7 +46,7 @@ class Case:
         value_cache = torch.full((num_blocks, self.block_size, self.kv_heads, value_size), torch.nan)
         slots, positions, starts, at = [], [], [0], 0
         for s, (rows, keys) in enumerate(self.lengths):
-            tables[s, : used[s]] = pages[at : at + used[s]]
+            tables[s, : used[s]] = blocks[at : at + used[s]]
             at += used[s]
             token = torch.arange(keys)
             slot = tables[s, token // self.block_size].long() * self.block_size + token % self.block_size
@@ -102,7 +102,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def check(out: torch.Tensor, arguments: tuple, expected: torch.Tensor, expected_arguments: tuple) -> None:
-    """Outputs close, padding rows 0, written pages equal, the poison of unused slots untouched."""
+    """Outputs close, padding rows 0, written blocks equal, the poison of unused slots untouched."""
     live = int(arguments[8][-1])
     assert torch.isfinite(out[:live]).all(), "NaN from an unused slot or a padding row"
     torch.testing.assert_close(out, expected, atol=tolerance(out.dtype), rtol=tolerance(out.dtype))

@@ -54,7 +54,7 @@ def test_features(window: int, chunk: int, softcap: float, sinks: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("features", [{}, dict(window=7, sinks=True), dict(chunk=16, softcap=4.0)], ids=str)
-def test_pages_of_8_bits(dtype: torch.dtype, features: dict) -> None:
+def test_an_8_bit_kv_cache(dtype: torch.dtype, features: dict) -> None:
     compare(Case(RAGGED, 6, 2, 32, dtype=dtype, cache_dtype=torch.float8_e4m3fn, **features))
 
 
@@ -94,7 +94,7 @@ def test_any_ragged_step(lengths, decodes, pads, features, seed) -> None:
 def test_a_row_for_each_token_is_the_sequence_whole(
     dtype: torch.dtype, window: int, chunk: int, softcap: float, sinks: bool
 ) -> None:
-    """Draft tokens: every token of a sequence as a row of its own, over the pages of the others; with and without padding."""
+    """Draft tokens: every token of a sequence as a row of its own, over the blocks of the others; with and without padding."""
     lengths = ((3, 17), (1, 40), (5, 5), (1, 1), (3, 33), (1, 2))
     for pad in (0, 2):
         case = Case(

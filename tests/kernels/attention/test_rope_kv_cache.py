@@ -44,7 +44,7 @@ def test_equals_reference(triton_calls, heads: int, kv_heads: int, size: int, no
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-5, equal_nan=True)
 
 
-def test_pages_of_8_bits(triton_calls) -> None:
+def test_an_8_bit_kv_cache(triton_calls) -> None:
     """Codes may differ by one step where a rotation's rounding decides; what is too large is cut off."""
     tokens, heads, size = 4, 2, 32
     query, key, value = torch.randn(3, tokens, heads, size)

@@ -111,7 +111,7 @@ def test_wide_grid(triton_calls, case: Case) -> None:
 
 
 def test_queries_beyond_float16(triton_calls) -> None:
-    """Pages of 8 bits are multiplied in float16; what it does not hold is scaled first."""
+    """8-bit blocks are multiplied in float16; what it does not hold is scaled first."""
     case = Case(lengths=DECODE, dtype=torch.bfloat16, cache_dtype=torch.float8_e4m3fn, pad_tokens=2)
     query, *rest = case.arguments()
     for times in (1e-6, 1e6):

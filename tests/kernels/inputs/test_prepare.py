@@ -105,13 +105,15 @@ def test_reference_by_hand() -> None:
     assert lengths.tolist() == [18, 5, 16, 17, 18, 0] and index.tolist() == [0, 2, 3, 4, 5, 5]
 
 
-@pytest.mark.parametrize("pages", [0, 3, 2500])
-def test_updates_equal_reference(triton_calls, pages: int) -> None:
-    rng = np.random.default_rng(pages)
-    places = rng.permutation(40 * BLOCKS)[:pages]
-    entries = np.stack([places // BLOCKS, places % BLOCKS, rng.integers(1, 999, pages)], axis=1)
+@pytest.mark.parametrize("blocks", [0, 3, 2500])
+def test_updates_equal_reference(triton_calls, blocks: int) -> None:
+    rng = np.random.default_rng(blocks)
+    places = rng.permutation(40 * BLOCKS)[:blocks]
+    entries = np.stack([places // BLOCKS, places % BLOCKS, rng.integers(1, 999, blocks)], axis=1)
     entries = np.concatenate([entries, np.full((5, 3), 7)])  # beyond the count: not read
-    arguments = [torch.from_numpy(one.astype(np.int32)) for one in (np.zeros((40, BLOCKS)), entries, np.array([pages]))]
+    arguments = [
+        torch.from_numpy(one.astype(np.int32)) for one in (np.zeros((40, BLOCKS)), entries, np.array([blocks]))
+    ]
     expected = [one.clone() for one in arguments]
     _, arguments = triton_calls.call("pagegraph.kernels.inputs.prepare", "update_tables", *arguments)
     reference.update_tables(*expected)
@@ -129,7 +131,7 @@ def decode(rows: list[int], starts: list[int], **changed: object) -> StepInput:
     words = lambda values: np.array(values, np.int32)  # noqa: E731
     given = dict(
         token_ids=words([-1] * len(rows)), rows=words(rows), query_start=words(range(len(rows) + 1)), starts=words(starts),
-        sampled=np.ones(len(rows), bool), pages=np.zeros((0, 3), np.int32),
+        sampled=np.ones(len(rows), bool), new_blocks=np.zeros((0, 3), np.int32),
         sampling=SamplingInput(temperature=np.zeros(len(rows), np.float32), seeds=np.zeros(len(rows), np.int64)),
     )  # fmt: skip
     return StepInput(**{**given, **changed})
@@ -141,7 +143,7 @@ CHANGED = {
     "a row less": decode([4], [8]),
     "a draft token": decode([4, 4], [8, 9], token_ids=np.array([-1, -2], np.int32)),
     "a known token": decode([4, 2], [8, 21], token_ids=np.array([-1, 5], np.int32)),
-    "a new page": decode([4, 2], [8, 21], pages=np.array([[4, 1, 3]], np.int32)),
+    "a new block": decode([4, 2], [8, 21], new_blocks=np.array([[4, 1, 3]], np.int32)),
     "nothing sampled": decode([4, 2], [8, 21], sampled=np.array([True, False])),
     "another seed": decode([4, 2], [8, 21], sampling=SamplingInput(np.zeros(2, np.float32), np.array([0, 1]))),
     "another heat": decode(
@@ -229,12 +231,12 @@ def test_reading_again_equals_sending_anew(data: st.DataObject) -> None:
         for staging in (lazy, eager):
             staging._state.last_at[:6] = torch.tensor(stands, dtype=torch.int32)
         starts = [stands[row] for row in rows]
-        pages = (
+        blocks = (
             [[rows[0], starts[0] // BLOCK, data.draw(st.integers(1, 99))]]
             if data.draw(st.booleans())
             else np.zeros((0, 3))
         )
-        step = decode(rows, starts, pages=np.array(pages, np.int32))
+        step = decode(rows, starts, new_blocks=np.array(blocks, np.int32))
         eager._last = None
         assert sent(lazy, step, Bucket(4, 4)) == sent(eager, step, Bucket(4, 4))
         for row in rows:

@@ -194,8 +194,8 @@ def served(harness: Harness, submits: list[Submit]) -> Harness:
     for submit in submits:
         harness.mailbox.put(submit)
     harness.run()
-    assert harness.scheduler.pages.pool.num_free == harness.scheduler.pages.pool.num_blocks - 1, (
-        "pages are held by nobody"
+    assert harness.scheduler.block_tables.pool.num_free == harness.scheduler.block_tables.pool.num_blocks - 1, (
+        "blocks are held by nobody"
     )
     return harness
 
@@ -227,7 +227,7 @@ def poison(harness: Harness, where: str, monkeypatch: pytest.MonkeyPatch, after:
 
     match where:
         case "find":
-            raising(harness.scheduler.pages, "find", lambda sequence: sequence.seed == 99)
+            raising(harness.scheduler.block_tables, "find", lambda sequence: sequence.seed == 99)
         case "enter":
             raising(harness.scheduler.rows, "_set_stop_ids", lambda row, ids: harness.scheduler._starting.seed == 99)
         case "schedule":
@@ -254,13 +254,13 @@ PLACES = ("find", "enter", "schedule", "pack", "launch", "wait", "commit")
 
 
 @pytest.mark.parametrize("draft_tokens", ["", "host", "device"])
-@pytest.mark.parametrize("setting", ["roomy", "without a cache", "short of pages", "in chunks"])
+@pytest.mark.parametrize("setting", ["roomy", "without a cache", "short of blocks", "in chunks"])
 @pytest.mark.parametrize("where", [*PLACES, "draft_tokens", "finish"])
 def test_one_poisoned_request_of_eight_ends_alone(where: str, setting: str, draft_tokens: str, monkeypatch) -> None:
     if where == "draft_tokens" and not draft_tokens:
         pytest.skip("nothing is drafted")
     options = {
-        "roomy": {}, "without a cache": dict(caching=False), "short of pages": dict(num_blocks=16), "in chunks": dict(budget=8),
+        "roomy": {}, "without a cache": dict(caching=False), "short of blocks": dict(num_blocks=16), "in chunks": dict(budget=8),
     }[setting]  # fmt: skip
     clean = served(Harness(draft_tokens=draft_tokens, max_queue=20, **options), eight())
     assert set(clean.ended.values()) == {"length"}
@@ -362,10 +362,10 @@ def test_a_message_that_cannot_be_sent_ends_its_request(monkeypatch) -> None:
     assert {**harness.tokens, "3": []} == {**clean.tokens, "3": []}
 
 
-@pytest.mark.parametrize("setting", ["roomy", "short of pages", "in chunks"])
+@pytest.mark.parametrize("setting", ["roomy", "short of blocks", "in chunks"])
 def test_prompt_tokens_are_those_of_usage(setting: str) -> None:
     """However often a prompt is computed, wherever its tokens come from, it counts once, and whole."""
-    options = {"roomy": {}, "short of pages": dict(num_blocks=16), "in chunks": dict(budget=8)}[setting]
+    options = {"roomy": {}, "short of blocks": dict(num_blocks=16), "in chunks": dict(budget=8)}[setting]
     harness = Harness(max_queue=20, **options)
     submits = eight()
     served(harness, submits)
@@ -395,7 +395,7 @@ def test_prompt_tokens_are_those_of_usage(setting: str) -> None:
         == counted["vllm:e2e_request_latency_seconds_count", ""]
         == 16
     )
-    assert counted["vllm:num_preemptions_total", ""] > 0 or setting != "short of pages"
+    assert counted["vllm:num_preemptions_total", ""] > 0 or setting != "short of blocks"
     assert counted["vllm:prefix_cache_queries_total", ""] == prompt + 30 * (setting == "in chunks")
 
 

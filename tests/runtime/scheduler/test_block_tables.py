@@ -1,4 +1,4 @@
-"""Pages of single sequences, by hand; the scheduler's fuzz checks them after every step of random work."""
+"""Blocks of single sequences, by hand; the scheduler's fuzz checks them after every step of random work."""
 
 from __future__ import annotations
 
@@ -7,69 +7,69 @@ import pytest
 
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.scheduler.block_pool import BlockPool
-from pagegraph.runtime.scheduler.block_tables import Pages
+from pagegraph.runtime.scheduler.block_tables import BlockTables
 from pagegraph.runtime.scheduler.sequence import Sequence
 from pagegraph.runtime.scheduler.slots import Rows
 
 BLOCK = 4
 
 
-def pages_of(num_blocks: int = 10) -> Pages:
-    return Pages(BlockPool(num_blocks, BLOCK), Rows(2, 40, BLOCK))
+def tables_of(num_blocks: int = 10) -> BlockTables:
+    return BlockTables(BlockPool(num_blocks, BLOCK), Rows(2, 40, BLOCK))
 
 
 def sequence_of(length: int) -> Sequence:
     return Sequence("a", list(range(length)), SamplingParams(), frozenset(), 0, 40)
 
 
-def entered(pages: Pages, length: int) -> Sequence:
+def entered(block_tables: BlockTables, length: int) -> Sequence:
     """A sequence in a row, its prompt computed."""
     sequence = sequence_of(length)
-    found = pages.find(sequence)
-    pages.rows.enter(sequence, pages.claim(sequence, found, 0), BLOCK * len(found))
-    pages.rows.computed[sequence.row] = length
+    found = block_tables.find(sequence)
+    block_tables.rows.enter(sequence, block_tables.claim(sequence, found, 0), BLOCK * len(found))
+    block_tables.rows.computed[sequence.row] = length
     return sequence
 
 
 @pytest.mark.parametrize(("spare", "given"), [(0, True), (5, True), (6, False)])
-def test_rows_get_the_pages_they_lack_or_none(spare: int, given: bool) -> None:
-    pages = pages_of()
-    sequence = entered(pages, 6)
+def test_rows_get_the_blocks_they_lack_or_none(spare: int, given: bool) -> None:
+    block_tables = tables_of()
+    sequence = entered(block_tables, 6)
     rows = np.array([sequence.row], np.int32)
-    assert pages.extend(rows, np.array([16], np.int32), spare) == given
-    assert len(pages.rows.blocks_of(sequence.row)) == (4 if given else 2)
-    assert pages.extend(rows, np.array([8], np.int32), spare=99), "what is there needs no spare pages"
-    pages.check_integrity([sequence])
+    assert block_tables.extend(rows, np.array([16], np.int32), spare) == given
+    assert len(block_tables.rows.blocks_of(sequence.row)) == (4 if given else 2)
+    assert block_tables.extend(rows, np.array([8], np.int32), spare=99), "what is there needs no spare blocks"
+    block_tables.check_integrity([sequence])
 
 
 def test_what_was_released_is_found_but_never_the_whole_prompt() -> None:
-    pages = pages_of()
-    first = entered(pages, 8)
-    blocks = pages.rows.blocks_of(first.row)
-    pages.release(first)
-    pages.check_integrity([])
-    assert (pages.find(sequence_of(8)), pages.find(sequence_of(9))) == (blocks[:1], blocks)
+    block_tables = tables_of()
+    first = entered(block_tables, 8)
+    blocks = block_tables.rows.blocks_of(first.row)
+    block_tables.release(first)
+    block_tables.check_integrity([])
+    assert (block_tables.find(sequence_of(8)), block_tables.find(sequence_of(9))) == (blocks[:1], blocks)
 
 
 @pytest.mark.parametrize(("spare", "given"), [(6, True), (7, False)])
-def test_found_pages_that_nobody_holds_use_up_free_ones(spare: int, given: bool) -> None:
-    pages = pages_of()
-    pages.release(entered(pages, 8))
+def test_found_blocks_that_nobody_holds_use_up_free_ones(spare: int, given: bool) -> None:
+    block_tables = tables_of()
+    block_tables.release(entered(block_tables, 8))
     sequence = sequence_of(9)
-    found = pages.find(sequence)
-    claimed = pages.claim(sequence, found, spare)
-    assert (claimed is not None) == given and pages.pool.num_free == (6 if given else 9)
+    found = block_tables.find(sequence)
+    claimed = block_tables.claim(sequence, found, spare)
+    assert (claimed is not None) == given and block_tables.pool.num_free == (6 if given else 9)
     if given:
         assert claimed[:2] == found and sequence.num_registered == 2
 
 
-def test_pages_are_published_as_far_as_they_are_full_of_known_tokens() -> None:
-    pages = pages_of()
-    sequence = entered(pages, 9)
-    pages.rows.known[sequence.row] = 7
-    pages.publish(sequence)
-    assert len(pages.find(sequence_of(9))) == 1
-    pages.rows.known[sequence.row] = 9
-    pages.publish(sequence)
-    assert len(pages.find(sequence_of(9))) == 2
-    pages.check_integrity([sequence])
+def test_blocks_are_published_as_far_as_they_are_full_of_known_tokens() -> None:
+    block_tables = tables_of()
+    sequence = entered(block_tables, 9)
+    block_tables.rows.known[sequence.row] = 7
+    block_tables.publish(sequence)
+    assert len(block_tables.find(sequence_of(9))) == 1
+    block_tables.rows.known[sequence.row] = 9
+    block_tables.publish(sequence)
+    assert len(block_tables.find(sequence_of(9))) == 2
+    block_tables.check_integrity([sequence])

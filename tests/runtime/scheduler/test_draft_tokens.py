@@ -223,7 +223,7 @@ def test_draft_tokens_right_or_wrong_change_no_token(
     seen["accepted"] += counters.accepted
     seen["rejected"] += counters.draft_tokens - counters.accepted
     assert sum(counters.accepted_at) == counters.accepted
-    assert pool.num_free == num_blocks - 1, "pages are held by nobody"
+    assert pool.num_free == num_blocks - 1, "blocks are held by nobody"
     check_outputs(sequences, got, ended)
 
 
@@ -292,7 +292,7 @@ def test_a_row_preempted_with_draft_tokens_in_flight_keeps_what_held(stop: int) 
     if stop == 9:
         assert sequence.finish_reason == "stop" and again is None and sequence.tokens.tolist() == [1, 2, 3, 4, 5, 9]
     else:
-        assert (again.starts.tolist(), again.counts.tolist()) == ([4], [2]), "a page of known tokens is found again"
+        assert (again.starts.tolist(), again.counts.tolist()) == ([4], [2]), "a block of known tokens is found again"
     scheduler.check_integrity()
 
 
@@ -307,7 +307,7 @@ def test_log_probabilities_come_with_each_token() -> None:
 
 
 def test_draft_tokens_are_not_published() -> None:
-    """A page full of draft tokens gets a hash once they are the sequence's own, and then for what it holds."""
+    """A block full of draft tokens gets a hash once they are the sequence's own, and then for what it holds."""
     scheduler = scheduler_of()
     sequence = started(scheduler)
     plan = scheduler.schedule(0, draft(sequence, 5, 6, 8, 9))

@@ -45,7 +45,9 @@ def test_a_mixed_step_field_by_field() -> None:
     assert packed.rows.tolist() == [a.row, b.row] and a.row != b.row
     assert packed.query_start.tolist() == [0, 1, 12]
     assert packed.starts.tolist() == [5, 0] and packed.seq_lens.tolist() == [6, 11]
-    assert packed.pages.tolist() == [[b.row, index, page] for index, page in enumerate(scheduler.rows.blocks_of(b.row))]
+    assert packed.new_blocks.tolist() == [
+        [b.row, index, block] for index, block in enumerate(scheduler.rows.blocks_of(b.row))
+    ]
     assert packed.sampled.tolist() == [True, False]
     sampling = packed.sampling
     assert sampling.temperature.tolist() == [0.5, 1.0] and sampling.seeds.tolist() == [11, -(2**62)]
@@ -56,11 +58,11 @@ def test_a_mixed_step_field_by_field() -> None:
     assert penalties.frequency.tolist() == [0.0, 0.0]
 
 
-def test_only_new_pages_travel() -> None:
-    """A page for the prompt, then those of the next eight tokens at once."""
+def test_only_new_blocks_travel() -> None:
+    """A block for the prompt, then those of the next eight tokens at once."""
     scheduler = scheduler_of()
     a = add(scheduler, "a", [1, 2, 3])
-    seen = [step(scheduler).pages.tolist() for _ in range(6)]
+    seen = [step(scheduler).new_blocks.tolist() for _ in range(6)]
     entries = [[a.row, index, block] for index, block in enumerate(scheduler.rows.blocks_of(a.row))]
     assert seen == [entries[:1], [], entries[1:], [], [], []] and len(entries) == 4
 
@@ -90,7 +92,7 @@ def test_dtypes_are_those_of_the_step() -> None:
     add(scheduler, "a", [1, 2, 3], **asked)
     packed = step(scheduler)
     sampling = packed.sampling
-    for name in ("token_ids", "rows", "query_start", "starts", "pages", "seq_lens"):
+    for name in ("token_ids", "rows", "query_start", "starts", "new_blocks", "seq_lens"):
         assert getattr(packed, name).dtype == np.int32, name
     assert (
         packed.sampled.dtype == bool and sampling.seeds.dtype == np.int64 and sampling.temperature.dtype == np.float32

@@ -94,7 +94,7 @@ def test_random_work_gives_every_sequence_its_own_tokens(
         turn += 1
         assert turn < 3000, "the scheduler makes no progress"
     total_steps += step.steps
-    assert pool.num_free == num_blocks - 1, "pages are held by nobody"
+    assert pool.num_free == num_blocks - 1, "blocks are held by nobody"
     check_outputs(sequences, got, ended)
 
 
@@ -149,7 +149,7 @@ def test_prefix_counters_count_tokens() -> None:
         sequence.request_id = name
         scheduler.add(sequence)
     plan = scheduler.schedule(0)
-    assert plan.counts.tolist() == [18, 2], "the second sequence reads the pages the first writes in the same step"
+    assert plan.counts.tolist() == [18, 2], "the second sequence reads the blocks the first writes in the same step"
     assert (scheduler.counters.prefix_queries, scheduler.counters.prefix_hits) == (36, 16)
 
 
@@ -167,7 +167,7 @@ def test_a_pool_too_small_for_one_sequence_is_refused() -> None:
         scheduler_of(num_blocks=10)
 
 
-def test_a_failed_step_leaves_no_pages_and_no_cache() -> None:
+def test_a_failed_step_leaves_no_blocks_and_no_cache() -> None:
     scheduler = scheduler_of()
     scheduler.add(sequence_of("a", 18))
     scheduler.schedule(0)
@@ -239,7 +239,7 @@ def test_equal_long_prompts_run_one_after_the_other() -> None:
     ]  # fmt: skip
 
 
-def test_nothing_passes_a_prompt_that_lacks_pages() -> None:
+def test_nothing_passes_a_prompt_that_lacks_blocks() -> None:
     scheduler = Scheduler(BlockPool(101, 16), max_num_seqs=8, max_num_batched_tokens=512, max_model_len=1600)
 
     def prompt(name: str, length: int) -> Sequence:
@@ -247,10 +247,10 @@ def test_nothing_passes_a_prompt_that_lacks_pages() -> None:
 
     scheduler.add(prompt("a", 900))
     assert turn(scheduler) == {"a": 512}
-    scheduler.add(prompt("lacks pages", 1000))
+    scheduler.add(prompt("lacks blocks", 1000))
     scheduler.add(prompt("short", 1))
     assert turn(scheduler) == {"a": 388}, (
-        "the second has tokens to start with, but no pages: nobody takes those it waits for"
+        "the second has tokens to start with, but no blocks: nobody takes those it waits for"
     )
 
 

@@ -566,7 +566,7 @@ def test_probe_says_503_when_the_engine_has_no_metrics() -> None:
 def test_banner_gives_capacity_and_hides_the_key() -> None:
     info = EngineInfo("m", "cpu", "bfloat16", 100, 8192, 1001, 16, "compiling")
     text = banner(Config(model="org/name", api_key="s3cret"), info, ("0.0.0.0", 8000), "127.0.0.1:9000")
-    assert "1,001 pages of 16 = 16,000 tokens" in text and "http://127.0.0.1:8000" in text
+    assert "1,001 blocks of 16 = 16,000 tokens" in text and "http://127.0.0.1:8000" in text
     assert "bfloat16, compiling, serving uncompiled" in text
     assert '"model": "org/name"' in text and "s3cret" not in text and "$API_KEY" in text
 

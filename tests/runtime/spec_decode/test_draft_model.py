@@ -94,7 +94,7 @@ class FakeStep:
         self.memory: list[dict[int, int]] = [{} for _ in range(num_rows)]
         self.last = np.zeros(num_rows, np.int64)
         self.largest = self.launches = 0
-        self.limits = [1000] * num_rows  # tokens that the row has pages for
+        self.limits = [1000] * num_rows  # tokens that the row has blocks for
 
     def launch(self, step: StepInput, times: int = 1) -> Ticket:
         self.launches += 1
@@ -171,8 +171,8 @@ def test_a_sequence_that_enters_a_row_is_computed_from_its_start() -> None:
         rows.leave(0)
 
 
-def test_rows_that_want_fewer_draft_tokens_go_along_as_far_as_their_pages_reach() -> None:
-    """So draft tokens are one launch; one more where a row lacks two tokens or more, or has no page to go on in."""
+def test_rows_that_want_fewer_draft_tokens_go_along_as_far_as_their_blocks_reach() -> None:
+    """So draft tokens are one launch; one more where a row lacks two tokens or more, or has no block to go on in."""
     rows = Rows(3, 200, 4)
     for index in range(3):
         params = SamplingParams(max_tokens=100)
@@ -191,7 +191,7 @@ def test_rows_that_want_fewer_draft_tokens_go_along_as_far_as_their_pages_reach(
         assert tokens.shape == (3, max(counts))
         rows.tokens[at, rows.known] = tokens[:, 0]
         rows.known += 1
-    # With prompts; chains; at last the third row, with 9 tokens known and pages for 12, leaves after its fourth draft token.
+    # With prompts; chains; at last the third row, with 9 tokens known and blocks for 12, leaves after its fourth draft token.
     assert launches == [2, 1, 1, 2]
 
 
@@ -216,12 +216,12 @@ def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def afresh(step: CompiledStep, history: list[int], count: int, temperature: float, seed: int) -> list[int]:
-    """What follows, each token from all that comes before, in the last row and pages of its own."""
-    tokens, row, pages = list(history), step.state.scrap_row - 1, np.arange(16)
+    """What follows, each token from all that comes before, in the last row and blocks of its own."""
+    tokens, row, blocks = list(history), step.state.scrap_row - 1, np.arange(16)
     for _ in range(count):
         one = StepInput(
             np.array(tokens, np.int32), np.full(1, row, np.int32), np.array([0, len(tokens)], np.int32), np.zeros(1, np.int32),
-            np.ones(1, bool), np.stack([np.full(16, row), pages, 48 + pages], axis=1).astype(np.int32),
+            np.ones(1, bool), np.stack([np.full(16, row), blocks, 48 + blocks], axis=1).astype(np.int32),
             SamplingInput(np.full(1, temperature, np.float32), np.full(1, seed, np.int64)),
         )  # fmt: skip
         tokens.append(int(step.launch(one).wait().token_ids[0]))
