@@ -265,12 +265,17 @@ def _on_cuda(place: str) -> Callable:
     return call
 
 
+def register(op: Op, library: torch.library.Library) -> None:
+    """Define `op` in `library`, with its functions by device and its fake."""
+    name = op.schema.partition("(")[0]
+    library.define(op.schema)
+    library.impl(name, op.cpu, "CompositeExplicitAutograd" if op.cuda == SAME else "CPU")
+    if op.cuda not in (SAME, None):
+        library.impl(name, _on_cuda(op.cuda), "CUDA")
+    if op.fake is not None:
+        torch.library.register_fake(f"{library.ns}::{name}", op.fake, lib=library)
+
+
 _library = torch.library.Library("pagegraph", "DEF")
 for _op in OPS:
-    _name = _op.schema.partition("(")[0]
-    _library.define(_op.schema)
-    _library.impl(_name, _op.cpu, "CompositeExplicitAutograd" if _op.cuda == SAME else "CPU")
-    if _op.cuda not in (SAME, None):
-        _library.impl(_name, _on_cuda(_op.cuda), "CUDA")
-    if _op.fake is not None:
-        torch.library.register_fake(f"pagegraph::{_name}", _op.fake, lib=_library)
+    register(_op, _library)

@@ -385,7 +385,7 @@ def memory() -> Iterator[str]:
     return table(
         "requests | blocks of the pool | preemptions | share of the device's memory | allowed",
         (
-            [f"{row['requests']}, {row['kind']}", row["blocks"], row["preemptions"], f"{row['used']:.1%}", f"{row['allowed']:.0%}"]
+            [f"{row['requests']}, {row['kind']}", row["pages"], row["preemptions"], f"{row['used']:.1%}", f"{row['allowed']:.0%}"]
             for row in rows_of("h200-2026-11-24-qwen3-0.6b-memory.json", "memory")
         ),
     )  # fmt: skip
