@@ -61,6 +61,11 @@ class Config(ServerConfig, CompilationConfig, SpeculativeConfig, SchedulerConfig
         return min(MOST_THREADS, self.max_num_seqs + self.max_queue + SPARE_THREADS)
 
     @property
+    def web_threads(self) -> int:
+        """Threads of each web process."""
+        return self.threads or self.enough_threads
+
+    @property
     def max_entries(self) -> int:
         """Sequences and draft tokens of one step, as far as its token budget goes."""
         wanted = min(

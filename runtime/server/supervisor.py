@@ -89,7 +89,7 @@ class Supervisor:
                 # In a folder of ours, because gunicorn makes its folder the first place where modules are looked for.
                 self._web = Child(
                     "web",
-                    self._web_arguments(settings, listener.fileno()),
+                    [*self._web_command, *web_arguments(self.config, settings, listener.fileno())],
                     (listener.fileno(),),
                     self._run_dir.path,
                     self._secrets(),
@@ -152,7 +152,7 @@ class Supervisor:
             "model": os.path.abspath(self.config.tokenizer or engine["model_dir"]),
             "served_model_name": self.config.model_name,
             "probe_address": probe_address,
-            "threads": self._web_threads,
+            "threads": self.config.web_threads,
             "enough_threads": self.config.enough_threads,
             "silence_s": self.config.watchdog_timeout_s,
         }
@@ -161,22 +161,6 @@ class Supervisor:
     def _secrets(self) -> dict[str, str | None]:
         """What the web processes find in their environment and nowhere else: no file holds it, no list of processes shows it."""
         return {API_KEY_VARIABLE: self.config.api_key}
-
-    def _web_arguments(self, settings: Path, descriptor: int) -> list[str]:
-        return [
-            *self._web_command,
-            f"pagegraph.web.app:create_app({json.dumps(str(settings))})",
-            "--config", "python:pagegraph.web.gunicorn_conf",
-            "--bind", f"fd://{descriptor}",
-            "--workers", str(self.config.workers),
-            "--threads", str(self._web_threads),
-            "--worker-connections", str(self._web_threads + IDLE_CONNECTIONS),
-            "--log-level", self.config.log_level,
-        ]  # fmt: skip
-
-    @property
-    def _web_threads(self) -> int:
-        return self.config.threads or self.config.enough_threads
 
     def _wait_for_engine(self) -> EngineInfo | None:
         """The engine's facts once it is loaded and answers; None if a signal came first."""
@@ -276,6 +260,19 @@ class Supervisor:
         if listener is not None:
             listener.close()
         self._run_dir.close()
+
+
+def web_arguments(config: Config, settings: Path, descriptor: int) -> list[str]:
+    """Arguments of gunicorn: the app of a file of WebSettings, on a bound socket, which the child inherits as `descriptor`."""
+    return [
+        f"pagegraph.web.app:create_app({json.dumps(str(settings))})",
+        "--config", "python:pagegraph.web.gunicorn_conf",
+        "--bind", f"fd://{descriptor}",
+        "--workers", str(config.workers),
+        "--threads", str(config.web_threads),
+        "--worker-connections", str(config.web_threads + IDLE_CONNECTIONS),
+        "--log-level", config.log_level,
+    ]  # fmt: skip
 
 
 def _stopping_signals() -> list[signal.Signals]:
