@@ -1,7 +1,7 @@
-"""From a checked configuration to a step that can be launched, one line a stage.
+"""From `CompilerOptions` to a step that can be launched, one line a stage.
 
 The stages: source, meta build, probe, weights, passes, memory, and (by whoever owns the step) compilation.
-Reads plain values off the configuration; knows nothing of requests or sockets.
+Knows the order of the stages; knows nothing of requests, sockets or files of settings.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import pagegraph.compiler.host.openmp_spin  # isort: skip  # noqa: F401  before torch is loaded, which reads it once
+
 import torch
 
-# isort: skip  # noqa: F401  before torch is loaded, which reads it once
 from pagegraph.compiler.host.malloc import return_freed_memory
-from pagegraph.compiler.inductor import compile as lower
+from pagegraph.compiler.inductor.cache import cache_folder, naming_the_cache, use_cache
 from pagegraph.compiler.model.capture import ATTENTION_NAME, CapturedModel, capture
 from pagegraph.compiler.model.checkpoint import sidecar_quantization
 from pagegraph.compiler.model.config_json import load_model_config
@@ -25,13 +26,13 @@ from pagegraph.compiler.model.files import json_object
 from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.source import resolve_model
 from pagegraph.compiler.model.weights import load_weights
-from pagegraph.compiler.passes import registry
-from pagegraph.compiler.profile import kv_budget as memory
-from pagegraph.compiler.profile import memory as trial
+from pagegraph.compiler.options import CompilerOptions, ModelOptions
+from pagegraph.compiler.passes.registry import apply_module_passes, graph_passes
+from pagegraph.compiler.profile.kv_budget import KvBudget, cuda_available, plan_blocks
+from pagegraph.compiler.profile.memory import measure_peak
 from pagegraph.compiler.resolve import (
     eos_ids,
     resolve_cache_dtype,
-    resolve_device,
     resolve_dtype,
     resolve_max_model_len,
     resolve_quantization,
@@ -41,7 +42,7 @@ from pagegraph.compiler.step.dummy import scrap_step
 from pagegraph.compiler.step.graphs import CHAINED, Pending
 from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.staging import Staging
-from pagegraph.compiler.step.state import DeviceState, Lookup
+from pagegraph.compiler.step.state import DeviceState
 from pagegraph.compiler.step.step import CompiledStep
 from pagegraph.kernels.attention import cpu_decode
 from pagegraph.kernels.inputs import cpp as inputs_cpp
@@ -70,7 +71,7 @@ class Timings:
         return "  ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class BuiltModel:
     """A launchable step and the facts the engine needs beside it."""
 
@@ -119,6 +120,15 @@ class BuiltModel:
                 spec_decode_cpp.build()
         return [step.compiled_forward(warm_steps(step.state), progress) for step in self.steps]
 
+    def capture_graphs(self, *, progress: bool, all_graphs: bool = True) -> None:
+        """On CUDA, of whatever forward there is. Without `all_graphs` few are captured here, and the others in the step's idle time."""
+        if self.device.type == "cuda":
+            with self.timings.stage("graphs"):
+                for step in self.steps:
+                    rungs = step.ladder.buckets() if all_graphs else step.ladder.first()
+                    step.pending = Pending(step.ladder.buckets())
+                    step.capture_graphs(rungs, progress)
+
     def close(self) -> None:
         """Finish launched steps."""
         for step in self.steps:
@@ -126,93 +136,120 @@ class BuiltModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedModel:
     """A captured model with its weights, and the facts that its configuration gives."""
 
-    config: Any
     captured: CapturedModel
     model_config: Any
     folder: Path
     dtype: torch.dtype
     cache_dtype: torch.dtype
     max_model_len: int
-    vocab_size: int
     generation_config: dict[str, Any]
 
-    def state(self, num_blocks: int, device: torch.device) -> DeviceState:
-        """Caches of so many blocks, and what else outlives a step."""
-        config = self.config
+    @property
+    def vocab_size(self) -> int:
+        return self.model_config.get_text_config().vocab_size
+
+    def state(self, options: CompilerOptions, num_blocks: int, *, is_draft: bool = False) -> DeviceState:
+        """Caches of so many blocks, and what else outlives a step. Draft tokens are verified by the target alone."""
+        block_size = options.kv_cache.block_size
         return DeviceState(
             self.captured.layouts,
             num_blocks=num_blocks,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_blocks=max(-(-self.max_model_len // config.block_size), 2),
+            block_size=block_size,
+            max_num_seqs=options.step.max_num_seqs,
+            max_blocks=max(-(-self.max_model_len // block_size), 2),
             vocab_size=self.vocab_size,
             dtype=self.cache_dtype,
-            device=device,
-            max_draft_tokens=config.max_draft_tokens,
-            lookup=Lookup(config.prompt_lookup_min, config.prompt_lookup_max) if config.looks_up_on_device else None,
+            device=options.device,
+            max_draft_tokens=0 if is_draft else options.step.max_draft_tokens,
+            lookup=None if is_draft else options.step.lookup,
         )
 
 
-def build(config: Any, *, progress: bool = True) -> BuiltModel:
-    """Build the model of `config` (a `runtime.config.Config`), and its draft model, uncompiled.
+def build_model(options: CompilerOptions, *, progress: bool = True) -> BuiltModel:
+    """Build the model, and its draft model, uncompiled.
 
-    Raises UnsupportedModel, memory.DoesNotFit, QuantizationError, or ValueError naming the key at fault.
+    Raises UnsupportedModel, DoesNotFit, QuantizationError, or ValueError naming the key at fault.
     """
     timings = Timings()
-    device = resolve_device(config.device)
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    lower.use_cache(lower.cache_folder(config.compile_cache_dir))
-    model = _load(config, device, timings, progress)
+    if options.num_threads:
+        torch.set_num_threads(options.num_threads)
+    use_cache(cache_folder(options.cache_dir))
+    model = _load(options.model, options, timings, progress)
     draft = None
-    if config.draft is not None:
-        draft = _load(replace(config.draft, max_model_len=model.max_model_len), device, timings, progress, "draft ")
-        _check_draft(config, model, draft)
+    if options.draft is not None:
+        same_length = replace(options.draft, max_model_len=model.max_model_len)
+        draft = _load(same_length, options, timings, progress, "draft ")
+        _check_draft(options, model, draft)
     models = [model] if draft is None else [model, draft]
     with timings.stage("memory"):
-        num_blocks = _kv_budget(config, models, device).num_blocks
-        states = [one.state(num_blocks, device) for one in models]
+        num_blocks = _kv_budget(options, models).num_blocks
+        states = [one.state(options, num_blocks, is_draft=one is draft) for one in models]
         # The same blocks for both: one set of block tables, brought up to date by whoever steps first.
         states[-1].block_tables = states[0].block_tables
-        steps = [_step(config, one.captured, state) for one, state in zip(models, states)]
+        steps = [_step(options, one.captured, state) for one, state in zip(models, states)]
+    tokenizer = options.model.tokenizer
     return BuiltModel(
-        steps[0], model.folder, device, model.dtype, model.vocab_size, model.max_model_len, num_blocks,
-        eos_ids(model.folder, model.model_config, Path(config.tokenizer) if config.tokenizer else None), timings, None if draft is None else steps[1],
-        model.generation_config,
-    )  # fmt: skip
+        step=steps[0],
+        draft=None if draft is None else steps[1],
+        folder=model.folder,
+        device=options.device,
+        dtype=model.dtype,
+        vocab_size=model.vocab_size,
+        max_model_len=model.max_model_len,
+        num_blocks=num_blocks,
+        eos_ids=eos_ids(model.folder, model.model_config, Path(tokenizer) if tokenizer else None),
+        timings=timings,
+        generation_config=model.generation_config,
+    )
 
 
-def model_folder(config: Any) -> Path:
+def build_compiled(options: CompilerOptions, *, progress: bool = True) -> BuiltModel:
+    """Build, compile where that is on, and (on CUDA) capture: steps run at full speed from the first on.
+
+    Raises what the compilation raised.
+    """
+    built = build_model(options, progress=progress)
+    if options.compile:
+        with built.timings.stage("compile"):
+            built.compile(progress)
+    built.capture_graphs(progress=progress)
+    return built
+
+
+def model_folder(options: ModelOptions, cache_dir: str | None) -> Path:
     """Where the model's files lie: fetched and converted now where they are not there yet."""
-    cache = lower.cache_folder(config.compile_cache_dir)
-    with lower.naming_the_cache(cache):
+    cache = cache_folder(cache_dir)
+    with naming_the_cache(cache):
         return resolve_model(
-            config.model,
-            gguf_file=config.gguf_file,
-            keep_quantized=config.quantization == "gguf",
-            revision=config.revision,
+            options.model,
+            gguf_file=options.gguf_file,
+            keep_quantized=options.quantization == "gguf",
+            revision=options.revision,
             cache_dir=cache,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
         )
 
 
-def _load(config: Any, device: torch.device, timings: Timings, progress: bool, name: str = "") -> Loaded:
+def _load(
+    model_options: ModelOptions, options: CompilerOptions, timings: Timings, progress: bool, name: str = ""
+) -> LoadedModel:
     """The stages from the model's files to captured modules with weights; `name` goes before theirs."""
+    device, trust_remote_code = options.device, model_options.trust_remote_code
     with timings.stage(f"{name}source"):
-        folder = model_folder(config)
-        generation = json_object(folder / "generation_config.json")
-        model_config = load_model_config(folder, trust_remote_code=config.trust_remote_code)
-        beside = None if config.load_format == "dummy" else sidecar_quantization(folder)
-        quantization = resolve_quantization(config.quantization, model_config, device, beside)
-    dtype = resolve_dtype(config.dtype, model_config, device)
-    cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
-    max_model_len = resolve_max_model_len(config.max_model_len, model_config)
+        folder = model_folder(model_options, options.cache_dir)
+        generation_config = json_object(folder / "generation_config.json")
+        model_config = load_model_config(folder, trust_remote_code=trust_remote_code)
+        sidecar = None if model_options.load_format == "dummy" else sidecar_quantization(folder)
+        quantization = resolve_quantization(model_options.quantization, model_config, device, sidecar)
+    dtype = resolve_dtype(model_options.dtype, model_config, device)
+    cache_dtype = resolve_cache_dtype(options.kv_cache.dtype, dtype, device)
+    max_model_len = resolve_max_model_len(model_options.max_model_len, model_config)
     with timings.stage(f"{name}capture"):
         model = build_meta(
-            model_config, dtype, ATTENTION_NAME, max_model_len=max_model_len, trust_remote_code=config.trust_remote_code
+            model_config, dtype, ATTENTION_NAME, max_model_len=max_model_len, trust_remote_code=trust_remote_code
         )
         captured = capture(model)
     with timings.stage(f"{name}weights"):
@@ -221,81 +258,55 @@ def _load(config: Any, device: torch.device, timings: Timings, progress: bool, n
             folder,
             device=device,
             dtype=dtype,
-            load_format=config.load_format,
+            load_format=model_options.load_format,
             quantization=quantization,
             progress=progress,
-            seed=config.seed,
+            seed=model_options.seed,
         )
     with timings.stage(f"{name}passes"):
-        registry.apply(model, config)
+        apply_module_passes(model, options.passes)
         return_freed_memory()
-    vocab_size = model_config.get_text_config().vocab_size
-    return Loaded(config, captured, model_config, folder, dtype, cache_dtype, max_model_len, vocab_size, generation)
+    return LoadedModel(captured, model_config, folder, dtype, cache_dtype, max_model_len, generation_config)
 
 
-def _check_draft(config: Any, model: Loaded, draft: Loaded) -> None:
+def _check_draft(options: CompilerOptions, model: LoadedModel, draft: LoadedModel) -> None:
     if draft.vocab_size != model.vocab_size:
         raise ValueError(
-            f"speculative_model={config.speculative_model} has a vocabulary of {draft.vocab_size} tokens, {config.model} one of"
+            f"speculative_model={options.draft.model} has a vocabulary of {draft.vocab_size} tokens, {options.model.model} one of"
             f" {model.vocab_size}: only a model of the same vocabulary can draft; name one, or set speculative_method to ngram"
         )
 
 
-def ready(config: Any, *, progress: bool = True) -> BuiltModel:
-    """Build, compile and (on CUDA) capture: steps run at full speed from the first on."""
-    built = build(config, progress=progress)
-    finish(config, built, progress=progress)
-    return built
-
-
-def finish(config: Any, built: BuiltModel, *, progress: bool) -> None:
-    """The stages after loading: compilation where it is on, graph capture on CUDA. Raises what the compilation raised."""
-    if config.compile:
-        with built.timings.stage("compile"):
-            built.compile(progress)
-    capture_graphs(built, progress=progress)
-
-
-def capture_graphs(built: BuiltModel, *, progress: bool, all_graphs: bool = True) -> None:
-    """On CUDA, of whatever forward there is. Without `all_graphs` few are captured here, and the others in the step's idle time."""
-    if built.device.type == "cuda":
-        with built.timings.stage("graphs"):
-            for step in built.steps:
-                rungs = step.ladder.buckets() if all_graphs else step.ladder.first()
-                step.pending = Pending(step.ladder.buckets())
-                step.capture_graphs(rungs, progress)
-
-
-def _step(config: Any, captured: CapturedModel, state: DeviceState) -> CompiledStep:
-    device = state.last_tokens.device
-    largest = _largest(config, device)
+def _step(options: CompilerOptions, captured: CapturedModel, state: DeviceState) -> CompiledStep:
+    largest = _largest(options)
     ladder = None
-    if device.type == "cuda":
-        ladder = cuda_ladder(config.max_entries, min(MAX_CAPTURED_TOKENS, largest.tokens))
-    return CompiledStep(captured, state, Staging(state, largest), ladder, registry.graph_passes(config, device))
+    if options.device.type == "cuda":
+        ladder = cuda_ladder(options.step.max_entries, min(MAX_CAPTURED_TOKENS, largest.tokens))
+    return CompiledStep(captured, state, Staging(state, largest), ladder, graph_passes(options.passes, options.device))
 
 
-def _largest(config: Any, device: torch.device) -> Bucket:
-    return Bucket(max(config.batched_tokens(device.type), 2), max(config.max_entries, 2))
+def _largest(options: CompilerOptions) -> Bucket:
+    return Bucket(max(options.step.max_num_batched_tokens, 2), max(options.step.max_entries, 2))
 
 
-def _kv_budget(config: Any, models: list[Loaded], device: torch.device) -> memory.KvBudget:
+def _kv_budget(options: CompilerOptions, models: list[LoadedModel]) -> KvBudget:
     """Blocks that fit; on CUDA, where no amount is set, beside the measured peak of steps and graphs."""
-    states = [model.state(1, device) for model in models]
+    kv_cache = options.kv_cache
+    states = [model.state(options, 1, is_draft=model is not models[0]) for model in models]
     block_bytes = sum(cache.nbytes for state in states for cache in (*state.key_caches, *state.value_caches))
-    if config.num_blocks is not None:
-        available, source = config.num_blocks * block_bytes, f"num_blocks {config.num_blocks}"
-    elif device.type == "cpu" or config.kv_cache_memory is not None:
-        available, source = config.cpu_kv_cache_memory(), "kv_cache_memory"
+    if kv_cache.num_blocks is not None:
+        available, source = kv_cache.num_blocks * block_bytes, f"num_blocks {kv_cache.num_blocks}"
+    elif kv_cache.memory is not None:
+        available, source = kv_cache.memory, "kv_cache_memory"
     else:
         peaks = [
-            trial.measure(_step(config, model.captured, state), _largest(config, device), model.max_model_len, chained)
+            measure_peak(_step(options, model.captured, state), _largest(options), model.max_model_len, chained)
             for model, state, chained in zip(models, states, (0, CHAINED))  # the draft model does it in chains
         ]
         step_bytes, graph_bytes = max(peak.step for peak in peaks), sum(peak.graphs for peak in peaks)
-        available = memory.cuda_available(config.gpu_memory_utilization, step_bytes, graph_bytes, device)
-        source = f"gpu_memory_utilization {config.gpu_memory_utilization}"
-    return memory.plan_blocks(available, block_bytes, config.block_size, models[0].max_model_len, source)
+        available = cuda_available(kv_cache.gpu_memory_utilization, step_bytes, graph_bytes, options.device)
+        source = f"gpu_memory_utilization {kv_cache.gpu_memory_utilization}"
+    return plan_blocks(available, block_bytes, kv_cache.block_size, models[0].max_model_len, source)
 
 
 def warm_steps(state: DeviceState) -> list[StepInput]:

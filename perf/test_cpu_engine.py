@@ -14,9 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pagegraph.compiler import build as builder
+from pagegraph.compiler.build import build_compiled
 from pagegraph.compiler.host import step_thread
 from pagegraph.runtime.config import Config, load_config
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.llm import LLM
 from tests.prompts import PROMPTS
@@ -34,7 +35,7 @@ def config_of(**overrides: object) -> Config:
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(config_of(), built=builder.ready(config_of(), progress=False))
+    return LLM(config_of(), built=build_compiled(compiler_options(config_of()), progress=False))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import sys
 
 import pytest
 
-from pagegraph.compiler import build as builder
+from pagegraph.compiler.build import build_compiled
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.llm import LLM
 from perf.test_cpu_engine import MODEL, config_of, greedy, ratio
 from tests.prompts import PROMPTS
@@ -27,7 +28,10 @@ pytestmark = pytest.mark.timeout(1800)  # three compilations
 @pytest.fixture(scope="module")
 def llms() -> dict[str | None, LLM]:
     configs = {method: config_of(quantization=method, kv_cache_memory="128MiB") for method in (None, *METHODS)}
-    return {method: LLM(config, built=builder.ready(config, progress=False)) for method, config in configs.items()}
+    return {
+        method: LLM(config, built=build_compiled(compiler_options(config), progress=False))
+        for method, config in configs.items()
+    }
 
 
 @pytest.mark.parametrize("streams, goals", [(1, dict(int8=1.4, int4=1.8)), (8, dict(int8=1.0, int4=1.0))])
@@ -62,15 +66,16 @@ def test_prompt(benchmark, llms: dict[str | None, LLM], method: str, goal: float
 
 WEIGHTS = """
 import sys
-from pagegraph.compiler import build
+from pagegraph.compiler.build import build_model
 from pagegraph.runtime.config import load_config
+from pagegraph.runtime.engine.compiler_options import compiler_options
 method = None if sys.argv[2] == "none" else sys.argv[2]
 settings = dict(dtype="bfloat16", device="cpu", max_model_len=256, kv_cache_memory="16MiB", max_num_seqs=4, quantization=method)
 
 def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
 
-model = build.build(load_config(sys.argv[1], settings).config, progress=False).step.captured.model
+model = build_model(compiler_options(load_config(sys.argv[1], settings).config), progress=False).step.captured.model
 held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
 print(sum(held.values()), status("RssAnon"), status("VmHWM"))
 """

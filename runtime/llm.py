@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pagegraph.compiler import build as builder
-from pagegraph.compiler.build import BuiltModel
+from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.runtime.config import Config, load_config
 from pagegraph.runtime.engine.assemble import engine_of
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.ipc.protocol import (
     Abort,
     Failed,
@@ -86,7 +86,7 @@ class LLM:
         elif overrides:
             raise TypeError("overrides go with a configuration file or model name, not with a Config")
         self.config = config
-        self.built = built or builder.ready(config, progress=progress)
+        self.built = built or build_compiled(compiler_options(config), progress=progress)
         self.tokenizer = Tokenizer.load(Path(config.tokenizer) if config.tokenizer else self.built.folder)
         self._mailbox = LocalMailbox()
         self.engine, self.metrics = engine_of(config, self.built, self._mailbox, max_queue=sys.maxsize)

@@ -13,11 +13,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from pagegraph.compiler.options import PassOptions
 from pagegraph.compiler.passes.graph.cpu_gemv import one_row_linears
 from pagegraph.compiler.passes.graph.cpu_int4_layer import chain_int4
 from pagegraph.compiler.passes.graph.fuse_linears import fuse_linears
@@ -63,20 +63,20 @@ PASSES: tuple[Pass, ...] = (
 GRAPH_PASSES = {"fuse_rope": fuse_rope, "fuse_rows": fuse_rows, "fuse_linears": fuse_linears}
 
 
-def graph_passes(config: Any, device: torch.device) -> list[Callable[[torch.fx.GraphModule], int]]:
+def graph_passes(options: PassOptions, device: torch.device) -> list[Callable[[torch.fx.GraphModule], int]]:
     """The passes over the captured graph. On the CPU the compiler's own loops are the better form, of one row's products too."""
     if device.type != "cuda":
         return [rotate_one_row, one_row_linears, chain_int4]
-    return [graph_pass for setting, graph_pass in GRAPH_PASSES.items() if getattr(config, setting)]
+    return [graph_pass for setting, graph_pass in GRAPH_PASSES.items() if getattr(options, setting)]
 
 
-def apply(model: nn.Module, config: Any) -> list[PassReport]:
-    """Run the passes that `config` (a `runtime.config.Config`) switches on; each pass checks its own result."""
+def apply_module_passes(model: nn.Module, options: PassOptions) -> list[PassReport]:
+    """Run the passes that `options` switch on; each pass checks its own result."""
     reports = []
     for step in PASSES:
-        if step.setting is None or getattr(config, step.setting):
+        if step.setting is None or getattr(options, step.setting):
             start = time.perf_counter()
-            changes = step.run(model, **{name: getattr(config, name) for name in step.options})
+            changes = step.run(model, **{name: getattr(options, name) for name in step.options})
             if changes or step.setting is not None:
                 reports.append(PassReport(step.run.__name__, changes, time.perf_counter() - start))
     return reports

@@ -32,7 +32,7 @@ class Peak:
 
 
 @torch.inference_mode()
-def measure(step: CompiledStep, largest: Bucket, max_model_len: int, chained: int = 0) -> Peak:
+def measure_peak(step: CompiledStep, largest: Bucket, max_model_len: int, chained: int = 0) -> Peak:
     """Run steps of `largest` through `step`, whose state has the null block only; `step` is of no use afterwards.
 
     `chained`: forwards that chains will hold beside the rungs' graphs.

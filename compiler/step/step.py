@@ -15,9 +15,10 @@ import torch
 from tqdm import tqdm
 
 from pagegraph.compiler.host import step_thread
-from pagegraph.compiler.inductor import compile as lower
+from pagegraph.compiler.inductor.compile import GraphPass, compile_forward
 from pagegraph.compiler.model.capture import CapturedModel
 from pagegraph.compiler.step.capture_sizes import Bucket, Ladder, own_bucket
+from pagegraph.compiler.step.forward import mark_dynamic, run_forward, step_inputs
 from pagegraph.compiler.step.graphs import Forward, GraphSet, Outputs, Pending
 from pagegraph.compiler.step.inputs import LookedUp, StepInput, StepOutput
 from pagegraph.compiler.step.sampling import StepLogprobTensors, draw, sample, settle
@@ -64,7 +65,7 @@ class CompiledStep:
         state: DeviceState,
         staging: Staging,
         ladder: Ladder | None,
-        graph_passes: Sequence[lower.GraphPass] = (),
+        graph_passes: Sequence[GraphPass] = (),
     ) -> None:
         self.captured = captured
         self.state = state
@@ -93,12 +94,12 @@ class CompiledStep:
 
         `warm` must touch the null block and the scrap row only.
         """
-        forward = lower.compile_forward(self.captured, self.graph_passes)
+        forward = compile_forward(self.captured, self.graph_passes)
         with torch.inference_mode():
             for step in tqdm(warm, desc="compile", unit="graph", disable=not progress):
                 staged = self.staging.unpack(self.staging.send(step, own_bucket(step.num_tokens, step.num_seqs)))
-                inputs = lower.step_inputs(staged)
-                lower.mark_dynamic(*inputs)
+                inputs = step_inputs(staged)
+                mark_dynamic(*inputs)
                 forward(*inputs, self.state.key_caches, self.state.value_caches)
         return forward
 
@@ -142,7 +143,7 @@ class CompiledStep:
             )  # the ids alone: what else there was makes room for the next
             self.staging.go_on(packet)
         staged = self.staging.unpack(packet)
-        logits = lower.call(self.forward, staged, self.state)
+        logits = run_forward(self.forward, staged, self.state)
         ids = draw(logits, staged, self.state)
         found = settle(ids, staged, self.state)
         return logits, torch.stack([*before, ids], dim=1) if before else ids, found, staged

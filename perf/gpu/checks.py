@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pagegraph.compiler import build as builder
-from pagegraph.compiler.build import BuiltModel, Timings
-from pagegraph.compiler.inductor import compile as lower
+from pagegraph.compiler.build import BuiltModel, Timings, build_compiled, build_model
 from pagegraph.compiler.step.capture_sizes import Bucket
+from pagegraph.compiler.step.forward import run_forward
 from pagegraph.compiler.step.graphs import GraphSet
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
 from pagegraph.compiler.step.staging import Layout, Staging
 from pagegraph.compiler.step.state import DeviceState
 from pagegraph.compiler.step.step import StepCounts, Ticket
 from pagegraph.runtime.config import load_config
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from perf.gpu.offline import Offline, Run, built_of, config_of, random_prompts, step_of
 from perf.gpu.report import Report
 
@@ -45,7 +45,7 @@ def graphs(report: Report, args: argparse.Namespace, shared: dict) -> None:
     first: dict[str, Run] = {}
     for compiled in (False, True):
         config = config_of(args, "tiny", compile=compiled, **settings)
-        built = builder.ready(config, progress=False)
+        built = build_compiled(compiler_options(config), progress=False)
         name = "compiled" if compiled else "eager"
         report.fact(built=name, phases_s=built.timings.seconds)
         if built.device.type == "cuda":
@@ -150,7 +150,7 @@ def _bucket_error(built: BuiltModel, one: StepInput, bucket: Bucket) -> float:
     stand = torch.from_numpy(one.rows[single]).cuda(), torch.from_numpy(one.starts[single]).cuda()
     state.last_at[stand[0]] = stand[1]
     staged = step.staging.unpack(step.staging.send(one, bucket))
-    expected = lower.call(step.captured, staged, state)[: one.num_seqs].clone()
+    expected = run_forward(step.captured, staged, state)[: one.num_seqs].clone()
     written = [cache[num_blocks] for cache in caches]
     for cache, old in zip(caches, before):
         cache[num_blocks] = old
@@ -223,7 +223,7 @@ def quality(report: Report, args: argparse.Namespace, shared: dict) -> None:
 
     def built(**settings: object) -> BuiltModel:
         fixed = dict(dtype="bfloat16", device=args.device, max_model_len=1024, kv_cache_memory="64MiB", max_num_seqs=4)
-        return builder.build(load_config(args.weights, fixed | settings).config, progress=False)
+        return build_model(compiler_options(load_config(args.weights, fixed | settings).config), progress=False)
 
     original = built()
     ids = Tokenizer.load(original.folder).encode(" ".join(PROMPTS))

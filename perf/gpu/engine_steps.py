@@ -18,9 +18,9 @@ import time
 import numpy as np
 import torch
 
-from pagegraph.compiler import build as builder
-from pagegraph.compiler.build import BuiltModel
+from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.runtime.config import Config
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from perf import workloads
 from perf.floors import Shape
 from perf.gpu.offline import (
@@ -48,7 +48,7 @@ def start(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """Build, compile and capture the model once for the sections that follow; seconds by phase."""
     config = config_of(args, args.models[0])
     begin = time.perf_counter()
-    built = builder.ready(config, progress=False)
+    built = build_compiled(compiler_options(config), progress=False)
     report.fact(total_s=time.perf_counter() - begin, phases_s=built.timings.seconds, num_blocks=built.num_blocks)
     if built.device.type == "cuda":
         # Random values in every block: zeros run faster than what a model writes.

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from pagegraph.compiler import build as builder
-from pagegraph.compiler.inductor import compile as lower
+from pagegraph.compiler.build import build_model
+from pagegraph.compiler.inductor.cache import cache_folder, use_cache
 from pagegraph.kernels.linear import cuda as linear_cuda
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.quant import cuda as quant_cuda
@@ -39,6 +39,7 @@ from pagegraph.kernels.quant.tiles import (
     has_coded,
     tile_by_rule,
 )
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from perf.floors import BYTES, Ceilings, Shape
 from perf.gpu.offline import ceilings_of, config_of, step_of
 from perf.gpu.report import Report, graph_seconds
@@ -176,7 +177,7 @@ def _lag(choice: Choice, rows: int) -> float:
 def _compile_ahead(report: Report, args: argparse.Namespace, products: list[Product]) -> None:
     """Every kernel of every choice into Triton's cache, by several processes: nothing is compiled between timings."""
     start = time.perf_counter()
-    lower.use_cache(lower.cache_folder(None))
+    use_cache(cache_folder(None))
     limit = report.seconds * COMPILING
     jobs = [(args.device, product, rows) for rows in ALIKE for product in products]
     spawn = multiprocessing.get_context("spawn")
@@ -461,7 +462,7 @@ def steps(
     try:
         num_blocks = sum((max(rows * -(-keys // 16) for rows, keys in cases), -(-8192 // 16), 8))
         config = config_of(args, model, quantization=method, kv_cache_dtype=cache, num_blocks=num_blocks)
-        built = builder.build(config, progress=False)
+        built = build_model(compiler_options(config), progress=False)
         for pool in (*built.step.state.key_caches, *built.step.state.value_caches):
             # Random values in every block: zeros run faster than what a model writes.
             pool.copy_(torch.randn(pool.shape, dtype=torch.bfloat16, device=pool.device))

@@ -21,7 +21,8 @@ import tokenizers
 import yaml
 from tokenizers import decoders, models, pre_tokenizers
 
-from pagegraph.compiler import build as builder
+from pagegraph.compiler.build import build_compiled
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from perf.floors import MODELS
 from perf.gpu.offline import Offline, config_of, random_prompts
 from perf.gpu.report import Report
@@ -154,7 +155,7 @@ def serve(report: Report, args: argparse.Namespace, shared: dict) -> None:
     report.row(way="served", **{key: value for key, value in found.items() if key not in ("errors", "first_error")},
                steps=int(steps), in_graphs=hits / steps, padding=padding / (tokens + padding))  # fmt: skip
     config = config_of(args, model, max_num_seqs=streams)
-    built = builder.ready(config, progress=False)
+    built = build_compiled(compiler_options(config), progress=False)
     offline = Offline(config, built)
     offline.run(random_prompts(1, [PROMPT] * streams, built.vocab_size), [32] * streams)
     run = offline.run(random_prompts(0, [PROMPT] * requests, built.vocab_size), [OUTPUT] * requests)

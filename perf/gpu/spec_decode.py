@@ -14,12 +14,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from pagegraph.compiler import build as builder
-from pagegraph.compiler.build import BuiltModel
+from pagegraph.compiler.build import BuiltModel, build_compiled, build_model
 from pagegraph.compiler.step.graphs import GraphSet, Pending
 from pagegraph.compiler.step.inputs import SamplingInput, StepInput
 from pagegraph.compiler.step.step import CompiledStep
 from pagegraph.runtime.config import Config, load_config
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.llm import LLM
 from perf import texts as work
@@ -91,7 +91,7 @@ def texts(report: Report, args: argparse.Namespace, shared: dict) -> None:
         dtype="bfloat16", device=args.device, max_model_len=2048, num_blocks=4096, compile=not args.no_compile
     )
     most = load_config(args.weights, {**settings, "speculative_method": METHODS[0], "max_num_seqs": 64}).config
-    built = builder.ready(most, progress=False)
+    built = build_compiled(compiler_options(most), progress=False)
     for method in METHODS:
         for streams in STREAMS:
             given = {**settings, "speculative_method": method, "max_num_seqs": streams}
@@ -120,7 +120,9 @@ def _equal(report: Report, args: argparse.Namespace) -> None:
         PROMPTS[:4] if args.tiny else PROMPTS,
         SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True),
     )
-    built = builder.ready(load_config(args.weights, {**settings, "speculative_method": "ngram"}).config, progress=False)
+    built = build_compiled(
+        compiler_options(load_config(args.weights, {**settings, "speculative_method": "ngram"}).config), progress=False
+    )
     expected = None
     for draft_tokens in (None, "auto", 4):
         given = {**settings, "speculative_method": "ngram", "num_speculative_tokens": draft_tokens or "auto"}
@@ -184,7 +186,7 @@ def chains(report: Report, args: argparse.Namespace, shared: dict) -> None:
     begin = time.perf_counter()
     settings = dict(max_num_seqs=max(CHAINED_SEQS), max_num_batched_tokens=512, num_blocks=2048, max_model_len=2048)
     config = config_of(args, "tiny" if args.tiny else "0.6b", **settings)
-    built = builder.build(config, progress=False)
+    built = build_model(compiler_options(config), progress=False)
     if config.compile:
         built.compile()
     for cache in (*built.step.state.key_caches, *built.step.state.value_caches):

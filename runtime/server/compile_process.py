@@ -23,9 +23,10 @@ import torch
 import transformers
 
 import pagegraph
-from pagegraph.compiler import build as builder
-from pagegraph.compiler.inductor import compile as lower
+from pagegraph.compiler.build import BuiltModel, build_compiled
+from pagegraph.compiler.inductor.cache import cache_folder
 from pagegraph.runtime.config import Config, config_from_dict
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.server.child import child_environment, module_command
 
 log = logging.getLogger("pagegraph.engine")
@@ -46,7 +47,7 @@ ARTEFACT_SETTINGS = (
 )  # fmt: skip
 
 
-def fill_cache(config: Config, built: builder.BuiltModel, settings: Path) -> None:
+def fill_cache(config: Config, built: BuiltModel, settings: Path) -> None:
     """Compile `config` in another process unless its artefacts are known to be there; waits for it.
 
     `built` is what `config` became, `settings` the engine process's file. Raises RuntimeError with the end of its output where it fails.
@@ -83,7 +84,7 @@ def _report(seconds: float) -> None:
     )  # fmt: skip
 
 
-def _stamp(config: Config, built: builder.BuiltModel) -> Path:
+def _stamp(config: Config, built: BuiltModel) -> Path:
     """A file that exists once the artefacts of `config` do. Wrongly there, it costs time and nothing else."""
     settings = {name: getattr(config, name) for name in ARTEFACT_SETTINGS}
     machine = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
@@ -94,7 +95,7 @@ def _stamp(config: Config, built: builder.BuiltModel) -> Path:
     )
     for path in SOURCES:
         digest.update(path.read_bytes())
-    return lower.cache_folder(config.compile_cache_dir) / "inductor" / f"compiled-{digest.hexdigest()[:16]}"
+    return cache_folder(config.compile_cache_dir) / "inductor" / f"compiled-{digest.hexdigest()[:16]}"
 
 
 def main(path: str) -> None:
@@ -102,7 +103,7 @@ def main(path: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(NICENESS)
     config = config_from_dict(json.loads(Path(path).read_text())["config"])
-    builder.ready(config, progress=False).close()
+    build_compiled(compiler_options(config), progress=False).close()
 
 
 def _end_with_parent() -> None:

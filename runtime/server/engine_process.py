@@ -22,9 +22,10 @@ from pathlib import Path
 
 from prometheus_client import start_http_server
 
-from pagegraph.compiler import build as builder
+from pagegraph.compiler.build import BuiltModel, build_model
 from pagegraph.runtime.config import Config, config_from_dict
 from pagegraph.runtime.engine.assemble import engine_of
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.engine.engine import Engine
 from pagegraph.runtime.ipc.mailbox import Mailbox
 from pagegraph.runtime.sampling_params import describe_defaults
@@ -47,13 +48,13 @@ def main(path: str) -> None:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
     try:
         load_tokenizer(config)  # what the web workers will do: a fault of it is found before the model loads
-        built = builder.build(config, progress=sys.stderr.isatty())
+        built = build_model(compiler_options(config), progress=sys.stderr.isatty())
         beside = config.compile and built.device.type == "cpu"
         if beside:
             built.compile_state = "compiling"  # before any client asks
         elif config.compile:
             _compile(config, built)
-        builder.capture_graphs(built, progress=sys.stderr.isatty(), all_graphs=False)
+        built.capture_graphs(progress=sys.stderr.isatty(), all_graphs=False)
         drain_flag = Path(settings["drain_flag"])
         engine, metrics = engine_of(config, built, Mailbox(settings["engine_address"]), drain_flag.exists)
     except Exception as error:
@@ -76,7 +77,7 @@ def main(path: str) -> None:
     built.close()
 
 
-def _compile(config: Config, built: builder.BuiltModel, first: Callable[[], None] = lambda: None) -> None:
+def _compile(config: Config, built: BuiltModel, first: Callable[[], None] = lambda: None) -> None:
     """Do `first`, then swap the compiled step in; where that fails, the engine serves uncompiled, or ends if so configured."""
     try:
         with built.timings.stage("compile"):
@@ -95,7 +96,7 @@ def _compile(config: Config, built: builder.BuiltModel, first: Callable[[], None
         log.info("compiled after %.1f s: steps run the compiled graph from here on", built.timings.seconds["compile"])
 
 
-def _announce(path: Path, built: builder.BuiltModel) -> None:
+def _announce(path: Path, built: BuiltModel) -> None:
     facts = {"model_dir": str(built.folder), "pid": os.getpid(), "seconds": built.timings.seconds}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(facts))

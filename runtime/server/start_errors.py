@@ -50,6 +50,9 @@ def load_tokenizer(config: Config) -> Tokenizer:
     Raises ValueError or FileNotFoundError where it is not whole.
     """
     from pagegraph.compiler.build import model_folder
+    from pagegraph.runtime.engine.compiler_options import model_options
     from pagegraph.runtime.text.tokenizer import Tokenizer
 
-    return Tokenizer.load(Path(config.tokenizer) if config.tokenizer else model_folder(config))
+    if config.tokenizer:
+        return Tokenizer.load(Path(config.tokenizer))
+    return Tokenizer.load(model_folder(model_options(config), config.compile_cache_dir))

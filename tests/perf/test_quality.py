@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pagegraph.compiler import build as builder
-from pagegraph.compiler.build import BuiltModel
+from pagegraph.compiler.build import BuiltModel, build_model
 from pagegraph.runtime.config import load_config
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.llm import LLM
 from perf.quality import compare, prompt_logits, summarize
@@ -45,7 +45,7 @@ def test_figures_of_two_known_distributions() -> None:
 def built(model: str | Path, quantization: str | None = None, kv_cache_dtype: str = "auto") -> BuiltModel:
     settings = dict(dtype="bfloat16", device="cpu", max_model_len=256, kv_cache_memory="64MiB", max_num_seqs=4)
     chosen = dict(quantization=quantization, kv_cache_dtype=kv_cache_dtype)
-    return builder.build(load_config(str(model), {**settings, **chosen}).config, progress=False)
+    return build_model(compiler_options(load_config(str(model), {**settings, **chosen}).config), progress=False)
 
 
 def prompts_of(llm: LLM) -> list[list[int]]:

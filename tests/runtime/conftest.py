@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from pagegraph.compiler import build as builder
+from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.runtime.config import Config, load_config
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.llm import LLM
 
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -25,8 +26,8 @@ def config_of() -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="session")
-def built(config_of) -> builder.BuiltModel:
-    return builder.ready(config_of(), progress=False)
+def built(config_of) -> BuiltModel:
+    return build_compiled(compiler_options(config_of()), progress=False)
 
 
 @pytest.fixture

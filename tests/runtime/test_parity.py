@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pagegraph.compiler import build as builder
+from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.compiler.model.source import resolve_model
 from pagegraph.runtime.config import Config
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.llm import LLM
 from tests.prompts import PROMPTS
@@ -29,7 +30,7 @@ GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def reference(config_of, built: builder.BuiltModel) -> tuple[list[list[int]], list[list[int]], torch.nn.Module]:
+def reference(config_of, built: BuiltModel) -> tuple[list[list[int]], list[list[int]], torch.nn.Module]:
     """(prompt ids, generated ids) of transformers, and its model."""
     model = AutoModelForCausalLM.from_pretrained(built.folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     model.generation_config.eos_token_id = None  # as with ignore_eos: EOS is a token like others, not a forbidden one
@@ -48,7 +49,7 @@ def reference(config_of, built: builder.BuiltModel) -> tuple[list[list[int]], li
     return prompts, outputs, model
 
 
-def generate(config: Config, built: builder.BuiltModel, prompts: list[list[int]]) -> tuple[list[list[int]], LLM]:
+def generate(config: Config, built: BuiltModel, prompts: list[list[int]]) -> tuple[list[list[int]], LLM]:
     llm = LLM(config, built=built)
     outputs = [done.token_ids for done in llm.generate(prompts, GREEDY)]
     llm.engine.scheduler.check_integrity()
@@ -111,7 +112,7 @@ def test_uncompiled_gives_the_same_tokens(config_of, built, reference) -> None:
 
 def test_plain_linears_give_the_same_tokens(config_of, reference) -> None:
     prompts, expected, model = reference
-    plain = builder.ready(config_of(merge_linears=False, compile=False), progress=False)
+    plain = build_compiled(compiler_options(config_of(merge_linears=False, compile=False)), progress=False)
     assert_same(prompts, generate(config_of(merge_linears=False), plain, prompts)[0], expected, model)
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pagegraph.compiler import build as builder
+from pagegraph.compiler.build import BuiltModel, build_model
 from pagegraph.compiler.step.state import Lookup
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.llm import LLM, Completion
 from tests.prompts import PROMPTS
@@ -35,7 +36,7 @@ WAYS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def built(built: builder.BuiltModel) -> Iterator[builder.BuiltModel]:
+def built(built: BuiltModel) -> Iterator[BuiltModel]:
     """The model of all tests, whose steps look up and accept draft tokens meanwhile."""
     built.step.state.allow_drafts(15, Lookup(2, 5))
     yield built
@@ -43,7 +44,7 @@ def built(built: builder.BuiltModel) -> Iterator[builder.BuiltModel]:
 
 
 @pytest.fixture(scope="module")
-def plain(config_of, built: builder.BuiltModel):
+def plain(config_of, built: BuiltModel):
     """A function from FEW or all PROMPTS to what the engine gives without draft tokens."""
     known: dict[int, list[Completion]] = {}
 
@@ -56,7 +57,7 @@ def plain(config_of, built: builder.BuiltModel):
 
 
 @pytest.fixture(scope="module")
-def model(built: builder.BuiltModel) -> torch.nn.Module:
+def model(built: BuiltModel) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(built.folder, dtype=torch.float32).eval()
 
 
@@ -73,9 +74,9 @@ def cut(model, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def drafted(config_of, cut: str) -> builder.BuiltModel:
+def drafted(config_of, cut: str) -> BuiltModel:
     """Uncompiled, with a draft model."""
-    return builder.build(config_of(compile=False, speculative_model=cut), progress=False)
+    return build_model(compiler_options(config_of(compile=False, speculative_model=cut)), progress=False)
 
 
 def assert_same(got: list[Completion], expected: list[Completion], model: torch.nn.Module) -> None:
@@ -186,4 +187,7 @@ def test_a_model_of_another_vocabulary_is_refused(config_of, tmp_path) -> None:
         max_position_embeddings=2048,
     ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vocabulary of 100 tokens.*one of 49152"):
-        builder.build(config_of(speculative_model=str(tmp_path), load_format="dummy", compile=False), progress=False)
+        build_model(
+            compiler_options(config_of(speculative_model=str(tmp_path), load_format="dummy", compile=False)),
+            progress=False,
+        )

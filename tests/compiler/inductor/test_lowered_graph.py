@@ -7,9 +7,9 @@ import re
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from pagegraph.compiler.inductor import compile as lower
 from pagegraph.compiler.model.capture import ATTENTION_NAME, capture
 from pagegraph.compiler.model.meta import build_meta
+from pagegraph.compiler.step.forward import mark_dynamic
 from tests.compiler.architectures import tiny_config
 from tests.compiler.paged_run import BLOCK, run_paged
 
@@ -33,7 +33,7 @@ def run_compiled(captured, forward):
     compiled = torch.compile(forward, fullgraph=True)
 
     def marked(*inputs):
-        lower.mark_dynamic(*inputs[:7])
+        mark_dynamic(*inputs[:7])
         return compiled(*inputs)
 
     with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):

@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pagegraph.compiler.inductor import compile as lower
+from pagegraph.compiler.inductor.compile import compile_forward
 from pagegraph.compiler.model.capture import ATTENTION_NAME, capture
 from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.probe import UnsupportedModel
-from pagegraph.compiler.passes import registry
-from pagegraph.runtime.config import Config
+from pagegraph.compiler.options import PassOptions
+from pagegraph.compiler.passes.registry import apply_module_passes
+from pagegraph.compiler.step.forward import mark_dynamic
 from tests.compiler.architectures import ARCHITECTURES, SIZES, tiny_config
 from tests.compiler.model.shared_state import nothing_written
 from tests.compiler.paged_run import run_paged
@@ -63,10 +64,10 @@ def check_compiled(
         return module.forward
 
     torch._dynamo.reset()
-    compiled = lower.compile_forward(captured, graph_passes, backend=backend)
+    compiled = compile_forward(captured, graph_passes, backend=backend)
 
     def forward(*inputs):
-        lower.mark_dynamic(*inputs[:7])
+        mark_dynamic(*inputs[:7])
         return compiled(*inputs)
 
     prompts = prompts_for(SIZES["vocab_size"])
@@ -103,7 +104,7 @@ def test_a_forward_writes_to_nothing_that_its_modules_hold(name: str) -> None:
     """With all passes: other threads run the same modules, and the compiler reads them meanwhile."""
     config = tiny_config(name)
     captured = captured_copy(config, random_model(config))
-    registry.apply(captured.model, Config(model="tiny"))
+    apply_module_passes(captured.model, PassOptions())
     with nothing_written(captured), torch.inference_mode():
         run_paged(captured, captured.layouts, prompts_for(SIZES["vocab_size"]), CHUNKED)
 
@@ -135,7 +136,7 @@ def test_a_write_shows(write: str) -> None:
 def test_two_threads_run_their_own_batches_through_the_same_modules(impatient_threads: None) -> None:
     config = tiny_config("llama")
     captured = captured_copy(config, random_model(config))
-    registry.apply(captured.model, Config(model="tiny"))
+    apply_module_passes(captured.model, PassOptions())
     prompts = prompts_for(SIZES["vocab_size"])
     work = [(prompts, MIXED), (prompts[:1], [[1], [2], [34]])]
 

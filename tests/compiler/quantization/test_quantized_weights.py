@@ -19,11 +19,12 @@ from pagegraph.compiler.model import weights
 from pagegraph.compiler.model.checkpoint import WeightsMismatch, sidecar_quantization
 from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.weights import load_weights
-from pagegraph.compiler.passes import registry
+from pagegraph.compiler.options import PassOptions
 from pagegraph.compiler.passes.modules import merge_linears as merge_module
 from pagegraph.compiler.passes.modules import quant_linears
 from pagegraph.compiler.passes.modules.merge_linears import MergedQuantLinear
 from pagegraph.compiler.passes.modules.quant_linears import Fragments, Int4Packed, Int8Dynamic, QuantLinear
+from pagegraph.compiler.passes.registry import apply_module_passes
 from pagegraph.compiler.quantization import packing as quant_formats
 from pagegraph.compiler.quantization.packing import QuantizationError, online_group
 from pagegraph.compiler.resolve import resolve_cache_dtype, resolve_quantization
@@ -34,7 +35,7 @@ from tests.compiler.quantization.checkpoints import FORMATS, compressed, words, 
 
 CPU = torch.device("cpu")
 WIDE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, head_dim=32)  # groups of 128 fit
-PASSES = SimpleNamespace(merge_linears=True, skinny_linears=False, rotary_once=False, round_activations=True)
+PASSES = PassOptions(skinny_linears=False, rotary_once=False)
 
 
 def stock_model(name: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -84,7 +85,7 @@ def test_passes_keep_what_it_computes(name: str, tmp_path: Path) -> None:
     """Merged, and in the form of this CPU: within the roundings that the form adds (states to two int8 digits, scales to the dtype)."""
     stock = write(tmp_path, stock_model(), name)
     model = load(tmp_path)
-    reports = {report.name: report.changes for report in registry.apply(model, PASSES)}
+    reports = {report.name: report.changes for report in apply_module_passes(model, PASSES)}
     assert reports["merge_linears"] == 2 * WIDE["num_hidden_layers"]
     assert reports["quant_linears"] == 4 * WIDE["num_hidden_layers"]
     assert not quantised(model)
@@ -119,7 +120,7 @@ def test_siblings_in_different_orders_are_not_merged(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model = load(tmp_path)
     expected = logits(model)
-    reports = {report.name: report.changes for report in registry.apply(model, PASSES)}
+    reports = {report.name: report.changes for report in apply_module_passes(model, PASSES)}
     assert reports["merge_linears"] == 2 * WIDE["num_hidden_layers"] - 1
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
 
@@ -139,7 +140,7 @@ def test_quantised_while_loading(name: str, method: str, error: float, tmp_path:
     assert isinstance(head, QuantLinear) == (method != "fp8")
     left = [path for path, m in model.named_modules() if type(m) is nn.Linear and m is not head]
     assert all(path.endswith("gate") for path in left)
-    registry.apply(model, PASSES)
+    apply_module_passes(model, PASSES)
     expected = logits(stock)
     difference = (logits(model) - expected).pow(2).mean().sqrt() / expected.std()
     assert difference < error, f"{difference:.3f}"
@@ -177,7 +178,7 @@ def test_passes_let_each_weight_go(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(merge_module, "_check", checked)
     monkeypatch.setattr(quant_linears, "_form", formed)
-    registry.apply(model, PASSES)
+    apply_module_passes(model, PASSES)
     layers = WIDE["num_hidden_layers"]
     assert len(held) == 5 * layers + 4 * layers + 1
 
@@ -224,9 +225,7 @@ def test_merged_linears_are_stacked_codes(tmp_path: Path) -> None:
     write(tmp_path, stock_model(), "fp8_tensor")
     model = load(tmp_path)
     before = quantised(model)["model.layers.0.mlp.up_proj"].codes
-    registry.apply(
-        model, SimpleNamespace(merge_linears=True, skinny_linears=False, rotary_once=False, round_activations=True)
-    )
+    apply_module_passes(model, PassOptions(merge_linears=True, skinny_linears=False, rotary_once=False))
     merged = [m for m in model.modules() if isinstance(m, MergedQuantLinear)]
     assert len(merged) == 2 * WIDE["num_hidden_layers"]
     assert before.shape[0] * 2 == merged[1].linear.out_features
@@ -496,7 +495,7 @@ def test_the_form_of_a_gpu_computes_what_was_loaded(
     plain, model = load(tmp_path, method, torch.bfloat16), load(tmp_path, method, torch.bfloat16).to(device)
     if device == "cpu":
         monkeypatch.setattr(quant_linears, "_form", Fragments)
-    registry.apply(model, PASSES)
+    apply_module_passes(model, PASSES)
     forms = [type(module) for module in model.modules()]
     assert forms.count(Fragments) == 4 * 2 + (method != "fp8") and QuantLinear not in forms
     assert all(module.rounds for module in model.modules() if type(module) is Fragments)
@@ -513,7 +512,7 @@ def test_whether_states_may_be_rounded_is_a_setting(
     stock_model().save_pretrained(tmp_path)
     model = load(tmp_path, "int8", torch.bfloat16)
     with caplog.at_level("INFO"):
-        registry.apply(model, Config(model=str(tmp_path), round_activations=rounds))
+        apply_module_passes(model, PassOptions(round_activations=rounds))
     assert {module.rounds for module in model.modules() if type(module) is Fragments} == {rounds}
     assert ("may round activations to 8 bits in front of 9 of 9" in caplog.text) == rounds
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from pagegraph.compiler import build as builder
+from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.compiler.step.capture_sizes import Bucket
 from pagegraph.compiler.step.graphs import DUE
 from pagegraph.compiler.step.inputs import Filters, SamplingInput, StepInput
 from pagegraph.runtime.config import Config
+from pagegraph.runtime.engine.compiler_options import compiler_options
 
 SEQS, BLOCK, NUM_BLOCKS = 3, 8, 6  # blocks of each sequence
 LENGTHS = np.array([5, 1, 13])  # of the prompts
@@ -22,7 +23,7 @@ NO_BLOCKS = np.empty((0, 3), np.int32)
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[builder.BuiltModel]:
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BuiltModel]:
     """Random weights, uncompiled; on CUDA with the graphs of its rungs, of which no chain."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -34,7 +35,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         model=str(folder), load_format="dummy", dtype="float32", device=request.param, max_num_seqs=8,
         max_num_batched_tokens=64, block_size=BLOCK, num_blocks=1 + SEQS * NUM_BLOCKS, compile=False,
     )  # fmt: skip
-    built = builder.ready(config, progress=False)
+    built = build_compiled(compiler_options(config), progress=False)
     yield built
     built.close()
 
@@ -74,7 +75,7 @@ def one_by_one(step, kind: str, seqs: int = SEQS) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["greedy", "drawn", "filtered"])
-def test_a_chain_is_its_steps_one_by_one(built: builder.BuiltModel, kind: str) -> None:
+def test_a_chain_is_its_steps_one_by_one(built: BuiltModel, kind: str) -> None:
     """Begun with tokens of the host's, then gone on with by a second chain, over a border of blocks."""
     expected = one_by_one(built.step, kind)
     assert len(np.unique(expected)) > 3
@@ -95,7 +96,7 @@ def test_a_chain_is_its_steps_one_by_one(built: builder.BuiltModel, kind: str) -
 @pytest.mark.parametrize("seqs", [1, SEQS])
 @pytest.mark.parametrize("kind", ["greedy", "drawn"])
 @pytest.mark.parametrize("built", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
-def test_a_captured_chain_is_its_steps_one_by_one(built: builder.BuiltModel, kind: str, seqs: int) -> None:
+def test_a_captured_chain_is_its_steps_one_by_one(built: BuiltModel, kind: str, seqs: int) -> None:
     """Padding beside the sequences, and steps of other kinds between two replays."""
     step, rung = built.step, built.step.ladder.bucket(seqs, seqs)
     expected, chain = one_by_one(step, kind, seqs), Bucket(rung.tokens, rung.seqs, TIMES)

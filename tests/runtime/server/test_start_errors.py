@@ -38,7 +38,8 @@ def generate(folder: Path, *arguments: str) -> Result:
 
 @pytest.fixture
 def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pagegraph.compiler.build.build", lambda *_, **__: pytest.fail("the model was loaded"))
+    for module in ("pagegraph.compiler.build", "pagegraph.runtime.server.engine_process"):
+        monkeypatch.setattr(f"{module}.build_model", lambda *_, **__: pytest.fail("the model was loaded"))
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_the_engine_keeps_the_traceback_of_our_faults(
     def broken(*_: object, **__: object) -> None:
         raise KeyError("ours")
 
-    monkeypatch.setattr("pagegraph.compiler.build.build", broken)
+    monkeypatch.setattr("pagegraph.runtime.server.engine_process.build_model", broken)
     (tmp_path / "settings.json").write_text(json.dumps({"config": dataclasses.asdict(Config(model=str(folder)))}))
     with pytest.raises(KeyError):
         engine_process.main(str(tmp_path / "settings.json"))

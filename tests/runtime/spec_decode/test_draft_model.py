@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from pagegraph.compiler import build as builder
+from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.compiler.step.inputs import SamplingInput, StepInput, StepOutput
 from pagegraph.compiler.step.step import CompiledStep, Ticket
 from pagegraph.kernels.sampling import reference
 from pagegraph.runtime.config import Config
+from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.scheduler.draft_tokens import ScheduledDrafts, verdict
 from pagegraph.runtime.scheduler.sequence import Sequence
@@ -196,7 +197,7 @@ def test_rows_that_want_fewer_draft_tokens_go_along_as_far_as_their_blocks_reach
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> builder.BuiltModel:
+def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BuiltModel:
     """Random weights, uncompiled, with a draft model."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -212,7 +213,7 @@ def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         model=str(folder), speculative_model=str(folder), load_format="dummy", dtype="float32", device=request.param,
         max_num_seqs=4, max_num_batched_tokens=64, block_size=8, num_blocks=64, compile=False,
     )  # fmt: skip
-    return builder.ready(config, progress=False)
+    return build_compiled(compiler_options(config), progress=False)
 
 
 def afresh(step: CompiledStep, history: list[int], count: int, temperature: float, seed: int) -> list[int]:
@@ -231,7 +232,7 @@ def afresh(step: CompiledStep, history: list[int], count: int, temperature: floa
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("together", [False, True])
 def test_draft_tokens_of_a_real_model_are_what_it_says_afresh(
-    drafted: builder.BuiltModel, temperature: float, together: bool
+    drafted: BuiltModel, temperature: float, together: bool
 ) -> None:
     """Also behind a token that is not what the model itself would have put behind draft tokens that all held."""
     rows, at, count = Rows(4, 128, 8), np.arange(2, dtype=np.int32), 4

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
-from pagegraph.compiler.inductor import compile as lower
+from pagegraph.compiler.inductor.compile import compile_forward
 from pagegraph.compiler.passes.graph.cpu_gemv import one_row_linears
 from pagegraph.compiler.passes.modules.quant_linears import Int4Packed, Int8Dynamic, QuantLinear
 from pagegraph.compiler.quantization.packing import quantize
@@ -33,7 +33,7 @@ def compiled(module: nn.Module, states: Tensor) -> tuple[Tensor, str, int]:
     """(result, generated code, products rewritten)"""
     torch._dynamo.reset()
     found: list[int] = []
-    forward = lower.compile_forward(module, [lambda graph: found.append(one_row_linears(graph)) or found[-1]])
+    forward = compile_forward(module, [lambda graph: found.append(one_row_linears(graph)) or found[-1]])
     with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
         out, (code,) = run_and_get_code(forward, states)
     return out, code, found[0]

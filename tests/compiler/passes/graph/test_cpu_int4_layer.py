@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
-from pagegraph.compiler.inductor import compile as lower
+from pagegraph.compiler.inductor.compile import compile_forward
 from pagegraph.compiler.passes.graph.cpu_int4_layer import chain_int4
 from pagegraph.compiler.passes.graph.fuse_rope import rotate_one_row
 from pagegraph.compiler.passes.modules.merge_linears import merge_linears
 from pagegraph.compiler.passes.modules.quant_linears import QuantLinear, quant_linears
 from pagegraph.compiler.quantization.packing import quantize
+from pagegraph.compiler.step.forward import mark_dynamic
 from pagegraph.kernels.attention import cpu_decode
 from pagegraph.kernels.quant import cpu_int4
 from tests.compiler.architectures import tiny_config
@@ -56,10 +57,10 @@ def int4_model(name: str) -> nn.Module:
 def logits(captured: nn.Module, passes: list) -> tuple[torch.Tensor, str]:
     """(those of the steps of one row, generated code)"""
     torch._dynamo.reset()
-    compiled = lower.compile_forward(captured, passes)
+    compiled = compile_forward(captured, passes)
 
     def forward(*inputs):
-        lower.mark_dynamic(*inputs[:7])
+        mark_dynamic(*inputs[:7])
         return compiled(*inputs)
 
     with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +12,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from pagegraph.compiler.model.forward_local import forward_local
-from pagegraph.compiler.passes import registry
+from pagegraph.compiler.options import PassOptions
 from pagegraph.compiler.passes.modules import merge_linears as module
 from pagegraph.compiler.passes.modules.merge_linears import LinearPart, MergedLinear, merge_linears
+from pagegraph.compiler.passes.registry import apply_module_passes
 from tests.compiler.architectures import SIZES, tiny_config
 
 
@@ -43,9 +43,7 @@ def test_logits_and_bytes_stay(name: str) -> None:
     model = random_model(name)
     ids = torch.randint(3, SIZES["vocab_size"], (2, 21), generator=torch.Generator().manual_seed(1))
     expected, before = model(ids, use_cache=False).logits, parameter_bytes(model)
-    (report,) = registry.apply(
-        model, SimpleNamespace(merge_linears=True, skinny_linears=False, rotary_once=False, round_activations=True)
-    )
+    (report,) = apply_module_passes(model, PassOptions(merge_linears=True, skinny_linears=False, rotary_once=False))
     assert report.name == "merge_linears"
     assert report.changes >= SIZES["num_hidden_layers"]
     torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
@@ -61,12 +59,7 @@ def test_llama_merges_two_groups_a_layer() -> None:
 
 def test_switched_off_changes_nothing() -> None:
     model = random_model("llama")
-    assert (
-        registry.apply(
-            model, SimpleNamespace(merge_linears=False, skinny_linears=False, rotary_once=False, round_activations=True)
-        )
-        == []
-    )
+    assert apply_module_passes(model, PassOptions(merge_linears=False, skinny_linears=False, rotary_once=False)) == []
     assert not any(isinstance(m, MergedLinear) for m in model.modules())
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import safetensors
 
-from pagegraph.compiler.inductor import compile as lower
+from pagegraph.compiler.inductor.cache import naming_the_cache, use_cache
 
 
 @pytest.mark.parametrize("folder", ["/proc/nothing", "/proc/nothing/below"])
 def test_a_cache_that_cannot_be_made_is_named(folder: str) -> None:
     with pytest.raises(OSError, match=rf"^compile_cache_dir={folder} cannot be written to: No such file"):
-        lower.use_cache(Path(folder))
+        use_cache(Path(folder))
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_a_cache_that_cannot_be_made_is_named(folder: str) -> None:
 def test_a_full_or_read_only_cache_is_named(error: Exception) -> None:
     reason = os.strerror(errno.EROFS if getattr(error, "errno", 0) == errno.EROFS else errno.ENOSPC)
     with pytest.raises(OSError, match=f"^compile_cache_dir=/cache cannot be written to: {reason}; name a folder"):
-        with lower.naming_the_cache(Path("/cache")):
+        with naming_the_cache(Path("/cache")):
             raise error
 
 
@@ -38,6 +38,6 @@ def test_a_full_or_read_only_cache_is_named(error: Exception) -> None:
 )
 def test_what_has_to_do_with_other_places_is_left_alone(error: Exception) -> None:
     with pytest.raises(type(error)) as raised:
-        with lower.naming_the_cache(Path("/cache")):
+        with naming_the_cache(Path("/cache")):
             raise error
     assert raised.value is error

@@ -1,0 +1,48 @@
+"""The folder that compiled code and converted models are kept in.
+
+Knows the libraries' variables and what a full disk raises; knows nothing of what is kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors
+
+DEFAULT_CACHE = "~/.cache/pagegraph"
+
+
+def cache_folder(asked: str | None) -> Path:
+    """Where artefacts and converted models are kept; `asked` is the configuration's word."""
+    return Path(asked or DEFAULT_CACHE).expanduser()
+
+
+@contextmanager
+def naming_the_cache(folder: Path) -> Iterator[None]:
+    """Errors of writing below `folder`, as on a full or read-only disk, become OSErrors that name the setting."""
+    try:
+        yield
+    except Exception as error:
+        at = Path(error.filename).absolute() if isinstance(error, OSError) and error.filename is not None else None
+        # Of the folder itself a folder above it may be what cannot be made.
+        inside = at is not None and (at.is_relative_to(folder.absolute()) or folder.absolute().is_relative_to(at))
+        full = isinstance(error, safetensors.SafetensorError) and os.strerror(errno.ENOSPC) in str(error)
+        if not (inside or full):
+            raise
+        reason = error.strerror if inside else os.strerror(errno.ENOSPC)
+        raise OSError(
+            f"compile_cache_dir={folder} cannot be written to: {reason}; name a folder that has room for compiled code and converted models"
+        ) from error
+
+
+def use_cache(folder: Path) -> None:
+    """Keep Inductor's and Triton's artefacts under `folder`; call before the first compilation."""
+    with naming_the_cache(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    # Both libraries read these variables only.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")

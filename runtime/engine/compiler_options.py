@@ -1,0 +1,48 @@
+"""A configuration in the compiler's own words: which device it comes to, and what its keys say of models, steps and passes."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from pagegraph.compiler.options import CompilerOptions, KvCacheOptions, ModelOptions, PassOptions, StepOptions
+from pagegraph.compiler.resolve import resolve_device
+from pagegraph.compiler.step.state import Lookup
+from pagegraph.runtime.config import Config
+
+
+def compiler_options(config: Config) -> CompilerOptions:
+    """Raises ValueError where there is no such device, ConfigError where its token budget is below `max_num_seqs`."""
+    device = resolve_device(config.device)
+    return CompilerOptions(
+        model=model_options(config),
+        draft=None if config.draft is None else model_options(config.draft),
+        device=device,
+        kv_cache=KvCacheOptions(
+            block_size=config.block_size,
+            num_blocks=config.num_blocks,
+            memory=config.cpu_kv_cache_memory() if device.type == "cpu" else config.kv_cache_memory,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            dtype=config.kv_cache_dtype,
+        ),
+        step=StepOptions(
+            max_num_seqs=config.max_num_seqs,
+            max_entries=config.max_entries,
+            max_num_batched_tokens=config.batched_tokens(device.type),
+            max_draft_tokens=config.max_draft_tokens,
+            lookup=Lookup(config.prompt_lookup_min, config.prompt_lookup_max) if config.looks_up_on_device else None,
+        ),
+        passes=pass_options(config),
+        compile=bool(config.compile),
+        num_threads=config.num_threads,
+        cache_dir=config.compile_cache_dir,
+    )
+
+
+def model_options(config: Config) -> ModelOptions:
+    """Of the configuration's own model; keys and options have the same names."""
+    return ModelOptions(**{field.name: getattr(config, field.name) for field in fields(ModelOptions)})
+
+
+def pass_options(config: Config) -> PassOptions:
+    """Keys and options have the same names."""
+    return PassOptions(**{field.name: getattr(config, field.name) for field in fields(PassOptions)})
