@@ -37,9 +37,9 @@ from pagegraph.compiler.resolve import (
     resolve_max_model_len,
     resolve_quantization,
 )
+from pagegraph.compiler.step.capture_queue import CHAINED, Pending
 from pagegraph.compiler.step.capture_sizes import Bucket, cuda_ladder
 from pagegraph.compiler.step.dummy import scrap_step
-from pagegraph.compiler.step.graphs import CHAINED, Pending
 from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.staging import Staging
 from pagegraph.compiler.step.state import DeviceState
@@ -125,9 +125,9 @@ class BuiltModel:
         if self.device.type == "cuda":
             with self.timings.stage("graphs"):
                 for step in self.steps:
-                    rungs = step.ladder.buckets() if all_graphs else step.ladder.first()
-                    step.pending = Pending(step.ladder.buckets())
-                    step.capture_graphs(rungs, progress)
+                    rungs = step.runner.ladder.buckets() if all_graphs else step.runner.ladder.first()
+                    step.runner.pending = Pending(step.runner.ladder.buckets())
+                    step.runner.capture_graphs(rungs, progress)
 
     def close(self) -> None:
         """Finish launched steps."""

@@ -14,17 +14,10 @@ from pagegraph.compiler.step.step import CompiledStep
 REPEATS = 3
 
 
-def decode_sizes(step: CompiledStep, most: int) -> tuple[int, ...]:
-    """Sizes in which steps of one token an entry run, up to `most`: the ladder's, or nearly every one."""
-    if step.ladder is not None:
-        return tuple(rung for rung in step.ladder.decode if rung <= most)
-    return (*range(1, min(most, 16) + 1), *range(20, most + 1, 4))
-
-
 def measure_latency(step: CompiledStep, most: int) -> dict[int, float]:
     """Entries -> milliseconds of a step, for a few sizes up to `most`; nothing may be in flight."""
     found = {}
-    for size in _few(decode_sizes(step, most)):
+    for size in _few(step.decode_sizes(most)):
         one = scrap_step([1] * size, step.state.scrap_row)
         seconds = []
         for _ in range(REPEATS + 1):

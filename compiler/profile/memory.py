@@ -55,9 +55,11 @@ def _graphs(step: CompiledStep, chained: int) -> int:
 
     The median of a few: free memory is the whole device's, and what another process takes meanwhile would be multiplied.
     """
-    rungs = step.ladder.buckets()
-    first = _taken(lambda: step.capture_graphs(rungs[-1:], progress=False))
-    each = statistics.median(_taken(lambda: step.capture_graphs([rung], progress=False)) for rung in rungs[:SAMPLES])
+    rungs = step.runner.ladder.buckets()
+    first = _taken(lambda: step.runner.capture_graphs(rungs[-1:], progress=False))
+    each = statistics.median(
+        _taken(lambda: step.runner.capture_graphs([rung], progress=False)) for rung in rungs[:SAMPLES]
+    )
     return first + int(each) * (len(rungs) - 1 + chained)
 
 

@@ -17,54 +17,7 @@ import torch
 from tqdm import tqdm
 
 from pagegraph.compiler.step.capture_sizes import Bucket
-from pagegraph.compiler.step.staging import Staged
-
-# logits [S, vocab], ids int64 [S], what was looked up (int32 [2, S]) if anything is, the step they are of;
-# of a chain the last step's, but for ids [S, times]
-Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Staged]
-Forward = Callable[[], Outputs]
-
-
-DUE = 64  # steps that had to run otherwise after which their own bucket is captured even if that holds others up
-OFTEN = (
-    8  # steps that wanted a chain before it is captured in idle time: which chains there will be is not known before
-)
-CHAINED = 128  # forwards in all captured chains: each takes the driver's memory of a graph
-
-
-class Pending:
-    """Buckets that are not captured yet, and how many steps have wanted each.
-
-    Chains are added when they are first wanted, while `CHAINED` leaves room.
-    """
-
-    def __init__(self, buckets: Sequence[Bucket] = ()) -> None:
-        self._wanted = dict.fromkeys(sorted(buckets), 0)
-        self._room = CHAINED
-
-    def __contains__(self, bucket: Bucket) -> bool:
-        return bucket in self._wanted
-
-    def want(self, bucket: Bucket) -> bool:
-        """A step would run in it -> whether it is due."""
-        if not self._fits(bucket):
-            return False
-        self._wanted[bucket] = self._wanted.get(bucket, 0) + 1
-        return self._wanted[bucket] >= DUE
-
-    def next(self) -> Bucket | None:
-        """The most wanted, of equals the smallest; None when all are captured, but for chains that are hardly wanted."""
-        ready = [bucket for bucket, wanted in self._wanted.items() if bucket.times == 1 or wanted >= OFTEN]
-        return max(ready, key=self._wanted.__getitem__, default=None)
-
-    def done(self, bucket: Bucket) -> None:
-        self._wanted.pop(bucket, None)
-        if bucket.times > 1:
-            self._room -= bucket.times
-            self._wanted = {one: wanted for one, wanted in self._wanted.items() if self._fits(one)}
-
-    def _fits(self, bucket: Bucket) -> bool:
-        return bucket.times == 1 or bucket.times <= self._room
+from pagegraph.compiler.step.executor import Outputs
 
 
 class GraphSet:
@@ -74,7 +27,9 @@ class GraphSet:
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, buckets: Sequence[Bucket], forward_of: Callable[[Bucket], Forward], progress: bool) -> None:
+    def capture(
+        self, buckets: Sequence[Bucket], forward_of: Callable[[Bucket], Callable[[], Outputs]], progress: bool
+    ) -> None:
         """Capture largest first, so that smaller graphs fit in the pool the largest has made."""
         for bucket in tqdm(sorted(buckets, reverse=True), desc="capture", disable=not progress, unit="graph"):
             forward = forward_of(bucket)
@@ -85,8 +40,8 @@ class GraphSet:
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
-                logits, *rest = forward()
-            self._graphs[bucket] = (graph, (_borrowed(logits), *rest))
+                outputs = forward()
+            self._graphs[bucket] = (graph, outputs._replace(logits=_borrowed(outputs.logits)))
 
     def __contains__(self, bucket: Bucket) -> bool:
         return bucket in self._graphs

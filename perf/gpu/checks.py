@@ -18,12 +18,14 @@ import torch
 
 from pagegraph.compiler.build import BuiltModel, Timings, build_compiled, build_model
 from pagegraph.compiler.step.capture_sizes import Bucket
+from pagegraph.compiler.step.counts import StepCounts
+from pagegraph.compiler.step.cpu_runner import CpuRunner
 from pagegraph.compiler.step.forward import run_forward
 from pagegraph.compiler.step.graphs import GraphSet
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
 from pagegraph.compiler.step.staging import Layout, Staging
 from pagegraph.compiler.step.state import DeviceState
-from pagegraph.compiler.step.step import StepCounts, Ticket
+from pagegraph.compiler.step.step import Ticket
 from pagegraph.runtime.config import load_config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from perf.gpu.offline import Offline, Run, built_of, config_of, random_prompts, step_of
@@ -72,13 +74,15 @@ def graphs(report: Report, args: argparse.Namespace, shared: dict) -> None:
 @contextmanager
 def _graphs_if(built: BuiltModel, wanted: bool) -> Iterator[None]:
     """Without its graphs a step runs the forward itself."""
-    kept = built.step.graphs
-    if not wanted and kept is not None:
-        built.step.graphs = GraphSet()
+    runner = built.step.runner
+    if wanted or isinstance(runner, CpuRunner):
+        yield
+        return
+    kept, runner.graphs = runner.graphs, GraphSet()
     try:
         yield
     finally:
-        built.step.graphs = kept
+        runner.graphs = kept
 
 
 def _differences(report: Report, name: str, run: Run, expected: Run) -> tuple[int, int]:
@@ -105,7 +109,7 @@ def _check_buckets(report: Report, block_size: int, built: BuiltModel, name: str
     """Replays against the plain modules on random steps; unused blocks hold NaN."""
     rng = np.random.default_rng(1)
     checked, worst = 0, 0.0
-    for bucket in built.step.ladder.buckets():
+    for bucket in built.step.runner.ladder.buckets():
         for rows in _rows_of(rng, bucket):
             lengths = rows + rng.integers(0, 100, len(rows))
             one = step_of(
@@ -117,7 +121,7 @@ def _check_buckets(report: Report, block_size: int, built: BuiltModel, name: str
                 report.failure(
                     f"{name}: {bucket}, {one.num_tokens} tokens of {one.num_seqs} sequences: error {error:.1e}"
                 )
-    report.row(forward=name, buckets=len(built.step.ladder.buckets()), steps=checked, worst=worst)
+    report.row(forward=name, buckets=len(built.step.runner.ladder.buckets()), steps=checked, worst=worst)
 
 
 def _rows_of(rng: np.random.Generator, bucket: Bucket) -> Iterator[np.ndarray]:
@@ -156,7 +160,7 @@ def _bucket_error(built: BuiltModel, one: StepInput, bucket: Bucket) -> float:
         cache[num_blocks] = old
     state.last_at[stand[0]] = stand[1]
     step.staging.send(one, bucket)
-    outputs = step.graphs.replay(bucket)
+    outputs = step.runner.graphs.replay(bucket)
     if outputs is None:
         return float("nan")
     logits, ids = (output[: one.num_seqs] for output in outputs[:2])

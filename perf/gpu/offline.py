@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from pagegraph.compiler.build import BuiltModel
+from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.inputs import SamplingInput, StepInput, StepOutput
-from pagegraph.compiler.step.step import CompiledStep, StepCounts, Ticket
+from pagegraph.compiler.step.step import CompiledStep, Ticket
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.assemble import engine_of
 from pagegraph.runtime.ipc.protocol import SamplingParams, Submit, TokenLogprob, Tokens

@@ -15,7 +15,9 @@ from dataclasses import replace
 import numpy as np
 
 from pagegraph.compiler.build import BuiltModel, build_compiled, build_model
-from pagegraph.compiler.step.graphs import GraphSet, Pending
+from pagegraph.compiler.step.capture_queue import Pending
+from pagegraph.compiler.step.cpu_runner import CpuRunner
+from pagegraph.compiler.step.graphs import GraphSet
 from pagegraph.compiler.step.inputs import SamplingInput, StepInput
 from pagegraph.compiler.step.step import CompiledStep
 from pagegraph.runtime.config import Config, load_config
@@ -234,18 +236,18 @@ def _ways(step: CompiledStep, one: StepInput, draft_tokens: int) -> dict[str, Ca
     def chain() -> np.ndarray:
         return step.launch(one, draft_tokens).wait().token_ids
 
-    if step.graphs is None:
+    if isinstance(step.runner, CpuRunner):
         return {"launches": launches, "replays": chain}
-    rung = step.ladder.bucket(one.num_tokens, one.num_seqs)
-    step.pending = Pending()  # nobody else captures
+    rung = step.runner.ladder.bucket(one.num_tokens, one.num_seqs)
+    step.runner.pending = Pending()  # nobody else captures
     without, whole = GraphSet(), GraphSet()
     for graphs, buckets in ((without, [rung]), (whole, [rung, replace(rung, times=draft_tokens)])):
-        step.graphs = graphs
-        step.capture_graphs(buckets, progress=False)
+        step.runner.graphs = graphs
+        step.runner.capture_graphs(buckets, progress=False)
 
     def on(graphs: GraphSet, way: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
         def run() -> np.ndarray:
-            step.graphs = graphs
+            step.runner.graphs = graphs
             return way()
 
         return run

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from pagegraph.compiler.build import BuiltModel
-from pagegraph.compiler.profile.latency import decode_sizes, measure_latency
+from pagegraph.compiler.profile.latency import measure_latency
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.engine import Engine, Limits, Mailbox
 from pagegraph.runtime.engine.metrics import EngineMetrics
@@ -91,7 +91,7 @@ def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Dra
     costs = None
     if config.num_speculative_tokens is None:
         most = scheduler.max_entries
-        costs = StepCosts(decode_sizes(built.step, most), measure_latency(built.step, most))
+        costs = StepCosts(built.step.decode_sizes(most), measure_latency(built.step, most))
     if config.looks_up_on_device:
         return DeviceLookup(scheduler, config.max_draft_tokens, costs)
     looked_up = config.method.partition("+")[0]

@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from pagegraph.compiler.step.step import StepCounts
+from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.runtime.engine.metrics import EngineMetrics
 from pagegraph.runtime.scheduler.commit import Arrived
 from pagegraph.runtime.scheduler.plan import Plan

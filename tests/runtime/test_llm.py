@@ -11,8 +11,9 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
-from pagegraph.compiler.step.step import StepCounts, Ticket
+from pagegraph.compiler.step.step import Ticket
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.ipc.protocol import Submit
 from pagegraph.runtime.llm import LLM

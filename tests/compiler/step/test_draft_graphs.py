@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig
 
 from pagegraph.compiler.build import BuiltModel, build_compiled
+from pagegraph.compiler.step.capture_queue import DUE
 from pagegraph.compiler.step.capture_sizes import Bucket
-from pagegraph.compiler.step.graphs import DUE
 from pagegraph.compiler.step.inputs import Filters, SamplingInput, StepInput
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.compiler_options import compiler_options
@@ -98,7 +98,7 @@ def test_a_chain_is_its_steps_one_by_one(built: BuiltModel, kind: str) -> None:
 @pytest.mark.parametrize("built", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 def test_a_captured_chain_is_its_steps_one_by_one(built: BuiltModel, kind: str, seqs: int) -> None:
     """Padding beside the sequences, and steps of other kinds between two replays."""
-    step, rung = built.step, built.step.ladder.bucket(seqs, seqs)
+    step, rung = built.step, built.step.runner.ladder.bucket(seqs, seqs)
     expected, chain = one_by_one(step, kind, seqs), Bucket(rung.tokens, rung.seqs, TIMES)
     for _ in range(DUE + 2):  # captured on the way
         step.launch(prompts(kind))
@@ -106,6 +106,6 @@ def test_a_captured_chain_is_its_steps_one_by_one(built: BuiltModel, kind: str, 
         after = step.launch(decode(kind, [-1] * SEQS, TIMES, seqs))
         np.testing.assert_array_equal(got.wait().token_ids, expected)
         assert after.wait().token_ids.shape == (seqs,)
-    assert chain in step.graphs and step.graphs.replay(chain)[1].shape == (rung.seqs, TIMES)
+    assert chain in step.runner.graphs and step.runner.graphs.replay(chain)[1].shape == (rung.seqs, TIMES)
     np.testing.assert_array_equal(one_by_one(step, kind, seqs), expected)
     np.testing.assert_array_equal(step.state.last_at[:seqs].cpu(), LENGTHS[:seqs] + TIMES)

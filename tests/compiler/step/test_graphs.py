@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pagegraph.compiler.step.capture_queue import CHAINED, DUE, OFTEN, Pending
 from pagegraph.compiler.step.capture_sizes import Bucket
-from pagegraph.compiler.step.graphs import CHAINED, DUE, OFTEN, GraphSet, Pending
+from pagegraph.compiler.step.graphs import GraphSet
 
 SMALL, MIDDLE, LARGE = Bucket(2, 2), Bucket(8, 8), Bucket(64, 16)
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
-from pagegraph.compiler.step.step import StepCounts, Ticket
+from pagegraph.compiler.step.step import Ticket
 from pagegraph.runtime.engine.engine import Engine, Limits
 from pagegraph.runtime.engine.metrics import EngineMetrics
 from pagegraph.runtime.engine.stats import Recorder

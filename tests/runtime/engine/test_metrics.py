@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from pagegraph.compiler.step.step import StepCounts
+from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.runtime.engine.metrics import EngineMetrics
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.inputs import LookedUp, StepInput, StepOutput
-from pagegraph.compiler.step.step import StepCounts, Ticket
+from pagegraph.compiler.step.step import Ticket
 from pagegraph.kernels.spec_decode import reference
 from pagegraph.runtime.engine.engine import Engine, Limits
 from pagegraph.runtime.engine.metrics import EngineMetrics

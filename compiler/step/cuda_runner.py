@@ -1,0 +1,116 @@
+"""Steps on a GPU: captured graphs replayed on the current stream, sampled ids copied to the host on a second one.
+
+Knows which graph a step replays and when a missing one is captured; knows no requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from pagegraph.compiler.step.capture_queue import Pending
+from pagegraph.compiler.step.capture_sizes import Bucket, Ladder
+from pagegraph.compiler.step.counts import StepCounts
+from pagegraph.compiler.step.executor import Outputs, Sampled, StepExecutor
+from pagegraph.compiler.step.graphs import GraphSet
+from pagegraph.compiler.step.inputs import StepInput, StepOutput
+
+
+class CudaRunner:
+    """Pads each step to a rung of the ladder; a step beyond it runs without a graph."""
+
+    def __init__(self, executor: StepExecutor, ladder: Ladder, counts: StepCounts) -> None:
+        self.ladder = ladder
+        self.graphs = GraphSet()
+        self.pending = Pending()  # rungs to be captured between steps
+        self._executor = executor
+        self._counts = counts
+        self._returns = torch.cuda.Stream()
+        self._returned: torch.cuda.Event | None = None  # the last step's ids are copied out of their buffer
+
+    @torch.inference_mode()
+    def launch(self, step: StepInput, times: int) -> Callable[[], StepOutput]:
+        """Launch a step, or a chain of `times` -> a function that waits for what comes of it."""
+        executor, rung = self._executor, self._rung(step)
+        bucket = rung or Bucket(step.num_tokens, self.ladder.max_num_seqs)  # the kernels of the largest rung
+        if times > 1 and rung and step.sampling.is_plain:
+            rung = self._chain(rung, times)
+        packet = executor.staging.send(step, bucket, times)
+        if self._returned is not None:
+            torch.cuda.current_stream().wait_event(self._returned)
+        self._counts.launched(step.num_tokens * times, bucket.tokens * times, rung in self.graphs)
+
+        def run() -> Sampled:
+            replayed = self.graphs.replay(rung) if rung else None
+            return executor.finish(step, replayed or executor.run(packet))
+
+        return self._returning(step, executor.repeat(packet, times // (rung or bucket).times, run))
+
+    def capture_graphs(self, buckets: Sequence[Bucket], progress: bool) -> None:
+        """Capture these rungs of the ladder, or chains of them; a step may be in flight."""
+        executor = self._executor
+
+        def forward_of(bucket: Bucket) -> Callable[[], Outputs]:
+            packet = executor.staging.placeholder(bucket)
+            return lambda: executor.run(packet, bucket.times)
+
+        with torch.inference_mode():
+            self.graphs.capture(buckets, forward_of, progress)
+        for bucket in buckets:
+            self.pending.done(bucket)
+
+    def use_idle_time(self) -> bool:
+        """Capture one more rung -> whether there was any."""
+        bucket = self.pending.next()
+        if bucket is not None:
+            self.capture_graphs([bucket], progress=False)
+        return bucket is not None
+
+    def decode_sizes(self, most: int) -> tuple[int, ...]:
+        """Sizes up to `most` that differ in what a decode step takes: the ladder's."""
+        return tuple(size for size in self.ladder.decode if size <= most)
+
+    def close(self) -> None:
+        """Nothing runs on a thread of its own."""
+
+    def _rung(self, step: StepInput) -> Bucket | None:
+        """The rung that the step runs in: its own, or a larger one while that is not captured; None beyond the ladder."""
+        rung = self.ladder.bucket(step.num_tokens, step.num_seqs)
+        if rung not in self.pending:
+            return rung
+        if self.pending.want(rung):
+            self.capture_graphs([rung], progress=False)
+            return rung
+        return self.graphs.holding(rung)
+
+    def _chain(self, rung: Bucket, times: int) -> Bucket:
+        """The chain of so many steps of the rung if it is captured, or due by now; else the rung."""
+        chain = replace(rung, times=times)
+        if chain not in self.graphs and self.pending.want(chain):
+            self.capture_graphs([chain], progress=False)
+        return chain if chain in self.graphs else rung
+
+    def _returning(self, step: StepInput, sampled: Sampled) -> Callable[[], StepOutput]:
+        """Send ids to the host on a second stream; the main one goes on."""
+        self._returns.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._returns):
+            ids = _sent_back(sampled.ids)
+            found = None if sampled.found is None else _sent_back(sampled.found)
+            arrived = self._returned = torch.cuda.Event()
+            arrived.record()
+
+        def result() -> StepOutput:
+            arrived.synchronize()
+            return Sampled(ids, found, sampled.logprobs).output(step)
+
+        return result
+
+
+def _sent_back(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, which the current stream fills."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    tensor.record_stream(torch.cuda.current_stream())
+    return host

@@ -1,0 +1,81 @@
+"""What a padded step does on its device: unpack its packet, run the forward, sample, and hand the ids to the next step.
+
+Launches only, so that a CUDA graph can hold it. Knows no threads, streams or graphs: those are the runners'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from pagegraph.compiler.step.forward import run_forward
+from pagegraph.compiler.step.inputs import LookedUp, StepInput, StepOutput
+from pagegraph.compiler.step.sampling import StepLogprobTensors, draw, sample, settle
+from pagegraph.compiler.step.staging import Packet, Staged, Staging
+from pagegraph.compiler.step.state import DeviceState
+
+
+class Outputs(NamedTuple):
+    """Of a padded step of S sequences; of a chain the last step's, but for the ids."""
+
+    logits: torch.Tensor  # [S, vocab]
+    ids: torch.Tensor  # int64 [S], of a chain [S, times]
+    found: torch.Tensor | None  # int32 [2, S], what was looked up if anything is
+    staged: Staged
+
+
+class Sampled(NamedTuple):
+    """What the step's own s sequences get."""
+
+    ids: torch.Tensor  # int64 [s], of a chain [s, times]
+    found: torch.Tensor | None  # int32 [2, s]
+    logprobs: StepLogprobTensors | None
+
+    def output(self, step: StepInput) -> StepOutput:
+        """On the host: `ids` and `found` are there already."""
+        lookup = None
+        if self.found is not None:
+            matches, fed = self.found.numpy()
+            lookup = LookedUp(matches >> 1, matches & 1 if step.sampling.is_plain else None, fed)
+        return StepOutput(self.ids.int().numpy(), self.logprobs.numpy() if self.logprobs else None, lookup)
+
+
+class StepExecutor:
+    """Runs padded steps by whatever forward there is: the captured modules, or what they are compiled to."""
+
+    def __init__(self, forward: Callable[..., torch.Tensor], state: DeviceState, staging: Staging) -> None:
+        self.forward = forward
+        self.state = state
+        self.staging = staging
+
+    def run(self, packet: Packet, times: int = 1) -> Outputs:
+        """The padded step's own work, `times` over: all that a CUDA graph holds."""
+        before = []
+        for _ in range(times - 1):
+            before.append(self.run(packet).ids)  # the ids alone: what else there was makes room for the next
+            self.staging.go_on(packet)
+        staged = self.staging.unpack(packet)
+        logits = run_forward(self.forward, staged, self.state)
+        ids = draw(logits, staged, self.state)
+        found = settle(ids, staged, self.state)
+        return Outputs(logits, torch.stack([*before, ids], dim=1) if before else ids, found, staged)
+
+    def repeat(self, packet: Packet, times: int, run: Callable[[], Sampled]) -> Sampled:
+        """What comes of it if `run` takes the packet so often, each time a token further; of several the ids alone."""
+        if times == 1:
+            return run()
+        drawn = []
+        for _ in range(times):
+            drawn.append(run().ids.clone())
+            self.staging.go_on(packet)
+        return Sampled(torch.stack(drawn, dim=1), None, None)
+
+    def finish(self, step: StepInput, outputs: Outputs) -> Sampled:
+        """What the step's own sequences get: ids of the forward where they will do."""
+        seqs = step.num_seqs
+        if step.sampling.is_plain:
+            return Sampled(outputs.ids[:seqs], None if outputs.found is None else outputs.found[:, :seqs], None)
+        ids, logprobs = sample(outputs.logits[:seqs], step.sampling, outputs.staged, self.state)
+        return Sampled(ids, settle(ids, outputs.staged, self.state), logprobs)
