@@ -38,7 +38,7 @@ from pagegraph.compiler.resolve import (
     resolve_quantization,
 )
 from pagegraph.compiler.step.capture_queue import CHAINED, Pending
-from pagegraph.compiler.step.capture_sizes import Bucket, cuda_ladder
+from pagegraph.compiler.step.capture_sizes import Bucket, cuda_capture_sizes
 from pagegraph.compiler.step.dummy import scrap_step
 from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.staging import Staging
@@ -125,9 +125,9 @@ class BuiltModel:
         if self.device.type == "cuda":
             with self.timings.stage("graphs"):
                 for step in self.steps:
-                    rungs = step.runner.ladder.buckets() if all_graphs else step.runner.ladder.first()
-                    step.runner.pending = Pending(step.runner.ladder.buckets())
-                    step.runner.capture_graphs(rungs, progress)
+                    buckets = step.runner.capture_sizes.buckets() if all_graphs else step.runner.capture_sizes.first()
+                    step.runner.pending = Pending(step.runner.capture_sizes.buckets())
+                    step.runner.capture_graphs(buckets, progress)
 
     def close(self) -> None:
         """Finish launched steps."""
@@ -279,10 +279,12 @@ def _check_draft(options: CompilerOptions, model: LoadedModel, draft: LoadedMode
 
 def _step(options: CompilerOptions, captured: CapturedModel, state: DeviceState) -> CompiledStep:
     largest = _largest(options)
-    ladder = None
+    capture_sizes = None
     if options.device.type == "cuda":
-        ladder = cuda_ladder(options.step.max_entries, min(MAX_CAPTURED_TOKENS, largest.tokens))
-    return CompiledStep(captured, state, Staging(state, largest), ladder, graph_passes(options.passes, options.device))
+        capture_sizes = cuda_capture_sizes(options.step.max_entries, min(MAX_CAPTURED_TOKENS, largest.tokens))
+    return CompiledStep(
+        captured, state, Staging(state, largest), capture_sizes, graph_passes(options.passes, options.device)
+    )
 
 
 def _largest(options: CompilerOptions) -> Bucket:

@@ -35,7 +35,7 @@ class Peak:
 def measure_peak(step: CompiledStep, largest: Bucket, max_model_len: int, chained: int = 0) -> Peak:
     """Run steps of `largest` through `step`, whose state has the null block only; `step` is of no use afterwards.
 
-    `chained`: forwards that chains will hold beside the rungs' graphs.
+    `chained`: forwards that chains will hold beside those of the capture sizes.
     """
     device = step.staging.device
     torch.cuda.empty_cache()
@@ -55,12 +55,12 @@ def _graphs(step: CompiledStep, chained: int) -> int:
 
     The median of a few: free memory is the whole device's, and what another process takes meanwhile would be multiplied.
     """
-    rungs = step.runner.ladder.buckets()
-    first = _taken(lambda: step.runner.capture_graphs(rungs[-1:], progress=False))
+    buckets = step.runner.capture_sizes.buckets()
+    first = _taken(lambda: step.runner.capture_graphs(buckets[-1:], progress=False))
     each = statistics.median(
-        _taken(lambda: step.runner.capture_graphs([rung], progress=False)) for rung in rungs[:SAMPLES]
+        _taken(lambda: step.runner.capture_graphs([bucket], progress=False)) for bucket in buckets[:SAMPLES]
     )
-    return first + int(each) * (len(rungs) - 1 + chained)
+    return first + int(each) * (len(buckets) - 1 + chained)
 
 
 def _taken(act: Callable[[], None]) -> int:

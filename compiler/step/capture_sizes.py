@@ -1,7 +1,7 @@
-"""The ladder of step sizes: which padded shape a step of T tokens and S sequences runs in.
+"""Capture sizes: which padded shape, or bucket, a step of T tokens and S sequences runs in.
 
-Pure arithmetic. Sizes of one are padded to two, because the compiler would specialise on a one. On CUDA every
-rung is captured as one graph; on the CPU, and beyond the rungs, a step otherwise keeps its own size. On the CPU a
+Pure arithmetic. Sizes of one are padded to two, because the compiler would specialise on a one. On CUDA each
+capture size is one graph; on the CPU, and beyond the largest, a step otherwise keeps its own size. On the CPU a
 single token has a compiled forward of its own.
 """
 
@@ -24,7 +24,7 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Ladder:
+class CaptureSizes:
     """Captured sizes in rising order. `decode`: steps of one token a sequence; `mixed`: token counts."""
 
     decode: tuple[int, ...]
@@ -32,18 +32,20 @@ class Ladder:
     max_num_seqs: int
 
     def buckets(self) -> list[Bucket]:
-        """Every rung, smallest first: the order of capture."""
-        rungs = [Bucket(n, n) for n in self.decode]
-        rungs += [Bucket(n, min(n, self.max_num_seqs)) for n in self.mixed]
-        return sorted(set(rungs))
+        """All buckets, smallest first: the order of capture."""
+        buckets = [Bucket(n, n) for n in self.decode]
+        buckets += [Bucket(n, min(n, self.max_num_seqs)) for n in self.mixed]
+        return sorted(set(buckets))
 
     def first(self) -> list[Bucket]:
-        """The few rungs that steps of every size fit in without much padding: captured before anything runs."""
+        """The few buckets that steps of every size fit in without much padding: captured before anything runs."""
         decode, mixed = _every_fourth(self.decode), _every_fourth(self.mixed)
-        return [rung for rung in self.buckets() if rung in Ladder(decode, mixed, self.max_num_seqs).buckets()]
+        return [
+            bucket for bucket in self.buckets() if bucket in CaptureSizes(decode, mixed, self.max_num_seqs).buckets()
+        ]
 
     def bucket(self, num_tokens: int, num_seqs: int) -> Bucket | None:
-        """Smallest rung that holds the step, or None when it is larger than every rung."""
+        """Smallest bucket that holds the step, or None when it is larger than every bucket."""
         if num_tokens == num_seqs:
             at = bisect_left(self.decode, num_tokens)
             if at < len(self.decode):
@@ -63,19 +65,19 @@ def _every_fourth(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(kept))
 
 
-def cuda_ladder(max_num_seqs: int, max_tokens: int) -> Ladder:
-    """Rungs for every step of at most `max_tokens`; decode ones are 2, 4, then by 8 to 256 and by 32 to `max_num_seqs`."""
+def cuda_capture_sizes(max_num_seqs: int, max_tokens: int) -> CaptureSizes:
+    """Buckets for every step of at most `max_tokens`; decode ones are 2, 4, then by 8 to 256 and by 32 to `max_num_seqs`."""
     max_num_seqs = max(max_num_seqs, 2)
     decode = sorted(
         {n for n in (2, 4, *range(8, 257, 8), *range(288, max_num_seqs + 1, 32)) if n < max_num_seqs} | {max_num_seqs}
     )
-    return Ladder(tuple(decode), tuple(_mixed(max_tokens)), max_num_seqs)
+    return CaptureSizes(tuple(decode), tuple(_mixed(max_tokens)), max_num_seqs)
 
 
 def _mixed(limit: int) -> list[int]:
     """16, 32, 48, by 64 to 1024, by 256 to 4096, from there on eight to an octave, and the limit itself.
 
-    Padding of a mixed step costs matrix time: rungs are close where steps are many. A prompt's own steps are mostly the limit.
+    Padding of a mixed step costs GEMM time: sizes are close where steps are many. A prompt's own steps are mostly the limit.
     """
     sizes, size = [16, 32, 48, *range(64, 1024, 64)], 1024
     while size < limit:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from pagegraph.compiler.step.capture_queue import Pending
-from pagegraph.compiler.step.capture_sizes import Bucket, Ladder
+from pagegraph.compiler.step.capture_sizes import Bucket, CaptureSizes
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.executor import Outputs, Sampled, StepExecutor
 from pagegraph.compiler.step.graphs import GraphSet
@@ -19,12 +19,12 @@ from pagegraph.compiler.step.inputs import StepInput, StepOutput
 
 
 class CudaRunner:
-    """Pads each step to a rung of the ladder; a step beyond it runs without a graph."""
+    """Pads each step to a capture size; a step larger than all of them runs without a graph."""
 
-    def __init__(self, executor: StepExecutor, ladder: Ladder, counts: StepCounts) -> None:
-        self.ladder = ladder
+    def __init__(self, executor: StepExecutor, capture_sizes: CaptureSizes, counts: StepCounts) -> None:
+        self.capture_sizes = capture_sizes
         self.graphs = GraphSet()
-        self.pending = Pending()  # rungs to be captured between steps
+        self.pending = Pending()  # buckets to be captured between steps
         self._executor = executor
         self._counts = counts
         self._returns = torch.cuda.Stream()
@@ -33,23 +33,23 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, step: StepInput, times: int) -> Callable[[], StepOutput]:
         """Launch a step, or a chain of `times` -> a function that waits for what comes of it."""
-        executor, rung = self._executor, self._rung(step)
-        bucket = rung or Bucket(step.num_tokens, self.ladder.max_num_seqs)  # the kernels of the largest rung
-        if times > 1 and rung and step.sampling.is_plain:
-            rung = self._chain(rung, times)
+        executor, captured = self._executor, self._captured_bucket(step)
+        bucket = captured or Bucket(step.num_tokens, self.capture_sizes.max_num_seqs)  # the kernels of the largest size
+        if times > 1 and captured and step.sampling.is_plain:
+            captured = self._chain(captured, times)
         packet = executor.staging.send(step, bucket, times)
         if self._returned is not None:
             torch.cuda.current_stream().wait_event(self._returned)
-        self._counts.launched(step.num_tokens * times, bucket.tokens * times, rung in self.graphs)
+        self._counts.launched(step.num_tokens * times, bucket.tokens * times, captured in self.graphs)
 
         def run() -> Sampled:
-            replayed = self.graphs.replay(rung) if rung else None
+            replayed = self.graphs.replay(captured) if captured else None
             return executor.finish(step, replayed or executor.run(packet))
 
-        return self._returning(step, executor.repeat(packet, times // (rung or bucket).times, run))
+        return self._returning(step, executor.repeat(packet, times // (captured or bucket).times, run))
 
     def capture_graphs(self, buckets: Sequence[Bucket], progress: bool) -> None:
-        """Capture these rungs of the ladder, or chains of them; a step may be in flight."""
+        """Capture these buckets, or chains of them; a step may be in flight."""
         executor = self._executor
 
         def forward_of(bucket: Bucket) -> Callable[[], Outputs]:
@@ -62,35 +62,35 @@ class CudaRunner:
             self.pending.done(bucket)
 
     def use_idle_time(self) -> bool:
-        """Capture one more rung -> whether there was any."""
+        """Capture one more bucket -> whether there was any."""
         bucket = self.pending.next()
         if bucket is not None:
             self.capture_graphs([bucket], progress=False)
         return bucket is not None
 
     def decode_sizes(self, most: int) -> tuple[int, ...]:
-        """Sizes up to `most` that differ in what a decode step takes: the ladder's."""
-        return tuple(size for size in self.ladder.decode if size <= most)
+        """Sizes up to `most` that differ in what a decode step takes: the capture sizes."""
+        return tuple(size for size in self.capture_sizes.decode if size <= most)
 
     def close(self) -> None:
         """Nothing runs on a thread of its own."""
 
-    def _rung(self, step: StepInput) -> Bucket | None:
-        """The rung that the step runs in: its own, or a larger one while that is not captured; None beyond the ladder."""
-        rung = self.ladder.bucket(step.num_tokens, step.num_seqs)
-        if rung not in self.pending:
-            return rung
-        if self.pending.want(rung):
-            self.capture_graphs([rung], progress=False)
-            return rung
-        return self.graphs.holding(rung)
+    def _captured_bucket(self, step: StepInput) -> Bucket | None:
+        """The bucket that the step runs in: its own, or a larger one while that is not captured; None beyond the largest."""
+        bucket = self.capture_sizes.bucket(step.num_tokens, step.num_seqs)
+        if bucket not in self.pending:
+            return bucket
+        if self.pending.want(bucket):
+            self.capture_graphs([bucket], progress=False)
+            return bucket
+        return self.graphs.holding(bucket)
 
-    def _chain(self, rung: Bucket, times: int) -> Bucket:
-        """The chain of so many steps of the rung if it is captured, or due by now; else the rung."""
-        chain = replace(rung, times=times)
+    def _chain(self, bucket: Bucket, times: int) -> Bucket:
+        """The chain of so many steps of the bucket if it is captured, or due by now; else the bucket."""
+        chain = replace(bucket, times=times)
         if chain not in self.graphs and self.pending.want(chain):
             self.capture_graphs([chain], progress=False)
-        return chain if chain in self.graphs else rung
+        return chain if chain in self.graphs else bucket
 
     def _returning(self, step: StepInput, sampled: Sampled) -> Callable[[], StepOutput]:
         """Send ids to the host on a second stream; the main one goes on."""

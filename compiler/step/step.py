@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pagegraph.compiler.inductor.compile import GraphPass, compile_forward
 from pagegraph.compiler.model.capture import CapturedModel
-from pagegraph.compiler.step.capture_sizes import Ladder, own_bucket
+from pagegraph.compiler.step.capture_sizes import CaptureSizes, own_bucket
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.cpu_runner import CpuRunner
 from pagegraph.compiler.step.cuda_runner import CudaRunner
@@ -45,10 +45,10 @@ class CompiledStep:
         captured: CapturedModel,
         state: DeviceState,
         staging: Staging,
-        ladder: Ladder | None,
+        capture_sizes: CaptureSizes | None,
         graph_passes: Sequence[GraphPass] = (),
     ) -> None:
-        """ladder: of captured graphs, on CUDA."""
+        """capture_sizes: of CUDA graphs; None on a CPU."""
         self.captured = captured
         self.state = state
         self.staging = staging
@@ -56,8 +56,8 @@ class CompiledStep:
         self._graph_passes = graph_passes
         self._executor = StepExecutor(captured, state, staging)
         self.runner: CudaRunner | CpuRunner
-        if ladder is not None:
-            self.runner = CudaRunner(self._executor, ladder, self.counts)
+        if capture_sizes is not None:
+            self.runner = CudaRunner(self._executor, capture_sizes, self.counts)
         else:
             self.runner = CpuRunner(self._executor, self.counts)
 

@@ -109,7 +109,7 @@ def _check_buckets(report: Report, block_size: int, built: BuiltModel, name: str
     """Replays against the plain modules on random steps; unused blocks hold NaN."""
     rng = np.random.default_rng(1)
     checked, worst = 0, 0.0
-    for bucket in built.step.runner.ladder.buckets():
+    for bucket in built.step.runner.capture_sizes.buckets():
         for rows in _rows_of(rng, bucket):
             lengths = rows + rng.integers(0, 100, len(rows))
             one = step_of(
@@ -121,7 +121,7 @@ def _check_buckets(report: Report, block_size: int, built: BuiltModel, name: str
                 report.failure(
                     f"{name}: {bucket}, {one.num_tokens} tokens of {one.num_seqs} sequences: error {error:.1e}"
                 )
-    report.row(forward=name, buckets=len(built.step.runner.ladder.buckets()), steps=checked, worst=worst)
+    report.row(forward=name, buckets=len(built.step.runner.capture_sizes.buckets()), steps=checked, worst=worst)
 
 
 def _rows_of(rng: np.random.Generator, bucket: Bucket) -> Iterator[np.ndarray]:

@@ -55,7 +55,7 @@ def start(report: Report, args: argparse.Namespace, shared: dict) -> None:
         for cache in (*built.step.state.key_caches, *built.step.state.value_caches):
             cache.normal_()
         free, total = torch.cuda.mem_get_info()
-        report.fact(graphs=len(built.step.runner.ladder.buckets()), used_gib=(total - free) / 2**30)
+        report.fact(graphs=len(built.step.runner.capture_sizes.buckets()), used_gib=(total - free) / 2**30)
     shared["built"] = config, built
 
 
@@ -95,7 +95,7 @@ def _replayed(built: BuiltModel, one) -> float:
     """Seconds of the step's graph, replayed back to back; nan where there is none."""
     if built.device.type != "cuda":
         return float("nan")
-    bucket = built.step.runner.ladder.bucket(one.num_tokens, one.num_seqs)
+    bucket = built.step.runner.capture_sizes.bucket(one.num_tokens, one.num_seqs)
     with torch.inference_mode():
         built.step.staging.send(one, bucket)  # tokens of the host's: every replay runs the same step
         if built.step.runner.graphs.replay(bucket) is None:

@@ -471,8 +471,8 @@ def steps(
                 built.compile()
         if built.device.type == "cuda":
             with built.timings.stage("graphs"):
-                rungs = {built.step.runner.ladder.bucket(rows, rows) for rows, _ in cases}
-                built.step.runner.capture_graphs(sorted(rungs), progress=False)
+                buckets = {built.step.runner.capture_sizes.bucket(rows, rows) for rows, _ in cases}
+                built.step.runner.capture_graphs(sorted(buckets), progress=False)
             torch.cuda.empty_cache()
         pipe.send({name: round(seconds, 1) for name, seconds in built.timings.seconds.items()})
         pipe.recv()

@@ -103,7 +103,9 @@ def texts(report: Report, args: argparse.Namespace, shared: dict) -> None:
                     return
                 _compare(report, llm, method, kind, streams, num_tokens)
         costs = llm.engine.speculation.costs
-        report.fact(**{f"{method}_costs_ms": dict(zip(costs.rungs.tolist(), costs.ms(costs.rungs).round(3).tolist()))})
+        report.fact(
+            **{f"{method}_costs_ms": dict(zip(costs.step_sizes.tolist(), costs.ms(costs.step_sizes).round(3).tolist()))}
+        )
     if (
         built.device.type == "cuda"
     ):  # what looking up and accepting take of a step without draft tokens; last, as it leaves hooks
@@ -238,10 +240,10 @@ def _ways(step: CompiledStep, one: StepInput, draft_tokens: int) -> dict[str, Ca
 
     if isinstance(step.runner, CpuRunner):
         return {"launches": launches, "replays": chain}
-    rung = step.runner.ladder.bucket(one.num_tokens, one.num_seqs)
+    bucket = step.runner.capture_sizes.bucket(one.num_tokens, one.num_seqs)
     step.runner.pending = Pending()  # nobody else captures
     without, whole = GraphSet(), GraphSet()
-    for graphs, buckets in ((without, [rung]), (whole, [rung, replace(rung, times=draft_tokens)])):
+    for graphs, buckets in ((without, [bucket]), (whole, [bucket, replace(bucket, times=draft_tokens)])):
         step.runner.graphs = graphs
         step.runner.capture_graphs(buckets, progress=False)
 

@@ -28,13 +28,13 @@ class StepCosts:
     """Milliseconds of a step by its entries: ms(n, now) = speed(now) * shape(n), both learned.
 
     The speed follows context lengths and the machine's load quickly, the shape slowly: a busy moment slows all sizes,
-    and does not make the size that it fell on look dear. Sizes are rounded up to `rungs`, those in which steps run.
+    and does not make the size that it fell on look dear. Sizes are rounded up to `step_sizes`, those in which steps run.
     """
 
-    def __init__(self, rungs: Sequence[int], measured: Mapping[int, float] | None = None) -> None:
-        self.rungs = np.array(rungs)
-        self._shape = np.zeros(len(rungs))  # logarithms
-        self._seen = np.zeros(len(rungs), np.int64)
+    def __init__(self, step_sizes: Sequence[int], measured: Mapping[int, float] | None = None) -> None:
+        self.step_sizes = np.array(step_sizes)
+        self._shape = np.zeros(len(step_sizes))  # logarithms
+        self._seen = np.zeros(len(step_sizes), np.int64)
         self._speed = 0.0
         for entries, ms in (measured or {}).items():
             self.observe(entries, ms)
@@ -46,13 +46,13 @@ class StepCosts:
         if not self._seen.any():
             self._speed = value
         surprise = (
-            float(np.clip(value - np.log(self.ms(self.rungs[at])), -OUTLIER, OUTLIER)) if self._seen.any() else 0.0
+            float(np.clip(value - np.log(self.ms(self.step_sizes[at])), -OUTLIER, OUTLIER)) if self._seen.any() else 0.0
         )
         if self._seen[at]:
             self._speed += SPEED_RATE * surprise
             self._shape[at] += max(SHAPE_RATE, 0.5 / self._seen[at]) * surprise
         else:
-            self._shape[at] = np.log(self.ms(self.rungs[at])) - self._speed + surprise if self._seen.any() else 0.0
+            self._shape[at] = np.log(self.ms(self.step_sizes[at])) - self._speed + surprise if self._seen.any() else 0.0
         self._seen[at] += 1
 
     def ms(self, entries: np.ndarray | int) -> np.ndarray:
@@ -61,14 +61,14 @@ class StepCosts:
         Between known sizes a line; beyond the largest it grows with the root, so that larger ones are tried.
         """
         known = np.flatnonzero(self._seen)
-        rungs = self.rungs[self._at(entries)]
+        step_sizes = self.step_sizes[self._at(entries)]
         if not len(known):
-            return np.full(np.shape(rungs), np.nan)
-        sizes, ms = self.rungs[known], np.exp(self._speed + self._shape[known])
-        return np.interp(rungs, sizes, ms) * np.sqrt(np.maximum(rungs / sizes[-1], 1.0))
+            return np.full(np.shape(step_sizes), np.nan)
+        sizes, ms = self.step_sizes[known], np.exp(self._speed + self._shape[known])
+        return np.interp(step_sizes, sizes, ms) * np.sqrt(np.maximum(step_sizes / sizes[-1], 1.0))
 
     def _at(self, entries: np.ndarray | int) -> np.ndarray:
-        return np.minimum(np.searchsorted(self.rungs, entries), len(self.rungs) - 1)
+        return np.minimum(np.searchsorted(self.step_sizes, entries), len(self.step_sizes) - 1)
 
 
 class Acceptance:

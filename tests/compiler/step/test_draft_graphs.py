@@ -24,7 +24,7 @@ NO_BLOCKS = np.empty((0, 3), np.int32)
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BuiltModel]:
-    """Random weights, uncompiled; on CUDA with the graphs of its rungs, of which no chain."""
+    """Random weights, uncompiled; on CUDA with the graphs of its buckets, of which no chain."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     LlamaConfig(
@@ -98,14 +98,14 @@ def test_a_chain_is_its_steps_one_by_one(built: BuiltModel, kind: str) -> None:
 @pytest.mark.parametrize("built", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 def test_a_captured_chain_is_its_steps_one_by_one(built: BuiltModel, kind: str, seqs: int) -> None:
     """Padding beside the sequences, and steps of other kinds between two replays."""
-    step, rung = built.step, built.step.runner.ladder.bucket(seqs, seqs)
-    expected, chain = one_by_one(step, kind, seqs), Bucket(rung.tokens, rung.seqs, TIMES)
+    step, bucket = built.step, built.step.runner.capture_sizes.bucket(seqs, seqs)
+    expected, chain = one_by_one(step, kind, seqs), Bucket(bucket.tokens, bucket.seqs, TIMES)
     for _ in range(DUE + 2):  # captured on the way
         step.launch(prompts(kind))
         got = step.launch(decode(kind, [50, 60, 70], 0, seqs), TIMES)
         after = step.launch(decode(kind, [-1] * SEQS, TIMES, seqs))
         np.testing.assert_array_equal(got.wait().token_ids, expected)
         assert after.wait().token_ids.shape == (seqs,)
-    assert chain in step.runner.graphs and step.runner.graphs.replay(chain)[1].shape == (rung.seqs, TIMES)
+    assert chain in step.runner.graphs and step.runner.graphs.replay(chain)[1].shape == (bucket.seqs, TIMES)
     np.testing.assert_array_equal(one_by_one(step, kind, seqs), expected)
     np.testing.assert_array_equal(step.state.last_at[:seqs].cpu(), LENGTHS[:seqs] + TIMES)

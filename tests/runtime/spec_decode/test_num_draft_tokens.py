@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from pagegraph.runtime.spec_decode.num_draft_tokens import PRIOR, Acceptance, StepCosts, choose
 
-RUNGS = (1, 2, 4, 8, 16, 32, 64)
+STEP_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def costs_of(ms: dict[int, float]) -> StepCosts:
-    costs = StepCosts(RUNGS, ms)
+    costs = StepCosts(STEP_SIZES, ms)
     for size, value in list(ms.items()) * 200:
         costs.observe(size, value)
     return costs
@@ -23,9 +23,9 @@ def test_costs_are_those_observed_and_lines_between() -> None:
     costs = costs_of({1: 10.0, 4: 16.0, 16: 40.0})
     assert costs.ms(np.array([1, 4, 16])) == pytest.approx([10, 16, 40], rel=0.02)
     assert costs.ms(8) == pytest.approx(16 + 24 / 3, rel=0.02)
-    assert costs.ms(3) == costs.ms(4), "a step of three runs in the rung of four"
+    assert costs.ms(3) == costs.ms(4), "a step of three runs as one of four"
     assert costs.ms(64) == pytest.approx(80, rel=0.02), "unknown sizes look cheap enough to be tried"
-    assert np.isnan(StepCosts(RUNGS).ms(1))
+    assert np.isnan(StepCosts(STEP_SIZES).ms(1))
 
 
 def test_a_busy_moment_slows_all_sizes_alike() -> None:
@@ -82,7 +82,7 @@ def test_the_choice_is_the_best_of_all(rows: int, budget: int, slope: float, ove
     rng = np.random.default_rng(seed)
     chances = np.cumprod(rng.uniform(0, 1, (rows, 3)), axis=1)
     limits = rng.integers(0, 4, rows).astype(np.int32)
-    costs = costs_of({n: 5 + slope * n for n in RUNGS})
+    costs = costs_of({n: 5 + slope * n for n in STEP_SIZES})
     found = choose(chances, limits, rows, budget, costs, overhead, 0.0)
     assert (found.counts <= limits).all() and found.counts.sum() <= budget
 
