@@ -39,7 +39,7 @@ from pagegraph.compiler.resolve import (
 )
 from pagegraph.compiler.step.capture_queue import CHAINED, Pending
 from pagegraph.compiler.step.capture_sizes import Bucket, cuda_capture_sizes
-from pagegraph.compiler.step.dummy import scrap_step
+from pagegraph.compiler.step.dummy import dummy_step
 from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.staging import Staging
 from pagegraph.compiler.step.state import DeviceState
@@ -312,11 +312,11 @@ def _kv_budget(options: CompilerOptions, models: list[LoadedModel]) -> KvBudget:
 
 
 def warm_steps(state: DeviceState) -> list[StepInput]:
-    """One scrap step for each compiled forward.
+    """One dummy step for each compiled forward.
 
     A ragged step of distinct sizes, because the compiler takes sizes that are equal for the same: T, S, S + 1 and the
     width of the block tables. On the CPU, where a single token gains from constant sizes, such a step too.
     """
     ragged = [5, 1, 3] if state.max_blocks not in (9, 3, 4) else [6, 1, 4, 3, 2]
     wanted = [[1], ragged] if state.last_tokens.device.type == "cpu" else [ragged]
-    return [scrap_step(lengths, state.scrap_row) for lengths in wanted]
+    return [dummy_step(lengths, state.dummy_slot) for lengths in wanted]

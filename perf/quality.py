@@ -49,7 +49,7 @@ def prompt_logits(built: BuiltModel, token_ids: Sequence[int]) -> torch.Tensor:
     logits = built.step.captured(
         tensor(token_ids),
         positions,
-        positions + state.block_size,  # block 0 is scrap
+        positions + state.block_size,  # block 0 is the null block
         tensor(range(1, num_blocks + 1))[None],
         tensor([0, size]),
         tensor([size]),

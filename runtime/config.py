@@ -279,7 +279,7 @@ def _check_one_sequence_fits(num_blocks: int, block_size: int, length: int) -> N
     if largest < length:
         needed = -(-length // block_size) + 1
         raise ConfigError(
-            f"num_blocks={num_blocks} holds ({num_blocks} - 1 scrap) x block_size {block_size} = {largest} tokens, fewer than"
+            f"num_blocks={num_blocks} holds ({num_blocks} - 1 null block) x block_size {block_size} = {largest} tokens, fewer than"
             f" max_model_len={length}; set max_model_len to {largest} or less, or num_blocks to {needed} or more"
         )
 

@@ -107,7 +107,7 @@ class CacheConfig:
     )
     block_size: int = _option(16, parse_block_size, "tokens in a KV block: a power of two, at least 8")
     num_blocks: int | None = _option(
-        None, between(parse_whole, 2), "KV blocks, block 0 being scrap (auto: what the memory holds)", _AUTO
+        None, between(parse_whole, 2), "KV blocks, block 0 being the null block (auto: what the memory holds)", _AUTO
     )
     kv_cache_memory: int | None = _option(
         None,

@@ -23,7 +23,7 @@ class DoesNotFit(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class KvBudget:
-    """Blocks of the pool (block 0 is scrap) and the bytes they take."""
+    """Blocks of the pool (block 0 is the null block) and the bytes they take."""
 
     num_blocks: int
     block_bytes: int

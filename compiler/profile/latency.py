@@ -1,4 +1,4 @@
-"""What steps of so many entries take on this device, measured on the scrap row: a first idea for whoever weighs sizes.
+"""What steps of so many entries take on this device, measured in the dummy slot: a first idea for whoever weighs sizes.
 
 Contexts of one token: a bound from below. Knows no requests.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 
-from pagegraph.compiler.step.dummy import scrap_step
+from pagegraph.compiler.step.dummy import dummy_step
 from pagegraph.compiler.step.step import CompiledStep
 
 REPEATS = 3
@@ -18,7 +18,7 @@ def measure_latency(step: CompiledStep, most: int) -> dict[int, float]:
     """Entries -> milliseconds of a step, for a few sizes up to `most`; nothing may be in flight."""
     found = {}
     for size in _few(step.decode_sizes(most)):
-        one = scrap_step([1] * size, step.state.scrap_row)
+        one = dummy_step([1] * size, step.state.dummy_slot)
         seconds = []
         for _ in range(REPEATS + 1):
             start = time.perf_counter()

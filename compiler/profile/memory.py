@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pagegraph.compiler.step.capture_sizes import Bucket
-from pagegraph.compiler.step.dummy import everything, scrap_step
+from pagegraph.compiler.step.dummy import everything, dummy_step
 from pagegraph.compiler.step.step import CompiledStep
 
 SAMPLES = 5  # graphs measured one by one
@@ -44,7 +44,7 @@ def measure_peak(step: CompiledStep, largest: Bucket, max_model_len: int, chaine
     tokens = min(largest.tokens, largest.seqs * max_model_len)
     lengths = np.full(largest.seqs, tokens // largest.seqs)
     lengths[: tokens % largest.seqs] += 1
-    step.launch(scrap_step(lengths, step.state.scrap_row, everything(largest.seqs))).wait()
+    step.launch(dummy_step(lengths, step.state.dummy_slot, everything(largest.seqs))).wait()
     peak = torch.cuda.max_memory_reserved(device) - before
     torch.cuda.empty_cache()
     return Peak(peak, _graphs(step, chained))

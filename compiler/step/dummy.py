@@ -1,4 +1,4 @@
-"""Steps that touch the scrap row and block only: to compile, warm up and measure on, beside whatever runs."""
+"""Steps that touch the dummy slot and the null block only: to compile, warm up and measure on, beside whatever runs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pagegraph.compiler.step.inputs import Filters, Penalties, SamplingInput, St
 LOGPROBS = 20
 
 
-def scrap_step(lengths: Sequence[int], scrap_row: int, sampling: SamplingInput | None = None) -> StepInput:
+def dummy_step(lengths: Sequence[int], dummy_slot: int, sampling: SamplingInput | None = None) -> StepInput:
     """A step of prompts of these lengths, greedy unless `sampling` says otherwise."""
     seqs = len(lengths)
     greedy = SamplingInput(temperature=np.zeros(seqs, np.float32), seeds=np.zeros(seqs, np.int64))
     return StepInput(
         token_ids=np.zeros(sum(lengths), np.int32),
-        rows=np.full(seqs, scrap_row, np.int32),
+        rows=np.full(seqs, dummy_slot, np.int32),
         query_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
         starts=np.zeros(seqs, np.int32),
         sampled=np.zeros(seqs, bool),

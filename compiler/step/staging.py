@@ -135,7 +135,7 @@ class Staging:
         """CUDA: the bucket's packet filled as an all-padding step: what a capture runs on."""
         packet = self._captured[bucket] = self.packet(bucket)
         self._words.zero_()
-        packet.rows.fill_(self._state.scrap_row)
+        packet.rows.fill_(self._state.dummy_slot)
         self._last = None
         return packet
 
@@ -187,7 +187,7 @@ class Staging:
 
         put("token_ids", step.token_ids, 0)
         put("query_start", step.query_start, step.num_tokens)
-        put("rows", step.rows, self._state.scrap_row)
+        put("rows", step.rows, self._state.dummy_slot)
         put("starts", step.starts, 0)
         put("sampled", step.sampled, 0)
         put("temperature", step.sampling.temperature.view(np.int32), 0)

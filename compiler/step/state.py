@@ -1,6 +1,6 @@
 """Tensors that outlive a step: KV caches, block tables, each row's last token, its text and draft tokens, penalty counts.
 
-A row is a device slot that a running sequence owns. Padding uses the scrap row `max_num_seqs` and the null block.
+A row is a device slot that a running sequence owns. Padding uses the dummy slot `max_num_seqs` and the null block.
 On CUDA every tensor keeps its address, so captured graphs stay valid. Knows no scheduling and no model.
 """
 
@@ -39,7 +39,7 @@ class DeviceState:
         lookup: Lookup | None = None,
     ) -> None:
         """max_draft_tokens: entries of a row in one step, less one; lookup: the device makes them itself."""
-        self.scrap_row = max_num_seqs
+        self.dummy_slot = max_num_seqs
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.max_blocks = max_blocks
@@ -73,7 +73,7 @@ class DeviceState:
     def penalty_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(output counts int32, prompt presence bool), each [max_num_seqs + 1, vocab]; made at first use."""
         if self._counts is None:
-            shape, device = (self.scrap_row + 1, self.vocab_size), self.last_tokens.device
+            shape, device = (self.dummy_slot + 1, self.vocab_size), self.last_tokens.device
             self._counts = (
                 torch.zeros(shape, dtype=torch.int32, device=device),
                 torch.zeros(shape, dtype=torch.bool, device=device),

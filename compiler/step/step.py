@@ -81,7 +81,7 @@ class CompiledStep:
     def compiled_forward(self, warm: list[StepInput], progress: bool = False) -> Callable[..., torch.Tensor]:
         """The forward compiled on the given steps, to be swapped in as `forward`; safe beside launches.
 
-        `warm` must touch the null block and the scrap row only.
+        `warm` must touch the null block and the dummy slot only.
         """
         forward = compile_forward(self.captured, self._graph_passes)
         with torch.inference_mode():

@@ -60,14 +60,14 @@ def work(
     kv_heads: int,
     copies: int,
     dtype: torch.dtype = torch.bfloat16,
-    scrap: bool = False,
+    null_only: bool = False,
 ) -> list[tuple]:
     """Arguments of `_attend` for (new, all) tokens a sequence, over `copies` sets of blocks of `dtype`.
 
-    scrap: no blocks but one, which every table names: sizes as they are in memory of nearly none, for compiling.
+    null_only: no blocks but one, which every table names: sizes as they are in memory of nearly none, for compiling.
     """
     num_blocks = sum(-(-keys // BLOCK_SIZE) for _, keys in lengths)
-    size = (1 if scrap else copies * num_blocks + 1, BLOCK_SIZE, kv_heads, 128)
+    size = (1 if null_only else copies * num_blocks + 1, BLOCK_SIZE, kv_heads, 128)
     caches = [torch.randn(size, device=DEVICE, dtype=torch.bfloat16).to(dtype) for _ in range(2)]
     tokens = max(2, sum(new for new, _ in lengths))  # a step of one is padded to two
     query = torch.randn(tokens, heads, 128, device=DEVICE, dtype=torch.bfloat16)
@@ -77,7 +77,7 @@ def work(
     for copy in range(copies):
         order = (torch.randperm(num_blocks) + 1 + copy * num_blocks).int()
         tables, at = torch.zeros(len(lengths), MAX_LEN // BLOCK_SIZE, dtype=torch.int32), 0
-        for row, (_, length) in enumerate(lengths if not scrap else ()):
+        for row, (_, length) in enumerate(lengths if not null_only else ()):
             used = -(-length // BLOCK_SIZE)
             tables[row, :used] = order[at : at + used]
             at += used
@@ -187,7 +187,7 @@ def lengths_of(case: tuple[int, int]) -> list[tuple[int, int]]:
 def reach(heads: tuple[int, int], case: tuple[int, int], dtype: torch.dtype, tile: Tile) -> None:
     """Have the kernel of a case compiled, in a process of its own."""
     attention_decode.TILES[dtype.itemsize, 128] = tile
-    _attend(*work(lengths_of(case), *heads, 1, dtype, scrap=True)[0])
+    _attend(*work(lengths_of(case), *heads, 1, dtype, null_only=True)[0])
 
 
 def timed(sets: list[tuple], dtype: torch.dtype, tile: Tile, size: int) -> dict:

@@ -27,7 +27,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, block_size: int, enable_caching: bool = True) -> None:
         if num_blocks < 2:
-            raise ValueError(f"num_blocks {num_blocks}: at least 2 are needed, block 0 being scrap")
+            raise ValueError(f"num_blocks {num_blocks}: at least 2 are needed, block 0 being the null block")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_caching = enable_caching

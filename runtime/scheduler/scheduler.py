@@ -95,7 +95,7 @@ class Scheduler:
             raise ValueError(
                 f"the sequence may grow to {sequence.max_model_len} tokens, past max_model_len {self.max_model_len}; "
                 f"the KV cache holds {pool.capacity} (num_blocks {pool.num_blocks} x block_size "
-                f"{pool.block_size}, block 0 being scrap): raise num_blocks or kv_cache_memory"
+                f"{pool.block_size}, block 0 being the null block): raise num_blocks or kv_cache_memory"
             )
         check_length(len(sequence.tokens), sequence.max_model_len)
         sequence.order = next(self._order)

@@ -129,7 +129,7 @@ def test_missing_file_is_named() -> None:
         ),
         (
             {"num_blocks": "11", "max_model_len": "161"},
-            ["(11 - 1 scrap) x block_size 16 = 160", "to 160 or less", "to 12 or more"],
+            ["(11 - 1 null block) x block_size 16 = 160", "to 160 or less", "to 12 or more"],
         ),
         ({"num_blocks": "11", "kv_cache_memory": "1GiB"}, ["num_blocks and kv_cache_memory"]),
         ({"quantization": "awk"}, ["quantization=awk", "known: awq, gptq", "did you mean awq?"]),

@@ -218,7 +218,7 @@ def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def afresh(step: CompiledStep, history: list[int], count: int, temperature: float, seed: int) -> list[int]:
     """What follows, each token from all that comes before, in the last row and blocks of its own."""
-    tokens, row, blocks = list(history), step.state.scrap_row - 1, np.arange(16)
+    tokens, row, blocks = list(history), step.state.dummy_slot - 1, np.arange(16)
     for _ in range(count):
         one = StepInput(
             np.array(tokens, np.int32), np.full(1, row, np.int32), np.array([0, len(tokens)], np.int32), np.zeros(1, np.int32),
