@@ -1,11 +1,9 @@
-"""Compiled graphs of the forward, called past TorchDynamo from a kind's second step on.
+"""Guard-free calls: from the second step of a kind on, the compiled graph of the forward is called past Dynamo.
 
-Dynamo fetches each of a graph's hundreds of inputs from the modules at every call, and writes back what the forward set: 0.8 ms on a CPU,
-a tenth of a step of one small sequence. All of them but a step's own are the same from call to call, and are kept with the graph.
-What Dynamo would check is checked: sizes by the conditions under which the graph was made. Knows no compiler, only what it returns.
-
-Guards on sizes are evaluated at each call, and so is whether the KV caches are the same tensors; if one fails, the
-call goes through Dynamo.
+At every call Dynamo fetches hundreds of inputs from the modules and writes back what the forward set: 0.8 ms on a CPU, a
+tenth of a step of one small sequence. All inputs but a step's own are the same from call to call and are kept with the
+graph. Guards on sizes are evaluated at each call, and so is whether the KV caches are the same tensors; if one fails, the
+call goes through Dynamo. Knows no compiler, only what it returns.
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ Graph = Callable[..., Sequence[torch.Tensor]]
 Inputs = tuple[Any, ...]  # those of `CapturedModel.forward`: a step's tensors, then lists of caches
 
 
-class Straight:
-    """A graph with all of its inputs but a step's own."""
+class GuardFreeGraph:
+    """A compiled graph and all of its inputs but a step's own."""
 
     def __init__(self, graph: Graph, traced: Sequence[Any], given: Sequence[Any], inputs: Inputs) -> None:
         """`traced`: its inputs as they were traced, sizes by symbols; `given`: as they were in a call with these `inputs`."""
@@ -38,22 +36,22 @@ class Straight:
         ]
         self._symbols = [at for at, one in enumerate(traced) if isinstance(one, torch.SymInt)]
         self._sizes = [(at, *origin) for at in self._symbols if (origin := self._origin(traced[at], traced))]
-        self._condition = None
+        self._guards = None
         if self._symbols:
             self._shapes = traced[self._symbols[0]].node.shape_env
-            condition = self._shapes.produce_guards_expression([traced[at] for at in self._symbols])
-            if condition:  # compiled once: it is evaluated in each step
-                self._condition = compile(condition, "<sizes>", "eval")
+            guards = self._shapes.produce_guards_expression([traced[at] for at in self._symbols])
+            if guards:  # compiled once, evaluated in each step
+                self._guards = compile(guards, "<sizes>", "eval")
 
     def run(self, inputs: Inputs) -> torch.Tensor | None:
-        """The result, or None where the graph is not for these inputs."""
+        """The result, or None where a guard fails."""
         if any(inputs[tensor].shape[dim] != size for tensor, dim, size in self._fixed):
             return None
         values = self._inputs.copy()
         for at, tensor, dim in self._sizes:
             values[at] = inputs[tensor].shape[dim]
-        if self._condition and not self._shapes.evaluate_guards_expression(
-            self._condition, [values[at] for at in self._symbols]
+        if self._guards and not self._shapes.evaluate_guards_expression(
+            self._guards, [values[at] for at in self._symbols]
         ):
             return None
         if any(now is not then for now, then in zip((one for one in inputs if isinstance(one, list)), self._caches)):
@@ -63,7 +61,7 @@ class Straight:
         return self._graph(*values)[0]
 
     def _origin(self, symbol: torch.SymInt, traced: Sequence[Any]) -> tuple[int, int] | None:
-        """Of which of a step's tensors it is the size, and in which dimension; None: of what is kept."""
+        """(index of the step's tensor, dimension) that `symbol` is the size of; None where it is of a kept input."""
         for at, tensor in self._tensors:
             for dim, size in enumerate(traced[at].shape):
                 if isinstance(size, torch.SymInt) and size.node.expr == symbol.node.expr:
@@ -72,7 +70,7 @@ class Straight:
 
 
 class _Seen(threading.local):
-    """The graph that a call by Dynamo ended in, with its inputs as they were traced and as they are: each thread's own call."""
+    """The graph that a call through Dynamo ended in, with its traced and its actual inputs: one a thread."""
 
     call: tuple[Graph, Sequence[Any], Sequence[Any]] | None = None
 
@@ -83,7 +81,7 @@ class Forward:
     def __init__(self, captured: torch.nn.Module, compile_graph: Callable[..., Graph], **options: Any) -> None:
         self._compile_graph = compile_graph
         self._traced = torch.compile(captured, fullgraph=True, backend=self._backend, **options)
-        self._graphs: dict[tuple[bool, ...], Straight] = {}
+        self._graphs: dict[tuple[bool, ...], GuardFreeGraph] = {}
         self._seen = _Seen()
 
     def __call__(self, *inputs: Any) -> torch.Tensor:
@@ -95,7 +93,7 @@ class Forward:
             self._seen.call = None
             out = self._traced(*inputs)
             if self._seen.call is not None:
-                self._graphs[kind] = Straight(*self._seen.call, inputs)
+                self._graphs[kind] = GuardFreeGraph(*self._seen.call, inputs)
         return out
 
     def _backend(self, module: torch.fx.GraphModule, traced: list[Any]) -> Graph:

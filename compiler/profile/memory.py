@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pagegraph.compiler.step.capture_sizes import Bucket
-from pagegraph.compiler.step.dummy import everything, dummy_step
+from pagegraph.compiler.step.dummy import dummy_step, everything
 from pagegraph.compiler.step.step import CompiledStep
 
 SAMPLES = 5  # graphs measured one by one
