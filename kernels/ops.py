@@ -54,7 +54,7 @@ goes to last_tokens int32 [rows] at the sequence's row of rows int32 [S], and it
 `pagegraph::unpack` looks a padded step up: token_ids [T], rows [S], query_start [S + 1], starts [S], tables -> ids,
 positions, slots [T], block_tables [S, width], seq_lens [S], all int32, and the index of each sequence's last token int64
 [S]. Token -1 is the row's of last_tokens, token -2 - j the draft token j of draft_tokens [rows, K]; a sequence that begins with such a
-token begins at last_at, or 1 + j behind it, whatever starts says. So a packet that is read again describes the next token
+token begins at last_at, or 1 + j behind it, whatever starts says. So step metadata that is read again describes the next token
 of every sequence. Tokens from query_start[S] on and sequences without tokens are padding: all zeros.
 
 A row may have several entries in a step, side by side: its last token, then draft tokens of what follows, one token each. A

@@ -40,6 +40,6 @@ class CpuRunner:
     def _run(self, step: StepInput, times: int) -> StepOutput:
         executor, bucket = self._executor, own_bucket(step.num_tokens, step.num_seqs)
         self._counts.launched(step.num_tokens * times, bucket.tokens * times, graphed=False)
-        packet = executor.staging.send(step, bucket, times)
-        sampled = executor.repeat(packet, times, lambda: executor.finish(step, executor.run(packet)))
+        metadata = executor.staging.send(step, bucket, times)
+        sampled = executor.repeat(metadata, times, lambda: executor.finish(step, executor.run(metadata)))
         return sampled.output(step)

@@ -37,24 +37,24 @@ class CudaRunner:
         bucket = captured or Bucket(step.num_tokens, self.capture_sizes.max_num_seqs)  # the kernels of the largest size
         if times > 1 and captured and step.sampling.is_plain:
             captured = self._chain(captured, times)
-        packet = executor.staging.send(step, bucket, times)
+        metadata = executor.staging.send(step, bucket, times)
         if self._returned is not None:
             torch.cuda.current_stream().wait_event(self._returned)
         self._counts.launched(step.num_tokens * times, bucket.tokens * times, captured in self.graphs)
 
         def run() -> Sampled:
             replayed = self.graphs.replay(captured) if captured else None
-            return executor.finish(step, replayed or executor.run(packet))
+            return executor.finish(step, replayed or executor.run(metadata))
 
-        return self._returning(step, executor.repeat(packet, times // (captured or bucket).times, run))
+        return self._returning(step, executor.repeat(metadata, times // (captured or bucket).times, run))
 
     def capture_graphs(self, buckets: Sequence[Bucket], progress: bool) -> None:
         """Capture these buckets, or chains of them; a step may be in flight."""
         executor = self._executor
 
         def forward_of(bucket: Bucket) -> Callable[[], Outputs]:
-            packet = executor.staging.placeholder(bucket)
-            return lambda: executor.run(packet, bucket.times)
+            metadata = executor.staging.placeholder(bucket)
+            return lambda: executor.run(metadata, bucket.times)
 
         with torch.inference_mode():
             self.graphs.capture(buckets, forward_of, progress)

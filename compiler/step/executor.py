@@ -1,4 +1,4 @@
-"""What a padded step does on its device: unpack its packet, run the forward, sample, and hand the ids to the next step.
+"""What a padded step does on its device: unpack its metadata, run the forward, sample, and hand the ids to the next step.
 
 Launches only, so that a CUDA graph can hold it. Knows no threads, streams or graphs: those are the runners'.
 """
@@ -13,7 +13,7 @@ import torch
 from pagegraph.compiler.step.forward import run_forward
 from pagegraph.compiler.step.inputs import LookedUp, StepInput, StepOutput
 from pagegraph.compiler.step.sampling import StepLogprobTensors, draw, sample, settle
-from pagegraph.compiler.step.staging import Packet, Staged, Staging
+from pagegraph.compiler.step.staging import Staged, Staging, StepMetadata
 from pagegraph.compiler.step.state import DeviceState
 
 
@@ -50,26 +50,26 @@ class StepExecutor:
         self.state = state
         self.staging = staging
 
-    def run(self, packet: Packet, times: int = 1) -> Outputs:
+    def run(self, metadata: StepMetadata, times: int = 1) -> Outputs:
         """The padded step's own work, `times` over: all that a CUDA graph holds."""
         before = []
         for _ in range(times - 1):
-            before.append(self.run(packet).ids)  # the ids alone: what else there was makes room for the next
-            self.staging.go_on(packet)
-        staged = self.staging.unpack(packet)
+            before.append(self.run(metadata).ids)  # the ids alone: what else there was makes room for the next
+            self.staging.advance(metadata)
+        staged = self.staging.unpack(metadata)
         logits = run_forward(self.forward, staged, self.state)
         ids = draw(logits, staged, self.state)
         found = settle(ids, staged, self.state)
         return Outputs(logits, torch.stack([*before, ids], dim=1) if before else ids, found, staged)
 
-    def repeat(self, packet: Packet, times: int, run: Callable[[], Sampled]) -> Sampled:
-        """What comes of it if `run` takes the packet so often, each time a token further; of several the ids alone."""
+    def repeat(self, metadata: StepMetadata, times: int, run: Callable[[], Sampled]) -> Sampled:
+        """Call `run` `times` over, the metadata a token further each time -> its result, of several the ids alone."""
         if times == 1:
             return run()
         drawn = []
         for _ in range(times):
             drawn.append(run().ids.clone())
-            self.staging.go_on(packet)
+            self.staging.advance(metadata)
         return Sampled(torch.stack(drawn, dim=1), None, None)
 
     def finish(self, step: StepInput, outputs: Outputs) -> Sampled:

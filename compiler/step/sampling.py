@@ -44,8 +44,8 @@ def draw(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tens
 
     Temperature, seed and position are all it looks at. Nothing is read back, so it is captured with the forward.
     """
-    packet, count = staged.packet, len(logits)
-    arguments = (packet.temperature, packet.seeds, staged.seq_lens, packet.rows, packet.sampled)
+    metadata, count = staged.metadata, len(logits)
+    arguments = (metadata.temperature, metadata.seeds, staged.seq_lens, metadata.rows, metadata.sampled)
     return torch.ops.pagegraph.draw(logits, *(one[:count] for one in arguments), state.last_tokens, state.last_at)
 
 
@@ -56,13 +56,13 @@ def settle(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tenso
     """
     if not state.max_draft_tokens:
         return None
-    packet, ops, count = staged.packet, torch.ops.pagegraph, len(ids)
-    step = ids, staged.token_ids, packet.rows[:count], packet.query_start[: count + 1], staged.seq_lens[:count]
+    metadata, ops, count = staged.metadata, torch.ops.pagegraph, len(ids)
+    step = ids, staged.token_ids, metadata.rows[:count], metadata.query_start[: count + 1], staged.seq_lens[:count]
     last = state.last_tokens, state.last_at
     if state.lookup is None:
         ops.accept(*step, *last, state.max_draft_tokens)
         return None
-    return ops.look_up(*step, packet.sampled[:count], *last, state.history, state.draft_tokens, *state.lookup)
+    return ops.look_up(*step, metadata.sampled[:count], *last, state.history, state.draft_tokens, *state.lookup)
 
 
 def sample(
@@ -72,12 +72,12 @@ def sample(
 
     Everything that `draw` alone does not know; its ids replace those that were drawn with the forward.
     """
-    device, packet, num_seqs = logits.device, staged.packet, len(logits)
+    device, metadata, num_seqs = logits.device, staged.metadata, len(logits)
     raw = logits.float()
     logits = raw
     if sampling.allowed or sampling.bias:
         logits = _restrict(logits.clone(), sampling)
-    rows = packet.rows[:num_seqs].long()
+    rows = metadata.rows[:num_seqs].long()
     if penalties := sampling.penalties:
         for row, prompt_ids, output_ids in sampling.penalty_reset:
             state.reset_row(row, prompt_ids, output_ids)
@@ -93,14 +93,14 @@ def sample(
     if filters := sampling.filters:
         logits = reference.drop_filtered(
             logits,
-            packet.temperature[:num_seqs],
+            metadata.temperature[:num_seqs],
             _to(filters.top_k, device),
             _to(filters.top_p, device),
             _to(filters.min_p, device),
         )
     ids = draw(logits, staged, state)
     if penalties:
-        outputs.index_put_((rows, ids), packet.sampled[:num_seqs], accumulate=True)
+        outputs.index_put_((rows, ids), metadata.sampled[:num_seqs], accumulate=True)
     logprobs = StepLogprobTensors(raw, ids, sampling.num_logprobs) if sampling.num_logprobs >= 0 else None
     return ids, logprobs
 

@@ -1,8 +1,8 @@
-"""A step on its way to the device: one packet of int32 words, and what it becomes there.
+"""A step on its way to the device: its metadata, as one buffer of int32 words, and what it becomes there.
 
-On CUDA a packet lies at a fixed address for each bucket, so that captured graphs read it, and comes by one transfer
-from pinned memory. A step that continues the one before, each sequence with the token it has just sampled and no new
-block, needs none: the same packet says where to go on (`kernels.inputs.prepare`). Knows no scheduling and no model.
+On CUDA the metadata of a bucket lies at a fixed address, so that captured graphs read it, and is sent by one copy from
+pinned memory. A step that continues the one before, each sequence with the token it has just sampled and no new block,
+needs no copy: the same metadata, read again, describes it (`kernels.inputs.prepare`). Knows no scheduling and no model.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.state import DeviceState
 
 ALIGN = 16  # int32 words: every field starts on a 64-byte border
-PINNED = 3  # host packets in rotation: at most two steps are in flight
+PINNED = 3  # pinned buffers in rotation: at most two steps are in flight
 
 
 @dataclass(frozen=True, slots=True)
-class Packet:
-    """A padded step as it travels: T tokens and S sequences of the bucket; int32 unless said."""
+class StepMetadata:
+    """A padded step as it is sent: T tokens and S sequences of the bucket; int32 unless said."""
 
     token_ids: torch.Tensor  # [T], below 0: known to the device, as in `StepInput`
     query_start: torch.Tensor  # [S + 1]
@@ -49,12 +49,12 @@ class Staged:
     query_start: torch.Tensor  # [S + 1]
     seq_lens: torch.Tensor  # [S], also the position of the token to be sampled
     logits_index: torch.Tensor  # [S] int64, last token of each sequence
-    packet: Packet
+    metadata: StepMetadata
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each field of a bucket's packet lies, in words; blocks come last, as many as there are."""
+    """Where each field of a bucket's metadata lies, in words; new blocks come last, as many as there are."""
 
     fields: dict[str, slice]
     new_blocks: int
@@ -73,11 +73,11 @@ class Layout:
             at += -(-size // ALIGN) * ALIGN
         return Layout(fields, at)
 
-    def views(self, words: torch.Tensor, num_new_blocks: int, width: int) -> Packet:
+    def views(self, words: torch.Tensor, num_new_blocks: int, width: int) -> StepMetadata:
         fields = {name: words[where] for name, where in self.fields.items()}
         fields["temperature"] = fields["temperature"].view(torch.float32)
         fields["seeds"] = fields["seeds"].view(torch.int64)
-        return Packet(
+        return StepMetadata(
             **fields, new_blocks=words[self.new_blocks : self.new_blocks + 3 * num_new_blocks].view(-1, 3), width=width
         )
 
@@ -88,7 +88,7 @@ class Staging:
     def __init__(self, state: DeviceState, largest: Bucket) -> None:
         self.device = state.last_tokens.device
         self._state = state
-        self._captured: dict[Bucket, Packet] = {}
+        self._captured: dict[Bucket, StepMetadata] = {}
         self._last: tuple[Bucket, StepInput] | None = None
         if self.device.type == "cuda":
             # Blocks that a step may bring: those of its tokens, and long prompts found in the cache.
@@ -99,48 +99,48 @@ class Staging:
             self._sent = [torch.cuda.Event() for _ in range(PINNED)]
             self._words = torch.empty(words, dtype=torch.int32, device=self.device)
 
-    def send(self, step: StepInput, bucket: Bucket, times: int = 1) -> Packet:
+    def send(self, step: StepInput, bucket: Bucket, times: int = 1) -> StepMetadata:
         """Pad `step`, which is to run `times` over, to `bucket` and bring it to the device."""
         for row, tokens in step.cached:
             self._state.remember(row, tokens)
         if self.device.type == "cpu":
             return self._filled(step, bucket, times)
-        packet = self.packet(bucket)
+        metadata = self.metadata(bucket)
         if not self._continues(step, bucket):
             self._transfer(step, bucket)
         self._last = (bucket, step) if times == 1 else None
-        return packet
+        return metadata
 
-    def go_on(self, packet: Packet) -> None:
-        """Let it say the token that each sequence has just sampled, whatever it said; a launch, so that a graph can hold it."""
-        packet.token_ids.fill_(-1)
+    def advance(self, metadata: StepMetadata) -> None:
+        """Describe the step after: each sequence's token is the one it has just sampled. A launch, so that a graph can hold it."""
+        metadata.token_ids.fill_(-1)
 
-    def unpack(self, packet: Packet) -> Staged:
-        """What the packet on the device says; launches only, so that a graph can hold it."""
+    def unpack(self, metadata: StepMetadata) -> Staged:
+        """The step that the metadata on the device describes; launches only, so that a graph can hold it."""
         state, ops = self._state, torch.ops.pagegraph
-        ops.update_tables(state.block_tables, packet.new_blocks, packet.num_new_blocks)
+        ops.update_tables(state.block_tables, metadata.new_blocks, metadata.num_new_blocks)
         ids, positions, slots, tables, seq_lens, logits_index = ops.unpack(
-            packet.token_ids, packet.rows, packet.query_start, packet.starts, state.last_tokens, state.last_at,
-            state.draft_tokens, state.block_tables, state.block_size, packet.width,
+            metadata.token_ids, metadata.rows, metadata.query_start, metadata.starts, state.last_tokens, state.last_at,
+            state.draft_tokens, state.block_tables, state.block_size, metadata.width,
         )  # fmt: skip
-        return Staged(ids, positions, slots, tables, packet.query_start, seq_lens, logits_index, packet)
+        return Staged(ids, positions, slots, tables, metadata.query_start, seq_lens, logits_index, metadata)
 
-    def packet(self, bucket: Bucket) -> Packet:
+    def metadata(self, bucket: Bucket) -> StepMetadata:
         """CUDA: the bucket's fields at their fixed addresses."""
         if bucket in self._captured:
             return self._captured[bucket]
         return Layout.of(bucket).views(self._words, self._max_new_blocks, self._state.max_blocks)
 
-    def placeholder(self, bucket: Bucket) -> Packet:
-        """CUDA: the bucket's packet filled as an all-padding step: what a capture runs on."""
-        packet = self._captured[bucket] = self.packet(bucket)
+    def placeholder(self, bucket: Bucket) -> StepMetadata:
+        """CUDA: the bucket's metadata filled as an all-padding step: what a capture runs on."""
+        metadata = self._captured[bucket] = self.metadata(bucket)
         self._words.zero_()
-        packet.rows.fill_(self._state.dummy_slot)
+        metadata.rows.fill_(self._state.dummy_slot)
         self._last = None
-        return packet
+        return metadata
 
     def _continues(self, step: StepInput, bucket: Bucket) -> bool:
-        """Whether the packet that is there says this step too: the last one's, going on from what only the device knows."""
+        """Whether the metadata that is there, the last step's, describes this step too: only the device knows its tokens."""
         if self._last is None or self._last[0] != bucket or len(step.new_blocks) or step.num_tokens != step.num_seqs:
             return False
         last = self._last[1]
@@ -155,7 +155,7 @@ class Staging:
 
     def _transfer(self, step: StepInput, bucket: Bucket) -> None:
         layout = Layout.of(bucket)
-        # prompts that the cache holds whole bring more than a packet takes
+        # prompts that the cache holds whole bring more than the buffer takes
         if len(step.new_blocks) > self._max_new_blocks:
             self._put_new_blocks(step.new_blocks)
             step.new_blocks = step.new_blocks[:0]
@@ -170,8 +170,8 @@ class Staging:
         rows, index, block = torch.from_numpy(new_blocks).to(self.device).unbind(1)
         self._state.block_tables[rows.long(), index.long()] = block
 
-    def _filled(self, step: StepInput, bucket: Bucket, times: int = 1) -> Packet:
-        """CPU: a packet of the step's own."""
+    def _filled(self, step: StepInput, bucket: Bucket, times: int = 1) -> StepMetadata:
+        """CPU: metadata of the step's own."""
         layout = Layout.of(bucket)
         words = torch.empty(layout.new_blocks + step.new_blocks.size, dtype=torch.int32)
         self._fill(words.numpy(), layout, step)

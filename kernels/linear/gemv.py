@@ -194,7 +194,7 @@ def row_linear_kernel(
     else:
         bias = 0.0
     live = ROWS
-    if HAS_LIVE:  # it came with the step's packet: no kernel writes it either
+    if HAS_LIVE:  # it came with the step's metadata: no kernel writes it either
         live = tl.load(live_ptr)
     if PDL:
         wait()

@@ -306,7 +306,7 @@ class _NoDevice:
 
 
 class _PlainStaging(Staging):
-    """Fills packets as on CUDA, in plain memory, and goes no further."""
+    """Fills metadata buffers as on CUDA, in plain memory, and goes no further."""
 
     def __init__(self, state: DeviceState, largest: Bucket) -> None:
         super().__init__(state, largest)
@@ -314,7 +314,7 @@ class _PlainStaging(Staging):
         self.transfers = 0
         self._words = np.empty(Layout.of(largest).new_blocks + 3 * (1 << 16), np.int32)
 
-    def packet(self, bucket: Bucket) -> None:
+    def metadata(self, bucket: Bucket) -> None:
         return None
 
     def _transfer(self, step: StepInput, bucket: Bucket) -> None:

@@ -1,4 +1,4 @@
-"""What a packet becomes: Triton against the plain lookups, ragged and padded; and which packets need not be sent."""
+"""What step metadata becomes: Triton against the plain lookups, ragged and padded; and what need not be sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pagegraph.kernels.inputs import cpp, reference
 ROWS, BLOCKS, BLOCK, DRAFT_TOKENS = 9, 150, 16, 5
 
 
-def packet_of(counts: list[int], padded: Bucket, seed: int) -> tuple[torch.Tensor, ...]:
+def metadata_of(counts: list[int], padded: Bucket, seed: int) -> tuple[torch.Tensor, ...]:
     """token_ids, rows, query_start, starts, last_tokens, last_at, draft tokens, tables of a step of these tokens a sequence."""
     rng = np.random.default_rng(seed)
     tokens, seqs = sum(counts), len(counts)
@@ -48,15 +48,15 @@ def packet_of(counts: list[int], padded: Bucket, seed: int) -> tuple[torch.Tenso
 )
 def test_equals_reference(triton_calls, counts: list[int], padded: Bucket) -> None:
     for seed, width in ((0, BLOCKS), (1, BLOCKS - 1)):
-        packet = packet_of(counts, padded, seed)
-        got, _ = triton_calls.call("pagegraph.kernels.inputs.prepare", "unpack", *packet, BLOCK, width)
-        for mine, theirs in zip(got, reference.unpack(*packet, BLOCK, width), strict=True):
+        metadata = metadata_of(counts, padded, seed)
+        got, _ = triton_calls.call("pagegraph.kernels.inputs.prepare", "unpack", *metadata, BLOCK, width)
+        for mine, theirs in zip(got, reference.unpack(*metadata, BLOCK, width), strict=True):
             assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
 
 
 def test_padding_may_say_what_it_will(triton_calls) -> None:
-    """Where a packet went on, padding too has the code of a row's last token."""
-    ids, rows, *others = packet_of([1] * 5, Bucket(8, 8), 0)
+    """Where metadata was advanced, padding too has the code of a row's last token."""
+    ids, rows, *others = metadata_of([1] * 5, Bucket(8, 8), 0)
     given = torch.full_like(ids, -1), rows, *others
     got, _ = triton_calls.call("pagegraph.kernels.inputs.prepare", "unpack", *given, BLOCK, BLOCKS)
     for mine, theirs in zip(got, reference.unpack(*given, BLOCK, BLOCKS), strict=True):
@@ -73,12 +73,12 @@ def test_the_cpu_equals_reference(counts: list[int], padded: int, built: bool, m
         cpp.build()
         assert cpp._kernel is not None
     for seed, width in ((0, BLOCKS), (1, BLOCKS - 1)):
-        packet = packet_of(counts, Bucket(sum(counts) + padded, len(counts) + padded), seed)
-        before = [one.clone() for one in packet]
-        got = torch.ops.pagegraph.unpack(*packet, BLOCK, width)
-        for mine, theirs in zip(got, reference.unpack(*packet, BLOCK, width), strict=True):
+        metadata = metadata_of(counts, Bucket(sum(counts) + padded, len(counts) + padded), seed)
+        before = [one.clone() for one in metadata]
+        got = torch.ops.pagegraph.unpack(*metadata, BLOCK, width)
+        for mine, theirs in zip(got, reference.unpack(*metadata, BLOCK, width), strict=True):
             assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(packet, before))
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(metadata, before))
 
 
 def test_reference_by_hand() -> None:
@@ -153,7 +153,7 @@ CHANGED = {
 
 
 class Recording(Staging):
-    """A staging with one fixed packet a bucket, as on CUDA, that counts transfers."""
+    """A staging with one fixed buffer a bucket, as on CUDA, that counts transfers."""
 
     def __init__(self, state: DeviceState, largest: Bucket) -> None:
         super().__init__(state, largest)
@@ -161,7 +161,7 @@ class Recording(Staging):
         self.transfers = 0
         self.fixed: dict[Bucket, object] = {}
 
-    def packet(self, bucket: Bucket) -> object:
+    def metadata(self, bucket: Bucket) -> object:
         return self.fixed.get(bucket)
 
     def _transfer(self, step: StepInput, bucket: Bucket) -> None:
@@ -171,7 +171,7 @@ class Recording(Staging):
 
 def sent(staging: Recording, step: StepInput, bucket: Bucket) -> tuple[list, ...]:
     staging.send(step, bucket)
-    staged = staging.unpack(staging.packet(bucket))
+    staged = staging.unpack(staging.metadata(bucket))
     return tuple(one.tolist() for one in (staged.token_ids, staged.positions, staged.slots, staged.seq_lens))
 
 
@@ -191,7 +191,7 @@ def test_a_step_in_another_bucket_is_sent() -> None:
 
 
 def test_a_known_token_is_sent_again() -> None:
-    """Its place is in the packet, not on the device."""
+    """Its place is in the metadata, not on the device."""
     staging = Recording(state_of(6), Bucket(8, 4))
     step = decode([4, 2], [8, 21], token_ids=np.array([-1, 5], np.int32))
     sent(staging, step, Bucket(2, 2))
@@ -202,10 +202,10 @@ def test_a_known_token_is_sent_again() -> None:
 def test_a_packet_that_went_on_is_not_taken_for_what_was_sent() -> None:
     staging = Recording(state_of(6), Bucket(8, 4))
     step = decode([4, 2], [8, 21], token_ids=np.array([3, 5], np.int32))
-    packet = staging.send(step, Bucket(2, 2), times=2) or staging.packet(Bucket(2, 2))
-    staging.go_on(packet)
+    metadata = staging.send(step, Bucket(2, 2), times=2) or staging.metadata(Bucket(2, 2))
+    staging.advance(metadata)
     staging._state.last_tokens[:], staging._state.last_at[:] = 9, torch.arange(7, dtype=torch.int32)
-    staged = staging.unpack(packet)
+    staged = staging.unpack(metadata)
     assert (
         staged.token_ids.tolist() == [9, 9]
         and staged.positions.tolist() == [4, 2]
