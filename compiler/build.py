@@ -37,7 +37,7 @@ from pagegraph.compiler.resolve import (
     resolve_max_model_len,
     resolve_quantization,
 )
-from pagegraph.compiler.step.capture_queue import CHAINED, Pending
+from pagegraph.compiler.step.capture_queue import MAX_DRAFT_FORWARDS, CaptureQueue
 from pagegraph.compiler.step.capture_sizes import Bucket, cuda_capture_sizes
 from pagegraph.compiler.step.dummy import dummy_step
 from pagegraph.compiler.step.inputs import StepInput
@@ -126,7 +126,7 @@ class BuiltModel:
             with self.timings.stage("graphs"):
                 for step in self.steps:
                     buckets = step.runner.capture_sizes.buckets() if all_graphs else step.runner.capture_sizes.first()
-                    step.runner.pending = Pending(step.runner.capture_sizes.buckets())
+                    step.runner.queue = CaptureQueue(step.runner.capture_sizes.buckets())
                     step.runner.capture_graphs(buckets, progress)
 
     def close(self) -> None:
@@ -302,8 +302,8 @@ def _kv_budget(options: CompilerOptions, models: list[LoadedModel]) -> KvBudget:
         available, source = kv_cache.memory, "kv_cache_memory"
     else:
         peaks = [
-            measure_peak(_step(options, model.captured, state), _largest(options), model.max_model_len, chained)
-            for model, state, chained in zip(models, states, (0, CHAINED))  # the draft model does it in chains
+            measure_peak(_step(options, model.captured, state), _largest(options), model.max_model_len, draft_forwards)
+            for model, state, draft_forwards in zip(models, states, (0, MAX_DRAFT_FORWARDS))  # the draft model's alone
         ]
         step_bytes, graph_bytes = max(peak.step for peak in peaks), sum(peak.graphs for peak in peaks)
         available = cuda_available(kv_cache.gpu_memory_utilization, step_bytes, graph_bytes, options.device)

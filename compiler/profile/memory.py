@@ -32,10 +32,10 @@ class Peak:
 
 
 @torch.inference_mode()
-def measure_peak(step: CompiledStep, largest: Bucket, max_model_len: int, chained: int = 0) -> Peak:
+def measure_peak(step: CompiledStep, largest: Bucket, max_model_len: int, draft_forwards: int = 0) -> Peak:
     """Run steps of `largest` through `step`, whose state has the null block only; `step` is of no use afterwards.
 
-    `chained`: forwards that chains will hold beside those of the capture sizes.
+    `draft_forwards`: forwards that draft graphs will hold beside those of the capture sizes.
     """
     device = step.staging.device
     torch.cuda.empty_cache()
@@ -47,10 +47,10 @@ def measure_peak(step: CompiledStep, largest: Bucket, max_model_len: int, chaine
     step.launch(dummy_step(lengths, step.state.dummy_slot, everything(largest.seqs))).wait()
     peak = torch.cuda.max_memory_reserved(device) - before
     torch.cuda.empty_cache()
-    return Peak(peak, _graphs(step, chained))
+    return Peak(peak, _graphs(step, draft_forwards))
 
 
-def _graphs(step: CompiledStep, chained: int) -> int:
+def _graphs(step: CompiledStep, draft_forwards: int) -> int:
     """All graphs share one pool, which the largest makes; each has memory of the driver's besides.
 
     The median of a few: free memory is the whole device's, and what another process takes meanwhile would be multiplied.
@@ -60,7 +60,7 @@ def _graphs(step: CompiledStep, chained: int) -> int:
     each = statistics.median(
         _taken(lambda: step.runner.capture_graphs([bucket], progress=False)) for bucket in buckets[:SAMPLES]
     )
-    return first + int(each) * (len(buckets) - 1 + chained)
+    return first + int(each) * (len(buckets) - 1 + draft_forwards)
 
 
 def _taken(act: Callable[[], None]) -> int:

@@ -1,6 +1,6 @@
-"""Which CUDA graphs are not captured yet, how wanted each is, and which comes next.
+"""The capture queue: which CUDA graphs are not captured yet, how many steps wanted each, and which is next.
 
-Pure arithmetic over buckets; captures nothing.
+A draft graph is a bucket's decode several times over. Knows buckets alone; captures nothing.
 """
 
 from __future__ import annotations
@@ -9,39 +9,40 @@ from collections.abc import Sequence
 
 from pagegraph.compiler.step.capture_sizes import Bucket
 
-DUE = 64  # steps that had to run otherwise after which their own bucket is captured even if that holds others up
-OFTEN = (
-    8  # steps that wanted a chain before it is captured in idle time: which chains there will be is not known before
-)
-CHAINED = 128  # forwards in all captured chains: each takes the driver's memory of a graph
+# So many steps wanted a graph: it is captured at once, even if that holds others up.
+CAPTURE_NOW = 64
+# So many steps wanted a draft graph: it is captured in idle time. Which there will be is not known before.
+CAPTURE_IDLE = 8
+MAX_DRAFT_FORWARDS = 128  # in all draft graphs together: each forward takes the driver's memory of a graph
 
 
-class Pending:
+class CaptureQueue:
     """Buckets that are not captured yet, and how many steps have wanted each.
 
-    Chains are added when they are first wanted, while `CHAINED` leaves room.
+    Draft graphs are added when they are first wanted, while `MAX_DRAFT_FORWARDS` leaves room.
     """
 
     def __init__(self, buckets: Sequence[Bucket] = ()) -> None:
         self._wanted = dict.fromkeys(sorted(buckets), 0)
-        self._room = CHAINED
+        self._room = MAX_DRAFT_FORWARDS
 
     def __contains__(self, bucket: Bucket) -> bool:
         return bucket in self._wanted
 
     def want(self, bucket: Bucket) -> bool:
-        """A step would run in it -> whether it is due."""
+        """Count a step that would run in it -> whether to capture it now."""
         if not self._fits(bucket):
             return False
         self._wanted[bucket] = self._wanted.get(bucket, 0) + 1
-        return self._wanted[bucket] >= DUE
+        return self._wanted[bucket] >= CAPTURE_NOW
 
     def next(self) -> Bucket | None:
-        """The most wanted, of equals the smallest; None when all are captured, but for chains that are hardly wanted."""
-        ready = [bucket for bucket, wanted in self._wanted.items() if bucket.times == 1 or wanted >= OFTEN]
+        """The most wanted, of equals the smallest; None when all are captured, but for draft graphs that are hardly wanted."""
+        ready = [bucket for bucket, wanted in self._wanted.items() if bucket.times == 1 or wanted >= CAPTURE_IDLE]
         return max(ready, key=self._wanted.__getitem__, default=None)
 
     def done(self, bucket: Bucket) -> None:
+        """It is captured now."""
         self._wanted.pop(bucket, None)
         if bucket.times > 1:
             self._room -= bucket.times

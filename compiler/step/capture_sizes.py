@@ -15,7 +15,7 @@ from dataclasses import dataclass
 class Bucket:
     """A padded step: `tokens` rows of the model, `seqs` sequences; decode when they are equal.
 
-    A decode may run `times` over, each time a token further: a chain.
+    A decode may run `times` over, each time a token further: a draft graph.
     """
 
     tokens: int

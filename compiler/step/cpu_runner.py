@@ -21,7 +21,7 @@ class CpuRunner:
         self._counts = counts
 
     def launch(self, step: StepInput, times: int) -> Callable[[], StepOutput]:
-        """Submit a step, or a chain of `times` -> a function that waits for what comes of it."""
+        """Submit a step, or `times` of them in a row -> a function that waits for what comes of it."""
         return step_thread.submit(self._run, step, times).result
 
     def use_idle_time(self) -> bool:

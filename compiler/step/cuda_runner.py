@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from pagegraph.compiler.step.capture_queue import Pending
+from pagegraph.compiler.step.capture_queue import CaptureQueue
 from pagegraph.compiler.step.capture_sizes import Bucket, CaptureSizes
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.executor import Outputs, Sampled, StepExecutor
@@ -24,7 +24,7 @@ class CudaRunner:
     def __init__(self, executor: StepExecutor, capture_sizes: CaptureSizes, counts: StepCounts) -> None:
         self.capture_sizes = capture_sizes
         self.graphs = GraphSet()
-        self.pending = Pending()  # buckets to be captured between steps
+        self.queue = CaptureQueue()  # buckets to be captured between steps
         self._executor = executor
         self._counts = counts
         self._returns = torch.cuda.Stream()
@@ -32,11 +32,11 @@ class CudaRunner:
 
     @torch.inference_mode()
     def launch(self, step: StepInput, times: int) -> Callable[[], StepOutput]:
-        """Launch a step, or a chain of `times` -> a function that waits for what comes of it."""
+        """Launch a step, or `times` of them in a row -> a function that waits for what comes of it."""
         executor, captured = self._executor, self._captured_bucket(step)
         bucket = captured or Bucket(step.num_tokens, self.capture_sizes.max_num_seqs)  # the kernels of the largest size
         if times > 1 and captured and step.sampling.is_plain:
-            captured = self._chain(captured, times)
+            captured = self._draft_graph(captured, times)
         metadata = executor.staging.send(step, bucket, times)
         if self._returned is not None:
             torch.cuda.current_stream().wait_event(self._returned)
@@ -49,7 +49,7 @@ class CudaRunner:
         return self._returning(step, executor.repeat(metadata, times // (captured or bucket).times, run))
 
     def capture_graphs(self, buckets: Sequence[Bucket], progress: bool) -> None:
-        """Capture these buckets, or chains of them; a step may be in flight."""
+        """Capture these buckets; a step may be in flight."""
         executor = self._executor
 
         def forward_of(bucket: Bucket) -> Callable[[], Outputs]:
@@ -59,11 +59,11 @@ class CudaRunner:
         with torch.inference_mode():
             self.graphs.capture(buckets, forward_of, progress)
         for bucket in buckets:
-            self.pending.done(bucket)
+            self.queue.done(bucket)
 
     def use_idle_time(self) -> bool:
         """Capture one more bucket -> whether there was any."""
-        bucket = self.pending.next()
+        bucket = self.queue.next()
         if bucket is not None:
             self.capture_graphs([bucket], progress=False)
         return bucket is not None
@@ -78,19 +78,19 @@ class CudaRunner:
     def _captured_bucket(self, step: StepInput) -> Bucket | None:
         """The bucket that the step runs in: its own, or a larger one while that is not captured; None beyond the largest."""
         bucket = self.capture_sizes.bucket(step.num_tokens, step.num_seqs)
-        if bucket not in self.pending:
+        if bucket not in self.queue:
             return bucket
-        if self.pending.want(bucket):
+        if self.queue.want(bucket):
             self.capture_graphs([bucket], progress=False)
             return bucket
         return self.graphs.holding(bucket)
 
-    def _chain(self, bucket: Bucket, times: int) -> Bucket:
-        """The chain of so many steps of the bucket if it is captured, or due by now; else the bucket."""
-        chain = replace(bucket, times=times)
-        if chain not in self.graphs and self.pending.want(chain):
-            self.capture_graphs([chain], progress=False)
-        return chain if chain in self.graphs else bucket
+    def _draft_graph(self, bucket: Bucket, times: int) -> Bucket:
+        """The draft graph of so many steps of the bucket, if it is captured or is to be now; else the bucket."""
+        draft = replace(bucket, times=times)
+        if draft not in self.graphs and self.queue.want(draft):
+            self.capture_graphs([draft], progress=False)
+        return draft if draft in self.graphs else bucket
 
     def _returning(self, step: StepInput, sampled: Sampled) -> Callable[[], StepOutput]:
         """Send ids to the host on a second stream; the main one goes on."""

@@ -18,10 +18,10 @@ from pagegraph.compiler.step.state import DeviceState
 
 
 class Outputs(NamedTuple):
-    """Of a padded step of S sequences; of a chain the last step's, but for the ids."""
+    """Of a padded step of S sequences; of several steps in a row the last one's, but for the ids."""
 
     logits: torch.Tensor  # [S, vocab]
-    ids: torch.Tensor  # int64 [S], of a chain [S, times]
+    ids: torch.Tensor  # int64 [S], of several steps [S, times]
     found: torch.Tensor | None  # int32 [2, S], what was looked up if anything is
     staged: Staged
 
@@ -29,7 +29,7 @@ class Outputs(NamedTuple):
 class Sampled(NamedTuple):
     """What the step's own s sequences get."""
 
-    ids: torch.Tensor  # int64 [s], of a chain [s, times]
+    ids: torch.Tensor  # int64 [s], of several steps [s, times]
     found: torch.Tensor | None  # int32 [2, s]
     logprobs: StepLogprobTensors | None
 

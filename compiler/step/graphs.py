@@ -47,7 +47,7 @@ class GraphSet:
         return bucket in self._graphs
 
     def holding(self, bucket: Bucket) -> Bucket | None:
-        """The smallest captured bucket, no chain, that a step of this one fits in."""
+        """The smallest captured bucket, no draft graph, that a step of this one fits in."""
         larger = [
             one for one in self._graphs if one.tokens >= bucket.tokens and one.seqs >= bucket.seqs and one.times == 1
         ]

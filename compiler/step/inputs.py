@@ -118,6 +118,6 @@ class LookedUp:
 class StepOutput:
     """Sampled ids of the S sequences, in the order of the step's rows."""
 
-    token_ids: np.ndarray  # int32 [S]; of a chain [S, times]
+    token_ids: np.ndarray  # int32 [S]; of several steps in a row [S, times]
     logprobs: StepLogprobs | None = None
     lookup: LookedUp | None = None

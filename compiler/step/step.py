@@ -2,8 +2,8 @@
 
 A launch stages the step's metadata, runs the forward (a replayed CUDA graph, the compiled graph, or the
 plain captured modules while compilation is under way), samples, and hands the ids to the next step on the
-device. It does not wait: `Ticket.wait` does. A decode may be launched as a chain: several steps, each of which goes on from
-what the one before drew. Knows nothing of requests, blocks or sockets.
+device. It does not wait: `Ticket.wait` does. A decode may be launched several times in a row, each step with
+the token that the one before sampled. Knows nothing of requests, blocks or sockets.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class CompiledStep:
     def launch(self, step: StepInput, times: int = 1) -> Ticket:
         """Start one step; steps run in the order of their launch.
 
-        `times` > 1: a chain of so many steps. `step` is the first, one token of each of several rows, all of them sampled; the
-        others go on from what was drawn. Every row has blocks for all of it. The ids are [S, times].
+        `times` > 1: so many steps in a row. `step` is the first, one token of each of several rows, all of them sampled; the
+        others take the token sampled before. Every row has blocks for all of it. The ids are [S, times].
         """
         return Ticket(self.runner.launch(step, times))
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from pagegraph.compiler.build import BuiltModel, build_compiled, build_model
-from pagegraph.compiler.step.capture_queue import Pending
+from pagegraph.compiler.step.capture_queue import CaptureQueue
 from pagegraph.compiler.step.cpu_runner import CpuRunner
 from pagegraph.compiler.step.graphs import GraphSet
 from pagegraph.compiler.step.inputs import SamplingInput, StepInput
@@ -241,7 +241,7 @@ def _ways(step: CompiledStep, one: StepInput, draft_tokens: int) -> dict[str, Ca
     if isinstance(step.runner, CpuRunner):
         return {"launches": launches, "replays": chain}
     bucket = step.runner.capture_sizes.bucket(one.num_tokens, one.num_seqs)
-    step.runner.pending = Pending()  # nobody else captures
+    step.runner.queue = CaptureQueue()  # nobody else captures
     without, whole = GraphSet(), GraphSet()
     for graphs, buckets in ((without, [bucket]), (whole, [bucket, replace(bucket, times=draft_tokens)])):
         step.runner.graphs = graphs

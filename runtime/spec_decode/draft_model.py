@@ -3,7 +3,7 @@
 It draws with the request's temperature and filters and with the noise that the target will draw with at that position:
 both take the largest of their logits plus the same noise, so they agree nearly as often as two draws can (Gumbel-max
 coupling), and what the target draws is not changed at all. Keys and values of draft tokens that did not hold, and of tokens
-that it has not seen yet, are computed before the next draft token. All draft tokens are one launch, a chain of steps, or two where a
+that it has not seen yet, are computed before the next draft token. All draft tokens are one launch of several steps, or two where a
 row lacks more than its last token. Knows no acceptance and no scheduling.
 
 It shares block tables and block numbers with the target. A prefix found in the cache is computed again, for its own

@@ -1,4 +1,4 @@
-"""A chain of steps in one launch gives what its steps give one by one."""
+"""Several steps in one launch give what they give one by one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from pagegraph.compiler.build import BuiltModel, build_compiled
-from pagegraph.compiler.step.capture_queue import DUE
+from pagegraph.compiler.step.capture_queue import CAPTURE_NOW
 from pagegraph.compiler.step.capture_sizes import Bucket
 from pagegraph.compiler.step.inputs import Filters, SamplingInput, StepInput
 from pagegraph.runtime.config import Config
@@ -24,7 +24,7 @@ NO_BLOCKS = np.empty((0, 3), np.int32)
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BuiltModel]:
-    """Random weights, uncompiled; on CUDA with the graphs of its buckets, of which no chain."""
+    """Random weights, uncompiled; on CUDA with the graphs of its buckets, without draft graphs."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     LlamaConfig(
@@ -75,8 +75,8 @@ def one_by_one(step, kind: str, seqs: int = SEQS) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["greedy", "drawn", "filtered"])
-def test_a_chain_is_its_steps_one_by_one(built: BuiltModel, kind: str) -> None:
-    """Begun with tokens of the host's, then gone on with by a second chain, over a border of blocks."""
+def test_steps_in_one_launch_are_steps_one_by_one(built: BuiltModel, kind: str) -> None:
+    """Begun with tokens of the host's, then continued by a second launch, over a border of blocks."""
     expected = one_by_one(built.step, kind)
     assert len(np.unique(expected)) > 3
     built.step.launch(prompts(kind))
@@ -96,16 +96,16 @@ def test_a_chain_is_its_steps_one_by_one(built: BuiltModel, kind: str) -> None:
 @pytest.mark.parametrize("seqs", [1, SEQS])
 @pytest.mark.parametrize("kind", ["greedy", "drawn"])
 @pytest.mark.parametrize("built", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
-def test_a_captured_chain_is_its_steps_one_by_one(built: BuiltModel, kind: str, seqs: int) -> None:
+def test_a_draft_graph_is_its_steps_one_by_one(built: BuiltModel, kind: str, seqs: int) -> None:
     """Padding beside the sequences, and steps of other kinds between two replays."""
     step, bucket = built.step, built.step.runner.capture_sizes.bucket(seqs, seqs)
-    expected, chain = one_by_one(step, kind, seqs), Bucket(bucket.tokens, bucket.seqs, TIMES)
-    for _ in range(DUE + 2):  # captured on the way
+    expected, draft = one_by_one(step, kind, seqs), Bucket(bucket.tokens, bucket.seqs, TIMES)
+    for _ in range(CAPTURE_NOW + 2):  # captured on the way
         step.launch(prompts(kind))
         got = step.launch(decode(kind, [50, 60, 70], 0, seqs), TIMES)
         after = step.launch(decode(kind, [-1] * SEQS, TIMES, seqs))
         np.testing.assert_array_equal(got.wait().token_ids, expected)
         assert after.wait().token_ids.shape == (seqs,)
-    assert chain in step.runner.graphs and step.runner.graphs.replay(chain)[1].shape == (bucket.seqs, TIMES)
+    assert draft in step.runner.graphs and step.runner.graphs.replay(draft)[1].shape == (bucket.seqs, TIMES)
     np.testing.assert_array_equal(one_by_one(step, kind, seqs), expected)
     np.testing.assert_array_equal(step.state.last_at[:seqs].cpu(), LENGTHS[:seqs] + TIMES)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pagegraph.compiler.step.capture_queue import CHAINED, DUE, OFTEN, Pending
+from pagegraph.compiler.step.capture_queue import CAPTURE_IDLE, CAPTURE_NOW, MAX_DRAFT_FORWARDS, CaptureQueue
 from pagegraph.compiler.step.capture_sizes import Bucket
 from pagegraph.compiler.step.graphs import GraphSet
 
@@ -15,33 +15,33 @@ SMALL, MIDDLE, LARGE = Bucket(2, 2), Bucket(8, 8), Bucket(64, 16)
 
 
 def test_the_most_wanted_comes_first_then_the_smallest() -> None:
-    pending = Pending([LARGE, SMALL, MIDDLE])
-    assert pending.next() == SMALL
-    assert not pending.want(LARGE)
-    assert pending.next() == LARGE
-    pending.done(LARGE)
-    assert LARGE not in pending and pending.next() == SMALL
-    pending.done(SMALL)
-    pending.done(MIDDLE)
-    assert pending.next() is None
+    queue = CaptureQueue([LARGE, SMALL, MIDDLE])
+    assert queue.next() == SMALL
+    assert not queue.want(LARGE)
+    assert queue.next() == LARGE
+    queue.done(LARGE)
+    assert LARGE not in queue and queue.next() == SMALL
+    queue.done(SMALL)
+    queue.done(MIDDLE)
+    assert queue.next() is None
 
 
 def test_what_is_wanted_often_is_due() -> None:
-    pending = Pending([SMALL, LARGE])
-    assert [pending.want(SMALL) for _ in range(DUE)] == [False] * (DUE - 1) + [True]
-    assert not pending.want(LARGE)
+    queue = CaptureQueue([SMALL, LARGE])
+    assert [queue.want(SMALL) for _ in range(CAPTURE_NOW)] == [False] * (CAPTURE_NOW - 1) + [True]
+    assert not queue.want(LARGE)
 
 
-def test_chains_are_captured_when_wanted_often_while_there_is_room() -> None:
-    pending, chain, longer = Pending(), replace(SMALL, times=CHAINED - 10), replace(SMALL, times=11)
-    for _ in range(OFTEN - 1):
-        assert not pending.want(chain) and not pending.want(longer)
-    assert pending.next() is None
-    pending.want(chain)
-    assert pending.next() == chain
-    pending.done(chain)
-    assert longer not in pending and not any(pending.want(longer) for _ in range(2 * DUE))
-    assert [pending.want(replace(SMALL, times=10)) for _ in range(DUE)] == [False] * (DUE - 1) + [True]
+def test_draft_graphs_are_captured_when_wanted_often_while_there_is_room() -> None:
+    queue, draft, longer = CaptureQueue(), replace(SMALL, times=MAX_DRAFT_FORWARDS - 10), replace(SMALL, times=11)
+    for _ in range(CAPTURE_IDLE - 1):
+        assert not queue.want(draft) and not queue.want(longer)
+    assert queue.next() is None
+    queue.want(draft)
+    assert queue.next() == draft
+    queue.done(draft)
+    assert longer not in queue and not any(queue.want(longer) for _ in range(2 * CAPTURE_NOW))
+    assert [queue.want(replace(SMALL, times=10)) for _ in range(CAPTURE_NOW)] == [False] * (CAPTURE_NOW - 1) + [True]
 
 
 def test_a_larger_graph_serves_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
