@@ -50,11 +50,11 @@ def test_add_a_pass_over_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "PASSES", (*registry.PASSES, registry.Pass("drop_dropout", drop_dropout)))
     options = {name: True for row in registry.PASSES for name in row.options}
     model = Model()
-    reports = registry.apply(model, SimpleNamespace(**SWITCHES, **options, drop_dropout=True))
+    reports = registry.apply_module_passes(model, SimpleNamespace(**SWITCHES, **options, drop_dropout=True))
     assert [(report.name, report.changes) for report in reports] == [("drop_dropout", 1)]
     x = torch.randn(2, 4)
     assert torch.equal(model(x), torch.relu(model.first(x)))
-    assert not registry.apply(Model(), SimpleNamespace(**SWITCHES, **options, drop_dropout=False))
+    assert not registry.apply_module_passes(Model(), SimpleNamespace(**SWITCHES, **options, drop_dropout=False))
 
 
 def test_add_a_pass_over_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
