@@ -6,7 +6,7 @@ A new op is a row of OPS, its reference and a file for its kernel.
 
 - query [T, Hq, D]; key [T, Hkv, D]; value [T, Hkv, Dv] -> [T, Hq, Dv] in query's dtype
 - key_cache [num_blocks, block_size, Hkv, D], value_cache [.., Dv]: whole tensors, mutated; in query's dtype or float8_e4m3fn
-- positions, slots int32 [T]; a token's K/V goes to slot = block * block_size + offset; padding goes to block 0
+- positions, slot_mapping int32 [T]; a token's K/V goes to slot = block * block_size + offset; padding goes to block 0
 - block_tables int32 [S, max_blocks], unused entries 0; query_start int32 [S + 1]; seq_lens int32 [S] with this
   step's tokens. Sequence s owns query rows query_start[s]:query_start[s + 1], its last positions; a padding
   sequence has no rows. Rows from query_start[S] on are padding and come out as 0.
@@ -47,26 +47,26 @@ not compute anew for each use.
 
 `pagegraph::draw` is the next token of each sequence by Gumbel-max (`kernels.sampling.reference.gumbel_argmax`): logits [S, V],
 temperature float32 [S], seeds int64 [S], positions int32 [S] -> ids int64 [S]. Where sampled int32 [S] is not 0 it also
-goes to last_tokens int32 [rows] at the sequence's row of rows int32 [S], and its position to last_at int32 [rows].
+goes to last_tokens int32 [slots] at the sequence's slot of slots int32 [S], and its position to last_at int32 [slots].
 
-`pagegraph::update_tables` writes num_new_blocks [1] of new_blocks [P, 3] = (row, index, block) into tables [rows, max_blocks]; int32.
+`pagegraph::update_tables` writes num_new_blocks [1] of new_blocks [P, 3] = (slot, index, block) into tables [slots, max_blocks]; int32.
 
-`pagegraph::unpack` looks a padded step up: token_ids [T], rows [S], query_start [S + 1], starts [S], tables -> ids,
-positions, slots [T], block_tables [S, width], seq_lens [S], all int32, and the index of each sequence's last token int64
-[S]. Token -1 is the row's of last_tokens, token -2 - j the draft token j of draft_tokens [rows, K]; a sequence that begins with such a
+`pagegraph::unpack` looks a padded step up: token_ids [T], slots [S], query_start [S + 1], starts [S], tables -> ids,
+positions, slot_mapping [T], block_tables [S, width], seq_lens [S], all int32, and the index of each sequence's last token int64
+[S]. Token -1 is the slot's of last_tokens, token -2 - j the draft token j of draft_tokens [slots, K]; a sequence that begins with such a
 token begins at last_at, or 1 + j behind it, whatever starts says. So step metadata that is read again describes the next token
 of every sequence. Tokens from query_start[S] on and sequences without tokens are padding: all zeros.
 
-A row may have several entries in a step, side by side: its last token, then draft tokens of what follows, one token each. A
+A slot may have several entries in a step, side by side: its last token, then draft tokens of what follows, one token each. A
 draft token holds if the entry before it drew just that and all draft tokens before it hold. With ids int64 [S] as drawn and token_ids
 [T], seq_lens [S] as unpacked:
 
 `pagegraph::accept` puts what was drawn behind the last draft token that holds, and its position, into last_tokens and last_at of
-the rows with draft tokens, of which no row has more than `most`.
+the slots with draft tokens, of which no slot has more than `most`.
 
-`pagegraph::look_up` does that too, and writes a step's tokens, and what was drawn of them that holds, into history [rows, W], and for rows that
-drew (sampled or with draft tokens) writes what may follow into draft_tokens [rows, K], by `kernels.spec_decode.reference.lookup` -> int32 [2, S]:
-at a row's first entry twice the length of the match, plus 1 if the first draft token that stood there was what the entry drew;
+`pagegraph::look_up` does that too, and writes a step's tokens, and what was drawn of them that holds, into history [slots, W], and for slots that
+drew (sampled or with draft tokens) writes what may follow into draft_tokens [slots, K], by `kernels.spec_decode.reference.lookup` -> int32 [2, S]:
+at a slot's first entry twice the length of the match, plus 1 if the first draft token that stood there was what the entry drew;
 and the last token of each entry.
 """
 
@@ -162,14 +162,14 @@ def _int4_packed_chain(
 OPS = (
     Op(
         "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-        "Tensor positions, Tensor slots, Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, "
+        "Tensor positions, Tensor slot_mapping, Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, "
         "float scale, int window, float softcap, int chunk) -> Tensor",
         attention_cpu.paged_attention, "attention.cuda:paged_attention", _attention,
     ),
     Op(
         "rope_attention(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor? query_norm, "
         "Tensor? key_norm, float eps, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor positions, "
-        "Tensor slots, Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, float scale, "
+        "Tensor slot_mapping, Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, float scale, "
         "int window, float softcap, int chunk) -> Tensor",
         attention_cpu.rope_attention, "attention.cuda:rope_attention", _attention,
     ),
@@ -223,23 +223,23 @@ OPS = (
         inputs_cpu.update_tables, "inputs.prepare:update_tables", None,
     ),
     Op(
-        "unpack(Tensor token_ids, Tensor rows, Tensor query_start, Tensor starts, Tensor last_tokens, "
+        "unpack(Tensor token_ids, Tensor slots, Tensor query_start, Tensor starts, Tensor last_tokens, "
         "Tensor last_at, Tensor draft_tokens, Tensor tables, int block_size, int width) -> (Tensor, Tensor, "
         "Tensor, Tensor, Tensor, Tensor)",
         inputs_cpp.unpack, "inputs.prepare:unpack", None,
     ),
     Op(
-        "draw(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor rows, Tensor sampled, "
+        "draw(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor slots, Tensor sampled, "
         "Tensor(a!) last_tokens, Tensor(b!) last_at) -> Tensor",
         sampling_cpp.draw, "sampling.gumbel:draw", None,
     ),
     Op(
-        "accept(Tensor ids, Tensor token_ids, Tensor rows, Tensor query_start, Tensor seq_lens, "
+        "accept(Tensor ids, Tensor token_ids, Tensor slots, Tensor query_start, Tensor seq_lens, "
         "Tensor(a!) last_tokens, Tensor(b!) last_at, int most) -> ()",
         spec_decode_reference.accept, "spec_decode.ngram:accept", None,
     ),
     Op(
-        "look_up(Tensor ids, Tensor token_ids, Tensor rows, Tensor query_start, Tensor seq_lens, Tensor sampled, "
+        "look_up(Tensor ids, Tensor token_ids, Tensor slots, Tensor query_start, Tensor seq_lens, Tensor sampled, "
         "Tensor(a!) last_tokens, Tensor(b!) last_at, Tensor(c!) history, Tensor(d!) draft_tokens, int least, "
         "int most) -> Tensor",
         spec_decode_cpp.look_up, "spec_decode.ngram:look_up", None,

@@ -71,8 +71,8 @@ def _attention(op: OpOverload, *arguments: TensorBox | float | int | None) -> Te
     """One row's on a CPU is called past the dispatcher, which takes longer than the attention."""
     query, key, value, *rest = arguments
     cos, sin, norms = (*rest[:2], rest[2:4]) if len(rest) > 12 else (query, query, [None, None])
-    key_cache, value_cache, _, slots, tables, _, lengths, sinks, scale, window, softcap, chunk = rest[-12:]
-    tensors = (query, key, value, cos, sin, key_cache, value_cache, slots, tables, lengths)
+    key_cache, value_cache, _, slot_mapping, tables, _, lengths, sinks, scale, window, softcap, chunk = rest[-12:]
+    tensors = (query, key, value, cos, sin, key_cache, value_cache, slot_mapping, tables, lengths)
     row = (
         query.get_device().type == "cpu" and query.get_size()[0] == lengths.get_size()[0] == 1 and norms == [None, None]
     )

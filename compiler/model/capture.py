@@ -27,7 +27,7 @@ class PagedBatch:
 
     layouts: list[AttentionLayout]
     positions: torch.Tensor
-    slots: torch.Tensor
+    slot_mapping: torch.Tensor
     block_tables: torch.Tensor
     query_start: torch.Tensor
     seq_lens: torch.Tensor
@@ -58,7 +58,7 @@ def paged_attention(
         batch.key_caches[module.layer_idx],
         batch.value_caches[module.layer_idx],
         batch.positions,
-        batch.slots,
+        batch.slot_mapping,
         batch.block_tables,
         batch.query_start,
         batch.seq_lens,
@@ -87,7 +87,7 @@ class CapturedModel(nn.Module):
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        slots: torch.Tensor,
+        slot_mapping: torch.Tensor,
         block_tables: torch.Tensor,
         query_start: torch.Tensor,
         seq_lens: torch.Tensor,
@@ -95,9 +95,9 @@ class CapturedModel(nn.Module):
         key_caches: list[torch.Tensor],
         value_caches: list[torch.Tensor],
     ) -> torch.Tensor:
-        """token_ids, positions, slots int32 [T]; logits_index int64 [S] of token rows -> logits [S, vocab]."""
+        """token_ids, positions, slot_mapping int32 [T]; logits_index int64 [S] of token rows -> logits [S, vocab]."""
         forward_local.paged = PagedBatch(
-            self.layouts, positions, slots, block_tables, query_start, seq_lens, key_caches, value_caches
+            self.layouts, positions, slot_mapping, block_tables, query_start, seq_lens, key_caches, value_caches
         )
         forward_local.products = {}
         position_ids = positions.long()[None]

@@ -17,7 +17,7 @@ def dummy_step(lengths: Sequence[int], dummy_slot: int, sampling: SamplingInput 
     greedy = SamplingInput(temperature=np.zeros(seqs, np.float32), seeds=np.zeros(seqs, np.int64))
     return StepInput(
         token_ids=np.zeros(sum(lengths), np.int32),
-        rows=np.full(seqs, dummy_slot, np.int32),
+        slots=np.full(seqs, dummy_slot, np.int32),
         query_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
         starts=np.zeros(seqs, np.int32),
         sampled=np.zeros(seqs, bool),

@@ -16,7 +16,7 @@ from pagegraph.compiler.step.state import DeviceState
 def mark_dynamic(
     token_ids: torch.Tensor,
     positions: torch.Tensor,
-    slots: torch.Tensor,
+    slot_mapping: torch.Tensor,
     block_tables: torch.Tensor,
     query_start: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -28,7 +28,7 @@ def mark_dynamic(
     Sizes that happen to be equal in the first call are taken for the same symbol: compile on distinct ones.
     """
     if len(token_ids) > 1:
-        for tensor in (token_ids, positions, slots, block_tables, query_start, seq_lens, logits_index):
+        for tensor in (token_ids, positions, slot_mapping, block_tables, query_start, seq_lens, logits_index):
             torch._dynamo.mark_dynamic(tensor, 0)
     torch._dynamo.mark_dynamic(block_tables, 1)
 
@@ -38,7 +38,7 @@ def step_inputs(staged: Staged) -> tuple[torch.Tensor, ...]:
     return (
         staged.token_ids,
         staged.positions,
-        staged.slots,
+        staged.slot_mapping,
         staged.block_tables,
         staged.query_start,
         staged.seq_lens,

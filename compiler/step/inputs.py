@@ -36,7 +36,7 @@ class SamplingInput:
     seeds: np.ndarray  # int64 [S]
     filters: Filters | None = None
     penalties: Penalties | None = None
-    # Token counts to rebuild before this step: (row, prompt ids, output ids)
+    # Token counts to rebuild before this step: (slot, prompt ids, output ids)
     penalty_reset: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
     # Addends to logits, int32 [B] index into the S sequences, int32 [B] token, float32 [B], -inf forbids the token
     bias: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
@@ -59,22 +59,22 @@ class SamplingInput:
 class StepInput:
     """One ragged step: T tokens of S sequences, sequence s owning tokens query_start[s]:query_start[s+1].
 
-    The device keeps the block table of every row, so a step brings only what is new in them. Positions and KV
-    slots follow from `starts` and the tables; a sampled token's position is that after its sequence's last.
-    Draft tokens are sequences of one token each behind that of their row. Where a sequence begins with a token that only the
+    The device keeps the block table of every slot, so a step brings only what is new in them. Positions and slot_mapping
+    follow from `starts` and the tables; a sampled token's position is that after its sequence's last.
+    Draft tokens are sequences of one token each behind that of their slot. Where a sequence begins with a token that only the
     device knows, its start may be known to it alone too: `starts` is then the last it can be.
     """
 
     token_ids: (
         np.ndarray
-    )  # int32 [T], known to the device only: -1 the row's last sampled token, -2 - j its draft token j
-    rows: np.ndarray  # int32 [S], device row of each sequence
+    )  # int32 [T], known to the device only: -1 the slot's last sampled token, -2 - j its draft token j
+    slots: np.ndarray  # int32 [S], slot of each sequence
     query_start: np.ndarray  # int32 [S + 1]
     starts: np.ndarray  # int32 [S], position of each sequence's first token in this step
     sampled: np.ndarray  # bool [S], False where a prefill chunk ends before the prompt does
-    new_blocks: np.ndarray  # int32 [P, 3]: (row, index in the row's block table, block)
+    new_blocks: np.ndarray  # int32 [P, 3]: (slot, index in the slot's block table, block)
     sampling: SamplingInput
-    # (row, int32 tokens) of those that begin with tokens found in the cache
+    # (slot, int32 tokens) of those that begin with tokens found in the cache
     cached: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
     @property
@@ -83,7 +83,7 @@ class StepInput:
 
     @property
     def num_seqs(self) -> int:
-        return len(self.rows)
+        return len(self.slots)
 
     @property
     def seq_lens(self) -> np.ndarray:
@@ -107,7 +107,7 @@ class LookedUp:
 
     matched: (
         np.ndarray
-    )  # at a row's first entry: how long a match the draft tokens for its next tokens rest on, 0 for none
+    )  # at a slot's first entry: how long a match the draft tokens for its next tokens rest on, 0 for none
     hits: (
         np.ndarray | None
     )  # there: 1 if the first draft token for what it drew was right; unknown but with plain sampling
@@ -116,7 +116,7 @@ class LookedUp:
 
 @dataclass(slots=True)
 class StepOutput:
-    """Sampled ids of the S sequences, in the order of the step's rows."""
+    """Sampled ids of the S sequences, in the order of the step's slots."""
 
     token_ids: np.ndarray  # int32 [S]; of several steps in a row [S, times]
     logprobs: StepLogprobs | None = None

@@ -45,7 +45,7 @@ def draw(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tens
     Temperature, seed and position are all it looks at. Nothing is read back, so it is captured with the forward.
     """
     metadata, count = staged.metadata, len(logits)
-    arguments = (metadata.temperature, metadata.seeds, staged.seq_lens, metadata.rows, metadata.sampled)
+    arguments = (metadata.temperature, metadata.seeds, staged.seq_lens, metadata.slots, metadata.sampled)
     return torch.ops.pagegraph.draw(logits, *(one[:count] for one in arguments), state.last_tokens, state.last_at)
 
 
@@ -57,7 +57,7 @@ def settle(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tenso
     if not state.max_draft_tokens:
         return None
     metadata, ops, count = staged.metadata, torch.ops.pagegraph, len(ids)
-    step = ids, staged.token_ids, metadata.rows[:count], metadata.query_start[: count + 1], staged.seq_lens[:count]
+    step = ids, staged.token_ids, metadata.slots[:count], metadata.query_start[: count + 1], staged.seq_lens[:count]
     last = state.last_tokens, state.last_at
     if state.lookup is None:
         ops.accept(*step, *last, state.max_draft_tokens)
@@ -77,15 +77,15 @@ def sample(
     logits = raw
     if sampling.allowed or sampling.bias:
         logits = _restrict(logits.clone(), sampling)
-    rows = metadata.rows[:num_seqs].long()
+    slots = metadata.slots[:num_seqs].long()
     if penalties := sampling.penalties:
-        for row, prompt_ids, output_ids in sampling.penalty_reset:
-            state.reset_row(row, prompt_ids, output_ids)
+        for slot, prompt_ids, output_ids in sampling.penalty_reset:
+            state.reset_slot(slot, prompt_ids, output_ids)
         outputs, prompt = state.penalty_counts()
         logits = reference.apply_penalties(
             logits,
-            outputs[rows],
-            prompt[rows],
+            outputs[slots],
+            prompt[slots],
             _to(penalties.repetition, device),
             _to(penalties.presence, device),
             _to(penalties.frequency, device),
@@ -100,7 +100,7 @@ def sample(
         )
     ids = draw(logits, staged, state)
     if penalties:
-        outputs.index_put_((rows, ids), metadata.sampled[:num_seqs], accumulate=True)
+        outputs.index_put_((slots, ids), metadata.sampled[:num_seqs], accumulate=True)
     logprobs = StepLogprobTensors(raw, ids, sampling.num_logprobs) if sampling.num_logprobs >= 0 else None
     return ids, logprobs
 

@@ -28,7 +28,7 @@ class StepMetadata:
 
     token_ids: torch.Tensor  # [T], below 0: known to the device, as in `StepInput`
     query_start: torch.Tensor  # [S + 1]
-    rows: torch.Tensor  # [S]
+    slots: torch.Tensor  # [S]
     starts: torch.Tensor  # [S]
     sampled: torch.Tensor  # [S] 0 or 1
     temperature: torch.Tensor  # [S] float32
@@ -44,7 +44,7 @@ class Staged:
 
     token_ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
-    slots: torch.Tensor  # [T]
+    slot_mapping: torch.Tensor  # [T]
     block_tables: torch.Tensor  # [S, width]
     query_start: torch.Tensor  # [S + 1]
     seq_lens: torch.Tensor  # [S], also the position of the token to be sampled
@@ -64,7 +64,7 @@ class Layout:
     def of(bucket: Bucket) -> Layout:
         tokens, seqs = bucket.tokens, bucket.seqs
         sizes = {
-            "token_ids": tokens, "query_start": seqs + 1, "rows": seqs, "starts": seqs, "sampled": seqs,
+            "token_ids": tokens, "query_start": seqs + 1, "slots": seqs, "starts": seqs, "sampled": seqs,
             "temperature": seqs, "seeds": 2 * seqs, "num_new_blocks": 1,
         }  # fmt: skip
         at, fields = 0, {}
@@ -101,8 +101,8 @@ class Staging:
 
     def send(self, step: StepInput, bucket: Bucket, times: int = 1) -> StepMetadata:
         """Pad `step`, which is to run `times` over, to `bucket` and bring it to the device."""
-        for row, tokens in step.cached:
-            self._state.remember(row, tokens)
+        for slot, tokens in step.cached:
+            self._state.remember(slot, tokens)
         if self.device.type == "cpu":
             return self._filled(step, bucket, times)
         metadata = self.metadata(bucket)
@@ -119,11 +119,11 @@ class Staging:
         """The step that the metadata on the device describes; launches only, so that a graph can hold it."""
         state, ops = self._state, torch.ops.pagegraph
         ops.update_tables(state.block_tables, metadata.new_blocks, metadata.num_new_blocks)
-        ids, positions, slots, tables, seq_lens, logits_index = ops.unpack(
-            metadata.token_ids, metadata.rows, metadata.query_start, metadata.starts, state.last_tokens, state.last_at,
+        ids, positions, slot_mapping, tables, seq_lens, logits_index = ops.unpack(
+            metadata.token_ids, metadata.slots, metadata.query_start, metadata.starts, state.last_tokens, state.last_at,
             state.draft_tokens, state.block_tables, state.block_size, metadata.width,
         )  # fmt: skip
-        return Staged(ids, positions, slots, tables, metadata.query_start, seq_lens, logits_index, metadata)
+        return Staged(ids, positions, slot_mapping, tables, metadata.query_start, seq_lens, logits_index, metadata)
 
     def metadata(self, bucket: Bucket) -> StepMetadata:
         """CUDA: the bucket's fields at their fixed addresses."""
@@ -135,7 +135,7 @@ class Staging:
         """CUDA: the bucket's metadata filled as an all-padding step: what a capture runs on."""
         metadata = self._captured[bucket] = self.metadata(bucket)
         self._words.zero_()
-        metadata.rows.fill_(self._state.dummy_slot)
+        metadata.slots.fill_(self._state.dummy_slot)
         self._last = None
         return metadata
 
@@ -145,7 +145,7 @@ class Staging:
             return False
         last = self._last[1]
         return bool(
-            _same(step.rows, last.rows)
+            _same(step.slots, last.slots)
             and step.token_ids.max() < 0
             and _same(step.token_ids, last.token_ids)
             and _same(step.sampled, last.sampled)
@@ -167,8 +167,8 @@ class Staging:
         self._sent[turn].record()
 
     def _put_new_blocks(self, new_blocks: np.ndarray) -> None:
-        rows, index, block = torch.from_numpy(new_blocks).to(self.device).unbind(1)
-        self._state.block_tables[rows.long(), index.long()] = block
+        slots, index, block = torch.from_numpy(new_blocks).to(self.device).unbind(1)
+        self._state.block_tables[slots.long(), index.long()] = block
 
     def _filled(self, step: StepInput, bucket: Bucket, times: int = 1) -> StepMetadata:
         """CPU: metadata of the step's own."""
@@ -187,7 +187,7 @@ class Staging:
 
         put("token_ids", step.token_ids, 0)
         put("query_start", step.query_start, step.num_tokens)
-        put("rows", step.rows, self._state.dummy_slot)
+        put("slots", step.slots, self._state.dummy_slot)
         put("starts", step.starts, 0)
         put("sampled", step.sampled, 0)
         put("temperature", step.sampling.temperature.view(np.int32), 0)

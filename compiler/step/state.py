@@ -1,6 +1,6 @@
-"""Tensors that outlive a step: KV caches, block tables, each row's last token, its text and draft tokens, penalty counts.
+"""Tensors that outlive a step: KV caches, block tables, each slot's last token, its text and draft tokens, penalty counts.
 
-A row is a device slot that a running sequence owns. Padding uses the dummy slot `max_num_seqs` and the null block.
+A slot is a place in the batch that a running sequence owns: an index of every tensor here. Padding uses the dummy slot `max_num_seqs` and the null block.
 On CUDA every tensor keeps its address, so captured graphs stay valid. Knows no scheduling and no model.
 """
 
@@ -15,7 +15,7 @@ from pagegraph.compiler.model.probe import AttentionLayout
 
 
 class Lookup(NamedTuple):
-    """Draft tokens come from the row's own text: what followed its last `least` to `most` tokens before."""
+    """Draft tokens come from the slot's own text: what followed its last `least` to `most` tokens before."""
 
     least: int
     most: int
@@ -38,7 +38,7 @@ class DeviceState:
         max_draft_tokens: int = 0,
         lookup: Lookup | None = None,
     ) -> None:
-        """max_draft_tokens: entries of a row in one step, less one; lookup: the device makes them itself."""
+        """max_draft_tokens: entries of a slot in one step, less one; lookup: the device makes them itself."""
         self.dummy_slot = max_num_seqs
         self.vocab_size = vocab_size
         self.block_size = block_size
@@ -60,15 +60,15 @@ class DeviceState:
 
     def allow_drafts(self, most: int, lookup: Lookup | None) -> None:
         """See `__init__`; before graphs are captured."""
-        rows, device = len(self.block_tables), self.block_tables.device
+        slots, device = len(self.block_tables), self.block_tables.device
         self.max_draft_tokens = most
-        self.draft_tokens = torch.zeros(rows, max(most, 1), dtype=torch.int32, device=device)
+        self.draft_tokens = torch.zeros(slots, max(most, 1), dtype=torch.int32, device=device)
         self.lookup = lookup
         self.history: torch.Tensor | None = (
-            None  # every row's tokens by position, with room for one behind the last block
+            None  # every slot's tokens by position, with room for one behind the last block
         )
         if lookup is not None:
-            self.history = torch.zeros(rows, self.max_blocks * self.block_size + 1, dtype=torch.int32, device=device)
+            self.history = torch.zeros(slots, self.max_blocks * self.block_size + 1, dtype=torch.int32, device=device)
 
     def penalty_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(output counts int32, prompt presence bool), each [max_num_seqs + 1, vocab]; made at first use."""
@@ -80,20 +80,20 @@ class DeviceState:
             )
         return self._counts
 
-    def remember(self, row: int, tokens: np.ndarray) -> None:
-        """Tokens int32 [n] that a row begins with and no step computes: their keys and values are in its blocks already."""
+    def remember(self, slot: int, tokens: np.ndarray) -> None:
+        """Tokens int32 [n] that a slot begins with and no step computes: their keys and values are in its blocks already."""
         if self.history is not None:
             given = torch.from_numpy(np.ascontiguousarray(tokens))
             if self.history.device.type == "cuda":
                 given = given.pin_memory()
-            self.history[row, : len(tokens)].copy_(given, non_blocking=True)
+            self.history[slot, : len(tokens)].copy_(given, non_blocking=True)
 
-    def reset_row(self, row: int, prompt_ids: np.ndarray, output_ids: np.ndarray) -> None:
-        """Rebuild the penalty counts of `row` for a sequence that starts or restarts in it."""
+    def reset_slot(self, slot: int, prompt_ids: np.ndarray, output_ids: np.ndarray) -> None:
+        """Rebuild the penalty counts of `slot` for a sequence that starts or restarts in it."""
         outputs, prompt = self.penalty_counts()
         device = outputs.device
-        outputs[row].zero_()
-        prompt[row].zero_()
-        prompt[row].index_fill_(0, torch.as_tensor(prompt_ids, dtype=torch.long, device=device), True)
+        outputs[slot].zero_()
+        prompt[slot].zero_()
+        prompt[slot].index_fill_(0, torch.as_tensor(prompt_ids, dtype=torch.long, device=device), True)
         ids = torch.as_tensor(output_ids, dtype=torch.long, device=device)
-        outputs[row].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+        outputs[slot].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))

@@ -37,7 +37,7 @@ def paged_attention(
     key_cache: Tensor,
     value_cache: Tensor,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     block_tables: Tensor,
     query_start: Tensor,
     seq_lens: Tensor,
@@ -51,9 +51,9 @@ def paged_attention(
     a_row_each = len(query) == len(seq_lens) and min(seq_lens.tolist(), default=0) > 0  # and no padding
     if a_row_each and cpu_decode.takes(query, key_cache, sinks, softcap):
         return cpu_decode.attend(
-            query, key, value, key_cache, value_cache, slots, block_tables, seq_lens, scale, window, chunk
+            query, key, value, key_cache, value_cache, slot_mapping, block_tables, seq_lens, scale, window, chunk
         )
-    _write(key, value, key_cache, value_cache, slots)
+    _write(key, value, key_cache, value_cache, slot_mapping)
     if a_row_each:
         return _decode(query, key_cache, value_cache, block_tables, seq_lens, sinks, scale, window, softcap, chunk)
     out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
@@ -87,11 +87,11 @@ def paged_attention(
     return out
 
 
-def _write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+def _write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
     """`reference.write_kv` in fewer calls where one row is written as it is."""
-    if len(slots) != 1 or key_cache.dtype != key.dtype:
-        return reference.write_kv(key, value, key_cache, value_cache, slots)
-    block, offset = divmod(int(slots), key_cache.shape[1])
+    if len(slot_mapping) != 1 or key_cache.dtype != key.dtype:
+        return reference.write_kv(key, value, key_cache, value_cache, slot_mapping)
+    block, offset = divmod(int(slot_mapping), key_cache.shape[1])
     key_cache[block, offset] = key[0]
     value_cache[block, offset] = value[0]
 

@@ -105,16 +105,16 @@ struct Heads {  // of a step: [rows, heads, size], elements of a head side by si
 };
 
 template <typename T>
-void run(Heads query, Heads key, Heads value, const T* cos, const T* sin, T* keys, T* values, const int32_t* slots, const int32_t* tables,
+void run(Heads query, Heads key, Heads value, const T* cos, const T* sin, T* keys, T* values, const int32_t* slot_mapping, const int32_t* tables,
          const int32_t* lengths, T* out, int64_t rows, int64_t heads, int64_t groups, int64_t D, int64_t V, int64_t block_size, int64_t table_stride,
          int64_t window, int64_t chunk, bool write, float scale) {
     int64_t longest = 0;
     for (int64_t r = 0; r < rows; r++) {
         longest = std::max<int64_t>(longest, lengths[r]);
         for (int64_t g = 0; write && g < groups; g++) {
-            T* const to = keys + (slots[r] * groups + g) * D;
+            T* const to = keys + (slot_mapping[r] * groups + g) * D;
             cos ? rotate(key.at<T>(r, g), cos + r * D, sin + r * D, to, D) : (void)std::memcpy(to, key.at<T>(r, g), D * sizeof(T));
-            std::memcpy(values + (slots[r] * groups + g) * V, value.at<T>(r, g), V * sizeof(T));
+            std::memcpy(values + (slot_mapping[r] * groups + g) * V, value.at<T>(r, g), V * sizeof(T));
         }
     }
     const auto one = D == V && D == 64 ? attend<T, 64> : D == V && D == 128 ? attend<T, 128> : attend<T, 0>;
@@ -137,7 +137,7 @@ void run(Heads query, Heads key, Heads value, const T* cos, const T* sin, T* key
 
 }  // namespace
 
-extern "C" void kernel(const void* query, const void* key, const void* value, const void* cos, const void* sin, void* keys, void* values, const int32_t* slots,
+extern "C" void kernel(const void* query, const void* key, const void* value, const void* cos, const void* sin, void* keys, void* values, const int32_t* slot_mapping,
                        const int32_t* tables, const int32_t* lengths, void* out, int64_t query_row, int64_t query_head,
                        int64_t key_row, int64_t key_head, int64_t value_row, int64_t value_head, int64_t rows, int64_t heads,
                        int64_t groups, int64_t D, int64_t V, int64_t block_size, int64_t table_stride, int64_t window,
@@ -145,7 +145,7 @@ extern "C" void kernel(const void* query, const void* key, const void* value, co
     const auto of = [&](auto type) {
         using T = decltype(type);
         run<T>({query, query_row, query_head}, {key, key_row, key_head}, {value, value_row, value_head}, rotated ? (const T*)cos : nullptr, (const T*)sin, (T*)keys, (T*)values,
-               slots, tables, lengths, (T*)out, rows, heads, groups, D, V, block_size, table_stride, window, chunk, write, scale);
+               slot_mapping, tables, lengths, (T*)out, rows, heads, groups, D, V, block_size, table_stride, window, chunk, write, scale);
     };
     is_bfloat16 ? of(Bfloat16()) : of(float());
 }

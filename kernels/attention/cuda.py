@@ -22,7 +22,7 @@ def paged_attention(
     key_cache: Tensor,
     value_cache: Tensor,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     block_tables: Tensor,
     query_start: Tensor,
     seq_lens: Tensor,
@@ -34,7 +34,7 @@ def paged_attention(
 ) -> Tensor:
     """See `kernels.ops` for shapes."""
     query, key, value = _dense_rows(query), _dense_rows(key), _dense_rows(value)
-    write_kv(key, value, key_cache, value_cache, slots)
+    write_kv(key, value, key_cache, value_cache, slot_mapping)
     return _attend(
         query, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, scale, window, softcap, chunk
     )
@@ -52,12 +52,12 @@ def rope_attention(
     key_cache: Tensor,
     value_cache: Tensor,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     *metadata: Tensor | float | int | None,
 ) -> Tensor:
     """See `kernels.ops`; queries and keys are rotated, and keys and values stored, by one kernel."""
     query, key, value = _dense_rows(query), _dense_rows(key), _dense_rows(value)
-    rotated = rope_write(query, key, value, cos, sin, query_norm, key_norm, eps, key_cache, value_cache, slots)
+    rotated = rope_write(query, key, value, cos, sin, query_norm, key_norm, eps, key_cache, value_cache, slot_mapping)
     return _attend(rotated, key_cache, value_cache, *metadata)
 
 

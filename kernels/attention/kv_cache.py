@@ -29,7 +29,7 @@ def kv_write_kernel(
     value_ptr,
     key_cache_ptr,
     value_cache_ptr,
-    slots_ptr,
+    slot_mapping_ptr,
     key_token_stride,
     key_head_stride,
     value_token_stride,
@@ -42,7 +42,7 @@ def kv_write_kernel(
     VALUE_PAD: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token).to(tl.int64)
+    slot = tl.load(slot_mapping_ptr + token).to(tl.int64)
     head = tl.arange(0, HEADS_PAD)[:, None]
     column = tl.arange(0, KEY_PAD)[None, :]
     inside = (head < HEADS) & (column < KEY_SIZE)
@@ -56,7 +56,7 @@ def kv_write_kernel(
     tl.store(to, stored(value, value_cache_ptr.dtype.element_ty), mask=inside)
 
 
-def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
     """`kernels.attention.reference.write_kv` on the device. The last dimension of key and value must be dense."""
     tokens, heads, key_size = key.shape
     value_size = value.shape[2]
@@ -65,7 +65,7 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         value,
         key_cache,
         value_cache,
-        slots,
+        slot_mapping,
         key.stride(0),
         key.stride(1),
         value.stride(0),

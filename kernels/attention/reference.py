@@ -11,13 +11,17 @@ from pagegraph.kernels.dtypes import FP8_MAX
 
 
 def write_kv(
-    key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, slots: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
-    """Store key [T, Hkv, D] and value [T, Hkv, Dv] at `slots` (int32 [T], block * block_size + offset), in place.
+    """Store key [T, Hkv, D] and value [T, Hkv, Dv] at `slot_mapping` (int32 [T], block * block_size + offset), in place.
 
     A cache of e4m3 holds them by a scale of 1; what lies beyond its largest, 448, becomes that.
     """
-    where = slots.long()
+    where = slot_mapping.long()
     for heads, cache in ((key, key_cache), (value, value_cache)):
         if cache.dtype == torch.float8_e4m3fn:
             heads = heads.float().clamp(-FP8_MAX, FP8_MAX)
@@ -46,7 +50,7 @@ def paged_attention(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     positions: torch.Tensor,
-    slots: torch.Tensor,
+    slot_mapping: torch.Tensor,
     block_tables: torch.Tensor,
     query_start: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -57,7 +61,7 @@ def paged_attention(
     chunk: int,
 ) -> torch.Tensor:
     """Softmax attention over blocks, one sequence after the other, in float32; shapes as in `kernels.ops`."""
-    write_kv(key, value, key_cache, value_cache, slots)
+    write_kv(key, value, key_cache, value_cache, slot_mapping)
     out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     for sequence, length in enumerate(lengths):

@@ -46,7 +46,7 @@ def rope_write_kernel(
     key_norm_ptr,
     key_cache_ptr,
     value_cache_ptr,
-    slots_ptr,
+    slot_mapping_ptr,
     eps,
     query_token_stride,
     query_head_stride,
@@ -84,7 +84,7 @@ def rope_write_kernel(
         tl.store(to + HALF, high.to(out_ptr.dtype.element_ty), mask=inside)
     else:
         # Names of their own: a name has one type in both branches.
-        slot = tl.load(slots_ptr + token).to(tl.int64)
+        slot = tl.load(slot_mapping_ptr + token).to(tl.int64)
         kv_head = tl.arange(0, KV_HEADS_PAD)[:, None]
         in_key = (kv_head < KV_HEADS) & in_half[None, :]
         key_at = key_ptr + token * key_token_stride + kv_head * key_head_stride + half[None, :]
@@ -110,9 +110,9 @@ def rope_write(
     eps: float,
     key_cache: Tensor,
     value_cache: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
 ) -> Tensor:
-    """Rotated queries [T, Hq, D]; keys and values go to `slots`. See `kernels.ops` for shapes; last dimensions dense."""
+    """Rotated queries [T, Hq, D]; keys and values go to `slot_mapping`. See `kernels.ops` for shapes; last dimensions dense."""
     tokens, heads, size = query.shape
     kv_heads, value_size = value.shape[1:]
     half = size // 2
@@ -129,7 +129,7 @@ def rope_write(
         key_norm if key_norm is not None else key,
         key_cache,
         value_cache,
-        slots,
+        slot_mapping,
         eps,
         query.stride(0),
         query.stride(1),

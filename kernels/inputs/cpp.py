@@ -31,8 +31,8 @@ def unpack(*step: Tensor | int) -> tuple[Tensor, ...]:
     *given, block_size, width = step
     if _kernel is None or not all(one.is_contiguous() for one in given):
         return cpu.unpack(*step)
-    token_ids, rows, *_, draft_tokens, tables = given
-    tokens, seqs = len(token_ids), len(rows)
+    token_ids, slots, *_, draft_tokens, tables = given
+    tokens, seqs = len(token_ids), len(slots)
     out, out_tables, seq_lens = (
         token_ids.new_empty(3, tokens),
         token_ids.new_empty(seqs, width),

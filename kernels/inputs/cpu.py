@@ -17,7 +17,7 @@ def update_tables(tables: Tensor, new_blocks: Tensor, num_new_blocks: Tensor) ->
 
 def unpack(
     token_ids: Tensor,
-    rows: Tensor,
+    slots: Tensor,
     query_start: Tensor,
     starts: Tensor,
     last_tokens: Tensor,
@@ -28,22 +28,22 @@ def unpack(
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference.unpack` by numpy, whose calls take a fifth of the time on a few numbers."""
-    given = (token_ids, rows, query_start, starts, last_tokens, last_at, draft_tokens, tables)
-    ids, row, begins, start, last_tokens, last_at, draft_tokens, tables = (one.numpy() for one in given)
+    given = (token_ids, slots, query_start, starts, last_tokens, last_at, draft_tokens, tables)
+    ids, slot, begins, start, last_tokens, last_at, draft_tokens, tables = (one.numpy() for one in given)
     counts, live = np.diff(begins), begins[-1]
     first = ids[np.minimum(begins[:-1], len(ids) - 1)]
-    start = np.where(first < 0, last_at[row] - 1 - first, start)
-    out = np.zeros((3, len(ids)), np.int32)  # ids, positions, slots
-    owner = row.repeat(counts)
-    known, positions, slots = out[:, :live]
+    start = np.where(first < 0, last_at[slot] - 1 - first, start)
+    out = np.zeros((3, len(ids)), np.int32)  # ids, positions, slot_mapping
+    owner = slot.repeat(counts)
+    known, positions, slot_mapping = out[:, :live]
     positions[:] = np.arange(live) + (start - begins[:-1]).repeat(counts)
     known[:] = ids[:live]
     if (known < 0).any():
         draft = draft_tokens[owner, np.maximum(-2 - known, 0)] if (known < -1).any() else 0
         known[:] = np.where(known == -1, last_tokens[owner], np.where(known < 0, draft, known))
-    slots[:] = tables[owner, positions // block_size] * block_size + positions % block_size
+    slot_mapping[:] = tables[owner, positions // block_size] * block_size + positions % block_size
     seq_lens = np.where(counts > 0, start + counts, 0).astype(np.int32)
-    out_tables = tables[row, :width] * (np.arange(width) * block_size < seq_lens[:, None])
+    out_tables = tables[slot, :width] * (np.arange(width) * block_size < seq_lens[:, None])
     last = np.maximum(begins[1:].astype(np.int64) - 1, 0)
     return (
         *torch.from_numpy(out).unbind(),

@@ -1,6 +1,6 @@
-"""Triton: what a step brought becomes what the model reads: ids, positions, slots and block tables.
+"""Triton: what a step brought becomes what the model reads: ids, positions, slot_mapping and block tables.
 
-Two kernels at the head of every step. The first brings the block tables up to date; the second looks up, also where a row
+Two kernels at the head of every step. The first brings the block tables up to date; the second looks up, also where a slot
 stands of which the host does not know yet. Knows no host and no model. See `kernels.ops`.
 """
 
@@ -36,17 +36,17 @@ def update_tables_kernel(
     for begin in range(0, num_new_blocks, step):
         entry = begin + first
         inside = entry < num_new_blocks
-        row = tl.load(new_blocks_ptr + 3 * entry, mask=inside, other=0)
+        slot = tl.load(new_blocks_ptr + 3 * entry, mask=inside, other=0)
         index = tl.load(new_blocks_ptr + 3 * entry + 1, mask=inside, other=0)
         block = tl.load(new_blocks_ptr + 3 * entry + 2, mask=inside, other=0)
-        tl.store(tables_ptr + row.to(tl.int64) * table_stride + index, block, mask=inside)
+        tl.store(tables_ptr + slot.to(tl.int64) * table_stride + index, block, mask=inside)
 
 
 @triton.jit
-def _start(token_ids_ptr, starts_ptr, last_at_ptr, sequence, begin, row, live):
-    """The position of a sequence's first token: as given, or as far behind the row's last token as its id says."""
+def _start(token_ids_ptr, starts_ptr, last_at_ptr, sequence, begin, slot, live):
+    """The position of a sequence's first token: as given, or as far behind the slot's last token as its id says."""
     first = tl.load(token_ids_ptr + begin, mask=live, other=0)
-    behind_last = tl.load(last_at_ptr + row) - 1 - first
+    behind_last = tl.load(last_at_ptr + slot) - 1 - first
     return tl.where(first < 0, behind_last, tl.load(starts_ptr + sequence))
 
 
@@ -54,12 +54,12 @@ def _start(token_ids_ptr, starts_ptr, last_at_ptr, sequence, begin, row, live):
 def unpack_kernel(
     ids_ptr,
     positions_ptr,
-    slots_ptr,
+    slot_mapping_ptr,
     out_tables_ptr,
     seq_lens_ptr,
     logits_index_ptr,
     token_ids_ptr,
-    rows_ptr,
+    slots_ptr,
     query_start_ptr,
     starts_ptr,
     last_tokens_ptr,
@@ -92,22 +92,22 @@ def unpack_kernel(
             before = tl.load(query_start_ptr + middle) <= token
             low = tl.where(before, middle, low)
             high = tl.where(before, high, middle)
-        row = tl.load(rows_ptr + low).to(tl.int64)
+        slot = tl.load(slots_ptr + low).to(tl.int64)
         first = tl.load(query_start_ptr + low)
-        position = _start(token_ids_ptr, starts_ptr, last_at_ptr, low, first, row, live) + token - first
+        position = _start(token_ids_ptr, starts_ptr, last_at_ptr, low, first, slot, live) + token - first
         given = tl.load(token_ids_ptr + token, mask=inside, other=0)
-        last = tl.load(last_tokens_ptr + row)
-        draft = tl.load(draft_tokens_ptr + row * draft_stride - given - 2, mask=live & (given < -1), other=0)
+        last = tl.load(last_tokens_ptr + slot)
+        draft = tl.load(draft_tokens_ptr + slot * draft_stride - given - 2, mask=live & (given < -1), other=0)
         known = tl.where(given == -1, last, tl.where(given < -1, draft, given))
-        block = tl.load(tables_ptr + row * table_stride + position // BLOCK_SIZE, mask=live, other=0)
+        block = tl.load(tables_ptr + slot * table_stride + position // BLOCK_SIZE, mask=live, other=0)
         tl.store(ids_ptr + token, tl.where(live, known, 0), mask=inside)
         tl.store(positions_ptr + token, tl.where(live, position, 0), mask=inside)
-        tl.store(slots_ptr + token, tl.where(live, block * BLOCK_SIZE + position % BLOCK_SIZE, 0), mask=inside)
+        tl.store(slot_mapping_ptr + token, tl.where(live, block * BLOCK_SIZE + position % BLOCK_SIZE, 0), mask=inside)
     else:
         sequence = program - token_programs
         begin = tl.load(query_start_ptr + sequence)
         end = tl.load(query_start_ptr + sequence + 1)
-        owner = tl.load(rows_ptr + sequence).to(tl.int64)
+        owner = tl.load(slots_ptr + sequence).to(tl.int64)
         start = _start(token_ids_ptr, starts_ptr, last_at_ptr, sequence, begin, owner, end > begin)
         length = tl.where(end > begin, start + end - begin, 0)  # padding has no tokens, and so no keys
         tl.store(seq_lens_ptr + sequence, length)
@@ -135,7 +135,7 @@ def update_tables(tables: Tensor, new_blocks: Tensor, num_new_blocks: Tensor) ->
 
 def unpack(
     token_ids: Tensor,
-    rows: Tensor,
+    slots: Tensor,
     query_start: Tensor,
     starts: Tensor,
     last_tokens: Tensor,
@@ -146,21 +146,21 @@ def unpack(
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `kernels.ops`."""
-    tokens, seqs = len(token_ids), len(rows)
-    ids, positions, slots = (torch.empty_like(token_ids) for _ in range(3))
-    out_tables = torch.empty(seqs, width, dtype=torch.int32, device=rows.device)
-    seq_lens = torch.empty_like(rows)
-    logits_index = torch.empty(seqs, dtype=torch.int64, device=rows.device)
+    tokens, seqs = len(token_ids), len(slots)
+    ids, positions, slot_mapping = (torch.empty_like(token_ids) for _ in range(3))
+    out_tables = torch.empty(seqs, width, dtype=torch.int32, device=slots.device)
+    seq_lens = torch.empty_like(slots)
+    logits_index = torch.empty(seqs, dtype=torch.int64, device=slots.device)
     token_programs = triton.cdiv(tokens, BLOCK)
     unpack_kernel[(token_programs + seqs,)](
         ids,
         positions,
-        slots,
+        slot_mapping,
         out_tables,
         seq_lens,
         logits_index,
         token_ids,
-        rows,
+        slots,
         query_start,
         starts,
         last_tokens,
@@ -178,4 +178,4 @@ def unpack(
         num_warps=NUM_WARPS,
         **dependent(tables.device),
     )
-    return ids, positions, slots, out_tables, seq_lens, logits_index
+    return ids, positions, slot_mapping, out_tables, seq_lens, logits_index

@@ -17,13 +17,13 @@ int64_t largest(const Bits* bits, int64_t count) {
 
 }  // namespace
 
-extern "C" void kernel(const int16_t* logits, int64_t* ids, const float* temperature, const int32_t* rows, const int32_t* sampled,
+extern "C" void kernel(const int16_t* logits, int64_t* ids, const float* temperature, const int32_t* slots, const int32_t* sampled,
                        const int32_t* positions, int32_t* last_tokens, int32_t* last_at, int64_t seqs, int64_t vocab, int64_t bytes) {
     for (int64_t seq = 0; seq < seqs; seq++) {
         if (!(temperature[seq] > 0)) {
             const int16_t* const own = logits + seq * vocab * bytes / 2;
             ids[seq] = bytes == 2 ? largest(own, vocab) : largest(reinterpret_cast<const int32_t*>(own), vocab);
         }
-        if (sampled[seq] > 0) last_tokens[rows[seq]] = int32_t(ids[seq]), last_at[rows[seq]] = positions[seq];
+        if (sampled[seq] > 0) last_tokens[slots[seq]] = int32_t(ids[seq]), last_at[slots[seq]] = positions[seq];
     }
 }

@@ -27,12 +27,12 @@ def build() -> None:
 
 
 def draw(
-    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, rows: Tensor, sampled: Tensor, *last: Tensor
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, slots: Tensor, sampled: Tensor, *last: Tensor
 ) -> Tensor:
     """See `kernels.ops`. Noise is made for the sequences that draw only."""
     if _kernel is None or logits.dtype not in (torch.bfloat16, torch.float32) or not logits.is_contiguous():
-        return cpu.draw(logits, temperature, seeds, positions, rows, sampled, *last)
-    ids = rows.new_empty(len(logits), dtype=torch.int64)
+        return cpu.draw(logits, temperature, seeds, positions, slots, sampled, *last)
+    ids = slots.new_empty(len(logits), dtype=torch.int64)
     cpu.draw_with_noise(ids, logits, temperature, seeds, positions)
-    _kernel(logits, ids, temperature, rows, sampled, positions, *last, *logits.shape, logits.element_size())
+    _kernel(logits, ids, temperature, slots, sampled, positions, *last, *logits.shape, logits.element_size())
     return ids

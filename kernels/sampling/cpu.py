@@ -13,7 +13,7 @@ def draw(
     temperature: Tensor,
     seeds: Tensor,
     positions: Tensor,
-    rows: Tensor,
+    slots: Tensor,
     sampled: Tensor,
     last_tokens: Tensor,
     last_at: Tensor,
@@ -22,7 +22,7 @@ def draw(
     ids = logits.max(dim=-1).indices  # `argmax` takes twice the time
     draw_with_noise(ids, logits, temperature, seeds, positions)
     kept = sampled.numpy() > 0
-    owners = rows.numpy()[kept]
+    owners = slots.numpy()[kept]
     last_tokens.numpy()[owners], last_at.numpy()[owners] = ids.numpy()[kept], positions.numpy()[kept]
     return ids
 

@@ -83,7 +83,7 @@ def best_of_row_kernel(
     score_ptr,
     token_ptr,
     positions_ptr,
-    rows_ptr,
+    slots_ptr,
     sampled_ptr,
     PARTS: tl.constexpr,
     PARTS_PAD: tl.constexpr,
@@ -98,7 +98,7 @@ def best_of_row_kernel(
     token = tl.load(token_ptr + row * PARTS + best)
     tl.store(ids_ptr + row, token.to(tl.int64))
     if tl.load(sampled_ptr + row) > 0:
-        owner = tl.load(rows_ptr + row)
+        owner = tl.load(slots_ptr + row)
         tl.store(last_tokens_ptr + owner, token)
         tl.store(last_at_ptr + owner, tl.load(positions_ptr + row))
 
@@ -108,7 +108,7 @@ def draw(
     temperature: Tensor,
     seeds: Tensor,
     positions: Tensor,
-    rows: Tensor,
+    slots: Tensor,
     sampled: Tensor,
     last_tokens: Tensor,
     last_at: Tensor,
@@ -141,7 +141,7 @@ def draw(
         scores,
         tokens,
         positions,
-        rows,
+        slots,
         sampled,
         PARTS=parts,
         PARTS_PAD=triton.next_power_of_2(parts),

@@ -1,4 +1,4 @@
-// The draft_tokens that hold in a step, and those for the next, on a CPU: `look_up` of `reference.py`, row after row; built by `ngram_cpp.py`.
+// The draft_tokens that hold in a step, and those for the next, on a CPU: `look_up` of `reference.py`, slot after slot; built by `ngram_cpp.py`.
 #include <algorithm>
 #include <cstdint>
 
@@ -25,29 +25,29 @@ int64_t search(const int32_t* text, int64_t known, int32_t* draft_tokens, int64_
 
 }  // namespace
 
-extern "C" void kernel(const int64_t* ids, const int32_t* token_ids, const int32_t* rows, const int32_t* query_start,
+extern "C" void kernel(const int64_t* ids, const int32_t* token_ids, const int32_t* slots, const int32_t* query_start,
                        const int32_t* seq_lens, const int32_t* sampled, int32_t* last_tokens, int32_t* last_at, int32_t* history,
                        int32_t* draft_tokens, int32_t* found, int64_t seqs, int64_t width, int64_t count, int64_t least, int64_t most, int64_t seen) {
     const auto live = [&](int64_t entry) { return entry < seqs && query_start[entry + 1] > query_start[entry]; };
     for (int64_t entry = 0; entry < seqs; entry++) found[entry] = 0, found[seqs + entry] = 0;
-    for (int64_t first = 0, last; live(first); first = last) {  // a row: an entry, and one for each draft
-        const int32_t row = rows[first];
+    for (int64_t first = 0, last; live(first); first = last) {  // a slot: an entry, and one for each draft
+        const int32_t slot = slots[first];
         int64_t held = 0;
         bool holds = true;
-        for (last = first + 1; live(last) && rows[last] == row; last++) {
+        for (last = first + 1; live(last) && slots[last] == slot; last++) {
             holds = holds && token_ids[query_start[last]] == ids[last - 1];
             held += holds;
         }
         for (int64_t entry = first; entry < last; entry++) found[seqs + entry] = token_ids[query_start[entry + 1] - 1];
-        if (last > first + 1) last_tokens[row] = int32_t(ids[first + held]), last_at[row] = seq_lens[first + held];
-        int32_t* const text = history + row * width;
+        if (last > first + 1) last_tokens[slot] = int32_t(ids[first + held]), last_at[slot] = seq_lens[first + held];
+        int32_t* const text = history + slot * width;
         const int32_t* const fed = token_ids + query_start[first];
         const int64_t length = seq_lens[first], tokens = query_start[first + 1] - query_start[first];
         std::copy(fed, fed + tokens, text + length - tokens);
         if (last == first + 1 && !sampled[first]) continue;
         const int64_t known = std::min(length + held + 1, width);
         for (int64_t at = length; at < known; at++) text[at] = int32_t(ids[first + at - length]);
-        int32_t* const next = draft_tokens + row * count;
+        int32_t* const next = draft_tokens + slot * count;
         const bool hit = next[0] == ids[first];
         found[first] = 2 * search(text, known, next, count, least, most, seen) + hit;
     }

@@ -28,7 +28,7 @@ def build() -> None:
 def look_up(
     ids: Tensor,
     token_ids: Tensor,
-    rows: Tensor,
+    slots: Tensor,
     query_start: Tensor,
     seq_lens: Tensor,
     sampled: Tensor,
@@ -40,7 +40,7 @@ def look_up(
     most: int,
 ) -> Tensor:
     """See `kernels.ops`."""
-    step = ids, token_ids, rows, query_start, seq_lens, sampled, last_tokens, last_at, history, draft_tokens
+    step = ids, token_ids, slots, query_start, seq_lens, sampled, last_tokens, last_at, history, draft_tokens
     if _kernel is None:
         return reference.look_up(*step, least, most)
     found = token_ids.new_empty(2, len(ids))

@@ -1,7 +1,7 @@
 """Triton: which draft tokens held, and what to draft next, on the device, at the end of every step.
 
-Entries of a row stand together: its last token, then a draft token each. A draft token holds if it is what the entry before it drew. What
-the row then holds is looked up in itself, so the next step can be launched before the host knows any of it. Knows no host
+Entries of a slot stand together: its last token, then a draft token each. A draft token holds if it is what the entry before it drew. What
+the slot then holds is looked up in itself, so the next step can be launched before the host knows any of it. Knows no host
 and no model. See `kernels.ops`.
 
 Verification and the search are in the CUDA graph of the step: the next step is launched before the host knows any of
@@ -25,16 +25,16 @@ SEEN = tl.constexpr(LOOKUP_SEEN)
 
 
 @triton.jit
-def _held(ids_ptr, token_ids_ptr, rows_ptr, query_start_ptr, entry, num_seqs, LANES: tl.constexpr):
-    """Of the row that begins at `entry`: (draft tokens, how many of them hold)."""
-    row = tl.load(rows_ptr + entry)
+def _held(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, entry, num_seqs, LANES: tl.constexpr):
+    """Of the slot that begins at `entry`: (draft tokens, how many of them hold)."""
+    slot = tl.load(slots_ptr + entry)
     lane = tl.arange(0, LANES)
     draft = entry + 1 + lane
     inside = draft < num_seqs
     begin = tl.load(query_start_ptr + draft, mask=inside, other=0)
     end = tl.load(query_start_ptr + draft + 1, mask=inside, other=0)
-    ours = inside & (tl.load(rows_ptr + draft, mask=inside, other=-1) == row) & (end > begin)
-    # The first that is not of the row ends it, whatever stands behind.
+    ours = inside & (tl.load(slots_ptr + draft, mask=inside, other=-1) == slot) & (end > begin)
+    # The first that is not of the slot ends it, whatever stands behind.
     draft_tokens = tl.min(tl.where(ours, LANES, lane), axis=0)
     fed = tl.load(token_ids_ptr + begin, mask=ours, other=0)
     drawn = tl.load(ids_ptr + entry + lane, mask=ours, other=0)
@@ -43,18 +43,18 @@ def _held(ids_ptr, token_ids_ptr, rows_ptr, query_start_ptr, entry, num_seqs, LA
 
 
 @triton.jit
-def _begins_row(rows_ptr, query_start_ptr, entry):
-    """Whether the entry has tokens, and is the first of its row."""
+def _begins_slot(slots_ptr, query_start_ptr, entry):
+    """Whether the entry has tokens, and is the first of its slot."""
     live = tl.load(query_start_ptr + entry + 1) > tl.load(query_start_ptr + entry)
-    before = tl.load(rows_ptr + tl.maximum(entry - 1, 0))
-    return live & ((entry == 0) | (before != tl.load(rows_ptr + entry)))
+    before = tl.load(slots_ptr + tl.maximum(entry - 1, 0))
+    return live & ((entry == 0) | (before != tl.load(slots_ptr + entry)))
 
 
 @triton.jit
-def _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, row, entry):
-    """What `entry` drew is the last token of its row."""
-    tl.store(last_tokens_ptr + row, tl.load(ids_ptr + entry).to(tl.int32))
-    tl.store(last_at_ptr + row, tl.load(seq_lens_ptr + entry))
+def _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, slot, entry):
+    """What `entry` drew is the last token of its slot."""
+    tl.store(last_tokens_ptr + slot, tl.load(ids_ptr + entry).to(tl.int32))
+    tl.store(last_at_ptr + slot, tl.load(seq_lens_ptr + entry))
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -63,7 +63,7 @@ def accept_kernel(
     last_at_ptr,
     ids_ptr,
     token_ids_ptr,
-    rows_ptr,
+    slots_ptr,
     query_start_ptr,
     seq_lens_ptr,
     num_seqs,
@@ -73,11 +73,11 @@ def accept_kernel(
     if PDL:
         wait()
     entry = tl.program_id(0)
-    if not _begins_row(rows_ptr, query_start_ptr, entry):
+    if not _begins_slot(slots_ptr, query_start_ptr, entry):
         return
-    draft_tokens, held = _held(ids_ptr, token_ids_ptr, rows_ptr, query_start_ptr, entry, num_seqs, LANES)
+    draft_tokens, held = _held(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, entry, num_seqs, LANES)
     if draft_tokens > 0:
-        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, tl.load(rows_ptr + entry), entry + held)
+        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, tl.load(slots_ptr + entry), entry + held)
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -89,7 +89,7 @@ def look_up_kernel(
     draft_tokens_ptr,
     ids_ptr,
     token_ids_ptr,
-    rows_ptr,
+    slots_ptr,
     query_start_ptr,
     seq_lens_ptr,
     sampled_ptr,
@@ -110,13 +110,13 @@ def look_up_kernel(
     fed = tl.load(token_ids_ptr + end - 1, mask=end > begin, other=0)
     tl.store(found_ptr + entry, 0)
     tl.store(found_ptr + num_seqs + entry, fed)
-    if not _begins_row(rows_ptr, query_start_ptr, entry):
+    if not _begins_slot(slots_ptr, query_start_ptr, entry):
         return
-    draft_tokens, held = _held(ids_ptr, token_ids_ptr, rows_ptr, query_start_ptr, entry, num_seqs, LANES)
-    row = tl.load(rows_ptr + entry).to(tl.int64)
+    draft_tokens, held = _held(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, entry, num_seqs, LANES)
+    slot = tl.load(slots_ptr + entry).to(tl.int64)
     if draft_tokens > 0:
-        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, row, entry + held)
-    text = history_ptr + row * WIDTH
+        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, slot, entry + held)
+    text = history_ptr + slot * WIDTH
     length = tl.load(seq_lens_ptr + entry)
     lane = tl.arange(0, BLOCK)
     for first in range(begin, end, BLOCK):
@@ -154,18 +154,18 @@ def look_up_kernel(
         here = tl.load(text + known - 1 - back, mask=known - 1 >= back, other=-2)
         matched = tl.min(tl.where((place >= back) & (there == here), SEEN, back), axis=0)
         behind = place + 1
-    first_draft = tl.load(draft_tokens_ptr + row * NUM_DRAFT_TOKENS)
+    first_draft = tl.load(draft_tokens_ptr + slot * NUM_DRAFT_TOKENS)
     hit = (first_draft == tl.load(ids_ptr + entry).to(tl.int32)).to(tl.int32)
     tl.store(found_ptr + entry, 2 * matched + hit)
     tl.debug_barrier()  # the old draft token is read before a new one takes its place
     following = tl.load(text + behind + few % (known - behind), mask=few < NUM_DRAFT_TOKENS, other=0)
-    tl.store(draft_tokens_ptr + row * NUM_DRAFT_TOKENS + few, following, mask=few < NUM_DRAFT_TOKENS)
+    tl.store(draft_tokens_ptr + slot * NUM_DRAFT_TOKENS + few, following, mask=few < NUM_DRAFT_TOKENS)
 
 
 def accept(
     ids: Tensor,
     token_ids: Tensor,
-    rows: Tensor,
+    slots: Tensor,
     query_start: Tensor,
     seq_lens: Tensor,
     last_tokens: Tensor,
@@ -179,7 +179,7 @@ def accept(
         last_at,
         ids,
         token_ids,
-        rows,
+        slots,
         query_start,
         seq_lens,
         seqs,
@@ -192,7 +192,7 @@ def accept(
 def look_up(
     ids: Tensor,
     token_ids: Tensor,
-    rows: Tensor,
+    slots: Tensor,
     query_start: Tensor,
     seq_lens: Tensor,
     sampled: Tensor,
@@ -214,7 +214,7 @@ def look_up(
         draft_tokens,
         ids,
         token_ids,
-        rows,
+        slots,
         query_start,
         seq_lens,
         sampled,

@@ -9,17 +9,17 @@ LOOKUP_SEEN = 32  # a match is measured up to so many tokens
 
 
 def verify(
-    ids: torch.Tensor, token_ids: torch.Tensor, rows: torch.Tensor, query_start: torch.Tensor
+    ids: torch.Tensor, token_ids: torch.Tensor, slots: torch.Tensor, query_start: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every live row of a step, in order: (its first entry, the entry behind the draft tokens that hold, its last); int64 [R].
+    """Of every live slot of a step, in order: (its first entry, the entry behind the draft tokens that hold, its last); int64 [R].
 
-    The entries of a row stand together, the second and later ones a draft token each.
+    The entries of a slot stand together, the second and later ones a draft token each.
     """
     begins = query_start.numpy()
     live = int((begins[1:] > begins[:-1]).sum())  # padding comes last
-    ids, rows, starts = ids.numpy()[:live], rows.numpy()[:live], begins[:live]
+    ids, slots, starts = ids.numpy()[:live], slots.numpy()[:live], begins[:live]
     draft = np.zeros(live, bool)
-    draft[1:] = rows[1:] == rows[:-1]
+    draft[1:] = slots[1:] == slots[:-1]
     if not draft.any():
         alone = np.arange(live)
         return alone, alone, alone
@@ -28,15 +28,15 @@ def verify(
     first = np.flatnonzero(~draft)
     last = np.append(first[1:], live) - 1
     total = np.cumsum(wrong)
-    row = np.cumsum(~draft) - 1
-    held = total == total[first][row]
-    return first, first + np.bincount(row, held, minlength=len(first)).astype(np.int64) - 1, last
+    slot = np.cumsum(~draft) - 1
+    held = total == total[first][slot]
+    return first, first + np.bincount(slot, held, minlength=len(first)).astype(np.int64) - 1, last
 
 
 def accept(
     ids: torch.Tensor,
     token_ids: torch.Tensor,
-    rows: torch.Tensor,
+    slots: torch.Tensor,
     query_start: torch.Tensor,
     seq_lens: torch.Tensor,
     last_tokens: torch.Tensor,
@@ -44,27 +44,27 @@ def accept(
     most: int,
 ) -> None:
     """See `kernels.ops`."""
-    _accept(verify(ids, token_ids, rows, query_start), ids, rows, seq_lens, last_tokens, last_at)
+    _accept(verify(ids, token_ids, slots, query_start), ids, slots, seq_lens, last_tokens, last_at)
 
 
 def _accept(
     held: tuple[np.ndarray, np.ndarray, np.ndarray],
     ids: torch.Tensor,
-    rows: torch.Tensor,
+    slots: torch.Tensor,
     seq_lens: torch.Tensor,
     last_tokens: torch.Tensor,
     last_at: torch.Tensor,
 ) -> None:
     first, kept, last = held
     kept = kept[last > first]
-    owners = rows.numpy()[kept]
+    owners = slots.numpy()[kept]
     last_tokens.numpy()[owners], last_at.numpy()[owners] = ids.numpy()[kept], seq_lens.numpy()[kept]
 
 
 def look_up(
     ids: torch.Tensor,
     token_ids: torch.Tensor,
-    rows: torch.Tensor,
+    slots: torch.Tensor,
     query_start: torch.Tensor,
     seq_lens: torch.Tensor,
     sampled: torch.Tensor,
@@ -77,19 +77,19 @@ def look_up(
 ) -> torch.Tensor:
     """See `kernels.ops`."""
     found = np.zeros((2, len(ids)), np.int32)
-    firsts, kepts, lasts = held = verify(ids, token_ids, rows, query_start)
-    _accept(held, ids, rows, seq_lens, last_tokens, last_at)
+    firsts, kepts, lasts = held = verify(ids, token_ids, slots, query_start)
+    _accept(held, ids, slots, seq_lens, last_tokens, last_at)
     if not len(firsts):
         return torch.from_numpy(found)
     text, tokens, drawn = history.numpy(), token_ids.numpy(), ids.numpy()
-    lengths, begins, owners = seq_lens.numpy(), query_start.numpy(), rows.numpy()
+    lengths, begins, owners = seq_lens.numpy(), query_start.numpy(), slots.numpy()
     found[1, : lasts[-1] + 1] = tokens[begins[1 : lasts[-1] + 2] - 1]
     ended = (lasts > firsts) | (sampled.numpy()[firsts] > 0)
     for first, kept, sampling in zip(firsts.tolist(), kepts.tolist(), ended.tolist()):
-        row, begin, end, length = owners[first], begins[first], begins[first + 1], int(lengths[first])
-        text[row, length - (end - begin) : length] = tokens[begin:end]
+        slot, begin, end, length = owners[first], begins[first], begins[first + 1], int(lengths[first])
+        text[slot, length - (end - begin) : length] = tokens[begin:end]
         if sampling:
-            text[row, length : length + kept - first + 1] = drawn[first : kept + 1][: text.shape[1] - length]
+            text[slot, length : length + kept - first + 1] = drawn[first : kept + 1][: text.shape[1] - length]
     first, kept = firsts[ended], kepts[ended]
     if not len(first):
         return torch.from_numpy(found)
@@ -102,18 +102,18 @@ def look_up(
 
 
 def lookup(text: np.ndarray, known: np.ndarray, count: int, least: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """text int32 [R, W], of which known[i] >= 1 tokens are row i's -> (draft tokens int32 [R, count], matched int32 [R]).
+    """text int32 [R, W], of which known[i] >= 1 tokens are slot i's -> (draft tokens int32 [R, count], matched int32 [R]).
 
-    The latest place where the row's last `least` to `most` tokens stood before, as many of them as stood anywhere; what
+    The latest place where the slot's last `least` to `most` tokens stood before, as many of them as stood anywhere; what
     followed there is drafted, going on with its period where that ends. matched: tokens alike, up to LOOKUP_SEEN; 0
     where there is no such place, and the last token is drafted then.
     """
-    row, width = np.arange(len(text)), text.shape[1]
+    slot, width = np.arange(len(text)), text.shape[1]
     at = np.arange(width)
     same = at < known[:, None] - 1
     length = np.zeros(same.shape, np.int32)
     for back in range(most):
-        wanted = text[row, np.maximum(known - 1 - back, 0)]
+        wanted = text[slot, np.maximum(known - 1 - back, 0)]
         same[:, back:] &= text[:, : width - back] == wanted[:, None]
         same[:, :back] = False
         if not same.any():
@@ -124,8 +124,8 @@ def lookup(text: np.ndarray, known: np.ndarray, count: int, least: int, most: in
     back = np.arange(LOOKUP_SEEN)
     before = end[:, None] - back
     alike = (before >= 0) & (
-        text[row[:, None], np.maximum(before, 0)] == text[row[:, None], np.maximum(known[:, None] - 1 - back, 0)]
+        text[slot[:, None], np.maximum(before, 0)] == text[slot[:, None], np.maximum(known[:, None] - 1 - back, 0)]
     )
     matched = np.where(best >= least, np.logical_and.accumulate(alike, axis=1).sum(axis=1), 0)
     begin = np.where(matched > 0, end + 1, known - 1)
-    return text[row[:, None], begin[:, None] + np.arange(count) % (known - begin)[:, None]], matched.astype(np.int32)
+    return text[slot[:, None], begin[:, None] + np.arange(count) % (known - begin)[:, None]], matched.astype(np.int32)

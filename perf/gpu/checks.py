@@ -151,7 +151,7 @@ def _bucket_error(built: BuiltModel, one: StepInput, bucket: Bucket) -> float:
     state.last_tokens.random_(0, built.vocab_size)
     single = np.flatnonzero(np.diff(one.query_start) == 1)[::2]
     one.token_ids[one.query_start[single]] = -1
-    stand = torch.from_numpy(one.rows[single]).cuda(), torch.from_numpy(one.starts[single]).cuda()
+    stand = torch.from_numpy(one.slots[single]).cuda(), torch.from_numpy(one.starts[single]).cuda()
     state.last_at[stand[0]] = stand[1]
     staged = step.staging.unpack(step.staging.send(one, bucket))
     expected = run_forward(step.captured, staged, state)[: one.num_seqs].clone()

@@ -108,14 +108,14 @@ def _attention_call(shape: Shape, seqs: int, rows: int, keys: int) -> Callable[[
     tables = torch.zeros(seqs, MAX_BLOCKS, dtype=torch.int32, device="cuda")
     tables[:, :blocks_each] = (torch.randperm(blocks - 1, device="cuda") + 1).view(seqs, blocks_each)
     position = torch.arange(keys - rows, keys, device="cuda").expand(seqs, rows)
-    slots = tables.gather(1, position // BLOCK_SIZE) * BLOCK_SIZE + position % BLOCK_SIZE
+    slot_mapping = tables.gather(1, position // BLOCK_SIZE) * BLOCK_SIZE + position % BLOCK_SIZE
     arguments = (
         random(seqs * rows, shape.heads, shape.head_size),
         random(seqs * rows, shape.kv_heads, shape.head_size),
         random(seqs * rows, shape.kv_heads, shape.head_size),
         *caches,
         position.flatten().int(),
-        slots.flatten().int(),
+        slot_mapping.flatten().int(),
         tables,
         torch.arange(seqs + 1, device="cuda", dtype=torch.int32) * rows,
         torch.full((seqs,), keys, device="cuda", dtype=torch.int32),

@@ -188,7 +188,7 @@ def step_of(
     blocks = rng.permutation(num_blocks - 1)[: len(owners)] + 1
     return StepInput(
         token_ids=rng.integers(0, vocab_size, start[-1], dtype=np.int32),
-        rows=np.arange(seqs, dtype=np.int32),
+        slots=np.arange(seqs, dtype=np.int32),
         query_start=start,
         starts=lengths - rows,
         sampled=np.ones(seqs, bool),

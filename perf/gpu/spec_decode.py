@@ -72,7 +72,7 @@ def _step(seqs: int, draft_tokens: int, keys: int, built: BuiltModel, config: Co
     entries = seqs * each
     return StepInput(
         token_ids=rng.integers(0, built.vocab_size, entries, dtype=np.int32),
-        rows=np.repeat(np.arange(seqs, dtype=np.int32), each),
+        slots=np.repeat(np.arange(seqs, dtype=np.int32), each),
         query_start=np.arange(entries + 1, dtype=np.int32),
         starts=np.tile(np.arange(keys - 1, keys + draft_tokens, dtype=np.int32), seqs),
         sampled=np.zeros(entries, bool),

@@ -103,7 +103,7 @@ def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Dra
     draft, draft_ms = None, 1.0
     if built.draft is not None:
         draft = DraftModel(
-            built.draft, scheduler.rows, scheduler.max_num_batched_tokens, scheduler.max_entries,
+            built.draft, scheduler.batch, scheduler.max_num_batched_tokens, scheduler.max_entries,
             together=built.device.type == "cuda",
         )  # fmt: skip
         draft_ms = min(measure_latency(built.draft, 2).values()) if costs is not None else draft_ms

@@ -101,7 +101,7 @@ class Engine:
         self.use_idle_time = use_idle_time
         self.speculation = speculation
         self.stopping = False
-        self._packer = Packer(scheduler.rows)
+        self._packer = Packer(scheduler.batch)
         self._running: InFlight | None = None
         self._clients: list[bytes] = []  # by owner number
         self._owners: dict[bytes, int] = {}
@@ -177,7 +177,7 @@ class Engine:
         arrived = self.scheduler.commit(done.plan, output)
         self._deliver(arrived)  # before anything else may fail: what is committed has been told
         self.scheduler.finish(arrived)
-        self._suspects.stepped(len(arrived.rows))
+        self._suspects.stepped(len(arrived.slots))
         if self.speculation is not None:
             self.speculation.learn(done.plan, arrived, output.lookup, seconds * 1e3, done.waited * 1e3)
         self.recorder.stepped(arrived, now)
@@ -188,7 +188,7 @@ class Engine:
         owners = set((one if (arrived.owners == one).all() else arrived.owners).tolist())
         plain = None
         if len(owners) > 1 or arrived.deltas:
-            plain = np.ones(len(arrived.rows), bool)
+            plain = np.ones(len(arrived.slots), bool)
             plain[list(arrived.deltas)] = False
         for owner in owners:
             deltas, theirs = list(arrived.deltas.values()), plain
@@ -280,7 +280,7 @@ class Engine:
     def _submit(self, client: bytes, submits: list[Submit]) -> bool:
         """Queue sequences, all of them or none; if none, one `Failed` says why. Returns whether they are queued."""
         # Those that came with the same poll may start yet: only who finds no free slot waits.
-        if self.scheduler.num_waiting - self.scheduler.rows.num_free >= self.limits.max_queue:
+        if self.scheduler.num_waiting - self.scheduler.batch.num_free >= self.limits.max_queue:
             full = f"the queue is full: {self.scheduler.num_waiting} sequences are waiting, max_queue is {self.limits.max_queue}"
             self._refuse(client, submits, 0, 503, full)
             return False

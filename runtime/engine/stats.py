@@ -54,15 +54,15 @@ class Recorder:
 
     def stepped(self, arrived: Arrived, now: float) -> None:
         """A step's tokens are on the host."""
-        rows = self.scheduler.rows
-        before = rows.last_token_at[arrived.rows]
+        batch = self.scheduler.batch
+        before = batch.last_token_at[arrived.slots]
         first = np.isnan(before)
         if first.any():
-            for since_arrival in (now - rows.arrival[arrived.rows[first]]).tolist():
+            for since_arrival in (now - batch.arrival[arrived.slots[first]]).tolist():
                 self.metrics.observe_first_token(since_arrival)
             before = before[~first]
         self.metrics.observe_inter_tokens(now - before)
-        rows.last_token_at[arrived.rows] = now
+        batch.last_token_at[arrived.slots] = now
         for sequence in arrived.begun:
             sequence.first_token_at = now
         for sequence in arrived.ended:

@@ -16,16 +16,16 @@ from collections.abc import Iterable
 import numpy as np
 
 from pagegraph.runtime.scheduler.block_pool import BlockPool, require
+from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.sequence import Sequence
-from pagegraph.runtime.scheduler.slots import Rows
 
 
 class BlockTables:
-    """Hands the blocks of `pool` to the tables of `rows`."""
+    """Hands the blocks of `pool` to the tables of `slots`."""
 
-    def __init__(self, pool: BlockPool, rows: Rows) -> None:
+    def __init__(self, pool: BlockPool, batch: InputBatch) -> None:
         self.pool = pool
-        self.rows = rows
+        self.batch = batch
         # Room left for running sequences to grow, by new ones beside them and by blocks that are taken ahead of need.
         self.watermark = max(1, pool.num_blocks // 100)
 
@@ -46,36 +46,36 @@ class BlockTables:
         sequence.num_registered = len(found)
         return found + self.pool.take(needed)
 
-    def extend(self, rows: np.ndarray, lengths: np.ndarray, spare: int = 0) -> bool:
-        """Give the rows the blocks they lack to hold `lengths` tokens; False, giving none, if less than `spare` were left."""
-        missing = np.maximum(-(-lengths // self.rows.block_size) - self.rows.num_blocks[rows], 0)
+    def extend(self, slots: np.ndarray, lengths: np.ndarray, spare: int = 0) -> bool:
+        """Give the slots the blocks they lack to hold `lengths` tokens; False, giving none, if less than `spare` were left."""
+        missing = np.maximum(-(-lengths // self.batch.block_size) - self.batch.num_blocks[slots], 0)
         if wanted := int(missing.sum()):
             if wanted + spare > self.pool.num_free:
                 return False
             short = np.flatnonzero(missing)
-            self.rows.add_blocks(rows[short], missing[short], self.pool.take(wanted))
+            self.batch.add_blocks(slots[short], missing[short], self.pool.take(wanted))
         return True
 
     def publish(self, sequence: Sequence) -> None:
-        """What is full by now of a sequence in a row."""
-        r, row = self.rows, sequence.row
-        full = min(int(r.known[row]), int(r.computed[row])) // self.pool.block_size
+        """What is full by now of a sequence in a slot."""
+        batch, slot = self.batch, sequence.slot
+        full = min(int(batch.known[slot]), int(batch.computed[slot])) // self.pool.block_size
         if full <= sequence.num_registered or not self.pool.enable_caching:
             return
-        self._extend_hashes(sequence, r.tokens[row], full)
+        self._extend_hashes(sequence, batch.tokens[slot], full)
         for block in range(sequence.num_registered, full):
-            self.pool.register(int(r.blocks[row, block]), sequence.hashes[block])
+            self.pool.register(int(batch.blocks[slot, block]), sequence.hashes[block])
         sequence.num_registered = full
 
     def release(self, sequence: Sequence) -> None:
-        """Take a sequence's blocks from its row; what it generated may be found in them."""
+        """Take a sequence's blocks from its slot; what it generated may be found in them."""
         self.publish(sequence)
-        self.pool.release(self.rows.take_blocks(sequence.row))
+        self.pool.release(self.batch.take_blocks(sequence.slot))
         sequence.num_registered = 0
 
     def check_integrity(self, running: Iterable[Sequence]) -> None:
         """Raise AssertionError unless the tables of the running hold all blocks in use, and what is published is in them."""
-        self.pool.check_integrity([self.rows.blocks_of(sequence.row) for sequence in running])
+        self.pool.check_integrity([self.batch.blocks_of(sequence.slot) for sequence in running])
         for sequence in running:
             self._check(sequence)
 
@@ -86,11 +86,11 @@ class BlockTables:
             hashes.append(self.pool.hash_block(parent, tokens[block * size : (block + 1) * size]))
 
     def _check(self, sequence: Sequence) -> None:
-        r, row = self.rows, sequence.row
-        blocks = r.blocks_of(row)
-        require(len(blocks) * r.block_size >= r.computed[row], "tokens were computed without a block")
-        require(not r.blocks[row, len(blocks) :].any(), "a block is listed beyond a table's end")
-        require(sequence.num_registered * r.block_size <= r.computed[row], "unwritten blocks are published")
+        batch, slot = self.batch, sequence.slot
+        blocks = batch.blocks_of(slot)
+        require(len(blocks) * batch.block_size >= batch.computed[slot], "tokens were computed without a block")
+        require(not batch.blocks[slot, len(blocks) :].any(), "a block is listed beyond a table's end")
+        require(sequence.num_registered * batch.block_size <= batch.computed[slot], "unwritten blocks are published")
         for index, block in enumerate(blocks):
             published = self.pool.hash_of(block)
             rightly = index < sequence.num_registered and published == sequence.hashes[index]

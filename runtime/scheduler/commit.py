@@ -1,8 +1,8 @@
-"""What a step brought: its samples appended to their rows, and which sequences end by them, and why.
+"""What a step brought: its samples appended to their slots, and which sequences end by them, and why.
 
 Plans are taken in the order they were scheduled. Length is looked at before stop ids: a stop id that is also the last token
 allowed ends the sequence with "length". A sample past an end is dropped here, and draft tokens that did not hold are taken back.
-Knows no blocks and no queue: a sequence that ends is still in its row afterwards.
+Knows no blocks and no queue: a sequence that ends is still in its slot afterwards.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import numpy as np
 from pagegraph.compiler.step.inputs import StepLogprobs, StepOutput
 from pagegraph.runtime.ipc.protocol import TokenDelta, TokenLogprob
 from pagegraph.runtime.scheduler.draft_tokens import Verdict, verdict
+from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.running import Running
 from pagegraph.runtime.scheduler.sequence import Sequence
-from pagegraph.runtime.scheduler.slots import Rows
 
 
 @dataclass(slots=True)
 class Arrived:
-    """What a step brought: token_ids[i], of several the last, to the sequence that was in row rows[i]; arrays [n]."""
+    """What a step brought: token_ids[i], of several the last, to the sequence that was in slot slots[i]; arrays [n]."""
 
-    rows: np.ndarray  # int32
+    slots: np.ndarray  # int32
     token_ids: np.ndarray  # int32
     owners: np.ndarray  # int32
     request_ids: np.ndarray  # object: str
@@ -35,42 +35,42 @@ class Arrived:
     verdict: Verdict | None = None  # of the step's draft tokens
 
 
-def append(rows: Rows, running: Running, plan: Plan, output: StepOutput) -> Arrived:
-    """Append what the step sampled for those that are still in its rows. In the order of the plan, rows with draft tokens last.
+def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) -> Arrived:
+    """Append what the step sampled for those that are still in its slots. In the order of the plan, slots with draft tokens last.
 
     Nothing is changed before all that may go wrong is done.
     """
-    at, ids, index = plan.rows, output.token_ids, None
-    wanted = plan.sampled & (rows.stay[at] == plan.stays)
+    at, ids, index = plan.slots, output.token_ids, None
+    wanted = plan.sampled & (batch.stay[at] == plan.stays)
     if plan.drafts is not None:
         wanted &= plan.drafts.others
     if not wanted.all():
         index = np.flatnonzero(wanted)
         at, ids = at[index], ids[index]
     fixed = running.fixed_of(at)
-    known = rows.known[at] + 1
+    known = batch.known[at] + 1
     full = known >= fixed.max_len
     stopped = (fixed.stop_ids == ids[:, None]).any(axis=1) & (known > fixed.min_len) & ~full
     arrived = Arrived(at, ids, fixed.owners, fixed.request_ids, {}, [], [])
     first = known == fixed.num_prompt + 1
     more = full | stopped | first
     if output.logprobs is not None:
-        more |= rows.has_extras[at]
+        more |= batch.has_extras[at]
     told: list[Sequence] = []  # whom the deltas are of
     for i in np.flatnonzero(more).tolist():
-        sequence, token = rows.sequences[at[i]], int(ids[i])
+        sequence, token = batch.sequences[at[i]], int(ids[i])
         entry = i if index is None else int(index[i])
         logprobs = _logprobs(sequence, [entry], [token], output.logprobs)
         arrived.deltas[i] = _delta(sequence, [token], full[i], stopped[i], logprobs)
         told.append(sequence)
         if first[i]:
             arrived.begun.append(sequence)
-    drafts = None if plan.drafts is None else _judge(rows, plan, output, arrived, told)
+    drafts = None if plan.drafts is None else _judge(batch, plan, output, arrived, told)
     # From here on nothing depends on what was asked for.
-    rows.tokens[at, known - 1] = ids
-    rows.known[at] = known
+    batch.tokens[at, known - 1] = ids
+    batch.known[at] = known
     if drafts is not None:
-        _append_accepted(rows, drafts)
+        _append_accepted(batch, drafts)
     for sequence, delta in zip(told, arrived.deltas.values(), strict=True):
         sequence.finish_reason, sequence.stop_reason = delta.finish_reason, delta.stop_reason
         sequence.accepted, sequence.rejected = (
@@ -82,21 +82,21 @@ def append(rows: Rows, running: Running, plan: Plan, output: StepOutput) -> Arri
     return arrived
 
 
-def _judge(rows: Rows, plan: Plan, output: StepOutput, arrived: Arrived, told: list[Sequence]) -> Verdict:
+def _judge(batch: InputBatch, plan: Plan, output: StepOutput, arrived: Arrived, told: list[Sequence]) -> Verdict:
     """What was sampled behind draft tokens that hold, up to an end, added to `arrived`."""
-    drafts = plan.drafts.among(rows.stay[plan.drafts.rows] == plan.stays[plan.drafts.first])
-    at, fed = drafts.rows, None if output.lookup is None else output.lookup.fed
-    known, max_len = rows.known[at], rows.max_len[at]
-    found = verdict(drafts, output.token_ids, drafts.fed(fed), known, max_len, rows.min_len[at], rows.stop_ids[at])
-    begin = len(arrived.rows)
-    arrived.rows = np.concatenate([arrived.rows, at])
+    drafts = plan.drafts.among(batch.stay[plan.drafts.slots] == plan.stays[plan.drafts.first])
+    at, fed = drafts.slots, None if output.lookup is None else output.lookup.fed
+    known, max_len = batch.known[at], batch.max_len[at]
+    found = verdict(drafts, output.token_ids, drafts.fed(fed), known, max_len, batch.min_len[at], batch.stop_ids[at])
+    begin = len(arrived.slots)
+    arrived.slots = np.concatenate([arrived.slots, at])
     arrived.token_ids = np.concatenate([arrived.token_ids, found.tokens[np.arange(len(at)), found.lengths - 1]])
-    arrived.owners = np.concatenate([arrived.owners, rows.owner[at]])
-    arrived.request_ids = np.concatenate([arrived.request_ids, rows.request_ids[at]])
+    arrived.owners = np.concatenate([arrived.owners, batch.owner[at]])
+    arrived.request_ids = np.concatenate([arrived.request_ids, batch.request_ids[at]])
     arrived.verdict = found
     full = known + found.lengths >= max_len
-    for i, row in enumerate(at.tolist()):
-        sequence, tokens = rows.sequences[row], found.tokens[i, : found.lengths[i]].tolist()
+    for i, slot in enumerate(at.tolist()):
+        sequence, tokens = batch.sequences[slot], found.tokens[i, : found.lengths[i]].tolist()
         first, accepted = int(drafts.first[i]), int(found.accepted[i])
         logprobs = _logprobs(sequence, range(first, first + len(tokens)), tokens, output.logprobs)
         counts = sequence.accepted + accepted, sequence.rejected + int(found.counts[i]) - accepted
@@ -105,17 +105,17 @@ def _judge(rows: Rows, plan: Plan, output: StepOutput, arrived: Arrived, told: l
     return found
 
 
-def _append_accepted(rows: Rows, found: Verdict) -> None:
+def _append_accepted(batch: InputBatch, found: Verdict) -> None:
     """Append the tokens of the verdict; draft tokens that did not hold are taken back."""
-    at, known = found.rows, rows.known[found.rows]
+    at, known = found.slots, batch.known[found.slots]
     places = np.arange(found.tokens.shape[1])
     inside = places < found.lengths[:, None]
-    rows.tokens[np.repeat(at, found.lengths), (known[:, None] + places)[inside]] = found.tokens[inside]
-    rows.known[at] = known + found.lengths
+    batch.tokens[np.repeat(at, found.lengths), (known[:, None] + places)[inside]] = found.tokens[inside]
+    batch.known[at] = known + found.lengths
     surplus = found.counts + 1 - found.lengths
-    rows.total[at] -= surplus
-    # Without blocks the row was preempted meanwhile: nothing of it is computed.
-    rows.computed[at] -= np.where(rows.num_blocks[at] > 0, surplus, 0)
+    batch.total[at] -= surplus
+    # Without blocks the slot was preempted meanwhile: nothing of it is computed.
+    batch.computed[at] -= np.where(batch.num_blocks[at] > 0, surplus, 0)
 
 
 def _delta(

@@ -22,18 +22,18 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of `prompt_tokens`
     generated_tokens: int = 0
-    drafts: int = 0  # times a row had draft tokens in a step
+    drafts: int = 0  # times a slot had draft tokens in a step
     draft_tokens: int = 0
     accepted: int = 0
     accepted_at: list[int] = field(
         default_factory=list
-    )  # accepted draft tokens by their place in the row, the first at 0
+    )  # accepted draft tokens by their place in the slot, the first at 0
     saved_steps: int = 0  # tokens beyond the first of a sequence in one step
     mean_draft_tokens: float = 0.0  # in the last step that could have had any
 
     def count(self, arrived: Arrived) -> None:
         """What a step brought."""
-        self.generated_tokens += len(arrived.rows)
+        self.generated_tokens += len(arrived.slots)
         for sequence in arrived.begun:
             self.prompt_tokens += sequence.num_prompt
             self.cached_tokens += sequence.cached_tokens

@@ -1,6 +1,6 @@
 """Draft tokens in a step: what they are, the entries they become, and how many of them hold.
 
-Each draft token is an entry of its own behind its row's last known token: the same row, one token, the next position. Keys
+Each draft token is an entry of its own behind its slot's last known token: the same slot, one token, the next position. Keys
 and values of all entries are written before any attends, so an entry sees the draft tokens before it, and its sample is the
 one that a step of its own would have drawn: noise depends on (seed, position, token) alone. A draft token holds exactly if
 it is what the entry before it sampled, so the tokens are those of a run without draft tokens. Pure arithmetic over arrays.
@@ -15,40 +15,40 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class DraftTokens:
-    """Tokens that may follow: tokens[i, :counts[i]] in row rows[i], counts at least 1; int32 [R], [R], [R, K].
+    """Tokens that may follow: tokens[i, :counts[i]] in slot slots[i], counts at least 1; int32 [R], [R], [R, K].
 
     tokens None: the device has made them, and knows them alone.
     """
 
-    rows: np.ndarray
+    slots: np.ndarray
     counts: np.ndarray
     tokens: np.ndarray | None
 
-    def of_rows(self, num_rows: int) -> np.ndarray:
-        """int32 [num_rows], how many each row has."""
-        counts = np.zeros(num_rows, np.int32)
-        counts[self.rows] = self.counts
+    def of_slots(self, num_slots: int) -> np.ndarray:
+        """int32 [num_slots], how many each slot has."""
+        counts = np.zeros(num_slots, np.int32)
+        counts[self.slots] = self.counts
         return counts
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledDrafts:
-    """The draft tokens of a plan: row rows[i] has the entries first[i] .. first[i] + counts[i]; int32 [R]."""
+    """The draft tokens of a plan: slot slots[i] has the entries first[i] .. first[i] + counts[i]; int32 [R]."""
 
-    rows: np.ndarray
+    slots: np.ndarray
     counts: np.ndarray
     first: np.ndarray
-    others: np.ndarray  # bool [S]: entries of rows without draft tokens
+    others: np.ndarray  # bool [S]: entries of slots without draft tokens
     tokens: np.ndarray | None  # int32 [R, K] as in `DraftTokens`
 
     def among(self, kept: np.ndarray) -> ScheduledDrafts:
-        """Of the rows where kept bool [R]."""
+        """Of the slots where kept bool [R]."""
         tokens = self.tokens if self.tokens is None else self.tokens[kept]
-        return replace(self, rows=self.rows[kept], counts=self.counts[kept], first=self.first[kept], tokens=tokens)
+        return replace(self, slots=self.slots[kept], counts=self.counts[kept], first=self.first[kept], tokens=tokens)
 
     def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each draft token: its place in `rows`, its place in the row from 0 on, its entry in the plan; int [G]."""
-        index = np.repeat(np.arange(len(self.rows)), self.counts)
+        """Of each draft token: its place in `slots`, its place in the slot from 0 on, its entry in the plan; int [G]."""
+        index = np.repeat(np.arange(len(self.slots)), self.counts)
         place = np.arange(len(index)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
         return index, place, self.first[index] + 1 + place
 
@@ -56,7 +56,7 @@ class ScheduledDrafts:
         """int32 [R, K], the draft tokens: those at hand, or of the device, which says what it fed each entry with, [S]."""
         if self.tokens is not None:
             return self.tokens
-        tokens = np.zeros((len(self.rows), int(self.counts.max(initial=0))), np.int32)
+        tokens = np.zeros((len(self.slots), int(self.counts.max(initial=0))), np.int32)
         index, place, entry = self.entries()
         tokens[index, place] = fed[entry]
         return tokens
@@ -64,12 +64,12 @@ class ScheduledDrafts:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of draft tokens, of R rows; arrays [R], int32 unless said."""
+    """What became of draft tokens, of R slots; arrays [R], int32 unless said."""
 
-    rows: np.ndarray
+    slots: np.ndarray
     counts: np.ndarray  # draft tokens
     accepted: np.ndarray  # draft tokens that held, from the first on
-    tokens: np.ndarray  # [R, K + 1], new tokens of the row, of which `lengths` count
+    tokens: np.ndarray  # [R, K + 1], new tokens of the slot, of which `lengths` count
     lengths: np.ndarray  # at least 1
     stopped: np.ndarray  # bool, whether the last of them is a stop id
 
@@ -77,23 +77,23 @@ class Verdict:
 def entries(
     columns: tuple[np.ndarray, ...], draft_tokens: DraftTokens
 ) -> tuple[tuple[np.ndarray, ...], ScheduledDrafts | None]:
-    """Plan columns (rows, stays, starts, counts, sampled) [N], draft tokens among the counts -> an entry a draft token.
+    """Plan columns (slots, stays, starts, counts, sampled) [N], draft tokens among the counts -> an entry a draft token.
 
-    `draft_tokens` of rows that are not in the plan are left out; None: that is all of them.
+    `draft_tokens` of slots that are not in the plan are left out; None: that is all of them.
     """
-    rows, stays, starts, counts, sampled = columns
-    index_of = np.full(max(rows.max(), draft_tokens.rows.max()) + 1, -1)
-    index_of[draft_tokens.rows] = np.arange(len(draft_tokens.rows))
-    of = index_of[rows]
+    slots, stays, starts, counts, sampled = columns
+    index_of = np.full(max(slots.max(), draft_tokens.slots.max()) + 1, -1)
+    index_of[draft_tokens.slots] = np.arange(len(draft_tokens.slots))
+    of = index_of[slots]
     drafting = of >= 0
     if not drafting.any():
         return columns, None
     repeats = np.where(drafting, draft_tokens.counts[of] + 1, 1)
     begin = np.cumsum(repeats) - repeats
-    index = np.repeat(np.arange(len(rows)), repeats)
+    index = np.repeat(np.arange(len(slots)), repeats)
     within = np.arange(len(index)) - begin[index]
     split = (
-        rows[index],
+        slots[index],
         stays[index],
         (starts[index] + within).astype(np.int32),
         np.where(drafting, 1, counts)[index].astype(np.int32),
@@ -102,7 +102,7 @@ def entries(
     of = of[drafting]
     tokens = draft_tokens.tokens if draft_tokens.tokens is None else draft_tokens.tokens[of]
     return split, ScheduledDrafts(
-        rows[drafting], draft_tokens.counts[of], begin[drafting].astype(np.int32), ~drafting[index], tokens
+        slots[drafting], draft_tokens.counts[of], begin[drafting].astype(np.int32), ~drafting[index], tokens
     )
 
 
@@ -117,7 +117,7 @@ def verdict(
 ) -> Verdict:
     """Compare `draft_tokens` [R, K] with the ids `sampled` [S] by the plan's entries.
 
-    known, max_len, min_len [R] and stop_ids [R, n] as in `runtime.scheduler.slots`, `known` before this step. Tokens end at
+    known, max_len, min_len [R] and stop_ids [R, n] as in `runtime.scheduler.input_batch`, `known` before this step. Tokens end at
     max_len and at the first stop id past min_len that is not also the last token allowed.
     """
     counts = drafts.counts
@@ -133,4 +133,4 @@ def verdict(
     stopped = stops.any(axis=1)
     lengths = np.where(stopped, stops.argmax(axis=1) + 1, lengths)
     accepted, lengths = np.minimum(accepted, lengths).astype(np.int32), lengths.astype(np.int32)
-    return Verdict(drafts.rows, counts, accepted, tokens.astype(np.int32), lengths, stopped)
+    return Verdict(drafts.slots, counts, accepted, tokens.astype(np.int32), lengths, stopped)

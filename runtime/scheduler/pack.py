@@ -1,6 +1,6 @@
 """From a plan to the flat arrays of a step. Knows no pool and no device: pure packing.
 
-Pack a plan before the next one is scheduled: tokens and blocks are read from the rows as they stand.
+Pack a plan before the next one is scheduled: tokens and blocks are read from the slots as they stand.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from dataclasses import replace
 import numpy as np
 
 from pagegraph.compiler.step.inputs import Filters, Penalties, SamplingInput, StepInput
+from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.sequence import Sequence
-from pagegraph.runtime.scheduler.slots import Rows
 
 
 class Packer:
     """Packs plan after plan, in order; what a plan shares with the one before is kept."""
 
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
+    def __init__(self, batch: InputBatch) -> None:
+        self.batch = batch
         self._decode = np.zeros(0, np.int32), np.zeros(1, np.int32)  # ids and query_start of a token a sequence
         self._stays = np.zeros(0, np.int64)
         self._same = SamplingInput(np.zeros(0, np.float32), np.zeros(0, np.int64))
@@ -35,20 +35,20 @@ class Packer:
         token_ids, query_start = self._tokens(plan)
         return StepInput(
             token_ids=token_ids,
-            rows=plan.rows,
+            slots=plan.slots,
             query_start=query_start,
             starts=plan.starts,
-            # Which of a row's draft tokens hold decides what is handed over: not the draw of one entry.
+            # Which of a slot's draft tokens hold decides what is handed over: not the draw of one entry.
             sampled=plan.sampled if plan.drafts is None else plan.sampled & plan.drafts.others,
-            new_blocks=self.rows.take_new_blocks(),
+            new_blocks=self.batch.take_new_blocks(),
             sampling=self._sampling(plan),
             cached=_cached(plan),
         )
 
     def _tokens(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32 [T], query_start int32 [S + 1])."""
-        rows, at, starts = self.rows, plan.rows, plan.starts
-        if plan.drafts is None and (plan.counts == 1).all() and (starts >= rows.known[at]).all():
+        batch, at, starts = self.batch, plan.slots, plan.starts
+        if plan.drafts is None and (plan.counts == 1).all() and (starts >= batch.known[at]).all():
             if len(self._decode[0]) != len(plan):
                 self._decode = np.full(len(plan), -1, np.int32), np.arange(len(plan) + 1, dtype=np.int32)
             return self._decode
@@ -57,29 +57,31 @@ class Packer:
         index = np.repeat(np.arange(len(plan)), plan.counts)
         owners = at[index]
         positions = np.arange(query_start[-1], dtype=np.int32) + (starts - query_start[:-1])[index]
-        ids = np.where(positions < rows.known[owners], rows.tokens[owners, positions], np.int32(-1))
+        ids = np.where(positions < batch.known[owners], batch.tokens[owners, positions], np.int32(-1))
         if (drafts := plan.drafts) is not None:
-            row, place, entry = drafts.entries()
-            ids[query_start[entry]] = -2 - place if drafts.tokens is None else drafts.tokens[row, place]
+            slot, place, entry = drafts.entries()
+            ids[query_start[entry]] = -2 - place if drafts.tokens is None else drafts.tokens[slot, place]
         return ids, query_start
 
     def _sampling(self, plan: Plan) -> SamplingInput:
-        rows, at = self.rows, plan.rows
+        batch, at = self.batch, plan.slots
         if not np.array_equal(plan.stays, self._stays):
             self._stays = plan.stays
-            self._same = SamplingInput(temperature=rows.temperature[at], seeds=rows.seed[at])
-            if rows.has_filters[at].any():
-                self._same.filters = Filters(rows.top_k[at], rows.top_p[at], rows.min_p[at])
-            if rows.has_penalties[at].any():
-                self._same.penalties = Penalties(rows.repetition[at], rows.presence[at], rows.frequency[at])
-            self._special = bool(rows.has_extras[at].any())
-            self._min_len = rows.min_len[at]
+            self._same = SamplingInput(temperature=batch.temperature[at], seeds=batch.seed[at])
+            if batch.has_filters[at].any():
+                self._same.filters = Filters(batch.top_k[at], batch.top_p[at], batch.min_p[at])
+            if batch.has_penalties[at].any():
+                self._same.penalties = Penalties(batch.repetition[at], batch.presence[at], batch.frequency[at])
+            self._special = bool(batch.has_extras[at].any())
+            self._min_len = batch.min_len[at]
         # Within min_tokens the ids that would stop the sequence are masked.
         young = plan.starts + plan.counts < self._min_len
         resets = [_counts(sequence) for sequence in plan.started if sequence.has_penalties]
         if not (self._special or resets or young.any()):
             return self._same
-        extras = [(int(i), rows.sequences[at[i]]) for i in np.flatnonzero(plan.sampled & (rows.has_extras[at] | young))]
+        extras = [
+            (int(i), batch.sequences[at[i]]) for i in np.flatnonzero(plan.sampled & (batch.has_extras[at] | young))
+        ]
         return replace(
             self._same,
             penalty_reset=resets,
@@ -97,25 +99,25 @@ def _cached(plan: Plan) -> list[tuple[int, np.ndarray]]:
     if not plan.started:
         return []
     begun = zip(plan.started, plan.starts[-len(plan.started) :].tolist())
-    return [(sequence.row, sequence.tokens[:start]) for sequence, start in begun if start]
+    return [(sequence.slot, sequence.tokens[:start]) for sequence, start in begun if start]
 
 
 def _bias(extras: list[tuple[int, Sequence]], young: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """`SamplingInput.bias` of logit_bias and of min_tokens' masks."""
-    rows, tokens, values = [], [], []
+    indices, tokens, values = [], [], []
     for index, sequence in extras:
-        rows.append(np.full(len(sequence.bias_ids), index, np.int32))
+        indices.append(np.full(len(sequence.bias_ids), index, np.int32))
         tokens.append(sequence.bias_ids)
         values.append(sequence.bias_values)
         if young[index]:
-            rows.append(np.full(len(sequence.stop_ids), index, np.int32))
+            indices.append(np.full(len(sequence.stop_ids), index, np.int32))
             tokens.append(np.fromiter(sequence.stop_ids, np.int32))
             values.append(np.full(len(sequence.stop_ids), -np.inf, np.float32))
-    if not sum(map(len, rows)):
+    if not sum(map(len, indices)):
         return None
-    return np.concatenate(rows), np.concatenate(tokens), np.concatenate(values)
+    return np.concatenate(indices), np.concatenate(tokens), np.concatenate(values)
 
 
 def _counts(sequence: Sequence) -> tuple[int, np.ndarray, np.ndarray]:
-    """The sequence has just entered its row, so its own tokens are up to date."""
-    return sequence.row, sequence.tokens[: sequence.num_prompt], sequence.tokens[sequence.num_prompt :]
+    """The sequence has just entered its slot, so its own tokens are up to date."""
+    return sequence.slot, sequence.tokens[: sequence.num_prompt], sequence.tokens[sequence.num_prompt :]

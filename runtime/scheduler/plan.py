@@ -1,6 +1,6 @@
-"""A planned step: which tokens of which rows it computes. What the scheduler says to whoever packs, records or learns.
+"""A planned step: which tokens of which slots it computes. What the scheduler says to whoever packs, records or learns.
 
-Knows no tokens and no blocks: those stand in `runtime.scheduler.slots`.
+Knows no tokens and no blocks: those stand in `runtime.scheduler.input_batch`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # t
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: tokens [starts[i], starts[i] + counts[i]) of the sequence in row rows[i]; arrays [S], int32 unless said.
+    """One step: tokens [starts[i], starts[i] + counts[i]) of the sequence in slot slots[i]; arrays [S], int32 unless said.
 
-    A row with draft tokens has an entry for each of them (`runtime.scheduler.draft_tokens`); any other row has one.
+    A slot with draft tokens has an entry for each of them (`runtime.scheduler.draft_tokens`); any other slot has one.
     """
 
-    rows: np.ndarray
-    stays: np.ndarray  # int64, of the row's sequence: another may be there when the step is done
+    slots: np.ndarray
+    stays: np.ndarray  # int64, of the slot's sequence: another may be there when the step is done
     starts: np.ndarray
     counts: np.ndarray
     sampled: np.ndarray  # bool, whether the last of the tokens yields a new one
-    started: list[Sequence]  # those that entered their row for this step; its last entries
+    started: list[Sequence]  # those that entered their slot for this step; its last entries
     drafts: ScheduledDrafts | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.slots)
 
     @property
     def num_tokens(self) -> int:

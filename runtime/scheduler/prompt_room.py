@@ -3,7 +3,7 @@
 The first prompt that cannot end in the step leaves a share to those behind it that can: they are in and out while it is
 still computed, and it loses a quarter of its speed at most. A second long prompt gets nothing of the share: computing two
 at a time would delay the first and speed up neither. What nobody takes is the first one's in the end.
-Knows no sequences, rows or blocks but by number.
+Knows no sequences, slots or blocks but by number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class PromptRoom:
     tokens: int
     split: bool
     least: int
-    long: int = -1  # row of the first prompt that does not end in the step
+    long: int = -1  # slot of the first prompt that does not end in the step
 
     def offer(self, wanted: int) -> int:
         """Of `wanted` tokens, at least 1, those that the next prompt in line may have."""
@@ -28,8 +28,8 @@ class PromptRoom:
             return 0
         return self.tokens - min(max(self.tokens // 4, self.least), self.tokens // 2)
 
-    def take(self, row: int, wanted: int, tokens: int) -> None:
+    def take(self, slot: int, wanted: int, tokens: int) -> None:
         """It has them."""
         self.tokens -= tokens
         if tokens < wanted and self.split and self.long < 0:
-            self.long = row
+            self.long = slot

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from pagegraph.runtime.scheduler.input_batch import Fixed, InputBatch
 from pagegraph.runtime.scheduler.sequence import Sequence, place_of
-from pagegraph.runtime.scheduler.slots import Fixed, Rows
 
 
 class Running:
-    """Sequences that hold a row and blocks."""
+    """Sequences that hold a slot and blocks."""
 
-    def __init__(self, rows: Rows) -> None:
-        self._rows = rows
+    def __init__(self, batch: InputBatch) -> None:
+        self._batch = batch
         self._sequences: list[Sequence] = []
         self._fixed: Fixed | None = None  # of all of them, until somebody joins or leaves
         self.ones, self.trues = np.zeros(0, np.int32), np.zeros(0, bool)  # as many as `fixed` has
@@ -35,7 +35,7 @@ class Running:
         return self._sequences[-1]
 
     def join(self, sequence: Sequence) -> None:
-        """It has its row."""
+        """It has its slot."""
         insort(self._sequences, sequence, key=place_of)
         self._fixed = None
 
@@ -46,12 +46,12 @@ class Running:
     def fixed(self) -> Fixed:
         """Of all of them, in order: the same arrays while nobody joins or leaves."""
         if self._fixed is None:
-            rows = np.fromiter((sequence.row for sequence in self._sequences), np.int32, len(self._sequences))
-            self._fixed = self._rows.fixed(rows)
-            self.ones, self.trues = np.ones(len(rows), np.int32), np.ones(len(rows), bool)
+            slots = np.fromiter((sequence.slot for sequence in self._sequences), np.int32, len(self._sequences))
+            self._fixed = self._batch.fixed(slots)
+            self.ones, self.trues = np.ones(len(slots), np.int32), np.ones(len(slots), bool)
         return self._fixed
 
-    def fixed_of(self, rows: np.ndarray) -> Fixed:
-        """Of these rows; there already if they are the very array that `fixed` gave."""
+    def fixed_of(self, slots: np.ndarray) -> Fixed:
+        """Of these slots; there already if they are the very array that `fixed` gave."""
         kept = self._fixed
-        return kept if kept is not None and rows is kept.rows else self._rows.fixed(rows)
+        return kept if kept is not None and slots is kept.slots else self._batch.fixed(slots)

@@ -3,7 +3,7 @@
 There are no phases: a sequence has `computed` tokens chasing `total`, and one ragged step mixes prefill chunks
 and decodes. Scheduling uses counts only, so a step can be planned while those before it are still running.
 Blocks are freed at once even then: the device runs steps in order. Running sequences are handled as columns of
-`runtime.scheduler.slots`; only what starts, ends, fills a prompt or lacks blocks is looked at one by one.
+`runtime.scheduler.input_batch`; only what starts, ends, fills a prompt or lacks blocks is looked at one by one.
 Knows no clock, device, text or socket; which blocks hold what, `runtime.scheduler.block_tables` knows.
 """
 
@@ -21,11 +21,11 @@ from pagegraph.runtime.scheduler.block_tables import BlockTables
 from pagegraph.runtime.scheduler.commit import Arrived, append
 from pagegraph.runtime.scheduler.counters import Counters
 from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, entries
+from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.plan import Columns, Plan, joined
 from pagegraph.runtime.scheduler.prompt_room import PromptRoom
 from pagegraph.runtime.scheduler.running import Running
 from pagegraph.runtime.scheduler.sequence import Sequence, State, place_of
-from pagegraph.runtime.scheduler.slots import Rows
 from pagegraph.runtime.scheduler.step_time import Pace
 
 LOOK_AHEAD = 8  # steps of decoding for which blocks are taken at once, while there are plenty
@@ -34,9 +34,9 @@ HASH_PAST = 256  # blocks of such a prompt that are hashed to learn whether the 
 
 
 class Scheduler:
-    """Owns the queue, the running set, their rows and blocks.
+    """Owns the queue, the running set, their slots and blocks.
 
-    A preempted sequence stays in its row, without blocks, until the samples in flight have arrived.
+    A preempted sequence stays in its slot, without blocks, until the samples in flight have arrived.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Scheduler:
         self.enable_chunked_prefill = enable_chunked_prefill
         self.pace = pace
         self.counters = Counters()
-        self.rows = Rows(max_num_seqs, max_model_len, pool.block_size)
-        self.block_tables = BlockTables(pool, self.rows)
-        self._running = Running(self.rows)
+        self.batch = InputBatch(max_num_seqs, max_model_len, pool.block_size)
+        self.block_tables = BlockTables(pool, self.batch)
+        self._running = Running(self.batch)
         self._waiting: list[Sequence] = []  # in the order of `Sequence.place`
         self._live: dict[tuple[int, str], Sequence] = {}  # waiting and running, by key
-        self._draining: set[int] = set()  # rows of preempted sequences
+        self._draining: set[int] = set()  # slots of preempted sequences
         self._order = count()
-        self._starting: Sequence | None = None  # on its way from the queue into a row
+        self._starting: Sequence | None = None  # on its way from the queue into a slot
         self.alone: Sequence | None = None  # if given, nobody else starts
 
     @property
@@ -111,36 +111,42 @@ class Scheduler:
         return sequence
 
     def room_for_drafts(self, most: int, lag: int | None = 0) -> tuple[np.ndarray, np.ndarray, int]:
-        """(rows that may be given draft tokens, at most how many each, how many in all), with blocks taken for them.
+        """(slots that may be given draft tokens, at most how many each, how many in all), with blocks taken for them.
 
         They generate, ask for no penalties, whose counts know confirmed tokens only, are past min_tokens, which the host
         looks after, and all but `lag` of their tokens are on the host: with 0 they can be given to the next `schedule`; with
         more nothing is taken, it is a look ahead. None: the device knows the tokens, and the host need not.
         """
-        r, rows = self.rows, self._running.fixed().rows
-        known, total = r.known[rows], r.total[rows]
-        ready = (r.computed[rows] == total - 1) & (known >= r.min_len[rows]) & (r.computed[rows] >= r.num_prompt[rows])
+        batch, slots = self.batch, self._running.fixed().slots
+        known, total = batch.known[slots], batch.total[slots]
+        ready = (
+            (batch.computed[slots] == total - 1)
+            & (known >= batch.min_len[slots])
+            & (batch.computed[slots] >= batch.num_prompt[slots])
+        )
         if lag is not None:
             ready &= known >= total - lag
-        rows = rows[ready & ~r.has_penalties[rows]]
-        limits = np.minimum(r.max_len[rows] - r.total[rows] - 1, most)
-        rows, limits = rows[limits > 0], limits[limits > 0]
+        slots = slots[ready & ~batch.has_penalties[slots]]
+        limits = np.minimum(batch.max_len[slots] - batch.total[slots] - 1, most)
+        slots, limits = slots[limits > 0], limits[limits > 0]
         # Those that wait may join the step, and prompts get half of what it may compute.
         budget = self.max_entries - min(self.max_num_seqs, len(self._running) + len(self._waiting))
         budget = min(budget, (self.max_num_batched_tokens - len(self._running)) // 2)
         if not self.enable_chunked_prefill and self._waiting:
             budget = 0
-        if budget <= 0 or not len(rows) or lag:
-            return rows, limits, max(budget, 0)
-        if not self.block_tables.extend(rows, r.total[rows] + limits, spare=len(rows) + self.block_tables.watermark):
-            limits = np.minimum(limits, r.num_blocks[rows] * r.block_size - r.total[rows])
-            rows, limits = rows[limits > 0], limits[limits > 0]
-        return rows, limits, budget
+        if budget <= 0 or not len(slots) or lag:
+            return slots, limits, max(budget, 0)
+        if not self.block_tables.extend(
+            slots, batch.total[slots] + limits, spare=len(slots) + self.block_tables.watermark
+        ):
+            limits = np.minimum(limits, batch.num_blocks[slots] * batch.block_size - batch.total[slots])
+            slots, limits = slots[limits > 0], limits[limits > 0]
+        return slots, limits, budget
 
     def schedule(self, now: float, draft_tokens: DraftTokens | None = None) -> Plan | None:
         """The next step, or None if no sequence can take one. `now` is kept for policies that need it.
 
-        `draft_tokens` within what `room_for_drafts` has just said are verified in it. Until it is committed their rows count as
+        `draft_tokens` within what `room_for_drafts` has just said are verified in it. Until it is committed their slots count as
         if all of them held.
         """
         self._vacate_drained()
@@ -161,14 +167,14 @@ class Scheduler:
     def commit(self, plan: Plan, output: StepOutput) -> Arrived:
         """Append what a step sampled; plans come in the order they were scheduled.
 
-        Those that ended by it keep their rows and blocks until `finish`. If it raises, nothing was appended.
+        Those that ended by it keep their slots and blocks until `finish`. If it raises, nothing was appended.
         """
-        arrived = append(self.rows, self._running, plan, output)
+        arrived = append(self.batch, self._running, plan, output)
         self.counters.count(arrived)
         return arrived
 
     def finish(self, arrived: Arrived) -> None:
-        """Free the rows and blocks of those that ended."""
+        """Free the slots and blocks of those that ended."""
         for sequence in arrived.ended:
             if sequence.state is not State.FINISHED:
                 self._finish(sequence)
@@ -180,163 +186,163 @@ class Scheduler:
         sequence.num_preemptions += 1
         self.counters.preemptions += 1
         insort(self._waiting, sequence, key=place_of)
-        self._draining.add(sequence.row)
+        self._draining.add(sequence.slot)
 
     def restart(self) -> list[Sequence]:
         """Begin anew after an exception, in whatever state it left this -> those it may have to do with, in order.
 
-        Everyone waits, with the tokens that were committed, but for those that have their finish reason: they have ended. Rows and
+        Everyone waits, with the tokens that were committed, but for those that have their finish reason: they have ended. Slots and
         blocks are empty, and so is the prefix cache, for what a failed step wrote nobody knows. What is in flight must not be
         committed any more.
         """
-        touched = [s for s in self.live if s.row >= 0 or s is self._starting]
+        touched = [s for s in self.live if s.slot >= 0 or s is self._starting]
         for sequence in touched:
-            if sequence.row >= 0:
+            if sequence.slot >= 0:
                 self.counters.preemptions += sequence.state is State.RUNNING
                 sequence.num_preemptions += sequence.state is State.RUNNING
                 sequence.state = State.PREEMPTED
-                self.rows.leave(sequence.row)
+                self.batch.leave(sequence.slot)
             sequence.num_registered = 0
         for sequence in self._live.values():
             if sequence.finish_reason:
                 sequence.state = State.FINISHED
         self._live = {key: sequence for key, sequence in self._live.items() if not sequence.finish_reason}
         self._waiting = self.live
-        self._running = Running(self.rows)
+        self._running = Running(self.batch)
         self._draining.clear()
         self._starting = self.alone = None
-        self.rows.clear()
+        self.batch.clear()
         self.block_tables.pool.clear()
         return touched
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless blocks, rows, states and the prefix cache fit together."""
-        r, running = self.rows, list(self._running)
+        """Raise AssertionError unless blocks, slots, states and the prefix cache fit together."""
+        batch, running = self.batch, list(self._running)
         self.block_tables.check_integrity(running)
-        held = sorted([sequence.row for sequence in running] + list(self._draining))
-        require(held == np.flatnonzero(r.stay).tolist(), "rows are lost or held twice")
-        require(len(held) + r.num_free == self.max_num_seqs, "rows are lost")
+        held = sorted([sequence.slot for sequence in running] + list(self._draining))
+        require(held == np.flatnonzero(batch.stay).tolist(), "slots are lost or held twice")
+        require(len(held) + batch.num_free == self.max_num_seqs, "slots are lost")
         for queue in (self._waiting, running):
             require(queue == sorted(queue, key=place_of), "a queue is out of order")
         require(self._live == {s.key: s for s in [*running, *self._waiting]}, "a sequence is lost")
         for sequence in self._waiting:
             require(sequence.state in (State.WAITING, State.PREEMPTED), "a waiting sequence is in another state")
-            require(sequence.row < 0 or sequence.row in self._draining, "a waiting sequence holds a row")
-        for row in self._draining:
-            require(not r.num_blocks[row], "a draining row holds blocks")
+            require(sequence.slot < 0 or sequence.slot in self._draining, "a waiting sequence holds a slot")
+        for slot in self._draining:
+            require(not batch.num_blocks[slot], "a draining slot holds blocks")
         for sequence in running:
-            row = sequence.row
+            slot = sequence.slot
             require(
-                sequence.state is State.RUNNING and r.sequences[row] is sequence,
+                sequence.state is State.RUNNING and batch.sequences[slot] is sequence,
                 "a running sequence is in another state",
             )
-            require(sequence.num_prompt <= r.known[row] <= r.total[row], "tokens are lost")
-            require(r.computed[row] <= r.total[row] <= sequence.max_len, "a sequence runs past its end")
+            require(sequence.num_prompt <= batch.known[slot] <= batch.total[slot], "tokens are lost")
+            require(batch.computed[slot] <= batch.total[slot] <= sequence.max_len, "a sequence runs past its end")
 
     def _continue(self, draft_tokens: DraftTokens | None) -> tuple[Columns, PromptRoom]:
         """What the running sequences get, draft tokens too, and the prompt tokens left for others."""
         if draft_tokens is None and (plain := self._continue_all()) is not None:
             return plain, self._room(len(plain[0]))
-        num_draft_tokens = None if draft_tokens is None else draft_tokens.of_rows(self.max_num_seqs)
-        rows, counts, room = self._wanted(num_draft_tokens)
-        rows, counts = self._grow(rows, counts)
-        return self._advance(rows, counts, num_draft_tokens), room
+        num_draft_tokens = None if draft_tokens is None else draft_tokens.of_slots(self.max_num_seqs)
+        slots, counts, room = self._wanted(num_draft_tokens)
+        slots, counts = self._grow(slots, counts)
+        return self._advance(slots, counts, num_draft_tokens), room
 
     def _continue_all(self) -> Columns | None:
         """The commonest step, a token of every running sequence, all with room for it; else None.
 
         What `_wanted`, `_grow` and `_advance` would come to, with fewer looks.
         """
-        r, fixed = self.rows, self._running.fixed()
-        rows = fixed.rows
-        starts, total = r.computed[rows], r.total[rows]
+        batch, fixed = self.batch, self._running.fixed()
+        slots = fixed.slots
+        starts, total = batch.computed[slots], batch.total[slots]
         ends = starts + 1
         plain = (ends == total) & (total < fixed.max_len) & (starts >= fixed.num_prompt)
-        if not len(rows) or not (plain & (ends <= r.num_blocks[rows] * r.block_size)).all():
+        if not len(slots) or not (plain & (ends <= batch.num_blocks[slots] * batch.block_size)).all():
             return None
-        r.computed[rows] = ends
-        r.total[rows] = ends + 1
-        return rows, fixed.stays, starts, self._running.ones, self._running.trues
+        batch.computed[slots] = ends
+        batch.total[slots] = ends + 1
+        return slots, fixed.stays, starts, self._running.ones, self._running.trues
 
     def _wanted(self, num_draft_tokens: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, PromptRoom]:
-        """Rows of the running and how many tokens each may compute, draft tokens too, and the prompt tokens left for others.
+        """Slots of the running and how many tokens each may compute, draft tokens too, and the prompt tokens left for others.
 
-        num_draft_tokens: int32, by row.
+        num_draft_tokens: int32, by slot.
         """
-        r, fixed = self.rows, self._running.fixed()
-        rows = fixed.rows
+        batch, fixed = self.batch, self._running.fixed()
+        slots = fixed.slots
         # Whatever is in flight turns out to be, more may be sampled; where draft tokens in flight may end it, they are waited for.
-        growing = r.total[rows] < fixed.max_len
+        growing = batch.total[slots] < fixed.max_len
         if not growing.all():
-            rows = rows[growing]
-        counts = r.total[rows] - r.computed[rows]
+            slots = slots[growing]
+        counts = batch.total[slots] - batch.computed[slots]
         prefills = np.flatnonzero(counts > 1)
-        room = self._room(len(rows) - len(prefills) + (0 if num_draft_tokens is None else int(num_draft_tokens.sum())))
+        room = self._room(len(slots) - len(prefills) + (0 if num_draft_tokens is None else int(num_draft_tokens.sum())))
         for i in prefills.tolist():
             wanted = int(counts[i])
             counts[i] = tokens = room.offer(wanted)
-            room.take(int(rows[i]), wanted, tokens)
+            room.take(int(slots[i]), wanted, tokens)
         if num_draft_tokens is not None:
-            counts += num_draft_tokens[rows]
-        return (rows[counts > 0], counts[counts > 0], room) if counts.min(initial=1) < 1 else (rows, counts, room)
+            counts += num_draft_tokens[slots]
+        return (slots[counts > 0], counts[counts > 0], room) if counts.min(initial=1) < 1 else (slots, counts, room)
 
     def _room(self, decodes: int) -> PromptRoom:
         """Prompt tokens the step may take: what decodes leave, less where a chunk beside them would slow them."""
-        left, block = max(self.max_num_batched_tokens - decodes, 0), self.rows.block_size
+        left, block = max(self.max_num_batched_tokens - decodes, 0), self.batch.block_size
         if self.pace is not None and decodes and self.enable_chunked_prefill:
             beside = self.pace.prefill_tokens_beside(decodes)
             # A block at least: prompts always get on.
             left = left if beside is None else min(left, max(beside, block))
         return PromptRoom(left, self.enable_chunked_prefill, block)
 
-    def _grow(self, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Give running rows blocks for `counts` more tokens, preempting the last running ones until they suffice.
+    def _grow(self, slots: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Give running slots blocks for `counts` more tokens, preempting the last running ones until they suffice.
 
-        Returns the rows that are left, all with the blocks they need.
+        Returns the slots that are left, all with the blocks they need.
         """
-        r = self.rows
-        ends = r.computed[rows] + counts
-        if (ends <= r.num_blocks[rows] * r.block_size).all():
-            return rows, counts
-        ahead = np.minimum(ends + LOOK_AHEAD, r.max_len[rows])
-        if self.block_tables.extend(rows, ahead, spare=len(rows) + self.block_tables.watermark):
-            return rows, counts
-        while not self.block_tables.extend(rows, r.computed[rows] + counts):
+        batch = self.batch
+        ends = batch.computed[slots] + counts
+        if (ends <= batch.num_blocks[slots] * batch.block_size).all():
+            return slots, counts
+        ahead = np.minimum(ends + LOOK_AHEAD, batch.max_len[slots])
+        if self.block_tables.extend(slots, ahead, spare=len(slots) + self.block_tables.watermark):
+            return slots, counts
+        while not self.block_tables.extend(slots, batch.computed[slots] + counts):
             victim = self._running.last
-            stays = rows != victim.row
-            rows, counts = rows[stays], counts[stays]
+            stays = slots != victim.slot
+            slots, counts = slots[stays], counts[stays]
             self.preempt(victim)
-        return rows, counts
+        return slots, counts
 
-    def _advance(self, rows: np.ndarray, counts: np.ndarray, num_draft_tokens: np.ndarray | None = None) -> Columns:
+    def _advance(self, slots: np.ndarray, counts: np.ndarray, num_draft_tokens: np.ndarray | None = None) -> Columns:
         """Count the tokens as computed -> the columns of a plan."""
-        r = self.rows
-        starts = r.computed[rows]
+        batch = self.batch
+        starts = batch.computed[slots]
         ends = starts + counts
-        r.computed[rows] = ends
-        draft_tokens = 0 if num_draft_tokens is None else num_draft_tokens[rows]
-        sampled = ends == r.total[rows] + draft_tokens
-        r.total[rows] += np.where(sampled, draft_tokens + 1, 0)
-        for row in rows[starts < r.num_prompt[rows]].tolist():
-            self.block_tables.publish(r.sequences[row])
-        return rows, r.stay[rows], starts, counts, sampled
+        batch.computed[slots] = ends
+        draft_tokens = 0 if num_draft_tokens is None else num_draft_tokens[slots]
+        sampled = ends == batch.total[slots] + draft_tokens
+        batch.total[slots] += np.where(sampled, draft_tokens + 1, 0)
+        for slot in slots[starts < batch.num_prompt[slots]].tolist():
+            self.block_tables.publish(batch.sequences[slot])
+        return slots, batch.stay[slots], starts, counts, sampled
 
     def _admit(self, parts: list[Columns], started: list[Sequence], room: PromptRoom) -> None:
-        """Start waiting sequences in order while prompt tokens, rows and blocks for their whole prompts last.
+        """Start waiting sequences in order while prompt tokens, slots and blocks for their whole prompts last.
 
         Behind a long prompt those start that end within what it leaves. The first that lacks blocks ends it, though: blocks
         that others took would come back only when they end, so the one that needs many would starve.
         """
         passed = 0
         for sequence in self._next_in_line():
-            if not self.rows.num_free or not room.tokens or passed == LOOK_PAST:
+            if not self.batch.num_free or not room.tokens or passed == LOOK_PAST:
                 return
-            if sequence.row >= 0:  # its samples from before a preemption are still to come
+            if sequence.slot >= 0:  # its samples from before a preemption are still to come
                 return
             self._starting, tokens = sequence, 0
             if not passed or self._may_end(sequence, room):
                 found = self.block_tables.find(sequence)
-                computed = len(found) * self.rows.block_size
+                computed = len(found) * self.batch.block_size
                 wanted = len(sequence.tokens) - computed
                 tokens = room.offer(wanted)
             if not tokens:
@@ -347,33 +353,33 @@ class Scheduler:
             blocks = self.block_tables.claim(sequence, found, self.block_tables.watermark if len(self._running) else 0)
             if blocks is None:
                 return
-            row = self._start(sequence, blocks, computed)
-            parts.append(self._advance(np.array([row], np.int32), np.array([tokens], np.int32)))
+            slot = self._start(sequence, blocks, computed)
+            parts.append(self._advance(np.array([slot], np.int32), np.array([tokens], np.int32)))
             started.append(sequence)
-            room.take(row, wanted, tokens)
+            room.take(slot, wanted, tokens)
 
     def _next_in_line(self) -> list[Sequence]:
         """Those of the queue who may start in the next step, as far as it can get."""
         if self.alone is None:
-            return self._waiting[: self.rows.num_free + LOOK_PAST]
+            return self._waiting[: self.batch.num_free + LOOK_PAST]
         return [] if self.alone.state is State.RUNNING else [self.alone]
 
     def _may_end(self, sequence: Sequence, room: PromptRoom) -> bool:
         """Whether a waiting prompt is worth a look in the cache for whether it ends within what is left."""
-        unhashed = len(sequence.tokens) // self.rows.block_size - len(sequence.hashes)
+        unhashed = len(sequence.tokens) // self.batch.block_size - len(sequence.hashes)
         return room.long < 0 or len(sequence.tokens) <= room.tokens or unhashed <= HASH_PAST
 
     def _fill_up(self, parts: list[Columns], room: PromptRoom) -> None:
         """The long prompt of the step gets what nobody behind it took; it does not end by that either."""
-        for rows, _, _, counts, _ in parts:
-            for i in np.flatnonzero(rows == room.long).tolist():
+        for slots, _, _, counts, _ in parts:
+            for i in np.flatnonzero(slots == room.long).tolist():
                 counts[i] += room.tokens
-                self.rows.computed[room.long] += room.tokens
-                self.block_tables.publish(self.rows.sequences[room.long])
+                self.batch.computed[room.long] += room.tokens
+                self.block_tables.publish(self.batch.sequences[room.long])
 
     def _start(self, sequence: Sequence, blocks: list[int], computed: int) -> int:
-        """Move a sequence of the queue into a row, with `computed` tokens in its blocks already -> the row."""
-        row = self.rows.enter(sequence, blocks, computed)
+        """Move a sequence of the queue into a slot, with `computed` tokens in its blocks already -> the slot."""
+        slot = self.batch.enter(sequence, blocks, computed)
         self._waiting.remove(sequence)
         if sequence.state is State.WAITING:
             sequence.cached_tokens = computed
@@ -382,12 +388,12 @@ class Scheduler:
                 self.counters.prefix_hits += computed
         sequence.state = State.RUNNING
         self._running.join(sequence)
-        return row
+        return slot
 
     def _vacate_drained(self) -> None:
-        for row in [row for row in self._draining if self.rows.known[row] == self.rows.total[row]]:
-            self._draining.remove(row)
-            self.rows.leave(row)
+        for slot in [slot for slot in self._draining if self.batch.known[slot] == self.batch.total[slot]]:
+            self._draining.remove(slot)
+            self.batch.leave(slot)
 
     def _finish(self, sequence: Sequence) -> None:
         """It ends, for its `finish_reason`."""
@@ -395,9 +401,9 @@ class Scheduler:
             self._leave_running(sequence)
         else:
             self._waiting.remove(sequence)
-        if sequence.row >= 0:
-            self._draining.discard(sequence.row)
-            self.rows.leave(sequence.row)
+        if sequence.slot >= 0:
+            self._draining.discard(sequence.slot)
+            self.batch.leave(sequence.slot)
         del self._live[sequence.key]
         sequence.state = State.FINISHED
 

@@ -1,6 +1,6 @@
 """One sequence on its way through the engine: what was asked, its tokens while it waits, how it ended.
 
-While it runs its tokens and counts stand in `runtime.scheduler.slots`. Knows no blocks, no scheduling order and no text:
+While it runs its tokens and counts stand in `runtime.scheduler.input_batch`. Knows no blocks, no scheduling order and no text:
 stop strings are found after detokenising, by whoever reads the tokens.
 """
 
@@ -29,7 +29,7 @@ class Sequence:
     """A request of one prompt. `owner` and `request_id` name it to whoever asked; both together are unique."""
 
     request_id: str
-    tokens: np.ndarray  # int32, known ones; out of date while the sequence is in a row
+    tokens: np.ndarray  # int32, known ones; out of date while the sequence is in a slot
     params: SamplingParams
     eos_ids: frozenset[int]
     seed: int
@@ -47,7 +47,7 @@ class Sequence:
     order: int = -1  # of addition to the scheduler, breaks ties of priority and arrival
     hashes: list[bytes] = field(default_factory=list)  # of leading full blocks of known tokens
     num_registered: int = 0  # leading blocks that were offered to the prefix cache
-    row: int = -1  # also for a while after a preemption: until what was in flight has arrived
+    slot: int = -1  # also for a while after a preemption: until what was in flight has arrived
     state: State = State.WAITING
     finish_reason: str = ""
     stop_reason: int = -1
@@ -57,7 +57,7 @@ class Sequence:
     rejected: int = 0  # draft tokens that did not
     launched_at: float = float("nan")  # seconds of the engine's clock: of its first step
     first_token_at: float = float("nan")
-    last_token_at: float = float("nan")  # seconds of the engine's clock; out of date while in a row
+    last_token_at: float = float("nan")  # seconds of the engine's clock; out of date while in a slot
 
     def __post_init__(self) -> None:
         params = self.params
@@ -85,7 +85,7 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        """Tokens sampled so far; out of date while the sequence is in a row."""
+        """Tokens sampled so far; out of date while the sequence is in a slot."""
         return len(self.tokens) - self.num_prompt
 
     @property

@@ -1,8 +1,8 @@
 """When to draft, and how much, where each step looks up the draft tokens for the next: prompt lookup on the device.
 
-A step that verifies is launched before the one before it is done: where its rows stand, and with what, the device knows
-(`kernels.spec_decode.ngram`). The host says how many draft tokens a row gets, from what it knows by then, a step late: how long a match the
-row's draft tokens rested on, and how often draft tokens on such a match have held. Knows no device and no text.
+A step that verifies is launched before the one before it is done: where its slots stand, and with what, the device knows
+(`kernels.spec_decode.ngram`). The host says how many draft tokens a slot gets, from what it knows by then, a step late: how long a match the
+slot's draft tokens rested on, and how often draft tokens on such a match have held. Knows no device and no text.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.spec_decode.host import START, STAY, could_pay, within
 from pagegraph.runtime.spec_decode.num_draft_tokens import Acceptance, StepCosts, choose
 
-KEPT = 4  # steps for which numbers of draft tokens are kept while the same rows may have them
-LOOKED_AT = 8  # of so many steps without draft tokens one is looked at, for what steps cost and what draft tokens would have held
+KEPT = 4  # steps for which numbers of draft tokens are kept while the same slots may have them
+# of so many steps without draft tokens one is looked at, for what steps cost and what draft tokens would have held
+LOOKED_AT = 8
 
 
 class DeviceLookup:
-    """At most `most` draft tokens a row for every step; with `costs`, as many of them as pay. See `runtime.spec_decode.host.Drafter`."""
+    """At most `most` draft tokens a slot for every step; with `costs`, as many of them as pay. See `runtime.spec_decode.host.Drafter`."""
 
     def __init__(self, scheduler: Scheduler, most: int, costs: StepCosts | None = None) -> None:
         self.scheduler = scheduler
@@ -32,8 +33,8 @@ class DeviceLookup:
         self._stays = np.zeros(scheduler.max_num_seqs, np.int64)  # of the sequence that the next is of
         self._matched = np.zeros(
             scheduler.max_num_seqs, np.int32
-        )  # what the row's next draft tokens rest on, 0: on nothing
-        self._chosen: tuple[np.ndarray, np.ndarray] | None = None  # rows, and numbers of draft tokens that pay
+        )  # what the slot's next draft tokens rest on, 0: on nothing
+        self._chosen: tuple[np.ndarray, np.ndarray] | None = None  # slots, and numbers of draft tokens that pay
         self._steps = 0
 
     def wants_results(self, running: Plan) -> bool:
@@ -41,25 +42,25 @@ class DeviceLookup:
         return False
 
     def propose(self, ahead: bool) -> DraftTokens | None:
-        """For rows whose last text that the host has heard of was a repetition."""
+        """For slots whose last text that the host has heard of was a repetition."""
         counters, scheduler = self.scheduler.counters, self.scheduler
         drafting, counters.mean_draft_tokens = counters.mean_draft_tokens > 0, 0.0
         if not self._matched.any():
             return None
-        rows, limits, budget = scheduler.room_for_drafts(self.most, lag=None)
-        matching = (self._matched[rows] > 0) & (self._stays[rows] == scheduler.rows.stay[rows])
-        rows, limits = rows[matching], limits[matching]
-        if not len(rows) or not budget:
+        slots, limits, budget = scheduler.room_for_drafts(self.most, lag=None)
+        matching = (self._matched[slots] > 0) & (self._stays[slots] == scheduler.batch.stay[slots])
+        slots, limits = slots[matching], limits[matching]
+        if not len(slots) or not budget:
             return None
         if self.costs is None:
             counts = within(limits, budget)
         else:
-            counts = self._paying(rows, limits, budget, drafting)
+            counts = self._paying(slots, limits, budget, drafting)
         some = counts > 0
         if not some.any():
             return None
         counters.mean_draft_tokens = float(counts[some].mean())
-        return DraftTokens(rows[some], counts[some], None)
+        return DraftTokens(slots[some], counts[some], None)
 
     def learn(self, plan: Plan, arrived: Arrived, lookup: LookedUp | None, step_ms: float, overhead_ms: float) -> None:
         """See `runtime.spec_decode.host.Drafter`."""
@@ -69,38 +70,38 @@ class DeviceLookup:
             self.costs.observe(len(plan), step_ms)
         if plan.drafts is None and not lookup.matched.any() and not self._matched.any():
             return  # nothing repeats: the usual step costs nothing more
-        if (verdict := arrived.verdict) is not None and len(verdict.rows):
-            at = verdict.rows
-            stays = plan.stays[plan.drafts.first[np.isin(plan.drafts.rows, at)]]
+        if (verdict := arrived.verdict) is not None and len(verdict.slots):
+            at = verdict.slots
+            stays = plan.stays[plan.drafts.first[np.isin(plan.drafts.slots, at)]]
             self.acceptance.learn(at, stays, self._matched[at], verdict.counts, verdict.accepted)
         elif looked_at and self.costs is not None and lookup.hits is not None:
             self._learn_unverified(plan, lookup.hits)
-        at, stays, matched = plan.rows, plan.stays, lookup.matched
+        at, stays, matched = plan.slots, plan.stays, lookup.matched
         if plan.drafts is not None:
             first = np.append(True, at[1:] != at[:-1])
             at, stays, matched = at[first], stays[first], matched[first]
         self._stays[at], self._matched[at] = stays, matched
         if arrived.ended:
-            self._matched[at[self.scheduler.rows.stay[at] != stays]] = 0
+            self._matched[at[self.scheduler.batch.stay[at] != stays]] = 0
 
     def _learn_unverified(self, plan: Plan, hits: np.ndarray) -> None:
-        """Of rows that were not given their draft tokens: whether the first would have held."""
-        asked = plan.sampled & (self._matched[plan.rows] > 0) & (self._stays[plan.rows] == plan.stays)
+        """Of slots that were not given their draft tokens: whether the first would have held."""
+        asked = plan.sampled & (self._matched[plan.slots] > 0) & (self._stays[plan.slots] == plan.stays)
         if self.scheduler.num_running < self.scheduler.max_entries and asked.any():
-            rows = plan.rows[asked]
+            slots = plan.slots[asked]
             self.acceptance.learn(
-                rows, plan.stays[asked], self._matched[rows], np.ones(len(rows), np.int32), hits[asked]
+                slots, plan.stays[asked], self._matched[slots], np.ones(len(slots), np.int32), hits[asked]
             )
 
-    def _paying(self, rows: np.ndarray, limits: np.ndarray, budget: int, drafting: bool) -> np.ndarray:
+    def _paying(self, slots: np.ndarray, limits: np.ndarray, budget: int, drafting: bool) -> np.ndarray:
         """Numbers of draft tokens: those of the last step while they may stand, else what pays now."""
         kept = self._chosen if drafting and self._steps % KEPT else None
-        if kept is not None and np.array_equal(kept[0], rows) and kept[1].sum() <= budget:
+        if kept is not None and np.array_equal(kept[0], slots) and kept[1].sum() <= budget:
             return np.minimum(kept[1], limits)
         base = self.scheduler.num_running
-        counts = np.zeros(len(rows), np.int32)
+        counts = np.zeros(len(slots), np.int32)
         if could_pay(base, budget, self.costs):
-            chances = self.acceptance.chances(rows, self.scheduler.rows.stay[rows], self._matched[rows], self.most)
+            chances = self.acceptance.chances(slots, self.scheduler.batch.stay[slots], self._matched[slots], self.most)
             counts = choose(chances, limits, base, budget, self.costs, 0.0, STAY if drafting else START).counts
-        self._chosen = rows, counts
+        self._chosen = slots, counts
         return counts

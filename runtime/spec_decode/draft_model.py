@@ -4,11 +4,11 @@ It draws with the request's temperature and filters and with the noise that the 
 both take the largest of their logits plus the same noise, so they agree nearly as often as two draws can (Gumbel-max
 coupling), and what the target draws is not changed at all. Keys and values of draft tokens that did not hold, and of tokens
 that it has not seen yet, are computed before the next draft token. All draft tokens are one launch of several steps, or two where a
-row lacks more than its last token. Knows no acceptance and no scheduling.
+slot lacks more than its last token. Knows no acceptance and no scheduling.
 
 It shares block tables and block numbers with the target. A prefix found in the cache is computed again, for its own
 keys may not be there; wrong keys would cost acceptance only. Sequences that want fewer draft tokens go on with the
-others as far as their blocks reach, because on a GPU a launch costs more than a row; on a CPU they leave. Sequences
+others as far as their blocks reach, because on a GPU a launch costs more than a slot; on a CPU they leave. Sequences
 with penalties get none: their counts know confirmed tokens alone.
 """
 
@@ -18,37 +18,37 @@ import numpy as np
 
 from pagegraph.compiler.step.inputs import Filters, SamplingInput, StepInput
 from pagegraph.compiler.step.step import CompiledStep
-from pagegraph.runtime.scheduler.slots import Rows
+from pagegraph.runtime.scheduler.input_batch import InputBatch
 
 
 class DraftModel:
     """`step` shares its block tables with the target's; it takes `max_tokens` tokens, `max_entries` of them sampled.
 
-    `together`: rows that want fewer draft tokens go on with the others as far as their blocks reach, because a launch costs more
-    than a row.
+    `together`: slots that want fewer draft tokens go on with the others as far as their blocks reach, because a launch costs more
+    than a slot.
     """
 
     def __init__(
-        self, step: CompiledStep, rows: Rows, max_tokens: int, max_entries: int, together: bool = False
+        self, step: CompiledStep, batch: InputBatch, max_tokens: int, max_entries: int, together: bool = False
     ) -> None:
         self.step = step
-        self.rows = rows
+        self.batch = batch
         self.max_tokens = max_tokens
         self.max_entries = max_entries
         self.together = together
-        num_rows = len(rows.stay)
-        self._stay = np.zeros(num_rows, np.int64)
-        self._computed = np.zeros(num_rows, np.int32)  # leading tokens of the row whose keys and values are right
-        self._drafted: dict[int, np.ndarray] = {}  # by row: drafted behind these, and computed too
+        num_slots = len(batch.stay)
+        self._stay = np.zeros(num_slots, np.int64)
+        self._computed = np.zeros(num_slots, np.int32)  # leading tokens of the slot whose keys and values are right
+        self._drafted: dict[int, np.ndarray] = {}  # by slot: drafted behind these, and computed too
         self._last = np.zeros(0, np.int64)  # of the entries of the last catching up, the sampled ones
 
     def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """counts[i] >= 1 tokens for row at[i], int32 [R] -> int32 [R, K]; every token of the rows is known.
+        """counts[i] >= 1 tokens for slot at[i], int32 [R] -> int32 [R, K]; every token of the slots is known.
 
-        The rows have blocks for their draft tokens; there are at most `max_entries` of them.
+        The slots have blocks for their draft tokens; there are at most `max_entries` of them.
         """
         self._settle(at)
-        known, ends = self.rows.known[at], self._ends(at, counts)
+        known, ends = self.batch.known[at], self._ends(at, counts)
         first = self._catch_up(at)
         done = int(ends.min()) if first.num_seqs == len(at) == first.num_tokens else 1
         tickets = [(slice(0, done), np.arange(len(at)), self.step.launch(first, done))]
@@ -62,47 +62,47 @@ class DraftModel:
         for places, which, ticket in tickets:
             sampled = ticket.wait().token_ids
             tokens[which, places] = (sampled if places.start else sampled[self._last]).reshape(len(which), -1)
-        for row, drafted, end in zip(at.tolist(), tokens, ends.tolist()):
-            self._drafted[row] = drafted[: end - 1]
+        for slot, drafted, end in zip(at.tolist(), tokens, ends.tolist()):
+            self._drafted[slot] = drafted[: end - 1]
         return tokens
 
     def _ends(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """How many tokens each row makes: its own count, or with the others as many as any, where its blocks will do."""
+        """How many tokens each slot makes: its own count, or with the others as many as any, where its blocks will do."""
         if not self.together:
             return counts
-        rows = self.rows
-        room = np.minimum(rows.num_blocks[at] * rows.block_size, rows.max_len[at]) - rows.known[at]
+        batch = self.batch
+        room = np.minimum(batch.num_blocks[at] * batch.block_size, batch.max_len[at]) - batch.known[at]
         return np.maximum(counts, np.minimum(counts.max(), room + 1))  # the last is not computed
 
     def _next(self, at: np.ndarray, starts: np.ndarray) -> StepInput:
-        """A token more for each row, behind the one that it has just sampled."""
-        rows, seqs = self.rows, len(at)
+        """A token more for each slot, behind the one that it has just sampled."""
+        batch, seqs = self.batch, len(at)
         return StepInput(
             np.full(seqs, -1, np.int32), at, np.arange(seqs + 1, dtype=np.int32), starts, np.ones(seqs, bool), _NO_BLOCKS,
-            SamplingInput(rows.temperature[at], rows.seed[at], self._filters(at)),
+            SamplingInput(batch.temperature[at], batch.seed[at], self._filters(at)),
         )  # fmt: skip
 
     def _settle(self, at: np.ndarray) -> None:
         """Keep what was computed for draft tokens that held."""
-        rows = self.rows
-        new = at[self._stay[at] != rows.stay[at]]
-        self._stay[at], self._computed[new] = rows.stay[at], 0
-        for row in new.tolist():
-            self._drafted.pop(row, None)
-        for row in at.tolist():
-            if (drafted := self._drafted.pop(row, None)) is not None:
-                computed = int(self._computed[row])
-                came = rows.tokens[row, computed : min(int(rows.known[row]), computed + len(drafted))]
+        batch = self.batch
+        new = at[self._stay[at] != batch.stay[at]]
+        self._stay[at], self._computed[new] = batch.stay[at], 0
+        for slot in new.tolist():
+            self._drafted.pop(slot, None)
+        for slot in at.tolist():
+            if (drafted := self._drafted.pop(slot, None)) is not None:
+                computed = int(self._computed[slot])
+                came = batch.tokens[slot, computed : min(int(batch.known[slot]), computed + len(drafted))]
                 differs = np.flatnonzero(came != drafted[: len(came)])
-                self._computed[row] = computed + (differs[0] if len(differs) else len(came))
+                self._computed[slot] = computed + (differs[0] if len(differs) else len(came))
         # The last token is computed again where need be: its logits are wanted.
-        self._computed[at] = np.minimum(self._computed[at], rows.known[at] - 1)
+        self._computed[at] = np.minimum(self._computed[at], batch.known[at] - 1)
 
     def _catch_up(self, at: np.ndarray) -> StepInput:
-        """The step that samples behind the last known token of each row, after those that it takes to get there."""
-        rows = self.rows
-        while (missing := rows.known[at] - self._computed[at]).sum() > self.max_tokens:
-            # All but the last token of some rows, as many as a step takes.
+        """The step that samples behind the last known token of each slot, after those that it takes to get there."""
+        batch = self.batch
+        while (missing := batch.known[at] - self._computed[at]).sum() > self.max_tokens:
+            # All but the last token of some slots, as many as a step takes.
             wanted = np.minimum(missing - 1, np.maximum(self.max_tokens - np.cumsum(missing - 1) + missing - 1, 0))
             part = wanted > 0
             self.step.launch(self._chunk(at[part], wanted[part], sampled=False))
@@ -110,8 +110,8 @@ class DraftModel:
         return self._chunk(at, missing, sampled=True)
 
     def _chunk(self, at: np.ndarray, counts: np.ndarray, sampled: bool) -> StepInput:
-        """The next counts[i] tokens of the rows; a few as entries of one token, which steps of draft tokens are made of too."""
-        rows = self.rows
+        """The next counts[i] tokens of the slots; a few as entries of one token, which steps of draft tokens are made of too."""
+        batch = self.batch
         total = int(counts.sum())
         if total <= self.max_entries:
             index = np.repeat(np.arange(len(at)), counts)
@@ -123,22 +123,22 @@ class DraftModel:
             query_start, draws = np.concatenate([[0], np.cumsum(counts)]), np.zeros(len(at), bool)
         draws[last] = sampled
         self._last = last
-        entry_rows = at[index]
-        token_rows = np.repeat(at, counts)
+        entry_slots = at[index]
+        token_slots = np.repeat(at, counts)
         positions = (
             np.repeat(self._computed[at], counts) + np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
         )
         return StepInput(
-            rows.tokens[token_rows, positions], entry_rows, query_start.astype(np.int32), starts.astype(np.int32), draws,
-            rows.take_new_blocks(),
-            SamplingInput(rows.temperature[entry_rows], rows.seed[entry_rows], self._filters(entry_rows) if sampled else None),
+            batch.tokens[token_slots, positions], entry_slots, query_start.astype(np.int32), starts.astype(np.int32), draws,
+            batch.take_new_blocks(),
+            SamplingInput(batch.temperature[entry_slots], batch.seed[entry_slots], self._filters(entry_slots) if sampled else None),
         )  # fmt: skip
 
     def _filters(self, at: np.ndarray) -> Filters | None:
-        rows = self.rows
-        if not rows.has_filters[at].any():
+        batch = self.batch
+        if not batch.has_filters[at].any():
             return None
-        return Filters(rows.top_k[at], rows.top_p[at], rows.min_p[at])
+        return Filters(batch.top_k[at], batch.top_p[at], batch.min_p[at])
 
 
 _NO_BLOCKS = np.empty((0, 3), np.int32)

@@ -1,6 +1,6 @@
 """When to draft, and how much, where the host proposes: between the engine's loop, the scheduler and those who propose.
 
-Such draft tokens need every token of their rows on the host, so the step before is committed before they are made; all other steps
+Such draft tokens need every token of their slots on the host, so the step before is committed before they are made; all other steps
 are planned ahead as ever. Where the number of draft tokens is left to the engine, what is looked up is compared with what comes
 while nothing is drafted: knowing whether draft tokens would hold takes no step. Knows no device.
 
@@ -25,10 +25,10 @@ from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.spec_decode.num_draft_tokens import Acceptance, StepCosts, choose
 from pagegraph.runtime.spec_decode.proposer import Proposal, Retrieval, empty_proposal
 
-SHADOW = 3  # draft tokens a row that are compared with what comes without being verified
+SHADOW = 3  # draft tokens a slot that are compared with what comes without being verified
 LOOKING = 0.01  # share of time that looking for draft tokens may take while nothing is drafted
 PROBING = 0.005  # share of time for draft tokens of a model that are not expected to pay: they may by now
-MADE = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15)  # draft tokens a row that the model may be asked for
+MADE = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15)  # draft tokens a slot that the model may be asked for
 START, STAY = 0.05, 0.0  # gain in tokens a millisecond from which drafting starts, and down to which it goes on
 RATE = 0.1  # weight of a step in the averages here
 
@@ -63,7 +63,7 @@ class Model(Protocol):
     """Draft tokens by computing: `runtime.spec_decode.draft_model.DraftModel`."""
 
     def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """counts[i] tokens for row at[i]: int32 [R, K]."""
+        """counts[i] tokens for slot at[i]: int32 [R, K]."""
         ...
 
 
@@ -71,7 +71,7 @@ class Model(Protocol):
 class Offer:
     """What could be drafted: the first limits[i] of proposal i, or as many by the model where it is not `retrieved`."""
 
-    rows: np.ndarray
+    slots: np.ndarray
     limits: np.ndarray
     proposal: Proposal
     retrieved: np.ndarray  # bool [R]
@@ -79,7 +79,7 @@ class Offer:
 
 
 class Speculation:
-    """Drafts `most` tokens a row for every step; with `costs`, as many of them as pay.
+    """Drafts `most` tokens a slot for every step; with `costs`, as many of them as pay.
 
     Where both look-up and model could draft token, the one does that has been right more often on such a match.
     """
@@ -103,7 +103,7 @@ class Speculation:
         self.clock = clock
         self.acceptance = Acceptance(scheduler.max_num_seqs)
         self._matched = np.zeros(scheduler.max_num_seqs, np.int32)  # of the draft tokens in flight
-        self._shadows: dict[int, Shadow] = {}  # by row
+        self._shadows: dict[int, Shadow] = {}  # by slot
         self._overhead_ms = 0.5  # from a step's results to the launch of one with draft tokens, less the model's time
         self._model_ms = model_ms  # of a draft token
         self._spent_ms = 0.0  # by the model for the draft tokens in flight
@@ -125,10 +125,10 @@ class Speculation:
         counters = self.scheduler.counters
         drafting, counters.mean_draft_tokens, self._spent_ms = counters.mean_draft_tokens > 0, 0.0, 0.0
         probing, self._probing = self._probing, False
-        rows, limits, budget = self.scheduler.room_for_drafts(self.most)
-        if not len(rows) or not budget:
+        slots, limits, budget = self.scheduler.room_for_drafts(self.most)
+        if not len(slots) or not budget:
             return None
-        offer = self._offer(rows, limits, 0)
+        offer = self._offer(slots, limits, 0)
         if probing:
             counts = within(np.minimum(np.where(offer.retrieved, 0, offer.limits), 1), budget)
         elif self.costs is not None:
@@ -139,9 +139,9 @@ class Speculation:
         if not len(some):
             return None
         tokens = self._tokens(offer, counts)
-        self._matched[rows[some]] = np.where(offer.retrieved, offer.proposal.matched, 0)[some]
+        self._matched[slots[some]] = np.where(offer.retrieved, offer.proposal.matched, 0)[some]
         counters.mean_draft_tokens = float(counts[some].mean())
-        return DraftTokens(rows[some], counts[some], tokens[some])
+        return DraftTokens(slots[some], counts[some], tokens[some])
 
     def learn(self, plan: Plan, arrived: Arrived, lookup: LookedUp | None, step_ms: float, overhead_ms: float) -> None:
         """See `Drafter`."""
@@ -149,9 +149,9 @@ class Speculation:
             for sequence in arrived.ended:
                 if not sequence.cache_salt:  # a salted one's tokens must not show in how fast others run
                     self.retrieval.ended(sequence.tokens[sequence.num_prompt :])
-        if (verdict := arrived.verdict) is not None and len(verdict.rows):
-            stays = plan.stays[plan.drafts.first[np.isin(plan.drafts.rows, verdict.rows)]]
-            self.acceptance.learn(verdict.rows, stays, self._matched[verdict.rows], verdict.counts, verdict.accepted)
+        if (verdict := arrived.verdict) is not None and len(verdict.slots):
+            stays = plan.stays[plan.drafts.first[np.isin(plan.drafts.slots, verdict.slots)]]
+            self.acceptance.learn(verdict.slots, stays, self._matched[verdict.slots], verdict.counts, verdict.accepted)
             overhead_ms = max(overhead_ms - self._spent_ms, 0.0)
             self._overhead_ms += RATE * (min(overhead_ms, 4 * self._overhead_ms) - self._overhead_ms)
         if self.costs is not None:
@@ -161,24 +161,24 @@ class Speculation:
             if self.model is not None:
                 self._probes_ms += PROBING * step_ms
 
-    def _offer(self, rows: np.ndarray, limits: np.ndarray, ahead: int) -> Offer:
-        """What could be drafted for the rows; a look-up's first `ahead` tokens are for those in flight, and left out."""
-        stays = self.scheduler.rows.stay[rows]
+    def _offer(self, slots: np.ndarray, limits: np.ndarray, ahead: int) -> Offer:
+        """What could be drafted for the slots; a look-up's first `ahead` tokens are for those in flight, and left out."""
+        stays = self.scheduler.batch.stay[slots]
         if self.retrieval is None:
-            proposal = empty_proposal(len(rows), int(limits.max()))
+            proposal = empty_proposal(len(slots), int(limits.max()))
         else:
-            proposal = self.retrieval.propose(self.scheduler.rows, rows, limits)
+            proposal = self.retrieval.propose(self.scheduler.batch, slots, limits)
         most = proposal.tokens.shape[1]
-        looked_up = self.acceptance.chances(rows, stays, proposal.matched, most)[:, ahead:]
+        looked_up = self.acceptance.chances(slots, stays, proposal.matched, most)[:, ahead:]
         available = np.maximum(proposal.counts - ahead, 0)
         if self.model is None:
-            return Offer(rows, available, proposal, np.ones(len(rows), bool), looked_up)
-        computed = self.acceptance.chances(rows, stays, np.zeros(len(rows), np.int32), most)[:, : most - ahead]
+            return Offer(slots, available, proposal, np.ones(len(slots), bool), looked_up)
+        computed = self.acceptance.chances(slots, stays, np.zeros(len(slots), np.int32), most)[:, : most - ahead]
         retrieved = available > 0
         if most > ahead:
             retrieved &= looked_up[:, 0] >= computed[:, 0]
         chances = np.where(retrieved[:, None], looked_up, computed)
-        return Offer(rows, np.where(retrieved, available, np.maximum(limits - ahead, 0)), proposal, retrieved, chances)
+        return Offer(slots, np.where(retrieved, available, np.maximum(limits - ahead, 0)), proposal, retrieved, chances)
 
     def _paying(self, offer: Offer, budget: int, margin: float) -> np.ndarray:
         """How many of the draft tokens pay: the best over how many the model makes, which takes its time for each."""
@@ -199,7 +199,7 @@ class Speculation:
         computed = np.flatnonzero(~offer.retrieved & (counts > 0))
         if len(computed):
             begin, made = self.clock(), int(counts[computed].max())
-            tokens[computed, :made] = self.model.propose(offer.rows[computed], counts[computed])
+            tokens[computed, :made] = self.model.propose(offer.slots[computed], counts[computed])
             self._spent_ms = (self.clock() - begin) * 1e3
             self._model_ms += RATE * (min(self._spent_ms / made, 4 * self._model_ms) - self._model_ms)
             self._probes_ms = max(min(self._probes_ms, 0.0), self._probes_ms - self._spent_ms)
@@ -210,57 +210,57 @@ class Speculation:
         if self._looks_ms < self._look_ms:
             return False
         begin = self.clock()
-        rows, limits, budget = self.scheduler.room_for_drafts(self.most, lag=1)
+        slots, limits, budget = self.scheduler.room_for_drafts(self.most, lag=1)
         found = False
-        if len(rows) and budget and could_pay(self.scheduler.num_running, budget, self.costs):
-            offer = self._offer(rows, limits, 1)
-            self._compare(rows, offer.proposal)
+        if len(slots) and budget and could_pay(self.scheduler.num_running, budget, self.costs):
+            offer = self._offer(slots, limits, 1)
+            self._compare(slots, offer.proposal)
             found = bool(self._paying(offer, budget, START).any())
             if not found and self.model is not None and not offer.retrieved.all():
-                found = self._probing = self._may_probe(len(rows))
+                found = self._probing = self._may_probe(len(slots))
         spent = (self.clock() - begin) * 1e3
         self._look_ms += RATE * (min(spent, 4 * self._look_ms) - self._look_ms)
         self._looks_ms -= self._look_ms
         return found
 
-    def _may_probe(self, rows: int) -> bool:
-        """Whether enough was saved for a draft token of the model in each row; it is spent then."""
+    def _may_probe(self, num_slots: int) -> bool:
+        """Whether enough was saved for a draft token of the model in each slot; it is spent then."""
         base = self.scheduler.num_running
-        price = self._model_ms + self._overhead_ms + float(self.costs.ms(base + rows) - self.costs.ms(base))
+        price = self._model_ms + self._overhead_ms + float(self.costs.ms(base + num_slots) - self.costs.ms(base))
         if self._probes_ms < price:
             return False
         self._probes_ms -= price
         return True
 
-    def _compare(self, rows: np.ndarray, proposal: Proposal) -> None:
+    def _compare(self, slots: np.ndarray, proposal: Proposal) -> None:
         """Learn from shadows that have been overtaken, and cast new ones."""
-        r = self.scheduler.rows
-        learned: list[tuple[int, int, int, int, int]] = []  # row, stay, matched, draft tokens, held
-        for i, row in enumerate(rows.tolist()):
-            shadow, stay, known = self._shadows.get(row), int(r.stay[row]), int(r.known[row])
+        batch = self.scheduler.batch
+        learned: list[tuple[int, int, int, int, int]] = []  # slot, stay, matched, draft tokens, held
+        for i, slot in enumerate(slots.tolist()):
+            shadow, stay, known = self._shadows.get(slot), int(batch.stay[slot]), int(batch.known[slot])
             if shadow is not None and shadow.stay == stay:
-                came = r.tokens[row, shadow.at : min(known, shadow.at + len(shadow.tokens))]
+                came = batch.tokens[slot, shadow.at : min(known, shadow.at + len(shadow.tokens))]
                 differs = np.flatnonzero(came != shadow.tokens[: len(came)])
                 if not len(differs) and len(came) < len(shadow.tokens):
                     continue
                 held = int(differs[0]) if len(differs) else len(came)
-                learned.append((row, stay, shadow.matched, len(shadow.tokens), held))
-            self._shadows.pop(row, None)
+                learned.append((slot, stay, shadow.matched, len(shadow.tokens), held))
+            self._shadows.pop(slot, None)
             if count := min(SHADOW, int(proposal.counts[i])):
-                self._shadows[row] = Shadow(stay, known, int(proposal.matched[i]), proposal.tokens[i, :count].copy())
+                self._shadows[slot] = Shadow(stay, known, int(proposal.matched[i]), proposal.tokens[i, :count].copy())
         if learned:
             self.acceptance.learn(*np.array(learned).T)
 
 
 def could_pay(base: int, budget: int, costs: StepCosts) -> bool:
-    """Whether draft tokens beside `base` rows would pay if all held."""
+    """Whether draft tokens beside `base` slots would pay if all held."""
     entries = base + np.arange(budget + 1)
     rates = entries / costs.ms(entries)
     return bool(rates.max() > rates[0] * (1 + START))
 
 
 def within(counts: np.ndarray, budget: int) -> np.ndarray:
-    """int32 [R] -> as many as `budget` allows in all, first the first draft token of each row, then the second."""
+    """int32 [R] -> as many as `budget` allows in all, first the first draft token of each slot, then the second."""
     if counts.sum() <= budget:
         return counts
     level = np.minimum(counts[:, None], np.arange(1, counts.max() + 1)).sum(axis=0)

@@ -1,6 +1,6 @@
 """How many draft tokens pay: what steps of so many entries take, how often draft tokens hold, and the best count of the two.
 
-Learned from the steps themselves. Knows no clock, no rows' contents and no device: numbers are handed in.
+Learned from the steps themselves. Knows no clock, no slots' contents and no device: numbers are handed in.
 
 What a step of n tokens takes is speed (learned fast) times shape (learned slowly), because a busy moment is no reason
 to think a size dear. While nothing is drafted, the host compares proposals with what comes in at most 1 % of the
@@ -20,8 +20,8 @@ SHAPE_RATE = 0.05  # weight of a step in its own size's cost relative to the oth
 MATCHES = np.array([1, 2, 3, 4, 6, 9, 17, 33])  # a class of draft tokens begins at each: longer matches hold more often
 # Chances of a class before anything is known, the first of draft tokens that rest on no match.
 PRIOR = np.array([0.6, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
-PRIOR_WEIGHT = 4.0  # draft tokens' worth of the prior, and of all rows in the chance of one row
-ROW_DECAY, ALL_DECAY = 0.95, 0.999  # weight of the past at each draft token
+PRIOR_WEIGHT = 4.0  # draft tokens' worth of the prior, and of all slots in the chance of one slot
+SLOT_DECAY, ALL_DECAY = 0.95, 0.999  # weight of the past at each draft token
 
 
 class StepCosts:
@@ -72,53 +72,55 @@ class StepCosts:
 
 
 class Acceptance:
-    """How often a draft token holds if those before it did, by the row and by the class of the match that it rests on."""
+    """How often a draft token holds if those before it did, by the slot and by the class of the match that it rests on."""
 
-    def __init__(self, num_rows: int) -> None:
-        self._stay = np.zeros(num_rows, np.int64)
-        self._row_tried, self._row_held = (np.zeros((num_rows, len(PRIOR))) for _ in range(2))
+    def __init__(self, num_slots: int) -> None:
+        self._stay = np.zeros(num_slots, np.int64)
+        self._slot_tried, self._slot_held = (np.zeros((num_slots, len(PRIOR))) for _ in range(2))
         self._tried = np.full(len(PRIOR), PRIOR_WEIGHT)
         self._held = PRIOR_WEIGHT * PRIOR
 
-    def chances(self, rows: np.ndarray, stays: np.ndarray, matched: np.ndarray, most: int) -> np.ndarray:
-        """float64 [R, most]: that the draft tokens 0..j of each row all hold, resting on matches of `matched` [R] tokens."""
-        self._enter(rows, stays)
+    def chances(self, slots: np.ndarray, stays: np.ndarray, matched: np.ndarray, most: int) -> np.ndarray:
+        """float64 [R, most]: that the draft tokens 0..j of each slot all hold, resting on matches of `matched` [R] tokens."""
+        self._enter(slots, stays)
         classes = _classes(matched, most)
-        row = rows[:, None]
+        slot = slots[:, None]
         common = self._held[classes] / self._tried[classes]
-        own = (self._row_held[row, classes] + PRIOR_WEIGHT * common) / (self._row_tried[row, classes] + PRIOR_WEIGHT)
+        own = (self._slot_held[slot, classes] + PRIOR_WEIGHT * common) / (
+            self._slot_tried[slot, classes] + PRIOR_WEIGHT
+        )
         return np.cumprod(own, axis=1)
 
     def learn(
-        self, rows: np.ndarray, stays: np.ndarray, matched: np.ndarray, counts: np.ndarray, accepted: np.ndarray
+        self, slots: np.ndarray, stays: np.ndarray, matched: np.ndarray, counts: np.ndarray, accepted: np.ndarray
     ) -> None:
-        """Of counts[i] draft tokens in row rows[i], no row twice, the first accepted[i] held; all int [R]."""
-        if not len(rows):
+        """Of counts[i] draft tokens in slot slots[i], no slot twice, the first accepted[i] held; all int [R]."""
+        if not len(slots):
             return
-        self._enter(rows, stays)
+        self._enter(slots, stays)
         at = np.arange(int(counts.max()))
         # What follows a wrong draft token was not put to the test.
-        row, place = np.nonzero(at < np.minimum(accepted + 1, counts)[:, None])
-        index = row * len(PRIOR) + _classes(matched, len(at))[row, place]
-        shape = len(rows), len(PRIOR)
+        slot, place = np.nonzero(at < np.minimum(accepted + 1, counts)[:, None])
+        index = slot * len(PRIOR) + _classes(matched, len(at))[slot, place]
+        shape = len(slots), len(PRIOR)
         tries = np.bincount(index, minlength=shape[0] * shape[1]).reshape(shape)
-        holds = np.bincount(index[place < accepted[row]], minlength=shape[0] * shape[1]).reshape(shape)
-        decay = ROW_DECAY**tries
-        self._row_tried[rows] = self._row_tried[rows] * decay + tries
-        self._row_held[rows] = self._row_held[rows] * decay + holds
+        holds = np.bincount(index[place < accepted[slot]], minlength=shape[0] * shape[1]).reshape(shape)
+        decay = SLOT_DECAY**tries
+        self._slot_tried[slots] = self._slot_tried[slots] * decay + tries
+        self._slot_held[slots] = self._slot_held[slots] * decay + holds
         decay = ALL_DECAY ** tries.sum(axis=0)
         self._tried = np.maximum(self._tried * decay, 1e-9) + tries.sum(axis=0)
         self._held = self._held * decay + holds.sum(axis=0)
 
-    def _enter(self, rows: np.ndarray, stays: np.ndarray) -> None:
-        new = rows[self._stay[rows] != stays]
-        self._stay[rows] = stays
-        self._row_tried[new] = self._row_held[new] = 0
+    def _enter(self, slots: np.ndarray, stays: np.ndarray) -> None:
+        new = slots[self._stay[slots] != stays]
+        self._stay[slots] = stays
+        self._slot_tried[new] = self._slot_held[new] = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Draft tokens a row, int32 [R], and the tokens a millisecond that they are expected to give."""
+    """Draft tokens a slot, int32 [R], and the tokens a millisecond that they are expected to give."""
 
     counts: np.ndarray
     rate: float
@@ -127,7 +129,7 @@ class Choice:
 def choose(
     chances: np.ndarray, limits: np.ndarray, base: int, budget: int, costs: StepCosts, overhead_ms: float, margin: float
 ) -> Choice:
-    """How many draft tokens a row give the most tokens a millisecond; none where no number is better by `margin`.
+    """How many draft tokens a slot give the most tokens a millisecond; none where no number is better by `margin`.
 
     chances [R, K] fall along a row, so taking draft tokens in falling order takes the best of each number; limits [R] are
     draft tokens at hand, `budget` what the step has room for. A step without draft tokens has `base` entries and brings as many

@@ -1,6 +1,6 @@
 """Who proposes what comes next: the interface, and prompt lookup.
 
-A drafter sees rows of `runtime.scheduler.slots` whose known tokens end where the draft tokens begin. It may be wrong; it is then only
+A drafter sees slots of `runtime.scheduler.input_batch` whose known tokens end where the draft tokens begin. It may be wrong; it is then only
 of no use. Knows no scheduling, no acceptance and no clock.
 """
 
@@ -12,12 +12,12 @@ from typing import Protocol
 import numpy as np
 
 from pagegraph.kernels.spec_decode.reference import LOOKUP_SEEN
-from pagegraph.runtime.scheduler.slots import Rows
+from pagegraph.runtime.scheduler.input_batch import InputBatch
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Of R rows: tokens[i, :counts[i]] may follow, because the last matched[i] tokens have been seen before.
+    """Of R slots: tokens[i, :counts[i]] may follow, because the last matched[i] tokens have been seen before.
 
     int32; tokens [R, K], counts and matched [R]; matched 0 where the draft token rests on no match, counts 0: no draft token.
     """
@@ -30,8 +30,8 @@ class Proposal:
 class Retrieval(Protocol):
     """Draft tokens by looking up what has been written before: cheap, on the host."""
 
-    def propose(self, rows: Rows, at: np.ndarray, limits: np.ndarray) -> Proposal:
-        """At most limits[i] tokens for row at[i]; int32 [R]. A row may have tokens in flight: they are not looked at."""
+    def propose(self, batch: InputBatch, at: np.ndarray, limits: np.ndarray) -> Proposal:
+        """At most limits[i] tokens for slot at[i]; int32 [R]. A slot may have tokens in flight: they are not looked at."""
         ...
 
     def ended(self, tokens: np.ndarray) -> None:
@@ -40,17 +40,17 @@ class Retrieval(Protocol):
 
 
 class Ngram:
-    """Prompt lookup: the longest suffix of `least` to `most` tokens that stood in the row before, its latest place."""
+    """Prompt lookup: the longest suffix of `least` to `most` tokens that stood in the slot before, its latest place."""
 
     def __init__(self, least: int, most: int) -> None:
         self.least = least
         self.most = most
 
-    def propose(self, rows: Rows, at: np.ndarray, limits: np.ndarray) -> Proposal:
+    def propose(self, batch: InputBatch, at: np.ndarray, limits: np.ndarray) -> Proposal:
         """See `Retrieval`."""
         proposal = empty_proposal(len(at), int(limits.max(initial=0)))
-        for i, row in enumerate(at.tolist()):
-            tokens = rows.tokens[row, : rows.known[row]]
+        for i, slot in enumerate(at.tolist()):
+            tokens = batch.tokens[slot, : batch.known[slot]]
             end, proposal.matched[i] = self.find(tokens)
             if end:
                 proposal.counts[i] = count = limits[i]
@@ -84,6 +84,6 @@ def continuation(tokens: np.ndarray, begin: int, count: int) -> np.ndarray:
     return tokens[begin + np.arange(count) % (len(tokens) - begin)]
 
 
-def empty_proposal(rows: int, most: int) -> Proposal:
-    """No draft tokens, with room for `most` a row."""
-    return Proposal(np.zeros((rows, most), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32))
+def empty_proposal(num_slots: int, most: int) -> Proposal:
+    """No draft tokens, with room for `most` a slot."""
+    return Proposal(np.zeros((num_slots, most), np.int32), np.zeros(num_slots, np.int32), np.zeros(num_slots, np.int32))

@@ -1,4 +1,4 @@
-"""A drafter that remembers: the longest suffix that stood in the row before, or in the output of a sequence that ended.
+"""A drafter that remembers: the longest suffix that stood in the slot before, or in the output of a sequence that ended.
 
 Outputs are kept in a suffix automaton (Blumer et al. 1985): it holds every substring of what it has read, takes
 amortised constant time a token, and a text is followed through it a token at a time. Knows tokens only.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pagegraph.kernels.spec_decode.reference import LOOKUP_SEEN
-from pagegraph.runtime.scheduler.slots import Rows
+from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.spec_decode.proposer import Ngram, Proposal
 
 HISTORY = 100_000  # tokens that are remembered; then the memory starts anew
@@ -78,7 +78,7 @@ class Automaton:
 
 @dataclass(slots=True)
 class Reader:
-    """How far a row has been followed through the automaton."""
+    """How far a slot has been followed through the automaton."""
 
     stay: int
     version: int
@@ -94,14 +94,14 @@ class Suffix:
         self._own = Ngram(least, LOOKUP_SEEN)
         self._history = Automaton()
         self._version = 0  # of the history
-        self._readers: dict[int, Reader] = {}  # by row
+        self._readers: dict[int, Reader] = {}  # by slot
 
-    def propose(self, rows: Rows, at: np.ndarray, limits: np.ndarray) -> Proposal:
+    def propose(self, batch: InputBatch, at: np.ndarray, limits: np.ndarray) -> Proposal:
         """See `runtime.spec_decode.proposer.Retrieval`."""
-        proposal = self._own.propose(rows, at, limits)
+        proposal = self._own.propose(batch, at, limits)
         if self._history.tokens:
-            for i, row in enumerate(at.tolist()):
-                self._remember(rows, row, i, int(limits[i]), proposal)
+            for i, slot in enumerate(at.tolist()):
+                self._remember(batch, slot, i, int(limits[i]), proposal)
         return proposal
 
     def ended(self, tokens: np.ndarray) -> None:
@@ -112,14 +112,14 @@ class Suffix:
             self._history.read(token)
         self._version += 1
 
-    def _remember(self, rows: Rows, row: int, index: int, limit: int, proposal: Proposal) -> None:
-        stay, known = int(rows.stay[row]), int(rows.known[row])
-        reader = self._readers.get(row)
+    def _remember(self, batch: InputBatch, slot: int, index: int, limit: int, proposal: Proposal) -> None:
+        stay, known = int(batch.stay[slot]), int(batch.known[slot])
+        reader = self._readers.get(slot)
         if reader is None or (reader.stay, reader.version) != (stay, self._version):
-            reader = self._readers[row] = Reader(stay, self._version, 0, (0, 0))
+            reader = self._readers[slot] = Reader(stay, self._version, 0, (0, 0))
         if reader.read < known - LOOKUP_SEEN:
             reader.read, reader.place = known - LOOKUP_SEEN, (0, 0)
-        for token in rows.tokens[row, reader.read : known].tolist():
+        for token in batch.tokens[slot, reader.read : known].tolist():
             reader.place = self._history.follow(reader.place, token)
         reader.read = known
         length = min(reader.place[1], LOOKUP_SEEN)

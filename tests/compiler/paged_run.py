@@ -35,12 +35,12 @@ def run_paged(
     logits: list[dict[int, torch.Tensor]] = [{} for _ in prompts]
     for counts in schedule:
         live = [s for s, n in enumerate(counts) if n]
-        ids, positions, slots, start, lens, rows = [], [], [], [0], [], []
+        ids, positions, slot_mapping, start, lens, rows = [], [], [], [0], [], []
         for s in live:
             for at in range(computed[s], computed[s] + counts[s]):
                 ids.append(prompts[s][at])
                 positions.append(at)
-                slots.append(tables[s][at // BLOCK] * BLOCK + at % BLOCK)
+                slot_mapping.append(tables[s][at // BLOCK] * BLOCK + at % BLOCK)
             computed[s] += counts[s]
             start.append(len(ids))
             lens.append(computed[s])
@@ -50,7 +50,7 @@ def run_paged(
         out = forward(
             tensor(ids + [0] * pad),
             tensor(positions + [0] * pad),
-            tensor(slots + [0] * pad),
+            tensor(slot_mapping + [0] * pad),
             tensor(rows + [[0] * width] * extra),
             tensor(start + [start[-1]] * extra),
             tensor(lens + [0] * extra),

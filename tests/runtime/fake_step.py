@@ -26,9 +26,9 @@ def next_token(history: list[int], seed: int) -> int:
 
 
 class FakeStep:
-    """Paged memory of token ids, rows of last samples, and the same order of work as a device.
+    """Paged memory of token ids, slots of last samples, and the same order of work as a device.
 
-    `draft token`, of a row's tokens and seed, makes the draft tokens for its next step, as a device that looks up does.
+    `draft token`, of a slot's tokens and seed, makes the draft tokens for its next step, as a device that looks up does.
     """
 
     def __init__(
@@ -46,36 +46,36 @@ class FakeStep:
         self.steps += 1
         self.tables[step.new_blocks[:, 0], step.new_blocks[:, 1]] = step.new_blocks[:, 2]
         counts = np.diff(step.query_start)
-        owners = np.repeat(step.rows, counts)
+        owners = np.repeat(step.slots, counts)
         first = step.token_ids[step.query_start[:-1]]
-        starts = np.where(first < 0, self.last_at[step.rows] - 1 - first, step.starts)
-        assert (starts <= step.starts).all(), "a row stands behind where it can be at most"
+        starts = np.where(first < 0, self.last_at[step.slots] - 1 - first, step.starts)
+        assert (starts <= step.starts).all(), "a slot stands behind where it can be at most"
         positions = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, counts)])
-        slots = self.tables[owners, positions // BLOCK] * BLOCK + positions % BLOCK
+        slot_mapping = self.tables[owners, positions // BLOCK] * BLOCK + positions % BLOCK
         ids = step.token_ids.astype(np.int64)
         for at in np.flatnonzero(ids < 0).tolist():
             ids[at] = self.last[owners[at]] if ids[at] == -1 else self.draft_tokens[int(owners[at])][-2 - ids[at]]
-        assert len(set(slots.tolist())) == len(slots) and slots.min(initial=BLOCK) >= BLOCK
-        self.memory[slots] = ids
+        assert len(set(slot_mapping.tolist())) == len(slot_mapping) and slot_mapping.min(initial=BLOCK) >= BLOCK
+        self.memory[slot_mapping] = ids
         sampled, matched = [], np.zeros(step.num_seqs, np.int32)
         histories = []
         for s in range(step.num_seqs):
             length = starts[s] + counts[s]
-            table = self.tables[step.rows[s]]
+            table = self.tables[step.slots[s]]
             histories.append([int(self.memory[table[at // BLOCK] * BLOCK + at % BLOCK]) for at in range(length)])
             assert min(histories[-1]) >= 0, "a slot was read before it was written"
             sampled.append(next_token(histories[-1], int(step.sampling.seeds[s])))
         fed = ids[step.query_start[1:] - 1]
         s = 0
         while s < step.num_seqs:
-            row, kept, end = int(step.rows[s]), s, s + 1
-            while end < step.num_seqs and step.rows[end] == row:
+            slot, kept, end = int(step.slots[s]), s, s + 1
+            while end < step.num_seqs and step.slots[end] == slot:
                 kept += kept == end - 1 and fed[end] == sampled[kept]
                 end += 1
             if step.sampled[s] or end - s > 1:
-                self.last[row], self.last_at[row] = sampled[kept], len(histories[kept])
+                self.last[slot], self.last_at[slot] = sampled[kept], len(histories[kept])
                 if self.draft is not None:
-                    self.draft_tokens[row] = self.draft([*histories[kept], sampled[kept]], int(step.sampling.seeds[s]))
+                    self.draft_tokens[slot] = self.draft([*histories[kept], sampled[kept]], int(step.sampling.seeds[s]))
                     matched[s] = 1
             s = end
         lookup = None if self.draft is None else LookedUp(matched, None, fed.astype(np.int32))

@@ -44,7 +44,7 @@ class Case:
         tables = torch.zeros(num_seqs, width, dtype=torch.int32)
         key_cache = torch.full((num_blocks, self.block_size, self.kv_heads, self.head_size), torch.nan)
         value_cache = torch.full((num_blocks, self.block_size, self.kv_heads, value_size), torch.nan)
-        slots, positions, starts, at = [], [], [0], 0
+        slot_mapping, positions, starts, at = [], [], [0], 0
         for s, (rows, keys) in enumerate(self.lengths):
             tables[s, : used[s]] = blocks[at : at + used[s]]
             at += used[s]
@@ -57,7 +57,7 @@ class Case:
             value_cache.view(-1, self.kv_heads, value_size)[old] = torch.randn(
                 len(old), self.kv_heads, value_size, generator=g
             )
-            slots.append(slot[keys - rows :])
+            slot_mapping.append(slot[keys - rows :])
             positions.append(token[keys - rows :])
             starts.append(starts[-1] + rows)
         tokens = starts[-1] + self.pad_tokens
@@ -76,7 +76,7 @@ class Case:
             key_cache.to(self.cache_dtype or self.dtype),
             value_cache.to(self.cache_dtype or self.dtype),
             torch.cat([*positions, pad]).int(),
-            torch.cat([*slots, pad]).int(),
+            torch.cat([*slot_mapping, pad]).int(),
             tables,
             torch.tensor(starts + [starts[-1]] * self.pad_seqs, dtype=torch.int32),
             torch.tensor([keys for _, keys in self.lengths] + [0] * self.pad_seqs, dtype=torch.int32),

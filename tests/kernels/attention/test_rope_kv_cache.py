@@ -22,10 +22,10 @@ def test_equals_reference(triton_calls, heads: int, kv_heads: int, size: int, no
     cos, sin = torch.randn(2, tokens, size)  # the halves differ, unlike those of real angles
     norms = [1 + 0.1 * torch.randn(size) for _ in range(2)] if normed else [None, None]
     caches = [torch.full((num_blocks, block_size, kv_heads, n), torch.nan) for n in (size, value_size)]
-    slots = torch.tensor([17, 18, 40, 63, 0], dtype=torch.int32)
+    slot_mapping = torch.tensor([17, 18, 40, 63, 0], dtype=torch.int32)
     expected = [cache.clone() for cache in caches]
     rotated = [reference.norm_and_rotate(x, cos, sin, norm, 1e-6) for x, norm in zip((query, key), norms)]
-    reference.write_kv(rotated[1], value, *expected, slots)
+    reference.write_kv(rotated[1], value, *expected, slot_mapping)
     out, arguments = triton_calls.call(
         "pagegraph.kernels.attention.rope_kv_cache",
         "rope_write",
@@ -37,7 +37,7 @@ def test_equals_reference(triton_calls, heads: int, kv_heads: int, size: int, no
         *norms,
         1e-6,
         *caches,
-        slots,
+        slot_mapping,
     )
     torch.testing.assert_close(out, rotated[0], atol=2e-5, rtol=1e-5)
     for mine, theirs in zip(arguments[8:10], expected):
@@ -51,9 +51,9 @@ def test_an_8_bit_kv_cache(triton_calls) -> None:
     value[0] *= 1e4
     cos, sin = torch.randn(2, tokens, size)
     caches = [torch.zeros(3, 16, heads, size).to(torch.float8_e4m3fn) for _ in range(2)]
-    slots = torch.tensor([17, 18, 40, 21], dtype=torch.int32)
+    slot_mapping = torch.tensor([17, 18, 40, 21], dtype=torch.int32)
     expected = [cache.clone() for cache in caches]
-    reference.write_kv(reference.norm_and_rotate(key, cos, sin, None, 0.0), value, *expected, slots)
+    reference.write_kv(reference.norm_and_rotate(key, cos, sin, None, 0.0), value, *expected, slot_mapping)
     _, arguments = triton_calls.call(
         "pagegraph.kernels.attention.rope_kv_cache",
         "rope_write",
@@ -66,7 +66,7 @@ def test_an_8_bit_kv_cache(triton_calls) -> None:
         None,
         0.0,
         *caches,
-        slots,
+        slot_mapping,
     )
     torch.testing.assert_close(arguments[8].float(), expected[0].float(), rtol=2**-3, atol=2**-9)
     assert torch.equal(arguments[9].float(), expected[1].float())

@@ -14,24 +14,24 @@ from pagegraph.compiler.step.staging import Staging
 from pagegraph.compiler.step.state import DeviceState
 from pagegraph.kernels.inputs import cpp, reference
 
-ROWS, BLOCKS, BLOCK, DRAFT_TOKENS = 9, 150, 16, 5
+NUM_SLOTS, BLOCKS, BLOCK, DRAFT_TOKENS = 9, 150, 16, 5
 
 
 def metadata_of(counts: list[int], padded: Bucket, seed: int) -> tuple[torch.Tensor, ...]:
-    """token_ids, rows, query_start, starts, last_tokens, last_at, draft tokens, tables of a step of these tokens a sequence."""
+    """token_ids, slots, query_start, starts, last_tokens, last_at, draft tokens, tables of a step of these tokens a sequence."""
     rng = np.random.default_rng(seed)
     tokens, seqs = sum(counts), len(counts)
     ids = np.where(rng.random(tokens) < 0.5, -rng.integers(1, DRAFT_TOKENS + 2, tokens), rng.integers(0, 1000, tokens))
     words = lambda *parts: torch.from_numpy(np.concatenate(parts).astype(np.int32))  # noqa: E731
     return (
         words(ids, np.zeros(padded.tokens - tokens)),
-        words(rng.permutation(ROWS)[:seqs], np.full(padded.seqs - seqs, ROWS)),
+        words(rng.permutation(NUM_SLOTS)[:seqs], np.full(padded.seqs - seqs, NUM_SLOTS)),
         words([0], np.cumsum(counts), np.full(padded.seqs - seqs, tokens)),
         words(rng.integers(0, BLOCKS * BLOCK - max(counts), seqs), np.zeros(padded.seqs - seqs)),
-        words(rng.integers(0, 1000, ROWS + 1)),
-        words(rng.integers(0, BLOCKS * BLOCK - max(counts) - DRAFT_TOKENS, ROWS + 1)),
-        words(rng.integers(0, 1000, (ROWS + 1) * DRAFT_TOKENS)).view(ROWS + 1, DRAFT_TOKENS),
-        words(rng.integers(1, 10_000, (ROWS + 1) * BLOCKS)).view(ROWS + 1, BLOCKS),
+        words(rng.integers(0, 1000, NUM_SLOTS + 1)),
+        words(rng.integers(0, BLOCKS * BLOCK - max(counts) - DRAFT_TOKENS, NUM_SLOTS + 1)),
+        words(rng.integers(0, 1000, (NUM_SLOTS + 1) * DRAFT_TOKENS)).view(NUM_SLOTS + 1, DRAFT_TOKENS),
+        words(rng.integers(1, 10_000, (NUM_SLOTS + 1) * BLOCKS)).view(NUM_SLOTS + 1, BLOCKS),
     )
 
 
@@ -55,9 +55,9 @@ def test_equals_reference(triton_calls, counts: list[int], padded: Bucket) -> No
 
 
 def test_padding_may_say_what_it_will(triton_calls) -> None:
-    """Where metadata was advanced, padding too has the code of a row's last token."""
-    ids, rows, *others = metadata_of([1] * 5, Bucket(8, 8), 0)
-    given = torch.full_like(ids, -1), rows, *others
+    """Where metadata was advanced, padding too has the code of a slot's last token."""
+    ids, slots, *others = metadata_of([1] * 5, Bucket(8, 8), 0)
+    given = torch.full_like(ids, -1), slots, *others
     got, _ = triton_calls.call("pagegraph.kernels.inputs.prepare", "unpack", *given, BLOCK, BLOCKS)
     for mine, theirs in zip(got, reference.unpack(*given, BLOCK, BLOCKS), strict=True):
         assert torch.equal(mine, theirs)
@@ -86,11 +86,11 @@ def test_reference_by_hand() -> None:
     tables[2], tables[0], tables[1] = torch.tensor([5, 6, 9]), torch.tensor([7, 0, 0]), torch.tensor([8, 4, 0])
     words = lambda *values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
     draft_tokens = torch.tensor([[0, 0], [31, 32], [0, 0], [0, 0]], dtype=torch.int32)
-    # Row 2's last token, two tokens at hand of row 0, row 1's last token and both draft tokens, padding.
-    ids, rows, starts = words(-1, 11, 12, -1, -2, -3, 0), words(2, 0, 1, 1, 1, 3), words(99, 3, 99, 99, 99, 0)
+    # Slot 2's last token, two tokens at hand of slot 0, slot 1's last token and both draft tokens, padding.
+    ids, slots, starts = words(-1, 11, 12, -1, -2, -3, 0), words(2, 0, 1, 1, 1, 3), words(99, 3, 99, 99, 99, 0)
     given = (
         ids,
-        rows,
+        slots,
         words(0, 1, 3, 4, 5, 6, 6),
         starts,
         words(0, 30, 42, 0),
@@ -98,9 +98,9 @@ def test_reference_by_hand() -> None:
         draft_tokens,
         tables,
     )
-    ids, positions, slots, out, lengths, index = reference.unpack(*given, BLOCK, 2)
+    ids, positions, slot_mapping, out, lengths, index = reference.unpack(*given, BLOCK, 2)
     assert ids.tolist() == [42, 11, 12, 30, 31, 32, 0] and positions.tolist() == [17, 3, 4, 15, 16, 17, 0]
-    assert slots.tolist() == [6 * 16 + 1, 7 * 16 + 3, 7 * 16 + 4, 8 * 16 + 15, 4 * 16, 4 * 16 + 1, 0]
+    assert slot_mapping.tolist() == [6 * 16 + 1, 7 * 16 + 3, 7 * 16 + 4, 8 * 16 + 15, 4 * 16, 4 * 16 + 1, 0]
     assert out.tolist() == [[5, 6], [7, 0], [8, 0], [8, 4], [8, 4], [0, 0]]
     assert lengths.tolist() == [18, 5, 16, 17, 18, 0] and index.tolist() == [0, 2, 3, 4, 5, 5]
 
@@ -120,27 +120,27 @@ def test_updates_equal_reference(triton_calls, blocks: int) -> None:
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(arguments, expected))
 
 
-def state_of(rows: int) -> DeviceState:
+def state_of(slots: int) -> DeviceState:
     return DeviceState(
-        [], num_blocks=4, block_size=BLOCK, max_num_seqs=rows, max_blocks=BLOCKS, vocab_size=10,
+        [], num_blocks=4, block_size=BLOCK, max_num_seqs=slots, max_blocks=BLOCKS, vocab_size=10,
         dtype=torch.float32, device=torch.device("cpu"),
     )  # fmt: skip
 
 
-def decode(rows: list[int], starts: list[int], **changed: object) -> StepInput:
+def decode(slots: list[int], starts: list[int], **changed: object) -> StepInput:
     words = lambda values: np.array(values, np.int32)  # noqa: E731
     given = dict(
-        token_ids=words([-1] * len(rows)), rows=words(rows), query_start=words(range(len(rows) + 1)), starts=words(starts),
-        sampled=np.ones(len(rows), bool), new_blocks=np.zeros((0, 3), np.int32),
-        sampling=SamplingInput(temperature=np.zeros(len(rows), np.float32), seeds=np.zeros(len(rows), np.int64)),
+        token_ids=words([-1] * len(slots)), slots=words(slots), query_start=words(range(len(slots) + 1)), starts=words(starts),
+        sampled=np.ones(len(slots), bool), new_blocks=np.zeros((0, 3), np.int32),
+        sampling=SamplingInput(temperature=np.zeros(len(slots), np.float32), seeds=np.zeros(len(slots), np.int64)),
     )  # fmt: skip
     return StepInput(**{**given, **changed})
 
 
 CHANGED = {
-    "another row": decode([4, 3], [8, 21]),
+    "another slot": decode([4, 3], [8, 21]),
     "another order": decode([2, 4], [21, 8]),
-    "a row less": decode([4], [8]),
+    "a slot less": decode([4], [8]),
     "a draft token": decode([4, 4], [8, 9], token_ids=np.array([-1, -2], np.int32)),
     "a known token": decode([4, 2], [8, 21], token_ids=np.array([-1, 5], np.int32)),
     "a new block": decode([4, 2], [8, 21], new_blocks=np.array([[4, 1, 3]], np.int32)),
@@ -172,7 +172,7 @@ class Recording(Staging):
 def sent(staging: Recording, step: StepInput, bucket: Bucket) -> tuple[list, ...]:
     staging.send(step, bucket)
     staged = staging.unpack(staging.metadata(bucket))
-    return tuple(one.tolist() for one in (staged.token_ids, staged.positions, staged.slots, staged.seq_lens))
+    return tuple(one.tolist() for one in (staged.token_ids, staged.positions, staged.slot_mapping, staged.seq_lens))
 
 
 @pytest.mark.parametrize("what", CHANGED)
@@ -223,22 +223,22 @@ def test_reading_again_equals_sending_anew(data: st.DataObject) -> None:
     for staging in (lazy, eager):
         staging._state.block_tables[:] = torch.arange(7 * BLOCKS, dtype=torch.int32).view(7, BLOCKS)
         staging._state.last_tokens[:] = torch.arange(7, dtype=torch.int32)
-    rows = [4, 2]
+    slots = [4, 2]
     stands = [data.draw(st.integers(0, 2000)) for _ in range(6)]
     for _ in range(data.draw(st.integers(1, 8))):
         if data.draw(st.booleans()):
-            rows = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4, unique=True))
+            slots = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4, unique=True))
         for staging in (lazy, eager):
             staging._state.last_at[:6] = torch.tensor(stands, dtype=torch.int32)
-        starts = [stands[row] for row in rows]
+        starts = [stands[slot] for slot in slots]
         blocks = (
-            [[rows[0], starts[0] // BLOCK, data.draw(st.integers(1, 99))]]
+            [[slots[0], starts[0] // BLOCK, data.draw(st.integers(1, 99))]]
             if data.draw(st.booleans())
             else np.zeros((0, 3))
         )
-        step = decode(rows, starts, new_blocks=np.array(blocks, np.int32))
+        step = decode(slots, starts, new_blocks=np.array(blocks, np.int32))
         eager._last = None
         assert sent(lazy, step, Bucket(4, 4)) == sent(eager, step, Bucket(4, 4))
-        for row in rows:
-            stands[row] += data.draw(st.integers(1, 3))  # as many as the device has kept
+        for slot in slots:
+            stands[slot] += data.draw(st.integers(1, 3))  # as many as the device has kept
     assert lazy.transfers <= eager.transfers

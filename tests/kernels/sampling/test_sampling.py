@@ -116,7 +116,7 @@ def test_random_bits_equal_in_triton(triton_calls) -> None:
         p["temperature"] = torch.tensor([0.0, 1.0, 0.7, 2.0, 1.5, 0.0, 100.0])
         drawn = (logits, p["temperature"], p["seeds"], p["positions"])
         expected = reference.gumbel_argmax(*drawn)
-        rows, sampled = (
+        slots, sampled = (
             torch.tensor([3, 0, 8, 9, 1, 4, 9], dtype=torch.int32),
             torch.tensor([1, 1, 1, 0, 1, 1, 0], dtype=torch.int32),
         )
@@ -124,9 +124,9 @@ def test_random_bits_equal_in_triton(triton_calls) -> None:
         handed, stands = last.clone(), at.clone()
         handed[[3, 0, 8, 1, 4]] = expected[[0, 1, 2, 4, 5]].int()
         stands[[3, 0, 8, 1, 4]] = p["positions"][[0, 1, 2, 4, 5]]
-        ids, after = triton_calls.call("pagegraph.kernels.sampling.gumbel", "draw", *drawn, rows, sampled, last, at)
+        ids, after = triton_calls.call("pagegraph.kernels.sampling.gumbel", "draw", *drawn, slots, sampled, last, at)
         assert torch.equal(ids, expected) and torch.equal(after[-2], handed) and torch.equal(after[-1], stands)
-        assert torch.equal(torch.ops.pagegraph.draw(*drawn, rows, sampled, last, at), expected)
+        assert torch.equal(torch.ops.pagegraph.draw(*drawn, slots, sampled, last, at), expected)
         assert torch.equal(last, handed) and torch.equal(at, stands)
 
 
@@ -174,13 +174,13 @@ def test_the_cpu_draws_as_the_reference(
         logits[3] = torch.inf if vocab == 1 else -1e30
         temperature = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.7, 1.0 if seed % 2 else 0.0])
         drawn = logits, temperature, torch.arange(6) * 31, torch.arange(6, dtype=torch.int32) + seed
-        rows, sampled = (
+        slots, sampled = (
             torch.tensor([3, 0, 8, 9, 1, 4], dtype=torch.int32),
             torch.tensor([1, 1, 0, 1, 1, 0], dtype=torch.int32),
         )
         last, at = (torch.full((10,), -7, dtype=torch.int32) for _ in range(2))
         expected, handed, stands = reference.gumbel_argmax(*drawn), last.clone(), at.clone()
         kept = sampled > 0
-        handed[rows[kept].long()], stands[rows[kept].long()] = expected[kept].int(), drawn[3][kept]
-        assert torch.equal(torch.ops.pagegraph.draw(*drawn, rows, sampled, last, at), expected)
+        handed[slots[kept].long()], stands[slots[kept].long()] = expected[kept].int(), drawn[3][kept]
+        assert torch.equal(torch.ops.pagegraph.draw(*drawn, slots, sampled, last, at), expected)
         assert torch.equal(last, handed) and torch.equal(at, stands)

@@ -13,7 +13,7 @@ from pagegraph.kernels.spec_decode import cpp as spec_decode_cpp
 from pagegraph.kernels.spec_decode import reference
 from pagegraph.runtime.spec_decode.proposer import Ngram, continuation
 
-ROWS, WIDTH, DRAFT_TOKENS = 7, 2500, 5
+NUM_SLOTS, WIDTH, DRAFT_TOKENS = 7, 2500, 5
 LEAST, MOST = 2, 4
 
 
@@ -27,11 +27,11 @@ def text_of(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def step_of(seed: int, padding: int = 2) -> dict[str, torch.Tensor]:
-    """A step of several kinds: prompts, some unfinished, single tokens, and rows with draft tokens, right ones and wrong ones."""
+    """A step of several kinds: prompts, some unfinished, single tokens, and slots with draft tokens, right ones and wrong ones."""
     rng = np.random.default_rng(seed)
-    history = np.stack([text_of(rng, WIDTH) for _ in range(ROWS + 1)])
-    ids, tokens, rows, counts, lengths, sampled = [], [], [], [], [], []
-    for row in rng.permutation(ROWS)[: rng.integers(1, ROWS + 1)].tolist():
+    history = np.stack([text_of(rng, WIDTH) for _ in range(NUM_SLOTS + 1)])
+    ids, tokens, slots, counts, lengths, sampled = [], [], [], [], [], []
+    for slot in rng.permutation(NUM_SLOTS)[: rng.integers(1, NUM_SLOTS + 1)].tolist():
         kind, start = rng.choice(["prompt", "part", "one", "draft_tokens"]), int(rng.integers(1, WIDTH - 1400))
         if kind in ("prompt", "part"):
             count = int(rng.choice([2, 9, 1300]))
@@ -46,20 +46,20 @@ def step_of(seed: int, padding: int = 2) -> dict[str, torch.Tensor]:
             right = rng.integers(0, many)
             drawn[:right] = tokens[-1][1 : right + 1]
         ids.append(drawn)
-        rows += [row] * len(entries)
+        slots += [slot] * len(entries)
         for count, length, draws in entries:
             counts.append(count), lengths.append(length), sampled.append(draws)
-    total, live = sum(counts), len(rows)
+    total, live = sum(counts), len(slots)
     fill = np.zeros(padding, np.int64)
     return dict(
-        ids=torch.from_numpy(np.concatenate([*ids, fill])), token_ids=words(np.concatenate([*tokens, fill])), rows=words([*rows, *[ROWS] * padding]),
+        ids=torch.from_numpy(np.concatenate([*ids, fill])), token_ids=words(np.concatenate([*tokens, fill])), slots=words([*slots, *[NUM_SLOTS] * padding]),
         query_start=words([0, *np.cumsum(counts), *[total] * padding]), seq_lens=words([*lengths, *fill]), sampled=words([*sampled, *fill]),
-        history=words(history), draft_tokens=words(rng.integers(0, 4, (ROWS + 1, DRAFT_TOKENS))), last_tokens=words(rng.integers(0, 9, ROWS + 1)),
-        last_at=words(rng.integers(0, 9, ROWS + 1)), live=torch.tensor(live),
+        history=words(history), draft_tokens=words(rng.integers(0, 4, (NUM_SLOTS + 1, DRAFT_TOKENS))), last_tokens=words(rng.integers(0, 9, NUM_SLOTS + 1)),
+        last_at=words(rng.integers(0, 9, NUM_SLOTS + 1)), live=torch.tensor(live),
     )  # fmt: skip
 
 
-STEP = ("ids", "token_ids", "rows", "query_start", "seq_lens")
+STEP = ("ids", "token_ids", "slots", "query_start", "seq_lens")
 MORE = ("sampled", "last_tokens", "last_at", "history", "draft_tokens")
 
 
@@ -93,7 +93,7 @@ def test_cpp_equals_reference(seed: int) -> None:
 
 
 def test_by_hand() -> None:
-    """Row 1 has two draft tokens, of which the first holds; row 0 decodes; row 2 has a prompt that goes on."""
+    """Slot 1 has two draft tokens, of which the first holds; slot 0 decodes; slot 2 has a prompt that goes on."""
     history = torch.zeros(3, 20, dtype=torch.int32)
     history[1, :7] = words([5, 6, 7, 8, 9, 5, 6])
     step = (
@@ -105,7 +105,7 @@ def test_by_hand() -> None:
     )
     tokens, at = words([0, 0, 0]), words([0, 0, 0])
     reference.accept(*step, tokens, at, 2)
-    assert tokens.tolist() == [0, 4, 0] and at.tolist() == [0, 8, 0], "a row without draft tokens is not its business"
+    assert tokens.tolist() == [0, 4, 0] and at.tolist() == [0, 8, 0], "a slot without draft tokens is not its business"
     draft_tokens = words([[3, 3], [7, 9], [1, 1]])
     found = reference.look_up(*step, words([0, 0, 0, 1, 0]), tokens, at, history, draft_tokens, 1, 3)
     assert history[1, :10].tolist() == [5, 6, 7, 8, 9, 5, 6, 7, 4, 0] and history[0, :5].tolist() == [0, 0, 2, 3, 0]
@@ -123,12 +123,12 @@ def test_by_hand() -> None:
     more=st.integers(0, 3),
     count=st.integers(1, 6),
 )
-def test_what_is_looked_up_is_what_the_search_of_one_row_finds(
+def test_what_is_looked_up_is_what_the_search_of_one_slot_finds(
     tokens: list[int], least: int, more: int, count: int
 ) -> None:
     text = np.array(tokens, np.int32)
-    rows = np.stack([np.append(text, [1, 1, 1]), np.zeros(len(text) + 3)]).astype(np.int32)
-    draft_tokens, matched = reference.lookup(rows, np.array([len(text), 1]), count, least, least + more)
+    slots = np.stack([np.append(text, [1, 1, 1]), np.zeros(len(text) + 3)]).astype(np.int32)
+    draft_tokens, matched = reference.lookup(slots, np.array([len(text), 1]), count, least, least + more)
     end, seen = Ngram(least, least + more).find(text)
     assert matched.tolist() == [seen, 0]
     assert draft_tokens[0].tolist() == (continuation(text, end, count) if end else np.full(count, text[-1])).tolist()

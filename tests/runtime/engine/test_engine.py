@@ -21,10 +21,10 @@ from pagegraph.runtime.ipc.protocol import Abort, Admitted, Failed, Member, Samp
 from pagegraph.runtime.llm import CLIENT, LocalMailbox
 from pagegraph.runtime.scheduler import commit as results
 from pagegraph.runtime.scheduler.block_pool import BlockPool
+from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.pack import Packer
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
-from pagegraph.runtime.scheduler.slots import Rows
 from pagegraph.runtime.spec_decode.device_ngram import DeviceLookup
 from pagegraph.runtime.spec_decode.host import Speculation
 from pagegraph.runtime.spec_decode.proposer import Ngram
@@ -223,20 +223,20 @@ def poison(harness: Harness, where: str, monkeypatch: pytest.MonkeyPatch, after:
         times += 99 in step.sampling.seeds.tolist()
         return 99 in step.sampling.seeds.tolist() and times > after
 
-    def running(rows: Rows) -> bool:
-        return any(sequence is not None and sequence.seed == 99 for sequence in rows.sequences)
+    def running(batch: InputBatch) -> bool:
+        return any(sequence is not None and sequence.seed == 99 for sequence in batch.sequences)
 
     match where:
         case "find":
             raising(harness.scheduler.block_tables, "find", lambda sequence: sequence.seed == 99)
         case "enter":
-            raising(harness.scheduler.rows, "_set_stop_ids", lambda row, ids: harness.scheduler._starting.seed == 99)
+            raising(harness.scheduler.batch, "_set_stop_ids", lambda slot, ids: harness.scheduler._starting.seed == 99)
         case "schedule":
-            raising(harness.scheduler, "schedule", lambda *_: running(harness.scheduler.rows))
+            raising(harness.scheduler, "schedule", lambda *_: running(harness.scheduler.batch))
         case "draft_tokens":
-            raising(harness.engine.speculation, "propose", lambda ahead: running(harness.scheduler.rows))
+            raising(harness.engine.speculation, "propose", lambda ahead: running(harness.scheduler.batch))
         case "pack":
-            raising(Packer, "pack", lambda self, plan: bool((harness.scheduler.rows.seed[plan.rows] == 99).any()))
+            raising(Packer, "pack", lambda self, plan: bool((harness.scheduler.batch.seed[plan.slots] == 99).any()))
         case "launch":
             harness.device.refuses = has_seed
         case "wait":
@@ -330,7 +330,7 @@ def test_a_broken_device_ends_the_engine(where: str) -> None:
         served(harness, eight())
 
 
-def test_many_poisoned_requests_in_a_row_do_not_end_the_engine() -> None:
+def test_many_poisoned_requests_in_a_slot_do_not_end_the_engine() -> None:
     harness = Harness(max_queue=50)
     harness.device.breaks = lambda step: bool((step.sampling.seeds >= 100).any())
     bad = [Submit(request_id=f"bad{i}", token_ids=[1], params=SamplingParams(seed=100 + i)) for i in range(12)]

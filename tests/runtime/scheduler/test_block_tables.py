@@ -8,14 +8,14 @@ import pytest
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.scheduler.block_pool import BlockPool
 from pagegraph.runtime.scheduler.block_tables import BlockTables
+from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.sequence import Sequence
-from pagegraph.runtime.scheduler.slots import Rows
 
 BLOCK = 4
 
 
 def tables_of(num_blocks: int = 10) -> BlockTables:
-    return BlockTables(BlockPool(num_blocks, BLOCK), Rows(2, 40, BLOCK))
+    return BlockTables(BlockPool(num_blocks, BLOCK), InputBatch(2, 40, BLOCK))
 
 
 def sequence_of(length: int) -> Sequence:
@@ -23,29 +23,29 @@ def sequence_of(length: int) -> Sequence:
 
 
 def entered(block_tables: BlockTables, length: int) -> Sequence:
-    """A sequence in a row, its prompt computed."""
+    """A sequence in a slot, its prompt computed."""
     sequence = sequence_of(length)
     found = block_tables.find(sequence)
-    block_tables.rows.enter(sequence, block_tables.claim(sequence, found, 0), BLOCK * len(found))
-    block_tables.rows.computed[sequence.row] = length
+    block_tables.batch.enter(sequence, block_tables.claim(sequence, found, 0), BLOCK * len(found))
+    block_tables.batch.computed[sequence.slot] = length
     return sequence
 
 
 @pytest.mark.parametrize(("spare", "given"), [(0, True), (5, True), (6, False)])
-def test_rows_get_the_blocks_they_lack_or_none(spare: int, given: bool) -> None:
+def test_slots_get_the_blocks_they_lack_or_none(spare: int, given: bool) -> None:
     block_tables = tables_of()
     sequence = entered(block_tables, 6)
-    rows = np.array([sequence.row], np.int32)
-    assert block_tables.extend(rows, np.array([16], np.int32), spare) == given
-    assert len(block_tables.rows.blocks_of(sequence.row)) == (4 if given else 2)
-    assert block_tables.extend(rows, np.array([8], np.int32), spare=99), "what is there needs no spare blocks"
+    slots = np.array([sequence.slot], np.int32)
+    assert block_tables.extend(slots, np.array([16], np.int32), spare) == given
+    assert len(block_tables.batch.blocks_of(sequence.slot)) == (4 if given else 2)
+    assert block_tables.extend(slots, np.array([8], np.int32), spare=99), "what is there needs no spare blocks"
     block_tables.check_integrity([sequence])
 
 
 def test_what_was_released_is_found_but_never_the_whole_prompt() -> None:
     block_tables = tables_of()
     first = entered(block_tables, 8)
-    blocks = block_tables.rows.blocks_of(first.row)
+    blocks = block_tables.batch.blocks_of(first.slot)
     block_tables.release(first)
     block_tables.check_integrity([])
     assert (block_tables.find(sequence_of(8)), block_tables.find(sequence_of(9))) == (blocks[:1], blocks)
@@ -66,10 +66,10 @@ def test_found_blocks_that_nobody_holds_use_up_free_ones(spare: int, given: bool
 def test_blocks_are_published_as_far_as_they_are_full_of_known_tokens() -> None:
     block_tables = tables_of()
     sequence = entered(block_tables, 9)
-    block_tables.rows.known[sequence.row] = 7
+    block_tables.batch.known[sequence.slot] = 7
     block_tables.publish(sequence)
     assert len(block_tables.find(sequence_of(9))) == 1
-    block_tables.rows.known[sequence.row] = 9
+    block_tables.batch.known[sequence.slot] = 9
     block_tables.publish(sequence)
     assert len(block_tables.find(sequence_of(9))) == 2
     block_tables.check_integrity([sequence])

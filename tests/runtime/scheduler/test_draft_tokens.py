@@ -75,16 +75,16 @@ def test_a_budget_goes_round(counts: list[int], budget: int, kept: list[int]) ->
     assert within(np.array(counts, np.int32), budget).tolist() == kept
 
 
-@pytest.mark.parametrize(("of", "rows"), [([3], [2, 3, 3, 3]), ([3, 0], [2, 3, 3, 3]), ([0], None)])
-def test_draft_tokens_are_entries_of_their_rows_in_the_plan(of: list[int], rows: list[int] | None) -> None:
+@pytest.mark.parametrize(("of", "slots"), [([3], [2, 3, 3, 3]), ([3, 0], [2, 3, 3, 3]), ([0], None)])
+def test_draft_tokens_are_entries_of_their_slots_in_the_plan(of: list[int], slots: list[int] | None) -> None:
     ints = lambda *values: np.array(values, np.int32)  # noqa: E731
     columns = ints(2, 3), ints(7, 8), ints(5, 6), ints(4, 3), np.array([False, True])
     split, drafts = entries(columns, DraftTokens(ints(*of), ints(*[2] * len(of)), None))
-    if rows is None:
+    if slots is None:
         assert split is columns and drafts is None
     else:
-        assert split[0].tolist() == rows and split[2].tolist() == [5, 6, 7, 8] and split[3].tolist() == [4, 1, 1, 1]
-        assert (drafts.rows.tolist(), drafts.first.tolist(), drafts.others.tolist()) == (
+        assert split[0].tolist() == slots and split[2].tolist() == [5, 6, 7, 8] and split[3].tolist() == [4, 1, 1, 1]
+        assert (drafts.slots.tolist(), drafts.first.tolist(), drafts.others.tolist()) == (
             [3],
             [1],
             [True] + [False] * 3,
@@ -110,7 +110,7 @@ class Oracle:
     def __init__(self, scheduler: Scheduler, most: int, chance: float, seed: int, on_device: bool) -> None:
         self.scheduler, self.most, self.chance, self.on_device = scheduler, most, chance, on_device
         self.rng = np.random.default_rng(seed)
-        self.stays: dict[int, int] = {}  # of the sequence that a row's last sample was of, by row
+        self.stays: dict[int, int] = {}  # of the sequence that a slot's last sample was of, by slot
 
     def draft(self, history: list[int], seed: int) -> list[int]:
         history, known = list(history), len(history)
@@ -120,18 +120,23 @@ class Oracle:
         return history[known:]
 
     def propose(self) -> DraftTokens | None:
-        rows, limits, budget = self.scheduler.room_for_drafts(self.most, lag=None if self.on_device else 0)
-        counts = within(np.minimum(limits, self.rng.integers(0, self.most + 1, len(rows))).astype(np.int32), budget)
+        slots, limits, budget = self.scheduler.room_for_drafts(self.most, lag=None if self.on_device else 0)
+        counts = within(np.minimum(limits, self.rng.integers(0, self.most + 1, len(slots))).astype(np.int32), budget)
         drafting = counts > 0
-        if self.on_device:  # it has made none for a row that has not sampled yet
-            drafting &= np.array([self.stays.get(row) == self.scheduler.rows.stay[row] for row in rows.tolist()], bool)
+        if self.on_device:  # it has made none for a slot that has not sampled yet
+            drafting &= np.array(
+                [self.stays.get(slot) == self.scheduler.batch.stay[slot] for slot in slots.tolist()], bool
+            )
         if not drafting.any():
             return None
         if self.on_device:
-            return DraftTokens(rows[drafting], counts[drafting], None)
-        r = self.scheduler.rows
-        tokens = [self.draft(r.tokens[row, : r.known[row]].tolist(), int(r.seed[row])) for row in rows.tolist()]
-        return DraftTokens(rows[drafting], counts[drafting], np.array(tokens, np.int32)[drafting])
+            return DraftTokens(slots[drafting], counts[drafting], None)
+        batch = self.scheduler.batch
+        tokens = [
+            self.draft(batch.tokens[slot, : batch.known[slot]].tolist(), int(batch.seed[slot]))
+            for slot in slots.tolist()
+        ]
+        return DraftTokens(slots[drafting], counts[drafting], np.array(tokens, np.int32)[drafting])
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -161,7 +166,7 @@ def test_draft_tokens_right_or_wrong_change_no_token(
         max_model_len=MAX_LEN,
         max_entries=max_num_seqs + spare_entries,
     )
-    packer, oracle = Packer(scheduler.rows), Oracle(scheduler, most, chance, seed, on_device)
+    packer, oracle = Packer(scheduler.batch), Oracle(scheduler, most, chance, seed, on_device)
     step = FakeStep(num_blocks, max_num_seqs, oracle.draft if on_device else None)
     sequences: dict[str, Sequence] = {}
     got: dict[str, list[int]] = {}
@@ -209,11 +214,11 @@ def test_draft_tokens_right_or_wrong_change_no_token(
         if plan:
             assert plan.num_tokens <= budget and len(plan) <= scheduler.max_entries
             if plan.drafts is not None:
-                assert not scheduler.rows.has_penalties[plan.drafts.rows].any()
-                assert len(set(plan.rows.tolist())) == len(plan) - int(plan.drafts.counts.sum())
-                seen["uncertain"] += on_device and bool((plan.starts >= scheduler.rows.known[plan.rows] + 1).any())
+                assert not scheduler.batch.has_penalties[plan.drafts.slots].any()
+                assert len(set(plan.slots.tolist())) == len(plan) - int(plan.drafts.counts.sum())
+                seen["uncertain"] += on_device and bool((plan.starts >= scheduler.batch.known[plan.slots] + 1).any())
             launched.append((plan, step.run(packer.pack(plan))))
-            oracle.stays.update(zip(plan.rows[plan.sampled].tolist(), plan.stays[plan.sampled].tolist()))
+            oracle.stays.update(zip(plan.slots[plan.sampled].tolist(), plan.stays[plan.sampled].tolist()))
         while launched and (len(launched) > depth or not plan):
             commit()
         turn += 1
@@ -251,33 +256,33 @@ def started(scheduler: Scheduler, name: str = "a", **params) -> Sequence:
 
 def draft(sequence: Sequence, *tokens: int) -> DraftTokens:
     return DraftTokens(
-        np.array([sequence.row], np.int32), np.array([len(tokens)], np.int32), np.array([tokens], np.int32)
+        np.array([sequence.slot], np.int32), np.array([len(tokens)], np.int32), np.array([tokens], np.int32)
     )
 
 
-def test_a_row_with_draft_tokens_counts_as_if_all_held_until_their_verdict() -> None:
+def test_a_slot_with_draft_tokens_counts_as_if_all_held_until_their_verdict() -> None:
     scheduler = scheduler_of()
     sequence = started(scheduler)
     plan = scheduler.schedule(0, draft(sequence, 5, 6))
-    packed = Packer(scheduler.rows).pack(plan)
-    assert (packed.token_ids.tolist(), packed.starts.tolist(), packed.rows.tolist()) == (
+    packed = Packer(scheduler.batch).pack(plan)
+    assert (packed.token_ids.tolist(), packed.starts.tolist(), packed.slots.tolist()) == (
         [4, 5, 6],
         [3, 4, 5],
-        [sequence.row] * 3,
+        [sequence.slot] * 3,
     )
     assert packed.sampled.tolist() == [False] * 3, "no sample is handed over on the device"
     ahead = scheduler.schedule(0)
-    packed = Packer(scheduler.rows).pack(ahead)
+    packed = Packer(scheduler.batch).pack(ahead)
     assert (packed.token_ids.tolist(), packed.starts.tolist()) == ([-1], [6]), "the device knows better where it stands"
     arrived = scheduler.commit(plan, StepOutput(np.array([5, 9, 1], np.int32)))
     assert arrived.deltas[0].token_ids == [5, 9] and (arrived.deltas[0].accepted, arrived.deltas[0].rejected) == (1, 1)
     scheduler.commit(ahead, StepOutput(np.array([8], np.int32)))
-    packed = Packer(scheduler.rows).pack(scheduler.schedule(0))
+    packed = Packer(scheduler.batch).pack(scheduler.schedule(0))
     assert (packed.token_ids.tolist(), packed.starts.tolist()) == ([8], [6])
 
 
 @pytest.mark.parametrize("stop", [EOS, 9])
-def test_a_row_preempted_with_draft_tokens_in_flight_keeps_what_held(stop: int) -> None:
+def test_a_slot_preempted_with_draft_tokens_in_flight_keeps_what_held(stop: int) -> None:
     scheduler = scheduler_of()
     sequence = started(scheduler, stop_token_ids=[stop])
     plan = scheduler.schedule(0, draft(sequence, 5, 6))

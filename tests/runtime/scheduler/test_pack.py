@@ -30,7 +30,7 @@ def add(scheduler: Scheduler, name: str, tokens: list[int], seed: int = 0, **par
 def step(scheduler: Scheduler) -> StepInput:
     """Schedule, pack and commit token 5 for every sequence."""
     plan = scheduler.schedule(0)
-    packed = Packer(scheduler.rows).pack(plan)
+    packed = Packer(scheduler.batch).pack(plan)
     scheduler.finish(scheduler.commit(plan, StepOutput(np.full(len(plan), 5, np.int32))))
     return packed
 
@@ -40,13 +40,13 @@ def test_a_mixed_step_field_by_field() -> None:
     a = add(scheduler, "a", [1, 2, 3, 4, 6], seed=11, temperature=0.5, top_k=3, top_p=0.75, min_p=0.25)
     step(scheduler)
     b = add(scheduler, "b", list(range(20, 38)), seed=-(2**62), repetition_penalty=1.5, presence_penalty=0.5)
-    packed = Packer(scheduler.rows).pack(scheduler.schedule(1))
+    packed = Packer(scheduler.batch).pack(scheduler.schedule(1))
     assert packed.token_ids.tolist() == [5, *range(20, 31)]
-    assert packed.rows.tolist() == [a.row, b.row] and a.row != b.row
+    assert packed.slots.tolist() == [a.slot, b.slot] and a.slot != b.slot
     assert packed.query_start.tolist() == [0, 1, 12]
     assert packed.starts.tolist() == [5, 0] and packed.seq_lens.tolist() == [6, 11]
     assert packed.new_blocks.tolist() == [
-        [b.row, index, block] for index, block in enumerate(scheduler.rows.blocks_of(b.row))
+        [b.slot, index, block] for index, block in enumerate(scheduler.batch.blocks_of(b.slot))
     ]
     assert packed.sampled.tolist() == [True, False]
     sampling = packed.sampling
@@ -63,19 +63,19 @@ def test_only_new_blocks_travel() -> None:
     scheduler = scheduler_of()
     a = add(scheduler, "a", [1, 2, 3])
     seen = [step(scheduler).new_blocks.tolist() for _ in range(6)]
-    entries = [[a.row, index, block] for index, block in enumerate(scheduler.rows.blocks_of(a.row))]
+    entries = [[a.slot, index, block] for index, block in enumerate(scheduler.batch.blocks_of(a.slot))]
     assert seen == [entries[:1], [], entries[1:], [], [], []] and len(entries) == 4
 
 
-def test_what_a_row_begins_with_travels_uncopied() -> None:
+def test_what_a_slot_begins_with_travels_uncopied() -> None:
     """A device that looks up needs the tokens that no step computes; any other leaves them alone."""
     scheduler = scheduler_of()
     add(scheduler, "a", list(range(9)))
     assert step(scheduler).cached == []
     again, new = add(scheduler, "b", list(range(9))), add(scheduler, "c", [5, 6])
     plan = scheduler.schedule(0)
-    ((row, tokens),) = Packer(scheduler.rows).pack(plan).cached
-    assert plan.started == [again, new] and (row, tokens.tolist()) == (again.row, list(range(8)))
+    ((slot, tokens),) = Packer(scheduler.batch).pack(plan).cached
+    assert plan.started == [again, new] and (slot, tokens.tolist()) == (again.slot, list(range(8)))
     assert np.shares_memory(tokens, again.tokens)
 
 
@@ -92,7 +92,7 @@ def test_dtypes_are_those_of_the_step() -> None:
     add(scheduler, "a", [1, 2, 3], **asked)
     packed = step(scheduler)
     sampling = packed.sampling
-    for name in ("token_ids", "rows", "query_start", "starts", "new_blocks", "seq_lens"):
+    for name in ("token_ids", "slots", "query_start", "starts", "new_blocks", "seq_lens"):
         assert getattr(packed, name).dtype == np.int32, name
     assert (
         packed.sampled.dtype == bool and sampling.seeds.dtype == np.int64 and sampling.temperature.dtype == np.float32
@@ -110,7 +110,7 @@ def test_a_token_still_on_the_device_is_minus_one() -> None:
     scheduler = scheduler_of()
     add(scheduler, "a", [1, 2, 3])
     scheduler.schedule(0)
-    packed = Packer(scheduler.rows).pack(scheduler.schedule(1))
+    packed = Packer(scheduler.batch).pack(scheduler.schedule(1))
     assert (packed.token_ids.tolist(), packed.starts.tolist(), packed.seq_lens.tolist()) == ([-1], [3], [4])
 
 
@@ -129,9 +129,9 @@ def test_stop_ids_are_masked_for_the_first_min_tokens() -> None:
 def test_min_tokens_counts_what_is_in_flight() -> None:
     scheduler = scheduler_of()
     add(scheduler, "a", [1, 2, 3], min_tokens=2)
-    assert [biases(Packer(scheduler.rows).pack(scheduler.schedule(0))) for _ in range(3)] == [[(0, 7, -np.inf)]] * 2 + [
-        []
-    ]
+    assert [biases(Packer(scheduler.batch).pack(scheduler.schedule(0))) for _ in range(3)] == [
+        [(0, 7, -np.inf)]
+    ] * 2 + [[]]
 
 
 def test_a_chunk_that_samples_nothing_asks_for_nothing() -> None:
@@ -150,10 +150,10 @@ def test_logprobs_are_the_most_that_anyone_asked(asked: list[int | None], expect
     assert step(scheduler).sampling.num_logprobs == expected
 
 
-def test_penalty_counts_are_rebuilt_only_where_a_sequence_enters_a_row() -> None:
+def test_penalty_counts_are_rebuilt_only_where_a_sequence_enters_a_slot() -> None:
     scheduler = scheduler_of(max_num_batched_tokens=4)
     sequence = add(scheduler, "a", [1, 2, 3, 4, 6, 8], frequency_penalty=0.5)
     resets = [step(scheduler).sampling.penalty_reset for _ in range(3)]
     assert [len(reset) for reset in resets] == [1, 0, 0]
-    row, prompt, outputs = resets[0][0]
-    assert (row, prompt.tolist(), outputs.tolist()) == (sequence.row, [1, 2, 3, 4, 6, 8], [])
+    slot, prompt, outputs = resets[0][0]
+    assert (slot, prompt.tolist(), outputs.tolist()) == (sequence.slot, [1, 2, 3, 4, 6, 8], [])

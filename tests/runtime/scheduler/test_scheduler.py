@@ -79,7 +79,7 @@ def test_random_work_gives_every_sequence_its_own_tokens(
         scheduler.check_integrity()
         if plan:
             assert plan.num_tokens <= budget
-            launched.append((plan, step.run(Packer(scheduler.rows).pack(plan))))
+            launched.append((plan, step.run(Packer(scheduler.batch).pack(plan))))
             if pace:
                 pace.observe(plan.num_tokens, 1.0 + plan.num_tokens)
         while launched and (len(launched) > depth or not plan):
@@ -115,7 +115,7 @@ def sequence_of(name: str, length: int, max_tokens: int = 4, **overrides) -> Seq
 
 
 def planned(scheduler: Scheduler, plan: Plan) -> list[tuple[str, int]]:
-    return list(zip(scheduler.rows.request_ids[plan.rows], plan.counts.tolist()))
+    return list(zip(scheduler.batch.request_ids[plan.slots], plan.counts.tolist()))
 
 
 def test_running_sequences_come_before_waiting_ones() -> None:
@@ -268,7 +268,7 @@ def test_a_long_prompt_always_gets_its_share_and_no_token_is_left(work, budget: 
             index, (length, _) = work.popleft()
             scheduler.add(prompt_of(str(index), length, arrival=float(turns)))
         running = list(scheduler._running)
-        before = {s.request_id: int(scheduler.rows.computed[s.row]) for s in running}
+        before = {s.request_id: int(scheduler.batch.computed[s.slot]) for s in running}
         prompts = [s for s in running if before[s.request_id] < s.num_prompt]
         decodes = len(running) - len(prompts)
         got = turn(scheduler) if scheduler.has_work else {}

@@ -19,8 +19,8 @@ from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.scheduler.draft_tokens import ScheduledDrafts, verdict
+from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.sequence import Sequence
-from pagegraph.runtime.scheduler.slots import Rows
 from pagegraph.runtime.spec_decode.draft_model import DraftModel
 
 DRAWS = 200_000
@@ -34,12 +34,12 @@ def chi_square(counts: np.ndarray, chances: np.ndarray) -> float:
 
 
 def log_chances(seed: int) -> torch.Tensor:
-    """[VOCAB + 1, VOCAB]: of the next token, by the one before; the last row at the start."""
+    """[VOCAB + 1, VOCAB]: of the next token, by the one before; the last line at the start."""
     return (1.5 * torch.randn(VOCAB + 1, VOCAB, generator=torch.Generator().manual_seed(seed))).log_softmax(-1)
 
 
 def drawn(logits: torch.Tensor, position: int) -> torch.Tensor:
-    """One draw a row, with the seeds 0.. and the position's noise, as both models draw."""
+    """One draw a slot, with the seeds 0.. and the position's noise, as both models draw."""
     seeds = torch.arange(DRAWS)
     return reference.gumbel_argmax(logits, torch.ones(DRAWS), seeds, torch.full((DRAWS,), position))
 
@@ -89,20 +89,22 @@ def next_token(history: list[int]) -> int:
 
 
 class FakeStep:
-    """Remembers the tokens whose keys it has computed, by row and position, and says what follows them."""
+    """Remembers the tokens whose keys it has computed, by slot and position, and says what follows them."""
 
-    def __init__(self, num_rows: int) -> None:
-        self.memory: list[dict[int, int]] = [{} for _ in range(num_rows)]
-        self.last = np.zeros(num_rows, np.int64)
+    def __init__(self, num_slots: int) -> None:
+        self.memory: list[dict[int, int]] = [{} for _ in range(num_slots)]
+        self.last = np.zeros(num_slots, np.int64)
         self.largest = self.launches = 0
-        self.limits = [1000] * num_rows  # tokens that the row has blocks for
+        self.limits = [1000] * num_slots  # tokens that the slot has blocks for
 
     def launch(self, step: StepInput, times: int = 1) -> Ticket:
         self.launches += 1
         sampled = [self._run(step)]
         if times == 1:
             return Ticket(lambda: StepOutput(sampled[0]))
-        assert step.sampled.all() and step.num_tokens == len(set(step.rows.tolist())), "a token of each of several rows"
+        assert step.sampled.all() and step.num_tokens == len(set(step.slots.tolist())), (
+            "a token of each of several slots"
+        )
         onward = np.full_like(step.token_ids, -1)
         sampled += [
             self._run(dataclasses.replace(step, token_ids=onward, starts=step.starts + at)) for at in range(1, times)
@@ -111,16 +113,16 @@ class FakeStep:
 
     def _run(self, step: StepInput) -> np.ndarray:
         self.largest = max(self.largest, step.num_tokens)
-        ids = np.where(step.token_ids < 0, self.last[np.repeat(step.rows, np.diff(step.query_start))], step.token_ids)
-        for entry, row in enumerate(step.rows.tolist()):
-            assert int(step.starts[entry]) + step.query_start[entry + 1] - step.query_start[entry] <= self.limits[row]
+        ids = np.where(step.token_ids < 0, self.last[np.repeat(step.slots, np.diff(step.query_start))], step.token_ids)
+        for entry, slot in enumerate(step.slots.tolist()):
+            assert int(step.starts[entry]) + step.query_start[entry + 1] - step.query_start[entry] <= self.limits[slot]
             for at, token in enumerate(ids[step.query_start[entry] : step.query_start[entry + 1]].tolist()):
-                self.memory[row][int(step.starts[entry]) + at] = token
+                self.memory[slot][int(step.starts[entry]) + at] = token
         sampled = []
-        for row, length, draws in zip(step.rows.tolist(), step.seq_lens.tolist(), step.sampled.tolist()):
-            sampled.append(next_token([self.memory[row][at] for at in range(length)]))
+        for slot, length, draws in zip(step.slots.tolist(), step.seq_lens.tolist(), step.sampled.tolist()):
+            sampled.append(next_token([self.memory[slot][at] for at in range(length)]))
             if draws:
-                self.last[row] = sampled[-1]
+                self.last[slot] = sampled[-1]
         return np.array(sampled, np.int32)
 
 
@@ -135,64 +137,64 @@ def test_draft_tokens_are_those_of_the_confirmed_tokens_alone(
     lengths, turns, max_tokens, max_entries, together
 ) -> None:
     """Whatever held, was corrected or went on without draft tokens: keys of the past are right when the next are made."""
-    rows = Rows(len(lengths), 200, 4)
+    batch = InputBatch(len(lengths), 200, 4)
     for index, length in enumerate(lengths):
         params = SamplingParams(max_tokens=100)
-        rows.enter(Sequence(str(index), np.arange(length) + index, params, frozenset(), 0, 200), [], 0)
+        batch.enter(Sequence(str(index), np.arange(length) + index, params, frozenset(), 0, 200), [], 0)
     step = FakeStep(len(lengths))
-    model = DraftModel(step, rows, max_tokens, max_entries, together)
+    model = DraftModel(step, batch, max_tokens, max_entries, together)
     for count, kept, others in turns:
         at = np.arange(len(lengths), dtype=np.int32)[:: 2 if others and len(lengths) > 1 else 1]
         counts = np.array([1 + (count + index) % 4 for index in range(len(at))], np.int32)
-        for row, wanted in zip(at.tolist(), counts.tolist()):
-            step.limits[row] = int(rows.known[row]) + wanted - 1  # the last draft token is not computed
+        for slot, wanted in zip(at.tolist(), counts.tolist()):
+            step.limits[slot] = int(batch.known[slot]) + wanted - 1  # the last draft token is not computed
             if together:
-                missing = -(-step.limits[row] // 4) - int(rows.num_blocks[row])
-                rows.add_blocks(np.array([row]), np.array([max(missing, 0)]), [1] * missing)
-                step.limits[row] = int(rows.num_blocks[row]) * 4
+                missing = -(-step.limits[slot] // 4) - int(batch.num_blocks[slot])
+                batch.add_blocks(np.array([slot]), np.array([max(missing, 0)]), [1] * missing)
+                step.limits[slot] = int(batch.num_blocks[slot]) * 4
         drafted = [tokens[:wanted] for tokens, wanted in zip(model.propose(at, counts).tolist(), counts.tolist())]
-        for row, tokens in zip(at.tolist(), drafted):
-            history = rows.tokens[row, : rows.known[row]].tolist()
+        for slot, tokens in zip(at.tolist(), drafted):
+            history = batch.tokens[slot, : batch.known[slot]].tolist()
             for token in tokens:
                 assert token == next_token(history)
                 history.append(token)
             came = [*tokens[:kept], *([1] * (kept + 1 - len(tokens[:kept])))]  # draft tokens that held, and others
-            rows.tokens[row, rows.known[row] : rows.known[row] + len(came)] = came
-            rows.known[row] += len(came)
+            batch.tokens[slot, batch.known[slot] : batch.known[slot] + len(came)] = came
+            batch.known[slot] += len(came)
     assert step.largest <= max(max_tokens, max_entries)
 
 
-def test_a_sequence_that_enters_a_row_is_computed_from_its_start() -> None:
-    rows = Rows(1, 200, 16)
-    model = DraftModel(step := FakeStep(1), rows, 40, 8)
+def test_a_sequence_that_enters_a_slot_is_computed_from_its_start() -> None:
+    batch = InputBatch(1, 200, 16)
+    model = DraftModel(step := FakeStep(1), batch, 40, 8)
     for tokens in ([1, 2, 3], [4, 5, 6, 7]):
-        rows.enter(Sequence("a", np.array(tokens), SamplingParams(), frozenset(), 0, 200), [], 0)
+        batch.enter(Sequence("a", np.array(tokens), SamplingParams(), frozenset(), 0, 200), [], 0)
         assert model.propose(np.zeros(1, np.int32), np.full(1, 2, np.int32))[0, 0] == next_token(tokens)
         step.memory[0].clear()
-        rows.leave(0)
+        batch.leave(0)
 
 
-def test_rows_that_want_fewer_draft_tokens_go_along_as_far_as_their_blocks_reach() -> None:
-    """So draft tokens are one launch; one more where a row lacks two tokens or more, or has no block to go on in."""
-    rows = Rows(3, 200, 4)
+def test_slots_that_want_fewer_draft_tokens_go_along_as_far_as_their_blocks_reach() -> None:
+    """So draft tokens are one launch; one more where a slot lacks two tokens or more, or has no block to go on in."""
+    batch = InputBatch(3, 200, 4)
     for index in range(3):
         params = SamplingParams(max_tokens=100)
-        rows.enter(Sequence(str(index), np.arange(6) + index, params, frozenset(), 0, 200), [1, 2, 3], 0)
+        batch.enter(Sequence(str(index), np.arange(6) + index, params, frozenset(), 0, 200), [1, 2, 3], 0)
     step, at = FakeStep(3), np.arange(3, dtype=np.int32)
     step.limits = [12, 12, 12]
-    model = DraftModel(step, rows, 40, 8, together=True)
+    model = DraftModel(step, batch, 40, 8, together=True)
     launches = []
     for counts in ([3, 1, 2], [2, 4, 2], [1, 1, 1], [6, 5, 1]):
         if max(counts) > 4:
-            rows.add_blocks(at[:2], np.ones(2, np.int32), [4, 4])
+            batch.add_blocks(at[:2], np.ones(2, np.int32), [4, 4])
             step.limits = [16, 16, 12]
         before = step.launches
         tokens = model.propose(at, np.array(counts, np.int32))
         launches.append(step.launches - before)
         assert tokens.shape == (3, max(counts))
-        rows.tokens[at, rows.known] = tokens[:, 0]
-        rows.known += 1
-    # With prompts; chains; at last the third row, with 9 tokens known and blocks for 12, leaves after its fourth draft token.
+        batch.tokens[at, batch.known] = tokens[:, 0]
+        batch.known += 1
+    # With prompts; chains; at last the third slot, with 9 tokens known and blocks for 12, leaves after its fourth draft token.
     assert launches == [2, 1, 1, 2]
 
 
@@ -217,12 +219,12 @@ def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def afresh(step: CompiledStep, history: list[int], count: int, temperature: float, seed: int) -> list[int]:
-    """What follows, each token from all that comes before, in the last row and blocks of its own."""
-    tokens, row, blocks = list(history), step.state.dummy_slot - 1, np.arange(16)
+    """What follows, each token from all that comes before, in the last slot and blocks of its own."""
+    tokens, slot, blocks = list(history), step.state.dummy_slot - 1, np.arange(16)
     for _ in range(count):
         one = StepInput(
-            np.array(tokens, np.int32), np.full(1, row, np.int32), np.array([0, len(tokens)], np.int32), np.zeros(1, np.int32),
-            np.ones(1, bool), np.stack([np.full(16, row), blocks, 48 + blocks], axis=1).astype(np.int32),
+            np.array(tokens, np.int32), np.full(1, slot, np.int32), np.array([0, len(tokens)], np.int32), np.zeros(1, np.int32),
+            np.ones(1, bool), np.stack([np.full(16, slot), blocks, 48 + blocks], axis=1).astype(np.int32),
             SamplingInput(np.full(1, temperature, np.float32), np.full(1, seed, np.int64)),
         )  # fmt: skip
         tokens.append(int(step.launch(one).wait().token_ids[0]))
@@ -235,18 +237,18 @@ def test_draft_tokens_of_a_real_model_are_what_it_says_afresh(
     drafted: BuiltModel, temperature: float, together: bool
 ) -> None:
     """Also behind a token that is not what the model itself would have put behind draft tokens that all held."""
-    rows, at, count = Rows(4, 128, 8), np.arange(2, dtype=np.int32), 4
+    batch, at, count = InputBatch(4, 128, 8), np.arange(2, dtype=np.int32), 4
     for index, length in enumerate((5, 11)):
         params = SamplingParams(max_tokens=100, temperature=temperature, seed=index)
         sequence = Sequence(str(index), np.arange(3, 3 + length), params, frozenset(), index, 128)
-        rows.enter(sequence, list(range(1 + 16 * index, 17 + 16 * index)), 0)
-    model = DraftModel(drafted.draft, rows, 64, 64, together)
+        batch.enter(sequence, list(range(1 + 16 * index, 17 + 16 * index)), 0)
+    model = DraftModel(drafted.draft, batch, 64, 64, together)
     for kept in (count, 2, count, 0):
         draft_tokens = model.propose(at, np.array([count, count - 1], np.int32))
-        for row, wanted in ((0, count), (1, count - 1)):
-            history = rows.tokens[row, : rows.known[row]].tolist()
-            expected = afresh(drafted.draft, history, count if together else wanted, temperature, int(rows.seed[row]))
-            assert draft_tokens[row, : len(expected)].tolist() == expected
+        for slot, wanted in ((0, count), (1, count - 1)):
+            history = batch.tokens[slot, : batch.known[slot]].tolist()
+            expected = afresh(drafted.draft, history, count if together else wanted, temperature, int(batch.seed[slot]))
+            assert draft_tokens[slot, : len(expected)].tolist() == expected
             came = [*expected[: min(kept, wanted)], 299 - expected[-1]]
-            rows.tokens[row, rows.known[row] : rows.known[row] + len(came)] = came
-            rows.known[row] += len(came)
+            batch.tokens[slot, batch.known[slot] : batch.known[slot] + len(came)] = came
+            batch.known[slot] += len(came)

@@ -32,13 +32,13 @@ HOST_MS = 0.3  # from results to the next launch
 
 
 class Device:
-    """Steps in order, `cost(entries)` ms each, on a clock of its own; row r says scripts[r], by position."""
+    """Steps in order, `cost(entries)` ms each, on a clock of its own; slot r says scripts[r], by position."""
 
     def __init__(self, script: np.ndarray, cost: Callable[[int], float], looks_up: bool = False) -> None:
         self.script = script
         self.cost = cost
         self.looks_up = looks_up
-        self.last_at = np.zeros(16, np.int64)  # of each row's last token
+        self.last_at = np.zeros(16, np.int64)  # of each slot's last token
         self.draft_tokens: dict[int, np.ndarray] = {}
         self.now = 0.0  # seconds
         self.free = 0.0  # when the last launched step is done
@@ -52,7 +52,7 @@ class Device:
         self.steps.append(step.num_seqs)
         done = self.free = max(self.free, self.now) + self.cost(step.num_seqs) / 1e3
         first = step.token_ids[step.query_start[:-1]]
-        starts = np.where(first < 0, self.last_at[step.rows] - 1 - first, step.starts)
+        starts = np.where(first < 0, self.last_at[step.slots] - 1 - first, step.starts)
         at = starts + np.diff(step.query_start)
         ids = self.script[at % len(self.script)].astype(np.int32)
         lookup = self._settle(step, at, ids)
@@ -67,22 +67,22 @@ class Device:
     def _settle(self, step: StepInput, at: np.ndarray, ids: np.ndarray) -> LookedUp:
         matched, hits = np.zeros((2, step.num_seqs), np.int32)
         fed = step.token_ids[step.query_start[1:] - 1].copy()
-        for s in np.flatnonzero(np.append(True, step.rows[1:] != step.rows[:-1])).tolist():
-            row, kept = int(step.rows[s]), s
-            draft_tokens = self.draft_tokens.get(row, np.full(15, -1, np.int32))
+        for s in np.flatnonzero(np.append(True, step.slots[1:] != step.slots[:-1])).tolist():
+            slot, kept = int(step.slots[s]), s
+            draft_tokens = self.draft_tokens.get(slot, np.full(15, -1, np.int32))
             hits[s] = draft_tokens[0] == ids[s]
             for entry in range(s + 1, step.num_seqs):
-                if step.rows[entry] != row:
+                if step.slots[entry] != slot:
                     break
                 if fed[entry] < 0:
                     fed[entry] = draft_tokens[-2 - fed[entry]]
                 kept += kept == entry - 1 and fed[entry] == ids[kept]
-            if step.sampled[s] or kept > s or step.rows[s + 1 : s + 2] == row:
-                self.last_at[row] = at[kept]
+            if step.sampled[s] or kept > s or step.slots[s + 1 : s + 2] == slot:
+                self.last_at[slot] = at[kept]
                 if not self.looks_up:
                     continue
                 text = self.script[: at[kept] + 1].astype(np.int32)[None]
-                (self.draft_tokens[row],), (matched[s],) = reference.lookup(text, np.array([text.shape[1]]), 15, 2, 5)
+                (self.draft_tokens[slot],), (matched[s],) = reference.lookup(text, np.array([text.shape[1]]), 15, 2, 5)
         return LookedUp(matched, hits, fed)
 
 
@@ -100,7 +100,7 @@ class Model:
         count = int(counts.max())
         self.device.now += self.ms * count / 1e3
         self.made += count
-        positions = self.scheduler.rows.known[at][:, None] + np.arange(count)
+        positions = self.scheduler.batch.known[at][:, None] + np.arange(count)
         right = self.device.script[positions]
         chance = np.where(positions < self.good_from, self.chance, 0.9)
         return np.where(self.rng.random(right.shape) < chance, right, (right + 1) % 1000).astype(np.int32)

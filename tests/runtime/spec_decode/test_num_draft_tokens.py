@@ -59,7 +59,7 @@ def test_chances_start_at_the_prior_and_follow_what_happens() -> None:
     good, bad = acceptance.chances(ints(0, 1), ints(1, 2), ints(3, 3), 2)
     assert good[1] > 0.85 and bad[0] < 0.15
     new = acceptance.chances(ints(1), ints(3), ints(3), 1)
-    assert 0.3 < new[0, 0] < 0.7, "a sequence that enters a row starts with what all rows tell"
+    assert 0.3 < new[0, 0] < 0.7, "a sequence that enters a slot starts with what all slots tell"
     untouched = acceptance.chances(ints(1), ints(3), ints(0), 1)
     assert untouched[0, 0] == PRIOR[0]
 
@@ -72,24 +72,24 @@ def test_what_follows_a_wrong_draft_token_was_not_put_to_the_test() -> None:
 
 
 @given(
-    rows=st.integers(1, 4),
+    slots=st.integers(1, 4),
     budget=st.integers(0, 12),
     slope=st.floats(0.01, 2.0),
     overhead=st.floats(0, 3),
     seed=st.integers(0, 1000),
 )
-def test_the_choice_is_the_best_of_all(rows: int, budget: int, slope: float, overhead: float, seed: int) -> None:
+def test_the_choice_is_the_best_of_all(slots: int, budget: int, slope: float, overhead: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    chances = np.cumprod(rng.uniform(0, 1, (rows, 3)), axis=1)
-    limits = rng.integers(0, 4, rows).astype(np.int32)
+    chances = np.cumprod(rng.uniform(0, 1, (slots, 3)), axis=1)
+    limits = rng.integers(0, 4, slots).astype(np.int32)
     costs = costs_of({n: 5 + slope * n for n in STEP_SIZES})
-    found = choose(chances, limits, rows, budget, costs, overhead, 0.0)
+    found = choose(chances, limits, slots, budget, costs, overhead, 0.0)
     assert (found.counts <= limits).all() and found.counts.sum() <= budget
 
     def rate(counts: tuple[int, ...]) -> float:
         total = sum(counts)
-        tokens = rows + sum(chances[row, :count].sum() for row, count in enumerate(counts))
-        return tokens / float(costs.ms(rows + total) + (overhead if total else 0))
+        tokens = slots + sum(chances[slot, :count].sum() for slot, count in enumerate(counts))
+        return tokens / float(costs.ms(slots + total) + (overhead if total else 0))
 
     allowed = [c for c in np.ndindex(*(limits + 1)) if sum(c) <= budget]
     assert found.rate == pytest.approx(max(map(rate, allowed)))

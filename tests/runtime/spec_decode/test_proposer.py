@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from pagegraph.kernels.spec_decode.reference import LOOKUP_SEEN
 from pagegraph.runtime.ipc.protocol import SamplingParams
+from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.sequence import Sequence
-from pagegraph.runtime.scheduler.slots import Rows
 from pagegraph.runtime.spec_decode.proposer import Ngram, Retrieval
 from pagegraph.runtime.spec_decode.suffix import BORDER, Automaton, Suffix
 
@@ -22,15 +22,15 @@ texts = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 stays = count(1)
 
 
-def rows_of(text: list[int]) -> Rows:
-    rows = Rows(1, 200, 16)
-    rows.enter(Sequence("a", np.array(text), SamplingParams(), frozenset(), 0, 200), [], 0)
-    rows.stay[0] = next(stays)
-    return rows
+def batch_of(text: list[int]) -> InputBatch:
+    batch = InputBatch(1, 200, 16)
+    batch.enter(Sequence("a", np.array(text), SamplingParams(), frozenset(), 0, 200), [], 0)
+    batch.stay[0] = next(stays)
+    return batch
 
 
 def proposed(drafter: Retrieval, text: list[int], limit: int = 4) -> tuple[list[int], int]:
-    proposal = drafter.propose(rows_of(text), np.zeros(1, np.int32), np.full(1, limit, np.int32))
+    proposal = drafter.propose(batch_of(text), np.zeros(1, np.int32), np.full(1, limit, np.int32))
     return proposal.tokens[0, : proposal.counts[0]].tolist(), int(proposal.matched[0])
 
 
@@ -85,24 +85,24 @@ def test_outputs_of_others_are_remembered_to_their_end() -> None:
     assert proposed(suffix, [1, 10, 11]) == ([12, 13], 2)
     assert proposed(suffix, [1, 10, 11, 12, 13])[0] == [], "nothing is known behind the end of an output"
     assert proposed(suffix, [21, 22, 9, 20, 21, 22]) == ([23, 24], 3), "the longer match proposes"
-    assert proposed(suffix, [20, 21, 7, 9, 20, 21]) == ([7, 9, 20, 21], 2), "of equals the row's own"
+    assert proposed(suffix, [20, 21, 7, 9, 20, 21]) == ([7, 9, 20, 21], 2), "of equals the slot's own"
     assert BORDER not in proposed(suffix, [22, 23], 9)[0]
 
 
-def test_a_row_is_followed_as_it_grows_and_anew_when_another_enters_it() -> None:
-    suffix, rows = Suffix(2), rows_of([1, 10])
+def test_a_slot_is_followed_as_it_grows_and_anew_when_another_enters_it() -> None:
+    suffix, batch = Suffix(2), batch_of([1, 10])
     suffix.ended(np.array([10, 11, 12, 13, 14]))
 
     def next_tokens() -> list[int]:
-        proposal = suffix.propose(rows, np.zeros(1, np.int32), np.full(1, 2, np.int32))
+        proposal = suffix.propose(batch, np.zeros(1, np.int32), np.full(1, 2, np.int32))
         return proposal.tokens[0, : proposal.counts[0]].tolist()
 
     assert next_tokens() == []
     for token, expected in ((11, [12, 13]), (12, [13, 14]), (9, [])):
-        rows.tokens[0, rows.known[0]] = token
-        rows.known[0] += 1
+        batch.tokens[0, batch.known[0]] = token
+        batch.known[0] += 1
         assert next_tokens() == expected
-    rows.leave(0)
-    next(rows._stays)
-    rows.enter(Sequence("b", np.array([12, 13]), SamplingParams(), frozenset(), 0, 200), [], 0)
+    batch.leave(0)
+    next(batch._stays)
+    batch.enter(Sequence("b", np.array([12, 13]), SamplingParams(), frozenset(), 0, 200), [], 0)
     assert next_tokens() == [14]

@@ -1,0 +1,175 @@
+"""Running sequences as columns: entry r of every array belongs to the sequence in slot r.
+
+What a step reads or changes of every running sequence stands here, so that planning, packing and committing
+are array operations whatever the batch. A waiting or finished sequence holds its own tokens and nothing here.
+Knows no scheduling order, no pool and no device.
+
+An object a sequence cost 1.4 ms of Python a step at 256 sequences; columns are a tenth of that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+
+from pagegraph.runtime.scheduler.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """What of some slots does not change while their sequences stay; columns of `InputBatch`, entry i of slots[i]."""
+
+    slots: np.ndarray
+    stays: np.ndarray
+    max_len: np.ndarray
+    min_len: np.ndarray
+    num_prompt: np.ndarray
+    stop_ids: np.ndarray
+    owners: np.ndarray
+    request_ids: np.ndarray
+
+
+class InputBatch:
+    """`num_slots` slots for sequences of at most `max_model_len` tokens in blocks of `block_size`; int32 unless said.
+
+    Half-open ranges: tokens[r, :computed[r]] have their KV in blocks or in a launched step; tokens[r, :known[r]]
+    are on the host; at most total[r] - known[r] samples are scheduled and still to come. Both computed and total count
+    draft tokens in flight as if they held, and are taken back where they did not.
+    """
+
+    def __init__(self, num_slots: int, max_model_len: int, block_size: int) -> None:
+        def column(dtype: type = np.int32) -> np.ndarray:
+            return np.zeros(num_slots, dtype)
+
+        self.block_size = block_size
+        self.sequences = np.full(num_slots, None, object)
+        self.stay = column(np.int64)  # a number for each time a sequence enters a slot, 0: the slot is empty
+        self.tokens = np.empty((num_slots, max_model_len), np.int32)  # takes memory only as far as it is written
+        self.known, self.total, self.computed = column(), column(), column()
+        self.num_prompt = column()
+        self.max_len = column()  # tokens at which the sequence ends, whatever they are
+        self.min_len = column()  # tokens up to which no id stops it
+        self.stop_ids = np.full((num_slots, 1), -1, np.int32)  # widened for a sequence with more
+        self.blocks = np.zeros((num_slots, -(-max_model_len // block_size)), np.int32)
+        self.num_blocks = column()
+        self.temperature, self.top_p, self.min_p = column(np.float32), column(np.float32), column(np.float32)
+        self.top_k = column()
+        self.repetition, self.presence, self.frequency = column(np.float32), column(np.float32), column(np.float32)
+        self.seed = column(np.int64)
+        self.has_filters, self.has_penalties = column(bool), column(bool)
+        self.has_extras = column(bool)  # what only a look at the parameters tells: bias, allowed ids, logprobs
+        self.owner = column()
+        self.request_ids = np.full(num_slots, "", object)
+        self.arrival = column(np.float64)  # seconds of the engine's clock
+        self.last_token_at = column(np.float64)  # seconds, NaN before the first token
+        self._stays = count(1)
+        self.clear()
+
+    def clear(self) -> None:
+        """All slots are empty, whatever they were."""
+        self.sequences[:] = None
+        self.stay[:] = self.known[:] = self.total[:] = self.computed[:] = self.num_blocks[:] = 0
+        self.blocks[:] = 0
+        self._free = list(range(len(self.stay) - 1, -1, -1))
+        self._new_blocks: list[np.ndarray] = []
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def enter(self, sequence: Sequence, blocks: list[int], computed: int) -> int:
+        """Give the sequence a slot, its blocks, and the tokens whose KV these hold already -> the slot.
+
+        If that raises, it still has no slot.
+        """
+        slot = self._free.pop()
+        params, num_known = sequence.params, len(sequence.tokens)
+        self.tokens[slot, :num_known] = sequence.tokens
+        self.known[slot] = self.total[slot] = num_known
+        self.computed[slot] = computed
+        self.num_prompt[slot] = sequence.num_prompt
+        self.max_len[slot] = sequence.max_len
+        self.min_len[slot] = sequence.num_prompt + params.min_tokens
+        self._set_stop_ids(slot, sequence.stop_ids)
+        self._put_blocks(slot, np.arange(len(blocks)), np.array(blocks, np.int32))
+        self.num_blocks[slot] = len(blocks)
+        self.temperature[slot], self.top_p[slot], self.min_p[slot] = params.temperature, params.top_p, params.min_p
+        self.top_k[slot] = params.top_k
+        self.repetition[slot] = params.repetition_penalty
+        self.presence[slot], self.frequency[slot] = params.presence_penalty, params.frequency_penalty
+        self.seed[slot] = sequence.seed
+        self.has_filters[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        self.has_penalties[slot] = sequence.has_penalties
+        self.has_extras[slot] = (
+            len(params.logit_bias) > 0 or params.allowed_token_ids is not None or params.logprobs is not None
+        )
+        self.owner[slot], self.request_ids[slot] = sequence.owner, sequence.request_id
+        self.arrival[slot], self.last_token_at[slot] = sequence.arrival, sequence.last_token_at
+        self.stay[slot] = next(self._stays)
+        self.sequences[slot], sequence.slot = sequence, slot
+        return slot
+
+    def fixed(self, slots: np.ndarray) -> Fixed:
+        """Of these slots, in this order."""
+        return Fixed(
+            slots,
+            self.stay[slots],
+            self.max_len[slots],
+            self.min_len[slots],
+            self.num_prompt[slots],
+            self.stop_ids[slots],
+            self.owner[slots],
+            self.request_ids[slots],
+        )
+
+    def leave(self, slot: int) -> None:
+        """The sequence takes its tokens along; its blocks were taken before."""
+        sequence = self.sequences[slot]
+        sequence.tokens = self.tokens[slot, : self.known[slot]].copy()
+        sequence.last_token_at = float(self.last_token_at[slot])
+        sequence.slot = -1
+        self.sequences[slot] = None
+        self.stay[slot] = 0
+        self._free.append(slot)
+
+    def add_blocks(self, slots: np.ndarray, counts: np.ndarray, blocks: list[int]) -> None:
+        """Append counts[i] of `blocks`, in order, to the table of slot slots[i]; no slot twice."""
+        within = np.arange(len(blocks)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self._put_blocks(
+            np.repeat(slots, counts), np.repeat(self.num_blocks[slots], counts) + within, np.array(blocks, np.int32)
+        )
+        self.num_blocks[slots] += counts
+
+    def take_new_blocks(self) -> np.ndarray:
+        """What the tables have gained since the last call, int32 [P, 3]: (slot, index, block)."""
+        new, self._new_blocks = self._new_blocks, []
+        return np.concatenate(new) if new else _NO_BLOCKS
+
+    def blocks_of(self, slot: int) -> list[int]:
+        """The slot's blocks in order."""
+        return self.blocks[slot, : self.num_blocks[slot]].tolist()
+
+    def take_blocks(self, slot: int) -> list[int]:
+        """The slot's blocks, which it no longer holds."""
+        blocks = self.blocks_of(slot)
+        self.blocks[slot, : len(blocks)] = 0
+        self.num_blocks[slot] = self.computed[slot] = 0
+        return blocks
+
+    def _put_blocks(self, slots: np.ndarray | int, at: np.ndarray, blocks: np.ndarray) -> None:
+        self.blocks[slots, at] = blocks
+        new = np.empty((len(blocks), 3), np.int32)
+        new[:, 0], new[:, 1], new[:, 2] = slots, at, blocks
+        self._new_blocks.append(new)
+
+    def _set_stop_ids(self, slot: int, ids: frozenset[int]) -> None:
+        if len(ids) > self.stop_ids.shape[1]:
+            more = np.full((len(self.stop_ids), len(ids) - self.stop_ids.shape[1]), -1, np.int32)
+            self.stop_ids = np.concatenate([self.stop_ids, more], axis=1)
+        self.stop_ids[slot] = -1
+        self.stop_ids[slot, : len(ids)] = list(ids)
+
+
+_NO_BLOCKS = np.empty((0, 3), np.int32)
