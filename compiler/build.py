@@ -90,15 +90,18 @@ class BuiltModel:
 
     @property
     def steps(self) -> list[CompiledStep]:
-        """Of all models."""
+        """The model's step and, if there is one, the draft model's."""
         return [self.step] if self.draft is None else [self.step, self.draft]
 
     def use_idle_time(self) -> bool:
-        """`CompiledStep.use_idle_time` of one of them."""
+        """Let one step do a piece of what was put off at the start -> whether there was any."""
         return any(step.use_idle_time() for step in self.steps)
 
     def compile(self, progress: bool = False, first: Callable[[], None] = lambda: None) -> None:
-        """Do `first`, compile all forwards, and what they call, and swap them in: all or, where one fails, none. Safe beside launches."""
+        """Do `first`, compile the forwards of all models and swap them in: all of them or, if one fails, none.
+
+        Safe beside launches.
+        """
         self.compile_state = "compiling"
         try:
             first()
@@ -121,7 +124,10 @@ class BuiltModel:
         return [step.compiled_forward(warm_steps(step.state), progress) for step in self.steps]
 
     def capture_graphs(self, *, progress: bool, all_graphs: bool = True) -> None:
-        """On CUDA, of whatever forward there is. Without `all_graphs` few are captured here, and the others in the step's idle time."""
+        """Capture CUDA graphs of whatever forward there is; does nothing on a CPU.
+
+        Without `all_graphs` a few sizes are captured here and the others in idle time (`use_idle_time`).
+        """
         if self.device.type == "cuda":
             with self.timings.stage("graphs"):
                 for step in self.steps:
@@ -152,7 +158,7 @@ class LoadedModel:
         return self.model_config.get_text_config().vocab_size
 
     def state(self, options: CompilerOptions, num_blocks: int, *, is_draft: bool = False) -> DeviceState:
-        """Caches of so many blocks, and what else outlives a step. Draft tokens are verified by the target alone."""
+        """KV caches of so many blocks, and what else outlives a step. Only the target model verifies draft tokens."""
         block_size = options.kv_cache.block_size
         return DeviceState(
             self.captured.layouts,
@@ -169,7 +175,7 @@ class LoadedModel:
 
 
 def build_model(options: CompilerOptions, *, progress: bool = True) -> BuiltModel:
-    """Build the model, and its draft model, uncompiled.
+    """Build the model, and its draft model if it has one; steps run uncompiled.
 
     Raises UnsupportedModel, DoesNotFit, QuantizationError, or ValueError naming the key at fault.
     """
@@ -207,7 +213,7 @@ def build_model(options: CompilerOptions, *, progress: bool = True) -> BuiltMode
 
 
 def build_compiled(options: CompilerOptions, *, progress: bool = True) -> BuiltModel:
-    """Build, compile where that is on, and (on CUDA) capture: steps run at full speed from the first on.
+    """Build, compile if that is on, and capture CUDA graphs: steps run at full speed from the first on.
 
     Raises what the compilation raised.
     """
@@ -220,7 +226,7 @@ def build_compiled(options: CompilerOptions, *, progress: bool = True) -> BuiltM
 
 
 def model_folder(options: ModelOptions, cache_dir: str | None) -> Path:
-    """Where the model's files lie: fetched and converted now where they are not there yet."""
+    """The folder of the model's files; they are fetched or converted now if they are not there yet."""
     cache = cache_folder(cache_dir)
     with naming_the_cache(cache):
         return resolve_model(
@@ -236,7 +242,7 @@ def model_folder(options: ModelOptions, cache_dir: str | None) -> Path:
 def _load(
     model_options: ModelOptions, options: CompilerOptions, timings: Timings, progress: bool, name: str = ""
 ) -> LoadedModel:
-    """The stages from the model's files to captured modules with weights; `name` goes before theirs."""
+    """The stages from the model's files to captured modules with weights; `name` is put before the stages' names."""
     device, trust_remote_code = options.device, model_options.trust_remote_code
     with timings.stage(f"{name}source"):
         folder = model_folder(model_options, options.cache_dir)
@@ -272,8 +278,9 @@ def _load(
 def _check_draft(options: CompilerOptions, model: LoadedModel, draft: LoadedModel) -> None:
     if draft.vocab_size != model.vocab_size:
         raise ValueError(
-            f"speculative_model={options.draft.model} has a vocabulary of {draft.vocab_size} tokens, {options.model.model} one of"
-            f" {model.vocab_size}: only a model of the same vocabulary can draft; name one, or set speculative_method to ngram"
+            f"speculative_model={options.draft.model} has a vocabulary of {draft.vocab_size} tokens,"
+            f" {options.model.model} one of {model.vocab_size}: only a model of the same vocabulary can draft;"
+            " name one, or set speculative_method to ngram"
         )
 
 
@@ -314,8 +321,8 @@ def _kv_budget(options: CompilerOptions, models: list[LoadedModel]) -> KvBudget:
 def warm_steps(state: DeviceState) -> list[StepInput]:
     """One dummy step for each compiled forward.
 
-    A ragged step of distinct sizes, because the compiler takes sizes that are equal for the same: T, S, S + 1 and the
-    width of the block tables. On the CPU, where a single token gains from constant sizes, such a step too.
+    A ragged step whose sizes differ (T, S, S + 1, width of the block tables), because Dynamo takes equal sizes for one
+    symbol. On the CPU a step of a single token too, which gains from constant sizes.
     """
     ragged = [5, 1, 3] if state.max_blocks not in (9, 3, 4) else [6, 1, 4, 3, 2]
     wanted = [[1], ragged] if state.last_tokens.device.type == "cpu" else [ragged]

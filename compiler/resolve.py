@@ -1,4 +1,4 @@
-"""Settings that depend on the machine or the model, and what they come to: device, dtypes, quantization, length, end tokens.
+"""Settings that depend on the machine or the model: device, dtypes, quantization, max_model_len, end tokens.
 
 Takes plain values and a model's configuration; knows no runtime, no weights and no steps.
 """
@@ -40,14 +40,14 @@ def resolve_dtype(name: str, model_config: Any, device: torch.device) -> torch.d
 
 
 def resolve_quantization(
-    asked: str | None, model_config: Any, device: torch.device, beside: dict[str, Any] | None = None
+    asked: str | None, model_config: Any, device: torch.device, sidecar: dict[str, Any] | None = None
 ) -> Scheme | str | None:
-    """The checkpoint's scheme, or the method asked for; takes the checkpoint's words off `model_config`.
+    """The checkpoint's scheme, or the method asked for; removes `quantization_config` from `model_config`.
 
-    beside: what counts where `model_config` has no word of it.
-    Raises QuantizationError where they contradict each other or the device cannot hold the type.
+    sidecar: a quantization_config that counts if `model_config` has none.
+    Raises QuantizationError if the two contradict each other or the device has no such type.
     """
-    found = resolve_scheme(asked, vars(model_config).pop("quantization_config", None) or beside)
+    found = resolve_scheme(asked, vars(model_config).pop("quantization_config", None) or sidecar)
     method = found.method if isinstance(found, Scheme) else found
     if method == "fp8" or getattr(found, "fp8", False):
         _require_fp8("quantization=fp8", device, "set quantization to int8 or int4 on an unquantised checkpoint")
@@ -55,7 +55,7 @@ def resolve_quantization(
 
 
 def resolve_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of keys and values in blocks: `auto` is the activations' own, `fp8` e4m3 by a scale of 1."""
+    """The dtype of the KV cache: `auto` is that of activations, `fp8` is e4m3 with a scale of 1."""
     if name == "auto":
         return dtype
     _require_fp8("kv_cache_dtype=fp8", device, "set kv_cache_dtype to auto")
@@ -71,7 +71,10 @@ def _require_fp8(setting: str, device: torch.device, instead: str) -> None:
 
 
 def resolve_max_model_len(asked: int | None, model_config: Any) -> int:
-    """The asked length, or the model's default; raises ValueError above its own limit, or where its rope type is unknown."""
+    """The asked length, or the model's default.
+
+    Raises ValueError if it is above the model's own limit, or if the rope type is unknown.
+    """
     known = lengths(model_config)
     if asked is not None and asked > known.longest:
         raise ValueError(
@@ -96,10 +99,10 @@ def resolve_max_model_len(asked: int | None, model_config: Any) -> int:
 
 
 def eos_ids(folder: Path, model_config: Any, tokenizer: Path | None = None) -> frozenset[int]:
-    """End-of-sequence ids: all that generation_config.json, config.json and the tokenizer's files name, and the model has.
+    """End-of-sequence ids that generation_config.json, config.json or the tokenizer's files name and the model has.
 
-    A file that names none, by an empty list too, silences no other. Only where no file names any the default of the
-    configuration's class holds, which may belong to another vocabulary. `tokenizer` is its folder where it is not `folder`.
+    If no file names any, the default of the configuration's class holds, which may belong to another vocabulary.
+    `tokenizer` is the tokenizer's folder if it is not `folder`.
     """
     config = json_object(folder / "config.json")
     said = [json_object(folder / "generation_config.json").get("eos_token_id"), config.get("eos_token_id")]

@@ -1,7 +1,7 @@
-"""What a GGUF file's metadata says of the model, as a configuration of transformers: every key is applied, or refused by name.
+"""A GGUF file's metadata as a configuration of transformers: every key is applied, or refused by name.
 
-transformers names the kind of model and reads the main sizes; this file holds what each key means, sets what it leaves out
-(rope scaling, head sizes, soft caps, biases, several ends of a sequence), and checks on the built model that it was heard.
+transformers names the model type and reads the main sizes. This file holds what each key means, sets what transformers
+leaves out (rope scaling, head sizes, soft caps, biases, several end tokens), and checks that the built model has it.
 Keys mean what llama.cpp's reader takes them for, its defaults included.
 """
 
@@ -103,7 +103,10 @@ SAMPLING = {
 
 
 def configuration(file: GgufFile) -> PretrainedConfig:
-    """The configuration of the file's model. Raises GgufError for keys that cannot be applied, ValueError for unknown architectures."""
+    """The configuration of the file's model.
+
+    Raises GgufError for keys that cannot be applied, ValueError for unknown architectures.
+    """
     _log_unread(file)
     found, own = _read_by_transformers(file), file.own()
     empty = CONFIG_MAPPING[found["model_type"]]()
@@ -143,7 +146,7 @@ def configuration(file: GgufFile) -> PretrainedConfig:
 
 
 def check_model(file: GgufFile, model: nn.Module, consumed: set[str]) -> None:
-    """Refuse what the built model did not hear: tensors that no weight of it was made of, other angles than the file's.
+    """Raise where the built model differs from the file: tensors that became no weight, other rotary angles.
 
     consumed: names of the file's tensors that became weights.
     """
@@ -152,7 +155,8 @@ def check_model(file: GgufFile, model: nn.Module, consumed: set[str]) -> None:
     if changing:
         more = f" and {len(changing) - 6} more" if len(changing) > 6 else ""
         raise GgufError(
-            f"{file.path.name}: {type(model).__name__} has no weights for the tensors {', '.join(changing[:6])}{more}, which would be "
+            f"{file.path.name}: {type(model).__name__} has no weights for the tensors"
+            f" {', '.join(changing[:6])}{more}, which would be "
             "left out; take another file of this model, or its safetensors checkpoint"
         )
     _check_angles(file, model)
@@ -182,8 +186,11 @@ def _read_by_transformers(file: GgufFile) -> dict[str, Any]:
 
 
 def _log_unread(file: GgufFile) -> None:
-    """Name the keys that belong neither to the architecture nor to the tokenizer: in one line those that nobody knows, in another,
-    for debugging, those that say where the file comes from. Recommended sampling is `generation_config`'s."""
+    """Log the keys that belong neither to the architecture nor to the tokenizer.
+
+    Unknown keys go into one line, descriptive ones into another at level debug. `generation_config` reads recommended
+    sampling.
+    """
     read_elsewhere = (f"{file.architecture}.", "tokenizer.", "general.sampling.")
     others = sorted(key for key in file.metadata if not key.startswith(read_elsewhere) and key not in READ_ON_OPENING)
     unknown = [key for key in others if not DESCRIPTIVE.match(key)]
@@ -194,7 +201,7 @@ def _log_unread(file: GgufFile) -> None:
 
 
 def _refuse_unapplied(file: GgufFile, empty: PretrainedConfig, key: str, value: Any) -> None:
-    """Raise for a key of the architecture that neither means nothing nor finds a place in the configuration."""
+    """Raise for a key of the architecture that changes the model and has no place in the configuration."""
     if value in NEUTRAL.get(key, ()):
         return
     if key in ROPE | CHECKED | WITHOUT_EFFECT or key == PATTERN and hasattr(empty, "layer_types"):
@@ -208,7 +215,10 @@ def _refuse_unapplied(file: GgufFile, empty: PretrainedConfig, key: str, value: 
 
 
 def _place(empty: PretrainedConfig, key: str) -> str | None:
-    """The configuration's name for a key of the architecture. Models ask for `head_dim` whether or not their class lists it."""
+    """The configuration's name for a key of the architecture.
+
+    Models ask for `head_dim` whether or not their class lists it.
+    """
     return next((name for name in FIELDS.get(key, ()) if hasattr(empty, name) or name == "head_dim"), None)
 
 
@@ -245,7 +255,8 @@ def _set_rope(file: GgufFile, empty: PretrainedConfig, found: dict[str, Any], ow
 def _scaling(file: GgufFile, own: dict[str, Any]) -> dict[str, Any]:
     """transformers' words for how the file scales positions.
 
-    The file's context_length is the length to serve, scaling included; where it names no original length, yarn takes it for that too.
+    The file's context_length is the length to serve, scaling included. If the file names no original length, yarn takes
+    context_length for that too.
     """
     factor = own.get("rope.scaling.factor") or own.get("rope.scale_linear") or 1.0
     kind = own.get("rope.scaling.type", "linear" if factor != 1.0 else "none")
@@ -310,5 +321,6 @@ def _check_angles(file: GgufFile, model: nn.Module) -> None:
         expected = 1.0 / (factor * base ** (torch.arange(0, rotated, 2) / rotated))
         if angles.shape != expected.shape or not torch.allclose(angles.cpu().float(), expected, rtol=1e-4, atol=0):
             raise GgufError(
-                f"{file.path.name}: {type(model).__name__} would rotate by other angles than rope.* of the file say ({name})"
+                f"{file.path.name}: {type(model).__name__} would rotate by other angles than rope.* of the file say"
+                f" ({name})"
             )

@@ -1,4 +1,4 @@
-"""Opening GGUF files: their metadata as Python values, their tensors by name, and an error that names what is not whole.
+"""Opening GGUF files: metadata as Python values, tensors by name, and errors that name what is damaged.
 
 Knows the container, and that a number may be given layer by layer; does not know what keys or tensors mean.
 """
@@ -23,12 +23,15 @@ NOT_NUMBERS = {gguf.GGUFValueType.BOOL, gguf.GGUFValueType.STRING, gguf.GGUFValu
 
 
 class GgufError(ValueError):
-    """A GGUF file that is not whole, or says something that is not served; the message names the file, the key and what to do."""
+    """A GGUF file is damaged or asks for what is not served; the message names the file, the key and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """metadata: key -> number, text, flag or a list of them. tensors: name -> tensor of the reader (dimensions reversed)."""
+    """An opened file.
+
+    metadata: key -> number, text, flag or a list of them. tensors: name -> the reader's tensor (dimensions reversed).
+    """
 
     path: Path
     metadata: dict[str, Any]
@@ -95,7 +98,7 @@ def open_gguf(path: Path) -> GgufFile:
 
 
 def _take_equal_layers_together(reader: gguf.GGUFReader) -> None:
-    """Let each list of the architecture with a number for every layer, all of them equal, be that number to all who use `reader`."""
+    """Replace lists of the architecture that hold the same number for every layer by that number, inside `reader`."""
     if "general.architecture" not in reader.fields:
         return
     prefix = f"{reader.fields['general.architecture'].contents()}."
@@ -112,9 +115,9 @@ def _take_equal_layers_together(reader: gguf.GGUFReader) -> None:
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """While this lasts a GGUF file's metadata is parsed once, and its table of tensor names built once, transformers' readings too.
+    """Parse a GGUF file's metadata, and build its table of tensor names, only once inside this context.
 
-    It asks for both again and again, and a vocabulary takes seconds to parse.
+    transformers asks for both again and again, and a vocabulary takes seconds to parse.
     """
     reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
     once = functools.cache(PlainReader)

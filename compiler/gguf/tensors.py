@@ -1,6 +1,6 @@
 """The tensors of a GGUF file by the names, shapes and order of rows that transformers' modules have.
 
-Names and the order of rows are transformers' business; which tensors it took is noted, because it drops others without a word.
+transformers decides names and the order of rows. It drops tensors silently, so the ones it took are noted here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pagegraph.compiler.gguf.file import GgufError, GgufFile
 def read_tensors(file: GgufFile, model: nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
     """Dequantised weights of `model`, float32, by name; and the names of the file's tensors that they came from.
 
-    Biases that the model has and the file leaves out are zero, as its own readers take them. Raises GgufError where it lacks others.
+    A bias that the model has and the file lacks is zero, as llama.cpp's reader takes it. Raises GgufError if the file
+    lacks any other weight.
     """
     tensors = load_gguf_checkpoint(file.path, return_tensors=True, model_to_load=model, torch_dtype=torch.float32)[
         "tensors"

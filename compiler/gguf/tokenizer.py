@@ -1,8 +1,8 @@
 """The tokenizer that a GGUF file's `tokenizer.*` keys describe, as files of a model folder.
 
-The keys mean what llama.cpp's reader takes them for, defaults included. Two kinds of vocabulary belong to causal models: `llama`
-(SentencePiece's: whole text, pairs joined by the score of what they make) and `gpt2` (bytes, pairs joined in a listed order after
-text is cut by patterns); `gemma4` is the first with the listed order of the second.
+The keys mean what llama.cpp's reader takes them for, defaults included. Two kinds of vocabulary belong to causal
+models: `llama` (SentencePiece's: whole text, pairs joined by the score of what they make) and `gpt2` (bytes, pairs
+joined in a listed order after text is cut by patterns); `gemma4` is the first with the listed order of the second.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ _DIGITS_APART = [r"\p{N}", _GPT2]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How text is cut ahead of joining pairs: by each pattern in turn, both what matches and what lies between being pieces."""
+    """How text is cut before pairs are merged: by each pattern in turn; matches and what lies between are pieces."""
 
     patterns: list[str]
     ignore_merges: bool = False  # a piece that is a token stays whole
@@ -160,7 +160,7 @@ class Vocabulary:
 
 
 def read_tokenizer(file: GgufFile) -> tuple[tokenizers.Tokenizer, Vocabulary]:
-    """The tokenizer and its vocabulary; raises GgufError for a kind that is not served and for keys that nobody reads."""
+    """The tokenizer and its vocabulary; raises GgufError for kinds that are not served and unknown keys."""
     _refuse_unknown(file)
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind not in DEFAULT_IDS:
@@ -252,7 +252,8 @@ def _of_bytes(file: GgufFile, vocabulary: Vocabulary) -> tuple[tokenizers.Tokeni
     name = file.metadata.get("tokenizer.ggml.pre")
     if name is None:
         log.warning(
-            "%s names no tokenizer.ggml.pre, as old files do: text is cut by the default patterns, which may not be the model's",
+            "%s names no tokenizer.ggml.pre, as old files do: text is cut by the default patterns, which may not be"
+            " the model's",
             file.path.name,
         )
         name = "default"
@@ -296,8 +297,8 @@ def _listed_merges(file: GgufFile) -> list[tuple[str, str]]:
 def merges_by_score(file: GgufFile, vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """Pairs in the order in which they are joined: those of the token with the highest score first.
 
-    Of equal pairs the leftmost is joined first. All ways to make one token have the same score but need an order here: where
-    two of them overlap (ab + a + ba, for aba) the left one is the one whose first part is a period of the token.
+    Of equal pairs the leftmost is joined first. All ways to make one token have the same score but need an order here:
+    where two of them overlap (ab + a + ba, for aba) the left one is the one whose first part is a period of the token.
     """
     scores: Sequence[float] = file.metadata.get("tokenizer.ggml.scores") or []
     if len(scores) != len(vocabulary.tokens):

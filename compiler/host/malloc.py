@@ -1,8 +1,7 @@
-"""What was freed goes back to the system: glibc would keep it, at times more than the model takes unquantised.
+"""malloc_trim: freed memory goes back to the system.
 
-Knows the C library only.
-
-Loading calls it after each quantised weight, because glibc kept the holes between the small tensors that stay.
+glibc keeps the holes between small tensors that stay, at times more than the unquantised model takes. So loading calls
+this after each quantised weight. Knows the C library only.
 """
 
 from __future__ import annotations
@@ -12,6 +11,6 @@ from contextlib import suppress
 
 
 def return_freed_memory() -> None:
-    """Takes about a millisecond; nothing happens with a C library that has no such call."""
+    """Call malloc_trim, which takes about a millisecond; does nothing with a C library that lacks it."""
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,8 +1,9 @@
-"""How long OpenMP's threads stay awake for the next parallel loop: imported before PyTorch, whose libgomp reads it once.
+"""The OpenMP spin count: how long a thread spins for the next parallel loop before it sleeps.
 
-Its own choice is milliseconds. On two cores and beside one other busy process, steps then take more than twice as long as with
-threads that sleep: who waits keeps the one it waits for from running. This is long enough for what lies between most loops of
-a step. A value from the environment is left alone; in a process that has loaded PyTorch before, libgomp's stays.
+Import this before PyTorch, whose libgomp reads GOMP_SPINCOUNT once, when it is loaded. libgomp's default is
+milliseconds: on two cores beside one other busy process, steps then take more than twice as long as with threads that
+sleep, because a spinning thread keeps the thread it waits for from its CPU. The count here covers what lies between
+most loops of a step. A value from the environment is left alone.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""The thread that runs CPU steps: one for every model of the process, and while it works the only one with OpenMP threads.
+"""The one thread that runs CPU steps of all models, and while it works the only one with OpenMP threads.
 
-PyTorch's OpenMP (libgomp) keeps a team of threads for each thread that has run a parallel loop. Once teams together hold more
-threads than there are CPUs, none stays awake between two loops, and waking one costs 50 us; a step has over a hundred loops.
-So models share the thread, and whoever submits work gives up the team that loading or compiling left it.
+PyTorch's OpenMP (libgomp) keeps a team of threads for each thread that has run a parallel loop. Once the teams together
+have more threads than there are CPUs, libgomp lets threads sleep between two loops, and waking one costs 50 us; a step
+has over a hundred loops. So models share this thread, and a thread that submits work ends its own team first.
 Knows nothing of steps. Other OpenMP libraries are left alone; what they do is not known.
 """
 
@@ -25,18 +25,18 @@ _thread = ThreadPoolExecutor(1, thread_name_prefix="step")
 
 
 def submit(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-    """Run it behind what was submitted before, from whatever thread."""
+    """Run `function` on the step thread after what was submitted before; any thread may call."""
     give_up_team()
     return _thread.submit(function, *args, **kwargs)
 
 
 def rest() -> None:
-    """Wait for all that was submitted; OpenMP's threads are free for others until more is."""
+    """Wait for all that was submitted, then end the step thread's OpenMP team."""
     _thread.submit(give_up_team).result()
 
 
 def give_up_team() -> None:
-    """End the OpenMP threads of the calling thread; its next parallel loop starts new ones. Takes 0.2 us where there are none."""
+    """End the calling thread's OpenMP team; its next parallel loop starts a new one. Takes 0.2 us if it has none."""
     if _pause is not None:
         _pause(OMP_PAUSE_SOFT)
 

@@ -17,25 +17,26 @@ DEFAULT_CACHE = "~/.cache/pagegraph"
 
 
 def cache_folder(asked: str | None) -> Path:
-    """Where artefacts and converted models are kept; `asked` is the configuration's word."""
+    """The folder of compiled code and converted models; `asked`: the configured folder, None for the default."""
     return Path(asked or DEFAULT_CACHE).expanduser()
 
 
 @contextmanager
 def naming_the_cache(folder: Path) -> Iterator[None]:
-    """Errors of writing below `folder`, as on a full or read-only disk, become OSErrors that name the setting."""
+    """Turn errors of writing below `folder`, as on a full or read-only disk, into OSErrors that name the setting."""
     try:
         yield
     except Exception as error:
         at = Path(error.filename).absolute() if isinstance(error, OSError) and error.filename is not None else None
-        # Of the folder itself a folder above it may be what cannot be made.
+        # A parent may be what cannot be made.
         inside = at is not None and (at.is_relative_to(folder.absolute()) or folder.absolute().is_relative_to(at))
         full = isinstance(error, safetensors.SafetensorError) and os.strerror(errno.ENOSPC) in str(error)
         if not (inside or full):
             raise
         reason = error.strerror if inside else os.strerror(errno.ENOSPC)
         raise OSError(
-            f"compile_cache_dir={folder} cannot be written to: {reason}; name a folder that has room for compiled code and converted models"
+            f"compile_cache_dir={folder} cannot be written to: {reason}; name a folder that has room for compiled"
+            " code and converted models"
         ) from error
 
 
@@ -43,6 +44,6 @@ def use_cache(folder: Path) -> None:
     """Keep Inductor's and Triton's artefacts under `folder`; call before the first compilation."""
     with naming_the_cache(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    # Both libraries read these variables only.
+    # Inductor and Triton read nothing else.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")

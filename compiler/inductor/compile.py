@@ -37,7 +37,7 @@ def compile_forward(
 
     Sizes marked dynamic on the inputs stay symbolic.
 
-    The modules do not change after loading, so no step checks them again: hundreds of guards cost milliseconds.
+    Guards on modules are dropped, because modules do not change after loading: hundreds of them cost milliseconds.
     """
     compile_graph = backend or compile_fx
 
@@ -47,7 +47,7 @@ def compile_forward(
         if all(one.device.type == "cpu" for one in inputs if isinstance(one, torch.Tensor)):
             lower_attention()
         _keep_as_calls(module.graph)
-        # Checks of every tensor at each step are a tenth of a small step's Python. Artefacts differ by what was built here.
+        # Size assertions at each step are a tenth of a small step's Python. The cache key names the C++ that was built.
         built = cpu_int4.built_as() + cpu_decode.built_as()
         with config.patch(size_asserts=False), torch.compiler.config.patch(cache_key_tag=built):
             return compile_graph(module, inputs)
@@ -56,9 +56,9 @@ def compile_forward(
 
 
 def _keep_as_calls(graph: torch.fx.Graph) -> None:
-    """Tell Inductor that ops it does not know, ours, are calls as they are.
+    """Tell Inductor that our ops, which it does not know, stay calls.
 
-    It finds out by itself, but before that some versions (2.11) write into a log what the op's arguments are computed from,
+    It would find out by itself, but before that some versions (2.11) log what the op's arguments are computed from,
     which takes exponential time for an op that first stands at the end of a graph.
     """
     for packet in {node.target for node in graph.nodes if isinstance(node.target, OpOverloadPacket)}:

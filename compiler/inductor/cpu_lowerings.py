@@ -1,7 +1,8 @@
 """What Inductor generates on a CPU for ops of ours: C++ functions that are called past PyTorch's dispatcher.
 
-The dispatcher takes longer than the attention of one token. Importing registers the lowerings of the ops that exist on the
-CPU alone; `lower_attention` those that on CUDA stay calls of the op. Knows ops and their arguments; knows no models.
+The dispatcher takes longer than the attention of one token. Importing registers the lowerings of the ops that exist on
+the CPU alone; `lower_attention` those that on CUDA stay calls of the op. Knows ops and their arguments; knows no
+models.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _int4_rows = fallback_handler(torch.ops.pagegraph.int4_packed_linear.default)
 
 @register_lowering(torch.ops.pagegraph.int4_packed_linear.default, type_promotion_kind=None)
 def _int4_packed_linear(x: TensorBox, packed: TensorBox, pairs: TensorBox, group: int) -> TensorBox:
-    """One row's product is called past the dispatcher, which takes a quarter as long as the product."""
+    """One row's GEMV is called past the dispatcher, which takes a quarter as long as the GEMV."""
     inputs = [ExternKernel.require_contiguous(one) for one in (x, packed, pairs)]
     if not cpu_int4.takes(x.get_dtype(), x.get_size()[0]):
         return _int4_rows(*inputs, group)
@@ -68,7 +69,7 @@ _attention_of_one_row = ExternKernelChoice(
 
 
 def _attention(op: OpOverload, *arguments: TensorBox | float | int | None) -> TensorBox:
-    """One row's on a CPU is called past the dispatcher, which takes longer than the attention."""
+    """Attention of one row on a CPU is called past the dispatcher, which takes longer than the attention."""
     query, key, value, *rest = arguments
     cos, sin, norms = (*rest[:2], rest[2:4]) if len(rest) > 12 else (query, query, [None, None])
     key_cache, value_cache, _, slot_mapping, tables, _, lengths, sinks, scale, window, softcap, chunk = rest[-12:]
@@ -92,7 +93,7 @@ def _attention(op: OpOverload, *arguments: TensorBox | float | int | None) -> Te
 
 @cache
 def lower_attention() -> None:
-    """From here on by `_attention`; for graphs of a CPU alone, on CUDA the ops stay calls as they are."""
+    """Lower attention by `_attention` from here on; only for graphs of a CPU, on CUDA the ops stay calls."""
     for op in (torch.ops.pagegraph.paged_attention.default, torch.ops.pagegraph.rope_attention.default):
         add_layout_constraint(op, tag_to_layout_constraint(get_layout_constraint_tag(op)))
         register_lowering(op, type_promotion_kind=None)(partial(_attention, op))

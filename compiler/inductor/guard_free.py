@@ -1,9 +1,9 @@
 """Guard-free calls: from the second step of a kind on, the compiled graph of the forward is called past Dynamo.
 
-At every call Dynamo fetches hundreds of inputs from the modules and writes back what the forward set: 0.8 ms on a CPU, a
-tenth of a step of one small sequence. All inputs but a step's own are the same from call to call and are kept with the
-graph. Guards on sizes are evaluated at each call, and so is whether the KV caches are the same tensors; if one fails, the
-call goes through Dynamo. Knows no compiler, only what it returns.
+At every call Dynamo fetches hundreds of inputs from the modules and writes back what the forward set: 0.8 ms on a CPU,
+a tenth of a step of one small sequence. All inputs but a step's own are the same from call to call and are kept with
+the graph. Guards on sizes are evaluated at each call, and so is whether the KV caches are the same tensors; if one
+fails, the call goes through Dynamo. Knows no compiler, only what it returns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class GuardFreeGraph:
     """A compiled graph and all of its inputs but a step's own."""
 
     def __init__(self, graph: Graph, traced: Sequence[Any], given: Sequence[Any], inputs: Inputs) -> None:
-        """`traced`: its inputs as they were traced, sizes by symbols; `given`: as they were in a call with these `inputs`."""
+        """`traced`: the graph's inputs as traced, sizes as symbols; `given`: its inputs in a call with `inputs`."""
         self._graph = graph
         self._inputs = list(given)
         self._caches = [one for one in inputs if isinstance(one, list)]
@@ -76,7 +76,7 @@ class _Seen(threading.local):
 
 
 class Forward:
-    """The compiled forward: `compile_graph(module, traced inputs)` is called for each graph that Dynamo captures of it."""
+    """The compiled forward; `compile_graph(module, traced inputs)` is called for each graph that Dynamo captures."""
 
     def __init__(self, captured: torch.nn.Module, compile_graph: Callable[..., Graph], **options: Any) -> None:
         self._compile_graph = compile_graph

@@ -1,4 +1,4 @@
-"""The checkpoint of a model folder: which safetensors file holds which tensor, and whether the names are the model's own.
+"""The checkpoint of a model folder: which safetensors file holds which tensor, and whether names match the model's.
 
 Knows names, files and the index; does not know devices or how tensors become weights.
 """
@@ -57,7 +57,8 @@ def _indexed_files(index: Path) -> dict[str, Path]:
         ) from error
     if gone := sorted({path.name for path in files.values() if not path.is_file()}):
         raise BrokenFile(
-            f"{index.parent}: {INDEX_FILE} names {', '.join(gone[:4])} ({len(gone)} files), not there; download the rest"
+            f"{index.parent}: {INDEX_FILE} names {', '.join(gone[:4])} ({len(gone)} files), not there; download the"
+            " rest"
         )
     for path in sorted(set(files.values())):
         lacking = sorted({name for name, one in files.items() if one == path} - _tensor_names(path))
@@ -82,7 +83,7 @@ def _tensor_names(path: Path) -> set[str]:
 
 
 def sidecar_quantization(folder: Path) -> dict[str, Any] | None:
-    """What stands for `quantization_config` where a quantiser left a file of its own, and weights packed as it packs them."""
+    """The `quantization_config` that a quantiser left in a file of its own, if weights are packed as it packs them."""
     for name, method in OWN_FILES.items():
         if (file := folder / name).is_file() and any(
             one.endswith(f".{PACKED[method].codes}") for one in safetensors_files(folder)
@@ -123,7 +124,8 @@ def refuse_names(model: nn.Module, folder: Path, names: set[str], packed: dict[s
     missing, unexpected = _differences(model, names, packed)
     if any(".experts." in name for name in missing):
         raise QuantizationError(
-            f"{folder}: quantised experts of a mixture are not served; take the original checkpoint, whose other linears "
+            f"{folder}: quantised experts of a mixture are not served; take the original checkpoint, whose other"
+            " linears "
             "quantization fp8, int8 or int4 quantises while loading"
         )
     refuse_differences(folder, dict(missing_keys=missing, unexpected_keys=unexpected))

@@ -1,6 +1,6 @@
 """A model's config.json as transformers' configuration; what is wrong in the file becomes one sentence that names it.
 
-Knows the file and what transformers raises for it; does not know what the model computes or how long its sequences can be.
+Knows the file and what transformers raises for it; does not know what the model computes or its longest sequence.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ ROPE_NUMBERS = (
 def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of the model in `folder`. A rope type of null is the default, `su` the old name of longrope.
 
-    Raises ValueError that names the file and, as far as transformers tells it, the key at fault; ImportError and OSError
-    for packages and files that the folder's own code lacks.
+    Raises ValueError that names the file and, as far as transformers tells it, the key at fault; ImportError and
+    OSError for packages and files that the folder's own code lacks.
     """
     path = folder / "config.json"
     said = json_object(path)

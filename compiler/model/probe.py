@@ -1,8 +1,8 @@
 """What each layer's attention computes, read off one forward of a model on the meta device.
 
-The shadow that is run attends under a name of its own, for which transformers hands us the function of every mask: so a layer's
-window or chunk is what the model's own mask says, not what a configuration promises. Whatever the paged op does not compute
-is refused with what the model does. Knows nothing of weights, blocks or steps.
+The shadow that is run attends under a name of its own, for which transformers hands us the function of every mask: so a
+layer's window or chunk is what the model's own mask says, not what a configuration promises. Whatever the paged op does
+not compute is refused with what the model does. Knows nothing of weights, blocks or steps.
 
 Comparing a small copy of each model with transformers' own forward at the start was rejected: shrinking a
 configuration without knowing it fails for a quarter of the model types. The tests do that over all types.
@@ -107,7 +107,8 @@ class TokensBefore:
 def probe(original: nn.Module) -> Probed:
     """What the layers of `original` compute; it is left alone: a shadow of its configuration is run.
 
-    Raises UnsupportedModel where a layer mixes tokens outside attention or attends in a way that the paged op does not compute.
+    Raises UnsupportedModel where a layer mixes tokens outside attention or attends in a way that the paged op does not
+    compute.
     """
     config = original.config.get_text_config()
     name, layers = config.model_type, config.num_hidden_layers
@@ -140,7 +141,8 @@ def probe(original: nn.Module) -> Probed:
                 break
             if "Tensor.item()" in str(error) and (rotary := _rotary_embedding_at(error)) is not None:
                 notes.refuse(
-                    f"its rope depends on the length of the sequence in a way that the forward of {type(rotary).__name__} decides"
+                    "its rope depends on the length of the sequence in a way that the forward of"
+                    f" {type(rotary).__name__} decides"
                     " anew each time, and the sequences of a step share one rope"
                 )
             notes.refuse(
@@ -217,7 +219,8 @@ def _probed_attention(
     function = getattr(attention_mask, "mask_function", None)
     if query.shape[1] % key.shape[1]:
         notes.refuse(
-            f"layer {layer} has {query.shape[1]} attention heads over {key.shape[1]} of keys and values (num_key_value_heads):"
+            f"layer {layer} has {query.shape[1]} attention heads over {key.shape[1]} of keys and values"
+            " (num_key_value_heads):"
             " the one must be a multiple of the other"
         )
     if attention_mask is None:
@@ -226,7 +229,8 @@ def _probed_attention(
         notes.refuse(f"layer {layer} makes a mask of its own, which paged attention does not read")
     if function not in notes.forms:
         notes.forms[function] = _form(function) or notes.refuse(
-            f"the mask of layer {layer} is neither causal, nor a sliding window, nor in chunks; paged attention computes no other"
+            f"the mask of layer {layer} is neither causal, nor a sliding window, nor in chunks; paged attention"
+            " computes no other"
         )
     if unheard := sorted(
         name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in HEARD
@@ -315,7 +319,7 @@ def _one_sequence() -> Iterator[None]:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts how often a forward numbers its tokens; notices positions looked up in a table that has one for padding."""
+    """Counts how often a forward numbers its tokens; notices position tables that have a row for padding."""
 
     def __init__(self, positions: torch.Tensor) -> None:
         super().__init__()

@@ -45,7 +45,10 @@ def parameters_of(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Of a sequence, in tokens: the longest, the default, how the longest comes about, whether rotary frequencies go by the length."""
+    """Lengths of a sequence in tokens: the longest, the default, and how the longest comes about.
+
+    `by_length`: rotary frequencies depend on the length.
+    """
 
     longest: int
     default: int
@@ -56,9 +59,9 @@ class Lengths:
 def lengths(config: PretrainedConfig) -> Lengths:
     """How long sequences of the text model can be; raises ValueError where its rope type is unknown.
 
-    The default is less than the longest where frequencies go by the length: settled for more than the original length, they
-    change what short prompts give too. It is `gguf_context_length` where there is one: a file says it as the length to serve,
-    scaling included (`compiler.gguf.config`).
+    The default is less than the longest where frequencies go by the length: settled for more than the original length,
+    they change what short prompts give too. It is `gguf_context_length` where there is one: a file says it as the
+    length to serve, scaling included (`compiler.gguf.config`).
     """
     text = config.get_text_config()
     reached = _reached(text)

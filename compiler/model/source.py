@@ -39,9 +39,8 @@ def resolve_model(
     """The folder that holds `model`: config.json, tokenizer.json, safetensors and chat template, as far as given.
 
     `gguf_file` names a file in the folder or repository, and `keep_quantized` leaves its linears in its few bits.
-    `revision` applies to the hub alone.
-    Raises FileNotFoundError where there is no such model, ValueError for a GGUF file that cannot be converted, for an adapter,
-    or where config.json is none.
+    `revision` applies to the hub alone. Raises FileNotFoundError where there is no such model, ValueError for a GGUF
+    file that cannot be converted, for an adapter, or where config.json is none.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -69,7 +68,8 @@ def _refuse_adapter(folder: Path) -> None:
     except (ValueError, KeyError, TypeError):
         base = "the model it was trained on"
     raise ValueError(
-        f"{folder} holds a LoRA adapter and no model; adapters are not served: merge it into {base} and serve the result"
+        f"{folder} holds a LoRA adapter and no model; adapters are not served: merge it into {base} and serve the"
+        " result"
     )
 
 
@@ -109,7 +109,8 @@ def _downloaded(model: str, gguf_file: str | None, revision: str | None, trust_r
 def _converted(gguf: Path, cache_dir: Path, keep_quantized: bool) -> Path:
     """The folder of the converted file, made now if it is not there. Processes that meet here wait in line.
 
-    Raises ValueError where the file is changed or replaced before all of it is converted: the folder's name would be of other content.
+    Raises ValueError where the file is changed or replaced before all of it is converted: the folder's name would be of
+    other content.
     """
     models, read = cache_dir / "models", _identity(gguf)
     folder = models / f"{gguf.stem}-{_key(gguf, read, models / 'digests')}{'-quantized' if keep_quantized else ''}"
@@ -131,10 +132,10 @@ def _converted(gguf: Path, cache_dir: Path, keep_quantized: bool) -> Path:
 def _key(path: Path, identity: str, digests: Path) -> str:
     """By all of the content, so that a moved or touched file is not converted again and a replaced one always is.
 
-    Reading all of it takes about a second a GB: `digests` remembers what the file of an inode held. Nobody can set the time at
-    which an inode changed, so content that is replaced in place, with name, size and modification time as before, is read again.
-    What is there and is no digest, as a crash of the machine leaves it, is made anew. Raises ValueError where the file is no longer
-    the one of `identity` when it is read.
+    Reading all of it takes about a second a GB: `digests` remembers what the file of an inode held. Nobody can set the
+    time at which an inode changed, so content that is replaced in place, with name, size and modification time as
+    before, is read again. What is there and is no digest, as a crash of the machine leaves it, is made anew. Raises
+    ValueError where the file is no longer the one of `identity` when it is read.
     """
     known = digests / identity
     with suppress(OSError):

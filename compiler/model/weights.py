@@ -52,10 +52,10 @@ def load_weights(
 ) -> None:
     """Give every parameter of `model` (from `build_meta`) its values from `folder`, on `device`.
 
-    `load_format` "dummy" draws random values from `seed` and reads nothing; every other format reads
-    safetensors. `quantization` is the checkpoint's own scheme, or a method of `quant_formats.ONLINE`: linears are then
-    quantised one by one as they come. Raises FileNotFoundError without safetensors files, WeightsMismatch where names or
-    shapes differ from the model's, QuantizationError where a linear cannot be quantised so.
+    `load_format` "dummy" draws random values from `seed` and reads nothing; every other format reads safetensors.
+    `quantization` is the checkpoint's own scheme, or a method of `quant_formats.ONLINE`: linears are then quantised one
+    by one as they come. Raises FileNotFoundError without safetensors files, WeightsMismatch where names or shapes
+    differ from the model's, QuantizationError where a linear cannot be quantised so.
     """
     scheme = quantization if isinstance(quantization, Scheme) else None
     online = _online(model, quantization, dtype) if isinstance(quantization, str) else {}
@@ -71,7 +71,8 @@ def load_weights(
         packed = _packed_linears(model, files, scheme)
         if any(KV_SCALES.search(name) for name in files):
             log.info(
-                "quantization: the checkpoint's scales of keys and values are not used; kv_cache_dtype=fp8 holds them by a scale of 1"
+                "quantization: the checkpoint's scales of keys and values are not used; kv_cache_dtype=fp8 holds them"
+                " by a scale of 1"
             )
         if names_match(model, set(files), packed):
             _stream(model, files, device, progress, packed, scheme, online)
@@ -126,7 +127,8 @@ def _packed_linears(model: nn.Module, files: dict[str, Path], scheme: Scheme | N
             packed[path] = {name for name in scheme.tensors() if f"{path}.{name}" in files}
     if not packed:
         raise QuantizationError(
-            f"quantization_config says {scheme.method}, but no linear of the model has {' or '.join(marks)} in the checkpoint"
+            f"quantization_config says {scheme.method}, but no linear of the model has {' or '.join(marks)} in the"
+            " checkpoint"
         )
     log.info(
         "quantization: %d of %d linears are quantised in the checkpoint (%s)", len(packed), len(linears), scheme.method
@@ -192,7 +194,8 @@ def _place_quantized(model: nn.Module, path: str, quantized: Quantized, device: 
     new.bias = old.bias
     if (new.out_features, new.in_features) != tuple(old.weight.shape):
         raise WeightsMismatch(
-            f"{path}: the checkpoint has a quantised shape {[new.out_features, new.in_features]}, the model {list(old.weight.shape)}"
+            f"{path}: the checkpoint has a quantised shape {[new.out_features, new.in_features]}, the model"
+            f" {list(old.weight.shape)}"
         )
     model.set_submodule(path, new)
     return_freed_memory()

@@ -53,7 +53,8 @@ def measure_peak(step: CompiledStep, largest: Bucket, max_model_len: int, draft_
 def _graphs(step: CompiledStep, draft_forwards: int) -> int:
     """All graphs share one pool, which the largest makes; each has memory of the driver's besides.
 
-    The median of a few: free memory is the whole device's, and what another process takes meanwhile would be multiplied.
+    The median of a few: free memory is the whole device's, and what another process takes meanwhile would be
+    multiplied.
     """
     buckets = step.runner.capture_sizes.buckets()
     first = _taken(lambda: step.runner.capture_graphs(buckets[-1:], progress=False))

@@ -37,7 +37,7 @@ class CaptureQueue:
         return self._wanted[bucket] >= CAPTURE_NOW
 
     def next(self) -> Bucket | None:
-        """The most wanted, of equals the smallest; None when all are captured, but for draft graphs that are hardly wanted."""
+        """The most wanted, of equals the smallest; None if only draft graphs are left that are hardly wanted."""
         ready = [bucket for bucket, wanted in self._wanted.items() if bucket.times == 1 or wanted >= CAPTURE_IDLE]
         return max(ready, key=self._wanted.__getitem__, default=None)
 

@@ -66,7 +66,10 @@ def _every_fourth(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def cuda_capture_sizes(max_num_seqs: int, max_tokens: int) -> CaptureSizes:
-    """Buckets for every step of at most `max_tokens`; decode ones are 2, 4, then by 8 to 256 and by 32 to `max_num_seqs`."""
+    """Capture sizes for every step of at most `max_tokens`.
+
+    Decode sizes are 2, 4, then by 8 to 256 and by 32 to `max_num_seqs`.
+    """
     max_num_seqs = max(max_num_seqs, 2)
     decode = sorted(
         {n for n in (2, 4, *range(8, 257, 8), *range(288, max_num_seqs + 1, 32)) if n < max_num_seqs} | {max_num_seqs}
@@ -77,7 +80,8 @@ def cuda_capture_sizes(max_num_seqs: int, max_tokens: int) -> CaptureSizes:
 def _mixed(limit: int) -> list[int]:
     """16, 32, 48, by 64 to 1024, by 256 to 4096, from there on eight to an octave, and the limit itself.
 
-    Padding of a mixed step costs GEMM time: sizes are close where steps are many. A prompt's own steps are mostly the limit.
+    Padding of a mixed step costs GEMM time: sizes are close where steps are many. A prompt's own steps are mostly the
+    limit.
     """
     sizes, size = [16, 32, 48, *range(64, 1024, 64)], 1024
     while size < limit:

@@ -1,4 +1,4 @@
-"""Steps on a CPU: one after the other on the step thread, so that the engine's loop goes on meanwhile, as beside a GPU."""
+"""Steps on a CPU: one after the other on the step thread, so that the engine's loop runs on, as beside a GPU."""
 
 from __future__ import annotations
 

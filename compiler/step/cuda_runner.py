@@ -28,7 +28,7 @@ class CudaRunner:
         self._executor = executor
         self._counts = counts
         self._returns = torch.cuda.Stream()
-        self._returned: torch.cuda.Event | None = None  # the last step's ids are copied out of their buffer
+        self._returned: torch.cuda.Event | None = None  # recorded when the last step's ids are copied
 
     @torch.inference_mode()
     def launch(self, step: StepInput, times: int) -> Callable[[], StepOutput]:
@@ -73,10 +73,10 @@ class CudaRunner:
         return tuple(size for size in self.capture_sizes.decode if size <= most)
 
     def close(self) -> None:
-        """Nothing runs on a thread of its own."""
+        """Nothing to end: steps run on no thread of their own."""
 
     def _captured_bucket(self, step: StepInput) -> Bucket | None:
-        """The bucket that the step runs in: its own, or a larger one while that is not captured; None beyond the largest."""
+        """The step's own bucket, or a larger one while that is not captured; None beyond the largest."""
         bucket = self.capture_sizes.bucket(step.num_tokens, step.num_seqs)
         if bucket not in self.queue:
             return bucket

@@ -1,4 +1,4 @@
-"""What a padded step does on its device: unpack its metadata, run the forward, sample, and hand the ids to the next step.
+"""What a padded step does on its device: unpack metadata, run the forward, sample, hand the ids to the next step.
 
 Launches only, so that a CUDA graph can hold it. Knows no threads, streams or graphs: those are the runners'.
 """
@@ -51,10 +51,10 @@ class StepExecutor:
         self.staging = staging
 
     def run(self, metadata: StepMetadata, times: int = 1) -> Outputs:
-        """The padded step's own work, `times` over: all that a CUDA graph holds."""
+        """One padded step, or `times` of them in a row: all that a CUDA graph holds."""
         before = []
         for _ in range(times - 1):
-            before.append(self.run(metadata).ids)  # the ids alone: what else there was makes room for the next
+            before.append(self.run(metadata).ids)  # the other outputs are freed for the next step
             self.staging.advance(metadata)
         staged = self.staging.unpack(metadata)
         logits = run_forward(self.forward, staged, self.state)
@@ -73,7 +73,9 @@ class StepExecutor:
         return Sampled(torch.stack(drawn, dim=1), None, None)
 
     def finish(self, step: StepInput, outputs: Outputs) -> Sampled:
-        """What the step's own sequences get: ids of the forward where they will do."""
+        """What the step's own sequences get: ids sampled with the forward, or anew if filters or the like are asked
+        for.
+        """
         seqs = step.num_seqs
         if step.sampling.is_plain:
             return Sampled(outputs.ids[:seqs], None if outputs.found is None else outputs.found[:, :seqs], None)

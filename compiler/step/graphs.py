@@ -72,7 +72,7 @@ class _Bytes:
 
 
 def _borrowed(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a tensor, where it is dense, without a hold on it, so that the graphs' pool gives it to other graphs too.
+    """A view of a dense tensor that does not keep its memory alive, so that the graphs' pool may reuse it.
 
     Sound because graphs are replayed one after the other, and each one's logits are read before the next replay.
     """

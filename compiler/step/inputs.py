@@ -59,10 +59,10 @@ class SamplingInput:
 class StepInput:
     """One ragged step: T tokens of S sequences, sequence s owning tokens query_start[s]:query_start[s+1].
 
-    The device keeps the block table of every slot, so a step brings only what is new in them. Positions and slot_mapping
-    follow from `starts` and the tables; a sampled token's position is that after its sequence's last.
-    Draft tokens are sequences of one token each behind that of their slot. Where a sequence begins with a token that only the
-    device knows, its start may be known to it alone too: `starts` is then the last it can be.
+    The device keeps the block table of every slot, so a step brings only what is new in them. Positions and
+    slot_mapping follow from `starts` and the tables; a sampled token's position is that after its sequence's last.
+    Draft tokens are sequences of one token each behind that of their slot. Where a sequence begins with a token that
+    only the device knows, its start may be known to it alone too: `starts` is then the last it can be.
     """
 
     token_ids: (

@@ -52,7 +52,8 @@ def draw(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tens
 def settle(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor | None:
     """Hand on what draft tokens the drawn ids int64 [s] bear out; what follows is looked up where the device does that.
 
-    int32 [2, s] of `pagegraph::look_up`, or None. Called again with other ids, it makes good what it did with the first.
+    int32 [2, s] of `pagegraph::look_up`, or None. Called again with other ids, it makes good what it did with the
+    first.
     """
     if not state.max_draft_tokens:
         return None

@@ -112,7 +112,10 @@ class Staging:
         return metadata
 
     def advance(self, metadata: StepMetadata) -> None:
-        """Describe the step after: each sequence's token is the one it has just sampled. A launch, so that a graph can hold it."""
+        """Describe the step after: each sequence's token is the one it has just sampled.
+
+        A launch, so that a graph can hold it.
+        """
         metadata.token_ids.fill_(-1)
 
     def unpack(self, metadata: StepMetadata) -> Staged:
@@ -140,7 +143,7 @@ class Staging:
         return metadata
 
     def _continues(self, step: StepInput, bucket: Bucket) -> bool:
-        """Whether the metadata that is there, the last step's, describes this step too: only the device knows its tokens."""
+        """Whether the last step's metadata describes this step too, whose tokens only the device knows."""
         if self._last is None or self._last[0] != bucket or len(step.new_blocks) or step.num_tokens != step.num_seqs:
             return False
         last = self._last[1]

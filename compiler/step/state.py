@@ -1,7 +1,8 @@
-"""Tensors that outlive a step: KV caches, block tables, each slot's last token, its text and draft tokens, penalty counts.
+"""Tensors that outlive a step: KV caches, block tables, each slot's last token, text, draft tokens, penalty counts.
 
-A slot is a place in the batch that a running sequence owns: an index of every tensor here. Padding uses the dummy slot `max_num_seqs` and the null block.
-On CUDA every tensor keeps its address, so captured graphs stay valid. Knows no scheduling and no model.
+A slot is a place in the batch that a running sequence owns: an index of every tensor here. Padding uses the dummy slot
+`max_num_seqs` and the null block. On CUDA every tensor keeps its address, so captured graphs stay valid. Knows no
+scheduling and no model.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class DeviceState:
         return self._counts
 
     def remember(self, slot: int, tokens: np.ndarray) -> None:
-        """Tokens int32 [n] that a slot begins with and no step computes: their keys and values are in its blocks already."""
+        """Note tokens int32 [n] that a slot begins with and no step computes: its blocks hold their keys and values."""
         if self.history is not None:
             given = torch.from_numpy(np.ascontiguousarray(tokens))
             if self.history.device.type == "cuda":

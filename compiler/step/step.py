@@ -73,8 +73,8 @@ class CompiledStep:
     def launch(self, step: StepInput, times: int = 1) -> Ticket:
         """Start one step; steps run in the order of their launch.
 
-        `times` > 1: so many steps in a row. `step` is the first, one token of each of several slots, all of them sampled; the
-        others take the token sampled before. Every slot has blocks for all of it. The ids are [S, times].
+        `times` > 1: so many steps in a row. `step` is the first, one token of each of several slots, all of them
+        sampled; the others take the token sampled before. Every slot has blocks for all of it. The ids are [S, times].
         """
         return Ticket(self.runner.launch(step, times))
 

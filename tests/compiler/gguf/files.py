@@ -1,4 +1,4 @@
-"""GGUF files written from small models of transformers, by the names, layouts and keys that llama.cpp's own converter writes."""
+"""GGUF files written from small models of transformers, with the names, layouts and keys of llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -145,7 +145,10 @@ def stock_model(kind: str, **options: Any) -> nn.Module:
 
 
 def write_model(path: Path, model: nn.Module, own: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """The file of a model. own: further keys of the architecture, by what follows its name; changes: of other keys (`.` as `__`) and tensors."""
+    """The file of a model.
+
+    own: further keys of the architecture, without its name; changes: other keys (`.` as `__`) and tensors.
+    """
     arch = ARCHITECTURES.get(model.config.model_type, model.config.model_type)
     keys = {
         **model_keys(model.config, arch),

@@ -30,7 +30,7 @@ LETTERS = "".join(sorted(set("".join(CORPUS)))) + "Zé🦙\u2581<>"
 
 
 def spm_by_hand(text: str, scores: dict[str, float], ids: dict[str, int]) -> list[int]:
-    """SentencePiece's rule: of all neighbours that together are a token, the best score is joined, the leftmost of equals; repeat."""
+    """SentencePiece's rule: merge the neighbours that make the token of the best score, leftmost of equals; repeat."""
     parts = list(text.replace(" ", "\u2581"))
     while True:
         pairs = [
@@ -98,7 +98,7 @@ def test_what_stands_around_text(changes: dict[str, Any], ids: list[str], text: 
 
 
 def test_types_of_tokens(tmp_path: Path) -> None:
-    """Control tokens are special; tokens of the user are found in text as it is, spaces too, and stay in it; bytes stand for the rest."""
+    """Control tokens are special; user-defined ones are found in text as it is, spaces too; bytes stand for the rest."""
     keys = spm_keys([*PIECES, "<|turn|>", "  ", "<|tool|>"])
     keys["tokenizer.ggml.token_type"][-3:] = [CONTROL, USER_DEFINED, USER_DEFINED]
     backend, _ = tokenizer_of(tmp_path, {**keys, "tokenizer.ggml.add_space_prefix": False})
@@ -137,7 +137,9 @@ def gpt2_keys(pre: str | None, tokens: Sequence[str] = (), **own: Any) -> dict[s
     ],
 )
 def test_text_is_cut_as_the_file_says(pre: str, expected: list[str], tmp_path: Path) -> None:
-    """12 is joined where digits may stand together; llama-bpe takes three, and a piece that is a token without looking at merges."""
+    """12 is joined where digits may stand together; llama-bpe takes three, and a piece that is a token without looking
+    at merges.
+    """
     backend, _ = tokenizer_of(tmp_path, gpt2_keys(pre, ["<|begin|>"], bos_token_id=259))
     joined = {"gpt-2": ["123", "4", "5"], "llama-bpe": ["<|begin|>", "123", "4", "5"]}.get(pre, expected)
     assert backend.encode("12345").tokens == joined

@@ -29,7 +29,7 @@ def test_an_error_is_the_futures_and_ends_nothing() -> None:
 TEAMS = """
 import os
 import torch
-from pagegraph.compiler import step_thread
+from pagegraph.compiler.host import step_thread
 
 def threads():
     return len(os.listdir("/proc/self/task"))

@@ -1,4 +1,5 @@
-"""Every causal-LM type of transformers at tiny size: its default configuration, with the sizes that it names made small.
+"""Every causal-LM type of transformers at tiny size: its default configuration, with the sizes that it names made
+small.
 
 Knows few architectures by name: what a default configuration leaves out, or what would contradict small sizes (`OWN`).
 """
@@ -62,7 +63,8 @@ OWN: dict[str, dict[str, Any]] = {
 def tiny(kind: str) -> PretrainedConfig:
     """The type's configuration at tiny size.
 
-    Raises ValueError where it holds other models beside a text model, or what its class raises where small sizes do not fit.
+    Raises ValueError where it holds other models beside a text model, or what its class raises where small sizes do not
+    fit.
     """
     config_class = CONFIG_MAPPING[kind]
     default = config_class()

@@ -24,7 +24,9 @@ OPAQUE = (
 
 @contextmanager
 def nothing_written(model: nn.Module) -> Iterator[None]:
-    """Fail if anything that `model` holds is set meanwhile, also if it is set back, or is another thing or value afterwards."""
+    """Fail if anything that `model` holds is set meanwhile, also if it is set back, or is another thing or value
+    afterwards.
+    """
     written: list[str] = []
 
     def noted(method: Any) -> Any:

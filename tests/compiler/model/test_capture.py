@@ -56,7 +56,9 @@ def prompts_for(vocab: int) -> list[list[int]]:
 def check_compiled(
     stock: torch.nn.Module, captured, graph_passes: list, schedule: list[list[int]]
 ) -> list[torch.fx.GraphModule]:
-    """Let Dynamo capture the forward, rewrite it, and compare what it computes with the stock model -> the rewritten graphs."""
+    """Let Dynamo capture the forward, rewrite it, and compare what it computes with the stock model -> the rewritten
+    graphs.
+    """
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(module, inputs):

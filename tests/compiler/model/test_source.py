@@ -125,7 +125,9 @@ def test_a_file_replaced_in_place_is_another(
 
 
 def test_content_is_read_once(tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is known of a file that has not changed for a while costs no second reading; a conversion of another version is not taken."""
+    """What is known of a file that has not changed for a while costs no second reading; a conversion of another version
+    is not taken.
+    """
     monkeypatch.setattr(model_source, "SETTLED_NS", -1)
     path, cache, read = make_gguf(tmp_path / "a"), tmp_path / "cache", []
     whole = hashlib.file_digest
