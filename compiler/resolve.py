@@ -129,8 +129,8 @@ def _ids(said: list[Any]) -> frozenset[int]:
     return frozenset(one for one in flat if isinstance(one, int) and not isinstance(one, bool) and one >= 0)
 
 
-def _ending_tokens(folder: Path) -> list[int]:
-    """Ids of the tokens that a tokenizer's files name as the end of a sequence or of a turn."""
+def _ending_tokens(folder: Path) -> list[Any]:
+    """Ids, or None where unknown, of the tokens that a tokenizer's files name as the end of a sequence or of a turn."""
     named = json_object(folder / "special_tokens_map.json") | json_object(folder / "tokenizer_config.json")
     tokens = [
         token.get("content") if isinstance(token, dict) else token

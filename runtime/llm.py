@@ -7,7 +7,7 @@ Runs the same engine as the server; messages go through lists instead of sockets
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -154,7 +154,7 @@ class LLM:
 
     def _start(
         self,
-        prompts: list[str] | list[list[int]],
+        prompts: Sequence[str | list[int]],
         params: list[SamplingParams],
         stop: str | list[str] | None,
         eager: bool = False,

@@ -55,10 +55,11 @@ class Range:
 
     def checked(self, field: str, value: Any) -> int | float:
         """`value` as `type`, which may be written as the other one if it has no fraction; raises BadParameter."""
-        inside = isinstance(value, Real) and not isinstance(value, bool) and self.low <= value <= self.high
-        if not inside or (self.type is int and value != int(value)):
+        number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+        inside = self.low <= number <= self.high
+        if not inside or (self.type is int and number != int(number)):
             raise BadParameter(field, f"must be {self}, for example {self.example:g}; got {shown(value)}")
-        return self.type(value)
+        return self.type(number)
 
     def __str__(self) -> str:
         if self.type is float:
@@ -242,7 +243,7 @@ def shown(value: Any) -> str:
         return f"a list of {len(value)}"
     if isinstance(value, Mapping):
         return f"an object of {len(value)} fields"
-    if isinstance(value, Integral) and not isinstance(value, bool) and abs(value) >= 10**20:
+    if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) >= 10**20:
         return "a number of more than 64 bits"
     if isinstance(value, float) and math.isinf(value):
         return f"{'-' * (value < 0)}infinity (no number so large has 64 bits)"
@@ -265,7 +266,7 @@ def _bias(bias: Any) -> dict[int, float]:
         raise BadParameter("logit_bias", f"must hold at most {MAX_IDS} token ids with a bias each; got {shown(bias)}")
     _check_id_list("logit_bias", list(bias))
     for amount in bias.values():
-        if not isinstance(amount, Real) or isinstance(amount, bool) or not -MAX_BIAS <= amount <= MAX_BIAS:
+        if not isinstance(amount, Real) or isinstance(amount, bool) or not -MAX_BIAS <= float(amount) <= MAX_BIAS:
             raise BadParameter("logit_bias", f"values must be numbers from -100 to 100; got {shown(amount)}")
     return {token: float(amount) for token, amount in bias.items()}
 

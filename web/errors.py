@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 from flask import Flask, Response, current_app, request
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from pagegraph.runtime.ipc.client import EngineDead, RequestFailed
 from pagegraph.runtime.sampling_params import BadParameter
@@ -79,7 +79,7 @@ def _of_http(error: HTTPException) -> ApiError:
     status = error.code or 500
     if status == 404:
         return ApiError(404, f"no such route: {request.method} {request.path[:200]}")
-    if status == 405:
+    if isinstance(error, MethodNotAllowed):
         return ApiError(
             405, f"{request.method} is not allowed here; use {', '.join(sorted(error.valid_methods or ()))}"
         )
@@ -99,7 +99,7 @@ def register(app: Flask) -> None:
     def answer(error: Exception) -> Response:
         described = as_api_error(error)
         response = described.response()
-        if isinstance(error, HTTPException) and described.status == 405:
+        if isinstance(error, MethodNotAllowed):
             response.headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
         return response
 

@@ -176,9 +176,8 @@ def _request(
     options = _stream_options(fields, stream)
     limit = max_tokens
     if limit is None:
-        limit = min(
-            (one for one in (default_max_tokens, sampling_defaults.get("max_tokens")) if one is not None), default=None
-        )
+        own: Any = sampling_defaults.get("max_tokens")
+        limit = min((one for one in (default_max_tokens, own) if one is not None), default=None)
     request = GenerationRequest(
         model=fields.text("model"),
         prompts=prompts,

@@ -6,7 +6,7 @@ Knows the tokenizer, the context's length and the engine's client. Knows no JSON
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 from flask import request
@@ -27,7 +27,7 @@ _LONG_CHARS = 1 << 16  # characters of a request from which on it waits its turn
 _LARGE_BODY_BYTES = 1 << 20  # from which on a body waits its turn to be parsed
 
 
-def read_request(parse: Parse, service: Service, info: EngineInfo) -> tuple[GenerationRequest, list[Prompt]]:
+def read_request(parse: Parse, service: Service, info: EngineInfo) -> tuple[GenerationRequest, Sequence[Prompt]]:
     """The body of the current request, checked, and its prompts. Raises ApiError, BadParameter or ClientGone.
 
     A large body waits its turn: parsing takes four times its size.
@@ -39,7 +39,9 @@ def read_request(parse: Parse, service: Service, info: EngineInfo) -> tuple[Gene
         return checked, _prompts(service.tokenizer, checked, info)
 
 
-def tokenize(service: Service, prompts: list[Prompt], checked: GenerationRequest, info: EngineInfo) -> list[list[int]]:
+def tokenize(
+    service: Service, prompts: Sequence[Prompt], checked: GenerationRequest, info: EngineInfo
+) -> list[list[int]]:
     """Token ids of every prompt, each checked against the context. Raises BadParameter or ClientGone."""
     is_long = sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) >= _LONG_CHARS
     with service.long_text(client_probe(request.environ)) if is_long else contextlib.nullcontext():
@@ -73,7 +75,7 @@ def submit(
     return Generation(group, outputs, client_probe(request.environ), release)
 
 
-def _prompts(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> list[Prompt]:
+def _prompts(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> Sequence[Prompt]:
     """The prompts, a chat rendered by its template. What is too long for the context by its characters alone is refused."""
     prompts = [_render(tokenizer, checked)] if checked.messages else checked.prompts
     try:

@@ -22,7 +22,7 @@ import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -257,7 +257,8 @@ class Worker(base.Worker):
         end: Callable[[Connection], None] = self._close
         response = None
         try:
-            response, environ = wsgi.create(request, connection.socket, connection.client, connection.server, self.cfg)
+            read: Any = request  # what `create` reads of gunicorn's own kind of request
+            response, environ = wsgi.create(read, connection.socket, connection.client, connection.server, self.cfg)
             self._respond(connection, response, environ)
             end = self._finish if response.should_close() else self._await_next
         except TimeoutError as error:
@@ -273,12 +274,13 @@ class Worker(base.Worker):
         finally:
             self._defer(partial(end, connection))
 
-    def _respond(self, connection: Connection, response: wsgi.Response, environ: dict[str, Any]) -> None:
+    def _respond(self, connection: Connection, response: wsgi.Response, environ: MutableMapping[str, Any]) -> None:
         """Raises OSError when the client is gone, TimeoutError when it does not read."""
         environ["wsgi.multithread"] = True
         if not self.alive:
             response.force_close()
-        body: Any = self.wsgi(environ, response.start_response)
+        start_response: Any = response.start_response  # gunicorn takes bytes of headers where WSGI has text
+        body: Any = self.wsgi(environ, start_response)
         try:
             if connection.room:  # the request has been read and understood
                 self._defer(partial(self._give_room, connection))

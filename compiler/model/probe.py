@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -212,7 +212,7 @@ def _probed_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature; notes the layout of the layer and returns zeros [1, T, Hq, Dv]."""
-    notes: _Notes = module.notes
+    notes = cast(_Notes, module.notes)
     layer = module.layer_idx
     if layer in notes.layouts:
         notes.refuse(f"layer {layer} attends more than once, and paged memory holds one set of keys and values a layer")

@@ -58,7 +58,7 @@ def generate(
     given = {name: value for name, value in given.items() if value is not None}
     try:
         SamplingParams(**given)
-        stop = check_stop(stop)
+        words = check_stop(stop)
     except BadParameter as error:
         raise click.ClickException(str(error)) from None
     from pagegraph.runtime.llm import LLM  # here and not above: importing torch takes seconds, a bad flag should not
@@ -73,7 +73,7 @@ def generate(
         llm = LLM(config, progress=sys.stderr.isatty())
         try:
             params = SamplingParams(**{"temperature": 0.0, **llm.sampling_defaults, **given})
-            for piece in llm.stream(asked, params, stop=stop):
+            for piece in llm.stream(asked, params, stop=words):
                 click.echo(piece, nl=False)
             click.echo()
         finally:

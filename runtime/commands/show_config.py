@@ -57,7 +57,8 @@ def sampling_lines(config: Config) -> str:
         value = f"{own.get(name, getattr(SamplingParams(), name)):.10g}"
         if name == "max_tokens" and name not in own:
             value = "16 of a prompt, all that fit of a chat"
-        lines.append(f"{name:<18}  {value:<6}  # {folder / 'generation_config.json' if name in own else 'default'}")
+        source = "default" if folder is None or name not in own else folder / "generation_config.json"
+        lines.append(f"{name:<18}  {value:<6}  # {source}")
     return "\n".join(lines)
 
 

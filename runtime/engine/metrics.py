@@ -93,7 +93,7 @@ class EngineMetrics:
         self._accepted_at: list[int] = []
         self.compile_state: Callable[[], str] = lambda: "off"  # one of COMPILE_STATES
         self.refresh: Callable[[], None] = lambda: None  # called before each reading, in the reader's thread
-        self._success = dict.fromkeys(FINISH_REASONS, 0)
+        self._success: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
         lengths = _one_two_five(max_model_len)
         self._histograms = {
             "iteration_tokens_total": Histogram(_ITERATION_TOKENS),

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -59,8 +60,9 @@ def fill_cache(config: Config, built: BuiltModel, settings: Path) -> None:
     start = time.monotonic()
     # The child watches its standard input, which ends with this process.
     watched, held = os.pipe()
-    pipes = {"stdin": watched, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, **pipes, env=child_environment()) as child:
+    with subprocess.Popen(
+        command, stdin=watched, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=child_environment()
+    ) as child:
         os.close(watched)
         try:
             while child.returncode is None:
@@ -89,7 +91,8 @@ def _stamp(config: Config, built: BuiltModel) -> Path:
     settings = {name: getattr(config, name) for name in ARTEFACT_SETTINGS}
     machine = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     versions = [sys.version, torch.__version__, transformers.__version__]
-    models = [step.captured.model.config.to_json_string(use_diff=False) for step in built.steps]
+    configs: list[Any] = [step.captured.model.config for step in built.steps]
+    models = [config.to_json_string(use_diff=False) for config in configs]
     digest = hashlib.sha256(
         json.dumps([settings, built.num_blocks, machine, versions, models], sort_keys=True).encode()
     )

@@ -45,5 +45,5 @@ def free_port() -> int:
 
 def connectable(address: tuple[Any, ...]) -> str:
     """host:port that a client on this machine can use for a listener's address."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
+    host: str = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
     return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"

@@ -29,8 +29,8 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         self._source = source
-        self._special_tokens = special_tokens
-        self._known: dict[str, bool] = {}  # role -> whether it takes parts, once it was seen to arrive
+        self._special_tokens: dict[str, Any] = special_tokens
+        self._known: dict[Any, bool] = {}  # role -> whether it takes parts, once it was seen to arrive
 
     def render(self, messages: list[Message], **arguments: Any) -> str:
         """`arguments` are those of `render_jinja_template`, and variables of the template.

@@ -186,6 +186,7 @@ class Detokenizer:
         if not piece:
             return piece
         if isinstance(piece, str):
+            assert self._opening is not None
             self._opening.append(token_id)
             piece = self._tokenizer.decode(self._opening, skip_special=False)
         if piece:

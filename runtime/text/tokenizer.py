@@ -31,7 +31,15 @@ _BEFORE = "a"  # a token that stands before another, which then keeps its leadin
 _NEIGHBOURS = re.compile(r"\b(BPEDecoder|CTC)\(")  # decoders under which a token's text depends on its neighbours
 # Byte-level decoders show wrong bytes as Python's "replace" does; of single byte tokens each is shown.
 _EACH_BYTE = "pagegraph.each-byte"
-codecs.register_error(_EACH_BYTE, lambda error: (_REPLACEMENT * (error.end - error.start), error.end))
+
+
+def _show_each(error: UnicodeError) -> tuple[str, int]:
+    """What stands for wrong bytes, and where to read on."""
+    assert isinstance(error, UnicodeDecodeError)
+    return _REPLACEMENT * (error.end - error.start), error.end
+
+
+codecs.register_error(_EACH_BYTE, _show_each)
 
 
 class Tokenizer:
