@@ -1,7 +1,7 @@
 """The configuration of a run: one flat frozen value, built once from a YAML file or a model name and flags.
 
-Knows where values come from, and how keys constrain each other. The keys themselves are in `config_groups`, how their values are
-read in `config_values`. What depends on the model is checked where the model is loaded.
+Knows where values come from, and how keys constrain each other. The keys themselves are in `config_groups`, how their
+values are read in `config_values`. What depends on the model is checked where the model is loaded.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Config(ServerConfig, CompilationConfig, SpeculativeConfig, SchedulerConfig
         # What is made while loading is made of it too; what a checkpoint says holds for that checkpoint.
         quantization = self.quantization if self.quantization in quant_methods.ONLINE else None
         return dataclasses.replace(
-            self, model=self.speculative_model, gguf_file=None, revision=None, tokenizer=None, quantization=quantization,
-            speculative_method=None, speculative_model=None,
+            self, model=self.speculative_model, gguf_file=None, revision=None, tokenizer=None,
+            quantization=quantization, speculative_method=None, speculative_model=None,
         )  # fmt: skip
 
     @property
     def enough_threads(self) -> int:
-        """Threads with which one web process alone can fill the engine and its queue: any connection may come to any process."""
+        """Threads with which one web process can fill the engine and its queue: any process may get any connection."""
         return min(MOST_THREADS, self.max_num_seqs + self.max_queue + SPARE_THREADS)
 
     @property
@@ -239,7 +239,8 @@ def check(config: Config) -> None:
     if not config.enable_chunked_prefill and length is not None and budget < length:
         raise ConfigError(
             f"max_num_batched_tokens={budget} is below max_model_len={length} with enable_chunked_prefill=false:"
-            f" a prompt of {length} tokens would never fit a step; set max_num_batched_tokens to {length}, or enable_chunked_prefill to true"
+            f" a prompt of {length} tokens would never fit a step; set max_num_batched_tokens to {length},"
+            " or enable_chunked_prefill to true"
         )
     if config.num_blocks is not None and config.kv_cache_memory is not None:
         raise ConfigError("num_blocks and kv_cache_memory both fix the size of the KV cache; set one of them")
@@ -265,7 +266,8 @@ def _check_speculation(config: Config) -> None:
         )
     if method is not None and not drafts and config.speculative_model is not None:
         raise ConfigError(
-            f"speculative_model={config.speculative_model} is of no use to speculative_method={method}; use {method}+draft"
+            f"speculative_model={config.speculative_model} is of no use to speculative_method={method};"
+            f" use {method}+draft"
         )
     if config.prompt_lookup_min > config.prompt_lookup_max:
         raise ConfigError(
@@ -279,8 +281,9 @@ def _check_one_sequence_fits(num_blocks: int, block_size: int, length: int) -> N
     if largest < length:
         needed = -(-length // block_size) + 1
         raise ConfigError(
-            f"num_blocks={num_blocks} holds ({num_blocks} - 1 null block) x block_size {block_size} = {largest} tokens, fewer than"
-            f" max_model_len={length}; set max_model_len to {largest} or less, or num_blocks to {needed} or more"
+            f"num_blocks={num_blocks} holds ({num_blocks} - 1 null block) x block_size {block_size} = {largest} tokens,"
+            f" fewer than max_model_len={length}; set max_model_len to {largest} or less,"
+            f" or num_blocks to {needed} or more"
         )
 
 

@@ -1,7 +1,8 @@
 """The settings of a run by subject: keys, types, ranges, defaults and help, one class a subject.
 
-A subject is a group of `--help`. `runtime.config.Config` is all of them in one flat value. Knows no device, no model's contents
-and no torch: what depends on the device (`batched_tokens`, `cpu_kv_cache_memory`) is asked with the device as an argument.
+A subject is a group of `--help`. `runtime.config.Config` is all of them in one flat value. Knows no device, no model's
+contents and no torch: what depends on the device (`batched_tokens`, `cpu_kv_cache_memory`) is asked with the device as
+an argument.
 """
 
 from __future__ import annotations
@@ -69,13 +70,15 @@ class ModelConfig:
     quantization: str | None = _option(
         None,
         one_of(*quant_methods.METHODS),
-        "awq, gptq, compressed-tensors or gguf (as the checkpoint is), fp8, int8 or int4 (made while loading); none: what the checkpoint says",
+        "awq, gptq, compressed-tensors or gguf (as the checkpoint is), fp8, int8 or int4 (made while loading);"
+        " none: what the checkpoint says",
         _NONE,
     )
     round_activations: bool = _option(
         True,
         parse_flag,
-        "in steps of more than about 64 tokens round activations to 8 bits in front of quantised weights, where a GPU is faster so",
+        "in steps of more than about 64 tokens round activations to 8 bits in front of quantised weights,"
+        " where a GPU is faster so",
     )
     trust_remote_code: bool = _option(False, parse_flag, "run Python code that comes with the model")
     seed: int = _option(0, between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none: 0 to 2^63 - 1")
@@ -148,8 +151,9 @@ class SchedulerConfig:
         if self.max_num_seqs > budget:
             raise ConfigError(
                 f"max_num_seqs={self.max_num_seqs} exceeds max_num_batched_tokens={budget}"
-                f"{'' if chosen is not None else f' (the default on {device})'}: each running sequence takes at least one"
-                f" token of a step; set max_num_seqs to {budget} or less, or max_num_batched_tokens to {self.max_num_seqs} or more"
+                f"{'' if chosen is not None else f' (the default on {device})'}: each running sequence takes at least"
+                f" one token of a step; set max_num_seqs to {budget} or less,"
+                f" or max_num_batched_tokens to {self.max_num_seqs} or more"
             )
         return budget
 
@@ -195,7 +199,8 @@ class CompilationConfig:
     compile: bool | str = _option(
         True,
         parse_compile,
-        "compile the model (false: run it as plain PyTorch; required: a server whose compilation fails ends, instead of serving uncompiled)",
+        "compile the model (false: run it as plain PyTorch; required: a server whose compilation fails ends,"
+        " instead of serving uncompiled)",
     )
     merge_linears: bool = _option(True, parse_flag, "merge q/k/v and gate/up projections into one matmul each")
     skinny_linears: bool = _option(True, parse_flag, "GPU: own kernels for products of few rows, where measured faster")
@@ -248,7 +253,8 @@ class ServerConfig:
     api_key: str | None = _option(
         None,
         parse_text,
-        "key that clients must send (none: open); on the command line others see it: rather use api_key_file or PAGEGRAPH_API_KEY",
+        "key that clients must send (none: open); on the command line others see it:"
+        " rather use api_key_file or PAGEGRAPH_API_KEY",
         _NONE,
     )
     api_key_file: str | None = _option(None, parse_text, "file that holds the key alone", _NONE)

@@ -149,7 +149,7 @@ class LLM:
         self.built.close()
 
     def sampling_params(self, **fields: object) -> SamplingParams:
-        """Sampling parameters of these fields, and of the model's generation_config.json for all others it speaks of."""
+        """Sampling parameters of these fields; others as the model's generation_config.json has them."""
         return SamplingParams(**{**self.sampling_defaults, **fields})
 
     def _start(

@@ -88,8 +88,8 @@ _MAY_BE_NONE = ("max_tokens", "seed", "logprobs")
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How one sequence is sampled and when it stops. Raises BadParameter, a ValueError, naming the field at fault.
 
-    Every sequence also ends where the context does. A temperature below 1e-5 becomes 0, which takes the likeliest token,
-    as `top_p` 0 does. `top_k` -1 and 0 mean all tokens.
+    Every sequence also ends where the context does. A temperature below 1e-5 becomes 0, which takes the likeliest
+    token, as `top_p` 0 does. `top_k` -1 and 0 mean all tokens.
     """
 
     max_tokens: int | None = 16  # None: until the context is full
@@ -135,7 +135,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 raise BadParameter("allowed_token_ids", "must hold at least one token id, or be left out")
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises BadParameter where a token id is outside a vocabulary of so many, or more logprobs are wanted than it has."""
+        """Raises BadParameter for token ids outside the vocabulary, or more logprobs than it has tokens."""
         if self.logit_bias:
             check_ids("logit_bias", list(self.logit_bias), vocab_size)
         if self.stop_token_ids:
@@ -159,7 +159,8 @@ def model_defaults(generation_config: Mapping[str, Any]) -> dict[str, int | floa
         checked = SamplingParams(**given)
     except BadParameter as error:
         raise ValueError(
-            f"generation_config.json of the model: {error}; mend the file, or set generation_config to none, which leaves it out"
+            f"generation_config.json of the model: {error}; mend the file, or set generation_config to none,"
+            " which leaves it out"
         ) from None
     return {name: getattr(checked, name) for name in given}
 
@@ -169,7 +170,10 @@ def describe_defaults(defaults: Mapping[str, int | float]) -> str:
     if not defaults:
         return "sampling where a request does not say: temperature 1, no filters, no penalties"
     own = ", ".join(f"{name} {value:.10g}" for name, value in defaults.items())
-    return f"sampling where a request does not say, of generation_config.json: {own}; generation_config: none leaves it out"
+    return (
+        f"sampling where a request does not say, of generation_config.json: {own};"
+        " generation_config: none leaves it out"
+    )
 
 
 def check_stop(stop: Any) -> list[str]:

@@ -105,7 +105,7 @@ def test_the_offline_api_and_the_kernels_are_ours(installed: Path, hostile: Path
 
 
 def test_a_servers_children_start(installed: Path, hostile: Path, tokenizer_folder: Path) -> None:
-    """As the supervisor starts them: the engine's module is found, and gunicorn finds its settings, the worker and the app."""
+    """As the supervisor starts them: Python finds the engine's module, gunicorn its settings, the worker and the app."""
     settings = hostile / "settings.json"
     settings.write_text(json.dumps({
         "engine_address": f"ipc://{hostile}/engine", "model": str(tokenizer_folder), "served_model_name": "tiny",

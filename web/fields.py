@@ -1,7 +1,7 @@
 """The fields of a request's body: how they are read, which are refused, which have no effect here.
 
-Knows the fields of OpenAI's API, vLLM, SGLang and llama.cpp that no endpoint here serves. Which fields an endpoint does serve is
-in `schema`.
+Knows the fields of OpenAI's API, vLLM, SGLang and llama.cpp that no endpoint here serves. Which fields an endpoint does
+serve is in `schema`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Fields:
         return value
 
     def check_rest(self) -> list[str]:
-        """Names without effect, those in `ignored` first; raises on a known field that is not served, unless it asks nothing."""
+        """Names without effect, `ignored` first. Raises on a known field that is not served and asks something."""
         ignored = self.ignored
         for name, value in self.body.items():
             if name in self._taken or (value is None and name in UNSERVED):
@@ -86,7 +86,7 @@ def _same(value: Any, neutral: Any) -> bool:
 
 
 class _Row(NamedTuple):
-    """A known field that is not served: the values besides null that ask nothing (None: no value has an effect here)."""
+    """A known field that is not served: values besides null that ask nothing (None: no value has an effect here)."""
 
     neutral: tuple[Any, ...] | None
     instead: str = ""  # what to give in its place
@@ -99,8 +99,9 @@ def _not(*neutral: Any, instead: str = "") -> _Row:
 _HARMLESS = _Row(None)  # changes no token and no text of the answer: taken, and named in x-ignored-fields
 _THINKING = 'chat_template_kwargs as the model\'s template has it, for example {"enable_thinking": false}'
 
-# Known fields that no endpoint, or only the other one, serves. A field that is here is either without effect on the answer, or
-# refused by name unless its value asks nothing. Those that only qualify a refused one, such as mirostat_tau, are without effect.
+# Known fields that no endpoint, or only the other one, serves. A field that is here is either without effect on the
+# answer, or refused by name unless its value asks nothing. Those that only qualify a refused one, such as mirostat_tau,
+# are without effect.
 UNSERVED: dict[str, _Row] = {
     # OpenAI, on the other endpoint
     "messages": _not(instead="prompt, or post to /v1/chat/completions"),

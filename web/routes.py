@@ -1,7 +1,7 @@
 """The OpenAI routes: models, completions and chat completions.
 
-Knows the order: check, take a thread, tokenise, submit, answer. Fields are checked in `schema`, prompts become sequences in
-`submit`, sequences JSON in `responses` and events in `stream`, errors answers in `errors`.
+Knows the order: check, take a thread, tokenise, submit, answer. Fields are checked in `schema`, prompts become
+sequences in `submit`, sequences JSON in `responses` and events in `stream`, errors answers in `errors`.
 """
 
 from __future__ import annotations

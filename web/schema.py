@@ -1,7 +1,7 @@
 """JSON of a request to a checked value, or a 400 that names the field and a value that works.
 
-Knows the fields that completions and chat completions accept; all others are `fields`'. Knows no Flask, no tokenizer and no
-engine state beyond the vocabulary's size.
+Knows the fields that completions and chat completions accept; all others are `fields`'. Knows no Flask, no tokenizer
+and no engine state beyond the vocabulary's size.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _PRIORITY = Range(-(2**31), 2**31 - 1, 0, int)
 _STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
 # Fields of SamplingParams that a request has under the same name and in the same form.
 _SAMPLED = (
-    "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
-    "allowed_token_ids", "seed", "stop_token_ids", "ignore_eos",
+    "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty",
+    "presence_penalty", "allowed_token_ids", "seed", "stop_token_ids", "ignore_eos",
 )  # fmt: skip
 # Fields of a message besides role and content that a template may read; and all that are known.
 _MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
@@ -105,7 +105,7 @@ def _answered(parse: Callable[..., GenerationRequest]) -> Callable[..., Generati
 def parse_completion(
     body: dict[str, Any], vocab_size: int, sampling_defaults: Mapping[str, int | float] = {}
 ) -> GenerationRequest:
-    """A body of POST /v1/completions; `sampling_defaults` are fields of SamplingParams that the model sets for requests."""
+    """A body of POST /v1/completions. `sampling_defaults`: the model's own, by field of SamplingParams."""
     fields = Fields(body)
     echo = fields.boolean("echo", False)
     max_tokens = fields.number("max_tokens", replace(RANGES["max_tokens"], low=0), None)
@@ -289,7 +289,7 @@ def _message(message: Any, where: str, ignored: list[str]) -> dict[str, Any]:
 
 
 def _content(content: Any, where: str, kinds: tuple[str, ...]) -> str:
-    """Content as one string; parts, which are of these kinds and hold a string under that name, are joined by newlines."""
+    """Content as one string. Parts are of these kinds and hold a string under that name; newlines join them."""
     if content is None:
         return ""
     if isinstance(content, str):

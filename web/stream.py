@@ -32,7 +32,7 @@ class ClientGone(Exception):
 
 
 class NoTokens:
-    """In the place of a group of `count` sequences that are to have no tokens: each ends at once, without the engine."""
+    """Stands for a group of `count` sequences that are to have no tokens: each ends at once, without the engine."""
 
     def __init__(self, count: int) -> None:
         self.num_open = count
@@ -73,7 +73,7 @@ class Generation:
             self._peek()
 
     def batches(self, keep_alive_s: float) -> Iterator[list[tuple[int, Piece]]]:
-        """(index of the sequence, piece) as they come, all that wait at once; an empty list when none came for `keep_alive_s`.
+        """(index of the sequence, piece) as they come, all that wait at once; [] when none came for `keep_alive_s`.
 
         Raises ClientGone, RequestFailed or EngineDead.
         """

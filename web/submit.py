@@ -61,7 +61,7 @@ def submit(
     info: EngineInfo,
     release: Callable[[], None],
 ) -> Generation:
-    """Submit n sequences for each prompt; sequence j of a prompt runs with seed + j. Closing the generation calls `release`."""
+    """Submit n sequences for each prompt, sequence j of them with seed + j. Closing the generation calls `release`."""
     each = [ids for ids in prompts for _ in range(checked.n)]
     if checked.max_tokens == 0:
         params, group = [checked.params] * len(each), NoTokens(len(each))
@@ -76,7 +76,7 @@ def submit(
 
 
 def _prompts(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> Sequence[Prompt]:
-    """The prompts, a chat rendered by its template. What is too long for the context by its characters alone is refused."""
+    """The prompts, a chat rendered by its template. Refuses what by its characters alone is too long."""
     prompts = [_render(tokenizer, checked)] if checked.messages else checked.prompts
     try:
         for prompt in prompts:

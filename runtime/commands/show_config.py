@@ -63,7 +63,7 @@ def sampling_lines(config: Config) -> str:
 
 
 def sampling_defaults(config: Config) -> dict[str, int | float]:
-    """What the model sets for requests, if its file is on this machine; raises ConfigError for what no request may have."""
+    """The model's defaults of requests, where its file is on this machine; raises ConfigError for a bad value."""
     folder, _ = _folder(config)
     if folder is None:
         return {}
@@ -74,7 +74,7 @@ def sampling_defaults(config: Config) -> dict[str, int | float]:
 
 
 def _folder(config: Config) -> tuple[Path | None, str]:
-    """The folder whose generation_config.json counts, and what to say where it cannot be known before the model is loaded."""
+    """The folder whose generation_config.json counts, and what to say where only loading the model tells."""
     if config.generation_config == "none":
         return None, ""
     path = Path(config.model).expanduser()

@@ -1,7 +1,7 @@
 """The engine as a web worker sees it: its facts, sequences to submit, their tokens. For many threads.
 
-Knows groups of sequences and what ends them. Sockets and the engine's death are `connection`'s; it starts at first use, so after
-gunicorn's fork.
+Knows groups of sequences and what ends them. Sockets and the engine's death are `connection`'s; it starts at first use,
+so after gunicorn's fork.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Group:
             return index, content
 
     def wait_admitted(self, timeout: float) -> bool:
-        """Whether the engine has said within `timeout` seconds that it takes the group. Raises as `get` does if it does not."""
+        """Whether the engine admits the group within `timeout` seconds. Raises as `get` does if it refuses it."""
         if self._front is None:
             self._front = self._next(timeout)
         if self._front is not None and isinstance(self._front[1], Failed | EngineDead):

@@ -1,6 +1,7 @@
 """The socket of one web worker to the engine, and the thread that owns it.
 
-Knows ZeroMQ, the protocol, which thread reads which sequence, and when the engine is dead. Knows no groups, HTTP, text or torch.
+Knows ZeroMQ, the protocol, which thread reads which sequence, and when the engine is dead. Knows no groups, HTTP, text
+or torch.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Connection:
             return self._info
 
     def open(self, group: SubmitGroup, inbox: Inbox) -> None:
-        """Submit a group; what comes for its sequences goes to `inbox`. Raises RequestFailed if it is too long for a frame."""
+        """Submit a group; what comes for its sequences goes to `inbox`. Raises RequestFailed if it is too long."""
         frame = encode(group)
         if len(frame) > MAX_FRAME_BYTES:
             raise RequestFailed(

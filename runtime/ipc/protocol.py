@@ -63,8 +63,8 @@ class SubmitGroup(msgspec.Struct, frozen=True, tag="submit_group", kw_only=True,
 class Abort(msgspec.Struct, frozen=True, tag="abort", omit_defaults=True):
     """Stop a sequence and free its blocks; an unknown id is ignored.
 
-    `finish_reason` is what the sequence counts as: "stop" where whoever reads its text found a stop string, "abort" where
-    nobody wants it any more.
+    `finish_reason` is what the sequence counts as: "stop" where whoever reads its text found a stop string, "abort"
+    where nobody wants it any more.
     """
 
     request_id: str
@@ -137,7 +137,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
-    """The group whose first sequence this is runs or waits: it is not refused any more. Comes before its first token."""
+    """The engine admits the group of this first sequence: it is not refused any more. Comes before its first token."""
 
     request_id: str
 

@@ -37,7 +37,8 @@ os.execvp(sys.argv[2], sys.argv[2:])
 def module_command(module: str, *arguments: str) -> list[str]:
     """The command that runs `module` as a child of ours; start it with `child_environment`.
 
-    `-P`: Python does not look for modules in the folder where the user happens to be, which may hold others of our names.
+    `-P`: Python does not look for modules in the folder where the user happens to be, which may hold others of our
+    names.
     """
     return [sys.executable, "-P", "-m", module, *arguments]
 

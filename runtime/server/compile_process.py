@@ -1,10 +1,10 @@
 """Compilation beside a serving engine: first in a process of its own, whose artefacts the engine then loads.
 
-Compiling in the serving process would hold Python's lock for a minute and starve the streams; loading what the
-cache holds takes seconds. Run as `python -m runtime.server.compile_process SETTINGS.json` the compiling process ends when
-its parent does. It gives way to the streams, but not for ever: added niceness leaves it a quarter of a CPU beside a
-busy thread of the engine. (An unprivileged process cannot take niceness back later.) Knows the cache's folder and
-what its content depends on; knows nothing of requests.
+Compiling in the serving process would hold Python's lock for a minute and starve the streams; loading what the cache
+holds takes seconds. Run as `python -m pagegraph.runtime.server.compile_process SETTINGS.json` the compiling process
+ends when its parent does. It gives way to the streams, but not for ever: added niceness leaves it a quarter of a CPU
+beside a busy thread of the engine. (An unprivileged process cannot take niceness back later.) Knows the cache's folder
+and what its content depends on; knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ from pagegraph.runtime.server.child import child_environment, module_command
 
 log = logging.getLogger("pagegraph.engine")
 
-# added: by Linux's weights 335 to an engine thread's 1024; with 10, 110, a busy machine compiled for more than 8 minutes
+# added: by Linux's weights 335 to an engine thread's 1024; with 10, 110, a busy machine compiled for more than 8
+# minutes
 NICENESS = 5
 REPORT_S = 60.0  # between two lines that say that it is still compiling
 FOLDERS = [Path(pagegraph.__file__).parent / folder for folder in ("compiler", "kernels")]
 SOURCES = sorted(path for folder in FOLDERS for path in folder.rglob("*") if path.suffix in (".py", ".cpp"))
 
-# Settings that artefacts depend on: the model, the sizes of what is constant in a graph (weights, blocks), the passes and threads.
-# Steps of any number of sequences and tokens run one graph, so no setting of scheduling is among them.
+# Settings that artefacts depend on: the model, the sizes of what is constant in a graph (weights, blocks), the passes
+# and threads. Steps of any number of sequences and tokens run one graph, so no setting of scheduling is among them.
 ARTEFACT_SETTINGS = (
-    "model", "gguf_file", "revision", "dtype", "device", "load_format", "quantization", "round_activations", "trust_remote_code",
+    "model", "gguf_file", "revision", "dtype", "device", "load_format", "quantization", "round_activations",
+    "trust_remote_code",
     "max_model_len", "block_size", "num_blocks", "kv_cache_memory", "kv_cache_dtype", "gpu_memory_utilization",
     "speculative_method", "speculative_model",
     "merge_linears", "skinny_linears", "fuse_rope", "fuse_rows", "fuse_linears", "rotary_once", "num_threads",
@@ -51,7 +53,8 @@ ARTEFACT_SETTINGS = (
 def fill_cache(config: Config, built: BuiltModel, settings: Path) -> None:
     """Compile `config` in another process unless its artefacts are known to be there; waits for it.
 
-    `built` is what `config` became, `settings` the engine process's file. Raises RuntimeError with the end of its output where it fails.
+    `built` is what `config` became, `settings` the engine process's file. Raises RuntimeError with the end of its
+    output where it fails.
     """
     done = _stamp(config, built)
     if done.exists():
@@ -82,8 +85,10 @@ def fill_cache(config: Config, built: BuiltModel, settings: Path) -> None:
 def _report(seconds: float) -> None:
     log.info(
         "still compiling after %d min, uncompiled steps serve meanwhile; %.1f processes want these %d CPUs",
-        seconds / 60, os.getloadavg()[0], len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    )  # fmt: skip
+        seconds / 60,
+        os.getloadavg()[0],
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    )
 
 
 def _stamp(config: Config, built: BuiltModel) -> Path:

@@ -1,4 +1,4 @@
-"""The engine as a process: `python -m runtime.server.engine_process SETTINGS.json`, started by the supervisor.
+"""The engine as a process of its own, started by the supervisor with a file of settings.
 
 Loads the model, answers on its socket at once with the uncompiled step, and swaps the compiled one in
 when it is ready. Writes engine.json beside the settings once loaded; ends with a non-zero status on any
@@ -78,7 +78,7 @@ def main(path: str) -> None:
 
 
 def _compile(config: Config, built: BuiltModel, first: Callable[[], None] = lambda: None) -> None:
-    """Do `first`, then swap the compiled step in; where that fails, the engine serves uncompiled, or ends if so configured."""
+    """Do `first`, then swap the compiled step in. If that fails, the engine serves uncompiled, or ends if required."""
     try:
         with built.timings.stage("compile"):
             built.compile(sys.stderr.isatty() and built.device.type == "cuda", first)

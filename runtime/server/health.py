@@ -1,6 +1,7 @@
 """Whether the server lives and takes requests: one answer for the probe port and for the API's.
 
-Knows what the engine says of itself, for how long it may say nothing, and what probes are told. Knows no processes and no sockets.
+Knows what the engine says of itself, for how long it may say nothing, and what probes are told. Knows no processes and
+no sockets.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pagegraph.runtime.ipc.client import EngineClient, EngineDead
 
 @dataclass(frozen=True)
 class Health:
-    """A word for people, and the two answers that probes ask for: to be restarted if not live, spared requests if not ready."""
+    """A word for people, and the answers to probes: restart it if not live, send it no requests if not ready."""
 
     status: str
     live: bool

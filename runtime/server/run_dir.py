@@ -38,7 +38,8 @@ class RunDir:
                 reasons.append(f"{parent}: {error.strerror or error}")
         else:
             raise OSError(
-                f"no folder can hold the engine's socket ({'; '.join(reasons)}); set TMPDIR to a short path that may be written to"
+                f"no folder can hold the engine's socket ({'; '.join(reasons)});"
+                " set TMPDIR to a short path that may be written to"
             )
         _remove_leftovers(self.path.parent)
 

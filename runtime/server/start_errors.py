@@ -27,7 +27,8 @@ FORESEEN = (
 def sentence(error: BaseException) -> str | None:
     """The message of a foreseen error in one line; None for others."""
     if type(error).__name__ == "OutOfMemoryError":
-        return f"the device has too little memory for this model; quantise it, or take a smaller one ({' '.join(str(error).split())})"
+        told = " ".join(str(error).split())
+        return f"the device has too little memory for this model; quantise it, or take a smaller one ({told})"
     if not isinstance(error, FORESEEN):
         return None
     return " ".join(str(error).split()) or type(error).__name__
@@ -45,7 +46,7 @@ def as_one_sentence(log_level: str) -> Iterator[None]:
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of a configuration, before its model is loaded; a GGUF file is converted for it, a hub's model fetched.
+    """The tokenizer of a configuration, before its model is loaded. Converts a GGUF file, fetches a hub's model.
 
     Raises ValueError or FileNotFoundError where it is not whole.
     """

@@ -159,7 +159,7 @@ class Supervisor:
         return self._run_dir.write("web-settings.json", json.dumps(settings, indent=1))
 
     def _secrets(self) -> dict[str, str | None]:
-        """What the web processes find in their environment and nowhere else: no file holds it, no list of processes shows it."""
+        """What only the environment of the web processes holds: no file does, no list of processes shows it."""
         return {API_KEY_VARIABLE: self.config.api_key}
 
     def _wait_for_engine(self) -> EngineInfo | None:
@@ -203,8 +203,8 @@ class Supervisor:
         self._engine.send(signal.SIGUSR1)  # faulthandler answers, whatever the threads do
         time.sleep(DUMP_S)
         raise Unserved(
-            f"the engine hung: for {limit:g} s it has had work and finished no step, and it is ended; if a step of this model"
-            f" may take longer, raise watchdog_timeout_s={limit:g} or lower max_num_batched_tokens"
+            f"the engine hung: for {limit:g} s it has had work and finished no step, and it is ended; if a step of this"
+            f" model may take longer, raise watchdog_timeout_s={limit:g} or lower max_num_batched_tokens"
         )
 
     def _check_children(self) -> None:
@@ -263,7 +263,7 @@ class Supervisor:
 
 
 def web_arguments(config: Config, settings: Path, descriptor: int) -> list[str]:
-    """Arguments of gunicorn: the app of a file of WebSettings, on a bound socket, which the child inherits as `descriptor`."""
+    """Arguments of gunicorn. `settings`: a file of WebSettings; `descriptor`: of a bound socket that it inherits."""
     return [
         f"pagegraph.web.app:create_app({json.dumps(str(settings))})",
         "--config", "python:pagegraph.web.gunicorn_conf",
@@ -295,7 +295,8 @@ def banner(config: Config, info: EngineInfo, address: tuple[Any, ...], probe_add
         "",
         f"  {url}  serves {config.model_name}",
         f"  device {info.device}, {info.dtype}, {COMPILE_STATES[info.compile_state]}",
-        f"  KV cache {info.num_blocks:,} blocks of {info.block_size} = {tokens:,} tokens; max_model_len {info.max_model_len:,}",
+        f"  KV cache {info.num_blocks:,} blocks of {info.block_size} = {tokens:,} tokens;"
+        f" max_model_len {info.max_model_len:,}",
         f"  probes and metrics http://{probe_address}/health/ready /health/live /metrics",
         "",
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",

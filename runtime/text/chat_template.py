@@ -35,9 +35,9 @@ class ChatTemplate:
     def render(self, messages: list[Message], **arguments: Any) -> str:
         """`arguments` are those of `render_jinja_template`, and variables of the template.
 
-        Raises ChatTemplateError when the template refuses the messages, or leaves out one whose text has to arrive: the last
-        user's, and all but users' and assistants', whose earlier turns a template may drop. Templates may change a text, so
-        that is said only where another text in its place gives the same prompt.
+        Raises ChatTemplateError when the template refuses the messages, or leaves out one whose text has to arrive: the
+        last user's, and all but users' and assistants', whose earlier turns a template may drop. Templates may change a
+        text, so that is said only where another text in its place gives the same prompt.
         """
         texts = [_joined(message.get("content")) for message in messages]
         parts = self._parts(messages)
@@ -54,16 +54,17 @@ class ChatTemplate:
                 lost = False
             if lost:
                 raise ChatTemplateError(
-                    f"the model's chat template leaves out the content of messages[{index}] (role: {messages[index].get('role')})"
+                    f"the model's chat template leaves out the content of messages[{index}]"
+                    f" (role: {messages[index].get('role')})"
                 )
         return rendered
 
     def _parts(self, messages: list[Message]) -> dict[Any, bool]:
-        """Role -> whether its content has to be a list of parts: as a string it does not reach the text, as parts it does.
+        """Role -> whether its content has to be a list of parts: only as such does it reach the text.
 
-        Tried, not read off the template: its loops may lie in macros, its indices anywhere, and it may take strings from one
-        role and parts from another. Tried with these very messages, their texts replaced, as a template may want a system
-        message or an order. A role that does not arrive in either form is tried again the next time.
+        Tried, not read off the template: its loops may lie in macros, its indices anywhere, and it may take strings
+        from one role and parts from another. Tried with these very messages, their texts replaced, as a template may
+        want a system message or an order. A role that does not arrive in either form is tried again the next time.
         """
         roles = [message.get("role") for message in messages]
         unknown = [role for role in dict.fromkeys(roles) if role not in self._known]
@@ -83,7 +84,7 @@ class ChatTemplate:
         return self._known | best
 
     def _arrived(self, messages: list[Message], parts: dict[Any, bool]) -> set[int] | None:
-        """Indices of the messages whose text is in the prompt; None if they are refused, or a part is in it written out."""
+        """Indices of the messages whose text is in the prompt; None if they are refused, or a part is written out."""
         probes = [f"{_PROBE}{index:06}" for index in range(len(messages))]
         try:
             rendered = self._fill(_with(messages, probes, self._known | parts), {"add_generation_prompt": True})

@@ -1,12 +1,13 @@
 """Tokens of one sequence to its text: whole characters, stop strings, which tokens count, how it ended.
 
-The one owner of these rules; the web and the offline API both read text from here. Knows no sockets, no engine and no shapes
-of answers.
+The one owner of these rules; the web and the offline API both read text from here. Knows no sockets, no engine and no
+shapes of answers.
 
-The text of an output is what decoding prompt and output gives, less what decoding the prompt gives. A character that the prompt
-began and the output completes is the output's, whole; one that stays unfinished is the prompt's. Bytes that are no character
-become U+FFFD as soon as that is certain. Byte tokens of tokenizers that decode a run of them as a whole, and to nothing but
-U+FFFD if any of it is wrong, are read one by one instead: a whole character stays one, whatever bytes follow it.
+The text of an output is what decoding prompt and output gives, less what decoding the prompt gives. A character that
+the prompt began and the output completes is the output's, whole; one that stays unfinished is the prompt's. Bytes that
+are no character become U+FFFD as soon as that is certain. Byte tokens of tokenizers that decode a run of them as a
+whole, and to nothing but U+FFFD if any of it is wrong, are read one by one instead: a whole character stays one,
+whatever bytes follow it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _MOST_UNFINISHED = 3  # bytes of a character that lacks its last
 class Piece:
     """What one delta brought: text that is now certain, the tokens that count, perhaps the end.
 
-    Log-probabilities come with the text of their tokens; offsets[i] is where in the output's text that of logprobs[i] begins.
+    Log-probabilities come with the text of their tokens; offsets[i] is where in the output's text that of logprobs[i]
+    begins.
     """
 
     text: str
@@ -40,8 +42,9 @@ class Piece:
 class TextOutput:
     """The output of one sequence as text, delta by delta.
 
-    A stop string is cut off, and so is the token that stopped the sequence, unless `include_stop`. Tokens after the one that
-    completed a stop string were never asked for: they are dropped. Text of the first `params.min_tokens` tokens is not searched.
+    A stop string is cut off, and so is the token that stopped the sequence, unless `include_stop`. Tokens after the one
+    that completed a stop string were never asked for: they are dropped. Text of the first `params.min_tokens` tokens is
+    not searched.
     """
 
     def __init__(
@@ -194,7 +197,7 @@ class Detokenizer:
         return piece
 
     def _read_prompt(self, prompt_ids: Sequence[int]) -> None:
-        """Whether there is text, and how its last character stands; looks at the last tokens alone as far as that tells."""
+        """Whether there is text, and how its last character stands, from the last tokens alone where they tell."""
         end, has_text, kept = b"", False, []
         for token_id in reversed(prompt_ids):
             if token_id in self._dropped_ids:

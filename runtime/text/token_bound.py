@@ -107,7 +107,7 @@ def _writes_metaspace(normalizer: dict[str, Any]) -> bool:
 def _keeps_bytes(
     model: Any, of_bytes: bool, normalizers: list[dict[str, Any]], pre_tokenizers: list[dict[str, Any]]
 ) -> bool:
-    """Whether every byte of a text that is a token becomes part of exactly one, and none is dropped or taken for unknown."""
+    """Whether every byte of a text becomes part of exactly one token, and none is dropped or taken for unknown."""
     if not isinstance(model, tokenizers.models.BPE):
         return False
     if not all(part["type"] in ("NFC", "Prepend") or _writes_metaspace(part) for part in normalizers):

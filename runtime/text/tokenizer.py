@@ -1,7 +1,7 @@
 """Text to token ids and back, from the tokenizer files of a model folder.
 
-Knows `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja` and `chat_template.json`.
-Knows nothing of requests, sockets or torch: a web worker imports this module and must stay light.
+Knows `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja` and
+`chat_template.json`. Knows nothing of requests, sockets or torch: a web worker imports this module and must stay light.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class Tokenizer:
     ) -> str:
         """Messages to the text the model was trained on; `arguments` are extra variables of the template.
 
-        Content is a string or a list of text parts, whatever the template wants. Raises ChatTemplateError when the model has
-        no template, the template refuses the messages, or what the user said is not in its text.
+        Content is a string or a list of text parts, whatever the template wants. Raises ChatTemplateError when the
+        model has no template, the template refuses the messages, or what the user said is not in its text.
         """
         if self._template is None:
             raise ChatTemplateError("this model has no chat template; use /v1/completions with a prompt")

@@ -29,7 +29,14 @@ def cpu_seconds() -> float:
 
 
 def test_help_is_fast_and_imports_no_torch() -> None:
-    code = "import sys; from pagegraph.runtime import cli\ntry: cli.main(['--help'])\nexcept SystemExit: sys.exit('torch' in sys.modules or 'yaml' in sys.modules)"
+    code = """
+import sys
+from pagegraph.runtime import cli
+try:
+    cli.main(["--help"])
+except SystemExit:
+    sys.exit("torch" in sys.modules or "yaml" in sys.modules)
+"""
 
     def once() -> float:
         start = cpu_seconds()
@@ -134,5 +141,9 @@ def test_a_missing_model_is_refused_before_anything_starts(command: list[str]) -
 
 
 def test_serve_imports_no_torch() -> None:
-    code = "import pagegraph.runtime.commands.serve, pagegraph.runtime.server.supervisor, pagegraph.runtime.commands.generate, sys; sys.exit('torch' in sys.modules)"
+    code = """
+import sys
+import pagegraph.runtime.commands.generate, pagegraph.runtime.commands.serve, pagegraph.runtime.server.supervisor
+sys.exit("torch" in sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,4 +1,4 @@
-"""Hostile and careless clients by the hundred against a real supervisor and web worker, over an engine that computes nothing.
+"""Hostile and careless clients by the hundred against a real supervisor and web worker, over a fake engine.
 
 Meanwhile a client asks ten times a second, and some read long streams. `pytest -s` prints what they saw.
 """
@@ -159,7 +159,7 @@ def _post(path: str, body: dict[str, object]) -> bytes:
 
 @dataclass
 class Seen:
-    """What the good clients saw: seconds of each request, those that failed, streams that ended, the worker's memory."""
+    """What the good clients saw: seconds of each request, failures, streams that ended, the worker's memory."""
 
     seconds: list[float]
     failed: list[bytes]

@@ -19,7 +19,7 @@ STOPS = ["world", "\u672c ", "\U0001f999", " the e", "\ufffd", "lo"]
 
 
 class Scripted:
-    """In the engine's place: answers every request with the same deltas, one that brings a token alone as engines do."""
+    """A fake engine: answers every request with the same deltas, one that brings a token alone as engines do."""
 
     def __init__(self, llm: LLM, deltas: list[TokenDelta]) -> None:
         self.mailbox, self.deltas, self.left, self.ended = llm._mailbox, deltas, [], {}

@@ -304,7 +304,7 @@ def test_a_converted_model_is_found_without_torch(tmp_path: Path, conversions: l
     path, cache = make_gguf(tmp_path / "a"), tmp_path / "cache"
     resolve_model(str(path), cache_dir=cache)
     program = (
-        "import sys; from pathlib import Path; from compiler.model.source import resolve_model;"
+        "import sys; from pathlib import Path; from pagegraph.compiler.model.source import resolve_model;"
         f"resolve_model({str(path)!r}, cache_dir=Path({str(cache)!r}));"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )

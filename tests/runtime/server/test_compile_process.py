@@ -15,13 +15,14 @@ from transformers import LlamaConfig
 from pagegraph.runtime.config import FIELDS, Config
 from pagegraph.runtime.server import compile_process
 
-# What no artefact depends on; every setting is here or among `compile_ahead.ARTEFACT_SETTINGS`.
+# What no artefact depends on; every setting is here or among `compile_process.ARTEFACT_SETTINGS`.
 OTHER_SETTINGS = {
     "tokenizer", "served_model_name", "seed", "generation_config",  # values, not form
-    "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "enable_chunked_prefill", "inter_token_target_ms",
-    "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max",  # sizes that are symbols in the graph, or not in it
+    "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "enable_chunked_prefill",
+    "inter_token_target_ms", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max",  # symbols in the graph, or not in it
     "compile", "compile_cache_dir",  # whether and where
-    "host", "port", "probe_host", "probe_port", "workers", "threads", "max_queue", "drain_timeout_s", "watchdog_timeout_s", "api_key", "api_key_file", "log_level",
+    "host", "port", "probe_host", "probe_port", "workers", "threads", "max_queue", "drain_timeout_s",
+    "watchdog_timeout_s", "api_key", "api_key_file", "log_level",
 }  # fmt: skip
 
 

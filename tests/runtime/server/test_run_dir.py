@@ -14,7 +14,12 @@ import pytest
 from pagegraph.runtime.server.run_dir import LOCK, PREFIX, RunDir
 from tests.paths import ROOT
 
-KILLED = "import os, signal; from runtime.server.run_dir import RunDir; kept = RunDir(); os.kill(os.getpid(), signal.SIGKILL)"
+KILLED = """
+import os, signal
+from pagegraph.runtime.server.run_dir import RunDir
+kept = RunDir()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @pytest.fixture

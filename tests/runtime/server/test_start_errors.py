@@ -1,4 +1,4 @@
-"""A start that fails says why in one sentence, before anything is loaded where it can; a fault of ours keeps its traceback."""
+"""A start that fails says why in one sentence, before anything is loaded if possible; our faults keep a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text of tokens: decoding everything less decoding the prompt, whatever the pieces; never half a character or a stop string."""
+"""Text of tokens: decoding everything less decoding the prompt; never half a character or a stop string."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ def test_tokens_after_a_stop_string_were_not_asked_for(tokenizer: Tokenizer) -> 
 @pytest.mark.parametrize("include", [False, True])
 @pytest.mark.parametrize("asked", [False, True])
 def test_the_token_that_stopped_it(tokenizer: Tokenizer, include: bool, asked: bool) -> None:
-    """It counts, is hidden unless asked for, and is a reason only where the request named it: not for the model's own end."""
+    """It counts, is hidden unless asked for, and is a reason only where the request named it, not the model."""
     ids = singly(tokenizer, "ab")
     params = SamplingParams(stop_token_ids=ids[1:] if asked else [])
     logprobs = [TokenLogprob(token_id, -1.0, 1) for token_id in ids]

@@ -15,7 +15,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from pagegraph.runtime.text.tokenizer import Tokenizer
 from tests.paths import ROOT
 
-# Runs of one character, words, marks that compose, jamo, signs of SentencePiece, white space of all kinds, special tokens.
+# Runs of one character, words, marks that compose, jamo, signs of SentencePiece, white space of all kinds, special
+# tokens.
 PIECES = st.sampled_from(
     ["hello", " world", "=", "-" * 64, "\n", " " * 9, "\u3000", "\u00a0", "é", "e\u0301", "ά\u0345\u0300", "각", "한", "漢字",
      "🦙", "\u2581", "<s>", "<|end|>", "<mask>", "<0x0A>", "\x00", "\x7f", "caf\ufffd", "0123456789", "\u212a"]

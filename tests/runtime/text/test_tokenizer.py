@@ -39,7 +39,7 @@ def byte_fallback() -> Tokenizer:
 
 def test_loading_imports_no_torch(tokenizer_folder: Path) -> None:
     code = (
-        "import sys; from runtime.text.tokenizer import Tokenizer; t = Tokenizer.load(sys.argv[1]);"
+        "import sys; from pagegraph.runtime.text.tokenizer import Tokenizer; t = Tokenizer.load(sys.argv[1]);"
         "t.apply_chat([{'role': 'user', 'content': 'x'}]); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tokenizer_folder)], timeout=60).returncode == 0
