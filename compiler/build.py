@@ -29,7 +29,7 @@ from pagegraph.compiler.model.weights import load_weights
 from pagegraph.compiler.options import CompilerOptions, ModelOptions
 from pagegraph.compiler.passes.registry import apply_module_passes, graph_passes
 from pagegraph.compiler.profile.kv_budget import KvBudget, cuda_available, plan_blocks
-from pagegraph.compiler.profile.memory import measure_peak
+from pagegraph.compiler.profile.memory import profile_memory
 from pagegraph.compiler.resolve import (
     eos_ids,
     resolve_cache_dtype,
@@ -299,7 +299,7 @@ def _largest(options: CompilerOptions) -> Bucket:
 
 
 def _kv_budget(options: CompilerOptions, models: list[LoadedModel]) -> KvBudget:
-    """Blocks that fit; on CUDA, where no amount is set, beside the measured peak of steps and graphs."""
+    """Blocks that fit; on CUDA, if no amount is set, beside the profiled memory of steps and graphs."""
     kv_cache = options.kv_cache
     states = [model.state(options, 1, is_draft=model is not models[0]) for model in models]
     block_bytes = sum(cache.nbytes for state in states for cache in (*state.key_caches, *state.value_caches))
@@ -308,11 +308,13 @@ def _kv_budget(options: CompilerOptions, models: list[LoadedModel]) -> KvBudget:
     elif kv_cache.memory is not None:
         available, source = kv_cache.memory, "kv_cache_memory"
     else:
-        peaks = [
-            measure_peak(_step(options, model.captured, state), _largest(options), model.max_model_len, draft_forwards)
+        profiles = [
+            profile_memory(
+                _step(options, model.captured, state), _largest(options), model.max_model_len, draft_forwards
+            )
             for model, state, draft_forwards in zip(models, states, (0, MAX_DRAFT_FORWARDS))  # the draft model's alone
         ]
-        step_bytes, graph_bytes = max(peak.step for peak in peaks), sum(peak.graphs for peak in peaks)
+        step_bytes, graph_bytes = max(one.step for one in profiles), sum(one.graphs for one in profiles)
         available = cuda_available(kv_cache.gpu_memory_utilization, step_bytes, graph_bytes, options.device)
         source = f"gpu_memory_utilization {kv_cache.gpu_memory_utilization}"
     return plan_blocks(available, block_bytes, kv_cache.block_size, models[0].max_model_len, source)

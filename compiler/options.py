@@ -1,6 +1,6 @@
-"""What the compiler is told: which models, the memory of their KV cache, the sizes of steps, which passes run.
+"""Options of the compiler: models, memory of the KV cache, sizes of steps, passes.
 
-Plain values that whoever runs the compiler has checked; knows no file of settings and no command line.
+Plain values that the caller has checked; knows no configuration file and no command line.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class PassOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompilerOptions:
-    """All that a build goes by."""
+    """All options of a build."""
 
     model: ModelOptions
     draft: ModelOptions | None = None  # the draft model, over the same blocks

@@ -101,8 +101,9 @@ def resolve_max_model_len(asked: int | None, model_config: Any) -> int:
 def eos_ids(folder: Path, model_config: Any, tokenizer: Path | None = None) -> frozenset[int]:
     """End-of-sequence ids that generation_config.json, config.json or the tokenizer's files name and the model has.
 
-    If no file names any, the default of the configuration's class holds, which may belong to another vocabulary.
-    `tokenizer` is the tokenizer's folder if it is not `folder`.
+    All of them count: a file that names none does not overrule another. If no file names any, the default of the
+    configuration's class holds, which may belong to another vocabulary. `tokenizer` is the tokenizer's folder if it is
+    not `folder`.
     """
     config = json_object(folder / "config.json")
     said = [json_object(folder / "generation_config.json").get("eos_token_id"), config.get("eos_token_id")]

@@ -290,7 +290,7 @@ def _scaling(file: GgufFile, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_factors(original: int, attention: float, short: np.ndarray, long: np.ndarray) -> dict[str, Any]:
-    """Each pair of columns by a factor of its own: `longrope`, which with equal factors is the same at every length."""
+    """A factor for each pair of columns, as `longrope`; with equal factors that is the same at every length."""
     factors = {
         "short_factor": [float(one) for one in short.ravel()],
         "long_factor": [float(one) for one in long.ravel()],
@@ -305,7 +305,7 @@ def _by_factors(original: int, attention: float, short: np.ndarray, long: np.nda
 
 
 def _check_angles(file: GgufFile, model: nn.Module) -> None:
-    """Compare the angles of the built model with what base, rotated columns and factors give by themselves."""
+    """Compare the built model's rotary frequencies with those computed from base, rotated columns and factors."""
     own = file.own()
     scaling = _scaling(file, own)
     if scaling["rope_type"] == "yarn" or LONG_FACTORS in file.tensors:

@@ -47,7 +47,7 @@ class GgufFile:
         return {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)}
 
     def values(self, tensor: str) -> np.ndarray:
-        """Of the named tensor, float32."""
+        """The named tensor, dequantised to float32."""
         found = self.tensors[tensor]
         return gguf.dequantize(found.data, found.tensor_type)
 

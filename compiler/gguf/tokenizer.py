@@ -87,7 +87,7 @@ _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 
 
 def _cased(ending: str, digits: str) -> str:
-    """Words cut where small letters are followed by capitals."""
+    """A pattern that cuts words where lower case is followed by upper case."""
     before = r"[^\r\n\p{L}\p{N}]?"
     words = f"{before}[{_UPPER}]*[{_LOWER}]+{ending}|{before}[{_UPPER}]+[{_LOWER}]*{ending}"
     return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
@@ -286,7 +286,7 @@ def _of_pieces(file: GgufFile, vocabulary: Vocabulary, kind: str) -> tuple[token
 
 
 def _listed_merges(file: GgufFile) -> list[tuple[str, str]]:
-    """Of texts with one space between two parts, of which the first may begin with one."""
+    """Pairs out of texts with one space between two parts; the first part may begin with a space."""
     listed = file.metadata.get("tokenizer.ggml.merges")
     if not listed:
         raise file.refuse("tokenizer.ggml.merges", None, "names no pairs to join")

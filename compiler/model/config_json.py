@@ -71,7 +71,9 @@ def _check_sizes(path: Path, said: dict[str, Any]) -> None:
 
 
 def _with_rope_types(path: Path, said: dict[str, Any], at: str = "", inside: bool = False) -> dict[str, Any]:
-    """`said` with rope types as transformers names them; `inside` rope parameters, of all layers or of a type of layer.
+    """`said` with rope types as transformers names them.
+
+    `inside`: `said` is the rope parameters, of all layers or of one layer type.
 
     Raises ValueError for a number that is none.
     """

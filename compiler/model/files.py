@@ -13,7 +13,7 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """Of a file; empty where there is none. Raises ValueError for a file of something else."""
+    """The JSON object in a file; empty if there is no file. Raises ValueError for anything else."""
     if not path.is_file():
         return {}
     try:
@@ -26,7 +26,7 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def lfs_pointer(path: Path) -> str:
-    """What to do about a file that stands for its content in a Git repository; empty where the file is none."""
+    """What to do about a file that is only a Git LFS pointer; empty if it is none."""
     with path.open("rb") as file:
         pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
     return (

@@ -1,4 +1,4 @@
-"""What a forward sets for its own later layers: it belongs to the thread that is in the forward, and ends with it.
+"""What a forward sets for its own later layers, kept by thread: it ends with the forward.
 
 Several threads run the same modules at once (steps, and the compiler that traces them), so no forward writes to a
 module or to anything else that threads share. The compiler follows a thread's own attributes as it follows names.

@@ -1,4 +1,4 @@
-"""A transformers model without its weights: parameters on the meta device, rotary embeddings settled for one length.
+"""A transformers model without its weights: parameters on the meta device, rotary frequencies fixed for one length.
 
 Knows a configuration and what transformers builds by it; knows nothing of files, devices or how a model attends.
 """
@@ -30,8 +30,8 @@ def build_meta(
 ) -> nn.Module:
     """The causal language model of `config` with parameters on the meta device and real buffers on the CPU.
 
-    `config` is not changed. Rotary embeddings that would pick their frequencies by sequence length (rope
-    types `dynamic` and `longrope`) are settled for `max_model_len` tokens. Raises UnsupportedModel where transformers
+    `config` is not changed. Rotary frequencies that depend on the sequence length (rope types
+    `dynamic` and `longrope`) are fixed for `max_model_len` tokens. Raises UnsupportedModel where transformers
     has no causal language model of the type or cannot build it, or its class does not know attention implementations;
     ValueError for an unknown rope type.
     """
@@ -51,7 +51,7 @@ def build_meta(
         if isinstance(error, ValueError) and "Unrecognized configuration class" in str(error):
             why = "transformers has no causal language model of this type; only text models are served"
         raise UnsupportedModel(f"{config.model_type}: {why}") from error
-    rope.settle(model, max_model_len)
+    rope.fix_frequencies(model, max_model_len)
     _keep_in_float32(model)
     model.tie_weights()
     return model.eval().requires_grad_(False)
@@ -75,7 +75,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _keep_in_float32(model: nn.Module) -> None:
-    """Widen the tensors that the model's class wants in float32 whatever its dtype (router biases)."""
+    """Convert the tensors that the model's class wants in float32 whatever its dtype (router biases)."""
     wanted = getattr(model, "_keep_in_fp32_modules_strict", None)
     if not wanted:
         return

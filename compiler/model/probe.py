@@ -1,8 +1,8 @@
-"""What each layer's attention computes, read off one forward of a model on the meta device.
+"""What each layer's attention computes, read off one forward of a copy of the model on the meta device.
 
-The shadow that is run attends under a name of its own, for which transformers hands us the function of every mask: so a
-layer's window or chunk is what the model's own mask says, not what a configuration promises. Whatever the paged op does
-not compute is refused with what the model does. Knows nothing of weights, blocks or steps.
+The copy attends under a name of its own, for which transformers hands us the function of every mask: so a layer's
+window or chunk is what the model's own mask says, not what a configuration promises. Whatever the paged op does not
+compute is refused, and the message says what the model does. Knows nothing of weights, blocks or steps.
 
 Comparing a small copy of each model with transformers' own forward at the start was rejected: shrinking a
 configuration without knowing it fails for a quarter of the model types. The tests do that over all types.
@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
-from pagegraph.compiler.model.rope import silence
+from pagegraph.compiler.model.rope import stop_updates
 
 PROBE_NAME = "pagegraph_probe"
 SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -79,7 +79,8 @@ class Probed:
 
 
 class TokensBefore:
-    """Stands for a cache where a forward numbers its tokens by their place in the step and adds how many came before.
+    """Stands in for a cache, for a forward that numbers tokens by their place in the step and adds how many came
+    before.
 
     Before each token were as many as its position, less its place in the step. positions: [1, T].
     """
@@ -105,7 +106,7 @@ class TokensBefore:
 
 
 def probe(original: nn.Module) -> Probed:
-    """What the layers of `original` compute; it is left alone: a shadow of its configuration is run.
+    """What the layers of `original` compute. A copy built by its configuration is run, `original` is not changed.
 
     Raises UnsupportedModel where a layer mixes tokens outside attention or attends in a way that the paged op does not
     compute.
@@ -118,7 +119,7 @@ def probe(original: nn.Module) -> Probed:
         shadow = type(original)._from_config(
             copy.deepcopy(original.config), dtype=torch.bfloat16, attn_implementation=PROBE_NAME
         )
-    silence(shadow)
+    stop_updates(shadow)
     ask_for_no_padding(shadow)
     positions = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     for past in (None, TokensBefore(positions)):

@@ -1,8 +1,8 @@
-"""Rotary embeddings with scaling: the lengths that they reach, and how those that go by the length are settled for one.
+"""Rotary embeddings with scaling: the lengths that they reach; frequencies that depend on the length, fixed for one.
 
 Knows transformers' rope types and what a configuration says of them; knows nothing of attention or weights.
 
-Frequencies that go by the length (`dynamic`, `longrope`) are settled for `max_model_len`, since all sequences of a
+Frequencies that depend on the length (`dynamic`, `longrope`) are fixed for `max_model_len`, because all sequences of a
 step share them: above the original length every prompt gets the long ones. So the original length is the default of
 `max_model_len` there.
 """
@@ -18,9 +18,9 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 KNOWN = frozenset({"default", *ROPE_INIT_FUNCTIONS})
-# Frequencies of these go by the length of the sequence at hand.
+# Frequencies of these depend on the length of the sequence.
 BY_LENGTH = frozenset({"dynamic", "longrope"})
-SETTLED = "settled"  # no type of transformers: what it stands for is never computed anew
+FIXED = "fixed"  # no type of transformers: what it stands for is never computed anew
 DEFAULT_LENGTH = 2048
 CONTEXT_LENGTH = "gguf_context_length"  # what a configuration made of a GGUF file has besides max_position_embeddings
 
@@ -59,7 +59,7 @@ class Lengths:
 def lengths(config: PretrainedConfig) -> Lengths:
     """How long sequences of the text model can be; raises ValueError where its rope type is unknown.
 
-    The default is less than the longest where frequencies go by the length: settled for more than the original length,
+    The default is less than the longest if frequencies depend on the length: fixed for more than the original length,
     they change what short prompts give too. It is `gguf_context_length` where there is one: a file says it as the
     length to serve, scaling included (`compiler.gguf.config`).
     """
@@ -73,7 +73,7 @@ def lengths(config: PretrainedConfig) -> Lengths:
 
 
 def _reached(text: PretrainedConfig) -> Lengths:
-    """By `text`'s own sizes and rope parameters, with the longest as the default where nothing goes by the length."""
+    """Lengths by `text`'s own sizes and rope parameters; the default is the longest if frequencies are fixed."""
     named = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     own = named or DEFAULT_LENGTH
     said = f"max_position_embeddings {own}" if named else f"{own} where config.json names no length"
@@ -100,29 +100,29 @@ def _reached(text: PretrainedConfig) -> Lengths:
     return Lengths(own, own, said)
 
 
-def settle(model: nn.Module, length: int) -> None:
-    """Give rotary embeddings of `model`, on the CPU, the frequencies of a sequence of `length` tokens for good.
+def fix_frequencies(model: nn.Module, length: int) -> None:
+    """Fix rotary embeddings of `model`, on the CPU, to the frequencies of a sequence of `length` tokens.
 
-    What they are is the module's own affair: it is shown the last position of such a sequence.
+    The module computes them itself: it is called with the last position of such a sequence.
     """
     for module, kinds in _by_length(model):
         for layer_type in kinds:
             last = torch.tensor([[length - 1]])
             module(torch.zeros(1), last) if layer_type is None else module(torch.zeros(1), last, layer_type=layer_type)
-    silence(model)
+    stop_updates(model)
 
 
-def silence(model: nn.Module) -> None:
-    """Let no rotary embedding of `model` ask for the length of a sequence."""
+def stop_updates(model: nn.Module) -> None:
+    """Keep rotary embeddings of `model` from looking at the length of a sequence."""
     for module, kinds in _by_length(model):
         if isinstance(module.rope_type, dict):
-            module.rope_type |= dict.fromkeys(kinds, SETTLED)
+            module.rope_type |= dict.fromkeys(kinds, FIXED)
         else:
-            module.rope_type = SETTLED
+            module.rope_type = FIXED
 
 
 def _by_length(model: nn.Module) -> list[tuple[nn.Module, list[str | None]]]:
-    """Rotary embeddings whose frequencies go by the length, and for which types of layer (None: all)."""
+    """Rotary embeddings whose frequencies depend on the length, and for which layer types (None: all)."""
     found = []
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)

@@ -59,7 +59,7 @@ def resolve_model(
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Raise ValueError for what changes a model but is none: the weights of a LoRA adapter alone."""
+    """Raise ValueError for a LoRA adapter without its model."""
     path = folder / "adapter_config.json"
     if not path.is_file() or any(folder.glob("model*.safetensors")):
         return
@@ -107,10 +107,9 @@ def _downloaded(model: str, gguf_file: str | None, revision: str | None, trust_r
 
 
 def _converted(gguf: Path, cache_dir: Path, keep_quantized: bool) -> Path:
-    """The folder of the converted file, made now if it is not there. Processes that meet here wait in line.
+    """The folder of the converted file, converted now if it is not there; one process converts, others wait.
 
-    Raises ValueError where the file is changed or replaced before all of it is converted: the folder's name would be of
-    other content.
+    Raises ValueError if the file changes before all of it is converted: the folder's name would be of other content.
     """
     models, read = cache_dir / "models", _identity(gguf)
     folder = models / f"{gguf.stem}-{_key(gguf, read, models / 'digests')}{'-quantized' if keep_quantized else ''}"
@@ -130,12 +129,12 @@ def _converted(gguf: Path, cache_dir: Path, keep_quantized: bool) -> Path:
 
 
 def _key(path: Path, identity: str, digests: Path) -> str:
-    """By all of the content, so that a moved or touched file is not converted again and a replaced one always is.
+    """A digest of the whole content: a moved or touched file is not converted again, and a replaced one always is.
 
-    Reading all of it takes about a second a GB: `digests` remembers what the file of an inode held. Nobody can set the
-    time at which an inode changed, so content that is replaced in place, with name, size and modification time as
-    before, is read again. What is there and is no digest, as a crash of the machine leaves it, is made anew. Raises
-    ValueError where the file is no longer the one of `identity` when it is read.
+    Reading takes about a second a GB, so `digests` stores the digest by `identity`. Nobody can set an inode's change
+    time, so content replaced in place, with name, size and modification time as before, is read again. A stored file
+    that is no digest, as a crash of the machine leaves it, is written anew. Raises ValueError if the file is no longer
+    the one of `identity` after reading.
     """
     known = digests / identity
     with suppress(OSError):
@@ -162,7 +161,7 @@ def _changing(path: Path) -> ValueError:
 
 
 def _identity(path: Path) -> str:
-    """Of a file as it is now: one that is written to, replaced or moved gets another."""
+    """Inode, size and times of a file: it differs once the file is written to, replaced or moved."""
     stat = path.stat()
     return f"{CONVERSION}-{stat.st_dev}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
 

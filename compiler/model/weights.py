@@ -53,9 +53,9 @@ def load_weights(
     """Give every parameter of `model` (from `build_meta`) its values from `folder`, on `device`.
 
     `load_format` "dummy" draws random values from `seed` and reads nothing; every other format reads safetensors.
-    `quantization` is the checkpoint's own scheme, or a method of `quant_formats.ONLINE`: linears are then quantised one
-    by one as they come. Raises FileNotFoundError without safetensors files, WeightsMismatch where names or shapes
-    differ from the model's, QuantizationError where a linear cannot be quantised so.
+    `quantization` is the checkpoint's own scheme, or a method of `quantization.methods.ONLINE`: linears are then
+    quantised one by one as they come. Raises FileNotFoundError without safetensors files, WeightsMismatch where names
+    or shapes differ from the model's, QuantizationError where a linear cannot be quantised so.
     """
     scheme = quantization if isinstance(quantization, Scheme) else None
     online = _online(model, quantization, dtype) if isinstance(quantization, str) else {}
@@ -65,7 +65,7 @@ def load_weights(
                 f"load_format=dummy draws unquantised weights, but the checkpoint is quantised by {scheme.method}; "
                 "take the original model with quantization fp8, int8 or int4"
             )
-        _fill_randomly(model, device, seed, online)
+        _init_dummy_weights(model, device, seed, online)
     else:
         files = safetensors_files(folder)
         packed = _packed_linears(model, files, scheme)
@@ -161,7 +161,7 @@ def _stream(
             _place_quantized(model, path, scheme.read({leaf: read(f"{path}.{leaf}") for leaf in leaves}, path), device)
             bar.update()
         for name in sorted(wanted, key=lambda name: (str(files[name]), name)):
-            _settle(model, name, read(name), device, online)
+            _load_tensor(model, name, read(name), device, online)
             bar.update()
 
 
@@ -175,8 +175,10 @@ def _refuse_lost_bias(model: nn.Module, path: str, files: dict[str, Path], read:
         raise WeightsMismatch(f"{path}.bias: the checkpoint has a bias that is not zero, the model has none")
 
 
-def _settle(model: nn.Module, name: str, values: torch.Tensor, device: torch.device, online: dict[str, str]) -> None:
-    """Place the named tensor, or its quantised form: of a weight to be quantised no other copy stays."""
+def _load_tensor(
+    model: nn.Module, name: str, values: torch.Tensor, device: torch.device, online: dict[str, str]
+) -> None:
+    """Place the named tensor, or its quantised form; the unquantised weight is freed then."""
     path = name.rpartition(".")[0]
     if not _is_weight_of(name, online):
         _place(model, name, values, device)
@@ -229,11 +231,11 @@ def _load_converted(
     for name in expected_tensors(model):
         path, _, leaf = name.rpartition(".")
         owner = loaded.get_submodule(path)
-        _settle(model, name, getattr(owner, leaf).detach(), device, online)
-        delattr(owner, leaf)  # so that at most one copy of the whole is held
+        _load_tensor(model, name, getattr(owner, leaf).detach(), device, online)
+        delattr(owner, leaf)  # at most one copy of the model is held
 
 
-def _fill_randomly(model: nn.Module, device: torch.device, seed: int, online: dict[str, str]) -> None:
+def _init_dummy_weights(model: nn.Module, device: torch.device, seed: int, online: dict[str, str]) -> None:
     """Normal values of standard deviation 0.02, ones for norm weights; the same for the same seed and device."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, old in expected_tensors(model).items():

@@ -46,12 +46,12 @@ def plan_blocks(available_bytes: int, block_bytes: int, block_size: int, max_mod
 
 
 def _mebibytes(size: int) -> str:
-    """As the configuration takes it, rounded up."""
+    """In the notation of the configuration, rounded up."""
     return f"{-(-size // MIB)}MiB"
 
 
 def cuda_available(gpu_memory_utilization: float, step_bytes: int, graph_bytes: int, device: torch.device) -> int:
-    """Bytes for the KV cache: the share of the device we may use, less what is in use and what steps and graphs take.
+    """Bytes for the KV cache: our share of the device, less what is in use and what steps and graphs take.
 
     Raises DoesNotFit when the device has less free than the share asks for.
     """

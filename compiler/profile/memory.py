@@ -1,6 +1,7 @@
-"""What steps take on a CUDA device beside weights and blocks: measured by running the largest ones on the null block.
+"""Memory profiling: what steps take on a CUDA device beside weights and KV cache, measured by running the largest ones.
 
-Plain modules are run, which hold more at a time than their compiled form does. Knows no blocks and no requests.
+They run in the null block. Plain modules are run, which hold more at a time than their compiled form does. Knows no
+requests.
 
 The KV cache is sized from this peak: a largest step with all that sampling offers, and two captured graphs. Logits in
 captured graphs are not kept, so all graphs share the memory of the largest.
@@ -24,7 +25,7 @@ SAMPLES = 5  # graphs measured one by one
 
 
 @dataclass(frozen=True, slots=True)
-class Peak:
+class MemoryProfile:
     """Bytes beside weights and blocks: of the largest step, and of all CUDA graphs."""
 
     step: int
@@ -32,7 +33,7 @@ class Peak:
 
 
 @torch.inference_mode()
-def measure_peak(step: CompiledStep, largest: Bucket, max_model_len: int, draft_forwards: int = 0) -> Peak:
+def profile_memory(step: CompiledStep, largest: Bucket, max_model_len: int, draft_forwards: int = 0) -> MemoryProfile:
     """Run steps of `largest` through `step`, whose state has the null block only; `step` is of no use afterwards.
 
     `draft_forwards`: forwards that draft graphs will hold beside those of the capture sizes.
@@ -47,11 +48,11 @@ def measure_peak(step: CompiledStep, largest: Bucket, max_model_len: int, draft_
     step.launch(dummy_step(lengths, step.state.dummy_slot, everything(largest.seqs))).wait()
     peak = torch.cuda.max_memory_reserved(device) - before
     torch.cuda.empty_cache()
-    return Peak(peak, _graphs(step, draft_forwards))
+    return MemoryProfile(peak, _graphs(step, draft_forwards))
 
 
 def _graphs(step: CompiledStep, draft_forwards: int) -> int:
-    """All graphs share one pool, which the largest makes; each has memory of the driver's besides.
+    """Bytes of all graphs: they share one pool, which the largest fills, and each has memory of the driver's besides.
 
     The median of a few: free memory is the whole device's, and what another process takes meanwhile would be
     multiplied.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class StepCounts:
-    """Running totals over launched steps; `padding` are the tokens that buckets added to `tokens`."""
+    """Totals over launched steps; `padding`: tokens that buckets added to `tokens`."""
 
     steps: int = 0
     graphed: int = 0  # replayed as a CUDA graph

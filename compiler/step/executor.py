@@ -73,9 +73,7 @@ class StepExecutor:
         return Sampled(torch.stack(drawn, dim=1), None, None)
 
     def finish(self, step: StepInput, outputs: Outputs) -> Sampled:
-        """What the step's own sequences get: ids sampled with the forward, or anew if filters or the like are asked
-        for.
-        """
+        """What the step's own sequences get: ids sampled with the forward, or anew if the step asks for filters etc."""
         seqs = step.num_seqs
         if step.sampling.is_plain:
             return Sampled(outputs.ids[:seqs], None if outputs.found is None else outputs.found[:, :seqs], None)

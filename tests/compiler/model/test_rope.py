@@ -1,4 +1,4 @@
-"""Lengths that scaled rotary embeddings reach, and frequencies settled for one length against transformers' own."""
+"""Lengths that scaled rotary embeddings reach, and frequencies fixed for one length against transformers' own."""
 
 from __future__ import annotations
 
@@ -78,19 +78,19 @@ def test_an_unknown_rope_type_is_named() -> None:
 
 @pytest.mark.parametrize("max_model_len", [48, 512])
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_length_dependent_ropes_are_settled(rope_type: str, max_model_len: int) -> None:
-    """The settled model equals transformers' own on a sequence of max_model_len tokens."""
+def test_length_dependent_ropes_are_fixed(rope_type: str, max_model_len: int) -> None:
+    """The fixed model equals transformers' own on a sequence of max_model_len tokens."""
     config = llama(**(LONGROPE if rope_type == "longrope" else dict(rope_type=rope_type, factor=4.0)))
     stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32).model.rotary_emb
-    settled = build_meta(config, torch.float32, "eager", max_model_len=max_model_len).model.rotary_emb
+    fixed = build_meta(config, torch.float32, "eager", max_model_len=max_model_len).model.rotary_emb
     states = torch.zeros(1)
     whole = torch.arange(max_model_len)[None]
-    expected, got = stock(states, whole), settled(states, whole)
+    expected, got = stock(states, whole), fixed(states, whole)
     torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(settled(states, whole[:, :9]), tuple(e[:, :9] for e in expected))
+    torch.testing.assert_close(fixed(states, whole[:, :9]), tuple(e[:, :9] for e in expected))
 
 
-def test_frequencies_of_each_type_of_layer_are_settled() -> None:
+def test_frequencies_of_each_type_of_layer_are_fixed() -> None:
     rope = dict(
         full_attention=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0),
         sliding_attention=dict(rope_type="default", rope_theta=1e4),
@@ -98,11 +98,11 @@ def test_frequencies_of_each_type_of_layer_are_settled() -> None:
     layer_types = ["sliding_attention", "full_attention"] * 2
     config = AutoConfig.for_model("gemma3_text", **SIZES, layer_types=layer_types, rope_parameters=rope)
     stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32).model.rotary_emb
-    settled = build_meta(config, torch.float32, "eager", max_model_len=512).model.rotary_emb
+    fixed = build_meta(config, torch.float32, "eager", max_model_len=512).model.rotary_emb
     whole = torch.arange(512)[None]
     for layer_type in ("full_attention", "sliding_attention"):
         expected = stock(torch.zeros(1), whole, layer_type=layer_type)
-        short = settled(torch.zeros(1), whole[:, :9], layer_type=layer_type)
+        short = fixed(torch.zeros(1), whole[:, :9], layer_type=layer_type)
         torch.testing.assert_close(short, tuple(one[:, :9] for one in expected))
 
 
@@ -110,6 +110,6 @@ def test_a_models_own_frequencies_stay() -> None:
     """HunYuan's rope type is dynamic, and where `alpha` is given its class has frequencies of its own."""
     config = tiny_config("hunyuan")
     stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32).model.rotary_emb
-    settled = build_meta(config, torch.float32, "eager", max_model_len=256).model.rotary_emb
+    fixed = build_meta(config, torch.float32, "eager", max_model_len=256).model.rotary_emb
     whole = torch.arange(256)[None]
-    torch.testing.assert_close(settled(torch.zeros(1), whole), stock(torch.zeros(1), whole))
+    torch.testing.assert_close(fixed(torch.zeros(1), whole), stock(torch.zeros(1), whole))
