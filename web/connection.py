@@ -62,9 +62,9 @@ class ClientSocket(socket.socket):
 class Connection:
     """A client's connection while the loop reads it.
 
-    `deadline` is the monotonic time at which it is given up, `heard` the time of its last bytes. `room` is what it
-    holds of the worker's room for large bodies, in bytes. `lingering` after an answer that closes: what still comes
-    is thrown away.
+    `deadline` is the monotonic time at which it is given up, `last_read` the time of its last bytes. `budget` is what
+    it holds of the worker's budget for large bodies, in bytes. `lingering` after an answer that closes: what still
+    comes is thrown away.
     """
 
     def __init__(self, accepted: socket.socket, client: Any, settings: WebSettings) -> None:
@@ -74,13 +74,13 @@ class Connection:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self.client = client
         self.server = self.socket.getsockname()
-        self.heard = time.monotonic()
-        self.deadline = self.heard + settings.header_timeout_s
-        self.room = 0
+        self.last_read = time.monotonic()
+        self.deadline = self.last_read + settings.header_timeout_s
+        self.budget = 0
         self.lingering = False
         self._settings = settings
         self._reader = RequestReader(settings.max_body_bytes)
-        self._phase, self._since = "idle", self.heard
+        self._phase, self._since = "idle", self.last_read
 
     @property
     def idle(self) -> bool:
@@ -107,7 +107,7 @@ class Connection:
             data = self.socket.recv(RECEIVE_CHUNKED_BYTES if chunked else RECEIVE_BYTES)
         except BlockingIOError:
             return True
-        self.heard = time.monotonic()
+        self.last_read = time.monotonic()
         if data and not self.lingering:
             self._reader.feed(data)
         return bool(data)
@@ -134,10 +134,10 @@ class Connection:
             self._phase, self.deadline = "answered", float("inf")
         return request
 
-    def await_next(self, keep_alive_s: float) -> None:
+    def keep_alive(self, keep_alive_s: float) -> None:
         """The last request is answered; the next may begin within `keep_alive_s` seconds."""
-        self._phase, self.heard = "idle", time.monotonic()
-        self.deadline = self.heard + keep_alive_s
+        self._phase, self.last_read = "idle", time.monotonic()
+        self.deadline = self.last_read + keep_alive_s
 
     def invite_body(self) -> None:
         """Tell a client that asked whether its body is wanted (Expect: 100-continue) that it is."""

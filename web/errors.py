@@ -14,9 +14,9 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from pagegraph.runtime.ipc.client import EngineDead, RequestFailed
 from pagegraph.runtime.sampling_params import BadParameter
+from pagegraph.runtime.server.health import RETRY_AFTER_S
 
 _log = logging.getLogger(__name__)
-_RETRY_AFTER_S = 1
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -48,7 +48,7 @@ class ApiError(Exception):
         """The error as a response; 429 and 503 say when to come back."""
         answer = json_response(self.body(), self.status)
         if self.status in (429, 503):
-            answer.headers["Retry-After"] = str(_RETRY_AFTER_S)
+            answer.headers["Retry-After"] = str(RETRY_AFTER_S)
         if self.status == 401:
             answer.headers["WWW-Authenticate"] = "Bearer"
         return answer

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pagegraph.runtime.config import API_KEY_VARIABLE
+from pagegraph.runtime.ipc.protocol import SILENCE_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,9 @@ class WebSettings:
     body_timeout_s: float = 30.0  # between two reads of a body
     send_timeout_s: float = 30.0  # that a client may take nothing of its answer
     keep_alive_s: float = 5.0  # between SSE comments while no token comes
-    silence_s: float = 10.0  # without an answer of the engine, or with work and no finished step, it counts as dead
+    silence_s: float = (
+        SILENCE_S  # without an answer of the engine, or with work and no finished step, it counts as dead
+    )
 
     @classmethod
     def load(cls, source: str | Path | dict[str, Any] | WebSettings) -> WebSettings:

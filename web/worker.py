@@ -40,7 +40,7 @@ SWEEP_S = 0.5  # between two looks at the deadlines
 # Bodies above SMALL_BODY_BYTES are read only while all of them together fit into LARGE_BODIES_BYTES.
 SMALL_BODY_BYTES = 256 << 10
 LARGE_BODIES_BYTES = 24 << 20
-HURRY_S = 5.0  # that a large body may pause while others wait for its room
+HURRY_S = 5.0  # that a large body may pause while others wait for its budget
 OTHER_FILES = 128  # descriptors a worker has beside its connections
 ACCEPT_PAUSE_S = 0.25  # when the system has no descriptor or memory for another connection
 STOP_LINGER_S = 2.0  # that a stopping worker waits for a request already on its way
@@ -48,17 +48,17 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 WRITE_BYTES = 64 << 10  # of an answer at a time; the send time-out holds for each
 
 
-class Room:
+class BodyBudget:
     """Bytes that large bodies may take while they are read and until they are answered; first come, first served."""
 
     def __init__(self, num_bytes: int) -> None:
         self._total = self._free = num_bytes
         self.waiting: deque[Connection] = deque()
 
-    def take(self, connection: Connection) -> bool:
-        """Whether the connection's body may be read on; else it waits for `give` to let it in."""
+    def acquire(self, connection: Connection) -> bool:
+        """Whether the connection's body may be read on; else it waits for `release` to admit it."""
         need = min(connection.body_bytes, self._total)
-        if connection.room or need <= SMALL_BODY_BYTES:
+        if connection.budget or need <= SMALL_BODY_BYTES:
             return True
         if self.waiting or need > self._free:
             self.waiting.append(connection)
@@ -66,21 +66,21 @@ class Room:
         self._hold(connection, need)
         return True
 
-    def give(self, connection: Connection) -> list[Connection]:
-        """Take back what the connection holds or waits for; returns those that are let in."""
-        self._free += connection.room
-        connection.room = 0
+    def release(self, connection: Connection) -> list[Connection]:
+        """Take back what the connection holds or waits for; returns the connections admitted now."""
+        self._free += connection.budget
+        connection.budget = 0
         with contextlib.suppress(ValueError):
             self.waiting.remove(connection)
-        let_in = []
+        admitted = []
         while self.waiting and (need := min(self.waiting[0].body_bytes, self._total)) <= self._free:
-            let_in.append(self.waiting.popleft())
-            self._hold(let_in[-1], need)
-        return let_in
+            admitted.append(self.waiting.popleft())
+            self._hold(admitted[-1], need)
+        return admitted
 
     def _hold(self, connection: Connection, need: int) -> None:
         self._free -= need
-        connection.room = need
+        connection.budget = need
 
 
 class Worker(base.Worker):
@@ -93,7 +93,7 @@ class Worker(base.Worker):
         self._deferred: deque[Callable[[], None]] = deque()
         self._connections: set[Connection] = set()
         self._idle: dict[Connection, None] = {}  # the longest idle first
-        self._room = Room(LARGE_BODIES_BYTES)
+        self._body_budget = BodyBudget(LARGE_BODIES_BYTES)
         self._max_connections = _allow_files(self.cfg.worker_connections + OTHER_FILES, self.log) - OTHER_FILES
         self._threads = ThreadPoolExecutor(self.cfg.threads, thread_name_prefix="request")
         self._short_threads = ThreadPoolExecutor(SHORT_THREADS, thread_name_prefix="short-request")
@@ -127,8 +127,8 @@ class Worker(base.Worker):
             self._swept = now
             self.notify()
             self._sweep(now)
-        room = len(self._connections) < self._max_connections or bool(self._idle)
-        self._accept_or_not(self.alive and room and now >= self._accept_after)
+        can_accept = len(self._connections) < self._max_connections or bool(self._idle)
+        self._accept_or_not(self.alive and can_accept and now >= self._accept_after)
         for key, _ in self._selector.select(SWEEP_S):
             self._guarded(key.data)
 
@@ -183,11 +183,11 @@ class Worker(base.Worker):
         except OSError:
             open_still = False
         if open_still:
-            self._go_on(connection)
+            self._process(connection)
         else:
             self._close(connection)
 
-    def _go_on(self, connection: Connection) -> None:
+    def _process(self, connection: Connection) -> None:
         """With what has come so far: answer a whole request, wait for the rest of one, refuse what is none."""
         try:
             request = connection.request()
@@ -197,7 +197,7 @@ class Worker(base.Worker):
         if request is not None:
             self._unwatch(connection)
             self._answer_in_thread(connection, request)
-        elif self._room.take(connection):
+        elif self._body_budget.acquire(connection):
             connection.invite_body()
             if not connection.idle:
                 self._idle.pop(connection, None)
@@ -209,11 +209,11 @@ class Worker(base.Worker):
         with contextlib.suppress(KeyError):
             self._selector.unregister(connection.socket)
 
-    def _give_room(self, connection: Connection) -> None:
-        for let_in in self._room.give(connection):
-            let_in.heard = time.monotonic()
-            self._watch(let_in)
-            self._go_on(let_in)
+    def _release_budget(self, connection: Connection) -> None:
+        for admitted in self._body_budget.release(connection):
+            admitted.last_read = time.monotonic()
+            self._watch(admitted)
+            self._process(admitted)
 
     def _refuse(self, connection: Connection, error: ApiError) -> None:
         self.log.debug("%s: %d %s", connection.client, error.status, error.message)
@@ -222,7 +222,7 @@ class Worker(base.Worker):
         self._linger(connection)
 
     def _linger(self, connection: Connection) -> None:
-        self._give_room(connection)
+        self._release_budget(connection)
         self._watch(connection)
         self._idle[connection] = None
 
@@ -230,14 +230,14 @@ class Worker(base.Worker):
         self._unwatch(connection)
         self._connections.discard(connection)
         connection.socket.close()
-        self._give_room(connection)
+        self._release_budget(connection)
 
     def _sweep(self, now: float) -> None:
         """Give up the connections whose time is over."""
         for connection in list(self._connections):
-            waits = connection in self._room.waiting
-            dawdles = self._room.waiting and connection.room and now - connection.heard > HURRY_S
-            if now < connection.deadline and not (dawdles and connection.reads_body):
+            waits = connection in self._body_budget.waiting
+            too_slow = self._body_budget.waiting and connection.budget and now - connection.last_read > HURRY_S
+            if now < connection.deadline and not (too_slow and connection.reads_body):
                 continue
             error = connection.timed_out()
             if error is None:
@@ -260,7 +260,7 @@ class Worker(base.Worker):
             read: Any = request  # what `create` reads of gunicorn's own kind of request
             response, environ = wsgi.create(read, connection.socket, connection.client, connection.server, self.cfg)
             self._respond(connection, response, environ)
-            end = self._finish if response.should_close() else self._await_next
+            end = self._finish if response.should_close() else self._keep_alive
         except TimeoutError as error:
             self._num_cut += 1
             connection.socket.drop_unsent()
@@ -282,8 +282,8 @@ class Worker(base.Worker):
         start_response: Any = response.start_response  # gunicorn takes bytes of headers where WSGI has text
         body: Any = self.wsgi(environ, start_response)
         try:
-            if connection.room:  # the request has been read and understood
-                self._defer(partial(self._give_room, connection))
+            if connection.budget:  # the request has been read and understood
+                self._defer(partial(self._release_budget, connection))
             for data in body:
                 if len(data) <= WRITE_BYTES:
                     response.write(data)
@@ -295,11 +295,11 @@ class Worker(base.Worker):
             if hasattr(body, "close"):
                 body.close()
 
-    def _await_next(self, connection: Connection) -> None:
-        connection.await_next(self.cfg.keepalive)
+    def _keep_alive(self, connection: Connection) -> None:
+        connection.keep_alive(self.cfg.keepalive)
         self._watch(connection)
         self._idle[connection] = None
-        self._go_on(connection)
+        self._process(connection)
 
     def _finish(self, connection: Connection) -> None:
         connection.linger()

@@ -13,7 +13,17 @@ import time
 from collections.abc import Iterator, Sequence
 
 from pagegraph.runtime.ipc.connection import Connection, EngineDead, Inbox, Item, RequestFailed
-from pagegraph.runtime.ipc.protocol import Abort, Admitted, EngineInfo, Failed, Member, SubmitGroup, TokenDelta
+from pagegraph.runtime.ipc.protocol import (
+    HEARTBEAT_S,
+    SILENCE_S,
+    Abort,
+    Admitted,
+    EngineInfo,
+    Failed,
+    Member,
+    SubmitGroup,
+    TokenDelta,
+)
 from pagegraph.runtime.sampling_params import SamplingParams
 
 
@@ -122,7 +132,7 @@ class Stream:
 class EngineClient:
     """What a web worker knows of the engine. Thread-safe; survives a fork by connecting anew."""
 
-    def __init__(self, address: str, *, heartbeat_s: float = 1.0, silence_s: float = 10.0) -> None:
+    def __init__(self, address: str, *, heartbeat_s: float = HEARTBEAT_S, silence_s: float = SILENCE_S) -> None:
         self._address = address
         self._heartbeat_s = heartbeat_s
         self._silence_s = silence_s

@@ -16,6 +16,7 @@ import zmq
 
 from pagegraph.runtime.ipc.protocol import (
     MAX_FRAME_BYTES,
+    SILENCE_S,
     Abort,
     Failed,
     Submit,
@@ -46,7 +47,7 @@ class Mailbox:
         self,
         address: str,
         *,
-        lease_s: float = 10.0,
+        lease_s: float = SILENCE_S,
         wait_ms: int = 100,
         send_high_water: int = 4096,
         clock: Callable[[], float] = time.monotonic,

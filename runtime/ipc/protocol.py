@@ -14,6 +14,8 @@ import msgspec
 from pagegraph.runtime.sampling_params import SamplingParams
 
 MAX_FRAME_BYTES = 64 << 20  # a longer frame ends the connection of whoever sent it
+HEARTBEAT_S = 1.0  # between two Hellos of a client, which the engine answers
+SILENCE_S = 10.0  # without a message of the other end, after which it counts as gone
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True, omit_defaults=True):

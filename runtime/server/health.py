@@ -24,12 +24,12 @@ class Health:
     def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
         """(HTTP status, body, headers) for a probe of `path`, one of PATHS."""
         good = getattr(self, PATHS[path])
-        headers = {"Content-Type": "application/json"} | ({} if good else {"Retry-After": RETRY_AFTER_S})
+        headers = {"Content-Type": "application/json"} | ({} if good else {"Retry-After": str(RETRY_AFTER_S)})
         return 200 if good else 503, msgspec.json.encode({"status": self.status}), headers
 
 
 PATHS = {"/health": "ready", "/health/live": "live", "/health/ready": "ready"}  # of probes, and what each asks
-RETRY_AFTER_S = "1"
+RETRY_AFTER_S = 1  # for whoever was refused now
 UNREADY_S = 30.0
 
 READY = Health("ready", live=True, ready=True)

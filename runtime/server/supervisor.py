@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pagegraph.runtime.config import API_KEY_VARIABLE, Config
+from pagegraph.runtime.ipc import protocol
 from pagegraph.runtime.ipc.client import EngineClient, EngineDead
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.server.child import Child, module_command, stop
@@ -35,10 +36,10 @@ log = logging.getLogger("pagegraph.supervisor")
 ENGINE_COMMAND = module_command("pagegraph.runtime.server.engine_process")
 WEB_COMMAND = module_command("gunicorn")
 
-HEARTBEAT_S = 0.25
+HEARTBEAT_S = 0.25  # of the supervisor's own client
 UNHEALTHY_S = 2.0  # an engine that ends is not heard either: for so long it is not taken for a hung one
 DUMP_S = 1.0  # for a hung engine to write where its threads stand
-IDLE_S = 1.5  # without work before a drain is over: web workers learn of it from a heartbeat of one second
+IDLE_S = 1.5 * protocol.HEARTBEAT_S  # without work before a drain is over: web workers learn of it from a heartbeat
 IDLE_CONNECTIONS = 4000  # that a web worker holds open beside those with a request; then the longest idle is closed
 COMPILE_STATES = {
     "off": "not compiled", "compiling": "compiling, serving uncompiled until then", "compiled": "compiled",

@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 
 from pagegraph.runtime.ipc.protocol import Submit, TokenDelta
-from pagegraph.web.worker import LARGE_BODIES_BYTES, SMALL_BODY_BYTES, Room
+from pagegraph.web.worker import LARGE_BODIES_BYTES, SMALL_BODY_BYTES, BodyBudget
 from tests.conftest import FakeEngine
 from tests.web.web_process import WebProcess, eventually, read_to_end, web_process
 
@@ -236,20 +236,20 @@ def test_a_stop_does_not_wait_for_half_requests(web: WebProcess, engine: FakeEng
 
 
 class Reading:
-    """All that the room sees of a connection."""
+    """All that the budget sees of a connection."""
 
     def __init__(self, body_bytes: int) -> None:
-        self.body_bytes, self.room = body_bytes, 0
+        self.body_bytes, self.budget = body_bytes, 0
 
 
 def test_large_bodies_take_turns() -> None:
-    room = Room(LARGE_BODIES_BYTES)
+    budget = BodyBudget(LARGE_BODIES_BYTES)
     bodies = [Reading(LARGE_BODIES_BYTES // 2) for _ in range(4)]
     small = Reading(SMALL_BODY_BYTES)
-    assert [room.take(body) for body in bodies] == [True, True, False, False]
-    assert room.take(small) and room.take(bodies[0])
-    assert room.give(bodies[2]) == [], "it left before its turn"
-    assert room.give(bodies[0]) == [bodies[3]] and room.take(bodies[3])
-    assert room.give(bodies[1]) == [] and room.give(bodies[3]) == []
+    assert [budget.acquire(body) for body in bodies] == [True, True, False, False]
+    assert budget.acquire(small) and budget.acquire(bodies[0])
+    assert budget.release(bodies[2]) == [], "it left before its turn"
+    assert budget.release(bodies[0]) == [bodies[3]] and budget.acquire(bodies[3])
+    assert budget.release(bodies[1]) == [] and budget.release(bodies[3]) == []
     whole = Reading(10 * LARGE_BODIES_BYTES)
-    assert room.take(whole) and not room.take(bodies[0]) and room.give(whole) == [bodies[0]]
+    assert budget.acquire(whole) and not budget.acquire(bodies[0]) and budget.release(whole) == [bodies[0]]
