@@ -31,7 +31,7 @@ from pagegraph.runtime.ipc.protocol import (
     Tokens,
 )
 from pagegraph.runtime.sampling_params import SamplingParams, check_ids, check_length, own_seed
-from pagegraph.runtime.scheduler.commit import Arrived
+from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.pack import Packer
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
@@ -174,28 +174,28 @@ class Engine:
         self._last_done = now
         if self.pace is not None:
             self.pace.observe(done.plan.num_tokens, seconds * 1e3)
-        arrived = self.scheduler.commit(done.plan, output)
-        self._deliver(arrived)  # before anything else may fail: what is committed has been told
-        self.scheduler.finish(arrived)
-        self._suspects.stepped(len(arrived.slots))
+        result = self.scheduler.commit(done.plan, output)
+        self._deliver(result)  # before anything else may fail: what is committed has been told
+        self.scheduler.finish(result)
+        self._suspects.stepped(len(result.slots))
         if self.speculation is not None:
-            self.speculation.learn(done.plan, arrived, output.lookup, seconds * 1e3, done.waited * 1e3)
-        self.recorder.stepped(arrived, now)
+            self.speculation.learn(done.plan, result, output.lookup, seconds * 1e3, done.waited * 1e3)
+        self.recorder.stepped(result, now)
 
-    def _deliver(self, arrived: Arrived) -> None:
+    def _deliver(self, result: StepResult) -> None:
         """One message for each client of the step."""
-        one = arrived.owners[:1]
-        owners = set((one if (arrived.owners == one).all() else arrived.owners).tolist())
+        one = result.owners[:1]
+        owners = set((one if (result.owners == one).all() else result.owners).tolist())
         plain = None
-        if len(owners) > 1 or arrived.deltas:
-            plain = np.ones(len(arrived.slots), bool)
-            plain[list(arrived.deltas)] = False
+        if len(owners) > 1 or result.deltas:
+            plain = np.ones(len(result.slots), bool)
+            plain[list(result.deltas)] = False
         for owner in owners:
-            deltas, theirs = list(arrived.deltas.values()), plain
+            deltas, theirs = list(result.deltas.values()), plain
             if len(owners) > 1:
-                deltas = [delta for index, delta in arrived.deltas.items() if arrived.owners[index] == owner]
-                theirs = plain & (arrived.owners == owner)
-            ids, tokens = arrived.request_ids, arrived.token_ids
+                deltas = [delta for index, delta in result.deltas.items() if result.owners[index] == owner]
+                theirs = plain & (result.owners == owner)
+            ids, tokens = result.request_ids, result.token_ids
             if theirs is not None:
                 ids, tokens = ids[theirs], tokens[theirs]
             self._tell(owner, Tokens(deltas, ids.tolist(), tokens.tolist()))

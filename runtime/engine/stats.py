@@ -8,7 +8,7 @@ import numpy as np
 
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.runtime.engine.metrics import EngineMetrics
-from pagegraph.runtime.scheduler.commit import Arrived
+from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
@@ -52,26 +52,26 @@ class Recorder:
             if not sequence.num_preemptions:
                 sequence.launched_at = now
 
-    def stepped(self, arrived: Arrived, now: float) -> None:
+    def stepped(self, result: StepResult, now: float) -> None:
         """A step's tokens are on the host."""
         batch = self.scheduler.batch
-        before = batch.last_token_at[arrived.slots]
+        before = batch.last_token_at[result.slots]
         first = np.isnan(before)
         if first.any():
-            for since_arrival in (now - batch.arrival[arrived.slots[first]]).tolist():
+            for since_arrival in (now - batch.arrival[result.slots[first]]).tolist():
                 self.metrics.observe_first_token(since_arrival)
             before = before[~first]
         self.metrics.observe_inter_tokens(now - before)
-        batch.last_token_at[arrived.slots] = now
-        for sequence in arrived.begun:
+        batch.last_token_at[result.slots] = now
+        for sequence in result.begun:
             sequence.first_token_at = now
-        for sequence in arrived.ended:
+        for sequence in result.ended:
             self.ended(sequence, now)
         counters = self.scheduler.counters
         tokens = counters.prompt_tokens - counters.cached_tokens + counters.generated_tokens
         self.metrics.observe_step(tokens - self._tokens)
         self._tokens = tokens
-        if arrived.verdict is not None:
+        if result.verdict is not None:
             self._report_acceptance(now)
 
     def _report_acceptance(self, now: float) -> None:

@@ -22,7 +22,7 @@ from pagegraph.runtime.scheduler.sequence import Sequence
 
 
 @dataclass(slots=True)
-class Arrived:
+class StepResult:
     """What a step brought: token_ids[i], of several the last, to the sequence that was in slot slots[i]; arrays [n]."""
 
     slots: np.ndarray  # int32
@@ -35,7 +35,7 @@ class Arrived:
     verdict: Verdict | None = None  # of the step's draft tokens
 
 
-def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) -> Arrived:
+def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) -> StepResult:
     """Append what the step sampled for those that are still in its slots. In the order of the plan, slots with draft tokens last.
 
     Nothing is changed before all that may go wrong is done.
@@ -51,7 +51,7 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
     known = batch.known[at] + 1
     full = known >= fixed.max_len
     stopped = (fixed.stop_ids == ids[:, None]).any(axis=1) & (known > fixed.min_len) & ~full
-    arrived = Arrived(at, ids, fixed.owners, fixed.request_ids, {}, [], [])
+    result = StepResult(at, ids, fixed.owners, fixed.request_ids, {}, [], [])
     first = known == fixed.num_prompt + 1
     more = full | stopped | first
     if output.logprobs is not None:
@@ -61,46 +61,46 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
         sequence, token = batch.sequences[at[i]], int(ids[i])
         entry = i if index is None else int(index[i])
         logprobs = _logprobs(sequence, [entry], [token], output.logprobs)
-        arrived.deltas[i] = _delta(sequence, [token], full[i], stopped[i], logprobs)
+        result.deltas[i] = _delta(sequence, [token], full[i], stopped[i], logprobs)
         told.append(sequence)
         if first[i]:
-            arrived.begun.append(sequence)
-    drafts = None if plan.drafts is None else _judge(batch, plan, output, arrived, told)
+            result.begun.append(sequence)
+    drafts = None if plan.drafts is None else _judge(batch, plan, output, result, told)
     # From here on nothing depends on what was asked for.
     batch.tokens[at, known - 1] = ids
     batch.known[at] = known
     if drafts is not None:
         _append_accepted(batch, drafts)
-    for sequence, delta in zip(told, arrived.deltas.values(), strict=True):
+    for sequence, delta in zip(told, result.deltas.values(), strict=True):
         sequence.finish_reason, sequence.stop_reason = delta.finish_reason, delta.stop_reason
         sequence.accepted, sequence.rejected = (
             max(sequence.accepted, delta.accepted),
             max(sequence.rejected, delta.rejected),
         )
         if delta.finish_reason:
-            arrived.ended.append(sequence)
-    return arrived
+            result.ended.append(sequence)
+    return result
 
 
-def _judge(batch: InputBatch, plan: Plan, output: StepOutput, arrived: Arrived, told: list[Sequence]) -> Verdict:
-    """What was sampled behind draft tokens that hold, up to an end, added to `arrived`."""
+def _judge(batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult, told: list[Sequence]) -> Verdict:
+    """What was sampled behind draft tokens that hold, up to an end, added to `result`."""
     drafts = plan.drafts.among(batch.stay[plan.drafts.slots] == plan.stays[plan.drafts.first])
     at, fed = drafts.slots, None if output.lookup is None else output.lookup.fed
     known, max_len = batch.known[at], batch.max_len[at]
     found = verdict(drafts, output.token_ids, drafts.fed(fed), known, max_len, batch.min_len[at], batch.stop_ids[at])
-    begin = len(arrived.slots)
-    arrived.slots = np.concatenate([arrived.slots, at])
-    arrived.token_ids = np.concatenate([arrived.token_ids, found.tokens[np.arange(len(at)), found.lengths - 1]])
-    arrived.owners = np.concatenate([arrived.owners, batch.owner[at]])
-    arrived.request_ids = np.concatenate([arrived.request_ids, batch.request_ids[at]])
-    arrived.verdict = found
+    begin = len(result.slots)
+    result.slots = np.concatenate([result.slots, at])
+    result.token_ids = np.concatenate([result.token_ids, found.tokens[np.arange(len(at)), found.lengths - 1]])
+    result.owners = np.concatenate([result.owners, batch.owner[at]])
+    result.request_ids = np.concatenate([result.request_ids, batch.request_ids[at]])
+    result.verdict = found
     full = known + found.lengths >= max_len
     for i, slot in enumerate(at.tolist()):
         sequence, tokens = batch.sequences[slot], found.tokens[i, : found.lengths[i]].tolist()
         first, accepted = int(drafts.first[i]), int(found.accepted[i])
         logprobs = _logprobs(sequence, range(first, first + len(tokens)), tokens, output.logprobs)
         counts = sequence.accepted + accepted, sequence.rejected + int(found.counts[i]) - accepted
-        arrived.deltas[begin + i] = _delta(sequence, tokens, full[i], found.stopped[i], logprobs, *counts)
+        result.deltas[begin + i] = _delta(sequence, tokens, full[i], found.stopped[i], logprobs, *counts)
         told.append(sequence)
     return found
 

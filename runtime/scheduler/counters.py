@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pagegraph.runtime.scheduler.commit import Arrived
+from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.draft_tokens import Verdict
 
 
@@ -31,14 +31,14 @@ class Counters:
     saved_steps: int = 0  # tokens beyond the first of a sequence in one step
     mean_draft_tokens: float = 0.0  # in the last step that could have had any
 
-    def count(self, arrived: Arrived) -> None:
+    def count(self, result: StepResult) -> None:
         """What a step brought."""
-        self.generated_tokens += len(arrived.slots)
-        for sequence in arrived.begun:
+        self.generated_tokens += len(result.slots)
+        for sequence in result.begun:
             self.prompt_tokens += sequence.num_prompt
             self.cached_tokens += sequence.cached_tokens
-        if arrived.verdict is not None:
-            self._count_drafts(arrived.verdict)
+        if result.verdict is not None:
+            self._count_drafts(result.verdict)
 
     def _count_drafts(self, found: Verdict) -> None:
         saved = int(found.lengths.sum()) - len(found.lengths)

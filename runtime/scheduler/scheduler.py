@@ -18,7 +18,7 @@ from pagegraph.compiler.step.inputs import StepOutput
 from pagegraph.runtime.sampling_params import check_length
 from pagegraph.runtime.scheduler.block_pool import BlockPool, require
 from pagegraph.runtime.scheduler.block_tables import BlockTables
-from pagegraph.runtime.scheduler.commit import Arrived, append
+from pagegraph.runtime.scheduler.commit import StepResult, append
 from pagegraph.runtime.scheduler.counters import Counters
 from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, entries
 from pagegraph.runtime.scheduler.input_batch import InputBatch
@@ -164,18 +164,18 @@ class Scheduler:
             parts[0], drafts = entries(columns, draft_tokens)
         return joined(parts, started, drafts) if parts else None
 
-    def commit(self, plan: Plan, output: StepOutput) -> Arrived:
+    def commit(self, plan: Plan, output: StepOutput) -> StepResult:
         """Append what a step sampled; plans come in the order they were scheduled.
 
         Those that ended by it keep their slots and blocks until `finish`. If it raises, nothing was appended.
         """
-        arrived = append(self.batch, self._running, plan, output)
-        self.counters.count(arrived)
-        return arrived
+        result = append(self.batch, self._running, plan, output)
+        self.counters.count(result)
+        return result
 
-    def finish(self, arrived: Arrived) -> None:
+    def finish(self, result: StepResult) -> None:
         """Free the slots and blocks of those that ended."""
-        for sequence in arrived.ended:
+        for sequence in result.ended:
             if sequence.state is not State.FINISHED:
                 self._finish(sequence)
 

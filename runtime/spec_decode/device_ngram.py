@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from pagegraph.compiler.step.inputs import LookedUp
-from pagegraph.runtime.scheduler.commit import Arrived
+from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.draft_tokens import DraftTokens
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
@@ -62,7 +62,9 @@ class DeviceLookup:
         counters.mean_draft_tokens = float(counts[some].mean())
         return DraftTokens(slots[some], counts[some], None)
 
-    def learn(self, plan: Plan, arrived: Arrived, lookup: LookedUp | None, step_ms: float, overhead_ms: float) -> None:
+    def learn(
+        self, plan: Plan, result: StepResult, lookup: LookedUp | None, step_ms: float, overhead_ms: float
+    ) -> None:
         """See `runtime.spec_decode.host.Drafter`."""
         self._steps += 1
         looked_at = plan.drafts is not None or self._steps % LOOKED_AT == 0
@@ -70,7 +72,7 @@ class DeviceLookup:
             self.costs.observe(len(plan), step_ms)
         if plan.drafts is None and not lookup.matched.any() and not self._matched.any():
             return  # nothing repeats: the usual step costs nothing more
-        if (verdict := arrived.verdict) is not None and len(verdict.slots):
+        if (verdict := result.verdict) is not None and len(verdict.slots):
             at = verdict.slots
             stays = plan.stays[plan.drafts.first[np.isin(plan.drafts.slots, at)]]
             self.acceptance.learn(at, stays, self._matched[at], verdict.counts, verdict.accepted)
@@ -81,7 +83,7 @@ class DeviceLookup:
             first = np.append(True, at[1:] != at[:-1])
             at, stays, matched = at[first], stays[first], matched[first]
         self._stays[at], self._matched[at] = stays, matched
-        if arrived.ended:
+        if result.ended:
             self._matched[at[self.scheduler.batch.stay[at] != stays]] = 0
 
     def _learn_unverified(self, plan: Plan, hits: np.ndarray) -> None:

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from pagegraph.compiler.step.inputs import LookedUp
-from pagegraph.runtime.scheduler.commit import Arrived
+from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.draft_tokens import DraftTokens
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
@@ -54,7 +54,9 @@ class Drafter(Protocol):
         """For the next step; `ahead`: one is in flight."""
         ...
 
-    def learn(self, plan: Plan, arrived: Arrived, lookup: LookedUp | None, step_ms: float, overhead_ms: float) -> None:
+    def learn(
+        self, plan: Plan, result: StepResult, lookup: LookedUp | None, step_ms: float, overhead_ms: float
+    ) -> None:
         """Take what became of a step, what it took, and what passed between the results before it and its launch."""
         ...
 
@@ -143,13 +145,15 @@ class Speculation:
         counters.mean_draft_tokens = float(counts[some].mean())
         return DraftTokens(slots[some], counts[some], tokens[some])
 
-    def learn(self, plan: Plan, arrived: Arrived, lookup: LookedUp | None, step_ms: float, overhead_ms: float) -> None:
+    def learn(
+        self, plan: Plan, result: StepResult, lookup: LookedUp | None, step_ms: float, overhead_ms: float
+    ) -> None:
         """See `Drafter`."""
         if self.retrieval is not None:
-            for sequence in arrived.ended:
+            for sequence in result.ended:
                 if not sequence.cache_salt:  # a salted one's tokens must not show in how fast others run
                     self.retrieval.ended(sequence.tokens[sequence.num_prompt :])
-        if (verdict := arrived.verdict) is not None and len(verdict.slots):
+        if (verdict := result.verdict) is not None and len(verdict.slots):
             stays = plan.stays[plan.drafts.first[np.isin(plan.drafts.slots, verdict.slots)]]
             self.acceptance.learn(verdict.slots, stays, self._matched[verdict.slots], verdict.counts, verdict.accepted)
             overhead_ms = max(overhead_ms - self._spent_ms, 0.0)

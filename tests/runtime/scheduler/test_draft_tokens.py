@@ -176,16 +176,16 @@ def test_draft_tokens_right_or_wrong_change_no_token(
     turn = 0
 
     def commit() -> None:
-        arrived = scheduler.commit(*launched.popleft())
-        tokens = {i: [token] for i, token in enumerate(arrived.token_ids.tolist())}
-        tokens.update({i: delta.token_ids for i, delta in arrived.deltas.items()})
-        for i, request_id in enumerate(arrived.request_ids):
-            assert tokens[i][-1] == arrived.token_ids[i]
+        result = scheduler.commit(*launched.popleft())
+        tokens = {i: [token] for i, token in enumerate(result.token_ids.tolist())}
+        tokens.update({i: delta.token_ids for i, delta in result.deltas.items()})
+        for i, request_id in enumerate(result.request_ids):
+            assert tokens[i][-1] == result.token_ids[i]
             got[request_id] += tokens[i]
-        for sequence in arrived.ended:
+        for sequence in result.ended:
             assert sequence.request_id not in ended, "a sequence ended twice"
             ended[sequence.request_id] = sequence.finish_reason
-        scheduler.finish(arrived)
+        scheduler.finish(result)
         scheduler.check_integrity()
 
     while arrivals or scheduler.has_work or launched:
@@ -274,8 +274,8 @@ def test_a_slot_with_draft_tokens_counts_as_if_all_held_until_their_verdict() ->
     ahead = scheduler.schedule(0)
     packed = Packer(scheduler.batch).pack(ahead)
     assert (packed.token_ids.tolist(), packed.starts.tolist()) == ([-1], [6]), "the device knows better where it stands"
-    arrived = scheduler.commit(plan, StepOutput(np.array([5, 9, 1], np.int32)))
-    assert arrived.deltas[0].token_ids == [5, 9] and (arrived.deltas[0].accepted, arrived.deltas[0].rejected) == (1, 1)
+    result = scheduler.commit(plan, StepOutput(np.array([5, 9, 1], np.int32)))
+    assert result.deltas[0].token_ids == [5, 9] and (result.deltas[0].accepted, result.deltas[0].rejected) == (1, 1)
     scheduler.commit(ahead, StepOutput(np.array([8], np.int32)))
     packed = Packer(scheduler.batch).pack(scheduler.schedule(0))
     assert (packed.token_ids.tolist(), packed.starts.tolist()) == ([8], [6])
@@ -289,10 +289,10 @@ def test_a_slot_preempted_with_draft_tokens_in_flight_keeps_what_held(stop: int)
     scheduler.preempt(sequence)
     scheduler.check_integrity()
     assert scheduler.schedule(0) is None, "it waits for what is in flight"
-    arrived = scheduler.commit(plan, StepOutput(np.array([5, 9, 1], np.int32)))
-    scheduler.finish(arrived)
+    result = scheduler.commit(plan, StepOutput(np.array([5, 9, 1], np.int32)))
+    scheduler.finish(result)
     scheduler.check_integrity()
-    assert arrived.deltas[0].token_ids == [5, 9]
+    assert result.deltas[0].token_ids == [5, 9]
     again = scheduler.schedule(0)
     if stop == 9:
         assert sequence.finish_reason == "stop" and again is None and sequence.tokens.tolist() == [1, 2, 3, 4, 5, 9]

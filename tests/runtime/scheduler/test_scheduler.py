@@ -83,13 +83,13 @@ def test_random_work_gives_every_sequence_its_own_tokens(
             if pace:
                 pace.observe(plan.num_tokens, 1.0 + plan.num_tokens)
         while launched and (len(launched) > depth or not plan):
-            arrived = scheduler.commit(*launched.popleft())
-            for request_id, token in zip(arrived.request_ids, arrived.token_ids.tolist(), strict=True):
+            result = scheduler.commit(*launched.popleft())
+            for request_id, token in zip(result.request_ids, result.token_ids.tolist(), strict=True):
                 got[request_id].append(token)
-            for sequence in arrived.ended:
+            for sequence in result.ended:
                 assert sequence.request_id not in ended, "a sequence ended twice"
                 ended[sequence.request_id] = sequence.finish_reason
-            scheduler.finish(arrived)
+            scheduler.finish(result)
             scheduler.check_integrity()
         turn += 1
         assert turn < 3000, "the scheduler makes no progress"
