@@ -18,7 +18,7 @@ from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.sampling_params import model_defaults
 from pagegraph.runtime.scheduler.block_pool import BlockPool
 from pagegraph.runtime.scheduler.scheduler import Scheduler
-from pagegraph.runtime.scheduler.step_time import Pace
+from pagegraph.runtime.scheduler.step_time import StepTime
 from pagegraph.runtime.spec_decode.device_ngram import DeviceLookup
 from pagegraph.runtime.spec_decode.draft_model import DraftModel
 from pagegraph.runtime.spec_decode.host import Drafter, Speculation
@@ -42,14 +42,14 @@ def engine_of(
     metrics = EngineMetrics(config.model_name, built.max_model_len)
     metrics.compile_state = lambda: built.compile_state
     pool = BlockPool(built.num_blocks, config.block_size, config.enable_prefix_caching)
-    pace = Pace(config.inter_token_target_ms) if config.inter_token_target_ms else None
+    step_time = StepTime(config.inter_token_target_ms) if config.inter_token_target_ms else None
     scheduler = Scheduler(
         pool,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.batched_tokens(built.device.type),
         max_model_len=built.max_model_len,
         enable_chunked_prefill=config.enable_chunked_prefill,
-        pace=pace,
+        step_time=step_time,
         max_entries=config.max_entries,
     )
     sampling_defaults = model_defaults(built.generation_config) if config.generation_config == "auto" else {}
@@ -74,7 +74,7 @@ def engine_of(
 
     recorder = Recorder(metrics, scheduler, built.step.counts)
     engine = Engine(
-        built.step, scheduler, mailbox, limits, info, time.monotonic, recorder, pace=pace, seed=config.seed,
+        built.step, scheduler, mailbox, limits, info, time.monotonic, recorder, step_time=step_time, seed=config.seed,
         use_idle_time=built.use_idle_time, speculation=_speculation(config, built, scheduler),
     )  # fmt: skip
     return engine, metrics

@@ -36,7 +36,7 @@ from pagegraph.runtime.scheduler.pack import Packer
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
-from pagegraph.runtime.scheduler.step_time import Pace
+from pagegraph.runtime.scheduler.step_time import StepTime
 from pagegraph.runtime.spec_decode.host import Drafter
 
 log = logging.getLogger("pagegraph.engine")
@@ -84,7 +84,7 @@ class Engine:
         info: Callable[[], EngineInfo],
         clock: Callable[[], float],
         recorder: Recorder,
-        pace: Pace | None = None,
+        step_time: StepTime | None = None,
         seed: int = 0,
         use_idle_time: Callable[[], bool] = lambda: False,
         speculation: Drafter | None = None,
@@ -96,7 +96,7 @@ class Engine:
         self.info = info
         self.clock = clock
         self.recorder = recorder
-        self.pace = pace
+        self.step_time = step_time
         self.seed = seed
         self.use_idle_time = use_idle_time
         self.speculation = speculation
@@ -172,8 +172,8 @@ class Engine:
         self._moved = now = self.clock()
         seconds = now - max(done.launched, self._last_done)
         self._last_done = now
-        if self.pace is not None:
-            self.pace.observe(done.plan.num_tokens, seconds * 1e3)
+        if self.step_time is not None:
+            self.step_time.observe(done.plan.num_tokens, seconds * 1e3)
         result = self.scheduler.commit(done.plan, output)
         self._deliver(result)  # before anything else may fail: what is committed has been told
         self.scheduler.finish(result)

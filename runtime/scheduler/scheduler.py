@@ -26,7 +26,7 @@ from pagegraph.runtime.scheduler.plan import Columns, Plan, joined
 from pagegraph.runtime.scheduler.prompt_room import PromptRoom
 from pagegraph.runtime.scheduler.running import Running
 from pagegraph.runtime.scheduler.sequence import Sequence, State, place_of
-from pagegraph.runtime.scheduler.step_time import Pace
+from pagegraph.runtime.scheduler.step_time import StepTime
 
 LOOK_AHEAD = 8  # steps of decoding for which blocks are taken at once, while there are plenty
 LOOK_PAST = 16  # waiting prompts that a step looks past for one that ends in it
@@ -47,7 +47,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         enable_chunked_prefill: bool = True,
-        pace: Pace | None = None,
+        step_time: StepTime | None = None,
         max_entries: int | None = None,
     ) -> None:
         """`max_entries`: sequences and draft tokens in one step; None: `max_num_seqs`."""
@@ -57,7 +57,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.enable_chunked_prefill = enable_chunked_prefill
-        self.pace = pace
+        self.step_time = step_time
         self.counters = Counters()
         self.batch = InputBatch(max_num_seqs, max_model_len, pool.block_size)
         self.block_tables = BlockTables(pool, self.batch)
@@ -289,8 +289,8 @@ class Scheduler:
     def _room(self, decodes: int) -> PromptRoom:
         """Prompt tokens the step may take: what decodes leave, less where a chunk beside them would slow them."""
         left, block = max(self.max_num_batched_tokens - decodes, 0), self.batch.block_size
-        if self.pace is not None and decodes and self.enable_chunked_prefill:
-            beside = self.pace.prefill_tokens_beside(decodes)
+        if self.step_time is not None and decodes and self.enable_chunked_prefill:
+            beside = self.step_time.prefill_tokens_beside(decodes)
             # A block at least: prompts always get on.
             left = left if beside is None else min(left, max(beside, block))
         return PromptRoom(left, self.enable_chunked_prefill, block)

@@ -10,7 +10,7 @@ OUTLIER = 4.0  # a step that took longer than so many times its prediction (a co
 GROWTH = 2  # a prediction is trusted up to so many times the largest recent step
 
 
-class Pace:
+class StepTime:
     """Exponentially weighted least squares over (tokens, ms), against a target step time in ms."""
 
     def __init__(self, target_ms: float) -> None:

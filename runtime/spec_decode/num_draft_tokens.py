@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 OUTLIER = np.log(3.0)  # a step that took longer than three times its prediction (a compilation, a pause) counts as this
-SPEED_RATE = 0.1  # weight of a step in the common pace of all sizes
+SPEED_RATE = 0.1  # weight of a step in the common speed of all sizes
 SHAPE_RATE = 0.05  # weight of a step in its own size's cost relative to the others, once it is known
 MATCHES = np.array([1, 2, 3, 4, 6, 9, 17, 33])  # a class of draft tokens begins at each: longer matches hold more often
 # Chances of a class before anything is known, the first of draft tokens that rest on no match.

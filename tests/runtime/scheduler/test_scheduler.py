@@ -17,7 +17,7 @@ from pagegraph.runtime.scheduler.pack import Packer
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
-from pagegraph.runtime.scheduler.step_time import Pace
+from pagegraph.runtime.scheduler.step_time import StepTime
 from tests.runtime.fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep, check_outputs
 
 prompts = st.builds(
@@ -50,9 +50,9 @@ def test_random_work_gives_every_sequence_its_own_tokens(
     global total_steps
     num_blocks = MAX_LEN // BLOCK + 1 + spare_blocks
     pool = BlockPool(num_blocks, BLOCK, caching)
-    pace = Pace(10.0) if paced else None
+    step_time = StepTime(10.0) if paced else None
     scheduler = Scheduler(
-        pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_model_len=MAX_LEN, pace=pace
+        pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_model_len=MAX_LEN, step_time=step_time
     )
     step = FakeStep(num_blocks, max_num_seqs)
     sequences: dict[str, Sequence] = {}
@@ -80,8 +80,8 @@ def test_random_work_gives_every_sequence_its_own_tokens(
         if plan:
             assert plan.num_tokens <= budget
             launched.append((plan, step.run(Packer(scheduler.batch).pack(plan))))
-            if pace:
-                pace.observe(plan.num_tokens, 1.0 + plan.num_tokens)
+            if step_time:
+                step_time.observe(plan.num_tokens, 1.0 + plan.num_tokens)
         while launched and (len(launched) > depth or not plan):
             result = scheduler.commit(*launched.popleft())
             for request_id, token in zip(result.request_ids, result.token_ids.tolist(), strict=True):
