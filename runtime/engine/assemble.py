@@ -13,7 +13,7 @@ from pagegraph.compiler.profile.latency import measure_latency
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.engine import Engine, Limits, Mailbox
 from pagegraph.runtime.engine.metrics import EngineMetrics
-from pagegraph.runtime.engine.stats import Recorder
+from pagegraph.runtime.engine.stats import EngineStats
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.sampling_params import model_defaults
 from pagegraph.runtime.scheduler.block_pool import BlockPool
@@ -72,9 +72,9 @@ def engine_of(
             stalled_s=engine.stalled_s,
         )
 
-    recorder = Recorder(metrics, scheduler, built.step.counts)
+    stats = EngineStats(metrics, scheduler, built.step.counts)
     engine = Engine(
-        built.step, scheduler, mailbox, limits, info, time.monotonic, recorder, step_time=step_time, seed=config.seed,
+        built.step, scheduler, mailbox, limits, info, time.monotonic, stats, step_time=step_time, seed=config.seed,
         use_idle_time=built.use_idle_time, speculation=_speculation(config, built, scheduler),
     )  # fmt: skip
     return engine, metrics

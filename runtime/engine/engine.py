@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from pagegraph.compiler.step.step import CompiledStep, Ticket
-from pagegraph.runtime.engine.stats import Recorder
+from pagegraph.runtime.engine.stats import EngineStats
 from pagegraph.runtime.engine.suspects import Suspects
 from pagegraph.runtime.ipc.protocol import (
     Abort,
@@ -83,7 +83,7 @@ class Engine:
         limits: Limits,
         info: Callable[[], EngineInfo],
         clock: Callable[[], float],
-        recorder: Recorder,
+        stats: EngineStats,
         step_time: StepTime | None = None,
         seed: int = 0,
         use_idle_time: Callable[[], bool] = lambda: False,
@@ -95,7 +95,7 @@ class Engine:
         self.limits = limits
         self.info = info
         self.clock = clock
-        self.recorder = recorder
+        self.stats = stats
         self.step_time = step_time
         self.seed = seed
         self.use_idle_time = use_idle_time
@@ -164,7 +164,7 @@ class Engine:
     def _launch(self, plan: Plan, done: float | None) -> InFlight:
         """`done`: when the results came that this step waited for, if it did."""
         now = self.clock()
-        self.recorder.launched(plan, now)
+        self.stats.launched(plan, now)
         return InFlight(plan, self.step.launch(self._packer.pack(plan)), now, 0.0 if done is None else now - done)
 
     def _commit(self, done: InFlight) -> None:
@@ -180,7 +180,7 @@ class Engine:
         self._suspects.stepped(len(result.slots))
         if self.speculation is not None:
             self.speculation.learn(done.plan, result, output.lookup, seconds * 1e3, done.waited * 1e3)
-        self.recorder.stepped(result, now)
+        self.stats.stepped(result, now)
 
     def _deliver(self, result: StepResult) -> None:
         """One message for each client of the step."""
@@ -253,7 +253,7 @@ class Engine:
     def _fail(self, key: tuple[int, str]) -> None:
         """End a sequence because of an exception that is its own."""
         if sequence := self.scheduler.abort(key, "error"):
-            self.recorder.ended(sequence, self.clock())
+            self.stats.ended(sequence, self.clock())
             failed = Failed(sequence.request_id, 500, "a step of the model failed for this request; the log says why")
             self.mailbox.send(self._clients[sequence.owner], failed)
 
@@ -266,7 +266,7 @@ class Engine:
                     self.mailbox.send(client, Admitted(message.members[0].request_id))
             case Abort(request_id, reason):
                 if sequence := self.scheduler.abort((self._owner(client), request_id), reason):
-                    self.recorder.ended(sequence, self.clock())
+                    self.stats.ended(sequence, self.clock())
             case Hello():
                 self.mailbox.send(client, self.info())
 

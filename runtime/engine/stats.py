@@ -18,7 +18,7 @@ log = logging.getLogger("pagegraph.engine")
 REPORT_S = 60.0  # between two lines about draft tokens
 
 
-class Recorder:
+class EngineStats:
     """Follows requests from submission to end. Times are seconds of the engine's clock."""
 
     def __init__(self, metrics: EngineMetrics, scheduler: Scheduler, steps: StepCounts) -> None:

@@ -16,7 +16,7 @@ from pagegraph.compiler.step.inputs import StepInput, StepOutput
 from pagegraph.compiler.step.step import Ticket
 from pagegraph.runtime.engine.engine import Engine, Limits
 from pagegraph.runtime.engine.metrics import EngineMetrics
-from pagegraph.runtime.engine.stats import Recorder
+from pagegraph.runtime.engine.stats import EngineStats
 from pagegraph.runtime.ipc.protocol import Abort, Admitted, Failed, Member, SamplingParams, Submit, SubmitGroup, Tokens
 from pagegraph.runtime.llm import CLIENT, LocalMailbox
 from pagegraph.runtime.scheduler import commit as results
@@ -78,7 +78,7 @@ class Harness:
         self.turns = 0
         self.engine = Engine(
             self.device, self.scheduler, self.mailbox, Limits(VOCAB, MAX_LEN, frozenset([EOS]), max_queue), None,
-            lambda: float(self.turns), Recorder(self.metrics, self.scheduler, StepCounts()), speculation=drafter,
+            lambda: float(self.turns), EngineStats(self.metrics, self.scheduler, StepCounts()), speculation=drafter,
         )  # fmt: skip
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}  # finish reason, or the status of a failure

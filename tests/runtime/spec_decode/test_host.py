@@ -13,7 +13,7 @@ from pagegraph.compiler.step.step import Ticket
 from pagegraph.kernels.spec_decode import reference
 from pagegraph.runtime.engine.engine import Engine, Limits
 from pagegraph.runtime.engine.metrics import EngineMetrics
-from pagegraph.runtime.engine.stats import Recorder
+from pagegraph.runtime.engine.stats import EngineStats
 from pagegraph.runtime.ipc.protocol import SamplingParams, Submit, Tokens
 from pagegraph.runtime.llm import LocalMailbox
 from pagegraph.runtime.scheduler.block_pool import BlockPool
@@ -149,7 +149,7 @@ def drive(
     mailbox = LocalMailbox()
     engine = Engine(
         device, scheduler, mailbox, Limits(1000, MAX_LEN, frozenset(), 100), None, device.clock,
-        Recorder(metrics, scheduler, StepCounts()), speculation=speculation,
+        EngineStats(metrics, scheduler, StepCounts()), speculation=speculation,
     )  # fmt: skip
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
     for index in range(streams):
