@@ -41,7 +41,7 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
     Nothing is changed before all that may go wrong is done.
     """
     at, ids, index = plan.slots, output.token_ids, None
-    wanted = plan.sampled & (batch.stay[at] == plan.stays)
+    wanted = plan.sampled & (batch.epoch[at] == plan.epochs)
     if plan.drafts is not None:
         wanted &= plan.drafts.others
     if not wanted.all():
@@ -84,7 +84,7 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
 
 def _judge(batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult, told: list[Sequence]) -> Verdict:
     """What was sampled behind draft tokens that hold, up to an end, added to `result`."""
-    drafts = plan.drafts.among(batch.stay[plan.drafts.slots] == plan.stays[plan.drafts.first])
+    drafts = plan.drafts.among(batch.epoch[plan.drafts.slots] == plan.epochs[plan.drafts.first])
     at, fed = drafts.slots, None if output.lookup is None else output.lookup.fed
     known, max_len = batch.known[at], batch.max_len[at]
     found = verdict(drafts, output.token_ids, drafts.fed(fed), known, max_len, batch.min_len[at], batch.stop_ids[at])

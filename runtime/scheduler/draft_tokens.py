@@ -77,11 +77,11 @@ class Verdict:
 def entries(
     columns: tuple[np.ndarray, ...], draft_tokens: DraftTokens
 ) -> tuple[tuple[np.ndarray, ...], ScheduledDrafts | None]:
-    """Plan columns (slots, stays, starts, counts, sampled) [N], draft tokens among the counts -> an entry a draft token.
+    """Plan columns (slots, epochs, starts, counts, sampled) [N], draft tokens among the counts -> an entry a draft token.
 
     `draft_tokens` of slots that are not in the plan are left out; None: that is all of them.
     """
-    slots, stays, starts, counts, sampled = columns
+    slots, epochs, starts, counts, sampled = columns
     index_of = np.full(max(slots.max(), draft_tokens.slots.max()) + 1, -1)
     index_of[draft_tokens.slots] = np.arange(len(draft_tokens.slots))
     of = index_of[slots]
@@ -94,7 +94,7 @@ def entries(
     within = np.arange(len(index)) - begin[index]
     split = (
         slots[index],
-        stays[index],
+        epochs[index],
         (starts[index] + within).astype(np.int32),
         np.where(drafting, 1, counts)[index].astype(np.int32),
         sampled[index],

@@ -22,7 +22,7 @@ class Fixed:
     """What of some slots does not change while their sequences stay; columns of `InputBatch`, entry i of slots[i]."""
 
     slots: np.ndarray
-    stays: np.ndarray
+    epochs: np.ndarray
     max_len: np.ndarray
     min_len: np.ndarray
     num_prompt: np.ndarray
@@ -45,7 +45,7 @@ class InputBatch:
 
         self.block_size = block_size
         self.sequences = np.full(num_slots, None, object)
-        self.stay = column(np.int64)  # a number for each time a sequence enters a slot, 0: the slot is empty
+        self.epoch = column(np.int64)  # counts the sequences that enter slots; 0: the slot is empty
         self.tokens = np.empty((num_slots, max_model_len), np.int32)  # takes memory only as far as it is written
         self.known, self.total, self.computed = column(), column(), column()
         self.num_prompt = column()
@@ -64,15 +64,15 @@ class InputBatch:
         self.request_ids = np.full(num_slots, "", object)
         self.arrival = column(np.float64)  # seconds of the engine's clock
         self.last_token_at = column(np.float64)  # seconds, NaN before the first token
-        self._stays = count(1)
+        self._epochs = count(1)
         self.clear()
 
     def clear(self) -> None:
         """All slots are empty, whatever they were."""
         self.sequences[:] = None
-        self.stay[:] = self.known[:] = self.total[:] = self.computed[:] = self.num_blocks[:] = 0
+        self.epoch[:] = self.known[:] = self.total[:] = self.computed[:] = self.num_blocks[:] = 0
         self.blocks[:] = 0
-        self._free = list(range(len(self.stay) - 1, -1, -1))
+        self._free = list(range(len(self.epoch) - 1, -1, -1))
         self._new_blocks: list[np.ndarray] = []
 
     @property
@@ -107,7 +107,7 @@ class InputBatch:
         )
         self.owner[slot], self.request_ids[slot] = sequence.owner, sequence.request_id
         self.arrival[slot], self.last_token_at[slot] = sequence.arrival, sequence.last_token_at
-        self.stay[slot] = next(self._stays)
+        self.epoch[slot] = next(self._epochs)
         self.sequences[slot], sequence.slot = sequence, slot
         return slot
 
@@ -115,7 +115,7 @@ class InputBatch:
         """Of these slots, in this order."""
         return Fixed(
             slots,
-            self.stay[slots],
+            self.epoch[slots],
             self.max_len[slots],
             self.min_len[slots],
             self.num_prompt[slots],
@@ -131,7 +131,7 @@ class InputBatch:
         sequence.last_token_at = float(self.last_token_at[slot])
         sequence.slot = -1
         self.sequences[slot] = None
-        self.stay[slot] = 0
+        self.epoch[slot] = 0
         self._free.append(slot)
 
     def add_blocks(self, slots: np.ndarray, counts: np.ndarray, blocks: list[int]) -> None:

@@ -21,7 +21,7 @@ class Packer:
     def __init__(self, batch: InputBatch) -> None:
         self.batch = batch
         self._decode = np.zeros(0, np.int32), np.zeros(1, np.int32)  # ids and query_start of a token a sequence
-        self._stays = np.zeros(0, np.int64)
+        self._epochs = np.zeros(0, np.int64)
         self._same = SamplingInput(np.zeros(0, np.float32), np.zeros(0, np.int64))
         self._special = False
         self._min_len = np.zeros(0, np.int32)
@@ -65,8 +65,8 @@ class Packer:
 
     def _sampling(self, plan: Plan) -> SamplingInput:
         batch, at = self.batch, plan.slots
-        if not np.array_equal(plan.stays, self._stays):
-            self._stays = plan.stays
+        if not np.array_equal(plan.epochs, self._epochs):
+            self._epochs = plan.epochs
             self._same = SamplingInput(temperature=batch.temperature[at], seeds=batch.seed[at])
             if batch.has_filters[at].any():
                 self._same.filters = Filters(batch.top_k[at], batch.top_p[at], batch.min_p[at])

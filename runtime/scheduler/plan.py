@@ -23,7 +23,7 @@ class Plan:
     """
 
     slots: np.ndarray
-    stays: np.ndarray  # int64, of the slot's sequence: another may be there when the step is done
+    epochs: np.ndarray  # int64, of the slot's sequence: another may be there when the step is done
     starts: np.ndarray
     counts: np.ndarray
     sampled: np.ndarray  # bool, whether the last of the tokens yields a new one

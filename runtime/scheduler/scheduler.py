@@ -220,7 +220,7 @@ class Scheduler:
         batch, running = self.batch, list(self._running)
         self.block_tables.check_integrity(running)
         held = sorted([sequence.slot for sequence in running] + list(self._draining))
-        require(held == np.flatnonzero(batch.stay).tolist(), "slots are lost or held twice")
+        require(held == np.flatnonzero(batch.epoch).tolist(), "slots are lost or held twice")
         require(len(held) + batch.num_free == self.max_num_seqs, "slots are lost")
         for queue in (self._waiting, running):
             require(queue == sorted(queue, key=place_of), "a queue is out of order")
@@ -262,7 +262,7 @@ class Scheduler:
             return None
         batch.computed[slots] = ends
         batch.total[slots] = ends + 1
-        return slots, fixed.stays, starts, self._running.ones, self._running.trues
+        return slots, fixed.epochs, starts, self._running.ones, self._running.trues
 
     def _wanted(self, num_draft_tokens: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, PromptRoom]:
         """Slots of the running and how many tokens each may compute, draft tokens too, and the prompt tokens left for others.
@@ -309,8 +309,8 @@ class Scheduler:
             return slots, counts
         while not self.block_tables.extend(slots, batch.computed[slots] + counts):
             victim = self._running.last
-            stays = slots != victim.slot
-            slots, counts = slots[stays], counts[stays]
+            left = slots != victim.slot
+            slots, counts = slots[left], counts[left]
             self.preempt(victim)
         return slots, counts
 
@@ -325,7 +325,7 @@ class Scheduler:
         batch.total[slots] += np.where(sampled, draft_tokens + 1, 0)
         for slot in slots[starts < batch.num_prompt[slots]].tolist():
             self.block_tables.publish(batch.sequences[slot])
-        return slots, batch.stay[slots], starts, counts, sampled
+        return slots, batch.epoch[slots], starts, counts, sampled
 
     def _admit(self, parts: list[Columns], started: list[Sequence], room: PromptRoom) -> None:
         """Start waiting sequences in order while prompt tokens, slots and blocks for their whole prompts last.

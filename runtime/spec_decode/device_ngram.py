@@ -14,7 +14,7 @@ from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.draft_tokens import DraftTokens
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
-from pagegraph.runtime.spec_decode.host import START, STAY, could_pay, within
+from pagegraph.runtime.spec_decode.host import KEEP_DRAFTING, START_DRAFTING, could_pay, within
 from pagegraph.runtime.spec_decode.num_draft_tokens import Acceptance, StepCosts, choose
 
 KEPT = 4  # steps for which numbers of draft tokens are kept while the same slots may have them
@@ -30,7 +30,7 @@ class DeviceLookup:
         self.most = most
         self.costs = costs
         self.acceptance = Acceptance(scheduler.max_num_seqs)
-        self._stays = np.zeros(scheduler.max_num_seqs, np.int64)  # of the sequence that the next is of
+        self._epochs = np.zeros(scheduler.max_num_seqs, np.int64)  # of the sequence that the next is of
         self._matched = np.zeros(
             scheduler.max_num_seqs, np.int32
         )  # what the slot's next draft tokens rest on, 0: on nothing
@@ -48,7 +48,7 @@ class DeviceLookup:
         if not self._matched.any():
             return None
         slots, limits, budget = scheduler.room_for_drafts(self.most, lag=None)
-        matching = (self._matched[slots] > 0) & (self._stays[slots] == scheduler.batch.stay[slots])
+        matching = (self._matched[slots] > 0) & (self._epochs[slots] == scheduler.batch.epoch[slots])
         slots, limits = slots[matching], limits[matching]
         if not len(slots) or not budget:
             return None
@@ -74,25 +74,25 @@ class DeviceLookup:
             return  # nothing repeats: the usual step costs nothing more
         if (verdict := result.verdict) is not None and len(verdict.slots):
             at = verdict.slots
-            stays = plan.stays[plan.drafts.first[np.isin(plan.drafts.slots, at)]]
-            self.acceptance.learn(at, stays, self._matched[at], verdict.counts, verdict.accepted)
+            epochs = plan.epochs[plan.drafts.first[np.isin(plan.drafts.slots, at)]]
+            self.acceptance.learn(at, epochs, self._matched[at], verdict.counts, verdict.accepted)
         elif looked_at and self.costs is not None and lookup.hits is not None:
             self._learn_unverified(plan, lookup.hits)
-        at, stays, matched = plan.slots, plan.stays, lookup.matched
+        at, epochs, matched = plan.slots, plan.epochs, lookup.matched
         if plan.drafts is not None:
             first = np.append(True, at[1:] != at[:-1])
-            at, stays, matched = at[first], stays[first], matched[first]
-        self._stays[at], self._matched[at] = stays, matched
+            at, epochs, matched = at[first], epochs[first], matched[first]
+        self._epochs[at], self._matched[at] = epochs, matched
         if result.ended:
-            self._matched[at[self.scheduler.batch.stay[at] != stays]] = 0
+            self._matched[at[self.scheduler.batch.epoch[at] != epochs]] = 0
 
     def _learn_unverified(self, plan: Plan, hits: np.ndarray) -> None:
         """Of slots that were not given their draft tokens: whether the first would have held."""
-        asked = plan.sampled & (self._matched[plan.slots] > 0) & (self._stays[plan.slots] == plan.stays)
+        asked = plan.sampled & (self._matched[plan.slots] > 0) & (self._epochs[plan.slots] == plan.epochs)
         if self.scheduler.num_running < self.scheduler.max_entries and asked.any():
             slots = plan.slots[asked]
             self.acceptance.learn(
-                slots, plan.stays[asked], self._matched[slots], np.ones(len(slots), np.int32), hits[asked]
+                slots, plan.epochs[asked], self._matched[slots], np.ones(len(slots), np.int32), hits[asked]
             )
 
     def _paying(self, slots: np.ndarray, limits: np.ndarray, budget: int, drafting: bool) -> np.ndarray:
@@ -103,7 +103,9 @@ class DeviceLookup:
         base = self.scheduler.num_running
         counts = np.zeros(len(slots), np.int32)
         if could_pay(base, budget, self.costs):
-            chances = self.acceptance.chances(slots, self.scheduler.batch.stay[slots], self._matched[slots], self.most)
-            counts = choose(chances, limits, base, budget, self.costs, 0.0, STAY if drafting else START).counts
+            chances = self.acceptance.chances(slots, self.scheduler.batch.epoch[slots], self._matched[slots], self.most)
+            counts = choose(
+                chances, limits, base, budget, self.costs, 0.0, KEEP_DRAFTING if drafting else START_DRAFTING
+            ).counts
         self._chosen = slots, counts
         return counts

@@ -36,8 +36,8 @@ class DraftModel:
         self.max_tokens = max_tokens
         self.max_entries = max_entries
         self.together = together
-        num_slots = len(batch.stay)
-        self._stay = np.zeros(num_slots, np.int64)
+        num_slots = len(batch.epoch)
+        self._epoch = np.zeros(num_slots, np.int64)
         self._computed = np.zeros(num_slots, np.int32)  # leading tokens of the slot whose keys and values are right
         self._drafted: dict[int, np.ndarray] = {}  # by slot: drafted behind these, and computed too
         self._last = np.zeros(0, np.int64)  # of the entries of the last catching up, the sampled ones
@@ -85,8 +85,8 @@ class DraftModel:
     def _settle(self, at: np.ndarray) -> None:
         """Keep what was computed for draft tokens that held."""
         batch = self.batch
-        new = at[self._stay[at] != batch.stay[at]]
-        self._stay[at], self._computed[new] = batch.stay[at], 0
+        new = at[self._epoch[at] != batch.epoch[at]]
+        self._epoch[at], self._computed[new] = batch.epoch[at], 0
         for slot in new.tolist():
             self._drafted.pop(slot, None)
         for slot in at.tolist():

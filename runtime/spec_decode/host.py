@@ -29,15 +29,16 @@ SHADOW = 3  # draft tokens a slot that are compared with what comes without bein
 LOOKING = 0.01  # share of time that looking for draft tokens may take while nothing is drafted
 PROBING = 0.005  # share of time for draft tokens of a model that are not expected to pay: they may by now
 MADE = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15)  # draft tokens a slot that the model may be asked for
-START, STAY = 0.05, 0.0  # gain in tokens a millisecond from which drafting starts, and down to which it goes on
+# gain in tokens a millisecond from which drafting starts, and down to which it goes on
+START_DRAFTING, KEEP_DRAFTING = 0.05, 0.0
 RATE = 0.1  # weight of a step in the averages here
 
 
 @dataclass(slots=True)
 class Shadow:
-    """Draft tokens that are not verified: for position `at` of the sequence of that stay."""
+    """Draft tokens that are not verified: for position `at` of the sequence of that epoch."""
 
-    stay: int
+    epoch: int
     at: int
     matched: int
     tokens: np.ndarray
@@ -134,7 +135,7 @@ class Speculation:
         if probing:
             counts = within(np.minimum(np.where(offer.retrieved, 0, offer.limits), 1), budget)
         elif self.costs is not None:
-            counts = self._paying(offer, budget, STAY if drafting else START)
+            counts = self._paying(offer, budget, KEEP_DRAFTING if drafting else START_DRAFTING)
         else:
             counts = within(offer.limits, budget)
         some = np.flatnonzero(counts)
@@ -154,8 +155,8 @@ class Speculation:
                 if not sequence.cache_salt:  # a salted one's tokens must not show in how fast others run
                     self.retrieval.ended(sequence.tokens[sequence.num_prompt :])
         if (verdict := result.verdict) is not None and len(verdict.slots):
-            stays = plan.stays[plan.drafts.first[np.isin(plan.drafts.slots, verdict.slots)]]
-            self.acceptance.learn(verdict.slots, stays, self._matched[verdict.slots], verdict.counts, verdict.accepted)
+            epochs = plan.epochs[plan.drafts.first[np.isin(plan.drafts.slots, verdict.slots)]]
+            self.acceptance.learn(verdict.slots, epochs, self._matched[verdict.slots], verdict.counts, verdict.accepted)
             overhead_ms = max(overhead_ms - self._spent_ms, 0.0)
             self._overhead_ms += RATE * (min(overhead_ms, 4 * self._overhead_ms) - self._overhead_ms)
         if self.costs is not None:
@@ -167,17 +168,17 @@ class Speculation:
 
     def _offer(self, slots: np.ndarray, limits: np.ndarray, ahead: int) -> Offer:
         """What could be drafted for the slots; a look-up's first `ahead` tokens are for those in flight, and left out."""
-        stays = self.scheduler.batch.stay[slots]
+        epochs = self.scheduler.batch.epoch[slots]
         if self.retrieval is None:
             proposal = empty_proposal(len(slots), int(limits.max()))
         else:
             proposal = self.retrieval.propose(self.scheduler.batch, slots, limits)
         most = proposal.tokens.shape[1]
-        looked_up = self.acceptance.chances(slots, stays, proposal.matched, most)[:, ahead:]
+        looked_up = self.acceptance.chances(slots, epochs, proposal.matched, most)[:, ahead:]
         available = np.maximum(proposal.counts - ahead, 0)
         if self.model is None:
             return Offer(slots, available, proposal, np.ones(len(slots), bool), looked_up)
-        computed = self.acceptance.chances(slots, stays, np.zeros(len(slots), np.int32), most)[:, : most - ahead]
+        computed = self.acceptance.chances(slots, epochs, np.zeros(len(slots), np.int32), most)[:, : most - ahead]
         retrieved = available > 0
         if most > ahead:
             retrieved &= looked_up[:, 0] >= computed[:, 0]
@@ -219,7 +220,7 @@ class Speculation:
         if len(slots) and budget and could_pay(self.scheduler.num_running, budget, self.costs):
             offer = self._offer(slots, limits, 1)
             self._compare(slots, offer.proposal)
-            found = bool(self._paying(offer, budget, START).any())
+            found = bool(self._paying(offer, budget, START_DRAFTING).any())
             if not found and self.model is not None and not offer.retrieved.all():
                 found = self._probing = self._may_probe(len(slots))
         spent = (self.clock() - begin) * 1e3
@@ -239,19 +240,19 @@ class Speculation:
     def _compare(self, slots: np.ndarray, proposal: Proposal) -> None:
         """Learn from shadows that have been overtaken, and cast new ones."""
         batch = self.scheduler.batch
-        learned: list[tuple[int, int, int, int, int]] = []  # slot, stay, matched, draft tokens, held
+        learned: list[tuple[int, int, int, int, int]] = []  # slot, epoch, matched, draft tokens, held
         for i, slot in enumerate(slots.tolist()):
-            shadow, stay, known = self._shadows.get(slot), int(batch.stay[slot]), int(batch.known[slot])
-            if shadow is not None and shadow.stay == stay:
+            shadow, epoch, known = self._shadows.get(slot), int(batch.epoch[slot]), int(batch.known[slot])
+            if shadow is not None and shadow.epoch == epoch:
                 came = batch.tokens[slot, shadow.at : min(known, shadow.at + len(shadow.tokens))]
                 differs = np.flatnonzero(came != shadow.tokens[: len(came)])
                 if not len(differs) and len(came) < len(shadow.tokens):
                     continue
                 held = int(differs[0]) if len(differs) else len(came)
-                learned.append((slot, stay, shadow.matched, len(shadow.tokens), held))
+                learned.append((slot, epoch, shadow.matched, len(shadow.tokens), held))
             self._shadows.pop(slot, None)
             if count := min(SHADOW, int(proposal.counts[i])):
-                self._shadows[slot] = Shadow(stay, known, int(proposal.matched[i]), proposal.tokens[i, :count].copy())
+                self._shadows[slot] = Shadow(epoch, known, int(proposal.matched[i]), proposal.tokens[i, :count].copy())
         if learned:
             self.acceptance.learn(*np.array(learned).T)
 
@@ -260,7 +261,7 @@ def could_pay(base: int, budget: int, costs: StepCosts) -> bool:
     """Whether draft tokens beside `base` slots would pay if all held."""
     entries = base + np.arange(budget + 1)
     rates = entries / costs.ms(entries)
-    return bool(rates.max() > rates[0] * (1 + START))
+    return bool(rates.max() > rates[0] * (1 + START_DRAFTING))
 
 
 def within(counts: np.ndarray, budget: int) -> np.ndarray:

@@ -75,14 +75,14 @@ class Acceptance:
     """How often a draft token holds if those before it did, by the slot and by the class of the match that it rests on."""
 
     def __init__(self, num_slots: int) -> None:
-        self._stay = np.zeros(num_slots, np.int64)
+        self._epoch = np.zeros(num_slots, np.int64)
         self._slot_tried, self._slot_held = (np.zeros((num_slots, len(PRIOR))) for _ in range(2))
         self._tried = np.full(len(PRIOR), PRIOR_WEIGHT)
         self._held = PRIOR_WEIGHT * PRIOR
 
-    def chances(self, slots: np.ndarray, stays: np.ndarray, matched: np.ndarray, most: int) -> np.ndarray:
+    def chances(self, slots: np.ndarray, epochs: np.ndarray, matched: np.ndarray, most: int) -> np.ndarray:
         """float64 [R, most]: that the draft tokens 0..j of each slot all hold, resting on matches of `matched` [R] tokens."""
-        self._enter(slots, stays)
+        self._enter(slots, epochs)
         classes = _classes(matched, most)
         slot = slots[:, None]
         common = self._held[classes] / self._tried[classes]
@@ -92,12 +92,12 @@ class Acceptance:
         return np.cumprod(own, axis=1)
 
     def learn(
-        self, slots: np.ndarray, stays: np.ndarray, matched: np.ndarray, counts: np.ndarray, accepted: np.ndarray
+        self, slots: np.ndarray, epochs: np.ndarray, matched: np.ndarray, counts: np.ndarray, accepted: np.ndarray
     ) -> None:
         """Of counts[i] draft tokens in slot slots[i], no slot twice, the first accepted[i] held; all int [R]."""
         if not len(slots):
             return
-        self._enter(slots, stays)
+        self._enter(slots, epochs)
         at = np.arange(int(counts.max()))
         # What follows a wrong draft token was not put to the test.
         slot, place = np.nonzero(at < np.minimum(accepted + 1, counts)[:, None])
@@ -112,9 +112,9 @@ class Acceptance:
         self._tried = np.maximum(self._tried * decay, 1e-9) + tries.sum(axis=0)
         self._held = self._held * decay + holds.sum(axis=0)
 
-    def _enter(self, slots: np.ndarray, stays: np.ndarray) -> None:
-        new = slots[self._stay[slots] != stays]
-        self._stay[slots] = stays
+    def _enter(self, slots: np.ndarray, epochs: np.ndarray) -> None:
+        new = slots[self._epoch[slots] != epochs]
+        self._epoch[slots] = epochs
         self._slot_tried[new] = self._slot_held[new] = 0
 
 

@@ -80,7 +80,7 @@ class Automaton:
 class Reader:
     """How far a slot has been followed through the automaton."""
 
-    stay: int
+    epoch: int
     version: int
     read: int
     place: tuple[int, int]
@@ -113,10 +113,10 @@ class Suffix:
         self._version += 1
 
     def _remember(self, batch: InputBatch, slot: int, index: int, limit: int, proposal: Proposal) -> None:
-        stay, known = int(batch.stay[slot]), int(batch.known[slot])
+        epoch, known = int(batch.epoch[slot]), int(batch.known[slot])
         reader = self._readers.get(slot)
-        if reader is None or (reader.stay, reader.version) != (stay, self._version):
-            reader = self._readers[slot] = Reader(stay, self._version, 0, (0, 0))
+        if reader is None or (reader.epoch, reader.version) != (epoch, self._version):
+            reader = self._readers[slot] = Reader(epoch, self._version, 0, (0, 0))
         if reader.read < known - LOOKUP_SEEN:
             reader.read, reader.place = known - LOOKUP_SEEN, (0, 0)
         for token in batch.tokens[slot, reader.read : known].tolist():

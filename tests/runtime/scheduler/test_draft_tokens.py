@@ -110,7 +110,7 @@ class Oracle:
     def __init__(self, scheduler: Scheduler, most: int, chance: float, seed: int, on_device: bool) -> None:
         self.scheduler, self.most, self.chance, self.on_device = scheduler, most, chance, on_device
         self.rng = np.random.default_rng(seed)
-        self.stays: dict[int, int] = {}  # of the sequence that a slot's last sample was of, by slot
+        self.epochs: dict[int, int] = {}  # of the sequence that a slot's last sample was of, by slot
 
     def draft(self, history: list[int], seed: int) -> list[int]:
         history, known = list(history), len(history)
@@ -125,7 +125,7 @@ class Oracle:
         drafting = counts > 0
         if self.on_device:  # it has made none for a slot that has not sampled yet
             drafting &= np.array(
-                [self.stays.get(slot) == self.scheduler.batch.stay[slot] for slot in slots.tolist()], bool
+                [self.epochs.get(slot) == self.scheduler.batch.epoch[slot] for slot in slots.tolist()], bool
             )
         if not drafting.any():
             return None
@@ -218,7 +218,7 @@ def test_draft_tokens_right_or_wrong_change_no_token(
                 assert len(set(plan.slots.tolist())) == len(plan) - int(plan.drafts.counts.sum())
                 seen["uncertain"] += on_device and bool((plan.starts >= scheduler.batch.known[plan.slots] + 1).any())
             launched.append((plan, step.run(packer.pack(plan))))
-            oracle.stays.update(zip(plan.slots[plan.sampled].tolist(), plan.stays[plan.sampled].tolist()))
+            oracle.epochs.update(zip(plan.slots[plan.sampled].tolist(), plan.epochs[plan.sampled].tolist()))
         while launched and (len(launched) > depth or not plan):
             commit()
         turn += 1

@@ -19,13 +19,13 @@ from pagegraph.runtime.spec_decode.suffix import BORDER, Automaton, Suffix
 texts = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 
 
-stays = count(1)
+epochs = count(1)
 
 
 def batch_of(text: list[int]) -> InputBatch:
     batch = InputBatch(1, 200, 16)
     batch.enter(Sequence("a", np.array(text), SamplingParams(), frozenset(), 0, 200), [], 0)
-    batch.stay[0] = next(stays)
+    batch.epoch[0] = next(epochs)
     return batch
 
 
@@ -103,6 +103,6 @@ def test_a_slot_is_followed_as_it_grows_and_anew_when_another_enters_it() -> Non
         batch.known[0] += 1
         assert next_tokens() == expected
     batch.leave(0)
-    next(batch._stays)
+    next(batch._epochs)
     batch.enter(Sequence("b", np.array([12, 13]), SamplingParams(), frozenset(), 0, 200), [], 0)
     assert next_tokens() == [14]
