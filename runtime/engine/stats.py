@@ -71,7 +71,7 @@ class EngineStats:
         tokens = counters.prompt_tokens - counters.cached_tokens + counters.generated_tokens
         self.metrics.observe_step(tokens - self._tokens)
         self._tokens = tokens
-        if result.verdict is not None:
+        if result.verification is not None:
             self._report_acceptance(now)
 
     def _report_acceptance(self, now: float) -> None:

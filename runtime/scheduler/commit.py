@@ -14,7 +14,7 @@ import numpy as np
 
 from pagegraph.compiler.step.inputs import StepLogprobs, StepOutput
 from pagegraph.runtime.ipc.protocol import TokenDelta, TokenLogprob
-from pagegraph.runtime.scheduler.draft_tokens import Verdict, verdict
+from pagegraph.runtime.scheduler.draft_tokens import Verification, verify
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.running import Running
@@ -32,7 +32,7 @@ class StepResult:
     deltas: dict[int, TokenDelta]  # by index, for those with more to tell than the token
     ended: list[Sequence]  # their `finish_reason` says why
     begun: list[Sequence]  # those whose first token it is
-    verdict: Verdict | None = None  # of the step's draft tokens
+    verification: Verification | None = None  # of the step's draft tokens
 
 
 def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) -> StepResult:
@@ -82,18 +82,18 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
     return result
 
 
-def _judge(batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult, told: list[Sequence]) -> Verdict:
+def _judge(batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult, told: list[Sequence]) -> Verification:
     """What was sampled behind draft tokens that hold, up to an end, added to `result`."""
     drafts = plan.drafts.among(batch.epoch[plan.drafts.slots] == plan.epochs[plan.drafts.first])
     at, fed = drafts.slots, None if output.lookup is None else output.lookup.fed
     known, max_len = batch.known[at], batch.max_len[at]
-    found = verdict(drafts, output.token_ids, drafts.fed(fed), known, max_len, batch.min_len[at], batch.stop_ids[at])
+    found = verify(drafts, output.token_ids, drafts.fed(fed), known, max_len, batch.min_len[at], batch.stop_ids[at])
     begin = len(result.slots)
     result.slots = np.concatenate([result.slots, at])
     result.token_ids = np.concatenate([result.token_ids, found.tokens[np.arange(len(at)), found.lengths - 1]])
     result.owners = np.concatenate([result.owners, batch.owner[at]])
     result.request_ids = np.concatenate([result.request_ids, batch.request_ids[at]])
-    result.verdict = found
+    result.verification = found
     full = known + found.lengths >= max_len
     for i, slot in enumerate(at.tolist()):
         sequence, tokens = batch.sequences[slot], found.tokens[i, : found.lengths[i]].tolist()
@@ -105,8 +105,8 @@ def _judge(batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult
     return found
 
 
-def _append_accepted(batch: InputBatch, found: Verdict) -> None:
-    """Append the tokens of the verdict; draft tokens that did not hold are taken back."""
+def _append_accepted(batch: InputBatch, found: Verification) -> None:
+    """Append the tokens of the verification; draft tokens that did not hold are taken back."""
     at, known = found.slots, batch.known[found.slots]
     places = np.arange(found.tokens.shape[1])
     inside = places < found.lengths[:, None]

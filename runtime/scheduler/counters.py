@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pagegraph.runtime.scheduler.commit import StepResult
-from pagegraph.runtime.scheduler.draft_tokens import Verdict
+from pagegraph.runtime.scheduler.draft_tokens import Verification
 
 
 @dataclass(slots=True)
@@ -37,10 +37,10 @@ class Counters:
         for sequence in result.begun:
             self.prompt_tokens += sequence.num_prompt
             self.cached_tokens += sequence.cached_tokens
-        if result.verdict is not None:
-            self._count_drafts(result.verdict)
+        if result.verification is not None:
+            self._count_drafts(result.verification)
 
-    def _count_drafts(self, found: Verdict) -> None:
+    def _count_drafts(self, found: Verification) -> None:
         saved = int(found.lengths.sum()) - len(found.lengths)
         self.generated_tokens += saved
         self.saved_steps += saved

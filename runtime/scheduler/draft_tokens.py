@@ -63,7 +63,7 @@ class ScheduledDrafts:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Verification:
     """What became of draft tokens, of R slots; arrays [R], int32 unless said."""
 
     slots: np.ndarray
@@ -106,7 +106,7 @@ def entries(
     )
 
 
-def verdict(
+def verify(
     drafts: ScheduledDrafts,
     sampled: np.ndarray,
     draft_tokens: np.ndarray,
@@ -114,7 +114,7 @@ def verdict(
     max_len: np.ndarray,
     min_len: np.ndarray,
     stop_ids: np.ndarray,
-) -> Verdict:
+) -> Verification:
     """Compare `draft_tokens` [R, K] with the ids `sampled` [S] by the plan's entries.
 
     known, max_len, min_len [R] and stop_ids [R, n] as in `runtime.scheduler.input_batch`, `known` before this step. Tokens end at
@@ -133,4 +133,4 @@ def verdict(
     stopped = stops.any(axis=1)
     lengths = np.where(stopped, stops.argmax(axis=1) + 1, lengths)
     accepted, lengths = np.minimum(accepted, lengths).astype(np.int32), lengths.astype(np.int32)
-    return Verdict(drafts.slots, counts, accepted, tokens.astype(np.int32), lengths, stopped)
+    return Verification(drafts.slots, counts, accepted, tokens.astype(np.int32), lengths, stopped)

@@ -72,10 +72,10 @@ class DeviceLookup:
             self.costs.observe(len(plan), step_ms)
         if plan.drafts is None and not lookup.matched.any() and not self._matched.any():
             return  # nothing repeats: the usual step costs nothing more
-        if (verdict := result.verdict) is not None and len(verdict.slots):
-            at = verdict.slots
+        if (verification := result.verification) is not None and len(verification.slots):
+            at = verification.slots
             epochs = plan.epochs[plan.drafts.first[np.isin(plan.drafts.slots, at)]]
-            self.acceptance.learn(at, epochs, self._matched[at], verdict.counts, verdict.accepted)
+            self.acceptance.learn(at, epochs, self._matched[at], verification.counts, verification.accepted)
         elif looked_at and self.costs is not None and lookup.hits is not None:
             self._learn_unverified(plan, lookup.hits)
         at, epochs, matched = plan.slots, plan.epochs, lookup.matched

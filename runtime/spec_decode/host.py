@@ -154,9 +154,15 @@ class Speculation:
             for sequence in result.ended:
                 if not sequence.cache_salt:  # a salted one's tokens must not show in how fast others run
                     self.retrieval.ended(sequence.tokens[sequence.num_prompt :])
-        if (verdict := result.verdict) is not None and len(verdict.slots):
-            epochs = plan.epochs[plan.drafts.first[np.isin(plan.drafts.slots, verdict.slots)]]
-            self.acceptance.learn(verdict.slots, epochs, self._matched[verdict.slots], verdict.counts, verdict.accepted)
+        if (verification := result.verification) is not None and len(verification.slots):
+            epochs = plan.epochs[plan.drafts.first[np.isin(plan.drafts.slots, verification.slots)]]
+            self.acceptance.learn(
+                verification.slots,
+                epochs,
+                self._matched[verification.slots],
+                verification.counts,
+                verification.accepted,
+            )
             overhead_ms = max(overhead_ms - self._spent_ms, 0.0)
             self._overhead_ms += RATE * (min(overhead_ms, 4 * self._overhead_ms) - self._overhead_ms)
         if self.costs is not None:

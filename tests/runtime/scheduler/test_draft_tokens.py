@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pagegraph.compiler.step.inputs import StepLogprobs, StepOutput
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.scheduler.block_pool import BlockPool
-from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, ScheduledDrafts, Verdict, entries, verdict
+from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, ScheduledDrafts, Verification, entries, verify
 from pagegraph.runtime.scheduler.pack import Packer
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
@@ -27,10 +27,10 @@ def judged(
     max_len: int = 40,
     min_len: int = 0,
     stop_ids: tuple[int, ...] = (EOS,),
-) -> Verdict:
+) -> Verification:
     ints = lambda *values: np.array(values, np.int32)  # noqa: E731
     drafts = ScheduledDrafts(ints(0), ints(len(draft_tokens)), ints(0), np.zeros(len(sampled), bool), None)
-    return verdict(
+    return verify(
         drafts,
         ints(*sampled),
         ints(*draft_tokens)[None],
@@ -260,7 +260,7 @@ def draft(sequence: Sequence, *tokens: int) -> DraftTokens:
     )
 
 
-def test_a_slot_with_draft_tokens_counts_as_if_all_held_until_their_verdict() -> None:
+def test_a_slot_with_draft_tokens_counts_as_if_all_held_until_their_verification() -> None:
     scheduler = scheduler_of()
     sequence = started(scheduler)
     plan = scheduler.schedule(0, draft(sequence, 5, 6))

@@ -18,7 +18,7 @@ from pagegraph.kernels.sampling import reference
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.ipc.protocol import SamplingParams
-from pagegraph.runtime.scheduler.draft_tokens import ScheduledDrafts, verdict
+from pagegraph.runtime.scheduler.draft_tokens import ScheduledDrafts, verify
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.sequence import Sequence
 from pagegraph.runtime.spec_decode.draft_model import DraftModel
@@ -45,7 +45,7 @@ def drawn(logits: torch.Tensor, position: int) -> torch.Tensor:
 
 
 def test_verified_draws_follow_the_target_and_agree_more_often_than_independent_ones() -> None:
-    """Two draft tokens by a model q for a target p, both chains over a small vocabulary, through the verdict of the engine."""
+    """Two draft tokens by a model q for a target p, both chains over a small vocabulary, through the verification of the engine."""
     target, drafter = log_chances(0), log_chances(1)
     draft_tokens = [drawn(drafter[-1].expand(DRAWS, -1), 10)]
     draft_tokens.append(drawn(drafter[draft_tokens[0]], 11))
@@ -59,7 +59,7 @@ def test_verified_draws_follow_the_target_and_agree_more_often_than_independent_
         np.arange(DRAWS, dtype=np.int32), ints(2), 3 * np.arange(DRAWS, dtype=np.int32), np.zeros(3 * DRAWS, bool), None
     )
     sampled = torch.stack(entries, 1).flatten().int().numpy()
-    found = verdict(
+    found = verify(
         drafted,
         sampled,
         torch.stack(draft_tokens, 1).int().numpy(),
