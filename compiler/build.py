@@ -119,7 +119,7 @@ class BuiltModel:
             cpu_int4.build()
             inputs_cpp.build()
             sampling_cpp.build()
-            if self.step.state.lookup is not None:
+            if self.step.state.ngram is not None:
                 spec_decode_cpp.build()
         return [step.compiled_forward(warm_steps(step.state), progress) for step in self.steps]
 
@@ -170,7 +170,7 @@ class LoadedModel:
             dtype=self.cache_dtype,
             device=options.device,
             max_draft_tokens=0 if is_draft else options.step.max_draft_tokens,
-            lookup=None if is_draft else options.step.lookup,
+            ngram=None if is_draft else options.step.ngram,
         )
 
 

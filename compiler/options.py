@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pagegraph.compiler.step.state import Lookup
+from pagegraph.compiler.step.state import NgramRange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class StepOptions:
     max_entries: int  # sequences and draft tokens of a step
     max_num_batched_tokens: int
     max_draft_tokens: int = 0  # of a sequence and step
-    lookup: Lookup | None = None  # where the device drafts by itself
+    ngram: NgramRange | None = None  # where the device drafts by itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,8 +64,8 @@ draft token holds if the entry before it drew just that and all draft tokens bef
 `pagegraph::accept` puts what was drawn behind the last draft token that holds, and its position, into last_tokens and last_at of
 the slots with draft tokens, of which no slot has more than `most`.
 
-`pagegraph::look_up` does that too, and writes a step's tokens, and what was drawn of them that holds, into history [slots, W], and for slots that
-drew (sampled or with draft tokens) writes what may follow into draft_tokens [slots, K], by `kernels.spec_decode.reference.lookup` -> int32 [2, S]:
+`pagegraph::propose_ngram` does that too, and writes a step's tokens, and what was drawn of them that holds, into history [slots, W], and for slots that
+drew (sampled or with draft tokens) writes what may follow into draft_tokens [slots, K], by `kernels.spec_decode.reference.ngram_proposal` -> int32 [2, S]:
 at a slot's first entry twice the length of the match, plus 1 if the first draft token that stood there was what the entry drew;
 and the last token of each entry.
 """
@@ -239,10 +239,10 @@ OPS = (
         spec_decode_reference.accept, "spec_decode.ngram:accept", None,
     ),
     Op(
-        "look_up(Tensor ids, Tensor token_ids, Tensor slots, Tensor query_start, Tensor seq_lens, Tensor sampled, "
+        "propose_ngram(Tensor ids, Tensor token_ids, Tensor slots, Tensor query_start, Tensor seq_lens, Tensor sampled, "
         "Tensor(a!) last_tokens, Tensor(b!) last_at, Tensor(c!) history, Tensor(d!) draft_tokens, int least, "
         "int most) -> Tensor",
-        spec_decode_cpp.look_up, "spec_decode.ngram:look_up", None,
+        spec_decode_cpp.propose_ngram, "spec_decode.ngram:propose_ngram", None,
     ),
     Op(
         "materialize(Tensor x) -> Tensor",

@@ -1,4 +1,4 @@
-"""Drafting by prompt lookup, as much as pays, against none: tokens a second on texts that repeat and on random ones.
+"""Drafting by the n-gram proposer, as much as pays, against none: tokens a second on texts that repeat and on random ones.
 
 bfloat16 on this machine's CPU; sides alternate in one run, and the median of their ratios counts. Run with `make perf`.
 """
@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from pagegraph.compiler.step.state import Lookup
+from pagegraph.compiler.step.state import NgramRange
 from pagegraph.runtime.config import Config, load_config
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.llm import LLM
@@ -56,7 +56,7 @@ def work_of(llm: LLM, kind: str, streams: int) -> tuple[list[list[list[int]]], S
 def test_drafting(benchmark, llm: LLM, kind: str, streams: int, goal: float) -> None:
     works, params = work_of(llm, kind, streams)
     engine, speculation, state = llm.engine, llm.engine.speculation, llm.built.step.state
-    allowed = 15, Lookup(2, 5)
+    allowed = 15, NgramRange(2, 5)
 
     def seconds(drafting: bool) -> float:
         # One engine: the same blocks and caches on both sides. Steps look up nothing where nothing is drafted.

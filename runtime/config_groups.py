@@ -187,7 +187,7 @@ class SpeculativeConfig:
         return 0 if self.method is None else self.num_speculative_tokens or AUTO_DRAFT_TOKENS
 
     @property
-    def looks_up_on_device(self) -> bool:
+    def proposes_on_device(self) -> bool:
         """Whether a step itself makes the draft tokens for the next one."""
         return self.method == "ngram"
 

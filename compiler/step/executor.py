@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from pagegraph.compiler.step.forward import run_forward
-from pagegraph.compiler.step.inputs import LookedUp, StepInput, StepOutput
+from pagegraph.compiler.step.inputs import NgramOutput, StepInput, StepOutput
 from pagegraph.compiler.step.sampling import StepLogprobTensors, draw, sample, settle
 from pagegraph.compiler.step.staging import Staged, Staging, StepMetadata
 from pagegraph.compiler.step.state import DeviceState
@@ -22,7 +22,7 @@ class Outputs(NamedTuple):
 
     logits: torch.Tensor  # [S, vocab]
     ids: torch.Tensor  # int64 [S], of several steps [S, times]
-    found: torch.Tensor | None  # int32 [2, S], what was looked up if anything is
+    found: torch.Tensor | None  # int32 [2, S], what was proposed if anything is
     staged: Staged
 
 
@@ -35,11 +35,11 @@ class Sampled(NamedTuple):
 
     def output(self, step: StepInput) -> StepOutput:
         """On the host: `ids` and `found` are there already."""
-        lookup = None
+        ngram = None
         if self.found is not None:
             matches, fed = self.found.numpy()
-            lookup = LookedUp(matches >> 1, matches & 1 if step.sampling.is_plain else None, fed)
-        return StepOutput(self.ids.int().numpy(), self.logprobs.numpy() if self.logprobs else None, lookup)
+            ngram = NgramOutput(matches >> 1, matches & 1 if step.sampling.is_plain else None, fed)
+        return StepOutput(self.ids.int().numpy(), self.logprobs.numpy() if self.logprobs else None, ngram)
 
 
 class StepExecutor:

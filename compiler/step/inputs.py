@@ -102,7 +102,7 @@ class StepLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
-class LookedUp:
+class NgramOutput:
     """What a device that proposes by itself found; int32 [S]."""
 
     matched: (
@@ -120,4 +120,4 @@ class StepOutput:
 
     token_ids: np.ndarray  # int32 [S]; of several steps in a row [S, times]
     logprobs: StepLogprobs | None = None
-    lookup: LookedUp | None = None
+    ngram: NgramOutput | None = None

@@ -52,7 +52,7 @@ def draw(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tens
 def settle(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor | None:
     """Hand on what draft tokens the drawn ids int64 [s] bear out; what follows is looked up where the device does that.
 
-    int32 [2, s] of `pagegraph::look_up`, or None. Called again with other ids, it makes good what it did with the
+    int32 [2, s] of `pagegraph::propose_ngram`, or None. Called again with other ids, it makes good what it did with the
     first.
     """
     if not state.max_draft_tokens:
@@ -60,10 +60,10 @@ def settle(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tenso
     metadata, ops, count = staged.metadata, torch.ops.pagegraph, len(ids)
     step = ids, staged.token_ids, metadata.slots[:count], metadata.query_start[: count + 1], staged.seq_lens[:count]
     last = state.last_tokens, state.last_at
-    if state.lookup is None:
+    if state.ngram is None:
         ops.accept(*step, *last, state.max_draft_tokens)
         return None
-    return ops.look_up(*step, metadata.sampled[:count], *last, state.history, state.draft_tokens, *state.lookup)
+    return ops.propose_ngram(*step, metadata.sampled[:count], *last, state.history, state.draft_tokens, *state.ngram)
 
 
 def sample(

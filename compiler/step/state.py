@@ -15,7 +15,7 @@ import torch
 from pagegraph.compiler.model.probe import AttentionLayout
 
 
-class Lookup(NamedTuple):
+class NgramRange(NamedTuple):
     """Draft tokens come from the slot's own text: what followed its last `least` to `most` tokens before."""
 
     least: int
@@ -37,9 +37,9 @@ class DeviceState:
         dtype: torch.dtype,
         device: torch.device,
         max_draft_tokens: int = 0,
-        lookup: Lookup | None = None,
+        ngram: NgramRange | None = None,
     ) -> None:
-        """max_draft_tokens: entries of a slot in one step, less one; lookup: the device makes them itself."""
+        """max_draft_tokens: entries of a slot in one step, less one; ngram: the device proposes them itself."""
         self.dummy_slot = max_num_seqs
         self.vocab_size = vocab_size
         self.block_size = block_size
@@ -56,19 +56,19 @@ class DeviceState:
         self.block_tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         self.last_at = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)  # their positions
-        self.allow_drafts(max_draft_tokens, lookup)
+        self.allow_drafts(max_draft_tokens, ngram)
         self._counts: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def allow_drafts(self, most: int, lookup: Lookup | None) -> None:
+    def allow_drafts(self, most: int, ngram: NgramRange | None) -> None:
         """See `__init__`; before graphs are captured."""
         slots, device = len(self.block_tables), self.block_tables.device
         self.max_draft_tokens = most
         self.draft_tokens = torch.zeros(slots, max(most, 1), dtype=torch.int32, device=device)
-        self.lookup = lookup
+        self.ngram = ngram
         self.history: torch.Tensor | None = (
             None  # every slot's tokens by position, with room for one behind the last block
         )
-        if lookup is not None:
+        if ngram is not None:
             self.history = torch.zeros(slots, self.max_blocks * self.block_size + 1, dtype=torch.int32, device=device)
 
     def penalty_counts(self) -> tuple[torch.Tensor, torch.Tensor]:

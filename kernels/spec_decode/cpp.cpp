@@ -1,4 +1,4 @@
-// The draft_tokens that hold in a step, and those for the next, on a CPU: `look_up` of `reference.py`, slot after slot; built by `ngram_cpp.py`.
+// The draft_tokens that hold in a step, and those for the next, on a CPU: `propose_ngram` of `reference.py`, slot after slot; built by `ngram_cpp.py`.
 #include <algorithm>
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-"""Prompt lookup on a CPU in C++ (`cpp.cpp`): a few microseconds a step, by numpy's calls twenty times that.
+"""N-gram proposals on a CPU in C++ (`cpp.cpp`): a few microseconds a step, by numpy's calls twenty times that.
 
 Where it is not built, the reference does it. Knows no scheduling.
 """
@@ -20,12 +20,12 @@ _kernel: Callable | None = None
 
 
 def build() -> None:
-    """From here on `look_up` runs it."""
+    """From here on `propose_ngram` runs it."""
     global _kernel
-    _kernel = cpp_extension.built(SOURCE, ARGUMENTS, "prompt lookup stays numpy's, which takes longer")
+    _kernel = cpp_extension.built(SOURCE, ARGUMENTS, "the n-gram proposer stays numpy's, which takes longer")
 
 
-def look_up(
+def propose_ngram(
     ids: Tensor,
     token_ids: Tensor,
     slots: Tensor,
@@ -42,7 +42,7 @@ def look_up(
     """See `kernels.ops`."""
     step = ids, token_ids, slots, query_start, seq_lens, sampled, last_tokens, last_at, history, draft_tokens
     if _kernel is None:
-        return reference.look_up(*step, least, most)
+        return reference.propose_ngram(*step, least, most)
     found = token_ids.new_empty(2, len(ids))
-    _kernel(*step, found, len(ids), history.shape[1], draft_tokens.shape[1], least, most, reference.LOOKUP_SEEN)
+    _kernel(*step, found, len(ids), history.shape[1], draft_tokens.shape[1], least, most, reference.MAX_MATCH)
     return found

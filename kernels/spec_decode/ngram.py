@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from pagegraph.kernels.pdl import dependent, wait
-from pagegraph.kernels.spec_decode.reference import LOOKUP_SEEN
+from pagegraph.kernels.spec_decode.reference import MAX_MATCH
 
 BLOCK = 1024
 NUM_WARPS = 16
-SEEN = tl.constexpr(LOOKUP_SEEN)
+SEEN = tl.constexpr(MAX_MATCH)
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def accept_kernel(
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
-def look_up_kernel(
+def propose_ngram_kernel(
     found_ptr,
     last_tokens_ptr,
     last_at_ptr,
@@ -189,7 +189,7 @@ def accept(
     )
 
 
-def look_up(
+def propose_ngram(
     ids: Tensor,
     token_ids: Tensor,
     slots: Tensor,
@@ -206,7 +206,7 @@ def look_up(
     """See `kernels.ops`."""
     seqs = len(ids)
     found = torch.empty(2, seqs, dtype=torch.int32, device=ids.device)
-    look_up_kernel[(seqs,)](
+    propose_ngram_kernel[(seqs,)](
         found,
         last_tokens,
         last_at,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-LOOKUP_SEEN = 32  # a match is measured up to so many tokens
+MAX_MATCH = 32  # a match is measured up to so many tokens
 
 
 def verify(
@@ -61,7 +61,7 @@ def _accept(
     last_tokens.numpy()[owners], last_at.numpy()[owners] = ids.numpy()[kept], seq_lens.numpy()[kept]
 
 
-def look_up(
+def propose_ngram(
     ids: torch.Tensor,
     token_ids: torch.Tensor,
     slots: torch.Tensor,
@@ -95,17 +95,19 @@ def look_up(
         return torch.from_numpy(found)
     at, known = owners[first], np.minimum(lengths[kept] + 1, text.shape[1])
     hit = draft_tokens.numpy()[at, 0] == drawn[first]
-    proposed, matched = lookup(text[at, : known.max()], known, draft_tokens.shape[1], least, most)
+    proposed, matched = ngram_proposal(text[at, : known.max()], known, draft_tokens.shape[1], least, most)
     draft_tokens.numpy()[at] = proposed
     found[0, first] = 2 * matched + hit
     return torch.from_numpy(found)
 
 
-def lookup(text: np.ndarray, known: np.ndarray, count: int, least: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+def ngram_proposal(
+    text: np.ndarray, known: np.ndarray, count: int, least: int, most: int
+) -> tuple[np.ndarray, np.ndarray]:
     """text int32 [R, W], of which known[i] >= 1 tokens are slot i's -> (draft tokens int32 [R, count], matched int32 [R]).
 
     The latest place where the slot's last `least` to `most` tokens stood before, as many of them as stood anywhere; what
-    followed there is drafted, going on with its period where that ends. matched: tokens alike, up to LOOKUP_SEEN; 0
+    followed there is drafted, going on with its period where that ends. matched: tokens alike, up to MAX_MATCH; 0
     where there is no such place, and the last token is drafted then.
     """
     slot, width = np.arange(len(text)), text.shape[1]
@@ -121,7 +123,7 @@ def lookup(text: np.ndarray, known: np.ndarray, count: int, least: int, most: in
         length += same
     best = length.max(axis=1)
     end = width - 1 - (length[:, ::-1] == best[:, None]).argmax(axis=1)
-    back = np.arange(LOOKUP_SEEN)
+    back = np.arange(MAX_MATCH)
     before = end[:, None] - back
     alike = (before >= 0) & (
         text[slot[:, None], np.maximum(before, 0)] == text[slot[:, None], np.maximum(known[:, None] - 1 - back, 0)]

@@ -19,7 +19,7 @@ from pagegraph.runtime.sampling_params import model_defaults
 from pagegraph.runtime.scheduler.block_pool import BlockPool
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.step_time import StepTime
-from pagegraph.runtime.spec_decode.device_ngram import DeviceLookup
+from pagegraph.runtime.spec_decode.device_ngram import DeviceNgram
 from pagegraph.runtime.spec_decode.draft_model import DraftModel
 from pagegraph.runtime.spec_decode.host import Drafter, Speculation
 from pagegraph.runtime.spec_decode.num_draft_tokens import StepCosts
@@ -84,7 +84,7 @@ def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Dra
     if config.method is None:
         return None
     state = built.step.state
-    if state.max_draft_tokens < config.max_draft_tokens or (config.looks_up_on_device and state.lookup is None):
+    if state.max_draft_tokens < config.max_draft_tokens or (config.proposes_on_device and state.ngram is None):
         raise ValueError(
             f"the model was built without draft tokens by {config.method}: build it with that configuration"
         )
@@ -92,13 +92,13 @@ def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Dra
     if config.num_speculative_tokens is None:
         most = scheduler.max_entries
         costs = StepCosts(built.step.decode_sizes(most), measure_latency(built.step, most))
-    if config.looks_up_on_device:
-        return DeviceLookup(scheduler, config.max_draft_tokens, costs)
-    looked_up = config.method.partition("+")[0]
+    if config.proposes_on_device:
+        return DeviceNgram(scheduler, config.max_draft_tokens, costs)
+    proposer_name = config.method.partition("+")[0]
     retrieval = None
-    if looked_up == "suffix":
+    if proposer_name == "suffix":
         retrieval = Suffix(config.prompt_lookup_min)
-    elif looked_up == "ngram":
+    elif proposer_name == "ngram":
         retrieval = Ngram(config.prompt_lookup_min, config.prompt_lookup_max)
     draft, draft_ms = None, 1.0
     if built.draft is not None:

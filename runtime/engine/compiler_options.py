@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from pagegraph.compiler.options import CompilerOptions, KvCacheOptions, ModelOptions, PassOptions, StepOptions
 from pagegraph.compiler.resolve import resolve_device
-from pagegraph.compiler.step.state import Lookup
+from pagegraph.compiler.step.state import NgramRange
 from pagegraph.runtime.config import Config
 
 
@@ -29,7 +29,7 @@ def compiler_options(config: Config) -> CompilerOptions:
             max_entries=config.max_entries,
             max_num_batched_tokens=config.batched_tokens(device.type),
             max_draft_tokens=config.max_draft_tokens,
-            lookup=Lookup(config.prompt_lookup_min, config.prompt_lookup_max) if config.looks_up_on_device else None,
+            ngram=NgramRange(config.prompt_lookup_min, config.prompt_lookup_max) if config.proposes_on_device else None,
         ),
         passes=pass_options(config),
         compile=bool(config.compile),

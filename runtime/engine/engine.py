@@ -179,7 +179,7 @@ class Engine:
         self.scheduler.finish(result)
         self._suspects.stepped(len(result.slots))
         if self.speculation is not None:
-            self.speculation.learn(done.plan, result, output.lookup, seconds * 1e3, done.waited * 1e3)
+            self.speculation.learn(done.plan, result, output.ngram, seconds * 1e3, done.waited * 1e3)
         self.stats.stepped(result, now)
 
     def _deliver(self, result: StepResult) -> None:

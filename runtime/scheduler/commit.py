@@ -85,7 +85,7 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
 def _judge(batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult, told: list[Sequence]) -> Verification:
     """What was sampled behind draft tokens that hold, up to an end, added to `result`."""
     drafts = plan.drafts.among(batch.epoch[plan.drafts.slots] == plan.epochs[plan.drafts.first])
-    at, fed = drafts.slots, None if output.lookup is None else output.lookup.fed
+    at, fed = drafts.slots, None if output.ngram is None else output.ngram.fed
     known, max_len = batch.known[at], batch.max_len[at]
     found = verify(drafts, output.token_ids, drafts.fed(fed), known, max_len, batch.min_len[at], batch.stop_ids[at])
     begin = len(result.slots)

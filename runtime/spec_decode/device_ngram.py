@@ -1,4 +1,4 @@
-"""When to draft, and how much, where each step looks up the draft tokens for the next: prompt lookup on the device.
+"""When to draft, and how much, where each step looks up the draft tokens for the next: the n-gram proposer on the device.
 
 A step that verifies is launched before the one before it is done: where its slots stand, and with what, the device knows
 (`kernels.spec_decode.ngram`). The host says how many draft tokens a slot gets, from what it knows by then, a step late: how long a match the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagegraph.compiler.step.inputs import LookedUp
+from pagegraph.compiler.step.inputs import NgramOutput
 from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.draft_tokens import DraftTokens
 from pagegraph.runtime.scheduler.plan import Plan
@@ -19,10 +19,10 @@ from pagegraph.runtime.spec_decode.num_draft_tokens import Acceptance, StepCosts
 
 KEPT = 4  # steps for which numbers of draft tokens are kept while the same slots may have them
 # of so many steps without draft tokens one is looked at, for what steps cost and what draft tokens would have held
-LOOKED_AT = 8
+OBSERVE_EVERY = 8
 
 
-class DeviceLookup:
+class DeviceNgram:
     """At most `most` draft tokens a slot for every step; with `costs`, as many of them as pay. See `runtime.spec_decode.host.Drafter`."""
 
     def __init__(self, scheduler: Scheduler, most: int, costs: StepCosts | None = None) -> None:
@@ -63,22 +63,22 @@ class DeviceLookup:
         return DraftTokens(slots[some], counts[some], None)
 
     def learn(
-        self, plan: Plan, result: StepResult, lookup: LookedUp | None, step_ms: float, overhead_ms: float
+        self, plan: Plan, result: StepResult, ngram: NgramOutput | None, step_ms: float, overhead_ms: float
     ) -> None:
         """See `runtime.spec_decode.host.Drafter`."""
         self._steps += 1
-        looked_at = plan.drafts is not None or self._steps % LOOKED_AT == 0
-        if self.costs is not None and looked_at and plan.num_tokens == len(plan):
+        observed = plan.drafts is not None or self._steps % OBSERVE_EVERY == 0
+        if self.costs is not None and observed and plan.num_tokens == len(plan):
             self.costs.observe(len(plan), step_ms)
-        if plan.drafts is None and not lookup.matched.any() and not self._matched.any():
+        if plan.drafts is None and not ngram.matched.any() and not self._matched.any():
             return  # nothing repeats: the usual step costs nothing more
         if (verification := result.verification) is not None and len(verification.slots):
             at = verification.slots
             epochs = plan.epochs[plan.drafts.first[np.isin(plan.drafts.slots, at)]]
             self.acceptance.learn(at, epochs, self._matched[at], verification.counts, verification.accepted)
-        elif looked_at and self.costs is not None and lookup.hits is not None:
-            self._learn_unverified(plan, lookup.hits)
-        at, epochs, matched = plan.slots, plan.epochs, lookup.matched
+        elif observed and self.costs is not None and ngram.hits is not None:
+            self._learn_unverified(plan, ngram.hits)
+        at, epochs, matched = plan.slots, plan.epochs, ngram.matched
         if plan.drafts is not None:
             first = np.append(True, at[1:] != at[:-1])
             at, epochs, matched = at[first], epochs[first], matched[first]

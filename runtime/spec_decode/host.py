@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pagegraph.compiler.step.inputs import LookedUp
+from pagegraph.compiler.step.inputs import NgramOutput
 from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.draft_tokens import DraftTokens
 from pagegraph.runtime.scheduler.plan import Plan
@@ -26,8 +26,8 @@ from pagegraph.runtime.spec_decode.num_draft_tokens import Acceptance, StepCosts
 from pagegraph.runtime.spec_decode.proposer import Proposal, Retrieval, empty_proposal
 
 SHADOW = 3  # draft tokens a slot that are compared with what comes without being verified
-LOOKING = 0.01  # share of time that looking for draft tokens may take while nothing is drafted
-PROBING = 0.005  # share of time for draft tokens of a model that are not expected to pay: they may by now
+SEARCH_SHARE = 0.01  # share of time that looking for draft tokens may take while nothing is drafted
+PROBE_SHARE = 0.005  # share of time for draft tokens of a model that are not expected to pay: they may by now
 MADE = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15)  # draft tokens a slot that the model may be asked for
 # gain in tokens a millisecond from which drafting starts, and down to which it goes on
 START_DRAFTING, KEEP_DRAFTING = 0.05, 0.0
@@ -56,7 +56,7 @@ class Drafter(Protocol):
         ...
 
     def learn(
-        self, plan: Plan, result: StepResult, lookup: LookedUp | None, step_ms: float, overhead_ms: float
+        self, plan: Plan, result: StepResult, ngram: NgramOutput | None, step_ms: float, overhead_ms: float
     ) -> None:
         """Take what became of a step, what it took, and what passed between the results before it and its launch."""
         ...
@@ -84,7 +84,7 @@ class Offer:
 class Speculation:
     """Drafts `most` tokens a slot for every step; with `costs`, as many of them as pay.
 
-    Where both look-up and model could draft token, the one does that has been right more often on such a match.
+    Where both n-gram proposer and model could draft token, the one does that has been right more often on such a match.
     """
 
     def __init__(
@@ -110,9 +110,9 @@ class Speculation:
         self._overhead_ms = 0.5  # from a step's results to the launch of one with draft tokens, less the model's time
         self._model_ms = model_ms  # of a draft token
         self._spent_ms = 0.0  # by the model for the draft tokens in flight
-        self._look_ms = 0.1
-        self._looks_ms = 0.0  # allowed for looking
-        self._probes_ms = 0.0  # and for draft tokens of the model that are not expected to pay
+        self._search_ms = 0.1
+        self._search_budget_ms = 0.0  # allowed for looking
+        self._probe_budget_ms = 0.0  # and for draft tokens of the model that are not expected to pay
         self._probing = False
 
     def wants_results(self, running: Plan) -> bool:
@@ -147,7 +147,7 @@ class Speculation:
         return DraftTokens(slots[some], counts[some], tokens[some])
 
     def learn(
-        self, plan: Plan, result: StepResult, lookup: LookedUp | None, step_ms: float, overhead_ms: float
+        self, plan: Plan, result: StepResult, ngram: NgramOutput | None, step_ms: float, overhead_ms: float
     ) -> None:
         """See `Drafter`."""
         if self.retrieval is not None:
@@ -168,27 +168,27 @@ class Speculation:
         if self.costs is not None:
             if plan.num_tokens == len(plan):
                 self.costs.observe(len(plan), step_ms)
-            self._looks_ms = min(self._looks_ms + LOOKING * step_ms, 2 * self._look_ms)
+            self._search_budget_ms = min(self._search_budget_ms + SEARCH_SHARE * step_ms, 2 * self._search_ms)
             if self.model is not None:
-                self._probes_ms += PROBING * step_ms
+                self._probe_budget_ms += PROBE_SHARE * step_ms
 
     def _offer(self, slots: np.ndarray, limits: np.ndarray, ahead: int) -> Offer:
-        """What could be drafted for the slots; a look-up's first `ahead` tokens are for those in flight, and left out."""
+        """What could be drafted for the slots; an n-gram proposal's first `ahead` tokens are for those in flight, and left out."""
         epochs = self.scheduler.batch.epoch[slots]
         if self.retrieval is None:
             proposal = empty_proposal(len(slots), int(limits.max()))
         else:
             proposal = self.retrieval.propose(self.scheduler.batch, slots, limits)
         most = proposal.tokens.shape[1]
-        looked_up = self.acceptance.chances(slots, epochs, proposal.matched, most)[:, ahead:]
+        ngram_chances = self.acceptance.chances(slots, epochs, proposal.matched, most)[:, ahead:]
         available = np.maximum(proposal.counts - ahead, 0)
         if self.model is None:
-            return Offer(slots, available, proposal, np.ones(len(slots), bool), looked_up)
+            return Offer(slots, available, proposal, np.ones(len(slots), bool), ngram_chances)
         computed = self.acceptance.chances(slots, epochs, np.zeros(len(slots), np.int32), most)[:, : most - ahead]
         retrieved = available > 0
         if most > ahead:
-            retrieved &= looked_up[:, 0] >= computed[:, 0]
-        chances = np.where(retrieved[:, None], looked_up, computed)
+            retrieved &= ngram_chances[:, 0] >= computed[:, 0]
+        chances = np.where(retrieved[:, None], ngram_chances, computed)
         return Offer(slots, np.where(retrieved, available, np.maximum(limits - ahead, 0)), proposal, retrieved, chances)
 
     def _paying(self, offer: Offer, budget: int, margin: float) -> np.ndarray:
@@ -213,12 +213,12 @@ class Speculation:
             tokens[computed, :made] = self.model.propose(offer.slots[computed], counts[computed])
             self._spent_ms = (self.clock() - begin) * 1e3
             self._model_ms += RATE * (min(self._spent_ms / made, 4 * self._model_ms) - self._model_ms)
-            self._probes_ms = max(min(self._probes_ms, 0.0), self._probes_ms - self._spent_ms)
+            self._probe_budget_ms = max(min(self._probe_budget_ms, 0.0), self._probe_budget_ms - self._spent_ms)
         return tokens
 
     def _would_draft(self) -> bool:
         """Whether draft tokens would pay in the next step, seen from a token earlier; looks only as often as it may."""
-        if self._looks_ms < self._look_ms:
+        if self._search_budget_ms < self._search_ms:
             return False
         begin = self.clock()
         slots, limits, budget = self.scheduler.room_for_drafts(self.most, lag=1)
@@ -230,17 +230,17 @@ class Speculation:
             if not found and self.model is not None and not offer.retrieved.all():
                 found = self._probing = self._may_probe(len(slots))
         spent = (self.clock() - begin) * 1e3
-        self._look_ms += RATE * (min(spent, 4 * self._look_ms) - self._look_ms)
-        self._looks_ms -= self._look_ms
+        self._search_ms += RATE * (min(spent, 4 * self._search_ms) - self._search_ms)
+        self._search_budget_ms -= self._search_ms
         return found
 
     def _may_probe(self, num_slots: int) -> bool:
         """Whether enough was saved for a draft token of the model in each slot; it is spent then."""
         base = self.scheduler.num_running
         price = self._model_ms + self._overhead_ms + float(self.costs.ms(base + num_slots) - self.costs.ms(base))
-        if self._probes_ms < price:
+        if self._probe_budget_ms < price:
             return False
-        self._probes_ms -= price
+        self._probe_budget_ms -= price
         return True
 
     def _compare(self, slots: np.ndarray, proposal: Proposal) -> None:

@@ -1,4 +1,4 @@
-"""Who proposes what comes next: the interface, and prompt lookup.
+"""Who proposes what comes next: the interface, and the n-gram proposer.
 
 A drafter sees slots of `runtime.scheduler.input_batch` whose known tokens end where the draft tokens begin. It may be wrong; it is then only
 of no use. Knows no scheduling, no acceptance and no clock.
@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pagegraph.kernels.spec_decode.reference import LOOKUP_SEEN
+from pagegraph.kernels.spec_decode.reference import MAX_MATCH
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 
 
@@ -40,7 +40,7 @@ class Retrieval(Protocol):
 
 
 class Ngram:
-    """Prompt lookup: the longest suffix of `least` to `most` tokens that stood in the slot before, its latest place."""
+    """N-gram proposals: the longest suffix of `least` to `most` tokens that stood in the slot before, its latest place."""
 
     def __init__(self, least: int, most: int) -> None:
         self.least = least
@@ -61,7 +61,7 @@ class Ngram:
         """Nothing is kept of other sequences."""
 
     def find(self, tokens: np.ndarray) -> tuple[int, int]:
-        """(where the match ends in `tokens` int32 [n], its length up to LOOKUP_SEEN); (0, 0) if there is none."""
+        """(where the match ends in `tokens` int32 [n], its length up to MAX_MATCH); (0, 0) if there is none."""
         last = len(tokens) - 1
         ends = np.flatnonzero(tokens[:last] == tokens[last])  # the last token of every match
         length = 1 if len(ends) else 0
@@ -74,7 +74,7 @@ class Ngram:
         if length < self.least:
             return 0, 0
         end = int(ends[-1])
-        seen = min(LOOKUP_SEEN, end + 1)
+        seen = min(MAX_MATCH, end + 1)
         differs = np.flatnonzero(tokens[end - seen + 1 : end + 1] != tokens[last - seen + 1 :])
         return end + 1, seen - 1 - int(differs[-1]) if len(differs) else seen
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pagegraph.kernels.spec_decode.reference import LOOKUP_SEEN
+from pagegraph.kernels.spec_decode.reference import MAX_MATCH
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.spec_decode.proposer import Ngram, Proposal
 
@@ -91,7 +91,7 @@ class Suffix:
 
     def __init__(self, least: int) -> None:
         self.least = least
-        self._own = Ngram(least, LOOKUP_SEEN)
+        self._own = Ngram(least, MAX_MATCH)
         self._history = Automaton()
         self._version = 0  # of the history
         self._readers: dict[int, Reader] = {}  # by slot
@@ -117,12 +117,12 @@ class Suffix:
         reader = self._readers.get(slot)
         if reader is None or (reader.epoch, reader.version) != (epoch, self._version):
             reader = self._readers[slot] = Reader(epoch, self._version, 0, (0, 0))
-        if reader.read < known - LOOKUP_SEEN:
-            reader.read, reader.place = known - LOOKUP_SEEN, (0, 0)
+        if reader.read < known - MAX_MATCH:
+            reader.read, reader.place = known - MAX_MATCH, (0, 0)
         for token in batch.tokens[slot, reader.read : known].tolist():
             reader.place = self._history.follow(reader.place, token)
         reader.read = known
-        length = min(reader.place[1], LOOKUP_SEEN)
+        length = min(reader.place[1], MAX_MATCH)
         if length < self.least or length <= proposal.matched[index]:
             return
         follows = self._history.after(reader.place, limit)

@@ -119,7 +119,7 @@ def drafting(tokens: int, seqs: int) -> list[list[Any]]:
         [
             f"look up {seqs}",
             "pagegraph.kernels.spec_decode.ngram",
-            "look_up",
+            "propose_ngram",
             [*step, entries, rows, rows, tensor("int32", 257, 8193), tensor("int32", 257, 15), 2, 5],
         ],
     ]

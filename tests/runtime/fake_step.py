@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pagegraph.compiler.step.inputs import LookedUp, StepInput, StepOutput
+from pagegraph.compiler.step.inputs import NgramOutput, StepInput, StepOutput
 from pagegraph.runtime.ipc.protocol import SamplingParams
 
 BLOCK = 4
@@ -78,8 +78,8 @@ class FakeStep:
                     self.draft_tokens[slot] = self.draft([*histories[kept], sampled[kept]], int(step.sampling.seeds[s]))
                     matched[s] = 1
             s = end
-        lookup = None if self.draft is None else LookedUp(matched, None, fed.astype(np.int32))
-        return StepOutput(np.array(sampled, np.int32), lookup=lookup)
+        ngram = None if self.draft is None else NgramOutput(matched, None, fed.astype(np.int32))
+        return StepOutput(np.array(sampled, np.int32), ngram=ngram)
 
 
 def alone(prompt: list[int], params: SamplingParams, seed: int) -> tuple[list[int], str]:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pagegraph.compiler.build import BuiltModel, build_model
-from pagegraph.compiler.step.state import Lookup
+from pagegraph.compiler.step.state import NgramRange
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.llm import LLM, Completion
@@ -38,7 +38,7 @@ WAYS = {
 @pytest.fixture(scope="module", autouse=True)
 def built(built: BuiltModel) -> Iterator[BuiltModel]:
     """The model of all tests, whose steps look up and accept draft tokens meanwhile."""
-    built.step.state.allow_drafts(15, Lookup(2, 5))
+    built.step.state.allow_drafts(15, NgramRange(2, 5))
     yield built
     built.step.state.allow_drafts(0, None)
 
@@ -111,7 +111,7 @@ def run(
 
 
 @pytest.mark.parametrize("way", ["batch16", "preempting"])
-def test_prompt_lookup_changes_no_token(config_of, built, plain, model, way) -> None:
+def test_ngram_changes_no_token(config_of, built, plain, model, way) -> None:
     assert_same(run(config_of, built, way, FEW, speculative_method="ngram")[0], plain(FEW), model)
 
 

@@ -73,8 +73,10 @@ def test_kernels_equal_reference(triton_calls, seed: int) -> None:
     assert torch.equal(after[5], last[0]) and torch.equal(after[6], last[1])
     one = step_of(seed, padding=seed % 3)
     common, more = ([one[name] for name in names] for names in (STEP, MORE))
-    found, after = triton_calls.call("pagegraph.kernels.spec_decode.ngram", "look_up", *common, *more, LEAST, MOST)
-    expected = reference.look_up(*common, *more, LEAST, MOST)
+    found, after = triton_calls.call(
+        "pagegraph.kernels.spec_decode.ngram", "propose_ngram", *common, *more, LEAST, MOST
+    )
+    expected = reference.propose_ngram(*common, *more, LEAST, MOST)
     live = int(one["live"])
     assert torch.equal(found[:, :live], expected[:, :live])
     assert all(torch.equal(changed, own) for changed, own in zip(after[6:], more[1:]))
@@ -86,8 +88,8 @@ def test_cpp_equals_reference(seed: int) -> None:
     assert spec_decode_cpp._kernel is not None
     one, other = (step_of(seed, padding=seed % 3) for _ in range(2))
     names = (*STEP, *MORE)
-    found = torch.ops.pagegraph.look_up(*(one[name] for name in names), LEAST, MOST)
-    expected = reference.look_up(*(other[name] for name in names), LEAST, MOST)
+    found = torch.ops.pagegraph.propose_ngram(*(one[name] for name in names), LEAST, MOST)
+    expected = reference.propose_ngram(*(other[name] for name in names), LEAST, MOST)
     assert torch.equal(found, expected)
     assert all(torch.equal(one[name], other[name]) for name in names)
 
@@ -107,7 +109,7 @@ def test_by_hand() -> None:
     reference.accept(*step, tokens, at, 2)
     assert tokens.tolist() == [0, 4, 0] and at.tolist() == [0, 8, 0], "a slot without draft tokens is not its business"
     draft_tokens = words([[3, 3], [7, 9], [1, 1]])
-    found = reference.look_up(*step, words([0, 0, 0, 1, 0]), tokens, at, history, draft_tokens, 1, 3)
+    found = reference.propose_ngram(*step, words([0, 0, 0, 1, 0]), tokens, at, history, draft_tokens, 1, 3)
     assert history[1, :10].tolist() == [5, 6, 7, 8, 9, 5, 6, 7, 4, 0] and history[0, :5].tolist() == [0, 0, 2, 3, 0]
     assert history[2, :3].tolist() == [4, 4, 0]
     assert found.tolist() == [[1, 0, 0, 1, 0], [6, 7, 8, 2, 4]], (
@@ -128,7 +130,7 @@ def test_what_is_looked_up_is_what_the_search_of_one_slot_finds(
 ) -> None:
     text = np.array(tokens, np.int32)
     slots = np.stack([np.append(text, [1, 1, 1]), np.zeros(len(text) + 3)]).astype(np.int32)
-    draft_tokens, matched = reference.lookup(slots, np.array([len(text), 1]), count, least, least + more)
+    draft_tokens, matched = reference.ngram_proposal(slots, np.array([len(text), 1]), count, least, least + more)
     end, seen = Ngram(least, least + more).find(text)
     assert matched.tolist() == [seen, 0]
     assert draft_tokens[0].tolist() == (continuation(text, end, count) if end else np.full(count, text[-1])).tolist()
@@ -137,7 +139,7 @@ def test_what_is_looked_up_is_what_the_search_of_one_slot_finds(
 def test_what_was_looked_up_by_tokens_that_were_not_it_is_made_good() -> None:
     """A step that draws again, with filters say, settles again."""
     one, other = step_of(3), step_of(3)
-    reference.look_up(torch.zeros_like(one["ids"]), *(one[name] for name in (*STEP[1:], *MORE)), LEAST, MOST)
-    again = reference.look_up(*(one[name] for name in (*STEP, *MORE)), LEAST, MOST)
-    straight = reference.look_up(*(other[name] for name in (*STEP, *MORE)), LEAST, MOST)
+    reference.propose_ngram(torch.zeros_like(one["ids"]), *(one[name] for name in (*STEP[1:], *MORE)), LEAST, MOST)
+    again = reference.propose_ngram(*(one[name] for name in (*STEP, *MORE)), LEAST, MOST)
+    straight = reference.propose_ngram(*(other[name] for name in (*STEP, *MORE)), LEAST, MOST)
     assert torch.equal(again[0] >> 1, straight[0] >> 1) and torch.equal(one["draft_tokens"], other["draft_tokens"])

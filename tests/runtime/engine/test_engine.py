@@ -25,7 +25,7 @@ from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.pack import Packer
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
-from pagegraph.runtime.spec_decode.device_ngram import DeviceLookup
+from pagegraph.runtime.spec_decode.device_ngram import DeviceNgram
 from pagegraph.runtime.spec_decode.host import Speculation
 from pagegraph.runtime.spec_decode.proposer import Ngram
 from tests.runtime.fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep
@@ -72,7 +72,7 @@ class Harness:
         )  # fmt: skip
         drafter = None
         if draft_tokens:
-            drafter = DeviceLookup(self.scheduler, 2) if on_device else Speculation(self.scheduler, Ngram(1, 3), 2)
+            drafter = DeviceNgram(self.scheduler, 2) if on_device else Speculation(self.scheduler, Ngram(1, 3), 2)
         self.mailbox = LocalMailbox()
         self.metrics = EngineMetrics("m", MAX_LEN)
         self.turns = 0

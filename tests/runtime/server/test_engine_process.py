@@ -20,7 +20,7 @@ class Step:
 
     def __init__(self, compiled: str | Exception) -> None:
         self.compiled, self.forward = compiled, "captured"
-        self.state = SimpleNamespace(max_blocks=4, dummy_slot=2, last_tokens=torch.zeros(1, device="meta"), lookup=None)
+        self.state = SimpleNamespace(max_blocks=4, dummy_slot=2, last_tokens=torch.zeros(1, device="meta"), ngram=None)
 
     def compiled_forward(self, warm: list, progress: bool) -> str:
         if isinstance(self.compiled, Exception):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pagegraph.compiler.step.counts import StepCounts
-from pagegraph.compiler.step.inputs import LookedUp, StepInput, StepOutput
+from pagegraph.compiler.step.inputs import NgramOutput, StepInput, StepOutput
 from pagegraph.compiler.step.step import Ticket
 from pagegraph.kernels.spec_decode import reference
 from pagegraph.runtime.engine.engine import Engine, Limits
@@ -18,7 +18,7 @@ from pagegraph.runtime.ipc.protocol import SamplingParams, Submit, Tokens
 from pagegraph.runtime.llm import LocalMailbox
 from pagegraph.runtime.scheduler.block_pool import BlockPool
 from pagegraph.runtime.scheduler.scheduler import Scheduler
-from pagegraph.runtime.spec_decode.device_ngram import DeviceLookup
+from pagegraph.runtime.spec_decode.device_ngram import DeviceNgram
 from pagegraph.runtime.spec_decode.host import Drafter, Speculation
 from pagegraph.runtime.spec_decode.num_draft_tokens import StepCosts
 from pagegraph.runtime.spec_decode.proposer import Ngram
@@ -34,10 +34,10 @@ HOST_MS = 0.3  # from results to the next launch
 class Device:
     """Steps in order, `cost(entries)` ms each, on a clock of its own; slot r says scripts[r], by position."""
 
-    def __init__(self, script: np.ndarray, cost: Callable[[int], float], looks_up: bool = False) -> None:
+    def __init__(self, script: np.ndarray, cost: Callable[[int], float], on_device: bool = False) -> None:
         self.script = script
         self.cost = cost
-        self.looks_up = looks_up
+        self.on_device = on_device
         self.last_at = np.zeros(16, np.int64)  # of each slot's last token
         self.draft_tokens: dict[int, np.ndarray] = {}
         self.now = 0.0  # seconds
@@ -55,8 +55,8 @@ class Device:
         starts = np.where(first < 0, self.last_at[step.slots] - 1 - first, step.starts)
         at = starts + np.diff(step.query_start)
         ids = self.script[at % len(self.script)].astype(np.int32)
-        lookup = self._settle(step, at, ids)
-        output = StepOutput(ids, lookup=lookup if self.looks_up else None)
+        ngram = self._settle(step, at, ids)
+        output = StepOutput(ids, ngram=ngram if self.on_device else None)
 
         def wait() -> StepOutput:
             self.now = max(self.now, done)
@@ -64,7 +64,7 @@ class Device:
 
         return Ticket(wait)
 
-    def _settle(self, step: StepInput, at: np.ndarray, ids: np.ndarray) -> LookedUp:
+    def _settle(self, step: StepInput, at: np.ndarray, ids: np.ndarray) -> NgramOutput:
         matched, hits = np.zeros((2, step.num_seqs), np.int32)
         fed = step.token_ids[step.query_start[1:] - 1].copy()
         for s in np.flatnonzero(np.append(True, step.slots[1:] != step.slots[:-1])).tolist():
@@ -79,11 +79,13 @@ class Device:
                 kept += kept == entry - 1 and fed[entry] == ids[kept]
             if step.sampled[s] or kept > s or step.slots[s + 1 : s + 2] == slot:
                 self.last_at[slot] = at[kept]
-                if not self.looks_up:
+                if not self.on_device:
                     continue
                 text = self.script[: at[kept] + 1].astype(np.int32)[None]
-                (self.draft_tokens[slot],), (matched[s],) = reference.lookup(text, np.array([text.shape[1]]), 15, 2, 5)
-        return LookedUp(matched, hits, fed)
+                (self.draft_tokens[slot],), (matched[s],) = reference.ngram_proposal(
+                    text, np.array([text.shape[1]]), 15, 2, 5
+                )
+        return NgramOutput(matched, hits, fed)
 
 
 class Model:
@@ -143,7 +145,7 @@ def drive(
             if fixed
             else StepCosts((*range(1, 17), *range(20, 65, 4)), {n: cost(n) for n in (1, 2, 4, 8, 16, 32, 64)})
         )
-        speculation = DeviceLookup(scheduler, fixed or 15, costs) if on_device else Speculation(
+        speculation = DeviceNgram(scheduler, fixed or 15, costs) if on_device else Speculation(
             scheduler, None if model else Ngram(2, 5), fixed or 15, costs, drafter, model.get("ms", 1.0), clock=device.clock
         )  # fmt: skip
     mailbox = LocalMailbox()

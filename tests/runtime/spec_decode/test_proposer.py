@@ -1,4 +1,4 @@
-"""Who proposes: prompt lookup and the suffix automaton against plain searches."""
+"""Who proposes: the n-gram proposer and the suffix automaton against plain searches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagegraph.kernels.spec_decode.reference import LOOKUP_SEEN
+from pagegraph.kernels.spec_decode.reference import MAX_MATCH
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.sequence import Sequence
@@ -35,7 +35,7 @@ def proposed(drafter: Retrieval, text: list[int], limit: int = 4) -> tuple[list[
 
 
 @given(text=texts, least=st.integers(1, 3), more=st.integers(0, 3))
-def test_prompt_lookup_is_the_latest_of_the_longest(text: list[int], least: int, more: int) -> None:
+def test_ngram_is_the_latest_of_the_longest(text: list[int], least: int, more: int) -> None:
     most = least + more
     expected = []
     for length in range(min(most, len(text) - 1), least - 1, -1):
@@ -54,10 +54,10 @@ def test_prompt_lookup_is_the_latest_of_the_longest(text: list[int], least: int,
         ([7, 1, 2, 8, 1, 2, 9, 1, 2], [9, 1, 2, 9], 2),
         ([5, 5, 5], [5, 5, 5, 5], 2),
         ([1, 2, 3], [], 0),
-        ([*range(50), *range(40)], [40, 41, 42, 43], LOOKUP_SEEN),
+        ([*range(50), *range(40)], [40, 41, 42, 43], MAX_MATCH),
     ],
 )
-def test_prompt_lookup_by_hand(text: list[int], tokens: list[int], matched: int) -> None:
+def test_ngram_by_hand(text: list[int], tokens: list[int], matched: int) -> None:
     """A match that runs into its own end goes on periodically; its whole length is told, beyond what was asked for."""
     assert proposed(Ngram(2, 3), text) == (tokens, matched)
 
