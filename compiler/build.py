@@ -288,14 +288,14 @@ def _step(options: CompilerOptions, captured: CapturedModel, state: DeviceState)
     largest = _largest(options)
     capture_sizes = None
     if options.device.type == "cuda":
-        capture_sizes = cuda_capture_sizes(options.step.max_entries, min(MAX_CAPTURED_TOKENS, largest.tokens))
+        capture_sizes = cuda_capture_sizes(options.step.max_decode_tokens, min(MAX_CAPTURED_TOKENS, largest.tokens))
     return CompiledStep(
         captured, state, Staging(state, largest), capture_sizes, graph_passes(options.passes, options.device)
     )
 
 
 def _largest(options: CompilerOptions) -> Bucket:
-    return Bucket(max(options.step.max_num_batched_tokens, 2), max(options.step.max_entries, 2))
+    return Bucket(max(options.step.max_num_batched_tokens, 2), max(options.step.max_decode_tokens, 2))
 
 
 def _kv_budget(options: CompilerOptions, models: list[LoadedModel]) -> KvBudget:

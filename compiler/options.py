@@ -44,7 +44,7 @@ class StepOptions:
     """The largest step, and how many tokens are drafted."""
 
     max_num_seqs: int
-    max_entries: int  # sequences and draft tokens of a step
+    max_decode_tokens: int  # sequences and draft tokens of a step
     max_num_batched_tokens: int
     max_draft_tokens: int = 0  # of a sequence and step
     ngram: NgramRange | None = None  # where the device drafts by itself

@@ -57,8 +57,8 @@ positions, slot_mapping [T], block_tables [S, width], seq_lens [S], all int32, a
 token begins at last_at, or 1 + j behind it, whatever starts says. So step metadata that is read again describes the next token
 of every sequence. Tokens from query_start[S] on and sequences without tokens are padding: all zeros.
 
-A slot may have several entries in a step, side by side: its last token, then draft tokens of what follows, one token each. A
-draft token holds if the entry before it drew just that and all draft tokens before it hold. With ids int64 [S] as drawn and token_ids
+A slot may have several queries in a step, side by side: its last token, then draft tokens of what follows, one token each. A
+draft token holds if the query before it drew just that and all draft tokens before it hold. With ids int64 [S] as drawn and token_ids
 [T], seq_lens [S] as unpacked:
 
 `pagegraph::accept` puts what was drawn behind the last draft token that holds, and its position, into last_tokens and last_at of
@@ -66,8 +66,8 @@ the slots with draft tokens, of which no slot has more than `most`.
 
 `pagegraph::propose_ngram` does that too, and writes a step's tokens, and what was drawn of them that holds, into history [slots, W], and for slots that
 drew (sampled or with draft tokens) writes what may follow into draft_tokens [slots, K], by `kernels.spec_decode.reference.ngram_proposal` -> int32 [2, S]:
-at a slot's first entry twice the length of the match, plus 1 if the first draft token that stood there was what the entry drew;
-and the last token of each entry.
+at a slot's first query twice the length of the match, plus 1 if the first draft token that stood there was what the query drew;
+and the last token of each query.
 """
 
 from __future__ import annotations

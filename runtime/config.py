@@ -66,7 +66,7 @@ class Config(ServerConfig, CompilationConfig, SpeculativeConfig, SchedulerConfig
         return self.threads or self.enough_threads
 
     @property
-    def max_entries(self) -> int:
+    def max_decode_tokens(self) -> int:
         """Sequences and draft tokens of one step, as far as its token budget goes."""
         wanted = min(
             self.max_num_seqs * (1 + self.max_draft_tokens),

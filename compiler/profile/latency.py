@@ -15,7 +15,7 @@ REPEATS = 3
 
 
 def measure_latency(step: CompiledStep, most: int) -> dict[int, float]:
-    """Entries -> milliseconds of a step, for a few sizes up to `most`; nothing may be in flight."""
+    """Tokens -> milliseconds of a step, for a few sizes up to `most`; nothing may be in flight."""
     found = {}
     for size in _few(step.decode_sizes(most)):
         one = dummy_step([1] * size, step.state.dummy_slot)

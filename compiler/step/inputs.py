@@ -107,11 +107,11 @@ class NgramOutput:
 
     matched: (
         np.ndarray
-    )  # at a slot's first entry: how long a match the draft tokens for its next tokens rest on, 0 for none
+    )  # at a slot's first query: how long a match the draft tokens for its next tokens rest on, 0 for none
     hits: (
         np.ndarray | None
     )  # there: 1 if the first draft token for what it drew was right; unknown but with plain sampling
-    fed: np.ndarray  # the last token of each entry
+    fed: np.ndarray  # the last token of each query
 
 
 @dataclass(slots=True)

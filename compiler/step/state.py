@@ -39,7 +39,7 @@ class DeviceState:
         max_draft_tokens: int = 0,
         ngram: NgramRange | None = None,
     ) -> None:
-        """max_draft_tokens: entries of a slot in one step, less one; ngram: the device proposes them itself."""
+        """max_draft_tokens: of a slot in one step; ngram: the device proposes them itself."""
         self.dummy_slot = max_num_seqs
         self.vocab_size = vocab_size
         self.block_size = block_size

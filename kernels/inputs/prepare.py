@@ -34,11 +34,11 @@ def update_tables_kernel(
     step = tl.num_programs(0) * BLOCK
     num_new_blocks = tl.load(num_new_blocks_ptr)
     for begin in range(0, num_new_blocks, step):
-        entry = begin + first
-        inside = entry < num_new_blocks
-        slot = tl.load(new_blocks_ptr + 3 * entry, mask=inside, other=0)
-        index = tl.load(new_blocks_ptr + 3 * entry + 1, mask=inside, other=0)
-        block = tl.load(new_blocks_ptr + 3 * entry + 2, mask=inside, other=0)
+        new = begin + first
+        inside = new < num_new_blocks
+        slot = tl.load(new_blocks_ptr + 3 * new, mask=inside, other=0)
+        index = tl.load(new_blocks_ptr + 3 * new + 1, mask=inside, other=0)
+        block = tl.load(new_blocks_ptr + 3 * new + 2, mask=inside, other=0)
         tl.store(tables_ptr + slot.to(tl.int64) * table_stride + index, block, mask=inside)
 
 

@@ -1,4 +1,4 @@
-// The draft_tokens that hold in a step, and those for the next, on a CPU: `propose_ngram` of `reference.py`, slot after slot; built by `ngram_cpp.py`.
+// The draft_tokens that hold in a step, and those for the next, on a CPU: `propose_ngram` of `reference.py`, slot after slot; built by `cpp.py`.
 #include <algorithm>
 #include <cstdint>
 
@@ -28,9 +28,9 @@ int64_t search(const int32_t* text, int64_t known, int32_t* draft_tokens, int64_
 extern "C" void kernel(const int64_t* ids, const int32_t* token_ids, const int32_t* slots, const int32_t* query_start,
                        const int32_t* seq_lens, const int32_t* sampled, int32_t* last_tokens, int32_t* last_at, int32_t* history,
                        int32_t* draft_tokens, int32_t* found, int64_t seqs, int64_t width, int64_t count, int64_t least, int64_t most, int64_t seen) {
-    const auto live = [&](int64_t entry) { return entry < seqs && query_start[entry + 1] > query_start[entry]; };
-    for (int64_t entry = 0; entry < seqs; entry++) found[entry] = 0, found[seqs + entry] = 0;
-    for (int64_t first = 0, last; live(first); first = last) {  // a slot: an entry, and one for each draft
+    const auto live = [&](int64_t query) { return query < seqs && query_start[query + 1] > query_start[query]; };
+    for (int64_t query = 0; query < seqs; query++) found[query] = 0, found[seqs + query] = 0;
+    for (int64_t first = 0, last; live(first); first = last) {  // a slot: a query, and one for each draft
         const int32_t slot = slots[first];
         int64_t held = 0;
         bool holds = true;
@@ -38,7 +38,7 @@ extern "C" void kernel(const int64_t* ids, const int32_t* token_ids, const int32
             holds = holds && token_ids[query_start[last]] == ids[last - 1];
             held += holds;
         }
-        for (int64_t entry = first; entry < last; entry++) found[seqs + entry] = token_ids[query_start[entry + 1] - 1];
+        for (int64_t query = first; query < last; query++) found[seqs + query] = token_ids[query_start[query + 1] - 1];
         if (last > first + 1) last_tokens[slot] = int32_t(ids[first + held]), last_at[slot] = seq_lens[first + held];
         int32_t* const text = history + slot * width;
         const int32_t* const fed = token_ids + query_start[first];

@@ -1,6 +1,6 @@
 """Triton: which draft tokens held, and what to draft next, on the device, at the end of every step.
 
-Entries of a slot stand together: its last token, then a draft token each. A draft token holds if it is what the entry before it drew. What
+Queries of a slot stand together: its last token, then a draft token each. A draft token holds if it is what the query before it drew. What
 the slot then holds is looked up in itself, so the next step can be launched before the host knows any of it. Knows no host
 and no model. See `kernels.ops`.
 
@@ -25,11 +25,11 @@ SEEN = tl.constexpr(MAX_MATCH)
 
 
 @triton.jit
-def _held(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, entry, num_seqs, LANES: tl.constexpr):
-    """Of the slot that begins at `entry`: (draft tokens, how many of them hold)."""
-    slot = tl.load(slots_ptr + entry)
+def _held(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, query, num_seqs, LANES: tl.constexpr):
+    """Of the slot that begins at `query`: (draft tokens, how many of them hold)."""
+    slot = tl.load(slots_ptr + query)
     lane = tl.arange(0, LANES)
-    draft = entry + 1 + lane
+    draft = query + 1 + lane
     inside = draft < num_seqs
     begin = tl.load(query_start_ptr + draft, mask=inside, other=0)
     end = tl.load(query_start_ptr + draft + 1, mask=inside, other=0)
@@ -37,24 +37,24 @@ def _held(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, entry, num_seqs, L
     # The first that is not of the slot ends it, whatever stands behind.
     draft_tokens = tl.min(tl.where(ours, LANES, lane), axis=0)
     fed = tl.load(token_ids_ptr + begin, mask=ours, other=0)
-    drawn = tl.load(ids_ptr + entry + lane, mask=ours, other=0)
+    drawn = tl.load(ids_ptr + query + lane, mask=ours, other=0)
     held = tl.min(tl.where(fed == drawn, LANES, lane), axis=0)
     return draft_tokens, tl.minimum(held, draft_tokens)
 
 
 @triton.jit
-def _begins_slot(slots_ptr, query_start_ptr, entry):
-    """Whether the entry has tokens, and is the first of its slot."""
-    live = tl.load(query_start_ptr + entry + 1) > tl.load(query_start_ptr + entry)
-    before = tl.load(slots_ptr + tl.maximum(entry - 1, 0))
-    return live & ((entry == 0) | (before != tl.load(slots_ptr + entry)))
+def _begins_slot(slots_ptr, query_start_ptr, query):
+    """Whether the query has tokens, and is the first of its slot."""
+    live = tl.load(query_start_ptr + query + 1) > tl.load(query_start_ptr + query)
+    before = tl.load(slots_ptr + tl.maximum(query - 1, 0))
+    return live & ((query == 0) | (before != tl.load(slots_ptr + query)))
 
 
 @triton.jit
-def _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, slot, entry):
-    """What `entry` drew is the last token of its slot."""
-    tl.store(last_tokens_ptr + slot, tl.load(ids_ptr + entry).to(tl.int32))
-    tl.store(last_at_ptr + slot, tl.load(seq_lens_ptr + entry))
+def _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, slot, query):
+    """What `query` drew is the last token of its slot."""
+    tl.store(last_tokens_ptr + slot, tl.load(ids_ptr + query).to(tl.int32))
+    tl.store(last_at_ptr + slot, tl.load(seq_lens_ptr + query))
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -72,12 +72,12 @@ def accept_kernel(
 ):
     if PDL:
         wait()
-    entry = tl.program_id(0)
-    if not _begins_slot(slots_ptr, query_start_ptr, entry):
+    query = tl.program_id(0)
+    if not _begins_slot(slots_ptr, query_start_ptr, query):
         return
-    draft_tokens, held = _held(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, entry, num_seqs, LANES)
+    draft_tokens, held = _held(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, query, num_seqs, LANES)
     if draft_tokens > 0:
-        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, tl.load(slots_ptr + entry), entry + held)
+        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, tl.load(slots_ptr + query), query + held)
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -104,30 +104,30 @@ def propose_ngram_kernel(
 ):
     if PDL:
         wait()
-    entry = tl.program_id(0)
-    begin = tl.load(query_start_ptr + entry)
-    end = tl.load(query_start_ptr + entry + 1)
+    query = tl.program_id(0)
+    begin = tl.load(query_start_ptr + query)
+    end = tl.load(query_start_ptr + query + 1)
     fed = tl.load(token_ids_ptr + end - 1, mask=end > begin, other=0)
-    tl.store(found_ptr + entry, 0)
-    tl.store(found_ptr + num_seqs + entry, fed)
-    if not _begins_slot(slots_ptr, query_start_ptr, entry):
+    tl.store(found_ptr + query, 0)
+    tl.store(found_ptr + num_seqs + query, fed)
+    if not _begins_slot(slots_ptr, query_start_ptr, query):
         return
-    draft_tokens, held = _held(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, entry, num_seqs, LANES)
-    slot = tl.load(slots_ptr + entry).to(tl.int64)
+    draft_tokens, held = _held(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, query, num_seqs, LANES)
+    slot = tl.load(slots_ptr + query).to(tl.int64)
     if draft_tokens > 0:
-        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, slot, entry + held)
+        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, slot, query + held)
     text = history_ptr + slot * WIDTH
-    length = tl.load(seq_lens_ptr + entry)
+    length = tl.load(seq_lens_ptr + query)
     lane = tl.arange(0, BLOCK)
     for first in range(begin, end, BLOCK):
         token = first + lane
         inside = token < end
         tl.store(text + length - end + token, tl.load(token_ids_ptr + token, mask=inside, other=0), mask=inside)
-    if (draft_tokens == 0) & (tl.load(sampled_ptr + entry) == 0):
+    if (draft_tokens == 0) & (tl.load(sampled_ptr + query) == 0):
         return
     few = tl.arange(0, LANES)
     kept = (few <= held) & (length + few < WIDTH)
-    tl.store(text + length + few, tl.load(ids_ptr + entry + few, mask=kept, other=0).to(tl.int32), mask=kept)
+    tl.store(text + length + few, tl.load(ids_ptr + query + few, mask=kept, other=0).to(tl.int32), mask=kept)
     tl.debug_barrier()  # what this program wrote is read by its other threads
     known = tl.minimum(length + held + 1, WIDTH)
     last = tl.load(text + known - 1)
@@ -155,8 +155,8 @@ def propose_ngram_kernel(
         matched = tl.min(tl.where((place >= back) & (there == here), SEEN, back), axis=0)
         behind = place + 1
     first_draft = tl.load(draft_tokens_ptr + slot * NUM_DRAFT_TOKENS)
-    hit = (first_draft == tl.load(ids_ptr + entry).to(tl.int32)).to(tl.int32)
-    tl.store(found_ptr + entry, 2 * matched + hit)
+    hit = (first_draft == tl.load(ids_ptr + query).to(tl.int32)).to(tl.int32)
+    tl.store(found_ptr + query, 2 * matched + hit)
     tl.debug_barrier()  # the old draft token is read before a new one takes its place
     following = tl.load(text + behind + few % (known - behind), mask=few < NUM_DRAFT_TOKENS, other=0)
     tl.store(draft_tokens_ptr + slot * NUM_DRAFT_TOKENS + few, following, mask=few < NUM_DRAFT_TOKENS)

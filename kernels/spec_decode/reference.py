@@ -11,9 +11,9 @@ MAX_MATCH = 32  # a match is measured up to so many tokens
 def verify(
     ids: torch.Tensor, token_ids: torch.Tensor, slots: torch.Tensor, query_start: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every live slot of a step, in order: (its first entry, the entry behind the draft tokens that hold, its last); int64 [R].
+    """Of every live slot of a step, in order: (its first query, the query behind the draft tokens that hold, its last); int64 [R].
 
-    The entries of a slot stand together, the second and later ones a draft token each.
+    The queries of a slot stand together, the second and later ones a draft token each.
     """
     begins = query_start.numpy()
     live = int((begins[1:] > begins[:-1]).sum())  # padding comes last

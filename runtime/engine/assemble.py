@@ -50,7 +50,7 @@ def engine_of(
         max_model_len=built.max_model_len,
         enable_chunked_prefill=config.enable_chunked_prefill,
         step_time=step_time,
-        max_entries=config.max_entries,
+        max_decode_tokens=config.max_decode_tokens,
     )
     sampling_defaults = model_defaults(built.generation_config) if config.generation_config == "auto" else {}
     limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, max_queue)
@@ -90,7 +90,7 @@ def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Dra
         )
     costs = None
     if config.num_speculative_tokens is None:
-        most = scheduler.max_entries
+        most = scheduler.max_decode_tokens
         costs = StepCosts(built.step.decode_sizes(most), measure_latency(built.step, most))
     if config.proposes_on_device:
         return DeviceNgram(scheduler, config.max_draft_tokens, costs)
@@ -103,7 +103,7 @@ def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Dra
     draft, draft_ms = None, 1.0
     if built.draft is not None:
         draft = DraftModel(
-            built.draft, scheduler.batch, scheduler.max_num_batched_tokens, scheduler.max_entries,
+            built.draft, scheduler.batch, scheduler.max_num_batched_tokens, scheduler.max_decode_tokens,
             together=built.device.type == "cuda",
         )  # fmt: skip
         draft_ms = min(measure_latency(built.draft, 2).values()) if costs is not None else draft_ms

@@ -26,7 +26,7 @@ def compiler_options(config: Config) -> CompilerOptions:
         ),
         step=StepOptions(
             max_num_seqs=config.max_num_seqs,
-            max_entries=config.max_entries,
+            max_decode_tokens=config.max_decode_tokens,
             max_num_batched_tokens=config.batched_tokens(device.type),
             max_draft_tokens=config.max_draft_tokens,
             ngram=NgramRange(config.prompt_lookup_min, config.prompt_lookup_max) if config.proposes_on_device else None,

@@ -59,8 +59,8 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
     told: list[Sequence] = []  # whom the deltas are of
     for i in np.flatnonzero(more).tolist():
         sequence, token = batch.sequences[at[i]], int(ids[i])
-        entry = i if index is None else int(index[i])
-        logprobs = _logprobs(sequence, [entry], [token], output.logprobs)
+        query = i if index is None else int(index[i])
+        logprobs = _logprobs(sequence, [query], [token], output.logprobs)
         result.deltas[i] = _delta(sequence, [token], full[i], stopped[i], logprobs)
         told.append(sequence)
         if first[i]:
@@ -138,7 +138,7 @@ def _delta(
 def _logprobs(
     sequence: Sequence, indices: Iterable[int], tokens: list[int], step: StepLogprobs | None
 ) -> list[TokenLogprob] | None:
-    """Of the tokens, sampled by the entries `indices` of the step."""
+    """Of the tokens, sampled by the queries `indices` of the step."""
     wanted = sequence.params.logprobs
     if wanted is None or step is None:
         return None
@@ -146,7 +146,7 @@ def _logprobs(
 
 
 def _logprob(token: int, index: int, wanted: int, step: StepLogprobs) -> TokenLogprob:
-    """Of `token`, sampled by entry `index`. Among equals it comes first, and is not the one that falls out at the end."""
+    """Of `token`, sampled by query `index`. Among equals it comes first, and is not the one that falls out at the end."""
     rank, top_ids = int(step.ranks[index]), step.top_ids[index, :wanted].tolist()
     if rank <= wanted:
         top_ids = [*top_ids[: rank - 1], token, *(one for one in top_ids[rank - 1 :] if one != token)][:wanted]

@@ -1,9 +1,9 @@
-"""Draft tokens in a step: what they are, the entries they become, and how many of them hold.
+"""Draft tokens in a step: what they are, the queries they become, and how many of them hold.
 
-Each draft token is an entry of its own behind its slot's last known token: the same slot, one token, the next position. Keys
-and values of all entries are written before any attends, so an entry sees the draft tokens before it, and its sample is the
+Each draft token is a query of its own behind its slot's last known token: the same slot, one token, the next position. Keys
+and values of all queries are written before any attends, so a query sees the draft tokens before it, and its sample is the
 one that a step of its own would have drawn: noise depends on (seed, position, token) alone. A draft token holds exactly if
-it is what the entry before it sampled, so the tokens are those of a run without draft tokens. Pure arithmetic over arrays.
+it is what the query before it sampled, so the tokens are those of a run without draft tokens. Pure arithmetic over arrays.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class DraftTokens:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledDrafts:
-    """The draft tokens of a plan: slot slots[i] has the entries first[i] .. first[i] + counts[i]; int32 [R]."""
+    """The draft tokens of a plan: slot slots[i] has the queries first[i] .. first[i] + counts[i]; int32 [R]."""
 
     slots: np.ndarray
     counts: np.ndarray
     first: np.ndarray
-    others: np.ndarray  # bool [S]: entries of slots without draft tokens
+    others: np.ndarray  # bool [S]: queries of slots without draft tokens
     tokens: np.ndarray | None  # int32 [R, K] as in `DraftTokens`
 
     def among(self, kept: np.ndarray) -> ScheduledDrafts:
@@ -46,19 +46,19 @@ class ScheduledDrafts:
         tokens = self.tokens if self.tokens is None else self.tokens[kept]
         return replace(self, slots=self.slots[kept], counts=self.counts[kept], first=self.first[kept], tokens=tokens)
 
-    def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each draft token: its place in `slots`, its place in the slot from 0 on, its entry in the plan; int [G]."""
+    def queries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each draft token: its place in `slots`, its place in the slot from 0 on, its query in the plan; int [G]."""
         index = np.repeat(np.arange(len(self.slots)), self.counts)
         place = np.arange(len(index)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
         return index, place, self.first[index] + 1 + place
 
     def fed(self, fed: np.ndarray | None) -> np.ndarray:
-        """int32 [R, K], the draft tokens: those at hand, or of the device, which says what it fed each entry with, [S]."""
+        """int32 [R, K], the draft tokens: those at hand, or of the device, which says what it fed each query with, [S]."""
         if self.tokens is not None:
             return self.tokens
         tokens = np.zeros((len(self.slots), int(self.counts.max(initial=0))), np.int32)
-        index, place, entry = self.entries()
-        tokens[index, place] = fed[entry]
+        index, place, query = self.queries()
+        tokens[index, place] = fed[query]
         return tokens
 
 
@@ -74,10 +74,10 @@ class Verification:
     stopped: np.ndarray  # bool, whether the last of them is a stop id
 
 
-def entries(
+def as_queries(
     columns: tuple[np.ndarray, ...], draft_tokens: DraftTokens
 ) -> tuple[tuple[np.ndarray, ...], ScheduledDrafts | None]:
-    """Plan columns (slots, epochs, starts, counts, sampled) [N], draft tokens among the counts -> an entry a draft token.
+    """Plan columns (slots, epochs, starts, counts, sampled) [N], draft tokens among the counts -> a query a draft token.
 
     `draft_tokens` of slots that are not in the plan are left out; None: that is all of them.
     """
@@ -115,7 +115,7 @@ def verify(
     min_len: np.ndarray,
     stop_ids: np.ndarray,
 ) -> Verification:
-    """Compare `draft_tokens` [R, K] with the ids `sampled` [S] by the plan's entries.
+    """Compare `draft_tokens` [R, K] with the ids `sampled` [S] by the plan's queries.
 
     known, max_len, min_len [R] and stop_ids [R, n] as in `runtime.scheduler.input_batch`, `known` before this step. Tokens end at
     max_len and at the first stop id past min_len that is not also the last token allowed.

@@ -1,4 +1,4 @@
-"""Running sequences as columns: entry r of every array belongs to the sequence in slot r.
+"""Running sequences as columns: element i of every array belongs to the sequence in slot i.
 
 What a step reads or changes of every running sequence stands here, so that planning, packing and committing
 are array operations whatever the batch. A waiting or finished sequence holds its own tokens and nothing here.
@@ -19,7 +19,7 @@ from pagegraph.runtime.scheduler.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """What of some slots does not change while their sequences stay; columns of `InputBatch`, entry i of slots[i]."""
+    """What of some slots does not change while their sequences stay; columns of `InputBatch`, element i of slots[i]."""
 
     slots: np.ndarray
     epochs: np.ndarray

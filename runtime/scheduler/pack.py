@@ -38,7 +38,7 @@ class Packer:
             slots=plan.slots,
             query_start=query_start,
             starts=plan.starts,
-            # Which of a slot's draft tokens hold decides what is handed over: not the draw of one entry.
+            # Which of a slot's draft tokens hold decides what is handed over: not the draw of one query.
             sampled=plan.sampled if plan.drafts is None else plan.sampled & plan.drafts.others,
             new_blocks=self.batch.take_new_blocks(),
             sampling=self._sampling(plan),
@@ -59,8 +59,8 @@ class Packer:
         positions = np.arange(query_start[-1], dtype=np.int32) + (starts - query_start[:-1])[index]
         ids = np.where(positions < batch.known[owners], batch.tokens[owners, positions], np.int32(-1))
         if (drafts := plan.drafts) is not None:
-            slot, place, entry = drafts.entries()
-            ids[query_start[entry]] = -2 - place if drafts.tokens is None else drafts.tokens[slot, place]
+            slot, place, query = drafts.queries()
+            ids[query_start[query]] = -2 - place if drafts.tokens is None else drafts.tokens[slot, place]
         return ids, query_start
 
     def _sampling(self, plan: Plan) -> SamplingInput:
@@ -92,7 +92,7 @@ class Packer:
 
 
 def _cached(plan: Plan) -> list[tuple[int, np.ndarray]]:
-    """What those that start in the step have in the cache; they are its last entries.
+    """What those that start in the step have in the cache; they are its last queries.
 
     Views of their own tokens: only a device that looks up copies them.
     """

@@ -19,7 +19,7 @@ Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # t
 class Plan:
     """One step: tokens [starts[i], starts[i] + counts[i]) of the sequence in slot slots[i]; arrays [S], int32 unless said.
 
-    A slot with draft tokens has an entry for each of them (`runtime.scheduler.draft_tokens`); any other slot has one.
+    A slot with draft tokens has a query for each of them (`runtime.scheduler.draft_tokens`); any other slot has one.
     """
 
     slots: np.ndarray
@@ -27,7 +27,7 @@ class Plan:
     starts: np.ndarray
     counts: np.ndarray
     sampled: np.ndarray  # bool, whether the last of the tokens yields a new one
-    started: list[Sequence]  # those that entered their slot for this step; its last entries
+    started: list[Sequence]  # those that entered their slot for this step; its last queries
     drafts: ScheduledDrafts | None = None
 
     def __len__(self) -> int:

@@ -20,7 +20,7 @@ from pagegraph.runtime.scheduler.block_pool import BlockPool, require
 from pagegraph.runtime.scheduler.block_tables import BlockTables
 from pagegraph.runtime.scheduler.commit import StepResult, append
 from pagegraph.runtime.scheduler.counters import Counters
-from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, entries
+from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, as_queries
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.plan import Columns, Plan, joined
 from pagegraph.runtime.scheduler.prompt_room import PromptRoom
@@ -48,12 +48,12 @@ class Scheduler:
         max_model_len: int,
         enable_chunked_prefill: bool = True,
         step_time: StepTime | None = None,
-        max_entries: int | None = None,
+        max_decode_tokens: int | None = None,
     ) -> None:
-        """`max_entries`: sequences and draft tokens in one step; None: `max_num_seqs`."""
+        """`max_decode_tokens`: sequences and draft tokens in one step; None: `max_num_seqs`."""
         _check_sizes(pool, max_num_seqs, max_num_batched_tokens, max_model_len, enable_chunked_prefill)
         self.max_num_seqs = max_num_seqs
-        self.max_entries = max_entries or max_num_seqs
+        self.max_decode_tokens = max_decode_tokens or max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.enable_chunked_prefill = enable_chunked_prefill
@@ -130,7 +130,7 @@ class Scheduler:
         limits = np.minimum(batch.max_len[slots] - batch.total[slots] - 1, most)
         slots, limits = slots[limits > 0], limits[limits > 0]
         # Those that wait may join the step, and prompts get half of what it may compute.
-        budget = self.max_entries - min(self.max_num_seqs, len(self._running) + len(self._waiting))
+        budget = self.max_decode_tokens - min(self.max_num_seqs, len(self._running) + len(self._waiting))
         budget = min(budget, (self.max_num_batched_tokens - len(self._running)) // 2)
         if not self.enable_chunked_prefill and self._waiting:
             budget = 0
@@ -161,7 +161,7 @@ class Scheduler:
             self._fill_up(parts, room)
         drafts = None
         if draft_tokens is not None and len(columns[0]):
-            parts[0], drafts = entries(columns, draft_tokens)
+            parts[0], drafts = as_queries(columns, draft_tokens)
         return joined(parts, started, drafts) if parts else None
 
     def commit(self, plan: Plan, output: StepOutput) -> StepResult:

@@ -89,7 +89,7 @@ class DeviceNgram:
     def _learn_unverified(self, plan: Plan, hits: np.ndarray) -> None:
         """Of slots that were not given their draft tokens: whether the first would have held."""
         asked = plan.sampled & (self._matched[plan.slots] > 0) & (self._epochs[plan.slots] == plan.epochs)
-        if self.scheduler.num_running < self.scheduler.max_entries and asked.any():
+        if self.scheduler.num_running < self.scheduler.max_decode_tokens and asked.any():
             slots = plan.slots[asked]
             self.acceptance.learn(
                 slots, plan.epochs[asked], self._matched[slots], np.ones(len(slots), np.int32), hits[asked]

@@ -22,30 +22,30 @@ from pagegraph.runtime.scheduler.input_batch import InputBatch
 
 
 class DraftModel:
-    """`step` shares its block tables with the target's; it takes `max_tokens` tokens, `max_entries` of them sampled.
+    """`step` shares its block tables with the target's; it takes `max_tokens` tokens, `max_decode_tokens` of them sampled.
 
     `together`: slots that want fewer draft tokens go on with the others as far as their blocks reach, because a launch costs more
     than a slot.
     """
 
     def __init__(
-        self, step: CompiledStep, batch: InputBatch, max_tokens: int, max_entries: int, together: bool = False
+        self, step: CompiledStep, batch: InputBatch, max_tokens: int, max_decode_tokens: int, together: bool = False
     ) -> None:
         self.step = step
         self.batch = batch
         self.max_tokens = max_tokens
-        self.max_entries = max_entries
+        self.max_decode_tokens = max_decode_tokens
         self.together = together
         num_slots = len(batch.epoch)
         self._epoch = np.zeros(num_slots, np.int64)
         self._computed = np.zeros(num_slots, np.int32)  # leading tokens of the slot whose keys and values are right
         self._drafted: dict[int, np.ndarray] = {}  # by slot: drafted behind these, and computed too
-        self._last = np.zeros(0, np.int64)  # of the entries of the last catching up, the sampled ones
+        self._last = np.zeros(0, np.int64)  # of the queries of the last catching up, the sampled ones
 
     def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """counts[i] >= 1 tokens for slot at[i], int32 [R] -> int32 [R, K]; every token of the slots is known.
 
-        The slots have blocks for their draft tokens; there are at most `max_entries` of them.
+        The slots have blocks for their draft tokens; there are at most `max_decode_tokens` of them.
         """
         self._settle(at)
         known, ends = self.batch.known[at], self._ends(at, counts)
@@ -110,10 +110,10 @@ class DraftModel:
         return self._chunk(at, missing, sampled=True)
 
     def _chunk(self, at: np.ndarray, counts: np.ndarray, sampled: bool) -> StepInput:
-        """The next counts[i] tokens of the slots; a few as entries of one token, which steps of draft tokens are made of too."""
+        """The next counts[i] tokens of the slots; a few as queries of one token, which steps of draft tokens are made of too."""
         batch = self.batch
         total = int(counts.sum())
-        if total <= self.max_entries:
+        if total <= self.max_decode_tokens:
             index = np.repeat(np.arange(len(at)), counts)
             last = np.cumsum(counts) - 1
             starts = self._computed[at][index] + np.arange(total) - (last - counts + 1)[index]
@@ -123,15 +123,15 @@ class DraftModel:
             query_start, draws = np.concatenate([[0], np.cumsum(counts)]), np.zeros(len(at), bool)
         draws[last] = sampled
         self._last = last
-        entry_slots = at[index]
+        query_slots = at[index]
         token_slots = np.repeat(at, counts)
         positions = (
             np.repeat(self._computed[at], counts) + np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
         )
         return StepInput(
-            batch.tokens[token_slots, positions], entry_slots, query_start.astype(np.int32), starts.astype(np.int32), draws,
+            batch.tokens[token_slots, positions], query_slots, query_start.astype(np.int32), starts.astype(np.int32), draws,
             batch.take_new_blocks(),
-            SamplingInput(batch.temperature[entry_slots], batch.seed[entry_slots], self._filters(entry_slots) if sampled else None),
+            SamplingInput(batch.temperature[query_slots], batch.seed[query_slots], self._filters(query_slots) if sampled else None),
         )  # fmt: skip
 
     def _filters(self, at: np.ndarray) -> Filters | None:

@@ -265,8 +265,8 @@ class Speculation:
 
 def could_pay(base: int, budget: int, costs: StepCosts) -> bool:
     """Whether draft tokens beside `base` slots would pay if all held."""
-    entries = base + np.arange(budget + 1)
-    rates = entries / costs.ms(entries)
+    num_tokens = base + np.arange(budget + 1)
+    rates = num_tokens / costs.ms(num_tokens)
     return bool(rates.max() > rates[0] * (1 + START_DRAFTING))
 
 

@@ -1,4 +1,4 @@
-"""How many draft tokens pay: what steps of so many entries take, how often draft tokens hold, and the best count of the two.
+"""How many draft tokens pay: what steps of so many tokens take, how often draft tokens hold, and the best count of the two.
 
 Learned from the steps themselves. Knows no clock, no slots' contents and no device: numbers are handed in.
 
@@ -25,7 +25,7 @@ SLOT_DECAY, ALL_DECAY = 0.95, 0.999  # weight of the past at each draft token
 
 
 class StepCosts:
-    """Milliseconds of a step by its entries: ms(n, now) = speed(now) * shape(n), both learned.
+    """Milliseconds of a step by its tokens: ms(n, now) = speed(now) * shape(n), both learned.
 
     The speed follows context lengths and the machine's load quickly, the shape slowly: a busy moment slows all sizes,
     and does not make the size that it fell on look dear. Sizes are rounded up to `step_sizes`, those in which steps run.
@@ -36,12 +36,12 @@ class StepCosts:
         self._shape = np.zeros(len(step_sizes))  # logarithms
         self._seen = np.zeros(len(step_sizes), np.int64)
         self._speed = 0.0
-        for entries, ms in (measured or {}).items():
-            self.observe(entries, ms)
+        for num_tokens, ms in (measured or {}).items():
+            self.observe(num_tokens, ms)
 
-    def observe(self, entries: int, ms: float) -> None:
-        """A step of so many entries, one token each, took `ms`."""
-        at = self._at(entries)
+    def observe(self, num_tokens: int, ms: float) -> None:
+        """A step of so many queries of one token, took `ms`."""
+        at = self._at(num_tokens)
         value = np.log(max(ms, 1e-3))
         if not self._seen.any():
             self._speed = value
@@ -55,20 +55,20 @@ class StepCosts:
             self._shape[at] = np.log(self.ms(self.step_sizes[at])) - self._speed + surprise if self._seen.any() else 0.0
         self._seen[at] += 1
 
-    def ms(self, entries: np.ndarray | int) -> np.ndarray:
-        """Expected milliseconds of steps of so many entries; NaN while nothing is known.
+    def ms(self, num_tokens: np.ndarray | int) -> np.ndarray:
+        """Expected milliseconds of steps of so many tokens; NaN while nothing is known.
 
         Between known sizes a line; beyond the largest it grows with the root, so that larger ones are tried.
         """
         known = np.flatnonzero(self._seen)
-        step_sizes = self.step_sizes[self._at(entries)]
+        step_sizes = self.step_sizes[self._at(num_tokens)]
         if not len(known):
             return np.full(np.shape(step_sizes), np.nan)
         sizes, ms = self.step_sizes[known], np.exp(self._speed + self._shape[known])
         return np.interp(step_sizes, sizes, ms) * np.sqrt(np.maximum(step_sizes / sizes[-1], 1.0))
 
-    def _at(self, entries: np.ndarray | int) -> np.ndarray:
-        return np.minimum(np.searchsorted(self.step_sizes, entries), len(self.step_sizes) - 1)
+    def _at(self, num_tokens: np.ndarray | int) -> np.ndarray:
+        return np.minimum(np.searchsorted(self.step_sizes, num_tokens), len(self.step_sizes) - 1)
 
 
 class Acceptance:
@@ -132,15 +132,15 @@ def choose(
     """How many draft tokens a slot give the most tokens a millisecond; none where no number is better by `margin`.
 
     chances [R, K] fall along a row, so taking draft tokens in falling order takes the best of each number; limits [R] are
-    draft tokens at hand, `budget` what the step has room for. A step without draft tokens has `base` entries and brings as many
+    draft tokens at hand, `budget` what the step has room for. A step without draft tokens has `base` tokens and brings as many
     tokens; one with draft tokens costs `overhead_ms` on top of its own time.
     """
     most = chances.shape[1]
     gains = np.where(np.arange(most) < limits[:, None], chances, 0.0).ravel()
     order = np.argsort(-gains, kind="stable")[: min(budget, int(np.minimum(limits, most).sum()))]
     none = np.zeros(len(limits), np.int32)
-    entries = base + np.arange(len(order) + 1)
-    ms = costs.ms(entries)
+    num_tokens = base + np.arange(len(order) + 1)
+    ms = costs.ms(num_tokens)
     ms[1:] += overhead_ms
     rates = (base + np.concatenate([[0.0], np.cumsum(gains[order])])) / ms
     best = int(np.nanargmax(rates)) if np.isfinite(rates).any() else 0

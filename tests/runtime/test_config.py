@@ -186,15 +186,15 @@ def test_a_draft_model_means_method_draft() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "entries"),
+    ("overrides", "tokens"),
     [
         (dict(), 256), (dict(max_num_seqs=4), 4), (dict(max_num_seqs=4, speculative_method="ngram"), 64),
         (dict(max_num_seqs=4, speculative_method="ngram", num_speculative_tokens=3), 16),
         (dict(speculative_method="ngram"), 256), (dict(max_num_seqs=4, speculative_method="ngram", max_num_batched_tokens=32), 32),
     ],
 )  # fmt: skip
-def test_a_step_has_room_for_draft_tokens(overrides: dict[str, Any], entries: int) -> None:
-    assert load_config("org/model", overrides).config.max_entries == entries
+def test_a_step_has_room_for_draft_tokens(overrides: dict[str, Any], tokens: int) -> None:
+    assert load_config("org/model", overrides).config.max_decode_tokens == tokens
 
 
 @pytest.mark.parametrize(

@@ -35,19 +35,19 @@ def step_of(seed: int, padding: int = 2) -> dict[str, torch.Tensor]:
         kind, start = rng.choice(["prompt", "part", "one", "draft_tokens"]), int(rng.integers(1, WIDTH - 1400))
         if kind in ("prompt", "part"):
             count = int(rng.choice([2, 9, 1300]))
-            entries = [(count, start + count, kind == "prompt")]
+            queries = [(count, start + count, kind == "prompt")]
             tokens.append(text_of(rng, count))
         else:
             many = int(rng.integers(1, DRAFT_TOKENS + 1)) + 1 if kind == "draft_tokens" else 1
-            entries = [(1, start + 1 + j, kind == "one") for j in range(many)]
+            queries = [(1, start + 1 + j, kind == "one") for j in range(many)]
             tokens.append(text_of(rng, many))
-        drawn = text_of(rng, len(entries))
+        drawn = text_of(rng, len(queries))
         if kind == "draft_tokens":
             right = rng.integers(0, many)
             drawn[:right] = tokens[-1][1 : right + 1]
         ids.append(drawn)
-        slots += [slot] * len(entries)
-        for count, length, draws in entries:
+        slots += [slot] * len(queries)
+        for count, length, draws in queries:
             counts.append(count), lengths.append(length), sampled.append(draws)
     total, live = sum(counts), len(slots)
     fill = np.zeros(padding, np.int64)

@@ -68,7 +68,7 @@ class Harness:
         self.device = Device(num_blocks, max_num_seqs, (lambda history, seed: history[-2:]) if on_device else None)
         self.scheduler = Scheduler(
             BlockPool(num_blocks, BLOCK, caching), max_num_seqs=max_num_seqs, max_num_batched_tokens=budget,
-            max_model_len=MAX_LEN, max_entries=3 * max_num_seqs,
+            max_model_len=MAX_LEN, max_decode_tokens=3 * max_num_seqs,
         )  # fmt: skip
         drafter = None
         if draft_tokens:

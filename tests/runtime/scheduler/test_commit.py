@@ -27,11 +27,11 @@ def told(logits: list[float], chosen: int, wanted: int, most: int) -> TokenLogpr
 @pytest.mark.parametrize("wanted", [1, 2, 3, 5])
 def test_the_sampled_token_is_the_first_of_equals(chosen: int, wanted: int) -> None:
     """Also where it would not be among the likeliest: three are equal and one is asked for."""
-    entry = told([0.0, 3.0, 3.0, 1.0, 3.0, 2.0], chosen, wanted, 5)
-    assert entry.rank == 1 and entry.top_ids[0] == chosen and entry.top_logprobs[0] == entry.logprob
-    assert len(set(entry.top_ids)) == wanted and set(entry.top_ids[:3]) <= {1, 2, 4}
-    assert entry.top_ids[3:] == [5, 3][: max(wanted - 3, 0)]
-    assert entry.top_logprobs == sorted(entry.top_logprobs, reverse=True)
+    query = told([0.0, 3.0, 3.0, 1.0, 3.0, 2.0], chosen, wanted, 5)
+    assert query.rank == 1 and query.top_ids[0] == chosen and query.top_logprobs[0] == query.logprob
+    assert len(set(query.top_ids)) == wanted and set(query.top_ids[:3]) <= {1, 2, 4}
+    assert query.top_ids[3:] == [5, 3][: max(wanted - 3, 0)]
+    assert query.top_logprobs == sorted(query.top_logprobs, reverse=True)
 
 
 def test_a_sampled_token_stands_where_it_belongs() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pagegraph.compiler.step.inputs import StepLogprobs, StepOutput
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.scheduler.block_pool import BlockPool
-from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, ScheduledDrafts, Verification, entries, verify
+from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, ScheduledDrafts, Verification, as_queries, verify
 from pagegraph.runtime.scheduler.pack import Packer
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
@@ -76,10 +76,10 @@ def test_a_budget_goes_round(counts: list[int], budget: int, kept: list[int]) ->
 
 
 @pytest.mark.parametrize(("of", "slots"), [([3], [2, 3, 3, 3]), ([3, 0], [2, 3, 3, 3]), ([0], None)])
-def test_draft_tokens_are_entries_of_their_slots_in_the_plan(of: list[int], slots: list[int] | None) -> None:
+def test_draft_tokens_are_queries_of_their_slots_in_the_plan(of: list[int], slots: list[int] | None) -> None:
     ints = lambda *values: np.array(values, np.int32)  # noqa: E731
     columns = ints(2, 3), ints(7, 8), ints(5, 6), ints(4, 3), np.array([False, True])
-    split, drafts = entries(columns, DraftTokens(ints(*of), ints(*[2] * len(of)), None))
+    split, drafts = as_queries(columns, DraftTokens(ints(*of), ints(*[2] * len(of)), None))
     if slots is None:
         assert split is columns and drafts is None
     else:
@@ -164,7 +164,7 @@ def test_draft_tokens_right_or_wrong_change_no_token(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_model_len=MAX_LEN,
-        max_entries=max_num_seqs + spare_entries,
+        max_decode_tokens=max_num_seqs + spare_entries,
     )
     packer, oracle = Packer(scheduler.batch), Oracle(scheduler, most, chance, seed, on_device)
     step = FakeStep(num_blocks, max_num_seqs, oracle.draft if on_device else None)
@@ -212,7 +212,7 @@ def test_draft_tokens_right_or_wrong_change_no_token(
         plan = scheduler.schedule(float(turn), draft_tokens)
         scheduler.check_integrity()
         if plan:
-            assert plan.num_tokens <= budget and len(plan) <= scheduler.max_entries
+            assert plan.num_tokens <= budget and len(plan) <= scheduler.max_decode_tokens
             if plan.drafts is not None:
                 assert not scheduler.batch.has_penalties[plan.drafts.slots].any()
                 assert len(set(plan.slots.tolist())) == len(plan) - int(plan.drafts.counts.sum())
@@ -241,7 +241,7 @@ def test_the_fuzz_above_saw_all_there_is() -> None:
 
 
 def scheduler_of(**overrides) -> Scheduler:
-    settings = dict(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=MAX_LEN, max_entries=16)
+    settings = dict(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=MAX_LEN, max_decode_tokens=16)
     return Scheduler(BlockPool(30, BLOCK), **{**settings, **overrides})
 
 
@@ -327,7 +327,12 @@ def test_draft_tokens_are_not_published() -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "waiting", "expected"),
-    [(dict(), 0, 15), (dict(max_entries=6), 2, 3), (dict(max_num_batched_tokens=9), 0, 4), (dict(max_entries=4), 5, 0)],
+    [
+        (dict(), 0, 15),
+        (dict(max_decode_tokens=6), 2, 3),
+        (dict(max_num_batched_tokens=9), 0, 4),
+        (dict(max_decode_tokens=4), 5, 0),
+    ],
 )
 def test_how_many_draft_tokens_a_step_has_room_for(overrides: dict, waiting: int, expected: int) -> None:
     scheduler = scheduler_of(**overrides)

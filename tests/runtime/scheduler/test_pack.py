@@ -63,8 +63,8 @@ def test_only_new_blocks_travel() -> None:
     scheduler = scheduler_of()
     a = add(scheduler, "a", [1, 2, 3])
     seen = [step(scheduler).new_blocks.tolist() for _ in range(6)]
-    entries = [[a.slot, index, block] for index, block in enumerate(scheduler.batch.blocks_of(a.slot))]
-    assert seen == [entries[:1], [], entries[1:], [], [], []] and len(entries) == 4
+    queries = [[a.slot, index, block] for index, block in enumerate(scheduler.batch.blocks_of(a.slot))]
+    assert seen == [queries[:1], [], queries[1:], [], [], []] and len(queries) == 4
 
 
 def test_what_a_slot_begins_with_travels_uncopied() -> None:

@@ -49,7 +49,7 @@ def test_verified_draws_follow_the_target_and_agree_more_often_than_independent_
     target, drafter = log_chances(0), log_chances(1)
     draft_tokens = [drawn(drafter[-1].expand(DRAWS, -1), 10)]
     draft_tokens.append(drawn(drafter[draft_tokens[0]], 11))
-    entries = [
+    queries = [
         drawn(target[-1].expand(DRAWS, -1), 10),
         drawn(target[draft_tokens[0]], 11),
         drawn(target[draft_tokens[1]], 12),
@@ -58,7 +58,7 @@ def test_verified_draws_follow_the_target_and_agree_more_often_than_independent_
     drafted = ScheduledDrafts(
         np.arange(DRAWS, dtype=np.int32), ints(2), 3 * np.arange(DRAWS, dtype=np.int32), np.zeros(3 * DRAWS, bool), None
     )
-    sampled = torch.stack(entries, 1).flatten().int().numpy()
+    sampled = torch.stack(queries, 1).flatten().int().numpy()
     found = verify(
         drafted,
         sampled,
@@ -114,10 +114,10 @@ class FakeStep:
     def _run(self, step: StepInput) -> np.ndarray:
         self.largest = max(self.largest, step.num_tokens)
         ids = np.where(step.token_ids < 0, self.last[np.repeat(step.slots, np.diff(step.query_start))], step.token_ids)
-        for entry, slot in enumerate(step.slots.tolist()):
-            assert int(step.starts[entry]) + step.query_start[entry + 1] - step.query_start[entry] <= self.limits[slot]
-            for at, token in enumerate(ids[step.query_start[entry] : step.query_start[entry + 1]].tolist()):
-                self.memory[slot][int(step.starts[entry]) + at] = token
+        for query, slot in enumerate(step.slots.tolist()):
+            assert int(step.starts[query]) + step.query_start[query + 1] - step.query_start[query] <= self.limits[slot]
+            for at, token in enumerate(ids[step.query_start[query] : step.query_start[query + 1]].tolist()):
+                self.memory[slot][int(step.starts[query]) + at] = token
         sampled = []
         for slot, length, draws in zip(step.slots.tolist(), step.seq_lens.tolist(), step.sampled.tolist()):
             sampled.append(next_token([self.memory[slot][at] for at in range(length)]))
@@ -130,11 +130,11 @@ class FakeStep:
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
     turns=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5), st.booleans()), min_size=1, max_size=8),
     max_tokens=st.integers(4, 40),
-    max_entries=st.integers(4, 12),
+    max_decode_tokens=st.integers(4, 12),
     together=st.booleans(),
 )
 def test_draft_tokens_are_those_of_the_confirmed_tokens_alone(
-    lengths, turns, max_tokens, max_entries, together
+    lengths, turns, max_tokens, max_decode_tokens, together
 ) -> None:
     """Whatever held, was corrected or went on without draft tokens: keys of the past are right when the next are made."""
     batch = InputBatch(len(lengths), 200, 4)
@@ -142,7 +142,7 @@ def test_draft_tokens_are_those_of_the_confirmed_tokens_alone(
         params = SamplingParams(max_tokens=100)
         batch.enter(Sequence(str(index), np.arange(length) + index, params, frozenset(), 0, 200), [], 0)
     step = FakeStep(len(lengths))
-    model = DraftModel(step, batch, max_tokens, max_entries, together)
+    model = DraftModel(step, batch, max_tokens, max_decode_tokens, together)
     for count, kept, others in turns:
         at = np.arange(len(lengths), dtype=np.int32)[:: 2 if others and len(lengths) > 1 else 1]
         counts = np.array([1 + (count + index) % 4 for index in range(len(at))], np.int32)
@@ -161,7 +161,7 @@ def test_draft_tokens_are_those_of_the_confirmed_tokens_alone(
             came = [*tokens[:kept], *([1] * (kept + 1 - len(tokens[:kept])))]  # draft tokens that held, and others
             batch.tokens[slot, batch.known[slot] : batch.known[slot] + len(came)] = came
             batch.known[slot] += len(came)
-    assert step.largest <= max(max_tokens, max_entries)
+    assert step.largest <= max(max_tokens, max_decode_tokens)
 
 
 def test_a_sequence_that_enters_a_slot_is_computed_from_its_start() -> None:

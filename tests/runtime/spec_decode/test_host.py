@@ -32,7 +32,7 @@ HOST_MS = 0.3  # from results to the next launch
 
 
 class Device:
-    """Steps in order, `cost(entries)` ms each, on a clock of its own; slot r says scripts[r], by position."""
+    """Steps in order, `cost(num_tokens)` ms each, on a clock of its own; slot r says scripts[r], by position."""
 
     def __init__(self, script: np.ndarray, cost: Callable[[int], float], on_device: bool = False) -> None:
         self.script = script
@@ -42,7 +42,7 @@ class Device:
         self.draft_tokens: dict[int, np.ndarray] = {}
         self.now = 0.0  # seconds
         self.free = 0.0  # when the last launched step is done
-        self.steps: list[int] = []  # entries of each
+        self.steps: list[int] = []  # queries of each
 
     def clock(self) -> float:
         return self.now
@@ -71,12 +71,12 @@ class Device:
             slot, kept = int(step.slots[s]), s
             draft_tokens = self.draft_tokens.get(slot, np.full(15, -1, np.int32))
             hits[s] = draft_tokens[0] == ids[s]
-            for entry in range(s + 1, step.num_seqs):
-                if step.slots[entry] != slot:
+            for query in range(s + 1, step.num_seqs):
+                if step.slots[query] != slot:
                     break
-                if fed[entry] < 0:
-                    fed[entry] = draft_tokens[-2 - fed[entry]]
-                kept += kept == entry - 1 and fed[entry] == ids[kept]
+                if fed[query] < 0:
+                    fed[query] = draft_tokens[-2 - fed[query]]
+                kept += kept == query - 1 and fed[query] == ids[kept]
             if step.sampled[s] or kept > s or step.slots[s + 1 : s + 2] == slot:
                 self.last_at[slot] = at[kept]
                 if not self.on_device:
@@ -108,12 +108,12 @@ class Model:
         return np.where(self.rng.random(right.shape) < chance, right, (right + 1) % 1000).astype(np.int32)
 
 
-def flat(entries: int) -> float:
-    return 10.0 + 0.1 * entries
+def flat(num_tokens: int) -> float:
+    return 10.0 + 0.1 * num_tokens
 
 
-def steep(entries: int) -> float:
-    return 0.5 + 8.0 * entries
+def steep(num_tokens: int) -> float:
+    return 0.5 + 8.0 * num_tokens
 
 
 def drive(
@@ -134,7 +134,7 @@ def drive(
         max_num_seqs=16,
         max_num_batched_tokens=512,
         max_model_len=MAX_LEN,
-        max_entries=64,
+        max_decode_tokens=64,
     )
     metrics = EngineMetrics("m", MAX_LEN)
     speculation = None
@@ -182,14 +182,14 @@ def test_random_text_loses_nothing(cost, streams: int, on_device: bool) -> None:
 
 @WHERE
 @pytest.mark.parametrize(("streams", "gain"), [(1, 4.0), (4, 3.0), (16, 1.5)])
-def test_text_that_repeats_gains_where_entries_are_cheap(streams: int, gain: float, on_device: bool) -> None:
+def test_text_that_repeats_gains_where_tokens_are_cheap(streams: int, gain: float, on_device: bool) -> None:
     plain = drive(REPEATED, flat, streams, 600, drafting=False)[0]
     assert plain / drive(REPEATED, flat, streams, 600, on_device=on_device)[0] > gain
 
 
 def test_a_device_that_looks_up_never_waits_for_the_host() -> None:
     """With draft tokens in every step, a turn takes what the step takes."""
-    fast = lambda entries: 0.7 + 0.01 * entries  # noqa: E731
+    fast = lambda num_tokens: 0.7 + 0.01 * num_tokens  # noqa: E731
     seconds, device, scheduler, _ = drive(REPEATED, fast, 1, 900, on_device=True)
     assert scheduler.counters.saved_steps > 700
     assert seconds < sum(map(fast, device.steps)) / 1e3 + 20 * HOST_MS / 1e3
@@ -197,7 +197,7 @@ def test_a_device_that_looks_up_never_waits_for_the_host() -> None:
 
 
 @WHERE
-def test_nothing_is_drafted_where_entries_cost_as_much_as_steps(on_device: bool) -> None:
+def test_nothing_is_drafted_where_tokens_cost_as_much_as_steps(on_device: bool) -> None:
     seconds, device, scheduler, _ = drive(REPEATED, steep, 4, 300, on_device=on_device)
     assert drive(REPEATED, steep, 4, 300, drafting=False)[0] / seconds > 0.98
     assert scheduler.counters.draft_tokens < 20
