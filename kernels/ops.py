@@ -58,10 +58,10 @@ token begins at last_at, or 1 + j behind it, whatever starts says. So step metad
 of every sequence. Tokens from query_start[S] on and sequences without tokens are padding: all zeros.
 
 A slot may have several queries in a step, side by side: its last token, then draft tokens of what follows, one token each. A
-draft token holds if the query before it drew just that and all draft tokens before it hold. With ids int64 [S] as drawn and token_ids
+draft token is accepted if the query before it drew just that and all draft tokens before it hold. With ids int64 [S] as drawn and token_ids
 [T], seq_lens [S] as unpacked:
 
-`pagegraph::accept` puts what was drawn behind the last draft token that holds, and its position, into last_tokens and last_at of
+`pagegraph::accept` puts what was drawn behind the last accepted draft token, and its position, into last_tokens and last_at of
 the slots with draft tokens, of which no slot has more than `most`.
 
 `pagegraph::propose_ngram` does that too, and writes a step's tokens, and what was drawn of them that holds, into history [slots, W], and for slots that

@@ -12,7 +12,7 @@ import torch
 
 from pagegraph.compiler.step.forward import run_forward
 from pagegraph.compiler.step.inputs import NgramOutput, StepInput, StepOutput
-from pagegraph.compiler.step.sampling import StepLogprobTensors, draw, sample, settle
+from pagegraph.compiler.step.sampling import StepLogprobTensors, accept_drafts, draw, sample
 from pagegraph.compiler.step.staging import Staged, Staging, StepMetadata
 from pagegraph.compiler.step.state import DeviceState
 
@@ -59,7 +59,7 @@ class StepExecutor:
         staged = self.staging.unpack(metadata)
         logits = run_forward(self.forward, staged, self.state)
         ids = draw(logits, staged, self.state)
-        found = settle(ids, staged, self.state)
+        found = accept_drafts(ids, staged, self.state)
         return Outputs(logits, torch.stack([*before, ids], dim=1) if before else ids, found, staged)
 
     def repeat(self, metadata: StepMetadata, times: int, run: Callable[[], Sampled]) -> Sampled:
@@ -78,4 +78,4 @@ class StepExecutor:
         if step.sampling.is_plain:
             return Sampled(outputs.ids[:seqs], None if outputs.found is None else outputs.found[:, :seqs], None)
         ids, logprobs = sample(outputs.logits[:seqs], step.sampling, outputs.staged, self.state)
-        return Sampled(ids, settle(ids, outputs.staged, self.state), logprobs)
+        return Sampled(ids, accept_drafts(ids, outputs.staged, self.state), logprobs)

@@ -49,7 +49,7 @@ def draw(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tens
     return torch.ops.pagegraph.draw(logits, *(one[:count] for one in arguments), state.last_tokens, state.last_at)
 
 
-def settle(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor | None:
+def accept_drafts(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor | None:
     """Hand on what draft tokens the drawn ids int64 [s] bear out; what follows is looked up where the device does that.
 
     int32 [2, s] of `pagegraph::propose_ngram`, or None. Called again with other ids, it makes good what it did with the

@@ -1,4 +1,4 @@
-// The draft_tokens that hold in a step, and those for the next, on a CPU: `propose_ngram` of `reference.py`, slot after slot; built by `cpp.py`.
+// The draft tokens that a step accepts, and those for the next, on a CPU: `propose_ngram` of `reference.py`, slot after slot; built by `cpp.py`.
 #include <algorithm>
 #include <cstdint>
 
@@ -32,20 +32,20 @@ extern "C" void kernel(const int64_t* ids, const int32_t* token_ids, const int32
     for (int64_t query = 0; query < seqs; query++) found[query] = 0, found[seqs + query] = 0;
     for (int64_t first = 0, last; live(first); first = last) {  // a slot: a query, and one for each draft
         const int32_t slot = slots[first];
-        int64_t held = 0;
-        bool holds = true;
+        int64_t accepted = 0;
+        bool matches = true;
         for (last = first + 1; live(last) && slots[last] == slot; last++) {
-            holds = holds && token_ids[query_start[last]] == ids[last - 1];
-            held += holds;
+            matches = matches && token_ids[query_start[last]] == ids[last - 1];
+            accepted += matches;
         }
         for (int64_t query = first; query < last; query++) found[seqs + query] = token_ids[query_start[query + 1] - 1];
-        if (last > first + 1) last_tokens[slot] = int32_t(ids[first + held]), last_at[slot] = seq_lens[first + held];
+        if (last > first + 1) last_tokens[slot] = int32_t(ids[first + accepted]), last_at[slot] = seq_lens[first + accepted];
         int32_t* const text = history + slot * width;
         const int32_t* const fed = token_ids + query_start[first];
         const int64_t length = seq_lens[first], tokens = query_start[first + 1] - query_start[first];
         std::copy(fed, fed + tokens, text + length - tokens);
         if (last == first + 1 && !sampled[first]) continue;
-        const int64_t known = std::min(length + held + 1, width);
+        const int64_t known = std::min(length + accepted + 1, width);
         for (int64_t at = length; at < known; at++) text[at] = int32_t(ids[first + at - length]);
         int32_t* const next = draft_tokens + slot * count;
         const bool hit = next[0] == ids[first];

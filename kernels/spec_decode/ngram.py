@@ -1,6 +1,6 @@
-"""Triton: which draft tokens held, and what to draft next, on the device, at the end of every step.
+"""Triton: which draft tokens were accepted, and what to draft next, on the device, at the end of every step.
 
-Queries of a slot stand together: its last token, then a draft token each. A draft token holds if it is what the query before it drew. What
+Queries of a slot stand together: its last token, then a draft token each. A draft token is accepted if it is what the query before it drew. What
 the slot then holds is looked up in itself, so the next step can be launched before the host knows any of it. Knows no host
 and no model. See `kernels.ops`.
 
@@ -25,8 +25,8 @@ SEEN = tl.constexpr(MAX_MATCH)
 
 
 @triton.jit
-def _held(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, query, num_seqs, LANES: tl.constexpr):
-    """Of the slot that begins at `query`: (draft tokens, how many of them hold)."""
+def _num_accepted(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, query, num_seqs, LANES: tl.constexpr):
+    """Of the slot that begins at `query`: (draft tokens, how many of them are accepted)."""
     slot = tl.load(slots_ptr + query)
     lane = tl.arange(0, LANES)
     draft = query + 1 + lane
@@ -38,8 +38,8 @@ def _held(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, query, num_seqs, L
     draft_tokens = tl.min(tl.where(ours, LANES, lane), axis=0)
     fed = tl.load(token_ids_ptr + begin, mask=ours, other=0)
     drawn = tl.load(ids_ptr + query + lane, mask=ours, other=0)
-    held = tl.min(tl.where(fed == drawn, LANES, lane), axis=0)
-    return draft_tokens, tl.minimum(held, draft_tokens)
+    accepted = tl.min(tl.where(fed == drawn, LANES, lane), axis=0)
+    return draft_tokens, tl.minimum(accepted, draft_tokens)
 
 
 @triton.jit
@@ -75,9 +75,9 @@ def accept_kernel(
     query = tl.program_id(0)
     if not _begins_slot(slots_ptr, query_start_ptr, query):
         return
-    draft_tokens, held = _held(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, query, num_seqs, LANES)
+    draft_tokens, accepted = _num_accepted(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, query, num_seqs, LANES)
     if draft_tokens > 0:
-        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, tl.load(slots_ptr + query), query + held)
+        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, tl.load(slots_ptr + query), query + accepted)
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -112,10 +112,10 @@ def propose_ngram_kernel(
     tl.store(found_ptr + num_seqs + query, fed)
     if not _begins_slot(slots_ptr, query_start_ptr, query):
         return
-    draft_tokens, held = _held(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, query, num_seqs, LANES)
+    draft_tokens, accepted = _num_accepted(ids_ptr, token_ids_ptr, slots_ptr, query_start_ptr, query, num_seqs, LANES)
     slot = tl.load(slots_ptr + query).to(tl.int64)
     if draft_tokens > 0:
-        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, slot, query + held)
+        _accept(last_tokens_ptr, last_at_ptr, ids_ptr, seq_lens_ptr, slot, query + accepted)
     text = history_ptr + slot * WIDTH
     length = tl.load(seq_lens_ptr + query)
     lane = tl.arange(0, BLOCK)
@@ -126,10 +126,10 @@ def propose_ngram_kernel(
     if (draft_tokens == 0) & (tl.load(sampled_ptr + query) == 0):
         return
     few = tl.arange(0, LANES)
-    kept = (few <= held) & (length + few < WIDTH)
+    kept = (few <= accepted) & (length + few < WIDTH)
     tl.store(text + length + few, tl.load(ids_ptr + query + few, mask=kept, other=0).to(tl.int32), mask=kept)
     tl.debug_barrier()  # what this program wrote is read by its other threads
-    known = tl.minimum(length + held + 1, WIDTH)
+    known = tl.minimum(length + accepted + 1, WIDTH)
     last = tl.load(text + known - 1)
     # The longest match, of equals the latest, as one number: its length above 32 bits of where it ends.
     best = tl.full([BLOCK], -1, tl.int64)

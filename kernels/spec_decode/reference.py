@@ -11,7 +11,7 @@ MAX_MATCH = 32  # a match is measured up to so many tokens
 def verify(
     ids: torch.Tensor, token_ids: torch.Tensor, slots: torch.Tensor, query_start: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every live slot of a step, in order: (its first query, the query behind the draft tokens that hold, its last); int64 [R].
+    """Of every live slot of a step, in order: (its first query, the query behind the accepted draft tokens, its last); int64 [R].
 
     The queries of a slot stand together, the second and later ones a draft token each.
     """
@@ -29,8 +29,8 @@ def verify(
     last = np.append(first[1:], live) - 1
     total = np.cumsum(wrong)
     slot = np.cumsum(~draft) - 1
-    held = total == total[first][slot]
-    return first, first + np.bincount(slot, held, minlength=len(first)).astype(np.int64) - 1, last
+    accepted = total == total[first][slot]
+    return first, first + np.bincount(slot, accepted, minlength=len(first)).astype(np.int64) - 1, last
 
 
 def accept(
@@ -48,14 +48,14 @@ def accept(
 
 
 def _accept(
-    held: tuple[np.ndarray, np.ndarray, np.ndarray],
+    accepted: tuple[np.ndarray, np.ndarray, np.ndarray],
     ids: torch.Tensor,
     slots: torch.Tensor,
     seq_lens: torch.Tensor,
     last_tokens: torch.Tensor,
     last_at: torch.Tensor,
 ) -> None:
-    first, kept, last = held
+    first, kept, last = accepted
     kept = kept[last > first]
     owners = slots.numpy()[kept]
     last_tokens.numpy()[owners], last_at.numpy()[owners] = ids.numpy()[kept], seq_lens.numpy()[kept]
@@ -77,8 +77,8 @@ def propose_ngram(
 ) -> torch.Tensor:
     """See `kernels.ops`."""
     found = np.zeros((2, len(ids)), np.int32)
-    firsts, kepts, lasts = held = verify(ids, token_ids, slots, query_start)
-    _accept(held, ids, slots, seq_lens, last_tokens, last_at)
+    firsts, kepts, lasts = accepted = verify(ids, token_ids, slots, query_start)
+    _accept(accepted, ids, slots, seq_lens, last_tokens, last_at)
     if not len(firsts):
         return torch.from_numpy(found)
     text, tokens, drawn = history.numpy(), token_ids.numpy(), ids.numpy()

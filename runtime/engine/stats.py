@@ -81,7 +81,7 @@ class EngineStats:
         self._reported = now, counters.draft_tokens, counters.accepted
         if new := counters.draft_tokens - draft_tokens:
             held = counters.accepted - accepted
-            log.info("speculation: %d of %d draft tokens held (%.0f %%)", held, new, 100 * held / new)
+            log.info("speculation: %d of %d draft tokens were accepted (%.0f %%)", held, new, 100 * held / new)
 
     def publish(self) -> None:
         """What is read off the scheduler and the step when somebody asks."""

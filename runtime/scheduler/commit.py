@@ -1,7 +1,7 @@
 """What a step brought: its samples appended to their slots, and which sequences end by them, and why.
 
 Plans are taken in the order they were scheduled. Length is looked at before stop ids: a stop id that is also the last token
-allowed ends the sequence with "length". A sample past an end is dropped here, and draft tokens that did not hold are taken back.
+allowed ends the sequence with "length". A sample past an end is dropped here, and rejected draft tokens are taken back.
 Knows no blocks and no queue: a sequence that ends is still in its slot afterwards.
 """
 
@@ -83,7 +83,7 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
 
 
 def _judge(batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult, told: list[Sequence]) -> Verification:
-    """What was sampled behind draft tokens that hold, up to an end, added to `result`."""
+    """What was sampled behind accepted draft tokens, up to an end, added to `result`."""
     drafts = plan.drafts.among(batch.epoch[plan.drafts.slots] == plan.epochs[plan.drafts.first])
     at, fed = drafts.slots, None if output.ngram is None else output.ngram.fed
     known, max_len = batch.known[at], batch.max_len[at]
@@ -106,7 +106,7 @@ def _judge(batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult
 
 
 def _append_accepted(batch: InputBatch, found: Verification) -> None:
-    """Append the tokens of the verification; draft tokens that did not hold are taken back."""
+    """Append the tokens of the verification; rejected draft tokens are taken back."""
     at, known = found.slots, batch.known[found.slots]
     places = np.arange(found.tokens.shape[1])
     inside = places < found.lengths[:, None]

@@ -1,8 +1,8 @@
-"""Draft tokens in a step: what they are, the queries they become, and how many of them hold.
+"""Draft tokens in a step: what they are, the queries they become, and how many of them are accepted.
 
 Each draft token is a query of its own behind its slot's last known token: the same slot, one token, the next position. Keys
 and values of all queries are written before any attends, so a query sees the draft tokens before it, and its sample is the
-one that a step of its own would have drawn: noise depends on (seed, position, token) alone. A draft token holds exactly if
+one that a step of its own would have drawn: noise depends on (seed, position, token) alone. A draft token is accepted exactly if
 it is what the query before it sampled, so the tokens are those of a run without draft tokens. Pure arithmetic over arrays.
 """
 
@@ -68,7 +68,7 @@ class Verification:
 
     slots: np.ndarray
     counts: np.ndarray  # draft tokens
-    accepted: np.ndarray  # draft tokens that held, from the first on
+    accepted: np.ndarray  # accepted draft tokens, from the first on
     tokens: np.ndarray  # [R, K + 1], new tokens of the slot, of which `lengths` count
     lengths: np.ndarray  # at least 1
     stopped: np.ndarray  # bool, whether the last of them is a stop id
@@ -124,8 +124,8 @@ def verify(
     at = np.arange(draft_tokens.shape[1] + 1)
     inside = at <= counts[:, None]
     tokens = sampled[np.where(inside, drafts.first[:, None] + at, drafts.first[:, None])]
-    held = (tokens[:, :-1] == draft_tokens) & inside[:, 1:]
-    accepted = np.logical_and.accumulate(held, axis=1).sum(axis=1)
+    matches = (tokens[:, :-1] == draft_tokens) & inside[:, 1:]
+    accepted = np.logical_and.accumulate(matches, axis=1).sum(axis=1)
     lengths = np.minimum(accepted + 1, max_len - known)
     after = known[:, None] + at + 1
     stops = (tokens[:, :, None] == stop_ids[:, None]).any(axis=2) & (after > min_len[:, None])

@@ -36,7 +36,7 @@ class InputBatch:
 
     Half-open ranges: tokens[r, :computed[r]] have their KV in blocks or in a launched step; tokens[r, :known[r]]
     are on the host; at most total[r] - known[r] samples are scheduled and still to come. Both computed and total count
-    draft tokens in flight as if they held, and are taken back where they did not.
+    draft tokens in flight as if they were accepted, and are taken back where they were not.
     """
 
     def __init__(self, num_slots: int, max_model_len: int, block_size: int) -> None:

@@ -38,7 +38,7 @@ class Packer:
             slots=plan.slots,
             query_start=query_start,
             starts=plan.starts,
-            # Which of a slot's draft tokens hold decides what is handed over: not the draw of one query.
+            # Which of a slot's draft tokens are accepted decides what is handed over: not the draw of one query.
             sampled=plan.sampled if plan.drafts is None else plan.sampled & plan.drafts.others,
             new_blocks=self.batch.take_new_blocks(),
             sampling=self._sampling(plan),

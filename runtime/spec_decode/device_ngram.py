@@ -2,7 +2,7 @@
 
 A step that verifies is launched before the one before it is done: where its slots stand, and with what, the device knows
 (`kernels.spec_decode.ngram`). The host says how many draft tokens a slot gets, from what it knows by then, a step late: how long a match the
-slot's draft tokens rested on, and how often draft tokens on such a match have held. Knows no device and no text.
+slot's draft tokens rested on, and how often draft tokens on such a match have been accepted. Knows no device and no text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pagegraph.runtime.spec_decode.host import KEEP_DRAFTING, START_DRAFTING, co
 from pagegraph.runtime.spec_decode.num_draft_tokens import Acceptance, StepCosts, choose
 
 KEPT = 4  # steps for which numbers of draft tokens are kept while the same slots may have them
-# of so many steps without draft tokens one is looked at, for what steps cost and what draft tokens would have held
+# of so many steps without draft tokens one is looked at, for what steps cost and what draft tokens would have been accepted
 OBSERVE_EVERY = 8
 
 
@@ -87,7 +87,7 @@ class DeviceNgram:
             self._matched[at[self.scheduler.batch.epoch[at] != epochs]] = 0
 
     def _learn_unverified(self, plan: Plan, hits: np.ndarray) -> None:
-        """Of slots that were not given their draft tokens: whether the first would have held."""
+        """Of slots that were not given their draft tokens: whether the first would have been accepted."""
         asked = plan.sampled & (self._matched[plan.slots] > 0) & (self._epochs[plan.slots] == plan.epochs)
         if self.scheduler.num_running < self.scheduler.max_decode_tokens and asked.any():
             slots = plan.slots[asked]

@@ -2,7 +2,7 @@
 
 It draws with the request's temperature and filters and with the noise that the target will draw with at that position:
 both take the largest of their logits plus the same noise, so they agree nearly as often as two draws can (Gumbel-max
-coupling), and what the target draws is not changed at all. Keys and values of draft tokens that did not hold, and of tokens
+coupling), and what the target draws is not changed at all. Keys and values of rejected draft tokens, and of tokens
 that it has not seen yet, are computed before the next draft token. All draft tokens are one launch of several steps, or two where a
 slot lacks more than its last token. Knows no acceptance and no scheduling.
 
@@ -47,7 +47,7 @@ class DraftModel:
 
         The slots have blocks for their draft tokens; there are at most `max_decode_tokens` of them.
         """
-        self._settle(at)
+        self._accept(at)
         known, ends = self.batch.known[at], self._ends(at, counts)
         first = self._catch_up(at)
         done = int(ends.min()) if first.num_seqs == len(at) == first.num_tokens else 1
@@ -82,8 +82,8 @@ class DraftModel:
             SamplingInput(batch.temperature[at], batch.seed[at], self._filters(at)),
         )  # fmt: skip
 
-    def _settle(self, at: np.ndarray) -> None:
-        """Keep what was computed for draft tokens that held."""
+    def _accept(self, at: np.ndarray) -> None:
+        """Keep what was computed for accepted draft tokens."""
         batch = self.batch
         new = at[self._epoch[at] != batch.epoch[at]]
         self._epoch[at], self._computed[new] = batch.epoch[at], 0

@@ -2,7 +2,7 @@
 
 Such draft tokens need every token of their slots on the host, so the step before is committed before they are made; all other steps
 are planned ahead as ever. Where the number of draft tokens is left to the engine, what is looked up is compared with what comes
-while nothing is drafted: knowing whether draft tokens would hold takes no step. Knows no device.
+while nothing is drafted: knowing whether draft tokens would be accepted takes no step. Knows no device.
 
 Splitting the batch into two alternating halves, so that only those wait who have draft tokens, would read the weights
 twice; so all wait, and the wait is part of what draft tokens must earn.
@@ -254,8 +254,8 @@ class Speculation:
                 differs = np.flatnonzero(came != shadow.tokens[: len(came)])
                 if not len(differs) and len(came) < len(shadow.tokens):
                     continue
-                held = int(differs[0]) if len(differs) else len(came)
-                learned.append((slot, epoch, shadow.matched, len(shadow.tokens), held))
+                accepted = int(differs[0]) if len(differs) else len(came)
+                learned.append((slot, epoch, shadow.matched, len(shadow.tokens), accepted))
             self._shadows.pop(slot, None)
             if count := min(SHADOW, int(proposal.counts[i])):
                 self._shadows[slot] = Shadow(epoch, known, int(proposal.matched[i]), proposal.tokens[i, :count].copy())
@@ -264,7 +264,7 @@ class Speculation:
 
 
 def could_pay(base: int, budget: int, costs: StepCosts) -> bool:
-    """Whether draft tokens beside `base` slots would pay if all held."""
+    """Whether draft tokens beside `base` slots would pay if all were accepted."""
     num_tokens = base + np.arange(budget + 1)
     rates = num_tokens / costs.ms(num_tokens)
     return bool(rates.max() > rates[0] * (1 + START_DRAFTING))

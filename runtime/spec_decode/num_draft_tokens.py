@@ -1,4 +1,4 @@
-"""How many draft tokens pay: what steps of so many tokens take, how often draft tokens hold, and the best count of the two.
+"""How many draft tokens pay: what steps of so many tokens take, how often draft tokens are accepted, and the best count of the two.
 
 Learned from the steps themselves. Knows no clock, no slots' contents and no device: numbers are handed in.
 
@@ -17,7 +17,8 @@ import numpy as np
 OUTLIER = np.log(3.0)  # a step that took longer than three times its prediction (a compilation, a pause) counts as this
 SPEED_RATE = 0.1  # weight of a step in the common speed of all sizes
 SHAPE_RATE = 0.05  # weight of a step in its own size's cost relative to the others, once it is known
-MATCHES = np.array([1, 2, 3, 4, 6, 9, 17, 33])  # a class of draft tokens begins at each: longer matches hold more often
+# a class of draft tokens begins at each: longer matches are accepted more often
+MATCHES = np.array([1, 2, 3, 4, 6, 9, 17, 33])
 # Chances of a class before anything is known, the first of draft tokens that rest on no match.
 PRIOR = np.array([0.6, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
 PRIOR_WEIGHT = 4.0  # draft tokens' worth of the prior, and of all slots in the chance of one slot
@@ -72,21 +73,21 @@ class StepCosts:
 
 
 class Acceptance:
-    """How often a draft token holds if those before it did, by the slot and by the class of the match that it rests on."""
+    """How often a draft token is accepted if those before it were, by the slot and by the class of the match that it rests on."""
 
     def __init__(self, num_slots: int) -> None:
         self._epoch = np.zeros(num_slots, np.int64)
-        self._slot_tried, self._slot_held = (np.zeros((num_slots, len(PRIOR))) for _ in range(2))
+        self._slot_tried, self._slot_accepted = (np.zeros((num_slots, len(PRIOR))) for _ in range(2))
         self._tried = np.full(len(PRIOR), PRIOR_WEIGHT)
-        self._held = PRIOR_WEIGHT * PRIOR
+        self._accepted = PRIOR_WEIGHT * PRIOR
 
     def chances(self, slots: np.ndarray, epochs: np.ndarray, matched: np.ndarray, most: int) -> np.ndarray:
-        """float64 [R, most]: that the draft tokens 0..j of each slot all hold, resting on matches of `matched` [R] tokens."""
+        """float64 [R, most]: that the draft tokens 0..j of each slot all are accepted, resting on matches of `matched` [R] tokens."""
         self._enter(slots, epochs)
         classes = _classes(matched, most)
         slot = slots[:, None]
-        common = self._held[classes] / self._tried[classes]
-        own = (self._slot_held[slot, classes] + PRIOR_WEIGHT * common) / (
+        common = self._accepted[classes] / self._tried[classes]
+        own = (self._slot_accepted[slot, classes] + PRIOR_WEIGHT * common) / (
             self._slot_tried[slot, classes] + PRIOR_WEIGHT
         )
         return np.cumprod(own, axis=1)
@@ -94,7 +95,7 @@ class Acceptance:
     def learn(
         self, slots: np.ndarray, epochs: np.ndarray, matched: np.ndarray, counts: np.ndarray, accepted: np.ndarray
     ) -> None:
-        """Of counts[i] draft tokens in slot slots[i], no slot twice, the first accepted[i] held; all int [R]."""
+        """Of counts[i] draft tokens in slot slots[i], no slot twice, the first accepted[i] were accepted; all int [R]."""
         if not len(slots):
             return
         self._enter(slots, epochs)
@@ -104,18 +105,18 @@ class Acceptance:
         index = slot * len(PRIOR) + _classes(matched, len(at))[slot, place]
         shape = len(slots), len(PRIOR)
         tries = np.bincount(index, minlength=shape[0] * shape[1]).reshape(shape)
-        holds = np.bincount(index[place < accepted[slot]], minlength=shape[0] * shape[1]).reshape(shape)
+        hits = np.bincount(index[place < accepted[slot]], minlength=shape[0] * shape[1]).reshape(shape)
         decay = SLOT_DECAY**tries
         self._slot_tried[slots] = self._slot_tried[slots] * decay + tries
-        self._slot_held[slots] = self._slot_held[slots] * decay + holds
+        self._slot_accepted[slots] = self._slot_accepted[slots] * decay + hits
         decay = ALL_DECAY ** tries.sum(axis=0)
         self._tried = np.maximum(self._tried * decay, 1e-9) + tries.sum(axis=0)
-        self._held = self._held * decay + holds.sum(axis=0)
+        self._accepted = self._accepted * decay + hits.sum(axis=0)
 
     def _enter(self, slots: np.ndarray, epochs: np.ndarray) -> None:
         new = slots[self._epoch[slots] != epochs]
         self._epoch[slots] = epochs
-        self._slot_tried[new] = self._slot_held[new] = 0
+        self._slot_tried[new] = self._slot_accepted[new] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,6 @@ def choose(
 
 
 def _classes(matched: np.ndarray, most: int) -> np.ndarray:
-    """[R, most]: of each draft token; each one that holds lengthens the match. Draft tokens that rest on none are a class of their own."""
+    """[R, most]: of each draft token; each one that is accepted lengthens the match. Draft tokens that rest on none are a class of their own."""
     lengths = matched[:, None] + np.arange(most) * (matched > 0)[:, None]
     return np.searchsorted(MATCHES, lengths, side="right")

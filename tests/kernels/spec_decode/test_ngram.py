@@ -1,4 +1,4 @@
-"""Which draft tokens hold and what is drafted next: Triton against plain arrays, and these by hand and against another search."""
+"""Which draft tokens are accepted and what is drafted next: Triton against plain arrays, and these by hand and against another search."""
 
 from __future__ import annotations
 

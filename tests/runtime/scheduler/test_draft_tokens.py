@@ -55,7 +55,7 @@ def judged(
         ([4, 4, 4], [4, 4], dict(stop_ids=(-1, 4)), [4], 1, True),
     ],
 )
-def test_what_holds_and_where_it_ends(sampled, draft_tokens, limits, tokens, accepted, stopped) -> None:
+def test_what_is_accepted_and_where_it_ends(sampled, draft_tokens, limits, tokens, accepted, stopped) -> None:
     found = judged(sampled, draft_tokens, **limits)
     assert found.tokens[0, : found.lengths[0]].tolist() == tokens
     assert (int(found.accepted[0]), bool(found.stopped[0])) == (accepted, stopped)
@@ -260,7 +260,7 @@ def draft(sequence: Sequence, *tokens: int) -> DraftTokens:
     )
 
 
-def test_a_slot_with_draft_tokens_counts_as_if_all_held_until_their_verification() -> None:
+def test_a_slot_with_draft_tokens_counts_as_if_all_were_accepted_until_their_verification() -> None:
     scheduler = scheduler_of()
     sequence = started(scheduler)
     plan = scheduler.schedule(0, draft(sequence, 5, 6))
@@ -282,7 +282,7 @@ def test_a_slot_with_draft_tokens_counts_as_if_all_held_until_their_verification
 
 
 @pytest.mark.parametrize("stop", [EOS, 9])
-def test_a_slot_preempted_with_draft_tokens_in_flight_keeps_what_held(stop: int) -> None:
+def test_a_slot_preempted_with_draft_tokens_in_flight_keeps_what_was_accepted(stop: int) -> None:
     scheduler = scheduler_of()
     sequence = started(scheduler, stop_token_ids=[stop])
     plan = scheduler.schedule(0, draft(sequence, 5, 6))

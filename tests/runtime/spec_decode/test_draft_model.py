@@ -158,7 +158,7 @@ def test_draft_tokens_are_those_of_the_confirmed_tokens_alone(
             for token in tokens:
                 assert token == next_token(history)
                 history.append(token)
-            came = [*tokens[:kept], *([1] * (kept + 1 - len(tokens[:kept])))]  # draft tokens that held, and others
+            came = [*tokens[:kept], *([1] * (kept + 1 - len(tokens[:kept])))]  # accepted draft tokens, and others
             batch.tokens[slot, batch.known[slot] : batch.known[slot] + len(came)] = came
             batch.known[slot] += len(came)
     assert step.largest <= max(max_tokens, max_decode_tokens)
@@ -236,7 +236,7 @@ def afresh(step: CompiledStep, history: list[int], count: int, temperature: floa
 def test_draft_tokens_of_a_real_model_are_what_it_says_afresh(
     drafted: BuiltModel, temperature: float, together: bool
 ) -> None:
-    """Also behind a token that is not what the model itself would have put behind draft tokens that all held."""
+    """Also behind a token that is not what the model itself would have put behind accepted draft tokens."""
     batch, at, count = InputBatch(4, 128, 8), np.arange(2, dtype=np.int32), 4
     for index, length in enumerate((5, 11)):
         params = SamplingParams(max_tokens=100, temperature=temperature, seed=index)

@@ -55,7 +55,7 @@ class Device:
         starts = np.where(first < 0, self.last_at[step.slots] - 1 - first, step.starts)
         at = starts + np.diff(step.query_start)
         ids = self.script[at % len(self.script)].astype(np.int32)
-        ngram = self._settle(step, at, ids)
+        ngram = self._accept(step, at, ids)
         output = StepOutput(ids, ngram=ngram if self.on_device else None)
 
         def wait() -> StepOutput:
@@ -64,7 +64,7 @@ class Device:
 
         return Ticket(wait)
 
-    def _settle(self, step: StepInput, at: np.ndarray, ids: np.ndarray) -> NgramOutput:
+    def _accept(self, step: StepInput, at: np.ndarray, ids: np.ndarray) -> NgramOutput:
         matched, hits = np.zeros((2, step.num_seqs), np.int32)
         fed = step.token_ids[step.query_start[1:] - 1].copy()
         for s in np.flatnonzero(np.append(True, step.slots[1:] != step.slots[:-1])).tolist():

@@ -53,7 +53,7 @@ ints = lambda *values: np.array(values, np.int32)  # noqa: E731
 def test_chances_start_at_the_prior_and_follow_what_happens() -> None:
     acceptance = Acceptance(2)
     chances = acceptance.chances(ints(0), ints(1), ints(1), 3)
-    assert chances[0] == pytest.approx(np.cumprod(PRIOR[[1, 2, 3]])), "each draft token that holds lengthens the match"
+    assert chances[0] == pytest.approx(np.cumprod(PRIOR[[1, 2, 3]])), "each accepted draft token lengthens the match"
     for _ in range(60):
         acceptance.learn(ints(0, 1), ints(1, 2), ints(3, 3), ints(4, 4), ints(4, 0))
     good, bad = acceptance.chances(ints(0, 1), ints(1, 2), ints(3, 3), 2)
