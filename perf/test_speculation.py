@@ -55,12 +55,12 @@ def work_of(llm: LLM, kind: str, streams: int) -> tuple[list[list[list[int]]], S
 )  # fmt: skip
 def test_drafting(benchmark, llm: LLM, kind: str, streams: int, goal: float) -> None:
     works, params = work_of(llm, kind, streams)
-    engine, speculation, state = llm.engine, llm.engine.speculation, llm.built.step.state
+    engine, drafter, state = llm.engine, llm.engine.drafter, llm.built.step.state
     allowed = 15, NgramRange(2, 5)
 
     def seconds(drafting: bool) -> float:
         # One engine: the same blocks and caches on both sides. Steps look up nothing where nothing is drafted.
-        engine.speculation = speculation if drafting else None
+        engine.drafter = drafter if drafting else None
         state.allow_drafts(*(allowed if drafting else (0, None)))
         start = time.perf_counter()
         for work in works:

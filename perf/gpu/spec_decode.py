@@ -40,7 +40,7 @@ METHODS = ("ngram", "suffix")
 CHAINED_SEQS, CHAINED_DRAFTS, CHAINED_ROUNDS, TINY_ROUNDS = (1, 4, 16), (4, 8), 50, 2
 
 
-def speculation(report: Report, args: argparse.Namespace, shared: dict) -> None:
+def drafter(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """Milliseconds of a decode step with k draft tokens a sequence, to its floor and to the step without draft tokens.
 
     The floor reads weights and each sequence's keys and values once, however many draft tokens there are.
@@ -102,7 +102,7 @@ def texts(report: Report, args: argparse.Namespace, shared: dict) -> None:
                 if report.out_of_time((method, kind, streams)):
                     return
                 _compare(report, llm, method, kind, streams, num_tokens)
-        costs = llm.engine.speculation.costs
+        costs = llm.engine.drafter.costs
         report.fact(
             **{f"{method}_costs_ms": dict(zip(costs.step_sizes.tolist(), costs.ms(costs.step_sizes).round(3).tolist()))}
         )
@@ -132,7 +132,7 @@ def _equal(report: Report, args: argparse.Namespace) -> None:
         given = {**settings, "speculative_method": "ngram", "num_speculative_tokens": draft_tokens or "auto"}
         llm = LLM(load_config(args.weights, given).config, built=built)
         if draft_tokens is None:
-            llm.engine.speculation = None
+            llm.engine.drafter = None
         got = [one.token_ids for one in llm.generate(prompts, params)]
         expected = expected or got
         same, counters = sum(a == b for a, b in zip(got, expected)), llm.engine.scheduler.counters
@@ -151,7 +151,7 @@ def _equal(report: Report, args: argparse.Namespace) -> None:
 
 
 def _compare(report: Report, llm: LLM, method: str, kind: str, streams: int, num_tokens: int) -> None:
-    engine, speculation = llm.engine, llm.engine.speculation
+    engine, drafter = llm.engine, llm.engine.drafter
     requests = REQUESTS * streams
     if kind == "repetitive":
         prompts = work.repetitive(llm.tokenizer.encode, requests)
@@ -161,7 +161,7 @@ def _compare(report: Report, llm: LLM, method: str, kind: str, streams: int, num
         params = SamplingParams(max_tokens=num_tokens, temperature=1.0, ignore_eos=True, seed=streams)
 
     def seconds(drafting: bool) -> tuple[float, list[list[int]]]:
-        engine.speculation = speculation if drafting else None  # one engine: the same blocks and caches on both sides
+        engine.drafter = drafter if drafting else None  # one engine: the same blocks and caches on both sides
         start = time.perf_counter()
         done = [one.token_ids for one in llm.generate(prompts, params)]
         return time.perf_counter() - start, done

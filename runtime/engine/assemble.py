@@ -19,12 +19,12 @@ from pagegraph.runtime.sampling_params import model_defaults
 from pagegraph.runtime.scheduler.block_pool import BlockPool
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.step_time import StepTime
-from pagegraph.runtime.spec_decode.device_ngram import DeviceNgram
+from pagegraph.runtime.spec_decode.device_drafter import DeviceDrafter
 from pagegraph.runtime.spec_decode.draft_model import DraftModel
-from pagegraph.runtime.spec_decode.host import Drafter, Speculation
+from pagegraph.runtime.spec_decode.host_drafter import Drafter, HostDrafter
 from pagegraph.runtime.spec_decode.num_draft_tokens import StepCosts
-from pagegraph.runtime.spec_decode.proposer import Ngram
-from pagegraph.runtime.spec_decode.suffix import Suffix
+from pagegraph.runtime.spec_decode.proposer import NgramProposer
+from pagegraph.runtime.spec_decode.suffix import SuffixProposer
 
 
 def engine_of(
@@ -75,12 +75,12 @@ def engine_of(
     stats = EngineStats(metrics, scheduler, built.step.counts)
     engine = Engine(
         built.step, scheduler, mailbox, limits, info, time.monotonic, stats, step_time=step_time, seed=config.seed,
-        use_idle_time=built.use_idle_time, speculation=_speculation(config, built, scheduler),
+        use_idle_time=built.use_idle_time, drafter=_drafter(config, built, scheduler),
     )  # fmt: skip
     return engine, metrics
 
 
-def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Drafter | None:
+def _drafter(config: Config, built: BuiltModel, scheduler: Scheduler) -> Drafter | None:
     if config.method is None:
         return None
     state = built.step.state
@@ -93,13 +93,13 @@ def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Dra
         most = scheduler.max_decode_tokens
         costs = StepCosts(built.step.decode_sizes(most), measure_latency(built.step, most))
     if config.proposes_on_device:
-        return DeviceNgram(scheduler, config.max_draft_tokens, costs)
+        return DeviceDrafter(scheduler, config.max_draft_tokens, costs)
     proposer_name = config.method.partition("+")[0]
-    retrieval = None
+    proposer = None
     if proposer_name == "suffix":
-        retrieval = Suffix(config.prompt_lookup_min)
+        proposer = SuffixProposer(config.prompt_lookup_min)
     elif proposer_name == "ngram":
-        retrieval = Ngram(config.prompt_lookup_min, config.prompt_lookup_max)
+        proposer = NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max)
     draft, draft_ms = None, 1.0
     if built.draft is not None:
         draft = DraftModel(
@@ -107,4 +107,4 @@ def _speculation(config: Config, built: BuiltModel, scheduler: Scheduler) -> Dra
             together=built.device.type == "cuda",
         )  # fmt: skip
         draft_ms = min(measure_latency(built.draft, 2).values()) if costs is not None else draft_ms
-    return Speculation(scheduler, retrieval, config.max_draft_tokens, costs, draft, draft_ms)
+    return HostDrafter(scheduler, proposer, config.max_draft_tokens, costs, draft, draft_ms)

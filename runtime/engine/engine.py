@@ -37,7 +37,7 @@ from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
 from pagegraph.runtime.scheduler.step_time import StepTime
-from pagegraph.runtime.spec_decode.host import Drafter
+from pagegraph.runtime.spec_decode.host_drafter import Drafter
 
 log = logging.getLogger("pagegraph.engine")
 
@@ -87,7 +87,7 @@ class Engine:
         step_time: StepTime | None = None,
         seed: int = 0,
         use_idle_time: Callable[[], bool] = lambda: False,
-        speculation: Drafter | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.step = step
         self.scheduler = scheduler
@@ -99,7 +99,7 @@ class Engine:
         self.step_time = step_time
         self.seed = seed
         self.use_idle_time = use_idle_time
-        self.speculation = speculation
+        self.drafter = drafter
         self.stopping = False
         self._packer = Packer(scheduler.batch)
         self._running: InFlight | None = None
@@ -141,15 +141,15 @@ class Engine:
             running, done = None, self._last_done
         if running is None:
             self._suspects.choose()
-        if self.speculation is not None:
-            draft_tokens = self.speculation.propose(ahead=running is not None)
+        if self.drafter is not None:
+            draft_tokens = self.drafter.propose(ahead=running is not None)
         plan = self.scheduler.schedule(self.clock(), draft_tokens)
         self._running = self._launch(plan, done) if plan else None
         if running is not None:
             self._commit(running)
 
     def _wants_results(self, running: Plan) -> bool:
-        return self.speculation is not None and self.speculation.wants_results(running)
+        return self.drafter is not None and self.drafter.wants_results(running)
 
     @property
     def idle(self) -> bool:
@@ -178,8 +178,8 @@ class Engine:
         self._deliver(result)  # before anything else may fail: what is committed has been told
         self.scheduler.finish(result)
         self._suspects.stepped(len(result.slots))
-        if self.speculation is not None:
-            self.speculation.learn(done.plan, result, output.ngram, seconds * 1e3, done.waited * 1e3)
+        if self.drafter is not None:
+            self.drafter.learn(done.plan, result, output.ngram, seconds * 1e3, done.waited * 1e3)
         self.stats.stepped(result, now)
 
     def _deliver(self, result: StepResult) -> None:

@@ -27,7 +27,7 @@ class Proposal:
     matched: np.ndarray
 
 
-class Retrieval(Protocol):
+class Proposer(Protocol):
     """Draft tokens by looking up what has been written before: cheap, on the host."""
 
     def propose(self, batch: InputBatch, at: np.ndarray, limits: np.ndarray) -> Proposal:
@@ -39,7 +39,7 @@ class Retrieval(Protocol):
         ...
 
 
-class Ngram:
+class NgramProposer:
     """N-gram proposals: the longest suffix of `least` to `most` tokens that stood in the slot before, its latest place."""
 
     def __init__(self, least: int, most: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pagegraph.kernels.spec_decode.reference import MAX_MATCH
 from pagegraph.runtime.scheduler.input_batch import InputBatch
-from pagegraph.runtime.spec_decode.proposer import Ngram, Proposal
+from pagegraph.runtime.spec_decode.proposer import NgramProposer, Proposal
 
 HISTORY = 100_000  # tokens that are remembered; then the memory starts anew
 LONGEST = 4096  # last tokens of a sequence that are added to it
@@ -86,12 +86,12 @@ class Reader:
     place: tuple[int, int]
 
 
-class Suffix:
+class SuffixProposer:
     """Matches of at least `least` tokens; the longer of the two proposes."""
 
     def __init__(self, least: int) -> None:
         self.least = least
-        self._own = Ngram(least, MAX_MATCH)
+        self._own = NgramProposer(least, MAX_MATCH)
         self._history = Automaton()
         self._version = 0  # of the history
         self._readers: dict[int, Reader] = {}  # by slot

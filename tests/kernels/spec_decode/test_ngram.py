@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.kernels.spec_decode import cpp as spec_decode_cpp
 from pagegraph.kernels.spec_decode import reference
-from pagegraph.runtime.spec_decode.proposer import Ngram, continuation
+from pagegraph.runtime.spec_decode.proposer import NgramProposer, continuation
 
 NUM_SLOTS, WIDTH, DRAFT_TOKENS = 7, 2500, 5
 LEAST, MOST = 2, 4
@@ -131,7 +131,7 @@ def test_what_is_looked_up_is_what_the_search_of_one_slot_finds(
     text = np.array(tokens, np.int32)
     slots = np.stack([np.append(text, [1, 1, 1]), np.zeros(len(text) + 3)]).astype(np.int32)
     draft_tokens, matched = reference.ngram_proposal(slots, np.array([len(text), 1]), count, least, least + more)
-    end, seen = Ngram(least, least + more).find(text)
+    end, seen = NgramProposer(least, least + more).find(text)
     assert matched.tolist() == [seen, 0]
     assert draft_tokens[0].tolist() == (continuation(text, end, count) if end else np.full(count, text[-1])).tolist()
 

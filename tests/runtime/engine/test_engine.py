@@ -25,9 +25,9 @@ from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.pack import Packer
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
-from pagegraph.runtime.spec_decode.device_ngram import DeviceNgram
-from pagegraph.runtime.spec_decode.host import Speculation
-from pagegraph.runtime.spec_decode.proposer import Ngram
+from pagegraph.runtime.spec_decode.device_drafter import DeviceDrafter
+from pagegraph.runtime.spec_decode.host_drafter import HostDrafter
+from pagegraph.runtime.spec_decode.proposer import NgramProposer
 from tests.runtime.fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep
 
 
@@ -72,13 +72,15 @@ class Harness:
         )  # fmt: skip
         drafter = None
         if draft_tokens:
-            drafter = DeviceNgram(self.scheduler, 2) if on_device else Speculation(self.scheduler, Ngram(1, 3), 2)
+            drafter = (
+                DeviceDrafter(self.scheduler, 2) if on_device else HostDrafter(self.scheduler, NgramProposer(1, 3), 2)
+            )
         self.mailbox = LocalMailbox()
         self.metrics = EngineMetrics("m", MAX_LEN)
         self.turns = 0
         self.engine = Engine(
             self.device, self.scheduler, self.mailbox, Limits(VOCAB, MAX_LEN, frozenset([EOS]), max_queue), None,
-            lambda: float(self.turns), EngineStats(self.metrics, self.scheduler, StepCounts()), speculation=drafter,
+            lambda: float(self.turns), EngineStats(self.metrics, self.scheduler, StepCounts()), drafter=drafter,
         )  # fmt: skip
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}  # finish reason, or the status of a failure
@@ -234,7 +236,7 @@ def poison(harness: Harness, where: str, monkeypatch: pytest.MonkeyPatch, after:
         case "schedule":
             raising(harness.scheduler, "schedule", lambda *_: running(harness.scheduler.batch))
         case "draft_tokens":
-            raising(harness.engine.speculation, "propose", lambda ahead: running(harness.scheduler.batch))
+            raising(harness.engine.drafter, "propose", lambda ahead: running(harness.scheduler.batch))
         case "pack":
             raising(Packer, "pack", lambda self, plan: bool((harness.scheduler.batch.seed[plan.slots] == 99).any()))
         case "launch":

@@ -13,8 +13,8 @@ from pagegraph.kernels.spec_decode.reference import MAX_MATCH
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.sequence import Sequence
-from pagegraph.runtime.spec_decode.proposer import Ngram, Retrieval
-from pagegraph.runtime.spec_decode.suffix import BORDER, Automaton, Suffix
+from pagegraph.runtime.spec_decode.proposer import NgramProposer, Proposer
+from pagegraph.runtime.spec_decode.suffix import BORDER, Automaton, SuffixProposer
 
 texts = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 
@@ -29,7 +29,7 @@ def batch_of(text: list[int]) -> InputBatch:
     return batch
 
 
-def proposed(drafter: Retrieval, text: list[int], limit: int = 4) -> tuple[list[int], int]:
+def proposed(drafter: Proposer, text: list[int], limit: int = 4) -> tuple[list[int], int]:
     proposal = drafter.propose(batch_of(text), np.zeros(1, np.int32), np.full(1, limit, np.int32))
     return proposal.tokens[0, : proposal.counts[0]].tolist(), int(proposal.matched[0])
 
@@ -43,7 +43,7 @@ def test_ngram_is_the_latest_of_the_longest(text: list[int], least: int, more: i
         if ends:
             expected = [text[ends[-1] + i % (len(text) - ends[-1])] for i in range(4)]
             break
-    got, matched = proposed(Ngram(least, most), text)
+    got, matched = proposed(NgramProposer(least, most), text)
     assert got == expected and (matched >= least if got else not matched)
 
 
@@ -59,7 +59,7 @@ def test_ngram_is_the_latest_of_the_longest(text: list[int], least: int, more: i
 )
 def test_ngram_by_hand(text: list[int], tokens: list[int], matched: int) -> None:
     """A match that runs into its own end goes on periodically; its whole length is told, beyond what was asked for."""
-    assert proposed(Ngram(2, 3), text) == (tokens, matched)
+    assert proposed(NgramProposer(2, 3), text) == (tokens, matched)
 
 
 @given(text=texts, query=texts)
@@ -79,7 +79,7 @@ def test_the_automaton_finds_the_longest_suffix_that_it_has_read(text: list[int]
 
 
 def test_outputs_of_others_are_remembered_to_their_end() -> None:
-    suffix = Suffix(2)
+    suffix = SuffixProposer(2)
     suffix.ended(np.array([10, 11, 12, 13]))
     suffix.ended(np.array([20, 21, 22, 23, 24]))
     assert proposed(suffix, [1, 10, 11]) == ([12, 13], 2)
@@ -90,7 +90,7 @@ def test_outputs_of_others_are_remembered_to_their_end() -> None:
 
 
 def test_a_slot_is_followed_as_it_grows_and_anew_when_another_enters_it() -> None:
-    suffix, batch = Suffix(2), batch_of([1, 10])
+    suffix, batch = SuffixProposer(2), batch_of([1, 10])
     suffix.ended(np.array([10, 11, 12, 13, 14]))
 
     def next_tokens() -> list[int]:

@@ -14,7 +14,7 @@ from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.draft_tokens import DraftTokens
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
-from pagegraph.runtime.spec_decode.host import KEEP_DRAFTING, START_DRAFTING, could_pay, within
+from pagegraph.runtime.spec_decode.host_drafter import KEEP_DRAFTING, START_DRAFTING, could_pay, within
 from pagegraph.runtime.spec_decode.num_draft_tokens import Acceptance, StepCosts, choose
 
 KEPT = 4  # steps for which numbers of draft tokens are kept while the same slots may have them
@@ -22,8 +22,8 @@ KEPT = 4  # steps for which numbers of draft tokens are kept while the same slot
 OBSERVE_EVERY = 8
 
 
-class DeviceNgram:
-    """At most `most` draft tokens a slot for every step; with `costs`, as many of them as pay. See `runtime.spec_decode.host.Drafter`."""
+class DeviceDrafter:
+    """At most `most` draft tokens a slot for every step; with `costs`, as many of them as pay. See `runtime.spec_decode.host_drafter.Drafter`."""
 
     def __init__(self, scheduler: Scheduler, most: int, costs: StepCosts | None = None) -> None:
         self.scheduler = scheduler
@@ -65,7 +65,7 @@ class DeviceNgram:
     def learn(
         self, plan: Plan, result: StepResult, ngram: NgramOutput | None, step_ms: float, overhead_ms: float
     ) -> None:
-        """See `runtime.spec_decode.host.Drafter`."""
+        """See `runtime.spec_decode.host_drafter.Drafter`."""
         self._steps += 1
         observed = plan.drafts is not None or self._steps % OBSERVE_EVERY == 0
         if self.costs is not None and observed and plan.num_tokens == len(plan):

@@ -23,7 +23,7 @@ from pagegraph.runtime.scheduler.draft_tokens import DraftTokens
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.spec_decode.num_draft_tokens import Acceptance, StepCosts, choose
-from pagegraph.runtime.spec_decode.proposer import Proposal, Retrieval, empty_proposal
+from pagegraph.runtime.spec_decode.proposer import Proposal, Proposer, empty_proposal
 
 SHADOW = 3  # draft tokens a slot that are compared with what comes without being verified
 SEARCH_SHARE = 0.01  # share of time that looking for draft tokens may take while nothing is drafted
@@ -45,7 +45,7 @@ class Shadow:
 
 
 class Drafter(Protocol):
-    """What the engine asks before each step, and tells after it: `Speculation`, and `runtime.spec_decode.device_ngram.DeviceLookup`."""
+    """What the engine asks before each step, and tells after it: `Speculation`, and `runtime.spec_decode.device_drafter.DeviceLookup`."""
 
     def wants_results(self, running: Plan) -> bool:
         """Whether the results of the step in flight are wanted before the next is planned."""
@@ -62,7 +62,7 @@ class Drafter(Protocol):
         ...
 
 
-class Model(Protocol):
+class ModelProposer(Protocol):
     """Draft tokens by computing: `runtime.spec_decode.draft_model.DraftModel`."""
 
     def propose(self, at: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -81,7 +81,7 @@ class Offer:
     chances: np.ndarray  # float64 [R, K]
 
 
-class Speculation:
+class HostDrafter:
     """Drafts `most` tokens a slot for every step; with `costs`, as many of them as pay.
 
     Where both n-gram proposer and model could draft token, the one does that has been right more often on such a match.
@@ -90,16 +90,16 @@ class Speculation:
     def __init__(
         self,
         scheduler: Scheduler,
-        retrieval: Retrieval | None,
+        proposer: Proposer | None,
         most: int,
         costs: StepCosts | None = None,
-        model: Model | None = None,
+        model: ModelProposer | None = None,
         model_ms: float = 1.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`model_ms`: what a step of the model takes, a first idea."""
         self.scheduler = scheduler
-        self.retrieval = retrieval
+        self.proposer = proposer
         self.most = most
         self.costs = costs
         self.model = model
@@ -150,10 +150,10 @@ class Speculation:
         self, plan: Plan, result: StepResult, ngram: NgramOutput | None, step_ms: float, overhead_ms: float
     ) -> None:
         """See `Drafter`."""
-        if self.retrieval is not None:
+        if self.proposer is not None:
             for sequence in result.ended:
                 if not sequence.cache_salt:  # a salted one's tokens must not show in how fast others run
-                    self.retrieval.ended(sequence.tokens[sequence.num_prompt :])
+                    self.proposer.ended(sequence.tokens[sequence.num_prompt :])
         if (verification := result.verification) is not None and len(verification.slots):
             epochs = plan.epochs[plan.drafts.first[np.isin(plan.drafts.slots, verification.slots)]]
             self.acceptance.learn(
@@ -175,10 +175,10 @@ class Speculation:
     def _offer(self, slots: np.ndarray, limits: np.ndarray, ahead: int) -> Offer:
         """What could be drafted for the slots; an n-gram proposal's first `ahead` tokens are for those in flight, and left out."""
         epochs = self.scheduler.batch.epoch[slots]
-        if self.retrieval is None:
+        if self.proposer is None:
             proposal = empty_proposal(len(slots), int(limits.max()))
         else:
-            proposal = self.retrieval.propose(self.scheduler.batch, slots, limits)
+            proposal = self.proposer.propose(self.scheduler.batch, slots, limits)
         most = proposal.tokens.shape[1]
         ngram_chances = self.acceptance.chances(slots, epochs, proposal.matched, most)[:, ahead:]
         available = np.maximum(proposal.counts - ahead, 0)

@@ -18,10 +18,10 @@ from pagegraph.runtime.ipc.protocol import SamplingParams, Submit, Tokens
 from pagegraph.runtime.llm import LocalMailbox
 from pagegraph.runtime.scheduler.block_pool import BlockPool
 from pagegraph.runtime.scheduler.scheduler import Scheduler
-from pagegraph.runtime.spec_decode.device_ngram import DeviceNgram
-from pagegraph.runtime.spec_decode.host import Drafter, Speculation
+from pagegraph.runtime.spec_decode.device_drafter import DeviceDrafter
+from pagegraph.runtime.spec_decode.host_drafter import Drafter, HostDrafter
 from pagegraph.runtime.spec_decode.num_draft_tokens import StepCosts
-from pagegraph.runtime.spec_decode.proposer import Ngram
+from pagegraph.runtime.spec_decode.proposer import NgramProposer
 
 MAX_LEN = 2000
 RNG = np.random.default_rng(0)
@@ -137,7 +137,7 @@ def drive(
         max_decode_tokens=64,
     )
     metrics = EngineMetrics("m", MAX_LEN)
-    speculation = None
+    drafter = None
     if drafting:
         drafter = Model(device, scheduler, **model) if model else None
         costs = (
@@ -145,13 +145,13 @@ def drive(
             if fixed
             else StepCosts((*range(1, 17), *range(20, 65, 4)), {n: cost(n) for n in (1, 2, 4, 8, 16, 32, 64)})
         )
-        speculation = DeviceNgram(scheduler, fixed or 15, costs) if on_device else Speculation(
-            scheduler, None if model else Ngram(2, 5), fixed or 15, costs, drafter, model.get("ms", 1.0), clock=device.clock
+        drafter = DeviceDrafter(scheduler, fixed or 15, costs) if on_device else HostDrafter(
+            scheduler, None if model else NgramProposer(2, 5), fixed or 15, costs, drafter, model.get("ms", 1.0), clock=device.clock
         )  # fmt: skip
     mailbox = LocalMailbox()
     engine = Engine(
         device, scheduler, mailbox, Limits(1000, MAX_LEN, frozenset(), 100), None, device.clock,
-        EngineStats(metrics, scheduler, StepCounts()), speculation=speculation,
+        EngineStats(metrics, scheduler, StepCounts()), drafter=drafter,
     )  # fmt: skip
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
     for index in range(streams):
@@ -166,7 +166,7 @@ def drive(
     scheduler.check_integrity()
     for tokens in got.values():
         assert tokens == script[20 : 20 + num_tokens].tolist()
-    return device.now, device, scheduler, speculation
+    return device.now, device, scheduler, drafter
 
 
 WHERE = pytest.mark.parametrize("on_device", [False, True])
@@ -232,7 +232,7 @@ def test_a_model_drafts_if_it_is_good(chance: float, gain: float) -> None:
 
 
 def test_a_model_that_was_bad_is_tried_now_and_then_until_it_is_good() -> None:
-    _, _, scheduler, speculation = drive(RANDOM, flat, 1, 900, chance=0.02, ms=1.0)
-    assert 3 < speculation.model.made < 60
+    _, _, scheduler, drafter = drive(RANDOM, flat, 1, 900, chance=0.02, ms=1.0)
+    assert 3 < drafter.model.made < 60
     _, device, scheduler, _ = drive(RANDOM, flat, 1, 1900, chance=0.02, ms=1.0, good_from=500)
     assert scheduler.counters.accepted > 500 and len(device.steps) < 1400
