@@ -23,7 +23,7 @@ from pagegraph.runtime.scheduler.counters import Counters
 from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, as_queries
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.plan import Columns, Plan, joined
-from pagegraph.runtime.scheduler.prompt_room import PromptRoom
+from pagegraph.runtime.scheduler.prefill_budget import PrefillBudget
 from pagegraph.runtime.scheduler.running import Running
 from pagegraph.runtime.scheduler.sequence import Sequence, State, place_of
 from pagegraph.runtime.scheduler.step_time import StepTime
@@ -151,14 +151,14 @@ class Scheduler:
         """
         self._vacate_drained()
         preemptions = self.counters.preemptions
-        columns, room = self._continue(draft_tokens)
+        columns, budget = self._continue(draft_tokens)
         parts = [columns] if len(columns[0]) else []
         started: list[Sequence] = []
         if self._waiting and self.counters.preemptions == preemptions:
-            self._admit(parts, started, room)
+            self._admit(parts, started, budget)
             self._starting = None
-        if room.long >= 0:
-            self._fill_up(parts, room)
+        if budget.long >= 0:
+            self._fill_up(parts, budget)
         drafts = None
         if draft_tokens is not None and len(columns[0]):
             parts[0], drafts = as_queries(columns, draft_tokens)
@@ -239,14 +239,14 @@ class Scheduler:
             require(sequence.num_prompt <= batch.known[slot] <= batch.total[slot], "tokens are lost")
             require(batch.computed[slot] <= batch.total[slot] <= sequence.max_len, "a sequence runs past its end")
 
-    def _continue(self, draft_tokens: DraftTokens | None) -> tuple[Columns, PromptRoom]:
+    def _continue(self, draft_tokens: DraftTokens | None) -> tuple[Columns, PrefillBudget]:
         """What the running sequences get, draft tokens too, and the prompt tokens left for others."""
         if draft_tokens is None and (plain := self._continue_all()) is not None:
-            return plain, self._room(len(plain[0]))
+            return plain, self._prefill_budget(len(plain[0]))
         num_draft_tokens = None if draft_tokens is None else draft_tokens.of_slots(self.max_num_seqs)
-        slots, counts, room = self._wanted(num_draft_tokens)
+        slots, counts, budget = self._wanted(num_draft_tokens)
         slots, counts = self._grow(slots, counts)
-        return self._advance(slots, counts, num_draft_tokens), room
+        return self._advance(slots, counts, num_draft_tokens), budget
 
     def _continue_all(self) -> Columns | None:
         """The commonest step, a token of every running sequence, all with room for it; else None.
@@ -264,7 +264,7 @@ class Scheduler:
         batch.total[slots] = ends + 1
         return slots, fixed.epochs, starts, self._running.ones, self._running.trues
 
-    def _wanted(self, num_draft_tokens: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, PromptRoom]:
+    def _wanted(self, num_draft_tokens: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, PrefillBudget]:
         """Slots of the running and how many tokens each may compute, draft tokens too, and the prompt tokens left for others.
 
         num_draft_tokens: int32, by slot.
@@ -277,23 +277,25 @@ class Scheduler:
             slots = slots[growing]
         counts = batch.total[slots] - batch.computed[slots]
         prefills = np.flatnonzero(counts > 1)
-        room = self._room(len(slots) - len(prefills) + (0 if num_draft_tokens is None else int(num_draft_tokens.sum())))
+        budget = self._prefill_budget(
+            len(slots) - len(prefills) + (0 if num_draft_tokens is None else int(num_draft_tokens.sum()))
+        )
         for i in prefills.tolist():
             wanted = int(counts[i])
-            counts[i] = tokens = room.offer(wanted)
-            room.take(int(slots[i]), wanted, tokens)
+            counts[i] = tokens = budget.offer(wanted)
+            budget.take(int(slots[i]), wanted, tokens)
         if num_draft_tokens is not None:
             counts += num_draft_tokens[slots]
-        return (slots[counts > 0], counts[counts > 0], room) if counts.min(initial=1) < 1 else (slots, counts, room)
+        return (slots[counts > 0], counts[counts > 0], budget) if counts.min(initial=1) < 1 else (slots, counts, budget)
 
-    def _room(self, decodes: int) -> PromptRoom:
+    def _prefill_budget(self, decodes: int) -> PrefillBudget:
         """Prompt tokens the step may take: what decodes leave, less where a chunk beside them would slow them."""
         left, block = max(self.max_num_batched_tokens - decodes, 0), self.batch.block_size
         if self.step_time is not None and decodes and self.enable_chunked_prefill:
             beside = self.step_time.prefill_tokens_beside(decodes)
             # A block at least: prompts always get on.
             left = left if beside is None else min(left, max(beside, block))
-        return PromptRoom(left, self.enable_chunked_prefill, block)
+        return PrefillBudget(left, self.enable_chunked_prefill, block)
 
     def _grow(self, slots: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Give running slots blocks for `counts` more tokens, preempting the last running ones until they suffice.
@@ -327,7 +329,7 @@ class Scheduler:
             self.block_tables.publish(batch.sequences[slot])
         return slots, batch.epoch[slots], starts, counts, sampled
 
-    def _admit(self, parts: list[Columns], started: list[Sequence], room: PromptRoom) -> None:
+    def _admit(self, parts: list[Columns], started: list[Sequence], budget: PrefillBudget) -> None:
         """Start waiting sequences in order while prompt tokens, slots and blocks for their whole prompts last.
 
         Behind a long prompt those start that end within what it leaves. The first that lacks blocks ends it, though: blocks
@@ -335,16 +337,16 @@ class Scheduler:
         """
         passed = 0
         for sequence in self._next_in_line():
-            if not self.batch.num_free or not room.tokens or passed == LOOK_PAST:
+            if not self.batch.num_free or not budget.tokens or passed == LOOK_PAST:
                 return
             if sequence.slot >= 0:  # its samples from before a preemption are still to come
                 return
             self._starting, tokens = sequence, 0
-            if not passed or self._may_end(sequence, room):
+            if not passed or self._may_end(sequence, budget):
                 found = self.block_tables.find(sequence)
                 computed = len(found) * self.batch.block_size
                 wanted = len(sequence.tokens) - computed
-                tokens = room.offer(wanted)
+                tokens = budget.offer(wanted)
             if not tokens:
                 if not self.enable_chunked_prefill:
                     return
@@ -356,7 +358,7 @@ class Scheduler:
             slot = self._start(sequence, blocks, computed)
             parts.append(self._advance(np.array([slot], np.int32), np.array([tokens], np.int32)))
             started.append(sequence)
-            room.take(slot, wanted, tokens)
+            budget.take(slot, wanted, tokens)
 
     def _next_in_line(self) -> list[Sequence]:
         """Those of the queue who may start in the next step, as far as it can get."""
@@ -364,18 +366,18 @@ class Scheduler:
             return self._waiting[: self.batch.num_free + LOOK_PAST]
         return [] if self.alone.state is State.RUNNING else [self.alone]
 
-    def _may_end(self, sequence: Sequence, room: PromptRoom) -> bool:
+    def _may_end(self, sequence: Sequence, budget: PrefillBudget) -> bool:
         """Whether a waiting prompt is worth a look in the cache for whether it ends within what is left."""
         unhashed = len(sequence.tokens) // self.batch.block_size - len(sequence.hashes)
-        return room.long < 0 or len(sequence.tokens) <= room.tokens or unhashed <= HASH_PAST
+        return budget.long < 0 or len(sequence.tokens) <= budget.tokens or unhashed <= HASH_PAST
 
-    def _fill_up(self, parts: list[Columns], room: PromptRoom) -> None:
+    def _fill_up(self, parts: list[Columns], budget: PrefillBudget) -> None:
         """The long prompt of the step gets what nobody behind it took; it does not end by that either."""
         for slots, _, _, counts, _ in parts:
-            for i in np.flatnonzero(slots == room.long).tolist():
-                counts[i] += room.tokens
-                self.batch.computed[room.long] += room.tokens
-                self.block_tables.publish(self.batch.sequences[room.long])
+            for i in np.flatnonzero(slots == budget.long).tolist():
+                counts[i] += budget.tokens
+                self.batch.computed[budget.long] += budget.tokens
+                self.block_tables.publish(self.batch.sequences[budget.long])
 
     def _start(self, sequence: Sequence, blocks: list[int], computed: int) -> int:
         """Move a sequence of the queue into a slot, with `computed` tokens in its blocks already -> the slot."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class PromptRoom:
+class PrefillBudget:
     """`tokens` that are left; `split`: whether a prompt may be computed in parts; `least`: of the share, a block."""
 
     tokens: int
