@@ -16,8 +16,8 @@ from typing import Protocol
 import numpy as np
 
 from pagegraph.compiler.step.step import CompiledStep, Ticket
+from pagegraph.runtime.engine.fault_isolation import FaultIsolation
 from pagegraph.runtime.engine.stats import EngineStats
-from pagegraph.runtime.engine.suspects import Suspects
 from pagegraph.runtime.ipc.protocol import (
     Abort,
     Admitted,
@@ -106,7 +106,7 @@ class Engine:
         self._clients: list[bytes] = []  # by owner number
         self._owners: dict[bytes, int] = {}
         self._num_submitted = 0
-        self._suspects = Suspects(scheduler)
+        self._isolation = FaultIsolation(scheduler)
         self._last_done = 0.0
         self._moved = 0.0  # when a step ended, well or not, or the engine was idle last
 
@@ -136,11 +136,11 @@ class Engine:
     def _advance(self) -> None:
         """Schedule and launch a step, and commit the one before."""
         running, draft_tokens, done = self._running, None, None
-        if running is not None and (self._suspects or self._wants_results(running.plan)):
+        if running is not None and (self._isolation or self._wants_results(running.plan)):
             self._commit(running)
             running, done = None, self._last_done
         if running is None:
-            self._suspects.choose()
+            self._isolation.choose()
         if self.drafter is not None:
             draft_tokens = self.drafter.propose(ahead=running is not None)
         plan = self.scheduler.schedule(self.clock(), draft_tokens)
@@ -177,7 +177,7 @@ class Engine:
         result = self.scheduler.commit(done.plan, output)
         self._deliver(result)  # before anything else may fail: what is committed has been told
         self.scheduler.finish(result)
-        self._suspects.stepped(len(result.slots))
+        self._isolation.stepped(len(result.slots))
         if self.drafter is not None:
             self.drafter.learn(done.plan, result, output.ngram, seconds * 1e3, done.waited * 1e3)
         self.stats.stepped(result, now)
@@ -223,7 +223,7 @@ class Engine:
         self._moved = self.clock()
         touched = self.scheduler.restart()
         self._prove(error)
-        guilty = self._suspects.accuse(touched)
+        guilty = self._isolation.accuse(touched)
         if guilty is None:
             log.warning("%d sequences run one at a time, to find whose step it is that fails", len(touched))
         else:

@@ -14,17 +14,17 @@ from __future__ import annotations
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence, State
 
-TRIAL_STEPS = 3  # that bring tokens: the prompt's last, a decode, and one that may verify draft tokens
+ISOLATED_STEPS = 3  # that bring tokens: the prompt's last, a decode, and one that may verify draft tokens
 PEACE = 100  # steps after which a failure has nothing to do with the one before
 
 
-class Suspects:
+class FaultIsolation:
     """Those that have not run alone yet, the one that does so first."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._untried: list[Sequence] = []
-        self._length = TRIAL_STEPS
+        self._length = ISOLATED_STEPS
         self._left = 0  # steps that the first of them has yet to come through
         self._peace = PEACE  # steps that came through since one failed
 
@@ -36,9 +36,9 @@ class Suspects:
         if self._untried:
             guilty = self._untried[0]
         else:
-            self._length = TRIAL_STEPS if self._peace >= PEACE else 2 * self._length
+            self._length = ISOLATED_STEPS if self._peace >= PEACE else 2 * self._length
             # Were those who took part all innocent before, it is somebody who waits, or their company.
-            again = self._length > TRIAL_STEPS
+            again = self._length > ISOLATED_STEPS
             self._untried = self._scheduler.live if again or not touched else list(touched)
             guilty = self._untried[0] if len(self._untried) == 1 else None
         self._peace = 0 if guilty is None else PEACE
