@@ -28,6 +28,7 @@ from pagegraph.runtime.config_groups import (
     SchedulerConfig,
     ServerConfig,
     SpeculativeConfig,
+    is_path,
 )
 
 API_KEY_VARIABLE = "PAGEGRAPH_API_KEY"  # of the environment; comes after flags and before files
@@ -246,10 +247,9 @@ def check(config: Config) -> None:
         raise ConfigError("num_blocks and kv_cache_memory both fix the size of the KV cache; set one of them")
     if config.num_blocks is not None and length is not None:
         _check_one_sequence_fits(config.num_blocks, config.block_size, length)
-    if config.load_format == "gguf" and config.gguf_file is None and not config.model.endswith(".gguf"):
-        raise ConfigError(f"load_format=gguf but model={config.model} is no .gguf file; name the file in gguf_file")
-    if config.quantization == "gguf" and config.gguf_file is None and not config.model.endswith(".gguf"):
-        raise ConfigError(f"quantization=gguf but model={config.model} is no .gguf file; name the file in gguf_file")
+    for key in ("load_format", "quantization"):
+        if getattr(config, key) == "gguf" and not config.is_gguf:
+            raise ConfigError(f"{key}=gguf but model={config.model} is no .gguf file; name the file in gguf_file")
     _check_speculation(config)
     if config.probe_port and config.probe_port == config.port:
         raise ConfigError(
@@ -290,8 +290,7 @@ def _check_one_sequence_fits(num_blocks: int, block_size: int, length: int) -> N
 def require_local_files(config: Config) -> None:
     """Raise ConfigError if `model` or `tokenizer` names something on this machine that is not there."""
     path = Path(config.model).expanduser()
-    is_path = config.model.startswith(("/", "./", "../", "~")) or config.model.endswith(".gguf")
-    if is_path and not path.exists():
+    if (is_path(config.model) or config.model.endswith(".gguf")) and not path.exists():
         hint = "; `make model` fetches it" if path.parent.name == "models" else ""
         raise ConfigError(f"model={config.model} does not exist{hint}")
     if config.draft is not None:

@@ -89,6 +89,11 @@ class ModelConfig:
     )
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether a .gguf file is named."""
+        return self.gguf_file is not None or self.model.endswith(".gguf")
+
+    @property
     def model_name(self) -> str:
         """Name in the HTTP API. A local path gives only its last part: paths stay out of answers."""
         if self.served_model_name is not None:
@@ -261,6 +266,11 @@ class ServerConfig:
     log_level: str = _option("info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error")
 
 
+def is_path(model: str) -> bool:
+    """Whether `model` can only be a path, there or not."""
+    return model.startswith(("/", "./", "../", "~"))
+
+
 def is_local_path(model: str) -> bool:
     """Whether `model` can only be, or is, a path on this machine rather than a hub name."""
-    return model.startswith(("/", "./", "../", "~")) or Path(model).exists()
+    return is_path(model) or Path(model).exists()

@@ -80,7 +80,7 @@ def _folder(config: Config) -> tuple[Path | None, str]:
     path = Path(config.model).expanduser()
     if config.gguf_file is None and (path / "config.json").is_file():
         return path, ""
-    if config.gguf_file is None and not is_local_path(config.model) and not config.model.endswith(".gguf"):
+    if not config.is_gguf and not is_local_path(config.model):
         from huggingface_hub import try_to_load_from_cache  # here: it takes longer than all the rest
 
         found = try_to_load_from_cache(config.model, "config.json", revision=config.revision)

@@ -45,5 +45,6 @@ def free_port() -> int:
 
 def connectable(address: tuple[Any, ...]) -> str:
     """host:port that a client on this machine can use for a listener's address."""
-    host: str = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
+    host = str(address[0])
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"

@@ -144,6 +144,7 @@ def test_serve_imports_no_torch() -> None:
     code = """
 import sys
 import pagegraph.runtime.commands.generate, pagegraph.runtime.commands.serve, pagegraph.runtime.server.supervisor
+from pagegraph import SamplingParams
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
