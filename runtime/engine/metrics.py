@@ -1,6 +1,7 @@
 """What the engine counts, and its Prometheus text.
 
-Knows numbers and metric names. Knows no torch, no sockets and no clock: the engine hands in durations.
+Knows numbers and metric names: histograms are kept here, totals are read off `Counts`. Knows no torch, no sockets and no
+clock: the engine hands in durations.
 What stands under `vllm:` has the name, the buckets and the meaning that it has there, so dashboards of the field fit; under
 `pagegraph:` the same stands again, with what only this engine counts.
 The engine's thread writes, any thread may render: a scrape may see one step half counted.
@@ -10,10 +11,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from pagegraph.compiler.step.counts import StepCounts
+from pagegraph.runtime.scheduler.counters import Counters
 
 FIELD, OWN = "vllm:", "pagegraph:"
 PREFIXES = (FIELD, OWN)
@@ -59,40 +64,29 @@ class Histogram:
         return pairs
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Where the engine stands at one moment, and what scheduler and device have counted since the start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0  # 0 to 1
+    scheduled: Counters = field(default_factory=Counters)
+    launched: StepCounts = field(default_factory=StepCounts)
+
+    @property
+    def graph_hit_ratio(self) -> float:
+        return self.launched.graphed / self.launched.steps if self.launched.steps else 0.0
+
+
 class EngineMetrics:
     """The engine's counters. Times are seconds; `model_name` becomes a label of every sample."""
 
     def __init__(self, model_name: str, max_model_len: int, prefixes: Sequence[str] = PREFIXES) -> None:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._prefixes = tuple(prefixes)
-        self._gauges = dict.fromkeys(
-            (
-                "num_requests_running",
-                "num_requests_waiting",
-                "kv_cache_usage_perc",
-                "graph_hit_ratio",
-                "spec_decode_guesses_a_row",
-            ),
-            0.0,
-        )
-        self._counters = {
-            "prefix_cache_queries": 0,
-            "prefix_cache_hits": 0,
-            "num_preemptions": 0,
-            "prompt_tokens": 0,
-            "prompt_tokens_cached": 0,
-            "generation_tokens": 0,
-            "engine_steps": 0,
-            "engine_step_tokens": 0,
-            "engine_padding_tokens": 0,
-            "spec_decode_num_drafts": 0,
-            "spec_decode_num_draft_tokens": 0,
-            "spec_decode_num_accepted_tokens": 0,
-            "spec_decode_saved_steps": 0,
-        }
-        self._accepted_at: list[int] = []
         self.compile_state: Callable[[], str] = lambda: "off"  # one of COMPILE_STATES
-        self.refresh: Callable[[], None] = lambda: None  # called before each reading, in the reader's thread
+        self.counts: Callable[[], Counts] = Counts  # called at each reading, in the reader's thread
         self._success: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
         lengths = _one_two_five(max_model_len)
         self._histograms = {
@@ -111,55 +105,6 @@ class EngineMetrics:
     def observe_step(self, tokens: int) -> None:
         """A step brought so many: see `_HELP`."""
         self._histograms["iteration_tokens_total"].observe(tokens)
-
-    def set_state(
-        self,
-        *,
-        running: int,
-        waiting: int,
-        kv_cache_usage: float,
-        prompt_tokens: int,
-        cached_tokens: int,
-        generation_tokens: int,
-        prefix_queries: int,
-        prefix_hits: int,
-        preemptions: int,
-    ) -> None:
-        """The moment (`running`, `waiting`, `kv_cache_usage` in 0..1) and totals since the start."""
-        self._gauges["num_requests_running"] = running
-        self._gauges["num_requests_waiting"] = waiting
-        self._gauges["kv_cache_usage_perc"] = kv_cache_usage
-        self._counters["prompt_tokens"] = prompt_tokens
-        self._counters["prompt_tokens_cached"] = cached_tokens
-        self._counters["generation_tokens"] = generation_tokens
-        self._counters["prefix_cache_queries"] = prefix_queries
-        self._counters["prefix_cache_hits"] = prefix_hits
-        self._counters["num_preemptions"] = preemptions
-
-    def set_launched(self, *, steps: int, graphed: int, tokens: int, padding: int) -> None:
-        """Totals over the steps launched so far: how many replayed a CUDA graph, tokens, and tokens of padding."""
-        self._counters["engine_steps"] = steps
-        self._counters["engine_step_tokens"] = tokens
-        self._counters["engine_padding_tokens"] = padding
-        self._gauges["graph_hit_ratio"] = graphed / steps if steps else 0.0
-
-    def set_speculation(
-        self,
-        *,
-        drafts: int,
-        draft_tokens: int,
-        accepted: int,
-        accepted_at: Sequence[int],
-        saved_steps: int,
-        mean_draft_tokens: float,
-    ) -> None:
-        """Totals of draft tokens, accepted ones also by their place behind the last known token; and the last step's mean."""
-        self._counters["spec_decode_num_drafts"] = drafts
-        self._counters["spec_decode_num_draft_tokens"] = draft_tokens
-        self._counters["spec_decode_num_accepted_tokens"] = accepted
-        self._counters["spec_decode_saved_steps"] = saved_steps
-        self._accepted_at = list(accepted_at)
-        self._gauges["spec_decode_guesses_a_row"] = mean_draft_tokens
 
     def observe_first_token(self, since_arrival: float) -> None:
         """A sequence's first token is out, `since_arrival` seconds after it arrived."""
@@ -198,9 +143,9 @@ class EngineMetrics:
 
     def collect(self) -> Iterator[Metric]:
         """Metric families as prometheus-client's registries yield them."""
-        self.refresh()
+        counts = self.counts()
         for prefix in self._prefixes:
-            yield from self._families(prefix)
+            yield from self._families(prefix, counts)
         states = GaugeMetricFamily(
             "pagegraph:compile_state",
             "1 for the state that the compilation of the model is in.",
@@ -211,28 +156,24 @@ class EngineMetrics:
             states.add_metric([*self._labels.values(), state], float(state == now))
         yield states
 
-    def _families(self, prefix: str) -> Iterable[Metric]:
+    def _families(self, prefix: str, counts: Counts) -> Iterable[Metric]:
         names, values = list(self._labels), list(self._labels.values())
-        for name, value in self._gauges.items():
-            if prefix == FIELD and name in _OWN_NAMES:
-                continue
-            gauge = GaugeMetricFamily(prefix + name, _HELP[name], labels=names)
-            gauge.add_metric(values, value)
-            yield gauge
-        for name, count in self._counters.items():
-            if prefix == FIELD and name in _OWN_NAMES:
-                continue
-            counter = CounterMetricFamily(prefix + name, _HELP[name], labels=names)
-            counter.add_metric(values, count)
-            yield counter
-        name, cached = "prompt_tokens_by_source", self._counters["prompt_tokens_cached"]
+        for family, readers in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, read in readers.items():
+                if prefix == FIELD and name in _OWN_NAMES:
+                    continue
+                one = family(prefix + name, _HELP[name], labels=names)
+                one.add_metric(values, read(counts))
+                yield one
+        scheduled = counts.scheduled
+        name, cached = "prompt_tokens_by_source", scheduled.cached_tokens
         sources = CounterMetricFamily(prefix + name, _HELP[name], labels=[*names, "source"])
-        sources.add_metric([*values, "local_compute"], self._counters["prompt_tokens"] - cached)
+        sources.add_metric([*values, "local_compute"], scheduled.prompt_tokens - cached)
         sources.add_metric([*values, "local_cache_hit"], cached)
         yield sources
         name = "spec_decode_num_accepted_tokens_per_pos"
         places = CounterMetricFamily(prefix + name, _HELP[name], labels=[*names, "position"])
-        for place, count in enumerate(self._accepted_at):
+        for place, count in enumerate(scheduled.accepted_at):
             places.add_metric([*values, str(place)], count)
         yield places
         success = CounterMetricFamily(
@@ -253,10 +194,34 @@ def _one_two_five(limit: int) -> list[int]:
     return [value for value in values if value <= limit]
 
 
+_GAUGES: dict[str, Callable[[Counts], float]] = {
+    "num_requests_running": lambda counts: counts.num_running,
+    "num_requests_waiting": lambda counts: counts.num_waiting,
+    "kv_cache_usage_perc": lambda counts: counts.kv_cache_usage,
+    "graph_hit_ratio": lambda counts: counts.graph_hit_ratio,
+    "spec_decode_mean_draft_tokens": lambda counts: counts.scheduled.mean_draft_tokens,
+    "spec_decode_guesses_a_row": lambda counts: counts.scheduled.mean_draft_tokens,
+}
+_COUNTERS: dict[str, Callable[[Counts], int]] = {
+    "prefix_cache_queries": lambda counts: counts.scheduled.prefix_queries,
+    "prefix_cache_hits": lambda counts: counts.scheduled.prefix_hits,
+    "num_preemptions": lambda counts: counts.scheduled.preemptions,
+    "prompt_tokens": lambda counts: counts.scheduled.prompt_tokens,
+    "prompt_tokens_cached": lambda counts: counts.scheduled.cached_tokens,
+    "generation_tokens": lambda counts: counts.scheduled.generated_tokens,
+    "engine_steps": lambda counts: counts.launched.steps,
+    "engine_step_tokens": lambda counts: counts.launched.tokens,
+    "engine_padding_tokens": lambda counts: counts.launched.padding,
+    "spec_decode_num_drafts": lambda counts: counts.scheduled.drafts,
+    "spec_decode_num_draft_tokens": lambda counts: counts.scheduled.draft_tokens,
+    "spec_decode_num_accepted_tokens": lambda counts: counts.scheduled.accepted,
+    "spec_decode_saved_steps": lambda counts: counts.scheduled.saved_steps,
+}
+
 # What only this engine counts.
 _OWN_NAMES = frozenset({
     "engine_steps", "engine_step_tokens", "engine_padding_tokens", "graph_hit_ratio",
-    "spec_decode_saved_steps", "spec_decode_guesses_a_row",
+    "spec_decode_saved_steps", "spec_decode_mean_draft_tokens", "spec_decode_guesses_a_row",
 })  # fmt: skip
 
 # A request is a sequence here: each of n choices, and each prompt of a list, is one.
@@ -281,7 +246,8 @@ _HELP = {
     "spec_decode_num_accepted_tokens": "Draft tokens that were accepted.",
     "spec_decode_num_accepted_tokens_per_pos": "Draft tokens that were accepted, by their place in the draft, the first at 0.",
     "spec_decode_saved_steps": "Tokens beyond the first that a step brought a sequence.",
-    "spec_decode_guesses_a_row": "Draft tokens a sequence in the last step that could have had any.",
+    "spec_decode_mean_draft_tokens": "Draft tokens a sequence in the last step that could have had any.",
+    "spec_decode_guesses_a_row": "The same as spec_decode_mean_draft_tokens, by its former name.",
     "time_to_first_token_seconds": "Of each request with a first token: from its arrival to that.",
     "inter_token_latency_seconds": "From one step that brought a request tokens to the next that does, however many they bring.",
     "request_success": "Requests that ended, by reason.",

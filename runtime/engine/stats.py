@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pagegraph.compiler.step.counts import StepCounts
-from pagegraph.runtime.engine.metrics import EngineMetrics
+from pagegraph.runtime.engine.metrics import Counts, EngineMetrics
 from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
@@ -18,6 +19,15 @@ log = logging.getLogger("pagegraph.engine")
 REPORT_S = 60.0  # between two lines about draft tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """When the last line about draft tokens was written, and the totals that it was about."""
+
+    at: float = 0.0  # seconds of the engine's clock
+    draft_tokens: int = 0
+    accepted: int = 0
+
+
 class EngineStats:
     """Follows requests from submission to end. Times are seconds of the engine's clock."""
 
@@ -26,12 +36,8 @@ class EngineStats:
         self.scheduler = scheduler
         self.steps = steps
         self._tokens = 0  # counted so far
-        self._reported = (
-            0.0,
-            0,
-            0,
-        )  # when the last line about draft tokens was written, draft tokens and accepted ones then
-        metrics.refresh = self.publish
+        self._reported = Reported()
+        metrics.counts = self.counts
 
     def ended(self, sequence: Sequence, now: float) -> None:
         """A sequence ended, for its `finish_reason`."""
@@ -74,35 +80,23 @@ class EngineStats:
         if result.verification is not None:
             self._report_acceptance(now)
 
-    def _report_acceptance(self, now: float) -> None:
-        counters, (then, draft_tokens, accepted) = self.scheduler.counters, self._reported
-        if now - then < REPORT_S:
-            return
-        self._reported = now, counters.draft_tokens, counters.accepted
-        if new := counters.draft_tokens - draft_tokens:
-            held = counters.accepted - accepted
-            log.info("speculation: %d of %d draft tokens were accepted (%.0f %%)", held, new, 100 * held / new)
+    def counts(self) -> Counts:
+        """What metrics read off the scheduler and the step."""
+        scheduler = self.scheduler
+        return Counts(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            kv_cache_usage=scheduler.block_tables.pool.usage,
+            scheduled=replace(scheduler.counters),
+            launched=self.steps,
+        )
 
-    def publish(self) -> None:
-        """What is read off the scheduler and the step when somebody asks."""
-        counters, steps = self.scheduler.counters, self.steps
-        self.metrics.set_state(
-            running=self.scheduler.num_running,
-            waiting=self.scheduler.num_waiting,
-            kv_cache_usage=self.scheduler.block_tables.pool.usage,
-            prompt_tokens=counters.prompt_tokens,
-            cached_tokens=counters.cached_tokens,
-            generation_tokens=counters.generated_tokens,
-            prefix_queries=counters.prefix_queries,
-            prefix_hits=counters.prefix_hits,
-            preemptions=counters.preemptions,
-        )
-        self.metrics.set_speculation(
-            drafts=counters.drafts,
-            draft_tokens=counters.draft_tokens,
-            accepted=counters.accepted,
-            accepted_at=counters.accepted_at,
-            saved_steps=counters.saved_steps,
-            mean_draft_tokens=counters.mean_draft_tokens,
-        )
-        self.metrics.set_launched(steps=steps.steps, graphed=steps.graphed, tokens=steps.tokens, padding=steps.padding)
+    def _report_acceptance(self, now: float) -> None:
+        before, counters = self._reported, self.scheduler.counters
+        if now - before.at < REPORT_S:
+            return
+        self._reported = Reported(now, counters.draft_tokens, counters.accepted)
+        if verified := counters.draft_tokens - before.draft_tokens:
+            accepted = counters.accepted - before.accepted
+            share = 100 * accepted / verified
+            log.info("speculation: %d of %d draft tokens were accepted (%.0f %%)", accepted, verified, share)

@@ -25,9 +25,7 @@ class Counters:
     drafts: int = 0  # times a slot had draft tokens in a step
     draft_tokens: int = 0
     accepted: int = 0
-    accepted_at: list[int] = field(
-        default_factory=list
-    )  # accepted draft tokens by their place in the slot, the first at 0
+    accepted_at: list[int] = field(default_factory=list)  # accepted ones by their place in the draft, the first at 0
     saved_steps: int = 0  # tokens beyond the first of a sequence in one step
     mean_draft_tokens: float = 0.0  # in the last step that could have had any
 

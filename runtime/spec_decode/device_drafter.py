@@ -35,6 +35,7 @@ class DeviceDrafter:
             scheduler.max_num_seqs, np.int32
         )  # what the slot's next draft tokens rest on, 0: on nothing
         self._chosen: tuple[np.ndarray, np.ndarray] | None = None  # slots, and numbers of draft tokens that pay
+        self._drafting = False  # whether the last step had draft tokens
         self._steps = 0
 
     def wants_results(self, running: Plan) -> bool:
@@ -44,7 +45,7 @@ class DeviceDrafter:
     def propose(self, ahead: bool) -> DraftTokens | None:
         """For slots whose last text that the host has heard of was a repetition."""
         counters, scheduler = self.scheduler.counters, self.scheduler
-        drafting, counters.mean_draft_tokens = counters.mean_draft_tokens > 0, 0.0
+        drafting, self._drafting, counters.mean_draft_tokens = self._drafting, False, 0.0
         if not self._matched.any():
             return None
         slots, limits, budget = scheduler.room_for_drafts(self.most, lag=None)
@@ -59,7 +60,7 @@ class DeviceDrafter:
         some = counts > 0
         if not some.any():
             return None
-        counters.mean_draft_tokens = float(counts[some].mean())
+        self._drafting, counters.mean_draft_tokens = True, float(counts[some].mean())
         return DraftTokens(slots[some], counts[some], None)
 
     def learn(

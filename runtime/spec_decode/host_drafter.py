@@ -113,6 +113,7 @@ class HostDrafter:
         self._search_ms = 0.1
         self._search_budget_ms = 0.0  # allowed for looking
         self._probe_budget_ms = 0.0  # and for draft tokens of the model that are not expected to pay
+        self._drafting = False  # whether the last step that could have had draft tokens had any
         self._probing = False
 
     def wants_results(self, running: Plan) -> bool:
@@ -126,7 +127,8 @@ class HostDrafter:
         if ahead:
             return None
         counters = self.scheduler.counters
-        drafting, counters.mean_draft_tokens, self._spent_ms = counters.mean_draft_tokens > 0, 0.0, 0.0
+        drafting, self._drafting = self._drafting, False
+        counters.mean_draft_tokens = self._spent_ms = 0.0
         probing, self._probing = self._probing, False
         slots, limits, budget = self.scheduler.room_for_drafts(self.most)
         if not len(slots) or not budget:
@@ -143,7 +145,7 @@ class HostDrafter:
             return None
         tokens = self._tokens(offer, counts)
         self._matched[slots[some]] = np.where(offer.retrieved, offer.proposal.matched, 0)[some]
-        counters.mean_draft_tokens = float(counts[some].mean())
+        self._drafting, counters.mean_draft_tokens = True, float(counts[some].mean())
         return DraftTokens(slots[some], counts[some], tokens[some])
 
     def learn(

@@ -8,7 +8,8 @@ from prometheus_client.openmetrics.exposition import generate_latest as openmetr
 from prometheus_client.parser import text_string_to_metric_families
 
 from pagegraph.compiler.step.counts import StepCounts
-from pagegraph.runtime.engine.metrics import EngineMetrics
+from pagegraph.runtime.engine.metrics import Counts, EngineMetrics
+from pagegraph.runtime.scheduler.counters import Counters
 
 
 def samples(metrics: EngineMetrics) -> dict[tuple[str, str], float]:
@@ -25,9 +26,10 @@ def test_a_served_request(prefix: str) -> None:
     metrics = EngineMetrics("tiny", 4096)
     metrics.observe_step(30)
     metrics.observe_step(2)
-    metrics.set_state(
-        running=1, waiting=0, kv_cache_usage=0.5, prompt_tokens=30, cached_tokens=10, generation_tokens=2, prefix_queries=40, prefix_hits=10, preemptions=1,
-    )  # fmt: skip
+    counters = Counters(
+        prompt_tokens=30, cached_tokens=10, generated_tokens=2, prefix_queries=40, prefix_hits=10, preemptions=1
+    )
+    metrics.counts = lambda: Counts(num_running=1, kv_cache_usage=0.5, scheduled=counters)
     metrics.observe_first_token(0.03)
     metrics.observe_inter_tokens(np.array([0.002, 0.002, 1000.0, 0.002]))
     metrics.observe_finished("length")
@@ -63,12 +65,13 @@ def test_a_served_request(prefix: str) -> None:
 
 def test_draft_tokens_are_counted_by_place() -> None:
     metrics = EngineMetrics("m", 100)
-    metrics.set_speculation(
+    counters = Counters(
         drafts=4, draft_tokens=12, accepted=7, accepted_at=[4, 2, 1], saved_steps=6, mean_draft_tokens=3.5
     )
+    metrics.counts = lambda: Counts(scheduled=counters)
     text = metrics.render().decode()
     for name, value in (("num_drafts_total", 4), ("num_draft_tokens_total", 12), ("num_accepted_tokens_total", 7),
-                        ("saved_steps_total", 6), ("guesses_a_row", 3.5)):  # fmt: skip
+                        ("saved_steps_total", 6), ("mean_draft_tokens", 3.5), ("guesses_a_row", 3.5)):  # fmt: skip
         assert f'pagegraph:spec_decode_{name}{{engine="0",model_name="m"}} {float(value)}' in text
     assert 'spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="1"} 2.0' in text
 
@@ -103,9 +106,8 @@ def test_model_name_is_escaped_and_openmetrics_works() -> None:
 
 def test_launched_steps_give_the_graph_ratio_and_padding() -> None:
     metrics = EngineMetrics("m", 100)
-    metrics.set_launched(steps=0, graphed=0, tokens=0, padding=0)
     assert 'graph_hit_ratio{engine="0",model_name="m"} 0.0' in metrics.render().decode()
-    metrics.set_launched(steps=8, graphed=6, tokens=100, padding=25)
+    metrics.counts = lambda: Counts(launched=StepCounts(steps=8, graphed=6, tokens=100, padding=25))
     text = metrics.render().decode()
     for line in ("graph_hit_ratio{%s} 0.75", "engine_steps_total{%s} 8.0", "engine_padding_tokens_total{%s} 25.0"):
         assert line % 'engine="0",model_name="m"' in text
