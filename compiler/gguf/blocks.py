@@ -142,7 +142,8 @@ def _planes_for_weights(plane: int) -> Iterator[None]:
         if kind not in BLOCKS or data.ndim != 2:
             return dequantize(data, kind)
         found = planes(data, kind)
-        return found[plane] if found[plane] is not None else np.zeros_like(found.scale)
+        one = found[plane]
+        return np.zeros_like(found.scale) if one is None else one
 
     gguf.dequantize = of_plane
     try:

@@ -156,6 +156,7 @@ def _stream(
             return opened[files[name]].get_tensor(name)
 
         for path, leaves in packed.items():
+            assert scheme is not None
             _refuse_lost_bias(model, path, files, read)
             # On the CPU: bits are shuffled once, and the device takes only the result.
             _place_quantized(model, path, scheme.read({leaf: read(f"{path}.{leaf}") for leaf in leaves}, path), device)

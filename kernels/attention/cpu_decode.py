@@ -6,8 +6,9 @@ take a step, `kernels.attention.cpu` has those calls. Knows no prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from pagegraph.kernels import cpp_extension
 SOURCE = Path(__file__).with_suffix(".cpp")
 ARGUMENTS = ["void*"] * 7 + ["int32_t*"] * 3 + ["void*"] + ["int64_t"] * 18 + ["float"]
 
-_kernel: Callable | None = None
+_kernel: Any = None  # the function, or None where it is not built
 
 
 def build() -> None:

@@ -263,7 +263,7 @@ def num_splits(rows: int, kv_heads: int, max_length: int, programs: int) -> int:
     """Splits a row is given, from sizes alone: `programs` altogether or more, a power of two."""
     wanted = max(-(-programs // (rows * kv_heads)), -(-max_length // MAX_SPLIT))
     useful = -(-max_length // MIN_SPLIT)
-    return min(triton.next_power_of_2(min(wanted, useful)), MAX_SPLITS)
+    return min(int(triton.next_power_of_2(min(wanted, useful))), MAX_SPLITS)
 
 
 def attend_rows(

@@ -45,8 +45,11 @@ def unpack(
     seq_lens = np.where(counts > 0, start + counts, 0).astype(np.int32)
     out_tables = tables[slot, :width] * (np.arange(width) * block_size < seq_lens[:, None])
     last = np.maximum(begins[1:].astype(np.int64) - 1, 0)
+    flat_ids, flat_positions, flat_slot_mapping = torch.from_numpy(out).unbind()
     return (
-        *torch.from_numpy(out).unbind(),
+        flat_ids,
+        flat_positions,
+        flat_slot_mapping,
         torch.from_numpy(out_tables),
         torch.from_numpy(seq_lens),
         torch.from_numpy(last),

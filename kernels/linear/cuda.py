@@ -58,5 +58,5 @@ def _row_tiles(
     if not dense or first.element_size() != 2 or second.element_size() != 2:
         return None
     rows = x.numel() // x.shape[-1]
-    tiles = row_tile_of(rows, *first.shape), row_tile_of(rows, *second.shape, gated=gated)
-    return tiles if all(tiles) else None
+    one, other = row_tile_of(rows, *first.shape), row_tile_of(rows, *second.shape, gated=gated)
+    return (one, other) if one and other else None

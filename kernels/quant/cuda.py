@@ -87,6 +87,7 @@ def fragment_linear_by(
     if choice.way not in ROUNDING and norm is not None:
         _, rows = add_rms_norm(rows, norm.residual, norm.weight, norm.eps, norm.total)
     if choice.way == "rows":
+        assert choice.tile is not None
         tile = (
             choice.tile._replace(parts=max(2, choice.tile.parts)) if gated else choice.tile
         )  # gate and up are one program's

@@ -10,6 +10,8 @@ parameters. Both are exact.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -100,7 +102,7 @@ def merge_linears(model: nn.Module) -> int:
     return sum(_merge(parent, names, path) for path, parent in parents for names in GROUPS)
 
 
-def _mergeable(linears: list[nn.Module | None]) -> bool:
+def _mergeable(linears: list[Any]) -> bool:
     if all(type(linear) is QuantLinear for linear in linears):
         return stackable(linears)
     if any(type(linear) is not nn.Linear for linear in linears):
