@@ -6,12 +6,15 @@ block tables. A wrong block, slot, prefix hit, preemption or draft token therefo
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
 
 import numpy as np
 
+from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.inputs import NgramOutput, StepInput, StepOutput
+from pagegraph.compiler.step.step import Ticket
 from pagegraph.runtime.ipc.protocol import SamplingParams
 
 BLOCK = 4
@@ -26,60 +29,120 @@ def next_token(history: list[int], seed: int) -> int:
 
 
 class FakeStep:
-    """Paged memory of token ids, slots of last samples, and the same order of work as a device.
+    """Paged memory of token ids, slots of last samples, and the same order of work as a device, at the engine's seam.
 
-    `draft token`, of a slot's tokens and seed, makes the draft tokens for its next step, as a device that looks up does.
+    `says`, of a history and a seed, is the token behind it. `draft`, of the same, gives the draft tokens for a slot's next
+    step and how many tokens they were looked up by. Steps run at their launch; what one raises, waiting raises.
     """
 
+    counts = StepCounts()
+    refuses: Callable[[StepInput], bool] | None = None  # steps whose launch raises
+    breaks: Callable[[StepInput], bool] | None = None  # steps that raise once they run
+
     def __init__(
-        self, num_blocks: int, max_num_seqs: int, draft: Callable[[list[int], int], list[int]] | None = None
+        self,
+        num_blocks: int,
+        max_num_seqs: int,
+        draft: Callable[[list[int], int], tuple[list[int], int]] | None = None,
+        *,
+        says: Callable[[list[int], int], int] = next_token,
+        block_size: int = BLOCK,
+        max_len: int = MAX_LEN,
+        accepts: bool = True,
     ) -> None:
-        self.memory = np.full(num_blocks * BLOCK, -5, np.int64)
-        self.tables = np.zeros((max_num_seqs, -(-MAX_LEN // BLOCK)), np.int64)
+        self.block_size = block_size
+        self.memory = np.full(num_blocks * block_size, -5, np.int64)
+        self.tables = np.zeros((max_num_seqs, -(-max_len // block_size)), np.int64)
         self.last = np.zeros(max_num_seqs, np.int64)
         self.last_at = np.zeros(max_num_seqs, np.int64)
+        self.says = says
         self.draft = draft
+        self.accepts = accepts  # queries behind a slot's first are draft tokens, as of any model but a draft model
         self.draft_tokens: dict[int, list[int]] = {}
-        self.steps = 0
+        self.launches = 0
+        self.queries: list[int] = []  # of each step
+        self.tokens: list[int] = []
+
+    def launch(self, step: StepInput, times: int = 1) -> Ticket:
+        if self.refuses is not None and self.refuses(step):
+            raise RuntimeError("cannot be launched")
+        self.launches += 1
+        output: StepOutput | Exception
+        try:
+            if self.breaks is not None and self.breaks(step):
+                self.memory[:] = -9  # whatever it has written
+                raise RuntimeError("broken on the device")
+            output = self.run(step) if times == 1 else self._run_on(step, times)
+        except Exception as error:
+            output = error
+
+        def wait() -> StepOutput:
+            if isinstance(output, Exception):
+                raise output
+            return output
+
+        return Ticket(wait)
+
+    def _run_on(self, step: StepInput, times: int) -> StepOutput:
+        """The step, and those in which each of its slots goes on by a token."""
+        assert step.sampled.all() and step.num_tokens == len(set(step.slots.tolist())), (
+            "a token of each of several slots"
+        )
+        sampled = [self.run(step).token_ids]
+        onward = dataclasses.replace(step, token_ids=np.full_like(step.token_ids, -1), new_blocks=step.new_blocks[:0])
+        for at in range(1, times):
+            sampled.append(self.run(dataclasses.replace(onward, starts=step.starts + at)).token_ids)
+        return StepOutput(np.stack(sampled, axis=1))
 
     def run(self, step: StepInput) -> StepOutput:
-        self.steps += 1
+        self.queries.append(step.num_seqs)
+        self.tokens.append(step.num_tokens)
         self.tables[step.new_blocks[:, 0], step.new_blocks[:, 1]] = step.new_blocks[:, 2]
         counts = np.diff(step.query_start)
         owners = np.repeat(step.slots, counts)
         first = step.token_ids[step.query_start[:-1]]
         starts = np.where(first < 0, self.last_at[step.slots] - 1 - first, step.starts)
         assert (starts <= step.starts).all(), "a slot stands behind where it can be at most"
-        positions = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, counts)])
-        slot_mapping = self.tables[owners, positions // BLOCK] * BLOCK + positions % BLOCK
+        slot_mapping = self._mapped(owners, np.arange(len(owners)) + np.repeat(starts - step.query_start[:-1], counts))
         ids = step.token_ids.astype(np.int64)
         for at in np.flatnonzero(ids < 0).tolist():
             ids[at] = self.last[owners[at]] if ids[at] == -1 else self.draft_tokens[int(owners[at])][-2 - ids[at]]
-        assert len(set(slot_mapping.tolist())) == len(slot_mapping) and slot_mapping.min(initial=BLOCK) >= BLOCK
+        assert (
+            len(set(slot_mapping.tolist())) == len(slot_mapping)
+            and slot_mapping.min(initial=self.block_size) >= self.block_size
+        )
         self.memory[slot_mapping] = ids
-        sampled, matched = [], np.zeros(step.num_seqs, np.int32)
-        histories = []
-        for s in range(step.num_seqs):
-            length = starts[s] + counts[s]
-            table = self.tables[step.slots[s]]
-            histories.append([int(self.memory[table[at // BLOCK] * BLOCK + at % BLOCK]) for at in range(length)])
+        sampled, histories = [], []
+        for slot, length, seed in zip(step.slots.tolist(), (starts + counts).tolist(), step.sampling.seeds.tolist()):
+            histories.append(self.memory[self._mapped(slot, np.arange(length))].tolist())
             assert min(histories[-1]) >= 0, "a slot was read before it was written"
-            sampled.append(next_token(histories[-1], int(step.sampling.seeds[s])))
+            sampled.append(self.says(histories[-1], seed))
         fed = ids[step.query_start[1:] - 1]
+        ngram = self._hand_over(step, fed, sampled, histories)
+        return StepOutput(np.array(sampled, np.int32), ngram=ngram if self.draft is not None else None)
+
+    def _mapped(self, slots: np.ndarray | int, positions: np.ndarray) -> np.ndarray:
+        return self.tables[slots, positions // self.block_size] * self.block_size + positions % self.block_size
+
+    def _hand_over(
+        self, step: StepInput, fed: np.ndarray, sampled: list[int], histories: list[list[int]]
+    ) -> NgramOutput:
+        """Each slot's last token that holds, and draft tokens behind it, to its next step."""
+        matched, hits = np.zeros((2, step.num_seqs), np.int32)
         s = 0
         while s < step.num_seqs:
             slot, kept, end = int(step.slots[s]), s, s + 1
-            while end < step.num_seqs and step.slots[end] == slot:
+            while self.accepts and end < step.num_seqs and step.slots[end] == slot:
                 kept += kept == end - 1 and fed[end] == sampled[kept]
                 end += 1
+            hits[s] = self.draft_tokens.get(slot, [])[:1] == sampled[s : s + 1]
             if step.sampled[s] or end - s > 1:
                 self.last[slot], self.last_at[slot] = sampled[kept], len(histories[kept])
                 if self.draft is not None:
-                    self.draft_tokens[slot] = self.draft([*histories[kept], sampled[kept]], int(step.sampling.seeds[s]))
-                    matched[s] = 1
+                    history, seed = [*histories[kept], sampled[kept]], int(step.sampling.seeds[s])
+                    self.draft_tokens[slot], matched[s] = self.draft(history, seed)
             s = end
-        ngram = None if self.draft is None else NgramOutput(matched, None, fed.astype(np.int32))
-        return StepOutput(np.array(sampled, np.int32), ngram=ngram)
+        return NgramOutput(matched, hits, fed.astype(np.int32))
 
 
 def alone(prompt: list[int], params: SamplingParams, seed: int) -> tuple[list[int], str]:

@@ -11,34 +11,22 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from pagegraph.compiler.step.counts import StepCounts
-from pagegraph.compiler.step.inputs import StepInput, StepOutput
-from pagegraph.compiler.step.step import Ticket
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.ipc.protocol import Submit
 from pagegraph.runtime.llm import LLM
 from pagegraph.runtime.sampling_params import SamplingParams
+from tests.runtime.fake_step import FakeStep
 
 MAX_LEN = 400
 
 
-class Script:
-    """A step in which the token at position p of every sequence is script[p]."""
-
-    counts = StepCounts()
-
-    def __init__(self) -> None:
-        self.script = np.zeros(MAX_LEN + 1, np.int32)
-
-    def launch(self, step: StepInput) -> Ticket:
-        ids = self.script[step.starts + np.diff(step.query_start)]
-        return Ticket(lambda: StepOutput(ids))
-
-
 @pytest.fixture
 def llm(tokenizer_folder: Path) -> LLM:
+    script = np.zeros(MAX_LEN + 1, np.int32)  # the token at position p of every sequence is script[p]
+    step = FakeStep(200, 8, says=lambda history, seed: script[len(history)], block_size=16, max_len=MAX_LEN)
+    step.script = script
     built = SimpleNamespace(
-        step=Script(), folder=tokenizer_folder, device=torch.device("cpu"), dtype=torch.float32, vocab_size=350, max_model_len=MAX_LEN,
+        step=step, folder=tokenizer_folder, device=torch.device("cpu"), dtype=torch.float32, vocab_size=350, max_model_len=MAX_LEN,
         num_blocks=200, eos_ids=frozenset({1}), use_idle_time=lambda: False, draft=None, compile_state="off",
         generation_config={"temperature": 0.5, "max_new_tokens": 3, "eos_token_id": 1},
     )  # fmt: skip

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from pagegraph.compiler.step.counts import StepCounts
-from pagegraph.compiler.step.inputs import StepInput, StepOutput
+from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.step import Ticket
 from pagegraph.runtime.engine.engine import Engine, Limits
 from pagegraph.runtime.engine.metrics import EngineMetrics
@@ -31,32 +31,6 @@ from pagegraph.runtime.spec_decode.proposer import NgramProposer
 from tests.runtime.fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep
 
 
-class Device(FakeStep):
-    """The fake step behind the engine's seam: it runs at the launch, and what it raises, waiting raises."""
-
-    refuses: Callable[[StepInput], bool] | None = None  # steps whose launch raises
-    breaks: Callable[[StepInput], bool] | None = None  # steps that raise once they run
-
-    def launch(self, step: StepInput) -> Ticket:
-        if self.refuses is not None and self.refuses(step):
-            raise RuntimeError("cannot be launched")
-        output: StepOutput | Exception
-        try:
-            if self.breaks is not None and self.breaks(step):
-                self.memory[:] = -9  # whatever it has written
-                raise RuntimeError("broken on the device")
-            output = self.run(step)
-        except Exception as error:
-            output = error
-
-        def wait() -> StepOutput:
-            if isinstance(output, Exception):
-                raise output
-            return output
-
-        return Ticket(wait)
-
-
 class Harness:
     """An engine, and what it said of each request."""
 
@@ -65,7 +39,9 @@ class Harness:
         draft_tokens: str = "",
     ) -> None:  # fmt: skip
         on_device = draft_tokens == "device"
-        self.device = Device(num_blocks, max_num_seqs, (lambda history, seed: history[-2:]) if on_device else None)
+        self.device = FakeStep(
+            num_blocks, max_num_seqs, (lambda history, seed: (history[-2:], 1)) if on_device else None
+        )
         self.scheduler = Scheduler(
             BlockPool(num_blocks, BLOCK, caching), max_num_seqs=max_num_seqs, max_num_batched_tokens=budget,
             max_model_len=MAX_LEN, max_decode_tokens=3 * max_num_seqs,
@@ -174,7 +150,7 @@ def test_one_bad_sequence_refuses_its_group_before_any_runs(bad: str) -> None:
     harness.engine.turn()
     (failed,) = harness.mailbox.take()
     assert (failed.status, len(failed.others)) == (400, 2) and failed.request_id == members[2].request_id
-    assert not harness.scheduler.has_work and not harness.device.steps
+    assert not harness.scheduler.has_work and not harness.device.queries
     assert harness.metrics.render().count(b'finished_reason="abort",model_name="m"} 0.0') == 2
     harness.mailbox.inbox.append((CLIENT, group_of(2)))
     harness.run()

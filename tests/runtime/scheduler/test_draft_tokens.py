@@ -112,12 +112,12 @@ class Oracle:
         self.rng = np.random.default_rng(seed)
         self.epochs: dict[int, int] = {}  # of the sequence that a slot's last sample was of, by slot
 
-    def draft(self, history: list[int], seed: int) -> list[int]:
+    def draft(self, history: list[int], seed: int) -> tuple[list[int], int]:
         history, known = list(history), len(history)
         for _ in range(self.most):
             right = next_token(history, seed)
             history.append(right if self.rng.random() < self.chance else int(self.rng.integers(VOCAB)))
-        return history[known:]
+        return history[known:], 1
 
     def propose(self) -> DraftTokens | None:
         slots, limits, budget = self.scheduler.room_for_drafts(self.most, lag=None if self.on_device else 0)
@@ -133,7 +133,7 @@ class Oracle:
             return DraftTokens(slots[drafting], counts[drafting], None)
         batch = self.scheduler.batch
         tokens = [
-            self.draft(batch.tokens[slot, : batch.known[slot]].tolist(), int(batch.seed[slot]))
+            self.draft(batch.tokens[slot, : batch.known[slot]].tolist(), int(batch.seed[slot]))[0]
             for slot in slots.tolist()
         ]
         return DraftTokens(slots[drafting], counts[drafting], np.array(tokens, np.int32)[drafting])
@@ -224,7 +224,7 @@ def test_draft_tokens_right_or_wrong_change_no_token(
         turn += 1
         assert turn < 3000, "the scheduler makes no progress"
     counters = scheduler.counters
-    seen["steps"] += step.steps
+    seen["steps"] += len(step.queries)
     seen["accepted"] += counters.accepted
     seen["rejected"] += counters.draft_tokens - counters.accepted
     assert sum(counters.accepted_at) == counters.accepted

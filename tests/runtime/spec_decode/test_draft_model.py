@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from pagegraph.compiler.build import BuiltModel, build_compiled
-from pagegraph.compiler.step.inputs import SamplingInput, StepInput, StepOutput
-from pagegraph.compiler.step.step import CompiledStep, Ticket
+from pagegraph.compiler.step.inputs import SamplingInput, StepInput
+from pagegraph.compiler.step.step import CompiledStep
 from pagegraph.kernels.sampling import reference
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.compiler_options import compiler_options
@@ -22,6 +22,7 @@ from pagegraph.runtime.scheduler.draft_tokens import ScheduledDrafts, verify
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.sequence import Sequence
 from pagegraph.runtime.spec_decode.draft_model import DraftModel
+from tests.runtime.fake_step import FakeStep, next_token
 
 DRAWS = 200_000
 VOCAB = 6
@@ -84,48 +85,6 @@ def test_verified_draws_follow_the_target_and_agree_more_often_than_independent_
     assert not (found.accepted > found.counts).any() and (found.accepted == 2).any()
 
 
-def next_token(history: list[int]) -> int:
-    return (7 * sum(history) + 3 * len(history)) % 11
-
-
-class FakeStep:
-    """Remembers the tokens whose keys it has computed, by slot and position, and says what follows them."""
-
-    def __init__(self, num_slots: int) -> None:
-        self.memory: list[dict[int, int]] = [{} for _ in range(num_slots)]
-        self.last = np.zeros(num_slots, np.int64)
-        self.largest = self.launches = 0
-        self.limits = [1000] * num_slots  # tokens that the slot has blocks for
-
-    def launch(self, step: StepInput, times: int = 1) -> Ticket:
-        self.launches += 1
-        sampled = [self._run(step)]
-        if times == 1:
-            return Ticket(lambda: StepOutput(sampled[0]))
-        assert step.sampled.all() and step.num_tokens == len(set(step.slots.tolist())), (
-            "a token of each of several slots"
-        )
-        onward = np.full_like(step.token_ids, -1)
-        sampled += [
-            self._run(dataclasses.replace(step, token_ids=onward, starts=step.starts + at)) for at in range(1, times)
-        ]
-        return Ticket(lambda: StepOutput(np.stack(sampled, axis=1)))
-
-    def _run(self, step: StepInput) -> np.ndarray:
-        self.largest = max(self.largest, step.num_tokens)
-        ids = np.where(step.token_ids < 0, self.last[np.repeat(step.slots, np.diff(step.query_start))], step.token_ids)
-        for query, slot in enumerate(step.slots.tolist()):
-            assert int(step.starts[query]) + step.query_start[query + 1] - step.query_start[query] <= self.limits[slot]
-            for at, token in enumerate(ids[step.query_start[query] : step.query_start[query + 1]].tolist()):
-                self.memory[slot][int(step.starts[query]) + at] = token
-        sampled = []
-        for slot, length, draws in zip(step.slots.tolist(), step.seq_lens.tolist(), step.sampled.tolist()):
-            sampled.append(next_token([self.memory[slot][at] for at in range(length)]))
-            if draws:
-                self.last[slot] = sampled[-1]
-        return np.array(sampled, np.int32)
-
-
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
     turns=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5), st.booleans()), min_size=1, max_size=8),
@@ -137,40 +96,40 @@ def test_draft_tokens_are_those_of_the_confirmed_tokens_alone(
     lengths, turns, max_tokens, max_decode_tokens, together
 ) -> None:
     """Whatever held, was corrected or went on without draft tokens: keys of the past are right when the next are made."""
-    batch = InputBatch(len(lengths), 200, 4)
+    batch, blocks = InputBatch(len(lengths), 200, 1), itertools.count(1)
     for index, length in enumerate(lengths):
         params = SamplingParams(max_tokens=100)
         batch.enter(Sequence(str(index), np.arange(length) + index, params, frozenset(), 0, 200), [], 0)
-    step = FakeStep(len(lengths))
+    step = FakeStep(1 + 200 * len(lengths), len(lengths), block_size=1, max_len=200, accepts=False)
     model = DraftModel(step, batch, max_tokens, max_decode_tokens, together)
     for count, kept, others in turns:
         at = np.arange(len(lengths), dtype=np.int32)[:: 2 if others and len(lengths) > 1 else 1]
         counts = np.array([1 + (count + index) % 4 for index in range(len(at))], np.int32)
         for slot, wanted in zip(at.tolist(), counts.tolist()):
-            step.limits[slot] = int(batch.known[slot]) + wanted - 1  # the last draft token is not computed
-            if together:
-                missing = -(-step.limits[slot] // 4) - int(batch.num_blocks[slot])
-                batch.add_blocks(np.array([slot]), np.array([max(missing, 0)]), [1] * missing)
-                step.limits[slot] = int(batch.num_blocks[slot]) * 4
+            tokens = int(batch.known[slot]) + wanted - 1  # the last draft token is not computed
+            missing = (-(-tokens // 4) * 4 if together else tokens) - int(batch.num_blocks[slot])
+            batch.add_blocks(
+                np.array([slot]), np.array([max(missing, 0)]), list(itertools.islice(blocks, max(missing, 0)))
+            )
         drafted = [tokens[:wanted] for tokens, wanted in zip(model.propose(at, counts).tolist(), counts.tolist())]
         for slot, tokens in zip(at.tolist(), drafted):
             history = batch.tokens[slot, : batch.known[slot]].tolist()
             for token in tokens:
-                assert token == next_token(history)
+                assert token == next_token(history, 0)
                 history.append(token)
             came = [*tokens[:kept], *([1] * (kept + 1 - len(tokens[:kept])))]  # accepted draft tokens, and others
             batch.tokens[slot, batch.known[slot] : batch.known[slot] + len(came)] = came
             batch.known[slot] += len(came)
-    assert step.largest <= max(max_tokens, max_decode_tokens)
+    assert max(step.tokens) <= max(max_tokens, max_decode_tokens)
 
 
 def test_a_sequence_that_enters_a_slot_is_computed_from_its_start() -> None:
     batch = InputBatch(1, 200, 16)
-    model = DraftModel(step := FakeStep(1), batch, 40, 8)
+    model = DraftModel(step := FakeStep(3, 1, block_size=16, accepts=False), batch, 40, 8)
     for tokens in ([1, 2, 3], [4, 5, 6, 7]):
-        batch.enter(Sequence("a", np.array(tokens), SamplingParams(), frozenset(), 0, 200), [], 0)
-        assert model.propose(np.zeros(1, np.int32), np.full(1, 2, np.int32))[0, 0] == next_token(tokens)
-        step.memory[0].clear()
+        batch.enter(Sequence("a", np.array(tokens), SamplingParams(), frozenset(), 0, 200), [1], 0)
+        assert model.propose(np.zeros(1, np.int32), np.full(1, 2, np.int32))[0, 0] == next_token(tokens, 0)
+        step.memory[:] = -5
         batch.leave(0)
 
 
@@ -179,15 +138,17 @@ def test_slots_that_want_fewer_draft_tokens_go_along_as_far_as_their_blocks_reac
     batch = InputBatch(3, 200, 4)
     for index in range(3):
         params = SamplingParams(max_tokens=100)
-        batch.enter(Sequence(str(index), np.arange(6) + index, params, frozenset(), 0, 200), [1, 2, 3], 0)
-    step, at = FakeStep(3), np.arange(3, dtype=np.int32)
-    step.limits = [12, 12, 12]
+        batch.enter(
+            Sequence(str(index), np.arange(6) + index, params, frozenset(), 0, 200),
+            [3 * index + at for at in (1, 2, 3)],
+            0,
+        )
+    step, at = FakeStep(12, 3, accepts=False), np.arange(3, dtype=np.int32)
     model = DraftModel(step, batch, 40, 8, together=True)
     launches = []
     for counts in ([3, 1, 2], [2, 4, 2], [1, 1, 1], [6, 5, 1]):
         if max(counts) > 4:
-            batch.add_blocks(at[:2], np.ones(2, np.int32), [4, 4])
-            step.limits = [16, 16, 12]
+            batch.add_blocks(at[:2], np.ones(2, np.int32), [10, 11])
         before = step.launches
         tokens = model.propose(at, np.array(counts, np.int32))
         launches.append(step.launches - before)

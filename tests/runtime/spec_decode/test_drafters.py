@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pagegraph.compiler.step.counts import StepCounts
-from pagegraph.compiler.step.inputs import NgramOutput, StepInput, StepOutput
+from pagegraph.compiler.step.inputs import StepInput, StepOutput
 from pagegraph.compiler.step.step import Ticket
 from pagegraph.kernels.spec_decode import reference
 from pagegraph.runtime.engine.engine import Engine, Limits
@@ -22,6 +22,7 @@ from pagegraph.runtime.spec_decode.device_drafter import DeviceDrafter
 from pagegraph.runtime.spec_decode.host_drafter import Drafter, HostDrafter
 from pagegraph.runtime.spec_decode.num_draft_tokens import StepCosts
 from pagegraph.runtime.spec_decode.proposer import NgramProposer
+from tests.runtime.fake_step import FakeStep
 
 MAX_LEN = 2000
 RNG = np.random.default_rng(0)
@@ -31,61 +32,35 @@ BOTH = np.concatenate([RANDOM[:400], REPEATED[:400], RANDOM[400:]])
 HOST_MS = 0.3  # from results to the next launch
 
 
-class Device:
-    """Steps in order, `cost(num_tokens)` ms each, on a clock of its own; slot r says scripts[r], by position."""
+class Device(FakeStep):
+    """Says the script, by position; steps take `cost(queries)` ms each in their order, on a clock of its own."""
 
     def __init__(self, script: np.ndarray, cost: Callable[[int], float], on_device: bool = False) -> None:
+        says = lambda history, seed: int(script[len(history) % len(script)])  # noqa: E731
+        super().__init__(4000, 16, looked_up if on_device else None, says=says, block_size=16, max_len=MAX_LEN)
         self.script = script
         self.cost = cost
-        self.on_device = on_device
-        self.last_at = np.zeros(16, np.int64)  # of each slot's last token
-        self.draft_tokens: dict[int, np.ndarray] = {}
         self.now = 0.0  # seconds
         self.free = 0.0  # when the last launched step is done
-        self.steps: list[int] = []  # queries of each
 
     def clock(self) -> float:
         return self.now
 
-    def launch(self, step: StepInput) -> Ticket:
+    def launch(self, step: StepInput, times: int = 1) -> Ticket:
         self.now += HOST_MS / 1e3
-        self.steps.append(step.num_seqs)
         done = self.free = max(self.free, self.now) + self.cost(step.num_seqs) / 1e3
-        first = step.token_ids[step.query_start[:-1]]
-        starts = np.where(first < 0, self.last_at[step.slots] - 1 - first, step.starts)
-        at = starts + np.diff(step.query_start)
-        ids = self.script[at % len(self.script)].astype(np.int32)
-        ngram = self._accept(step, at, ids)
-        output = StepOutput(ids, ngram=ngram if self.on_device else None)
+        ticket = super().launch(step, times)
 
         def wait() -> StepOutput:
             self.now = max(self.now, done)
-            return output
+            return ticket.wait()
 
         return Ticket(wait)
 
-    def _accept(self, step: StepInput, at: np.ndarray, ids: np.ndarray) -> NgramOutput:
-        matched, hits = np.zeros((2, step.num_seqs), np.int32)
-        fed = step.token_ids[step.query_start[1:] - 1].copy()
-        for s in np.flatnonzero(np.append(True, step.slots[1:] != step.slots[:-1])).tolist():
-            slot, kept = int(step.slots[s]), s
-            draft_tokens = self.draft_tokens.get(slot, np.full(15, -1, np.int32))
-            hits[s] = draft_tokens[0] == ids[s]
-            for query in range(s + 1, step.num_seqs):
-                if step.slots[query] != slot:
-                    break
-                if fed[query] < 0:
-                    fed[query] = draft_tokens[-2 - fed[query]]
-                kept += kept == query - 1 and fed[query] == ids[kept]
-            if step.sampled[s] or kept > s or step.slots[s + 1 : s + 2] == slot:
-                self.last_at[slot] = at[kept]
-                if not self.on_device:
-                    continue
-                text = self.script[: at[kept] + 1].astype(np.int32)[None]
-                (self.draft_tokens[slot],), (matched[s],) = reference.ngram_proposal(
-                    text, np.array([text.shape[1]]), 15, 2, 5
-                )
-        return NgramOutput(matched, hits, fed)
+
+def looked_up(history: list[int], seed: int) -> tuple[list[int], int]:
+    (tokens,), (matched,) = reference.lookup(np.array([history], np.int32), np.array([len(history)]), 15, 2, 5)
+    return tokens.tolist(), int(matched)
 
 
 class Model:
@@ -192,7 +167,7 @@ def test_a_device_that_looks_up_never_waits_for_the_host() -> None:
     fast = lambda num_tokens: 0.7 + 0.01 * num_tokens  # noqa: E731
     seconds, device, scheduler, _ = drive(REPEATED, fast, 1, 900, on_device=True)
     assert scheduler.counters.saved_steps > 700
-    assert seconds < sum(map(fast, device.steps)) / 1e3 + 20 * HOST_MS / 1e3
+    assert seconds < sum(map(fast, device.queries)) / 1e3 + 20 * HOST_MS / 1e3
     assert drive(REPEATED, fast, 1, 900)[0] > 1.2 * seconds, "where the host looks up, each such step waits for it"
 
 
@@ -206,7 +181,7 @@ def test_nothing_is_drafted_where_tokens_cost_as_much_as_steps(on_device: bool) 
 @WHERE
 def test_drafting_starts_with_the_repetition_and_ends_with_it(on_device: bool) -> None:
     _, device, scheduler, _ = drive(BOTH, flat, 1, 1200, on_device=on_device)
-    steps = np.array(device.steps)
+    steps = np.array(device.queries)
     assert steps[:300].max() <= 2 and steps[-300:].max() <= 2
     assert scheduler.counters.accepted > 250 and len(steps) < 960
     assert scheduler.counters.draft_tokens - scheduler.counters.accepted < 60
@@ -215,7 +190,7 @@ def test_drafting_starts_with_the_repetition_and_ends_with_it(on_device: bool) -
 def test_no_step_is_planned_ahead_of_draft_tokens_and_all_others_are() -> None:
     """Without draft tokens the device never waits for the host."""
     seconds, device, _, _ = drive(RANDOM, flat, 1, 400)
-    assert seconds < sum(map(flat, device.steps)) / 1e3 + 20 * HOST_MS / 1e3
+    assert seconds < sum(map(flat, device.queries)) / 1e3 + 20 * HOST_MS / 1e3
 
 
 @WHERE
@@ -235,4 +210,4 @@ def test_a_model_that_was_bad_is_tried_now_and_then_until_it_is_good() -> None:
     _, _, scheduler, drafter = drive(RANDOM, flat, 1, 900, chance=0.02, ms=1.0)
     assert 3 < drafter.model.made < 60
     _, device, scheduler, _ = drive(RANDOM, flat, 1, 1900, chance=0.02, ms=1.0, good_from=500)
-    assert scheduler.counters.accepted > 500 and len(device.steps) < 1400
+    assert scheduler.counters.accepted > 500 and len(device.queries) < 1400
