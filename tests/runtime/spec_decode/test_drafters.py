@@ -59,7 +59,7 @@ class Device(FakeStep):
 
 
 def looked_up(history: list[int], seed: int) -> tuple[list[int], int]:
-    (tokens,), (matched,) = reference.lookup(np.array([history], np.int32), np.array([len(history)]), 15, 2, 5)
+    (tokens,), (matched,) = reference.ngram_proposal(np.array([history], np.int32), np.array([len(history)]), 15, 2, 5)
     return tokens.tolist(), int(matched)
 
 
