@@ -41,7 +41,7 @@ from pagegraph.compiler.step.capture_queue import MAX_DRAFT_FORWARDS, CaptureQue
 from pagegraph.compiler.step.capture_sizes import Bucket, cuda_capture_sizes
 from pagegraph.compiler.step.dummy import dummy_step
 from pagegraph.compiler.step.inputs import StepInput
-from pagegraph.compiler.step.staging import Staging
+from pagegraph.compiler.step.staging import CpuStaging, CudaStaging
 from pagegraph.compiler.step.state import DeviceState
 from pagegraph.compiler.step.step import CompiledStep
 from pagegraph.kernels.attention import cpu_decode
@@ -286,12 +286,11 @@ def _check_draft(options: CompilerOptions, model: LoadedModel, draft: LoadedMode
 
 def _step(options: CompilerOptions, captured: CapturedModel, state: DeviceState) -> CompiledStep:
     largest = _largest(options)
-    capture_sizes = None
-    if options.device.type == "cuda":
-        capture_sizes = cuda_capture_sizes(options.step.max_decode_tokens, min(MAX_CAPTURED_TOKENS, largest.tokens))
-    return CompiledStep(
-        captured, state, Staging(state, largest), capture_sizes, graph_passes(options.passes, options.device)
-    )
+    passes = graph_passes(options.passes, options.device)
+    if options.device.type == "cpu":
+        return CompiledStep(captured, state, CpuStaging(state), None, passes)
+    capture_sizes = cuda_capture_sizes(options.step.max_decode_tokens, min(MAX_CAPTURED_TOKENS, largest.tokens))
+    return CompiledStep(captured, state, CudaStaging(state, largest), capture_sizes, passes)
 
 
 def _largest(options: CompilerOptions) -> Bucket:

@@ -83,33 +83,15 @@ class Layout:
 
 
 class Staging:
-    """Brings steps to the device."""
+    """What staging on every device shares: one metadata buffer a step, and unpacking it."""
 
-    def __init__(self, state: DeviceState, largest: Bucket) -> None:
+    def __init__(self, state: DeviceState) -> None:
         self.device = state.last_tokens.device
         self._state = state
-        self._captured: dict[Bucket, StepMetadata] = {}
-        self._last: tuple[Bucket, StepInput] | None = None
-        if self.device.type == "cuda":
-            # Blocks that a step may bring: those of its tokens, and long prompts found in the cache.
-            self._max_new_blocks = 2 * largest.tokens + 8 * largest.seqs
-            words = Layout.of(largest).new_blocks + 3 * self._max_new_blocks
-            self._turn = 0
-            self._host = [torch.empty(words, dtype=torch.int32, pin_memory=True) for _ in range(PINNED)]
-            self._sent = [torch.cuda.Event() for _ in range(PINNED)]
-            self._words = torch.empty(words, dtype=torch.int32, device=self.device)
 
     def send(self, step: StepInput, bucket: Bucket, times: int = 1) -> StepMetadata:
-        """Pad `step`, which is to run `times` over, to `bucket` and bring it to the device."""
-        for slot, tokens in step.cached:
-            self._state.remember(slot, tokens)
-        if self.device.type == "cpu":
-            return self._filled(step, bucket, times)
-        metadata = self.metadata(bucket)
-        if not self._continues(step, bucket):
-            self._transfer(step, bucket)
-        self._last = (bucket, step) if times == 1 else None
-        return metadata
+        """Pad `step`, which is to run `times` over, to `bucket` and bring its metadata to the device."""
+        raise NotImplementedError
 
     def advance(self, metadata: StepMetadata) -> None:
         """Describe the step after: each sequence's token is the one it has just sampled.
@@ -128,14 +110,78 @@ class Staging:
         )  # fmt: skip
         return Staged(ids, positions, slot_mapping, tables, metadata.query_start, seq_lens, logits_index, metadata)
 
+    def _remember(self, step: StepInput) -> None:
+        for slot, tokens in step.cached:
+            self._state.remember(slot, tokens)
+
+    def _fill(self, host: np.ndarray, layout: Layout, step: StepInput) -> None:
+        def put(name: str, values: np.ndarray, pad: int) -> None:
+            field = host[layout.fields[name]]
+            field[: len(values)] = values
+            field[len(values) :] = pad
+
+        put("token_ids", step.token_ids, 0)
+        put("query_start", step.query_start, step.num_tokens)
+        put("slots", step.slots, self._state.dummy_slot)
+        put("starts", step.starts, 0)
+        put("sampled", step.sampled, 0)
+        put("temperature", step.sampling.temperature.view(np.int32), 0)
+        put("seeds", step.sampling.seeds.view(np.int32), 0)
+        host[layout.fields["num_new_blocks"]] = len(step.new_blocks)
+        host[layout.new_blocks : layout.new_blocks + step.new_blocks.size] = step.new_blocks.ravel()
+
+
+class CpuStaging(Staging):
+    """Each step has a buffer of its own, which is read in place."""
+
+    def send(self, step: StepInput, bucket: Bucket, times: int = 1) -> StepMetadata:
+        self._remember(step)
+        return self._filled(step, bucket, times)
+
+    def _filled(self, step: StepInput, bucket: Bucket, times: int = 1) -> StepMetadata:
+        """Metadata in a buffer of its own."""
+        layout = Layout.of(bucket)
+        words = torch.empty(layout.new_blocks + step.new_blocks.size, dtype=torch.int32)
+        self._fill(words.numpy(), layout, step)
+        width = -(-(int(step.seq_lens.max()) + times - 1) // self._state.block_size)
+        # a width of one would be a constant to the compiler
+        return layout.views(words, len(step.new_blocks), max(width, 2))
+
+
+class CudaStaging(Staging):
+    """A buffer at a fixed address on the device, filled by one copy from pinned memory, if the step needs one at all."""
+
+    def __init__(self, state: DeviceState, largest: Bucket) -> None:
+        super().__init__(state)
+        self._captured: dict[Bucket, StepMetadata] = {}
+        self._last: tuple[Bucket, StepInput] | None = None
+        # Blocks that a step may bring: those of its tokens, and long prompts found in the cache.
+        self._max_new_blocks = 2 * largest.tokens + 8 * largest.seqs
+        self._allocate(Layout.of(largest).new_blocks + 3 * self._max_new_blocks)
+
+    def _allocate(self, words: int) -> None:
+        """Buffers of so many int32 words: one on the device, and pinned ones in rotation."""
+        self._turn = 0
+        self._host = [torch.empty(words, dtype=torch.int32, pin_memory=True) for _ in range(PINNED)]
+        self._sent = [torch.cuda.Event() for _ in range(PINNED)]
+        self._words = torch.empty(words, dtype=torch.int32, device=self.device)
+
+    def send(self, step: StepInput, bucket: Bucket, times: int = 1) -> StepMetadata:
+        self._remember(step)
+        metadata = self.metadata(bucket)
+        if not self._continues(step, bucket):
+            self._transfer(step, bucket)
+        self._last = (bucket, step) if times == 1 else None
+        return metadata
+
     def metadata(self, bucket: Bucket) -> StepMetadata:
-        """CUDA: the bucket's fields at their fixed addresses."""
+        """The bucket's fields at their fixed addresses."""
         if bucket in self._captured:
             return self._captured[bucket]
         return Layout.of(bucket).views(self._words, self._max_new_blocks, self._state.max_blocks)
 
     def placeholder(self, bucket: Bucket) -> StepMetadata:
-        """CUDA: the bucket's metadata filled as an all-padding step: what a capture runs on."""
+        """The bucket's metadata filled as an all-padding step: what a capture runs on."""
         metadata = self._captured[bucket] = self.metadata(bucket)
         self._words.zero_()
         metadata.slots.fill_(self._state.dummy_slot)
@@ -172,31 +218,6 @@ class Staging:
     def _put_new_blocks(self, new_blocks: np.ndarray) -> None:
         slots, index, block = torch.from_numpy(new_blocks).to(self.device).unbind(1)
         self._state.block_tables[slots.long(), index.long()] = block
-
-    def _filled(self, step: StepInput, bucket: Bucket, times: int = 1) -> StepMetadata:
-        """CPU: metadata of the step's own."""
-        layout = Layout.of(bucket)
-        words = torch.empty(layout.new_blocks + step.new_blocks.size, dtype=torch.int32)
-        self._fill(words.numpy(), layout, step)
-        width = -(-(int(step.seq_lens.max()) + times - 1) // self._state.block_size)
-        # a width of one would be a constant to the compiler
-        return layout.views(words, len(step.new_blocks), max(width, 2))
-
-    def _fill(self, host: np.ndarray, layout: Layout, step: StepInput) -> None:
-        def put(name: str, values: np.ndarray, pad: int) -> None:
-            field = host[layout.fields[name]]
-            field[: len(values)] = values
-            field[len(values) :] = pad
-
-        put("token_ids", step.token_ids, 0)
-        put("query_start", step.query_start, step.num_tokens)
-        put("slots", step.slots, self._state.dummy_slot)
-        put("starts", step.starts, 0)
-        put("sampled", step.sampled, 0)
-        put("temperature", step.sampling.temperature.view(np.int32), 0)
-        put("seeds", step.sampling.seeds.view(np.int32), 0)
-        host[layout.fields["num_new_blocks"]] = len(step.new_blocks)
-        host[layout.new_blocks : layout.new_blocks + step.new_blocks.size] = step.new_blocks.ravel()
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:

@@ -23,7 +23,7 @@ from pagegraph.compiler.step.cpu_runner import CpuRunner
 from pagegraph.compiler.step.forward import run_forward
 from pagegraph.compiler.step.graphs import GraphSet
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
-from pagegraph.compiler.step.staging import Layout, Staging
+from pagegraph.compiler.step.staging import CudaStaging, Layout
 from pagegraph.compiler.step.state import DeviceState
 from pagegraph.compiler.step.step import Ticket
 from pagegraph.runtime.config import load_config
@@ -305,14 +305,13 @@ class _NoDevice:
         return Ticket(lambda: StepOutput(ids))
 
 
-class _PlainStaging(Staging):
+class _PlainStaging(CudaStaging):
     """Fills metadata buffers as on CUDA, in plain memory, and goes no further."""
 
-    def __init__(self, state: DeviceState, largest: Bucket) -> None:
-        super().__init__(state, largest)
-        self.device = torch.device("cuda")
-        self.transfers = 0
-        self._words = np.empty(Layout.of(largest).new_blocks + 3 * (1 << 16), np.int32)
+    transfers = 0
+
+    def _allocate(self, words: int) -> None:
+        self._words = np.empty(words, np.int32)
 
     def metadata(self, bucket: Bucket) -> None:
         return None
