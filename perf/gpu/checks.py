@@ -351,7 +351,15 @@ def host(report: Report, args: argparse.Namespace, shared: dict) -> None:
 
     step = _NoDevice(151936, timed("stage", lambda step: staging.send(step, Bucket(step.num_tokens, step.num_seqs))))
     built = BuiltModel(
-        step, Path("."), torch.device("cpu"), torch.bfloat16, 151936, 8192, 20_000, frozenset([151645]), Timings()
+        step=step,
+        folder=Path("."),
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        vocab_size=151936,
+        max_model_len=8192,
+        num_blocks=20_000,
+        eos_ids=frozenset([151645]),
+        timings=Timings(),
     )
     offline = Offline(config, built)
     scheduler, packer = offline.engine.scheduler, offline.engine._packer
