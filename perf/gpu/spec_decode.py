@@ -40,7 +40,7 @@ METHODS = ("ngram", "suffix")
 CHAINED_SEQS, CHAINED_DRAFTS, CHAINED_ROUNDS, TINY_ROUNDS = (1, 4, 16), (4, 8), 50, 2
 
 
-def drafter(report: Report, args: argparse.Namespace, shared: dict) -> None:
+def speculation(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """Milliseconds of a decode step with k draft tokens a sequence, to its floor and to the step without draft tokens.
 
     The floor reads weights and each sequence's keys and values once, however many draft tokens there are.
