@@ -26,9 +26,10 @@ import transformers
 import pagegraph
 from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.compiler.inductor.cache import cache_folder
-from pagegraph.runtime.config import Config, config_from_dict
+from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.server.child import child_environment, module_command
+from pagegraph.runtime.server.engine_settings import EngineSettings
 
 log = logging.getLogger("pagegraph.engine")
 
@@ -110,7 +111,7 @@ def main(path: str) -> None:
     """Build and compile what the settings' `config` says, then end; nothing is served."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(NICENESS)
-    config = config_from_dict(json.loads(Path(path).read_text())["config"])
+    config = EngineSettings.load(Path(path)).config
     build_compiled(compiler_options(config), progress=False).close()
 
 

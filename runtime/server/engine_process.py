@@ -23,13 +23,14 @@ from pathlib import Path
 from prometheus_client import start_http_server
 
 from pagegraph.compiler.build import BuiltModel, build_model
-from pagegraph.runtime.config import Config, config_from_dict
+from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.assemble import engine_of
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.engine.engine import Engine
 from pagegraph.runtime.ipc.mailbox import Mailbox
 from pagegraph.runtime.sampling_params import describe_defaults
 from pagegraph.runtime.server import compile_process
+from pagegraph.runtime.server.engine_settings import FACTS_FILE, EngineSettings
 from pagegraph.runtime.server.start_errors import REASON_FILE, load_tokenizer, sentence
 
 log = logging.getLogger("pagegraph.engine")
@@ -38,13 +39,11 @@ REQUIRED_COMPILATION_FAILED = 3  # exit status
 
 
 def main(path: str) -> None:
-    """Serve until SIGTERM; `path` is a JSON file with `config`, `engine_address`, `metrics_port` and `drain_flag`."""
+    """Serve until SIGTERM; `path` is a file of EngineSettings."""
     faulthandler.enable()
-    faulthandler.register(
-        signal.SIGUSR1
-    )  # writes where all threads stand; the supervisor asks it of an engine that hangs
-    settings = json.loads(Path(path).read_text())
-    config = config_from_dict(settings["config"])
+    faulthandler.register(signal.SIGUSR1)  # the supervisor sends it to an engine that hangs: all threads' stacks
+    settings = EngineSettings.load(Path(path))
+    config = settings.config
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
     try:
         load_tokenizer(config)  # what the web workers will do: a fault of it is found before the model loads
@@ -55,8 +54,7 @@ def main(path: str) -> None:
         elif config.compile:
             _compile(config, built)
         built.capture_graphs(progress=sys.stderr.isatty(), all_graphs=False)
-        drain_flag = Path(settings["drain_flag"])
-        engine, metrics = engine_of(config, built, Mailbox(settings["engine_address"]), drain_flag.exists)
+        engine, metrics = engine_of(config, built, Mailbox(settings.engine_address), settings.drain_flag.exists)
     except Exception as error:
         if (reason := sentence(error)) is None:
             raise
@@ -64,8 +62,8 @@ def main(path: str) -> None:
         Path(path).with_name(REASON_FILE).write_text(reason)
         sys.exit(1)
     _stop_on_signal(engine)
-    start_http_server(settings["metrics_port"], "127.0.0.1", registry=metrics)
-    _announce(Path(path).with_name("engine.json"), built)
+    start_http_server(settings.metrics_port, "127.0.0.1", registry=metrics)
+    _announce(Path(path).with_name(FACTS_FILE), built)
     log.info("loaded: %s", built.timings)
     log.info("%s", describe_defaults(engine.info().sampling_defaults))
     if beside:

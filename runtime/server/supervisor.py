@@ -6,7 +6,6 @@ Imports no torch and nothing of web: both children are started by name. Its own 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ import socket
 import sys
 import time
 import urllib.error
-import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from pagegraph.runtime.ipc import protocol
 from pagegraph.runtime.ipc.client import EngineClient, EngineDead
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.server.child import Child, module_command, stop
+from pagegraph.runtime.server.engine_settings import FACTS_FILE, EngineSettings
 from pagegraph.runtime.server.health import DRAINING, LOADING, NO_ENGINE, Health, engine_health
 from pagegraph.runtime.server.listen import Unserved, bind, connectable, free_port
 from pagegraph.runtime.server.probes import Probes, fetch
@@ -66,7 +65,7 @@ class Supervisor:
             raise Unserved(str(error)) from error
         self._engine_address = f"ipc://{self._run_dir.socket}"
         self._client = EngineClient(self._engine_address, heartbeat_s=HEARTBEAT_S, silence_s=config.watchdog_timeout_s)
-        self._metrics_url = f"http://127.0.0.1:{free_port()}/metrics"
+        self._metrics_port = free_port()
         self._signals = 0
         self._ready = False
         self._engine: Child | None = None
@@ -83,7 +82,8 @@ class Supervisor:
         listener: socket.socket | None = None
         try:
             listener = bind(self.config.host, self.config.port, "port")
-            probes = Probes(self.config.probe_host, self.config.probe_port or 0, self.health, self._metrics_url)
+            metrics_url = f"http://127.0.0.1:{self._metrics_port}/metrics"
+            probes = Probes(self.config.probe_host, self.config.probe_port or 0, self.health, metrics_url)
             self._engine = Child("engine", [*self._engine_command, str(self._write_engine_settings())])
             if info := self._wait_for_engine():
                 settings = self._write_web_settings(probes.address)
@@ -135,18 +135,17 @@ class Supervisor:
         return self._run_dir.path / "draining"
 
     def _write_engine_settings(self) -> Path:
-        """The engine's settings, without the API key, for which it has no use."""
-        settings = {
-            "config": dataclasses.asdict(dataclasses.replace(self.config, api_key=None)),
-            "engine_address": self._engine_address,
-            "metrics_port": urllib.parse.urlsplit(self._metrics_url).port,
-            "drain_flag": str(self._drain_flag),  # once it exists, the engine says `draining` in its EngineInfo
-        }
-        return self._run_dir.write("engine-settings.json", json.dumps(settings, indent=1))
+        settings = EngineSettings(
+            config=self.config,
+            engine_address=self._engine_address,
+            metrics_port=self._metrics_port,
+            drain_flag=self._drain_flag,
+        )
+        return self._run_dir.write("engine-settings.json", settings.to_json())
 
     def _write_web_settings(self, probe_address: str) -> Path:
         """The web workers' settings, once the engine said which folder holds the tokenizer; see web/settings.py."""
-        engine = json.loads((self._run_dir.path / "engine.json").read_text())
+        engine = json.loads((self._run_dir.path / FACTS_FILE).read_text())
         settings = {
             "engine_address": self._engine_address,
             # Absolute: the web processes run elsewhere.
@@ -167,7 +166,7 @@ class Supervisor:
         """The engine's facts once it is loaded and answers; None if a signal came first."""
         while not self._signals:
             self._check_children()
-            if (self._run_dir.path / "engine.json").exists() and (info := self._info()):
+            if (self._run_dir.path / FACTS_FILE).exists() and (info := self._info()):
                 return info
             time.sleep(0.05)
         return None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import sys
 from pathlib import Path
@@ -14,6 +12,7 @@ from transformers import LlamaConfig
 
 from pagegraph.runtime.config import FIELDS, Config
 from pagegraph.runtime.server import compile_process
+from pagegraph.runtime.server.engine_settings import EngineSettings
 
 # What no artefact depends on; every setting is here or among `compile_process.ARTEFACT_SETTINGS`.
 OTHER_SETTINGS = {
@@ -41,7 +40,10 @@ def built_of(num_blocks: int = 8, **changed: object) -> SimpleNamespace:
 def test_a_failure_is_told_with_its_reason_and_leaves_no_stamp(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     settings = tmp_path / "settings.json"
-    settings.write_text(json.dumps({"config": dataclasses.asdict(config)}))
+    told = EngineSettings(
+        config=config, engine_address="ipc:///nowhere", metrics_port=1, drain_flag=tmp_path / "draining"
+    )
+    settings.write_text(told.to_json())
     (tmp_path / "cache" / "inductor").mkdir(parents=True)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="nothing"):

@@ -14,18 +14,16 @@ from pagegraph.compiler.profile.kv_budget import DoesNotFit
 from pagegraph.runtime.cli import main
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.server import engine_process
+from pagegraph.runtime.server.engine_settings import EngineSettings
 from pagegraph.runtime.server.start_errors import REASON_FILE, sentence
 
 
 def start_engine(tmp_path: Path, **options: object) -> Path:
     """Run an engine process's start for a configuration; the file that it leaves its reason in."""
-    settings = {
-        "config": dataclasses.asdict(Config(**options)),
-        "engine_address": "ipc:///nowhere",
-        "metrics_port": 1,
-        "drain_flag": "",
-    }
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    told = EngineSettings(
+        config=Config(**options), engine_address="ipc:///nowhere", metrics_port=1, drain_flag=tmp_path / "draining"
+    )
+    (tmp_path / "settings.json").write_text(told.to_json())
     with pytest.raises(SystemExit) as end:
         engine_process.main(str(tmp_path / "settings.json"))
     assert end.value.code == 1

@@ -1,0 +1,38 @@
+"""What the engine process is told at start: one JSON file, written by the supervisor into the server's folder.
+
+The process that compiles for the engine reads it as well. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pagegraph.runtime.config import Config, config_from_dict
+
+FACTS_FILE = "engine.json"  # beside the settings: what the engine tells once its model is loaded, `model_dir` among it
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """Settings of one engine process."""
+
+    config: Config
+    engine_address: str  # ipc:// address to listen on
+    metrics_port: int  # of 127.0.0.1, where it serves /metrics
+    drain_flag: Path  # once this file exists, the engine says `draining` in its EngineInfo
+
+    def to_json(self) -> str:
+        """Without the API key, for which the engine has no use."""
+        config = dataclasses.asdict(dataclasses.replace(self.config, api_key=None))
+        return json.dumps({**vars(self), "config": config, "drain_flag": str(self.drain_flag)}, indent=1)
+
+    @classmethod
+    def load(cls, path: Path) -> EngineSettings:
+        """The inverse of `to_json`, from a file. Raises ConfigError for what no configuration may hold."""
+        values = json.loads(path.read_text())
+        values["config"] = config_from_dict(values["config"])
+        values["drain_flag"] = Path(values["drain_flag"])
+        return cls(**values)
