@@ -19,19 +19,19 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 
 `pagegraph::linear` is x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the kernel that suits the rows of x.
 
-`pagegraph::quant_linear` is x [..., K] @ weight.T + bias [N] -> [..., N] with weight [N, K] = codes * scale + shift: codes
-int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kernels.quant.reference.pack_nibbles`); scale and shift
+`pagegraph::quant_linear` is x [..., K] @ weight.T + bias [N] -> [..., N] with weight [N, K] = qweight * scale + zero: codes
+int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kernels.quant.reference.pack_nibbles`); scale and zero
 [N, groups] of `group` neighbouring columns each, the last group maybe of fewer. In plain PyTorch: weights are loaded so, and steps run the ops below.
 
 `pagegraph::fragment_linear` is the same with the weight as the matrix unit takes it, x [..., K] -> [..., out_size]: integers as
-`kernels.quant.reference.fragments` lays them, scale and shift as `fragment_pairs` does; or float8_e4m3fn as `exchanged_columns`, scale float32
-[N, groups] of a multiple of 64 columns each, no shift. rounds: a device may round x to 8 bits where that is
+`kernels.quant.reference.fragments` lays them, scale and zero as `fragment_pairs` does; or float8_e4m3fn as `exchanged_columns`, scale float32
+[N, groups] of a multiple of 64 columns each, no zero. rounds: a device may round x to 8 bits where that is
 faster, from many rows on (`kernels.quant.tiles`). gated: [..., out_size / 2], silu(first half) * second half.
 `pagegraph::norm_fragment_linear` is x + residual -> its norm -> fragment_linear -> (sum, product); with a second weight the first is
 gated and the second's product [..., second_size] comes out.
 
 `pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit codes as
-PyTorch packs them for AVX-512 (`kernels.quant.cpu.unpack_int4`), pairs [K / group, N, 2] scale and shift beside each other in x's dtype.
+PyTorch packs them for AVX-512 (`kernels.quant.cpu.unpack_int4`), pairs [K / group, N, 2] scale and zero beside each other in x's dtype.
 `pagegraph::int4_packed_chain` is two or four of them on one row, `linear_norm_linear` once or twice (`kernels.quant.cpu_int4.chain`).
 
 `pagegraph::rms_norm` is x [..., H] / sqrt(mean(x ** 2) + eps) * weight [H]; `pagegraph::add_rms_norm` adds a residual
@@ -131,22 +131,22 @@ def _linear_norm_linear(
     return torch.empty_like(residual), x.new_empty(*x.shape[:-1], size)
 
 
-def _quant_linear(x: Tensor, codes: Tensor, *_: Tensor | int | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
+def _quant_linear(x: Tensor, qweight: Tensor, *_: Tensor | int | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
 def _fragment_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, group: int, out_size: int,
+    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int, out_size: int,
     rounds: bool, gated: bool = False,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], out_size // 2 if gated else out_size)
 
 
 def _norm_fragment_linear(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, codes: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None,
-    group: int, out_size: int, rounds: bool, second_codes: Tensor | None, *second: Tensor | int | None,
+    x: Tensor, residual: Tensor, norm: Tensor, eps: float, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
+    group: int, out_size: int, rounds: bool, second_qweight: Tensor | None, *second: Tensor | int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], out_size if second_codes is None else second[-1])
+    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], out_size if second_qweight is None else second[-1])
 
 
 def _int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
@@ -195,18 +195,18 @@ OPS = (
         linear_reference.silu_mul, "linear.silu_mul:silu_mul", _silu_mul,
     ),
     Op(
-        "quant_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group) -> Tensor",
+        "quant_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero, Tensor? bias, int group) -> Tensor",
         quant_reference.quant_linear, SAME, _quant_linear,
     ),
     Op(
-        "fragment_linear(Tensor x, Tensor codes, Tensor scale, Tensor? shift, Tensor? bias, int group, "
+        "fragment_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero, Tensor? bias, int group, "
         "int out_size, bool rounds, bool gated=False) -> Tensor",
         quant_reference.fragment_linear, "quant.cuda:fragment_linear", _fragment_linear,
     ),
     Op(
-        "norm_fragment_linear(Tensor x, Tensor residual, Tensor norm, float eps, Tensor codes, Tensor scale, "
-        "Tensor? shift, Tensor? bias, int group, int out_size, bool rounds, Tensor? second_codes, "
-        "Tensor? second_scale, Tensor? second_shift, Tensor? second_bias, int second_group, "
+        "norm_fragment_linear(Tensor x, Tensor residual, Tensor norm, float eps, Tensor qweight, Tensor scale, "
+        "Tensor? zero, Tensor? bias, int group, int out_size, bool rounds, Tensor? second_qweight, "
+        "Tensor? second_scale, Tensor? second_zero, Tensor? second_bias, int second_group, "
         "int second_size) -> (Tensor, Tensor)",
         quant_reference.norm_fragment_linear, "quant.cuda:norm_fragment_linear", _norm_fragment_linear,
     ),

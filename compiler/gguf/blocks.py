@@ -1,4 +1,4 @@
-"""GGUF's block types as planes of codes, scales and shifts, and linears that keep them when a file is converted.
+"""GGUF's block types as planes of qweight, scales and zeros, and linears that keep them when a file is converted.
 
 The blocks are those of ggml (`ggml-common.h`, docs of GGUF). Names and the order of rows are transformers' business: it is
 asked to convert the file once for each plane, as if the plane were the weights. Knows bytes; knows no devices.
@@ -24,15 +24,15 @@ from pagegraph.kernels.quant import reference
 log = logging.getLogger("pagegraph.quantization")
 
 WIDE = {"F32", "F16", "BF16"}  # types of what is not quantised
-CODES, SCALE, SHIFT = range(3)
+QWEIGHT, SCALE, ZERO = range(3)
 
 
 class Planes(NamedTuple):
     """Of blocks uint8 [B, bytes]: codes float32 [B, size], scale float32 [B, groups], shift likewise or None."""
 
-    codes: np.ndarray
+    qweight: np.ndarray
     scale: np.ndarray
-    shift: np.ndarray | None
+    zero: np.ndarray | None
 
 
 def _half(blocks: np.ndarray, at: int) -> np.ndarray:
@@ -72,8 +72,8 @@ def _q6_k(blocks: np.ndarray) -> Planes:
     """256 codes in sixteen groups: four low bits of each, then two high ones, in halves of 128."""
     low = _nibbles(blocks[:, :128], 64) + 8
     high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8).reshape(4, 1) & 3
-    codes = low + 16.0 * high.reshape(len(blocks), 256) - 32
-    return Planes(codes, _half(blocks, 208) * blocks[:, 192:208].copy().view(np.int8), None)
+    qweight = low + 16.0 * high.reshape(len(blocks), 256) - 32
+    return Planes(qweight, _half(blocks, 208) * blocks[:, 192:208].copy().view(np.int8), None)
 
 
 BLOCKS: dict[GGMLQuantizationType, Callable[[np.ndarray], Planes]] = {
@@ -86,7 +86,7 @@ BLOCKS: dict[GGMLQuantizationType, Callable[[np.ndarray], Planes]] = {
 
 
 def planes(data: np.ndarray, kind: GGMLQuantizationType) -> Planes:
-    """Of a tensor's bytes uint8 [N, bytes a row]: codes [N, K], scale and shift [N, groups]."""
+    """Of a tensor's bytes uint8 [N, bytes a row]: codes [N, K], scale and zero [N, groups]."""
     found = BLOCKS[kind](np.ascontiguousarray(data).reshape(-1, gguf.GGML_QUANT_SIZES[kind][1]))
     return Planes(*(None if plane is None else plane.reshape(len(data), -1).astype(np.float32) for plane in found))
 
@@ -101,23 +101,23 @@ def keep(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict
     others = ", ".join(sorted(types - WIDE - {kind.name for kind in BLOCKS}))
     linears = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    codes, scales, shifts = (_converted(path, model, plane) for plane in (CODES, SCALE, SHIFT))
+    qweight, scales, zeros = (_converted(path, model, plane) for plane in (QWEIGHT, SCALE, ZERO))
     for name in list(tensors):
         if name not in linears or name in tied or scales[name].shape == tensors[name].shape:
             tensors[name] = tensors[name].bfloat16()
             continue
         stem, weight = name.removesuffix("weight"), tensors.pop(name)
-        code, scale, shift = codes[name].to(torch.int8), scales[name], shifts[name]
+        code, scale, zero = qweight[name].to(torch.int8), scales[name], zeros[name]
         four_bits = (
             int(code.min()) >= -8
             and int(code.max()) < 8
             and weight.shape[1] // scale.shape[1] % reference.NIBBLE_SPAN == 0
         )
-        tensors[f"{stem}codes"] = reference.pack_nibbles(code) if four_bits else code
+        tensors[f"{stem}qweight"] = reference.pack_nibbles(code) if four_bits else code
         tensors[f"{stem}scale"] = scale
-        if shift.any():
-            tensors[f"{stem}shift"] = shift
-    if not any(name.endswith(".codes") for name in tensors):
+        if zero.any():
+            tensors[f"{stem}zero"] = zero
+    if not any(name.endswith(".qweight") for name in tensors):
         raise QuantizationError(
             f"{path}: quantization=gguf keeps {', '.join(kind.name for kind in BLOCKS)}, and no linear of the file is one of these ({others or 'nothing is quantised'}); "
             "leave quantization out, or take a file of those types"

@@ -86,7 +86,7 @@ def sidecar_quantization(folder: Path) -> dict[str, Any] | None:
     """The `quantization_config` that a quantiser left in a file of its own, if weights are packed as it packs them."""
     for name, method in OWN_FILES.items():
         if (file := folder / name).is_file() and any(
-            one.endswith(f".{PACKED[method].codes}") for one in safetensors_files(folder)
+            one.endswith(f".{PACKED[method].qweight}") for one in safetensors_files(folder)
         ):
             try:
                 return {"quant_method": method, **json.loads(file.read_text())}

@@ -1,6 +1,6 @@
 """How quantised checkpoints name, pack, group and centre their tensors: data, and one reader for all of them.
 
-Every format becomes the same `Quantized`: weight [N, K] = codes * scale + shift of the column's group. Knows tensors by name
+Every format becomes the same `Quantized`: weight [N, K] = qweight * scale + zero of the column's group. Knows tensors by name
 and the words of `quantization_config`; knows no modules, files or devices.
 
 The layouts are those that AutoAWQ (GEMM), AutoGPTQ, compressed-tensors, transformers' fine-grained FP8 and ggml write.
@@ -35,21 +35,21 @@ class QuantizationError(ValueError):
 
 @dataclass(slots=True)
 class Quantized:
-    """weight [N, K] = codes * scale + shift; column k of it meets input columns[k] where `columns` is set.
+    """weight [N, K] = qweight * scale + zero; column k of it meets input g_idx_order[k] where `g_idx_order` is set.
 
-    codes: int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] as `reference.pack_nibbles` packs 4 bits. scale, shift: float32
-    [N, ceil(K / group)], no shift where it is zero. columns: int64 [K].
+    qweight: int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] as `reference.pack_nibbles` packs 4 bits. scale, zero: float32
+    [N, ceil(K / group)], None where every zero is 0. g_idx_order: int64 [K].
     """
 
-    codes: torch.Tensor
+    qweight: torch.Tensor
     scale: torch.Tensor
-    shift: torch.Tensor | None
+    zero: torch.Tensor | None
     group: int
-    columns: torch.Tensor | None = None
+    g_idx_order: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Name -> tensor of what is set."""
-        named = dict(codes=self.codes, scale=self.scale, shift=self.shift, columns=self.columns)
+        named = dict(qweight=self.qweight, scale=self.scale, zero=self.zero, g_idx_order=self.g_idx_order)
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -57,22 +57,22 @@ class Quantized:
 class Words:
     """Integers packed into 32-bit words, lowest bits first: of which tensor, along which axis, in which order."""
 
-    codes: str
+    qweight: str
     scale: str
-    zeros: str
-    codes_axis: int
-    zeros_axis: int
+    zero_points: str
+    qweight_axis: int
+    zero_points_axis: int
     inputs_first: bool  # tensors are [K, N] and not [N, K]
     order: tuple[int, ...] = ()  # the place in a word's run of each of its parts; empty: as they come
-    zeros_less: int = 0  # what was subtracted from a zero point before it was stored
-    columns: str = ""  # tensor with the group of each input
+    zero_points_less: int = 0  # what was subtracted from a zero point before it was stored
+    g_idx: str = ""  # tensor with the group of each input
     ignored: tuple[str, ...] = ()
 
 
 PACKED: dict[str, Words] = {
     "awq": Words("qweight", "scales", "qzeros", 1, 1, True, order=(0, 2, 4, 6, 1, 3, 5, 7)),
-    "gptq": Words("qweight", "scales", "qzeros", 0, 1, True, zeros_less=1, columns="g_idx"),
-    "gptq_v2": Words("qweight", "scales", "qzeros", 0, 1, True, columns="g_idx"),
+    "gptq": Words("qweight", "scales", "qzeros", 0, 1, True, zero_points_less=1, g_idx="g_idx"),
+    "gptq_v2": Words("qweight", "scales", "qzeros", 0, 1, True, g_idx="g_idx"),
     "pack-quantized": Words(
         "weight_packed",
         "weight_scale",
@@ -80,7 +80,7 @@ PACKED: dict[str, Words] = {
         1,
         0,
         False,
-        columns="weight_g_idx",
+        g_idx="weight_g_idx",
         ignored=("weight_shape",),
     ),
 }
@@ -114,24 +114,24 @@ class Scheme:
     def marks(self) -> tuple[str, ...]:
         """Tensors of which any tells a quantised linear from one left as it was."""
         if self.layout in PACKED:
-            return (PACKED[self.layout].codes,)
-        return ("codes",) if self.layout == STORED else ELEMENTS_SCALES
+            return (PACKED[self.layout].qweight,)
+        return ("qweight",) if self.layout == STORED else ELEMENTS_SCALES
 
     def tensors(self) -> tuple[str, ...]:
         """Every tensor that may stand beside a quantised linear's bias."""
         if self.layout == STORED:
-            return ("codes", "scale", "shift")
+            return ("qweight", "scale", "zero")
         if self.layout == "elements":
             return ("weight", *ELEMENTS_SCALES, *ELEMENTS_IGNORED)
         words = PACKED[self.layout]
-        return tuple(filter(None, (words.codes, words.scale, words.zeros, words.columns, *words.ignored)))
+        return tuple(filter(None, (words.qweight, words.scale, words.zero_points, words.g_idx, *words.ignored)))
 
     def read(self, tensors: Mapping[str, torch.Tensor], where: str) -> Quantized:
         """The linear `where` from its tensors by last name; raises QuantizationError for what does not fit together."""
         if self.layout == STORED:
-            codes, scale = tensors["codes"], tensors["scale"]
-            size = codes.shape[1] * (2 if codes.dtype == torch.uint8 else 1)
-            return Quantized(codes, scale.float(), _float(tensors.get("shift")), size // scale.shape[1])
+            qweight, scale = tensors["qweight"], tensors["scale"]
+            size = qweight.shape[1] * (2 if qweight.dtype == torch.uint8 else 1)
+            return Quantized(qweight, scale.float(), _float(tensors.get("zero")), size // scale.shape[1])
         if self.layout == "elements":
             return _read_elements(tensors, self.block, where)
         return _read_words(PACKED[self.layout], tensors, self.bits, where, self.act_order)
@@ -234,38 +234,44 @@ def unpack_words(words: torch.Tensor, bits: int, axis: int, order: tuple[int, ..
 
 
 def _read_words(words: Words, tensors: Mapping[str, torch.Tensor], bits: int, where: str, act_order: bool) -> Quantized:
-    """codes, zeros unsigned; w = (code - zero) * scale, with zero in the middle where none is stored."""
+    """qweight, zero_points unsigned; w = (qweight - zero_point) * scale, with the zero point in the middle where none is stored."""
     middle = 1 << (bits - 1)
-    codes = unpack_words(_two_axes(tensors, words.codes, where, torch.int32), bits, words.codes_axis, words.order)
+    qweight = unpack_words(_two_axes(tensors, words.qweight, where, torch.int32), bits, words.qweight_axis, words.order)
     scale = _two_axes(tensors, words.scale, where, one_will_do=not words.inputs_first).float()
-    zeros = tensors.get(words.zeros)
-    if zeros is not None and zeros.dtype == torch.int8 and zeros.numel() == scale.numel():
-        zeros = (
-            zeros.reshape(scale.shape).int() + middle
+    zero_points = tensors.get(words.zero_points)
+    if zero_points is not None and zero_points.dtype == torch.int8 and zero_points.numel() == scale.numel():
+        zero_points = (
+            zero_points.reshape(scale.shape).int() + middle
         )  # signed and one by one, as compressed-tensors leaves those it does not pack
-    elif zeros is not None:
-        zeros = unpack_words(_two_axes(tensors, words.zeros, where, torch.int32), bits, words.zeros_axis, words.order)
+    elif zero_points is not None:
+        zero_points = unpack_words(
+            _two_axes(tensors, words.zero_points, where, torch.int32), bits, words.zero_points_axis, words.order
+        )
         # A zero point of 0 is stored as the largest integer where one was subtracted.
-        zeros = (zeros + words.zeros_less) & ((1 << bits) - 1)
+        zero_points = (zero_points + words.zero_points_less) & ((1 << bits) - 1)
     if words.inputs_first:
-        codes, scale, zeros = codes.t(), scale.t(), None if zeros is None else zeros.t()
+        qweight, scale, zero_points = qweight.t(), scale.t(), None if zero_points is None else zero_points.t()
     shape, filled = (
         tensors.get("weight_shape"),
         WORD_BITS // bits,
     )  # what fills the last words up is fewer than a word holds
-    fits = shape is None or 0 <= codes.shape[1] - int(shape[1]) < filled
-    codes = codes if shape is None else codes[:, : int(shape[1])]
-    rows, size = codes.shape
-    scale, zeros = (one if one is None or one.numel() > 1 else one.expand(rows, 1) for one in (scale, zeros))
+    fits = shape is None or 0 <= qweight.shape[1] - int(shape[1]) < filled
+    qweight = qweight if shape is None else qweight[:, : int(shape[1])]
+    rows, size = qweight.shape
+    scale, zero_points = (
+        one if one is None or one.numel() > 1 else one.expand(rows, 1) for one in (scale, zero_points)
+    )
     groups = scale.shape[1]
     if (
         not fits
         or len(scale) != rows
-        or zeros is not None
-        and not (zeros.shape[1] == groups and rows <= len(zeros) < rows + filled)
+        or zero_points is not None
+        and not (zero_points.shape[1] == groups and rows <= len(zero_points) < rows + filled)
     ):
         stored = ", ".join(
-            f"{name} {list(tensors[name].shape)}" for name in (words.codes, words.scale, words.zeros) if name in tensors
+            f"{name} {list(tensors[name].shape)}"
+            for name in (words.qweight, words.scale, words.zero_points)
+            if name in tensors
         )
         raise QuantizationError(
             f"{where}: {stored} do not belong together in {bits} bits; is quantization_config that of this checkpoint?"
@@ -275,14 +281,14 @@ def _read_words(words: Words, tensors: Mapping[str, torch.Tensor], bits: int, wh
             f"{where}: {size} inputs do not divide into {groups} groups; quantise with a group that divides them"
         )
     group = size // groups
-    columns = _columns(tensors.get(words.columns), size, group, where, act_order)
-    if columns is not None:
-        codes = codes[:, columns]
-    shift = None
-    if zeros is not None:
-        zeros = zeros[: len(codes)]
-        shift = (middle - zeros).float() * scale if bool((zeros != middle).any()) else None
-    return Quantized(_stored(codes - middle, bits, group, where), scale.contiguous(), shift, group, columns)
+    g_idx_order = _g_idx_order(tensors.get(words.g_idx), size, group, where, act_order)
+    if g_idx_order is not None:
+        qweight = qweight[:, g_idx_order]
+    zero = None
+    if zero_points is not None:
+        zero_points = zero_points[: len(qweight)]
+        zero = (middle - zero_points).float() * scale if bool((zero_points != middle).any()) else None
+    return Quantized(_stored(qweight - middle, bits, group, where), scale.contiguous(), zero, group, g_idx_order)
 
 
 def _two_axes(
@@ -305,7 +311,9 @@ def _two_axes(
     return tensor
 
 
-def _columns(groups: torch.Tensor | None, size: int, group: int, where: str, act_order: bool) -> torch.Tensor | None:
+def _g_idx_order(
+    groups: torch.Tensor | None, size: int, group: int, where: str, act_order: bool
+) -> torch.Tensor | None:
     """The order of inputs in which groups are neighbours; None where they are already.
 
     groups: int [size], the group of each input. Some quantisers write all of them as 0 or below where inputs keep their order.
@@ -329,23 +337,23 @@ def _columns(groups: torch.Tensor | None, size: int, group: int, where: str, act
                 "take a checkpoint that is whole, or one quantised without"
             )
         return None
-    columns = groups.argsort(stable=True)
-    if not torch.equal(groups[columns].long(), torch.arange(len(groups)) // group):
+    g_idx_order = groups.argsort(stable=True)
+    if not torch.equal(groups[g_idx_order].long(), torch.arange(len(groups)) // group):
         raise QuantizationError(
             f"{where}: g_idx puts other than {group} inputs into a group; quantise with groups of equal size"
         )
-    return columns
+    return g_idx_order
 
 
-def _stored(codes: torch.Tensor, bits: int, group: int, where: str) -> torch.Tensor:
-    codes = codes.to(torch.int8)
+def _stored(qweight: torch.Tensor, bits: int, group: int, where: str) -> torch.Tensor:
+    qweight = qweight.to(torch.int8)
     if bits == 8:
-        return codes.contiguous()
+        return qweight.contiguous()
     if group % reference.NIBBLE_SPAN:
         raise QuantizationError(
-            f"{where}: {codes.shape[1]} inputs in groups of {group}; 4-bit groups have to be multiples of {reference.NIBBLE_SPAN}"
+            f"{where}: {qweight.shape[1]} inputs in groups of {group}; 4-bit groups have to be multiples of {reference.NIBBLE_SPAN}"
         )
-    return reference.pack_nibbles(codes)
+    return reference.pack_nibbles(qweight)
 
 
 def _read_elements(tensors: Mapping[str, torch.Tensor], block: tuple[int, int] | None, where: str) -> Quantized:
@@ -373,16 +381,16 @@ def _read_elements(tensors: Mapping[str, torch.Tensor], block: tuple[int, int] |
 
 
 def quantize(weight: torch.Tensor, method: str, where: str) -> Quantized:
-    """weight [N, K] by one of ONLINE: fp8 and int8 a scale a row, int4 a scale and a shift a group."""
+    """weight [N, K] by one of ONLINE: fp8 and int8 a scale a row, int4 a scale and a zero a group."""
     parts = weight.split(ROWS_AT_ONCE)
     if method != "int4":
         dtype = torch.int8 if method == "int8" else torch.float8_e4m3fn
-        codes, scale = map(torch.cat, zip(*(reference.quantize_rows(part, dtype) for part in parts)))
-        return Quantized(codes, scale, None, weight.shape[1])
+        qweight, scale = map(torch.cat, zip(*(reference.quantize_rows(part, dtype) for part in parts)))
+        return Quantized(qweight, scale, None, weight.shape[1])
     group = online_group(weight.shape[1], weight.device.type, where)
     groups = (reference.quantize_groups(part, group) for part in parts)
-    codes, scale, shift = map(torch.cat, zip(*((reference.pack_nibbles(codes), *rest) for codes, *rest in groups)))
-    return Quantized(codes, scale, shift, group)
+    qweight, scale, zero = map(torch.cat, zip(*((reference.pack_nibbles(qweight), *rest) for qweight, *rest in groups)))
+    return Quantized(qweight, scale, zero, group)
 
 
 def online_group(inputs: int, device: str, where: str) -> int:

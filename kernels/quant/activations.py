@@ -1,4 +1,4 @@
-"""Triton: rows as 8-bit codes: int8 with a scale for every 128 columns, or e4m3 with one a row, with sums of columns or without.
+"""Triton: rows as 8-bit values: int8 with a scale for every 128 columns, or e4m3 with one a row, with sums of columns or without.
 
 What comes before may be done on the way, rounded as by a kernel of its own: an RMS norm with the addition before it, or a gate.
 Columns come out in the order of the weights they meet: those of `reference.int8_rows`, or of `reference.exchanged_columns` for
@@ -52,7 +52,7 @@ def _rounded(x):
 
 @triton.jit(do_not_specialize=["rows", "filled"])
 def rows_kernel(
-    codes_ptr, scale_ptr, sum_ptr, x_ptr, weight_ptr, eps, residual_ptr, total_ptr, x_stride, rows, filled,
+    x_q_ptr, scale_ptr, sum_ptr, x_ptr, weight_ptr, eps, residual_ptr, total_ptr, x_stride, rows, filled,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,  # groups of 128 columns; those that are allotted
     NORM: tl.constexpr, GATED: tl.constexpr, INT8: tl.constexpr, EXCHANGED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -79,23 +79,23 @@ def rows_kernel(
     largest = tl.max(tl.abs(x), axis=1)
     if INT8:
         scale = tl.maximum(largest / LARGEST_INT, TINY)
-        codes = (x * (1.0 / scale)[:, None] + ROUNDS) - ROUNDS
+        x_q = (x * (1.0 / scale)[:, None] + ROUNDS) - ROUNDS
         tl.store(scale_ptr + group * filled + row, scale, mask=group < GROUPS)
     else:
         scale = tl.maximum(tl.max(largest, axis=0) / LARGEST, TINY)
-        codes = tl.clamp(x * (1.0 / scale), -LARGEST, LARGEST)
+        x_q = tl.clamp(x * (1.0 / scale), -LARGEST, LARGEST)
         tl.store(scale_ptr + row, scale)
         if not EXCHANGED:
-            codes = _rounded(codes)
-            tl.store(sum_ptr + group * filled + row, tl.sum(codes, axis=1), mask=group < GROUPS)
-    codes = codes.to(codes_ptr.dtype.element_ty)
+            x_q = _rounded(x_q)
+            tl.store(sum_ptr + group * filled + row, tl.sum(x_q, axis=1), mask=group < GROUPS)
+    x_q = x_q.to(x_q_ptr.dtype.element_ty)
     if EXCHANGED:
         PADDED: tl.constexpr = (SIZE + 63) // 64 * 64
-        codes = codes.reshape(BLOCK * 2, 4, 2, 4, 2).permute(0, 3, 1, 2, 4).reshape(BLOCK, GROUP)
-        tl.store(codes_ptr + row * PADDED + column, codes, mask=column < PADDED)
+        x_q = x_q.reshape(BLOCK * 2, 4, 2, 4, 2).permute(0, 3, 1, 2, 4).reshape(BLOCK, GROUP)
+        tl.store(x_q_ptr + row * PADDED + column, x_q, mask=column < PADDED)
     else:
-        codes = codes.reshape(BLOCK, GROUP // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BLOCK, GROUP)
-        tl.store(codes_ptr + row * (GROUPS * GROUP) + column, codes, mask=(group < GROUPS)[:, None])
+        x_q = x_q.reshape(BLOCK, GROUP // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BLOCK, GROUP)
+        tl.store(x_q_ptr + row * (GROUPS * GROUP) + column, x_q, mask=(group < GROUPS)[:, None])
 
 
 def width(x: Tensor, gated: bool) -> int:
@@ -104,44 +104,44 @@ def width(x: Tensor, gated: bool) -> int:
 
 
 def int8_rows(x: Tensor, multiple: int, norm: Norm | None = None, gated: bool = False) -> tuple[Tensor, Tensor]:
-    """x [T, K], elements of a row dense -> codes int8 [T', K'], scale float32 [K' / 128, T'].
+    """x [T, K], elements of a row dense -> x_q int8 [T', K'], scale float32 [K' / 128, T'].
 
     The first T rows are as `reference.int8_rows`; T' is a multiple of `multiple`, and the rest is zeros. gated: x is [T, 2 * K],
     and what is rounded silu(first half) * second half.
     """
     size = width(x, gated)
     filled, groups = triton.cdiv(len(x), multiple) * multiple, triton.cdiv(size, CODED_GROUP)
-    codes = torch.empty(filled, groups * CODED_GROUP, dtype=torch.int8, device=x.device)
+    x_q = torch.empty(filled, groups * CODED_GROUP, dtype=torch.int8, device=x.device)
     scale = torch.empty(groups, filled, dtype=torch.float32, device=x.device)
-    _launch(codes, scale, scale, x, size, norm, gated)
-    return codes, scale
+    _launch(x_q, scale, scale, x, size, norm, gated)
+    return x_q, scale
 
 
 def e4m3_rows(x: Tensor, multiple: int, norm: Norm | None = None, gated: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """As `int8_rows` -> codes float8_e4m3fn [T', K'], scale float32 [T'], sums of every 128 codes float32 [K' / 128, T'], as `reference.e4m3_rows`."""
+    """As `int8_rows` -> x_q float8_e4m3fn [T', K'], scale float32 [T'], sums of every 128 values float32 [K' / 128, T'], as `reference.e4m3_rows`."""
     size = width(x, gated)
     filled, groups = triton.cdiv(len(x), multiple) * multiple, triton.cdiv(size, CODED_GROUP)
-    codes = torch.empty(filled, groups * CODED_GROUP, dtype=torch.float8_e4m3fn, device=x.device)
+    x_q = torch.empty(filled, groups * CODED_GROUP, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(filled, dtype=torch.float32, device=x.device)
     sums = torch.empty(groups, filled, dtype=torch.float32, device=x.device)
-    _launch(codes, scale, sums, x, size, norm, gated)
-    return codes, scale, sums
+    _launch(x_q, scale, sums, x, size, norm, gated)
+    return x_q, scale, sums
 
 
 def exchanged_e4m3_rows(x: Tensor, norm: Norm | None = None, gated: bool = False) -> tuple[Tensor, Tensor]:
-    """As `int8_rows`, without rows of zeros -> codes float8_e4m3fn [T, K'], K' a multiple of 64, scale float32 [T, 1].
+    """As `int8_rows`, without rows of zeros -> x_q float8_e4m3fn [T, K'], K' a multiple of 64, scale float32 [T, 1].
 
     As `reference.quantize_rows`, then `reference.exchanged_columns`.
     """
     size = width(x, gated)
-    codes = torch.empty(len(x), triton.cdiv(size, 64) * 64, dtype=torch.float8_e4m3fn, device=x.device)
+    x_q = torch.empty(len(x), triton.cdiv(size, 64) * 64, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-    _launch(codes, scale, scale, x, size, norm, gated, exchanged=True)
-    return codes, scale
+    _launch(x_q, scale, scale, x, size, norm, gated, exchanged=True)
+    return x_q, scale
 
 
 def _launch(
-    codes: Tensor,
+    x_q: Tensor,
     scale: Tensor,
     sums: Tensor,
     x: Tensor,
@@ -152,8 +152,8 @@ def _launch(
 ) -> None:
     groups = triton.cdiv(size, CODED_GROUP)
     block = triton.next_power_of_2(groups)
-    rows_kernel[(len(codes),)](
-        codes,
+    rows_kernel[(len(x_q),)](
+        x_q,
         scale,
         sums,
         x,
@@ -163,13 +163,13 @@ def _launch(
         x if norm is None else norm.total,
         x.stride(0),
         len(x),
-        len(codes),
+        len(x_q),
         SIZE=size,
         GROUPS=groups,
         BLOCK=block,
         NORM=norm is not None,
         GATED=gated,
-        INT8=codes.dtype == torch.int8,
+        INT8=x_q.dtype == torch.int8,
         EXCHANGED=exchanged,
         num_warps=min(max(block * CODED_GROUP // 1024, 1), 16),
         **dependent(x.device),

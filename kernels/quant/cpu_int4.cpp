@@ -1,7 +1,7 @@
-// One row of bfloat16 times 4-bit codes as PyTorch packs them for AVX-512, and up to four such products in a row with what a
+// One row of bfloat16 times 4-bit qweight as PyTorch packs them for AVX-512, and up to four such products in a row with what a
 // decoder layer has between them. `cpu_int4.py` builds and calls it.
 // Of each column and block of 64 rows 32 bytes hold the first 32 rows in their low halves: a row is a lane of a vector, and no
-// sum goes across one. Sums are taken in float32, a group's before its scale and shift. The two halves of a block's columns are
+// sum goes across one. Sums are taken in float32, a group's before its scale and zero. The two halves of a block's columns are
 // tasks of their own, because a layer has odd numbers of blocks; what stands between products every thread computes for itself.
 #include <immintrin.h>
 
@@ -42,9 +42,9 @@ inline float exp_of(float x) {
     return p * power;
 }
 
-// 64 rows of one group: codes [group, 32] times row [group] -> sum, rows 0, 16, 32 and 48 on. Values of row are bfloat16's.
+// 64 rows of one group: qweight [group, 32] times row [group] -> sum, rows 0, 16, 32 and 48 on. Values of row are bfloat16's.
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-inline void add_group(const uint8_t* codes, const uint16_t* row, int64_t group, __m512 sum[4]) {
+inline void add_group(const uint8_t* qweight, const uint16_t* row, int64_t group, __m512 sum[4]) {
     // -8 .. 7 in bfloat16, twice: a look-up takes the low five bits of each index, of which the fifth is another code's.
     alignas(64) static const uint16_t values[32] = {
         0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
@@ -52,15 +52,15 @@ inline void add_group(const uint8_t* codes, const uint16_t* row, int64_t group, 
         0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
         0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
     const __m512i table = _mm512_load_si512(values);
-    // Bytes r and 32 + r, a row's codes of two columns, go to the words of lane r; what else is in a word does not matter.
+    // Bytes r and 32 + r, a row's qweight of two columns, go to the words of lane r; what else is in a word does not matter.
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i low = _mm512_add_epi32(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(LANES)), 16));
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(0x00100010));
-    for (int64_t k = 0; k < group; k += 2, codes += 2 * LANES) {
+    for (int64_t k = 0; k < group; k += 2, qweight += 2 * LANES) {
         int32_t pair;
         std::memcpy(&pair, row + k, 4);
         const __m512bh columns = (__m512bh)_mm512_set1_epi32(pair);
-        const __m512i both = _mm512_loadu_si512(codes);
+        const __m512i both = _mm512_loadu_si512(qweight);
         const __m512i first = _mm512_permutexvar_epi8(low, both), second = _mm512_permutexvar_epi8(high, both);
         const auto add = [&](__m512 to, __m512i index) {
             return _mm512_dpbf16_ps(to, (__m512bh)_mm512_permutexvar_epi16(index, table), columns);
@@ -72,12 +72,12 @@ inline void add_group(const uint8_t* codes, const uint16_t* row, int64_t group, 
     }
 }
 #else
-inline void add_group(const uint8_t* codes, const uint16_t* row, int64_t group, __m512 sum[4]) {
+inline void add_group(const uint8_t* qweight, const uint16_t* row, int64_t group, __m512 sum[4]) {
     const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    for (int64_t k = 0; k < group; k++, codes += LANES) {
+    for (int64_t k = 0; k < group; k++, qweight += LANES) {
         const __m512 column = _mm512_set1_ps(wide(row[k]));
-        const __m512i first = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
-        const __m512i second = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + 16)));
+        const __m512i first = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)qweight));
+        const __m512i second = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(qweight + 16)));
         // A look-up takes the low four bits of each index.
         sum[0] = _mm512_fmadd_ps(column, _mm512_permutexvar_ps(first, values), sum[0]);
         sum[1] = _mm512_fmadd_ps(column, _mm512_permutexvar_ps(second, values), sum[1]);
@@ -87,7 +87,7 @@ inline void add_group(const uint8_t* codes, const uint16_t* row, int64_t group, 
 }
 #endif
 
-// pairs [K / group, N, 2] (scale, shift), bias and norm bfloat16; packed [N / 64, K, 32].
+// pairs [K / group, N, 2] (scale, zero), bias and norm bfloat16; packed [N / 64, K, 32].
 struct Product {
     const uint8_t* packed;
     const uint16_t *pairs, *bias, *norm;
@@ -95,17 +95,17 @@ struct Product {
 
     // 64 rows over groups begin .. end - 1, before the bias.
     void block(const uint16_t* row, const float* sums, int64_t at, int64_t begin, int64_t end, float* out) const {
-        const uint8_t* codes = packed + (at * K + begin * group) * LANES;
+        const uint8_t* qweight = packed + (at * K + begin * group) * LANES;
         __m512 total[4] = {};  // rows 0, 16, 32 and 48 on
-        for (int64_t g = begin; g < end; g++, codes += group * LANES) {
+        for (int64_t g = begin; g < end; g++, qweight += group * LANES) {
             __m512 sum[4] = {};
-            add_group(codes, row + g * group, group, sum);
+            add_group(qweight, row + g * group, group, sum);
             const __m512 columns = _mm512_set1_ps(sums[g]);
-            for (int i = 0; i < 4; i++) {  // a scale and its shift are the low and the high half of a word
+            for (int i = 0; i < 4; i++) {  // a scale and its zero are the low and the high half of a word
                 const __m512i word = _mm512_loadu_si512(pairs + (g * N + at * 2 * LANES + i * 16) * 2);
-                const __m512 shift = _mm512_castsi512_ps(_mm512_and_si512(word, _mm512_set1_epi32(0xffff0000)));
+                const __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(word, _mm512_set1_epi32(0xffff0000)));
                 total[i] = _mm512_fmadd_ps(sum[i], _mm512_castsi512_ps(_mm512_slli_epi32(word, 16)), total[i]);
-                total[i] = _mm512_fmadd_ps(columns, shift, total[i]);
+                total[i] = _mm512_fmadd_ps(columns, zero, total[i]);
             }
         }
         for (int i = 0; i < 4; i++) _mm512_storeu_ps(out + 16 * i, total[i]);

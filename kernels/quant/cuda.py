@@ -18,9 +18,9 @@ from pagegraph.kernels.quant.tiles import ROUNDING, Choice, QuantWeight, choice_
 
 def fragment_linear(
     x: Tensor,
-    codes: Tensor,
+    qweight: Tensor,
     scale: Tensor,
-    shift: Tensor | None,
+    zero: Tensor | None,
     bias: Tensor | None,
     group: int,
     out_size: int,
@@ -28,7 +28,7 @@ def fragment_linear(
     gated: bool = False,
 ) -> Tensor:
     """See `kernels.ops`."""
-    rows, weight = _rows(x), QuantWeight(codes, scale, shift, bias, group, out_size)
+    rows, weight = _rows(x), QuantWeight(qweight, scale, zero, bias, group, out_size)
     choice = _choice(len(rows), rows.shape[1], x.dtype, weight, rounds)
     return fragment_linear_by(choice, rows, weight, gated).view(*x.shape[:-1], -1)
 
@@ -38,9 +38,9 @@ def norm_fragment_linear(
     residual: Tensor,
     norm: Tensor,
     eps: float,
-    codes: Tensor,
+    qweight: Tensor,
     scale: Tensor,
-    shift: Tensor | None,
+    zero: Tensor | None,
     bias: Tensor | None,
     group: int,
     out_size: int,
@@ -50,9 +50,9 @@ def norm_fragment_linear(
     """See `kernels.ops`. Where rows are rounded for a product, one kernel does that and what is ahead of it."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     ahead = Norm(norm, eps, residual.reshape(rows.shape).contiguous(), torch.empty_like(rows))
-    weight, behind = QuantWeight(codes, scale, shift, bias, group, out_size), QuantWeight(*second)
+    weight, behind = QuantWeight(qweight, scale, zero, bias, group, out_size), QuantWeight(*second)
     choice = _choice(len(rows), rows.shape[1], x.dtype, weight, rounds)
-    if behind.codes is None:
+    if behind.qweight is None:
         out = fragment_linear_by(choice, rows, weight, norm=ahead)
     else:
         later = _choice(len(rows), out_size // 2, x.dtype, behind, rounds)
@@ -67,7 +67,7 @@ def norm_fragment_linear(
 def _choice(rows: int, size: int, dtype: torch.dtype, weight: QuantWeight, rounds: bool) -> Choice:
     """How x [rows, size] is multiplied with a weight."""
     rounds = rounds and takes_8_bits(
-        weight.kind, dtype, weight.out_size, size, weight.group, weight.shift is not None, weight.codes.device
+        weight.kind, dtype, weight.out_size, size, weight.group, weight.zero is not None, weight.qweight.device
     )
     return choice_of(weight.kind, rows, weight.out_size, size, rounds, dtype.itemsize == 2)
 
@@ -101,11 +101,11 @@ def fragment_linear_by(
     elif choice.way == "plain":
         out = functional.linear(rows, fragment_dequantize(weight, rows.shape[1], rows.dtype), weight.bias)
     else:
-        x_codes, x_scale = exchanged_e4m3_rows(rows, norm, gated_rows)
+        x_q, x_scale = exchanged_e4m3_rows(rows, norm, gated_rows)
         # Fast: the matrix unit adds up a whole row, with fewer bits than float32 has.
         out = torch._scaled_mm(
-            x_codes,
-            weight.codes.t(),
+            x_q,
+            weight.qweight.t(),
             scale_a=x_scale,
             scale_b=weight.scale.t(),
             bias=weight.bias,

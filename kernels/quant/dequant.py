@@ -1,4 +1,4 @@
-"""Device functions that bring integer codes of 4 and 8 bits to the type of a product, and give them scale and shift.
+"""Device functions that bring integer codes of 4 and 8 bits to the type of a product, and give them scale and zero.
 
 By packed arithmetic in assembly where it is bfloat16 or 8 bits; and what else of such a product has to be said in assembly: that its operand
 stays in registers, that sums are done, that lines are wanted soon. Knows no memory layout but that of the codes in a word.
@@ -73,83 +73,85 @@ def settled(total):
 
 
 @triton.jit
-def scaled(wide, scale, shift, HAS_SHIFT: tl.constexpr):
-    """Codes in the type of x, scale and shift of their group in shapes that broadcast to theirs -> the weight in the same type."""
+def scaled(wide, scale, zero, HAS_ZERO: tl.constexpr):
+    """Codes in the type of x, scale and zero of their group in shapes that broadcast to theirs -> the weight in the same type."""
     if ASSEMBLES and wide.dtype == tl.bfloat16 and scale.dtype == tl.bfloat16:
         scale = tl.broadcast_to(scale, wide.shape)
-        if HAS_SHIFT:
-            shift = tl.broadcast_to(shift, wide.shape)
+        if HAS_ZERO:
+            zero = tl.broadcast_to(zero, wide.shape)
             asm: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"
-            return tl.inline_asm_elementwise(asm, "=r,r,r,r", [wide, scale, shift], tl.bfloat16, is_pure=True, pack=2)
+            return tl.inline_asm_elementwise(asm, "=r,r,r,r", [wide, scale, zero], tl.bfloat16, is_pure=True, pack=2)
         else:
             # A product as a sum with -0, which changes none: GPUs before 9.0 have no other.
             asm: tl.constexpr = "{.reg .b32 none; mov.b32 none, 0x80008000; fma.rn.bf16x2 $0, $1, $2, none;}"
             return tl.inline_asm_elementwise(asm, "=r,r,r", [wide, scale], tl.bfloat16, is_pure=True, pack=2)
     else:
         weight = wide.to(tl.float32) * scale.to(tl.float32)
-        if HAS_SHIFT:
-            weight += shift.to(tl.float32)
+        if HAS_ZERO:
+            weight += zero.to(tl.float32)
         return weight.to(wide.dtype)
 
 
 @triton.jit
-def nibbles(codes, DTYPE: tl.constexpr):
+def nibbles(qweight, DTYPE: tl.constexpr):
     """uint8 [threads, bytes] as `reference.fragments` lays them -> the codes of a thread's upper and lower row, -8 to 7, [threads, bytes] in DTYPE.
 
     Not pure as far as Triton knows, so it stays where four bytes lie in a register.
     """
     if ASSEMBLES and DTYPE == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            NIBBLES, "=&r,=&r,=&r,=&r,r", [codes], (tl.bfloat16, tl.bfloat16), is_pure=False, pack=4
+            NIBBLES, "=&r,=&r,=&r,=&r,r", [qweight], (tl.bfloat16, tl.bfloat16), is_pure=False, pack=4
         )
     else:
         # Of a word, byte 2 * p + h holds column p of both halves of 8 columns, in row h.
-        words: tl.constexpr = codes.shape[1] // 4
-        first, second = (codes & 15).to(tl.int8) - 8, (codes >> 4).to(tl.int8) - 8
-        halves = tl.join(first, second).reshape(codes.shape[0], words, 2, 2, 2).permute(0, 1, 4, 2, 3)
+        words: tl.constexpr = qweight.shape[1] // 4
+        first, second = (qweight & 15).to(tl.int8) - 8, (qweight >> 4).to(tl.int8) - 8
+        halves = tl.join(first, second).reshape(qweight.shape[0], words, 2, 2, 2).permute(0, 1, 4, 2, 3)
         low, high = tl.split(halves)
-        return low.reshape(codes.shape).to(DTYPE), high.reshape(codes.shape).to(DTYPE)
+        return low.reshape(qweight.shape).to(DTYPE), high.reshape(qweight.shape).to(DTYPE)
 
 
 @triton.jit
-def wide_bytes(codes, DTYPE: tl.constexpr):
+def wide_bytes(qweight, DTYPE: tl.constexpr):
     """int8 [threads, bytes] as `reference.fragments` lays them -> the codes [threads, bytes] in DTYPE, of each word first those of the upper row."""
     if ASSEMBLES and DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise(BYTES, "=&r,=&r,r", [codes], tl.bfloat16, is_pure=False, pack=4)
+        return tl.inline_asm_elementwise(BYTES, "=&r,=&r,r", [qweight], tl.bfloat16, is_pure=False, pack=4)
     else:
-        words: tl.constexpr = codes.shape[1] // 4
-        return codes.reshape(codes.shape[0], words, 2, 2).permute(0, 1, 3, 2).reshape(codes.shape).to(DTYPE)
+        words: tl.constexpr = qweight.shape[1] // 4
+        return qweight.reshape(qweight.shape[0], words, 2, 2).permute(0, 1, 3, 2).reshape(qweight.shape).to(DTYPE)
 
 
 @triton.jit
-def bytes_by_row(codes):
+def bytes_by_row(qweight):
     """int8 [threads, bytes] as `reference.fragments` lays them -> the same codes, of each eight first those of the upper row.
 
     In the order of `reference.int8_rows`: of each 16 columns the neighbours of the first 8 and then those of the last 8.
     """
     if ASSEMBLES:
-        return tl.inline_asm_elementwise(BYTES_BY_ROW, "=&r,=&r,r,r", [codes], tl.int8, is_pure=False, pack=8)
+        return tl.inline_asm_elementwise(BYTES_BY_ROW, "=&r,=&r,r,r", [qweight], tl.int8, is_pure=False, pack=8)
     else:
-        threads: tl.constexpr = codes.shape[0]
-        return codes.reshape(threads, codes.shape[1] // 8, 4, 2).permute(0, 1, 3, 2).reshape(codes.shape)
+        threads: tl.constexpr = qweight.shape[0]
+        return qweight.reshape(threads, qweight.shape[1] // 8, 4, 2).permute(0, 1, 3, 2).reshape(qweight.shape)
 
 
 @triton.jit
-def nibbles_by_row(codes):
+def nibbles_by_row(qweight):
     """uint8 [threads, bytes] as `reference.fragments` lays them -> a thread's upper and lower row, the codes plus 8 times 2**-9, e4m3 [threads, bytes].
 
     That is what an e4m3 stands for whose upper four bits are 0. In the order of `bytes_by_row`.
     """
     if ASSEMBLES:
         upper, lower = tl.inline_asm_elementwise(
-            NIBBLES_BY_ROW, "=&r,=&r,r", [codes], (tl.uint8, tl.uint8), is_pure=False, pack=4
+            NIBBLES_BY_ROW, "=&r,=&r,r", [qweight], (tl.uint8, tl.uint8), is_pure=False, pack=4
         )
     else:
         # Of a word, byte 2 * p + h holds column p of both halves of 8 columns, in row h.
-        threads: tl.constexpr = codes.shape[0]
-        both = tl.join(codes & 15, codes >> 4).reshape(threads, codes.shape[1] // 4, 2, 2, 2).permute(0, 1, 4, 2, 3)
+        threads: tl.constexpr = qweight.shape[0]
+        both = (
+            tl.join(qweight & 15, qweight >> 4).reshape(threads, qweight.shape[1] // 4, 2, 2, 2).permute(0, 1, 4, 2, 3)
+        )
         upper, lower = tl.split(both)
-        upper, lower = upper.reshape(codes.shape), lower.reshape(codes.shape)
+        upper, lower = upper.reshape(qweight.shape), lower.reshape(qweight.shape)
     return upper.to(tl.float8e4nv, bitcast=True), lower.to(tl.float8e4nv, bitcast=True)
 
 

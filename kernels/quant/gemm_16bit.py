@@ -1,8 +1,8 @@
 """Triton: x @ weight.T with a weight of codes that lie as the matrix unit takes them (`reference.fragments`).
 
 A thread loads the very codes of its operand, so a weight goes from memory through registers to the matrix unit and waits for no
-other thread: it is widened by packed arithmetic, gets the scale and shift of its group in one multiply-add, and is rounded as
-`dequantize` rounds it. Whole rows with one scale and no shift are multiplied as codes, and scaled at the end. Integers lie block
+other thread: it is widened by packed arithmetic, gets the scale and zero of its group in one multiply-add, and is rounded as
+`dequantize` rounds it. Whole rows with one scale and no zero are multiplied as codes, and scaled at the end. Integers lie block
 by block, scales beside them; 8-bit floats row by row, columns exchanged within 64, so that PyTorch's product takes them too. The
 weight is the left operand, and its columns may be split (`kernels.linear.split_k`). `fragment_dequantize` writes such a weight
 out, for products of more rows. Knows sizes and codes; which way suits which is data in `kernels/quant/tiles.py`.
@@ -47,25 +47,25 @@ def _at(values, GROUPS: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _half(
-    codes,
+    qweight,
     scale,
-    shift,
+    zero,
     DTYPE: tl.constexpr,
     GROUPS: tl.constexpr,
     HALF: tl.constexpr,
     WHOLE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
 ):
     """int8 [threads, 16], columns 32 * HALF to 32 on of blocks below each other -> the weight [rows, 32]."""
-    threads: tl.constexpr = codes.shape[0]
-    wide = wide_bytes(codes, DTYPE)
+    threads: tl.constexpr = qweight.shape[0]
+    wide = wide_bytes(qweight, DTYPE)
     if WHOLE:
         scales = _at(scale, GROUPS, HALF)
         groups: tl.constexpr = scales.shape[1]
         wide = wide.reshape(threads, groups, 4 // groups, 2, 2)
         scales = scales.reshape(threads, groups, 1, 2, 1)
-        shifts = _at(shift, GROUPS, HALF).reshape(threads, groups, 1, 2, 1)
-        wide = scaled(wide, scales, shifts, HAS_SHIFT)
+        zeros = _at(zero, GROUPS, HALF).reshape(threads, groups, 1, 2, 1)
+        wide = scaled(wide, scales, zeros, HAS_ZERO)
     # Threads are 8 rows of 4 by warps of 16 rows; elements are steps of 16 columns, halves of 8, rows 8 apart, neighbours.
     parts = wide.reshape(threads // 32, 8, 4, 2, 2, 2, 2)
     return parts.permute(0, 5, 1, 3, 4, 2, 6).reshape(threads // 2, 32)
@@ -73,44 +73,44 @@ def _half(
 
 @triton.jit
 def weight_of(
-    codes_at,
+    qweight_at,
     scale,
-    shift,
+    zero,
     DTYPE: tl.constexpr,
     GROUPS: tl.constexpr,
     INT4: tl.constexpr,
     WHOLE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
 ):
-    """Codes of blocks below each other at [threads, 16], scales and shifts of their groups [threads, 2 * groups] -> the weight [rows, 64].
+    """Codes of blocks below each other at [threads, 16], scales and zeros of their groups [threads, 2 * groups] -> the weight [rows, 64].
 
     The first of a pair of scales is of the upper row of a thread, the second of that 8 rows on.
     """
-    threads: tl.constexpr = codes_at.shape[0]
-    codes = tl.load(codes_at, eviction_policy="evict_first")
+    threads: tl.constexpr = qweight_at.shape[0]
+    qweight = tl.load(qweight_at, eviction_policy="evict_first")
     if INT4:
-        upper, lower = nibbles(codes, DTYPE)
+        upper, lower = nibbles(qweight, DTYPE)
         if WHOLE:
             upper, lower = upper.reshape(threads, GROUPS, 16 // GROUPS), lower.reshape(threads, GROUPS, 16 // GROUPS)
             upper_scale, lower_scale = tl.split(scale.reshape(threads, GROUPS, 1, 2))
-            upper_shift, lower_shift = tl.split(shift.reshape(threads, GROUPS, 1, 2))
+            upper_zero, lower_zero = tl.split(zero.reshape(threads, GROUPS, 1, 2))
             upper, lower = (
-                scaled(upper, upper_scale, upper_shift, HAS_SHIFT),
-                scaled(lower, lower_scale, lower_shift, HAS_SHIFT),
+                scaled(upper, upper_scale, upper_zero, HAS_ZERO),
+                scaled(lower, lower_scale, lower_zero, HAS_ZERO),
             )
         # Elements are steps of 16 columns, halves of 8, neighbours; the last are rows 8 apart.
         parts = tl.join(upper.reshape(threads, 16), lower.reshape(threads, 16)).reshape(threads // 32, 8, 4, 4, 2, 2, 2)
         return parts.permute(0, 6, 1, 3, 4, 2, 5).reshape(threads // 2, SIZE)
     else:
-        more = tl.load(codes_at + THREADS * 16, eviction_policy="evict_first")
-        first = _half(codes, scale, shift, DTYPE, GROUPS, False, WHOLE, HAS_SHIFT)
-        second = _half(more, scale, shift, DTYPE, GROUPS, True, WHOLE, HAS_SHIFT)
+        more = tl.load(qweight_at + THREADS * 16, eviction_policy="evict_first")
+        first = _half(qweight, scale, zero, DTYPE, GROUPS, False, WHOLE, HAS_ZERO)
+        second = _half(more, scale, zero, DTYPE, GROUPS, True, WHOLE, HAS_ZERO)
         return tl.join(first, second).permute(0, 2, 1).reshape(threads // 2, SIZE)
 
 
 @triton.jit
 def float_weight_of(
-    codes_ptr, scale_ptr, row, at, start, DTYPE: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    qweight_ptr, scale_ptr, row, at, start, DTYPE: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """8-bit floats from column `start` on; thread `at` [threads] of 128 to a block from `row` on -> the weight [rows, 64]."""
@@ -123,8 +123,8 @@ def float_weight_of(
     )  # rows past the last are the last again: nothing of them is stored
     upper_row = tl.minimum(upper_row, N - 1).to(tl.int64)
     column = (start + at % 4 * 16)[:, None] + tl.arange(0, 16)[None, :]
-    upper = tl.load(codes_ptr + upper_row[:, None] * stride + column, eviction_policy="evict_first").to(tl.float32)
-    lower = tl.load(codes_ptr + lower_row[:, None] * stride + column, eviction_policy="evict_first").to(tl.float32)
+    upper = tl.load(qweight_ptr + upper_row[:, None] * stride + column, eviction_policy="evict_first").to(tl.float32)
+    lower = tl.load(qweight_ptr + lower_row[:, None] * stride + column, eviction_policy="evict_first").to(tl.float32)
     # By float32: straight to bfloat16 it takes the slower converter.
     if WHOLE:
         upper = (upper * tl.load(scale_ptr + upper_row * groups + start // GROUP)[:, None]).to(DTYPE)
@@ -148,9 +148,9 @@ def fragment_linear_kernel(
     partial_ptr,
     counter_ptr,
     x_ptr,
-    codes_ptr,
+    qweight_ptr,
     scale_ptr,
-    shift_ptr,
+    zero_ptr,
     bias_ptr,
     num_rows,
     x_stride,
@@ -164,7 +164,7 @@ def fragment_linear_kernel(
     SPLIT_K: tl.constexpr,
     KIND: tl.constexpr,
     WHOLE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -184,7 +184,7 @@ def fragment_linear_kernel(
     thread = tl.arange(0, 2 * BLOCK_N)
     row_block = tl.minimum(tile * (BLOCK_N // SIZE) + thread // THREADS, (N + SIZE - 1) // SIZE - 1).to(tl.int64)
     at = thread % THREADS
-    codes_at = codes_ptr + (row_block * blocks * BYTES + at * 16)[:, None] + tl.arange(0, 16)[None, :]
+    qweight_at = qweight_ptr + (row_block * blocks * BYTES + at * 16)[:, None] + tl.arange(0, 16)[None, :]
     # Of scales a block has those of its GROUPS groups side by side for each pair of rows, or a group of several blocks has one pair.
     pair_at = (row_block * ((K + max(GROUP, SIZE) - 1) // max(GROUP, SIZE)) * SIZE + at // 4 * 2)[
         :, None
@@ -194,7 +194,7 @@ def fragment_linear_kernel(
         wait()
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     scale = tl.zeros([2 * BLOCK_N, 2 * GROUPS], scale_ptr.dtype.element_ty)
-    shift = scale
+    zero = scale
     for k in range(begin, tl.maximum(begin, tl.minimum(begin + span, K)), BLOCK_K):
         for part in tl.static_range(BLOCK_K // SIZE):
             start = k + part * SIZE
@@ -205,7 +205,7 @@ def fragment_linear_kernel(
             x = tl.load(x_at + (k + part * SIZE), mask=in_x, other=0.0)
             if KIND == "fp8":
                 weight = float_weight_of(
-                    codes_ptr,
+                    qweight_ptr,
                     scale_ptr,
                     (tile * BLOCK_N + thread // THREADS * SIZE),
                     at,
@@ -220,11 +220,11 @@ def fragment_linear_kernel(
                 if WHOLE and (part == 0 or GROUP % BLOCK_K != 0):  # else the step lies in one group
                     group_at = start // max(GROUP, SIZE) * (SIZE * GROUPS)
                     scale = tl.load(scale_ptr + pair_at + group_at)
-                    shift = scale
-                    if HAS_SHIFT:
-                        shift = tl.load(shift_ptr + pair_at + group_at)
+                    zero = scale
+                    if HAS_ZERO:
+                        zero = tl.load(zero_ptr + pair_at + group_at)
                 weight = weight_of(
-                    codes_at + start // SIZE * BYTES, scale, shift, x.dtype, GROUPS, INT4, WHOLE, HAS_SHIFT
+                    qweight_at + start // SIZE * BYTES, scale, zero, x.dtype, GROUPS, INT4, WHOLE, HAS_ZERO
                 )
             total = tl.dot(weight, x, total, input_precision=PRECISION)
         total = settled(total)
@@ -248,7 +248,7 @@ def fragment_linear(x: Tensor, weight: QuantWeight, tile: Tile) -> Tensor:
 
     A tile has multiples of 64 as rows of the weight, and as columns of a step.
     """
-    codes, scale, shift, bias, group, out_size = weight
+    qweight, scale, zero, bias, group, out_size = weight
     rows, size = x.shape
     if tile.block_n % SIZE.value or tile.block_k % SIZE.value:
         raise ValueError(
@@ -264,9 +264,9 @@ def fragment_linear(x: Tensor, weight: QuantWeight, tile: Tile) -> Tensor:
         partial,
         counters,
         x,
-        codes,
+        qweight,
         scale,
-        scale if shift is None else shift,
+        scale if zero is None else zero,
         scale if bias is None else bias,
         rows,
         x.stride(0),
@@ -279,8 +279,8 @@ def fragment_linear(x: Tensor, weight: QuantWeight, tile: Tile) -> Tensor:
         BLOCK_K=tile.block_k,
         SPLIT_K=tile.split_k,
         KIND=weight.kind,
-        WHOLE=shift is not None or group < size,
-        HAS_SHIFT=shift is not None,
+        WHOLE=zero is not None or group < size,
+        HAS_ZERO=zero is not None,
         HAS_BIAS=bias is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
@@ -293,16 +293,16 @@ def fragment_linear(x: Tensor, weight: QuantWeight, tile: Tile) -> Tensor:
 @triton.jit
 def fragment_dequantize_kernel(
     out_ptr,
-    codes_ptr,
+    qweight_ptr,
     scale_ptr,
-    shift_ptr,
+    zero_ptr,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCKS: tl.constexpr,
     KIND: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
 ):
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
     INT4: tl.constexpr = KIND == "int4"
@@ -310,7 +310,7 @@ def fragment_dequantize_kernel(
     row_block = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, THREADS)
     n = row_block * SIZE + tl.arange(0, SIZE)
-    codes_at = codes_ptr + row_block * blocks * BYTES + at[:, None] * 16 + tl.arange(0, 16)[None, :]
+    qweight_at = qweight_ptr + row_block * blocks * BYTES + at[:, None] * 16 + tl.arange(0, 16)[None, :]
     pairs: tl.constexpr = (K + max(GROUP, SIZE) - 1) // max(GROUP, SIZE)
     pair_at = (row_block * pairs * SIZE + at // 4 * 2)[:, None] * GROUPS + tl.arange(0, 2 * GROUPS)[None, :]
     for part in tl.static_range(BLOCKS):
@@ -319,36 +319,36 @@ def fragment_dequantize_kernel(
         held = tl.minimum(block, blocks - 1)
         if KIND == "fp8":
             weight = float_weight_of(
-                codes_ptr, scale_ptr, row_block * SIZE, at, held * SIZE, out_ptr.dtype.element_ty, N, K, GROUP, True
+                qweight_ptr, scale_ptr, row_block * SIZE, at, held * SIZE, out_ptr.dtype.element_ty, N, K, GROUP, True
             )
         else:
             group_at = held * SIZE // max(GROUP, SIZE) * (SIZE * GROUPS)
             scale = tl.load(scale_ptr + pair_at + group_at)
-            shift = scale
-            if HAS_SHIFT:
-                shift = tl.load(shift_ptr + pair_at + group_at)
+            zero = scale
+            if HAS_ZERO:
+                zero = tl.load(zero_ptr + pair_at + group_at)
             weight = weight_of(
-                codes_at + held * BYTES, scale, shift, out_ptr.dtype.element_ty, GROUPS, INT4, True, HAS_SHIFT
+                qweight_at + held * BYTES, scale, zero, out_ptr.dtype.element_ty, GROUPS, INT4, True, HAS_ZERO
             )
         tl.store(out_ptr + n[:, None] * K + column[None, :], weight, mask=(n < N)[:, None] & (column < K)[None, :])
 
 
 def fragment_dequantize(weight: QuantWeight, size: int, dtype: torch.dtype) -> Tensor:
     """The weight as in `kernels.ops`, all contiguous -> [out_size, size] in dtype, rounded once. Its bias is not looked at."""
-    codes, scale, shift, _, group, out_size = weight
-    out = torch.empty(out_size, size, dtype=dtype, device=codes.device)
+    qweight, scale, zero, _, group, out_size = weight
+    out = torch.empty(out_size, size, dtype=dtype, device=qweight.device)
     fragment_dequantize_kernel[triton.cdiv(out_size, SIZE.value), triton.cdiv(size, SIZE.value * BLOCKS)](
         out,
-        codes,
+        qweight,
         scale,
-        scale if shift is None else shift,
+        scale if zero is None else zero,
         N=out_size,
         K=size,
         GROUP=group,
         GROUPS=groups_of(scale),
         BLOCKS=BLOCKS,
         KIND=weight.kind,
-        HAS_SHIFT=shift is not None,
+        HAS_ZERO=zero is not None,
         num_warps=4,
     )
     return out

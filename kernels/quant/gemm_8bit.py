@@ -35,27 +35,27 @@ from pagegraph.kernels.quant.reference import CODED_GROUP
 from pagegraph.kernels.quant.tiles import QuantWeight, has_coded
 
 STEP = tl.constexpr(CODED_GROUP)  # columns of a scale of x
-SHIFTS = tl.constexpr(32)  # steps whose shifts are one product
+ZERO_STEPS = tl.constexpr(32)  # steps whose zeros are one product
 BIAS = tl.constexpr(8)  # that a code of 4 bits is held with
 UNIT = tl.constexpr(2.0**-9)  # what the lowest bit of an e4m3 is worth while its upper four are 0
 ROWS_AT_ONCE = 64  # of x: sums of the next are on their way while these are added up
 
 
 @triton.jit
-def _half(codes_at):
+def _half(qweight_at):
     """Half of the codes of blocks below each other, 32 columns at [threads, 16] -> int8 [rows, 32] in the order of `reference.int8_rows`."""
-    threads: tl.constexpr = codes_at.shape[0]
-    codes = tl.load(codes_at, eviction_policy="evict_first")
+    threads: tl.constexpr = qweight_at.shape[0]
+    qweight = tl.load(qweight_at, eviction_policy="evict_first")
     # Threads are 8 rows of 4 by warps of 16 rows; elements are halves of 16 columns, rows 8 apart, neighbours.
-    parts = bytes_by_row(codes).reshape(threads // 32, 8, 4, 2, 2, 4)
+    parts = bytes_by_row(qweight).reshape(threads // 32, 8, 4, 2, 2, 4)
     return parts.permute(0, 4, 1, 3, 2, 5).reshape(threads // 2, 32)
 
 
 @triton.jit
-def _block(codes_at):
+def _block(qweight_at):
     """Codes of 4 bits of blocks below each other at [threads, 16] -> e4m3 [rows, 64] in the order of `reference.int8_rows`."""
-    threads: tl.constexpr = codes_at.shape[0]
-    upper, lower = nibbles_by_row(tl.load(codes_at, eviction_policy="evict_first"))
+    threads: tl.constexpr = qweight_at.shape[0]
+    upper, lower = nibbles_by_row(tl.load(qweight_at, eviction_policy="evict_first"))
     parts = tl.join(upper, lower).reshape(
         threads // 32, 8, 4, 4, 4, 2
     )  # elements are steps of 16 columns, neighbours, rows 8 apart
@@ -83,19 +83,19 @@ def _of_rows(pairs_ptr, pair_at):
 
 
 @triton.jit
-def _shifted(
-    total, scale_ptr, shift_ptr, sum_ptr, n, first_step, end, t, filled_rows, N: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, HAS_SHIFT: tl.constexpr
+def _add_zeros(
+    total, scale_ptr, zero_ptr, sum_ptr, n, first_step, end, t, filled_rows, N: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, HAS_ZERO: tl.constexpr
 ):  # fmt: skip
-    """float32 [n, t] with what shifts, and the bias of codes, add over the steps before `end`: times sums of columns of x."""
+    """float32 [n, t] with what zeros, and the bias of codes, add over the steps before `end`: times sums of columns of x."""
     row_at = tl.minimum(n // SIZE, (N + SIZE - 1) // SIZE - 1) * (GROUPS * SIZE) + scale_place(n % SIZE, False)
-    for start in tl.range(first_step, end, SHIFTS, num_stages=1):
-        step = start + tl.arange(0, SHIFTS)
+    for start in tl.range(first_step, end, ZERO_STEPS, num_stages=1):
+        step = start + tl.arange(0, ZERO_STEPS)
         at = row_at[:, None] + (tl.minimum(step, end - 1) * STEP // GROUP * SIZE)[None, :]
-        shift = tl.load(scale_ptr + at).to(tl.float32) * -BIAS
-        if HAS_SHIFT:
-            shift += tl.load(shift_ptr + at).to(tl.float32)
+        zero = tl.load(scale_ptr + at).to(tl.float32) * -BIAS
+        if HAS_ZERO:
+            zero += tl.load(zero_ptr + at).to(tl.float32)
         x_sum = tl.load(sum_ptr + step[:, None] * filled_rows + t[None, :], mask=(step < end)[:, None], other=0.0)
-        total = tl.dot(shift * UNIT, x_sum, total, input_precision="tf32")
+        total = tl.dot(zero * UNIT, x_sum, total, input_precision="tf32")
     return total
 
 
@@ -123,9 +123,9 @@ def coded_linear_kernel(
     x_ptr,
     x_scale_ptr,
     x_sum_ptr,
-    codes_ptr,
+    qweight_ptr,
     scale_ptr,
-    shift_ptr,
+    zero_ptr,
     bias_ptr,
     num_rows,
     filled_rows,
@@ -138,7 +138,7 @@ def coded_linear_kernel(
     PARTS: tl.constexpr,  # of the rows of x: one or two
     STAGES: tl.constexpr,
     INT4: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -154,7 +154,7 @@ def coded_linear_kernel(
     # Two threads to each row of a tile; blocks past the last row of the weight are those of the last again: nothing of them is stored.
     thread = tl.arange(0, 2 * BLOCK_N)
     row_block = tl.minimum(tile * (BLOCK_N // SIZE) + thread // THREADS, last).to(tl.int64)
-    codes_at = codes_ptr + (row_block * blocks * BYTES + thread % THREADS * 16)[:, None] + tl.arange(0, 16)[None, :]
+    qweight_at = qweight_ptr + (row_block * blocks * BYTES + thread % THREADS * 16)[:, None] + tl.arange(0, 16)[None, :]
     t = tl.program_id(0) % row_blocks * BLOCK_T + tl.arange(0, PART)
     x_at = x_ptr + t.to(tl.int64)[None, :] * (steps * STEP) + tl.arange(0, STEP)[:, None]
     groups: tl.constexpr = (K + GROUP - 1) // GROUP
@@ -166,8 +166,8 @@ def coded_linear_kernel(
     second = total
     # num_stages on the loop and not the kernel alone: else loads that no product takes, the scales, are not fetched ahead.
     for step in tl.range(split * share, tl.minimum((split + 1) * share, steps), num_stages=STAGES):
-        left = codes_at + step * (STEP // SIZE) * BYTES
-        right = codes_at + tl.minimum(step * (STEP // SIZE) + 1, blocks - 1) * BYTES  # past the last x is zeros
+        left = qweight_at + step * (STEP // SIZE) * BYTES
+        right = qweight_at + tl.minimum(step * (STEP // SIZE) + 1, blocks - 1) * BYTES  # past the last x is zeros
         if INT4:
             weight = _beside(_block(left), _block(right))
             scale = _of_rows(scale_ptr, pair_at + step * STEP // GROUP * 32)
@@ -187,8 +187,8 @@ def coded_linear_kernel(
     row = tl.program_id(0) % row_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     if INT4:
         end = tl.minimum((split + 1) * share, steps)
-        total = _shifted(
-            total, scale_ptr, shift_ptr, x_sum_ptr, n, split * share, end, row, filled_rows, N, GROUP, groups, HAS_SHIFT
+        total = _add_zeros(
+            total, scale_ptr, zero_ptr, x_sum_ptr, n, split * share, end, row, filled_rows, N, GROUP, groups, HAS_ZERO
         )
         total *= tl.load(x_scale_ptr + row)[None, :] * (1 / UNIT)
     else:
@@ -208,24 +208,24 @@ def coded_linear(x: Tensor, weight: QuantWeight, tile: Tile, norm: Norm | None =
     """x [T, K] (rows dense), a weight of integers as in `kernels.ops`, all contiguous -> [T, out_size] in x's dtype.
 
     norm, gated: what is done to x before it is rounded (`kernels.quant.activations`); gated: x is [T, 2 * K].
-    int8 has one scale a row and no shift, int4 groups of a multiple of 128 or of all columns. A tile has a multiple of 64 as rows of the weight, up to 128 rows of x and 128 columns to a step.
+    int8 has one scale a row and no zero, int4 groups of a multiple of 128 or of all columns. A tile has a multiple of 64 as rows of the weight, up to 128 rows of x and 128 columns to a step.
     """
-    codes, scale, shift, bias, group, out_size = weight
+    qweight, scale, zero, bias, group, out_size = weight
     rows, size = len(x), width(x, gated)
     if tile.block_n % SIZE.value or tile.block_k != STEP.value or tile.block_t > 2 * ROWS_AT_ONCE:
         raise ValueError(
             f"{tile} is not made of blocks of {SIZE.value} x {STEP.value} for up to {2 * ROWS_AT_ONCE} rows"
         )
-    int4 = codes.dtype == torch.uint8
-    if not has_coded(weight.kind, group, size, shift is not None):
+    int4 = qweight.dtype == torch.uint8
+    if not has_coded(weight.kind, group, size, zero is not None):
         raise ValueError(
-            f"groups of {group} columns{' with shifts' if shift is not None else ''} of {codes.dtype} have no product by codes"
+            f"groups of {group} columns{' with zeros' if zero is not None else ''} of {qweight.dtype} have no product by codes"
         )
     block_t = min(tile.block_t, max(16, triton.next_power_of_2(rows)))
     if int4:
-        x_codes, x_scale, x_sum = e4m3_rows(x, block_t, norm, gated)
+        x_q, x_scale, x_sum = e4m3_rows(x, block_t, norm, gated)
     else:
-        x_codes, x_scale = int8_rows(x, block_t, norm, gated)
+        x_q, x_scale = int8_rows(x, block_t, norm, gated)
         x_sum = x_scale
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
     programs = triton.cdiv(out_size, tile.block_n) * triton.cdiv(rows, block_t)
@@ -234,15 +234,15 @@ def coded_linear(x: Tensor, weight: QuantWeight, tile: Tile, norm: Norm | None =
         out,
         partial,
         counters,
-        x_codes,
+        x_q,
         x_scale,
         x_sum,
-        codes,
+        qweight,
         scale,
-        scale if shift is None else shift,
+        scale if zero is None else zero,
         scale if bias is None else bias,
         rows,
-        len(x_codes),
+        len(x_q),
         N=out_size,
         K=size,
         GROUP=group,
@@ -252,7 +252,7 @@ def coded_linear(x: Tensor, weight: QuantWeight, tile: Tile, norm: Norm | None =
         PARTS=max(1, block_t // ROWS_AT_ONCE),
         STAGES=tile.num_stages,
         INT4=int4,
-        HAS_SHIFT=shift is not None,
+        HAS_ZERO=zero is not None,
         HAS_BIAS=bias is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

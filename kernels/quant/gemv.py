@@ -38,8 +38,8 @@ def _part(part, at: tl.constexpr, OUT: tl.constexpr, PARTS: tl.constexpr, GATED:
 
 @triton.jit
 def _blocks(
-    codes_ptr, scale_ptr, shift_ptr, part, first, DTYPE: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, WARPS: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr, HAS_SHIFT: tl.constexpr, BEYOND: tl.constexpr,
+    qweight_ptr, scale_ptr, zero_ptr, part, first, DTYPE: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, WARPS: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr, HAS_ZERO: tl.constexpr, BEYOND: tl.constexpr,
 ):  # fmt: skip
     """Rows 16 * part on of the weight, a block of 64 columns to each warp from block `first` on: [WARPS, 16, 64]."""
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
@@ -52,22 +52,22 @@ def _blocks(
         block = tl.minimum(block, blocks - 1)
     if KIND == "fp8":
         weight = float_weight_of(
-            codes_ptr, scale_ptr, row_block.to(tl.int32) * SIZE, at, block * SIZE, DTYPE, N, K, GROUP, WHOLE
+            qweight_ptr, scale_ptr, row_block.to(tl.int32) * SIZE, at, block * SIZE, DTYPE, N, K, GROUP, WHOLE
         )
     else:
         BYTES: tl.constexpr = SIZE * SIZE // 2 if KIND == "int4" else SIZE * SIZE
-        codes_at = codes_ptr + ((row_block * blocks + block) * BYTES + at * 16)[:, None] + tl.arange(0, 16)[None, :]
+        qweight_at = qweight_ptr + ((row_block * blocks + block) * BYTES + at * 16)[:, None] + tl.arange(0, 16)[None, :]
         scale = tl.zeros([32 * WARPS, 2 * GROUPS], scale_ptr.dtype.element_ty)
-        shift = scale
+        zero = scale
         if WHOLE:
             span: tl.constexpr = max(GROUP, SIZE)
             pair_at = ((row_block * ((K + span - 1) // span) + block * SIZE // span) * SIZE + at // 4 * 2)[
                 :, None
             ] * GROUPS + tl.arange(0, 2 * GROUPS)[None, :]
             scale = tl.load(scale_ptr + pair_at)
-            if HAS_SHIFT:
-                shift = tl.load(shift_ptr + pair_at)
-        weight = weight_of(codes_at, scale, shift, DTYPE, GROUPS, KIND == "int4", WHOLE, HAS_SHIFT)
+            if HAS_ZERO:
+                zero = tl.load(zero_ptr + pair_at)
+        weight = weight_of(qweight_at, scale, zero, DTYPE, GROUPS, KIND == "int4", WHOLE, HAS_ZERO)
     return weight.reshape(WARPS, ROWS, SIZE)
 
 
@@ -78,7 +78,7 @@ def _below(upper, lower):
 
 
 @triton.jit
-def _ask(codes_ptr, part, N: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr, KIND: tl.constexpr):
+def _ask(qweight_ptr, part, N: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr, KIND: tl.constexpr):
     """Have the codes of the first steps brought to the L2."""
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
     last: tl.constexpr = (N + SIZE - 1) // SIZE - 1
@@ -88,21 +88,21 @@ def _ask(codes_ptr, part, N: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr,
         block = tl.minimum(step * WARPS + thread // 32, blocks - 1)
         if KIND == "fp8":
             row = tl.minimum(part * ROWS + thread % 16, N - 1).to(tl.int64)
-            fetched(codes_ptr + row * (blocks * SIZE) + block * SIZE)
+            fetched(qweight_ptr + row * (blocks * SIZE) + block * SIZE)
         else:
             at = (tl.minimum(part // 4, last).to(tl.int64) * blocks + block) * BYTES + part % 4 * 512 + thread % 32 * 16
-            fetched(codes_ptr + at)
+            fetched(qweight_ptr + at)
             if KIND == "int8":
-                fetched(codes_ptr + at + BYTES // 2)
+                fetched(qweight_ptr + at + BYTES // 2)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def fragment_rows_kernel(
     out_ptr,
     x_ptr,
-    codes_ptr,
+    qweight_ptr,
     scale_ptr,
-    shift_ptr,
+    zero_ptr,
     bias_ptr,
     num_rows,
     x_stride,
@@ -117,7 +117,7 @@ def fragment_rows_kernel(
     PARTS: tl.constexpr,  # of 16 rows, to a program
     KIND: tl.constexpr,
     WHOLE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
     PDL: tl.constexpr,
@@ -126,7 +126,7 @@ def fragment_rows_kernel(
     OUT: tl.constexpr = N // 2 if GATED else N
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
     for at in tl.static_range(PARTS):
-        _ask(codes_ptr, _part(part, at, OUT, PARTS, GATED), N, K, WARPS, KIND)
+        _ask(qweight_ptr, _part(part, at, OUT, PARTS, GATED), N, K, WARPS, KIND)
     half: tl.constexpr = PARTS * ROWS // 2
     n = _part(part, 0, OUT, PARTS, GATED) * ROWS + tl.arange(0, PARTS * ROWS)  # rows of the weight
     m = n  # columns of the output
@@ -152,9 +152,9 @@ def fragment_rows_kernel(
                 inside = inside & (column < K - first * SIZE)
             x = tl.load(x_at + first * SIZE, mask=inside, other=0.0)
             weight = _blocks(
-                codes_ptr,
+                qweight_ptr,
                 scale_ptr,
-                shift_ptr,
+                zero_ptr,
                 _part(part, 0, OUT, PARTS, GATED),
                 first,
                 x.dtype,
@@ -165,14 +165,14 @@ def fragment_rows_kernel(
                 WARPS,
                 KIND,
                 WHOLE,
-                HAS_SHIFT,
+                HAS_ZERO,
                 BEYOND,
             )
             if PARTS > 1:
                 second = _blocks(
-                    codes_ptr,
+                    qweight_ptr,
                     scale_ptr,
-                    shift_ptr,
+                    zero_ptr,
                     _part(part, 1, OUT, PARTS, GATED),
                     first,
                     x.dtype,
@@ -183,15 +183,15 @@ def fragment_rows_kernel(
                     WARPS,
                     KIND,
                     WHOLE,
-                    HAS_SHIFT,
+                    HAS_ZERO,
                     BEYOND,
                 )
                 weight = _below(weight, second)
             if PARTS > 2:
                 third = _blocks(
-                    codes_ptr,
+                    qweight_ptr,
                     scale_ptr,
-                    shift_ptr,
+                    zero_ptr,
                     _part(part, 2, OUT, PARTS, GATED),
                     first,
                     x.dtype,
@@ -202,13 +202,13 @@ def fragment_rows_kernel(
                     WARPS,
                     KIND,
                     WHOLE,
-                    HAS_SHIFT,
+                    HAS_ZERO,
                     BEYOND,
                 )
                 fourth = _blocks(
-                    codes_ptr,
+                    qweight_ptr,
                     scale_ptr,
-                    shift_ptr,
+                    zero_ptr,
                     _part(part, 3, OUT, PARTS, GATED),
                     first,
                     x.dtype,
@@ -219,7 +219,7 @@ def fragment_rows_kernel(
                     WARPS,
                     KIND,
                     WHOLE,
-                    HAS_SHIFT,
+                    HAS_ZERO,
                     BEYOND,
                 )
                 weight = _below(weight, _below(third, fourth))
@@ -244,7 +244,7 @@ def fragment_rows(x: Tensor, weight: QuantWeight, gated: bool, tile: RowsTile) -
 
     gated: [T, out_size / 2], silu(first half) * second half.
     """
-    codes, scale, shift, bias, group, out_size = weight
+    qweight, scale, zero, bias, group, out_size = weight
     rows, size = x.shape
     width = out_size // 2 if gated else out_size
     outputs = tile.parts * ROWS.value // (2 if gated else 1)  # of a program
@@ -256,9 +256,9 @@ def fragment_rows(x: Tensor, weight: QuantWeight, gated: bool, tile: RowsTile) -
     fragment_rows_kernel[(triton.cdiv(width, outputs),)](
         out,
         x,
-        codes,
+        qweight,
         scale,
-        scale if shift is None else shift,
+        scale if zero is None else zero,
         scale if bias is None else bias,
         rows,
         x.stride(0),
@@ -272,8 +272,8 @@ def fragment_rows(x: Tensor, weight: QuantWeight, gated: bool, tile: RowsTile) -
         BEYOND=size % (SIZE.value * tile.warps * tile.steps) != 0,
         PARTS=tile.parts,
         KIND=weight.kind,
-        WHOLE=shift is not None or group < size,
-        HAS_SHIFT=shift is not None,
+        WHOLE=zero is not None or group < size,
+        HAS_ZERO=zero is not None,
         HAS_BIAS=bias is not None,
         GATED=gated,
         num_warps=tile.warps,

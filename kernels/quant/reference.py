@@ -16,13 +16,13 @@ FRAGMENT = 64  # rows and columns of a weight that `fragments` lays together, as
 CODED_GROUP = 128  # columns of a row of x that share a scale, where both sides of a product are integer codes
 
 
-def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """int8 codes [N, K] in -8..7, K a multiple of 32 -> uint8 [N, K / 2].
+def pack_nibbles(qweight: torch.Tensor) -> torch.Tensor:
+    """int8 qweight [N, K] in -8..7, K a multiple of 32 -> uint8 [N, K / 2].
 
     Of every 32 columns the first 16 are the low halves of 16 bytes, the last 16 the high halves, each plus 8: a kernel
     gets two runs of neighbouring columns from one load.
     """
-    low, high = (codes + 8).to(torch.uint8).unflatten(1, (-1, 2, NIBBLE_SPAN // 2)).unbind(2)
+    low, high = (qweight + 8).to(torch.uint8).unflatten(1, (-1, 2, NIBBLE_SPAN // 2)).unbind(2)
     return (low | (high << 4)).flatten(1)
 
 
@@ -32,21 +32,21 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return (torch.stack([spans & 15, spans >> 4], dim=2).to(torch.int8) - 8).flatten(1)
 
 
-def fragments(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """int8 codes [N, K], in -8..7 at 4 bits -> [N / 64, K / 64, 128, 16] uint8, at 8 bits [.., 256, 16] int8: operands of the matrix unit.
+def fragments(qweight: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 qweight [N, K], in -8..7 at 4 bits -> [N / 64, K / 64, 128, 16] uint8, at 8 bits [.., 256, 16] int8: operands of the matrix unit.
 
     Blocks of 64 rows and columns, filled up with codes of 0, lie as threads hold the operand A of wgmma m64k16 (PTX ISA, "Register
     Fragments for wgmma"): thread 32 * w + 4 * q + r has rows 16 * w + q + 8 * h, and of every 16 columns those of 8 * c + 2 * r + p,
     for h, c, p of 0 and 1. At 4 bits 16 columns are a word of a thread: bits from 4 * (4 * p + 2 * h + c) on are the code plus 8.
     At 8 bits 8 columns are a word, byte 2 * p + h a code, and the last 32 columns of a block follow the first. `kernels.quant.dequant` wants words so.
     """
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % FRAGMENT, 0, -len(codes) % FRAGMENT))
-    row_blocks, blocks = len(codes) // FRAGMENT, codes.shape[1] // FRAGMENT
+    qweight = torch.nn.functional.pad(qweight, (0, -qweight.shape[1] % FRAGMENT, 0, -len(qweight) % FRAGMENT))
+    row_blocks, blocks = len(qweight) // FRAGMENT, qweight.shape[1] // FRAGMENT
     if bits == 8:  # block, w, h, q, block, half, step, c, r, p
-        parts = codes.view(row_blocks, 4, 2, 8, blocks, 2, 2, 2, 4, 2).permute(0, 4, 5, 1, 3, 8, 6, 7, 9, 2)
+        parts = qweight.view(row_blocks, 4, 2, 8, blocks, 2, 2, 2, 4, 2).permute(0, 4, 5, 1, 3, 8, 6, 7, 9, 2)
         return parts.reshape(row_blocks, blocks, 256, 16)
     parts = (
-        (codes + 8).view(row_blocks, 4, 2, 8, blocks, 4, 2, 4, 2).permute(0, 4, 1, 3, 7, 5, 8, 2, 6)
+        (qweight + 8).view(row_blocks, 4, 2, 8, blocks, 4, 2, 4, 2).permute(0, 4, 1, 3, 7, 5, 8, 2, 6)
     )  # the last are halves c
     low, high = parts.to(torch.uint8).unbind(-1)
     return (low | high << 4).reshape(row_blocks, blocks, 128, 16)
@@ -79,7 +79,7 @@ def restored_columns(exchanged: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def fragment_pairs(scale: torch.Tensor, group: int, size: int) -> torch.Tensor:
-    """Scales or shifts [N, groups] of `group` columns each -> [N / 64, blocks, 32, 2 * n] beside `fragments`, n groups to a block.
+    """Scales or zeros [N, groups] of `group` columns each -> [N / 64, blocks, 32, 2 * n] beside `fragments`, n groups to a block.
 
     Or a group is of several blocks, or of all. At 8 * w + q are n pairs, of row 16 * w + q and of that 8 rows on.
     """
@@ -96,45 +96,43 @@ def from_fragment_pairs(pairs: torch.Tensor, rows: int, groups: int) -> torch.Te
 
 
 def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., K] -> codes of `dtype` (int8 or float8_e4m3fn) [..., K], float32 scale [..., 1]: x is about codes * scale.
+    """x [..., K] -> x_q of `dtype` (int8 or float8_e4m3fn) [..., K], float32 scale [..., 1]: x is about x_q * scale.
 
     Symmetric: the largest magnitude of a row becomes 127, or 448, the largest of e4m3 (Micikevicius et al. 2022).
     """
     wide = x.float()
     largest = INT8_MAX if dtype == torch.int8 else FP8_MAX
     scale = (wide.abs().amax(dim=-1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = (wide / scale).clamp(-largest, largest)
-    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+    x_q = (wide / scale).clamp(-largest, largest)
+    return (x_q.round() if dtype == torch.int8 else x_q).to(dtype), scale
 
 
 def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T, K] -> int8 codes [T, K'], float32 scale [K' / 128, T]; K' is K filled up to a multiple of 128 with zeros.
+    """x [T, K] -> int8 x_q [T, K'], float32 scale [K' / 128, T]; K' is K filled up to a multiple of 128 with zeros.
 
     Every 128 columns have a scale of their own. Of each 16 columns, column 8 * c + 2 * r + p is at 4 * r + 2 * c + p: so four
     neighbours are the four bytes of a register of the matrix unit whose other operand is made of `fragments`.
     """
     wide = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % CODED_GROUP)).unflatten(1, (-1, CODED_GROUP))
-    codes, scale = quantize_rows(wide, torch.int8)
-    return _as_bytes_of_registers(codes.flatten(1)), scale[..., 0].t().contiguous()
+    x_q, scale = quantize_rows(wide, torch.int8)
+    return _as_bytes_of_registers(x_q.flatten(1)), scale[..., 0].t().contiguous()
 
 
 def e4m3_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [T, K] -> float8_e4m3fn codes [T, K'], float32 scale [T], the sums of every 128 codes float32 [K' / 128, T]; columns as `int8_rows`."""
-    codes, scale = quantize_rows(
-        torch.nn.functional.pad(x.float(), (0, -x.shape[1] % CODED_GROUP)), torch.float8_e4m3fn
-    )
-    sums = codes.float().unflatten(1, (-1, CODED_GROUP)).sum(2)
-    return _as_bytes_of_registers(codes), scale[:, 0], sums.t().contiguous()
+    """x [T, K] -> float8_e4m3fn x_q [T, K'], float32 scale [T], the sums of every 128 x_q float32 [K' / 128, T]; columns as `int8_rows`."""
+    x_q, scale = quantize_rows(torch.nn.functional.pad(x.float(), (0, -x.shape[1] % CODED_GROUP)), torch.float8_e4m3fn)
+    sums = x_q.float().unflatten(1, (-1, CODED_GROUP)).sum(2)
+    return _as_bytes_of_registers(x_q), scale[:, 0], sums.t().contiguous()
 
 
-def _as_bytes_of_registers(codes: torch.Tensor) -> torch.Tensor:
+def _as_bytes_of_registers(x_q: torch.Tensor) -> torch.Tensor:
     """[T, K] with columns in the order that `int8_rows` tells of."""
-    return codes.view(len(codes), -1, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(codes.shape)
+    return x_q.view(len(x_q), -1, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(x_q.shape)
 
 
-def decoded_rows(codes: torch.Tensor, scale: torch.Tensor, size: int) -> torch.Tensor:
+def decoded_rows(x_q: torch.Tensor, scale: torch.Tensor, size: int) -> torch.Tensor:
     """What `int8_rows` stands for, or `e4m3_rows` with its scale as [1, T]: float32 [T, size]."""
-    plain = codes.view(len(codes), -1, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(len(codes), -1, CODED_GROUP)
+    plain = x_q.view(len(x_q), -1, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(len(x_q), -1, CODED_GROUP)
     return (plain.float() * scale.t()[:, :, None]).flatten(1)[:, :size]
 
 
@@ -146,40 +144,40 @@ def two_digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def quantize_groups(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """weight [N, K] -> int8 codes [N, K] in -8..7, float32 scale and shift [N, K / group]: 16 even steps from least to most."""
+    """weight [N, K] -> int8 qweight [N, K] in -8..7, float32 scale and zero [N, K / group]: 16 even steps from least to most."""
     wide = weight.float().unflatten(1, (-1, group))
     low, high = wide.aminmax(dim=-1, keepdim=True)
     scale = ((high - low) / 15).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = ((wide - low) / scale).round().clamp(0, 15) - 8
-    return codes.to(torch.int8).flatten(1), scale[..., 0], (low + 8 * scale)[..., 0]
+    qweight = ((wide - low) / scale).round().clamp(0, 15) - 8
+    return qweight.to(torch.int8).flatten(1), scale[..., 0], (low + 8 * scale)[..., 0]
 
 
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, group: int) -> torch.Tensor:
-    """Float32 weight [N, K]: codes * scale + shift of the column's group; see `pagegraph::quant_linear` for the shapes."""
-    if codes.dtype == torch.uint8:
-        codes = unpack_nibbles(codes)
-    size = codes.shape[1]
-    weight = codes.float() * scale.float().repeat_interleave(group, dim=1)[:, :size]
-    return weight if shift is None else weight + shift.float().repeat_interleave(group, dim=1)[:, :size]
+def dequantize(qweight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, group: int) -> torch.Tensor:
+    """Float32 weight [N, K]: qweight * scale + zero of the column's group; see `pagegraph::quant_linear` for the shapes."""
+    if qweight.dtype == torch.uint8:
+        qweight = unpack_nibbles(qweight)
+    size = qweight.shape[1]
+    weight = qweight.float() * scale.float().repeat_interleave(group, dim=1)[:, :size]
+    return weight if zero is None else weight + zero.float().repeat_interleave(group, dim=1)[:, :size]
 
 
 def quant_linear(
     x: torch.Tensor,
-    codes: torch.Tensor,
+    qweight: torch.Tensor,
     scale: torch.Tensor,
-    shift: torch.Tensor | None,
+    zero: torch.Tensor | None,
     bias: torch.Tensor | None,
     group: int,
 ) -> torch.Tensor:
     """See `kernels.ops`: the product with the dequantised weight, rounded to x's dtype."""
-    return torch.nn.functional.linear(x, dequantize(codes, scale, shift, group).to(x.dtype), bias)
+    return torch.nn.functional.linear(x, dequantize(qweight, scale, zero, group).to(x.dtype), bias)
 
 
 def fragment_linear(
     x: torch.Tensor,
-    codes: torch.Tensor,
+    qweight: torch.Tensor,
     scale: torch.Tensor,
-    shift: torch.Tensor | None,
+    zero: torch.Tensor | None,
     bias: torch.Tensor | None,
     group: int,
     out_size: int,
@@ -188,14 +186,14 @@ def fragment_linear(
 ) -> torch.Tensor:
     """See `kernels.ops`: the product with the dequantised weight, rounded to x's dtype."""
     size = x.shape[-1]
-    if codes.dtype == torch.float8_e4m3fn:
-        codes = restored_columns(codes, size)
+    if qweight.dtype == torch.float8_e4m3fn:
+        qweight = restored_columns(qweight, size)
     else:
-        scale, shift = (
-            None if one is None else from_fragment_pairs(one, out_size, -(-size // group)) for one in (scale, shift)
+        scale, zero = (
+            None if one is None else from_fragment_pairs(one, out_size, -(-size // group)) for one in (scale, zero)
         )
-        codes = from_fragments(codes, out_size, size)
-    product = quant_linear(x, codes, scale, shift, bias, group)
+        qweight = from_fragments(qweight, out_size, size)
+    product = quant_linear(x, qweight, scale, zero, bias, group)
     return silu_mul(product) if gated else product
 
 
@@ -204,9 +202,9 @@ def norm_fragment_linear(
     residual: torch.Tensor,
     norm: torch.Tensor,
     eps: float,
-    codes: torch.Tensor,
+    qweight: torch.Tensor,
     scale: torch.Tensor,
-    shift: torch.Tensor | None,
+    zero: torch.Tensor | None,
     bias: torch.Tensor | None,
     group: int,
     out_size: int,
@@ -216,5 +214,5 @@ def norm_fragment_linear(
     """See `kernels.ops`."""
     total, normed = add_rms_norm(x, residual, norm, eps)
     followed = second[0] is not None
-    out = fragment_linear(normed, codes, scale, shift, bias, group, out_size, rounds, followed)
+    out = fragment_linear(normed, qweight, scale, zero, bias, group, out_size, rounds, followed)
     return total, fragment_linear(out, *second, rounds) if followed else out

@@ -37,16 +37,16 @@ ROUNDING: tuple[Way, ...] = ("coded", "scaled")
 class QuantWeight(NamedTuple):
     """A weight [out_size, K] of codes with what belongs to it, laid out as for `pagegraph::fragment_linear` (`kernels.ops`)."""
 
-    codes: Tensor
+    qweight: Tensor
     scale: Tensor
-    shift: Tensor | None
+    zero: Tensor | None
     bias: Tensor | None
     group: int
     out_size: int
 
     @property
     def kind(self) -> Kind:
-        return KINDS[self.codes.dtype]
+        return KINDS[self.qweight.dtype]
 
 
 class RowsTile(NamedTuple):
@@ -101,20 +101,20 @@ TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
 }  # fmt: skip
 
 
-def has_coded(kind: Kind, group: int, size: int, shifted: bool) -> bool:
-    """Whether `kernels.quant.gemm_8bit` multiplies a weight [N, size] of such groups, with shifts or without."""
+def has_coded(kind: Kind, group: int, size: int, has_zero: bool) -> bool:
+    """Whether `kernels.quant.gemm_8bit` multiplies a weight [N, size] of such groups, with zeros or without."""
     if kind == "int4":
         return group >= size or group % CODED_GROUP == 0
-    return kind == "int8" and group >= size and not shifted
+    return kind == "int8" and group >= size and not has_zero
 
 
 def takes_8_bits(
-    kind: Kind, dtype: torch.dtype, out_size: int, size: int, group: int, shifted: bool, device: torch.device
+    kind: Kind, dtype: torch.dtype, out_size: int, size: int, group: int, has_zero: bool, device: torch.device
 ) -> bool:
     """Whether this GPU, or the interpreter, multiplies a weight [out_size, size] with rows of `dtype` rounded to 8 bits."""
     if kind == "fp8":
-        return dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0 and group >= size and not shifted
-    if dtype.itemsize != 2 or not has_coded(kind, group, size, shifted):
+        return dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0 and group >= size and not has_zero
+    if dtype.itemsize != 2 or not has_coded(kind, group, size, has_zero):
         return False
     return kind == "int8" or device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 

@@ -93,7 +93,7 @@ class Product:
 
     @property
     def bytes(self) -> float:
-        """Of the codes, those of 4 bits with their scales and shifts, as the floor counts them."""
+        """Of the codes, those of 4 bits with their scales and zeros, as the floor counts them."""
         return self.out_size * self.size * (0.5 + 4 / self.group if self.kind == "int4" else 1)
 
     def choices(self, rows: int) -> list[Choice]:
@@ -216,32 +216,32 @@ def _product(
     product: Product,
     choice: Choice,
     x: torch.Tensor,
-    codes: torch.Tensor,
+    qweight: torch.Tensor,
     scale: torch.Tensor,
-    shift: torch.Tensor | None,
+    zero: torch.Tensor | None,
 ) -> torch.Tensor:
     """x [T, size] times the weight of `_weight` by the given way, on CUDA."""
     return quant_cuda.fragment_linear_by(
-        choice, x, QuantWeight(codes, scale, shift, None, product.group, product.out_size)
+        choice, x, QuantWeight(qweight, scale, zero, None, product.group, product.out_size)
     )
 
 
 def _weight(
     product: Product, device: str, random: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(codes, scale, shift) as a device holds them."""
+    """(codes, scale, zero) as a device holds them."""
     out_size, size, group = product.out_size, product.size, product.group
     if not random:
         return _zeros(product, device)
     weight = torch.empty(out_size, size, device=device, dtype=torch.bfloat16).normal_(std=0.02)
     if product.kind == "fp8":
-        codes, scale = reference.quantize_rows(weight, torch.float8_e4m3fn)
-        return reference.exchanged_columns(codes), scale, None
+        qweight, scale = reference.quantize_rows(weight, torch.float8_e4m3fn)
+        return reference.exchanged_columns(qweight), scale, None
     if product.kind == "int8":
-        codes, scale = reference.quantize_rows(weight, torch.int8)
-        return reference.fragments(codes, 8), reference.fragment_pairs(scale, group, size), None
-    codes, *pairs = reference.quantize_groups(weight, group)
-    return reference.fragments(codes, 4), *(reference.fragment_pairs(one.bfloat16(), group, size) for one in pairs)
+        qweight, scale = reference.quantize_rows(weight, torch.int8)
+        return reference.fragments(qweight, 8), reference.fragment_pairs(scale, group, size), None
+    qweight, *pairs = reference.quantize_groups(weight, group)
+    return reference.fragments(qweight, 4), *(reference.fragment_pairs(one.bfloat16(), group, size) for one in pairs)
 
 
 def _zeros(product: Product, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -256,36 +256,36 @@ def _zeros(product: Product, device: str) -> tuple[torch.Tensor, torch.Tensor, t
     )
     scale = torch.zeros(pairs, dtype=torch.bfloat16 if product.kind == "int4" else torch.float32, device=device)
     if product.kind == "fp8":
-        codes = torch.zeros(out_size, size, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-        return codes, torch.zeros(out_size, 1, device=device), None
+        qweight = torch.zeros(out_size, size, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+        return qweight, torch.zeros(out_size, 1, device=device), None
     if product.kind == "int8":
         return torch.zeros(*blocks, 256, 16, dtype=torch.int8, device=device), scale, None
     return torch.zeros(*blocks, 128, 16, dtype=torch.uint8, device=device), scale, scale
 
 
 def _dequantized(
-    product: Product, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
+    product: Product, qweight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
 ) -> torch.Tensor:
     """Float32 [out_size, size]."""
     if product.kind == "fp8":
-        codes = reference.restored_columns(codes, product.size)
+        qweight = reference.restored_columns(qweight, product.size)
     else:
-        codes = reference.from_fragments(codes, product.out_size, product.size)
+        qweight = reference.from_fragments(qweight, product.out_size, product.size)
         groups = product.size // product.group
-        scale, shift = (
+        scale, zero = (
             None if one is None else reference.from_fragment_pairs(one, product.out_size, groups)
-            for one in (scale, shift)
+            for one in (scale, zero)
         )
-    return reference.dequantize(codes, scale, shift, product.group)
+    return reference.dequantize(qweight, scale, zero, product.group)
 
 
 def _measured(report: Report, args: argparse.Namespace, product: Product, ceilings: Ceilings) -> list[dict]:
     """One line: by rows, bfloat16 / best way in us, ratio to the floor; then the table's entry."""
     out_size, size, kind = product.out_size, product.size, product.kind
-    codes, scale, shift = _weight(product, args.device)
-    whole = _dequantized(product, codes, scale, shift)
+    qweight, scale, zero = _weight(product, args.device)
+    whole = _dequantized(product, qweight, scale, zero)
     plain = [whole.bfloat16() for _ in range(max(1, min(16, ROTATED // (out_size * size * BYTES))))]
-    copies = [codes.clone() for _ in range(max(1, min(32, int(ROTATED / product.bytes))))]
+    copies = [qweight.clone() for _ in range(max(1, min(32, int(ROTATED / product.bytes))))]
     line, entry, found = [], {}, []
     for rows in ROWS:
         x = torch.randn(rows, size, device=args.device, dtype=torch.bfloat16)
@@ -298,10 +298,10 @@ def _measured(report: Report, args: argparse.Namespace, product: Product, ceilin
             def run(of: torch.Tensor, choice: Choice = choice) -> torch.Tensor:
                 if args.device == "cpu":
                     return functional.linear(x, whole.bfloat16())
-                return _product(product, choice, x, of, scale, shift)
+                return _product(product, choice, x, of, scale, zero)
 
             try:
-                error = ((run(codes).float() - expected).norm() / expected.norm()).item()
+                error = ((run(qweight).float() - expected).norm() / expected.norm()).item()
                 if not error < TOLERANCE[choice.way]:
                     report.failure(f"{product} {rows} {choice}: relative error {error:.3g}")
                     continue

@@ -170,7 +170,7 @@ def quantised(
     size: int,
     kind: str,
     group: int,
-    shifted: bool = False,
+    has_zero: bool = False,
     tile: Tile | None = None,
     dtype: str = "bfloat16",
 ) -> list[Any]:
@@ -188,11 +188,11 @@ def quantised(
             out_size,
         ]
         return [name, "pagegraph.kernels.quant.gemm_16bit", "fragment_linear", [x, {"weight": weight}, {"tile": tile}]]
-    codes = tensor("uint8", *blocks, 128, 16) if kind == "int4" else tensor("int8", *blocks, 256, 16)
+    qweight = tensor("uint8", *blocks, 128, 16) if kind == "int4" else tensor("int8", *blocks, 256, 16)
     scale = tensor(
         dtype if group < size else "float32", out_size // 64, size // max(group, 64), 32, 2 * max(1, 64 // group)
     )
-    weight = [codes, scale, scale if shifted else None, None, group, out_size]
+    weight = [qweight, scale, scale if has_zero else None, None, group, out_size]
     return [name, "pagegraph.kernels.quant.gemm_16bit", "fragment_linear", [x, {"weight": weight}, {"tile": tile}]]
 
 
@@ -200,11 +200,11 @@ def coded(
     kind: str, rows: int, out_size: int, size: int, tile: Tile, symmetric: bool = False, dtype: str = "bfloat16"
 ) -> list[Any]:
     """The product of codes on both sides; with a bias where it is symmetric, which int8 is."""
-    shifted = kind == "int4" and not symmetric
+    has_zero = kind == "int4" and not symmetric
     name, _, _, (x, weight, _) = quantised(
-        rows, out_size, size, kind, 128 if kind == "int4" else size, shifted, tile, dtype
+        rows, out_size, size, kind, 128 if kind == "int4" else size, has_zero, tile, dtype
     )
-    weight["weight"][3] = None if shifted else tensor(dtype, out_size)
+    weight["weight"][3] = None if has_zero else tensor(dtype, out_size)
     return [f"{name} on both sides", "pagegraph.kernels.quant.gemm_8bit", "coded_linear", [x, weight, {"tile": tile}]]
 
 
@@ -223,9 +223,9 @@ def rounded_rows(size: int) -> list[list[Any]]:
     ]
 
 
-def written_out(kind: str, group: int, shifted: bool) -> list[Any]:
+def written_out(kind: str, group: int, has_zero: bool) -> list[Any]:
     """The weight on its own."""
-    _, _, _, (_, weight, _) = quantised(8, 4096, 4096, kind, group, shifted)
+    _, _, _, (_, weight, _) = quantised(8, 4096, 4096, kind, group, has_zero)
     return [
         f"{kind}/{group} written out",
         "pagegraph.kernels.quant.gemm_16bit",
@@ -234,11 +234,11 @@ def written_out(kind: str, group: int, shifted: bool) -> list[Any]:
     ]
 
 
-def quantised_rows(kind: str, group: int, tile: RowsTile, shifted: bool = False) -> list[list[Any]]:
+def quantised_rows(kind: str, group: int, tile: RowsTile, has_zero: bool = False) -> list[list[Any]]:
     """Products of two rows without a gate and with one, scales as a device holds them."""
     hidden, launches = 4096, []
     for out_size, gated in ((hidden, False), (28672, True)):
-        _, _, _, (x, weight, _) = quantised(2, out_size, hidden, kind, group or hidden, shifted)
+        _, _, _, (x, weight, _) = quantised(2, out_size, hidden, kind, group or hidden, has_zero)
         cut = tile._replace(parts=max(2, tile.parts)) if gated else tile
         launches.append(
             [
@@ -272,8 +272,8 @@ QUANTISED = [
     for weight in (("fp8", size), ("fp8", 128), ("int8", size), ("int8", 32, True), ("int4", 128, True), ("int4", size))
 ] + [
     *(
-        quantised(8, 4096, 4096, kind, group, shifted)
-        for kind, group, shifted in (
+        quantised(8, 4096, 4096, kind, group, has_zero)
+        for kind, group, has_zero in (
             ("fp8", 4096, False),
             ("int4", 32, True),
             ("int4", 128, False),
@@ -300,8 +300,8 @@ QUANTISED = [
     ),
     quantised(64, 4096, 4096, "int4", 128, True, dtype="float16"),
     *(
-        written_out(kind, group, shifted)
-        for kind, group, shifted in (("int4", 32, True), ("int8", 4096, False), ("fp8", 128, False))
+        written_out(kind, group, has_zero)
+        for kind, group, has_zero in (("int4", 32, True), ("int8", 4096, False), ("fp8", 128, False))
     ),
 ]
 HALF = [
@@ -348,11 +348,11 @@ HELD_BACK = 32  # bytes a thread
 
 QUANTISED_ROWS = [
     launch
-    for kind, group, shifted, tile in (
+    for kind, group, has_zero, tile in (
         ("int4", 128, True, RowsTile(1, 8, 1, 4)), ("int4", 32, True, RowsTile(4, 4, 2, 4)), ("int8", 0, False, RowsTile(2, 8, 2, 3)),
         ("int8", 128, False, RowsTile(1, 4, 4, 3)), ("fp8", 0, False, RowsTile(1, 8, 1, 6)), ("fp8", 128, False, RowsTile(2, 16, 1, 3)),
     )
-    for launch in quantised_rows(kind, group, tile, shifted)
+    for launch in quantised_rows(kind, group, tile, has_zero)
 ]  # fmt: skip
 
 
@@ -484,7 +484,7 @@ def test_quantised_products_on_gpus_before_hopper(capability: int) -> None:
     ]
     kernels = compiled(
         [
-            *(quantised(64, 512, 512, "int4", 128, shifted) for shifted in (False, True)),
+            *(quantised(64, 512, 512, "int4", 128, has_zero) for has_zero in (False, True)),
             *(quantised(300, 512, 512, kind, group) for kind, group in (("int4", 32), ("int8", 32), ("int8", 512))),
             *(
                 launch

@@ -128,7 +128,7 @@ def _check(merged: MergedLinear, linears: list[nn.Linear] | list[QuantLinear], w
     """Compare the parts with the separate linears on random rows, within a few roundings of the largest value."""
     first = linears[0]
     quantised = type(first) is QuantLinear
-    device, dtype = (first.codes.device, first.dtype) if quantised else (first.weight.device, first.weight.dtype)
+    device, dtype = (first.qweight.device, first.dtype) if quantised else (first.weight.device, first.weight.dtype)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(CHECK_ROWS, first.in_features, generator=generator).to(device, dtype)
     for index, linear in enumerate(linears):

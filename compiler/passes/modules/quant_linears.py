@@ -34,7 +34,7 @@ class QuantLinear(nn.Module):
 
     def __init__(self, quantized: Quantized, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        for name in ("codes", "scale", "shift", "columns"):
+        for name in ("qweight", "scale", "zero", "g_idx_order"):
             self.register_buffer(name, getattr(quantized, name), persistent=False)
         self.group = quantized.group
         self.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -42,26 +42,26 @@ class QuantLinear(nn.Module):
 
     @property
     def out_features(self) -> int:
-        return self.codes.shape[0]
+        return self.qweight.shape[0]
 
     @property
     def in_features(self) -> int:
-        return self.codes.shape[1] * 8 // self.bits
+        return self.qweight.shape[1] * 8 // self.bits
 
     @property
     def bits(self) -> int:
-        return 4 if self.codes.dtype == torch.uint8 else 8
+        return 4 if self.qweight.dtype == torch.uint8 else 8
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        if self.columns is not None:
-            states = states.index_select(-1, self.columns)
-        return torch.ops.pagegraph.quant_linear(states, self.codes, self.scale, self.shift, self.bias, self.group)
+        if self.g_idx_order is not None:
+            states = states.index_select(-1, self.g_idx_order)
+        return torch.ops.pagegraph.quant_linear(states, self.qweight, self.scale, self.zero, self.bias, self.group)
 
     def dequantized(self) -> torch.Tensor:
         """The weight [N, K] in `dtype`, columns in the order of the inputs."""
-        weight = reference.dequantize(self.codes, self.scale, self.shift, self.group)
-        if self.columns is not None:
-            weight = torch.empty_like(weight).index_copy_(1, self.columns, weight)
+        weight = reference.dequantize(self.qweight, self.scale, self.zero, self.group)
+        if self.g_idx_order is not None:
+            weight = torch.empty_like(weight).index_copy_(1, self.g_idx_order, weight)
         return weight.to(self.dtype)
 
 
@@ -75,7 +75,7 @@ class Int8Dynamic(nn.Module):
 
     def __init__(self, linear: QuantLinear) -> None:
         super().__init__()
-        self.register_buffer("codes", linear.codes, persistent=False)
+        self.register_buffer("qweight", linear.qweight, persistent=False)
         self.register_buffer("scale", linear.scale[:, 0].contiguous(), persistent=False)
         self.bias, self.out_features = linear.bias, linear.out_features
 
@@ -83,11 +83,11 @@ class Int8Dynamic(nn.Module):
         rows = states.flatten(0, -2)
         if torch.compiler.is_dynamo_compiling() and len(rows) == 1:  # `is_compiling` is true of other threads too
             row = torch.ops.pagegraph.in_memory(rows[0].float())
-            parts = self.codes.unflatten(0, (math.gcd(self.out_features, SUMS_AT_ONCE), -1)).unbind()
+            parts = self.qweight.unflatten(0, (math.gcd(self.out_features, SUMS_AT_ONCE), -1)).unbind()
             product = (torch.cat([(part.float() * row).sum(-1) for part in parts]) * self.scale)[None]
         else:
             high, low, scale = reference.two_digits(rows)
-            upper, lower = torch._int_mm(torch.cat([high, low]), self.codes.t()).float().split(len(rows))
+            upper, lower = torch._int_mm(torch.cat([high, low]), self.qweight.t()).float().split(len(rows))
             product = (upper + lower / reference.SECOND_DIGIT) * scale * self.scale
         if self.bias is not None:
             product = product + self.bias
@@ -95,39 +95,39 @@ class Int8Dynamic(nn.Module):
 
 
 class Fragments(nn.Module):
-    """CUDA: codes, scales and shifts laid as the threads of a product want them. rounds: states may be rounded to 8 bits."""
+    """CUDA: qweight, scales and zeros laid as the threads of a product want them. rounds: states may be rounded to 8 bits."""
 
     def __init__(self, linear: QuantLinear, rounds: bool = True) -> None:
         super().__init__()
         self.rounds = rounds
         size = linear.in_features
         self.group = fragment_group(linear)
-        scale, shift = (_regrouped(one, linear.group, self.group, size) for one in (linear.scale, linear.shift))
-        if linear.codes.dtype == torch.float8_e4m3fn:
-            codes = reference.exchanged_columns(linear.codes)
+        scale, zero = (_regrouped(one, linear.group, self.group, size) for one in (linear.scale, linear.zero))
+        if linear.qweight.dtype == torch.float8_e4m3fn:
+            qweight = reference.exchanged_columns(linear.qweight)
         else:
-            codes = reference.unpack_nibbles(linear.codes) if linear.bits == 4 else linear.codes
-            codes = reference.fragments(codes, linear.bits)
+            qweight = reference.unpack_nibbles(linear.qweight) if linear.bits == 4 else linear.qweight
+            qweight = reference.fragments(qweight, linear.bits)
             if (
                 self.group < size
             ):  # of small groups they are read with the codes: two bytes of each tell apart what few bits can
-                scale, shift = (None if one is None else one.to(linear.dtype) for one in (scale, shift))
-            scale, shift = (
-                None if one is None else reference.fragment_pairs(one, self.group, size) for one in (scale, shift)
+                scale, zero = (None if one is None else one.to(linear.dtype) for one in (scale, zero))
+            scale, zero = (
+                None if one is None else reference.fragment_pairs(one, self.group, size) for one in (scale, zero)
             )
-        for name, values in dict(codes=codes, scale=scale, shift=shift, columns=linear.columns).items():
+        for name, values in dict(qweight=qweight, scale=scale, zero=zero, g_idx_order=linear.g_idx_order).items():
             self.register_buffer(name, values, persistent=False)
         self.bias, self.out_features = linear.bias, linear.out_features
-        kind = KINDS[linear.codes.dtype]
+        kind = KINDS[linear.qweight.dtype]
         self.may_round = rounds and takes_8_bits(
-            kind, linear.dtype, self.out_features, size, self.group, shift is not None, codes.device
+            kind, linear.dtype, self.out_features, size, self.group, zero is not None, qweight.device
         )
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        if self.columns is not None:
-            states = states.index_select(-1, self.columns)
+        if self.g_idx_order is not None:
+            states = states.index_select(-1, self.g_idx_order)
         return torch.ops.pagegraph.fragment_linear(
-            states, self.codes, self.scale, self.shift, self.bias, self.group, self.out_features, self.rounds
+            states, self.qweight, self.scale, self.zero, self.bias, self.group, self.out_features, self.rounds
         )
 
 
@@ -135,7 +135,7 @@ def fragment_group(linear: QuantLinear) -> int:
     """Columns to a scale of `Fragments`: those of the linear, or what divides them so that blocks have whole groups; 0 where nothing does."""
     if linear.group >= linear.in_features or linear.group % reference.FRAGMENT == 0:
         return min(linear.group, linear.in_features)
-    least = {torch.uint8: 32, torch.int8: 16, torch.float8_e4m3fn: reference.FRAGMENT}[linear.codes.dtype]
+    least = {torch.uint8: 32, torch.int8: 16, torch.float8_e4m3fn: reference.FRAGMENT}[linear.qweight.dtype]
     common = math.gcd(linear.group, reference.FRAGMENT)
     return common if common >= least else 0
 
@@ -148,24 +148,24 @@ def _regrouped(values: torch.Tensor | None, group: int, held: int, size: int) ->
 
 
 class Int4Packed(nn.Module):
-    """4-bit codes as PyTorch packs them for this CPU, scales and shifts beside each other in the type of the states."""
+    """4-bit codes as PyTorch packs them for this CPU, scales and zeros beside each other in the type of the states."""
 
     def __init__(self, linear: QuantLinear) -> None:
         super().__init__()
-        codes = reference.unpack_nibbles(linear.codes).int() + 8
-        shift = torch.zeros_like(linear.scale) if linear.shift is None else linear.shift
-        packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+        qweight = reference.unpack_nibbles(linear.qweight).int() + 8
+        zero = torch.zeros_like(linear.scale) if linear.zero is None else linear.zero
+        packed = torch._convert_weight_to_int4pack_for_cpu(qweight, 1)
         self.register_buffer("packed", packed, persistent=False)
-        pairs = torch.stack([linear.scale.t(), shift.t()], dim=2).to(linear.dtype).contiguous()
+        pairs = torch.stack([linear.scale.t(), zero.t()], dim=2).to(linear.dtype).contiguous()
         self.register_buffer("pairs", pairs, persistent=False)  # [K / group, N, 2]
-        self.register_buffer("columns", linear.columns, persistent=False)
+        self.register_buffer("g_idx_order", linear.g_idx_order, persistent=False)
         self.group, self.bias, self.out_features = linear.group, linear.bias, linear.out_features
         # How codes lie is PyTorch's affair and differs between CPUs: where it is not as known here, many rows go as few do.
-        self.unpacks = self.out_features % cpu.INT4_BLOCK == 0 and torch.equal(cpu.unpack_int4(packed).int(), codes)
+        self.unpacks = self.out_features % cpu.INT4_BLOCK == 0 and torch.equal(cpu.unpack_int4(packed).int(), qweight)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        if self.columns is not None:
-            states = states.index_select(-1, self.columns)
+        if self.g_idx_order is not None:
+            states = states.index_select(-1, self.g_idx_order)
         rows = states.flatten(0, -2)
         if self.unpacks:
             product = torch.ops.pagegraph.int4_packed_linear(rows, self.packed, self.pairs, self.group)
@@ -179,17 +179,15 @@ class Int4Packed(nn.Module):
 def stacked(linears: list[QuantLinear]) -> QuantLinear:
     """Linears of one input as one, rows below each other; `stackable` says of which."""
     first = linears[0]
-    shift = None
-    if any(linear.shift is not None for linear in linears):
-        shift = torch.cat(
-            [torch.zeros_like(linear.scale) if linear.shift is None else linear.shift for linear in linears]
-        )
+    zero = None
+    if any(linear.zero is not None for linear in linears):
+        zero = torch.cat([torch.zeros_like(linear.scale) if linear.zero is None else linear.zero for linear in linears])
     quantized = Quantized(
-        torch.cat([linear.codes for linear in linears]),
+        torch.cat([linear.qweight for linear in linears]),
         torch.cat([linear.scale for linear in linears]),
-        shift,
+        zero,
         first.group,
-        first.columns,
+        first.g_idx_order,
     )
     bias = None if first.bias is None else torch.cat([linear.bias for linear in linears])
     return QuantLinear(quantized, bias, first.dtype)
@@ -199,13 +197,16 @@ def stackable(linears: list[QuantLinear]) -> bool:
     """Whether every row keeps its codes and scales when the linears become one."""
     first = linears[0]
     alike = {
-        (one.in_features, one.codes.dtype, one.codes.device, one.group, one.bias is None, one.dtype) for one in linears
+        (one.in_features, one.qweight.dtype, one.qweight.device, one.group, one.bias is None, one.dtype)
+        for one in linears
     }
     if len(alike) != 1 or any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
         return False
-    if first.columns is None:
-        return all(linear.columns is None for linear in linears)
-    return all(linear.columns is not None and torch.equal(linear.columns, first.columns) for linear in linears)
+    if first.g_idx_order is None:
+        return all(linear.g_idx_order is None for linear in linears)
+    return all(
+        linear.g_idx_order is not None and torch.equal(linear.g_idx_order, first.g_idx_order) for linear in linears
+    )
 
 
 @torch.no_grad()
@@ -248,18 +249,18 @@ def quant_linears(model: nn.Module, round_activations: bool = True) -> int:
 
 def _form(linear: QuantLinear, rounds: bool) -> nn.Module:
     """On CUDA the op chooses by rows; on the CPU the product is chosen here, once."""
-    if linear.codes.device.type != "cpu":
+    if linear.qweight.device.type != "cpu":
         return Fragments(linear, rounds) if fragment_group(linear) else _widened(linear)
     if (
-        linear.codes.dtype == torch.int8
+        linear.qweight.dtype == torch.int8
         and linear.scale.shape[1] == 1
-        and linear.shift is None
-        and linear.columns is None
+        and linear.zero is None
+        and linear.g_idx_order is None
     ):
         if torch.cpu._is_vnni_supported():
             return Int8Dynamic(linear)
     elif (
-        linear.codes.dtype == torch.uint8
+        linear.qweight.dtype == torch.uint8
         and linear.group in CPU_INT4_GROUPS
         and linear.out_features % CPU_INT4_ROWS == 0
     ):

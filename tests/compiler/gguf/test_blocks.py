@@ -33,16 +33,16 @@ def random_bytes(kind: gguf.GGMLQuantizationType) -> np.ndarray:
 def test_planes_give_the_packages_values(kind: gguf.GGMLQuantizationType) -> None:
     data = random_bytes(kind)
     expected = gguf.dequantize(data, kind)
-    codes, scale, shift = planes(data, kind)
-    group = codes.shape[1] // scale.shape[1]
-    assert np.array_equal(codes, codes.round()) and -128 <= codes.min() and codes.max() <= 127
-    got = codes * scale.repeat(group, axis=1)
-    if shift is None:
+    qweight, scale, zero = planes(data, kind)
+    group = qweight.shape[1] // scale.shape[1]
+    assert np.array_equal(qweight, qweight.round()) and -128 <= qweight.min() and qweight.max() <= 127
+    got = qweight * scale.repeat(group, axis=1)
+    if zero is None:
         assert np.array_equal(got, expected)
     else:
-        # The shift moved to the middle of the codes costs roundings of float32.
+        # The zero moved to the middle of the codes costs roundings of float32.
         largest = np.abs(expected).max()
-        assert np.abs(got + shift.repeat(group, axis=1) - expected).max() <= 4 * np.finfo(np.float32).eps * largest
+        assert np.abs(got + zero.repeat(group, axis=1) - expected).max() <= 4 * np.finfo(np.float32).eps * largest
 
 
 def llama(path: Path, attention: Type, rest: Type) -> dict[str, np.ndarray]:
@@ -97,8 +97,8 @@ def test_types_that_are_not_kept_become_bfloat16(tmp_path: Path, caplog: pytest.
         tensors = kept(tmp_path / "some.gguf")
     assert "some.gguf holds weights as Q5_0 too" in caplog.text
     layer = "model.layers.0"
-    codes, scale = (tensors[f"{layer}.self_attn.v_proj.{name}"] for name in ("codes", "scale"))
-    assert np.array_equal((codes.float() * scale.repeat_interleave(32, 1)).numpy(), held["attn_v"])
+    qweight, scale = (tensors[f"{layer}.self_attn.v_proj.{name}"] for name in ("qweight", "scale"))
+    assert np.array_equal((qweight.float() * scale.repeat_interleave(32, 1)).numpy(), held["attn_v"])
     assert tensors[f"{layer}.mlp.up_proj.weight"].dtype == torch.bfloat16
     assert torch.equal(tensors[f"{layer}.mlp.up_proj.weight"], torch.from_numpy(held["ffn_up"]).bfloat16())
 

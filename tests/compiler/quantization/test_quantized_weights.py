@@ -202,7 +202,7 @@ def test_dummy_weights_can_be_quantised(tmp_path: Path) -> None:
     stock_model().save_pretrained(tmp_path)
     model = load(tmp_path, "int4", load_format="dummy")
     assert all(
-        linear.codes.dtype == (torch.int8 if path == "lm_head" else torch.uint8)
+        linear.qweight.dtype == (torch.int8 if path == "lm_head" else torch.uint8)
         for path, linear in quantised(model).items()
     )
 
@@ -224,7 +224,7 @@ def test_quantised_weights_are_smaller(tmp_path: Path) -> None:
 def test_merged_linears_are_stacked_codes(tmp_path: Path) -> None:
     write(tmp_path, stock_model(), "fp8_tensor")
     model = load(tmp_path)
-    before = quantised(model)["model.layers.0.mlp.up_proj"].codes
+    before = quantised(model)["model.layers.0.mlp.up_proj"].qweight
     apply_module_passes(model, PassOptions(merge_linears=True, skinny_linears=False, rotary_once=False))
     merged = [m for m in model.modules() if isinstance(m, MergedQuantLinear)]
     assert len(merged) == 2 * WIDE["num_hidden_layers"]
@@ -247,7 +247,7 @@ def test_every_method_that_the_configuration_takes_is_carried_out() -> None:
             assert quant_formats.resolve(asked, None) == method
         if method in quant_formats.ONLINE:
             linear = quant_formats.quantize(torch.randn(128, 128), method, "linear")
-            assert linear.codes.nbytes <= 128 * 128
+            assert linear.qweight.nbytes <= 128 * 128
     with pytest.raises(ConfigError, match="awq, gptq, compressed-tensors"):
         load_config("any", {"quantization": "awq2"})
 
@@ -455,8 +455,8 @@ def test_a_quantisers_own_file_that_is_broken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("zero", [None, 3])
 def test_one_scale_for_all(zero: int | None) -> None:
     """compressed-tensors' strategy tensor: scale and zero point, int8, of one element; a scale a row may have one axis."""
-    codes = torch.randint(-8, 8, (48, 64), generator=torch.Generator().manual_seed(0))
-    packed = words((codes + 8).numpy(), 4)
+    qweight = torch.randint(-8, 8, (48, 64), generator=torch.Generator().manual_seed(0))
+    packed = words((qweight + 8).numpy(), 4)
     scheme = quant_formats.detect(
         compressed("pack-quantized", num_bits=4, type="int", strategy="tensor", symmetric=zero is None)
     )
@@ -467,8 +467,8 @@ def test_one_scale_for_all(zero: int | None) -> None:
         if scale.numel() > 1 and zero is not None:
             tensors["weight_zero_point"] = torch.full((48,), zero, dtype=torch.int8)
         read = scheme.read(tensors | dict(weight_scale=scale), "a")
-        weight = reference.dequantize(read.codes, read.scale, read.shift, read.group)
-        assert torch.equal(weight, (codes - (zero or 0)).float() * 0.5)
+        weight = reference.dequantize(read.qweight, read.scale, read.zero, read.group)
+        assert torch.equal(weight, (qweight - (zero or 0)).float() * 0.5)
 
 
 def test_scales_of_keys_and_values_alone_quantise_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -52,15 +52,15 @@ SHAPES = [
 
 @pytest.mark.parametrize("rows", [1, 17, 150])
 @pytest.mark.parametrize(("kind", "out_size", "size", "group", "tile"), SHAPES)
-@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("has_zero", [False, True])
 def test_equals_the_reference(
-    triton_calls, rows: int, kind: str, out_size: int, size: int, group: int, tile: Tile, shifted: bool
+    triton_calls, rows: int, kind: str, out_size: int, size: int, group: int, tile: Tile, has_zero: bool
 ) -> None:
-    codes, scale, shift = random_weight(kind, out_size, size, group, shifted and kind != "fp8")
+    qweight, scale, zero = random_weight(kind, out_size, size, group, has_zero and kind != "fp8")
     x = torch.randn(rows, size + 16, generator=torch.Generator().manual_seed(rows)).bfloat16()[:, :size]
-    bias = torch.randn(out_size).bfloat16() if shifted else None
-    expected = x.float() @ multiplied(codes, scale, shift, group, x.dtype).t() + (0 if bias is None else bias.float())
-    weight = laid(codes, scale, shift, group, size)
+    bias = torch.randn(out_size).bfloat16() if has_zero else None
+    expected = x.float() @ multiplied(qweight, scale, zero, group, x.dtype).t() + (0 if bias is None else bias.float())
+    weight = laid(qweight, scale, zero, group, size)
     rounded = torch.ops.pagegraph.fragment_linear(x, *weight, bias, group, out_size, False)
     torch.testing.assert_close(rounded.float(), expected, atol=2**-8 * expected.abs().max().item(), rtol=2**-7)
     for _ in range(2):  # the second call finds the arrival counts as the first left them
@@ -77,13 +77,13 @@ def test_equals_the_reference(
 
 
 @pytest.mark.parametrize(("kind", "out_size", "size", "group", "tile"), SHAPES)
-@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("has_zero", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_come_back(
-    triton_calls, kind: str, out_size: int, size: int, group: int, tile: Tile, shifted: bool, dtype: torch.dtype
+    triton_calls, kind: str, out_size: int, size: int, group: int, tile: Tile, has_zero: bool, dtype: torch.dtype
 ) -> None:
-    codes, scale, shift = random_weight(kind, out_size, size, group, shifted and kind != "fp8")
-    weight = laid(codes, scale, shift, group, size)
+    qweight, scale, zero = random_weight(kind, out_size, size, group, has_zero and kind != "fp8")
+    weight = laid(qweight, scale, zero, group, size)
     out, _ = triton_calls.call(
         "pagegraph.kernels.quant.gemm_16bit",
         "fragment_dequantize",
@@ -91,18 +91,18 @@ def test_weights_come_back(
         size,
         dtype,
     )
-    expected = reference.dequantize(codes, scale, shift, group)
+    expected = reference.dequantize(qweight, scale, zero, group)
     torch.testing.assert_close(out.float(), expected, atol=1e-5, rtol=2**-8 if dtype == torch.bfloat16 else 2**-11)
 
 
 @pytest.mark.parametrize("group", [32, 128])
 def test_scales_of_groups_in_bfloat16(triton_calls, group: int) -> None:
     """As a device holds them: one multiply-add for two codes, rounded once."""
-    codes, *pairs = random_weight("int4", 64, 128, group, True)
+    qweight, *pairs = random_weight("int4", 64, 128, group, True)
     pairs = [one.bfloat16() for one in pairs]
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = x.float() @ multiplied(codes, *pairs, group, x.dtype).t()
-    weight = laid(codes, *pairs, group, 128)
+    expected = x.float() @ multiplied(qweight, *pairs, group, x.dtype).t()
+    weight = laid(qweight, *pairs, group, 128)
     out, _ = triton_calls.call(
         "pagegraph.kernels.quant.gemm_16bit",
         "fragment_linear",
@@ -118,8 +118,10 @@ def test_scales_of_groups_in_bfloat16(triton_calls, group: int) -> None:
 def test_fragments_are_operands_of_the_matrix_unit(rows: int, size: int, bits: int) -> None:
     """By the formula, code by code; filled up with codes of 0; and back."""
     limit = 1 << bits - 1
-    codes = torch.randint(-limit, limit, (rows, size), dtype=torch.int8, generator=torch.Generator().manual_seed(rows))
-    laid = reference.fragments(codes, bits)
+    qweight = torch.randint(
+        -limit, limit, (rows, size), dtype=torch.int8, generator=torch.Generator().manual_seed(rows)
+    )
+    laid = reference.fragments(qweight, bits)
     assert laid.shape == (-(-rows // 64), -(-size // 64), 32 * bits, 16)
     bytes_ = laid.tolist()
     for row in range(laid.shape[0] * 64):
@@ -132,8 +134,8 @@ def test_fragments_are_operands_of_the_matrix_unit(rows: int, size: int, bits: i
                 code = (block[thread][4 * step + 2 * p + h] >> 4 * c & 15) - 8
             else:
                 code = block[128 * (step // 2) + thread][8 * (step % 2) + 4 * c + 2 * p + h]
-            assert code == (codes[row, column] if row < rows and column < size else 0)
-    assert torch.equal(reference.from_fragments(laid, rows, size), codes)
+            assert code == (qweight[row, column] if row < rows and column < size else 0)
+    assert torch.equal(reference.from_fragments(laid, rows, size), qweight)
 
 
 @pytest.mark.parametrize("group, size", [(16, 96), (32, 160), (64, 160), (128, 384), (160, 160)])
@@ -177,14 +179,14 @@ def test_rows_become_the_codes_of_the_reference(triton_calls, size: int) -> None
     x = (
         torch.randn(5, size, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e4])[:, None]
     ).bfloat16()
-    (codes, scale), _ = triton_calls.call("pagegraph.kernels.quant.activations", "exchanged_e4m3_rows", x)
+    (qweight, scale), _ = triton_calls.call("pagegraph.kernels.quant.activations", "exchanged_e4m3_rows", x)
     expected, expected_scale = reference.quantize_rows(x, torch.float8_e4m3fn)
     expected = reference.exchanged_columns(expected)
     torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
     # A quotient at the middle of two codes may go either way: at most a step of the type.
     step = expected.float().abs().clamp(min=2**-6) * 2**-3
-    assert ((codes.float() - expected.float()).abs() <= step).all()
-    assert (codes.float() == expected.float()).float().mean() > 0.99
+    assert ((qweight.float() - expected.float()).abs() <= step).all()
+    assert (qweight.float() == expected.float()).float().mean() > 0.99
 
 
 @given(
@@ -247,21 +249,21 @@ def test_a_measured_choice_fits_the_weight_at_hand(monkeypatch: pytest.MonkeyPat
 )
 def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
     """Each way but the row-wise FP8 product, which is the device's own."""
-    codes, scale, shift = random_weight(kind, 44, 128, group, kind == "int4")
+    qweight, scale, zero = random_weight(kind, 44, 128, group, kind == "int4")
     x = torch.randn(1, rows, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = reference.quant_linear(x.float(), codes, scale, shift, None, group)
+    expected = reference.quant_linear(x.float(), qweight, scale, zero, None, group)
     out, _ = triton_calls.call(
         "pagegraph.kernels.quant.cuda",
         "fragment_linear",
         x,
-        *laid(codes, scale, shift, group, 128),
+        *laid(qweight, scale, zero, group, 128),
         None,
         group,
         44,
         True,
     )
     assert out.dtype == x.dtype and out.shape == expected.shape
-    # Groups and shifts round the weight to bfloat16 before it is multiplied, and so does `plain`; `coded` rounds x to 8 bits.
+    # Groups and zeros round the weight to bfloat16 before it is multiplied, and so does `plain`; `coded` rounds x to 8 bits.
     part = (
         {"int8": 2**-6, "int4": 2**-5}[kind] if kind != "fp8" and rows > MEMORY_BOUND_ROWS and group == 128 else 2**-8
     )
@@ -291,26 +293,26 @@ def test_which_products_take_rows_of_8_bits(
     dtype: torch.dtype,
     out_size: int,
     group: int,
-    shifted: bool,
+    has_zero: bool,
     capability: tuple[int, int],
     takes: bool,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert takes_8_bits(kind, dtype, out_size, 512, group, shifted, torch.device("cuda")) == takes
+    assert takes_8_bits(kind, dtype, out_size, 512, group, has_zero, torch.device("cuda")) == takes
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_rows_stay_as_they_are_where_they_shall(triton_calls, kind: str) -> None:
-    codes, scale, shift = random_weight(kind, 44, 128, 128, kind == "int4")
+    qweight, scale, zero = random_weight(kind, 44, 128, 128, kind == "int4")
     x = torch.randn(70, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = reference.quant_linear(x.float(), codes, scale, shift, None, 128)
+    expected = reference.quant_linear(x.float(), qweight, scale, zero, None, 128)
     errors = []
     for rounds in (True, False):
         out, _ = triton_calls.call(
             "pagegraph.kernels.quant.cuda",
             "fragment_linear",
             x,
-            *laid(codes, scale, shift, 128, 128),
+            *laid(qweight, scale, zero, 128, 128),
             None,
             128,
             44,
@@ -324,11 +326,11 @@ def test_rows_stay_as_they_are_where_they_shall(triton_calls, kind: str) -> None
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("size", [128, 200])
 def test_the_row_wise_fp8_product(size: int) -> None:
-    codes, scale, _ = random_weight("fp8", 64, size, size, False)
+    qweight, scale, _ = random_weight("fp8", 64, size, size, False)
     x = torch.randn(100, size).bfloat16()
     assert choice_of("fp8", 100, 64, size, True).way == "scaled"
-    expected = reference.quant_linear(x.float(), codes, scale, None, None, size)
+    expected = reference.quant_linear(x.float(), qweight, scale, None, None, size)
     out = torch.ops.pagegraph.fragment_linear(
-        x.cuda(), reference.exchanged_columns(codes).cuda(), scale.cuda(), None, None, size, 64, True
+        x.cuda(), reference.exchanged_columns(qweight).cuda(), scale.cuda(), None, None, size, 64, True
     ).cpu()
     assert ((out.float() - expected).norm() / expected.norm()).item() < 0.05

@@ -38,16 +38,16 @@ def test_rows_become_the_codes_of_the_reference(triton_calls, size: int, dtype: 
     x = (
         torch.randn(5, size, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e3])[:, None]
     ).to(dtype)
-    (codes, scale), _ = triton_calls.call("pagegraph.kernels.quant.activations", "int8_rows", x, 16)
-    assert codes.shape == (16, -(-size // CODED_GROUP) * CODED_GROUP) and scale.shape == (
-        codes.shape[1] // CODED_GROUP,
+    (qweight, scale), _ = triton_calls.call("pagegraph.kernels.quant.activations", "int8_rows", x, 16)
+    assert qweight.shape == (16, -(-size // CODED_GROUP) * CODED_GROUP) and scale.shape == (
+        qweight.shape[1] // CODED_GROUP,
         16,
     )
     expected, expected_scale = quant_reference.int8_rows(x)
     torch.testing.assert_close(scale[:, :5], expected_scale, rtol=1e-6, atol=0)
     # A quotient at the middle of two codes may go either way.
-    assert ((codes[:5].int() - expected.int()).abs() <= 1).all() and (codes[:5] == expected).float().mean() > 0.99
-    assert not codes[5:].any()
+    assert ((qweight[:5].int() - expected.int()).abs() <= 1).all() and (qweight[:5] == expected).float().mean() > 0.99
+    assert not qweight[5:].any()
 
 
 @pytest.mark.parametrize("size", [64, 200, 4096])
@@ -56,26 +56,26 @@ def test_rows_become_the_floats_of_the_reference(triton_calls, size: int, dtype:
     x = (
         torch.randn(5, size, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e3])[:, None]
     ).to(dtype)
-    (codes, scale, sums), _ = triton_calls.call("pagegraph.kernels.quant.activations", "e4m3_rows", x, 16)
+    (qweight, scale, sums), _ = triton_calls.call("pagegraph.kernels.quant.activations", "e4m3_rows", x, 16)
     assert (
-        codes.shape == (16, -(-size // CODED_GROUP) * CODED_GROUP)
+        qweight.shape == (16, -(-size // CODED_GROUP) * CODED_GROUP)
         and scale.shape == (16,)
-        and sums.shape == (codes.shape[1] // CODED_GROUP, 16)
+        and sums.shape == (qweight.shape[1] // CODED_GROUP, 16)
     )
     expected, expected_scale, _ = quant_reference.e4m3_rows(x)
     torch.testing.assert_close(scale[:5], expected_scale, rtol=1e-6, atol=0)
-    check_floats(codes[:5], expected)
-    assert not codes[5:].float().any() and not sums[:, 5:].any()
+    check_floats(qweight[:5], expected)
+    assert not qweight[5:].float().any() and not sums[:, 5:].any()
     # Codes below 2**-6 have fewer bits than those that are added up.
-    added = codes.float().view(16, -1, CODED_GROUP).sum(2).t()
+    added = qweight.float().view(16, -1, CODED_GROUP).sum(2).t()
     torch.testing.assert_close(sums, added, rtol=1e-5, atol=CODED_GROUP * 2**-10)
 
 
-def check_floats(codes: torch.Tensor, expected: torch.Tensor) -> None:
+def check_floats(qweight: torch.Tensor, expected: torch.Tensor) -> None:
     """A quotient at the middle of two codes may go either way: at most a step of the type."""
     step = expected.float().abs().clamp(min=2**-6) * 2**-3
-    assert ((codes.float() - expected.float()).abs() <= step).all()
-    assert (codes.float() == expected.float()).float().mean() > 0.99
+    assert ((qweight.float() - expected.float()).abs() <= step).all()
+    assert (qweight.float() == expected.float()).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("size", [200, 3000])
@@ -95,11 +95,11 @@ def test_what_is_ahead_of_the_rounding(triton_calls, function: str, size: int) -
     assert torch.equal(given[-1].total, total)
     gate_up = random_rows(5, 2 * size)
     for one, plain in ((found, normed), (rounded(gate_up, None, True)[0], linear_reference.silu_mul(gate_up))):
-        codes, scale, *_ = one
+        qweight, scale, *_ = one
         expected, expected_scale, *_ = rounded(plain)[0]
         # A mean in another order of additions, or another exponential, moves few values by a step of bfloat16.
         torch.testing.assert_close(scale, expected_scale, rtol=2**-7, atol=0)
-        assert (codes == expected).float().mean() > 0.97 and (codes - expected).norm() < 0.01 * expected.norm()
+        assert (qweight == expected).float().mean() > 0.97 and (qweight - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("kind, second_group", [("int8", 256), ("int4", 128), ("int4", 64), ("fp8", 256)])
@@ -157,8 +157,8 @@ def test_the_op_is_well_formed(gated: bool) -> None:
 @pytest.mark.parametrize("size", [128, 200])
 def test_codes_are_within_half_a_step_of_what_they_stand_for(size: int) -> None:
     x = random_rows(6, size)
-    codes, scale = quant_reference.int8_rows(x)
-    back = quant_reference.decoded_rows(codes, scale, size)
+    qweight, scale = quant_reference.int8_rows(x)
+    back = quant_reference.decoded_rows(qweight, scale, size)
     step = scale.t().repeat_interleave(CODED_GROUP, dim=1)[:, :size]
     assert ((back - x.float()).abs() <= 0.5001 * step).all()
     floats, scale, sums = quant_reference.e4m3_rows(x)
@@ -169,11 +169,11 @@ def test_codes_are_within_half_a_step_of_what_they_stand_for(size: int) -> None:
 
 def test_the_place_of_each_column() -> None:
     """Columns 8 * c + 2 * r + p of 16 at 4 * r + 2 * c + p."""
-    codes, _ = quant_reference.int8_rows(torch.arange(128.0)[None] - 0.5)
+    qweight, _ = quant_reference.int8_rows(torch.arange(128.0)[None] - 0.5)
     expected, _ = quant_reference.quantize_rows(torch.arange(128.0)[None] - 0.5, torch.int8)
     for column in range(128):
         c, r, p = column % 16 // 8, column % 8 // 2, column % 2
-        assert codes[0, column // 16 * 16 + 4 * r + 2 * c + p] == expected[0, column]
+        assert qweight[0, column // 16 * 16 + 4 * r + 2 * c + p] == expected[0, column]
 
 
 @pytest.mark.parametrize(
@@ -183,18 +183,18 @@ def test_the_place_of_each_column() -> None:
 def test_equals_the_product_of_what_the_codes_stand_for(
     triton_calls, rows: int, out_size: int, size: int, tile: Tile, dtype: torch.dtype, biased: bool
 ) -> None:
-    codes, scale, _ = random_weight("int8", out_size, size, size, False)
-    x, weight = random_rows(rows, size).to(dtype), codes.float() * scale
+    qweight, scale, _ = random_weight("int8", out_size, size, size, False)
+    x, weight = random_rows(rows, size).to(dtype), qweight.float() * scale
     bias = torch.randn(out_size).to(dtype) if biased else None
     added = 0 if bias is None else bias.float()
-    laid_codes, laid_scale, _ = laid(codes, scale, None, size, size)
+    laid_qweight, laid_scale, _ = laid(qweight, scale, None, size, size)
     expected = quant_reference.decoded_rows(*quant_reference.int8_rows(x), size) @ weight.t() + added
     for _ in range(2):  # the second call finds the arrival counts as the first left them
         out, _ = triton_calls.call(
             "pagegraph.kernels.quant.gemm_8bit",
             "coded_linear",
             x,
-            QuantWeight(laid_codes, laid_scale, None, bias, size, out_size),
+            QuantWeight(laid_qweight, laid_scale, None, bias, size, out_size),
             tile,
         )
         assert out.dtype == x.dtype and out.shape == expected.shape
@@ -205,7 +205,7 @@ def test_equals_the_product_of_what_the_codes_stand_for(
 
 
 GROUPED = [
-    # N, K, group, whether with shifts, rows, dtype of x, dtype of scales
+    # N, K, group, whether with zeros, rows, dtype of x, dtype of scales
     (40, 320, 128, True, 17, torch.bfloat16, torch.bfloat16),
     (100, 512, 256, True, 5, torch.float16, torch.float16),
     (128, 512, 128, False, 150, torch.bfloat16, torch.float32),
@@ -214,21 +214,21 @@ GROUPED = [
 
 
 @pytest.mark.parametrize("tile", [Tile(64, 128, 1, 4, 3), Tile(64, 128, 8, 4, 3, 32), Tile(128, 128, 2, 8, 3, 128)])
-@pytest.mark.parametrize(("out_size", "size", "group", "shifted", "rows", "dtype", "scales"), GROUPED)
+@pytest.mark.parametrize(("out_size", "size", "group", "has_zero", "rows", "dtype", "scales"), GROUPED)
 def test_groups_of_4_bits(
     triton_calls,
     tile: Tile,
     out_size: int,
     size: int,
     group: int,
-    shifted: bool,
+    has_zero: bool,
     rows: int,
     dtype: torch.dtype,
     scales: torch.dtype,
 ) -> None:
-    codes, *pairs = random_weight("int4", out_size, size, group, shifted)
-    scale, shift = (None if one is None else one.to(scales) for one in pairs)
-    x, weight = random_rows(rows, size).to(dtype), quant_reference.dequantize(codes, scale, shift, group)
+    qweight, *pairs = random_weight("int4", out_size, size, group, has_zero)
+    scale, zero = (None if one is None else one.to(scales) for one in pairs)
+    x, weight = random_rows(rows, size).to(dtype), quant_reference.dequantize(qweight, scale, zero, group)
     bias = torch.randn(out_size).to(dtype)
     floats, x_scale, _ = quant_reference.e4m3_rows(x)
     expected = quant_reference.decoded_rows(floats.float(), x_scale[None], size) @ weight.t() + bias.float()
@@ -237,7 +237,7 @@ def test_groups_of_4_bits(
             "pagegraph.kernels.quant.gemm_8bit",
             "coded_linear",
             x,
-            QuantWeight(*laid(codes, scale, shift, group, size), bias, group, out_size),
+            QuantWeight(*laid(qweight, scale, zero, group, size), bias, group, out_size),
             tile,
         )
         assert out.dtype == x.dtype and out.shape == expected.shape
@@ -246,9 +246,9 @@ def test_groups_of_4_bits(
     assert ((out.float() - exact).norm() / exact.norm()).item() < 0.04
 
 
-@pytest.mark.parametrize(("kind", "group", "shifted"), [("int4", 64, True), ("int8", 128, False), ("int8", 256, True)])
-def test_groups_that_do_not_fit_are_refused(triton_calls, kind: str, group: int, shifted: bool) -> None:
-    weight = laid(*random_weight(kind, 64, 256, group, shifted), group, 256)
+@pytest.mark.parametrize(("kind", "group", "has_zero"), [("int4", 64, True), ("int8", 128, False), ("int8", 256, True)])
+def test_groups_that_do_not_fit_are_refused(triton_calls, kind: str, group: int, has_zero: bool) -> None:
+    weight = laid(*random_weight(kind, 64, 256, group, has_zero), group, 256)
     with pytest.raises((ValueError, AssertionError), match="have no product by codes"):
         triton_calls.call(
             "pagegraph.kernels.quant.gemm_8bit",
@@ -261,13 +261,13 @@ def test_groups_that_do_not_fit_are_refused(triton_calls, kind: str, group: int,
 
 @pytest.mark.parametrize("tile", [Tile(32, 128, 1, 4, 3), Tile(64, 64, 1, 4, 3), Tile(64, 128, 1, 4, 3, 256)])
 def test_tiles_that_do_not_fit_are_refused(triton_calls, tile: Tile) -> None:
-    codes, scale, _ = laid(*random_weight("int8", 64, 128, 128, False), 128, 128)
+    qweight, scale, _ = laid(*random_weight("int8", 64, 128, 128, False), 128, 128)
     with pytest.raises((ValueError, AssertionError), match="is not made of blocks of 64 x 128 for up to 128 rows"):
         triton_calls.call(
             "pagegraph.kernels.quant.gemm_8bit",
             "coded_linear",
             torch.zeros(1, 128).bfloat16(),
-            QuantWeight(codes, scale, None, None, 128, 64),
+            QuantWeight(qweight, scale, None, None, 128, 64),
             tile,
         )
 
@@ -279,12 +279,12 @@ def test_tiles_that_do_not_fit_are_refused(triton_calls, tile: Tile) -> None:
 def test_products_of_a_model(kind: str, rows: int) -> None:
     """Large ones, with the rule's tiles and some of the table's, again and again: nothing depends on timing."""
     group = 128 if kind == "int4" else 4096
-    codes, scale, shift = random_weight(kind, 6144, 4096, group, kind == "int4")
+    qweight, scale, zero = random_weight(kind, 6144, 4096, group, kind == "int4")
     weight = QuantWeight(
-        *(None if one is None else one.cuda() for one in laid(codes, scale, shift, group, 4096)), None, group, 6144
+        *(None if one is None else one.cuda() for one in laid(qweight, scale, zero, group, 4096)), None, group, 6144
     )
     x = random_rows(rows, 4096).cuda()
-    expected = x.float() @ quant_reference.dequantize(codes, scale, shift, group).t().cuda()
+    expected = x.float() @ quant_reference.dequantize(qweight, scale, zero, group).t().cuda()
     ruled = [choice_of(kind, count, 512, 4096, True) for count in (100, 1000)]
     for choice in (*ruled, coded(128, 1, 8, 3, 128), coded(64, 2, 4, 4, 64), coded(64, 4, 4, 3, 128)):
         first = fragment_linear_by(choice, x, weight)

@@ -33,11 +33,11 @@ def rows_of(rows: int, size: int, seed: int = 0) -> torch.Tensor:
 def test_equals_the_reference(
     triton_calls, rows: int, kind: str, out_size: int, size: int, group: int, tile: RowsTile
 ) -> None:
-    shifted = rows == 3
-    codes, scale, shift = random_weight(kind, out_size, size, group, shifted and kind != "fp8")
-    x, bias = rows_of(rows, size), torch.randn(out_size).bfloat16() if shifted else None
-    expected = x.float() @ multiplied(codes, scale, shift, group, x.dtype).t() + (0 if bias is None else bias.float())
-    weight = laid(codes, scale, shift, group, size)
+    has_zero = rows == 3
+    qweight, scale, zero = random_weight(kind, out_size, size, group, has_zero and kind != "fp8")
+    x, bias = rows_of(rows, size), torch.randn(out_size).bfloat16() if has_zero else None
+    expected = x.float() @ multiplied(qweight, scale, zero, group, x.dtype).t() + (0 if bias is None else bias.float())
+    weight = laid(qweight, scale, zero, group, size)
     out, _ = triton_calls.call(
         "pagegraph.kernels.quant.gemv", "fragment_rows", x, QuantWeight(*weight, bias, group, out_size), False, tile
     )
@@ -51,9 +51,9 @@ def test_equals_the_reference(
 def test_gate_behind_the_product(triton_calls, kind: str, rows: int, out_size: int) -> None:
     """In the kernel where 16 rows of gate and of up are one program's, else by one of its own; of more rows too."""
     size = 192
-    codes, scale, shift = random_weight(kind, out_size, size, 64, kind == "int4")
+    qweight, scale, zero = random_weight(kind, out_size, size, 64, kind == "int4")
     x, bias = rows_of(rows, size)[None] / 16, torch.randn(out_size).bfloat16()
-    arguments = [x, *laid(codes, scale * 0.1, shift, 64, size), bias, 64, out_size, True, True]
+    arguments = [x, *laid(qweight, scale * 0.1, zero, 64, size), bias, 64, out_size, True, True]
     out, _ = triton_calls.call("pagegraph.kernels.quant.cuda", "fragment_linear", *arguments)
     expected = torch.ops.pagegraph.fragment_linear(*arguments)
     assert out.shape == expected.shape == (1, rows, out_size // 2)

@@ -11,12 +11,12 @@ from pagegraph.kernels.quant import cpu, cpu_int4, reference
 
 
 def test_nibbles_come_back_and_lie_in_spans() -> None:
-    codes = torch.randint(-8, 8, (5, 96), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    packed = reference.pack_nibbles(codes)
+    qweight = torch.randint(-8, 8, (5, 96), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    packed = reference.pack_nibbles(qweight)
     assert packed.shape == (5, 48) and packed.dtype == torch.uint8
-    assert torch.equal(reference.unpack_nibbles(packed), codes)
+    assert torch.equal(reference.unpack_nibbles(packed), qweight)
     # Byte 3 of the second span: columns 32 + 3 and 32 + 16 + 3.
-    assert torch.equal(packed[:, 16 + 3].int(), (codes[:, 35].int() + 8) + 16 * (codes[:, 51].int() + 8))
+    assert torch.equal(packed[:, 16 + 3].int(), (qweight[:, 35].int() + 8) + 16 * (qweight[:, 51].int() + 8))
 
 
 @pytest.mark.parametrize("dtype, step", [(torch.int8, 1 / 127 / 2), (torch.float8_e4m3fn, 2**-4)])
@@ -24,9 +24,9 @@ def test_rows_are_within_half_a_step(dtype: torch.dtype, step: float) -> None:
     """int8: half of a 127th of the row's largest; e4m3: 3 bits of mantissa, a 16th of the value itself."""
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 7)[:, None]
     x[3] = 0
-    codes, scale = reference.quantize_rows(x, dtype)
-    assert codes.dtype == dtype and scale.shape == (7, 1)
-    back = codes.float() * scale
+    qweight, scale = reference.quantize_rows(x, dtype)
+    assert qweight.dtype == dtype and scale.shape == (7, 1)
+    back = qweight.float() * scale
     size = x.abs().amax(1, keepdim=True) if dtype == torch.int8 else x.abs() + x.abs().amax(1, keepdim=True) * 2**-9
     assert ((back - x).abs() <= size * step * 1.0001).all()
     assert torch.equal(back[3], torch.zeros(64))
@@ -41,9 +41,9 @@ def test_two_digits_leave_half_a_step_of_the_second() -> None:
 
 def test_groups_are_within_half_a_step() -> None:
     weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(0)) + 0.3
-    codes, scale, shift = reference.quantize_groups(weight, 32)
-    assert codes.min() == -8 and codes.max() == 7
-    back = reference.dequantize(reference.pack_nibbles(codes), scale, shift, 32)
+    qweight, scale, zero = reference.quantize_groups(weight, 32)
+    assert qweight.min() == -8 and qweight.max() == 7
+    back = reference.dequantize(reference.pack_nibbles(qweight), scale, zero, 32)
     step = scale.repeat_interleave(32, dim=1)
     assert ((back - weight).abs() <= step * 0.501).all()
 
@@ -52,22 +52,22 @@ def test_groups_are_within_half_a_step() -> None:
 def test_the_op_multiplies_with_the_dequantised_weight(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x, bias = (torch.randn(*shape, generator=generator) for shape in ((48, 96), (2, 5, 96), (48,)))
-    shift, group = None, 96
+    zero, group = None, 96
     if kind == "int4":
-        codes, scale, shift = reference.quantize_groups(weight, 32)
-        codes, group = reference.pack_nibbles(codes), 32
+        qweight, scale, zero = reference.quantize_groups(weight, 32)
+        qweight, group = reference.pack_nibbles(qweight), 32
     else:
-        codes, scale = reference.quantize_rows(weight, torch.int8 if kind == "int8" else torch.float8_e4m3fn)
-    out = torch.ops.pagegraph.quant_linear(x, codes, scale, shift, bias, group)
-    whole = reference.dequantize(codes, scale, shift, group)
+        qweight, scale = reference.quantize_rows(weight, torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+    out = torch.ops.pagegraph.quant_linear(x, qweight, scale, zero, bias, group)
+    whole = reference.dequantize(qweight, scale, zero, group)
     torch.testing.assert_close(out, functional.linear(x, whole, bias))
-    arguments = (x, codes, scale, shift, bias, group)
+    arguments = (x, qweight, scale, zero, bias, group)
     torch.library.opcheck(torch.ops.pagegraph.quant_linear.default, arguments, test_utils="test_faketensor")
 
 
 def test_the_last_group_may_be_short() -> None:
-    codes = torch.ones(2, 200, dtype=torch.int8)
-    out = reference.dequantize(codes, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), None, 128)
+    qweight = torch.ones(2, 200, dtype=torch.int8)
+    out = reference.dequantize(qweight, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), None, 128)
     assert out.shape == (2, 200)
     assert torch.equal(out[:, 127:129], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
 
@@ -85,17 +85,17 @@ def test_packed_nibbles_by_rows(
         cpu_int4.build()
         assert cpu_int4.takes(torch.bfloat16, 1) == torch.cpu._is_avx512_supported()
     generator = torch.Generator().manual_seed(0)
-    codes, scale, _ = reference.quantize_groups(torch.randn(*shape, generator=generator), 32)
-    shift = torch.randn(scale.shape, generator=generator) * 0.1
-    packed = torch._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
-    if not torch.equal(cpu.unpack_int4(packed).int(), codes.int() + 8):
+    qweight, scale, _ = reference.quantize_groups(torch.randn(*shape, generator=generator), 32)
+    zero = torch.randn(scale.shape, generator=generator) * 0.1
+    packed = torch._convert_weight_to_int4pack_for_cpu(qweight.int() + 8, 1)
+    if not torch.equal(cpu.unpack_int4(packed).int(), qweight.int() + 8):
         pytest.skip("this CPU packs otherwise")
-    pairs = torch.stack([scale.t(), shift.t()], dim=2).to(dtype).contiguous()
+    pairs = torch.stack([scale.t(), zero.t()], dim=2).to(dtype).contiguous()
     x = torch.randn(rows, shape[1], generator=generator).to(dtype)
     out = torch.ops.pagegraph.int4_packed_linear(x, packed, pairs, 32)
     assert out.dtype == dtype
-    scale, shift = pairs.float().permute(2, 1, 0)
-    expected = reference.quant_linear(x.float(), reference.pack_nibbles(codes), scale, shift, None, 32)
+    scale, zero = pairs.float().permute(2, 1, 0)
+    expected = reference.quant_linear(x.float(), reference.pack_nibbles(qweight), scale, zero, None, 32)
     allowed = 1e-5 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(out.float(), expected, atol=allowed * expected.abs().max().item(), rtol=0)
     torch.library.opcheck(
@@ -131,10 +131,10 @@ def test_chain_of_packed_nibbles(
     random = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()  # noqa: E731
     tensors, numbers = [], [count, biased, gated]
     for index, (columns, rows) in enumerate(sizes):
-        codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.int32)
+        qweight = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.int32)
         pairs = torch.stack([random(columns // group, rows), random(columns // group, rows)], dim=2) * 0.02
         tensors += [
-            torch._convert_weight_to_int4pack_for_cpu(codes, 1),
+            torch._convert_weight_to_int4pack_for_cpu(qweight, 1),
             pairs,
             random(rows),
             *[random(hidden)] * (index % 2),

@@ -11,18 +11,22 @@ from pagegraph.compiler.quantization.packing import Quantized
 from pagegraph.kernels.quant import reference
 
 
-def linear(kind: str, group: int, size: int, shifted: bool = False, columns: bool = False) -> QuantLinear:
+def linear(kind: str, group: int, size: int, has_zero: bool = False, g_idx_order: bool = False) -> QuantLinear:
     generator = torch.Generator().manual_seed(size)
     limit, groups = 8 if kind == "int4" else 128, -(-size // group)
-    codes = torch.randint(-limit, limit, (100, size), dtype=torch.int8, generator=generator)
+    qweight = torch.randint(-limit, limit, (100, size), dtype=torch.int8, generator=generator)
     scale = (torch.rand(100, groups, generator=generator) + 0.1).bfloat16().float()
-    shift = torch.randn(100, groups, generator=generator).bfloat16().float() if shifted else None
-    order = torch.randperm(size, generator=generator) if columns else None
+    zero = torch.randn(100, groups, generator=generator).bfloat16().float() if has_zero else None
+    order = torch.randperm(size, generator=generator) if g_idx_order else None
     packed = (
-        reference.pack_nibbles(codes) if kind == "int4" else codes if kind == "int8" else codes.to(torch.float8_e4m3fn)
+        reference.pack_nibbles(qweight)
+        if kind == "int4"
+        else qweight
+        if kind == "int8"
+        else qweight.to(torch.float8_e4m3fn)
     )
     return QuantLinear(
-        Quantized(packed, scale, shift, group, order), torch.randn(100, generator=generator).bfloat16(), torch.bfloat16
+        Quantized(packed, scale, zero, group, order), torch.randn(100, generator=generator).bfloat16(), torch.bfloat16
     )
 
 
@@ -30,22 +34,22 @@ def linear(kind: str, group: int, size: int, shifted: bool = False, columns: boo
     "kind, group, size, shifted, columns",
     [
         *(
-            ("int4", *sizes, shifted, columns)
+            ("int4", *sizes, has_zero, g_idx_order)
             for sizes in ((32, 160), (96, 192), (128, 256), (160, 160))
-            for shifted, columns in ((False, False), (True, True))
+            for has_zero, g_idx_order in ((False, False), (True, True))
         ),
         *(
-            ("int8", *sizes, shifted, columns)
+            ("int8", *sizes, has_zero, g_idx_order)
             for sizes in ((16, 96), (48, 144), (200, 200))
-            for shifted, columns in ((False, False), (True, True))
+            for has_zero, g_idx_order in ((False, False), (True, True))
         ),
         *(("fp8", *sizes, False, False) for sizes in ((200, 200), (128, 320), (192, 384))),
     ],
 )
 def test_laid_out_as_operands_they_compute_the_same(
-    kind: str, group: int, size: int, shifted: bool, columns: bool
+    kind: str, group: int, size: int, has_zero: bool, g_idx_order: bool
 ) -> None:
-    loaded = linear(kind, group, size, shifted, columns)
+    loaded = linear(kind, group, size, has_zero, g_idx_order)
     states = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(Fragments(loaded)(states), loaded(states))
 
