@@ -23,11 +23,11 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kernels.quant.reference.pack_nibbles`); scale and zero
 [N, groups] of `group` neighbouring columns each, the last group maybe of fewer. In plain PyTorch: weights are loaded so, and steps run the ops below.
 
-`pagegraph::fragment_linear` is the same with the weight as the matrix unit takes it, x [..., K] -> [..., out_size]: integers as
-`kernels.quant.reference.fragments` lays them, scale and zero as `fragment_pairs` does; or float8_e4m3fn as `exchanged_columns`, scale float32
+`pagegraph::repacked_linear` is the same with the weight as the matrix unit takes it, x [..., K] -> [..., out_size]: integers as
+`kernels.quant.reference.repack` lays them, scale and zero as `repack_scales` does; or float8_e4m3fn as `exchanged_columns`, scale float32
 [N, groups] of a multiple of 64 columns each, no zero. rounds: a device may round x to 8 bits where that is
 faster, from many rows on (`kernels.quant.tiles`). gated: [..., out_size / 2], silu(first half) * second half.
-`pagegraph::norm_fragment_linear` is x + residual -> its norm -> fragment_linear -> (sum, product); with a second weight the first is
+`pagegraph::norm_repacked_linear` is x + residual -> its norm -> repacked_linear -> (sum, product); with a second weight the first is
 gated and the second's product [..., second_size] comes out.
 
 `pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit codes as
@@ -199,16 +199,16 @@ OPS = (
         quant_reference.quant_linear, SAME, _quant_linear,
     ),
     Op(
-        "fragment_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero, Tensor? bias, int group, "
+        "repacked_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero, Tensor? bias, int group, "
         "int out_size, bool rounds, bool gated=False) -> Tensor",
-        quant_reference.fragment_linear, "quant.cuda:fragment_linear", _fragment_linear,
+        quant_reference.repacked_linear, "quant.cuda:repacked_linear", _fragment_linear,
     ),
     Op(
-        "norm_fragment_linear(Tensor x, Tensor residual, Tensor norm, float eps, Tensor qweight, Tensor scale, "
+        "norm_repacked_linear(Tensor x, Tensor residual, Tensor norm, float eps, Tensor qweight, Tensor scale, "
         "Tensor? zero, Tensor? bias, int group, int out_size, bool rounds, Tensor? second_qweight, "
         "Tensor? second_scale, Tensor? second_zero, Tensor? second_bias, int second_group, "
         "int second_size) -> (Tensor, Tensor)",
-        quant_reference.norm_fragment_linear, "quant.cuda:norm_fragment_linear", _norm_fragment_linear,
+        quant_reference.norm_repacked_linear, "quant.cuda:norm_repacked_linear", _norm_fragment_linear,
     ),
     Op(
         "int4_packed_linear(Tensor x, Tensor packed, Tensor pairs, int group) -> Tensor",

@@ -22,12 +22,12 @@ from pagegraph.kernels.dtypes import FP8_MAX, INT8_MAX
 from pagegraph.kernels.linear.rms_norm import scaled_rows
 from pagegraph.kernels.linear.silu_mul import silu_times
 from pagegraph.kernels.pdl import dependent, wait
-from pagegraph.kernels.quant.reference import CODED_GROUP
+from pagegraph.kernels.quant.reference import ACTIVATION_GROUP
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 LARGEST = tl.constexpr(FP8_MAX)
 LARGEST_INT = tl.constexpr(INT8_MAX)
-GROUP = tl.constexpr(CODED_GROUP)
+GROUP = tl.constexpr(ACTIVATION_GROUP)
 ROUNDS = tl.constexpr(1.5 * 2**23)  # added to a float32 of magnitude below 2**22, leaves no room for a fraction
 
 
@@ -110,8 +110,8 @@ def int8_rows(x: Tensor, multiple: int, norm: Norm | None = None, gated: bool = 
     and what is rounded silu(first half) * second half.
     """
     size = width(x, gated)
-    filled, groups = triton.cdiv(len(x), multiple) * multiple, triton.cdiv(size, CODED_GROUP)
-    x_q = torch.empty(filled, groups * CODED_GROUP, dtype=torch.int8, device=x.device)
+    filled, groups = triton.cdiv(len(x), multiple) * multiple, triton.cdiv(size, ACTIVATION_GROUP)
+    x_q = torch.empty(filled, groups * ACTIVATION_GROUP, dtype=torch.int8, device=x.device)
     scale = torch.empty(groups, filled, dtype=torch.float32, device=x.device)
     _launch(x_q, scale, scale, x, size, norm, gated)
     return x_q, scale
@@ -120,8 +120,8 @@ def int8_rows(x: Tensor, multiple: int, norm: Norm | None = None, gated: bool = 
 def e4m3_rows(x: Tensor, multiple: int, norm: Norm | None = None, gated: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """As `int8_rows` -> x_q float8_e4m3fn [T', K'], scale float32 [T'], sums of every 128 values float32 [K' / 128, T'], as `reference.e4m3_rows`."""
     size = width(x, gated)
-    filled, groups = triton.cdiv(len(x), multiple) * multiple, triton.cdiv(size, CODED_GROUP)
-    x_q = torch.empty(filled, groups * CODED_GROUP, dtype=torch.float8_e4m3fn, device=x.device)
+    filled, groups = triton.cdiv(len(x), multiple) * multiple, triton.cdiv(size, ACTIVATION_GROUP)
+    x_q = torch.empty(filled, groups * ACTIVATION_GROUP, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(filled, dtype=torch.float32, device=x.device)
     sums = torch.empty(groups, filled, dtype=torch.float32, device=x.device)
     _launch(x_q, scale, sums, x, size, norm, gated)
@@ -150,7 +150,7 @@ def _launch(
     gated: bool,
     exchanged: bool = False,
 ) -> None:
-    groups = triton.cdiv(size, CODED_GROUP)
+    groups = triton.cdiv(size, ACTIVATION_GROUP)
     block = triton.next_power_of_2(groups)
     rows_kernel[(len(x_q),)](
         x_q,
@@ -171,6 +171,6 @@ def _launch(
         GATED=gated,
         INT8=x_q.dtype == torch.int8,
         EXCHANGED=exchanged,
-        num_warps=min(max(block * CODED_GROUP // 1024, 1), 16),
+        num_warps=min(max(block * ACTIVATION_GROUP // 1024, 1), 16),
         **dependent(x.device),
     )

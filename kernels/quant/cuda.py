@@ -9,14 +9,13 @@ from torch.nn import functional
 from pagegraph.kernels.linear.rms_norm import add_rms_norm
 from pagegraph.kernels.linear.silu_mul import silu_mul
 from pagegraph.kernels.quant.activations import Norm, exchanged_e4m3_rows
-from pagegraph.kernels.quant.gemm_8bit import coded_linear
-from pagegraph.kernels.quant.gemm_16bit import fragment_dequantize
-from pagegraph.kernels.quant.gemm_16bit import fragment_linear as tiled_fragment_linear
-from pagegraph.kernels.quant.gemv import ROWS, fragment_rows
+from pagegraph.kernels.quant.gemm_8bit import gemm_8bit
+from pagegraph.kernels.quant.gemm_16bit import dequantize_repacked, gemm_16bit
+from pagegraph.kernels.quant.gemv import ROWS, quant_gemv
 from pagegraph.kernels.quant.tiles import ROUNDING, Choice, QuantWeight, choice_of, takes_8_bits
 
 
-def fragment_linear(
+def repacked_linear(
     x: Tensor,
     qweight: Tensor,
     scale: Tensor,
@@ -30,10 +29,10 @@ def fragment_linear(
     """See `kernels.ops`."""
     rows, weight = _rows(x), QuantWeight(qweight, scale, zero, bias, group, out_size)
     choice = _choice(len(rows), rows.shape[1], x.dtype, weight, rounds)
-    return fragment_linear_by(choice, rows, weight, gated).view(*x.shape[:-1], -1)
+    return repacked_linear_by(choice, rows, weight, gated).view(*x.shape[:-1], -1)
 
 
-def norm_fragment_linear(
+def norm_repacked_linear(
     x: Tensor,
     residual: Tensor,
     norm: Tensor,
@@ -53,14 +52,14 @@ def norm_fragment_linear(
     weight, behind = QuantWeight(qweight, scale, zero, bias, group, out_size), QuantWeight(*second)
     choice = _choice(len(rows), rows.shape[1], x.dtype, weight, rounds)
     if behind.qweight is None:
-        out = fragment_linear_by(choice, rows, weight, norm=ahead)
+        out = repacked_linear_by(choice, rows, weight, norm=ahead)
     else:
         later = _choice(len(rows), out_size // 2, x.dtype, behind, rounds)
         apart = (
             later.way in ROUNDING
         )  # then the gate is done as its result is rounded; else it may be done in the first product's kernel
-        inner = fragment_linear_by(choice, rows, weight, gated=not apart, norm=ahead)
-        out = fragment_linear_by(later, inner, behind, gated_rows=apart)
+        inner = repacked_linear_by(choice, rows, weight, gated=not apart, norm=ahead)
+        out = repacked_linear_by(later, inner, behind, gated_rows=apart)
     return ahead.total.view(x.shape), out.view(*x.shape[:-1], -1)
 
 
@@ -72,7 +71,7 @@ def _choice(rows: int, size: int, dtype: torch.dtype, weight: QuantWeight, round
     return choice_of(weight.kind, rows, weight.out_size, size, rounds, dtype.itemsize == 2)
 
 
-def fragment_linear_by(
+def repacked_linear_by(
     choice: Choice,
     rows: Tensor,
     weight: QuantWeight,
@@ -86,20 +85,19 @@ def fragment_linear_by(
     """
     if choice.way not in ROUNDING and norm is not None:
         _, rows = add_rms_norm(rows, norm.residual, norm.weight, norm.eps, norm.total)
-    if choice.way == "rows":
-        assert choice.tile is not None
+    if choice.way == "gemv":
         tile = (
             choice.tile._replace(parts=max(2, choice.tile.parts)) if gated else choice.tile
         )  # gate and up are one program's
         within = gated and weight.out_size % (ROWS.value * tile.parts) == 0
-        out = fragment_rows(rows, weight, within, tile)
+        out = quant_gemv(rows, weight, within, tile)
         return silu_mul(out) if gated and not within else out
-    if choice.way == "tile":
-        out = tiled_fragment_linear(rows, weight, choice.tile)
-    elif choice.way == "coded":
-        out = coded_linear(rows, weight, choice.tile, norm, gated_rows)
-    elif choice.way == "plain":
-        out = functional.linear(rows, fragment_dequantize(weight, rows.shape[1], rows.dtype), weight.bias)
+    if choice.way == "gemm_16bit":
+        out = gemm_16bit(rows, weight, choice.tile)
+    elif choice.way == "gemm_8bit":
+        out = gemm_8bit(rows, weight, choice.tile, norm, gated_rows)
+    elif choice.way == "dequantize":
+        out = functional.linear(rows, dequantize_repacked(weight, rows.shape[1], rows.dtype), weight.bias)
     else:
         x_q, x_scale = exchanged_e4m3_rows(rows, norm, gated_rows)
         # Fast: the matrix unit adds up a whole row, with fewer bits than float32 has.

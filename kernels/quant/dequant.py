@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Eight codes as `reference.fragments` lays them: a code, 0 to 15, becomes the low bits of 128.0 in bfloat16, then 136 is taken off, which is exact.
+# Eight codes as `reference.repack` lays them: a code, 0 to 15, becomes the low bits of 128.0 in bfloat16, then 136 is taken off, which is exact.
 NIBBLES = tl.constexpr("""{
 .reg .b32 one, bias, more;
 mov.b32 one, 0x3f803f80;
@@ -48,7 +48,7 @@ fma.rn.bf16x2 $1, bias, minus, $1;
 # Eight int8 codes of two words: each row's four in a word.
 BYTES_BY_ROW = tl.constexpr("""prmt.b32 $0, $2, $3, 0x6420;
 prmt.b32 $1, $2, $3, 0x7531;""")
-# Eight codes of 4 bits as `reference.fragments` lays them: each row's four in a word, in the order of `bytes_by_row`.
+# Eight codes of 4 bits as `reference.repack` lays them: each row's four in a word, in the order of `bytes_by_row`.
 NIBBLES_BY_ROW = tl.constexpr("""{
 .reg .b32 low, high;
 and.b32 low, $2, 0x0f0f0f0f;
@@ -94,7 +94,7 @@ def scaled(wide, scale, zero, HAS_ZERO: tl.constexpr):
 
 @triton.jit
 def nibbles(qweight, DTYPE: tl.constexpr):
-    """uint8 [threads, bytes] as `reference.fragments` lays them -> the codes of a thread's upper and lower row, -8 to 7, [threads, bytes] in DTYPE.
+    """uint8 [threads, bytes] as `reference.repack` lays them -> the codes of a thread's upper and lower row, -8 to 7, [threads, bytes] in DTYPE.
 
     Not pure as far as Triton knows, so it stays where four bytes lie in a register.
     """
@@ -113,7 +113,7 @@ def nibbles(qweight, DTYPE: tl.constexpr):
 
 @triton.jit
 def wide_bytes(qweight, DTYPE: tl.constexpr):
-    """int8 [threads, bytes] as `reference.fragments` lays them -> the codes [threads, bytes] in DTYPE, of each word first those of the upper row."""
+    """int8 [threads, bytes] as `reference.repack` lays them -> the codes [threads, bytes] in DTYPE, of each word first those of the upper row."""
     if ASSEMBLES and DTYPE == tl.bfloat16:
         return tl.inline_asm_elementwise(BYTES, "=&r,=&r,r", [qweight], tl.bfloat16, is_pure=False, pack=4)
     else:
@@ -123,7 +123,7 @@ def wide_bytes(qweight, DTYPE: tl.constexpr):
 
 @triton.jit
 def bytes_by_row(qweight):
-    """int8 [threads, bytes] as `reference.fragments` lays them -> the same codes, of each eight first those of the upper row.
+    """int8 [threads, bytes] as `reference.repack` lays them -> the same codes, of each eight first those of the upper row.
 
     In the order of `reference.int8_rows`: of each 16 columns the neighbours of the first 8 and then those of the last 8.
     """
@@ -136,7 +136,7 @@ def bytes_by_row(qweight):
 
 @triton.jit
 def nibbles_by_row(qweight):
-    """uint8 [threads, bytes] as `reference.fragments` lays them -> a thread's upper and lower row, the codes plus 8 times 2**-9, e4m3 [threads, bytes].
+    """uint8 [threads, bytes] as `reference.repack` lays them -> a thread's upper and lower row, the codes plus 8 times 2**-9, e4m3 [threads, bytes].
 
     That is what an e4m3 stands for whose upper four bits are 0. In the order of `bytes_by_row`.
     """

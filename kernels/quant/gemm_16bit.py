@@ -1,10 +1,10 @@
-"""Triton: x @ weight.T with a weight of codes that lie as the matrix unit takes them (`reference.fragments`).
+"""Triton: x @ weight.T with a weight of codes that lie as the matrix unit takes them (`reference.repack`).
 
 A thread loads the very codes of its operand, so a weight goes from memory through registers to the matrix unit and waits for no
 other thread: it is widened by packed arithmetic, gets the scale and zero of its group in one multiply-add, and is rounded as
 `dequantize` rounds it. Whole rows with one scale and no zero are multiplied as codes, and scaled at the end. Integers lie block
 by block, scales beside them; 8-bit floats row by row, columns exchanged within 64, so that PyTorch's product takes them too. The
-weight is the left operand, and its columns may be split (`kernels.linear.split_k`). `fragment_dequantize` writes such a weight
+weight is the left operand, and its columns may be split (`kernels.linear.split_k`). `dequantize_repacked` writes such a weight
 out, for products of more rows. Knows sizes and codes; which way suits which is data in `kernels/quant/tiles.py`.
 
 Weights lie in the tensor cores' layout: each thread loads the very values that its registers hand to the tensor core,
@@ -28,7 +28,7 @@ from pagegraph.kernels.quant import reference
 from pagegraph.kernels.quant.dequant import halves, nibbles, scaled, settled, wide_bytes
 from pagegraph.kernels.quant.tiles import QuantWeight
 
-SIZE = tl.constexpr(reference.FRAGMENT)  # rows and columns of a block of the weight
+SIZE = tl.constexpr(reference.REPACK_BLOCK)  # rows and columns of a block of the weight
 THREADS = tl.constexpr(128)  # that hold a block
 MAX_BLOCK_T = 64  # of float32, which takes twice the room; else the tile says
 BLOCKS = 4  # side by side, to a program that writes the weight out
@@ -138,12 +138,12 @@ def float_weight_of(
 
 @triton.jit
 def scale_place(n, FLOATS: tl.constexpr):
-    """Where the scales of rows n are, one a row: 8-bit floats keep their order, integers have pairs of rows 8 apart (`reference.fragment_pairs`)."""
+    """Where the scales of rows n are, one a row: 8-bit floats keep their order, integers have pairs of rows 8 apart (`reference.repack_scales`)."""
     return n if FLOATS else n // 16 * 16 + n % 8 * 2 + n % 16 // 8
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # 2 and 8 rows, 64 and 256, share a kernel
-def fragment_linear_kernel(
+def gemm_16bit_kernel(
     out_ptr,
     partial_ptr,
     counter_ptr,
@@ -243,7 +243,7 @@ def fragment_linear_kernel(
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=in_n[:, None] & in_t)
 
 
-def fragment_linear(x: Tensor, weight: QuantWeight, tile: Tile) -> Tensor:
+def gemm_16bit(x: Tensor, weight: QuantWeight, tile: Tile) -> Tensor:
     """x [T, K] (rows dense), the weight as in `kernels.ops`, all contiguous -> [T, out_size] in x's dtype.
 
     A tile has multiples of 64 as rows of the weight, and as columns of a step.
@@ -259,7 +259,7 @@ def fragment_linear(x: Tensor, weight: QuantWeight, tile: Tile) -> Tensor:
     block_t = min(most, max(16, triton.next_power_of_2(rows)))
     programs = triton.cdiv(out_size, tile.block_n) * triton.cdiv(rows, block_t)
     partial, counters = room_for_parts(tile, programs, block_t, out)
-    fragment_linear_kernel[programs, tile.split_k](
+    gemm_16bit_kernel[programs, tile.split_k](
         out,
         partial,
         counters,
@@ -291,7 +291,7 @@ def fragment_linear(x: Tensor, weight: QuantWeight, tile: Tile) -> Tensor:
 
 
 @triton.jit
-def fragment_dequantize_kernel(
+def dequantize_repacked_kernel(
     out_ptr,
     qweight_ptr,
     scale_ptr,
@@ -333,11 +333,11 @@ def fragment_dequantize_kernel(
         tl.store(out_ptr + n[:, None] * K + column[None, :], weight, mask=(n < N)[:, None] & (column < K)[None, :])
 
 
-def fragment_dequantize(weight: QuantWeight, size: int, dtype: torch.dtype) -> Tensor:
+def dequantize_repacked(weight: QuantWeight, size: int, dtype: torch.dtype) -> Tensor:
     """The weight as in `kernels.ops`, all contiguous -> [out_size, size] in dtype, rounded once. Its bias is not looked at."""
     qweight, scale, zero, _, group, out_size = weight
     out = torch.empty(out_size, size, dtype=dtype, device=qweight.device)
-    fragment_dequantize_kernel[triton.cdiv(out_size, SIZE.value), triton.cdiv(size, SIZE.value * BLOCKS)](
+    dequantize_repacked_kernel[triton.cdiv(out_size, SIZE.value), triton.cdiv(size, SIZE.value * BLOCKS)](
         out,
         qweight,
         scale,

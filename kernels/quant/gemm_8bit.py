@@ -1,4 +1,4 @@
-"""Triton: x @ weight.T with 8 bits on both sides: rows of x rounded to codes, and a weight of `reference.fragments`.
+"""Triton: x @ weight.T with 8 bits on both sides: rows of x rounded to codes, and a weight of `reference.repack`.
 
 The matrix unit takes twice as many bytes as bfloat16, and adds up 128 columns at a time:
 - int8: rows of int8 with a scale for every 128 columns, the weight with one a row. Sums are exact, meet the scale of x in float32, that of the weight at the end.
@@ -31,10 +31,10 @@ from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.quant.activations import Norm, e4m3_rows, int8_rows, width
 from pagegraph.kernels.quant.dequant import bytes_by_row, nibbles_by_row
 from pagegraph.kernels.quant.gemm_16bit import SIZE, THREADS, scale_place
-from pagegraph.kernels.quant.reference import CODED_GROUP
-from pagegraph.kernels.quant.tiles import QuantWeight, has_coded
+from pagegraph.kernels.quant.reference import ACTIVATION_GROUP
+from pagegraph.kernels.quant.tiles import QuantWeight, has_gemm_8bit
 
-STEP = tl.constexpr(CODED_GROUP)  # columns of a scale of x
+STEP = tl.constexpr(ACTIVATION_GROUP)  # columns of a scale of x
 ZERO_STEPS = tl.constexpr(32)  # steps whose zeros are one product
 BIAS = tl.constexpr(8)  # that a code of 4 bits is held with
 UNIT = tl.constexpr(2.0**-9)  # what the lowest bit of an e4m3 is worth while its upper four are 0
@@ -64,7 +64,7 @@ def _block(qweight_at):
 
 @triton.jit
 def _of_rows(pairs_ptr, pair_at):
-    """Scales of rows as `reference.fragment_pairs` lays them, pairs [rows / 2] -> float32 [rows, 1] in the order of the rows."""
+    """Scales of rows as `reference.repack_scales` lays them, pairs [rows / 2] -> float32 [rows, 1] in the order of the rows."""
     pairs: tl.constexpr = pair_at.shape[0]
     if (
         pairs_ptr.dtype.element_ty.primitive_bitwidth == 16
@@ -116,7 +116,7 @@ def _added(total, weight, scale, x_at, x_scale_at, INT4: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def coded_linear_kernel(
+def gemm_8bit_kernel(
     out_ptr,
     partial_ptr,
     counter_ptr,
@@ -204,7 +204,7 @@ def coded_linear_kernel(
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=in_n[:, None] & (row < num_rows)[None, :])
 
 
-def coded_linear(x: Tensor, weight: QuantWeight, tile: Tile, norm: Norm | None = None, gated: bool = False) -> Tensor:
+def gemm_8bit(x: Tensor, weight: QuantWeight, tile: Tile, norm: Norm | None = None, gated: bool = False) -> Tensor:
     """x [T, K] (rows dense), a weight of integers as in `kernels.ops`, all contiguous -> [T, out_size] in x's dtype.
 
     norm, gated: what is done to x before it is rounded (`kernels.quant.activations`); gated: x is [T, 2 * K].
@@ -217,7 +217,7 @@ def coded_linear(x: Tensor, weight: QuantWeight, tile: Tile, norm: Norm | None =
             f"{tile} is not made of blocks of {SIZE.value} x {STEP.value} for up to {2 * ROWS_AT_ONCE} rows"
         )
     int4 = qweight.dtype == torch.uint8
-    if not has_coded(weight.kind, group, size, zero is not None):
+    if not has_gemm_8bit(weight.kind, group, size, zero is not None):
         raise ValueError(
             f"groups of {group} columns{' with zeros' if zero is not None else ''} of {qweight.dtype} have no product by codes"
         )
@@ -230,7 +230,7 @@ def coded_linear(x: Tensor, weight: QuantWeight, tile: Tile, norm: Norm | None =
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
     programs = triton.cdiv(out_size, tile.block_n) * triton.cdiv(rows, block_t)
     partial, counters = room_for_parts(tile, programs, block_t, out)
-    coded_linear_kernel[programs, tile.split_k](
+    gemm_8bit_kernel[programs, tile.split_k](
         out,
         partial,
         counters,

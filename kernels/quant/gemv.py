@@ -1,4 +1,4 @@
-"""Triton: x @ weight.T for up to eight rows of x with a weight of codes (`reference.fragments`), and a gate behind it.
+"""Triton: x @ weight.T for up to eight rows of x with a weight of codes (`reference.repack`), and a gate behind it.
 
 A program has a few times 16 rows of the weight, or of gate and up, and all columns; its warps take blocks of 64 columns in turn, so
 nothing is left to other programs to add up. A warp's codes are its operand of the matrix unit as they lie; the first are on their
@@ -21,7 +21,7 @@ from pagegraph.kernels.linear.silu_mul import silu_times
 from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.quant.dequant import fetched, in_registers
 from pagegraph.kernels.quant.gemm_16bit import SIZE, float_weight_of, groups_of, scale_place, weight_of
-from pagegraph.kernels.quant.tiles import SINGLE_ROWS, QuantWeight, RowsTile
+from pagegraph.kernels.quant.tiles import SINGLE_ROWS, QuantGemvTile, QuantWeight
 
 ROWS = tl.constexpr(16)  # of the weight: those of one warp's operand
 EARLY = tl.constexpr(4)  # steps whose codes are on their way to the L2 before the kernel waits
@@ -97,7 +97,7 @@ def _ask(qweight_ptr, part, N: tl.constexpr, K: tl.constexpr, WARPS: tl.constexp
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def fragment_rows_kernel(
+def quant_gemv_kernel(
     out_ptr,
     x_ptr,
     qweight_ptr,
@@ -239,7 +239,7 @@ def fragment_rows_kernel(
     )
 
 
-def fragment_rows(x: Tensor, weight: QuantWeight, gated: bool, tile: RowsTile) -> Tensor:
+def quant_gemv(x: Tensor, weight: QuantWeight, gated: bool, tile: QuantGemvTile) -> Tensor:
     """x [T, K] of 16 bits (rows dense, at most eight), the weight as in `kernels.ops`, all contiguous -> [T, out_size] in x's dtype.
 
     gated: [T, out_size / 2], silu(first half) * second half.
@@ -253,7 +253,7 @@ def fragment_rows(x: Tensor, weight: QuantWeight, gated: bool, tile: RowsTile) -
             f"x {tuple(x.shape)} of {x.dtype}, {out_size} outputs, gated {gated}, {tile}: not a product of this kernel"
         )
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    fragment_rows_kernel[(triton.cdiv(width, outputs),)](
+    quant_gemv_kernel[(triton.cdiv(width, outputs),)](
         out,
         x,
         qweight,

@@ -12,8 +12,10 @@ from pagegraph.kernels.linear.reference import add_rms_norm, silu_mul
 
 SECOND_DIGIT = 2 * INT8_MAX  # what a rounding to int8 leaves is at most half: this many steps fill the next int8
 NIBBLE_SPAN = 32  # columns that `pack_nibbles` keeps together
-FRAGMENT = 64  # rows and columns of a weight that `fragments` lays together, as many rows as Hopper's instruction takes
-CODED_GROUP = 128  # columns of a row of x that share a scale, where both sides of a product are integer codes
+REPACK_BLOCK = (
+    64  # rows and columns of a weight that `repack` lays together, as many rows as Hopper's instruction takes
+)
+ACTIVATION_GROUP = 128  # columns of a row of x that share a scale, where both sides of a product are integer codes
 
 
 def pack_nibbles(qweight: torch.Tensor) -> torch.Tensor:
@@ -32,7 +34,7 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return (torch.stack([spans & 15, spans >> 4], dim=2).to(torch.int8) - 8).flatten(1)
 
 
-def fragments(qweight: torch.Tensor, bits: int) -> torch.Tensor:
+def repack(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 qweight [N, K], in -8..7 at 4 bits -> [N / 64, K / 64, 128, 16] uint8, at 8 bits [.., 256, 16] int8: operands of the matrix unit.
 
     Blocks of 64 rows and columns, filled up with codes of 0, lie as threads hold the operand A of wgmma m64k16 (PTX ISA, "Register
@@ -40,8 +42,8 @@ def fragments(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     for h, c, p of 0 and 1. At 4 bits 16 columns are a word of a thread: bits from 4 * (4 * p + 2 * h + c) on are the code plus 8.
     At 8 bits 8 columns are a word, byte 2 * p + h a code, and the last 32 columns of a block follow the first. `kernels.quant.dequant` wants words so.
     """
-    qweight = torch.nn.functional.pad(qweight, (0, -qweight.shape[1] % FRAGMENT, 0, -len(qweight) % FRAGMENT))
-    row_blocks, blocks = len(qweight) // FRAGMENT, qweight.shape[1] // FRAGMENT
+    qweight = torch.nn.functional.pad(qweight, (0, -qweight.shape[1] % REPACK_BLOCK, 0, -len(qweight) % REPACK_BLOCK))
+    row_blocks, blocks = len(qweight) // REPACK_BLOCK, qweight.shape[1] // REPACK_BLOCK
     if bits == 8:  # block, w, h, q, block, half, step, c, r, p
         parts = qweight.view(row_blocks, 4, 2, 8, blocks, 2, 2, 2, 4, 2).permute(0, 4, 5, 1, 3, 8, 6, 7, 9, 2)
         return parts.reshape(row_blocks, blocks, 256, 16)
@@ -52,23 +54,23 @@ def fragments(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     return (low | high << 4).reshape(row_blocks, blocks, 128, 16)
 
 
-def from_fragments(laid: torch.Tensor, rows: int, size: int) -> torch.Tensor:
-    """The inverse of `fragments`: int8 [rows, size]."""
-    row_blocks, blocks = laid.shape[:2]
-    if laid.dtype == torch.int8:
-        parts = laid.view(row_blocks, blocks, 2, 4, 8, 4, 2, 2, 2, 2).permute(0, 3, 9, 4, 1, 2, 6, 7, 5, 8)
+def from_repacked(repacked: torch.Tensor, rows: int, size: int) -> torch.Tensor:
+    """The inverse of `repack`: int8 [rows, size]."""
+    row_blocks, blocks = repacked.shape[:2]
+    if repacked.dtype == torch.int8:
+        parts = repacked.view(row_blocks, blocks, 2, 4, 8, 4, 2, 2, 2, 2).permute(0, 3, 9, 4, 1, 2, 6, 7, 5, 8)
     else:
-        parts = torch.stack([laid & 15, laid >> 4], dim=-1).to(torch.int8) - 8
+        parts = torch.stack([repacked & 15, repacked >> 4], dim=-1).to(torch.int8) - 8
         parts = parts.view(row_blocks, blocks, 4, 8, 4, 4, 2, 2, 2).permute(0, 2, 7, 3, 1, 5, 8, 4, 6)
-    return parts.reshape(row_blocks * FRAGMENT, -1)[:rows, :size].contiguous()
+    return parts.reshape(row_blocks * REPACK_BLOCK, -1)[:rows, :size].contiguous()
 
 
 def exchanged_columns(values: torch.Tensor) -> torch.Tensor:
-    """[N, K] -> [N, K'], K filled up to a multiple of 64 with zeros: of every 64 columns first those of thread r = 0 of `fragments`.
+    """[N, K] -> [N, K'], K filled up to a multiple of 64 with zeros: of every 64 columns first those of thread r = 0 of `repack`.
 
     So 16 neighbours are the part of a row that a thread's operand has: column 16 * step + 8 * c + 2 * r + p is at 16 * r + 4 * step + 2 * c + p.
     """
-    padded = values.new_zeros(len(values), -(-values.shape[1] // FRAGMENT) * FRAGMENT)
+    padded = values.new_zeros(len(values), -(-values.shape[1] // REPACK_BLOCK) * REPACK_BLOCK)
     padded[:, : values.shape[1]] = values
     return padded.view(len(values), -1, 4, 2, 4, 2).permute(0, 1, 4, 2, 3, 5).reshape(padded.shape)
 
@@ -78,21 +80,21 @@ def restored_columns(exchanged: torch.Tensor, size: int) -> torch.Tensor:
     return exchanged.view(len(exchanged), -1, 4, 4, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(exchanged.shape)[:, :size]
 
 
-def fragment_pairs(scale: torch.Tensor, group: int, size: int) -> torch.Tensor:
-    """Scales or zeros [N, groups] of `group` columns each -> [N / 64, blocks, 32, 2 * n] beside `fragments`, n groups to a block.
+def repack_scales(scale: torch.Tensor, group: int, size: int) -> torch.Tensor:
+    """Scales or zeros [N, groups] of `group` columns each -> [N / 64, blocks, 32, 2 * n] beside `repack`, n groups to a block.
 
     Or a group is of several blocks, or of all. At 8 * w + q are n pairs, of row 16 * w + q and of that 8 rows on.
     """
-    n = 1 if group >= size else max(1, FRAGMENT // group)
-    scale = torch.nn.functional.pad(scale, (0, -scale.shape[1] % n, 0, -len(scale) % FRAGMENT))
-    parts = scale.view(len(scale) // FRAGMENT, 4, 2, 8, scale.shape[1] // n, n).permute(0, 4, 1, 3, 5, 2)
-    return parts.reshape(len(scale) // FRAGMENT, scale.shape[1] // n, 32, 2 * n)
+    n = 1 if group >= size else max(1, REPACK_BLOCK // group)
+    scale = torch.nn.functional.pad(scale, (0, -scale.shape[1] % n, 0, -len(scale) % REPACK_BLOCK))
+    parts = scale.view(len(scale) // REPACK_BLOCK, 4, 2, 8, scale.shape[1] // n, n).permute(0, 4, 1, 3, 5, 2)
+    return parts.reshape(len(scale) // REPACK_BLOCK, scale.shape[1] // n, 32, 2 * n)
 
 
-def from_fragment_pairs(pairs: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
-    """The inverse of `fragment_pairs`: [rows, groups], of as many columns as it holds scales for."""
+def from_repacked_scales(pairs: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+    """The inverse of `repack_scales`: [rows, groups], of as many columns as it holds scales for."""
     parts = pairs.view(*pairs.shape[:2], 4, 8, pairs.shape[3] // 2, 2).permute(0, 2, 5, 3, 1, 4)
-    return parts.reshape(len(pairs) * FRAGMENT, -1)[:rows, :groups]
+    return parts.reshape(len(pairs) * REPACK_BLOCK, -1)[:rows, :groups]
 
 
 def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,17 +113,19 @@ def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, K] -> int8 x_q [T, K'], float32 scale [K' / 128, T]; K' is K filled up to a multiple of 128 with zeros.
 
     Every 128 columns have a scale of their own. Of each 16 columns, column 8 * c + 2 * r + p is at 4 * r + 2 * c + p: so four
-    neighbours are the four bytes of a register of the matrix unit whose other operand is made of `fragments`.
+    neighbours are the four bytes of a register of the matrix unit whose other operand is made of `repack`.
     """
-    wide = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % CODED_GROUP)).unflatten(1, (-1, CODED_GROUP))
+    wide = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % ACTIVATION_GROUP)).unflatten(1, (-1, ACTIVATION_GROUP))
     x_q, scale = quantize_rows(wide, torch.int8)
     return _as_bytes_of_registers(x_q.flatten(1)), scale[..., 0].t().contiguous()
 
 
 def e4m3_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [T, K] -> float8_e4m3fn x_q [T, K'], float32 scale [T], the sums of every 128 x_q float32 [K' / 128, T]; columns as `int8_rows`."""
-    x_q, scale = quantize_rows(torch.nn.functional.pad(x.float(), (0, -x.shape[1] % CODED_GROUP)), torch.float8_e4m3fn)
-    sums = x_q.float().unflatten(1, (-1, CODED_GROUP)).sum(2)
+    x_q, scale = quantize_rows(
+        torch.nn.functional.pad(x.float(), (0, -x.shape[1] % ACTIVATION_GROUP)), torch.float8_e4m3fn
+    )
+    sums = x_q.float().unflatten(1, (-1, ACTIVATION_GROUP)).sum(2)
     return _as_bytes_of_registers(x_q), scale[:, 0], sums.t().contiguous()
 
 
@@ -132,7 +136,7 @@ def _as_bytes_of_registers(x_q: torch.Tensor) -> torch.Tensor:
 
 def decoded_rows(x_q: torch.Tensor, scale: torch.Tensor, size: int) -> torch.Tensor:
     """What `int8_rows` stands for, or `e4m3_rows` with its scale as [1, T]: float32 [T, size]."""
-    plain = x_q.view(len(x_q), -1, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(len(x_q), -1, CODED_GROUP)
+    plain = x_q.view(len(x_q), -1, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(len(x_q), -1, ACTIVATION_GROUP)
     return (plain.float() * scale.t()[:, :, None]).flatten(1)[:, :size]
 
 
@@ -173,7 +177,7 @@ def quant_linear(
     return torch.nn.functional.linear(x, dequantize(qweight, scale, zero, group).to(x.dtype), bias)
 
 
-def fragment_linear(
+def repacked_linear(
     x: torch.Tensor,
     qweight: torch.Tensor,
     scale: torch.Tensor,
@@ -190,14 +194,14 @@ def fragment_linear(
         qweight = restored_columns(qweight, size)
     else:
         scale, zero = (
-            None if one is None else from_fragment_pairs(one, out_size, -(-size // group)) for one in (scale, zero)
+            None if one is None else from_repacked_scales(one, out_size, -(-size // group)) for one in (scale, zero)
         )
-        qweight = from_fragments(qweight, out_size, size)
+        qweight = from_repacked(qweight, out_size, size)
     product = quant_linear(x, qweight, scale, zero, bias, group)
     return silu_mul(product) if gated else product
 
 
-def norm_fragment_linear(
+def norm_repacked_linear(
     x: torch.Tensor,
     residual: torch.Tensor,
     norm: torch.Tensor,
@@ -214,5 +218,5 @@ def norm_fragment_linear(
     """See `kernels.ops`."""
     total, normed = add_rms_norm(x, residual, norm, eps)
     followed = second[0] is not None
-    out = fragment_linear(normed, qweight, scale, zero, bias, group, out_size, rounds, followed)
-    return total, fragment_linear(out, *second, rounds) if followed else out
+    out = repacked_linear(normed, qweight, scale, zero, bias, group, out_size, rounds, followed)
+    return total, repacked_linear(out, *second, rounds) if followed else out

@@ -1,4 +1,4 @@
-"""How `pagegraph::fragment_linear` computes each product on CUDA: data by kind of code, shape and rows.
+"""How `pagegraph::repacked_linear` computes each product on CUDA: data by kind of code, shape and rows.
 
 A product of the table was measured by perf/gpu/quantized.py; all others go by a rule of thumb. Knows sizes, kinds
 and GPUs, no kernel.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pagegraph.kernels.linear.tiles import Tile
-from pagegraph.kernels.quant.reference import CODED_GROUP
+from pagegraph.kernels.quant.reference import ACTIVATION_GROUP
 
 SINGLE_ROWS = 8  # up to here a matrix instruction takes all rows of x at once
 MEMORY_BOUND_ROWS = 64  # up to here reading the weight bounds a product
@@ -30,12 +30,12 @@ Kind = Literal["int8", "int4", "fp8"]
 KINDS: dict[torch.dtype, Kind] = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # of codes
 # rows: `kernels.quant.gemv`, for few rows; tile: `kernels.quant.gemm_16bit` by that tile; plain: dequantised, then cuBLAS. Two round rows of x to 8 bits:
 # coded: `kernels.quant.gemm_8bit` by that tile, of int8 with one scale a row or int4 in groups of multiples of 128; scaled: PyTorch's product of two fp8, of one scale a row.
-Way = Literal["rows", "tile", "plain", "coded", "scaled"]
-ROUNDING: tuple[Way, ...] = ("coded", "scaled")
+Way = Literal["gemv", "gemm_16bit", "dequantize", "gemm_8bit", "scaled_mm"]
+ROUNDING: tuple[Way, ...] = ("gemm_8bit", "scaled_mm")
 
 
 class QuantWeight(NamedTuple):
-    """A weight [out_size, K] of codes with what belongs to it, laid out as for `pagegraph::fragment_linear` (`kernels.ops`)."""
+    """A weight [out_size, K] of codes with what belongs to it, laid out as for `pagegraph::repacked_linear` (`kernels.ops`)."""
 
     qweight: Tensor
     scale: Tensor
@@ -49,7 +49,7 @@ class QuantWeight(NamedTuple):
         return KINDS[self.qweight.dtype]
 
 
-class RowsTile(NamedTuple):
+class QuantGemvTile(NamedTuple):
     """How a product of few rows is cut: 16 rows of the weight to a program, times 1, 2 or 4; warps, each with a block of 64 columns; such steps of a turn; stages."""
 
     parts: int
@@ -62,25 +62,25 @@ class Choice(NamedTuple):
     """One way to compute a product; `tile` belongs to the ways rows, tile and coded."""
 
     way: Way
-    tile: Tile | RowsTile | None = None
+    tile: Tile | QuantGemvTile | None = None
 
 
 def tiled(*sizes: int) -> Choice:
     """By a tile of these sizes, in the order of `Tile`."""
-    return Choice("tile", Tile(*sizes))
+    return Choice("gemm_16bit", Tile(*sizes))
 
 
 def few(*sizes: int) -> Choice:
-    """By a tile of few rows of these sizes, in the order of `RowsTile`."""
-    return Choice("rows", RowsTile(*sizes))
+    """By a tile of few rows of these sizes, in the order of `QuantGemvTile`."""
+    return Choice("gemv", QuantGemvTile(*sizes))
 
 
 def coded(block_n: int, split_k: int, num_warps: int, num_stages: int, block_t: int) -> Choice:
     """By codes on both sides, 128 columns to a step."""
-    return Choice("coded", Tile(block_n, CODED_GROUP, split_k, num_warps, num_stages, block_t))
+    return Choice("gemm_8bit", Tile(block_n, ACTIVATION_GROUP, split_k, num_warps, num_stages, block_t))
 
 
-SCALED, PLAIN = Choice("scaled"), Choice("plain")
+SCALED, PLAIN = Choice("scaled_mm"), Choice("dequantize")
 # (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule. Codes of 4 bits were measured in groups of 128; smaller groups take the same tiles.
 TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
     ("fp8", 6144, 4096): {8: few(1, 4, 4, 3), 32: tiled(64, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 256: SCALED},
@@ -101,10 +101,10 @@ TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
 }  # fmt: skip
 
 
-def has_coded(kind: Kind, group: int, size: int, has_zero: bool) -> bool:
+def has_gemm_8bit(kind: Kind, group: int, size: int, has_zero: bool) -> bool:
     """Whether `kernels.quant.gemm_8bit` multiplies a weight [N, size] of such groups, with zeros or without."""
     if kind == "int4":
-        return group >= size or group % CODED_GROUP == 0
+        return group >= size or group % ACTIVATION_GROUP == 0
     return kind == "int8" and group >= size and not has_zero
 
 
@@ -114,7 +114,7 @@ def takes_8_bits(
     """Whether this GPU, or the interpreter, multiplies a weight [out_size, size] with rows of `dtype` rounded to 8 bits."""
     if kind == "fp8":
         return dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0 and group >= size and not has_zero
-    if dtype.itemsize != 2 or not has_coded(kind, group, size, has_zero):
+    if dtype.itemsize != 2 or not has_gemm_8bit(kind, group, size, has_zero):
         return False
     return kind == "int8" or device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
@@ -124,25 +124,25 @@ def choice_of(kind: Kind, rows: int, out_size: int, size: int, rounds: bool = Fa
     measured = TABLE.get((kind, out_size, size), {})
     if limits := [limit for limit in measured if limit >= rows]:
         found = measured[min(limits)]
-        if (rounds or found.way not in ROUNDING) and (narrow or found.way != "rows"):
+        if (rounds or found.way not in ROUNDING) and (narrow or found.way != "gemv"):
             return found
     if rows <= SINGLE_ROWS and narrow:
-        return Choice("rows", rows_tile_by_rule(kind, out_size))
+        return Choice("gemv", gemv_tile_by_rule(kind, out_size))
     if rows > MEMORY_BOUND_ROWS and rounds:
-        return SCALED if kind == "fp8" else Choice("coded", coded_tile_by_rule(kind, rows, out_size, size))
+        return SCALED if kind == "fp8" else Choice("gemm_8bit", gemm_8bit_tile_by_rule(kind, rows, out_size, size))
     if rows > WIDE_ROWS:
         return PLAIN
-    return Choice("tile", tile_by_rule(rows, out_size, size))
+    return Choice("gemm_16bit", gemm_16bit_tile_by_rule(rows, out_size, size))
 
 
-def rows_tile_by_rule(kind: Kind, out_size: int) -> RowsTile:
+def gemv_tile_by_rule(kind: Kind, out_size: int) -> QuantGemvTile:
     """More rows to a program where there are enough for the device."""
     if out_size < 16384:
-        return RowsTile(1, 4, 2, 6)
-    return RowsTile(4, 2, 2, 4) if kind == "int4" else RowsTile(2, 2, 2, 6)
+        return QuantGemvTile(1, 4, 2, 6)
+    return QuantGemvTile(4, 2, 2, 4) if kind == "int4" else QuantGemvTile(2, 2, 2, 6)
 
 
-def tile_by_rule(rows: int, out_size: int, size: int) -> Tile:
+def gemm_16bit_tile_by_rule(rows: int, out_size: int, size: int) -> Tile:
     """Columns are split where rows of the weight alone do not fill the device."""
     if rows > MEMORY_BOUND_ROWS:  # a tile takes 128 rows of x, so that a weight is widened once or twice
         wanted = max(1, PROGRAMS // 2 // (-(-out_size // 128) * -(-rows // 128)))
@@ -153,8 +153,8 @@ def tile_by_rule(rows: int, out_size: int, size: int) -> Tile:
     return Tile(64, 128, split, 4, 4)
 
 
-def coded_tile_by_rule(kind: Kind, rows: int, out_size: int, size: int) -> Tile:
+def gemm_8bit_tile_by_rule(kind: Kind, rows: int, out_size: int, size: int) -> Tile:
     """Of many rows; with three stages three programs of int8 share a multiprocessor, which pays where there are many."""
     wanted = max(1, PROGRAMS // (-(-out_size // 64) * -(-rows // 128)))
     split = min(8, 1 << wanted.bit_length() - 1, max(1, size // 512))
-    return Tile(64, CODED_GROUP, split, 4, 3 if split == 1 and kind == "int8" else 4, 128)
+    return Tile(64, ACTIVATION_GROUP, split, 4, 3 if split == 1 and kind == "int8" else 4, 128)

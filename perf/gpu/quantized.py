@@ -36,8 +36,8 @@ from pagegraph.kernels.quant.tiles import (
     QuantWeight,
     coded,
     few,
-    has_coded,
-    tile_by_rule,
+    gemm_16bit_tile_by_rule,
+    has_gemm_8bit,
 )
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from perf.floors import BYTES, Ceilings, Shape
@@ -55,7 +55,7 @@ TOLERANCE = {
     "scaled": 8e-2,
 }  # relative; rows become 8-bit codes for the last two
 ALIKE = ((128, 256, 1024), (64,), (32,), (2, 8))  # rows that share most kernels: compiled by one process
-FEW_SIZES = (  # of a product of few rows, as `RowsTile`
+FEW_SIZES = (  # of a product of few rows, as `QuantGemvTile`
     (1, 8, 1, 6), (1, 8, 1, 8), (1, 8, 2, 4), (1, 4, 4, 3), (1, 4, 2, 6), (1, 4, 1, 6), (2, 4, 1, 6), (2, 4, 2, 4), (2, 8, 1, 6), (4, 4, 1, 4), (4, 2, 2, 4), (2, 2, 2, 6),
 )  # fmt: skip
 CODED_SIZES = (
@@ -131,21 +131,21 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
     """
     if rows <= SINGLE_ROWS:
         yield from (few(*sizes) for sizes in FEW_SIZES)
-        yield Choice("tile", tile_by_rule(rows, product.out_size, product.size))
+        yield Choice("gemm_16bit", gemm_16bit_tile_by_rule(rows, product.out_size, product.size))
         return
     if rows > MEMORY_BOUND_ROWS // 2:
-        yield Choice("plain")
+        yield Choice("dequantize")
     if product.kind == "fp8":
-        yield Choice("scaled")
-    if rows > MEMORY_BOUND_ROWS and has_coded(product.kind, product.group, product.size, product.kind == "int4"):
+        yield Choice("scaled_mm")
+    if rows > MEMORY_BOUND_ROWS and has_gemm_8bit(product.kind, product.group, product.size, product.kind == "int4"):
         for block_n, warps, stages, block_t in CODED_SIZES:
             for split in _splits(product, rows, block_n, block_t):
                 yield coded(block_n, split, warps, stages, block_t)
     if product.kind != "fp8" or rows <= MEMORY_BOUND_ROWS:
-        yield Choice("tile", tile_by_rule(rows, product.out_size, product.size))
+        yield Choice("gemm_16bit", gemm_16bit_tile_by_rule(rows, product.out_size, product.size))
     for block_n, block_k, warps, stages, block_t in _sizes(product.kind, rows):
         for split in _splits(product, rows, block_n, block_t):
-            yield Choice("tile", Tile(block_n, block_k, split, warps, stages, block_t))
+            yield Choice("gemm_16bit", Tile(block_n, block_k, split, warps, stages, block_t))
 
 
 def _splits(product: Product, rows: int, block_n: int, block_t: int) -> Iterator[int]:
@@ -221,7 +221,7 @@ def _product(
     zero: torch.Tensor | None,
 ) -> torch.Tensor:
     """x [T, size] times the weight of `_weight` by the given way, on CUDA."""
-    return quant_cuda.fragment_linear_by(
+    return quant_cuda.repacked_linear_by(
         choice, x, QuantWeight(qweight, scale, zero, None, product.group, product.out_size)
     )
 
@@ -239,20 +239,20 @@ def _weight(
         return reference.exchanged_columns(qweight), scale, None
     if product.kind == "int8":
         qweight, scale = reference.quantize_rows(weight, torch.int8)
-        return reference.fragments(qweight, 8), reference.fragment_pairs(scale, group, size), None
+        return reference.repack(qweight, 8), reference.repack_scales(scale, group, size), None
     qweight, *pairs = reference.quantize_groups(weight, group)
-    return reference.fragments(qweight, 4), *(reference.fragment_pairs(one.bfloat16(), group, size) for one in pairs)
+    return reference.repack(qweight, 4), *(reference.repack_scales(one.bfloat16(), group, size) for one in pairs)
 
 
 def _zeros(product: Product, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """As `_weight`, without the memory that quantising takes."""
     out_size, size = product.out_size, product.size
-    blocks = -(-out_size // reference.FRAGMENT), size // reference.FRAGMENT
+    blocks = -(-out_size // reference.REPACK_BLOCK), size // reference.REPACK_BLOCK
     pairs = (
         blocks[0],
-        size // max(product.group, reference.FRAGMENT),
+        size // max(product.group, reference.REPACK_BLOCK),
         32,
-        2 * max(1, reference.FRAGMENT // product.group),
+        2 * max(1, reference.REPACK_BLOCK // product.group),
     )
     scale = torch.zeros(pairs, dtype=torch.bfloat16 if product.kind == "int4" else torch.float32, device=device)
     if product.kind == "fp8":
@@ -270,10 +270,10 @@ def _dequantized(
     if product.kind == "fp8":
         qweight = reference.restored_columns(qweight, product.size)
     else:
-        qweight = reference.from_fragments(qweight, product.out_size, product.size)
+        qweight = reference.from_repacked(qweight, product.out_size, product.size)
         groups = product.size // product.group
         scale, zero = (
-            None if one is None else reference.from_fragment_pairs(one, product.out_size, groups)
+            None if one is None else reference.from_repacked_scales(one, product.out_size, groups)
             for one in (scale, zero)
         )
     return reference.dequantize(qweight, scale, zero, product.group)
@@ -333,7 +333,7 @@ def _measured(report: Report, args: argparse.Namespace, product: Product, ceilin
 
 def _written(choice: Choice) -> str:
     """As the table has it."""
-    if choice.way == "coded":
+    if choice.way == "gemm_8bit":
         block_n, _, *sizes = choice.tile
         return f"coded({', '.join(map(str, (block_n, *sizes)))})"
     by = {"rows": "few", "tile": "tiled"}.get(choice.way)

@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from pagegraph.kernels import pdl
 from pagegraph.kernels.linear.tiles import Tile
-from pagegraph.kernels.quant.tiles import QuantWeight, RowsTile
+from pagegraph.kernels.quant.tiles import QuantGemvTile, QuantWeight
 
 SHARED_MEMORY = 232448  # bytes a block may have on sm_90
 TYPES = {
@@ -146,7 +146,7 @@ def argument(described: Any) -> Any:
     if "tile" in described:
         return Tile(*described["tile"])
     if "few" in described:
-        return RowsTile(*described["few"])
+        return QuantGemvTile(*described["few"])
     if "weight" in described:
         return QuantWeight(*map(argument, described["weight"]))
     if "norm" in described:

@@ -17,7 +17,7 @@ import pytest
 
 from pagegraph.kernels.attention.decode import TILES
 from pagegraph.kernels.linear.tiles import Tile, tile_of
-from pagegraph.kernels.quant.tiles import RowsTile, tile_by_rule
+from pagegraph.kernels.quant.tiles import QuantGemvTile, gemm_16bit_tile_by_rule
 from tests.paths import ROOT
 
 SHARED_MEMORY = 232448  # bytes a block may have on sm_90
@@ -175,7 +175,7 @@ def quantised(
     dtype: str = "bfloat16",
 ) -> list[Any]:
     """The product by the given tile or the rule's, scales as a device holds them."""
-    tile = tile or tile_by_rule(rows, out_size, size)
+    tile = tile or gemm_16bit_tile_by_rule(rows, out_size, size)
     name = f"{kind} {rows} {out_size}x{size}/{group} {dtype} {tile}"
     x, blocks = tensor(dtype, rows, size), (out_size // 64, size // 64)
     if kind == "fp8":
@@ -187,13 +187,13 @@ def quantised(
             group,
             out_size,
         ]
-        return [name, "pagegraph.kernels.quant.gemm_16bit", "fragment_linear", [x, {"weight": weight}, {"tile": tile}]]
+        return [name, "pagegraph.kernels.quant.gemm_16bit", "gemm_16bit", [x, {"weight": weight}, {"tile": tile}]]
     qweight = tensor("uint8", *blocks, 128, 16) if kind == "int4" else tensor("int8", *blocks, 256, 16)
     scale = tensor(
         dtype if group < size else "float32", out_size // 64, size // max(group, 64), 32, 2 * max(1, 64 // group)
     )
     weight = [qweight, scale, scale if has_zero else None, None, group, out_size]
-    return [name, "pagegraph.kernels.quant.gemm_16bit", "fragment_linear", [x, {"weight": weight}, {"tile": tile}]]
+    return [name, "pagegraph.kernels.quant.gemm_16bit", "gemm_16bit", [x, {"weight": weight}, {"tile": tile}]]
 
 
 def coded(
@@ -205,7 +205,7 @@ def coded(
         rows, out_size, size, kind, 128 if kind == "int4" else size, has_zero, tile, dtype
     )
     weight["weight"][3] = None if has_zero else tensor(dtype, out_size)
-    return [f"{name} on both sides", "pagegraph.kernels.quant.gemm_8bit", "coded_linear", [x, weight, {"tile": tile}]]
+    return [f"{name} on both sides", "pagegraph.kernels.quant.gemm_8bit", "gemm_8bit", [x, weight, {"tile": tile}]]
 
 
 def rounded_rows(size: int) -> list[list[Any]]:
@@ -229,12 +229,12 @@ def written_out(kind: str, group: int, has_zero: bool) -> list[Any]:
     return [
         f"{kind}/{group} written out",
         "pagegraph.kernels.quant.gemm_16bit",
-        "fragment_dequantize",
+        "dequantize_repacked",
         [weight, 4096, {"type": "bfloat16"}],
     ]
 
 
-def quantised_rows(kind: str, group: int, tile: RowsTile, has_zero: bool = False) -> list[list[Any]]:
+def quantised_rows(kind: str, group: int, tile: QuantGemvTile, has_zero: bool = False) -> list[list[Any]]:
     """Products of two rows without a gate and with one, scales as a device holds them."""
     hidden, launches = 4096, []
     for out_size, gated in ((hidden, False), (28672, True)):
@@ -244,7 +244,7 @@ def quantised_rows(kind: str, group: int, tile: RowsTile, has_zero: bool = False
             [
                 f"{kind}/{group} {out_size} {cut}",
                 "pagegraph.kernels.quant.gemv",
-                "fragment_rows",
+                "quant_gemv",
                 [x, weight, gated, {"few": cut}],
             ]
         )
@@ -349,8 +349,8 @@ HELD_BACK = 32  # bytes a thread
 QUANTISED_ROWS = [
     launch
     for kind, group, has_zero, tile in (
-        ("int4", 128, True, RowsTile(1, 8, 1, 4)), ("int4", 32, True, RowsTile(4, 4, 2, 4)), ("int8", 0, False, RowsTile(2, 8, 2, 3)),
-        ("int8", 128, False, RowsTile(1, 4, 4, 3)), ("fp8", 0, False, RowsTile(1, 8, 1, 6)), ("fp8", 128, False, RowsTile(2, 16, 1, 3)),
+        ("int4", 128, True, QuantGemvTile(1, 8, 1, 4)), ("int4", 32, True, QuantGemvTile(4, 4, 2, 4)), ("int8", 0, False, QuantGemvTile(2, 8, 2, 3)),
+        ("int8", 128, False, QuantGemvTile(1, 4, 4, 3)), ("fp8", 0, False, QuantGemvTile(1, 8, 1, 6)), ("fp8", 128, False, QuantGemvTile(2, 16, 1, 3)),
     )
     for launch in quantised_rows(kind, group, tile, has_zero)
 ]  # fmt: skip
@@ -443,15 +443,15 @@ def test_quantised_products() -> None:
     kernels = compiled(QUANTISED)
     check_fits(kernels)
     assert {k["kernel"] for k in kernels} == {
-        "fragment_linear_kernel",
-        "coded_linear_kernel",
+        "gemm_16bit_kernel",
+        "gemm_8bit_kernel",
         "rows_kernel",
-        "fragment_dequantize_kernel",
+        "dequantize_repacked_kernel",
     }
     assert all(
         k["waits"] and not k["early"]
         for k in kernels
-        if k["kernel"] != "fragment_dequantize_kernel" and "normed" not in k["case"]
+        if k["kernel"] != "dequantize_repacked_kernel" and "normed" not in k["case"]
     )
     assert {kind for k in kernels if "normed" in k["case"] for kind in k["early"]} == {"LDG"}  # the norm's weight
     products = [k for k in kernels if k["kernel"].endswith("linear_kernel")]
@@ -459,7 +459,7 @@ def test_quantised_products() -> None:
     three = [
         k
         for k in products
-        if k["kernel"] == "coded_linear_kernel"
+        if k["kernel"] == "gemm_8bit_kernel"
         and k["case"].startswith("int8")
         and "num_warps=4, num_stages=3" in k["case"]
     ]
@@ -479,7 +479,7 @@ def test_quantised_products_on_gpus_before_hopper(capability: int) -> None:
         rows_to_e4m3,
         rows_with_sums,
         quantised(64, 512, 512, "fp8", 512),
-        *quantised_rows("fp8", 0, RowsTile(1, 4, 2, 3)),
+        *quantised_rows("fp8", 0, QuantGemvTile(1, 4, 2, 3)),
         coded("int4", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64)),
     ]
     kernels = compiled(
@@ -489,7 +489,7 @@ def test_quantised_products_on_gpus_before_hopper(capability: int) -> None:
             *(
                 launch
                 for kind, group in (("int4", 128), ("int8", 0))
-                for launch in quantised_rows(kind, group, RowsTile(1, 4, 2, 3))
+                for launch in quantised_rows(kind, group, QuantGemvTile(1, 4, 2, 3))
             ),
             coded("int8", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64)),
             rows_to_int8,
@@ -500,7 +500,7 @@ def test_quantised_products_on_gpus_before_hopper(capability: int) -> None:
         capability,
     )
     assert len(kernels) == 14 + (7 if capability >= 89 else 0)
-    products = [k for k in kernels if k["kernel"] not in ("rows_kernel", "fragment_dequantize_kernel")]
+    products = [k for k in kernels if k["kernel"] not in ("rows_kernel", "dequantize_repacked_kernel")]
     assert not any(k["waits"] or k["spilled_bytes"] > 16 for k in kernels) and all(k["matrix_units"] for k in products)
 
 

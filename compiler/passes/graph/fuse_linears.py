@@ -18,7 +18,7 @@ import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.compiler.passes.graph.patterns import is_call, rewrite
 
 ops = torch.ops.pagegraph
-FRAGMENT_ARGUMENTS = 8  # of a fragment_linear without a gate; the last says whether rows may be rounded
+REPACKED_ARGUMENTS = 8  # of a fragment_linear without a gate; the last says whether rows may be rounded
 QUERY_START = {ops.paged_attention: 8, ops.rope_attention: 13}  # its place among the arguments
 
 
@@ -41,8 +41,8 @@ def fuse_linears(module: GraphModule) -> int:
 def _fuse(graph: Graph, second: Node, query_start: Node) -> bool:
     if is_call(second, ops.silu_mul):
         return _gate(second)
-    if is_call(second, ops.fragment_linear):
-        return _fuse_fragments(graph, second)
+    if is_call(second, ops.repacked_linear):
+        return _fuse_repacked(graph, second)
     if not is_call(second, ops.linear):
         return False
     both = _norm_before(second)
@@ -60,19 +60,19 @@ def _fuse(graph: Graph, second: Node, query_start: Node) -> bool:
     return True
 
 
-def _fuse_fragments(graph: Graph, last: Node) -> bool:
-    if len(last.args) != FRAGMENT_ARGUMENTS:
+def _fuse_repacked(graph: Graph, last: Node) -> bool:
+    if len(last.args) != REPACKED_ARGUMENTS:
         return False
     gated = last.args[0]
     if len(last.users) == 1 and is_call(next(iter(last.users)), ops.silu_mul):
         return False  # the gate joins it first, and then maybe the linear behind
-    pair = is_call(gated, ops.fragment_linear) and len(gated.args) == FRAGMENT_ARGUMENTS + 1 and len(gated.users) == 1
+    pair = is_call(gated, ops.repacked_linear) and len(gated.args) == REPACKED_ARGUMENTS + 1 and len(gated.users) == 1
     first = gated if pair else last
     both = _norm_before(first)
-    if both is None or pair and first.args[FRAGMENT_ARGUMENTS - 1] != last.args[FRAGMENT_ARGUMENTS - 1]:
+    if both is None or pair and first.args[REPACKED_ARGUMENTS - 1] != last.args[REPACKED_ARGUMENTS - 1]:
         return False
-    behind = last.args[1 : FRAGMENT_ARGUMENTS - 1] if pair else (None, None, None, None, 0, 0)
-    _replace(graph, both, last, ops.norm_fragment_linear, (*both.args, *first.args[1:FRAGMENT_ARGUMENTS], *behind))
+    behind = last.args[1 : REPACKED_ARGUMENTS - 1] if pair else (None, None, None, None, 0, 0)
+    _replace(graph, both, last, ops.norm_repacked_linear, (*both.args, *first.args[1:REPACKED_ARGUMENTS], *behind))
     return True
 
 
@@ -101,7 +101,7 @@ def _replace(graph: Graph, both: Node, last: Node, op: Callable, arguments: tupl
 
 def _gate(gate: Node) -> bool:
     product = gate.args[0]
-    if not is_call(product, ops.fragment_linear) or len(product.users) > 1:
+    if not is_call(product, ops.repacked_linear) or len(product.users) > 1:
         return False
     product.args = (*product.args, True)
     product.meta = gate.meta

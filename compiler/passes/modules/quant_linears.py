@@ -94,26 +94,26 @@ class Int8Dynamic(nn.Module):
         return product.to(states.dtype).unflatten(0, states.shape[:-1])
 
 
-class Fragments(nn.Module):
+class RepackedLinear(nn.Module):
     """CUDA: qweight, scales and zeros laid as the threads of a product want them. rounds: states may be rounded to 8 bits."""
 
     def __init__(self, linear: QuantLinear, rounds: bool = True) -> None:
         super().__init__()
         self.rounds = rounds
         size = linear.in_features
-        self.group = fragment_group(linear)
+        self.group = repacked_group(linear)
         scale, zero = (_regrouped(one, linear.group, self.group, size) for one in (linear.scale, linear.zero))
         if linear.qweight.dtype == torch.float8_e4m3fn:
             qweight = reference.exchanged_columns(linear.qweight)
         else:
             qweight = reference.unpack_nibbles(linear.qweight) if linear.bits == 4 else linear.qweight
-            qweight = reference.fragments(qweight, linear.bits)
+            qweight = reference.repack(qweight, linear.bits)
             if (
                 self.group < size
             ):  # of small groups they are read with the codes: two bytes of each tell apart what few bits can
                 scale, zero = (None if one is None else one.to(linear.dtype) for one in (scale, zero))
             scale, zero = (
-                None if one is None else reference.fragment_pairs(one, self.group, size) for one in (scale, zero)
+                None if one is None else reference.repack_scales(one, self.group, size) for one in (scale, zero)
             )
         for name, values in dict(qweight=qweight, scale=scale, zero=zero, g_idx_order=linear.g_idx_order).items():
             self.register_buffer(name, values, persistent=False)
@@ -126,17 +126,17 @@ class Fragments(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if self.g_idx_order is not None:
             states = states.index_select(-1, self.g_idx_order)
-        return torch.ops.pagegraph.fragment_linear(
+        return torch.ops.pagegraph.repacked_linear(
             states, self.qweight, self.scale, self.zero, self.bias, self.group, self.out_features, self.rounds
         )
 
 
-def fragment_group(linear: QuantLinear) -> int:
-    """Columns to a scale of `Fragments`: those of the linear, or what divides them so that blocks have whole groups; 0 where nothing does."""
-    if linear.group >= linear.in_features or linear.group % reference.FRAGMENT == 0:
+def repacked_group(linear: QuantLinear) -> int:
+    """Columns to a scale of `RepackedLinear`: those of the linear, or what divides them so that blocks have whole groups; 0 where nothing does."""
+    if linear.group >= linear.in_features or linear.group % reference.REPACK_BLOCK == 0:
         return min(linear.group, linear.in_features)
-    least = {torch.uint8: 32, torch.int8: 16, torch.float8_e4m3fn: reference.FRAGMENT}[linear.qweight.dtype]
-    common = math.gcd(linear.group, reference.FRAGMENT)
+    least = {torch.uint8: 32, torch.int8: 16, torch.float8_e4m3fn: reference.REPACK_BLOCK}[linear.qweight.dtype]
+    common = math.gcd(linear.group, reference.REPACK_BLOCK)
     return common if common >= least else 0
 
 
@@ -228,7 +228,7 @@ def quant_linears(model: nn.Module, round_activations: bool = True) -> int:
         setattr(parent, name, form)
         return_freed_memory()
         widened += type(form) is nn.Linear
-        rounding += type(form) is Fragments and form.may_round
+        rounding += type(form) is RepackedLinear and form.may_round
     if widened:
         log.warning(
             "quantization: no product of this device takes %d of %d quantised linears; they are held unquantised, "
@@ -250,7 +250,7 @@ def quant_linears(model: nn.Module, round_activations: bool = True) -> int:
 def _form(linear: QuantLinear, rounds: bool) -> nn.Module:
     """On CUDA the op chooses by rows; on the CPU the product is chosen here, once."""
     if linear.qweight.device.type != "cpu":
-        return Fragments(linear, rounds) if fragment_group(linear) else _widened(linear)
+        return RepackedLinear(linear, rounds) if repacked_group(linear) else _widened(linear)
     if (
         linear.qweight.dtype == torch.int8
         and linear.scale.shape[1] == 1

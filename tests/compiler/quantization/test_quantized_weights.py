@@ -23,7 +23,7 @@ from pagegraph.compiler.options import PassOptions
 from pagegraph.compiler.passes.modules import merge_linears as merge_module
 from pagegraph.compiler.passes.modules import quant_linears
 from pagegraph.compiler.passes.modules.merge_linears import MergedQuantLinear
-from pagegraph.compiler.passes.modules.quant_linears import Fragments, Int4Packed, Int8Dynamic, QuantLinear
+from pagegraph.compiler.passes.modules.quant_linears import RepackedLinear, Int4Packed, Int8Dynamic, QuantLinear
 from pagegraph.compiler.passes.registry import apply_module_passes
 from pagegraph.compiler.quantization import packing as quant_formats
 from pagegraph.compiler.quantization.packing import QuantizationError, online_group
@@ -494,11 +494,11 @@ def test_the_form_of_a_gpu_computes_what_was_loaded(
     stock_model().save_pretrained(tmp_path)
     plain, model = load(tmp_path, method, torch.bfloat16), load(tmp_path, method, torch.bfloat16).to(device)
     if device == "cpu":
-        monkeypatch.setattr(quant_linears, "_form", Fragments)
+        monkeypatch.setattr(quant_linears, "_form", RepackedLinear)
     apply_module_passes(model, PASSES)
     forms = [type(module) for module in model.modules()]
-    assert forms.count(Fragments) == 4 * 2 + (method != "fp8") and QuantLinear not in forms
-    assert all(module.rounds for module in model.modules() if type(module) is Fragments)
+    assert forms.count(RepackedLinear) == 4 * 2 + (method != "fp8") and QuantLinear not in forms
+    assert all(module.rounds for module in model.modules() if type(module) is RepackedLinear)
     ids = torch.randint(3, 128, (1, 17), generator=torch.Generator().manual_seed(1))
     expected, out = logits(plain), model(ids.to(device), use_cache=False).logits.float().cpu()
     assert ((out - expected).norm() / expected.norm()).item() < 0.02
@@ -508,12 +508,12 @@ def test_the_form_of_a_gpu_computes_what_was_loaded(
 def test_whether_states_may_be_rounded_is_a_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rounds: bool
 ) -> None:
-    monkeypatch.setattr(quant_linears, "_form", Fragments)
+    monkeypatch.setattr(quant_linears, "_form", RepackedLinear)
     stock_model().save_pretrained(tmp_path)
     model = load(tmp_path, "int8", torch.bfloat16)
     with caplog.at_level("INFO"):
         apply_module_passes(model, PassOptions(round_activations=rounds))
-    assert {module.rounds for module in model.modules() if type(module) is Fragments} == {rounds}
+    assert {module.rounds for module in model.modules() if type(module) is RepackedLinear} == {rounds}
     assert ("may round activations to 8 bits in front of 9 of 9" in caplog.text) == rounds
 
 

@@ -13,15 +13,15 @@ from pagegraph.kernels.quant.tiles import (
     MEMORY_BOUND_ROWS,
     SINGLE_ROWS,
     Choice,
+    QuantGemvTile,
     QuantWeight,
-    RowsTile,
     Tile,
     choice_of,
     few,
+    gemm_16bit_tile_by_rule,
     takes_8_bits,
-    tile_by_rule,
 )
-from tests.kernels.quant.weights import laid, multiplied, random_weight
+from tests.kernels.quant.weights import multiplied, random_weight, repacked
 
 SHAPES = [
     # kind, N, K, group, tile
@@ -60,13 +60,13 @@ def test_equals_the_reference(
     x = torch.randn(rows, size + 16, generator=torch.Generator().manual_seed(rows)).bfloat16()[:, :size]
     bias = torch.randn(out_size).bfloat16() if has_zero else None
     expected = x.float() @ multiplied(qweight, scale, zero, group, x.dtype).t() + (0 if bias is None else bias.float())
-    weight = laid(qweight, scale, zero, group, size)
-    rounded = torch.ops.pagegraph.fragment_linear(x, *weight, bias, group, out_size, False)
+    weight = repacked(qweight, scale, zero, group, size)
+    rounded = torch.ops.pagegraph.repacked_linear(x, *weight, bias, group, out_size, False)
     torch.testing.assert_close(rounded.float(), expected, atol=2**-8 * expected.abs().max().item(), rtol=2**-7)
     for _ in range(2):  # the second call finds the arrival counts as the first left them
         out, _ = triton_calls.call(
             "pagegraph.kernels.quant.gemm_16bit",
-            "fragment_linear",
+            "gemm_16bit",
             x,
             QuantWeight(*weight, bias, group, out_size),
             tile,
@@ -83,10 +83,10 @@ def test_weights_come_back(
     triton_calls, kind: str, out_size: int, size: int, group: int, tile: Tile, has_zero: bool, dtype: torch.dtype
 ) -> None:
     qweight, scale, zero = random_weight(kind, out_size, size, group, has_zero and kind != "fp8")
-    weight = laid(qweight, scale, zero, group, size)
+    weight = repacked(qweight, scale, zero, group, size)
     out, _ = triton_calls.call(
         "pagegraph.kernels.quant.gemm_16bit",
-        "fragment_dequantize",
+        "dequantize_repacked",
         QuantWeight(*weight, None, group, out_size),
         size,
         dtype,
@@ -102,10 +102,10 @@ def test_scales_of_groups_in_bfloat16(triton_calls, group: int) -> None:
     pairs = [one.bfloat16() for one in pairs]
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = x.float() @ multiplied(qweight, *pairs, group, x.dtype).t()
-    weight = laid(qweight, *pairs, group, 128)
+    weight = repacked(qweight, *pairs, group, 128)
     out, _ = triton_calls.call(
         "pagegraph.kernels.quant.gemm_16bit",
-        "fragment_linear",
+        "gemm_16bit",
         x,
         QuantWeight(*weight, None, group, 64),
         Tile(64, 128, 1, 4, 4),
@@ -121,12 +121,12 @@ def test_fragments_are_operands_of_the_matrix_unit(rows: int, size: int, bits: i
     qweight = torch.randint(
         -limit, limit, (rows, size), dtype=torch.int8, generator=torch.Generator().manual_seed(rows)
     )
-    laid = reference.fragments(qweight, bits)
-    assert laid.shape == (-(-rows // 64), -(-size // 64), 32 * bits, 16)
-    bytes_ = laid.tolist()
-    for row in range(laid.shape[0] * 64):
+    repacked = reference.repack(qweight, bits)
+    assert repacked.shape == (-(-rows // 64), -(-size // 64), 32 * bits, 16)
+    bytes_ = repacked.tolist()
+    for row in range(repacked.shape[0] * 64):
         w, h, q = row % 64 // 16, row % 16 // 8, row % 8
-        for column in range(0, laid.shape[1] * 64, 3):
+        for column in range(0, repacked.shape[1] * 64, 3):
             step, c, r, p = column % 64 // 16, column % 16 // 8, column % 8 // 2, column % 2
             thread = 32 * w + 4 * q + r
             block = bytes_[row // 64][column // 64]
@@ -135,14 +135,14 @@ def test_fragments_are_operands_of_the_matrix_unit(rows: int, size: int, bits: i
             else:
                 code = block[128 * (step // 2) + thread][8 * (step % 2) + 4 * c + 2 * p + h]
             assert code == (qweight[row, column] if row < rows and column < size else 0)
-    assert torch.equal(reference.from_fragments(laid, rows, size), qweight)
+    assert torch.equal(reference.from_repacked(repacked, rows, size), qweight)
 
 
 @pytest.mark.parametrize("group, size", [(16, 96), (32, 160), (64, 160), (128, 384), (160, 160)])
 def test_pairs_lie_beside_fragments(group: int, size: int) -> None:
     scale = torch.randn(100, -(-size // group))
-    pairs = reference.fragment_pairs(scale, group, size)
-    assert torch.equal(reference.from_fragment_pairs(pairs, 100, scale.shape[1]), scale)
+    pairs = reference.repack_scales(scale, group, size)
+    assert torch.equal(reference.from_repacked_scales(pairs, 100, scale.shape[1]), scale)
     groups = pairs.shape[3] // 2
     for row in (0, 7, 8, 27, 77, 99):
         for at in range(scale.shape[1]):
@@ -163,11 +163,11 @@ def test_columns_are_exchanged_within_64(size: int) -> None:
 
 
 def test_a_tile_is_made_of_blocks(triton_calls) -> None:
-    weight = laid(*random_weight("int4", 64, 128, 64, False), 64, 128)
+    weight = repacked(*random_weight("int4", 64, 128, 64, False), 64, 128)
     with pytest.raises((ValueError, AssertionError), match="is not made of blocks of 64 x 64"):
         triton_calls.call(
             "pagegraph.kernels.quant.gemm_16bit",
-            "fragment_linear",
+            "gemm_16bit",
             torch.zeros(1, 128).bfloat16(),
             QuantWeight(*weight, None, 64, 64),
             Tile(32, 64, 1, 4, 3),
@@ -199,15 +199,15 @@ def test_rows_become_the_codes_of_the_reference(triton_calls, size: int) -> None
 )
 def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int, rounds: bool, narrow: bool) -> None:
     choice = choice_of(kind, rows, out_size, size, rounds, narrow)
-    if choice.way == "rows":
-        assert rows <= SINGLE_ROWS and narrow and isinstance(choice.tile, RowsTile)
+    if choice.way == "gemv":
+        assert rows <= SINGLE_ROWS and narrow and isinstance(choice.tile, QuantGemvTile)
         return
-    if choice.way == "coded":
+    if choice.way == "gemm_8bit":
         assert rounds and kind != "fp8" and choice.tile.block_k == 128 and choice.tile.block_t <= 128
-    elif choice.way == "scaled":
+    elif choice.way == "scaled_mm":
         assert choice.tile is None and kind == "fp8" and rounds and rows > SINGLE_ROWS
         return
-    elif choice.way == "plain":
+    elif choice.way == "dequantize":
         assert choice.tile is None and rows > MEMORY_BOUND_ROWS
         return
     tile = choice.tile
@@ -217,19 +217,19 @@ def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int,
 
 
 def test_a_measured_choice_fits_the_weight_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = {8: Choice("tile", Tile(64, 128, 2, 4, 4)), 64: Choice("scaled"), 300: Choice("plain")}
+    measured = {8: Choice("gemm_16bit", Tile(64, 128, 2, 4, 4)), 64: Choice("scaled_mm"), 300: Choice("dequantize")}
     monkeypatch.setitem(tiles.TABLE, ("fp8", 512, 1024), measured)
     assert choice_of("fp8", 3, 512, 1024, True) == choice_of("fp8", 3, 512, 1024) == measured[8]
     monkeypatch.setitem(tiles.TABLE, ("int8", 512, 1024), {8: few(1, 2, 1, 3)})
     assert choice_of("int8", 3, 512, 1024) == few(1, 2, 1, 3)
-    assert choice_of("int8", 3, 512, 1024, narrow=False).tile == tile_by_rule(3, 512, 1024)  # float32 states
-    assert choice_of("fp8", 20, 512, 1024, True).way == "scaled"
-    assert choice_of("fp8", 20, 512, 1024).tile == tile_by_rule(
+    assert choice_of("int8", 3, 512, 1024, narrow=False).tile == gemm_16bit_tile_by_rule(3, 512, 1024)  # float32 states
+    assert choice_of("fp8", 20, 512, 1024, True).way == "scaled_mm"
+    assert choice_of("fp8", 20, 512, 1024).tile == gemm_16bit_tile_by_rule(
         20, 512, 1024
     )  # a scale a block: the row-wise product does not take it
-    assert choice_of("fp8", 300, 512, 1024, True).way == "plain"
-    assert choice_of("fp8", 301, 512, 1024, True).way == "scaled"
-    assert choice_of("int4", 12, 512, 1024).tile == tile_by_rule(12, 512, 1024)
+    assert choice_of("fp8", 300, 512, 1024, True).way == "dequantize"
+    assert choice_of("fp8", 301, 512, 1024, True).way == "scaled_mm"
+    assert choice_of("int4", 12, 512, 1024).tile == gemm_16bit_tile_by_rule(12, 512, 1024)
 
 
 @pytest.mark.parametrize(
@@ -254,9 +254,9 @@ def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
     expected = reference.quant_linear(x.float(), qweight, scale, zero, None, group)
     out, _ = triton_calls.call(
         "pagegraph.kernels.quant.cuda",
-        "fragment_linear",
+        "repacked_linear",
         x,
-        *laid(qweight, scale, zero, group, 128),
+        *repacked(qweight, scale, zero, group, 128),
         None,
         group,
         44,
@@ -310,9 +310,9 @@ def test_rows_stay_as_they_are_where_they_shall(triton_calls, kind: str) -> None
     for rounds in (True, False):
         out, _ = triton_calls.call(
             "pagegraph.kernels.quant.cuda",
-            "fragment_linear",
+            "repacked_linear",
             x,
-            *laid(qweight, scale, zero, 128, 128),
+            *repacked(qweight, scale, zero, 128, 128),
             None,
             128,
             44,
@@ -328,9 +328,9 @@ def test_rows_stay_as_they_are_where_they_shall(triton_calls, kind: str) -> None
 def test_the_row_wise_fp8_product(size: int) -> None:
     qweight, scale, _ = random_weight("fp8", 64, size, size, False)
     x = torch.randn(100, size).bfloat16()
-    assert choice_of("fp8", 100, 64, size, True).way == "scaled"
+    assert choice_of("fp8", 100, 64, size, True).way == "scaled_mm"
     expected = reference.quant_linear(x.float(), qweight, scale, None, None, size)
-    out = torch.ops.pagegraph.fragment_linear(
+    out = torch.ops.pagegraph.repacked_linear(
         x.cuda(), reference.exchanged_columns(qweight).cuda(), scale.cuda(), None, None, size, 64, True
     ).cpu()
     assert ((out.float() - expected).norm() / expected.norm()).item() < 0.05

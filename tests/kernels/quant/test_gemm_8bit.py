@@ -10,9 +10,9 @@ from pagegraph.kernels.linear import reference as linear_reference
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.quant import reference as quant_reference
 from pagegraph.kernels.quant.activations import Norm
-from pagegraph.kernels.quant.cuda import fragment_linear_by
-from pagegraph.kernels.quant.tiles import CODED_GROUP, QuantWeight, choice_of, coded
-from tests.kernels.quant.weights import laid, random_weight
+from pagegraph.kernels.quant.cuda import repacked_linear_by
+from pagegraph.kernels.quant.tiles import ACTIVATION_GROUP, QuantWeight, choice_of, coded
+from tests.kernels.quant.weights import random_weight, repacked
 
 SHAPES = [
     # N, K, tile
@@ -39,8 +39,8 @@ def test_rows_become_the_codes_of_the_reference(triton_calls, size: int, dtype: 
         torch.randn(5, size, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 0, 3e3])[:, None]
     ).to(dtype)
     (qweight, scale), _ = triton_calls.call("pagegraph.kernels.quant.activations", "int8_rows", x, 16)
-    assert qweight.shape == (16, -(-size // CODED_GROUP) * CODED_GROUP) and scale.shape == (
-        qweight.shape[1] // CODED_GROUP,
+    assert qweight.shape == (16, -(-size // ACTIVATION_GROUP) * ACTIVATION_GROUP) and scale.shape == (
+        qweight.shape[1] // ACTIVATION_GROUP,
         16,
     )
     expected, expected_scale = quant_reference.int8_rows(x)
@@ -58,17 +58,17 @@ def test_rows_become_the_floats_of_the_reference(triton_calls, size: int, dtype:
     ).to(dtype)
     (qweight, scale, sums), _ = triton_calls.call("pagegraph.kernels.quant.activations", "e4m3_rows", x, 16)
     assert (
-        qweight.shape == (16, -(-size // CODED_GROUP) * CODED_GROUP)
+        qweight.shape == (16, -(-size // ACTIVATION_GROUP) * ACTIVATION_GROUP)
         and scale.shape == (16,)
-        and sums.shape == (qweight.shape[1] // CODED_GROUP, 16)
+        and sums.shape == (qweight.shape[1] // ACTIVATION_GROUP, 16)
     )
     expected, expected_scale, _ = quant_reference.e4m3_rows(x)
     torch.testing.assert_close(scale[:5], expected_scale, rtol=1e-6, atol=0)
     check_floats(qweight[:5], expected)
     assert not qweight[5:].float().any() and not sums[:, 5:].any()
     # Codes below 2**-6 have fewer bits than those that are added up.
-    added = qweight.float().view(16, -1, CODED_GROUP).sum(2).t()
-    torch.testing.assert_close(sums, added, rtol=1e-5, atol=CODED_GROUP * 2**-10)
+    added = qweight.float().view(16, -1, ACTIVATION_GROUP).sum(2).t()
+    torch.testing.assert_close(sums, added, rtol=1e-5, atol=ACTIVATION_GROUP * 2**-10)
 
 
 def check_floats(qweight: torch.Tensor, expected: torch.Tensor) -> None:
@@ -117,7 +117,7 @@ def test_norm_and_gate_ahead_of_products(triton_calls, kind: str, second_group: 
 
     def weight(outputs: int, inputs: int, group: int) -> list:
         return [
-            *laid(*random_weight(kind, outputs, inputs, group, kind == "int4"), group, inputs),
+            *repacked(*random_weight(kind, outputs, inputs, group, kind == "int4"), group, inputs),
             torch.randn(outputs).bfloat16(),
             group,
             outputs,
@@ -125,14 +125,14 @@ def test_norm_and_gate_ahead_of_products(triton_calls, kind: str, second_group: 
 
     first, second = [*weight(width, size, 128), True], weight(out_size, inner, second_group)
     arguments = [x, residual, norm, 1e-6, *first, *(second if gated else [None, None, None, None, 0, 0])]
-    (total, out), _ = triton_calls.call("pagegraph.kernels.quant.cuda", "norm_fragment_linear", *arguments)
+    (total, out), _ = triton_calls.call("pagegraph.kernels.quant.cuda", "norm_repacked_linear", *arguments)
     expected_total, normed = linear_reference.add_rms_norm(x, residual, norm, 1e-6)
-    expected, _ = triton_calls.call("pagegraph.kernels.quant.cuda", "fragment_linear", normed, *first, gated)
+    expected, _ = triton_calls.call("pagegraph.kernels.quant.cuda", "repacked_linear", normed, *first, gated)
     if gated:
-        expected, _ = triton_calls.call("pagegraph.kernels.quant.cuda", "fragment_linear", expected, *second, True)
+        expected, _ = triton_calls.call("pagegraph.kernels.quant.cuda", "repacked_linear", expected, *second, True)
     assert torch.equal(total, expected_total) and out.shape == expected.shape == (1, rows, out_size if gated else width)
     assert ((out.float() - expected.float()).norm() / expected.float().norm()).item() < 2**-6
-    whole_total, whole = torch.ops.pagegraph.norm_fragment_linear(*arguments)
+    whole_total, whole = torch.ops.pagegraph.norm_repacked_linear(*arguments)
     assert (
         torch.equal(whole_total, total) and ((out.float() - whole.float()).norm() / whole.float().norm()).item() < 0.06
     )
@@ -141,14 +141,14 @@ def test_norm_and_gate_ahead_of_products(triton_calls, kind: str, second_group: 
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_op_is_well_formed(gated: bool) -> None:
     x, norm = random_rows(3, 128)[None].contiguous(), torch.rand(128).bfloat16()
-    first = [*laid(*random_weight("int8", 256, 128, 128, False), 128, 128), None, 128, 256, True]
+    first = [*repacked(*random_weight("int8", 256, 128, 128, False), 128, 128), None, 128, 256, True]
     second = (
-        [*laid(*random_weight("int8", 64, 128, 128, False), 128, 128), None, 128, 64]
+        [*repacked(*random_weight("int8", 64, 128, 128, False), 128, 128), None, 128, 64]
         if gated
         else [None, None, None, None, 0, 0]
     )
     torch.library.opcheck(
-        torch.ops.pagegraph.norm_fragment_linear.default,
+        torch.ops.pagegraph.norm_repacked_linear.default,
         (x, x, norm, 1e-6, *first, *second),
         test_utils=("test_schema", "test_faketensor"),
     )
@@ -159,7 +159,7 @@ def test_codes_are_within_half_a_step_of_what_they_stand_for(size: int) -> None:
     x = random_rows(6, size)
     qweight, scale = quant_reference.int8_rows(x)
     back = quant_reference.decoded_rows(qweight, scale, size)
-    step = scale.t().repeat_interleave(CODED_GROUP, dim=1)[:, :size]
+    step = scale.t().repeat_interleave(ACTIVATION_GROUP, dim=1)[:, :size]
     assert ((back - x.float()).abs() <= 0.5001 * step).all()
     floats, scale, sums = quant_reference.e4m3_rows(x)
     back = quant_reference.decoded_rows(floats.float(), scale[None], size)
@@ -187,14 +187,14 @@ def test_equals_the_product_of_what_the_codes_stand_for(
     x, weight = random_rows(rows, size).to(dtype), qweight.float() * scale
     bias = torch.randn(out_size).to(dtype) if biased else None
     added = 0 if bias is None else bias.float()
-    laid_qweight, laid_scale, _ = laid(qweight, scale, None, size, size)
+    repacked_qweight, laid_scale, _ = repacked(qweight, scale, None, size, size)
     expected = quant_reference.decoded_rows(*quant_reference.int8_rows(x), size) @ weight.t() + added
     for _ in range(2):  # the second call finds the arrival counts as the first left them
         out, _ = triton_calls.call(
             "pagegraph.kernels.quant.gemm_8bit",
-            "coded_linear",
+            "gemm_8bit",
             x,
-            QuantWeight(laid_qweight, laid_scale, None, bias, size, out_size),
+            QuantWeight(repacked_qweight, laid_scale, None, bias, size, out_size),
             tile,
         )
         assert out.dtype == x.dtype and out.shape == expected.shape
@@ -235,9 +235,9 @@ def test_groups_of_4_bits(
     for _ in range(2):
         out, _ = triton_calls.call(
             "pagegraph.kernels.quant.gemm_8bit",
-            "coded_linear",
+            "gemm_8bit",
             x,
-            QuantWeight(*laid(qweight, scale, zero, group, size), bias, group, out_size),
+            QuantWeight(*repacked(qweight, scale, zero, group, size), bias, group, out_size),
             tile,
         )
         assert out.dtype == x.dtype and out.shape == expected.shape
@@ -248,11 +248,11 @@ def test_groups_of_4_bits(
 
 @pytest.mark.parametrize(("kind", "group", "has_zero"), [("int4", 64, True), ("int8", 128, False), ("int8", 256, True)])
 def test_groups_that_do_not_fit_are_refused(triton_calls, kind: str, group: int, has_zero: bool) -> None:
-    weight = laid(*random_weight(kind, 64, 256, group, has_zero), group, 256)
+    weight = repacked(*random_weight(kind, 64, 256, group, has_zero), group, 256)
     with pytest.raises((ValueError, AssertionError), match="have no product by codes"):
         triton_calls.call(
             "pagegraph.kernels.quant.gemm_8bit",
-            "coded_linear",
+            "gemm_8bit",
             torch.zeros(1, 256).bfloat16(),
             QuantWeight(*weight, None, group, 64),
             Tile(64, 128, 1, 4, 3),
@@ -261,11 +261,11 @@ def test_groups_that_do_not_fit_are_refused(triton_calls, kind: str, group: int,
 
 @pytest.mark.parametrize("tile", [Tile(32, 128, 1, 4, 3), Tile(64, 64, 1, 4, 3), Tile(64, 128, 1, 4, 3, 256)])
 def test_tiles_that_do_not_fit_are_refused(triton_calls, tile: Tile) -> None:
-    qweight, scale, _ = laid(*random_weight("int8", 64, 128, 128, False), 128, 128)
+    qweight, scale, _ = repacked(*random_weight("int8", 64, 128, 128, False), 128, 128)
     with pytest.raises((ValueError, AssertionError), match="is not made of blocks of 64 x 128 for up to 128 rows"):
         triton_calls.call(
             "pagegraph.kernels.quant.gemm_8bit",
-            "coded_linear",
+            "gemm_8bit",
             torch.zeros(1, 128).bfloat16(),
             QuantWeight(qweight, scale, None, None, 128, 64),
             tile,
@@ -281,12 +281,12 @@ def test_products_of_a_model(kind: str, rows: int) -> None:
     group = 128 if kind == "int4" else 4096
     qweight, scale, zero = random_weight(kind, 6144, 4096, group, kind == "int4")
     weight = QuantWeight(
-        *(None if one is None else one.cuda() for one in laid(qweight, scale, zero, group, 4096)), None, group, 6144
+        *(None if one is None else one.cuda() for one in repacked(qweight, scale, zero, group, 4096)), None, group, 6144
     )
     x = random_rows(rows, 4096).cuda()
     expected = x.float() @ quant_reference.dequantize(qweight, scale, zero, group).t().cuda()
     ruled = [choice_of(kind, count, 512, 4096, True) for count in (100, 1000)]
     for choice in (*ruled, coded(128, 1, 8, 3, 128), coded(64, 2, 4, 4, 64), coded(64, 4, 4, 3, 128)):
-        first = fragment_linear_by(choice, x, weight)
+        first = repacked_linear_by(choice, x, weight)
         assert ((first.float() - expected).norm() / expected.norm()).item() < 0.04
-        assert all(torch.equal(first, fragment_linear_by(choice, x, weight)) for _ in range(20))
+        assert all(torch.equal(first, repacked_linear_by(choice, x, weight)) for _ in range(20))

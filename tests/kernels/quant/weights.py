@@ -30,12 +30,12 @@ def multiplied(
     return weight if exact else weight.to(dtype).float()
 
 
-def laid(
+def repacked(
     qweight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, group: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """As the threads of a product want it."""
     if qweight.dtype == torch.float8_e4m3fn:
         return reference.exchanged_columns(qweight), scale, zero
     bits = 4 if qweight.dtype == torch.uint8 else 8
-    qweight = reference.fragments(reference.unpack_nibbles(qweight) if bits == 4 else qweight, bits)
-    return qweight, *(None if one is None else reference.fragment_pairs(one, group, size) for one in (scale, zero))
+    qweight = reference.repack(reference.unpack_nibbles(qweight) if bits == 4 else qweight, bits)
+    return qweight, *(None if one is None else reference.repack_scales(one, group, size) for one in (scale, zero))

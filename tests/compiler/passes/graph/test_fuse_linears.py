@@ -11,7 +11,7 @@ from pagegraph.compiler.passes.graph.fuse_norms import fuse_rows
 from pagegraph.compiler.passes.graph.fuse_rope import fuse_rope
 from pagegraph.compiler.passes.modules import quant_linears
 from pagegraph.compiler.passes.modules.merge_linears import merge_linears
-from pagegraph.compiler.passes.modules.quant_linears import Fragments, QuantLinear
+from pagegraph.compiler.passes.modules.quant_linears import QuantLinear, RepackedLinear
 from pagegraph.compiler.passes.modules.skinny_linears import skinny_linears
 from pagegraph.compiler.quantization.packing import quantize
 from tests.compiler.architectures import tiny_config
@@ -41,7 +41,7 @@ def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
 
 def test_what_is_ahead_joins_quantised_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the form that they have on CUDA, on the CPU by the reference of its op."""
-    monkeypatch.setattr(quant_linears, "_form", Fragments)
+    monkeypatch.setattr(quant_linears, "_form", RepackedLinear)
     stock = random_model(tiny_config("llama"))
     for parent in list(stock.modules()):
         for name, linear in list(parent.named_children()):
@@ -58,11 +58,11 @@ def test_what_is_ahead_joins_quantised_products(monkeypatch: pytest.MonkeyPatch)
     quant_linears.quant_linears(captured)
     graphs = check_compiled(stock, captured, [fuse_rope, fuse_rows, fuse_linears], MIXED)
     called = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
-    fused = [node for node in called if node.target is torch.ops.pagegraph.norm_fragment_linear]
+    fused = [node for node in called if node.target is torch.ops.pagegraph.norm_repacked_linear]
     assert (
         sorted(node.args[11] is not None for node in fused) == [False] * 3 + [True] * 4
     )  # qkv, but for the first layer's; the other two
-    assert [len(node.args) for node in called if node.target is torch.ops.pagegraph.fragment_linear] == [8] * 5
+    assert [len(node.args) for node in called if node.target is torch.ops.pagegraph.repacked_linear] == [8] * 5
     assert not [
         node for node in called if node.target in (torch.ops.pagegraph.silu_mul, torch.ops.pagegraph.add_rms_norm)
     ][1:]  # the last norm

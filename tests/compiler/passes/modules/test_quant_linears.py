@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from pagegraph.compiler.passes.modules.quant_linears import Fragments, Int8Dynamic, QuantLinear, fragment_group
+from pagegraph.compiler.passes.modules.quant_linears import Int8Dynamic, QuantLinear, RepackedLinear, repacked_group
 from pagegraph.compiler.quantization.packing import Quantized
 from pagegraph.kernels.quant import reference
 
@@ -51,7 +51,7 @@ def test_laid_out_as_operands_they_compute_the_same(
 ) -> None:
     loaded = linear(kind, group, size, has_zero, g_idx_order)
     states = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert torch.equal(Fragments(loaded)(states), loaded(states))
+    assert torch.equal(RepackedLinear(loaded)(states), loaded(states))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_laid_out_as_operands_they_compute_the_same(
     ],
 )
 def test_groups_that_blocks_are_made_of(kind: str, group: int, size: int, held: int) -> None:
-    assert fragment_group(linear(kind, group, size)) == held
+    assert repacked_group(linear(kind, group, size)) == held
 
 
 def test_a_step_beside_a_compilation_computes_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
