@@ -25,7 +25,7 @@ int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kern
 
 `pagegraph::repacked_linear` is the same with the weight as the matrix unit takes it, x [..., K] -> [..., out_size]: integers as
 `kernels.quant.reference.repack` lays them, scale and zero as `repack_scales` does; or float8_e4m3fn as `exchanged_columns`, scale float32
-[N, groups] of a multiple of 64 columns each, no zero. rounds: a device may round x to 8 bits where that is
+[N, groups] of a multiple of 64 columns each, no zero. quantize_x: a device may quantise x to 8 bits where that is
 faster, from many rows on (`kernels.quant.tiles`). gated: [..., out_size / 2], silu(first half) * second half.
 `pagegraph::norm_repacked_linear` is x + residual -> its norm -> repacked_linear -> (sum, product); with a second weight the first is
 gated and the second's product [..., second_size] comes out.
@@ -137,14 +137,14 @@ def _quant_linear(x: Tensor, qweight: Tensor, *_: Tensor | int | None) -> Tensor
 
 def _fragment_linear(
     x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int, out_size: int,
-    rounds: bool, gated: bool = False,
+    quantize_x: bool, gated: bool = False,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], out_size // 2 if gated else out_size)
 
 
 def _norm_fragment_linear(
     x: Tensor, residual: Tensor, norm: Tensor, eps: float, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
-    group: int, out_size: int, rounds: bool, second_qweight: Tensor | None, *second: Tensor | int | None,
+    group: int, out_size: int, quantize_x: bool, second_qweight: Tensor | None, *second: Tensor | int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], out_size if second_qweight is None else second[-1])
 
@@ -200,12 +200,12 @@ OPS = (
     ),
     Op(
         "repacked_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero, Tensor? bias, int group, "
-        "int out_size, bool rounds, bool gated=False) -> Tensor",
+        "int out_size, bool quantize_x, bool gated=False) -> Tensor",
         quant_reference.repacked_linear, "quant.cuda:repacked_linear", _fragment_linear,
     ),
     Op(
         "norm_repacked_linear(Tensor x, Tensor residual, Tensor norm, float eps, Tensor qweight, Tensor scale, "
-        "Tensor? zero, Tensor? bias, int group, int out_size, bool rounds, Tensor? second_qweight, "
+        "Tensor? zero, Tensor? bias, int group, int out_size, bool quantize_x, Tensor? second_qweight, "
         "Tensor? second_scale, Tensor? second_zero, Tensor? second_bias, int second_group, "
         "int second_size) -> (Tensor, Tensor)",
         quant_reference.norm_repacked_linear, "quant.cuda:norm_repacked_linear", _norm_fragment_linear,

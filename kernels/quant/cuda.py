@@ -12,7 +12,7 @@ from pagegraph.kernels.quant.activations import Norm, exchanged_e4m3_rows
 from pagegraph.kernels.quant.gemm_8bit import gemm_8bit
 from pagegraph.kernels.quant.gemm_16bit import dequantize_repacked, gemm_16bit
 from pagegraph.kernels.quant.gemv import ROWS, quant_gemv
-from pagegraph.kernels.quant.tiles import ROUNDING, Choice, QuantWeight, choice_of, takes_8_bits
+from pagegraph.kernels.quant.tiles import QUANTIZES_X, Choice, QuantWeight, choice_of, takes_8bit_activations
 
 
 def repacked_linear(
@@ -23,12 +23,12 @@ def repacked_linear(
     bias: Tensor | None,
     group: int,
     out_size: int,
-    rounds: bool,
+    quantize_x: bool,
     gated: bool = False,
 ) -> Tensor:
     """See `kernels.ops`."""
     rows, weight = _rows(x), QuantWeight(qweight, scale, zero, bias, group, out_size)
-    choice = _choice(len(rows), rows.shape[1], x.dtype, weight, rounds)
+    choice = _choice(len(rows), rows.shape[1], x.dtype, weight, quantize_x)
     return repacked_linear_by(choice, rows, weight, gated).view(*x.shape[:-1], -1)
 
 
@@ -43,32 +43,32 @@ def norm_repacked_linear(
     bias: Tensor | None,
     group: int,
     out_size: int,
-    rounds: bool,
+    quantize_x: bool,
     *second: Tensor | int | None,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.ops`. Where rows are rounded for a product, one kernel does that and what is ahead of it."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     ahead = Norm(norm, eps, residual.reshape(rows.shape).contiguous(), torch.empty_like(rows))
     weight, behind = QuantWeight(qweight, scale, zero, bias, group, out_size), QuantWeight(*second)
-    choice = _choice(len(rows), rows.shape[1], x.dtype, weight, rounds)
+    choice = _choice(len(rows), rows.shape[1], x.dtype, weight, quantize_x)
     if behind.qweight is None:
         out = repacked_linear_by(choice, rows, weight, norm=ahead)
     else:
-        later = _choice(len(rows), out_size // 2, x.dtype, behind, rounds)
+        later = _choice(len(rows), out_size // 2, x.dtype, behind, quantize_x)
         apart = (
-            later.way in ROUNDING
+            later.way in QUANTIZES_X
         )  # then the gate is done as its result is rounded; else it may be done in the first product's kernel
         inner = repacked_linear_by(choice, rows, weight, gated=not apart, norm=ahead)
         out = repacked_linear_by(later, inner, behind, gated_rows=apart)
     return ahead.total.view(x.shape), out.view(*x.shape[:-1], -1)
 
 
-def _choice(rows: int, size: int, dtype: torch.dtype, weight: QuantWeight, rounds: bool) -> Choice:
+def _choice(rows: int, size: int, dtype: torch.dtype, weight: QuantWeight, quantize_x: bool) -> Choice:
     """How x [rows, size] is multiplied with a weight."""
-    rounds = rounds and takes_8_bits(
+    quantize_x = quantize_x and takes_8bit_activations(
         weight.kind, dtype, weight.out_size, size, weight.group, weight.zero is not None, weight.qweight.device
     )
-    return choice_of(weight.kind, rows, weight.out_size, size, rounds, dtype.itemsize == 2)
+    return choice_of(weight.kind, rows, weight.out_size, size, quantize_x, dtype.itemsize == 2)
 
 
 def repacked_linear_by(
@@ -83,7 +83,7 @@ def repacked_linear_by(
 
     norm: what is done to rows first; gated_rows, of ways that round: they are [T, 2 * K], and silu(first half) * second half is multiplied.
     """
-    if choice.way not in ROUNDING and norm is not None:
+    if choice.way not in QUANTIZES_X and norm is not None:
         _, rows = add_rms_norm(rows, norm.residual, norm.weight, norm.eps, norm.total)
     if choice.way == "gemv":
         tile = (

@@ -10,7 +10,7 @@ import torch
 from pagegraph.kernels.dtypes import FP8_MAX, INT8_MAX
 from pagegraph.kernels.linear.reference import add_rms_norm, silu_mul
 
-SECOND_DIGIT = 2 * INT8_MAX  # what a rounding to int8 leaves is at most half: this many steps fill the next int8
+INT8X2_STEPS = 2 * INT8_MAX  # what a rounding to int8 leaves is at most half: this many steps fill the next int8
 NIBBLE_SPAN = 32  # columns that `pack_nibbles` keeps together
 REPACK_BLOCK = (
     64  # rows and columns of a weight that `repack` lays together, as many rows as Hopper's instruction takes
@@ -140,11 +140,11 @@ def decoded_rows(x_q: torch.Tensor, scale: torch.Tensor, size: int) -> torch.Ten
     return (plain.float() * scale.t()[:, :, None]).flatten(1)[:, :size]
 
 
-def two_digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def int8x2(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [T, K] -> int8 high and low [T, K], float32 scale [T, 1]: x is about (high + low / 254) * scale."""
     high, scale = quantize_rows(x, torch.int8)
     rest = x.float() / scale - high
-    return high, (rest * SECOND_DIGIT).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
+    return high, (rest * INT8X2_STEPS).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
 
 
 def quantize_groups(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -185,7 +185,7 @@ def repacked_linear(
     bias: torch.Tensor | None,
     group: int,
     out_size: int,
-    rounds: bool,
+    quantize_x: bool,
     gated: bool = False,
 ) -> torch.Tensor:
     """See `kernels.ops`: the product with the dequantised weight, rounded to x's dtype."""
@@ -212,11 +212,11 @@ def norm_repacked_linear(
     bias: torch.Tensor | None,
     group: int,
     out_size: int,
-    rounds: bool,
+    quantize_x: bool,
     *second: torch.Tensor | int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.ops`."""
     total, normed = add_rms_norm(x, residual, norm, eps)
     followed = second[0] is not None
-    out = repacked_linear(normed, qweight, scale, zero, bias, group, out_size, rounds, followed)
-    return total, repacked_linear(out, *second, rounds) if followed else out
+    out = repacked_linear(normed, qweight, scale, zero, bias, group, out_size, quantize_x, followed)
+    return total, repacked_linear(out, *second, quantize_x) if followed else out

@@ -31,7 +31,7 @@ KINDS: dict[torch.dtype, Kind] = {torch.uint8: "int4", torch.int8: "int8", torch
 # rows: `kernels.quant.gemv`, for few rows; tile: `kernels.quant.gemm_16bit` by that tile; plain: dequantised, then cuBLAS. Two round rows of x to 8 bits:
 # coded: `kernels.quant.gemm_8bit` by that tile, of int8 with one scale a row or int4 in groups of multiples of 128; scaled: PyTorch's product of two fp8, of one scale a row.
 Way = Literal["gemv", "gemm_16bit", "dequantize", "gemm_8bit", "scaled_mm"]
-ROUNDING: tuple[Way, ...] = ("gemm_8bit", "scaled_mm")
+QUANTIZES_X: tuple[Way, ...] = ("gemm_8bit", "scaled_mm")
 
 
 class QuantWeight(NamedTuple):
@@ -108,7 +108,7 @@ def has_gemm_8bit(kind: Kind, group: int, size: int, has_zero: bool) -> bool:
     return kind == "int8" and group >= size and not has_zero
 
 
-def takes_8_bits(
+def takes_8bit_activations(
     kind: Kind, dtype: torch.dtype, out_size: int, size: int, group: int, has_zero: bool, device: torch.device
 ) -> bool:
     """Whether this GPU, or the interpreter, multiplies a weight [out_size, size] with rows of `dtype` rounded to 8 bits."""
@@ -119,16 +119,16 @@ def takes_8_bits(
     return kind == "int8" or device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
-def choice_of(kind: Kind, rows: int, out_size: int, size: int, rounds: bool = False, narrow: bool = True) -> Choice:
-    """For x [rows, size] @ weight [out_size, size].T; rounds: x may be rounded to 8 bits (`takes_8_bits`); narrow: x has 16 bits."""
+def choice_of(kind: Kind, rows: int, out_size: int, size: int, quantize_x: bool = False, narrow: bool = True) -> Choice:
+    """For x [rows, size] @ weight [out_size, size].T; quantize_x: x may be rounded to 8 bits (`takes_8bit_activations`); narrow: x has 16 bits."""
     measured = TABLE.get((kind, out_size, size), {})
     if limits := [limit for limit in measured if limit >= rows]:
         found = measured[min(limits)]
-        if (rounds or found.way not in ROUNDING) and (narrow or found.way != "gemv"):
+        if (quantize_x or found.way not in QUANTIZES_X) and (narrow or found.way != "gemv"):
             return found
     if rows <= SINGLE_ROWS and narrow:
         return Choice("gemv", gemv_tile_by_rule(kind, out_size))
-    if rows > MEMORY_BOUND_ROWS and rounds:
+    if rows > MEMORY_BOUND_ROWS and quantize_x:
         return SCALED if kind == "fp8" else Choice("gemm_8bit", gemm_8bit_tile_by_rule(kind, rows, out_size, size))
     if rows > WIDE_ROWS:
         return PLAIN

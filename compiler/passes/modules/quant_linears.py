@@ -2,7 +2,7 @@
 
 Knows what a device's products take and which of them beat the unquantised product; knows no checkpoints.
 
-On a CPU int8 takes two int8 digits of each activation in one reading of the weight: with one digit, activations with
+On a CPU int8 takes two int8 values (int8x2) of each activation in one reading of the weight: with one digit, activations with
 large outliers (SmolLM2 has them) cost KL 0.066 against bfloat16, with two 0.010. int4 has three ways there: our GEMV
 for one row of bfloat16 with AVX-512, PyTorch's packed linear for few rows, and from 128 rows on the weight is
 dequantised first, which needs to know how PyTorch packs. That is checked on each weight; where it differs, all rows
@@ -20,7 +20,7 @@ from torch import nn
 from pagegraph.compiler.host.malloc import return_freed_memory
 from pagegraph.compiler.quantization.packing import Quantized
 from pagegraph.kernels.quant import cpu, reference
-from pagegraph.kernels.quant.tiles import KINDS, MEMORY_BOUND_ROWS, takes_8_bits
+from pagegraph.kernels.quant.tiles import KINDS, MEMORY_BOUND_ROWS, takes_8bit_activations
 
 log = logging.getLogger("pagegraph.quantization")
 
@@ -66,7 +66,7 @@ class QuantLinear(nn.Module):
 
 
 class Int8Dynamic(nn.Module):
-    """CPUs with 8-bit dot products: each token's states become two int8 digits by their own scale, and integers are multiplied.
+    """CPUs with 8-bit dot products: each token's states become two int8 values (int8x2) by their own scale, and integers are multiplied.
 
     One digit would lose the small states of a token that has one large state; the second rides along in the same reading
     of the weight. In plain operations, so that the compiler joins the rounding to the norm before it and the scales to what
@@ -86,20 +86,20 @@ class Int8Dynamic(nn.Module):
             parts = self.qweight.unflatten(0, (math.gcd(self.out_features, SUMS_AT_ONCE), -1)).unbind()
             product = (torch.cat([(part.float() * row).sum(-1) for part in parts]) * self.scale)[None]
         else:
-            high, low, scale = reference.two_digits(rows)
+            high, low, scale = reference.int8x2(rows)
             upper, lower = torch._int_mm(torch.cat([high, low]), self.qweight.t()).float().split(len(rows))
-            product = (upper + lower / reference.SECOND_DIGIT) * scale * self.scale
+            product = (upper + lower / reference.INT8X2_STEPS) * scale * self.scale
         if self.bias is not None:
             product = product + self.bias
         return product.to(states.dtype).unflatten(0, states.shape[:-1])
 
 
 class RepackedLinear(nn.Module):
-    """CUDA: qweight, scales and zeros laid as the threads of a product want them. rounds: states may be rounded to 8 bits."""
+    """CUDA: qweight, scales and zeros laid as the threads of a product want them. quantize_x: states may be rounded to 8 bits."""
 
-    def __init__(self, linear: QuantLinear, rounds: bool = True) -> None:
+    def __init__(self, linear: QuantLinear, quantize_x: bool = True) -> None:
         super().__init__()
-        self.rounds = rounds
+        self.quantize_x = quantize_x
         size = linear.in_features
         self.group = repacked_group(linear)
         scale, zero = (_regrouped(one, linear.group, self.group, size) for one in (linear.scale, linear.zero))
@@ -119,7 +119,7 @@ class RepackedLinear(nn.Module):
             self.register_buffer(name, values, persistent=False)
         self.bias, self.out_features = linear.bias, linear.out_features
         kind = KINDS[linear.qweight.dtype]
-        self.may_round = rounds and takes_8_bits(
+        self.may_quantize_x = quantize_x and takes_8bit_activations(
             kind, linear.dtype, self.out_features, size, self.group, zero is not None, qweight.device
         )
 
@@ -127,7 +127,7 @@ class RepackedLinear(nn.Module):
         if self.g_idx_order is not None:
             states = states.index_select(-1, self.g_idx_order)
         return torch.ops.pagegraph.repacked_linear(
-            states, self.qweight, self.scale, self.zero, self.bias, self.group, self.out_features, self.rounds
+            states, self.qweight, self.scale, self.zero, self.bias, self.group, self.out_features, self.quantize_x
         )
 
 
@@ -215,7 +215,7 @@ def quant_linears(model: nn.Module, round_activations: bool = True) -> int:
 
     round_activations: in steps of many rows a GPU may round states to 8 bits, of weights of any format.
     """
-    widened, rounding = 0, 0
+    widened, quantizing = 0, 0
     # No QuantLinear is held here: each is to go when its form is there.
     places = [
         (parent, name)
@@ -228,7 +228,7 @@ def quant_linears(model: nn.Module, round_activations: bool = True) -> int:
         setattr(parent, name, form)
         return_freed_memory()
         widened += type(form) is nn.Linear
-        rounding += type(form) is RepackedLinear and form.may_round
+        quantizing += type(form) is RepackedLinear and form.may_quantize_x
     if widened:
         log.warning(
             "quantization: no product of this device takes %d of %d quantised linears; they are held unquantised, "
@@ -236,21 +236,21 @@ def quant_linears(model: nn.Module, round_activations: bool = True) -> int:
             widened,
             len(places),
         )
-    if rounding:
+    if quantizing:
         log.info(
             "quantization: steps of more than about %d tokens may round activations to 8 bits in front of %d of %d quantised linears; "
             "round_activations=false keeps them as they are, at less speed",
             MEMORY_BOUND_ROWS,
-            rounding,
+            quantizing,
             len(places),
         )
     return len(places)
 
 
-def _form(linear: QuantLinear, rounds: bool) -> nn.Module:
+def _form(linear: QuantLinear, quantize_x: bool) -> nn.Module:
     """On CUDA the op chooses by rows; on the CPU the product is chosen here, once."""
     if linear.qweight.device.type != "cpu":
-        return RepackedLinear(linear, rounds) if repacked_group(linear) else _widened(linear)
+        return RepackedLinear(linear, quantize_x) if repacked_group(linear) else _widened(linear)
     if (
         linear.qweight.dtype == torch.int8
         and linear.scale.shape[1] == 1

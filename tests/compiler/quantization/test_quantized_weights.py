@@ -82,7 +82,7 @@ def test_every_value_is_the_formats(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["awq_g32", "gptq_4_act_order", "w4a16_asymmetric", "w8a8", "fp8_row", "gptq_8"])
 def test_passes_keep_what_it_computes(name: str, tmp_path: Path) -> None:
-    """Merged, and in the form of this CPU: within the roundings that the form adds (states to two int8 digits, scales to the dtype)."""
+    """Merged, and in the form of this CPU: within the roundings that the form adds (states to two int8 values (int8x2), scales to the dtype)."""
     stock = write(tmp_path, stock_model(), name)
     model = load(tmp_path)
     reports = {report.name: report.changes for report in apply_module_passes(model, PASSES)}
@@ -498,23 +498,23 @@ def test_the_form_of_a_gpu_computes_what_was_loaded(
     apply_module_passes(model, PASSES)
     forms = [type(module) for module in model.modules()]
     assert forms.count(RepackedLinear) == 4 * 2 + (method != "fp8") and QuantLinear not in forms
-    assert all(module.rounds for module in model.modules() if type(module) is RepackedLinear)
+    assert all(module.quantize_x for module in model.modules() if type(module) is RepackedLinear)
     ids = torch.randint(3, 128, (1, 17), generator=torch.Generator().manual_seed(1))
     expected, out = logits(plain), model(ids.to(device), use_cache=False).logits.float().cpu()
     assert ((out - expected).norm() / expected.norm()).item() < 0.02
 
 
-@pytest.mark.parametrize("rounds", [True, False])
+@pytest.mark.parametrize("quantize_x", [True, False])
 def test_whether_states_may_be_rounded_is_a_setting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rounds: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, quantize_x: bool
 ) -> None:
     monkeypatch.setattr(quant_linears, "_form", RepackedLinear)
     stock_model().save_pretrained(tmp_path)
     model = load(tmp_path, "int8", torch.bfloat16)
     with caplog.at_level("INFO"):
-        apply_module_passes(model, PassOptions(round_activations=rounds))
-    assert {module.rounds for module in model.modules() if type(module) is RepackedLinear} == {rounds}
-    assert ("may round activations to 8 bits in front of 9 of 9" in caplog.text) == rounds
+        apply_module_passes(model, PassOptions(round_activations=quantize_x))
+    assert {module.quantize_x for module in model.modules() if type(module) is RepackedLinear} == {quantize_x}
+    assert ("may round activations to 8 bits in front of 9 of 9" in caplog.text) == quantize_x
 
 
 def test_experts_that_stay_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

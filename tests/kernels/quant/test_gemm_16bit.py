@@ -19,7 +19,7 @@ from pagegraph.kernels.quant.tiles import (
     choice_of,
     few,
     gemm_16bit_tile_by_rule,
-    takes_8_bits,
+    takes_8bit_activations,
 )
 from tests.kernels.quant.weights import multiplied, random_weight, repacked
 
@@ -197,15 +197,17 @@ def test_rows_become_the_codes_of_the_reference(triton_calls, size: int) -> None
     st.booleans(),
     st.booleans(),
 )
-def test_every_choice_can_be_run(kind: str, rows: int, out_size: int, size: int, rounds: bool, narrow: bool) -> None:
-    choice = choice_of(kind, rows, out_size, size, rounds, narrow)
+def test_every_choice_can_be_run(
+    kind: str, rows: int, out_size: int, size: int, quantize_x: bool, narrow: bool
+) -> None:
+    choice = choice_of(kind, rows, out_size, size, quantize_x, narrow)
     if choice.way == "gemv":
         assert rows <= SINGLE_ROWS and narrow and isinstance(choice.tile, QuantGemvTile)
         return
     if choice.way == "gemm_8bit":
-        assert rounds and kind != "fp8" and choice.tile.block_k == 128 and choice.tile.block_t <= 128
+        assert quantize_x and kind != "fp8" and choice.tile.block_k == 128 and choice.tile.block_t <= 128
     elif choice.way == "scaled_mm":
-        assert choice.tile is None and kind == "fp8" and rounds and rows > SINGLE_ROWS
+        assert choice.tile is None and kind == "fp8" and quantize_x and rows > SINGLE_ROWS
         return
     elif choice.way == "dequantize":
         assert choice.tile is None and rows > MEMORY_BOUND_ROWS
@@ -298,7 +300,7 @@ def test_which_products_take_rows_of_8_bits(
     takes: bool,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert takes_8_bits(kind, dtype, out_size, 512, group, has_zero, torch.device("cuda")) == takes
+    assert takes_8bit_activations(kind, dtype, out_size, 512, group, has_zero, torch.device("cuda")) == takes
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
@@ -307,7 +309,7 @@ def test_rows_stay_as_they_are_where_they_shall(triton_calls, kind: str) -> None
     x = torch.randn(70, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = reference.quant_linear(x.float(), qweight, scale, zero, None, 128)
     errors = []
-    for rounds in (True, False):
+    for quantize_x in (True, False):
         out, _ = triton_calls.call(
             "pagegraph.kernels.quant.cuda",
             "repacked_linear",
@@ -316,7 +318,7 @@ def test_rows_stay_as_they_are_where_they_shall(triton_calls, kind: str) -> None
             None,
             128,
             44,
-            rounds,
+            quantize_x,
         )
         errors.append(((out.float() - expected).norm() / expected.norm()).item())
     assert errors[1] < 2**-8 < errors[0] < 2**-4

@@ -34,7 +34,7 @@ def test_rows_are_within_half_a_step(dtype: torch.dtype, step: float) -> None:
 
 def test_two_digits_leave_half_a_step_of_the_second() -> None:
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 7)[:, None]
-    high, low, scale = reference.two_digits(x)
+    high, low, scale = reference.int8x2(x)
     back = (high.float() + low.float() / 254) * scale
     assert ((back - x).abs() <= x.abs().amax(1, keepdim=True) / 127 / 254 / 2 * 1.01).all()
 
