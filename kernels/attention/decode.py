@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pagegraph.kernels.attention.softmax import (
     LOG2E,
+    converted,
     dot_precision,
     first_key,
     last_not_above,
@@ -24,7 +25,6 @@ from pagegraph.kernels.attention.softmax import (
     of_pairs,
     to_base2,
     update,
-    widened,
 )
 from pagegraph.kernels.pdl import arrival_counts, dependent, wait
 
@@ -90,9 +90,9 @@ def locate(index, query_start_ptr, seq_lens_ptr, num_seqs, BY_TOKEN: tl.constexp
 @triton.jit
 def decode_kernel(
     out_ptr,
-    mixed_ptr,
-    peak_ptr,
-    total_ptr,
+    acc_ptr,
+    m_ptr,
+    l_ptr,
     arrivals_ptr,
     query_ptr,
     key_cache_ptr,
@@ -171,18 +171,18 @@ def decode_kernel(
             query, level = levelled(query)
             scale = level[:, None] * scale
         query, second_query = tl.split(query.reshape(BLOCK_M, HEAD_PAD // 2, 2))
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
         # The sink is one more logit of the denominator; the first split counts it.
         sink = tl.load(sinks_ptr + head, mask=grouped & (split == 0), other=float("-inf")).to(tl.float32)
-        peak = sink * 1.4426950408889634
-        total = tl.where(peak == float("-inf"), 0.0, 1.0)
+        m_i = sink * 1.4426950408889634
+        l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
     if SUM_LATE:
-        total = tl.where(tl.arange(0, BLOCK_N)[None, :] == 0, total[:, None], 0.0)
-    mixed = tl.zeros([BLOCK_M, VALUE_PAD // WIDTH], tl.float32)
+        l_i = tl.where(tl.arange(0, BLOCK_N)[None, :] == 0, l_i[:, None], 0.0)
+    acc = tl.zeros([BLOCK_M, VALUE_PAD // WIDTH], tl.float32)
     if PAIRED:
-        second_mixed = tl.zeros([BLOCK_M, VALUE_PAD // 2], tl.float32)
+        second_acc = tl.zeros([BLOCK_M, VALUE_PAD // 2], tl.float32)
 
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
     lane = tl.arange(0, BLOCK_N)
@@ -210,53 +210,53 @@ def decode_kernel(
             products = tl.dot(query, keys.to(query.dtype), input_precision=PRECISION)
             products = tl.dot(second_query, second_keys.to(query.dtype), products, input_precision=PRECISION)
         else:
-            products = tl.dot(query, widened(keys, query.dtype), input_precision=PRECISION)
+            products = tl.dot(query, converted(keys, query.dtype), input_precision=PRECISION)
         logits = tl.where(inside[None, :], to_base2(products, scale, SOFTCAP), float("-inf"))
-        weights, peak, total, shrink = update(logits, peak, total, SUM_LATE)
+        weights, m_i, l_i, alpha = update(logits, m_i, l_i, SUM_LATE)
         weights = weights.to(query.dtype)
-        mixed = mixed * shrink[:, None]
+        acc = acc * alpha[:, None]
         if PAIRED:
             values, second_values = of_pairs(values, ASSEMBLES)
-            second_mixed = second_mixed * shrink[:, None]
-            second_mixed = tl.dot(weights, second_values.to(query.dtype), second_mixed, input_precision=PRECISION)
-        mixed = tl.dot(weights, widened(values, query.dtype), mixed, input_precision=PRECISION)
+            second_acc = second_acc * alpha[:, None]
+            second_acc = tl.dot(weights, second_values.to(query.dtype), second_acc, input_precision=PRECISION)
+        acc = tl.dot(weights, converted(values, query.dtype), acc, input_precision=PRECISION)
 
     if SUM_LATE:
-        total = tl.sum(total, 1)
+        l_i = tl.sum(l_i, 1)
     if PAIRED:
-        mixed = tl.interleave(mixed, second_mixed)
+        acc = tl.interleave(acc, second_acc)
     if NUM_SPLITS == 1:
-        tl.store(out_at, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
+        tl.store(out_at, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
         return
     # Parts [row, split, head]: what each split found.
     used = (length + span - 1) // span
     index = tl.program_id(0) * KV_HEADS + kv_head
     part = tl.program_id(0).to(tl.int64) * NUM_SPLITS * KV_HEADS * GROUP + head
     mine = part + split * KV_HEADS * GROUP
-    tl.store(peak_ptr + mine, peak, mask=grouped)
-    tl.store(total_ptr + mine, total, mask=grouped)
-    tl.store(mixed_ptr + mine[:, None] * VALUE_SIZE + value_column[None, :], mixed, mask=out_mask)
+    tl.store(m_ptr + mine, m_i, mask=grouped)
+    tl.store(l_ptr + mine, l_i, mask=grouped)
+    tl.store(acc_ptr + mine[:, None] * VALUE_SIZE + value_column[None, :], acc, mask=out_mask)
     tl.debug_barrier()  # every thread's share is stored before the arrival is counted
     if tl.atomic_add(arrivals_ptr + index, 1, sem="acq_rel") < used - 1:
         return
     tl.store(arrivals_ptr + index, 0)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    mixed = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
     for other in range(0, used):
         at = part + other * KV_HEADS * GROUP
         # Past the first-level cache, which does not see what other programs store.
-        peak_there = tl.load(peak_ptr + at, mask=grouped, other=0.0, cache_modifier=".cg")
-        total_there = tl.load(total_ptr + at, mask=grouped, other=1.0, cache_modifier=".cg")
-        mixed_there = tl.load(
-            mixed_ptr + at[:, None] * VALUE_SIZE + value_column[None, :], mask=out_mask, other=0.0, cache_modifier=".cg"
+        m_there = tl.load(m_ptr + at, mask=grouped, other=0.0, cache_modifier=".cg")
+        l_there = tl.load(l_ptr + at, mask=grouped, other=1.0, cache_modifier=".cg")
+        acc_there = tl.load(
+            acc_ptr + at[:, None] * VALUE_SIZE + value_column[None, :], mask=out_mask, other=0.0, cache_modifier=".cg"
         )
-        higher = tl.maximum(peak, peak_there)
-        keep, take = tl.exp2(peak - higher), tl.exp2(peak_there - higher)
-        total = total * keep + total_there * take
-        mixed = mixed * keep[:, None] + mixed_there * take[:, None]
-        peak = higher
-    tl.store(out_at, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
+        m_new = tl.maximum(m_i, m_there)
+        keep, take = tl.exp2(m_i - m_new), tl.exp2(m_there - m_new)
+        l_i = l_i * keep + l_there * take
+        acc = acc * keep[:, None] + acc_there * take[:, None]
+        m_i = m_new
+    tl.store(out_at, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 def num_splits(rows: int, kv_heads: int, max_length: int, programs: int) -> int:
@@ -296,16 +296,16 @@ def attend_rows(
         key_cache, value_cache = key_cache.view(torch.int16), value_cache.view(torch.int16)
     splits = num_splits(rows, kv_heads, max_blocks * block_size, tile.programs)
     parts = (rows, splits if splits > 1 else 0, heads)
-    mixed = torch.empty(*parts, value_size, dtype=torch.float32, device=query.device)
+    acc = torch.empty(*parts, value_size, dtype=torch.float32, device=query.device)
     arrivals = arrival_counts(query.device)
     if splits > 1 and rows * kv_heads > len(arrivals):
         raise ValueError(f"{rows} rows of {kv_heads} heads are split: more than {len(arrivals)} counts")
-    peak, total = torch.empty(2, *parts, dtype=torch.float32, device=query.device)
+    m_i, l_i = torch.empty(2, *parts, dtype=torch.float32, device=query.device)
     decode_kernel[rows, kv_heads, splits](
         out,
-        mixed,
-        peak,
-        total,
+        acc,
+        m_i,
+        l_i,
         arrivals,
         query,
         key_cache,

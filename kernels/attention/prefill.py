@@ -17,12 +17,12 @@ from torch import Tensor
 
 from pagegraph.kernels.attention.softmax import (
     LOG2E,
+    converted,
     dot_precision,
     first_key,
     last_not_above,
     to_base2,
     weigh,
-    widened,
 )
 
 
@@ -127,9 +127,9 @@ def _unpack(packed, nothing, dtype: tl.constexpr, OPAQUE: tl.constexpr):
 
 
 @triton.jit
-def _mix(mixed, shrink, weights, nothing, values, PRECISION: tl.constexpr, OPAQUE: tl.constexpr):
+def _accumulate(acc, alpha, weights, nothing, values, PRECISION: tl.constexpr, OPAQUE: tl.constexpr):
     return tl.dot(
-        _unpack(weights, nothing, values.dtype, OPAQUE), values, mixed * shrink[:, None], input_precision=PRECISION
+        _unpack(weights, nothing, values.dtype, OPAQUE), values, acc * alpha[:, None], input_precision=PRECISION
     )
 
 
@@ -191,13 +191,13 @@ def prefill_kernel(
         mask=live[:, None] & (key_column < HEAD_SIZE)[None, :],
         other=0.0,
     )
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
-        peak = tl.load(sinks_ptr + head, mask=live, other=0.0).to(tl.float32) * 1.4426950408889634
-        total = total + 1.0
-    mixed = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
-    shrink = total * 0.0
+        m_i = tl.load(sinks_ptr + head, mask=live, other=0.0).to(tl.float32) * 1.4426950408889634
+        l_i = l_i + 1.0
+    acc = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
+    alpha = l_i * 0.0
     nothing = tl.minimum(num_seqs, 0).to(tl.uint32)
     weights = _pack(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), query.dtype, OPAQUE)
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
@@ -215,23 +215,21 @@ def prefill_kernel(
         slot = _slot(block, tl.minimum((start + key_lane).to(tl.uint32), last), BLOCK_SIZE, WIDE)
         # Block ids are carried one tile ahead, as in the decode kernel.
         block = tl.load(table_ptr + tl.minimum((start + BLOCK_N + key_lane).to(tl.uint32), last) // BLOCK_SIZE)
-        keys = widened(_rows(key_ptr, slot, KV_HEADS * HEAD_SIZE, HEAD_SIZE, HEAD_PAD), query.dtype)
-        values = widened(_rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD), query.dtype)
+        keys = converted(_rows(key_ptr, slot, KV_HEADS * HEAD_SIZE, HEAD_SIZE, HEAD_PAD), query.dtype)
+        values = converted(_rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD), query.dtype)
         logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
-        mixed = _mix(mixed, shrink, weights, nothing, values, PRECISION, OPAQUE)
+        acc = _accumulate(acc, alpha, weights, nothing, values, PRECISION, OPAQUE)
         if SOFTCAP > 0:
             logits = to_base2(logits, scale, SOFTCAP)
         if (WINDOW > 0) or (CHUNK > 0):
             logits = _mask(logits, position, start, BLOCK_N, WINDOW, CHUNK)
         elif start + BLOCK_N > lowest + 1:
             logits = _mask(logits, position, start, BLOCK_N, WINDOW, CHUNK)
-        weighed, peak, total, shrink = weigh(
-            logits, 1.0 if SOFTCAP > 0 else scale, peak, total, (WINDOW > 0) | (CHUNK > 0)
-        )
+        weighed, m_i, l_i, alpha = weigh(logits, 1.0 if SOFTCAP > 0 else scale, m_i, l_i, (WINDOW > 0) | (CHUNK > 0))
         weights = _pack(weighed, values.dtype, OPAQUE)
         before = slot
-    values = widened(_rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD), query.dtype)
-    mixed = _mix(mixed, shrink, weights, nothing, values, PRECISION, OPAQUE)
+    values = converted(_rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD), query.dtype)
+    acc = _accumulate(acc, alpha, weights, nothing, values, PRECISION, OPAQUE)
     # Where the rows go is worked out anew: kept through the loop, it would cost registers that the tiles need.
     row_begin = tl.load(query_start_ptr + sequence, volatile=True)
     count = tl.load(query_start_ptr + sequence + 1, volatile=True) - row_begin
@@ -241,7 +239,7 @@ def prefill_kernel(
     value_column = tl.arange(0, VALUE_PAD)
     tl.store(
         out_ptr + (row[:, None] * KV_HEADS * GROUP + head[:, None]) * VALUE_SIZE + value_column[None, :],
-        (mixed / total[:, None]).to(out_ptr.dtype.element_ty),
+        (acc / l_i[:, None]).to(out_ptr.dtype.element_ty),
         mask=live[:, None] & (value_column < VALUE_SIZE)[None, :],
     )
 

@@ -90,7 +90,7 @@ def levelled(query):
 
 
 @triton.jit
-def widened(elements, DTYPE: tl.constexpr):
+def converted(elements, DTYPE: tl.constexpr):
     """What blocks hold, in DTYPE. 8-bit floats go by float32: straight to bfloat16 they would take a converter of a quarter of the rate."""
     if elements.dtype == DTYPE:
         return elements
@@ -121,35 +121,35 @@ def to_base2(products, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def weigh(logits, scale, peak, total, MAY_BE_EMPTY: tl.constexpr):
+def weigh(logits, scale, m_i, l_i, MAY_BE_EMPTY: tl.constexpr):
     """One tile of logits [M, N] (-inf where masked) that `scale` > 0 is still to be multiplied into: its weights.
 
-    Returns (weights [M, N], new peak [M], new total [M], what earlier sums shrink by [M]). Scale and peak go into
+    Returns (weights [M, N], new m_i [M], new l_i [M], alpha, what earlier sums are multiplied by [M]). Scale and m_i go into
     the exponent by one fused multiply-add. MAY_BE_EMPTY: a row may have seen no key yet.
     """
-    new_peak = tl.maximum(peak, tl.max(logits, 1) * scale)
-    anchor = new_peak
+    m_new = tl.maximum(m_i, tl.max(logits, 1) * scale)
+    anchor = m_new
     if MAY_BE_EMPTY:
-        anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    shrink = tl.exp2(peak - anchor)
+        anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - anchor)
     weights = tl.exp2(logits * scale - anchor[:, None])
-    return weights, new_peak, total * shrink + tl.sum(weights, 1), shrink
+    return weights, m_new, l_i * alpha + tl.sum(weights, 1), alpha
 
 
 @triton.jit
-def update(logits, peak, total, SUM_LATE: tl.constexpr):
+def update(logits, m_i, l_i, SUM_LATE: tl.constexpr):
     """One tile of logits float32 [M, N] (-inf where masked): its weights, and what is held so far.
 
-    Returns (weights [M, N], new peak [M], new total, what earlier sums shrink by [M]). total: [M], or [M, N] with
+    Returns (weights [M, N], new m_i [M], new l_i, alpha, what earlier sums are multiplied by [M]). l_i: [M], or [M, N] with
     SUM_LATE, which leaves the sum over N, and the warps' meeting for it, until after the last tile.
     """
-    new_peak = tl.maximum(peak, tl.max(logits, 1))
-    # A row whose keys are all masked so far has no peak; 0 keeps inf - inf out.
-    anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    shrink = tl.exp2(peak - anchor)
+    m_new = tl.maximum(m_i, tl.max(logits, 1))
+    # A row whose keys are all masked so far has no maximum; 0 keeps inf - inf out.
+    anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - anchor)
     weights = tl.exp2(logits - anchor[:, None])
     if SUM_LATE:
-        total = total * shrink[:, None] + weights
+        l_i = l_i * alpha[:, None] + weights
     else:
-        total = total * shrink + tl.sum(weights, 1)
-    return weights, new_peak, total, shrink
+        l_i = l_i * alpha + tl.sum(weights, 1)
+    return weights, m_new, l_i, alpha
