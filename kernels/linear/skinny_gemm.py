@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagegraph.kernels.linear.silu_mul import silu_times
-from pagegraph.kernels.linear.split_k import added_up, is_last, room_for_parts
+from pagegraph.kernels.linear.split_k import is_last_arriver, partial_buffers, reduce_partials
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.pdl import dependent, wait
 
@@ -71,9 +71,9 @@ def skinny_linear_kernel(
         total = tl.dot(weight, x, total, input_precision=PRECISION)
     if SPLIT_K > 1:
         at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + t[None, :]
-        if not is_last(total, partial_ptr, counter_ptr, tile, split, at, SPLIT_K, BLOCK_N, BLOCK_T):
+        if not is_last_arriver(total, partial_ptr, counter_ptr, tile, split, at, SPLIT_K, BLOCK_N, BLOCK_T):
             return
-        total = added_up(partial_ptr, counter_ptr, tile, at, SPLIT_K, BLOCK_N, BLOCK_T)
+        total = reduce_partials(partial_ptr, counter_ptr, tile, at, SPLIT_K, BLOCK_N, BLOCK_T)
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
     dtype = out_ptr.dtype.element_ty
@@ -98,7 +98,7 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, ga
     out = torch.empty(rows, out_size // 2 if gated else out_size, dtype=x.dtype, device=x.device)
     tiles = -(-out_size // tile.block_n)
     block_t = max(16, triton.next_power_of_2(rows))
-    partial, counters = room_for_parts(tile, tiles, block_t, out)
+    partial, counters = partial_buffers(tile, tiles, block_t, out)
     skinny_linear_kernel[tiles, tile.split_k](
         out,
         partial,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagegraph.kernels.linear.split_k import added_up, is_last, room_for_parts
+from pagegraph.kernels.linear.split_k import is_last_arriver, partial_buffers, reduce_partials
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.quant import reference
@@ -234,9 +234,11 @@ def gemm_16bit_kernel(
         total *= tl.load(scale_ptr + scale_place(n, KIND == "fp8"), mask=in_n, other=0.0).to(tl.float32)[:, None]
     if SPLIT_K > 1:
         part_at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-        if not is_last(total, partial_ptr, counter_ptr, tl.program_id(0), split, part_at, SPLIT_K, BLOCK_N, BLOCK_T):
+        if not is_last_arriver(
+            total, partial_ptr, counter_ptr, tl.program_id(0), split, part_at, SPLIT_K, BLOCK_N, BLOCK_T
+        ):
             return
-        total = added_up(partial_ptr, counter_ptr, tl.program_id(0), part_at, SPLIT_K, BLOCK_N, BLOCK_T)
+        total = reduce_partials(partial_ptr, counter_ptr, tl.program_id(0), part_at, SPLIT_K, BLOCK_N, BLOCK_T)
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
     out_at = out_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
@@ -258,7 +260,7 @@ def gemm_16bit(x: Tensor, weight: QuantWeight, tile: Tile) -> Tensor:
     most = tile.block_t if x.element_size() == 2 else MAX_BLOCK_T
     block_t = min(most, max(16, triton.next_power_of_2(rows)))
     programs = triton.cdiv(out_size, tile.block_n) * triton.cdiv(rows, block_t)
-    partial, counters = room_for_parts(tile, programs, block_t, out)
+    partial, counters = partial_buffers(tile, programs, block_t, out)
     gemm_16bit_kernel[programs, tile.split_k](
         out,
         partial,

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagegraph.kernels.linear.split_k import added_up, is_last, room_for_parts
+from pagegraph.kernels.linear.split_k import is_last_arriver, partial_buffers, reduce_partials
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.quant.activations import Norm, e4m3_rows, int8_rows, width
@@ -195,9 +195,11 @@ def gemm_8bit_kernel(
         total *= tl.load(scale_ptr + scale_place(n, False), mask=in_n, other=0.0).to(tl.float32)[:, None]
     if SPLIT_K > 1:
         sum_at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-        if not is_last(total, partial_ptr, counter_ptr, tl.program_id(0), split, sum_at, SPLIT_K, BLOCK_N, BLOCK_T):
+        if not is_last_arriver(
+            total, partial_ptr, counter_ptr, tl.program_id(0), split, sum_at, SPLIT_K, BLOCK_N, BLOCK_T
+        ):
             return
-        total = added_up(partial_ptr, counter_ptr, tl.program_id(0), sum_at, SPLIT_K, BLOCK_N, BLOCK_T)
+        total = reduce_partials(partial_ptr, counter_ptr, tl.program_id(0), sum_at, SPLIT_K, BLOCK_N, BLOCK_T)
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
     out_at = out_ptr + row.to(tl.int64)[None, :] * N + n[:, None]
@@ -229,7 +231,7 @@ def gemm_8bit(x: Tensor, weight: QuantWeight, tile: Tile, norm: Norm | None = No
         x_sum = x_scale
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
     programs = triton.cdiv(out_size, tile.block_n) * triton.cdiv(rows, block_t)
-    partial, counters = room_for_parts(tile, programs, block_t, out)
+    partial, counters = partial_buffers(tile, programs, block_t, out)
     gemm_8bit_kernel[programs, tile.split_k](
         out,
         partial,
