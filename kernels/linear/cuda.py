@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from pagegraph.kernels.linear.gemv import row_linear
+from pagegraph.kernels.linear.gemv import gemv
 from pagegraph.kernels.linear.rms_norm import add_rms_norm
 from pagegraph.kernels.linear.silu_mul import silu_mul
-from pagegraph.kernels.linear.skinny_gemm import skinny_linear
-from pagegraph.kernels.linear.tiles import RowTile, row_tile_of, tile_of
+from pagegraph.kernels.linear.skinny_gemm import skinny_gemm
+from pagegraph.kernels.linear.tiles import GemvTile, gemv_tile_of, tile_of
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Tensor:
@@ -17,10 +17,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = Fals
     rows = x.reshape(-1, x.shape[-1])
     if weight.element_size() == 2 and weight.is_contiguous() and rows.stride(1) == 1:
         count, shape = len(rows), weight.shape
-        if row_tile := row_tile_of(count, *shape, gated=gated):
-            return row_linear(rows, weight, bias, row_tile, gated=gated).view(*x.shape[:-1], -1)
+        if gemv_tile := gemv_tile_of(count, *shape, gated=gated):
+            return gemv(rows, weight, bias, gemv_tile, gated=gated).view(*x.shape[:-1], -1)
         if tile := tile_of(count, *shape):
-            return skinny_linear(rows, weight, bias, tile, gated=gated).view(*x.shape[:-1], -1)
+            return skinny_gemm(rows, weight, bias, tile, gated=gated).view(*x.shape[:-1], -1)
     product = functional.linear(x, weight, bias)
     return silu_mul(product) if gated else product
 
@@ -38,25 +38,23 @@ def linear_norm_linear(
     query_start: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.ops`. For a few rows two kernels, else a kernel for each of its parts."""
-    tiles = _row_tiles(x, first, residual, second, gated)
+    tiles = _gemv_tiles(x, first, residual, second, gated)
     if tiles is None:
         total, normed = add_rms_norm(residual, linear(x, first, first_bias), norm, eps)
         return total, linear(normed, second, second_bias, gated=gated)
     rows = x.reshape(-1, x.shape[-1])
-    total = row_linear(
-        rows, first, first_bias, tiles[0], residual=residual.reshape(len(rows), -1), query_start=query_start
-    )
-    out = row_linear(total, second, second_bias, tiles[1], norm=norm, eps=eps, gated=gated, query_start=query_start)
+    total = gemv(rows, first, first_bias, tiles[0], residual=residual.reshape(len(rows), -1), query_start=query_start)
+    out = gemv(total, second, second_bias, tiles[1], norm=norm, eps=eps, gated=gated, query_start=query_start)
     return total.view(residual.shape), out.view(*x.shape[:-1], -1)
 
 
-def _row_tiles(
+def _gemv_tiles(
     x: Tensor, first: Tensor, residual: Tensor, second: Tensor, gated: bool
-) -> tuple[RowTile, RowTile] | None:
-    """How both products are cut where all they read suits `row_linear`."""
+) -> tuple[GemvTile, GemvTile] | None:
+    """How both products are cut where all they read suits `gemv`."""
     dense = all(one.is_contiguous() for one in (x, first, residual, second))
     if not dense or first.element_size() != 2 or second.element_size() != 2:
         return None
     rows = x.numel() // x.shape[-1]
-    one, other = row_tile_of(rows, *first.shape), row_tile_of(rows, *second.shape, gated=gated)
+    one, other = gemv_tile_of(rows, *first.shape), gemv_tile_of(rows, *second.shape, gated=gated)
     return (one, other) if one and other else None

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagegraph.kernels.linear.silu_mul import silu_times
-from pagegraph.kernels.linear.tiles import RowTile
+from pagegraph.kernels.linear.tiles import GemvTile
 from pagegraph.kernels.pdl import dependent, wait
 
 
@@ -156,7 +156,7 @@ def _rows(
 
 
 @triton.jit
-def row_linear_kernel(
+def gemv_kernel(
     out_ptr,
     x_ptr,
     weight_ptr,
@@ -212,11 +212,11 @@ def row_linear_kernel(
             tl.store(out_ptr + row * N + n, tl.zeros([BLOCK_N], out_ptr.dtype.element_ty), mask=inside)
 
 
-def row_linear(
+def gemv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    tile: RowTile,
+    tile: GemvTile,
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
@@ -233,7 +233,7 @@ def row_linear(
     if gated:
         out_size //= 2
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
-    row_linear_kernel[(-(-out_size // tile.block_n),)](
+    gemv_kernel[(-(-out_size // tile.block_n),)](
         out,
         x,
         weight,

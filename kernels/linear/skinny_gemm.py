@@ -20,7 +20,7 @@ from pagegraph.kernels.pdl import dependent, wait
 
 
 @triton.jit
-def skinny_linear_kernel(
+def skinny_gemm_kernel(
     out_ptr,
     partial_ptr,
     counter_ptr,
@@ -89,7 +89,7 @@ def skinny_linear_kernel(
         tl.store(out_at, total.to(dtype), mask=in_n[:, None] & in_t[None, :])
 
 
-def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, gated: bool = False) -> Tensor:
+def skinny_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, gated: bool = False) -> Tensor:
     """x [T, K] (rows dense, T at most 64), weight [N, K] contiguous, bias [N] -> [T, N] in x's dtype.
 
     gated: silu(first half) * second half of the product, [T, N / 2].
@@ -99,7 +99,7 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, ga
     tiles = -(-out_size // tile.block_n)
     block_t = max(16, triton.next_power_of_2(rows))
     partial, counters = partial_buffers(tile, tiles, block_t, out)
-    skinny_linear_kernel[tiles, tile.split_k](
+    skinny_gemm_kernel[tiles, tile.split_k](
         out,
         partial,
         counters,

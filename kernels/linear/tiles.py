@@ -1,4 +1,4 @@
-"""Which products of few rows `skinny_linear` computes, and how each is cut: data, measured by perf/tune/linear_tiles.py.
+"""Which products of few rows `skinny_gemm` computes, and how each is cut: data, measured by perf/tune/linear_tiles.py.
 
 Products that are not in the table go by a rule of thumb. Knows sizes only.
 """
@@ -21,7 +21,7 @@ class Tile(NamedTuple):
     block_t: int = MAX_ROWS
 
 
-class RowTile(NamedTuple):
+class GemvTile(NamedTuple):
     """How a product of one to four rows is cut: weight rows and columns of a step, warps."""
 
     block_n: int
@@ -104,25 +104,25 @@ MAX_SINGLE_ROWS = 4  # above it the matrix unit is worth its padding
 
 # The same for products without the matrix unit, with what stands around them. Those of up to two rows are cut so
 # that one is fast, the commonest, and two are not slow; None where cuBLAS and kernels of their own for norm and gate are faster.
-ROW_TABLE: dict[tuple[int, int], dict[int, RowTile | None]] = {
-    (4096, 1024): {2: RowTile(8, 1024, 4), 4: RowTile(8, 512, 2)},
-    (1024, 2048): {2: RowTile(4, 2048, 8), 4: RowTile(1, 2048, 8)},
-    (6144, 1024): {2: RowTile(2, 512, 2), 4: None},
-    (1024, 3072): {2: RowTile(1, 2048, 8), 4: RowTile(4, 2048, 8)},
-    (151936, 1024): {2: RowTile(4, 256, 1), 4: RowTile(8, 256, 1)},
-    (6144, 4096): {2: RowTile(4, 1024, 4), 4: None},
-    (4096, 4096): {2: RowTile(2, 1024, 4), 4: None},
-    (28672, 4096): {2: RowTile(2, 1024, 4), 4: None},
-    (4096, 14336): {2: RowTile(2, 2048, 8), 4: None},
-    (128256, 4096): {2: RowTile(4, 512, 2), 4: RowTile(8, 256, 1)},
+GEMV_TABLE: dict[tuple[int, int], dict[int, GemvTile | None]] = {
+    (4096, 1024): {2: GemvTile(8, 1024, 4), 4: GemvTile(8, 512, 2)},
+    (1024, 2048): {2: GemvTile(4, 2048, 8), 4: GemvTile(1, 2048, 8)},
+    (6144, 1024): {2: GemvTile(2, 512, 2), 4: None},
+    (1024, 3072): {2: GemvTile(1, 2048, 8), 4: GemvTile(4, 2048, 8)},
+    (151936, 1024): {2: GemvTile(4, 256, 1), 4: GemvTile(8, 256, 1)},
+    (6144, 4096): {2: GemvTile(4, 1024, 4), 4: None},
+    (4096, 4096): {2: GemvTile(2, 1024, 4), 4: None},
+    (28672, 4096): {2: GemvTile(2, 1024, 4), 4: None},
+    (4096, 14336): {2: GemvTile(2, 2048, 8), 4: None},
+    (128256, 4096): {2: GemvTile(4, 512, 2), 4: GemvTile(8, 256, 1)},
 }
 
 
-def row_tile_of(rows: int, out_size: int, size: int, *, gated: bool = False) -> RowTile | None:
+def gemv_tile_of(rows: int, out_size: int, size: int, *, gated: bool = False) -> GemvTile | None:
     """The tile of a product [rows, size] x [out_size, size] without the matrix unit; None: more rows, or rows not aligned."""
     if rows > MAX_SINGLE_ROWS or size % 8:
         return None
-    if (measured := ROW_TABLE.get((out_size, size))) is not None:
+    if (measured := GEMV_TABLE.get((out_size, size))) is not None:
         return measured[min(limit for limit in measured if limit >= rows)]
     wide = size >= 1024
-    return RowTile(1 if gated else 2, 1024 if wide else 512, 4 if wide else 2)
+    return GemvTile(1 if gated else 2, 1024 if wide else 512, 4 if wide else 2)

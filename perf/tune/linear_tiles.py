@@ -1,6 +1,6 @@
 """Measures the tiles of `kernels.linear.skinny_gemm` against cuBLAS, and those of `kernels.linear.gemv`, on a CUDA device.
 
-Prints `TABLE` and `ROW_TABLE` of skinny_tiles.
+Prints `TABLE` and `GEMV_TABLE` of skinny_tiles.
 
     python -m perf.tune.linear_tiles --out perf/results --seconds 120
 
@@ -22,9 +22,9 @@ import torch
 from torch.nn import functional
 
 from pagegraph.kernels.linear import reference
-from pagegraph.kernels.linear.gemv import row_linear, row_linear_kernel
-from pagegraph.kernels.linear.skinny_gemm import skinny_linear, skinny_linear_kernel
-from pagegraph.kernels.linear.tiles import MAX_SINGLE_ROWS, RowTile, Tile
+from pagegraph.kernels.linear.gemv import gemv, gemv_kernel
+from pagegraph.kernels.linear.skinny_gemm import skinny_gemm, skinny_gemm_kernel
+from pagegraph.kernels.linear.tiles import MAX_SINGLE_ROWS, GemvTile, Tile
 from pagegraph.kernels.pdl import dependent
 
 SHAPES = {  # (N, K) by model
@@ -59,26 +59,26 @@ def candidates(out_size: int, size: int, block_t: int) -> list[Tile]:
     return found
 
 
-def row_candidates(out_size: int, size: int, rows: int) -> list[RowTile]:
+def row_candidates(out_size: int, size: int, rows: int) -> list[GemvTile]:
     """Tiles whose sums fit in registers; wide enough that warps lie side by side along the columns."""
     gates = 2 if (out_size, size) in GATED else 1
     blocks = [
         (n, warps) for n, warps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8)) if n * gates * (rows + 8) <= 192
     ]
     return [
-        RowTile(n, 256 * warps, warps)
+        GemvTile(n, 256 * warps, warps)
         for n, warps in blocks
         if 256 * warps <= size and -(-out_size // (n * gates)) >= 256
     ]
 
 
-def compile_ahead(job: tuple[int, int, int, Tile | RowTile]) -> None:
+def compile_ahead(job: tuple[int, int, int, Tile | GemvTile]) -> None:
     """Put the kernel of one candidate into Triton's cache."""
     rows, out_size, size, tile = job
     bf16 = torch.bfloat16
-    if len(tile) == len(RowTile._fields):
+    if len(tile) == len(GemvTile._fields):
         parts = _parts(out_size, size)
-        row_linear_kernel.warmup(
+        gemv_kernel.warmup(
             bf16, bf16, bf16, bf16, bf16, bf16, bf16, 1e-6, size, HAS_LIVE=False, ROWS=rows, N=out_size // 2 if parts["GATED"] else out_size, K=size,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, HAS_BIAS=False, num_warps=tile.num_warps, grid=(1,), **parts,
             **dependent(torch.device("cuda")),
@@ -86,7 +86,7 @@ def compile_ahead(job: tuple[int, int, int, Tile | RowTile]) -> None:
         return
     partial = torch.float32 if tile.split_k > 1 else bf16
     counter = torch.int32 if tile.split_k > 1 else bf16
-    skinny_linear_kernel.warmup(
+    skinny_gemm_kernel.warmup(
         bf16, partial, counter, bf16, bf16, bf16, rows, size, N=out_size, K=size, BLOCK_T=max(16, rows), BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k, SPLIT_K=tile.split_k, HAS_BIAS=False, GATED=False, PRECISION="tf32", num_warps=tile.num_warps,
         num_stages=tile.num_stages, grid=(1,), **dependent(torch.device("cuda")),
@@ -122,12 +122,12 @@ def measure(out_size: int, size: int, rows: int) -> dict:
     best, best_us, failed = None, float("inf"), []
     for tile in candidates(out_size, size, max(16, rows)):
         try:
-            out = skinny_linear(x, weights[0], None, tile)
+            out = skinny_gemm(x, weights[0], None, tile)
             error = ((out.float() - expected).norm() / expected.norm()).item()
             if not error < 1e-2:
                 failed.append((tile, error))
                 continue
-            us = microseconds(lambda w, tile=tile: skinny_linear(x, w, None, tile), weights)
+            us = microseconds(lambda w, tile=tile: skinny_gemm(x, w, None, tile), weights)
         except Exception as problem:
             failed.append((tile, repr(problem)[:200]))
             continue
@@ -146,7 +146,7 @@ def _parts(out_size: int, size: int) -> dict[str, bool]:
 
 
 def measure_rows(out_size: int, size: int, rows: int) -> dict:
-    """`row_linear` with what stands around the product; beside it cuBLAS's product alone."""
+    """`gemv` with what stands around the product; beside it cuBLAS's product alone."""
     bf16, parts = torch.bfloat16, _parts(out_size, size)
     copies = max(2, -(-L2_BYTES // (out_size * size * 2)))
     weights = [torch.randn(out_size, size, device="cuda", dtype=bf16) for _ in range(min(copies, 64))]
@@ -154,8 +154,8 @@ def measure_rows(out_size: int, size: int, rows: int) -> dict:
     residual = torch.randn(rows, out_size, device="cuda", dtype=bf16)
     given = (gain if parts["HAS_NORM"] else None, 1e-6, residual if parts["HAS_RESIDUAL"] else None, parts["GATED"])
 
-    def run(weight: torch.Tensor, tile: RowTile) -> torch.Tensor:
-        return row_linear(x, weight, None, tile, *given)
+    def run(weight: torch.Tensor, tile: GemvTile) -> torch.Tensor:
+        return gemv(x, weight, None, tile, *given)
 
     wide = reference.rms_norm(x.float(), gain.float(), 1e-6) if parts["HAS_NORM"] else x.float()
     expected = functional.linear(wide, weights[0].float())
@@ -221,11 +221,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     facts = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, results=results)
     (args.out / "tune_linear.json").write_text(json.dumps(facts, indent=1, default=str))
-    tables: dict = {"TABLE": {}, "ROW_TABLE": {}}
+    tables: dict = {"TABLE": {}, "GEMV_TABLE": {}}
     for found in results:
         single = found["rows"] <= MAX_SINGLE_ROWS
         wins = single or found["best_us"] < 0.98 * found["cublas_us"]
-        table = tables["ROW_TABLE" if single else "TABLE"]
+        table = tables["GEMV_TABLE" if single else "TABLE"]
         table.setdefault((found["n"], found["k"]), {})[found["rows"]] = found["tile"] if wins else None
     for name, table in tables.items():
         print(name, "=", table)

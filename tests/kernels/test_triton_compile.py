@@ -132,12 +132,12 @@ def linear(rows: int, out_size: int, size: int) -> list[Any]:
     return [
         f"linear {rows} {out_size}x{size} {tile}",
         "pagegraph.kernels.linear.skinny_gemm",
-        "skinny_linear",
+        "skinny_gemm",
         arguments,
     ]
 
 
-def row_linears(rows: int, hidden: int, inner: int) -> list[list[Any]]:
+def gemvs(rows: int, hidden: int, inner: int) -> list[list[Any]]:
     """Few rows between attention and gate, and between gate and attention, with the tiles that are chosen."""
 
     def bf16(*shape: int) -> dict[str, Any]:
@@ -262,9 +262,7 @@ def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
 
 ROPES = [rope(16, 8, 128, True), rope(32, 8, 128, False), rope(32, 32, 256, False)]
 LINEARS = [linear(rows, *shape) for rows in (2, 64) for shape in ((6144, 1024), (1024, 3072), (4096, 14336))]
-ROWS = [
-    one for rows in (2, 4) for sizes in ((1024, 3072), (4096, 14336), (576, 1536)) for one in row_linears(rows, *sizes)
-]
+ROWS = [one for rows in (2, 4) for sizes in ((1024, 3072), (4096, 14336), (576, 1536)) for one in gemvs(rows, *sizes)]
 MANY_ROWS = ((128, 128, 1, 8, 3, 128), (64, 64, 2, 4, 4, 128), (256, 64, 1, 8, 3, 128), (128, 64, 1, 8, 3, 256))
 QUANTISED = [
     quantised(rows, out_size, size, *weight)
@@ -396,8 +394,8 @@ def half() -> list[dict[str, Any]]:
 def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
     names = {k["kernel"] for k in half}
     assert names == {
-        "kv_write_kernel", "decode_kernel", "prefill_kernel", "skinny_linear_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
-        "update_tables_kernel", "unpack_kernel", "rms_norm_kernel", "silu_mul_kernel", "row_linear_kernel",
+        "kv_write_kernel", "decode_kernel", "prefill_kernel", "skinny_gemm_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
+        "update_tables_kernel", "unpack_kernel", "rms_norm_kernel", "silu_mul_kernel", "gemv_kernel",
         "accept_kernel", "look_up_kernel",
     }  # fmt: skip
 
@@ -414,14 +412,14 @@ def test_kernels_of_a_decode_step_wait_for_those_before(half: list[dict[str, Any
 def test_nothing_is_touched_before_the_wait(half: list[dict[str, Any]]) -> None:
     """But weights, which no kernel of a step writes."""
     waiting = [k for k in half if k["waits"]]
-    assert {k["kernel"] for k in waiting if k["early"]} == {"rms_norm_kernel", "row_linear_kernel"}
+    assert {k["kernel"] for k in waiting if k["early"]} == {"rms_norm_kernel", "gemv_kernel"}
     for kernel in waiting:
         assert set(kernel["early"]) <= {"LDG"}, kernel
 
 
 def test_attention_is_pipelined_on_matrix_units(half: list[dict[str, Any]]) -> None:
     """A block-table load that keys wait for in the same iteration would leave the pipeline fewer buffers."""
-    kernels = [k for k in half if k["kernel"] in ("decode_kernel", "prefill_kernel", "skinny_linear_kernel")]
+    kernels = [k for k in half if k["kernel"] in ("decode_kernel", "prefill_kernel", "skinny_gemm_kernel")]
     assert kernels
     assert all(k["matrix_units"] and k["buffers"] >= 2 for k in kernels), kernels
 

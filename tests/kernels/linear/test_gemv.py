@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagegraph.kernels.linear import reference
-from pagegraph.kernels.linear.tiles import MAX_SINGLE_ROWS, RowTile, row_tile_of
+from pagegraph.kernels.linear.tiles import MAX_SINGLE_ROWS, GemvTile, gemv_tile_of
 
 
 def plain(x, weight, bias, norm, residual, gated):
@@ -25,13 +25,13 @@ def plain(x, weight, bias, norm, residual, gated):
 @pytest.mark.parametrize(
     ("out_size", "size", "tile"),
     [
-        (24, 128, RowTile(4, 64, 1)),
-        (20, 200, RowTile(8, 64, 2)),  # neither rows of the weight nor columns fill the tiles
-        (6, 64, RowTile(1, 256, 4)),  # one tile is wider than the weight
+        (24, 128, GemvTile(4, 64, 1)),
+        (20, 200, GemvTile(8, 64, 2)),  # neither rows of the weight nor columns fill the tiles
+        (6, 64, GemvTile(1, 256, 4)),  # one tile is wider than the weight
     ],
 )
 @pytest.mark.parametrize("parts", ["", "norm", "residual", "gated", "bias", "norm gated bias", "residual bias"])
-def test_equals_torch(triton_calls, rows: int, out_size: int, size: int, tile: RowTile, parts: str) -> None:
+def test_equals_torch(triton_calls, rows: int, out_size: int, size: int, tile: GemvTile, parts: str) -> None:
     bf16, gated = torch.bfloat16, "gated" in parts
     x = torch.randn(rows, size + 8).to(bf16)[:, :size]  # rows that are no neighbours
     weight = torch.randn(out_size, size).to(bf16)
@@ -46,16 +46,16 @@ def test_equals_torch(triton_calls, rows: int, out_size: int, size: int, tile: R
 
 def run(triton_calls, x, weight, bias, tile, norm, residual, gated):
     out, _ = triton_calls.call(
-        "pagegraph.kernels.linear.gemv", "row_linear", x, weight, bias, tile, norm, 1e-6, residual, gated
+        "pagegraph.kernels.linear.gemv", "gemv", x, weight, bias, tile, norm, 1e-6, residual, gated
     )
     return out
 
 
 def test_a_row_does_not_depend_on_the_others(triton_calls) -> None:
     x, weight = torch.randn(4, 96).bfloat16(), torch.randn(16, 96).bfloat16()
-    together = run(triton_calls, x, weight, None, RowTile(2, 32, 1), None, None, False)
+    together = run(triton_calls, x, weight, None, GemvTile(2, 32, 1), None, None, False)
     x[1:] = torch.nan
-    alone = run(triton_calls, x, weight, None, RowTile(2, 32, 1), None, None, False)
+    alone = run(triton_calls, x, weight, None, GemvTile(2, 32, 1), None, None, False)
     assert torch.equal(together[0], alone[0]) and alone[1:].isnan().all()
 
 
@@ -63,13 +63,13 @@ def test_a_row_does_not_depend_on_the_others(triton_calls) -> None:
 def test_padding_is_left_out(triton_calls, live: int) -> None:
     x, weight, residual = torch.randn(2, 96).bfloat16(), torch.randn(16, 96).bfloat16(), torch.randn(2, 16).bfloat16()
     starts = torch.tensor([0, 1, live], dtype=torch.int32)
-    arguments = (x, weight, None, RowTile(2, 32, 1), None, 1e-6, residual, False)
-    every, _ = triton_calls.call("pagegraph.kernels.linear.gemv", "row_linear", *arguments)
-    some, _ = triton_calls.call("pagegraph.kernels.linear.gemv", "row_linear", *arguments, starts)
+    arguments = (x, weight, None, GemvTile(2, 32, 1), None, 1e-6, residual, False)
+    every, _ = triton_calls.call("pagegraph.kernels.linear.gemv", "gemv", *arguments)
+    some, _ = triton_calls.call("pagegraph.kernels.linear.gemv", "gemv", *arguments, starts)
     assert torch.equal(some[:live], every[:live]) and not some[live:].any()
 
 
 @given(st.integers(1, 64), st.integers(1, 300000), st.integers(1, 30000), st.booleans())
 def test_a_tile_is_chosen_for_aligned_rows_only(rows: int, out_size: int, size: int, gated: bool) -> None:
-    tile = row_tile_of(rows, out_size, size, gated=gated)
+    tile = gemv_tile_of(rows, out_size, size, gated=gated)
     assert tile is None or (rows <= MAX_SINGLE_ROWS and size % 8 == 0)

@@ -33,9 +33,7 @@ def test_equals_torch(
     expected = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
     expected = reference.silu_mul(expected) if gated else expected
     for _ in range(2):  # the second call finds the arrival counts as the first left them
-        out, _ = triton_calls.call(
-            "pagegraph.kernels.linear.skinny_gemm", "skinny_linear", x, weight, bias, tile, gated
-        )
+        out, _ = triton_calls.call("pagegraph.kernels.linear.skinny_gemm", "skinny_gemm", x, weight, bias, tile, gated)
         assert out.dtype == x.dtype and out.shape == expected.shape
         torch.testing.assert_close(out.float(), expected, atol=2e-2 * size**0.5, rtol=1e-2)
 
