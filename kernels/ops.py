@@ -45,7 +45,7 @@ anything.
 `pagegraph::materialize` is a copy that the compiler does not look through; `pagegraph::in_memory` one that it writes itself, and does
 not compute anew for each use.
 
-`pagegraph::draw` is the next token of each sequence by Gumbel-max (`kernels.sampling.reference.gumbel_argmax`): logits [S, V],
+`pagegraph::sample` is the next token of each sequence by Gumbel-max (`kernels.sampling.reference.gumbel_argmax`): logits [S, V],
 temperature float32 [S], seeds int64 [S], positions int32 [S] -> ids int64 [S]. Where sampled int32 [S] is not 0 it also
 goes to last_tokens int32 [slots] at the sequence's slot of slots int32 [S], and its position to last_at int32 [slots].
 
@@ -229,9 +229,9 @@ OPS = (
         inputs_cpp.unpack, "inputs.prepare:unpack", None,
     ),
     Op(
-        "draw(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor slots, Tensor sampled, "
+        "sample(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor slots, Tensor sampled, "
         "Tensor(a!) last_tokens, Tensor(b!) last_at) -> Tensor",
-        sampling_cpp.draw, "sampling.gumbel:draw", None,
+        sampling_cpp.sample, "sampling.gumbel:sample", None,
     ),
     Op(
         "accept(Tensor ids, Tensor token_ids, Tensor slots, Tensor query_start, Tensor seq_lens, "

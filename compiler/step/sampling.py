@@ -46,7 +46,7 @@ def draw(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tens
     """
     metadata, count = staged.metadata, len(logits)
     arguments = (metadata.temperature, metadata.seeds, staged.seq_lens, metadata.slots, metadata.sampled)
-    return torch.ops.pagegraph.draw(logits, *(one[:count] for one in arguments), state.last_tokens, state.last_at)
+    return torch.ops.pagegraph.sample(logits, *(one[:count] for one in arguments), state.last_tokens, state.last_at)
 
 
 def accept_drafts(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-// The likeliest token of each sequence without a temperature, and handing tokens on: the end of `draw` on a CPU; built by `cpp.py`.
+// The likeliest token of each sequence without a temperature, and handing tokens on: the end of `sample` on a CPU; built by `cpp.py`.
 #include <algorithm>
 #include <cstdint>
 

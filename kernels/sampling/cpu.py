@@ -8,7 +8,7 @@ from torch import Tensor
 from pagegraph.kernels.sampling import reference
 
 
-def draw(
+def sample(
     logits: Tensor,
     temperature: Tensor,
     seeds: Tensor,
@@ -18,16 +18,16 @@ def draw(
     last_tokens: Tensor,
     last_at: Tensor,
 ) -> Tensor:
-    """See `kernels.ops`. Noise is made for the sequences that draw only."""
+    """See `kernels.ops`. Noise is made for the sequences with a temperature only."""
     ids = logits.max(dim=-1).indices  # `argmax` takes twice the time
-    draw_with_noise(ids, logits, temperature, seeds, positions)
+    sample_with_noise(ids, logits, temperature, seeds, positions)
     kept = sampled.numpy() > 0
     owners = slots.numpy()[kept]
     last_tokens.numpy()[owners], last_at.numpy()[owners] = ids.numpy()[kept], positions.numpy()[kept]
     return ids
 
 
-def draw_with_noise(ids: Tensor, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
+def sample_with_noise(ids: Tensor, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
     """`reference.gumbel_argmax` into ids int64 [S], of sequences with a temperature only."""
     drawn = temperature.numpy() > 0
     if drawn.any():

@@ -103,7 +103,7 @@ def best_of_row_kernel(
         tl.store(last_at_ptr + owner, tl.load(positions_ptr + row))
 
 
-def draw(
+def sample(
     logits: Tensor,
     temperature: Tensor,
     seeds: Tensor,

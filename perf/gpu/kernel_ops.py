@@ -177,7 +177,7 @@ def _gumbel(vocab: int, seed: int, device: str) -> Outcome:
             with _poisoned_memory():
                 whole = torch.arange(rows, dtype=torch.int32)
                 given = (logits, temperature, seeds, positions, whole, torch.ones_like(whole), torch.zeros_like(whole))
-                ids = torch.ops.pagegraph.draw(*_on(device, given)).cpu()
+                ids = torch.ops.pagegraph.sample(*_on(device, given)).cpu()
             drawn = (temperature > 0)[:, None]
             scores = logits.float() / torch.where(drawn, temperature[:, None], 1.0)
             scores = torch.where(drawn, scores + sampling_reference.gumbel(seeds, positions, vocab), scores)

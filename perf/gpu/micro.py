@@ -161,7 +161,7 @@ def _sampling(report: Report, model: str, shape: Shape, ceilings: Ceilings) -> N
             heat = torch.full((rows,), temperature, device="cuda")
             seeds = torch.arange(rows, device="cuda")
             whole = seeds.int()
-            return lambda: torch.ops.pagegraph.draw(logits, heat, seeds, whole, whole, whole, whole.clone())
+            return lambda: torch.ops.pagegraph.sample(logits, heat, seeds, whole, whole, whole, whole.clone())
 
         def largest() -> Callable[[], object]:
             logits = torch.randn(rows, shape.vocab, device="cuda")

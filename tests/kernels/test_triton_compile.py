@@ -77,7 +77,7 @@ def sampling(vocab: int, dtype: str) -> list[Any]:
         words,
         words,
     ]
-    return [f"sampling {vocab} {dtype}", "pagegraph.kernels.sampling.gumbel", "draw", arguments]
+    return [f"sampling {vocab} {dtype}", "pagegraph.kernels.sampling.gumbel", "sample", arguments]
 
 
 def rows(rows: int, size: int) -> list[list[Any]]:

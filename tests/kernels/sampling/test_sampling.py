@@ -124,9 +124,9 @@ def test_random_bits_equal_in_triton(triton_calls) -> None:
         handed, stands = last.clone(), at.clone()
         handed[[3, 0, 8, 1, 4]] = expected[[0, 1, 2, 4, 5]].int()
         stands[[3, 0, 8, 1, 4]] = p["positions"][[0, 1, 2, 4, 5]]
-        ids, after = triton_calls.call("pagegraph.kernels.sampling.gumbel", "draw", *drawn, slots, sampled, last, at)
+        ids, after = triton_calls.call("pagegraph.kernels.sampling.gumbel", "sample", *drawn, slots, sampled, last, at)
         assert torch.equal(ids, expected) and torch.equal(after[-2], handed) and torch.equal(after[-1], stands)
-        assert torch.equal(torch.ops.pagegraph.draw(*drawn, slots, sampled, last, at), expected)
+        assert torch.equal(torch.ops.pagegraph.sample(*drawn, slots, sampled, last, at), expected)
         assert torch.equal(last, handed) and torch.equal(at, stands)
 
 
@@ -138,7 +138,7 @@ def test_ties_go_to_the_first(triton_calls, dtype: torch.dtype) -> None:
     whole = zero.int()
     ids, _ = triton_calls.call(
         "pagegraph.kernels.sampling.gumbel",
-        "draw",
+        "sample",
         logits,
         zero,
         zero.long(),
@@ -149,7 +149,9 @@ def test_ties_go_to_the_first(triton_calls, dtype: torch.dtype) -> None:
         whole.clone(),
     )
     assert ids.tolist() == [0, 1000]
-    assert torch.ops.pagegraph.draw(logits, zero, zero.long(), whole, whole, whole, whole, whole.clone()).tolist() == [
+    assert torch.ops.pagegraph.sample(
+        logits, zero, zero.long(), whole, whole, whole, whole, whole.clone()
+    ).tolist() == [
         0,
         1000,
     ]
@@ -182,5 +184,5 @@ def test_the_cpu_draws_as_the_reference(
         expected, handed, stands = reference.gumbel_argmax(*drawn), last.clone(), at.clone()
         kept = sampled > 0
         handed[slots[kept].long()], stands[slots[kept].long()] = expected[kept].int(), drawn[3][kept]
-        assert torch.equal(torch.ops.pagegraph.draw(*drawn, slots, sampled, last, at), expected)
+        assert torch.equal(torch.ops.pagegraph.sample(*drawn, slots, sampled, last, at), expected)
         assert torch.equal(last, handed) and torch.equal(at, stands)
