@@ -32,7 +32,7 @@ gated and the second's product [..., second_size] comes out.
 
 `pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit codes as
 PyTorch packs them for AVX-512 (`kernels.quant.cpu.unpack_int4`), pairs [K / group, N, 2] scale and zero beside each other in x's dtype.
-`pagegraph::int4_packed_chain` is two or four of them on one row, `linear_norm_linear` once or twice (`kernels.quant.cpu_int4.chain`).
+`pagegraph::int4_packed_layer` is two or four of them on one row, `linear_norm_linear` once or twice (`kernels.quant.cpu_int4.layer`).
 
 `pagegraph::rms_norm` is x [..., H] / sqrt(mean(x ** 2) + eps) * weight [H]; `pagegraph::add_rms_norm` adds a residual
 like x before it -> (sum, norm of the sum). `pagegraph::silu_mul` is silu(gate) * up of [..., 2 * I] = (gate, up).
@@ -156,7 +156,7 @@ def _int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) ->
 def _int4_packed_chain(
     x: Tensor, residual: Tensor, tensors: list[Tensor], numbers: list[int], eps: list[float]
 ) -> Tensor:
-    return x.new_empty(1, cpu_int4.chain_size(numbers))
+    return x.new_empty(1, cpu_int4.layer_size(numbers))
 
 
 OPS = (
@@ -215,8 +215,8 @@ OPS = (
         quant_cpu.int4_packed_linear, None, _int4_packed_linear,
     ),
     Op(
-        "int4_packed_chain(Tensor x, Tensor residual, Tensor[] tensors, int[] numbers, float[] eps) -> Tensor",
-        cpu_int4.chain, None, _int4_packed_chain,
+        "int4_packed_layer(Tensor x, Tensor residual, Tensor[] tensors, int[] numbers, float[] eps) -> Tensor",
+        cpu_int4.layer, None, _int4_packed_chain,
     ),
     Op(
         "update_tables(Tensor(a!) tables, Tensor new_blocks, Tensor num_new_blocks) -> ()",

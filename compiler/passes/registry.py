@@ -19,7 +19,7 @@ from torch import nn
 
 from pagegraph.compiler.options import PassOptions
 from pagegraph.compiler.passes.graph.cpu_gemv import one_row_linears
-from pagegraph.compiler.passes.graph.cpu_int4_layer import chain_int4
+from pagegraph.compiler.passes.graph.cpu_int4_layer import fuse_int4_layer
 from pagegraph.compiler.passes.graph.fuse_linears import fuse_linears
 from pagegraph.compiler.passes.graph.fuse_norms import fuse_rows
 from pagegraph.compiler.passes.graph.fuse_rope import fuse_rope, rotate_one_row
@@ -66,7 +66,7 @@ GRAPH_PASSES = {"fuse_rope": fuse_rope, "fuse_rows": fuse_rows, "fuse_linears": 
 def graph_passes(options: PassOptions, device: torch.device) -> list[Callable[[torch.fx.GraphModule], int]]:
     """The passes over the captured graph. On the CPU the compiler's own loops are the better form, of one row's products too."""
     if device.type != "cuda":
-        return [rotate_one_row, one_row_linears, chain_int4]
+        return [rotate_one_row, one_row_linears, fuse_int4_layer]
     return [graph_pass for setting, graph_pass in GRAPH_PASSES.items() if getattr(options, setting)]
 
 

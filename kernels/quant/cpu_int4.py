@@ -16,10 +16,8 @@ from pagegraph.kernels import cpp_extension
 from pagegraph.kernels.linear import reference
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-PRODUCT = ["uint8_t*", "uint16_t*", "uint16_t*"]
-ARGUMENTS = (
-    ["uint16_t*"] * 2 + (PRODUCT + PRODUCT + ["uint16_t*"]) * 2 + ["uint16_t*"] + ["int64_t"] * 15 + ["float"] * 2
-)
+LINEAR = ["uint8_t*", "uint16_t*", "uint16_t*"]
+ARGUMENTS = ["uint16_t*"] * 2 + (LINEAR + LINEAR + ["uint16_t*"]) * 2 + ["uint16_t*"] + ["int64_t"] * 15 + ["float"] * 2
 
 _kernel: Callable | None = None
 
@@ -37,7 +35,7 @@ def built_as() -> str:
 
 
 def takes(dtype: torch.dtype, rows: int) -> bool:
-    """Whether `linear_into` and `chain_into` are there for an x [rows, K] of `dtype`."""
+    """Whether `linear_into` and `layer_into` are there for an x [rows, K] of `dtype`."""
     return _kernel is not None and rows == 1 and dtype == torch.bfloat16
 
 
@@ -49,10 +47,10 @@ def linear_into(x: Tensor, packed: Tensor, pairs: Tensor, *, group: int, out: Te
     return out
 
 
-def chain(
+def layer(
     x: Tensor, residual: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], eps: Sequence[float]
 ) -> Tensor:
-    """`pagegraph::int4_packed_chain`, by PyTorch's calls: x [1, K], residual [1, H] -> [1, H + N], residual and result.
+    """`pagegraph::int4_packed_layer`, by PyTorch's calls: x [1, K], residual [1, H] -> [1, H + N], residual and result.
 
     Every second product takes the norm of the residual plus the product before; that sum is the residual from there on.
     tensors: packed, pairs and bias of each product, of every second its norm behind them. numbers: how many products; bits of
@@ -70,17 +68,17 @@ def chain(
     return torch.cat([residual, x], dim=1)
 
 
-def chain_size(numbers: Sequence[int]) -> int:
-    """H + N of `chain`."""
+def layer_size(numbers: Sequence[int]) -> int:
+    """H + N of `layer`."""
     count, _, gated, *sizes = numbers
     return sizes[1] + (sizes[3 * count - 2] >> (gated >> (count - 1)))
 
 
-def chain_into(
+def layer_into(
     x: Tensor, residual: Tensor, *tensors: Tensor, numbers: Sequence[int], eps: Sequence[float], out: Tensor
 ) -> Tensor:
-    """`chain` of contiguous bfloat16, all of it filled up to four products with anything."""
+    """`layer` of contiguous bfloat16, all of it filled up to four products with anything."""
     if _kernel is None:
-        return out.copy_(chain(x, residual, tensors, numbers, eps))
+        return out.copy_(layer(x, residual, tensors, numbers, eps))
     _kernel(x, residual, *tensors, out, *numbers, *eps)
     return out

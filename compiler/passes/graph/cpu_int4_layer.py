@@ -43,7 +43,7 @@ class Product(NamedTuple):
         return [shape(self.rows)[1], shape(self.packed)[0], self.group]
 
 
-def chain_int4(module: GraphModule) -> int:
+def fuse_int4_layer(module: GraphModule) -> int:
     """Rewrite every such pair of `module`; returns how many."""
     pairs = rewrite(module, lambda node: _pair(module.graph, node))
     if pairs:
@@ -72,16 +72,16 @@ def _pair(graph: Graph, node: Node) -> bool:
     with graph.inserting_before(total):
         tensors = [*first.tensors, *second.tensors, normed.weight]
         states = call(graph, "flatten", residual, 0, -2)
-        chain = call(graph, ops.int4_packed_chain, first.rows, states, tensors, numbers, [normed.eps])
-        _split(graph, chain, total, gate or out)
+        layer = call(graph, ops.int4_packed_layer, first.rows, states, tensors, numbers, [normed.eps])
+        _split(graph, layer, total, gate or out)
     return True
 
 
-def _join(graph: Graph, chain: Node) -> bool:
-    """Two chains, the first of whose results only the second one reads."""
-    if not is_call(chain, ops.int4_packed_chain):
+def _join(graph: Graph, layer: Node) -> bool:
+    """Two fused layers, the first of whose results only the second one reads."""
+    if not is_call(layer, ops.int4_packed_layer):
         return False
-    x, residual, tensors, numbers, eps = chain.args
+    x, residual, tensors, numbers, eps = layer.args
     before = _source(x, 1)
     if before is None or before is not _source(residual, 0) or len(before.args[2]) > PAIR:
         return False
@@ -89,25 +89,25 @@ def _join(graph: Graph, chain: Node) -> bool:
     masks = [one | other << 2 for one, other in zip(sizes[1:3], numbers[1:3])]
     with graph.inserting_before(before):
         arguments = ([*earlier, *tensors], [4, *masks, *sizes[3:], *numbers[3:]], [*earlier_eps, *eps])
-        joined = call(graph, ops.int4_packed_chain, x, residual, *arguments)
-    chain.replace_all_uses_with(joined)
+        joined = call(graph, ops.int4_packed_layer, x, residual, *arguments)
+    layer.replace_all_uses_with(joined)
     return True
 
 
-def _split(graph: Graph, chain: Node, total: Node, out: Node) -> None:
-    """Put the two parts of a chain's result in the place of what they were."""
+def _split(graph: Graph, layer: Node, total: Node, out: Node) -> None:
+    """Put the two parts of a fused layer's result in the place of what they were."""
     size = shape(total)[-1]
     for old, part in ((total, slice(0, size)), (out, slice(size, None))):
-        new = call(graph, "view", call(graph, operator.getitem, chain, (slice(None), part)), tuple(shape(old)))
+        new = call(graph, "view", call(graph, operator.getitem, layer, (slice(None), part)), tuple(shape(old)))
         old.replace_all_uses_with(new)
 
 
 def _source(rows: Node, part: int) -> Node | None:
-    """The chain of whose result `rows` is the sum (0) or the rest (1), where nothing else reads it."""
+    """The fused layer of whose result `rows` is the sum (0) or the rest (1), where nothing else reads it."""
     if not is_method(rows, "flatten", 0, -2) or rows.args[0].target != "view":
         return None
     taken = rows.args[0].args[0]
-    if not is_call(taken, operator.getitem) or not is_call(taken.args[0], ops.int4_packed_chain):
+    if not is_call(taken, operator.getitem) or not is_call(taken.args[0], ops.int4_packed_layer):
         return None
     alone = all(len(one.users) == 1 for one in (rows, rows.args[0], taken))
     return taken.args[0] if alone and (taken.args[1][1].start > 0) == part else None

@@ -8,7 +8,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from pagegraph.compiler.inductor.compile import compile_forward
-from pagegraph.compiler.passes.graph.cpu_int4_layer import chain_int4
+from pagegraph.compiler.passes.graph.cpu_int4_layer import fuse_int4_layer
 from pagegraph.compiler.passes.graph.fuse_rope import rotate_one_row
 from pagegraph.compiler.passes.modules.merge_linears import merge_linears
 from pagegraph.compiler.passes.modules.quant_linears import QuantLinear, quant_linears
@@ -74,8 +74,8 @@ def test_logits_stay_and_the_known_forms_are_found(name: str, kernels: None) -> 
     counts: list[list[int]] = []
 
     def chained(module: torch.fx.GraphModule) -> int:
-        pairs = chain_int4(module)
-        chains = [node for node in module.graph.nodes if node.target is torch.ops.pagegraph.int4_packed_chain]
+        pairs = fuse_int4_layer(module)
+        chains = [node for node in module.graph.nodes if node.target is torch.ops.pagegraph.int4_packed_layer]
         counts.append(sorted(node.args[3][0] for node in chains))
         return pairs
 
