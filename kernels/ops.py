@@ -23,7 +23,7 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kernels.quant.reference.pack_nibbles`); scale and zero
 [N, groups] of `group` neighbouring columns each, the last group maybe of fewer. In plain PyTorch: weights are loaded so, and steps run the ops below.
 
-`pagegraph::repacked_linear` is the same with the weight as the matrix unit takes it, x [..., K] -> [..., out_size]: integers as
+`pagegraph::repacked_linear` is the same with the weight as the tensor cores takes it, x [..., K] -> [..., out_size]: integers as
 `kernels.quant.reference.repack` lays them, scale and zero as `repack_scales` does; or float8_e4m3fn as `exchanged_columns`, scale float32
 [N, groups] of a multiple of 64 columns each, no zero. quantize_x: a device may quantise x to 8 bits where that is
 faster, from many rows on (`kernels.quant.tiles`). gated: [..., out_size / 2], silu(first half) * second half.

@@ -137,7 +137,7 @@ def decode_kernel(
     grouped = member < GROUP
     key_column = tl.arange(0, HEAD_PAD)
     value_column = tl.arange(0, VALUE_PAD)
-    # 8-bit blocks are read in pairs of neighbours: 16 bits are the least that the matrix unit's operands are loaded
+    # 8-bit blocks are read in pairs of neighbours: 16 bits are the least that the tensor cores' operands are loaded
     # in from shared memory. First and second elements are then operands of two products of half the columns.
     PAIRED: tl.constexpr = key_cache_ptr.dtype.element_ty == tl.int16
     WIDTH: tl.constexpr = 2 if PAIRED else 1

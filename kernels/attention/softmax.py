@@ -22,7 +22,7 @@ _LOG2E = tl.constexpr(LOG2E)
 def dot_precision(padded_size: int) -> str:
     """How float32 products are made (half precision has one way only), for the larger padded head size.
 
-    Three TF32 products on the matrix units are float32 to about 2^-21; above 128 their operands no longer fit in
+    Three TF32 products on the tensor cores are float32 to about 2^-21; above 128 their operands no longer fit in
     registers and scalar units multiply.
     """
     return "tf32x3" if padded_size <= 128 else "ieee"

@@ -1,6 +1,6 @@
 """Triton: x @ weight.T for one to four rows of x, with what stands around it: a norm, a residual, a gate.
 
-No matrix unit: each program multiplies a few rows of the weight by all of x and adds up at the end, so a product is one
+No tensor cores: each program multiplies a few rows of the weight by all of x and adds up at the end, so a product is one
 pass over the weight with nothing to merge. A bucket of two rows that holds one costs no more than one. The first weights are asked for before the kernel waits for those before it.
 The norm of x costs no pass of its own: its scale is one number a row, which is known when the product is. Knows no models;
 which shapes are cut how is data in `kernels/linear/tiles.py`.

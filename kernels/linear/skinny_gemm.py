@@ -1,6 +1,6 @@
 """Triton: x @ weight.T for few rows of x, bound by reading the weight once.
 
-The weight is the left operand of the matrix unit, so few rows pad to 16 columns instead of 64 rows. Where the
+The weight is the left operand of the tensor cores, so few rows pad to 16 columns instead of 64 rows. Where the
 weight has too few rows to fill the device, its columns are split too: each program leaves a partial sum, and the last
 to arrive at a tile adds them in order, so the result does not depend on timing. A gate is applied before the product is
 stored. Knows no models; which shapes are better left to cuBLAS is data in `kernels/linear/tiles.py`.

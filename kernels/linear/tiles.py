@@ -100,9 +100,9 @@ def tile_of(rows: int, out_size: int, size: int) -> Tile | None:
     return Tile(block_n, 256 if size % 256 == 0 else 64, split, 4, 4)
 
 
-MAX_SINGLE_ROWS = 4  # above it the matrix unit is worth its padding
+MAX_SINGLE_ROWS = 4  # above it the tensor cores is worth its padding
 
-# The same for products without the matrix unit, with what stands around them. Those of up to two rows are cut so
+# The same for products without the tensor cores, with what stands around them. Those of up to two rows are cut so
 # that one is fast, the commonest, and two are not slow; None where cuBLAS and kernels of their own for norm and gate are faster.
 GEMV_TABLE: dict[tuple[int, int], dict[int, GemvTile | None]] = {
     (4096, 1024): {2: GemvTile(8, 1024, 4), 4: GemvTile(8, 512, 2)},
@@ -119,7 +119,7 @@ GEMV_TABLE: dict[tuple[int, int], dict[int, GemvTile | None]] = {
 
 
 def gemv_tile_of(rows: int, out_size: int, size: int, *, gated: bool = False) -> GemvTile | None:
-    """The tile of a product [rows, size] x [out_size, size] without the matrix unit; None: more rows, or rows not aligned."""
+    """The tile of a product [rows, size] x [out_size, size] without the tensor cores; None: more rows, or rows not aligned."""
     if rows > MAX_SINGLE_ROWS or size % 8:
         return None
     if (measured := GEMV_TABLE.get((out_size, size))) is not None:

@@ -100,7 +100,7 @@ def repacked_linear_by(
         out = functional.linear(rows, dequantize_repacked(weight, rows.shape[1], rows.dtype), weight.bias)
     else:
         x_q, x_scale = exchanged_e4m3_rows(rows, norm, gated_rows)
-        # Fast: the matrix unit adds up a whole row, with fewer bits than float32 has.
+        # Fast: the tensor cores adds up a whole row, with fewer bits than float32 has.
         out = torch._scaled_mm(
             x_q,
             weight.qweight.t(),

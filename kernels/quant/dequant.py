@@ -62,7 +62,7 @@ ASSEMBLES = tl.constexpr(not triton.knobs.runtime.interpret)
 
 @triton.jit
 def settled(total):
-    """float32 sums of products whose left operand is in registers, once the matrix unit is done with those.
+    """float32 sums of products whose left operand is in registers, once the tensor cores is done with those.
 
     Triton lets the last product of a turn run on into the next, which writes the same registers. No instruction: a use of the sums.
     """

@@ -1,6 +1,6 @@
-"""Triton: x @ weight.T with a weight of codes that lie as the matrix unit takes them (`reference.repack`).
+"""Triton: x @ weight.T with a weight of codes that lie as the tensor cores takes them (`reference.repack`).
 
-A thread loads the very codes of its operand, so a weight goes from memory through registers to the matrix unit and waits for no
+A thread loads the very codes of its operand, so a weight goes from memory through registers to the tensor cores and waits for no
 other thread: it is widened by packed arithmetic, gets the scale and zero of its group in one multiply-add, and is rounded as
 `dequantize` rounds it. Whole rows with one scale and no zero are multiplied as codes, and scaled at the end. Integers lie block
 by block, scales beside them; 8-bit floats row by row, columns exchanged within 64, so that PyTorch's product takes them too. The

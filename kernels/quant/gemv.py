@@ -1,7 +1,7 @@
 """Triton: x @ weight.T for up to eight rows of x with a weight of codes (`reference.repack`), and a gate behind it.
 
 A program has a few times 16 rows of the weight, or of gate and up, and all columns; its warps take blocks of 64 columns in turn, so
-nothing is left to other programs to add up. A warp's codes are its operand of the matrix unit as they lie; the first are on their
+nothing is left to other programs to add up. A warp's codes are its operand of the tensor cores as they lie; the first are on their
 way before the kernel waits for those before it. Knows no models; which shapes are cut how is data in `kernels/quant/tiles.py`.
 
 A warp takes blocks of 64 columns in turn and a program sums its own warps, so there is no split-K and no second pass.

@@ -35,7 +35,7 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 
 def repack(qweight: torch.Tensor, bits: int) -> torch.Tensor:
-    """int8 qweight [N, K], in -8..7 at 4 bits -> [N / 64, K / 64, 128, 16] uint8, at 8 bits [.., 256, 16] int8: operands of the matrix unit.
+    """int8 qweight [N, K], in -8..7 at 4 bits -> [N / 64, K / 64, 128, 16] uint8, at 8 bits [.., 256, 16] int8: operands of the tensor cores.
 
     Blocks of 64 rows and columns, filled up with codes of 0, lie as threads hold the operand A of wgmma m64k16 (PTX ISA, "Register
     Fragments for wgmma"): thread 32 * w + 4 * q + r has rows 16 * w + q + 8 * h, and of every 16 columns those of 8 * c + 2 * r + p,
@@ -113,7 +113,7 @@ def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, K] -> int8 x_q [T, K'], float32 scale [K' / 128, T]; K' is K filled up to a multiple of 128 with zeros.
 
     Every 128 columns have a scale of their own. Of each 16 columns, column 8 * c + 2 * r + p is at 4 * r + 2 * c + p: so four
-    neighbours are the four bytes of a register of the matrix unit whose other operand is made of `repack`.
+    neighbours are the four bytes of a register of the tensor cores whose other operand is made of `repack`.
     """
     wide = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % ACTIVATION_GROUP)).unflatten(1, (-1, ACTIVATION_GROUP))
     x_q, scale = quantize_rows(wide, torch.int8)

@@ -19,7 +19,7 @@ from torch import Tensor
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.quant.reference import ACTIVATION_GROUP
 
-SINGLE_ROWS = 8  # up to here a matrix instruction takes all rows of x at once
+SINGLE_ROWS = 8  # up to here a tensor-core instruction takes all rows of x at once
 MEMORY_BOUND_ROWS = 64  # up to here reading the weight bounds a product
 WIDE_ROWS = 256  # above it a weight is dequantised once for all rows
 PROGRAMS = 264  # two on each multiprocessor of an H100 or H200

@@ -56,10 +56,10 @@ class Compiled:
     spilled_bytes: int
     shared_bytes: int
     buffers: int
-    matrix_units: bool
-    warp_group_units: bool
+    tensor_cores: bool
+    wgmma: bool
     waits: bool  # for the kernels before it, having let the next be set up
-    exchanged: int  # stores from registers to shared memory ahead of its last matrix instruction but those of tf32
+    exchanged: int  # stores from registers to shared memory ahead of its last tensor-core instruction but those of tf32
     early: list[str]  # what it does to global memory, or ends with, before it waits: opcodes of machine code
 
 
@@ -100,8 +100,8 @@ def compile_source(source: ASTSource, options: dict[str, Any], capability: int) 
         spilled_bytes=sum(int(count) for count in re.findall(r"(\d+) bytes spill", report)),
         shared_bytes=compiled.metadata.shared,
         buffers=min(depths, default=0),
-        matrix_units="mma.sync" in ptx or "wgmma" in ptx,
-        warp_group_units="wgmma.mma_async" in ptx,
+        tensor_cores="mma.sync" in ptx or "wgmma" in ptx,
+        wgmma="wgmma.mma_async" in ptx,
         waits=all(f"griddepcontrol.{what}" in ptx for what in ("wait", "launch_dependents")),
         exchanged=len(re.findall(r"\bst\.shared", ahead)),
         early=[],

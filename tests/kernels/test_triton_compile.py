@@ -421,13 +421,13 @@ def test_attention_is_pipelined_on_matrix_units(half: list[dict[str, Any]]) -> N
     """A block-table load that keys wait for in the same iteration would leave the pipeline fewer buffers."""
     kernels = [k for k in half if k["kernel"] in ("decode_kernel", "prefill_kernel", "skinny_gemm_kernel")]
     assert kernels
-    assert all(k["matrix_units"] and k["buffers"] >= 2 for k in kernels), kernels
+    assert all(k["tensor_cores"] and k["buffers"] >= 2 for k in kernels), kernels
 
 
 def test_prefill_runs_on_warp_groups(half: list[dict[str, Any]]) -> None:
-    """Tiles of 64 rows or more reach Hopper's asynchronous matrix instruction."""
+    """Tiles of 64 rows or more reach Hopper's asynchronous tensor-core instruction."""
     kernels = [k for k in half if k["kernel"] == "prefill_kernel"]
-    assert kernels and all(k["warp_group_units"] for k in kernels)
+    assert kernels and all(k["wgmma"] for k in kernels)
 
 
 def test_two_decode_programs_share_a_multiprocessor(half: list[dict[str, Any]]) -> None:
@@ -437,7 +437,7 @@ def test_two_decode_programs_share_a_multiprocessor(half: list[dict[str, Any]]) 
 
 
 def test_quantised_products() -> None:
-    """No spills, on Hopper's matrix instruction, the weight in two buffers at least, and nothing but a norm's weight touched before the wait."""
+    """No spills, on Hopper's tensor-core instruction, the weight in two buffers at least, and nothing but a norm's weight touched before the wait."""
     kernels = compiled(QUANTISED)
     check_fits(kernels)
     assert {k["kernel"] for k in kernels} == {
@@ -453,7 +453,7 @@ def test_quantised_products() -> None:
     )
     assert {kind for k in kernels if "normed" in k["case"] for kind in k["early"]} == {"LDG"}  # the norm's weight
     products = [k for k in kernels if k["kernel"].endswith("linear_kernel")]
-    assert all(k["warp_group_units"] and k["buffers"] >= 2 for k in products)
+    assert all(k["wgmma"] and k["buffers"] >= 2 for k in products)
     three = [
         k
         for k in products
@@ -465,7 +465,7 @@ def test_quantised_products() -> None:
         3 * (k["shared_bytes"] + 1024) <= SHARED_MEMORY and k["registers"] * 128 * 3 <= 65536 for k in three
     )
     assert not any(k["exchanged"] for k in products), (
-        "a weight takes a way through shared memory on its way to the matrix unit"
+        "a weight takes a way through shared memory on its way to the tensor cores"
     )
 
 
@@ -499,22 +499,22 @@ def test_quantised_products_on_gpus_before_hopper(capability: int) -> None:
     )
     assert len(kernels) == 14 + (7 if capability >= 89 else 0)
     products = [k for k in kernels if k["kernel"] not in ("rows_kernel", "dequantize_repacked_kernel")]
-    assert not any(k["waits"] or k["spilled_bytes"] > 16 for k in kernels) and all(k["matrix_units"] for k in products)
+    assert not any(k["waits"] or k["spilled_bytes"] > 16 for k in kernels) and all(k["tensor_cores"] for k in products)
 
 
 def test_quantised_products_of_few_rows() -> None:
-    """On matrix units, pipelined, no weight by a way of shared memory of its own; before the wait lines are asked for, and what no kernel writes."""
+    """On tensor cores, pipelined, no weight by a way of shared memory of its own; before the wait lines are asked for, and what no kernel writes."""
     kernels = compiled(QUANTISED_ROWS)
     check_fits(kernels)
     assert all(
-        k["matrix_units"] and k["buffers"] >= 2 and k["waits"] and {"CCTL"} <= set(k["early"]) <= {"CCTL", "LDG"}
+        k["tensor_cores"] and k["buffers"] >= 2 and k["waits"] and {"CCTL"} <= set(k["early"]) <= {"CCTL", "LDG"}
         for k in kernels
     ), kernels
     assert not any(k["exchanged"] for k in kernels), kernels
 
 
 def test_an_8_bit_kv_cache() -> None:
-    """On matrix units and pipelined as those of 16; a tile of half the bytes leaves room for programs that make up for it.
+    """On tensor cores and pipelined as those of 16; a tile of half the bytes leaves room for programs that make up for it.
 
     Four of them would not fit if keys or values were written back to shared memory once they are float16.
     """
@@ -532,7 +532,7 @@ def test_an_8_bit_kv_cache() -> None:
     ), decodes
     attends = [k for k in kernels if k["kernel"] in ("decode_kernel", "prefill_kernel")]
     assert {k["kernel"] for k in attends} == {"decode_kernel", "prefill_kernel"}
-    assert all(k["matrix_units"] and k["buffers"] >= 2 for k in attends), attends
+    assert all(k["tensor_cores"] and k["buffers"] >= 2 for k in attends), attends
 
 
 def test_float32_fits() -> None:
