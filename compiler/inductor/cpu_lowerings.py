@@ -48,17 +48,17 @@ def _int4_packed_linear(x: TensorBox, packed: TensorBox, pairs: TensorBox, group
     return _int4_row.bind(inputs, layout, group=group).output_node()
 
 
-_int4_chain = ExternKernelChoice(cpu_int4.layer_into, name="pagegraph_int4_chain", has_out_variant=True)
+_int4_layer = ExternKernelChoice(cpu_int4.layer_into, name="pagegraph_int4_layer", has_out_variant=True)
 
 
 @register_lowering(torch.ops.pagegraph.int4_packed_layer.default, type_promotion_kind=None)
-def _int4_packed_chain(
+def _int4_packed_layer(
     x: TensorBox, residual: TensorBox, tensors: list[TensorBox], numbers: list[int], eps: list[float]
 ) -> TensorBox:
     inputs = [ExternKernel.require_contiguous(one) for one in (x, residual, *tensors)]
     layout = FixedLayout(x.get_device(), x.get_dtype(), [1, cpu_int4.layer_size(numbers)])
     alone = len(eps) == 1  # of two places
-    return _int4_chain.bind(
+    return _int4_layer.bind(
         inputs + inputs[2:] * alone, layout, numbers=[*numbers, *[0] * 6 * alone], eps=[*eps, *[0.0] * alone]
     ).output_node()
 

@@ -411,8 +411,8 @@ def test_an_order_of_compressed_tensors_has_its_group_indices(tmp_path: Path) ->
 
 def test_one_group_has_no_order() -> None:
     """Of all inputs: their order means nothing, with group indices or without."""
-    assert quant_formats._columns(None, 64, 64, "up_proj", True) is None
-    assert quant_formats._columns(torch.zeros(64, dtype=torch.int32), 64, 64, "up_proj", True) is None
+    assert quant_formats._g_idx_order(None, 64, 64, "up_proj", True) is None
+    assert quant_formats._g_idx_order(torch.zeros(64, dtype=torch.int32), 64, 64, "up_proj", True) is None
 
 
 def test_zero_points_one_by_one(tmp_path: Path) -> None:
