@@ -13,8 +13,9 @@ import torch
 
 from pagegraph.compiler.model.files import json_object
 from pagegraph.compiler.model.rope import lengths
-from pagegraph.compiler.quantization.packing import QuantizationError, Scheme
-from pagegraph.compiler.quantization.packing import resolve as resolve_scheme
+from pagegraph.compiler.quantization.config import Scheme
+from pagegraph.compiler.quantization.config import resolve as resolve_scheme
+from pagegraph.compiler.quantization.methods import QuantizationError
 from pagegraph.kernels.quant.tiles import FP8_CAPABILITY
 
 log = logging.getLogger("pagegraph.build")

@@ -87,6 +87,7 @@ from pagegraph.kernels.linear import reference as linear_reference
 from pagegraph.kernels.quant import cpu as quant_cpu
 from pagegraph.kernels.quant import cpu_int4
 from pagegraph.kernels.quant import reference as quant_reference
+from pagegraph.kernels.quant.weight import two_weights
 from pagegraph.kernels.sampling import cpp as sampling_cpp
 from pagegraph.kernels.spec_decode import cpp as spec_decode_cpp
 from pagegraph.kernels.spec_decode import reference as spec_decode_reference
@@ -135,18 +136,18 @@ def _quant_linear(x: Tensor, qweight: Tensor, *_: Tensor | int | None) -> Tensor
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
-def _fragment_linear(
+def _repacked_linear(
     x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int, out_size: int,
     quantize_x: bool, gated: bool = False,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], out_size // 2 if gated else out_size)
 
 
-def _norm_fragment_linear(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
-    group: int, out_size: int, quantize_x: bool, second_qweight: Tensor | None, *second: Tensor | int | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], out_size if second_qweight is None else second[-1])
+def _norm_repacked_linear(
+    x: Tensor, residual: Tensor, norm: Tensor, eps: float, quantize_x: bool, *weights: Tensor | int | None
+) -> tuple[Tensor, Tensor]:
+    first, second = two_weights(weights)
+    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], (second or first).out_size)
 
 
 def _int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
@@ -201,14 +202,14 @@ OPS = (
     Op(
         "repacked_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero, Tensor? bias, int group, "
         "int out_size, bool quantize_x, bool gated=False) -> Tensor",
-        quant_reference.repacked_linear, "quant.cuda:repacked_linear", _fragment_linear,
+        quant_reference.repacked_linear, "quant.cuda:repacked_linear", _repacked_linear,
     ),
     Op(
-        "norm_repacked_linear(Tensor x, Tensor residual, Tensor norm, float eps, Tensor qweight, Tensor scale, "
-        "Tensor? zero, Tensor? bias, int group, int out_size, bool quantize_x, Tensor? second_qweight, "
-        "Tensor? second_scale, Tensor? second_zero, Tensor? second_bias, int second_group, "
+        "norm_repacked_linear(Tensor x, Tensor residual, Tensor norm, float eps, bool quantize_x, "
+        "Tensor qweight, Tensor scale, Tensor? zero, Tensor? bias, int group, int out_size, "
+        "Tensor? second_qweight, Tensor? second_scale, Tensor? second_zero, Tensor? second_bias, int second_group, "
         "int second_size) -> (Tensor, Tensor)",
-        quant_reference.norm_repacked_linear, "quant.cuda:norm_repacked_linear", _norm_fragment_linear,
+        quant_reference.norm_repacked_linear, "quant.cuda:norm_repacked_linear", _norm_repacked_linear,
     ),
     Op(
         "int4_packed_linear(Tensor x, Tensor packed, Tensor pairs, int group) -> Tensor",

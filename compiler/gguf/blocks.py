@@ -18,7 +18,7 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import nn
 
-from pagegraph.compiler.quantization.packing import QuantizationError
+from pagegraph.compiler.quantization.methods import QuantizationError
 from pagegraph.kernels.quant import reference
 
 log = logging.getLogger("pagegraph.quantization")

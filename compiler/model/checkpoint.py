@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from pagegraph.compiler.model.files import lfs_pointer
-from pagegraph.compiler.quantization.packing import OWN_FILES, PACKED, QuantizationError
+from pagegraph.compiler.quantization.config import OWN_FILES
+from pagegraph.compiler.quantization.methods import QuantizationError
+from pagegraph.compiler.quantization.packing import PACKED
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -27,8 +27,11 @@ from pagegraph.compiler.model.checkpoint import (
     refuse_names,
     safetensors_files,
 )
-from pagegraph.compiler.passes.modules.quant_linears import QuantLinear
-from pagegraph.compiler.quantization.packing import QuantizationError, Quantized, Scheme, quantize
+from pagegraph.compiler.quantization.config import Scheme
+from pagegraph.compiler.quantization.linear import QuantLinear
+from pagegraph.compiler.quantization.methods import QuantizationError
+from pagegraph.compiler.quantization.online import quantize
+from pagegraph.kernels.quant.weight import QuantWeight
 
 log = logging.getLogger("pagegraph.quantization")
 
@@ -188,12 +191,11 @@ def _load_tensor(
     _place_quantized(model, path, quantize(values.to(device, dtype), online[path], path), device)
 
 
-def _place_quantized(model: nn.Module, path: str, quantized: Quantized, device: torch.device | None = None) -> None:
+def _place_quantized(model: nn.Module, path: str, quantized: QuantWeight, device: torch.device | None = None) -> None:
     """Put a QuantLinear of `quantized` where a linear stood; its bias, loaded or not yet, stays."""
     old = model.get_submodule(path)
-    for name, tensor in quantized.tensors().items():
-        setattr(quantized, name, tensor.to(device or tensor.device, copy=tensor.device.type == "cpu"))
-    new = QuantLinear(quantized, None, old.weight.dtype)
+    quantized = quantized.map(lambda one: one.to(device or one.device, copy=one.device.type == "cpu"))
+    new = QuantLinear(quantized, old.weight.dtype)
     new.bias = old.bias
     if (new.out_features, new.in_features) != tuple(old.weight.shape):
         raise WeightsMismatch(

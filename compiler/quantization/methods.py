@@ -2,3 +2,7 @@
 
 METHODS = ("awq", "gptq", "compressed-tensors", "fp8", "int8", "int4", "gguf")
 ONLINE = ("fp8", "int8", "int4")  # made from an unquantised checkpoint while it loads
+
+
+class QuantizationError(ValueError):
+    """A quantisation that is not served, or that the checkpoint contradicts; the message names both and what works."""

@@ -12,7 +12,8 @@ from pagegraph.kernels.quant.activations import Norm, exchanged_e4m3_rows
 from pagegraph.kernels.quant.gemm_8bit import gemm_8bit
 from pagegraph.kernels.quant.gemm_16bit import dequantize_repacked, gemm_16bit
 from pagegraph.kernels.quant.gemv import ROWS, quant_gemv
-from pagegraph.kernels.quant.tiles import QUANTIZES_X, Choice, QuantWeight, choice_of, takes_8bit_activations
+from pagegraph.kernels.quant.tiles import QUANTIZES_X, Choice, choice_of, takes_8bit_activations
+from pagegraph.kernels.quant.weight import QuantWeight, two_weights
 
 
 def repacked_linear(
@@ -37,27 +38,20 @@ def norm_repacked_linear(
     residual: Tensor,
     norm: Tensor,
     eps: float,
-    qweight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    group: int,
-    out_size: int,
     quantize_x: bool,
-    *second: Tensor | int | None,
+    *weights: Tensor | int | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.ops`. Where rows are rounded for a product, one kernel does that and what is ahead of it."""
+    """See `kernels.ops`. Where rows are quantised for a GEMM, one kernel does that and what is ahead of it."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     ahead = Norm(norm, eps, residual.reshape(rows.shape).contiguous(), torch.empty_like(rows))
-    weight, behind = QuantWeight(qweight, scale, zero, bias, group, out_size), QuantWeight(*second)
+    weight, behind = two_weights(weights)
     choice = _choice(len(rows), rows.shape[1], x.dtype, weight, quantize_x)
-    if behind.qweight is None:
+    if behind is None:
         out = repacked_linear_by(choice, rows, weight, norm=ahead)
     else:
-        later = _choice(len(rows), out_size // 2, x.dtype, behind, quantize_x)
-        apart = (
-            later.way in QUANTIZES_X
-        )  # then the gate is done as its result is rounded; else it may be done in the first product's kernel
+        later = _choice(len(rows), weight.out_size // 2, x.dtype, behind, quantize_x)
+        # The gate is computed where its result is quantised; else it may be computed in the first kernel.
+        apart = later.way in QUANTIZES_X
         inner = repacked_linear_by(choice, rows, weight, gated=not apart, norm=ahead)
         out = repacked_linear_by(later, inner, behind, gated_rows=apart)
     return ahead.total.view(x.shape), out.view(*x.shape[:-1], -1)
@@ -65,9 +59,7 @@ def norm_repacked_linear(
 
 def _choice(rows: int, size: int, dtype: torch.dtype, weight: QuantWeight, quantize_x: bool) -> Choice:
     """How x [rows, size] is multiplied with a weight."""
-    quantize_x = quantize_x and takes_8bit_activations(
-        weight.kind, dtype, weight.out_size, size, weight.group, weight.zero is not None, weight.qweight.device
-    )
+    quantize_x = quantize_x and takes_8bit_activations(weight, size, dtype)
     return choice_of(weight.kind, rows, weight.out_size, size, quantize_x, dtype.itemsize == 2)
 
 
@@ -86,9 +78,8 @@ def repacked_linear_by(
     if choice.way not in QUANTIZES_X and norm is not None:
         _, rows = add_rms_norm(rows, norm.residual, norm.weight, norm.eps, norm.total)
     if choice.way == "gemv":
-        tile = (
-            choice.tile._replace(parts=max(2, choice.tile.parts)) if gated else choice.tile
-        )  # gate and up are one program's
+        # Gate and up are one program's.
+        tile = choice.tile._replace(parts=max(2, choice.tile.parts)) if gated else choice.tile
         within = gated and weight.out_size % (ROWS.value * tile.parts) == 0
         out = quant_gemv(rows, weight, within, tile)
         return silu_mul(out) if gated and not within else out

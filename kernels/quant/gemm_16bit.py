@@ -26,7 +26,7 @@ from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.quant import reference
 from pagegraph.kernels.quant.dequant import halves, nibbles, scaled, settled, wide_bytes
-from pagegraph.kernels.quant.tiles import QuantWeight
+from pagegraph.kernels.quant.weight import QuantWeight
 
 SIZE = tl.constexpr(reference.REPACK_BLOCK)  # rows and columns of a block of the weight
 THREADS = tl.constexpr(128)  # that hold a block

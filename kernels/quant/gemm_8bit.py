@@ -32,7 +32,8 @@ from pagegraph.kernels.quant.activations import Norm, e4m3_rows, int8_rows, widt
 from pagegraph.kernels.quant.dequant import bytes_by_row, nibbles_by_row
 from pagegraph.kernels.quant.gemm_16bit import SIZE, THREADS, scale_place
 from pagegraph.kernels.quant.reference import ACTIVATION_GROUP
-from pagegraph.kernels.quant.tiles import QuantWeight, has_gemm_8bit
+from pagegraph.kernels.quant.tiles import has_gemm_8bit
+from pagegraph.kernels.quant.weight import QuantWeight
 
 STEP = tl.constexpr(ACTIVATION_GROUP)  # columns of a scale of x
 ZERO_STEPS = tl.constexpr(32)  # steps whose zeros are one product

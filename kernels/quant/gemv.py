@@ -21,7 +21,8 @@ from pagegraph.kernels.linear.silu_mul import silu_times
 from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.quant.dequant import fetched, in_registers
 from pagegraph.kernels.quant.gemm_16bit import SIZE, float_weight_of, groups_of, scale_place, weight_of
-from pagegraph.kernels.quant.tiles import SINGLE_ROWS, QuantGemvTile, QuantWeight
+from pagegraph.kernels.quant.tiles import SINGLE_ROWS, QuantGemvTile
+from pagegraph.kernels.quant.weight import QuantWeight
 
 ROWS = tl.constexpr(16)  # of the weight: those of one warp's operand
 EARLY = tl.constexpr(4)  # steps whose codes are on their way to the L2 before the kernel waits

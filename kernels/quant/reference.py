@@ -9,6 +9,7 @@ import torch
 
 from pagegraph.kernels.dtypes import FP8_MAX, INT8_MAX
 from pagegraph.kernels.linear.reference import add_rms_norm, silu_mul
+from pagegraph.kernels.quant.weight import two_weights
 
 INT8X2_STEPS = 2 * INT8_MAX  # what a rounding to int8 leaves is at most half: this many steps fill the next int8
 NIBBLE_SPAN = 32  # columns that `pack_nibbles` keeps together
@@ -206,17 +207,11 @@ def norm_repacked_linear(
     residual: torch.Tensor,
     norm: torch.Tensor,
     eps: float,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    group: int,
-    out_size: int,
     quantize_x: bool,
-    *second: torch.Tensor | int | None,
+    *weights: torch.Tensor | int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.ops`."""
     total, normed = add_rms_norm(x, residual, norm, eps)
-    followed = second[0] is not None
-    out = repacked_linear(normed, qweight, scale, zero, bias, group, out_size, quantize_x, followed)
-    return total, repacked_linear(out, *second, quantize_x) if followed else out
+    weight, behind = two_weights(weights)
+    out = repacked_linear(normed, *weight[:6], quantize_x, behind is not None)
+    return total, out if behind is None else repacked_linear(out, *behind[:6], quantize_x)

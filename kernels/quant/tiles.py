@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.quant.reference import ACTIVATION_GROUP
+from pagegraph.kernels.quant.weight import Kind, QuantWeight
 
 SINGLE_ROWS = 8  # up to here a tensor-core instruction takes all rows of x at once
 MEMORY_BOUND_ROWS = 64  # up to here reading the weight bounds a product
@@ -26,27 +26,10 @@ PROGRAMS = 264  # two on each multiprocessor of an H100 or H200
 SCALED_ROWS = 16  # what PyTorch's product of two fp8 wants the rows of a weight to be a multiple of
 FP8_CAPABILITY = (8, 9)  # compute capability from which on a GPU converts and multiplies e4m3
 
-Kind = Literal["int8", "int4", "fp8"]
-KINDS: dict[torch.dtype, Kind] = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # of codes
 # rows: `kernels.quant.gemv`, for few rows; tile: `kernels.quant.gemm_16bit` by that tile; plain: dequantised, then cuBLAS. Two round rows of x to 8 bits:
 # coded: `kernels.quant.gemm_8bit` by that tile, of int8 with one scale a row or int4 in groups of multiples of 128; scaled: PyTorch's product of two fp8, of one scale a row.
 Way = Literal["gemv", "gemm_16bit", "dequantize", "gemm_8bit", "scaled_mm"]
 QUANTIZES_X: tuple[Way, ...] = ("gemm_8bit", "scaled_mm")
-
-
-class QuantWeight(NamedTuple):
-    """A weight [out_size, K] of codes with what belongs to it, laid out as for `pagegraph::repacked_linear` (`kernels.ops`)."""
-
-    qweight: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    bias: Tensor | None
-    group: int
-    out_size: int
-
-    @property
-    def kind(self) -> Kind:
-        return KINDS[self.qweight.dtype]
 
 
 class QuantGemvTile(NamedTuple):
@@ -108,13 +91,12 @@ def has_gemm_8bit(kind: Kind, group: int, size: int, has_zero: bool) -> bool:
     return kind == "int8" and group >= size and not has_zero
 
 
-def takes_8bit_activations(
-    kind: Kind, dtype: torch.dtype, out_size: int, size: int, group: int, has_zero: bool, device: torch.device
-) -> bool:
-    """Whether this GPU, or the interpreter, multiplies a weight [out_size, size] with rows of `dtype` rounded to 8 bits."""
+def takes_8bit_activations(weight: QuantWeight, size: int, dtype: torch.dtype) -> bool:
+    """Whether this GPU, or the interpreter, multiplies a repacked weight [out_size, size] with rows of `dtype` quantised to 8 bits."""
+    kind, has_zero, device = weight.kind, weight.zero is not None, weight.qweight.device
     if kind == "fp8":
-        return dtype == torch.bfloat16 and out_size % SCALED_ROWS == 0 and group >= size and not has_zero
-    if dtype.itemsize != 2 or not has_gemm_8bit(kind, group, size, has_zero):
+        return dtype == torch.bfloat16 and weight.out_size % SCALED_ROWS == 0 and weight.group >= size and not has_zero
+    if dtype.itemsize != 2 or not has_gemm_8bit(kind, weight.group, size, has_zero):
         return False
     return kind == "int8" or device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 

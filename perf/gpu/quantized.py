@@ -32,13 +32,12 @@ from pagegraph.kernels.quant.tiles import (
     MEMORY_BOUND_ROWS,
     SINGLE_ROWS,
     Choice,
-    Kind,
-    QuantWeight,
     coded,
     few,
     gemm_16bit_tile_by_rule,
     has_gemm_8bit,
 )
+from pagegraph.kernels.quant.weight import Kind, QuantWeight
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from perf.floors import BYTES, Ceilings, Shape
 from perf.gpu.offline import ceilings_of, config_of, step_of

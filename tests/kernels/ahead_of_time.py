@@ -30,7 +30,8 @@ from triton.runtime.jit import JITFunction
 
 from pagegraph.kernels import pdl
 from pagegraph.kernels.linear.tiles import Tile
-from pagegraph.kernels.quant.tiles import QuantGemvTile, QuantWeight
+from pagegraph.kernels.quant.tiles import QuantGemvTile
+from pagegraph.kernels.quant.weight import QuantWeight
 
 SHARED_MEMORY = 232448  # bytes a block may have on sm_90
 TYPES = {

@@ -72,7 +72,9 @@ def _fuse_repacked(graph: Graph, last: Node) -> bool:
     if both is None or pair and first.args[REPACKED_ARGUMENTS - 1] != last.args[REPACKED_ARGUMENTS - 1]:
         return False
     behind = last.args[1 : REPACKED_ARGUMENTS - 1] if pair else (None, None, None, None, 0, 0)
-    _replace(graph, both, last, ops.norm_repacked_linear, (*both.args, *first.args[1:REPACKED_ARGUMENTS], *behind))
+    quantize_x = first.args[REPACKED_ARGUMENTS - 1]
+    arguments = (*both.args, quantize_x, *first.args[1 : REPACKED_ARGUMENTS - 1], *behind)
+    _replace(graph, both, last, ops.norm_repacked_linear, arguments)
     return True
 
 

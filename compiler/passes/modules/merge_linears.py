@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from pagegraph.compiler.model.forward_local import forward_local
-from pagegraph.compiler.passes.modules.quant_linears import QuantLinear, stackable, stacked
+from pagegraph.compiler.quantization.linear import QuantLinear, stackable, stacked
 
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from pagegraph.compiler.gguf.blocks import BLOCKS, keep, planes
 from pagegraph.compiler.model.meta import build_meta
-from pagegraph.compiler.quantization.packing import QuantizationError
+from pagegraph.compiler.quantization.methods import QuantizationError
 
 ROWS, BLOCKS_A_ROW = 6, 3
 

@@ -23,12 +23,16 @@ from pagegraph.compiler.options import PassOptions
 from pagegraph.compiler.passes.modules import merge_linears as merge_module
 from pagegraph.compiler.passes.modules import quant_linears
 from pagegraph.compiler.passes.modules.merge_linears import MergedQuantLinear
-from pagegraph.compiler.passes.modules.quant_linears import RepackedLinear, Int4Packed, Int8Dynamic, QuantLinear
 from pagegraph.compiler.passes.registry import apply_module_passes
-from pagegraph.compiler.quantization import packing as quant_formats
-from pagegraph.compiler.quantization.packing import QuantizationError, online_group
+from pagegraph.compiler.quantization import config as quant_config
+from pagegraph.compiler.quantization import methods, online, packing
+from pagegraph.compiler.quantization.layouts import Int4Packed, Int8Dynamic, RepackedLinear
+from pagegraph.compiler.quantization.linear import QuantLinear
+from pagegraph.compiler.quantization.methods import QuantizationError
+from pagegraph.compiler.quantization.online import online_group
 from pagegraph.compiler.resolve import resolve_cache_dtype, resolve_quantization
 from pagegraph.kernels.quant import reference
+from pagegraph.kernels.quant.weight import QuantWeight
 from pagegraph.runtime.config import Config, ConfigError, load_config
 from tests.compiler.architectures import tiny_config
 from tests.compiler.quantization.checkpoints import FORMATS, compressed, words, write
@@ -150,7 +154,7 @@ def test_one_unquantised_weight_is_held_at_a_time(tmp_path: Path, monkeypatch: p
     stock_model().save_pretrained(tmp_path)
     given, original = [], weights.quantize
 
-    def watched(weight: torch.Tensor, *arguments: str) -> quant_formats.Quantized:
+    def watched(weight: torch.Tensor, *arguments: str) -> QuantWeight:
         assert not any(earlier() is not None for earlier in given)
         given.append(weakref.ref(weight))
         return original(weight, *arguments)
@@ -234,19 +238,19 @@ def test_merged_linears_are_stacked_codes(tmp_path: Path) -> None:
 def test_every_method_that_the_configuration_takes_is_carried_out() -> None:
     """By a checkpoint of its kind, or while loading; and what checkpoints say of themselves may be asked for."""
     of_checkpoints = {
-        method: name for name, (stored, _) in FORMATS.items() if (method := quant_formats.detect(stored).method)
+        method: name for name, (stored, _) in FORMATS.items() if (method := quant_config.detect(stored).method)
     }
-    assert set(of_checkpoints) | set(quant_formats.ONLINE) | {"gguf"} == set(quant_formats.METHODS)
-    for method in quant_formats.METHODS:
+    assert set(of_checkpoints) | set(methods.ONLINE) | {"gguf"} == set(methods.METHODS)
+    for method in methods.METHODS:
         asked = Config(model="any", quantization=method).quantization
         if method in of_checkpoints:
-            assert quant_formats.resolve(asked, FORMATS[of_checkpoints[method]][0]).method == method
+            assert quant_config.resolve(asked, FORMATS[of_checkpoints[method]][0]).method == method
         elif method == "gguf":
-            assert quant_formats.resolve(asked, {"quant_method": "gguf"}).method == method
+            assert quant_config.resolve(asked, {"quant_method": "gguf"}).method == method
         else:
-            assert quant_formats.resolve(asked, None) == method
-        if method in quant_formats.ONLINE:
-            linear = quant_formats.quantize(torch.randn(128, 128), method, "linear")
+            assert quant_config.resolve(asked, None) == method
+        if method in methods.ONLINE:
+            linear = online.quantize(torch.randn(128, 128), method, "linear")
             assert linear.qweight.nbytes <= 128 * 128
     with pytest.raises(ConfigError, match="awq, gptq, compressed-tensors"):
         load_config("any", {"quantization": "awq2"})
@@ -286,13 +290,13 @@ def test_flag_against_checkpoint(asked: str, name: str | None, message: str) -> 
 )
 def test_unknown_checkpoints_are_refused(config: dict, message: str) -> None:
     with pytest.raises(QuantizationError, match=message):
-        quant_formats.detect(config)
+        quant_config.detect(config)
 
 
 @pytest.mark.parametrize("structure", ["128x128", [128, 128]])
 def test_blocks_of_compressed_tensors(structure: object) -> None:
     config = compressed("float-quantized", num_bits=8, type="float", strategy="block", block_structure=structure)
-    assert quant_formats.detect(config).block == (128, 128)
+    assert quant_config.detect(config).block == (128, 128)
 
 
 def changed(tmp_path: Path, name: str, leaf: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
@@ -411,15 +415,15 @@ def test_an_order_of_compressed_tensors_has_its_group_indices(tmp_path: Path) ->
 
 def test_one_group_has_no_order() -> None:
     """Of all inputs: their order means nothing, with group indices or without."""
-    assert quant_formats._g_idx_order(None, 64, 64, "up_proj", True) is None
-    assert quant_formats._g_idx_order(torch.zeros(64, dtype=torch.int32), 64, 64, "up_proj", True) is None
+    assert packing._g_idx_order(None, 64, 64, "up_proj", True) is None
+    assert packing._g_idx_order(torch.zeros(64, dtype=torch.int32), 64, 64, "up_proj", True) is None
 
 
 def test_zero_points_one_by_one(tmp_path: Path) -> None:
     """As int8 [N, groups] they are those of the words, less 8."""
 
     def unpacked(words: torch.Tensor) -> torch.Tensor:
-        return (quant_formats.unpack_words(words, 4, 0) - 8).to(torch.int8)
+        return (packing.unpack_integers(words, 4, 0) - 8).to(torch.int8)
 
     changed(tmp_path, "w4a16_asymmetric", "weight_zero_point", unpacked)
     one_by_one = load(tmp_path)
@@ -457,7 +461,7 @@ def test_one_scale_for_all(zero: int | None) -> None:
     """compressed-tensors' strategy tensor: scale and zero point, int8, of one element; a scale a row may have one axis."""
     qweight = torch.randint(-8, 8, (48, 64), generator=torch.Generator().manual_seed(0))
     packed = words((qweight + 8).numpy(), 4)
-    scheme = quant_formats.detect(
+    scheme = quant_config.detect(
         compressed("pack-quantized", num_bits=4, type="int", strategy="tensor", symmetric=zero is None)
     )
     tensors = dict(weight_packed=packed, weight_scale=torch.tensor([0.5]), weight_shape=torch.tensor([48, 64]))
@@ -473,7 +477,7 @@ def test_one_scale_for_all(zero: int | None) -> None:
 
 def test_scales_of_keys_and_values_alone_quantise_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = dict(quant_method="compressed-tensors", config_groups={}, kv_cache_scheme=dict(num_bits=8, type="float"))
-    assert quant_formats.detect(config) is None
+    assert quant_config.detect(config) is None
     stock_model().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     scales = {f"model.layers.0.self_attn.{name}_scale": torch.ones(1) for name in ("k", "v", "kv")}

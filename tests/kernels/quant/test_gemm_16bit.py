@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,13 +16,13 @@ from pagegraph.kernels.quant.tiles import (
     SINGLE_ROWS,
     Choice,
     QuantGemvTile,
-    QuantWeight,
     Tile,
     choice_of,
     few,
     gemm_16bit_tile_by_rule,
     takes_8bit_activations,
 )
+from pagegraph.kernels.quant.weight import QuantWeight
 from tests.kernels.quant.weights import multiplied, random_weight, repacked
 
 SHAPES = [
@@ -273,7 +275,7 @@ def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, dtype, out_size, group, shifted, capability, takes",
+    "kind, dtype, out_size, group, has_zero, capability, takes",
     [
         ("int4", torch.bfloat16, 100, 128, True, (8, 9), True),
         ("int4", torch.float16, 100, 512, False, (9, 0), True),
@@ -300,7 +302,14 @@ def test_which_products_take_rows_of_8_bits(
     takes: bool,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert takes_8bit_activations(kind, dtype, out_size, 512, group, has_zero, torch.device("cuda")) == takes
+    weight = SimpleNamespace(
+        kind=kind,
+        out_size=out_size,
+        group=group,
+        zero=has_zero or None,
+        qweight=SimpleNamespace(device=torch.device("cuda")),
+    )
+    assert takes_8bit_activations(weight, 512, dtype) == takes
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])

@@ -11,7 +11,8 @@ from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.quant import reference as quant_reference
 from pagegraph.kernels.quant.activations import Norm
 from pagegraph.kernels.quant.cuda import repacked_linear_by
-from pagegraph.kernels.quant.tiles import ACTIVATION_GROUP, QuantWeight, choice_of, coded
+from pagegraph.kernels.quant.tiles import ACTIVATION_GROUP, choice_of, coded
+from pagegraph.kernels.quant.weight import QuantWeight
 from tests.kernels.quant.weights import random_weight, repacked
 
 SHAPES = [
@@ -123,11 +124,11 @@ def test_norm_and_gate_ahead_of_products(triton_calls, kind: str, second_group: 
             outputs,
         ]
 
-    first, second = [*weight(width, size, 128), True], weight(out_size, inner, second_group)
-    arguments = [x, residual, norm, 1e-6, *first, *(second if gated else [None, None, None, None, 0, 0])]
+    first, second = weight(width, size, 128), weight(out_size, inner, second_group)
+    arguments = [x, residual, norm, 1e-6, True, *first, *(second if gated else [None, None, None, None, 0, 0])]
     (total, out), _ = triton_calls.call("pagegraph.kernels.quant.cuda", "norm_repacked_linear", *arguments)
     expected_total, normed = linear_reference.add_rms_norm(x, residual, norm, 1e-6)
-    expected, _ = triton_calls.call("pagegraph.kernels.quant.cuda", "repacked_linear", normed, *first, gated)
+    expected, _ = triton_calls.call("pagegraph.kernels.quant.cuda", "repacked_linear", normed, *first, True, gated)
     if gated:
         expected, _ = triton_calls.call("pagegraph.kernels.quant.cuda", "repacked_linear", expected, *second, True)
     assert torch.equal(total, expected_total) and out.shape == expected.shape == (1, rows, out_size if gated else width)
@@ -141,7 +142,7 @@ def test_norm_and_gate_ahead_of_products(triton_calls, kind: str, second_group: 
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_op_is_well_formed(gated: bool) -> None:
     x, norm = random_rows(3, 128)[None].contiguous(), torch.rand(128).bfloat16()
-    first = [*repacked(*random_weight("int8", 256, 128, 128, False), 128, 128), None, 128, 256, True]
+    first = [*repacked(*random_weight("int8", 256, 128, 128, False), 128, 128), None, 128, 256]
     second = (
         [*repacked(*random_weight("int8", 64, 128, 128, False), 128, 128), None, 128, 64]
         if gated
@@ -149,7 +150,7 @@ def test_the_op_is_well_formed(gated: bool) -> None:
     )
     torch.library.opcheck(
         torch.ops.pagegraph.norm_repacked_linear.default,
-        (x, x, norm, 1e-6, *first, *second),
+        (x, x, norm, 1e-6, True, *first, *second),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from pagegraph.kernels.quant.tiles import QuantGemvTile, QuantWeight
+from pagegraph.kernels.quant.tiles import QuantGemvTile
+from pagegraph.kernels.quant.weight import QuantWeight
 from tests.kernels.quant.weights import multiplied, random_weight, repacked
 
 SHAPES = [

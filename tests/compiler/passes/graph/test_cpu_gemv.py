@@ -9,8 +9,9 @@ from torch._inductor.utils import run_and_get_code
 
 from pagegraph.compiler.inductor.compile import compile_forward
 from pagegraph.compiler.passes.graph.cpu_gemv import one_row_linears
-from pagegraph.compiler.passes.modules.quant_linears import Int4Packed, Int8Dynamic, QuantLinear
-from pagegraph.compiler.quantization.packing import quantize
+from pagegraph.compiler.quantization.layouts import Int4Packed, Int8Dynamic
+from pagegraph.compiler.quantization.linear import QuantLinear
+from pagegraph.compiler.quantization.online import quantize
 from pagegraph.kernels.quant import cpu_int4
 
 
@@ -73,7 +74,7 @@ def test_one_row_of_int8_is_summed_over_the_widened_weight(
     generator = torch.Generator().manual_seed(2)
     weight = (torch.randn(outputs, inputs, generator=generator) * 0.2).to(dtype)
     bias = torch.randn(outputs, generator=generator).to(dtype)
-    linear = QuantLinear(quantize(weight, "int8", "w"), bias, dtype)
+    linear = QuantLinear(quantize(weight, "int8", "w")._replace(bias=bias), dtype)
     states = torch.randn(1, rows, inputs, generator=generator).to(dtype)
     out, code, _ = compiled(Int8Dynamic(linear), states)
     assert ("_int_mm" in code) == (rows > 1)
@@ -96,14 +97,13 @@ def test_int4_by_rows(
     generator = torch.Generator().manual_seed(3)
     weight = (torch.randn(outputs, 96, generator=generator) * 0.2).to(dtype)
     bias = torch.randn(outputs, generator=generator).to(dtype)
-    linear = Int4Packed(QuantLinear(quantize(weight, "int4", "w"), bias, dtype))
+    linear = Int4Packed(QuantLinear(quantize(weight, "int4", "w")._replace(bias=bias), dtype))
     states = torch.randn(1, rows, 96, generator=generator).to(dtype)
     out, code, _ = compiled(linear, states)
     direct = linear.unpacks and cpu_int4.takes(dtype, rows)
     assert ("pagegraph_int4_row" in code) == direct
     torch.testing.assert_close(out, linear(states), atol=0.02, rtol=0.02)
     expected = (
-        states.float() @ QuantLinear(quantize(weight, "int4", "w"), None, dtype).dequantized().float().t()
-        + bias.float()
+        states.float() @ QuantLinear(quantize(weight, "int4", "w"), dtype).dequantized().float().t() + bias.float()
     )
     torch.testing.assert_close(out.float(), expected, atol=0.03, rtol=0.02)

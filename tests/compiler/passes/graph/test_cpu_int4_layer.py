@@ -11,8 +11,9 @@ from pagegraph.compiler.inductor.compile import compile_forward
 from pagegraph.compiler.passes.graph.cpu_int4_layer import fuse_int4_layer
 from pagegraph.compiler.passes.graph.fuse_rope import rotate_one_row
 from pagegraph.compiler.passes.modules.merge_linears import merge_linears
-from pagegraph.compiler.passes.modules.quant_linears import QuantLinear, quant_linears
-from pagegraph.compiler.quantization.packing import quantize
+from pagegraph.compiler.passes.modules.quant_linears import quant_linears
+from pagegraph.compiler.quantization.linear import QuantLinear
+from pagegraph.compiler.quantization.online import quantize
 from pagegraph.compiler.step.forward import mark_dynamic
 from pagegraph.kernels.attention import cpu_decode
 from pagegraph.kernels.quant import cpu_int4
@@ -48,7 +49,11 @@ def int4_model(name: str) -> nn.Module:
     for parent in list(captured.modules()):
         for child, linear in list(parent.named_children()):
             if type(linear) is nn.Linear and child.endswith("proj"):
-                setattr(parent, child, QuantLinear(quantize(linear.weight, "int4", child), linear.bias, torch.bfloat16))
+                setattr(
+                    parent,
+                    child,
+                    QuantLinear(quantize(linear.weight, "int4", child)._replace(bias=linear.bias), torch.bfloat16),
+                )
     merge_linears(captured)
     quant_linears(captured)
     return captured

@@ -11,9 +11,10 @@ from pagegraph.compiler.passes.graph.fuse_norms import fuse_rows
 from pagegraph.compiler.passes.graph.fuse_rope import fuse_rope
 from pagegraph.compiler.passes.modules import quant_linears
 from pagegraph.compiler.passes.modules.merge_linears import merge_linears
-from pagegraph.compiler.passes.modules.quant_linears import QuantLinear, RepackedLinear
 from pagegraph.compiler.passes.modules.skinny_linears import skinny_linears
-from pagegraph.compiler.quantization.packing import quantize
+from pagegraph.compiler.quantization.layouts import RepackedLinear
+from pagegraph.compiler.quantization.linear import QuantLinear
+from pagegraph.compiler.quantization.online import quantize
 from tests.compiler.architectures import tiny_config
 from tests.compiler.model.test_capture import MIXED, captured_copy, check_compiled, random_model
 
@@ -46,14 +47,16 @@ def test_what_is_ahead_joins_quantised_products(monkeypatch: pytest.MonkeyPatch)
     for parent in list(stock.modules()):
         for name, linear in list(parent.named_children()):
             if type(linear) is nn.Linear and name.endswith("proj"):
-                linear.weight.data = QuantLinear(
-                    quantize(linear.weight, "int8", name), None, torch.float32
-                ).dequantized()
+                linear.weight.data = QuantLinear(quantize(linear.weight, "int8", name), torch.float32).dequantized()
     captured = captured_copy(tiny_config("llama"), stock)
     for parent in list(captured.modules()):
         for name, linear in list(parent.named_children()):
             if type(linear) is nn.Linear and name.endswith("proj"):
-                setattr(parent, name, QuantLinear(quantize(linear.weight, "int8", name), linear.bias, torch.float32))
+                setattr(
+                    parent,
+                    name,
+                    QuantLinear(quantize(linear.weight, "int8", name)._replace(bias=linear.bias), torch.float32),
+                )
     merge_linears(captured)
     quant_linears.quant_linears(captured)
     graphs = check_compiled(stock, captured, [fuse_rope, fuse_rows, fuse_linears], MIXED)
