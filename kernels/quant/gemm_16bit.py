@@ -250,7 +250,7 @@ def gemm_16bit(x: Tensor, weight: QuantWeight, tile: Tile) -> Tensor:
 
     A tile has multiples of 64 as rows of the weight, and as columns of a step.
     """
-    qweight, scale, zero, bias, group, out_size = weight
+    qweight, scale, zero, bias, group, out_size, _ = weight
     rows, size = x.shape
     if tile.block_n % SIZE.value or tile.block_k % SIZE.value:
         raise ValueError(
@@ -337,7 +337,7 @@ def dequantize_repacked_kernel(
 
 def dequantize_repacked(weight: QuantWeight, size: int, dtype: torch.dtype) -> Tensor:
     """The weight as in `kernels.ops`, all contiguous -> [out_size, size] in dtype, rounded once. Its bias is not looked at."""
-    qweight, scale, zero, _, group, out_size = weight
+    qweight, scale, zero, _, group, out_size, _ = weight
     out = torch.empty(out_size, size, dtype=dtype, device=qweight.device)
     dequantize_repacked_kernel[triton.cdiv(out_size, SIZE.value), triton.cdiv(size, SIZE.value * BLOCKS)](
         out,

@@ -213,7 +213,7 @@ def gemm_8bit(x: Tensor, weight: QuantWeight, tile: Tile, norm: Norm | None = No
     norm, gated: what is done to x before it is rounded (`kernels.quant.activations`); gated: x is [T, 2 * K].
     int8 has one scale a row and no zero, int4 groups of a multiple of 128 or of all columns. A tile has a multiple of 64 as rows of the weight, up to 128 rows of x and 128 columns to a step.
     """
-    qweight, scale, zero, bias, group, out_size = weight
+    qweight, scale, zero, bias, group, out_size, _ = weight
     rows, size = len(x), width(x, gated)
     if tile.block_n % SIZE.value or tile.block_k != STEP.value or tile.block_t > 2 * ROWS_AT_ONCE:
         raise ValueError(

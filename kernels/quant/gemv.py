@@ -245,7 +245,7 @@ def quant_gemv(x: Tensor, weight: QuantWeight, gated: bool, tile: QuantGemvTile)
 
     gated: [T, out_size / 2], silu(first half) * second half.
     """
-    qweight, scale, zero, bias, group, out_size = weight
+    qweight, scale, zero, bias, group, out_size, _ = weight
     rows, size = x.shape
     width = out_size // 2 if gated else out_size
     outputs = tile.parts * ROWS.value // (2 if gated else 1)  # of a program
