@@ -1,9 +1,10 @@
 """Triton: paged attention of single rows, split along the keys.
 
-One program computes one row, one KV head and one split; the query heads that share the KV head are the rows
-of its matrix. The last of a row's splits to arrive merges them, in order, so the result does not depend on timing. With BY_TOKEN each row of the step is found its sequence, so the kernel is right for any ragged
-step (verification of a few drafts among them); otherwise it takes the sequences that have one row and leaves
-the rest to `attention_prefill`. The grid depends on sizes alone; lengths are read on the device.
+One program computes one row, one KV head and one split; the query heads that share the KV head are the rows of its matrix.
+The last of a row's splits to arrive merges them, in order, so the result does not depend on timing. With BY_TOKEN the kernel
+looks up the sequence of each row, so it is right for any ragged step (verification of a few draft tokens among them);
+otherwise it computes the sequences that have one row and leaves the rest to `attention.prefill`. The grid depends on sizes
+alone; lengths are read on the device.
 """
 
 from __future__ import annotations
@@ -85,6 +86,64 @@ def locate(index, query_start_ptr, seq_lens_ptr, num_seqs, BY_TOKEN: tl.constexp
         live = end - row == 1
     position = tl.load(seq_lens_ptr + sequence) - (end - row)
     return row, sequence, position, live
+
+
+@triton.jit
+def load_tile(cache_ptr, slot, inside, kv_head, column, KV_HEADS: tl.constexpr, SIZE: tl.constexpr):
+    """A tile of one head's keys or values: slot, inside and column broadcast, [columns, slots] of keys, [slots, columns] of values.
+
+    Lanes that are not inside are not read, so what unused slots hold cannot reach a sum.
+    """
+    return tl.load(cache_ptr + (slot * KV_HEADS + kv_head) * SIZE + column, mask=inside & (column < SIZE), other=0)
+
+
+@triton.jit
+def first_sums(sinks_ptr, head, mask, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr):
+    """m_i and l_i [BLOCK_M] before the first key: a sink is one more logit of the denominator where mask is set."""
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head, mask=mask, other=float("-inf")).to(tl.float32)
+        m_i = sink * 1.4426950408889634
+        l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
+    return m_i, l_i
+
+
+@triton.jit
+def is_last_split(
+    acc, m_i, l_i, acc_ptr, m_ptr, l_ptr, at, column, in_m, mask, arrival_ptr, used, VALUE_SIZE: tl.constexpr
+):
+    """Store what a split found at `at` [BLOCK_M] -> whether the other splits of the row, `used` in all, have stored theirs."""
+    tl.store(m_ptr + at, m_i, mask=in_m)
+    tl.store(l_ptr + at, l_i, mask=in_m)
+    tl.store(acc_ptr + at[:, None] * VALUE_SIZE + column[None, :], acc, mask=mask)
+    tl.debug_barrier()  # every thread's share is stored before the arrival is counted
+    return tl.atomic_add(arrival_ptr, 1, sem="acq_rel") >= used - 1
+
+
+@triton.jit
+def merge_splits(
+    acc_ptr, m_ptr, l_ptr, at, column, in_m, mask, used,
+    STRIDE: tl.constexpr, VALUE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, VALUE_PAD: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_M, VALUE_PAD] and l_i [BLOCK_M] of `used` splits, in their order; the first is stored at `at`, others STRIDE on."""
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
+    for other in range(0, used):
+        there = at + other * STRIDE
+        # Past the first-level cache, which does not see what other programs store.
+        m_there = tl.load(m_ptr + there, mask=in_m, other=0.0, cache_modifier=".cg")
+        l_there = tl.load(l_ptr + there, mask=in_m, other=1.0, cache_modifier=".cg")
+        acc_there = tl.load(
+            acc_ptr + there[:, None] * VALUE_SIZE + column[None, :], mask=mask, other=0.0, cache_modifier=".cg"
+        )
+        m_new = tl.maximum(m_i, m_there)
+        keep, take = tl.exp2(m_i - m_new), tl.exp2(m_there - m_new)
+        l_i = l_i * keep + l_there * take
+        acc = acc * keep[:, None] + acc_there * take[:, None]
+        m_i = m_new
+    return acc, l_i
 
 
 @triton.jit
@@ -171,13 +230,8 @@ def decode_kernel(
             query, level = levelled(query)
             scale = level[:, None] * scale
         query, second_query = tl.split(query.reshape(BLOCK_M, HEAD_PAD // 2, 2))
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_SINKS:
-        # The sink is one more logit of the denominator; the first split counts it.
-        sink = tl.load(sinks_ptr + head, mask=grouped & (split == 0), other=float("-inf")).to(tl.float32)
-        m_i = sink * 1.4426950408889634
-        l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
+    # The first split counts the sink.
+    m_i, l_i = first_sums(sinks_ptr, head, grouped & (split == 0), BLOCK_M, HAS_SINKS)
     if SUM_LATE:
         l_i = tl.where(tl.arange(0, BLOCK_N)[None, :] == 0, l_i[:, None], 0.0)
     acc = tl.zeros([BLOCK_M, VALUE_PAD // WIDTH], tl.float32)
@@ -194,16 +248,11 @@ def decode_kernel(
         inside = token < end
         slot = block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
         block = tl.load(table_ptr + (token + BLOCK_N) // BLOCK_SIZE, mask=token + BLOCK_N < end, other=0)
-        # Lanes past the end are not read, so what unused slots hold cannot reach the sum.
-        keys = tl.load(
-            key_cache_ptr + (slot[None, :] * KV_HEADS + kv_head) * (HEAD_SIZE // WIDTH) + key_unit[:, None],
-            mask=inside[None, :] & (key_unit < HEAD_SIZE // WIDTH)[:, None],
-            other=0,
+        keys = load_tile(
+            key_cache_ptr, slot[None, :], inside[None, :], kv_head, key_unit[:, None], KV_HEADS, HEAD_SIZE // WIDTH
         )
-        values = tl.load(
-            value_cache_ptr + (slot[:, None] * KV_HEADS + kv_head) * (VALUE_SIZE // WIDTH) + value_unit[None, :],
-            mask=inside[:, None] & (value_unit < VALUE_SIZE // WIDTH)[None, :],
-            other=0,
+        values = load_tile(
+            value_cache_ptr, slot[:, None], inside[:, None], kv_head, value_unit[None, :], KV_HEADS, VALUE_SIZE // WIDTH
         )
         if PAIRED:
             keys, second_keys = of_pairs(keys, ASSEMBLES)
@@ -228,34 +277,30 @@ def decode_kernel(
     if NUM_SPLITS == 1:
         tl.store(out_at, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
         return
-    # Parts [row, split, head]: what each split found.
+    # What each split found is stored at [row, split, head].
     used = (length + span - 1) // span
-    index = tl.program_id(0) * KV_HEADS + kv_head
-    part = tl.program_id(0).to(tl.int64) * NUM_SPLITS * KV_HEADS * GROUP + head
-    mine = part + split * KV_HEADS * GROUP
-    tl.store(m_ptr + mine, m_i, mask=grouped)
-    tl.store(l_ptr + mine, l_i, mask=grouped)
-    tl.store(acc_ptr + mine[:, None] * VALUE_SIZE + value_column[None, :], acc, mask=out_mask)
-    tl.debug_barrier()  # every thread's share is stored before the arrival is counted
-    if tl.atomic_add(arrivals_ptr + index, 1, sem="acq_rel") < used - 1:
+    arrival_ptr = arrivals_ptr + (tl.program_id(0) * KV_HEADS + kv_head)
+    first = tl.program_id(0).to(tl.int64) * NUM_SPLITS * KV_HEADS * GROUP + head
+    mine = first + split * KV_HEADS * GROUP
+    if not is_last_split(
+        acc, m_i, l_i, acc_ptr, m_ptr, l_ptr, mine, value_column, grouped, out_mask, arrival_ptr, used, VALUE_SIZE
+    ):
         return
-    tl.store(arrivals_ptr + index, 0)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
-    for other in range(0, used):
-        at = part + other * KV_HEADS * GROUP
-        # Past the first-level cache, which does not see what other programs store.
-        m_there = tl.load(m_ptr + at, mask=grouped, other=0.0, cache_modifier=".cg")
-        l_there = tl.load(l_ptr + at, mask=grouped, other=1.0, cache_modifier=".cg")
-        acc_there = tl.load(
-            acc_ptr + at[:, None] * VALUE_SIZE + value_column[None, :], mask=out_mask, other=0.0, cache_modifier=".cg"
-        )
-        m_new = tl.maximum(m_i, m_there)
-        keep, take = tl.exp2(m_i - m_new), tl.exp2(m_there - m_new)
-        l_i = l_i * keep + l_there * take
-        acc = acc * keep[:, None] + acc_there * take[:, None]
-        m_i = m_new
+    tl.store(arrival_ptr, 0)
+    acc, l_i = merge_splits(
+        acc_ptr,
+        m_ptr,
+        l_ptr,
+        first,
+        value_column,
+        grouped,
+        out_mask,
+        used,
+        KV_HEADS * GROUP,
+        VALUE_SIZE,
+        BLOCK_M,
+        VALUE_PAD,
+    )
     tl.store(out_at, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
 
 

@@ -119,20 +119,20 @@ def machine_code(cubin: bytes) -> bytes:
     return cubin[code[4] : code[4] + code[5]]
 
 
-def before_waits(qweight: list[bytes], capability: int) -> list[list[str]]:
+def before_waits(codes: list[bytes], capability: int) -> list[list[str]]:
     """Loads, stores, atomics, prefetches and exits of each ahead of griddepcontrol.wait (ACQBULK), or in all of it.
 
     Of machine code, because ptxas is the last that may move a load; at once, because nvdisasm is slow to start.
     """
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
-        file.write(b"".join(qweight))
+        file.write(b"".join(codes))
         file.flush()
         command = [knobs.nvidia.nvdisasm.path, "--binary", f"SM{capability}", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     instructions = re.findall(r"/\*[0-9a-f]+\*/\s+([^;]*);", listing)  # of 16 bytes each
-    assert 16 * len(instructions) == sum(map(len, qweight))
+    assert 16 * len(instructions) == sum(map(len, codes))
     found, at = [], 0
-    for code in qweight:
+    for code in codes:
         end = at + len(code) // 16
         ahead = "\n".join(instructions[at:end]).partition("ACQBULK")[0]
         found.append(re.findall(r"\b(LDG|STG|LD|ST|LDGSTS|ATOMG?|RED|REDG|UBLK\w+|UTMA\w+|CCTL|EXIT)\b", ahead))
