@@ -110,15 +110,13 @@ def first_sums(sinks_ptr, head, mask, BLOCK_M: tl.constexpr, HAS_SINKS: tl.const
 
 
 @triton.jit
-def is_last_split(
-    acc, m_i, l_i, acc_ptr, m_ptr, l_ptr, at, column, in_m, mask, arrival_ptr, used, VALUE_SIZE: tl.constexpr
-):
-    """Store what a split found at `at` [BLOCK_M] -> whether the other splits of the row, `used` in all, have stored theirs."""
+def store_split(acc, m_i, l_i, acc_ptr, m_ptr, l_ptr, at, column, in_m, mask, arrival_ptr, VALUE_SIZE: tl.constexpr):
+    """Store what a split found at `at` [BLOCK_M] -> how many splits of the row have been stored before."""
     tl.store(m_ptr + at, m_i, mask=in_m)
     tl.store(l_ptr + at, l_i, mask=in_m)
     tl.store(acc_ptr + at[:, None] * VALUE_SIZE + column[None, :], acc, mask=mask)
     tl.debug_barrier()  # every thread's share is stored before the arrival is counted
-    return tl.atomic_add(arrival_ptr, 1, sem="acq_rel") >= used - 1
+    return tl.atomic_add(arrival_ptr, 1, sem="acq_rel")
 
 
 @triton.jit
@@ -282,9 +280,10 @@ def decode_kernel(
     arrival_ptr = arrivals_ptr + (tl.program_id(0) * KV_HEADS + kv_head)
     first = tl.program_id(0).to(tl.int64) * NUM_SPLITS * KV_HEADS * GROUP + head
     mine = first + split * KV_HEADS * GROUP
-    if not is_last_split(
-        acc, m_i, l_i, acc_ptr, m_ptr, l_ptr, mine, value_column, grouped, out_mask, arrival_ptr, used, VALUE_SIZE
-    ):
+    before = store_split(
+        acc, m_i, l_i, acc_ptr, m_ptr, l_ptr, mine, value_column, grouped, out_mask, arrival_ptr, VALUE_SIZE
+    )
+    if before < used - 1:
         return
     tl.store(arrival_ptr, 0)
     acc, l_i = merge_splits(
