@@ -27,6 +27,7 @@ from pagegraph.kernels.attention.softmax import (
     to_base2,
     update,
 )
+from pagegraph.kernels.gpu import Gpu, measured
 from pagegraph.kernels.pdl import arrival_counts, dependent, wait
 
 
@@ -42,21 +43,23 @@ class Tile(NamedTuple):
 
 # By (bytes an element of the blocks, padded head size). Float32, whatever the blocks hold, is computed by FMA in full
 # precision and needs the registers.
-TILES: dict[tuple[int, int], Tile] = {
-    (1, 32): Tile(64, 4, 4),
-    (1, 64): Tile(64, 4, 4, sum_late=True),
-    (1, 128): Tile(64, 2, 3, 264, sum_late=True),
-    (1, 256): Tile(32, 4, 4, sum_late=True),
-    (2, 16): Tile(64, 4, 4),
-    (2, 32): Tile(64, 4, 4),
-    (2, 64): Tile(64, 4, 4),
-    (2, 128): Tile(64, 4, 3),
-    (2, 256): Tile(32, 4, 3),
-    (4, 16): Tile(32, 4, 3),
-    (4, 32): Tile(32, 4, 3),
-    (4, 64): Tile(32, 4, 3),
-    (4, 128): Tile(16, 4, 3),
-    (4, 256): Tile(16, 4, 2),
+TILES: dict[Gpu, dict[tuple[int, int], Tile]] = {
+    "H200": {
+        (1, 32): Tile(64, 4, 4),
+        (1, 64): Tile(64, 4, 4, sum_late=True),
+        (1, 128): Tile(64, 2, 3, 264, sum_late=True),
+        (1, 256): Tile(32, 4, 4, sum_late=True),
+        (2, 16): Tile(64, 4, 4),
+        (2, 32): Tile(64, 4, 4),
+        (2, 64): Tile(64, 4, 4),
+        (2, 128): Tile(64, 4, 3),
+        (2, 256): Tile(32, 4, 3),
+        (4, 16): Tile(32, 4, 3),
+        (4, 32): Tile(32, 4, 3),
+        (4, 64): Tile(32, 4, 3),
+        (4, 128): Tile(16, 4, 3),
+        (4, 256): Tile(16, 4, 2),
+    },
 }
 MIN_SPLIT = 128  # keys: with few sequences even short ones are shared out
 MAX_SPLIT = 8192  # keys; one long sequence in a large batch must not run on one program
@@ -335,7 +338,9 @@ def attend_rows(
     paired = key_cache.element_size() == 1
     least = 32 if paired else 16
     head_pad, value_pad = max(least, triton.next_power_of_2(head_size)), max(least, triton.next_power_of_2(value_size))
-    tile = TILES[4 if query.element_size() == 4 else key_cache.element_size(), max(head_pad, value_pad)]
+    tile = measured(TILES, query.device)[
+        4 if query.element_size() == 4 else key_cache.element_size(), max(head_pad, value_pad)
+    ]
     if paired:
         key_cache, value_cache = key_cache.view(torch.int16), value_cache.view(torch.int16)
     splits = num_splits(rows, kv_heads, max_blocks * block_size, tile.programs)

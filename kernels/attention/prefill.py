@@ -24,6 +24,7 @@ from pagegraph.kernels.attention.softmax import (
     to_base2,
     weigh,
 )
+from pagegraph.kernels.gpu import Gpu, measured
 
 
 class Tile(NamedTuple):
@@ -36,17 +37,19 @@ class Tile(NamedTuple):
 
 
 # By (bytes an element, padded head size).
-TILES: dict[tuple[int, int], Tile] = {
-    (2, 16): Tile(64, 64, 4, 3),
-    (2, 32): Tile(64, 64, 4, 3),
-    (2, 64): Tile(128, 64, 8, 3),
-    (2, 128): Tile(64, 64, 4, 3),
-    (2, 256): Tile(64, 64, 8, 2),
-    (4, 16): Tile(32, 32, 4, 2),
-    (4, 32): Tile(32, 32, 4, 2),
-    (4, 64): Tile(32, 32, 8, 2),
-    (4, 128): Tile(32, 32, 8, 2),
-    (4, 256): Tile(32, 16, 8, 2),
+TILES: dict[Gpu, dict[tuple[int, int], Tile]] = {
+    "H200": {
+        (2, 16): Tile(64, 64, 4, 3),
+        (2, 32): Tile(64, 64, 4, 3),
+        (2, 64): Tile(128, 64, 8, 3),
+        (2, 128): Tile(64, 64, 4, 3),
+        (2, 256): Tile(64, 64, 8, 2),
+        (4, 16): Tile(32, 32, 4, 2),
+        (4, 32): Tile(32, 32, 4, 2),
+        (4, 64): Tile(32, 32, 8, 2),
+        (4, 128): Tile(32, 32, 8, 2),
+        (4, 256): Tile(32, 16, 8, 2),
+    },
 }
 
 
@@ -264,7 +267,7 @@ def attend_ragged(
     group = heads // kv_heads
     num_seqs = block_tables.shape[0]
     head_pad, value_pad = max(16, triton.next_power_of_2(head_size)), max(16, triton.next_power_of_2(value_size))
-    tile = TILES[query.element_size(), max(head_pad, value_pad)]
+    tile = measured(TILES, query.device)[query.element_size(), max(head_pad, value_pad)]
     block_m = max(tile.block_m, triton.next_power_of_2(group))
     block_q = block_m // group
     prefill_kernel[((tokens // block_q + num_seqs) * kv_heads,)](

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from pagegraph.kernels.gpu import gpu_of
 from pagegraph.kernels.linear.gemv import gemv
 from pagegraph.kernels.linear.rms_norm import add_rms_norm
 from pagegraph.kernels.linear.silu_mul import silu_mul
@@ -16,10 +17,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = Fals
     """See `kernels.ops`. gated: silu(first half) * second half of the product."""
     rows = x.reshape(-1, x.shape[-1])
     if weight.element_size() == 2 and weight.is_contiguous() and rows.stride(1) == 1:
-        count, shape = len(rows), weight.shape
-        if gemv_tile := gemv_tile_of(count, *shape, gated=gated):
+        count, shape, gpu = len(rows), weight.shape, gpu_of(x.device)
+        if gemv_tile := gemv_tile_of(count, *shape, gpu, gated=gated):
             return gemv(rows, weight, bias, gemv_tile, gated=gated).view(*x.shape[:-1], -1)
-        if tile := tile_of(count, *shape):
+        if tile := tile_of(count, *shape, gpu):
             return skinny_gemm(rows, weight, bias, tile, gated=gated).view(*x.shape[:-1], -1)
     product = functional.linear(x, weight, bias)
     return silu_mul(product) if gated else product
@@ -56,5 +57,6 @@ def _gemv_tiles(
     if not dense or first.element_size() != 2 or second.element_size() != 2:
         return None
     rows = x.numel() // x.shape[-1]
-    one, other = gemv_tile_of(rows, *first.shape), gemv_tile_of(rows, *second.shape, gated=gated)
+    gpu = gpu_of(x.device)
+    one, other = gemv_tile_of(rows, *first.shape, gpu), gemv_tile_of(rows, *second.shape, gpu, gated=gated)
     return (one, other) if one and other else None

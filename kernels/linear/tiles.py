@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pagegraph.kernels.gpu import OTHERS_TAKE, Gpu
+
 MAX_ROWS = 64  # above it cuBLAS's tiles are full
 
 
@@ -29,68 +31,70 @@ class GemvTile(NamedTuple):
     num_warps: int
 
 
-# (N, K) -> rows up to which the tile holds -> tile, None where cuBLAS was faster. One NVIDIA H200, bfloat16.
-TABLE: dict[tuple[int, int], dict[int, Tile | None]] = {
-    (4096, 1024): {2: None, 8: Tile(32, 128, 1, 4, 6), 16: Tile(32, 128, 1, 4, 6), 32: None, 64: None},
-    (1024, 2048): {
-        2: Tile(32, 128, 4, 4, 4),
-        8: Tile(32, 128, 4, 4, 4),
-        16: Tile(32, 128, 4, 4, 4),
-        32: Tile(32, 128, 4, 4, 4),
-        64: None,
-    },
-    (6144, 1024): {
-        2: Tile(64, 128, 1, 4, 5),
-        8: Tile(64, 128, 1, 4, 5),
-        16: Tile(64, 128, 1, 4, 5),
-        32: Tile(64, 128, 1, 4, 4),
-        64: None,
-    },
-    (1024, 3072): {
-        2: Tile(64, 128, 8, 4, 3),
-        8: Tile(64, 128, 8, 4, 3),
-        16: Tile(64, 128, 8, 4, 3),
-        32: Tile(32, 256, 4, 4, 3),
-        64: Tile(32, 128, 4, 4, 4),
-    },
-    (151936, 1024): {
-        2: Tile(64, 128, 1, 4, 5),
-        8: Tile(64, 128, 1, 4, 5),
-        16: Tile(64, 128, 1, 4, 5),
-        32: Tile(128, 64, 1, 4, 5),
-        64: Tile(64, 64, 1, 4, 6),
-    },
-    (6144, 4096): {
-        2: Tile(64, 128, 1, 4, 5),
-        8: Tile(64, 128, 1, 4, 5),
-        16: Tile(64, 128, 1, 4, 5),
-        32: Tile(64, 128, 1, 4, 4),
-        64: None,
-    },
-    (4096, 4096): {
-        2: Tile(64, 128, 2, 4, 5),
-        8: Tile(64, 64, 4, 4, 6),
-        16: Tile(64, 128, 2, 4, 5),
-        32: Tile(64, 128, 2, 4, 4),
-        64: None,
-    },
-    (28672, 4096): {64: None},
-    (4096, 14336): {64: None},
-    (128256, 4096): {
-        2: Tile(64, 128, 1, 4, 5),
-        8: Tile(32, 128, 1, 4, 6),
-        16: Tile(64, 128, 1, 4, 5),
-        32: Tile(64, 128, 1, 4, 4),
-        64: Tile(128, 64, 1, 4, 4),
+# GPU -> (N, K) -> rows up to which the tile holds -> tile, None where cuBLAS was faster. In bfloat16.
+TABLE: dict[Gpu, dict[tuple[int, int], dict[int, Tile | None]]] = {
+    "H200": {
+        (4096, 1024): {2: None, 8: Tile(32, 128, 1, 4, 6), 16: Tile(32, 128, 1, 4, 6), 32: None, 64: None},
+        (1024, 2048): {
+            2: Tile(32, 128, 4, 4, 4),
+            8: Tile(32, 128, 4, 4, 4),
+            16: Tile(32, 128, 4, 4, 4),
+            32: Tile(32, 128, 4, 4, 4),
+            64: None,
+        },
+        (6144, 1024): {
+            2: Tile(64, 128, 1, 4, 5),
+            8: Tile(64, 128, 1, 4, 5),
+            16: Tile(64, 128, 1, 4, 5),
+            32: Tile(64, 128, 1, 4, 4),
+            64: None,
+        },
+        (1024, 3072): {
+            2: Tile(64, 128, 8, 4, 3),
+            8: Tile(64, 128, 8, 4, 3),
+            16: Tile(64, 128, 8, 4, 3),
+            32: Tile(32, 256, 4, 4, 3),
+            64: Tile(32, 128, 4, 4, 4),
+        },
+        (151936, 1024): {
+            2: Tile(64, 128, 1, 4, 5),
+            8: Tile(64, 128, 1, 4, 5),
+            16: Tile(64, 128, 1, 4, 5),
+            32: Tile(128, 64, 1, 4, 5),
+            64: Tile(64, 64, 1, 4, 6),
+        },
+        (6144, 4096): {
+            2: Tile(64, 128, 1, 4, 5),
+            8: Tile(64, 128, 1, 4, 5),
+            16: Tile(64, 128, 1, 4, 5),
+            32: Tile(64, 128, 1, 4, 4),
+            64: None,
+        },
+        (4096, 4096): {
+            2: Tile(64, 128, 2, 4, 5),
+            8: Tile(64, 64, 4, 4, 6),
+            16: Tile(64, 128, 2, 4, 5),
+            32: Tile(64, 128, 2, 4, 4),
+            64: None,
+        },
+        (28672, 4096): {64: None},
+        (4096, 14336): {64: None},
+        (128256, 4096): {
+            2: Tile(64, 128, 1, 4, 5),
+            8: Tile(32, 128, 1, 4, 6),
+            16: Tile(64, 128, 1, 4, 5),
+            32: Tile(64, 128, 1, 4, 4),
+            64: Tile(128, 64, 1, 4, 4),
+        },
     },
 }
 
 
-def tile_of(rows: int, out_size: int, size: int) -> Tile | None:
+def tile_of(rows: int, out_size: int, size: int, gpu: Gpu = OTHERS_TAKE) -> Tile | None:
     """The tile of x [rows, size] @ weight [out_size, size].T in 16-bit types; None: leave it to cuBLAS."""
     if rows > MAX_ROWS:
         return None
-    if (measured := TABLE.get((out_size, size))) is not None:
+    if (measured := TABLE[gpu].get((out_size, size))) is not None:
         return measured[min(limit for limit in measured if limit >= rows)]
     if rows > 16 or size % 64:
         return None
@@ -104,25 +108,29 @@ MAX_SINGLE_ROWS = 4  # above it the tensor cores is worth its padding
 
 # The same for products without the tensor cores, with what stands around them. Those of up to two rows are cut so
 # that one is fast, the commonest, and two are not slow; None where cuBLAS and kernels of their own for norm and gate are faster.
-GEMV_TABLE: dict[tuple[int, int], dict[int, GemvTile | None]] = {
-    (4096, 1024): {2: GemvTile(8, 1024, 4), 4: GemvTile(8, 512, 2)},
-    (1024, 2048): {2: GemvTile(4, 2048, 8), 4: GemvTile(1, 2048, 8)},
-    (6144, 1024): {2: GemvTile(2, 512, 2), 4: None},
-    (1024, 3072): {2: GemvTile(1, 2048, 8), 4: GemvTile(4, 2048, 8)},
-    (151936, 1024): {2: GemvTile(4, 256, 1), 4: GemvTile(8, 256, 1)},
-    (6144, 4096): {2: GemvTile(4, 1024, 4), 4: None},
-    (4096, 4096): {2: GemvTile(2, 1024, 4), 4: None},
-    (28672, 4096): {2: GemvTile(2, 1024, 4), 4: None},
-    (4096, 14336): {2: GemvTile(2, 2048, 8), 4: None},
-    (128256, 4096): {2: GemvTile(4, 512, 2), 4: GemvTile(8, 256, 1)},
+GEMV_TABLE: dict[Gpu, dict[tuple[int, int], dict[int, GemvTile | None]]] = {
+    "H200": {
+        (4096, 1024): {2: GemvTile(8, 1024, 4), 4: GemvTile(8, 512, 2)},
+        (1024, 2048): {2: GemvTile(4, 2048, 8), 4: GemvTile(1, 2048, 8)},
+        (6144, 1024): {2: GemvTile(2, 512, 2), 4: None},
+        (1024, 3072): {2: GemvTile(1, 2048, 8), 4: GemvTile(4, 2048, 8)},
+        (151936, 1024): {2: GemvTile(4, 256, 1), 4: GemvTile(8, 256, 1)},
+        (6144, 4096): {2: GemvTile(4, 1024, 4), 4: None},
+        (4096, 4096): {2: GemvTile(2, 1024, 4), 4: None},
+        (28672, 4096): {2: GemvTile(2, 1024, 4), 4: None},
+        (4096, 14336): {2: GemvTile(2, 2048, 8), 4: None},
+        (128256, 4096): {2: GemvTile(4, 512, 2), 4: GemvTile(8, 256, 1)},
+    },
 }
 
 
-def gemv_tile_of(rows: int, out_size: int, size: int, *, gated: bool = False) -> GemvTile | None:
+def gemv_tile_of(
+    rows: int, out_size: int, size: int, gpu: Gpu = OTHERS_TAKE, *, gated: bool = False
+) -> GemvTile | None:
     """The tile of a product [rows, size] x [out_size, size] without the tensor cores; None: more rows, or rows not aligned."""
     if rows > MAX_SINGLE_ROWS or size % 8:
         return None
-    if (measured := GEMV_TABLE.get((out_size, size))) is not None:
+    if (measured := GEMV_TABLE[gpu].get((out_size, size))) is not None:
         return measured[min(limit for limit in measured if limit >= rows)]
     wide = size >= 1024
     return GemvTile(1 if gated else 2, 1024 if wide else 512, 4 if wide else 2)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pagegraph.kernels.gpu import gpu_of
 from pagegraph.kernels.linear.rms_norm import add_rms_norm
 from pagegraph.kernels.linear.silu_mul import silu_mul
 from pagegraph.kernels.quant.activations import Norm, exchanged_e4m3_rows
@@ -60,7 +61,9 @@ def norm_repacked_linear(
 def _choice(rows: int, size: int, dtype: torch.dtype, weight: QuantWeight, quantize_x: bool) -> Choice:
     """How x [rows, size] is multiplied with a weight."""
     quantize_x = quantize_x and takes_8bit_activations(weight, size, dtype)
-    return choice_of(weight.kind, rows, weight.out_size, size, quantize_x, dtype.itemsize == 2)
+    return choice_of(
+        weight.kind, rows, weight.out_size, size, quantize_x, dtype.itemsize == 2, gpu_of(weight.qweight.device)
+    )
 
 
 def repacked_linear_by(

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from pagegraph.kernels.gpu import OTHERS_TAKE, Gpu
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.quant.reference import ACTIVATION_GROUP
 from pagegraph.kernels.quant.weight import Kind, QuantWeight
@@ -64,23 +65,25 @@ def coded(block_n: int, split_k: int, num_warps: int, num_stages: int, block_t: 
 
 
 SCALED, PLAIN = Choice("scaled_mm"), Choice("dequantize")
-# (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule. Codes of 4 bits were measured in groups of 128; smaller groups take the same tiles.
-TABLE: dict[tuple[Kind, int, int], dict[int, Choice]] = {
-    ("fp8", 6144, 4096): {8: few(1, 4, 4, 3), 32: tiled(64, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 256: SCALED},
-    ("fp8", 4096, 4096): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
-    ("fp8", 28672, 4096): {8: few(2, 2, 2, 6), 32: tiled(128, 128, 1, 4, 4), 256: SCALED},
-    ("fp8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
-    ("fp8", 128256, 4096): {8: few(1, 4, 1, 6), 32: tiled(64, 128, 1, 4, 4), 256: SCALED},
-    ("int8", 6144, 4096): {8: few(1, 4, 4, 3), 32: tiled(128, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: coded(64, 2, 4, 4, 64), 256: coded(64, 1, 4, 4, 64), 1024: coded(64, 1, 4, 3, 128)},
-    ("int8", 4096, 4096): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
-    ("int8", 28672, 4096): {8: few(2, 2, 2, 6), 64: tiled(128, 128, 1, 4, 4), 128: coded(64, 1, 4, 4, 128), 1024: coded(64, 1, 4, 3, 128)},
-    ("int8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: coded(64, 4, 4, 4, 128), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
-    ("int8", 128256, 4096): {8: few(1, 4, 1, 6), 64: tiled(256, 128, 1, 8, 3), 1024: coded(64, 1, 4, 3, 128)},
-    ("int4", 6144, 4096): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
-    ("int4", 4096, 4096): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
-    ("int4", 28672, 4096): {8: few(4, 2, 2, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: coded(64, 1, 4, 4, 64), 1024: coded(64, 1, 4, 4, 128)},
-    ("int4", 4096, 14336): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: coded(128, 4, 4, 3, 64), 256: coded(128, 2, 4, 3, 64), 1024: coded(64, 1, 4, 4, 128)},
-    ("int4", 128256, 4096): {8: tiled(64, 128, 1, 4, 4, 64), 32: tiled(256, 128, 1, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: coded(64, 1, 4, 4, 128), 1024: coded(128, 1, 8, 4, 128)},
+# GPU -> (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule. Codes of 4 bits were measured in groups of 128; smaller groups take the same tiles.
+TABLE: dict[Gpu, dict[tuple[Kind, int, int], dict[int, Choice]]] = {
+    "H200": {
+        ("fp8", 6144, 4096): {8: few(1, 4, 4, 3), 32: tiled(64, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 256: SCALED},
+        ("fp8", 4096, 4096): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
+        ("fp8", 28672, 4096): {8: few(2, 2, 2, 6), 32: tiled(128, 128, 1, 4, 4), 256: SCALED},
+        ("fp8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
+        ("fp8", 128256, 4096): {8: few(1, 4, 1, 6), 32: tiled(64, 128, 1, 4, 4), 256: SCALED},
+        ("int8", 6144, 4096): {8: few(1, 4, 4, 3), 32: tiled(128, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: coded(64, 2, 4, 4, 64), 256: coded(64, 1, 4, 4, 64), 1024: coded(64, 1, 4, 3, 128)},
+        ("int8", 4096, 4096): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
+        ("int8", 28672, 4096): {8: few(2, 2, 2, 6), 64: tiled(128, 128, 1, 4, 4), 128: coded(64, 1, 4, 4, 128), 1024: coded(64, 1, 4, 3, 128)},
+        ("int8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: coded(64, 4, 4, 4, 128), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
+        ("int8", 128256, 4096): {8: few(1, 4, 1, 6), 64: tiled(256, 128, 1, 8, 3), 1024: coded(64, 1, 4, 3, 128)},
+        ("int4", 6144, 4096): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
+        ("int4", 4096, 4096): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
+        ("int4", 28672, 4096): {8: few(4, 2, 2, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: coded(64, 1, 4, 4, 64), 1024: coded(64, 1, 4, 4, 128)},
+        ("int4", 4096, 14336): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: coded(128, 4, 4, 3, 64), 256: coded(128, 2, 4, 3, 64), 1024: coded(64, 1, 4, 4, 128)},
+        ("int4", 128256, 4096): {8: tiled(64, 128, 1, 4, 4, 64), 32: tiled(256, 128, 1, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: coded(64, 1, 4, 4, 128), 1024: coded(128, 1, 8, 4, 128)},
+    },
 }  # fmt: skip
 
 
@@ -101,9 +104,17 @@ def takes_8bit_activations(weight: QuantWeight, size: int, dtype: torch.dtype) -
     return kind == "int8" or device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
-def choice_of(kind: Kind, rows: int, out_size: int, size: int, quantize_x: bool = False, narrow: bool = True) -> Choice:
+def choice_of(
+    kind: Kind,
+    rows: int,
+    out_size: int,
+    size: int,
+    quantize_x: bool = False,
+    narrow: bool = True,
+    gpu: Gpu = OTHERS_TAKE,
+) -> Choice:
     """For x [rows, size] @ weight [out_size, size].T; quantize_x: x may be rounded to 8 bits (`takes_8bit_activations`); narrow: x has 16 bits."""
-    measured = TABLE.get((kind, out_size, size), {})
+    measured = TABLE[gpu].get((kind, out_size, size), {})
     if limits := [limit for limit in measured if limit >= rows]:
         found = measured[min(limits)]
         if (quantize_x or found.way not in QUANTIZES_X) and (narrow or found.way != "gemv"):

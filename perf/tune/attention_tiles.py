@@ -29,6 +29,7 @@ from pagegraph.kernels.attention import prefill as attention_prefill
 from pagegraph.kernels.attention import reference
 from pagegraph.kernels.attention.cuda import _attend
 from pagegraph.kernels.attention.decode import Tile
+from pagegraph.kernels.gpu import measured
 from perf.gpu.report import graph_seconds
 
 DEVICE = "cuda"
@@ -99,7 +100,7 @@ def compare(name: str, sets: list[tuple], expected: torch.Tensor) -> None:
 
 
 def prefill(end: float, out: list[dict]) -> None:
-    present = attention_prefill.TILES[2, 128]
+    present = measured(attention_prefill.TILES, torch.device(DEVICE))[2, 128]
     for (heads, kv_heads), lengths in zip(HEADS, ([(4096, 4096)] * 2, [(1024, 1024)] * 4)):
         sets = work(lengths, heads, kv_heads, 2)
         expected = _attend(*sets[0]).float()
@@ -110,13 +111,13 @@ def prefill(end: float, out: list[dict]) -> None:
         for tile in PREFILL_TILES:
             if time.perf_counter() > end:
                 break
-            attention_prefill.TILES[2, 128] = attention_prefill.Tile(*tile)
+            measured(attention_prefill.TILES, torch.device(DEVICE))[2, 128] = attention_prefill.Tile(*tile)
             compare(str(tile), sets, expected)
-        attention_prefill.TILES[2, 128] = present
+        measured(attention_prefill.TILES, torch.device(DEVICE))[2, 128] = present
 
 
 def decode(end: float, out: list[dict]) -> None:
-    present = attention_decode.TILES[2, 128]
+    present = measured(attention_decode.TILES, torch.device(DEVICE))[2, 128]
     for (heads, kv_heads), (rows, keys) in itertools.product(HEADS, DECODES):
         sets = work([(1, keys)] * rows, heads, kv_heads, max(2, min(64, 4096 * 16 // (rows * keys))))
         expected = _attend(*sets[0]).float()
@@ -125,15 +126,15 @@ def decode(end: float, out: list[dict]) -> None:
         for tile in DECODE_TILES:
             if time.perf_counter() > end:
                 break
-            attention_decode.TILES[2, 128] = tile
+            measured(attention_decode.TILES, torch.device(DEVICE))[2, 128] = tile
             compare(str(tile), sets, expected)
-        attention_decode.TILES[2, 128] = present
+        measured(attention_decode.TILES, torch.device(DEVICE))[2, 128] = present
 
 
 def num_blocks(end: float, out: list[dict]) -> None:
     """Decode over 8-bit blocks by each candidate, beside bfloat16's present setting."""
     candidates = [
-        (torch.bfloat16, attention_decode.TILES[2, 128]),
+        (torch.bfloat16, measured(attention_decode.TILES, torch.device(DEVICE))[2, 128]),
         *((torch.float8_e4m3fn, tile) for tile in TILES_OF_8_BITS),
     ]
     start = time.perf_counter()
@@ -186,14 +187,17 @@ def lengths_of(case: tuple[int, int]) -> list[tuple[int, int]]:
 
 def reach(heads: tuple[int, int], case: tuple[int, int], dtype: torch.dtype, tile: Tile) -> None:
     """Have the kernel of a case compiled, in a process of its own."""
-    attention_decode.TILES[dtype.itemsize, 128] = tile
+    measured(attention_decode.TILES, torch.device(DEVICE))[dtype.itemsize, 128] = tile
     _attend(*work(lengths_of(case), *heads, 1, dtype, null_only=True)[0])
 
 
 def timed(sets: list[tuple], dtype: torch.dtype, tile: Tile, size: int) -> dict:
     """us, TB/s of the blocks' bytes, relative error of the first and last live rows, and what went wrong."""
     key = dtype.itemsize, 128
-    present, attention_decode.TILES[key] = attention_decode.TILES[key], tile
+    present, measured(attention_decode.TILES, torch.device(DEVICE))[key] = (
+        measured(attention_decode.TILES, torch.device(DEVICE))[key],
+        tile,
+    )
     try:
         query, key_cache, value_cache, tables, start, lengths, sinks, *rest = sets[0]
         out, error = _attend(*sets[0]), 0.0
@@ -207,7 +211,7 @@ def timed(sets: list[tuple], dtype: torch.dtype, tile: Tile, size: int) -> dict:
     except Exception as problem:
         return dict(us=math.nan, tb_s=math.nan, error=math.nan, wrong=f"{type(problem).__name__} {problem}"[:200])
     finally:
-        attention_decode.TILES[key] = present
+        measured(attention_decode.TILES, torch.device(DEVICE))[key] = present
 
 
 def written(tile: Tile) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from pagegraph.kernels.attention.decode import TILES
+from pagegraph.kernels.gpu import OTHERS_TAKE
 from pagegraph.kernels.linear.tiles import Tile, tile_of
 from pagegraph.kernels.quant.tiles import QuantGemvTile, gemm_16bit_tile_by_rule
 from tests.paths import ROOT
@@ -525,7 +526,7 @@ def test_an_8_bit_kv_cache() -> None:
         for k in kernels
         if k["kernel"] == "decode_kernel" and k["case"].startswith("128/128 8x") and "bfloat16" in k["case"]
     ]
-    threads = 32 * TILES[1, 128].num_warps
+    threads = 32 * TILES[OTHERS_TAKE][1, 128].num_warps
     assert len(decodes) == 3 and all(k["buffers"] >= 2 for k in decodes)
     assert all(
         4 * (k["shared_bytes"] + 1024) <= SHARED_MEMORY and k["registers"] * threads * 4 <= 65536 for k in decodes

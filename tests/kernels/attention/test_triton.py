@@ -10,6 +10,7 @@ import torch
 from pagegraph.kernels.attention import decode as attention_decode
 from pagegraph.kernels.attention import prefill as attention_prefill
 from pagegraph.kernels.attention import reference
+from pagegraph.kernels.gpu import OTHERS_TAKE
 from tests.kernels.attention.cases import Case, check, clone
 
 DECODE = ((1, 1), (1, 15), (1, 16), (1, 17), (1, 100))
@@ -54,8 +55,10 @@ SIZES = list(itertools.product((1, 2, 4), (16, 32, 64, 128, 256)))
 SMALL = {
     "pagegraph.kernels.attention.decode.MIN_SPLIT": 16,
     "pagegraph.kernels.attention.decode.MAX_SPLIT": 16,
-    "pagegraph.kernels.attention.decode.TILES": dict.fromkeys(SIZES, attention_decode.Tile(16, 4, 2)),
-    "pagegraph.kernels.attention.prefill.TILES": dict.fromkeys(SIZES, attention_prefill.Tile(16, 16, 4, 2)),
+    "pagegraph.kernels.attention.decode.TILES": {OTHERS_TAKE: dict.fromkeys(SIZES, attention_decode.Tile(16, 4, 2))},
+    "pagegraph.kernels.attention.prefill.TILES": {
+        OTHERS_TAKE: dict.fromkeys(SIZES, attention_prefill.Tile(16, 16, 4, 2))
+    },
 }
 WIDE = [
     Case(lengths, heads, kv_heads, head_size, block_size=block_size, window=window, softcap=softcap, chunk=chunk, sinks=sinks, pad_tokens=pad)
@@ -100,7 +103,10 @@ def test_sums_after_the_last_tile(triton_calls, cache: torch.dtype | None, tile:
     compare(
         triton_calls,
         case,
-        {"pagegraph.kernels.attention.decode.TILES": tiles, "pagegraph.kernels.attention.decode.MIN_SPLIT": 16},
+        {
+            "pagegraph.kernels.attention.decode.TILES": {OTHERS_TAKE: tiles},
+            "pagegraph.kernels.attention.decode.MIN_SPLIT": 16,
+        },
     )
 
 

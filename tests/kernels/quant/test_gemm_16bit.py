@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from pagegraph.kernels.gpu import OTHERS_TAKE
 from pagegraph.kernels.quant import reference, tiles
 from pagegraph.kernels.quant.tiles import (
     MEMORY_BOUND_ROWS,
@@ -222,9 +223,9 @@ def test_every_choice_can_be_run(
 
 def test_a_measured_choice_fits_the_weight_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {8: Choice("gemm_16bit", Tile(64, 128, 2, 4, 4)), 64: Choice("scaled_mm"), 300: Choice("dequantize")}
-    monkeypatch.setitem(tiles.TABLE, ("fp8", 512, 1024), measured)
+    monkeypatch.setitem(tiles.TABLE[OTHERS_TAKE], ("fp8", 512, 1024), measured)
     assert choice_of("fp8", 3, 512, 1024, True) == choice_of("fp8", 3, 512, 1024) == measured[8]
-    monkeypatch.setitem(tiles.TABLE, ("int8", 512, 1024), {8: few(1, 2, 1, 3)})
+    monkeypatch.setitem(tiles.TABLE[OTHERS_TAKE], ("int8", 512, 1024), {8: few(1, 2, 1, 3)})
     assert choice_of("int8", 3, 512, 1024) == few(1, 2, 1, 3)
     assert choice_of("int8", 3, 512, 1024, narrow=False).tile == gemm_16bit_tile_by_rule(3, 512, 1024)  # float32 states
     assert choice_of("fp8", 20, 512, 1024, True).way == "scaled_mm"
