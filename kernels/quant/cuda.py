@@ -81,6 +81,7 @@ def repacked_linear_by(
     if choice.way not in QUANTIZES_X and norm is not None:
         _, rows = add_rms_norm(rows, norm.residual, norm.weight, norm.eps, norm.total)
     if choice.way == "gemv":
+        assert choice.tile is not None
         # Gate and up are one program's.
         tile = choice.tile._replace(parts=max(2, choice.tile.parts)) if gated else choice.tile
         within = gated and weight.out_size % (ROWS.value * tile.parts) == 0
