@@ -32,9 +32,7 @@ class WebSettings:
     body_timeout_s: float = 30.0  # between two reads of a body
     send_timeout_s: float = 30.0  # that a client may take nothing of its answer
     keep_alive_s: float = 5.0  # between SSE comments while no token comes
-    silence_s: float = (
-        SILENCE_S  # without an answer of the engine, or with work and no finished step, it counts as dead
-    )
+    silence_s: float = SILENCE_S  # without an answer of the engine, or without progress, it counts as dead
 
     @classmethod
     def load(cls, source: str | Path | dict[str, Any] | WebSettings) -> WebSettings:

@@ -103,10 +103,9 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
     stop_reason: int = -1
     cached_tokens: int = 0  # prompt tokens served from the prefix cache; told with the first and the last token
     logprobs: list[TokenLogprob] | None = None
-    accepted: int = (
-        0  # draft tokens of the sequence so far that became its own; told with every step that had draft tokens
-    )
-    rejected: int = 0  # and those that did not
+    # Draft tokens of the sequence so far that became its own, and those that did not; told with every step that had some.
+    accepted: int = 0
+    rejected: int = 0
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):

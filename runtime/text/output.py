@@ -65,11 +65,10 @@ class TextOutput:
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self._include_stop = include_stop
         self._min_tokens = params.min_tokens
-        self._length = 0  # characters that are certain, held back or not
-        self._told = 0  # characters that pieces brought
-        self._waiting: list[
-            tuple[int, int, TokenLogprob]
-        ] = []  # entries that wait for their text: where it begins and ends
+        self._num_chars = 0  # characters that are certain, held back or not
+        self._num_emitted = 0  # characters in pieces so far
+        # (begin, end of its text in the output, entry) of those that wait for their text.
+        self._pending_logprobs: list[tuple[int, int, TokenLogprob]] = []
 
     def add(self, delta: TokenDelta) -> Piece:
         """Take in what a step brought. Nothing may be added after a piece with a finish reason."""
@@ -78,17 +77,19 @@ class TextOutput:
         hidden = delta.finish_reason == "stop" and token_ids[-1:] == [delta.stop_reason] and not self._include_stop
         texts, places = [], []
         for token_id in token_ids[:-1] if hidden else token_ids:
-            before_it = self._length
+            before_it = self._num_chars
             texts.append(self._text_of(token_id))
             if delta.logprobs is not None:
-                places.append((before_it + self._detokenizer.spoilt, self._length + self._detokenizer.is_inside))
+                places.append(
+                    (before_it + self._detokenizer.num_replaced, self._num_chars + self._detokenizer.inside_character)
+                )
             if self.stopped_by is not None:
                 break
         reason, stop_reason = delta.finish_reason or None, None
         if self.stopped_by is None:
             if hidden:
                 self.num_tokens += 1
-                places.append((self._length, self._length))
+                places.append((self._num_chars, self._num_chars))
             if reason:
                 texts.append(self._rest())
         if self.stopped_by is not None:
@@ -96,7 +97,7 @@ class TextOutput:
         elif delta.stop_reason in self._stop_token_ids:
             stop_reason = delta.stop_reason
         text = "".join(texts)
-        self._told += len(text)
+        self._num_emitted += len(text)
         logprobs, offsets = self._ready(delta.logprobs, places, ended=reason is not None)
         return Piece(text, token_ids[: self.num_tokens - before], logprobs, offsets, reason, stop_reason)
 
@@ -112,30 +113,30 @@ class TextOutput:
         self.rejected = max(self.rejected, delta.rejected)
 
     def _text_of(self, token_id: int) -> str:
-        """What may be told now that this token is there."""
+        """Text that may be emitted now that this token is there."""
         text = self._detokenizer.push(token_id)
         self.num_tokens += 1
-        self._length += len(text)
+        self._num_chars += len(text)
         return text if self._stop is None or self.num_tokens <= self._min_tokens else self._stop.cut(text)
 
     def _rest(self) -> str:
         """What was held back, at the end of the sequence."""
         text = self._detokenizer.finish()
-        self._length += len(text)
+        self._num_chars += len(text)
         return text if self._stop is None else self._stop.cut(text) + self._stop.release()
 
     def _ready(
         self, new: list[TokenLogprob] | None, places: list[tuple[int, int]], ended: bool
     ) -> tuple[list[TokenLogprob] | None, list[int]]:
-        """Entries whose text is told, and where it begins; with the end all, none beyond the text."""
+        """Entries whose text has been emitted, and where it begins; at the end all, none beyond the text."""
         if new is None:
             return None, []
-        self._waiting += [(begin, end, entry) for (begin, end), entry in zip(places, new)]
+        self._pending_logprobs += [(begin, end, entry) for (begin, end), entry in zip(places, new)]
         count = 0
-        while count < len(self._waiting) and (ended or self._waiting[count][1] <= self._told):
+        while count < len(self._pending_logprobs) and (ended or self._pending_logprobs[count][1] <= self._num_emitted):
             count += 1
-        ready, self._waiting = self._waiting[:count], self._waiting[count:]
-        return [entry for _, _, entry in ready], [min(begin, self._told) for begin, _, _ in ready]
+        ready, self._pending_logprobs = self._pending_logprobs[:count], self._pending_logprobs[count:]
+        return [entry for _, _, entry in ready], [min(begin, self._num_emitted) for begin, _, _ in ready]
 
 
 class Detokenizer:
@@ -146,23 +147,25 @@ class Detokenizer:
         self._pieces = tokenizer.pieces
         self._errors = tokenizer.byte_errors
         self._dropped_ids = tokenizer.special_ids if skip_special else frozenset()
-        self.spoilt = 0  # characters that the last push gave for bytes before it, which its token did not complete
+        # Characters that the last push gave for bytes before it, which its token did not complete.
+        self.num_replaced = 0
         self._unfinished = b""  # of a character that is not whole
-        self._prompts = ""  # what the prompt's text shows for those of them that are the prompt's
-        self._opening: list[int] | None = None  # all tokens, while there is no text: a decoder may drop the first space
+        self._prompt_part = ""  # what the prompt's text shows for those of them that are the prompt's
+        # All tokens, while there is no text: a decoder may drop the first space.
+        self._leading_ids: list[int] | None = None
         self._read_prompt(prompt_ids)
 
     @property
-    def is_inside(self) -> bool:
+    def inside_character(self) -> bool:
         """Whether the last token ended inside a character."""
         return bool(self._unfinished)
 
     def push(self, token_id: int) -> str:
         """Text of the characters that this token completed."""
-        self.spoilt = 0
+        self.num_replaced = 0
         if token_id in self._dropped_ids:
             return ""
-        piece = self._pieces[token_id] if self._opening is None else self._open(token_id)
+        piece = self._pieces[token_id] if self._leading_ids is None else self._leading_piece(token_id)
         if isinstance(piece, str):
             if not self._unfinished:
                 return piece
@@ -175,25 +178,25 @@ class Detokenizer:
 
     def _join(self, data: bytes, final: bool = False) -> str:
         if self._unfinished and data and not 0x80 <= data[0] < 0xC0:  # it does not go on with that character
-            self.spoilt = len(self._unfinished.decode("utf-8", self._errors).removeprefix(self._prompts))
+            self.num_replaced = len(self._unfinished.decode("utf-8", self._errors).removeprefix(self._prompt_part))
         data = self._unfinished + data
         text, used = codecs.utf_8_decode(data, self._errors, final)
         self._unfinished = data[used:]
-        if used and self._prompts:  # now the prompt's last character is whole, or will never be
-            text, self._prompts = text.removeprefix(self._prompts), ""
+        if used and self._prompt_part:  # now the prompt's last character is whole, or will never be
+            text, self._prompt_part = text.removeprefix(self._prompt_part), ""
         return text
 
-    def _open(self, token_id: int) -> str | bytes:
+    def _leading_piece(self, token_id: int) -> str | bytes:
         """What a token adds that no text stands before."""
         piece = self._pieces[token_id]
         if not piece:
             return piece
         if isinstance(piece, str):
-            assert self._opening is not None
-            self._opening.append(token_id)
-            piece = self._tokenizer.decode(self._opening, skip_special=False)
+            assert self._leading_ids is not None
+            self._leading_ids.append(token_id)
+            piece = self._tokenizer.decode(self._leading_ids, skip_special=False)
         if piece:
-            self._opening = None
+            self._leading_ids = None
         return piece
 
     def _read_prompt(self, prompt_ids: Sequence[int]) -> None:
@@ -210,9 +213,9 @@ class Detokenizer:
             elif has_text:
                 break
         if not has_text and not self._tokenizer.decode(kept[::-1], skip_special=False):
-            self._opening = kept[::-1]
+            self._leading_ids = kept[::-1]
         self._join(end[-_MOST_UNFINISHED:])
-        self._prompts = self._unfinished.decode("utf-8", self._errors)
+        self._prompt_part = self._unfinished.decode("utf-8", self._errors)
 
 
 class StopStrings:
@@ -228,7 +231,7 @@ class StopStrings:
         self._held = ""
 
     def cut(self, new: str) -> str:
-        """What of the held and the new text may be told; "" once a stop string was found."""
+        """Text that may be emitted, of the held and the new; "" once a stop string was found."""
         if self.found is not None:
             return ""
         text = self._held + new

@@ -158,7 +158,7 @@ def test_text_is_decoding_everything_less_decoding_the_prompt(kind: str, data: s
         for count, token_id in enumerate(output, 1):
             text += detokenizer.push(token_id)
             assert expected(kind, prompt, output[:count], skip).startswith(text)
-            if not detokenizer.is_inside:
+            if not detokenizer.inside_character:
                 assert text == expected(kind, prompt, output[:count], skip)
         assert text + detokenizer.finish() == expected(kind, prompt, output, skip)
 
@@ -369,8 +369,8 @@ def test_log_probabilities_come_with_the_text_of_their_tokens(data: st.DataObjec
     detokenizer, ends, begins, needs = Detokenizer(tokenizer), [0], [], []
     for token_id in ids:
         ends.append(ends[-1] + len(detokenizer.push(token_id)))
-        begins.append(ends[-2] + detokenizer.spoilt)
-        needs.append(ends[-1] + detokenizer.is_inside)
+        begins.append(ends[-2] + detokenizer.num_replaced)
+        needs.append(ends[-1] + detokenizer.inside_character)
     output, text, offsets, logprobs, left = TextOutput(tokenizer, [], PARAMS, stops), "", [], [], list(ids)
     while output.stopped_by is None and (left or not text):
         count = data.draw(st.integers(1, 4))
