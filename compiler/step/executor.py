@@ -12,7 +12,7 @@ import torch
 
 from pagegraph.compiler.step.forward import run_forward
 from pagegraph.compiler.step.inputs import NgramOutput, StepInput, StepOutput
-from pagegraph.compiler.step.sampling import StepLogprobTensors, accept_drafts, draw, sample
+from pagegraph.compiler.step.sampling import StepLogprobTensors, accept_drafts, process_and_sample, sample
 from pagegraph.compiler.step.staging import Staged, Staging, StepMetadata
 from pagegraph.compiler.step.state import DeviceState
 
@@ -58,7 +58,7 @@ class StepExecutor:
             self.staging.advance(metadata)
         staged = self.staging.unpack(metadata)
         logits = run_forward(self.forward, staged, self.state)
-        ids = draw(logits, staged, self.state)
+        ids = sample(logits, staged, self.state)
         found = accept_drafts(ids, staged, self.state)
         return Outputs(logits, torch.stack([*before, ids], dim=1) if before else ids, found, staged)
 
@@ -66,16 +66,16 @@ class StepExecutor:
         """Call `run` `times` over, the metadata a token further each time -> its result, of several the ids alone."""
         if times == 1:
             return run()
-        drawn = []
+        sampled = []
         for _ in range(times):
-            drawn.append(run().ids.clone())
+            sampled.append(run().ids.clone())
             self.staging.advance(metadata)
-        return Sampled(torch.stack(drawn, dim=1), None, None)
+        return Sampled(torch.stack(sampled, dim=1), None, None)
 
     def finish(self, step: StepInput, outputs: Outputs) -> Sampled:
         """What the step's own sequences get: ids sampled with the forward, or anew if the step asks for filters etc."""
         seqs = step.num_seqs
         if step.sampling.is_plain:
             return Sampled(outputs.ids[:seqs], None if outputs.found is None else outputs.found[:, :seqs], None)
-        ids, logprobs = sample(outputs.logits[:seqs], step.sampling, outputs.staged, self.state)
+        ids, logprobs = process_and_sample(outputs.logits[:seqs], step.sampling, outputs.staged, self.state)
         return Sampled(ids, accept_drafts(ids, outputs.staged, self.state), logprobs)

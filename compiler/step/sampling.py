@@ -39,10 +39,10 @@ class StepLogprobTensors:
         )
 
 
-def draw(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor:
+def sample(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor:
     """Logits of the first s sequences of the step, [s, vocab] -> ids int64 [s], handed to the next step.
 
-    Temperature, seed and position are all it looks at. Nothing is read back, so it is captured with the forward.
+    Temperature, seed and position are all it reads. Nothing is copied to the host, so it is captured with the forward.
     """
     metadata, count = staged.metadata, len(logits)
     arguments = (metadata.temperature, metadata.seeds, staged.seq_lens, metadata.slots, metadata.sampled)
@@ -50,10 +50,9 @@ def draw(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tens
 
 
 def accept_drafts(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor | None:
-    """Hand on what draft tokens the drawn ids int64 [s] bear out; what follows is looked up where the device does that.
+    """Accept the draft tokens that the sampled ids int64 [s] confirm; an n-gram proposer proposes the next ones.
 
-    int32 [2, s] of `pagegraph::propose_ngram`, or None. Called again with other ids, it makes good what it did with the
-    first.
+    Returns int32 [2, s] of `pagegraph::propose_ngram`, or None. May be called again with other ids, which then count.
     """
     if not state.max_draft_tokens:
         return None
@@ -66,12 +65,12 @@ def accept_drafts(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torc
     return ops.propose_ngram(*step, metadata.sampled[:count], *last, state.history, state.draft_tokens, *state.ngram)
 
 
-def sample(
+def process_and_sample(
     logits: torch.Tensor, sampling: SamplingInput, staged: Staged, state: DeviceState
 ) -> tuple[torch.Tensor, StepLogprobTensors | None]:
     """logits [S, vocab] of the step's S sequences -> (token ids int64 [S], logprobs if any sequence asked).
 
-    Everything that `draw` alone does not know; its ids replace those that were drawn with the forward.
+    Applies bias, penalties and filters first; its ids replace those that were sampled with the forward.
     """
     device, metadata, num_seqs = logits.device, staged.metadata, len(logits)
     raw = logits.float()
@@ -99,7 +98,7 @@ def sample(
             _to(filters.top_p, device),
             _to(filters.min_p, device),
         )
-    ids = draw(logits, staged, state)
+    ids = sample(logits, staged, state)
     if penalties:
         outputs.index_put_((slots, ids), metadata.sampled[:num_seqs], accumulate=True)
     logprobs = StepLogprobTensors(raw, ids, sampling.num_logprobs) if sampling.num_logprobs >= 0 else None
