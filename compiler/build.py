@@ -276,6 +276,7 @@ def _load(
 
 
 def _check_draft(options: CompilerOptions, model: LoadedModel, draft: LoadedModel) -> None:
+    assert options.draft is not None
     if draft.vocab_size != model.vocab_size:
         raise ValueError(
             f"speculative_model={options.draft.model} has a vocabulary of {draft.vocab_size} tokens,"

@@ -233,11 +233,12 @@ class Engine:
         """Run a sequence of the engine's own, which is not counted. Raises RuntimeError if its steps fail too."""
         for _ in range(MAX_FAILED_STEPS):
             counters = replace(self.scheduler.counters)
-            own = Sequence("", [0], SamplingParams(max_tokens=1), frozenset(), 0, 2, owner=-1)
+            own = Sequence("", np.zeros(1, np.int32), SamplingParams(max_tokens=1), frozenset(), 0, 2, owner=-1)
             try:
                 self.scheduler.alone = own
                 self.scheduler.add(own)
                 plan = self.scheduler.schedule(self.clock())
+                assert plan is not None
                 output = self.step.launch(self._packer.pack(plan)).wait()
                 self.scheduler.finish(self.scheduler.commit(plan, output))
                 self.scheduler.alone = None

@@ -84,6 +84,7 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
 
 def _judge(batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult, told: list[Sequence]) -> Verification:
     """What was sampled behind accepted draft tokens, up to an end, added to `result`."""
+    assert plan.drafts is not None
     drafts = plan.drafts.among(batch.epoch[plan.drafts.slots] == plan.epochs[plan.drafts.first])
     at, fed = drafts.slots, None if output.ngram is None else output.ngram.fed
     known, max_len = batch.known[at], batch.max_len[at]

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+# Of a plan: slots, epochs, starts, counts, sampled; arrays [N].
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
 
 @dataclass(frozen=True, slots=True)
 class DraftTokens:
@@ -57,6 +60,7 @@ class ScheduledDrafts:
         if self.tokens is not None:
             return self.tokens
         tokens = np.zeros((len(self.slots), int(self.counts.max(initial=0))), np.int32)
+        assert fed is not None
         index, place, query = self.queries()
         tokens[index, place] = fed[query]
         return tokens
@@ -74,9 +78,7 @@ class Verification:
     stopped: np.ndarray  # bool, whether the last of them is a stop id
 
 
-def as_queries(
-    columns: tuple[np.ndarray, ...], draft_tokens: DraftTokens
-) -> tuple[tuple[np.ndarray, ...], ScheduledDrafts | None]:
+def as_queries(columns: Columns, draft_tokens: DraftTokens) -> tuple[Columns, ScheduledDrafts | None]:
     """Plan columns (slots, epochs, starts, counts, sampled) [N], draft tokens among the counts -> a query a draft token.
 
     `draft_tokens` of slots that are not in the plan are left out; None: that is all of them.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class InputBatch:
             return np.zeros(num_slots, dtype)
 
         self.block_size = block_size
-        self.sequences = np.full(num_slots, None, object)
+        self.sequences: Any = np.full(num_slots, None, object)  # Sequence or None
         self.epoch = column(np.int64)  # counts the sequences that enter slots; 0: the slot is empty
         self.tokens = np.empty((num_slots, max_model_len), np.int32)  # takes memory only as far as it is written
         self.known, self.total, self.computed = column(), column(), column()

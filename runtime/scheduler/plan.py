@@ -9,10 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pagegraph.runtime.scheduler.draft_tokens import ScheduledDrafts
+from pagegraph.runtime.scheduler.draft_tokens import Columns, ScheduledDrafts
 from pagegraph.runtime.scheduler.sequence import Sequence
-
-Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # the first five of a plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +40,8 @@ def joined(parts: list[Columns], started: list[Sequence], drafts: ScheduledDraft
     """One plan of its parts, draft tokens in the first alone."""
     if len(parts) == 1:
         return Plan(*parts[0], started, drafts)
-    columns = [np.concatenate(column) for column in zip(*parts)]
+    slots, epochs, starts, counts, sampled = (np.concatenate(column) for column in zip(*parts))
     if drafts is not None:
-        more = np.ones(len(columns[0]) - len(drafts.others), bool)
+        more = np.ones(len(slots) - len(drafts.others), bool)
         drafts = replace(drafts, others=np.concatenate([drafts.others, more]))
-    return Plan(*columns, started, drafts)
+    return Plan(slots, epochs, starts, counts, sampled, started, drafts)

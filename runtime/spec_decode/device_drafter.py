@@ -67,6 +67,7 @@ class DeviceDrafter:
         self, plan: Plan, result: StepResult, ngram: NgramOutput | None, step_ms: float, overhead_ms: float
     ) -> None:
         """See `runtime.spec_decode.host_drafter.Drafter`."""
+        assert ngram is not None
         self._steps += 1
         observed = plan.drafts is not None or self._steps % OBSERVE_EVERY == 0
         if self.costs is not None and observed and plan.num_tokens == len(plan):
@@ -74,6 +75,7 @@ class DeviceDrafter:
         if plan.drafts is None and not ngram.matched.any() and not self._matched.any():
             return  # nothing repeats: the usual step costs nothing more
         if (verification := result.verification) is not None and len(verification.slots):
+            assert plan.drafts is not None
             at = verification.slots
             epochs = plan.epochs[plan.drafts.first[np.isin(plan.drafts.slots, at)]]
             self.acceptance.learn(at, epochs, self._matched[at], verification.counts, verification.accepted)
@@ -101,6 +103,7 @@ class DeviceDrafter:
         kept = self._chosen if drafting and self._steps % KEPT else None
         if kept is not None and np.array_equal(kept[0], slots) and kept[1].sum() <= budget:
             return np.minimum(kept[1], limits)
+        assert self.costs is not None
         base = self.scheduler.num_running
         counts = np.zeros(len(slots), np.int32)
         if could_pay(base, budget, self.costs):

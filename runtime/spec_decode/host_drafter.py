@@ -157,6 +157,7 @@ class HostDrafter:
                 if not sequence.cache_salt:  # a salted one's tokens must not show in how fast others run
                     self.proposer.ended(sequence.tokens[sequence.num_prompt :])
         if (verification := result.verification) is not None and len(verification.slots):
+            assert plan.drafts is not None
             epochs = plan.epochs[plan.drafts.first[np.isin(plan.drafts.slots, verification.slots)]]
             self.acceptance.learn(
                 verification.slots,
@@ -195,6 +196,7 @@ class HostDrafter:
 
     def _paying(self, offer: Offer, budget: int, margin: float) -> np.ndarray:
         """How many of the draft tokens pay: the best over how many the model makes, which takes its time for each."""
+        assert self.costs is not None
         base, best = self.scheduler.num_running, None
         for made in MADE if self.model is not None and not offer.retrieved.all() else (0,):
             if made > self.most:
@@ -204,6 +206,7 @@ class HostDrafter:
             choice = choose(offer.chances, limits, base, budget, self.costs, overhead, margin)
             if best is None or choice.rate > best.rate:
                 best = choice
+        assert best is not None  # without the model too
         return best.counts
 
     def _tokens(self, offer: Offer, counts: np.ndarray) -> np.ndarray:
@@ -211,6 +214,7 @@ class HostDrafter:
         tokens = offer.proposal.tokens
         computed = np.flatnonzero(~offer.retrieved & (counts > 0))
         if len(computed):
+            assert self.model is not None
             begin, made = self.clock(), int(counts[computed].max())
             tokens[computed, :made] = self.model.propose(offer.slots[computed], counts[computed])
             self._spent_ms = (self.clock() - begin) * 1e3
@@ -222,6 +226,7 @@ class HostDrafter:
         """Whether draft tokens would pay in the next step, seen from a token earlier; looks only as often as it may."""
         if self._search_budget_ms < self._search_ms:
             return False
+        assert self.costs is not None
         begin = self.clock()
         slots, limits, budget = self.scheduler.room_for_drafts(self.most, lag=1)
         found = False
@@ -238,6 +243,7 @@ class HostDrafter:
 
     def _may_probe(self, num_slots: int) -> bool:
         """Whether enough was saved for a draft token of the model in each slot; it is spent then."""
+        assert self.costs is not None
         base = self.scheduler.num_running
         price = self._model_ms + self._overhead_ms + float(self.costs.ms(base + num_slots) - self.costs.ms(base))
         if self._probe_budget_ms < price:
