@@ -40,7 +40,9 @@ class CudaRunner:
         metadata = executor.staging.send(step, bucket, times)
         if self._returned is not None:
             torch.cuda.current_stream().wait_event(self._returned)
-        self._counts.launched(step.num_tokens * times, bucket.tokens * times, captured in self.graphs)
+        self._counts.launched(
+            step.num_tokens * times, bucket.tokens * times, captured is not None and captured in self.graphs
+        )
 
         def run() -> Sampled:
             replayed = self.graphs.replay(captured) if captured else None
@@ -78,7 +80,7 @@ class CudaRunner:
     def _captured_bucket(self, step: StepInput) -> Bucket | None:
         """The step's own bucket, or a larger one while that is not captured; None beyond the largest."""
         bucket = self.capture_sizes.bucket(step.num_tokens, step.num_seqs)
-        if bucket not in self.queue:
+        if bucket is None or bucket not in self.queue:
             return bucket
         if self.queue.want(bucket):
             self.capture_graphs([bucket], progress=False)
