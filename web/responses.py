@@ -60,18 +60,18 @@ class GenerationResponse:
 
     def add(self, index: int, piece: Piece) -> None:
         """Take one piece of a sequence into the whole response."""
-        output = self._choices[index]
-        output.text += piece.text
+        choice = self._choices[index]
+        choice.text += piece.text
         if piece.logprobs is not None:
-            output.logprobs = output.logprobs or []
-            output.logprobs += piece.logprobs
-            output.offsets += piece.offsets
+            choice.logprobs = choice.logprobs or []
+            choice.logprobs += piece.logprobs
+            choice.offsets += piece.offsets
         if piece.finish_reason:
-            output.finish_reason, output.stop_reason = piece.finish_reason, piece.stop_reason
+            choice.finish_reason, choice.stop_reason = piece.finish_reason, piece.stop_reason
 
     def whole(self) -> dict[str, Any]:
         """The response that is not streamed."""
-        choices = [self.choice(index, output) for index, output in enumerate(self._choices)]
+        choices = [self.choice_json(index, choice) for index, choice in enumerate(self._choices)]
         return {**self._head, "object": self.object_whole, "choices": choices, "usage": self._usage()}
 
     def first(self) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ class GenerationResponse:
         """Chunks after every sequence has ended."""
         return [self._chunk([], usage=self._usage())] if self._include_usage else []
 
-    def choice(self, index: int, output: _Choice) -> dict[str, Any]:
+    def choice_json(self, index: int, choice: _Choice) -> dict[str, Any]:
         """One choice of the whole response."""
         raise NotImplementedError
 
@@ -109,9 +109,6 @@ class GenerationResponse:
                 "rejected_prediction_tokens": sum(output.rejected for output in self._outputs),
             },
         }
-
-    def _top(self, entry: TokenLogprob) -> list[tuple[int, float]]:
-        return list(zip(entry.top_ids, entry.top_logprobs, strict=True))
 
 
 class ChatResponse(GenerationResponse):
@@ -138,14 +135,14 @@ class ChatResponse(GenerationResponse):
             events.append(self._chunk([end]))
         return events
 
-    def choice(self, index: int, output: _Choice) -> dict[str, Any]:
+    def choice_json(self, index: int, choice: _Choice) -> dict[str, Any]:
         """A choice with the whole message."""
         return {
             "index": index,
-            "message": {"role": "assistant", "content": output.text, "refusal": None},
-            "logprobs": self._logprobs(output.logprobs),
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
         }
 
     def _chunk_choice(
@@ -159,7 +156,10 @@ class ChatResponse(GenerationResponse):
         content = [
             {
                 **self._entry(entry.token_id, entry.logprob),
-                "top_logprobs": [self._entry(token_id, value) for token_id, value in self._top(entry)],
+                "top_logprobs": [
+                    self._entry(token_id, value)
+                    for token_id, value in zip(entry.top_ids, entry.top_logprobs, strict=True)
+                ],
             }
             for entry in entries
         ]
@@ -198,7 +198,7 @@ class CompletionResponse(GenerationResponse):
     def first(self) -> list[dict[str, Any]]:
         """The prompts' texts, where they are wanted."""
         return (
-            [self._chunk([self.choice(index, output)]) for index, output in enumerate(self._choices)]
+            [self._chunk([self.choice_json(index, choice)]) for index, choice in enumerate(self._choices)]
             if self._echo
             else []
         )
@@ -207,17 +207,17 @@ class CompletionResponse(GenerationResponse):
         """A chunk with text, log-probabilities and finish reason."""
         if not (piece.text or piece.logprobs or piece.finish_reason):
             return []
-        output = _Choice(piece.text, piece.logprobs, piece.offsets, piece.finish_reason, piece.stop_reason)
-        return [self._chunk([self.choice(index, output)])]
+        choice = _Choice(piece.text, piece.logprobs, piece.offsets, piece.finish_reason, piece.stop_reason)
+        return [self._chunk([self.choice_json(index, choice)])]
 
-    def choice(self, index: int, output: _Choice) -> dict[str, Any]:
+    def choice_json(self, index: int, choice: _Choice) -> dict[str, Any]:
         """A choice with the text."""
         return {
             "index": index,
-            "text": output.text,
-            "logprobs": self._logprobs(output.logprobs, output.offsets),
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
+            "text": choice.text,
+            "logprobs": self._logprobs(choice.logprobs, choice.offsets),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
         }
 
     def _logprobs(self, entries: list[TokenLogprob] | None, offsets: list[int]) -> dict[str, Any] | None:
@@ -232,7 +232,7 @@ class CompletionResponse(GenerationResponse):
     def _likeliest(self, entry: TokenLogprob, token: str) -> dict[str, float]:
         """The likeliest tokens in falling order, the sampled one (`token`, as text) among them; of equal texts one."""
         tops: dict[str, float] = {}
-        for token_id, value in self._top(entry):
+        for token_id, value in zip(entry.top_ids, entry.top_logprobs, strict=True):
             text = self._token(token_id)
             if text != token or token_id == entry.token_id:
                 tops.setdefault(text, _finite(value))
