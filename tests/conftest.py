@@ -12,11 +12,15 @@ from pathlib import Path
 # Workers share the cores: threads of one that wait by spinning would keep the others from theirs. Before torch is loaded.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // workers, 1)))
+# The folder that an engine uses unless told: what one test or worker has compiled, none compiles again.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/pagegraph/inductor"))
+os.environ.setdefault("TRITON_CACHE_DIR", os.path.expanduser("~/.cache/pagegraph/triton"))
 
 import pytest
 import tokenizers
 from hypothesis import HealthCheck, settings
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from xdist.scheduler import LoadFileScheduling
 
 from pagegraph.runtime.ipc.mailbox import Mailbox
 from pagegraph.runtime.ipc.protocol import (
@@ -37,7 +41,8 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, suppres
 settings.register_profile("fuzz", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-LONGEST = ("test_parity.py", "test_serve.py")  # started first, so that workers end together
+REAL_MODEL = ("test_parity.py", "test_generation.py", "test_speculation.py")  # one worker builds it for all
+LONGEST = (*REAL_MODEL, "test_serve.py", "test_triton_compile.py")  # started first, so that workers end together
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'function' %}{{ raise_exception('no functions here') }}"
@@ -48,7 +53,21 @@ CORPUS = ["hello world, this is a small text about stops and starts", "the end o
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+class Scheduling(LoadFileScheduling):
+    """A file on one worker; those of the real model on the same."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "real model" if file.endswith(REAL_MODEL) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduling | None:
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
