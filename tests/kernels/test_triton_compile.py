@@ -434,6 +434,7 @@ def test_prefill_runs_on_warp_groups(half: list[dict[str, Any]]) -> None:
 def test_two_decode_programs_share_a_multiprocessor(half: list[dict[str, Any]]) -> None:
     """Decode hides memory latency with the other program's loads: two blocks' shared memory and registers must fit."""
     kernels = [k for k in half if k["kernel"] == "decode_kernel"]
+    assert len(kernels) == len(HALF)
     assert all(2 * (k["shared_bytes"] + 1024) <= SHARED_MEMORY and k["registers"] * 128 * 2 <= 65536 for k in kernels)
 
 

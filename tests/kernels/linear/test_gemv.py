@@ -21,7 +21,13 @@ def plain(x, weight, bias, norm, residual, gated):
     return out if residual is None else out + residual.float()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+PARTS = ("", "norm", "residual", "gated", "bias", "norm gated bias", "residual bias")
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [*((rows, parts) for rows in (1, 4) for parts in PARTS), (2, "norm gated bias"), (3, "residual bias")],
+)
 @pytest.mark.parametrize(
     ("out_size", "size", "tile"),
     [
@@ -30,7 +36,6 @@ def plain(x, weight, bias, norm, residual, gated):
         (6, 64, GemvTile(1, 256, 4)),  # one tile is wider than the weight
     ],
 )
-@pytest.mark.parametrize("parts", ["", "norm", "residual", "gated", "bias", "norm gated bias", "residual bias"])
 def test_equals_torch(triton_calls, rows: int, out_size: int, size: int, tile: GemvTile, parts: str) -> None:
     bf16, gated = torch.bfloat16, "gated" in parts
     x = torch.randn(rows, size + 8).to(bf16)[:, :size]  # rows that are no neighbours

@@ -12,7 +12,16 @@ from pagegraph.kernels.linear import reference
 from pagegraph.kernels.linear.tiles import MAX_ROWS, Tile, tile_of
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 16, 33])
+@pytest.mark.parametrize(
+    ("rows", "has_bias", "gated"),
+    [
+        *((rows, False, False) for rows in (1, 2, 7, 16, 33)),
+        (1, True, False),
+        (33, True, False),
+        (1, True, True),
+        (33, True, True),
+    ],
+)
 @pytest.mark.parametrize(
     ("out_size", "size", "tile"),
     [
@@ -22,7 +31,6 @@ from pagegraph.kernels.linear.tiles import MAX_ROWS, Tile, tile_of
         (32, 192, Tile(16, 64, 8, 4, 3)),  # more splits than columns to share
     ],
 )
-@pytest.mark.parametrize(("has_bias", "gated"), [(False, False), (True, False), (True, True)])
 def test_equals_torch(
     triton_calls, rows: int, out_size: int, size: int, tile: Tile, has_bias: bool, gated: bool
 ) -> None:

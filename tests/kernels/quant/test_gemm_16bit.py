@@ -53,9 +53,8 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("rows", [1, 17, 150])
+@pytest.mark.parametrize(("rows", "has_zero"), [(1, False), (17, True), (150, False), (150, True)])
 @pytest.mark.parametrize(("kind", "out_size", "size", "group", "tile"), SHAPES)
-@pytest.mark.parametrize("has_zero", [False, True])
 def test_equals_the_reference(
     triton_calls, rows: int, kind: str, out_size: int, size: int, group: int, tile: Tile, has_zero: bool
 ) -> None:
@@ -80,8 +79,9 @@ def test_equals_the_reference(
 
 
 @pytest.mark.parametrize(("kind", "out_size", "size", "group", "tile"), SHAPES)
-@pytest.mark.parametrize("has_zero", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "has_zero"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True)]
+)
 def test_weights_come_back(
     triton_calls, kind: str, out_size: int, size: int, group: int, tile: Tile, has_zero: bool, dtype: torch.dtype
 ) -> None:
