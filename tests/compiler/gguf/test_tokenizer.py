@@ -98,7 +98,7 @@ def test_what_stands_around_text(changes: dict[str, Any], ids: list[str], text: 
 
 
 def test_types_of_tokens(tmp_path: Path) -> None:
-    """Control tokens are special; user-defined ones are found in text as it is, spaces too; bytes stand for the rest."""
+    """Control tokens are special; user-defined ones are found as they are, spaces too; bytes stand for the rest."""
     keys = spm_keys([*PIECES, "<|turn|>", "  ", "<|tool|>"])
     keys["tokenizer.ggml.token_type"][-3:] = [CONTROL, USER_DEFINED, USER_DEFINED]
     backend, _ = tokenizer_of(tmp_path, {**keys, "tokenizer.ggml.add_space_prefix": False})

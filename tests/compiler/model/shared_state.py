@@ -1,4 +1,4 @@
-"""What the threads that run a model share: everything that its modules hold, and whatever was written to it meanwhile."""
+"""What the threads that run a model share: all that its modules hold, and what was written to it meanwhile."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from pagegraph.compiler.model import source as model_source
+from pagegraph.compiler.model import source
 from pagegraph.compiler.model.source import resolve_model
 from tests.paths import MODELS, ROOT
 
@@ -34,7 +34,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         (folder / "config.json").write_text("{}")
         done.append(gguf)
 
-    monkeypatch.setattr(model_source, "_convert", convert)
+    monkeypatch.setattr(source, "_convert", convert)
     return done
 
 
@@ -71,7 +71,7 @@ def test_a_cache_that_cannot_be_written_to_is_read(
     folder = resolve_model(str(path), cache_dir=cache)
     shutil.rmtree(cache / "models" / "digests", ignore_errors=True)
     (cache / "models" / "digests").write_text("")  # nothing can be made in it, by whoever runs the tests
-    monkeypatch.setattr(model_source, "SETTLED_NS", -1)
+    monkeypatch.setattr(source, "SETTLED_NS", -1)
     assert resolve_model(str(path), cache_dir=cache) == folder
     assert len(conversions) == 1
 
@@ -108,8 +108,8 @@ def swap(path: Path, content: bytes) -> None:
 def test_a_file_replaced_in_place_is_another(
     settled: bool, tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Name, size, inode, modification time, first and last MiB are those of the old file; what is between them is not."""
-    monkeypatch.setattr(model_source, "SETTLED_NS", -1 if settled else 10**18)
+    """Name, size, inode, modification time, first and last MiB are the old file's; what is between is not."""
+    monkeypatch.setattr(source, "SETTLED_NS", -1 if settled else 10**18)
     size, cache = 3 << 20, tmp_path / "cache"
     path = make_gguf(tmp_path / "a", content=bytes(size))
     first = resolve_model(str(path), cache_dir=cache)
@@ -128,7 +128,7 @@ def test_content_is_read_once(tmp_path: Path, conversions: list[Path], monkeypat
     """What is known of a file that has not changed for a while costs no second reading; a conversion of another version
     is not taken.
     """
-    monkeypatch.setattr(model_source, "SETTLED_NS", -1)
+    monkeypatch.setattr(source, "SETTLED_NS", -1)
     path, cache, read = make_gguf(tmp_path / "a"), tmp_path / "cache", []
     whole = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda *arguments: read.append(1) or whole(*arguments))
@@ -139,7 +139,7 @@ def test_content_is_read_once(tmp_path: Path, conversions: list[Path], monkeypat
         == first
     )
     assert len(read) == 1
-    monkeypatch.setattr(model_source, "CONVERSION", model_source.CONVERSION + 1)
+    monkeypatch.setattr(source, "CONVERSION", source.CONVERSION + 1)
     assert resolve_model(str(path), cache_dir=cache) != first
     assert len(read) == len(conversions) == 2
 
@@ -164,17 +164,17 @@ def test_a_file_replaced_while_it_is_converted_is_not_kept(
     tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a rename, as downloads end: what was converted is not what the folder's name says."""
-    path, cache, convert = make_gguf(tmp_path / "a"), tmp_path / "cache", model_source._convert
+    path, cache, convert = make_gguf(tmp_path / "a"), tmp_path / "cache", source._convert
 
     def replaced(*arguments: Any) -> None:
         os.replace(make_gguf(tmp_path / "b", content=b"GGUG"), path)
         convert(*arguments)
 
-    monkeypatch.setattr(model_source, "_convert", replaced)
+    monkeypatch.setattr(source, "_convert", replaced)
     with pytest.raises(ValueError, match=r"tiny\.gguf changes while it is read"):
         resolve_model(str(path), cache_dir=cache)
     assert [one for one in (cache / "models").iterdir() if one.is_dir() and one.name.startswith("tiny")] == []
-    monkeypatch.setattr(model_source, "_convert", convert)
+    monkeypatch.setattr(source, "_convert", convert)
     other = resolve_model(str(path), cache_dir=cache)
     os.replace(make_gguf(tmp_path / "b"), path)
     assert resolve_model(str(path), cache_dir=cache) != other
@@ -187,7 +187,7 @@ def test_a_file_replaced_while_it_is_converted_is_not_kept(
 def test_a_digest_that_is_none_is_made_anew(
     damaged: bytes, tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_source, "SETTLED_NS", -1)
+    monkeypatch.setattr(source, "SETTLED_NS", -1)
     path, cache = make_gguf(tmp_path / "a"), tmp_path / "cache"
     folder = resolve_model(str(path), cache_dir=cache)
     (digest,) = (cache / "models" / "digests").iterdir()
@@ -216,17 +216,17 @@ def test_an_interrupted_conversion_is_done_again(
     tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, cache = make_gguf(tmp_path / "a"), tmp_path / "cache"
-    whole = model_source._convert
+    whole = source._convert
 
     def interrupted(gguf: Path, folder: Path, keep_quantized: bool) -> None:
         folder.mkdir(parents=True)
         (folder / "half").write_text("")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_source, "_convert", interrupted)
+    monkeypatch.setattr(source, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         resolve_model(str(path), cache_dir=cache)
-    monkeypatch.setattr(model_source, "_convert", whole)
+    monkeypatch.setattr(source, "_convert", whole)
     folder = resolve_model(str(path), cache_dir=cache)
     assert [file.name for file in folder.iterdir()] == ["config.json"]
 
