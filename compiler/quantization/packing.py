@@ -102,9 +102,10 @@ def read_packed(
     fits = shape is None or 0 <= qweight.shape[1] - int(shape[1]) < filled
     qweight = qweight if shape is None else qweight[:, : int(shape[1])]
     rows, size = qweight.shape
-    scale, zero_points = (
-        one if one is None or one.numel() > 1 else one.expand(rows, 1) for one in (scale, zero_points)
-    )
+    if scale.numel() == 1:
+        scale = scale.expand(rows, 1)
+    if zero_points is not None and zero_points.numel() == 1:
+        zero_points = zero_points.expand(rows, 1)
     groups = scale.shape[1]
     if (
         not fits
