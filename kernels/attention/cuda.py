@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pagegraph.kernels.attention import prefill_hopper
 from pagegraph.kernels.attention.decode import attend_rows
 from pagegraph.kernels.attention.kv_cache import write_kv
 from pagegraph.kernels.attention.prefill import attend_ragged
@@ -78,7 +79,8 @@ def _attend(
     else:
         out = torch.zeros(shape, dtype=query.dtype, device=query.device)  # padding rows are no kernel's
         attend_rows(out, query, *metadata, by_token=False)
-        attend_ragged(out, query, *metadata)
+        hopper = prefill_hopper.takes(query, key_cache, value_cache)
+        (prefill_hopper.attend_ragged if hopper else attend_ragged)(out, query, *metadata)
     return out
 
 

@@ -26,9 +26,11 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
 
 from pagegraph.kernels import pdl
+from pagegraph.kernels.attention import prefill_hopper
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.quant.tiles import QuantGemvTile
 from pagegraph.kernels.quant.weight import QuantWeight
@@ -84,7 +86,8 @@ def source_of(kernel: JITFunction, arguments: tuple[Any, ...], named: dict[str, 
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
-    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return kind(kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def compile_source(source: ASTSource, options: dict[str, Any], capability: int) -> tuple[Compiled, bytes]:
@@ -182,7 +185,8 @@ def main() -> None:
             compiled[key] = compile_source(source, options, capability)
         launches.append((case, key))
 
-    JITFunction.run = record
+    JITFunction.run = GluonJITFunction.run = record
+    prefill_hopper.multiprocessors = lambda device: 132 if capability == 90 else 0
     pdl.dependent = lambda device: {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
     for case, module, function, described in json.load(sys.stdin):  # noqa: B007  `record` reads it
         getattr(importlib.import_module(module), function)(*(argument(one) for one in described))

@@ -343,6 +343,8 @@ WIDE = {
 # Nothing asks for it: the assembler itself keeps some kernels to few registers, with which one more program shares a
 # multiprocessor, and puts a few of them into local memory for that. Where registers run out there are 255, and it is many bytes.
 HELD_BACK = 32  # bytes a thread
+# Three warp groups of 168 registers fill a multiprocessor: what else there is goes to memory, once a tile of rows.
+ONCE_A_TILE = 640  # bytes a thread
 
 
 QUANTISED_ROWS = [
@@ -366,7 +368,10 @@ def compiled(launches: list[list[Any]], capability: int = 90) -> list[dict[str, 
 
 
 def check_fits(kernels: list[dict[str, Any]], held_back: int = 0) -> None:
-    spilling = [k for k in kernels if k["spilled_bytes"] > (held_back if k["registers"] < 255 else 0)]
+    allowed = {"prefill_hopper_kernel": ONCE_A_TILE}
+    spilling = [
+        k for k in kernels if k["spilled_bytes"] > allowed.get(k["kernel"], held_back if k["registers"] < 255 else 0)
+    ]
     assert not spilling
     assert all(k["registers"] <= REGISTERS for k in kernels)
     assert all(k["shared_bytes"] <= SHARED_MEMORY for k in kernels)
@@ -395,7 +400,7 @@ def half() -> list[dict[str, Any]]:
 def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
     names = {k["kernel"] for k in half}
     assert names == {
-        "kv_write_kernel", "decode_kernel", "prefill_kernel", "skinny_gemm_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
+        "kv_write_kernel", "decode_kernel", "prefill_kernel", "prefill_hopper_kernel", "skinny_gemm_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
         "update_tables_kernel", "unpack_kernel", "rms_norm_kernel", "silu_mul_kernel", "gemv_kernel",
         "accept_kernel", "look_up_kernel",
     }  # fmt: skip
@@ -406,8 +411,12 @@ def test_nothing_spills(half: list[dict[str, Any]]) -> None:
 
 
 def test_kernels_of_a_decode_step_wait_for_those_before(half: list[dict[str, Any]]) -> None:
-    """All but the two of prefill are launched while the one before still runs."""
-    assert {k["kernel"] for k in half if not k["waits"]} == {"kv_write_kernel", "prefill_kernel"}
+    """All but those of prefill are launched while the one before still runs."""
+    assert {k["kernel"] for k in half if not k["waits"]} == {
+        "kv_write_kernel",
+        "prefill_kernel",
+        "prefill_hopper_kernel",
+    }
 
 
 def test_nothing_is_touched_before_the_wait(half: list[dict[str, Any]]) -> None:
@@ -427,8 +436,14 @@ def test_attention_is_pipelined_on_matrix_units(half: list[dict[str, Any]]) -> N
 
 def test_prefill_runs_on_warp_groups(half: list[dict[str, Any]]) -> None:
     """Tiles of 64 rows or more reach Hopper's asynchronous tensor-core instruction."""
-    kernels = [k for k in half if k["kernel"] == "prefill_kernel"]
+    kernels = [k for k in half if k["kernel"].startswith("prefill_")]
     assert kernels and all(k["wgmma"] for k in kernels)
+
+
+def test_prefill_with_a_producer_fills_a_multiprocessor(half: list[dict[str, Any]]) -> None:
+    kernels = [k for k in half if k["kernel"] == "prefill_hopper_kernel"]
+    assert len(kernels) == 4  # of HALF: head sizes of 64 and 128, steps with prompts
+    assert all(k["registers"] * 3 * 128 <= 65536 for k in kernels), kernels
 
 
 def test_two_decode_programs_share_a_multiprocessor(half: list[dict[str, Any]]) -> None:
