@@ -19,18 +19,18 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 
 `pagegraph::linear` is x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the kernel that suits the rows of x.
 
-`pagegraph::quant_linear` is x [..., K] @ weight.T + bias [N] -> [..., N] with weight [N, K] = qweight * scale + zero: codes
-int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit codes each (`kernels.quant.reference.pack_nibbles`); scale and zero
+`pagegraph::quant_linear` is x [..., K] @ weight.T + bias [N] -> [..., N] with weight [N, K] = qweight * scale + zero: qweight
+int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit values each (`kernels.quant.reference.pack_nibbles`); scale and zero
 [N, groups] of `group` neighbouring columns each, the last group maybe of fewer. In plain PyTorch: weights are loaded so, and steps run the ops below.
 
-`pagegraph::repacked_linear` is the same with the weight as the tensor cores takes it, x [..., K] -> [..., out_size]: integers as
+`pagegraph::repacked_linear` is the same with the weight as the tensor cores take it, x [..., K] -> [..., out_size]: integers as
 `kernels.quant.reference.repack` lays them, scale and zero as `repack_scales` does; or float8_e4m3fn as `exchanged_columns`, scale float32
 [N, groups] of a multiple of 64 columns each, no zero. quantize_x: a device may quantise x to 8 bits where that is
 faster, from many rows on (`kernels.quant.tiles`). gated: [..., out_size / 2], silu(first half) * second half.
 `pagegraph::norm_repacked_linear` is x + residual -> its norm -> repacked_linear -> (sum, product); with a second weight the first is
 gated and the second's product [..., second_size] comes out.
 
-`pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit codes as
+`pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit values as
 PyTorch packs them for AVX-512 (`kernels.quant.cpu.unpack_int4`), pairs [K / group, N, 2] scale and zero beside each other in x's dtype.
 `pagegraph::int4_packed_layer` is two or four of them on one row, `linear_norm_linear` once or twice (`kernels.quant.cpu_int4.layer`).
 

@@ -1,7 +1,7 @@
-"""GGUF's block types as planes of qweight, scales and zeros, and linears that keep them when a file is converted.
+"""GGUF's block types unpacked to qweight, scales and zeros, and linears that keep them when a file is converted.
 
 The blocks are those of ggml (`ggml-common.h`, docs of GGUF). Names and the order of rows are transformers' business: it is
-asked to convert the file once for each plane, as if the plane were the weights. Knows bytes; knows no devices.
+asked to convert the file once for each of the three, as if it were the weights. Knows bytes; knows no devices.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ WIDE = {"F32", "F16", "BF16"}  # types of what is not quantised
 QWEIGHT, SCALE, ZERO = range(3)
 
 
-class Planes(NamedTuple):
-    """Of blocks uint8 [B, bytes]: codes float32 [B, size], scale float32 [B, groups], shift likewise or None."""
+class UnpackedBlocks(NamedTuple):
+    """Of blocks uint8 [B, bytes]: qweight float32 [B, size], scale float32 [B, groups], zero likewise or None."""
 
     qweight: np.ndarray
     scale: np.ndarray
@@ -45,38 +45,38 @@ def _nibbles(bytes_: np.ndarray, run: int) -> np.ndarray:
     return np.stack([runs & 15, runs >> 4], axis=2).reshape(len(bytes_), -1).astype(np.float32) - 8
 
 
-def _q4_0(blocks: np.ndarray) -> Planes:
-    return Planes(_nibbles(blocks[:, 2:], 16), _half(blocks, 0), None)
+def _q4_0(blocks: np.ndarray) -> UnpackedBlocks:
+    return UnpackedBlocks(_nibbles(blocks[:, 2:], 16), _half(blocks, 0), None)
 
 
-def _q4_1(blocks: np.ndarray) -> Planes:
+def _q4_1(blocks: np.ndarray) -> UnpackedBlocks:
     scale = _half(blocks, 0)
-    return Planes(_nibbles(blocks[:, 4:], 16), scale, 8 * scale + _half(blocks, 2))
+    return UnpackedBlocks(_nibbles(blocks[:, 4:], 16), scale, 8 * scale + _half(blocks, 2))
 
 
-def _q8_0(blocks: np.ndarray) -> Planes:
-    return Planes(blocks[:, 2:].copy().view(np.int8).astype(np.float32), _half(blocks, 0), None)
+def _q8_0(blocks: np.ndarray) -> UnpackedBlocks:
+    return UnpackedBlocks(blocks[:, 2:].copy().view(np.int8).astype(np.float32), _half(blocks, 0), None)
 
 
-def _q4_k(blocks: np.ndarray) -> Planes:
-    """256 codes in eight groups; their 6-bit scales and minima take 12 bytes, the upper bits of the last four apart."""
+def _q4_k(blocks: np.ndarray) -> UnpackedBlocks:
+    """256 values in eight groups; their 6-bit scales and minima take 12 bytes, the upper bits of the last four apart."""
     packed = blocks[:, 4:16].astype(np.int32)
     first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=1)
     minima = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=1)
     scale = _half(blocks, 0) * scales
-    return Planes(_nibbles(blocks[:, 16:], 32), scale, 8 * scale - _half(blocks, 2) * minima)
+    return UnpackedBlocks(_nibbles(blocks[:, 16:], 32), scale, 8 * scale - _half(blocks, 2) * minima)
 
 
-def _q6_k(blocks: np.ndarray) -> Planes:
-    """256 codes in sixteen groups: four low bits of each, then two high ones, in halves of 128."""
+def _q6_k(blocks: np.ndarray) -> UnpackedBlocks:
+    """256 values in sixteen groups: four low bits of each, then two high ones, in halves of 128."""
     low = _nibbles(blocks[:, :128], 64) + 8
     high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8).reshape(4, 1) & 3
     qweight = low + 16.0 * high.reshape(len(blocks), 256) - 32
-    return Planes(qweight, _half(blocks, 208) * blocks[:, 192:208].copy().view(np.int8), None)
+    return UnpackedBlocks(qweight, _half(blocks, 208) * blocks[:, 192:208].copy().view(np.int8), None)
 
 
-BLOCKS: dict[GGMLQuantizationType, Callable[[np.ndarray], Planes]] = {
+BLOCKS: dict[GGMLQuantizationType, Callable[[np.ndarray], UnpackedBlocks]] = {
     GGMLQuantizationType.Q4_0: _q4_0,
     GGMLQuantizationType.Q4_1: _q4_1,
     GGMLQuantizationType.Q8_0: _q8_0,
@@ -85,14 +85,14 @@ BLOCKS: dict[GGMLQuantizationType, Callable[[np.ndarray], Planes]] = {
 }
 
 
-def planes(data: np.ndarray, kind: GGMLQuantizationType) -> Planes:
-    """Of a tensor's bytes uint8 [N, bytes a row]: codes [N, K], scale and zero [N, groups]."""
+def unpack_blocks(data: np.ndarray, kind: GGMLQuantizationType) -> UnpackedBlocks:
+    """Of a tensor's bytes uint8 [N, bytes a row]: qweight [N, K], scale and zero [N, groups]."""
     found = BLOCKS[kind](np.ascontiguousarray(data).reshape(-1, gguf.GGML_QUANT_SIZES[kind][1]))
-    return Planes(*(None if plane is None else plane.reshape(len(data), -1).astype(np.float32) for plane in found))
+    return UnpackedBlocks(*(None if part is None else part.reshape(len(data), -1).astype(np.float32) for part in found))
 
 
 def keep(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Put the planes of every linear of a type in BLOCKS in the place of its weight, and the rest in bfloat16.
+    """Put qweight, scale and zero of every linear of a type in BLOCKS in the place of its weight, and the rest in bfloat16.
 
     `tensors` are the converted, dequantised weights of `path` by the names of `model`. Returns the `quantization_config`.
     Raises QuantizationError where no linear is of such a type.
@@ -101,19 +101,19 @@ def keep(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict
     others = ", ".join(sorted(types - WIDE - {kind.name for kind in BLOCKS}))
     linears = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    qweight, scales, zeros = (_converted(path, model, plane) for plane in (QWEIGHT, SCALE, ZERO))
+    qweights, scales, zeros = (_converted(path, model, part) for part in (QWEIGHT, SCALE, ZERO))
     for name in list(tensors):
         if name not in linears or name in tied or scales[name].shape == tensors[name].shape:
             tensors[name] = tensors[name].bfloat16()
             continue
         stem, weight = name.removesuffix("weight"), tensors.pop(name)
-        code, scale, zero = qweight[name].to(torch.int8), scales[name], zeros[name]
+        unpacked, scale, zero = qweights[name].to(torch.int8), scales[name], zeros[name]
         four_bits = (
-            int(code.min()) >= -8
-            and int(code.max()) < 8
+            int(unpacked.min()) >= -8
+            and int(unpacked.max()) < 8
             and weight.shape[1] // scale.shape[1] % reference.NIBBLE_SPAN == 0
         )
-        tensors[f"{stem}qweight"] = reference.pack_nibbles(code) if four_bits else code
+        tensors[f"{stem}qweight"] = reference.pack_nibbles(unpacked) if four_bits else unpacked
         tensors[f"{stem}scale"] = scale
         if zero.any():
             tensors[f"{stem}zero"] = zero
@@ -127,25 +127,25 @@ def keep(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict
     return {"quant_method": "gguf"}
 
 
-def _converted(path: Path, model: nn.Module, plane: int) -> dict[str, torch.Tensor]:
+def _converted(path: Path, model: nn.Module, part: int) -> dict[str, torch.Tensor]:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    with _planes_for_weights(plane):
+    with _parts_for_weights(part):
         return load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
 
 
 @contextmanager
-def _planes_for_weights(plane: int) -> Iterator[None]:
+def _parts_for_weights(part: int) -> Iterator[None]:
     dequantize = gguf.dequantize
 
-    def of_plane(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    def of_part(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
         if kind not in BLOCKS or data.ndim != 2:
             return dequantize(data, kind)
-        found = planes(data, kind)
-        one = found[plane]
+        found = unpack_blocks(data, kind)
+        one = found[part]
         return np.zeros_like(found.scale) if one is None else one
 
-    gguf.dequantize = of_plane
+    gguf.dequantize = of_part
     try:
         yield
     finally:

@@ -29,13 +29,13 @@ OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What a checkpoint's `quantization_config` says: method, layout, bits of a code. Groups show in the shapes."""
+    """What a checkpoint's `quantization_config` says: method, layout, bits of a value. Groups show in the shapes."""
 
     method: str
     layout: str  # a key of PACKED, "elements" or STORED
     bits: int
     block: tuple[int, int] | None = None  # rows and columns that share a scale
-    fp8: bool = False  # codes are float8_e4m3fn
+    fp8: bool = False  # values are float8_e4m3fn
     act_order: bool = False  # groups are of inputs in an order of their own, which a tensor tells
 
     def marks(self) -> tuple[str, ...]:

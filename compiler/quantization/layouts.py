@@ -16,16 +16,16 @@ from pagegraph.kernels.quant.tiles import takes_8bit_activations
 from pagegraph.kernels.quant.weight import QuantWeight
 
 CPU_INT4_GROUPS = (32, 64, 128, 256)
-CPU_INT4_ROWS = 16  # PyTorch packs as many rows of 4-bit codes together
+CPU_INT4_ROWS = 16  # PyTorch packs as many rows of 4-bit values together
 SUMS_AT_ONCE = 4  # in one loop: with one, adding up is slower than memory
 
 
 class Int8Dynamic(nn.Module):
-    """CPUs with 8-bit dot products: each token's states become two int8 values (int8x2) by their own scale, and integers are multiplied.
+    """CPUs with 8-bit dot products: each token's activations become two int8 values (int8x2) by their own scale, and integers are multiplied.
 
-    One digit would lose the small states of a token that has one large state; the second rides along in the same reading
+    One would lose the small activations of a token that has one large one; the second rides along in the same reading
     of the weight. In plain operations, so that the compiler joins the rounding to the norm before it and the scales to what
-    follows. One row is a sum over the widened weight, which the compiler writes a loop for (as `one_row_linears`).
+    follows. One row is a sum over the dequantised weight, which the compiler writes a loop for (as `one_row_linears`).
     """
 
     def __init__(self, linear: QuantLinear) -> None:
@@ -34,8 +34,8 @@ class Int8Dynamic(nn.Module):
         self.register_buffer("scale", linear.scale[:, 0].contiguous(), persistent=False)
         self.bias, self.out_features = linear.bias, linear.out_features
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        rows = states.flatten(0, -2)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, -2)
         if torch.compiler.is_dynamo_compiling() and len(rows) == 1:  # `is_compiling` is true of other threads too
             row = torch.ops.pagegraph.in_memory(rows[0].float())
             parts = self.qweight.unflatten(0, (math.gcd(self.out_features, SUMS_AT_ONCE), -1)).unbind()
@@ -46,7 +46,7 @@ class Int8Dynamic(nn.Module):
             product = (upper + lower / reference.INT8X2_STEPS) * scale * self.scale
         if self.bias is not None:
             product = product + self.bias
-        return product.to(states.dtype).unflatten(0, states.shape[:-1])
+        return product.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class RepackedLinear(QuantModule):
@@ -101,7 +101,7 @@ def _regrouped(values: torch.Tensor | None, group: int, held: int, size: int) ->
 
 
 class Int4Packed(nn.Module):
-    """4-bit codes as PyTorch packs them for this CPU, scales and zeros beside each other in the type of the states."""
+    """4-bit values as PyTorch packs them for this CPU, scales and zeros beside each other in the type of x."""
 
     def __init__(self, linear: QuantLinear) -> None:
         super().__init__()
@@ -113,17 +113,17 @@ class Int4Packed(nn.Module):
         self.register_buffer("pairs", pairs, persistent=False)  # [K / group, N, 2]
         self.register_buffer("g_idx_order", linear.g_idx_order, persistent=False)
         self.group, self.bias, self.out_features = linear.group, linear.bias, linear.out_features
-        # How codes lie is PyTorch's affair and differs between CPUs: where it is not as known here, many rows go as few do.
+        # How values are packed is PyTorch's affair and differs between CPUs: where it is not as known here, many rows go as few do.
         self.unpacks = self.out_features % cpu.INT4_BLOCK == 0 and torch.equal(cpu.unpack_int4(packed).int(), qweight)
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.g_idx_order is not None:
-            states = states.index_select(-1, self.g_idx_order)
-        rows = states.flatten(0, -2)
+            x = x.index_select(-1, self.g_idx_order)
+        rows = x.flatten(0, -2)
         if self.unpacks:
             product = torch.ops.pagegraph.int4_packed_linear(rows, self.packed, self.pairs, self.group)
         else:
             product = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.pairs)
         if self.bias is not None:
             product = product + self.bias
-        return product.unflatten(0, states.shape[:-1])
+        return product.unflatten(0, x.shape[:-1])

@@ -177,7 +177,7 @@ def _g_idx_order(
     """
     if groups is not None and len(groups) != size:
         raise QuantizationError(
-            f"{where}: groups of {len(groups)} inputs, codes of {size}; is `bits` in quantization_config right?"
+            f"{where}: groups of {len(groups)} inputs, a weight of {size}; is `bits` in quantization_config right?"
         )
     in_order = group == size if groups is None else torch.equal(groups.long(), torch.arange(size) // group)
     if in_order:

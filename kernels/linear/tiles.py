@@ -104,7 +104,7 @@ def tile_of(rows: int, out_size: int, size: int, gpu: Gpu = OTHERS_TAKE) -> Tile
     return Tile(block_n, 256 if size % 256 == 0 else 64, split, 4, 4)
 
 
-MAX_SINGLE_ROWS = 4  # above it the tensor cores is worth its padding
+MAX_SINGLE_ROWS = 4  # above it the tensor cores are worth its padding
 
 # The same for products without the tensor cores, with what stands around them. Those of up to two rows are cut so
 # that one is fast, the commonest, and two are not slow; None where cuBLAS and kernels of their own for norm and gate are faster.

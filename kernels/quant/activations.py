@@ -44,7 +44,7 @@ class Norm(NamedTuple):
 def _rounded(x):
     """float32 -> the nearest with three bits behind the point, half to even: what e4m3 holds of all but the smallest.
 
-    Not by e4m3 and back, which ptxas of CUDA 12.8 gets wrong where the codes are stored too.
+    Not by e4m3 and back, which ptxas of CUDA 12.8 gets wrong where the quantised values are stored too.
     """
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFFF + (bits >> 20 & 1)) & -0x100000).to(tl.float32, bitcast=True)
@@ -99,7 +99,7 @@ def rows_kernel(
 
 
 def width(x: Tensor, gated: bool) -> int:
-    """Columns of what is rounded: of rows behind a gate half as many as x has."""
+    """Columns of what is quantised: of rows behind a gate half as many as x has."""
     return x.shape[1] // 2 if gated else x.shape[1]
 
 
@@ -107,7 +107,7 @@ def int8_rows(x: Tensor, multiple: int, norm: Norm | None = None, gated: bool = 
     """x [T, K], elements of a row dense -> x_q int8 [T', K'], scale float32 [K' / 128, T'].
 
     The first T rows are as `reference.int8_rows`; T' is a multiple of `multiple`, and the rest is zeros. gated: x is [T, 2 * K],
-    and what is rounded silu(first half) * second half.
+    and what is quantised silu(first half) * second half.
     """
     size = width(x, gated)
     filled, groups = triton.cdiv(len(x), multiple) * multiple, triton.cdiv(size, ACTIVATION_GROUP)

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from pagegraph.kernels.quant import cpu_int4
 
-INT4_BLOCK = 64  # rows of 4-bit codes that PyTorch packs together for AVX-512
+INT4_BLOCK = 64  # rows of 4-bit values that PyTorch packs together for AVX-512
 INT4_MANY_ROWS = (
     128  # from here on the weight is dequantised first: the packed GEMM takes twice bfloat16's time and more
 )
 
 
 def int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
-    """See `kernels.ops`. Few rows meet scaled codes in float32, many a weight rounded to x's dtype."""
+    """See `kernels.ops`. Of few rows the weight is scaled in float32, of many rounded to x's dtype."""
     if cpu_int4.takes(x.dtype, len(x)):
         return cpu_int4.linear_into(x.contiguous(), packed, pairs, group=group, out=x.new_empty(1, packed.shape[0]))
     if len(x) < INT4_MANY_ROWS:
@@ -27,9 +27,9 @@ def int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> 
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
-    """uint8 [N, K / 2] as `torch._convert_weight_to_int4pack_for_cpu` writes it on AVX-512 -> codes 0..15 [N, K].
+    """uint8 [N, K / 2] as `torch._convert_weight_to_int4pack_for_cpu` writes it on AVX-512 -> values 0..15 [N, K].
 
-    Elsewhere it packs otherwise, and this gives other codes.
+    Elsewhere it packs otherwise, and this gives other values.
     """
     return _int4_blocks(packed).transpose(1, 2).flatten(0, 1)
 

@@ -45,7 +45,7 @@ inline float exp_of(float x) {
 // 64 rows of one group: qweight [group, 32] times row [group] -> sum, rows 0, 16, 32 and 48 on. Values of row are bfloat16's.
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 inline void add_group(const uint8_t* qweight, const uint16_t* row, int64_t group, __m512 sum[4]) {
-    // -8 .. 7 in bfloat16, twice: a look-up takes the low five bits of each index, of which the fifth is another code's.
+    // -8 .. 7 in bfloat16, twice: a look-up takes the low five bits of each index, of which the fifth is another value's.
     alignas(64) static const uint16_t values[32] = {
         0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
         0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,

@@ -1,4 +1,4 @@
-"""One row times packed 4-bit codes on a CPU with AVX-512, in C++ (`cpu_int4.cpp`): up to a fifth faster than PyTorch's product.
+"""One row times packed 4-bit values on a CPU with AVX-512, in C++ (`cpu_int4.cpp`): up to a fifth faster than PyTorch's product.
 
 Two products with a norm between them, or four, are one call too. Where it is not built, or does not take a product,
 `kernels.quant.cpu` has PyTorch's. Knows only how PyTorch packs for AVX-512.

@@ -74,9 +74,9 @@ def repacked_linear_by(
     norm: Norm | None = None,
     gated_rows: bool = False,
 ) -> Tensor:
-    """rows [T, K] -> [T, out_size], gated half of that, by the given way; `coded` and `scaled` round rows to 8 bits too.
+    """rows [T, K] -> [T, out_size], gated half of that, by the given way; `by_gemm_8bit` and `scaled` round rows to 8 bits too.
 
-    norm: what is done to rows first; gated_rows, of ways that round: they are [T, 2 * K], and silu(first half) * second half is multiplied.
+    norm: what is done to rows first; gated_rows, of ways that quantise: they are [T, 2 * K], and silu(first half) * second half is multiplied.
     """
     if choice.way not in QUANTIZES_X and norm is not None:
         _, rows = add_rms_norm(rows, norm.residual, norm.weight, norm.eps, norm.total)
@@ -95,7 +95,7 @@ def repacked_linear_by(
         out = functional.linear(rows, dequantize_repacked(weight, rows.shape[1], rows.dtype), weight.bias)
     else:
         x_q, x_scale = exchanged_e4m3_rows(rows, norm, gated_rows)
-        # Fast: the tensor cores adds up a whole row, with fewer bits than float32 has.
+        # Fast: the tensor cores add up a whole row, with fewer bits than float32 has.
         out = torch._scaled_mm(
             x_q,
             weight.qweight.t(),

@@ -1,7 +1,7 @@
-"""Device functions that bring integer codes of 4 and 8 bits to the type of a product, and give them scale and zero.
+"""Device functions that dequantise integers of 4 and 8 bits to the type of a GEMM, and give them scale and zero.
 
 By packed arithmetic in assembly where it is bfloat16 or 8 bits; and what else of such a product has to be said in assembly: that its operand
-stays in registers, that sums are done, that lines are wanted soon. Knows no memory layout but that of the codes in a word.
+stays in registers, that sums are done, that lines are wanted soon. Knows no memory layout but that of the values in a word.
 
 Integers become bfloat16 by packed arithmetic in assembly, because the instructions an SM can issue run out before
 memory's bytes do. Scale and zero of a group are applied there too, one multiply-add for two values, rounded to
@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Eight codes as `reference.repack` lays them: a code, 0 to 15, becomes the low bits of 128.0 in bfloat16, then 136 is taken off, which is exact.
+# Eight values as `reference.repack` lays them: a value, 0 to 15, becomes the low bits of 128.0 in bfloat16, then 136 is taken off, which is exact.
 NIBBLES = tl.constexpr("""{
 .reg .b32 one, bias, more;
 mov.b32 one, 0x3f803f80;
@@ -33,7 +33,7 @@ fma.rn.bf16x2 $1, $1, one, bias;
 fma.rn.bf16x2 $2, $2, one, bias;
 fma.rn.bf16x2 $3, $3, one, bias;
 }""")
-# Four int8 codes: their low seven bits the same way, then 128 is taken off, 256 where the code is negative.
+# Four int8 values: their low seven bits the same way, then 128 is taken off, 256 where the value is negative.
 BYTES = tl.constexpr("""{
 .reg .b32 bias, more, minus;
 mov.b32 minus, 0xbf80bf80;
@@ -45,10 +45,10 @@ lop3.b32 $1, more, 0x007f007f, 0x43004300, 0xea;
 lop3.b32 bias, more, 0x00800080, 0x43004300, 0xea;
 fma.rn.bf16x2 $1, bias, minus, $1;
 }""")
-# Eight int8 codes of two words: each row's four in a word.
+# Eight int8 values of two words: each row's four in a word.
 BYTES_BY_ROW = tl.constexpr("""prmt.b32 $0, $2, $3, 0x6420;
 prmt.b32 $1, $2, $3, 0x7531;""")
-# Eight codes of 4 bits as `reference.repack` lays them: each row's four in a word, in the order of `bytes_by_row`.
+# Eight values of 4 bits as `reference.repack` lays them: each row's four in a word, in the order of `bytes_by_row`.
 NIBBLES_BY_ROW = tl.constexpr("""{
 .reg .b32 low, high;
 and.b32 low, $2, 0x0f0f0f0f;
@@ -62,7 +62,7 @@ ASSEMBLES = tl.constexpr(not triton.knobs.runtime.interpret)
 
 @triton.jit
 def settled(total):
-    """float32 sums of products whose left operand is in registers, once the tensor cores is done with those.
+    """float32 sums of products whose left operand is in registers, once the tensor cores are done with those.
 
     Triton lets the last product of a turn run on into the next, which writes the same registers. No instruction: a use of the sums.
     """
@@ -74,7 +74,7 @@ def settled(total):
 
 @triton.jit
 def scaled(wide, scale, zero, HAS_ZERO: tl.constexpr):
-    """Codes in the type of x, scale and zero of their group in shapes that broadcast to theirs -> the weight in the same type."""
+    """Values in the type of x, scale and zero of their group in shapes that broadcast to theirs -> the weight in the same type."""
     if ASSEMBLES and wide.dtype == tl.bfloat16 and scale.dtype == tl.bfloat16:
         scale = tl.broadcast_to(scale, wide.shape)
         if HAS_ZERO:
@@ -94,7 +94,7 @@ def scaled(wide, scale, zero, HAS_ZERO: tl.constexpr):
 
 @triton.jit
 def nibbles(qweight, DTYPE: tl.constexpr):
-    """uint8 [threads, bytes] as `reference.repack` lays them -> the codes of a thread's upper and lower row, -8 to 7, [threads, bytes] in DTYPE.
+    """uint8 [threads, bytes] as `reference.repack` lays them -> the values of a thread's upper and lower row, -8 to 7, [threads, bytes] in DTYPE.
 
     Not pure as far as Triton knows, so it stays where four bytes lie in a register.
     """
@@ -113,7 +113,7 @@ def nibbles(qweight, DTYPE: tl.constexpr):
 
 @triton.jit
 def wide_bytes(qweight, DTYPE: tl.constexpr):
-    """int8 [threads, bytes] as `reference.repack` lays them -> the codes [threads, bytes] in DTYPE, of each word first those of the upper row."""
+    """int8 [threads, bytes] as `reference.repack` lays them -> the values [threads, bytes] in DTYPE, of each word first those of the upper row."""
     if ASSEMBLES and DTYPE == tl.bfloat16:
         return tl.inline_asm_elementwise(BYTES, "=&r,=&r,r", [qweight], tl.bfloat16, is_pure=False, pack=4)
     else:
@@ -123,7 +123,7 @@ def wide_bytes(qweight, DTYPE: tl.constexpr):
 
 @triton.jit
 def bytes_by_row(qweight):
-    """int8 [threads, bytes] as `reference.repack` lays them -> the same codes, of each eight first those of the upper row.
+    """int8 [threads, bytes] as `reference.repack` lays them -> the same values, of each eight first those of the upper row.
 
     In the order of `reference.int8_rows`: of each 16 columns the neighbours of the first 8 and then those of the last 8.
     """
@@ -136,7 +136,7 @@ def bytes_by_row(qweight):
 
 @triton.jit
 def nibbles_by_row(qweight):
-    """uint8 [threads, bytes] as `reference.repack` lays them -> a thread's upper and lower row, the codes plus 8 times 2**-9, e4m3 [threads, bytes].
+    """uint8 [threads, bytes] as `reference.repack` lays them -> a thread's upper and lower row, the values plus 8 times 2**-9, e4m3 [threads, bytes].
 
     That is what an e4m3 stands for whose upper four bits are 0. In the order of `bytes_by_row`.
     """

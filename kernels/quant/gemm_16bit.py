@@ -1,11 +1,11 @@
-"""Triton: x @ weight.T with a weight of codes that lie as the tensor cores takes them (`reference.repack`).
+"""Triton: x @ weight.T with a quantised weight in the tensor cores' layout (`reference.repack`).
 
-A thread loads the very codes of its operand, so a weight goes from memory through registers to the tensor cores and waits for no
-other thread: it is widened by packed arithmetic, gets the scale and zero of its group in one multiply-add, and is rounded as
-`dequantize` rounds it. Whole rows with one scale and no zero are multiplied as codes, and scaled at the end. Integers lie block
+A thread loads the very values of its operand, so a weight goes from memory through registers to the tensor cores and waits for no
+other thread: it is dequantised by packed arithmetic, gets the scale and zero of its group in one multiply-add, and is rounded as
+`dequantize` rounds it. Whole rows with one scale and no zero are multiplied as integers, and scaled at the end. Integers lie block
 by block, scales beside them; 8-bit floats row by row, columns exchanged within 64, so that PyTorch's product takes them too. The
 weight is the left operand, and its columns may be split (`kernels.linear.split_k`). `dequantize_repacked` writes such a weight
-out, for products of more rows. Knows sizes and codes; which way suits which is data in `kernels/quant/tiles.py`.
+out, for products of more rows. Knows sizes and layouts; which way suits which is data in `kernels/quant/tiles.py`.
 
 Weights lie in the tensor cores' layout: each thread loads the very values that its registers hand to the tensor core,
 so a weight goes through no shared memory once dequantised, and no thread waits for another. Laid row by row it was
@@ -82,7 +82,7 @@ def weight_of(
     WHOLE: tl.constexpr,
     HAS_ZERO: tl.constexpr,
 ):
-    """Codes of blocks below each other at [threads, 16], scales and zeros of their groups [threads, 2 * groups] -> the weight [rows, 64].
+    """Values of blocks below each other at [threads, 16], scales and zeros of their groups [threads, 2 * groups] -> the weight [rows, 64].
 
     The first of a pair of scales is of the upper row of a thread, the second of that 8 rows on.
     """

@@ -1,18 +1,18 @@
-"""Triton: x @ weight.T with 8 bits on both sides: rows of x rounded to codes, and a weight of `reference.repack`.
+"""Triton: x @ weight.T with 8 bits on both sides: rows of x quantised dynamically (W8A8, W4A8), and a weight of `reference.repack`.
 
 The tensor cores takes twice as many bytes as bfloat16, and adds up 128 columns at a time:
 - int8: rows of int8 with a scale for every 128 columns, the weight with one a row. Sums are exact, meet the scale of x in float32, that of the weight at the end.
-- int4: rows of e4m3 with a scale each, the weight in groups of a multiple of 128, or of all columns. A code plus 8, in the low bits of a byte, is e4m3 as
+- int4: rows of e4m3 with a scale each, the weight in groups of a multiple of 128, or of all columns. A value plus 8, in the low bits of a byte, is e4m3 as
   it stands, in units of 2**-9; sums meet the scale of their group in float32. Shifts, and the 8 too much, multiply whole groups of x: sums of its columns.
 
-Knows sizes and codes; which products go this way is data in `kernels/quant/tiles.py`.
+Knows sizes and layouts; which products go this way is data in `kernels/quant/tiles.py`.
 
 On a GPU activations stay in bfloat16 up to 64 rows. From 65 rows on int8 weights with one scale a row meet
 activations quantised to int8, int4 weights in groups of multiples of 128 activations in e4m3 with one scale a token,
 also where a checkpoint declares no 8-bit activations: there is no bfloat16 weight to fall back to, and dequantised
 weights were slower than bfloat16 there. int8 takes a scale for every 128 columns of a token: with one scale a token
 the KL against bfloat16 is 0.079 (SmolLM2, 278 positions), because a few activations are large; with 128 columns
-0.015, less than e4m3's 0.022. Sums are exact over 128 columns and are added up in float32. Two int8 digits lose less
+0.015, less than e4m3's 0.022. Sums are exact over 128 columns and are added up in float32. int8x2 loses less
 (0.008) but are as many operations as bfloat16. int4 takes e4m3 because a 4-bit value in the low bits of a byte is
 e4m3 as it stands and sums come as floats, so that a group costs one multiply-add a sum. Groups of 32 and 64 keep
 bfloat16 activations: their sums would be as many operations as the GEMM.
@@ -37,14 +37,14 @@ from pagegraph.kernels.quant.weight import QuantWeight
 
 STEP = tl.constexpr(ACTIVATION_GROUP)  # columns of a scale of x
 ZERO_STEPS = tl.constexpr(32)  # steps whose zeros are one product
-BIAS = tl.constexpr(8)  # that a code of 4 bits is held with
+BIAS = tl.constexpr(8)  # that a value of 4 bits is held with
 UNIT = tl.constexpr(2.0**-9)  # what the lowest bit of an e4m3 is worth while its upper four are 0
 ROWS_AT_ONCE = 64  # of x: sums of the next are on their way while these are added up
 
 
 @triton.jit
 def _half(qweight_at):
-    """Half of the codes of blocks below each other, 32 columns at [threads, 16] -> int8 [rows, 32] in the order of `reference.int8_rows`."""
+    """Half of the values of blocks below each other, 32 columns at [threads, 16] -> int8 [rows, 32] in the order of `reference.int8_rows`."""
     threads: tl.constexpr = qweight_at.shape[0]
     qweight = tl.load(qweight_at, eviction_policy="evict_first")
     # Threads are 8 rows of 4 by warps of 16 rows; elements are halves of 16 columns, rows 8 apart, neighbours.
@@ -54,7 +54,7 @@ def _half(qweight_at):
 
 @triton.jit
 def _block(qweight_at):
-    """Codes of 4 bits of blocks below each other at [threads, 16] -> e4m3 [rows, 64] in the order of `reference.int8_rows`."""
+    """Values of 4 bits of blocks below each other at [threads, 16] -> e4m3 [rows, 64] in the order of `reference.int8_rows`."""
     threads: tl.constexpr = qweight_at.shape[0]
     upper, lower = nibbles_by_row(tl.load(qweight_at, eviction_policy="evict_first"))
     parts = tl.join(upper, lower).reshape(
@@ -87,7 +87,7 @@ def _of_rows(pairs_ptr, pair_at):
 def _add_zeros(
     total, scale_ptr, zero_ptr, sum_ptr, n, first_step, end, t, filled_rows, N: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, HAS_ZERO: tl.constexpr
 ):  # fmt: skip
-    """float32 [n, t] with what zeros, and the bias of codes, add over the steps before `end`: times sums of columns of x."""
+    """float32 [n, t] with what zeros, and the 8 too much of values, add over the steps before `end`: times sums of columns of x."""
     row_at = tl.minimum(n // SIZE, (N + SIZE - 1) // SIZE - 1) * (GROUPS * SIZE) + scale_place(n % SIZE, False)
     for start in tl.range(first_step, end, ZERO_STEPS, num_stages=1):
         step = start + tl.arange(0, ZERO_STEPS)
@@ -210,7 +210,7 @@ def gemm_8bit_kernel(
 def gemm_8bit(x: Tensor, weight: QuantWeight, tile: Tile, norm: Norm | None = None, gated: bool = False) -> Tensor:
     """x [T, K] (rows dense), a weight of integers as in `kernels.ops`, all contiguous -> [T, out_size] in x's dtype.
 
-    norm, gated: what is done to x before it is rounded (`kernels.quant.activations`); gated: x is [T, 2 * K].
+    norm, gated: what is done to x before it is quantised (`kernels.quant.activations`); gated: x is [T, 2 * K].
     int8 has one scale a row and no zero, int4 groups of a multiple of 128 or of all columns. A tile has a multiple of 64 as rows of the weight, up to 128 rows of x and 128 columns to a step.
     """
     qweight, scale, zero, bias, group, out_size, _ = weight
@@ -222,7 +222,7 @@ def gemm_8bit(x: Tensor, weight: QuantWeight, tile: Tile, norm: Norm | None = No
     int4 = qweight.dtype == torch.uint8
     if not has_gemm_8bit(weight.kind, group, size, zero is not None):
         raise ValueError(
-            f"groups of {group} columns{' with zeros' if zero is not None else ''} of {qweight.dtype} have no product by codes"
+            f"groups of {group} columns{' with zeros' if zero is not None else ''} of {qweight.dtype} have no GEMM of 8 bits"
         )
     block_t = min(tile.block_t, max(16, triton.next_power_of_2(rows)))
     if int4:

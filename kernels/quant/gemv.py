@@ -1,7 +1,7 @@
-"""Triton: x @ weight.T for up to eight rows of x with a weight of codes (`reference.repack`), and a gate behind it.
+"""Triton: x @ weight.T for up to eight rows of x with a quantised weight (`reference.repack`), and a gate behind it.
 
 A program has a few times 16 rows of the weight, or of gate and up, and all columns; its warps take blocks of 64 columns in turn, so
-nothing is left to other programs to add up. A warp's codes are its operand of the tensor cores as they lie; the first are on their
+nothing is left to other programs to add up. A warp's values are its operand of the tensor cores as they lie; the first are on their
 way before the kernel waits for those before it. Knows no models; which shapes are cut how is data in `kernels/quant/tiles.py`.
 
 A warp takes blocks of 64 columns in turn and a program sums its own warps, so there is no split-K and no second pass.
@@ -25,7 +25,7 @@ from pagegraph.kernels.quant.tiles import SINGLE_ROWS, QuantGemvTile
 from pagegraph.kernels.quant.weight import QuantWeight
 
 ROWS = tl.constexpr(16)  # of the weight: those of one warp's operand
-EARLY = tl.constexpr(4)  # steps whose codes are on their way to the L2 before the kernel waits
+EARLY = tl.constexpr(4)  # steps whose values are on their way to the L2 before the kernel waits
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _below(upper, lower):
 
 @triton.jit
 def _ask(qweight_ptr, part, N: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr, KIND: tl.constexpr):
-    """Have the codes of the first steps brought to the L2."""
+    """Have the values of the first steps brought to the L2."""
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
     last: tl.constexpr = (N + SIZE - 1) // SIZE - 1
     BYTES: tl.constexpr = SIZE * SIZE // 2 if KIND == "int4" else SIZE * SIZE

@@ -16,7 +16,7 @@ NIBBLE_SPAN = 32  # columns that `pack_nibbles` keeps together
 REPACK_BLOCK = (
     64  # rows and columns of a weight that `repack` lays together, as many rows as Hopper's instruction takes
 )
-ACTIVATION_GROUP = 128  # columns of a row of x that share a scale, where both sides of a product are integer codes
+ACTIVATION_GROUP = 128  # columns of a row of x that share a scale, where both sides of a GEMM are 8 bits
 
 
 def pack_nibbles(qweight: torch.Tensor) -> torch.Tensor:
@@ -38,10 +38,10 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
 def repack(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 qweight [N, K], in -8..7 at 4 bits -> [N / 64, K / 64, 128, 16] uint8, at 8 bits [.., 256, 16] int8: operands of the tensor cores.
 
-    Blocks of 64 rows and columns, filled up with codes of 0, lie as threads hold the operand A of wgmma m64k16 (PTX ISA, "Register
+    Blocks of 64 rows and columns, filled up with zeros, lie as threads hold the operand A of wgmma m64k16 (PTX ISA, "Register
     Fragments for wgmma"): thread 32 * w + 4 * q + r has rows 16 * w + q + 8 * h, and of every 16 columns those of 8 * c + 2 * r + p,
-    for h, c, p of 0 and 1. At 4 bits 16 columns are a word of a thread: bits from 4 * (4 * p + 2 * h + c) on are the code plus 8.
-    At 8 bits 8 columns are a word, byte 2 * p + h a code, and the last 32 columns of a block follow the first. `kernels.quant.dequant` wants words so.
+    for h, c, p of 0 and 1. At 4 bits 16 columns are a word of a thread: bits from 4 * (4 * p + 2 * h + c) on are the value plus 8.
+    At 8 bits 8 columns are a word, byte 2 * p + h a value, and the last 32 columns of a block follow the first. `kernels.quant.dequant` reads them so.
     """
     qweight = torch.nn.functional.pad(qweight, (0, -qweight.shape[1] % REPACK_BLOCK, 0, -len(qweight) % REPACK_BLOCK))
     row_blocks, blocks = len(qweight) // REPACK_BLOCK, qweight.shape[1] // REPACK_BLOCK

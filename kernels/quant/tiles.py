@@ -1,4 +1,4 @@
-"""How `pagegraph::repacked_linear` computes each product on CUDA: data by kind of code, shape and rows.
+"""How `pagegraph::repacked_linear` computes each product on CUDA: data by GPU, kind of weight, shape and rows.
 
 A product of the table was measured by perf/gpu/quantized.py; all others go by a rule of thumb. Knows sizes, kinds
 and GPUs, no kernel.
@@ -27,8 +27,9 @@ PROGRAMS = 264  # two on each multiprocessor of an H100 or H200
 SCALED_ROWS = 16  # what PyTorch's product of two fp8 wants the rows of a weight to be a multiple of
 FP8_CAPABILITY = (8, 9)  # compute capability from which on a GPU converts and multiplies e4m3
 
-# rows: `kernels.quant.gemv`, for few rows; tile: `kernels.quant.gemm_16bit` by that tile; plain: dequantised, then cuBLAS. Two round rows of x to 8 bits:
-# coded: `kernels.quant.gemm_8bit` by that tile, of int8 with one scale a row or int4 in groups of multiples of 128; scaled: PyTorch's product of two fp8, of one scale a row.
+# gemv: `kernels.quant.gemv`, for few rows; gemm_16bit: `kernels.quant.gemm_16bit` by that tile; dequantize: the weight is
+# dequantised, then cuBLAS. Two quantise rows of x to 8 bits: gemm_8bit, `kernels.quant.gemm_8bit` by that tile (W8A8 of int8
+# with one scale a row, W4A8 of int4 in groups of multiples of 128); scaled_mm, PyTorch's GEMM of two fp8 with one scale a row.
 Way = Literal["gemv", "gemm_16bit", "dequantize", "gemm_8bit", "scaled_mm"]
 QUANTIZES_X: tuple[Way, ...] = ("gemm_8bit", "scaled_mm")
 
@@ -43,46 +44,46 @@ class QuantGemvTile(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One way to compute a product; `tile` belongs to the ways rows, tile and coded."""
+    """One way to compute a product; `tile` belongs to gemv, gemm_16bit and gemm_8bit."""
 
     way: Way
     tile: Tile | QuantGemvTile | None = None
 
 
-def tiled(*sizes: int) -> Choice:
+def by_gemm_16bit(*sizes: int) -> Choice:
     """By a tile of these sizes, in the order of `Tile`."""
     return Choice("gemm_16bit", Tile(*sizes))
 
 
-def few(*sizes: int) -> Choice:
+def by_gemv(*sizes: int) -> Choice:
     """By a tile of few rows of these sizes, in the order of `QuantGemvTile`."""
     return Choice("gemv", QuantGemvTile(*sizes))
 
 
-def coded(block_n: int, split_k: int, num_warps: int, num_stages: int, block_t: int) -> Choice:
-    """By codes on both sides, 128 columns to a step."""
+def by_gemm_8bit(block_n: int, split_k: int, num_warps: int, num_stages: int, block_t: int) -> Choice:
+    """With 8 bits on both sides, 128 columns to a step."""
     return Choice("gemm_8bit", Tile(block_n, ACTIVATION_GROUP, split_k, num_warps, num_stages, block_t))
 
 
-SCALED, PLAIN = Choice("scaled_mm"), Choice("dequantize")
-# GPU -> (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule. Codes of 4 bits were measured in groups of 128; smaller groups take the same tiles.
+SCALED_MM, DEQUANTIZE = Choice("scaled_mm"), Choice("dequantize")
+# GPU -> (kind, N, K) -> rows up to which a choice holds -> choice. Rows above the last go by the rule. 4 bits were measured in groups of 128; smaller groups take the same tiles.
 TABLE: dict[Gpu, dict[tuple[Kind, int, int], dict[int, Choice]]] = {
     "H200": {
-        ("fp8", 6144, 4096): {8: few(1, 4, 4, 3), 32: tiled(64, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 256: SCALED},
-        ("fp8", 4096, 4096): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
-        ("fp8", 28672, 4096): {8: few(2, 2, 2, 6), 32: tiled(128, 128, 1, 4, 4), 256: SCALED},
-        ("fp8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 256: SCALED},
-        ("fp8", 128256, 4096): {8: few(1, 4, 1, 6), 32: tiled(64, 128, 1, 4, 4), 256: SCALED},
-        ("int8", 6144, 4096): {8: few(1, 4, 4, 3), 32: tiled(128, 128, 4, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: coded(64, 2, 4, 4, 64), 256: coded(64, 1, 4, 4, 64), 1024: coded(64, 1, 4, 3, 128)},
-        ("int8", 4096, 4096): {8: few(1, 4, 2, 6), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
-        ("int8", 28672, 4096): {8: few(2, 2, 2, 6), 64: tiled(128, 128, 1, 4, 4), 128: coded(64, 1, 4, 4, 128), 1024: coded(64, 1, 4, 3, 128)},
-        ("int8", 4096, 14336): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: coded(64, 4, 4, 4, 128), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
-        ("int8", 128256, 4096): {8: few(1, 4, 1, 6), 64: tiled(256, 128, 1, 8, 3), 1024: coded(64, 1, 4, 3, 128)},
-        ("int4", 6144, 4096): {8: few(1, 4, 2, 6), 32: tiled(128, 128, 8, 4, 4), 64: tiled(64, 128, 2, 4, 4), 128: tiled(64, 64, 4, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
-        ("int4", 4096, 4096): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: tiled(64, 128, 2, 4, 4), 256: coded(64, 2, 4, 4, 128), 1024: coded(64, 1, 4, 4, 128)},
-        ("int4", 28672, 4096): {8: few(4, 2, 2, 4), 32: tiled(256, 128, 2, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: coded(64, 1, 4, 4, 64), 1024: coded(64, 1, 4, 4, 128)},
-        ("int4", 4096, 14336): {8: few(1, 8, 2, 4), 32: tiled(64, 128, 8, 4, 4), 64: tiled(64, 128, 4, 4, 4), 128: coded(128, 4, 4, 3, 64), 256: coded(128, 2, 4, 3, 64), 1024: coded(64, 1, 4, 4, 128)},
-        ("int4", 128256, 4096): {8: tiled(64, 128, 1, 4, 4, 64), 32: tiled(256, 128, 1, 8, 3), 64: tiled(128, 128, 1, 4, 4), 256: coded(64, 1, 4, 4, 128), 1024: coded(128, 1, 8, 4, 128)},
+        ("fp8", 6144, 4096): {8: by_gemv(1, 4, 4, 3), 32: by_gemm_16bit(64, 128, 4, 4, 4), 64: by_gemm_16bit(64, 128, 2, 4, 4), 256: SCALED_MM},
+        ("fp8", 4096, 4096): {8: by_gemv(1, 4, 2, 6), 32: by_gemm_16bit(64, 128, 8, 4, 4), 64: by_gemm_16bit(64, 128, 4, 4, 4), 256: SCALED_MM},
+        ("fp8", 28672, 4096): {8: by_gemv(2, 2, 2, 6), 32: by_gemm_16bit(128, 128, 1, 4, 4), 256: SCALED_MM},
+        ("fp8", 4096, 14336): {8: by_gemv(1, 4, 2, 6), 32: by_gemm_16bit(64, 128, 8, 4, 4), 64: by_gemm_16bit(64, 128, 4, 4, 4), 256: SCALED_MM},
+        ("fp8", 128256, 4096): {8: by_gemv(1, 4, 1, 6), 32: by_gemm_16bit(64, 128, 1, 4, 4), 256: SCALED_MM},
+        ("int8", 6144, 4096): {8: by_gemv(1, 4, 4, 3), 32: by_gemm_16bit(128, 128, 4, 4, 4), 64: by_gemm_16bit(64, 128, 2, 4, 4), 128: by_gemm_8bit(64, 2, 4, 4, 64), 256: by_gemm_8bit(64, 1, 4, 4, 64), 1024: by_gemm_8bit(64, 1, 4, 3, 128)},
+        ("int8", 4096, 4096): {8: by_gemv(1, 4, 2, 6), 32: by_gemm_16bit(64, 128, 8, 4, 4), 64: by_gemm_16bit(64, 128, 4, 4, 4), 128: by_gemm_16bit(64, 128, 2, 4, 4), 256: by_gemm_8bit(64, 2, 4, 4, 128), 1024: by_gemm_8bit(64, 1, 4, 4, 128)},
+        ("int8", 28672, 4096): {8: by_gemv(2, 2, 2, 6), 64: by_gemm_16bit(128, 128, 1, 4, 4), 128: by_gemm_8bit(64, 1, 4, 4, 128), 1024: by_gemm_8bit(64, 1, 4, 3, 128)},
+        ("int8", 4096, 14336): {8: by_gemv(1, 4, 2, 6), 32: by_gemm_16bit(128, 128, 8, 4, 4), 64: by_gemm_16bit(64, 128, 4, 4, 4), 128: by_gemm_8bit(64, 4, 4, 4, 128), 256: by_gemm_8bit(64, 2, 4, 4, 128), 1024: by_gemm_8bit(64, 1, 4, 4, 128)},
+        ("int8", 128256, 4096): {8: by_gemv(1, 4, 1, 6), 64: by_gemm_16bit(256, 128, 1, 8, 3), 1024: by_gemm_8bit(64, 1, 4, 3, 128)},
+        ("int4", 6144, 4096): {8: by_gemv(1, 4, 2, 6), 32: by_gemm_16bit(128, 128, 8, 4, 4), 64: by_gemm_16bit(64, 128, 2, 4, 4), 128: by_gemm_16bit(64, 64, 4, 4, 4, 128), 1024: by_gemm_8bit(64, 1, 4, 4, 128)},
+        ("int4", 4096, 4096): {8: by_gemv(1, 8, 2, 4), 32: by_gemm_16bit(64, 128, 8, 4, 4), 64: by_gemm_16bit(64, 128, 4, 4, 4), 128: by_gemm_16bit(64, 128, 2, 4, 4), 256: by_gemm_8bit(64, 2, 4, 4, 128), 1024: by_gemm_8bit(64, 1, 4, 4, 128)},
+        ("int4", 28672, 4096): {8: by_gemv(4, 2, 2, 4), 32: by_gemm_16bit(256, 128, 2, 8, 3), 64: by_gemm_16bit(128, 128, 1, 4, 4), 256: by_gemm_8bit(64, 1, 4, 4, 64), 1024: by_gemm_8bit(64, 1, 4, 4, 128)},
+        ("int4", 4096, 14336): {8: by_gemv(1, 8, 2, 4), 32: by_gemm_16bit(64, 128, 8, 4, 4), 64: by_gemm_16bit(64, 128, 4, 4, 4), 128: by_gemm_8bit(128, 4, 4, 3, 64), 256: by_gemm_8bit(128, 2, 4, 3, 64), 1024: by_gemm_8bit(64, 1, 4, 4, 128)},
+        ("int4", 128256, 4096): {8: by_gemm_16bit(64, 128, 1, 4, 4, 64), 32: by_gemm_16bit(256, 128, 1, 8, 3), 64: by_gemm_16bit(128, 128, 1, 4, 4), 256: by_gemm_8bit(64, 1, 4, 4, 128), 1024: by_gemm_8bit(128, 1, 8, 4, 128)},
     },
 }  # fmt: skip
 
@@ -113,7 +114,7 @@ def choice_of(
     narrow: bool = True,
     gpu: Gpu = OTHERS_TAKE,
 ) -> Choice:
-    """For x [rows, size] @ weight [out_size, size].T; quantize_x: x may be rounded to 8 bits (`takes_8bit_activations`); narrow: x has 16 bits."""
+    """For x [rows, size] @ weight [out_size, size].T; quantize_x: x may be quantised to 8 bits (`takes_8bit_activations`); narrow: x has 16 bits."""
     measured = TABLE[gpu].get((kind, out_size, size), {})
     if limits := [limit for limit in measured if limit >= rows]:
         found = measured[min(limits)]
@@ -122,9 +123,9 @@ def choice_of(
     if rows <= SINGLE_ROWS and narrow:
         return Choice("gemv", gemv_tile_by_rule(kind, out_size))
     if rows > MEMORY_BOUND_ROWS and quantize_x:
-        return SCALED if kind == "fp8" else Choice("gemm_8bit", gemm_8bit_tile_by_rule(kind, rows, out_size, size))
+        return SCALED_MM if kind == "fp8" else Choice("gemm_8bit", gemm_8bit_tile_by_rule(kind, rows, out_size, size))
     if rows > WIDE_ROWS:
-        return PLAIN
+        return DEQUANTIZE
     return Choice("gemm_16bit", gemm_16bit_tile_by_rule(rows, out_size, size))
 
 
@@ -137,7 +138,7 @@ def gemv_tile_by_rule(kind: Kind, out_size: int) -> QuantGemvTile:
 
 def gemm_16bit_tile_by_rule(rows: int, out_size: int, size: int) -> Tile:
     """Columns are split where rows of the weight alone do not fill the device."""
-    if rows > MEMORY_BOUND_ROWS:  # a tile takes 128 rows of x, so that a weight is widened once or twice
+    if rows > MEMORY_BOUND_ROWS:  # a tile takes 128 rows of x, so that a weight is dequantised once or twice
         wanted = max(1, PROGRAMS // 2 // (-(-out_size // 128) * -(-rows // 128)))
         split = min(4, 1 << wanted.bit_length() - 1, max(1, size // 512))
         return Tile(128, 64, split, 8, 3, 128)

@@ -32,8 +32,8 @@ from pagegraph.kernels.quant.tiles import (
     MEMORY_BOUND_ROWS,
     SINGLE_ROWS,
     Choice,
-    coded,
-    few,
+    by_gemm_8bit,
+    by_gemv,
     gemm_16bit_tile_by_rule,
     has_gemm_8bit,
 )
@@ -44,26 +44,21 @@ from perf.gpu.offline import ceilings_of, config_of, step_of
 from perf.gpu.report import Report, graph_seconds
 
 ROWS = (2, 8, 32, 64, 128, 256, 1024)  # of a product; a step of one sequence is padded to two
-TABLE_GROUP = 128  # of int4 in `quant_tiles.TABLE`
+TABLE_GROUP = 128  # of int4 in `kernels.quant.tiles.TABLE`
 ROTATED = 192 << 20  # bytes that weights rotate through, more than the L2 holds
-TOLERANCE = {
-    "rows": 1e-2,
-    "tile": 1e-2,
-    "plain": 1e-2,
-    "coded": 4e-2,
-    "scaled": 8e-2,
-}  # relative; rows become 8-bit codes for the last two
+# Relative; the last two quantise rows to 8 bits.
+TOLERANCE = {"gemv": 1e-2, "gemm_16bit": 1e-2, "dequantize": 1e-2, "gemm_8bit": 4e-2, "scaled_mm": 8e-2}
 ALIKE = ((128, 256, 1024), (64,), (32,), (2, 8))  # rows that share most kernels: compiled by one process
 FEW_SIZES = (  # of a product of few rows, as `QuantGemvTile`
     (1, 8, 1, 6), (1, 8, 1, 8), (1, 8, 2, 4), (1, 4, 4, 3), (1, 4, 2, 6), (1, 4, 1, 6), (2, 4, 1, 6), (2, 4, 2, 4), (2, 8, 1, 6), (4, 4, 1, 4), (4, 2, 2, 4), (2, 2, 2, 6),
 )  # fmt: skip
-CODED_SIZES = (
+GEMM_8BIT_SIZES = (
     (64, 4, 4, 64),
     (64, 4, 3, 128),
     (64, 4, 4, 128),
     (128, 4, 3, 64),
     (128, 8, 4, 128),
-)  # weight rows of a tile of codes on both sides, warps, stages, rows of x
+)  # weight rows of a tile of 8 bits on both sides, warps, stages, rows of x
 WORKERS = 12
 COMPILING = 0.5  # share of a section's time for compiling ahead
 
@@ -81,7 +76,7 @@ START_SECONDS = 200  # of a model's build
 
 @dataclass(frozen=True)
 class Product:
-    """A model's matrix [out_size, size] with codes of a kind."""
+    """A model's matrix [out_size, size] of a kind."""
 
     model: str
     matrix: str
@@ -92,7 +87,7 @@ class Product:
 
     @property
     def bytes(self) -> float:
-        """Of the codes, those of 4 bits with their scales and zeros, as the floor counts them."""
+        """Of the values, those of 4 bits with their scales and zeros, as the floor counts them."""
         return self.out_size * self.size * (0.5 + 4 / self.group if self.kind == "int4" else 1)
 
     def choices(self, rows: int) -> list[Choice]:
@@ -100,7 +95,7 @@ class Product:
 
 
 def quantized(report: Report, args: argparse.Namespace, shared: dict) -> None:
-    """Products of each model's matrices, kinds of codes one after the other: by rows, the best way against bfloat16."""
+    """Products of each model's matrices, kinds one after the other: by rows, the best way against bfloat16."""
     ceilings = ceilings_of(report, args, shared)
     products = [
         Product(model, matrix, kind, out_size, size, args.group if kind == "int4" else size)
@@ -129,7 +124,7 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
     More rows of the weight to a tile read x less often, which counts from 32 rows on.
     """
     if rows <= SINGLE_ROWS:
-        yield from (few(*sizes) for sizes in FEW_SIZES)
+        yield from (by_gemv(*sizes) for sizes in FEW_SIZES)
         yield Choice("gemm_16bit", gemm_16bit_tile_by_rule(rows, product.out_size, product.size))
         return
     if rows > MEMORY_BOUND_ROWS // 2:
@@ -137,9 +132,9 @@ def _choices(product: Product, rows: int) -> Iterator[Choice]:
     if product.kind == "fp8":
         yield Choice("scaled_mm")
     if rows > MEMORY_BOUND_ROWS and has_gemm_8bit(product.kind, product.group, product.size, product.kind == "int4"):
-        for block_n, warps, stages, block_t in CODED_SIZES:
+        for block_n, warps, stages, block_t in GEMM_8BIT_SIZES:
             for split in _splits(product, rows, block_n, block_t):
-                yield coded(block_n, split, warps, stages, block_t)
+                yield by_gemm_8bit(block_n, split, warps, stages, block_t)
     if product.kind != "fp8" or rows <= MEMORY_BOUND_ROWS:
         yield Choice("gemm_16bit", gemm_16bit_tile_by_rule(rows, product.out_size, product.size))
     for block_n, block_k, warps, stages, block_t in _sizes(product.kind, rows):
@@ -170,7 +165,7 @@ def _sizes(kind: Kind, rows: int) -> tuple[tuple[int, int, int, int, int], ...]:
 
 def _lag(choice: Choice, rows: int) -> float:
     """What a way that is no kernel of ours is to be slower by: in a step of few rows it breaks the chain of dependent launches."""
-    return 1.0 if choice.way in ("rows", "tile", "coded") or rows > 16 else 1.05
+    return 1.0 if choice.way in ("gemv", "gemm_16bit", "gemm_8bit") or rows > 16 else 1.05
 
 
 def _compile_ahead(report: Report, args: argparse.Namespace, products: list[Product]) -> None:
@@ -228,7 +223,7 @@ def _product(
 def _weight(
     product: Product, device: str, random: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(codes, scale, zero) as a device holds them."""
+    """(qweight, scale, zero) as a device holds them."""
     out_size, size, group = product.out_size, product.size, product.group
     if not random:
         return _zeros(product, device)
@@ -334,9 +329,10 @@ def _written(choice: Choice) -> str:
     """As the table has it."""
     if choice.way == "gemm_8bit":
         block_n, _, *sizes = choice.tile
-        return f"coded({', '.join(map(str, (block_n, *sizes)))})"
-    by = {"rows": "few", "tile": "tiled"}.get(choice.way)
-    return f"{by}({', '.join(map(str, choice.tile))})" if by else choice.way.upper()
+        return f"by_gemm_8bit({', '.join(map(str, (block_n, *sizes)))})"
+    if choice.way in ("gemv", "gemm_16bit"):
+        return f"by_{choice.way}({', '.join(map(str, choice.tile))})"
+    return choice.way.upper()
 
 
 def _seconds(args: argparse.Namespace, calls: list[Callable[[], object]]) -> float:

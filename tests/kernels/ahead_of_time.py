@@ -149,8 +149,8 @@ def argument(described: Any) -> Any:
         return described
     if "tile" in described:
         return Tile(*described["tile"])
-    if "few" in described:
-        return QuantGemvTile(*described["few"])
+    if "by_gemv" in described:
+        return QuantGemvTile(*described["by_gemv"])
     if "weight" in described:
         return QuantWeight(*map(argument, described["weight"]))
     if "norm" in described:

@@ -197,7 +197,7 @@ def quantised(
     return [name, "pagegraph.kernels.quant.gemm_16bit", "gemm_16bit", [x, {"weight": weight}, {"tile": tile}]]
 
 
-def coded(
+def by_gemm_8bit(
     kind: str, rows: int, out_size: int, size: int, tile: Tile, symmetric: bool = False, dtype: str = "bfloat16"
 ) -> list[Any]:
     """The product of codes on both sides; with a bias where it is symmetric, which int8 is."""
@@ -246,7 +246,7 @@ def quantised_rows(kind: str, group: int, tile: QuantGemvTile, has_zero: bool = 
                 f"{kind}/{group} {out_size} {cut}",
                 "pagegraph.kernels.quant.gemv",
                 "quant_gemv",
-                [x, weight, gated, {"few": cut}],
+                [x, weight, gated, {"by_gemv": cut}],
             ]
         )
     return launches
@@ -286,15 +286,15 @@ QUANTISED = [
     *rounded_rows(14336),
     *rounded_rows(53248)[:1],
     *(
-        coded("int8", 256, 4096, 14336, Tile(*tile))
+        by_gemm_8bit("int8", 256, 4096, 14336, Tile(*tile))
         for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 3, 128), (64, 128, 2, 4, 4, 128), (128, 128, 1, 8, 3, 128))
     ),
     *(
-        coded("int4", 256, 4096, 14336, Tile(*tile))
+        by_gemm_8bit("int4", 256, 4096, 14336, Tile(*tile))
         for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 4, 128), (128, 128, 2, 4, 3, 64))
     ),
     *(
-        coded(kind, 256, 4096, 4096, Tile(64, 128, 1, 4, 4, 128), symmetric=True, dtype="float16")
+        by_gemm_8bit(kind, 256, 4096, 4096, Tile(64, 128, 1, 4, 4, 128), symmetric=True, dtype="float16")
         for kind in ("int4", "int8")
     ),
     quantised(64, 4096, 4096, "int4", 128, True, dtype="float16"),
@@ -495,7 +495,7 @@ def test_quantised_products_on_gpus_before_hopper(capability: int) -> None:
         rows_with_sums,
         quantised(64, 512, 512, "fp8", 512),
         *quantised_rows("fp8", 0, QuantGemvTile(1, 4, 2, 3)),
-        coded("int4", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64)),
+        by_gemm_8bit("int4", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64)),
     ]
     kernels = compiled(
         [
@@ -506,7 +506,7 @@ def test_quantised_products_on_gpus_before_hopper(capability: int) -> None:
                 for kind, group in (("int4", 128), ("int8", 0))
                 for launch in quantised_rows(kind, group, QuantGemvTile(1, 4, 2, 3))
             ),
-            coded("int8", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64)),
+            by_gemm_8bit("int8", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64)),
             rows_to_int8,
             quantised(64, 512, 512, "int4", 128, True, dtype="float16"),
             written_out("int4", 32, True),

@@ -1,6 +1,6 @@
 """Graph pass for the CPU: a product of one row in a narrow dtype becomes a sum that the compiler writes loops for.
 
-PyTorch's product of one bfloat16 row reads its weight at half the speed of such a loop. The states are rounded to memory
+PyTorch's product of one bfloat16 row reads its weight at half the speed of such a loop. Activations are rounded to memory
 first: the compiler would repeat in every output what they are computed from.
 
 All that lies between two attentions is then one kernel and one wake-up of the OpenMP threads. int8 is summed over
@@ -29,20 +29,22 @@ def one_row_linears(module: GraphModule) -> int:
 def _summed(node: Node) -> bool:
     if not (is_call(node, LINEAR) or is_call(node, functional.linear)):
         return False
-    states, weight = node.args[:2]
+    hidden_states, weight = node.args[:2]
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     dtype = node.meta["example_value"].dtype
     if dtype not in NARROW or any(not isinstance(size, int) or size != 1 for size in shape(node)[:-1]):
         return False
     with node.graph.inserting_before(node):
-        summed = _one_row(node.graph, states, weight, bias, dtype, shape(node))
+        summed = _one_row(node.graph, hidden_states, weight, bias, dtype, shape(node))
     node.replace_all_uses_with(summed)
     return True
 
 
-def _one_row(graph: Graph, states: Node, weight: Node, bias: Node | None, dtype: torch.dtype, size: torch.Size) -> Node:
+def _one_row(
+    graph: Graph, hidden_states: Node, weight: Node, bias: Node | None, dtype: torch.dtype, size: torch.Size
+) -> Node:
     """states [1, .., K] @ weight [N, K].T + bias [N] -> [1, .., N], summed in float32."""
-    row = call(graph, "float", call(graph, "reshape", call(graph, torch.ops.pagegraph.in_memory, states), -1))
+    row = call(graph, "float", call(graph, "reshape", call(graph, torch.ops.pagegraph.in_memory, hidden_states), -1))
     out = call(graph, "sum", call(graph, operator.mul, call(graph, "float", weight), row), -1)
     if bias is not None:
         out = call(graph, operator.add, out, call(graph, "float", bias))

@@ -1,4 +1,4 @@
-"""Graph pass for the CPU: two products of 4-bit codes with residual addition and norm between them, on one row, become one op.
+"""Graph pass for the CPU: two products of 4-bit values with residual addition and norm between them, on one row, become one op.
 
 So do two such pairs in a row, which is all between two attentions: a call costs as much as a short product, and so does waking
 a team of threads for it. Knows FX graphs and the form that `Int4Packed` has in them; knows no models.
@@ -71,8 +71,8 @@ def _pair(graph: Graph, node: Node) -> bool:
     # In the sum's place, where all that is no parameter is known.
     with graph.inserting_before(total):
         tensors = [*first.tensors, *second.tensors, normed.weight]
-        states = call(graph, "flatten", residual, 0, -2)
-        layer = call(graph, ops.int4_packed_layer, first.rows, states, tensors, numbers, [normed.eps])
+        hidden_states = call(graph, "flatten", residual, 0, -2)
+        layer = call(graph, ops.int4_packed_layer, first.rows, hidden_states, tensors, numbers, [normed.eps])
         _split(graph, layer, total, gate or out)
     return True
 

@@ -1,7 +1,7 @@
 """Graph pass: linear, residual addition, norm, linear, gate in a row become one op, which may share kernels among them.
 
 Of quantised linears it is addition, norm, linear, or these with a gate and a second linear behind: what is ahead of a product of many
-rows is done where its rows are rounded. For few rows norms in the products' kernels cost more than kernels of their own. A gate that no
+rows is done where its rows are quantised. For few rows norms in the products' kernels cost more than kernels of their own. A gate that no
 such linear reads joins the one before it alone.
 Runs after `fuse_rows`, whose ops it looks for. Knows FX graphs; knows no models, and not which kernels the op takes.
 """
@@ -18,7 +18,7 @@ import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.compiler.passes.graph.patterns import is_call, rewrite
 
 ops = torch.ops.pagegraph
-REPACKED_ARGUMENTS = 8  # of a fragment_linear without a gate; the last says whether rows may be rounded
+REPACKED_ARGUMENTS = 8  # of a repacked_linear without a gate; the last says whether rows may be quantised
 QUERY_START = {ops.paged_attention: 8, ops.rope_attention: 13}  # its place among the arguments
 
 

@@ -40,11 +40,11 @@ class MergedLinear(nn.Module):
             self.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
         self.product = functional.linear  # (states, weight, bias) -> states @ weight.T + bias
 
-    def whole(self, states: torch.Tensor) -> torch.Tensor:
+    def whole(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """states [..., in] -> [..., sum of out]."""
-        return self.product(states, self.weight, self.bias)
+        return self.product(hidden_states, self.weight, self.bias)
 
-    def part(self, states: torch.Tensor, index: int) -> torch.Tensor:
+    def part(self, hidden_states: torch.Tensor, index: int) -> torch.Tensor:
         """states [..., in] -> the output [..., sizes[index]] of the linear at `index`.
 
         The product is formed at the first call with an input, and kept with the forward until every part was asked for, in
@@ -53,18 +53,18 @@ class MergedLinear(nn.Module):
         """
         products = forward_local.products
         if products is None:
-            return self._parts(states)[index]
+            return self._parts(hidden_states)[index]
         source, parts = products.get(self, (None, {}))
-        if source is not states or index not in parts:
-            parts = dict(enumerate(self._parts(states)))
-            products[self] = states, parts
+        if source is not hidden_states or index not in parts:
+            parts = dict(enumerate(self._parts(hidden_states)))
+            products[self] = hidden_states, parts
         out = parts.pop(index)
         if not parts:
             del products[self]
         return out
 
-    def _parts(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.whole(states).split(self.sizes, dim=-1)
+    def _parts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.whole(hidden_states).split(self.sizes, dim=-1)
 
 
 class MergedQuantLinear(MergedLinear):
@@ -75,8 +75,8 @@ class MergedQuantLinear(MergedLinear):
         self.sizes = [linear.out_features for linear in linears]
         self.linear = stacked(linears)
 
-    def whole(self, states: torch.Tensor) -> torch.Tensor:
-        return self.linear(states)
+    def whole(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear(hidden_states)
 
 
 class LinearPart(nn.Module):
@@ -87,8 +87,8 @@ class LinearPart(nn.Module):
         self.merged = merged
         self.index = index
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return self.merged.part(states, self.index)
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.merged.part(hidden_states, self.index)
 
 
 @torch.no_grad()

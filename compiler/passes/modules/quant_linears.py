@@ -2,7 +2,7 @@
 
 Knows what a device's products take and which of them beat the unquantised product; knows no checkpoints.
 
-On a CPU int8 takes two int8 values (int8x2) of each activation in one reading of the weight: with one digit, activations with
+On a CPU int8 takes two int8 values (int8x2) of each activation in one reading of the weight: with one, activations with
 large outliers (SmolLM2 has them) cost KL 0.066 against bfloat16, with two 0.010. int4 has three ways there: our GEMV
 for one row of bfloat16 with AVX-512, PyTorch's packed linear for few rows, and from 128 rows on the weight is
 dequantised first, which needs to know how PyTorch packs. That is checked on each weight; where it differs, all rows
@@ -35,7 +35,7 @@ log = logging.getLogger("pagegraph.quantization")
 def quant_linears(model: nn.Module, round_activations: bool = True) -> int:
     """Bring every QuantLinear of `model` (weights loaded) into its device's form; returns how many there were.
 
-    round_activations: in steps of many rows a GPU may round states to 8 bits, of weights of any format.
+    round_activations: in steps of many rows a GPU may quantise activations to 8 bits, of weights of any format.
     """
     dequantized, quantizing = 0, 0
     # No QuantLinear is held here: each is to go when its form is there.

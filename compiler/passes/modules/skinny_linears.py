@@ -20,8 +20,8 @@ class SkinnyLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return torch.ops.pagegraph.linear(states, self.weight, self.bias)
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.ops.pagegraph.linear(hidden_states, self.weight, self.bias)
 
 
 def skinny_linears(model: nn.Module, device_type: str = "cuda") -> int:

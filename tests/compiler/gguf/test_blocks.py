@@ -1,4 +1,4 @@
-"""The planes of every kept GGUF type give the values of the gguf package's own dequantiser."""
+"""The unpacked blocks of every kept GGUF type give the values of the gguf package's own dequantiser."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoConfig
 
-from pagegraph.compiler.gguf.blocks import BLOCKS, keep, planes
+from pagegraph.compiler.gguf.blocks import BLOCKS, keep, unpack_blocks
 from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.quantization.methods import QuantizationError
 
@@ -20,7 +20,7 @@ ROWS, BLOCKS_A_ROW = 6, 3
 
 
 def random_bytes(kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """Every bit of codes and small scales at random; the half-precision scales of a block finite."""
+    """Every bit of values and small scales at random; the half-precision scales of a block finite."""
     generator = np.random.default_rng(0)
     blocks = generator.integers(0, 256, (ROWS * BLOCKS_A_ROW, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
     for at in {"Q4_1": (0, 2), "Q4_K": (0, 2), "Q6_K": (208,)}.get(kind.name, (0,)):
@@ -33,14 +33,14 @@ def random_bytes(kind: gguf.GGMLQuantizationType) -> np.ndarray:
 def test_planes_give_the_packages_values(kind: gguf.GGMLQuantizationType) -> None:
     data = random_bytes(kind)
     expected = gguf.dequantize(data, kind)
-    qweight, scale, zero = planes(data, kind)
+    qweight, scale, zero = unpack_blocks(data, kind)
     group = qweight.shape[1] // scale.shape[1]
     assert np.array_equal(qweight, qweight.round()) and -128 <= qweight.min() and qweight.max() <= 127
     got = qweight * scale.repeat(group, axis=1)
     if zero is None:
         assert np.array_equal(got, expected)
     else:
-        # The zero moved to the middle of the codes costs roundings of float32.
+        # The zero moved to the middle of the values costs roundings of float32.
         largest = np.abs(expected).max()
         assert np.abs(got + zero.repeat(group, axis=1) - expected).max() <= 4 * np.finfo(np.float32).eps * largest
 

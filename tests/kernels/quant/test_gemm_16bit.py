@@ -18,8 +18,8 @@ from pagegraph.kernels.quant.tiles import (
     Choice,
     QuantGemvTile,
     Tile,
+    by_gemv,
     choice_of,
-    few,
     gemm_16bit_tile_by_rule,
     takes_8bit_activations,
 )
@@ -119,7 +119,7 @@ def test_scales_of_groups_in_bfloat16(triton_calls, group: int) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("rows", "size"), [(64, 64), (100, 160)])
 def test_fragments_are_operands_of_the_matrix_unit(rows: int, size: int, bits: int) -> None:
-    """By the formula, code by code; filled up with codes of 0; and back."""
+    """By the formula, value by value; filled up with zeros; and back."""
     limit = 1 << bits - 1
     qweight = torch.randint(
         -limit, limit, (rows, size), dtype=torch.int8, generator=torch.Generator().manual_seed(rows)
@@ -225,8 +225,8 @@ def test_a_measured_choice_fits_the_weight_at_hand(monkeypatch: pytest.MonkeyPat
     measured = {8: Choice("gemm_16bit", Tile(64, 128, 2, 4, 4)), 64: Choice("scaled_mm"), 300: Choice("dequantize")}
     monkeypatch.setitem(tiles.TABLE[OTHERS_TAKE], ("fp8", 512, 1024), measured)
     assert choice_of("fp8", 3, 512, 1024, True) == choice_of("fp8", 3, 512, 1024) == measured[8]
-    monkeypatch.setitem(tiles.TABLE[OTHERS_TAKE], ("int8", 512, 1024), {8: few(1, 2, 1, 3)})
-    assert choice_of("int8", 3, 512, 1024) == few(1, 2, 1, 3)
+    monkeypatch.setitem(tiles.TABLE[OTHERS_TAKE], ("int8", 512, 1024), {8: by_gemv(1, 2, 1, 3)})
+    assert choice_of("int8", 3, 512, 1024) == by_gemv(1, 2, 1, 3)
     assert choice_of("int8", 3, 512, 1024, narrow=False).tile == gemm_16bit_tile_by_rule(3, 512, 1024)  # float32 states
     assert choice_of("fp8", 20, 512, 1024, True).way == "scaled_mm"
     assert choice_of("fp8", 20, 512, 1024).tile == gemm_16bit_tile_by_rule(
@@ -268,7 +268,7 @@ def test_the_op_by_rows(triton_calls, kind: str, rows: int, group: int) -> None:
         True,
     )
     assert out.dtype == x.dtype and out.shape == expected.shape
-    # Groups and zeros round the weight to bfloat16 before it is multiplied, and so does `plain`; `coded` rounds x to 8 bits.
+    # Groups and zeros round the weight to bfloat16 before it is multiplied, and so does dequantize; gemm_8bit quantises x.
     part = (
         {"int8": 2**-6, "int4": 2**-5}[kind] if kind != "fp8" and rows > MEMORY_BOUND_ROWS and group == 128 else 2**-8
     )

@@ -11,7 +11,7 @@ from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.quant import reference as quant_reference
 from pagegraph.kernels.quant.activations import Norm
 from pagegraph.kernels.quant.cuda import repacked_linear_by
-from pagegraph.kernels.quant.tiles import ACTIVATION_GROUP, choice_of, coded
+from pagegraph.kernels.quant.tiles import ACTIVATION_GROUP, by_gemm_8bit, choice_of
 from pagegraph.kernels.quant.weight import QuantWeight
 from tests.kernels.quant.weights import random_weight, repacked
 
@@ -250,7 +250,7 @@ def test_groups_of_4_bits(
 @pytest.mark.parametrize(("kind", "group", "has_zero"), [("int4", 64, True), ("int8", 128, False), ("int8", 256, True)])
 def test_groups_that_do_not_fit_are_refused(triton_calls, kind: str, group: int, has_zero: bool) -> None:
     weight = repacked(*random_weight(kind, 64, 256, group, has_zero), group, 256)
-    with pytest.raises((ValueError, AssertionError), match="have no product by codes"):
+    with pytest.raises((ValueError, AssertionError), match="have no GEMM of 8 bits"):
         triton_calls.call(
             "pagegraph.kernels.quant.gemm_8bit",
             "gemm_8bit",
@@ -287,7 +287,12 @@ def test_products_of_a_model(kind: str, rows: int) -> None:
     x = random_rows(rows, 4096).cuda()
     expected = x.float() @ quant_reference.dequantize(qweight, scale, zero, group).t().cuda()
     ruled = [choice_of(kind, count, 512, 4096, True) for count in (100, 1000)]
-    for choice in (*ruled, coded(128, 1, 8, 3, 128), coded(64, 2, 4, 4, 64), coded(64, 4, 4, 3, 128)):
+    for choice in (
+        *ruled,
+        by_gemm_8bit(128, 1, 8, 3, 128),
+        by_gemm_8bit(64, 2, 4, 4, 64),
+        by_gemm_8bit(64, 4, 4, 3, 128),
+    ):
         first = repacked_linear_by(choice, x, weight)
         assert ((first.float() - expected).norm() / expected.norm()).item() < 0.04
         assert all(torch.equal(first, repacked_linear_by(choice, x, weight)) for _ in range(20))

@@ -1,4 +1,4 @@
-"""Random weights of codes, for the tests of the products that take them."""
+"""Random quantised weights, for the tests of the products that take them."""
 
 from __future__ import annotations
 

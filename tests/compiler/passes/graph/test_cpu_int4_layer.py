@@ -1,4 +1,4 @@
-"""Products of 4-bit codes in a row and the attention of one row as one call each: which are found, and the same logits."""
+"""Products of 4-bit values in a row and the attention of one row as one call each: which are found, and the same logits."""
 
 from __future__ import annotations
 
