@@ -27,8 +27,8 @@ int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit values each (`ker
 `kernels.quant.reference.repack` lays them, scale and zero as `repack_scales` does; or float8_e4m3fn as `exchanged_columns`, scale float32
 [N, groups] of a multiple of 64 columns each, no zero. quantize_x: a device may quantise x to 8 bits where that is
 faster, from many rows on (`kernels.quant.tiles`). gated: [..., out_size / 2], silu(first half) * second half.
-`pagegraph::norm_repacked_linear` is x + residual -> its norm -> repacked_linear -> (sum, product); with a second weight the first is
-gated and the second's product [..., second_size] comes out.
+`pagegraph::norm_repacked_linear` is x + residual -> its norm -> repacked_linear -> (sum, result); with a second weight the first is
+gated and the second's result [..., second_size] comes out.
 
 `pagegraph::int4_packed_linear` is the same on a CPU without bias, x [T, K] -> [T, N]: packed uint8 [N, K / 2] holds 4-bit values as
 PyTorch packs them for AVX-512 (`kernels.quant.cpu.unpack_int4`), pairs [K / group, N, 2] scale and zero beside each other in x's dtype.
@@ -62,7 +62,7 @@ draft token is accepted if the query before it drew just that and all draft toke
 [T], seq_lens [S] as unpacked:
 
 `pagegraph::accept` puts what was drawn behind the last accepted draft token, and its position, into last_tokens and last_at of
-the slots with draft tokens, of which no slot has more than `most`.
+the slots with draft tokens, of which no slot has more than `max_draft_tokens`.
 
 `pagegraph::propose_ngram` does that too, and writes a step's tokens, and what was drawn of them that holds, into history [slots, W], and for slots that
 drew (sampled or with draft tokens) writes what may follow into draft_tokens [slots, K], by `kernels.spec_decode.reference.ngram_proposal` -> int32 [2, S]:
@@ -236,13 +236,13 @@ OPS = (
     ),
     Op(
         "accept(Tensor ids, Tensor token_ids, Tensor slots, Tensor query_start, Tensor seq_lens, "
-        "Tensor(a!) last_tokens, Tensor(b!) last_at, int most) -> ()",
+        "Tensor(a!) last_tokens, Tensor(b!) last_at, int max_draft_tokens) -> ()",
         spec_decode_reference.accept, "spec_decode.ngram:accept", None,
     ),
     Op(
         "propose_ngram(Tensor ids, Tensor token_ids, Tensor slots, Tensor query_start, Tensor seq_lens, Tensor sampled, "
-        "Tensor(a!) last_tokens, Tensor(b!) last_at, Tensor(c!) history, Tensor(d!) draft_tokens, int least, "
-        "int most) -> Tensor",
+        "Tensor(a!) last_tokens, Tensor(b!) last_at, Tensor(c!) history, Tensor(d!) draft_tokens, int min_ngram, "
+        "int max_ngram) -> Tensor",
         spec_decode_cpp.propose_ngram, "spec_decode.ngram:propose_ngram", None,
     ),
     Op(

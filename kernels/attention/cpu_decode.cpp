@@ -62,18 +62,18 @@ void attend(const T* query, const T* keys, const T* values, T* out, const int32_
     float* const q = SIZE ? held : scratch + last;
     float* const acc = SIZE ? held + SIZE : q + D;
     for (int64_t d = 0; d < D; d++) q[d] = wide(query[d]) * scale;
-    float most = -3e38f;
+    float max_ = -3e38f;
     walk(table, block_size, first, last, groups * D, group * D, [&](int64_t j, int64_t at) {
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t d = 0; d < D; d++) sum += q[d] * wide(keys[at + d]);
         weights[j] = sum;
-        most = std::max(most, sum);
+        max_ = std::max(max_, sum);
     });
     float total = 0;
 #pragma omp simd reduction(+ : total)
     for (int64_t j = 0; j < last - first; j++) {
-        weights[j] = exp_of(weights[j] - most);
+        weights[j] = exp_of(weights[j] - max_);
         total += weights[j];
     }
     for (int64_t d = 0; d < V; d++) acc[d] = 0;

@@ -336,8 +336,11 @@ def attend_rows(
     num_seqs, max_blocks = block_tables.shape
     rows = query.shape[0] if by_token else num_seqs
     paired = key_cache.element_size() == 1
-    least = 32 if paired else 16
-    head_pad, value_pad = max(least, triton.next_power_of_2(head_size)), max(least, triton.next_power_of_2(value_size))
+    min_pad = 32 if paired else 16
+    head_pad, value_pad = (
+        max(min_pad, triton.next_power_of_2(head_size)),
+        max(min_pad, triton.next_power_of_2(value_size)),
+    )
     tile = measured(TILES, query.device)[
         4 if query.element_size() == 4 else key_cache.element_size(), max(head_pad, value_pad)
     ]

@@ -14,7 +14,7 @@ from pagegraph.kernels.linear.tiles import GemvTile, gemv_tile_of, tile_of
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Tensor:
-    """See `kernels.ops`. gated: silu(first half) * second half of the product."""
+    """See `kernels.ops`. gated: silu(first half) * second half of the result."""
     rows = x.reshape(-1, x.shape[-1])
     if weight.element_size() == 2 and weight.is_contiguous() and rows.stride(1) == 1:
         count, shape, gpu = len(rows), weight.shape, gpu_of(x.device)
@@ -52,7 +52,7 @@ def linear_norm_linear(
 def _gemv_tiles(
     x: Tensor, first: Tensor, residual: Tensor, second: Tensor, gated: bool
 ) -> tuple[GemvTile, GemvTile] | None:
-    """How both products are cut where all they read suits `gemv`."""
+    """How both linears are cut where all they read suits `gemv`."""
     dense = all(one.is_contiguous() for one in (x, first, residual, second))
     if not dense or first.element_size() != 2 or second.element_size() != 2:
         return None

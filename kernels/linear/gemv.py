@@ -1,6 +1,6 @@
 """Triton: x @ weight.T for one to four rows of x, with what stands around it: a norm, a residual, a gate.
 
-No tensor cores: each program multiplies a few rows of the weight by all of x and adds up at the end, so a product is one
+Without tensor cores: each program multiplies a few rows of the weight by all of x and adds up at the end, so a product is one
 pass over the weight with nothing to merge. A bucket of two rows that holds one costs no more than one. The first weights are asked for before the kernel waits for those before it.
 The norm of x costs no pass of its own: its scale is one number a row, which is known when the product is. Knows no models;
 which shapes are cut how is data in `kernels/linear/tiles.py`.
@@ -225,7 +225,7 @@ def gemv(
 ) -> Tensor:
     """x [T, K] (rows dense, T at most 4), weight [N, K] contiguous, bias [N] -> [T, N] in x's dtype.
 
-    norm [K]: of x, RMS-normalised with it and eps. gated: silu(first half) * second half of the product, [T, N / 2].
+    norm [K]: of x, RMS-normalised with it and eps. gated: silu(first half) * second half of the result, [T, N / 2].
     residual [T, N], contiguous: added to the result. query_start [S + 1]: where its last entry is 1, only the first row
     is computed and the others, padding, are 0.
     """

@@ -92,7 +92,7 @@ def skinny_gemm_kernel(
 def skinny_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, gated: bool = False) -> Tensor:
     """x [T, K] (rows dense, T at most 64), weight [N, K] contiguous, bias [N] -> [T, N] in x's dtype.
 
-    gated: silu(first half) * second half of the product, [T, N / 2].
+    gated: silu(first half) * second half of the result, [T, N / 2].
     """
     rows, (out_size, size) = len(x), weight.shape
     out = torch.empty(rows, out_size // 2 if gated else out_size, dtype=x.dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""What products with split columns share: each program leaves partial sums of a tile, and the last to arrive adds them in order.
+"""What GEMMs with split columns share: each program leaves partial sums of a tile, and the last to arrive adds them in order.
 
 So the result does not depend on timing. Such kernels belong on one stream (`kernels.pdl.arrival_counts`).
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.pdl import ARRIVALS, arrival_counts
 
-UNROLLED = tl.constexpr(4096)  # most sums of a tile whose partials are all asked for at once
+UNROLLED = tl.constexpr(4096)  # up to so many sums of a tile, whose partials are all asked for at once
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Which products of few rows `skinny_gemm` computes, and how each is cut: data, measured by perf/tune/linear_tiles.py.
+"""Which GEMMs of few rows `skinny_gemm` computes, and how each is cut: data, measured by perf/tune/linear_tiles.py.
 
 Products that are not in the table go by a rule of thumb. Knows sizes only.
 """
@@ -13,7 +13,7 @@ MAX_ROWS = 64  # above it cuBLAS's tiles are full
 
 
 class Tile(NamedTuple):
-    """How one product is cut: weight rows and columns of a step, splits of the columns, warps, pipeline stages, most rows of x."""
+    """How one GEMM is cut: weight rows and columns of a step, splits of the columns, warps, pipeline stages, rows of x at most."""
 
     block_n: int
     block_k: int
@@ -24,7 +24,7 @@ class Tile(NamedTuple):
 
 
 class GemvTile(NamedTuple):
-    """How a product of one to four rows is cut: weight rows and columns of a step, warps."""
+    """How a GEMV, of one to four rows, is cut: weight rows and columns of a step, warps."""
 
     block_n: int
     block_k: int
@@ -106,7 +106,7 @@ def tile_of(rows: int, out_size: int, size: int, gpu: Gpu = OTHERS_TAKE) -> Tile
 
 MAX_SINGLE_ROWS = 4  # above it the tensor cores are worth its padding
 
-# The same for products without the tensor cores, with what stands around them. Those of up to two rows are cut so
+# The same for GEMVs, without tensor cores, with what stands around them. Those of up to two rows are cut so
 # that one is fast, the commonest, and two are not slow; None where cuBLAS and kernels of their own for norm and gate are faster.
 GEMV_TABLE: dict[Gpu, dict[tuple[int, int], dict[int, GemvTile | None]]] = {
     "H200": {
@@ -127,7 +127,7 @@ GEMV_TABLE: dict[Gpu, dict[tuple[int, int], dict[int, GemvTile | None]]] = {
 def gemv_tile_of(
     rows: int, out_size: int, size: int, gpu: Gpu = OTHERS_TAKE, *, gated: bool = False
 ) -> GemvTile | None:
-    """The tile of a product [rows, size] x [out_size, size] without the tensor cores; None: more rows, or rows not aligned."""
+    """The GEMV tile of [rows, size] x [out_size, size] without tensor cores; None: more rows, or rows not aligned."""
     if rows > MAX_SINGLE_ROWS or size % 8:
         return None
     if (measured := GEMV_TABLE[gpu].get((out_size, size))) is not None:

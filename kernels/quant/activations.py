@@ -2,7 +2,7 @@
 
 What comes before may be done on the way, rounded as by a kernel of its own: an RMS norm with the addition before it, or a gate.
 Columns come out in the order of the weights they meet: those of `reference.int8_rows`, or of `reference.exchanged_columns` for
-PyTorch's product of two e4m3. One program a row. Knows no products.
+PyTorch's GEMM of two e4m3. One program a row. Knows no products.
 
 What is ahead of a GEMM with 8-bit activations (addition with its norm, or a gate) is done by the kernel that
 quantises them. One op holds norm and GEMM, or norm, gate and two GEMMs, because only at the launch is it known

@@ -148,36 +148,36 @@ extern "C" void kernel(const uint16_t* x, const uint16_t* residual, const uint8_
                           {packed1, pairs1, bias1, norm1, N1, K1, group1},
                           {packed2, pairs2, bias2, nullptr, N2, K2, group2},
                           {packed3, pairs3, bias3, norm3, N3, K3, group3}};
-    int64_t most = K0;
+    int64_t max_size = K0;
     for (int64_t i = 0; i < count; i++) {
-        most = std::max({most, products[i].N, products[i].K});
+        max_size = std::max({max_size, products[i].N, products[i].K});
         if (!(biased >> i & 1)) products[i].bias = nullptr;
     }
     const int64_t H = count > 1 ? N0 : 0;
-    std::vector<float> scratch(4 * most);  // halves of a product's columns, and of the one before
+    std::vector<float> scratch(4 * max_size);  // halves of a product's columns, and of the one before
 #pragma omp parallel
     {
-        std::vector<float> held(2 * most + H);
-        std::vector<uint16_t> states(most);
-        float *row = held.data(), *sums = row + most, *total = sums + most;
+        std::vector<float> held(2 * max_size + H);
+        std::vector<uint16_t> narrowed(max_size);
+        float *row = held.data(), *sums = row + max_size, *total = sums + max_size;
         for (int64_t k = 0; k < K0; k++) row[k] = wide(x[k]);
         for (int64_t i = 0; i < H; i++) total[i] = wide(residual[i]);
         for (int64_t i = 0; i < count; i++) {
             const Product& product = products[i];
             if (i % 2) add_norm(total, row, product.norm, H, i == 1 ? eps1 : eps3);
             const int64_t groups = product.K / product.group;
-            for (int64_t k = 0; k < product.K; k++) states[k] = narrow(row[k]);
+            for (int64_t k = 0; k < product.K; k++) narrowed[k] = narrow(row[k]);
             for (int64_t g = 0; g < groups; g++) {
                 float sum = 0;
                 for (int64_t k = g * product.group; k < (g + 1) * product.group; k++) sum += row[k];
                 sums[g] = sum;
             }
-            float* halves = scratch.data() + i % 2 * 2 * most;
+            float* halves = scratch.data() + i % 2 * 2 * max_size;
 #pragma omp for schedule(static)
             for (int64_t task = 0; task < product.N / LANES; task++) {
                 const int64_t at = task / 2, half = task % 2, middle = groups / 2;
                 float* to = halves + half * product.N + at * 2 * LANES;
-                product.block(states.data(), sums, at, half ? middle : 0, half ? groups : middle, to);
+                product.block(narrowed.data(), sums, at, half ? middle : 0, half ? groups : middle, to);
             }
             product.finish(halves, row);
             if (gated >> i & 1) gate(row, product.N / 2);

@@ -1,6 +1,6 @@
-"""One row times packed 4-bit values on a CPU with AVX-512, in C++ (`cpu_int4.cpp`): up to a fifth faster than PyTorch's product.
+"""One row times packed 4-bit values on a CPU with AVX-512, in C++ (`cpu_int4.cpp`): up to a fifth faster than PyTorch's.
 
-Two products with a norm between them, or four, are one call too. Where it is not built, or does not take a product,
+Two linears with a norm between them, or four, are one call too. Where it is not built, or does not take a linear,
 `kernels.quant.cpu` has PyTorch's. Knows only how PyTorch packs for AVX-512.
 """
 
@@ -26,11 +26,11 @@ def build() -> None:
     """From here on `takes` may say yes. CPUs without AVX-512 pack otherwise."""
     global _kernel
     if torch.cpu._is_avx512_supported():
-        _kernel = cpp_extension.built(SOURCE, ARGUMENTS, "int4 products of one row stay PyTorch's, which take longer")
+        _kernel = cpp_extension.built(SOURCE, ARGUMENTS, "int4 GEMVs stay PyTorch's, which take longer")
 
 
 def built_as() -> str:
-    """What tells products compiled with it from others."""
+    """What tells linears compiled with it from others."""
     return "" if _kernel is None else SOURCE.stem
 
 

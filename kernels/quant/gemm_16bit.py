@@ -5,7 +5,7 @@ other thread: it is dequantised by packed arithmetic, gets the scale and zero of
 `dequantize` rounds it. Whole rows with one scale and no zero are multiplied as integers, and scaled at the end. Integers lie block
 by block, scales beside them; 8-bit floats row by row, columns exchanged within 64, so that PyTorch's product takes them too. The
 weight is the left operand, and its columns may be split (`kernels.linear.split_k`). `dequantize_repacked` writes such a weight
-out, for products of more rows. Knows sizes and layouts; which way suits which is data in `kernels/quant/tiles.py`.
+out, for GEMMs of more rows. Knows sizes and layouts; which way suits which is data in `kernels/quant/tiles.py`.
 
 Weights lie in the tensor cores' layout: each thread loads the very values that its registers hand to the tensor core,
 so a weight goes through no shared memory once dequantised, and no thread waits for another. Laid row by row it was
@@ -257,8 +257,8 @@ def gemm_16bit(x: Tensor, weight: QuantWeight, tile: Tile) -> Tensor:
             f"a tile of {tile.block_n} x {tile.block_k} is not made of blocks of {SIZE.value} x {SIZE.value}"
         )
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
-    most = tile.block_t if x.element_size() == 2 else MAX_BLOCK_T
-    block_t = min(most, max(16, triton.next_power_of_2(rows)))
+    max_t = tile.block_t if x.element_size() == 2 else MAX_BLOCK_T
+    block_t = min(max_t, max(16, triton.next_power_of_2(rows)))
     programs = triton.cdiv(out_size, tile.block_n) * triton.cdiv(rows, block_t)
     partial, counters = partial_buffers(tile, programs, block_t, out)
     gemm_16bit_kernel[programs, tile.split_k](

@@ -5,7 +5,7 @@ The tensor cores takes twice as many bytes as bfloat16, and adds up 128 columns 
 - int4: rows of e4m3 with a scale each, the weight in groups of a multiple of 128, or of all columns. A value plus 8, in the low bits of a byte, is e4m3 as
   it stands, in units of 2**-9; sums meet the scale of their group in float32. Shifts, and the 8 too much, multiply whole groups of x: sums of its columns.
 
-Knows sizes and layouts; which products go this way is data in `kernels/quant/tiles.py`.
+Knows sizes and layouts; which linears go this way is data in `kernels/quant/tiles.py`.
 
 On a GPU activations stay in bfloat16 up to 64 rows. From 65 rows on int8 weights with one scale a row meet
 activations quantised to int8, int4 weights in groups of multiples of 128 activations in e4m3 with one scale a token,

@@ -251,7 +251,7 @@ def quant_gemv(x: Tensor, weight: QuantWeight, gated: bool, tile: QuantGemvTile)
     outputs = tile.parts * ROWS.value // (2 if gated else 1)  # of a program
     if rows > SINGLE_ROWS or x.element_size() != 2 or (gated and (tile.parts == 1 or width % outputs)):
         raise ValueError(
-            f"x {tuple(x.shape)} of {x.dtype}, {out_size} outputs, gated {gated}, {tile}: not a product of this kernel"
+            f"x {tuple(x.shape)} of {x.dtype}, {out_size} outputs, gated {gated}, {tile}: not a GEMV of this kernel"
         )
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     quant_gemv_kernel[(triton.cdiv(width, outputs),)](

@@ -1,4 +1,4 @@
-"""How `pagegraph::repacked_linear` computes each product on CUDA: data by GPU, kind of weight, shape and rows.
+"""How `pagegraph::repacked_linear` computes each linear on CUDA: data by GPU, kind of weight, shape and rows.
 
 A product of the table was measured by perf/gpu/quantized.py; all others go by a rule of thumb. Knows sizes, kinds
 and GPUs, no kernel.
@@ -21,10 +21,10 @@ from pagegraph.kernels.quant.reference import ACTIVATION_GROUP
 from pagegraph.kernels.quant.weight import Kind, QuantWeight
 
 SINGLE_ROWS = 8  # up to here a tensor-core instruction takes all rows of x at once
-MEMORY_BOUND_ROWS = 64  # up to here reading the weight bounds a product
+MEMORY_BOUND_ROWS = 64  # up to here reading the weight bounds a GEMM
 WIDE_ROWS = 256  # above it a weight is dequantised once for all rows
 PROGRAMS = 264  # two on each multiprocessor of an H100 or H200
-SCALED_ROWS = 16  # what PyTorch's product of two fp8 wants the rows of a weight to be a multiple of
+SCALED_ROWS = 16  # what PyTorch's GEMM of two fp8 wants the rows of a weight to be a multiple of
 FP8_CAPABILITY = (8, 9)  # compute capability from which on a GPU converts and multiplies e4m3
 
 # gemv: `kernels.quant.gemv`, for few rows; gemm_16bit: `kernels.quant.gemm_16bit` by that tile; dequantize: the weight is
@@ -35,7 +35,7 @@ QUANTIZES_X: tuple[Way, ...] = ("gemm_8bit", "scaled_mm")
 
 
 class QuantGemvTile(NamedTuple):
-    """How a product of few rows is cut: 16 rows of the weight to a program, times 1, 2 or 4; warps, each with a block of 64 columns; such steps of a turn; stages."""
+    """How a GEMV is cut: 16 rows of the weight to a program, times 1, 2 or 4; warps, each with a block of 64 columns; such steps of a turn; stages."""
 
     parts: int
     warps: int
@@ -44,7 +44,7 @@ class QuantGemvTile(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One way to compute a product; `tile` belongs to gemv, gemm_16bit and gemm_8bit."""
+    """One way to compute a linear; `tile` belongs to gemv, gemm_16bit and gemm_8bit."""
 
     way: Way
     tile: Tile | QuantGemvTile | None = None

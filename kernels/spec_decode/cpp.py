@@ -36,13 +36,13 @@ def propose_ngram(
     last_at: Tensor,
     history: Tensor,
     draft_tokens: Tensor,
-    least: int,
-    most: int,
+    min_ngram: int,
+    max_ngram: int,
 ) -> Tensor:
     """See `kernels.ops`."""
     step = ids, token_ids, slots, query_start, seq_lens, sampled, last_tokens, last_at, history, draft_tokens
     if _kernel is None:
-        return reference.propose_ngram(*step, least, most)
+        return reference.propose_ngram(*step, min_ngram, max_ngram)
     found = token_ids.new_empty(2, len(ids))
-    _kernel(*step, found, len(ids), history.shape[1], draft_tokens.shape[1], least, most, reference.MAX_MATCH)
+    _kernel(*step, found, len(ids), history.shape[1], draft_tokens.shape[1], min_ngram, max_ngram, reference.MAX_MATCH)
     return found

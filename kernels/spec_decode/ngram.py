@@ -97,8 +97,8 @@ def propose_ngram_kernel(
     WIDTH: tl.constexpr,
     NUM_DRAFT_TOKENS: tl.constexpr,
     LANES: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
+    MIN_NGRAM: tl.constexpr,
+    MAX_NGRAM: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -138,7 +138,7 @@ def propose_ngram_kernel(
         same = (at < known - 1) & (tl.load(text + at, mask=at < known - 1, other=-1) == last)
         if tl.max(same.to(tl.int32), axis=0) > 0:
             alike = same.to(tl.int64)
-            for back in tl.static_range(1, MOST):
+            for back in tl.static_range(1, MAX_NGRAM):
                 wanted = tl.load(text + known - 1 - back, mask=known - 1 - back >= 0, other=-1)
                 same = same & (at >= back)
                 same = same & (tl.load(text + at - back, mask=same, other=-2) == wanted)
@@ -147,7 +147,7 @@ def propose_ngram_kernel(
     key = tl.max(best, axis=0)
     matched = 0
     behind = known - 1
-    if (key >> 32) >= LEAST:
+    if (key >> 32) >= MIN_NGRAM:
         place = key.to(tl.int32)
         back = tl.arange(0, SEEN)
         there = tl.load(text + place - back, mask=place >= back, other=-1)
@@ -170,7 +170,7 @@ def accept(
     seq_lens: Tensor,
     last_tokens: Tensor,
     last_at: Tensor,
-    most: int,
+    max_draft_tokens: int,
 ) -> None:
     """See `kernels.ops`."""
     seqs = len(ids)
@@ -183,7 +183,7 @@ def accept(
         query_start,
         seq_lens,
         seqs,
-        LANES=triton.next_power_of_2(most + 1),
+        LANES=triton.next_power_of_2(max_draft_tokens + 1),
         num_warps=1,
         **dependent(ids.device),
     )
@@ -200,8 +200,8 @@ def propose_ngram(
     last_at: Tensor,
     history: Tensor,
     draft_tokens: Tensor,
-    least: int,
-    most: int,
+    min_ngram: int,
+    max_ngram: int,
 ) -> Tensor:
     """See `kernels.ops`."""
     seqs = len(ids)
@@ -222,8 +222,8 @@ def propose_ngram(
         WIDTH=history.shape[1],
         NUM_DRAFT_TOKENS=draft_tokens.shape[1],
         LANES=triton.next_power_of_2(draft_tokens.shape[1] + 1),
-        LEAST=least,
-        MOST=most,
+        MIN_NGRAM=min_ngram,
+        MAX_NGRAM=max_ngram,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
         **dependent(ids.device),

@@ -41,7 +41,7 @@ def accept(
     seq_lens: torch.Tensor,
     last_tokens: torch.Tensor,
     last_at: torch.Tensor,
-    most: int,
+    max_draft_tokens: int,
 ) -> None:
     """See `kernels.ops`."""
     _accept(verify(ids, token_ids, slots, query_start), ids, slots, seq_lens, last_tokens, last_at)
@@ -72,8 +72,8 @@ def propose_ngram(
     last_at: torch.Tensor,
     history: torch.Tensor,
     draft_tokens: torch.Tensor,
-    least: int,
-    most: int,
+    min_ngram: int,
+    max_ngram: int,
 ) -> torch.Tensor:
     """See `kernels.ops`."""
     found = np.zeros((2, len(ids)), np.int32)
@@ -95,18 +95,18 @@ def propose_ngram(
         return torch.from_numpy(found)
     at, known = owners[first], np.minimum(lengths[kept] + 1, text.shape[1])
     hit = draft_tokens.numpy()[at, 0] == drawn[first]
-    proposed, matched = ngram_proposal(text[at, : known.max()], known, draft_tokens.shape[1], least, most)
+    proposed, matched = ngram_proposal(text[at, : known.max()], known, draft_tokens.shape[1], min_ngram, max_ngram)
     draft_tokens.numpy()[at] = proposed
     found[0, first] = 2 * matched + hit
     return torch.from_numpy(found)
 
 
 def ngram_proposal(
-    text: np.ndarray, known: np.ndarray, count: int, least: int, most: int
+    text: np.ndarray, known: np.ndarray, count: int, min_ngram: int, max_ngram: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """text int32 [R, W], of which known[i] >= 1 tokens are slot i's -> (draft tokens int32 [R, count], matched int32 [R]).
 
-    The latest place where the slot's last `least` to `most` tokens stood before, as many of them as stood anywhere; what
+    The latest place where the slot's last `min_ngram` to `max_ngram` tokens stood before, as many of them as stood anywhere; what
     followed there is drafted, going on with its period where that ends. matched: tokens alike, up to MAX_MATCH; 0
     where there is no such place, and the last token is drafted then.
     """
@@ -114,7 +114,7 @@ def ngram_proposal(
     at = np.arange(width)
     same = at < known[:, None] - 1
     length = np.zeros(same.shape, np.int32)
-    for back in range(most):
+    for back in range(max_ngram):
         wanted = text[slot, np.maximum(known - 1 - back, 0)]
         same[:, back:] &= text[:, : width - back] == wanted[:, None]
         same[:, :back] = False
@@ -128,6 +128,6 @@ def ngram_proposal(
     alike = (before >= 0) & (
         text[slot[:, None], np.maximum(before, 0)] == text[slot[:, None], np.maximum(known[:, None] - 1 - back, 0)]
     )
-    matched = np.where(best >= least, np.logical_and.accumulate(alike, axis=1).sum(axis=1), 0)
+    matched = np.where(best >= min_ngram, np.logical_and.accumulate(alike, axis=1).sum(axis=1), 0)
     begin = np.where(matched > 0, end + 1, known - 1)
     return text[slot[:, None], begin[:, None] + np.arange(count) % (known - begin)[:, None]], matched.astype(np.int32)

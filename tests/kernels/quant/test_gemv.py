@@ -64,7 +64,7 @@ def test_gate_behind_the_product(triton_calls, kind: str, rows: int, out_size: i
 def test_what_the_kernel_does_not_take_is_refused(triton_calls) -> None:
     weight = repacked(*random_weight("int8", 64, 128, 128, False), 128, 128)
     for x, gated in ((rows_of(9, 128), False), (rows_of(1, 128).float(), False), (rows_of(1, 128), True)):
-        with pytest.raises((ValueError, AssertionError), match="not a product of this kernel"):
+        with pytest.raises((ValueError, AssertionError), match="not a GEMV of this kernel"):
             triton_calls.call(
                 "pagegraph.kernels.quant.gemv",
                 "quant_gemv",

@@ -14,7 +14,7 @@ from pagegraph.kernels.spec_decode import reference
 from pagegraph.runtime.spec_decode.proposer import NgramProposer, continuation
 
 NUM_SLOTS, WIDTH, DRAFT_TOKENS = 7, 2500, 5
-LEAST, MOST = 2, 4
+MIN_NGRAM, MAX_NGRAM = 2, 4
 
 
 def words(values: object) -> torch.Tensor:
@@ -74,9 +74,9 @@ def test_kernels_equal_reference(triton_calls, seed: int) -> None:
     one = step_of(seed, padding=seed % 3)
     common, more = ([one[name] for name in names] for names in (STEP, MORE))
     found, after = triton_calls.call(
-        "pagegraph.kernels.spec_decode.ngram", "propose_ngram", *common, *more, LEAST, MOST
+        "pagegraph.kernels.spec_decode.ngram", "propose_ngram", *common, *more, MIN_NGRAM, MAX_NGRAM
     )
-    expected = reference.propose_ngram(*common, *more, LEAST, MOST)
+    expected = reference.propose_ngram(*common, *more, MIN_NGRAM, MAX_NGRAM)
     live = int(one["live"])
     assert torch.equal(found[:, :live], expected[:, :live])
     assert all(torch.equal(changed, own) for changed, own in zip(after[6:], more[1:]))
@@ -88,8 +88,8 @@ def test_cpp_equals_reference(seed: int) -> None:
     assert spec_decode_cpp._kernel is not None
     one, other = (step_of(seed, padding=seed % 3) for _ in range(2))
     names = (*STEP, *MORE)
-    found = torch.ops.pagegraph.propose_ngram(*(one[name] for name in names), LEAST, MOST)
-    expected = reference.propose_ngram(*(other[name] for name in names), LEAST, MOST)
+    found = torch.ops.pagegraph.propose_ngram(*(one[name] for name in names), MIN_NGRAM, MAX_NGRAM)
+    expected = reference.propose_ngram(*(other[name] for name in names), MIN_NGRAM, MAX_NGRAM)
     assert torch.equal(found, expected)
     assert all(torch.equal(one[name], other[name]) for name in names)
 
@@ -121,17 +121,19 @@ def test_by_hand() -> None:
 @settings(max_examples=200)
 @given(
     tokens=st.lists(st.integers(0, 2), min_size=1, max_size=60),
-    least=st.integers(1, 3),
+    min_ngram=st.integers(1, 3),
     more=st.integers(0, 3),
     count=st.integers(1, 6),
 )
 def test_what_is_looked_up_is_what_the_search_of_one_slot_finds(
-    tokens: list[int], least: int, more: int, count: int
+    tokens: list[int], min_ngram: int, more: int, count: int
 ) -> None:
     text = np.array(tokens, np.int32)
     slots = np.stack([np.append(text, [1, 1, 1]), np.zeros(len(text) + 3)]).astype(np.int32)
-    draft_tokens, matched = reference.ngram_proposal(slots, np.array([len(text), 1]), count, least, least + more)
-    end, seen = NgramProposer(least, least + more).find(text)
+    draft_tokens, matched = reference.ngram_proposal(
+        slots, np.array([len(text), 1]), count, min_ngram, min_ngram + more
+    )
+    end, seen = NgramProposer(min_ngram, min_ngram + more).find(text)
     assert matched.tolist() == [seen, 0]
     assert draft_tokens[0].tolist() == (continuation(text, end, count) if end else np.full(count, text[-1])).tolist()
 
@@ -139,7 +141,9 @@ def test_what_is_looked_up_is_what_the_search_of_one_slot_finds(
 def test_what_was_looked_up_by_tokens_that_were_not_it_is_made_good() -> None:
     """A step that draws again, with filters say, settles again."""
     one, other = step_of(3), step_of(3)
-    reference.propose_ngram(torch.zeros_like(one["ids"]), *(one[name] for name in (*STEP[1:], *MORE)), LEAST, MOST)
-    again = reference.propose_ngram(*(one[name] for name in (*STEP, *MORE)), LEAST, MOST)
-    straight = reference.propose_ngram(*(other[name] for name in (*STEP, *MORE)), LEAST, MOST)
+    reference.propose_ngram(
+        torch.zeros_like(one["ids"]), *(one[name] for name in (*STEP[1:], *MORE)), MIN_NGRAM, MAX_NGRAM
+    )
+    again = reference.propose_ngram(*(one[name] for name in (*STEP, *MORE)), MIN_NGRAM, MAX_NGRAM)
+    straight = reference.propose_ngram(*(other[name] for name in (*STEP, *MORE)), MIN_NGRAM, MAX_NGRAM)
     assert torch.equal(again[0] >> 1, straight[0] >> 1) and torch.equal(one["draft_tokens"], other["draft_tokens"])
