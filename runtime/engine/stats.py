@@ -44,9 +44,9 @@ class EngineStats:
         self.metrics.observe_finished(sequence.finish_reason)
         if sequence.finish_reason in ("stop", "length") and sequence.num_generated:
             self.metrics.observe_served(
-                queue_time=sequence.launched_at - sequence.arrival,
-                prefill_time=sequence.first_token_at - sequence.launched_at,
-                decode_time=now - sequence.first_token_at,
+                queue_time=sequence.times.launched - sequence.arrival,
+                prefill_time=sequence.times.first_token - sequence.times.launched,
+                decode_time=now - sequence.times.first_token,
                 since_arrival=now - sequence.arrival,
                 prompt_tokens=sequence.num_prompt,
                 generation_tokens=sequence.num_generated,
@@ -56,21 +56,21 @@ class EngineStats:
         """A step is on its way: the first of some sequences."""
         for sequence in plan.started:
             if not sequence.num_preemptions:
-                sequence.launched_at = now
+                sequence.times.launched = now
 
     def stepped(self, result: StepResult, now: float) -> None:
         """A step's tokens are on the host."""
-        batch = self.scheduler.batch
-        before = batch.last_token_at[result.slots]
+        times = self.scheduler.batch.times
+        before = times.last_token[result.slots]
         first = np.isnan(before)
         if first.any():
-            for since_arrival in (now - batch.arrival[result.slots[first]]).tolist():
+            for since_arrival in (now - times.arrival[result.slots[first]]).tolist():
                 self.metrics.observe_first_token(since_arrival)
             before = before[~first]
         self.metrics.observe_inter_tokens(now - before)
-        batch.last_token_at[result.slots] = now
+        times.last_token[result.slots] = now
         for sequence in result.begun:
-            sequence.first_token_at = now
+            sequence.times.first_token = now
         for sequence in result.ended:
             self.ended(sequence, now)
         counters = self.scheduler.counters

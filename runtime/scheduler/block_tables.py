@@ -35,7 +35,7 @@ class BlockTables:
             return []
         full = (len(sequence.tokens) - 1) // self.pool.block_size
         self._extend_hashes(sequence, sequence.tokens, full)
-        return self.pool.lookup(sequence.hashes[:full])
+        return self.pool.lookup(sequence.prefix.hashes[:full])
 
     def claim(self, sequence: Sequence, found: list[int], spare: int) -> list[int] | None:
         """Blocks for all tokens of a waiting sequence, `found` the first; None, taking none, if less than `spare` were left."""
@@ -43,7 +43,7 @@ class BlockTables:
         if needed + spare > self.pool.num_free - self.pool.num_free_among(found):
             return None
         self.pool.share(found)
-        sequence.num_registered = len(found)
+        sequence.prefix.num_registered = len(found)
         return found + self.pool.take(needed)
 
     def extend(self, slots: np.ndarray, lengths: np.ndarray, spare: int = 0) -> bool:
@@ -60,18 +60,18 @@ class BlockTables:
         """What is full by now of a sequence in a slot."""
         batch, slot = self.batch, sequence.slot
         full = min(int(batch.known[slot]), int(batch.computed[slot])) // self.pool.block_size
-        if full <= sequence.num_registered or not self.pool.enable_caching:
+        if full <= sequence.prefix.num_registered or not self.pool.enable_caching:
             return
         self._extend_hashes(sequence, batch.tokens[slot], full)
-        for block in range(sequence.num_registered, full):
-            self.pool.register(int(batch.blocks[slot, block]), sequence.hashes[block])
-        sequence.num_registered = full
+        for block in range(sequence.prefix.num_registered, full):
+            self.pool.register(int(batch.blocks[slot, block]), sequence.prefix.hashes[block])
+        sequence.prefix.num_registered = full
 
     def release(self, sequence: Sequence) -> None:
         """Take a sequence's blocks from its slot; what it generated may be found in them."""
         self.publish(sequence)
         self.pool.release(self.batch.take_blocks(sequence.slot))
-        sequence.num_registered = 0
+        sequence.prefix.num_registered = 0
 
     def check_integrity(self, running: Iterable[Sequence]) -> None:
         """Raise AssertionError unless the tables of the running hold all blocks in use, and what is published is in them."""
@@ -80,7 +80,7 @@ class BlockTables:
             self._check(sequence)
 
     def _extend_hashes(self, sequence: Sequence, tokens: np.ndarray, num_blocks: int) -> None:
-        size, hashes = self.pool.block_size, sequence.hashes
+        size, hashes = self.pool.block_size, sequence.prefix.hashes
         for block in range(len(hashes), num_blocks):
             parent = hashes[-1] if hashes else self.pool.root_hash(sequence.cache_salt)
             hashes.append(self.pool.hash_block(parent, tokens[block * size : (block + 1) * size]))
@@ -90,8 +90,10 @@ class BlockTables:
         blocks = batch.blocks_of(slot)
         require(len(blocks) * batch.block_size >= batch.computed[slot], "tokens were computed without a block")
         require(not batch.blocks[slot, len(blocks) :].any(), "a block is listed beyond a table's end")
-        require(sequence.num_registered * batch.block_size <= batch.computed[slot], "unwritten blocks are published")
+        require(
+            sequence.prefix.num_registered * batch.block_size <= batch.computed[slot], "unwritten blocks are published"
+        )
         for index, block in enumerate(blocks):
             published = self.pool.hash_of(block)
-            rightly = index < sequence.num_registered and published == sequence.hashes[index]
+            rightly = index < sequence.prefix.num_registered and published == sequence.prefix.hashes[index]
             require(not published or rightly, f"block {block} is published as content that it does not hold")

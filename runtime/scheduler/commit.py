@@ -55,7 +55,7 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
     first = known == fixed.num_prompt + 1
     more = full | stopped | first
     if output.logprobs is not None:
-        more |= batch.has_extras[at]
+        more |= batch.sampling.has_extras[at]
     told: list[Sequence] = []  # whom the deltas are of
     for i in np.flatnonzero(more).tolist():
         sequence, token = batch.sequences[at[i]], int(ids[i])

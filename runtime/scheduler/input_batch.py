@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pagegraph.runtime.scheduler.sampling_columns import SamplingColumns
 from pagegraph.runtime.scheduler.sequence import Sequence
 
 
@@ -30,6 +31,14 @@ class Fixed:
     stop_ids: np.ndarray
     owners: np.ndarray
     request_ids: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of the engine's clock, by slot; float64."""
+
+    arrival: np.ndarray
+    last_token: np.ndarray  # NaN before the first token
 
 
 class InputBatch:
@@ -55,16 +64,10 @@ class InputBatch:
         self.stop_ids = np.full((num_slots, 1), -1, np.int32)  # widened for a sequence with more
         self.blocks = np.zeros((num_slots, -(-max_model_len // block_size)), np.int32)
         self.num_blocks = column()
-        self.temperature, self.top_p, self.min_p = column(np.float32), column(np.float32), column(np.float32)
-        self.top_k = column()
-        self.repetition, self.presence, self.frequency = column(np.float32), column(np.float32), column(np.float32)
-        self.seed = column(np.int64)
-        self.has_filters, self.has_penalties = column(bool), column(bool)
-        self.has_extras = column(bool)  # what only a look at the parameters tells: bias, allowed ids, logprobs
+        self.sampling = SamplingColumns(num_slots)
         self.owner = column()
         self.request_ids = np.full(num_slots, "", object)
-        self.arrival = column(np.float64)  # seconds of the engine's clock
-        self.last_token_at = column(np.float64)  # seconds, NaN before the first token
+        self.times = Times(column(np.float64), column(np.float64))
         self._epochs = count(1)
         self.clear()
 
@@ -86,28 +89,19 @@ class InputBatch:
         If that raises, it still has no slot.
         """
         slot = self._free.pop()
-        params, num_known = sequence.params, len(sequence.tokens)
+        num_known = len(sequence.tokens)
         self.tokens[slot, :num_known] = sequence.tokens
         self.known[slot] = self.total[slot] = num_known
         self.computed[slot] = computed
         self.num_prompt[slot] = sequence.num_prompt
         self.max_len[slot] = sequence.max_len
-        self.min_len[slot] = sequence.num_prompt + params.min_tokens
+        self.min_len[slot] = sequence.num_prompt + sequence.params.min_tokens
         self._set_stop_ids(slot, sequence.stop_ids)
         self._put_blocks(slot, np.arange(len(blocks)), np.array(blocks, np.int32))
         self.num_blocks[slot] = len(blocks)
-        self.temperature[slot], self.top_p[slot], self.min_p[slot] = params.temperature, params.top_p, params.min_p
-        self.top_k[slot] = params.top_k
-        self.repetition[slot] = params.repetition_penalty
-        self.presence[slot], self.frequency[slot] = params.presence_penalty, params.frequency_penalty
-        self.seed[slot] = sequence.seed
-        self.has_filters[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-        self.has_penalties[slot] = sequence.has_penalties
-        self.has_extras[slot] = (
-            len(params.logit_bias) > 0 or params.allowed_token_ids is not None or params.logprobs is not None
-        )
+        self.sampling.enter(slot, sequence)
         self.owner[slot], self.request_ids[slot] = sequence.owner, sequence.request_id
-        self.arrival[slot], self.last_token_at[slot] = sequence.arrival, sequence.last_token_at
+        self.times.arrival[slot], self.times.last_token[slot] = sequence.arrival, sequence.times.last_token
         self.epoch[slot] = next(self._epochs)
         self.sequences[slot], sequence.slot = sequence, slot
         return slot
@@ -129,7 +123,7 @@ class InputBatch:
         """The sequence takes its tokens along; its blocks were taken before."""
         sequence = self.sequences[slot]
         sequence.tokens = self.tokens[slot, : self.known[slot]].copy()
-        sequence.last_token_at = float(self.last_token_at[slot])
+        sequence.times.last_token = float(self.times.last_token[slot])
         sequence.slot = -1
         self.sequences[slot] = None
         self.epoch[slot] = 0

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pagegraph.compiler.step.inputs import Filters, Penalties, SamplingInput, StepInput
+from pagegraph.compiler.step.inputs import SamplingInput, StepInput
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.sequence import Sequence
@@ -67,12 +67,8 @@ class Packer:
         batch, at = self.batch, plan.slots
         if not np.array_equal(plan.epochs, self._epochs):
             self._epochs = plan.epochs
-            self._same = SamplingInput(temperature=batch.temperature[at], seeds=batch.seed[at])
-            if batch.has_filters[at].any():
-                self._same.filters = Filters(batch.top_k[at], batch.top_p[at], batch.min_p[at])
-            if batch.has_penalties[at].any():
-                self._same.penalties = Penalties(batch.repetition[at], batch.presence[at], batch.frequency[at])
-            self._special = bool(batch.has_extras[at].any())
+            self._same = batch.sampling.of(at)
+            self._special = bool(batch.sampling.has_extras[at].any())
             self._min_len = batch.min_len[at]
         # Within min_tokens the ids that would stop the sequence are masked.
         young = plan.starts + plan.counts < self._min_len
@@ -80,13 +76,14 @@ class Packer:
         if not (self._special or resets or young.any()):
             return self._same
         extras = [
-            (int(i), batch.sequences[at[i]]) for i in np.flatnonzero(plan.sampled & (batch.has_extras[at] | young))
+            (int(i), batch.sequences[at[i]])
+            for i in np.flatnonzero(plan.sampled & (batch.sampling.has_extras[at] | young))
         ]
         return replace(
             self._same,
             penalty_reset=resets,
             bias=_bias(extras, young),
-            allowed={index: s.allowed_ids for index, s in extras if s.allowed_ids is not None},
+            allowed={index: s.logit_rules.allowed_ids for index, s in extras if s.logit_rules.allowed_ids is not None},
             num_logprobs=max((s.params.logprobs for _, s in extras if s.params.logprobs is not None), default=-1),
         )
 
@@ -106,9 +103,9 @@ def _bias(extras: list[tuple[int, Sequence]], young: np.ndarray) -> tuple[np.nda
     """`SamplingInput.bias` of logit_bias and of min_tokens' masks."""
     indices, tokens, values = [], [], []
     for index, sequence in extras:
-        indices.append(np.full(len(sequence.bias_ids), index, np.int32))
-        tokens.append(sequence.bias_ids)
-        values.append(sequence.bias_values)
+        indices.append(np.full(len(sequence.logit_rules.bias_ids), index, np.int32))
+        tokens.append(sequence.logit_rules.bias_ids)
+        values.append(sequence.logit_rules.bias_values)
         if young[index]:
             indices.append(np.full(len(sequence.stop_ids), index, np.int32))
             tokens.append(np.fromiter(sequence.stop_ids, np.int32))

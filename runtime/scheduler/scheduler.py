@@ -126,7 +126,7 @@ class Scheduler:
         )
         if lag is not None:
             ready &= known >= total - lag
-        slots = slots[ready & ~batch.has_penalties[slots]]
+        slots = slots[ready & ~batch.sampling.has_penalties[slots]]
         limits = np.minimum(batch.max_len[slots] - batch.total[slots] - 1, most)
         slots, limits = slots[limits > 0], limits[limits > 0]
         # Those that wait may join the step, and prompts get half of what it may compute.
@@ -202,7 +202,7 @@ class Scheduler:
                 sequence.num_preemptions += sequence.state is State.RUNNING
                 sequence.state = State.PREEMPTED
                 self.batch.leave(sequence.slot)
-            sequence.num_registered = 0
+            sequence.prefix.num_registered = 0
         for sequence in self._live.values():
             if sequence.finish_reason:
                 sequence.state = State.FINISHED
@@ -368,7 +368,7 @@ class Scheduler:
 
     def _may_end(self, sequence: Sequence, budget: PrefillBudget) -> bool:
         """Whether a waiting prompt is worth a look in the cache for whether it ends within what is left."""
-        unhashed = len(sequence.tokens) // self.batch.block_size - len(sequence.hashes)
+        unhashed = len(sequence.tokens) // self.batch.block_size - len(sequence.prefix.hashes)
         return budget.long < 0 or len(sequence.tokens) <= budget.tokens or unhashed <= HASH_PAST
 
     def _fill_up(self, parts: list[Columns], budget: PrefillBudget) -> None:

@@ -6,7 +6,7 @@ stop strings are found after detokenising, by whoever reads the tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from enum import Enum
 from operator import attrgetter
 
@@ -24,6 +24,41 @@ class State(Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LogitRules:
+    """What a request asks of its logits, as arrays for the device."""
+
+    bias_ids: np.ndarray  # int32, the keys of logit_bias
+    bias_values: np.ndarray  # float32, its values
+    allowed_ids: np.ndarray | None  # int32, None: all
+
+    @staticmethod
+    def of(params: SamplingParams) -> LogitRules:
+        bias, allowed = params.logit_bias, params.allowed_token_ids
+        return LogitRules(
+            np.fromiter(bias.keys(), np.int32, len(bias)),
+            np.fromiter(bias.values(), np.float32, len(bias)),
+            None if allowed is None else np.array(allowed, np.int32),
+        )
+
+
+@dataclass(slots=True)
+class Prefix:
+    """What of a sequence the prefix cache knows, or may."""
+
+    hashes: list[bytes] = field(default_factory=list)  # of leading full blocks of known tokens
+    num_registered: int = 0  # leading blocks that were offered to the cache
+
+
+@dataclass(slots=True)
+class Times:
+    """When a sequence got on, in seconds of the engine's clock; NaN: not yet."""
+
+    launched: float = float("nan")  # its first step
+    first_token: float = float("nan")
+    last_token: float = float("nan")  # out of date while the sequence is in a slot
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request of one prompt. `owner` and `request_id` name it to whoever asked; both together are unique."""
@@ -31,7 +66,7 @@ class Sequence:
     request_id: str
     tokens: np.ndarray  # int32, known ones; out of date while the sequence is in a slot
     params: SamplingParams
-    eos_ids: frozenset[int]
+    eos_ids: InitVar[frozenset[int]]
     seed: int
     max_model_len: int
     priority: int = 0
@@ -41,12 +76,9 @@ class Sequence:
     num_prompt: int = field(init=False)
     max_len: int = field(init=False)  # tokens at which it ends, whatever they are
     stop_ids: frozenset[int] = field(init=False)  # ids that end it, EOS included unless ignored
-    bias_ids: np.ndarray = field(init=False)  # int32, the keys of logit_bias
-    bias_values: np.ndarray = field(init=False)  # float32, its values
-    allowed_ids: np.ndarray | None = field(init=False)  # int32, None: all
+    logit_rules: LogitRules = field(init=False)
     order: int = -1  # of addition to the scheduler, breaks ties of priority and arrival
-    hashes: list[bytes] = field(default_factory=list)  # of leading full blocks of known tokens
-    num_registered: int = 0  # leading blocks that were offered to the prefix cache
+    prefix: Prefix = field(default_factory=Prefix)
     slot: int = -1  # also for a while after a preemption: until what was in flight has arrived
     state: State = State.WAITING
     finish_reason: str = ""
@@ -55,23 +87,18 @@ class Sequence:
     num_preemptions: int = 0
     accepted: int = 0  # draft tokens that became its own
     rejected: int = 0  # draft tokens that did not
-    launched_at: float = float("nan")  # seconds of the engine's clock: of its first step
-    first_token_at: float = float("nan")
-    last_token_at: float = float("nan")  # seconds of the engine's clock; out of date while in a slot
+    times: Times = field(default_factory=Times)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, eos_ids: frozenset[int]) -> None:
         params = self.params
         self.tokens = np.asarray(self.tokens, np.int32)  # never written to: sequences of a group share their prompt
         self.num_prompt = len(self.tokens)
         self.max_len = self.max_model_len
         if params.max_tokens is not None:
             self.max_len = min(self.num_prompt + params.max_tokens, self.max_model_len)
-        eos = frozenset() if params.ignore_eos else self.eos_ids
+        eos = frozenset() if params.ignore_eos else eos_ids
         self.stop_ids = eos.union(params.stop_token_ids)
-        self.bias_ids = np.fromiter(params.logit_bias.keys(), np.int32, len(params.logit_bias))
-        self.bias_values = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
-        allowed = params.allowed_token_ids
-        self.allowed_ids = None if allowed is None else np.array(allowed, np.int32)
+        self.logit_rules = LogitRules.of(params)
 
     @property
     def key(self) -> tuple[int, str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagegraph.compiler.step.inputs import Filters, SamplingInput, StepInput
+from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.step import CompiledStep
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 
@@ -79,7 +79,7 @@ class DraftModel:
         batch, seqs = self.batch, len(at)
         return StepInput(
             np.full(seqs, -1, np.int32), at, np.arange(seqs + 1, dtype=np.int32), starts, np.ones(seqs, bool), _NO_BLOCKS,
-            SamplingInput(batch.temperature[at], batch.seed[at], self._filters(at)),
+            batch.sampling.of(at, penalties=False),
         )  # fmt: skip
 
     def _accept(self, at: np.ndarray) -> None:
@@ -131,14 +131,8 @@ class DraftModel:
         return StepInput(
             batch.tokens[token_slots, positions], query_slots, query_start.astype(np.int32), starts.astype(np.int32), draws,
             batch.take_new_blocks(),
-            SamplingInput(batch.temperature[query_slots], batch.seed[query_slots], self._filters(query_slots) if sampled else None),
+            batch.sampling.of(query_slots, filters=sampled, penalties=False),
         )  # fmt: skip
-
-    def _filters(self, at: np.ndarray) -> Filters | None:
-        batch = self.batch
-        if not batch.has_filters[at].any():
-            return None
-        return Filters(batch.top_k[at], batch.top_p[at], batch.min_p[at])
 
 
 _NO_BLOCKS = np.empty((0, 3), np.int32)

@@ -214,7 +214,9 @@ def poison(harness: Harness, where: str, monkeypatch: pytest.MonkeyPatch, after:
         case "draft_tokens":
             raising(harness.engine.drafter, "propose", lambda ahead: running(harness.scheduler.batch))
         case "pack":
-            raising(Packer, "pack", lambda self, plan: bool((harness.scheduler.batch.seed[plan.slots] == 99).any()))
+            raising(
+                Packer, "pack", lambda self, plan: bool((harness.scheduler.batch.sampling.seed[plan.slots] == 99).any())
+            )
         case "launch":
             harness.device.refuses = has_seed
         case "wait":

@@ -60,7 +60,7 @@ def test_found_blocks_that_nobody_holds_use_up_free_ones(spare: int, given: bool
     claimed = block_tables.claim(sequence, found, spare)
     assert (claimed is not None) == given and block_tables.pool.num_free == (6 if given else 9)
     if given:
-        assert claimed[:2] == found and sequence.num_registered == 2
+        assert claimed[:2] == found and sequence.prefix.num_registered == 2
 
 
 def test_blocks_are_published_as_far_as_they_are_full_of_known_tokens() -> None:

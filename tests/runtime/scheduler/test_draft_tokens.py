@@ -133,7 +133,7 @@ class Oracle:
             return DraftTokens(slots[drafting], counts[drafting], None)
         batch = self.scheduler.batch
         tokens = [
-            self.draft(batch.tokens[slot, : batch.known[slot]].tolist(), int(batch.seed[slot]))[0]
+            self.draft(batch.tokens[slot, : batch.known[slot]].tolist(), int(batch.sampling.seed[slot]))[0]
             for slot in slots.tolist()
         ]
         return DraftTokens(slots[drafting], counts[drafting], np.array(tokens, np.int32)[drafting])
@@ -214,7 +214,7 @@ def test_draft_tokens_right_or_wrong_change_no_token(
         if plan:
             assert plan.num_tokens <= budget and len(plan) <= scheduler.max_decode_tokens
             if plan.drafts is not None:
-                assert not scheduler.batch.has_penalties[plan.drafts.slots].any()
+                assert not scheduler.batch.sampling.has_penalties[plan.drafts.slots].any()
                 assert len(set(plan.slots.tolist())) == len(plan) - int(plan.drafts.counts.sum())
                 seen["uncertain"] += on_device and bool((plan.starts >= scheduler.batch.known[plan.slots] + 1).any())
             launched.append((plan, step.run(packer.pack(plan))))

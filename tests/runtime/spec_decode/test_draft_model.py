@@ -208,7 +208,9 @@ def test_draft_tokens_of_a_real_model_are_what_it_says_afresh(
         draft_tokens = model.propose(at, np.array([count, count - 1], np.int32))
         for slot, wanted in ((0, count), (1, count - 1)):
             history = batch.tokens[slot, : batch.known[slot]].tolist()
-            expected = afresh(drafted.draft, history, count if together else wanted, temperature, int(batch.seed[slot]))
+            expected = afresh(
+                drafted.draft, history, count if together else wanted, temperature, int(batch.sampling.seed[slot])
+            )
             assert draft_tokens[slot, : len(expected)].tolist() == expected
             came = [*expected[: min(kept, wanted)], 299 - expected[-1]]
             batch.tokens[slot, batch.known[slot] : batch.known[slot] + len(came)] = came
