@@ -21,9 +21,11 @@ from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.step_time import StepTime
 from pagegraph.runtime.spec_decode.device_drafter import DeviceDrafter
 from pagegraph.runtime.spec_decode.draft_model import DraftModel
-from pagegraph.runtime.spec_decode.host_drafter import Drafter, HostDrafter
+from pagegraph.runtime.spec_decode.drafter import Drafter
+from pagegraph.runtime.spec_decode.host_drafter import HostDrafter
+from pagegraph.runtime.spec_decode.model_drafter import ModelDrafter
 from pagegraph.runtime.spec_decode.num_draft_tokens import StepCosts
-from pagegraph.runtime.spec_decode.proposer import NgramProposer
+from pagegraph.runtime.spec_decode.proposer import NgramProposer, NoProposer, Proposer
 from pagegraph.runtime.spec_decode.suffix import SuffixProposer
 
 
@@ -94,17 +96,22 @@ def _drafter(config: Config, built: BuiltModel, scheduler: Scheduler) -> Drafter
         costs = StepCosts(built.step.decode_sizes(most), measure_latency(built.step, most))
     if config.proposes_on_device:
         return DeviceDrafter(scheduler, config.max_draft_tokens, costs)
-    proposer_name = config.method.partition("+")[0]
-    proposer = None
-    if proposer_name == "suffix":
-        proposer = SuffixProposer(config.prompt_lookup_min)
-    elif proposer_name == "ngram":
-        proposer = NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max)
-    draft, draft_ms = None, 1.0
-    if built.draft is not None:
-        draft = DraftModel(
-            built.draft, scheduler.batch, scheduler.max_num_batched_tokens, scheduler.max_decode_tokens,
-            together=built.device.type == "cuda",
-        )  # fmt: skip
-        draft_ms = min(measure_latency(built.draft, 2).values()) if costs is not None else draft_ms
-    return HostDrafter(scheduler, proposer, config.max_draft_tokens, costs, draft, draft_ms)
+    proposer = _proposer(config)
+    if built.draft is None:
+        return HostDrafter(scheduler, proposer, config.max_draft_tokens, costs)
+    model = DraftModel(
+        built.draft, scheduler.batch, scheduler.max_num_batched_tokens, scheduler.max_decode_tokens,
+        together=built.device.type == "cuda",
+    )  # fmt: skip
+    model_ms = 1.0 if costs is None else min(measure_latency(built.draft, 2).values())
+    return ModelDrafter(scheduler, proposer, config.max_draft_tokens, costs, model, model_ms)
+
+
+def _proposer(config: Config) -> Proposer:
+    """Who searches text, by the first part of the method; with method draft, nobody."""
+    match config.method.partition("+")[0]:
+        case "suffix":
+            return SuffixProposer(config.prompt_lookup_min)
+        case "ngram":
+            return NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max)
+    return NoProposer()

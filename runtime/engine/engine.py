@@ -37,7 +37,7 @@ from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
 from pagegraph.runtime.scheduler.step_time import StepTime
-from pagegraph.runtime.spec_decode.host_drafter import Drafter
+from pagegraph.runtime.spec_decode.drafter import Drafter
 
 log = logging.getLogger("pagegraph.engine")
 

@@ -14,7 +14,7 @@ from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.draft_tokens import DraftTokens
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
-from pagegraph.runtime.spec_decode.host_drafter import KEEP_DRAFTING, START_DRAFTING, could_pay, within
+from pagegraph.runtime.spec_decode.drafter import KEEP_DRAFTING, START_DRAFTING, could_pay, within
 from pagegraph.runtime.spec_decode.num_draft_tokens import Acceptance, StepCosts, choose
 
 KEPT = 4  # steps for which numbers of draft tokens are kept while the same slots may have them
@@ -23,7 +23,7 @@ OBSERVE_EVERY = 8
 
 
 class DeviceDrafter:
-    """At most `most` draft tokens a slot for every step; with `costs`, as many of them as pay. See `runtime.spec_decode.host_drafter.Drafter`."""
+    """At most `most` draft tokens a slot for every step; with `costs`, as many of them as pay. See `runtime.spec_decode.drafter.Drafter`."""
 
     def __init__(self, scheduler: Scheduler, most: int, costs: StepCosts | None = None) -> None:
         self.scheduler = scheduler
@@ -66,7 +66,7 @@ class DeviceDrafter:
     def learn(
         self, plan: Plan, result: StepResult, ngram: NgramOutput | None, step_ms: float, overhead_ms: float
     ) -> None:
-        """See `runtime.spec_decode.host_drafter.Drafter`."""
+        """See `runtime.spec_decode.drafter.Drafter`."""
         assert ngram is not None
         self._steps += 1
         observed = plan.drafts is not None or self._steps % OBSERVE_EVERY == 0

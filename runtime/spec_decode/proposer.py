@@ -79,6 +79,17 @@ class NgramProposer:
         return end + 1, seen - 1 - int(differs[-1]) if len(differs) else seen
 
 
+class NoProposer:
+    """Searches nothing: the draft model alone drafts."""
+
+    def propose(self, batch: InputBatch, at: np.ndarray, limits: np.ndarray) -> Proposal:
+        """See `Proposer`."""
+        return empty_proposal(len(at), int(limits.max(initial=0)))
+
+    def ended(self, tokens: np.ndarray) -> None:
+        """Nothing is kept."""
+
+
 def continuation(tokens: np.ndarray, begin: int, count: int) -> np.ndarray:
     """`count` tokens from `begin` on; what runs into the end of `tokens` goes on with the period that it then has."""
     return tokens[begin + np.arange(count) % (len(tokens) - begin)]

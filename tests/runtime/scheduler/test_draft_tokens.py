@@ -16,7 +16,7 @@ from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, ScheduledDraft
 from pagegraph.runtime.scheduler.pack import Packer
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
-from pagegraph.runtime.spec_decode.host_drafter import within
+from pagegraph.runtime.spec_decode.drafter import within
 from tests.runtime.fake_step import BLOCK, EOS, MAX_LEN, VOCAB, FakeStep, check_outputs, next_token
 
 

@@ -19,9 +19,11 @@ from pagegraph.runtime.llm import LocalMailbox
 from pagegraph.runtime.scheduler.block_pool import BlockPool
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.spec_decode.device_drafter import DeviceDrafter
-from pagegraph.runtime.spec_decode.host_drafter import Drafter, HostDrafter
+from pagegraph.runtime.spec_decode.drafter import Drafter
+from pagegraph.runtime.spec_decode.host_drafter import HostDrafter
+from pagegraph.runtime.spec_decode.model_drafter import ModelDrafter
 from pagegraph.runtime.spec_decode.num_draft_tokens import StepCosts
-from pagegraph.runtime.spec_decode.proposer import NgramProposer
+from pagegraph.runtime.spec_decode.proposer import NgramProposer, NoProposer
 from tests.runtime.fake_step import FakeStep
 
 MAX_LEN = 2000
@@ -114,15 +116,19 @@ def drive(
     metrics = EngineMetrics("m", MAX_LEN)
     drafter = None
     if drafting:
-        drafter = Model(device, scheduler, **model) if model else None
         costs = (
             None
             if fixed
             else StepCosts((*range(1, 17), *range(20, 65, 4)), {n: cost(n) for n in (1, 2, 4, 8, 16, 32, 64)})
         )
-        drafter = DeviceDrafter(scheduler, fixed or 15, costs) if on_device else HostDrafter(
-            scheduler, None if model else NgramProposer(2, 5), fixed or 15, costs, drafter, model.get("ms", 1.0), clock=device.clock
-        )  # fmt: skip
+        most = fixed or 15
+        if on_device:
+            drafter = DeviceDrafter(scheduler, most, costs)
+        elif model:
+            made = Model(device, scheduler, **model)
+            drafter = ModelDrafter(scheduler, NoProposer(), most, costs, made, model.get("ms", 1.0), device.clock)
+        else:
+            drafter = HostDrafter(scheduler, NgramProposer(2, 5), most, costs, device.clock)
     mailbox = LocalMailbox()
     engine = Engine(
         device, scheduler, mailbox, Limits(1000, MAX_LEN, frozenset(), 100), None, device.clock,
