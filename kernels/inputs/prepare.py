@@ -1,7 +1,7 @@
 """Triton: what a step brought becomes what the model reads: ids, positions, slot_mapping and block tables.
 
-Two kernels at the head of every step. The first brings the block tables up to date; the second looks up, also where a slot
-stands of which the host does not know yet. Knows no host and no model. See `kernels.ops`.
+Two kernels at the head of every step. The first brings the block tables up to date; the second looks up, also where a
+slot stands of which the host does not know yet. Knows no host and no model. See `kernels.ops`.
 """
 
 from __future__ import annotations

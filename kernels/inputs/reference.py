@@ -1,4 +1,6 @@
-"""Block tables and the inputs of a step in plain PyTorch: the specification and the oracle of the tests. Knows no device."""
+"""Block tables and the inputs of a step in plain PyTorch: the specification and the oracle of the tests. Knows no
+device.
+"""
 
 from __future__ import annotations
 

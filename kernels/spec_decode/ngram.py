@@ -1,8 +1,8 @@
 """Triton: which draft tokens were accepted, and what to draft next, on the device, at the end of every step.
 
-Queries of a slot stand together: its last token, then a draft token each. A draft token is accepted if it is what the query before it drew. What
-the slot then holds is looked up in itself, so the next step can be launched before the host knows any of it. Knows no host
-and no model. See `kernels.ops`.
+Queries of a slot stand together: its last token, then a draft token each. A draft token is accepted if it is what the
+query before it drew. What the slot then holds is searched for what may follow, so the next step can be launched before
+the host knows any of it. Knows no host and no model. See `kernels.ops`.
 
 Verification and the search are in the CUDA graph of the step: the next step is launched before the host knows any of
 it. The host counts draft tokens in flight as accepted, takes back what was not when ids arrive, and takes blocks for

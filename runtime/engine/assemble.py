@@ -96,7 +96,7 @@ def _drafter(config: Config, built: BuiltModel, scheduler: Scheduler) -> Drafter
         costs = StepCosts(built.step.decode_sizes(most), measure_latency(built.step, most))
     if config.proposes_on_device:
         return DeviceDrafter(scheduler, config.max_draft_tokens, costs)
-    proposer = _proposer(config)
+    proposer = _proposer(config.method, config)
     if built.draft is None:
         return HostDrafter(scheduler, proposer, config.max_draft_tokens, costs)
     model = DraftModel(
@@ -107,9 +107,9 @@ def _drafter(config: Config, built: BuiltModel, scheduler: Scheduler) -> Drafter
     return ModelDrafter(scheduler, proposer, config.max_draft_tokens, costs, model, model_ms)
 
 
-def _proposer(config: Config) -> Proposer:
+def _proposer(method: str, config: Config) -> Proposer:
     """Who searches text, by the first part of the method; with method draft, nobody."""
-    match config.method.partition("+")[0]:
+    match method.partition("+")[0]:
         case "suffix":
             return SuffixProposer(config.prompt_lookup_min)
         case "ngram":

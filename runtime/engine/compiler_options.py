@@ -1,4 +1,6 @@
-"""A configuration in the compiler's own words: which device it comes to, and what its keys say of models, steps and passes."""
+"""A configuration in the compiler's own words: which device it comes to, and what its keys say of models, steps and
+passes.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The engine loop: messages in, one step launched ahead, tokens out.
 
-Step N+1 is scheduled and launched before the ids of step N are read, so the device never waits for the
-host; where the host is to draft, after. One request's error stays that request's: after an exception all run
-again from their committed tokens, one at a time until it is known whose it is. It ends the engine only where a
-step of the engine's own fails too. Holds no socket and no CUDA: the mailbox, the step and the clock are given.
+Step N+1 is scheduled and launched before the ids of step N are read, so the device never waits for the host; where the
+host drafts, after. An exception ends one request: all sequences run again from their committed tokens, one at a time
+until it is known which of them raises it. It ends the engine only if a step of the engine's own fails too. Holds no
+socket and no CUDA: the mailbox, the step and the clock are given.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Engine:
         if self.step_time is not None:
             self.step_time.observe(done.plan.num_tokens, seconds * 1e3)
         result = self.scheduler.commit(done.plan, output)
-        self._deliver(result)  # before anything else may fail: what is committed has been told
+        self._deliver(result)  # before anything else may raise: committed tokens have been sent
         self.scheduler.finish(result)
         self._isolation.stepped(len(result.slots))
         if self.drafter is not None:
@@ -201,7 +201,7 @@ class Engine:
             self._tell(owner, Tokens(deltas, ids.tolist(), tokens.tolist()))
 
     def _tell(self, owner: int, tokens: Tokens) -> None:
-        """Send them; where that raises, one by one, and whose cannot be sent ends."""
+        """Send tokens to a client; if that raises, one by one, and a request whose tokens cannot be sent ends."""
         try:
             self.mailbox.send(self._clients[owner], tokens)
         except Exception:
@@ -214,7 +214,8 @@ class Engine:
                 self._tell(owner, Tokens([delta]))
 
     def _recover(self, error: Exception) -> None:
-        """Go on after a step that failed, or was not even planned: as if it had not been, and without whoever is to blame.
+        """Drop a step that raised, in scheduling or on the device, restart all sequences, and fail the one to blame if
+        it is known.
 
         Raises RuntimeError if it is no request's fault.
         """

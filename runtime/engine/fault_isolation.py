@@ -1,9 +1,9 @@
-"""After a step failed: which of its sequences is to blame, found by letting them run one at a time.
+"""Finds which sequence a failed step is to blame on, by letting its sequences run one at a time.
 
-The exception does not say. So everyone who took part is put back, and runs alone for a few steps; whoever fails alone is
-to blame, and the others go on as if nothing had happened. Where all come through and a step fails again soon, they run
-alone for longer and longer: in the end each by itself, which is slow, and still right.
-Knows no step, no socket and no clock: the engine says what happened, and asks before each step who runs.
+An exception does not say which sequence raised it. So every sequence of the step is restarted and runs alone for a few
+steps: one that fails alone is to blame, and the others go on. If none fails alone and a step of several fails again
+soon, they run alone for twice as long: in the end each by itself, which is slow and still right. Knows no step, no
+socket and no clock: the engine says what happened, and asks before each step who runs.
 
 Only where a step of the engine's own fails as well is it the device, and the engine ends. `commit` changes nothing
 before all that may raise is done, and reports before slots are freed; that is all the common path pays.
@@ -19,7 +19,7 @@ PEACE = 100  # steps after which a failure has nothing to do with the one before
 
 
 class FaultIsolation:
-    """Those that have not run alone yet, the one that does so first."""
+    """Sequences that have not run alone yet; the first of them is running alone."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
@@ -37,7 +37,7 @@ class FaultIsolation:
             guilty = self._untried[0]
         else:
             self._length = ISOLATED_STEPS if self._peace >= PEACE else 2 * self._length
-            # Were those who took part all innocent before, it is somebody who waits, or their company.
+            # If all of a step's sequences ran well alone before, a waiting one is to blame, or their combination.
             again = self._length > ISOLATED_STEPS
             self._untried = self._scheduler.live if again or not touched else list(touched)
             guilty = self._untried[0] if len(self._untried) == 1 else None

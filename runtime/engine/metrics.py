@@ -1,10 +1,9 @@
 """What the engine counts, and its Prometheus text.
 
-Knows numbers and metric names: histograms are kept here, totals are read off `Counts`. Knows no torch, no sockets and no
-clock: the engine hands in durations.
-What stands under `vllm:` has the name, the buckets and the meaning that it has there, so dashboards of the field fit; under
-`pagegraph:` the same stands again, with what only this engine counts.
-The engine's thread writes, any thread may render: a scrape may see one step half counted.
+Knows numbers and metric names: histograms are kept here, totals are read off `Counts`. Knows no torch, no sockets and
+no clock: the engine hands in durations. What stands under `vllm:` has the name, the buckets and the meaning that it has
+there, so dashboards of the field fit; under `pagegraph:` the same stands again, with what only this engine counts. The
+engine's thread writes, any thread may render: a scrape may see one step half counted.
 """
 
 from __future__ import annotations

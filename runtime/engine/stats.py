@@ -1,4 +1,4 @@
-"""Turns what the engine does into what `runtime.engine.metrics` counts: knows times of requests, not names of metrics."""
+"""Engine stats: follows requests and steps, and hands `runtime.engine.metrics` their times. Knows no names of metrics."""
 
 from __future__ import annotations
 

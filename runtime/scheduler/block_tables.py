@@ -1,8 +1,9 @@
-"""Blocks of sequences: found by content for those that start, taken as they grow, published once full, released.
+"""Gives sequences their KV blocks: finds cached ones when a sequence starts, takes more as it grows, releases them.
 
-A block is published when it is full of known tokens whose keys and values are computed or under way: a later step, or a later
-sequence of the same one, reads it after it is written. Draft tokens are not published. Keeps each sequence's hashes, and how
-many of its blocks were published. Knows no order among sequences: who gives way where blocks are short, others decide.
+Full blocks are published to the prefix cache. A block is full when all of its tokens are on the host and their keys and
+values are computed or in a launched step: whoever reads it, a later step or a later sequence of the same step, reads it
+after it is written. Draft tokens are not published. This file keeps each sequence's block hashes and how many of its
+blocks are published. It knows no order among sequences: the scheduler decides who is preempted when blocks run out.
 
 Blocks of the next eight tokens are taken at once while there are plenty, so that most decode steps bring no new block
 and the device goes on from the metadata of the step before. Blocks are freed at once, even with a step in flight: a
@@ -21,12 +22,12 @@ from pagegraph.runtime.scheduler.sequence import Sequence
 
 
 class BlockTables:
-    """Hands the blocks of `pool` to the tables of `slots`."""
+    """The block tables of `batch`, filled with blocks of `pool`."""
 
     def __init__(self, pool: BlockPool, batch: InputBatch) -> None:
         self.pool = pool
         self.batch = batch
-        # Room left for running sequences to grow, by new ones beside them and by blocks that are taken ahead of need.
+        # Free blocks that new sequences, and blocks taken ahead of need, leave for running sequences to grow.
         self.watermark = max(1, pool.num_blocks // 100)
 
     def find(self, sequence: Sequence) -> list[int]:
@@ -38,7 +39,9 @@ class BlockTables:
         return self.pool.lookup(sequence.prefix.hashes[:full])
 
     def claim(self, sequence: Sequence, found: list[int], spare: int) -> list[int] | None:
-        """Blocks for all tokens of a waiting sequence, `found` the first; None, taking none, if less than `spare` were left."""
+        """Blocks for all tokens of a waiting sequence, `found` the first; None, taking none, if less than `spare` were
+        left.
+        """
         needed = -(-len(sequence.tokens) // self.pool.block_size) - len(found)
         if needed + spare > self.pool.num_free - self.pool.num_free_among(found):
             return None
@@ -47,7 +50,9 @@ class BlockTables:
         return found + self.pool.take(needed)
 
     def extend(self, slots: np.ndarray, lengths: np.ndarray, spare: int = 0) -> bool:
-        """Give the slots the blocks they lack to hold `lengths` tokens; False, giving none, if less than `spare` were left."""
+        """Give the slots the blocks they lack to hold `lengths` tokens; False, giving none, if less than `spare` were
+        left.
+        """
         missing = np.maximum(-(-lengths // self.batch.block_size) - self.batch.num_blocks[slots], 0)
         if wanted := int(missing.sum()):
             if wanted + spare > self.pool.num_free:
@@ -57,7 +62,7 @@ class BlockTables:
         return True
 
     def publish(self, sequence: Sequence) -> None:
-        """What is full by now of a sequence in a slot."""
+        """Publish the blocks of a running sequence that are full by now."""
         batch, slot = self.batch, sequence.slot
         full = min(int(batch.known[slot]), int(batch.computed[slot])) // self.pool.block_size
         if full <= sequence.prefix.num_registered or not self.pool.enable_caching:
@@ -68,13 +73,15 @@ class BlockTables:
         sequence.prefix.num_registered = full
 
     def release(self, sequence: Sequence) -> None:
-        """Take a sequence's blocks from its slot; what it generated may be found in them."""
+        """Publish what is full of a sequence's blocks and give all of them back to the pool."""
         self.publish(sequence)
         self.pool.release(self.batch.take_blocks(sequence.slot))
         sequence.prefix.num_registered = 0
 
     def check_integrity(self, running: Iterable[Sequence]) -> None:
-        """Raise AssertionError unless the tables of the running hold all blocks in use, and what is published is in them."""
+        """Raise AssertionError unless the tables of the running hold all blocks in use, and what is published is in
+        them.
+        """
         self.pool.check_integrity([self.batch.blocks_of(sequence.slot) for sequence in running])
         for sequence in running:
             self._check(sequence)

@@ -1,8 +1,8 @@
-"""What a step brought: its samples appended to their slots, and which sequences end by them, and why.
+"""Appends the tokens that a step sampled to their slots, and says which sequences end by them, and why.
 
-Plans are taken in the order they were scheduled. Length is looked at before stop ids: a stop id that is also the last token
-allowed ends the sequence with "length". A sample past an end is dropped here, and rejected draft tokens are taken back.
-Knows no blocks and no queue: a sequence that ends is still in its slot afterwards.
+Plans are committed in the order they were scheduled. Length is checked before stop ids: a stop id that is also the last
+token allowed ends the sequence with "length". A token sampled past a sequence's end is dropped here; rejected draft
+tokens are subtracted from the slot's counts. Knows no blocks and no queue: a sequence that ends keeps its slot for now.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pagegraph.runtime.scheduler.sequence import Sequence
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step brought: token_ids[i], of several the last, to the sequence that was in slot slots[i]; arrays [n]."""
+    """token_ids[i] is the last token that the sequence in slot slots[i] got from the step; arrays [n]."""
 
     slots: np.ndarray  # int32
     token_ids: np.ndarray  # int32
@@ -36,9 +36,9 @@ class StepResult:
 
 
 def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) -> StepResult:
-    """Append what the step sampled for those that are still in its slots. In the order of the plan, slots with draft tokens last.
+    """Append what the step sampled to the slots whose sequence is still the plan's; slots with draft tokens come last.
 
-    Nothing is changed before all that may go wrong is done.
+    If it raises, nothing was changed: all that depends on a request's parameters is done first.
     """
     at, ids, index = plan.slots, output.token_ids, None
     wanted = plan.sampled & (batch.epoch[at] == plan.epochs)
@@ -65,8 +65,8 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
         told.append(sequence)
         if first[i]:
             result.begun.append(sequence)
-    drafts = None if plan.drafts is None else _judge(batch, plan, output, result, told)
-    # From here on nothing depends on what was asked for.
+    drafts = None if plan.drafts is None else _verified(batch, plan, output, result, told)
+    # From here on nothing raises.
     batch.tokens[at, known - 1] = ids
     batch.known[at] = known
     if drafts is not None:
@@ -82,8 +82,10 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
     return result
 
 
-def _judge(batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult, told: list[Sequence]) -> Verification:
-    """What was sampled behind accepted draft tokens, up to an end, added to `result`."""
+def _verified(
+    batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult, told: list[Sequence]
+) -> Verification:
+    """Verify the step's draft tokens and add the tokens of their slots, up to a sequence's end, to `result`."""
     assert plan.drafts is not None
     drafts = plan.drafts.among(batch.epoch[plan.drafts.slots] == plan.epochs[plan.drafts.first])
     at, fed = drafts.slots, None if output.ngram is None else output.ngram.fed
@@ -107,7 +109,7 @@ def _judge(batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult
 
 
 def _append_accepted(batch: InputBatch, found: Verification) -> None:
-    """Append the tokens of the verification; rejected draft tokens are taken back."""
+    """Append the verified tokens and subtract rejected draft tokens from what counts as scheduled and computed."""
     at, known = found.slots, batch.known[found.slots]
     places = np.arange(found.tokens.shape[1])
     inside = places < found.lengths[:, None]
@@ -115,7 +117,7 @@ def _append_accepted(batch: InputBatch, found: Verification) -> None:
     batch.known[at] = known + found.lengths
     surplus = found.counts + 1 - found.lengths
     batch.total[at] -= surplus
-    # Without blocks the slot was preempted meanwhile: nothing of it is computed.
+    # A slot without blocks was preempted meanwhile: none of its tokens are computed.
     batch.computed[at] -= np.where(batch.num_blocks[at] > 0, surplus, 0)
 
 

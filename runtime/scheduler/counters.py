@@ -1,4 +1,4 @@
-"""Running totals of what was scheduled and what came of it, for whoever reports them."""
+"""Running totals of what the scheduler did and what steps brought; metrics read them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pagegraph.runtime.scheduler.draft_tokens import Verification
 class Counters:
     """Running totals.
 
-    Prefix counts are in tokens, of admissions, and leave those after a preemption out. `prompt_tokens` are those of prompts
-    that were done, found in the cache or computed, each prompt once.
+    Prefix counts are in tokens, of admissions, and leave those after a preemption out. `prompt_tokens` are those of
+    prompts that were done, found in the cache or computed, each prompt once.
     """
 
     preemptions: int = 0
@@ -30,7 +30,7 @@ class Counters:
     mean_draft_tokens: float = 0.0  # in the last step that could have had any
 
     def count(self, result: StepResult) -> None:
-        """What a step brought."""
+        """Add a committed step."""
         self.generated_tokens += len(result.slots)
         for sequence in result.begun:
             self.prompt_tokens += sequence.num_prompt

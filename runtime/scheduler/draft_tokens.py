@@ -1,9 +1,10 @@
-"""Draft tokens in a step: what they are, the queries they become, and how many of them are accepted.
+"""Draft tokens in a step: how the plan schedules them, and how many of them the target model accepts.
 
-Each draft token is a query of its own behind its slot's last known token: the same slot, one token, the next position. Keys
-and values of all queries are written before any attends, so a query sees the draft tokens before it, and its sample is the
-one that a step of its own would have drawn: noise depends on (seed, position, token) alone. A draft token is accepted exactly if
-it is what the query before it sampled, so the tokens are those of a run without draft tokens. Pure arithmetic over arrays.
+A draft token is scheduled as a query of its own behind its slot's last known token: the same slot, one token, the next
+position. A step writes the keys and values of all its queries before any of them attends, so a query sees the draft
+tokens before it and samples what a step of its own would have sampled: noise depends on (seed, position, token) alone.
+A draft token is accepted exactly if the query before it sampled that token, so requests get the tokens of a run without
+draft tokens. Pure arithmetic over arrays.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 class DraftTokens:
     """Tokens that may follow: tokens[i, :counts[i]] in slot slots[i], counts at least 1; int32 [R], [R], [R, K].
 
-    tokens None: the device has made them, and knows them alone.
+    tokens None: the device proposed them, and only the device knows them.
     """
 
     slots: np.ndarray
@@ -68,18 +69,21 @@ class ScheduledDrafts:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What became of draft tokens, of R slots; arrays [R], int32 unless said."""
+    """Which draft tokens of R slots were accepted, and the tokens that the slots get; arrays [R], int32 unless said."""
 
     slots: np.ndarray
-    counts: np.ndarray  # draft tokens
-    accepted: np.ndarray  # accepted draft tokens, from the first on
+    counts: np.ndarray  # draft tokens verified
+    accepted: np.ndarray  # leading ones that were accepted
     tokens: np.ndarray  # [R, K + 1], new tokens of the slot, of which `lengths` count
     lengths: np.ndarray  # at least 1
     stopped: np.ndarray  # bool, whether the last of them is a stop id
 
 
 def as_queries(columns: Columns, draft_tokens: DraftTokens) -> tuple[Columns, ScheduledDrafts | None]:
-    """Plan columns (slots, epochs, starts, counts, sampled) [N], draft tokens among the counts -> a query a draft token.
+    """Give each draft token a query of its own.
+
+    columns: of a plan, (slots, epochs, starts, counts, sampled) [N], whose counts include draft tokens -> columns of a
+    query each, and where the draft tokens are.
 
     `draft_tokens` of slots that are not in the plan are left out; None: that is all of them.
     """
@@ -119,8 +123,8 @@ def verify(
 ) -> Verification:
     """Compare `draft_tokens` [R, K] with the ids `sampled` [S] by the plan's queries.
 
-    known, max_len, min_len [R] and stop_ids [R, n] as in `runtime.scheduler.input_batch`, `known` before this step. Tokens end at
-    max_len and at the first stop id past min_len that is not also the last token allowed.
+    known, max_len, min_len [R] and stop_ids [R, n] as in `runtime.scheduler.input_batch`, `known` before this step.
+    Tokens end at max_len and at the first stop id past min_len that is not also the last token allowed.
     """
     counts = drafts.counts
     at = np.arange(draft_tokens.shape[1] + 1)

@@ -1,7 +1,7 @@
-"""Running sequences as columns: element i of every array belongs to the sequence in slot i.
+"""The input batch: running sequences as columns, element i of every array for the sequence in slot i.
 
-What a step reads or changes of every running sequence stands here, so that planning, packing and committing
-are array operations whatever the batch. A waiting or finished sequence holds its own tokens and nothing here.
+It holds what a step reads or changes of every running sequence, so that scheduling, packing and committing are array
+operations whatever the batch. A waiting or finished sequence holds its own tokens and nothing here.
 Knows no scheduling order, no pool and no device.
 
 An object a sequence cost 1.4 ms of Python a step at 256 sequences; columns are a tenth of that.
@@ -21,7 +21,7 @@ from pagegraph.runtime.scheduler.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """What of some slots does not change while their sequences stay; columns of `InputBatch`, element i of slots[i]."""
+    """Columns of `InputBatch` that are constant while a sequence keeps its slot, gathered: element i is of slots[i]."""
 
     slots: np.ndarray
     epochs: np.ndarray
@@ -44,9 +44,9 @@ class Times:
 class InputBatch:
     """`num_slots` slots for sequences of at most `max_model_len` tokens in blocks of `block_size`; int32 unless said.
 
-    Half-open ranges: tokens[r, :computed[r]] have their KV in blocks or in a launched step; tokens[r, :known[r]]
-    are on the host; at most total[r] - known[r] samples are scheduled and still to come. Both computed and total count
-    draft tokens in flight as if they were accepted, and are taken back where they were not.
+    Half-open ranges of slot i: tokens[i, :computed[i]] have their keys and values in blocks or in a launched step;
+    tokens[i, :known[i]] are on the host; at most total[i] - known[i] sampled tokens are scheduled and still to come.
+    `computed` and `total` count draft tokens in flight as accepted; `commit` subtracts those that were rejected.
     """
 
     def __init__(self, num_slots: int, max_model_len: int, block_size: int) -> None:
@@ -72,7 +72,7 @@ class InputBatch:
         self.clear()
 
     def clear(self) -> None:
-        """All slots are empty, whatever they were."""
+        """Empty all slots."""
         self.sequences[:] = None
         self.epoch[:] = self.known[:] = self.total[:] = self.computed[:] = self.num_blocks[:] = 0
         self.blocks[:] = 0
@@ -120,7 +120,7 @@ class InputBatch:
         )
 
     def leave(self, slot: int) -> None:
-        """The sequence takes its tokens along; its blocks were taken before."""
+        """Copy the tokens back to the sequence and free its slot, whose blocks were released before."""
         sequence = self.sequences[slot]
         sequence.tokens = self.tokens[slot, : self.known[slot]].copy()
         sequence.times.last_token = float(self.times.last_token[slot])
@@ -138,7 +138,7 @@ class InputBatch:
         self.num_blocks[slots] += counts
 
     def take_new_blocks(self) -> np.ndarray:
-        """What the tables have gained since the last call, int32 [P, 3]: (slot, index, block)."""
+        """What was appended to block tables since the last call, int32 [P, 3]: (slot, index, block)."""
         new, self._new_blocks = self._new_blocks, []
         return np.concatenate(new) if new else _NO_BLOCKS
 
@@ -147,7 +147,7 @@ class InputBatch:
         return self.blocks[slot, : self.num_blocks[slot]].tolist()
 
     def take_blocks(self, slot: int) -> list[int]:
-        """The slot's blocks, which it no longer holds."""
+        """Empty the slot's block table -> the blocks it held."""
         blocks = self.blocks_of(slot)
         self.blocks[slot, : len(blocks)] = 0
         self.num_blocks[slot] = self.computed[slot] = 0

@@ -1,4 +1,4 @@
-"""From a plan to the flat arrays of a step. Knows no pool and no device: pure packing.
+"""Packs a plan into the flat arrays of a step. Knows no pool and no device.
 
 Pack a plan before the next one is scheduled: tokens and blocks are read from the slots as they stand.
 """
@@ -29,8 +29,8 @@ class Packer:
     def pack(self, plan: Plan) -> StepInput:
         """A StepInput of the plan's T tokens and S sequences, in the plan's order.
 
-        A token sampled by a step that is still running is unknown to the host: its id is -1; a draft token of the device's
-        own, j places behind, has -1 - j.
+        A token sampled by a step that is still running is unknown to the host: its id is -1; a draft token of the
+        device's own, j places behind, has -1 - j.
         """
         token_ids, query_start = self._tokens(plan)
         return StepInput(
@@ -38,7 +38,7 @@ class Packer:
             slots=plan.slots,
             query_start=query_start,
             starts=plan.starts,
-            # Which of a slot's draft tokens are accepted decides what is handed over: not the draw of one query.
+            # The last token of a slot with draft tokens is known once they are verified, not from one query's sample.
             sampled=plan.sampled if plan.drafts is None else plan.sampled & plan.drafts.others,
             new_blocks=self.batch.take_new_blocks(),
             sampling=self._sampling(plan),
@@ -91,7 +91,7 @@ class Packer:
 def _cached(plan: Plan) -> list[tuple[int, np.ndarray]]:
     """What those that start in the step have in the cache; they are its last queries.
 
-    Views of their own tokens: only a device that looks up copies them.
+    Views of the sequences' tokens: only a device that proposes draft tokens copies them.
     """
     if not plan.started:
         return []

@@ -1,4 +1,5 @@
-"""A planned step: which tokens of which slots it computes. What the scheduler says to whoever packs, records or learns.
+"""The plan of a step: which tokens of which slots it computes. The scheduler makes it; packer, commit, stats and
+drafters read it.
 
 Knows no tokens and no blocks: those stand in `runtime.scheduler.input_batch`.
 """
@@ -15,7 +16,8 @@ from pagegraph.runtime.scheduler.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: tokens [starts[i], starts[i] + counts[i]) of the sequence in slot slots[i]; arrays [S], int32 unless said.
+    """One step: tokens [starts[i], starts[i] + counts[i]) of the sequence in slot slots[i]; arrays [S], int32 unless
+    said.
 
     A slot with draft tokens has a query for each of them (`runtime.scheduler.draft_tokens`); any other slot has one.
     """

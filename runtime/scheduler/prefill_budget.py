@@ -1,9 +1,9 @@
-"""The prompt tokens of one step, handed out in order of arrival.
+"""Divides the prompt tokens of one step among prompts in order of arrival.
 
 The first prompt that cannot end in the step leaves a share to those behind it that can: they are in and out while it is
-still computed, and it loses a quarter of its speed at most. A second long prompt gets nothing of the share: computing two
-at a time would delay the first and speed up neither. What nobody takes is the first one's in the end.
-Knows no sequences, slots or blocks but by number.
+still computed, and it loses a quarter of its speed at most. A second long prompt gets nothing of the share: computing
+two at a time would delay the first and speed up neither. What nobody takes is the first one's in the end. Knows
+sequences, slots and blocks by number only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PrefillBudget:
         return self.tokens - min(max(self.tokens // 4, self.least), self.tokens // 2)
 
     def take(self, slot: int, wanted: int, tokens: int) -> None:
-        """It has them."""
+        """The prompt in `slot` takes `tokens` of the `wanted` ones."""
         self.tokens -= tokens
         if tokens < wanted and self.split and self.long < 0:
             self.long = slot

@@ -1,6 +1,7 @@
-"""The running sequences, in the order of `Sequence.place`, and the columns that stay as they are while nobody joins or leaves.
+"""The running sequences, in the order of `Sequence.place`, and the columns that stay as they are while nobody joins or
+leaves.
 
-Knows no blocks and not why somebody joins or leaves.
+Does not know blocks, nor why sequences join or leave.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Which tokens of which sequences the next step computes, and what its results mean for who runs.
+"""The scheduler: which tokens of which sequences the next step computes, and what its results mean for who runs.
 
-There are no phases: a sequence has `computed` tokens chasing `total`, and one ragged step mixes prefill chunks
-and decodes. Scheduling uses counts only, so a step can be planned while those before it are still running.
-Blocks are freed at once even then: the device runs steps in order. Running sequences are handled as columns of
-`runtime.scheduler.input_batch`; only what starts, ends, fills a prompt or lacks blocks is looked at one by one.
-Knows no clock, device, text or socket; which blocks hold what, `runtime.scheduler.block_tables` knows.
+There are no phases: a sequence has `computed` tokens chasing `total`, and one ragged step mixes prefill chunks and
+decodes. Scheduling uses counts only, so a step can be planned while those before it are still running. Blocks are freed
+at once even then: the device runs steps in order. Running sequences are handled as columns of
+`runtime.scheduler.input_batch`; only sequences that start, end, are in their prompt or lack blocks are handled one by
+one. Knows no clock, device, text or socket; which blocks hold what, `runtime.scheduler.block_tables` knows.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from pagegraph.runtime.scheduler.running import Running
 from pagegraph.runtime.scheduler.sequence import Sequence, State, place_of
 from pagegraph.runtime.scheduler.step_time import StepTime
 
-LOOK_AHEAD = 8  # steps of decoding for which blocks are taken at once, while there are plenty
-LOOK_PAST = 16  # waiting prompts that a step looks past for one that ends in it
-HASH_PAST = 256  # blocks of such a prompt that are hashed to learn whether the cache holds most of it
+LOOK_AHEAD = 8  # decode steps for which a sequence takes blocks at once, while there are plenty
+LOOK_PAST = 16  # waiting prompts that admission passes over to find one that ends in the step
+HASH_PAST = 256  # blocks of such a prompt that are hashed to learn how much of it the prefix cache holds
 
 
 class Scheduler:
@@ -113,9 +113,10 @@ class Scheduler:
     def room_for_drafts(self, most: int, lag: int | None = 0) -> tuple[np.ndarray, np.ndarray, int]:
         """(slots that may be given draft tokens, at most how many each, how many in all), with blocks taken for them.
 
-        They generate, ask for no penalties, whose counts know confirmed tokens only, are past min_tokens, which the host
-        looks after, and all but `lag` of their tokens are on the host: with 0 they can be given to the next `schedule`; with
-        more nothing is taken, it is a look ahead. None: the device knows the tokens, and the host need not.
+        They decode, ask for no penalties (penalty counts include accepted tokens only), are past min_tokens (which the
+        host enforces), and all but `lag` of their tokens are on the host: with 0 they can be given to the next
+        `schedule`; with more nothing is taken, it is a look ahead. None: the device knows the tokens, and the host need
+        not.
         """
         batch, slots = self.batch, self._running.fixed().slots
         known, total = batch.known[slots], batch.total[slots]
@@ -146,8 +147,8 @@ class Scheduler:
     def schedule(self, now: float, draft_tokens: DraftTokens | None = None) -> Plan | None:
         """The next step, or None if no sequence can take one. `now` is kept for policies that need it.
 
-        `draft_tokens` within what `room_for_drafts` has just said are verified in it. Until it is committed their slots count as
-        if all of them held.
+        The step verifies `draft_tokens`, which are within what `room_for_drafts` has just said. Until it is committed, the
+        counts of their slots take all of them for accepted.
         """
         self._vacate_drained()
         preemptions = self.counters.preemptions
@@ -191,9 +192,9 @@ class Scheduler:
     def restart(self) -> list[Sequence]:
         """Begin anew after an exception, in whatever state it left this -> those it may have to do with, in order.
 
-        Everyone waits, with the tokens that were committed, but for those that have their finish reason: they have ended. Slots and
-        blocks are empty, and so is the prefix cache, for what a failed step wrote nobody knows. What is in flight must not be
-        committed any more.
+        Everyone waits, with the tokens that were committed, but for those that have their finish reason: they have
+        ended. Slots and blocks are empty, and so is the prefix cache, for what a failed step wrote nobody knows. What
+        is in flight must not be committed any more.
         """
         touched = [s for s in self.live if s.slot >= 0 or s is self._starting]
         for sequence in touched:
@@ -265,13 +266,14 @@ class Scheduler:
         return slots, fixed.epochs, starts, self._running.ones, self._running.trues
 
     def _wanted(self, num_draft_tokens: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, PrefillBudget]:
-        """Slots of the running and how many tokens each may compute, draft tokens too, and the prompt tokens left for others.
+        """Slots of the running and how many tokens each may compute, draft tokens too, and the prompt tokens left for
+        others.
 
         num_draft_tokens: int32, by slot.
         """
         batch, fixed = self.batch, self._running.fixed()
         slots = fixed.slots
-        # Whatever is in flight turns out to be, more may be sampled; where draft tokens in flight may end it, they are waited for.
+        # A sequence that may end within the draft tokens in flight waits for their verification.
         growing = batch.total[slots] < fixed.max_len
         if not growing.all():
             slots = slots[growing]
@@ -290,12 +292,12 @@ class Scheduler:
 
     def _prefill_budget(self, decodes: int) -> PrefillBudget:
         """Prompt tokens the step may take: what decodes leave, less where a chunk beside them would slow them."""
-        left, block = max(self.max_num_batched_tokens - decodes, 0), self.batch.block_size
+        left, block_size = max(self.max_num_batched_tokens - decodes, 0), self.batch.block_size
         if self.step_time is not None and decodes and self.enable_chunked_prefill:
             beside = self.step_time.prefill_tokens_beside(decodes)
             # A block at least: prompts always get on.
-            left = left if beside is None else min(left, max(beside, block))
-        return PrefillBudget(left, self.enable_chunked_prefill, block)
+            left = left if beside is None else min(left, max(beside, block_size))
+        return PrefillBudget(left, self.enable_chunked_prefill, block_size)
 
     def _grow(self, slots: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Give running slots blocks for `counts` more tokens, preempting the last running ones until they suffice.
@@ -317,7 +319,7 @@ class Scheduler:
         return slots, counts
 
     def _advance(self, slots: np.ndarray, counts: np.ndarray, num_draft_tokens: np.ndarray | None = None) -> Columns:
-        """Count the tokens as computed -> the columns of a plan."""
+        """Count the tokens as computed and publish full blocks -> the columns of a plan."""
         batch = self.batch
         starts = batch.computed[slots]
         ends = starts + counts
@@ -332,8 +334,8 @@ class Scheduler:
     def _admit(self, parts: list[Columns], started: list[Sequence], budget: PrefillBudget) -> None:
         """Start waiting sequences in order while prompt tokens, slots and blocks for their whole prompts last.
 
-        Behind a long prompt those start that end within what it leaves. The first that lacks blocks ends it, though: blocks
-        that others took would come back only when they end, so the one that needs many would starve.
+        Behind a long prompt those start that end within what it leaves. The first that lacks blocks ends it, though:
+        blocks that others took would come back only when they end, so the one that needs many would starve.
         """
         passed = 0
         for sequence in self._next_in_line():

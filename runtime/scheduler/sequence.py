@@ -1,7 +1,7 @@
-"""One sequence on its way through the engine: what was asked, its tokens while it waits, how it ended.
+"""A sequence on its way through the engine: its parameters, its tokens while it waits, how it ended.
 
-While it runs its tokens and counts stand in `runtime.scheduler.input_batch`. Knows no blocks, no scheduling order and no text:
-stop strings are found after detokenising, by whoever reads the tokens.
+While it runs its tokens and counts stand in `runtime.scheduler.input_batch`. Knows no blocks, no scheduling order and
+no text: stop strings are found after detokenising, by whoever reads the tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long a step of so many tokens takes, learned from the steps themselves: ms = fixed + per_token * tokens.
+"""Model of how long a step takes, fitted to the steps that ran: ms = fixed + per_token * tokens.
 
 Knows no clock: durations are handed in. Serves one question: how large a prompt chunk may be beside decodes.
 """

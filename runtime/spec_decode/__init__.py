@@ -1,1 +1,1 @@
-"""Who proposes draft tokens, and how many pay."""
+"""Speculative decoding: proposers say which draft tokens, drafters when and how many."""

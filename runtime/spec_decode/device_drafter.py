@@ -1,8 +1,10 @@
-"""When to draft, and how much, where each step looks up the draft tokens for the next: the n-gram proposer on the device.
+"""Decides how many draft tokens each slot gets where the device proposes them: each step runs the n-gram proposer for
+the next.
 
-A step that verifies is launched before the one before it is done: where its slots stand, and with what, the device knows
-(`kernels.spec_decode.ngram`). The host says how many draft tokens a slot gets, from what it knows by then, a step late: how long a match the
-slot's draft tokens rested on, and how often draft tokens on such a match have been accepted. Knows no device and no text.
+A step that verifies is launched before the one before it is done: the device knows where its slots stand and which
+tokens it proposed (`kernels.spec_decode.ngram`). The host says how many draft tokens a slot gets, from what it knows by
+then, a step late: how long a match the slot's draft tokens rested on, and how often draft tokens on such a match have
+been accepted. Knows no device and no text.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ from pagegraph.runtime.spec_decode.drafter import KEEP_DRAFTING, START_DRAFTING,
 from pagegraph.runtime.spec_decode.num_draft_tokens import Acceptance, StepCosts, choose
 
 KEPT = 4  # steps for which numbers of draft tokens are kept while the same slots may have them
-# of so many steps without draft tokens one is looked at, for what steps cost and what draft tokens would have been accepted
+# One of so many steps without draft tokens is observed: its time, and whether its draft tokens would have been
+# accepted.
 OBSERVE_EVERY = 8
 
 
 class DeviceDrafter:
-    """At most `most` draft tokens a slot for every step; with `costs`, as many of them as pay. See `runtime.spec_decode.drafter.Drafter`."""
+    """Drafts at most `most` tokens a slot for every step; with `costs`, as many of them as pay. See
+    `runtime.spec_decode.drafter.Drafter`.
+    """
 
     def __init__(self, scheduler: Scheduler, most: int, costs: StepCosts | None = None) -> None:
         self.scheduler = scheduler

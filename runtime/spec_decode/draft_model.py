@@ -2,9 +2,9 @@
 
 It draws with the request's temperature and filters and with the noise that the target will draw with at that position:
 both take the largest of their logits plus the same noise, so they agree nearly as often as two draws can (Gumbel-max
-coupling), and what the target draws is not changed at all. Keys and values of rejected draft tokens, and of tokens
-that it has not seen yet, are computed before the next draft token. All draft tokens are one launch of several steps, or two where a
-slot lacks more than its last token. Knows no acceptance and no scheduling.
+coupling), and what the target draws is not changed at all. Keys and values of rejected draft tokens, and of tokens that
+it has not seen yet, are computed before the next draft token. All draft tokens are one launch of several steps, or two
+where a slot lacks more than its last token. Knows no acceptance and no scheduling.
 
 It shares block tables and block numbers with the target. A prefix found in the cache is computed again, for its own
 keys may not be there; wrong keys would cost acceptance only. Sequences that want fewer draft tokens go on with the
@@ -22,10 +22,11 @@ from pagegraph.runtime.scheduler.input_batch import InputBatch
 
 
 class DraftModel:
-    """`step` shares its block tables with the target's; it takes `max_tokens` tokens, `max_decode_tokens` of them sampled.
+    """`step` shares its block tables with the target's; it takes `max_tokens` tokens, `max_decode_tokens` of them
+    sampled.
 
-    `together`: slots that want fewer draft tokens go on with the others as far as their blocks reach, because a launch costs more
-    than a slot.
+    `together`: slots that want fewer draft tokens go on with the others as far as their blocks reach, because a launch
+    costs more than a slot.
     """
 
     def __init__(
@@ -110,7 +111,9 @@ class DraftModel:
         return self._chunk(at, missing, sampled=True)
 
     def _chunk(self, at: np.ndarray, counts: np.ndarray, sampled: bool) -> StepInput:
-        """The next counts[i] tokens of the slots; a few as queries of one token, which steps of draft tokens are made of too."""
+        """The next counts[i] tokens of the slots; a few as queries of one token, which steps of draft tokens are made
+        of too.
+        """
         batch = self.batch
         total = int(counts.sum())
         if total <= self.max_decode_tokens:

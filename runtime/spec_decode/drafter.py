@@ -1,6 +1,7 @@
 """What the engine asks of whoever decides on draft tokens, and the arithmetic that all of them share.
 
-A drafter says before each step which slots get draft tokens and how many; a proposer says which tokens. Knows no device.
+A drafter says before each step which slots get draft tokens and how many; a proposer says which tokens. Knows no
+device.
 """
 
 from __future__ import annotations

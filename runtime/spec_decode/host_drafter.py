@@ -1,8 +1,8 @@
-"""When to draft, and how much, where the host proposes: between the engine's loop, the scheduler and those who propose.
+"""Decides when the host drafts, and how many tokens: between the engine loop, the scheduler and a proposer.
 
-Such draft tokens need every token of their slots on the host, so the step before is committed before they are made; all other steps
-are planned ahead as ever. Where the number of draft tokens is left to the engine, what is looked up is compared with what comes
-while nothing is drafted: knowing whether draft tokens would be accepted takes no step. Knows no device.
+The proposer needs every token of a slot on the host, so the step in flight is committed before draft tokens are
+proposed; all other steps are planned ahead as ever. Where the engine chooses the number of draft tokens, proposals are
+compared with the tokens that come while nothing is drafted: measuring acceptance takes no step. Knows no device.
 
 Splitting the batch into two alternating halves, so that only those wait who have draft tokens, would read the weights
 twice; so all wait, and the wait is part of what draft tokens must earn.
@@ -25,14 +25,16 @@ from pagegraph.runtime.spec_decode.drafter import KEEP_DRAFTING, START_DRAFTING,
 from pagegraph.runtime.spec_decode.num_draft_tokens import Acceptance, StepCosts, choose
 from pagegraph.runtime.spec_decode.proposer import Proposal, Proposer
 
-SHADOW = 3  # draft tokens a slot that are compared with what comes without being verified
-SEARCH_SHARE = 0.01  # share of time that looking for draft tokens may take while nothing is drafted
+SHADOW = 3  # draft tokens a slot that are compared with what comes instead of being verified
+SEARCH_SHARE = 0.01  # share of time that searches for draft tokens may take while nothing is drafted
 RATE = 0.1  # weight of a step in the averages here
 
 
 @dataclass(slots=True)
 class Shadow:
-    """Draft tokens that are not verified: for position `at` of the sequence of that epoch."""
+    """Draft tokens, from position `at` on, that are not verified but compared with what the sequence of that epoch
+    gets.
+    """
 
     epoch: int
     at: int
@@ -125,7 +127,9 @@ class HostDrafter:
             self._search_budget_ms = min(self._search_budget_ms + SEARCH_SHARE * step_ms, 2 * self._search_ms)
 
     def _offer(self, slots: np.ndarray, limits: np.ndarray, ahead: int) -> Offer:
-        """What could be drafted for the slots; the first `ahead` tokens of a proposal are those in flight, and left out."""
+        """What could be drafted for the slots; the first `ahead` tokens of a proposal are those in flight, and left
+        out.
+        """
         epochs = self.scheduler.batch.epoch[slots]
         proposal = self.proposer.propose(self.scheduler.batch, slots, limits)
         most = proposal.tokens.shape[1]
@@ -169,9 +173,9 @@ class HostDrafter:
         return False
 
     def _compare(self, slots: np.ndarray, proposal: Proposal) -> None:
-        """Learn from shadows that have been overtaken, and cast new ones."""
+        """Learn from shadows whose tokens have come, and keep new ones."""
         batch = self.scheduler.batch
-        learned: list[tuple[int, int, int, int, int]] = []  # slot, epoch, matched, draft tokens, held
+        learned: list[tuple[int, int, int, int, int]] = []  # slot, epoch, matched, draft tokens, accepted ones
         for i, slot in enumerate(slots.tolist()):
             shadow, epoch, known = self._shadows.get(slot), int(batch.epoch[slot]), int(batch.known[slot])
             if shadow is not None and shadow.epoch == epoch:

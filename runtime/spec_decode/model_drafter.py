@@ -1,8 +1,8 @@
 """When a draft model is asked for draft tokens, and for how many, beside a proposer that searches text.
 
 A slot takes the proposer's tokens where those have been right more often, on a match of that length, than the model's.
-Draft tokens of the model cost its time: they have to pay for it, and are tried now and then where they are not expected to.
-Knows no device.
+Draft tokens of the model cost its time: they have to pay for it, and are tried now and then where they are not expected
+to. Knows no device.
 """
 
 from __future__ import annotations

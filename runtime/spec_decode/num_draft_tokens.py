@@ -1,4 +1,4 @@
-"""How many draft tokens pay: what steps of so many tokens take, how often draft tokens are accepted, and the best count of the two.
+"""How many draft tokens pay: from the time of steps by their tokens, and from how often draft tokens are accepted.
 
 Learned from the steps themselves. Knows no clock, no slots' contents and no device: numbers are handed in.
 
@@ -29,7 +29,8 @@ class StepCosts:
     """Milliseconds of a step by its tokens: ms(n, now) = speed(now) * shape(n), both learned.
 
     The speed follows context lengths and the machine's load quickly, the shape slowly: a busy moment slows all sizes,
-    and does not make the size that it fell on look dear. Sizes are rounded up to `step_sizes`, those in which steps run.
+    and does not make the size that it fell on look dear. Sizes are rounded up to `step_sizes`, those in which steps
+    run.
     """
 
     def __init__(self, step_sizes: Sequence[int], measured: Mapping[int, float] | None = None) -> None:
@@ -41,7 +42,7 @@ class StepCosts:
             self.observe(num_tokens, ms)
 
     def observe(self, num_tokens: int, ms: float) -> None:
-        """A step of so many queries of one token, took `ms`."""
+        """A step of so many queries of one token took `ms`."""
         at = self._at(num_tokens)
         value = np.log(max(ms, 1e-3))
         if not self._seen.any():
@@ -73,7 +74,9 @@ class StepCosts:
 
 
 class Acceptance:
-    """How often a draft token is accepted if those before it were, by the slot and by the class of the match that it rests on."""
+    """How often a draft token is accepted if those before it were, by the slot and by the class of the match that it
+    rests on.
+    """
 
     def __init__(self, num_slots: int) -> None:
         self._epoch = np.zeros(num_slots, np.int64)
@@ -82,7 +85,9 @@ class Acceptance:
         self._accepted = PRIOR_WEIGHT * PRIOR
 
     def chances(self, slots: np.ndarray, epochs: np.ndarray, matched: np.ndarray, most: int) -> np.ndarray:
-        """float64 [R, most]: that the draft tokens 0..j of each slot all are accepted, resting on matches of `matched` [R] tokens."""
+        """float64 [R, most]: that the draft tokens 0..j of each slot are all accepted, resting on matches of `matched`
+        [R] tokens.
+        """
         self._enter(slots, epochs)
         classes = _classes(matched, most)
         slot = slots[:, None]
@@ -132,9 +137,9 @@ def choose(
 ) -> Choice:
     """How many draft tokens a slot give the most tokens a millisecond; none where no number is better by `margin`.
 
-    chances [R, K] fall along a row, so taking draft tokens in falling order takes the best of each number; limits [R] are
-    draft tokens at hand, `budget` what the step has room for. A step without draft tokens has `base` tokens and brings as many
-    tokens; one with draft tokens costs `overhead_ms` on top of its own time.
+    chances [R, K] fall along a row, so taking draft tokens in falling order takes the best of each number; limits [R]
+    are draft tokens at hand, `budget` what the step has room for. A step without draft tokens has `base` tokens and
+    brings as many tokens; one with draft tokens costs `overhead_ms` on top of its own time.
     """
     most = chances.shape[1]
     gains = np.where(np.arange(most) < limits[:, None], chances, 0.0).ravel()
@@ -151,6 +156,8 @@ def choose(
 
 
 def _classes(matched: np.ndarray, most: int) -> np.ndarray:
-    """[R, most]: of each draft token; each one that is accepted lengthens the match. Draft tokens that rest on none are a class of their own."""
+    """[R, most]: of each draft token; each one that is accepted lengthens the match. Draft tokens that rest on none are
+    a class of their own.
+    """
     lengths = matched[:, None] + np.arange(most) * (matched > 0)[:, None]
     return np.searchsorted(MATCHES, lengths, side="right")

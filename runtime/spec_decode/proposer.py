@@ -1,7 +1,7 @@
-"""Who proposes what comes next: the interface, and the n-gram proposer.
+"""Proposers search text for draft tokens: their interface, and the n-gram proposer.
 
-A drafter sees slots of `runtime.scheduler.input_batch` whose known tokens end where the draft tokens begin. It may be wrong; it is then only
-of no use. Knows no scheduling, no acceptance and no clock.
+A proposer sees slots of the input batch; its draft tokens follow their known tokens. A wrong draft token costs time,
+never a wrong answer. Knows no scheduling, no acceptance and no clock.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pagegraph.runtime.scheduler.input_batch import InputBatch
 class Proposal:
     """Of R slots: tokens[i, :counts[i]] may follow, because the last matched[i] tokens have been seen before.
 
-    int32; tokens [R, K], counts and matched [R]; matched 0 where the draft token rests on no match, counts 0: no draft token.
+    int32; tokens [R, K], counts and matched [R]; matched 0: the draft tokens rest on no match; counts 0: there are
+    none.
     """
 
     tokens: np.ndarray
@@ -28,7 +29,7 @@ class Proposal:
 
 
 class Proposer(Protocol):
-    """Draft tokens by looking up what has been written before: cheap, on the host."""
+    """Draft tokens by searching text that was written before: cheap, on the host."""
 
     def propose(self, batch: InputBatch, at: np.ndarray, limits: np.ndarray) -> Proposal:
         """At most limits[i] tokens for slot at[i]; int32 [R]. A slot may have tokens in flight: they are not looked at."""
@@ -40,14 +41,16 @@ class Proposer(Protocol):
 
 
 class NgramProposer:
-    """N-gram proposals: the longest suffix of `least` to `most` tokens that stood in the slot before, its latest place."""
+    """Finds the slot's last `least` to `most` tokens, as many as possible, earlier in the slot, and proposes what
+    followed their latest occurrence.
+    """
 
     def __init__(self, least: int, most: int) -> None:
         self.least = least
         self.most = most
 
     def propose(self, batch: InputBatch, at: np.ndarray, limits: np.ndarray) -> Proposal:
-        """See `Retrieval`."""
+        """See `Proposer`."""
         proposal = empty_proposal(len(at), int(limits.max(initial=0)))
         for i, slot in enumerate(at.tolist()):
             tokens = batch.tokens[slot, : batch.known[slot]]

@@ -1,4 +1,5 @@
-"""A drafter that remembers: the longest suffix that stood in the slot before, or in the output of a sequence that ended.
+"""A proposer that remembers: it finds a slot's longest suffix earlier in the slot, or in the output of a sequence that
+ended.
 
 Outputs are kept in a suffix automaton (Blumer et al. 1985): it holds every substring of what it has read, takes
 amortised constant time a token, and a text is followed through it a token at a time. Knows tokens only.
@@ -87,7 +88,7 @@ class Reader:
 
 
 class SuffixProposer:
-    """Matches of at least `least` tokens; the longer of the two proposes."""
+    """Matches of at least `least` tokens; of a slot's own match and the remembered one the longer proposes."""
 
     def __init__(self, least: int) -> None:
         self.least = least
@@ -97,7 +98,7 @@ class SuffixProposer:
         self._readers: dict[int, Reader] = {}  # by slot
 
     def propose(self, batch: InputBatch, at: np.ndarray, limits: np.ndarray) -> Proposal:
-        """See `runtime.spec_decode.proposer.Retrieval`."""
+        """See `runtime.spec_decode.proposer.Proposer`."""
         proposal = self._own.propose(batch, at, limits)
         if self._history.tokens:
             for i, slot in enumerate(at.tolist()):
