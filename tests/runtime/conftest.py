@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.runtime.config import Config, load_config
@@ -26,8 +28,21 @@ def config_of() -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="session")
-def built(config_of) -> BuiltModel:
+def real_model(config_of) -> BuiltModel:
     return build_compiled(compiler_options(config_of()), progress=False)
+
+
+@pytest.fixture(scope="session")
+def built(real_model: BuiltModel) -> BuiltModel:
+    """The same, to which a module may do what its tests want."""
+    return real_model
+
+
+@pytest.fixture(scope="session")
+def model(real_model: BuiltModel) -> torch.nn.Module:
+    """transformers' own."""
+    folder = real_model.folder
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from pagegraph.runtime.llm import LLM
 from pagegraph.runtime.sampling_params import SamplingParams
@@ -23,11 +22,6 @@ def greedy(**changed: object) -> SamplingParams:
 
 def ids_of(llm: LLM, params: SamplingParams, prompt: str = PROMPT) -> list[int]:
     return llm.generate([prompt], params)[0].token_ids
-
-
-@pytest.fixture(scope="module")
-def model(built) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(built.folder, dtype=torch.float32).eval()
 
 
 def logits_after(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:

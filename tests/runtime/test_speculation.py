@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from pagegraph.compiler.build import BuiltModel, build_model
 from pagegraph.compiler.step.state import NgramRange
@@ -54,11 +54,6 @@ def plain(config_of, built: BuiltModel):
         return known[len(prompts)]
 
     return run
-
-
-@pytest.fixture(scope="module")
-def model(built: BuiltModel) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(built.folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
