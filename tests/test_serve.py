@@ -75,7 +75,7 @@ def ask(client: OpenAI, question: str, **options) -> str:
         model="smollm2",
         messages=[{"role": "user", "content": question}],
         temperature=0,
-        max_tokens=24,
+        max_tokens=12,
         stream=True,
         **options,
     )
