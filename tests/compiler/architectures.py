@@ -106,7 +106,7 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
 }
 
 
-def tiny_config(name: str) -> PretrainedConfig:
-    """The named architecture's configuration at tiny size."""
+def tiny_config(name: str, **changed: object) -> PretrainedConfig:
+    """The named architecture's configuration at tiny size, of four layers unless told."""
     kind, own = ARCHITECTURES[name]
-    return AutoConfig.for_model(kind, **{**SIZES, **own})
+    return AutoConfig.for_model(kind, **{**SIZES, **own, **changed})

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -15,3 +16,11 @@ def impatient_threads() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(usual)
+
+
+@pytest.fixture
+def graphs_anew() -> Iterator[None]:
+    """Each graph is lowered again, so that its code can be read; C++ that was built before is taken from the cache."""
+    inductor, functorch = torch._inductor.config, torch._functorch.config
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
@@ -13,13 +14,15 @@ from pagegraph.compiler.step.forward import mark_dynamic
 from tests.compiler.architectures import tiny_config
 from tests.compiler.paged_run import BLOCK, run_paged
 
+pytestmark = pytest.mark.usefixtures("graphs_anew")
+
 PROMPTS = [list(range(3, 40)), list(range(40, 52)), list(range(60, 85))]
 SCHEDULE = [[30, 11, 0], [3, 1, 20], [3, 0, 4], [1, 0, 1]]
 NUM_BLOCKS = sum(-(-len(prompt) // BLOCK) for prompt in PROMPTS) + 3
 
 
 def captured_llama():
-    model = build_meta(tiny_config("llama"), torch.float32, ATTENTION_NAME, max_model_len=256)
+    model = build_meta(tiny_config("llama", num_hidden_layers=2), torch.float32, ATTENTION_NAME, max_model_len=256)
     captured = capture(model)
     generator = torch.Generator().manual_seed(0)
     state = {name: torch.randn(p.shape, generator=generator) * 0.15 for name, p in model.state_dict().items()}
@@ -36,7 +39,7 @@ def run_compiled(captured, forward):
         mark_dynamic(*inputs[:7])
         return compiled(*inputs)
 
-    with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
+    with torch.inference_mode():
         return run_and_get_code(run_paged, marked, captured.layouts, PROMPTS, SCHEDULE)
 
 

@@ -14,6 +14,8 @@ from pagegraph.compiler.quantization.linear import QuantLinear
 from pagegraph.compiler.quantization.online import quantize
 from pagegraph.kernels.quant import cpu_int4
 
+pytestmark = pytest.mark.usefixtures("graphs_anew")
+
 
 class Gated(nn.Module):
     """Two products, the second of them reading a half of the first as it lies in memory or gated: [1, rows, 64] -> the same."""
@@ -35,7 +37,7 @@ def compiled(module: nn.Module, states: Tensor) -> tuple[Tensor, str, int]:
     torch._dynamo.reset()
     found: list[int] = []
     forward = compile_forward(module, [lambda graph: found.append(one_row_linears(graph)) or found[-1]])
-    with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
+    with torch.inference_mode():
         out, (code,) = run_and_get_code(forward, states)
     return out, code, found[0]
 
@@ -65,8 +67,16 @@ def test_wide_dtypes_and_more_rows_stay(dtype: torch.dtype, rows: int) -> None:
         torch.testing.assert_close(out, module(states), atol=0.03, rtol=0.02)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (98, 100), (7, 33)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "dtype"),
+    [
+        (96, 64, torch.bfloat16),
+        (98, 100, torch.bfloat16),
+        (7, 33, torch.bfloat16),
+        (98, 100, torch.float16),
+        (7, 33, torch.float32),
+    ],
+)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_one_row_of_int8_is_summed_over_the_widened_weight(
     rows: int, outputs: int, inputs: int, dtype: torch.dtype
@@ -83,9 +93,16 @@ def test_one_row_of_int8_is_summed_over_the_widened_weight(
     torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.01)
 
 
-@pytest.mark.parametrize("built", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("outputs", [192, 80])
+@pytest.mark.parametrize(
+    ("outputs", "dtype", "built"),
+    [
+        (192, torch.bfloat16, True),
+        (192, torch.bfloat16, False),
+        (80, torch.bfloat16, True),
+        (192, torch.float16, True),
+        (80, torch.float32, True),
+    ],
+)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_int4_by_rows(
     rows: int, outputs: int, dtype: torch.dtype, built: bool, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -21,13 +23,15 @@ from tests.compiler.architectures import tiny_config
 from tests.compiler.model.test_capture import captured_copy, random_model
 from tests.compiler.paged_run import run_paged
 
+pytestmark = pytest.mark.usefixtures("graphs_anew")
+
 PROMPT, STEPS = list(range(3, 21)), [[15], [1], [1], [1]]
 
-# Products in each chain of a model of four layers. The last layer's last product meets a norm, but the head is none of them.
+# Products in each chain of a model of two layers. The last layer's last product meets a norm, but the head is none of them.
 FOUND = {
-    "llama": [2, 4, 4, 4],
-    "qwen3": [2, 4, 4, 4],
-    "qwen2": [2, 4, 4, 4],  # products with a bias
+    "llama": [2, 4],
+    "qwen3": [2, 4],
+    "qwen2": [2, 4],  # products with a bias
     "mixtral": [],  # behind the norm a router and experts read
     "olmo2": [],  # norms stand behind the products
 }
@@ -45,7 +49,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def int4_model(name: str) -> nn.Module:
-    captured = captured_copy(tiny_config(name), random_model(tiny_config(name))).to(torch.bfloat16)
+    config = tiny_config(name, num_hidden_layers=2)
+    captured = captured_copy(config, random_model(config)).to(torch.bfloat16)
     for parent in list(captured.modules()):
         for child, linear in list(parent.named_children()):
             if type(linear) is nn.Linear and child.endswith("proj"):
@@ -59,18 +64,12 @@ def int4_model(name: str) -> nn.Module:
     return captured
 
 
-def logits(captured: nn.Module, passes: list) -> tuple[torch.Tensor, str]:
-    """(those of the steps of one row, generated code)"""
+@torch.inference_mode()
+def logits(captured: nn.Module, forward: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
+    """(those of the steps of one row, code that was generated meanwhile)"""
     torch._dynamo.reset()
-    compiled = compile_forward(captured, passes)
-
-    def forward(*inputs):
-        mark_dynamic(*inputs[:7])
-        return compiled(*inputs)
-
-    with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
-        (out,), codes = run_and_get_code(run_paged, forward, captured.layouts, [PROMPT], STEPS, torch.bfloat16, 0)
-    return torch.stack([out[at] for at in sorted(out)[1:]]), codes[-1]
+    (out,), codes = run_and_get_code(run_paged, forward, captured.layouts, [PROMPT], STEPS, torch.bfloat16, 0)
+    return torch.stack([out[at] for at in sorted(out)[1:]]), codes
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in FOUND])
@@ -84,8 +83,14 @@ def test_logits_stay_and_the_known_forms_are_found(name: str, kernels: None) -> 
         counts.append(sorted(node.args[3][0] for node in chains))
         return pairs
 
-    plain, _ = logits(captured, [])
-    out, code = logits(captured, [rotate_one_row, chained])
+    compiled = compile_forward(captured, [rotate_one_row, chained])
+
+    def forward(*inputs: torch.Tensor) -> torch.Tensor:
+        mark_dynamic(*inputs[:7])
+        return compiled(*inputs)
+
+    plain, _ = logits(captured, captured)
+    out, (*_, code) = logits(captured, forward)
     assert counts == [[], FOUND[name]]  # many rows stay
     assert ("pagegraph_int4_layer" in code) == bool(FOUND[name])
     assert code.count("extern_kernels.pagegraph_attention_of_one_row(") == len(captured.layouts)
