@@ -18,9 +18,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = Fals
     rows = x.reshape(-1, x.shape[-1])
     if weight.element_size() == 2 and weight.is_contiguous() and rows.stride(1) == 1:
         count, shape, gpu = len(rows), weight.shape, gpu_of(x.device)
-        if gemv_tile := gemv_tile_of(count, *shape, gpu, gated=gated):
+        if gemv_tile := gemv_tile_of(count, *shape, gpu=gpu, gated=gated):
             return gemv(rows, weight, bias, gemv_tile, gated=gated).view(*x.shape[:-1], -1)
-        if tile := tile_of(count, *shape, gpu):
+        if tile := tile_of(count, *shape, gpu=gpu):
             return skinny_gemm(rows, weight, bias, tile, gated=gated).view(*x.shape[:-1], -1)
     product = functional.linear(x, weight, bias)
     return silu_mul(product) if gated else product
@@ -58,5 +58,5 @@ def _gemv_tiles(
         return None
     rows = x.numel() // x.shape[-1]
     gpu = gpu_of(x.device)
-    one, other = gemv_tile_of(rows, *first.shape, gpu), gemv_tile_of(rows, *second.shape, gpu, gated=gated)
+    one, other = gemv_tile_of(rows, *first.shape, gpu=gpu), gemv_tile_of(rows, *second.shape, gpu=gpu, gated=gated)
     return (one, other) if one and other else None
