@@ -1,15 +1,25 @@
-"""The recipes "add a pass" and "add an op" of CONTRIBUTING.md, followed on toys."""
+"""Recipes of CONTRIBUTING.md: "add a pass" and "add an op" on toys, "add a sampling parameter" for each there is."""
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from types import SimpleNamespace
+from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pagegraph.compiler.passes import registry
+from pagegraph.compiler.step.dummy import everything
+from pagegraph.compiler.step.inputs import SamplingInput
 from pagegraph.kernels import ops
+from pagegraph.runtime.sampling_params import SamplingParams
+from pagegraph.runtime.scheduler.sampling_columns import SamplingColumns
+from pagegraph.runtime.scheduler.sequence import Sequence
+from pagegraph.web.schema import parse_completion
 
 SWITCHES = {row.setting: False for row in registry.PASSES if row.setting} | dict.fromkeys(registry.GRAPH_PASSES, False)
 
@@ -85,3 +95,53 @@ def test_add_an_op(cuda: str | None) -> None:
         assert torch.equal(captured(torch.ones(3)), torch.full((3,), 3.0))
     finally:
         library._destroy()
+
+
+# Every sampling parameter, with a value that is not its default, as JSON has it.
+SAMPLING: dict[str, Any] = {
+    "max_tokens": 5,
+    "min_tokens": 2,
+    "temperature": 0.5,
+    "top_k": 7,
+    "top_p": 0.5,
+    "min_p": 0.25,
+    "repetition_penalty": 1.5,
+    "frequency_penalty": 0.5,
+    "presence_penalty": 0.5,
+    "logit_bias": {"3": 1.0},
+    "allowed_token_ids": [1, 2],
+    "seed": 4,
+    "stop_token_ids": [6],
+    "ignore_eos": True,
+    "logprobs": 2,
+}
+# What a plain step has too: the host's own, and what is applied inside the graph.
+IN_EVERY_STEP = {"max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "temperature", "seed"}
+
+
+def test_add_a_sampling_parameter_to_requests() -> None:
+    assert set(SAMPLING) == {field.name for field in msgspec.structs.fields(SamplingParams)}
+    default = SamplingParams()
+    for name, value in SAMPLING.items():
+        params = parse_completion({"prompt": "Hello", name: value}, 16).params
+        wanted = {int(key): one for key, one in value.items()} if isinstance(value, dict) else value
+        assert getattr(params, name) == wanted != getattr(default, name), name
+
+
+@pytest.mark.parametrize("name", sorted(set(SAMPLING) - IN_EVERY_STEP))
+def test_add_a_sampling_parameter_to_the_columns(name: str) -> None:
+    params = parse_completion({"prompt": "Hello", name: SAMPLING[name]}, 16).params
+    columns, slots = SamplingColumns(1), np.zeros(1, np.int32)
+    columns.enter(0, Sequence("", np.zeros(1, np.int32), params, frozenset(), 0, 8))
+    assert columns.has_extras[0] or not columns.of(slots).is_plain, "the slot does not ask for it"
+    columns.enter(0, Sequence("", np.zeros(1, np.int32), SamplingParams(), frozenset(), 0, 8))
+    assert not columns.has_extras[0] and columns.of(slots).is_plain, "a slot that does not ask pays for it"
+
+
+def test_a_step_that_asks_for_any_sampling_parameter_is_not_plain() -> None:
+    full = everything(2)
+    plain = SamplingInput(full.temperature, full.seeds)
+    assert plain.is_plain
+    for field in fields(SamplingInput):
+        if field.name not in ("temperature", "seeds", "penalty_reset"):  # resets come with penalties
+            assert not replace(plain, **{field.name: getattr(full, field.name)}).is_plain, field.name
