@@ -1,6 +1,7 @@
 """From `CompilerOptions` to a step that can be launched, one line a stage.
 
-The stages: source, meta build, probe, weights, passes, memory, and (by whoever owns the step) compilation.
+The stages, as `Timings` names them: source, wrap (meta build and probe), weights, passes, memory, compile (by whoever
+owns the step) and graphs (capture of CUDA graphs).
 Knows the order of the stages; knows nothing of requests, sockets or files of settings.
 """
 
@@ -19,11 +20,11 @@ import torch
 
 from pagegraph.compiler.host.malloc import return_freed_memory
 from pagegraph.compiler.inductor.cache import cache_folder, naming_the_cache, use_cache
-from pagegraph.compiler.model.capture import ATTENTION_NAME, CapturedModel, capture
 from pagegraph.compiler.model.checkpoint import sidecar_quantization
 from pagegraph.compiler.model.config_json import load_model_config
 from pagegraph.compiler.model.files import json_object
 from pagegraph.compiler.model.meta import build_meta
+from pagegraph.compiler.model.paged import ATTENTION_NAME, PagedModel, wrap_model
 from pagegraph.compiler.model.source import resolve_model
 from pagegraph.compiler.model.weights import load_weights
 from pagegraph.compiler.options import CompilerOptions, ModelOptions
@@ -143,9 +144,9 @@ class BuiltModel:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A captured model with its weights, and the facts that its configuration gives."""
+    """A wrapped model with its weights, and the facts that its configuration gives."""
 
-    captured: CapturedModel
+    paged_model: PagedModel
     model_config: Any
     folder: Path
     dtype: torch.dtype
@@ -161,7 +162,7 @@ class LoadedModel:
         """KV caches of so many blocks, and what else outlives a step. Only the target model verifies draft tokens."""
         block_size = options.kv_cache.block_size
         return DeviceState(
-            self.captured.layouts,
+            self.paged_model.layouts,
             num_blocks=num_blocks,
             block_size=block_size,
             max_num_seqs=options.step.max_num_seqs,
@@ -195,7 +196,7 @@ def build_model(options: CompilerOptions, *, progress: bool = True) -> BuiltMode
         states = [one.state(options, num_blocks, is_draft=one is draft) for one in models]
         # The same blocks for both: one set of block tables, brought up to date by whoever steps first.
         states[-1].block_tables = states[0].block_tables
-        steps = [_step(options, one.captured, state) for one, state in zip(models, states)]
+        steps = [_step(options, one.paged_model, state) for one, state in zip(models, states)]
     tokenizer = options.model.tokenizer
     return BuiltModel(
         step=steps[0],
@@ -242,7 +243,7 @@ def model_folder(options: ModelOptions, cache_dir: str | None) -> Path:
 def _load(
     model_options: ModelOptions, options: CompilerOptions, timings: Timings, progress: bool, name: str = ""
 ) -> LoadedModel:
-    """The stages from the model's files to captured modules with weights; `name` is put before the stages' names."""
+    """The stages from the model's files to a wrapped model with weights; `name` is put before the stages' names."""
     device, trust_remote_code = options.device, model_options.trust_remote_code
     with timings.stage(f"{name}source"):
         folder = model_folder(model_options, options.cache_dir)
@@ -253,11 +254,11 @@ def _load(
     dtype = resolve_dtype(model_options.dtype, model_config, device)
     cache_dtype = resolve_cache_dtype(options.kv_cache.dtype, dtype, device)
     max_model_len = resolve_max_model_len(model_options.max_model_len, model_config)
-    with timings.stage(f"{name}capture"):
+    with timings.stage(f"{name}wrap"):
         model = build_meta(
             model_config, dtype, ATTENTION_NAME, max_model_len=max_model_len, trust_remote_code=trust_remote_code
         )
-        captured = capture(model)
+        paged_model = wrap_model(model)
     with timings.stage(f"{name}weights"):
         load_weights(
             model,
@@ -272,7 +273,7 @@ def _load(
     with timings.stage(f"{name}passes"):
         apply_module_passes(model, options.passes)
         return_freed_memory()
-    return LoadedModel(captured, model_config, folder, dtype, cache_dtype, max_model_len, generation_config)
+    return LoadedModel(paged_model, model_config, folder, dtype, cache_dtype, max_model_len, generation_config)
 
 
 def _check_draft(options: CompilerOptions, model: LoadedModel, draft: LoadedModel) -> None:
@@ -285,13 +286,13 @@ def _check_draft(options: CompilerOptions, model: LoadedModel, draft: LoadedMode
         )
 
 
-def _step(options: CompilerOptions, captured: CapturedModel, state: DeviceState) -> CompiledStep:
+def _step(options: CompilerOptions, paged_model: PagedModel, state: DeviceState) -> CompiledStep:
     largest = _largest(options)
     passes = graph_passes(options.passes, options.device)
     if options.device.type == "cpu":
-        return CompiledStep(captured, state, CpuStaging(state), None, passes)
+        return CompiledStep(paged_model, state, CpuStaging(state), None, passes)
     capture_sizes = cuda_capture_sizes(options.step.max_decode_tokens, min(MAX_CAPTURED_TOKENS, largest.tokens))
-    return CompiledStep(captured, state, CudaStaging(state, largest), capture_sizes, passes)
+    return CompiledStep(paged_model, state, CudaStaging(state, largest), capture_sizes, passes)
 
 
 def _largest(options: CompilerOptions) -> Bucket:
@@ -310,7 +311,7 @@ def _kv_budget(options: CompilerOptions, models: list[LoadedModel]) -> KvBudget:
     else:
         profiles = [
             profile_memory(
-                _step(options, model.captured, state), _largest(options), model.max_model_len, draft_forwards
+                _step(options, model.paged_model, state), _largest(options), model.max_model_len, draft_forwards
             )
             for model, state, draft_forwards in zip(models, states, (0, MAX_DRAFT_FORWARDS))  # the draft model's alone
         ]

@@ -101,7 +101,7 @@ class Op(NamedTuple):
     schema: str
     cpu: Callable
     cuda: str | None  # "module:function" below pagegraph.kernels, or SAME; None: no such device computes it
-    fake: Callable | None  # shapes and dtypes of the results; None: the op stands in no captured graph
+    fake: Callable | None  # shapes and dtypes of the results; None: the op stands in no traced graph
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:

@@ -153,12 +153,25 @@ def served(results: Results) -> Iterator[str]:
         )
 
 
+# Stages of a start, `Timings.seconds` -> heads of columns.
+START_PHASES = {
+    "wrap": "wrap", "weights": "weights", "passes": "passes", "memory": "memory", "compile": "compile",
+    "graphs": "CUDA graph capture",
+}  # fmt: skip
+
+
+def in_present_names(seconds: dict) -> dict:
+    """Seconds by stage of a stored file, whose "capture" is the stage "wrap"."""
+    return {"wrap" if stage == "capture" else stage: value for stage, value in seconds.items()}
+
+
 def starts(results: Results) -> Iterator[str]:
-    phases = ("source", "capture", "weights", "passes", "memory", "compile", "graphs")
-    yield "| shape, caches | first bucket, s | ready, s | " + " | ".join(phases) + " |"
+    phases = {"source": "source", **START_PHASES}
+    yield "| shape, caches | first bucket, s | ready, s | " + " | ".join(phases.values()) + " |"
     yield "|---" * (3 + len(phases)) + "|"
     for (model, caches), row in results.starts.items():
-        cells = [f"{row[phase]:.1f}" if phase in row else "" for phase in phases]
+        seconds = in_present_names(row)
+        cells = [f"{seconds[phase]:.1f}" if phase in seconds else "" for phase in phases]
         yield (
             f"| {SHAPES.get(model, model)}, {caches} | {row['first_bucket_s']:.1f} | {row['ready_s']:.1f} | "
             + " | ".join(cells)
@@ -393,7 +406,6 @@ def memory() -> Iterator[str]:
 
 
 def start_phases() -> Iterator[str]:
-    phases = ("capture", "weights", "passes", "memory", "compile", "graphs")
     names = ("h200-2026-11-28-qwen3-0.6b-prefix-vllm.json", "h200-2026-11-28-llama3-8b-prompts-in-graphs.json")
     found = [
         (start["model"], start["facts"])
@@ -402,10 +414,11 @@ def start_phases() -> Iterator[str]:
         if start["section"] == "start"
     ]
     return table(
-        "shape, empty caches | ready, s | graphs | " + " | ".join(f"{phase}, s" for phase in phases),
+        "shape, empty caches | ready, s | CUDA graphs | " + " | ".join(f"{head}, s" for head in START_PHASES.values()),
         (
-            [SHAPES[model], f"{facts['total_s']:.1f}", facts["graphs"], *(f"{facts['phases_s'].get(phase, 0):.1f}" for phase in phases)]
+            [SHAPES[model], f"{facts['total_s']:.1f}", facts["graphs"], *(f"{seconds.get(phase, 0):.1f}" for phase in START_PHASES)]
             for model, facts in found
+            for seconds in (in_present_names(facts["phases_s"]),)
         ),
     )  # fmt: skip
 

@@ -75,7 +75,7 @@ settings = dict(dtype="bfloat16", device="cpu", max_model_len=256, kv_cache_memo
 def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
 
-model = build_model(compiler_options(load_config(sys.argv[1], settings).config), progress=False).step.captured.model
+model = build_model(compiler_options(load_config(sys.argv[1], settings).config), progress=False).step.paged_model.model
 held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
 print(sum(held.values()), status("RssAnon"), status("VmHWM"))
 """

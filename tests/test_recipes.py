@@ -91,8 +91,8 @@ def test_add_an_op(cuda: str | None) -> None:
         ops.register(row, library)
         op = torch.ops.pagegraph_toy.scaled
         torch.library.opcheck(op.default, (torch.randn(3, 4), 2.0), test_utils=("test_schema", "test_faketensor"))
-        captured = torch.compile(lambda x: op(x, 2.0) + 1, fullgraph=True, backend="eager")
-        assert torch.equal(captured(torch.ones(3)), torch.full((3,), 3.0))
+        compiled = torch.compile(lambda x: op(x, 2.0) + 1, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 3.0))
     finally:
         library._destroy()
 

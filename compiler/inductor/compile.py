@@ -1,4 +1,4 @@
-"""One full graph of the captured forward, rewritten by the passes and compiled by Inductor.
+"""One full graph of the forward, traced by Dynamo, rewritten by the passes and compiled by Inductor.
 
 Knows how graphs are handed to Inductor; knows nothing of steps, buckets or which sizes are dynamic.
 
@@ -23,7 +23,7 @@ from torch._ops import OpOverloadPacket
 
 from pagegraph.compiler.inductor.cpu_lowerings import lower_attention
 from pagegraph.compiler.inductor.guard_free import Forward
-from pagegraph.compiler.model.capture import CapturedModel
+from pagegraph.compiler.model.paged import PagedModel
 from pagegraph.kernels.attention import cpu_decode
 from pagegraph.kernels.quant import cpu_int4
 
@@ -31,7 +31,7 @@ GraphPass = Callable[[torch.fx.GraphModule], int]
 
 
 def compile_forward(
-    captured: CapturedModel, graph_passes: Sequence[GraphPass] = (), backend: Callable | None = None
+    paged_model: PagedModel, graph_passes: Sequence[GraphPass] = (), backend: Callable | None = None
 ) -> Callable[..., torch.Tensor]:
     """One full graph (no breaks) of the forward, rewritten by `graph_passes`, then given to `backend` (Inductor).
 
@@ -52,7 +52,9 @@ def compile_forward(
         with config.patch(size_asserts=False), torch.compiler.config.patch(cache_key_tag=built):
             return compile_graph(module, inputs)
 
-    return Forward(captured, rewritten, options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
+    return Forward(
+        paged_model, rewritten, options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    )
 
 
 def _keep_as_calls(graph: torch.fx.Graph) -> None:

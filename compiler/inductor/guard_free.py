@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 Graph = Callable[..., Sequence[torch.Tensor]]
-Inputs = tuple[Any, ...]  # those of `CapturedModel.forward`: a step's tensors, then lists of caches
+Inputs = tuple[Any, ...]  # those of `PagedModel.forward`: a step's tensors, then lists of caches
 
 
 class GuardFreeGraph:
@@ -76,11 +76,11 @@ class _Seen(threading.local):
 
 
 class Forward:
-    """The compiled forward; `compile_graph(module, traced inputs)` is called for each graph that Dynamo captures."""
+    """The compiled forward; `compile_graph(module, traced inputs)` is called for each graph that Dynamo traces."""
 
-    def __init__(self, captured: torch.nn.Module, compile_graph: Callable[..., Graph], **options: Any) -> None:
+    def __init__(self, model: torch.nn.Module, compile_graph: Callable[..., Graph], **options: Any) -> None:
         self._compile_graph = compile_graph
-        self._traced = torch.compile(captured, fullgraph=True, backend=self._backend, **options)
+        self._traced = torch.compile(model, fullgraph=True, backend=self._backend, **options)
         self._graphs: dict[tuple[bool, ...], GuardFreeGraph] = {}
         self._seen = _Seen()
 

@@ -1,1 +1,1 @@
-"""A folder of files becomes captured modules with weights."""
+"""A folder of files becomes a wrapped model with weights."""

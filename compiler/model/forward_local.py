@@ -17,7 +17,7 @@ from typing import Any
 class ForwardLocal(threading.local):
     """All None outside of a forward."""
 
-    paged: Any = None  # what attention reads, see `compiler.model.capture`
+    paged: Any = None  # what attention reads, see `compiler.model.paged`
     products: dict[Any, Any] | None = None  # of merged linears, of which parts are not yet asked for
 
 

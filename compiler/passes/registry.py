@@ -2,8 +2,8 @@
 
 Knows which setting switches each pass; knows nothing of what a pass does.
 
-There are two kinds. Passes over modules run before capture: merged q/k/v and gate/up, linears routed through the op,
-rotary angles once a step. Passes over the captured graph join rotation, norm and KV write to attention, and norms,
+There are two kinds. Passes over modules run before tracing: merged q/k/v and gate/up, linears routed through the op,
+rotary angles once a step. Passes over the traced graph join rotation, norm and KV write to attention, and norms,
 residuals and gates to the linears beside them. A graph that does not match the known pattern exactly is left as it
 was; the tests compare every architecture with and without.
 """
@@ -64,7 +64,7 @@ GRAPH_PASSES = {"fuse_rope": fuse_rope, "fuse_rows": fuse_rows, "fuse_linears": 
 
 
 def graph_passes(options: PassOptions, device: torch.device) -> list[Callable[[torch.fx.GraphModule], int]]:
-    """The passes over the captured graph. On the CPU the compiler's own loops are the better form, of one row's products too."""
+    """The passes over the traced graph. On the CPU the compiler's own loops are the better form, of one row's products too."""
     if device.type != "cuda":
         return [rotate_one_row, one_row_linears, fuse_int4_layer]
     return [graph_pass for setting, graph_pass in GRAPH_PASSES.items() if getattr(options, setting)]

@@ -43,7 +43,7 @@ class Sampled(NamedTuple):
 
 
 class StepExecutor:
-    """Runs padded steps by whatever forward there is: the captured modules, or what they are compiled to."""
+    """Runs padded steps by whatever forward there is: the modules, or what they are compiled to."""
 
     def __init__(self, forward: Callable[..., torch.Tensor], state: DeviceState, staging: Staging) -> None:
         self.forward = forward

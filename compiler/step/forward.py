@@ -1,6 +1,6 @@
 """Calling a forward on a staged step, compiled or not; which of its sizes stay symbolic when it is compiled.
 
-Knows the order of `CapturedModel.forward`'s arguments; knows no compiler and no sampling.
+Knows the order of `PagedModel.forward`'s arguments; knows no compiler and no sampling.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def mark_dynamic(
 
 
 def step_inputs(staged: Staged) -> tuple[torch.Tensor, ...]:
-    """The tensors of `CapturedModel.forward`, less the caches."""
+    """The tensors of `PagedModel.forward`, less the caches."""
     return (
         staged.token_ids,
         staged.positions,

@@ -1,7 +1,7 @@
 """The seam to the device: `CompiledStep.launch(StepInput) -> Ticket` is all that the engine sees.
 
 A launch stages the step's metadata, runs the forward (a replayed CUDA graph, the compiled graph, or the
-plain captured modules while compilation is under way), samples, and hands the ids to the next step on the
+uncompiled modules while compilation is under way), samples, and hands the ids to the next step on the
 device. It does not wait: `Ticket.wait` does. A decode may be launched several times in a row, each step with
 the token that the one before sampled. Knows nothing of requests, blocks or sockets.
 """
@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from pagegraph.compiler.inductor.compile import GraphPass, compile_forward
-from pagegraph.compiler.model.capture import CapturedModel
+from pagegraph.compiler.model.paged import PagedModel
 from pagegraph.compiler.step.capture_sizes import CaptureSizes, own_bucket
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.cpu_runner import CpuRunner
@@ -42,19 +42,19 @@ class CompiledStep:
 
     def __init__(
         self,
-        captured: CapturedModel,
+        paged_model: PagedModel,
         state: DeviceState,
         staging: Staging,
         capture_sizes: CaptureSizes | None,
         graph_passes: Sequence[GraphPass] = (),
     ) -> None:
         """capture_sizes: of CUDA graphs; None on a CPU."""
-        self.captured = captured
+        self.paged_model = paged_model
         self.state = state
         self.staging = staging
         self.counts = StepCounts()
         self._graph_passes = graph_passes
-        self._executor = StepExecutor(captured, state, staging)
+        self._executor = StepExecutor(paged_model, state, staging)
         self.runner: CudaRunner | CpuRunner
         if capture_sizes is not None:
             self.runner = CudaRunner(self._executor, capture_sizes, self.counts)
@@ -63,7 +63,7 @@ class CompiledStep:
 
     @property
     def forward(self) -> Callable[..., torch.Tensor]:
-        """What steps run: the captured modules, or what they were compiled to; may be swapped beside launches."""
+        """What steps run: the modules, or what they were compiled to; may be swapped beside launches."""
         return self._executor.forward
 
     @forward.setter
@@ -83,7 +83,7 @@ class CompiledStep:
 
         `warm` must touch the null block and the dummy slot only.
         """
-        forward = compile_forward(self.captured, self._graph_passes)
+        forward = compile_forward(self.paged_model, self._graph_passes)
         with torch.inference_mode():
             for step in tqdm(warm, desc="compile", unit="graph", disable=not progress):
                 staged = self.staging.unpack(self.staging.send(step, own_bucket(step.num_tokens, step.num_seqs)))

@@ -154,7 +154,7 @@ def _bucket_error(built: BuiltModel, one: StepInput, bucket: Bucket) -> float:
     stand = torch.from_numpy(one.slots[single]).cuda(), torch.from_numpy(one.starts[single]).cuda()
     state.last_at[stand[0]] = stand[1]
     staged = step.staging.unpack(step.staging.send(one, bucket))
-    expected = run_forward(step.captured, staged, state)[: one.num_seqs].clone()
+    expected = run_forward(step.paged_model, staged, state)[: one.num_seqs].clone()
     written = [cache[num_blocks] for cache in caches]
     for cache, old in zip(caches, before):
         cache[num_blocks] = old

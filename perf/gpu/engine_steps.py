@@ -45,7 +45,7 @@ NO_WAIT = 1e-4  # seconds: a turn that waits less was late, the device had nothi
 
 
 def start(report: Report, args: argparse.Namespace, shared: dict) -> None:
-    """Build, compile and capture the model once for the sections that follow; seconds by phase."""
+    """Build and compile the model and capture its graphs once for the sections that follow; seconds by phase."""
     config = config_of(args, args.models[0])
     begin = time.perf_counter()
     built = build_compiled(compiler_options(config), progress=False)

@@ -97,7 +97,7 @@ def _stamp(config: Config, built: BuiltModel) -> Path:
     settings = {name: getattr(config, name) for name in ARTEFACT_SETTINGS}
     machine = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     versions = [sys.version, torch.__version__, transformers.__version__]
-    configs: list[Any] = [step.captured.model.config for step in built.steps]
+    configs: list[Any] = [step.paged_model.model.config for step in built.steps]
     models = [config.to_json_string(use_diff=False) for config in configs]
     digest = hashlib.sha256(
         json.dumps([settings, built.num_blocks, machine, versions, models], sort_keys=True).encode()

@@ -1,4 +1,4 @@
-"""Runs a captured model over packed ragged steps, the way the engine would, with random block placement."""
+"""Runs a paged model over packed ragged steps, the way the engine would, with random block placement."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_cache_hits_do_not_change_tokens(config_of, built, reference) -> None:
 
 def test_uncompiled_gives_the_same_tokens(config_of, built, reference) -> None:
     prompts, expected, model = reference
-    compiled, built.step.forward = built.step.forward, built.step.captured
+    compiled, built.step.forward = built.step.forward, built.step.paged_model
     try:
         assert_same(prompts, generate(config_of(), built, prompts)[0], expected, model)
     finally:

@@ -1,1 +1,1 @@
-"""Passes over the captured graph."""
+"""Passes over the traced graph."""

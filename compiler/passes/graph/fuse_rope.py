@@ -1,6 +1,6 @@
 """Graph pass: rotation of queries and keys, and the norm before it, move into the attention op.
 
-Works on the graph that TorchDynamo captured, where they are a dozen small nodes a layer that the compiler makes five
+Works on the traced graph, where they are a dozen small nodes a layer that the compiler makes five
 kernels of. What does not have exactly the known form is left as it is. Knows FX graphs; knows no models.
 """
 

@@ -1,4 +1,4 @@
-"""Forms that graph passes look for in what TorchDynamo captured. Knows FX nodes; knows no pass."""
+"""Forms that graph passes look for in the traced graph. Knows FX nodes; knows no pass."""
 
 from __future__ import annotations
 

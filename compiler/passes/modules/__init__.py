@@ -1,1 +1,1 @@
-"""Passes over modules, before capture."""
+"""Passes over modules, before tracing."""

@@ -49,7 +49,7 @@ class MergedLinear(nn.Module):
 
         The product is formed at the first call with an input, and kept with the forward until every part was asked for, in
         any order. Another input, or a part asked for again, forms it anew: wasteful but right; so does each part outside
-        of a `CapturedModel`'s forward. Nothing is kept on the module, which other threads run too.
+        of a `PagedModel`'s forward. Nothing is kept on the module, which other threads run too.
         """
         products = forward_local.products
         if products is None:

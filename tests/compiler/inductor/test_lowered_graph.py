@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from pagegraph.compiler.model.capture import ATTENTION_NAME, capture
 from pagegraph.compiler.model.meta import build_meta
+from pagegraph.compiler.model.paged import ATTENTION_NAME, wrap_model
 from pagegraph.compiler.step.forward import mark_dynamic
 from tests.compiler.architectures import tiny_config
 from tests.compiler.paged_run import BLOCK, run_paged
@@ -21,16 +21,16 @@ SCHEDULE = [[30, 11, 0], [3, 1, 20], [3, 0, 4], [1, 0, 1]]
 NUM_BLOCKS = sum(-(-len(prompt) // BLOCK) for prompt in PROMPTS) + 3
 
 
-def captured_llama():
+def paged_llama():
     model = build_meta(tiny_config("llama", num_hidden_layers=2), torch.float32, ATTENTION_NAME, max_model_len=256)
-    captured = capture(model)
+    paged = wrap_model(model)
     generator = torch.Generator().manual_seed(0)
     state = {name: torch.randn(p.shape, generator=generator) * 0.15 for name, p in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
-    return captured
+    return paged
 
 
-def run_compiled(captured, forward):
+def run_compiled(paged, forward):
     """(logits, generated code) of the compiled `forward` over the schedule."""
     torch._dynamo.reset()
     compiled = torch.compile(forward, fullgraph=True)
@@ -40,7 +40,7 @@ def run_compiled(captured, forward):
         return compiled(*inputs)
 
     with torch.inference_mode():
-        return run_and_get_code(run_paged, marked, captured.layouts, PROMPTS, SCHEDULE)
+        return run_and_get_code(run_paged, marked, paged.layouts, PROMPTS, SCHEDULE)
 
 
 def cache_sized_buffers(code: str, layout) -> list[str]:
@@ -55,11 +55,11 @@ def cache_sized_buffers(code: str, layout) -> list[str]:
 
 
 def test_no_cache_sized_copy_after_lowering() -> None:
-    captured = captured_llama()
-    got, codes = run_compiled(captured, captured)
-    assert codes and not any(cache_sized_buffers(code, captured.layouts[0]) for code in codes)
+    paged = paged_llama()
+    got, codes = run_compiled(paged, paged)
+    assert codes and not any(cache_sized_buffers(code, paged.layouts[0]) for code in codes)
     with torch.inference_mode():
-        expected = run_paged(captured, captured.layouts, PROMPTS, SCHEDULE)
+        expected = run_paged(paged, paged.layouts, PROMPTS, SCHEDULE)
     for mine, theirs in zip(got, expected):
         for position in theirs:
             torch.testing.assert_close(mine[position], theirs[position], atol=1e-4, rtol=0)
@@ -67,11 +67,11 @@ def test_no_cache_sized_copy_after_lowering() -> None:
 
 def test_the_check_sees_a_copy() -> None:
     """Negative control: caches that are slices of a larger tensor are copied, and the check says so."""
-    captured = captured_llama()
+    paged = paged_llama()
 
     def sliced(*inputs):
         *step, keys, values = inputs
-        return captured(*step, [k[:NUM_BLOCKS].clone() for k in keys], [v[:NUM_BLOCKS].clone() for v in values])
+        return paged(*step, [k[:NUM_BLOCKS].clone() for k in keys], [v[:NUM_BLOCKS].clone() for v in values])
 
-    _, codes = run_compiled(captured, sliced)
-    assert any(cache_sized_buffers(code, captured.layouts[0]) for code in codes)
+    _, codes = run_compiled(paged, sliced)
+    assert any(cache_sized_buffers(code, paged.layouts[0]) for code in codes)

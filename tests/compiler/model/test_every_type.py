@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pagegraph.compiler.model.capture import ATTENTION_NAME, CapturedModel, capture
 from pagegraph.compiler.model.meta import build_meta
+from pagegraph.compiler.model.paged import ATTENTION_NAME, PagedModel, wrap_model
 from pagegraph.compiler.model.probe import UnsupportedModel
 from tests.compiler.model.every_type import causal_types, tiny
-from tests.compiler.model.test_capture import CHUNKED, MIXED, WHOLE, prompts_for, random_model, stock_logits
+from tests.compiler.model.test_paged import CHUNKED, MIXED, WHOLE, prompts_for, random_model, stock_logits
 from tests.compiler.paged_run import run_paged
 
 MOST_PARAMETERS = 5_000_000
@@ -31,8 +31,8 @@ RIGHT = frozenset(
 )
 
 
-def build_tiny(kind: str) -> CapturedModel:
-    """Captured on the meta device; skips the test where the small sizes do not make a small model of the type."""
+def build_tiny(kind: str) -> PagedModel:
+    """Wrapped on the meta device; skips the test where the small sizes do not make a small model of the type."""
     try:
         config = tiny(kind)
         with torch.device("meta"):
@@ -42,7 +42,7 @@ def build_tiny(kind: str) -> CapturedModel:
     except Exception as error:
         assert kind not in RIGHT
         pytest.skip(f"{kind}: {type(error).__name__}: {error}")
-    return capture(build_meta(config, torch.float32, ATTENTION_NAME, max_model_len=256))
+    return wrap_model(build_meta(config, torch.float32, ATTENTION_NAME, max_model_len=256))
 
 
 @pytest.mark.slow
@@ -50,7 +50,7 @@ def build_tiny(kind: str) -> CapturedModel:
 @torch.inference_mode()
 def test_right_or_refused(kind: str) -> None:
     try:
-        captured = build_tiny(kind)
+        paged = build_tiny(kind)
     except UnsupportedModel as refused:
         assert str(refused).startswith(f"{kind}: ")
         assert kind not in RIGHT
@@ -62,10 +62,10 @@ def test_right_or_refused(kind: str) -> None:
     except Exception as error:
         assert kind not in RIGHT
         pytest.skip(f"{kind}: transformers' own forward: {type(error).__name__}: {error}")
-    captured.model.load_state_dict(stock.state_dict(), assign=True, strict=True)
-    captured.model.tie_weights()
+    paged.model.load_state_dict(stock.state_dict(), assign=True, strict=True)
+    paged.model.tie_weights()
     bound = 1e-4 * max(1.0, max(one.abs().max().item() for one in expected) / 5)
     for schedule in (WHOLE, CHUNKED, MIXED):
-        for sequence, by_position in enumerate(run_paged(captured, captured.layouts, prompts, schedule)):
+        for sequence, by_position in enumerate(run_paged(paged, paged.layouts, prompts, schedule)):
             for position, logits in by_position.items():
                 torch.testing.assert_close(logits, expected[sequence][position], atol=bound, rtol=0)

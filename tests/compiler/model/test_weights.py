@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from pagegraph.compiler.model.capture import ATTENTION_NAME
 from pagegraph.compiler.model.checkpoint import BrokenFile, WeightsMismatch
 from pagegraph.compiler.model.meta import build_meta
+from pagegraph.compiler.model.paged import ATTENTION_NAME
 from pagegraph.compiler.model.probe import UnsupportedModel
 from pagegraph.compiler.model.weights import load_weights
 from tests.compiler.architectures import SIZES, tiny_config

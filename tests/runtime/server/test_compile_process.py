@@ -34,7 +34,7 @@ def config_of(folder: Path, **changed: object) -> Config:
 def built_of(num_blocks: int = 8, **changed: object) -> SimpleNamespace:
     """As much of a built model as the stamp looks at."""
     model = SimpleNamespace(config=LlamaConfig(num_hidden_layers=1, **changed))
-    return SimpleNamespace(steps=[SimpleNamespace(captured=SimpleNamespace(model=model))], num_blocks=num_blocks)
+    return SimpleNamespace(steps=[SimpleNamespace(paged_model=SimpleNamespace(model=model))], num_blocks=num_blocks)
 
 
 def test_a_failure_is_told_with_its_reason_and_leaves_no_stamp(tmp_path: Path) -> None:
@@ -107,4 +107,4 @@ def test_the_stamp_depends_on_what_the_artefacts_do_and_on_nothing_else(tmp_path
 
 def test_sources_in_all_languages_are_looked_at() -> None:
     names = {path.name for path in compile_process.SOURCES}
-    assert {"capture.py", "merge_linears.py", "cpu_int4.py", "cpu_int4.cpp"} <= names
+    assert {"paged.py", "merge_linears.py", "cpu_int4.py", "cpu_int4.cpp"} <= names

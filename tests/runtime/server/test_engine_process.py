@@ -19,7 +19,7 @@ class Step:
     """Compiles to a name; or raises what it is given."""
 
     def __init__(self, compiled: str | Exception) -> None:
-        self.compiled, self.forward = compiled, "captured"
+        self.compiled, self.forward = compiled, "plain"
         self.state = SimpleNamespace(max_blocks=4, dummy_slot=2, last_tokens=torch.zeros(1, device="meta"), ngram=None)
 
     def compiled_forward(self, warm: list, progress: bool) -> str:
@@ -46,7 +46,7 @@ def test_a_failure_leaves_every_step_uncompiled(where: str, caplog: pytest.LogCa
     first = Mock(side_effect=error if where == "the first thing" else None)
     with caplog.at_level(logging.INFO):
         engine_process._compile(Config(model="m"), built, first)
-    assert [step.forward for step in built.steps] == ["captured", "captured"]
+    assert [step.forward for step in built.steps] == ["plain", "plain"]
     assert built.compile_state == "failed"
     (record,) = caplog.records
     assert (
@@ -73,6 +73,6 @@ def test_a_compilation_swaps_every_step_at_its_end(caplog: pytest.LogCaptureFixt
         engine_process._compile(
             Config(model="m"), built, lambda: seen.append((built.compile_state, built.step.forward))
         )
-    assert seen == [("compiling", "captured")]
+    assert seen == [("compiling", "plain")]
     assert [step.forward for step in built.steps] == ["compiled", "compiled too"]
     assert built.compile_state == "compiled" and "compiled after" in caplog.text

@@ -20,7 +20,7 @@ from pagegraph.compiler.step.forward import mark_dynamic
 from pagegraph.kernels.attention import cpu_decode
 from pagegraph.kernels.quant import cpu_int4
 from tests.compiler.architectures import tiny_config
-from tests.compiler.model.test_capture import captured_copy, random_model
+from tests.compiler.model.test_paged import paged_copy, random_model
 from tests.compiler.paged_run import run_paged
 
 pytestmark = pytest.mark.usefixtures("graphs_anew")
@@ -50,8 +50,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def int4_model(name: str) -> nn.Module:
     config = tiny_config(name, num_hidden_layers=2)
-    captured = captured_copy(config, random_model(config)).to(torch.bfloat16)
-    for parent in list(captured.modules()):
+    paged = paged_copy(config, random_model(config)).to(torch.bfloat16)
+    for parent in list(paged.modules()):
         for child, linear in list(parent.named_children()):
             if type(linear) is nn.Linear and child.endswith("proj"):
                 setattr(
@@ -59,22 +59,22 @@ def int4_model(name: str) -> nn.Module:
                     child,
                     QuantLinear(quantize(linear.weight, "int4", child)._replace(bias=linear.bias), torch.bfloat16),
                 )
-    merge_linears(captured)
-    quant_linears(captured)
-    return captured
+    merge_linears(paged)
+    quant_linears(paged)
+    return paged
 
 
 @torch.inference_mode()
-def logits(captured: nn.Module, forward: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
+def logits(paged: nn.Module, forward: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
     """(those of the steps of one row, code that was generated meanwhile)"""
     torch._dynamo.reset()
-    (out,), codes = run_and_get_code(run_paged, forward, captured.layouts, [PROMPT], STEPS, torch.bfloat16, 0)
+    (out,), codes = run_and_get_code(run_paged, forward, paged.layouts, [PROMPT], STEPS, torch.bfloat16, 0)
     return torch.stack([out[at] for at in sorted(out)[1:]]), codes
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in FOUND])
 def test_logits_stay_and_the_known_forms_are_found(name: str, kernels: None) -> None:
-    captured = int4_model(name)
+    paged = int4_model(name)
     counts: list[list[int]] = []
 
     def chained(module: torch.fx.GraphModule) -> int:
@@ -83,16 +83,16 @@ def test_logits_stay_and_the_known_forms_are_found(name: str, kernels: None) -> 
         counts.append(sorted(node.args[3][0] for node in chains))
         return pairs
 
-    compiled = compile_forward(captured, [rotate_one_row, chained])
+    compiled = compile_forward(paged, [rotate_one_row, chained])
 
     def forward(*inputs: torch.Tensor) -> torch.Tensor:
         mark_dynamic(*inputs[:7])
         return compiled(*inputs)
 
-    plain, _ = logits(captured, captured)
-    out, (*_, code) = logits(captured, forward)
+    plain, _ = logits(paged, paged)
+    out, (*_, code) = logits(paged, forward)
     assert counts == [[], FOUND[name]]  # many rows stay
     assert ("pagegraph_int4_layer" in code) == bool(FOUND[name])
-    assert code.count("extern_kernels.pagegraph_attention_of_one_row(") == len(captured.layouts)
+    assert code.count("extern_kernels.pagegraph_attention_of_one_row(") == len(paged.layouts)
     # Sums are rounded where the compiler keeps them wide.
     torch.testing.assert_close(out, plain, atol=0.03 * plain.abs().max().item(), rtol=0)

@@ -16,7 +16,7 @@ from pagegraph.compiler.quantization.layouts import RepackedLinear
 from pagegraph.compiler.quantization.linear import QuantLinear
 from pagegraph.compiler.quantization.online import quantize
 from tests.compiler.architectures import tiny_config
-from tests.compiler.model.test_capture import MIXED, captured_copy, check_compiled, random_model
+from tests.compiler.model.test_paged import MIXED, check_compiled, paged_copy, random_model
 
 # (with a gate, without) of a model of four layers: the last product of the last layer meets a norm, but rows are picked behind it
 FOUND = {
@@ -31,10 +31,10 @@ FOUND = {
 @pytest.mark.parametrize("name", FOUND)
 def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
     stock = random_model(tiny_config(name))
-    captured = captured_copy(tiny_config(name), stock)
-    merge_linears(captured)
-    assert skinny_linears(captured, "cpu") > 0
-    graphs = check_compiled(stock, captured, [fuse_rope, fuse_rows, fuse_linears], MIXED)
+    paged = paged_copy(tiny_config(name), stock)
+    merge_linears(paged)
+    assert skinny_linears(paged, "cpu") > 0
+    graphs = check_compiled(stock, paged, [fuse_rope, fuse_rows, fuse_linears], MIXED)
     fused = [node for node in graphs[0].graph.nodes if node.target is torch.ops.pagegraph.linear_norm_linear]
     gated = sum(node.args[-2] for node in fused)
     assert (gated, len(fused) - gated) == FOUND[name]
@@ -48,8 +48,8 @@ def test_what_is_ahead_joins_quantised_products(monkeypatch: pytest.MonkeyPatch)
         for name, linear in list(parent.named_children()):
             if type(linear) is nn.Linear and name.endswith("proj"):
                 linear.weight.data = QuantLinear(quantize(linear.weight, "int8", name), torch.float32).dequantized()
-    captured = captured_copy(tiny_config("llama"), stock)
-    for parent in list(captured.modules()):
+    paged = paged_copy(tiny_config("llama"), stock)
+    for parent in list(paged.modules()):
         for name, linear in list(parent.named_children()):
             if type(linear) is nn.Linear and name.endswith("proj"):
                 setattr(
@@ -57,9 +57,9 @@ def test_what_is_ahead_joins_quantised_products(monkeypatch: pytest.MonkeyPatch)
                     name,
                     QuantLinear(quantize(linear.weight, "int8", name)._replace(bias=linear.bias), torch.float32),
                 )
-    merge_linears(captured)
-    quant_linears.quant_linears(captured)
-    graphs = check_compiled(stock, captured, [fuse_rope, fuse_rows, fuse_linears], MIXED)
+    merge_linears(paged)
+    quant_linears.quant_linears(paged)
+    graphs = check_compiled(stock, paged, [fuse_rope, fuse_rows, fuse_linears], MIXED)
     called = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     fused = [node for node in called if node.target is torch.ops.pagegraph.norm_repacked_linear]
     assert (

@@ -9,7 +9,7 @@ from pagegraph.compiler.passes.graph.fuse_norms import fuse_rows
 from pagegraph.compiler.passes.graph.fuse_rope import fuse_rope
 from pagegraph.compiler.passes.modules.merge_linears import merge_linears
 from tests.compiler.architectures import ARCHITECTURES, tiny_config
-from tests.compiler.model.test_capture import MIXED, captured_copy, check_compiled, random_model
+from tests.compiler.model.test_paged import MIXED, check_compiled, paged_copy, random_model
 
 # (add_rms_norm, rms_norm, silu_mul) of a model of four layers
 FOUND = {
@@ -27,9 +27,9 @@ OFTEN = {"llama", "qwen3", "olmo2", "gemma2", "glm4", "deepseek_v3"}
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in ARCHITECTURES])
 def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
     stock = random_model(tiny_config(name))
-    captured = captured_copy(tiny_config(name), stock)
-    merge_linears(captured)
-    graphs = check_compiled(stock, captured, [fuse_rope, fuse_rows], MIXED)
+    paged = paged_copy(tiny_config(name), stock)
+    merge_linears(paged)
+    graphs = check_compiled(stock, paged, [fuse_rope, fuse_rows], MIXED)
     if name in FOUND:
         ops = torch.ops.pagegraph
         targets = [node.target for node in graphs[0].graph.nodes]

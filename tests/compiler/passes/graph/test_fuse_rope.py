@@ -7,7 +7,7 @@ import torch
 
 from pagegraph.compiler.passes.graph.fuse_rope import fuse_rope
 from tests.compiler.architectures import ARCHITECTURES, tiny_config
-from tests.compiler.model.test_capture import MIXED, captured_copy, check_compiled, random_model
+from tests.compiler.model.test_paged import MIXED, check_compiled, paged_copy, random_model
 
 ROTATED = {
     "llama", "llama3_rope", "llama_yarn", "llama_linear", "mistral_window", "qwen2", "qwen2_window", "gemma", "gemma2",
@@ -23,15 +23,15 @@ OFTEN = {"llama", "qwen3", "gemma3", "phi", "olmo2", "gpt_neox", "cohere2", "dee
 def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
     config = tiny_config(name)
     stock = random_model(config)
-    captured = captured_copy(tiny_config(name), stock)
+    paged = paged_copy(tiny_config(name), stock)
     found: list[int] = []
 
     def counted(module: torch.fx.GraphModule) -> int:
         found.append(fuse_rope(module))
         return found[-1]
 
-    graphs = check_compiled(stock, captured, [counted], MIXED)
+    graphs = check_compiled(stock, paged, [counted], MIXED)
     if name in ROTATED:
-        assert set(found) == {len(captured.layouts)}
+        assert set(found) == {len(paged.layouts)}
     ops = [n for n in graphs[0].graph.nodes if n.target is torch.ops.pagegraph.rope_attention]
     assert all((n.args[5] is not None) == (name in NORMED) for n in ops)

@@ -65,7 +65,7 @@ def test_switched_off_changes_nothing() -> None:
 
 @pytest.fixture
 def in_a_forward() -> Iterator[None]:
-    """As within the forward of a captured model."""
+    """As within the forward of a wrapped model."""
     forward_local.products = {}
     yield
     assert forward_local.products == {}, "a product outlived its last part"

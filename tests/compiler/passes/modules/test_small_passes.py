@@ -10,27 +10,27 @@ from pagegraph.compiler.passes.modules.merge_linears import MergedLinear, merge_
 from pagegraph.compiler.passes.modules.rotary_once import rotary_once
 from pagegraph.compiler.passes.modules.skinny_linears import SkinnyLinear, skinny_linears
 from tests.compiler.architectures import SIZES, tiny_config
-from tests.compiler.model.test_capture import MIXED, captured_copy, prompts_for, random_model
+from tests.compiler.model.test_paged import MIXED, paged_copy, prompts_for, random_model
 from tests.compiler.paged_run import run_paged
 
 
-def logits_of(captured) -> list[torch.Tensor]:
+def logits_of(paged) -> list[torch.Tensor]:
     with torch.inference_mode():
-        got = run_paged(captured, captured.layouts, prompts_for(SIZES["vocab_size"]), MIXED)
+        got = run_paged(paged, paged.layouts, prompts_for(SIZES["vocab_size"]), MIXED)
     return [logits for by_position in got for logits in by_position.values()]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3", "phi"])
 def test_rotary_once_keeps_logits(name: str) -> None:
-    captured = captured_copy(tiny_config(name), random_model(tiny_config(name)))
-    before = logits_of(captured)
-    assert rotary_once(captured.model) >= 1
-    for mine, theirs in zip(logits_of(captured), before, strict=True):
+    paged = paged_copy(tiny_config(name), random_model(tiny_config(name)))
+    before = logits_of(paged)
+    assert rotary_once(paged.model) >= 1
+    for mine, theirs in zip(logits_of(paged), before, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
 def test_models_without_rotary_are_left_alone() -> None:
-    assert rotary_once(captured_copy(tiny_config("gpt2"), random_model(tiny_config("gpt2"))).model) == 0
+    assert rotary_once(paged_copy(tiny_config("gpt2"), random_model(tiny_config("gpt2"))).model) == 0
 
 
 def test_cpu_linears_stay() -> None:
@@ -38,13 +38,13 @@ def test_cpu_linears_stay() -> None:
 
 
 def test_routed_linears_compute_the_same() -> None:
-    captured = captured_copy(tiny_config("qwen2"), random_model(tiny_config("qwen2")))
-    before = logits_of(captured)
-    merge_linears(captured.model)
-    routed = skinny_linears(captured.model, "cpu")  # the op has a CPU form too
-    kinds = [type(m) for m in captured.model.modules()]
+    paged = paged_copy(tiny_config("qwen2"), random_model(tiny_config("qwen2")))
+    before = logits_of(paged)
+    merge_linears(paged.model)
+    routed = skinny_linears(paged.model, "cpu")  # the op has a CPU form too
+    kinds = [type(m) for m in paged.model.modules()]
     assert (
         routed == kinds.count(SkinnyLinear) + kinds.count(MergedLinear) == 4 * 4 + 1
     )  # qkv, o, gate_up, down; lm_head
-    for mine, theirs in zip(logits_of(captured), before, strict=True):
+    for mine, theirs in zip(logits_of(paged), before, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)

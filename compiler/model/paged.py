@@ -74,7 +74,7 @@ def paged_attention(
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
 
 
-class CapturedModel(nn.Module):
+class PagedModel(nn.Module):
     """The whole forward as one function of tensors: token ids in, logits of the wanted tokens out."""
 
     def __init__(self, model: nn.Module, layouts: list[AttentionLayout], counts_tokens: bool) -> None:
@@ -115,11 +115,11 @@ class CapturedModel(nn.Module):
         return out.logits[0]
 
 
-def capture(model: nn.Module) -> CapturedModel:
+def wrap_model(model: nn.Module) -> PagedModel:
     """Probe `model` (built on the meta device with our attention) and wrap it.
 
     Raises UnsupportedModel where a layer mixes tokens outside our op or in a way it does not compute.
     """
     probed = probe(model)
     ask_for_no_padding(model)
-    return CapturedModel(model.eval(), probed.layouts, probed.counts_tokens)
+    return PagedModel(model.eval(), probed.layouts, probed.counts_tokens)

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pagegraph.compiler.inductor.compile import compile_forward
-from pagegraph.compiler.model.capture import ATTENTION_NAME, capture
 from pagegraph.compiler.model.meta import build_meta
+from pagegraph.compiler.model.paged import ATTENTION_NAME, wrap_model
 from pagegraph.compiler.model.probe import UnsupportedModel
 from pagegraph.compiler.options import PassOptions
 from pagegraph.compiler.passes.registry import apply_module_passes
@@ -37,14 +37,14 @@ def random_model(config) -> torch.nn.Module:
     return model
 
 
-def captured_copy(config, stock: torch.nn.Module):
+def paged_copy(config, stock: torch.nn.Module):
     """The same weights behind paged attention."""
     model = build_meta(config, torch.float32, ATTENTION_NAME, max_model_len=config.max_position_embeddings)
-    captured = capture(model)
+    paged = wrap_model(model)
     model.load_state_dict(stock.state_dict(), assign=True, strict=True)
     if model.config.get_text_config().tie_word_embeddings:
         model.tie_weights()
-    return captured
+    return paged
 
 
 def prompts_for(vocab: int) -> list[list[int]]:
@@ -54,9 +54,9 @@ def prompts_for(vocab: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def check_compiled(
-    stock: torch.nn.Module, captured, graph_passes: list, schedule: list[list[int]]
+    stock: torch.nn.Module, paged, graph_passes: list, schedule: list[list[int]]
 ) -> list[torch.fx.GraphModule]:
-    """Let Dynamo capture the forward, rewrite it, and compare what it computes with the stock model -> the rewritten
+    """Let Dynamo trace the forward, rewrite it, and compare what it computes with the stock model -> the rewritten
     graphs.
     """
     graphs: list[torch.fx.GraphModule] = []
@@ -66,7 +66,7 @@ def check_compiled(
         return module.forward
 
     torch._dynamo.reset()
-    compiled = compile_forward(captured, graph_passes, backend=backend)
+    compiled = compile_forward(paged, graph_passes, backend=backend)
 
     def forward(*inputs):
         mark_dynamic(*inputs[:7])
@@ -75,7 +75,7 @@ def check_compiled(
     prompts = prompts_for(SIZES["vocab_size"])
     expected = stock_logits(stock, prompts)
     with torch.inference_mode():
-        got = run_paged(forward, captured.layouts, prompts, schedule)
+        got = run_paged(forward, paged.layouts, prompts, schedule)
     for sequence, by_position in enumerate(got):
         for position, logits in by_position.items():
             torch.testing.assert_close(logits, expected[sequence][position], atol=1e-4, rtol=0)
@@ -90,12 +90,12 @@ def stock_logits(stock: torch.nn.Module, prompts: list[list[int]]) -> list[torch
 def test_matches_transformers(name: str) -> None:
     config = tiny_config(name)
     stock = random_model(config)
-    captured = captured_copy(tiny_config(name), stock)
+    paged = paged_copy(tiny_config(name), stock)
     prompts = prompts_for(SIZES["vocab_size"])
     expected = stock_logits(stock, prompts)
     for schedule in (WHOLE, CHUNKED, MIXED):
         with torch.inference_mode():
-            got = run_paged(captured, captured.layouts, prompts, schedule)
+            got = run_paged(paged, paged.layouts, prompts, schedule)
         for sequence, by_position in enumerate(got):
             for position, logits in by_position.items():
                 torch.testing.assert_close(logits, expected[sequence][position], atol=1e-4, rtol=0)
@@ -105,20 +105,20 @@ def test_matches_transformers(name: str) -> None:
 def test_a_forward_writes_to_nothing_that_its_modules_hold(name: str) -> None:
     """With all passes: other threads run the same modules, and the compiler reads them meanwhile."""
     config = tiny_config(name)
-    captured = captured_copy(config, random_model(config))
-    apply_module_passes(captured.model, PassOptions())
-    with nothing_written(captured), torch.inference_mode():
-        run_paged(captured, captured.layouts, prompts_for(SIZES["vocab_size"]), CHUNKED)
+    paged = paged_copy(config, random_model(config))
+    apply_module_passes(paged.model, PassOptions())
+    with nothing_written(paged), torch.inference_mode():
+        run_paged(paged, paged.layouts, prompts_for(SIZES["vocab_size"]), CHUNKED)
 
 
 @pytest.mark.parametrize("write", ["attribute", "attribute of an object", "buffer in place", "set and set back"])
 def test_a_write_shows(write: str) -> None:
     """Negative control of what the test above looks at."""
     config = tiny_config("llama")
-    captured = captured_copy(config, random_model(config))
-    norm = captured.model.model.norm
+    paged = paged_copy(config, random_model(config))
+    norm = paged.model.model.norm
     norm.register_buffer("seen", torch.zeros(1), persistent=False)
-    norm.noted, norm.noted_by = None, captured.model.config
+    norm.noted, norm.noted_by = None, paged.model.config
 
     def hook(*_: object) -> None:
         if write == "attribute":
@@ -131,20 +131,20 @@ def test_a_write_shows(write: str) -> None:
             norm.noted, norm.noted = 1, None
 
     norm.register_forward_hook(hook)
-    with pytest.raises(AssertionError, match="a forward wrote"), nothing_written(captured), torch.inference_mode():
-        run_paged(captured, captured.layouts, prompts_for(SIZES["vocab_size"]), WHOLE)
+    with pytest.raises(AssertionError, match="a forward wrote"), nothing_written(paged), torch.inference_mode():
+        run_paged(paged, paged.layouts, prompts_for(SIZES["vocab_size"]), WHOLE)
 
 
 def test_two_threads_run_their_own_batches_through_the_same_modules(impatient_threads: None) -> None:
     config = tiny_config("llama")
-    captured = captured_copy(config, random_model(config))
-    apply_module_passes(captured.model, PassOptions())
+    paged = paged_copy(config, random_model(config))
+    apply_module_passes(paged.model, PassOptions())
     prompts = prompts_for(SIZES["vocab_size"])
     work = [(prompts, MIXED), (prompts[:1], [[1], [2], [34]])]
 
     def run(mine: tuple[list, list]) -> list[dict[int, torch.Tensor]]:
         with torch.inference_mode():
-            return run_paged(captured, captured.layouts, *mine)
+            return run_paged(paged, paged.layouts, *mine)
 
     expected = [run(mine) for mine in work]
     with ThreadPoolExecutor(2) as threads:
@@ -158,27 +158,27 @@ def test_a_wrong_layout_shows(name: str) -> None:
     """Negative control: with window, soft cap, sinks and scale dropped, the comparison fails."""
     config = tiny_config(name)
     stock = random_model(config)
-    captured = captured_copy(tiny_config(name), stock)
+    paged = paged_copy(tiny_config(name), stock)
     wrong = [
         type(a)(a.num_heads, a.num_kv_heads, a.head_size, a.value_size, a.scale * 1.1, 0, 0, 0.0, False)
-        for a in captured.layouts
+        for a in paged.layouts
     ]
-    captured.layouts = wrong
+    paged.layouts = wrong
     prompts = prompts_for(SIZES["vocab_size"])
     expected = stock_logits(stock, prompts)
     with torch.inference_mode():
-        got = run_paged(captured, wrong, prompts, WHOLE)
+        got = run_paged(paged, wrong, prompts, WHOLE)
     worst = max((logits - expected[s][p]).abs().max().item() for s, by in enumerate(got) for p, logits in by.items())
     assert worst > 1e-2
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3_moe", "deepseek_v3", "llama4", "hunyuan"])
 def test_is_one_full_graph(name: str) -> None:
-    """Dynamo captures the forward without a break; the graph computes what the modules do."""
+    """Dynamo traces the forward without a break; the graph computes what the modules do."""
     config = tiny_config(name)
     stock = random_model(config)
-    captured = captured_copy(tiny_config(name), stock)
-    graphs = check_compiled(stock, captured, [], CHUNKED)
+    paged = paged_copy(tiny_config(name), stock)
+    graphs = check_compiled(stock, paged, [], CHUNKED)
     assert len(graphs) == 1
     ops = [n for n in graphs[0].graph.nodes if "paged_attention" in str(n.target)]
     assert len(ops) == config.get_text_config().num_hidden_layers
@@ -253,4 +253,4 @@ def test_refuses_what_paged_attention_does_not_compute(kind: str) -> None:
     sizes, why = REFUSED[kind]
     config = AutoConfig.for_model(kind, **sizes)
     with pytest.raises(UnsupportedModel, match=f"(?s){kind}.*{why}"):
-        capture(build_meta(config, torch.bfloat16, ATTENTION_NAME, max_model_len=64))
+        wrap_model(build_meta(config, torch.bfloat16, ATTENTION_NAME, max_model_len=64))
