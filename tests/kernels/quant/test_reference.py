@@ -110,7 +110,7 @@ def test_packed_nibbles_by_rows(
     ("inputs", "hidden", "inner", "group"),
     [(128, 192, 320, 32), (64, 192, 128, 64), (128, 256, 128, 128), (32, 64, 64, 32)],
 )
-def test_chain_of_packed_nibbles(
+def test_layer_of_packed_nibbles(
     inputs: int,
     hidden: int,
     inner: int,
@@ -141,11 +141,11 @@ def test_chain_of_packed_nibbles(
         ]
         numbers += [columns, rows, group]
     x, residual, eps = random(1, inputs), random(1, hidden), [1e-5] * (count // 2)
-    expected = torch.ops.pagegraph.int4_packed_chain(x, residual, tensors, numbers, eps)
+    expected = torch.ops.pagegraph.int4_packed_layer(x, residual, tensors, numbers, eps)
     filled = 4 // count
-    out = torch.empty(1, cpu_int4.chain_size(numbers), dtype=torch.bfloat16)
+    out = torch.empty(1, cpu_int4.layer_size(numbers), dtype=torch.bfloat16)
     numbers = numbers + [0] * (15 - len(numbers))
-    cpu_int4.chain_into(x, residual, *tensors * filled, numbers=numbers, eps=eps * filled, out=out)
+    cpu_int4.layer_into(x, residual, *tensors * filled, numbers=numbers, eps=eps * filled, out=out)
     for one, other in zip(
         out.split([hidden, out.shape[1] - hidden], 1), expected.split([hidden, out.shape[1] - hidden], 1)
     ):
