@@ -38,7 +38,7 @@ def engine_of(
 ) -> tuple[Engine, EngineMetrics]:
     """An engine over `built`, reading messages from `mailbox`, and what it counts.
 
-    `draining` tells clients whether the server is on its way down. `max_queue` overrides the configuration's.
+    `draining` tells web processes whether the server is on its way down. `max_queue` overrides the configuration's.
     """
     max_queue = config.max_queue if max_queue is None else max_queue
     metrics = EngineMetrics(config.model_name, built.max_model_len)

@@ -1,9 +1,10 @@
 """The engine loop: messages in, one step launched ahead, tokens out.
 
-Step N+1 is scheduled and launched before the ids of step N are read, so the device never waits for the host; where the
-host drafts, after. An exception ends one request: all sequences run again from their committed tokens, one at a time
-until it is known which of them raises it. It ends the engine only if a step of the engine's own fails too. Holds no
-socket and no CUDA: the mailbox, the step and the clock are given.
+Step N+1 is scheduled and launched before the ids of step N are read, so the device never waits for the host, except
+when the host proposes draft tokens: then the results of step N are awaited first. An exception ends one request: all
+sequences run again from their committed tokens, one at a time until it is known which of them raises it. It ends the
+engine only if a step of the engine's own fails too. A `client` is a web process, which owns the sequences that it
+submitted; HTTP clients are its business. Holds no socket and no CUDA: the mailbox, the step and the clock are given.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Engine:
         self.stopping = False
         self._packer = Packer(scheduler.batch)
         self._running: InFlight | None = None
-        self._clients: list[bytes] = []  # by owner number
+        self._clients: list[bytes] = []  # web processes by owner number
         self._owners: dict[bytes, int] = {}
         self._num_submitted = 0
         self._isolation = FaultIsolation(scheduler)
@@ -124,7 +125,7 @@ class Engine:
             try:
                 self._accept(client, message)
             except Exception:
-                log.exception("a message of a client could not be answered")
+                log.exception("a message of a web process could not be answered")
                 if isinstance(message, Abort):  # nobody knows how far it got
                     self._running = None
                     self.scheduler.restart()
@@ -183,7 +184,7 @@ class Engine:
         self.stats.stepped(result, now)
 
     def _deliver(self, result: StepResult) -> None:
-        """One message for each client of the step."""
+        """One message for each web process with sequences in the step."""
         one = result.owners[:1]
         owners = set((one if (result.owners == one).all() else result.owners).tolist())
         plain = None
@@ -201,7 +202,7 @@ class Engine:
             self._tell(owner, Tokens(deltas, ids.tolist(), tokens.tolist()))
 
     def _tell(self, owner: int, tokens: Tokens) -> None:
-        """Send tokens to a client; if that raises, one by one, and a request whose tokens cannot be sent ends."""
+        """Send tokens to a web process; if that raises, one by one, and a request whose tokens cannot be sent ends."""
         try:
             self.mailbox.send(self._clients[owner], tokens)
         except Exception:
@@ -273,7 +274,7 @@ class Engine:
                 self.mailbox.send(client, self.info())
 
     def _owner(self, client: bytes) -> int:
-        """The client's number."""
+        """The number of a web process, as `Sequence.owner` has it."""
         if client not in self._owners:
             self._owners[client] = len(self._clients)
             self._clients.append(client)

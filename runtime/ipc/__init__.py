@@ -1,1 +1,1 @@
-"""Messages between web workers and the engine."""
+"""Messages between web processes and the engine."""

@@ -1,4 +1,4 @@
-"""The engine as a web worker sees it: its facts, sequences to submit, their tokens. For many threads.
+"""The engine as a web process sees it: its facts, sequences to submit, their tokens. For many threads.
 
 Knows groups of sequences and what ends them. Sockets and the engine's death are `connection`'s; it starts at first use,
 so after gunicorn's fork.
@@ -130,7 +130,7 @@ class Stream:
 
 
 class EngineClient:
-    """What a web worker knows of the engine. Thread-safe; survives a fork by connecting anew."""
+    """What a web process knows of the engine. Thread-safe; survives a fork by connecting anew."""
 
     def __init__(self, address: str, *, heartbeat_s: float = HEARTBEAT_S, silence_s: float = SILENCE_S) -> None:
         self._address = address

@@ -1,4 +1,4 @@
-"""The socket of one web worker to the engine, and the thread that owns it.
+"""The socket of one web process to the engine, and the thread that owns it.
 
 Knows ZeroMQ, the protocol, which thread reads which sequence, and when the engine is dead. Knows no groups, HTTP, text
 or torch.

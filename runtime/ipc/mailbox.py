@@ -1,7 +1,8 @@
-"""The engine's end of the socket between web workers and engine.
+"""The engine's end of the socket between web processes and engine.
 
-Knows ZeroMQ, the protocol's frames and which client owns which live request. Knows nothing of
-scheduling: what a message means is for the engine. Used from one thread.
+Knows ZeroMQ, the protocol's frames and which web process owns which live request; a `client` is a web process, by the
+ZeroMQ identity of its connection. Knows nothing of scheduling: what a message means is for the engine. Used from one
+thread.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from pagegraph.runtime.ipc.protocol import (
 _log = logging.getLogger(__name__)
 # One poll hands over at most this many frames, so that a flood cannot hold up a step.
 _MAX_FRAMES_A_POLL = 1024
-# Lost clients whose requests are remembered; one that died never comes to ask.
+# Lost web processes whose requests are remembered; one that died never comes to ask.
 _MAX_CUT_OFF = 64
 
 
 class Mailbox:
-    """Messages of all clients, received and sent without ever blocking on one of them.
+    """Messages of all web processes, received and sent without ever blocking on one of them.
 
-    A client that cannot take a message (it stopped reading, or went away) or that was silent for
+    A web process that cannot take a message (it stopped reading, or went away) or that was silent for
     `lease_s` seconds is lost: its live requests come out of `poll` as `Abort`. If it speaks again it
     is told of each by `Failed`.
     """
@@ -71,7 +72,7 @@ class Mailbox:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, send_high_water)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a client that left is an error
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to one that left is an error
         self._socket.bind(address)
 
     def poll(self, block: bool) -> list[tuple[bytes, ToEngine]]:
@@ -86,7 +87,7 @@ class Mailbox:
         return messages
 
     def send(self, client: bytes, message: ToClient) -> bool:
-        """Send to one client; False when it cannot take the message and is now lost."""
+        """Send to one web process; False when it cannot take the message and is now lost."""
         try:
             self._socket.send_multipart([client, encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
@@ -128,7 +129,7 @@ class Mailbox:
             return None
 
     def _note(self, client: bytes, message: ToEngine) -> None:
-        """Keep the client's set of live requests, and tell a lost client what it lost."""
+        """Keep the web process's set of live requests, and tell a lost one what it lost."""
         for request_id in self._cut_off.pop(client, ()):
             self.send(client, Failed(request_id, 503, "the server lost touch with this request"))
         if isinstance(message, Submit):
@@ -162,7 +163,9 @@ class Mailbox:
             if len(self._cut_off) > _MAX_CUT_OFF:
                 del self._cut_off[next(iter(self._cut_off))]
             _log.warning(
-                "a worker cannot be reached, or was silent for %g s: its %d requests end", self._lease_s, len(requests)
+                "a web process cannot be reached, or was silent for %g s: its %d requests end",
+                self._lease_s,
+                len(requests),
             )
 
 

@@ -1,4 +1,4 @@
-"""Messages between the web workers and the engine, typed and encoded as msgpack by msgspec.
+"""Messages between the web processes and the engine, typed and encoded as msgpack by msgspec.
 
 Knows no sockets and no torch. Decoding is strict: a frame that is not one of these types raises
 `msgspec.DecodeError` or `msgspec.ValidationError`.
@@ -14,12 +14,12 @@ import msgspec
 from pagegraph.runtime.sampling_params import SamplingParams
 
 MAX_FRAME_BYTES = 64 << 20  # a longer frame ends the connection of whoever sent it
-HEARTBEAT_S = 1.0  # between two Hellos of a client, which the engine answers
+HEARTBEAT_S = 1.0  # between two Hellos of a web process, which the engine answers
 SILENCE_S = 10.0  # without a message of the other end, after which it counts as gone
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True, omit_defaults=True):
-    """Start one sequence. `request_id` is chosen by the client, unique among live ones."""
+    """Start one sequence. `request_id` is chosen by the web process, unique among live ones."""
 
     request_id: str
     token_ids: list[int]
@@ -74,7 +74,7 @@ class Abort(msgspec.Struct, frozen=True, tag="abort", omit_defaults=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """A client asks what the engine serves; answered by `EngineInfo`. Also the client's heartbeat."""
+    """A web process asks what the engine serves; answered by `EngineInfo`. Also its heartbeat."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -109,7 +109,7 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
-    """What one step brought one client, each sequence once.
+    """What one step brought one web process, each sequence once.
 
     A sequence that got one token and goes on is an entry of the two lists; `deltas` holds all others.
     """
@@ -144,7 +144,7 @@ class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
-    """Facts of the running engine that the front end shows and checks requests against."""
+    """Facts of the running engine that web processes show and check requests against."""
 
     model: str
     device: str
@@ -180,5 +180,5 @@ def decode_to_engine(frame: bytes) -> ToEngine:
 
 
 def decode_to_client(frame: bytes) -> ToClient:
-    """Frame to a message for a client; raises msgspec.DecodeError on anything else."""
+    """Frame to a message for a web process; raises msgspec.DecodeError on anything else."""
     return _to_client.decode(frame)
