@@ -6,7 +6,7 @@ A new op is a row of OPS, its reference and a file for its kernel.
 
 - query [T, Hq, D]; key [T, Hkv, D]; value [T, Hkv, Dv] -> [T, Hq, Dv] in query's dtype
 - key_cache [num_blocks, block_size, Hkv, D], value_cache [.., Dv]: whole tensors, mutated; in query's dtype or float8_e4m3fn
-- positions, slot_mapping int32 [T]; a token's K/V goes to slot = block * block_size + offset; padding goes to block 0
+- positions, slot_mapping int32 [T]; a token's K/V goes to KV slot block * block_size + offset; padding goes to block 0
 - block_tables int32 [S, max_blocks], unused entries 0; query_start int32 [S + 1]; seq_lens int32 [S] with this
   step's tokens. Sequence s owns query rows query_start[s]:query_start[s + 1], its last positions; a padding
   sequence has no rows. Rows from query_start[S] on are padding and come out as 0.
@@ -45,29 +45,34 @@ anything.
 `pagegraph::materialize` is a copy that the compiler does not look through; `pagegraph::in_memory` one that it writes itself, and does
 not compute anew for each use.
 
+`slots` below are batch slots, one a running sequence, the dummy slot included; the slot_mapping above holds KV slots.
+
 `pagegraph::sample` is the next token of each sequence by Gumbel-max (`kernels.sampling.reference.gumbel_argmax`): logits [S, V],
 temperature float32 [S], seeds int64 [S], positions int32 [S] -> ids int64 [S]. Where sampled int32 [S] is not 0 it also
-goes to last_tokens int32 [slots] at the sequence's slot of slots int32 [S], and its position to last_at int32 [slots].
+goes to last_tokens int32 [slots] at the sequence's batch slot, slots int32 [S], and its position to last_at int32 [slots].
 
-`pagegraph::update_tables` writes num_new_blocks [1] of new_blocks [P, 3] = (slot, index, block) into tables [slots, max_blocks]; int32.
+`pagegraph::update_tables` writes num_new_blocks [1] of new_blocks [P, 3] = (batch slot, index, block) into tables [slots, max_blocks]; int32.
 
 `pagegraph::unpack` looks a padded step up: token_ids [T], slots [S], query_start [S + 1], starts [S], tables -> ids,
 positions, slot_mapping [T], block_tables [S, width], seq_lens [S], all int32, and the index of each sequence's last token int64
-[S]. Token -1 is the slot's of last_tokens, token -2 - j the draft token j of draft_tokens [slots, K]; a sequence that begins with such a
+[S]. Token -1 is the batch slot's of last_tokens, token -2 - j its draft token j (from 0) of draft_tokens [slots, K]; a sequence that begins with such a
 token begins at last_at, or 1 + j behind it, whatever starts says. So step metadata that is read again describes the next token
 of every sequence. Tokens from query_start[S] on and sequences without tokens are padding: all zeros.
 
-A slot may have several queries in a step, side by side: its last token, then draft tokens of what follows, one token each. A
-draft token is accepted if the query before it drew just that and all draft tokens before it hold. With ids int64 [S] as drawn and token_ids
+A batch slot may have several queries in a step, side by side: its last token, then draft tokens of what follows, one token each. A
+draft token is accepted if the query before it sampled that same token and all draft tokens before it are accepted. With ids int64 [S] as sampled and token_ids
 [T], seq_lens [S] as unpacked:
 
-`pagegraph::accept` puts what was drawn behind the last accepted draft token, and its position, into last_tokens and last_at of
-the slots with draft tokens, of which no slot has more than `max_draft_tokens`.
+`pagegraph::accept` writes the token sampled after the last accepted draft token, and its position, into last_tokens and
+last_at of the batch slots with draft tokens, of which none has more than `max_draft_tokens`.
 
-`pagegraph::propose_ngram` does that too, and writes a step's tokens, and what was drawn of them that holds, into history [slots, W], and for slots that
-drew (sampled or with draft tokens) writes what may follow into draft_tokens [slots, K], by `kernels.spec_decode.reference.ngram_proposal` -> int32 [2, S]:
-at a slot's first query twice the length of the match, plus 1 if the first draft token that stood there was what the query drew;
-and the last token of each query.
+`pagegraph::propose_ngram` writes the same, and besides:
+- history [slots, W]: the step's tokens, and the tokens sampled up to and after the last accepted draft token
+- draft_tokens [slots, K], of batch slots that sampled (`sampled`, or with draft tokens): what may follow, by
+  `kernels.spec_decode.reference.ngram_proposal`
+
+It returns int32 [2, S]. Row 0, at a batch slot's first query: 2 * length of the match + hit; hit is 1 if the first draft
+token that stood in draft_tokens is the one that the query sampled. Row 1: the last token of each query.
 """
 
 from __future__ import annotations
@@ -154,7 +159,7 @@ def _int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) ->
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
-def _int4_packed_chain(
+def _int4_packed_layer(
     x: Tensor, residual: Tensor, tensors: list[Tensor], numbers: list[int], eps: list[float]
 ) -> Tensor:
     return x.new_empty(1, cpu_int4.layer_size(numbers))
@@ -217,7 +222,7 @@ OPS = (
     ),
     Op(
         "int4_packed_layer(Tensor x, Tensor residual, Tensor[] tensors, int[] numbers, float[] eps) -> Tensor",
-        cpu_int4.layer, None, _int4_packed_chain,
+        cpu_int4.layer, None, _int4_packed_layer,
     ),
     Op(
         "update_tables(Tensor(a!) tables, Tensor new_blocks, Tensor num_new_blocks) -> ()",

@@ -34,7 +34,9 @@ class CudaRunner:
     def launch(self, step: StepInput, times: int) -> Callable[[], StepOutput]:
         """Launch a step, or `times` of them in a row -> a function that waits for what comes of it."""
         executor, captured = self._executor, self._captured_bucket(step)
-        bucket = captured or Bucket(step.num_tokens, self.capture_sizes.max_num_seqs)  # the kernels of the largest size
+        # No graph: run at its own token count, padded to max sequences so that it picks the same kernels as the largest
+        # bucket.
+        bucket = captured or Bucket(step.num_tokens, self.capture_sizes.max_num_seqs)
         if times > 1 and captured and step.sampling.is_plain:
             captured = self._draft_graph(captured, times)
         metadata = executor.staging.send(step, bucket, times)

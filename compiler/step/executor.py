@@ -22,7 +22,9 @@ class Outputs(NamedTuple):
 
     logits: torch.Tensor  # [S, vocab]
     ids: torch.Tensor  # int64 [S], of several steps [S, times]
-    found: torch.Tensor | None  # int32 [2, S], what was proposed if anything is
+    # int32 [2, S] of `propose_ngram`: row 0 is 2 * match length + hit, row 1 the token fed; None without the n-gram
+    # proposer
+    found: torch.Tensor | None
     staged: Staged
 
 

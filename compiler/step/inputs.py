@@ -103,14 +103,10 @@ class StepLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class NgramOutput:
-    """What a device that proposes by itself found; int32 [S]."""
+    """What the n-gram proposer in the step found; int32 [S]. `matched` and `hits` stand at each slot's first query."""
 
-    matched: (
-        np.ndarray
-    )  # at a slot's first query: how long a match the draft tokens for its next tokens rest on, 0 for none
-    hits: (
-        np.ndarray | None
-    )  # there: 1 if the first draft token for what it drew was right; unknown but with plain sampling
+    matched: np.ndarray  # length of the match that the new draft tokens continue, 0 for none
+    hits: np.ndarray | None  # 1 if the drafted token equals the sampled one; None unless sampling is plain
     fed: np.ndarray  # the last token of each query
 
 

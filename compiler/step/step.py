@@ -1,7 +1,7 @@
 """The seam to the device: `CompiledStep.launch(StepInput) -> Ticket` is all that the engine sees.
 
 A launch stages the step's metadata, runs the forward (a replayed CUDA graph, the compiled graph, or the
-uncompiled modules while compilation is under way), samples, and hands the ids to the next step on the
+uncompiled modules while a CPU's compilation is under way), samples, and hands the ids to the next step on the
 device. It does not wait: `Ticket.wait` does. A decode may be launched several times in a row, each step with
 the token that the one before sampled. Knows nothing of requests, blocks or sockets.
 """
