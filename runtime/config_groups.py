@@ -210,7 +210,12 @@ class CompilationConfig:
     merge_linears: bool = _option(True, parse_flag, "merge q/k/v and gate/up projections into one matmul each")
     skinny_linears: bool = _option(True, parse_flag, "GPU: own kernels for products of few rows, where measured faster")
     fuse_rope: bool = _option(True, parse_flag, "GPU: rotate queries and keys and store them in one kernel")
-    fuse_rows: bool = _option(True, parse_flag, "GPU: norms, residual additions and gated SiLU as kernels that overlap")
+    fuse_rows: bool = _option(
+        True,
+        parse_flag,
+        "GPU: norms, residual additions and gated SiLU as our own Triton kernels, launched with programmatic dependent"
+        " launch",
+    )
     fuse_linears: bool = _option(
         True, parse_flag, "GPU: norms, residual additions and gated SiLU inside the products beside them, for few rows"
     )

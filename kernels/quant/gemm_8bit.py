@@ -1,6 +1,6 @@
 """Triton: x @ weight.T with 8 bits on both sides: rows of x quantised dynamically (W8A8, W4A8), and a weight of `reference.repack`.
 
-The tensor cores takes twice as many bytes as bfloat16, and adds up 128 columns at a time:
+Tensor cores take twice as many 8-bit values as bfloat16 ones, and add up 128 columns at a time:
 - int8: rows of int8 with a scale for every 128 columns, the weight with one a row. Sums are exact, meet the scale of x in float32, that of the weight at the end.
 - int4: rows of e4m3 with a scale each, the weight in groups of a multiple of 128, or of all columns. A value plus 8, in the low bits of a byte, is e4m3 as
   it stands, in units of 2**-9; sums meet the scale of their group in float32. Shifts, and the 8 too much, multiply whole groups of x: sums of its columns.

@@ -1,6 +1,7 @@
 """Quantised weights and activations in plain PyTorch: how they are rounded, packed and multiplied.
 
-The specification and the oracle of the tests. Knows no device and no checkpoint.
+The specification and the oracle of the tests. Packing, repacking and int8x2 are also what runs when a model
+is built (`compiler/quantization`). Knows no device and no checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A quantised weight: the one noun that loader, passes, ops and launchers hand on. Knows no device and no checkpoint."""
+"""A quantised weight: the one type that loader, passes, ops and launchers pass around. Knows no device and no checkpoint."""
 
 from __future__ import annotations
 

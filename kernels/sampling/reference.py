@@ -1,4 +1,7 @@
-"""Penalties, filters and Gumbel-max in plain PyTorch: the specification and the oracle of the tests. Knows no device."""
+"""Penalties, filters and Gumbel-max in plain PyTorch: the specification and the oracle of the tests. Knows no device.
+
+`apply_penalties` and `drop_filtered` are also what runs on every device (`compiler/step/sampling.py`).
+"""
 
 from __future__ import annotations
 

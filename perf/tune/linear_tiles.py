@@ -1,6 +1,6 @@
 """Measures the tiles of `kernels.linear.skinny_gemm` against cuBLAS, and those of `kernels.linear.gemv`, on a CUDA device.
 
-Prints `TABLE` and `GEMV_TABLE` of skinny_tiles.
+Prints `TABLE` and `GEMV_TABLE` of `kernels/linear/tiles.py`.
 
     python -m perf.tune.linear_tiles --out perf/results --seconds 120
 

@@ -29,8 +29,8 @@ class Packer:
     def pack(self, plan: Plan) -> StepInput:
         """A StepInput of the plan's T tokens and S sequences, in the plan's order.
 
-        A token sampled by a step that is still running is unknown to the host: its id is -1; a draft token of the
-        device's own, j places behind, has -1 - j.
+        A token sampled by a step that is still running is unknown to the host: its id is -1; the device's own
+        draft token j, counted from 0, has -2 - j.
         """
         token_ids, query_start = self._tokens(plan)
         return StepInput(

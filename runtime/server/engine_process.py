@@ -1,9 +1,9 @@
 """The engine as a process of its own, started by the supervisor with a file of settings.
 
-Loads the model, answers on its socket at once with the uncompiled step, and swaps the compiled one in
-when it is ready. Writes engine.json beside the settings once loaded; ends with a non-zero status on any
-error that is not one request's own, but for a failed compilation, which it serves without; and leaves the reason
-beside the settings where it is the user's to mend.
+Loads the model. On a CPU it answers on its socket at once with the uncompiled step, and swaps the compiled one in when
+it is ready; on CUDA it compiles and captures the first CUDA graphs before it answers. Writes engine.json beside the
+settings once loaded; ends with a non-zero status on any error that is not one request's own, but for a failed
+compilation, which it serves without; and leaves the reason beside the settings where it is the user's to mend.
 """
 
 from __future__ import annotations
