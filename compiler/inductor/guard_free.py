@@ -91,6 +91,8 @@ class Forward:
         out = None if known is None else known.run(inputs)
         if out is None:
             self._seen.call = None
+            for cache in (cache for one in inputs if isinstance(one, list) for cache in one):
+                torch._dynamo.mark_static(cache)  # or a process's second model would get symbols for their sizes
             out = self._traced(*inputs)
             if self._seen.call is not None:
                 self._graphs[kind] = GuardFreeGraph(*self._seen.call, inputs)

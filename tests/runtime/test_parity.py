@@ -6,9 +6,9 @@ A difference is allowed only where the two likeliest logits are nearer than TIE,
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -32,16 +32,14 @@ GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
 @pytest.fixture(scope="module")
 def reference(config_of, built: BuiltModel, model) -> tuple[list[list[int]], list[list[int]], torch.nn.Module]:
     """(prompt ids, generated ids) of transformers in one batch padded on the left, and its model."""
-    generation = copy.deepcopy(model.generation_config)
-    generation.eos_token_id = None  # as with ignore_eos: EOS is a token like others, not a forbidden one
     llm = LLM(config_of(), built=built)
     prompts = [llm.tokenizer.encode(prompt) for prompt in PROMPTS]
     longest = max(map(len, prompts))
-    with torch.inference_mode():
+    # As with ignore_eos: EOS is a token like others, not a forbidden one. On the model, whose own EOS would replace a None.
+    with torch.inference_mode(), mock.patch.object(model.generation_config, "eos_token_id", None):
         outputs = model.generate(
             torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts]),
             attention_mask=torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]),
-            generation_config=generation,
             max_new_tokens=NUM_TOKENS,
             do_sample=False,
             pad_token_id=0,

@@ -91,3 +91,19 @@ def test_threads_keep_their_own_calls_apart(forward: Forward, impatient_threads:
         list(threads.map(lambda size: check(forward, size, 4, caches), (3, 1)))
     for size in (5, 1):
         check(forward, size, 6, caches)
+
+
+def test_caches_of_a_second_model_have_sizes_of_their_own() -> None:
+    """Dynamo makes a size that changed a symbol; kernels are built for the sizes of a model's caches."""
+    torch._dynamo.reset()
+    sizes = []
+
+    def noted(module: torch.fx.GraphModule, traced: list) -> torch.fx.GraphModule:
+        inputs = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
+        sizes.extend(one.shape[0] for one in inputs if isinstance(one, torch.Tensor) and one.dim() == 3)
+        return module
+
+    for size in (5, 7, 9):
+        with torch.inference_mode():
+            Forward(Toy(), noted)(torch.arange(1), torch.ones(2, 4), [torch.ones(size, 1, 3)])
+    assert [type(size) for size in sizes] == [int] * 3 and sizes == [5, 7, 9]

@@ -356,7 +356,7 @@ def changed(tmp_path: Path, name: str, leaf: str, change: Callable[[torch.Tensor
             "gptq_4_act_order",
             "g_idx",
             lambda tensor: tensor[:64].clone(),
-            "groups of 64 inputs, codes of 128; is `bits`",
+            "groups of 64 inputs, a weight of 128; is `bits`",
         ),
     ],
 )
