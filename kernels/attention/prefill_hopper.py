@@ -1,6 +1,6 @@
 """Gluon, for Hopper: paged attention of ragged rows, for the sequences of a step that have more than one row.
 
-The grid is persistent: a program takes tiles in turn until none is left. A tile is BLOCK_Q rows of one sequence and one
+The grid is persistent: a program takes the next tile until none is left. A tile is BLOCK_Q rows of one sequence and one
 KV head; its matrix rows are (token, query head of the group). A program is three warp groups. The producer copies
 queries, keys and values to shared memory, block by block of the cache, and runs ahead of the two consumers, into the
 next tile too; it tells them where a tile lies. Each consumer multiplies half of a tile's matrix rows: it issues q @ k.T of a tile of keys together with
@@ -45,6 +45,12 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _tickets(device: torch.device) -> Tensor:
+    """The next tile that a program takes, int32 [1]; 0 between launches, which are one after the other. Made once, as graphs hold its address."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
@@ -132,16 +138,27 @@ def _key_tiles(first, count, offset, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexp
 
 
 @gluon.jit
-def _item(turn, tiles, KV_HEADS: gl.constexpr):
-    """(whether there is one, tile, KV head) of a program's turn.
+def _tell(located, located_ready, items, row_begin, count, first, offset, kv_head):
+    """Leave where a tile lies to the consumers, or a KV head of -1 after the last one.
 
-    Late tiles see the most keys and come first, all heads of one together. Every second turn goes over the programs
-    backwards, so that none has the longest tile each time.
+    Its place of two is free: they were through with the tile before last when they freed its queries.
     """
-    programs = gl.num_programs(0)
-    program = gl.program_id(0)
-    item = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
-    return item < tiles * KV_HEADS, tiles - 1 - item // KV_HEADS, item % KV_HEADS
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])  # all of [8] in every thread
+    field = gl.arange(0, 8, layout=layout)
+    fields = gl.where(field == 3, offset, kv_head)
+    fields = gl.where(field == 2, first, fields)
+    fields = gl.where(field == 1, count, fields)
+    located.index(items % 2).store(gl.where(field == 0, row_begin, fields))
+    _barrier()
+    mbarrier.arrive(located_ready.index(items % 2))
+
+
+@gluon.jit
+def _told(located, located_ready, items):
+    """What `_tell` left: (row_begin, count, first, offset, kv_head)."""
+    mbarrier.wait(located_ready.index(items % 2), (items // 2) & 1)
+    fields = located.index(items % 2).load(gl.BlockedLayout([8], [32], [4], [0]))
+    return _field(fields, 0), _field(fields, 1), _field(fields, 2), _field(fields, 3), _field(fields, 4)
 
 
 @gluon.jit
@@ -165,7 +182,7 @@ def _copy_rows(
 
 
 @gluon.jit
-def _producer(query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, num_seqs,
+def _producer(query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, tickets_ptr, num_seqs,
               query_token_stride, query_head_stride, table_stride, smem, barriers,
               BLOCK_SIZE: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr,
               STAGES: gl.constexpr, WINDOW: gl.constexpr, CHUNK: gl.constexpr, WIDE: gl.constexpr,
@@ -176,53 +193,51 @@ def _producer(query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, query
     block_n: gl.constexpr = k_smem.shape[1]
     size: gl.constexpr = k_smem.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // size, size // 8], [4, 1], [1, 0])
-    each: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])  # all of [8] in every thread
     tiles = _num_tiles(query_start_ptr, num_seqs, BLOCK_Q, SEARCHED)
     ends = gl.associative_scan(_tiles_of(0, query_start_ptr, num_seqs, BLOCK_Q, SEARCHED), 0, _add)
     copied = 0  # tiles of keys
     items = 0
-    for turn in range(0, gl.cdiv(tiles * KV_HEADS, gl.num_programs(0))):
-        is_item, tile, kv_head = _item(turn, tiles, KV_HEADS)
-        if is_item:
-            sequence, row_begin, count, first, offset = _locate(
-                tile, ends, query_start_ptr, seq_lens_ptr, num_seqs, BLOCK_Q, SEARCHED
-            )
-            # Its place of two is free: the consumers were through with the tile before last when they freed the queries.
-            field = gl.arange(0, 8, layout=each)
-            rest = gl.where(field == 2, first, offset)
-            located.index(items % 2).store(gl.where(field == 0, row_begin, gl.where(field == 1, count, rest)))
-            _barrier()
-            mbarrier.arrive(located_ready.index(items % 2))
-            begin, end = _key_tiles(first, count, offset, BLOCK_Q, block_n, WINDOW, CHUNK)
-            last = offset + gl.minimum(first + BLOCK_Q, count) - 1
-            table_ptr = block_tables_ptr + sequence.to(gl.int64) * table_stride
-            key_ptr = key_cache_ptr + kv_head * size
-            value_ptr = value_cache_ptr + kv_head * size
-            for back in range(0, end - begin):
-                start = (end - 1 - back) * block_n
-                stage = copied % STAGES
-                phase = (copied // STAGES) & 1
-                mbarrier.wait(k_empty.index(stage), phase ^ 1)
-                _copy_rows(key_ptr, table_ptr, start, last, k_smem.index(stage), BLOCK_SIZE, KV_HEADS * size, WIDE)
-                async_copy.mbarrier_arrive(k_ready.index(stage), increment_count=False)
-                if back == 0:
-                    mbarrier.wait(q_empty, (items & 1) ^ 1)
-                    tile_ptr = query_ptr + (row_begin + first).to(gl.int64) * query_token_stride
-                    tile_ptr += kv_head * GROUP * query_head_stride
-                    for half in range(2):
-                        lane = half * block_m + gl.arange(0, block_m, layout=gl.SliceLayout(1, layout))
-                        column = gl.arange(0, size, layout=gl.SliceLayout(0, layout))
-                        row = gl.minimum(lane // GROUP, count - 1 - first)
-                        at = row * query_token_stride + lane % GROUP * query_head_stride
-                        async_copy.async_copy_global_to_shared(
-                            q_smem.index(half), tile_ptr + at[:, None] + column[None, :]
-                        )
-                    async_copy.mbarrier_arrive(q_ready, increment_count=False)
-                    items += 1
-                mbarrier.wait(v_empty.index(stage), phase ^ 1)
-                _copy_rows(value_ptr, table_ptr, start, last, v_smem.index(stage), BLOCK_SIZE, KV_HEADS * size, WIDE)
-                async_copy.mbarrier_arrive(v_ready.index(stage), increment_count=False)
-                copied += 1
+    ticket = gl.atomic_add(tickets_ptr, 1, sem="relaxed")
+    while ticket < tiles * KV_HEADS:
+        # Late tiles see the most keys and come first, all heads of one together.
+        tile = tiles - 1 - ticket // KV_HEADS
+        kv_head = ticket % KV_HEADS
+        sequence, row_begin, count, first, offset = _locate(
+            tile, ends, query_start_ptr, seq_lens_ptr, num_seqs, BLOCK_Q, SEARCHED
+        )
+        _tell(located, located_ready, items, row_begin, count, first, offset, kv_head)
+        begin, end = _key_tiles(first, count, offset, BLOCK_Q, block_n, WINDOW, CHUNK)
+        last = offset + gl.minimum(first + BLOCK_Q, count) - 1
+        table_ptr = block_tables_ptr + sequence.to(gl.int64) * table_stride
+        key_ptr = key_cache_ptr + kv_head * size
+        value_ptr = value_cache_ptr + kv_head * size
+        for back in range(0, end - begin):
+            start = (end - 1 - back) * block_n
+            stage = copied % STAGES
+            phase = (copied // STAGES) & 1
+            mbarrier.wait(k_empty.index(stage), phase ^ 1)
+            _copy_rows(key_ptr, table_ptr, start, last, k_smem.index(stage), BLOCK_SIZE, KV_HEADS * size, WIDE)
+            async_copy.mbarrier_arrive(k_ready.index(stage), increment_count=False)
+            if back == 0:
+                mbarrier.wait(q_empty, (items & 1) ^ 1)
+                tile_ptr = query_ptr + (row_begin + first).to(gl.int64) * query_token_stride
+                tile_ptr += kv_head * GROUP * query_head_stride
+                for half in range(2):
+                    lane = half * block_m + gl.arange(0, block_m, layout=gl.SliceLayout(1, layout))
+                    column = gl.arange(0, size, layout=gl.SliceLayout(0, layout))
+                    row = gl.minimum(lane // GROUP, count - 1 - first)
+                    at = row * query_token_stride + lane % GROUP * query_head_stride
+                    async_copy.async_copy_global_to_shared(q_smem.index(half), tile_ptr + at[:, None] + column[None, :])
+                async_copy.mbarrier_arrive(q_ready, increment_count=False)
+                items += 1
+            mbarrier.wait(v_empty.index(stage), phase ^ 1)
+            _copy_rows(value_ptr, table_ptr, start, last, v_smem.index(stage), BLOCK_SIZE, KV_HEADS * size, WIDE)
+            async_copy.mbarrier_arrive(v_ready.index(stage), increment_count=False)
+            copied += 1
+        ticket = gl.atomic_add(tickets_ptr, 1, sem="relaxed")
+    if ticket == tiles * KV_HEADS + gl.num_programs(0) - 1:  # each program takes one that there is no tile for
+        gl.store(tickets_ptr, 0)
+    _tell(located, located_ready, items, 0, 0, 0, 0, -1)
 
 
 @gluon.jit
@@ -275,10 +290,9 @@ def _next(p, m_i, l_i, acc, zeros, position, start, n, scale, q, k_smem, v_smem,
 
 
 @gluon.jit
-def _consumer(out_ptr, query_start_ptr, sinks_ptr, num_seqs, scale, half, smem, barriers,
+def _consumer(out_ptr, sinks_ptr, scale, half, smem, barriers,
               KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
-              WINDOW: gl.constexpr, CHUNK: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
-              SEARCHED: gl.constexpr):  # fmt: skip
+              WINDOW: gl.constexpr, CHUNK: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr):  # fmt: skip
     q_smem, k_smem, v_smem, located = smem
     located_ready, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
     dtype: gl.constexpr = q_smem.dtype
@@ -293,71 +307,67 @@ def _consumer(out_ptr, query_start_ptr, sinks_ptr, num_seqs, scale, half, smem, 
     q = q_smem.index(half)
     lane = half * block_m + gl.arange(0, block_m, layout=gl.SliceLayout(1, layout))
     zeros = gl.full([block_m, block_n], 0.0, gl.float32, layout)
-    tiles = _num_tiles(query_start_ptr, num_seqs, BLOCK_Q, SEARCHED)
     n = 0  # tiles of keys so far
     items = 0
-    for turn in range(0, gl.cdiv(tiles * KV_HEADS, gl.num_programs(0))):
-        is_item, tile, kv_head = _item(turn, tiles, KV_HEADS)
-        if is_item:
-            mbarrier.wait(located_ready.index(items % 2), (items // 2) & 1)
-            fields = located.index(items % 2).load(gl.BlockedLayout([8], [32], [4], [0]))
-            row_begin, count, first, offset = _field(fields, 0), _field(fields, 1), _field(fields, 2), _field(fields, 3)
-            begin, end = _key_tiles(first, count, offset, BLOCK_Q, block_n, WINDOW, CHUNK)
-            position = offset + first + lane // GROUP
-            m_i = gl.full([block_m], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
-            l_i = gl.full([block_m], 0.0, gl.float32, gl.SliceLayout(1, layout))
-            if HAS_SINKS:
-                sink = gl.load(sinks_ptr + kv_head * GROUP + lane % GROUP, mask=lane < BLOCK_Q * GROUP, other=0.0)
-                m_i = sink.to(gl.float32) * _LOG2E
-                l_i += 1.0
-            acc = gl.full([block_m, size], 0.0, gl.float32, acc_layout)
-            stage = n % STAGES
-            mbarrier.wait(q_ready, items & 1)
-            mbarrier.wait(k_ready.index(stage), (n // STAGES) & 1)
-            fence_async_shared()
-            s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s])
-            _barrier()
-            mbarrier.arrive(k_empty.index(stage))
-            weights, m_i, l_i, shrink = _softmax(
-                s, position, (end - 1) * block_n, scale, m_i, l_i, True, WINDOW, CHUNK, SOFTCAP
-            )
-            p = gl.convert_layout(weights.to(dtype), p_layout)
+    row_begin, count, first, offset, kv_head = _told(located, located_ready, items)
+    while kv_head >= 0:
+        begin, end = _key_tiles(first, count, offset, BLOCK_Q, block_n, WINDOW, CHUNK)
+        position = offset + first + lane // GROUP
+        m_i = gl.full([block_m], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
+        l_i = gl.full([block_m], 0.0, gl.float32, gl.SliceLayout(1, layout))
+        if HAS_SINKS:
+            sink = gl.load(sinks_ptr + kv_head * GROUP + lane % GROUP, mask=lane < BLOCK_Q * GROUP, other=0.0)
+            m_i = sink.to(gl.float32) * _LOG2E
+            l_i += 1.0
+        acc = gl.full([block_m, size], 0.0, gl.float32, acc_layout)
+        stage = n % STAGES
+        mbarrier.wait(q_ready, items & 1)
+        mbarrier.wait(k_ready.index(stage), (n // STAGES) & 1)
+        fence_async_shared()
+        s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        _barrier()
+        mbarrier.arrive(k_empty.index(stage))
+        weights, m_i, l_i, shrink = _softmax(
+            s, position, (end - 1) * block_n, scale, m_i, l_i, True, WINDOW, CHUNK, SOFTCAP
+        )
+        p = gl.convert_layout(weights.to(dtype), p_layout)
+        n += 1
+        whole = begin  # tiles below it are seen whole by every row
+        if not bounded:
+            whole = gl.minimum((offset + first + 1) // block_n, end - 1)
+        for back in range(1, end - whole):
+            p, m_i, l_i, acc = _next(
+                p, m_i, l_i, acc, zeros, position, (end - 1 - back) * block_n, n, scale, q, k_smem, v_smem,
+                k_ready, k_empty, v_ready, v_empty, True, STAGES, WINDOW, CHUNK, SOFTCAP,
+            )  # fmt: skip
             n += 1
-            whole = begin  # tiles below it are seen whole by every row
-            if not bounded:
-                whole = gl.minimum((offset + first + 1) // block_n, end - 1)
-            for back in range(1, end - whole):
+        if not bounded:
+            for _ in range(0, whole):
                 p, m_i, l_i, acc = _next(
-                    p, m_i, l_i, acc, zeros, position, (end - 1 - back) * block_n, n, scale, q, k_smem, v_smem,
-                    k_ready, k_empty, v_ready, v_empty, True, STAGES, WINDOW, CHUNK, SOFTCAP,
+                    p, m_i, l_i, acc, zeros, position, 0, n, scale, q, k_smem, v_smem,
+                    k_ready, k_empty, v_ready, v_empty, False, STAGES, WINDOW, CHUNK, SOFTCAP,
                 )  # fmt: skip
                 n += 1
-            if not bounded:
-                for _ in range(0, whole):
-                    p, m_i, l_i, acc = _next(
-                        p, m_i, l_i, acc, zeros, position, 0, n, scale, q, k_smem, v_smem,
-                        k_ready, k_empty, v_ready, v_empty, False, STAGES, WINDOW, CHUNK, SOFTCAP,
-                    )  # fmt: skip
-                    n += 1
-            mbarrier.arrive(q_empty)
-            items += 1
-            stage = (n - 1) % STAGES
-            mbarrier.wait(v_ready.index(stage), ((n - 1) // STAGES) & 1)
-            fence_async_shared()
-            acc = warpgroup_mma(p, v_smem.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            _barrier()
-            mbarrier.arrive(v_empty.index(stage))
-            out = (acc / gl.convert_layout(l_i, gl.SliceLayout(1, acc_layout))[:, None]).to(dtype)
-            out = gl.convert_layout(out, out_layout)
-            out_lane = half * block_m + gl.arange(0, block_m, layout=gl.SliceLayout(1, out_layout))
-            column = gl.arange(0, size, layout=gl.SliceLayout(0, out_layout))
-            row = out_lane // GROUP
-            live = (out_lane < BLOCK_Q * GROUP) & (row < count - first)
-            tile_ptr = out_ptr + ((row_begin + first).to(gl.int64) * KV_HEADS + kv_head) * (GROUP * size)
-            at = row * (KV_HEADS * GROUP * size) + out_lane % GROUP * size
-            gl.store(tile_ptr + at[:, None] + column[None, :], out, mask=live[:, None])
+        mbarrier.arrive(q_empty)
+        items += 1
+        stage = (n - 1) % STAGES
+        mbarrier.wait(v_ready.index(stage), ((n - 1) // STAGES) & 1)
+        fence_async_shared()
+        acc = warpgroup_mma(p, v_smem.index(stage), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        _barrier()
+        mbarrier.arrive(v_empty.index(stage))
+        out = (acc / gl.convert_layout(l_i, gl.SliceLayout(1, acc_layout))[:, None]).to(dtype)
+        out = gl.convert_layout(out, out_layout)
+        out_lane = half * block_m + gl.arange(0, block_m, layout=gl.SliceLayout(1, out_layout))
+        column = gl.arange(0, size, layout=gl.SliceLayout(0, out_layout))
+        row = out_lane // GROUP
+        live = (out_lane < BLOCK_Q * GROUP) & (row < count - first)
+        tile_ptr = out_ptr + ((row_begin + first).to(gl.int64) * KV_HEADS + kv_head) * (GROUP * size)
+        at = row * (KV_HEADS * GROUP * size) + out_lane % GROUP * size
+        gl.store(tile_ptr + at[:, None] + column[None, :], out, mask=live[:, None])
+        row_begin, count, first, offset, kv_head = _told(located, located_ready, items)
 
 
 @gluon.jit
@@ -370,6 +380,7 @@ def prefill_hopper_kernel(
     query_start_ptr,
     seq_lens_ptr,
     sinks_ptr,
+    tickets_ptr,
     scale,
     num_seqs,
     query_token_stride,
@@ -420,13 +431,13 @@ def prefill_hopper_kernel(
     barriers = (located_ready, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
     gl.warp_specialize(
         [
-            (_producer, (query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, num_seqs,
+            (_producer, (query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, tickets_ptr, num_seqs,
                          query_token_stride, query_head_stride, table_stride, smem, barriers,
                          BLOCK_SIZE, KV_HEADS, GROUP, BLOCK_Q, STAGES, WINDOW, CHUNK, WIDE, SEARCHED)),
-            (_consumer, (out_ptr, query_start_ptr, sinks_ptr, num_seqs, scale, 0, smem, barriers,
-                         KV_HEADS, GROUP, BLOCK_Q, STAGES, WINDOW, CHUNK, SOFTCAP, HAS_SINKS, SEARCHED)),
-            (_consumer, (out_ptr, query_start_ptr, sinks_ptr, num_seqs, scale, 1, smem, barriers,
-                         KV_HEADS, GROUP, BLOCK_Q, STAGES, WINDOW, CHUNK, SOFTCAP, HAS_SINKS, SEARCHED)),
+            (_consumer, (out_ptr, sinks_ptr, scale, 0, smem, barriers,
+                         KV_HEADS, GROUP, BLOCK_Q, STAGES, WINDOW, CHUNK, SOFTCAP, HAS_SINKS)),
+            (_consumer, (out_ptr, sinks_ptr, scale, 1, smem, barriers,
+                         KV_HEADS, GROUP, BLOCK_Q, STAGES, WINDOW, CHUNK, SOFTCAP, HAS_SINKS)),
         ],
         [4, 4],
         [REGISTERS, REGISTERS],
@@ -463,6 +474,7 @@ def attend_ragged(
         query_start,
         seq_lens,
         sinks if sinks is not None else query,
+        _tickets(query.device),
         scale if softcap else scale * LOG2E,
         num_seqs,
         query.stride(0),
