@@ -62,9 +62,7 @@ def test_the_real_model_quantised(method: str, agreement: float, kl: float) -> N
     original, other = built(GGUF), built(GGUF, method)
     llm = LLM(load_config(str(GGUF), dict(device="cpu", max_model_len=256)).config, built=other)
     quality = compare(original, other, prompts_of(llm))
-    answer = llm.chat(
-        [dict(role="user", content="What is the capital of France?")], SamplingParams(max_tokens=12, temperature=0.0)
-    )
+    (answer,) = llm.generate(["The capital of France is"], SamplingParams(max_tokens=4, temperature=0.0))
     print(f"\n{method}: {quality}; {answer.text!r}")
     assert quality.top1_agreement > agreement and quality.kl < kl
     assert "Paris" in answer.text
@@ -105,9 +103,7 @@ def test_the_real_model_from_quantised_checkpoints(name: str, tmp_path: Path) ->
         own = summarize(
             [(held(torch.tensor([ids])).logits[0].float(), prompt_logits(other, ids), ids) for ids in prompts]
         )
-    answer = llm.chat(
-        [dict(role="user", content="What is the capital of France?")], SamplingParams(max_tokens=12, temperature=0.0)
-    )
+    (answer,) = llm.generate(["The capital of France is"], SamplingParams(max_tokens=4, temperature=0.0))
     print(f"\n{name}: {quality}; against its own values: {own}; {answer.text!r}")
     assert own.kl < 0.01 and own.top1_agreement > 0.93
     assert "Paris" in answer.text
