@@ -39,7 +39,7 @@ from pagegraph.compiler.resolve import (
     resolve_quantization,
 )
 from pagegraph.compiler.step.capture_queue import MAX_DRAFT_FORWARDS, CaptureQueue
-from pagegraph.compiler.step.capture_sizes import Bucket, cuda_capture_sizes
+from pagegraph.compiler.step.capture_sizes import MAX_CAPTURED_TOKENS, Bucket, cuda_capture_sizes
 from pagegraph.compiler.step.dummy import dummy_step
 from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.staging import CpuStaging, CudaStaging
@@ -50,8 +50,6 @@ from pagegraph.kernels.inputs import cpp as inputs_cpp
 from pagegraph.kernels.quant import cpu_int4
 from pagegraph.kernels.sampling import cpp as sampling_cpp
 from pagegraph.kernels.spec_decode import cpp as spec_decode_cpp
-
-MAX_CAPTURED_TOKENS = 16384
 
 CompileState = Literal["off", "compiling", "compiled", "failed"]  # steps run the compiled forward when it is "compiled"
 

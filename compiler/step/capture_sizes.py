@@ -10,6 +10,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
+MAX_CAPTURED_TOKENS = 16384  # a larger step runs without a graph
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
@@ -25,23 +27,28 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class CaptureSizes:
-    """Captured sizes in rising order. `decode`: steps of one token a sequence; `mixed`: token counts."""
+    """Captured sizes in rising order. `decode`: steps of one token a sequence; `mixed`: token counts.
+
+    `max_decode_tokens`: of a step in which every sequence decodes; as many sequences as any bucket has.
+    """
 
     decode: tuple[int, ...]
     mixed: tuple[int, ...]
-    max_num_seqs: int
+    max_decode_tokens: int
 
     def buckets(self) -> list[Bucket]:
         """All buckets, smallest first: the order of capture."""
         buckets = [Bucket(n, n) for n in self.decode]
-        buckets += [Bucket(n, min(n, self.max_num_seqs)) for n in self.mixed]
+        buckets += [Bucket(n, min(n, self.max_decode_tokens)) for n in self.mixed]
         return sorted(set(buckets))
 
     def first(self) -> list[Bucket]:
         """The few buckets that steps of every size fit in without much padding: captured before anything runs."""
         decode, mixed = _every_fourth(self.decode), _every_fourth(self.mixed)
         return [
-            bucket for bucket in self.buckets() if bucket in CaptureSizes(decode, mixed, self.max_num_seqs).buckets()
+            bucket
+            for bucket in self.buckets()
+            if bucket in CaptureSizes(decode, mixed, self.max_decode_tokens).buckets()
         ]
 
     def bucket(self, num_tokens: int, num_seqs: int) -> Bucket | None:
@@ -52,7 +59,7 @@ class CaptureSizes:
                 return Bucket(self.decode[at], self.decode[at])
         at = bisect_left(self.mixed, num_tokens)
         if at < len(self.mixed):
-            return Bucket(self.mixed[at], min(self.mixed[at], self.max_num_seqs))
+            return Bucket(self.mixed[at], min(self.mixed[at], self.max_decode_tokens))
         return None
 
 
@@ -65,16 +72,17 @@ def _every_fourth(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(kept))
 
 
-def cuda_capture_sizes(max_num_seqs: int, max_tokens: int) -> CaptureSizes:
+def cuda_capture_sizes(max_decode_tokens: int, max_tokens: int) -> CaptureSizes:
     """Capture sizes for every step of at most `max_tokens`.
 
-    Decode sizes are 2, 4, then by 8 to 256 and by 32 to `max_num_seqs`.
+    Decode sizes are 2, 4, then by 8 to 256 and by 32 to `max_decode_tokens`.
     """
-    max_num_seqs = max(max_num_seqs, 2)
+    max_decode_tokens = max(max_decode_tokens, 2)
     decode = sorted(
-        {n for n in (2, 4, *range(8, 257, 8), *range(288, max_num_seqs + 1, 32)) if n < max_num_seqs} | {max_num_seqs}
+        {n for n in (2, 4, *range(8, 257, 8), *range(288, max_decode_tokens + 1, 32)) if n < max_decode_tokens}
+        | {max_decode_tokens}
     )
-    return CaptureSizes(tuple(decode), tuple(_mixed(max_tokens)), max_num_seqs)
+    return CaptureSizes(tuple(decode), tuple(_mixed(max_tokens)), max_decode_tokens)
 
 
 def _mixed(limit: int) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 
 from pagegraph.compiler.step.capture_queue import CaptureQueue
 from pagegraph.compiler.step.capture_sizes import Bucket, CaptureSizes
-from pagegraph.compiler.step.counts import StepCounts
+from pagegraph.compiler.step.counts import GraphMiss, StepCounts
 from pagegraph.compiler.step.executor import Outputs, Sampled, StepExecutor
 from pagegraph.compiler.step.graphs import GraphSet
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
@@ -33,24 +33,25 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, step: StepInput, times: int) -> Callable[[], StepOutput]:
         """Launch a step, or `times` of them in a row -> a function that waits for what comes of it."""
-        executor, captured = self._executor, self._captured_bucket(step)
+        executor, graph = self._executor, self._padded_bucket(step)
         # No graph: run at its own token count, padded to max sequences so that it picks the same kernels as the largest
         # bucket.
-        bucket = captured or Bucket(step.num_tokens, self.capture_sizes.max_num_seqs)
-        if times > 1 and captured and step.sampling.is_plain:
-            captured = self._draft_graph(captured, times)
+        bucket = graph or Bucket(step.num_tokens, self.capture_sizes.max_decode_tokens)
+        if times > 1 and graph and step.sampling.is_plain:
+            graph = self._draft_graph(graph, times)
         metadata = executor.staging.send(step, bucket, times)
         if self._returned is not None:
             torch.cuda.current_stream().wait_event(self._returned)
-        self._counts.launched(
-            step.num_tokens * times, bucket.tokens * times, captured is not None and captured in self.graphs
-        )
+        graphed = graph is not None and graph in self.graphs
+        self._counts.launched(step.num_tokens * times, bucket.tokens * times, graphed)
+        if not graphed:
+            self._counts.missed_graph(self._graph_miss(step))
 
         def run() -> Sampled:
-            replayed = self.graphs.replay(captured) if captured else None
+            replayed = self.graphs.replay(graph) if graph else None
             return executor.finish(step, replayed or executor.run(metadata))
 
-        return self._returning(step, executor.repeat(metadata, times // (captured or bucket).times, run))
+        return self._returning(step, executor.repeat(metadata, times // (graph or bucket).times, run))
 
     def capture_graphs(self, buckets: Sequence[Bucket], progress: bool) -> None:
         """Capture these buckets; a step may be in flight."""
@@ -79,8 +80,11 @@ class CudaRunner:
     def close(self) -> None:
         """Nothing to end: steps run on no thread of their own."""
 
-    def _captured_bucket(self, step: StepInput) -> Bucket | None:
-        """The step's own bucket, or a larger one while that is not captured; None beyond the largest."""
+    def _padded_bucket(self, step: StepInput) -> Bucket | None:
+        """The bucket that the step is padded to: its own, or a larger captured one while its own is in the queue.
+
+        None if the step is larger than every bucket, or its own is in the queue and no larger one is captured.
+        """
         bucket = self.capture_sizes.bucket(step.num_tokens, step.num_seqs)
         if bucket is None or bucket not in self.queue:
             return bucket
@@ -88,6 +92,11 @@ class CudaRunner:
             self.capture_graphs([bucket], progress=False)
             return bucket
         return self.graphs.holding(bucket)
+
+    def _graph_miss(self, step: StepInput) -> GraphMiss:
+        """Why the step replays no graph."""
+        own = self.capture_sizes.bucket(step.num_tokens, step.num_seqs)
+        return "too_many_tokens" if own is None else "not_captured"
 
     def _draft_graph(self, bucket: Bucket, times: int) -> Bucket:
         """The draft graph of so many steps of the bucket, if it is captured or is to be now; else the bucket."""

@@ -181,6 +181,12 @@ class EngineMetrics:
         for reason, count in self._success.items():
             success.add_metric([*values, reason], count)
         yield success
+        if prefix == OWN:
+            name = "graph_misses"
+            misses = CounterMetricFamily(prefix + name, _HELP[name], labels=[*names, "reason"])
+            for why, count in counts.launched.graph_misses.items():
+                misses.add_metric([*values, why], count)
+            yield misses
         for name, histogram in self._histograms.items():
             family = HistogramMetricFamily(prefix + name, _HELP[name], labels=names)
             family.add_metric(values, buckets=histogram.cumulative(), sum_value=histogram.total)
@@ -240,6 +246,7 @@ _HELP = {
     "engine_step_tokens": "Tokens of launched steps, padding left out.",
     "engine_padding_tokens": "Tokens that padding to a captured size added.",
     "graph_hit_ratio": "Share of launched steps that replayed a CUDA graph, 1 is all; 0 without a GPU.",
+    "graph_misses": "Steps launched on a GPU that replayed no CUDA graph, by reason.",
     "spec_decode_num_drafts": "Times a request had draft tokens in a step.",
     "spec_decode_num_draft_tokens": "Draft tokens that were verified.",
     "spec_decode_num_accepted_tokens": "Draft tokens that were accepted.",

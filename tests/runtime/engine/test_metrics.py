@@ -120,6 +120,15 @@ def test_steps_are_counted_by_bucket() -> None:
     assert (counts.steps, counts.graphed, counts.tokens, counts.padding) == (2, 1, 8, 3)
 
 
+def test_graph_misses_are_counted_by_reason() -> None:
+    metrics, counts = EngineMetrics("m", 100), StepCounts()
+    counts.missed_graph("too_many_tokens")
+    metrics.counts = lambda: Counts(launched=counts)
+    text = metrics.render().decode()
+    for reason, value in (("too_many_tokens", 1.0), ("not_captured", 0.0)):
+        assert f'pagegraph:graph_misses_total{{engine="0",model_name="m",reason="{reason}"}} {value}' in text
+
+
 @pytest.mark.parametrize("state", ["off", "compiling", "compiled", "failed"])
 def test_the_state_of_the_compilation_is_the_one_that_is_1(state: str) -> None:
     metrics = EngineMetrics("m", 100)
