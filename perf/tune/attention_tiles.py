@@ -1,7 +1,7 @@
 """Times tiles and split rules of the attention kernels on a CUDA device, heads of 128 in groups of 4 and 2.
 
     python -m perf.tune.attention_tiles --parts prefill,decode --seconds 120
-    python -m perf.tune.attention_tiles --parts blocks --seconds 60 --out pages.json
+    python -m perf.tune.attention_tiles --parts blocks --seconds 60 --out blocks.json
 
 Parts `prefill` and `decode` are in bfloat16: each candidate is checked against the present setting first, and printed
 with what it takes. Part `blocks` reads 8-bit blocks with each candidate and blocks of bfloat16 with the present
