@@ -120,7 +120,9 @@ class FakeEngine:
         self._thread.join(5)
 
     def _run(self) -> None:
-        mailbox = Mailbox(self.address, wait_ms=10)
+        # Without a limit: a script's answers come in one burst, which an engine's do not. At a limit the mailbox would
+        # give up a web process that a busy machine keeps from reading for a moment.
+        mailbox = Mailbox(self.address, wait_ms=10, send_high_water=0)
         self._running.set()
         while not self._stopping:
             if self.stalled.is_set():

@@ -116,7 +116,6 @@ def test_dripping_headers_end_in_time(web: WebProcess) -> None:
         error_of(answer, 408)
 
 
-@pytest.mark.slow  # a busy machine decides how much the server had written before it noticed
 def test_readers_that_never_read_are_cut(web: WebProcess, engine: FakeEngine) -> None:
     submits, aborts = len(engine.submits), len(engine.aborts)
     with ExitStack() as stack:
