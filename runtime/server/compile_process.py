@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import transformers
 import pagegraph
 from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.compiler.inductor.cache import cache_folder
+from pagegraph.compiler.options import PassOptions
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.server.child import child_environment, module_command
@@ -43,11 +45,9 @@ SOURCES = sorted(path for folder in FOLDERS for path in folder.rglob("*") if pat
 # Settings that artefacts depend on: the model, the sizes of what is constant in a graph (weights, blocks), the passes
 # and threads. Steps of any number of sequences and tokens run one graph, so no setting of scheduling is among them.
 ARTEFACT_SETTINGS = (
-    "model", "gguf_file", "revision", "dtype", "device", "load_format", "quantization", "round_activations",
-    "trust_remote_code",
+    "model", "gguf_file", "revision", "dtype", "device", "load_format", "quantization", "trust_remote_code",
     "max_model_len", "block_size", "num_blocks", "kv_cache_memory", "kv_cache_dtype", "gpu_memory_utilization",
-    "speculative_method", "speculative_model",
-    "merge_linears", "skinny_linears", "fuse_rope", "fuse_rows", "fuse_linears", "rotary_once", "num_threads",
+    "speculative_method", "speculative_model", "num_threads", *(field.name for field in fields(PassOptions)),
 )  # fmt: skip
 
 
