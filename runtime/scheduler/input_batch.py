@@ -61,7 +61,7 @@ class InputBatch:
         self.num_prompt = column()
         self.max_len = column()  # tokens at which the sequence ends, whatever they are
         self.min_len = column()  # tokens up to which no id stops it
-        self.stop_ids = np.full((num_slots, 1), -1, np.int32)  # widened for a sequence with more
+        self.stop_ids = np.full((num_slots, 1), -1, np.int32)  # wider once a sequence has more
         self.blocks = np.zeros((num_slots, -(-max_model_len // block_size)), np.int32)
         self.num_blocks = column()
         self.sampling = SamplingColumns(num_slots)
