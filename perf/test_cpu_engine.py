@@ -141,7 +141,7 @@ def test_chunked_prefill_keeps_streams_going(benchmark, llm: LLM) -> None:
         gaps: list[float] = []
         stream = runner.stream(PROMPTS[0], greedy(48))
         next(stream)
-        runner._start(long, greedy(1), None)
+        runner._start([long], [greedy(1)], None)
         last = time.perf_counter()
         for _ in stream:
             now = time.perf_counter()
