@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pagegraph.kernels.attention import prefill_hopper
-from pagegraph.kernels.attention.decode import attend_rows
+from pagegraph.kernels.attention.decode import attend_rows, by_token
 from pagegraph.kernels.attention.kv_cache import write_kv
 from pagegraph.kernels.attention.prefill import attend_ragged
 from pagegraph.kernels.attention.rope_kv_cache import rope_write
@@ -73,12 +73,12 @@ def _attend(
     tokens, num_seqs = query.shape[0], block_tables.shape[0]
     shape = (tokens, query.shape[1], value_cache.shape[3])
     metadata = (key_cache, value_cache, block_tables, *rest)
-    if tokens <= num_seqs:
+    if by_token(tokens, num_seqs):
         out = torch.empty(shape, dtype=query.dtype, device=query.device)
-        attend_rows(out, query, *metadata, by_token=True)
+        attend_rows(out, query, *metadata)
     else:
         out = torch.zeros(shape, dtype=query.dtype, device=query.device)  # padding rows are no kernel's
-        attend_rows(out, query, *metadata, by_token=False)
+        attend_rows(out, query, *metadata)
         hopper = prefill_hopper.takes(query, key_cache, value_cache)
         (prefill_hopper.attend_ragged if hopper else attend_ragged)(out, query, *metadata)
     return out

@@ -1,10 +1,10 @@
-"""Triton: paged attention of single rows, split along the keys.
+"""Triton: paged attention of single query tokens, split along the keys.
 
-One program computes one row, one KV head and one split; the query heads that share the KV head are the rows of its matrix.
-The last of a row's splits to arrive merges them, in order, so the result does not depend on timing. With BY_TOKEN the kernel
-looks up the sequence of each row, so it is right for any ragged step (verification of a few draft tokens among them);
-otherwise it computes the sequences that have one row and leaves the rest to `attention.prefill`. The grid depends on sizes
-alone; lengths are read on the device.
+One program computes one query token, one KV head and one split; the query heads that share the KV head are its BLOCK_M axis.
+The last of a token's splits to arrive merges them, in order, so the result does not depend on timing. With BY_TOKEN the
+kernel looks up the sequence of each query token, so it is right for any ragged step (verification of a few draft tokens
+among them); otherwise it computes the sequences that have one query token and leaves the rest to `attention.prefill`. The
+grid depends on sizes alone; lengths are read on the device.
 """
 
 from __future__ import annotations
@@ -148,6 +148,61 @@ def merge_splits(
 
 
 @triton.jit
+def load_query(
+    query_ptr, head, grouped, scale, head_stride,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """A row's query heads [BLOCK_M, HEAD_PAD] -> (operand, second operand, scale of their products with keys).
+
+    PAIRED: the operands are the first and the second elements of each pair, float16, and the scale is [BLOCK_M, 1].
+    """
+    column = tl.arange(0, HEAD_PAD)
+    query = tl.load(
+        query_ptr + head[:, None] * head_stride + column[None, :],
+        mask=grouped[:, None] & (column < HEAD_SIZE)[None, :],
+        other=0.0,
+    )
+    if PAIRED:
+        # Multiplied in float16, which holds e4m3 exactly and weights more precisely than bfloat16.
+        if query.dtype != tl.float32:
+            query, level = levelled(query)
+            scale = level[:, None] * scale
+        query, second_query = tl.split(query.reshape(BLOCK_M, HEAD_PAD // 2, 2))
+    else:
+        second_query = query
+    return query, second_query, scale
+
+
+@triton.jit
+def query_by_keys(
+    query, second_query, keys, PAIRED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLES: tl.constexpr
+):  # fmt: skip
+    """Products [BLOCK_M, BLOCK_N] of a row's heads with a tile of keys."""
+    if PAIRED:
+        keys, second_keys = of_pairs(keys, ASSEMBLES)
+        products = tl.dot(query, keys.to(query.dtype), input_precision=PRECISION)
+        products = tl.dot(second_query, second_keys.to(query.dtype), products, input_precision=PRECISION)
+    else:
+        products = tl.dot(query, converted(keys, query.dtype), input_precision=PRECISION)
+    return products
+
+
+@triton.jit
+def add_values(
+    acc, second_acc, alpha, weights, values,
+    PAIRED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLES: tl.constexpr,
+):  # fmt: skip
+    """acc * alpha + weights @ values, [BLOCK_M, VALUE_PAD]; PAIRED: of the first and of the second elements of each pair."""
+    acc = acc * alpha[:, None]
+    if PAIRED:
+        values, second_values = of_pairs(values, ASSEMBLES)
+        second_acc = second_acc * alpha[:, None]
+        second_acc = tl.dot(weights, second_values.to(weights.dtype), second_acc, input_precision=PRECISION)
+    acc = tl.dot(weights, converted(values, weights.dtype), acc, input_precision=PRECISION)
+    return acc, second_acc
+
+
+@triton.jit
 def decode_kernel(
     out_ptr,
     acc_ptr,
@@ -195,7 +250,6 @@ def decode_kernel(
     member = tl.arange(0, BLOCK_M)
     head = kv_head * GROUP + member
     grouped = member < GROUP
-    key_column = tl.arange(0, HEAD_PAD)
     value_column = tl.arange(0, VALUE_PAD)
     # 8-bit blocks are read in pairs of neighbours: 16 bits are the least that the tensor cores' operands are loaded
     # in from shared memory. First and second elements are then operands of two products of half the columns.
@@ -220,24 +274,16 @@ def decode_kernel(
     if begin >= end:
         return
 
-    query = tl.load(
-        query_ptr + row * query_token_stride + head[:, None] * query_head_stride + key_column[None, :],
-        mask=grouped[:, None] & (key_column < HEAD_SIZE)[None, :],
-        other=0.0,
-    )
-    if PAIRED:
-        # Multiplied in float16, which holds e4m3 exactly and weights more precisely than bfloat16.
-        if query.dtype != tl.float32:
-            query, level = levelled(query)
-            scale = level[:, None] * scale
-        query, second_query = tl.split(query.reshape(BLOCK_M, HEAD_PAD // 2, 2))
+    query, second_query, scale = load_query(
+        query_ptr + row * query_token_stride,
+        head, grouped, scale, query_head_stride, HEAD_SIZE, HEAD_PAD, BLOCK_M, PAIRED,
+    )  # fmt: skip
     # The first split counts the sink.
     m_i, l_i = first_sums(sinks_ptr, head, grouped & (split == 0), BLOCK_M, HAS_SINKS)
     if SUM_LATE:
         l_i = tl.where(tl.arange(0, BLOCK_N)[None, :] == 0, l_i[:, None], 0.0)
     acc = tl.zeros([BLOCK_M, VALUE_PAD // WIDTH], tl.float32)
-    if PAIRED:
-        second_acc = tl.zeros([BLOCK_M, VALUE_PAD // 2], tl.float32)
+    second_acc = acc
 
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
     lane = tl.arange(0, BLOCK_N)
@@ -255,21 +301,12 @@ def decode_kernel(
         values = load_tile(
             value_cache_ptr, slot[:, None], inside[:, None], kv_head, value_unit[None, :], KV_HEADS, VALUE_SIZE // WIDTH
         )
-        if PAIRED:
-            keys, second_keys = of_pairs(keys, ASSEMBLES)
-            products = tl.dot(query, keys.to(query.dtype), input_precision=PRECISION)
-            products = tl.dot(second_query, second_keys.to(query.dtype), products, input_precision=PRECISION)
-        else:
-            products = tl.dot(query, converted(keys, query.dtype), input_precision=PRECISION)
+        products = query_by_keys(query, second_query, keys, PAIRED, PRECISION, ASSEMBLES)
         logits = tl.where(inside[None, :], to_base2(products, scale, SOFTCAP), float("-inf"))
         weights, m_i, l_i, alpha = update(logits, m_i, l_i, SUM_LATE)
-        weights = weights.to(query.dtype)
-        acc = acc * alpha[:, None]
-        if PAIRED:
-            values, second_values = of_pairs(values, ASSEMBLES)
-            second_acc = second_acc * alpha[:, None]
-            second_acc = tl.dot(weights, second_values.to(query.dtype), second_acc, input_precision=PRECISION)
-        acc = tl.dot(weights, converted(values, query.dtype), acc, input_precision=PRECISION)
+        acc, second_acc = add_values(
+            acc, second_acc, alpha, weights.to(query.dtype), values, PAIRED, PRECISION, ASSEMBLES
+        )
 
     if SUM_LATE:
         l_i = tl.sum(l_i, 1)
@@ -290,19 +327,9 @@ def decode_kernel(
         return
     tl.store(arrival_ptr, 0)
     acc, l_i = merge_splits(
-        acc_ptr,
-        m_ptr,
-        l_ptr,
-        first,
-        value_column,
-        grouped,
-        out_mask,
-        used,
-        KV_HEADS * GROUP,
-        VALUE_SIZE,
-        BLOCK_M,
-        VALUE_PAD,
-    )
+        acc_ptr, m_ptr, l_ptr, first, value_column, grouped, out_mask, used,
+        KV_HEADS * GROUP, VALUE_SIZE, BLOCK_M, VALUE_PAD,
+    )  # fmt: skip
     tl.store(out_at, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
@@ -311,6 +338,45 @@ def num_splits(rows: int, kv_heads: int, max_length: int, programs: int) -> int:
     wanted = max(-(-programs // (rows * kv_heads)), -(-max_length // MAX_SPLIT))
     useful = -(-max_length // MIN_SPLIT)
     return min(int(triton.next_power_of_2(min(wanted, useful))), MAX_SPLITS)
+
+
+def by_token(tokens: int, num_seqs: int) -> bool:
+    """Whether the kernel computes every row of a step of these sizes: there is a row a sequence at most."""
+    return tokens <= num_seqs
+
+
+class LaunchShape(NamedTuple):
+    """How a step is shared out: the tile, the padded head sizes and the splits of a row."""
+
+    tile: Tile
+    head_pad: int
+    value_pad: int
+    splits: int
+
+
+def launch_shape(query: Tensor, key_cache: Tensor, value_cache: Tensor, rows: int, max_length: int) -> LaunchShape:
+    """How `rows` rows of query [T, Hq, D] over blocks [blocks, block_size, Hkv, D] are shared out, from sizes alone."""
+    kv_heads, value_size = value_cache.shape[2:]
+    width = key_cache.element_size()
+    smallest = 32 if width == 1 else 16
+    head_pad = max(smallest, triton.next_power_of_2(query.shape[2]))
+    value_pad = max(smallest, triton.next_power_of_2(value_size))
+    tile = measured(TILES, query.device)[4 if query.element_size() == 4 else width, max(head_pad, value_pad)]
+    return LaunchShape(tile, head_pad, value_pad, num_splits(rows, kv_heads, max_length, tile.programs))
+
+
+def partial_results(query: Tensor, rows: int, kv_heads: int, value_size: int, splits: int) -> tuple[Tensor, ...]:
+    """Where splits leave what they found: acc [rows, splits, Hq, Dv], m_i and l_i [rows, splits, Hq], and the arrival counts.
+
+    Empty for one split, which writes the output. Raises ValueError if more rows are split than there are counts.
+    """
+    shape = (rows, splits if splits > 1 else 0, query.shape[1])
+    arrivals = arrival_counts(query.device)
+    if splits > 1 and rows * kv_heads > len(arrivals):
+        raise ValueError(f"{rows} rows of {kv_heads} heads are split: more than {len(arrivals)} counts")
+    acc = torch.empty(*shape, value_size, dtype=torch.float32, device=query.device)
+    m_i, l_i = torch.empty(2, *shape, dtype=torch.float32, device=query.device)
+    return acc, m_i, l_i, arrivals
 
 
 def attend_rows(
@@ -326,39 +392,19 @@ def attend_rows(
     window: int,
     softcap: float,
     chunk: int,
-    *,
-    by_token: bool,
 ) -> None:
-    """Write rows of out [T, Hq, Dv]: all of them by token, else those of the sequences with one row."""
-    heads, head_size = query.shape[1:]
+    """Write rows of out [T, Hq, Dv]: all of them if `by_token`, else those of the sequences with one row."""
     block_size, kv_heads, value_size = value_cache.shape[1:]
-    group = heads // kv_heads
+    group = query.shape[1] // kv_heads
     num_seqs, max_blocks = block_tables.shape
-    rows = query.shape[0] if by_token else num_seqs
-    paired = key_cache.element_size() == 1
-    min_pad = 32 if paired else 16
-    head_pad, value_pad = (
-        max(min_pad, triton.next_power_of_2(head_size)),
-        max(min_pad, triton.next_power_of_2(value_size)),
-    )
-    tile = measured(TILES, query.device)[
-        4 if query.element_size() == 4 else key_cache.element_size(), max(head_pad, value_pad)
-    ]
-    if paired:
+    every_row = by_token(query.shape[0], num_seqs)
+    rows = query.shape[0] if every_row else num_seqs
+    tile, head_pad, value_pad, splits = launch_shape(query, key_cache, value_cache, rows, max_blocks * block_size)
+    if key_cache.element_size() == 1:
         key_cache, value_cache = key_cache.view(torch.int16), value_cache.view(torch.int16)
-    splits = num_splits(rows, kv_heads, max_blocks * block_size, tile.programs)
-    parts = (rows, splits if splits > 1 else 0, heads)
-    acc = torch.empty(*parts, value_size, dtype=torch.float32, device=query.device)
-    arrivals = arrival_counts(query.device)
-    if splits > 1 and rows * kv_heads > len(arrivals):
-        raise ValueError(f"{rows} rows of {kv_heads} heads are split: more than {len(arrivals)} counts")
-    m_i, l_i = torch.empty(2, *parts, dtype=torch.float32, device=query.device)
     decode_kernel[rows, kv_heads, splits](
         out,
-        acc,
-        m_i,
-        l_i,
-        arrivals,
+        *partial_results(query, rows, kv_heads, value_size, splits),
         query,
         key_cache,
         value_cache,
@@ -368,13 +414,12 @@ def attend_rows(
         sinks if sinks is not None else query,
         scale if softcap else scale * LOG2E,
         num_seqs,
-        query.stride(0),
-        query.stride(1),
+        *query.stride()[:2],
         block_tables.stride(0),
         BLOCK_SIZE=block_size,
         KV_HEADS=kv_heads,
         GROUP=group,
-        HEAD_SIZE=head_size,
+        HEAD_SIZE=query.shape[2],
         VALUE_SIZE=value_size,
         HEAD_PAD=head_pad,
         VALUE_PAD=value_pad,
@@ -388,7 +433,7 @@ def attend_rows(
         SOFTCAP=softcap,
         HAS_SINKS=sinks is not None,
         PRECISION=dot_precision(max(head_pad, value_pad)),
-        BY_TOKEN=by_token,
+        BY_TOKEN=every_row,
         ASSEMBLES=query.device.type != "cpu",  # the interpreter knows no inline assembly
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
