@@ -82,23 +82,11 @@ def read_packed(
         _two_axes(tensors, layout.qweight, where, torch.int32), bits, layout.qweight_axis, layout.order
     )
     scale = _two_axes(tensors, layout.scale, where, one_will_do=not layout.inputs_first).float()
-    zero_points = tensors.get(layout.zero_points)
-    if zero_points is not None and zero_points.dtype == torch.int8 and zero_points.numel() == scale.numel():
-        zero_points = (
-            zero_points.reshape(scale.shape).int() + middle
-        )  # signed and one by one, as compressed-tensors leaves those it does not pack
-    elif zero_points is not None:
-        zero_points = unpack_integers(
-            _two_axes(tensors, layout.zero_points, where, torch.int32), bits, layout.zero_points_axis, layout.order
-        )
-        # A zero point of 0 is stored as the largest integer where one was subtracted.
-        zero_points = (zero_points + layout.zero_points_less) & ((1 << bits) - 1)
+    zero_points = _zero_points(layout, tensors, bits, where, scale.shape)
     if layout.inputs_first:
         qweight, scale, zero_points = qweight.t(), scale.t(), None if zero_points is None else zero_points.t()
-    shape, filled = (
-        tensors.get("weight_shape"),
-        WORD_BITS // bits,
-    )  # what fills the last words up is fewer than a word holds
+    shape = tensors.get("weight_shape")
+    filled = WORD_BITS // bits  # what fills the last words up is fewer than a word holds
     fits = shape is None or 0 <= qweight.shape[1] - int(shape[1]) < filled
     qweight = qweight if shape is None else qweight[:, : int(shape[1])]
     rows, size = qweight.shape
@@ -135,6 +123,23 @@ def read_packed(
         zero = (middle - zero_points).float() * scale if bool((zero_points != middle).any()) else None
     stored = _stored(qweight - middle, bits, group, where)
     return QuantWeight(stored, scale.contiguous(), zero, None, group, rows, g_idx_order)
+
+
+def _zero_points(
+    layout: PackedLayout, tensors: Mapping[str, torch.Tensor], bits: int, where: str, scales: torch.Size
+) -> torch.Tensor | None:
+    """Unsigned zero points as they are stored, for scales of this shape; None where none are."""
+    zero_points = tensors.get(layout.zero_points)
+    if zero_points is None:
+        return None
+    if zero_points.dtype == torch.int8 and zero_points.numel() == scales.numel():
+        # Signed and one by one, as compressed-tensors leaves those it does not pack.
+        return zero_points.reshape(scales).int() + (1 << (bits - 1))
+    zero_points = unpack_integers(
+        _two_axes(tensors, layout.zero_points, where, torch.int32), bits, layout.zero_points_axis, layout.order
+    )
+    # A zero point of 0 is stored as the largest integer where one was subtracted.
+    return (zero_points + layout.zero_points_less) & ((1 << bits) - 1)
 
 
 def read_stored(tensors: Mapping[str, torch.Tensor]) -> QuantWeight:

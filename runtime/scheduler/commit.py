@@ -73,10 +73,9 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
         _append_accepted(batch, drafts)
     for sequence, delta in zip(told, result.deltas.values(), strict=True):
         sequence.finish_reason, sequence.stop_reason = delta.finish_reason, delta.stop_reason
-        sequence.accepted, sequence.rejected = (
-            max(sequence.accepted, delta.accepted),
-            max(sequence.rejected, delta.rejected),
-        )
+        counts = sequence.drafts
+        counts.accepted = max(counts.accepted, delta.accepted)
+        counts.rejected = max(counts.rejected, delta.rejected)
         if delta.finish_reason:
             result.ended.append(sequence)
     return result
@@ -102,7 +101,7 @@ def _verified(
         sequence, tokens = batch.sequences[slot], found.tokens[i, : found.lengths[i]].tolist()
         first, accepted = int(drafts.first[i]), int(found.accepted[i])
         logprobs = _logprobs(sequence, range(first, first + len(tokens)), tokens, output.logprobs)
-        counts = sequence.accepted + accepted, sequence.rejected + int(found.counts[i]) - accepted
+        counts = sequence.drafts.accepted + accepted, sequence.drafts.rejected + int(found.counts[i]) - accepted
         result.deltas[begin + i] = _delta(sequence, tokens, full[i], found.stopped[i], logprobs, *counts)
         told.append(sequence)
     return found

@@ -59,6 +59,14 @@ class Times:
     last_token: float = float("nan")  # out of date while the sequence is in a slot
 
 
+@dataclass(slots=True)
+class DraftCounts:
+    """What became of a sequence's draft tokens."""
+
+    accepted: int = 0  # became its own
+    rejected: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request of one prompt. `owner` and `request_id` name it to whoever asked; both together are unique."""
@@ -85,8 +93,7 @@ class Sequence:
     stop_reason: int = -1
     cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
     num_preemptions: int = 0
-    accepted: int = 0  # draft tokens that became its own
-    rejected: int = 0  # draft tokens that did not
+    drafts: DraftCounts = field(default_factory=DraftCounts)
     times: Times = field(default_factory=Times)
 
     def __post_init__(self, eos_ids: frozenset[int]) -> None:
