@@ -1,4 +1,4 @@
-"""One client's connection to a web worker: its socket, what it has sent so far, and how long that may go on.
+"""One client's connection to a web process: its socket, what it has sent so far, and how long that may go on.
 
 Knows sockets and time. Knows no threads and no selector: `web.worker` reads it.
 """

@@ -1,4 +1,4 @@
-"""gunicorn's settings for the web workers that no configuration changes.
+"""gunicorn's settings for the web processes that no configuration changes.
 
 The supervisor gives bind address, workers, threads and log level as flags. One thread carries one POST for its whole
 stream; other requests have threads of their own, so health checks always find one. Threads start as they are needed.

@@ -1,4 +1,4 @@
-"""What the routes of one web worker share: the engine, the tokenizer, and how many requests may hold its threads.
+"""What the routes of one web process share: the engine, the tokenizer, and how many requests may hold its threads.
 
 Knows no fields of requests and no shapes of responses.
 """
@@ -25,7 +25,7 @@ _PEEK_S = 0.1  # between looks whether a client that waits for its turn is still
 
 
 class Service:
-    """The engine, the tokenizer and the threads of one web worker. Thread-safe."""
+    """The engine, the tokenizer and the threads of one web process. Thread-safe."""
 
     def __init__(self, settings: WebSettings, tokenizer: Tokenizer, engine: EngineClient) -> None:
         self.settings = settings

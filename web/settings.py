@@ -1,4 +1,4 @@
-"""What a web worker is told at start: one JSON file, written by the supervisor.
+"""What a web process is told at start: one JSON file, written by the supervisor.
 
 Knows no Flask. An unknown key is an error, so that the two sides cannot drift apart.
 """
@@ -18,7 +18,7 @@ from pagegraph.runtime.ipc.protocol import SILENCE_S
 
 @dataclass(frozen=True, kw_only=True)
 class WebSettings:
-    """Settings of one web worker. Times are seconds, sizes bytes."""
+    """Settings of one web process. Times are seconds, sizes bytes."""
 
     engine_address: str  # ipc:// address of the engine
     model: str  # folder that holds the tokenizer

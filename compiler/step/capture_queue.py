@@ -38,15 +38,15 @@ class CaptureQueue:
 
     def next(self) -> Bucket | None:
         """The most wanted, of equals the smallest; None if only draft graphs are left that are hardly wanted."""
-        ready = [bucket for bucket, wanted in self._wanted.items() if bucket.times == 1 or wanted >= CAPTURE_IDLE]
+        ready = [bucket for bucket, wanted in self._wanted.items() if bucket.num_steps == 1 or wanted >= CAPTURE_IDLE]
         return max(ready, key=self._wanted.__getitem__, default=None)
 
     def done(self, bucket: Bucket) -> None:
         """It is captured now."""
         self._wanted.pop(bucket, None)
-        if bucket.times > 1:
-            self._room -= bucket.times
+        if bucket.num_steps > 1:
+            self._room -= bucket.num_steps
             self._wanted = {one: wanted for one, wanted in self._wanted.items() if self._fits(one)}
 
     def _fits(self, bucket: Bucket) -> bool:
-        return bucket.times == 1 or bucket.times <= self._room
+        return bucket.num_steps == 1 or bucket.num_steps <= self._room

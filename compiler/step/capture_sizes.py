@@ -17,12 +17,12 @@ MAX_CAPTURED_TOKENS = 16384  # a larger step runs without a graph
 class Bucket:
     """A padded step: `tokens` rows of the model, `seqs` sequences; decode when they are equal.
 
-    A decode may run `times` over, each time a token further: a draft graph.
+    A decode may run `num_steps` times, each time a token further: a draft graph.
     """
 
     tokens: int
     seqs: int
-    times: int = 1
+    num_steps: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,9 @@ class CpuRunner:
         self._executor = executor
         self._counts = counts
 
-    def launch(self, step: StepInput, times: int) -> Callable[[], StepOutput]:
-        """Submit a step, or `times` of them in a row -> a function that waits for what comes of it."""
-        return step_thread.submit(self._run, step, times).result
+    def launch(self, step: StepInput, num_steps: int) -> Callable[[], StepOutput]:
+        """Submit a step, or `num_steps` of them in a row -> a function that waits for what comes of it."""
+        return step_thread.submit(self._run, step, num_steps).result
 
     def use_idle_time(self) -> bool:
         """Nothing is put off on a CPU."""
@@ -37,9 +37,9 @@ class CpuRunner:
         step_thread.rest()
 
     @torch.inference_mode()
-    def _run(self, step: StepInput, times: int) -> StepOutput:
+    def _run(self, step: StepInput, num_steps: int) -> StepOutput:
         executor, bucket = self._executor, own_bucket(step.num_tokens, step.num_seqs)
-        self._counts.launched(step.num_tokens * times, bucket.tokens * times, graphed=False)
-        metadata = executor.staging.send(step, bucket, times)
-        sampled = executor.repeat(metadata, times, lambda: executor.finish(step, executor.run(metadata)))
+        self._counts.launched(step.num_tokens * num_steps, bucket.tokens * num_steps, graphed=False)
+        metadata = executor.staging.send(step, bucket, num_steps)
+        sampled = executor.repeat(metadata, num_steps, lambda: executor.finish(step, executor.run(metadata)))
         return sampled.output(step)

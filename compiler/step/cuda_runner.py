@@ -31,19 +31,19 @@ class CudaRunner:
         self._returned: torch.cuda.Event | None = None  # recorded when the last step's ids are copied
 
     @torch.inference_mode()
-    def launch(self, step: StepInput, times: int) -> Callable[[], StepOutput]:
-        """Launch a step, or `times` of them in a row -> a function that waits for what comes of it."""
+    def launch(self, step: StepInput, num_steps: int) -> Callable[[], StepOutput]:
+        """Launch a step, or `num_steps` of them in a row -> a function that waits for what comes of it."""
         executor, graph = self._executor, self._padded_bucket(step)
         # No graph: run at its own token count, padded to max sequences so that it picks the same kernels as the largest
         # bucket.
         bucket = graph or Bucket(step.num_tokens, self.capture_sizes.max_decode_tokens)
-        if times > 1 and graph and step.sampling.is_plain:
-            graph = self._draft_graph(graph, times)
-        metadata = executor.staging.send(step, bucket, times)
+        if num_steps > 1 and graph and step.sampling.is_plain:
+            graph = self._draft_graph(graph, num_steps)
+        metadata = executor.staging.send(step, bucket, num_steps)
         if self._returned is not None:
             torch.cuda.current_stream().wait_event(self._returned)
         graphed = graph is not None and graph in self.graphs
-        self._counts.launched(step.num_tokens * times, bucket.tokens * times, graphed)
+        self._counts.launched(step.num_tokens * num_steps, bucket.tokens * num_steps, graphed)
         if not graphed:
             self._counts.missed_graph(self._graph_miss(step))
 
@@ -51,7 +51,7 @@ class CudaRunner:
             replayed = self.graphs.replay(graph) if graph else None
             return executor.finish(step, replayed or executor.run(metadata))
 
-        return self._returning(step, executor.repeat(metadata, times // (graph or bucket).times, run))
+        return self._returning(step, executor.repeat(metadata, num_steps // (graph or bucket).num_steps, run))
 
     def capture_graphs(self, buckets: Sequence[Bucket], progress: bool) -> None:
         """Capture these buckets; a step may be in flight."""
@@ -59,7 +59,7 @@ class CudaRunner:
 
         def forward_of(bucket: Bucket) -> Callable[[], Outputs]:
             metadata = executor.staging.placeholder(bucket)
-            return lambda: executor.run(metadata, bucket.times)
+            return lambda: executor.run(metadata, bucket.num_steps)
 
         with torch.inference_mode():
             self.graphs.capture(buckets, forward_of, progress)
@@ -98,9 +98,9 @@ class CudaRunner:
         own = self.capture_sizes.bucket(step.num_tokens, step.num_seqs)
         return "too_many_tokens" if own is None else "not_captured"
 
-    def _draft_graph(self, bucket: Bucket, times: int) -> Bucket:
+    def _draft_graph(self, bucket: Bucket, num_steps: int) -> Bucket:
         """The draft graph of so many steps of the bucket, if it is captured or is to be now; else the bucket."""
-        draft = replace(bucket, times=times)
+        draft = replace(bucket, num_steps=num_steps)
         if draft not in self.graphs and self.queue.want(draft):
             self.capture_graphs([draft], progress=False)
         return draft if draft in self.graphs else bucket

@@ -21,7 +21,7 @@ class Outputs(NamedTuple):
     """Of a padded step of S sequences; of several steps in a row the last one's, but for the ids."""
 
     logits: torch.Tensor  # [S, vocab]
-    ids: torch.Tensor  # int64 [S], of several steps [S, times]
+    ids: torch.Tensor  # int64 [S], of several steps [S, num_steps]
     # int32 [2, S] of `propose_ngram`: row 0 is 2 * match length + hit, row 1 the token fed; None without the n-gram
     # proposer
     found: torch.Tensor | None
@@ -31,7 +31,7 @@ class Outputs(NamedTuple):
 class Sampled(NamedTuple):
     """What the step's own s sequences get."""
 
-    ids: torch.Tensor  # int64 [s], of several steps [s, times]
+    ids: torch.Tensor  # int64 [s], of several steps [s, num_steps]
     found: torch.Tensor | None  # int32 [2, s]
     logprobs: StepLogprobTensors | None
 
@@ -52,10 +52,10 @@ class StepExecutor:
         self.state = state
         self.staging = staging
 
-    def run(self, metadata: StepMetadata, times: int = 1) -> Outputs:
-        """One padded step, or `times` of them in a row: all that a CUDA graph holds."""
+    def run(self, metadata: StepMetadata, num_steps: int = 1) -> Outputs:
+        """One padded step, or `num_steps` of them in a row: all that a CUDA graph holds."""
         before = []
-        for _ in range(times - 1):
+        for _ in range(num_steps - 1):
             before.append(self.run(metadata).ids)  # the other outputs are freed for the next step
             self.staging.advance(metadata)
         staged = self.staging.unpack(metadata)
@@ -64,12 +64,12 @@ class StepExecutor:
         found = accept_drafts(ids, staged, self.state)
         return Outputs(logits, torch.stack([*before, ids], dim=1) if before else ids, found, staged)
 
-    def repeat(self, metadata: StepMetadata, times: int, run: Callable[[], Sampled]) -> Sampled:
-        """Call `run` `times` over, the metadata a token further each time -> its result, of several the ids alone."""
-        if times == 1:
+    def repeat(self, metadata: StepMetadata, num_steps: int, run: Callable[[], Sampled]) -> Sampled:
+        """Call `run` `num_steps` times, the metadata a token further each time -> its result, of several the ids alone."""
+        if num_steps == 1:
             return run()
         sampled = []
-        for _ in range(times):
+        for _ in range(num_steps):
             sampled.append(run().ids.clone())
             self.staging.advance(metadata)
         return Sampled(torch.stack(sampled, dim=1), None, None)

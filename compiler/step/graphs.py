@@ -49,7 +49,9 @@ class GraphSet:
     def holding(self, bucket: Bucket) -> Bucket | None:
         """The smallest captured bucket, no draft graph, that a step of this one fits in."""
         larger = [
-            one for one in self._graphs if one.tokens >= bucket.tokens and one.seqs >= bucket.seqs and one.times == 1
+            one
+            for one in self._graphs
+            if one.tokens >= bucket.tokens and one.seqs >= bucket.seqs and one.num_steps == 1
         ]
         return min(larger, default=None)
 

@@ -114,6 +114,6 @@ class NgramOutput:
 class StepOutput:
     """Sampled ids of the S sequences, in the order of the step's slots."""
 
-    token_ids: np.ndarray  # int32 [S]; of several steps in a row [S, times]
+    token_ids: np.ndarray  # int32 [S]; of several steps in a row [S, num_steps]
     logprobs: StepLogprobs | None = None
     ngram: NgramOutput | None = None

@@ -89,8 +89,8 @@ class Staging:
         self.device = state.last_tokens.device
         self._state = state
 
-    def send(self, step: StepInput, bucket: Bucket, times: int = 1) -> StepMetadata:
-        """Pad `step`, which is to run `times` over, to `bucket` and bring its metadata to the device."""
+    def send(self, step: StepInput, bucket: Bucket, num_steps: int = 1) -> StepMetadata:
+        """Pad `step`, which is to run `num_steps` times, to `bucket` and bring its metadata to the device."""
         raise NotImplementedError
 
     def advance(self, metadata: StepMetadata) -> None:
@@ -134,16 +134,16 @@ class Staging:
 class CpuStaging(Staging):
     """Each step has a buffer of its own, which is read in place."""
 
-    def send(self, step: StepInput, bucket: Bucket, times: int = 1) -> StepMetadata:
+    def send(self, step: StepInput, bucket: Bucket, num_steps: int = 1) -> StepMetadata:
         self._remember(step)
-        return self._filled(step, bucket, times)
+        return self._filled(step, bucket, num_steps)
 
-    def _filled(self, step: StepInput, bucket: Bucket, times: int = 1) -> StepMetadata:
+    def _filled(self, step: StepInput, bucket: Bucket, num_steps: int = 1) -> StepMetadata:
         """Metadata in a buffer of its own."""
         layout = Layout.of(bucket)
         words = torch.empty(layout.new_blocks + step.new_blocks.size, dtype=torch.int32)
         self._fill(words.numpy(), layout, step)
-        width = -(-(int(step.seq_lens.max()) + times - 1) // self._state.block_size)
+        width = -(-(int(step.seq_lens.max()) + num_steps - 1) // self._state.block_size)
         # a width of one would be a constant to the compiler
         return layout.views(words, len(step.new_blocks), max(width, 2))
 
@@ -166,12 +166,12 @@ class CudaStaging(Staging):
         self._sent = [torch.cuda.Event() for _ in range(PINNED)]
         self._words = torch.empty(words, dtype=torch.int32, device=self.device)
 
-    def send(self, step: StepInput, bucket: Bucket, times: int = 1) -> StepMetadata:
+    def send(self, step: StepInput, bucket: Bucket, num_steps: int = 1) -> StepMetadata:
         self._remember(step)
         metadata = self.metadata(bucket)
         if not self._continues(step, bucket):
             self._transfer(step, bucket)
-        self._last = (bucket, step) if times == 1 else None
+        self._last = (bucket, step) if num_steps == 1 else None
         return metadata
 
     def metadata(self, bucket: Bucket) -> StepMetadata:

@@ -70,13 +70,13 @@ class CompiledStep:
     def forward(self, forward: Callable[..., torch.Tensor]) -> None:
         self._executor.forward = forward
 
-    def launch(self, step: StepInput, times: int = 1) -> Ticket:
+    def launch(self, step: StepInput, num_steps: int = 1) -> Ticket:
         """Start one step; steps run in the order of their launch.
 
-        `times` > 1: so many steps in a row. `step` is the first, one token of each of several slots, all of them
-        sampled; the others take the token sampled before. Every slot has blocks for all of it. The ids are [S, times].
+        `num_steps` > 1: so many steps in a row. `step` is the first, one token of each of several slots, all of them
+        sampled; the others take the token sampled before. Every slot has blocks for all of it. The ids are [S, num_steps].
         """
-        return Ticket(self.runner.launch(step, times))
+        return Ticket(self.runner.launch(step, num_steps))
 
     def compiled_forward(self, warm: list[StepInput], progress: bool = False) -> Callable[..., torch.Tensor]:
         """The forward compiled on the given steps, to be swapped in as `forward`; safe beside launches.

@@ -29,20 +29,20 @@ def dot_precision(padded_size: int) -> str:
 
 
 @triton.jit
-def last_not_above(starts_ptr, value, num_seqs, guess, TILE: tl.constexpr):
-    """Largest s in [0, num_seqs) with starts[s] // TILE + (s if TILE > 1) <= value; `guess` is tried first.
+def last_not_above(starts_ptr, value, num_seqs, first_try, TILE: tl.constexpr):
+    """Largest s in [0, num_seqs) with starts[s] // TILE + (s if TILE > 1) <= value; `first_try` is tried first.
 
     With TILE 1 it finds the sequence of a token row, else the sequence of a tile of TILE rows, where every
     sequence begins a tile of its own: s begins at or after tile starts[s] // TILE + s, which rises with s.
     """
     low = 0
     high = num_seqs
-    guess = tl.minimum(guess, num_seqs - 1)
+    first_try = tl.minimum(first_try, num_seqs - 1)
     if TILE == 1:
         # In a step of decodes row t belongs to sequence t: no search.
-        if (tl.load(starts_ptr + guess) <= value) & (tl.load(starts_ptr + guess + 1) > value):
-            low = guess
-            high = guess + 1
+        if (tl.load(starts_ptr + first_try) <= value) & (tl.load(starts_ptr + first_try + 1) > value):
+            low = first_try
+            high = first_try + 1
     while low + 1 < high:
         middle = (low + high) // 2
         begin = tl.load(starts_ptr + middle)

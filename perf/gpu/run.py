@@ -113,8 +113,8 @@ def main() -> int:
         run_job(args, sections, model, path, results)
     print(f"\n{'section':>10}  {'model':>6}  {'seconds':>8}  result")
     for one in results["sections"]:
-        verdict = "ok" if one["ok"] else one["error"][:100] or f"{len(one['failures'])} failures"
-        print(f"{one['section']:>10}  {one['model'] or '':>6}  {one.get('seconds', ''):>8}  {verdict}")
+        outcome = "ok" if one["ok"] else one["error"][:100] or f"{len(one['failures'])} failures"
+        print(f"{one['section']:>10}  {one['model'] or '':>6}  {one.get('seconds', ''):>8}  {outcome}")
     print(path)
     return 0 if all(one["ok"] for one in results["sections"]) else 1
 

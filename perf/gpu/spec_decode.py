@@ -243,7 +243,7 @@ def _ways(step: CompiledStep, one: StepInput, draft_tokens: int) -> dict[str, Ca
     bucket = step.runner.capture_sizes.bucket(one.num_tokens, one.num_seqs)
     step.runner.queue = CaptureQueue()  # nobody else captures
     without, whole = GraphSet(), GraphSet()
-    for graphs, buckets in ((without, [bucket]), (whole, [bucket, replace(bucket, times=draft_tokens)])):
+    for graphs, buckets in ((without, [bucket]), (whole, [bucket, replace(bucket, num_steps=draft_tokens)])):
         step.runner.graphs = graphs
         step.runner.capture_graphs(buckets, progress=False)
 

@@ -56,22 +56,22 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
     more = full | stopped | first
     if output.logprobs is not None:
         more |= batch.sampling.has_extras[at]
-    told: list[Sequence] = []  # whom the deltas are of
+    with_delta: list[Sequence] = []  # whom the deltas are of
     for i in np.flatnonzero(more).tolist():
         sequence, token = batch.sequences[at[i]], int(ids[i])
         query = i if index is None else int(index[i])
         logprobs = _logprobs(sequence, [query], [token], output.logprobs)
         result.deltas[i] = _delta(sequence, [token], full[i], stopped[i], logprobs)
-        told.append(sequence)
+        with_delta.append(sequence)
         if first[i]:
             result.begun.append(sequence)
-    drafts = None if plan.drafts is None else _verified(batch, plan, output, result, told)
+    drafts = None if plan.drafts is None else _verified(batch, plan, output, result, with_delta)
     # From here on nothing raises.
     batch.tokens[at, known - 1] = ids
     batch.known[at] = known
     if drafts is not None:
         _append_accepted(batch, drafts)
-    for sequence, delta in zip(told, result.deltas.values(), strict=True):
+    for sequence, delta in zip(with_delta, result.deltas.values(), strict=True):
         sequence.finish_reason, sequence.stop_reason = delta.finish_reason, delta.stop_reason
         counts = sequence.drafts
         counts.accepted = max(counts.accepted, delta.accepted)
@@ -82,7 +82,7 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
 
 
 def _verified(
-    batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult, told: list[Sequence]
+    batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult, with_delta: list[Sequence]
 ) -> Verification:
     """Verify the step's draft tokens and add the tokens of their slots, up to a sequence's end, to `result`."""
     assert plan.drafts is not None
@@ -103,7 +103,7 @@ def _verified(
         logprobs = _logprobs(sequence, range(first, first + len(tokens)), tokens, output.logprobs)
         counts = sequence.drafts.accepted + accepted, sequence.drafts.rejected + int(found.counts[i]) - accepted
         result.deltas[begin + i] = _delta(sequence, tokens, full[i], found.stopped[i], logprobs, *counts)
-        told.append(sequence)
+        with_delta.append(sequence)
     return found
 
 

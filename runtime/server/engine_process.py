@@ -46,7 +46,7 @@ def main(path: str) -> None:
     config = settings.config
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
     try:
-        load_tokenizer(config)  # what the web workers will do: a fault of it is found before the model loads
+        load_tokenizer(config)  # what the web processes will do: a fault of it is found before the model loads
         built = build_model(compiler_options(config), progress=sys.stderr.isatty())
         beside = config.compile and built.device.type == "cpu"
         if beside:

@@ -1,4 +1,4 @@
-"""The probe port: health and the engine's metrics in threads of the supervisor, whatever the web workers are busy with.
+"""The probe port: health and the engine's metrics in threads of the supervisor, whatever the web processes are busy with.
 
 Knows HTTP. What health means is `health`'s to say.
 """

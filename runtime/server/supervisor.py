@@ -38,8 +38,8 @@ WEB_COMMAND = module_command("gunicorn")
 HEARTBEAT_S = 0.25  # of the supervisor's own client
 UNHEALTHY_S = 2.0  # an engine that ends is not heard either: for so long it is not taken for a hung one
 DUMP_S = 1.0  # for a hung engine to write where its threads stand
-IDLE_S = 1.5 * protocol.HEARTBEAT_S  # without work before a drain is over: web workers learn of it from a heartbeat
-IDLE_CONNECTIONS = 4000  # that a web worker holds open beside those with a request; then the longest idle is closed
+IDLE_S = 1.5 * protocol.HEARTBEAT_S  # without work before a drain is over: web processes learn of it from a heartbeat
+IDLE_CONNECTIONS = 4000  # that a web process holds open beside those with a request; then the longest idle is closed
 COMPILE_STATES = {
     "off": "not compiled", "compiling": "compiling, serving uncompiled until then", "compiled": "compiled",
     "failed": "serving uncompiled, because the compilation failed: see the log",
@@ -144,7 +144,7 @@ class Supervisor:
         return self._run_dir.write("engine-settings.json", settings.to_json())
 
     def _write_web_settings(self, probe_address: str) -> Path:
-        """The web workers' settings, once the engine said which folder holds the tokenizer; see web/settings.py."""
+        """The web processes' settings, once the engine said which folder holds the tokenizer; see web/settings.py."""
         engine = json.loads((self._run_dir.path / FACTS_FILE).read_text())
         settings = {
             "engine_address": self._engine_address,
@@ -172,7 +172,7 @@ class Supervisor:
         return None
 
     def _wait_for_web(self, listener: socket.socket) -> bool:
-        """Until a web worker answers over HTTP, whatever the status; False if a signal came first."""
+        """Until a web process answers over HTTP, whatever the status; False if a signal came first."""
         url = f"http://{connectable(listener.getsockname())}/health/live"
         while not self._signals:
             self._check_children()

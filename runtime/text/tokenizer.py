@@ -1,7 +1,7 @@
 """Text to token ids and back, from the tokenizer files of a model folder.
 
 Knows `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja` and
-`chat_template.json`. Knows nothing of requests, sockets or torch: a web worker imports this module and must stay light.
+`chat_template.json`. Knows nothing of requests, sockets or torch: a web process imports this module and must stay light.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class FakeStep:
         self.queries: list[int] = []  # of each step
         self.tokens: list[int] = []
 
-    def launch(self, step: StepInput, times: int = 1) -> Ticket:
+    def launch(self, step: StepInput, num_steps: int = 1) -> Ticket:
         if self.refuses is not None and self.refuses(step):
             raise RuntimeError("cannot be launched")
         self.launches += 1
@@ -72,7 +72,7 @@ class FakeStep:
             if self.breaks is not None and self.breaks(step):
                 self.memory[:] = -9  # whatever it has written
                 raise RuntimeError("broken on the device")
-            output = self.run(step) if times == 1 else self._run_on(step, times)
+            output = self.run(step) if num_steps == 1 else self._run_on(step, num_steps)
         except Exception as error:
             output = error
 
@@ -83,14 +83,14 @@ class FakeStep:
 
         return Ticket(wait)
 
-    def _run_on(self, step: StepInput, times: int) -> StepOutput:
+    def _run_on(self, step: StepInput, num_steps: int) -> StepOutput:
         """The step, and those in which each of its slots goes on by a token."""
         assert step.sampled.all() and step.num_tokens == len(set(step.slots.tolist())), (
             "a token of each of several slots"
         )
         sampled = [self.run(step).token_ids]
         onward = dataclasses.replace(step, token_ids=np.full_like(step.token_ids, -1), new_blocks=step.new_blocks[:0])
-        for at in range(1, times):
+        for at in range(1, num_steps):
             sampled.append(self.run(dataclasses.replace(onward, starts=step.starts + at)).token_ids)
         return StepOutput(np.stack(sampled, axis=1))
 

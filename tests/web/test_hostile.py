@@ -1,4 +1,4 @@
-"""Hostile and careless clients by the hundred against a real supervisor and web worker, over a fake engine.
+"""Hostile and careless clients by the hundred against a real supervisor and web process, over a fake engine.
 
 Meanwhile a client asks ten times a second, and some read long streams. `pytest -s` prints what they saw.
 """
@@ -91,7 +91,7 @@ class Server:
         return connect(self.port, 60, receive_buffer)
 
     def worker_rss(self) -> int:
-        """Bytes of the web worker: of gunicorn's child."""
+        """Bytes of the web process: of gunicorn's child."""
         (master,) = (pid for pid in _descendants(self.process.pid) if "gunicorn" in _command(pid) and _children(pid))
         (worker,) = _children(master)
         return int(Path(f"/proc/{worker}/statm").read_text().split()[1]) * resource.getpagesize()

@@ -29,7 +29,11 @@ def test_what_is_wanted_often_is_due() -> None:
 
 
 def test_draft_graphs_are_captured_when_wanted_often_while_there_is_room() -> None:
-    queue, draft, longer = CaptureQueue(), replace(SMALL, times=MAX_DRAFT_FORWARDS - 10), replace(SMALL, times=11)
+    queue, draft, longer = (
+        CaptureQueue(),
+        replace(SMALL, num_steps=MAX_DRAFT_FORWARDS - 10),
+        replace(SMALL, num_steps=11),
+    )
     for _ in range(CAPTURE_IDLE - 1):
         assert not queue.want(draft) and not queue.want(longer)
     assert queue.next() is None
@@ -37,4 +41,6 @@ def test_draft_graphs_are_captured_when_wanted_often_while_there_is_room() -> No
     assert queue.next() == draft
     queue.done(draft)
     assert longer not in queue and not any(queue.want(longer) for _ in range(2 * CAPTURE_NOW))
-    assert [queue.want(replace(SMALL, times=10)) for _ in range(CAPTURE_NOW)] == [False] * (CAPTURE_NOW - 1) + [True]
+    assert [queue.want(replace(SMALL, num_steps=10)) for _ in range(CAPTURE_NOW)] == [False] * (CAPTURE_NOW - 1) + [
+        True
+    ]

@@ -23,7 +23,7 @@ class Executor:
     def __init__(self) -> None:
         self.staging, self.padded = self, []
 
-    def send(self, step: SimpleNamespace, bucket: Bucket, times: int) -> None:
+    def send(self, step: SimpleNamespace, bucket: Bucket, num_steps: int) -> None:
         self.padded.append(bucket)
 
     def run(self, metadata: None) -> str:
@@ -32,8 +32,8 @@ class Executor:
     def finish(self, step: SimpleNamespace, outputs: object) -> object:
         return outputs
 
-    def repeat(self, metadata: None, times: int, run) -> list:
-        return [run() for _ in range(times)]
+    def repeat(self, metadata: None, num_steps: int, run) -> list:
+        return [run() for _ in range(num_steps)]
 
 
 @pytest.fixture
@@ -77,6 +77,6 @@ def test_without_any_graph_a_step_is_padded_to_its_size_and_not_captured(runner:
 def test_draft_steps_replay_their_graph_once_or_that_of_one_step_often(runner: CudaRunner) -> None:
     hold(runner, one := Bucket(4, 4))
     assert runner.launch(step(3, 3), 3) == [one] * 3
-    hold(runner, draft := replace(one, times=3))
+    hold(runner, draft := replace(one, num_steps=3))
     assert runner.launch(step(3, 3), 3) == [draft]
     assert runner._counts.graphed == runner._counts.steps == 2 and not any(runner._counts.graph_misses.values())

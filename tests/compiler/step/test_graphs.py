@@ -17,7 +17,7 @@ def test_a_larger_graph_serves_meanwhile(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     graphs = GraphSet()
     assert graphs.holding(SMALL) is None
-    graphs._graphs = {LARGE: None, MIDDLE: None, replace(SMALL, times=3): None}
+    graphs._graphs = {LARGE: None, MIDDLE: None, replace(SMALL, num_steps=3): None}
     assert (
         graphs.holding(SMALL) == MIDDLE
         and graphs.holding(Bucket(9, 3)) == LARGE

@@ -200,7 +200,7 @@ def test_a_known_token_is_sent_again() -> None:
 def test_metadata_that_was_advanced_is_not_taken_for_what_was_sent() -> None:
     staging = Recording(state_of(6), Bucket(8, 4))
     step = decode([4, 2], [8, 21], token_ids=np.array([3, 5], np.int32))
-    metadata = staging.send(step, Bucket(2, 2), times=2) or staging.metadata(Bucket(2, 2))
+    metadata = staging.send(step, Bucket(2, 2), num_steps=2) or staging.metadata(Bucket(2, 2))
     staging.advance(metadata)
     staging._state.last_tokens[:], staging._state.last_at[:] = 9, torch.arange(7, dtype=torch.int32)
     staged = staging.unpack(metadata)

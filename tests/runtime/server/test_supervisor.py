@@ -436,7 +436,7 @@ def test_gunicorn_streams_through_a_drain_and_refuses_new_requests(real_web: Ser
     assert running.status == 200 and first_data(running).startswith(b"data: ")
     real_web.process.send_signal(signal.SIGTERM)
     wait_for(lambda: real_web.probe("/health/ready")[0] == 503)
-    time.sleep(1.2)  # over a heartbeat of the web worker
+    time.sleep(1.2)  # over a heartbeat of the web process
     assert stream(real_web, max_tokens=1).status == 503
     rest = running.read().decode()
     assert '"finish_reason":"length"' in rest.replace(" ", "") and rest.endswith("data: [DONE]\n\n")

@@ -48,10 +48,10 @@ class Device(FakeStep):
     def clock(self) -> float:
         return self.now
 
-    def launch(self, step: StepInput, times: int = 1) -> Ticket:
+    def launch(self, step: StepInput, num_steps: int = 1) -> Ticket:
         self.now += HOST_MS / 1e3
         done = self.free = max(self.free, self.now) + self.cost(step.num_seqs) / 1e3
-        ticket = super().launch(step, times)
+        ticket = super().launch(step, num_steps)
 
         def wait() -> StepOutput:
             self.now = max(self.now, done)
