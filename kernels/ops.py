@@ -21,7 +21,8 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 
 `pagegraph::quant_linear` is x [..., K] @ weight.T + bias [N] -> [..., N] with weight [N, K] = qweight * scale + zero: qweight
 int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit values each (`kernels.quant.reference.pack_nibbles`); scale and zero
-[N, groups] of `group` neighbouring columns each, the last group maybe of fewer. In plain PyTorch: weights are loaded so, and steps run the ops below.
+[N, groups] of `group` neighbouring columns each, the last group maybe of fewer. It runs in plain PyTorch while a model
+is loaded and probed; steps run the ops below.
 
 `pagegraph::repacked_linear` is the same with the weight as the tensor cores take it, x [..., K] -> [..., out_size]: integers as
 `kernels.quant.reference.repack` lays them, scale and zero as `repack_scales` does; or float8_e4m3fn as `exchanged_columns`, scale float32

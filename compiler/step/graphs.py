@@ -3,10 +3,9 @@
 Knows buckets and streams; the forward it captures is any callable. CUDA only.
 
 A server captures few sizes before it answers, each at least four times as large as the one below; the others are
-captured when nothing runs, the most wanted first, or when a size was wanted 64 times. Offline use captures all at the
-start. A draft model's steps are one graph of the forward and the sampling, k times over, captured once 64 launches
-have wanted it, or eight and nothing runs; until then one launch replays the single step's graph k times. Such graphs
-hold at most 128 forwards, whose memory is set aside with that of the others.
+captured as `compiler.step.capture_queue` says: when nothing runs, or when one was wanted often. Offline use captures all
+at the start. A draft model's k steps are one graph; until it is captured, one launch replays the single step's graph k
+times. The memory of draft graphs is set aside with that of the others.
 """
 
 from __future__ import annotations

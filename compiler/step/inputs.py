@@ -65,9 +65,9 @@ class StepInput:
     only the device knows, its start may be known to it alone too: `starts` is then the last it can be.
     """
 
-    token_ids: (
-        np.ndarray
-    )  # int32 [T], known to the device only: -1 the slot's last sampled token, -2 - j its draft token j
+    # int32 [T]; -1 and below stand for tokens that only the device knows: -1 the slot's last sampled token, -2 - j its
+    # draft token j
+    token_ids: np.ndarray
     slots: np.ndarray  # int32 [S], slot of each sequence
     query_start: np.ndarray  # int32 [S + 1]
     starts: np.ndarray  # int32 [S], position of each sequence's first token in this step

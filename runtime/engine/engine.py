@@ -144,7 +144,7 @@ class Engine:
             self._isolation.choose()
         if self.drafter is not None:
             draft_tokens = self.drafter.propose(ahead=running is not None)
-        plan = self.scheduler.schedule(self.clock(), draft_tokens)
+        plan = self.scheduler.schedule(draft_tokens)
         self._running = self._launch(plan, done) if plan else None
         if running is not None:
             self._commit(running)
@@ -239,7 +239,7 @@ class Engine:
             try:
                 self.scheduler.alone = own
                 self.scheduler.add(own)
-                plan = self.scheduler.schedule(self.clock())
+                plan = self.scheduler.schedule()
                 assert plan is not None
                 output = self.step.launch(self._packer.pack(plan)).wait()
                 self.scheduler.finish(self.scheduler.commit(plan, output))

@@ -113,10 +113,10 @@ class Scheduler:
     def room_for_drafts(self, most: int, lag: int | None = 0) -> tuple[np.ndarray, np.ndarray, int]:
         """(slots that may be given draft tokens, at most how many each, how many in all), with blocks taken for them.
 
-        They decode, ask for no penalties (penalty counts include accepted tokens only), are past min_tokens (which the
-        host enforces), and all but `lag` of their tokens are on the host: with 0 they can be given to the next
-        `schedule`; with more nothing is taken, it is a look ahead. None: the device knows the tokens, and the host need
-        not.
+        They decode, ask for no penalties (penalty counts include accepted tokens only) and are past min_tokens (which the
+        host enforces). At most `lag` of their tokens are not on the host yet. With `lag` 0 the draft tokens go to the
+        next `schedule`, and blocks are taken for them; with more this only looks ahead, and takes none. None: however
+        many; the device proposes, and the host need not know the tokens.
         """
         batch, slots = self.batch, self._running.fixed().slots
         known, total = batch.known[slots], batch.total[slots]
@@ -144,8 +144,8 @@ class Scheduler:
             slots, limits = slots[limits > 0], limits[limits > 0]
         return slots, limits, budget
 
-    def schedule(self, now: float, draft_tokens: DraftTokens | None = None) -> Plan | None:
-        """The next step, or None if no sequence can take one. `now` is kept for policies that need it.
+    def schedule(self, draft_tokens: DraftTokens | None = None) -> Plan | None:
+        """The next step, or None if no sequence can take one.
 
         The step verifies `draft_tokens`, which are within what `room_for_drafts` has just said. Until it is committed, the
         counts of their slots take all of them for accepted.

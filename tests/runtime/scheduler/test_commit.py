@@ -18,7 +18,7 @@ def told(logits: list[float], chosen: int, wanted: int, most: int) -> TokenLogpr
     """What is told of `chosen`, sampled from `logits`, where another sequence asked for `most`."""
     scheduler = Scheduler(BlockPool(4, 4), max_num_seqs=1, max_num_batched_tokens=8, max_model_len=8)
     scheduler.add(Sequence("a", [1], SamplingParams(logprobs=wanted), frozenset(), 0, 8))
-    plan = scheduler.schedule(0)
+    plan = scheduler.schedule()
     logprobs = StepLogprobTensors(torch.tensor([logits]), torch.tensor([chosen]), most).numpy()
     return scheduler.commit(plan, StepOutput(np.array([chosen], np.int32), logprobs)).deltas[0].logprobs[0]
 

@@ -209,7 +209,7 @@ def test_draft_tokens_right_or_wrong_change_no_token(
             commit()
         draft_tokens = oracle.propose()
         scheduler.check_integrity()
-        plan = scheduler.schedule(float(turn), draft_tokens)
+        plan = scheduler.schedule(draft_tokens)
         scheduler.check_integrity()
         if plan:
             assert plan.num_tokens <= budget and len(plan) <= scheduler.max_decode_tokens
@@ -249,7 +249,7 @@ def started(scheduler: Scheduler, name: str = "a", **params) -> Sequence:
     """A sequence of four known tokens, three of them of the prompt, that may be given draft tokens."""
     sequence = Sequence(name, [1, 2, 3], SamplingParams(max_tokens=20, **params), frozenset([EOS]), 0, MAX_LEN)
     scheduler.add(sequence)
-    plan = scheduler.schedule(0)
+    plan = scheduler.schedule()
     scheduler.commit(plan, StepOutput(np.array([4], np.int32)))
     return sequence
 
@@ -263,7 +263,7 @@ def draft(sequence: Sequence, *tokens: int) -> DraftTokens:
 def test_a_slot_with_draft_tokens_counts_as_if_all_were_accepted_until_their_verification() -> None:
     scheduler = scheduler_of()
     sequence = started(scheduler)
-    plan = scheduler.schedule(0, draft(sequence, 5, 6))
+    plan = scheduler.schedule(draft(sequence, 5, 6))
     packed = Packer(scheduler.batch).pack(plan)
     assert (packed.token_ids.tolist(), packed.starts.tolist(), packed.slots.tolist()) == (
         [4, 5, 6],
@@ -271,13 +271,13 @@ def test_a_slot_with_draft_tokens_counts_as_if_all_were_accepted_until_their_ver
         [sequence.slot] * 3,
     )
     assert packed.sampled.tolist() == [False] * 3, "no sample is handed over on the device"
-    ahead = scheduler.schedule(0)
+    ahead = scheduler.schedule()
     packed = Packer(scheduler.batch).pack(ahead)
     assert (packed.token_ids.tolist(), packed.starts.tolist()) == ([-1], [6]), "the device knows better where it stands"
     result = scheduler.commit(plan, StepOutput(np.array([5, 9, 1], np.int32)))
     assert result.deltas[0].token_ids == [5, 9] and (result.deltas[0].accepted, result.deltas[0].rejected) == (1, 1)
     scheduler.commit(ahead, StepOutput(np.array([8], np.int32)))
-    packed = Packer(scheduler.batch).pack(scheduler.schedule(0))
+    packed = Packer(scheduler.batch).pack(scheduler.schedule())
     assert (packed.token_ids.tolist(), packed.starts.tolist()) == ([8], [6])
 
 
@@ -285,15 +285,15 @@ def test_a_slot_with_draft_tokens_counts_as_if_all_were_accepted_until_their_ver
 def test_a_slot_preempted_with_draft_tokens_in_flight_keeps_what_was_accepted(stop: int) -> None:
     scheduler = scheduler_of()
     sequence = started(scheduler, stop_token_ids=[stop])
-    plan = scheduler.schedule(0, draft(sequence, 5, 6))
+    plan = scheduler.schedule(draft(sequence, 5, 6))
     scheduler.preempt(sequence)
     scheduler.check_integrity()
-    assert scheduler.schedule(0) is None, "it waits for what is in flight"
+    assert scheduler.schedule() is None, "it waits for what is in flight"
     result = scheduler.commit(plan, StepOutput(np.array([5, 9, 1], np.int32)))
     scheduler.finish(result)
     scheduler.check_integrity()
     assert result.deltas[0].token_ids == [5, 9]
-    again = scheduler.schedule(0)
+    again = scheduler.schedule()
     if stop == 9:
         assert sequence.finish_reason == "stop" and again is None and sequence.tokens.tolist() == [1, 2, 3, 4, 5, 9]
     else:
@@ -304,7 +304,7 @@ def test_a_slot_preempted_with_draft_tokens_in_flight_keeps_what_was_accepted(st
 def test_log_probabilities_come_with_each_token() -> None:
     scheduler = scheduler_of()
     sequence = started(scheduler, logprobs=1)
-    plan = scheduler.schedule(0, draft(sequence, 5, 6))
+    plan = scheduler.schedule(draft(sequence, 5, 6))
     values = np.arange(3, dtype=np.float32)
     logprobs = StepLogprobs(values, np.full(3, 2, np.int32), values.astype(np.int32)[:, None], values[:, None])
     delta = scheduler.commit(plan, StepOutput(np.array([5, 9, 1], np.int32), logprobs)).deltas[0]
@@ -315,13 +315,13 @@ def test_draft_tokens_are_not_published() -> None:
     """A block full of draft tokens gets a hash once they are the sequence's own, and then for what it holds."""
     scheduler = scheduler_of()
     sequence = started(scheduler)
-    plan = scheduler.schedule(0, draft(sequence, 5, 6, 8, 9))
+    plan = scheduler.schedule(draft(sequence, 5, 6, 8, 9))
     scheduler.abort(sequence.key)
     scheduler.commit(plan, StepOutput(np.array([5, 6, 8, 9, 1], np.int32)))
     scheduler.check_integrity()
     again = Sequence("b", [1, 2, 3, 4, 5, 6, 8, 9, 1], SamplingParams(), frozenset(), 0, MAX_LEN)
     scheduler.add(again)
-    scheduler.schedule(0)
+    scheduler.schedule()
     assert again.cached_tokens == 4
 
 

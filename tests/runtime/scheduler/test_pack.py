@@ -29,7 +29,7 @@ def add(scheduler: Scheduler, name: str, tokens: list[int], seed: int = 0, **par
 
 def step(scheduler: Scheduler) -> StepInput:
     """Schedule, pack and commit token 5 for every sequence."""
-    plan = scheduler.schedule(0)
+    plan = scheduler.schedule()
     packed = Packer(scheduler.batch).pack(plan)
     scheduler.finish(scheduler.commit(plan, StepOutput(np.full(len(plan), 5, np.int32))))
     return packed
@@ -40,7 +40,7 @@ def test_a_mixed_step_field_by_field() -> None:
     a = add(scheduler, "a", [1, 2, 3, 4, 6], seed=11, temperature=0.5, top_k=3, top_p=0.75, min_p=0.25)
     step(scheduler)
     b = add(scheduler, "b", list(range(20, 38)), seed=-(2**62), repetition_penalty=1.5, presence_penalty=0.5)
-    packed = Packer(scheduler.batch).pack(scheduler.schedule(1))
+    packed = Packer(scheduler.batch).pack(scheduler.schedule())
     assert packed.token_ids.tolist() == [5, *range(20, 31)]
     assert packed.slots.tolist() == [a.slot, b.slot] and a.slot != b.slot
     assert packed.query_start.tolist() == [0, 1, 12]
@@ -73,7 +73,7 @@ def test_what_a_slot_begins_with_travels_uncopied() -> None:
     add(scheduler, "a", list(range(9)))
     assert step(scheduler).cached == []
     again, new = add(scheduler, "b", list(range(9))), add(scheduler, "c", [5, 6])
-    plan = scheduler.schedule(0)
+    plan = scheduler.schedule()
     ((slot, tokens),) = Packer(scheduler.batch).pack(plan).cached
     assert plan.started == [again, new] and (slot, tokens.tolist()) == (again.slot, list(range(8)))
     assert np.shares_memory(tokens, again.tokens)
@@ -109,8 +109,8 @@ def test_dtypes_are_those_of_the_step() -> None:
 def test_a_token_still_on_the_device_is_minus_one() -> None:
     scheduler = scheduler_of()
     add(scheduler, "a", [1, 2, 3])
-    scheduler.schedule(0)
-    packed = Packer(scheduler.batch).pack(scheduler.schedule(1))
+    scheduler.schedule()
+    packed = Packer(scheduler.batch).pack(scheduler.schedule())
     assert (packed.token_ids.tolist(), packed.starts.tolist(), packed.seq_lens.tolist()) == ([-1], [3], [4])
 
 
@@ -129,9 +129,9 @@ def test_stop_ids_are_masked_for_the_first_min_tokens() -> None:
 def test_min_tokens_counts_what_is_in_flight() -> None:
     scheduler = scheduler_of()
     add(scheduler, "a", [1, 2, 3], min_tokens=2)
-    assert [biases(Packer(scheduler.batch).pack(scheduler.schedule(0))) for _ in range(3)] == [
-        [(0, 7, -np.inf)]
-    ] * 2 + [[]]
+    assert [biases(Packer(scheduler.batch).pack(scheduler.schedule())) for _ in range(3)] == [[(0, 7, -np.inf)]] * 2 + [
+        []
+    ]
 
 
 def test_a_chunk_that_samples_nothing_asks_for_nothing() -> None:

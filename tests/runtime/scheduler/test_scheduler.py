@@ -75,7 +75,7 @@ def test_random_work_gives_every_sequence_its_own_tokens(
             if at == turn and scheduler.abort((0, str(index))):
                 ended[str(index)] = "abort"
         scheduler.check_integrity()
-        plan = scheduler.schedule(float(turn))
+        plan = scheduler.schedule()
         scheduler.check_integrity()
         if plan:
             assert plan.num_tokens <= budget
@@ -121,10 +121,10 @@ def planned(scheduler: Scheduler, plan: Plan) -> list[tuple[str, int]]:
 def test_running_sequences_come_before_waiting_ones() -> None:
     scheduler = scheduler_of(max_num_batched_tokens=8)
     scheduler.add(sequence_of("a", 6))
-    first = scheduler.schedule(0)
+    first = scheduler.schedule()
     scheduler.commit(first, StepOutput(np.zeros(1, np.int32)))
     scheduler.add(sequence_of("b", 20))
-    plan = scheduler.schedule(1)
+    plan = scheduler.schedule()
     assert planned(scheduler, plan) == [("a", 1), ("b", 7)]
 
 
@@ -132,14 +132,14 @@ def test_priority_orders_the_queue() -> None:
     scheduler = scheduler_of(max_num_seqs=1)
     scheduler.add(sequence_of("low", 6, priority=5))
     scheduler.add(sequence_of("high", 6, priority=-1, arrival=9.0))
-    assert planned(scheduler, scheduler.schedule(0)) == [("high", 6)]
+    assert planned(scheduler, scheduler.schedule()) == [("high", 6)]
 
 
 def test_whole_prompts_without_chunking() -> None:
     scheduler = scheduler_of(max_num_batched_tokens=MAX_LEN, enable_chunked_prefill=False)
     scheduler.add(sequence_of("a", 30))
     scheduler.add(sequence_of("b", 20))
-    assert planned(scheduler, scheduler.schedule(0)) == [("a", 30)]
+    assert planned(scheduler, scheduler.schedule()) == [("a", 30)]
 
 
 def test_prefix_counters_count_tokens() -> None:
@@ -148,7 +148,7 @@ def test_prefix_counters_count_tokens() -> None:
         sequence = sequence_of("same", 18)
         sequence.request_id = name
         scheduler.add(sequence)
-    plan = scheduler.schedule(0)
+    plan = scheduler.schedule()
     assert plan.counts.tolist() == [18, 2], "the second sequence reads the blocks the first writes in the same step"
     assert (scheduler.counters.prefix_queries, scheduler.counters.prefix_hits) == (36, 16)
 
@@ -159,7 +159,7 @@ def test_a_salt_keeps_prefixes_apart() -> None:
         sequence = sequence_of("same", 18, cache_salt=name)
         sequence.request_id = name
         scheduler.add(sequence)
-    assert scheduler.schedule(0).counts.tolist() == [18, 18]
+    assert scheduler.schedule().counts.tolist() == [18, 18]
 
 
 def test_a_pool_too_small_for_one_sequence_is_refused() -> None:
@@ -170,10 +170,10 @@ def test_a_pool_too_small_for_one_sequence_is_refused() -> None:
 def test_a_failed_step_leaves_no_blocks_and_no_cache() -> None:
     scheduler = scheduler_of()
     scheduler.add(sequence_of("a", 18))
-    scheduler.schedule(0)
+    scheduler.schedule()
     assert [sequence.request_id for sequence in scheduler.restart()] == ["a"]
     scheduler.check_integrity()
-    assert scheduler.schedule(1).counts.tolist() == [18]
+    assert scheduler.schedule().counts.tolist() == [18]
 
 
 def large(**overrides) -> Scheduler:
@@ -188,7 +188,7 @@ def prompt_of(name: str, length: int, **overrides) -> Sequence:
 
 def turn(scheduler: Scheduler) -> dict[str, int]:
     """Tokens of the next step by sequence; what it samples is committed."""
-    plan = scheduler.schedule(0)
+    plan = scheduler.schedule()
     scheduler.check_integrity()
     scheduler.finish(scheduler.commit(plan, StepOutput(np.zeros(len(plan), np.int32))))
     return dict(planned(scheduler, plan))

@@ -24,7 +24,7 @@ def appended(sequence: Sequence, tokens: list[int]) -> list[str]:
     scheduler.add(sequence)
     reasons = []
     for token in tokens:
-        plan = scheduler.schedule(0)
+        plan = scheduler.schedule()
         assert plan is not None, "the sequence had ended"
         scheduler.finish(scheduler.commit(plan, StepOutput(np.array([token], np.int32))))
         reasons.append(sequence.finish_reason)
@@ -67,7 +67,7 @@ def test_length_comes_before_stop() -> None:
 def test_tokens_in_flight_count_towards_the_limit() -> None:
     scheduler = Scheduler(BlockPool(20, 4), max_num_seqs=1, max_num_batched_tokens=8, max_model_len=40)
     scheduler.add(sequence_of(max_tokens=2))
-    plans = [scheduler.schedule(0) for _ in range(3)]
+    plans = [scheduler.schedule() for _ in range(3)]
     assert [plan and plan.counts.tolist() for plan in plans] == [[3], [1], None]
 
 
