@@ -45,8 +45,9 @@ class InputBatch:
     """`num_slots` slots for sequences of at most `max_model_len` tokens in blocks of `block_size`; int32 unless said.
 
     Half-open ranges of slot i: tokens[i, :computed[i]] have their keys and values in blocks or in a launched step;
-    tokens[i, :known[i]] are on the host; at most total[i] - known[i] sampled tokens are scheduled and still to come.
-    `computed` and `total` count draft tokens in flight as accepted; `commit` subtracts those that were rejected.
+    tokens[i, :known[i]] are committed, which is to say on the host; at most total[i] - known[i] sampled tokens are
+    scheduled and still to come. `computed` and `total` count draft tokens in flight as accepted; `commit` subtracts
+    those that were rejected.
     """
 
     def __init__(self, num_slots: int, max_model_len: int, block_size: int) -> None:

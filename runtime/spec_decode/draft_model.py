@@ -9,7 +9,7 @@ where a slot lacks more than its last token. Knows no acceptance and no scheduli
 It shares block tables and block numbers with the target. A prefix found in the cache is computed again, for its own
 keys may not be there; wrong keys would cost acceptance only. Sequences that want fewer draft tokens go on with the
 others as far as their blocks reach, because on a GPU a launch costs more than a slot; on a CPU they leave. Sequences
-with penalties get none: their counts know confirmed tokens alone.
+with penalties get none: their counts know committed tokens alone.
 """
 
 from __future__ import annotations

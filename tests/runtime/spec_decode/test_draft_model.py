@@ -92,7 +92,7 @@ def test_verified_draws_follow_the_target_and_agree_more_often_than_independent_
     max_decode_tokens=st.integers(4, 12),
     together=st.booleans(),
 )
-def test_draft_tokens_are_those_of_the_confirmed_tokens_alone(
+def test_draft_tokens_are_those_of_the_committed_tokens_alone(
     lengths, turns, max_tokens, max_decode_tokens, together
 ) -> None:
     """Whatever held, was corrected or went on without draft tokens: keys of the past are right when the next are made."""
