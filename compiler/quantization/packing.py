@@ -128,7 +128,7 @@ def read_packed(
 def _zero_points(
     layout: PackedLayout, tensors: Mapping[str, torch.Tensor], bits: int, where: str, scales: torch.Size
 ) -> torch.Tensor | None:
-    """Unsigned zero points as they are stored, for scales of this shape; None where none are."""
+    """Zero points made unsigned, on the axes they are stored on, for scales of this shape; None where none are stored."""
     zero_points = tensors.get(layout.zero_points)
     if zero_points is None:
         return None

@@ -174,9 +174,7 @@ def load_query(
 
 
 @triton.jit
-def query_by_keys(
-    query, second_query, keys, PAIRED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLES: tl.constexpr
-):  # fmt: skip
+def query_by_keys(query, second_query, keys, PAIRED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLES: tl.constexpr):
     """Products [BLOCK_M, BLOCK_N] of a row's heads with a tile of keys."""
     if PAIRED:
         keys, second_keys = of_pairs(keys, ASSEMBLES)
