@@ -1,7 +1,7 @@
 """JSON of a request to a checked value, or a 400 that names the field and a value that works.
 
-Knows the fields that completions and chat completions accept; all others are `fields`'. Knows no Flask, no tokenizer
-and no engine state beyond the vocabulary's size.
+Knows the fields that completions and chat completions accept; all others are `fields`', and what a message holds is
+`messages`'. Knows no Flask, no tokenizer and no engine state beyond the vocabulary's size.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 from pagegraph.runtime.sampling_params import RANGES, BadParameter, Range, SamplingParams, check_ids, check_stop, shown
 from pagegraph.web.errors import ApiError, as_api_error
 from pagegraph.web.fields import Fields, is_id, mapping, refuse
+from pagegraph.web.messages import read_messages
 
 MAX_PROMPTS = 1024
 MAX_SEQUENCES = 1024
-MAX_MESSAGES = 4096
 DEFAULT_COMPLETION_TOKENS = 16
 _N = Range(1, 128, 1, int)
 _PRIORITY = Range(-(2**31), 2**31 - 1, 0, int)
@@ -29,20 +29,6 @@ _SAMPLED = (
     "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty",
     "presence_penalty", "allowed_token_ids", "seed", "stop_token_ids", "ignore_eos",
 )  # fmt: skip
-# Fields of a message besides role and content that a template may read; and all that are known.
-_MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
-_MESSAGE_FIELDS = {
-    "role",
-    "content",
-    "refusal",
-    "tool_calls",
-    "function_call",
-    "audio",
-    "prefix",
-    "partial",
-    *_MESSAGE_TEXTS,
-}
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +119,7 @@ def parse_chat(
 ) -> GenerationRequest:
     """A body of POST /v1/chat/completions; `sampling_defaults` as in `parse_completion`."""
     fields = Fields(body)
-    messages = _messages(fields)
+    messages = read_messages(fields)
     wanted = fields.boolean("logprobs", False)
     top = fields.number("top_logprobs", RANGES["logprobs"], None)
     if top and not wanted:
@@ -243,69 +229,6 @@ def _prompts(value: Any, vocab_size: int) -> list[str] | list[list[int]]:
     for prompt in prompts:
         check_ids("prompt", prompt, vocab_size)
     return prompts
-
-
-def _messages(fields: Fields) -> list[dict[str, Any]]:
-    value = fields.take("messages")
-    example = '[{"role": "user", "content": "Hello"}]'
-    if not isinstance(value, list) or not value:
-        refuse("messages", f"must be a list that is not empty, for example {example}; got {shown(value)}")
-    if len(value) > MAX_MESSAGES:
-        refuse("messages", f"holds {len(value)} messages; at most {MAX_MESSAGES}")
-    return [_message(message, f"messages[{index}]", fields.ignored) for index, message in enumerate(value)]
-
-
-def _message(message: Any, where: str, ignored: list[str]) -> dict[str, Any]:
-    """One message as the template gets it; names of fields that it does not get are added to `ignored`."""
-    if not isinstance(message, dict):
-        refuse(where, f'must be an object, for example {{"role": "user", "content": "Hello"}}; got {shown(message)}')
-    role = message.get("role")
-    if role not in _ROLES:
-        refuse(f"{where}.role", f"must be one of {', '.join(_ROLES)}; got {shown(role)}")
-    for name in ("tool_calls", "function_call", "audio"):
-        if message.get(name):
-            refuse(f"{where}.{name}", "is not served; leave it out")
-    for name in ("prefix", "partial"):
-        if message.get(name):
-            refuse(f"{where}.{name}", "is not served; give continue_final_message: true beside messages")
-    content = message.get("content")
-    if content is None and role == "assistant":
-        content = message.get("refusal")  # what it said instead
-    if content is None and role != "assistant":
-        refuse(f"{where}.content", "is missing; give a string")
-    kinds = ("text", "refusal") if role == "assistant" else ("text",)
-    checked: dict[str, Any] = {"role": role, "content": _content(content, f"{where}.content", kinds)}
-    for name in _MESSAGE_TEXTS:
-        text = message.get(name)
-        if text is not None:
-            if not isinstance(text, str):
-                refuse(f"{where}.{name}", f"must be a string; got {shown(text)}")
-            checked[name] = text
-    for name, value in message.items():
-        listed = f"messages.{name}"
-        if value is not None and name not in _MESSAGE_FIELDS and listed not in ignored:
-            ignored.append(listed)
-    return checked
-
-
-def _content(content: Any, where: str, kinds: tuple[str, ...]) -> str:
-    """Content as one string. Parts are of these kinds and hold a string under that name; newlines join them."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        refuse(where, f"must be a string or a list of text parts; got {shown(content)}")
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in kinds:
-            served = " or ".join(map(json.dumps, kinds))
-            refuse(f"{where}[{index}].type", f"must be {served}, the only kind served; got {shown(kind)}")
-        if not isinstance(part.get(kind), str):
-            refuse(f"{where}[{index}].{kind}", "must be a string")
-        texts.append(part[kind])
-    return "\n".join(texts)
 
 
 def _logit_bias(value: Any, vocab_size: int) -> dict[int, Any]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pagegraph.runtime.sampling_params import SamplingParams
 from pagegraph.web.errors import ApiError
 from pagegraph.web.fields import UNSERVED
-from pagegraph.web.schema import _MESSAGE_FIELDS, parse_body, parse_chat, parse_completion
+from pagegraph.web.messages import MESSAGE_FIELDS
+from pagegraph.web.schema import parse_body, parse_chat, parse_completion
 
 VOCAB = 100
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -349,7 +350,7 @@ def test_any_json_is_taken_or_refused(fields: dict[str, Any]) -> None:
 MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "tool"]) | JSON},
     optional={name: st.lists(st.dictionaries(st.sampled_from(["type", "text", "refusal"]), JSON | st.sampled_from(["text", "refusal"])))
-              | JSON for name in sorted(_MESSAGE_FIELDS - {"role"})},
+              | JSON for name in sorted(MESSAGE_FIELDS - {"role"})},
 )  # fmt: skip
 
 
