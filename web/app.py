@@ -17,10 +17,13 @@ from flask import Flask, Response, g, request
 from pagegraph.runtime.ipc.client import EngineClient
 from pagegraph.runtime.server import health
 from pagegraph.runtime.text.tokenizer import Tokenizer
-from pagegraph.web import errors, probes, routes
+from pagegraph.web import errors, probes, routes, tokenization
 from pagegraph.web.errors import ApiError
 from pagegraph.web.service import Service
 from pagegraph.web.settings import WebSettings
+from pagegraph.web.stream import ClientGone
+
+_STATUS_CLIENT_GONE = 499
 
 
 def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
@@ -35,11 +38,13 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     engine = EngineClient(settings.engine_address, silence_s=settings.silence_s)
     app.extensions["pagegraph"] = Service(settings, Tokenizer.load(settings.model), engine)
     errors.register(app)
+    app.register_error_handler(ClientGone, lambda _: Response(status=_STATUS_CLIENT_GONE))
     app.before_request(_name_request)
     if settings.api_key is not None:
         _require_key(app, settings.api_key)
     app.after_request(_add_headers)
     app.register_blueprint(routes.blueprint)
+    app.register_blueprint(tokenization.blueprint)
     app.register_blueprint(probes.blueprint)
     return app
 

@@ -1,4 +1,4 @@
-"""Health, version and the engine's metrics on the API's port. Health needs no key and shows no internals.
+"""Health, version, load and the engine's metrics on the API's port. Health needs no key and shows no internals.
 
 What health means, and what its probes are told, is `runtime.server.health`'s to say, here as on the probe port.
 """
@@ -25,6 +25,7 @@ blueprint = Blueprint("probes", __name__)
 @blueprint.get("/health")
 @blueprint.get("/health/live")
 @blueprint.get("/health/ready")
+@blueprint.route("/ping", methods=["GET", "POST"])
 def answer_probe() -> Response:
     """503 of /health/live: only a restart helps. 200 of the others: requests are taken now."""
     service = current_service()
@@ -37,6 +38,13 @@ def answer_probe() -> Response:
 def version() -> Response:
     """The version of the installed distribution."""
     return json_response({"version": metadata.version("pagegraph")})
+
+
+@blueprint.get("/load")
+def load() -> Response:
+    """How many sequences run and wait, of all web processes."""
+    info = current_service().engine.info()
+    return json_response({"server_load": info.num_running + info.num_waiting})
 
 
 @blueprint.get("/metrics")

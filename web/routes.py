@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import contextlib
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response
 
-from pagegraph.web.errors import ApiError, json_response
+from pagegraph.web.errors import json_response
 from pagegraph.web.responses import ChatResponse, CompletionResponse, GenerationResponse, header_text, model_card
 from pagegraph.web.schema import parse_chat, parse_completion
 from pagegraph.web.service import current_service
-from pagegraph.web.stream import ClientGone, EventStream, Generation
+from pagegraph.web.stream import EventStream, Generation
 from pagegraph.web.submit import Parse, read_request, submit, tokenize
-
-_STATUS_CLIENT_GONE = 499
 
 blueprint = Blueprint("openai", __name__)
 
@@ -48,29 +46,22 @@ def chat_completions() -> Response:
 
 
 def _generate(parse: Parse, response_type: type[GenerationResponse]) -> Response:
-    if request.mimetype != "application/json":
-        raise ApiError(415, "the body must be JSON, with the header Content-Type: application/json")
     service = current_service()
     info = service.engine.info()
-    try:
-        with contextlib.ExitStack() as on_error:
-            checked, prompts = read_request(parse, service, info)
-            release = service.admit(info)
-            on_error.callback(release)
-            token_ids = tokenize(service, prompts, checked, info)
-            generation = submit(service, checked, token_ids, info, release)
-            on_error.pop_all()
-            on_error.callback(generation.close)
-            generation.wait_admitted()
-            body = response_type(checked, service, info, token_ids, generation)
-            answer = (
-                _streamed(generation, body, service.settings.keep_alive_s)
-                if checked.stream
-                else _whole(generation, body)
-            )
-            on_error.pop_all()
-    except ClientGone:
-        return Response(status=_STATUS_CLIENT_GONE)
+    with contextlib.ExitStack() as on_error:
+        checked, prompts = read_request(parse, service, info)
+        release = service.admit(info)
+        on_error.callback(release)
+        token_ids = tokenize(service, prompts, checked, info)
+        generation = submit(service, checked, token_ids, info, release)
+        on_error.pop_all()
+        on_error.callback(generation.close)
+        generation.wait_admitted()
+        body = response_type(checked, service, info, token_ids, generation)
+        answer = (
+            _streamed(generation, body, service.settings.keep_alive_s) if checked.stream else _whole(generation, body)
+        )
+        on_error.pop_all()
     if checked.ignored:
         answer.headers["x-ignored-fields"] = header_text(checked.ignored)
     return answer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 from flask import request
@@ -22,29 +23,46 @@ from pagegraph.web.stream import Generation, NoTokens, client_probe
 
 Parse = Callable[..., GenerationRequest]  # `schema.parse_completion` or `schema.parse_chat`
 Prompt = str | list[int]
+T = TypeVar("T")
 
 _LONG_CHARS = 1 << 16  # characters of a request from which on it waits its turn to be tokenised: some 10 ms
 _LARGE_BODY_BYTES = 1 << 20  # from which on a body waits its turn to be parsed
 
 
-def read_request(parse: Parse, service: Service, info: EngineInfo) -> tuple[GenerationRequest, Sequence[Prompt]]:
-    """The body of the current request, checked, and its prompts. Raises ApiError, BadParameter or ClientGone.
+def read_body(service: Service, check: Callable[[dict[str, Any]], T]) -> T:
+    """What `check` makes of the JSON object that the current request's body is. Raises ApiError or ClientGone.
 
     A large body waits its turn: parsing takes four times its size.
     """
+    if request.mimetype != "application/json":
+        raise ApiError(415, "the body must be JSON, with the header Content-Type: application/json")
     is_large = (request.content_length or _LARGE_BODY_BYTES) >= _LARGE_BODY_BYTES  # one in chunks does not say
     with service.long_text(client_probe(request.environ)) if is_large else contextlib.nullcontext():
-        checked = parse(parse_body(request.get_data(cache=False)), info.vocab_size, info.sampling_defaults)
+        return check(parse_body(request.get_data(cache=False)))
+
+
+def read_request(parse: Parse, service: Service, info: EngineInfo) -> tuple[GenerationRequest, Sequence[Prompt]]:
+    """The body of the current request, checked, and its prompts. Raises ApiError, BadParameter or ClientGone."""
+
+    def check(body: dict[str, Any]) -> tuple[GenerationRequest, Sequence[Prompt]]:
+        checked = parse(body, info.vocab_size, info.sampling_defaults)
         service.check_model(checked.model)
         return checked, _prompts(service.tokenizer, checked, info)
+
+    return read_body(service, check)
+
+
+def encode(service: Service, text: str, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text of any length; a long one waits its turn. Raises UnicodeEncodeError or ClientGone."""
+    with _turn(service, len(text)):
+        return service.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
 def tokenize(
     service: Service, prompts: Sequence[Prompt], checked: GenerationRequest, info: EngineInfo
 ) -> list[list[int]]:
     """Token ids of every prompt, each checked against the context. Raises BadParameter or ClientGone."""
-    is_long = sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) >= _LONG_CHARS
-    with service.long_text(client_probe(request.environ)) if is_long else contextlib.nullcontext():
+    with _turn(service, sum(len(prompt) for prompt in prompts if isinstance(prompt, str))):
         tokenized = []
         for prompt in prompts:
             if isinstance(prompt, str):
@@ -52,6 +70,13 @@ def tokenize(
             _check_length(len(prompt), checked, info)
             tokenized.append(prompt)
     return tokenized
+
+
+def _turn(service: Service, num_chars: int) -> contextlib.AbstractContextManager[None]:
+    """What so many characters are tokenised inside; see `Service.long_text`."""
+    if num_chars < _LONG_CHARS:
+        return contextlib.nullcontext()
+    return service.long_text(client_probe(request.environ))
 
 
 def submit(
@@ -75,19 +100,13 @@ def submit(
     return Generation(group, outputs, client_probe(request.environ), release)
 
 
-def _prompts(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> Sequence[Prompt]:
-    """The prompts, a chat rendered by its template. Refuses what by its characters alone is too long."""
-    prompts = [_render(tokenizer, checked)] if checked.messages else checked.prompts
-    try:
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                _check_chars(prompt, tokenizer, checked, info)
-    except UnicodeEncodeError:
-        raise ApiError(400, "the prompt holds half of a surrogate pair: not valid Unicode") from None
-    return prompts
+def no_unicode() -> ApiError:
+    """What a text with a lone surrogate is answered with."""
+    return ApiError(400, "the prompt holds half of a surrogate pair: not valid Unicode")
 
 
-def _render(tokenizer: Tokenizer, checked: GenerationRequest) -> str:
+def prompt_text(tokenizer: Tokenizer, checked: GenerationRequest) -> str:
+    """The prompt of a chat, as its template renders it. Raises ApiError 400."""
     try:
         return tokenizer.render_chat(
             checked.messages,
@@ -97,6 +116,18 @@ def _render(tokenizer: Tokenizer, checked: GenerationRequest) -> str:
         )
     except ChatTemplateError as error:
         raise ApiError(400, str(error), param="messages") from None
+
+
+def _prompts(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> Sequence[Prompt]:
+    """The prompts, a chat rendered by its template. Refuses what by its characters alone is too long."""
+    prompts = [prompt_text(tokenizer, checked)] if checked.messages else checked.prompts
+    try:
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                _check_chars(prompt, tokenizer, checked, info)
+    except UnicodeEncodeError:
+        raise no_unicode() from None
+    return prompts
 
 
 def _check_chars(text: str, tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> None:

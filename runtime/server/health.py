@@ -28,7 +28,8 @@ class Health:
         return 200 if good else 503, msgspec.json.encode({"status": self.status}), headers
 
 
-PATHS = {"/health": "ready", "/health/live": "live", "/health/ready": "ready"}  # of probes, and what each asks
+# Of probes, and what each asks.
+PATHS = {"/health": "ready", "/health/live": "live", "/health/ready": "ready", "/ping": "ready"}
 RETRY_AFTER_S = 1  # for whoever was refused now
 UNREADY_S = 30.0
 

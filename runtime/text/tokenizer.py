@@ -19,10 +19,10 @@ from pagegraph.compiler.model.files import json_object, lfs_pointer
 from pagegraph.runtime.text.chat_template import ChatTemplate, ChatTemplateError
 from pagegraph.runtime.text.token_bound import TokenBound
 
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATE_ARGUMENTS = frozenset(
     {"conversations", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",
-     "continue_final_message", "return_assistant_tokens_mask", *_SPECIAL_NAMES}
+     "continue_final_message", "return_assistant_tokens_mask", *SPECIAL_NAMES}
 )  # fmt: skip
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACEMENT = "\ufffd"
@@ -52,7 +52,9 @@ class Tokenizer:
         special_tokens: dict[str, str] | None = None,
         chat_template: str | None = None,
         add_bos: bool | None = None,
+        class_name: str = "PreTrainedTokenizerFast",
     ) -> None:
+        self.class_name = class_name  # of transformers
         self.special_tokens = special_tokens or {}
         self.chat_template = chat_template
         self._template = None if chat_template is None else ChatTemplate(chat_template, self.special_tokens)
@@ -94,6 +96,7 @@ class Tokenizer:
             special_tokens=_special_tokens(json_object(folder / "special_tokens_map.json") | config),
             chat_template=_chat_template(folder, config),
             add_bos=config.get("add_bos_token"),
+            class_name=str(config.get("tokenizer_class") or "PreTrainedTokenizerFast"),
         )
 
     @functools.cached_property
@@ -121,6 +124,17 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
         """Ids to text; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special)
+
+    def vocabulary_entries(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary writes them ("Ġhello"); "" for an id outside of it."""
+        return [self._backend.id_to_token(one) or "" for one in token_ids]
+
+    @property
+    def added_tokens(self) -> dict[str, dict[str, Any]]:
+        """Tokens beside those of the model proper by their id, in the words of tokenizer_config.json."""
+        names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+        added = self._backend.get_added_tokens_decoder()
+        return {str(id): {name: getattr(token, name) for name in names} for id, token in added.items()}
 
     def render_chat(
         self,
@@ -211,7 +225,7 @@ def _byte_level_chars() -> dict[str, int]:
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """Special tokens by name; the files write them as a string or as an object with `content`."""
-    values = {name: config.get(name) for name in _SPECIAL_NAMES}
+    values = {name: config.get(name) for name in SPECIAL_NAMES}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 

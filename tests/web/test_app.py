@@ -18,7 +18,8 @@ from pagegraph.runtime.engine.metrics import EngineMetrics
 from pagegraph.runtime.server import health
 from pagegraph.web.app import create_app
 
-PATHS = ["/v1/models", "/v1/models/tiny", "/v1/completions", "/v1/chat/completions", "/metrics", "/version", "/none",
+PATHS = ["/v1/models", "/v1/models/tiny", "/v1/completions", "/v1/chat/completions", "/metrics", "/version", "/load", "/none",
+         "/tokenize", "/detokenize", "/tokenizer_info",
          "//v1/models", "/health/", "/health/../v1/models", "/%2e/v1/models"]  # fmt: skip
 
 
@@ -41,8 +42,9 @@ def test_every_path_but_health_needs_the_key(make_app: Callable[..., Flask], pat
 def test_the_key_opens_and_health_is_open(make_app: Callable[..., Flask]) -> None:
     client = make_app(api_key="s3cret").test_client()
     assert client.get("/v1/models", headers={"Authorization": "Bearer s3cret"}).status_code == 200
-    for path in ("/health", "/health/live", "/health/ready"):
+    for path in ("/health", "/health/live", "/health/ready", "/ping"):
         assert client.get(path).status_code == 200
+    assert client.post("/ping").status_code == 200
 
 
 def test_health_follows_the_engine(http: FlaskClient, fake_engine) -> None:
@@ -101,6 +103,11 @@ def test_draining_is_not_ready(http: FlaskClient, fake_engine) -> None:
     assert http.get("/health/ready").json == {"status": "draining"}
     assert http.get("/health/ready").status_code == 503
     assert http.get("/health/live").status_code == 200
+
+
+def test_the_load_is_what_runs_and_waits(http: FlaskClient, fake_engine) -> None:
+    fake_engine.info = msgspec.structs.replace(fake_engine.info, num_running=2, num_waiting=3)
+    assert http.get("/load").json == {"server_load": 5}
 
 
 def test_metrics_come_from_the_engine(make_app: Callable[..., Flask]) -> None:
