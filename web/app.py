@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pagegraph.runtime.server import health
 from pagegraph.runtime.text.tokenizer import Tokenizer
 from pagegraph.web import errors, probes, routes, tokenization
 from pagegraph.web.errors import ApiError
+from pagegraph.web.schema import is_request_id
 from pagegraph.web.service import Service
 from pagegraph.web.settings import WebSettings
 from pagegraph.web.stream import ClientGone
@@ -70,10 +70,10 @@ def _digest(key: str) -> bytes:
 
 def _name_request() -> None:
     given = request.headers.get("X-Request-Id", "")
-    g.request_id = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
+    g.request_id = given if is_request_id(given) else None
 
 
 def _add_headers(response: Response) -> Response:
-    response.headers["x-request-id"] = g.request_id
+    response.headers["x-request-id"] = g.request_id or uuid.uuid4().hex
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response

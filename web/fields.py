@@ -46,6 +46,15 @@ class Fields:
             refuse(name, f"must be a string; got {shown(value)}")
         return value
 
+    def one_of(self, name: str, words: tuple[str, ...], default: str) -> str:
+        """The word of a field, one of `words`, or `default`."""
+        value = self.take(name)
+        if value is None:
+            return default
+        if value not in words:
+            refuse(name, f"must be {' or '.join(map(json.dumps, words))}; got {shown(value)}")
+        return value
+
     def check_rest(self) -> list[str]:
         """Names without effect, `ignored` first. Raises on a known field that is not served and asks something."""
         ignored = self.ignored
@@ -118,7 +127,7 @@ UNSERVED: dict[str, _Row] = {
     "functions": _not([]),
     "function_call": _not("none", "auto"),
     "response_format": _not({"type": "text"}),
-    "suffix": _not(""),
+    "suffix": _not("", instead="the prompt with the model's own fill-in-the-middle tokens: text between is not served"),
     "echo": _not(False),
     "audio": _not(),
     "modalities": _not(["text"]),
@@ -153,12 +162,8 @@ UNSERVED: dict[str, _Row] = {
     "repetition_detection": _not(),
     "thinking_token_budget": _not(-1),
     "include_reasoning": _not(True),
-    "truncate_prompt_tokens": _not(),
-    "truncation_side": _HARMLESS,
     "prompt_logprobs": _not(False),
     "logprob_token_ids": _not(),
-    "return_token_ids": _not(False),
-    "return_tokens_as_token_ids": _not(False),
     "return_token_offsets": _not(False),
     "return_prompt_text": _not(False),
     "return_mm_kwargs": _HARMLESS,
@@ -173,7 +178,6 @@ UNSERVED: dict[str, _Row] = {
     "ec_transfer_params": _not({}),
     "vllm_xargs": _not({}),
     "stream_interval": _HARMLESS,
-    "request_id": _HARMLESS,
     "session_id": _HARMLESS,
     # SGLang
     "regex": _not(),

@@ -25,6 +25,7 @@ class _Choice:
     text: str = ""
     logprobs: list[TokenLogprob] | None = None
     offsets: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
@@ -45,7 +46,7 @@ class GenerationResponse:
         generation: Generation,
     ) -> None:
         self._head = {
-            "id": f"{self.prefix}{uuid.uuid4().hex}",
+            "id": f"{self.prefix}{checked.request_id or uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": service.settings.served_model_name,
             "system_fingerprint": _fingerprint(info),
@@ -54,6 +55,8 @@ class GenerationResponse:
         self._include_usage = checked.include_usage
         self._continuous_usage = checked.continuous_usage
         self._n = checked.n
+        self._tokens_as_ids = checked.tokens_as_token_ids
+        self._prompt_ids = prompts if checked.return_token_ids else None  # and those of the output
         self._num_prompt_tokens = sum(map(len, prompts))
         self._outputs = generation.outputs
         self._choices = [_Choice() for _ in generation.outputs]
@@ -62,6 +65,7 @@ class GenerationResponse:
         """Take one piece of a sequence into the whole response."""
         choice = self._choices[index]
         choice.text += piece.text
+        choice.token_ids += piece.token_ids
         if piece.logprobs is not None:
             choice.logprobs = choice.logprobs or []
             choice.logprobs += piece.logprobs
@@ -89,6 +93,10 @@ class GenerationResponse:
     def choice_json(self, index: int, choice: _Choice) -> dict[str, Any]:
         """One choice of the whole response."""
         raise NotImplementedError
+
+    def _token_ids(self, token_ids: list[int]) -> dict[str, list[int]]:
+        """The output's token ids as a choice has them, if they were asked for."""
+        return {} if self._prompt_ids is None else {"token_ids": token_ids}
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         chunk = {**self._head, "object": self.object_chunk, "choices": choices}
@@ -118,19 +126,27 @@ class ChatResponse(GenerationResponse):
     object_whole = "chat.completion"
     object_chunk = "chat.completion.chunk"
 
+    def whole(self) -> dict[str, Any]:
+        """The response that is not streamed."""
+        return super().whole() | self._prompt_token_ids()
+
     def first(self) -> list[dict[str, Any]]:
         """The role of every choice."""
-        delta = {"role": "assistant", "content": ""}
-        return [self._chunk([self._chunk_choice(index, delta)]) for index in range(len(self._choices))]
+        chunks = []
+        for index in range(len(self._choices)):
+            choice = self._chunk_choice(index, {"role": "assistant", "content": ""}) | self._token_ids([])
+            chunks.append(self._chunk([choice]) | self._prompt_token_ids())
+        return chunks
 
     def events(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """A chunk with text and log-probabilities, then one with the finish reason."""
         events = []
-        if piece.text or piece.logprobs:
+        ids = self._token_ids(piece.token_ids)
+        if piece.text or piece.logprobs or (ids and piece.token_ids):
             delta = {"content": piece.text}
-            events.append(self._chunk([self._chunk_choice(index, delta, self._logprobs(piece.logprobs))]))
+            events.append(self._chunk([self._chunk_choice(index, delta, self._logprobs(piece.logprobs)) | ids]))
         if piece.finish_reason:
-            end = self._chunk_choice(index, {})
+            end = self._chunk_choice(index, {}) | self._token_ids([])
             end |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
             events.append(self._chunk([end]))
         return events
@@ -143,7 +159,12 @@ class ChatResponse(GenerationResponse):
             "logprobs": self._logprobs(choice.logprobs),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            **self._token_ids(choice.token_ids),
         }
+
+    def _prompt_token_ids(self) -> dict[str, list[int]]:
+        """The prompt's token ids, if they were asked for."""
+        return {} if self._prompt_ids is None else {"prompt_token_ids": self._prompt_ids[0]}
 
     def _chunk_choice(
         self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None
@@ -167,7 +188,8 @@ class ChatResponse(GenerationResponse):
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         data = self._tokenizer.token_bytes(token_id)
-        return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
+        token = f"token_id:{token_id}" if self._tokens_as_ids else data.decode("utf-8", "replace")
+        return {"token": token, "logprob": _finite(logprob), "bytes": list(data)}
 
 
 class CompletionResponse(GenerationResponse):
@@ -189,25 +211,27 @@ class CompletionResponse(GenerationResponse):
         self._echo = checked.echo
         if self._echo:
             skip = checked.skip_special_tokens
-            texts = [
-                one if isinstance(one, str) else self._tokenizer.decode(one, skip_special=skip)
-                for one in checked.prompts
-            ]
+            asked = prompts if checked.truncate_prompt_tokens is not None else checked.prompts
+            texts = [one if isinstance(one, str) else self._tokenizer.decode(one, skip_special=skip) for one in asked]
             self._choices = [_Choice(text) for text in texts for _ in range(checked.n)]
 
     def first(self) -> list[dict[str, Any]]:
         """The prompts' texts, where they are wanted."""
-        return (
-            [self._chunk([self.choice_json(index, choice)]) for index, choice in enumerate(self._choices)]
-            if self._echo
-            else []
-        )
+        if not self._echo and self._prompt_ids is None:
+            return []
+        chunks = []
+        for index, choice in enumerate(self._choices):
+            chunks.append(self._chunk([self.choice_json(index, choice) | self._prompt_token_ids(index)]))
+        return chunks
 
     def events(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """A chunk with text, log-probabilities and finish reason."""
-        if not (piece.text or piece.logprobs or piece.finish_reason):
+        wanted = self._prompt_ids is not None and piece.token_ids
+        if not (piece.text or piece.logprobs or piece.finish_reason or wanted):
             return []
-        choice = _Choice(piece.text, piece.logprobs, piece.offsets, piece.finish_reason, piece.stop_reason)
+        choice = _Choice(
+            piece.text, piece.logprobs, piece.offsets, piece.token_ids, piece.finish_reason, piece.stop_reason
+        )
         return [self._chunk([self.choice_json(index, choice)])]
 
     def choice_json(self, index: int, choice: _Choice) -> dict[str, Any]:
@@ -218,7 +242,19 @@ class CompletionResponse(GenerationResponse):
             "logprobs": self._logprobs(choice.logprobs, choice.offsets),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            **self._token_ids(choice.token_ids),
         }
+
+    def whole(self) -> dict[str, Any]:
+        """The response that is not streamed."""
+        body = super().whole()
+        for choice in body["choices"]:
+            choice |= self._prompt_token_ids(choice["index"])
+        return body
+
+    def _prompt_token_ids(self, index: int) -> dict[str, list[int]]:
+        """The token ids of a choice's prompt, if they were asked for."""
+        return {} if self._prompt_ids is None else {"prompt_token_ids": self._prompt_ids[index // self._n]}
 
     def _logprobs(self, entries: list[TokenLogprob] | None, offsets: list[int]) -> dict[str, Any] | None:
         """Parallel lists; `text_offset` is where in the choice's text that of the token begins."""
@@ -241,6 +277,8 @@ class CompletionResponse(GenerationResponse):
 
     def _token(self, token_id: int) -> str:
         """A token as text; one that is not whole characters as its bytes, so that no two look the same."""
+        if self._tokens_as_ids:
+            return f"token_id:{token_id}"
         data = self._tokenizer.token_bytes(token_id)
         try:
             return data.decode()

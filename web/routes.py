@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 
-from flask import Blueprint, Response
+from flask import Blueprint, Response, g
 
 from pagegraph.web.errors import json_response
 from pagegraph.web.responses import ChatResponse, CompletionResponse, GenerationResponse, header_text, model_card
@@ -50,6 +50,7 @@ def _generate(parse: Parse, response_type: type[GenerationResponse]) -> Response
     info = service.engine.info()
     with contextlib.ExitStack() as on_error:
         checked, prompts = read_request(parse, service, info)
+        g.request_id = g.request_id or checked.request_id
         release = service.admit(info)
         on_error.callback(release)
         token_ids = tokenize(service, prompts, checked, info)

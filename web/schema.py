@@ -23,6 +23,8 @@ MAX_SEQUENCES = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 _N = Range(1, 128, 1, int)
 _PRIORITY = Range(-(2**31), 2**31 - 1, 0, int)
+_TRUNCATE = Range(-1, 2**31 - 1, 512, int)
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
 # Fields of SamplingParams that a request has under the same name and in the same form.
 _SAMPLED = (
@@ -53,6 +55,11 @@ class GenerationRequest:
     add_generation_prompt: bool
     continue_final_message: bool
     template_arguments: dict[str, Any]
+    truncate_prompt_tokens: int | None  # tokens of each prompt that are kept; -1: as many as fit
+    truncation_side: str  # "left": its last tokens are kept; "right": its first
+    return_token_ids: bool
+    tokens_as_token_ids: bool  # tokens of log-probabilities are written "token_id:N"
+    request_id: str | None
     priority: int
     cache_salt: str
     ignored: list[str]  # fields without effect here, and those that are not known
@@ -183,6 +190,11 @@ def _request(
         add_generation_prompt=fields.boolean("add_generation_prompt", True) if chat else False,
         continue_final_message=fields.boolean("continue_final_message", False) if chat else False,
         template_arguments=mapping(fields.take("chat_template_kwargs"), "chat_template_kwargs") if chat else {},
+        truncate_prompt_tokens=_truncate(fields),
+        truncation_side=fields.one_of("truncation_side", ("left", "right"), "left"),
+        return_token_ids=fields.boolean("return_token_ids", False),
+        tokens_as_token_ids=fields.boolean("return_tokens_as_token_ids", False),
+        request_id=_own_id(fields.take("request_id")),
         priority=fields.number("priority", _PRIORITY, 0),
         cache_salt=_cache_salt(fields.take("cache_salt")),
         ignored=[*fields.check_rest(), *(f"stream_options.{name}" for name in options if name not in _STREAM_OPTIONS)],
@@ -246,6 +258,24 @@ def _cache_salt(value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]{1,128}", value):
         refuse("cache_salt", f"must be 1 to 128 printable ASCII characters without spaces; got {shown(value)}")
     return value
+
+
+def _truncate(fields: Fields) -> int | None:
+    keep = fields.number("truncate_prompt_tokens", _TRUNCATE, None)
+    if keep == 0:
+        refuse("truncate_prompt_tokens", "must be at least 1, or -1 for as many as fit; got 0")
+    return keep
+
+
+def _own_id(value: Any) -> str | None:
+    if value is not None and not is_request_id(value):
+        refuse("request_id", f"must be 1 to 128 letters, digits or any of ._:-; got {shown(value)}")
+    return value
+
+
+def is_request_id(value: Any) -> bool:
+    """Whether a client may call its request so: in answers and in the header x-request-id."""
+    return isinstance(value, str) and _REQUEST_ID.fullmatch(value) is not None
 
 
 def _stream_options(fields: Fields, stream: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import msgspec
 from flask import request
 
 from pagegraph.runtime.ipc.protocol import EngineInfo
-from pagegraph.runtime.sampling_params import SamplingParams, check_length, wrap_seed
+from pagegraph.runtime.sampling_params import BadParameter, SamplingParams, check_length, wrap_seed
 from pagegraph.runtime.text.output import TextOutput
 from pagegraph.runtime.text.tokenizer import ChatTemplateError, Tokenizer
 from pagegraph.web.errors import ApiError
@@ -67,9 +67,24 @@ def tokenize(
         for prompt in prompts:
             if isinstance(prompt, str):
                 prompt = service.tokenizer.encode(prompt, add_special_tokens=checked.add_special_tokens)
+            prompt = truncated(prompt, checked, info)
             _check_length(len(prompt), checked, info)
             tokenized.append(prompt)
     return tokenized
+
+
+def truncated(ids: list[int], checked: GenerationRequest, info: EngineInfo) -> list[int]:
+    """The tokens of a prompt that `truncate_prompt_tokens` keeps. Raises BadParameter."""
+    keep = checked.truncate_prompt_tokens
+    if keep is None:
+        return ids
+    if keep > info.max_model_len:
+        most = f"is {keep}, above max_model_len = {info.max_model_len}; give at most that, or -1 for as many as fit"
+        raise BadParameter("truncate_prompt_tokens", most)
+    if keep < 0:
+        asked = None if checked.max_tokens_is_default else checked.max_tokens
+        keep = max(info.max_model_len - max(asked or 1, checked.params.min_tokens), 1)
+    return ids[-keep:] if checked.truncation_side == "left" else ids[:keep]
 
 
 def _turn(service: Service, num_chars: int) -> contextlib.AbstractContextManager[None]:
@@ -123,7 +138,7 @@ def _prompts(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo)
     prompts = [prompt_text(tokenizer, checked)] if checked.messages else checked.prompts
     try:
         for prompt in prompts:
-            if isinstance(prompt, str):
+            if isinstance(prompt, str) and checked.truncate_prompt_tokens is None:
                 _check_chars(prompt, tokenizer, checked, info)
     except UnicodeEncodeError:
         raise no_unicode() from None

@@ -20,7 +20,7 @@ from pagegraph.web.errors import json_response
 from pagegraph.web.fields import Fields, refuse
 from pagegraph.web.schema import GenerationRequest, parse_chat
 from pagegraph.web.service import Service, current_service
-from pagegraph.web.submit import encode, no_unicode, prompt_text, read_body
+from pagegraph.web.submit import encode, no_unicode, prompt_text, read_body, truncated
 
 _OWN = ("return_token_strs",)  # fields beside those of a chat
 
@@ -66,6 +66,8 @@ def tokenize() -> Response:
         try:
             text = prompt_text(service.tokenizer, asked.chat) if asked.chat else asked.text or ""
             ids = encode(service, text, asked.add_special_tokens)
+            if asked.chat:
+                ids = truncated(ids, asked.chat, info)
         except UnicodeEncodeError:
             raise no_unicode() from None
         strings = service.tokenizer.vocabulary_entries(ids) if asked.token_strs else None
