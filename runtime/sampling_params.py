@@ -11,7 +11,6 @@ replace them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,9 @@ from numbers import Integral, Real
 from typing import Any
 
 import msgspec
+
+from pagegraph.runtime.bad_parameter import BadParameter, shown
+from pagegraph.runtime.structured_output import StructuredOutputs
 
 GREEDY_BELOW = 1e-5  # temperatures under it are 0: logits divided by them leave float32
 MAX_LOGPROBS = 20
@@ -33,15 +35,6 @@ FROM_GENERATION_CONFIG = {
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
     "repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens",
 }  # fmt: skip
-
-
-class BadParameter(ValueError):
-    """A request that cannot be served: `field` is at fault, and the text says what works."""
-
-    def __init__(self, field: str, problem: str, code: str = "invalid_value") -> None:
-        super().__init__(f"{field} {problem}" if code == "invalid_value" else problem)
-        self.field = field
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +100,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; 0: of the sampled token; n: and of the n likeliest
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         for field, allowed in RANGES.items():
@@ -133,6 +127,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             _check_id_list("allowed_token_ids", self.allowed_token_ids)
             if not self.allowed_token_ids:
                 raise BadParameter("allowed_token_ids", "must hold at least one token id, or be left out")
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputs):
+            raise BadParameter("structured_outputs", "must be StructuredOutputs, for example with json a schema")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises BadParameter for token ids outside the vocabulary, or more logprobs than it has tokens."""
@@ -239,20 +235,6 @@ def wrap_seed(seed: int) -> int:
 def own_seed(engine_seed: int, number: int) -> int:
     """The seed of the engine's sequence `number`, whose request brought none: reproducible from the engine's own."""
     return wrap_seed((engine_seed << 32 | engine_seed >> 32) + number)
-
-
-def shown(value: Any) -> str:
-    """A value as the user wrote it, cut short."""
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
-    if isinstance(value, Mapping):
-        return f"an object of {len(value)} fields"
-    if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) >= 10**20:
-        return "a number of more than 64 bits"
-    if isinstance(value, float) and math.isinf(value):
-        return f"{'-' * (value < 0)}infinity (no number so large has 64 bits)"
-    text = json.dumps(value[:80] if isinstance(value, str) else value, default=repr)
-    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def _too_long(field: str, max_model_len: int, problem: str) -> None:

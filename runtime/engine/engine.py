@@ -335,3 +335,5 @@ class Engine:
         """Raises ValueError for what would harm the step: the last gate before the device."""
         check_length(len(message.token_ids), self.limits.max_model_len, min_tokens=message.params.min_tokens)
         message.params.check_vocabulary(self.limits.vocab_size)
+        if message.params.structured_outputs is not None:
+            raise ValueError("structured_outputs is not served yet; leave it out")

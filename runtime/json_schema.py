@@ -1,0 +1,147 @@
+"""What a JSON schema may hold so that a grammar can be made of it, and where in it something is wrong.
+
+`check_schema` walks a schema without recursion and raises `SchemaProblem`, which has the place as a JSON pointer. Knows
+JSON Schema (draft 2020-12, and the older names still in use) and which keywords llguidance enforces; knows no grammar.
+A keyword that would narrow the answer and is not enforced is refused by name: an answer never breaks the schema that was
+asked for. Keywords that nobody defined say nothing, as JSON Schema has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+MAX_DEPTH = 64  # schemas within schemas
+MAX_SCHEMAS = 4096  # in all, the properties' included
+MAX_ENUM = 4096  # values of all enums
+MAX_REPEAT = 4096  # of minItems, maxItems, minProperties and maxProperties, which are counted out in the grammar
+MAX_LENGTH = 1 << 20  # of minLength and maxLength
+
+TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
+FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+# Keywords whose value is a schema, a list of schemas, an object of schemas.
+_ONE = ("items", "additionalItems", "additionalProperties")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_COUNTS = {
+    "minLength": MAX_LENGTH, "maxLength": MAX_LENGTH, "minItems": MAX_REPEAT, "maxItems": MAX_REPEAT,
+    "minProperties": MAX_REPEAT, "maxProperties": MAX_REPEAT,
+}  # fmt: skip
+# Keywords that narrow what is valid and are not enforced.
+UNSUPPORTED = (
+    "not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames",
+    "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
+    "$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy", "contentSchema", "x-guidance",
+)  # fmt: skip
+
+
+class SchemaProblem(ValueError):
+    """A schema that cannot be served; the message begins with the place."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        shown = path if len(path) <= 120 else f"{path[:60]}...{path[-60:]}"
+        super().__init__(f"at {shown or 'the top'}: {problem}")
+        self.path = path
+
+
+def check_schema(schema: Any) -> None:
+    """Raises SchemaProblem at the first place that cannot be served."""
+    seen, num_values = 0, 0
+    for path, depth, one in subschemas(schema):
+        seen += 1
+        if seen > MAX_SCHEMAS:
+            raise SchemaProblem("", f"holds more than {MAX_SCHEMAS} schemas, those of properties included")
+        if depth > MAX_DEPTH:
+            raise SchemaProblem(path, f"is nested more than {MAX_DEPTH} deep")
+        if isinstance(one, bool):
+            continue
+        if not isinstance(one, dict):
+            raise SchemaProblem(path, f"must be a schema, an object or true or false; got {_kind(one)}")
+        _check_keywords(path, one)
+        num_values += len(one.get("enum", ()))
+        if num_values > MAX_ENUM:
+            raise SchemaProblem(f"{path}/enum", f"the enums hold more than {MAX_ENUM} values in all")
+
+
+def subschemas(schema: Any, path: str = "") -> Iterator[tuple[str, int, Any]]:
+    """(JSON pointer, depth, schema) of a schema and of all within it, each before what it holds."""
+    waiting = [(path, 0, schema)]
+    while waiting:
+        path, depth, one = waiting.pop()
+        yield path, depth, one
+        if isinstance(one, dict):
+            waiting += reversed([(below, depth + 1, held) for below, held in children(one, path)])
+
+
+def children(schema: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    """(JSON pointer, schema) of what a schema holds directly."""
+    for key, value in schema.items():
+        if key in _MAPS and isinstance(value, dict):
+            for name, held in value.items():
+                yield f"{path}/{key}/{_escaped(name)}", held
+        elif key in (*_LISTS, "items") and isinstance(value, list):
+            for index, held in enumerate(value):
+                yield f"{path}/{key}/{index}", held
+        elif key in _ONE:
+            yield f"{path}/{key}", value
+
+
+def _check_keywords(path: str, schema: dict[str, Any]) -> None:
+    for key, value in schema.items():
+        at = f"{path}/{_escaped(key)}"
+        if key in UNSUPPORTED and value is not None and value is not False:
+            raise SchemaProblem(path, f"the keyword {key} is not supported; leave it out")
+        if key in _COUNTS:
+            _check_count(at, value, _COUNTS[key])
+        elif key in _LISTS or key == "required" or key == "enum":
+            if not isinstance(value, list):
+                raise SchemaProblem(at, f"must be a list; got {_kind(value)}")
+        elif key in _MAPS and not isinstance(value, dict):
+            raise SchemaProblem(at, f"must be an object of schemas; got {_kind(value)}")
+        elif key in _NUMBERS:
+            _check_bound(at, key, value)
+        elif key in ("$ref", "pattern", "format") and not isinstance(value, str):
+            raise SchemaProblem(at, f"must be a string; got {_kind(value)}")
+    if "type" in schema:
+        _check_type(f"{path}/type", schema["type"])
+    for name in schema.get("required", ()):
+        if not isinstance(name, str):
+            raise SchemaProblem(f"{path}/required", f"must hold names of properties; got {_kind(name)}")
+    if (name := schema.get("format")) is not None and name not in FORMATS:
+        raise SchemaProblem(f"{path}/format", f"is not supported; give one of {', '.join(FORMATS)}, or a pattern")
+    if (ref := schema.get("$ref")) is not None and "://" in ref:
+        raise SchemaProblem(f"{path}/$ref", "must stay within the schema, for example #/$defs/name")
+
+
+def _check_type(path: str, value: Any) -> None:
+    types = value if isinstance(value, list) else [value]
+    for one in types:
+        if not isinstance(one, str) or one not in TYPES:
+            raise SchemaProblem(path, f"must be one of {', '.join(TYPES)}, or a list of them")
+    if not types:
+        raise SchemaProblem(path, "must hold a type")
+
+
+def _check_count(path: str, value: Any, most: int) -> None:
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    if not whole or not 0 <= value <= most:
+        raise SchemaProblem(path, f"must be a whole number from 0 to {most}")
+
+
+def _check_bound(path: str, key: str, value: Any) -> None:
+    if key.startswith("exclusive") and isinstance(value, bool):  # draft 4
+        raise SchemaProblem(path, f"must be a number, the bound itself; got {_kind(value)}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e15:
+        raise SchemaProblem(path, "must be a number from -1e15 to 1e15")
+    if key == "multipleOf" and value <= 0:
+        raise SchemaProblem(path, "must be a number above 0")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
