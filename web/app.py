@@ -18,6 +18,7 @@ from pagegraph.runtime.server import health
 from pagegraph.runtime.text.tokenizer import Tokenizer
 from pagegraph.web import errors, probes, routes, tokenization
 from pagegraph.web.errors import ApiError
+from pagegraph.web.openapi import document
 from pagegraph.web.schema import is_request_id
 from pagegraph.web.service import Service
 from pagegraph.web.settings import WebSettings
@@ -32,7 +33,7 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     Raises ValueError for bad settings and FileNotFoundError without tokenizer files.
     """
     settings = WebSettings.load(config)
-    app = Flask(__name__)
+    app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.url_map.merge_slashes = False  # `//v1/models` is no route, not a redirect to one
     engine = EngineClient(settings.engine_address, silence_s=settings.silence_s)
@@ -46,6 +47,7 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     app.register_blueprint(routes.blueprint)
     app.register_blueprint(tokenization.blueprint)
     app.register_blueprint(probes.blueprint)
+    app.register_blueprint(document.blueprint)
     return app
 
 

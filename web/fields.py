@@ -18,11 +18,11 @@ class Fields:
     def __init__(self, body: dict[str, Any]) -> None:
         self.body = body
         self.ignored: list[str] = []  # names without effect
-        self._taken: set[str] = set()
+        self.taken: set[str] = set()
 
     def take(self, name: str) -> Any:
         """The value of a field as it is; None where it is absent."""
-        self._taken.add(name)
+        self.taken.add(name)
         return self.body.get(name)
 
     def number(self, name: str, allowed: Range, default: Any) -> Any:
@@ -59,7 +59,7 @@ class Fields:
         """Names without effect, `ignored` first. Raises on a known field that is not served and asks something."""
         ignored = self.ignored
         for name, value in self.body.items():
-            if name in self._taken or (value is None and name in UNSERVED):
+            if name in self.taken or (value is None and name in UNSERVED):
                 continue
             row = UNSERVED.get(name, _HARMLESS)
             if row.neutral is None:

@@ -21,9 +21,11 @@ from pagegraph.web.messages import read_messages
 MAX_PROMPTS = 1024
 MAX_SEQUENCES = 1024
 DEFAULT_COMPLETION_TOKENS = 16
-_N = Range(1, 128, 1, int)
-_PRIORITY = Range(-(2**31), 2**31 - 1, 0, int)
-_TRUNCATE = Range(-1, 2**31 - 1, 512, int)
+NUMBERS = {  # that are no sampling parameters
+    "n": Range(1, 128, 1, int),
+    "priority": Range(-(2**31), 2**31 - 1, 0, int),
+    "truncate_prompt_tokens": Range(-1, 2**31 - 1, 512, int),
+}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
 # Fields of SamplingParams that a request has under the same name and in the same form.
@@ -159,8 +161,8 @@ def _request(
 ) -> GenerationRequest:
     """The fields that both endpoints share, and the check that nothing unserved was asked."""
     chat = bool(messages)
-    n = fields.number("n", _N, 1)
-    best_of = fields.number("best_of", _N, n)
+    n = fields.number("n", NUMBERS["n"], 1)
+    best_of = fields.number("best_of", NUMBERS["n"], n)
     if best_of != n:
         refuse("best_of", f"other than n is not served; leave it out or give {n}")
     if n * len(prompts) > MAX_SEQUENCES:
@@ -195,7 +197,7 @@ def _request(
         return_token_ids=fields.boolean("return_token_ids", False),
         tokens_as_token_ids=fields.boolean("return_tokens_as_token_ids", False),
         request_id=_own_id(fields.take("request_id")),
-        priority=fields.number("priority", _PRIORITY, 0),
+        priority=fields.number("priority", NUMBERS["priority"], 0),
         cache_salt=_cache_salt(fields.take("cache_salt")),
         ignored=[*fields.check_rest(), *(f"stream_options.{name}" for name in options if name not in _STREAM_OPTIONS)],
     )
@@ -261,7 +263,7 @@ def _cache_salt(value: Any) -> str:
 
 
 def _truncate(fields: Fields) -> int | None:
-    keep = fields.number("truncate_prompt_tokens", _TRUNCATE, None)
+    keep = fields.number("truncate_prompt_tokens", NUMBERS["truncate_prompt_tokens"], None)
     if keep == 0:
         refuse("truncate_prompt_tokens", "must be at least 1, or -1 for as many as fit; got 0")
     return keep

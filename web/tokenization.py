@@ -53,7 +53,7 @@ def parse_tokenize(body: dict[str, Any], info: EngineInfo) -> TokenizeRequest:
         refuse("with_pieces", "is not served; give return_token_strs")
     if not fields.boolean("parse_special", True):
         refuse("parse_special", "false is not served; leave it out")
-    add = fields.boolean("add_special", False) if prompt is None else fields.boolean("add_special_tokens", True)
+    add = fields.boolean("add_special_tokens", fields.boolean("add_special", content is None))
     fields.check_rest()
     return TokenizeRequest(content if prompt is None else prompt, None, add, token_strs)
 

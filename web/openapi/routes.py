@@ -1,0 +1,55 @@
+"""The table of routes: what each does, the fields of its body, an example that works.
+
+A test holds it against the routes of the app.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pagegraph.web.openapi import fields
+from pagegraph.web.openapi.fields import Described
+
+
+class Route(NamedTuple):
+    """One method of one path. `fields` and `required` are of its JSON body, which it has if there are any."""
+
+    method: str
+    path: str
+    summary: str
+    fields: Described = {}
+    required: tuple[str, ...] = ()
+    example: dict[str, Any] = {}
+    media: str = "application/json"  # of the answer
+    streams: bool = False  # the answer may be server-sent events
+    open: bool = False  # needs no key
+
+
+_HELLO = [{"role": "user", "content": "Hello"}]
+_TEXT = "text/plain"
+
+ROUTES = (
+    Route(
+        "POST", "/v1/chat/completions", "The assistant's next message", fields.CHAT, ("messages",),
+        {"messages": _HELLO, "max_tokens": 64}, streams=True,
+    ),
+    Route(
+        "POST", "/v1/completions", "Text that goes on from prompts", fields.COMPLETION, ("prompt",),
+        {"prompt": "Once upon a time", "max_tokens": 64}, streams=True,
+    ),
+    Route("GET", "/v1/models", "The served model, as a list"),
+    Route("GET", "/v1/models/{name}", "One model by name"),
+    Route("POST", "/tokenize", "Token ids of a text or a chat", fields.TOKENIZE, (), {"prompt": "Hello"}),
+    Route("POST", "/detokenize", "The text of token ids", fields.DETOKENIZE, ("tokens",), {"tokens": [1, 2, 3]}),
+    Route("GET", "/tokenizer_info", "The tokenizer's special tokens and chat template"),
+    Route("GET", "/health", "200: requests are taken now", open=True),
+    Route("GET", "/health/live", "503: only a restart helps", open=True),
+    Route("GET", "/health/ready", "The same as /health", open=True),
+    Route("GET", "/ping", "The same as /health", open=True),
+    Route("POST", "/ping", "The same as /health", open=True),
+    Route("GET", "/load", "How many sequences run and wait"),
+    Route("GET", "/version", "The version of pagegraph"),
+    Route("GET", "/metrics", "The engine's metrics as Prometheus reads them", media=_TEXT),
+    Route("GET", "/openapi.json", "This description"),
+    Route("GET", "/docs", "A page that shows it and sends requests", media="text/html"),
+)  # fmt: skip
