@@ -13,9 +13,10 @@ from typing import Any
 
 from pagegraph.runtime.ipc.protocol import EngineInfo, TokenLogprob
 from pagegraph.runtime.text.output import Piece
+from pagegraph.web.errors import ApiError
 from pagegraph.web.schema import GenerationRequest
 from pagegraph.web.service import Service
-from pagegraph.web.stream import Generation
+from pagegraph.web.stream import DONE, Generation, sse
 
 
 @dataclass(slots=True)
@@ -36,6 +37,8 @@ class GenerationResponse:
     prefix: str
     object_whole: str
     object_chunk: str
+    encode = staticmethod(sse)
+    end = DONE
 
     def __init__(
         self,
@@ -89,6 +92,10 @@ class GenerationResponse:
     def last(self) -> list[dict[str, Any]]:
         """Chunks after every sequence has ended."""
         return [self._chunk([], usage=self._usage())] if self._include_usage else []
+
+    def failed(self, error: ApiError) -> list[dict[str, Any]]:
+        """What a stream ends with in place of `last`."""
+        return [error.body()]
 
     def choice_json(self, index: int, choice: _Choice) -> dict[str, Any]:
         """One choice of the whole response."""
@@ -305,8 +312,3 @@ def _fingerprint(info: EngineInfo) -> str:
     """Equal for equal model, number format and device kind: what decides the tokens of a seed."""
     facts = f"{info.model} {info.dtype} {info.device} {info.compile_state == 'compiled'}"
     return "fp_" + hashlib.sha256(facts.encode()).hexdigest()[:12]
-
-
-def header_text(names: list[str]) -> str:
-    """Field names as a header value: ASCII, no control characters, bounded."""
-    return ", ".join("".join(char for char in name[:64] if "!" <= char <= "~") for name in names[:32])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import msgspec
 from pagegraph.runtime.ipc.client import Group, RequestFailed
 from pagegraph.runtime.ipc.protocol import TokenDelta
 from pagegraph.runtime.text.output import Piece, TextOutput
-from pagegraph.web.errors import as_api_error
+from pagegraph.web.errors import ApiError, as_api_error
 
 # How often a waiting request looks whether its client is still there.
 _PEEK_S = 0.2  # five times a second and thread: 300 that wait take 5 % of a CPU
@@ -143,13 +143,19 @@ def client_probe(environ: dict[str, Any]) -> Callable[[], bool]:
     return gone
 
 
-def sse(value: Any) -> bytes:
+def sse(event: Any) -> bytes:
     """One server-sent event."""
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    return b"data: " + msgspec.json.encode(event) + b"\n\n"
 
 
 class Events(Protocol):
-    """What a stream says, as JSON values, one an event."""
+    """What a stream says, one value an event, and how it is written."""
+
+    end: bytes  # of the stream
+
+    def encode(self, event: Any) -> bytes:
+        """One event as it is sent."""
+        ...
 
     def first(self) -> list[Any]:
         """Before any token."""
@@ -161,6 +167,10 @@ class Events(Protocol):
 
     def last(self) -> list[Any]:
         """After every sequence has ended."""
+        ...
+
+    def failed(self, error: ApiError) -> list[Any]:
+        """In place of `last`, where the generation failed."""
         ...
 
 
@@ -183,16 +193,19 @@ class EventStream:
         self._generation.close()
 
     def _write(self, events: Events, keep_alive_s: float) -> Generator[bytes, None, None]:
+        def joined(values: Iterable[Any]) -> bytes:
+            return b"".join(map(events.encode, values))
+
         try:
-            yield b"".join(map(sse, events.first())) or KEEP_ALIVE
+            yield joined(events.first()) or KEEP_ALIVE
             for pieces in self._generation.batches(keep_alive_s):
-                body = b"".join(sse(event) for index, piece in pieces for event in events.events(index, piece))
+                body = joined(event for index, piece in pieces for event in events.events(index, piece))
                 if body or not pieces:
                     yield body or KEEP_ALIVE
-            yield b"".join(map(sse, events.last())) + DONE
+            yield joined(events.last()) + events.end
         except ClientGone:
             return
         except Exception as error:
-            yield sse(as_api_error(error).body()) + DONE
+            yield joined(events.failed(as_api_error(error))) + events.end
         finally:
             self._generation.close()
