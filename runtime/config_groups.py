@@ -24,6 +24,7 @@ from pagegraph.runtime.config_values import (
     parse_text,
     parse_whole,
 )
+from pagegraph.runtime.text import formats
 
 CPU_BATCHED_TOKENS = 2048
 CUDA_BATCHED_TOKENS = 8192
@@ -249,6 +250,16 @@ class ServerConfig:
     )
     max_queue: int = _option(
         256, between(parse_whole, 1), "waiting requests, of all web processes together, beyond which new ones get 503"
+    )
+    tool_call_parser: str = _option(
+        "auto",
+        one_of("auto", "none", *formats.CALLS),
+        f"how the model writes tool calls: auto (as its chat template says), none, {', '.join(formats.CALLS)}",
+    )
+    reasoning_parser: str = _option(
+        "auto",
+        one_of("auto", "none", *formats.REASONING),
+        f"how the model writes reasoning: auto, none, {', '.join(formats.REASONING)}",
     )
     drain_timeout_s: float = _option(
         20.0,

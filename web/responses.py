@@ -14,6 +14,7 @@ from typing import Any
 from pagegraph.runtime.ipc.protocol import EngineInfo, TokenLogprob
 from pagegraph.runtime.text.output import Piece
 from pagegraph.web.errors import ApiError
+from pagegraph.web.message import message_of
 from pagegraph.web.schema import GenerationRequest
 from pagegraph.web.service import Service
 from pagegraph.web.stream import DONE, Generation, sse
@@ -120,10 +121,14 @@ class GenerationResponse:
             "total_tokens": self._num_prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
             "completion_tokens_details": {
+                "reasoning_tokens": self._num_reasoning_tokens(),
                 "accepted_prediction_tokens": sum(output.accepted for output in self._outputs),
                 "rejected_prediction_tokens": sum(output.rejected for output in self._outputs),
             },
         }
+
+    def _num_reasoning_tokens(self) -> int:
+        return 0
 
 
 class ChatResponse(GenerationResponse):
@@ -132,6 +137,22 @@ class ChatResponse(GenerationResponse):
     prefix = "chatcmpl-"
     object_whole = "chat.completion"
     object_chunk = "chat.completion.chunk"
+
+    def __init__(
+        self,
+        checked: GenerationRequest,
+        service: Service,
+        info: EngineInfo,
+        prompts: list[list[int]],
+        generation: Generation,
+    ) -> None:
+        super().__init__(checked, service, info, prompts, generation)
+        self._messages = [message_of(service.chat, checked, prompts[0]) for _ in generation.outputs]
+
+    def add(self, index: int, piece: Piece) -> None:
+        """Take one piece of a sequence into the whole response."""
+        super().add(index, piece)
+        self._messages[index].add(piece)
 
     def whole(self) -> dict[str, Any]:
         """The response that is not streamed."""
@@ -147,14 +168,17 @@ class ChatResponse(GenerationResponse):
 
     def events(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """A chunk with text and log-probabilities, then one with the finish reason."""
-        events = []
-        ids = self._token_ids(piece.token_ids)
-        if piece.text or piece.logprobs or (ids and piece.token_ids):
-            delta = {"content": piece.text}
-            events.append(self._chunk([self._chunk_choice(index, delta, self._logprobs(piece.logprobs)) | ids]))
+        message, events = self._messages[index], []
+        ids, logprobs = self._token_ids(piece.token_ids), self._logprobs(piece.logprobs)
+        deltas = list(map(message.delta, message.parts(piece)))
+        if not deltas and (piece.logprobs or (ids and piece.token_ids)):
+            deltas = [{"content": ""}]  # tokens whose text is held back
+        for delta in deltas:
+            events.append(self._chunk([self._chunk_choice(index, delta, logprobs) | ids]))
+            ids, logprobs = self._token_ids([]), None
         if piece.finish_reason:
             end = self._chunk_choice(index, {}) | self._token_ids([])
-            end |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+            end |= {"finish_reason": message.finish_reason(piece.finish_reason), "stop_reason": piece.stop_reason}
             events.append(self._chunk([end]))
         return events
 
@@ -162,12 +186,15 @@ class ChatResponse(GenerationResponse):
         """A choice with the whole message."""
         return {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": self._messages[index].whole(),
             "logprobs": self._logprobs(choice.logprobs),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": self._messages[index].finish_reason(choice.finish_reason),
             "stop_reason": choice.stop_reason,
             **self._token_ids(choice.token_ids),
         }
+
+    def _num_reasoning_tokens(self) -> int:
+        return sum(message.reasoning_tokens for message in self._messages)
 
     def _prompt_token_ids(self) -> dict[str, list[int]]:
         """The prompt's token ids, if they were asked for."""

@@ -17,6 +17,7 @@ from pagegraph.runtime.sampling_params import RANGES, BadParameter, Range, Sampl
 from pagegraph.web.errors import ApiError, as_api_error
 from pagegraph.web.fields import Fields, is_id, mapping, refuse
 from pagegraph.web.messages import read_messages
+from pagegraph.web.tools import Tools, read_tools
 
 MAX_PROMPTS = 1024
 MAX_SEQUENCES = 1024
@@ -42,6 +43,8 @@ class GenerationRequest:
     model: str | None
     prompts: list[str] | list[list[int]]  # completions; empty for chat
     messages: list[dict[str, Any]]  # chat; empty for completions
+    tools: Tools
+    include_reasoning: bool  # in the answer
     n: int
     stream: bool
     include_usage: bool
@@ -177,6 +180,8 @@ def _request(
         model=fields.text("model"),
         prompts=prompts,
         messages=messages,
+        tools=read_tools(fields) if chat else Tools(),
+        include_reasoning=fields.boolean("include_reasoning", True) if chat else True,
         n=n,
         stream=stream,
         include_usage=options["include_usage"],

@@ -15,6 +15,7 @@ from flask import current_app
 
 from pagegraph.runtime.ipc.client import EngineClient
 from pagegraph.runtime.ipc.protocol import EngineInfo
+from pagegraph.runtime.text.chat import Chat
 from pagegraph.runtime.text.tokenizer import Tokenizer
 from pagegraph.web.errors import ApiError
 from pagegraph.web.settings import WebSettings
@@ -31,6 +32,7 @@ class Service:
         self.settings = settings
         self.tokenizer = tokenizer
         self.engine = engine
+        self.chat = Chat(tokenizer, settings.tool_call_parser, settings.reasoning_parser)
         self.started = int(time.time())
         self._threads = threading.BoundedSemaphore(settings.threads - min(_FREE_THREADS, settings.threads // 2))
         self._long_texts = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) // 2))

@@ -27,6 +27,8 @@ class WebSettings:
     enough_threads: int  # with so many, the engine's queue is full before they are
     api_key: str | None = None  # None: no key is asked
     probe_address: str | None = None  # host:port that serves the engine's /metrics; None: not served
+    tool_call_parser: str = "auto"  # a row of runtime.text.formats, or none
+    reasoning_parser: str = "auto"
     max_body_bytes: int = 8 << 20
     header_timeout_s: float = 10.0  # from a request's first byte, or from the connection, to the end of its headers
     body_timeout_s: float = 30.0  # between two reads of a body

@@ -108,8 +108,9 @@ def submit(
     else:
         params = [_params(checked, len(ids), index % checked.n, info.max_model_len) for index, ids in enumerate(each)]
         group = service.engine.submit_group(list(zip(each, params, strict=True)), checked.priority, checked.cache_salt)
+    kept = service.chat.kept_ids(tools=checked.tools.schemas is not None) if checked.messages else frozenset()
     outputs = [
-        TextOutput(service.tokenizer, ids, one, checked.stop, checked.include_stop, checked.skip_special_tokens)
+        TextOutput(service.tokenizer, ids, one, checked.stop, checked.include_stop, checked.skip_special_tokens, kept)
         for ids, one in zip(each, params, strict=True)
     ]
     return Generation(group, outputs, client_probe(request.environ), release)

@@ -155,6 +155,8 @@ class Supervisor:
             "threads": self.config.web_threads,
             "enough_threads": self.config.enough_threads,
             "silence_s": self.config.watchdog_timeout_s,
+            "tool_call_parser": self.config.tool_call_parser,
+            "reasoning_parser": self.config.reasoning_parser,
         }
         return self._run_dir.write("web-settings.json", json.dumps(settings, indent=1))
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from pagegraph.runtime.ipc.protocol import TokenDelta, TokenLogprob
 from pagegraph.runtime.sampling_params import SamplingParams
+from pagegraph.runtime.text.incoming import overlap
 from pagegraph.runtime.text.tokenizer import Tokenizer
 
 _MOST_UNFINISHED = 3  # bytes of a character that lacks its last
@@ -28,7 +29,7 @@ class Piece:
     """What one delta brought: text that is now certain, the tokens that count, perhaps the end.
 
     Log-probabilities come with the text of their tokens; offsets[i] is where in the output's text that of logprobs[i]
-    begins.
+    begins, and ends[i] where that of token_ids[i] ends, stop strings not cut off.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Piece:
     offsets: list[int]
     finish_reason: str | None
     stop_reason: str | int | None  # the stop string, or the one of `stop_token_ids`, that ended it
+    ends: list[int]
 
 
 class TextOutput:
@@ -44,7 +46,7 @@ class TextOutput:
 
     A stop string is cut off, and so is the token that stopped the sequence, unless `include_stop`. Tokens after the one
     that completed a stop string were never asked for: they are dropped. Text of the first `params.min_tokens` tokens is
-    not searched.
+    not searched. `kept_ids`: special tokens that are text all the same.
     """
 
     def __init__(
@@ -55,12 +57,13 @@ class TextOutput:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special: bool = True,
+        kept_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.num_tokens = 0  # that count
         self.cached_tokens = 0  # of the prompt, served from the prefix cache
         self.accepted = 0  # draft tokens of the sequence that became its own
         self.rejected = 0  # and those that did not
-        self._detokenizer = Detokenizer(tokenizer, prompt_ids, skip_special)
+        self._detokenizer = Detokenizer(tokenizer, prompt_ids, skip_special, kept_ids)
         self._stop = StopStrings(stop, include_stop) if stop else None
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self._include_stop = include_stop
@@ -75,10 +78,11 @@ class TextOutput:
         self.count(delta)
         token_ids, before = delta.token_ids, self.num_tokens
         hidden = delta.finish_reason == "stop" and token_ids[-1:] == [delta.stop_reason] and not self._include_stop
-        texts, places = [], []
+        texts, places, ends = [], [], []
         for token_id in token_ids[:-1] if hidden else token_ids:
             before_it = self._num_chars
             texts.append(self._text_of(token_id))
+            ends.append(self._num_chars)
             if delta.logprobs is not None:
                 places.append(
                     (before_it + self._detokenizer.num_replaced, self._num_chars + self._detokenizer.inside_character)
@@ -89,6 +93,7 @@ class TextOutput:
         if self.stopped_by is None:
             if hidden:
                 self.num_tokens += 1
+                ends.append(self._num_chars)
                 places.append((self._num_chars, self._num_chars))
             if reason:
                 texts.append(self._rest())
@@ -99,7 +104,7 @@ class TextOutput:
         text = "".join(texts)
         self._num_emitted += len(text)
         logprobs, offsets = self._ready(delta.logprobs, places, ended=reason is not None)
-        return Piece(text, token_ids[: self.num_tokens - before], logprobs, offsets, reason, stop_reason)
+        return Piece(text, token_ids[: self.num_tokens - before], logprobs, offsets, reason, stop_reason, ends)
 
     @property
     def stopped_by(self) -> str | None:
@@ -142,11 +147,17 @@ class TextOutput:
 class Detokenizer:
     """Tokens of one sequence to whole characters. A token costs the same however long the sequence is."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int] = (),
+        skip_special: bool = True,
+        kept_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
         self._pieces = tokenizer.pieces
         self._errors = tokenizer.byte_errors
-        self._dropped_ids = tokenizer.special_ids if skip_special else frozenset()
+        self._dropped_ids = tokenizer.special_ids - kept_ids if skip_special else frozenset()
         # Characters that the last push gave for bytes before it, which its token did not complete.
         self.num_replaced = 0
         self._unfinished = b""  # of a character that is not whole
@@ -240,7 +251,7 @@ class StopStrings:
             end, _, self.found = found
             self._held = ""
             return text[: end if self._include else end - len(self.found)]
-        keep = max(_overlap(text, word) for word in self._words)
+        keep = max(overlap(text, word) for word in self._words)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -248,13 +259,3 @@ class StopStrings:
         """The text held back, when no more comes."""
         text, self._held = self._held, ""
         return text
-
-
-def _overlap(text: str, word: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `word`."""
-    at = text.find(word[0], max(len(text) - len(word) + 1, 0))
-    while at >= 0:
-        if word.startswith(text[at:]):
-            return len(text) - at
-        at = text.find(word[0], at + 1)
-    return 0

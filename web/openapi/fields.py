@@ -13,6 +13,7 @@ import msgspec
 from pagegraph.runtime.sampling_params import MAX_STOP, RANGES, Range, SamplingParams
 from pagegraph.web.messages import MAX_MESSAGES
 from pagegraph.web.schema import DEFAULT_COMPLETION_TOKENS, MAX_PROMPTS, NUMBERS
+from pagegraph.web.tools import MAX_TOOLS
 
 Described = dict[str, tuple[dict[str, Any], str]]  # JSON schema and help by a field's name
 
@@ -113,6 +114,21 @@ CHAT: Described = {
     **SHARED,
     "max_tokens": (number(RANGES["max_tokens"]), "The most tokens of the answer; without it the rest of the context."),
     "max_completion_tokens": (number(RANGES["max_tokens"]), "The same as max_tokens, and goes before it."),
+    "tools": (
+        {"type": "array", "maxItems": MAX_TOOLS, "items": {"type": "object", "required": ["type", "function"]}},
+        "Functions that the model may call: name, description and the JSON schema of the parameters of each.",
+    ),
+    "tool_choice": (
+        {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]},
+        "Whether tools may be or have to be called, or the one that has to be.",
+    ),
+    "parallel_tool_calls": (_TRUE, "Let one answer call several tools."),
+    "functions": ({"type": "array", "items": {"type": "object"}}, "The older name of tools."),
+    "function_call": (
+        {"anyOf": [{"enum": ["none", "auto"]}, {"type": "object"}]},
+        "The older name of tool_choice.",
+    ),
+    "include_reasoning": (_TRUE, "Show what the model thought before it answered."),
     "logprobs": (_BOOLEAN, "Show the log-probability of each token."),
     "top_logprobs": (number(RANGES["logprobs"]), "And of so many likeliest tokens."),
 }
