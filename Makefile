@@ -95,6 +95,9 @@ UV_VERSION      := 0.13.9
 CLIENT          ?=
 CLIENTS_ASKED   := $(or $(CLIENT),$(PYTHON_CLIENTS) node)
 
+# Puts this project's packages behind a client's own, for one that imports torch: its .overrides leaves that out.
+BEHIND          := 'import pathlib, sys, torch; next(pathlib.Path(sys.argv[1]).glob("lib/*/site-packages")).joinpath("project.pth").write_text(str(pathlib.Path(torch.__file__).parents[1]))'
+
 $(UV): | $(INSTALLED)
 	$(PYTHON) -m venv .clients/uv
 	.clients/uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
@@ -102,6 +105,7 @@ $(UV): | $(INSTALLED)
 .clients/%/.installed: $(CLIENTS)/requirements/%.txt | $(UV)
 	$(UV) venv --quiet --clear --python $(BIN)/python .clients/$*
 	$(UV) pip sync --quiet --python .clients/$*/bin/python $<
+	$(if $(wildcard $(CLIENTS)/requirements/$*.overrides),$(BIN)/python -c $(BEHIND) .clients/$*)
 	touch $@
 
 # One folder of packages for all of Node's; it has to lie beside the scripts.

@@ -34,6 +34,7 @@ FEATURES = ("plain", "stream", "tools", "structured", "embeddings")
 Case = Callable[[], Any]
 _cases: list[tuple[str, str, Case]] = []
 _notes: list[str] = []
+_loop = asyncio.Runner()  # one for all: clients keep connections
 
 
 def case(feature: str, name: str = "") -> Callable[[Case], Case]:
@@ -53,16 +54,16 @@ def note(text: str) -> None:
 
 
 def _run(function: Case) -> str:
-    """Run one case; the first line of what it raised, or nothing."""
+    """Run one case; the beginning of what it raised, or nothing."""
     try:
         outcome = function()
         if inspect.iscoroutine(outcome):
-            asyncio.run(outcome)
+            _loop.run(outcome)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a client may end the process where a case should merely fail
         traceback.print_exc()
-        return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return ""
 
 

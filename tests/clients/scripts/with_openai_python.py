@@ -74,14 +74,11 @@ def chat() -> None:
 
 
 @case("plain")
-def chat_async_eight_at_once() -> Any:
-    async def run() -> None:
-        async with open_async() as opened:
-            answers = await asyncio.gather(*(opened.chat.completions.create(**CHAT) for _ in range(8)))
-        texts = {answer.choices[0].message.content for answer in answers}
-        assert len(texts) == 1 and "Paris" in (texts.pop() or "")
-
-    return run()
+async def chat_async_eight_at_once() -> None:
+    async with open_async() as opened:
+        answers = await asyncio.gather(*(opened.chat.completions.create(**CHAT) for _ in range(8)))
+    texts = {answer.choices[0].message.content for answer in answers}
+    assert len(texts) == 1 and "Paris" in (texts.pop() or "")
 
 
 @case("plain")
@@ -135,14 +132,11 @@ def chat_stream_helper() -> None:
 
 
 @case("stream")
-def chat_stream_async() -> Any:
-    async def run() -> None:
-        async with open_async() as opened:
-            stream = await opened.chat.completions.create(**CHAT, stream=True)
-            pieces = [chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]
-        assert len(pieces) > 3 and "Paris" in "".join(pieces)
-
-    return run()
+async def chat_stream_async() -> None:
+    async with open_async() as opened:
+        stream = await opened.chat.completions.create(**CHAT, stream=True)
+        pieces = [chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]
+    assert len(pieces) > 3 and "Paris" in "".join(pieces)
 
 
 @case("tools")
@@ -234,13 +228,10 @@ def chat_structured_stream() -> None:
 
 
 @case("structured")
-def chat_parse_async() -> Any:
-    async def run() -> None:
-        async with open_async() as opened:
-            answer = await opened.chat.completions.parse(**CHAT, response_format=Person, max_tokens=100)
-        assert isinstance(answer.choices[0].message.parsed, Person)
-
-    return run()
+async def chat_parse_async() -> None:
+    async with open_async() as opened:
+        answer = await opened.chat.completions.parse(**CHAT, response_format=Person, max_tokens=100)
+    assert isinstance(answer.choices[0].message.parsed, Person)
 
 
 @case("structured")
@@ -277,13 +268,10 @@ def completions_logprobs_and_echo() -> None:
 
 
 @case("plain")
-def completions_async() -> Any:
-    async def run() -> None:
-        async with open_async() as opened:
-            answer = await opened.completions.create(**WRITE)
-        assert "Paris" in answer.choices[0].text
-
-    return run()
+async def completions_async() -> None:
+    async with open_async() as opened:
+        answer = await opened.completions.create(**WRITE)
+    assert "Paris" in answer.choices[0].text
 
 
 @case("stream")
@@ -306,13 +294,10 @@ def responses() -> None:
 
 
 @case("plain")
-def responses_async() -> Any:
-    async def run() -> None:
-        async with open_async() as opened:
-            answer = await opened.responses.create(**RESPOND, instructions="Answer in one word.")
-        assert answer.output_text
-
-    return run()
+async def responses_async() -> None:
+    async with open_async() as opened:
+        answer = await opened.responses.create(**RESPOND, instructions="Answer in one word.")
+    assert answer.output_text
 
 
 @case("stream")
@@ -376,13 +361,10 @@ def embeddings() -> None:
 
 
 @case("embeddings")
-def embeddings_async() -> Any:
-    async def run() -> None:
-        async with open_async() as opened:
-            answer = await opened.embeddings.create(model=MODEL, input="a cat")
-        assert len(answer.data) == 1 and any(answer.data[0].embedding)
-
-    return run()
+async def embeddings_async() -> None:
+    async with open_async() as opened:
+        answer = await opened.embeddings.create(model=MODEL, input="a cat")
+    assert len(answer.data) == 1 and any(answer.data[0].embedding)
 
 
 if __name__ == "__main__":
