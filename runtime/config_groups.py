@@ -261,6 +261,11 @@ class ServerConfig:
         one_of("auto", "none", *formats.REASONING),
         f"how the model writes reasoning: auto, none, {', '.join(formats.REASONING)}",
     )
+    response_store_size: int = _option(
+        64 << 20,
+        between(parse_bytes, 0),
+        "bytes of responses that /v1/responses keeps for a day, in a private file that ends with the server (0: none)",
+    )
     drain_timeout_s: float = _option(
         20.0,
         between(parse_number, 0),

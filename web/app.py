@@ -17,14 +17,15 @@ from pagegraph.runtime.ipc.client import EngineClient
 from pagegraph.runtime.server import health
 from pagegraph.runtime.text.tokenizer import Tokenizer
 from pagegraph.web import errors, probes, routes, tokenization
+from pagegraph.web.anthropic import routes as anthropic
 from pagegraph.web.errors import ApiError
+from pagegraph.web.generate import gone
+from pagegraph.web.openai_responses import routes as openai_responses
 from pagegraph.web.openapi import document
 from pagegraph.web.schema import is_request_id
 from pagegraph.web.service import Service
 from pagegraph.web.settings import WebSettings
 from pagegraph.web.stream import ClientGone
-
-_STATUS_CLIENT_GONE = 499
 
 
 def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
@@ -39,12 +40,14 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     engine = EngineClient(settings.engine_address, silence_s=settings.silence_s)
     app.extensions["pagegraph"] = Service(settings, Tokenizer.load(settings.model), engine)
     errors.register(app)
-    app.register_error_handler(ClientGone, lambda _: Response(status=_STATUS_CLIENT_GONE))
+    app.register_error_handler(ClientGone, gone)
     app.before_request(_name_request)
     if settings.api_key is not None:
         _require_key(app, settings.api_key)
     app.after_request(_add_headers)
     app.register_blueprint(routes.blueprint)
+    app.register_blueprint(openai_responses.blueprint)
+    app.register_blueprint(anthropic.blueprint)
     app.register_blueprint(tokenization.blueprint)
     app.register_blueprint(probes.blueprint)
     app.register_blueprint(document.blueprint)
@@ -52,14 +55,16 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
 
 
 def _require_key(app: Flask, key: str) -> None:
-    """Refuse every path but health without `Authorization: Bearer KEY`, known route or not."""
+    """Refuse every path but health without `Authorization: Bearer KEY` or `x-api-key: KEY`, known route or not."""
     expected = _digest(key)
 
     def check() -> None:
         if request.path in health.PATHS:
             return
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        if not hmac.compare_digest(_digest(given.strip()), expected) or scheme.lower() != "bearer":
+        bearer = hmac.compare_digest(_digest(given.strip()), expected) and scheme.lower() == "bearer"
+        # Anthropic's clients send it so.
+        if not bearer and not hmac.compare_digest(_digest(request.headers.get("x-api-key", "")), expected):
             raise ApiError(401, "missing or wrong API key; send Authorization: Bearer KEY", code="invalid_api_key")
 
     app.before_request(check)
@@ -72,10 +77,11 @@ def _digest(key: str) -> bytes:
 
 def _name_request() -> None:
     given = request.headers.get("X-Request-Id", "")
-    g.request_id = given if is_request_id(given) else None
+    g.has_request_id = is_request_id(given)
+    g.request_id = given if g.has_request_id else uuid.uuid4().hex
 
 
 def _add_headers(response: Response) -> Response:
-    response.headers["x-request-id"] = g.request_id or uuid.uuid4().hex
+    response.headers["x-request-id"] = g.request_id
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response

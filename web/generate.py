@@ -16,8 +16,10 @@ from pagegraph.runtime.text.output import Piece
 from pagegraph.web.errors import json_response
 from pagegraph.web.schema import GenerationRequest
 from pagegraph.web.service import Service
-from pagegraph.web.stream import Events, EventStream, Generation
+from pagegraph.web.stream import ClientGone, Events, EventStream, Generation
 from pagegraph.web.submit import Prompt, submit, tokenize
+
+_STATUS_CLIENT_GONE = 499
 
 
 class Answer(Events, Protocol):
@@ -32,14 +34,34 @@ class Answer(Events, Protocol):
         ...
 
 
-Make = Callable[[GenerationRequest, Service, EngineInfo, list[list[int]], Generation], Answer]
+Make = Callable[[list[list[int]], Generation], Answer]  # from the prompts' token ids and what runs
 
 
 def generate(
     service: Service, info: EngineInfo, checked: GenerationRequest, prompts: Sequence[Prompt], make: Make
 ) -> Response:
     """The response to a checked request. Raises ApiError, BadParameter, ClientGone, RequestFailed or EngineDead."""
-    g.request_id = g.request_id or checked.request_id
+    generation, token_ids = start(service, info, checked, prompts)
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(generation.close)
+        answer = make(token_ids, generation)
+        if checked.stream:
+            response = _streamed(generation, answer, service.settings.keep_alive_s)
+        else:
+            response = json_response(collect(generation, answer))
+        on_error.pop_all()
+    return name_ignored(response, checked)
+
+
+def start(
+    service: Service, info: EngineInfo, checked: GenerationRequest, prompts: Sequence[Prompt]
+) -> tuple[Generation, list[list[int]]]:
+    """A generation that the engine has taken, to be closed by whoever gets it, and the token ids of its prompts.
+
+    Raises what `generate` raises.
+    """
+    if checked.request_id is not None and not g.has_request_id:
+        g.request_id = checked.request_id
     with contextlib.ExitStack() as on_error:
         release = service.admit(info)
         on_error.callback(release)
@@ -48,12 +70,12 @@ def generate(
         on_error.pop_all()
         on_error.callback(generation.close)
         generation.wait_admitted()
-        answer = make(checked, service, info, token_ids, generation)
-        if checked.stream:
-            response = _streamed(generation, answer, service.settings.keep_alive_s)
-        else:
-            response = json_response(collect(generation, answer))
         on_error.pop_all()
+    return generation, token_ids
+
+
+def name_ignored(response: Response, checked: GenerationRequest) -> Response:
+    """The response with a header that names the request's fields without effect."""
     if checked.ignored:
         response.headers["x-ignored-fields"] = _header_text(checked.ignored)
     return response
@@ -66,6 +88,11 @@ def collect(generation: Generation, answer: Answer) -> Any:
             for index, piece in pieces:
                 answer.add(index, piece)
     return answer.whole()
+
+
+def gone(error: ClientGone) -> Response:
+    """What is put down for a client that left; nobody reads it."""
+    return Response(status=_STATUS_CLIENT_GONE)
 
 
 def _streamed(generation: Generation, answer: Answer, keep_alive_s: float) -> Response:

@@ -13,11 +13,12 @@ from typing import Any
 
 from pagegraph.runtime.ipc.protocol import EngineInfo, TokenLogprob
 from pagegraph.runtime.text.output import Piece
+from pagegraph.runtime.text.tokenizer import Tokenizer
 from pagegraph.web.errors import ApiError
 from pagegraph.web.message import message_of
 from pagegraph.web.schema import GenerationRequest
 from pagegraph.web.service import Service
-from pagegraph.web.stream import DONE, Generation, sse
+from pagegraph.web.stream import DONE, KEEP_ALIVE, Generation, sse
 
 
 @dataclass(slots=True)
@@ -40,6 +41,7 @@ class GenerationResponse:
     object_chunk: str
     encode = staticmethod(sse)
     end = DONE
+    keep_alive = KEEP_ALIVE
 
     def __init__(
         self,
@@ -208,22 +210,7 @@ class ChatResponse(GenerationResponse):
     def _logprobs(self, entries: list[TokenLogprob] | None) -> dict[str, Any] | None:
         if entries is None:
             return None
-        content = [
-            {
-                **self._entry(entry.token_id, entry.logprob),
-                "top_logprobs": [
-                    self._entry(token_id, value)
-                    for token_id, value in zip(entry.top_ids, entry.top_logprobs, strict=True)
-                ],
-            }
-            for entry in entries
-        ]
-        return {"content": content, "refusal": None}
-
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = self._tokenizer.token_bytes(token_id)
-        token = f"token_id:{token_id}" if self._tokens_as_ids else data.decode("utf-8", "replace")
-        return {"token": token, "logprob": _finite(logprob), "bytes": list(data)}
+        return {"content": token_entries(self._tokenizer, entries, self._tokens_as_ids), "refusal": None}
 
 
 class CompletionResponse(GenerationResponse):
@@ -318,6 +305,23 @@ class CompletionResponse(GenerationResponse):
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def token_entries(tokenizer: Tokenizer, entries: list[TokenLogprob], as_ids: bool = False) -> list[dict[str, Any]]:
+    """Log-probabilities as chat completions and responses write them: tokens as text and bytes."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token_id)
+        token = f"token_id:{token_id}" if as_ids else data.decode("utf-8", "replace")
+        return {"token": token, "logprob": _finite(logprob), "bytes": list(data)}
+
+    return [
+        {
+            **entry(one.token_id, one.logprob),
+            "top_logprobs": [entry(*top) for top in zip(one.top_ids, one.top_logprobs, strict=True)],
+        }
+        for one in entries
+    ]
 
 
 def _finite(logprob: float) -> float:

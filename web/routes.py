@@ -12,6 +12,7 @@ from pagegraph.web.generate import generate
 from pagegraph.web.responses import ChatResponse, CompletionResponse, GenerationResponse, model_card
 from pagegraph.web.schema import parse_chat, parse_completion
 from pagegraph.web.service import current_service
+from pagegraph.web.stream import Generation
 from pagegraph.web.submit import Parse, read_request
 
 blueprint = Blueprint("openai", __name__)
@@ -46,4 +47,8 @@ def _generate(parse: Parse, response_type: type[GenerationResponse]) -> Response
     service = current_service()
     info = service.engine.info()
     checked, prompts = read_request(parse, service, info)
-    return generate(service, info, checked, prompts, response_type)
+
+    def make(token_ids: list[list[int]], generation: Generation) -> GenerationResponse:
+        return response_type(checked, service, info, token_ids, generation)
+
+    return generate(service, info, checked, prompts, make)

@@ -18,6 +18,7 @@ from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.text.chat import Chat
 from pagegraph.runtime.text.tokenizer import Tokenizer
 from pagegraph.web.errors import ApiError
+from pagegraph.web.openai_responses.store import ResponseStore
 from pagegraph.web.settings import WebSettings
 from pagegraph.web.stream import ClientGone
 
@@ -33,6 +34,7 @@ class Service:
         self.tokenizer = tokenizer
         self.engine = engine
         self.chat = Chat(tokenizer, settings.tool_call_parser, settings.reasoning_parser)
+        self.responses = ResponseStore(settings.response_store, settings.response_store_bytes)
         self.started = int(time.time())
         self._threads = threading.BoundedSemaphore(settings.threads - min(_FREE_THREADS, settings.threads // 2))
         self._long_texts = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) // 2))

@@ -29,6 +29,8 @@ class WebSettings:
     probe_address: str | None = None  # host:port that serves the engine's /metrics; None: not served
     tool_call_parser: str = "auto"  # a row of runtime.text.formats, or none
     reasoning_parser: str = "auto"
+    response_store: str | None = None  # file of the responses that /v1/responses keeps; None: each process has its own
+    response_store_bytes: int = 64 << 20  # 0: none is kept
     max_body_bytes: int = 8 << 20
     header_timeout_s: float = 10.0  # from a request's first byte, or from the connection, to the end of its headers
     body_timeout_s: float = 30.0  # between two reads of a body

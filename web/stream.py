@@ -152,6 +152,7 @@ class Events(Protocol):
     """What a stream says, one value an event, and how it is written."""
 
     end: bytes  # of the stream
+    keep_alive: bytes  # while nothing comes
 
     def encode(self, event: Any) -> bytes:
         """One event as it is sent."""
@@ -201,7 +202,7 @@ class EventStream:
             for pieces in self._generation.batches(keep_alive_s):
                 body = joined(event for index, piece in pieces for event in events.events(index, piece))
                 if body or not pieces:
-                    yield body or KEEP_ALIVE
+                    yield body or events.keep_alive
             yield joined(events.last()) + events.end
         except ClientGone:
             return

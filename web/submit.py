@@ -47,7 +47,7 @@ def read_request(parse: Parse, service: Service, info: EngineInfo) -> tuple[Gene
     def check(body: dict[str, Any]) -> tuple[GenerationRequest, Sequence[Prompt]]:
         checked = parse(body, info.vocab_size, info.sampling_defaults)
         service.check_model(checked.model)
-        return checked, _prompts(service.tokenizer, checked, info)
+        return checked, prompts_of(service.tokenizer, checked, info)
 
     return read_body(service, check)
 
@@ -134,7 +134,7 @@ def prompt_text(tokenizer: Tokenizer, checked: GenerationRequest) -> str:
         raise ApiError(400, str(error), param="messages") from None
 
 
-def _prompts(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> Sequence[Prompt]:
+def prompts_of(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> Sequence[Prompt]:
     """The prompts, a chat rendered by its template. Refuses what by its characters alone is too long."""
     prompts = [prompt_text(tokenizer, checked)] if checked.messages else checked.prompts
     try:

@@ -155,6 +155,8 @@ class Supervisor:
             "threads": self.config.web_threads,
             "enough_threads": self.config.enough_threads,
             "silence_s": self.config.watchdog_timeout_s,
+            "response_store": str(self._run_dir.path / "responses.sqlite"),
+            "response_store_bytes": self.config.response_store_size,
             "tool_call_parser": self.config.tool_call_parser,
             "reasoning_parser": self.config.reasoning_parser,
         }

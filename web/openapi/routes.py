@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pagegraph.web.openapi import fields
+from pagegraph.web.openapi import chat_like, fields
 from pagegraph.web.openapi.fields import Described
 
 
@@ -36,6 +36,26 @@ ROUTES = (
     Route(
         "POST", "/v1/completions", "Text that goes on from prompts", fields.COMPLETION, ("prompt",),
         {"prompt": "Once upon a time", "max_tokens": 64}, streams=True,
+    ),
+    Route(
+        "POST", "/v1/responses", "The model's response to items", chat_like.RESPONSES, ("input",),
+        {"input": "Hello", "max_output_tokens": 64}, streams=True,
+    ),
+    Route("GET", "/v1/responses/{id}", "A stored response"),
+    Route("DELETE", "/v1/responses/{id}", "Forget a stored response"),
+    Route("POST", "/v1/responses/{id}/cancel", "End a response that is made in the background"),
+    Route("GET", "/v1/responses/{id}/input_items", "The items of a stored response's input"),
+    Route(
+        "POST", "/v1/responses/input_tokens", "How many tokens a request's prompt has", chat_like.RESPONSES, ("input",),
+        {"input": "Hello"},
+    ),
+    Route(
+        "POST", "/v1/messages", "The assistant's next message, as Anthropic has it", chat_like.MESSAGES,
+        ("messages", "max_tokens"), {"messages": _HELLO, "max_tokens": 64}, streams=True,
+    ),
+    Route(
+        "POST", "/v1/messages/count_tokens", "How many tokens a request's prompt has", chat_like.MESSAGES,
+        ("messages",), {"messages": _HELLO},
     ),
     Route("GET", "/v1/models", "The served model, as a list"),
     Route("GET", "/v1/models/{name}", "One model by name"),
