@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pagegraph.runtime.text.formats import CallFormat
-from pagegraph.runtime.text.incoming import Incoming, Reading
+from pagegraph.runtime.text.incoming import Incoming, Reading, Words
 from pagegraph.runtime.text.json_text import JsonSpan
+from pagegraph.runtime.text.literals import LiteralReader
+from pagegraph.runtime.text.parameters import StringWriter, as_json, value_types
 
 _NAME = re.compile(r"[\w.\-:/]*")
 _MAX_NAME = 256
@@ -78,6 +80,7 @@ class CallReader:
         """Calls, the first behind `words`. What was read before is being recorded; what is no call becomes content."""
         incoming, format = self._incoming, self._format
         while (yield from self._all(words)):
+            yield from incoming.spaces()
             if format.listed is not None and (yield from incoming.comes("[")):
                 listed = CallReader(incoming, self._sink, format.listed, self._tools)
                 yield from listed._read(listed._section[1:], in_section=True)
@@ -108,7 +111,6 @@ class CallReader:
 
     def _call(self) -> Reading[bool]:
         """One call without its words; False, and what was read still recorded, if it is none."""
-        yield from self._incoming.spaces()
         return (yield from self._styles[self._format.style](self))
 
     def _commit(self, name: str) -> bool:
@@ -205,7 +207,80 @@ class CallReader:
         else:
             yield from self._incoming.some(_SCALAR_END, lambda _: None)
 
-    _styles = {"object": _object_call}
+    # named: the name, then the arguments as a JSON object.
+
+    def _named_call(self) -> Reading[bool]:
+        name = yield from self._name()
+        yield from self._all(self._format.name_end)
+        yield from self._incoming.spaces()
+        if not (yield from self._incoming.comes("{")) or not self._commit(name):
+            return False
+        yield from self._incoming.passing(JsonSpan(self._stop), self._sink.arguments)
+        return True
+
+    def _name(self) -> Reading[str]:
+        """A name; "" if none comes."""
+        name = yield from self._incoming.run(_NAME)
+        if self._format.id_begin and (yield from self._incoming.skip(self._format.id_begin)):
+            yield from self._incoming.run(_NAME)
+        return name if len(name) <= _MAX_NAME else ""
+
+    # parameters: the name, then each argument as text between words.
+
+    def _parameters_call(self) -> Reading[bool]:
+        name = yield from self._name()
+        if not (yield from self._all(self._format.name_end)):
+            return False
+        yield from self._incoming.spaces()
+        key_begin = self._format.key_begin
+        if not (yield from self._incoming.comes(key_begin)) and not (yield from self._incoming.comes(self._stop)):
+            return False
+        if not self._commit(name):
+            return False
+        schema, opening = self._tools.get(name, {}), "{"
+        while (yield from self._incoming.skip(key_begin)):
+            yield from self._parameter(schema, opening)
+            yield from self._incoming.spaces()
+            opening = ", "
+        self._sink.arguments("{}" if opening == "{" else "}")
+        return True
+
+    def _parameter(self, schema: Mapping[str, Any], opening: str) -> Reading[None]:
+        """One argument behind `key_begin`, up to its end or to that of the call."""
+        format, key = self._format, []
+        yield from self._incoming.until(Words((format.key_end[0],)), key.append)
+        yield from self._all(format.key_end[1:])
+        properties = schema.get("properties")
+        declared = properties.get("".join(key).strip()) if isinstance(properties, Mapping) else None
+        types = value_types(declared, schema)
+        self._sink.arguments(f"{opening}{json.dumps(''.join(key).strip(), ensure_ascii=False)}: ")
+        ends = Words((format.value_end.strip(), self._stop))
+        if types <= {"string"}:
+            self._sink.arguments('"')
+            yield from self._incoming.until(ends, StringWriter(self._sink.arguments), read=False)
+            self._sink.arguments('"')
+        else:
+            text: list[str] = []
+            yield from self._incoming.until(ends, text.append, read=False)
+            self._sink.arguments(as_json("".join(text).removeprefix("\n").removesuffix("\n"), types))
+        yield from self._incoming.skip(format.value_end.strip())
+
+    # literals: the name, then the arguments in brackets.
+
+    def _literals_call(self) -> Reading[bool]:
+        name = yield from self._name()
+        python = not self._format.quote
+        if not (yield from self._incoming.comes("(" if python else "{")) or not self._commit(name):
+            return False
+        yield from LiteralReader(self._incoming, self._sink.arguments, self._format.quote, named=python).read()
+        return True
+
+    _styles = {
+        "object": _object_call,
+        "named": _named_call,
+        "parameters": _parameters_call,
+        "literals": _literals_call,
+    }
 
 
 @dataclass(slots=True)

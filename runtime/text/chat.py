@@ -48,12 +48,12 @@ class Chat:
     def _opened(self, prompt_ids: Sequence[int], continued: str | None) -> bool:
         """Whether the prompt ends inside reasoning."""
         reasoning = self.format.reasoning
-        if reasoning is None:
+        if reasoning is None or self.format.is_harmony:
             return False
         if continued is not None:
             return continued.rfind(reasoning.begin) > continued.rfind(reasoning.end)
-        tail = self._tokenizer.decode(prompt_ids[-_TAIL_TOKENS:], skip_special=False)
-        return tail.rstrip().endswith(reasoning.begin.strip())
+        tail = self._tokenizer.decode(prompt_ids[-_TAIL_TOKENS:], skip_special=False).rstrip()
+        return tail.endswith(reasoning.begin) or (reasoning.assumed and not tail.endswith(reasoning.end))
 
     def _markers(self, tools: bool) -> list[str]:
         words = self.format.words(tools)

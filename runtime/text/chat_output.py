@@ -16,6 +16,7 @@ from typing import Any
 
 from pagegraph.runtime.text.call_reader import CallReader
 from pagegraph.runtime.text.formats import ChatFormat, ReasoningFormat
+from pagegraph.runtime.text.harmony import read_harmony
 from pagegraph.runtime.text.incoming import Incoming, Reading, Words
 
 
@@ -74,10 +75,13 @@ class ChatOutput:
         calls = format.calls if tools is not None else None
         if calls is None and format.reasoning is None:
             return
-        self._incoming = Incoming()
-        self._parts = _Parts(hidden, trims=calls is not None, single=single, ids=calls.ids if calls else "call")
-        reader = None if calls is None else CallReader(self._incoming, self._parts, calls, tools or {})
-        self._reading = _read(self._incoming, self._parts, format.reasoning, reader, opened)
+        self._incoming = incoming = Incoming()
+        self._parts = parts = _Parts(hidden, trims=calls is not None, single=single, ids=calls.ids if calls else "call")
+        if format.is_harmony:
+            self._reading = read_harmony(incoming, parts, tools if calls else None, format.reasoning is not None)
+        else:
+            reader = None if calls is None else CallReader(incoming, parts, calls, tools or {})
+            self._reading = _read(incoming, parts, format.reasoning, reader, opened)
 
     @property
     def num_calls(self) -> int:
@@ -250,16 +254,14 @@ def _read(
 
 def _read_reasoning(incoming: Incoming, parts: _Parts, format: ReasoningFormat, opened: bool) -> Reading[None]:
     """The reasoning that the answer begins with, if it does."""
-    begins = 0
+    incoming.record()
+    yield from incoming.spaces()
+    begins = 0 if opened else incoming.num_read
+    opened = (yield from incoming.skip(format.begin)) or opened
+    spaces = incoming.recorded()
     if not opened:
-        incoming.record()
-        yield from incoming.spaces()
-        begins = incoming.num_read
-        opened = yield from incoming.skip(format.begin)
-        spaces = incoming.recorded()
-        if not opened:
-            parts.content(spaces)
-            return
+        parts.content(spaces)
+        return
     parts.begin_reasoning(begins)
     yield from incoming.until(Words((format.end,)), parts.reasoning)
     parts.end_reasoning(incoming.num_read)

@@ -87,3 +87,87 @@ def test_tokens_of_reasoning_are_those_that_end_in_it() -> None:
 def test_without_a_format_text_is_content() -> None:
     output = ChatOutput(ChatFormat())
     assert [output.add("<think>a"), output.add(""), output.finish()] == [[Content("<think>a")], [], []]
+
+
+PARIS = [("call", "weather"), ("arguments", '{"city": "Paris", "days": 2}')]
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+CLOCK = [("call", "clock"), ("arguments", "{}")]
+TOOLS = {"weather": WEATHER, "clock": {"type": "object", "properties": {}}}
+JSON = '{"city": "Paris", "days": 2}'
+# By row: two calls as its models write them, and what is nearly one.
+TWO_CALLS = {
+    "hermes": f'<tool_call>\n{{"name": "weather", "arguments": {JSON}}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>',
+    "mistral": f"[TOOL_CALLS]weather[ARGS]{JSON}[TOOL_CALLS]clock[CALL_ID]a1B2c3D4e[ARGS]{{}}",
+    "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+    f"{JSON}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>clock\n```json\n{{}}\n```"
+    "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseek_v31": f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{JSON}<｜tool▁call▁end｜>"
+    "<｜tool▁call▁begin｜>clock<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "qwen3_coder": "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n2\n"
+    "</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=clock>\n</function>\n</tool_call>",
+    "seed_oss": "<seed:tool_call>\n<function=weather>\n<parameter=city>Paris</parameter>\n<parameter=days>2</parameter>\n"
+    "</function>\n</seed:tool_call>\n<seed:tool_call>\n<function=clock>\n</function>\n</seed:tool_call>",
+    "glm45": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n"
+    "<arg_value>2</arg_value>\n</tool_call>\n<tool_call>clock\n</tool_call>",
+    "gemma4": '<|tool_call>call:weather{city:<|"|>Paris<|"|>,days:2}<tool_call|><|tool_call>call:clock{}<tool_call|>',
+    "functiongemma": "<start_function_call>call:weather{city:<escape>Paris<escape>,days:2}<end_function_call>"
+    "<start_function_call>call:clock{}<end_function_call>",
+    "granite": f'<|tool_call|>[{{"name": "weather", "arguments": {JSON}}}, {{"name": "clock", "arguments": {{}}}}]',
+    "phi4_mini_json": f'functools[{{"name": "weather", "arguments": {JSON}}}, {{"name": "clock", "arguments": {{}}}}]',
+    "pythonic": '[weather(city="Paris", days=2), clock()]',
+    "llama3_json": f'{{"name": "weather", "parameters": {JSON}}}; {{"name": "clock", "parameters": {{}}}}',
+    "openai": "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
+    f"{JSON}<|call|><|start|>assistant to=functions.clock<|channel|>commentary json<|message|>{{}}<|call|>",
+}
+OTHERS = [
+    ("mistral", f'[TOOL_CALLS] [{{"name": "weather", "arguments": {JSON}}}, {{"name": "clock", "arguments": {{}}}}]',
+     PARIS + CLOCK),
+    ("mistral", f"Well.[TOOL_CALLS]weather{JSON}", [("content", "Well."), *PARIS]),
+    ("mistral", "[TOOL_CALLS]?", [("content", "[TOOL_CALLS]?")]),
+    ("llama3_json", f'<|python_tag|>{{"name": "weather", "parameters": {JSON}}}', PARIS),
+    ("llama3_json", f'{{"type": "function", "name": "weather", "parameters": {JSON}}}', PARIS),
+    ("llama3_json", '{"name": "Ann", "parameters": {}}', [("content", '{"name": "Ann", "parameters": {}}')]),
+    ("llama3_json", '{"city": "Paris"}', [("content", '{"city": "Paris"}')]),
+    ("llama3_json", "Hello {}", [("content", "Hello {}")]),
+    ("pythonic", "[1, 2]", [("content", "[1, 2]")]),
+    ("pythonic", "[other(a=1)]", [("content", "[other(a=1)]")]),
+    ("pythonic", "<|python_start|>[weather(city='a\\'\\n\\u00e9', x=[True, None, {'k': (1,)}],)]<|python_end|>",
+     [("call", "weather"), ("arguments", '{"city": "a\'\\n\u00e9", "x": [true, null, {"k": [1]}]}'),
+      ("content", "<|python_end|>")]),
+    ("gemma4", '<|tool_call>call:weather{city:<|"|>a"b<|"|>,at:{x:1.5,<|"|>y<|"|>:[true,no]}}<tool_call|>!',
+     [("call", "weather"), ("arguments", '{"city": "a\\"b", "at": {"x": 1.5, "y": [true, "no"]}}'), ("content", "!")]),
+    ("qwen3_coder", "<tool_call>\n<function=weather>\n<parameter=city>\na\n\"b\n</parameter>\n<parameter=days>\ntwo\n"
+     "</parameter>\n<parameter=other>\n1\n</parameter>\n</function>\n</tool_call>",
+     [("call", "weather"), ("arguments", '{"city": "a\\n\\"b", "days": "two", "other": "1"}')]),
+    ("qwen3_coder", "<tool_call>\n<function=weather>\n<parameter=city>\nPar",
+     [("call", "weather"), ("arguments", '{"city": "Par"}')]),
+    ("qwen3_coder", "<tool_call>\n<fun>", [("content", "<tool_call>\n<fun>")]),
+    ("glm45", "<tool_call>weather now", [("content", "<tool_call>weather now")]),
+    ("openai", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hi<|return|>",
+     [("content", "Hm.Hi")]),
+    ("openai", "<|channel|>commentary<|message|>Look:<|end|><|start|>assistant<|channel|>commentary to=functions.clock"
+     "<|message|><|call|>", [("content", "Look:"), *CLOCK]),
+    ("openai", "Hi", [("content", "Hi")]),
+]  # fmt: skip
+
+
+def check(format: ChatFormat, text: str, expected: list[tuple[str, ...]], **options: Any) -> None:
+    assert read(format, text, **options) == expected
+    assert read(format, text, range(1, len(text)), **options) == expected
+    for cut in range(1, len(text)):
+        assert read(format, text, [cut], **options) == expected
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_two_calls_of_every_format(name: str) -> None:
+    format = ChatFormat(calls=CALLS[name])
+    check(format, TWO_CALLS[name], PARIS + CLOCK, tools=TOOLS)
+    check(format, TWO_CALLS[name] + "\n", PARIS + CLOCK, tools=TOOLS)
+    check(format, TWO_CALLS[name], PARIS, tools=TOOLS, single=True)
+    assert read(format, TWO_CALLS[name], tools=None)[0][0] == "content"
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), OTHERS)
+def test_variants_and_what_is_no_call(name: str, text: str, expected: list[tuple[str, ...]]) -> None:
+    check(ChatFormat(calls=CALLS[name]), text, expected, tools=TOOLS)
