@@ -369,12 +369,13 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "field"), BAD, ids=[str(field) + str(i) for i, (_, field) in enumerate(BAD)])
-def test_a_bad_field_is_named_as_it_is_called_here(http: FlaskClient, fields: dict[str, Any], field: str) -> None:
-    answer = http.post("/v1/responses", json={"input": "hello", **fields})
-    assert (answer.status_code, answer.json["error"]["param"]) == (400, field), answer.json
-    message = answer.json["error"]["message"]
-    assert len(message) < 500 and "max_completion_tokens" not in message
+def test_a_bad_field_is_named_as_it_is_called_here(http: FlaskClient) -> None:
+    for fields, field in BAD:
+        answer = http.post("/v1/responses", json={"input": "hello", **fields})
+        assert answer.status_code == 400, fields
+        error = answer.json["error"]
+        assert error["param"] == field and len(error["message"]) < 500, (fields, error)
+        assert "max_completion_tokens" not in error["message"]
     assert threads_are_back(http)
 
 
