@@ -124,7 +124,7 @@ def _read(service: Service, info: EngineInfo) -> tuple[ResponsesRequest, Sequenc
 
 def _prompts(service: Service, info: EngineInfo, asked: ResponsesRequest) -> Sequence[Prompt]:
     with renaming(NAMES):
-        return prompts_of(service.tokenizer, asked.chat, info)
+        return prompts_of(service, asked.chat, info)
 
 
 def _answer(

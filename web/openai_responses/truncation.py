@@ -27,7 +27,7 @@ def shortened(service: Service, info: EngineInfo, checked: GenerationRequest) ->
     starts = [0, *turns[1:]]
 
     def fits(start: int) -> bool:
-        text = prompt_text(service.tokenizer, _from(checked, start))
+        text = prompt_text(service.chat, _from(checked, start))
         at_least = service.tokenizer.min_tokens(text, enough=room + 1)
         return at_least <= room and len(encode(service, text, checked.add_special_tokens)) <= room
 
