@@ -24,7 +24,7 @@ from pagegraph.compiler.model.checkpoint import sidecar_quantization
 from pagegraph.compiler.model.config_json import load_model_config
 from pagegraph.compiler.model.files import json_object
 from pagegraph.compiler.model.meta import build_meta
-from pagegraph.compiler.model.paged import ATTENTION_NAME, PagedModel, wrap_model
+from pagegraph.compiler.model.paged import ATTENTION_NAME, Forwarded, PagedModel, wrap_model
 from pagegraph.compiler.model.source import resolve_model
 from pagegraph.compiler.model.weights import load_weights
 from pagegraph.compiler.options import CompilerOptions, ModelOptions
@@ -112,7 +112,7 @@ class BuiltModel:
             step.forward = forward
         self.compile_state = "compiled"
 
-    def _compiled_forwards(self, progress: bool) -> list[Callable[..., torch.Tensor]]:
+    def _compiled_forwards(self, progress: bool) -> list[Callable[..., Forwarded]]:
         if self.device.type == "cpu":
             cpu_decode.build()
             cpu_int4.build()

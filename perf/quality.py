@@ -46,7 +46,7 @@ def prompt_logits(built: BuiltModel, token_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=built.device)
 
     positions = tensor(range(size))
-    logits = built.step.paged_model(
+    logits, _ = built.step.paged_model(
         tensor(token_ids),
         positions,
         positions + state.block_size,  # block 0 is the null block

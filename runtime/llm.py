@@ -47,6 +47,9 @@ class Completion:
     stop_reason: str | int | None = None  # the stop string, or the one of stop_token_ids, that ended it
     cached_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = (
+        None  # one a prompt token; the first, which nothing precedes, None
+    )
 
 
 class LocalMailbox:
@@ -165,7 +168,8 @@ class LLM:
             one.check_vocabulary(self.built.vocab_size)
         encoded = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         for ids, one in zip(encoded, params):
-            check_length(len(ids), self.built.max_model_len, min_tokens=one.min_tokens)
+            no_output = 0 if one.max_tokens == 0 else None
+            check_length(len(ids), self.built.max_model_len, max_tokens=no_output, min_tokens=one.min_tokens)
             check_ids("prompt", ids, self.built.vocab_size)
         return [self._submit(ids, one, words, eager) for ids, one in zip(encoded, params)]
 
@@ -174,7 +178,8 @@ class LLM:
         request_id = str(self._num_requests)
         self._mailbox.put(Submit(request_id=request_id, token_ids=ids, params=params))
         output = TextOutput(self.tokenizer, ids, params, stop)
-        return _Request(request_id, Completion(ids), output, eager=eager or bool(stop))
+        completion = Completion(ids, prompt_logprobs=None if params.prompt_logprobs is None else [None])
+        return _Request(request_id, completion, output, eager=eager or bool(stop))
 
     def _turn(self, unfinished: dict[str, _Request]) -> None:
         """One turn of the engine; requests that it ends leave `unfinished`."""
@@ -242,5 +247,8 @@ class _Request:
         done.token_ids += piece.token_ids
         done.logprobs += piece.logprobs or ()
         done.cached_tokens = self.output.cached_tokens
+        if piece.finish_reason and done.prompt_logprobs is not None:
+            for part in self.output.prompt_logprobs:
+                done.prompt_logprobs += part.entries(done.prompt_token_ids)
         done.finish_reason, done.stop_reason = piece.finish_reason or "", piece.stop_reason
         return piece.finish_reason is not None

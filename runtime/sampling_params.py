@@ -74,8 +74,9 @@ RANGES = {
     "presence_penalty": Range(-2, 2, 0),
     "seed": Range(-_INT64, _INT64 - 1, 0, int),
     "logprobs": Range(0, MAX_LOGPROBS, 0, int),
+    "prompt_logprobs": Range(0, MAX_LOGPROBS, 0, int),
 }
-_MAY_BE_NONE = ("max_tokens", "seed", "logprobs")
+_MAY_BE_NONE = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -85,7 +86,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     token, as `top_p` 0 does. `top_k` -1 and 0 mean all tokens.
     """
 
-    max_tokens: int | None = 16  # None: until the context is full
+    max_tokens: int | None = 16  # None: until the context is full; 0: what is asked of the prompt alone
     min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
@@ -100,6 +101,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; 0: of the sampled token; n: and of the n likeliest
+    prompt_logprobs: int | None = None  # the same of every prompt token but the first
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
@@ -107,6 +109,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             value = getattr(self, field)
             # Most are as they should be, and this runs for every sequence.
             if type(value) is allowed.type and allowed.low <= value <= allowed.high:
+                continue
+            if field == "max_tokens" and value == 0 and self.prompt_logprobs is not None:
                 continue
             if value is not None or field not in _MAY_BE_NONE:
                 msgspec.structs.force_setattr(self, field, allowed.checked(field, value))
@@ -138,10 +142,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             check_ids("stop_token_ids", self.stop_token_ids, vocab_size)
         if self.allowed_token_ids is not None:
             check_ids("allowed_token_ids", self.allowed_token_ids, vocab_size)
-        if self.logprobs is not None and self.logprobs > vocab_size:
-            raise BadParameter(
-                "logprobs", f"is {self.logprobs}; the vocabulary has {vocab_size} tokens, give at most those"
-            )
+        for field in ("logprobs", "prompt_logprobs"):
+            if (wanted := getattr(self, field)) is not None and wanted > vocab_size:
+                raise BadParameter(field, f"is {wanted}; the vocabulary has {vocab_size} tokens, give at most those")
 
 
 def model_defaults(generation_config: Mapping[str, Any]) -> dict[str, int | float]:
@@ -208,17 +211,17 @@ def check_length(
 ) -> None:
     """Raises BadParameter unless a prompt of so many tokens fits the context with its output.
 
-    max_tokens: where it is given, all of them must fit, else one.
+    max_tokens: where it is given, all of them must fit, and none has to be 0; else one.
     num_chars: the prompt is not tokenised; `num_prompt` is the fewest tokens that so many characters can be.
     """
     if num_prompt == 0:
         raise BadParameter(field, "has no tokens; give at least one")
     room = max_model_len - num_prompt
-    if room < 1:
+    if room < (max_tokens != 0):
         has = f"{num_prompt} tokens" if num_chars is None else f"{num_chars} characters, at least {num_prompt} tokens"
-        _too_long(
-            field, max_model_len, f"{has} of {field} leave no room for one of output: give at most {max_model_len - 1}"
-        )
+        most = max_model_len - (max_tokens != 0)
+        why = "leave no room for one of output" if max_tokens != 0 else "do not fit"
+        _too_long(field, max_model_len, f"{has} of {field} {why}: give at most {most}")
     if max_tokens is not None and max_tokens > room:
         total = f"{num_prompt} tokens of {field} + max_tokens {max_tokens} = {num_prompt + max_tokens}"
         _too_long("max_tokens", max_model_len, f"{total}: give max_tokens of at most {room}, or a shorter {field}")

@@ -41,11 +41,16 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, suppres
 settings.register_profile("fuzz", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-REAL_MODEL = ("test_parity.py", "test_generation.py", "test_speculation.py")  # one worker builds it for all
+REAL_MODEL = (
+    "test_parity.py",
+    "test_generation.py",
+    "test_speculation.py",
+    "test_prompt_reads.py",
+)  # one worker builds it for all
 LONGEST = (*REAL_MODEL, "test_serve.py", "test_triton_compile.py")  # started first, so that workers end together
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'critic' %}{{ raise_exception('no critics here') }}"
+    "{% for message in messages %}{% if message.role == 'function' %}{{ raise_exception('no functions here') }}"
     "{% endif %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )

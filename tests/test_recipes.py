@@ -120,7 +120,9 @@ IN_EVERY_STEP = {"max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "te
 
 
 def test_add_a_sampling_parameter_to_requests() -> None:
-    assert set(SAMPLING) | {"structured_outputs"} == {field.name for field in msgspec.structs.fields(SamplingParams)}
+    assert set(SAMPLING) | {"structured_outputs", "prompt_logprobs"} == {
+        field.name for field in msgspec.structs.fields(SamplingParams)
+    }
     default = SamplingParams()
     for name, value in SAMPLING.items():
         params = parse_completion({"prompt": "Hello", name: value}, 16).params

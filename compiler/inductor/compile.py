@@ -23,7 +23,7 @@ from torch._ops import OpOverloadPacket
 
 from pagegraph.compiler.inductor.cpu_lowerings import lower_attention
 from pagegraph.compiler.inductor.guard_free import Forward
-from pagegraph.compiler.model.paged import PagedModel
+from pagegraph.compiler.model.paged import Forwarded, PagedModel
 from pagegraph.kernels.attention import cpu_decode
 from pagegraph.kernels.quant import cpu_int4
 
@@ -32,7 +32,7 @@ GraphPass = Callable[[torch.fx.GraphModule], int]
 
 def compile_forward(
     paged_model: PagedModel, graph_passes: Sequence[GraphPass] = (), backend: Callable | None = None
-) -> Callable[..., torch.Tensor]:
+) -> Callable[..., Forwarded]:
     """One full graph (no breaks) of the forward, rewritten by `graph_passes`, then given to `backend` (Inductor).
 
     Sizes marked dynamic on the inputs stay symbolic.

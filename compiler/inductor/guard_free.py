@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,9 +21,13 @@ Inputs = tuple[Any, ...]  # those of `PagedModel.forward`: a step's tensors, the
 class GuardFreeGraph:
     """A compiled graph and all of its inputs but a step's own."""
 
-    def __init__(self, graph: Graph, traced: Sequence[Any], given: Sequence[Any], inputs: Inputs) -> None:
-        """`traced`: the graph's inputs as traced, sizes as symbols; `given`: its inputs in a call with `inputs`."""
-        self._graph = graph
+    def __init__(self, seen: _Call, inputs: Inputs, out: Any) -> None:
+        """`seen`: the call of the graph that the forward, called with `inputs`, ended in and returned `out` of."""
+        traced, given = seen.traced, seen.given
+        self._graph = seen.graph
+        at = {id(one): place for place, one in enumerate(seen.results)}
+        self._one = isinstance(out, torch.Tensor)
+        self._results = [None if one is None else at[id(one)] for one in ((out,) if self._one else out)]
         self._inputs = list(given)
         self._caches = [one for one in inputs if isinstance(one, list)]
         own = {id(one): at for at, one in enumerate(inputs) if isinstance(one, torch.Tensor)}
@@ -43,8 +47,8 @@ class GuardFreeGraph:
             if guards:  # compiled once, evaluated in each step
                 self._guards = compile(guards, "<sizes>", "eval")
 
-    def run(self, inputs: Inputs) -> torch.Tensor | None:
-        """The result, or None where a guard fails."""
+    def run(self, inputs: Inputs) -> Any:
+        """What the forward returns, one tensor or a tuple; None where a guard fails."""
         if any(inputs[tensor].shape[dim] != size for tensor, dim, size in self._fixed):
             return None
         values = self._inputs.copy()
@@ -58,7 +62,9 @@ class GuardFreeGraph:
             return None
         for at, tensor in self._tensors:
             values[at] = inputs[tensor]
-        return self._graph(*values)[0]
+        results = self._graph(*values)
+        out = tuple(None if at is None else results[at] for at in self._results)
+        return out[0] if self._one else out
 
     def _origin(self, symbol: torch.SymInt, traced: Sequence[Any]) -> tuple[int, int] | None:
         """(index of the step's tensor, dimension) that `symbol` is the size of; None where it is of a kept input."""
@@ -69,10 +75,19 @@ class GuardFreeGraph:
         return None
 
 
-class _Seen(threading.local):
-    """The graph that a call through Dynamo ended in, with its traced and its actual inputs: one a thread."""
+class _Call(NamedTuple):
+    """One call of a graph: its inputs as traced, sizes as symbols, its actual inputs, and what it gave."""
 
-    call: tuple[Graph, Sequence[Any], Sequence[Any]] | None = None
+    graph: Graph
+    traced: Sequence[Any]
+    given: Sequence[Any]
+    results: Sequence[torch.Tensor]
+
+
+class _Seen(threading.local):
+    """The call of a graph that a call through Dynamo ended in: one a thread."""
+
+    call: _Call | None = None
 
 
 class Forward:
@@ -84,7 +99,7 @@ class Forward:
         self._graphs: dict[tuple[bool, ...], GuardFreeGraph] = {}
         self._seen = _Seen()
 
-    def __call__(self, *inputs: Any) -> torch.Tensor:
+    def __call__(self, *inputs: Any) -> Any:
         # A size of one is a constant to the compiler, so such steps have graphs of their own.
         kind = tuple(size == 1 for one in inputs if isinstance(one, torch.Tensor) for size in one.shape)
         known = self._graphs.get(kind)
@@ -95,7 +110,8 @@ class Forward:
                 torch._dynamo.mark_static(cache)  # or a process's second model would get symbols for their sizes
             out = self._traced(*inputs)
             if self._seen.call is not None:
-                self._graphs[kind] = GuardFreeGraph(*self._seen.call, inputs)
+                self._graphs[kind] = GuardFreeGraph(self._seen.call, inputs, out)
+                self._seen.call = None  # it holds tensors of a step
         return out
 
     def _backend(self, module: torch.fx.GraphModule, traced: list[Any]) -> Graph:
@@ -103,7 +119,8 @@ class Forward:
         graph = self._compile_graph(module, traced)
 
         def run(*given: Any) -> Sequence[torch.Tensor]:
-            self._seen.call = graph, symbolic, given
-            return graph(*given)
+            results = graph(*given)
+            self._seen.call = _Call(graph, symbolic, given, results)
+            return results
 
         return run

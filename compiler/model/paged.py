@@ -16,9 +16,14 @@ from transformers import AttentionInterface
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.compiler.model.forward_local import forward_local
+from pagegraph.compiler.model.head import head_logits, hidden_states_of
 from pagegraph.compiler.model.probe import AttentionLayout, TokensBefore, ask_for_no_padding, probe
 
 ATTENTION_NAME = "pagegraph"
+
+# Of a forward: logits [S, vocab] of the wanted tokens, and hidden states [1, T, H] of all, which the head reads; None
+# where they are not to be had.
+Forwarded = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(slots=True)
@@ -75,13 +80,17 @@ AttentionInterface.register(ATTENTION_NAME, paged_attention)
 
 
 class PagedModel(nn.Module):
-    """The whole forward as one function of tensors: token ids in, logits of the wanted tokens out."""
+    """The whole forward as one function of tensors: token ids in, logits of the wanted tokens and hidden states out."""
 
-    def __init__(self, model: nn.Module, layouts: list[AttentionLayout], counts_tokens: bool) -> None:
+    def __init__(self, model: nn.Module, layouts: list[AttentionLayout], counts_tokens: bool, body: str = "") -> None:
+        """body: path of the module that gives hidden states; "" if there is none."""
         super().__init__()
         self.model = model
         self.layouts = layouts
         self.counts_tokens = counts_tokens
+        self.body = body
+        if body:
+            model.get_submodule(body).register_forward_hook(_keep_hidden)
 
     def forward(
         self,
@@ -94,8 +103,8 @@ class PagedModel(nn.Module):
         logits_index: torch.Tensor,
         key_caches: list[torch.Tensor],
         value_caches: list[torch.Tensor],
-    ) -> torch.Tensor:
-        """token_ids, positions, slot_mapping int32 [T]; logits_index int64 [S] of token rows -> logits [S, vocab]."""
+    ) -> Forwarded:
+        """token_ids, positions, slot_mapping int32 [T]; logits_index int64 [S] of token rows."""
         forward_local.paged = PagedBatch(
             self.layouts, positions, slot_mapping, block_tables, query_start, seq_lens, key_caches, value_caches
         )
@@ -110,9 +119,22 @@ class PagedModel(nn.Module):
                 logits_to_keep=logits_index,
                 **past,
             )
+            hidden = forward_local.hidden
         finally:
-            forward_local.paged = forward_local.products = None
-        return out.logits[0]
+            forward_local.paged = forward_local.products = forward_local.hidden = None
+        return out.logits[0], hidden
+
+    def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [R, vocab] of hidden states [R, H], as the forward computes them. Only where there is a body."""
+        forward_local.products = {}
+        try:
+            return head_logits(self.model, self.body, hidden_states)
+        finally:
+            forward_local.products = None
+
+
+def _keep_hidden(module: nn.Module, args: Any, output: Any) -> None:
+    forward_local.hidden = hidden_states_of(output)
 
 
 def wrap_model(model: nn.Module) -> PagedModel:
@@ -122,4 +144,4 @@ def wrap_model(model: nn.Module) -> PagedModel:
     """
     probed = probe(model)
     ask_for_no_padding(model)
-    return PagedModel(model.eval(), probed.layouts, probed.counts_tokens)
+    return PagedModel(model.eval(), probed.layouts, probed.counts_tokens, probed.body)

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
+from pagegraph.compiler.model.head import body_of, note_bodies
 from pagegraph.compiler.model.rope import stop_updates
 
 PROBE_NAME = "pagegraph_probe"
@@ -72,10 +73,14 @@ class _Notes:
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """Layouts of the layers, and whether the forward wants `TokensBefore` in place of a cache."""
+    """Layouts of the layers, whether the forward wants `TokensBefore` in place of a cache, and where its body is.
+
+    body: path of the module whose output the head computes logits from; "" where the head needs more than that.
+    """
 
     layouts: list[AttentionLayout]
     counts_tokens: bool
+    body: str
 
 
 class TokensBefore:
@@ -121,6 +126,7 @@ def probe(original: nn.Module) -> Probed:
         )
     stop_updates(shadow)
     ask_for_no_padding(shadow)
+    outputs = note_bodies(shadow)
     positions = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     for past in (None, TokensBefore(positions)):
         notes, watch = _Notes(name), _Watch(positions)
@@ -162,7 +168,8 @@ def probe(original: nn.Module) -> Probed:
         if watch.padded_positions:
             notes.refuse("its positions start behind a padding index; paged attention numbers tokens from 0")
         if watch.counted == (0 if past is None else past.asked):
-            return Probed([notes.layouts[layer] for layer in range(layers)], counts_tokens=past is not None)
+            body = body_of(shadow, outputs, (TOKENS, logits.shape[-1]))
+            return Probed([notes.layouts[layer] for layer in range(layers)], past is not None, body)
     notes.refuse("the forward numbers its tokens by their place in the step, not by the positions it is given")
 
 

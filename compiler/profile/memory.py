@@ -3,7 +3,8 @@
 They run in the null block. Plain modules are run, which hold more at a time than their compiled form does. Knows no
 requests.
 
-The KV cache is sized from this peak: a largest step with all that sampling offers, and two captured graphs. Logits in
+The KV cache is sized from this peak: a largest step with all that sampling and the reading of prompts offer, and two
+captured graphs. Logits in
 captured graphs are not kept, so all graphs share the memory of the largest.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from pagegraph.compiler.step.capture_sizes import Bucket
-from pagegraph.compiler.step.dummy import dummy_step, everything
+from pagegraph.compiler.step.dummy import dummy_step, everything, read_whole
 from pagegraph.compiler.step.step import CompiledStep
 
 SAMPLES = 5  # graphs measured one by one
@@ -45,7 +46,8 @@ def profile_memory(step: CompiledStep, largest: Bucket, max_model_len: int, draf
     tokens = min(largest.tokens, largest.seqs * max_model_len)
     lengths = np.full(largest.seqs, tokens // largest.seqs)
     lengths[: tokens % largest.seqs] += 1
-    step.launch(dummy_step(lengths, step.state.dummy_slot, everything(largest.seqs))).wait()
+    prompt = read_whole(lengths.tolist()) if step.paged_model.body else None
+    step.launch(dummy_step(lengths, step.state.dummy_slot, everything(largest.seqs), prompt)).wait()
     peak = torch.cuda.max_memory_reserved(device) - before
     torch.cuda.empty_cache()
     return MemoryProfile(peak, _graphs(step, draft_forwards))

@@ -111,12 +111,13 @@ class CudaRunner:
         with torch.cuda.stream(self._returns):
             ids = _sent_back(sampled.ids)
             found = None if sampled.found is None else _sent_back(sampled.found)
+            prompt = None if sampled.prompt is None else sampled.prompt.map(_sent_back)
             arrived = self._returned = torch.cuda.Event()
             arrived.record()
 
         def result() -> StepOutput:
             arrived.synchronize()
-            return Sampled(ids, found, sampled.logprobs).output(step)
+            return Sampled(ids, found, sampled.logprobs, prompt).output(step)
 
         return result
 

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pagegraph.compiler.step.inputs import Filters, Penalties, SamplingInput, StepInput
+from pagegraph.compiler.step.inputs import Filters, Penalties, PromptInput, SamplingInput, StepInput
 
 LOGPROBS = 20
 
 
-def dummy_step(lengths: Sequence[int], dummy_slot: int, sampling: SamplingInput | None = None) -> StepInput:
+def dummy_step(
+    lengths: Sequence[int], dummy_slot: int, sampling: SamplingInput | None = None, prompt: PromptInput | None = None
+) -> StepInput:
     """A step of prompts of these lengths, greedy unless `sampling` says otherwise."""
     seqs = len(lengths)
     greedy = SamplingInput(temperature=np.zeros(seqs, np.float32), seeds=np.zeros(seqs, np.int64))
@@ -23,7 +25,15 @@ def dummy_step(lengths: Sequence[int], dummy_slot: int, sampling: SamplingInput 
         sampled=np.zeros(seqs, bool),
         new_blocks=np.zeros((0, 3), np.int32),
         sampling=sampling or greedy,
+        prompt=prompt,
     )
+
+
+def read_whole(lengths: Sequence[int]) -> PromptInput:
+    """All that can be asked of prompts of these lengths."""
+    counts, tokens = np.array(lengths, np.int32), np.arange(sum(lengths), dtype=np.int32)
+    queries = np.arange(len(lengths), dtype=np.int32)
+    return PromptInput(queries, tokens, np.zeros_like(tokens), counts, LOGPROBS, tokens, counts)
 
 
 def everything(seqs: int) -> SamplingInput:

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import torch
 
+from pagegraph.compiler.model.paged import Forwarded, PagedModel
 from pagegraph.compiler.step.forward import run_forward
 from pagegraph.compiler.step.inputs import NgramOutput, StepInput, StepOutput
+from pagegraph.compiler.step.prompt import PromptTensors, read_prompt
 from pagegraph.compiler.step.sampling import StepLogprobTensors, accept_drafts, process_and_sample, sample
 from pagegraph.compiler.step.staging import Staged, Staging, StepMetadata
 from pagegraph.compiler.step.state import DeviceState
@@ -21,6 +23,7 @@ class Outputs(NamedTuple):
     """Of a padded step of S sequences; of several steps in a row the last one's, but for the ids."""
 
     logits: torch.Tensor  # [S, vocab]
+    hidden: torch.Tensor | None  # [1, T, H] what the head reads; None where the model does not give it
     ids: torch.Tensor  # int64 [S], of several steps [S, num_steps]
     # int32 [2, S] of `propose_ngram`: row 0 is 2 * match length + hit, row 1 the token fed; None without the n-gram
     # proposer
@@ -34,6 +37,7 @@ class Sampled(NamedTuple):
     ids: torch.Tensor  # int64 [s], of several steps [s, num_steps]
     found: torch.Tensor | None  # int32 [2, s]
     logprobs: StepLogprobTensors | None
+    prompt: PromptTensors | None
 
     def output(self, step: StepInput) -> StepOutput:
         """On the host: `ids` and `found` are there already."""
@@ -41,14 +45,16 @@ class Sampled(NamedTuple):
         if self.found is not None:
             matches, fed = self.found.numpy()
             ngram = NgramOutput(matches >> 1, matches & 1 if step.sampling.is_plain else None, fed)
-        return StepOutput(self.ids.int().numpy(), self.logprobs.numpy() if self.logprobs else None, ngram)
+        prompt = None if self.prompt is None or step.prompt is None else self.prompt.output(step.prompt)
+        return StepOutput(self.ids.int().numpy(), self.logprobs.numpy() if self.logprobs else None, ngram, prompt)
 
 
 class StepExecutor:
     """Runs padded steps by whatever forward there is: the modules, or what they are compiled to."""
 
-    def __init__(self, forward: Callable[..., torch.Tensor], state: DeviceState, staging: Staging) -> None:
-        self.forward = forward
+    def __init__(self, paged_model: PagedModel, state: DeviceState, staging: Staging) -> None:
+        self.forward: Callable[..., Forwarded] = paged_model
+        self.head = paged_model.head
         self.state = state
         self.staging = staging
 
@@ -59,10 +65,10 @@ class StepExecutor:
             before.append(self.run(metadata).ids)  # the other outputs are freed for the next step
             self.staging.advance(metadata)
         staged = self.staging.unpack(metadata)
-        logits = run_forward(self.forward, staged, self.state)
+        logits, hidden = run_forward(self.forward, staged, self.state)
         ids = sample(logits, staged, self.state)
         found = accept_drafts(ids, staged, self.state)
-        return Outputs(logits, torch.stack([*before, ids], dim=1) if before else ids, found, staged)
+        return Outputs(logits, hidden, torch.stack([*before, ids], dim=1) if before else ids, found, staged)
 
     def repeat(self, metadata: StepMetadata, num_steps: int, run: Callable[[], Sampled]) -> Sampled:
         """Call `run` `num_steps` times, the metadata a token further each time -> its result, of several the ids alone."""
@@ -72,12 +78,14 @@ class StepExecutor:
         for _ in range(num_steps):
             sampled.append(run().ids.clone())
             self.staging.advance(metadata)
-        return Sampled(torch.stack(sampled, dim=1), None, None)
+        return Sampled(torch.stack(sampled, dim=1), None, None, None)
 
     def finish(self, step: StepInput, outputs: Outputs) -> Sampled:
         """What the step's own sequences get: ids sampled with the forward, or anew if the step asks for filters etc."""
-        seqs = step.num_seqs
+        seqs, prompt = step.num_seqs, None
+        if step.prompt is not None:
+            prompt = read_prompt(step.prompt, outputs.hidden, self.state.vocab_size, self.head)
         if step.sampling.is_plain:
-            return Sampled(outputs.ids[:seqs], None if outputs.found is None else outputs.found[:, :seqs], None)
+            return Sampled(outputs.ids[:seqs], None if outputs.found is None else outputs.found[:, :seqs], None, prompt)
         ids, logprobs = process_and_sample(outputs.logits[:seqs], step.sampling, outputs.staged, self.state)
-        return Sampled(ids, accept_drafts(ids, outputs.staged, self.state), logprobs)
+        return Sampled(ids, accept_drafts(ids, outputs.staged, self.state), logprobs, prompt)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from pagegraph.compiler.model.paged import Forwarded
 from pagegraph.compiler.step.staging import Staged
 from pagegraph.compiler.step.state import DeviceState
 
@@ -46,6 +47,6 @@ def step_inputs(staged: Staged) -> tuple[torch.Tensor, ...]:
     )
 
 
-def run_forward(forward: Callable[..., torch.Tensor], staged: Staged, state: DeviceState) -> torch.Tensor:
-    """Run a forward, compiled or not, on a staged step -> logits [S, vocab]."""
+def run_forward(forward: Callable[..., Forwarded], staged: Staged, state: DeviceState) -> Forwarded:
+    """Run a forward, compiled or not, on a staged step."""
     return forward(*step_inputs(staged), state.key_caches, state.value_caches)

@@ -40,7 +40,9 @@ class GraphSet:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 outputs = forward()
-            self._graphs[bucket] = (graph, outputs._replace(logits=_borrowed(outputs.logits)))
+            logits, hidden = _borrowed(outputs.logits), outputs.hidden
+            borrowed = outputs._replace(logits=logits, hidden=None if hidden is None else _borrowed(hidden))
+            self._graphs[bucket] = (graph, borrowed)
 
     def __contains__(self, bucket: Bucket) -> bool:
         return bucket in self._graphs
@@ -75,7 +77,8 @@ class _Bytes:
 def _borrowed(tensor: torch.Tensor) -> torch.Tensor:
     """A view of a dense tensor that does not keep its memory alive, so that the graphs' pool may reuse it.
 
-    Sound because graphs are replayed one after the other, and each one's logits are read before the next replay.
+    Sound because graphs are replayed one after the other, and each one's logits and hidden states are read before the next
+    replay.
     """
     if not tensor.is_contiguous():
         return tensor

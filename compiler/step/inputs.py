@@ -56,6 +56,23 @@ class SamplingInput:
 
 
 @dataclass(slots=True)
+class PromptInput:
+    """What Q sequences of a step ask of the hidden states of their prompts' tokens; int32.
+
+    Log-probabilities: `num_rows[q]` of `rows` are theirs, a token of the step each, and `targets` the token that follows
+    it. Sums: `num_summed[q]` of the tokens `summed`, whose hidden states are added up.
+    """
+
+    queries: np.ndarray  # [Q] indices of the step's sequences
+    rows: np.ndarray  # [R]
+    targets: np.ndarray  # [R]
+    num_rows: np.ndarray  # [Q]
+    num_logprobs: int  # largest top-n asked for
+    summed: np.ndarray
+    num_summed: np.ndarray  # [Q]
+
+
+@dataclass(slots=True)
 class StepInput:
     """One ragged step: T tokens of S sequences, sequence s owning tokens query_start[s]:query_start[s+1].
 
@@ -76,6 +93,7 @@ class StepInput:
     sampling: SamplingInput
     # (slot, int32 tokens) of those that begin with tokens found in the cache
     cached: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    prompt: PromptInput | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -102,6 +120,15 @@ class StepLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptOutput:
+    """The answer to a PromptInput."""
+
+    asked: PromptInput
+    logprobs: StepLogprobs | None  # of its R rows; None where there are none
+    sums: np.ndarray | None  # float32 [Q, H]; None where nothing is summed
+
+
+@dataclass(frozen=True, slots=True)
 class NgramOutput:
     """What the n-gram proposer in the step found; int32 [S]. `matched` and `hits` stand at each slot's first query."""
 
@@ -117,3 +144,4 @@ class StepOutput:
     token_ids: np.ndarray  # int32 [S]; of several steps in a row [S, num_steps]
     logprobs: StepLogprobs | None = None
     ngram: NgramOutput | None = None
+    prompt: PromptOutput | None = None

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from pagegraph.compiler.inductor.compile import GraphPass, compile_forward
-from pagegraph.compiler.model.paged import PagedModel
+from pagegraph.compiler.model.paged import Forwarded, PagedModel
 from pagegraph.compiler.step.capture_sizes import CaptureSizes, own_bucket
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.cpu_runner import CpuRunner
@@ -62,12 +62,12 @@ class CompiledStep:
             self.runner = CpuRunner(self._executor, self.counts)
 
     @property
-    def forward(self) -> Callable[..., torch.Tensor]:
+    def forward(self) -> Callable[..., Forwarded]:
         """What steps run: the modules, or what they were compiled to; may be swapped beside launches."""
         return self._executor.forward
 
     @forward.setter
-    def forward(self, forward: Callable[..., torch.Tensor]) -> None:
+    def forward(self, forward: Callable[..., Forwarded]) -> None:
         self._executor.forward = forward
 
     def launch(self, step: StepInput, num_steps: int = 1) -> Ticket:
@@ -78,7 +78,7 @@ class CompiledStep:
         """
         return Ticket(self.runner.launch(step, num_steps))
 
-    def compiled_forward(self, warm: list[StepInput], progress: bool = False) -> Callable[..., torch.Tensor]:
+    def compiled_forward(self, warm: list[StepInput], progress: bool = False) -> Callable[..., Forwarded]:
         """The forward compiled on the given steps, to be swapped in as `forward`; safe beside launches.
 
         `warm` must touch the null block and the dummy slot only.

@@ -154,7 +154,7 @@ def _bucket_error(built: BuiltModel, one: StepInput, bucket: Bucket) -> float:
     stand = torch.from_numpy(one.slots[single]).cuda(), torch.from_numpy(one.starts[single]).cuda()
     state.last_at[stand[0]] = stand[1]
     staged = step.staging.unpack(step.staging.send(one, bucket))
-    expected = run_forward(step.paged_model, staged, state)[: one.num_seqs].clone()
+    expected = run_forward(step.paged_model, staged, state)[0][: one.num_seqs].clone()
     written = [cache[num_blocks] for cache in caches]
     for cache, old in zip(caches, before):
         cache[num_blocks] = old
@@ -163,7 +163,7 @@ def _bucket_error(built: BuiltModel, one: StepInput, bucket: Bucket) -> float:
     outputs = step.runner.graphs.replay(bucket)
     if outputs is None:
         return float("nan")
-    logits, ids = (output[: one.num_seqs] for output in outputs[:2])
+    logits, ids = (output[: one.num_seqs] for output in (outputs.logits, outputs.ids))
     best = expected.amax(dim=-1)
     pairs = [(logits, expected), (expected.gather(1, ids[:, None])[:, 0], best)]
     pairs += zip((cache[num_blocks] for cache in caches), written)

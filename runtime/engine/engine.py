@@ -184,7 +184,9 @@ class Engine:
         self.stats.stepped(result, now)
 
     def _deliver(self, result: StepResult) -> None:
-        """One message for each web process with sequences in the step."""
+        """One message for each web process with sequences in the step; before them what came of prompts, each alone."""
+        for owner, delta in result.prompts:
+            self._tell(owner, Tokens([delta]))
         one = result.owners[:1]
         owners = set((one if (result.owners == one).all() else result.owners).tolist())
         plain = None
@@ -333,7 +335,11 @@ class Engine:
 
     def _check(self, message: Submit) -> None:
         """Raises ValueError for what would harm the step: the last gate before the device."""
-        check_length(len(message.token_ids), self.limits.max_model_len, min_tokens=message.params.min_tokens)
-        message.params.check_vocabulary(self.limits.vocab_size)
-        if message.params.structured_outputs is not None:
+        params = message.params
+        no_output = 0 if params.max_tokens == 0 else None
+        check_length(
+            len(message.token_ids), self.limits.max_model_len, max_tokens=no_output, min_tokens=params.min_tokens
+        )
+        params.check_vocabulary(self.limits.vocab_size)
+        if params.structured_outputs is not None:
             raise ValueError("structured_outputs is not served yet; leave it out")

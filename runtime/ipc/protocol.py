@@ -6,7 +6,7 @@ Knows no sockets and no torch. Decoding is strict: a frame that is not one of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -90,6 +90,41 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float] = []
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of consecutive prompt tokens: arrays of R and [R, n] in the machine's own bytes.
+
+    `first` is the position of the first of them; the token at position 0 has none. Of the likeliest tokens, in falling
+    order, n come for each.
+    """
+
+    first: int
+    logprobs: bytes  # float32
+    ranks: bytes  # int32
+    top_ids: bytes  # int32
+    top_logprobs: bytes  # float32
+
+    def __len__(self) -> int:
+        return len(self.ranks) // 4
+
+    def entries(self, token_ids: Sequence[int]) -> Iterator[TokenLogprob]:
+        """One an entry; `token_ids` are the whole prompt's."""
+        logprobs: memoryview[float] = memoryview(self.logprobs).cast("f")
+        values: memoryview[float] = memoryview(self.top_logprobs).cast("f")
+        ranks, ids = memoryview(self.ranks).cast("i"), memoryview(self.top_ids).cast("i")
+        num = len(ids) // max(len(self), 1)
+        for index, (logprob, rank) in enumerate(zip(logprobs, ranks)):
+            token_id, at = token_ids[self.first + index], slice(index * num, (index + 1) * num)
+            yield TokenLogprob(token_id, logprob, rank, with_chosen(token_id, rank, ids[at].tolist()), [*values[at]])
+
+
+def with_chosen(token_id: int, rank: int, top_ids: list[int]) -> list[int]:
+    """The likeliest tokens, in falling order, with the chosen one of this rank first among equals: it does not fall out."""
+    if rank > len(top_ids):
+        return top_ids
+    others = [one for one in top_ids[rank - 1 :] if one != token_id]
+    return [*top_ids[: rank - 1], token_id, *others][: len(top_ids)]
+
+
 class TokenDelta(msgspec.Struct, array_like=True, gc=False):
     """What one step brought one sequence.
 
@@ -106,6 +141,7 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
     # Draft tokens of the sequence so far that became its own, and those that did not; told with every step that had some.
     accepted: int = 0
     rejected: int = 0
+    prompt_logprobs: PromptLogprobs | None = None  # in order, all of them before the first token
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):

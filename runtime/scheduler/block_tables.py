@@ -32,7 +32,7 @@ class BlockTables:
 
     def find(self, sequence: Sequence) -> list[int]:
         """Cached blocks of a waiting sequence's prefix; one token at least is left to compute."""
-        if not self.pool.enable_caching:
+        if not self.pool.enable_caching or sequence.skip_reading_prefix_cache:
             return []
         full = (len(sequence.tokens) - 1) // self.pool.block_size
         self._extend_hashes(sequence, sequence.tokens, full)

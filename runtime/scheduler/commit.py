@@ -8,15 +8,16 @@ tokens are subtracted from the slot's counts. Knows no blocks and no queue: a se
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from pagegraph.compiler.step.inputs import StepLogprobs, StepOutput
-from pagegraph.runtime.ipc.protocol import TokenDelta, TokenLogprob
+from pagegraph.runtime.ipc.protocol import TokenDelta, TokenLogprob, with_chosen
 from pagegraph.runtime.scheduler.draft_tokens import Verification, verify
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.plan import Plan
+from pagegraph.runtime.scheduler.prompt_results import prompt_results
 from pagegraph.runtime.scheduler.running import Running
 from pagegraph.runtime.scheduler.sequence import Sequence
 
@@ -33,6 +34,7 @@ class StepResult:
     ended: list[Sequence]  # their `finish_reason` says why
     begun: list[Sequence]  # those whose first token it is
     verification: Verification | None = None  # of the step's draft tokens
+    prompts: list[tuple[int, TokenDelta]] = field(default_factory=list)  # (owner, what came of a prompt): told first
 
 
 def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) -> StepResult:
@@ -66,6 +68,7 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
         if first[i]:
             result.begun.append(sequence)
     drafts = None if plan.drafts is None else _verified(batch, plan, output, result, with_delta)
+    prompts = [] if output.prompt is None else prompt_results(batch, plan, output.prompt)
     # From here on nothing raises.
     batch.tokens[at, known - 1] = ids
     batch.known[at] = known
@@ -78,6 +81,12 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
         counts.rejected = max(counts.rejected, delta.rejected)
         if delta.finish_reason:
             result.ended.append(sequence)
+    for one in prompts:
+        one.commit()
+        result.prompts += [(one.sequence.owner, delta) for delta in one.deltas]
+        if one.ends:
+            result.begun.append(one.sequence)
+            result.ended.append(one.sequence)
     return result
 
 
@@ -148,8 +157,7 @@ def _logprobs(
 
 
 def _logprob(token: int, index: int, wanted: int, step: StepLogprobs) -> TokenLogprob:
-    """Of `token`, sampled by query `index`. Among equals it comes first, and is not the one that falls out at the end."""
-    rank, top_ids = int(step.ranks[index]), step.top_ids[index, :wanted].tolist()
-    if rank <= wanted:
-        top_ids = [*top_ids[: rank - 1], token, *(one for one in top_ids[rank - 1 :] if one != token)][:wanted]
+    """Of `token`, sampled by query `index`."""
+    rank = int(step.ranks[index])
+    top_ids = with_chosen(token, rank, step.top_ids[index, :wanted].tolist())
     return TokenLogprob(token, float(step.chosen[index]), rank, top_ids, step.top_values[index, :wanted].tolist())

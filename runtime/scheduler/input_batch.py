@@ -66,6 +66,7 @@ class InputBatch:
         self.blocks = np.zeros((num_slots, -(-max_model_len // block_size)), np.int32)
         self.num_blocks = column()
         self.sampling = SamplingColumns(num_slots)
+        self.reads_prompt = column(bool)  # something is asked of the prompt's tokens: `Sequence.prompt`
         self.owner = column()
         self.request_ids = np.full(num_slots, "", object)
         self.times = Times(column(np.float64), column(np.float64))
@@ -101,6 +102,7 @@ class InputBatch:
         self._put_blocks(slot, np.arange(len(blocks)), np.array(blocks, np.int32))
         self.num_blocks[slot] = len(blocks)
         self.sampling.enter(slot, sequence)
+        self.reads_prompt[slot] = sequence.prompt is not None
         self.owner[slot], self.request_ids[slot] = sequence.owner, sequence.request_id
         self.times.arrival[slot], self.times.last_token[slot] = sequence.arrival, sequence.times.last_token
         self.epoch[slot] = next(self._epochs)

@@ -12,6 +12,7 @@ import numpy as np
 from pagegraph.compiler.step.inputs import SamplingInput, StepInput
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.plan import Plan
+from pagegraph.runtime.scheduler.prompt_results import prompt_input
 from pagegraph.runtime.scheduler.sequence import Sequence
 
 
@@ -23,7 +24,7 @@ class Packer:
         self._decode = np.zeros(0, np.int32), np.zeros(1, np.int32)  # ids and query_start of a token a sequence
         self._epochs = np.zeros(0, np.int64)
         self._same = SamplingInput(np.zeros(0, np.float32), np.zeros(0, np.int64))
-        self._special = False
+        self._special = self._reads_prompt = False
         self._min_len = np.zeros(0, np.int32)
 
     def pack(self, plan: Plan) -> StepInput:
@@ -33,6 +34,7 @@ class Packer:
         draft token j, counted from 0, has -2 - j.
         """
         token_ids, query_start = self._tokens(plan)
+        sampling = self._sampling(plan)
         return StepInput(
             token_ids=token_ids,
             slots=plan.slots,
@@ -41,8 +43,9 @@ class Packer:
             # The last token of a slot with draft tokens is known once they are verified, not from one query's sample.
             sampled=plan.sampled if plan.drafts is None else plan.sampled & plan.drafts.others,
             new_blocks=self.batch.take_new_blocks(),
-            sampling=self._sampling(plan),
+            sampling=sampling,
             cached=_cached(plan),
+            prompt=prompt_input(self.batch, plan, query_start) if self._reads_prompt else None,
         )
 
     def _tokens(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
@@ -69,6 +72,7 @@ class Packer:
             self._epochs = plan.epochs
             self._same = batch.sampling.of(at)
             self._special = bool(batch.sampling.has_extras[at].any())
+            self._reads_prompt = bool(batch.reads_prompt[at].any())
             self._min_len = batch.min_len[at]
         # Within min_tokens the ids that would stop the sequence are masked.
         young = plan.starts + plan.counts < self._min_len

@@ -97,7 +97,8 @@ class Scheduler:
                 f"the KV cache holds {pool.capacity} (num_blocks {pool.num_blocks} x block_size "
                 f"{pool.block_size}, block 0 being the null block): raise num_blocks or kv_cache_memory"
             )
-        check_length(len(sequence.tokens), sequence.max_model_len)
+        no_output = 0 if sequence.params.max_tokens == 0 else None
+        check_length(len(sequence.tokens), sequence.max_model_len, max_tokens=no_output)
         sequence.order = next(self._order)
         insort(self._waiting, sequence, key=place_of)
         self._live[sequence.key] = sequence
@@ -273,8 +274,9 @@ class Scheduler:
         """
         batch, fixed = self.batch, self._running.fixed()
         slots = fixed.slots
-        # A sequence that may end within the draft tokens in flight waits for their verification.
-        growing = batch.total[slots] < fixed.max_len
+        # A sequence that may end within the draft tokens in flight waits for their verification; one without output
+        # ends with its prompt.
+        growing = (batch.total[slots] < fixed.max_len) | (fixed.max_len == fixed.num_prompt)
         if not growing.all():
             slots = slots[growing]
         counts = batch.total[slots] - batch.computed[slots]
@@ -325,7 +327,7 @@ class Scheduler:
         ends = starts + counts
         batch.computed[slots] = ends
         draft_tokens = 0 if num_draft_tokens is None else num_draft_tokens[slots]
-        sampled = ends == batch.total[slots] + draft_tokens
+        sampled = (ends == batch.total[slots] + draft_tokens) & (batch.total[slots] < batch.max_len[slots])
         batch.total[slots] += np.where(sampled, draft_tokens + 1, 0)
         for slot in slots[starts < batch.num_prompt[slots]].tolist():
             self.block_tables.publish(batch.sequences[slot])
@@ -387,7 +389,7 @@ class Scheduler:
         self._waiting.remove(sequence)
         if sequence.state is State.WAITING:
             sequence.cached_tokens = computed
-            if self.block_tables.pool.enable_caching:
+            if self.block_tables.pool.enable_caching and not sequence.skip_reading_prefix_cache:
                 self.counters.prefix_queries += sequence.num_prompt
                 self.counters.prefix_hits += computed
         sequence.state = State.RUNNING

@@ -67,6 +67,19 @@ class DraftCounts:
     rejected: int = 0
 
 
+@dataclass(slots=True)
+class PromptReads:
+    """What a request asks of its prompt's tokens besides the output, and how much of it has been told."""
+
+    num_logprobs: int  # of the likeliest tokens, beside each of the prompt's own
+    num_told: int = 0  # prompt tokens behind the first whose log-probabilities have been sent
+
+    @staticmethod
+    def of(params: SamplingParams) -> PromptReads | None:
+        """None if it asks nothing."""
+        return None if params.prompt_logprobs is None else PromptReads(params.prompt_logprobs)
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request of one prompt. `owner` and `request_id` name it to whoever asked; both together are unique."""
@@ -85,6 +98,7 @@ class Sequence:
     max_len: int = field(init=False)  # tokens at which it ends, whatever they are
     stop_ids: frozenset[int] = field(init=False)  # ids that end it, EOS included unless ignored
     logit_rules: LogitRules = field(init=False)
+    prompt: PromptReads | None = field(init=False)
     order: int = -1  # of addition to the scheduler, breaks ties of priority and arrival
     prefix: Prefix = field(default_factory=Prefix)
     slot: int = -1  # also for a while after a preemption: until what was in flight has arrived
@@ -106,6 +120,7 @@ class Sequence:
         eos = frozenset() if params.ignore_eos else eos_ids
         self.stop_ids = eos.union(params.stop_token_ids)
         self.logit_rules = LogitRules.of(params)
+        self.prompt = PromptReads.of(params)
 
     @property
     def key(self) -> tuple[int, str]:
@@ -121,6 +136,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens sampled so far; out of date while the sequence is in a slot."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def skip_reading_prefix_cache(self) -> bool:
+        """Whether all of its prompt is to be computed: something is still to be told of tokens that may be cached."""
+        return self.prompt is not None and self.prompt.num_told < self.num_prompt - 1
 
     @property
     def has_penalties(self) -> bool:

@@ -16,7 +16,7 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pagegraph.runtime.ipc.protocol import TokenDelta, TokenLogprob
+from pagegraph.runtime.ipc.protocol import PromptLogprobs, TokenDelta, TokenLogprob
 from pagegraph.runtime.sampling_params import SamplingParams
 from pagegraph.runtime.text.incoming import overlap
 from pagegraph.runtime.text.tokenizer import Tokenizer
@@ -63,6 +63,7 @@ class TextOutput:
         self.cached_tokens = 0  # of the prompt, served from the prefix cache
         self.accepted = 0  # draft tokens of the sequence that became its own
         self.rejected = 0  # and those that did not
+        self.prompt_logprobs: list[PromptLogprobs] = []  # in order, as far as they have come
         self._detokenizer = Detokenizer(tokenizer, prompt_ids, skip_special, kept_ids)
         self._stop = StopStrings(stop, include_stop) if stop else None
         self._stop_token_ids = frozenset(params.stop_token_ids)
@@ -112,10 +113,12 @@ class TextOutput:
         return None if self._stop is None else self._stop.found
 
     def count(self, delta: TokenDelta) -> None:
-        """Keep the totals of a delta, which some deltas tell and others leave at 0; `add` does so itself."""
+        """Keep what a delta tells beside tokens, which few do; `add` does so itself."""
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
         self.accepted = max(self.accepted, delta.accepted)
         self.rejected = max(self.rejected, delta.rejected)
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs.append(delta.prompt_logprobs)
 
     def _text_of(self, token_id: int) -> str:
         """Text that may be emitted now that this token is there."""

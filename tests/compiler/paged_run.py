@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import torch
 
+from pagegraph.compiler.model.paged import Forwarded
 from pagegraph.compiler.model.probe import AttentionLayout
 
 BLOCK = 8
 
 
 def run_paged(
-    forward: Callable[..., torch.Tensor],
+    forward: Callable[..., Forwarded],
     layouts: list[AttentionLayout],
     prompts: list[list[int]],
     schedule: list[list[int]],
@@ -47,7 +48,7 @@ def run_paged(
             rows.append(tables[s] + [0] * (width - len(tables[s])))
         extra = min(pad, 1)  # padding tokens and one padding sequence, as a bucket would have
         tensor = lambda x: torch.tensor(x, dtype=torch.int32)  # noqa: E731
-        out = forward(
+        out, _ = forward(
             tensor(ids + [0] * pad),
             tensor(positions + [0] * pad),
             tensor(slot_mapping + [0] * pad),

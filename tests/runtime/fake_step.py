@@ -13,7 +13,14 @@ from collections.abc import Callable
 import numpy as np
 
 from pagegraph.compiler.step.counts import StepCounts
-from pagegraph.compiler.step.inputs import NgramOutput, StepInput, StepOutput
+from pagegraph.compiler.step.inputs import (
+    NgramOutput,
+    PromptInput,
+    PromptOutput,
+    StepInput,
+    StepLogprobs,
+    StepOutput,
+)
 from pagegraph.compiler.step.step import Ticket
 from pagegraph.runtime.ipc.protocol import SamplingParams
 
@@ -119,7 +126,11 @@ class FakeStep:
             sampled.append(self.says(histories[-1], seed))
         fed = ids[step.query_start[1:] - 1]
         ngram = self._hand_over(step, fed, sampled, histories)
-        return StepOutput(np.array(sampled, np.int32), ngram=ngram if self.draft is not None else None)
+        prompt = None
+        if step.prompt is not None:
+            positions = np.arange(len(ids)) + np.repeat(starts - step.query_start[:-1], counts)
+            prompt = read_prompt(step.prompt, ids, positions)
+        return StepOutput(np.array(sampled, np.int32), None, ngram if self.draft is not None else None, prompt)
 
     def _mapped(self, slots: np.ndarray | int, positions: np.ndarray) -> np.ndarray:
         return self.tables[slots, positions // self.block_size] * self.block_size + positions % self.block_size
@@ -143,6 +154,23 @@ class FakeStep:
                     self.draft_tokens[slot], matched[s] = self.draft(history, seed)
             s = end
         return NgramOutput(matched, hits, fed.astype(np.int32))
+
+
+def read_prompt(asked: PromptInput, ids: np.ndarray, positions: np.ndarray) -> PromptOutput:
+    """What the model of these tests has for a prompt: the log-probability of a token tells it, the one before it and
+    where that is; a hidden state is (1, token, position).
+    """
+    assert asked.num_rows.sum() == len(asked.rows) == len(asked.targets) and asked.num_summed.sum() == len(asked.summed)
+    rows = asked.rows
+    top = np.arange(asked.num_logprobs, dtype=np.int32)[None]
+    logprobs = StepLogprobs(
+        -(asked.targets + 100.0 * ids[rows] + 1e4 * positions[rows]).astype(np.float32),
+        1 + asked.targets, np.repeat(top, len(rows), axis=0), np.zeros((len(rows), asked.num_logprobs), np.float32),
+    )  # fmt: skip
+    hidden = np.stack([np.ones(len(ids)), ids, positions], axis=1).astype(np.float32)
+    ends = np.cumsum(asked.num_summed)
+    sums = np.stack([hidden[asked.summed[end - n : end]].sum(0) for n, end in zip(asked.num_summed, ends)])
+    return PromptOutput(asked, logprobs if len(rows) else None, sums if len(asked.summed) else None)
 
 
 def alone(prompt: list[int], params: SamplingParams, seed: int) -> tuple[list[int], str]:

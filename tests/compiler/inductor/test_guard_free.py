@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pagegraph.compiler.inductor.guard_free import Forward
+from pagegraph.compiler.model.paged import Forwarded
 
 
 class Toy(nn.Module):
@@ -17,9 +18,9 @@ class Toy(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(40, 3))
 
-    def forward(self, ids: torch.Tensor, table: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, table: torch.Tensor, caches: list[torch.Tensor]) -> Forwarded:
         rows = self.weight[ids] * table.shape[1] + table.sum() + caches[0]
-        return rows * 2 if ids.shape[0] > 6 else rows
+        return rows * 2 if ids.shape[0] > 6 else rows - 1, rows
 
 
 @pytest.fixture
@@ -42,7 +43,9 @@ def check(forward: Forward, size: int, width: int, caches: list[torch.Tensor], d
     with torch.inference_mode():
         weight = forward.toy.weight
         expected = weight[ids] * width + table.sum() + caches[0]
-        assert torch.equal(forward(ids, table, caches), expected * 2 if size > 6 else expected)
+        logits, hidden = forward(ids, table, caches)
+        assert torch.equal(logits, expected * 2 if size > 6 else expected - 1)
+        assert torch.equal(hidden, expected)
 
 
 def test_each_kind_is_traced_once(forward: Forward) -> None:

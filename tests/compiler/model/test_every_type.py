@@ -13,7 +13,7 @@ from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.paged import ATTENTION_NAME, PagedModel, wrap_model
 from pagegraph.compiler.model.probe import UnsupportedModel
 from tests.compiler.model.every_type import causal_types, tiny
-from tests.compiler.model.test_paged import CHUNKED, MIXED, WHOLE, prompts_for, random_model, stock_logits
+from tests.compiler.model.test_paged import CHUNKED, MIXED, WHOLE, check_head, prompts_for, random_model, stock_logits
 from tests.compiler.paged_run import run_paged
 
 MOST_PARAMETERS = 5_000_000
@@ -69,3 +69,4 @@ def test_right_or_refused(kind: str) -> None:
         for sequence, by_position in enumerate(run_paged(paged, paged.layouts, prompts, schedule)):
             for position, logits in by_position.items():
                 torch.testing.assert_close(logits, expected[sequence][position], atol=bound, rtol=0)
+    check_head(paged, prompts, expected, bound)

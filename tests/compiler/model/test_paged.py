@@ -101,6 +101,33 @@ def test_matches_transformers(name: str) -> None:
                 torch.testing.assert_close(logits, expected[sequence][position], atol=1e-4, rtol=0)
 
 
+def check_head(paged, prompts: list[list[int]], expected: list[torch.Tensor], bound: float) -> None:
+    """The head, called on hidden states of all tokens, gives the logits that the stock model has for them."""
+    kept = []
+
+    def forward(*inputs):
+        kept.append(paged(*inputs)[1])
+        return paged(*inputs)
+
+    run_paged(forward, paged.layouts, prompts, WHOLE)
+    (hidden,) = kept
+    size = sum(map(len, prompts))
+    torch.testing.assert_close(paged.head(hidden[0, :size]).float(), torch.cat(expected), atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.inference_mode()
+def test_the_head_gives_logits_of_every_token(name: str) -> None:
+    """With scales and soft caps, and after passes that rewrote it."""
+    config = tiny_config(name)
+    stock = random_model(config)
+    paged = paged_copy(tiny_config(name), stock)
+    prompts = prompts_for(SIZES["vocab_size"])
+    expected = stock_logits(stock, prompts)
+    apply_module_passes(paged.model, PassOptions())
+    check_head(paged, prompts, expected, 1e-4)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_forward_writes_to_nothing_that_its_modules_hold(name: str) -> None:
     """With all passes: other threads run the same modules, and the compiler reads them meanwhile."""

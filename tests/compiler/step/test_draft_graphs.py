@@ -106,6 +106,6 @@ def test_a_draft_graph_is_its_steps_one_by_one(built: BuiltModel, kind: str, seq
         after = step.launch(decode(kind, [-1] * SEQS, TIMES, seqs))
         np.testing.assert_array_equal(got.wait().token_ids, expected)
         assert after.wait().token_ids.shape == (seqs,)
-    assert draft in step.runner.graphs and step.runner.graphs.replay(draft)[1].shape == (bucket.seqs, TIMES)
+    assert draft in step.runner.graphs and step.runner.graphs.replay(draft).ids.shape == (bucket.seqs, TIMES)
     np.testing.assert_array_equal(one_by_one(step, kind, seqs), expected)
     np.testing.assert_array_equal(step.state.last_at[:seqs].cpu(), LENGTHS[:seqs] + TIMES)

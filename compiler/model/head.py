@@ -1,0 +1,89 @@
+"""The output head of a model as a function of hidden states.
+
+A causal language model of transformers is a body, which gives hidden states, and a head. What a head does besides its
+product, scales and soft caps, stands in the model's own forward: so that forward is called again, on a body that gives
+back hidden states which are there already. Knows no weights, no steps and no compilation.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+class _Given(BaseModelOutputWithPast):
+    """A body's output that is its hidden states alone; whatever else a forward hands on is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None
+
+
+class _GivenBody(nn.Module):
+    """Stands where the body stood."""
+
+    def __init__(self, hidden_states: torch.Tensor) -> None:
+        super().__init__()
+        self._output = _Given(last_hidden_state=cast(torch.FloatTensor, hidden_states))
+
+    def forward(self, *_: Any, **__: Any) -> _Given:
+        return self._output
+
+
+def note_bodies(model: nn.Module) -> dict[str, Any]:
+    """What each model within `model` returned last, by path, in the order of their returning; filled by forwards."""
+    outputs: dict[str, Any] = {}
+
+    def note(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        outputs.pop(path, None)
+        outputs[path] = output
+
+    for path, module in model.named_modules():
+        if path and isinstance(module, PreTrainedModel):
+            module.register_forward_hook(partial(note, path))
+    return outputs
+
+
+def body_of(model: nn.Module, outputs: dict[str, Any], shape: tuple[int, int]) -> str:
+    """The path of the outermost body, the last of `outputs` to return; "" where the head needs more than its hidden states.
+
+    shape: (tokens, vocabulary) of the logits that the head makes of them.
+    """
+    path, output = next(reversed(outputs.items()), ("", None))
+    hidden = hidden_states_of(output)
+    if hidden is None or hidden.shape[:2] != (1, shape[0]):
+        return ""
+    try:
+        with torch.no_grad():
+            logits = head_logits(model, path, hidden[0])
+    except Exception:  # a head of the model's own, which may want anything
+        return ""
+    return path if logits.shape == shape else ""
+
+
+def hidden_states_of(output: Any) -> torch.Tensor | None:
+    """Hidden states [1, T, H] of what a body returned; None where it returned something else."""
+    hidden = output[0] if isinstance(output, tuple | dict) and len(output) else None
+    return hidden if isinstance(hidden, torch.Tensor) and hidden.dim() == 3 else None
+
+
+def head_logits(model: nn.Module, body: str, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Logits [R, vocab] of hidden states [R, H], by the forward of `model`, whose body stands at path `body`."""
+    head = _with(model, body.split("."), _GivenBody(hidden_states[None]))
+    return head(input_ids=None, use_cache=False, logits_to_keep=0).logits[0]
+
+
+def _with(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:
+    """`module` with another one at `path`: copies of what lies on the way, everything else shared."""
+    name, *rest = path
+    shallow = copy.copy(module)
+    inner = _with(module.get_submodule(name), rest, replacement) if rest else replacement
+    shallow.__dict__["_modules"] = {**module._modules, name: inner}
+    return shallow

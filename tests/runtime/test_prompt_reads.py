@@ -1,0 +1,52 @@
+"""What the real model says of prompts, against transformers' own forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pagegraph.compiler.step import prompt as step_prompt
+from pagegraph.runtime.llm import LLM, Completion
+from pagegraph.runtime.sampling_params import SamplingParams
+
+pytestmark = pytest.mark.timeout(900)  # the first test compiles the model
+
+PROMPTS = ["The capital of France is Paris, and that of Italy is", "Once", "1 2 3 4 5 6 7 8 9 10 11 12 13 " * 3]
+TOP = 3
+
+
+def asking(**fields: object) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0.0, "prompt_logprobs": TOP, "max_tokens": 4, "ignore_eos": True, **fields})
+
+
+def check(model: torch.nn.Module, done: Completion) -> None:
+    """Values, ranks and the likeliest are those of a full forward."""
+    ids = done.prompt_token_ids
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    assert done.prompt_logprobs[0] is None and len(done.prompt_logprobs) == len(ids)
+    for at, entry in enumerate(done.prompt_logprobs[1:]):
+        assert entry.token_id == ids[at + 1]
+        assert entry.logprob == pytest.approx(expected[at, entry.token_id].item(), abs=2e-3)
+        assert abs(entry.rank - 1 - int((expected[at] > expected[at, entry.token_id]).sum())) <= entry.rank // 20
+        assert entry.top_logprobs == pytest.approx(expected[at].topk(TOP).values.tolist(), abs=2e-3)
+        if entry.rank <= TOP:
+            assert entry.top_logprobs[entry.top_ids.index(entry.token_id)] == entry.logprob
+
+
+def test_prompt_logprobs_are_those_of_transformers(llm, model) -> None:
+    for done in llm.generate(PROMPTS, asking()):
+        check(model, done)
+
+
+def test_chunks_caches_and_few_rows_at_a_time_change_nothing(config_of, built, model, monkeypatch) -> None:
+    plain = LLM(config_of(), built=built).generate(PROMPTS, asking(prompt_logprobs=None))
+    monkeypatch.setattr(step_prompt, "MAX_LOGITS_BYTES", 7 * 4 * built.vocab_size)
+    chunked = LLM(config_of(max_num_batched_tokens=16), built=built)
+    for _ in range(2):  # the second time the cache holds the prompts
+        for done, without in zip(chunked.generate(PROMPTS, asking()), plain):
+            check(model, done)
+            assert done.token_ids == without.token_ids
+    for done in chunked.generate(PROMPTS, asking(max_tokens=0)):
+        check(model, done)
+        assert done.token_ids == [] and done.finish_reason == "length"
