@@ -50,7 +50,7 @@ REAL_MODEL = (
 LONGEST = (*REAL_MODEL, "test_serve.py", "test_triton_compile.py")  # started first, so that workers end together
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'function' %}{{ raise_exception('no functions here') }}"
+    "{% for message in messages %}{% if message.role == 'critic' %}{{ raise_exception('no critics here') }}"
     "{% endif %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )

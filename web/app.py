@@ -65,7 +65,11 @@ def _require_key(app: Flask, key: str) -> None:
         bearer = hmac.compare_digest(_digest(given.strip()), expected) and scheme.lower() == "bearer"
         # Anthropic's clients send it so.
         if not bearer and not hmac.compare_digest(_digest(request.headers.get("x-api-key", "")), expected):
-            raise ApiError(401, "missing or wrong API key; send Authorization: Bearer KEY", code="invalid_api_key")
+            raise ApiError(
+                401,
+                "missing or wrong API key; send Authorization: Bearer KEY, or x-api-key: KEY",
+                code="invalid_api_key",
+            )
 
     app.before_request(check)
 

@@ -12,6 +12,8 @@ from pagegraph.runtime.sampling_params import shown
 from pagegraph.web.fields import Fields, refuse
 
 MAX_MESSAGES = 4096
+MAX_ROLE_CHARS = 64
+OLDER_ID = "call_function"  # of a call that was made before calls had ids
 # Fields of a message besides role and content that a template may read; and all that are known.
 _MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
 MESSAGE_FIELDS = {
@@ -36,7 +38,11 @@ def read_messages(fields: Fields) -> list[dict[str, Any]]:
         refuse("messages", f"must be a list that is not empty, for example {example}; got {shown(value)}")
     if len(value) > MAX_MESSAGES:
         refuse("messages", f"holds {len(value)} messages; at most {MAX_MESSAGES}")
-    return [_message(message, f"messages[{index}]", fields.ignored) for index, message in enumerate(value)]
+    messages = [_message(message, f"messages[{index}]", fields.ignored) for index, message in enumerate(value)]
+    for message in messages:
+        if message["role"] == "function":  # the older name, and without an id
+            message |= {"role": "tool", "tool_call_id": OLDER_ID}
+    return messages
 
 
 def _message(message: Any, where: str, ignored: list[str]) -> dict[str, Any]:
@@ -44,11 +50,13 @@ def _message(message: Any, where: str, ignored: list[str]) -> dict[str, Any]:
     if not isinstance(message, dict):
         refuse(where, f'must be an object, for example {{"role": "user", "content": "Hello"}}; got {shown(message)}')
     role = message.get("role")
-    if role not in _ROLES:
-        refuse(f"{where}.role", f"must be one of {', '.join(_ROLES)}; got {shown(role)}")
-    for name in ("tool_calls", "function_call", "audio"):
-        if message.get(name):
-            refuse(f"{where}.{name}", "is not served; leave it out")
+    if not isinstance(role, str) or not 0 < len(role) <= MAX_ROLE_CHARS:
+        known = ", ".join(_ROLES)
+        refuse(
+            f"{where}.role", f"must be one of {known}, or another that the model's template takes; got {shown(role)}"
+        )
+    if message.get("audio"):
+        refuse(f"{where}.audio", "is not served; leave it out")
     for name in ("prefix", "partial"):
         if message.get(name):
             refuse(f"{where}.{name}", "is not served; give continue_final_message: true beside messages")
@@ -59,17 +67,56 @@ def _message(message: Any, where: str, ignored: list[str]) -> dict[str, Any]:
         refuse(f"{where}.content", "is missing; give a string")
     kinds = ("text", "refusal") if role == "assistant" else ("text",)
     checked: dict[str, Any] = {"role": role, "content": _content(content, f"{where}.content", kinds)}
+    checked |= _calls(message, where)
     for name in _MESSAGE_TEXTS:
         text = message.get(name)
         if text is not None:
             if not isinstance(text, str):
                 refuse(f"{where}.{name}", f"must be a string; got {shown(text)}")
             checked[name] = text
+    if thought := checked.get("reasoning") or checked.get("reasoning_content"):
+        checked |= {"reasoning": thought, "reasoning_content": thought}  # templates read one name or the other
     for name, value in message.items():
         listed = f"messages.{name}"
         if value is not None and name not in MESSAGE_FIELDS and listed not in ignored:
             ignored.append(listed)
     return checked
+
+
+def _calls(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """The tool calls of an assistant's message, the arguments of each as JSON text; those of its older name, too."""
+    calls, older = message.get("tool_calls"), message.get("function_call")
+    if older:
+        if calls:
+            refuse(f"{where}.function_call", "is the older name of tool_calls; give one of them")
+        return {"tool_calls": [{"id": OLDER_ID, "type": "function", **_called(older, f"{where}.function_call")}]}
+    if not calls:
+        return {}
+    if message["role"] != "assistant" or not isinstance(calls, list):
+        refuse(f"{where}.tool_calls", f"must be a list, in a message of an assistant; got {shown(calls)}")
+    checked = []
+    for index, call in enumerate(calls):
+        place = f"{where}.tool_calls[{index}]"
+        if not isinstance(call, dict) or call.get("type", "function") != "function":
+            refuse(f"{place}.type", f'must be "function", the only kind served; got {shown(call)}')
+        id = call.get("id")
+        if not isinstance(id, str) or not id:
+            refuse(f"{place}.id", f"must be a string, the call's own; got {shown(id)}")
+        checked.append({"id": id, "type": "function", **_called(call.get("function"), f"{place}.function")})
+    return {"tool_calls": checked}
+
+
+def _called(function: Any, where: str) -> dict[str, Any]:
+    if not isinstance(function, dict):
+        refuse(where, f'must be an object, for example {{"name": "f", "arguments": "{{}}"}}; got {shown(function)}')
+    name, arguments = function.get("name"), function.get("arguments", "")
+    if not isinstance(name, str) or not name:
+        refuse(f"{where}.name", f"must be a string; got {shown(name)}")
+    if isinstance(arguments, dict):  # as some clients write them
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(arguments, str):
+        refuse(f"{where}.arguments", f"must be a string of JSON; got {shown(arguments)}")
+    return {"function": {"name": name, "arguments": arguments}}
 
 
 def _content(content: Any, where: str, kinds: tuple[str, ...]) -> str:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, NoReturn
 
 from pagegraph.runtime.sampling_params import RANGES, BadParameter, Range, SamplingParams, check_ids, check_stop, shown
+from pagegraph.web.chat_fields import read_chat_fields
 from pagegraph.web.errors import ApiError, as_api_error
 from pagegraph.web.fields import Fields, is_id, mapping, refuse
 from pagegraph.web.messages import read_messages
-from pagegraph.web.tools import Tools, read_tools
+from pagegraph.web.tools import Tools
 
 MAX_PROMPTS = 1024
 MAX_SEQUENCES = 1024
@@ -43,8 +44,10 @@ class GenerationRequest:
     model: str | None
     prompts: list[str] | list[list[int]]  # completions; empty for chat
     messages: list[dict[str, Any]]  # chat; empty for completions
-    tools: Tools
-    include_reasoning: bool  # in the answer
+    tools: Tools = field(default_factory=Tools)
+    include_reasoning: bool = True  # in the answer
+    advice: dict[str, Any] = field(default_factory=dict)  # for the template, where it reads it
+    documents: list[dict[str, Any]] = field(default_factory=list)
     n: int
     stream: bool
     include_usage: bool
@@ -180,8 +183,7 @@ def _request(
         model=fields.text("model"),
         prompts=prompts,
         messages=messages,
-        tools=read_tools(fields) if chat else Tools(),
-        include_reasoning=fields.boolean("include_reasoning", True) if chat else True,
+        **(read_chat_fields(fields) if chat else {}),
         n=n,
         stream=stream,
         include_usage=options["include_usage"],

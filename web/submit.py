@@ -14,9 +14,11 @@ from flask import request
 
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.sampling_params import BadParameter, SamplingParams, check_length, wrap_seed
+from pagegraph.runtime.text.chat import Chat
 from pagegraph.runtime.text.output import TextOutput
 from pagegraph.runtime.text.tokenizer import ChatTemplateError, Tokenizer
 from pagegraph.web.errors import ApiError
+from pagegraph.web.fields import refuse
 from pagegraph.web.schema import GenerationRequest, parse_body
 from pagegraph.web.service import Service
 from pagegraph.web.stream import Generation, NoTokens, client_probe
@@ -47,7 +49,7 @@ def read_request(parse: Parse, service: Service, info: EngineInfo) -> tuple[Gene
     def check(body: dict[str, Any]) -> tuple[GenerationRequest, Sequence[Prompt]]:
         checked = parse(body, info.vocab_size, info.sampling_defaults)
         service.check_model(checked.model)
-        return checked, prompts_of(service.tokenizer, checked, info)
+        return checked, prompts_of(service, checked, info)
 
     return read_body(service, check)
 
@@ -121,26 +123,35 @@ def no_unicode() -> ApiError:
     return ApiError(400, "the prompt holds half of a surrogate pair: not valid Unicode")
 
 
-def prompt_text(tokenizer: Tokenizer, checked: GenerationRequest) -> str:
-    """The prompt of a chat, as its template renders it. Raises ApiError 400."""
+def prompt_text(chat: Chat, checked: GenerationRequest) -> str:
+    """The prompt of a chat, as its template renders it. Raises ApiError 400.
+
+    What only a template could heed, and this one does not read, is added to `checked.ignored`.
+    """
+    advice = {name: value for name, value in checked.advice.items() if chat.reads(name)}
+    checked.ignored.extend(name for name in checked.advice if name not in advice and name not in checked.ignored)
+    if checked.documents and not chat.reads("documents"):
+        refuse("documents", "is not read by the chat template of this model; put them into a message")
     try:
-        return tokenizer.render_chat(
+        return chat.render(
             checked.messages,
+            tools=checked.tools.listed if checked.tools.choice != "none" else [],
+            documents=checked.documents or None,
             add_generation_prompt=checked.add_generation_prompt,
             continue_final_message=checked.continue_final_message,
-            arguments=checked.template_arguments,
+            arguments=advice | checked.template_arguments,
         )
     except ChatTemplateError as error:
         raise ApiError(400, str(error), param="messages") from None
 
 
-def prompts_of(tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> Sequence[Prompt]:
+def prompts_of(service: Service, checked: GenerationRequest, info: EngineInfo) -> Sequence[Prompt]:
     """The prompts, a chat rendered by its template. Refuses what by its characters alone is too long."""
-    prompts = [prompt_text(tokenizer, checked)] if checked.messages else checked.prompts
+    prompts = [prompt_text(service.chat, checked)] if checked.messages else checked.prompts
     try:
         for prompt in prompts:
             if isinstance(prompt, str) and checked.truncate_prompt_tokens is None:
-                _check_chars(prompt, tokenizer, checked, info)
+                _check_chars(prompt, service.tokenizer, checked, info)
     except UnicodeEncodeError:
         raise no_unicode() from None
     return prompts

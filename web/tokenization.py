@@ -64,7 +64,7 @@ def tokenize() -> Response:
     with _thread() as (service, info):
         asked = read_body(service, lambda body: _checked(body, service, info))
         try:
-            text = prompt_text(service.tokenizer, asked.chat) if asked.chat else asked.text or ""
+            text = prompt_text(service.chat, asked.chat) if asked.chat else asked.text or ""
             ids = encode(service, text, asked.add_special_tokens)
             if asked.chat:
                 ids = truncated(ids, asked.chat, info)

@@ -49,8 +49,6 @@ def read_tools(fields: Fields) -> Tools:
         listed, legacy = functions, True
     if older is not None and choice is None:
         choice, where = older, "function_call"
-    if listed:
-        refuse("functions" if legacy else "tools", "is not served here; leave it out or give []")
     names = [tool["function"]["name"] for tool in listed]
     for index, name in enumerate(names):
         if name in names[:index]:
@@ -79,6 +77,8 @@ def _chosen(tools: Tools, choice: Any, where: str) -> Tools:
         refuse(where, f"must be {_words()} or an object that names a function; got {shown(choice)}")
     if choice == "required" and not listed:
         refuse(where, "needs tools beside it")
+    if choice == "required":
+        refuse(where, 'is not served here; leave it out or give "auto" or "none"')
     return Tools(
         listed=listed,
         choice=choice if listed else "none",  # type: ignore[arg-type]

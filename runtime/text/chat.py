@@ -5,12 +5,17 @@ Knows the tokenizer, for markers are often special tokens. Knows no requests and
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pagegraph.runtime.text.chat_output import ChatOutput
-from pagegraph.runtime.text.formats import choose
+from pagegraph.runtime.text.chat_template import ChatTemplateError, Message
+from pagegraph.runtime.text.formats import CALLS, choose
 from pagegraph.runtime.text.tokenizer import Tokenizer
+from pagegraph.runtime.text.tool_prompt import with_tools
 
 _TAIL_TOKENS = 16  # of a prompt, in which the words that open or close reasoning are looked for
 
@@ -19,9 +24,49 @@ class Chat:
     """The formats of one model. `tool_call_parser`, `reasoning_parser`: names of rows, "auto" or "none"."""
 
     def __init__(self, tokenizer: Tokenizer, tool_call_parser: str = "auto", reasoning_parser: str = "auto") -> None:
-        self.format = choose(tokenizer.chat_template or "", tool_call_parser, reasoning_parser)
+        format = choose(tokenizer.chat_template or "", tool_call_parser, reasoning_parser)
+        # Whether the template itself takes tools, in a format that is known.
+        self._native = format.calls is not None and self._in_template(tokenizer, "tools")
+        if format.calls is None and tool_call_parser == "auto":
+            format = replace(format, calls=CALLS["hermes"])
+        self.format = format
         self._tokenizer = tokenizer
         self._special = {tokenizer.token_bytes(id).decode("utf-8", "replace"): id for id in tokenizer.special_ids}
+
+    def reads(self, name: str) -> bool:
+        """Whether the chat template reads a variable of this name."""
+        return self._in_template(self._tokenizer, name)
+
+    def render(self, messages: list[Message], *, tools: list[dict[str, Any]], **options: Any) -> str:
+        """The prompt; `options` are those of `Tokenizer.render_chat`.
+
+        Messages are OpenAI's, with the arguments of tool calls as JSON text. Raises ChatTemplateError.
+        """
+        called = any(message.get("tool_calls") or message.get("role") == "tool" for message in messages)
+        if not tools and not called:
+            return self._tokenizer.render_chat(messages, **options)
+        format = self.format.calls
+        if format is None:
+            raise ChatTemplateError("tools are not read here: the server was started with tool_call_parser none")
+        if self._native:
+            messages = [_with_name(message, messages) for message in messages]
+            if format.ids == "nine":
+                messages = list(map(_with_short_ids, messages))
+            rendered = self._tokenizer.render_chat(messages, tools=tools or None, **options)
+            for tool in tools:
+                if (name := tool["function"]["name"]) not in rendered:
+                    raise ChatTemplateError(f"the model's chat template leaves out the tool {name}")
+            return rendered
+        try:
+            return self._tokenizer.render_chat(with_tools(messages, tools, format), **options)
+        except ChatTemplateError:
+            if not tools:
+                raise
+        return self._tokenizer.render_chat(with_tools(messages, tools, format, in_system=False), **options)
+
+    @staticmethod
+    def _in_template(tokenizer: Tokenizer, name: str) -> bool:
+        return tokenizer.template is not None and name in tokenizer.template.variables
 
     def kept_ids(self, tools: bool) -> frozenset[int]:
         """Special tokens that have to be text for `output`, whether calls are looked for or not."""
@@ -58,3 +103,25 @@ class Chat:
     def _markers(self, tools: bool) -> list[str]:
         words = self.format.words(tools)
         return [text for text in self._special if text and any(text in word for word in words)]
+
+
+def _with_name(message: Message, messages: list[Message]) -> Message:
+    """A tool's result with the name of the tool, which some templates show."""
+    if message.get("role") != "tool" or message.get("name"):
+        return message
+    calls = (call for one in messages for call in one.get("tool_calls") or ())
+    name = next((call["function"]["name"] for call in calls if call["id"] == message.get("tool_call_id")), None)
+    return message if name is None else message | {"name": name}
+
+
+def _with_short_ids(message: Message) -> Message:
+    """Ids of calls as Mistral's templates want them: nine letters and digits."""
+    if message.get("role") == "tool" and message.get("tool_call_id"):
+        return message | {"tool_call_id": _short(message["tool_call_id"])}
+    if calls := message.get("tool_calls"):
+        return message | {"tool_calls": [call | {"id": _short(call["id"])} for call in calls]}
+    return message
+
+
+def _short(id: str) -> str:
+    return id if re.fullmatch("[A-Za-z0-9]{9}", id) else hashlib.sha256(id.encode()).hexdigest()[:9]

@@ -84,3 +84,8 @@ def _read_body(
     while (ended := (yield from incoming.until(_CONTENT_ENDS, sink.content))) in _NO_ENDS:
         pass
     return ended
+
+
+def written(name: str, arguments: str) -> str:
+    """A call as gpt-oss writes it behind `<|start|>assistant`; `arguments` is JSON text."""
+    return f"{CHANNEL}commentary to=functions.{name} {CONSTRAIN}json{MESSAGE}{arguments}<|call|>"

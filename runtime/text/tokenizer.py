@@ -57,7 +57,7 @@ class Tokenizer:
         self.class_name = class_name  # of transformers
         self.special_tokens = special_tokens or {}
         self.chat_template = chat_template
-        self._template = None if chat_template is None else ChatTemplate(chat_template, self.special_tokens)
+        self.template = None if chat_template is None else ChatTemplate(chat_template, self.special_tokens)
         self._backend = backend
         backend.no_truncation()
         backend.no_padding()
@@ -142,6 +142,8 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
         arguments: dict[str, Any] | None = None,
     ) -> str:
         """Messages to the text the model was trained on; `arguments` are extra variables of the template.
@@ -149,15 +151,17 @@ class Tokenizer:
         Content is a string or a list of text parts, whatever the template wants. Raises ChatTemplateError when the
         model has no template, the template refuses the messages, or what the user said is not in its text.
         """
-        if self._template is None:
+        if self.template is None:
             raise ChatTemplateError("this model has no chat template; use /v1/completions with a prompt")
         extra = arguments or {}
         if taken := _TEMPLATE_ARGUMENTS & extra.keys():
             raise ChatTemplateError(f"chat_template_kwargs may not set {sorted(taken)[0]}")
-        return self._template.render(
+        return self.template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            tools=tools,
+            documents=documents,
             **extra,
         )
 

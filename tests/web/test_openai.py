@@ -341,7 +341,7 @@ def test_who_leaves_while_waiting_its_turn_is_not_tokenised(
         ("post", "/v1/completions", {"model": "\ud800", "prompt": "a"}, 404, "model_not_found"),
         ("post", "/v1/completions", {"prompt": "a", "stop": ["\ud800"], "cache_salt": "\ud800"}, 400, "invalid_value"),
         ("post", "/v1/completions", {"model": "tiny", "prompt": ""}, 400, "invalid_value"),
-        ("post", "/v1/chat/completions", {"messages": [{"role": "function", "content": "x"}]}, 400, None),
+        ("post", "/v1/chat/completions", {"messages": [{"role": "critic", "content": "x"}]}, 400, None),
         ("get", "/v1/models/other", None, 404, "model_not_found"),
         ("get", "/v1/nothing", None, 404, None),
         ("get", "//v1/models", None, 404, None),

@@ -187,12 +187,25 @@ def test_bad_prompts(prompt: Any) -> None:
     ("messages", "param"),
     [
         (None, "messages"), ([], "messages"), ("hi", "messages"), ([3], "messages[0]"),
-        ([{"role": "boss", "content": "x"}], "messages[0].role"),
+        ([{"role": "b" * 65, "content": "x"}], "messages[0].role"),
+        ([{"role": "", "content": "x"}], "messages[0].role"),
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": 5}], "messages[0].content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
-        ([*MESSAGES, {"role": "assistant", "tool_calls": [{}]}], "messages[1].tool_calls"),
+        ([{"role": "user", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([*MESSAGES, {"role": "assistant", "tool_calls": {"id": "a"}}], "messages[1].tool_calls"),
+        ([*MESSAGES, {"role": "assistant", "tool_calls": [{"type": "custom"}]}], "messages[1].tool_calls[0].type"),
+        ([*MESSAGES, {"role": "assistant", "tool_calls": [{}]}], "messages[1].tool_calls[0].id"),
+        ([*MESSAGES, {"role": "assistant", "tool_calls": [{"id": "a"}]}], "messages[1].tool_calls[0].function"),
+        ([*MESSAGES, {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": ""}}]}],
+         "messages[1].tool_calls[0].function.name"),
+        ([*MESSAGES, {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": 5}}]}],
+         "messages[1].tool_calls[0].function.arguments"),
+        ([*MESSAGES, {"role": "assistant", "function_call": {"arguments": "{}"}}], "messages[1].function_call.name"),
+        ([*MESSAGES, {"role": "assistant", "tool_calls": [{}], "function_call": {"name": "f"}}],
+         "messages[1].function_call"),
+        ([{"role": "tool", "tool_call_id": "a"}], "messages[0].content"),
         ([{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}], "messages[0].content[0].type"),
         ([{"role": "assistant", "content": [{"type": "refusal"}]}], "messages[0].content[0].refusal"),
         ([{"role": "assistant", "refusal": 5}], "messages[0].content"),
@@ -230,7 +243,8 @@ def test_fields_of_a_message_reach_the_template_or_are_named() -> None:
     }
     request = chat(messages=[*MESSAGES, given, given], mood="calm")
     assert (
-        request.messages[1:] == [{"role": "assistant", "content": "4", "reasoning_content": "2 + 2", "name": "a"}] * 2
+        request.messages[1:]
+        == [{"role": "assistant", "content": "4", "reasoning": "2 + 2", "reasoning_content": "2 + 2", "name": "a"}] * 2
     )
     assert request.ignored == ["messages.annotations", "mood"]
     for name, value in (("prefix", True), ("partial", True), ("reasoning", 5), ("tool_call_id", [1])):

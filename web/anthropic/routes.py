@@ -66,6 +66,6 @@ def _read(service: Service, info: EngineInfo, counts: bool = False) -> tuple[Gen
         checked = parse_messages(body, info, counts)
         service.check_model(checked.model)
         with renaming(NAMES):
-            return checked, prompts_of(service.tokenizer, checked, info)
+            return checked, prompts_of(service, checked, info)
 
     return read_body(service, check)

@@ -42,6 +42,7 @@ _INCLUDABLE = (
     "web_search_call.action.sources", "message.input_image.image_url", "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
 )  # fmt: skip
+_MAX_INCLUDED = 64
 _MAX_METADATA, _MAX_KEY, _MAX_VALUE = 16, 64, 512
 # What a chat's fields are called here; see `renamed`.
 NAMES: Names = (
@@ -65,6 +66,11 @@ class ResponsesRequest:
     echo: dict[str, Any]
     store: bool
     background: bool
+
+    @property
+    def is_shortened(self) -> bool:
+        """Whether a conversation that is too long loses its oldest turns."""
+        return self.echo["truncation"] == "auto"
 
 
 def parse_responses(body: dict[str, Any], info: EngineInfo, store: ResponseStore) -> ResponsesRequest:
@@ -117,13 +123,13 @@ def _read_lengths(fields: Fields, chat: dict[str, Any], echo: dict[str, Any]) ->
     """How much may come, and what is told of it."""
     chat["max_completion_tokens"] = fields.number("max_output_tokens", RANGES["max_tokens"], None)
     echo["max_output_tokens"] = chat["max_completion_tokens"]
-    echo["truncation"] = fields.one_of("truncation", ("disabled",), "disabled")
+    echo["truncation"] = fields.one_of("truncation", ("disabled", "auto"), "disabled")
     top = fields.number("top_logprobs", RANGES["logprobs"], None)
     echo["top_logprobs"] = top or 0
     include = fields.take("include")
     include = [] if include is None else include
-    if not isinstance(include, list):
-        refuse("include", f"must be a list, for example {[_LOGPROBS]}; got {shown(include)}")
+    if not isinstance(include, list) or len(include) > _MAX_INCLUDED:
+        refuse("include", f"must be a list of at most {_MAX_INCLUDED}, for example {[_LOGPROBS]}; got {shown(include)}")
     for index, name in enumerate(include):
         if name not in _INCLUDABLE:
             refuse(f"include[{index}]", f"must be one of {', '.join(_INCLUDABLE)}; got {shown(name)}")

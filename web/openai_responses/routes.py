@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from flask import Blueprint, Response, request
@@ -21,6 +22,7 @@ from pagegraph.web.generate import collect, generate, name_ignored, start
 from pagegraph.web.openai_responses.answer import ResponsesAnswer
 from pagegraph.web.openai_responses.request import NAMES, ResponsesRequest, parse_responses
 from pagegraph.web.openai_responses.store import Stored
+from pagegraph.web.openai_responses.truncation import shortened
 from pagegraph.web.service import Service, current_service
 from pagegraph.web.stream import ClientGone, Generation
 from pagegraph.web.submit import Prompt, prompts_of, read_body, tokenize
@@ -110,10 +112,19 @@ def _read(service: Service, info: EngineInfo) -> tuple[ResponsesRequest, Sequenc
     def check(body: dict[str, Any]) -> tuple[ResponsesRequest, Sequence[Prompt]]:
         asked = parse_responses(body, info, service.responses)
         service.check_model(asked.chat.model)
-        with renaming(NAMES):
-            return asked, prompts_of(service.tokenizer, asked.chat, info)
+        return asked, [] if asked.is_shortened else _prompts(service, info, asked)
 
-    return read_body(service, check)
+    asked, prompts = read_body(service, check)
+    if asked.is_shortened:  # takes turns of its own for what is long
+        with renaming(NAMES):
+            asked = replace(asked, chat=shortened(service, info, asked.chat))
+        prompts = _prompts(service, info, asked)
+    return asked, prompts
+
+
+def _prompts(service: Service, info: EngineInfo, asked: ResponsesRequest) -> Sequence[Prompt]:
+    with renaming(NAMES):
+        return prompts_of(service, asked.chat, info)
 
 
 def _answer(

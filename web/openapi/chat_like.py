@@ -40,7 +40,10 @@ RESPONSES: Described = {
     "include": ({"type": "array", "items": _STRING}, "message.output_text.logprobs: log-probabilities of the text."),
     "top_logprobs": (number(RANGES["logprobs"]), "Log-probabilities of the text, and of so many likeliest tokens."),
     "metadata": ({"type": "object", "additionalProperties": _STRING}, "Up to 16 strings that the response holds."),
-    "truncation": ({"enum": ["disabled"], "default": "disabled"}, "A prompt that is too long is refused."),
+    "truncation": (
+        {"enum": ["auto", "disabled"], "default": "disabled"},
+        "auto: leave out the oldest turns of a conversation that is too long, which is refused otherwise.",
+    ),
     "stream_options": (_OBJECT, "No option has an effect."),
     "max_tool_calls": (number(RANGES["max_tokens"]) | {"minimum": 1}, "Of tools that are not served."),
     "user": (_STRING, "Held by the response."),

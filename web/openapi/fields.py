@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from pagegraph.runtime.sampling_params import MAX_STOP, RANGES, Range, SamplingParams
+from pagegraph.web.chat_fields import EFFORTS, VERBOSITIES
 from pagegraph.web.messages import MAX_MESSAGES
 from pagegraph.web.schema import DEFAULT_COMPLETION_TOKENS, MAX_PROMPTS, NUMBERS
 from pagegraph.web.tools import MAX_TOOLS
@@ -128,6 +129,9 @@ CHAT: Described = {
         {"anyOf": [{"enum": ["none", "auto"]}, {"type": "object"}]},
         "The older name of tool_choice.",
     ),
+    "reasoning_effort": ({"enum": [*EFFORTS]}, "How much the model is to think, where its template reads it."),
+    "verbosity": ({"enum": [*VERBOSITIES]}, "How long the answer is to be, where the template reads it."),
+    "documents": ({"type": "array", "items": {"type": "object"}}, "Documents for templates that read them."),
     "include_reasoning": (_TRUE, "Show what the model thought before it answered."),
     "logprobs": (_BOOLEAN, "Show the log-probability of each token."),
     "top_logprobs": (number(RANGES["logprobs"]), "And of so many likeliest tokens."),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from anthropic import Anthropic, AsyncAnthropic, BadRequestError, beta_tool
 from cases import BASE_URL, KEY, MODEL, TIMEOUT, case, main
-from shapes import ANSWER, QUESTION, Person, Weather
+from pydantic import BaseModel
+from shapes import ANSWER, QUESTION, Weather
 
 OPTIONS: dict[str, Any] = dict(base_url=BASE_URL, api_key=KEY, timeout=TIMEOUT, max_retries=0)
 client = Anthropic(**OPTIONS)
@@ -19,6 +20,13 @@ ASK: dict[str, Any] = dict(
 TOOL: dict[str, Any] = dict(
     name="weather", description="Tell the weather of a city.", input_schema=Weather.model_json_schema()
 )
+
+
+class Animal(BaseModel):
+    """An animal. anthropic-python tells bounds of numbers and strings in words, which hold nothing: so there are none."""
+
+    kind: Literal["cat", "dog"]
+    tame: bool
 
 
 def text_of(answer: Any) -> str:
@@ -49,7 +57,8 @@ def stopping() -> None:
 @case("plain")
 def count_tokens() -> None:
     counted = client.messages.count_tokens(model=MODEL, messages=ASK["messages"])
-    assert counted.input_tokens == client.messages.create(**ASK).usage.input_tokens
+    usage = client.messages.create(**ASK).usage
+    assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
 
 
 @case("plain")
@@ -114,7 +123,7 @@ def tool_runner() -> None:
     called = []
 
     @beta_tool
-    def weather(city: str) -> str:
+    def weather(city: Literal["Paris", "Rome", "Oslo"]) -> str:
         """Tell the weather of a city."""
         called.append(city)
         return f"It rains in {city}."
@@ -128,15 +137,15 @@ def tool_runner() -> None:
 
 @case("structured")
 def parse() -> None:
-    answer = client.messages.parse(**ASK, output_format=Person)
-    assert isinstance(answer.parsed_output, Person)
+    answer = client.messages.parse(**ASK, output_format=Animal)
+    assert isinstance(answer.parsed_output, Animal)
 
 
 @case("structured")
 def structured_stream() -> None:
-    with client.messages.stream(**ASK, output_format=Person) as opened:
+    with client.messages.stream(**ASK, output_format=Animal) as opened:
         final: Any = opened.get_final_message()
-    assert isinstance(final.parsed_output, Person)
+    assert isinstance(final.parsed_output, Animal)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def test_chat_has_the_template_s_text(tokenizer: Tokenizer) -> None:
 
 
 def test_template_refusal_and_reserved_arguments(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ChatTemplateError, match="no functions here"):
-        tokenizer.apply_chat([{"role": "function", "content": "x"}])
+    with pytest.raises(ChatTemplateError, match="no critics here"):
+        tokenizer.apply_chat([{"role": "critic", "content": "x"}])
     with pytest.raises(ChatTemplateError, match="may not set messages"):
         tokenizer.apply_chat([{"role": "user", "content": "x"}], arguments={"messages": []})
 

@@ -163,6 +163,29 @@ def test_a_history_becomes_messages(http: FlaskClient, fake_engine, tokenizer: T
     )
 
 
+def test_the_oldest_turns_are_left_out(http: FlaskClient, fake_engine, tokenizer: Tokenizer) -> None:
+    turns = [("user", "one " * 12), ("assistant", "two"), ("assistant", "more"), ("user", "three"), ("assistant", "4"),
+             ("user", "five")]  # fmt: skip
+    fields: dict[str, Any] = {
+        "instructions": "be brief", "input": [{"role": role, "content": text} for role, text in turns],
+    }  # fmt: skip
+    whole = http.post("/v1/responses/input_tokens", json=fields).json["input_tokens"]
+
+    def left(room: int) -> str:
+        """The conversation that is left where the answer takes all but `room` tokens."""
+        body = create(http, **fields, truncation="auto", max_output_tokens=128 - room)
+        assert body["truncation"] == "auto" and body["usage"]["input_tokens"] <= room
+        return prompt(fake_engine, tokenizer)
+
+    system, end = "<|system|>be brief<|end|>", "<|user|>five<|end|><|assistant|>"
+    assert left(whole).startswith(f"{system}<|user|>one one")
+    assert left(whole - 1) == f"{system}<|user|>three<|end|><|assistant|>4<|end|>{end}"
+    shorter = len(fake_engine.submits[-1].token_ids)
+    assert left(shorter).count("<|user|>") == 2
+    assert left(shorter - 1) == system + end
+    assert len(fake_engine.submits) == 4
+
+
 def test_a_response_goes_on_from_a_stored_one(http: FlaskClient, fake_engine, tokenizer: Tokenizer) -> None:
     first = create(http, instructions="be brief")
     second = create(http, input="and?", previous_response_id=first["id"])
@@ -315,7 +338,10 @@ BAD = [
     ({"top_logprobs": 21}, "top_logprobs"),
     ({"include": ["everything"]}, "include[0]"),
     ({"include": "a"}, "include"),
-    ({"truncation": "auto"}, "truncation"),
+    ({"truncation": "some"}, "truncation"),
+    ({"truncation": "auto", "input": "hello " * 500}, "input"),
+    ({"truncation": "auto", "input": "hello\ud800"}, None),
+    ({"include": ["message.output_text.logprobs"] * 65}, "include"),
     ({"temperature": 3}, "temperature"),
     ({"tools": {}}, "tools"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
@@ -343,12 +369,13 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "field"), BAD, ids=[str(field) + str(i) for i, (_, field) in enumerate(BAD)])
-def test_a_bad_field_is_named_as_it_is_called_here(http: FlaskClient, fields: dict[str, Any], field: str) -> None:
-    answer = http.post("/v1/responses", json={"input": "hello", **fields})
-    assert (answer.status_code, answer.json["error"]["param"]) == (400, field), answer.json
-    message = answer.json["error"]["message"]
-    assert len(message) < 500 and "max_completion_tokens" not in message
+def test_a_bad_field_is_named_as_it_is_called_here(http: FlaskClient) -> None:
+    for fields, field in BAD:
+        answer = http.post("/v1/responses", json={"input": "hello", **fields})
+        assert answer.status_code == 400, fields
+        error = answer.json["error"]
+        assert error["param"] == field and len(error["message"]) < 500, (fields, error)
+        assert "max_completion_tokens" not in error["message"]
     assert threads_are_back(http)
 
 
