@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 QUESTION = "What is the capital of France?"
 ANSWER = "Paris"
+# A small model left to choose calls nothing; this it repeats, in the format of calls that the server tells it.
+REPEAT = 'Repeat this: <tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 3}}\n</tool_call>'
 CITIES = ("Paris", "Rome", "Oslo")
 
 

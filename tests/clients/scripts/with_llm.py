@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from cases import API_URL, MODEL, case, main
-from shapes import ANSWER, QUESTION, Person
+from shapes import ANSWER, QUESTION, REPEAT, Person
 
 folder = Path(tempfile.mkdtemp(prefix="llm-"))
 os.environ["LLM_USER_PATH"] = str(folder)
@@ -29,9 +29,9 @@ import llm  # noqa: E402  (it reads the folder)
 GREEDY: dict[str, Any] = dict(temperature=0, max_tokens=100)
 
 
-def weather(city: str) -> str:
+def weather(city: str, days: int) -> str:
     """Tell the weather of a city."""
-    return f"It rains in {city}."
+    return f"In {days} days it rains in {city}."
 
 
 def ask(model: str, question: str = QUESTION, **more: Any) -> Any:
@@ -77,9 +77,6 @@ def responses_stream() -> None:
     assert ANSWER in "".join(ask("responses"))
 
 
-REPEAT = 'Repeat this: <tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-
-
 def check_chain(model: str, stream: bool) -> None:
     """llm leaves the choice to the model, so the model is told what to write. A call is run and its answer sent back."""
     called = []
@@ -93,7 +90,7 @@ def check_chain(model: str, stream: bool) -> None:
     chain = talk.chain(REPEAT, tools=[weather], stream=stream, options=GREEDY, after_call=after_call, chain_limit=3)
     *_, last = chain.responses()
     last.text()
-    assert called and called[0] == ("weather", {"city": "Oslo"}, "It rains in Oslo."), called
+    assert called and called[0] == ("weather", {"city": "Oslo", "days": 3}, "In 3 days it rains in Oslo."), called
 
 
 @case("tools")

@@ -6,11 +6,12 @@ import asyncio
 import json
 import math
 import os
-from typing import Any, Literal
+import re
+from typing import Any
 
 from cases import API_URL, KEY, MODEL, TIMEOUT, case, main
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI, pydantic_function_tool
-from pydantic import BaseModel, Field
+from shapes import REPEAT, Person, Weather
 
 client = OpenAI(base_url=API_URL, api_key=KEY, timeout=TIMEOUT, max_retries=0)
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -18,19 +19,6 @@ GREEDY: dict[str, Any] = dict(model=MODEL, temperature=0)
 CHAT: dict[str, Any] = dict(**GREEDY, messages=QUESTION)
 WRITE: dict[str, Any] = dict(**GREEDY, prompt="The capital of France is", max_tokens=8)
 RESPOND: dict[str, Any] = dict(**GREEDY, input="What is the capital of France?", max_output_tokens=64)
-
-
-class Weather(BaseModel):
-    """Tell the weather of a city."""
-
-    city: Literal["Paris", "Rome", "Oslo"]
-    days: int = Field(ge=1, le=9)
-
-
-class Person(BaseModel):
-    name: str = Field(max_length=12)
-    age: int = Field(ge=0, le=120)
-    kind: Literal["child", "adult"]
 
 
 TOOL = pydantic_function_tool(Weather, name="weather")
@@ -192,9 +180,17 @@ def chat_tool_stream() -> None:
 
 @case("tools")
 def chat_tool_auto() -> None:
-    answer = client.chat.completions.create(**CHAT, tools=[TOOL], max_tokens=64)
-    message = answer.choices[0].message
-    assert message.content or message.tool_calls
+    ask: dict[str, Any] = dict(
+        **GREEDY, messages=[{"role": "user", "content": REPEAT}], tools=[TOOL], max_completion_tokens=100
+    )
+    choice = client.chat.completions.create(**ask).choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.tool_calls, choice
+    with client.chat.completions.stream(**ask) as stream:
+        for _ in stream:
+            pass
+    streamed = stream.get_final_completion().choices[0].message.tool_calls
+    assert streamed and streamed[0].function.arguments == choice.message.tool_calls[0].function.arguments
+    assert Weather.model_validate_json(streamed[0].function.arguments) == Weather(city="Oslo", days=3)
 
 
 @case("structured")
@@ -240,8 +236,6 @@ def chat_structured_outputs_of_the_field() -> None:
         ({"choice": ["yes", "no"]}, "yes|no"),
         ({"regex": "[a-c]{3}"}, "[a-c]{3}"),
     ]
-    import re
-
     for kind, expected in kinds:
         answer = client.chat.completions.create(**CHAT, max_tokens=20, extra_body={"structured_outputs": kind})
         assert re.fullmatch(expected, answer.choices[0].message.content or ""), answer.choices[0].message.content
