@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
+from pagegraph.runtime.sampling_params import BadParameter, SamplingParams
 from pagegraph.runtime.text.chat import Chat
 from pagegraph.runtime.text.chat_output import CallArguments, CallBegin, ChatOutput, Content, Part, Reasoning
 from pagegraph.runtime.text.output import Piece
@@ -84,6 +87,28 @@ class Message:
         return {"tool_calls": [{"index": part.index, "function": function}]}
 
 
+def held(chat: Chat, checked: GenerationRequest, prompt_ids: Sequence[int]) -> SamplingParams:
+    """The parameters of the answer to a chat's prompt, with the grammar that holds it to calls or to a structure.
+
+    Raises BadParameter.
+    """
+    tools, params = checked.tools, checked.params
+    try:
+        structured = chat.grammar(
+            prompt_ids,
+            tools=tools.schemas,
+            required=tools.choice == "required",
+            parallel=tools.parallel and tools.named is None,
+            structured=params.structured_outputs,
+            continued=_continued(checked),
+        )
+    except BadParameter as error:  # its field is the grammar's, of which the request knows nothing
+        raise BadParameter("tools", f"make a grammar that {error.problem}") from None
+    if structured is params.structured_outputs:
+        return params
+    return msgspec.structs.replace(params, structured_outputs=structured)
+
+
 def message_of(chat: Chat, checked: GenerationRequest, prompt_ids: Sequence[int]) -> Message:
     """The message that answers a chat's prompt."""
     tools = checked.tools
@@ -92,9 +117,14 @@ def message_of(chat: Chat, checked: GenerationRequest, prompt_ids: Sequence[int]
         tools=tools.schemas,
         single=not tools.parallel,
         skip_special=checked.skip_special_tokens,
-        continued=checked.messages[-1]["content"] if checked.continue_final_message else None,
+        continued=_continued(checked),
     )
     return Message(output, legacy=tools.legacy, shows_reasoning=checked.include_reasoning)
+
+
+def _continued(checked: GenerationRequest) -> str | None:
+    """The text of the message that the answer goes on with, if it does."""
+    return checked.messages[-1]["content"] if checked.continue_final_message else None
 
 
 def _call(part: CallBegin) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,6 +20,7 @@ from pagegraph.runtime.text.output import TextOutput
 from pagegraph.runtime.text.tokenizer import ChatTemplateError, Tokenizer
 from pagegraph.web.errors import ApiError
 from pagegraph.web.fields import refuse
+from pagegraph.web.message import held
 from pagegraph.web.schema import GenerationRequest, parse_body
 from pagegraph.web.service import Service
 from pagegraph.web.stream import Generation, NoTokens, client_probe
@@ -105,6 +107,8 @@ def submit(
 ) -> Generation:
     """Submit n sequences for each prompt, sequence j of them with seed + j. Closing the generation calls `release`."""
     each = [ids for ids in prompts for _ in range(checked.n)]
+    if checked.messages:
+        checked = replace(checked, params=held(service.chat, checked, prompts[0]))
     if checked.max_tokens == 0:
         params, group = [checked.params] * len(each), NoTokens(len(each))
     else:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pagegraph.runtime.sampling_params import shown
+from pagegraph.runtime.structured_output import StructuredOutputs, check_grammar
+from pagegraph.runtime.text.answer_grammar import closed
 from pagegraph.web.fields import Fields, refuse
 
 MAX_TOOLS = 128
@@ -55,7 +57,13 @@ def read_tools(fields: Fields) -> Tools:
             refuse(f"{'functions' if legacy else 'tools'}[{index}]", f"has the name of an earlier one, {shown(name)}")
     parallel = fields.boolean("parallel_tool_calls", True) and not legacy
     tools = Tools(listed=listed, choice="auto" if listed else "none", parallel=parallel, legacy=legacy)
-    return tools if choice is None else _chosen(tools, choice, where)
+    tools = tools if choice is None else _chosen(tools, choice, where)
+    if tools.choice == "required":
+        for index, name in enumerate(names):
+            if schema := (tools.schemas or {}).get(name):
+                place = f"functions[{index}].parameters" if legacy else f"tools[{index}].function.parameters"
+                check_grammar(StructuredOutputs(json=closed(schema)), field=place)
+    return tools
 
 
 def _chosen(tools: Tools, choice: Any, where: str) -> Tools:
@@ -77,8 +85,6 @@ def _chosen(tools: Tools, choice: Any, where: str) -> Tools:
         refuse(where, f"must be {_words()} or an object that names a function; got {shown(choice)}")
     if choice == "required" and not listed:
         refuse(where, "needs tools beside it")
-    if choice == "required":
-        refuse(where, 'is not served here; leave it out or give "auto" or "none"')
     return Tools(
         listed=listed,
         choice=choice if listed else "none",  # type: ignore[arg-type]

@@ -41,15 +41,14 @@ def _written(format: CallFormat, name: str, arguments: Mapping[str, Any]) -> str
             )
         )
     if format.quote:
-        return name + _gemma(dict(arguments), format.quote, outermost=True)
+        return name + _gemma(dict(arguments), format.quote)
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
 
-def _gemma(value: Any, quote: str, outermost: bool = False) -> str:
-    """A value in Gemma's words; the names of arguments stand without quotes, other keys between them."""
+def _gemma(value: Any, quote: str) -> str:
+    """A value in Gemma's words, in which keys stand without quotes."""
     if isinstance(value, dict):
-        around = "" if outermost else quote
-        return f"{{{','.join(f'{around}{key}{around}:{_gemma(one, quote)}' for key, one in value.items())}}}"
+        return f"{{{','.join(f'{key}:{_gemma(one, quote)}' for key, one in value.items())}}}"
     if isinstance(value, list):
         return f"[{','.join(_gemma(one, quote) for one in value)}]"
     return f"{quote}{value}{quote}" if isinstance(value, str) else _json(value)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pagegraph.runtime.structured_output import StructuredOutputs, lark_string
+from pagegraph.runtime.text.answer_grammar import AnswerGrammar, Thought
 from pagegraph.runtime.text.chat_output import ChatOutput
 from pagegraph.runtime.text.chat_template import ChatTemplateError, Message
 from pagegraph.runtime.text.formats import CALLS, choose
@@ -31,6 +33,14 @@ class Chat:
             format = replace(format, calls=CALLS["hermes"])
         self.format = format
         self._tokenizer = tokenizer
+        words = format.words(tools=True)
+        self._added = {
+            text: id
+            for id in tokenizer.added_ids
+            if (text := tokenizer.token_bytes(id).decode("utf-8", "replace")).strip()
+            and any(text in word for word in words)
+        }
+        self._added_pattern = f"({'|'.join(map(re.escape, sorted(self._added, key=len, reverse=True))) or '(?!)'})"
         self._special = {tokenizer.token_bytes(id).decode("utf-8", "replace"): id for id in tokenizer.special_ids}
 
     def reads(self, name: str) -> bool:
@@ -68,6 +78,27 @@ class Chat:
     def _in_template(tokenizer: Tokenizer, name: str) -> bool:
         return tokenizer.template is not None and name in tokenizer.template.variables
 
+    def grammar(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        tools: Mapping[str, Any] | None,
+        required: bool,
+        parallel: bool,
+        structured: StructuredOutputs | None,
+        continued: str | None = None,
+    ) -> StructuredOutputs | None:
+        """What holds an answer to this prompt to calls, if they are `required`, or to a structure, or to either."""
+        if (tools is None or not required) and (structured is None or self.format.reasoning is None and tools is None):
+            return structured
+        grammar = AnswerGrammar(self.format, self._literal, self._thought(prompt_ids, continued))
+        answers = []
+        if tools is not None:
+            answers.append(grammar.calls(tools, parallel))
+        if structured is not None and not required:
+            answers.append(grammar.text(structured))
+        return StructuredOutputs(grammar=grammar.whole(answers))
+
     def kept_ids(self, tools: bool) -> frozenset[int]:
         """Special tokens that have to be text for `output`, whether calls are looked for or not."""
         return frozenset(self._special[text] for text in self._markers(tools))
@@ -85,20 +116,27 @@ class Chat:
         return ChatOutput(
             self.format,
             tools=tools,
-            opened=self._opened(prompt_ids, continued),
+            opened=self._thought(prompt_ids, continued) == "open",
             hidden=self._markers(tools is not None) if skip_special else (),
             single=single,
         )
 
-    def _opened(self, prompt_ids: Sequence[int], continued: str | None) -> bool:
-        """Whether the prompt ends inside reasoning."""
-        reasoning = self.format.reasoning
-        if reasoning is None or self.format.is_harmony:
-            return False
-        if continued is not None:
-            return continued.rfind(reasoning.begin) > continued.rfind(reasoning.end)
+    def _thought(self, prompt_ids: Sequence[int], continued: str | None) -> Thought:
+        """Whether the prompt ends inside reasoning, behind it, or says nothing of it."""
+        row = self.format.reasoning
+        if row is None or self.format.is_harmony:
+            return "free"
+        if continued and continued.strip():
+            return "open" if continued.rfind(row.begin) > continued.rfind(row.end) else "closed"
         tail = self._tokenizer.decode(prompt_ids[-_TAIL_TOKENS:], skip_special=False).rstrip()
-        return tail.endswith(reasoning.begin) or (reasoning.assumed and not tail.endswith(reasoning.end))
+        if tail.endswith(row.end):
+            return "closed"
+        return "open" if row.assumed or tail.endswith(row.begin) else "free"
+
+    def _literal(self, text: str) -> str:
+        """A text as symbols of Lark: added tokens among its characters as such, for so the model has learnt them."""
+        pieces = re.split(self._added_pattern, text)
+        return " ".join(f"<[{self._added[one]}]>" if one in self._added else lark_string(one) for one in pieces if one)
 
     def _markers(self, tools: bool) -> list[str]:
         words = self.format.words(tools)

@@ -15,6 +15,10 @@ from pagegraph.runtime.text.incoming import Incoming, Reading, Words
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 ENDS = ("<|end|>", "<|return|>", "<|call|>")
 WORDS = (START, CHANNEL, CONSTRAIN, MESSAGE, *ENDS)
+CALL = "<|call|>"
+ANALYSIS = f"{CHANNEL}analysis{MESSAGE}"  # behind which a model thinks,
+NEXT = f"<|end|>{START}assistant"  # what stands between two of its messages,
+FINAL = f"{CHANNEL}final{MESSAGE}"  # and behind which it answers
 _HEADER_ENDS = Words((MESSAGE, *ENDS))
 _BODY_ENDS = Words((*ENDS, START))
 _NO_ENDS = (CHANNEL, CONSTRAIN, MESSAGE)  # where they mean nothing
@@ -88,4 +92,4 @@ def _read_body(
 
 def written(name: str, arguments: str) -> str:
     """A call as gpt-oss writes it behind `<|start|>assistant`; `arguments` is JSON text."""
-    return f"{CHANNEL}commentary to=functions.{name} {CONSTRAIN}json{MESSAGE}{arguments}<|call|>"
+    return f"{CHANNEL}commentary to=functions.{name} {CONSTRAIN}json{MESSAGE}{arguments}{CALL}"

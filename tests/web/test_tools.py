@@ -38,6 +38,10 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
         ({"tools": [WEATHER, CLOCK], "tool_choice": allowed("auto", "clock")}, "auto", {"clock"}),
         ({"functions": [WEATHER["function"]]}, "auto", {"weather"}),
         ({"functions": [WEATHER["function"]], "function_call": "none"}, "none", None),
+        ({"tools": [WEATHER], "tool_choice": "required"}, "required", {"weather"}),
+        ({"tools": [WEATHER, CLOCK], "tool_choice": NAMED}, "required", {"clock"}),
+        ({"tools": [WEATHER, CLOCK], "tool_choice": allowed("required", "clock")}, "required", {"clock"}),
+        ({"functions": [WEATHER["function"]], "function_call": {"name": "weather"}}, "required", {"weather"}),
     ],
 )
 def test_which_tools_may_be_called(fields: dict[str, Any], choice: str, names: set[str] | None) -> None:
@@ -79,6 +83,13 @@ def test_schemas_and_parallel_calls() -> None:
         ({"reasoning_effort": "huge"}, "reasoning_effort"),
         ({"verbosity": 3}, "verbosity"),
         ({"documents": "x"}, "documents"),
+        (
+            {
+                "tools": [CLOCK, {"function": {"name": "a", "parameters": {"properties": {"b": {"type": "what"}}}}}],
+                "tool_choice": "required",
+            },
+            "tools[1].function.parameters",
+        ),
         ({"documents": ["x"]}, "documents[0]"),
     ],
 )
