@@ -81,7 +81,7 @@ class CallReader:
         incoming, format = self._incoming, self._format
         while (yield from self._all(words)):
             yield from incoming.spaces()
-            if format.listed is not None and (yield from incoming.comes("[")):
+            if format.listed is not None and (yield from self._list_comes()):
                 listed = CallReader(incoming, self._sink, format.listed, self._tools)
                 yield from listed._read(listed._section[1:], in_section=True)
                 return
@@ -100,6 +100,10 @@ class CallReader:
                 break
             words = () if again else self._begin
         self._sink.content(incoming.recorded())
+
+    def _list_comes(self) -> Reading[bool]:
+        again = yield from self._incoming.comes(self._begin[0])  # which may begin with a bracket, too
+        return not again and (yield from self._incoming.comes("["))
 
     def _all(self, words: tuple[str, ...]) -> Reading[bool]:
         """Read these words and the white space before each, as far as they come; whether all did."""
@@ -254,10 +258,11 @@ class CallReader:
         declared = properties.get("".join(key).strip()) if isinstance(properties, Mapping) else None
         types = value_types(declared, schema)
         self._sink.arguments(f"{opening}{json.dumps(''.join(key).strip(), ensure_ascii=False)}: ")
+        breaks = format.value_end.startswith("\n")
         ends = Words((format.value_end.strip(), self._stop))
         if types <= {"string"}:
             self._sink.arguments('"')
-            yield from self._incoming.until(ends, StringWriter(self._sink.arguments), read=False)
+            yield from self._incoming.until(ends, StringWriter(self._sink.arguments, breaks), read=False)
             self._sink.arguments('"')
         else:
             text: list[str] = []

@@ -60,16 +60,16 @@ def read_harmony(incoming: Incoming, sink: Sink, tools: Mapping[str, Any] | None
     """All messages. `tools` None: calls are content; not `splits`: reasoning is."""
     started = False  # the last message ended with <|start|>
     while started or (yield from incoming.peek()):
-        begin, header = incoming.num_read, []
+        header: list[str] = []
         yield from incoming.spaces()
         for word in _BEGINS:
             started = started or (yield from incoming.comes(word))
         message = not started or (yield from incoming.until(_HEADER_ENDS, header.append)) == MESSAGE
-        started = message and (yield from _read_body(incoming, sink, "".join(header), begin, tools, splits)) == START
+        started = message and (yield from _read_body(incoming, sink, "".join(header), tools, splits)) == START
 
 
 def _read_body(
-    incoming: Incoming, sink: Sink, header: str, begin: int, tools: Mapping[str, Any] | None, splits: bool
+    incoming: Incoming, sink: Sink, header: str, tools: Mapping[str, Any] | None, splits: bool
 ) -> Reading[str]:
     """One message behind its header; the word that ends it."""
     recipient, channel = _RECIPIENT.search(header), _CHANNEL.search(header)
@@ -81,7 +81,7 @@ def _read_body(
             return (yield from incoming.until(_BODY_ENDS, sink.arguments))
         sink.arguments("{}")
     elif splits and channel and channel[1] == "analysis":
-        sink.begin_reasoning(begin)
+        sink.begin_reasoning(incoming.num_read)
         ended = yield from incoming.until(_BODY_ENDS, sink.reasoning)
         sink.end_reasoning(incoming.num_read)
         return ended

@@ -60,21 +60,22 @@ def as_json(text: str, types: frozenset[str]) -> str:
 
 
 class StringWriter:
-    """A string's text, piece by piece, to JSON text without the quotes; one line break at either end is left out."""
+    """A string's text, piece by piece, to JSON text without the quotes; without the line `breaks` around it."""
 
-    def __init__(self, emit: Callable[[str], object]) -> None:
+    def __init__(self, emit: Callable[[str], object], breaks: bool) -> None:
         self._emit = emit
+        self._breaks = breaks
         self._begun = False
         self._break = ""
 
     def __call__(self, text: str) -> None:
         """More of it."""
-        if not self._begun:
+        if self._breaks:
+            text = self._break + (text if self._begun else text.removeprefix("\n"))
             self._begun = True
-            text = text.removeprefix("\n")
-        text = self._break + text
-        self._break = "\n" if text.endswith("\n") else ""
-        if text := text.removesuffix("\n"):
+            self._break = "\n" if text.endswith("\n") else ""
+            text = text.removesuffix("\n")
+        if text:
             self._emit(json.dumps(text, ensure_ascii=False)[1:-1])
 
 
