@@ -9,7 +9,14 @@ import pytest
 from tests.paths import ROOT
 
 PACKAGES = ("kernels", "compiler", "runtime", "web", "perf")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/clients.md", "perf/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/clients.md",
+    "docs/tools.md",
+    "perf/README.md",
+)
 
 
 def test_the_layout_table_lists_every_folder() -> None:
