@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from pagegraph.runtime.ipc.protocol import (
     EngineInfo,
     Failed,
     Hello,
+    PromptLogprobs,
     Submit,
     SubmitGroup,
     TokenDelta,
@@ -155,12 +157,35 @@ class FakeEngine:
                     mailbox.send(client, answer if isinstance(answer, Failed) else Tokens([answer]))
 
     @staticmethod
+    def prompt_deltas(submit: Submit) -> list[TokenDelta]:
+        """The prompt's log-probabilities in two parts: token at has -at/8 and rank 2, behind ids 7, 8, ... with -1/16 each."""
+        wanted, size = submit.params.prompt_logprobs, len(submit.token_ids)
+        if wanted is None:
+            return []
+        parts = []
+        for first, end in ((1, size // 2), (max(size // 2, 1), size)):
+            places = range(first, end)
+            tops = range(7, 7 + wanted)
+            parts.append(
+                PromptLogprobs(
+                    first,
+                    array("f", [-at / 8 for at in places]).tobytes(),
+                    array("i", [2] * len(places)).tobytes(),
+                    array("i", [*tops] * len(places)).tobytes(),
+                    array("f", [-1 / 16 for _ in tops] * len(places)).tobytes(),
+                )
+            )
+        return [TokenDelta(submit.request_id, [], prompt_logprobs=part) for part in parts if len(part)]
+
+    @staticmethod
     def deltas(submit: Submit, token_ids: list[int], finish: str = "stop", stop_id: int = -1) -> list[TokenDelta]:
         """One delta a token, cut at max_tokens, with made-up log-probabilities when they were asked for."""
         count = min(len(token_ids), submit.params.max_tokens)
         reason = finish if count == len(token_ids) else "length"
         top = submit.params.logprobs
-        deltas = []
+        deltas = FakeEngine.prompt_deltas(submit)
+        if count == 0:
+            deltas.append(TokenDelta(submit.request_id, [], "length"))
         for index, token_id in enumerate(token_ids[:count]):
             ids = [token_id, *(i for i in range(7, 30) if i != token_id)][: top or 0]
             entry = TokenLogprob(token_id, -0.5, 1, ids, [-0.5 - rank for rank in range(len(ids))])

@@ -162,7 +162,6 @@ UNSERVED: dict[str, _Row] = {
     "repetition_detection": _not(),
     "thinking_token_budget": _not(-1),
     "include_reasoning": _not(True),
-    "prompt_logprobs": _not(False),
     "logprob_token_ids": _not(),
     "return_token_offsets": _not(False),
     "return_prompt_text": _not(False),

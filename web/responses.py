@@ -1,4 +1,4 @@
-"""Generated text as OpenAI's JSON: chat completions and text completions, whole or in chunks.
+"""Generated text as OpenAI's JSON: what chat completions and text completions share, and chat completions.
 
 Knows the shapes of answers. Knows no engine, no fields of requests beyond those that change an answer, and no HTTP.
 """
@@ -16,21 +16,29 @@ from pagegraph.runtime.text.output import Piece
 from pagegraph.runtime.text.tokenizer import Tokenizer
 from pagegraph.web.errors import ApiError
 from pagegraph.web.message import message_of
+from pagegraph.web.prompt_logprobs import as_json, finite
 from pagegraph.web.schema import GenerationRequest
 from pagegraph.web.service import Service
 from pagegraph.web.stream import DONE, KEEP_ALIVE, Generation, sse
 
 
 @dataclass(slots=True)
-class _Choice:
+class Choice:
     """One choice of a response that is not streamed."""
 
     text: str = ""
     logprobs: list[TokenLogprob] | None = None
-    offsets: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)  # where in `text` that of each begins
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    begin: int = 0  # characters of the prompt that stand before the output
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of the output's tokens."""
+        entries = self.logprobs or []
+        return sum(entry.logprob for entry in entries) / max(len(entries), 1)
 
 
 class GenerationResponse:
@@ -60,12 +68,14 @@ class GenerationResponse:
         self._tokenizer = service.tokenizer
         self._include_usage = checked.include_usage
         self._continuous_usage = checked.continuous_usage
-        self._n = checked.n
+        self._n, self._best_of = checked.n, checked.best_of
+        self._prompts = prompts
+        self._shows_prompt_logprobs = checked.prompt_logprobs is not None
         self._tokens_as_ids = checked.tokens_as_token_ids
         self._prompt_ids = prompts if checked.return_token_ids else None  # and those of the output
         self._num_prompt_tokens = sum(map(len, prompts))
         self._outputs = generation.outputs
-        self._choices = [_Choice() for _ in generation.outputs]
+        self._choices = [Choice() for _ in generation.outputs]
 
     def add(self, index: int, piece: Piece) -> None:
         """Take one piece of a sequence into the whole response."""
@@ -75,7 +85,7 @@ class GenerationResponse:
         if piece.logprobs is not None:
             choice.logprobs = choice.logprobs or []
             choice.logprobs += piece.logprobs
-            choice.offsets += piece.offsets
+            choice.offsets += [choice.begin + at for at in piece.offsets]
         if piece.finish_reason:
             choice.finish_reason, choice.stop_reason = piece.finish_reason, piece.stop_reason
 
@@ -100,13 +110,20 @@ class GenerationResponse:
         """What a stream ends with in place of `last`."""
         return [error.body()]
 
-    def choice_json(self, index: int, choice: _Choice) -> dict[str, Any]:
+    def choice_json(self, index: int, choice: Choice) -> dict[str, Any]:
         """One choice of the whole response."""
         raise NotImplementedError
 
     def _token_ids(self, token_ids: list[int]) -> dict[str, list[int]]:
         """The output's token ids as a choice has them, if they were asked for."""
         return {} if self._prompt_ids is None else {"token_ids": token_ids}
+
+    def _prompt_logprobs(self, prompt: int) -> dict[str, Any]:
+        """What the prompt's first sequence told of it, if it was asked for."""
+        if not self._shows_prompt_logprobs:
+            return {}
+        parts = self._outputs[prompt * self._best_of].prompt_logprobs
+        return {"prompt_logprobs": as_json(parts, self._prompts[prompt], self._tokenizer)}
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         chunk = {**self._head, "object": self.object_chunk, "choices": choices}
@@ -116,7 +133,7 @@ class GenerationResponse:
 
     def _usage(self) -> dict[str, Any]:
         completion = sum(output.num_tokens for output in self._outputs)
-        cached = sum(output.cached_tokens for output in self._outputs[:: self._n])
+        cached = sum(output.cached_tokens for output in self._outputs[:: self._best_of])
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": completion,
@@ -158,7 +175,7 @@ class ChatResponse(GenerationResponse):
 
     def whole(self) -> dict[str, Any]:
         """The response that is not streamed."""
-        return super().whole() | self._prompt_token_ids()
+        return super().whole() | self._prompt_token_ids() | self._prompt_logprobs(0)
 
     def first(self) -> list[dict[str, Any]]:
         """The role of every choice."""
@@ -184,7 +201,7 @@ class ChatResponse(GenerationResponse):
             events.append(self._chunk([end]))
         return events
 
-    def choice_json(self, index: int, choice: _Choice) -> dict[str, Any]:
+    def choice_json(self, index: int, choice: Choice) -> dict[str, Any]:
         """A choice with the whole message."""
         return {
             "index": index,
@@ -213,107 +230,13 @@ class ChatResponse(GenerationResponse):
         return {"content": token_entries(self._tokenizer, entries, self._tokens_as_ids), "refusal": None}
 
 
-class CompletionResponse(GenerationResponse):
-    """`text_completion`, whole and streamed alike."""
-
-    prefix = "cmpl-"
-    object_whole = "text_completion"
-    object_chunk = "text_completion"
-
-    def __init__(
-        self,
-        checked: GenerationRequest,
-        service: Service,
-        info: EngineInfo,
-        prompts: list[list[int]],
-        generation: Generation,
-    ) -> None:
-        super().__init__(checked, service, info, prompts, generation)
-        self._echo = checked.echo
-        if self._echo:
-            skip = checked.skip_special_tokens
-            asked = prompts if checked.truncate_prompt_tokens is not None else checked.prompts
-            texts = [one if isinstance(one, str) else self._tokenizer.decode(one, skip_special=skip) for one in asked]
-            self._choices = [_Choice(text) for text in texts for _ in range(checked.n)]
-
-    def first(self) -> list[dict[str, Any]]:
-        """The prompts' texts, where they are wanted."""
-        if not self._echo and self._prompt_ids is None:
-            return []
-        chunks = []
-        for index, choice in enumerate(self._choices):
-            chunks.append(self._chunk([self.choice_json(index, choice) | self._prompt_token_ids(index)]))
-        return chunks
-
-    def events(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        """A chunk with text, log-probabilities and finish reason."""
-        wanted = self._prompt_ids is not None and piece.token_ids
-        if not (piece.text or piece.logprobs or piece.finish_reason or wanted):
-            return []
-        choice = _Choice(
-            piece.text, piece.logprobs, piece.offsets, piece.token_ids, piece.finish_reason, piece.stop_reason
-        )
-        return [self._chunk([self.choice_json(index, choice)])]
-
-    def choice_json(self, index: int, choice: _Choice) -> dict[str, Any]:
-        """A choice with the text."""
-        return {
-            "index": index,
-            "text": choice.text,
-            "logprobs": self._logprobs(choice.logprobs, choice.offsets),
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-            **self._token_ids(choice.token_ids),
-        }
-
-    def whole(self) -> dict[str, Any]:
-        """The response that is not streamed."""
-        body = super().whole()
-        for choice in body["choices"]:
-            choice |= self._prompt_token_ids(choice["index"])
-        return body
-
-    def _prompt_token_ids(self, index: int) -> dict[str, list[int]]:
-        """The token ids of a choice's prompt, if they were asked for."""
-        return {} if self._prompt_ids is None else {"prompt_token_ids": self._prompt_ids[index // self._n]}
-
-    def _logprobs(self, entries: list[TokenLogprob] | None, offsets: list[int]) -> dict[str, Any] | None:
-        """Parallel lists; `text_offset` is where in the choice's text that of the token begins."""
-        if entries is None:
-            return None
-        tokens = [self._token(entry.token_id) for entry in entries]
-        chosen = [_finite(entry.logprob) for entry in entries]
-        tops = [self._likeliest(entry, token) for entry, token in zip(entries, tokens, strict=True)]
-        return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
-
-    def _likeliest(self, entry: TokenLogprob, token: str) -> dict[str, float]:
-        """The likeliest tokens in falling order, the sampled one (`token`, as text) among them; of equal texts one."""
-        tops: dict[str, float] = {}
-        for token_id, value in zip(entry.top_ids, entry.top_logprobs, strict=True):
-            text = self._token(token_id)
-            if text != token or token_id == entry.token_id:
-                tops.setdefault(text, _finite(value))
-        tops.setdefault(token, _finite(entry.logprob))
-        return tops
-
-    def _token(self, token_id: int) -> str:
-        """A token as text; one that is not whole characters as its bytes, so that no two look the same."""
-        if self._tokens_as_ids:
-            return f"token_id:{token_id}"
-        data = self._tokenizer.token_bytes(token_id)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
 def token_entries(tokenizer: Tokenizer, entries: list[TokenLogprob], as_ids: bool = False) -> list[dict[str, Any]]:
     """Log-probabilities as chat completions and responses write them: tokens as text and bytes."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         data = tokenizer.token_bytes(token_id)
         token = f"token_id:{token_id}" if as_ids else data.decode("utf-8", "replace")
-        return {"token": token, "logprob": _finite(logprob), "bytes": list(data)}
+        return {"token": token, "logprob": finite(logprob), "bytes": list(data)}
 
     return [
         {
@@ -322,11 +245,6 @@ def token_entries(tokenizer: Tokenizer, entries: list[TokenLogprob], as_ids: boo
         }
         for one in entries
     ]
-
-
-def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI's floor for an impossible token stands for it."""
-    return max(logprob, -9999.0)
 
 
 def model_card(service: Service) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from flask import Blueprint, Response
 
 from pagegraph.web.errors import json_response
 from pagegraph.web.generate import generate
-from pagegraph.web.responses import ChatResponse, CompletionResponse, GenerationResponse, model_card
+from pagegraph.web.responses import ChatResponse, GenerationResponse, model_card
 from pagegraph.web.schema import parse_chat, parse_completion
 from pagegraph.web.service import current_service
 from pagegraph.web.stream import Generation
 from pagegraph.web.submit import Parse, read_request
+from pagegraph.web.text_completion import CompletionResponse
 
 blueprint = Blueprint("openai", __name__)
 

@@ -49,6 +49,7 @@ class GenerationRequest:
     advice: dict[str, Any] = field(default_factory=dict)  # for the template, where it reads it
     documents: list[dict[str, Any]] = field(default_factory=list)
     n: int
+    best_of: int  # sequences for each prompt, of which the n likeliest are the answer
     stream: bool
     include_usage: bool
     continuous_usage: bool  # in every chunk
@@ -56,6 +57,8 @@ class GenerationRequest:
     max_tokens: int | None  # None: chat, fill the context; 0: the prompt alone comes back
     max_tokens_is_default: bool
     params: SamplingParams
+    shows_logprobs: bool
+    prompt_logprobs: int | None  # as vLLM shows them; `params` has what else they are needed for
     stop: list[str]
     include_stop: bool
     skip_special_tokens: bool
@@ -111,10 +114,9 @@ def parse_completion(
     echo = fields.boolean("echo", False)
     max_tokens = fields.number("max_tokens", replace(RANGES["max_tokens"], low=0), None)
     logprobs = fields.number("logprobs", RANGES["logprobs"], None)
-    if max_tokens == 0 and not echo:
-        refuse("max_tokens", f"0 needs echo: true beside it; give at least 1, for example {DEFAULT_COMPLETION_TOKENS}")
-    if echo and logprobs is not None:
-        refuse("echo", "beside logprobs is not served, for they would be the prompt's too; leave one of them out")
+    if max_tokens == 0 and not echo and body.get("prompt_logprobs") is None:
+        beside = "0 needs echo: true or prompt_logprobs beside it"
+        refuse("max_tokens", f"{beside}; give at least 1, for example {DEFAULT_COMPLETION_TOKENS}")
     return _request(
         fields,
         vocab_size,
@@ -167,14 +169,13 @@ def _request(
 ) -> GenerationRequest:
     """The fields that both endpoints share, and the check that nothing unserved was asked."""
     chat = bool(messages)
-    n = fields.number("n", NUMBERS["n"], 1)
-    best_of = fields.number("best_of", NUMBERS["n"], n)
-    if best_of != n:
-        refuse("best_of", f"other than n is not served; leave it out or give {n}")
-    if n * len(prompts) > MAX_SEQUENCES:
-        refuse("n", f"times the number of prompts is {n * len(prompts)}; at most {MAX_SEQUENCES} sequences a request")
     stream = fields.boolean("stream", False)
+    n, best_of = _counts(fields, len(prompts), ranks=not chat and not stream)
+    prompt_logprobs = fields.number("prompt_logprobs", RANGES["prompt_logprobs"], None)
+    if stream and prompt_logprobs is not None:
+        refuse("prompt_logprobs", "is not served beside stream: true; leave one of them out")
     options = _stream_options(fields, stream)
+    echoed = logprobs if echo else None
     limit = max_tokens
     if limit is None:
         own: Any = sampling_defaults.get("max_tokens")
@@ -185,13 +186,23 @@ def _request(
         messages=messages,
         **(read_chat_fields(fields) if chat else {}),
         n=n,
+        best_of=best_of,
         stream=stream,
         include_usage=options["include_usage"],
         continuous_usage=options["continuous_usage_stats"],
         echo=echo,
         max_tokens=limit,
         max_tokens_is_default=max_tokens is None,
-        params=_sampling(fields, vocab_size, sampling_defaults, max_tokens=limit or None, logprobs=logprobs),
+        params=_sampling(
+            fields,
+            vocab_size,
+            sampling_defaults,
+            max_tokens=limit or None,
+            logprobs=0 if logprobs is None and best_of > n else logprobs,
+            prompt_logprobs=max((one for one in (prompt_logprobs, echoed) if one is not None), default=None),
+        ),
+        shows_logprobs=logprobs is not None,
+        prompt_logprobs=prompt_logprobs,
         stop=check_stop(fields.take("stop")),
         include_stop=fields.boolean("include_stop_str_in_output", False),
         skip_special_tokens=fields.boolean("skip_special_tokens", True),
@@ -215,6 +226,22 @@ def _request(
             refuse("continue_final_message", "needs add_generation_prompt: false beside it")
         return replace(request, add_generation_prompt=False)
     return request
+
+
+def _counts(fields: Fields, num_prompts: int, ranks: bool) -> tuple[int, int]:
+    """n and best_of. `ranks`: whether the likeliest of several sequences can be chosen."""
+    n = fields.number("n", NUMBERS["n"], 1)
+    best_of = fields.number("best_of", NUMBERS["n"], n)
+    if best_of < n:
+        refuse("best_of", f"is {best_of}, below n = {n}; give at least n, or leave it out")
+    if best_of > n and not ranks:
+        where = "above n is served by /v1/completions without stream alone"
+        refuse("best_of", f"{where}; leave it out or give {n}")
+    if best_of * num_prompts > MAX_SEQUENCES:
+        name = "best_of" if best_of > n else "n"
+        times = f"times the number of prompts is {best_of * num_prompts}"
+        refuse(name, f"{times}; at most {MAX_SEQUENCES} sequences a request")
+    return n, best_of
 
 
 def _sampling(

@@ -21,6 +21,7 @@ from pagegraph.runtime.text.tokenizer import ChatTemplateError, Tokenizer
 from pagegraph.web.errors import ApiError
 from pagegraph.web.fields import refuse
 from pagegraph.web.message import held
+from pagegraph.web.prompt_logprobs import check_size
 from pagegraph.web.schema import GenerationRequest, parse_body
 from pagegraph.web.service import Service
 from pagegraph.web.stream import Generation, NoTokens, client_probe
@@ -86,8 +87,8 @@ def truncated(ids: list[int], checked: GenerationRequest, info: EngineInfo) -> l
         most = f"is {keep}, above max_model_len = {info.max_model_len}; give at most that, or -1 for as many as fit"
         raise BadParameter("truncate_prompt_tokens", most)
     if keep < 0:
-        asked = None if checked.max_tokens_is_default else checked.max_tokens
-        keep = max(info.max_model_len - max(asked or 1, checked.params.min_tokens), 1)
+        asked = 1 if checked.max_tokens_is_default or checked.max_tokens is None else checked.max_tokens
+        keep = max(info.max_model_len - max(asked, checked.params.min_tokens), 1)
     return ids[-keep:] if checked.truncation_side == "left" else ids[:keep]
 
 
@@ -105,14 +106,18 @@ def submit(
     info: EngineInfo,
     release: Callable[[], None],
 ) -> Generation:
-    """Submit n sequences for each prompt, sequence j of them with seed + j. Closing the generation calls `release`."""
-    each = [ids for ids in prompts for _ in range(checked.n)]
+    """Submit best_of sequences for each prompt, sequence j of them with seed + j.
+
+    Closing the generation calls `release`. Raises BadParameter where the answer would be too large.
+    """
+    check_size(checked, prompts)
+    each, times = [ids for ids in prompts for _ in range(checked.best_of)], checked.best_of
     if checked.messages:
         checked = replace(checked, params=held(service.chat, checked, prompts[0]))
-    if checked.max_tokens == 0:
+    if checked.max_tokens == 0 and checked.params.prompt_logprobs is None:
         params, group = [checked.params] * len(each), NoTokens(len(each))
     else:
-        params = [_params(checked, len(ids), index % checked.n, info.max_model_len) for index, ids in enumerate(each)]
+        params = [_params(checked, len(ids), index % times, info.max_model_len) for index, ids in enumerate(each)]
         group = service.engine.submit_group(list(zip(each, params, strict=True)), checked.priority, checked.cache_salt)
     kept = service.chat.kept_ids(tools=checked.tools.schemas is not None) if checked.messages else frozenset()
     outputs = [
@@ -164,7 +169,10 @@ def prompts_of(service: Service, checked: GenerationRequest, info: EngineInfo) -
 def _check_chars(text: str, tokenizer: Tokenizer, checked: GenerationRequest, info: EngineInfo) -> None:
     """Refuse megabytes before they are tokenised, which takes seconds and hundreds of megabytes."""
     if at_least := tokenizer.min_tokens(text, enough=info.max_model_len):
-        check_length(at_least, info.max_model_len, field=_prompt_field(checked), num_chars=len(text))
+        no_output = 0 if checked.max_tokens == 0 else None
+        check_length(
+            at_least, info.max_model_len, field=_prompt_field(checked), max_tokens=no_output, num_chars=len(text)
+        )
 
 
 def _check_length(num_prompt: int, checked: GenerationRequest, info: EngineInfo) -> None:
@@ -188,4 +196,7 @@ def _params(checked: GenerationRequest, num_prompt: int, rank: int, max_model_le
     seed = checked.params.seed
     if seed is not None:
         seed = wrap_seed(seed + rank)
-    return msgspec.structs.replace(checked.params, max_tokens=max_tokens, seed=seed)
+    # One sequence of a prompt tells of it, if the others' answers can wait.
+    tells = rank == 0 or checked.stream or checked.max_tokens == 0
+    prompt_logprobs = checked.params.prompt_logprobs if tells else None
+    return msgspec.structs.replace(checked.params, max_tokens=max_tokens, seed=seed, prompt_logprobs=prompt_logprobs)

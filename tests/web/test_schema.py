@@ -37,7 +37,8 @@ BAD = [
     ("frequency_penalty", [-2.1, 2.1]),
     ("presence_penalty", [-2.1, 2.1]),
     ("n", [0, 129, 10**9, "1", 1.5]),
-    ("best_of", [2, 10**6]),
+    ("best_of", [0, 129, 10**6, 1.5, "2"]),
+    ("prompt_logprobs", [-1, 21, 10**6, 1.5, "2", True]),
     ("seed", [2**63, -(2**63) - 1, "a"]),
     ("stream", ["yes", 1]),
     ("stream_options", [{"include_usage": True}, 3]),
@@ -101,14 +102,46 @@ def test_known_fields_are_refused_by_name_or_without_effect(name: str) -> None:
 
 def test_echo() -> None:
     assert completion(echo=True, max_tokens=0).max_tokens == 0 and completion(echo=True).max_tokens == 16
-    with pytest.raises(ApiError, match="max_tokens 0 needs echo: true"):
+    with pytest.raises(ApiError, match="max_tokens 0 needs echo: true or prompt_logprobs"):
         completion(max_tokens=0)
-    for fields, param in (({"logprobs": 0}, "echo"), ({"max_tokens": 0, "min_tokens": 1}, "min_tokens")):
-        with pytest.raises(ApiError) as caught:
-            completion(echo=True, **fields)
-        assert caught.value.param == param
+    with pytest.raises(ApiError) as caught:
+        completion(echo=True, max_tokens=0, min_tokens=1)
+    assert caught.value.param == "min_tokens"
     with pytest.raises(ApiError, match="echo is not served here"):
         chat(echo=True)
+
+
+def test_what_is_asked_of_prompts() -> None:
+    """`echo` beside logprobs asks for the prompt's too; the larger number counts."""
+    for fields, wanted in (
+        ({}, None), ({"logprobs": 3}, None), ({"echo": True}, None), ({"echo": True, "logprobs": 0}, 0),
+        ({"prompt_logprobs": 2}, 2), ({"prompt_logprobs": 2, "echo": True, "logprobs": 3}, 3),
+        ({"prompt_logprobs": 4, "echo": True, "logprobs": 3}, 4), ({"prompt_logprobs": 1, "max_tokens": 0}, 1),
+    ):  # fmt: skip
+        request = completion(**fields)
+        assert request.params.prompt_logprobs == wanted
+        assert request.prompt_logprobs == fields.get("prompt_logprobs")
+        assert request.params.logprobs == fields.get("logprobs")
+    assert chat(prompt_logprobs=2).params.prompt_logprobs == 2
+    for parse in (completion, chat):
+        with pytest.raises(ApiError, match="prompt_logprobs is not served beside stream"):
+            parse(prompt_logprobs=2, stream=True)
+
+
+def test_best_of() -> None:
+    request = completion(n=2, best_of=3)
+    assert (request.n, request.best_of, request.params.logprobs, request.shows_logprobs) == (2, 3, 0, False)
+    assert completion(best_of=3, logprobs=2).params.logprobs == 2 and completion().best_of == 1
+    assert completion(n=3, best_of=3, stream=True).best_of == 3 and chat(n=2, best_of=2).best_of == 2
+    for parse, fields, words in (
+        (completion, {"n": 3, "best_of": 2}, "best_of is 2, below n = 3"),
+        (completion, {"best_of": 2, "stream": True}, "without stream alone"),
+        (chat, {"best_of": 2}, "served by /v1/completions"),
+        (completion, {"best_of": 128, "prompt": ["x"] * 9}, "best_of times the number of prompts is 1152"),
+    ):
+        with pytest.raises(ApiError, match=words) as caught:
+            parse(**fields)
+        assert caught.value.param == "best_of"
 
 
 def test_fields_of_the_other_endpoint() -> None:
@@ -122,7 +155,7 @@ def test_fields_of_the_other_endpoint() -> None:
     ("name", "value", "works"),
     [("grammar", 'root ::= "a"', "leave it out"), ("json_schema", {}, "leave it out"), ("n_predict", 9, "give max_tokens"),
      ("repeat_penalty", 1.1, "give repetition_penalty"), ("enable_thinking", False, "chat_template_kwargs"),
-     ("typical_p", 0.9, "give 1.0"), ("mirostat", True, "give 0"), ("prompt_logprobs", 0, "leave it out")],
+     ("typical_p", 0.9, "give 1.0"), ("mirostat", True, "give 0")],
 )  # fmt: skip
 def test_what_works_in_place_of_a_refused_field(name: str, value: Any, works: str) -> None:
     with pytest.raises(ApiError, match=name) as caught:
@@ -320,7 +353,7 @@ def test_what_the_model_sets_for_requests_holds_where_they_do_not_say() -> None:
 def test_fan_out_is_refused_fast() -> None:
     started = time.perf_counter()
     for fields in ({"n": 10**9}, {"prompt": ["x"] * 10**6}, {"best_of": 10**6}, {"logprobs": 10**6},
-                   {"n": 128, "prompt": ["x"] * 1024}):  # fmt: skip
+                   {"prompt_logprobs": 10**6}, {"best_of": 128, "prompt": ["x"] * 1024}, {"n": 128, "prompt": ["x"] * 1024}):  # fmt: skip
         with pytest.raises(ApiError):
             completion(**fields)
     assert time.perf_counter() - started < 0.25

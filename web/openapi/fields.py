@@ -49,7 +49,10 @@ SHARED: Described = {
         "include_usage: a last chunk with the usage; continuous_usage_stats: the usage in every chunk.",
     ),
     "n": (number(NUMBERS["n"], 1), "Answers for each prompt; answer j is sampled with seed + j."),
-    "best_of": (number(NUMBERS["n"]), "The same as n."),
+    "best_of": (number(NUMBERS["n"]), "Of so many answers for each prompt show the n likeliest; completions alone."),
+    "prompt_logprobs": _sampled(
+        "prompt_logprobs", "Show the log-probability of each prompt token and of so many others."
+    ),
     "stop": (
         {"anyOf": [_STRING, {"type": "array", "items": _STRING, "maxItems": MAX_STOP}]},
         "Strings that end the answer, which does not hold them.",
@@ -145,10 +148,10 @@ COMPLETION: Described = {
     **SHARED,
     "max_tokens": (
         number(Range(0, RANGES["max_tokens"].high, 16, int), DEFAULT_COMPLETION_TOKENS),
-        "The most tokens of each answer; 0 needs echo.",
+        "The most tokens of each answer; 0 needs echo or prompt_logprobs.",
     ),
     "logprobs": (number(RANGES["logprobs"]), "Show the log-probability of each token and of so many likeliest ones."),
-    "echo": (_BOOLEAN, "Put the prompt before the answer."),
+    "echo": (_BOOLEAN, "Put the prompt before the answer; its log-probabilities too, if they are wanted."),
     "add_special_tokens": (_TRUE, "Add the tokenizer's special tokens to a prompt that is text."),
 }
 
