@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from pagegraph.runtime.sampling_params import BadParameter
 from pagegraph.web.errors import ApiError, as_api_error
+from pagegraph.web.schema import GenerationRequest
 
 Names = Sequence[tuple[str, str]]  # pattern of a chat's field name, and what it is called instead
 
@@ -32,7 +33,7 @@ def renaming(names: Names) -> Iterator[None]:
 
 
 def renamed(error: Exception, names: Names) -> ApiError:
-    """`error` with the first pattern that matches the field at fault replaced, there and in its message."""
+    """`error` with the name of the field at fault as the surface has it, there and in its message."""
     told = as_api_error(error)
     if told.param is None:
         return told
@@ -40,9 +41,20 @@ def renamed(error: Exception, names: Names) -> ApiError:
     if told.code == "context_length_exceeded":  # its arithmetic names other fields, too
         for pattern, instead in names:
             message = re.sub(rf"(?<![\w.]){pattern}(?!\w)", instead, message)
+    param = own_name(told.param, names)
+    if param != told.param:
+        message = re.sub(rf"(?<![\w.]){re.escape(told.param)}(?!\w)", param.replace("\\", r"\\"), message)
+    return ApiError(told.status, message, param=param, code=told.code)
+
+
+def own_name(name: str, names: Names) -> str:
+    """What a chat's field is called on the surface: the beginning that the first pattern matches is replaced."""
     for pattern, instead in names:
-        if match := re.match(pattern, told.param):
-            now = match.expand(instead)
-            message = re.sub(rf"(?<![\w.]){re.escape(match[0])}(?!\w)", now, message)
-            return ApiError(told.status, message, param=now + told.param[match.end() :], code=told.code)
-    return told
+        if match := re.match(pattern, name):
+            return match.expand(instead) + name[match.end() :]
+    return name
+
+
+def rename_ignored(checked: GenerationRequest, names: Names) -> None:
+    """The request's fields without effect under the names that the surface has for them."""
+    checked.ignored[:] = [own_name(name, names) for name in checked.ignored]

@@ -1,4 +1,4 @@
-"""Reasoning on every surface that answers a chat: the same parts, each in the surface's own shape, streamed or not."""
+"""Reasoning and tools on every surface that answers a chat: the same parts, each in the surface's own shape, streamed or not."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
@@ -15,7 +16,7 @@ from pagegraph.runtime.text.tokenizer import Tokenizer
 SURFACES = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}]},
     "/v1/responses": {"input": "hello"},
-    "/v1/messages": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 100},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 300},
 }
 THOUGHT, SAID = "the end is near", "hello world"
 
@@ -44,7 +45,7 @@ def parts(path: str, body: dict[str, Any]) -> tuple[str, str]:
     if path == "/v1/messages":
         texts = {block["type"]: block.get("thinking", block.get("text")) for block in body["content"]}
         return texts.get("thinking", ""), texts.get("text", "")
-    texts = {item["type"]: item["content"][0]["text"] for item in body["output"]}
+    texts = {item["type"]: item["content"][0]["text"] for item in body["output"] if "content" in item}
     return texts.get("reasoning", ""), texts.get("message", "")
 
 
@@ -96,3 +97,121 @@ def test_reasoning_is_counted_and_may_be_sent_back(http: FlaskClient, say, fake_
                {"role": "user", "content": "and?"}]  # fmt: skip
     assert http.post("/v1/messages", json={"messages": history, "max_tokens": 5}).status_code == 200
     assert fake_engine.submits[-1].token_ids == by_hand
+
+
+# tools
+
+SCHEMA = {"properties": {"a": {"type": "integer"}}, "type": "object"}
+TOOL = {"name": "f", "description": "adds one"}
+TOOLS: dict[str, Any] = {
+    "/v1/chat/completions": [{"type": "function", "function": TOOL | {"parameters": SCHEMA}}],
+    "/v1/responses": [{"type": "function", **TOOL, "parameters": SCHEMA}],
+    "/v1/messages": [TOOL | {"input_schema": SCHEMA}],
+}
+CALLING = """<think>hm</think>so <tool_call>
+{"name": "f", "arguments": {"a": 1}}
+</tool_call>
+<tool_call>
+{"name": "f", "arguments": {"a": 2}}
+</tool_call>"""
+
+
+@pytest.fixture
+def tools(make_app: Callable[..., Flask], fake_engine) -> FlaskClient:
+    fake_engine.info = msgspec.structs.replace(fake_engine.info, max_model_len=4096)
+    return make_app(reasoning_parser="qwen3", tool_call_parser="hermes").test_client()
+
+
+def called(path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of the calls of an answer; each has an id, and the tool's name."""
+    if path == "/v1/chat/completions":
+        calls = [(call["id"], call["function"]["name"], json.loads(call["function"]["arguments"]))
+                 for call in body["choices"][0]["message"].get("tool_calls", [])]  # fmt: skip
+    elif path == "/v1/messages":
+        calls = [(block["id"], block["name"], block["input"]) for block in body["content"]
+                 if block["type"] == "tool_use"]  # fmt: skip
+    else:
+        calls = [(item["call_id"], item["name"], json.loads(item["arguments"])) for item in body["output"]
+                 if item["type"] == "function_call"]  # fmt: skip
+    assert all(id and name == "f" for id, name, _ in calls) and len({id for id, _, _ in calls}) == len(calls)
+    return [arguments for _, _, arguments in calls]
+
+
+def ended(path: str, body: dict[str, Any]) -> str:
+    if path == "/v1/chat/completions":
+        return body["choices"][0]["finish_reason"]
+    return body["stop_reason"] if path == "/v1/messages" else body["status"]
+
+
+@pytest.mark.parametrize("path", SURFACES)
+def test_calls_have_their_place(tools: FlaskClient, say, fake_engine, path: str) -> None:
+    say(CALLING)
+    asked = {**SURFACES[path], "tools": TOOLS[path]}
+    body = tools.post(path, json=asked).json
+    assert parts(path, body) == ("hm", "so") and called(path, body) == [{"a": 1}, {"a": 2}]
+    assert ended(path, body) == {"/v1/messages": "tool_use", "/v1/responses": "completed"}.get(path, "tool_calls")
+    assert streamed(path, tools.post(path, json={**asked, "stream": True}).data) == ("hm", "so")
+    single = {"/v1/messages": {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}}
+    body = tools.post(path, json=asked | single.get(path, {"parallel_tool_calls": False})).json
+    assert called(path, body) == [{"a": 1}]
+    none = {"/v1/messages": {"tool_choice": {"type": "none"}}}.get(path, {"tool_choice": "none"})
+    assert called(path, tools.post(path, json=asked | none).json) == []
+
+
+def test_a_conversation_with_calls_has_one_prompt_on_every_surface(tools: FlaskClient, say, fake_engine) -> None:
+    say(CALLING)
+    prompts = []
+    first = tools.post("/v1/responses", json={**SURFACES["/v1/responses"], "tools": TOOLS["/v1/responses"]}).json
+    calls = [item for item in first["output"] if item["type"] == "function_call"]
+    results = [{"type": "function_call_output", "call_id": call["call_id"], "output": "three"} for call in calls]
+    more = {"tools": TOOLS["/v1/responses"]}
+    said = [{"role": "user", "content": "hello"}]
+    for fields in ({"input": results, "previous_response_id": first["id"]},
+                   {"input": [*said, *first["output"], *results]}):  # fmt: skip
+        assert tools.post("/v1/responses", json=fields | more).status_code == 200
+        prompts.append(fake_engine.submits[-1].token_ids)
+    blocks = [{"type": "thinking", "thinking": "hm", "signature": ""}, {"type": "text", "text": "so"}]
+    blocks += [{"type": "tool_use", "id": call["call_id"], "name": "f", "input": json.loads(call["arguments"])}
+               for call in calls]  # fmt: skip
+    results = [{"type": "tool_result", "tool_use_id": call["call_id"], "content": "three"} for call in calls]
+    messages = [*said, {"role": "assistant", "content": blocks}, {"role": "user", "content": results}]
+    body = {"messages": messages, "tools": TOOLS["/v1/messages"], "max_tokens": 5}
+    assert tools.post("/v1/messages", json=body).status_code == 200
+    prompts.append(fake_engine.submits[-1].token_ids)
+    assert tools.post("/v1/messages/count_tokens", json=body).json == {"input_tokens": len(prompts[0])}
+    made = [{"id": call["call_id"], "type": "function", "function": {"name": "f", "arguments": call["arguments"]}}
+            for call in calls]  # fmt: skip
+    history = [{"role": "assistant", "content": "so", "reasoning": "hm", "tool_calls": made}]
+    history += [{"role": "tool", "tool_call_id": call["call_id"], "content": "three"} for call in calls]
+    # The test client itself sorts keys when it writes JSON.
+    data = json.dumps({"messages": [*said, *history], "tools": TOOLS["/v1/chat/completions"]})
+    assert tools.post("/v1/chat/completions", data=data, content_type="application/json").status_code == 200
+    prompts.append(fake_engine.submits[-1].token_ids)
+    answer = tools.post("/tokenize", data=data, content_type="application/json")
+    assert answer.json["tokens"] == prompts[0]
+    assert prompts[1:] == prompts[:1] * 3
+
+
+@pytest.mark.parametrize("path", SURFACES)
+def test_bad_tools_are_named_as_the_surface_calls_them(tools: FlaskClient, path: str) -> None:
+    (good,) = TOOLS[path]
+    nested = path == "/v1/chat/completions"
+    schema = {"/v1/chat/completions": "function.parameters", "/v1/messages": "input_schema"}.get(path, "parameters")
+    bad_schema = good | {"input_schema": 3, "parameters": 3}
+    bad_name = good | {"name": "a b"}
+    if nested:
+        bad_schema, bad_name = good | {"function": bad_schema | TOOL}, good | {"function": {"name": "a b"}}
+    for tool, field in ((bad_schema, f"tools[1].{schema}"),
+                        (bad_name, "tools[1].function.name" if nested else "tools[1].name")):  # fmt: skip
+        answer = tools.post(path, json={**SURFACES[path], "tools": [good, tool]})
+        assert answer.status_code == 400 and answer.json["error"]["message"].startswith(field + " "), answer.json
+
+
+def test_advice_that_the_template_does_not_read_is_listed_under_its_own_name(tools: FlaskClient) -> None:
+    for path, fields, name in (
+        ("/v1/responses", {"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ("/v1/messages", {"output_config": {"effort": "high"}}, "output_config.effort"),
+        ("/v1/chat/completions", {"reasoning_effort": "high"}, "reasoning_effort"),
+    ):
+        answer = tools.post(path, json=SURFACES[path] | fields)
+        assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == name

@@ -11,7 +11,7 @@ from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.web.anthropic.answer import MessagesAnswer
 from pagegraph.web.anthropic.errors import response_of
 from pagegraph.web.anthropic.request import NAMES, parse_messages
-from pagegraph.web.as_chat import renaming
+from pagegraph.web.as_chat import rename_ignored, renaming
 from pagegraph.web.errors import as_api_error, json_response
 from pagegraph.web.generate import generate, gone
 from pagegraph.web.schema import GenerationRequest
@@ -66,6 +66,8 @@ def _read(service: Service, info: EngineInfo, counts: bool = False) -> tuple[Gen
         checked = parse_messages(body, info, counts)
         service.check_model(checked.model)
         with renaming(NAMES):
-            return checked, prompts_of(service, checked, info)
+            prompts = prompts_of(service, checked, info)
+        rename_ignored(checked, NAMES)
+        return checked, prompts
 
     return read_body(service, check)

@@ -15,7 +15,7 @@ from flask import Blueprint, Response, request
 
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.sampling_params import Range, shown
-from pagegraph.web.as_chat import renaming
+from pagegraph.web.as_chat import rename_ignored, renaming
 from pagegraph.web.errors import ApiError, as_api_error, json_response
 from pagegraph.web.fields import refuse
 from pagegraph.web.generate import collect, generate, name_ignored, start
@@ -124,7 +124,9 @@ def _read(service: Service, info: EngineInfo) -> tuple[ResponsesRequest, Sequenc
 
 def _prompts(service: Service, info: EngineInfo, asked: ResponsesRequest) -> Sequence[Prompt]:
     with renaming(NAMES):
-        return prompts_of(service, asked.chat, info)
+        prompts = prompts_of(service, asked.chat, info)
+    rename_ignored(asked.chat, NAMES)
+    return prompts
 
 
 def _answer(
