@@ -59,7 +59,7 @@ def read_request(parse: Parse, service: Service, info: EngineInfo) -> tuple[Gene
 
 def encode(service: Service, text: str, add_special_tokens: bool) -> list[int]:
     """Token ids of a text of any length; a long one waits its turn. Raises UnicodeEncodeError or ClientGone."""
-    with _turn(service, len(text)):
+    with turn(service, len(text)):
         return service.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
@@ -67,7 +67,7 @@ def tokenize(
     service: Service, prompts: Sequence[Prompt], checked: GenerationRequest, info: EngineInfo
 ) -> list[list[int]]:
     """Token ids of every prompt, each checked against the context. Raises BadParameter or ClientGone."""
-    with _turn(service, sum(len(prompt) for prompt in prompts if isinstance(prompt, str))):
+    with turn(service, sum(len(prompt) for prompt in prompts if isinstance(prompt, str))):
         tokenized = []
         for prompt in prompts:
             if isinstance(prompt, str):
@@ -92,8 +92,8 @@ def truncated(ids: list[int], checked: GenerationRequest, info: EngineInfo) -> l
     return ids[-keep:] if checked.truncation_side == "left" else ids[:keep]
 
 
-def _turn(service: Service, num_chars: int) -> contextlib.AbstractContextManager[None]:
-    """What so many characters are tokenised inside; see `Service.long_text`."""
+def turn(service: Service, num_chars: int) -> contextlib.AbstractContextManager[None]:
+    """What so many characters or tokens are turned into the other inside; see `Service.long_text`."""
     if num_chars < _LONG_CHARS:
         return contextlib.nullcontext()
     return service.long_text(client_probe(request.environ))

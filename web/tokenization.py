@@ -20,7 +20,7 @@ from pagegraph.web.errors import json_response
 from pagegraph.web.fields import Fields, refuse
 from pagegraph.web.schema import GenerationRequest, parse_chat
 from pagegraph.web.service import Service, current_service
-from pagegraph.web.submit import encode, no_unicode, prompt_text, read_body, truncated
+from pagegraph.web.submit import encode, no_unicode, prompt_text, read_body, truncated, turn
 
 _OWN = ("return_token_strs",)  # fields beside those of a chat
 
@@ -87,7 +87,9 @@ def detokenize() -> Response:
             fields.check_rest()
             return ids
 
-        text = service.tokenizer.decode(read_body(service, check), skip_special=False)
+        ids = read_body(service, check)
+        with turn(service, len(ids)):
+            text = service.tokenizer.decode(ids, skip_special=False)
     return json_response({"prompt": text})
 
 

@@ -26,7 +26,7 @@ _TEMPLATE_ARGUMENTS = frozenset(
 )  # fmt: skip
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACEMENT = "\ufffd"
-_MANY_CHARS = 4096  # about a millisecond; from here on without Python's lock, which only the library's batches give up
+_MANY = 4096  # characters or tokens, about a millisecond; from here on without Python's lock, which only the library's batches give up
 _BEFORE = "a"  # a token that stands before another, which then keeps its leading space
 _NEIGHBOURS = re.compile(r"\b(BPEDecoder|CTC)\(")  # decoders under which a token's text depends on its neighbours
 # Byte-level decoders show wrong bytes as Python's "replace" does; of single byte tokens each is shown.
@@ -110,7 +110,7 @@ class Tokenizer:
         A long text holds up no other thread. Raises UnicodeEncodeError on text with lone surrogates.
         """
         try:
-            if len(text) < _MANY_CHARS:
+            if len(text) < _MANY:
                 ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
             else:
                 ids = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
@@ -122,8 +122,11 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
-        """Ids to text; bytes that are not UTF-8 become U+FFFD."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special)
+        """Ids to text; bytes that are not UTF-8 become U+FFFD. Many ids hold up no other thread."""
+        ids = list(token_ids)
+        if len(ids) < _MANY:
+            return self._backend.decode(ids, skip_special_tokens=skip_special)
+        return self._backend.decode_batch([ids], skip_special_tokens=skip_special)[0]
 
     def vocabulary_entries(self, token_ids: Sequence[int]) -> list[str]:
         """Tokens as the vocabulary writes them ("Ġhello"); "" for an id outside of it."""

@@ -58,7 +58,9 @@ def test_a_chat_has_the_tokens_that_chat_completions_sends(
 
 def test_a_text_longer_than_the_context_is_tokenised(http: FlaskClient, tokenizer: Tokenizer) -> None:
     text = "hello world " * 10_000
-    assert http.post("/tokenize", json={"prompt": text}).json["tokens"] == tokenizer.encode(text)
+    ids = http.post("/tokenize", json={"prompt": text}).json["tokens"]
+    assert ids == tokenizer.encode(text) and len(ids) > 4096
+    assert http.post("/detokenize", json={"tokens": ids}).json["prompt"] == text
 
 
 @pytest.mark.parametrize(
