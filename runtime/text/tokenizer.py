@@ -26,7 +26,8 @@ _TEMPLATE_ARGUMENTS = frozenset(
 )  # fmt: skip
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACEMENT = "\ufffd"
-_MANY = 4096  # characters or tokens, about a millisecond; from here on without Python's lock, which only the library's batches give up
+# Characters or tokens, about a millisecond; from here on without Python's lock, which only the library's batches give up.
+_MANY = 4096
 _BEFORE = "a"  # a token that stands before another, which then keeps its leading space
 _NEIGHBOURS = re.compile(r"\b(BPEDecoder|CTC)\(")  # decoders under which a token's text depends on its neighbours
 # Byte-level decoders show wrong bytes as Python's "replace" does; of single byte tokens each is shown.
