@@ -19,7 +19,7 @@ from pagegraph.runtime.server import health
 from pagegraph.web.app import create_app
 
 PATHS = ["/v1/models", "/v1/models/tiny", "/v1/completions", "/v1/chat/completions", "/metrics", "/version", "/load", "/none",
-         "/tokenize", "/detokenize", "/tokenizer_info",
+         "/tokenize", "/detokenize", "/tokenizer_info", "/v1/responses", "/v1/responses/resp_1", "/openapi.json", "/docs",
          "//v1/models", "/health/", "/health/../v1/models", "/%2e/v1/models"]  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def test_importing_the_app_imports_no_torch() -> None:
 def test_every_path_but_health_needs_the_key(make_app: Callable[..., Flask], path: str, method: str) -> None:
     client = make_app(api_key="s3cret").test_client()
     for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}, {"Authorization": "Basic s3cret"},
-                   {"Authorization": "Bearer \xff"}):  # fmt: skip
+                   {"Authorization": "Bearer \xff"}, {"x-api-key": "wrong"}, {"x-api-key": "\xff"}):  # fmt: skip
         answer = client.open(path, method=method, headers=header)
         assert answer.status_code == 401
         assert method == "HEAD" or answer.json["error"]["code"] == "invalid_api_key"
