@@ -6,13 +6,14 @@ Knows roles, parts of content and the fields of a message. Knows no other field 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from pagegraph.runtime.sampling_params import shown
 from pagegraph.web.fields import Fields, refuse
 
 MAX_MESSAGES = 4096
-MAX_ROLE_CHARS = 64
+_ROLE = re.compile(r"[\w.-]{1,64}")  # no characters of which special tokens are made
 OLDER_ID = "call_function"  # of a call that was made before calls had ids
 # Fields of a message besides role and content that a template may read; and all that are known.
 _MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
@@ -50,7 +51,7 @@ def _message(message: Any, where: str, ignored: list[str]) -> dict[str, Any]:
     if not isinstance(message, dict):
         refuse(where, f'must be an object, for example {{"role": "user", "content": "Hello"}}; got {shown(message)}')
     role = message.get("role")
-    if not isinstance(role, str) or not 0 < len(role) <= MAX_ROLE_CHARS:
+    if not isinstance(role, str) or not _ROLE.fullmatch(role):
         known = ", ".join(_ROLES)
         refuse(
             f"{where}.role", f"must be one of {known}, or another that the model's template takes; got {shown(role)}"

@@ -80,13 +80,15 @@ class Incoming:
             self._record.append(text)
         return text
 
-    def run(self, pattern: re.Pattern[str]) -> Reading[str]:
-        """Read all that `pattern`, a repeated class of characters, matches."""
-        parts = []
+    def run(self, pattern: re.Pattern[str], emit: Callable[[str], object] | None = None) -> Reading[str]:
+        """Read all that `pattern`, a repeated class of characters, matches; it is returned, or `emit` gets it."""
+        parts: list[str] = []
+        emit = emit or parts.append
         while True:
             match = pattern.match(self._text, self._at)
             text = self.take(len(match.group())) if match else ""
-            parts.append(text)
+            if text:
+                emit(text)
             if self._at < len(self._text) or self.ended:
                 return "".join(parts)
             yield

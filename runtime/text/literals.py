@@ -19,6 +19,14 @@ _BRACKETS = {"{": "{}", "[": "[]", "(": "[]"}  # and how JSON writes them
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": ""}
 _HEX = {"x": 2, "u": 4, "U": 8}
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # of surrogates, which JSON can only escape
+# A backslash with all that belongs to it: of a number as many digits as it has to have, or fewer before what is none.
+_DIGITS = "[0-9a-fA-F]"
+_NUMBERS = "|".join(
+    rf"\\{kind}(?:{_DIGITS}{{{most}}}|{_DIGITS}{{0,{most - 1}}}(?!{_DIGITS}|\Z))" for kind, most in _HEX.items()
+)
+_ESCAPED = re.compile(rf"\\(?:x{_DIGITS}{{0,2}}|u{_DIGITS}{{0,4}}|U{_DIGITS}{{0,8}}|.)", re.DOTALL)
+_INSIDE = {mark: re.compile(rf"(?:[^{mark}\\]++|\\[^xuU]|{_NUMBERS})*+", re.DOTALL) for mark in "'\""}
 
 
 class LiteralReader:
@@ -112,22 +120,29 @@ class LiteralReader:
         return True
 
     def _text(self, text: str) -> None:
-        self._emit(json.dumps(text, ensure_ascii=False)[1:-1])
+        self._emit(_HALF_PAIR.sub(_as_escape, json.dumps(text, ensure_ascii=False)[1:-1]))
 
     def _python_string(self, mark: str) -> Reading[None]:
         """The rest of a string of Python behind its opening mark."""
-        stops = Words((mark, "\\"))
-        while (yield from self._incoming.until(stops, self._text)) == "\\":
+        while True:
+            yield from self._incoming.run(_INSIDE[mark], lambda text: self._text(_ESCAPED.sub(_unescaped, text)))
             char = yield from self._incoming.peek()
-            self._incoming.take(1)
-            if char not in _HEX:
-                self._text(_ESCAPES.get(char, char if char in "'\"\\" else "\\" + char))
-                continue
-            digits = ""
-            while len(digits) < _HEX[char] and re.match("[0-9a-fA-F]", (yield from self._incoming.peek())):
-                digits += self._incoming.take(1)
-            code = int(digits, 16) if len(digits) == _HEX[char] else -1
-            if 0xD800 <= code < 0xE000:  # half a pair: JSON can only escape it
-                self._emit(f"\\u{code:04x}")
-            else:
-                self._text(chr(code) if 0 <= code < 0x110000 else f"\\{char}{digits}")
+            if char != "\\":
+                self._incoming.take(1)
+                return
+            if self._incoming.ended:  # inside an escape
+                self._incoming.take(max(_HEX.values()) + 2)
+                return
+            yield
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    kind, digits = found[0][1], found[0][2:]
+    if kind in _HEX:
+        code = int(digits, 16) if len(digits) == _HEX[kind] else 0x110000
+        return chr(code) if code < 0x110000 else found[0]
+    return _ESCAPES.get(kind, kind if kind in "'\"\\/" else found[0])
+
+
+def _as_escape(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"

@@ -222,6 +222,7 @@ def test_bad_prompts(prompt: Any) -> None:
         (None, "messages"), ([], "messages"), ("hi", "messages"), ([3], "messages[0]"),
         ([{"role": "b" * 65, "content": "x"}], "messages[0].role"),
         ([{"role": "", "content": "x"}], "messages[0].role"),
+        ([{"role": "user<|end|>", "content": "x"}], "messages[0].role"),
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": 5}], "messages[0].content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),

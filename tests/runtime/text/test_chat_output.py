@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -130,6 +131,10 @@ OTHERS = [
     ("llama3_json", '{"name": "Ann", "parameters": {}}', [("content", '{"name": "Ann", "parameters": {}}')]),
     ("llama3_json", '{"city": "Paris"}', [("content", '{"city": "Paris"}')]),
     ("llama3_json", "Hello {}", [("content", "Hello {}")]),
+    ("pythonic", r"[weather(city='a\x41\u00e9\q\/\ud83d\ude00\U0001F999\U99999999\x4g\x4142\u00')]",
+     [("call", "weather"),
+      ("arguments", r'{"city": "aAé\\q/\ud83d\ude00🦙\\U99999999\\x4gA42\\u00"}')]),
+    ("pythonic", r"[weather(city='a\u00", [("call", "weather"), ("arguments", '{"city": "a"')]),
     ("pythonic", "[1, 2]", [("content", "[1, 2]")]),
     ("pythonic", "[other(a=1)]", [("content", "[other(a=1)]")]),
     ("pythonic", "<|python_start|>[weather(city='a\\'\\n\\u00e9', x=[True, None, {'k': (1,)}],)]<|python_end|>",
@@ -171,3 +176,29 @@ def test_two_calls_of_every_format(name: str) -> None:
 @pytest.mark.parametrize(("name", "text", "expected"), OTHERS)
 def test_variants_and_what_is_no_call(name: str, text: str, expected: list[tuple[str, ...]]) -> None:
     check(ChatFormat(calls=CALLS[name]), text, expected, tools=TOOLS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CALLS)
+def test_a_megabyte_of_anything_takes_a_second_at_most(name: str) -> None:
+    format = ChatFormat(reasoning=REASONING["openai" if name == "openai" else "qwen3"], calls=CALLS[name])
+    two = TWO_CALLS[name]
+    repeated = [*format.words(True), two, two[: len(two) // 2], '{"name":"weather","arguments":{"a":', *"[{\"\\< (x\n'"]
+    for before in ("", two[: len(two) // 3]):
+        for text in repeated:
+            output = ChatOutput(format, tools=TOOLS)
+            begun = time.process_time()
+            parts = output.add(before + text * (1_000_000 // len(text))) + output.finish()
+            assert time.process_time() - begun < 2.0, (text, before)  # 0.1 to 0.9 on an idle core
+            del parts
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_pieces_of_adversarial_text_lose_nothing(name: str) -> None:
+    format = ChatFormat(calls=CALLS[name])
+    for word in format.words(True):
+        text = word * 300
+        parts = read(format, text, range(5, len(text), 5), tools=TOOLS)
+        assert parts == read(format, text, tools=TOOLS)
+        if name != "openai" and all(kind == "content" for kind, _ in parts):
+            assert parts == [("content", text)]
