@@ -52,6 +52,9 @@ not compute anew for each use.
 temperature float32 [S], seeds int64 [S], positions int32 [S] -> ids int64 [S]. Where sampled int32 [S] is not 0 it also
 goes to last_tokens int32 [slots] at the sequence's batch slot, slots int32 [S], and its position to last_at int32 [slots].
 
+`pagegraph::apply_bitmask` makes logits [S, V] -inf, in place, where a bit is 0: row rows[i] (int32 [R]) by bitmask[i], int32
+[R, ceil(V / 32)], token t at bit t % 32 of word t // 32.
+
 `pagegraph::update_tables` writes num_new_blocks [1] of new_blocks [P, 3] = (batch slot, index, block) into tables [slots, max_blocks]; int32.
 
 `pagegraph::unpack` looks a padded step up: token_ids [T], slots [S], query_start [S + 1], starts [S], tables -> ids,
@@ -95,6 +98,7 @@ from pagegraph.kernels.quant import cpu_int4
 from pagegraph.kernels.quant import reference as quant_reference
 from pagegraph.kernels.quant.weight import two_weights
 from pagegraph.kernels.sampling import cpp as sampling_cpp
+from pagegraph.kernels.sampling import cpu as sampling_cpu
 from pagegraph.kernels.spec_decode import cpp as spec_decode_cpp
 from pagegraph.kernels.spec_decode import reference as spec_decode_reference
 
@@ -239,6 +243,10 @@ OPS = (
         "sample(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor slots, Tensor sampled, "
         "Tensor(a!) last_tokens, Tensor(b!) last_at) -> Tensor",
         sampling_cpp.sample, "sampling.gumbel:sample", None,
+    ),
+    Op(
+        "apply_bitmask(Tensor(a!) logits, Tensor rows, Tensor bitmask) -> ()",
+        sampling_cpu.apply_bitmask, "sampling.bitmask:apply_bitmask", None,
     ),
     Op(
         "accept(Tensor ids, Tensor token_ids, Tensor slots, Tensor query_start, Tensor seq_lens, "

@@ -26,6 +26,7 @@ from pagegraph.runtime.ipc.protocol import (
     Tokens,
 )
 from pagegraph.runtime.sampling_params import SamplingParams, check_ids, check_length, check_stop
+from pagegraph.runtime.structured_output import check_grammar
 from pagegraph.runtime.text.output import TextOutput
 from pagegraph.runtime.text.tokenizer import Tokenizer
 
@@ -166,6 +167,9 @@ class LLM:
         words = check_stop(stop)
         for one in params:
             one.check_vocabulary(self.built.vocab_size)
+        for structured in {id(one.structured_outputs): one.structured_outputs for one in params}.values():
+            if structured is not None:
+                check_grammar(structured)
         encoded = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         for ids, one in zip(encoded, params):
             no_output = 0 if one.max_tokens == 0 else None

@@ -160,13 +160,15 @@ def _problem(grammar: str) -> str:
     from llguidance import LLMatcher
 
     bad, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
-    return _in_words(messages[0]) if bad else ""
+    return in_words(messages[0]) if bad else ""
 
 
-def _in_words(message: str) -> str:
+def in_words(message: str) -> str:
     """A message of the compiler without the excerpts of its own making."""
     regex_error = re.search(r"^error: (.*)", message, re.MULTILINE)
     first = message.split("\n", 1)[0].strip()
+    if first.startswith(("NoExtension", "InternalError")):
+        return "no text can match it"
     if "oneOf" in first:
         return "oneOf is served only where its options exclude each other, by type or const; give anyOf"
     if regex_error:

@@ -47,7 +47,9 @@ def profile_memory(step: CompiledStep, largest: Bucket, max_model_len: int, draf
     lengths = np.full(largest.seqs, tokens // largest.seqs)
     lengths[: tokens % largest.seqs] += 1
     prompt = read_whole(lengths.tolist()) if step.paged_model.body else None
-    step.launch(dummy_step(lengths, step.state.dummy_slot, everything(largest.seqs), prompt)).wait()
+    launched = step.launch(dummy_step(lengths, step.state.dummy_slot, everything(largest.seqs), prompt))
+    launched.sample()
+    launched.wait()
     peak = torch.cuda.max_memory_reserved(device) - before
     torch.cuda.empty_cache()
     return MemoryProfile(peak, _graphs(step, draft_forwards))

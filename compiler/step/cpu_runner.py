@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import torch
 
 from pagegraph.compiler.host import step_thread
 from pagegraph.compiler.step.capture_sizes import own_bucket
 from pagegraph.compiler.step.counts import StepCounts
-from pagegraph.compiler.step.executor import StepExecutor
+from pagegraph.compiler.step.executor import Outputs, StepExecutor
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
+from pagegraph.compiler.step.staging import StepMetadata
 
 
 class CpuRunner:
@@ -23,6 +25,14 @@ class CpuRunner:
     def launch(self, step: StepInput, num_steps: int) -> Callable[[], StepOutput]:
         """Submit a step, or `num_steps` of them in a row -> a function that waits for what comes of it."""
         return step_thread.submit(self._run, step, num_steps).result
+
+    def launch_masked(self, step: StepInput) -> Callable[[torch.Tensor], Callable[[], StepOutput]]:
+        """Submit a step up to its logits -> a function that samples by a bitmask -> what `launch` returns.
+
+        Sampling is submitted by itself, so no thread waits for a bitmask.
+        """
+        outputs = step_thread.submit(self._forward, step)
+        return lambda bitmask: step_thread.submit(self._sample, step, outputs, bitmask).result
 
     def use_idle_time(self) -> bool:
         """Nothing is put off on a CPU."""
@@ -38,8 +48,19 @@ class CpuRunner:
 
     @torch.inference_mode()
     def _run(self, step: StepInput, num_steps: int) -> StepOutput:
-        executor, bucket = self._executor, own_bucket(step.num_tokens, step.num_seqs)
-        self._counts.launched(step.num_tokens * num_steps, bucket.tokens * num_steps, graphed=False)
-        metadata = executor.staging.send(step, bucket, num_steps)
+        executor, metadata = self._executor, self._send(step, num_steps)
         sampled = executor.repeat(metadata, num_steps, lambda: executor.finish(step, executor.run(metadata)))
         return sampled.output(step)
+
+    @torch.inference_mode()
+    def _forward(self, step: StepInput) -> Outputs:
+        return self._executor.run(self._send(step, 1))
+
+    @torch.inference_mode()
+    def _sample(self, step: StepInput, outputs: Future[Outputs], bitmask: torch.Tensor) -> StepOutput:
+        return self._executor.finish(step, outputs.result(), bitmask).output(step)
+
+    def _send(self, step: StepInput, num_steps: int) -> StepMetadata:
+        bucket = own_bucket(step.num_tokens, step.num_seqs)
+        self._counts.launched(step.num_tokens * num_steps, bucket.tokens * num_steps, graphed=False)
+        return self._executor.staging.send(step, bucket, num_steps)

@@ -16,6 +16,7 @@ from pagegraph.compiler.step.counts import GraphMiss, StepCounts
 from pagegraph.compiler.step.executor import Outputs, Sampled, StepExecutor
 from pagegraph.compiler.step.graphs import GraphSet
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
+from pagegraph.compiler.step.staging import StepMetadata
 
 
 class CudaRunner:
@@ -33,6 +34,27 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, step: StepInput, num_steps: int) -> Callable[[], StepOutput]:
         """Launch a step, or `num_steps` of them in a row -> a function that waits for what comes of it."""
+        executor = self._executor
+        forward, metadata, at_once = self._prepare(step, num_steps)
+        sampled = executor.repeat(metadata, num_steps // at_once, lambda: executor.finish(step, forward()))
+        return self._returning(step, sampled)
+
+    @torch.inference_mode()
+    def launch_masked(self, step: StepInput) -> Callable[[torch.Tensor], Callable[[], StepOutput]]:
+        """Launch a step up to its logits -> a function that samples by a bitmask -> what `launch` returns.
+
+        The ids that the graph samples are replaced; nothing else may be launched in between.
+        """
+        outputs = self._prepare(step, 1)[0]()
+
+        @torch.inference_mode()
+        def sample(bitmask: torch.Tensor) -> Callable[[], StepOutput]:
+            return self._returning(step, self._executor.finish(step, outputs, bitmask))
+
+        return sample
+
+    def _prepare(self, step: StepInput, num_steps: int) -> tuple[Callable[[], Outputs], StepMetadata, int]:
+        """(what runs the step's forward, its metadata, how many steps it runs at once)"""
         executor, graph = self._executor, self._padded_bucket(step)
         # No graph: run at its own token count, padded to max sequences so that it picks the same kernels as the largest
         # bucket.
@@ -47,11 +69,10 @@ class CudaRunner:
         if not graphed:
             self._counts.missed_graph(self._graph_miss(step))
 
-        def run() -> Sampled:
-            replayed = self.graphs.replay(graph) if graph else None
-            return executor.finish(step, replayed or executor.run(metadata))
+        def forward() -> Outputs:
+            return (self.graphs.replay(graph) if graph else None) or executor.run(metadata)
 
-        return self._returning(step, executor.repeat(metadata, num_steps // (graph or bucket).num_steps, run))
+        return forward, metadata, (graph or bucket).num_steps
 
     def capture_graphs(self, buckets: Sequence[Bucket], progress: bool) -> None:
         """Capture these buckets; a step may be in flight."""

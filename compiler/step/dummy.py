@@ -47,5 +47,6 @@ def everything(seqs: int) -> SamplingInput:
         penalties=Penalties(full(1.5), full(0.5), full(0.5)),
         bias=(ids, np.zeros_like(ids), full(1)),
         allowed={0: ids[:1]},
+        masked=ids,
         num_logprobs=LOGPROBS,
     )

@@ -80,12 +80,15 @@ class StepExecutor:
             self.staging.advance(metadata)
         return Sampled(torch.stack(sampled, dim=1), None, None, None)
 
-    def finish(self, step: StepInput, outputs: Outputs) -> Sampled:
-        """What the step's own sequences get: ids sampled with the forward, or anew if the step asks for filters etc."""
+    def finish(self, step: StepInput, outputs: Outputs, bitmask: torch.Tensor | None = None) -> Sampled:
+        """What the step's own sequences get: ids sampled with the forward, or anew if the step asks for filters etc.
+
+        bitmask: see `process_and_sample`; of a step with masked rows.
+        """
         seqs, prompt = step.num_seqs, None
         if step.prompt is not None:
             prompt = read_prompt(step.prompt, outputs.hidden, self.state.vocab_size, self.head)
         if step.sampling.is_plain:
             return Sampled(outputs.ids[:seqs], None if outputs.found is None else outputs.found[:, :seqs], None, prompt)
-        ids, logprobs = process_and_sample(outputs.logits[:seqs], step.sampling, outputs.staged, self.state)
+        ids, logprobs = process_and_sample(outputs.logits[:seqs], step.sampling, outputs.staged, self.state, bitmask)
         return Sampled(ids, accept_drafts(ids, outputs.staged, self.state), logprobs, prompt)

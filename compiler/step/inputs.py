@@ -41,6 +41,8 @@ class SamplingInput:
     # Addends to logits, int32 [B] index into the S sequences, int32 [B] token, float32 [B], -inf forbids the token
     bias: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     allowed: dict[int, np.ndarray] = field(default_factory=dict)  # index in S -> int32 allowed ids
+    # int32 [R] indices in S whose tokens a bitmask restricts, which comes after the launch (`Ticket.masks`)
+    masked: np.ndarray | None = None
     num_logprobs: int = -1  # largest top-n asked for in the step, -1 for none
 
     @property
@@ -51,6 +53,7 @@ class SamplingInput:
             and self.penalties is None
             and self.bias is None
             and not self.allowed
+            and self.masked is None
             and self.num_logprobs < 0
         )
 

@@ -1,6 +1,6 @@
 """From logits to the next token of every sequence of a step, in the documented order.
 
-raw log-probabilities -> allowed ids -> bias and min_tokens -> penalties -> temperature -> min-p -> top-k ->
+raw log-probabilities -> bitmask of a grammar -> allowed ids -> bias and min_tokens -> penalties -> temperature -> min-p -> top-k ->
 top-p -> Gumbel noise keyed by (seed, position). The arithmetic is in `kernels`; this file moves parameters to
 the device and skips what no sequence of the step asks for. Knows no requests.
 
@@ -10,6 +10,8 @@ for.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -66,17 +68,29 @@ def accept_drafts(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torc
 
 
 def process_and_sample(
-    logits: torch.Tensor, sampling: SamplingInput, staged: Staged, state: DeviceState
+    logits: torch.Tensor,
+    sampling: SamplingInput,
+    staged: Staged,
+    state: DeviceState,
+    bitmask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, StepLogprobTensors | None]:
     """logits [S, vocab] of the step's S sequences -> (token ids int64 [S], logprobs if any sequence asked).
 
     Applies bias, penalties and filters first; its ids replace those that were sampled with the forward.
+    bitmask: int32 [R, words] on the host, of the rows `sampling.masked`. Without any of the others it costs no copy of
+    the logits, which are written to.
     """
     device, metadata, num_seqs = logits.device, staged.metadata, len(logits)
+    if bitmask is not None and replace(sampling, masked=None).is_plain:
+        _apply_bitmask(logits, sampling, bitmask)
+        return sample(logits, staged, state), None
     raw = logits.float()
     logits = raw
-    if sampling.allowed or sampling.bias:
-        logits = _restrict(logits.clone(), sampling)
+    if bitmask is not None or sampling.allowed or sampling.bias:
+        logits = logits.clone()
+        if bitmask is not None:
+            _apply_bitmask(logits, sampling, bitmask)
+        _restrict(logits, sampling)
     slots = metadata.slots[:num_seqs].long()
     if penalties := sampling.penalties:
         for slot, prompt_ids, output_ids in sampling.penalty_reset:
@@ -105,7 +119,13 @@ def process_and_sample(
     return ids, logprobs
 
 
-def _restrict(logits: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
+def _apply_bitmask(logits: torch.Tensor, sampling: SamplingInput, bitmask: torch.Tensor) -> None:
+    assert sampling.masked is not None
+    on_device = bitmask.to(logits.device, non_blocking=True)
+    torch.ops.pagegraph.apply_bitmask(logits, _to(sampling.masked, logits.device), on_device)
+
+
+def _restrict(logits: torch.Tensor, sampling: SamplingInput) -> None:
     """Allowed ids, then bias; `logits` is written to."""
     device = logits.device
     for row, allowed in sampling.allowed.items():
@@ -115,7 +135,6 @@ def _restrict(logits: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
     if sampling.bias:
         rows, tokens, values = (_to(one, device) for one in sampling.bias)
         logits.index_put_((rows.long(), tokens.long()), values, accumulate=True)
-    return logits
 
 
 def _to(values: np.ndarray, device: torch.device) -> torch.Tensor:

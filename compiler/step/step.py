@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -27,13 +28,29 @@ from pagegraph.compiler.step.state import DeviceState
 
 
 class Ticket:
-    """A launched step."""
+    """A launched step. One with masked rows samples when `masks` are filled and `sample` is called, before the next
+    launch; if that never comes, nothing waits for it.
+    """
 
-    def __init__(self, result: Callable[[], StepOutput]) -> None:
+    def __init__(
+        self,
+        result: Callable[[], StepOutput] | None,
+        masks: np.ndarray | None = None,
+        sample: Callable[[], Callable[[], StepOutput]] | None = None,
+    ) -> None:
+        self.masks = masks  # int32 [R, words], of the rows `SamplingInput.masked`; all tokens allowed until written
         self._result = result
+        self._sample = sample
+
+    def sample(self) -> None:
+        """Sample by the masks as they stand."""
+        assert self._sample is not None, "the step has no masked rows"
+        self._result = self._sample()
 
     def wait(self) -> StepOutput:
         """Block until the step's ids are on the host. Raises what the step raised."""
+        if self._result is None:
+            raise RuntimeError("a step with masked rows was waited for before it sampled")
         return self._result()
 
 
@@ -76,7 +93,16 @@ class CompiledStep:
         `num_steps` > 1: so many steps in a row. `step` is the first, one token of each of several slots, all of them
         sampled; the others take the token sampled before. Every slot has blocks for all of it. The ids are [S, num_steps].
         """
-        return Ticket(self.runner.launch(step, num_steps))
+        if step.sampling.masked is None:
+            return Ticket(self.runner.launch(step, num_steps))
+        assert num_steps == 1, "steps in a row sample without masks"
+        bitmask = self._bitmask(len(step.sampling.masked))
+        sample = self.runner.launch_masked(step)
+        return Ticket(None, bitmask.numpy(), lambda: sample(bitmask))
+
+    def _bitmask(self, rows: int) -> torch.Tensor:
+        words = -(-self.state.vocab_size // 32)
+        return torch.full((rows, words), -1, dtype=torch.int32, pin_memory=self.staging.device.type == "cuda")
 
     def compiled_forward(self, warm: list[StepInput], progress: bool = False) -> Callable[..., Forwarded]:
         """The forward compiled on the given steps, to be swapped in as `forward`; safe beside launches.

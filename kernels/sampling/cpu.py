@@ -1,7 +1,8 @@
-"""The next tokens on the CPU, by PyTorch's calls. Knows no filters and no scheduling."""
+"""The next tokens on the CPU, by PyTorch's calls, and what a bitmask forbids. Knows no filters and no scheduling."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,14 @@ def sample(
     owners = slots.numpy()[kept]
     last_tokens.numpy()[owners], last_at.numpy()[owners] = ids.numpy()[kept], positions.numpy()[kept]
     return ids
+
+
+def apply_bitmask(logits: Tensor, rows: Tensor, bitmask: Tensor) -> None:
+    """See `kernels.ops`. Row by row: a row stays in the cache."""
+    bits = bitmask.contiguous().numpy().view(np.uint8)
+    for row, words in zip(rows.tolist(), bits):
+        forbidden = np.unpackbits(~words, count=logits.shape[1], bitorder="little")
+        logits[row].masked_fill_(torch.from_numpy(forbidden.view(bool)), -torch.inf)
 
 
 def sample_with_noise(ids: Tensor, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:

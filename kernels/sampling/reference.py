@@ -75,6 +75,13 @@ def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
     return torch.full_like(logits, -torch.inf).scatter(-1, ids, ordered.masked_fill(beyond, -torch.inf))
 
 
+def apply_bitmask(logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor) -> None:
+    """See `kernels.ops`."""
+    words = bitmask.long()[:, torch.arange(logits.shape[1], device=logits.device) // 32]
+    allowed = (words >> torch.arange(logits.shape[1], device=logits.device) % 32) & 1
+    logits[rows.long()] = logits[rows.long()].masked_fill(allowed == 0, -torch.inf)
+
+
 def gumbel_argmax(
     logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from pagegraph.compiler.build import BuiltModel
 from pagegraph.compiler.profile.latency import measure_latency
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.engine import Engine, Limits, Mailbox
+from pagegraph.runtime.engine.grammars import Grammars
 from pagegraph.runtime.engine.metrics import EngineMetrics
 from pagegraph.runtime.engine.stats import EngineStats
+from pagegraph.runtime.grammar.compiler import GrammarCompiler
+from pagegraph.runtime.grammar.step_masks import StepMasks
+from pagegraph.runtime.grammar.vocabulary import load_vocabulary
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.sampling_params import model_defaults
 from pagegraph.runtime.scheduler.block_pool import BlockPool
@@ -74,12 +79,20 @@ def engine_of(
             stalled_s=engine.stalled_s,
         )
 
+    grammars = _grammars(config, built, scheduler)
     stats = EngineStats(metrics, scheduler, built.step.counts)
     engine = Engine(
         built.step, scheduler, mailbox, limits, info, time.monotonic, stats, step_time=step_time, seed=config.seed,
-        use_idle_time=built.use_idle_time, drafter=_drafter(config, built, scheduler),
+        use_idle_time=lambda: grammars.use_idle_time() or built.use_idle_time(),
+        drafter=_drafter(config, built, scheduler), grammars=grammars,
     )  # fmt: skip
     return engine, metrics
+
+
+def _grammars(config: Config, built: BuiltModel, scheduler: Scheduler) -> Grammars:
+    folder = Path(config.tokenizer) if config.tokenizer else built.folder
+    compiler = GrammarCompiler(lambda: load_vocabulary(folder, built.vocab_size, built.eos_ids))
+    return Grammars(compiler, StepMasks(scheduler.batch, compiler, built.eos_ids))
 
 
 def _drafter(config: Config, built: BuiltModel, scheduler: Scheduler) -> Drafter | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,7 +19,11 @@ import numpy as np
 
 from pagegraph.compiler.step.step import CompiledStep, Ticket
 from pagegraph.runtime.engine.fault_isolation import FaultIsolation
+from pagegraph.runtime.engine.grammars import Grammars
 from pagegraph.runtime.engine.stats import EngineStats
+from pagegraph.runtime.grammar.compiler import Grammar
+from pagegraph.runtime.grammar.matcher import TokenMatcher
+from pagegraph.runtime.grammar.step_masks import Refused
 from pagegraph.runtime.ipc.protocol import (
     Abort,
     Admitted,
@@ -61,6 +66,7 @@ class InFlight:
     ticket: Ticket
     launched: float  # seconds of the engine's clock
     waited: float = 0.0  # seconds from the results that it waited for to its launch
+    masked: np.ndarray | None = None  # queries that wait for masks of grammars
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +95,7 @@ class Engine:
         seed: int = 0,
         use_idle_time: Callable[[], bool] = lambda: False,
         drafter: Drafter | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.step = step
         self.scheduler = scheduler
@@ -101,6 +108,7 @@ class Engine:
         self.seed = seed
         self.use_idle_time = use_idle_time
         self.drafter = drafter
+        self.grammars = grammars
         self.stopping = False
         self._packer = Packer(scheduler.batch)
         self._running: InFlight | None = None
@@ -129,6 +137,9 @@ class Engine:
                 if isinstance(message, Abort):  # nobody knows how far it got
                     self._running = None
                     self.scheduler.restart()
+        if self.grammars is not None:
+            for group in self.grammars.take_done(idle):
+                self._admit(group.client, group.submits, group.tell_admitted, group.grammars)
         try:
             self._advance()
         except Exception as error:
@@ -148,6 +159,8 @@ class Engine:
         self._running = self._launch(plan, done) if plan else None
         if running is not None:
             self._commit(running)
+        if self._running is not None and self._running.masked is not None:
+            self._mask(self._running)
 
     def _wants_results(self, running: Plan) -> bool:
         return self.drafter is not None and self.drafter.wants_results(running)
@@ -155,7 +168,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing waits, runs or is in flight."""
-        return self._running is None and not self.scheduler.has_work
+        return self._running is None and not self.scheduler.has_work and not self.grammars
 
     @property
     def stalled_s(self) -> float:
@@ -166,7 +179,16 @@ class Engine:
         """`done`: when the results came that this step waited for, if it did."""
         now = self.clock()
         self.stats.launched(plan, now)
-        return InFlight(plan, self.step.launch(self._packer.pack(plan)), now, 0.0 if done is None else now - done)
+        step = self._packer.pack(plan)
+        waited = 0.0 if done is None else now - done
+        return InFlight(plan, self.step.launch(step), now, waited, step.sampling.masked)
+
+    def _mask(self, launched: InFlight) -> None:
+        """Let a step sample what grammars allow: the tokens before it are known now."""
+        assert self.grammars is not None and launched.masked is not None and launched.ticket.masks is not None
+        refused = self.grammars.masks.fill(launched.plan, launched.masked, launched.ticket.masks)
+        launched.ticket.sample()
+        self._refuse_all(refused)
 
     def _commit(self, done: InFlight) -> None:
         output = done.ticket.wait()
@@ -176,8 +198,10 @@ class Engine:
         if self.step_time is not None:
             self.step_time.observe(done.plan.num_tokens, seconds * 1e3)
         result = self.scheduler.commit(done.plan, output)
+        refused = [] if self.grammars is None else self.grammars.masks.advance(result)
         self._deliver(result)  # before anything else may raise: committed tokens have been sent
         self.scheduler.finish(result)
+        self._refuse_all(refused)
         self._isolation.stepped(len(result.slots))
         if self.drafter is not None:
             self.drafter.learn(done.plan, result, output.ngram, seconds * 1e3, done.waited * 1e3)
@@ -255,21 +279,31 @@ class Engine:
                 self.scheduler.counters = counters
         raise RuntimeError(f"a step failed, and {MAX_FAILED_STEPS} of one token after it") from error
 
-    def _fail(self, key: tuple[int, str]) -> None:
+    def _fail(
+        self,
+        key: tuple[int, str],
+        status: int = 500,
+        reason: str = "a step of the model failed for this request; the log says why",
+    ) -> None:
         """End a sequence because of an exception that is its own."""
         if sequence := self.scheduler.abort(key, "error"):
             self.stats.ended(sequence, self.clock())
-            failed = Failed(sequence.request_id, 500, "a step of the model failed for this request; the log says why")
-            self.mailbox.send(self._clients[sequence.owner], failed)
+            self.mailbox.send(self._clients[sequence.owner], Failed(sequence.request_id, status, reason))
+
+    def _refuse_all(self, refused: list[Refused]) -> None:
+        """End sequences that their grammars do not let go on."""
+        for sequence, status, reason in refused:
+            self._fail(sequence.key, status, reason)
 
     def _accept(self, client: bytes, message: ToEngine) -> None:
         match message:
             case Submit():
-                self._submit(client, [message])
+                self._receive(client, [message], tell_admitted=False)
             case SubmitGroup():
-                if self._submit(client, message.each()):
-                    self.mailbox.send(client, Admitted(message.members[0].request_id))
+                self._receive(client, message.each(), tell_admitted=True)
             case Abort(request_id, reason):
+                if self.grammars is not None:
+                    self.grammars.abort(client, request_id)
                 if sequence := self.scheduler.abort((self._owner(client), request_id), reason):
                     self.stats.ended(sequence, self.clock())
             case Hello():
@@ -282,22 +316,49 @@ class Engine:
             self._clients.append(client)
         return self._owners[client]
 
-    def _submit(self, client: bytes, submits: list[Submit]) -> bool:
-        """Queue sequences, all of them or none; if none, one `Failed` says why. Returns whether they are queued."""
+    def _receive(self, client: bytes, submits: list[Submit], tell_admitted: bool) -> None:
+        """Queue sequences, or compile their grammars first."""
+        if all(submit.params.structured_outputs is None for submit in submits):
+            self._admit(client, submits, tell_admitted)
+        elif self.grammars is None:
+            self._refuse(client, submits, 0, 400, "structured_outputs is not served by this engine; leave it out")
+        elif not self._queue_is_full(client, submits):
+            self.grammars.compile(client, submits, tell_admitted)
+
+    def _admit(
+        self,
+        client: bytes,
+        submits: list[Submit],
+        tell_admitted: bool,
+        grammars: list[Future[Grammar] | None] | None = None,
+    ) -> None:
+        if self._submit(client, submits, grammars or [None] * len(submits)) and tell_admitted:
+            self.mailbox.send(client, Admitted(submits[0].request_id))
+
+    def _queue_is_full(self, client: bytes, submits: list[Submit]) -> bool:
+        """Whether they are refused for that."""
         # Those that came with the same poll may start yet: only who finds no free slot waits.
-        if self.scheduler.num_waiting - self.scheduler.batch.num_free >= self.limits.max_queue:
-            full = f"the queue is full: {self.scheduler.num_waiting} sequences are waiting, max_queue is {self.limits.max_queue}"
-            self._refuse(client, submits, 0, 503, full)
+        num_waiting = self.scheduler.num_waiting + len(self.grammars or ())
+        if num_waiting - self.scheduler.batch.num_free < self.limits.max_queue:
+            return False
+        full = f"the queue is full: {num_waiting} sequences are waiting, max_queue is {self.limits.max_queue}"
+        self._refuse(client, submits, 0, 503, full)
+        return True
+
+    def _submit(self, client: bytes, submits: list[Submit], grammars: list[Future[Grammar] | None]) -> bool:
+        """Queue sequences, all of them or none; if none, one `Failed` says why. Returns whether they are queued."""
+        if self._queue_is_full(client, submits):
             return False
         added: list[Sequence] = []
         prompts: dict[int, np.ndarray] = {}  # by the list that they came as: many may have the same
         try:
-            for submit in submits:
+            for submit, grammar in zip(submits, grammars, strict=True):
                 self._check(submit)
                 if (key := id(submit.token_ids)) not in prompts:
                     check_ids("prompt", submit.token_ids, self.limits.vocab_size)
                     prompts[key] = np.array(submit.token_ids, np.int32)
                 sequence = self._sequence(client, submit, prompts[key])
+                sequence.grammar = None if grammar is None else TokenMatcher(grammar.result())
                 self.scheduler.add(sequence)
                 added.append(sequence)
             return True
@@ -341,5 +402,3 @@ class Engine:
             len(message.token_ids), self.limits.max_model_len, max_tokens=no_output, min_tokens=params.min_tokens
         )
         params.check_vocabulary(self.limits.vocab_size)
-        if params.structured_outputs is not None:
-            raise ValueError("structured_outputs is not served yet; leave it out")

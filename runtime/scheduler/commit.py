@@ -90,6 +90,23 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
     return result
 
 
+def end(result: StepResult, index: int, sequence: Sequence) -> None:
+    """Entry `index` of a committed step is the sequence's last token after all: nothing may follow it."""
+    if (delta := result.deltas.get(index)) is None:
+        delta = result.deltas[index] = _delta(sequence, [int(result.token_ids[index])], False, False, None)
+        delta.accepted, delta.rejected = sequence.drafts.accepted, sequence.drafts.rejected
+    delta.finish_reason = sequence.finish_reason = "stop"
+    result.ended.append(sequence)
+
+
+def take_back_end(result: StepResult, index: int, sequence: Sequence) -> None:
+    """Entry `index` of a committed step ended the sequence, but should not have."""
+    delta = result.deltas[index]
+    delta.finish_reason = sequence.finish_reason = ""
+    delta.stop_reason = sequence.stop_reason = -1
+    result.ended.remove(sequence)
+
+
 def _verified(
     batch: InputBatch, plan: Plan, output: StepOutput, result: StepResult, with_delta: list[Sequence]
 ) -> Verification:

@@ -56,6 +56,15 @@ class ScheduledDrafts:
         place = np.arange(len(index)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
         return index, place, self.first[index] + 1 + place
 
+    def by_slot(self) -> dict[int, list[int]]:
+        """The draft tokens of each slot that the host knows."""
+        if self.tokens is None:
+            return {}
+        return {
+            slot: tokens[:count].tolist()
+            for slot, count, tokens in zip(self.slots.tolist(), self.counts.tolist(), self.tokens)
+        }
+
     def fed(self, fed: np.ndarray | None) -> np.ndarray:
         """int32 [R, K], the draft tokens: those at hand, or of the device, which says what it fed each query with, [S]."""
         if self.tokens is not None:

@@ -24,7 +24,7 @@ class Packer:
         self._decode = np.zeros(0, np.int32), np.zeros(1, np.int32)  # ids and query_start of a token a sequence
         self._epochs = np.zeros(0, np.int64)
         self._same = SamplingInput(np.zeros(0, np.float32), np.zeros(0, np.int64))
-        self._special = self._reads_prompt = False
+        self._special = self._has_grammar = self._reads_prompt = False
         self._min_len = np.zeros(0, np.int32)
 
     def pack(self, plan: Plan) -> StepInput:
@@ -72,12 +72,13 @@ class Packer:
             self._epochs = plan.epochs
             self._same = batch.sampling.of(at)
             self._special = bool(batch.sampling.has_extras[at].any())
+            self._has_grammar = bool(batch.sampling.has_grammar[at].any())
             self._reads_prompt = bool(batch.reads_prompt[at].any())
             self._min_len = batch.min_len[at]
         # Within min_tokens the ids that would stop the sequence are masked.
         young = plan.starts + plan.counts < self._min_len
         resets = [_counts(sequence) for sequence in plan.started if sequence.has_penalties]
-        if not (self._special or resets or young.any()):
+        if not (self._special or self._has_grammar or resets or young.any()):
             return self._same
         extras = [
             (int(i), batch.sequences[at[i]])
@@ -88,8 +89,14 @@ class Packer:
             penalty_reset=resets,
             bias=_bias(extras, young),
             allowed={index: s.logit_rules.allowed_ids for index, s in extras if s.logit_rules.allowed_ids is not None},
+            masked=self._masked(plan) if self._has_grammar else None,
             num_logprobs=max((s.params.logprobs for _, s in extras if s.params.logprobs is not None), default=-1),
         )
+
+    def _masked(self, plan: Plan) -> np.ndarray | None:
+        """Queries whose sample a grammar restricts, those of draft tokens among them."""
+        rows = np.flatnonzero(plan.sampled & self.batch.sampling.has_grammar[plan.slots])
+        return rows.astype(np.int32) if len(rows) else None
 
 
 def _cached(plan: Plan) -> list[tuple[int, np.ndarray]]:

@@ -23,6 +23,7 @@ class SamplingColumns:
         self.repetition, self.presence, self.frequency = column(), column(), column()
         self.seed = column(np.int64)
         self.has_filters, self.has_penalties = column(bool), column(bool)
+        self.has_grammar = column(bool)
         self.has_extras = column(bool)  # what stands in the request's parameters alone: bias, allowed ids, logprobs
 
     def enter(self, slot: int, sequence: Sequence) -> None:
@@ -35,6 +36,7 @@ class SamplingColumns:
         self.seed[slot] = sequence.seed
         self.has_filters[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         self.has_penalties[slot] = sequence.has_penalties
+        self.has_grammar[slot] = sequence.grammar is not None
         self.has_extras[slot] = (
             len(params.logit_bias) > 0 or params.allowed_token_ids is not None or params.logprobs is not None
         )

@@ -128,7 +128,7 @@ class Scheduler:
         )
         if lag is not None:
             ready &= known >= total - lag
-        slots = slots[ready & ~batch.sampling.has_penalties[slots]]
+        slots = slots[ready & ~batch.sampling.has_penalties[slots] & ~batch.sampling.has_grammar[slots]]
         limits = np.minimum(batch.max_len[slots] - batch.total[slots] - 1, most)
         slots, limits = slots[limits > 0], limits[limits > 0]
         # Those that wait may join the step, and prompts get half of what it may compute.

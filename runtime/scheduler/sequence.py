@@ -12,6 +12,7 @@ from operator import attrgetter
 
 import numpy as np
 
+from pagegraph.runtime.grammar.matcher import TokenMatcher
 from pagegraph.runtime.ipc.protocol import SamplingParams
 
 
@@ -93,6 +94,7 @@ class Sequence:
     priority: int = 0
     arrival: float = 0.0
     cache_salt: str = ""
+    grammar: TokenMatcher | None = None  # where it stands in the grammar that its output must match
     owner: int = 0
     num_prompt: int = field(init=False)
     max_len: int = field(init=False)  # tokens at which it ends, whatever they are

@@ -81,6 +81,11 @@ def sampling(vocab: int, dtype: str) -> list[Any]:
     return [f"sampling {vocab} {dtype}", "pagegraph.kernels.sampling.gumbel", "sample", arguments]
 
 
+def bitmask(vocab: int, dtype: str) -> list[Any]:
+    arguments = [tensor(dtype, 256, vocab), tensor("int32", 64), tensor("int32", 64, -(-vocab // 32))]
+    return [f"bitmask {vocab} {dtype}", "pagegraph.kernels.sampling.bitmask", "apply_bitmask", arguments]
+
+
 def rows(rows: int, size: int) -> list[list[Any]]:
     x, weight = tensor("bfloat16", rows, size), tensor("bfloat16", size)
     return [
@@ -393,6 +398,8 @@ def half() -> list[dict[str, Any]]:
             *rowwise,
             sampling(151936, "float32"),
             sampling(128256, "bfloat16"),
+            bitmask(151936, "float32"),
+            bitmask(128256, "bfloat16"),
         ]
     )
 
@@ -402,7 +409,7 @@ def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
     assert names == {
         "kv_write_kernel", "decode_kernel", "prefill_kernel", "prefill_hopper_kernel", "skinny_gemm_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
         "update_tables_kernel", "unpack_kernel", "rms_norm_kernel", "silu_mul_kernel", "gemv_kernel",
-        "accept_kernel", "propose_ngram_kernel",
+        "accept_kernel", "propose_ngram_kernel", "bitmask_kernel",
     }  # fmt: skip
 
 
@@ -411,11 +418,12 @@ def test_nothing_spills(half: list[dict[str, Any]]) -> None:
 
 
 def test_kernels_of_a_decode_step_wait_for_those_before(half: list[dict[str, Any]]) -> None:
-    """All but those of prefill are launched while the one before still runs."""
+    """All but those of prefill and of masks are launched while the one before still runs."""
     assert {k["kernel"] for k in half if not k["waits"]} == {
         "kv_write_kernel",
         "prefill_kernel",
         "prefill_hopper_kernel",
+        "bitmask_kernel",
     }
 
 

@@ -35,6 +35,13 @@ def next_token(history: list[int], seed: int) -> int:
     return zlib.crc32(bytes(history) + seed.to_bytes(2, "little")) % VOCAB
 
 
+def masked_token(token: int, allowed: int) -> int:
+    """`token`, or the next one that the bits allow; 0 where they allow none, as of a device's argmax."""
+    if allowed == -1:
+        return token
+    return next((at % VOCAB for at in range(token, token + VOCAB) if allowed >> at % VOCAB & 1), 0)
+
+
 class FakeStep:
     """Paged memory of token ids, slots of last samples, and the same order of work as a device, at the engine's seam.
 
@@ -79,6 +86,8 @@ class FakeStep:
             if self.breaks is not None and self.breaks(step):
                 self.memory[:] = -9  # whatever it has written
                 raise RuntimeError("broken on the device")
+            if step.sampling.masked is not None:
+                return self._launch_masked(step)
             output = self.run(step) if num_steps == 1 else self._run_on(step, num_steps)
         except Exception as error:
             output = error
@@ -89,6 +98,24 @@ class FakeStep:
             return output
 
         return Ticket(wait)
+
+    def _launch_masked(self, step: StepInput) -> Ticket:
+        """Forward at the launch, samples once the masks are there."""
+        fed, histories = self._forward(step)
+        masked = step.sampling.masked
+        assert masked is not None
+        masks = np.full((len(masked), 1), -1, np.int32)
+
+        def sample() -> Callable[[], StepOutput]:
+            allowed = dict(zip(masked.tolist(), masks[:, 0].tolist(), strict=True))
+            for query, ids in step.sampling.allowed.items():
+                allowed[query] &= sum(1 << token for token in ids.tolist())
+            for query, token, value in zip(*step.sampling.bias or ((), (), ())):
+                allowed[query] &= -1 if value > -np.inf else ~(1 << token)
+            output = self._sample(step, fed, histories, allowed)
+            return lambda: output
+
+        return Ticket(None, masks, sample)
 
     def _run_on(self, step: StepInput, num_steps: int) -> StepOutput:
         """The step, and those in which each of its slots goes on by a token."""
@@ -102,6 +129,10 @@ class FakeStep:
         return StepOutput(np.stack(sampled, axis=1))
 
     def run(self, step: StepInput) -> StepOutput:
+        return self._sample(step, *self._forward(step), {})
+
+    def _forward(self, step: StepInput) -> tuple[np.ndarray, list[list[int]]]:
+        """The last token fed to each query, and all that it reads."""
         self.queries.append(step.num_seqs)
         self.tokens.append(step.num_tokens)
         self.tables[step.new_blocks[:, 0], step.new_blocks[:, 1]] = step.new_blocks[:, 2]
@@ -119,12 +150,20 @@ class FakeStep:
             and slot_mapping.min(initial=self.block_size) >= self.block_size
         )
         self.memory[slot_mapping] = ids
-        sampled, histories = [], []
-        for slot, length, seed in zip(step.slots.tolist(), (starts + counts).tolist(), step.sampling.seeds.tolist()):
+        histories = []
+        for slot, length in zip(step.slots.tolist(), (starts + counts).tolist()):
             histories.append(self.memory[self._mapped(slot, np.arange(length))].tolist())
             assert min(histories[-1]) >= 0, "a slot was read before it was written"
-            sampled.append(self.says(histories[-1], seed))
-        fed = ids[step.query_start[1:] - 1]
+        return ids[step.query_start[1:] - 1], histories
+
+    def _sample(
+        self, step: StepInput, fed: np.ndarray, histories: list[list[int]], allowed: dict[int, int]
+    ) -> StepOutput:
+        """`allowed`: bits of the tokens that a query may sample, of those with masks."""
+        sampled = []
+        for query, (history, seed) in enumerate(zip(histories, step.sampling.seeds.tolist(), strict=True)):
+            token = self.says(history, seed)
+            sampled.append(masked_token(token, allowed[query]) if query in allowed else token)
         ngram = self._hand_over(step, fed, sampled, histories)
         prompt = None
         if step.prompt is not None:

@@ -1,0 +1,76 @@
+"""Requests whose grammars are being compiled, beside the loop: they join the queue when that is done.
+
+Knows who submitted what, and which of it is still wanted. Knows no grammar.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+
+from pagegraph.runtime.grammar.compiler import Grammar, GrammarCompiler
+from pagegraph.runtime.grammar.step_masks import StepMasks
+from pagegraph.runtime.ipc.protocol import Submit
+
+LOOK_S = 0.005  # how long an idle engine waits for a grammar before it looks for messages
+
+
+@dataclass(slots=True)
+class CompilingGroup:
+    """Sequences that are submitted together, as far as they are still wanted, and the grammar of each."""
+
+    client: bytes
+    submits: list[Submit]
+    grammars: list[Future[Grammar] | None]
+    tell_admitted: bool
+
+    @property
+    def is_done(self) -> bool:
+        return all(one is None or one.done() for one in self.grammars)
+
+    def drop(self, request_id: str) -> None:
+        """This one is not wanted any more."""
+        kept = [index for index, submit in enumerate(self.submits) if submit.request_id != request_id]
+        self.submits = [self.submits[index] for index in kept]
+        self.grammars = [self.grammars[index] for index in kept]
+
+
+class Grammars:
+    """Compiling groups in the order that they came in, and the masks of those that run."""
+
+    def __init__(self, compiler: GrammarCompiler, masks: StepMasks) -> None:
+        self.masks = masks
+        self._compiler = compiler
+        self._compiling: list[CompilingGroup] = []
+
+    def __len__(self) -> int:
+        """Sequences that wait for their grammar."""
+        return sum(len(group.submits) for group in self._compiling)
+
+    def compile(self, client: bytes, submits: list[Submit], tell_admitted: bool) -> None:
+        """Start compiling what a group asks for; `take_done` has it when that is done."""
+        wanted = [submit.params.structured_outputs for submit in submits]
+        grammars = [None if one is None else self._compiler.compile(one) for one in wanted]
+        self._compiling.append(CompilingGroup(client, submits, grammars, tell_admitted))
+
+    def take_done(self, idle: bool) -> list[CompilingGroup]:
+        """Groups whose grammars are compiled, or failed to. idle: there is nothing else to do, so wait a moment."""
+        if not self._compiling:
+            return []
+        if idle:
+            pending = [one for group in self._compiling for one in group.grammars if one is not None]
+            wait(pending, LOOK_S, FIRST_COMPLETED)
+        done = [group for group in self._compiling if group.is_done]
+        self._compiling = [group for group in self._compiling if not group.is_done]
+        return done
+
+    def abort(self, client: bytes, request_id: str) -> None:
+        """The sequence is not wanted any more, if it is here."""
+        for group in self._compiling:
+            if group.client == client:
+                group.drop(request_id)
+        self._compiling = [group for group in self._compiling if group.submits]
+
+    def use_idle_time(self) -> bool:
+        """Load what the first grammar will need -> whether that was to be done."""
+        return self._compiler.use_idle_time()

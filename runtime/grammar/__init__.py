@@ -1,0 +1,1 @@
+"""Grammars of requests: compiled, followed token by token, and told to a step as bitmasks."""

@@ -1,0 +1,95 @@
+"""Compiles grammars beside the engine's loop, within limits of time and size, and keeps the last ones.
+
+llguidance gives up Python's lock while it compiles, so a thread is enough: the loop goes on, and only the sequences of
+that grammar wait. Matchers of one grammar are copies of one that share what they find out about it, which makes a mask
+a look-up for whoever comes to a state second. Knows no sequences.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from pagegraph.runtime.bad_parameter import BadParameter
+from pagegraph.runtime.structured_output import StructuredOutputs, field_of, grammar_text, in_words, limits
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_GRAMMARS = 128  # kept for who asks for the same again
+MAX_KEPT_BYTES = 4 << 20  # of what they were asked with
+THREADS = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grammar:
+    """A compiled grammar. Its matchers learn from each other."""
+
+    key: bytes
+    matcher: LLMatcher  # stays at the beginning
+
+    def start(self) -> LLMatcher:
+        """A matcher that has seen nothing yet."""
+        return self.matcher.deep_copy()
+
+
+class GrammarCompiler:
+    """`vocabulary` is called once, by whoever needs it first."""
+
+    def __init__(self, vocabulary: Callable[[], LLTokenizer]) -> None:
+        self._load = vocabulary
+        self._vocabulary: LLTokenizer | None = None
+        self._lock = threading.Lock()
+        self._idle_time_used = False
+        self._kept: OrderedDict[bytes, Future[Grammar]] = OrderedDict()
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grammar")
+
+    def compile(self, structured: StructuredOutputs) -> Future[Grammar]:
+        """The grammar, once it is compiled; the future's exception is a ValueError where it is the request's fault."""
+        key = msgspec.msgpack.encode(structured)
+        if key not in self._kept:
+            self._kept[key] = self._threads.submit(self._compiled, key, structured)
+            while len(self._kept) > MAX_GRAMMARS or (len(self._kept) > 1 and self._kept_bytes() > MAX_KEPT_BYTES):
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def forget(self, grammar: Grammar) -> None:
+        """One that ran out of its limits: who begins now would find them used up."""
+        self._kept.pop(grammar.key, None)
+
+    def use_idle_time(self) -> bool:
+        """Load the vocabulary, unless it is -> whether that was to be done."""
+        if self._idle_time_used or self._vocabulary is not None:
+            return False
+        self._idle_time_used = True
+        self._threads.submit(self.vocabulary).exception()  # whoever compiles a grammar is told of it
+        return True
+
+    def vocabulary(self) -> LLTokenizer:
+        """The model's; loads it at the first call. Any thread."""
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = self._load()
+            return self._vocabulary
+
+    def _kept_bytes(self) -> int:
+        return sum(map(len, self._kept))
+
+    def _compiled(self, key: bytes, structured: StructuredOutputs) -> Grammar:
+        """Raises BadParameter. The first mask is computed here too: it is the dearest, and may be beyond the limits."""
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self.vocabulary(), grammar_text(structured), log_level=0, limits=limits())
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            problem = f"cannot be served: {in_words(matcher.get_error())}"
+            raise BadParameter(field_of(structured.kind), problem)
+        return Grammar(key, matcher)

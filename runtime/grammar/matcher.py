@@ -1,0 +1,40 @@
+"""Where one sequence stands in its grammar: a function of the tokens it has generated.
+
+So it is made anew from them whenever it is in doubt: after a failed step, after an exception of its own. Knows no slots
+and no steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+    from pagegraph.runtime.grammar.compiler import Grammar
+
+
+class TokenMatcher:
+    """`num_tokens` generated tokens were taken."""
+
+    def __init__(self, grammar: Grammar) -> None:
+        self.grammar = grammar
+        self.matcher: LLMatcher = grammar.start()
+        self.num_tokens = 0
+
+    def replay(self, tokens: Sequence[int]) -> bool:
+        """Begin anew and take these -> whether the grammar has them all."""
+        self.matcher = self.grammar.start()
+        self.num_tokens = len(tokens)
+        return not tokens or self.matcher.consume_tokens(list(tokens))
+
+    def take(self, tokens: Sequence[int]) -> bool:
+        """Take these too -> whether the grammar has them."""
+        self.num_tokens += len(tokens)
+        return self.matcher.consume_tokens(list(tokens))
+
+    @property
+    def can_only_end(self) -> bool:
+        """No token may follow but one that ends the text."""
+        return self.matcher.is_stopped()
