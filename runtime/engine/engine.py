@@ -138,7 +138,7 @@ class Engine:
                     self._running = None
                     self.scheduler.restart()
         if self.grammars is not None:
-            for group in self.grammars.take_done(idle):
+            for group in self.grammars.take_done(wait=self._running is None and not self.scheduler.has_work):
                 self._admit(group.client, group.submits, group.tell_admitted, group.grammars)
         try:
             self._advance()

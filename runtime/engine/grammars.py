@@ -5,14 +5,15 @@ Knows who submitted what, and which of it is still wanted. Knows no grammar.
 
 from __future__ import annotations
 
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent import futures
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from pagegraph.runtime.grammar.compiler import Grammar, GrammarCompiler
 from pagegraph.runtime.grammar.step_masks import StepMasks
 from pagegraph.runtime.ipc.protocol import Submit
 
-LOOK_S = 0.005  # how long an idle engine waits for a grammar before it looks for messages
+LOOK_S = 0.005  # how long an engine without other work waits for a grammar before it looks for messages
 
 
 @dataclass(slots=True)
@@ -53,13 +54,13 @@ class Grammars:
         grammars = [None if one is None else self._compiler.compile(one) for one in wanted]
         self._compiling.append(CompilingGroup(client, submits, grammars, tell_admitted))
 
-    def take_done(self, idle: bool) -> list[CompilingGroup]:
-        """Groups whose grammars are compiled, or failed to. idle: there is nothing else to do, so wait a moment."""
+    def take_done(self, wait: bool) -> list[CompilingGroup]:
+        """Groups whose grammars are compiled, or failed to. wait: there is nothing else to do, so wait a moment."""
         if not self._compiling:
             return []
-        if idle:
+        if wait:
             pending = [one for group in self._compiling for one in group.grammars if one is not None]
-            wait(pending, LOOK_S, FIRST_COMPLETED)
+            futures.wait([one for one in pending if not one.done()], LOOK_S, futures.FIRST_COMPLETED)
         done = [group for group in self._compiling if group.is_done]
         self._compiling = [group for group in self._compiling if not group.is_done]
         return done

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,6 +41,14 @@ def masked_token(token: int, allowed: int) -> int:
     if allowed == -1:
         return token
     return next((at % VOCAB for at in range(token, token + VOCAB) if allowed >> at % VOCAB & 1), 0)
+
+
+class Read(NamedTuple):
+    """What the queries of a step read."""
+
+    fed: np.ndarray  # the last token fed to each
+    histories: list[list[int]]  # all tokens that each sees
+    prompt: PromptOutput | None  # log-probabilities of prompts, if the step wants any
 
 
 class FakeStep:
@@ -101,7 +110,7 @@ class FakeStep:
 
     def _launch_masked(self, step: StepInput) -> Ticket:
         """Forward at the launch, samples once the masks are there."""
-        fed, histories = self._forward(step)
+        read = self._forward(step)
         masked = step.sampling.masked
         assert masked is not None
         masks = np.full((len(masked), 1), -1, np.int32)
@@ -112,7 +121,7 @@ class FakeStep:
                 allowed[query] &= sum(1 << token for token in ids.tolist())
             for query, token, value in zip(*step.sampling.bias or ((), (), ())):
                 allowed[query] &= -1 if value > -np.inf else ~(1 << token)
-            output = self._sample(step, fed, histories, allowed)
+            output = self._sample(step, read, allowed)
             return lambda: output
 
         return Ticket(None, masks, sample)
@@ -129,10 +138,9 @@ class FakeStep:
         return StepOutput(np.stack(sampled, axis=1))
 
     def run(self, step: StepInput) -> StepOutput:
-        return self._sample(step, *self._forward(step), {})
+        return self._sample(step, self._forward(step), {})
 
-    def _forward(self, step: StepInput) -> tuple[np.ndarray, list[list[int]]]:
-        """The last token fed to each query, and all that it reads."""
+    def _forward(self, step: StepInput) -> Read:
         self.queries.append(step.num_seqs)
         self.tokens.append(step.num_tokens)
         self.tables[step.new_blocks[:, 0], step.new_blocks[:, 1]] = step.new_blocks[:, 2]
@@ -154,22 +162,22 @@ class FakeStep:
         for slot, length in zip(step.slots.tolist(), (starts + counts).tolist()):
             histories.append(self.memory[self._mapped(slot, np.arange(length))].tolist())
             assert min(histories[-1]) >= 0, "a slot was read before it was written"
-        return ids[step.query_start[1:] - 1], histories
-
-    def _sample(
-        self, step: StepInput, fed: np.ndarray, histories: list[list[int]], allowed: dict[int, int]
-    ) -> StepOutput:
-        """`allowed`: bits of the tokens that a query may sample, of those with masks."""
-        sampled = []
-        for query, (history, seed) in enumerate(zip(histories, step.sampling.seeds.tolist(), strict=True)):
-            token = self.says(history, seed)
-            sampled.append(masked_token(token, allowed[query]) if query in allowed else token)
-        ngram = self._hand_over(step, fed, sampled, histories)
         prompt = None
         if step.prompt is not None:
             positions = np.arange(len(ids)) + np.repeat(starts - step.query_start[:-1], counts)
             prompt = read_prompt(step.prompt, ids, positions)
-        return StepOutput(np.array(sampled, np.int32), None, ngram if self.draft is not None else None, prompt)
+        return Read(ids[step.query_start[1:] - 1], histories, prompt)
+
+    def _sample(self, step: StepInput, read: Read, allowed: dict[int, int]) -> StepOutput:
+        """`allowed`: bits of the tokens that a query may sample, of those with masks."""
+        sampled = []
+        for query, (history, seed) in enumerate(zip(read.histories, step.sampling.seeds.tolist(), strict=True)):
+            token = self.says(history, seed)
+            sampled.append(masked_token(token, allowed[query]) if query in allowed else token)
+        ngram = self._hand_over(step, read.fed, sampled, read.histories)
+        return StepOutput(
+            np.array(sampled, np.int32), ngram=ngram if self.draft is not None else None, prompt=read.prompt
+        )
 
     def _mapped(self, slots: np.ndarray | int, positions: np.ndarray) -> np.ndarray:
         return self.tables[slots, positions // self.block_size] * self.block_size + positions % self.block_size
