@@ -100,6 +100,7 @@ def held(chat: Chat, checked: GenerationRequest, prompt_ids: Sequence[int]) -> S
             required=tools.choice == "required",
             parallel=tools.parallel and tools.named is None,
             structured=params.structured_outputs,
+            strict=tools.strict,
             continued=_continued(checked),
         )
     except BadParameter as error:  # its field is the grammar's, of which the request knows nothing

@@ -38,6 +38,11 @@ class Tools:
             return None
         return {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in self.listed}
 
+    @property
+    def strict(self) -> list[str]:
+        """Names of tools that may be called with arguments of their schema alone."""
+        return [tool["function"]["name"] for tool in self.listed if tool["function"].get("strict")]
+
 
 def read_tools(fields: Fields) -> Tools:
     """The fields `tools`, `tool_choice`, `parallel_tool_calls`, `functions` and `function_call`."""
@@ -58,9 +63,10 @@ def read_tools(fields: Fields) -> Tools:
     parallel = fields.boolean("parallel_tool_calls", True) and not legacy
     tools = Tools(listed=listed, choice="auto" if listed else "none", parallel=parallel, legacy=legacy)
     tools = tools if choice is None else _chosen(tools, choice, where)
-    if tools.choice == "required":
+    if schemas := tools.schemas:
         for index, name in enumerate(names):
-            if schema := (tools.schemas or {}).get(name):
+            held = tools.choice == "required" or name in tools.strict
+            if held and (schema := schemas.get(name)):
                 place = f"functions[{index}].parameters" if legacy else f"tools[{index}].function.parameters"
                 check_grammar(StructuredOutputs(json=closed(schema)), field=place)
     return tools

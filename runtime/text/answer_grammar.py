@@ -29,6 +29,7 @@ _INTRICATE = {
     "prefixItems",
     "contains",
 }
+ANY_ARGUMENTS = {"type": "object", "additionalProperties": True}
 MAX_CALLS = 16  # of one answer that has to have some
 Thought = Literal["open", "closed", "free"]  # the prompt ends inside reasoning, behind it, or neither
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pagegraph.runtime.structured_output import StructuredOutputs, lark_string
-from pagegraph.runtime.text.answer_grammar import AnswerGrammar, Thought
+from pagegraph.runtime.text.answer_grammar import ANY_ARGUMENTS, AnswerGrammar, Thought
 from pagegraph.runtime.text.chat_output import ChatOutput
 from pagegraph.runtime.text.chat_template import ChatTemplateError, Message
 from pagegraph.runtime.text.formats import CALLS, choose
@@ -86,18 +86,36 @@ class Chat:
         required: bool,
         parallel: bool,
         structured: StructuredOutputs | None,
+        strict: Collection[str] = (),
         continued: str | None = None,
     ) -> StructuredOutputs | None:
-        """What holds an answer to this prompt to calls, if they are `required`, or to a structure, or to either."""
-        if (tools is None or not required) and (structured is None or self.format.reasoning is None and tools is None):
+        """What holds an answer to this prompt to calls, if they are `required`, or to a structure, or to either.
+
+        If it may be any text, what is held are calls of the tools in `strict`, where a format lets calls be told from
+        text: by a special token.
+        """
+        any_text = tools is not None and not required and structured is None
+        if any_text and not self._can_be_strict(tools or {}, strict):
+            return None
+        if tools is None and (structured is None or self.format.reasoning is None):
             return structured
         grammar = AnswerGrammar(self.format, self._literal, self._thought(prompt_ids, continued))
         answers = []
         if tools is not None:
-            answers.append(grammar.calls(tools, parallel))
+            loose = [name for name in tools if any_text and name not in strict]
+            calls = grammar.calls({**tools, **dict.fromkeys(loose, ANY_ARGUMENTS)}, parallel)
+            answers = ["TEXT?", f"TEXT? {calls}"] if any_text else [calls]
         if structured is not None and not required:
             answers.append(grammar.text(structured))
         return StructuredOutputs(grammar=grammar.whole(answers))
+
+    def _can_be_strict(self, tools: Mapping[str, Any], strict: Collection[str]) -> bool:
+        calls = self.format.calls
+        if calls is None or self.format.is_harmony or not strict:
+            return False
+        first = next(iter((*calls.section_begin, *calls.begin)), "")
+        whole = calls.style in ("object", "named") or all(name in strict for name in tools)
+        return not calls.bare and whole and self._literal(first).startswith("<[")
 
     def kept_ids(self, tools: bool) -> frozenset[int]:
         """Special tokens that have to be text for `output`, whether calls are looked for or not."""

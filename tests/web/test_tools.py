@@ -85,6 +85,14 @@ def test_schemas_and_parallel_calls() -> None:
         ({"documents": "x"}, "documents"),
         (
             {
+                "tools": [
+                    {"function": {"name": "a", "strict": True, "parameters": {"properties": {"b": {"type": "what"}}}}}
+                ]
+            },
+            "tools[0].function.parameters",
+        ),
+        (
+            {
                 "tools": [CLOCK, {"function": {"name": "a", "parameters": {"properties": {"b": {"type": "what"}}}}}],
                 "tool_choice": "required",
             },

@@ -132,6 +132,28 @@ def test_a_structure_behind_reasoning_or_instead_of_calls() -> None:
     assert harmony.lets(f"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant{final}", **alone)
 
 
+@pytest.mark.parametrize("name", ["hermes", "mistral", "deepseek_v3", "qwen3_coder", "glm45", "gemma4", "granite"])
+def test_strict_tools_where_any_text_may_come(name: str) -> None:
+    model = Model(name, special=True)
+    free: dict[str, Any] = {"required": False, "strict": list(TOOLS)}
+    for call in GOOD:
+        written = write_calls(CALLS[name], [call])
+        assert model.lets(written, **free) and model.lets(f"<think>Hm.</think>Well: {written}", **free)
+    for call in BAD:
+        assert not model.lets(write_calls(CALLS[name], [call]), **free)
+    assert model.lets("Hello.", **free) and model.lets("", **free) and model.lets("<think>Hm.</think>Hello.", **free)
+    if CALLS[name].style in ("object", "named"):
+        written = write_calls(CALLS[name], [("weather", {"city": "x", "other": 1}), ("clock", {})])
+        for strict, lets in ((["clock"], True), (["weather"], False)):
+            assert model.lets(written, required=False, strict=strict) == lets
+
+
+def test_strict_tools_whose_calls_look_like_text_are_not_held() -> None:
+    for name, special in (("hermes", False), ("llama3_json", True), ("pythonic", True), ("phi4_mini_json", True)):
+        asked: dict[str, Any] = {"tools": TOOLS, "required": False, "parallel": True, "structured": None}
+        assert Model(name, special).chat.grammar([], **asked, strict=list(TOOLS)) is None
+
+
 def test_without_reasoning_and_tools_a_structure_is_what_it_was() -> None:
     chat = Chat(tokenizer("{{ messages }}"))
     structured = StructuredOutputs(json_object=True)
