@@ -14,6 +14,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/clients.md",
+    "docs/structured.md",
     "docs/tools.md",
     "perf/README.md",
 )

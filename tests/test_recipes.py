@@ -19,6 +19,7 @@ from pagegraph.kernels import ops
 from pagegraph.runtime.sampling_params import SamplingParams
 from pagegraph.runtime.scheduler.sampling_columns import SamplingColumns
 from pagegraph.runtime.scheduler.sequence import Sequence
+from pagegraph.runtime.structured_output import StructuredOutputs
 from pagegraph.web.schema import parse_completion
 
 SWITCHES = {row.setting: False for row in registry.PASSES if row.setting} | dict.fromkeys(registry.GRAPH_PASSES, False)
@@ -114,6 +115,7 @@ SAMPLING: dict[str, Any] = {
     "stop_token_ids": [6],
     "ignore_eos": True,
     "logprobs": 2,
+    "structured_outputs": {"regex": "a+"},
     "prompt_logprobs": 2,
 }
 # What a plain step has too: the host's own, and what is applied inside the graph.
@@ -121,11 +123,12 @@ IN_EVERY_STEP = {"max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "te
 
 
 def test_add_a_sampling_parameter_to_requests() -> None:
-    assert set(SAMPLING) | {"structured_outputs"} == {field.name for field in msgspec.structs.fields(SamplingParams)}
+    assert set(SAMPLING) == {field.name for field in msgspec.structs.fields(SamplingParams)}
     default = SamplingParams()
     for name, value in SAMPLING.items():
         params = parse_completion({"prompt": "Hello", name: value}, 16).params
-        wanted = {int(key): one for key, one in value.items()} if isinstance(value, dict) else value
+        wanted = {int(key): one for key, one in value.items()} if name == "logit_bias" else value
+        wanted = StructuredOutputs(**value) if name == "structured_outputs" else wanted
         assert getattr(params, name) == wanted != getattr(default, name), name
 
 
@@ -137,9 +140,12 @@ def test_add_a_sampling_parameter_to_the_columns(name: str) -> None:
     params = parse_completion({"prompt": "Hello", name: SAMPLING[name]}, 16).params
     columns, slots = SamplingColumns(1), np.zeros(1, np.int32)
     columns.enter(0, Sequence("", np.zeros(1, np.int32), params, frozenset(), 0, 8))
-    assert columns.has_extras[0] or not columns.of(slots).is_plain, "the slot does not ask for it"
+    asked = columns.has_extras[0] or columns.has_grammar[0] or not columns.of(slots).is_plain
+    assert asked, "the slot does not ask for it"
     columns.enter(0, Sequence("", np.zeros(1, np.int32), SamplingParams(), frozenset(), 0, 8))
-    assert not columns.has_extras[0] and columns.of(slots).is_plain, "a slot that does not ask pays for it"
+    assert not columns.has_extras[0] and not columns.has_grammar[0] and columns.of(slots).is_plain, (
+        "a slot that does not ask pays for it"
+    )
 
 
 def test_a_step_that_asks_for_any_sampling_parameter_is_not_plain() -> None:

@@ -18,6 +18,7 @@ from pagegraph.web.chat_fields import read_chat_fields
 from pagegraph.web.errors import ApiError, as_api_error
 from pagegraph.web.fields import Fields, is_id, mapping, refuse
 from pagegraph.web.messages import read_messages
+from pagegraph.web.structured import read_structured
 from pagegraph.web.tools import Tools
 
 MAX_PROMPTS = 1024
@@ -251,6 +252,8 @@ def _sampling(
     given = {name: value for name in _SAMPLED if (value := fields.take(name)) is not None}
     if (bias := fields.take("logit_bias")) is not None:
         given["logit_bias"] = _logit_bias(bias, vocab_size)
+    if (structured := read_structured(fields)) is not None:
+        given["structured_outputs"] = structured
     params = SamplingParams(**{**defaults, **given, **own})
     params.check_vocabulary(vocab_size)
     return params

@@ -36,7 +36,7 @@ class SamplingColumns:
         self.seed[slot] = sequence.seed
         self.has_filters[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         self.has_penalties[slot] = sequence.has_penalties
-        self.has_grammar[slot] = sequence.grammar is not None
+        self.has_grammar[slot] = params.structured_outputs is not None
         self.has_extras[slot] = (
             len(params.logit_bias) > 0 or params.allowed_token_ids is not None or params.logprobs is not None
         )

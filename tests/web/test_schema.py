@@ -153,7 +153,7 @@ def test_fields_of_the_other_endpoint() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "works"),
-    [("grammar", 'root ::= "a"', "leave it out"), ("json_schema", {}, "leave it out"), ("n_predict", 9, "give max_tokens"),
+    [("grammar_lazy", True, "leave it out"), ("structural_tag", {}, "leave it out"), ("n_predict", 9, "give max_tokens"),
      ("repeat_penalty", 1.1, "give repetition_penalty"), ("enable_thinking", False, "chat_template_kwargs"),
      ("typical_p", 0.9, "give 1.0"), ("mirostat", True, "give 0")],
 )  # fmt: skip
@@ -165,12 +165,6 @@ def test_what_works_in_place_of_a_refused_field(name: str, value: Any, works: st
 
 def test_numbers_that_ask_nothing_may_be_written_either_way() -> None:
     assert completion(typical_p=1, mirostat=0.0, min_keep=1.0, n=1.0, best_of=1).ignored == []
-
-
-def test_response_format_other_than_text() -> None:
-    chat(response_format={"type": "text"})
-    with pytest.raises(ApiError, match="response_format is not served"):
-        chat(response_format={"type": "json_object"})
 
 
 def test_defaults() -> None:

@@ -14,6 +14,7 @@ from pagegraph.runtime.sampling_params import MAX_STOP, RANGES, Range, SamplingP
 from pagegraph.web.chat_fields import EFFORTS, VERBOSITIES
 from pagegraph.web.messages import MAX_MESSAGES
 from pagegraph.web.schema import DEFAULT_COMPLETION_TOKENS, MAX_PROMPTS, NUMBERS
+from pagegraph.web.structured import FORMATS, PLAIN
 from pagegraph.web.tools import MAX_TOOLS
 
 Described = dict[str, tuple[dict[str, Any], str]]  # JSON schema and help by a field's name
@@ -39,6 +40,11 @@ def _sampled(name: str, help: str) -> tuple[dict[str, Any], str]:
 
 def _pick(described: Described, *names: str) -> Described:
     return {name: described[name] for name in names}
+
+
+def _form(kind: str) -> tuple[dict[str, Any], str]:
+    schemas = {"json": {"type": "object"}, "choice": {"type": "array", "items": _STRING}}
+    return schemas.get(kind, _STRING), f"The same as structured_outputs with {kind}."
 
 
 SHARED: Described = {
@@ -73,6 +79,16 @@ SHARED: Described = {
         "What is added to the logit of each token id.",
     ),
     "allowed_token_ids": (_IDS, "The only token ids that may come."),
+    "response_format": (
+        {"type": "object", "required": ["type"], "properties": {"type": {"enum": [*FORMATS]}}},
+        "The form of the answer: json_object, or json_schema with json_schema: {name, schema}.",
+    ),
+    "structured_outputs": (
+        {"type": "object"},
+        "The form of the answer: one of json (a schema), regex, choice (a list of strings), grammar (Lark or GBNF) and "
+        "json_object.",
+    ),
+    **{name: _form(kind) for name, kind in PLAIN.items()},
     "seed": (number(RANGES["seed"]), "The same seed and parameters give the same tokens."),
     "skip_special_tokens": (_TRUE, "Leave special tokens out of the text."),
     "truncate_prompt_tokens": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from concurrent import futures
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
@@ -51,9 +52,17 @@ def text(tokens: list[int]) -> str:
 def ran(*submits: Submit, **options: object) -> Harness:
     harness = with_grammars(**options)
     for one in submits:
+        compile_first(harness, one)
         harness.mailbox.put(one)
     harness.run()
     return harness
+
+
+def compile_first(harness: Harness, one: Submit) -> None:
+    """So that sequences start in the order they came in."""
+    if (structured := one.params.structured_outputs) is not None:
+        assert harness.engine.grammars is not None
+        futures.wait([harness.engine.grammars._compiler.compile(structured)])
 
 
 def turn_until(harness: Harness, name: str, num_tokens: int) -> None:
