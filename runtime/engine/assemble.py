@@ -27,6 +27,7 @@ from pagegraph.runtime.scheduler.step_time import StepTime
 from pagegraph.runtime.spec_decode.device_drafter import DeviceDrafter
 from pagegraph.runtime.spec_decode.draft_model import DraftModel
 from pagegraph.runtime.spec_decode.drafter import Drafter
+from pagegraph.runtime.spec_decode.grammar_drafter import GrammarDrafter
 from pagegraph.runtime.spec_decode.host_drafter import HostDrafter
 from pagegraph.runtime.spec_decode.model_drafter import ModelDrafter
 from pagegraph.runtime.spec_decode.num_draft_tokens import StepCosts
@@ -79,12 +80,13 @@ def engine_of(
             stalled_s=engine.stalled_s,
         )
 
-    grammars = _grammars(config, built, scheduler)
+    grammars, drafter = _grammars(config, built, scheduler), _drafter(config, built, scheduler)
     stats = EngineStats(metrics, scheduler, built.step.counts)
     engine = Engine(
         built.step, scheduler, mailbox, limits, info, time.monotonic, stats, step_time=step_time, seed=config.seed,
         use_idle_time=lambda: grammars.use_idle_time() or built.use_idle_time(),
-        drafter=_drafter(config, built, scheduler), grammars=grammars,
+        drafter=None if drafter is None else GrammarDrafter(scheduler, drafter, config.max_draft_tokens),
+        grammars=grammars,
     )  # fmt: skip
     return engine, metrics
 

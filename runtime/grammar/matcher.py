@@ -34,6 +34,23 @@ class TokenMatcher:
         self.num_tokens += len(tokens)
         return self.matcher.consume_tokens(list(tokens))
 
+    def admits(self, tokens: Sequence[int]) -> int:
+        """How many of these may follow, one after the other, without the text being at its end after them.
+
+        A text that can only end gets no token that says so, so none may be drafted behind it.
+        """
+        count = self.matcher.validate_tokens(list(tokens))
+        while count:
+            after = self.matcher.deep_copy()
+            if after.consume_tokens(list(tokens[:count])) and not after.is_stopped():
+                break
+            count -= 1
+        return count
+
+    def forced(self) -> list[int]:
+        """Tokens that have to follow: the mask of each allows that one alone."""
+        return self.matcher.compute_ff_tokens()
+
     @property
     def can_only_end(self) -> bool:
         """No token may follow but one that ends the text."""

@@ -21,12 +21,15 @@ Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 class DraftTokens:
     """Tokens that may follow: tokens[i, :counts[i]] in slot slots[i], counts at least 1; int32 [R], [R], [R, K].
 
-    tokens None: the device proposed them, and only the device knows them.
+    tokens None: the device proposed them, and only the device knows them; token j of a slot is then -2 - j, which may
+    also stand in `tokens` where the others are known. forced: bool [R], those that grammars leave no choice about, where
+    there are any.
     """
 
     slots: np.ndarray
     counts: np.ndarray
     tokens: np.ndarray | None
+    forced: np.ndarray | None = None
 
     def of_slots(self, num_slots: int) -> np.ndarray:
         """int32 [num_slots], how many each slot has."""
@@ -44,11 +47,20 @@ class ScheduledDrafts:
     first: np.ndarray
     others: np.ndarray  # bool [S]: queries of slots without draft tokens
     tokens: np.ndarray | None  # int32 [R, K] as in `DraftTokens`
+    forced: np.ndarray | None = None  # bool [R] as in `DraftTokens`
 
     def among(self, kept: np.ndarray) -> ScheduledDrafts:
         """Of the slots where kept bool [R]."""
         tokens = self.tokens if self.tokens is None else self.tokens[kept]
-        return replace(self, slots=self.slots[kept], counts=self.counts[kept], first=self.first[kept], tokens=tokens)
+        forced = self.forced if self.forced is None else self.forced[kept]
+        return replace(
+            self,
+            slots=self.slots[kept],
+            counts=self.counts[kept],
+            first=self.first[kept],
+            tokens=tokens,
+            forced=forced,
+        )
 
     def queries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each draft token: its place in `slots`, its place in the slot from 0 on, its query in the plan; int [G]."""
@@ -67,10 +79,10 @@ class ScheduledDrafts:
 
     def fed(self, fed: np.ndarray | None) -> np.ndarray:
         """int32 [R, K], the draft tokens: those at hand, or of the device, which says what it fed each query with, [S]."""
-        if self.tokens is not None:
+        if fed is None:
+            assert self.tokens is not None
             return self.tokens
         tokens = np.zeros((len(self.slots), int(self.counts.max(initial=0))), np.int32)
-        assert fed is not None
         index, place, query = self.queries()
         tokens[index, place] = fed[query]
         return tokens
@@ -116,8 +128,9 @@ def as_queries(columns: Columns, draft_tokens: DraftTokens) -> tuple[Columns, Sc
     )
     of = of[drafting]
     tokens = draft_tokens.tokens if draft_tokens.tokens is None else draft_tokens.tokens[of]
+    forced = draft_tokens.forced if draft_tokens.forced is None else draft_tokens.forced[of]
     return split, ScheduledDrafts(
-        slots[drafting], draft_tokens.counts[of], begin[drafting].astype(np.int32), ~drafting[index], tokens
+        slots[drafting], draft_tokens.counts[of], begin[drafting].astype(np.int32), ~drafting[index], tokens, forced
     )
 
 

@@ -111,13 +111,15 @@ class Scheduler:
             self._finish(sequence)
         return sequence
 
-    def room_for_drafts(self, most: int, lag: int | None = 0) -> tuple[np.ndarray, np.ndarray, int]:
+    def room_for_drafts(
+        self, most: int, lag: int | None = 0, takes_blocks: bool = True
+    ) -> tuple[np.ndarray, np.ndarray, int]:
         """(slots that may be given draft tokens, at most how many each, how many in all), with blocks taken for them.
 
         They decode, ask for no penalties (penalty counts include accepted tokens only) and are past min_tokens (which the
-        host enforces). At most `lag` of their tokens are not on the host yet. With `lag` 0 the draft tokens go to the
-        next `schedule`, and blocks are taken for them; with more this only looks ahead, and takes none. None: however
-        many; the device proposes, and the host need not know the tokens.
+        host enforces). At most `lag` of their tokens are not on the host yet. None: however many; the device proposes,
+        the host need not know the tokens, and so no grammar could check them. The draft tokens go to the next
+        `schedule`; without `takes_blocks` this only looks ahead.
         """
         batch, slots = self.batch, self._running.fixed().slots
         known, total = batch.known[slots], batch.total[slots]
@@ -128,7 +130,9 @@ class Scheduler:
         )
         if lag is not None:
             ready &= known >= total - lag
-        slots = slots[ready & ~batch.sampling.has_penalties[slots] & ~batch.sampling.has_grammar[slots]]
+        else:
+            ready &= ~batch.sampling.has_grammar[slots]
+        slots = slots[ready & ~batch.sampling.has_penalties[slots]]
         limits = np.minimum(batch.max_len[slots] - batch.total[slots] - 1, most)
         slots, limits = slots[limits > 0], limits[limits > 0]
         # Those that wait may join the step, and prompts get half of what it may compute.
@@ -136,7 +140,7 @@ class Scheduler:
         budget = min(budget, (self.max_num_batched_tokens - len(self._running)) // 2)
         if not self.enable_chunked_prefill and self._waiting:
             budget = 0
-        if budget <= 0 or not len(slots) or lag:
+        if budget <= 0 or not len(slots) or not takes_blocks:
             return slots, limits, max(budget, 0)
         if not self.block_tables.extend(
             slots, batch.total[slots] + limits, spare=len(slots) + self.block_tables.watermark

@@ -157,7 +157,7 @@ class HostDrafter:
         if self._search_budget_ms < self._search_ms:
             return False
         begin = self.clock()
-        slots, limits, budget = self.scheduler.room_for_drafts(self.most, lag=1)
+        slots, limits, budget = self.scheduler.room_for_drafts(self.most, lag=1, takes_blocks=False)
         found = False
         if len(slots) and budget and could_pay(self.scheduler.num_running, budget, costs):
             offer = self._offer(slots, limits, 1)
