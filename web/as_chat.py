@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pagegraph.runtime.sampling_params import BadParameter
 from pagegraph.web.errors import ApiError, as_api_error
 from pagegraph.web.schema import GenerationRequest
+from pagegraph.web.structured import PLAIN
 
 Names = Sequence[tuple[str, str]]  # pattern of a chat's field name, and what it is called instead
 
@@ -20,6 +21,7 @@ EXTENSIONS = (
     "seed", "top_k", "min_p", "stop_token_ids", "include_stop_str_in_output", "min_tokens", "ignore_eos",
     "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "allowed_token_ids",
     "skip_special_tokens", "chat_template_kwargs", "truncate_prompt_tokens", "truncation_side", "priority", "cache_salt",
+    "structured_outputs", "documents", *PLAIN,
 )  # fmt: skip
 
 

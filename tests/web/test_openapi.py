@@ -10,7 +10,10 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
+from pagegraph.web.anthropic import request as anthropic
 from pagegraph.web.fields import UNSERVED, Fields
+from pagegraph.web.openai_responses import request as openai_responses
+from pagegraph.web.openapi import chat_like
 from pagegraph.web.openapi import fields as described
 from pagegraph.web.openapi.routes import ROUTES, Route
 
@@ -66,6 +69,14 @@ def test_what_is_read_as_a_chat_has_the_fields_of_a_chat(http: FlaskClient, take
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
     assert http.post(path, json={"input": "Hello"} if "responses" in path else body).status_code == 200
     assert taken[1][1] == described.CHAT.keys()
+
+
+@pytest.mark.parametrize("surface", [openai_responses, anthropic])
+def test_every_field_of_a_chat_is_taken_or_refused_by_surfaces_read_as_one(surface) -> None:
+    own = chat_like.RESPONSES if surface is openai_responses else chat_like.MESSAGES
+    known = described.CHAT.keys() | described.COMPLETION.keys()
+    assert known <= own.keys() | surface._INSTEAD.keys() | UNSERVED.keys()
+    assert not own.keys() & surface._INSTEAD.keys()
 
 
 def named(error: dict[str, Any], name: str) -> bool:

@@ -215,3 +215,55 @@ def test_advice_that_the_template_does_not_read_is_listed_under_its_own_name(too
     ):
         answer = tools.post(path, json=SURFACES[path] | fields)
         assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == name
+
+
+def held(tools: FlaskClient, fake_engine, path: str, fields: dict[str, Any]) -> Any:
+    """What an answer is held to."""
+    answer = tools.post(path, json=SURFACES[path] | fields)
+    assert answer.status_code == 200, answer.json
+    return fake_engine.submits[-1].params.structured_outputs
+
+
+CHOICES = {
+    "/v1/chat/completions": {"required": "required", "f": {"type": "function", "function": {"name": "f"}}},
+    "/v1/responses": {"required": "required", "f": {"type": "function", "name": "f"}},
+    "/v1/messages": {"required": {"type": "any"}, "f": {"type": "tool", "name": "f"}},
+}
+FORMATS = {
+    "/v1/chat/completions": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    },
+    "/v1/responses": {"text": {"format": {"type": "json_schema", "name": "answer", "schema": SCHEMA}}},
+    "/v1/messages": {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+}
+
+
+def test_calls_that_have_to_come_and_forms_are_the_same_on_every_surface(tools: FlaskClient, fake_engine) -> None:
+    for choice in ("required", "f"):
+        found = [
+            held(tools, fake_engine, path, {"tools": TOOLS[path], "tool_choice": CHOICES[path][choice]})
+            for path in SURFACES
+        ]
+        assert found[0] is not None and found == found[:1] * 3
+    found = [held(tools, fake_engine, path, FORMATS[path]) for path in SURFACES]
+    assert found[0] is not None and found == found[:1] * 3
+    found = [held(tools, fake_engine, path, {"structured_outputs": {"choice": ["a", "b"]}}) for path in SURFACES]
+    assert found[0] is not None and found == found[:1] * 3
+    assert held(tools, fake_engine, "/v1/responses", {"text": {"format": {"type": "json_object"}}}) is not None
+
+
+def test_a_bad_schema_is_named_as_the_surface_calls_it(tools: FlaskClient) -> None:
+    bad = {"properties": {"a": {"type": "what"}}}
+    for path, fields, field in (
+        ("/v1/responses", {"text": {"format": {"type": "json_schema", "name": "a", "schema": bad}}}, "text.format.schema"),
+        ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": bad}}},
+         "output_config.format.schema"),
+        ("/v1/responses", {"tools": [TOOLS["/v1/responses"][0] | {"parameters": bad}], "tool_choice": "required"},
+         "tools[0].parameters"),
+        ("/v1/messages", {"tools": [TOOLS["/v1/messages"][0] | {"input_schema": bad}], "tool_choice": {"type": "any"}},
+         "tools[0].input_schema"),
+        ("/v1/messages", {"tools": TOOLS["/v1/messages"], "tool_choice": {"type": "tool", "name": "g"}}, "tool_choice"),
+        ("/v1/responses", {"tool_choice": "required"}, "tool_choice"),
+    ):  # fmt: skip
+        answer = tools.post(path, json=SURFACES[path] | fields)
+        assert answer.status_code == 400 and answer.json["error"]["message"].startswith(field), answer.json

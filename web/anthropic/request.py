@@ -16,11 +16,11 @@ from pagegraph.web.fields import Fields, mapping, refuse
 from pagegraph.web.messages import MAX_MESSAGES
 from pagegraph.web.schema import GenerationRequest, parse_chat
 
-AS_IN_CHAT = ("model", "stream", "temperature", "top_p", *EXTENSIONS)
+AS_IN_CHAT = ("model", "stream", "temperature", "top_p", "verbosity", *EXTENSIONS)
 # Fields of a chat that have another name here, or ask for what an answer of this shape does not hold.
 _INSTEAD = {
     "prompt": "messages", "stop": "stop_sequences", "max_completion_tokens": "max_tokens", "stream_options": "",
-    "response_format": 'output_config: {"format": ...}', "structured_outputs": 'output_config: {"format": ...}',
+    "response_format": 'output_config: {"format": ...}',
     "reasoning_effort": 'output_config: {"effort": ...}', "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
     "functions": "tools", "function_call": "tool_choice", "n": "", "best_of": "", "echo": "", "logprobs": "",
     "top_logprobs": "", "prompt_logprobs": "", "return_token_ids": "", "return_tokens_as_token_ids": "",

@@ -26,7 +26,7 @@ AS_IN_CHAT = ("model", "stream", "temperature", "top_p", "parallel_tool_calls", 
 _INSTEAD = {
     "messages": "input", "prompt": "instructions and input", "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens", "functions": "tools", "function_call": "tool_choice",
-    "response_format": 'text: {"format": ...}', "structured_outputs": 'text: {"format": ...}',
+    "response_format": 'text: {"format": ...}',
     "reasoning_effort": 'reasoning: {"effort": ...}', "verbosity": 'text: {"verbosity": ...}',
     "logprobs": 'include: ["message.output_text.logprobs"]', "conversation": "previous_response_id",
     "n": "", "best_of": "", "echo": "", "prompt_logprobs": "", "return_token_ids": "", "request_id": "",
