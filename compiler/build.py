@@ -79,6 +79,7 @@ class BuiltModel:
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
+    hidden_size: int  # of what the output head reads; 0 where it is not to be had
     max_model_len: int
     num_blocks: int
     eos_ids: frozenset[int]
@@ -203,6 +204,7 @@ def build_model(options: CompilerOptions, *, progress: bool = True) -> BuiltMode
         device=options.device,
         dtype=model.dtype,
         vocab_size=model.vocab_size,
+        hidden_size=model.paged_model.hidden_size,
         max_model_len=model.max_model_len,
         num_blocks=num_blocks,
         eos_ids=eos_ids(model.folder, model.model_config, Path(tokenizer) if tokenizer else None),

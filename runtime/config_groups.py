@@ -88,6 +88,12 @@ class ModelConfig:
         one_of("auto", "none"),
         "sampling of requests that do not say: auto (as the model's generation_config.json has it) or none",
     )
+    pooling: str = _option(
+        "auto",
+        one_of("auto", "last", "mean", "cls"),
+        "hidden states that an embedding is made of: auto (as the model's 1_Pooling/config.json has it, else last),"
+        " last, mean or cls (the first)",
+    )
 
     @property
     def is_gguf(self) -> bool:

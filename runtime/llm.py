@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.runtime.config import Config, load_config
 from pagegraph.runtime.engine.assemble import engine_of
@@ -25,7 +27,7 @@ from pagegraph.runtime.ipc.protocol import (
     TokenLogprob,
     Tokens,
 )
-from pagegraph.runtime.sampling_params import SamplingParams, check_ids, check_length, check_stop
+from pagegraph.runtime.sampling_params import PoolingParams, SamplingParams, check_ids, check_length, check_stop
 from pagegraph.runtime.structured_output import check_grammar
 from pagegraph.runtime.text.output import TextOutput
 from pagegraph.runtime.text.tokenizer import Tokenizer
@@ -120,6 +122,20 @@ class LLM:
         while unfinished:
             self._turn(unfinished)
         return [request.completion for request in requests]
+
+    def embed(self, prompts: str | list[str] | list[list[int]], *, dimensions: int | None = None) -> list[np.ndarray]:
+        """The embedding of every prompt (text or token ids), float32; `dimensions` of the first, if the model has such.
+
+        Raises ValueError, before any prompt runs, for what cannot be served.
+        """
+        self.engine.limits.pooler.check(dimensions)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        params = SamplingParams(pooling=PoolingParams(dimensions))
+        requests = self._start(prompts, [params] * len(prompts), None)
+        unfinished = {request.request_id: request for request in requests}
+        while unfinished:
+            self._turn(unfinished)
+        return [np.frombuffer(request.output.embedding, np.float32) for request in requests]
 
     def stream(
         self, prompt: str | list[int], params: SamplingParams | None = None, *, stop: str | list[str] | None = None

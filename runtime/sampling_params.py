@@ -79,6 +79,12 @@ RANGES = {
 _MAY_BE_NONE = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 
 
+class PoolingParams(msgspec.Struct, frozen=True):
+    """An embedding of the prompt is asked for, of so many dimensions; None: of all."""
+
+    dimensions: int | None = None
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How one sequence is sampled and when it stops. Raises BadParameter, a ValueError, naming the field at fault.
 
@@ -103,14 +109,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None  # None: none; 0: of the sampled token; n: and of the n likeliest
     prompt_logprobs: int | None = None  # the same of every prompt token but the first
     structured_outputs: StructuredOutputs | None = None
+    pooling: PoolingParams | None = None  # in place of output: max_tokens becomes 0
 
     def __post_init__(self) -> None:
+        if self.pooling is not None:
+            msgspec.structs.force_setattr(self, "max_tokens", 0)
+        reads_prompt = self.prompt_logprobs is not None or self.pooling is not None
         for field, allowed in RANGES.items():
             value = getattr(self, field)
             # Most are as they should be, and this runs for every sequence.
             if type(value) is allowed.type and allowed.low <= value <= allowed.high:
                 continue
-            if field == "max_tokens" and value == 0 and self.prompt_logprobs is not None:
+            if field == "max_tokens" and value == 0 and reads_prompt:
                 continue
             if value is not None or field not in _MAY_BE_NONE:
                 msgspec.structs.force_setattr(self, field, allowed.checked(field, value))

@@ -37,6 +37,7 @@ from pagegraph.runtime.ipc.protocol import (
     TokenLogprob,
     Tokens,
 )
+from pagegraph.runtime.pooling import Pooler
 
 # One run of the tests is like another; `make fuzz` draws examples of its own.
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -103,7 +104,7 @@ class FakeEngine:
         self.address = address
         self.info = EngineInfo(
             model="tiny", device="cpu", dtype="float32", vocab_size=vocab_size, max_model_len=128,
-            num_blocks=16, block_size=16, compile_state="compiled",
+            num_blocks=16, block_size=16, compile_state="compiled", pooler=Pooler(3, dimensions=[2]),
         )  # fmt: skip
         self.script: Callable[[Submit], list[TokenDelta | Failed]] = lambda submit: []
         self.submits: list[Submit] = []
@@ -157,6 +158,12 @@ class FakeEngine:
                     mailbox.send(client, answer if isinstance(answer, Failed) else Tokens([answer]))
 
     @staticmethod
+    def embedding(submit: Submit) -> bytes:
+        """Of the prompt's length, its first and its last token."""
+        ids = submit.token_ids
+        return array("f", [len(ids), ids[0] / 3, ids[-1] / 3][: submit.params.pooling.dimensions]).tobytes()
+
+    @staticmethod
     def prompt_deltas(submit: Submit) -> list[TokenDelta]:
         """The prompt's log-probabilities in two parts: token at has -at/8 and rank 2, behind ids 7, 8, ... with -1/16 each."""
         wanted, size = submit.params.prompt_logprobs, len(submit.token_ids)
@@ -184,7 +191,9 @@ class FakeEngine:
         reason = finish if count == len(token_ids) else "length"
         top = submit.params.logprobs
         deltas = FakeEngine.prompt_deltas(submit)
-        if count == 0:
+        if submit.params.pooling is not None:
+            deltas.append(TokenDelta(submit.request_id, [], "stop", embedding=FakeEngine.embedding(submit)))
+        elif count == 0:
             deltas.append(TokenDelta(submit.request_id, [], "length"))
         for index, token_id in enumerate(token_ids[:count]):
             ids = [token_id, *(i for i in range(7, 30) if i != token_id)][: top or 0]

@@ -16,7 +16,7 @@ from flask import Flask, Response, g, request
 from pagegraph.runtime.ipc.client import EngineClient
 from pagegraph.runtime.server import health
 from pagegraph.runtime.text.tokenizer import Tokenizer
-from pagegraph.web import errors, probes, routes, tokenization
+from pagegraph.web import embeddings, errors, probes, routes, tokenization
 from pagegraph.web.anthropic import routes as anthropic
 from pagegraph.web.errors import ApiError
 from pagegraph.web.generate import gone
@@ -49,6 +49,7 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     app.register_blueprint(openai_responses.blueprint)
     app.register_blueprint(anthropic.blueprint)
     app.register_blueprint(tokenization.blueprint)
+    app.register_blueprint(embeddings.blueprint)
     app.register_blueprint(probes.blueprint)
     app.register_blueprint(document.blueprint)
     return app

@@ -114,7 +114,7 @@ def submit(
     each, times = [ids for ids in prompts for _ in range(checked.best_of)], checked.best_of
     if checked.messages:
         checked = replace(checked, params=held(service.chat, checked, prompts[0]))
-    if checked.max_tokens == 0 and checked.params.prompt_logprobs is None:
+    if checked.max_tokens == 0 and checked.params.prompt_logprobs is None and checked.params.pooling is None:
         params, group = [checked.params] * len(each), NoTokens(len(each))
     else:
         params = [_params(checked, len(ids), index % times, info.max_model_len) for index, ids in enumerate(each)]

@@ -51,21 +51,23 @@ def note_bodies(model: nn.Module) -> dict[str, Any]:
     return outputs
 
 
-def body_of(model: nn.Module, outputs: dict[str, Any], shape: tuple[int, int]) -> str:
-    """The path of the outermost body, the last of `outputs` to return; "" where the head needs more than its hidden states.
+def body_of(model: nn.Module, outputs: dict[str, Any], shape: tuple[int, int]) -> tuple[str, int]:
+    """The path of the outermost body, the last of `outputs` to return, and the size of its hidden states.
+
+    ("", 0) where the head needs more than these.
 
     shape: (tokens, vocabulary) of the logits that the head makes of them.
     """
     path, output = next(reversed(outputs.items()), ("", None))
     hidden = hidden_states_of(output)
     if hidden is None or hidden.shape[:2] != (1, shape[0]):
-        return ""
+        return "", 0
     try:
         with torch.no_grad():
             logits = head_logits(model, path, hidden[0])
     except Exception:  # a head of the model's own, which may want anything
-        return ""
-    return path if logits.shape == shape else ""
+        return "", 0
+    return (path, hidden.shape[-1]) if logits.shape == shape else ("", 0)
 
 
 def hidden_states_of(output: Any) -> torch.Tensor | None:

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.compiler.model.forward_local import forward_local
 from pagegraph.compiler.model.head import head_logits, hidden_states_of
-from pagegraph.compiler.model.probe import AttentionLayout, TokensBefore, ask_for_no_padding, probe
+from pagegraph.compiler.model.probe import AttentionLayout, Probed, TokensBefore, ask_for_no_padding, probe
 
 ATTENTION_NAME = "pagegraph"
 
@@ -82,15 +82,14 @@ AttentionInterface.register(ATTENTION_NAME, paged_attention)
 class PagedModel(nn.Module):
     """The whole forward as one function of tensors: token ids in, logits of the wanted tokens and hidden states out."""
 
-    def __init__(self, model: nn.Module, layouts: list[AttentionLayout], counts_tokens: bool, body: str = "") -> None:
-        """body: path of the module that gives hidden states; "" if there is none."""
+    def __init__(self, model: nn.Module, probed: Probed) -> None:
         super().__init__()
         self.model = model
-        self.layouts = layouts
-        self.counts_tokens = counts_tokens
-        self.body = body
-        if body:
-            model.get_submodule(body).register_forward_hook(_keep_hidden)
+        self.layouts = probed.layouts
+        self.counts_tokens = probed.counts_tokens
+        self.body, self.hidden_size = probed.body, probed.hidden_size
+        if self.body:
+            model.get_submodule(self.body).register_forward_hook(_keep_hidden)
 
     def forward(
         self,
@@ -144,4 +143,4 @@ def wrap_model(model: nn.Module) -> PagedModel:
     """
     probed = probe(model)
     ask_for_no_padding(model)
-    return PagedModel(model.eval(), probed.layouts, probed.counts_tokens, probed.body)
+    return PagedModel(model.eval(), probed)

@@ -76,11 +76,13 @@ class Probed:
     """Layouts of the layers, whether the forward wants `TokensBefore` in place of a cache, and where its body is.
 
     body: path of the module whose output the head computes logits from; "" where the head needs more than that.
+    hidden_size: of that output; 0 where there is no body.
     """
 
     layouts: list[AttentionLayout]
     counts_tokens: bool
     body: str
+    hidden_size: int
 
 
 class TokensBefore:
@@ -168,8 +170,8 @@ def probe(original: nn.Module) -> Probed:
         if watch.padded_positions:
             notes.refuse("its positions start behind a padding index; paged attention numbers tokens from 0")
         if watch.counted == (0 if past is None else past.asked):
-            body = body_of(shadow, outputs, (TOKENS, logits.shape[-1]))
-            return Probed([notes.layouts[layer] for layer in range(layers)], past is not None, body)
+            body, hidden_size = body_of(shadow, outputs, (TOKENS, logits.shape[-1]))
+            return Probed([notes.layouts[layer] for layer in range(layers)], past is not None, body, hidden_size)
     notes.refuse("the forward numbers its tokens by their place in the step, not by the positions it is given")
 
 

@@ -356,6 +356,7 @@ def host(report: Report, args: argparse.Namespace, shared: dict) -> None:
         device=torch.device("cpu"),
         dtype=torch.bfloat16,
         vocab_size=151936,
+        hidden_size=0,
         max_model_len=8192,
         num_blocks=20_000,
         eos_ids=frozenset([151645]),

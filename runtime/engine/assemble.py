@@ -20,6 +20,7 @@ from pagegraph.runtime.grammar.compiler import GrammarCompiler
 from pagegraph.runtime.grammar.step_masks import StepMasks
 from pagegraph.runtime.grammar.vocabulary import load_vocabulary
 from pagegraph.runtime.ipc.protocol import EngineInfo
+from pagegraph.runtime.pooling import pooler_of
 from pagegraph.runtime.sampling_params import model_defaults
 from pagegraph.runtime.scheduler.block_pool import BlockPool
 from pagegraph.runtime.scheduler.scheduler import Scheduler
@@ -61,7 +62,8 @@ def engine_of(
         max_decode_tokens=config.max_decode_tokens,
     )
     sampling_defaults = model_defaults(built.generation_config) if config.generation_config == "auto" else {}
-    limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, max_queue)
+    pooler = pooler_of(built.folder, built.hidden_size, config.pooling)
+    limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, max_queue, pooler)
 
     def info() -> EngineInfo:
         return EngineInfo(
@@ -77,6 +79,7 @@ def engine_of(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             sampling_defaults=sampling_defaults,
+            pooler=pooler,
             stalled_s=engine.stalled_s,
         )
 

@@ -36,6 +36,7 @@ from pagegraph.runtime.ipc.protocol import (
     ToEngine,
     Tokens,
 )
+from pagegraph.runtime.pooling import Pooler
 from pagegraph.runtime.sampling_params import SamplingParams, check_ids, check_length, own_seed
 from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.pack import Packer
@@ -77,6 +78,7 @@ class Limits:
     max_model_len: int
     eos_ids: frozenset[int]
     max_queue: int
+    pooler: Pooler
 
 
 class Engine:
@@ -392,6 +394,7 @@ class Engine:
             cache_salt=message.cache_salt,
             owner=self._owner(client),
             max_model_len=self.limits.max_model_len,
+            pooler=self.limits.pooler,
         )
 
     def _check(self, message: Submit) -> None:
@@ -402,3 +405,7 @@ class Engine:
             len(message.token_ids), self.limits.max_model_len, max_tokens=no_output, min_tokens=params.min_tokens
         )
         params.check_vocabulary(self.limits.vocab_size)
+        if params.pooling is not None:
+            self.limits.pooler.check(params.pooling.dimensions)
+        if params.prompt_logprobs is not None and not self.limits.pooler.size:
+            raise ValueError(f"prompt_logprobs cannot be had of this model: {self.limits.pooler.refused}")

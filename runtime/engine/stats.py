@@ -42,7 +42,7 @@ class EngineStats:
     def ended(self, sequence: Sequence, now: float) -> None:
         """A sequence ended, for its `finish_reason`."""
         self.metrics.observe_finished(sequence.finish_reason)
-        if sequence.finish_reason in ("stop", "length") and sequence.num_generated:
+        if sequence.finish_reason in ("stop", "length") and not np.isnan(sequence.times.first_token):
             self.metrics.observe_served(
                 queue_time=sequence.times.launched - sequence.arrival,
                 prefill_time=sequence.times.first_token - sequence.times.launched,

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from pagegraph.runtime.pooling import Pooler
 from pagegraph.runtime.sampling_params import SamplingParams
 
 MAX_FRAME_BYTES = 64 << 20  # a longer frame ends the connection of whoever sent it
@@ -142,6 +143,7 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
     accepted: int = 0
     rejected: int = 0
     prompt_logprobs: PromptLogprobs | None = None  # in order, all of them before the first token
+    embedding: bytes = b""  # of the prompt, float32 in the machine's own bytes; told at the end
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
@@ -194,6 +196,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     num_running: int = 0
     num_waiting: int = 0
     sampling_defaults: dict[str, int | float] = {}  # fields of SamplingParams that the model itself sets for requests
+    pooler: Pooler = Pooler(0, refused="the engine does not say")
     stalled_s: float = 0.0  # seconds since a step ended or work came to an idle engine; 0 without work
 
 

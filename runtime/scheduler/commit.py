@@ -84,7 +84,7 @@ def append(batch: InputBatch, running: Running, plan: Plan, output: StepOutput) 
     for one in prompts:
         one.commit()
         result.prompts += [(one.sequence.owner, delta) for delta in one.deltas]
-        if one.ends:
+        if one.finish_reason:
             result.begun.append(one.sequence)
             result.ended.append(one.sequence)
     return result

@@ -14,6 +14,7 @@ import numpy as np
 
 from pagegraph.runtime.grammar.matcher import TokenMatcher
 from pagegraph.runtime.ipc.protocol import SamplingParams
+from pagegraph.runtime.pooling import Pooler
 
 
 class State(Enum):
@@ -70,15 +71,36 @@ class DraftCounts:
 
 @dataclass(slots=True)
 class PromptReads:
-    """What a request asks of its prompt's tokens besides the output, and how much of it has been told."""
+    """What a request asks of its prompt's tokens besides the output, and how much of it has come."""
 
-    num_logprobs: int  # of the likeliest tokens, beside each of the prompt's own
+    num_logprobs: int | None  # of the likeliest tokens, beside each of the prompt's own
+    pooler: Pooler | None  # of the embedding that is asked for
     num_told: int = 0  # prompt tokens behind the first whose log-probabilities have been sent
+    total: np.ndarray | None = None  # of the hidden states that are pooled, as far as they are computed
 
     @staticmethod
-    def of(params: SamplingParams) -> PromptReads | None:
+    def of(params: SamplingParams, pooler: Pooler | None) -> PromptReads | None:
         """None if it asks nothing."""
-        return None if params.prompt_logprobs is None else PromptReads(params.prompt_logprobs)
+        if params.prompt_logprobs is None and params.pooling is None:
+            return None
+        return PromptReads(params.prompt_logprobs, None if params.pooling is None else pooler)
+
+    def owed(self, start: int, end: int, num_prompt: int) -> range:
+        """Positions in [start, end) that are followed by a prompt token whose log-probability is still to be told."""
+        if self.num_logprobs is None:
+            return range(0)
+        end = min(end, num_prompt - 1)
+        return range(min(max(start, self.num_told), end), end)
+
+    def pooled(self, start: int, end: int, num_prompt: int) -> range:
+        """Positions in [start, end) whose hidden states are pooled."""
+        if self.pooler is None:
+            return range(0)
+        first, last = {"last": (num_prompt - 1, num_prompt), "cls": (0, 1), "mean": (0, num_prompt)}[
+            self.pooler.pooling
+        ]
+        first = max(first, start)
+        return range(first, max(min(last, end), first))
 
 
 @dataclass(slots=True, eq=False)
@@ -96,6 +118,7 @@ class Sequence:
     cache_salt: str = ""
     grammar: TokenMatcher | None = None  # where it stands in the grammar that its output must match
     owner: int = 0
+    pooler: InitVar[Pooler | None] = None
     num_prompt: int = field(init=False)
     max_len: int = field(init=False)  # tokens at which it ends, whatever they are
     stop_ids: frozenset[int] = field(init=False)  # ids that end it, EOS included unless ignored
@@ -112,7 +135,7 @@ class Sequence:
     drafts: DraftCounts = field(default_factory=DraftCounts)
     times: Times = field(default_factory=Times)
 
-    def __post_init__(self, eos_ids: frozenset[int]) -> None:
+    def __post_init__(self, eos_ids: frozenset[int], pooler: Pooler | None) -> None:
         params = self.params
         self.tokens = np.asarray(self.tokens, np.int32)  # never written to: sequences of a group share their prompt
         self.num_prompt = len(self.tokens)
@@ -122,7 +145,7 @@ class Sequence:
         eos = frozenset() if params.ignore_eos else eos_ids
         self.stop_ids = eos.union(params.stop_token_ids)
         self.logit_rules = LogitRules.of(params)
-        self.prompt = PromptReads.of(params)
+        self.prompt = PromptReads.of(params, pooler)
 
     @property
     def key(self) -> tuple[int, str]:
@@ -142,7 +165,11 @@ class Sequence:
     @property
     def skip_reading_prefix_cache(self) -> bool:
         """Whether all of its prompt is to be computed: something is still to be told of tokens that may be cached."""
-        return self.prompt is not None and self.prompt.num_told < self.num_prompt - 1
+        reads = self.prompt
+        if reads is None:
+            return False
+        owed = reads.num_logprobs is not None and reads.num_told < self.num_prompt - 1
+        return owed or (reads.pooler is not None and reads.pooler.pooling != "last")
 
     @property
     def has_penalties(self) -> bool:

@@ -64,6 +64,7 @@ class TextOutput:
         self.accepted = 0  # draft tokens of the sequence that became its own
         self.rejected = 0  # and those that did not
         self.prompt_logprobs: list[PromptLogprobs] = []  # in order, as far as they have come
+        self.embedding = b""  # of the prompt, as `TokenDelta` has it
         self._detokenizer = Detokenizer(tokenizer, prompt_ids, skip_special, kept_ids)
         self._stop = StopStrings(stop, include_stop) if stop else None
         self._stop_token_ids = frozenset(params.stop_token_ids)
@@ -119,6 +120,7 @@ class TextOutput:
         self.rejected = max(self.rejected, delta.rejected)
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs.append(delta.prompt_logprobs)
+        self.embedding = delta.embedding or self.embedding
 
     def _text_of(self, token_id: int) -> str:
         """Text that may be emitted now that this token is there."""

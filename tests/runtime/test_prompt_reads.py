@@ -50,3 +50,23 @@ def test_chunks_caches_and_few_rows_at_a_time_change_nothing(config_of, built, m
     for done in chunked.generate(PROMPTS, asking(max_tokens=0)):
         check(model, done)
         assert done.token_ids == [] and done.finish_reason == "length"
+
+
+def pooled(model: torch.nn.Module, ids: list[int], pooling: str) -> torch.Tensor:
+    with torch.inference_mode():
+        hidden = model.model(torch.tensor([ids])).last_hidden_state[0].float()
+    vector = {"last": hidden[-1], "mean": hidden.mean(0), "cls": hidden[0]}[pooling]
+    return vector / vector.norm()
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+def test_embeddings_are_those_of_transformers(config_of, built, model, pooling: str) -> None:
+    """Whole and in chunks, the second time with what the cache holds."""
+    for budget in (512, 16):
+        llm = LLM(config_of(max_num_batched_tokens=budget, pooling=pooling), built=built)
+        for _ in range(2):
+            for prompt, vector in zip(PROMPTS, llm.embed(PROMPTS), strict=True):
+                expected = pooled(model, llm.tokenizer.encode(prompt), pooling)
+                torch.testing.assert_close(torch.from_numpy(vector.copy()), expected, atol=2e-4, rtol=0)
+    with pytest.raises(ValueError, match="dimensions is 64; give 576"):
+        llm.embed(PROMPTS, dimensions=64)

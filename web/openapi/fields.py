@@ -12,6 +12,7 @@ import msgspec
 
 from pagegraph.runtime.sampling_params import MAX_STOP, RANGES, Range, SamplingParams
 from pagegraph.web.chat_fields import EFFORTS, VERBOSITIES
+from pagegraph.web.embeddings import DIMENSIONS, ENCODINGS
 from pagegraph.web.messages import MAX_MESSAGES
 from pagegraph.web.schema import DEFAULT_COMPLETION_TOKENS, MAX_PROMPTS, NUMBERS
 from pagegraph.web.structured import FORMATS, PLAIN
@@ -169,6 +170,17 @@ COMPLETION: Described = {
     "logprobs": (number(RANGES["logprobs"]), "Show the log-probability of each token and of so many likeliest ones."),
     "echo": (_BOOLEAN, "Put the prompt before the answer; its log-probabilities too, if they are wanted."),
     "add_special_tokens": (_TRUE, "Add the tokenizer's special tokens to a prompt that is text."),
+}
+
+EMBEDDINGS: Described = {
+    "input": COMPLETION["prompt"],
+    **_pick(SHARED, "model", "truncate_prompt_tokens", "truncation_side", "request_id", "priority", "cache_salt"),
+    "encoding_format": (
+        {"enum": [*ENCODINGS], "default": "float"},
+        "float: a list of numbers; base64: float32 in little-endian bytes.",
+    ),
+    "dimensions": (number(DIMENSIONS), "So many numbers of each vector, if the model is trained for that."),
+    "add_special_tokens": COMPLETION["add_special_tokens"],
 }
 
 TOKENIZE: Described = {

@@ -57,6 +57,10 @@ ROUTES = (
         "POST", "/v1/messages/count_tokens", "How many tokens a request's prompt has", chat_like.MESSAGES,
         ("messages",), {"messages": _HELLO},
     ),
+    Route(
+        "POST", "/v1/embeddings", "A vector for each input", fields.EMBEDDINGS, ("input",),
+        {"input": ["Hello", "Good day"]},
+    ),
     Route("GET", "/v1/models", "The served model, as a list"),
     Route("GET", "/v1/models/{name}", "One model by name"),
     Route("POST", "/tokenize", "Token ids of a text or a chat", fields.TOKENIZE, (), {"prompt": "Hello"}),

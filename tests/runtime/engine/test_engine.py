@@ -19,6 +19,7 @@ from pagegraph.runtime.engine.metrics import EngineMetrics
 from pagegraph.runtime.engine.stats import EngineStats
 from pagegraph.runtime.ipc.protocol import Abort, Admitted, Failed, Member, SamplingParams, Submit, SubmitGroup, Tokens
 from pagegraph.runtime.llm import CLIENT, LocalMailbox
+from pagegraph.runtime.pooling import Pooler
 from pagegraph.runtime.scheduler import commit as results
 from pagegraph.runtime.scheduler.block_pool import BlockPool
 from pagegraph.runtime.scheduler.input_batch import InputBatch
@@ -36,7 +37,7 @@ class Harness:
 
     def __init__(
         self, *, num_blocks: int = 60, max_num_seqs: int = 8, budget: int = 32, max_queue: int = 5, caching: bool = True,
-        draft_tokens: str = "",
+        draft_tokens: str = "", pooler: Pooler = Pooler(3),
     ) -> None:  # fmt: skip
         on_device = draft_tokens == "device"
         self.device = FakeStep(
@@ -55,7 +56,7 @@ class Harness:
         self.metrics = EngineMetrics("m", MAX_LEN)
         self.turns = 0
         self.engine = Engine(
-            self.device, self.scheduler, self.mailbox, Limits(VOCAB, MAX_LEN, frozenset([EOS]), max_queue), None,
+            self.device, self.scheduler, self.mailbox, Limits(VOCAB, MAX_LEN, frozenset([EOS]), max_queue, pooler), None,
             lambda: float(self.turns), EngineStats(self.metrics, self.scheduler, StepCounts()), drafter=drafter,
         )  # fmt: skip
         self.tokens: dict[str, list[int]] = {}

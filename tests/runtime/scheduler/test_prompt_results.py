@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagegraph.runtime.ipc.protocol import PromptLogprobs, Submit, TokenDelta, Tokens
-from pagegraph.runtime.sampling_params import SamplingParams
+from pagegraph.runtime.pooling import Pooler
+from pagegraph.runtime.sampling_params import PoolingParams, SamplingParams
 from pagegraph.runtime.scheduler import prompt_results
 from tests.runtime.engine.test_engine import Harness
 from tests.runtime.fake_step import MAX_LEN, VOCAB, alone
@@ -22,6 +23,7 @@ class Reader(Harness):
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
         self.parts: dict[str, list[PromptLogprobs]] = {}
+        self.embeddings: dict[str, np.ndarray] = {}
         send = self.mailbox.send
 
         def seen(client: bytes, message: object) -> None:
@@ -36,6 +38,9 @@ class Reader(Harness):
         if delta.prompt_logprobs is not None:
             assert not self.tokens.get(delta.request_id), "told after the first token"
             self.parts.setdefault(delta.request_id, []).append(delta.prompt_logprobs)
+        if delta.embedding:
+            assert delta.finish_reason == "stop" and not delta.token_ids
+            self.embeddings[delta.request_id] = np.frombuffer(delta.embedding, np.float32)
 
     def told(self, submit: Submit) -> list[tuple[int, float, int, list[int]]]:
         parts = self.parts.get(submit.request_id, [])
@@ -156,3 +161,78 @@ def test_the_chosen_token_comes_first_among_equals() -> None:
                           np.array([5, 6, 7], np.int32).tobytes(), values)  # fmt: skip
     (entry,) = part.entries([0, 9])
     assert entry.top_ids == [9, 5, 6] and entry.logprob == entry.top_logprobs[0] and not math.isnan(entry.logprob)
+
+
+def embedding_of(prompt: list[int], pooling: str, dimensions: int | None, normalize: bool) -> np.ndarray:
+    """Of hidden states (1, token, position)."""
+    hidden = np.array([(1.0, token, at) for at, token in enumerate(prompt)])
+    vector = {"last": hidden[-1], "cls": hidden[0], "mean": hidden.mean(axis=0)}[pooling][:dimensions]
+    return vector / np.linalg.norm(vector) if normalize else vector
+
+
+kinds = st.tuples(prompts, st.sampled_from(["text", "read", "embedded", "read and embedded"]))
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(kinds, min_size=1, max_size=6), st.integers(12, 60), st.integers(8, 40), st.booleans(),
+    st.sampled_from(["last", "mean", "cls"]), st.booleans(), st.sampled_from([None, 2]),
+)  # fmt: skip
+def test_embeddings_beside_generation(wanted, num_blocks, budget, caching, pooling, normalize, dimensions) -> None:
+    """In chunks, after preemptions, and the second time with a full cache."""
+    pooler = Pooler(3, pooling, normalize, any_dimensions=True)
+    harness = Reader(num_blocks=num_blocks, budget=budget, caching=caching, max_queue=20, max_num_seqs=4, pooler=pooler)
+    for turn in range(2):
+        submits = []
+        for index, (prompt, kind) in enumerate(wanted):
+            params = SamplingParams(
+                max_tokens=6, ignore_eos=True, seed=3, prompt_logprobs=1 if "read" in kind else None,
+                pooling=PoolingParams(dimensions) if "embedded" in kind else None,
+            )  # fmt: skip
+            submits.append(Submit(request_id=f"{turn}-{index}", token_ids=prompt, params=params))
+            harness.mailbox.put(submits[-1])
+        harness.run()
+        for submit, (prompt, kind) in zip(submits, wanted, strict=True):
+            key = submit.request_id
+            assert harness.told(submit) == (expected(prompt, 1) if "read" in kind else [])
+            assert harness.ended[key] == ("stop" if "embedded" in kind else "length")
+            if "embedded" in kind:
+                assert harness.tokens[key] == []
+                np.testing.assert_allclose(
+                    harness.embeddings[key], embedding_of(prompt, pooling, dimensions, normalize), rtol=1e-5
+                )
+            else:
+                assert harness.tokens[key] == alone(prompt, submit.params, 3)[0]
+    assert len(harness.embeddings) == 2 * sum("embedded" in kind for _, kind in wanted)
+    assert harness.scheduler.counters.prompt_tokens == 2 * sum(len(prompt) for prompt, _ in wanted)
+    page = harness.metrics.render().decode()
+    assert f'vllm:request_prompt_tokens_count{{engine="0",model_name="m"}} {2 * len(wanted)}.0' in page
+
+
+@pytest.mark.parametrize(("pooling", "hits"), [("last", 20), ("mean", 0), ("cls", 0)])
+def test_only_the_last_hidden_state_may_stand_behind_a_cached_prefix(pooling: str, hits: int) -> None:
+    harness = Reader(pooler=Pooler(3, pooling))
+    for request_id in ("fills", "reads"):
+        params = SamplingParams(pooling=PoolingParams())
+        harness.mailbox.put(Submit(request_id=request_id, token_ids=list(range(11)) * 2, params=params))
+        harness.run()
+    assert harness.scheduler.counters.prefix_hits == hits
+    np.testing.assert_array_equal(harness.embeddings["fills"], harness.embeddings["reads"])
+
+
+@pytest.mark.parametrize(
+    ("pooler", "params", "words"),
+    [
+        (Pooler(3, refused="it has a Dense"), SamplingParams(pooling=PoolingParams()), "has no embeddings here: it has a Dense"),
+        (Pooler(3), SamplingParams(pooling=PoolingParams(2)), "dimensions is 2; give 3"),
+        (Pooler(3), SamplingParams(pooling=PoolingParams(10**9)), "dimensions is 1000000000; this model's embeddings have 3"),
+        (Pooler(0, refused="no hidden states"), SamplingParams(prompt_logprobs=0), "prompt_logprobs cannot be had"),
+    ],
+)  # fmt: skip
+def test_what_the_model_does_not_give_is_refused(pooler: Pooler, params: SamplingParams, words: str) -> None:
+    """And only that: a request beside it runs."""
+    harness = Reader(pooler=pooler)
+    harness.mailbox.put(Submit(request_id="bad", token_ids=[1, 2], params=params))
+    harness.mailbox.put(asking("good", [1, 2], None, 3))
+    harness.run()
+    assert harness.ended == {"bad": "400", "good": "length"} and words in harness.failures[0].message

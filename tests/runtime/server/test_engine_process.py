@@ -30,8 +30,9 @@ class Step:
 
 def built_of(*steps: Step) -> BuiltModel:
     facts = dict(
-        folder=None, device=torch.device("meta"), dtype=torch.float32, vocab_size=3, max_model_len=4, num_blocks=5
-    )
+        folder=None, device=torch.device("meta"), dtype=torch.float32, vocab_size=3, hidden_size=2, max_model_len=4,
+        num_blocks=5,
+    )  # fmt: skip
     target, draft = (*steps, None)[:2]
     return BuiltModel(step=target, draft=draft, eos_ids=frozenset(), timings=Timings(), **facts)
 

@@ -16,6 +16,7 @@ from pagegraph.runtime.engine.metrics import EngineMetrics
 from pagegraph.runtime.engine.stats import EngineStats
 from pagegraph.runtime.ipc.protocol import SamplingParams, Submit, Tokens
 from pagegraph.runtime.llm import LocalMailbox
+from pagegraph.runtime.pooling import Pooler
 from pagegraph.runtime.scheduler.block_pool import BlockPool
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.spec_decode.device_drafter import DeviceDrafter
@@ -131,7 +132,7 @@ def drive(
             drafter = HostDrafter(scheduler, NgramProposer(2, 5), most, costs, device.clock)
     mailbox = LocalMailbox()
     engine = Engine(
-        device, scheduler, mailbox, Limits(1000, MAX_LEN, frozenset(), 100), None, device.clock,
+        device, scheduler, mailbox, Limits(1000, MAX_LEN, frozenset(), 100, Pooler(1)), None, device.clock,
         EngineStats(metrics, scheduler, StepCounts()), drafter=drafter,
     )  # fmt: skip
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
