@@ -68,17 +68,13 @@ def _attend(
     """Attention over blocks that hold the step's own keys and values already.
 
     A bucket with a row a sequence (T <= S) is all the decode kernel's, whatever its real rows are. A larger one
-    runs both kernels; each leaves the other's sequences alone.
+    runs both kernels; each leaves the other's sequences alone. Padding rows are the decode kernel's.
     """
     tokens, num_seqs = query.shape[0], block_tables.shape[0]
-    shape = (tokens, query.shape[1], value_cache.shape[3])
+    out = torch.empty(tokens, query.shape[1], value_cache.shape[3], dtype=query.dtype, device=query.device)
     metadata = (key_cache, value_cache, block_tables, *rest)
-    if by_token(tokens, num_seqs):
-        out = torch.empty(shape, dtype=query.dtype, device=query.device)
-        attend_rows(out, query, *metadata)
-    else:
-        out = torch.zeros(shape, dtype=query.dtype, device=query.device)  # padding rows are no kernel's
-        attend_rows(out, query, *metadata)
+    attend_rows(out, query, *metadata)
+    if not by_token(tokens, num_seqs):
         hopper = prefill_hopper.takes(query, key_cache, value_cache)
         (prefill_hopper.attend_ragged if hopper else attend_ragged)(out, query, *metadata)
     return out

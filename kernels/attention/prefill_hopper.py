@@ -2,10 +2,12 @@
 
 The grid is persistent: a program takes the next tile until none is left. A tile is BLOCK_Q rows of one sequence and one
 KV head; its matrix rows are (token, query head of the group). A program is three warp groups. The producer copies
-queries, keys and values to shared memory, block by block of the cache, and runs ahead of the two consumers, into the
-next tile too; it tells them where a tile lies. Each consumer multiplies half of a tile's matrix rows: it issues q @ k.T of a tile of keys together with
-p @ v of the previous one, and exponentiates while they run. Tiles of keys are visited from the last to the first,
-because only the last ones need a mask. The technique is FlashAttention-3's (https://arxiv.org/abs/2407.08608).
+queries, keys and values to shared memory and runs ahead of the two consumers, into the next tile too; it tells them
+where a tile lies. Tiles of keys are visited from the last to the first, because only the last ones need a mask; those
+without one are copied by the bulk copy engine (TMA), a block of the cache at a time, the others thread by thread, so
+that nothing that an unused slot holds is read. Each consumer multiplies half of a tile's matrix rows: it issues q @ k.T
+of a tile of keys together with p @ v of the previous one, and exponentiates while the other's run: they issue in
+turn. The producer is `hopper_producer.py`. The technique is FlashAttention-3's (https://arxiv.org/abs/2407.08608).
 
 Computes what `prefill.py` computes, which serves other GPUs, head sizes and types. Knows no metadata but the op's.
 """
@@ -19,17 +21,18 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from pagegraph.kernels.attention.hopper_producer import producer
+from pagegraph.kernels.attention.hopper_tiles import barrier, key_tiles, told
 from pagegraph.kernels.attention.softmax import LOG2E
 
 _LOG2E = gl.constexpr(LOG2E)
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # of a warp group; Triton 3.7 renamed it
 
 HEAD_SIZES = (64, 128)
 BLOCK_M = 64  # matrix rows of a consumer
@@ -54,7 +57,7 @@ def _tickets(device: torch.device) -> Tensor:
 
 
 def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
-    """Whether `attend_ragged` computes this: 16-bit types, blocks not quantised, heads of HEAD_SIZES, rows at whole 16 bytes."""
+    """Whether `attend_ragged` computes this: 16-bit types, blocks not quantised, of a power of two, heads of HEAD_SIZES, rows at whole 16 bytes."""
     head_size, group = query.shape[2], query.shape[1] // key_cache.shape[2]
     return (
         multiprocessors(query.device) > 0
@@ -63,181 +66,10 @@ def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
         and head_size in HEAD_SIZES
         and value_cache.shape[3] == head_size
         and group <= 2 * BLOCK_M
+        and key_cache.shape[1] in (8, 16, 32, 64, 128, 256)  # rows that the copy engine takes at a time
         and query.stride(0) % 16 == 0
         and query.stride(1) % 16 == 0
     )
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
-
-
-@gluon.jit
-def _tiles_of(base, query_start_ptr, num_seqs, BLOCK_Q: gl.constexpr, SEARCHED: gl.constexpr):
-    """int32 [SEARCHED]: how many tiles sequences from `base` on have; those of one row are the decode kernel's and have none."""
-    index = base + gl.arange(0, SEARCHED, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    begin = gl.load(query_start_ptr + index, mask=index < num_seqs, other=0)
-    count = gl.load(query_start_ptr + index + 1, mask=index < num_seqs, other=0) - begin
-    return gl.where(count > 1, (count + BLOCK_Q - 1) // BLOCK_Q, 0)
-
-
-@gluon.jit
-def _num_tiles(query_start_ptr, num_seqs, BLOCK_Q: gl.constexpr, SEARCHED: gl.constexpr):
-    """Tiles of a step, for each KV head."""
-    tiles = 0
-    for base in range(0, num_seqs, SEARCHED):
-        tiles += gl.sum(_tiles_of(base, query_start_ptr, num_seqs, BLOCK_Q, SEARCHED), 0)
-    return tiles
-
-
-@gluon.jit
-def _passed(ends, tile, SEARCHED: gl.constexpr):
-    """(how many sequences end at or before a tile, tiles of those): `ends` rise, as do indices, so one maximum finds both."""
-    index = 1 + gl.arange(0, SEARCHED, layout=ends.type.layout)
-    both = gl.max(gl.where(ends <= tile, ends.to(gl.int64) << 32 | index, 0), 0)
-    return (both & 0x7FFFFFFF).to(gl.int32), (both >> 32).to(gl.int32)
-
-
-@gluon.jit
-def _locate(tile, ends, query_start_ptr, seq_lens_ptr, num_seqs, BLOCK_Q: gl.constexpr, SEARCHED: gl.constexpr):
-    """(sequence of a tile, its first row of the step, its rows, the tile's first of them, tokens ahead of the step's).
-
-    ends: tiles up to the end of each of the first SEARCHED sequences; of more sequences they are counted here.
-    """
-    sequence, before = _passed(ends, tile, SEARCHED)
-    for base in range(SEARCHED, num_seqs, SEARCHED):
-        if sequence == base:
-            more = before + gl.associative_scan(_tiles_of(base, query_start_ptr, num_seqs, BLOCK_Q, SEARCHED), 0, _add)
-            passed, end = _passed(more, tile, SEARCHED)
-            sequence += passed
-            before = gl.maximum(before, end)
-    row_begin = gl.load(query_start_ptr + sequence)
-    count = gl.load(query_start_ptr + sequence + 1) - row_begin
-    offset = gl.load(seq_lens_ptr + sequence) - count
-    return sequence, row_begin, count, (tile - before) * BLOCK_Q, offset
-
-
-@gluon.jit
-def _field(fields, index: gl.constexpr):
-    """One of [8] values that every thread holds."""
-    return gl.sum(gl.where(gl.arange(0, 8, layout=fields.type.layout) == index, fields, 0), 0)
-
-
-@gluon.jit
-def _key_tiles(first, count, offset, BLOCK_Q: gl.constexpr, BLOCK_N: gl.constexpr, WINDOW: gl.constexpr,
-               CHUNK: gl.constexpr):  # fmt: skip
-    """(begin, end) of the tiles of keys that some row of a tile sees."""
-    begin = 0
-    if WINDOW > 0:
-        begin = gl.maximum(offset + first - WINDOW + 1, 0)
-    if CHUNK > 0:
-        begin = gl.maximum((offset + first) // CHUNK * CHUNK, begin)
-    end = offset + gl.minimum(first + BLOCK_Q, count)
-    return begin // BLOCK_N, (end + BLOCK_N - 1) // BLOCK_N
-
-
-@gluon.jit
-def _tell(located, located_ready, items, row_begin, count, first, offset, kv_head):
-    """Leave where a tile lies to the consumers, or a KV head of -1 after the last one.
-
-    Its place of two is free: they were through with the tile before last when they freed its queries.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])  # all of [8] in every thread
-    field = gl.arange(0, 8, layout=layout)
-    fields = gl.where(field == 3, offset, kv_head)
-    fields = gl.where(field == 2, first, fields)
-    fields = gl.where(field == 1, count, fields)
-    located.index(items % 2).store(gl.where(field == 0, row_begin, fields))
-    _barrier()
-    mbarrier.arrive(located_ready.index(items % 2))
-
-
-@gluon.jit
-def _told(located, located_ready, items):
-    """What `_tell` left: (row_begin, count, first, offset, kv_head)."""
-    mbarrier.wait(located_ready.index(items % 2), (items // 2) & 1)
-    fields = located.index(items % 2).load(gl.BlockedLayout([8], [32], [4], [0]))
-    return _field(fields, 0), _field(fields, 1), _field(fields, 2), _field(fields, 3), _field(fields, 4)
-
-
-@gluon.jit
-def _copy_rows(
-    cache_ptr, table_ptr, start, last, smem, BLOCK_SIZE: gl.constexpr, STRIDE: gl.constexpr, WIDE: gl.constexpr
-):
-    """One head's keys or values from token `start` on; `last` stands for those beyond it.
-
-    So a weight of 0 meets no value that an unused slot holds.
-    """
-    rows: gl.constexpr = smem.shape[0]
-    size: gl.constexpr = smem.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // size, size // 8], [4, 1], [1, 0])
-    token = gl.minimum(start + gl.arange(0, rows, layout=gl.SliceLayout(1, layout)), last)
-    column = gl.arange(0, size, layout=gl.SliceLayout(0, layout))
-    block = gl.load(table_ptr + token // BLOCK_SIZE)
-    if WIDE:
-        block = block.to(gl.int64)
-    slot = block * BLOCK_SIZE + token % BLOCK_SIZE
-    async_copy.async_copy_global_to_shared(smem, cache_ptr + (slot * STRIDE)[:, None] + column[None, :])
-
-
-@gluon.jit
-def _producer(query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, tickets_ptr, num_seqs,
-              query_token_stride, query_head_stride, table_stride, smem, barriers,
-              BLOCK_SIZE: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr,
-              STAGES: gl.constexpr, WINDOW: gl.constexpr, CHUNK: gl.constexpr, WIDE: gl.constexpr,
-              SEARCHED: gl.constexpr):  # fmt: skip
-    q_smem, k_smem, v_smem, located = smem
-    located_ready, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
-    block_m: gl.constexpr = q_smem.shape[1]
-    block_n: gl.constexpr = k_smem.shape[1]
-    size: gl.constexpr = k_smem.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // size, size // 8], [4, 1], [1, 0])
-    tiles = _num_tiles(query_start_ptr, num_seqs, BLOCK_Q, SEARCHED)
-    ends = gl.associative_scan(_tiles_of(0, query_start_ptr, num_seqs, BLOCK_Q, SEARCHED), 0, _add)
-    copied = 0  # tiles of keys
-    items = 0
-    ticket = gl.atomic_add(tickets_ptr, 1, sem="relaxed")
-    while ticket < tiles * KV_HEADS:
-        # Late tiles see the most keys and come first, all heads of one together.
-        tile = tiles - 1 - ticket // KV_HEADS
-        kv_head = ticket % KV_HEADS
-        sequence, row_begin, count, first, offset = _locate(
-            tile, ends, query_start_ptr, seq_lens_ptr, num_seqs, BLOCK_Q, SEARCHED
-        )
-        _tell(located, located_ready, items, row_begin, count, first, offset, kv_head)
-        begin, end = _key_tiles(first, count, offset, BLOCK_Q, block_n, WINDOW, CHUNK)
-        last = offset + gl.minimum(first + BLOCK_Q, count) - 1
-        table_ptr = block_tables_ptr + sequence.to(gl.int64) * table_stride
-        key_ptr = key_cache_ptr + kv_head * size
-        value_ptr = value_cache_ptr + kv_head * size
-        for back in range(0, end - begin):
-            start = (end - 1 - back) * block_n
-            stage = copied % STAGES
-            phase = (copied // STAGES) & 1
-            mbarrier.wait(k_empty.index(stage), phase ^ 1)
-            _copy_rows(key_ptr, table_ptr, start, last, k_smem.index(stage), BLOCK_SIZE, KV_HEADS * size, WIDE)
-            async_copy.mbarrier_arrive(k_ready.index(stage), increment_count=False)
-            if back == 0:
-                mbarrier.wait(q_empty, (items & 1) ^ 1)
-                tile_ptr = query_ptr + (row_begin + first).to(gl.int64) * query_token_stride
-                tile_ptr += kv_head * GROUP * query_head_stride
-                for half in range(2):
-                    lane = half * block_m + gl.arange(0, block_m, layout=gl.SliceLayout(1, layout))
-                    column = gl.arange(0, size, layout=gl.SliceLayout(0, layout))
-                    row = gl.minimum(lane // GROUP, count - 1 - first)
-                    at = row * query_token_stride + lane % GROUP * query_head_stride
-                    async_copy.async_copy_global_to_shared(q_smem.index(half), tile_ptr + at[:, None] + column[None, :])
-                async_copy.mbarrier_arrive(q_ready, increment_count=False)
-                items += 1
-            mbarrier.wait(v_empty.index(stage), phase ^ 1)
-            _copy_rows(value_ptr, table_ptr, start, last, v_smem.index(stage), BLOCK_SIZE, KV_HEADS * size, WIDE)
-            async_copy.mbarrier_arrive(v_ready.index(stage), increment_count=False)
-            copied += 1
-        ticket = gl.atomic_add(tickets_ptr, 1, sem="relaxed")
-    if ticket == tiles * KV_HEADS + gl.num_programs(0) - 1:  # each program takes one that there is no tile for
-        gl.store(tickets_ptr, 0)
-    _tell(located, located_ready, items, 0, 0, 0, 0, -1)
 
 
 @gluon.jit
@@ -265,32 +97,76 @@ def _softmax(s, position, start, scale, m_i, l_i, MASK: gl.constexpr, WINDOW: gl
 
 
 @gluon.jit
-def _next(p, m_i, l_i, acc, zeros, position, start, n, scale, q, k_smem, v_smem, k_ready, k_empty, v_ready, v_empty,
-          MASK: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr, CHUNK: gl.constexpr,
-          SOFTCAP: gl.constexpr):  # fmt: skip
-    """Weights of the n-th tile of keys, while those of the one before, p, are multiplied by its values."""
-    stage = n % STAGES
-    before = (n - 1) % STAGES
-    mbarrier.wait(k_ready.index(stage), (n // STAGES) & 1)
-    fence_async_shared()  # tensor cores see what was copied
-    s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(v_ready.index(before), ((n - 1) // STAGES) & 1)
-    fence_async_shared()
-    acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
-    s = warpgroup_mma_wait(1, deps=[s])
-    _barrier()  # all warps have read the keys
-    mbarrier.arrive(k_empty.index(stage))
-    weights, m_i, l_i, shrink = _softmax(s, position, start, scale, m_i, l_i, MASK, WINDOW, CHUNK, SOFTCAP)
-    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-    _barrier()
-    mbarrier.arrive(v_empty.index(before))
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
-    p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
-    return p, m_i, l_i, acc
+def _packed(weights, DTYPE: gl.constexpr):
+    """float32 [M, N] -> int32 [M, N / 2] of two neighbours each, in DTYPE: from loop to loop 16-bit elements take a register each."""
+    first, second = weights.reshape([weights.shape[0], weights.shape[1] // 2, 2]).split()
+    if DTYPE == gl.bfloat16:
+        return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [first, second], gl.int32, True, 1)
+    else:
+        return gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [first, second], gl.int32, True, 1)
 
 
 @gluon.jit
-def _consumer(out_ptr, sinks_ptr, scale, half, smem, barriers,
+def _unpacked(packed, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """What `_packed` packed, as an operand of the tensor cores."""
+    if DTYPE == gl.bfloat16:
+        bf16: gl.constexpr = (gl.bfloat16, gl.bfloat16)
+        first, second = gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [packed], bf16, True, 1)
+    else:
+        fp16: gl.constexpr = (gl.float16, gl.float16)
+        first, second = gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [packed], fp16, True, 1)
+    p = gl.join(first, second).reshape([packed.shape[0], 2 * packed.shape[1]])
+    return gl.convert_layout(p, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _wait_for_turn(x, HALF: gl.constexpr):
+    """Until the other consumer has called `_give_turn`. Of the sixteen named barriers the compiler takes the first few."""
+    if HALF == 0:
+        gl.inline_asm_elementwise("bar.sync 8, 256; mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
+    else:
+        gl.inline_asm_elementwise("bar.sync 9, 256; mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
+
+
+@gluon.jit
+def _give_turn(x, HALF: gl.constexpr):
+    if HALF == 0:
+        gl.inline_asm_elementwise("bar.arrive 9, 256; mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
+    else:
+        gl.inline_asm_elementwise("bar.arrive 8, 256; mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
+
+
+@gluon.jit
+def _next(packed, m_i, l_i, acc, zeros, position, start, n, scale, q, k_smem, v_smem, k_ready, k_empty, v_ready, v_empty,
+          P: gl.constexpr, HALF: gl.constexpr, MASK: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr,
+          CHUNK: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
+    """Packed weights of the n-th tile of keys; those of the one before are multiplied by its values."""
+    stage = n % STAGES
+    before = (n - 1) % STAGES
+    p = _unpacked(packed, q.dtype, P)
+    mbarrier.wait(k_ready.index(stage), (n // STAGES) & 1)
+    _wait_for_turn(n, HALF)
+    if MASK:
+        fence_async_shared()  # tensor cores see what threads copied
+    s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(v_ready.index(before), ((n - 1) // STAGES) & 1)
+    if MASK:
+        fence_async_shared()
+    acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+    _give_turn(n, HALF)
+    s = warpgroup_mma_wait(1, deps=[s])
+    weights, m_i, l_i, shrink = _softmax(s, position, start, scale, m_i, l_i, MASK, WINDOW, CHUNK, SOFTCAP)
+    # The assembler moves this wait ahead of the exponentials. Kept behind them, it was slower by a tenth.
+    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+    barrier()  # all warps have read keys and values
+    mbarrier.arrive(k_empty.index(stage))
+    mbarrier.arrive(v_empty.index(before))
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return _packed(weights, q.dtype), m_i, l_i, acc
+
+
+@gluon.jit
+def _consumer(out_ptr, sinks_ptr, scale, smem, barriers, HALF: gl.constexpr,
               KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
               WINDOW: gl.constexpr, CHUNK: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr):  # fmt: skip
     q_smem, k_smem, v_smem, located = smem
@@ -304,14 +180,16 @@ def _consumer(out_ptr, sinks_ptr, scale, half, smem, barriers,
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // size, size // 8], [4, 1], [1, 0])
     bounded: gl.constexpr = (WINDOW > 0) | (CHUNK > 0)  # every tile of keys may want a mask
-    q = q_smem.index(half)
-    lane = half * block_m + gl.arange(0, block_m, layout=gl.SliceLayout(1, layout))
+    q = q_smem.index(HALF)
+    lane = HALF * block_m + gl.arange(0, block_m, layout=gl.SliceLayout(1, layout))
     zeros = gl.full([block_m, block_n], 0.0, gl.float32, layout)
     n = 0  # tiles of keys so far
     items = 0
-    row_begin, count, first, offset, kv_head = _told(located, located_ready, items)
+    if HALF == 1:
+        _give_turn(items, HALF)  # the other begins
+    row_begin, count, first, offset, kv_head = told(located, located_ready, items)
     while kv_head >= 0:
-        begin, end = _key_tiles(first, count, offset, BLOCK_Q, block_n, WINDOW, CHUNK)
+        begin, end = key_tiles(first, count, offset, BLOCK_Q, block_n, WINDOW, CHUNK)
         position = offset + first + lane // GROUP
         m_i = gl.full([block_m], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
         l_i = gl.full([block_m], 0.0, gl.float32, gl.SliceLayout(1, layout))
@@ -326,12 +204,12 @@ def _consumer(out_ptr, sinks_ptr, scale, half, smem, barriers,
         fence_async_shared()
         s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
-        _barrier()
+        barrier()
         mbarrier.arrive(k_empty.index(stage))
         weights, m_i, l_i, shrink = _softmax(
             s, position, (end - 1) * block_n, scale, m_i, l_i, True, WINDOW, CHUNK, SOFTCAP
         )
-        p = gl.convert_layout(weights.to(dtype), p_layout)
+        p = _packed(weights, dtype)
         n += 1
         whole = begin  # tiles below it are seen whole by every row
         if not bounded:
@@ -339,14 +217,14 @@ def _consumer(out_ptr, sinks_ptr, scale, half, smem, barriers,
         for back in range(1, end - whole):
             p, m_i, l_i, acc = _next(
                 p, m_i, l_i, acc, zeros, position, (end - 1 - back) * block_n, n, scale, q, k_smem, v_smem,
-                k_ready, k_empty, v_ready, v_empty, True, STAGES, WINDOW, CHUNK, SOFTCAP,
+                k_ready, k_empty, v_ready, v_empty, p_layout, HALF, True, STAGES, WINDOW, CHUNK, SOFTCAP,
             )  # fmt: skip
             n += 1
         if not bounded:
             for _ in range(0, whole):
                 p, m_i, l_i, acc = _next(
                     p, m_i, l_i, acc, zeros, position, 0, n, scale, q, k_smem, v_smem,
-                    k_ready, k_empty, v_ready, v_empty, False, STAGES, WINDOW, CHUNK, SOFTCAP,
+                    k_ready, k_empty, v_ready, v_empty, p_layout, HALF, False, STAGES, WINDOW, CHUNK, SOFTCAP,
                 )  # fmt: skip
                 n += 1
         mbarrier.arrive(q_empty)
@@ -354,20 +232,22 @@ def _consumer(out_ptr, sinks_ptr, scale, half, smem, barriers,
         stage = (n - 1) % STAGES
         mbarrier.wait(v_ready.index(stage), ((n - 1) // STAGES) & 1)
         fence_async_shared()
-        acc = warpgroup_mma(p, v_smem.index(stage), acc, is_async=True)
+        acc = warpgroup_mma(_unpacked(p, dtype, p_layout), v_smem.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        _barrier()
+        barrier()
         mbarrier.arrive(v_empty.index(stage))
         out = (acc / gl.convert_layout(l_i, gl.SliceLayout(1, acc_layout))[:, None]).to(dtype)
         out = gl.convert_layout(out, out_layout)
-        out_lane = half * block_m + gl.arange(0, block_m, layout=gl.SliceLayout(1, out_layout))
+        out_lane = HALF * block_m + gl.arange(0, block_m, layout=gl.SliceLayout(1, out_layout))
         column = gl.arange(0, size, layout=gl.SliceLayout(0, out_layout))
         row = out_lane // GROUP
         live = (out_lane < BLOCK_Q * GROUP) & (row < count - first)
         tile_ptr = out_ptr + ((row_begin + first).to(gl.int64) * KV_HEADS + kv_head) * (GROUP * size)
         at = row * (KV_HEADS * GROUP * size) + out_lane % GROUP * size
         gl.store(tile_ptr + at[:, None] + column[None, :], out, mask=live[:, None])
-        row_begin, count, first, offset, kv_head = _told(located, located_ready, items)
+        row_begin, count, first, offset, kv_head = told(located, located_ready, items)
+    if HALF == 0:
+        _wait_for_turn(items, HALF)  # the last that was given
 
 
 @gluon.jit
@@ -376,6 +256,8 @@ def prefill_hopper_kernel(
     query_ptr,
     key_cache_ptr,
     value_cache_ptr,
+    key_blocks,
+    value_blocks,
     block_tables_ptr,
     query_start_ptr,
     seq_lens_ptr,
@@ -426,22 +308,31 @@ def prefill_hopper_kernel(
         mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(v_empty.index(stage), count=2)
     fence_async_shared()
-    _barrier()
+    barrier()
     smem = (q_smem, k_smem, v_smem, located)
     barriers = (located_ready, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
     gl.warp_specialize(
         [
-            (_producer, (query_ptr, key_cache_ptr, value_cache_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, tickets_ptr, num_seqs,
-                         query_token_stride, query_head_stride, table_stride, smem, barriers,
+            (producer, (query_ptr, key_cache_ptr, value_cache_ptr, key_blocks, value_blocks, block_tables_ptr, query_start_ptr, seq_lens_ptr,
+                         tickets_ptr, num_seqs, query_token_stride, query_head_stride, table_stride, smem, barriers,
                          BLOCK_SIZE, KV_HEADS, GROUP, BLOCK_Q, STAGES, WINDOW, CHUNK, WIDE, SEARCHED)),
-            (_consumer, (out_ptr, sinks_ptr, scale, 0, smem, barriers,
+            (_consumer, (out_ptr, sinks_ptr, scale, smem, barriers, 0,
                          KV_HEADS, GROUP, BLOCK_Q, STAGES, WINDOW, CHUNK, SOFTCAP, HAS_SINKS)),
-            (_consumer, (out_ptr, sinks_ptr, scale, 1, smem, barriers,
+            (_consumer, (out_ptr, sinks_ptr, scale, smem, barriers, 1,
                          KV_HEADS, GROUP, BLOCK_Q, STAGES, WINDOW, CHUNK, SOFTCAP, HAS_SINKS)),
         ],
         [4, 4],
         [REGISTERS, REGISTERS],
     )  # fmt: skip
+
+
+def _blocks(cache: Tensor) -> TensorDescriptor:
+    """Blocks [blocks, block_size, Hkv, D] as the copy engine takes them: all rows of one head of a block at a time, or BLOCK_N."""
+    blocks, block_size, heads, size = cache.shape
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor.from_tensor(
+        cache.view(blocks * block_size, heads * size), [min(block_size, BLOCK_N), size], layout
+    )
 
 
 def attend_ragged(
@@ -470,6 +361,8 @@ def attend_ragged(
         query,
         key_cache,
         value_cache,
+        _blocks(key_cache),
+        _blocks(value_cache),
         block_tables,
         query_start,
         seq_lens,

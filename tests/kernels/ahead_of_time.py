@@ -27,6 +27,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from pagegraph.kernels import pdl
@@ -77,6 +78,9 @@ def source_of(kernel: JITFunction, arguments: tuple[Any, ...], named: dict[str, 
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not fixed):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
+        elif isinstance(value, TensorDescriptor):
+            element = TYPES[value.base.dtype].removeprefix("*")
+            signature[parameter.name] = f"tensordesc<{element}{list(value.block_shape)},{value.layout!r}>"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -179,7 +183,7 @@ def main() -> None:
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
         source = source_of(kernel, arguments, named)
-        options = {n: v for n, v in named.items() if n in ("num_warps", "num_stages", "launch_pdl")}
+        options = {n: v for n, v in named.items() if n in ("num_warps", "num_stages", "maxnreg", "launch_pdl")}
         key = f"{source.hash()} {options}"
         if key not in compiled:
             compiled[key] = compile_source(source, options, capability)

@@ -12,6 +12,7 @@ from pagegraph.kernels.attention import prefill as attention_prefill
 from pagegraph.kernels.attention import reference
 from pagegraph.kernels.gpu import OTHERS_TAKE
 from tests.kernels.attention.cases import Case, check, clone
+from tests.kernels.interpreter_process import InterpreterProcess
 
 DECODE = ((1, 1), (1, 15), (1, 16), (1, 17), (1, 100))
 RAGGED = ((1, 17), (5, 5), (1, 1), (20, 37), (2, 64), (33, 65))
@@ -47,14 +48,16 @@ CASES = [
         softcap=5.0,
         pad_tokens=2,
     ),
+    Case(lengths=((1, 300), (2, 90)), pad_tokens=1, pad_seqs=2),  # few rows, each split alike
+    Case(lengths=((4, 40), (1, 3), (9, 70), (20, 50)), heads=9, kv_heads=3, pad_tokens=2, pad_seqs=40),  # draft tokens
+    Case(lengths=((7, 40), (3, 130)), window=20, chunk=32, pad_seqs=12),
     Case(lengths=(), pad_tokens=2, pad_seqs=2),  # nothing but padding: what a graph is captured on
 ]
 # Half of them split in the everyday run, the rest with the slow tests.
 SPLIT_CASES = [pytest.param(c, marks=[pytest.mark.slow] if i % 2 else []) for i, c in enumerate(CASES) if c.lengths]
 SIZES = list(itertools.product((1, 2, 4), (16, 32, 64, 128, 256)))
 SMALL = {
-    "pagegraph.kernels.attention.decode.MIN_SPLIT": 16,
-    "pagegraph.kernels.attention.decode.MAX_SPLIT": 16,
+    "pagegraph.kernels.attention.decode.MIN_SHARE": 16,
     "pagegraph.kernels.attention.decode.TILES": {OTHERS_TAKE: dict.fromkeys(SIZES, attention_decode.Tile(16, 4, 2))},
     "pagegraph.kernels.attention.prefill.TILES": {
         OTHERS_TAKE: dict.fromkeys(SIZES, attention_prefill.Tile(16, 16, 4, 2))
@@ -72,7 +75,13 @@ WIDE = [
 ]  # fmt: skip
 
 
+FEW_PROGRAMS = {"pagegraph.kernels.attention.decode.SMS": 3}  # for the interpreter, which runs one after the other
+ONLY_SHARES = {"pagegraph.kernels.attention.decode.FEW_ROWS": 0, "pagegraph.kernels.attention.decode.MAX_ALIKE": 0}
+
+
 def compare(triton_calls, case: Case, constants: dict[str, object] | None = None) -> None:
+    if isinstance(triton_calls, InterpreterProcess):
+        constants = {**FEW_PROGRAMS, **(constants or {})}
     expected_arguments = case.arguments()
     arguments = clone(expected_arguments)
     expected = reference.paged_attention(*expected_arguments)
@@ -93,6 +102,12 @@ def test_many_splits_and_small_tiles(triton_calls, case: Case) -> None:
     compare(triton_calls, case, SMALL)
 
 
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+def test_equal_shares(triton_calls, case: Case) -> None:
+    """Of long sequences, and of short ones as if they were."""
+    compare(triton_calls, case, {**SMALL, **ONLY_SHARES})
+
+
 @pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("tile", [(16, 4, 2, 1), (128, 4, 3, 1), (64, 4, 4, 64), (16, 2, 3, 64)], ids=str)
 def test_sums_after_the_last_tile(triton_calls, cache: torch.dtype | None, tile: tuple[int, ...]) -> None:
@@ -105,7 +120,7 @@ def test_sums_after_the_last_tile(triton_calls, cache: torch.dtype | None, tile:
         case,
         {
             "pagegraph.kernels.attention.decode.TILES": {OTHERS_TAKE: tiles},
-            "pagegraph.kernels.attention.decode.MIN_SPLIT": 16,
+            "pagegraph.kernels.attention.decode.MIN_SHARE": 16,
         },
     )
 
