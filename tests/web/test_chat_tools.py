@@ -213,9 +213,19 @@ def test_a_model_without_tools_in_its_template_is_told_of_them(
 
 
 def test_two_requests_of_one_id_get_answers_of_their_own(client: OpenAI, say: Callable[..., None]) -> None:
-    headers = {"X-Request-Id": "same"}
-    one = client.chat.completions.create(**ASK, extra_headers=headers)
+    same: dict[str, Any] = {"extra_headers": {"X-Request-Id": "same"}, "extra_body": {"request_id": "same"}}
+    one = client.chat.completions.create(**ASK, **same)
     say("Other.")
-    other = client.chat.completions.create(**ASK, extra_headers=headers)
-    assert one.id != other.id and one.choices[0].message.tool_calls
+    other = client.chat.completions.create(**ASK, **same)
+    assert one.id == other.id and one.choices[0].message.tool_calls
     assert (other.choices[0].message.content, other.choices[0].message.tool_calls) == ("Other.", None)
+
+
+def test_tools_of_which_no_grammar_can_be_made_are_refused(client: OpenAI, fake_engine: FakeEngine) -> None:
+    fake_engine.info = msgspec.structs.replace(fake_engine.info, max_model_len=10**6)
+    listed = {"type": "object", "properties": {"a": {"type": "string", "description": "x" * 20_000}}}
+    tools = [{"type": "function", "function": {"name": f"tool_{number}", "parameters": listed}} for number in range(8)]
+    for extra, param in ((tools, "tools"), (tools[:1] * 2, "tools[1]")):
+        with pytest.raises(BadRequestError) as caught:
+            client.chat.completions.create(model="tiny", messages=MESSAGES, tools=extra, tool_choice="required")  # type: ignore[arg-type]
+        assert caught.value.param == param
