@@ -17,6 +17,9 @@ MAX_ENUM = 4096  # values of all enums
 MAX_REPEAT = 4096  # of minItems, maxItems, minProperties and maxProperties, which are counted out in the grammar
 MAX_LENGTH = 1 << 20  # of minLength and maxLength
 
+NEXT = 1e-6  # numbers closer to an exclusive bound do not come
+MAX_EXACT = 1e8  # of such a bound
+
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 # Keywords whose value is a schema, a list of schemas, an object of schemas.
@@ -28,12 +31,35 @@ _COUNTS = {
     "minLength": MAX_LENGTH, "maxLength": MAX_LENGTH, "minItems": MAX_REPEAT, "maxItems": MAX_REPEAT,
     "minProperties": MAX_REPEAT, "maxProperties": MAX_REPEAT,
 }  # fmt: skip
+# Beside these an anyOf, oneOf or $ref holds by itself.
+_ALONE = {
+    "anyOf",
+    "oneOf",
+    "$ref",
+    "$defs",
+    "definitions",
+    "title",
+    "description",
+    "$schema",
+    "$id",
+    "$comment",
+    "default",
+}
 # Keywords that narrow what is valid and are not enforced.
 UNSUPPORTED = (
     "not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames",
     "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
     "$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy", "contentSchema", "x-guidance",
 )  # fmt: skip
+
+
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
+_DATE = {"pattern": f"^(?:{_LEAP_YEAR}-02-29|[0-9]{{4}}-(?:0[13-9]|1[0-2]|02-(?:[01]|2[0-8])))"}
+# What llguidance leaves out of a format: the days of February, and how long the whole may be.
+_BESIDE_FORMAT = {
+    "date": _DATE, "date-time": _DATE, "hostname": {"maxLength": 253},
+    "email": {"maxLength": 254},
+}  # fmt: skip
 
 
 class SchemaProblem(ValueError):
@@ -48,6 +74,8 @@ class SchemaProblem(ValueError):
 def check_schema(schema: Any) -> None:
     """Raises SchemaProblem at the first place that cannot be served."""
     seen, num_values = 0, 0
+    by_pattern: list[str] = []  # places of patternProperties
+    merged = False  # whether schemas hold together that may both have some
     for path, depth, one in subschemas(schema):
         seen += 1
         if seen > MAX_SCHEMAS:
@@ -62,6 +90,33 @@ def check_schema(schema: Any) -> None:
         num_values += len(one.get("enum", ()))
         if num_values > MAX_ENUM:
             raise SchemaProblem(f"{path}/enum", f"the enums hold more than {MAX_ENUM} values in all")
+        if "patternProperties" in one:
+            by_pattern.append(f"{path}/patternProperties")
+        merged |= "allOf" in one or ("$ref" in one or "anyOf" in one or "oneOf" in one) and not one.keys() <= _ALONE
+    # A pattern whose schema turns out to be unsatisfiable in both would be left out, and its keys taken for others.
+    if len(by_pattern) > 1 and merged:
+        problem = "several patternProperties are not supported beside allOf, or keywords beside anyOf, oneOf or $ref"
+        raise SchemaProblem(by_pattern[1], problem)
+
+
+def made_exact(schema: Any) -> Any:
+    """The schema, changed so that llguidance takes all that it says: days of months, lengths of names, bounds.
+
+    An exclusive whole bound is taken for an inclusive one where the other bound is a fraction beside it, maybe in a
+    schema that it is merged with: it becomes the inclusive bound next to it. Raises SchemaProblem where that is too large.
+    """
+    held = [(path, one) for path, _, one in subschemas(schema) if isinstance(one, dict)]
+    fractions = any(isinstance(one.get(key), float) and one[key] % 1 for _, one in held for key in _NUMBERS[:4])
+    for path, one in held:
+        if more := _BESIDE_FORMAT.get(str(one.get("format"))):
+            one["allOf"] = [*one.get("allOf", ()), dict(more)]
+        for key, inclusive, step in (("exclusiveMinimum", "minimum", NEXT), ("exclusiveMaximum", "maximum", -NEXT)):
+            if fractions and key in one and one[key] % 1 == 0:
+                if abs(one[key]) >= MAX_EXACT:
+                    raise SchemaProblem(f"{path}/{key}", f"{MAX_EXACT:g} and more is not supported beside fractions")
+                beside = {inclusive: round(one.pop(key) + step, 9)}
+                one["allOf"] = [*one.get("allOf", ()), beside]
+    return schema
 
 
 def subschemas(schema: Any, path: str = "") -> Iterator[tuple[str, int, Any]]:
@@ -97,12 +152,19 @@ def _check_keywords(path: str, schema: dict[str, Any]) -> None:
         elif key in _LISTS or key == "required" or key == "enum":
             if not isinstance(value, list):
                 raise SchemaProblem(at, f"must be a list; got {_kind(value)}")
+        elif key == "patternProperties" and isinstance(value, dict) and False in value.values():
+            name = next(name for name, held in value.items() if held is False)
+            raise SchemaProblem(f"{at}/{_escaped(name)}", "false is not supported; leave it out")
         elif key in _MAPS and not isinstance(value, dict):
             raise SchemaProblem(at, f"must be an object of schemas; got {_kind(value)}")
         elif key in _NUMBERS:
             _check_bound(at, key, value)
         elif key in ("$ref", "pattern", "format") and not isinstance(value, str):
             raise SchemaProblem(at, f"must be a string; got {_kind(value)}")
+    least = schema.get("minProperties", 0)
+    if least > max(1, len(schema.get("required", ()))):
+        problem = "above 1 and the number of required properties is not supported: a key might come twice"
+        raise SchemaProblem(f"{path}/minProperties", problem)
     if "type" in schema:
         _check_type(f"{path}/type", schema["type"])
     for name in schema.get("required", ()):

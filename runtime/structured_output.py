@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 
 from pagegraph.runtime.bad_parameter import BadParameter, shown
-from pagegraph.runtime.json_schema import SchemaProblem, check_schema, children
+from pagegraph.runtime.json_schema import SchemaProblem, check_schema, children, made_exact, subschemas
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
@@ -92,6 +92,8 @@ def rule_body(structured: StructuredOutputs) -> str:
         return " | ".join(map(lark_string, structured.choice))
     schema = structured.json if structured.json is not None else '{"type":"object"}'
     assert isinstance(schema, str)
+    if '"format"' in schema or '"exclusiveM' in schema:
+        schema = json.dumps(made_exact(json.loads(schema)), ensure_ascii=False)
     return f"%json {_with_options(schema, structured.disable_any_whitespace)}"
 
 
@@ -136,23 +138,40 @@ def _check_json(structured: StructuredOutputs) -> None:
     if not isinstance(schema, dict):
         raise BadParameter(field_of("json"), 'must be an object, for example {"type": "object"}')
     check_schema(schema)
+    definitions = _definitions(schema)
+    for path, _, one in list(subschemas(schema)):
+        for name in one.get("patternProperties", ()) if isinstance(one, dict) else ():
+            # Alone as well: one that nothing satisfies would be left out, and its keys taken for others.
+            if problem := _problem_alone(one["patternProperties"][name], definitions):
+                raise SchemaProblem(f"{path}/patternProperties/{name}", problem)
     if problem := _problem(grammar_text(structured)):
         raise SchemaProblem(*_located(schema, problem))
 
 
 def _located(schema: dict[str, Any], problem: str) -> tuple[str, str]:
     """(JSON pointer, problem) of the innermost sub-schema that cannot be compiled even by itself."""
-    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    definitions = _definitions(schema)
     path, tries, waiting = "", 0, list(children(schema, ""))
     while waiting and tries < LOCATE_TRIES:
         below, held = waiting.pop(0)
         if not isinstance(held, dict):
             continue
         tries += 1
-        alone = json.dumps({**definitions, **held}, ensure_ascii=False)
-        if found := _problem(f"start: %json {_with_options(alone, False)}\n"):
+        if found := _problem_alone(held, definitions):
             path, problem, waiting = below, found, list(children(held, below))
     return path, problem
+
+
+def _problem_alone(schema: Any, definitions: dict[str, Any]) -> str:
+    """What is wrong with a part of a schema; empty if nothing is."""
+    if not isinstance(schema, dict):
+        return ""
+    alone = json.dumps({**definitions, **schema}, ensure_ascii=False)
+    return _problem(f"start: %json {_with_options(alone, False)}\n")
+
+
+def _definitions(schema: dict[str, Any]) -> dict[str, Any]:
+    return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
 
 
 def _problem(grammar: str) -> str:
