@@ -11,7 +11,9 @@ from typing import Any
 
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.sampling_params import RANGES, shown
+from pagegraph.web.anthropic.errors import THREAD_UNSUPPORTED
 from pagegraph.web.as_chat import EXTENSIONS, Names, renaming
+from pagegraph.web.errors import ApiError
 from pagegraph.web.fields import Fields, mapping, refuse
 from pagegraph.web.messages import MAX_MESSAGES
 from pagegraph.web.schema import GenerationRequest, parse_chat
@@ -25,7 +27,7 @@ _INSTEAD = {
     "functions": "tools", "function_call": "tool_choice", "n": "", "best_of": "", "echo": "", "logprobs": "",
     "top_logprobs": "", "prompt_logprobs": "", "return_token_ids": "", "return_tokens_as_token_ids": "",
     "request_id": "", "continue_final_message": "", "add_generation_prompt": "", "add_special_tokens": "",
-    "include_reasoning": "", "container": "", "mcp_servers": "tools",
+    "include_reasoning": "", "container": "", "mcp_servers": "tools", "compaction": "", "thread": "",
 }  # fmt: skip
 _ASK_NOTHING = {"n": 1, "best_of": 1, "add_generation_prompt": True, "include_reasoning": True, "mcp_servers": []}
 _ROLES = ("user", "assistant", "system")
@@ -52,6 +54,9 @@ NAMES: Names = (
 
 def parse_messages(body: dict[str, Any], info: EngineInfo, counts: bool = False) -> GenerationRequest:
     """A body of POST /v1/messages, or, if `counts`, of count_tokens, which has no max_tokens. Raises ApiError or BadParameter."""
+    if body.get("thread") is not None:  # clients know this answer, and then send all of it
+        problem = "thread is not served here; leave it out and send the whole conversation"
+        raise ApiError(400, problem, param="thread", code=THREAD_UNSUPPORTED)
     for name, instead in _INSTEAD.items():
         value = body.get(name)
         if value is not None and value != _ASK_NOTHING.get(name, False):
@@ -209,7 +214,8 @@ def _read_thinking(fields: Fields, chat: dict[str, Any]) -> None:
         fields.ignored += [f"thinking.{name}" for name in thinking if name != "type"]
     config = mapping(fields.take("output_config"), "output_config")
     chat["reasoning_effort"] = config.get("effort")
-    form = mapping(config.get("format"), "output_config.format")
+    older = mapping(fields.take("output_format"), "output_format")
+    form = mapping(config.get("format"), "output_config.format") or older
     if form:
         if form.get("type") != "json_schema" or not isinstance(form.get("schema"), dict):
             refuse("output_config.format", "must be of type json_schema, with a schema, an object")

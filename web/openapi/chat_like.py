@@ -68,6 +68,7 @@ MESSAGES: Described = {
     "tool_choice": (_OBJECT, "type: auto, any, none, or tool with its name; disable_parallel_tool_use."),
     "thinking": (_OBJECT, "type: enabled, adaptive or disabled, where the model's template knows it."),
     "output_config": (_OBJECT, "effort; format: json_schema with a schema."),
+    "output_format": (_OBJECT, "The older name of output_config.format."),
     "metadata": (_OBJECT, "No key has an effect."),
     **{name: CHAT[name] for name in anthropic.AS_IN_CHAT},
 }

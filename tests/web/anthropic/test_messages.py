@@ -223,6 +223,8 @@ BAD = [
     ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
     ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
     ({"container": "a"}, "container"),
+    ({"compaction": {}}, "compaction"),
+    ({"output_format": {"type": "xml"}}, "output_config.format"),
     ({"n": 2}, "n"),
     ({"stop": ["a"]}, "stop"),
 ]  # fmt: skip
@@ -270,6 +272,14 @@ def test_errors_have_anthropics_shape(make_app: Callable[..., Flask]) -> None:
     answer = http.post("/v1/messages", json=good, headers=key)
     assert answer.status_code == 200 and answer.headers["request-id"]
     assert http.get("/v1/models", headers=key).status_code == 200
+
+
+def test_a_thread_is_refused_so_that_clients_send_the_whole_conversation(http: FlaskClient) -> None:
+    for thread in ({"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}):
+        answer = http.post("/v1/messages", json={"messages": [SAID], "max_tokens": 5, "thread": thread})
+        assert answer.status_code == 400 and answer.json["error"]["type"] == "invalid_request_error"
+        assert answer.json["error"]["details"] == {"error_code": "thread_unsupported_request", "unsupported": []}
+    create(http, thread=None)
 
 
 def test_an_engine_that_is_gone(make_app: Callable[..., Flask], fake_engine) -> None:
