@@ -84,6 +84,7 @@ class BuiltModel:
     num_blocks: int
     eos_ids: frozenset[int]
     timings: Timings
+    has_head: bool = True  # without one it gives embeddings alone
     draft: CompiledStep | None = None  # of the draft model, over the same blocks
     generation_config: dict[str, Any] = field(default_factory=dict)  # what generation_config.json of the model says
     compile_state: CompileState = "off"
@@ -205,6 +206,7 @@ def build_model(options: CompilerOptions, *, progress: bool = True) -> BuiltMode
         dtype=model.dtype,
         vocab_size=model.vocab_size,
         hidden_size=model.paged_model.hidden_size,
+        has_head=model.paged_model.has_head,
         max_model_len=model.max_model_len,
         num_blocks=num_blocks,
         eos_ids=eos_ids(model.folder, model.model_config, Path(tokenizer) if tokenizer else None),

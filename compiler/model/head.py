@@ -37,6 +37,34 @@ class _GivenBody(nn.Module):
         return self._output
 
 
+class NoHead(nn.Module):
+    """Stands where a checkpoint has no output head: logits that say nothing, of a model for embeddings alone."""
+
+    def __init__(self, vocab_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)  # some forwards ask for its dtype
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], self.vocab_size)
+
+
+def drop_missing_head(model: Any, names: set[str]) -> str | None:
+    """Put `NoHead` into a model whose checkpoint, of tensors `names`, is a body's alone -> the path of the head.
+
+    None where the checkpoint has a head, where the head is tied to the embeddings, or where config.json says that there
+    is a head: then it is missing.
+    """
+    head = model.get_output_embeddings()
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    saved = getattr(model.config, "architectures", None) or [""]
+    if path is None or f"{path}.weight" in names | tied or not saved[0].endswith("Model"):
+        return None
+    model.set_submodule(path, NoHead(model.config.get_text_config().vocab_size, head.weight.dtype))
+    return path
+
+
 def note_bodies(model: nn.Module) -> dict[str, Any]:
     """What each model within `model` returned last, by path, in the order of their returning; filled by forwards."""
     outputs: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.compiler.model.forward_local import forward_local
-from pagegraph.compiler.model.head import head_logits, hidden_states_of
+from pagegraph.compiler.model.head import NoHead, head_logits, hidden_states_of
 from pagegraph.compiler.model.probe import AttentionLayout, Probed, TokensBefore, ask_for_no_padding, probe
 
 ATTENTION_NAME = "pagegraph"
@@ -122,6 +122,11 @@ class PagedModel(nn.Module):
         finally:
             forward_local.paged = forward_local.products = forward_local.hidden = None
         return out.logits[0], hidden
+
+    @property
+    def has_head(self) -> bool:
+        """Whether its logits mean anything."""
+        return not isinstance(self.model.get_output_embeddings(), NoHead)
 
     def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [R, vocab] of hidden states [R, H], as the forward computes them. Only where there is a body."""

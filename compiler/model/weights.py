@@ -27,6 +27,7 @@ from pagegraph.compiler.model.checkpoint import (
     refuse_names,
     safetensors_files,
 )
+from pagegraph.compiler.model.head import drop_missing_head
 from pagegraph.compiler.quantization.config import Scheme
 from pagegraph.compiler.quantization.linear import QuantLinear
 from pagegraph.compiler.quantization.methods import QuantizationError
@@ -72,6 +73,7 @@ def load_weights(
     else:
         files = safetensors_files(folder)
         packed = _packed_linears(model, files, scheme)
+        headless = drop_missing_head(model, set(files)) if scheme is None else None
         if any(KV_SCALES.search(name) for name in files):
             log.info(
                 "quantization: the checkpoint's scales of keys and values are not used; kv_cache_dtype=fp8 holds them"
@@ -80,7 +82,7 @@ def load_weights(
         if names_match(model, set(files), packed):
             _stream(model, files, device, progress, packed, scheme, online)
         elif scheme is None:
-            _load_converted(model, folder, device, dtype, online)
+            _load_converted(model, folder, device, dtype, online, headless)
         else:
             refuse_names(model, folder, set(files), packed)
     model.tie_weights()
@@ -219,9 +221,17 @@ def _place(model: nn.Module, name: str, values: torch.Tensor, device: torch.devi
 
 
 def _load_converted(
-    model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype, online: dict[str, str]
+    model: nn.Module,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    online: dict[str, str],
+    headless: str | None,
 ) -> None:
-    """Load through transformers, which renames and merges (stacked experts); then move tensor by tensor."""
+    """Load through transformers, which renames and merges (stacked experts); then move tensor by tensor.
+
+    headless: path of the head that the checkpoint does not have.
+    """
     loaded, info = type(model).from_pretrained(
         folder,
         config=copy.deepcopy(model.config),
@@ -230,6 +240,8 @@ def _load_converted(
         use_safetensors=True,
         output_loading_info=True,
     )
+    if headless is not None:
+        info["missing_keys"] = {name for name in info["missing_keys"] if not name.startswith(f"{headless}.")}
     refuse_differences(folder, info)
     for name in expected_tensors(model):
         path, _, leaf = name.rpartition(".")

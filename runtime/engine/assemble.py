@@ -12,8 +12,9 @@ from pathlib import Path
 from pagegraph.compiler.build import BuiltModel
 from pagegraph.compiler.profile.latency import measure_latency
 from pagegraph.runtime.config import Config
-from pagegraph.runtime.engine.engine import Engine, Limits, Mailbox
+from pagegraph.runtime.engine.engine import Engine, Mailbox
 from pagegraph.runtime.engine.grammars import Grammars
+from pagegraph.runtime.engine.limits import Limits
 from pagegraph.runtime.engine.metrics import EngineMetrics
 from pagegraph.runtime.engine.stats import EngineStats
 from pagegraph.runtime.grammar.compiler import GrammarCompiler
@@ -63,7 +64,7 @@ def engine_of(
     )
     sampling_defaults = model_defaults(built.generation_config) if config.generation_config == "auto" else {}
     pooler = pooler_of(built.folder, built.hidden_size, config.pooling)
-    limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, max_queue, pooler)
+    limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, max_queue, pooler, built.has_head)
 
     def info() -> EngineInfo:
         return EngineInfo(

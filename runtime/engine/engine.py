@@ -20,6 +20,7 @@ import numpy as np
 from pagegraph.compiler.step.step import CompiledStep, Ticket
 from pagegraph.runtime.engine.fault_isolation import FaultIsolation
 from pagegraph.runtime.engine.grammars import Grammars
+from pagegraph.runtime.engine.limits import Limits
 from pagegraph.runtime.engine.stats import EngineStats
 from pagegraph.runtime.grammar.compiler import Grammar
 from pagegraph.runtime.grammar.matcher import TokenMatcher
@@ -36,8 +37,7 @@ from pagegraph.runtime.ipc.protocol import (
     ToEngine,
     Tokens,
 )
-from pagegraph.runtime.pooling import Pooler
-from pagegraph.runtime.sampling_params import SamplingParams, check_ids, check_length, own_seed
+from pagegraph.runtime.sampling_params import SamplingParams, check_ids, own_seed
 from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.pack import Packer
 from pagegraph.runtime.scheduler.plan import Plan
@@ -68,17 +68,6 @@ class InFlight:
     launched: float  # seconds of the engine's clock
     waited: float = 0.0  # seconds from the results that it waited for to its launch
     masked: np.ndarray | None = None  # queries that wait for masks of grammars
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a submitted sequence is checked against."""
-
-    vocab_size: int
-    max_model_len: int
-    eos_ids: frozenset[int]
-    max_queue: int
-    pooler: Pooler
 
 
 class Engine:
@@ -355,7 +344,7 @@ class Engine:
         prompts: dict[int, np.ndarray] = {}  # by the list that they came as: many may have the same
         try:
             for submit, grammar in zip(submits, grammars, strict=True):
-                self._check(submit)
+                self.limits.check(submit)
                 if (key := id(submit.token_ids)) not in prompts:
                     check_ids("prompt", submit.token_ids, self.limits.vocab_size)
                     prompts[key] = np.array(submit.token_ids, np.int32)
@@ -396,16 +385,3 @@ class Engine:
             max_model_len=self.limits.max_model_len,
             pooler=self.limits.pooler,
         )
-
-    def _check(self, message: Submit) -> None:
-        """Raises ValueError for what would harm the step: the last gate before the device."""
-        params = message.params
-        no_output = 0 if params.max_tokens == 0 else None
-        check_length(
-            len(message.token_ids), self.limits.max_model_len, max_tokens=no_output, min_tokens=params.min_tokens
-        )
-        params.check_vocabulary(self.limits.vocab_size)
-        if params.pooling is not None:
-            self.limits.pooler.check(params.pooling.dimensions)
-        if params.prompt_logprobs is not None and not self.limits.pooler.size:
-            raise ValueError(f"prompt_logprobs cannot be had of this model: {self.limits.pooler.refused}")

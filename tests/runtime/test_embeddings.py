@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pagegraph.compiler.model.checkpoint import WeightsMismatch
 from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.paged import ATTENTION_NAME, wrap_model
 from pagegraph.compiler.model.probe import UnsupportedModel
@@ -64,3 +65,31 @@ def test_models_that_look_ahead_are_refused(name: str, sizes: dict[str, bool]) -
         setattr(config, key, value)
     with pytest.raises(UnsupportedModel):
         wrap_model(build_meta(config, torch.float32, ATTENTION_NAME, max_model_len=64))
+
+
+def test_a_checkpoint_without_head_gives_embeddings_alone(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Saved by its body's class, under names that lack the body's own."""
+    stock = random_model(tiny_config("llama"))
+    shutil.copytree(tokenizer_folder, folder := tmp_path / "model")
+    stock.model.save_pretrained(folder)
+    config = Config(model=str(folder), dtype="float32", device="cpu", compile=False, num_blocks=40, max_model_len=128)
+    llm = LLM(config, progress=False)
+    prompts = prompts_for(128)
+    for ids, vector in zip(prompts, llm.embed(prompts), strict=True):
+        np.testing.assert_allclose(vector, pooled(stock, ids, "last"), atol=1e-4)
+    for params in (SamplingParams(max_tokens=2), SamplingParams(max_tokens=0, prompt_logprobs=1)):
+        with pytest.raises(ValueError, match="model has no output head, only embeddings: post to /v1/embeddings"):
+            llm.generate(prompts[:1], params)
+    llm.close()
+
+
+def test_a_head_that_is_missing_is_no_checkpoint_without_head(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """config.json says that there is one."""
+    stock = random_model(tiny_config("llama"))
+    shutil.copytree(tokenizer_folder, folder := tmp_path / "model")
+    stock.model.save_pretrained(folder)
+    stock.config.architectures = ["LlamaForCausalLM"]
+    stock.config.save_pretrained(folder)
+    config = Config(model=str(folder), dtype="float32", device="cpu", compile=False, num_blocks=40, max_model_len=128)
+    with pytest.raises(WeightsMismatch, match="lm_head"):
+        LLM(config, progress=False)

@@ -14,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.step import Ticket
-from pagegraph.runtime.engine.engine import Engine, Limits
+from pagegraph.runtime.engine.engine import Engine
+from pagegraph.runtime.engine.limits import Limits
 from pagegraph.runtime.engine.metrics import EngineMetrics
 from pagegraph.runtime.engine.stats import EngineStats
 from pagegraph.runtime.ipc.protocol import Abort, Admitted, Failed, Member, SamplingParams, Submit, SubmitGroup, Tokens

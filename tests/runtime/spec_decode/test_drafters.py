@@ -11,7 +11,8 @@ from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
 from pagegraph.compiler.step.step import Ticket
 from pagegraph.kernels.spec_decode import reference
-from pagegraph.runtime.engine.engine import Engine, Limits
+from pagegraph.runtime.engine.engine import Engine
+from pagegraph.runtime.engine.limits import Limits
 from pagegraph.runtime.engine.metrics import EngineMetrics
 from pagegraph.runtime.engine.stats import EngineStats
 from pagegraph.runtime.ipc.protocol import SamplingParams, Submit, Tokens
