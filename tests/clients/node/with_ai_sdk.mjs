@@ -14,7 +14,8 @@ const models = {
   "openai chat": openai.chat(MODEL),
   "openai responses": openai(MODEL),
 };
-const ask = { prompt: QUESTION, temperature: 0, maxOutputTokens: 100, maxRetries: 0 };
+const one = { served: { parallel_tool_calls: false }, openai: { parallelToolCalls: false } };
+const ask = { providerOptions: one, prompt: QUESTION, temperature: 0, maxOutputTokens: 100, maxRetries: 0 };
 const person = z.object({ name: z.string().max(12), age: z.number().int().min(0).max(120) });
 
 function tools(called) {

@@ -12,6 +12,7 @@ const respond = { model: MODEL, input: QUESTION, temperature: 0, max_output_toke
 const Weather = z.object({ city: z.enum(CITIES), days: z.number().int().min(1).max(9) });
 const Person = z.object({ name: z.string().max(12), age: z.number().int().min(0).max(120) });
 const tool = zodFunction({ name: "weather", description: "Tell the weather of a city.", parameters: Weather });
+const one = { parallel_tool_calls: false };
 const named = { type: "function", function: { name: "weather" } };
 
 testCase("plain", "models", async () => {
@@ -73,7 +74,7 @@ testCase("stream", "responses stream", async () => {
 });
 
 testCase("tools", "chat tool required and its answer used", async () => {
-  const first = await client.chat.completions.parse({ ...chat, tools: [tool], tool_choice: "required" });
+  const first = await client.chat.completions.parse({ ...chat, tools: [tool], tool_choice: "required", ...one });
   const { message, finish_reason } = first.choices[0];
   check(finish_reason === "tool_calls" && message.tool_calls.length > 0, first);
   for (const call of message.tool_calls) Weather.parse(call.function.parsed_arguments);
@@ -110,7 +111,7 @@ function pick({ description, parameters }) {
 
 testCase("tools", "responses tool stream", async () => {
   const tools = [zodResponsesFunction({ name: "weather", parameters: Weather })];
-  const stream = client.responses.stream({ ...respond, tools, tool_choice: "required" });
+  const stream = client.responses.stream({ ...respond, tools, tool_choice: "required", ...one });
   const calls = (await stream.finalResponse()).output.filter((item) => item.type === "function_call");
   check(calls.length > 0, calls);
   for (const call of calls) Weather.parse(call.parsed_arguments);

@@ -97,7 +97,7 @@ async def stream_async() -> None:
 
 @case("tools")
 def tool_any_and_its_answer_used() -> None:
-    first = client.messages.create(**ASK, tools=[TOOL], tool_choice={"type": "any"})
+    first = client.messages.create(**ASK, tools=[TOOL], tool_choice={"type": "any", "disable_parallel_tool_use": True})
     calls = [block for block in first.content if block.type == "tool_use"]
     assert first.stop_reason == "tool_use" and calls
     results = []
@@ -130,7 +130,10 @@ def tool_runner() -> None:
 
     # One turn: the runner repeats the choice, and a choice of `any` never ends.
     runner = client.beta.messages.tool_runner(
-        **{**ASK, "max_tokens": 300}, tools=[weather], tool_choice={"type": "any"}, max_iterations=2
+        **{**ASK, "max_tokens": 300},
+        tools=[weather],
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+        max_iterations=2,
     )
     assert len(list(runner)) == 2 and called
 

@@ -68,7 +68,7 @@ for held in ("TOOLS", "JSON_SCHEMA"):
 @case("tools", "PARALLEL_TOOLS")
 def parallel() -> None:
     # The mode leaves the choice to the model, and this one would choose nothing.
-    ask = {**ASK, "extra_body": {"tool_choice": "required"}}
+    ask = {**ASK, "max_tokens": 1000, "extra_body": {"tool_choice": "required"}}
     found = list(opened("PARALLEL_TOOLS").create(response_model=Iterable[Weather], **ask))
     assert found and all(isinstance(item, Weather) for item in found)
 

@@ -74,7 +74,7 @@ def responses_stream() -> None:
 def check_tools(model: ChatOpenAI) -> None:
     """A tool is called, run, and its answer sent back."""
     question = HumanMessage("What is the weather in Oslo?")
-    first = model.bind_tools([weather], tool_choice="required").invoke([question])
+    first = model.bind_tools([weather], tool_choice="required", parallel_tool_calls=False).invoke([question])
     (call, *_) = first.tool_calls
     assert not first.invalid_tool_calls and call["args"]["city"] in CITIES
     results = [weather.invoke(call) for call in first.tool_calls]

@@ -85,7 +85,7 @@ async def stream_async() -> None:
 
 @case("tools")
 def tool_required_and_its_answer_used() -> None:
-    first: Any = litellm.completion(**CHAT, tools=[TOOL], tool_choice="required")
+    first: Any = litellm.completion(**CHAT, tools=[TOOL], tool_choice="required", parallel_tool_calls=False)
     message = first.choices[0].message
     assert message.tool_calls and first.choices[0].finish_reason == "tool_calls"
     results = []

@@ -84,7 +84,7 @@ async def chat_completions_streamed() -> None:
 async def check_tool(**more: Any) -> None:
     """The tool runs, its answer goes back, and the agent comes to an end: after a call the choice is the model's."""
     called.clear()
-    asked = agent(tools=[weather], model_settings=settings(tool_choice="required"), **more)
+    asked = agent(tools=[weather], model_settings=settings(tool_choice="required", parallel_tool_calls=False), **more)
     found = await Runner.run(asked, "What is the weather in Oslo?", max_turns=4)
     assert called and isinstance(found.final_output, str)
     kinds = [item.type for item in found.new_items]
@@ -104,7 +104,7 @@ async def tool_chat_completions() -> None:
 @case("tools")
 async def tool_streamed() -> None:
     called.clear()
-    asked = agent(tools=[weather], model_settings=settings(tool_choice="weather"))
+    asked = agent(tools=[weather], model_settings=settings(tool_choice="weather", parallel_tool_calls=False))
     found = Runner.run_streamed(asked, "What is the weather in Oslo?", max_turns=4)
     names = [event.name async for event in found.stream_events() if event.type == "run_item_stream_event"]
     assert called and {"tool_called", "tool_output", "message_output_created"} <= set(names)
@@ -113,7 +113,12 @@ async def tool_streamed() -> None:
 async def check_handoff(**more: Any) -> None:
     """One agent hands over to another, which answers."""
     other = agent(name="geographer", handoff_description="Knows capitals.", **more)
-    first = agent(name="triage", handoffs=[handoff(other)], model_settings=settings(tool_choice="required"), **more)
+    first = agent(
+        name="triage",
+        handoffs=[handoff(other)],
+        model_settings=settings(tool_choice="required", parallel_tool_calls=False),
+        **more,
+    )
     found = await Runner.run(first, QUESTION, max_turns=4)
     assert found.last_agent.name == "geographer" and found.final_output
 

@@ -308,7 +308,7 @@ def responses_stream() -> None:
 @case("tools")
 def responses_tool_and_its_answer_used() -> None:
     ask: dict[str, Any] = {**RESPOND, "tools": [RESPONSE_TOOL]}
-    first = client.responses.create(**ask, tool_choice="required")
+    first = client.responses.create(**ask, tool_choice="required", parallel_tool_calls=False)
     (call,) = [item for item in first.output if item.type == "function_call"]
     Weather.model_validate_json(call.arguments)
     output: list[Any] = [{"type": "function_call_output", "call_id": call.call_id, "output": "It rains."}]

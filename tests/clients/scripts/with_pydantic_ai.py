@@ -14,7 +14,7 @@ from pydantic_ai.providers.openai import OpenAIProvider
 from shapes import ANSWER, QUESTION, Person, Weather
 
 provider = OpenAIProvider(base_url=API_URL, api_key=KEY)
-SETTINGS: Any = dict(temperature=0, max_tokens=150)
+SETTINGS: Any = dict(temperature=0, max_tokens=150, parallel_tool_calls=False)
 
 
 def chat_agent(**more: Any) -> Agent[None, Any]:

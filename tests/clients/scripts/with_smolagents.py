@@ -61,7 +61,7 @@ def generate_stream() -> None:
 
 @case("tools")
 def tool_calls() -> None:
-    answer = model().generate(ASK, tools_to_call_from=[weather])
+    answer = model().generate(ASK, tools_to_call_from=[weather], parallel_tool_calls=False)
     assert answer.tool_calls and answer.tool_calls[0].function.name == "weather"
     assert model().parse_tool_calls(answer).tool_calls
 
@@ -70,7 +70,7 @@ def check_agent(stream: bool) -> None:
     """Every step is a call that was parsed and run; the agent ends with its answer or at its last step."""
     called.clear()
     tools = [weather, final_answer]
-    agent = ToolCallingAgent(tools=tools, model=model(), max_steps=3, stream_outputs=stream)
+    agent = ToolCallingAgent(tools=tools, model=model(parallel_tool_calls=False), max_steps=3, stream_outputs=stream)
     found = agent.run("What is the weather in Oslo?")
     steps = [step for step in agent.memory.steps if isinstance(step, ActionStep)]
     errors = [step.error for step in steps if step.error and not isinstance(step.error, AgentMaxStepsError)]
