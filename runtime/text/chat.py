@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,15 +33,13 @@ class Chat:
             format = replace(format, calls=CALLS["hermes"])
         self.format = format
         self._tokenizer = tokenizer
-        words = format.words(tools=True)
-        self._added = {
-            text: id
-            for id in tokenizer.added_ids
-            if (text := tokenizer.token_bytes(id).decode("utf-8", "replace")).strip()
-            and any(text in word for word in words)
+        # Tokens of which the words of the rows are made, by their text: all added ones, and special ones by whether
+        # calls are looked for.
+        self._added = _tokens(tokenizer, tokenizer.added_ids, format.words(tools=True))
+        self._markers = {
+            tools: _tokens(tokenizer, tokenizer.special_ids, format.words(tools)) for tools in (False, True)
         }
         self._added_pattern = f"({'|'.join(map(re.escape, sorted(self._added, key=len, reverse=True))) or '(?!)'})"
-        self._special = {tokenizer.token_bytes(id).decode("utf-8", "replace"): id for id in tokenizer.special_ids}
 
     def reads(self, name: str) -> bool:
         """Whether the chat template reads a variable of this name."""
@@ -59,7 +57,8 @@ class Chat:
         if format is None:
             raise ChatTemplateError("tools are not read here: the server was started with tool_call_parser none")
         if self._native:
-            messages = [_with_name(message, messages) for message in messages]
+            names = {call["id"]: call["function"]["name"] for one in messages for call in one.get("tool_calls") or ()}
+            messages = [_with_name(message, names) for message in messages]
             if format.ids == "nine":
                 messages = list(map(_with_short_ids, messages))
             rendered = self._tokenizer.render_chat(messages, tools=tools or None, **options)
@@ -119,7 +118,7 @@ class Chat:
 
     def kept_ids(self, tools: bool) -> frozenset[int]:
         """Special tokens that have to be text for `output`, whether calls are looked for or not."""
-        return frozenset(self._special[text] for text in self._markers(tools))
+        return frozenset(self._markers[tools].values())
 
     def output(
         self,
@@ -135,7 +134,7 @@ class Chat:
             self.format,
             tools=tools,
             opened=self._thought(prompt_ids, continued) == "open",
-            hidden=self._markers(tools is not None) if skip_special else (),
+            hidden=[*self._markers[tools is not None]] if skip_special else (),
             single=single,
         )
 
@@ -156,17 +155,18 @@ class Chat:
         pieces = re.split(self._added_pattern, text)
         return " ".join(f"<[{self._added[one]}]>" if one in self._added else lark_string(one) for one in pieces if one)
 
-    def _markers(self, tools: bool) -> list[str]:
-        words = self.format.words(tools)
-        return [text for text in self._special if text and any(text in word for word in words)]
+
+def _tokens(tokenizer: Tokenizer, ids: Iterable[int], words: Sequence[str]) -> dict[str, int]:
+    """Those of the ids whose text stands in one of the words, by it."""
+    texts = {tokenizer.token_bytes(id).decode("utf-8", "replace"): id for id in ids}
+    return {text: id for text, id in texts.items() if text.strip() and any(text in word for word in words)}
 
 
-def _with_name(message: Message, messages: list[Message]) -> Message:
+def _with_name(message: Message, names: Mapping[str, str]) -> Message:
     """A tool's result with the name of the tool, which some templates show."""
     if message.get("role") != "tool" or message.get("name"):
         return message
-    calls = (call for one in messages for call in one.get("tool_calls") or ())
-    name = next((call["function"]["name"] for call in calls if call["id"] == message.get("tool_call_id")), None)
+    name = names.get(message.get("tool_call_id", ""))
     return message if name is None else message | {"name": name}
 
 
