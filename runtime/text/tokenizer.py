@@ -16,13 +16,14 @@ from typing import Any
 import tokenizers
 
 from pagegraph.compiler.model.files import json_object, lfs_pointer
+from pagegraph.runtime.bad_parameter import BadParameter
 from pagegraph.runtime.text.chat_template import ChatTemplate, ChatTemplateError
 from pagegraph.runtime.text.token_bound import TokenBound
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATE_ARGUMENTS = frozenset(
     {"conversations", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",
-     "continue_final_message", "return_assistant_tokens_mask", *SPECIAL_NAMES}
+     "continue_final_message", "return_assistant_tokens_mask", "self", *SPECIAL_NAMES}
 )  # fmt: skip
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACEMENT = "\ufffd"
@@ -153,13 +154,14 @@ class Tokenizer:
         """Messages to the text the model was trained on; `arguments` are extra variables of the template.
 
         Content is a string or a list of text parts, whatever the template wants. Raises ChatTemplateError when the
-        model has no template, the template refuses the messages, or what the user said is not in its text.
+        model has no template, the template refuses the messages, or what the user said is not in its text;
+        BadParameter where `arguments` has a name that is not the request's to set.
         """
         if self.template is None:
             raise ChatTemplateError("this model has no chat template; use /v1/completions with a prompt")
         extra = arguments or {}
         if taken := _TEMPLATE_ARGUMENTS & extra.keys():
-            raise ChatTemplateError(f"chat_template_kwargs may not set {sorted(taken)[0]}")
+            raise BadParameter("chat_template_kwargs", f"may not set {sorted(taken)[0]}; leave it out there")
         return self.template.render(
             messages,
             add_generation_prompt=add_generation_prompt,

@@ -196,9 +196,11 @@ def test_a_template_and_its_own_variables_are_not_the_request_s(client: OpenAI) 
         {"chat_template": "{{ 7 * 7 }}"}, {"chat_template_kwargs": {"chat_template": "x"}},
         {"chat_template_kwargs": {"tools": []}}, {"chat_template_kwargs": {"messages": []}},
         {"chat_template_kwargs": {"tokenize": True}}, {"chat_template_kwargs": {"bos_token": "x"}},
+        {"chat_template_kwargs": {"self": 1}},
     ):  # fmt: skip
-        with pytest.raises(BadRequestError):
+        with pytest.raises(BadRequestError) as refused:
             client.chat.completions.create(**ASK, extra_body=body)
+        assert refused.value.param == next(iter(body))
 
 
 def test_a_model_without_tools_in_its_template_is_told_of_them(

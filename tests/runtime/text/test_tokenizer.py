@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from pagegraph.runtime.bad_parameter import BadParameter
 from pagegraph.runtime.text.tokenizer import ChatTemplateError, Tokenizer
 
 EMOJI = "caf\u00e9 \U0001f600 \u65e5\u672c"
@@ -62,8 +63,17 @@ def test_chat_has_the_template_s_text(tokenizer: Tokenizer) -> None:
 def test_template_refusal_and_reserved_arguments(tokenizer: Tokenizer) -> None:
     with pytest.raises(ChatTemplateError, match="no critics here"):
         tokenizer.apply_chat([{"role": "critic", "content": "x"}])
-    with pytest.raises(ChatTemplateError, match="may not set messages"):
-        tokenizer.apply_chat([{"role": "user", "content": "x"}], arguments={"messages": []})
+    for name in ("messages", "tokenize", "bos_token", "self", "chat_template"):
+        with pytest.raises(BadParameter, match=f"chat_template_kwargs may not set {name}"):
+            tokenizer.apply_chat([{"role": "user", "content": "x"}], arguments={name: []})
+
+
+def test_any_other_argument_is_the_template_s(tokenizer: Tokenizer) -> None:
+    """Names of Python's and jinja's own, and of the functions on the way, among them."""
+    names = ["cls", "args", "kwargs", "arguments", "options", "source", "parts", "context", "environment", "loop", "a b"]
+    plain = tokenizer.apply_chat([{"role": "user", "content": "x"}])
+    for name in [*names, "range", "namespace", "raise_exception", "__class__", "", "tool_schemas", "conversation"]:
+        assert tokenizer.apply_chat([{"role": "user", "content": "x"}], arguments={name: 1}) == plain, name
 
 
 def test_template_file_wins_and_bos_is_added(tokenizer_folder: Path, tmp_path: Path) -> None:
