@@ -14,6 +14,7 @@ from typing import Any
 MAX_DEPTH = 64  # schemas within schemas
 MAX_SCHEMAS = 4096  # in all, the properties' included
 MAX_ENUM = 4096  # values of all enums
+MAX_OPTIONAL = 450  # properties of one object that are not required: all of them may follow at one place
 MAX_REPEAT = 4096  # of minItems, maxItems, minProperties and maxProperties, which are counted out in the grammar
 MAX_LENGTH = 1 << 20  # of minLength and maxLength
 
@@ -165,10 +166,13 @@ def _check_keywords(path: str, schema: dict[str, Any]) -> None:
     if least > max(1, len(schema.get("required", ()))):
         problem = "above 1 and the number of required properties is not supported: a key might come twice"
         raise SchemaProblem(f"{path}/minProperties", problem)
+    optional = len(schema.get("properties", {}).keys() - set(filter(_is_name, schema.get("required", ()))))
+    if optional > MAX_OPTIONAL:
+        raise SchemaProblem(path, f"has {optional} properties that are not required; at most {MAX_OPTIONAL} an object")
     if "type" in schema:
         _check_type(f"{path}/type", schema["type"])
     for name in schema.get("required", ()):
-        if not isinstance(name, str):
+        if not _is_name(name):
             raise SchemaProblem(f"{path}/required", f"must hold names of properties; got {_kind(name)}")
     if (name := schema.get("format")) is not None and name not in FORMATS:
         raise SchemaProblem(f"{path}/format", f"is not supported; give one of {', '.join(FORMATS)}, or a pattern")
@@ -198,6 +202,10 @@ def _check_bound(path: str, key: str, value: Any) -> None:
         raise SchemaProblem(path, "must be a number from -1e15 to 1e15")
     if key == "multipleOf" and value <= 0:
         raise SchemaProblem(path, "must be a number above 0")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _kind(value: Any) -> str:

@@ -123,7 +123,7 @@ def limits() -> LLParserLimits:
     """What a grammar may take, at its compilation and at each token."""
     from llguidance import LLParserLimits
 
-    return LLParserLimits(verbose_errors=False, max_grammar_size=200_000)
+    return LLParserLimits(verbose_errors=False, max_grammar_size=200_000, step_max_items=20_000)
 
 
 def _check_json(structured: StructuredOutputs) -> None:
@@ -188,6 +188,12 @@ def in_words(message: str) -> str:
     first = message.split("\n", 1)[0].strip()
     if first.startswith(("NoExtension", "InternalError")):
         return "no text can match it"
+    if re.search(r"items; max is|Too many items", first):
+        return (
+            "too much may follow at one place; have fewer alternatives there, fewer optional properties, less recursion"
+        )
+    if first.startswith("lexer error"):
+        return "its regexes are too large; have fewer or smaller repetitions in them"
     if "oneOf" in first:
         return "oneOf is served only where its options exclude each other, by type or const; give anyOf"
     if regex_error:

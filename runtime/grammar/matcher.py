@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 
 class TokenMatcher:
-    """`num_tokens` generated tokens were taken."""
+    """`num_tokens` generated tokens were taken; `overdrawn_s` is what they cost beyond their share, as far as timed."""
 
     def __init__(self, grammar: Grammar) -> None:
         self.grammar = grammar
         self.matcher: LLMatcher = grammar.start()
         self.num_tokens = 0
+        self.overdrawn_s = 0.0
 
     def replay(self, tokens: Sequence[int]) -> bool:
         """Begin anew and take these -> whether the grammar has them all."""

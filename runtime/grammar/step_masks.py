@@ -8,27 +8,24 @@ Knows slots and plans; knows no step and no device.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence as Rows
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from pagegraph.runtime.grammar.compiler import GrammarCompiler
 from pagegraph.runtime.grammar.matcher import TokenMatcher
+from pagegraph.runtime.grammar.workers import GrammarWorkers, is_too_dear
 from pagegraph.runtime.scheduler.commit import StepResult, end, take_back_end
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.sequence import Sequence
 from pagegraph.runtime.structured_output import in_words
 
-if TYPE_CHECKING:
-    from llguidance import LLExecutor
-
 log = logging.getLogger("pagegraph.engine")
 
-MAX_THREADS = 8
+_FORBIDS = "satisfy the grammar"  # in the error of a matcher that was given a token that its grammar does not have
 
 
 class Refused(NamedTuple):
@@ -55,6 +52,7 @@ class StepMasks:
         self._batch = batch
         self._compiler = compiler
         self._eos_ids = np.array(sorted(eos_ids), np.int64)
+        self._workers = GrammarWorkers()
 
     def advance(self, result: StepResult) -> list[Refused]:
         """Take a committed step's tokens; those whose text can only end end with it -> who cannot go on."""
@@ -93,33 +91,25 @@ class StepMasks:
         return refused
 
     @cached_property
-    def _executor(self) -> LLExecutor:
-        from llguidance import LLExecutor
-
-        return LLExecutor(min(max((os.cpu_count() or 1) // 2, 1), MAX_THREADS))
-
-    @cached_property
     def _words(self) -> int:
         return -(-self._compiler.vocabulary().vocab_size // 32)
 
     def _take(self, going: Rows[tuple[Sequence, TokenMatcher, list[int]]]) -> list[tuple[int, str] | None]:
         """Of each: None if its grammar has the tokens, else status and reason."""
-        singles = [(matcher.matcher, tokens[0]) for _, matcher, tokens in going if len(tokens) == 1]
         try:
-            good = iter(self._executor.consume_token_par(singles) if singles else [])
-            taken = [next(good) if len(tokens) == 1 else matcher.take(tokens) for _, matcher, tokens in going]
-            for _, matcher, tokens in going:
-                matcher.num_tokens += len(tokens) == 1
+            taken = self._workers.consume([(matcher, tokens) for _, matcher, tokens in going])
         except Exception:
             return [self._replayed(sequence, matcher) for sequence, matcher, _ in going]
-        return [None if ok else _unmatched(sequence) for ok, (sequence, _, _) in zip(taken, going, strict=True)]
+        return [
+            None if ok else _refused(sequence, matcher) for ok, (sequence, matcher, _) in zip(taken, going, strict=True)
+        ]
 
     def _replayed(self, sequence: Sequence, matcher: TokenMatcher) -> tuple[int, str] | None:
         """Take all tokens of the sequence anew -> as `_take`."""
         slot = sequence.slot
         try:
             tokens = self._batch.tokens[slot, sequence.num_prompt : self._batch.known[slot]].tolist()
-            return None if matcher.replay(tokens) else _unmatched(sequence)
+            return None if matcher.replay(tokens) else _refused(sequence, matcher)
         except Exception:
             return _raised()
 
@@ -154,21 +144,14 @@ class StepMasks:
                 except Exception:
                     refused.append(Refused(place.sequence, *_raised()))
         for place in places:
-            if place.matcher.matcher.is_error():
+            if place.matcher.matcher.is_error() or is_too_dear(place.matcher):
                 self._compiler.forget(place.matcher.grammar)
-                problem = in_words(place.matcher.matcher.get_error())
-                refused.append(Refused(place.sequence, 400, f"structured_outputs cannot be served on: {problem}"))
+                refused.append(Refused(place.sequence, *_over_limits(place.matcher)))
                 masks[place.index : place.index + len(place.drafts) + 1] = -1
         return refused
 
     def _compute_all(self, places: list[_Place], masks: np.ndarray) -> None:
-        sizes = masks.ctypes.data, masks.shape[1] * 4, len(masks)
-        plain = [(place.matcher.matcher, place.index) for place in places if not place.drafts]
-        drafting = [(place.matcher.matcher, place.index, place.drafts) for place in places if place.drafts]
-        if plain:
-            self._executor.unsafe_compute_mask_ptr(plain, *sizes)
-        if drafting:
-            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafting, *sizes)
+        self._workers.compute([(place.matcher, place.index, place.drafts) for place in places], masks)
 
     def _holds_its_end(self, sequence: Sequence, matcher: TokenMatcher) -> bool:
         """Whether the text can only end, for one that must not sample the token that says so."""
@@ -184,6 +167,20 @@ class StepMasks:
         """Clear the bits of EOS in int32 [n, words]."""
         for token in self._eos_ids.tolist():
             masks[:, token // 32] &= np.int32(~np.uint32(1 << token % 32).view(np.int32))
+
+
+def _refused(sequence: Sequence, matcher: TokenMatcher) -> tuple[int, str]:
+    """Status and reason where a grammar did not take a token that was sampled."""
+    if matcher.matcher.is_error() and _FORBIDS not in matcher.matcher.get_error():
+        return _over_limits(matcher)
+    return _unmatched(sequence)
+
+
+def _over_limits(matcher: TokenMatcher) -> tuple[int, str]:
+    """Status and reason of a grammar that takes too much at this point of a text."""
+    error = matcher.matcher.get_error()
+    problem = in_words(error) if error else "its tokens take too long; make it simpler"
+    return 400, f"structured_outputs cannot be served on: {problem}"
 
 
 def _unmatched(sequence: Sequence) -> tuple[int, str]:

@@ -11,7 +11,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from pagegraph.runtime.bad_parameter import BadParameter
-from pagegraph.runtime.json_schema import MAX_DEPTH, MAX_ENUM, MAX_SCHEMAS
+from pagegraph.runtime.json_schema import MAX_DEPTH, MAX_ENUM, MAX_OPTIONAL, MAX_SCHEMAS
 from pagegraph.runtime.sampling_params import SamplingParams
 from pagegraph.runtime.structured_output import (
     MAX_CHARS,
@@ -19,6 +19,7 @@ from pagegraph.runtime.structured_output import (
     StructuredOutputs,
     check_grammar,
     grammar_text,
+    limits,
     rule_body,
 )
 
@@ -33,6 +34,10 @@ def accepts(tokens: LLTokenizer, structured: StructuredOutputs, text: str) -> bo
     assert not matcher.is_error(), matcher.get_error()
     ids = tokens.tokenize_str(text)
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+def wide(optional: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(optional)}}
 
 
 def nested(levels: int) -> dict[str, Any]:
@@ -109,7 +114,8 @@ def test_form_and_size_are_checked_where_one_is_built(fields: dict, problem: str
         ({"json": '{"items":' * 30_000 + "{}" + "}" * 30_000}, "json has"),
         ({"json": '{"items":' * 10_000 + "{}" + "}" * 10_000}, "nested too deeply"),
         ({"json": nested(MAX_DEPTH + 1)}, f"nested more than {MAX_DEPTH} deep"),
-        ({"json": {"properties": {str(n): {} for n in range(MAX_SCHEMAS)}}}, f"more than {MAX_SCHEMAS}"),
+        ({"json": {"$defs": {str(n): {} for n in range(MAX_SCHEMAS)}}}, f"more than {MAX_SCHEMAS}"),
+        ({"json": {"items": wide(MAX_OPTIONAL + 1)}}, f"at /items: has {MAX_OPTIONAL + 1} .* at most {MAX_OPTIONAL}"),
         ({"json": {"enum": list(range(MAX_ENUM + 1))}}, f"at /enum: .*{MAX_ENUM}"),
         ({"json": {"properties": {"age": {"type": "integr"}}}}, "at /properties/age/type: must be one of"),
         ({"json": {"properties": {"age": {"not": {}}}}}, "at /properties/age: the keyword not"),
@@ -158,3 +164,17 @@ def test_it_travels_as_a_sampling_parameter() -> None:
     assert again.structured_outputs is not None and json.loads(str(again.structured_outputs.json)) == {"type": "object"}
     with pytest.raises(BadParameter, match="structured_outputs must be"):
         SamplingParams(structured_outputs={"json": {}})  # pyright: ignore[reportArgumentType]
+
+
+def test_as_many_optional_properties_as_are_taken_can_be_answered(tokens: LLTokenizer) -> None:
+    """Deep within others, too, where more than they may follow."""
+    schema: dict[str, Any] = wide(MAX_OPTIONAL)
+    for _ in range(MAX_DEPTH // 2 - 1):
+        schema = {"type": "object", "properties": {"b": {"type": "array", "items": schema}}}
+    structured = StructuredOutputs(json=schema)
+    check_grammar(structured)
+    matcher = LLMatcher(tokens, grammar_text(structured), limits=limits())
+    text = '{"b":[' * (MAX_DEPTH // 2 - 1) + '{"p0":"","p449":""}'
+    for token in tokens.tokenize_str(text):
+        matcher.compute_bitmask()
+        assert matcher.consume_token(token), matcher.get_error()

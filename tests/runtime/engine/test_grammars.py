@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from concurrent import futures
+from unittest.mock import Mock
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from pagegraph.runtime.engine.grammars import Grammars
 from pagegraph.runtime.grammar import compiler as compiling
+from pagegraph.runtime.grammar import workers
 from pagegraph.runtime.grammar.compiler import GrammarCompiler
 from pagegraph.runtime.grammar.step_masks import StepMasks
 from pagegraph.runtime.ipc.protocol import Abort, Failed, Member, SamplingParams, Submit, SubmitGroup
@@ -287,3 +290,65 @@ def test_a_grammar_that_runs_out_of_its_limits_ends_its_request() -> None:
     harness.run()
     assert harness.ended["one"] in ("400", "500") and harness.ended["two"] == "length"
     assert isinstance(harness.failures[0], Failed)
+
+
+def submit_grammar(name: str, grammar: str, **params: object) -> Submit:
+    structured = StructuredOutputs(grammar=grammar)
+    sampling = SamplingParams(**{"max_tokens": 60, "seed": 3} | params, structured_outputs=structured)  # type: ignore[arg-type]
+    return Submit(request_id=name, token_ids=[1, 2, 3], params=sampling)
+
+
+def test_a_grammar_whose_tokens_take_too_long_ends_its_request_alone() -> None:
+    alone, harness = ran(*mixed()), with_grammars()
+    for one in [*mixed(), submit("dear", "[abc]{19}")]:
+        harness.mailbox.put(one)
+    turn_until(harness, "dear", 2)
+    next(one for one in harness.scheduler.live if one.request_id == "dear").grammar.overdrawn_s = workers.CREDIT_S + 1
+    harness.run()
+    assert harness.ended.pop("dear") == "400" and len(harness.tokens.pop("dear")) < 6
+    assert "its tokens take too long" in harness.failures[0].message and len(harness.failures) == 1
+    assert harness.tokens == alone.tokens and harness.ended == alone.ended
+
+
+class Dear:
+    """A matcher whose tokens take 30 ms of a processor each."""
+
+    overdrawn_s = 0.0
+
+    def take(self, tokens: list[int]) -> bool:
+        until = time.thread_time() + 0.03
+        while time.thread_time() < until:
+            pass
+        return True
+
+
+def test_who_takes_more_than_its_share_is_found_among_others() -> None:
+    matchers = [Dear(), Mock(take=lambda tokens: True, overdrawn_s=0.0)]
+    several = workers.GrammarWorkers()
+    several.is_timing = True
+    for _ in range(2):
+        assert several.consume([(matcher, [1]) for matcher in matchers]) == [True, True]  # type: ignore[misc]
+    assert 0.04 < matchers[0].overdrawn_s < workers.CREDIT_S and matchers[1].overdrawn_s == 0
+    assert not workers.is_too_dear(matchers[0])  # type: ignore[arg-type]
+    matchers[0].overdrawn_s += workers.CREDIT_S
+    assert workers.is_too_dear(matchers[0])  # type: ignore[arg-type]
+
+
+def test_calls_are_timed_one_by_one_while_they_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = ran(*mixed())
+    masks = harness.engine.grammars.masks  # type: ignore[union-attr]
+    assert not masks._workers.is_timing and all(
+        not one.grammar.overdrawn_s for one in harness.scheduler.live if one.grammar
+    )
+    monkeypatch.setattr(workers, "SLOW_S", 0.0)
+    timed = ran(*mixed())
+    assert timed.engine.grammars.masks._workers.is_timing  # type: ignore[union-attr]
+    assert timed.tokens == harness.tokens and timed.ended == harness.ended
+
+
+def test_what_a_grammar_cannot_go_on_for_is_the_requests_fault() -> None:
+    """The row after a token is beyond the limits, so the token is not taken though the mask has it."""
+    many = 'start: a{0,10000}\na: b{0,10000}\nb: "x"{0,10000}'
+    harness = ran(submit_grammar("many", many, ignore_eos=True), submit("other", "a{5}"))
+    assert harness.ended == {"many": "400", "other": "stop"}
+    assert "too much may follow at one place" in harness.failures[0].message

@@ -1,0 +1,116 @@
+"""llguidance's calls for the matchers of a step, several at once, and what each matcher has cost.
+
+Those calls run in the middle of a step: a grammar of dear tokens holds up every stream. What is dear no limit of the
+compiler says, as the time of a row of Earley items grows with its square. So while calls are slow each is timed by
+itself, in processor time, which a busy machine does not change, and a matcher that keeps taking more than its share
+`is_too_dear`. Calls that are not slow are not timed by one. Knows matchers; knows no sequences and no slots.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor
+
+    from pagegraph.runtime.grammar.matcher import TokenMatcher
+
+MAX_THREADS = 8
+SLOW_S = 0.05  # of one call for all matchers, from which on the next ones are timed
+SHARE_S = 0.01  # processor time of a token that any grammar may take
+CREDIT_S = 0.5  # that it may take beyond that, in all
+
+T = TypeVar("T")
+Job = tuple["TokenMatcher", Callable[["LLExecutor"], T]]
+
+
+class GrammarWorkers:
+    """The threads for one engine."""
+
+    def __init__(self) -> None:
+        self.is_timing = False
+
+    def consume(self, taking: Sequence[tuple[TokenMatcher, list[int]]]) -> list[bool]:
+        """Each takes its tokens -> whether its grammar has them."""
+        if self.is_timing:
+            return self._timed([(matcher, lambda _, m=matcher, t=tokens: m.take(t)) for matcher, tokens in taking])
+        begun = time.perf_counter()
+        singles = [(matcher.matcher, tokens[0]) for matcher, tokens in taking if len(tokens) == 1]
+        good = iter(self._executor.consume_token_par(singles) if singles else [])
+        taken = [next(good) if len(tokens) == 1 else matcher.take(tokens) for matcher, tokens in taking]
+        for matcher, tokens in taking:
+            matcher.num_tokens += len(tokens) == 1
+        self._note(begun)
+        return taken
+
+    def compute(self, asked: Sequence[tuple[TokenMatcher, int, list[int]]], masks: np.ndarray) -> None:
+        """Of each the mask of its next token at its index of int32 [R, words], and behind it those of its draft tokens."""
+        rows: Any = masks.ctypes.data, masks.shape[1] * 4, len(masks)
+
+        def job(matcher: TokenMatcher, index: int, drafts: list[int]) -> Callable[[LLExecutor], None]:
+            if drafts:
+                one = [(matcher.matcher, index, drafts)]
+                return lambda executor: executor.unsafe_compute_mask_ptr_with_draft_token(one, *rows)
+            return lambda executor: executor.unsafe_compute_mask_ptr([(matcher.matcher, index)], *rows)
+
+        if self.is_timing:
+            self._timed([(one[0], job(*one)) for one in asked])
+            return
+        begun = time.perf_counter()
+        plain = [(matcher.matcher, index) for matcher, index, drafts in asked if not drafts]
+        drafting = [(matcher.matcher, index, drafts) for matcher, index, drafts in asked if drafts]
+        if plain:
+            self._executor.unsafe_compute_mask_ptr(plain, *rows)
+        if drafting:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafting, *rows)
+        self._note(begun)
+
+    def _timed(self, jobs: list[Job[T]]) -> list[T]:
+        """Each job by itself, in a thread that is timed; raises what the first of them raised, once all are done."""
+        begun = time.perf_counter()
+
+        def run(job: Job[T]) -> tuple[T | None, Exception | None]:
+            matcher, call = job
+            at = time.thread_time()
+            try:
+                return call(self._executor), None
+            except Exception as error:
+                return None, error
+            finally:
+                matcher.overdrawn_s = max(0.0, matcher.overdrawn_s + time.thread_time() - at - SHARE_S / 2)
+
+        done = list(self._threads.map(run, jobs))
+        self._note(begun)
+        for _, error in done:
+            if error is not None:
+                raise error
+        return [result for result, _ in done]  # type: ignore[misc]
+
+    def _note(self, begun: float) -> None:
+        self.is_timing = time.perf_counter() - begun > SLOW_S
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        from llguidance import LLExecutor
+
+        return LLExecutor(_num_threads())
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_num_threads(), thread_name_prefix="grammar step")
+
+
+def is_too_dear(matcher: TokenMatcher) -> bool:
+    """Whether it took more than its share for too long."""
+    return matcher.overdrawn_s > CREDIT_S
+
+
+def _num_threads() -> int:
+    return min(max((os.cpu_count() or 1) // 2, 1), MAX_THREADS)
