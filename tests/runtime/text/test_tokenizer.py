@@ -70,7 +70,19 @@ def test_template_refusal_and_reserved_arguments(tokenizer: Tokenizer) -> None:
 
 def test_any_other_argument_is_the_template_s(tokenizer: Tokenizer) -> None:
     """Names of Python's and jinja's own, and of the functions on the way, among them."""
-    names = ["cls", "args", "kwargs", "arguments", "options", "source", "parts", "context", "environment", "loop", "a b"]
+    names = [
+        "cls",
+        "args",
+        "kwargs",
+        "arguments",
+        "options",
+        "source",
+        "parts",
+        "context",
+        "environment",
+        "loop",
+        "a b",
+    ]
     plain = tokenizer.apply_chat([{"role": "user", "content": "x"}])
     for name in [*names, "range", "namespace", "raise_exception", "__class__", "", "tool_schemas", "conversation"]:
         assert tokenizer.apply_chat([{"role": "user", "content": "x"}], arguments={name: 1}) == plain, name
