@@ -98,10 +98,9 @@ class _Schemas:
         self._chance = chance
 
     def any(self, depth: int) -> Any:
-        simple = [self._string, self._number, self._number, self._value, self._little]
-        kinds = [self._object, self._object, self._array, self._combined] if depth else []
-        make = self._chance.choice([*simple, *kinds, *kinds])
-        return make() if make in simple else make(depth - 1)
+        simple = self._chance.choice([self._string, self._number, self._number, self._value, self._little])
+        holding = self._chance.choice([self._object, self._object, self._array, self._combined])
+        return holding(depth - 1) if depth and self._maybe(0.6) else simple()
 
     def _maybe(self, share: float) -> bool:
         return self._chance.random() < share

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import tokenizers
 
+from pagegraph.runtime.text.tokenizer import Tokenizer
+
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
@@ -28,18 +30,31 @@ def load_vocabulary(folder: Path, vocab_size: int, eos_ids: frozenset[int]) -> L
     Ids that the tokenizer does not know are never allowed. Where it knows more than the model, masks are wider than the
     logits.
     """
-    from llguidance import LLTokenizer
+    from llguidance import LLTokenizer, TokenizerWrapper
 
     if not eos_ids:
         raise NoVocabulary("structured output needs a model with an end-of-sequence token; this one has none")
     text = _tokenizer_json(folder / "tokenizer.json")
     known = tokenizers.Tokenizer.from_str(text).get_vocab_size(with_added_tokens=True)
+    size, ends = max(vocab_size, known), sorted(eos_ids)
     try:
-        return LLTokenizer(text, n_vocab=max(vocab_size, known), eos_token=sorted(eos_ids))
-    except ValueError as error:
-        raise NoVocabulary(
-            f"structured output is not served for this model: its tokenizer is not read: {error}"
-        ) from error
+        return LLTokenizer(text, n_vocab=size, eos_token=ends)
+    except ValueError:  # a decoder that it does not know
+        wrapped = TokenizerWrapper(_Pieces(Tokenizer.load(folder), size, ends[0]))
+        return LLTokenizer(wrapped, n_vocab=size, eos_token=ends)
+
+
+class _Pieces:
+    """A tokenizer of any kind, by what each of its tokens adds to a text; in the form that llguidance asks for."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int, eos_id: int) -> None:
+        self.eos_token_id, self.bos_token_id = eos_id, None
+        self.special_token_ids = sorted(tokenizer.special_ids)
+        self.tokens = [tokenizer.token_bytes(one) for one in range(size)]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
 
 def _tokenizer_json(path: Path) -> str:
