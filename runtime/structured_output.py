@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
+from pagegraph.runtime import gbnf
 from pagegraph.runtime.bad_parameter import BadParameter, shown
 from pagegraph.runtime.json_schema import SchemaProblem, check_schema, children, made_exact, subschemas
 
@@ -274,15 +275,11 @@ def _lark(grammar: str) -> str:
 
 
 def _lark_of_gbnf(grammar: str) -> str:
-    from llguidance.gbnf_to_lark import gbnf_to_lark
-
     if not re.search(r"^[ \t]*root[ \t]*::=", grammar, re.MULTILINE):
         raise BadParameter(field_of("grammar"), "must be Lark with a rule start:, or GBNF with a rule root ::=")
     try:
-        return gbnf_to_lark(grammar)
-    except RecursionError:
-        raise BadParameter(field_of("grammar"), "is nested too deeply") from None
-    except Exception as error:
+        return gbnf.to_lark(grammar)
+    except gbnf.GbnfError as error:
         raise BadParameter(field_of("grammar"), f"is not GBNF: {error}") from None
 
 
