@@ -124,7 +124,9 @@ def limits() -> LLParserLimits:
     """What a grammar may take, at its compilation and at each token."""
     from llguidance import LLParserLimits
 
-    return LLParserLimits(verbose_errors=False, max_grammar_size=200_000, step_max_items=20_000)
+    return LLParserLimits(
+        verbose_errors=False, max_grammar_size=200_000, step_max_items=20_000, max_lexer_states=100_000
+    )
 
 
 def _check_json(structured: StructuredOutputs) -> None:

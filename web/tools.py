@@ -86,7 +86,9 @@ def _chosen(tools: Tools, choice: Any, where: str) -> Tools:
             refuse(where, f"must be {_words()}, or name a function, for example {example}")
         listed, choice = [tool for tool in listed if tool["function"]["name"] == named], "required"
         if not listed:
-            refuse(where, f"names {shown(named)}, which is no tool of this request")
+            offered = ", ".join(tool["function"]["name"] for tool in tools.listed[:8])
+            works = f"give one of {offered}" if offered else "give tools beside it"
+            refuse(where, f"names {shown(named)}, which is no tool of this request; {works}")
     if not isinstance(choice, str) or choice not in _CHOICES:
         refuse(where, f"must be {_words()} or an object that names a function; got {shown(choice)}")
     if choice == "required" and not listed:

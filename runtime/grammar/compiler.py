@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 
 MAX_GRAMMARS = 128  # kept for who asks for the same again
 MAX_KEPT_BYTES = 4 << 20  # of what they were asked with
+# Of work at their tokens, in all: what they find out by it stays in memory, up to 30 MB a second.
+MAX_KEPT_WORK_S = 10.0
 THREADS = 2
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Grammar:
     """A compiled grammar. Its matchers learn from each other."""
 
     key: bytes
     matcher: LLMatcher  # stays at the beginning
+    work_s: float = 0.0  # that its matchers' tokens took
 
     def start(self) -> LLMatcher:
         """A matcher that has seen nothing yet."""
@@ -53,6 +56,8 @@ class GrammarCompiler:
     def compile(self, structured: StructuredOutputs) -> Future[Grammar]:
         """The grammar, once it is compiled; the future's exception is a ValueError where it is the request's fault."""
         key = msgspec.msgpack.encode(structured)
+        while self._kept_work_s() > MAX_KEPT_WORK_S:
+            self._kept.popitem(last=False)
         if key not in self._kept:
             self._kept[key] = self._threads.submit(self._compiled, key, structured)
             while len(self._kept) > MAX_GRAMMARS or (len(self._kept) > 1 and self._kept_bytes() > MAX_KEPT_BYTES):
@@ -81,6 +86,10 @@ class GrammarCompiler:
 
     def _kept_bytes(self) -> int:
         return sum(map(len, self._kept))
+
+    def _kept_work_s(self) -> float:
+        done = [kept for kept in self._kept.values() if kept.done() and kept.exception() is None]
+        return sum(kept.result().work_s for kept in done)
 
     def _compiled(self, key: bytes, structured: StructuredOutputs) -> Grammar:
         """Raises BadParameter. The first mask is computed here too: it is the dearest, and may be beyond the limits."""

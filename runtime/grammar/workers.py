@@ -47,7 +47,7 @@ class GrammarWorkers:
         taken = [next(good) if len(tokens) == 1 else matcher.take(tokens) for matcher, tokens in taking]
         for matcher, tokens in taking:
             matcher.num_tokens += len(tokens) == 1
-        self._note(begun)
+        self._note(begun, [matcher for matcher, _ in taking])
         return taken
 
     def compute(self, asked: Sequence[tuple[TokenMatcher, int, list[int]]], masks: np.ndarray) -> None:
@@ -70,7 +70,7 @@ class GrammarWorkers:
             self._executor.unsafe_compute_mask_ptr(plain, *rows)
         if drafting:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(drafting, *rows)
-        self._note(begun)
+        self._note(begun, [matcher for matcher, _, _ in asked])
 
     def _timed(self, jobs: list[Job[T]]) -> list[T]:
         """Each job by itself, in a thread that is timed; raises what the first of them raised, once all are done."""
@@ -87,14 +87,17 @@ class GrammarWorkers:
                 matcher.overdrawn_s = max(0.0, matcher.overdrawn_s + time.thread_time() - at - SHARE_S / 2)
 
         done = list(self._threads.map(run, jobs))
-        self._note(begun)
+        self._note(begun, [matcher for matcher, _ in jobs])
         for _, error in done:
             if error is not None:
                 raise error
         return [result for result, _ in done]  # type: ignore[misc]
 
-    def _note(self, begun: float) -> None:
-        self.is_timing = time.perf_counter() - begun > SLOW_S
+    def _note(self, begun: float, matchers: list[TokenMatcher]) -> None:
+        spent = time.perf_counter() - begun
+        self.is_timing = spent > SLOW_S
+        for matcher in matchers:
+            matcher.grammar.work_s += spent / len(matchers)
 
     @cached_property
     def _executor(self) -> LLExecutor:

@@ -314,6 +314,7 @@ class Dear:
     """A matcher whose tokens take 30 ms of a processor each."""
 
     overdrawn_s = 0.0
+    grammar = Mock(work_s=0.0)
 
     def take(self, tokens: list[int]) -> bool:
         until = time.thread_time() + 0.03
@@ -323,13 +324,14 @@ class Dear:
 
 
 def test_who_takes_more_than_its_share_is_found_among_others() -> None:
-    matchers = [Dear(), Mock(take=lambda tokens: True, overdrawn_s=0.0)]
+    matchers = [Dear(), Mock(take=lambda tokens: True, overdrawn_s=0.0, grammar=Mock(work_s=0.0))]
     several = workers.GrammarWorkers()
     several.is_timing = True
     for _ in range(2):
         assert several.consume([(matcher, [1]) for matcher in matchers]) == [True, True]  # type: ignore[misc]
     assert 0.04 < matchers[0].overdrawn_s < workers.CREDIT_S and matchers[1].overdrawn_s == 0
     assert not workers.is_too_dear(matchers[0])  # type: ignore[arg-type]
+    assert matchers[0].grammar.work_s > 0.02
     matchers[0].overdrawn_s += workers.CREDIT_S
     assert workers.is_too_dear(matchers[0])  # type: ignore[arg-type]
 
@@ -352,3 +354,16 @@ def test_what_a_grammar_cannot_go_on_for_is_the_requests_fault() -> None:
     harness = ran(submit_grammar("many", many, ignore_eos=True), submit("other", "a{5}"))
     assert harness.ended == {"many": "400", "other": "stop"}
     assert "too much may follow at one place" in harness.failures[0].message
+
+
+def test_grammars_that_have_taken_much_work_are_not_kept_for_ever() -> None:
+    """What they found out by it takes memory. The last asked for go last, and then by themselves."""
+    harness = ran(submit("a", "a{5}"), submit("b", "b{5}"))
+    compiler = harness.engine.grammars._compiler  # type: ignore[union-attr]
+    first, second = (compiler.compile(StructuredOutputs(regex=regex)) for regex in ("a{5}", "b{5}"))
+    assert first.result().work_s > 0 and second.result().work_s > 0
+    first.result().work_s = second.result().work_s = 0.6 * compiling.MAX_KEPT_WORK_S
+    assert compiler.compile(StructuredOutputs(regex="b{5}")) is second
+    assert compiler.compile(StructuredOutputs(regex="a{5}")) is not first
+    second.result().work_s = 2 * compiling.MAX_KEPT_WORK_S
+    assert compiler.compile(StructuredOutputs(regex="b{5}")) is not second
