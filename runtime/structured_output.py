@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_CHARS = 1 << 17  # of a schema as JSON, a regex, a grammar, all choices
 MAX_CHOICES = 4096
+MAX_ALTERNATIVES = 1000  # of a rule: each is an item of the parser's rows, which are bounded; those of a regex are not
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 # Between two tokens of JSON: nothing, a space, or line breaks with indentation. Without bounds a model may go on with
 # white space for ever.
@@ -90,6 +91,8 @@ def rule_body(structured: StructuredOutputs) -> str:
     if structured.regex is not None:
         return _regex_literal(structured.regex)
     if structured.choice is not None:
+        if len(structured.choice) > MAX_ALTERNATIVES:
+            return _regex_literal("|".join(map(re.escape, structured.choice)))
         return " | ".join(map(lark_string, structured.choice))
     schema = structured.json if structured.json is not None else '{"type":"object"}'
     assert isinstance(schema, str)

@@ -14,6 +14,7 @@ from pagegraph.runtime.bad_parameter import BadParameter
 from pagegraph.runtime.json_schema import MAX_DEPTH, MAX_ENUM, MAX_OPTIONAL, MAX_SCHEMAS
 from pagegraph.runtime.sampling_params import SamplingParams
 from pagegraph.runtime.structured_output import (
+    MAX_ALTERNATIVES,
     MAX_CHARS,
     MAX_CHOICES,
     StructuredOutputs,
@@ -164,6 +165,33 @@ def test_it_travels_as_a_sampling_parameter() -> None:
     assert again.structured_outputs is not None and json.loads(str(again.structured_outputs.json)) == {"type": "object"}
     with pytest.raises(BadParameter, match="structured_outputs must be"):
         SamplingParams(structured_outputs={"json": {}})  # pyright: ignore[reportArgumentType]
+
+
+def test_as_many_choices_as_are_taken_can_be_answered(tokens: LLTokenizer) -> None:
+    odd = [
+        *(chr(code) + "x" for code in range(256)),
+        "a|b",
+        "(c",
+        "d\\",
+        "#e",
+        "f g",
+        "h\nh\r\t",
+        "\U0001f600",
+        "i",
+        "ii",
+        "/j/",
+    ]
+    for count in (MAX_ALTERNATIVES, MAX_ALTERNATIVES + 1, MAX_CHOICES):
+        choices = [*odd, *(f"number {n} " for n in range(count - len(odd)))]
+        structured = StructuredOutputs(choice=choices)
+        check_grammar(structured)
+        start = LLMatcher(tokens, grammar_text(structured), limits=limits())
+        for one in [*odd, choices[-1]]:
+            matcher, ids = start.deep_copy(), tokens.tokenize_str(one)
+            assert matcher.consume_tokens(ids) and matcher.is_accepting(), (count, one, matcher.get_error())
+        for other in ("number", "numbers", "ax", "i|", "f  g", "hn"):
+            matcher, ids = start.deep_copy(), tokens.tokenize_str(other)
+            assert other in choices or matcher.try_consume_tokens(ids) < len(ids) or not matcher.is_accepting(), other
 
 
 def test_as_many_optional_properties_as_are_taken_can_be_answered(tokens: LLTokenizer) -> None:
