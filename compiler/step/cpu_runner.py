@@ -12,6 +12,7 @@ from pagegraph.compiler.step.capture_sizes import own_bucket
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.executor import Outputs, StepExecutor
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
+from pagegraph.compiler.step.sampling import Bitmask
 from pagegraph.compiler.step.staging import StepMetadata
 
 
@@ -26,7 +27,7 @@ class CpuRunner:
         """Submit a step, or `num_steps` of them in a row -> a function that waits for what comes of it."""
         return step_thread.submit(self._run, step, num_steps).result
 
-    def launch_masked(self, step: StepInput) -> Callable[[torch.Tensor], Callable[[], StepOutput]]:
+    def launch_masked(self, step: StepInput) -> Callable[[Bitmask], Callable[[], StepOutput]]:
         """Submit a step up to its logits -> a function that samples by a bitmask -> what `launch` returns.
 
         Sampling is submitted by itself, so no thread waits for a bitmask.
@@ -57,7 +58,7 @@ class CpuRunner:
         return self._executor.run(self._send(step, 1))
 
     @torch.inference_mode()
-    def _sample(self, step: StepInput, outputs: Future[Outputs], bitmask: torch.Tensor) -> StepOutput:
+    def _sample(self, step: StepInput, outputs: Future[Outputs], bitmask: Bitmask) -> StepOutput:
         return self._executor.finish(step, outputs.result(), bitmask).output(step)
 
     def _send(self, step: StepInput, num_steps: int) -> StepMetadata:

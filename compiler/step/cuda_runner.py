@@ -16,6 +16,7 @@ from pagegraph.compiler.step.counts import GraphMiss, StepCounts
 from pagegraph.compiler.step.executor import Outputs, Sampled, StepExecutor
 from pagegraph.compiler.step.graphs import GraphSet
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
+from pagegraph.compiler.step.sampling import Bitmask
 from pagegraph.compiler.step.staging import StepMetadata
 
 
@@ -28,6 +29,7 @@ class CudaRunner:
         self.queue = CaptureQueue()  # buckets to be captured between steps
         self._executor = executor
         self._counts = counts
+        self._uploads = torch.cuda.Stream()  # of bitmasks, beside the forward that they are for
         self._returns = torch.cuda.Stream()
         self._returned: torch.cuda.Event | None = None  # recorded when the last step's ids are copied
 
@@ -40,7 +42,7 @@ class CudaRunner:
         return self._returning(step, sampled)
 
     @torch.inference_mode()
-    def launch_masked(self, step: StepInput) -> Callable[[torch.Tensor], Callable[[], StepOutput]]:
+    def launch_masked(self, step: StepInput) -> Callable[[Bitmask], Callable[[], StepOutput]]:
         """Launch a step up to its logits -> a function that samples by a bitmask -> what `launch` returns.
 
         The ids that the graph samples are replaced; nothing else may be launched in between.
@@ -48,10 +50,20 @@ class CudaRunner:
         outputs = self._prepare(step, 1)[0]()
 
         @torch.inference_mode()
-        def sample(bitmask: torch.Tensor) -> Callable[[], StepOutput]:
-            return self._returning(step, self._executor.finish(step, outputs, bitmask))
+        def sample(bitmask: Bitmask) -> Callable[[], StepOutput]:
+            return self._returning(step, self._executor.finish(step, outputs, self._upload(bitmask)))
 
         return sample
+
+    def _upload(self, bitmask: Bitmask) -> Bitmask:
+        """Of pinned memory, to the device."""
+        current = torch.cuda.current_stream()
+        with torch.cuda.stream(self._uploads):
+            sent = [one.to(self._uploads.device, non_blocking=True) for one in bitmask]
+        current.wait_stream(self._uploads)
+        for one in sent:
+            one.record_stream(current)
+        return Bitmask(*sent)
 
     def _prepare(self, step: StepInput, num_steps: int) -> tuple[Callable[[], Outputs], StepMetadata, int]:
         """(what runs the step's forward, its metadata, how many steps it runs at once)"""

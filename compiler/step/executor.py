@@ -14,7 +14,7 @@ from pagegraph.compiler.model.paged import Forwarded, PagedModel
 from pagegraph.compiler.step.forward import run_forward
 from pagegraph.compiler.step.inputs import NgramOutput, StepInput, StepOutput
 from pagegraph.compiler.step.prompt import PromptTensors, read_prompt
-from pagegraph.compiler.step.sampling import StepLogprobTensors, accept_drafts, process_and_sample, sample
+from pagegraph.compiler.step.sampling import Bitmask, StepLogprobTensors, accept_drafts, process_and_sample, sample
 from pagegraph.compiler.step.staging import Staged, Staging, StepMetadata
 from pagegraph.compiler.step.state import DeviceState
 
@@ -80,7 +80,7 @@ class StepExecutor:
             self.staging.advance(metadata)
         return Sampled(torch.stack(sampled, dim=1), None, None, None)
 
-    def finish(self, step: StepInput, outputs: Outputs, bitmask: torch.Tensor | None = None) -> Sampled:
+    def finish(self, step: StepInput, outputs: Outputs, bitmask: Bitmask | None = None) -> Sampled:
         """What the step's own sequences get: ids sampled with the forward, or anew if the step asks for filters etc.
 
         bitmask: see `process_and_sample`; of a step with masked rows.

@@ -12,6 +12,7 @@ for.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,20 @@ from pagegraph.compiler.step.inputs import SamplingInput, StepLogprobs
 from pagegraph.compiler.step.staging import Staged
 from pagegraph.compiler.step.state import DeviceState
 from pagegraph.kernels.sampling import reference
+
+
+class Bitmask(NamedTuple):
+    """Which tokens some sequences of a step may get; see `pagegraph::apply_bitmask`."""
+
+    rows: torch.Tensor  # int32 [R]
+    words: torch.Tensor  # int32 [R, ceil(vocab / 32)]
+
+    @classmethod
+    def all_allowed(cls, rows: np.ndarray, vocab_size: int, pinned: bool) -> Bitmask:
+        """On the host, for the rows int32 [R]."""
+        words = torch.full((len(rows), -(-vocab_size // 32)), -1, dtype=torch.int32, pin_memory=pinned)
+        on_host = torch.from_numpy(rows)
+        return cls(on_host.pin_memory() if pinned else on_host, words)
 
 
 class StepLogprobTensors:
@@ -72,24 +87,24 @@ def process_and_sample(
     sampling: SamplingInput,
     staged: Staged,
     state: DeviceState,
-    bitmask: torch.Tensor | None = None,
+    bitmask: Bitmask | None = None,
 ) -> tuple[torch.Tensor, StepLogprobTensors | None]:
     """logits [S, vocab] of the step's S sequences -> (token ids int64 [S], logprobs if any sequence asked).
 
     Applies bias, penalties and filters first; its ids replace those that were sampled with the forward.
-    bitmask: int32 [R, words] on the host, of the rows `sampling.masked`. Without any of the others it costs no copy of
-    the logits, which are written to.
+    bitmask: on the logits' device, of the rows `sampling.masked`. Without any of the others it costs no copy of the
+    logits, which are written to.
     """
     device, metadata, num_seqs = logits.device, staged.metadata, len(logits)
     if bitmask is not None and replace(sampling, masked=None).is_plain:
-        _apply_bitmask(logits, sampling, bitmask)
+        torch.ops.pagegraph.apply_bitmask(logits, *bitmask)
         return sample(logits, staged, state), None
     raw = logits.float()
     logits = raw
     if bitmask is not None or sampling.allowed or sampling.bias:
         logits = logits.clone()
         if bitmask is not None:
-            _apply_bitmask(logits, sampling, bitmask)
+            torch.ops.pagegraph.apply_bitmask(logits, *bitmask)
         _restrict(logits, sampling)
     slots = metadata.slots[:num_seqs].long()
     if penalties := sampling.penalties:
@@ -117,12 +132,6 @@ def process_and_sample(
         outputs.index_put_((slots, ids), metadata.sampled[:num_seqs], accumulate=True)
     logprobs = StepLogprobTensors(raw, ids, sampling.num_logprobs) if sampling.num_logprobs >= 0 else None
     return ids, logprobs
-
-
-def _apply_bitmask(logits: torch.Tensor, sampling: SamplingInput, bitmask: torch.Tensor) -> None:
-    assert sampling.masked is not None
-    on_device = bitmask.to(logits.device, non_blocking=True)
-    torch.ops.pagegraph.apply_bitmask(logits, _to(sampling.masked, logits.device), on_device)
 
 
 def _restrict(logits: torch.Tensor, sampling: SamplingInput) -> None:

@@ -23,6 +23,7 @@ from pagegraph.compiler.step.cuda_runner import CudaRunner
 from pagegraph.compiler.step.executor import StepExecutor
 from pagegraph.compiler.step.forward import mark_dynamic, step_inputs
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
+from pagegraph.compiler.step.sampling import Bitmask
 from pagegraph.compiler.step.staging import Staging
 from pagegraph.compiler.step.state import DeviceState
 
@@ -96,13 +97,10 @@ class CompiledStep:
         if step.sampling.masked is None:
             return Ticket(self.runner.launch(step, num_steps))
         assert num_steps == 1, "steps in a row sample without masks"
-        bitmask = self._bitmask(len(step.sampling.masked))
+        pinned = self.staging.device.type == "cuda"
+        bitmask = Bitmask.all_allowed(step.sampling.masked, self.state.vocab_size, pinned)
         sample = self.runner.launch_masked(step)
-        return Ticket(None, bitmask.numpy(), lambda: sample(bitmask))
-
-    def _bitmask(self, rows: int) -> torch.Tensor:
-        words = -(-self.state.vocab_size // 32)
-        return torch.full((rows, words), -1, dtype=torch.int32, pin_memory=self.staging.device.type == "cuda")
+        return Ticket(None, bitmask.words.numpy(), lambda: sample(bitmask))
 
     def compiled_forward(self, warm: list[StepInput], progress: bool = False) -> Callable[..., Forwarded]:
         """The forward compiled on the given steps, to be swapped in as `forward`; safe beside launches.

@@ -2,7 +2,8 @@
 
 llguidance gives up Python's lock while it compiles, so a thread is enough: the loop goes on, and only the sequences of
 that grammar wait. Matchers of one grammar are copies of one that share what they find out about it, which makes a mask
-a look-up for whoever comes to a state second. Knows no sequences.
+a look-up for whoever comes to a state second; but they take turns, so no more than `MATCHERS_A_COPY` share it, and a
+grammar of many sequences is compiled several times, for as many threads as compute masks. Knows no sequences.
 """
 
 from __future__ import annotations
@@ -11,22 +12,24 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from pagegraph.runtime.bad_parameter import BadParameter
+from pagegraph.runtime.grammar.workers import NUM_THREADS
 from pagegraph.runtime.structured_output import StructuredOutputs, field_of, grammar_text, in_words, limits
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MAX_GRAMMARS = 128  # kept for who asks for the same again
+MAX_GRAMMARS = 128  # kept for who asks for the same again, copies counted
 MAX_KEPT_BYTES = 4 << 20  # of what they were asked with
 # Of work at their tokens, in all: what they find out by it stays in memory, up to 30 MB a second.
 MAX_KEPT_WORK_S = 10.0
 THREADS = 2
+MATCHERS_A_COPY = 8
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +45,14 @@ class Grammar:
         return self.matcher.deep_copy()
 
 
+@dataclass(slots=True)
+class _Copies:
+    """One grammar, compiled as often as those who asked for it need."""
+
+    asked: int = 0
+    compiled: list[Future[Grammar]] = field(default_factory=list)
+
+
 class GrammarCompiler:
     """`vocabulary` is called once, by whoever needs it first."""
 
@@ -50,7 +61,7 @@ class GrammarCompiler:
         self._vocabulary: LLTokenizer | None = None
         self._lock = threading.Lock()
         self._idle_time_used = False
-        self._kept: OrderedDict[bytes, Future[Grammar]] = OrderedDict()
+        self._kept: OrderedDict[bytes, _Copies] = OrderedDict()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grammar")
 
     def compile(self, structured: StructuredOutputs) -> Future[Grammar]:
@@ -58,12 +69,15 @@ class GrammarCompiler:
         key = msgspec.msgpack.encode(structured)
         while self._kept_work_s() > MAX_KEPT_WORK_S:
             self._kept.popitem(last=False)
-        if key not in self._kept:
-            self._kept[key] = self._threads.submit(self._compiled, key, structured)
-            while len(self._kept) > MAX_GRAMMARS or (len(self._kept) > 1 and self._kept_bytes() > MAX_KEPT_BYTES):
-                self._kept.popitem(last=False)
+        copies = self._kept.setdefault(key, _Copies())
         self._kept.move_to_end(key)
-        return self._kept[key]
+        index = copies.asked // MATCHERS_A_COPY % NUM_THREADS
+        copies.asked += 1
+        if index == len(copies.compiled):
+            copies.compiled.append(self._threads.submit(self._compiled, key, structured))
+            while len(self._kept) > 1 and self._is_full():
+                self._kept.popitem(last=False)
+        return copies.compiled[index]
 
     def forget(self, grammar: Grammar) -> None:
         """One that ran out of its limits: who begins now would find them used up."""
@@ -84,11 +98,13 @@ class GrammarCompiler:
                 self._vocabulary = self._load()
             return self._vocabulary
 
-    def _kept_bytes(self) -> int:
-        return sum(map(len, self._kept))
+    def _is_full(self) -> bool:
+        num_compiled = sum(len(copies.compiled) for copies in self._kept.values())
+        return num_compiled > MAX_GRAMMARS or sum(map(len, self._kept)) > MAX_KEPT_BYTES
 
     def _kept_work_s(self) -> float:
-        done = [kept for kept in self._kept.values() if kept.done() and kept.exception() is None]
+        compiled = [one for copies in self._kept.values() for one in copies.compiled]
+        done = [one for one in compiled if one.done() and one.exception() is None]
         return sum(kept.result().work_s for kept in done)
 
     def _compiled(self, key: bytes, structured: StructuredOutputs) -> Grammar:

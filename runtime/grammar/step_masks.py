@@ -44,6 +44,11 @@ class _Place(NamedTuple):
     index: int
     drafts: list[int]
 
+    @property
+    def rows(self) -> range:
+        """Of the masks."""
+        return range(self.index, self.index + len(self.drafts) + 1)
+
 
 class StepMasks:
     """Of the sequences in `batch`."""
@@ -83,9 +88,9 @@ class StepMasks:
         places = self._places(plan, rows)
         wide = np.full((len(rows), self._words), -1, np.int32) if masks.shape[1] != self._words else masks
         refused = self._compute(places, wide)
-        for place in places:
-            if place.sequence.params.ignore_eos:
-                self._forbid_end(wide[place.index : place.index + len(place.drafts) + 1])
+        endless = [row for place in places if place.sequence.params.ignore_eos for row in place.rows]
+        if endless:
+            self._forbid_end(wide, endless)
         if wide is not masks:
             masks[:] = wide[:, : masks.shape[1]]
         return refused
@@ -147,7 +152,7 @@ class StepMasks:
             if place.matcher.matcher.is_error() or is_too_dear(place.matcher):
                 self._compiler.forget(place.matcher.grammar)
                 refused.append(Refused(place.sequence, *_over_limits(place.matcher)))
-                masks[place.index : place.index + len(place.drafts) + 1] = -1
+                masks[place.rows] = -1
         return refused
 
     def _compute_all(self, places: list[_Place], masks: np.ndarray) -> None:
@@ -160,13 +165,13 @@ class StepMasks:
             return False
         mask = np.full((1, self._words), -1, np.int32)
         self._compute([_Place(sequence, matcher, 0, [])], mask)
-        self._forbid_end(mask)
+        self._forbid_end(mask, [0])
         return not mask.any()
 
-    def _forbid_end(self, masks: np.ndarray) -> None:
-        """Clear the bits of EOS in int32 [n, words]."""
+    def _forbid_end(self, masks: np.ndarray, rows: list[int]) -> None:
+        """Clear the bits of EOS in these rows of int32 [n, words]."""
         for token in self._eos_ids.tolist():
-            masks[:, token // 32] &= np.int32(~np.uint32(1 << token % 32).view(np.int32))
+            masks[rows, token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF).view(np.int32)
 
 
 def _refused(sequence: Sequence, matcher: TokenMatcher) -> tuple[int, str]:

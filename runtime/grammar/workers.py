@@ -3,7 +3,10 @@
 Those calls run in the middle of a step: a grammar of dear tokens holds up every stream. What is dear no limit of the
 compiler says, as the time of a row of Earley items grows with its square. So while calls are slow each is timed by
 itself, in processor time, which a busy machine does not change, and a matcher that keeps taking more than its share
-`is_too_dear`. Calls that are not slow are not timed by one. Knows matchers; knows no sequences and no slots.
+`is_too_dear`. Calls that are not slow are not timed by one.
+
+Masks go to all threads at once, those of one compiled grammar to one of them, for they take turns in it. Taking a token
+is too little work to wake a thread for. Knows matchers; knows no sequences and no slots.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
     from pagegraph.runtime.grammar.matcher import TokenMatcher
 
-MAX_THREADS = 8
+NUM_THREADS = min(max((os.cpu_count() or 1) // 2, 1), 8)
 SLOW_S = 0.05  # of one call for all matchers, from which on the next ones are timed
 SHARE_S = 0.01  # processor time of a token that any grammar may take
 CREDIT_S = 0.5  # that it may take beyond that, in all
@@ -42,11 +45,7 @@ class GrammarWorkers:
         if self.is_timing:
             return self._timed([(matcher, lambda _, m=matcher, t=tokens: m.take(t)) for matcher, tokens in taking])
         begun = time.perf_counter()
-        singles = [(matcher.matcher, tokens[0]) for matcher, tokens in taking if len(tokens) == 1]
-        good = iter(self._executor.consume_token_par(singles) if singles else [])
-        taken = [next(good) if len(tokens) == 1 else matcher.take(tokens) for matcher, tokens in taking]
-        for matcher, tokens in taking:
-            matcher.num_tokens += len(tokens) == 1
+        taken = [matcher.take(tokens) for matcher, tokens in taking]
         self._note(begun, [matcher for matcher, _ in taking])
         return taken
 
@@ -64,6 +63,7 @@ class GrammarWorkers:
             self._timed([(one[0], job(*one)) for one in asked])
             return
         begun = time.perf_counter()
+        asked = sorted(asked, key=lambda one: id(one[0].grammar))
         plain = [(matcher.matcher, index) for matcher, index, drafts in asked if not drafts]
         drafting = [(matcher.matcher, index, drafts) for matcher, index, drafts in asked if drafts]
         if plain:
@@ -103,17 +103,13 @@ class GrammarWorkers:
     def _executor(self) -> LLExecutor:
         from llguidance import LLExecutor
 
-        return LLExecutor(_num_threads())
+        return LLExecutor(NUM_THREADS)
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_num_threads(), thread_name_prefix="grammar step")
+        return ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar step")
 
 
 def is_too_dear(matcher: TokenMatcher) -> bool:
     """Whether it took more than its share for too long."""
     return matcher.overdrawn_s > CREDIT_S
-
-
-def _num_threads() -> int:
-    return min(max((os.cpu_count() or 1) // 2, 1), MAX_THREADS)
