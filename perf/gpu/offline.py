@@ -73,7 +73,7 @@ class WatchedStep:
             self.turn.wait = time.perf_counter() - start
             return output
 
-        return Ticket(wait)
+        return Ticket(wait) if ticket.masks is None else Ticket(None, ticket.masks, lambda: (ticket.sample(), wait)[1])
 
 
 @dataclasses.dataclass(slots=True)

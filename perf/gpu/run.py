@@ -25,10 +25,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 SECTIONS = (
-    "kernels", "graphs", "parity", "quality", "micro", "quantized", "quantized_step", "texts", "chains", "step", "engine", "memory", "speculation",
+    "kernels", "graphs", "parity", "quality", "micro", "quantized", "quantized_step", "texts", "chains", "step", "engine", "memory", "speculation", "grammars",
     "serve", "startup", "host", "peer",
 )  # fmt: skip
-OF_A_MODEL = ("step", "engine", "memory", "speculation")
+OF_A_MODEL = ("step", "engine", "memory", "speculation", "grammars")
 OF_A_SERVER = ("serve", "startup")  # of a model too, in a process that holds no engine yet
 LAST = ("host", "peer")  # of no engine of this script's
 CASES = "throughput,sharegpt,latency,batch32,prefill,prefix"
@@ -48,7 +48,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--scale", type=float, default=1.0, help="share of the requests of the cases, and of the prompts of parity"
     )
     p.add_argument("--seconds", type=float, default=100, help="wall time of a section before it skips what is left")
-    p.add_argument("--weights", help="GGUF file or folder of a real model, for parity, quality and texts")
+    p.add_argument(
+        "--weights",
+        help="GGUF file or folder of a real model, for parity, quality and texts; for grammars a folder with a tokenizer",
+    )
     p.add_argument("--peer", type=Path, help="folder of a peer's benchmark: its workloads are used, and `peer` runs it")
     p.add_argument(
         "--peer-target", type=Path, default=Path(tempfile.gettempdir(), "peer"), help="where the peer is installed"
@@ -89,7 +92,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         p.error("section peer needs --peer DIR")
     if args.quantization and "peer" in args.sections and args.engines != ["vllm"]:
         p.error("--quantization is known to the peer vllm alone")
-    for name in ("parity", "quality", "texts"):
+    for name in ("parity", "quality", "texts", "grammars"):
         if name in args.sections and not args.weights:
             p.error(f"section {name} needs --weights PATH")
     return args
@@ -198,6 +201,8 @@ def section(name: str):
         from perf.gpu import quantized as module
     elif name in ("start", "step", "engine", "peer"):
         from perf.gpu import engine_steps as module
+    elif name == "grammars":
+        from perf.gpu import grammars as module
     elif name in OF_A_SERVER:
         from perf.gpu import serve as module
     elif name in ("speculation", "texts", "chains"):
