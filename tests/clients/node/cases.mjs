@@ -10,10 +10,16 @@ export const ANSWER = "Paris";
 export const CITIES = ["Paris", "Rome", "Oslo"];
 
 const cases = [];
+const notes = [];
 
 // Registers an async function as a case of a feature. It passes unless it throws.
 export function testCase(feature, name, run) {
   cases.push({ feature, name, run });
+}
+
+// A word on this client for the table.
+export function note(text) {
+  notes.push(text);
 }
 
 export function check(holds, ...shown) {
@@ -41,7 +47,7 @@ export async function main(...packages) {
     found.push({ feature, name, ok: !error, error });
   }
   const versions = Object.fromEntries(packages.map((name) => [name, version(name)]));
-  const text = JSON.stringify({ versions, cases: found, notes: [] }, null, 1);
+  const text = JSON.stringify({ versions, cases: found, notes }, null, 1);
   if (process.env.CLIENTS_REPORT) writeFileSync(process.env.CLIENTS_REPORT, text);
   else console.log(text);
   process.exit(found.every(({ ok }) => ok) ? 0 : 1);

@@ -4,7 +4,7 @@ import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { Output, embedMany, generateText, isStepCount, streamText, tool } from "ai";
 import { z } from "zod";
-import { ANSWER, API_URL, CITIES, KEY, MODEL, QUESTION, check, main, testCase } from "./cases.mjs";
+import { ANSWER, API_URL, CITIES, KEY, MODEL, QUESTION, check, main, note, testCase } from "./cases.mjs";
 
 const settings = { name: "served", baseURL: API_URL, apiKey: KEY, supportsStructuredOutputs: true, includeUsage: true };
 const compatible = createOpenAICompatible(settings);
@@ -87,4 +87,5 @@ for (const [name, provider] of Object.entries({ compatible, openai })) {
   });
 }
 
+note("generateText and streamText over each provider: chat, openai chat, openai Responses API");
 await main("ai", "@ai-sdk/openai-compatible", "@ai-sdk/openai");

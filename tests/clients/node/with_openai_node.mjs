@@ -3,7 +3,7 @@
 import OpenAI from "openai";
 import { zodFunction, zodResponseFormat, zodResponsesFunction, zodTextFormat } from "openai/helpers/zod";
 import { z } from "zod";
-import { ANSWER, API_URL, CITIES, KEY, MODEL, QUESTION, check, main, testCase } from "./cases.mjs";
+import { ANSWER, API_URL, CITIES, KEY, MODEL, QUESTION, check, main, note, testCase } from "./cases.mjs";
 
 const client = new OpenAI({ baseURL: API_URL, apiKey: KEY, maxRetries: 0, timeout: 120_000 });
 const messages = [{ role: "user", content: QUESTION }];
@@ -142,4 +142,5 @@ testCase("embeddings", "embeddings", async () => {
   check(one.length === same.length && one.every((value, at) => Math.abs(value - same[at]) < 1e-3), one.slice(0, 4));
 });
 
+note("chat, completions, Responses API, embeddings, models; runTools");
 await main("openai");

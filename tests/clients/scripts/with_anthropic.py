@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from anthropic import Anthropic, AsyncAnthropic, BadRequestError, beta_tool
-from cases import BASE_URL, KEY, MODEL, TIMEOUT, case, main
+from cases import BASE_URL, KEY, MODEL, TIMEOUT, case, main, note
 from pydantic import BaseModel
 from shapes import ANSWER, QUESTION, Weather
 
@@ -152,4 +152,5 @@ def structured_stream() -> None:
 
 
 if __name__ == "__main__":
+    note("/v1/messages, count_tokens, the tool runner")
     main("anthropic")

@@ -6,7 +6,7 @@ import asyncio
 import math
 from typing import Any
 
-from cases import API_URL, KEY, MODEL, TIMEOUT, case, main
+from cases import API_URL, KEY, MODEL, TIMEOUT, case, main, note
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
@@ -161,4 +161,5 @@ async def embeddings_async() -> None:
 
 
 if __name__ == "__main__":
+    note("chat and Responses API")
     main("langchain-openai")

@@ -10,7 +10,7 @@ from typing import Any
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # it would fetch a table of prices
 
 import litellm
-from cases import API_URL, KEY, MODEL, TIMEOUT, case, main
+from cases import API_URL, KEY, MODEL, TIMEOUT, case, main, note
 from shapes import ANSWER, QUESTION, Person, Weather
 
 COMMON: dict[str, Any] = dict(api_base=API_URL, api_key=KEY, timeout=TIMEOUT, num_retries=0)
@@ -133,4 +133,5 @@ def embeddings() -> None:
 
 
 if __name__ == "__main__":
+    note("as hosted_vllm/ and as openai/")
     main("litellm")

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from cases import API_URL, KEY, MODEL, TIMEOUT, case, main
+from cases import API_URL, KEY, MODEL, TIMEOUT, case, main, note
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.tools import FunctionTool
@@ -108,4 +108,5 @@ def embeddings() -> None:
 
 
 if __name__ == "__main__":
+    note("OpenAILike, OpenAILikeEmbedding, FunctionAgent")
     main("llama-index-llms-openai-like")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cases import API_URL, MODEL, case, main
+from cases import API_URL, MODEL, case, main, note
 from shapes import ANSWER, QUESTION, REPEAT, Person
 
 folder = Path(tempfile.mkdtemp(prefix="llm-"))
@@ -124,4 +124,5 @@ def schema_responses() -> None:
 
 
 if __name__ == "__main__":
+    note("chat, completion and Responses API")
     main("llm")

@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import lm_eval
-from cases import API_URL, MODEL, TOKENIZER, case, main
+from cases import API_URL, MODEL, TOKENIZER, case, main, note
 from lm_eval.tasks import TaskManager
 
 TASKS = Path(__file__).resolve().parents[1] / "lm_eval_tasks"
@@ -61,4 +61,5 @@ def written_in_a_chat() -> None:
 
 
 if __name__ == "__main__":
+    note("a likelihood task (echo with log-probabilities, also with the server's own tokenizer) and a generation task")
     main("lm-eval")

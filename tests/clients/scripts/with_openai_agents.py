@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Literal
 
-from cases import API_URL, KEY, MODEL, case, main
+from cases import API_URL, KEY, MODEL, case, main, note
 
 os.environ["OPENAI_BASE_URL"] = API_URL
 os.environ["OPENAI_API_KEY"] = KEY
@@ -146,4 +146,5 @@ async def output_type_chat_completions() -> None:
 
 
 if __name__ == "__main__":
+    note("Responses API as by default, with tools and handoffs; the chat API too")
     main("openai-agents")

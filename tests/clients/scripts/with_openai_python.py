@@ -9,7 +9,7 @@ import os
 import re
 from typing import Any
 
-from cases import API_URL, KEY, MODEL, TIMEOUT, case, main
+from cases import API_URL, KEY, MODEL, TIMEOUT, case, main, note
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI, pydantic_function_tool
 from shapes import REPEAT, Person, Weather
 
@@ -362,5 +362,6 @@ async def embeddings_async() -> None:
 
 
 if __name__ == "__main__":
+    note("sync and async; chat, completions, Responses API, embeddings, models")
     os.environ.pop("OPENAI_API_KEY", None)
     main("openai")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from cases import API_URL, KEY, MODEL, case, main
+from cases import API_URL, KEY, MODEL, case, main, note
 from pydantic import Field
 from pydantic_ai import Agent, Embedder, NativeOutput, RunContext, ToolOutput
 from pydantic_ai.embeddings.openai import OpenAIEmbeddingModel
@@ -122,4 +122,5 @@ async def embeddings() -> None:
 
 
 if __name__ == "__main__":
+    note("chat and Responses API; tool and native output")
     main("pydantic-ai-slim")

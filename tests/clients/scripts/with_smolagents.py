@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from cases import API_URL, KEY, MODEL, TIMEOUT, case, main
+from cases import API_URL, KEY, MODEL, TIMEOUT, case, main, note
 from shapes import ANSWER, QUESTION, Person
 from smolagents import ActionStep, ChatMessage, MessageRole, OpenAIModel, ToolCallingAgent, tool
 from smolagents.utils import AgentMaxStepsError
@@ -96,4 +96,5 @@ def response_format() -> None:
 
 
 if __name__ == "__main__":
+    note("ToolCallingAgent, a forced call in every step")
     main("smolagents")
