@@ -143,6 +143,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 raise BadParameter("allowed_token_ids", "must hold at least one token id, or be left out")
         if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputs):
             raise BadParameter("structured_outputs", "must be StructuredOutputs, for example with json a schema")
+        if self.pooling is not None and not isinstance(self.pooling, PoolingParams):
+            raise BadParameter("pooling", "must be PoolingParams, or left out")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises BadParameter for token ids outside the vocabulary, or more logprobs than it has tokens."""

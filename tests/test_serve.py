@@ -127,8 +127,8 @@ def test_completions_options(server: Server) -> None:
 
 def test_what_is_not_served_is_named(server: Server) -> None:
     client = server.client()
-    with pytest.raises(BadRequestError, match="tools"):
-        ask(client, "hi", tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
+    with pytest.raises(BadRequestError, match="chat_template is not served"):
+        ask(client, "hi", extra_body={"chat_template": "{{ messages }}"})
     raw = client.chat.completions.with_raw_response.create(
         model="smollm2", messages=[{"role": "user", "content": "hi"}], max_tokens=1, extra_body={"no_such_field": 1}
     )

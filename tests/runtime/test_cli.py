@@ -76,7 +76,8 @@ def test_config_prints_values_and_sources() -> None:
     }
     assert set(rows) == {*FIELDS, *FROM_GENERATION_CONFIG.values()}
     assert rows["max_model_len"].split() == ["2048", "#", "--max-model-len"]
-    assert rows["device"].endswith("smollm2-cpu.yaml:4")
+    line = Path(SMOLLM2).read_text().splitlines().index("device: cpu") + 1
+    assert rows["device"].endswith(f"smollm2-cpu.yaml:{line}")
     assert rows["block_size"].split() == ["16", "#", "default"]
     assert "s3cret" not in result.output
 

@@ -22,6 +22,7 @@ OTHER_SETTINGS = {
     "compile", "compile_cache_dir",  # whether and where
     "host", "port", "probe_host", "probe_port", "workers", "threads", "max_queue", "drain_timeout_s",
     "watchdog_timeout_s", "api_key", "api_key_file", "log_level",
+    "tool_call_parser", "reasoning_parser", "response_store_size", "pooling",
 }  # fmt: skip
 
 
