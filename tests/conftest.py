@@ -48,7 +48,9 @@ REAL_MODEL = (
     "test_parity.py",
     "test_generation.py",
     "test_speculation.py",
+    "test_structured_generation.py",
     "test_prompt_reads.py",
+    "test_tool_generation.py",
 )  # one worker builds it for all
 LONGEST = (*REAL_MODEL, "test_serve.py", "test_triton_compile.py")  # started first, so that workers end together
 
