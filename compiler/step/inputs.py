@@ -48,12 +48,16 @@ class SamplingInput:
     @property
     def is_plain(self) -> bool:
         """Whether temperature and seed are all that the step asks for."""
+        return self.masked is None and self.is_plain_but_masked
+
+    @property
+    def is_plain_but_masked(self) -> bool:
+        """Whether masks, temperature and seed are all that the step asks for."""
         return (
             self.filters is None
             and self.penalties is None
             and self.bias is None
             and not self.allowed
-            and self.masked is None
             and self.num_logprobs < 0
         )
 

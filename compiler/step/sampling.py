@@ -11,7 +11,6 @@ for.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +95,7 @@ def process_and_sample(
     logits, which are written to.
     """
     device, metadata, num_seqs = logits.device, staged.metadata, len(logits)
-    if bitmask is not None and replace(sampling, masked=None).is_plain:
+    if bitmask is not None and sampling.is_plain_but_masked:
         torch.ops.pagegraph.apply_bitmask(logits, *bitmask)
         return sample(logits, staged, state), None
     raw = logits.float()
