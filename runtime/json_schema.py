@@ -9,6 +9,7 @@ asked for. Keywords that nobody defined say nothing, as JSON Schema has it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 MAX_DEPTH = 64  # schemas within schemas
@@ -20,6 +21,7 @@ MAX_LENGTH = 1 << 20  # of minLength and maxLength
 
 NEXT = 1e-6  # numbers closer to an exclusive bound do not come
 MAX_EXACT = 1e8  # of such a bound
+MAX_WHOLE = 2**53  # up to which a float64 has every whole number
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
@@ -153,6 +155,8 @@ def _check_keywords(path: str, schema: dict[str, Any]) -> None:
         elif key in _LISTS or key == "required" or key == "enum":
             if not isinstance(value, list):
                 raise SchemaProblem(at, f"must be a list; got {_kind(value)}")
+            if key == "enum":
+                _check_values(at, value)
         elif key == "patternProperties" and isinstance(value, dict) and False in value.values():
             name = next(name for name, held in value.items() if held is False)
             raise SchemaProblem(f"{at}/{_escaped(name)}", "false is not supported; leave it out")
@@ -160,6 +164,8 @@ def _check_keywords(path: str, schema: dict[str, Any]) -> None:
             raise SchemaProblem(at, f"must be an object of schemas; got {_kind(value)}")
         elif key in _NUMBERS:
             _check_bound(at, key, value)
+        elif key == "const":
+            _check_values(at, value)
         elif key in ("$ref", "pattern", "format") and not isinstance(value, str):
             raise SchemaProblem(at, f"must be a string; got {_kind(value)}")
     least = schema.get("minProperties", 0)
@@ -202,6 +208,22 @@ def _check_bound(path: str, key: str, value: Any) -> None:
         raise SchemaProblem(path, "must be a number from -1e15 to 1e15")
     if key == "multipleOf" and value <= 0:
         raise SchemaProblem(path, "must be a number above 0")
+
+
+def _check_values(path: str, value: Any) -> None:
+    """Numbers that an answer has to be: llguidance takes them for float64 and writes as many digits as tell one."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict | list):
+            waiting += one.values() if isinstance(one, dict) else one
+        elif (
+            isinstance(one, int)
+            and abs(one) > MAX_WHOLE
+            and (abs(one) > 1e300 or int(Decimal(repr(float(one)))) != one)
+        ):
+            problem = f"a whole number beyond {MAX_WHOLE} that a float64 does not have is not supported; give a string"
+            raise SchemaProblem(path, problem)
 
 
 def _is_name(value: Any) -> bool:

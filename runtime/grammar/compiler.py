@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pagegraph.runtime.bad_parameter import BadParameter
+from pagegraph.runtime.grammar.long_numbers import LongNumbers
 from pagegraph.runtime.grammar.workers import NUM_THREADS
 from pagegraph.runtime.structured_output import StructuredOutputs, field_of, grammar_text, in_words, limits
 
@@ -38,6 +39,7 @@ class Grammar:
 
     key: bytes
     matcher: LLMatcher  # stays at the beginning
+    has_json: bool = False
     work_s: float = 0.0  # that its matchers' tokens took
 
     def start(self) -> LLMatcher:
@@ -59,6 +61,7 @@ class GrammarCompiler:
     def __init__(self, vocabulary: Callable[[], LLTokenizer]) -> None:
         self._load = vocabulary
         self._vocabulary: LLTokenizer | None = None
+        self.numbers: LongNumbers | None = None  # from the first grammar with JSON on
         self._lock = threading.Lock()
         self._idle_time_used = False
         self._kept: OrderedDict[bytes, _Copies] = OrderedDict()
@@ -111,10 +114,14 @@ class GrammarCompiler:
         """Raises BadParameter. The first mask is computed here too: it is the dearest, and may be beyond the limits."""
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self.vocabulary(), grammar_text(structured), log_level=0, limits=limits())
+        text = grammar_text(structured)
+        matcher = LLMatcher(self.vocabulary(), text, log_level=0, limits=limits())
         if not matcher.is_error():
             matcher.compute_bitmask()
         if matcher.is_error():
             problem = f"cannot be served: {in_words(matcher.get_error())}"
             raise BadParameter(field_of(structured.kind), problem)
-        return Grammar(key, matcher)
+        has_json = "%json" in text
+        if has_json and self.numbers is None:
+            self.numbers = LongNumbers(self.vocabulary())
+        return Grammar(key, matcher, has_json)

@@ -88,6 +88,7 @@ class StepMasks:
         places = self._places(plan, rows)
         wide = np.full((len(rows), self._words), -1, np.int32) if masks.shape[1] != self._words else masks
         refused = self._compute(places, wide)
+        self._cut_numbers(places, plan.slots[rows], wide)
         endless = [row for place in places if place.sequence.params.ignore_eos for row in place.rows]
         if endless:
             self._forbid_end(wide, endless)
@@ -157,6 +158,20 @@ class StepMasks:
 
     def _compute_all(self, places: list[_Place], masks: np.ndarray) -> None:
         self._workers.compute([(place.matcher, place.index, place.drafts) for place in places], masks)
+
+    def _cut_numbers(self, places: list[_Place], slots: np.ndarray, masks: np.ndarray) -> None:
+        """Let numbers end that have many digits. slots: of each mask, also of sequences that are gone."""
+        if (numbers := self._compiler.numbers) is None:
+            return
+        batch = self._batch
+        may_be_long = numbers.end_with_digits(batch.tokens[slots, batch.known[slots] - 1])
+        if not may_be_long.any() and len(places) == len(slots):  # without draft tokens
+            return
+        for place in places:
+            slot, rows = place.sequence.slot, place.rows
+            if place.matcher.grammar.has_json and (place.drafts or may_be_long[place.index]):
+                said = batch.tokens[slot, place.sequence.num_prompt : batch.known[slot]]
+                numbers.cut(said, place.drafts, masks[rows.start : rows.stop])
 
     def _holds_its_end(self, sequence: Sequence, matcher: TokenMatcher) -> bool:
         """Whether the text can only end, for one that must not sample the token that says so."""

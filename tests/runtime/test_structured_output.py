@@ -56,6 +56,8 @@ def nested(levels: int) -> dict[str, Any]:
         ({"json_object": True}, '{"a": [1, "b"]}', "[1]"),
         ({"json_object": True, "disable_any_whitespace": True}, '{"a":1}', '{"a": 1}'),
         ({"json_object": True}, '{\n  "a": 1\n}', '{\n\n\n"a": 1}'),  # white space is bounded
+        ({"json": {"enum": [2**53, 10**22, 0.25]}}, "10000000000000000000000", "10000000000000000000001"),
+        ({"json": {"type": "number"}}, "-6.022e+23", "1.e5"),
         ({"regex": r"\d{3}/[a-z]"}, "123/a", "12/a"),
         ({"regex": "^a|b$"}, "b", "c"),
         ({"choice": ['say "hi"', "é/\n"]}, 'say "hi"', "say"),
@@ -134,6 +136,8 @@ def test_form_and_size_are_checked_where_one_is_built(fields: dict, problem: str
         ({"json": {"minLength": -1}}, "at /minLength"),
         ({"json": {"maximum": 1e300}}, "at /maximum"),
         ({"json": {"multipleOf": 0}}, "at /multipleOf"),
+        ({"json": {"items": {"enum": [1, [2**53 + 1]]}}}, "at /items/enum: a whole number beyond 9007199254740992"),
+        ({"json": {"const": 10**400}}, "at /const: a whole number beyond"),
         ({"json": {"items": {"oneOf": [{"type": "string"}, {"minLength": 2}]}}}, "at /items: oneOf"),
         ({"regex": "("}, "invalid regex: unclosed group"),
         ({"regex": "(?=a)"}, "look-around"),

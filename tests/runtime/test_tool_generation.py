@@ -34,7 +34,7 @@ class Weather(BaseModel):
 class Place(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     name: Short
-    altitude: Annotated[int, Field(ge=-500, le=9000)] | None  # of a fraction a model may write digits for ever
+    altitude: float | None
 
 
 class Trip(BaseModel):
