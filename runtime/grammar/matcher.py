@@ -1,13 +1,16 @@
 """Where one sequence stands in its grammar: a function of the tokens it has generated.
 
-So it is made anew from them whenever it is in doubt: after a failed step, after an exception of its own. Knows no slots
-and no steps.
+So it is made anew from them whenever it is in doubt: after a failed step, after an exception of its own. What is asked
+of it about draft tokens is charged here; the calls of a step are by `workers`. Knows no slots and no steps.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from pagegraph.runtime.grammar.workers import SHARE_S
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -40,19 +43,32 @@ class TokenMatcher:
 
         A text that can only end gets no token that says so, so none may be drafted behind it.
         """
-        count = self.matcher.validate_tokens(list(tokens))
-        while count:
-            after = self.matcher.deep_copy()
-            if after.consume_tokens(list(tokens[:count])) and not after.is_stopped():
-                break
-            count -= 1
-        return count
+        begun = time.thread_time()
+        try:
+            count = self.matcher.validate_tokens(list(tokens))
+            while count:
+                after = self.matcher.deep_copy()
+                if after.consume_tokens(list(tokens[:count])) and not after.is_stopped():
+                    break
+                count -= 1
+            return count
+        finally:
+            self._charge(time.thread_time() - begun)
 
     def forced(self) -> list[int]:
         """Tokens that have to follow: the mask of each allows that one alone."""
-        return self.matcher.compute_ff_tokens()
+        begun = time.thread_time()
+        try:
+            return self.matcher.compute_ff_tokens()
+        finally:
+            self._charge(time.thread_time() - begun)
 
     @property
     def can_only_end(self) -> bool:
         """No token may follow but one that ends the text."""
         return self.matcher.is_stopped()
+
+    def _charge(self, spent_s: float) -> None:
+        """A call has the share of a step's call."""
+        self.grammar.work_s += spent_s
+        self.overdrawn_s += max(0.0, spent_s - SHARE_S / 2)

@@ -3,7 +3,7 @@
 Those calls run in the middle of a step: a grammar of dear tokens holds up every stream. What is dear no limit of the
 compiler says, as the time of a row of Earley items grows with its square. So while calls are slow each is timed by
 itself, in processor time, which a busy machine does not change, and a matcher that keeps taking more than its share
-`is_too_dear`. Calls that are not slow are not timed by one.
+`is_too_dear`. Calls that are not slow are not timed by one. What drafters ask of a matcher it charges itself.
 
 Masks go to all threads at once, those of one compiled grammar to one of them, for they take turns in it. Taking a token
 is too little work to wake a thread for. Knows matchers; knows no sequences and no slots.
