@@ -117,6 +117,7 @@ def message_of(chat: Chat, checked: GenerationRequest, prompt_ids: Sequence[int]
         prompt_ids,
         tools=tools.schemas,
         single=not tools.parallel,
+        held=tools.choice == "required",
         skip_special=checked.skip_special_tokens,
         continued=_continued(checked),
     )

@@ -126,6 +126,7 @@ class Chat:
         *,
         tools: Mapping[str, Any] | None = None,
         single: bool = False,
+        held: bool = False,
         skip_special: bool = True,
         continued: str | None = None,
     ) -> ChatOutput:
@@ -136,6 +137,7 @@ class Chat:
             opened=self._thought(prompt_ids, continued) == "open",
             hidden=[*self._markers[tools is not None]] if skip_special else (),
             single=single,
+            held=held,
         )
 
     def _thought(self, prompt_ids: Sequence[int], continued: str | None) -> Thought:

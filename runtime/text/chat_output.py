@@ -59,7 +59,8 @@ class ChatOutput:
 
     `tools`: the parameters' schema of each tool by name; None: calls are not looked for. `opened`: the prompt ends
     inside reasoning. `hidden`: markers that are special tokens, which content does not show. `single`: calls after the
-    first are left out.
+    first are left out. `held`: a grammar holds the answer to calls, so the beginning of one at which the text is cut
+    short is none of content.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class ChatOutput:
         opened: bool = False,
         hidden: Sequence[str] = (),
         single: bool = False,
+        held: bool = False,
     ) -> None:
         self._reading: Reading[None] | None = None
         calls = format.calls if tools is not None else None
         if calls is None and format.reasoning is None:
             return
         self._incoming = incoming = Incoming()
+        self._held = held
         self._parts = parts = _Parts(hidden, trims=calls is not None, single=single, ids=calls.ids if calls else "call")
         if format.is_harmony:
             self._reading = read_harmony(incoming, parts, tools if calls else None, format.reasoning is not None)
@@ -111,7 +114,8 @@ class ChatOutput:
         next(self._reading, None)
         self._parts.finish()
         self._parts.thought.count(math.inf)
-        return self._parts.drain()
+        parts = self._parts.drain()
+        return [part for part in parts if not isinstance(part, Content)] if self._held else parts
 
 
 class _Thought:

@@ -22,12 +22,15 @@ THOUGHT, SAID = "the end is near", "hello world"
 
 
 @pytest.fixture
-def say(fake_engine, tokenizer_folder) -> Callable[[str], None]:
+def say(fake_engine, tokenizer_folder) -> Callable[..., None]:
     tokenizer = Tokenizer.load(tokenizer_folder)
 
-    def say(text: str) -> None:
-        ids = [*tokenizer.encode(text), tokenizer.encode("<|end|>")[0]]
-        fake_engine.script = lambda submit: fake_engine.deltas(submit, ids, "stop", ids[-1])
+    def say(text: str, cut: bool = False) -> None:
+        ids = tokenizer.encode(text)
+        if not cut:
+            ids.append(tokenizer.encode("<|end|>")[0])
+        ended = ("length", -1) if cut else ("stop", ids[-1])
+        fake_engine.script = lambda submit: fake_engine.deltas(submit, ids, *ended)
 
     return say
 
@@ -108,11 +111,12 @@ TOOLS: dict[str, Any] = {
     "/v1/responses": [{"type": "function", **TOOL, "parameters": SCHEMA}],
     "/v1/messages": [TOOL | {"input_schema": SCHEMA}],
 }
-CALLING = """<think>hm</think>so <tool_call>
+CALL = """<tool_call>
 {"name": "f", "arguments": {"a": 1}}
-</tool_call>
+</tool_call>"""
+CALLING = f"""<think>hm</think>so {CALL}
 <tool_call>
-{"name": "f", "arguments": {"a": 2}}
+{{"name": "f", "arguments": {{"a": 2}}}}
 </tool_call>"""
 
 
@@ -156,6 +160,22 @@ def test_calls_have_their_place(tools: FlaskClient, say, fake_engine, path: str)
     assert called(path, body) == [{"a": 1}]
     none = {"/v1/messages": {"tool_choice": {"type": "none"}}}.get(path, {"tool_choice": "none"})
     assert called(path, tools.post(path, json=asked | none).json) == []
+
+
+@pytest.mark.parametrize("path", SURFACES)
+@pytest.mark.parametrize(("said", "calls"), [('<tool_call>\n{"name": "f", "arg', []), (f"{CALL}\n<tool_c", [{"a": 1}])])
+def test_a_call_that_has_to_come_and_is_cut_short_is_no_content(
+    tools: FlaskClient, say, path: str, said: str, calls: list[dict[str, int]]
+) -> None:
+    say(f"<think>hm</think>{said}", cut=True)
+    asked = {**SURFACES[path], "tools": TOOLS[path], "tool_choice": CHOICES[path]["required"]}
+    body = tools.post(path, json=asked).json
+    assert parts(path, body)[0] == "hm" and not parts(path, body)[1] and called(path, body) == calls
+    short = {"/v1/messages": "model_context_window_exceeded", "/v1/responses": "incomplete"}  # max_tokens is far off
+    assert ended(path, body) == short.get(path, "length")
+    assert streamed(path, tools.post(path, json={**asked, "stream": True}).data) == ("hm", "")
+    auto = {key: value for key, value in asked.items() if key != "tool_choice"}
+    assert parts(path, tools.post(path, json=auto).json)[1] == said.removeprefix(CALL).strip()
 
 
 def test_a_conversation_with_calls_has_one_prompt_on_every_surface(tools: FlaskClient, say, fake_engine) -> None:

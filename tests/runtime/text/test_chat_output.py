@@ -173,6 +173,18 @@ def test_two_calls_of_every_format(name: str) -> None:
     assert read(format, TWO_CALLS[name], tools=None)[0][0] == "content"
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_that_have_to_come_leave_no_beginning_of_one_as_content(name: str) -> None:
+    format, text = ChatFormat(reasoning=REASONING["qwen3"], calls=CALLS[name]), TWO_CALLS[name]
+    for end in range(len(text)):
+        found = read(format, text[:end], tools=TOOLS, held=True)
+        assert found == read(format, text[:end], range(end), tools=TOOLS, held=True)
+        assert [one for kind, one in found if kind == "call"] == ["weather", "clock"][: (len(found) + 1) // 2]
+        assert all(kind != "content" for kind, _ in found)
+    if name != "openai":  # which thinks in messages of its own
+        assert read(format, "<think>hm</think>\n" + text[:3], tools=TOOLS, held=True) == [("reasoning", "hm")]
+
+
 @pytest.mark.parametrize(("name", "text", "expected"), OTHERS)
 def test_variants_and_what_is_no_call(name: str, text: str, expected: list[tuple[str, ...]]) -> None:
     check(ChatFormat(calls=CALLS[name]), text, expected, tools=TOOLS)
