@@ -55,6 +55,9 @@ goes to last_tokens int32 [slots] at the sequence's batch slot, slots int32 [S],
 `pagegraph::apply_bitmask` makes logits [S, V] -inf, in place, where a bit is 0: row rows[i] (int32 [R]) by bitmask[i], int32
 [R, ceil(V / 32)], token t at bit t % 32 of word t // 32.
 
+`pagegraph::sample_allowed` samples those rows of ids int64 [S] anew, rows and bitmask as above, whose token their bitmask
+forbids: `pagegraph::sample` of logits without the forbidden tokens. ids are what `pagegraph::sample` gave with them.
+
 `pagegraph::update_tables` writes num_new_blocks [1] of new_blocks [P, 3] = (batch slot, index, block) into tables [slots, max_blocks]; int32.
 
 `pagegraph::unpack` looks a padded step up: token_ids [T], slots [S], query_start [S + 1], starts [S], tables -> ids,
@@ -247,6 +250,11 @@ OPS = (
     Op(
         "apply_bitmask(Tensor(a!) logits, Tensor rows, Tensor bitmask) -> ()",
         sampling_cpu.apply_bitmask, "sampling.bitmask:apply_bitmask", None,
+    ),
+    Op(
+        "sample_allowed(Tensor(a!) ids, Tensor rows, Tensor bitmask, Tensor logits, Tensor temperature, Tensor seeds, "
+        "Tensor positions, Tensor slots, Tensor sampled, Tensor(b!) last_tokens, Tensor(c!) last_at) -> ()",
+        sampling_cpp.sample_allowed, "sampling.allowed:sample_allowed", None,
     ),
     Op(
         "accept(Tensor ids, Tensor token_ids, Tensor slots, Tensor query_start, Tensor seq_lens, "

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pagegraph.compiler.step.capture_sizes import Bucket
-from pagegraph.compiler.step.dummy import dummy_step, everything, read_whole
+from pagegraph.compiler.step.dummy import dummy_step, everything, masked, read_whole
 from pagegraph.compiler.step.step import CompiledStep
 
 SAMPLES = 5  # graphs measured one by one
@@ -47,9 +47,10 @@ def profile_memory(step: CompiledStep, largest: Bucket, max_model_len: int, draf
     lengths = np.full(largest.seqs, tokens // largest.seqs)
     lengths[: tokens % largest.seqs] += 1
     prompt = read_whole(lengths.tolist()) if step.paged_model.body else None
-    launched = step.launch(dummy_step(lengths, step.state.dummy_slot, everything(largest.seqs), prompt))
-    launched.sample()
-    launched.wait()
+    for sampling in (everything(largest.seqs), masked(largest.seqs)):  # which launches each kernel once, too
+        launched = step.launch(dummy_step(lengths, step.state.dummy_slot, sampling, prompt))
+        launched.sample()
+        launched.wait()
     peak = torch.cuda.max_memory_reserved(device) - before
     torch.cuda.empty_cache()
     return MemoryProfile(peak, _graphs(step, draft_forwards))

@@ -36,6 +36,12 @@ def read_whole(lengths: Sequence[int]) -> PromptInput:
     return PromptInput(queries, tokens, np.zeros_like(tokens), counts, LOGPROBS, tokens, counts)
 
 
+def masked(seqs: int) -> SamplingInput:
+    """Sampling of `seqs` sequences that ask for masks alone."""
+    ids = np.arange(seqs, dtype=np.int32)
+    return SamplingInput(np.zeros(seqs, np.float32), np.zeros(seqs, np.int64), masked=ids)
+
+
 def everything(seqs: int) -> SamplingInput:
     """Sampling of `seqs` sequences that ask for all there is."""
     full = lambda value: np.full(seqs, value, np.float32)  # noqa: E731

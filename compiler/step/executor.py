@@ -14,7 +14,14 @@ from pagegraph.compiler.model.paged import Forwarded, PagedModel
 from pagegraph.compiler.step.forward import run_forward
 from pagegraph.compiler.step.inputs import NgramOutput, StepInput, StepOutput
 from pagegraph.compiler.step.prompt import PromptTensors, read_prompt
-from pagegraph.compiler.step.sampling import Bitmask, StepLogprobTensors, accept_drafts, process_and_sample, sample
+from pagegraph.compiler.step.sampling import (
+    Bitmask,
+    StepLogprobTensors,
+    accept_drafts,
+    process_and_sample,
+    sample,
+    sample_allowed,
+)
 from pagegraph.compiler.step.staging import Staged, Staging, StepMetadata
 from pagegraph.compiler.step.state import DeviceState
 
@@ -83,12 +90,16 @@ class StepExecutor:
     def finish(self, step: StepInput, outputs: Outputs, bitmask: Bitmask | None = None) -> Sampled:
         """What the step's own sequences get: ids sampled with the forward, or anew if the step asks for filters etc.
 
-        bitmask: see `process_and_sample`; of a step with masked rows.
+        bitmask: on the device, of a step with masked rows. Where nothing else is asked for, ids that it allows stay.
         """
         seqs, prompt = step.num_seqs, None
         if step.prompt is not None:
             prompt = read_prompt(step.prompt, outputs.hidden, self.state.vocab_size, self.head)
         if step.sampling.is_plain:
             return Sampled(outputs.ids[:seqs], None if outputs.found is None else outputs.found[:, :seqs], None, prompt)
-        ids, logprobs = process_and_sample(outputs.logits[:seqs], step.sampling, outputs.staged, self.state, bitmask)
+        logits, logprobs = outputs.logits[:seqs], None
+        if bitmask is not None and step.sampling.is_plain_but_masked:
+            ids = sample_allowed(outputs.ids[:seqs], logits, bitmask, outputs.staged, self.state)
+        else:
+            ids, logprobs = process_and_sample(logits, step.sampling, outputs.staged, self.state, bitmask)
         return Sampled(ids, accept_drafts(ids, outputs.staged, self.state), logprobs, prompt)

@@ -60,9 +60,22 @@ def sample(logits: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Te
 
     Temperature, seed and position are all it reads. Nothing is copied to the host, so it is captured with the forward.
     """
-    metadata, count = staged.metadata, len(logits)
-    arguments = (metadata.temperature, metadata.seeds, staged.seq_lens, metadata.slots, metadata.sampled)
-    return torch.ops.pagegraph.sample(logits, *(one[:count] for one in arguments), state.last_tokens, state.last_at)
+    return torch.ops.pagegraph.sample(logits, *_arguments(len(logits), staged, state))
+
+
+def sample_allowed(
+    ids: torch.Tensor, logits: torch.Tensor, bitmask: Bitmask, staged: Staged, state: DeviceState
+) -> torch.Tensor:
+    """What `sample` gave of logits [s, vocab], where the bitmask allows it; else sampled anew, into ids int64 [s]."""
+    torch.ops.pagegraph.sample_allowed(ids, *bitmask, logits, *_arguments(len(logits), staged, state))
+    return ids
+
+
+def _arguments(count: int, staged: Staged, state: DeviceState) -> tuple[torch.Tensor, ...]:
+    """Of `pagegraph::sample`, behind the logits of the step's first `count` sequences."""
+    metadata = staged.metadata
+    read = (metadata.temperature, metadata.seeds, staged.seq_lens, metadata.slots, metadata.sampled)
+    return *(one[:count] for one in read), state.last_tokens, state.last_at
 
 
 def accept_drafts(ids: torch.Tensor, staged: Staged, state: DeviceState) -> torch.Tensor | None:
@@ -91,13 +104,9 @@ def process_and_sample(
     """logits [S, vocab] of the step's S sequences -> (token ids int64 [S], logprobs if any sequence asked).
 
     Applies bias, penalties and filters first; its ids replace those that were sampled with the forward.
-    bitmask: on the logits' device, of the rows `sampling.masked`. Without any of the others it costs no copy of the
-    logits, which are written to.
+    bitmask: on the logits' device, of the rows `sampling.masked`.
     """
     device, metadata, num_seqs = logits.device, staged.metadata, len(logits)
-    if bitmask is not None and sampling.is_plain_but_masked:
-        torch.ops.pagegraph.apply_bitmask(logits, *bitmask)
-        return sample(logits, staged, state), None
     raw = logits.float()
     logits = raw
     if bitmask is not None or sampling.allowed or sampling.bias:

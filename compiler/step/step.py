@@ -97,9 +97,9 @@ class CompiledStep:
         if step.sampling.masked is None:
             return Ticket(self.runner.launch(step, num_steps))
         assert num_steps == 1, "steps in a row sample without masks"
-        pinned = self.staging.device.type == "cuda"
-        bitmask = Bitmask.all_allowed(step.sampling.masked, self.state.vocab_size, pinned)
         sample = self.runner.launch_masked(step)
+        pinned = self.staging.device.type == "cuda"
+        bitmask = Bitmask.all_allowed(step.sampling.masked, self.state.vocab_size, pinned)  # while the step runs
         return Ticket(None, bitmask.words.numpy(), lambda: sample(bitmask))
 
     def compiled_forward(self, warm: list[StepInput], progress: bool = False) -> Callable[..., Forwarded]:

@@ -36,6 +36,13 @@ def apply_bitmask(logits: Tensor, rows: Tensor, bitmask: Tensor) -> None:
         logits[row].masked_fill_(torch.from_numpy(forbidden.view(bool)), -torch.inf)
 
 
+def forbidden(ids: Tensor, rows: Tensor, bitmask: Tensor) -> Tensor:
+    """The indices int64 in rows [R] of those whose token of ids int64 [S] their bitmask forbids."""
+    tokens = ids[rows.long()]
+    words = bitmask.gather(1, (tokens // 32)[:, None])[:, 0]
+    return ((words >> (tokens % 32) & 1) == 0).nonzero()[:, 0]
+
+
 def sample_with_noise(ids: Tensor, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
     """`reference.gumbel_argmax` into ids int64 [S], of sequences with a temperature only."""
     drawn = temperature.numpy() > 0

@@ -45,6 +45,44 @@ def gumbel(bits):
 
 
 @triton.jit
+def best_of_part(
+    logits_ptr, temperature_ptr, seeds_ptr, positions_ptr, row_stride, row, part, allowed, BLOCK_V: tl.constexpr
+):
+    """(score, token) of the best token of a row's part among those with `allowed` bool [BLOCK_V], noise added."""
+    token = part * BLOCK_V + tl.arange(0, BLOCK_V)
+    at = logits_ptr + row.to(tl.int64) * row_stride + token
+    logits = tl.load(at, mask=allowed, other=float("-inf")).to(tl.float32)
+    temperature = tl.load(temperature_ptr + row)
+    if temperature > 0:
+        seed = tl.load(seeds_ptr + row)
+        position = tl.load(positions_ptr + row)
+        logits = logits / temperature + gumbel(random_bits(seed, position, token))
+    score, best = tl.max(logits, 0, return_indices=True)
+    return score, part * BLOCK_V + best
+
+
+@triton.jit
+def hand_over(
+    ids_ptr,
+    last_tokens_ptr,
+    last_at_ptr,
+    scores,
+    tokens_ptr,
+    positions_ptr,
+    slots_ptr,
+    sampled_ptr,
+    row,
+):
+    """Write the token of the best of `scores` where the host and the next step find it; its token is at tokens_ptr."""
+    token = tl.load(tokens_ptr + tl.argmax(scores, 0))
+    tl.store(ids_ptr + row, token.to(tl.int64))
+    if tl.load(sampled_ptr + row) > 0:
+        owner = tl.load(slots_ptr + row)
+        tl.store(last_tokens_ptr + owner, token)
+        tl.store(last_at_ptr + owner, tl.load(positions_ptr + row))
+
+
+@triton.jit
 def best_of_parts_kernel(
     score_ptr,
     token_ptr,
@@ -62,17 +100,12 @@ def best_of_parts_kernel(
         wait()
     row = tl.program_id(0)
     part = tl.program_id(1)
-    token = part * BLOCK_V + tl.arange(0, BLOCK_V)
-    at = logits_ptr + row.to(tl.int64) * row_stride + token
-    logits = tl.load(at, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
-    temperature = tl.load(temperature_ptr + row)
-    if temperature > 0:
-        seed = tl.load(seeds_ptr + row)
-        position = tl.load(positions_ptr + row)
-        logits = logits / temperature + gumbel(random_bits(seed, position, token))
-    score, best = tl.max(logits, 0, return_indices=True)
+    inside = part * BLOCK_V + tl.arange(0, BLOCK_V) < VOCAB
+    score, token = best_of_part(
+        logits_ptr, temperature_ptr, seeds_ptr, positions_ptr, row_stride, row, part, inside, BLOCK_V
+    )
     tl.store(score_ptr + row * PARTS + part, score)
-    tl.store(token_ptr + row * PARTS + part, part * BLOCK_V + best)
+    tl.store(token_ptr + row * PARTS + part, token)
 
 
 @triton.jit
@@ -94,13 +127,17 @@ def best_of_row_kernel(
     row = tl.program_id(0)
     part = tl.arange(0, PARTS_PAD)
     scores = tl.load(score_ptr + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
-    best = tl.argmax(scores, 0)
-    token = tl.load(token_ptr + row * PARTS + best)
-    tl.store(ids_ptr + row, token.to(tl.int64))
-    if tl.load(sampled_ptr + row) > 0:
-        owner = tl.load(slots_ptr + row)
-        tl.store(last_tokens_ptr + owner, token)
-        tl.store(last_at_ptr + owner, tl.load(positions_ptr + row))
+    hand_over(
+        ids_ptr,
+        last_tokens_ptr,
+        last_at_ptr,
+        scores,
+        token_ptr + row * PARTS,
+        positions_ptr,
+        slots_ptr,
+        sampled_ptr,
+        row,
+    )
 
 
 def sample(

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -99,11 +100,23 @@ class Offline:
         self.watched = WatchedStep(built.step)
         self.engine, _ = engine_of(config, dataclasses.replace(built, step=self.watched), self.mailbox)
 
-    def run(self, prompts: list[list[int]], lengths: list[int], **params: object) -> Run:
-        """All requests at once, greedy unless `params` say otherwise, exact output lengths; raises if one fails."""
+    def run(
+        self,
+        prompts: list[list[int]],
+        lengths: list[int],
+        each: Sequence[Mapping[str, object]] | None = None,
+        **params: object,
+    ) -> Run:
+        """All requests at once, greedy unless `params` say otherwise, or those of `each`; exact output lengths.
+
+        Raises RuntimeError if a request fails.
+        """
         given = {"temperature": 0.0, "ignore_eos": True, **params}
+        own = each or [{}] * len(prompts)
         requests = [
-            Submit(request_id=str(i), token_ids=prompt, params=SamplingParams(max_tokens=length, **given))
+            Submit(
+                request_id=str(i), token_ids=prompt, params=SamplingParams(max_tokens=length, **given | dict(own[i]))
+            )
             for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
         ]
         outputs: list[list[int]] = [[] for _ in prompts]

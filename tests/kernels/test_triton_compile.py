@@ -86,6 +86,12 @@ def bitmask(vocab: int, dtype: str) -> list[Any]:
     return [f"bitmask {vocab} {dtype}", "pagegraph.kernels.sampling.bitmask", "apply_bitmask", arguments]
 
 
+def sampling_allowed(vocab: int, dtype: str) -> list[Any]:
+    module, (logits, *parameters) = "pagegraph.kernels.sampling.allowed", sampling(vocab, dtype)[-1]
+    arguments = [tensor("int64", 256), tensor("int32", 64), tensor("int32", 64, -(-vocab // 32)), logits, *parameters]
+    return [f"sampling among allowed {vocab} {dtype}", module, "sample_allowed", arguments]
+
+
 def rows(rows: int, size: int) -> list[list[Any]]:
     x, weight = tensor("bfloat16", rows, size), tensor("bfloat16", size)
     return [
@@ -404,6 +410,8 @@ def half() -> list[dict[str, Any]]:
             sampling(128256, "bfloat16"),
             bitmask(151936, "float32"),
             bitmask(128256, "bfloat16"),
+            sampling_allowed(151936, "float32"),
+            sampling_allowed(128256, "bfloat16"),
         ]
     )
 
@@ -413,7 +421,7 @@ def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
     assert names == {
         "kv_write_kernel", "decode_kernel", "prefill_kernel", "prefill_hopper_kernel", "skinny_gemm_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
         "update_tables_kernel", "unpack_kernel", "rms_norm_kernel", "silu_mul_kernel", "gemv_kernel",
-        "accept_kernel", "propose_ngram_kernel", "bitmask_kernel",
+        "accept_kernel", "propose_ngram_kernel", "bitmask_kernel", "best_allowed_of_parts_kernel", "best_allowed_of_row_kernel",
     }  # fmt: skip
 
 
