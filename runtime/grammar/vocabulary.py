@@ -17,6 +17,12 @@ from pagegraph.runtime.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
+# Sets of tokens whose bits are known at once where a string may go on with any of them: whitespace, and characters of JSON
+# strings, so many at most. A string near its `maxLength` is dear but for those; llguidance's own are of 10, 30 and more.
+_CHARACTER = r'[^"\\\x00-\x1F\x7F]'
+_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30)
+SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{_CHARACTER}{{1,{length}}}" for length in _LENGTHS), f"{_CHARACTER}+"]
+
 _SHORTENS = re.compile(r'"(truncation|padding)":\s*\{')
 
 
@@ -38,10 +44,10 @@ def load_vocabulary(folder: Path, vocab_size: int, eos_ids: frozenset[int]) -> L
     known = tokenizers.Tokenizer.from_str(text).get_vocab_size(with_added_tokens=True)
     size, ends = max(vocab_size, known), sorted(eos_ids)
     try:
-        return LLTokenizer(text, n_vocab=size, eos_token=ends)
+        return LLTokenizer(text, n_vocab=size, eos_token=ends, slices=SLICES)
     except ValueError:  # a decoder that it does not know
         wrapped = TokenizerWrapper(_Pieces(Tokenizer.load(folder), size, ends[0]))
-        return LLTokenizer(wrapped, n_vocab=size, eos_token=ends)
+        return LLTokenizer(wrapped, n_vocab=size, eos_token=ends, slices=SLICES)
 
 
 class _Pieces:

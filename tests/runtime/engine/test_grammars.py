@@ -336,6 +336,15 @@ def test_who_takes_more_than_its_share_is_found_among_others() -> None:
     assert workers.is_too_dear(matchers[0])  # type: ignore[arg-type]
 
 
+def test_threads_share_masks_while_they_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = ran(*mixed())
+    monkeypatch.setattr(workers, "NUM_THREADS", 2)
+    monkeypatch.setattr(workers, "SHARED_S", 0.0)
+    shared = ran(*mixed())
+    assert shared.engine.grammars.masks._workers.is_sharing  # type: ignore[union-attr]
+    assert shared.tokens == alone.tokens and shared.ended == alone.ended
+
+
 def test_calls_are_timed_one_by_one_while_they_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     harness = ran(*mixed())
     masks = harness.engine.grammars.masks  # type: ignore[union-attr]
