@@ -56,7 +56,8 @@ goes to last_tokens int32 [slots] at the sequence's batch slot, slots int32 [S],
 [R, ceil(V / 32)], token t at bit t % 32 of word t // 32.
 
 `pagegraph::sample_allowed` samples those rows of ids int64 [S] anew, rows and bitmask as above, whose token their bitmask
-forbids: `pagegraph::sample` of logits without the forbidden tokens. ids are what `pagegraph::sample` gave with them.
+forbids: `pagegraph::sample` of logits without the forbidden tokens. ids are what `pagegraph::sample` gave with them. Rows
+below 0 are padding.
 
 `pagegraph::update_tables` writes num_new_blocks [1] of new_blocks [P, 3] = (batch slot, index, block) into tables [slots, max_blocks]; int32.
 

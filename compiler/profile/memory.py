@@ -49,6 +49,8 @@ def profile_memory(step: CompiledStep, largest: Bucket, max_model_len: int, draf
     prompt = read_whole(lengths.tolist()) if step.paged_model.body else None
     for sampling in (everything(largest.seqs), masked(largest.seqs)):  # which launches each kernel once, too
         launched = step.launch(dummy_step(lengths, step.state.dummy_slot, sampling, prompt))
+        assert launched.masks is not None
+        launched.masks.fill(-1)
         launched.sample()
         launched.wait()
     peak = torch.cuda.max_memory_reserved(device) - before

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 
+import numpy as np
 import torch
 
 from pagegraph.compiler.host import step_thread
+from pagegraph.compiler.step.bitmask import Bitmask, BitmaskBuffers
 from pagegraph.compiler.step.capture_sizes import own_bucket
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.executor import Outputs, StepExecutor
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
-from pagegraph.compiler.step.sampling import Bitmask
 from pagegraph.compiler.step.staging import StepMetadata
 
 
@@ -22,18 +23,21 @@ class CpuRunner:
     def __init__(self, executor: StepExecutor, counts: StepCounts) -> None:
         self._executor = executor
         self._counts = counts
+        self._bitmasks = BitmaskBuffers(executor.state.vocab_size, executor.staging.device)
 
     def launch(self, step: StepInput, num_steps: int) -> Callable[[], StepOutput]:
         """Submit a step, or `num_steps` of them in a row -> a function that waits for what comes of it."""
         return step_thread.submit(self._run, step, num_steps).result
 
-    def launch_masked(self, step: StepInput) -> Callable[[Bitmask], Callable[[], StepOutput]]:
-        """Submit a step up to its logits -> a function that samples by a bitmask -> what `launch` returns.
+    def launch_masked(self, step: StepInput) -> tuple[np.ndarray, Callable[[], Callable[[], StepOutput]]]:
+        """Submit a step up to its logits -> masks to be written, and what samples by them and returns as `launch`.
 
-        Sampling is submitted by itself, so no thread waits for a bitmask.
+        Sampling is submitted by itself, so no thread waits for masks.
         """
+        assert step.sampling.masked is not None
         outputs = step_thread.submit(self._forward, step)
-        return lambda bitmask: step_thread.submit(self._sample, step, outputs, bitmask).result
+        bitmask = self._bitmasks.take(step.sampling.masked)
+        return bitmask.words.numpy(), lambda: step_thread.submit(self._sample, step, outputs, bitmask).result
 
     def use_idle_time(self) -> bool:
         """Nothing is put off on a CPU."""

@@ -7,17 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from pagegraph.compiler.step.bitmask import BitmaskBuffers
 from pagegraph.compiler.step.capture_queue import CaptureQueue
 from pagegraph.compiler.step.capture_sizes import Bucket, CaptureSizes
 from pagegraph.compiler.step.counts import GraphMiss, StepCounts
 from pagegraph.compiler.step.executor import Outputs, Sampled, StepExecutor
-from pagegraph.compiler.step.graphs import GraphSet
+from pagegraph.compiler.step.graphs import GraphSet, MaskedSampling
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
-from pagegraph.compiler.step.sampling import Bitmask
 from pagegraph.compiler.step.staging import StepMetadata
+
+
+class _Prepared(NamedTuple):
+    """A step whose metadata is sent."""
+
+    metadata: StepMetadata
+    bucket: Bucket  # of its graph, which may run several steps; without one, what it is padded to
+    graphed: bool
 
 
 class CudaRunner:
@@ -29,62 +39,62 @@ class CudaRunner:
         self.queue = CaptureQueue()  # buckets to be captured between steps
         self._executor = executor
         self._counts = counts
-        self._uploads = torch.cuda.Stream()  # of bitmasks, beside the forward that they are for
+        self._masked = MaskedSampling()
+        self._bitmasks = BitmaskBuffers(executor.state.vocab_size, executor.staging.device)
         self._returns = torch.cuda.Stream()
         self._returned: torch.cuda.Event | None = None  # recorded when the last step's ids are copied
 
     @torch.inference_mode()
     def launch(self, step: StepInput, num_steps: int) -> Callable[[], StepOutput]:
         """Launch a step, or `num_steps` of them in a row -> a function that waits for what comes of it."""
-        executor = self._executor
-        forward, metadata, at_once = self._prepare(step, num_steps)
-        sampled = executor.repeat(metadata, num_steps // at_once, lambda: executor.finish(step, forward()))
+        executor, prepared = self._executor, self._prepare(step, num_steps)
+        times = num_steps // prepared.bucket.num_steps
+        sampled = executor.repeat(prepared.metadata, times, lambda: executor.finish(step, self._forward(prepared)))
         return self._returning(step, sampled)
 
     @torch.inference_mode()
-    def launch_masked(self, step: StepInput) -> Callable[[Bitmask], Callable[[], StepOutput]]:
-        """Launch a step up to its logits -> a function that samples by a bitmask -> what `launch` returns.
+    def launch_masked(self, step: StepInput) -> tuple[np.ndarray, Callable[[], Callable[[], StepOutput]]]:
+        """Launch a step up to its logits -> masks to be written, and what samples by them and returns as `launch`.
 
-        The ids that the graph samples are replaced; nothing else may be launched in between.
+        The ids that the graph samples stay where the masks allow them; nothing else may be launched in between.
         """
-        outputs = self._prepare(step, 1)[0]()
+        assert step.sampling.masked is not None
+        executor, prepared = self._executor, self._prepare(step, 1)
+        outputs, bucket = self._forward(prepared), prepared.bucket
+        bitmask = self._bitmasks.take(step.sampling.masked, padded_to=bucket.seqs)
 
         @torch.inference_mode()
-        def sample(bitmask: Bitmask) -> Callable[[], StepOutput]:
-            return self._returning(step, self._executor.finish(step, outputs, self._upload(bitmask)))
+        def sample() -> Callable[[], StepOutput]:
+            sent = self._bitmasks.send(bitmask)
+            if prepared.graphed and step.sampling.is_plain_but_masked and step.prompt is None:
+                padded = self._bitmasks.padded(bucket.seqs)
+                sampled = self._masked.run(bucket, outputs, padded, lambda: executor.resample(outputs, padded))
+                return self._returning(step, sampled.of(step.num_seqs))
+            return self._returning(step, executor.finish(step, outputs, sent))
 
-        return sample
+        return bitmask.words.numpy(), sample
 
-    def _upload(self, bitmask: Bitmask) -> Bitmask:
-        """Of pinned memory, to the device."""
-        current = torch.cuda.current_stream()
-        with torch.cuda.stream(self._uploads):
-            sent = [one.to(self._uploads.device, non_blocking=True) for one in bitmask]
-        current.wait_stream(self._uploads)
-        for one in sent:
-            one.record_stream(current)
-        return Bitmask(*sent)
-
-    def _prepare(self, step: StepInput, num_steps: int) -> tuple[Callable[[], Outputs], StepMetadata, int]:
-        """(what runs the step's forward, its metadata, how many steps it runs at once)"""
-        executor, graph = self._executor, self._padded_bucket(step)
+    def _prepare(self, step: StepInput, num_steps: int) -> _Prepared:
+        graph = self._padded_bucket(step)
         # No graph: run at its own token count, padded to max sequences so that it picks the same kernels as the largest
         # bucket.
         bucket = graph or Bucket(step.num_tokens, self.capture_sizes.max_decode_tokens)
         if num_steps > 1 and graph and step.sampling.is_plain:
             graph = self._draft_graph(graph, num_steps)
-        metadata = executor.staging.send(step, bucket, num_steps)
+        metadata = self._executor.staging.send(step, bucket, num_steps)
         if self._returned is not None:
             torch.cuda.current_stream().wait_event(self._returned)
         graphed = graph is not None and graph in self.graphs
         self._counts.launched(step.num_tokens * num_steps, bucket.tokens * num_steps, graphed)
         if not graphed:
             self._counts.missed_graph(self._graph_miss(step))
+        return _Prepared(metadata, graph or bucket, graphed)
 
-        def forward() -> Outputs:
-            return (self.graphs.replay(graph) if graph else None) or executor.run(metadata)
-
-        return forward, metadata, (graph or bucket).num_steps
+    def _forward(self, prepared: _Prepared) -> Outputs:
+        """Replay the step's graph, or launch what it would hold."""
+        return (self.graphs.replay(prepared.bucket) if prepared.graphed else None) or self._executor.run(
+            prepared.metadata
+        )
 
     def capture_graphs(self, buckets: Sequence[Bucket], progress: bool) -> None:
         """Capture these buckets; a step may be in flight."""

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 
 from pagegraph.compiler.model.paged import Forwarded, PagedModel
+from pagegraph.compiler.step.bitmask import Bitmask
 from pagegraph.compiler.step.forward import run_forward
 from pagegraph.compiler.step.inputs import NgramOutput, StepInput, StepOutput
 from pagegraph.compiler.step.prompt import PromptTensors, read_prompt
 from pagegraph.compiler.step.sampling import (
-    Bitmask,
     StepLogprobTensors,
     accept_drafts,
     process_and_sample,
@@ -45,6 +45,10 @@ class Sampled(NamedTuple):
     found: torch.Tensor | None  # int32 [2, s]
     logprobs: StepLogprobTensors | None
     prompt: PromptTensors | None
+
+    def of(self, seqs: int) -> Sampled:
+        """Of the first sequences alone; the others are padding."""
+        return self._replace(ids=self.ids[:seqs], found=None if self.found is None else self.found[:, :seqs])
 
     def output(self, step: StepInput) -> StepOutput:
         """On the host: `ids` and `found` are there already."""
@@ -96,10 +100,13 @@ class StepExecutor:
         if step.prompt is not None:
             prompt = read_prompt(step.prompt, outputs.hidden, self.state.vocab_size, self.head)
         if step.sampling.is_plain:
-            return Sampled(outputs.ids[:seqs], None if outputs.found is None else outputs.found[:, :seqs], None, prompt)
-        logits, logprobs = outputs.logits[:seqs], None
+            return Sampled(outputs.ids, outputs.found, None, prompt).of(seqs)
         if bitmask is not None and step.sampling.is_plain_but_masked:
-            ids = sample_allowed(outputs.ids[:seqs], logits, bitmask, outputs.staged, self.state)
-        else:
-            ids, logprobs = process_and_sample(logits, step.sampling, outputs.staged, self.state, bitmask)
+            return self.resample(outputs, bitmask).of(seqs)._replace(prompt=prompt)
+        ids, logprobs = process_and_sample(outputs.logits[:seqs], step.sampling, outputs.staged, self.state, bitmask)
         return Sampled(ids, accept_drafts(ids, outputs.staged, self.state), logprobs, prompt)
+
+    def resample(self, outputs: Outputs, bitmask: Bitmask) -> Sampled:
+        """Sample anew, in place, what the bitmask forbids of the step's ids; launches only, and may be called again."""
+        ids = sample_allowed(outputs.ids, outputs.logits, bitmask, outputs.staged, self.state)
+        return Sampled(ids, accept_drafts(ids, outputs.staged, self.state), None, None)

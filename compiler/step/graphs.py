@@ -1,4 +1,5 @@
-"""CUDA graphs: one for each bucket, of its forwards, replayed with new metadata at the same addresses.
+"""CUDA graphs: one for each bucket, of its forwards, replayed with new metadata at the same addresses; and one of what
+follows a bucket's forward where masks restrict its samples.
 
 Knows buckets and streams; the forward it captures is any callable. CUDA only.
 
@@ -11,12 +12,16 @@ times. The memory of draft graphs is set aside with that of the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
+from pagegraph.compiler.step.bitmask import Bitmask
 from pagegraph.compiler.step.capture_sizes import Bucket
-from pagegraph.compiler.step.executor import Outputs
+from pagegraph.compiler.step.executor import Outputs, Sampled
+
+T = TypeVar("T")
 
 
 class GraphSet:
@@ -31,15 +36,7 @@ class GraphSet:
     ) -> None:
         """Capture largest first, so that smaller graphs fit in the pool the largest has made."""
         for bucket in tqdm(sorted(buckets, reverse=True), desc="capture", disable=not progress, unit="graph"):
-            forward = forward_of(bucket)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                forward()  # compiles and warms the allocator outside the capture
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                outputs = forward()
+            graph, outputs = _captured(forward_of(bucket), self._pool)
             logits, hidden = _borrowed(outputs.logits), outputs.hidden
             borrowed = outputs._replace(logits=logits, hidden=None if hidden is None else _borrowed(hidden))
             self._graphs[bucket] = (graph, borrowed)
@@ -63,6 +60,39 @@ class GraphSet:
             return None
         entry[0].replay()
         return entry[1]
+
+
+class MaskedSampling:
+    """Graphs that sample by masks behind a bucket's forward, captured when they are first wanted.
+
+    Beside the forwards' graphs, in memory of their own: a forward's logits lie in the pool that its next capture reuses.
+    """
+
+    def __init__(self) -> None:
+        # of each bucket: where what it reads lies, the graph, what comes of it
+        self._graphs: dict[Bucket, tuple[tuple[int, int], torch.cuda.CUDAGraph, Sampled]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, bucket: Bucket, outputs: Outputs, bitmask: Bitmask, sample: Callable[[], Sampled]) -> Sampled:
+        """What `sample` gives, which may be called twice, of outputs and a bitmask that it reads where they lie now."""
+        read = outputs.ids.data_ptr(), bitmask.words.data_ptr()
+        if bucket not in self._graphs or self._graphs[bucket][0] != read:
+            self._graphs[bucket] = (read, *_captured(sample, self._pool))
+        _, graph, sampled = self._graphs[bucket]
+        graph.replay()
+        return sampled
+
+
+def _captured(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()  # compiles and warms the allocator outside the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = run()
+    return graph, result
 
 
 class _Bytes:

@@ -11,29 +11,14 @@ for.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
+from pagegraph.compiler.step.bitmask import Bitmask
 from pagegraph.compiler.step.inputs import SamplingInput, StepLogprobs
 from pagegraph.compiler.step.staging import Staged
 from pagegraph.compiler.step.state import DeviceState
 from pagegraph.kernels.sampling import reference
-
-
-class Bitmask(NamedTuple):
-    """Which tokens some sequences of a step may get; see `pagegraph::apply_bitmask`."""
-
-    rows: torch.Tensor  # int32 [R]
-    words: torch.Tensor  # int32 [R, ceil(vocab / 32)]
-
-    @classmethod
-    def all_allowed(cls, rows: np.ndarray, vocab_size: int, pinned: bool) -> Bitmask:
-        """On the host, for the rows int32 [R]."""
-        words = torch.full((len(rows), -(-vocab_size // 32)), -1, dtype=torch.int32, pin_memory=pinned)
-        on_host = torch.from_numpy(rows)
-        return cls(on_host.pin_memory() if pinned else on_host, words)
 
 
 class StepLogprobTensors:

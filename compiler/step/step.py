@@ -23,7 +23,6 @@ from pagegraph.compiler.step.cuda_runner import CudaRunner
 from pagegraph.compiler.step.executor import StepExecutor
 from pagegraph.compiler.step.forward import mark_dynamic, step_inputs
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
-from pagegraph.compiler.step.sampling import Bitmask
 from pagegraph.compiler.step.staging import Staging
 from pagegraph.compiler.step.state import DeviceState
 
@@ -39,12 +38,12 @@ class Ticket:
         masks: np.ndarray | None = None,
         sample: Callable[[], Callable[[], StepOutput]] | None = None,
     ) -> None:
-        self.masks = masks  # int32 [R, words], of the rows `SamplingInput.masked`; all tokens allowed until written
+        self.masks = masks  # int32 [R, words], of the rows `SamplingInput.masked`, all to be written
         self._result = result
         self._sample = sample
 
     def sample(self) -> None:
-        """Sample by the masks as they stand."""
+        """Sample by the masks."""
         assert self._sample is not None, "the step has no masked rows"
         self._result = self._sample()
 
@@ -97,10 +96,7 @@ class CompiledStep:
         if step.sampling.masked is None:
             return Ticket(self.runner.launch(step, num_steps))
         assert num_steps == 1, "steps in a row sample without masks"
-        sample = self.runner.launch_masked(step)
-        pinned = self.staging.device.type == "cuda"
-        bitmask = Bitmask.all_allowed(step.sampling.masked, self.state.vocab_size, pinned)  # while the step runs
-        return Ticket(None, bitmask.words.numpy(), lambda: sample(bitmask))
+        return Ticket(None, *self.runner.launch_masked(step))
 
     def compiled_forward(self, warm: list[StepInput], progress: bool = False) -> Callable[..., Forwarded]:
         """The forward compiled on the given steps, to be swapped in as `forward`; safe beside launches.

@@ -17,9 +17,10 @@ from pagegraph.kernels.sampling.gumbel import BLOCK_V, NUM_WARPS, best_of_part, 
 
 
 @triton.jit
-def is_allowed(words_ptr, token):
-    """Bit t % 32 of word t // 32."""
-    return ((tl.load(words_ptr + token // 32) >> (token % 32)) & 1) != 0
+def is_forbidden(ids_ptr, words_ptr, row):
+    """Whether bit t % 32 of word t // 32 is 0, of token t of the row; rows below 0 are no rows."""
+    token = tl.load(ids_ptr + row, mask=row >= 0, other=0).to(tl.int32)
+    return (row >= 0) & (((tl.load(words_ptr + token // 32) >> (token % 32)) & 1) == 0)
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def best_allowed_of_parts_kernel(
     part = tl.program_id(1)
     row = tl.load(rows_ptr + index)
     words_ptr = bitmask_ptr + index.to(tl.int64) * WORDS
-    if not is_allowed(words_ptr, tl.load(ids_ptr + row).to(tl.int32)):
+    if is_forbidden(ids_ptr, words_ptr, row):
         token = part * BLOCK_V + tl.arange(0, BLOCK_V)
         words = tl.load(words_ptr + token // 32, mask=token < VOCAB, other=0)
         allowed = ((words >> (token % 32)) & 1) != 0
@@ -80,7 +81,7 @@ def best_allowed_of_row_kernel(
         wait()
     index = tl.program_id(0)
     row = tl.load(rows_ptr + index)
-    if not is_allowed(bitmask_ptr + index.to(tl.int64) * WORDS, tl.load(ids_ptr + row).to(tl.int32)):
+    if is_forbidden(ids_ptr, bitmask_ptr + index.to(tl.int64) * WORDS, row):
         part = tl.arange(0, PARTS_PAD)
         scores = tl.load(score_ptr + index * PARTS + part, mask=part < PARTS, other=float("-inf"))
         hand_over(

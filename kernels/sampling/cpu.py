@@ -37,10 +37,10 @@ def apply_bitmask(logits: Tensor, rows: Tensor, bitmask: Tensor) -> None:
 
 
 def forbidden(ids: Tensor, rows: Tensor, bitmask: Tensor) -> Tensor:
-    """The indices int64 in rows [R] of those whose token of ids int64 [S] their bitmask forbids."""
-    tokens = ids[rows.long()]
+    """The indices int64 in rows [R] of those whose token of ids int64 [S] their bitmask forbids; none is below 0."""
+    tokens = ids[rows.clamp(min=0).long()]
     words = bitmask.gather(1, (tokens // 32)[:, None])[:, 0]
-    return ((words >> (tokens % 32) & 1) == 0).nonzero()[:, 0]
+    return ((rows >= 0) & ((words >> (tokens % 32) & 1) == 0)).nonzero()[:, 0]
 
 
 def sample_with_noise(ids: Tensor, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:

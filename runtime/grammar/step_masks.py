@@ -41,6 +41,7 @@ class _Place(NamedTuple):
 
     sequence: Sequence
     matcher: TokenMatcher
+    num_known: int  # tokens of the sequence, the prompt's included, that come before it
     index: int
     drafts: list[int]
 
@@ -65,10 +66,10 @@ class StepMasks:
         if not len(masked):
             return []
         going: list[tuple[int, Sequence, TokenMatcher, list[int]]] = []
-        for index in masked.tolist():
-            sequence, delta = self._batch.sequences[result.slots[index]], result.deltas.get(index)
-            tokens = [int(result.token_ids[index])] if delta is None else delta.token_ids
-            going.append((index, sequence, sequence.grammar, tokens))
+        slots, sampled = result.slots[masked].tolist(), result.token_ids[masked].tolist()
+        for index, slot, token in zip(masked.tolist(), slots, sampled):
+            sequence, delta = self._batch.sequences[slot], result.deltas.get(index)
+            going.append((index, sequence, sequence.grammar, [token] if delta is None else delta.token_ids))
         refused = []
         taken = self._take([(sequence, matcher, tokens) for _, sequence, matcher, tokens in going])
         for (index, sequence, matcher, _), reason in zip(going, taken, strict=True):
@@ -83,10 +84,13 @@ class StepMasks:
     def fill(self, plan: Plan, rows: np.ndarray, masks: np.ndarray) -> list[Refused]:
         """Write the masks of the plan's queries `rows` [R] into int32 [R, words] -> who cannot go on.
 
-        Everything before the plan is committed. Rows of sequences that are gone are left alone.
+        Everything before the plan is committed. Rows of sequences that are gone, or cannot go on, allow all.
         """
-        places = self._places(plan, rows)
-        wide = np.full((len(rows), self._words), -1, np.int32) if masks.shape[1] != self._words else masks
+        alive = self._batch.epoch[plan.slots[rows]] == plan.epochs[rows]
+        places = self._places(plan, rows, alive)
+        wide = np.empty((len(rows), self._words), np.int32) if masks.shape[1] != self._words else masks
+        if not alive.all():
+            wide[~alive] = -1
         refused = self._compute(places, wide)
         self._cut_numbers(places, plan.slots[rows], wide)
         endless = [row for place in places if place.sequence.params.ignore_eos for row in place.rows]
@@ -119,24 +123,25 @@ class StepMasks:
         except Exception:
             return _raised()
 
-    def _places(self, plan: Plan, rows: np.ndarray) -> list[_Place]:
+    def _places(self, plan: Plan, rows: np.ndarray, alive: np.ndarray) -> list[_Place]:
         at = plan.slots[rows]
-        alive = self._batch.epoch[at] == plan.epochs[rows]
         first = np.append(True, at[1:] != at[:-1])  # the queries of a slot stand together
+        indices = np.flatnonzero(alive & first)
+        slots = at[indices]
         drafts = {} if plan.drafts is None else plan.drafts.by_slot()
         places = []
-        for index in np.flatnonzero(alive & first).tolist():
-            sequence = self._batch.sequences[at[index]]
-            places.append(_Place(sequence, sequence.grammar, index, drafts.get(int(at[index]), [])))
+        for index, slot, known in zip(indices.tolist(), slots.tolist(), self._batch.known[slots].tolist()):
+            sequence = self._batch.sequences[slot]
+            places.append(_Place(sequence, sequence.grammar, known, index, drafts.get(slot, [])))
         return places
 
     def _compute(self, places: list[_Place], masks: np.ndarray) -> list[Refused]:
-        """Masks by all threads; if that raises, one by one, and it is known who is to blame."""
-        refused = []
+        """Masks of all; if that raises, one by one, and it is known who is to blame."""
+        refused: list[tuple[_Place, tuple[int, str]]] = []
         for place in list(places):
-            known = self._batch.known[place.sequence.slot] - place.sequence.num_prompt
-            if place.matcher.num_tokens != known and (reason := self._replayed(place.sequence, place.matcher)):
-                refused.append(Refused(place.sequence, *reason))
+            behind = place.matcher.num_tokens != place.num_known - place.sequence.num_prompt
+            if behind and (reason := self._replayed(place.sequence, place.matcher)):
+                refused.append((place, reason))
                 places.remove(place)
         try:
             self._compute_all(places, masks)
@@ -144,17 +149,19 @@ class StepMasks:
             for place in places:
                 try:
                     if reason := self._replayed(place.sequence, place.matcher):
-                        refused.append(Refused(place.sequence, *reason))
+                        refused.append((place, reason))
                     else:
                         self._compute_all([place], masks)
                 except Exception:
-                    refused.append(Refused(place.sequence, *_raised()))
+                    refused.append((place, _raised()))
+        known = {place.index for place, _ in refused}
         for place in places:
-            if place.matcher.matcher.is_error() or is_too_dear(place.matcher):
+            if place.index not in known and (place.matcher.matcher.is_error() or is_too_dear(place.matcher)):
                 self._compiler.forget(place.matcher.grammar)
-                refused.append(Refused(place.sequence, *_over_limits(place.matcher)))
-                masks[place.rows] = -1
-        return refused
+                refused.append((place, _over_limits(place.matcher)))
+        for place, _ in refused:
+            masks[place.rows] = -1
+        return [Refused(place.sequence, *reason) for place, reason in refused]
 
     def _compute_all(self, places: list[_Place], masks: np.ndarray) -> None:
         self._workers.compute([(place.matcher, place.index, place.drafts) for place in places], masks)
@@ -175,11 +182,13 @@ class StepMasks:
 
     def _holds_its_end(self, sequence: Sequence, matcher: TokenMatcher) -> bool:
         """Whether the text can only end, for one that must not sample the token that says so."""
-        young = self._batch.known[sequence.slot] < self._batch.min_len[sequence.slot]
-        if not (sequence.params.ignore_eos or young) or not matcher.matcher.is_accepting():
+        if not matcher.matcher.is_accepting():
             return False
-        mask = np.full((1, self._words), -1, np.int32)
-        self._compute([_Place(sequence, matcher, 0, [])], mask)
+        known = int(self._batch.known[sequence.slot])
+        if not (sequence.params.ignore_eos or known < self._batch.min_len[sequence.slot]):
+            return False
+        mask = np.empty((1, self._words), np.int32)
+        self._compute([_Place(sequence, matcher, known, 0, [])], mask)
         self._forbid_end(mask, [0])
         return not mask.any()
 

@@ -22,6 +22,7 @@ class Executor:
 
     def __init__(self) -> None:
         self.staging, self.padded = self, []
+        self.state, self.device = SimpleNamespace(vocab_size=300), torch.device("cpu")
 
     def send(self, step: SimpleNamespace, bucket: Bucket, num_steps: int) -> None:
         self.padded.append(bucket)

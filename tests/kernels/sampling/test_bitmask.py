@@ -68,7 +68,8 @@ def sampled_case(vocab: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], di
     slots, sampled = torch.tensor([3, 0, 8, 9, 1, 4]).int(), torch.tensor([1, 1, 1, 1, 0, 1]).int()
     ids = reference.gumbel_argmax(logits, temperature, seeds, positions)
     rows = torch.tensor([5, 0, 3, 1, 4], dtype=torch.int32)
-    allowed = torch.zeros(5, -(-vocab // 32) * 32, dtype=torch.bool)
+    padded = torch.tensor([*rows, -1, -1], dtype=torch.int32)
+    allowed = torch.zeros(7, -(-vocab // 32) * 32, dtype=torch.bool)
     allowed[0, ::2] = True
     allowed[1, [int(ids[0]), (int(ids[0]) + 1) % vocab]] = True
     allowed[2] = True
@@ -76,13 +77,13 @@ def sampled_case(vocab: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], di
     allowed[4, vocab * 3 // 4 : vocab] = True
     bitmask = torch.from_numpy(np.packbits(allowed.numpy(), axis=1, bitorder="little").view(np.int32))
     masked = logits.clone()
-    reference.apply_bitmask(masked, rows, bitmask)
+    reference.apply_bitmask(masked, rows, bitmask[:5])
     expected = reference.gumbel_argmax(masked, temperature, seeds, positions)
     last, at = torch.full((10,), -7, dtype=torch.int32), torch.full((10,), -7, dtype=torch.int32)
     handed, stands = last.clone(), at.clone()
     anew = [row for row in rows.tolist() if expected[row] != ids[row] and sampled[row]]
     handed[slots[anew].long()], stands[slots[anew].long()] = expected[anew].int(), positions[anew]
-    arguments = [ids, rows, bitmask, logits, temperature, seeds, positions, slots, sampled, last, at]
+    arguments = [ids, padded, bitmask, logits, temperature, seeds, positions, slots, sampled, last, at]
     return arguments, {"ids": expected, "last": handed, "at": stands}
 
 
