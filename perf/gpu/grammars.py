@@ -21,8 +21,9 @@ from pagegraph.runtime.structured_output import StructuredOutputs
 from perf.gpu.offline import Offline, built_of, config_of, random_prompts
 from perf.gpu.report import Report
 
-SEQS, PROMPT, TOKENS = 64, 64, 384
-REPEATS = 3
+SEQS, TOKENS = 64, 384
+PROMPTS = (1024, 64)
+REPEATS = 2
 
 
 def _objects(bound: int | None = None, kind: str = "kind") -> StructuredOutputs:
@@ -64,33 +65,31 @@ class _Timed:
 
 
 def grammars(report: Report, args: argparse.Namespace, shared: dict) -> None:
-    """Milliseconds of full turns, with temperature and greedy; ratio of medians and means to turns without grammars."""
+    """Milliseconds of full turns at two lengths of prompts; ratio of medians and means to turns without grammars."""
     _, built = built_of(shared)
     built = dataclasses.replace(built, eos_ids=built.eos_ids or frozenset({0}))
     seqs, tokens = (8, 24) if args.tiny else (SEQS, TOKENS)
-    prompts = random_prompts(0, [PROMPT] * seqs, built.vocab_size)
-    for temperature in (1.0, 0.0):
+    for length in PROMPTS[-1:] if args.tiny else PROMPTS:
+        prompts = random_prompts(0, [length] * seqs, built.vocab_size)
         without: tuple[float, float] | None = None
         for case, structured in CASES.items():
-            if report.out_of_time((case, temperature)):
+            if report.out_of_time((case, length)):
                 return
             config = config_of(args, args.models[0], tokenizer=str(args.weights), max_num_seqs=seqs)
             offline = Offline(config, built)
             assert offline.engine.grammars is not None
             advance, fill = (_Timed(offline.engine.grammars.masks, method) for method in ("advance", "fill"))
-            times: list[float] = []
-            waits: list[float] = []
             given = [dict(structured_outputs=structured(index)) for index in range(seqs)]
+            full = []
             for repeat in range(REPEATS + 1):
-                run = offline.run(prompts, [tokens] * seqs, each=given, temperature=temperature)
+                run = offline.run(prompts, [tokens] * seqs, each=given, temperature=1.0)
                 if repeat:  # the first finds what their grammars learn
-                    full = [turn for turn in run.turns if turn.num_decodes == seqs]
-                    times += [turn.seconds * 1e3 for turn in full]
-                    waits += [turn.wait * 1e6 for turn in full]
+                    full += [turn for turn in run.turns if turn.num_decodes == seqs]
+            times, waits = [turn.seconds * 1e3 for turn in full], [turn.wait * 1e6 for turn in full]
             median, mean = statistics.median(times), statistics.mean(times)
             without = without or (median, mean)
             report.row(
-                case=case, temperature=temperature, seqs=seqs, turn_ms=median, mean_ms=mean, p99_ms=float(np.quantile(times, 0.99)),
-                advance_us=statistics.median(advance.us), fill_us=statistics.median(fill.us or [0.0]), wait_us=statistics.median(waits),
-                ratio=median / without[0], mean_ratio=mean / without[1],
+                case=case, prompt=length, seqs=seqs, turn_ms=median, mean_ms=mean, p99_ms=float(np.quantile(times, 0.99)),
+                advance_us=statistics.median(advance.us), fill_us=statistics.median(fill.us or [0.0]),
+                wait_us=statistics.median(waits), ratio=median / without[0], mean_ratio=mean / without[1],
             )  # fmt: skip

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pagegraph.runtime.grammar.matcher import TokenMatcher
 
 NUM_THREADS = min(max((os.cpu_count() or 1) // 2, 1), 8)
-SHARED_S = 0.002  # of all masks of a step, from which on threads share those of the next
+SHARED_S = 0.004  # of all masks of a step, from which on threads share those of the next
 SLOW_S = 0.05  # of all calls of a step, from which on those of the next are timed
 SHARE_S = 0.01  # processor time of a token that any grammar may take
 CREDIT_S = 0.5  # that it may take beyond that, in all
