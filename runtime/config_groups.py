@@ -21,6 +21,7 @@ from pagegraph.runtime.config_values import (
     parse_compile,
     parse_flag,
     parse_number,
+    parse_target,
     parse_text,
     parse_whole,
 )
@@ -152,8 +153,11 @@ class SchedulerConfig:
     )
     enable_prefix_caching: bool = _option(True, parse_flag, "share KV blocks of equal prefixes")
     enable_chunked_prefill: bool = _option(True, parse_flag, "split long prompts over steps")
-    inter_token_target_ms: float | None = _option(
-        None, between(parse_number, 0, low_is_open=True), "shrink prompt chunks to keep steps under this many ms", _NONE
+    inter_token_target_ms: float | str = _option(
+        "auto",
+        parse_target,
+        "shrink prompt chunks to keep steps with decodes under this many ms; auto: on a server a small multiple of what"
+        " the decodes alone take, more while many prompts wait; none: off",
     )
 
     def batched_tokens(self, device: str) -> int:

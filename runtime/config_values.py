@@ -46,6 +46,16 @@ def parse_number(value: Any) -> float:
     return number
 
 
+def parse_target(value: Any) -> float | str:
+    """`auto`, `none` (which null means too), or milliseconds above 0."""
+    if value is None or (isinstance(value, str) and value.lower() in ("auto", "none")):
+        return "none" if value is None else value.lower()
+    try:
+        return between(parse_number, 0, low_is_open=True)(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; auto and none work too") from None
+
+
 def parse_bytes(value: Any) -> int:
     """A size in bytes: a whole number, or text such as `512MiB`, `1.5GiB` or `2GB` (10^9)."""
     if isinstance(value, int) and not isinstance(value, bool):

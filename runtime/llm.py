@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +91,8 @@ class LLM:
             config = load_config(config, overrides).config
         elif overrides:
             raise TypeError("overrides go with a configuration file or model name, not with a Config")
+        if config.inter_token_target_ms == "auto":  # nobody watches tokens come while other prompts wait
+            config = replace(config, inter_token_target_ms="none")
         self.config = config
         self.built = built or build_compiled(compiler_options(config), progress=progress)
         self.tokenizer = Tokenizer.load(Path(config.tokenizer) if config.tokenizer else self.built.folder)

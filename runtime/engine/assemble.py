@@ -24,6 +24,7 @@ from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.pooling import pooler_of
 from pagegraph.runtime.sampling_params import model_defaults
 from pagegraph.runtime.scheduler.block_pool import BlockPool
+from pagegraph.runtime.scheduler.chunk_limit import ChunkLimit
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.step_time import StepTime
 from pagegraph.runtime.spec_decode.device_drafter import DeviceDrafter
@@ -52,14 +53,13 @@ def engine_of(
     metrics = EngineMetrics(config.model_name, built.max_model_len)
     metrics.compile_state = lambda: built.compile_state
     pool = BlockPool(built.num_blocks, config.block_size, config.enable_prefix_caching)
-    step_time = StepTime(config.inter_token_target_ms) if config.inter_token_target_ms else None
     scheduler = Scheduler(
         pool,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.batched_tokens(built.device.type),
         max_model_len=built.max_model_len,
         enable_chunked_prefill=config.enable_chunked_prefill,
-        step_time=step_time,
+        chunk_limit=_chunk_limit(config),
         max_decode_tokens=config.max_decode_tokens,
     )
     sampling_defaults = model_defaults(built.generation_config) if config.generation_config == "auto" else {}
@@ -87,12 +87,19 @@ def engine_of(
     grammars, drafter = _grammars(config, built, scheduler), _drafter(config, built, scheduler)
     stats = EngineStats(metrics, scheduler, built.step.counts)
     engine = Engine(
-        built.step, scheduler, mailbox, limits, info, time.monotonic, stats, step_time=step_time, seed=config.seed,
+        built.step, scheduler, mailbox, limits, info, time.monotonic, stats, seed=config.seed,
         use_idle_time=lambda: grammars.use_idle_time() or built.use_idle_time(),
         drafter=None if drafter is None else GrammarDrafter(scheduler, drafter, config.max_draft_tokens),
         grammars=grammars,
     )  # fmt: skip
     return engine, metrics
+
+
+def _chunk_limit(config: Config) -> ChunkLimit | None:
+    target = config.inter_token_target_ms
+    if target == "none":
+        return None
+    return ChunkLimit(StepTime(), None if isinstance(target, str) else target)
 
 
 def _grammars(config: Config, built: BuiltModel, scheduler: Scheduler) -> Grammars:

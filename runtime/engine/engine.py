@@ -43,7 +43,7 @@ from pagegraph.runtime.scheduler.pack import Packer
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
-from pagegraph.runtime.scheduler.step_time import StepTime
+from pagegraph.runtime.scheduler.step_time import StepLoad
 from pagegraph.runtime.spec_decode.drafter import Drafter
 
 log = logging.getLogger("pagegraph.engine")
@@ -82,7 +82,6 @@ class Engine:
         info: Callable[[], EngineInfo],
         clock: Callable[[], float],
         stats: EngineStats,
-        step_time: StepTime | None = None,
         seed: int = 0,
         use_idle_time: Callable[[], bool] = lambda: False,
         drafter: Drafter | None = None,
@@ -95,7 +94,6 @@ class Engine:
         self.info = info
         self.clock = clock
         self.stats = stats
-        self.step_time = step_time
         self.seed = seed
         self.use_idle_time = use_idle_time
         self.drafter = drafter
@@ -186,8 +184,8 @@ class Engine:
         self._moved = now = self.clock()
         seconds = now - max(done.launched, self._last_done)
         self._last_done = now
-        if self.step_time is not None:
-            self.step_time.observe(done.plan.num_tokens, seconds * 1e3)
+        if self.scheduler.chunk_limit is not None:
+            self.scheduler.chunk_limit.step_time.observe(StepLoad.of(done.plan), seconds * 1e3)
         result = self.scheduler.commit(done.plan, output)
         refused = [] if self.grammars is None else self.grammars.masks.advance(result)
         self._deliver(result)  # before anything else may raise: committed tokens have been sent

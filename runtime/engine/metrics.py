@@ -17,6 +17,7 @@ from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from pagegraph.compiler.step.counts import StepCounts
+from pagegraph.runtime.scheduler.chunk_limit import ChunkCounts
 from pagegraph.runtime.scheduler.counters import Counters
 
 FIELD, OWN = "vllm:", "pagegraph:"
@@ -72,6 +73,7 @@ class Counts:
     kv_cache_usage: float = 0.0  # 0 to 1
     scheduled: Counters = field(default_factory=Counters)
     launched: StepCounts = field(default_factory=StepCounts)
+    chunks: ChunkCounts = field(default_factory=ChunkCounts)
 
     @property
     def graph_hit_ratio(self) -> float:
@@ -187,6 +189,11 @@ class EngineMetrics:
             for why, count in counts.launched.graph_misses.items():
                 misses.add_metric([*values, why], count)
             yield misses
+            name = "chunked_steps"
+            limited = CounterMetricFamily(prefix + name, _HELP[name], labels=[*names, "limit"])
+            for limit, count in counts.chunks.steps.items():
+                limited.add_metric([*values, limit], count)
+            yield limited
         for name, histogram in self._histograms.items():
             family = HistogramMetricFamily(prefix + name, _HELP[name], labels=names)
             family.add_metric(values, buckets=histogram.cumulative(), sum_value=histogram.total)
@@ -204,6 +211,7 @@ _GAUGES: dict[str, Callable[[Counts], float]] = {
     "num_requests_waiting": lambda counts: counts.num_waiting,
     "kv_cache_usage_perc": lambda counts: counts.kv_cache_usage,
     "graph_hit_ratio": lambda counts: counts.graph_hit_ratio,
+    "step_target_seconds": lambda counts: counts.chunks.target_ms / 1e3,
     "spec_decode_mean_draft_tokens": lambda counts: counts.scheduled.mean_draft_tokens,
     "spec_decode_guesses_a_row": lambda counts: counts.scheduled.mean_draft_tokens,
 }
@@ -225,7 +233,7 @@ _COUNTERS: dict[str, Callable[[Counts], int]] = {
 
 # What only this engine counts.
 _OWN_NAMES = frozenset({
-    "engine_steps", "engine_step_tokens", "engine_padding_tokens", "graph_hit_ratio",
+    "engine_steps", "engine_step_tokens", "engine_padding_tokens", "graph_hit_ratio", "step_target_seconds",
     "spec_decode_saved_steps", "spec_decode_mean_draft_tokens", "spec_decode_guesses_a_row",
 })  # fmt: skip
 
@@ -247,6 +255,8 @@ _HELP = {
     "engine_padding_tokens": "Tokens that padding to a captured size added.",
     "graph_hit_ratio": "Share of launched steps that replayed a CUDA graph, 1 is all; 0 without a GPU.",
     "graph_misses": "Steps launched on a GPU that replayed no CUDA graph, by reason.",
+    "step_target_seconds": "What the last step with decodes beside prompts was to last at most, more for a backlog; 0: no target.",
+    "chunked_steps": "Steps with decodes while prompts waited, by what limited the prompt tokens: target (of inter_token_target_ms), backlog (of waiting prompts) or budget (max_num_batched_tokens).",
     "spec_decode_num_drafts": "Times a request had draft tokens in a step.",
     "spec_decode_num_draft_tokens": "Draft tokens that were verified.",
     "spec_decode_num_accepted_tokens": "Draft tokens that were accepted.",

@@ -9,6 +9,7 @@ import numpy as np
 
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.runtime.engine.metrics import Counts, EngineMetrics
+from pagegraph.runtime.scheduler.chunk_limit import ChunkCounts
 from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.plan import Plan
 from pagegraph.runtime.scheduler.scheduler import Scheduler
@@ -82,13 +83,14 @@ class EngineStats:
 
     def counts(self) -> Counts:
         """What metrics read off the scheduler and the step."""
-        scheduler = self.scheduler
+        scheduler, limit = self.scheduler, self.scheduler.chunk_limit
         return Counts(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             kv_cache_usage=scheduler.block_tables.pool.usage,
             scheduled=replace(scheduler.counters),
             launched=self.steps,
+            chunks=ChunkCounts() if limit is None else limit.counts,
         )
 
     def _report_acceptance(self, now: float) -> None:

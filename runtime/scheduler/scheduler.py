@@ -9,7 +9,6 @@ one. Knows no clock, device, text or socket; which blocks hold what, `runtime.sc
 
 from __future__ import annotations
 
-from bisect import insort
 from itertools import count
 
 import numpy as np
@@ -18,6 +17,7 @@ from pagegraph.compiler.step.inputs import StepOutput
 from pagegraph.runtime.sampling_params import check_length
 from pagegraph.runtime.scheduler.block_pool import BlockPool, require
 from pagegraph.runtime.scheduler.block_tables import BlockTables
+from pagegraph.runtime.scheduler.chunk_limit import ChunkLimit
 from pagegraph.runtime.scheduler.commit import StepResult, append
 from pagegraph.runtime.scheduler.counters import Counters
 from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, as_queries
@@ -26,7 +26,7 @@ from pagegraph.runtime.scheduler.plan import Columns, Plan, joined
 from pagegraph.runtime.scheduler.prefill_budget import PrefillBudget
 from pagegraph.runtime.scheduler.running import Running
 from pagegraph.runtime.scheduler.sequence import Sequence, State, place_of
-from pagegraph.runtime.scheduler.step_time import StepTime
+from pagegraph.runtime.scheduler.waiting import Waiting
 
 LOOK_AHEAD = 8  # decode steps for which a sequence takes blocks at once, while there are plenty
 LOOK_PAST = 16  # waiting prompts that admission passes over to find one that ends in the step
@@ -47,22 +47,24 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         enable_chunked_prefill: bool = True,
-        step_time: StepTime | None = None,
+        chunk_limit: ChunkLimit | None = None,
         max_decode_tokens: int | None = None,
     ) -> None:
-        """`max_decode_tokens`: sequences and draft tokens in one step; None: `max_num_seqs`."""
+        """`chunk_limit`: of prompts beside decodes; None: there is none. `max_decode_tokens`: sequences and draft tokens in
+        one step; None: `max_num_seqs`.
+        """
         _check_sizes(pool, max_num_seqs, max_num_batched_tokens, max_model_len, enable_chunked_prefill)
         self.max_num_seqs = max_num_seqs
         self.max_decode_tokens = max_decode_tokens or max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.enable_chunked_prefill = enable_chunked_prefill
-        self.step_time = step_time
+        self.chunk_limit = chunk_limit
         self.counters = Counters()
         self.batch = InputBatch(max_num_seqs, max_model_len, pool.block_size)
         self.block_tables = BlockTables(pool, self.batch)
         self._running = Running(self.batch)
-        self._waiting: list[Sequence] = []  # in the order of `Sequence.place`
+        self._waiting = Waiting()
         self._live: dict[tuple[int, str], Sequence] = {}  # waiting and running, by key
         self._draining: set[int] = set()  # slots of preempted sequences
         self._order = count()
@@ -100,7 +102,7 @@ class Scheduler:
         no_output = 0 if sequence.params.max_tokens == 0 else None
         check_length(len(sequence.tokens), sequence.max_model_len, max_tokens=no_output)
         sequence.order = next(self._order)
-        insort(self._waiting, sequence, key=place_of)
+        self._waiting.join(sequence)
         self._live[sequence.key] = sequence
 
     def abort(self, key: tuple[int, str], reason: str = "abort") -> Sequence | None:
@@ -191,7 +193,7 @@ class Scheduler:
         sequence.state = State.PREEMPTED
         sequence.num_preemptions += 1
         self.counters.preemptions += 1
-        insort(self._waiting, sequence, key=place_of)
+        self._waiting.join(sequence)
         self._draining.add(sequence.slot)
 
     def restart(self) -> list[Sequence]:
@@ -213,7 +215,7 @@ class Scheduler:
             if sequence.finish_reason:
                 sequence.state = State.FINISHED
         self._live = {key: sequence for key, sequence in self._live.items() if not sequence.finish_reason}
-        self._waiting = self.live
+        self._waiting = Waiting(self.live)
         self._running = Running(self.batch)
         self._draining.clear()
         self._starting = self.alone = None
@@ -228,7 +230,7 @@ class Scheduler:
         held = sorted([sequence.slot for sequence in running] + list(self._draining))
         require(held == np.flatnonzero(batch.epoch).tolist(), "slots are lost or held twice")
         require(len(held) + batch.num_free == self.max_num_seqs, "slots are lost")
-        for queue in (self._waiting, running):
+        for queue in (list(self._waiting), running):
             require(queue == sorted(queue, key=place_of), "a queue is out of order")
         require(self._live == {s.key: s for s in [*running, *self._waiting]}, "a sequence is lost")
         for sequence in self._waiting:
@@ -248,7 +250,7 @@ class Scheduler:
     def _continue(self, draft_tokens: DraftTokens | None) -> tuple[Columns, PrefillBudget]:
         """What the running sequences get, draft tokens too, and the prompt tokens left for others."""
         if draft_tokens is None and (plain := self._continue_all()) is not None:
-            return plain, self._prefill_budget(len(plain[0]))
+            return plain, self._prefill_budget(len(plain[0]), plain[0][:0])
         num_draft_tokens = None if draft_tokens is None else draft_tokens.of_slots(self.max_num_seqs)
         slots, counts, budget = self._wanted(num_draft_tokens)
         slots, counts = self._grow(slots, counts)
@@ -285,9 +287,8 @@ class Scheduler:
             slots = slots[growing]
         counts = batch.total[slots] - batch.computed[slots]
         prefills = np.flatnonzero(counts > 1)
-        budget = self._prefill_budget(
-            len(slots) - len(prefills) + (0 if num_draft_tokens is None else int(num_draft_tokens.sum()))
-        )
+        decodes = len(slots) - len(prefills) + (0 if num_draft_tokens is None else int(num_draft_tokens.sum()))
+        budget = self._prefill_budget(decodes, slots[prefills])
         for i in prefills.tolist():
             wanted = int(counts[i])
             counts[i] = tokens = budget.offer(wanted)
@@ -296,14 +297,26 @@ class Scheduler:
             counts += num_draft_tokens[slots]
         return (slots[counts > 0], counts[counts > 0], budget) if counts.min(initial=1) < 1 else (slots, counts, budget)
 
-    def _prefill_budget(self, decodes: int) -> PrefillBudget:
-        """Prompt tokens the step may take: what decodes leave, less where a chunk beside them would slow them."""
-        left, block_size = max(self.max_num_batched_tokens - decodes, 0), self.batch.block_size
-        if self.step_time is not None and decodes and self.enable_chunked_prefill:
-            beside = self.step_time.prefill_tokens_beside(decodes)
-            # A block at least: prompts always get on.
-            left = left if beside is None else min(left, max(beside, block_size))
-        return PrefillBudget(left, self.enable_chunked_prefill, block_size)
+    def _prefill_budget(self, decodes: int, prefills: np.ndarray) -> PrefillBudget:
+        """Prompt tokens the step may take: what decodes leave, less where a chunk beside them would slow them.
+
+        prefills: slots of prompts that run, in order.
+        """
+        batch, left = self.batch, max(self.max_num_batched_tokens - decodes, 0)
+        if (
+            self.chunk_limit is not None
+            and decodes
+            and self.enable_chunked_prefill
+            and (len(prefills) or self._waiting)
+        ):
+            backlog, depth = self._waiting.num_tokens, 0
+            if len(prefills):
+                depth = int(batch.computed[prefills[0]])
+                backlog += int((batch.total[prefills[1:]] - batch.computed[prefills[1:]]).sum())
+            else:
+                backlog -= self._waiting.first(1)[0].num_prompt
+            left = self.chunk_limit.prompt_tokens(left, decodes, depth=depth, backlog=backlog, least=batch.block_size)
+        return PrefillBudget(left, self.enable_chunked_prefill, batch.block_size)
 
     def _grow(self, slots: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Give running slots blocks for `counts` more tokens, preempting the last running ones until they suffice.
@@ -371,7 +384,7 @@ class Scheduler:
     def _next_in_line(self) -> list[Sequence]:
         """Those of the queue who may start in the next step, as far as it can get."""
         if self.alone is None:
-            return self._waiting[: self.batch.num_free + LOOK_PAST]
+            return self._waiting.first(self.batch.num_free + LOOK_PAST)
         return [] if self.alone.state is State.RUNNING else [self.alone]
 
     def _may_end(self, sequence: Sequence, budget: PrefillBudget) -> bool:
@@ -390,7 +403,7 @@ class Scheduler:
     def _start(self, sequence: Sequence, blocks: list[int], computed: int) -> int:
         """Move a sequence of the queue into a slot, with `computed` tokens in its blocks already -> the slot."""
         slot = self.batch.enter(sequence, blocks, computed)
-        self._waiting.remove(sequence)
+        self._waiting.leave(sequence)
         if sequence.state is State.WAITING:
             sequence.cached_tokens = computed
             if self.block_tables.pool.enable_caching and not sequence.skip_reading_prefix_cache:
@@ -410,7 +423,7 @@ class Scheduler:
         if sequence.state is State.RUNNING:
             self._leave_running(sequence)
         else:
-            self._waiting.remove(sequence)
+            self._waiting.leave(sequence)
         if sequence.slot >= 0:
             self._draining.discard(sequence.slot)
             self.batch.leave(sequence.slot)

@@ -139,6 +139,8 @@ def test_missing_file_is_named() -> None:
         ({"probe_port": "8000"}, ["probe_port=8000 is also port", "8001"]),
         ({"compile": "maybe"}, ["compile=maybe is none of true, false and required"]),
         ({"served_model_name": "a\nb"}, ["control characters"]),
+        ({"inter_token_target_ms": "0"}, ["inter_token_target_ms=0", "above 0", "auto and none work"]),
+        ({"inter_token_target_ms": "fast"}, ["inter_token_target_ms=fast is not a number", "auto and none work"]),
     ],
 )
 def test_refusals_name_the_key_and_a_value_that_works(overrides: dict[str, str], parts: list[str]) -> None:
@@ -227,6 +229,20 @@ def test_bad_speculation(overrides: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("word", ["none", "auto", "AUTO"])
 def test_unset_words(key: str, word: str) -> None:
     assert getattr(load_config("m", {key: word}).config, key) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "value"), [("auto", "auto"), ("AUTO", "auto"), ("none", "none"), ("20", 20.0), (7.5, 7.5)]
+)
+def test_targets_between_tokens(given: str | float, value: str | float) -> None:
+    assert load_config("m", {"inter_token_target_ms": given}).config.inter_token_target_ms == value
+    assert Config(model="m").inter_token_target_ms == "auto"
+
+
+def test_a_target_of_null_in_a_file_is_none(tmp_path: Path) -> None:
+    assert (
+        load_config(write(tmp_path, "model: m\ninter_token_target_ms: null\n")).config.inter_token_target_ms == "none"
+    )
 
 
 def test_relative_models_of_a_file_do_not_depend_on_the_working_folder(

@@ -105,6 +105,16 @@ def test_sampling_that_nobody_asked_for_is_the_models(llm: LLM) -> None:
     assert other.sampling_params() == SamplingParams()
 
 
+def test_steps_are_shaped_for_streams_and_so_not_offline(llm: LLM) -> None:
+    assert llm.engine.scheduler.chunk_limit is None
+    other = LLM(dataclasses.replace(llm.config, inter_token_target_ms=20.0), built=llm.built)
+    limit = other.engine.scheduler.chunk_limit
+    assert limit is not None and limit.target_ms == 20.0
+    says(other, "hello there, hello")
+    other.generate([[5]], SamplingParams(max_tokens=5))
+    assert limit.step_time.decode_ms(1), "the engine tells it how long steps take"
+
+
 @pytest.mark.parametrize("seed", [2**31, 2**63 - 1])
 def test_an_engine_of_any_seed_serves_requests_that_bring_none(llm: LLM, seed: int) -> None:
     other = LLM(dataclasses.replace(llm.config, seed=seed), built=llm.built)

@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.runtime.engine.metrics import Counts, EngineMetrics
+from pagegraph.runtime.scheduler.chunk_limit import ChunkCounts
 from pagegraph.runtime.scheduler.counters import Counters
 
 
@@ -118,6 +119,15 @@ def test_steps_are_counted_by_bucket() -> None:
     counts.launched(5, 8, graphed=True)
     counts.launched(3, 3, graphed=False)
     assert (counts.steps, counts.graphed, counts.tokens, counts.padding) == (2, 1, 8, 3)
+
+
+def test_what_limits_the_prompt_tokens_of_steps_is_shown() -> None:
+    metrics = EngineMetrics("m", 100)
+    metrics.counts = lambda: Counts(chunks=ChunkCounts(17.5, {"target": 4, "backlog": 2, "budget": 1}))
+    text = metrics.render().decode()
+    assert 'pagegraph:step_target_seconds{engine="0",model_name="m"} 0.0175' in text
+    for limit, count in (("target", 4.0), ("backlog", 2.0), ("budget", 1.0)):
+        assert f'pagegraph:chunked_steps_total{{engine="0",limit="{limit}",model_name="m"}} {count}' in text
 
 
 def test_graph_misses_are_counted_by_reason() -> None:

@@ -4,60 +4,91 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
-from pagegraph.runtime.scheduler.step_time import StepTime
+from pagegraph.runtime.scheduler.plan import Plan
+from pagegraph.runtime.scheduler.step_time import StepLoad, StepTime
+
+DEPTHS = (0.0, 5000.0, 20_000.0)
 
 
-def observed(sizes: list[int], fixed: float, per_token: float, target_ms: float = 30.0, noise: float = 0.0) -> StepTime:
-    step_time, chance = StepTime(target_ms), random.Random(0)
-    for tokens in sizes:
-        step_time.observe(tokens, fixed + per_token * tokens + chance.uniform(-noise, noise))
+def true_ms(load: StepLoad) -> float:
+    return 4.0 + 0.02 * load.decodes + load.prompt_tokens * (0.02 + 1e-6 * load.depth)
+
+
+def observed(loads: list[StepLoad], noise: float = 0.0) -> StepTime:
+    step_time, chance = StepTime(), random.Random(0)
+    for load in loads:
+        step_time.observe(load, true_ms(load) * (1 + chance.uniform(-noise, noise)))
     return step_time
 
 
+def all_kinds(times: int = 20) -> list[StepLoad]:
+    """Decodes alone, and beside prompts of several depths."""
+    chance = random.Random(1)
+    decodes = [chance.randint(1, 200) for _ in range(times)]
+    return [load for n in decodes for depth in DEPTHS for load in (StepLoad(n), StepLoad(n, 100 + 2 * n, depth))]
+
+
 def test_nothing_is_known_before_the_first_step() -> None:
-    assert StepTime(30.0).prefill_tokens_beside(4) is None and StepTime(30.0).step_ms(1) is None
+    assert StepTime().decode_ms(4) is None and StepTime().prompt_tokens_in(10.0, 0) == 0
 
 
-def test_finds_the_line() -> None:
-    step_time = observed([8, 100, 16, 300] * 10, fixed=10.0, per_token=0.05)
-    assert step_time.step_ms(200) == pytest.approx(20.0)
-    assert step_time.prefill_tokens_beside(8) == 400 - 8
+def test_prompts_alone_tell_nothing_of_decodes() -> None:
+    assert observed([StepLoad(0, 500)] * 5).decode_ms(4) is None
 
 
-def test_finds_the_line_through_noise() -> None:
-    step_time = observed([8, 100, 16, 600] * 30, fixed=10.0, per_token=0.05, noise=1.0)
-    assert step_time.prefill_tokens_beside(8) == pytest.approx(392, rel=0.1)
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_finds_both_lines(depth: float, noise: float) -> None:
+    step_time = observed(all_kinds(), noise)
+    assert step_time.decode_ms(100) == pytest.approx(6.0, rel=0.05)
+    assert step_time.step_ms(StepLoad(100, 300, depth)) == pytest.approx(true_ms(StepLoad(100, 300, depth)), rel=0.1)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_prompt_tokens_fill_the_time(depth: float) -> None:
+    tokens = observed(all_kinds()).prompt_tokens_in(6.0, int(depth))
+    assert tokens * (0.02 + 1e-6 * (depth + tokens / 2)) == pytest.approx(6.0, rel=0.1)
+
+
+def test_one_size_says_nothing_of_others_but_its_own_time() -> None:
+    step_time = observed([StepLoad(5)] * 9)
+    assert [step_time.decode_ms(5), step_time.decode_ms(200)] == pytest.approx([4.1, 4.1])
 
 
 def test_forgets_an_old_pace() -> None:
-    step_time = observed([8, 400] * 50, fixed=1.0, per_token=0.01)
-    for tokens in [8, 400] * 200:
-        step_time.observe(tokens, 10.0 + 0.05 * tokens)
-    assert step_time.step_ms(200) == pytest.approx(20.0, rel=0.05)
+    step_time = StepTime()
+    for pace in (5.0, 1.0):
+        for load in all_kinds(100):
+            step_time.observe(load, pace * true_ms(load))
+    assert step_time.step_ms(StepLoad(50, 300)) == pytest.approx(true_ms(StepLoad(50, 300)), rel=0.1)
 
 
-def test_a_target_below_the_fixed_cost_leaves_no_room() -> None:
-    assert observed([8, 100] * 20, fixed=40.0, per_token=0.05).prefill_tokens_beside(8) == 0
+def test_no_time_leaves_no_room() -> None:
+    step_time = observed(all_kinds())
+    assert step_time.prompt_tokens_in(0.0, 0) == step_time.prompt_tokens_in(-3.0, 0) == 0
 
 
-def test_flat_small_steps_do_not_promise_a_free_huge_one() -> None:
-    assert observed([7, 8, 9] * 20, fixed=20.0, per_token=0.0).prefill_tokens_beside(8) <= 2 * 9 - 8
+def test_prompts_that_cost_nothing_do_not_promise_a_free_huge_one() -> None:
+    step_time = StepTime()
+    for prompt_tokens in (0, 30) * 20:
+        step_time.observe(StepLoad(8, prompt_tokens), 10.0)
+    assert step_time.prompt_tokens_in(10.0, 0) == 60
 
 
-def test_room_grows_step_by_step_to_what_the_target_allows() -> None:
-    step_time = observed([8] * 300, fixed=20.0, per_token=0.01)
-    taken = []
-    for _ in range(12):
-        chunk = max(step_time.prefill_tokens_beside(8), 16)
-        taken.append(chunk)
-        step_time.observe(8 + chunk, 20.0 + 0.01 * (8 + chunk))
-    assert taken[-1] == pytest.approx(992, abs=2)
-    assert max(20.0 + 0.01 * (8 + chunk) for chunk in taken) < 30.5
+def test_one_pause_does_not_spoil_the_lines() -> None:
+    step_time = observed(all_kinds(100))
+    for load in (StepLoad(50), StepLoad(50, 300)):
+        step_time.observe(load, 20_000.0)
+        assert step_time.step_ms(load) == pytest.approx(true_ms(load), rel=0.2)
 
 
-def test_one_pause_does_not_spoil_the_line() -> None:
-    step_time = observed([8, 100, 16, 300] * 20, fixed=10.0, per_token=0.05)
-    step_time.observe(100, 20_000.0)
-    assert step_time.step_ms(200) == pytest.approx(20.0, rel=0.1)
+def test_the_load_of_a_plan() -> None:
+    def plan(starts: list[int], counts: list[int]) -> Plan:
+        column = np.arange(len(starts), dtype=np.int32)
+        return Plan(column, column, np.array(starts, np.int32), np.array(counts, np.int32), column > 0, [])
+
+    assert StepLoad.of(plan([7, 9], [1, 1])) == StepLoad(2)
+    assert StepLoad.of(plan([7, 0, 1000], [1, 300, 100])) == StepLoad(1, 400, (300 * 150 + 100 * 1050) / 400)
