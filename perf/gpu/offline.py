@@ -156,6 +156,7 @@ def config_of(args: argparse.Namespace, model: str, **changed: object) -> Config
     settings = dict(
         model=str(folder), load_format="dummy", dtype=str(MODELS[model]["dtype"]), device=args.device,
         max_model_len=8192, max_num_seqs=256, max_queue=100_000, enable_prefix_caching=False,
+        inter_token_target_ms="none",  # as `LLM` has it
         compile=not args.no_compile, quantization=args.quantization, kv_cache_memory=1 << 28 if args.device == "cpu" else None,
     )  # fmt: skip
     if args.tiny:

@@ -24,7 +24,7 @@ from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.pooling import pooler_of
 from pagegraph.runtime.sampling_params import model_defaults
 from pagegraph.runtime.scheduler.block_pool import BlockPool
-from pagegraph.runtime.scheduler.chunk_limit import ChunkLimit
+from pagegraph.runtime.scheduler.chunk_limit import LEAST_TOKENS, ChunkLimit
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.step_time import StepTime
 from pagegraph.runtime.spec_decode.device_drafter import DeviceDrafter
@@ -59,7 +59,7 @@ def engine_of(
         max_num_batched_tokens=config.batched_tokens(built.device.type),
         max_model_len=built.max_model_len,
         enable_chunked_prefill=config.enable_chunked_prefill,
-        chunk_limit=_chunk_limit(config),
+        chunk_limit=_chunk_limit(config, built.device.type),
         max_decode_tokens=config.max_decode_tokens,
     )
     sampling_defaults = model_defaults(built.generation_config) if config.generation_config == "auto" else {}
@@ -95,11 +95,13 @@ def engine_of(
     return engine, metrics
 
 
-def _chunk_limit(config: Config) -> ChunkLimit | None:
+def _chunk_limit(config: Config, device: str) -> ChunkLimit | None:
     target = config.inter_token_target_ms
     if target == "none":
         return None
-    return ChunkLimit(StepTime(), None if isinstance(target, str) else target)
+    if isinstance(target, str):
+        return ChunkLimit(StepTime(), least=max(LEAST_TOKENS[device], config.block_size))
+    return ChunkLimit(StepTime(), target, least=config.block_size)
 
 
 def _grammars(config: Config, built: BuiltModel, scheduler: Scheduler) -> Grammars:

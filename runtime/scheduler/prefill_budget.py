@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class PrefillBudget:
-    """`tokens` that are left; `split`: whether a prompt may be computed in parts; `least`: of a part, a block."""
+    """`tokens` that are left; `split`: whether a prompt may be computed in parts."""
 
     tokens: int
     split: bool
-    least: int
     long: int = -1  # slot of the first prompt that does not end in the step
     overtaken: int = 0  # tokens that it still wanted
     overtaking: bool = False  # whether one behind it is computed in parts too
@@ -31,7 +30,7 @@ class PrefillBudget:
             return 0
         if self.long < 0:
             return self.tokens - self.tokens // 2
-        if self.overtaking or 2 * wanted > self.overtaken or self.tokens < self.least:
+        if self.overtaking or 2 * wanted > self.overtaken:
             return 0
         return self.tokens
 

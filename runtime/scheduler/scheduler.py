@@ -17,7 +17,7 @@ from pagegraph.compiler.step.inputs import StepOutput
 from pagegraph.runtime.sampling_params import check_length
 from pagegraph.runtime.scheduler.block_pool import BlockPool, require
 from pagegraph.runtime.scheduler.block_tables import BlockTables
-from pagegraph.runtime.scheduler.chunk_limit import ChunkLimit
+from pagegraph.runtime.scheduler.chunk_limit import Backlog, ChunkLimit
 from pagegraph.runtime.scheduler.commit import StepResult, append
 from pagegraph.runtime.scheduler.counters import Counters
 from pagegraph.runtime.scheduler.draft_tokens import DraftTokens, as_queries
@@ -309,14 +309,13 @@ class Scheduler:
             and self.enable_chunked_prefill
             and (len(prefills) or self._waiting)
         ):
-            backlog, depth = self._waiting.num_tokens, 0
-            if len(prefills):
-                depth = int(batch.computed[prefills[0]])
-                backlog += int((batch.total[prefills[1:]] - batch.computed[prefills[1:]]).sum())
-            else:
-                backlog -= self._waiting.first(1)[0].num_prompt
-            left = self.chunk_limit.prompt_tokens(left, decodes, depth=depth, backlog=backlog, least=batch.block_size)
-        return PrefillBudget(left, self.enable_chunked_prefill, batch.block_size)
+            wanted = batch.total[prefills] - batch.computed[prefills]
+            first = int(wanted[0]) if len(prefills) else self._waiting.first(1)[0].num_prompt
+            depth = int(batch.computed[prefills[0]]) if len(prefills) else 0
+            tokens = int(wanted.sum()) + self._waiting.num_tokens - first
+            backlog = Backlog(len(prefills) + len(self._waiting) - 1, tokens)
+            left = self.chunk_limit.prompt_tokens(left, decodes, depth, backlog)
+        return PrefillBudget(left, self.enable_chunked_prefill)
 
     def _grow(self, slots: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Give running slots blocks for `counts` more tokens, preempting the last running ones until they suffice.

@@ -1,7 +1,7 @@
 """A scheduler on a simulated clock: steps take what a formula says, and nothing is computed.
 
-The formula is of a device that reads weights for a while whatever it computes and is bound by arithmetic beyond some
-hundred tokens, as a GPU is. Steps are launched one ahead of their results, as in the engine.
+The formula is of an 8B on an H200, as measured: it reads weights for a while whatever it computes, is bound by arithmetic
+beyond some hundred tokens, and pays for prompts in a step at all, more so deep in a long one. Steps are launched one ahead of their results, as in the engine.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def step_ms(plan: Plan) -> float:
     load = StepLoad.of(plan)
     decoding = plan.counts == 1
     linear = max(4.0 + 0.015 * plan.num_tokens, 0.0225 * plan.num_tokens)
-    return linear + 3e-5 * float(plan.starts[decoding].sum()) + 0.9e-6 * load.prompt_tokens * load.depth
+    prompts = 1.5 + 0.9e-6 * max(load.prompt_tokens, 140) * load.depth if load.prompt_tokens else 0.0
+    return linear + 3e-5 * float(plan.starts[decoding].sum()) + prompts
 
 
 def simulate(jobs: list[Job], limit: ChunkLimit | None, *, max_num_seqs: int = 256, budget: int = 8192) -> Outcome:
@@ -98,6 +99,6 @@ def sequence(index: int, job: Job) -> Sequence:
 
 def learnt(target_ms: float | None = None) -> ChunkLimit:
     """A limit that has seen some steps of a server."""
-    limit = ChunkLimit(StepTime(), target_ms)
+    limit = ChunkLimit(StepTime(), target_ms, least=256)
     simulate([Job(0, 300, 60)] * 8 + [Job(200, 1000, 60)] * 3, limit)
     return limit

@@ -51,7 +51,7 @@ def test_random_work_gives_every_sequence_its_own_tokens(
     global total_steps
     num_blocks = MAX_LEN // BLOCK + 1 + spare_blocks
     pool = BlockPool(num_blocks, BLOCK, caching)
-    limit = None if target_ms == "none" else ChunkLimit(StepTime(), target_ms)
+    limit = None if target_ms == "none" else ChunkLimit(StepTime(), target_ms, least=BLOCK)
     scheduler = Scheduler(
         pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_model_len=MAX_LEN, chunk_limit=limit
     )
