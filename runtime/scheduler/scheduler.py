@@ -26,6 +26,7 @@ from pagegraph.runtime.scheduler.plan import Columns, Plan, joined
 from pagegraph.runtime.scheduler.prefill_budget import PrefillBudget
 from pagegraph.runtime.scheduler.running import Running
 from pagegraph.runtime.scheduler.sequence import Sequence, State, place_of
+from pagegraph.runtime.scheduler.sizes import check_sizes
 from pagegraph.runtime.scheduler.waiting import Waiting
 
 LOOK_AHEAD = 8  # decode steps for which a sequence takes blocks at once, while there are plenty
@@ -53,7 +54,7 @@ class Scheduler:
         """`chunk_limit`: of prompts beside decodes; None: there is none. `max_decode_tokens`: sequences and draft tokens in
         one step; None: `max_num_seqs`.
         """
-        _check_sizes(pool, max_num_seqs, max_num_batched_tokens, max_model_len, enable_chunked_prefill)
+        check_sizes(pool, max_num_seqs, max_num_batched_tokens, max_model_len, enable_chunked_prefill)
         self.max_num_seqs = max_num_seqs
         self.max_decode_tokens = max_decode_tokens or max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -432,25 +433,3 @@ class Scheduler:
     def _leave_running(self, sequence: Sequence) -> None:
         self._running.leave(sequence)
         self.block_tables.release(sequence)
-
-
-def _check_sizes(
-    pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, enable_chunked_prefill: bool
-) -> None:
-    """Raise ValueError for sizes under which some sequence could never run."""
-    capacity = pool.capacity
-    if max_model_len > capacity:
-        raise ValueError(
-            f"max_model_len {max_model_len} exceeds the KV cache of {pool.num_blocks - 1} blocks x {pool.block_size} "
-            f"tokens = {capacity}; set max_model_len to at most {capacity} or raise num_blocks or kv_cache_memory"
-        )
-    if max_num_seqs > max_num_batched_tokens:
-        raise ValueError(
-            f"max_num_seqs {max_num_seqs} exceeds max_num_batched_tokens {max_num_batched_tokens}: a step could not "
-            f"hold one token of each; set max_num_seqs to at most {max_num_batched_tokens}"
-        )
-    if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
-        raise ValueError(
-            f"max_num_batched_tokens {max_num_batched_tokens} is below max_model_len {max_model_len} with "
-            f"enable_chunked_prefill off; set it to at least {max_model_len}, or turn chunked prefill on"
-        )
