@@ -8,9 +8,11 @@ asked for. Keywords that nobody defined say nothing, as JSON Schema has it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
+from urllib.parse import unquote
 
 MAX_DEPTH = 64  # schemas within schemas
 MAX_SCHEMAS = 4096  # in all, the properties' included
@@ -19,57 +21,46 @@ MAX_OPTIONAL = 450  # properties of one object that are not required: all of the
 MAX_REPEAT = 4096  # of minItems, maxItems, minProperties and maxProperties, which are counted out in the grammar
 MAX_LENGTH = 1 << 20  # of minLength and maxLength
 
-NEXT = 1e-6  # numbers closer to an exclusive bound do not come
-MAX_EXACT = 1e8  # of such a bound
 MAX_WHOLE = 2**53  # up to which a float64 has every whole number
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 # Keywords whose value is a schema, a list of schemas, an object of schemas.
-_ONE = ("items", "additionalItems", "additionalProperties")
+_ONE = ("items", "additionalItems", "additionalProperties", "unevaluatedItems", "unevaluatedProperties")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
-_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-_COUNTS = {
+NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+COUNTS = {
     "minLength": MAX_LENGTH, "maxLength": MAX_LENGTH, "minItems": MAX_REPEAT, "maxItems": MAX_REPEAT,
     "minProperties": MAX_REPEAT, "maxProperties": MAX_REPEAT,
 }  # fmt: skip
 # Beside these an anyOf, oneOf or $ref holds by itself.
 _ALONE = {
-    "anyOf",
-    "oneOf",
-    "$ref",
-    "$defs",
-    "definitions",
-    "title",
-    "description",
-    "$schema",
-    "$id",
-    "$comment",
-    "default",
-}
+    "anyOf", "oneOf", "$ref", "$defs", "definitions", "title", "description", "$schema", "$id", "$comment", "default",
+}  # fmt: skip
 # Keywords that narrow what is valid and are not enforced.
 UNSUPPORTED = (
     "not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames",
     "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
-    "$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy", "contentSchema", "x-guidance",
+    "$dynamicRef", "$recursiveRef", "$dynamicAnchor", "$recursiveAnchor", "extends", "disallow", "divisibleBy",
+    "contentSchema", "x-guidance",
 )  # fmt: skip
-
-
-_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
-_DATE = {"pattern": f"^(?:{_LEAP_YEAR}-02-29|[0-9]{{4}}-(?:0[13-9]|1[0-2]|02-(?:[01]|2[0-8])))"}
-# What llguidance leaves out of a format: the days of February, and how long the whole may be.
-_BESIDE_FORMAT = {
-    "date": _DATE, "date-time": _DATE, "hostname": {"maxLength": 253},
-    "email": {"maxLength": 254},
+# Values of them that narrow nothing, besides null.
+_SAY_NOTHING: dict[str, tuple[Any, ...]] = {
+    "uniqueItems": (False,), "not": (False,), "propertyNames": (True, {}, {"type": "string"}),
+    "unevaluatedItems": (True, {}), "unevaluatedProperties": (True, {}), "$recursiveAnchor": (False,),
 }  # fmt: skip
+# What the first says of whatever no other keyword has spoken of, the second says too where no other schema speaks.
+PLAIN = {"unevaluatedProperties": "additionalProperties", "unevaluatedItems": "items"}
+_NOWHERE = object()
 
 
 class SchemaProblem(ValueError):
     """A schema that cannot be served; the message begins with the place."""
 
     def __init__(self, path: str, problem: str) -> None:
-        shown = path if len(path) <= 120 else f"{path[:60]}...{path[-60:]}"
+        shown = re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\u{ord(found[0]):04x}", path)
+        shown = shown if len(shown) <= 120 else f"{shown[:60]}...{shown[-60:]}"
         super().__init__(f"at {shown or 'the top'}: {problem}")
         self.path = path
 
@@ -77,6 +68,7 @@ class SchemaProblem(ValueError):
 def check_schema(schema: Any) -> None:
     """Raises SchemaProblem at the first place that cannot be served."""
     seen, num_values = 0, 0
+    names = _Names()
     by_pattern: list[str] = []  # places of patternProperties
     merged = False  # whether schemas hold together that may both have some
     for path, depth, one in subschemas(schema):
@@ -95,41 +87,44 @@ def check_schema(schema: Any) -> None:
             raise SchemaProblem(f"{path}/enum", f"the enums hold more than {MAX_ENUM} values in all")
         if "patternProperties" in one:
             by_pattern.append(f"{path}/patternProperties")
-        merged |= "allOf" in one or ("$ref" in one or "anyOf" in one or "oneOf" in one) and not one.keys() <= _ALONE
+        merged |= is_merged(one)
+        names.see(path, one)
+    names.check(schema)
     # A pattern whose schema turns out to be unsatisfiable in both would be left out, and its keys taken for others.
     if len(by_pattern) > 1 and merged:
         problem = "several patternProperties are not supported beside allOf, or keywords beside anyOf, oneOf or $ref"
         raise SchemaProblem(by_pattern[1], problem)
 
 
-def made_exact(schema: Any) -> Any:
-    """The schema, changed so that llguidance takes all that it says: days of months, lengths of names, bounds.
+def is_merged(schema: dict[str, Any]) -> bool:
+    """Whether it holds together with others in it."""
+    return "allOf" in schema or bool(schema.keys() & {"$ref", "anyOf", "oneOf"}) and not schema.keys() <= _ALONE
 
-    An exclusive whole bound is taken for an inclusive one where the other bound is a fraction beside it, maybe in a
-    schema that it is merged with: it becomes the inclusive bound next to it. Raises SchemaProblem where that is too large.
+
+def says_nothing(key: str, value: Any) -> bool:
+    """Whether one of `UNSUPPORTED` narrows nothing with this value."""
+    return value is None or any(
+        value is one or type(value) is dict and value == one for one in _SAY_NOTHING.get(key, ())
+    )
+
+
+def subschemas(schema: Any) -> Iterator[tuple[str, int, Any]]:
+    """(JSON pointer, depth, schema) of a schema and of all within it, each before what it holds.
+
+    At the end what else is referred to: it may stand below a key that nobody defined.
     """
-    held = [(path, one) for path, _, one in subschemas(schema) if isinstance(one, dict)]
-    fractions = any(isinstance(one.get(key), float) and one[key] % 1 for _, one in held for key in _NUMBERS[:4])
-    for path, one in held:
-        if more := _BESIDE_FORMAT.get(str(one.get("format"))):
-            one["allOf"] = [*one.get("allOf", ()), dict(more)]
-        for key, inclusive, step in (("exclusiveMinimum", "minimum", NEXT), ("exclusiveMaximum", "maximum", -NEXT)):
-            if fractions and key in one and one[key] % 1 == 0:
-                if abs(one[key]) >= MAX_EXACT:
-                    raise SchemaProblem(f"{path}/{key}", f"{MAX_EXACT:g} and more is not supported beside fractions")
-                beside = {inclusive: round(one.pop(key) + step, 9)}
-                one["allOf"] = [*one.get("allOf", ()), beside]
-    return schema
-
-
-def subschemas(schema: Any, path: str = "") -> Iterator[tuple[str, int, Any]]:
-    """(JSON pointer, depth, schema) of a schema and of all within it, each before what it holds."""
-    waiting = [(path, 0, schema)]
+    waiting, walked, pointers = [("", 0, schema)], set(), set()
     while waiting:
         path, depth, one = waiting.pop()
         yield path, depth, one
+        walked.add(path)
         if isinstance(one, dict):
             waiting += reversed([(below, depth + 1, held) for below, held in children(one, path)])
+            if isinstance(ref := one.get("$ref"), str) and ref.startswith("#/"):
+                pointers.add(unquote(ref[1:]))
+        if not waiting:
+            found = [(pointer, 0, _at(schema, pointer)) for pointer in sorted(pointers - walked)]
+            waiting = [one for one in found if one[2] is not _NOWHERE]
 
 
 def children(schema: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
@@ -137,21 +132,21 @@ def children(schema: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
     for key, value in schema.items():
         if key in _MAPS and isinstance(value, dict):
             for name, held in value.items():
-                yield f"{path}/{key}/{_escaped(name)}", held
+                yield f"{path}/{key}/{escaped(name)}", held
         elif key in (*_LISTS, "items") and isinstance(value, list):
             for index, held in enumerate(value):
                 yield f"{path}/{key}/{index}", held
-        elif key in _ONE:
+        elif key in _ONE and not (key in PLAIN and value is None):
             yield f"{path}/{key}", value
 
 
 def _check_keywords(path: str, schema: dict[str, Any]) -> None:
     for key, value in schema.items():
-        at = f"{path}/{_escaped(key)}"
-        if key in UNSUPPORTED and value is not None and value is not False:
+        at = f"{path}/{escaped(key)}"
+        if key in UNSUPPORTED and not says_nothing(key, value) and not _is_plain(key, schema):
             raise SchemaProblem(path, f"the keyword {key} is not supported; leave it out")
-        if key in _COUNTS:
-            _check_count(at, value, _COUNTS[key])
+        if key in COUNTS:
+            _check_count(at, value, COUNTS[key])
         elif key in _LISTS or key == "required" or key == "enum":
             if not isinstance(value, list):
                 raise SchemaProblem(at, f"must be a list; got {_kind(value)}")
@@ -159,10 +154,10 @@ def _check_keywords(path: str, schema: dict[str, Any]) -> None:
                 _check_values(at, value)
         elif key == "patternProperties" and isinstance(value, dict) and False in value.values():
             name = next(name for name, held in value.items() if held is False)
-            raise SchemaProblem(f"{at}/{_escaped(name)}", "false is not supported; leave it out")
+            raise SchemaProblem(f"{at}/{escaped(name)}", "false is not supported; leave it out")
         elif key in _MAPS and not isinstance(value, dict):
             raise SchemaProblem(at, f"must be an object of schemas; got {_kind(value)}")
-        elif key in _NUMBERS:
+        elif key in NUMBERS:
             _check_bound(at, key, value)
         elif key == "const":
             _check_values(at, value)
@@ -182,8 +177,55 @@ def _check_keywords(path: str, schema: dict[str, Any]) -> None:
             raise SchemaProblem(f"{path}/required", f"must hold names of properties; got {_kind(name)}")
     if (name := schema.get("format")) is not None and name not in FORMATS:
         raise SchemaProblem(f"{path}/format", f"is not supported; give one of {', '.join(FORMATS)}, or a pattern")
-    if (ref := schema.get("$ref")) is not None and "://" in ref:
-        raise SchemaProblem(f"{path}/$ref", "must stay within the schema, for example #/$defs/name")
+
+
+def _is_plain(key: str, schema: dict[str, Any]) -> bool:
+    """Whether it speaks of what its own schema's keywords leave, as the key of `PLAIN` does."""
+    beside = schema.keys() & {"allOf", "anyOf", "oneOf", "$ref"}
+    return key in PLAIN and not beside and not isinstance(schema.get("items"), list)
+
+
+class _Names:
+    """What a schema's references name, and what has such names."""
+
+    def __init__(self) -> None:
+        self._refs: dict[str, str] = {}  # by path
+        self._ids: set[str] = set()  # paths below the top
+        self._anchors: set[str] = set()
+
+    def see(self, path: str, schema: dict[str, Any]) -> None:
+        if "$ref" in schema:
+            self._refs[path] = schema["$ref"]
+        if path and isinstance(name := schema.get("$id"), str) and not name.startswith("#"):
+            self._ids.add(path)
+        if isinstance(name := schema.get("$anchor"), str):
+            self._anchors.add(name)
+
+    def check(self, whole: dict[str, Any]) -> None:
+        """Raises SchemaProblem where a reference leaves the schema or names nothing in it."""
+        for path, ref in self._refs.items():
+            at, name = f"{path}/$ref", unquote(ref[1:])
+            if not ref.startswith("#"):
+                raise SchemaProblem(at, "must stay within the schema, for example #/$defs/name")
+            parts = path.split("/")
+            if any("/".join(parts[:count]) in self._ids for count in range(2, len(parts) + 1)):
+                raise SchemaProblem(at, "is not supported below an $id of its own; leave the $id out")
+            known = _at(whole, name) is not _NOWHERE if name.startswith("/") else not name or name in self._anchors
+            if not known:
+                raise SchemaProblem(at, f"names {ref[:80]}, which is nowhere in the schema")
+
+
+def _at(whole: Any, pointer: str) -> Any:
+    """What a JSON pointer names; `_NOWHERE` if nothing."""
+    for part in pointer.split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(whole, dict) and name in whole:
+            whole = whole[name]
+        elif isinstance(whole, list) and name.isascii() and name.isdigit() and int(name[:9]) < len(whole):
+            whole = whole[int(name[:9])]
+        else:
+            return _NOWHERE
+    return whole
 
 
 def _check_type(path: str, value: Any) -> None:
@@ -235,5 +277,5 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")

@@ -16,7 +16,8 @@ import msgspec
 
 from pagegraph.runtime import gbnf
 from pagegraph.runtime.bad_parameter import BadParameter, shown
-from pagegraph.runtime.json_schema import SchemaProblem, check_schema, children, made_exact, subschemas
+from pagegraph.runtime.exact_schema import made_exact
+from pagegraph.runtime.json_schema import SchemaProblem, check_schema, children, escaped, subschemas
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
@@ -71,7 +72,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
         return self._given()[0]
 
     def _given(self) -> list[str]:
-        return [name for name in KINDS if getattr(self, name) not in (None, False)]
+        return [name for name in KINDS if getattr(self, name) is not (False if name == "json_object" else None)]
 
 
 def field_of(name: str) -> str:
@@ -94,10 +95,7 @@ def rule_body(structured: StructuredOutputs) -> str:
         if len(structured.choice) > MAX_ALTERNATIVES:
             return _regex_literal("|".join(map(re.escape, structured.choice)))
         return " | ".join(map(lark_string, structured.choice))
-    schema = structured.json if structured.json is not None else '{"type":"object"}'
-    assert isinstance(schema, str)
-    if '"format"' in schema or '"exclusiveM' in schema:
-        schema = json.dumps(made_exact(json.loads(schema)), ensure_ascii=False)
+    schema = {"type": "object"} if structured.json is None else made_exact(_checked_schema(structured.json))
     return f"%json {_with_options(schema, structured.disable_any_whitespace)}"
 
 
@@ -134,9 +132,21 @@ def limits() -> LLParserLimits:
 
 def _check_json(structured: StructuredOutputs) -> None:
     """Raises SchemaProblem, and BadParameter where it is not even JSON."""
-    assert isinstance(structured.json, str)
+    schema = _checked_schema(structured.json)
+    definitions = _definitions(schema)
+    for path, _, one in list(subschemas(schema)):
+        for name in one.get("patternProperties", ()) if isinstance(one, dict) else ():
+            # Alone as well: one that nothing satisfies would be left out, and its keys taken for others.
+            if problem := _problem_alone(one["patternProperties"][name], definitions):
+                raise SchemaProblem(f"{path}/patternProperties/{escaped(name)}", problem)
+    if problem := _problem(grammar_text(structured)):
+        raise SchemaProblem(*_located(schema, problem))
+
+
+def _checked_schema(text: Any) -> dict[str, Any]:
+    """A schema of JSON that a grammar can be made of. Raises SchemaProblem, BadParameter."""
     try:
-        schema = json.loads(structured.json, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        schema = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except RecursionError:
         raise BadParameter(field_of("json"), "is nested too deeply") from None
     except ValueError as error:
@@ -144,14 +154,7 @@ def _check_json(structured: StructuredOutputs) -> None:
     if not isinstance(schema, dict):
         raise BadParameter(field_of("json"), 'must be an object, for example {"type": "object"}')
     check_schema(schema)
-    definitions = _definitions(schema)
-    for path, _, one in list(subschemas(schema)):
-        for name in one.get("patternProperties", ()) if isinstance(one, dict) else ():
-            # Alone as well: one that nothing satisfies would be left out, and its keys taken for others.
-            if problem := _problem_alone(one["patternProperties"][name], definitions):
-                raise SchemaProblem(f"{path}/patternProperties/{name}", problem)
-    if problem := _problem(grammar_text(structured)):
-        raise SchemaProblem(*_located(schema, problem))
+    return schema
 
 
 def _located(schema: dict[str, Any], problem: str) -> tuple[str, str]:
@@ -164,7 +167,9 @@ def _located(schema: dict[str, Any], problem: str) -> tuple[str, str]:
             continue
         tries += 1
         if found := _problem_alone(held, definitions):
-            path, problem, waiting = below, found, list(children(held, below))
+            path, problem, waiting, schema = below, found, list(children(held, below)), held
+    if problem.startswith("invalid regex") and "pattern" in schema:
+        path = f"{path}/pattern"
     return path, problem
 
 
@@ -172,7 +177,10 @@ def _problem_alone(schema: Any, definitions: dict[str, Any]) -> str:
     """What is wrong with a part of a schema; empty if nothing is."""
     if not isinstance(schema, dict):
         return ""
-    alone = json.dumps({**definitions, **schema}, ensure_ascii=False)
+    try:
+        alone = made_exact(json.loads(json.dumps({**definitions, **schema})))
+    except SchemaProblem as error:
+        return str(error)
     return _problem(f"start: %json {_with_options(alone, False)}\n")
 
 
@@ -200,6 +208,8 @@ def in_words(message: str) -> str:
         )
     if first.startswith("lexer error"):
         return "its regexes are too large; have fewer or smaller repetitions in them"
+    if "regexes // and" in first:  # of `exact_schema`'s own making
+        return "patternProperties are not supported in a schema that holds together with others, as those of allOf do"
     if "oneOf" in first:
         return "oneOf is served only where its options exclude each other, by type or const; give anyOf"
     if regex_error:
@@ -256,11 +266,10 @@ def _check_encodable(name: str, text: str) -> None:
         raise BadParameter(field_of(name), "holds half a surrogate pair, which is no character") from None
 
 
-def _with_options(schema: str, compact: bool) -> str:
-    """A schema, JSON of an object, with how its text may be spaced."""
+def _with_options(schema: dict[str, Any], compact: bool) -> str:
+    """A schema as JSON, with how its text may be spaced."""
     options = {"whitespace_flexible": False} if compact else {"whitespace_pattern": WHITESPACE}
-    rest = schema.strip()[1:].lstrip()
-    return f'{{"x-guidance":{json.dumps(options)}{"" if rest.startswith("}") else ","}{rest}'
+    return json.dumps({"x-guidance": options, **schema}, ensure_ascii=False, separators=(",", ":"))
 
 
 def _regex_literal(regex: str) -> str:

@@ -58,6 +58,24 @@ def test_random_walks_are_valid_json(vocabulary: LLTokenizer, seed: int) -> None
         ({"type": "array", "prefixItems": [{"type": "integer"}], "items": False}, [[1], []], [[1, 2], ["a"]]),
         ({"type": "object", "patternProperties": {"^a": {"type": "integer"}}, "additionalProperties": False}, [{"ab": 1}], [{"b": 1}, {"a": "x"}]),
         ({"format": "date"}, [5, "2024-01-01"], ["x"]),
+        ({"format": "time"}, ["23:59:59Z"], ["22:59:60Z", "23:58:60Z"]),
+        ({"format": "date-time"}, ["1998-12-31T23:58:59Z"], ["1998-12-31T23:58:60Z", "1998-12-31T22:59:60Z"]),
+        ({"type": "string", "pattern": r"^\S$"}, ["a", "\x01", "–"], ["\ufeff", "\u2003", " "]),
+        ({"type": "string", "pattern": r"^[\s,]$"}, ["\ufeff", ","], ["\x85", "x"]),
+        ({"type": "string", "pattern": "^.$"}, ["a"], ["\r", "\u2028"]),
+        ({"type": "string", "pattern": "^[^a&&b]$"}, ["c"], ["a", "&"]),
+        ({"type": "string", "pattern": "^[[:al]$"}, ["[", "a"], ["b"]),
+        ({"type": "string", "pattern": "^[+--]$"}, ["+", ",", "-"], [".", "*"]),
+        ({"patternProperties": {r"^\S+$": {"type": "null"}}}, [{"a": None}], [{"a": 1}, {"\ufeff": 1}]),
+        ({"allOf": [{"items": [{"type": "integer"}, {"type": "string"}]}], "items": [{"type": "integer"}],
+          "additionalItems": {"type": "boolean"}}, [[1]], [[1, "a"], [1, True]]),
+        ({"minItems": 1.0, "maxItems": 2.0, "type": "array"}, [[1], [1, 2]], [[], [1, 2, 3]]),
+        ({"properties": {"a": {"type": "null"}}, "unevaluatedProperties": False}, [{"a": None}], [{"b": 1}, {"a": 1}]),
+        ({"prefixItems": [{"type": "null"}], "unevaluatedItems": {"type": "integer"}}, [[None, 1]], [[None, "a"], [1]]),
+        ({"uniqueItems": False, "propertyNames": {"type": "string"}, "type": "array"}, [[1, 1]], [{}]),
+        ({"$ref": "#/x/y", "x": {"y": {"type": "string", "pattern": r"^\S$"}}}, ["a"], ["\ufeff", 1]),
+        ({"$id": "urn:x:y", "$ref": "#/$defs/a", "$defs": {"a": {"type": "null"}}}, [None], [1]),
+        ({"patternProperties": {"^x": {"type": "null"}}, "required": ["a"]}, [{"a": 1, "x": None}], [{"x": None}, {"a": 1, "x": 1}]),
     ],
 )  # fmt: skip
 def test_only_what_a_schema_allows(vocabulary: LLTokenizer, schema: dict, good: list[Any], bad: list[Any]) -> None:
@@ -66,6 +84,23 @@ def test_only_what_a_schema_allows(vocabulary: LLTokenizer, schema: dict, good: 
         assert takes(matcher, json.dumps(one, ensure_ascii=False)), one
     for one in bad:
         assert not takes(matcher, json.dumps(one, ensure_ascii=False)), one
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {"type": "null"}, "é": {"type": "null"}, "😀": {"type": "null"}}},
+        {"patternProperties": {"^[aé😀]": {"type": "null"}}},
+        {"additionalProperties": {"type": "integer"}, "properties": {"a": {"type": "null"}}, "required": ["é", "😀"]},
+        {"allOf": [{"properties": {"a": {"type": "null"}}}, {"properties": {"é": {"type": "null"}}}], "required": ["😀"]},
+        {"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"a": False, "é": False, "😀": False}}}},
+    ],
+)  # fmt: skip
+def test_a_key_has_one_spelling(vocabulary: LLTokenizer, schema: dict) -> None:
+    """Else one that has a schema could come as one that has none."""
+    matcher = compiled(vocabulary, schema)
+    for key in (r"\u0061", r"\u00e9", r"\u00E9", r"\ud83d\ude00", r"b\u0061"):
+        assert not takes(matcher, f'{{"{key}": "x"}}'), key
 
 
 @pytest.mark.parametrize(
@@ -81,8 +116,21 @@ def test_only_what_a_schema_allows(vocabulary: LLTokenizer, schema: dict, good: 
         ({"properties": {"a": {"contains": {}}}}, "at /properties/a: the keyword contains"),
         ({"if": {}, "then": {}}, "the keyword if"),
         ({"dependentRequired": {}}, "the keyword dependentRequired"),
-        ({"propertyNames": {}}, "the keyword propertyNames"),
-        ({"unevaluatedProperties": {"type": "null"}}, "the keyword unevaluatedProperties"),
+        ({"propertyNames": {"maxLength": 3}}, "the keyword propertyNames"),
+        ({"unevaluatedProperties": False, "allOf": [{}]}, "the keyword unevaluatedProperties"),
+        ({"items": [{}], "unevaluatedItems": False}, "the keyword unevaluatedItems"),
+        ({"properties": {"a": {"contains": False}}}, "at /properties/a: the keyword contains"),
+        ({"$ref": "other.json"}, "at /\\$ref: must stay within"),
+        ({"$ref": "#no", "$anchor": "yes"}, "at /\\$ref: names #no, which is nowhere"),
+        ({"allOf": [{"$id": "http://x.org/", "$ref": "#/allOf/0"}]}, "at /allOf/0/\\$ref: is not supported below an \\$id"),
+        ({"$ref": "#/x", "x": {"not": {}}}, "at /x: the keyword not"),
+        ({"items": {"pattern": "[]a]"}}, "at /items/pattern: has a class that begins with ]"),
+        ({"items": {"patternProperties": {"(": {}}}}, "at /items: .*unclosed group"),
+        ({"patternProperties": {"[&]": {}, r"[\&]": {}}}, "at /patternProperties: has two names of one meaning"),
+        ({"properties": {"a\nb": {}}}, r"at /properties/a\\u000ab: has control characters"),
+        ({"prefixItems": [{}], "items": [{}], "allOf": [{}]}, "at /items: must be a schema beside prefixItems"),
+        ({"allOf": [{"properties": {"a": {}}}, {"patternProperties": {"^b": {"type": "null"}}}]},
+         "patternProperties are not supported in a schema that holds together"),
     ],
 )  # fmt: skip
 def test_what_would_be_taken_too_widely_is_refused_by_name(vocabulary: LLTokenizer, schema: dict, words: str) -> None:
