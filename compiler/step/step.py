@@ -44,7 +44,8 @@ class Ticket:
 
     def sample(self) -> None:
         """Sample by the masks."""
-        assert self._sample is not None, "the step has no masked rows"
+        if self._sample is None:
+            raise RuntimeError("a step without masked rows was asked to sample by its masks")
         self._result = self._sample()
 
     def wait(self) -> StepOutput:
@@ -95,7 +96,8 @@ class CompiledStep:
         """
         if step.sampling.masked is None:
             return Ticket(self.runner.launch(step, num_steps))
-        assert num_steps == 1, "steps in a row sample without masks"
+        if num_steps != 1:
+            raise ValueError("steps in a row sample without masks")
         return Ticket(None, *self.runner.launch_masked(step))
 
     def compiled_forward(self, warm: list[StepInput], progress: bool = False) -> Callable[..., Forwarded]:

@@ -161,8 +161,9 @@ class Engine:
 
     @property
     def stalled_s(self) -> float:
-        """Seconds since anything moved; 0 where nothing has to."""
-        return 0.0 if self.idle else self.clock() - self._moved
+        """Seconds since anything moved, in the loop or at a grammar; 0 where nothing has to."""
+        moved = 0.0 if self.idle else self.clock() - self._moved
+        return moved if self.grammars is None else max(moved, self.grammars.stalled_s)
 
     def _launch(self, plan: Plan, done: float | None) -> InFlight:
         """`done`: when the results came that this step waited for, if it did."""

@@ -48,6 +48,11 @@ class Grammars:
         """Sequences that wait for their grammar."""
         return sum(len(group.submits) for group in self._compiling)
 
+    @property
+    def stalled_s(self) -> float:
+        """For how long a thread has been at one grammar; compiling is bounded, so a long time means that it hangs."""
+        return self._compiler.running_s
+
     def compile(self, client: bytes, submits: list[Submit], tell_admitted: bool) -> None:
         """Start compiling what a group asks for; `take_done` has it when that is done."""
         wanted = [submit.params.structured_outputs for submit in submits]

@@ -9,6 +9,7 @@ grammar of many sequences is compiled several times, for as many threads as comp
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -65,6 +66,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._idle_time_used = False
         self._kept: OrderedDict[bytes, _Copies] = OrderedDict()
+        self._begun: dict[int, float] = {}  # by thread: since when it compiles
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grammar")
 
     def compile(self, structured: StructuredOutputs) -> Future[Grammar]:
@@ -85,6 +87,11 @@ class GrammarCompiler:
     def forget(self, grammar: Grammar) -> None:
         """One that ran out of its limits: who begins now would find them used up."""
         self._kept.pop(grammar.key, None)
+
+    @property
+    def running_s(self) -> float:
+        """For how long the longest of the compilations that run has run; 0 if none does."""
+        return max((time.monotonic() - begun for begun in tuple(self._begun.values())), default=0.0)
 
     def use_idle_time(self) -> bool:
         """Load the vocabulary, unless it is -> whether that was to be done."""
@@ -114,10 +121,15 @@ class GrammarCompiler:
         """Raises BadParameter. The first mask is computed here too: it is the dearest, and may be beyond the limits."""
         from llguidance import LLMatcher
 
-        text = grammar_text(structured)
-        matcher = LLMatcher(self.vocabulary(), text, log_level=0, limits=limits())
-        if not matcher.is_error():
-            matcher.compute_bitmask()
+        vocabulary, thread = self.vocabulary(), threading.get_ident()
+        self._begun[thread] = time.monotonic()
+        try:
+            text = grammar_text(structured)
+            matcher = LLMatcher(vocabulary, text, log_level=0, limits=limits())
+            if not matcher.is_error():
+                matcher.compute_bitmask()
+        finally:
+            del self._begun[thread]
         if matcher.is_error():
             problem = f"cannot be served: {in_words(matcher.get_error())}"
             raise BadParameter(field_of(structured.kind), problem)

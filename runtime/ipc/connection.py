@@ -150,8 +150,7 @@ class Connection:
             _log.exception("the connection to the engine failed")
         finally:
             dealer.disable_monitor()
-            dealer.close(linger=0)
-            context.term()
+            context.destroy(linger=0)  # the monitor's socket too, which an exception's frames may hold
             self._wake_send.close()
             self._wake_receive.close()
             self._fail_all("the connection to the engine is closed")

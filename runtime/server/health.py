@@ -32,6 +32,7 @@ class Health:
 PATHS = {"/health": "ready", "/health/live": "live", "/health/ready": "ready", "/ping": "ready"}
 RETRY_AFTER_S = 1  # for whoever was refused now
 UNREADY_S = 30.0
+OVERDUE_S = 5.0  # beyond the limit, within which silence should have been noticed
 
 READY = Health("ready", live=True, ready=True)
 LOADING = Health("loading", live=True, ready=False)
@@ -44,11 +45,14 @@ STALLED = Health("stalled", live=False, ready=False)  # it answers, has work, an
 def engine_health(engine: EngineClient, limit_s: float, wait_s: float = 0.0) -> Health:
     """What the engine's newest facts mean: it is live for `limit_s` without progress, and ready for UNREADY_S.
 
-    `engine` counts silence up to the limit itself; `wait_s`: for the first facts of a new connection.
+    `engine` counts silence up to the limit itself, unless the thread that does so hangs; `wait_s`: for the first facts of
+    a new connection.
     """
     try:
         info = engine.info(wait_s)
     except EngineDead:
+        return NO_ENGINE
+    if engine.silent_s > limit_s + OVERDUE_S:
         return NO_ENGINE
     if info.stalled_s > limit_s:
         return STALLED

@@ -15,6 +15,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from pagegraph.runtime.engine.metrics import EngineMetrics
+from pagegraph.runtime.ipc.connection import Connection
 from pagegraph.runtime.server import health
 from pagegraph.web.app import create_app
 
@@ -89,6 +90,35 @@ def test_a_silent_engine_is_not_live(make_app: Callable[..., Flask], fake_engine
     assert http.get("/health/live").status_code == 200
     fake_engine.silent = True
     _wait_while_200(http, "/health/live", 10)
+
+
+@pytest.mark.parametrize("where", ["_receive", "_take"])
+def test_a_thread_to_the_engine_that_hangs_is_seen(
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """It counts the engine's silence, and cannot count its own."""
+    monkeypatch.setattr(health, "OVERDUE_S", 0.2)
+    http, go_on, real = make_app(silence_s=1.5).test_client(), threading.Event(), getattr(Connection, where)
+    assert http.get("/health/live").status_code == 200
+    monkeypatch.setattr(Connection, where, lambda self, *args: (go_on.wait(30), real(self, *args)))
+    try:
+        _wait_while_200(http, "/health/live", 10)
+        assert http.get("/health").json == {"status": "no engine"}
+    finally:
+        go_on.set()
+    deadline = time.monotonic() + 10
+    while http.get("/health").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_thread_to_the_engine_that_ends_is_replaced(make_app: Callable[..., Flask], fake_engine) -> None:
+    http = make_app().test_client()
+    assert http.get("/health").status_code == 200
+    connection = http.application.extensions["pagegraph"].engine._connection
+    connection._take = lambda message: 1 / 0
+    connection._thread.join(10)
+    assert not connection.running and http.get("/health").status_code == 200
 
 
 def _wait_while_200(http: FlaskClient, path: str, seconds: float) -> None:

@@ -23,6 +23,7 @@ import msgspec
 _log = logging.getLogger(__name__)
 
 MAX_AGE_S = 24 * 3600.0
+_MAX_CLOSED = 10_000  # closed or deleted ones whose ids are remembered, for whoever still makes one of them
 _COMPRESSION = 1  # of 9: the fastest
 _BUSY_S = 5.0  # that another process may hold the file
 _TABLES = """
@@ -116,8 +117,10 @@ class ResponseStore:
         """Forget a response; whether it was there."""
         with self._lock, self._database:
             self._database.execute("BEGIN IMMEDIATE")
-            self._close(id)
-            return self._forget("id = ?", id) > 0
+            was_there = self._forget("id = ?", id) > 0
+            if was_there:
+                self._close(id)
+            return was_there
 
     def close(self) -> None:
         """Nothing may be asked after it."""
@@ -157,6 +160,10 @@ class ResponseStore:
     def _close(self, id: str) -> None:
         """Inside a transaction."""
         self._database.execute("INSERT OR REPLACE INTO closed VALUES (?, ?)", (id, self._clock()))
+        (excess,) = self._database.execute("SELECT COUNT(*) - ? FROM closed", (_MAX_CLOSED,)).fetchone()
+        if excess > 0:
+            oldest = "SELECT id FROM closed ORDER BY created LIMIT ?"
+            self._database.execute(f"DELETE FROM closed WHERE id IN ({oldest})", (excess,))
 
     def _make_room(self, now: float) -> None:
         """Inside a transaction: forget what is too old, then the oldest until the rest fits."""

@@ -189,6 +189,25 @@ def test_sequences_that_wait_for_their_grammar_count_as_waiting(monkeypatch: pyt
     assert [harness.ended[name] for name in "abc"] == ["stop"] * 3
 
 
+def test_a_grammar_that_hangs_while_it_is_compiled_is_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However well others go on: those that wait for it, and for its thread, would wait for ever."""
+    harness, go_on, hangs = with_grammars(), threading.Event(), threading.Event()
+    real = compiling.grammar_text
+    monkeypatch.setattr(compiling, "grammar_text", lambda one: (hangs.set(), go_on.wait(20), real(one))[2])
+    harness.mailbox.put(submit("hangs", "abc"))
+    harness.turn()
+    assert hangs.wait(10)
+    now = time.monotonic()
+    monkeypatch.setattr(compiling.time, "monotonic", lambda: now + 100.0)
+    harness.mailbox.put(submit("plain"))
+    while "plain" not in harness.ended:
+        harness.turn()
+    assert harness.engine.stalled_s >= 99
+    go_on.set()
+    harness.run()
+    assert text(harness.tokens["hangs"]) == "abc" and harness.engine.stalled_s == 0
+
+
 def test_equal_grammars_are_compiled_once_and_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     real = compiling.grammar_text

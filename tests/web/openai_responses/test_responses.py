@@ -227,6 +227,30 @@ def test_what_is_not_stored_is_not_found(make_app: Callable[..., Flask]) -> None
     assert off.post("/v1/responses", json={"input": "a", "background": True}).status_code == 400
 
 
+def test_a_full_store_refuses_nothing_and_forgets_the_oldest(make_app: Callable[..., Flask]) -> None:
+    http = make_app(response_store_bytes=20_000).test_client()
+    texts = [os.urandom(4).hex() for _ in range(60)]
+    bodies = [create(http, input=texts[0])]
+    for text in texts[1:]:
+        bodies.append(create(http, input=text, previous_response_id=bodies[-1]["id"] if len(bodies) % 4 else None))
+    assert all(body["store"] for body in bodies)
+    found = [http.get(f"/v1/responses/{body['id']}") for body in bodies]
+    codes = [answer.status_code for answer in found]
+    kept = codes.count(200)
+    assert 5 < kept < 55 and codes == [404] * (60 - kept) + [200] * kept  # the newest
+    assert [answer.json for answer in found[60 - kept :]] == bodies[60 - kept :]
+    gone = bodies[0]["id"]
+    answer = http.post("/v1/responses", json={"input": "a", "previous_response_id": gone})
+    assert (answer.status_code, answer.json["error"]["code"]) == (400, "previous_response_not_found")
+    answer = http.post(
+        "/v1/responses", json={"input": [{"type": "item_reference", "id": bodies[0]["output"][0]["id"]}]}
+    )
+    assert (answer.status_code, answer.json["error"]["param"]) == (400, "input[0].id")
+    assert stream(http, previous_response_id=bodies[-1]["id"])[-1]["type"] == "response.completed"
+    done = wait_for(http, create(http, background=True)["id"], "completed")
+    assert done["store"] and threads_are_back(http)
+
+
 def test_input_items_in_pages(http: FlaskClient) -> None:
     id = create(http, input=HISTORY)["id"]
     path = f"/v1/responses/{id}/input_items"

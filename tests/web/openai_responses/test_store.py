@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pagegraph.web.openai_responses import store as store_module
 from pagegraph.web.openai_responses.store import MAX_AGE_S, ResponseStore, Stored
 
 
@@ -59,8 +60,10 @@ def test_the_oldest_go_when_it_is_full(path: Path) -> None:
 def test_what_is_too_old_goes(path: Path) -> None:
     now = [1000.0]
     store = ResponseStore(path, 1 << 20, clock=lambda: now[0])
-    store.put(response(1))
+    store.put(response(0))
     store.delete("resp_0")
+    store.put(response(1))
+    assert store.is_closed("resp_0")
     now[0] += MAX_AGE_S + 1
     assert store.get("resp_1") is None and store.item("msg_1") is None
     store.put(response(2))
@@ -76,8 +79,27 @@ def test_a_closed_response_is_not_replaced(path: Path) -> None:
     assert not store.is_closed("resp_1")
     assert store.close_with(cancelled) and store.is_closed("resp_1")
     assert not store.put(response(1, "late")) and store.get("resp_1") == cancelled
+    store.put(response(2))
     store.delete("resp_2")
     assert not store.put(response(2)) and store.get("resp_2") is None
+
+
+def test_what_is_remembered_of_deleted_ones_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_MAX_CLOSED", 5)
+    store = ResponseStore(path, 1 << 20)
+    for number in range(20):
+        assert not store.delete(f"nobody's {number}" * 1000) and not store.is_closed(f"nobody's {number}" * 1000)
+        store.put(response(number))
+        assert store.delete(f"resp_{number}") and store.is_closed(f"resp_{number}")
+    (count,) = store._database.execute("SELECT COUNT(*) FROM closed").fetchone()
+    assert count == 5
+
+
+def test_the_file_does_not_grow_with_what_went_through(path: Path) -> None:
+    store = ResponseStore(path, 200_000)
+    for number in range(600):
+        assert store.put(response(number, noise(40_000)))
+    assert sum(file.stat().st_size for file in path.parent.iterdir()) < 8_000_000  # of 12 MB, and sqlite's own log
 
 
 def test_only_its_owner_may_read_it(path: Path) -> None:
