@@ -208,7 +208,7 @@ class LLM:
         self.engine.turn()
         for message in self._mailbox.take():
             match message:
-                case Failed(_, _, text):
+                case Failed(message=text):
                     self._drain()
                     raise RequestFailed(text)
                 case Tokens():

@@ -9,6 +9,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 
+from pagegraph.runtime.ipc.client import RequestFailed
 from pagegraph.runtime.sampling_params import BadParameter
 from pagegraph.web.errors import ApiError, as_api_error
 from pagegraph.web.schema import GenerationRequest
@@ -30,7 +31,7 @@ def renaming(names: Names) -> Iterator[None]:
     """Errors raised inside are raised as `renamed`."""
     try:
         yield
-    except (ApiError, BadParameter) as error:
+    except (ApiError, BadParameter, RequestFailed) as error:
         raise renamed(error, names) from None
 
 

@@ -66,7 +66,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, BadParameter):
         return ApiError(400, str(error), param=error.field, code=error.code)
     if isinstance(error, RequestFailed):
-        return ApiError(error.status, error.message)
+        code = "invalid_value" if error.status == 400 and error.field else None
+        return ApiError(error.status, error.message, param=error.field or None, code=code)
     if isinstance(error, EngineDead):
         return ApiError(503, _ENGINE_DOWN, code="engine_dead")
     if isinstance(error, HTTPException):

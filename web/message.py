@@ -104,10 +104,17 @@ def held(chat: Chat, checked: GenerationRequest, prompt_ids: Sequence[int]) -> S
             continued=_continued(checked),
         )
     except BadParameter as error:  # its field is the grammar's, of which the request knows nothing
-        raise BadParameter("tools", f"make a grammar that {error.problem}") from None
+        raise BadParameter(form_field(checked), f"would need a grammar that {error.problem}") from None
     if structured is params.structured_outputs:
         return params
     return msgspec.structs.replace(params, structured_outputs=structured)
+
+
+def form_field(checked: GenerationRequest) -> str:
+    """The field that asks for the form of the answer: where there is none of its own, it is that of the tools' calls."""
+    if checked.params.structured_outputs is not None:
+        return checked.form_field
+    return "functions" if checked.tools.legacy else "tools"
 
 
 def message_of(chat: Chat, checked: GenerationRequest, prompt_ids: Sequence[int]) -> Message:

@@ -18,7 +18,7 @@ from pagegraph.web.chat_fields import read_chat_fields
 from pagegraph.web.errors import ApiError, as_api_error
 from pagegraph.web.fields import Fields, is_id, mapping, refuse
 from pagegraph.web.messages import read_messages
-from pagegraph.web.structured import read_structured
+from pagegraph.web.structured import Form, read_structured
 from pagegraph.web.tools import Tools
 
 MAX_PROMPTS = 1024
@@ -58,6 +58,7 @@ class GenerationRequest:
     max_tokens: int | None  # None: chat, fill the context; 0: the prompt alone comes back
     max_tokens_is_default: bool
     params: SamplingParams
+    form_field: str  # that asks for `params.structured_outputs`
     shows_logprobs: bool
     prompt_logprobs: int | None  # as vLLM shows them; `params` has what else they are needed for
     stop: list[str]
@@ -181,6 +182,7 @@ def _request(
     if limit is None:
         own: Any = sampling_defaults.get("max_tokens")
         limit = min((one for one in (default_max_tokens, own) if one is not None), default=None)
+    form = read_structured(fields)
     request = GenerationRequest(
         model=fields.text("model"),
         prompts=prompts,
@@ -198,10 +200,12 @@ def _request(
             fields,
             vocab_size,
             sampling_defaults,
+            form,
             max_tokens=limit or None,
             logprobs=0 if logprobs is None and best_of > n else logprobs,
             prompt_logprobs=max((one for one in (prompt_logprobs, echoed) if one is not None), default=None),
         ),
+        form_field=form.field,
         shows_logprobs=logprobs is not None,
         prompt_logprobs=prompt_logprobs,
         stop=check_stop(fields.take("stop")),
@@ -246,15 +250,13 @@ def _counts(fields: Fields, num_prompts: int, ranks: bool) -> tuple[int, int]:
 
 
 def _sampling(
-    fields: Fields, vocab_size: int, defaults: Mapping[str, int | float], **own: int | None
+    fields: Fields, vocab_size: int, defaults: Mapping[str, int | float], form: Form, **own: int | None
 ) -> SamplingParams:
     """What the request gives, over the model's defaults, over our own; `own` fields are read already."""
     given = {name: value for name in _SAMPLED if (value := fields.take(name)) is not None}
     if (bias := fields.take("logit_bias")) is not None:
         given["logit_bias"] = _logit_bias(bias, vocab_size)
-    if (structured := read_structured(fields)) is not None:
-        given["structured_outputs"] = structured
-    params = SamplingParams(**{**defaults, **given, **own})
+    params = SamplingParams(**{**defaults, **given, **own, "structured_outputs": form.structured})
     params.check_vocabulary(vocab_size)
     return params
 

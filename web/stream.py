@@ -5,12 +5,13 @@ Knows keep-alive and a client that left. Knows no OpenAI shapes.
 
 from __future__ import annotations
 
+import re
 import select
 import socket
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -23,6 +24,7 @@ from pagegraph.web.errors import ApiError, as_api_error
 _PEEK_S = 0.2  # five times a second and thread: 300 that wait take 5 % of a CPU
 _MAX_PIECES_A_WRITE = 64
 _PEEK_FLAGS = socket.MSG_PEEK | socket.MSG_DONTWAIT
+T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -55,12 +57,16 @@ class NoTokens:
 
 @dataclass(slots=True)
 class Generation:
-    """All sequences of one request while they run. `close` aborts what is left and must be called."""
+    """All sequences of one request while they run. `close` aborts what is left and must be called.
+
+    `fields`: what the user calls fields that the engine may find at fault.
+    """
 
     group: Group | NoTokens
     outputs: list[TextOutput]
     client_gone: Callable[[], bool]
     on_close: Callable[[], None]
+    fields: Mapping[str, str] = field(default_factory=dict)
     _peeked: float = field(default_factory=time.monotonic)
     _closed: bool = False
 
@@ -69,7 +75,7 @@ class Generation:
 
         No token can come sooner. Raises ClientGone, RequestFailed or EngineDead.
         """
-        while not self.group.wait_admitted(_PEEK_S):
+        while not self._named(self.group.wait_admitted, _PEEK_S):
             self._peek()
 
     def batches(self, keep_alive_s: float) -> Iterator[list[tuple[int, Piece]]]:
@@ -95,12 +101,23 @@ class Generation:
 
     def _waiting_pieces(self) -> list[tuple[int, Piece]]:
         pieces = []
-        item = self.group.get(_PEEK_S)
+        item = self._named(self.group.get, _PEEK_S)
         while item is not None:
             pieces.append((item[0], self._piece(*item)))
             more = self.group.num_open and len(pieces) < _MAX_PIECES_A_WRITE
-            item = self.group.get(0) if more else None
+            item = self._named(self.group.get, 0) if more else None
         return pieces
+
+    def _named(self, ask: Callable[[float], T], timeout: float) -> T:
+        """What `ask` gives; what it raises in the user's words."""
+        try:
+            return ask(timeout)
+        except RequestFailed as error:
+            first = error.field.partition(".")[0]
+            if (own := self.fields.get(first)) is None:
+                raise
+            message = re.sub(rf"(?<![\w.]){first}(\.\w+)?(?!\w)", lambda _: own, error.message)
+            raise RequestFailed(error.index, error.status, message, own) from None
 
     def _piece(self, index: int, delta: TokenDelta) -> Piece:
         if delta.finish_reason in ("abort", "error"):

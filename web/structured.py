@@ -36,6 +36,13 @@ _ASK_NOTHING: dict[str, tuple[Any, ...]] = {
 }
 
 
+class Form(NamedTuple):
+    """What form an answer has, None for free text, and the field that asks for it."""
+
+    structured: StructuredOutputs | None = None
+    field: str = "structured_outputs"
+
+
 class _Asked(NamedTuple):
     """What one field asks, and where in it a kind is written."""
 
@@ -44,12 +51,12 @@ class _Asked(NamedTuple):
     name: Callable[[str], str]  # of a kind
 
 
-def read_structured(fields: Fields) -> StructuredOutputs | None:
-    """The form that the request asks for, checked; None for free text. Raises BadParameter naming the place."""
+def read_structured(fields: Fields) -> Form:
+    """The form that the request asks for, checked. Raises BadParameter naming the place."""
     asked = [_response_format(fields), _structured_outputs(fields), *(_plain(fields, name) for name in PLAIN)]
     found = [one for one in asked if one is not None]
     if not found:
-        return None
+        return Form()
     if len(found) > 1:
         refuse(found[1].field, f"beside {found[0].field} would ask for two forms at once; give one of them")
     (one,) = found
@@ -59,7 +66,7 @@ def read_structured(fields: Fields) -> StructuredOutputs | None:
     except BadParameter as error:
         _, _, kind = error.field.partition(".")
         raise BadParameter(one.name(kind) if kind else one.field, error.problem) from None
-    return structured
+    return Form(structured, one.name(structured.kind))
 
 
 def _plain(fields: Fields, name: str) -> _Asked | None:

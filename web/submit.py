@@ -20,7 +20,7 @@ from pagegraph.runtime.text.output import TextOutput
 from pagegraph.runtime.text.tokenizer import ChatTemplateError, Tokenizer
 from pagegraph.web.errors import ApiError
 from pagegraph.web.fields import refuse
-from pagegraph.web.message import held
+from pagegraph.web.message import form_field, held
 from pagegraph.web.prompt_logprobs import check_size
 from pagegraph.web.schema import GenerationRequest, parse_body
 from pagegraph.web.service import Service
@@ -111,6 +111,7 @@ def submit(
     Closing the generation calls `release`. Raises BadParameter where the answer would be too large.
     """
     check_size(checked, prompts)
+    names = {"structured_outputs": form_field(checked), "prompt": _prompt_field(checked)}
     each, times = [ids for ids in prompts for _ in range(checked.best_of)], checked.best_of
     if checked.messages:
         checked = replace(checked, params=held(service.chat, checked, prompts[0]))
@@ -124,7 +125,7 @@ def submit(
         TextOutput(service.tokenizer, ids, one, checked.stop, checked.include_stop, checked.skip_special_tokens, kept)
         for ids, one in zip(each, params, strict=True)
     ]
-    return Generation(group, outputs, client_probe(request.environ), release)
+    return Generation(group, outputs, client_probe(request.environ), release, names)
 
 
 def no_unicode() -> ApiError:

@@ -274,16 +274,18 @@ class Engine:
         key: tuple[int, str],
         status: int = 500,
         reason: str = "a step of the model failed for this request; the log says why",
+        field: str = "",
     ) -> None:
         """End a sequence because of an exception that is its own."""
         if sequence := self.scheduler.abort(key, "error"):
             self.stats.ended(sequence, self.clock())
-            self.mailbox.send(self._clients[sequence.owner], Failed(sequence.request_id, status, reason))
+            failed = Failed(sequence.request_id, status, reason, field=field)
+            self.mailbox.send(self._clients[sequence.owner], failed)
 
     def _refuse_all(self, refused: list[Refused]) -> None:
         """End sequences that their grammars do not let go on."""
         for sequence, status, reason in refused:
-            self._fail(sequence.key, status, reason)
+            self._fail(sequence.key, status, reason, "structured_outputs")
 
     def _accept(self, client: bytes, message: ToEngine) -> None:
         match message:
@@ -311,7 +313,8 @@ class Engine:
         if all(submit.params.structured_outputs is None for submit in submits):
             self._admit(client, submits, tell_admitted)
         elif self.grammars is None:
-            self._refuse(client, submits, 0, 400, "structured_outputs is not served by this engine; leave it out")
+            name = "structured_outputs"
+            self._refuse(client, submits, 0, 400, f"{name} is not served by this engine; leave it out", name)
         elif not self._queue_is_full(client, submits):
             self.grammars.compile(client, submits, tell_admitted)
 
@@ -353,20 +356,22 @@ class Engine:
                 added.append(sequence)
             return True
         except ValueError as error:
-            status, reason = 400, str(error)
+            status, reason, field = 400, str(error), getattr(error, "field", "")
         except Exception:
             log.exception("a submitted sequence could not be added")
-            status, reason = 500, "the request could not be added"
+            status, reason, field = 500, "the request could not be added", ""
         bad = len(added)
         for sequence in added:
             self.scheduler.abort(sequence.key)
-        self._refuse(client, submits, bad, status, reason)
+        self._refuse(client, submits, bad, status, reason, field)
         return False
 
-    def _refuse(self, client: bytes, submits: list[Submit], which: int, status: int, reason: str) -> None:
+    def _refuse(
+        self, client: bytes, submits: list[Submit], which: int, status: int, reason: str, field: str = ""
+    ) -> None:
         """None of them runs, because of the one at `which`."""
         ids = [submit.request_id for submit in submits]
-        self.mailbox.send(client, Failed(ids.pop(which), status, reason, ids))
+        self.mailbox.send(client, Failed(ids.pop(which), status, reason, ids, field))
 
     def _sequence(self, client: bytes, message: Submit, prompt: np.ndarray) -> Sequence:
         self._num_submitted += 1

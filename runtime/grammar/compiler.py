@@ -21,6 +21,7 @@ import msgspec
 from pagegraph.runtime.bad_parameter import BadParameter
 from pagegraph.runtime.grammar.long_numbers import LongNumbers
 from pagegraph.runtime.grammar.workers import NUM_THREADS
+from pagegraph.runtime.json_schema import SchemaProblem
 from pagegraph.runtime.structured_output import StructuredOutputs, field_of, grammar_text, in_words, limits
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ class GrammarCompiler:
             matcher = LLMatcher(vocabulary, text, log_level=0, limits=limits())
             if not matcher.is_error():
                 matcher.compute_bitmask()
+        except SchemaProblem as error:
+            raise BadParameter(field_of("json"), f"cannot be served: {error}") from None
         finally:
             del self._begun[thread]
         if matcher.is_error():

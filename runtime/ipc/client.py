@@ -65,7 +65,7 @@ class Group:
                 self._open.discard(index)
                 if content.others:
                     self._open.clear()
-                raise RequestFailed(index, content.status, content.message)
+                raise RequestFailed(index, content.status, content.message, content.field)
             if content.finish_reason:
                 self._open.discard(index)
             return index, content

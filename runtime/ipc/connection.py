@@ -43,10 +43,11 @@ class EngineDead(Exception):
 
 
 class RequestFailed(Exception):
-    """One sequence cannot run: `index` in its group, HTTP `status`, and a message for the user."""
+    """One sequence cannot run: `index` in its group, HTTP `status`, a message for the user, the field at fault."""
 
-    def __init__(self, index: int, status: int, message: str) -> None:
+    def __init__(self, index: int, status: int, message: str, field: str = "") -> None:
         super().__init__(message)
+        self.field = field
         self.index = index
         self.status = status
         self.message = message

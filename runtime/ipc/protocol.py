@@ -166,13 +166,15 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """A sequence that cannot run: `status` is the HTTP status (400, 500 or 503), `message` is for the user.
 
-    `others` are those of its group, where it was the group that was refused: none of them runs.
+    `others` are those of its group, where it was the group that was refused: none of them runs. `field`: of SamplingParams,
+    or what else of the request is at fault, as the message has it; empty if no one is.
     """
 
     request_id: str
     status: int
     message: str
     others: list[str] = []
+    field: str = ""
 
 
 class Admitted(msgspec.Struct, frozen=True, tag="admitted"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
+from pagegraph.runtime.ipc.protocol import Failed, TokenDelta
 from pagegraph.runtime.text.tokenizer import Tokenizer
 
 SURFACES = {
@@ -287,3 +289,63 @@ def test_a_bad_schema_is_named_as_the_surface_calls_it(tools: FlaskClient) -> No
     ):  # fmt: skip
         answer = tools.post(path, json=SURFACES[path] | fields)
         assert answer.status_code == 400 and answer.json["error"]["message"].startswith(field), answer.json
+
+
+FORM = {"/v1/chat/completions": "response_format.json_schema.schema", "/v1/responses": "text.format.schema",
+        "/v1/messages": "output_config.format.schema"}  # fmt: skip
+ASKED = [
+    *((path, FORMATS[path], FORM[path]) for path in SURFACES),
+    *((path, {"tools": TOOLS[path], "tool_choice": CHOICES[path]["required"]}, "tools") for path in SURFACES),
+    *((path, {name: value}, field)
+      for path in (*SURFACES, "/v1/completions")
+      for name, value, field in (("grammar", 'root ::= "a"', "grammar"), ("guided_regex", "a", "guided_regex"),
+                                 ("json_schema", {}, "json_schema"),
+                                 ("structured_outputs", {"choice": ["a"]}, "structured_outputs.choice"))),
+    ("/v1/completions", FORMATS["/v1/chat/completions"], FORM["/v1/chat/completions"]),
+    ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, "response_format"),
+    ("/v1/responses", {"text": {"format": {"type": "json_object"}}}, "text.format"),
+    ("/v1/chat/completions", {"functions": [TOOL], "function_call": {"name": "f"}}, "functions"),
+    ("/v1/chat/completions", FORMATS["/v1/chat/completions"] | {"tools": TOOLS["/v1/chat/completions"]},
+     FORM["/v1/chat/completions"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("path", "fields", "field"), ASKED)
+def test_what_the_engine_finds_is_named_as_the_surface_calls_it(
+    tools: FlaskClient, fake_engine, path: str, fields: dict[str, Any], field: str, late: bool
+) -> None:
+    """Before the first token, or at one, of an answer or of a stream; the engine knows of structured_outputs alone."""
+    problem = "cannot be served on: its tokens take too long" if late else "cannot be served: it is too large"
+    words = "structured_outputs" if late else "structured_outputs.grammar"
+    failed = Failed("", 400, f"{words} {problem}", field=words)
+    before = [TokenDelta("", [10])] if late else []
+    fake_engine.script = lambda submit: [
+        msgspec.structs.replace(one, request_id=submit.request_id) for one in [*before, failed]
+    ]
+    asked = SURFACES.get(path, {"prompt": "hello"}) | fields
+    answer = tools.post(path, json=asked)
+    assert answer.status_code == 400, answer.json
+    _names(answer.json["error"], field, problem)
+    data = tools.post(path, json=asked | {"stream": True}).data.decode()
+    events = [json.loads(line.removeprefix("data: ")) for line in data.split("\n") if '"error' in line and "{" in line]
+    errors = [event["response"]["error"] if "response" in event else event.get("error", event) for event in events]
+    _names(errors[-1], field, problem)
+
+
+def _names(error: dict[str, Any], field: str, problem: str) -> None:
+    assert error["message"] == f"{field} {problem}"
+    assert error.get("param", field) == field  # Anthropic's shape has none
+
+
+def test_what_the_engine_finds_of_a_background_response_is_named(tools: FlaskClient, fake_engine) -> None:
+    fake_engine.script = lambda s: [
+        TokenDelta(s.request_id, [10]),
+        Failed(s.request_id, 500, "structured_outputs failed for this request", field="structured_outputs"),
+    ]
+    id = tools.post("/v1/responses", json={"input": "a", "background": True} | FORMATS["/v1/responses"]).json["id"]
+    deadline = time.monotonic() + 10
+    while (body := tools.get(f"/v1/responses/{id}").json)["status"] == "in_progress":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert body["error"]["message"] == "text.format.schema failed for this request"

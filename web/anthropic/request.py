@@ -12,7 +12,7 @@ from typing import Any
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.sampling_params import RANGES, shown
 from pagegraph.web.anthropic.errors import THREAD_UNSUPPORTED
-from pagegraph.web.as_chat import EXTENSIONS, Names, renaming
+from pagegraph.web.as_chat import EXTENSIONS, Names, own_name, renaming
 from pagegraph.web.errors import ApiError
 from pagegraph.web.fields import Fields, mapping, refuse
 from pagegraph.web.messages import MAX_MESSAGES
@@ -75,7 +75,8 @@ def parse_messages(body: dict[str, Any], info: EngineInfo, counts: bool = False)
     with renaming(NAMES):
         checked = parse_chat(chat, info.vocab_size, info.sampling_defaults)
     # The most, not so many: an answer that fills the context ends there, and says so.
-    return replace(checked, max_tokens_is_default=True, ignored=[*own, *checked.ignored])
+    form_field = own_name(checked.form_field, NAMES)
+    return replace(checked, form_field=form_field, max_tokens_is_default=True, ignored=[*own, *checked.ignored])
 
 
 def _stop_sequences(fields: Fields) -> Any:

@@ -13,7 +13,7 @@ import msgspec
 
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.sampling_params import RANGES, Range, shown
-from pagegraph.web.as_chat import EXTENSIONS, Names, renaming
+from pagegraph.web.as_chat import EXTENSIONS, Names, own_name, renaming
 from pagegraph.web.errors import ApiError
 from pagegraph.web.fields import Fields, mapping, refuse
 from pagegraph.web.openai_responses.items import Item, messages_of, read_items
@@ -96,7 +96,8 @@ def parse_responses(body: dict[str, Any], info: EngineInfo, store: ResponseStore
         checked = parse_chat(chat, info.vocab_size, info.sampling_defaults)
     echo |= {"temperature": checked.params.temperature, "top_p": checked.params.top_p, "background": background}
     _check_writable(echo)
-    checked = replace(checked, ignored=[*own, *checked.ignored])
+    form_field = own_name(checked.form_field, NAMES)
+    checked = replace(checked, form_field=form_field, ignored=[*own, *checked.ignored])
     return ResponsesRequest(chat=checked, input=items, before=before, echo=echo, store=keeps, background=background)
 
 

@@ -151,6 +151,15 @@ def test_a_bad_grammar_refuses_its_group_before_it_is_admitted() -> None:
     harness.run()
     assert harness.ended == {"0": "400", "1": "400", "other": "stop"} and len(harness.failures) == 1
     assert harness.failures[0].request_id == "1" and "unknown special token" in harness.failures[0].message
+    assert harness.failures[0].field == "structured_outputs.grammar"
+    harness.mailbox.put(Submit(request_id="raw", token_ids=[1], params=SamplingParams(structured_outputs=unchecked())))
+    harness.run()
+    assert harness.failures[1].status == 400 and harness.failures[1].field == "structured_outputs.json"
+    assert harness.failures[1].message.endswith("at /items: the keyword not is not supported; leave it out")
+
+
+def unchecked() -> StructuredOutputs:
+    return StructuredOutputs(json={"items": {"not": {}}})
 
 
 def test_an_engine_without_grammars_refuses_them() -> None:
@@ -308,7 +317,7 @@ def test_a_grammar_that_runs_out_of_its_limits_ends_its_request() -> None:
     assert isinstance(one.grammar.matcher, LLMatcher) and one.grammar.matcher.is_error()
     harness.run()
     assert harness.ended["one"] in ("400", "500") and harness.ended["two"] == "length"
-    assert isinstance(harness.failures[0], Failed)
+    assert isinstance(harness.failures[0], Failed) and harness.failures[0].field == "structured_outputs"
 
 
 def submit_grammar(name: str, grammar: str, **params: object) -> Submit:
