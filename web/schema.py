@@ -6,16 +6,15 @@ Knows the fields that completions and chat completions accept; all others are `f
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import Any, NoReturn
+from typing import Any
 
 from pagegraph.runtime.sampling_params import RANGES, BadParameter, Range, SamplingParams, check_ids, check_stop, shown
 from pagegraph.web.chat_fields import read_chat_fields
-from pagegraph.web.errors import ApiError, as_api_error
+from pagegraph.web.errors import as_api_error
 from pagegraph.web.fields import Fields, is_id, mapping, refuse
 from pagegraph.web.messages import read_messages
 from pagegraph.web.structured import Form, read_structured
@@ -76,22 +75,6 @@ class GenerationRequest:
     priority: int
     cache_salt: str
     ignored: list[str]  # fields without effect here, and those that are not known
-
-
-def parse_body(data: bytes) -> dict[str, Any]:
-    """Bytes of a body to a JSON object; raises ApiError 400 on anything else."""
-    try:
-        body = json.loads(data, parse_constant=_no_constant)
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
-    except ValueError as error:
-        if "integer string conversion" in str(error):
-            raise ApiError(400, "the body holds a number of thousands of digits") from None
-        detail = f": {error.msg} at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ApiError(400, f"the body is not JSON{detail}") from None
-    if not isinstance(body, dict):
-        raise ApiError(400, 'the body must be a JSON object, for example {"model": "...", "prompt": "Hello"}')
-    return body
 
 
 def _answered(parse: Callable[..., GenerationRequest]) -> Callable[..., GenerationRequest]:
@@ -333,7 +316,3 @@ def _stream_options(fields: Fields, stream: bool) -> dict[str, Any]:
     if served["continuous_usage_stats"] and not served["include_usage"]:
         refuse("stream_options.continuous_usage_stats", "needs include_usage: true beside it")
     return {**options, **served}
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")

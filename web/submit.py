@@ -20,9 +20,10 @@ from pagegraph.runtime.text.output import TextOutput
 from pagegraph.runtime.text.tokenizer import ChatTemplateError, Tokenizer
 from pagegraph.web.errors import ApiError
 from pagegraph.web.fields import refuse
+from pagegraph.web.json_body import parse_body
 from pagegraph.web.message import form_field, held
 from pagegraph.web.prompt_logprobs import check_size
-from pagegraph.web.schema import GenerationRequest, parse_body
+from pagegraph.web.schema import GenerationRequest
 from pagegraph.web.service import Service
 from pagegraph.web.stream import Generation, NoTokens, client_probe
 

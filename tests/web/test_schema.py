@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from pagegraph.runtime.sampling_params import SamplingParams
 from pagegraph.web.errors import ApiError
 from pagegraph.web.fields import UNSERVED
+from pagegraph.web.json_body import parse_body
 from pagegraph.web.messages import MESSAGE_FIELDS
-from pagegraph.web.schema import parse_body, parse_chat, parse_completion
+from pagegraph.web.schema import parse_chat, parse_completion
 
 VOCAB = 100
 MESSAGES = [{"role": "user", "content": "hi"}]
