@@ -56,11 +56,14 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
 
 
 def _require_key(app: Flask, key: str) -> None:
-    """Refuse every path but health without `Authorization: Bearer KEY` or `x-api-key: KEY`, known route or not."""
+    """Refuse every path without `Authorization: Bearer KEY` or `x-api-key: KEY`, known route or not.
+
+    But not health, and not the page of /docs: browsers send no key for it, and it tells nothing until it is given one.
+    """
     expected = _digest(key)
 
     def check() -> None:
-        if request.path in health.PATHS:
+        if request.path in health.PATHS or request.path == "/docs":
             return
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         bearer = hmac.compare_digest(_digest(given.strip()), expected) and scheme.lower() == "bearer"

@@ -20,7 +20,7 @@ from pagegraph.runtime.server import health
 from pagegraph.web.app import create_app
 
 PATHS = ["/v1/models", "/v1/models/tiny", "/v1/completions", "/v1/chat/completions", "/metrics", "/version", "/load", "/none",
-         "/tokenize", "/detokenize", "/tokenizer_info", "/v1/responses", "/v1/responses/resp_1", "/openapi.json", "/docs",
+         "/tokenize", "/detokenize", "/tokenizer_info", "/v1/responses", "/v1/responses/resp_1", "/openapi.json", "/docs/", "/docs/x",
          "//v1/models", "/health/", "/health/../v1/models", "/%2e/v1/models"]  # fmt: skip
 
 
@@ -46,6 +46,9 @@ def test_the_key_opens_and_health_is_open(make_app: Callable[..., Flask]) -> Non
     for path in ("/health", "/health/live", "/health/ready", "/ping"):
         assert client.get(path).status_code == 200
     assert client.post("/ping").status_code == 200
+    page = client.get("/docs")  # a browser has no header for it; what it shows it asks for with the key
+    assert page.status_code == 200 and page.data == make_app().test_client().get("/docs").data
+    assert client.post("/docs").status_code == 405
 
 
 def test_health_follows_the_engine(http: FlaskClient, fake_engine) -> None:

@@ -26,6 +26,27 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
+def test_a_tool_or_call_without_a_type_is_a_function_and_answers_need_no_call() -> None:
+    """As vLLM has it: clients leave the type out, and cut old turns off."""
+    function = {"name": "f", "parameters": {}}
+    call = {"id": "a", "function": {"name": "f", "arguments": "{}"}}
+    request = parse_chat(
+        {
+            "messages": [
+                {"role": "tool", "tool_call_id": "gone", "content": "3"},
+                {"role": "assistant", "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "another", "content": "4"},
+                {"role": "user", "content": "and?"},
+            ],
+            "tools": [{"function": function}],
+        },
+        100,
+    )
+    assert request.tools.listed == [{"type": "function", "function": function}]
+    assert request.messages[1]["tool_calls"][0]["type"] == "function"
+    assert [message.get("tool_call_id") for message in request.messages] == ["gone", None, "another", None]
+
+
 @pytest.mark.parametrize(
     ("fields", "choice", "names"),
     [

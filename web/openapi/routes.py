@@ -75,5 +75,5 @@ ROUTES = (
     Route("GET", "/version", "The version of pagegraph"),
     Route("GET", "/metrics", "The engine's metrics as Prometheus reads them", media=_TEXT),
     Route("GET", "/openapi.json", "This description"),
-    Route("GET", "/docs", "A page that shows it and sends requests", media="text/html"),
+    Route("GET", "/docs", "A page that shows it and sends requests", media="text/html", open=True),
 )  # fmt: skip
