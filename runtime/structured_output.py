@@ -16,7 +16,7 @@ import msgspec
 
 from pagegraph.runtime import gbnf
 from pagegraph.runtime.bad_parameter import BadParameter, shown
-from pagegraph.runtime.exact_schema import made_exact
+from pagegraph.runtime.exact_schema import ANY_KEY, made_exact
 from pagegraph.runtime.json_schema import SchemaProblem, check_schema, children, escaped, subschemas
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def in_words(message: str) -> str:
         )
     if first.startswith("lexer error"):
         return "its regexes are too large; have fewer or smaller repetitions in them"
-    if "regexes // and" in first:  # of `exact_schema`'s own making
+    if f"/{ANY_KEY}/" in first:  # is not disjoint with another pattern
         return "patternProperties are not supported in a schema that holds together with others, as those of allOf do"
     if "oneOf" in first:
         return "oneOf is served only where its options exclude each other, by type or const; give anyOf"
