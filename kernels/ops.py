@@ -255,7 +255,7 @@ OPS = (
     Op(
         "sample_allowed(Tensor(a!) ids, Tensor rows, Tensor bitmask, Tensor logits, Tensor temperature, Tensor seeds, "
         "Tensor positions, Tensor slots, Tensor sampled, Tensor(b!) last_tokens, Tensor(c!) last_at) -> ()",
-        sampling_cpp.sample_allowed, "sampling.allowed:sample_allowed", None,
+        sampling_cpu.sample_allowed, "sampling.allowed:sample_allowed", None,
     ),
     Op(
         "accept(Tensor ids, Tensor token_ids, Tensor slots, Tensor query_start, Tensor seq_lens, "

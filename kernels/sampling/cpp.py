@@ -1,4 +1,4 @@
-"""`sample` and `sample_allowed` on a CPU in C++: microseconds, by PyTorch's calls in cold caches twenty times that.
+"""`sample` on a CPU in C++: microseconds, by PyTorch's calls in cold caches twenty times that.
 
 Where it is not built, `kernels.sampling.cpu` does it. Knows no scheduling.
 """
@@ -36,15 +36,3 @@ def sample(
     cpu.sample_with_noise(ids, logits, temperature, seeds, positions)
     _kernel(logits, ids, temperature, slots, sampled, positions, *last, *logits.shape, logits.element_size())
     return ids
-
-
-def sample_allowed(ids: Tensor, rows: Tensor, bitmask: Tensor, logits: Tensor, *parameters: Tensor) -> None:
-    """See `kernels.ops`. Copies the logits of rows that are sampled anew."""
-    wrong = cpu.forbidden(ids, rows, bitmask)
-    if not len(wrong):
-        return
-    anew = rows[wrong].long()
-    allowed = logits[anew]
-    cpu.apply_bitmask(allowed, torch.arange(len(anew)), bitmask[wrong])
-    *of_rows, last_tokens, last_at = parameters
-    ids[anew] = sample(allowed, *(one[anew] for one in of_rows), last_tokens, last_at)

@@ -36,11 +36,41 @@ def apply_bitmask(logits: Tensor, rows: Tensor, bitmask: Tensor) -> None:
         logits[row].masked_fill_(torch.from_numpy(forbidden.view(bool)), -torch.inf)
 
 
-def forbidden(ids: Tensor, rows: Tensor, bitmask: Tensor) -> Tensor:
-    """The indices int64 in rows [R] of those whose token of ids int64 [S] their bitmask forbids; none is below 0."""
-    tokens = ids[rows.clamp(min=0).long()]
-    words = bitmask.gather(1, (tokens // 32)[:, None])[:, 0]
-    return ((rows >= 0) & ((words >> (tokens % 32) & 1) == 0)).nonzero()[:, 0]
+def sample_allowed(
+    ids: Tensor,
+    rows: Tensor,
+    bitmask: Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    sampled: Tensor,
+    last_tokens: Tensor,
+    last_at: Tensor,
+) -> None:
+    """See `kernels.ops`. Row by row, over the tokens alone that are allowed: often they are few."""
+    bits = bitmask.contiguous().numpy().view(np.uint8)
+    for index, row in enumerate(rows.tolist()):
+        token = int(ids[row])
+        if row < 0 or bits[index, token // 8] >> token % 8 & 1:
+            continue
+        allowed = np.unpackbits(bits[index], count=logits.shape[1], bitorder="little").nonzero()[0]
+        ids[row] = token = _best_of(
+            torch.from_numpy(allowed), *(one[row : row + 1] for one in (logits, temperature, seeds, positions))
+        )
+        if sampled[row] > 0:
+            last_tokens[slots[row]], last_at[slots[row]] = token, positions[row]
+
+
+def _best_of(allowed: Tensor, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> int:
+    """The token of one row, of ids int64 [N] in rising order; 0 if there is none."""
+    if not len(allowed):
+        return 0
+    scores = logits[0, allowed].float()
+    if temperature > 0:
+        scores = scores / temperature + reference.gumbel(seeds, positions, allowed)[0]
+    return int(allowed[scores.max(dim=0).indices])
 
 
 def sample_with_noise(ids: Tensor, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
