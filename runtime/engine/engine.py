@@ -11,23 +11,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from pagegraph.compiler.step.step import CompiledStep, Ticket
+from pagegraph.runtime.engine.admission import Admission
 from pagegraph.runtime.engine.fault_isolation import FaultIsolation
 from pagegraph.runtime.engine.grammars import Grammars
 from pagegraph.runtime.engine.limits import Limits
 from pagegraph.runtime.engine.stats import EngineStats
-from pagegraph.runtime.grammar.compiler import Grammar
-from pagegraph.runtime.grammar.matcher import TokenMatcher
 from pagegraph.runtime.grammar.step_masks import Refused
 from pagegraph.runtime.ipc.protocol import (
     Abort,
-    Admitted,
     EngineInfo,
     Failed,
     Hello,
@@ -37,7 +34,7 @@ from pagegraph.runtime.ipc.protocol import (
     ToEngine,
     Tokens,
 )
-from pagegraph.runtime.sampling_params import SamplingParams, check_ids, own_seed
+from pagegraph.runtime.sampling_params import SamplingParams
 from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.pack import Packer
 from pagegraph.runtime.scheduler.plan import Plan
@@ -71,7 +68,7 @@ class InFlight:
 
 
 class Engine:
-    """Owns the loop and who asked for what. `use_idle_time` does a piece of other work -> whether there was any."""
+    """Owns the loop. `use_idle_time` does a piece of other work -> whether there was any."""
 
     def __init__(
         self,
@@ -94,16 +91,13 @@ class Engine:
         self.info = info
         self.clock = clock
         self.stats = stats
-        self.seed = seed
         self.use_idle_time = use_idle_time
         self.drafter = drafter
         self.grammars = grammars
         self.stopping = False
         self._packer = Packer(scheduler.batch)
         self._running: InFlight | None = None
-        self._clients: list[bytes] = []  # web processes by owner number
-        self._owners: dict[bytes, int] = {}
-        self._num_submitted = 0
+        self._admission = Admission(scheduler, limits, lambda *told: mailbox.send(*told), clock, seed, grammars)
         self._isolation = FaultIsolation(scheduler)
         self._last_done = 0.0
         self._moved = 0.0  # when a step ended, well or not, or the engine was idle last
@@ -126,9 +120,7 @@ class Engine:
                 if isinstance(message, Abort):  # nobody knows how far it got
                     self._running = None
                     self.scheduler.restart()
-        if self.grammars is not None:
-            for group in self.grammars.take_done(wait=self._running is None and not self.scheduler.has_work):
-                self._admit(group.client, group.submits, group.tell_admitted, group.grammars)
+        self._admission.admit_compiled(wait=self._running is None and not self.scheduler.has_work)
         try:
             self._advance()
         except Exception as error:
@@ -220,7 +212,7 @@ class Engine:
     def _tell(self, owner: int, tokens: Tokens) -> None:
         """Send tokens to a web process; if that raises, one by one, and a request whose tokens cannot be sent ends."""
         try:
-            self.mailbox.send(self._clients[owner], tokens)
+            self.mailbox.send(self._admission.clients[owner], tokens)
         except Exception:
             deltas = list(tokens.each())
             if len(deltas) == 1:
@@ -280,7 +272,7 @@ class Engine:
         if sequence := self.scheduler.abort(key, "error"):
             self.stats.ended(sequence, self.clock())
             failed = Failed(sequence.request_id, status, reason, field=field)
-            self.mailbox.send(self._clients[sequence.owner], failed)
+            self.mailbox.send(self._admission.clients[sequence.owner], failed)
 
     def _refuse_all(self, refused: list[Refused]) -> None:
         """End sequences that their grammars do not let go on."""
@@ -290,102 +282,11 @@ class Engine:
     def _accept(self, client: bytes, message: ToEngine) -> None:
         match message:
             case Submit():
-                self._receive(client, [message], tell_admitted=False)
+                self._admission.receive(client, [message], tell_admitted=False)
             case SubmitGroup():
-                self._receive(client, message.each(), tell_admitted=True)
+                self._admission.receive(client, message.each(), tell_admitted=True)
             case Abort(request_id, reason):
-                if self.grammars is not None:
-                    self.grammars.abort(client, request_id)
-                if sequence := self.scheduler.abort((self._owner(client), request_id), reason):
+                if sequence := self._admission.abort(client, request_id, reason):
                     self.stats.ended(sequence, self.clock())
             case Hello():
                 self.mailbox.send(client, self.info())
-
-    def _owner(self, client: bytes) -> int:
-        """The number of a web process, as `Sequence.owner` has it."""
-        if client not in self._owners:
-            self._owners[client] = len(self._clients)
-            self._clients.append(client)
-        return self._owners[client]
-
-    def _receive(self, client: bytes, submits: list[Submit], tell_admitted: bool) -> None:
-        """Queue sequences, or compile their grammars first."""
-        if all(submit.params.structured_outputs is None for submit in submits):
-            self._admit(client, submits, tell_admitted)
-        elif self.grammars is None:
-            name = "structured_outputs"
-            self._refuse(client, submits, 0, 400, f"{name} is not served by this engine; leave it out", name)
-        elif not self._queue_is_full(client, submits):
-            self.grammars.compile(client, submits, tell_admitted)
-
-    def _admit(
-        self,
-        client: bytes,
-        submits: list[Submit],
-        tell_admitted: bool,
-        grammars: list[Future[Grammar] | None] | None = None,
-    ) -> None:
-        if self._submit(client, submits, grammars or [None] * len(submits)) and tell_admitted:
-            self.mailbox.send(client, Admitted(submits[0].request_id))
-
-    def _queue_is_full(self, client: bytes, submits: list[Submit]) -> bool:
-        """Whether they are refused for that."""
-        # Those that came with the same poll may start yet: only who finds no free slot waits.
-        num_waiting = self.scheduler.num_waiting + len(self.grammars or ())
-        if num_waiting - self.scheduler.batch.num_free < self.limits.max_queue:
-            return False
-        full = f"the queue is full: {num_waiting} sequences are waiting, max_queue is {self.limits.max_queue}"
-        self._refuse(client, submits, 0, 503, full)
-        return True
-
-    def _submit(self, client: bytes, submits: list[Submit], grammars: list[Future[Grammar] | None]) -> bool:
-        """Queue sequences, all of them or none; if none, one `Failed` says why. Returns whether they are queued."""
-        if self._queue_is_full(client, submits):
-            return False
-        added: list[Sequence] = []
-        prompts: dict[int, np.ndarray] = {}  # by the list that they came as: many may have the same
-        try:
-            for submit, grammar in zip(submits, grammars, strict=True):
-                self.limits.check(submit)
-                if (key := id(submit.token_ids)) not in prompts:
-                    check_ids("prompt", submit.token_ids, self.limits.vocab_size)
-                    prompts[key] = np.array(submit.token_ids, np.int32)
-                sequence = self._sequence(client, submit, prompts[key])
-                sequence.grammar = None if grammar is None else TokenMatcher(grammar.result())
-                self.scheduler.add(sequence)
-                added.append(sequence)
-            return True
-        except ValueError as error:
-            status, reason, field = 400, str(error), getattr(error, "field", "")
-        except Exception:
-            log.exception("a submitted sequence could not be added")
-            status, reason, field = 500, "the request could not be added", ""
-        bad = len(added)
-        for sequence in added:
-            self.scheduler.abort(sequence.key)
-        self._refuse(client, submits, bad, status, reason, field)
-        return False
-
-    def _refuse(
-        self, client: bytes, submits: list[Submit], which: int, status: int, reason: str, field: str = ""
-    ) -> None:
-        """None of them runs, because of the one at `which`."""
-        ids = [submit.request_id for submit in submits]
-        self.mailbox.send(client, Failed(ids.pop(which), status, reason, ids, field))
-
-    def _sequence(self, client: bytes, message: Submit, prompt: np.ndarray) -> Sequence:
-        self._num_submitted += 1
-        seed = message.params.seed
-        return Sequence(
-            request_id=message.request_id,
-            tokens=prompt,
-            params=message.params,
-            eos_ids=self.limits.eos_ids,
-            seed=seed if seed is not None else own_seed(self.seed, self._num_submitted),
-            priority=message.priority,
-            arrival=self.clock(),
-            cache_salt=message.cache_salt,
-            owner=self._owner(client),
-            max_model_len=self.limits.max_model_len,
-            pooler=self.limits.pooler,
-        )

@@ -15,6 +15,7 @@ from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.step import Ticket
 from pagegraph.runtime.engine.engine import Engine
+from pagegraph.runtime.engine.grammars import Grammars
 from pagegraph.runtime.engine.limits import Limits
 from pagegraph.runtime.engine.metrics import EngineMetrics
 from pagegraph.runtime.engine.stats import EngineStats
@@ -38,7 +39,7 @@ class Harness:
 
     def __init__(
         self, *, num_blocks: int = 60, max_num_seqs: int = 8, budget: int = 32, max_queue: int = 5, caching: bool = True,
-        draft_tokens: str = "", pooler: Pooler = Pooler(3),
+        draft_tokens: str = "", pooler: Pooler = Pooler(3), grammars: Callable[[Scheduler], Grammars] | None = None,
     ) -> None:  # fmt: skip
         on_device = draft_tokens == "device"
         self.device = FakeStep(
@@ -59,6 +60,7 @@ class Harness:
         self.engine = Engine(
             self.device, self.scheduler, self.mailbox, Limits(VOCAB, MAX_LEN, frozenset([EOS]), max_queue, pooler), None,
             lambda: float(self.turns), EngineStats(self.metrics, self.scheduler, StepCounts()), drafter=drafter,
+            grammars=None if grammars is None else grammars(self.scheduler),
         )  # fmt: skip
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}  # finish reason, or the status of a failure

@@ -17,6 +17,7 @@ from pagegraph.runtime.grammar import workers
 from pagegraph.runtime.grammar.compiler import GrammarCompiler
 from pagegraph.runtime.grammar.step_masks import StepMasks
 from pagegraph.runtime.ipc.protocol import Abort, Failed, Member, SamplingParams, Submit, SubmitGroup
+from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.structured_output import StructuredOutputs
 from tests.runtime.engine.test_engine import Harness
 from tests.runtime.fake_step import EOS, VOCAB
@@ -35,11 +36,11 @@ class Vocabulary:
 
 
 def with_grammars(**options: object) -> Harness:
-    harness = Harness(**{"max_queue": 20} | options)
-    compiler = GrammarCompiler(lambda: LLTokenizer(TokenizerWrapper(Vocabulary()), n_vocab=VOCAB, eos_token=[EOS]))  # type: ignore[arg-type]
-    masks = StepMasks(harness.scheduler.batch, compiler, frozenset([EOS]))
-    harness.engine.grammars = Grammars(compiler, masks)
-    return harness
+    def grammars(scheduler: Scheduler) -> Grammars:
+        compiler = GrammarCompiler(lambda: LLTokenizer(TokenizerWrapper(Vocabulary()), n_vocab=VOCAB, eos_token=[EOS]))  # type: ignore[arg-type]
+        return Grammars(compiler, StepMasks(scheduler.batch, compiler, frozenset([EOS])))
+
+    return Harness(**{"max_queue": 20, "grammars": grammars} | options)  # type: ignore[arg-type]
 
 
 def submit(name: str, regex: str | None = None, prompt: list[int] | None = None, **params: object) -> Submit:
