@@ -92,9 +92,8 @@ class CudaRunner:
 
     def _forward(self, prepared: _Prepared) -> Outputs:
         """Replay the step's graph, or launch what it would hold."""
-        return (self.graphs.replay(prepared.bucket) if prepared.graphed else None) or self._executor.run(
-            prepared.metadata
-        )
+        outputs = self.graphs.replay(prepared.bucket) if prepared.graphed else None
+        return self._executor.run(prepared.metadata) if outputs is None else outputs
 
     def capture_graphs(self, buckets: Sequence[Bucket], progress: bool) -> None:
         """Capture these buckets; a step may be in flight."""
