@@ -63,9 +63,14 @@ class BlockPool:
         """Parent of a sequence's first block; a `salt` separates whoever must not share blocks."""
         return self._digest(salt.encode())
 
-    def hash_block(self, parent: bytes, tokens: Sequence[int] | np.ndarray) -> bytes:
-        """Keyed hash of a full block of int32 token ids that follows the block, or root, of hash `parent`."""
-        return self._digest(parent + np.asarray(tokens, np.int32).tobytes())
+    def hash_blocks(self, parent: bytes, tokens: Sequence[int] | np.ndarray) -> list[bytes]:
+        """Keyed hashes of full blocks of int32 token ids, the first of which follows the block, or root, of hash `parent`."""
+        content, size = np.asarray(tokens, np.int32).tobytes(), 4 * self.block_size
+        hashes = []
+        for at in range(0, len(content), size):
+            parent = self._digest(parent + content[at : at + size])
+            hashes.append(parent)
+        return hashes
 
     def lookup(self, hashes: Sequence[bytes]) -> list[int]:
         """Blocks of the longest cached prefix of a hash chain, not yet referenced."""
@@ -83,10 +88,11 @@ class BlockPool:
 
     def share(self, blocks: Sequence[int]) -> None:
         """Reference cached blocks, pulling free ones off the free list."""
+        references = self._references
         for block in blocks:
-            if self._references[block] == 0:
+            if references[block] == 0:
                 self._unlink(block)
-            self._references[block] += 1
+            references[block] += 1
 
     def take(self, count: int) -> list[int]:
         """`count` blocks for new content, least recently used first; their old content is forgotten.

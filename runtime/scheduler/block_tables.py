@@ -88,9 +88,9 @@ class BlockTables:
 
     def _extend_hashes(self, sequence: Sequence, tokens: np.ndarray, num_blocks: int) -> None:
         size, hashes = self.pool.block_size, sequence.prefix.hashes
-        for block in range(len(hashes), num_blocks):
+        if len(hashes) < num_blocks:
             parent = hashes[-1] if hashes else self.pool.root_hash(sequence.cache_salt)
-            hashes.append(self.pool.hash_block(parent, tokens[block * size : (block + 1) * size]))
+            hashes += self.pool.hash_blocks(parent, tokens[len(hashes) * size : num_blocks * size])
 
     def _check(self, sequence: Sequence) -> None:
         batch, slot = self.batch, sequence.slot

@@ -34,7 +34,7 @@ class PoolMachine(RuleBasedStateMachine):
         """A sequence shares its cached prefix, takes the rest and registers what is full."""
         chain, parent = [], self.pool.root_hash()
         for token in content[:count]:
-            parent = self.pool.hash_block(parent, [token, token])
+            (parent,) = self.pool.hash_blocks(parent, [token, token])
             chain.append(parent)
         hits = self.pool.lookup(chain)
         expected = []
@@ -97,11 +97,7 @@ test_the_pool_agrees_with_a_list = PoolMachine.TestCase
 
 
 def chain_of(pool: BlockPool, tokens: list[int], salt: str = "") -> list[bytes]:
-    chain, parent = [], pool.root_hash(salt)
-    for at in range(0, len(tokens), SIZE):
-        parent = pool.hash_block(parent, tokens[at : at + SIZE])
-        chain.append(parent)
-    return chain
+    return pool.hash_blocks(pool.root_hash(salt), tokens)
 
 
 def test_a_hash_depends_on_everything_before_it_and_on_the_salt() -> None:
@@ -112,6 +108,7 @@ def test_a_hash_depends_on_everything_before_it_and_on_the_salt() -> None:
     assert not set(chain_of(pool, [9, 2, 3, 4])) & set(base)
     assert not set(chain_of(pool, [1, 2, 3, 4], "salt")) & set(base)
     assert base[0] != chain_of(pool, [3, 4])[0]
+    assert pool.hash_blocks(base[0], [3, 4]) == base[1:] and pool.hash_blocks(base[0], []) == []
 
 
 def test_hashes_of_two_pools_differ() -> None:
