@@ -22,33 +22,40 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "show_config",
         "Show every setting and where its value came from.",
     ),
+    "bench": ("pagegraph.runtime.commands.bench", "bench", "Measure a server or this engine."),
 }
 
 
 class LazyGroup(click.Group):
     """A group that knows its commands' names and help lines without importing them."""
 
+    def __init__(
+        self, *args: Any, commands_by_name: dict[str, tuple[str, str, str]] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._known = COMMANDS if commands_by_name is None else commands_by_name
+
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(self._known)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self._known:
             return None
-        module, attribute, _ = COMMANDS[cmd_name]
+        module, attribute, _ = self._known[cmd_name]
         return getattr(importlib.import_module(module), attribute)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, help_line) for name, (_, _, help_line) in COMMANDS.items()])
+            formatter.write_dl([(name, help_line) for name, (_, _, help_line) in self._known.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS:
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if args and args[0] not in self._known:
+            near = difflib.get_close_matches(args[0], self._known, n=1)
             ctx.fail(
                 f"no command {args[0]}"
-                + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}")
+                + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(self._known)}")
             )
         return super().resolve_command(ctx, args)
 

@@ -1,0 +1,16 @@
+"""`runtime bench`: the group of the benches, each in a module of its own that is imported when it is run."""
+
+from __future__ import annotations
+
+import click
+
+from pagegraph.runtime.cli import CONTEXT, LazyGroup
+
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "serve": ("pagegraph.runtime.commands.bench_serve", "serve", "Measure any server of the OpenAI protocol."),
+}
+
+
+@click.group(cls=LazyGroup, commands_by_name=COMMANDS, context_settings=CONTEXT)
+def bench() -> None:
+    """Measure a server or this engine. Flags and JSON keys are those of vLLM's benches; see docs/bench.md."""
