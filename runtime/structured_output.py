@@ -16,6 +16,7 @@ import msgspec
 
 from pagegraph.runtime import gbnf
 from pagegraph.runtime.bad_parameter import BadParameter, shown
+from pagegraph.runtime.deep_stack import on_deep_stack
 from pagegraph.runtime.exact_schema import ANY_KEY, made_exact
 from pagegraph.runtime.json_schema import SchemaProblem, check_schema, children, escaped, subschemas
 
@@ -192,7 +193,7 @@ def _problem(grammar: str) -> str:
     """What is wrong with a grammar, in one line; empty if nothing is."""
     from llguidance import LLMatcher
 
-    bad, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
+    bad, messages = on_deep_stack(LLMatcher.validate_grammar_with_warnings, grammar, limits=limits())
     return in_words(messages[0]) if bad else ""
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pagegraph.runtime.bad_parameter import BadParameter
+from pagegraph.runtime.deep_stack import on_deep_stack
 from pagegraph.runtime.grammar.long_numbers import LongNumbers
 from pagegraph.runtime.grammar.workers import NUM_THREADS
 from pagegraph.runtime.json_schema import SchemaProblem
@@ -126,7 +127,7 @@ class GrammarCompiler:
         self._begun[thread] = time.monotonic()
         try:
             text = grammar_text(structured)
-            matcher = LLMatcher(vocabulary, text, log_level=0, limits=limits())
+            matcher = on_deep_stack(LLMatcher, vocabulary, text, log_level=0, limits=limits())
             if not matcher.is_error():
                 matcher.compute_bitmask()
         except SchemaProblem as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from pagegraph.runtime.bad_parameter import BadParameter
 from pagegraph.runtime.grammar.compiler import MAX_GRAMMARS, Grammar, GrammarCompiler
 from pagegraph.runtime.structured_output import StructuredOutputs, check_grammar
 from perf.schemas import byte_vocabulary, takes
+from tests.paths import ROOT
+from tests.runtime.grammar.deep_grammars import DEEP
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +92,11 @@ def test_ten_thousand_schemas_take_no_memory(compiler: GrammarCompiler) -> None:
         matcher.consume_tokens(list(b'{"'))
         matcher.compute_bitmask()
     assert resident_mib() - before < 100
+
+
+def test_a_long_chain_of_references_does_not_end_the_process() -> None:
+    """In a process of its own, for a stack that runs over is no exception."""
+    command = [sys.executable, "-m", "tests.runtime.grammar.deep_grammars"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+    assert done.stdout.split() == list(DEEP)
