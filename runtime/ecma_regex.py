@@ -11,7 +11,12 @@ import re
 _SPACE = r"\t\n\v\f\r \x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}\x{feff}"
 _LINE_END = r"\n\r\x{2028}\x{2029}"
 _DOT_IS_ALL = re.compile(r"\(\?[a-zA-Z]*s[a-zA-Z]*[-:)]")  # a flag that ECMA-262 does not write so
-_ESCAPES = {r"\s": f"[{_SPACE}]", r"\S": f"[^{_SPACE}]"}
+_ESCAPES = {
+    r"\s": f"[{_SPACE}]",
+    r"\S": f"[^{_SPACE}]",
+    r"\<": "<",
+    r"\>": ">",
+}  # the last two are edges of words there
 # An escape; the beginning of a class; anything else.
 _PART = re.compile(r"\\.|\[\^?|.", re.DOTALL)
 _IN_CLASS = {"[": r"\[", "&": r"\&", "~": r"\~"}  # Rust nests, intersects and subtracts classes

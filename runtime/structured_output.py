@@ -213,6 +213,8 @@ def in_words(message: str) -> str:
         return "patternProperties are not supported in a schema that holds together with others, as those of allOf do"
     if "oneOf" in first:
         return "oneOf is served only where its options exclude each other, by type or const; give anyOf"
+    if "lookarounds not supported" in first:
+        return r"invalid regex: ^ and $ are served at its ends alone, \b and \B nowhere"
     if regex_error:
         return f"invalid regex: {regex_error.group(1)}"
     first = re.sub(r"^at \d+\(\d+\): failed to compile JSON schema: ", "", first)

@@ -67,9 +67,16 @@ def read_tools(fields: Fields) -> Tools:
         for index, name in enumerate(names):
             held = tools.choice == "required" or name in tools.strict
             if held and (schema := schemas.get(name)):
-                place = f"functions[{index}].parameters" if legacy else f"tools[{index}].function.parameters"
-                check_grammar(StructuredOutputs(json=closed(schema)), field=place)
+                _check_arguments(schema, f"functions[{index}]" if legacy else f"tools[{index}].function")
     return tools
+
+
+def _check_arguments(schema: dict[str, Any], where: str) -> None:
+    """Refuses a schema that a grammar cannot hold the arguments of a call to; they are an object."""
+    types = schema.get("type", "object")
+    if "object" not in (types if isinstance(types, list) else [types]):
+        refuse(f"{where}.parameters", f'must be of the type "object"; got the type {shown(types)}')
+    check_grammar(StructuredOutputs(json=closed(schema)), field=f"{where}.parameters")
 
 
 def _chosen(tools: Tools, choice: Any, where: str) -> Tools:

@@ -173,7 +173,7 @@ def closed(schema: Any) -> dict[str, Any]:
     """A schema of arguments: an object, without others than those it names unless it says that there may be some."""
     said = dict(schema) if isinstance(schema, Mapping) else {}
     combined = said.keys() & {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "patternProperties", "dependentSchemas"}
-    return {"type": "object", **({} if combined else {"additionalProperties": False}), **said}
+    return {**({} if combined else {"additionalProperties": False}), **said, "type": "object"}
 
 
 def _texts(schema: Any) -> list[str]:

@@ -119,6 +119,18 @@ def test_schemas_and_parallel_calls() -> None:
             },
             "tools[1].function.parameters",
         ),
+        (
+            {"tools": [{"function": {"name": "a", "parameters": {"type": "integer"}}}], "tool_choice": "required"},
+            "tools[0].function.parameters",
+        ),
+        (
+            {"functions": [{"name": "a", "parameters": {"type": ["null"]}}], "function_call": {"name": "a"}},
+            "functions[0].parameters",
+        ),
+        (
+            {"tools": [{"function": {"name": "a", "strict": True, "parameters": {"type": None}}}]},
+            "tools[0].function.parameters",
+        ),
         ({"documents": ["x"]}, "documents[0]"),
     ],
 )

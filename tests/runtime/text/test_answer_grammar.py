@@ -89,6 +89,14 @@ def test_calls_of_every_format(name: str, special: bool) -> None:
         assert not model.lets(written(*[GOOD[2]] * 17))
 
 
+def test_arguments_are_an_object_where_a_schema_takes_others_too() -> None:
+    model = Model("hermes", special=False)
+    open_to_null = {"type": ["object", "null"], "properties": {"a": {"type": "integer"}}}
+    for arguments, good in (({}, True), ({"a": 1}, True), ({"a": None}, False), (None, False)):
+        call = f'<tool_call>\n{{"name": "clock", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
+        assert model.lets(call, tools={"clock": open_to_null}) == good, arguments
+
+
 def test_python_calls_have_strings_that_are_json_too() -> None:
     model = Model("pythonic", special=False)
     assert model.lets('[weather(city="a\\"b", days=2, deep={"a": [true]}), clock()]')
