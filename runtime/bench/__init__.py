@@ -1,1 +1,1 @@
-"""`runtime bench`: work, when it arrives, how it is sent or run, and what was measured. No file of it imports torch but `offline`."""
+"""`runtime bench`: work, its arrivals, how it is sent or run, measures. Sending imports no torch."""

@@ -8,6 +8,13 @@ from pagegraph.runtime.cli import CONTEXT, LazyGroup
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "serve": ("pagegraph.runtime.commands.bench_serve", "serve", "Measure any server of the OpenAI protocol."),
+    "throughput": (
+        "pagegraph.runtime.commands.bench_offline",
+        "throughput",
+        "How fast the offline engine does many requests.",
+    ),
+    "latency": ("pagegraph.runtime.commands.bench_offline", "latency", "How long one batch of requests takes."),
+    "startup": ("pagegraph.runtime.commands.bench_startup", "start", "How long the engine takes to start."),
 }
 
 

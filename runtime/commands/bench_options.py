@@ -40,8 +40,6 @@ _FLAGS = (
                  help=f"Groups that share.  [default: {NUM_PREFIXES} for prefix, else 1]"),
     click.option("--num-turns", type=POSITIVE, help=f"Requests of a conversation.  [default: {NUM_TURNS}]"),
     click.option("--num-prompts", type=POSITIVE, default=1000, show_default=True, help="Requests in all."),
-    click.option("--seed", "work_seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
-                 help="Of lengths, tokens, order and arrivals."),
 )  # fmt: skip
 
 
@@ -58,12 +56,13 @@ class WorkFlags:
     num_prefixes: int | None
     num_turns: int | None
     num_prompts: int
-    work_seed: int
+    seed: int
 
     @classmethod
-    def taken_from(cls, values: dict[str, Any]) -> WorkFlags:
+    def taken_from(cls, values: dict[str, Any], seed: int) -> WorkFlags:
         """Out of a command's values, which then lack them. Flags that do not go together are a usage error."""
-        flags = cls(**{field.name: values.pop(field.name) for field in fields(cls)})
+        names = [field.name for field in fields(cls) if field.name != "seed"]
+        flags = cls(**{name: values.pop(name) for name in names}, seed=seed)
         if flags.is_made_up == (flags.dataset_path is not None):
             needs = "takes no" if flags.is_made_up else "needs a"
             raise click.UsageError(f"--dataset-name {flags.dataset_name} {needs} --dataset-path")
@@ -96,7 +95,7 @@ class WorkFlags:
     def requests(self, *, vocab_size: int | None, count_tokens: files.Count | None) -> list[Request]:
         """The work: made up of ids below `vocab_size` (None: as text), or read from the file."""
         if self.is_made_up:
-            return made_up(self.num_prompts, self.shape(), seed=self.work_seed, vocab_size=vocab_size)
+            return made_up(self.num_prompts, self.shape(), seed=self.seed, vocab_size=vocab_size)
         assert self.dataset_path is not None
         try:
             if self.dataset_name == "custom":
@@ -106,7 +105,7 @@ class WorkFlags:
             return files.sharegpt(
                 self.dataset_path,
                 self.num_prompts,
-                seed=self.work_seed,
+                seed=self.seed,
                 count_tokens=count_tokens,
                 output_len=self.output_len,
             )
@@ -115,7 +114,7 @@ class WorkFlags:
 
     def warmups(self, count: int, *, vocab_size: int | None, count_tokens: files.Count | None) -> list[Request]:
         """`count` requests alike, none of a conversation; made-up ones have other tokens, which no cache then holds."""
-        other = replace(self, num_prompts=count, num_turns=1, work_seed=self.work_seed ^ WARM)
+        other = replace(self, num_prompts=count, num_turns=1, seed=self.seed ^ WARM)
         return other.requests(vocab_size=vocab_size, count_tokens=count_tokens)
 
 

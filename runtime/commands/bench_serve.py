@@ -58,6 +58,7 @@ SHOWN_ERRORS = 5
 @click.option("--header", multiple=True, callback=pairs, metavar="KEY=VALUE", help="HTTP headers of each request.")
 @click.option("--insecure", is_flag=True, help="Accept any TLS certificate.")
 @work_options
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of work and arrivals.")
 @click.option(
     "--request-rate",
     type=click.FloatRange(0, min_open=True),
@@ -118,13 +119,13 @@ SHOWN_ERRORS = 5
 @click.option("--disable-tqdm", is_flag=True, help="Show no progress.")
 def serve(**flags: Any) -> None:  # fmt: skip
     """Send requests to a server at their times, and measure how it answers."""
-    work = WorkFlags.taken_from(flags)
+    work = WorkFlags.taken_from(flags, flags["seed"])
     ramp = _ramp(flags)
     target = _target(flags)
     model = flags["model"] or _first_model(target)
     requests, warmups = _requests(work, flags, target)
     times = arrival_times(
-        len(requests), flags["request_rate"], burstiness=flags["burstiness"], seed=work.work_seed, ramp=ramp
+        len(requests), flags["request_rate"], burstiness=flags["burstiness"], seed=work.seed, ramp=ramp
     ).tolist()
     ignore_eos = work.is_made_up if flags["ignore_eos"] is None else flags["ignore_eos"]
     body = {"temperature": flags["temperature"], **({"ignore_eos": True} if ignore_eos else {})} | flags["extra_body"]
@@ -229,7 +230,7 @@ def _traffic(flags: dict[str, Any], work: WorkFlags, model: str) -> dict[str, An
         tokenizer_id=None if flags["tokenizer"] is None else str(flags["tokenizer"]),
         num_prompts=work.num_prompts,
         dataset_name=work.dataset_name,
-        seed=work.work_seed,
+        seed=work.seed,
         request_rate="inf" if math.isinf(rate) else rate,
         burstiness="inf" if math.isinf(flags["burstiness"]) else flags["burstiness"],
         max_concurrency=flags["max_concurrency"],
