@@ -8,6 +8,7 @@ asked for. Keywords that nobody defined say nothing, as JSON Schema has it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from decimal import Decimal
@@ -20,6 +21,8 @@ MAX_ENUM = 4096  # values of all enums
 MAX_OPTIONAL = 450  # properties of one object that are not required: all of them may follow at one place
 MAX_REPEAT = 4096  # of minItems, maxItems, minProperties and maxProperties, which are counted out in the grammar
 MAX_LENGTH = 1 << 20  # of minLength and maxLength
+# Of all multipleOf, tens and decimal places aside: each remainder is a state, and takes 8 us and 1 KB.
+MAX_REMAINDERS = 4096
 
 MAX_WHOLE = 2**53  # up to which a float64 has every whole number
 
@@ -90,10 +93,34 @@ def check_schema(schema: Any) -> None:
         merged |= is_merged(one)
         names.see(path, one)
     names.check(schema)
+    check_multiples(schema)
     # A pattern whose schema turns out to be unsatisfiable in both would be left out, and its keys taken for others.
     if len(by_pattern) > 1 and merged:
         problem = "several patternProperties are not supported beside allOf, or keywords beside anyOf, oneOf or $ref"
         raise SchemaProblem(by_pattern[1], problem)
+
+
+def check_multiples(schema: Any) -> None:
+    """Raises SchemaProblem where the remainders of multipleOf are too many, tens and decimal places aside.
+
+    Of schemas that hold together the least common multiple counts. What is no schema or no number is passed over.
+    """
+    every = [(path, one) for path, _, one in subschemas(schema) if isinstance(one, dict)]
+    merged, seen = any(is_merged(one) for _, one in every), set()
+    remainders = 1 if merged else 0
+    for path, one in every:
+        value = one.get("multipleOf")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value in seen:
+            continue
+        seen.add(value)
+        own = int("".join(map(str, Decimal(repr(value)).normalize().as_tuple().digits)))
+        remainders = remainders * own if merged else remainders + own
+        if remainders > MAX_REMAINDERS:
+            together = "" if remainders == own else "with others of the schema "
+            problem = (
+                f"takes {together}{remainders} remainders, tens and decimal places aside; at most {MAX_REMAINDERS}"
+            )
+            raise SchemaProblem(f"{path}/multipleOf", problem)
 
 
 def is_merged(schema: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from pagegraph.runtime import gbnf
 from pagegraph.runtime.bad_parameter import BadParameter, shown
 from pagegraph.runtime.deep_stack import on_deep_stack
 from pagegraph.runtime.exact_schema import ANY_KEY, made_exact
-from pagegraph.runtime.json_schema import SchemaProblem, check_schema, children, escaped, subschemas
+from pagegraph.runtime.json_schema import SchemaProblem, check_multiples, check_schema, children, escaped, subschemas
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
@@ -114,8 +114,11 @@ def check_grammar(structured: StructuredOutputs, field: str | None = None) -> No
     try:
         if structured.json is not None:
             _check_json(structured)
-        elif problem := _problem(grammar_text(structured)):
-            raise BadParameter(field, f"cannot be served: {problem}")
+        else:
+            grammar = grammar_text(structured)
+            _check_schemas_within(grammar)
+            if problem := _problem(grammar):
+                raise BadParameter(field, f"cannot be served: {problem}")
     except SchemaProblem as error:
         raise BadParameter(field, f"cannot be served: {error}") from None
     except BadParameter as error:
@@ -142,6 +145,16 @@ def _check_json(structured: StructuredOutputs) -> None:
                 raise SchemaProblem(f"{path}/patternProperties/{escaped(name)}", problem)
     if problem := _problem(grammar_text(structured)):
         raise SchemaProblem(*_located(schema, problem))
+
+
+def _check_schemas_within(grammar: str) -> None:
+    """Raises SchemaProblem where a schema in a grammar would take what the compiler has no limit for."""
+    for found in re.finditer(r"%json\s*(?=\{)", grammar):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(grammar, found.end())
+        except (ValueError, RecursionError):
+            continue  # the compiler does not read it either
+        check_multiples(schema)
 
 
 def _checked_schema(text: Any) -> dict[str, Any]:

@@ -121,6 +121,13 @@ def test_form_and_size_are_checked_where_one_is_built(fields: dict, problem: str
         ({"json": {"$defs": {str(n): {} for n in range(MAX_SCHEMAS)}}}, f"more than {MAX_SCHEMAS}"),
         ({"json": {"items": wide(MAX_OPTIONAL + 1)}}, f"at /items: has {MAX_OPTIONAL + 1} .* at most {MAX_OPTIONAL}"),
         ({"json": {"enum": list(range(MAX_ENUM + 1))}}, f"at /enum: .*{MAX_ENUM}"),
+        ({"json": {"items": {"multipleOf": 123456789}}}, "at /items/multipleOf: takes 123456789 remainders, tens"),
+        (
+            {"json": {"anyOf": [{"multipleOf": 4093}, {"multipleOf": 0.07}]}},
+            "at /anyOf/1/multipleOf: takes with others",
+        ),
+        ({"json": {"allOf": [{"multipleOf": 65}, {"multipleOf": 64}]}}, "at /allOf/1/multipleOf: .* 4160 remainders"),
+        ({"grammar": 'start: "a" %json\n{"items": {"multipleOf": 99991}}'}, "at /items/multipleOf: takes 99991"),
         ({"json": {"properties": {"age": {"type": "integr"}}}}, "at /properties/age/type: must be one of"),
         ({"json": {"properties": {"age": {"not": {}}}}}, "at /properties/age: the keyword not"),
         ({"json": {"items": {"uniqueItems": True}}}, "at /items: the keyword uniqueItems"),
