@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pagegraph.runtime.bench.work import draw_ids
+
 # case: requests, prompt tokens, output tokens, shared prefix tokens, repeats; a pair is a log-normal (mean, deviation)
 CASES: dict[str, tuple] = {
     "throughput": (1000, 128, 256, 0, 1),
@@ -47,9 +49,9 @@ def make(case: str, vocab_size: int, scale: float = 1.0) -> Work:
 
     def draw(seed: int, count: int) -> tuple[list[list[int]], list[int]]:
         rng = np.random.default_rng([seed, zlib.crc32(case.encode())])
-        prefix = rng.integers(3, vocab_size, shared).tolist()
-        sizes = _sizes(rng, prompt, count) - shared
-        return [prefix + rng.integers(3, vocab_size, n).tolist() for n in sizes], _sizes(rng, output, count).tolist()
+        (prefix,) = draw_ids(rng, [shared], vocab_size)
+        own = draw_ids(rng, _sizes(rng, prompt, count) - shared, vocab_size)
+        return [prefix + ids for ids in own], _sizes(rng, output, count).tolist()
 
     warm_prompts, warm_lengths = draw(1, min(requests, 256))
     return Work(*draw(0, requests), warm_prompts, [min(n, 16) for n in warm_lengths], repeat)

@@ -18,6 +18,7 @@ from pagegraph.compiler.build import BuiltModel
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.inputs import SamplingInput, StepInput, StepOutput
 from pagegraph.compiler.step.step import CompiledStep, Ticket
+from pagegraph.runtime.bench.work import draw_ids
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.assemble import engine_of
 from pagegraph.runtime.ipc.protocol import SamplingParams, Submit, TokenLogprob, Tokens
@@ -212,8 +213,7 @@ def step_of(
 
 
 def random_prompts(seed: int, sizes: list[int], vocab_size: int) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(3, vocab_size, size).tolist() for size in sizes]
+    return draw_ids(np.random.default_rng(seed), sizes, vocab_size)
 
 
 def floor_seconds(run: Run, shape: Shape, ceilings: Ceilings, method: str | None) -> float:

@@ -1,7 +1,7 @@
 """The server as its users start it: how fast 512 streams are against the same work offline, and how long a start takes.
 
 `runtime serve` runs beside this process on loopback, in its process group, with random weights and a tokenizer made up for the
-vocabulary; `load.py` drives it from processes of its own. Knows the server by its command line, log, and HTTP alone.
+vocabulary; `runtime bench serve` drives it from processes of its own. Knows the server by its command line, log, and HTTP alone.
 """
 
 from __future__ import annotations
@@ -81,16 +81,39 @@ class Server:
         return {name: float(re.search(rf"^pagegraph:{name}\{{[^}}]*\}} (\S+)$", text, re.M)[1]) for name in COUNTERS}
 
     def load(self, model: str, streams: int, requests: int, output: int, seed: int) -> dict:
-        """What `load.py` found; RuntimeError if a request failed."""
-        out = self._log.with_name(f"load-{seed}.json")
-        given = dict(address=self.address, model="m", streams=streams, requests=requests, prompt=PROMPT, output=output,
-                     vocab=MODELS[model]["vocab_size"], seed=seed, processes=min(6, os.cpu_count() or 1), out=out)  # fmt: skip
-        flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
-        subprocess.run([sys.executable, "-m", "perf.load", *flags], cwd=ROOT, check=True, timeout=500)
-        found = json.loads(out.read_text())
-        if found["errors"] or found["out_tokens"] != requests * output:
-            raise RuntimeError(f"{found['errors']} of {requests} requests failed: {found['first_error']}")
-        return found
+        """What `runtime bench serve` found, under the names of the stored results; RuntimeError if a request failed."""
+        name = f"load-{seed}.json"
+        given = dict(model="m", max_concurrency=streams, num_prompts=requests, input_len=PROMPT, output_len=output,
+                     vocab_size=MODELS[model]["vocab_size"], seed=seed, processes=min(6, os.cpu_count() or 1),
+                     metric_percentiles="50,90,99", result_dir=self._log.parent, result_filename=name)  # fmt: skip
+        flags = [text for key, value in given.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+        command = [
+            sys.executable,
+            "-m",
+            "pagegraph.runtime.cli",
+            "bench",
+            "serve",
+            "--base-url",
+            f"http://{self.address}",
+        ]
+        done = subprocess.run(
+            [*command, *flags, "--save-detailed"],
+            cwd=ROOT,
+            timeout=500,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        if done.returncode:
+            raise RuntimeError(f"the load failed: {done.stderr.decode(errors='replace')[-600:]}")
+        found = json.loads((self._log.parent / name).read_text())
+        if found["failed"] or found["total_output_tokens"] != requests * output:
+            raise RuntimeError(f"{found['failed']} of {requests} requests failed: {max(found['errors'])[:600]}")
+        return dict(
+            requests=requests, wall_s=found["duration"], out_tokens=requests * output, out_tok_s=found["output_throughput"],
+            tokens_an_event=requests * output / sum(1 + len(gaps) for gaps in found["itls"]),
+            **{f"{metric}_p{at}_ms": found[f"p{at}_{metric}_ms"] for metric in ("ttft", "itl") for at in (50, 90, 99)},
+            client_busy=found["client_busy"],
+        )  # fmt: skip
 
     def stop(self) -> None:
         """SIGTERM to the supervisor, which ends its children; SIGKILL after a minute, which its children do not outlive."""
@@ -152,7 +175,7 @@ def serve(report: Report, args: argparse.Namespace, shared: dict) -> None:
         after["graph_hit_ratio"] * after["engine_steps_total"]
         - before["graph_hit_ratio"] * before["engine_steps_total"]
     )
-    report.row(way="served", **{key: value for key, value in found.items() if key not in ("errors", "first_error")},
+    report.row(way="served", **found,
                steps=int(steps), in_graphs=hits / steps, padding=padding / (tokens + padding))  # fmt: skip
     config = config_of(args, model, max_num_seqs=streams)
     built = build_compiled(compiler_options(config), progress=False)

