@@ -13,6 +13,7 @@ DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/architecture.md",
+    "docs/bench.md",
     "docs/clients.md",
     "docs/structured.md",
     "docs/tools.md",
