@@ -47,7 +47,9 @@ def parse_tokenize(body: dict[str, Any], info: EngineInfo) -> TokenizeRequest:
         return TokenizeRequest(None, chat, chat.add_special_tokens, token_strs)
     fields.text("model")
     prompt, content = fields.text("prompt"), fields.text("content")
-    if (prompt is None) == (content is None):
+    if prompt is not None and content is not None:
+        refuse("content", "is llama.cpp's name of prompt; give one of them")
+    if prompt is None and content is None:
         refuse("prompt", 'is missing; give prompt, a string, or messages, for example "Hello"')
     if fields.boolean("with_pieces", False):
         refuse("with_pieces", "is not served; give return_token_strs")

@@ -67,7 +67,7 @@ def test_a_text_longer_than_the_context_is_tokenised(http: FlaskClient, tokenize
     ("path", "body", "field"),
     [
         ("/tokenize", {}, "prompt"),
-        ("/tokenize", {"prompt": "a", "content": "b"}, "prompt"),
+        ("/tokenize", {"prompt": "a", "content": "b"}, "content"),
         ("/tokenize", {"prompt": ["a"]}, "prompt"),
         ("/tokenize", {"prompt": "a", "return_token_strs": 1}, "return_token_strs"),
         ("/tokenize", {"content": "a", "with_pieces": True}, "with_pieces"),

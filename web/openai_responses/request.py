@@ -210,9 +210,10 @@ def _conversation(previous: str | None, store: ResponseStore) -> list[Item]:
 
 def _check_writable(echo: dict[str, Any]) -> None:
     """Refuse what cannot be written into an answer."""
-    try:
-        msgspec.json.encode(echo)
-    except UnicodeEncodeError:
-        raise ApiError(400, "a field holds half of a surrogate pair: not valid Unicode") from None
-    except (RecursionError, OverflowError):
-        raise ApiError(400, "a field is nested too deeply, or holds a number of more than 64 bits") from None
+    for name, value in echo.items():
+        try:
+            msgspec.json.encode(value)
+        except UnicodeEncodeError:
+            refuse(name, "holds half of a surrogate pair, which is no character")
+        except (RecursionError, OverflowError):
+            refuse(name, "is nested too deeply, or holds a number of more than 64 bits")

@@ -129,8 +129,11 @@ class ResponseStore:
 
     def _row(self, query: str, id: str) -> tuple[Any, ...] | None:
         oldest = self._clock() - self._max_age_s
-        with self._lock, closing(self._database.execute(query, (id, oldest))) as found:
-            return found.fetchone()
+        try:
+            with self._lock, closing(self._database.execute(query, (id, oldest))) as found:
+                return found.fetchone()
+        except UnicodeEncodeError:  # half of a surrogate pair, which no id has
+            return None
 
     def _put(self, stored: Stored, close: bool) -> bool:
         id, now = stored.response["id"], self._clock()

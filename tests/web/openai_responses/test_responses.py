@@ -389,7 +389,10 @@ BAD = [
     ({"max_tokens": 5}, "max_tokens"),
     ({"n": 2}, "n"),
     ({"return_token_ids": True}, "return_token_ids"),
-    ({"user": "a" + "\ud800"}, None),
+    ({"user": "a" + "\ud800"}, "user"),
+    ({"instructions": "\ud800"}, "instructions"),
+    ({"previous_response_id": "resp_\ud800"}, "previous_response_id"),
+    ({"input": [{"type": "item_reference", "id": "\ud800"}]}, "input[0].id"),
 ]
 
 
