@@ -14,6 +14,7 @@ import click
 
 from pagegraph.runtime.bench import files
 from pagegraph.runtime.bench.work import Request, Shape, made_up
+from pagegraph.runtime.commands.bench_values import Number
 
 MADE_UP = ("random", "prefix", "prefix_repetition", "conversation")
 DATASETS = (*MADE_UP, "sharegpt", "custom")
@@ -32,7 +33,7 @@ _FLAGS = (
     click.option("--output-len", "--output-tokens", "--random-output-len", "--sharegpt-output-len",
                  "--custom-output-len", type=POSITIVE,
                  help=f"Tokens of an answer.  [default: {OUTPUT_LEN}; what a file says]"),
-    click.option("--random-range-ratio", "range_ratio", type=click.FloatRange(0, 1, max_open=True), default=0.0,
+    click.option("--random-range-ratio", "range_ratio", type=Number(0, 1, max_open=True), default=0.0,
                  help="r: lengths evenly from (1 - r) to (1 + r) of the given.  [default: 0]"),
     click.option("--prefix-len", "--random-prefix-len", "--prefix-repetition-prefix-len", type=click.IntRange(min=0),
                  help=f"Tokens that requests share.  [default: {PREFIX_LEN} for prefix, else 0]"),

@@ -25,7 +25,7 @@ from pagegraph.runtime.bench.stream import Target
 from pagegraph.runtime.bench.work import FIRST_ID, SMALL_VOCABULARY, Request
 from pagegraph.runtime.cli import CONTEXT
 from pagegraph.runtime.commands.bench_options import POSITIVE, WorkFlags, work_options
-from pagegraph.runtime.commands.bench_values import ManyValues, fields, metrics, objectives, pairs, percentiles
+from pagegraph.runtime.commands.bench_values import ManyValues, Number, fields, metrics, objectives, pairs, percentiles
 
 ENDPOINTS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 BUSY = 0.8  # of a processor, from which on the client may be what is measured
@@ -61,14 +61,14 @@ SHOWN_ERRORS = 5
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of work and arrivals.")
 @click.option(
     "--request-rate",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=math.inf,
     show_default=True,
     help="Requests a second; inf: all at once.",
 )
 @click.option(
     "--burstiness",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=1.0,
     show_default=True,
     help="Of arrivals: 1 Poisson, less in bursts, more evenly.",
@@ -84,7 +84,7 @@ SHOWN_ERRORS = 5
     metavar="METRIC:MS ...",
     help="Objectives of a good request, as ttft:200 tpot:30 (also e2el).",
 )
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option("--temperature", type=Number(0), default=0.0, show_default=True)
 @click.option(
     "--ignore-eos/--no-ignore-eos",
     default=None,
@@ -100,7 +100,7 @@ SHOWN_ERRORS = 5
 )
 @click.option(
     "--request-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=3600.0,
     show_default=True,
     help="Seconds of one request, after which it counts as failed.",

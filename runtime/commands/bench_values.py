@@ -17,6 +17,16 @@ from pagegraph.runtime.bench import measures
 MANY = ("--goodput", "--header", "--metadata")  # flags with several values behind them: --goodput ttft:200 tpot:30
 
 
+class Number(click.FloatRange):
+    """A number in a range, which nan, in no range, is not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not a number in the range {self._describe_range()}.", param, ctx)
+        return number
+
+
 class ManyValues(click.Command):
     """Takes `--flag a b` for `--flag a --flag b`, as scripts for vLLM write it."""
 

@@ -132,6 +132,8 @@ def test_a_server_that_is_not_there() -> None:
         (["--percentile-metrics", "ttft,x"], "x is none of ttft"),
         (["--extra-body", "[]"], "JSON object"),
         (["--request-rate", "0"], "x>0"),
+        (["--burstiness", "nan"], "nan is not a number in the range x>0"),
+        (["--random-range-ratio", "nan"], "nan is not a number in the range 0<=x<1"),
         (["--ramp-up-strategy", "linear"], "--ramp-up-start-rps"),
         (["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "0", "--ramp-up-end-rps", "2"], "above 0"),
         (["--dataset-name", "custom"], "needs a --dataset-path"),
