@@ -9,20 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import multiprocessing
 import queue as queues
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from typing import Any
+
+import msgspec
 
 from pagegraph.runtime.bench.outcome import Outcome
 from pagegraph.runtime.bench.stream import Target, send
-from pagegraph.runtime.bench.work import Prompt, Request, join
+from pagegraph.runtime.bench.work import Prompt, Request
 
-START_SECONDS = 0.5  # for all processes to stand ready: the clock starts after it
 Tick = Callable[[], object]  # called as each request ends
 
 
@@ -52,7 +53,7 @@ def run(plan: Plan, processes: int = 1, tick: Tick = lambda: None) -> Sent:
     """Send everything and wait for the last answer."""
     processes = min(processes, plan.max_concurrency or processes, len(plan.requests))
     if processes <= 1:
-        return asyncio.run(_Share(plan, 0, 1).drive(time.perf_counter(), tick))
+        return asyncio.run(_Share(plan, 0, 1).drive(lambda: None, tick))
     return _run_in_processes(plan, processes, tick)
 
 
@@ -65,18 +66,20 @@ class _Share:
         most = plan.max_concurrency
         self._slots = None if most is None else asyncio.Semaphore(len(range(place, most, processes)))
         self._tls = plan.target.tls()
+        self._bodies: dict[int, bytes] = {}  # prepared, by request
         self._prompts: dict[int, Any] = {}  # of conversations: what was asked, by request
         self._answers: dict[int, asyncio.Future[Outcome]] = {}
         self._followed = {request.follows for request in plan.requests}
 
-    async def drive(self, begin: float, tick: Tick) -> Sent:
-        """Send at the times of the plan, counted from `begin`."""
+    async def drive(self, wait_for_others: Callable[[], object], tick: Tick) -> Sent:
+        """Send at the times of the plan, counted from when this process and others are ready."""
         loop = asyncio.get_running_loop()
         self._answers = {index: loop.create_future() for index in self._mine}
+        self._prepare()
         gc.collect()
         gc.freeze()  # what is made until here is not looked through while times are taken
-        await asyncio.sleep(begin - time.perf_counter())
-        cpu = time.process_time()
+        wait_for_others()
+        begin, cpu = time.perf_counter(), time.process_time()
         tasks: list[asyncio.Task[None]] = []
         for index in self._mine:
             if (wait := begin + self._plan.times[index] - time.perf_counter()) > 0:
@@ -87,6 +90,19 @@ class _Share:
         gc.unfreeze()
         found = [self._answers[index].result() for index in self._mine]
         return Sent(found, duration, (time.process_time() - cpu) / duration)
+
+    def _prepare(self) -> None:
+        """The bodies that follow no answer, so that making them takes no time from streams."""
+        for index in self._mine:
+            request = self._plan.requests[index]
+            if request.follows is None:
+                prompt = _first(request.prompt, self._plan.target.is_chat)
+                self._bodies[index] = self._body(request, prompt)
+                self._keep(index, prompt)
+
+    def _keep(self, index: int, prompt: Any) -> None:
+        if index in self._followed:
+            self._prompts[index] = prompt
 
     async def _request(self, index: int, tick: Tick) -> None:
         request = self._plan.requests[index]
@@ -100,13 +116,12 @@ class _Share:
 
     async def _send(self, index: int, request: Request, before: Outcome | None) -> Outcome:
         if before is None:
-            prompt = _first(request.prompt, self._plan.target.is_chat)
+            body = self._bodies.pop(index)
         else:
             assert request.follows is not None
             prompt = _continued(self._prompts.pop(request.follows), before.text, request.prompt)
-        if index in self._followed:
-            self._prompts[index] = prompt
-        body = self._body(request, prompt)
+            self._keep(index, prompt)
+            body = self._body(request, prompt)
         arrived = time.perf_counter()
         async with self._slots or contextlib.nullcontext():
             outcome = await send(self._plan.target, self._tls, body, self._plan.timeout)
@@ -124,7 +139,7 @@ class _Share:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        return json.dumps(body | self._plan.fields).encode()
+        return msgspec.json.encode(body | self._plan.fields)
 
 
 def _first(prompt: Prompt, chat: bool) -> Any:
@@ -137,10 +152,12 @@ def _first(prompt: Prompt, chat: bool) -> Any:
 
 
 def _continued(asked: Any, answer: str, prompt: Prompt) -> Any:
-    """What was asked, its answer, and the next prompt, as `prompt` or `messages`."""
+    """What was asked, its answer, and the next prompt, as `prompt` or `messages`. All of it is text."""
+    if not isinstance(prompt, str):
+        raise TypeError("a conversation with a server is text, no token ids")
     if isinstance(asked, list):
         return [*asked, {"role": "assistant", "content": answer}, {"role": "user", "content": prompt}]
-    return join(asked + answer, prompt)
+    return asked + answer + prompt
 
 
 def _firsts(requests: Sequence[Request]) -> list[int]:
@@ -154,9 +171,9 @@ def _firsts(requests: Sequence[Request]) -> list[int]:
 def _run_in_processes(plan: Plan, processes: int, tick: Tick) -> Sent:
     context = multiprocessing.get_context("fork")  # the plan goes with it; nothing of this process runs threads yet
     results: Queue[Any] = context.Queue()
-    begin = time.perf_counter() + START_SECONDS
+    ready = context.Barrier(processes)
     children = [
-        context.Process(target=_child, args=(plan, place, processes, begin, results), daemon=True)
+        context.Process(target=_child, args=(plan, place, processes, ready, results), daemon=True)
         for place in range(processes)
     ]
     for child in children:
@@ -180,9 +197,9 @@ def _run_in_processes(plan: Plan, processes: int, tick: Tick) -> Sent:
     return _together(plan, [shares[place] for place in range(processes)])
 
 
-def _child(plan: Plan, place: int, processes: int, begin: float, results: Queue[Any]) -> None:
+def _child(plan: Plan, place: int, processes: int, ready: Barrier, results: Queue[Any]) -> None:
     try:
-        sent = asyncio.run(_Share(plan, place, processes).drive(begin, lambda: results.put((place, None))))
+        sent = asyncio.run(_Share(plan, place, processes).drive(ready.wait, lambda: results.put((place, None))))
         results.put((place, sent))
     except Exception as error:  # the parent waits for a word of each
         results.put((place, f"{type(error).__name__}: {error}"))

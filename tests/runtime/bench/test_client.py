@@ -103,3 +103,10 @@ def test_a_request_that_takes_too_long_fails(server: FakeServer) -> None:
     server.gap = 0.2
     (one,) = run(plan(server, [Request("a", 50)], timeout=0.5)).outcomes
     assert "no whole answer within 0.5 s" in one.error and one.latency < 5 and math.isfinite(one.ttft)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_conversations_of_ids_are_refused(server: FakeServer, processes: int) -> None:
+    requests = made_up(4, Shape(input_len=3, output_len=2, num_turns=2), vocab_size=50)
+    with pytest.raises((TypeError, RuntimeError), match="is text, no token ids"):
+        run(plan(server, requests), processes)
