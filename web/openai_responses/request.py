@@ -95,7 +95,8 @@ def parse_responses(body: dict[str, Any], info: EngineInfo, store: ResponseStore
     with renaming(NAMES):
         checked = parse_chat(chat, info.vocab_size, info.sampling_defaults)
     echo |= {"temperature": checked.params.temperature, "top_p": checked.params.top_p, "background": background}
-    _check_writable(echo)
+    listed = isinstance(body.get("input"), list)
+    _check_writable({**echo, **{f"input[{index}]" if listed else "input": item for index, item in enumerate(items)}})
     form_field = own_name(checked.form_field, NAMES)
     checked = replace(checked, form_field=form_field, ignored=[*own, *checked.ignored])
     return ResponsesRequest(chat=checked, input=items, before=before, echo=echo, store=keeps, background=background)
@@ -208,9 +209,9 @@ def _conversation(previous: str | None, store: ResponseStore) -> list[Item]:
     return stored.conversation
 
 
-def _check_writable(echo: dict[str, Any]) -> None:
-    """Refuse what cannot be written into an answer."""
-    for name, value in echo.items():
+def _check_writable(told: dict[str, Any]) -> None:
+    """Refuse what cannot be written into an answer or the store; by field."""
+    for name, value in told.items():
         try:
             msgspec.json.encode(value)
         except UnicodeEncodeError:

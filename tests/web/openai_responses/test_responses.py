@@ -364,7 +364,7 @@ BAD = [
     ({"include": "a"}, "include"),
     ({"truncation": "some"}, "truncation"),
     ({"truncation": "auto", "input": "hello " * 500}, "input"),
-    ({"truncation": "auto", "input": "hello\ud800"}, None),
+    ({"truncation": "auto", "input": "hello\ud800"}, "input"),
     ({"include": ["message.output_text.logprobs"] * 65}, "include"),
     ({"temperature": 3}, "temperature"),
     ({"tools": {}}, "tools"),
@@ -391,6 +391,8 @@ BAD = [
     ({"return_token_ids": True}, "return_token_ids"),
     ({"user": "a" + "\ud800"}, "user"),
     ({"instructions": "\ud800"}, "instructions"),
+    ({"input": [SAID, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "\ud800"}]}]}, "input[1]"),
+    ({"input": [SAID, {"type": "function_call_output", "call_id": "\ud800", "output": "a"}]}, "input[1]"),
     ({"previous_response_id": "resp_\ud800"}, "previous_response_id"),
     ({"input": [{"type": "item_reference", "id": "\ud800"}]}, "input[0].id"),
 ]
