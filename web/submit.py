@@ -129,9 +129,9 @@ def submit(
     return Generation(group, outputs, client_probe(request.environ), release, names)
 
 
-def no_unicode() -> ApiError:
+def no_unicode(field: str) -> ApiError:
     """What a text with a lone surrogate is answered with."""
-    return ApiError(400, "the prompt holds half of a surrogate pair: not valid Unicode")
+    return ApiError(400, f"{field} holds half of a surrogate pair: not valid Unicode", param=field)
 
 
 def prompt_text(chat: Chat, checked: GenerationRequest) -> str:
@@ -164,7 +164,7 @@ def prompts_of(service: Service, checked: GenerationRequest, info: EngineInfo) -
             if isinstance(prompt, str) and checked.truncate_prompt_tokens is None:
                 _check_chars(prompt, service.tokenizer, checked, info)
     except UnicodeEncodeError:
-        raise no_unicode() from None
+        raise no_unicode(_prompt_field(checked)) from None
     return prompts
 
 

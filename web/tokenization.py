@@ -71,7 +71,7 @@ def tokenize() -> Response:
             if asked.chat:
                 ids = truncated(ids, asked.chat, info)
         except UnicodeEncodeError:
-            raise no_unicode() from None
+            raise no_unicode("messages" if asked.chat else "prompt") from None
         strings = service.tokenizer.vocabulary_entries(ids) if asked.token_strs else None
     return json_response({"count": len(ids), "max_model_len": info.max_model_len, "tokens": ids, "token_strs": strings})
 

@@ -217,7 +217,7 @@ def test_as_many_optional_properties_as_are_taken_can_be_answered(tokens: LLToke
     structured = StructuredOutputs(json=schema)
     check_grammar(structured)
     matcher = LLMatcher(tokens, grammar_text(structured), limits=limits())
-    text = '{"b":[' * (MAX_DEPTH // 2 - 1) + '{"p0":"","p449":""}'
+    text = '{"b":[' * (MAX_DEPTH // 2 - 1) + f'{{"p0":"","p{MAX_OPTIONAL - 1}":""}}'
     for token in tokens.tokenize_str(text):
         matcher.compute_bitmask()
         assert matcher.consume_token(token), matcher.get_error()

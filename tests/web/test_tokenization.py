@@ -109,3 +109,15 @@ def test_tokenizer_info_renders_and_has_no_paths(http: FlaskClient, tokenizer: T
     )
     assert rendered == tokenizer.render_chat(MESSAGES)
     assert str(tokenizer_folder) not in answer.text
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/completions", "/v1/chat/completions"])
+def test_half_of_a_surrogate_pair_is_refused_by_its_field(http: FlaskClient, path: str) -> None:
+    chat = {"messages": [{"role": "user", "content": "a\ud800"}]}
+    for body in (
+        [chat] if "chat" in path else [{"prompt": "a\ud800"}, chat] if path == "/tokenize" else [{"prompt": "\udc00"}]
+    ):
+        answer = http.post(path, json={"model": "tiny", **body})
+        (field,) = body
+        assert (answer.status_code, answer.json["error"]["param"]) == (400, field), answer.json
+        assert "surrogate" in answer.json["error"]["message"]

@@ -34,7 +34,7 @@ def shortened(service: Service, info: EngineInfo, checked: GenerationRequest) ->
     try:
         left_out = bisect.bisect_left(starts, True, hi=len(starts) - 1, key=fits)
     except UnicodeEncodeError:
-        raise no_unicode() from None
+        raise no_unicode("input") from None
     return _from(checked, starts[left_out])
 
 
