@@ -20,6 +20,7 @@ from pagegraph.runtime.config import Config, load_config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.llm import LLM
+from perf.gates import Gate
 from tests.prompts import PROMPTS
 
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -66,10 +67,8 @@ def peer_generate(model: torch.nn.Module, prompts: list[list[int]], num_tokens: 
         )
 
 
-def ratio(
-    benchmark, ours: Callable[[], object], theirs: Callable[[], object], goal: float, pairs: int = ROUNDS
-) -> None:
-    """Gate: theirs / ours in median seconds is at least `goal`; sides alternate, so drift hits both."""
+def ratio(benchmark, ours: Callable[[], object], theirs: Callable[[], object], gate: Gate, pairs: int = ROUNDS) -> None:
+    """Theirs / ours in median seconds must pass the gate; sides alternate, so drift hits both."""
     ours(), theirs()
     mine, peers = [], []
     for _ in range(pairs):
@@ -82,8 +81,7 @@ def ratio(
     benchmark.extra_info.update(
         ratio=round(reached, 3), ours_s=mine, theirs_s=peers, torch=torch.__version__, threads=torch.get_num_threads()
     )
-    print(f"\n{benchmark.name}: {reached:.2f}x (gate {goal}x)")
-    assert reached >= goal
+    gate.check(reached)
 
 
 def mixed_work(llm: LLM) -> tuple[list[list[int]], list[int]]:
@@ -92,32 +90,32 @@ def mixed_work(llm: LLM) -> tuple[list[list[int]], list[int]]:
     return prompts, [16 + (index * 37) % 81 for index in range(16)]
 
 
-def test_one_stream(benchmark, llm: LLM, peer) -> None:
+def test_one_stream(benchmark, gate: Gate, llm: LLM, peer) -> None:
     ids = llm.tokenizer.encode(PROMPTS[1])
-    ratio(benchmark, lambda: llm.generate([ids], greedy(64)), lambda: peer_generate(peer, [ids], 64), goal=1.3)
+    ratio(benchmark, lambda: llm.generate([ids], greedy(64)), lambda: peer_generate(peer, [ids], 64), gate)
 
 
-def test_mixed_requests_against_a_static_batch(benchmark, llm: LLM, peer) -> None:
+def test_mixed_requests_against_a_static_batch(benchmark, gate: Gate, llm: LLM, peer) -> None:
     prompts, lengths = mixed_work(llm)
     ratio(
         benchmark,
         lambda: llm.generate(prompts, [greedy(n) for n in lengths]),
         lambda: peer_generate(peer, prompts, max(lengths)),
-        goal=1.5,
+        gate,
     )
 
 
-def test_mixed_requests_against_one_by_one(benchmark, llm: LLM, peer) -> None:
+def test_mixed_requests_against_one_by_one(benchmark, gate: Gate, llm: LLM, peer) -> None:
     prompts, lengths = mixed_work(llm)
     ratio(
         benchmark,
         lambda: llm.generate(prompts, [greedy(n) for n in lengths]),
         lambda: [peer_generate(peer, [p], n) for p, n in zip(prompts, lengths)],
-        goal=4.0,
+        gate,
     )
 
 
-def test_prefix_hit_against_cold(benchmark, llm: LLM) -> None:
+def test_prefix_hit_against_cold(benchmark, gate: Gate, llm: LLM) -> None:
     """500 shared tokens and 100 own: time to first token on a hit is at most 35 % of cold."""
     text = llm.tokenizer.encode(" ".join(PROMPTS) * 4)
     shared, turn = text[:500], iter(range(10**6))
@@ -129,10 +127,10 @@ def test_prefix_hit_against_cold(benchmark, llm: LLM) -> None:
         llm.generate([own()[:50] + shared[50:] + own()], greedy(1))
 
     llm.generate([shared + own()], greedy(1))
-    ratio(benchmark, lambda: llm.generate([shared + own()], greedy(1)), cold, goal=1 / 0.35)
+    ratio(benchmark, lambda: llm.generate([shared + own()], greedy(1)), cold, gate)
 
 
-def test_chunked_prefill_keeps_streams_going(benchmark, llm: LLM) -> None:
+def test_chunked_prefill_keeps_streams_going(benchmark, gate: Gate, llm: LLM) -> None:
     """Beside a prompt of 1,500 tokens, the worst gap of a running stream is shorter chunked than whole."""
 
     def worst_gap(chunk: int) -> float:
@@ -154,5 +152,4 @@ def test_chunked_prefill_keeps_streams_going(benchmark, llm: LLM) -> None:
     chunked = statistics.median(worst_gap(64) for _ in range(ROUNDS))
     benchmark.pedantic(lambda: worst_gap(64), rounds=1)
     benchmark.extra_info.update(ratio=round(whole / chunked, 3), whole_s=whole, chunked_s=chunked)
-    print(f"\nworst gap beside a long prompt: whole {whole / chunked:.2f}x chunked (gate 3x)")
-    assert whole / chunked >= 3.0
+    gate.check(whole / chunked)

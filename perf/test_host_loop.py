@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from perf.gates import Gate
 from perf.gpu import checks
-
-GATE = 3.0  # rounds of the fixed loop, a thousand look-ups and appends each
 
 
 class Rows(list):
@@ -18,7 +17,7 @@ class Rows(list):
     def fact(self, **values: object) -> None: ...
 
 
-def test_python_of_a_step(benchmark) -> None:
+def test_python_of_a_step(benchmark, gate: Gate) -> None:
     def loops() -> float:
         rows = Rows()
         checks.host(rows, argparse.Namespace(device="cpu", no_compile=True, tiny=False, quantization=None), {})
@@ -29,4 +28,4 @@ def test_python_of_a_step(benchmark) -> None:
 
     ratio = benchmark.pedantic(loops, rounds=1, iterations=1)
     benchmark.extra_info["loops"] = ratio
-    assert ratio <= GATE, f"a turn takes {ratio:.2f} fixed loops outside launch"
+    gate.check(ratio)
