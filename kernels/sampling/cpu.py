@@ -8,6 +8,8 @@ from torch import Tensor
 
 from pagegraph.kernels.sampling import reference
 
+ROWS_AT_ONCE = 8  # of `sample_allowed`: where nearly all tokens are allowed, more would not stay in the cache
+
 
 def sample(
     logits: Tensor,
@@ -49,28 +51,45 @@ def sample_allowed(
     last_tokens: Tensor,
     last_at: Tensor,
 ) -> None:
-    """See `kernels.ops`. Row by row, over the tokens alone that are allowed: often they are few."""
-    bits = bitmask.contiguous().numpy().view(np.uint8)
-    for index, row in enumerate(rows.tolist()):
-        token = int(ids[row])
-        if row < 0 or bits[index, token // 8] >> token % 8 & 1:
-            continue
-        allowed = np.unpackbits(bits[index], count=logits.shape[1], bitorder="little").nonzero()[0]
-        ids[row] = token = _best_of(
-            torch.from_numpy(allowed), *(one[row : row + 1] for one in (logits, temperature, seeds, positions))
-        )
-        if sampled[row] > 0:
-            last_tokens[slots[row]], last_at[slots[row]] = token, positions[row]
+    """See `kernels.ops`. Over the tokens alone that are allowed, of several rows at once: often they are few."""
+    sampled_ids, all_rows, words = ids.numpy(), rows.numpy(), bitmask.numpy()
+    tokens = sampled_ids[all_rows]
+    allowed = words[np.arange(len(all_rows)), tokens // 32] >> tokens % 32 & 1
+    wrong = np.flatnonzero((all_rows >= 0) & (allowed == 0))
+    if not len(wrong):
+        return
+    for at in range(0, len(wrong), ROWS_AT_ONCE):
+        some = wrong[at : at + ROWS_AT_ONCE]
+        owner, token = _set_bits(words[some], logits.shape[1])
+        row = torch.from_numpy(all_rows[some].astype(np.int64))[owner]
+        scores = _scores(row, token, logits, temperature, seeds, positions).numpy()
+        begin, ends = 0, np.searchsorted(owner.numpy(), np.arange(len(some)), side="right")
+        for each, end in zip(all_rows[some].tolist(), ends.tolist()):
+            sampled_ids[each] = int(token[begin + scores[begin:end].argmax()]) if end > begin else 0
+            begin = end
+    anew = all_rows[wrong]
+    kept = anew[sampled.numpy()[anew] > 0]
+    owners = slots.numpy()[kept]
+    last_tokens.numpy()[owners], last_at.numpy()[owners] = sampled_ids[kept], positions.numpy()[kept]
 
 
-def _best_of(allowed: Tensor, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> int:
-    """The token of one row, of ids int64 [N] in rising order; 0 if there is none."""
-    if not len(allowed):
-        return 0
-    scores = logits[0, allowed].float()
-    if temperature > 0:
-        scores = scores / temperature + reference.gumbel(seeds, positions, allowed)[0]
-    return int(allowed[scores.max(dim=0).indices])
+def _set_bits(words: np.ndarray, vocab: int) -> tuple[Tensor, Tensor]:
+    """Of words int32 [R, W] the row and the token of every bit that is 1, int64, in rising order."""
+    row, word = words.nonzero()
+    bits = np.unpackbits(words[row, word].view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
+    at, bit = bits.nonzero()
+    token = word[at] * 32 + bit
+    return torch.from_numpy(row[at][token < vocab]), torch.from_numpy(token[token < vocab])
+
+
+def _scores(
+    row: Tensor, token: Tensor, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
+) -> Tensor:
+    """What `reference.gumbel_argmax` compares, of tokens int64 [N], each of its row int64 [N]."""
+    scores, scale = logits[row, token].float(), temperature[row]
+    drawn = scale > 0
+    bits = reference.bits_of(reference.streams(seeds, positions)[row], token)
+    return torch.where(drawn, scores / torch.where(drawn, scale, 1.0) + reference.noise_of(bits), scores)
 
 
 def sample_with_noise(ids: Tensor, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:

@@ -37,26 +37,38 @@ def mix32(words: torch.Tensor) -> torch.Tensor:
     return words ^ (words >> 16)
 
 
-def random_bits(seeds: torch.Tensor, positions: torch.Tensor, tokens: int | torch.Tensor) -> torch.Tensor:
-    """32 random bits, as int64 [S, N]: a function of (seed int64 [S], position int32 [S], token id) alone.
+def streams(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """What the bits of all tokens are made of, int64 [S]: a function of (seed int64 [S], position int32 [S]) alone."""
+    seeds = seeds.long()
+    return mix32((seeds & 0xFFFFFFFF) ^ mix32((seeds >> 32) ^ mix32(positions.long() + 0x9E3779B9)))
 
-    tokens: ids int64 [N], or how many from 0 on.
+
+def random_bits(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """32 random bits, as int64 [S, vocab]: a function of (seed int64 [S], position int32 [S], token id) alone.
 
     Integer arithmetic only, so every device and the Triton kernel give the same bits.
     """
-    seeds = seeds.long()
-    stream = mix32((seeds & 0xFFFFFFFF) ^ mix32((seeds >> 32) ^ mix32(positions.long() + 0x9E3779B9)))
-    ids = torch.arange(tokens, device=seeds.device) if isinstance(tokens, int) else tokens
-    return mix32(stream[:, None] ^ mix32(ids + 1)[None])
+    tokens = torch.arange(vocab_size, device=seeds.device)
+    return bits_of(streams(seeds, positions)[:, None], tokens[None])
 
 
-def gumbel(seeds: torch.Tensor, positions: torch.Tensor, tokens: int | torch.Tensor) -> torch.Tensor:
-    """Gumbel noise float32 [S, N] of `random_bits`: -log(-log(1 - u)).
+def bits_of(stream: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The random bits of tokens int64, each of its stream."""
+    return mix32(stream ^ mix32(tokens + 1))
+
+
+def gumbel(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Gumbel noise float32 [S, vocab] of `random_bits`."""
+    return noise_of(random_bits(seeds, positions, vocab_size))
+
+
+def noise_of(bits: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise float32 of random bits: -log(-log(1 - u)).
 
     Large noise comes from small u, which float32 holds to 32 bits and log1p keeps: equal noise of two tokens is
     rare in the upper tail even over a large vocabulary.
     """
-    uniform = (random_bits(seeds, positions, tokens).float() + 0.5) * 2.0**-32
+    uniform = (bits.float() + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
 
 
