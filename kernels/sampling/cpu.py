@@ -24,9 +24,7 @@ def sample(
     """See `kernels.ops`. Noise is made for the sequences with a temperature only."""
     ids = logits.max(dim=-1).indices  # `argmax` takes twice the time
     sample_with_noise(ids, logits, temperature, seeds, positions)
-    kept = sampled.numpy() > 0
-    owners = slots.numpy()[kept]
-    last_tokens.numpy()[owners], last_at.numpy()[owners] = ids.numpy()[kept], positions.numpy()[kept]
+    _hand_over(sampled.numpy() > 0, ids, positions, slots, last_tokens, last_at)
     return ids
 
 
@@ -68,9 +66,15 @@ def sample_allowed(
             sampled_ids[each] = int(token[begin + scores[begin:end].argmax()]) if end > begin else 0
             begin = end
     anew = all_rows[wrong]
-    kept = anew[sampled.numpy()[anew] > 0]
-    owners = slots.numpy()[kept]
-    last_tokens.numpy()[owners], last_at.numpy()[owners] = sampled_ids[kept], positions.numpy()[kept]
+    _hand_over(anew[sampled.numpy()[anew] > 0], ids, positions, slots, last_tokens, last_at)
+
+
+def _hand_over(
+    which: np.ndarray, ids: Tensor, positions: Tensor, slots: Tensor, last_tokens: Tensor, last_at: Tensor
+) -> None:
+    """Write the ids of some rows, numbers or bool [S], and their positions where the next step finds them."""
+    owners = slots.numpy()[which]
+    last_tokens.numpy()[owners], last_at.numpy()[owners] = ids.numpy()[which], positions.numpy()[which]
 
 
 def _set_bits(words: np.ndarray, vocab: int) -> tuple[Tensor, Tensor]:
