@@ -73,6 +73,7 @@ class Connection:
         self._info: EngineInfo | None = None
         self._started = self._heard = time.monotonic()
         self._lost = False  # the engine was there and went away
+        self._connected = False  # ZeroMQ may still take frames for a connection that broke, and lose them
         self._closing = False
         self._wake_send, self._wake_receive = socket.socketpair()
         self._wake_send.setblocking(False)
@@ -204,6 +205,8 @@ class Connection:
                 self._owed.append(frame)
 
     def _send(self, dealer: zmq.Socket[bytes], frame: bytes) -> bool:
+        if not self._connected:
+            return False
         try:
             dealer.send(frame, zmq.NOBLOCK)
         except zmq.Again:
@@ -254,7 +257,8 @@ class Connection:
     def _connection_changed(self, monitor: zmq.Socket[bytes]) -> bool:
         """Read one event of the socket; True when a connection came up."""
         event = zmq.utils.monitor.recv_monitor_message(monitor)["event"]
-        if event == zmq.EVENT_DISCONNECTED:
+        self._connected = event != zmq.EVENT_DISCONNECTED
+        if not self._connected:
             self._fail_all("the engine went away")
             return False
         self._heard = time.monotonic()
