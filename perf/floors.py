@@ -31,6 +31,12 @@ MODELS: dict[str, dict[str, object]] = {
         bos_token_id=1, eos_token_id=2, hidden_act="silu", dtype="float32",
     ),
 }  # fmt: skip
+MODELS["8b-128k"] = {
+    **MODELS["8b"], "max_position_embeddings": 131072,
+    "rope_scaling": dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                         original_max_position_embeddings=8192),
+}  # fmt: skip
+MAX_MODEL_LEN = {"8b": 8192, "8b-128k": 131072, "0.6b": 8192, "tiny": 8192}  # that they are measured with
 BYTES = 2  # of a weight or a cached element: bfloat16
 # Bytes of a weight in the layers and in the head, quantised while loading: fp8 leaves the head alone, int4 gives it 8 bits.
 WEIGHT_BYTES = {None: (BYTES, BYTES), "fp8": (1, BYTES), "int8": (1, 1), "int4": (0.5 + 2 * BYTES / 128, 1)}

@@ -1,6 +1,6 @@
 """Seeded work for offline runs: prompts of random ids and exact output lengths, under the names of usual cases.
 
-`of_peer` takes the same names from a peer's own file, so that both sides do identical work. Knows no engine.
+`of_peer` takes the same names, and those of long prompts, from a peer's own files. Knows no engine.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -25,17 +26,29 @@ CASES: dict[str, tuple] = {
     "prefix": (256, 600, 16, 500, 1),
 }
 FIXED_SIZE = ("latency", "batch32")  # the number of requests is the case: scale leaves it
+LONG = ("prefill_1x100k", "prefill_8x32k", "decode_8x32k", "conversations", "mixed")  # of a peer's file, in this order
+Round = tuple[list[list[int]], list[int]]  # prompts handed over at once, their output lengths
 
 
 @dataclass(frozen=True)
 class Work:
-    """Requests of one case, a smaller set with other tokens to warm up on, and how often to time it."""
+    """Requests of one case, those of a round when the round before has ended; others to warm up on; how often to time it."""
 
-    prompts: list[list[int]]
-    lengths: list[int]
-    warm_prompts: list[list[int]]
-    warm_lengths: list[int]
-    repeat: int
+    rounds: list[Round]
+    warm: list[Round]
+    repeat: int = 1
+
+    @property
+    def requests(self) -> int:
+        return sum(len(prompts) for prompts, _ in self.rounds)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt) for prompts, _ in self.rounds for prompt in prompts)
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(sum(lengths) for _, lengths in self.rounds)
 
 
 Maker = Callable[[str, int, float], Work]  # (case, vocab_size, scale)
@@ -47,28 +60,36 @@ def make(case: str, vocab_size: int, scale: float = 1.0) -> Work:
     if case not in FIXED_SIZE:
         requests = max(1, round(requests * scale))
 
-    def draw(seed: int, count: int) -> tuple[list[list[int]], list[int]]:
+    def draw(seed: int, count: int) -> Round:
         rng = np.random.default_rng([seed, zlib.crc32(case.encode())])
         (prefix,) = draw_ids(rng, [shared], vocab_size)
         own = draw_ids(rng, _sizes(rng, prompt, count) - shared, vocab_size)
         return [prefix + ids for ids in own], _sizes(rng, output, count).tolist()
 
     warm_prompts, warm_lengths = draw(1, min(requests, 256))
-    return Work(*draw(0, requests), warm_prompts, [min(n, 16) for n in warm_lengths], repeat)
+    return Work([draw(0, requests)], [(warm_prompts, [min(n, 16) for n in warm_lengths])], repeat)
 
 
 def of_peer(folder: Path) -> Maker:
-    """The maker that wraps `workloads.make` of a peer's folder."""
-    spec = importlib.util.spec_from_file_location("peer_workloads", folder / "workloads.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """The maker that wraps `make` of `workloads.py` and `jobs` of `workloads_more.py` in a peer's folder."""
+    usual, more = _module(folder / "workloads.py"), _module(folder / "workloads_more.py")
 
     def peer_make(case: str, vocab_size: int, scale: float = 1.0) -> Work:
-        work = module.make(case, vocab_size, 0, scale)
+        if case in LONG:
+            return Work(more.jobs(case, vocab_size), more.warm(case, vocab_size))
+        work = usual.make(case, vocab_size, 0, scale)
         warm = work["warm"]
-        return Work(work["prompts"], work["out_lens"], warm["prompts"], warm["out_lens"], work["repeat"])
+        return Work([(work["prompts"], work["out_lens"])], [(warm["prompts"], warm["out_lens"])], work["repeat"])
 
     return peer_make
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _sizes(rng: np.random.Generator, size: int | tuple[int, int], count: int) -> np.ndarray:

@@ -14,6 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -22,9 +25,10 @@ from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from perf import workloads
-from perf.floors import Shape
+from perf.floors import MAX_MODEL_LEN, Shape
 from perf.gpu.offline import (
     Offline,
+    Run,
     built_of,
     ceilings_of,
     config_of,
@@ -39,7 +43,7 @@ TINY_DECODES = ((1, 64), (8, 96))
 DRIVEN_TOKENS = 64  # steps of a decode that are driven through the engine
 PROFILED = (1, 256)
 PEER_SECONDS = 400  # of a model, its start included
-PEER_MODELS = {"8b": "llama3-8b", "0.6b": "qwen3-0.6b"}
+VLLM = Path(__file__).with_name("vllm_offline.py")
 HF_CASES, HF_BUDGET = ("throughput", "latency"), 15  # seconds of timed work a case
 NO_WAIT = 1e-4  # seconds: a turn that waits less was late, the device had nothing more to do
 
@@ -153,42 +157,53 @@ def engine(report: Report, args: argparse.Namespace, shared: dict) -> None:
     _, built = built_of(shared)
     shape, ceilings = Shape.of(model), ceilings_of(report, args, shared)
     make = workloads.of_peer(args.peer) if args.peer else workloads.make
-    cases = [(case, False) for case in args.cases] + ([("prefix", True)] if "prefix" in args.cases else [])
-    for case, caching in cases:
+    long = Offline(config_of(args, model, enable_prefix_caching=True), built)  # whose cache outlives a case
+    for case, caching in jobs_of(model, args.cases):
         if report.out_of_time((case, caching)):
             return
         work = make(case, built.vocab_size, args.scale)
-        offline = Offline(config_of(args, model, enable_prefix_caching=caching), built)
-        offline.run(work.warm_prompts, work.warm_lengths)
+        config = config_of(args, model, enable_prefix_caching=caching)
+        _run_rounds(long if case in workloads.LONG else Offline(config, built), work.warm)
         runs = []
         for _ in range(work.repeat):
             # Each repeat with an empty prefix cache, as the first had.
-            runs.append(
-                Offline(config_of(args, model, enable_prefix_caching=caching), built).run(work.prompts, work.lengths)
-            )
-        run = sorted(runs, key=lambda one: one.seconds)[len(runs) // 2]
-        floor = floor_seconds(run, shape, ceilings, args.quantization)
-        inputs, outputs, steps = sum(map(len, work.prompts)), sum(work.lengths), len(run.steps)
+            offline = long if case in workloads.LONG else Offline(config, built)
+            runs.append(_run_rounds(offline, work.rounds))
+        rounds = sorted(runs, key=_seconds)[len(runs) // 2]
+        floor = sum(floor_seconds(run, shape, ceilings, args.quantization) for run in rounds)
+        seconds, turns = _seconds(rounds), [turn for run in rounds for turn in run.steps]
         report.row(
-            **_method(args), case=case, caching=caching, requests=len(work.prompts), wall_s=run.seconds, out_tok_s=outputs / run.seconds,
-            total_tok_s=(inputs + outputs) / run.seconds, ratio=run.seconds / floor, steps=steps,
-            in_graphs=run.graph_hits / steps, turn_ms=1e3 * run.seconds / steps,
-            host_ms=1e3 * statistics.mean(turn.host for turn in run.steps),
-            launch_ms=1e3 * statistics.mean(turn.launch for turn in run.steps),
-            late=sum(turn.wait < NO_WAIT for turn in run.steps) / steps,
-            spread=(max(r.seconds for r in runs) - min(r.seconds for r in runs)) / run.seconds,
+            **_method(args), case=case, caching=caching, requests=work.requests, wall_s=seconds,
+            out_tok_s=work.output_tokens / seconds, total_tok_s=(work.prompt_tokens + work.output_tokens) / seconds,
+            ratio=seconds / floor, steps=len(turns), in_graphs=sum(run.graph_hits for run in rounds) / len(turns),
+            turn_ms=1e3 * seconds / len(turns),
+            host_ms=1e3 * statistics.mean(turn.host for turn in turns),
+            launch_ms=1e3 * statistics.mean(turn.launch for turn in turns),
+            late=sum(turn.wait < NO_WAIT for turn in turns) / len(turns),
+            spread=(max(map(_seconds, runs)) - min(map(_seconds, runs))) / seconds,
         )  # fmt: skip
+
+
+def jobs_of(model: str, cases: Sequence[str]) -> list[tuple[str, bool]]:
+    """(case, whether prefixes are cached). Long prompts are run as both engines come: with prefix caching."""
+    if model == "8b-128k":
+        return [(case, True) for case in cases]
+    return [(case, case in workloads.LONG) for case in cases] + ([("prefix", True)] if "prefix" in cases else [])
+
+
+def _run_rounds(offline: Offline, rounds: Sequence[workloads.Round]) -> list[Run]:
+    return [offline.run(prompts, lengths) for prompts, lengths in rounds]
+
+
+def _seconds(rounds: Sequence[Run]) -> float:
+    return sum(run.seconds for run in rounds)
 
 
 def peer(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """Peers on the same work, in processes of their own; ratios of output rates to this run's `engine` rows."""
     environment = {**os.environ, "PY": sys.executable}
-    if "vllm" in args.engines and not (args.peer_target / "env.sh").exists():
-        start = time.perf_counter()
-        subprocess.run(
-            ["bash", args.peer / "install.sh", args.peer, args.peer_target], env=environment, check=True, timeout=300
-        )
-        report.fact(install_s=time.perf_counter() - start)
+    if "vllm" in args.engines:
+        install_vllm(report, args)
     known = json.loads(args.results.read_text())["sections"] if args.results and args.results.exists() else []
     for model, engine in itertools.product(args.models, args.engines):
         ours = {
@@ -215,42 +230,70 @@ def peer(report: Report, args: argparse.Namespace, shared: dict) -> None:
             )  # fmt: skip
 
 
-def _peer_command(args: argparse.Namespace, engine: str, model: str) -> list[object]:
-    """The peer's benchmark. That of transformers runs static batches of 64 and less work: rates are compared."""
+def install_vllm(report: Report, args: argparse.Namespace) -> None:
+    """Unpack the peer into its target, unless an earlier section has."""
+    if (args.peer_target / "env.sh").exists():
+        return
+    start = time.perf_counter()
+    command = ["bash", args.peer / "install.sh", args.peer, args.peer_target]
+    subprocess.run(command, env={**os.environ, "PY": sys.executable}, check=True, timeout=300)
+    report.fact(install_s=time.perf_counter() - start)
+
+
+def in_vllm(args: argparse.Namespace, *command: object) -> list[str]:
+    """The command that runs Python's `command` where the peer is installed."""
+    shell = f'source "{args.peer_target}/env.sh" && exec "$PY" "$@"'
+    return ["bash", "-c", shell, "python", *map(str, command)]
+
+
+def _peer_commands(args: argparse.Namespace, engine: str, model: str) -> list[list[str]]:
+    """The peer's runs. That of transformers is static batches of 64 and less work: rates are compared."""
     if engine == "vllm":
-        shell = ["bash", "-c", f'source "{args.peer_target}/env.sh" && exec "$PY" "$0" "$@"']
+        kinds: dict[bool, list[str]] = {}
+        for case, caching in jobs_of(model, args.cases):
+            kinds.setdefault(caching, []).append(case)
         quantized = ["--quantization", args.quantization] if args.quantization else []
         return [
-            *shell, args.peer / "bench_vllm.py", "--model", args.peer / "models" / PEER_MODELS[model], "--scale", args.scale, *quantized,
-            "--case", *args.cases,
+            in_vllm(
+                args, VLLM, "--peer", args.peer, "--model", config_of(args, model).model, "--scale", args.scale, *quantized,
+                "--max-model-len", MAX_MODEL_LEN[model], *(["--prefix-caching"] if caching else []), "--case", *cases,
+            )
+            for caching, cases in kinds.items()
         ]  # fmt: skip
     cases = [case for case in HF_CASES if case in args.cases]
     if not cases:
         raise RuntimeError(f"transformers runs the cases {', '.join(HF_CASES)} alone; name one in --case")
     # One batch a case, three of the shortest: within a minute.
     scale = 0.004 if args.tiny else 0.064
-    return [
+    command = [
         sys.executable, args.peer / "bench_hf.py", "--model", config_of(args, model).model, "--scale", scale, "--budget", HF_BUDGET,
         "--device", args.device, "--case", *cases,
     ]  # fmt: skip
+    return [[str(part) for part in command]]
 
 
 def _peer_rows(args: argparse.Namespace, engine: str, model: str, environment: dict[str, str]) -> list[dict]:
     """The lines the peer's benchmark writes; those of a run that ends badly too."""
     lines = args.child.with_name(f"peer-{engine}-{model}.jsonl")
-    command = [*map(str, _peer_command(args, engine, model)), "--out", str(lines)]
-    with open(lines.with_suffix(".log"), "w+") as log:
-        run = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            ended = f"exit code {run.wait(PEER_SECONDS)}"
-        except subprocess.TimeoutExpired:
-            ended = f"killed after {PEER_SECONDS} s"
-        finally:
-            try:
-                os.killpg(run.pid, signal.SIGKILL)  # its own group alone: engine processes it may have left
-            except ProcessLookupError:
-                pass
-        log.seek(0)
-        tail = log.read()[-1500:]
+    errors = []
+    for command in _peer_commands(args, engine, model):
+        with open(lines.with_suffix(".log"), "w+") as log:
+            ended = _ended([*command, "--out", str(lines)], environment, log)
+            log.seek(0)
+            if ended != "exit code 0":
+                errors.append({"case": "all", "error": f"{ended}: {log.read()[-1500:]}"})
     rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-    return rows + ([{"case": "all", "error": f"{ended}: {tail}"}] if ended != "exit code 0" else [])
+    return rows + errors
+
+
+def _ended(command: list[str], environment: dict[str, str], log: IO[str]) -> str:
+    run = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        return f"exit code {run.wait(PEER_SECONDS)}"
+    except subprocess.TimeoutExpired:
+        return f"killed after {PEER_SECONDS} s"
+    finally:
+        try:
+            os.killpg(run.pid, signal.SIGKILL)  # its own group alone: engine processes it may have left
+        except ProcessLookupError:
+            pass

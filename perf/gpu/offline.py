@@ -23,7 +23,7 @@ from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.assemble import engine_of
 from pagegraph.runtime.ipc.protocol import SamplingParams, Submit, TokenLogprob, Tokens
 from pagegraph.runtime.llm import LocalMailbox
-from perf.floors import MODELS, Ceilings, Shape, write_model
+from perf.floors import MAX_MODEL_LEN, MODELS, Ceilings, Shape, write_model
 from perf.gpu.report import Report
 
 
@@ -87,6 +87,7 @@ class Run:
     logprobs: list[list[TokenLogprob]]
     turns: list[Turn]
     graph_hits: int
+    first_token_s: list[float]  # of each request, from the start of them all
 
     @property
     def steps(self) -> list[Turn]:
@@ -123,6 +124,7 @@ class Offline:
         outputs: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[TokenLogprob]] = [[] for _ in prompts]
         turns: list[Turn] = []
+        first_token_s = [0.0] * len(prompts)
         hits = graph_hits(self.watched.step)
         begin = time.perf_counter()
         for request in requests:
@@ -137,14 +139,16 @@ class Offline:
                 if not isinstance(message, Tokens):
                     raise RuntimeError(f"a request failed: {message}")
                 for delta in message.each():
-                    outputs[int(delta.request_id)] += delta.token_ids
-                    logprobs[int(delta.request_id)] += delta.logprobs or ()
+                    index = int(delta.request_id)
+                    first_token_s[index] = first_token_s[index] or time.perf_counter() - begin
+                    outputs[index] += delta.token_ids
+                    logprobs[index] += delta.logprobs or ()
         seconds = time.perf_counter() - begin
         if wrong := [i for i, (got, length) in enumerate(zip(outputs, lengths)) if len(got) != length]:
             raise RuntimeError(
                 f"{len(wrong)} requests have not their length, the first {wrong[0]}: {len(outputs[wrong[0]])}"
             )
-        return Run(seconds, outputs, logprobs, turns, graph_hits(self.watched.step) - hits)
+        return Run(seconds, outputs, logprobs, turns, graph_hits(self.watched.step) - hits, first_token_s)
 
 
 def graph_hits(step: CompiledStep) -> int:
@@ -156,7 +160,7 @@ def config_of(args: argparse.Namespace, model: str, **changed: object) -> Config
     folder = write_model(model, Path(tempfile.gettempdir(), "pagegraph-models", model))
     settings = dict(
         model=str(folder), load_format="dummy", dtype=str(MODELS[model]["dtype"]), device=args.device,
-        max_model_len=8192, max_num_seqs=256, max_queue=100_000, enable_prefix_caching=False,
+        max_model_len=MAX_MODEL_LEN[model], max_num_seqs=256, max_queue=100_000, enable_prefix_caching=False,
         inter_token_target_ms="none",  # as `LLM` has it
         compile=not args.no_compile, quantization=args.quantization, kv_cache_memory=1 << 28 if args.device == "cpu" else None,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import platform
@@ -26,14 +27,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SECTIONS = (
     "kernels", "graphs", "parity", "quality", "micro", "quantized", "quantized_step", "texts", "chains", "step", "engine", "memory", "speculation", "grammars",
-    "serve", "startup", "host", "peer",
+    "chunk_limit", "serve", "startup", "open_loop", "host", "peer",
 )  # fmt: skip
-OF_A_MODEL = ("step", "engine", "memory", "speculation", "grammars")
-OF_A_SERVER = ("serve", "startup")  # of a model too, in a process that holds no engine yet
+OF_A_MODEL = ("step", "engine", "memory", "speculation", "grammars", "chunk_limit")
+OF_A_SERVER = ("serve", "startup", "open_loop")  # of a model too, in a process that holds no engine yet
 LAST = ("host", "peer")  # of no engine of this script's
 CASES = "throughput,sharegpt,latency,batch32,prefill,prefix"
+LONG_CASES = "prefill_1x100k,prefill_8x32k,decode_8x32k,conversations,mixed"
+MODELS = ("8b", "8b-128k", "0.6b", "tiny")
 PEERS = ("vllm", "transformers")
 START_SECONDS = 240  # on top of the sections' own time: imports, building, compiling, capturing
+LOAD_TAIL_SECONDS = 30  # behind the last arrival of a rate
 PEER_SECONDS = 420  # of a model, its start included
 
 
@@ -42,8 +46,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--section", default="kernels,graphs,step,engine,host", help=f"comma-separated, of {','.join(SECTIONS)}"
     )
-    p.add_argument("--model", default="8b,0.6b", help="8b, 0.6b or tiny, comma-separated")
-    p.add_argument("--case", default=CASES, help="cases of the sections engine and peer, comma-separated")
+    p.add_argument("--model", default="8b,0.6b", help=f"comma-separated, of {', '.join(MODELS)}")
+    p.add_argument(
+        "--case",
+        default=CASES,
+        help=f"cases of the sections engine and peer, comma-separated; with --peer also {LONG_CASES}",
+    )
     p.add_argument(
         "--scale", type=float, default=1.0, help="share of the requests of the cases, and of the prompts of parity"
     )
@@ -71,6 +79,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         default=8,
         help="web processes of the server, each of which writes some 5,000 events a second",
     )
+    p.add_argument("--rate", default="10,30,50", help="requests a second of section open_loop, comma-separated")
+    p.add_argument("--load-seconds", type=float, default=20, help="of each rate of section open_loop")
     p.add_argument("--out", type=Path, default=ROOT / "perf" / "results")
     p.add_argument("--commit", default="unknown", help="what is measured, for the record")
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a trial of the control flow")
@@ -83,13 +93,17 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         args.model = "tiny"
     args.sections, args.models, args.cases = (one.split(",") for one in (args.section, args.model, args.case))
     args.engines = args.peer_engine.split(",")
+    args.rates = [float(rate) for rate in args.rate.split(",")]
     if unknown := set(args.sections) - set(SECTIONS) - ({"start"} if args.child else set()):
         p.error(f"unknown section {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
-    for key, known in (("model", ("8b", "0.6b", "tiny")), ("case", CASES.split(",")), ("peer_engine", PEERS)):
+    for key, known in (("model", MODELS), ("case", f"{CASES},{LONG_CASES}".split(",")), ("peer_engine", PEERS)):
         if unknown := set(getattr(args, key).split(",")) - set(known):
             p.error(f"unknown {key.replace('_', '-')} {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    if "peer" in args.sections and not args.peer:
-        p.error("section peer needs --peer DIR")
+    for name in ("peer", "open_loop"):
+        if name in args.sections and not args.peer:
+            p.error(f"section {name} needs --peer DIR")
+    if set(args.cases) & set(LONG_CASES.split(",")) and not args.peer:
+        p.error(f"the cases {LONG_CASES} are a peer's: --peer DIR")
     if args.quantization and "peer" in args.sections and args.engines != ["vllm"]:
         p.error("--quantization is known to the peer vllm alone")
     for name in ("parity", "quality", "texts", "grammars"):
@@ -138,6 +152,8 @@ def run_job(args: argparse.Namespace, sections: list[str], model: str | None, pa
     limit = START_SECONDS + len(sections) * args.seconds
     if sections == ["peer"]:
         limit = START_SECONDS + PEER_SECONDS * len(args.models) * len(args.engines)
+    elif sections == ["open_loop"]:
+        limit = 2 * (START_SECONDS + len(args.rates) * (args.load_seconds + LOAD_TAIL_SECONDS))
     command = [
         sys.executable,
         "-u",
@@ -201,8 +217,8 @@ def section(name: str):
         from perf.gpu import quantized as module
     elif name in ("start", "step", "engine", "peer"):
         from perf.gpu import engine_steps as module
-    elif name == "grammars":
-        from perf.gpu import grammars as module
+    elif name in ("open_loop", "chunk_limit", "grammars"):
+        module = importlib.import_module(f"perf.gpu.{name}")
     elif name in OF_A_SERVER:
         from perf.gpu import serve as module
     elif name in ("speculation", "texts", "chains"):

@@ -1,0 +1,57 @@
+"""What `inter_token_target_ms` costs and brings where much comes at once: jobs through the engine with and without it.
+
+`auto` is a server's default, `none` what `LLM` has. Weights are random. Knows the engine by its public parts alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+
+from perf.gpu.offline import Offline, Run, built_of, config_of, random_prompts
+from perf.gpu.report import Report
+
+TARGETS = ("none", "auto")
+# case: [(requests, prompt tokens, output tokens)], handed over at once in this order
+CASES = {
+    "512 x (128, 256)": [(512, 128, 256)],
+    "32 x (512, 256)": [(32, 512, 256)],
+    "64 x (4096, 64)": [(64, 4096, 64)],
+    "8 x (30000, 64)": [(8, 30000, 64)],
+    "8 streams, a prompt of 100,000, 8 of 200": [(8, 128, 1000), (1, 100_000, 16), (8, 200, 16)],
+}
+TINY_CASES = {"8 streams, a prompt of 3000, 4 of 100": [(8, 32, 60), (1, 3000, 4), (4, 100, 4)]}
+
+
+def chunk_limit(report: Report, args: argparse.Namespace, shared: dict) -> None:
+    """Seconds of a job, gaps between tokens and TTFT of its last and of its longest prompt in ms, for each target."""
+    _, built = built_of(shared)
+    for case, kinds in (TINY_CASES if args.tiny else CASES).items():
+        sizes = [prompt for count, prompt, _ in kinds for _ in range(count)]
+        lengths = [output for count, _, output in kinds for _ in range(count)]
+        if report.out_of_time(case):
+            return
+        if max(sizes) + max(lengths) > built.max_model_len:
+            report.fact(skipped=f"{case}: longer than max_model_len")
+            continue
+        seconds = {}
+        for target in TARGETS:
+            offline = Offline(config_of(args, args.models[0], inter_token_target_ms=target), built)
+            # The limit follows measured steps: decodes alone and chunks of prompts come first.
+            offline.run(random_prompts(1, [600] * 8, built.vocab_size), [24] * 8)
+            run = offline.run(random_prompts(2, sizes, built.vocab_size), lengths)
+            seconds[target] = run.seconds
+            gaps = _gaps_ms(run)
+            report.row(
+                case=case, target=target, wall_s=run.seconds, to_none=run.seconds / seconds["none"], steps=len(run.steps),
+                gap_p50=np.percentile(gaps, 50), gap_p99=np.percentile(gaps, 99), gap_max=gaps.max(),
+                ttft_last=1e3 * run.first_token_s[-1], ttft_longest=1e3 * run.first_token_s[int(np.argmax(sizes))],
+            )  # fmt: skip
+
+
+def _gaps_ms(run: Run) -> np.ndarray:
+    """Milliseconds of each turn that had decodes, once for each of them."""
+    times = [1e3 * turn.seconds for turn in run.steps]
+    decodes = [int((np.diff(turn.query_start) == 1).sum()) for turn in run.steps]
+    return np.repeat(times, decodes)

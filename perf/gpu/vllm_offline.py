@@ -1,0 +1,69 @@
+"""vLLM on the work that `perf.gpu.engine_steps.engine` gives our engine: one JSON line a case.
+
+Runs where vLLM is installed, in an environment of its own, where pagegraph is not: the folder of the work is found by this
+file's place. Random weights, greedy, EOS ignored, exact output lengths. Knows vLLM by its public `LLM`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from perf import workloads
+
+MAX_NUM_SEQS = 256
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    p.add_argument("--peer", type=Path, required=True, help="folder with the work")
+    p.add_argument("--model", required=True, help="folder with a config.json")
+    p.add_argument("--case", nargs="+", required=True)
+    p.add_argument("--scale", type=float, default=1.0, help="share of the requests of a case")
+    p.add_argument("--max-model-len", type=int, default=8192)
+    p.add_argument("--quantization")
+    p.add_argument("--prefix-caching", action="store_true")
+    p.add_argument("--out", type=Path, required=True)
+    args = p.parse_args()
+    vocab_size = json.loads(Path(args.model, "config.json").read_text())["vocab_size"]
+    begin = time.perf_counter()
+
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    llm = LLM(
+        model=args.model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", seed=0, quantization=args.quantization,
+        max_model_len=args.max_model_len, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=args.prefix_caching,
+    )  # fmt: skip
+
+    def emit(**row: object) -> None:
+        with open(args.out, "a") as out:
+            out.write(json.dumps({**row, "prefix_caching": args.prefix_caching}) + "\n")
+
+    def run(rounds: list[workloads.Round]) -> float:
+        start = time.perf_counter()
+        for prompts, lengths in rounds:
+            params = [SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=n, detokenize=False) for n in lengths]
+            answers = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], params, use_tqdm=False)
+            assert [len(answer.outputs[0].token_ids) for answer in answers] == lengths
+        return time.perf_counter() - start
+
+    emit(case="startup", init_s=time.perf_counter() - begin)
+    make = workloads.of_peer(args.peer)
+    for case in args.case:
+        work = make(case, vocab_size, args.scale)
+        run(work.warm)
+        seconds = sorted(run(work.rounds) for _ in range(work.repeat))[work.repeat // 2]
+        emit(
+            case=case, requests=work.requests, wall_s=seconds, out_tok_s=work.output_tokens / seconds,
+            total_tok_s=(work.prompt_tokens + work.output_tokens) / seconds,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
