@@ -7,7 +7,7 @@ Runs the same engine as the server; messages go through lists instead of sockets
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -107,10 +107,11 @@ class LLM:
         params: SamplingParams | list[SamplingParams] | None = None,
         *,
         stop: str | list[str] | None = None,
+        tick: Callable[[], object] = lambda: None,
     ) -> list[Completion]:
         """Complete every prompt (text or token ids); completions in the order of the prompts.
 
-        `params` are taken as they are; without any, `sampling_params()` are.
+        `params` are taken as they are; without any, `sampling_params()` are. `tick` is called as each prompt ends.
         Raises ValueError, before any prompt runs, for what cannot be served.
         """
         if isinstance(prompts, str):
@@ -122,7 +123,10 @@ class LLM:
         requests = self._start(prompts, each, stop)
         unfinished = {request.request_id: request for request in requests}
         while unfinished:
+            before = len(unfinished)
             self._turn(unfinished)
+            for _ in range(before - len(unfinished)):
+                tick()
         return [request.completion for request in requests]
 
     def embed(self, prompts: str | list[str] | list[list[int]], *, dimensions: int | None = None) -> list[np.ndarray]:

@@ -34,7 +34,14 @@ class Done:
     cached_tokens: int  # of the prompts', found in the prefix cache
 
 
-def run(llm: LLM, requests: Sequence[Request], *, ignore_eos: bool, temperature: float = 0.0) -> Done:
+def run(
+    llm: LLM,
+    requests: Sequence[Request],
+    *,
+    ignore_eos: bool,
+    temperature: float = 0.0,
+    tick: Tick = lambda: None,
+) -> Done:
     """All requests at once, turn by turn where they follow each other. Raises ValueError before any, if one is too long."""
     ids = [llm.tokenizer.encode(one.prompt) if isinstance(one.prompt, str) else one.prompt for one in requests]
     histories: dict[int, list[int]] = {}
@@ -46,7 +53,7 @@ def run(llm: LLM, requests: Sequence[Request], *, ignore_eos: bool, temperature:
             SamplingParams(max_tokens=requests[number].output_len, temperature=temperature, ignore_eos=ignore_eos)
             for number in numbers
         ]
-        for number, completion in zip(numbers, llm.generate(asked, params), strict=True):
+        for number, completion in zip(numbers, llm.generate(asked, params, tick=tick), strict=True):
             histories[number] = completion.prompt_token_ids + completion.token_ids
             prompts += len(completion.prompt_token_ids)
             outputs += len(completion.token_ids)

@@ -37,6 +37,25 @@ SERVE_LINES = {
     "Peak concurrent requests": "max_concurrent_requests",
     "Total token throughput (tok/s)": "total_token_throughput",
 }
+THROUGHPUT_LINES = {
+    "Requests": "num_requests",
+    "Duration (s)": "elapsed_time",
+    "Requests a second": "requests_per_second",
+    "Tokens a second, prompts too": "tokens_per_second",
+    "Output tokens a second": "output_tokens_per_second",
+    "Prompt tokens from the cache": "cached_prompt_tokens",
+}
+LATENCY_LINES = {"Mean of a batch (s)": "avg_latency", "Deviation (s)": "std_latency"}
+STARTUP_LINES = {
+    f"{title}, {state} (s)": f"avg_{state}_{name}_time"
+    for state in ("cold", "warm")
+    for name, title in {
+        "startup": "Start",
+        "compilation": "Of it compiling",
+        "import": "Imports before it",
+        "first_token": "First token after it",
+    }.items()
+}
 
 
 def serve_text(found: Mapping[str, Any], metrics: Sequence[str], percentiles: Sequence[float]) -> str:
@@ -57,10 +76,15 @@ def _line(label: str, value: Any) -> str:
 
 
 def write_json(path: Path, found: Figures) -> None:
+    """As `write_text`."""
+    write_text(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """A whole file or none; raises OSError that says why."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 

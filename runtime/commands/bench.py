@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "latency": ("pagegraph.runtime.commands.bench_offline", "latency", "How long one batch of requests takes."),
     "startup": ("pagegraph.runtime.commands.bench_startup", "start", "How long the engine takes to start."),
+    "report": ("pagegraph.runtime.commands.bench_report", "make", "Plots of stored runs as one HTML page."),
 }
 
 

@@ -53,6 +53,7 @@ def engine(config: Config, progress: bool) -> Iterator[LLM]:
 
 
 def write(path: Path | None, found: Figures) -> None:
+    """The file of `--output-json`, if it is asked for."""
     if path is None:
         return
     try:

@@ -6,6 +6,7 @@ Flags are those of vLLM's commands and every key of the configuration.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,6 +24,7 @@ from pagegraph.runtime.commands.bench_engine import (
     write,
 )
 from pagegraph.runtime.commands.bench_options import POSITIVE, WorkFlags, work_options
+from pagegraph.runtime.commands.bench_report import report_option, write_report
 
 WARM_REQUESTS, WARM_OUTPUT = 32, 8  # at most, of what warms up throughput
 
@@ -32,12 +34,13 @@ WARM_REQUESTS, WARM_OUTPUT = 32, 8  # at most, of what warms up throughput
 @work_options
 @temperature
 @output_json
+@report_option
 @disable_tqdm
 def throughput(path: str | None, overrides: dict[str, str], **flags: Any) -> None:
     """Do all requests at once, and say how many and how many tokens a second."""
     from pagegraph.runtime.bench import offline
 
-    _, config = named_config(path, overrides)
+    named, config = named_config(path, overrides)
     work = WorkFlags.taken_from(flags, config.seed)
     with engine(config, not flags["disable_tqdm"]) as llm:
 
@@ -50,13 +53,16 @@ def throughput(path: str | None, overrides: dict[str, str], **flags: Any) -> Non
         warm = [replace(one, output_len=min(one.output_len, WARM_OUTPUT)) for one in warm]
         given: dict[str, Any] = dict(ignore_eos=work.is_made_up, temperature=flags["temperature"])
         offline.run(llm, warm, **given)
-        found = offline.throughput_figures(offline.run(llm, requests, **given), len(requests))
+        with report.progress(len(requests), "requests", not flags["disable_tqdm"]) as tick:
+            done = offline.run(llm, requests, **given, tick=tick)
+    found = offline.throughput_figures(done, len(requests))
     click.echo(
         f"Throughput: {found['requests_per_second']:.2f} requests/s, {found['tokens_per_second']:.2f} total tokens/s,"
         f" {found['output_tokens_per_second']:.2f} output tokens/s"
     )
     click.echo(f"{found['num_requests']} requests, {found['total_num_tokens']} tokens in {found['elapsed_time']:.2f} s")
     write(flags["output_json"], found)
+    write_report(flags["report_file"], found, Path(named).name)
 
 
 @config_command("latency")
@@ -68,6 +74,7 @@ def throughput(path: str | None, overrides: dict[str, str], **flags: Any) -> Non
 @click.option("--num-iters", type=POSITIVE, default=30, show_default=True)
 @temperature
 @output_json
+@report_option
 @disable_tqdm
 def latency(path: str | None, overrides: dict[str, str], **flags: Any) -> None:
     """Time one batch of requests from its start to its last token, again and again.
@@ -76,7 +83,7 @@ def latency(path: str | None, overrides: dict[str, str], **flags: Any) -> None:
     """
     from pagegraph.runtime.bench import offline
 
-    _, config = named_config(path, {"enable_prefix_caching": "false"} | overrides)
+    named, config = named_config(path, {"enable_prefix_caching": "false"} | overrides)
     shape = Shape(input_len=flags["input_len"], output_len=flags["output_len"])
     warmups, iterations = flags["num_iters_warmup"], flags["num_iters"]
     with engine(config, not flags["disable_tqdm"]) as llm:
@@ -95,3 +102,4 @@ def latency(path: str | None, overrides: dict[str, str], **flags: Any) -> None:
     for at, value in found["percentiles"].items():
         click.echo(f"{at}% percentile latency: {value:.4f} seconds")
     write(flags["output_json"], found)
+    write_report(flags["report_file"], found, Path(named).name)

@@ -25,6 +25,7 @@ from pagegraph.runtime.bench.stream import Target
 from pagegraph.runtime.bench.work import FIRST_ID, SMALL_VOCABULARY, Request
 from pagegraph.runtime.cli import CONTEXT
 from pagegraph.runtime.commands.bench_options import POSITIVE, WorkFlags, work_options
+from pagegraph.runtime.commands.bench_report import report_option, write_report
 from pagegraph.runtime.commands.bench_values import ManyValues, Number, fields, metrics, objectives, pairs, percentiles
 
 ENDPOINTS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
@@ -114,6 +115,7 @@ SHOWN_ERRORS = 5
     "--result-dir", type=click.Path(file_okay=False, path_type=Path), default=Path(), help="Folder of the file."
 )
 @click.option("--result-filename", help="Name of the file.  [default: of label, rate, model and time]")
+@report_option
 @click.option("--label", help="Begins the file's name.  [default: --backend]")
 @click.option("--metadata", multiple=True, callback=pairs, metavar="KEY=VALUE", help="Written into the file.")
 @click.option("--disable-tqdm", is_flag=True, help="Show no progress.")
@@ -145,6 +147,7 @@ def serve(**flags: Any) -> None:  # fmt: skip
     _say_what_to_doubt(sent)
     if flags["save_result"] or flags["save_detailed"]:
         _save(flags, model, found, sent.outcomes)
+    write_report(flags["report_file"], found | measures.detail(sent.outcomes), flags["label"] or model)
     if not found["completed"]:
         raise click.ClickException("no request was answered")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,6 +11,7 @@ from pagegraph.runtime.bench import report, startup
 from pagegraph.runtime.cli import config_command
 from pagegraph.runtime.commands.bench_engine import config_argument, disable_tqdm, named_config, output_json, write
 from pagegraph.runtime.commands.bench_options import POSITIVE
+from pagegraph.runtime.commands.bench_report import report_option, write_report
 
 
 @config_command("startup")
@@ -24,6 +26,7 @@ from pagegraph.runtime.commands.bench_options import POSITIVE
 )
 @click.option("--num-iters-warm", type=POSITIVE, default=3, show_default=True, help="Starts with a filled cache.")
 @output_json
+@report_option
 @disable_tqdm
 def start(path: str | None, overrides: dict[str, str], **flags: Any) -> None:  # fmt: skip
     """Start the engine again and again, each time in a new process.
@@ -48,3 +51,4 @@ def start(path: str | None, overrides: dict[str, str], **flags: Any) -> None:  #
         for at, value in found[f"{state}_startup_percentiles"].items():
             click.echo(f"  {at}%: {value:.2f} seconds")
     write(flags["output_json"], found)
+    write_report(flags["report_file"], found, Path(named).name)

@@ -33,6 +33,13 @@ def test_exact_lengths(llm: LLM) -> None:
     assert (done.prompt_tokens, done.output_tokens) == (220, 120) and done.seconds > 0
 
 
+def test_each_request_moves_the_bar_once(llm: LLM) -> None:
+    ended: list[None] = []
+    work = made_up(9, Shape(input_len=5, output_len=3, num_turns=3), vocab_size=300)
+    offline.run(llm, work, ignore_eos=True, tick=lambda: ended.append(None))
+    assert len(ended) == 9
+
+
 def test_answers_of_their_own_end_where_they_end(llm: LLM) -> None:
     assert offline.run(llm, [Request([5, 5], 50)], ignore_eos=False).output_tokens < 50
 
