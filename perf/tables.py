@@ -20,14 +20,20 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "perf" / "README.md")
 
-SHAPES = {"0.6b": "Qwen3-0.6B", "8b": "Llama-3-8B"}
+SHAPES = {"0.6b": "Qwen3-0.6B", "8b": "Llama-3-8B", "8b-128k": "Llama-3-8B, 128k"}
 METHODS = (None, "fp8", "int8", "int4")
 JOBS = {
     "throughput": "1000 x (128 in, 256 out)", "sharegpt": "1000 of mixed lengths", "latency": "one stream",
     "batch32": "32 x (512 in, 256 out)", "prefill": "64 prompts of 4096", "prefix": "256 x (500 shared + 100 in, 16 out)",
+    "prefill_1x100k": "a prompt of 100,000", "prefill_8x32k": "8 prompts of 32,000",
+    "decode_8x32k": "8 x (32,000 cached, 128 out)", "conversations": "32 conversations of 6 turns",
+    "mixed": "400 of 50 to 3000 in, 20 to 500 out",
 }  # fmt: skip
-REQUESTS = dict(throughput=1000, sharegpt=1000, latency=1, batch32=32, prefill=64, prefix=256)  # of a whole job
-OVERVIEW = ("throughput", "latency", "batch32", "prefill")  # jobs that the top README shows
+REQUESTS = dict(throughput=1000, sharegpt=1000, latency=1, batch32=32, prefill=64, prefix=256, prefill_1x100k=1,
+                prefill_8x32k=8, decode_8x32k=8, conversations=192, mixed=400)  # fmt: skip  # of a whole job
+# Jobs that the top README shows, and the runs that its columns take them from: the first that has the job.
+OVERVIEW = ("throughput", "latency", "batch32", "prefill", "prefill_1x100k", "decode_8x32k", "conversations", "mixed")
+COLUMNS = {"Qwen3-0.6B": [("0.6b", False), ("0.6b", True)], "Llama-3-8B": [("8b-128k", True), ("8b", False)]}
 LAYERS_8B = 32
 Rows = dict[tuple, dict]
 
@@ -42,6 +48,7 @@ class Results:
         self.steps: Rows = {}  # (model, sequences, keys)
         self.served: Rows = {}  # (model,): facts and rows of section serve
         self.starts: Rows = {}  # (model, caches)
+        self.loads: Rows = {}  # (model, rate, engine)
         for path in paths:
             for section in json.loads(path.read_text()).get("sections", []):
                 self._read(section)
@@ -57,6 +64,8 @@ class Results:
                 self.peers = {key: theirs for key, theirs in self.peers.items() if key[1:] != job}
             elif section["section"] == "step" and "replay_ms" in row:
                 self.steps[named(model, row), row["seqs"], row["keys"]] = row
+            elif section["section"] == "open_loop" and "engine" in row:
+                self.loads[model, row["rate"], row["engine"]] = row
             elif section["section"] == "startup":
                 self.starts[model, row["caches"]] = row
             elif section["section"] == "peer" and "out_tok_s" in row:
@@ -93,7 +102,7 @@ def title(model: str) -> str:
 
 def rate(row: dict, case: str) -> str:
     """Tokens a second."""
-    return f"{row['total_tok_s']:,.0f} in + out" if case == "prefill" else f"{row['out_tok_s']:,.0f}"
+    return f"{row['total_tok_s']:,.0f} in + out" if case.startswith("prefill") else f"{row['out_tok_s']:,.0f}"
 
 
 def job_name(case: str, caching: bool) -> str:
@@ -102,17 +111,17 @@ def job_name(case: str, caching: bool) -> str:
 
 def overview(results: Results) -> Iterator[str]:
     """README.md: a column a shape, not quantised, the jobs of OVERVIEW."""
-    yield "| job | " + " | ".join(SHAPES.values()) + " |"
-    yield "|---" * (1 + len(SHAPES)) + "|"
-    for case in (case for case in OVERVIEW if any((model, case, False) in results.jobs for model in SHAPES)):
-        cells = []
-        for model in SHAPES:
-            cells.append("")
-            if (model, case, False) in results.jobs:
-                ratio = results.over("vllm", model, case, False)[1]
-                speed = results.job(model, case, False)[0].removesuffix(" in + out")
-                cells[-1] = f"{speed} tok/s" + (f", {ratio} x vLLM" if ratio else "")
-        yield f"| {job_name(case, False)} | " + " | ".join(cells) + " |"
+
+    def cell(case: str, runs: list[tuple[str, bool]]) -> str:
+        for model, caching in runs:
+            if (model, case, caching) in results.jobs:
+                ratio = results.over("vllm", model, case, caching)[1]
+                speed = results.job(model, case, caching)[0].removesuffix(" in + out")
+                return f"{speed} tok/s" + (f", {ratio} x vLLM" if ratio else "")
+        return ""
+
+    rows = ([job_name(case, False), *(cell(case, runs) for runs in COLUMNS.values())] for case in OVERVIEW)
+    return table("job | " + " | ".join(COLUMNS), (row for row in rows if any(row[1:])))
 
 
 def jobs(results: Results) -> Iterator[str]:
@@ -151,6 +160,22 @@ def served(results: Results) -> Iterator[str]:
             f"| {SHAPES.get(model, model)} | {row['out_tok_s']:,.0f} | {found['offline']['out_tok_s']:,.0f} | {found['served_over_offline']:.2f}"
             f" | {row['ttft_p50_ms']:.0f}, {row['ttft_p99_ms']:.0f} | {row['itl_p50_ms']:.1f}, {row['itl_p99_ms']:.1f} | {row['in_graphs']:.1%} |"
         )
+
+
+def loads(results: Results) -> Iterator[str]:
+    """Poisson arrivals, 5 % of them of 6000 tokens; milliseconds."""
+
+    def cells(row: dict) -> list[str]:
+        names = ("ttft_short_p50", "ttft_short_p90", "ttft_long_p50", "itl_p50", "itl_p99", "itl_p999")
+        return [f"{row[name]:.0f}" if row[name] >= 100 else f"{row[name]:.1f}" for name in names]
+
+    return table(
+        "shape, requests a second, server | out tok/s | TTFT p50 | p90 | of 6000 tokens p50 | between tokens p50 | p99 | p99.9",
+        (
+            [f"{SHAPES.get(model, model)}, {rate:g}, {engine}", f"{row['out_tok_s']:,.0f}", *cells(row)]
+            for (model, rate, engine), row in results.loads.items()
+        ),
+    )
 
 
 # Stages of a start, `Timings.seconds` -> heads of columns.
@@ -477,7 +502,7 @@ def filled(text: str) -> str:
 def show(results: Results) -> None:
     """Print what a run holds of the tables that are made of any run."""
     tables = {"Jobs": (jobs, results.jobs), "One decode step": (steps, results.steps),
-              "Served": (served, results.served), "Starts": (starts, results.starts)}  # fmt: skip
+              "Served": (served, results.served), "Open loop": (loads, results.loads), "Starts": (starts, results.starts)}  # fmt: skip
     for title, (lines, found) in tables.items():
         if found:
             print(f"\n{title}\n", *lines(results), sep="\n")

@@ -1,4 +1,4 @@
-"""What `inter_token_target_ms` costs and brings where much comes at once: jobs through the engine with and without it.
+"""What `inter_token_target_ms` costs and brings: jobs that come at once, and Poisson arrivals, with and without it.
 
 `auto` is a server's default, `none` what `LLM` has. Weights are random. Knows the engine by its public parts alone.
 """
@@ -9,6 +9,7 @@ import argparse
 
 import numpy as np
 
+from pagegraph.compiler.build import BuiltModel
 from perf.gpu.offline import Offline, Run, built_of, config_of, random_prompts
 from perf.gpu.report import Report
 
@@ -22,6 +23,8 @@ CASES = {
     "8 streams, a prompt of 100,000, 8 of 200": [(8, 128, 1000), (1, 100_000, 16), (8, 200, 16)],
 }
 TINY_CASES = {"8 streams, a prompt of 3000, 4 of 100": [(8, 32, 60), (1, 3000, 4), (4, 100, 4)]}
+ARRIVALS = dict(rate=30, seconds=20, long=6000)  # Poisson, of chat lengths, one in twenty of `long` tokens
+TINY_ARRIVALS = dict(rate=15, seconds=2, long=1000)
 
 
 def chunk_limit(report: Report, args: argparse.Namespace, shared: dict) -> None:
@@ -48,6 +51,30 @@ def chunk_limit(report: Report, args: argparse.Namespace, shared: dict) -> None:
                 gap_p50=np.percentile(gaps, 50), gap_p99=np.percentile(gaps, 99), gap_max=gaps.max(),
                 ttft_last=1e3 * run.first_token_s[-1], ttft_longest=1e3 * run.first_token_s[int(np.argmax(sizes))],
             )  # fmt: skip
+    arrivals(report, args, built)
+
+
+def arrivals(report: Report, args: argparse.Namespace, built: BuiltModel) -> None:
+    """TTFT and gaps between tokens in ms, for each target, as requests come."""
+    given = TINY_ARRIVALS if args.tiny else ARRIVALS
+    rng = np.random.default_rng(0)
+    times = np.cumsum(rng.exponential(1 / given["rate"], given["rate"] * given["seconds"])).tolist()
+    count = len(times)
+    long = np.arange(count) % 20 == 10
+    sizes = np.where(long, given["long"], rng.lognormal(5.2, 0.8, count).clip(4, 1024).astype(int))
+    lengths = np.where(long, 64, rng.lognormal(5.0, 0.75, count).clip(4, 512).astype(int))
+    prompts = random_prompts(3, sizes.tolist(), built.vocab_size)
+    for target in TARGETS:
+        offline = Offline(config_of(args, args.models[0], inter_token_target_ms=target), built)
+        offline.run(random_prompts(1, [600] * 8, built.vocab_size), [24] * 8)
+        run = offline.run(prompts, lengths.tolist(), arrivals=times)
+        gaps, ttft = _gaps_ms(run), 1e3 * np.array(run.first_token_s)
+        report.row(
+            case=f"{given['rate']} a second", target=target, wall_s=run.seconds,
+            ttft_p50=np.percentile(ttft[~long], 50), ttft_p90=np.percentile(ttft[~long], 90),
+            ttft_long_p50=np.percentile(ttft[long], 50), gap_p50=np.percentile(gaps, 50),
+            gap_p99=np.percentile(gaps, 99), gap_p999=np.percentile(gaps, 99.9),
+        )  # fmt: skip
 
 
 def _gaps_ms(run: Run) -> np.ndarray:

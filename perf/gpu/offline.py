@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import tempfile
 import time
@@ -87,7 +88,7 @@ class Run:
     logprobs: list[list[TokenLogprob]]
     turns: list[Turn]
     graph_hits: int
-    first_token_s: list[float]  # of each request, from the start of them all
+    first_token_s: list[float]  # of each request, from its arrival
 
     @property
     def steps(self) -> list[Turn]:
@@ -107,9 +108,11 @@ class Offline:
         prompts: list[list[int]],
         lengths: list[int],
         each: Sequence[Mapping[str, object]] | None = None,
+        arrivals: Sequence[float] | None = None,
         **params: object,
     ) -> Run:
-        """All requests at once, greedy unless `params` say otherwise, or those of `each`; exact output lengths.
+        """All requests at once, or each at its second of `arrivals`, which ascend; greedy unless `params` say otherwise, or
+        those of `each`; exact output lengths.
 
         Raises RuntimeError if a request fails.
         """
@@ -126,10 +129,13 @@ class Offline:
         turns: list[Turn] = []
         first_token_s = [0.0] * len(prompts)
         hits = graph_hits(self.watched.step)
+        waiting = collections.deque(zip(arrivals or [0.0] * len(requests), requests))
         begin = time.perf_counter()
-        for request in requests:
-            self.mailbox.put(request)
-        while self.mailbox.inbox or not self.engine.idle:
+        while waiting or self.mailbox.inbox or not self.engine.idle:
+            while waiting and waiting[0][0] <= time.perf_counter() - begin:
+                self.mailbox.put(waiting.popleft()[1])
+            if self.engine.idle and not self.mailbox.inbox:
+                continue  # nobody has come yet
             turn = self.watched.turn = Turn()
             start = time.perf_counter()
             self.engine.turn()
@@ -140,7 +146,8 @@ class Offline:
                     raise RuntimeError(f"a request failed: {message}")
                 for delta in message.each():
                     index = int(delta.request_id)
-                    first_token_s[index] = first_token_s[index] or time.perf_counter() - begin
+                    arrived = arrivals[index] if arrivals else 0.0
+                    first_token_s[index] = first_token_s[index] or time.perf_counter() - begin - arrived
                     outputs[index] += delta.token_ids
                     logprobs[index] += delta.logprobs or ()
         seconds = time.perf_counter() - begin

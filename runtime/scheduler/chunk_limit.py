@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from pagegraph.runtime.scheduler.step_time import StepTime
 
-STRETCH = 2.5  # at 2, 30 prompts a second to an 8B on an H200 came nearly as fast as computed: TTFT was twice as long
+STRETCH = 3  # at 2 and 2.5, 30 prompts a second to an 8B (H200) had TTFT of 59 and 32 ms, p99 between tokens 16 and 19
 LEAST_TOKENS = {"cuda": 256, "cpu": 16}  # multiplying takes as long as reading the weights (H200: 184), rounded up
 DRAIN_STEPS = 32  # at 16 a second long prompt in the queue doubled the steps
 PATIENCE = 4  # as many steps for each stream to a prompt; at 8 a job that comes at once loses half as much again
