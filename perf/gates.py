@@ -32,7 +32,7 @@ class Gate:
 
     def check(self, reached: float) -> None:
         """Print what was reached; raises AssertionError beyond the gate."""
-        print(f"\n{self.name}: {reached:.2f} x {self.of} ({self})")
+        print(f"\n{self.name}: {reached:.3g} x {self.of} ({self})")
         missed = reached < self.least if self.least is not None else reached > (self.most or 0)
         assert not missed, f"{self.name}: {reached:.3f} x {self.of}, must be {self}: {self.why}"
 

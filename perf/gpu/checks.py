@@ -7,29 +7,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from pagegraph.compiler.build import BuiltModel, Timings, build_compiled, build_model
+from pagegraph.compiler.build import BuiltModel, build_compiled, build_model
 from pagegraph.compiler.step.capture_sizes import Bucket
-from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.cpu_runner import CpuRunner
 from pagegraph.compiler.step.forward import run_forward
 from pagegraph.compiler.step.graphs import GraphSet
-from pagegraph.compiler.step.inputs import StepInput, StepOutput
-from pagegraph.compiler.step.staging import CudaStaging, Layout
-from pagegraph.compiler.step.state import DeviceState
-from pagegraph.compiler.step.step import Ticket
+from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.runtime.config import load_config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from perf.gpu.offline import Offline, Run, built_of, config_of, random_prompts, step_of
 from perf.gpu.report import Report
+from perf.host import decoding, loop_seconds
 
 TIE = 1e-3  # two logits nearer than this may change places
 LOGITS = 1e-4  # error of float32 logits relative to the largest
@@ -286,105 +281,12 @@ def memory(report: Report, args: argparse.Namespace, shared: dict) -> None:
         report.row(**facts)
 
 
-class _NoDevice:
-    """A step that stages its input and answers with made-up ids at once."""
-
-    compiled = True
-
-    def __init__(self, vocab_size: int, stage: Callable[[StepInput], object]) -> None:
-        self._ids = np.random.default_rng(0).integers(3, vocab_size, 8192, dtype=np.int32)
-        self.stage = stage
-        self.counts = StepCounts()
-
-    def use_idle_time(self) -> bool:
-        return False
-
-    def launch(self, step: StepInput) -> Ticket:
-        self.stage(step)
-        ids = self._ids[: step.num_seqs]
-        return Ticket(lambda: StepOutput(ids))
-
-
-class _PlainStaging(CudaStaging):
-    """Fills metadata buffers as on CUDA, in plain memory, and goes no further."""
-
-    transfers = 0
-
-    def _allocate(self, words: int) -> None:
-        self._words = np.empty(words, np.int32)
-
-    def metadata(self, bucket: Bucket) -> None:
-        return None
-
-    def _transfer(self, step: StepInput, bucket: Bucket) -> None:
-        self.transfers += 1
-        self._fill(self._words, Layout.of(bucket), step)
-
-
 def host(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """Microseconds of the host's work in one step of decoding sequences, by part, the device left out.
 
     `loops` is the same in rounds of a fixed Python loop: machines differ less in it.
     """
-    config = dataclasses.replace(
-        config_of(args, "0.6b"),
-        device="cpu",
-        max_num_seqs=HOST_SEQS,
-        max_num_batched_tokens=1 << 15,
-        enable_prefix_caching=True,
-    )
-    state = DeviceState(
-        [], num_blocks=1, block_size=config.block_size, max_num_seqs=HOST_SEQS, max_blocks=512, vocab_size=151936,
-        dtype=torch.bfloat16, device=torch.device("cpu"),
-    )  # fmt: skip
-    staging = _PlainStaging(state, Bucket(1 << 15, HOST_SEQS))
-    spent: dict[str, list[float]] = {name: [] for name in ("schedule", "pack", "stage", "commit", "turn")}
-
-    def timed(name: str, call: Callable) -> Callable:
-        def wrapped(*arguments: object) -> object:
-            start = time.perf_counter()
-            result = call(*arguments)
-            spent[name].append(time.perf_counter() - start)
-            return result
-
-        return wrapped
-
-    step = _NoDevice(151936, timed("stage", lambda step: staging.send(step, Bucket(step.num_tokens, step.num_seqs))))
-    built = BuiltModel(
-        step=step,
-        folder=Path("."),
-        device=torch.device("cpu"),
-        dtype=torch.bfloat16,
-        vocab_size=151936,
-        hidden_size=0,
-        max_model_len=8192,
-        num_blocks=20_000,
-        eos_ids=frozenset([151645]),
-        timings=Timings(),
-    )
-    offline = Offline(config, built)
-    scheduler, packer = offline.engine.scheduler, offline.engine._packer
-    scheduler.schedule, scheduler.commit = timed("schedule", scheduler.schedule), timed("commit", scheduler.commit)
-    packer.pack = timed("pack", packer.pack)
-    offline.engine.turn = timed("turn", offline.engine.turn)
-    # Prompts of every length: blocks are filled at every step.
-    prompts = random_prompts(0, [64 + i % 64 for i in range(HOST_SEQS)], 151936)
-    run = offline.run(prompts, [200] * HOST_SEQS)
-    loop = statistics.median(_loop() for _ in range(9))
-    # All prompts fit one step, and all sequences end with one: between them every turn is alike.
-    decodes = sum(turn.num_decodes == HOST_SEQS for turn in run.turns)
-    median = {name: statistics.median(seconds[-decodes:-1]) for name, seconds in spent.items()}
-    median["rest"] = median["turn"] - sum(median[name] for name in ("schedule", "pack", "stage", "commit"))
-    report.fact(sequences=HOST_SEQS, decode_steps=decodes, transfers=staging.transfers, loop_us=loop * 1e6)
-    for name, seconds in median.items():
+    run, loop = decoding(HOST_SEQS), loop_seconds()
+    report.fact(sequences=HOST_SEQS, decode_steps=run.decode_turns, transfers=run.transfers, loop_us=loop * 1e6)
+    for name, seconds in run.seconds.items():
         report.row(part=name, us=seconds * 1e6, us_a_seq=seconds * 1e6 / HOST_SEQS, loops=seconds / loop)
-
-
-def _loop() -> float:
-    """Seconds of a thousand rounds of plain Python: an attribute-free add, a list append, a dict n-gram proposer."""
-    table, items, total = {i: i for i in range(64)}, [], 0
-    start = time.perf_counter()
-    for i in range(1000):
-        total += table[i & 63]
-        items.append(total)
-    return time.perf_counter() - start
