@@ -31,3 +31,11 @@ def gpu_of(device: torch.device) -> Gpu:
 def measured(tables: Mapping[Gpu, T], device: torch.device) -> T:
     """Of tables by GPU, the one for the device."""
     return tables[gpu_of(device)]
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a persistent grid for Hopper run at a time; 0 on a device that such kernels are not for."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count

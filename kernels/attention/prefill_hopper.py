@@ -31,6 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from pagegraph.kernels.attention.hopper_producer import producer
 from pagegraph.kernels.attention.hopper_tiles import barrier, key_tiles, told
 from pagegraph.kernels.attention.softmax import LOG2E
+from pagegraph.kernels.gpu import multiprocessors
 
 _LOG2E = gl.constexpr(LOG2E)
 
@@ -40,14 +41,6 @@ BLOCK_N = 128  # keys of a tile
 STAGES = 2  # tiles of keys, and of values, in shared memory
 SEARCHED = 128  # sequences whose tiles are counted at a time
 CONSUMER_REGISTERS = 192  # a thread; the producer keeps 120
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run at a time; 0 on a device that the kernel is not for."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

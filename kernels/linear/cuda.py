@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from pagegraph.kernels.gpu import gpu_of
+from pagegraph.kernels.gpu import gpu_of, multiprocessors
+from pagegraph.kernels.linear.gated_gemm_hopper import gated_gemm, takes
 from pagegraph.kernels.linear.gemv import gemv
 from pagegraph.kernels.linear.rms_norm import add_rms_norm
 from pagegraph.kernels.linear.silu_mul import silu_mul
 from pagegraph.kernels.linear.skinny_gemm import skinny_gemm
-from pagegraph.kernels.linear.tiles import GemvTile, gemv_tile_of, tile_of
+from pagegraph.kernels.linear.tiles import GemvTile, gemv_tile_of, last_round_of, tile_of
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Tensor:
@@ -22,6 +23,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = Fals
             return gemv(rows, weight, bias, gemv_tile, gated=gated).view(*x.shape[:-1], -1)
         if tile := tile_of(count, *shape, gpu=gpu):
             return skinny_gemm(rows, weight, bias, tile, gated=gated).view(*x.shape[:-1], -1)
+        programs = multiprocessors(x.device)
+        if gated and programs and bias is None and takes(rows, weight):
+            last_round = last_round_of(count, *shape, programs=programs, gpu=gpu)
+            if last_round is not None:
+                out = gated_gemm(rows, weight, programs, narrow=last_round == "narrow")
+                return out.view(*x.shape[:-1], -1)
     product = functional.linear(x, weight, bias)
     return silu_mul(product) if gated else product
 

@@ -1,11 +1,11 @@
-"""Which GEMMs of few rows `skinny_gemm` computes, and how each is cut: data, measured by perf/tune/linear_tiles.py.
+"""Which GEMMs kernels of ours compute, and how each is cut: data, of few rows measured by perf/tune/linear_tiles.py.
 
-Products that are not in the table go by a rule of thumb. Knows sizes only.
+Products that are not in a table go by a rule of thumb. Knows sizes only.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pagegraph.kernels.gpu import OTHERS_TAKE, Gpu
 
@@ -138,3 +138,41 @@ def gemv_tile_of(
         return measured[min(limit for limit in measured if limit >= rows)]
     wide = size >= 1024
     return GemvTile(1 if gated else 2, 1024 if wide else 512, 4 if wide else 2)
+
+
+GATED_ROWS, GATED_COLUMNS = 128, 128  # a tile of `gated_gemm_hopper`: rows of x, columns of the output
+
+LastRound = Literal["whole", "narrow"]  # the tiles of the last round
+
+# GPU -> (N, K) of a merged gate and up -> rows up to which it holds -> the last round, None where cuBLAS with `silu_mul` was
+# as fast. In bfloat16, measured in the whole chain of a layer at the power limit (perf/results/h200-2026-11-29-gemm.json).
+GATED_TABLE: dict[Gpu, dict[tuple[int, int], dict[int, LastRound | None]]] = {
+    "H200": {
+        (28672, 4096): {
+            96: None,
+            128: "whole",
+            208: None,
+            256: "narrow",
+            384: None,
+            448: "narrow",
+            768: None,
+            1024: "whole",
+            1280: "narrow",
+            1536: None,
+        },
+    },
+}
+
+
+def last_round_of(rows: int, out_size: int, size: int, programs: int, gpu: Gpu = OTHERS_TAKE) -> LastRound | None:
+    """How `gated_gemm_hopper` ends x [rows, size] @ weight [out_size, size].T where so many programs run at a time; None: cuBLAS.
+
+    Beyond the table it wins where rounds of tiles are full, because the product need not be read again: by 2 to 25 % of six
+    shapes from 6144 x 1024 to 57344 x 8192.
+    """
+    measured = GATED_TABLE[gpu].get((out_size, size), {})
+    if (limit := min((limit for limit in measured if limit >= rows), default=None)) is not None:
+        return measured[limit]
+    tiles = -(-rows // GATED_ROWS) * -(-out_size // (2 * GATED_COLUMNS))
+    full = tiles >= 0.95 * programs * -(-tiles // programs)
+    return "whole" if rows >= 448 and size >= 1024 and full else None

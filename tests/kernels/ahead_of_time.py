@@ -30,7 +30,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
-from pagegraph.kernels import pdl
+from pagegraph.kernels import gpu, pdl
 from pagegraph.kernels.attention import prefill_hopper
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.quant.tiles import QuantGemvTile
@@ -190,7 +190,7 @@ def main() -> None:
         launches.append((case, key))
 
     JITFunction.run = GluonJITFunction.run = record
-    prefill_hopper.multiprocessors = lambda device: 132 if capability == 90 else 0
+    gpu.multiprocessors = prefill_hopper.multiprocessors = lambda device: 132 if capability == 90 else 0
     pdl.dependent = lambda device: {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
     for case, module, function, described in json.load(sys.stdin):  # noqa: B007  `record` reads it
         getattr(importlib.import_module(module), function)(*(argument(one) for one in described))

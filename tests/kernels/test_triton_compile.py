@@ -149,8 +149,17 @@ def linear(rows: int, out_size: int, size: int) -> list[Any]:
     ]
 
 
+def gated(rows: int, size: int, inner: int, narrow: bool, dtype: str = "bfloat16") -> list[Any]:
+    return [
+        f"gated {rows} {size}x{inner} narrow={narrow}",
+        "pagegraph.kernels.linear.gated_gemm_hopper",
+        "gated_gemm",
+        [tensor(dtype, rows, inner), tensor(dtype, 2 * size, inner), 132, narrow],
+    ]
+
+
 def gemvs(rows: int, hidden: int, inner: int) -> list[list[Any]]:
-    """Few rows between attention and gate, and between gate and attention, with the tiles that are chosen."""
+    """Rows between attention and gate, and between gate and attention, with the tiles that are chosen."""
 
     def bf16(*shape: int) -> dict[str, Any]:
         return tensor("bfloat16", *shape)
@@ -274,6 +283,13 @@ def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
 
 ROPES = [rope(16, 8, 128, True), rope(32, 8, 128, False), rope(32, 32, 256, False)]
 LINEARS = [linear(rows, *shape) for rows in (2, 64) for shape in ((6144, 1024), (1024, 3072), (4096, 14336))]
+GATED = [
+    gated(256, 14336, 4096, True),
+    gated(8192, 14336, 4096, False),
+    gated(300, 9728, 2560, True, "float16"),
+    gemvs(128, 4096, 14336)[0],
+    gemvs(2048, 4096, 12288)[0],
+]
 ROWS = [one for rows in (2, 4) for sizes in ((1024, 3072), (4096, 14336), (576, 1536)) for one in gemvs(rows, *sizes)]
 MANY_ROWS = ((128, 128, 1, 8, 3, 128), (64, 64, 2, 4, 4, 128), (256, 64, 1, 8, 3, 128), (128, 64, 1, 8, 3, 256))
 QUANTISED = [
@@ -402,6 +418,7 @@ def half() -> list[dict[str, Any]]:
             *HALF,
             *ROPES,
             *LINEARS,
+            *GATED,
             *ROWS,
             *unpacks,
             *drafting(64, 64),
@@ -420,7 +437,7 @@ def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
     names = {k["kernel"] for k in half}
     assert names == {
         "kv_write_kernel", "decode_kernel", "prefill_kernel", "prefill_hopper_kernel", "skinny_gemm_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
-        "update_tables_kernel", "unpack_kernel", "rms_norm_kernel", "silu_mul_kernel", "gemv_kernel",
+        "update_tables_kernel", "unpack_kernel", "rms_norm_kernel", "silu_mul_kernel", "gemv_kernel", "gated_gemm_hopper_kernel",
         "accept_kernel", "propose_ngram_kernel", "bitmask_kernel", "best_allowed_of_parts_kernel", "best_allowed_of_row_kernel",
     }  # fmt: skip
 
@@ -464,6 +481,13 @@ def test_prefill_with_a_producer_fills_a_multiprocessor(half: list[dict[str, Any
     kernels = [k for k in half if k["kernel"] == "prefill_hopper_kernel"]
     assert len(kernels) == 5  # of HALF: head sizes of 64 and 128, steps with prompts
     assert all(k["registers"] * 3 * 128 <= 65536 for k in kernels), kernels
+
+
+def test_gated_products_with_a_producer_fill_a_multiprocessor(half: list[dict[str, Any]]) -> None:
+    """Those that the op chooses among them: from 65 rows on where they are faster than cuBLAS."""
+    kernels = [k for k in half if k["kernel"] == "gated_gemm_hopper_kernel"]
+    assert len(kernels) == len(GATED)
+    assert all(k["wgmma"] and k["registers"] * 3 * 128 <= 65536 and not k["spilled_bytes"] for k in kernels), kernels
 
 
 def test_decode_programs_share_a_multiprocessor(half: list[dict[str, Any]]) -> None:
