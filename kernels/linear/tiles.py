@@ -145,7 +145,7 @@ GATED_ROWS, GATED_COLUMNS = 128, 128  # a tile of `gated_gemm_hopper`: rows of x
 LastRound = Literal["whole", "narrow"]  # the tiles of the last round
 
 # GPU -> (N, K) of a merged gate and up -> rows up to which it holds -> the last round, None where cuBLAS with `silu_mul` was
-# as fast. In bfloat16, measured in the whole chain of a layer at the power limit (perf/results/h200-2026-11-29-gemm.json).
+# as fast. In bfloat16, measured by perf/tune/gated_rows.py in the chain of a layer at the power limit.
 GATED_TABLE: dict[Gpu, dict[tuple[int, int], dict[int, LastRound | None]]] = {
     "H200": {
         (28672, 4096): {
