@@ -151,7 +151,7 @@ GATED_TABLE: dict[Gpu, dict[tuple[int, int], dict[int, LastRound | None]]] = {
         (28672, 4096): {
             96: None,
             128: "whole",
-            208: None,
+            216: None,
             256: "narrow",
             384: None,
             448: "narrow",
