@@ -9,11 +9,9 @@ import argparse
 
 import numpy as np
 
-from pagegraph.compiler.build import BuiltModel
 from perf.gpu.offline import Offline, Run, built_of, config_of, random_prompts
 from perf.gpu.report import Report
 
-TARGETS = ("none", "auto")
 # case: [(requests, prompt tokens, output tokens)], handed over at once in this order
 CASES = {
     "512 x (128, 256)": [(512, 128, 256)],
@@ -39,7 +37,7 @@ def chunk_limit(report: Report, args: argparse.Namespace, shared: dict) -> None:
             report.fact(skipped=f"{case}: longer than max_model_len")
             continue
         seconds = {}
-        for target in TARGETS:
+        for target in args.targets:
             offline = Offline(config_of(args, args.models[0], inter_token_target_ms=target), built)
             # The limit follows measured steps: decodes alone and chunks of prompts come first.
             offline.run(random_prompts(1, [600] * 8, built.vocab_size), [24] * 8)
@@ -47,15 +45,15 @@ def chunk_limit(report: Report, args: argparse.Namespace, shared: dict) -> None:
             seconds[target] = run.seconds
             gaps = _gaps_ms(run)
             report.row(
-                case=case, target=target, wall_s=run.seconds, to_none=run.seconds / seconds["none"], steps=len(run.steps),
+                case=case, target=target, wall_s=run.seconds, to_first=run.seconds / seconds[args.targets[0]], steps=len(run.steps),
                 gap_p50=np.percentile(gaps, 50), gap_p99=np.percentile(gaps, 99), gap_max=gaps.max(),
                 ttft_last=1e3 * run.first_token_s[-1], ttft_longest=1e3 * run.first_token_s[int(np.argmax(sizes))],
             )  # fmt: skip
-    arrivals(report, args, built)
 
 
-def arrivals(report: Report, args: argparse.Namespace, built: BuiltModel) -> None:
+def arrivals(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """TTFT and gaps between tokens in ms, for each target, as requests come."""
+    _, built = built_of(shared)
     given = TINY_ARRIVALS if args.tiny else ARRIVALS
     rng = np.random.default_rng(0)
     times = np.cumsum(rng.exponential(1 / given["rate"], given["rate"] * given["seconds"])).tolist()
@@ -64,7 +62,7 @@ def arrivals(report: Report, args: argparse.Namespace, built: BuiltModel) -> Non
     sizes = np.where(long, given["long"], rng.lognormal(5.2, 0.8, count).clip(4, 1024).astype(int))
     lengths = np.where(long, 64, rng.lognormal(5.0, 0.75, count).clip(4, 512).astype(int))
     prompts = random_prompts(3, sizes.tolist(), built.vocab_size)
-    for target in TARGETS:
+    for target in args.targets:
         offline = Offline(config_of(args, args.models[0], inter_token_target_ms=target), built)
         offline.run(random_prompts(1, [600] * 8, built.vocab_size), [24] * 8)
         run = offline.run(prompts, lengths.tolist(), arrivals=times)

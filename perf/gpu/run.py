@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SECTIONS = (
     "kernels", "graphs", "long_context", "parity", "quality", "micro", "quantized", "quantized_step", "texts", "chains", "step", "engine", "memory", "speculation", "grammars",
-    "chunk_limit", "serve", "startup", "open_loop", "host", "peer",
+    "arrivals", "chunk_limit", "serve", "startup", "open_loop", "host", "peer",
 )  # fmt: skip
-OF_A_MODEL = ("step", "engine", "memory", "speculation", "grammars", "chunk_limit")
+OF_A_MODEL = ("step", "engine", "memory", "speculation", "grammars", "arrivals", "chunk_limit")
 OF_A_SERVER = ("serve", "startup", "open_loop")  # of a model too, in a process that holds no engine yet
 LAST = ("host", "peer")  # of no engine of this script's
 CASES = "throughput,sharegpt,latency,batch32,prefill,prefix"
@@ -81,6 +81,11 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--rate", default="10,30,50", help="requests a second of section open_loop, comma-separated")
     p.add_argument("--load-seconds", type=float, default=20, help="of each rate of section open_loop")
+    p.add_argument(
+        "--target",
+        default="none,auto",
+        help="inter_token_target_ms of sections arrivals and chunk_limit, comma-separated",
+    )
     p.add_argument("--out", type=Path, default=ROOT / "perf" / "results")
     p.add_argument("--commit", default="unknown", help="what is measured, for the record")
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a trial of the control flow")
@@ -93,6 +98,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         args.model = "tiny"
     args.sections, args.models, args.cases = (one.split(",") for one in (args.section, args.model, args.case))
     args.engines = args.peer_engine.split(",")
+    args.targets = args.target.split(",")
     args.rates = [float(rate) for rate in args.rate.split(",")]
     if unknown := set(args.sections) - set(SECTIONS) - ({"start"} if args.child else set()):
         p.error(f"unknown section {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
@@ -217,6 +223,8 @@ def section(name: str):
         from perf.gpu import quantized as module
     elif name in ("start", "step", "engine", "peer"):
         from perf.gpu import engine_steps as module
+    elif name == "arrivals":
+        from perf.gpu import chunk_limit as module
     elif name in ("open_loop", "chunk_limit", "grammars", "long_context"):
         module = importlib.import_module(f"perf.gpu.{name}")
     elif name in OF_A_SERVER:
