@@ -6,9 +6,9 @@ may be asked for before. Then it holds for the whole chain that a kernel that is
 done. See the CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; needs compute capability 9.0.
 
 Kernels of a decode step overlap: ours are launched while the one before still runs and wait for it before they touch
-what a step writes; a norm's weight, and the first bytes of a quantised GEMV, are loaded earlier. Norms, residual
+what a step writes; a norm's weight, and the first weights of a GEMV, are loaded earlier. Norms, residual
 additions and gated SiLU are kernels of ours for that reason alone: by themselves the compiler's are as fast, but
-would break the sequence. Loading unquantised weights before the wait was slower.
+would break the sequence. Asking for unquantised weights to come to L2 before the wait was slower.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Triton: x @ weight.T for one to four rows of x, with what stands around it: a norm, a residual, a gate.
 
 Without tensor cores: each program multiplies a few rows of the weight by all of x and adds up at the end, so a product is one
-pass over the weight with nothing to merge. A bucket of two rows that holds one costs no more than one. The first weights are asked for before the kernel waits for those before it.
+pass over the weight with nothing to merge. A bucket of two rows that holds one costs no more than one. The first weights, of one
+or of several tiles, are asked for before the kernel waits for those before it, the norm's weight with them.
 The norm of x costs no pass of its own: its scale is one number a row, which is known when the product is. Knows no models;
 which shapes are cut how is data in `kernels/linear/tiles.py`.
 
@@ -24,13 +25,22 @@ from pagegraph.kernels.pdl import dependent, wait
 
 
 @triton.jit
-def _weights(at, k, lane, inside, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Columns k to k + BLOCK_K of a tile's rows; zeros past the end, which is asked for one tile too far."""
-    if K % BLOCK_K == 0:
+def _columns(at, k, lane, inside, K: tl.constexpr, STEP: tl.constexpr, POLICY: tl.constexpr):
+    """Columns from k on, as many as `lane` has; zeros past the end, which is asked for up to STEP too far."""
+    if K % STEP == 0:
         seen = inside & (k < K)
     else:
         seen = inside & (k + lane < K)
-    return tl.load(at + k, mask=seen, other=0.0, eviction_policy="evict_first")
+    return tl.load(at + k, mask=seen, other=0.0, eviction_policy=POLICY)
+
+
+@triton.jit
+def _tiles(at, k, lane, inside, K: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, POLICY: tl.constexpr):
+    """AHEAD tiles of columns from k on, all asked for at once."""
+    tiles = ()
+    for ahead in tl.static_range(AHEAD):
+        tiles = tiles + (_columns(at, k + ahead * BLOCK_K, lane, inside, K, AHEAD * BLOCK_K, POLICY),)
+    return tiles
 
 
 @triton.jit
@@ -40,12 +50,9 @@ def _within_threads(products):
 
 
 @triton.jit
-def _add(total, squares, weight, x_at, lane, k, gain, K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_NORM: tl.constexpr):
+def _add(total, squares, weight, x, gain, HAS_NORM: tl.constexpr):
     """A tile's products with one row of x."""
-    if K % BLOCK_K == 0:
-        x = tl.load(x_at + k).to(tl.float32)
-    else:
-        x = tl.load(x_at + k, mask=k + lane < K, other=0.0).to(tl.float32)
+    x = x.to(tl.float32)
     if HAS_NORM:
         squares += _within_threads(x * x)
         x = x * gain
@@ -54,11 +61,11 @@ def _add(total, squares, weight, x_at, lane, k, gain, K: tl.constexpr, BLOCK_K: 
 
 @triton.jit
 def _finish(
-    total, squares, row, n, inside, out_ptr, bias, residual_ptr, eps,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    total, squares, residual, at, inside, bias, eps,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """One row of the output from its products; rounds where kernels of their own would."""
-    dtype = out_ptr.dtype.element_ty
+    """Store one row of the output from its products; rounds where kernels of their own would."""
+    dtype = at.dtype.element_ty
     sums = tl.sum(total, 1)
     if HAS_NORM:
         sums = sums * tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / K + eps)
@@ -67,92 +74,59 @@ def _finish(
         gate, up = tl.split(sums.reshape(BLOCK_N, 2))
         sums = silu_times(gate, up)
     if HAS_RESIDUAL:
-        sums += tl.load(residual_ptr + row * N + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * N + n, sums.to(dtype), mask=inside)
+        sums += residual.to(tl.float32)
+    tl.store(at, sums.to(dtype), mask=inside)
 
 
 @triton.jit
 def _rows(
-    weight, weight_at, weight_inside, lane, n, inside, out_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
-    ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    weights, gains, weight_at, weight_inside, lane, n, inside, out_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
+    ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """The first ROWS rows of the output; `weight` is the first tile."""
-    x_at = x_ptr + lane
-    total_0 = tl.zeros([weight.shape[0], BLOCK_K // 8], tl.float32)
-    total_1, total_2, total_3 = total_0, total_0, total_0
-    squares_0 = tl.zeros([1, BLOCK_K // 8], tl.float32)
-    squares_1, squares_2, squares_3 = squares_0, squares_0, squares_0
-    for k in range(0, K, BLOCK_K):
-        now = weight.to(tl.float32)
-        weight = _weights(weight_at, k + BLOCK_K, lane, weight_inside, K, BLOCK_K)
-        gain = 1.0
-        if HAS_NORM:
-            gain = tl.load(norm_ptr + k + lane, mask=k + lane < K, other=0.0).to(tl.float32)
-        total_0, squares_0 = _add(total_0, squares_0, now, x_at, lane, k, gain, K, BLOCK_K, HAS_NORM)
-        if ROWS > 1:
-            total_1, squares_1 = _add(total_1, squares_1, now, x_at + x_stride, lane, k, gain, K, BLOCK_K, HAS_NORM)
-        if ROWS > 2:
-            total_2, squares_2 = _add(total_2, squares_2, now, x_at + 2 * x_stride, lane, k, gain, K, BLOCK_K, HAS_NORM)
-        if ROWS > 3:
-            total_3, squares_3 = _add(total_3, squares_3, now, x_at + 3 * x_stride, lane, k, gain, K, BLOCK_K, HAS_NORM)
-    _finish(
-        total_0, squares_0, 0, n, inside, out_ptr, bias, residual_ptr, eps, N, K, BLOCK_N, HAS_NORM, HAS_RESIDUAL, GATED
-    )
-    if ROWS > 1:
+    """The first ROWS rows of the output; `weights` and `gains` are the first AHEAD tiles."""
+    STEP: tl.constexpr = AHEAD * BLOCK_K
+    residuals = ()
+    totals = ()
+    squares = ()
+    for row in tl.static_range(ROWS):
+        if HAS_RESIDUAL:  # asked for long before it is added
+            residuals = residuals + (tl.load(residual_ptr + row * N + n, mask=inside, other=0.0),)
+        else:
+            residuals = residuals + (0.0,)
+        totals = totals + (tl.zeros([weights[0].shape[0], BLOCK_K // 8], tl.float32),)
+        squares = squares + (tl.zeros([1, BLOCK_K // 8], tl.float32),)
+    for k in range(0, K, STEP):
+        next_weights = ()
+        next_gains = ()
+        for ahead in tl.static_range(AHEAD):
+            now, gain = weights[ahead].to(tl.float32), gains[ahead]
+            if K > STEP:
+                at = k + STEP + ahead * BLOCK_K
+                next_weights = next_weights + (_columns(weight_at, at, lane, weight_inside, K, STEP, "evict_first"),)
+                if HAS_NORM:
+                    next_gains = next_gains + (_columns(norm_ptr + lane, at, lane, lane >= 0, K, STEP, ""),)
+                else:
+                    next_gains = next_gains + (gain,)
+            if HAS_NORM:
+                gain = gain.to(tl.float32)
+            next_totals = ()
+            next_squares = ()
+            for row in tl.static_range(ROWS):
+                x = _columns(x_ptr + row * x_stride + lane, k + ahead * BLOCK_K, lane, lane >= 0, K, STEP, "")
+                total, square = _add(totals[row], squares[row], now, x, gain, HAS_NORM)
+                next_totals = next_totals + (total,)
+                next_squares = next_squares + (square,)
+            totals = next_totals
+            squares = next_squares
+        if K > STEP:
+            weights = next_weights
+            gains = next_gains
+    for row in tl.static_range(ROWS):
         _finish(
-            total_1,
-            squares_1,
-            1,
-            n,
-            inside,
-            out_ptr,
-            bias,
-            residual_ptr,
-            eps,
-            N,
-            K,
-            BLOCK_N,
-            HAS_NORM,
-            HAS_RESIDUAL,
-            GATED,
-        )
-    if ROWS > 2:
-        _finish(
-            total_2,
-            squares_2,
-            2,
-            n,
-            inside,
-            out_ptr,
-            bias,
-            residual_ptr,
-            eps,
-            N,
-            K,
-            BLOCK_N,
-            HAS_NORM,
-            HAS_RESIDUAL,
-            GATED,
-        )
-    if ROWS > 3:
-        _finish(
-            total_3,
-            squares_3,
-            3,
-            n,
-            inside,
-            out_ptr,
-            bias,
-            residual_ptr,
-            eps,
-            N,
-            K,
-            BLOCK_N,
-            HAS_NORM,
-            HAS_RESIDUAL,
-            GATED,
-        )
+            totals[row], squares[row], residuals[row], out_ptr + row * N + n, inside, bias, eps,
+            K, BLOCK_N, HAS_NORM, HAS_RESIDUAL, GATED,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -171,6 +145,7 @@ def gemv_kernel(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -188,7 +163,13 @@ def gemv_kernel(
     else:
         weight_row, weight_inside = n, inside
     weight_at = weight_ptr + weight_row.to(tl.int64)[:, None] * K + lane
-    weight = _weights(weight_at, 0, lane, weight_inside[:, None], K, BLOCK_K)
+    weights = _tiles(weight_at, 0, lane, weight_inside[:, None], K, BLOCK_K, AHEAD, "evict_first")
+    gains = ()
+    if HAS_NORM:
+        gains = _tiles(norm_ptr + lane, 0, lane, lane >= 0, K, BLOCK_K, AHEAD, "")
+    else:
+        for _ in tl.static_range(AHEAD):
+            gains = gains + (1.0,)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + weight_row, mask=weight_inside, other=0.0).to(tl.float32)
     else:
@@ -200,13 +181,13 @@ def gemv_kernel(
         wait()
     if live > 1:
         _rows(
-            weight, weight_at, weight_inside[:, None], lane, n, inside, out_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
-            ROWS, N, K, BLOCK_N, BLOCK_K, HAS_NORM, HAS_RESIDUAL, GATED,
+            weights, gains, weight_at, weight_inside[:, None], lane, n, inside, out_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
+            ROWS, N, K, BLOCK_N, BLOCK_K, AHEAD, HAS_NORM, HAS_RESIDUAL, GATED,
         )  # fmt: skip
     else:
         _rows(
-            weight, weight_at, weight_inside[:, None], lane, n, inside, out_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
-            1, N, K, BLOCK_N, BLOCK_K, HAS_NORM, HAS_RESIDUAL, GATED,
+            weights, gains, weight_at, weight_inside[:, None], lane, n, inside, out_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
+            1, N, K, BLOCK_N, BLOCK_K, AHEAD, HAS_NORM, HAS_RESIDUAL, GATED,
         )  # fmt: skip
         for row in tl.static_range(1, ROWS):
             tl.store(out_ptr + row * N + n, tl.zeros([BLOCK_N], out_ptr.dtype.element_ty), mask=inside)
@@ -248,6 +229,7 @@ def gemv(
         K=size,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
+        AHEAD=tile.ahead,
         HAS_BIAS=bias is not None,
         HAS_NORM=norm is not None,
         HAS_RESIDUAL=residual is not None,

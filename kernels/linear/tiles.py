@@ -24,11 +24,12 @@ class Tile(NamedTuple):
 
 
 class GemvTile(NamedTuple):
-    """How a GEMV, of one to four rows, is cut: weight rows and columns of a step, warps."""
+    """How a GEMV, of one to four rows, is cut: weight rows and columns of a step, warps, steps asked for at once."""
 
     block_n: int
     block_k: int
     num_warps: int
+    ahead: int = 1
 
 
 # GPU -> (N, K) -> rows up to which the tile holds -> tile, None where cuBLAS was faster. In bfloat16.
@@ -112,12 +113,13 @@ MAX_SINGLE_ROWS = 4  # above it the tensor cores are worth its padding
 
 # The same for GEMVs, without tensor cores, with what stands around them. Those of up to two rows are cut so
 # that one is fast, the commonest, and two are not slow; None where cuBLAS and kernels of their own for norm and gate are faster.
+# Those of one row of the 0.6B were chosen by the time of a whole step, in which kernels overlap, not of the product.
 GEMV_TABLE: dict[Gpu, dict[tuple[int, int], dict[int, GemvTile | None]]] = {
     "H200": {
-        (4096, 1024): {2: GemvTile(8, 1024, 4), 4: GemvTile(8, 512, 2)},
-        (1024, 2048): {2: GemvTile(4, 2048, 8), 4: GemvTile(1, 2048, 8)},
+        (4096, 1024): {2: GemvTile(4, 1024, 2), 4: GemvTile(8, 512, 2)},
+        (1024, 2048): {2: GemvTile(4, 1024, 4, 2), 4: GemvTile(1, 2048, 8)},
         (6144, 1024): {2: GemvTile(2, 512, 2), 4: None},
-        (1024, 3072): {2: GemvTile(1, 2048, 8), 4: GemvTile(4, 2048, 8)},
+        (1024, 3072): {2: GemvTile(1, 1024, 4, 3), 4: GemvTile(4, 2048, 8)},
         (151936, 1024): {2: GemvTile(4, 256, 1), 4: GemvTile(8, 256, 1)},
         (6144, 4096): {2: GemvTile(4, 1024, 4), 4: None},
         (4096, 4096): {2: GemvTile(2, 1024, 4), 4: None},

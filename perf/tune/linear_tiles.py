@@ -66,9 +66,11 @@ def row_candidates(out_size: int, size: int, rows: int) -> list[GemvTile]:
         (n, warps) for n, warps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8)) if n * gates * (rows + 8) <= 192
     ]
     return [
-        GemvTile(n, 256 * warps, warps)
-        for n, warps in blocks
-        if 256 * warps <= size and -(-out_size // (n * gates)) >= 256
+        GemvTile(n, 256 * warps, warps, ahead)
+        for (n, warps), ahead in itertools.product(blocks, (1, 2, 3))
+        if 256 * warps * ahead <= size
+        and -(-out_size // (n * gates)) >= 256
+        and (ahead == 1 or n * gates * ahead <= 12)
     ]
 
 
@@ -80,7 +82,7 @@ def compile_ahead(job: tuple[int, int, int, Tile | GemvTile]) -> None:
         parts = _parts(out_size, size)
         gemv_kernel.warmup(
             bf16, bf16, bf16, bf16, bf16, bf16, bf16, 1e-6, size, HAS_LIVE=False, ROWS=rows, N=out_size // 2 if parts["GATED"] else out_size, K=size,
-            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, HAS_BIAS=False, num_warps=tile.num_warps, grid=(1,), **parts,
+            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, AHEAD=tile.ahead, HAS_BIAS=False, num_warps=tile.num_warps, grid=(1,), **parts,
             **dependent(torch.device("cuda")),
         )  # fmt: skip
         return

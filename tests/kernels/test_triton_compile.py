@@ -17,7 +17,7 @@ import pytest
 
 from pagegraph.kernels.attention.decode import TILES
 from pagegraph.kernels.gpu import OTHERS_TAKE
-from pagegraph.kernels.linear.tiles import Tile, tile_of
+from pagegraph.kernels.linear.tiles import Tile, gemv_tile_of, tile_of
 from pagegraph.kernels.quant.tiles import QuantGemvTile, gemm_16bit_tile_by_rule
 from tests.paths import ROOT
 
@@ -462,6 +462,13 @@ def test_nothing_is_touched_before_the_wait(half: list[dict[str, Any]]) -> None:
     assert {k["kernel"] for k in waiting if k["early"]} == {"rms_norm_kernel", "gemv_kernel"}
     for kernel in waiting:
         assert set(kernel["early"]) <= {"LDG"}, kernel
+
+
+def test_weights_of_several_tiles_are_asked_for_before_the_wait(half: list[dict[str, Any]]) -> None:
+    tile = gemv_tile_of(2, 1024, 3072)
+    assert tile is not None and tile.ahead > 1
+    product = next(k for k in half if k["case"] == "2 rows of 1024, 3072: down")
+    assert len(product["early"]) > tile.ahead  # and the count of live rows
 
 
 def test_attention_is_pipelined_on_matrix_units(half: list[dict[str, Any]]) -> None:

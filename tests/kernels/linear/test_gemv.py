@@ -34,6 +34,9 @@ PARTS = ("", "norm", "residual", "gated", "bias", "norm gated bias", "residual b
         (24, 128, GemvTile(4, 64, 1)),
         (20, 200, GemvTile(8, 64, 2)),  # neither rows of the weight nor columns fill the tiles
         (6, 64, GemvTile(1, 256, 4)),  # one tile is wider than the weight
+        (12, 192, GemvTile(2, 64, 2, 3)),  # all columns asked for at once
+        (20, 200, GemvTile(4, 32, 1, 3)),  # three steps at a time, which do not fill the columns
+        (6, 256, GemvTile(2, 64, 1, 2)),  # two, twice
     ],
 )
 def test_equals_torch(triton_calls, rows: int, out_size: int, size: int, tile: GemvTile, parts: str) -> None:
