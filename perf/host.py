@@ -23,6 +23,7 @@ from pagegraph.compiler.step.state import DeviceState
 from pagegraph.compiler.step.step import Ticket
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.scheduler.block_pool import BlockPool
+from perf import workloads
 from perf.gpu.offline import Offline, random_prompts
 
 VOCAB, MAX_LEN, EOS = 151936, 8192, 151645
@@ -147,11 +148,8 @@ def decoding(seqs: int, tokens: int = 200) -> HostRun:
 
 def mixed(requests: int = 256, seqs: int = 64, num_blocks: int = 0) -> HostRun:
     """Requests of the lengths that conversations have, some of them waiting for slots of the others."""
-    rng = np.random.default_rng(0)
-    sizes, lengths = (
-        rng.lognormal(np.log(mean) - 0.3, 0.77, requests).clip(4, 1024).astype(int) for mean in (220, 190)
-    )
-    return run(sizes.tolist(), lengths.tolist(), max_num_seqs=seqs, num_blocks=num_blocks)
+    ((prompts, lengths),) = workloads.make("sharegpt", VOCAB, requests / workloads.CASES["sharegpt"][0]).rounds
+    return run(list(map(len, prompts)), lengths, max_num_seqs=seqs, num_blocks=num_blocks)
 
 
 def pool_seconds(num_blocks: int, rounds: int = 2000, at_once: int = 8) -> float:

@@ -6,9 +6,13 @@ Times are against others of the same run; shares and counts are those of any mac
 from __future__ import annotations
 
 import statistics
+import time
 
+import pytest
+
+from pagegraph.runtime.scheduler.scheduler import Scheduler
 from perf import host
-from perf.gates import Gate
+from perf.gates import Gate, gates
 
 FEW, MANY = 256, 2048  # sequences
 SMALL_POOL, LARGE_POOL = 1 << 10, 1 << 18  # blocks
@@ -19,6 +23,15 @@ def test_python_of_a_step(benchmark, gate: Gate) -> None:
     loop = host.loop_seconds()
     benchmark.extra_info.update(outside_launch_us=found.outside_launch * 1e6, loop_us=loop * 1e6)
     gate.check(found.outside_launch / loop)
+
+
+def test_python_of_a_step_sees_a_sleep(benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of a millisecond in a step fails the gate above."""
+    schedule = Scheduler.schedule
+    monkeypatch.setattr(Scheduler, "schedule", lambda *given: (time.sleep(1e-4), schedule(*given))[1])
+    found = benchmark.pedantic(lambda: host.decoding(FEW), rounds=1, iterations=1)
+    with pytest.raises(AssertionError, match="test_python_of_a_step"):
+        gates()["test_python_of_a_step"].check(found.outside_launch / host.loop_seconds())
 
 
 def test_growth_of_a_turn_with_its_sequences(benchmark, gate: Gate) -> None:

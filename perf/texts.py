@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pagegraph.runtime.bench.work import draw_ids
+
 DATA = Path(__file__).parent / "data"
 NAMES = ("code_edit", "json_rewrite", "quoting")
-RANDOM_TOKENS = 200
+RANDOM_TOKENS, RANDOM_IDS = 200, 40_000
 
 
 def repetitive(encode: Callable[[str], list[int]], streams: int) -> list[list[int]]:
@@ -23,5 +25,4 @@ def repetitive(encode: Callable[[str], list[int]], streams: int) -> list[list[in
 
 def random(streams: int) -> list[list[int]]:
     """Random ids; at temperature 1 they go on as random."""
-    rng = np.random.default_rng(streams)
-    return [rng.integers(1000, 40000, RANDOM_TOKENS).tolist() for _ in range(streams)]
+    return draw_ids(np.random.default_rng(streams), [RANDOM_TOKENS] * streams, RANDOM_IDS)

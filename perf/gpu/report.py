@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from pagegraph.runtime.bench.report import write_text
 from perf.floors import Ceilings
 
 
@@ -89,9 +90,7 @@ class Report:
         return False
 
     def _save(self) -> None:
-        part = self.path.with_suffix(".part")  # replaced whole: a process killed here leaves the file of before
-        part.write_text(json.dumps({"machine": self.machine, "sections": self.sections}, default=str))
-        part.replace(self.path)
+        write_text(self.path, json.dumps({"machine": self.machine, "sections": self.sections}, default=str))
 
 
 def _text(value: object) -> str:
