@@ -1,7 +1,8 @@
 """From `CompilerOptions` to a step that can be launched, one line a stage.
 
 The stages, as `Timings` names them: source, wrap (meta build and probe), weights, passes, memory, compile (by whoever
-owns the step) and graphs (capture of CUDA graphs).
+owns the step) and graphs (capture of CUDA graphs). What a start has compiled and measured is kept for the next one of
+the same model (`compiler/start_cache.py`).
 Knows the order of the stages; knows nothing of requests, sockets or files of settings.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ import torch
 
 from pagegraph.compiler.host.malloc import return_freed_memory
 from pagegraph.compiler.inductor.cache import cache_folder, naming_the_cache, use_cache
+from pagegraph.compiler.inductor.compile import Took, untold
+from pagegraph.compiler.inductor.stored_forward import ForwardStore
 from pagegraph.compiler.model.checkpoint import sidecar_quantization
 from pagegraph.compiler.model.config_json import load_model_config
 from pagegraph.compiler.model.files import json_object
@@ -30,7 +33,7 @@ from pagegraph.compiler.model.weights import load_weights
 from pagegraph.compiler.options import CompilerOptions, ModelOptions
 from pagegraph.compiler.passes.registry import apply_module_passes, graph_passes
 from pagegraph.compiler.profile.kv_budget import KvBudget, cuda_available, plan_blocks
-from pagegraph.compiler.profile.memory import profile_memory
+from pagegraph.compiler.profile.memory import MemoryProfile, StoredProfiles, profile_memory
 from pagegraph.compiler.resolve import (
     eos_ids,
     resolve_cache_dtype,
@@ -38,6 +41,7 @@ from pagegraph.compiler.resolve import (
     resolve_max_model_len,
     resolve_quantization,
 )
+from pagegraph.compiler.start_cache import StartCache, start_key
 from pagegraph.compiler.step.capture_queue import MAX_DRAFT_FORWARDS, CaptureQueue
 from pagegraph.compiler.step.capture_sizes import MAX_CAPTURED_TOKENS, Bucket, cuda_capture_sizes
 from pagegraph.compiler.step.dummy import dummy_step
@@ -56,15 +60,25 @@ CompileState = Literal["off", "compiling", "compiled", "failed"]  # steps run th
 
 @dataclass(slots=True)
 class Timings:
-    """Seconds each stage of the start took, in order."""
+    """Seconds each stage of the start took, in order, and those of parts of stages."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)  # stage -> part -> seconds
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
+
+    def took(self, stage: str) -> Took:
+        """What is told the seconds of parts of this stage; those of the same name are added up."""
+        parts = self.parts.setdefault(stage, {})
+
+        def add(part: str, seconds: float) -> None:
+            parts[part] = parts.get(part, 0.0) + seconds
+
+        return add
 
     def __str__(self) -> str:
         return "  ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
@@ -84,6 +98,7 @@ class BuiltModel:
     num_blocks: int
     eos_ids: frozenset[int]
     timings: Timings
+    start_cache: StartCache
     has_head: bool = True  # without one it gives embeddings alone
     draft: CompiledStep | None = None  # of the draft model, over the same blocks
     generation_config: dict[str, Any] = field(default_factory=dict)  # what generation_config.json of the model says
@@ -122,7 +137,19 @@ class BuiltModel:
             sampling_cpp.build()
             if self.step.state.ngram is not None:
                 spec_decode_cpp.build()
-        return [step.compiled_forward(warm_steps(step.state), progress) for step in self.steps]
+        took = self.timings.took("compile")
+        return [
+            step.compiled_forward(warm_steps(step.state), progress, store, took)
+            for step, store in zip(self.steps, self._stores(took))
+        ]
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether an earlier start has left the compiled forwards."""
+        return all(store.is_filled for store, _ in zip(self._stores(), self.steps))
+
+    def _stores(self, took: Took = untold) -> list[ForwardStore]:
+        return _stores(self.start_cache, self.device, took)
 
     def capture_graphs(self, *, progress: bool, all_graphs: bool = True) -> None:
         """Capture CUDA graphs of whatever forward there is; does nothing on a CPU.
@@ -175,12 +202,17 @@ class LoadedModel:
         )
 
 
-def build_model(options: CompilerOptions, *, progress: bool = True) -> BuiltModel:
-    """Build the model, and its draft model if it has one; steps run uncompiled.
+def build_model(
+    options: CompilerOptions,
+    *,
+    progress: bool = True,
+    timings: Timings | None = None,
+) -> BuiltModel:
+    """Build the model, and its draft model if it has one; steps run uncompiled. Its stages are added to `timings`.
 
     Raises UnsupportedModel, DoesNotFit, QuantizationError, or ValueError naming the key at fault.
     """
-    timings = Timings()
+    timings = timings or Timings()
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     use_cache(cache_folder(options.cache_dir))
@@ -192,7 +224,8 @@ def build_model(options: CompilerOptions, *, progress: bool = True) -> BuiltMode
         _check_draft(options, model, draft)
     models = [model] if draft is None else [model, draft]
     with timings.stage("memory"):
-        num_blocks = _kv_budget(options, models).num_blocks
+        start_cache = _start_cache(options, models)
+        num_blocks = _kv_budget(options, models, start_cache).num_blocks
         states = [one.state(options, num_blocks, is_draft=one is draft) for one in models]
         # The same blocks for both: one set of block tables, brought up to date by whoever steps first.
         states[-1].block_tables = states[0].block_tables
@@ -211,6 +244,7 @@ def build_model(options: CompilerOptions, *, progress: bool = True) -> BuiltMode
         num_blocks=num_blocks,
         eos_ids=eos_ids(model.folder, model.model_config, Path(tokenizer) if tokenizer else None),
         timings=timings,
+        start_cache=start_cache,
         generation_config=model.generation_config,
     )
 
@@ -243,7 +277,11 @@ def model_folder(options: ModelOptions, cache_dir: str | None) -> Path:
 
 
 def _load(
-    model_options: ModelOptions, options: CompilerOptions, timings: Timings, progress: bool, name: str = ""
+    model_options: ModelOptions,
+    options: CompilerOptions,
+    timings: Timings,
+    progress: bool,
+    name: str = "",
 ) -> LoadedModel:
     """The stages from the model's files to a wrapped model with weights; `name` is put before the stages' names."""
     device, trust_remote_code = options.device, model_options.trust_remote_code
@@ -301,7 +339,28 @@ def _largest(options: CompilerOptions) -> Bucket:
     return Bucket(max(options.step.max_num_batched_tokens, 2), max(options.step.max_decode_tokens, 2))
 
 
-def _kv_budget(options: CompilerOptions, models: list[LoadedModel]) -> KvBudget:
+def _stores(cache: StartCache, device: torch.device, took: Took) -> list[ForwardStore]:
+    """Of the model's forward and of the draft model's."""
+    # On a CPU graphs hold kernels for the sizes of the caches; on CUDA these go to ops of ours as they are.
+    any_blocks = device.type == "cuda"
+    return [ForwardStore(cache, name, any_blocks, took) for name in ("forward", "draft-forward")]
+
+
+def _start_cache(options: CompilerOptions, models: list[LoadedModel]) -> StartCache:
+    """Of these models, as the options have them computed. What is measured has names of its own in it."""
+    kv_cache = options.kv_cache
+    more: dict[str, Any] = {
+        "passes": asdict(options.passes),
+        "caches": [kv_cache.block_size, *(str(model.cache_dtype) for model in models)],
+        "lengths": [model.max_model_len for model in models],
+    }
+    if options.device.type == "cpu":
+        more["blocks"] = [kv_cache.num_blocks, kv_cache.memory]
+    key = start_key([model.paged_model for model in models], options.device, more)
+    return StartCache(cache_folder(options.cache_dir), key)
+
+
+def _kv_budget(options: CompilerOptions, models: list[LoadedModel], start_cache: StartCache) -> KvBudget:
     """Blocks that fit; on CUDA, if no amount is set, beside the profiled memory of steps and graphs."""
     kv_cache = options.kv_cache
     states = [model.state(options, 1, is_draft=model is not models[0]) for model in models]
@@ -311,16 +370,28 @@ def _kv_budget(options: CompilerOptions, models: list[LoadedModel]) -> KvBudget:
     elif kv_cache.memory is not None:
         available, source = kv_cache.memory, "kv_cache_memory"
     else:
-        profiles = [
-            profile_memory(
-                _step(options, model.paged_model, state), _largest(options), model.max_model_len, draft_forwards
-            )
-            for model, state, draft_forwards in zip(models, states, (0, MAX_DRAFT_FORWARDS))  # the draft model's alone
-        ]
-        step_bytes, graph_bytes = max(one.step for one in profiles), sum(one.graphs for one in profiles)
-        available = cuda_available(kv_cache.gpu_memory_utilization, step_bytes, graph_bytes, options.device)
+        known = StoredProfiles(start_cache, asdict(options.step))
+        profiles = known.read()
+        if profiles is None:
+            profiles = _profiles(options, models, states)
+            known.write(profiles)
+            profiles = [replace(one, kernels=0) for one in profiles]  # they are loaded
+        available = cuda_available(
+            kv_cache.gpu_memory_utilization,
+            max(one.step for one in profiles) + sum(one.kernels for one in profiles),
+            sum(one.graphs for one in profiles),
+            options.device,
+        )
         source = f"gpu_memory_utilization {kv_cache.gpu_memory_utilization}"
     return plan_blocks(available, block_bytes, kv_cache.block_size, models[0].max_model_len, source)
+
+
+def _profiles(options: CompilerOptions, models: list[LoadedModel], states: list[DeviceState]) -> list[MemoryProfile]:
+    """What steps of each model take."""
+    return [
+        profile_memory(_step(options, model.paged_model, state), _largest(options), model.max_model_len, draft_forwards)
+        for model, state, draft_forwards in zip(models, states, (0, MAX_DRAFT_FORWARDS))  # the draft model's alone
+    ]
 
 
 def warm_steps(state: DeviceState) -> list[StepInput]:

@@ -2,9 +2,15 @@
 
 The supervisor gives bind address, workers, threads and log level as flags. One thread carries one POST for its whole
 stream; other requests have threads of their own, so health checks always find one. Threads start as they are needed.
+
+gunicorn starts beside the engine: its parent process imports the application, once for all workers, and listens when
+the engine answers.
 """
 
+import importlib
 import os
+
+from pagegraph.runtime.server.web_gate import wait_for_settings
 
 worker_class = "pagegraph.web.worker.Worker"
 # Heartbeats come from the worker's main loop, so this limits a hung worker, not a long stream.
@@ -18,3 +24,9 @@ accesslog = None
 errorlog = "-"
 # The heartbeat file on a disk can block a worker.
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+
+def on_starting(server):
+    """Called before gunicorn listens and forks: import what workers need, but make nothing that a fork would share."""
+    importlib.import_module("pagegraph.web.app")
+    wait_for_settings()

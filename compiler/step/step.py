@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pagegraph.compiler.inductor.compile import GraphPass, compile_forward
+from pagegraph.compiler.inductor.compile import GraphPass, Took, compile_forward, untold
+from pagegraph.compiler.inductor.guard_free import Forward
+from pagegraph.compiler.inductor.stored_forward import ForwardStore
 from pagegraph.compiler.model.paged import Forwarded, PagedModel
 from pagegraph.compiler.step.capture_sizes import CaptureSizes, own_bucket
 from pagegraph.compiler.step.counts import StepCounts
@@ -100,18 +102,24 @@ class CompiledStep:
             raise ValueError("steps in a row sample without masks")
         return Ticket(None, *self.runner.launch_masked(step))
 
-    def compiled_forward(self, warm: list[StepInput], progress: bool = False) -> Callable[..., Forwarded]:
-        """The forward compiled on the given steps, to be swapped in as `forward`; safe beside launches.
+    def compiled_forward(
+        self, warm: list[StepInput], progress: bool = False, store: ForwardStore | None = None, took: Took = untold
+    ) -> Forward:
+        """The forward compiled on the given steps, or taken from `store`, to be swapped in as `forward`.
 
-        `warm` must touch the null block and the dummy slot only.
+        Safe beside launches. `warm` must touch the null block and the dummy slot only.
         """
-        forward = compile_forward(self.paged_model, self._graph_passes)
+        forward = compile_forward(self.paged_model, self._graph_passes, took=took)
+        caches = [self.state.key_caches, self.state.value_caches]
+        restored = store is not None and store.restore(forward, caches)
         with torch.inference_mode():
             for step in tqdm(warm, desc="compile", unit="graph", disable=not progress):
                 staged = self.staging.unpack(self.staging.send(step, own_bucket(step.num_tokens, step.num_seqs)))
                 inputs = step_inputs(staged)
                 mark_dynamic(*inputs)
-                forward(*inputs, self.state.key_caches, self.state.value_caches)
+                forward(*inputs, *caches)
+        if store is not None and not restored:
+            store.store(forward)
         return forward
 
     def decode_sizes(self, most: int) -> tuple[int, ...]:

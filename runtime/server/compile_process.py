@@ -3,32 +3,20 @@
 Compiling in the serving process would hold Python's lock for a minute and starve the streams; loading what the cache
 holds takes seconds. Run as `python -m pagegraph.runtime.server.compile_process SETTINGS.json` the compiling process
 ends when its parent does. It gives way to the streams, but not for ever: added niceness leaves it a quarter of a CPU
-beside a busy thread of the engine. (An unprivileged process cannot take niceness back later.) Knows the cache's folder
-and what its content depends on; knows nothing of requests.
+beside a busy thread of the engine. (An unprivileged process cannot take niceness back later.) Knows nothing of requests.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
-
-import pagegraph
 from pagegraph.compiler.build import BuiltModel, build_compiled
-from pagegraph.compiler.inductor.cache import cache_folder
-from pagegraph.compiler.options import PassOptions
-from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.server.child import child_environment, module_command
 from pagegraph.runtime.server.engine_settings import EngineSettings
@@ -39,26 +27,14 @@ log = logging.getLogger("pagegraph.engine")
 # minutes
 NICENESS = 5
 REPORT_S = 60.0  # between two lines that say that it is still compiling
-FOLDERS = [Path(pagegraph.__file__).parent / folder for folder in ("compiler", "kernels")]
-SOURCES = sorted(path for folder in FOLDERS for path in folder.rglob("*") if path.suffix in (".py", ".cpp"))
-
-# Settings that artefacts depend on: the model, the sizes of what is constant in a graph (weights, blocks), the passes
-# and threads. Steps of any number of sequences and tokens run one graph, so no setting of scheduling is among them.
-ARTEFACT_SETTINGS = (
-    "model", "gguf_file", "revision", "dtype", "device", "load_format", "quantization", "trust_remote_code",
-    "max_model_len", "block_size", "num_blocks", "kv_cache_memory", "kv_cache_dtype", "gpu_memory_utilization",
-    "speculative_method", "speculative_model", "num_threads", *(field.name for field in fields(PassOptions)),
-)  # fmt: skip
 
 
-def fill_cache(config: Config, built: BuiltModel, settings: Path) -> None:
-    """Compile `config` in another process unless its artefacts are known to be there; waits for it.
+def fill_cache(built: BuiltModel, settings: Path) -> None:
+    """Compile in another process what `built` needs, unless an earlier start has; waits for it.
 
-    `built` is what `config` became, `settings` the engine process's file. Raises RuntimeError with the end of its
-    output where it fails.
+    `settings`: the engine process's file. Raises RuntimeError with the end of its output where it fails.
     """
-    done = _stamp(config, built)
-    if done.exists():
+    if built.is_stored:
         return
     command = module_command("pagegraph.runtime.server.compile_process", str(settings))
     start = time.monotonic()
@@ -80,7 +56,6 @@ def fill_cache(config: Config, built: BuiltModel, settings: Path) -> None:
         raise RuntimeError(
             f"the compiling process ended with status {child.returncode}: {output.decode(errors='replace')[-2000:]}"
         )
-    done.touch()
 
 
 def _report(seconds: float) -> None:
@@ -90,21 +65,6 @@ def _report(seconds: float) -> None:
         os.getloadavg()[0],
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     )
-
-
-def _stamp(config: Config, built: BuiltModel) -> Path:
-    """A file that exists once the artefacts of `config` do. Wrongly there, it costs time and nothing else."""
-    settings = {name: getattr(config, name) for name in ARTEFACT_SETTINGS}
-    machine = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
-    versions = [sys.version, torch.__version__, transformers.__version__]
-    configs: list[Any] = [step.paged_model.model.config for step in built.steps]
-    models = [config.to_json_string(use_diff=False) for config in configs]
-    digest = hashlib.sha256(
-        json.dumps([settings, built.num_blocks, machine, versions, models], sort_keys=True).encode()
-    )
-    for path in SOURCES:
-        digest.update(path.read_bytes())
-    return cache_folder(config.compile_cache_dir) / "inductor" / f"compiled-{digest.hexdigest()[:16]}"
 
 
 def main(path: str) -> None:

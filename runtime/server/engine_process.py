@@ -8,6 +8,8 @@ compilation, which it serves without; and leaves the reason beside the settings 
 
 from __future__ import annotations
 
+import pagegraph.runtime.server.driver  # isort: skip  # noqa: F401  starts CUDA beside the imports below
+
 import faulthandler
 import gc
 import json
@@ -17,12 +19,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from prometheus_client import start_http_server
 
-from pagegraph.compiler.build import BuiltModel, build_model
+from pagegraph.compiler.build import BuiltModel, Timings, build_model
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.assemble import engine_of
 from pagegraph.runtime.engine.compiler_options import compiler_options
@@ -32,6 +36,7 @@ from pagegraph.runtime.sampling_params import describe_defaults
 from pagegraph.runtime.server import compile_process
 from pagegraph.runtime.server.engine_settings import FACTS_FILE, EngineSettings
 from pagegraph.runtime.server.start_errors import REASON_FILE, load_tokenizer, sentence
+from pagegraph.runtime.server.start_report import process_age
 
 log = logging.getLogger("pagegraph.engine")
 
@@ -40,21 +45,26 @@ REQUIRED_COMPILATION_FAILED = 3  # exit status
 
 def main(path: str) -> None:
     """Serve until SIGTERM; `path` is a file of EngineSettings."""
+    timings = Timings({"imports": process_age()})
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the supervisor sends it to an engine that hangs: all threads' stacks
     settings = EngineSettings.load(Path(path))
     config = settings.config
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
     try:
-        load_tokenizer(config)  # what the web processes will do: a fault of it is found before the model loads
-        built = build_model(compiler_options(config), progress=sys.stderr.isatty())
+        # What the web processes will do: a fault of it is found before they do it.
+        tokenizer = _beside("tokenizer", partial(load_tokenizer, config))
+        built = build_model(compiler_options(config), progress=sys.stderr.isatty(), timings=timings)
         beside = config.compile and built.device.type == "cpu"
         if beside:
             built.compile_state = "compiling"  # before any client asks
         elif config.compile:
             _compile(config, built)
         built.capture_graphs(progress=sys.stderr.isatty(), all_graphs=False)
-        engine, metrics = engine_of(config, built, Mailbox(settings.engine_address), settings.drain_flag.exists)
+        with timings.stage("tokenizer"):
+            tokenizer.result()
+        with timings.stage("engine"):
+            engine, metrics = engine_of(config, built, Mailbox(settings.engine_address), settings.drain_flag.exists)
     except Exception as error:
         if (reason := sentence(error)) is None:
             raise
@@ -67,7 +77,7 @@ def main(path: str) -> None:
     log.info("loaded: %s", built.timings)
     log.info("%s", describe_defaults(engine.info().sampling_defaults))
     if beside:
-        fill_cache = partial(compile_process.fill_cache, config, built, Path(path))
+        fill_cache = partial(compile_process.fill_cache, built, Path(path))
         threading.Thread(target=_compile, args=(config, built, fill_cache), name="compile", daemon=True).start()
     gc.collect()
     gc.freeze()  # what is built stays; with it, looking for garbage would hold up a step for half a second now and then
@@ -94,8 +104,16 @@ def _compile(config: Config, built: BuiltModel, first: Callable[[], None] = lamb
         log.info("compiled after %.1f s: steps run the compiled graph from here on", built.timings.seconds["compile"])
 
 
+def _beside(name: str, act: Callable[[], object]) -> Future[object]:
+    """Do `act` in a thread beside this one."""
+    threads = ThreadPoolExecutor(1, thread_name_prefix=name)
+    done = threads.submit(act)
+    threads.shutdown(wait=False)
+    return done
+
+
 def _announce(path: Path, built: BuiltModel) -> None:
-    facts = {"model_dir": str(built.folder), "pid": os.getpid(), "seconds": built.timings.seconds}
+    facts = {"model_dir": str(built.folder), "pid": os.getpid(), **asdict(built.timings)}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(facts))
     partial.rename(path)

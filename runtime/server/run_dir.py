@@ -49,11 +49,11 @@ class RunDir:
         return self.path / SOCKET
 
     def write(self, name: str, text: str) -> Path:
-        """A file that only its owner may read."""
-        path = self.path / name
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        """A file that only its owner may read; once it is there, all of it is."""
+        path, partial = self.path / name, self.path / f"{name}.partial"
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
-        return path
+        return partial.rename(path)
 
     def close(self) -> None:
         """Remove the folder with all that is in it."""

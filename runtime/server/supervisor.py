@@ -29,12 +29,15 @@ from pagegraph.runtime.server.listen import Unserved, bind, connectable, free_po
 from pagegraph.runtime.server.probes import Probes, fetch
 from pagegraph.runtime.server.run_dir import RunDir
 from pagegraph.runtime.server.start_errors import REASON_FILE
+from pagegraph.runtime.server.start_report import process_age, table
+from pagegraph.runtime.server.web_gate import SETTINGS_VARIABLE
 
 log = logging.getLogger("pagegraph.supervisor")
 
 ENGINE_COMMAND = module_command("pagegraph.runtime.server.engine_process")
 WEB_COMMAND = module_command("gunicorn")
 
+WEB_SETTINGS_FILE = "web-settings.json"  # written once the engine answers; the web processes wait for it
 HEARTBEAT_S = 0.25  # of the supervisor's own client
 UNHEALTHY_S = 2.0  # an engine that ends is not heard either: for so long it is not taken for a hung one
 DUMP_S = 1.0  # for a hung engine to write where its threads stand
@@ -85,18 +88,23 @@ class Supervisor:
             metrics_url = f"http://127.0.0.1:{self._metrics_port}/metrics"
             probes = Probes(self.config.probe_host, self.config.probe_port or 0, self.health, metrics_url)
             self._engine = Child("engine", [*self._engine_command, str(self._write_engine_settings())])
+            command_s = process_age()
+            # Imports while the engine loads, and waits for its settings before it listens. In a folder of ours, because
+            # gunicorn makes its folder the first place where modules are looked for.
+            settings = self._run_dir.path / WEB_SETTINGS_FILE
+            self._web = Child(
+                "web",
+                [*self._web_command, *web_arguments(self.config, settings, listener.fileno())],
+                (listener.fileno(),),
+                self._run_dir.path,
+                {**self._secrets(), SETTINGS_VARIABLE: str(settings)},
+            )
             if info := self._wait_for_engine():
-                settings = self._write_web_settings(probes.address)
-                # In a folder of ours, because gunicorn makes its folder the first place where modules are looked for.
-                self._web = Child(
-                    "web",
-                    [*self._web_command, *web_arguments(self.config, settings, listener.fileno())],
-                    (listener.fileno(),),
-                    self._run_dir.path,
-                    self._secrets(),
-                )
+                loaded_s = process_age()
+                self._write_web_settings(probes.address)
                 if self._wait_for_web(listener):
                     self._ready = True
+                    self._report(command_s, process_age() - loaded_s)
                     print(
                         banner(self.config, info, listener.getsockname(), probes.address), file=sys.stderr, flush=True
                     )
@@ -160,7 +168,7 @@ class Supervisor:
             "tool_call_parser": self.config.tool_call_parser,
             "reasoning_parser": self.config.reasoning_parser,
         }
-        return self._run_dir.write("web-settings.json", json.dumps(settings, indent=1))
+        return self._run_dir.write(WEB_SETTINGS_FILE, json.dumps(settings, indent=1))
 
     def _secrets(self) -> dict[str, str | None]:
         """What only the environment of the web processes holds: no file does, no list of processes shows it."""
@@ -188,6 +196,12 @@ class Supervisor:
             except (OSError, urllib.error.URLError):
                 time.sleep(0.05)
         return False
+
+    def _report(self, command_s: float, web_s: float) -> None:
+        """Log where the time of the start went."""
+        engine = json.loads((self._run_dir.path / FACTS_FILE).read_text())
+        seconds = {"command": command_s, **engine.get("seconds", {}), "web": web_s}
+        log.info("%s", table(process_age(), seconds, engine.get("parts", {})))
 
     def _watch(self) -> None:
         lived = time.monotonic()

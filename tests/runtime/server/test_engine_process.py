@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from pagegraph.compiler.build import BuiltModel, Timings
+from pagegraph.compiler.start_cache import StartCache
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.server import engine_process
 
@@ -22,7 +24,7 @@ class Step:
         self.compiled, self.forward = compiled, "plain"
         self.state = SimpleNamespace(max_blocks=4, dummy_slot=2, last_tokens=torch.zeros(1, device="meta"), ngram=None)
 
-    def compiled_forward(self, warm: list, progress: bool) -> str:
+    def compiled_forward(self, *_: object) -> str:
         if isinstance(self.compiled, Exception):
             raise self.compiled
         return self.compiled
@@ -34,7 +36,8 @@ def built_of(*steps: Step) -> BuiltModel:
         num_blocks=5,
     )  # fmt: skip
     target, draft = (*steps, None)[:2]
-    return BuiltModel(step=target, draft=draft, eos_ids=frozenset(), timings=Timings(), **facts)
+    cache = StartCache(Path("/nowhere"), "key")
+    return BuiltModel(step=target, draft=draft, eos_ids=frozenset(), timings=Timings(), start_cache=cache, **facts)
 
 
 @pytest.mark.parametrize("where", ["the first thing", "the model", "the draft model"])

@@ -90,6 +90,7 @@ WEB = """
     from pathlib import Path
 
     path = json.loads(re.search(r"create_app\\((.*)\\)", sys.argv[1])[1])
+    while not Path(path).exists(): time.sleep(0.01)
     settings = json.loads(Path(path).read_text())
     control = Path(settings["model"])
     (control / "settings.json").write_text(json.dumps({**settings, "argv": sys.argv}))
