@@ -232,7 +232,10 @@ class CompilationConfig:
     )
     rotary_once: bool = _option(True, parse_flag, "compute rotary cosines and sines once a step, not in every layer")
     compile_cache_dir: str | None = _option(
-        None, parse_text, "folder of compiled artefacts (none: ~/.cache/pagegraph)", _NONE
+        None,
+        parse_text,
+        "folder of what starts compile and measure for later ones; may be emptied (none: ~/.cache/pagegraph)",
+        _NONE,
     )
     num_threads: int | None = _option(
         None, between(parse_whole, 1, 4096), "CPU threads of the engine (auto: PyTorch's choice)", _AUTO

@@ -19,7 +19,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -52,8 +51,8 @@ def main(path: str) -> None:
     config = settings.config
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
     try:
-        # What the web processes will do: a fault of it is found before they do it.
-        tokenizer = _beside("tokenizer", partial(load_tokenizer, config))
+        with timings.stage("tokenizer"):
+            load_tokenizer(config)  # what the web processes will do: a fault of it is found before the model loads
         built = build_model(compiler_options(config), progress=sys.stderr.isatty(), timings=timings)
         beside = config.compile and built.device.type == "cpu"
         if beside:
@@ -61,8 +60,6 @@ def main(path: str) -> None:
         elif config.compile:
             _compile(config, built)
         built.capture_graphs(progress=sys.stderr.isatty(), all_graphs=False)
-        with timings.stage("tokenizer"):
-            tokenizer.result()
         with timings.stage("engine"):
             engine, metrics = engine_of(config, built, Mailbox(settings.engine_address), settings.drain_flag.exists)
     except Exception as error:
@@ -102,14 +99,6 @@ def _compile(config: Config, built: BuiltModel, first: Callable[[], None] = lamb
     else:
         gc.freeze()
         log.info("compiled after %.1f s: steps run the compiled graph from here on", built.timings.seconds["compile"])
-
-
-def _beside(name: str, act: Callable[[], object]) -> Future[object]:
-    """Do `act` in a thread beside this one."""
-    threads = ThreadPoolExecutor(1, thread_name_prefix=name)
-    done = threads.submit(act)
-    threads.shutdown(wait=False)
-    return done
 
 
 def _announce(path: Path, built: BuiltModel) -> None:
