@@ -98,7 +98,7 @@ class BuiltModel:
     num_blocks: int
     eos_ids: frozenset[int]
     timings: Timings
-    start_cache: StartCache
+    start_cache: StartCache | None = None  # where compiled forwards are kept; None: nowhere
     has_head: bool = True  # without one it gives embeddings alone
     draft: CompiledStep | None = None  # of the draft model, over the same blocks
     generation_config: dict[str, Any] = field(default_factory=dict)  # what generation_config.json of the model says
@@ -146,10 +146,15 @@ class BuiltModel:
     @property
     def is_stored(self) -> bool:
         """Whether an earlier start has left the compiled forwards."""
-        return all(store.is_filled for store, _ in zip(self._stores(), self.steps))
+        return all(store is not None and store.is_filled for store, _ in zip(self._stores(), self.steps))
 
-    def _stores(self, took: Took = untold) -> list[ForwardStore]:
-        return _stores(self.start_cache, self.device, took)
+    def _stores(self, took: Took = untold) -> list[ForwardStore | None]:
+        """Of the model's forward and of the draft model's."""
+        if self.start_cache is None:
+            return [None, None]
+        # On a CPU graphs hold kernels for the sizes of the caches; on CUDA these go to ops of ours as they are.
+        any_blocks = self.device.type == "cuda"
+        return [ForwardStore(self.start_cache, name, any_blocks, took) for name in ("forward", "draft-forward")]
 
     def capture_graphs(self, *, progress: bool, all_graphs: bool = True) -> None:
         """Capture CUDA graphs of whatever forward there is; does nothing on a CPU.
@@ -337,13 +342,6 @@ def _step(options: CompilerOptions, paged_model: PagedModel, state: DeviceState)
 
 def _largest(options: CompilerOptions) -> Bucket:
     return Bucket(max(options.step.max_num_batched_tokens, 2), max(options.step.max_decode_tokens, 2))
-
-
-def _stores(cache: StartCache, device: torch.device, took: Took) -> list[ForwardStore]:
-    """Of the model's forward and of the draft model's."""
-    # On a CPU graphs hold kernels for the sizes of the caches; on CUDA these go to ops of ours as they are.
-    any_blocks = device.type == "cuda"
-    return [ForwardStore(cache, name, any_blocks, took) for name in ("forward", "draft-forward")]
 
 
 def _start_cache(options: CompilerOptions, models: list[LoadedModel]) -> StartCache:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from pagegraph.compiler.build import BuiltModel, Timings
-from pagegraph.compiler.start_cache import StartCache
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.server import engine_process
 
@@ -36,8 +34,7 @@ def built_of(*steps: Step) -> BuiltModel:
         num_blocks=5,
     )  # fmt: skip
     target, draft = (*steps, None)[:2]
-    cache = StartCache(Path("/nowhere"), "key")
-    return BuiltModel(step=target, draft=draft, eos_ids=frozenset(), timings=Timings(), start_cache=cache, **facts)
+    return BuiltModel(step=target, draft=draft, eos_ids=frozenset(), timings=Timings(), **facts)
 
 
 @pytest.mark.parametrize("where", ["the first thing", "the model", "the draft model"])
