@@ -5,13 +5,19 @@ Knows the libraries' variables and what a full disk raises; knows nothing of wha
 
 from __future__ import annotations
 
+import atexit
 import errno
+import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
+
+log = logging.getLogger("pagegraph.start")
 
 DEFAULT_CACHE = "~/.cache/pagegraph"
 
@@ -41,9 +47,16 @@ def naming_the_cache(folder: Path) -> Iterator[None]:
 
 
 def use_cache(folder: Path) -> None:
-    """Keep Inductor's and Triton's artefacts under `folder`; call before the first compilation."""
+    """Keep Inductor's and Triton's artefacts under `folder`; call before the first compilation.
+
+    They write where they read, so beside a folder that is read-only they get one that goes with the process.
+    """
     with naming_the_cache(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        log.warning("compile_cache_dir=%s is read-only: this start uses what is stored there and keeps nothing", folder)
+        folder = Path(tempfile.mkdtemp(prefix="pagegraph-cache-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     # Inductor and Triton read nothing else.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")

@@ -41,3 +41,15 @@ def test_what_has_to_do_with_other_places_is_left_alone(error: Exception) -> Non
         with naming_the_cache(Path("/cache")):
             raise error
     assert raised.value is error
+
+
+def test_beside_a_read_only_folder_libraries_write_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "as it was")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    use_cache(tmp_path)
+    assert "is read-only" in caplog.text
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        assert not Path(os.environ[name]).is_relative_to(tmp_path)
