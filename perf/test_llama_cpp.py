@@ -20,7 +20,6 @@ from perf.test_cpu_engine import MODEL, config_of, greedy, ratio
 
 STREAMS, PROMPT, OUTPUT = 32, 32, 48
 
-pytest.importorskip("llama_cpp", reason="llama.cpp is compared where it is installed: pip install llama-cpp-python")
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -32,11 +31,12 @@ def llm() -> LLM:
 
 @pytest.fixture(scope="module")
 def peer() -> LlamaCpp:
+    pytest.importorskip("llama_cpp", reason="llama.cpp is compared where it is installed: pip install llama-cpp-python")
     return LlamaCpp(MODEL, STREAMS, 512)
 
 
 @pytest.mark.parametrize("streams", [1, 8, 32])
-def test_streams_of_llama_cpp(benchmark, gate: Gate, llm: LLM, peer: LlamaCpp, streams: int) -> None:
+def test_streams_of_llama_cpp(benchmark, gate: Gate, peer: LlamaCpp, llm: LLM, streams: int) -> None:
     prompts = draw_ids(np.random.default_rng(streams), [PROMPT] * streams, 40_000)
 
     def theirs() -> None:
