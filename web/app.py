@@ -16,7 +16,7 @@ from flask import Flask, Response, g, request
 from pagegraph.runtime.ipc.client import EngineClient
 from pagegraph.runtime.server import health
 from pagegraph.runtime.text.tokenizer import Tokenizer
-from pagegraph.web import embeddings, errors, probes, routes, tokenization
+from pagegraph.web import embeddings, errors, pages, probes, routes, tokenization
 from pagegraph.web.anthropic import routes as anthropic
 from pagegraph.web.errors import ApiError
 from pagegraph.web.generate import gone
@@ -52,18 +52,19 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     app.register_blueprint(embeddings.blueprint)
     app.register_blueprint(probes.blueprint)
     app.register_blueprint(document.blueprint)
+    app.register_blueprint(pages.blueprint)
     return app
 
 
 def _require_key(app: Flask, key: str) -> None:
     """Refuse every path without `Authorization: Bearer KEY` or `x-api-key: KEY`, known route or not.
 
-    But not health, and not the page of /docs: browsers send no key for it, and it tells nothing until it is given one.
+    But not health, and not the pages: browsers send no key for them, and they tell nothing until they are given one.
     """
     expected = _digest(key)
 
     def check() -> None:
-        if request.path in health.PATHS or request.path == "/docs":
+        if request.path in health.PATHS or request.path == "/docs" or pages.is_open(request.path):
             return
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         bearer = hmac.compare_digest(_digest(given.strip()), expected) and scheme.lower() == "bearer"

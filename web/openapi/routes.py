@@ -75,5 +75,8 @@ ROUTES = (
     Route("GET", "/version", "The version of pagegraph"),
     Route("GET", "/metrics", "The engine's metrics as Prometheus reads them", media=_TEXT),
     Route("GET", "/openapi.json", "This description"),
+    Route("GET", "/", "A page to chat", media="text/html", open=True),
+    Route("GET", "/dashboard", "A page that draws the metrics", media="text/html", open=True),
+    Route("GET", "/static/{name}", "What the pages load", media="text/javascript", open=True),
     Route("GET", "/docs", "A page that shows it and sends requests", media="text/html", open=True),
 )  # fmt: skip
