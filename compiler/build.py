@@ -29,7 +29,7 @@ from pagegraph.compiler.model.files import json_object
 from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.paged import ATTENTION_NAME, Forwarded, PagedModel, wrap_model
 from pagegraph.compiler.model.source import resolve_model
-from pagegraph.compiler.model.weights import load_weights
+from pagegraph.compiler.model.weights import load_weights, plan_weights
 from pagegraph.compiler.options import CompilerOptions, ModelOptions
 from pagegraph.compiler.passes.registry import apply_module_passes, graph_passes
 from pagegraph.compiler.profile.kv_budget import KvBudget, cuda_available, plan_blocks
@@ -43,7 +43,7 @@ from pagegraph.compiler.resolve import (
 )
 from pagegraph.compiler.start_cache import StartCache, start_key
 from pagegraph.compiler.step.capture_queue import MAX_DRAFT_FORWARDS, CaptureQueue
-from pagegraph.compiler.step.capture_sizes import MAX_CAPTURED_TOKENS, Bucket, cuda_capture_sizes
+from pagegraph.compiler.step.capture_sizes import MAX_CAPTURED_TOKENS, Bucket, CaptureSizes, cuda_capture_sizes
 from pagegraph.compiler.step.dummy import dummy_step
 from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.staging import CpuStaging, CudaStaging
@@ -267,8 +267,11 @@ def build_compiled(options: CompilerOptions, *, progress: bool = True) -> BuiltM
     return built
 
 
-def model_folder(options: ModelOptions, cache_dir: str | None) -> Path:
-    """The folder of the model's files; they are fetched or converted now if they are not there yet."""
+def model_folder(options: ModelOptions, cache_dir: str | None, weights: bool = True) -> Path:
+    """The folder of the model's files; they are fetched or converted now if they are not there yet.
+
+    weights: whether a hub's model has to have its weights.
+    """
     cache = cache_folder(cache_dir)
     with naming_the_cache(cache):
         return resolve_model(
@@ -278,7 +281,22 @@ def model_folder(options: ModelOptions, cache_dir: str | None) -> Path:
             revision=options.revision,
             cache_dir=cache,
             trust_remote_code=options.trust_remote_code,
+            weights=weights,
         )
+
+
+def plan_models(options: CompilerOptions) -> list[LoadedModel]:
+    """The model, and its draft model if it has one, as a build would have them, on the meta device: without values.
+
+    No weights are fetched or read. `options.device` is where they would be; it need not be there.
+    """
+    model = _load(options.model, options, Timings(), False, planned=True)
+    if options.draft is None:
+        return [model]
+    same_length = replace(options.draft, max_model_len=model.max_model_len)
+    draft = _load(same_length, options, Timings(), False, planned=True)
+    _check_draft(options, model, draft)
+    return [model, draft]
 
 
 def _load(
@@ -287,23 +305,37 @@ def _load(
     timings: Timings,
     progress: bool,
     name: str = "",
+    *,
+    planned: bool = False,
 ) -> LoadedModel:
-    """The stages from the model's files to a wrapped model with weights; `name` is put before the stages' names."""
+    """The stages from the model's files to a wrapped model with weights; `name` is put before the stages' names.
+
+    planned: weights have sizes and no values.
+    """
     device, trust_remote_code = options.device, model_options.trust_remote_code
     with timings.stage(f"{name}source"):
-        folder = model_folder(model_options, options.cache_dir)
+        folder = model_folder(model_options, options.cache_dir, weights=not planned)
         generation_config = json_object(folder / "generation_config.json")
         model_config = load_model_config(folder, trust_remote_code=trust_remote_code)
         sidecar = None if model_options.load_format == "dummy" else sidecar_quantization(folder)
-        quantization = resolve_quantization(model_options.quantization, model_config, device, sidecar)
+        quantization = resolve_quantization(
+            model_options.quantization, model_config, device, sidecar, options.capability
+        )
     dtype = resolve_dtype(model_options.dtype, model_config, device)
-    cache_dtype = resolve_cache_dtype(options.kv_cache.dtype, dtype, device)
+    cache_dtype = resolve_cache_dtype(options.kv_cache.dtype, dtype, device, options.capability)
     max_model_len = resolve_max_model_len(model_options.max_model_len, model_config)
     with timings.stage(f"{name}wrap"):
         model = build_meta(
             model_config, dtype, ATTENTION_NAME, max_model_len=max_model_len, trust_remote_code=trust_remote_code
         )
         paged_model = wrap_model(model)
+    if planned:
+        plan_weights(
+            model, folder, device_type=device.type, dtype=dtype, load_format=model_options.load_format,
+            quantization=quantization,
+        )  # fmt: skip
+        apply_module_passes(model, options.passes, device.type)
+        return LoadedModel(paged_model, model_config, folder, dtype, cache_dtype, max_model_len, generation_config)
     with timings.stage(f"{name}weights"):
         load_weights(
             model,
@@ -332,15 +364,20 @@ def _check_draft(options: CompilerOptions, model: LoadedModel, draft: LoadedMode
 
 
 def _step(options: CompilerOptions, paged_model: PagedModel, state: DeviceState) -> CompiledStep:
-    largest = _largest(options)
+    largest = largest_step(options)
     passes = graph_passes(options.passes, options.device)
     if options.device.type == "cpu":
         return CompiledStep(paged_model, state, CpuStaging(state), None, passes)
-    capture_sizes = cuda_capture_sizes(options.step.max_decode_tokens, min(MAX_CAPTURED_TOKENS, largest.tokens))
-    return CompiledStep(paged_model, state, CudaStaging(state, largest), capture_sizes, passes)
+    return CompiledStep(paged_model, state, CudaStaging(state, largest), capture_sizes_of(options), passes)
 
 
-def _largest(options: CompilerOptions) -> Bucket:
+def capture_sizes_of(options: CompilerOptions) -> CaptureSizes:
+    """Sizes of CUDA graphs."""
+    return cuda_capture_sizes(options.step.max_decode_tokens, min(MAX_CAPTURED_TOKENS, largest_step(options).tokens))
+
+
+def largest_step(options: CompilerOptions) -> Bucket:
+    """Tokens and sequences of the largest step."""
     return Bucket(max(options.step.max_num_batched_tokens, 2), max(options.step.max_decode_tokens, 2))
 
 
@@ -362,7 +399,7 @@ def _kv_budget(options: CompilerOptions, models: list[LoadedModel], start_cache:
     """Blocks that fit; on CUDA, if no amount is set, beside the profiled memory of steps and graphs."""
     kv_cache = options.kv_cache
     states = [model.state(options, 1, is_draft=model is not models[0]) for model in models]
-    block_bytes = sum(cache.nbytes for state in states for cache in (*state.key_caches, *state.value_caches))
+    block_bytes = sum(state.block_bytes for state in states)
     if kv_cache.num_blocks is not None:
         available, source = kv_cache.num_blocks * block_bytes, f"num_blocks {kv_cache.num_blocks}"
     elif kv_cache.memory is not None:
@@ -387,7 +424,9 @@ def _kv_budget(options: CompilerOptions, models: list[LoadedModel], start_cache:
 def _profiles(options: CompilerOptions, models: list[LoadedModel], states: list[DeviceState]) -> list[MemoryProfile]:
     """What steps of each model take."""
     return [
-        profile_memory(_step(options, model.paged_model, state), _largest(options), model.max_model_len, draft_forwards)
+        profile_memory(
+            _step(options, model.paged_model, state), largest_step(options), model.max_model_len, draft_forwards
+        )
         for model, state, draft_forwards in zip(models, states, (0, MAX_DRAFT_FORWARDS))  # the draft model's alone
     ]
 

@@ -75,4 +75,5 @@ class CompilerOptions:
     passes: PassOptions = PassOptions()
     compile: bool = True
     num_threads: int | None = None  # of the CPU; None: PyTorch's choice
+    capability: tuple[int, int] | None = None  # of a GPU that is not in this machine
     cache_dir: str | None = None  # of compiled code and converted models; None: `compiler.inductor.cache.DEFAULT_CACHE`

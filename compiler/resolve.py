@@ -41,33 +41,43 @@ def resolve_dtype(name: str, model_config: Any, device: torch.device) -> torch.d
 
 
 def resolve_quantization(
-    asked: str | None, model_config: Any, device: torch.device, sidecar: dict[str, Any] | None = None
+    asked: str | None,
+    model_config: Any,
+    device: torch.device,
+    sidecar: dict[str, Any] | None = None,
+    capability: tuple[int, int] | None = None,
 ) -> Scheme | str | None:
     """The checkpoint's scheme, or the method asked for; removes `quantization_config` from `model_config`.
 
-    sidecar: a quantization_config that counts if `model_config` has none.
+    sidecar: a quantization_config that counts if `model_config` has none. capability: of a GPU that is not there.
     Raises QuantizationError if the two contradict each other or the device has no such type.
     """
     found = resolve_scheme(asked, vars(model_config).pop("quantization_config", None) or sidecar)
     method = found.method if isinstance(found, Scheme) else found
     if method == "fp8" or getattr(found, "fp8", False):
-        _require_fp8("quantization=fp8", device, "set quantization to int8 or int4 on an unquantised checkpoint")
+        instead = "set quantization to int8 or int4 on an unquantised checkpoint"
+        _require_fp8("quantization=fp8", device, instead, capability)
     return found
 
 
-def resolve_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def resolve_cache_dtype(
+    name: str, dtype: torch.dtype, device: torch.device, capability: tuple[int, int] | None = None
+) -> torch.dtype:
     """The dtype of the KV cache: `auto` is that of activations, `fp8` is e4m3 with a scale of 1."""
     if name == "auto":
         return dtype
-    _require_fp8("kv_cache_dtype=fp8", device, "set kv_cache_dtype to auto")
+    _require_fp8("kv_cache_dtype=fp8", device, "set kv_cache_dtype to auto", capability)
     return torch.float8_e4m3fn
 
 
-def _require_fp8(setting: str, device: torch.device, instead: str) -> None:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+def _require_fp8(setting: str, device: torch.device, instead: str, capability: tuple[int, int] | None) -> None:
+    if device.type != "cuda":
+        return
+    if (capability or torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+        which = torch.cuda.get_device_name(device) if capability is None else "this one"
         raise QuantizationError(
             f"{setting} needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))} or later, "
-            f"{torch.cuda.get_device_name(device)} has less; {instead}"
+            f"{which} has less; {instead}"
         )
 
 

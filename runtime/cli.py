@@ -22,6 +22,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "show_config",
         "Show every setting and where its value came from.",
     ),
+    "explain": (
+        "pagegraph.runtime.commands.explain",
+        "explain",
+        "Say what a configuration will cost, before it is loaded.",
+    ),
     "bench": ("pagegraph.runtime.commands.bench", "bench", "Measure a server or this engine."),
 }
 

@@ -15,6 +15,7 @@ DOCUMENTS = (
     "docs/architecture.md",
     "docs/bench.md",
     "docs/clients.md",
+    "docs/explain.md",
     "docs/structured.md",
     "docs/tools.md",
     "perf/README.md",

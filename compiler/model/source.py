@@ -35,11 +35,12 @@ def resolve_model(
     revision: str | None = None,
     cache_dir: Path,
     trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> Path:
     """The folder that holds `model`: config.json, tokenizer.json, safetensors and chat template, as far as given.
 
     `gguf_file` names a file in the folder or repository, and `keep_quantized` leaves its linears in its few bits.
-    `revision` applies to the hub alone. Raises FileNotFoundError where there is no such model, ValueError for a GGUF
+    `revision` applies to the hub alone, and without `weights` no safetensors are fetched from there. Raises FileNotFoundError where there is no such model, ValueError for a GGUF
     file that cannot be converted, for an adapter, or where config.json is none.
     """
     path = Path(model).expanduser()
@@ -48,7 +49,7 @@ def resolve_model(
             raise ValueError(f"{model}: a model is a folder, a .gguf file or a hub name; this is another kind of file")
         return _converted(path, cache_dir, keep_quantized)
     if not path.is_dir():
-        path = _downloaded(model, gguf_file, revision, trust_remote_code)
+        path = _downloaded(model, gguf_file, revision, trust_remote_code, weights)
     if gguf_file is not None:
         return _converted(_existing(path / gguf_file), cache_dir, keep_quantized)
     _refuse_adapter(path)
@@ -89,7 +90,9 @@ def _only_gguf(folder: Path) -> Path:
     return files[0]
 
 
-def _downloaded(model: str, gguf_file: str | None, revision: str | None, trust_remote_code: bool) -> Path:
+def _downloaded(
+    model: str, gguf_file: str | None, revision: str | None, trust_remote_code: bool, weights: bool = True
+) -> Path:
     """A snapshot of the hub repository `model`, only the files that serving reads."""
     if model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") > 1:
         raise FileNotFoundError(f"{model}: no such file or folder")
@@ -97,8 +100,9 @@ def _downloaded(model: str, gguf_file: str | None, revision: str | None, trust_r
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [gguf_file] if gguf_file is not None else HUB_PATTERNS + ["*.py"] * trust_remote_code
+    ignored = HUB_IGNORED + ["*.safetensors"] * (not weights)
     try:
-        folder = snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_IGNORED)
+        folder = snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"{model}: no local file or folder of that name, and the hub does not give it ({error})"

@@ -32,11 +32,17 @@ from pagegraph.compiler.quantization.config import Scheme
 from pagegraph.compiler.quantization.linear import QuantLinear
 from pagegraph.compiler.quantization.methods import QuantizationError
 from pagegraph.compiler.quantization.online import quantize
+from pagegraph.compiler.quantization.packing import PACKED
 from pagegraph.kernels.quant.weight import QuantWeight
 
 log = logging.getLogger("pagegraph.quantization")
 
 DUMMY_STD = 0.02
+# As the header of a safetensors file has them.
+SAFETENSORS_DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
 # Linears that choose experts: small, and a wrong choice costs more than they weigh.
 NEVER_QUANTIZED = ("gate", "router", "shared_expert_gate")
 # Method -> that of the output head: its few bits would show in every probability.
@@ -91,6 +97,73 @@ def load_weights(
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+
+
+def plan_weights(
+    model: nn.Module,
+    folder: Path,
+    *,
+    device_type: str,
+    dtype: torch.dtype,
+    load_format: str = "auto",
+    quantization: Scheme | str | None = None,
+) -> None:
+    """What `load_weights` makes of `model` on such a device, on the meta device: sizes and types without values.
+
+    Reads names and shapes of the checkpoint and, where few bits are packed, one linear. Without files, an unquantised
+    checkpoint is taken to hold exactly the model. Raises as `load_weights` does.
+    """
+    scheme = quantization if isinstance(quantization, Scheme) else None
+    online = _online(model, quantization, dtype) if isinstance(quantization, str) else {}
+    if scheme is not None or load_format != "dummy" and any(folder.glob("*.safetensors")):
+        files = safetensors_files(folder)
+        packed = _packed_linears(model, files, scheme)
+        if scheme is None:
+            drop_missing_head(model, set(files))
+        elif not names_match(model, set(files), packed):
+            refuse_names(model, folder, set(files), packed)
+        if scheme is not None:
+            _plan_packed(model, files, packed, scheme)
+    model.tie_weights()
+    for path, method in online.items():
+        weight = model.get_submodule(path).weight
+        _place_quantized(model, path, quantize(weight, method, path, device_type))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to("meta"))
+
+
+def _plan_packed(model: nn.Module, files: dict[str, Path], packed: dict[str, set[str]], scheme: Scheme) -> None:
+    """Put linears without values where the checkpoint's quantised ones go."""
+
+    def read(path: str, leaf: str, values: bool) -> torch.Tensor:
+        with safe_open(files[f"{path}.{leaf}"], framework="pt") as file:
+            if values:
+                return file.get_tensor(f"{path}.{leaf}")
+            part = file.get_slice(f"{path}.{leaf}")
+            return torch.empty(part.get_shape(), dtype=SAFETENSORS_DTYPES[part.get_dtype()], device="meta")
+
+    is_packed = scheme.layout in PACKED
+    # Of packed linears the one of most inputs is read: what its values decide holds for all.
+    most = max(packed, key=lambda path: model.get_parameter(f"{path}.weight").shape[1])
+    kind = scheme.read({leaf: read(most, leaf, True) for leaf in packed[most]}, most) if is_packed else None
+    for path, leaves in packed.items():
+        if kind is None:
+            weight = scheme.read({leaf: read(path, leaf, False) for leaf in leaves}, path)
+        else:
+            weight = _same_kind(kind, *model.get_parameter(f"{path}.weight").shape)
+        _place_quantized(model, path, weight)
+
+
+def _same_kind(kind: QuantWeight, outputs: int, inputs: int) -> QuantWeight:
+    """A weight [outputs, inputs] without values, quantised as `kind` is."""
+    group = inputs if kind.group >= kind.in_size else kind.group
+    meta = torch.device("meta")
+    qweight = torch.empty(outputs, inputs * kind.bits // 8, dtype=kind.qweight.dtype, device=meta)
+    scale = torch.empty(outputs, -(-inputs // group), dtype=kind.scale.dtype, device=meta)
+    zero = None if kind.zero is None else torch.empty_like(scale, dtype=kind.zero.dtype)
+    order = None if kind.g_idx_order is None else torch.empty(inputs, dtype=torch.int64, device=meta)
+    return QuantWeight(qweight, scale, zero, None, group, outputs, order)
 
 
 def _online(model: nn.Module, method: str, dtype: torch.dtype) -> dict[str, str]:

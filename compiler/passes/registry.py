@@ -33,12 +33,14 @@ from pagegraph.compiler.passes.modules.skinny_linears import skinny_linears
 class Pass:
     """A rewrite of the model in place; `run` returns the number of places changed, `setting` switches it (none: always on).
 
-    `options` are settings that `run` takes by name.
+    `options` are settings that `run` takes by name. by_device: it takes `device_type` too, where weights will be if they
+    have no values yet.
     """
 
     setting: str | None
     run: Callable[..., int]
     options: tuple[str, ...] = ()
+    by_device: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,8 @@ class PassReport:
 # Quantised linears get their device's form after the merge, which needs them as they were loaded.
 PASSES: tuple[Pass, ...] = (
     Pass("merge_linears", merge_linears),
-    Pass(None, quant_linears, ("round_activations",)),
-    Pass("skinny_linears", skinny_linears),
+    Pass(None, quant_linears, ("round_activations",), by_device=True),
+    Pass("skinny_linears", skinny_linears, by_device=True),
     Pass("rotary_once", rotary_once),
 )
 
@@ -70,13 +72,17 @@ def graph_passes(options: PassOptions, device: torch.device) -> list[Callable[[t
     return [graph_pass for setting, graph_pass in GRAPH_PASSES.items() if getattr(options, setting)]
 
 
-def apply_module_passes(model: nn.Module, options: PassOptions) -> list[PassReport]:
-    """Run the passes that `options` switch on; each pass checks its own result."""
+def apply_module_passes(model: nn.Module, options: PassOptions, device_type: str | None = None) -> list[PassReport]:
+    """Run the passes that `options` switch on; each pass checks its own result.
+
+    device_type: of a model without values, on the meta device, where it would be.
+    """
     reports = []
     for step in PASSES:
         if step.setting is None or getattr(options, step.setting):
             start = time.perf_counter()
-            changes = step.run(model, **{name: getattr(options, name) for name in step.options})
+            given = {name: getattr(options, name) for name in step.options}
+            changes = step.run(model, **given, **({"device_type": device_type} if step.by_device else {}))
             if changes or step.setting is not None:
                 reports.append(PassReport(step.run.__name__, changes, time.perf_counter() - start))
     return reports

@@ -50,6 +50,11 @@ def _mebibytes(size: int) -> str:
     return f"{-(-size // MIB)}MiB"
 
 
+def left_for_blocks(total: int, used: int, gpu_memory_utilization: float, step_bytes: int, graph_bytes: int) -> int:
+    """Bytes of a device of `total` that are left of our share; below 0 where there is less than nothing."""
+    return int(total * gpu_memory_utilization) - used - step_bytes - graph_bytes
+
+
 def cuda_available(gpu_memory_utilization: float, step_bytes: int, graph_bytes: int, device: torch.device) -> int:
     """Bytes for the KV cache: our share of the device, less what is in use and what steps and graphs take.
 
@@ -65,7 +70,7 @@ def cuda_available(gpu_memory_utilization: float, step_bytes: int, graph_bytes: 
             f"gpu_memory_utilization {gpu_memory_utilization} asks for {wanted / GIB:.1f} of {total / GIB:.1f} GiB, "
             f"but {(free + held) / GIB:.1f} GiB are free. Set gpu_memory_utilization to {share - 0.01:.2f} or less."
         )
-    available = wanted - (total - free) - step_bytes - graph_bytes
+    available = left_for_blocks(total, total - free, gpu_memory_utilization, step_bytes, graph_bytes)
     log.info(
         "memory: %.2f of %.2f GiB may be used; %.2f are, a largest step takes %.2f, CUDA graphs %.2f: %.2f for blocks",
         *(one / GIB for one in (wanted, total, total - free, step_bytes, graph_bytes, max(available, 0))),

@@ -114,7 +114,8 @@ class Int4Packed(nn.Module):
         self.register_buffer("g_idx_order", linear.g_idx_order, persistent=False)
         self.group, self.bias, self.out_features = linear.group, linear.bias, linear.out_features
         # How values are packed is PyTorch's affair and differs between CPUs: where it is not as known here, many rows go as few do.
-        self.unpacks = self.out_features % cpu.INT4_BLOCK == 0 and torch.equal(cpu.unpack_int4(packed).int(), qweight)
+        known = self.out_features % cpu.INT4_BLOCK == 0
+        self.unpacks = known and (packed.is_meta or torch.equal(cpu.unpack_int4(packed).int(), qweight))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.g_idx_order is not None:

@@ -81,6 +81,9 @@ def stackable(linears: list[QuantLinear]) -> bool:
         return False
     if first.g_idx_order is None:
         return all(linear.g_idx_order is None for linear in linears)
-    return all(
-        linear.g_idx_order is not None and torch.equal(linear.g_idx_order, first.g_idx_order) for linear in linears
-    )
+    return all(linear.g_idx_order is not None and _same(linear.g_idx_order, first.g_idx_order) for linear in linears)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Orders without values are taken for the same: siblings see the same inputs."""
+    return one.is_meta or torch.equal(one, other)

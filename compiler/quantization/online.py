@@ -19,14 +19,17 @@ ONLINE_GROUPS = {"cuda": (128, 64, 32), "cpu": (32,)}
 ROWS_AT_ONCE = 2048  # of a weight that is quantised: what it takes in float32 meanwhile stays small
 
 
-def quantize(weight: torch.Tensor, method: str, where: str) -> QuantWeight:
-    """weight [N, K] by one of ONLINE: fp8 and int8 a scale a row, int4 a scale and a zero a group."""
+def quantize(weight: torch.Tensor, method: str, where: str, device_type: str | None = None) -> QuantWeight:
+    """weight [N, K] by one of ONLINE: fp8 and int8 a scale a row, int4 a scale and a zero a group.
+
+    device_type: where a weight without values will be.
+    """
     parts = weight.split(ROWS_AT_ONCE)
     if method != "int4":
         dtype = torch.int8 if method == "int8" else torch.float8_e4m3fn
         qweight, scale = map(torch.cat, zip(*(reference.quantize_rows(part, dtype) for part in parts)))
         return QuantWeight(qweight, scale, None, None, weight.shape[1], len(weight))
-    group = online_group(weight.shape[1], weight.device.type, where)
+    group = online_group(weight.shape[1], device_type or weight.device.type, where)
     groups = (reference.quantize_groups(part, group) for part in parts)
     qweight, scale, zero = map(torch.cat, zip(*((reference.pack_nibbles(qweight), *rest) for qweight, *rest in groups)))
     return QuantWeight(qweight, scale, zero, None, group, len(weight))

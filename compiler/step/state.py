@@ -71,6 +71,12 @@ class DeviceState:
         if ngram is not None:
             self.history = torch.zeros(slots, self.max_blocks * self.block_size + 1, dtype=torch.int32, device=device)
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: keys and values of all layers."""
+        caches = (*self.key_caches, *self.value_caches)
+        return sum(one.nbytes for one in caches) // len(caches[0])
+
     def penalty_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(output counts int32, prompt presence bool), each [max_num_seqs + 1, vocab]; made at first use."""
         if self._counts is None:

@@ -6,19 +6,27 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import torch
+
 from pagegraph.compiler.options import CompilerOptions, KvCacheOptions, ModelOptions, PassOptions, StepOptions
 from pagegraph.compiler.resolve import resolve_device
 from pagegraph.compiler.step.state import NgramRange
 from pagegraph.runtime.config import Config
 
 
-def compiler_options(config: Config) -> CompilerOptions:
-    """Raises ValueError where there is no such device, ConfigError where its token budget is below `max_num_seqs`."""
-    device = resolve_device(config.device)
+def compiler_options(
+    config: Config, device: torch.device | None = None, capability: tuple[int, int] | None = None
+) -> CompilerOptions:
+    """Raises ValueError where there is no such device, ConfigError where its token budget is below `max_num_seqs`.
+
+    device: instead of the configuration's, and it need not be there; capability: of a GPU that is not.
+    """
+    device = device or resolve_device(config.device)
     return CompilerOptions(
         model=model_options(config),
         draft=None if config.draft is None else model_options(config.draft),
         device=device,
+        capability=capability,
         kv_cache=KvCacheOptions(
             block_size=config.block_size,
             num_blocks=config.num_blocks,

@@ -49,19 +49,19 @@ def _is_one_row(attention: Node) -> bool:
 
 def _fuse(module: GraphModule, attention: Node, norms: bool = True) -> bool:
     query, key, value, *rest = attention.args
-    rotated = [_rotated(query), _rotated(key)]
-    if None in rotated or rotated[0].cos is not rotated[1].cos or rotated[0].sin is not rotated[1].sin:
+    both = [rotated(query), rotated(key)]
+    if None in both or both[0].cos is not both[1].cos or both[0].sin is not both[1].sin:
         return False
-    if not norms and rotated[0].cos.meta["example_value"].dtype != query.meta["example_value"].dtype:
+    if not norms and both[0].cos.meta["example_value"].dtype != query.meta["example_value"].dtype:
         return False
-    normed = [normed_of(one.heads) if norms else None for one in rotated]
+    normed = [normed_of(one.heads) if norms else None for one in both]
     if None in normed or normed[0].eps != normed[1].eps:
         normed = [None, None]
-    sources = [norm.source if norm else one.heads for norm, one in zip(normed, rotated)]
+    sources = [norm.source if norm else one.heads for norm, one in zip(normed, both)]
     weights = [norm.weight if norm else None for norm in normed]
     with module.graph.inserting_before(attention):
         first = lambda node: module.graph.call_function(operator.getitem, (node, 0))  # noqa: E731
-        arguments = [*map(first, sources), value, first(rotated[0].cos), first(rotated[0].sin), *weights]
+        arguments = [*map(first, sources), value, first(both[0].cos), first(both[0].sin), *weights]
         fused = module.graph.call_function(
             torch.ops.pagegraph.rope_attention,
             (*arguments, normed[0].eps if normed[0] else 0.0, *rest),
@@ -72,7 +72,7 @@ def _fuse(module: GraphModule, attention: Node, norms: bool = True) -> bool:
     return True
 
 
-def _rotated(rows: Node) -> Rotated | None:
+def rotated(rows: Node) -> Rotated | None:
     """rows [T, H, D] = (x * cos + cat(-x[half:], x[:half]) * sin)[0] with the head dimension moved behind."""
     if not is_method(rows, "transpose", 0, 1) or not is_call(rows.args[0], operator.getitem, 1, 0):
         return None

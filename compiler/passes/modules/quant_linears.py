@@ -32,10 +32,11 @@ log = logging.getLogger("pagegraph.quantization")
 
 
 @torch.no_grad()
-def quant_linears(model: nn.Module, round_activations: bool = True) -> int:
-    """Bring every QuantLinear of `model` (weights loaded) into its device's form; returns how many there were.
+def quant_linears(model: nn.Module, round_activations: bool = True, device_type: str | None = None) -> int:
+    """Bring every QuantLinear of `model` into its device's form; returns how many there were.
 
     round_activations: in steps of many rows a GPU may quantise activations to 8 bits, of weights of any format.
+    device_type: where its weights will be, if not where they are.
     """
     dequantized, quantizing = 0, 0
     # No QuantLinear is held here: each is to go when its form is there.
@@ -46,7 +47,7 @@ def quant_linears(model: nn.Module, round_activations: bool = True) -> int:
         if type(child) is QuantLinear
     ]
     for parent, name in places:
-        form = _form(getattr(parent, name), round_activations)
+        form = _form(getattr(parent, name), round_activations, device_type)
         setattr(parent, name, form)
         return_freed_memory()
         dequantized += type(form) is nn.Linear
@@ -69,9 +70,9 @@ def quant_linears(model: nn.Module, round_activations: bool = True) -> int:
     return len(places)
 
 
-def _form(linear: QuantLinear, quantize_x: bool) -> nn.Module:
+def _form(linear: QuantLinear, quantize_x: bool, device_type: str | None) -> nn.Module:
     """On CUDA the op chooses by rows; on the CPU the product is chosen here, once."""
-    if linear.qweight.device.type != "cpu":
+    if (device_type or linear.qweight.device.type) != "cpu":
         return RepackedLinear(linear, quantize_x) if repacked_group(linear.quantized) else _dequantized(linear)
     if (
         linear.qweight.dtype == torch.int8

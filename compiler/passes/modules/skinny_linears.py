@@ -24,17 +24,24 @@ class SkinnyLinear(nn.Module):
         return torch.ops.pagegraph.linear(hidden_states, self.weight, self.bias)
 
 
-def skinny_linears(model: nn.Module, device_type: str = "cuda") -> int:
-    """Route every plain linear of `model` (weights loaded) on such a device through the op; returns how many were."""
+def skinny_linears(model: nn.Module, device_type: str | None = None) -> int:
+    """Route every plain linear of `model` on a GPU through the op; returns how many were.
+
+    device_type: where its weights will be, if not where they are.
+    """
+
+    def on_gpu(weight: torch.Tensor) -> bool:
+        return (device_type or weight.device.type) == "cuda"
+
     routed = 0
     for parent in list(model.modules()):
-        if type(parent) is MergedLinear and parent.weight.device.type == device_type:
+        if type(parent) is MergedLinear and on_gpu(parent.weight):
             parent.product = torch.ops.pagegraph.linear
             routed += 1
         for name, child in list(parent.named_children()):
             if (
                 type(child) is nn.Linear
-                and child.weight.device.type == device_type
+                and on_gpu(child.weight)
                 and not (child._forward_hooks or child._forward_pre_hooks)
             ):
                 setattr(parent, name, SkinnyLinear(child))

@@ -496,7 +496,7 @@ def test_the_form_of_a_gpu_computes_what_was_loaded(
     stock_model().save_pretrained(tmp_path)
     plain, model = load(tmp_path, method, torch.bfloat16), load(tmp_path, method, torch.bfloat16).to(device)
     if device == "cpu":
-        monkeypatch.setattr(quant_linears, "_form", RepackedLinear)
+        monkeypatch.setattr(quant_linears, "_form", lambda linear, quantize_x, _: RepackedLinear(linear, quantize_x))
     apply_module_passes(model, PASSES)
     forms = [type(module) for module in model.modules()]
     assert forms.count(RepackedLinear) == 4 * 2 + (method != "fp8") and QuantLinear not in forms
@@ -510,7 +510,7 @@ def test_the_form_of_a_gpu_computes_what_was_loaded(
 def test_whether_states_may_be_rounded_is_a_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, quantize_x: bool
 ) -> None:
-    monkeypatch.setattr(quant_linears, "_form", RepackedLinear)
+    monkeypatch.setattr(quant_linears, "_form", lambda linear, quantize_x, _: RepackedLinear(linear, quantize_x))
     stock_model().save_pretrained(tmp_path)
     model = load(tmp_path, "int8", torch.bfloat16)
     with caplog.at_level("INFO"):

@@ -33,7 +33,7 @@ def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
     stock = random_model(tiny_config(name))
     paged = paged_copy(tiny_config(name), stock)
     merge_linears(paged)
-    assert skinny_linears(paged, "cpu") > 0
+    assert skinny_linears(paged, "cuda") > 0
     graphs = check_compiled(stock, paged, [fuse_rope, fuse_rows, fuse_linears], MIXED)
     fused = [node for node in graphs[0].graph.nodes if node.target is torch.ops.pagegraph.linear_norm_linear]
     gated = sum(node.args[-2] for node in fused)
@@ -42,7 +42,7 @@ def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
 
 def test_what_is_ahead_joins_quantised_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the form that they have on CUDA, on the CPU by the reference of its op."""
-    monkeypatch.setattr(quant_linears, "_form", RepackedLinear)
+    monkeypatch.setattr(quant_linears, "_form", lambda linear, quantize_x, _: RepackedLinear(linear, quantize_x))
     stock = random_model(tiny_config("llama"))
     for parent in list(stock.modules()):
         for name, linear in list(parent.named_children()):

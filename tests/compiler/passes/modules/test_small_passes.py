@@ -41,7 +41,7 @@ def test_routed_linears_compute_the_same() -> None:
     paged = paged_copy(tiny_config("qwen2"), random_model(tiny_config("qwen2")))
     before = logits_of(paged)
     merge_linears(paged.model)
-    routed = skinny_linears(paged.model, "cpu")  # the op has a CPU form too
+    routed = skinny_linears(paged.model, "cuda")  # the op has a CPU form too
     kinds = [type(m) for m in paged.model.modules()]
     assert (
         routed == kinds.count(SkinnyLinear) + kinds.count(MergedLinear) == 4 * 4 + 1

@@ -1,0 +1,147 @@
+"""The memory ledger: planned is what a build has, on a CPU to the byte and on an H200 as starts there had it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pagegraph.compiler import build
+from pagegraph.compiler.explain.ledger import Ledger, ledger, weight_bytes, weights_of, would_fit
+from pagegraph.compiler.explain.machines import GPUS, Machine, named_gpu
+from pagegraph.compiler.explain.measure import measured_memory, measured_steps, resident
+from pagegraph.compiler.options import CompilerOptions, KvCacheOptions, ModelOptions, StepOptions
+from pagegraph.compiler.quantization.methods import QuantizationError
+from perf.floors import MAX_MODEL_LEN, write_model
+from tests.compiler.architectures import tiny_config
+from tests.compiler.quantization.checkpoints import FORMATS, write
+from tests.compiler.quantization.test_quantized_weights import stock_model
+from tests.paths import ROOT
+
+CPU = Machine("a CPU", 8 << 30, 1e10, 1e11, 2e11, None, 0.0, "made up")
+
+
+def options_of(folder: Path, machine: Machine, quantization: str | None = None, **changed: object) -> CompilerOptions:
+    memory = 1 << 22 if machine is CPU else None
+    return CompilerOptions(
+        model=ModelOptions(model=str(folder), load_format="dummy", quantization=quantization, max_model_len=None),
+        device=torch.device(machine.device_type), capability=machine.capability,
+        kv_cache=KvCacheOptions(block_size=16, memory=memory), compile=False,
+        step=StepOptions(max_num_seqs=8, max_decode_tokens=8, max_num_batched_tokens=64),
+    )  # fmt: skip
+
+
+def planned(options: CompilerOptions, machine: Machine, gpus: int = 1) -> Ledger:
+    return ledger(options, build.plan_models(options), machine, gpus)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "fp8"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "qwen3_moe"])
+def test_planned_is_what_is_built_on_a_cpu(architecture: str, quantization: str | None, tmp_path: Path) -> None:
+    tiny_config(architecture).save_pretrained(tmp_path)
+    options = options_of(tmp_path, CPU, quantization)
+    before = planned(options, CPU)
+    built = build.build_model(options, progress=False)
+    after = measured_memory(built, resident(options.device))
+    built.close()
+    assert before.weights == after.weights
+    assert (before.state, before.blocks, before.num_blocks) == (after.state, after.blocks, after.num_blocks)
+    tensors = [*built.step.paged_model.parameters(), *built.step.paged_model.buffers()]
+    assert after.weight_bytes == sum({one.data_ptr(): one.nbytes for one in tensors}.values())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_quantised_checkpoint_is_planned_as_it_is_read(name: str, tmp_path: Path) -> None:
+    write(tmp_path, stock_model(), name)
+    options = replace(options_of(tmp_path, CPU), model=ModelOptions(model=str(tmp_path)))
+    built = build.build_model(options, progress=False)
+    assert planned(options, CPU).weights == weights_of(built.step.paged_model.model)
+    on_gpu = replace(options, device=torch.device("cuda"), capability=(9, 0))
+    assert sum(one.bytes for one in planned(on_gpu, GPUS["h100"]).weights) > 0
+
+
+@pytest.mark.parametrize(
+    "name, result",
+    [
+        ("8b", "h200-2026-11-28-llama3-8b-prompts-in-graphs.json"),
+        ("0.6b", "h200-2026-11-29-qwen3-0.6b-prefill-hopper.json"),
+    ],
+)
+def test_an_estimate_gives_the_blocks_that_a_start_measured(name: str, result: str, tmp_path: Path) -> None:
+    text = (ROOT / "perf" / "results" / result).read_text()
+    [blocks] = {
+        one["facts"]["num_blocks"] for one in json.loads(text)["sections"] if "num_blocks" in one.get("facts", {})
+    }
+    options = options_of(write_model(name, tmp_path), GPUS["h200"])
+    options = replace(
+        options, model=replace(options.model, max_model_len=MAX_MODEL_LEN[name]),
+        step=StepOptions(max_num_seqs=256, max_decode_tokens=256, max_num_batched_tokens=8192),
+    )  # fmt: skip
+    assert planned(options, GPUS["h200"]).num_blocks == pytest.approx(blocks, rel=0.01)
+
+
+def test_windows_are_told_from_whole_attention(tmp_path: Path) -> None:
+    tiny_config("gemma3").save_pretrained(tmp_path)
+    layers = planned(options_of(tmp_path, CPU), CPU).kv_layers
+    assert {(one.layers, one.window) for one in layers} == {(2, 9), (2, 0)}
+    assert sum(one.bytes_a_token for one in layers) * 16 == planned(options_of(tmp_path, CPU), CPU).block_bytes
+
+
+def test_gpus_share_matrices_and_heads(tmp_path: Path) -> None:
+    machine = GPUS["h100"]
+    options = options_of(write_model("8b", tmp_path), machine)
+    one, four, sixteen = (planned(options, machine, gpus) for gpus in (1, 4, 16))
+    assert four.block_bytes * 4 == one.block_bytes
+    assert sixteen.block_bytes * 8 == one.block_bytes  # 8 heads: two GPUs each hold the same one
+    norms = sum(part.bytes for part in one.weights if not part.split)
+    assert weight_bytes(one.weights, 4) == pytest.approx((one.weight_bytes - norms) / 4 + norms, abs=8)
+    assert four.num_blocks > 4 * one.num_blocks
+
+
+def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
+    machine = GPUS["l4"]
+    options = options_of(write_model("8b", tmp_path), machine)
+    options = replace(options, step=StepOptions(max_num_seqs=256, max_decode_tokens=256, max_num_batched_tokens=8192))
+    found = planned(options, machine)
+    assert found.available < 0 and found.num_blocks == 0 and found.refusal
+    advice = would_fit(options, machine, 1)
+    assert any(one.startswith("quantization=int4") for one in advice)
+    int4 = replace(options, model=replace(options.model, quantization="int4"))
+    assert not planned(int4, machine).refusal
+
+
+def test_a_cache_that_is_too_small_says_which_length_fits(tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    options = options_of(tmp_path, CPU)
+    block = planned(options, CPU).block_bytes
+    small = replace(options, kv_cache=replace(options.kv_cache, memory=5 * block))
+    assert "Set max_model_len to at most 64" in planned(small, CPU).refusal
+    assert would_fit(small, CPU, 1)[0] == "max_model_len=64"
+
+
+def test_a_gpu_without_fp8_is_refused_as_at_a_start(tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    with pytest.raises(QuantizationError, match="compute capability 8.9"):
+        build.plan_models(options_of(tmp_path, GPUS["a100"], "fp8"))
+    assert build.plan_models(options_of(tmp_path, GPUS["l4"], "fp8"))
+
+
+def test_gpus_have_names() -> None:
+    assert named_gpu("RTX 4090") is GPUS["rtx4090"]
+    with pytest.raises(ValueError, match="there are b200, h200"):
+        named_gpu("h2000")
+
+
+def test_steps_are_measured_in_blocks_of_their_own(tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    built = build.build_model(options_of(tmp_path, CPU), progress=False)
+    buckets = [build.Bucket(1, 1), build.Bucket(8, 8), build.Bucket(40, 2)]
+    found = measured_steps(built.step, buckets, 64, built.num_blocks, {buckets[1]})
+    tables = built.step.state.block_tables
+    built.close()
+    assert [(one.tokens, one.seqs) for one in found] == [(1, 1), (8, 8), (40, 2)]
+    assert all(one.ms > 0 for one in found) and any("attention" in kernel.name for kernel in found[1].kernels)
+    assert len({int(block) for block in tables[:8, :4].flatten()}) == 32

@@ -1,0 +1,109 @@
+"""What steps cost in a model's graph: as formulas say for shapes that have some, traced or not, before passes and after."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pagegraph.compiler import build
+from pagegraph.compiler.explain.ledger import planned_states, weight_tensors
+from pagegraph.compiler.explain.machines import GPUS
+from pagegraph.compiler.explain.roofline import floor_of
+from pagegraph.compiler.explain.trace import costs, decodes, meta_inputs, prompts, trace
+from pagegraph.compiler.inductor.compile import compile_forward
+from pagegraph.compiler.options import CompilerOptions, KvCacheOptions, ModelOptions, StepOptions
+from pagegraph.compiler.passes.registry import graph_passes
+from pagegraph.compiler.step.dummy import dummy_step
+from pagegraph.compiler.step.forward import mark_dynamic
+from pagegraph.kernels.costs import StepRows
+from perf.floors import Ceilings, Shape, write_model
+from tests.compiler.architectures import ARCHITECTURES, tiny_config
+
+H200 = GPUS["h200"]
+
+
+def options_of(folder: Path, device: str = "cuda", quantization: str | None = None) -> CompilerOptions:
+    return CompilerOptions(
+        model=ModelOptions(model=str(folder), load_format="dummy", quantization=quantization, dtype="bfloat16"),
+        device=torch.device(device), capability=(9, 0), kv_cache=KvCacheOptions(block_size=8, memory=1 << 24),
+        step=StepOptions(max_num_seqs=8, max_decode_tokens=8, max_num_batched_tokens=64),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["8b", "0.6b"])
+@pytest.mark.parametrize("method", [None, "fp8", "int8"])
+def test_sums_are_those_of_the_formulas(name: str, method: str | None, tmp_path: Path) -> None:
+    options = options_of(write_model(name, tmp_path / name), quantization=method)
+    [model] = build.plan_models(options)
+    [state] = planned_states(options, [model])
+    shape, machine = Shape.of(name), replace(H200, narrow_flops=H200.flops)
+    mixed = StepRows(np.array([1, 1, 300, 17]), np.array([900, 1, 300, 64]))
+    for step in (decodes(4, 1000), prompts(512, 256), mixed):
+        totals = costs(model.paged_model, model.paged_model, state, step, len(step.rows))
+        floor, _, _ = floor_of(totals, machine)
+        query_start = np.concatenate([[0], np.cumsum(step.rows)])
+        expected = shape.step_floor(Ceilings(machine.bandwidth, machine.flops), query_start, step.seq_lens, method)
+        if method is None:
+            head = shape.vocab * shape.hidden
+            assert totals["linears"].flops == 2 * (shape.layer_weights * step.rows.sum() + head * len(step.rows))
+            assert totals["linears"].weight_bytes == 2 * (shape.layer_weights + head)
+            assert totals["attention"].cache_bytes == shape.kv_bytes * step.seq_lens.sum()
+            assert floor == pytest.approx(expected, rel=1e-12)
+        else:  # scales are read besides
+            assert expected <= floor <= 1.01 * expected
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gpt2", "qwen3_moe"])
+def test_the_traced_graph_costs_what_the_forward_does_and_what_passes_make_of_it(
+    architecture: str, tmp_path: Path
+) -> None:
+    tiny_config(architecture).save_pretrained(tmp_path)
+    options = options_of(tmp_path)
+    [model] = build.plan_models(options)
+    [state] = planned_states(options, [model])
+    traced = trace(model.paged_model, state, [dummy_step([5, 1, 3], 0)])
+    fused = compile_forward(
+        model.paged_model, graph_passes(options.passes, options.device), lambda module, inputs: module.forward
+    )
+    assert len(traced.graphs) == 1
+    inputs = meta_inputs(state, 9, 3)
+    mark_dynamic(*inputs)
+    with torch.inference_mode():
+        fused(*inputs, state.key_caches, state.value_caches)
+    for step, seqs in ((decodes(4, 100), 4), (decodes(8, 30), 8), (prompts(40, 200), 2)):
+        plain = costs(model.paged_model, model.paged_model, state, step, seqs)
+        rewritten = costs(fused, model.paged_model, state, step, seqs)
+        assert traced.costs(step, seqs) == plain
+        for kind, totals in plain.items():
+            assert (rewritten[kind].flops, rewritten[kind].bytes) == (totals.flops, totals.bytes)
+        assert ("experts" in plain) == (architecture == "qwen3_moe")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_matrix_of_every_architecture_is_read_once(architecture: str, tmp_path: Path) -> None:
+    tiny_config(architecture).save_pretrained(tmp_path)
+    options = options_of(tmp_path)
+    [model] = build.plan_models(options)
+    [state] = planned_states(options, [model])
+    step = decodes(300, 50)  # so many that every expert is chosen
+    totals = costs(model.paged_model, model.paged_model, state, step, 300)
+    inner = model.paged_model.model
+    tied = inner.get_input_embeddings().weight is inner.get_output_embeddings().weight
+    held = [(kind, one) for kind, _, one in weight_tensors(inner) if one.dim() > 1]
+    assert not [one.shape for kind, one in held if kind == "other"]
+    looked_up = [one for kind, one in held if kind == "embedding"]
+    read = sum(one.nbytes for _, one in held) - sum(one.nbytes for one in looked_up[tied:])
+    assert sum(one.weight_bytes for one in totals.values()) == pytest.approx(
+        read, rel=0.015
+    )  # biases of experts, routers cast
+    assert totals["attention"].calls == len(model.paged_model.layouts)
+
+
+def test_prompts_are_whole_ones_or_the_end_of_one() -> None:
+    assert [part.tolist() for part in prompts(100, 300)] == [[100], [300]]
+    assert [part.tolist() for part in prompts(700, 300)] == [[300, 300, 100], [300, 300, 100]]
+    assert [part.tolist() for part in prompts(600, 300)] == [[300, 300], [300, 300]]
