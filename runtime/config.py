@@ -30,6 +30,7 @@ from pagegraph.runtime.config_groups import (
     SpeculativeConfig,
     is_path,
 )
+from pagegraph.runtime.config_values import parse_keys
 
 API_KEY_VARIABLE = "PAGEGRAPH_API_KEY"  # of the environment; comes after flags and before files
 # Keys of the mapping `speculative` of a file, and what they are called here.
@@ -133,7 +134,7 @@ def load_config(
     if values.get("api_key_file") is not None:
         if values.get("api_key") is not None:
             raise ConfigError("api_key and api_key_file both give the key that clients must send; set one of them")
-        values["api_key"] = _read_key(values["api_key_file"], sources["api_key_file"])
+        values["api_key"] = _read_keys(values["api_key_file"], sources["api_key_file"])
         sources["api_key"] = f"api_key_file, {sources['api_key_file']}"
     config = Config(**values)
     check(config)
@@ -143,18 +144,15 @@ def load_config(
 _API_KEYS = {"api_key", "api_key_file"}
 
 
-def _read_key(path: str, source: str) -> str:
+def _read_keys(path: str, source: str) -> str:
     where = "" if source.startswith("--") else f"{source}: "
     try:
-        key = Path(path).expanduser().read_text(encoding="utf-8").strip()
+        return parse_keys(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise ConfigError(f"{where}api_key_file={path} cannot be read: {reason}") from error
-    if not key or not key.isprintable():
-        raise ConfigError(
-            f"{where}api_key_file={path} does not hold a key: one line of text is expected, and nothing else"
-        )
-    return key
+    except ValueError as error:
+        raise ConfigError(f"{where}api_key_file={path} {error}: a key a line is expected, and nothing else") from error
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:

@@ -20,6 +20,7 @@ from pagegraph.runtime.config_values import (
     parse_bytes,
     parse_compile,
     parse_flag,
+    parse_keys,
     parse_number,
     parse_target,
     parse_text,
@@ -291,12 +292,12 @@ class ServerConfig:
     )
     api_key: str | None = _option(
         None,
-        parse_text,
-        "key that clients must send (none: open); on the command line others see it:"
-        " rather use api_key_file or PAGEGRAPH_API_KEY",
+        parse_keys,
+        "key that clients must send, or a list of keys, whose users share neither prefix cache nor stored responses (none:"
+        " open); on the command line others see it: rather use api_key_file or PAGEGRAPH_API_KEY",
         _NONE,
     )
-    api_key_file: str | None = _option(None, parse_text, "file that holds the key alone", _NONE)
+    api_key_file: str | None = _option(None, parse_text, "file that holds the keys alone, one a line", _NONE)
     log_level: str = _option("info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error")
 
 

@@ -95,6 +95,20 @@ def parse_text(value: Any) -> str:
     return value
 
 
+def parse_keys(value: Any) -> str:
+    """Keys as a text with one a line, of such a text or a list of them."""
+    lines = [line for one in (value if isinstance(value, list) else [value]) for line in parse_lines(one)]
+    if len(set(lines)) < len(lines):
+        raise ValueError("holds a key twice")
+    return "\n".join(lines)
+
+
+def parse_lines(value: Any) -> list[str]:
+    """Lines of a text that are not empty, of which there is one at least."""
+    lines = [line.strip() for line in value.split("\n")] if isinstance(value, str) else [value]
+    return [parse_text(line) for line in lines if line != ""] or [parse_text("")]
+
+
 def one_of(*choices: str) -> Parser:
     """A parser of words."""
 

@@ -1,12 +1,10 @@
-"""The Flask application: settings to routes, the key check and request ids.
+"""The Flask application: settings to routes, and request ids.
 
 Run by gunicorn as `web.app:create_app("settings.json")`. Imports no torch.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,9 @@ from typing import Any
 from flask import Flask, Response, g, request
 
 from pagegraph.runtime.ipc.client import EngineClient
-from pagegraph.runtime.server import health
 from pagegraph.runtime.text.tokenizer import Tokenizer
-from pagegraph.web import embeddings, errors, pages, probes, routes, tokenization
+from pagegraph.web import access, embeddings, errors, pages, probes, routes, tokenization
 from pagegraph.web.anthropic import routes as anthropic
-from pagegraph.web.errors import ApiError
 from pagegraph.web.generate import gone
 from pagegraph.web.openai_responses import routes as openai_responses
 from pagegraph.web.openapi import document
@@ -43,7 +39,7 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     app.register_error_handler(ClientGone, gone)
     app.before_request(_name_request)
     if settings.api_key is not None:
-        _require_key(app, settings.api_key)
+        access.require_key(app, settings.api_key)
     app.after_request(_add_headers)
     app.register_blueprint(routes.blueprint)
     app.register_blueprint(openai_responses.blueprint)
@@ -54,34 +50,6 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     app.register_blueprint(document.blueprint)
     app.register_blueprint(pages.blueprint)
     return app
-
-
-def _require_key(app: Flask, key: str) -> None:
-    """Refuse every path without `Authorization: Bearer KEY` or `x-api-key: KEY`, known route or not.
-
-    But not health, and not the pages: browsers send no key for them, and they tell nothing until they are given one.
-    """
-    expected = _digest(key)
-
-    def check() -> None:
-        if request.path in health.PATHS or request.path == "/docs" or pages.is_open(request.path):
-            return
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        bearer = hmac.compare_digest(_digest(given.strip()), expected) and scheme.lower() == "bearer"
-        # Anthropic's clients send it so.
-        if not bearer and not hmac.compare_digest(_digest(request.headers.get("x-api-key", "")), expected):
-            raise ApiError(
-                401,
-                "missing or wrong API key; send Authorization: Bearer KEY, or x-api-key: KEY",
-                code="invalid_api_key",
-            )
-
-    app.before_request(check)
-
-
-def _digest(key: str) -> bytes:
-    """Keys are compared by digest: equal lengths, so that the comparison takes constant time."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def _name_request() -> None:

@@ -25,7 +25,7 @@ class WebSettings:
     served_model_name: str
     threads: int  # of this worker, as gunicorn is told; a request holds one until its answer is sent
     enough_threads: int  # with so many, the engine's queue is full before they are
-    api_key: str | None = None  # None: no key is asked
+    api_key: str | None = None  # keys, one a line; None: none is asked
     probe_address: str | None = None  # host:port that serves the engine's /metrics; None: not served
     tool_call_parser: str = "auto"  # a row of runtime.text.formats, or none
     reasoning_parser: str = "auto"
@@ -42,7 +42,7 @@ class WebSettings:
     def load(cls, source: str | Path | dict[str, Any] | WebSettings) -> WebSettings:
         """Settings from a JSON file or a mapping; raises ValueError naming an unknown or missing key.
 
-        The API key of a file's settings may come from the environment instead, so that no file need hold it.
+        The API keys of a file's settings may come from the environment instead, so that no file need hold them.
         """
         if isinstance(source, WebSettings):
             return source

@@ -18,6 +18,7 @@ from pagegraph.runtime.sampling_params import BadParameter, SamplingParams, chec
 from pagegraph.runtime.text.chat import Chat
 from pagegraph.runtime.text.output import TextOutput
 from pagegraph.runtime.text.tokenizer import ChatTemplateError, Tokenizer
+from pagegraph.web import access
 from pagegraph.web.errors import ApiError
 from pagegraph.web.fields import refuse
 from pagegraph.web.json_body import parse_body
@@ -120,7 +121,8 @@ def submit(
         params, group = [checked.params] * len(each), NoTokens(len(each))
     else:
         params = [_params(checked, len(ids), index % times, info.max_model_len) for index, ids in enumerate(each)]
-        group = service.engine.submit_group(list(zip(each, params, strict=True)), checked.priority, checked.cache_salt)
+        salt = access.asker() + checked.cache_salt
+        group = service.engine.submit_group(list(zip(each, params, strict=True)), checked.priority, salt)
     kept = service.chat.kept_ids(tools=checked.tools.schemas is not None) if checked.messages else frozenset()
     outputs = [
         TextOutput(service.tokenizer, ids, one, checked.stop, checked.include_stop, checked.skip_special_tokens, kept)

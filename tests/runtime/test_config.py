@@ -336,6 +336,9 @@ KEY_FILE = "the file's key\n"
         ("api_key: written", "variable", {"api_key": "flag"}, "flag", "--api-key"),
         ("api_key: written", "variable", {"api_key_file": "key"}, "the file's key", "api_key_file, --api-key-file"),
         ("api_key: written", "variable", {"api_key": "none"}, None, "--api-key"),
+        ("api_key: [one, two]", None, {}, "one\ntwo", "c.yaml:2"),
+        ("api_key: written", "one\ntwo", {}, "one\ntwo", "PAGEGRAPH_API_KEY"),
+        ("api_key_file: ./keys", None, {}, "one\ntwo", "api_key_file, c.yaml:2"),
         ("", None, {}, None, "default"),
     ],
 )
@@ -350,6 +353,7 @@ def test_where_the_api_key_may_come_from(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("key").write_text(KEY_FILE)
+    Path("keys").write_text("one\n\n two \n")
     Path("c.yaml").write_text(f"model: org/name\n{text}\n")
     resolved = load_config("c.yaml", flags, {} if variable is None else {"PAGEGRAPH_API_KEY": variable})
     assert (resolved.config.api_key, resolved.sources["api_key"]) == (key, source)
@@ -359,8 +363,9 @@ def test_where_the_api_key_may_come_from(
     ("flags", "environment", "message"),
     [
         ({"api_key_file": "missing"}, {}, "api_key_file=missing cannot be read: No such file"),
-        ({"api_key_file": "empty"}, {}, "api_key_file=empty does not hold a key"),
-        ({"api_key_file": "two"}, {}, "api_key_file=two does not hold a key"),
+        ({"api_key_file": "empty"}, {}, "api_key_file=empty is empty.*: a key a line is expected"),
+        ({"api_key_file": "twice"}, {}, "api_key_file=twice holds a key twice: a key a line is expected"),
+        ({"api_key_file": "binary"}, {}, "api_key_file=binary contains control characters: a key a line"),
         ({"api_key_file": "empty", "api_key": "a"}, {}, "set one of them"),
         ({}, {"PAGEGRAPH_API_KEY": ""}, "api_key=\\*\\*\\* is empty"),  # not an open server
     ],
@@ -370,7 +375,8 @@ def test_an_api_key_that_is_none(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").write_text("\n")
-    Path("two").write_text("one\ntwo\n")
+    Path("twice").write_text("one\ntwo\none\n")
+    Path("binary").write_text("one\ntw\x00o\n")
     with pytest.raises(ConfigError, match=message):
         load_config("org/name", flags, environment)
 

@@ -15,13 +15,14 @@ from flask import Blueprint, Response, request
 
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.sampling_params import Range, shown
+from pagegraph.web import access
 from pagegraph.web.as_chat import rename_ignored, renaming
 from pagegraph.web.errors import ApiError, as_api_error, json_response
 from pagegraph.web.fields import refuse
 from pagegraph.web.generate import collect, generate, name_ignored, start
 from pagegraph.web.openai_responses.answer import ResponsesAnswer
 from pagegraph.web.openai_responses.request import NAMES, ResponsesRequest, parse_responses
-from pagegraph.web.openai_responses.store import Stored
+from pagegraph.web.openai_responses.store import ResponseStore, Stored
 from pagegraph.web.openai_responses.truncation import shortened
 from pagegraph.web.service import Service, current_service
 from pagegraph.web.stream import ClientGone, Generation
@@ -58,7 +59,7 @@ def retrieve(id: str) -> Response:
 @blueprint.delete("/v1/responses/<id>")
 def delete(id: str) -> Response:
     """Forget a stored response; one that is being made is ended."""
-    if not current_service().responses.delete(id):
+    if not _responses().delete(id):
         raise _unknown(id)
     return json_response({"id": id, "object": "response", "deleted": True})
 
@@ -69,7 +70,7 @@ def cancel(id: str) -> Response:
     stored = _stored(id)
     if stored.response["status"] in _UNDER_WAY:
         stored = Stored(stored.response | {"status": "cancelled"}, stored.input, stored.before)
-        current_service().responses.close_with(stored)
+        _responses().close_with(stored)
     elif stored.response["status"] != "cancelled":
         status = stored.response["status"]
         raise ApiError(400, f"the response is {status}; only one that is made in the background can be cancelled")
@@ -110,7 +111,7 @@ def _read(service: Service, info: EngineInfo) -> tuple[ResponsesRequest, Sequenc
     """The current request, checked, and its prompt."""
 
     def check(body: dict[str, Any]) -> tuple[ResponsesRequest, Sequence[Prompt]]:
-        asked = parse_responses(body, info, service.responses)
+        asked = parse_responses(body, info, _responses())
         service.check_model(asked.chat.model)
         return asked, [] if asked.is_shortened else _prompts(service, info, asked)
 
@@ -132,8 +133,10 @@ def _prompts(service: Service, info: EngineInfo, asked: ResponsesRequest) -> Seq
 def _answer(
     service: Service, asked: ResponsesRequest, token_ids: list[list[int]], generation: Generation
 ) -> ResponsesAnswer:
+    responses = _responses()
+
     def keep(response: dict[str, Any]) -> None:
-        if asked.store and not service.responses.put(Stored(response, asked.input, asked.before)):
+        if asked.store and not responses.put(Stored(response, asked.input, asked.before)):
             response["store"] = False
 
     return ResponsesAnswer(asked, service, token_ids[0], generation.outputs[0], keep)
@@ -146,8 +149,9 @@ def _in_background(service: Service, info: EngineInfo, asked: ResponsesRequest, 
     try:
         answer = _answer(service, asked, token_ids, generation)
         begun = answer.response("in_progress")
-        service.responses.put(Stored(begun, asked.input, asked.before))
-        generation.client_gone = lambda: service.responses.is_closed(begun["id"])  # the client may leave
+        responses = _responses()
+        responses.put(Stored(begun, asked.input, asked.before))
+        generation.client_gone = lambda: responses.is_closed(begun["id"])  # the client may leave
         threading.Thread(target=_finish, args=(generation, answer), name="background response", daemon=True).start()
     except BaseException:
         generation.close()
@@ -164,8 +168,13 @@ def _finish(generation: Generation, answer: ResponsesAnswer) -> None:
         answer.fail(as_api_error(error))
 
 
+def _responses() -> ResponseStore:
+    """The stored responses that whoever asks may see."""
+    return current_service().responses.of(access.asker())
+
+
 def _stored(id: str) -> Stored:
-    stored = current_service().responses.get(id)
+    stored = _responses().get(id)
     if stored is None:
         raise _unknown(id)
     if stored.response["status"] in _UNDER_WAY and not stored.owner_lives:

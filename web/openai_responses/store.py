@@ -6,6 +6,7 @@ means.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sqlite3
@@ -62,7 +63,7 @@ class Stored:
 
 
 class ResponseStore:
-    """Responses by id, and their output items by theirs. Thread-safe; processes share the file.
+    """Responses by id, and their output items by theirs. Thread-safe; processes share the file, and askers do.
 
     `path` None: a store of this process alone. Of `max_bytes` 0 nothing is kept.
     """
@@ -78,6 +79,7 @@ class ResponseStore:
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
         self._clock = clock
+        self._asker = ""
         self._lock = threading.Lock()
         if path is not None:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # sqlite's other files take this one's mode
@@ -89,6 +91,12 @@ class ResponseStore:
             self._database.execute(f"PRAGMA {setting}")
         self._database.executescript(_TABLES)
 
+    def of(self, asker: str) -> ResponseStore:
+        """The same store as one asker sees it, who cannot see another's responses."""
+        own = copy.copy(self)
+        own._asker = asker
+        return own
+
     def put(self, stored: Stored) -> bool:
         """Keep a response in place of one of its id, and make room; whether it is kept: never once it is closed."""
         return self._put(stored, close=False)
@@ -99,7 +107,10 @@ class ResponseStore:
 
     def is_closed(self, id: str) -> bool:
         """Whether the response was closed or deleted: nobody waits for what may come of it."""
-        with self._lock, closing(self._database.execute("SELECT 1 FROM closed WHERE id = ?", (id,))) as found:
+        with (
+            self._lock,
+            closing(self._database.execute("SELECT 1 FROM closed WHERE id = ?", (self._own(id),))) as found,
+        ):
             return found.fetchone() is not None
 
     def get(self, id: str) -> Stored | None:
@@ -117,9 +128,9 @@ class ResponseStore:
         """Forget a response; whether it was there."""
         with self._lock, self._database:
             self._database.execute("BEGIN IMMEDIATE")
-            was_there = self._forget("id = ?", id) > 0
+            was_there = self._forget("id = ?", self._own(id)) > 0
             if was_there:
-                self._close(id)
+                self._close(self._own(id))
             return was_there
 
     def close(self) -> None:
@@ -127,20 +138,24 @@ class ResponseStore:
         with self._lock:
             self._database.close()
 
+    def _own(self, id: str) -> str:
+        """An id as the database has it."""
+        return self._asker + id
+
     def _row(self, query: str, id: str) -> tuple[Any, ...] | None:
         oldest = self._clock() - self._max_age_s
         try:
-            with self._lock, closing(self._database.execute(query, (id, oldest))) as found:
+            with self._lock, closing(self._database.execute(query, (self._own(id), oldest))) as found:
                 return found.fetchone()
         except UnicodeEncodeError:  # half of a surrogate pair, which no id has
             return None
 
     def _put(self, stored: Stored, close: bool) -> bool:
-        id, now = stored.response["id"], self._clock()
+        id, now = self._own(stored.response["id"]), self._clock()
         data = zlib.compress(
             msgspec.json.encode([stored.response, stored.input, stored.before, stored.owner]), _COMPRESSION
         )
-        items = [(item["id"], id, msgspec.json.encode(item)) for item in stored.response["output"]]
+        items = [(self._own(item["id"]), id, msgspec.json.encode(item)) for item in stored.response["output"]]
         size = len(data) + sum(len(item) for _, _, item in items)
         if size > self._max_bytes:
             return False

@@ -1,0 +1,94 @@
+"""Several API keys: each opens the server, and keeps its users' prefixes and stored responses from those of the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+KEYS = ("first-key", "second key")
+CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+
+
+def header(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture
+def client(make_app: Callable[..., Flask]) -> FlaskClient:
+    return make_app(api_key="\n".join(KEYS)).test_client()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_each_key_opens(client: FlaskClient, key: str) -> None:
+    assert client.get("/v1/models", headers=header(key)).status_code == 200
+    assert client.get("/v1/models", headers={"x-api-key": key}).status_code == 200
+    # A program may send both headers, and one of them for somebody else.
+    assert client.get("/v1/models", headers=header("other") | {"x-api-key": key}).status_code == 200
+
+
+@pytest.mark.parametrize("key", ["", "first", "first-key\nsecond key", "second", "first-key second key"])
+def test_nothing_else_does(client: FlaskClient, key: str) -> None:
+    given = {"x-api-key": key} if "\n" not in key else {"x-api-key": key.replace("\n", " ")}
+    for headers in (given, {"Authorization": f"Bearer {given['x-api-key']}"}):
+        assert client.get("/v1/models", headers=headers).status_code == 401
+
+
+def salts(client: FlaskClient, fake_engine, *headers: dict[str, str], **more: str) -> list[str]:
+    """The cache salts that the engine gets of a chat with each of these headers."""
+    before = len(fake_engine.submits)
+    for one in headers:
+        assert client.post("/v1/chat/completions", json=CHAT | more, headers=one).status_code == 200
+    return [submit.cache_salt for submit in fake_engine.submits[before:]]
+
+
+def test_each_key_has_a_prefix_cache_of_its_own(client: FlaskClient, fake_engine) -> None:
+    first, again, second = salts(client, fake_engine, header(KEYS[0]), {"x-api-key": KEYS[0]}, header(KEYS[1]))
+    assert first == again != second and first and second
+    assert not any(key in salt for key in KEYS for salt in (first, second))
+    mine, theirs = salts(client, fake_engine, header(KEYS[0]), header(KEYS[1]), cache_salt="salt")
+    assert len({first, second, mine, theirs}) == 4
+    # A salt that somebody makes up does not lead into another's cache.
+    (made_up,) = salts(client, fake_engine, header(KEYS[1]), cache_salt=first)
+    assert made_up not in (first, second, mine)
+
+
+@pytest.mark.parametrize("key", [None, "the-only-key"])
+def test_where_all_have_one_key_they_share_the_cache(
+    make_app: Callable[..., Flask], fake_engine, key: str | None
+) -> None:
+    client = make_app(api_key=key).test_client()
+    assert salts(client, fake_engine, header(key or "any")) == [""]
+    assert salts(client, fake_engine, header(key or "any"), cache_salt="salt") == ["salt"]
+
+
+def test_a_stored_response_is_seen_by_its_key_alone(client: FlaskClient) -> None:
+    mine, theirs = map(header, KEYS)
+    made = client.post("/v1/responses", json={"input": "Hello", "max_output_tokens": 4}, headers=mine).json
+    path = f"/v1/responses/{made['id']}"
+    for ask in (client.get, client.delete):
+        assert ask(path, headers=theirs).status_code == 404
+    assert client.get(f"{path}/input_items", headers=theirs).status_code == 404
+    assert client.post(f"{path}/cancel", headers=theirs).status_code == 404
+    follows = {"input": "And?", "previous_response_id": made["id"], "max_output_tokens": 4}
+    refers = {"input": [{"type": "item_reference", "id": made["output"][0]["id"]}], "max_output_tokens": 4}
+    for body in (follows, refers):
+        assert client.post("/v1/responses", json=body, headers=theirs).status_code in (400, 404)
+        assert client.post("/v1/responses", json=body, headers=mine).status_code == 200
+    assert client.get(path, headers=mine).json["id"] == made["id"]
+    assert client.delete(path, headers=mine).status_code == 200
+    assert client.get(path, headers=mine).status_code == 404
+
+
+def test_a_background_response_is_stored_for_its_key(client: FlaskClient) -> None:
+    mine, theirs = map(header, KEYS)
+    body = {"input": "Hello", "background": True, "max_output_tokens": 4}
+    path = f"/v1/responses/{client.post('/v1/responses', json=body, headers=mine).json['id']}"
+    end = time.monotonic() + 20
+    while client.get(path, headers=mine).json["status"] in ("queued", "in_progress") and time.monotonic() < end:
+        time.sleep(0.02)
+    assert client.get(path, headers=mine).json["status"] in ("completed", "incomplete")
+    assert client.get(path, headers=theirs).status_code == 404

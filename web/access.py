@@ -1,0 +1,54 @@
+"""API keys: who may ask, and what keeps the askers of several keys apart.
+
+With one key all who have it share what is computed, as without. With several, each key has its own prefix cache, so that
+nobody can tell by how fast an answer comes what others asked, and its own stored responses. Knows no routes but those
+that are open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from flask import Flask, g, request
+
+from pagegraph.runtime.server import health
+from pagegraph.web import pages
+from pagegraph.web.errors import ApiError
+
+
+def require_key(app: Flask, keys: str) -> None:
+    """Refuse every path without one of `keys`, one a line: `Authorization: Bearer KEY` or `x-api-key: KEY`; known route or not.
+
+    But not health, and not the pages: browsers send no key for them, and they tell nothing until they are given one.
+    """
+    expected = [_digest(key) for key in keys.splitlines()]
+
+    def check() -> None:
+        if request.path in health.PATHS or request.path == "/docs" or pages.is_open(request.path):
+            return
+        scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+        given = [request.headers.get("x-api-key", "")]  # Anthropic's clients send it so
+        given += [bearer.strip()] if scheme.lower() == "bearer" else []
+        # All are compared, whichever fits: the time tells nothing.
+        found = [key for one in map(_digest, given) for key in expected if hmac.compare_digest(one, key)]
+        if not found:
+            raise ApiError(
+                401,
+                "missing or wrong API key; send Authorization: Bearer KEY, or x-api-key: KEY",
+                code="invalid_api_key",
+            )
+        if len(expected) > 1:
+            g.asker = hashlib.sha256(b"asker" + found[-1]).hexdigest()[:32]
+
+    app.before_request(check)
+
+
+def asker() -> str:
+    """A name for whoever has the key of the current request, told to nobody; "" where all share one, or none is asked."""
+    return g.get("asker", "")
+
+
+def _digest(key: str) -> bytes:
+    """Keys are compared by digest: equal lengths, so that the comparison takes constant time."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
