@@ -22,6 +22,7 @@ from pagegraph.runtime.config_values import (
     parse_flag,
     parse_keys,
     parse_number,
+    parse_origins,
     parse_target,
     parse_text,
     parse_whole,
@@ -298,6 +299,13 @@ class ServerConfig:
         _NONE,
     )
     api_key_file: str | None = _option(None, parse_text, "file that holds the keys alone, one a line", _NONE)
+    allowed_origins: str | None = _option(
+        None,
+        parse_origins,
+        "origins of web pages whose scripts browsers may let ask, a list or with spaces between; * is any (none: no other"
+        " page's)",
+        _NONE,
+    )
     log_level: str = _option("info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error")
 
 

@@ -95,9 +95,15 @@ def parse_text(value: Any) -> str:
     return value
 
 
+def _each(value: Any) -> list[Any]:
+    if value == []:
+        raise ValueError("is an empty list; give one, or leave it out")
+    return value if isinstance(value, list) else [value]
+
+
 def parse_keys(value: Any) -> str:
     """Keys as a text with one a line, of such a text or a list of them."""
-    lines = [line for one in (value if isinstance(value, list) else [value]) for line in parse_lines(one)]
+    lines = [line for one in _each(value) for line in parse_lines(one)]
     if len(set(lines)) < len(lines):
         raise ValueError("holds a key twice")
     return "\n".join(lines)
@@ -107,6 +113,19 @@ def parse_lines(value: Any) -> list[str]:
     """Lines of a text that are not empty, of which there is one at least."""
     lines = [line.strip() for line in value.split("\n")] if isinstance(value, str) else [value]
     return [parse_text(line) for line in lines if line != ""] or [parse_text("")]
+
+
+def parse_origins(value: Any) -> str:
+    """Origins of web pages, as browsers send them, with spaces between; `*` alone is any."""
+    origins = [one for text in _each(value) for one in parse_text(text).split()]
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@*,\s]+", origin):
+            raise ValueError(
+                f"has {origin!r}, which is no origin such as https://chat.example.org or http://localhost:3000"
+            )
+    if "*" in origins and len(origins) > 1:
+        raise ValueError("has * beside other origins: it is all of them")
+    return " ".join(dict.fromkeys(origins))
 
 
 def one_of(*choices: str) -> Parser:

@@ -1,8 +1,10 @@
-"""API keys: who may ask, and what keeps the askers of several keys apart.
+"""API keys and origins: who may ask, and what keeps the askers of several keys apart.
 
 With one key all who have it share what is computed, as without. With several, each key has its own prefix cache, so that
-nobody can tell by how fast an answer comes what others asked, and its own stored responses. Knows no routes but those
-that are open.
+nobody can tell by how fast an answer comes what others asked, and its own stored responses.
+
+Browsers let a page's script ask a server of another origin if that server says so (CORS, as the Fetch standard has it).
+Knows no routes but those that are open.
 """
 
 from __future__ import annotations
@@ -10,11 +12,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 
-from flask import Flask, g, request
+from flask import Flask, Response, g, request
 
 from pagegraph.runtime.server import health
 from pagegraph.web import pages
 from pagegraph.web.errors import ApiError
+
+_PREFLIGHT_S = 600  # that a browser need not ask again whether it may
+_EXPOSED = "x-request-id, x-ignored-fields, retry-after"  # headers of answers that scripts may read
 
 
 def require_key(app: Flask, keys: str) -> None:
@@ -42,6 +47,38 @@ def require_key(app: Flask, keys: str) -> None:
             g.asker = hashlib.sha256(b"asker" + found[-1]).hexdigest()[:32]
 
     app.before_request(check)
+
+
+def allow_origins(app: Flask, origins: str) -> None:
+    """Tell browsers that scripts of pages of these origins, with spaces between, may ask; `*` is any origin.
+
+    A browser's question whether it may ask comes without a key, and is answered without one.
+    """
+    allowed = frozenset(origins.split())
+
+    def may() -> bool:
+        return "*" in allowed or request.headers.get("Origin") in allowed
+
+    def answer_preflight() -> Response | None:
+        if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers or not may():
+            return None
+        headers = {
+            "Access-Control-Allow-Methods": "GET, POST, DELETE",
+            "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", ""),
+            "Access-Control-Max-Age": str(_PREFLIGHT_S),
+        }
+        return Response(status=204, headers=headers)
+
+    def tell(response: Response) -> Response:
+        if "*" not in allowed:
+            response.vary.add("Origin")
+        if "Origin" in request.headers and may():
+            response.headers["Access-Control-Allow-Origin"] = "*" if "*" in allowed else request.headers["Origin"]
+            response.headers["Access-Control-Expose-Headers"] = _EXPOSED
+        return response
+
+    app.before_request(answer_preflight)
+    app.after_request(tell)
 
 
 def asker() -> str:

@@ -38,6 +38,8 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     errors.register(app)
     app.register_error_handler(ClientGone, gone)
     app.before_request(_name_request)
+    if settings.allowed_origins is not None:
+        access.allow_origins(app, settings.allowed_origins)
     if settings.api_key is not None:
         access.require_key(app, settings.api_key)
     app.after_request(_add_headers)

@@ -26,6 +26,7 @@ class WebSettings:
     threads: int  # of this worker, as gunicorn is told; a request holds one until its answer is sent
     enough_threads: int  # with so many, the engine's queue is full before they are
     api_key: str | None = None  # keys, one a line; None: none is asked
+    allowed_origins: str | None = None  # of web pages that browsers may let ask, with spaces between; `*`: any
     probe_address: str | None = None  # host:port that serves the engine's /metrics; None: not served
     tool_call_parser: str = "auto"  # a row of runtime.text.formats, or none
     reasoning_parser: str = "auto"

@@ -165,6 +165,7 @@ class Supervisor:
             "silence_s": self.config.watchdog_timeout_s,
             "response_store": str(self._run_dir.path / "responses.sqlite"),
             "response_store_bytes": self.config.response_store_size,
+            "allowed_origins": self.config.allowed_origins,
             "tool_call_parser": self.config.tool_call_parser,
             "reasoning_parser": self.config.reasoning_parser,
         }

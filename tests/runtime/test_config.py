@@ -367,6 +367,7 @@ def test_where_the_api_key_may_come_from(
         ({"api_key_file": "twice"}, {}, "api_key_file=twice holds a key twice: a key a line is expected"),
         ({"api_key_file": "binary"}, {}, "api_key_file=binary contains control characters: a key a line"),
         ({"api_key_file": "empty", "api_key": "a"}, {}, "set one of them"),
+        ({"api_key": []}, {}, "api_key=\\*\\*\\* is an empty list"),
         ({}, {"PAGEGRAPH_API_KEY": ""}, "api_key=\\*\\*\\* is empty"),  # not an open server
     ],
 )
@@ -388,3 +389,25 @@ def test_threads_are_enough_for_the_engine_and_its_queue() -> None:
         load_config("org/name", {"threads": "auto"}).config.threads is None
         and load_config("org/name", {"threads": "7"}).config.threads == 7
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("https://a.org", "https://a.org"),
+        (["https://a.org", "http://localhost:3000", "https://a.org"], "https://a.org http://localhost:3000"),
+        ("app://obsidian.md  capacitor://localhost", "app://obsidian.md capacitor://localhost"),
+        ("*", "*"),
+        ("none", None),
+    ],
+)
+def test_allowed_origins(given: Any, found: str | None) -> None:
+    assert load_config("org/model", {"allowed_origins": given}).config.allowed_origins == found
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["a.org", "https://a.org/", "https://a.org/path", "* https://a.org", "https://*.a.org", "https://u@a.org", 3, []],
+)
+def test_what_is_no_origin(given: Any) -> None:
+    assert "allowed_origins" in refused({"allowed_origins": given})

@@ -1,4 +1,7 @@
-"""Several API keys: each opens the server, and keeps its users' prefixes and stored responses from those of the others."""
+"""Several API keys: each opens the server, and keeps its users' prefixes and stored responses from those of the others.
+
+And pages of other origins: their scripts may ask where the server allows it.
+"""
 
 from __future__ import annotations
 
@@ -92,3 +95,44 @@ def test_a_background_response_is_stored_for_its_key(client: FlaskClient) -> Non
         time.sleep(0.02)
     assert client.get(path, headers=mine).json["status"] in ("completed", "incomplete")
     assert client.get(path, headers=theirs).status_code == 404
+
+
+ORIGIN, OTHER = "https://chat.example.org", "https://evil.example.org"
+
+
+def preflight(client: FlaskClient, origin: str) -> dict[str, str]:
+    asked = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    answer = client.options("/v1/chat/completions", headers=asked)
+    return dict(answer.headers) | {"status": str(answer.status_code)}
+
+
+@pytest.mark.parametrize("allowed", [f"{ORIGIN} http://localhost:3000", "*"])
+def test_pages_of_allowed_origins_may_ask(make_app: Callable[..., Flask], allowed: str) -> None:
+    client = make_app(api_key="key", allowed_origins=allowed).test_client()
+    told = preflight(client, ORIGIN)  # a browser sends no key with it
+    assert told["status"] == "204" and "POST" in told["Access-Control-Allow-Methods"]
+    assert told["Access-Control-Allow-Headers"] == "authorization,content-type"
+    wanted = ORIGIN if allowed != "*" else "*"
+    for headers in (header("key"), {}):  # a refusal, too, has to be readable
+        answer = client.post("/v1/chat/completions", json=CHAT, headers=headers | {"Origin": ORIGIN})
+        assert answer.status_code == (200 if headers else 401)
+        assert answer.headers["Access-Control-Allow-Origin"] == wanted
+        assert ("Origin" in answer.headers.get("Vary", "")) == (allowed != "*")
+    streamed = client.post(
+        "/v1/chat/completions", json=CHAT | {"stream": True}, headers=header("key") | {"Origin": ORIGIN}
+    )
+    assert streamed.headers["Access-Control-Allow-Origin"] == wanted and streamed.text.endswith("[DONE]\n\n")
+    assert "Access-Control-Allow-Origin" not in client.get("/v1/models", headers=header("key")).headers
+
+
+@pytest.mark.parametrize("allowed", [ORIGIN, None])
+def test_others_may_not(make_app: Callable[..., Flask], allowed: str | None) -> None:
+    client = make_app(allowed_origins=allowed).test_client()
+    for told in (preflight(client, OTHER), preflight(client, "null"), preflight(client, ORIGIN + ".evil.org")):
+        assert "Access-Control-Allow-Origin" not in told and "Access-Control-Allow-Methods" not in told
+    answer = client.get("/v1/models", headers={"Origin": OTHER})
+    assert answer.status_code == 200 and "Access-Control-Allow-Origin" not in answer.headers
