@@ -27,6 +27,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "explain",
         "Say what a configuration will cost, before it is loaded.",
     ),
+    "doctor": (
+        "pagegraph.runtime.commands.doctor",
+        "doctor",
+        "Check this machine, or a running server by its metrics.",
+    ),
     "bench": ("pagegraph.runtime.commands.bench", "bench", "Measure a server or this engine."),
 }
 

@@ -14,7 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from openai import BadRequestError, OpenAI
+
+from pagegraph.runtime.cli import main
 
 QUESTIONS = [
     "What is the capital of France?", "Name a colour.", "What is 2 + 2?", "Say hello in Spanish.",
@@ -80,6 +83,12 @@ def ask(client: OpenAI, question: str, **options) -> str:
         **options,
     )
     return "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+
+
+def test_the_doctor_reads_a_real_servers_metrics(server: Server) -> None:
+    server.client().completions.create(model="smollm2", prompt="Once", max_tokens=4, temperature=0)
+    result = CliRunner().invoke(main, ["doctor", server.url])
+    assert result.exit_code == 0 and "none of 11 rules holds" in result.output, result.output
 
 
 def test_sixteen_clients_at_once_get_the_serial_answers(server: Server) -> None:
