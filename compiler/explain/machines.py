@@ -88,6 +88,7 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
     if device.type == "cpu":
         return Machine(f"this CPU, {torch.get_num_threads()} threads", _host_memory(), bandwidth, flops, 2 * flops,
                        None, 0.0, source)  # fmt: skip
+    torch.cuda.empty_cache()  # of what was measured with: a build counts what is free
     told = torch.cuda.get_device_name(device)
     total = torch.cuda.mem_get_info(device)[1]
     capability = torch.cuda.get_device_capability(device)

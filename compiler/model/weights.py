@@ -115,7 +115,13 @@ def plan_weights(
     """
     scheme = quantization if isinstance(quantization, Scheme) else None
     online = _online(model, quantization, dtype) if isinstance(quantization, str) else {}
-    if scheme is not None or load_format != "dummy" and any(folder.glob("*.safetensors")):
+    has_files = any(folder.glob("*.safetensors"))
+    if scheme is not None and not has_files:
+        raise QuantizationError(
+            f"{folder}: how a checkpoint quantised by {scheme.method} is packed stands in its safetensors files, which"
+            " are not there; fetch them first, or name the original model with quantization fp8, int8 or int4"
+        )
+    if scheme is not None or load_format != "dummy" and has_files:
         files = safetensors_files(folder)
         packed = _packed_linears(model, files, scheme)
         if scheme is None:

@@ -63,6 +63,27 @@ def test_a_quantised_checkpoint_is_planned_as_it_is_read(name: str, tmp_path: Pa
     assert sum(one.bytes for one in planned(on_gpu, GPUS["h100"]).weights) > 0
 
 
+def test_a_quantised_checkpoint_without_its_files_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, stock_model(), next(iter(FORMATS)))
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(QuantizationError, match="fetch them first"):
+        build.plan_models(replace(options_of(tmp_path, CPU), model=ModelOptions(model=str(tmp_path))))
+
+
+def test_a_draft_model_counts_too(tmp_path: Path) -> None:
+    for name in ("large", "small"):
+        tiny_config("llama", num_hidden_layers=4 if name == "large" else 2).save_pretrained(tmp_path / name)
+    alone = options_of(tmp_path / "large", CPU)
+    small = ModelOptions(model=str(tmp_path / "small"), load_format="dummy")
+    both = replace(alone, draft=small, step=replace(alone.step, max_draft_tokens=3))
+    built = build.build_model(both, progress=False)
+    found, measured = planned(both, CPU), measured_memory(built, 0)
+    built.close()
+    assert (found.weights, found.state, found.blocks) == (measured.weights, measured.state, measured.blocks)
+    assert found.block_bytes == planned(alone, CPU).block_bytes * 3 // 2
+
+
 @pytest.mark.parametrize(
     "name, result",
     [

@@ -291,6 +291,20 @@ def test_the_hub_gives_only_what_is_served(trusted: bool, tmp_path: Path, monkey
     assert not any(pattern.endswith((".bin", ".pt", ".pth")) for pattern in asked["allow_patterns"])
 
 
+def test_without_weights_no_safetensors_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def snapshot_download(name: str, **options: object) -> str:
+        asked.append(options["ignore_patterns"])
+        (tmp_path / "config.json").write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    resolve_model("org/model", cache_dir=tmp_path)
+    resolve_model("org/model", cache_dir=tmp_path, weights=False)
+    assert ["*.safetensors" in one for one in asked] == [False, True]
+
+
 def test_what_the_hub_does_not_give_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> str:
         raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
