@@ -1,0 +1,96 @@
+"""What configs/deploy says is true of the server: its flags, ports, paths, metrics and times."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pagegraph.runtime.config import FIELDS, Config, load_config
+from pagegraph.runtime.engine.metrics import EngineMetrics
+from pagegraph.runtime.server import health
+from pagegraph.web.settings import WebSettings
+from tests.paths import ROOT
+
+DEPLOY = ROOT / "configs" / "deploy"
+STOP_S = Config(model="m").drain_timeout_s + 7  # as the help of drain_timeout_s says
+PROBE_PORT = 9000
+
+
+def documents(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((DEPLOY / name).read_text()))
+
+
+def manifest(kind: str) -> dict:
+    (found,) = (one for one in documents("kubernetes.yaml") if one["kind"] == kind)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.yaml")), ids=lambda path: path.name)
+def test_yaml_is_yaml(path: Path) -> None:
+    assert all(documents(str(path.relative_to(DEPLOY))))
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "pagegraph.service"])
+def test_flags_are_those_of_the_command(name: str) -> None:
+    (command,) = re.findall(r"^(?:ENTRYPOINT|ExecStart=)(?:.*\\\n)*.*$", (DEPLOY / name).read_text(), re.M)
+    flags = re.findall(r"--([a-z-]+)", command)
+    assert "probe-port" in flags and str(PROBE_PORT) in command
+    assert {flag.replace("-", "_") for flag in flags} <= set(FIELDS)
+
+
+def test_the_image_copies_what_there_is() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    copied = [name for line in re.findall(r"^COPY (.*) \S+$", text, re.M) for name in line.split()]
+    assert {"pagegraph", "compiler", "kernels", "runtime", "web", "constraints.txt", "pyproject.toml"} <= set(copied)
+    assert all((ROOT / name).exists() for name in copied)
+    assert re.search(r"^torch==[0-9.]+$", (ROOT / "constraints.txt").read_text(), re.M)  # which a step of it looks for
+
+
+def test_ports_and_paths_of_probes() -> None:
+    container = manifest("Deployment")["spec"]["template"]["spec"]["containers"][0]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": Config(model="m").port, "probes": PROBE_PORT}
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["httpGet"]["port"] == "probes" and container[probe]["httpGet"]["path"] in health.PATHS
+    assert container["livenessProbe"]["httpGet"]["path"] == "/health/live"  # of the others some fail while it loads
+    (targets,) = documents("prometheus.yaml")[0]["scrape_configs"][0]["static_configs"]
+    assert targets["targets"] == [f"pagegraph:{PROBE_PORT}"]
+    assert f"127.0.0.1:{PROBE_PORT}/health/ready" in (DEPLOY / "Dockerfile").read_text()
+
+
+def test_there_is_time_to_stop() -> None:
+    pod = manifest("Deployment")["spec"]["template"]["spec"]
+    before = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] >= STOP_S + before
+    assert int(re.search(r"TimeoutStopSec=(\d+)", (DEPLOY / "pagegraph.service").read_text())[1]) >= STOP_S
+    assert int(documents("compose.yaml")[0]["services"]["pagegraph"]["stop_grace_period"].rstrip("s")) >= STOP_S
+
+
+def test_the_configuration_of_the_cluster_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(manifest("ConfigMap")["data"]["config.yaml"])
+    assert load_config(str(path)).config.model
+
+
+def test_the_proxy_takes_what_the_server_takes() -> None:
+    text = (DEPLOY / "nginx.conf").read_text()
+    most = WebSettings(engine_address="", model="", served_model_name="", threads=1, enough_threads=1).max_body_bytes
+    assert f"client_max_body_size {most >> 20}m;" in text and "proxy_buffering off;" in text
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
+    board = json.loads((DEPLOY / "grafana" / "pagegraph.json").read_text())
+    served = set(re.findall(r"^([\w:]+)", EngineMetrics("m", 8192).render().decode(), re.M))
+    asked = {
+        name
+        for panel in board["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"(?:vllm|pagegraph):\w+", target["expr"])
+    }
+    assert len(asked) > 20 and asked <= served, asked - served
+    (source,) = documents("grafana/provisioning/datasources/prometheus.yaml")[0]["datasources"]
+    assert {panel["datasource"]["uid"] for panel in board["panels"]} == {source["uid"]}
