@@ -16,6 +16,7 @@ import click
 # name: (module, its click command, one line of help)
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "serve": ("pagegraph.runtime.commands.serve", "serve", "Serve a model over HTTP with the OpenAI protocol."),
+    "chat": ("pagegraph.runtime.commands.chat", "chat", "Chat in the terminal with a server, or with a model."),
     "generate": ("pagegraph.runtime.commands.generate", "generate", "Complete one prompt in the terminal."),
     "config": (
         "pagegraph.runtime.commands.show_config",

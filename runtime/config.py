@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,12 +286,26 @@ def _check_one_sequence_fits(num_blocks: int, block_size: int, length: int) -> N
         )
 
 
+def _is_hub_name(model: str) -> bool:
+    """Whether a hub could have a model of this name: the rule of `huggingface_hub.utils.validate_repo_id`, whose import is slow."""
+    part = r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+    return (
+        re.fullmatch(rf"({part}/)?{part}", model) is not None
+        and len(model) <= 96
+        and not re.search(r"--|\.\.|\.git$", model)
+    )
+
+
 def require_local_files(config: Config) -> None:
     """Raise ConfigError if `model` or `tokenizer` names something on this machine that is not there."""
     path = Path(config.model).expanduser()
     if (is_path(config.model) or config.model.endswith(".gguf")) and not path.exists():
         hint = "; `make model` fetches it" if path.parent.name == "models" else ""
         raise ConfigError(f"model={config.model} does not exist{hint}")
+    if not path.exists() and not _is_hub_name(config.model):
+        raise ConfigError(
+            f"model={config.model} is no folder or file on this machine, and no hub name such as org/name"
+        )
     if config.draft is not None:
         require_local_files(config.draft)
     if config.tokenizer is not None and not Path(config.tokenizer, "tokenizer.json").is_file():

@@ -65,4 +65,5 @@ def _file(name: str) -> Response:
     response.headers["Cache-Control"] = "no-cache"  # asked for each time, sent when it has changed
     response.headers["Referrer-Policy"] = "no-referrer"
     response.set_etag(tag)
-    return response.make_conditional(request)
+    response.make_conditional(request)  # in place
+    return response

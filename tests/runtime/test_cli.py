@@ -49,7 +49,7 @@ except SystemExit:
     assert min(once() for _ in range(3)) < 0.3
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("bench", "doctor")])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("bench", "chat", "doctor")])
 def test_every_command_has_every_key_as_a_flag(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0, result.output

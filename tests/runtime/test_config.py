@@ -411,3 +411,23 @@ def test_allowed_origins(given: Any, found: str | None) -> None:
 )
 def test_what_is_no_origin(given: Any) -> None:
     assert "allowed_origins" in refused({"allowed_origins": given})
+
+
+@pytest.mark.parametrize("name", ["org/name", "name", "org/Name-1.5_B", "a" * 96, "gpt2"])
+def test_names_of_hubs(name: str) -> None:
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(name)
+    require_local_files(Config(model=name))
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing/", "a b", "org/name/more", "-name", "org/name.", "a--b", "a..b", "a" * 97, "name.git"]
+)
+def test_what_is_neither_there_nor_a_name(name: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    with pytest.raises(HFValidationError):
+        validate_repo_id(name)
+    with pytest.raises(ConfigError, match="is no folder or file on this machine, and no hub name such as org/name"):
+        require_local_files(Config(model=name))
