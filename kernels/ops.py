@@ -43,6 +43,11 @@ linear(x, first), out = linear(rms_norm(sum, norm), second), where gated silu_mu
 which of its parts share a kernel depends on the rows of x. Rows from query_start[S] on are padding: they may come out as
 anything.
 
+`pagegraph::experts` is a mixture's experts: of x [T, H], chosen int [T, k] and weights [T, k] of the choices -> [T, H], the sum
+over k of weight * (down of what stands between of (up of x)), with up [E, 2 * I, H] of gate and up and down [E, H, I], biases
+[E, 2 * I] and [E, H]; the arguments from activation on are `kernels.moe.form.Form`. A choice that is no expert's number adds
+nothing. Rows from query_start[S] on are padding, choose nothing and come out as 0, whatever they hold.
+
 `pagegraph::materialize` is a copy that the compiler does not look through; `pagegraph::in_memory` one that it writes itself, and does
 not compute anew for each use.
 
@@ -97,6 +102,7 @@ from pagegraph.kernels.attention import cpu as attention_cpu
 from pagegraph.kernels.inputs import cpp as inputs_cpp
 from pagegraph.kernels.inputs import cpu as inputs_cpu
 from pagegraph.kernels.linear import reference as linear_reference
+from pagegraph.kernels.moe import cpu as moe_cpu
 from pagegraph.kernels.quant import cpu as quant_cpu
 from pagegraph.kernels.quant import cpu_int4
 from pagegraph.kernels.quant import reference as quant_reference
@@ -232,6 +238,12 @@ OPS = (
     Op(
         "int4_packed_layer(Tensor x, Tensor residual, Tensor[] tensors, int[] numbers, float[] eps) -> Tensor",
         cpu_int4.layer, None, _int4_packed_layer,
+    ),
+    Op(
+        "experts(Tensor x, Tensor chosen, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
+        "Tensor? query_start, str activation, float alpha, float limit, float shift, bool gated, bool interleaved, "
+        "bool transposed) -> Tensor",
+        moe_cpu.experts, None, _like,
     ),
     Op(
         "update_tables(Tensor(a!) tables, Tensor new_blocks, Tensor num_new_blocks) -> ()",

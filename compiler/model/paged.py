@@ -1,8 +1,8 @@
 """A transformers decoder becomes one function over paged KV memory.
 
 Registers our attention with transformers' `AttentionInterface` and calls the model's own forward, so no
-model code lives here. What varies between architectures is what `compiler.model.probe` found, a layout a layer.
-Knows nothing of weights on disk, compilation or scheduling.
+model code lives here; experts of mixtures likewise (`compiler.model.experts`). What varies between architectures is what
+`compiler.model.probe` found, a layout a layer. Knows nothing of weights on disk, compilation or scheduling.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from pagegraph.compiler.model.experts import take_experts
 from pagegraph.compiler.model.forward_local import forward_local
 from pagegraph.compiler.model.head import NoHead, head_logits, hidden_states_of
 from pagegraph.compiler.model.probe import AttentionLayout, Probed, TokensBefore, ask_for_no_padding, probe
@@ -148,4 +149,5 @@ def wrap_model(model: nn.Module) -> PagedModel:
     """
     probed = probe(model)
     ask_for_no_padding(model)
+    take_experts(model)
     return PagedModel(model.eval(), probed)

@@ -1,0 +1,97 @@
+"""A mixture's experts become one op: what a module of them computes is read off the module, routing stays the model's.
+
+transformers hands the experts of most mixtures to a function registered by name, as it does with attention. Ours calls
+`pagegraph::experts`. What stands between the two products is found by trying: the module's own gate is run on numbers and compared
+with what the op can do. A module that does something else, and every device not in DEVICES, goes to transformers' grouped
+products. Experts that do not ask for a function (Llama 4's) run as their module does. Knows no model by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
+
+import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
+from pagegraph.compiler.model.forward_local import forward_local
+from pagegraph.kernels.moe.form import ACTIVATIONS, Form
+from pagegraph.kernels.moe.reference import between
+
+EXPERTS_NAME = "pagegraph"
+# Where the op computes the experts of models. Its kernels for "cuda" are not measured yet: to have them in an engine, add it here.
+DEVICES = ("cpu",)
+# Attributes that transformers gives to modules of experts that ask for a function.
+ASKING = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
+
+
+def experts_forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """transformers' signature: hidden_states [T, H], chosen experts and their weights [T, k] -> [T, H]."""
+    form: Form | None = getattr(module, "experts_form", None)
+    if form is None or hidden_states.device.type not in DEVICES:
+        return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
+    batch = forward_local.paged
+    name = "gate_up_proj" if form.gated else "up_proj"
+    return torch.ops.pagegraph.experts(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        getattr(module, name),
+        getattr(module, f"{name}_bias") if module.has_bias else None,
+        module.down_proj,
+        module.down_proj_bias if module.has_bias else None,
+        None if batch is None else batch.query_start,
+        *form,
+    )
+
+
+ExpertsInterface.register(EXPERTS_NAME, experts_forward)
+
+
+def take_experts(model: nn.Module) -> int:
+    """Let the op compute those experts of `model` that it can -> how many modules of them."""
+    taken = 0
+    for module in model.modules():
+        if all(hasattr(module, name) for name in ASKING) and (form := form_of(module)) is not None:
+            module.experts_form = form
+            module.config._experts_implementation = EXPERTS_NAME
+            taken += 1
+    return taken
+
+
+def form_of(module: nn.Module) -> Form | None:
+    """What a module that asks for a function computes between its products; None: not what the op can do."""
+    limits = [float(value) for name in ("limit", "swiglu_limit") if (value := getattr(module, name, None))]
+    alphas = [float(value) for name in ("alpha", "swiglu_alpha") if (value := getattr(module, name, None))]
+    sample = _sample(2 * max([10.0, *limits]))
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            wanted = module._apply_gate(sample.clone()) if module.has_gate else module.act_fn(sample.clone())
+    except Exception:  # whatever code of another's raises that cannot do without weights
+        return None
+    if wanted.is_meta:
+        return None
+    for form in _forms(module, limits, alphas):
+        computed = between(sample, form)
+        if computed.shape == wanted.shape and torch.allclose(computed, wanted, rtol=1e-5, atol=1e-6):
+            return form
+    return None
+
+
+def _sample(largest: float) -> torch.Tensor:
+    """float32 [64, 128] from -largest to largest, in no order."""
+    numbers = torch.linspace(-largest, largest, 64 * 128, device="cpu")
+    return numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0), device="cpu")].view(64, 128)
+
+
+def _forms(module: nn.Module, limits: list[float], alphas: list[float]) -> Iterator[Form]:
+    """All that the op could be told for this module, the plainest first."""
+    gated, interleaved = module.has_gate, module.has_gate and not module.is_concatenated
+    for activation in ACTIVATIONS:
+        for alpha in (1.0, *alphas) if activation == "silu" else (1.0,):
+            for limit in (0.0, *limits):
+                for shift in (0.0, 1.0):
+                    yield Form(activation, alpha, limit, shift, gated, interleaved, module.is_transposed)

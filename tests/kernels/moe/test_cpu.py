@@ -1,0 +1,80 @@
+"""Experts of a mixture: the reference against one token at a time, and the op on a CPU against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pagegraph.kernels.moe import reference
+from pagegraph.kernels.moe.form import Form
+from tests.kernels.moe.cases import FORMS, GPT_OSS, ROUTINGS, experts_of
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, bound: float = 1e-5) -> None:
+    torch.testing.assert_close(got.float(), expected.float(), atol=bound, rtol=bound)
+
+
+def test_the_reference_is_a_weighted_sum_over_the_chosen() -> None:
+    """Written out for each token by itself, with the gate of GPT-OSS spelled out."""
+    given = experts_of(5, 3, 8, form=GPT_OSS, bias=True)
+    got = reference.experts(*given, *GPT_OSS)
+    for token, (row, chosen, weights) in enumerate(zip(given.x, given.chosen, given.weights)):
+        total = torch.zeros(48)
+        for expert, weight in zip(chosen, weights):
+            product = row @ given.up[expert] + given.up_bias[expert]
+            gate, up = product[::2].clamp(max=2.0), product[1::2].clamp(-2.0, 2.0)
+            inner = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+            total += weight * (inner @ given.down[expert] + given.down_bias[expert])
+        close(got[token], total)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("tokens", [1, 2, 37])
+@pytest.mark.parametrize("bias", [False, True])
+def test_forms(name: str, tokens: int, bias: bool) -> None:
+    form = FORMS[name]
+    given = experts_of(tokens, 2, 8, form=form, bias=bias)
+    close(torch.ops.pagegraph.experts(*given, *form), reference.experts(*given, *form))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("experts", "choices"), [(8, 1), (8, 4), (256, 8)])
+@pytest.mark.parametrize("tokens", [1, 3, 300])
+def test_routings(routing: str, experts: int, choices: int, tokens: int) -> None:
+    given = experts_of(tokens, choices, experts, routing=routing)
+    close(torch.ops.pagegraph.experts(*given, *Form()), reference.experts(*given, *Form()))
+
+
+@pytest.mark.parametrize("live", [0, 1, 5])
+def test_padding_comes_out_as_zeros(live: int) -> None:
+    """Whatever it holds."""
+    given = experts_of(9, 2, 8, live=live)
+    for function in (torch.ops.pagegraph.experts, reference.experts):
+        got = function(*given, *Form())
+        alone = function(*(t[:live] for t in given[:3]), *given[3:7], None, *Form()) if live else got[:0]
+        assert not got[live:].any()
+        close(got[:live], alone)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_a_choice_that_is_no_expert_adds_nothing(tokens: int) -> None:
+    given = experts_of(tokens, 3, 8)
+    given.chosen[:, 1] = torch.tensor([8, -1])[torch.arange(tokens) % 2]
+    without = given._replace(chosen=given.chosen[:, ::2], weights=given.weights[:, ::2])
+    for function in (torch.ops.pagegraph.experts, reference.experts):
+        close(function(*given, *Form()), reference.experts(*without, *Form()))
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_in_16_bits(weights: torch.dtype) -> None:
+    """Routing weights come in the type of the rows or in float32."""
+    given = experts_of(20, 4, 8, dtype=torch.bfloat16)
+    given = given._replace(weights=given.weights.to(weights))
+    got, expected = torch.ops.pagegraph.experts(*given, *Form()), reference.experts(*given, *Form())
+    assert got.dtype == expected.dtype == torch.bfloat16
+    close(got, expected, 3e-2)
+
+
+def test_an_unknown_activation_is_named() -> None:
+    with pytest.raises(ValueError, match="activation 'swish' .* 'silu' is"):
+        torch.ops.pagegraph.experts(*experts_of(2, 1, 4), *Form("swish"))
