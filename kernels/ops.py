@@ -243,7 +243,7 @@ OPS = (
         "experts(Tensor x, Tensor chosen, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
         "Tensor? query_start, str activation, float alpha, float limit, float shift, bool gated, bool interleaved, "
         "bool transposed) -> Tensor",
-        moe_cpu.experts, None, _like,
+        moe_cpu.experts, "moe.cuda:experts", _like,
     ),
     Op(
         "update_tables(Tensor(a!) tables, Tensor new_blocks, Tensor num_new_blocks) -> ()",

@@ -18,6 +18,8 @@ import pytest
 from pagegraph.kernels.attention.decode import TILES
 from pagegraph.kernels.gpu import OTHERS_TAKE
 from pagegraph.kernels.linear.tiles import Tile, gemv_tile_of, tile_of
+from pagegraph.kernels.moe.form import Form
+from pagegraph.kernels.moe.tiles import grouped_tiles_of
 from pagegraph.kernels.quant.tiles import QuantGemvTile, gemm_16bit_tile_by_rule
 from tests.paths import ROOT
 
@@ -272,6 +274,34 @@ def quantised_rows(kind: str, group: int, tile: QuantGemvTile, has_zero: bool = 
     return launches
 
 
+def experts(
+    tokens: int,
+    choices: int,
+    size: tuple[int, int, int],
+    form: Form = Form(),
+    bias: bool = False,
+    dtype: str = "bfloat16",
+) -> list[Any]:
+    """A padded step's experts of size (E, I, H), by the tiles of the rule."""
+    count, inner, hidden = size
+    columns = 2 * inner if form.gated else inner
+    up, down = (columns, hidden), (hidden, inner)
+    if form.transposed:
+        up, down = up[::-1], down[::-1]
+    arguments = [
+        tensor(dtype, tokens, hidden),
+        tensor("int64", tokens, choices),
+        tensor(dtype, tokens, choices),
+        tensor(dtype, count, *up),
+        tensor(dtype, count, columns) if bias else None,
+        tensor(dtype, count, *down),
+        tensor(dtype, count, hidden) if bias else None,
+        tensor("int32", tokens + 1),
+        *form,
+    ]
+    return [f"experts {size} T={tokens} {dtype} {form}", "pagegraph.kernels.moe.cuda", "experts", arguments]
+
+
 def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
     """Queries, keys and values as slices of a merged projection, with or without the norm."""
     wide = [{"slice": (256, n, size), "dtype": "bfloat16"} for n in (heads, kv_heads, kv_heads)]
@@ -281,6 +311,13 @@ def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
     return [f"rope {heads}/{kv_heads} {size}", "pagegraph.kernels.attention.rope_kv_cache", "rope_write", arguments]
 
 
+OF_128, OF_32 = (128, 768, 2048), (32, 2880, 2880)
+GPT_OSS = Form("silu", 1.702, 7.0, 1.0, gated=True, interleaved=True, transposed=True)
+EXPERTS = [
+    *(experts(tokens, 8, OF_128) for tokens in (1, 8, 64, 512, 1024, 4096)),
+    *(experts(tokens, 4, OF_32, GPT_OSS, bias=True) for tokens in (1, 8, 64, 256, 512, 4096)),
+    *(experts(tokens, 6, (64, 1408, 2048), Form("relu2", gated=False), True, "float16") for tokens in (2, 1024)),
+]
 ROPES = [rope(16, 8, 128, True), rope(32, 8, 128, False), rope(32, 32, 256, False)]
 LINEARS = [linear(rows, *shape) for rows in (2, 64) for shape in ((6144, 1024), (1024, 3072), (4096, 14336))]
 GATED = [
@@ -584,6 +621,51 @@ def test_quantised_products_of_few_rows() -> None:
         for k in kernels
     ), kernels
     assert not any(k["exchanged"] for k in kernels), kernels
+
+
+def test_experts() -> None:
+    """No spills, nothing touched before the wait, pipelined, and tiles of 64 rows on Hopper's tensor-core instruction."""
+    kernels = compiled(EXPERTS)
+    check_fits(kernels)
+    assert {k["kernel"] for k in kernels} == {
+        "experts_up_kernel",
+        "experts_down_kernel",
+        "route_kernel",
+        "grouped_gemm_kernel",
+        "weighted_sum_kernel",
+    }
+    assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
+    products = [k for k in kernels if k["kernel"] == "grouped_gemm_kernel"]
+    assert len(products) == 2 * 9 and all(k["tensor_cores"] and k["buffers"] >= 3 for k in products), products
+    many = [
+        k
+        for k in products
+        if "T=1024" in k["case"] or "T=4096" in k["case"] or "T=512" in k["case"] and "(32" in k["case"]
+    ]
+    assert len(many) == 10 and {id(k) for k in many} == {id(k) for k in products if k["wgmma"]}
+
+
+def test_programs_of_grouped_products_share_a_multiprocessor() -> None:
+    """As many as the rule counts on."""
+    for kernel in (k for k in compiled(EXPERTS) if k["kernel"] == "grouped_gemm_kernel"):
+        tokens = int(kernel["case"].partition("T=")[2].split()[0])
+        size, choices = (
+            (OF_32, 4)
+            if str(OF_32) in kernel["case"]
+            else (OF_128, 8)
+            if str(OF_128) in kernel["case"]
+            else ((64, 1408, 2048), 6)
+        )
+        tiles = grouped_tiles_of(tokens * choices, (*size, 2))
+        threads = 32 * tiles.up.num_warps
+        assert tiles.programs * (kernel["shared_bytes"] + 1024) <= SHARED_MEMORY, kernel
+        assert tiles.programs * threads * kernel["registers"] <= 65536, kernel
+
+
+def test_experts_on_gpus_before_hopper() -> None:
+    kernels = compiled([experts(tokens, 8, OF_128) for tokens in (2, 64)], 80)
+    assert not any(k["waits"] or k["spilled_bytes"] for k in kernels)
+    assert [k["tensor_cores"] for k in kernels if k["kernel"] == "grouped_gemm_kernel"] == [True, True]
 
 
 def test_an_8_bit_kv_cache() -> None:
