@@ -479,6 +479,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "overview": lambda: overview(quoted()),
     "jobs": lambda: jobs(quoted()),
     "steps": lambda: steps(stored("2026-11-28-qwen3-0.6b-prompts-in-graphs", "2026-11-28-llama3-8b-prompts-in-graphs")),
+    "loads": lambda: loads(stored("2026-11-29-llama3-8b-open-loop")),
     "served": lambda: served(stored("2026-11-24-qwen3-0.6b-served")),
     "prompt graphs": prompt_graphs, "memory": memory, "start": start_phases, "parity": parity,
     "cpu transformers": cpu_transformers, "cpu quantized": cpu_quantized, "cpu quality": cpu_quality,
