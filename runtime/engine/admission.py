@@ -18,7 +18,7 @@ from pagegraph.runtime.grammar.matcher import TokenMatcher
 from pagegraph.runtime.ipc.protocol import Admitted, Failed, Submit, ToClient
 from pagegraph.runtime.sampling_params import check_ids, own_seed
 from pagegraph.runtime.scheduler.scheduler import Scheduler
-from pagegraph.runtime.scheduler.sequence import Sequence
+from pagegraph.runtime.scheduler.sequence import Samples, Sequence
 
 log = logging.getLogger("pagegraph.engine")
 
@@ -108,14 +108,18 @@ class Admission:
         if self._queue_is_full(client, submits):
             return False
         added: list[Sequence] = []
-        prompts: dict[int, np.ndarray] = {}  # by the list that they came as: many may have the same
+        # By the list that they came as: many may have the same.
+        prompts: dict[int, np.ndarray] = {}
+        samples: dict[int, Samples] = {}
         try:
             for submit, grammar in zip(submits, grammars, strict=True):
                 self._limits.check(submit)
                 if (key := id(submit.token_ids)) not in prompts:
                     check_ids("prompt", submit.token_ids, self._limits.vocab_size)
-                    prompts[key] = np.array(submit.token_ids, np.int32)
+                    prompts[key], samples[key] = np.array(submit.token_ids, np.int32), Samples()
                 sequence = self._sequence(client, submit, prompts[key])
+                sequence.samples = samples[key]
+                sequence.samples.count += 1
                 sequence.grammar = None if grammar is None else TokenMatcher(grammar.result())
                 self._scheduler.add(sequence)
                 added.append(sequence)

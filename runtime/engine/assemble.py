@@ -52,6 +52,13 @@ def engine_of(
     max_queue = config.max_queue if max_queue is None else max_queue
     metrics = EngineMetrics(config.model_name, built.max_model_len)
     metrics.compile_state = lambda: built.compile_state
+    metrics.cache_config = {
+        "block_size": str(config.block_size),
+        "num_gpu_blocks": str(built.num_blocks),  # vLLM's name, on a CPU too
+        "cache_dtype": config.kv_cache_dtype,
+        "enable_prefix_caching": str(config.enable_prefix_caching),
+        "gpu_memory_utilization": str(config.gpu_memory_utilization),
+    }
     pool = BlockPool(built.num_blocks, config.block_size, config.enable_prefix_caching)
     scheduler = Scheduler(
         pool,

@@ -32,6 +32,8 @@ _ITL = (0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01, 0.025, 0.05, 0.07
         0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)  # fmt: skip
 _REQUEST_TIME = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
                  480.0, 960.0, 1920.0, 7680.0)  # fmt: skip
+_TPOT = _ITL[7:]  # as vLLM has them, whose ITL starts there too
+_NUM_SAMPLES = (1, 2, 5, 10, 20)
 _ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -99,9 +101,14 @@ class EngineMetrics:
             "request_prefill_time_seconds": Histogram(_REQUEST_TIME),
             "request_decode_time_seconds": Histogram(_REQUEST_TIME),
             "request_inference_time_seconds": Histogram(_REQUEST_TIME),
+            "request_time_per_output_token_seconds": Histogram(_TPOT),
             "request_prompt_tokens": Histogram(lengths),
             "request_generation_tokens": Histogram(lengths),
+            "request_max_num_generation_tokens": Histogram(lengths),
+            "request_params_n": Histogram(_NUM_SAMPLES),
+            "request_params_max_tokens": Histogram(lengths),
         }
+        self.cache_config: dict[str, str] = {}  # what is told of the KV cache, by name of its label
 
     def observe_step(self, tokens: int) -> None:
         """A step brought so many: see `_HELP`."""
@@ -128,6 +135,7 @@ class EngineMetrics:
         since_arrival: float,
         prompt_tokens: int,
         generation_tokens: int,
+        max_tokens: int,
     ) -> None:
         """A sequence came to its end, which nobody had to abort: seconds and tokens of all of it."""
         self._histograms["e2e_request_latency_seconds"].observe(since_arrival)
@@ -137,6 +145,14 @@ class EngineMetrics:
         self._histograms["request_inference_time_seconds"].observe(prefill_time + decode_time)
         self._histograms["request_prompt_tokens"].observe(prompt_tokens)
         self._histograms["request_generation_tokens"].observe(generation_tokens)
+        self._histograms["request_params_max_tokens"].observe(max_tokens)
+        between = decode_time / (generation_tokens - 1) if generation_tokens > 1 else 0.0
+        self._histograms["request_time_per_output_token_seconds"].observe(between)
+
+    def observe_samples(self, count: int, most_tokens: int) -> None:
+        """All `count` sequences of one prompt were served, the longest with so many tokens."""
+        self._histograms["request_params_n"].observe(count)
+        self._histograms["request_max_num_generation_tokens"].observe(most_tokens)
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format (`CONTENT_TYPE`)."""
@@ -166,6 +182,10 @@ class EngineMetrics:
                 one = family(prefix + name, _HELP[name], labels=names)
                 one.add_metric(values, read(counts))
                 yield one
+        name = "cache_config_info"
+        config = GaugeMetricFamily(prefix + name, _HELP[name], labels=[*names, *self.cache_config])
+        config.add_metric([*values, *self.cache_config.values()], 1.0)
+        yield config
         scheduled = counts.scheduled
         name, cached = "prompt_tokens_by_source", scheduled.cached_tokens
         sources = CounterMetricFamily(prefix + name, _HELP[name], labels=[*names, "source"])
@@ -272,6 +292,11 @@ _HELP = {
     "request_prefill_time_seconds": "Of those: from the launch of the first step to the first token.",
     "request_decode_time_seconds": "Of those: from the first token to the last.",
     "request_inference_time_seconds": "Of those: from the launch of the first step to the last token.",
+    "request_time_per_output_token_seconds": "Of those: from the first token to the last over the tokens behind the first; 0 of one token.",
     "request_prompt_tokens": "Of those: tokens of the prompt, cached ones too.",
     "request_generation_tokens": "Of those: tokens generated.",
+    "request_params_max_tokens": "Of those: max_tokens, or what the context left.",
+    "request_params_n": "Of prompts all of whose sequences were served: how many those were.",
+    "request_max_num_generation_tokens": "Of those prompts: tokens of the longest sequence.",
+    "cache_config_info": "1; labels say what the KV cache is like.",
 }

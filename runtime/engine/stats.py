@@ -51,7 +51,10 @@ class EngineStats:
                 since_arrival=now - sequence.arrival,
                 prompt_tokens=sequence.num_prompt,
                 generation_tokens=sequence.num_generated,
+                max_tokens=sequence.max_len - sequence.num_prompt,
             )
+            if sequence.samples.served(sequence.num_generated):
+                self.metrics.observe_samples(sequence.samples.count, sequence.samples.most_tokens)
 
     def launched(self, plan: Plan, now: float) -> None:
         """A step is on its way: the first of some sequences."""

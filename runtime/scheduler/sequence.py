@@ -53,6 +53,21 @@ class Prefix:
 
 
 @dataclass(slots=True)
+class Samples:
+    """The sequences of one prompt that were asked for together; metrics read it."""
+
+    count: int = 0
+    num_served: int = 0
+    most_tokens: int = 0  # generated, of those served
+
+    def served(self, tokens: int) -> bool:
+        """One more came to its end with so many tokens; whether it is the last."""
+        self.num_served += 1
+        self.most_tokens = max(self.most_tokens, tokens)
+        return self.num_served == self.count
+
+
+@dataclass(slots=True)
 class Times:
     """When a sequence got on, in seconds of the engine's clock; NaN: not yet."""
 
@@ -134,6 +149,7 @@ class Sequence:
     num_preemptions: int = 0
     drafts: DraftCounts = field(default_factory=DraftCounts)
     times: Times = field(default_factory=Times)
+    samples: Samples = field(default_factory=lambda: Samples(1))
 
     def __post_init__(self, eos_ids: frozenset[int], pooler: Pooler | None) -> None:
         params = self.params

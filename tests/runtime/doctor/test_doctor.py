@@ -39,7 +39,7 @@ def server(**changed: object) -> EngineMetrics:
         metrics.observe_first_token(given["first"])
         metrics.observe_served(
             queue_time=given["queue"], prefill_time=given["prefill"], decode_time=1, since_arrival=1.1,
-            prompt_tokens=500, generation_tokens=50,
+            prompt_tokens=500, generation_tokens=50, max_tokens=64,
         )  # fmt: skip
     metrics.observe_inter_tokens(np.array([0.009] * 2000 + [given["slow"]] * 60))
     for _ in range(given["errors"]):

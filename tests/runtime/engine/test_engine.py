@@ -101,6 +101,17 @@ def group_of(count: int, prompt: list[int] | None = None, first: int = 0) -> Sub
     )
 
 
+def test_samples_of_a_prompt_are_one_request_to_the_metrics() -> None:
+    harness = Harness(max_queue=10)
+    harness.mailbox.put(group_of(3))
+    harness.mailbox.put(group_of(1, first=3))
+    harness.run()
+    told = harness.metrics.render().decode()
+    for line in ("request_params_n_sum{%s} 4.0", "request_params_n_count{%s} 2.0", "request_max_num_generation_tokens_sum{%s} 6.0",
+                 "request_generation_tokens_sum{%s} 12.0", "request_params_max_tokens_sum{%s} 12.0"):  # fmt: skip
+        assert "vllm:" + line % 'engine="0",model_name="m"' in told, line
+
+
 def test_a_group_larger_than_the_queue_is_admitted_whole_on_an_idle_server() -> None:
     harness = Harness(max_queue=5)
     harness.mailbox.put(group_of(300))

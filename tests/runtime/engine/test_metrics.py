@@ -11,6 +11,7 @@ from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.runtime.engine.metrics import Counts, EngineMetrics
 from pagegraph.runtime.scheduler.chunk_limit import ChunkCounts
 from pagegraph.runtime.scheduler.counters import Counters
+from pagegraph.runtime.scheduler.sequence import Samples
 
 
 def samples(metrics: EngineMetrics) -> dict[tuple[str, str], float]:
@@ -35,7 +36,13 @@ def test_a_served_request(prefix: str) -> None:
     metrics.observe_inter_tokens(np.array([0.002, 0.002, 1000.0, 0.002]))
     metrics.observe_finished("length")
     metrics.observe_served(
-        queue_time=0.4, prefill_time=0.2, decode_time=0.9, since_arrival=1.5, prompt_tokens=40, generation_tokens=5
+        queue_time=0.4,
+        prefill_time=0.2,
+        decode_time=0.9,
+        since_arrival=1.5,
+        prompt_tokens=40,
+        generation_tokens=4,
+        max_tokens=5,
     )
     got = samples(metrics)
     assert got[prefix + "num_requests_running", ""] == 1
@@ -59,6 +66,8 @@ def test_a_served_request(prefix: str) -> None:
     assert got[prefix + "request_queue_time_seconds_sum", ""] == 0.4
     assert got[prefix + "request_inference_time_seconds_sum", ""] == pytest.approx(1.1)
     assert got[prefix + "prompt_tokens_cached_total", ""] == 10
+    assert got[prefix + "request_time_per_output_token_seconds_sum", ""] == pytest.approx(0.3)
+    assert got[prefix + "request_params_max_tokens_sum", ""] == 5
     assert (
         b'prompt_tokens_by_source_total{engine="0",model_name="tiny",source="local_compute"} 20.0' in metrics.render()
     )
@@ -95,6 +104,8 @@ def test_every_name_says_what_it_means_and_own_ones_do_not_pose_as_the_fields() 
         "request_queue_time_seconds", "request_inference_time_seconds", "request_prefill_time_seconds",
         "request_decode_time_seconds", "spec_decode_num_drafts", "spec_decode_num_draft_tokens",
         "spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos",
+        "request_time_per_output_token_seconds", "request_max_num_generation_tokens", "request_params_n",
+        "request_params_max_tokens", "cache_config_info",
     }  # fmt: skip
 
 
@@ -149,3 +160,20 @@ def test_the_state_of_the_compilation_is_the_one_that_is_1(state: str) -> None:
         if one.name == "pagegraph:compile_state"
     ]
     assert [sample.labels["state"] for sample in family.samples if sample.value] == [state] and len(family.samples) == 4
+
+
+def test_what_the_kv_cache_is_like() -> None:
+    metrics = EngineMetrics("m", 16)
+    metrics.cache_config = {"block_size": "16", "num_gpu_blocks": "100"}
+    told = b'vllm:cache_config_info{block_size="16",engine="0",model_name="m",num_gpu_blocks="100"} 1.0'
+    assert told in metrics.render()
+
+
+def test_samples_of_one_prompt_count_once_all_are_served() -> None:
+    metrics, three = EngineMetrics("m", 4096), Samples(3)
+    assert [three.served(tokens) for tokens in (7, 20, 3)] == [False, False, True]
+    metrics.observe_samples(three.count, three.most_tokens)
+    metrics.observe_samples(1, 5)
+    got = samples(metrics)
+    assert got["vllm:request_params_n_sum", ""] == 4 and got["vllm:request_params_n_bucket", "2.0"] == 1
+    assert got["vllm:request_max_num_generation_tokens_sum", ""] == 25
