@@ -119,12 +119,27 @@ def _int4_layer(arguments: Mapping[str, Any], out: Any) -> int:
     return sum(2 * 2 * one.numel() for one in arguments["tensors"] if one.dtype == torch.uint8)
 
 
+def _experts(arguments: Mapping[str, Any], out: Any) -> int:
+    up, down = arguments["up"], arguments["down"]
+    return 2 * arguments["chosen"].numel() * (up.numel() + down.numel()) // up.shape[0]
+
+
+def _chosen_of_rows(arguments: Mapping[str, Any], tokens: int) -> float:
+    """As `_chosen`; rows are tokens that name what they chose."""
+    return _share(arguments["chosen"].numel(), arguments["up"].shape[0], tokens)
+
+
+def _share(pairs: int, experts: int, tokens: int) -> float:
+    """Of experts that some token chose, where each chooses at random."""
+    each = min(pairs / max(tokens, 1) / experts, 1.0)
+    return 1 - (1 - each) ** tokens
+
+
 def _chosen(arguments: Mapping[str, Any], tokens: int) -> float:
     """The share of experts that some token chose, where each chooses at random: rows are chosen experts of tokens."""
     experts = next(one.shape[0] for one in arguments.values() if isinstance(one, Tensor) and one.dim() == 3)
     rows = next(one.shape[0] for one in arguments.values() if isinstance(one, Tensor) and one.dim() == 2)
-    each = min(rows / max(tokens, 1) / experts, 1.0)
-    return 1 - (1 - each) ** tokens
+    return _share(rows, experts, tokens)
 
 
 aten, ours = torch.ops.aten, torch.ops.pagegraph
@@ -137,6 +152,7 @@ PRODUCTS: dict[Any, Callable[[Mapping[str, Any], Any], int]] = {
     aten.baddbmm.default: _of_matrices("batch1", "batch2"),
     aten._int_mm.default: _of_matrices("self", "mat2"),
     aten._grouped_mm.default: _of_matrices("self", "mat2"),
+    ours.experts.default: _experts,
     ours.linear.default: _of_rows(lambda given: given["weight"].shape[0]),
     ours.linear_norm_linear.default: _two_linears,
     ours.quant_linear.default: _of_rows(lambda given: given["qweight"].shape[0]),
@@ -148,6 +164,7 @@ PRODUCTS: dict[Any, Callable[[Mapping[str, Any], Any], int]] = {
 # op over stacked experts: the share of them that is read, by arguments and tokens of the step
 EXPERTS: dict[Any, Callable[[Mapping[str, Any], int], float]] = {
     aten._grouped_mm.default: _chosen,
+    ours.experts.default: _chosen_of_rows,
     aten.bmm.default: lambda arguments, tokens: 1.0,
     aten.baddbmm.default: lambda arguments, tokens: 1.0,
 }

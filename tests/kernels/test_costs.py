@@ -63,11 +63,21 @@ def test_experts_that_are_chosen_are_read() -> None:
     assert read is not None and read.weight_bytes == weight.nbytes
 
 
+def test_experts_of_ours_cost_what_grouped_products_do() -> None:
+    step = StepRows(np.array([1]), np.array([1]))
+    up, down = torch.empty(8, 12, 16, device=META), torch.empty(8, 16, 6, device=META)
+    given = dict(x=torch.empty(1, 16, device=META), chosen=torch.empty(1, 2, device=META), up=up, down=down)
+    op = torch.ops.pagegraph.experts.default
+    assert cost_of(op, given, given["x"], [up, down], step) == Cost(
+        "experts", 2 * 2 * (12 * 16 + 16 * 6), (up.nbytes + down.nbytes) * 2 // 8
+    )
+
+
 def test_every_op_of_ours_that_multiplies_weights_has_a_formula() -> None:
     names = [row.schema.partition("(")[0] for row in OPS]
     counted = {
         getattr(torch.ops.pagegraph, name).default
         for name in names
-        if any(word in name for word in ("linear", "layer", "attention"))
+        if any(word in name for word in ("linear", "layer", "attention", "experts"))
     }
     assert counted <= {*PRODUCTS, *ATTENTION}
