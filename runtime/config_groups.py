@@ -307,6 +307,12 @@ class ServerConfig:
         _NONE,
     )
     log_level: str = _option("info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error")
+    log_format: str = _option("text", one_of("text", "json"), "of the server's logs: text, or json, an object a line")
+    log_requests: bool = _option(
+        False,
+        parse_flag,
+        "a line of the log for each answer: method, path, status, duration, request id; no text of it",
+    )
 
 
 def is_path(model: str) -> bool:

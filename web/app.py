@@ -13,7 +13,7 @@ from flask import Flask, Response, g, request
 
 from pagegraph.runtime.ipc.client import EngineClient
 from pagegraph.runtime.text.tokenizer import Tokenizer
-from pagegraph.web import access, embeddings, errors, pages, probes, routes, tokenization
+from pagegraph.web import access, embeddings, errors, pages, probes, request_log, routes, tokenization
 from pagegraph.web.anthropic import routes as anthropic
 from pagegraph.web.generate import gone
 from pagegraph.web.openai_responses import routes as openai_responses
@@ -38,6 +38,8 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     errors.register(app)
     app.register_error_handler(ClientGone, gone)
     app.before_request(_name_request)
+    if settings.log_requests:
+        request_log.log_requests(app)
     if settings.allowed_origins is not None:
         access.allow_origins(app, settings.allowed_origins)
     if settings.api_key is not None:

@@ -10,6 +10,7 @@ the engine answers.
 import importlib
 import os
 
+from pagegraph.runtime.server import logs
 from pagegraph.runtime.server.web_gate import wait_for_settings
 
 worker_class = "pagegraph.web.worker.Worker"
@@ -22,6 +23,9 @@ preload_app = False
 control_socket_disable = True
 accesslog = None
 errorlog = "-"
+logconfig_dict = logs.configuration(
+    os.environ.get(logs.LEVEL_VARIABLE, "info"), os.environ.get(logs.FORMAT_VARIABLE, "text"), "web"
+)
 # The heartbeat file on a disk can block a worker.
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
 

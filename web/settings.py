@@ -28,6 +28,7 @@ class WebSettings:
     api_key: str | None = None  # keys, one a line; None: none is asked
     allowed_origins: str | None = None  # of web pages that browsers may let ask, with spaces between; `*`: any
     probe_address: str | None = None  # host:port that serves the engine's /metrics; None: not served
+    log_requests: bool = False  # a line for each answer
     tool_call_parser: str = "auto"  # a row of runtime.text.formats, or none
     reasoning_parser: str = "auto"
     response_store: str | None = None  # file of the responses that /v1/responses keeps; None: each process has its own

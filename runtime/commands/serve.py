@@ -22,10 +22,11 @@ def serve(config: str, overrides: dict[str, str]) -> None:
     settings = resolved.config
     require_local_files(settings)
     sampling_defaults(settings)  # what is wrong with them is said before the model is loaded
+    from pagegraph.runtime.server import logs
     from pagegraph.runtime.server.listen import Unserved
     from pagegraph.runtime.server.supervisor import Supervisor
 
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
+    logs.configure(settings.log_level, settings.log_format, "supervisor")
     if resolved.sources["api_key"] == flag_of("api_key"):
         log.warning(
             "other users see --api-key in the list of processes; api_key_file or %s keeps it to itself",

@@ -32,7 +32,7 @@ from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.engine.engine import Engine
 from pagegraph.runtime.ipc.mailbox import Mailbox
 from pagegraph.runtime.sampling_params import describe_defaults
-from pagegraph.runtime.server import compile_process
+from pagegraph.runtime.server import compile_process, logs
 from pagegraph.runtime.server.engine_settings import FACTS_FILE, EngineSettings
 from pagegraph.runtime.server.start_errors import REASON_FILE, load_tokenizer, sentence
 from pagegraph.runtime.server.start_report import process_age
@@ -49,7 +49,7 @@ def main(path: str) -> None:
     faulthandler.register(signal.SIGUSR1)  # the supervisor sends it to an engine that hangs: all threads' stacks
     settings = EngineSettings.load(Path(path))
     config = settings.config
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
+    logs.configure(config.log_level, config.log_format, "engine")
     try:
         with timings.stage("tokenizer"):
             load_tokenizer(config)  # what the web processes will do: a fault of it is found before the model loads

@@ -22,6 +22,7 @@ from pagegraph.runtime.config import API_KEY_VARIABLE, Config
 from pagegraph.runtime.ipc import protocol
 from pagegraph.runtime.ipc.client import EngineClient, EngineDead
 from pagegraph.runtime.ipc.protocol import EngineInfo
+from pagegraph.runtime.server import logs
 from pagegraph.runtime.server.child import Child, module_command, stop
 from pagegraph.runtime.server.engine_settings import FACTS_FILE, EngineSettings
 from pagegraph.runtime.server.health import DRAINING, LOADING, NO_ENGINE, Health, engine_health
@@ -97,7 +98,12 @@ class Supervisor:
                 [*self._web_command, *web_arguments(self.config, settings, listener.fileno())],
                 (listener.fileno(),),
                 self._run_dir.path,
-                {**self._secrets(), SETTINGS_VARIABLE: str(settings)},
+                {
+                    **self._secrets(),
+                    SETTINGS_VARIABLE: str(settings),
+                    logs.FORMAT_VARIABLE: self.config.log_format,
+                    logs.LEVEL_VARIABLE: self.config.log_level,
+                },
             )
             if info := self._wait_for_engine():
                 loaded_s = process_age()
@@ -105,15 +111,19 @@ class Supervisor:
                 if self._wait_for_web(listener):
                     self._ready = True
                     self._report(command_s, process_age() - loaded_s)
-                    print(
-                        banner(self.config, info, listener.getsockname(), probes.address), file=sys.stderr, flush=True
-                    )
+                    self._greet(banner(self.config, info, listener.getsockname(), probes.address))
                     self._watch()
             return self._drain()
         finally:
             self._close(probes, listener)
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _greet(self, text: str) -> None:
+        if self.config.log_format == "text":
+            print(text, file=sys.stderr, flush=True)
+        else:
+            log.info("%s", text.strip())
 
     def health(self) -> Health:
         """What both ports tell probes."""
@@ -166,6 +176,7 @@ class Supervisor:
             "response_store": str(self._run_dir.path / "responses.sqlite"),
             "response_store_bytes": self.config.response_store_size,
             "allowed_origins": self.config.allowed_origins,
+            "log_requests": self.config.log_requests,
             "tool_call_parser": self.config.tool_call_parser,
             "reasoning_parser": self.config.reasoning_parser,
         }
