@@ -5,6 +5,7 @@ Knows HTTP and the protocol's events; knows no engine and, but for dim text, no 
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -15,6 +16,9 @@ from typing import Any
 
 CONNECT_S = 10.0  # for an answer's headers to begin; tokens may take longer
 ANSWER_S = 600.0  # between two reads of an answer
+
+_BROKEN = (OSError, http.client.HTTPException)  # a connection that is, or whose other end speaks no HTTP
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError)  # JSON of another shape
 
 Show = Callable[[str, bool], None]  # (text, whether it is reasoning)
 
@@ -54,22 +58,27 @@ class TerminalChat:
     system: str | None = None
     params: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, str]] = field(default_factory=list)
+    unanswered: str | None = None  # the message that was said last, if its answer failed
 
     def find_model(self) -> str:
         """The model that is talked to: the given one, or the server's first. Raises ChatError."""
         if self.model is None:
-            with self._ask("/v1/models", None, CONNECT_S) as answer:
-                models = json.load(answer).get("data") or []
-            if not models:
+            try:
+                with self._ask("/v1/models", None, CONNECT_S) as answer:
+                    models = json.load(answer).get("data") or []
+                self.model = models[0]["id"] if models else None
+            except (*_BROKEN, *_MALFORMED) as error:
+                raise ChatError(f"{self.base_url} lists its models as no server of this protocol does") from error
+            if self.model is None:
                 raise ChatError(f"{self.base_url} serves no model")
-            self.model = models[0]["id"]
         return self.model
 
     def say(self, text: str, show: Show) -> Answer:
         """Send a message; parts of the answer go to `show` as they come. KeyboardInterrupt ends the answer, which is kept.
 
-        Raises ChatError, after which the message is not in the history.
+        Raises ChatError, after which the message is not in the history; `again` says it again.
         """
+        self.unanswered = text
         system = [{"role": "system", "content": self.system}] if self.system else []
         body = {
             "model": self.find_model(), "stream": True, "stream_options": {"include_usage": True}, **self.params,
@@ -78,15 +87,28 @@ class TerminalChat:
         answer, begun = Answer(), time.perf_counter()
         try:
             for event in self._events(body):
-                self._take(event, answer, begun, show)
+                try:
+                    self._take(event, answer, begun, show)
+                except _MALFORMED as error:
+                    raise ChatError(
+                        f"the answer holds an event that is none of this protocol: {event!r:.200}"
+                    ) from error
         except KeyboardInterrupt:
             answer.stopped = True
         answer.seconds = time.perf_counter() - begun
+        self.unanswered = None
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
         return answer
 
+    def forget(self) -> None:
+        """Begin anew."""
+        self.messages.clear()
+        self.unanswered = None
+
     def again(self, show: Show) -> Answer:
-        """Another answer to the last message. Raises ChatError if there is none."""
+        """Another answer to the last message, or one at all if it failed. Raises ChatError if there is no message."""
+        if self.unanswered is not None:
+            return self.say(self.unanswered, show)
         if not self.messages:
             raise ChatError("there is no message to answer again")
         kept, self.messages = self.messages[-2:], self.messages[:-2]
@@ -94,6 +116,7 @@ class TerminalChat:
             return self.say(kept[0]["content"], show)
         except ChatError:
             self.messages += kept
+            self.unanswered = None  # the last message has its answer still
             raise
 
     def _take(self, event: dict[str, Any], answer: Answer, begun: float, show: Show) -> None:
@@ -119,23 +142,34 @@ class TerminalChat:
                     if data == b"[DONE]":
                         return
                     if data:
-                        yield json.loads(data)
-            except OSError as error:
+                        yield _parsed(data)
+            except _BROKEN as error:
                 raise ChatError(f"the answer broke off: {error}") from error
         raise ChatError("the answer broke off: the connection was closed before its end")
 
     def _ask(self, path: str, body: dict[str, Any] | None, timeout: float) -> Any:
         headers = {"Content-Type": "application/json"}
         if self.api_key:
+            if not (self.api_key.isascii() and self.api_key.isprintable()):
+                raise ChatError("the API key holds characters that a header cannot carry; it must be printable ASCII")
             headers["Authorization"] = f"Bearer {self.api_key}"
         data = None if body is None else json.dumps(body).encode()
         try:
             return urllib.request.urlopen(urllib.request.Request(self.base_url + path, data, headers), timeout=timeout)
         except urllib.error.HTTPError as error:
             raise ChatError(_message(error)) from error
-        except OSError as error:
+        except (http.client.InvalidURL, ValueError) as error:
+            raise ChatError(f"{self.base_url} is no URL ({error}); for example http://127.0.0.1:8000") from error
+        except _BROKEN as error:
             reason = getattr(error, "reason", error)
             raise ChatError(f"{self.base_url} does not answer ({reason}); is `runtime serve` running there?") from error
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise ChatError(f"the answer holds an event that is no JSON: {data.decode(errors='replace')!r:.200}") from error
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -29,6 +28,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 HELP = "/new begins anew, /system TEXT sets the system prompt, /retry answers again, /quit or Ctrl-D ends; Ctrl-C stops an answer"
 _READY_S = 1800.0  # for a model to be downloaded, loaded and compiled
 _STOP_S = 40.0
+_HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(/\S*)?")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tab and newline
 _ADDRESS = re.compile(r"^  (http://\S+)  serves ", re.M)
 
 
@@ -48,6 +49,8 @@ def chat(
     api_key = api_key or os.environ.get(API_KEY_VARIABLE)
     fields: dict[str, Any] = {name: value for name, value in params.items() if value is not None}
     is_url = target.startswith(("http://", "https://"))
+    if not is_url and _HOST_AND_PORT.fullmatch(target) and not os.path.exists(target):
+        raise click.UsageError(f"{target} is no CONFIG; did you mean http://{target}?")
     with contextlib.nullcontext(target) if is_url else _served(target) as url:
         talk = TerminalChat(url.rstrip("/").removesuffix("/v1"), api_key, model, system, fields)
         try:
@@ -78,7 +81,7 @@ def _converse(talk: TerminalChat) -> None:
             if command == "/quit":
                 return
             if command == "/new":
-                talk.messages.clear()
+                talk.forget()
             elif command == "/system":
                 talk.system = rest.strip() or None
             elif command == "/retry":
@@ -96,31 +99,44 @@ def _converse(talk: TerminalChat) -> None:
 def _answer(talk: TerminalChat, text: str | None) -> Answer:
     """Say `text`, or answer the last message again; write the answer as it comes, reasoning and figures beside it."""
 
-    def show(part: str, is_reasoning: bool) -> None:
-        click.secho(part, nl=False, dim=is_reasoning or None, err=is_reasoning)
+    is_open = False  # whether something was written that no newline ends
 
-    answer = talk.again(show) if text is None else talk.say(text, show)
+    def show(part: str, is_reasoning: bool) -> None:
+        nonlocal is_open
+        is_open = True
+        part = _printable(part) if (sys.stderr if is_reasoning else sys.stdout).isatty() else part
+        click.echo(click.style(part, dim=True) if is_reasoning else part, nl=False, err=is_reasoning)
+
+    try:
+        answer = talk.again(show) if text is None else talk.say(text, show)
+    except ChatError:
+        if is_open:
+            click.echo()
+        raise
     click.echo()
     if sys.stderr.isatty():
         click.secho(str(answer), dim=True, err=True)
     return answer
 
 
+def _printable(text: str) -> str:
+    """Text that commands no terminal: what a model says, or quotes, may hold escape sequences."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 @contextlib.contextmanager
 def _served(config: str) -> Iterator[str]:
     """The address of a server of CONFIG on a free port, which ends with the chat."""
-    with tempfile.TemporaryDirectory(prefix="pagegraph-chat-") as folder:
-        log = Path(folder, "log")
+    with tempfile.TemporaryFile() as log:  # without a name: nothing is left of it, however the chat ends
         serve = module_command("pagegraph.runtime.cli", "serve", config, "--port", "0", "--workers", "1")
         command = (
             [sys.executable, "-c", BOUND_TO_PARENT, str(os.getpid()), *serve] if sys.platform == "linux" else serve
         )
-        with open(log, "w") as out:
-            # A session of its own: Ctrl-C is for the chat.
-            server = subprocess.Popen(command, stdout=out, stderr=out, env=child_environment(), start_new_session=True)
+        # A session of its own: Ctrl-C is for the chat.
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=child_environment(), start_new_session=True)
         try:
             click.secho(f"loading {config} ...", dim=True, err=True)
-            yield _address(server, log)
+            yield _address(server, log.fileno())
         finally:
             server.send_signal(signal.SIGTERM)
             try:
@@ -129,15 +145,19 @@ def _served(config: str) -> Iterator[str]:
                 server.kill()
 
 
-def _address(server: subprocess.Popen[bytes], log: Path) -> str:
+def _address(server: subprocess.Popen[bytes], log: int) -> str:
     end = time.monotonic() + _READY_S
     while time.monotonic() < end:
-        text = log.read_text(errors="replace")
+        has_ended = server.poll() is not None
+        text = _written(log)
         if found := _ADDRESS.search(text):
             return found[1]
-        if server.poll() is not None:
+        if has_ended:
             raise click.ClickException(f"the server ended: {text[-2000:].strip()}")
         time.sleep(0.1)
-    raise click.ClickException(
-        f"the server was not ready within {_READY_S:g} s: {log.read_text(errors='replace')[-2000:]}"
-    )
+    raise click.ClickException(f"the server was not ready within {_READY_S:g} s: {_written(log)[-2000:]}")
+
+
+def _written(log: int) -> str:
+    """All of a log that another process writes to: its place in the file is not moved."""
+    return os.pread(log, os.fstat(log).st_size, 0).decode(errors="replace")
