@@ -8,6 +8,7 @@ export const key = { get: () => sessionStorage.getItem(KEY) || "", set: (value) 
 /** `fetch` with the key. Throws an Error with the server's message and, as `status`, its code. */
 export async function ask(path, options = {}) {
   const headers = { ...options.headers };
+  if (!/^[\x20-\x7e]*$/.test(key.get())) throw Object.assign(new Error("The API key holds characters that cannot be sent."), { status: 401 });
   if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
   const answer = await fetch(path, { ...options, headers });
   if (answer.ok) return answer;

@@ -5,6 +5,8 @@
 import { ask, key, make } from "./api.js";
 
 const KEPT = "pagegraph.chat";
+// A tab keeps its own conversation; a new one begins with that of the tab that was last.
+const STORAGES = [() => sessionStorage, () => localStorage];
 const at = (id) => document.getElementById(id);
 const [list, input, form, stop] = ["messages", "input", "form", "stop"].map(at);
 const parameters = at("parameters");
@@ -18,18 +20,37 @@ let model = "";
 
 function keep() {
   const { key: _, ...fields } = Object.fromEntries(new FormData(parameters));
-  try {
-    localStorage.setItem(KEPT, JSON.stringify({ messages, fields }));
-  } catch { /* full, or forbidden: the page works without */ }
+  const content = JSON.stringify({ messages: messages.filter((one) => one !== empty()), fields });
+  for (const storage of STORAGES) {
+    try {
+      storage().setItem(KEPT, content);
+    } catch { /* full, or forbidden: the page works without */ }
+  }
+}
+
+/** The answer at the end of which nothing has come. */
+function empty() {
+  const last = messages.at(-1);
+  return last?.role === "assistant" && !last.content && !last.reasoning && !last.calls ? last : undefined;
 }
 
 function remember() {
-  try {
-    const kept = JSON.parse(localStorage.getItem(KEPT)) || {};
-    messages = kept.messages || [];
-    for (const [name, value] of Object.entries(kept.fields || {})) if (parameters.elements[name]) parameters.elements[name].value = value;
-  } catch { /* nothing there, or not ours */ }
+  for (const storage of STORAGES) {
+    try {
+      const kept = JSON.parse(storage().getItem(KEPT));
+      if (!Array.isArray(kept.messages) || !kept.messages.every(isMessage)) continue;
+      messages = kept.messages;
+      for (const [name, value] of Object.entries(kept.fields || {})) if (parameters.elements[name]) parameters.elements[name].value = value;
+      break;
+    } catch { /* nothing there, or not ours */ }
+  }
   parameters.elements.key.value = key.get();
+}
+
+function isMessage(one) {
+  const isText = (value) => typeof value === "string";
+  const isCall = (call) => isText(call.id) && isText(call.function.name) && isText(call.function.arguments);
+  return ["user", "assistant", "tool"].includes(one.role) && isText(one.content) && isText(one.reasoning ?? "") && (one.calls ?? []).every(isCall);
 }
 
 // -- what is shown
@@ -71,7 +92,9 @@ function shown(message, index) {
   else showAnswer(body, message.content || "");
   if (isLast && running && !message.content && !message.reasoning) body.classList.add("waiting");
   place.append(body);
-  for (const call of message.calls || []) place.append(shownCall(call, isLast && !running));
+  const after = messages.slice(index + 1);
+  const isAsking = (call) => !running && after.every((one) => one.role === "tool" && one.tool_call_id !== call.id);
+  for (const call of message.calls || []) place.append(shownCall(call, isAsking(call)));
   const tools = make("div", { className: "tools" });
   if (!(isLast && running)) {
     if (message.role === "user") tools.append(action("Edit", () => edit(index), "Edit this message"));
@@ -93,7 +116,7 @@ function shownCall(call, isOpen) {
       const answered = messages.filter((one) => one.role === "tool").map((one) => one.tool_call_id);
       const asked = messages.findLast((one) => one.calls)?.calls ?? [];
       show();
-      if (asked.every((one) => answered.includes(one.id))) answer();
+      if (asked.every((one) => answered.includes(one.id))) answer(() => messages.pop());
     };
     place.append(result, send);
   }
@@ -133,23 +156,27 @@ function body() {
     role, content, ...(calls?.length ? { tool_calls: calls } : {}), ...(tool_call_id ? { tool_call_id } : {}),
   }));
   return {
-    model, stream: true, stream_options: { include_usage: true },
+    stream: true, stream_options: { include_usage: true },
     messages: system ? [{ role: "system", content: system }, ...sent] : sent,
     ...Object.fromEntries(Object.entries(numbers).map(([name, value]) => [name, Number(value)])),
     ...(tools ? { tools: JSON.parse(tools) } : {}),
   };
 }
 
-async function answer() {
+/** Ask for an answer to the messages; `undo` puts things back as they were if nothing of it comes. */
+async function answer(undo) {
   say();
   let request;
   try {
-    request = JSON.stringify(body());
+    request = body();
   } catch (error) {
     say(`Tools: ${error.message}`);
     at("settings").open = true;
+    undo();
+    show();
     return;
   }
+  keep();
   const message = { role: "assistant", content: "" };
   messages.push(message);
   running = new AbortController();
@@ -160,7 +187,8 @@ async function answer() {
   let first = 0, usage = null, due = 0;
   const redraw = () => { due ||= requestAnimationFrame(() => { due = 0; if (running) showLast(); }); };
   try {
-    const options = { method: "POST", body: request, signal: running.signal, headers: { "Content-Type": "application/json" } };
+    if (!model) await findModel();
+    const options = { method: "POST", body: JSON.stringify({ model, ...request }), signal: running.signal, headers: { "Content-Type": "application/json" } };
     for await (const event of events(await ask("v1/chat/completions", options))) {
       if (event.error) throw new Error(event.error.message);
       usage = event.usage || usage;
@@ -176,10 +204,16 @@ async function answer() {
   } catch (error) {
     if (error.name !== "AbortError") say(error.status === 401 ? `${error.message} (Settings, API key)` : error.message);
     if (error.status === 401) at("settings").open = true;
+    if (error.status === 404) model = ""; // another one may be served now
   }
+  first ||= performance.now();
   message.figures = figures(usage, first - begun, performance.now() - first, running.signal.aborted);
+  if (empty() === message) {
+    messages.pop();
+    undo();
+    if (at("error").hidden && !running.signal.aborted) say("The answer is empty.");
+  }
   running = null;
-  if (!message.content && !message.reasoning && !message.calls) messages.pop();
   [at("send").hidden, stop.hidden] = [false, true];
   at("status").textContent = at("error").hidden ? "Answered" : "";
   show();
@@ -224,8 +258,8 @@ async function* events(response) {
 
 function again(index) {
   if (running) return;
-  messages.length = index;
-  answer();
+  const taken = messages.splice(index);
+  answer(() => messages.push(...taken));
 }
 
 function edit(index) {
@@ -250,7 +284,11 @@ form.onsubmit = (event) => {
   messages.push({ role: "user", content });
   input.value = "";
   grow();
-  answer();
+  answer(() => {
+    messages.pop();
+    input.value ||= content;
+    grow();
+  });
 };
 input.oninput = grow;
 input.onkeydown = (event) => {
@@ -279,10 +317,14 @@ parameters.onchange = () => {
   if (!model) name();
 };
 
+async function findModel() {
+  model = (await (await ask("v1/models")).json()).data[0].id;
+  at("model").textContent = model;
+}
+
 async function name() {
   try {
-    model = (await (await ask("v1/models")).json()).data[0].id;
-    at("model").textContent = model;
+    await findModel();
     say();
   } catch (error) {
     say(error.status === 401 ? "This server asks for an API key: Settings, API key." : error.message);
@@ -290,6 +332,7 @@ async function name() {
   }
 }
 
+addEventListener("pagehide", keep);
 addEventListener("DOMContentLoaded", () => {
   remember();
   show();

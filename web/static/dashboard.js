@@ -4,7 +4,8 @@
 
 import { ask, key, make } from "./api.js";
 
-const EVERY_MS = 1000, WINDOW = 60, DRAWN = 300; // readings: of rates and percentiles, of lines
+const EVERY_MS = 1000, ANSWER_MS = 10_000; // a server that hangs is told of, too
+const WINDOW = 60, DRAWN = 300; // readings: of rates and percentiles, of lines
 const at = (id) => document.getElementById(id);
 const history = []; // readings, the newest last: {time, samples: Map of name -> [{labels, value}]}
 
@@ -140,7 +141,7 @@ function show() {
 
 async function read() {
   try {
-    const text = await (await ask("metrics")).text();
+    const text = await (await ask("metrics", { signal: AbortSignal.timeout(ANSWER_MS) })).text();
     history.push({ time: performance.now(), samples: parse(text) });
     if (history.length > DRAWN) history.shift();
     at("ask").hidden = true;
@@ -149,7 +150,7 @@ async function read() {
     if (history.length > 1) show();
   } catch (error) {
     at("ask").hidden = error.status !== 401;
-    at("state").textContent = error.status === 401 ? "This server asks for an API key." : `The metrics cannot be read: ${error.message}`;
+    at("state").textContent = error.status === 401 && !key.get() ? "This server asks for an API key." : `The metrics cannot be read: ${error.message}`;
   }
   setTimeout(read, EVERY_MS);
 }

@@ -122,6 +122,91 @@ def an_error_is_told_and_the_page_goes_on() -> None:
         opened.wait_for_selector("#error:has-text('Tools')")
 
 
+@case("plain")
+def what_was_not_answered_is_not_lost() -> None:
+    with page() as opened:
+        set_tokens(opened, 8)
+        say(opened, "Hello")
+        first = opened.locator(".answer").inner_text()
+        opened.route("**/v1/chat/completions", lambda route: route.abort())
+        opened.click("text=Regenerate")
+        opened.wait_for_selector("#error:visible")
+        assert opened.locator(".answer").inner_text() == first
+        opened.fill("#input", "And now?")
+        opened.press("#input", "Enter")
+        opened.wait_for_selector("#send:visible")
+        assert opened.input_value("#input") == "And now?" and opened.locator(".message.user").count() == 1
+        opened.unroute("**/v1/chat/completions")
+        answered_by(opened)
+        opened.press("#input", "Enter")
+        opened.wait_for_selector("#error:has-text('empty')")
+        assert opened.input_value("#input") == "And now?"
+
+
+@case("stream")
+def a_message_is_kept_when_the_page_is_left_before_its_answer() -> None:
+    with page() as opened:
+        set_tokens(opened, 2000)
+        opened.fill("#input", "Count from one to a thousand.")
+        opened.keyboard.press("Enter")
+        opened.wait_for_function("() => document.querySelector('.answer')?.textContent.length > 5")
+        opened.reload()
+        opened.wait_for_selector(".answer")
+        assert "Count from one" in opened.locator(".message.user").inner_text()
+
+
+@case("plain")
+def tabs_keep_their_own_conversations() -> None:
+    with page() as opened:
+        other = opened.context.new_page()
+        other.goto(BASE_URL)
+        for tab, text in ((opened, "Here"), (other, "There")):
+            answered_by(tab, {"content": text})
+            say(tab, text)
+        opened.reload()
+        assert opened.locator(".message.user .body").all_inner_texts() == ["Here"]
+        third = opened.context.new_page()
+        third.goto(BASE_URL)
+        third.wait_for_selector(".message")
+
+
+@case("plain")
+def what_is_kept_and_is_none_of_ours_is_passed_over() -> None:
+    with page() as opened:
+        for kept in ("{", "5", "null", '{"messages": 5}', '{"messages": [null]}', '{"messages": [{"role": "user"}]}'):
+            opened.evaluate("(kept) => { onpagehide = () => localStorage.setItem('pagegraph.chat', kept); }", kept)
+            opened.evaluate("() => addEventListener('pagehide', () => sessionStorage.clear())")
+            opened.reload()
+            opened.wait_for_function("() => document.getElementById('model').textContent")
+            assert opened.locator("#empty").is_visible(), kept
+
+
+@case("plain")
+def a_key_that_cannot_be_sent_is_told() -> None:
+    with page() as opened:
+        opened.click("#settings summary")
+        opened.fill("[name=key]", "\N{SNOWMAN}")
+        opened.fill("#input", "Hello")
+        opened.press("#input", "Enter")
+        opened.wait_for_selector("#error:has-text('API key')")
+
+
+@case("plain")
+def a_model_that_is_gone_is_looked_up_anew() -> None:
+    bodies: list[dict] = []
+    with page() as opened:
+        gone = {"error": {"message": "no such model"}}
+        opened.route("**/v1/chat/completions", lambda route: route.fulfill(status=404, json=gone))
+        opened.fill("#input", "Hello")
+        opened.press("#input", "Enter")
+        opened.wait_for_selector("#error:has-text('no such model')")
+        opened.unroute("**/v1/chat/completions")
+        opened.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": "another"}]}))
+        answered_by(opened, {"content": "Hello."}, then=bodies.append)
+        say(opened, "Hello")
+        assert bodies[0]["model"] == "another" and opened.locator("#model").inner_text() == "another"
+
+
 @case("stream")
 def an_answer_streams_and_can_be_stopped() -> None:
     with page() as opened:
@@ -168,6 +253,26 @@ def calls_are_folded_and_take_a_result() -> None:
         question, answer, result = bodies[1]["messages"]
         assert answer["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Paris"}'}
         assert result == {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}
+
+
+@case("tools")
+def each_of_several_calls_takes_a_result() -> None:
+    bodies: list[dict] = []
+    calls = [
+        {"index": index, "id": f"call_{index}", "function": {"name": name, "arguments": "{}"}}
+        for index, name in enumerate(("weather", "time"))
+    ]
+    with page() as opened:
+        answered_by(opened, {"tool_calls": calls}, then=bodies.append)
+        say(opened, "What is the weather, and the time?")
+        opened.unroute("**/v1/chat/completions")
+        answered_by(opened, {"content": "It is late."}, then=bodies.append)
+        for name in ("time", "weather"):
+            opened.fill(f"[aria-label='Result of {name}']", f"the {name}")
+            opened.locator(f"details:has([aria-label='Result of {name}']) button").click()
+        opened.wait_for_selector("text=It is late.")
+        results = [(one["tool_call_id"], one["content"]) for one in bodies[1]["messages"] if one["role"] == "tool"]
+        assert results == [("call_1", "the time"), ("call_0", "the weather")]
 
 
 @case("plain")
