@@ -73,8 +73,13 @@ class StartCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".", delete=False) as file:
-                file.write(hashlib.sha256(content).digest() + content)
-            os.replace(file.name, self._folder / name)
+                try:
+                    file.write(hashlib.sha256(content).digest() + content)
+                    file.flush()
+                    os.replace(file.name, self._folder / name)
+                except OSError:  # no room: nothing is left of it
+                    os.unlink(file.name)
+                    raise
             self._make_room()
         except OSError as error:
             log.warning("%s cannot be written (%s): the next start will not be faster", self._folder, error.strerror)

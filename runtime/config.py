@@ -142,6 +142,11 @@ def load_config(
     return Resolved(config, sources)
 
 
+def first_key(environment: Mapping[str, str]) -> str | None:
+    """The key that a client sends: PAGEGRAPH_API_KEY holds one a line, if a server is to know several. None: none is given."""
+    return next((line.strip() for line in environment.get(API_KEY_VARIABLE, "").split("\n") if line.strip()), None)
+
+
 _API_KEYS = {"api_key", "api_key_file"}
 
 

@@ -106,6 +106,10 @@ def parse_keys(value: Any) -> str:
     lines = [line for one in _each(value) for line in parse_lines(one)]
     if len(set(lines)) < len(lines):
         raise ValueError("holds a key twice")
+    if not all(line.isascii() and line.isprintable() for line in lines):
+        raise ValueError(
+            "holds characters that clients cannot send in a header; a key is printable ASCII, for example sk-1234"
+        )
     return "\n".join(lines)
 
 
@@ -119,7 +123,7 @@ def parse_origins(value: Any) -> str:
     """Origins of web pages, as browsers send them, with spaces between; `*` alone is any."""
     origins = [one for text in _each(value) for one in parse_text(text).split()]
     for origin in origins:
-        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@*,\s]+", origin):
+        if origin != "*" and not (origin.isascii() and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@*,\s]+", origin)):
             raise ValueError(
                 f"has {origin!r}, which is no origin such as https://chat.example.org or http://localhost:3000"
             )

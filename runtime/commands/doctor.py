@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import os
 import textwrap
 import urllib.error
 import urllib.request
@@ -9,7 +11,7 @@ import urllib.request
 import click
 
 from pagegraph.runtime.cli import CONTEXT
-from pagegraph.runtime.config import ConfigError, load_config
+from pagegraph.runtime.config import API_KEY_VARIABLE, ConfigError, first_key, load_config
 
 TIMEOUT_S = 10
 
@@ -19,13 +21,12 @@ TIMEOUT_S = 10
 @click.option("--config", "path", metavar="CONFIG", help="Check the machine for this configuration.")
 def doctor(url: str | None, path: str | None) -> None:
     """Check this machine or, with the URL of a server, such as http://127.0.0.1:8000, what its /metrics tell.
-
-    Exits with 1 where something is to be done.
+    The key of one that asks for it comes from PAGEGRAPH_API_KEY. Exits with 1 where something is to be done.
     """
     if url is None:
         _machine(path)
     else:
-        _server(url.rstrip("/").removesuffix("/metrics"))
+        _server(url.rstrip("/").removesuffix("/metrics").removesuffix("/v1"))
 
 
 def _machine(path: str | None) -> None:
@@ -51,9 +52,19 @@ def _server(url: str) -> None:
     from pagegraph.runtime.doctor.rules import RULES, diagnose
 
     try:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=TIMEOUT_S) as answer:
+        asked = urllib.request.Request(f"{url}/metrics")
+        if key := first_key(os.environ):
+            asked.add_header("Authorization", f"Bearer {key}")
+        with urllib.request.urlopen(asked, timeout=TIMEOUT_S) as answer:
             found = diagnose(answer.read().decode())
-    except (OSError, ValueError, urllib.error.URLError) as error:
+    except urllib.error.HTTPError as error:
+        hint = (
+            f"give its key in {API_KEY_VARIABLE}"
+            if error.code == 401
+            else "name a server, such as http://127.0.0.1:8000"
+        )
+        raise click.ClickException(f"{url}/metrics: {error}; {hint}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise click.ClickException(f"{url}/metrics: {error}; name a server, such as http://127.0.0.1:8000") from error
     for one in found:
         click.echo(_lines(f"{one.rule}: ", one.advice))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -114,6 +115,15 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING):
         cache.write("forward", b"content")
     assert "will not be faster" in caplog.text and cache.read("forward") is None
+
+
+def test_a_disk_that_is_full_keeps_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(start_cache.os, "replace", full)
+    StartCache(tmp_path, "key").write("forward", b"content")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_writers_at_the_same_time_leave_one_whole_file(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pagegraph.runtime.config import (
     Config,
     ConfigError,
     config_from_dict,
+    first_key,
     load_config,
     require_local_files,
 )
@@ -368,6 +369,12 @@ def test_where_the_api_key_may_come_from(
         ({"api_key_file": "binary"}, {}, "api_key_file=binary contains control characters: a key a line"),
         ({"api_key_file": "empty", "api_key": "a"}, {}, "set one of them"),
         ({"api_key": []}, {}, "api_key=\\*\\*\\* is an empty list"),
+        (
+            {"api_key": "s\N{LATIN SMALL LETTER E WITH ACUTE}cret"},
+            {},
+            "clients cannot send in a header; a key is printable ASCII",
+        ),
+        ({"api_key_file": "separators"}, {}, "api_key_file=separators .*: a key a line is expected"),
         ({}, {"PAGEGRAPH_API_KEY": ""}, "api_key=\\*\\*\\* is empty"),  # not an open server
     ],
 )
@@ -376,10 +383,18 @@ def test_an_api_key_that_is_none(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").write_text("\n")
+    Path("separators").write_text("one\u2028two\n")
     Path("twice").write_text("one\ntwo\none\n")
     Path("binary").write_text("one\ntw\x00o\n")
     with pytest.raises(ConfigError, match=message):
         load_config("org/name", flags, environment)
+
+
+@pytest.mark.parametrize(
+    ("variable", "key"), [(None, None), ("", None), ("\n", None), ("one", "one"), ("\n one \ntwo\n", "one")]
+)
+def test_a_client_sends_the_first_key(variable: str | None, key: str | None) -> None:
+    assert first_key({} if variable is None else {"PAGEGRAPH_API_KEY": variable}) == key
 
 
 def test_threads_are_enough_for_the_engine_and_its_queue() -> None:
@@ -407,7 +422,17 @@ def test_allowed_origins(given: Any, found: str | None) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    ["a.org", "https://a.org/", "https://a.org/path", "* https://a.org", "https://*.a.org", "https://u@a.org", 3, []],
+    [
+        "a.org",
+        "https://a.org/",
+        "https://a.org/path",
+        "* https://a.org",
+        "https://\N{LATIN SMALL LETTER U WITH DIAERESIS}.org",
+        "https://*.a.org",
+        "https://u@a.org",
+        3,
+        [],
+    ],
 )
 def test_what_is_no_origin(given: Any) -> None:
     assert "allowed_origins" in refused({"allowed_origins": given})

@@ -110,6 +110,33 @@ def test_a_server_is_asked_for_its_metrics(address: str) -> None:
     assert nobody.exit_code == 1 and "name a server" in nobody.output
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:80a", "http://a b", "127.0.0.1:8000"])
+def test_what_is_no_url_is_an_error_for_people(url: str) -> None:
+    result = CliRunner().invoke(main, ["doctor", url])
+    assert result.exit_code == 1 and "name a server, such as http://127.0.0.1:8000" in result.output
+
+
+def test_the_key_of_a_server_is_sent() -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            is_known = self.headers.get("Authorization") == "Bearer one"
+            self.send_response(200 if is_known else 401)
+            self.end_headers()
+            self.wfile.write(server().render() if is_known else b"")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{served.server_port}"
+        refused = CliRunner().invoke(main, ["doctor", address], env={"PAGEGRAPH_API_KEY": None})
+        assert refused.exit_code == 1 and "give its key in PAGEGRAPH_API_KEY" in refused.output
+        asked = CliRunner().invoke(main, ["doctor", address + "/v1"], env={"PAGEGRAPH_API_KEY": "one\ntwo"})
+        assert "rules holds" in asked.output, asked.output
+        served.shutdown()
+
+
 def test_the_machine_is_checked(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
