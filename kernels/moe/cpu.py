@@ -1,6 +1,7 @@
 """Experts of a mixture on a CPU: rows sorted by expert, then one product an expert, straight into its rows of the result.
 
-What stands between the products runs once over all rows; a token's choices are added up without rounding between. Knows no model.
+Of several tokens PyTorch's grouped product does that where it can: it loops without Python. What stands between the products
+runs once over all rows; a token's choices are added up without rounding between. Knows no model.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pagegraph.kernels.moe.form import Form
 from pagegraph.kernels.moe.reference import between
+
+Parts = list[tuple[int, int, int]]  # an expert, its first row and the one behind its last
 
 
 def experts(
@@ -34,14 +38,19 @@ def experts(
     if not live:
         return out
     choices = chosen.shape[1]
+    parts: Parts | Tensor
     if live == 1:
         order, parts = None, [(expert, at, at + 1) for at, expert in enumerate(chosen[0].tolist())]
         rows = x[:1].expand(choices, -1)
     else:
         ids, order = chosen[:live].reshape(-1).sort()
-        parts = _parts(ids.tolist())
         rows = x[order // choices]
-    parts = [part for part in parts if 0 <= part[0] < len(up)]
+        if up_bias is None and _aligned(x, up, down) and ids[0] >= 0 and ids[-1] < len(up):
+            parts = torch.searchsorted(ids, torch.arange(1, len(up) + 1, dtype=ids.dtype), out_int32=True)
+        else:
+            parts = _parts(ids.tolist())
+    if not isinstance(parts, Tensor):
+        parts = [part for part in parts if 0 <= part[0] < len(up)]
     inner = between(_products(rows, parts, up, up_bias, how.transposed), how)
     products = _products(inner, parts, down, down_bias, how.transposed)
     if order is not None:  # back in the order of tokens
@@ -52,7 +61,13 @@ def experts(
     return out
 
 
-def _parts(ids: list[int]) -> list[tuple[int, int, int]]:
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether PyTorch's grouped product takes them: rows, and the other axis of weights, of whole 16 bytes."""
+    sizes = [size * one.element_size() for one in tensors for size in one.shape[-2 if one.dim() > 2 else -1 :]]
+    return all(size % 16 == 0 for size in (*sizes, *(one.data_ptr() for one in tensors)))
+
+
+def _parts(ids: list[int]) -> Parts:
     """Of sorted ids: (id, first, behind the last) of each run."""
     parts, first = [], 0
     for expert, run in groupby(ids):
@@ -62,11 +77,14 @@ def _parts(ids: list[int]) -> list[tuple[int, int, int]]:
     return parts
 
 
-def _products(
-    rows: Tensor, parts: list[tuple[int, int, int]], weight: Tensor, bias: Tensor | None, transposed: bool
-) -> Tensor:
-    """Of rows [N, in], where those from `first` on are `expert`'s -> [N, out]; rows of no expert are 0."""
+def _products(rows: Tensor, parts: Parts | Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """Of rows [N, in], where those from `first` on are `expert`'s -> [N, out]; rows of no expert are 0.
+
+    A tensor of parts says where each expert's rows end: all rows are some expert's, and there is no bias.
+    """
     by_column = weight if transposed else weight.transpose(1, 2)
+    if isinstance(parts, Tensor):
+        return functional.grouped_mm(rows, by_column, offs=parts)
     out = rows.new_empty(len(rows), by_column.shape[2])
     if sum(last - first for _, first, last in parts) < len(rows):
         out.zero_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.kernels.moe import reference
 from pagegraph.kernels.moe.form import Form
 from tests.kernels.moe.cases import FORMS, GPT_OSS, ROUTINGS, experts_of
@@ -43,6 +44,15 @@ def test_forms(name: str, tokens: int, bias: bool) -> None:
 def test_routings(routing: str, experts: int, choices: int, tokens: int) -> None:
     given = experts_of(tokens, choices, experts, routing=routing)
     close(torch.ops.pagegraph.experts(*given, *Form()), reference.experts(*given, *Form()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "inner"), [(42, 24), (48, 21), (64, 32)])
+def test_rows_that_are_not_whole_16_bytes(hidden: int, inner: int, dtype: torch.dtype) -> None:
+    """PyTorch's grouped product does not take them."""
+    given = experts_of(20, 2, 8, hidden, inner, dtype=dtype)
+    got = torch.ops.pagegraph.experts(*given, *Form())
+    close(got, reference.experts(*given, *Form()), 1e-5 if dtype == torch.float32 else 3e-2)
 
 
 @pytest.mark.parametrize("live", [0, 1, 5])
