@@ -309,6 +309,25 @@ def the_dashboard_draws_what_runs() -> None:
 
 
 @case("plain")
+def pages_work_behind_a_prefix_of_a_proxy() -> None:
+    def forward(route: Route) -> None:
+        route.fulfill(response=route.fetch(url=route.request.url.replace("/llm/", "/", 1)))
+
+    with page() as opened:
+        opened.route(f"{BASE_URL}/**", lambda route: route.fulfill(status=404))
+        opened.route(f"{BASE_URL}/llm/**", forward)
+        opened.goto(f"{BASE_URL}/llm/")
+        set_tokens(opened, 4)
+        say(opened, "Hello")
+        opened.click("nav >> text=Dashboard")
+        opened.wait_for_selector(".card:visible")
+        opened.click("nav >> text=API")
+        opened.click("summary:has-text('/v1/models')")
+        opened.locator("details[open] button").click()
+        opened.wait_for_selector("details[open] pre:has-text('200')")
+
+
+@case("plain")
 def axe_finds_nothing_and_a_phone_scrolls_one_way() -> None:
     for scheme in ("light", "dark"):
         for size in SIZES:
