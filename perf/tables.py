@@ -16,6 +16,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from perf import compare
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "perf" / "README.md")
@@ -482,7 +484,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "loads": lambda: loads(stored("2026-11-29-llama3-8b-open-loop")),
     "served": lambda: served(stored("2026-11-24-qwen3-0.6b-served")),
     "prompt graphs": prompt_graphs, "memory": memory, "start": start_phases, "parity": parity,
-    "cpu transformers": cpu_transformers, "cpu quantized": cpu_quantized, "cpu quality": cpu_quality,
+    "cpu compare": lambda: iter(compare.lines(read("cpu-2026-11-29-compare.json")["rows"])), "cpu transformers": cpu_transformers, "cpu quantized": cpu_quantized, "cpu quality": cpu_quality,
     "quantized gemms": quantized_gemms, "quantized steps": quantized_steps, "fp8 jobs": fp8_jobs, "fp8 cache": fp8_cache,
     "gpu quality": gpu_quality, "spec decode cpu": spec_decode_cpu, "spec decode gpu": spec_decode_gpu,
     "spec decode steps": spec_decode_steps, "draft graph": draft_graph,
