@@ -21,7 +21,7 @@ import click
 
 from pagegraph.runtime.cli import CONTEXT
 from pagegraph.runtime.config import API_KEY_VARIABLE, first_key
-from pagegraph.runtime.server.child import BOUND_TO_PARENT, child_environment, module_command
+from pagegraph.runtime.server.child import bound_to_parent, child_environment, module_command
 from pagegraph.runtime.terminal_chat import Answer, ChatError, TerminalChat
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -129,11 +129,10 @@ def _served(config: str) -> Iterator[str]:
     """The address of a server of CONFIG on a free port, which ends with the chat."""
     with tempfile.TemporaryFile() as log:  # without a name: nothing is left of it, however the chat ends
         serve = module_command("pagegraph.runtime.cli", "serve", config, "--port", "0", "--workers", "1")
-        command = (
-            [sys.executable, "-c", BOUND_TO_PARENT, str(os.getpid()), *serve] if sys.platform == "linux" else serve
-        )
         # A session of its own: Ctrl-C is for the chat.
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=child_environment(), start_new_session=True)
+        server = subprocess.Popen(
+            bound_to_parent(serve), stdout=log, stderr=log, env=child_environment(), start_new_session=True
+        )
         try:
             click.secho(f"loading {config} ...", dim=True, err=True)
             yield _address(server, log.fileno())

@@ -43,6 +43,13 @@ def module_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
+def bound_to_parent(command: Sequence[str]) -> list[str]:
+    """The command that runs `command` until it ends or, on Linux, this process is killed."""
+    if sys.platform != "linux":
+        return list(command)
+    return [sys.executable, "-c", BOUND_TO_PARENT, str(os.getpid()), *command]
+
+
 def child_environment() -> dict[str, str]:
     """The variables of a child of ours: it, and what it starts in turn, finds modules where this process does."""
     searched = [os.path.abspath(entry) for entry in sys.path]
@@ -69,7 +76,7 @@ class Child:
         """
         self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, "-c", BOUND_TO_PARENT, str(os.getpid()), *command] if sys.platform == "linux" else command,
+            bound_to_parent(command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
