@@ -23,6 +23,9 @@ import time
 import traceback
 from pathlib import Path
 
+from perf import workloads
+from perf.floors import MODELS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SECTIONS = (
@@ -32,9 +35,8 @@ SECTIONS = (
 OF_A_MODEL = ("step", "engine", "memory", "speculation", "grammars", "arrivals", "chunk_limit")
 OF_A_SERVER = ("serve", "startup", "open_loop")  # of a model too, in a process that holds no engine yet
 LAST = ("host", "peer")  # of no engine of this script's
-CASES = "throughput,sharegpt,latency,batch32,prefill,prefix"
-LONG_CASES = "prefill_1x100k,prefill_8x32k,decode_8x32k,conversations,mixed"
-MODELS = ("8b", "8b-128k", "0.6b", "tiny")
+CASES = ",".join(workloads.CASES)
+LONG_CASES = ",".join(workloads.LONG)
 PEERS = ("vllm", "transformers")
 START_SECONDS = 240  # on top of the sections' own time: imports, building, compiling, capturing
 LOAD_TAIL_SECONDS = 30  # behind the last arrival of a rate
