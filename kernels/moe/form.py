@@ -23,3 +23,8 @@ class Form(NamedTuple):
     gated: bool = True
     interleaved: bool = False
     transposed: bool = False
+
+    @property
+    def constants(self) -> dict[str, str | float | bool]:
+        """The same as arguments of a kernel, which has them in capitals."""
+        return {name.upper(): value for name, value in self._asdict().items()}
