@@ -1,27 +1,34 @@
-"""The checkpoint of a model folder: which safetensors file holds which tensor, and whether names match the model's.
+"""The checkpoint of a model folder: which safetensors file holds which tensor, and what of it goes to which parameter.
 
-Knows names, files and the index; does not know devices or how tensors become weights.
+Knows names, files and the index; does not know devices, how tensors become weights, or transformers' rules for names
+(`compiler.model.conversion`).
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from pagegraph.compiler.model.conversion import Conversion, Place
 from pagegraph.compiler.model.files import lfs_pointer
-from pagegraph.compiler.quantization.config import OWN_FILES
+from pagegraph.compiler.quantization.config import OWN_FILES, Scheme
 from pagegraph.compiler.quantization.methods import QuantizationError
 from pagegraph.compiler.quantization.packing import PACKED
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 KV_SCALES = re.compile(r"\.(kv|[kvq]|attn|prob)(_proj)?\.?(output)?_scale$")
+# Buffers that models compute, which older checkpoints hold.
+COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
 
 
 class WeightsMismatch(ValueError):
@@ -103,40 +110,84 @@ def expected_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def names_match(model: nn.Module, names: set[str], packed: dict[str, set[str]]) -> bool:
-    """Whether the checkpoint's names are the model's own, apart from tied copies and ignorable leftovers."""
-    missing, leftovers = _differences(model, names, packed)
-    return not missing and not leftovers
+class Piece(NamedTuple):
+    """A tensor of the checkpoint, or a quantised weight of several whose names begin with `name`, and where it goes."""
+
+    name: str
+    place: Place
+    endings: frozenset[str] = frozenset()  # of the names of a quantised weight's tensors
 
 
-def _differences(model: nn.Module, names: set[str], packed: dict[str, set[str]]) -> tuple[set[str], set[str]]:
-    """Names that the checkpoint lacks, and those that nothing in the model takes or ignores."""
-    missing = expected_tensors(model).keys() - names - {f"{path}.weight" for path in packed}
-    leftovers = (
-        names - model.state_dict().keys() - {f"{path}.{leaf}" for path, leaves in packed.items() for leaf in leaves}
-    )
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a checkpoint holds of a model: the pieces of each parameter and buffer, and names that nothing takes."""
+
+    conversion: Conversion
+    pieces: dict[str, list[Piece]]
+    leftovers: set[str]
+
+    @property
+    def given(self) -> set[str]:
+        """Names of the model that something of the checkpoint goes to."""
+        converted = {name for pieces in self.pieces.values() for piece in pieces for name in piece.place.others}
+        return self.pieces.keys() | converted
+
+    @property
+    def quantized(self) -> dict[str, list[Piece]]:
+        """Of parameters that are held quantised."""
+        return {target: pieces for target, pieces in self.pieces.items() if pieces[0].endings}
+
+
+def contents_of(model: nn.Module, names: Collection[str], scheme: Scheme | None) -> Contents:
+    """Sort the names of a checkpoint quantised by `scheme`, or by none, under the model's."""
+    conversion = Conversion(model)
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    leftovers, taken = set(), set()
+    if scheme is not None:
+        marked = {name.removesuffix(mark) for mark in scheme.marks() for name in names if name.endswith(mark)}
+        for path in sorted(marked):
+            endings = frozenset(ending for ending in scheme.tensors() if path + ending in names)
+            if (place := conversion.place(f"{path}.weight") or conversion.place(path)) is not None:
+                pieces[place.target].append(Piece(path, place, endings))
+                taken |= {path + ending for ending in endings}
+    for name in sorted(set(names) - taken):
+        if (place := conversion.place(name)) is None:
+            leftovers.add(name)
+        else:
+            pieces[place.target].append(Piece(name, place))
+    for tied, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if tied in pieces and not pieces[tied][0].endings:
+            copies = pieces.pop(tied)
+            pieces.setdefault(source, copies)
+    return Contents(conversion, dict(pieces), leftovers)
+
+
+def refuse_differences(model: nn.Module, folder: Path, contents: Contents) -> None:
+    """Raise WeightsMismatch where the checkpoint lacks what the model has, or holds what nothing takes or ignores."""
+    expected = expected_tensors(model)
+    optional = [re.compile(one) for one in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    missing = {
+        name
+        for name in expected.keys() - contents.given
+        if expected[name].is_meta or not any(pattern.search(name) for pattern in optional)
+    }
+    too_many = set()
+    for target, pieces in contents.pieces.items():
+        if pieces[0].place.expert is not None:
+            places, experts = {piece.place[1:3]: piece for piece in pieces}, len(expected[target])
+            wanted = {(expert, part) for expert in range(experts) for part in range(pieces[0].place.parts)}
+            missing |= {f"{target} of expert {expert}" for expert, _ in wanted - places.keys()}
+            too_many |= {places[place].name for place in places.keys() - wanted}
     # Some quantisers write a bias of zeros beside every linear.
-    leftovers -= {f"{path}.bias" for path in packed}
+    paths = {piece.name for pieces in contents.quantized.values() for piece in pieces}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    patterns = [*map(re.compile, ignored), KV_SCALES]
-    return missing, {name for name in leftovers if not any(pattern.search(name) for pattern in patterns)}
-
-
-def refuse_names(model: nn.Module, folder: Path, names: set[str], packed: dict[str, set[str]]) -> None:
-    missing, unexpected = _differences(model, names, packed)
-    if any(".experts." in name for name in missing):
-        raise QuantizationError(
-            f"{folder}: quantised experts of a mixture are not served; take the original checkpoint, whose other"
-            " linears "
-            "quantization fp8, int8 or int4 quantises while loading"
-        )
-    refuse_differences(folder, dict(missing_keys=missing, unexpected_keys=unexpected))
-
-
-def refuse_differences(folder: Path, info: dict[str, Any]) -> None:
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, info.get(kind) or ())):
+    patterns = [*map(re.compile, ignored), KV_SCALES, COMPUTED]
+    unexpected = too_many | {
+        name
+        for name in contents.leftovers
+        if name.removesuffix(".bias") not in paths and not any(pattern.search(name) for pattern in patterns)
+    }
+    for kind, found in dict(missing=missing, unexpected=unexpected).items():
+        if names := sorted(found):
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            raise WeightsMismatch(f"{folder}: {kind.replace('_keys', '')} weights: {', '.join(names[:8])}{more}")
-    if errors := info.get("error_msgs"):
-        raise WeightsMismatch(f"{folder}: {errors if isinstance(errors, str) else '; '.join(errors)}")
+            raise WeightsMismatch(f"{folder}: {kind} weights: {', '.join(names[:8])}{more}")

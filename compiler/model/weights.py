@@ -1,16 +1,16 @@
 """Give a model on the meta device its weights, tensor by tensor: quantised where the checkpoint is, or while loading.
 
-Knows parameters and devices; does not know where a folder came from, how the model attends, how quantised
-tensors are packed, or what later passes rewrite.
+An expert's tensor goes straight into its rows of a stacked parameter: beside the weights where they will be, the host holds a
+tensor of the checkpoint at a time. Knows parameters and devices; does not know where a folder came from, how a checkpoint names
+what, how the model attends, how quantised tensors are packed, or what later passes rewrite.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,13 +20,15 @@ from tqdm import tqdm
 from pagegraph.compiler.host.malloc import return_freed_memory
 from pagegraph.compiler.model.checkpoint import (
     KV_SCALES,
+    Contents,
+    Piece,
     WeightsMismatch,
+    contents_of,
     expected_tensors,
-    names_match,
     refuse_differences,
-    refuse_names,
     safetensors_files,
 )
+from pagegraph.compiler.model.conversion import Place
 from pagegraph.compiler.model.head import drop_missing_head
 from pagegraph.compiler.quantization.config import Scheme
 from pagegraph.compiler.quantization.linear import QuantLinear
@@ -36,6 +38,8 @@ from pagegraph.compiler.quantization.packing import PACKED
 from pagegraph.kernels.quant.weight import QuantWeight
 
 log = logging.getLogger("pagegraph.quantization")
+
+Read = Callable[[str], torch.Tensor]
 
 DUMMY_STD = 0.02
 # As the header of a safetensors file has them.
@@ -78,22 +82,16 @@ def load_weights(
         _init_dummy_weights(model, device, seed, online)
     else:
         files = safetensors_files(folder)
-        packed = _packed_linears(model, files, scheme)
-        headless = drop_missing_head(model, set(files)) if scheme is None else None
         if any(KV_SCALES.search(name) for name in files):
             log.info(
                 "quantization: the checkpoint's scales of keys and values are not used; kv_cache_dtype=fp8 holds them"
                 " by a scale of 1"
             )
-        if names_match(model, set(files), packed):
-            _stream(model, files, device, progress, packed, scheme, online)
-        elif scheme is None:
-            _load_converted(model, folder, device, dtype, online, headless)
-        else:
-            refuse_names(model, folder, set(files), packed)
+        contents = _contents(model, folder, files, scheme)
+        _stream(model, files, contents, device, progress, scheme, online)
     model.tie_weights()
-    if (tied := _tied_head(model)) in online:
-        _place_quantized(model, tied, quantize(model.get_submodule(tied).weight, online[tied], tied))
+    if (tied := _tied_head(model)) is not None and f"{tied}.weight" in online:
+        _place_quantized(model, tied, quantize(model.get_submodule(tied).weight, online[f"{tied}.weight"], tied))
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
@@ -123,42 +121,42 @@ def plan_weights(
         )
     if scheme is not None or load_format != "dummy" and has_files:
         files = safetensors_files(folder)
-        packed = _packed_linears(model, files, scheme)
-        if scheme is None:
-            drop_missing_head(model, set(files))
-        elif not names_match(model, set(files), packed):
-            refuse_names(model, folder, set(files), packed)
+        contents = _contents(model, folder, files, scheme)
         if scheme is not None:
-            _plan_packed(model, files, packed, scheme)
+            _plan_packed(model, files, contents.quantized, scheme)
     model.tie_weights()
-    for path, method in online.items():
-        weight = model.get_submodule(path).weight
-        _place_quantized(model, path, quantize(weight, method, path, device_type))
+    for name, method in online.items():
+        path = name.removesuffix(".weight")
+        _place_quantized(model, path, quantize(model.get_parameter(name), method, path, device_type))
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to("meta"))
 
 
-def _plan_packed(model: nn.Module, files: dict[str, Path], packed: dict[str, set[str]], scheme: Scheme) -> None:
+def _plan_packed(model: nn.Module, files: dict[str, Path], quantized: dict[str, list[Piece]], scheme: Scheme) -> None:
     """Put linears without values where the checkpoint's quantised ones go."""
 
-    def read(path: str, leaf: str, values: bool) -> torch.Tensor:
-        with safe_open(files[f"{path}.{leaf}"], framework="pt") as file:
+    def read(name: str, values: bool) -> torch.Tensor:
+        with safe_open(files[name], framework="pt") as file:
             if values:
-                return file.get_tensor(f"{path}.{leaf}")
-            part = file.get_slice(f"{path}.{leaf}")
+                return file.get_tensor(name)
+            part = file.get_slice(name)
             return torch.empty(part.get_shape(), dtype=SAFETENSORS_DTYPES[part.get_dtype()], device="meta")
 
     is_packed = scheme.layout in PACKED
     # Of packed linears the one of most inputs is read: what its values decide holds for all.
-    most = max(packed, key=lambda path: model.get_parameter(f"{path}.weight").shape[1])
-    kind = scheme.read({leaf: read(most, leaf, True) for leaf in packed[most]}, most) if is_packed else None
-    for path, leaves in packed.items():
+    most = max(quantized, key=lambda target: model.get_parameter(target).shape[1])
+    kind = _read_quantized(scheme, quantized[most][0], lambda name: read(name, True)) if is_packed else None
+    for target, (piece, *_) in quantized.items():
         if kind is None:
-            weight = scheme.read({leaf: read(path, leaf, False) for leaf in leaves}, path)
+            weight = _read_quantized(scheme, piece, lambda name: read(name, False))
         else:
-            weight = _same_kind(kind, *model.get_parameter(f"{path}.weight").shape)
-        _place_quantized(model, path, weight)
+            weight = _same_kind(kind, *model.get_parameter(target).shape)
+        _place_quantized(model, target.removesuffix(".weight"), weight)
+
+
+def _read_quantized(scheme: Scheme, piece: Piece, read: Read) -> QuantWeight:
+    return scheme.read({ending[1:]: read(piece.name + ending) for ending in piece.endings}, piece.name)
 
 
 def _same_kind(kind: QuantWeight, outputs: int, inputs: int) -> QuantWeight:
@@ -173,14 +171,14 @@ def _same_kind(kind: QuantWeight, outputs: int, inputs: int) -> QuantWeight:
 
 
 def _online(model: nn.Module, method: str, dtype: torch.dtype) -> dict[str, str]:
-    """Path of every linear that is to be quantised while loading -> by which method."""
+    """Weight of every linear that is to be quantised while loading -> by which method."""
     head = model.get_output_embeddings()
     methods = {}
     for path, module in model.named_modules():
         if type(module) is not nn.Linear or module.weight.dtype != dtype or path.rpartition(".")[2] in NEVER_QUANTIZED:
             continue
         if wanted := HEAD_METHODS[method] if module is head else method:
-            methods[path] = wanted
+            methods[f"{path}.weight"] = wanted
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if experts := sum(size for name, size in sizes.items() if model.get_parameter(name).dim() == 3):
         log.warning(
@@ -200,76 +198,124 @@ def _tied_head(model: nn.Module) -> str | None:
     )
 
 
-def _packed_linears(model: nn.Module, files: dict[str, Path], scheme: Scheme | None) -> dict[str, set[str]]:
-    """Path of every linear that the checkpoint holds quantised -> the last names of its tensors."""
-    if scheme is None:
-        return {}
-    packed, marks = {}, scheme.marks()
-    linears = [path for path, module in model.named_modules() if type(module) is nn.Linear]
-    for path in linears:
-        if any(f"{path}.{mark}" in files for mark in marks):
-            packed[path] = {name for name in scheme.tensors() if f"{path}.{name}" in files}
-    if not packed:
+def _contents(model: nn.Module, folder: Path, files: dict[str, Path], scheme: Scheme | None) -> Contents:
+    """What the checkpoint holds; the head is dropped from a model whose checkpoint has none.
+
+    Raises WeightsMismatch or QuantizationError where the checkpoint is not the model's.
+    """
+    contents = contents_of(model, files, scheme)
+    drop_missing_head(model, contents.given)
+    if scheme is not None:
+        _check_quantized(model, folder, contents, scheme)
+    refuse_differences(model, folder, contents)
+    return contents
+
+
+def _check_quantized(model: nn.Module, folder: Path, contents: Contents, scheme: Scheme) -> None:
+    """Raise where what the checkpoint holds quantised is not what a quantised weight can stand for."""
+    linears = {f"{path}.weight" for path, module in model.named_modules() if type(module) is nn.Linear}
+    quantized = contents.quantized
+    if not quantized:
         raise QuantizationError(
-            f"quantization_config says {scheme.method}, but no linear of the model has {' or '.join(marks)} in the"
-            " checkpoint"
+            f"quantization_config says {scheme.method}, but no linear of the model has {' or '.join(one[1:] for one in scheme.marks())}"
+            " in the checkpoint"
         )
+    if others := sorted(quantized.keys() - linears):
+        if any(".experts." in name for name in others):
+            raise QuantizationError(
+                f"{folder}: quantised experts of a mixture are not served; take the original checkpoint, whose other"
+                " linears quantization fp8, int8 or int4 quantises while loading"
+            )
+        raise QuantizationError(f"{folder}: {others[0]} is quantised and of no linear; take the original checkpoint")
     log.info(
-        "quantization: %d of %d linears are quantised in the checkpoint (%s)", len(packed), len(linears), scheme.method
+        "quantization: %d of %d linears are quantised in the checkpoint (%s)",
+        len(quantized),
+        len(linears),
+        scheme.method,
     )
-    return packed
 
 
 def _stream(
     model: nn.Module,
     files: dict[str, Path],
+    contents: Contents,
     device: torch.device,
     progress: bool,
-    packed: dict[str, set[str]],
     scheme: Scheme | None,
     online: dict[str, str],
 ) -> None:
-    wanted = [name for name in expected_tensors(model) if not _is_weight_of(name, packed)]
+    def file_of(target: str) -> tuple[str, str]:
+        piece = contents.pieces[target][0]
+        return min(str(files[piece.name + ending]) for ending in piece.endings or ("",)), target
+
     with (
         ExitStack() as stack,
-        tqdm(total=len(wanted) + len(packed), desc="weights", unit="tensor", disable=not progress) as bar,
+        tqdm(total=sum(map(len, contents.pieces.values())), desc="weights", unit="tensor", disable=not progress) as bar,
     ):
         opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in sorted(set(files.values()))}
 
         def read(name: str) -> torch.Tensor:
+            bar.update()
             return opened[files[name]].get_tensor(name)
 
-        for path, leaves in packed.items():
-            assert scheme is not None
-            _refuse_lost_bias(model, path, files, read)
-            # On the CPU: bits are shuffled once, and the device takes only the result.
-            _place_quantized(model, path, scheme.read({leaf: read(f"{path}.{leaf}") for leaf in leaves}, path), device)
-            bar.update()
-        for name in sorted(wanted, key=lambda name: (str(files[name]), name)):
-            _load_tensor(model, name, read(name), device, online)
-            bar.update()
+        for target in sorted(contents.pieces, key=file_of):
+            pieces = contents.pieces[target]
+            places = {piece.name: piece.place for piece in pieces}
+            if pieces[0].endings:
+                assert scheme is not None
+                path = pieces[0].name
+                _refuse_lost_bias(model, target, f"{path}.bias", files, read)
+                # On the CPU: bits are shuffled once, and the device takes only the result.
+                _place_quantized(
+                    model, target.removesuffix(".weight"), _read_quantized(scheme, pieces[0], read), device
+                )
+            elif pieces[0].place.rule is not None:
+                for name, values in contents.conversion.convert(places, read).items():
+                    _load_tensor(model, name, values, device, online)
+            elif pieces[0].place.expert is not None:
+                _load_experts(model, target, places, read, device)
+            else:
+                _load_tensor(model, target, read(pieces[0].name), device, online)
 
 
-def _is_weight_of(name: str, paths: dict[str, Any]) -> bool:
-    path, _, leaf = name.rpartition(".")
-    return leaf == "weight" and path in paths
-
-
-def _refuse_lost_bias(model: nn.Module, path: str, files: dict[str, Path], read: Any) -> None:
-    if model.get_submodule(path).bias is None and f"{path}.bias" in files and bool(read(f"{path}.bias").any()):
-        raise WeightsMismatch(f"{path}.bias: the checkpoint has a bias that is not zero, the model has none")
+def _refuse_lost_bias(model: nn.Module, target: str, bias: str, files: dict[str, Path], read: Read) -> None:
+    path = target.rpartition(".")[0]
+    if model.get_submodule(path).bias is None and bias in files and bool(read(bias).any()):
+        raise WeightsMismatch(f"{bias}: the checkpoint has a bias that is not zero, the model has none")
 
 
 def _load_tensor(
     model: nn.Module, name: str, values: torch.Tensor, device: torch.device, online: dict[str, str]
 ) -> None:
     """Place the named tensor, or its quantised form; the unquantised weight is freed then."""
-    path = name.rpartition(".")[0]
-    if not _is_weight_of(name, online):
+    if name not in online:
         _place(model, name, values, device)
         return
+    path = name.removesuffix(".weight")
     dtype = model.get_submodule(path).weight.dtype
-    _place_quantized(model, path, quantize(values.to(device, dtype), online[path], path), device)
+    _place_quantized(model, path, quantize(values.to(device, dtype), online[name], path), device)
+
+
+def _load_experts(model: nn.Module, name: str, places: dict[str, Place], read: Read, device: torch.device) -> None:
+    """Fill a stacked parameter, an expert's tensor after another."""
+    module, leaf = _owner(model, name)
+    old = getattr(module, leaf)
+    tensor = torch.empty(old.shape, dtype=old.dtype, device=device)
+    for source, place in places.items():
+        part = tensor[place.expert, place.rows(tensor.shape[1])]
+        values = read(source)
+        if part.shape != values.shape:
+            raise WeightsMismatch(
+                f"{source}: the checkpoint has shape {list(values.shape)}, the model {list(part.shape)}"
+            )
+        part.copy_(values)
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has the named parameter or buffer, and the name there."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
 
 
 def _place_quantized(model: nn.Module, path: str, quantized: QuantWeight, device: torch.device | None = None) -> None:
@@ -289,8 +335,7 @@ def _place_quantized(model: nn.Module, path: str, quantized: QuantWeight, device
 
 def _place(model: nn.Module, name: str, values: torch.Tensor, device: torch.device) -> None:
     """Copy `values` into the named parameter or buffer, in that tensor's own dtype."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
+    module, leaf = _owner(model, name)
     old = getattr(module, leaf)
     if old.shape != values.shape:
         raise WeightsMismatch(f"{name}: the checkpoint has shape {list(values.shape)}, the model {list(old.shape)}")
@@ -299,42 +344,11 @@ def _place(model: nn.Module, name: str, values: torch.Tensor, device: torch.devi
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)
 
 
-def _load_converted(
-    model: nn.Module,
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    online: dict[str, str],
-    headless: str | None,
-) -> None:
-    """Load through transformers, which renames and merges (stacked experts); then move tensor by tensor.
-
-    headless: path of the head that the checkpoint does not have.
-    """
-    loaded, info = type(model).from_pretrained(
-        folder,
-        config=copy.deepcopy(model.config),
-        attn_implementation=model.config._attn_implementation,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    if headless is not None:
-        info["missing_keys"] = {name for name in info["missing_keys"] if not name.startswith(f"{headless}.")}
-    refuse_differences(folder, info)
-    for name in expected_tensors(model):
-        path, _, leaf = name.rpartition(".")
-        owner = loaded.get_submodule(path)
-        _load_tensor(model, name, getattr(owner, leaf).detach(), device, online)
-        delattr(owner, leaf)  # at most one copy of the model is held
-
-
 def _init_dummy_weights(model: nn.Module, device: torch.device, seed: int, online: dict[str, str]) -> None:
     """Normal values of standard deviation 0.02, ones for norm weights; the same for the same seed and device."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, old in expected_tensors(model).items():
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
+        module, leaf = _owner(model, name)
         if not isinstance(getattr(module, leaf), nn.Parameter):
             continue
         tensor = torch.empty(old.shape, dtype=old.dtype, device=device)
@@ -342,7 +356,8 @@ def _init_dummy_weights(model: nn.Module, device: torch.device, seed: int, onlin
             tensor.fill_(1.0)
         else:
             tensor.normal_(std=DUMMY_STD, generator=generator)
-        if _is_weight_of(name, online):
-            _place_quantized(model, path, quantize(tensor, online[path], path))
+        if name in online:
+            path = name.removesuffix(".weight")
+            _place_quantized(model, path, quantize(tensor, online[name], path))
         else:
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))

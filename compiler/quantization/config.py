@@ -39,19 +39,20 @@ class Scheme:
     act_order: bool = False  # groups are of inputs in an order of their own, which a tensor tells
 
     def marks(self) -> tuple[str, ...]:
-        """Tensors of which any tells a quantised linear from one left as it was."""
+        """Endings of names, any of which tells a quantised weight from one left as it was."""
         if self.layout in PACKED:
-            return (PACKED[self.layout].qweight,)
-        return ("qweight",) if self.layout == STORED else ELEMENTS_SCALES
+            return (f".{PACKED[self.layout].qweight}",)
+        return (".qweight",) if self.layout == STORED else tuple(f".{name}" for name in ELEMENTS_SCALES)
 
     def tensors(self) -> tuple[str, ...]:
-        """Every tensor that may stand beside a quantised linear's bias."""
+        """Endings of every tensor that may be of a quantised weight."""
         if self.layout == STORED:
-            return ("qweight", "scale", "zero")
+            return (".qweight", ".scale", ".zero")
         if self.layout == "elements":
-            return ("weight", *ELEMENTS_SCALES, *ELEMENTS_IGNORED)
+            return tuple(f".{name}" for name in ("weight", *ELEMENTS_SCALES, *ELEMENTS_IGNORED))
         packed = PACKED[self.layout]
-        return tuple(filter(None, (packed.qweight, packed.scale, packed.zero_points, packed.g_idx, *packed.ignored)))
+        names = (packed.qweight, packed.scale, packed.zero_points, packed.g_idx, *packed.ignored)
+        return tuple(f".{name}" for name in names if name)
 
     def read(self, tensors: Mapping[str, torch.Tensor], where: str) -> QuantWeight:
         """The linear `where` from its tensors by last name; raises QuantizationError for what does not fit together."""

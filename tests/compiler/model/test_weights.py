@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from pagegraph.compiler.model.checkpoint import BrokenFile, WeightsMismatch
@@ -18,6 +20,7 @@ from pagegraph.compiler.model.paged import ATTENTION_NAME
 from pagegraph.compiler.model.probe import UnsupportedModel
 from pagegraph.compiler.model.weights import load_weights
 from tests.compiler.architectures import SIZES, tiny_config
+from tests.compiler.model.every_type import tiny
 
 CPU = torch.device("cpu")
 
@@ -206,3 +209,100 @@ def test_dummy_weights_follow_the_seed(tmp_path: Path) -> None:
     model = dummy(1)
     assert torch.equal(model.model.norm.weight, torch.ones(64))
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+MIXTURES = [
+    "qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe", "phimoe", "minimax_m2", "ernie4_5_moe",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_mixtures_are_what_transformers_loads(kind: str, tmp_path: Path) -> None:
+    """Bit for bit, from a checkpoint that names every expert where the model's checkpoints do."""
+    config = tiny(kind)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    got = load(build(config, torch.bfloat16), tmp_path, torch.bfloat16).state_dict()
+    assert got.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(got[name].to(expected[name].dtype), expected[name])]
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the storages that ops and reads of files have made and that are still held, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return out
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "granitemoe"])
+def test_a_second_copy_is_never_held(kind: str, tmp_path: Path) -> None:
+    """Beside the weights where they will be, the host holds one tensor of the checkpoint at a time."""
+    config = tiny(kind)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    largest = max(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+    model = build(config, torch.bfloat16)
+    with Held() as held:
+        load(model, tmp_path, torch.bfloat16)
+    placed = sum(one.nbytes for one in [*model.parameters(), *model.buffers()])
+    assert placed > 4 * largest
+    assert placed <= held.peak + largest <= placed + 2 * largest
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+    stock_model("qwen3_moe").save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.experts.2.up_proj.weight"))
+    with pytest.raises(
+        WeightsMismatch, match=r"missing weights: model\.layers\.1\.mlp\.experts\.gate_up_proj of expert 2$"
+    ):
+        load(build(tiny_config("qwen3_moe")), tmp_path)
+
+
+def test_more_experts_than_the_model_has_are_named(tmp_path: Path) -> None:
+    stock_model("qwen3_moe").save_pretrained(tmp_path)
+    name = "model.layers.1.mlp.experts.{}.down_proj.weight"
+    edit(tmp_path, lambda tensors: tensors.update({name.format(4): tensors[name.format(3)].clone()}))
+    with pytest.raises(
+        WeightsMismatch, match=r"unexpected weights: model\.layers\.1\.mlp\.experts\.4\.down_proj\.weight"
+    ):
+        load(build(tiny_config("qwen3_moe")), tmp_path)
+
+
+def test_an_expert_of_another_shape_is_named(tmp_path: Path) -> None:
+    stock_model("qwen3_moe").save_pretrained(tmp_path)
+    name = "model.layers.1.mlp.experts.3.gate_proj.weight"
+    edit(tmp_path, lambda tensors: tensors.update({name: torch.ones(1, 64)}))
+    with pytest.raises(WeightsMismatch, match=r"experts\.3\.gate_proj\.weight: .*\[1, 64\], the model \[48, 64\]"):
+        load(build(tiny_config("qwen3_moe")), tmp_path)
+
+
+def test_a_body_without_its_prefix_and_old_buffers_load(tmp_path: Path) -> None:
+    """Names as a bare body is saved under, and rotary frequencies that every layer once kept."""
+    stock = stock_model("qwen3_moe")
+    stock.save_pretrained(tmp_path)
+
+    def as_body(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+        tensors["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    edit(tmp_path, as_body)
+    torch.testing.assert_close(logits(load(build(tiny_config("qwen3_moe")), tmp_path)), logits(stock), atol=0, rtol=0)
+
+
+def test_an_embedding_saved_under_the_name_of_the_head_loads(tmp_path: Path) -> None:
+    stock = stock_model("gemma2")
+    stock.save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    torch.testing.assert_close(logits(load(build(tiny_config("gemma2")), tmp_path)), logits(stock), atol=0, rtol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import weakref
 from collections.abc import Callable
@@ -558,12 +559,15 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
 
 
 def test_quantised_experts_are_refused(tmp_path: Path) -> None:
-    packed = write(tmp_path / "packed", stock_model("mixtral"), "fp8_row")
-    assert any(".experts." in name for name in packed.state_dict())
-    tensors = {n: t for n, t in load_file(tmp_path / "packed" / "model.safetensors").items() if ".experts." not in n}
-    save_file(tensors, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    write(tmp_path, stock_model("mixtral"), "fp8_row")
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer, expert, leaf in itertools.product(range(4), range(4), ("w1", "w2", "w3")):
+        path = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{leaf}"
+        tensors |= {f"{path}.weight": torch.ones(2).to(torch.float8_e4m3fn), f"{path}.weight_scale": torch.ones(1)}
+    tensors = {name: one for name, one in tensors.items() if ".mlp.experts." not in name}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(QuantizationError, match="quantised experts of a mixture are not served; take the original"):
-        load(tmp_path / "packed")
+        load(tmp_path)
 
 
 def test_a_bias_that_the_model_lacks(tmp_path: Path) -> None:
