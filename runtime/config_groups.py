@@ -266,6 +266,13 @@ class ServerConfig:
     max_queue: int = _option(
         256, between(parse_whole, 1), "waiting requests, of all web processes together, beyond which new ones get 503"
     )
+    max_queue_tokens: int | None = _option(
+        None,
+        between(parse_whole, 1),
+        "prompt tokens of waiting requests beyond which new ones get 503: what the engine computes in the longest time that"
+        " a request shall wait (none: no limit)",
+        _NONE,
+    )
     tool_call_parser: str = _option(
         "auto",
         one_of("auto", "none", *formats.CALLS),
@@ -289,7 +296,17 @@ class ServerConfig:
     watchdog_timeout_s: float = _option(
         300.0,
         between(parse_number, 1),
-        "seconds with work and without a finished step after which the engine counts as hung and the server ends",
+        "seconds with work and without a finished step after which the engine counts as hung and is started anew; a step"
+        " like recent ones has 30 times what it should take, at least 30 s and at most this",
+    )
+    max_engine_restarts: int = _option(
+        3,
+        between(parse_whole, 0),
+        "times within restart_window_s that an engine which died or hung is started anew; at one more the server"
+        " ends (0: at the first)",
+    )
+    restart_window_s: float = _option(
+        600.0, between(parse_number, 1), "seconds within which max_engine_restarts counts"
     )
     api_key: str | None = _option(
         None,

@@ -16,6 +16,7 @@ DOCUMENTS = (
     "docs/bench.md",
     "docs/clients.md",
     "docs/explain.md",
+    "docs/failures.md",
     "docs/structured.md",
     "docs/tools.md",
     "perf/README.md",

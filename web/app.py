@@ -12,6 +12,7 @@ from typing import Any
 from flask import Flask, Response, g, request
 
 from pagegraph.runtime.ipc.client import EngineClient
+from pagegraph.runtime.server import comeback
 from pagegraph.runtime.text.tokenizer import Tokenizer
 from pagegraph.web import access, embeddings, errors, pages, probes, request_log, routes, tokenization
 from pagegraph.web.anthropic import routes as anthropic
@@ -33,7 +34,10 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.url_map.merge_slashes = False  # `//v1/models` is no route, not a redirect to one
-    engine = EngineClient(settings.engine_address, silence_s=settings.silence_s)
+    follows = None if settings.comeback is None else Path(settings.comeback)
+    engine = EngineClient(
+        settings.engine_address, silence_s=settings.silence_s, comeback=lambda: comeback.seconds(follows)
+    )
     app.extensions["pagegraph"] = Service(settings, Tokenizer.load(settings.model), engine)
     errors.register(app)
     app.register_error_handler(ClientGone, gone)

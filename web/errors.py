@@ -14,7 +14,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from pagegraph.runtime.ipc.client import EngineDead, RequestFailed
 from pagegraph.runtime.sampling_params import BadParameter
-from pagegraph.runtime.server.health import RETRY_AFTER_S
+from pagegraph.runtime.server.health import retry_after
 
 _log = logging.getLogger(__name__)
 _TYPES = {
@@ -29,14 +29,26 @@ _ENGINE_DOWN = "the engine is not running; try again shortly"
 
 
 class ApiError(Exception):
-    """An error to answer with: HTTP status, a message for the user, the field at fault and a code."""
+    """An error to answer with: HTTP status, a message for the user, the field at fault and a code.
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    `retry_after_s`: when to come back, of 429 and 503.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float = 1.0,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message.encode("utf-8", "replace").decode()  # users can send halves of surrogate pairs
         self.param = param
         self.code = code
+        self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, Any]:
         """The error as OpenAI's JSON object."""
@@ -48,7 +60,7 @@ class ApiError(Exception):
         """The error as a response; 429 and 503 say when to come back."""
         answer = json_response(self.body(), self.status)
         if self.status in (429, 503):
-            answer.headers["Retry-After"] = str(RETRY_AFTER_S)
+            answer.headers["Retry-After"] = retry_after(self.retry_after_s)
         if self.status == 401:
             answer.headers["WWW-Authenticate"] = "Bearer"
         return answer
@@ -67,9 +79,11 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error), param=error.field, code=error.code)
     if isinstance(error, RequestFailed):
         code = "invalid_value" if error.status == 400 and error.field else None
-        return ApiError(error.status, error.message, param=error.field or None, code=code)
+        return ApiError(
+            error.status, error.message, param=error.field or None, code=code, retry_after_s=error.retry_after_s
+        )
     if isinstance(error, EngineDead):
-        return ApiError(503, _ENGINE_DOWN, code="engine_dead")
+        return ApiError(503, _ENGINE_DOWN, code="engine_dead", retry_after_s=error.retry_after_s or 1.0)
     if isinstance(error, HTTPException):
         return _of_http(error)
     _log.error("unforeseen error", exc_info=error)

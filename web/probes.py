@@ -6,11 +6,13 @@ What health means, and what its probes are told, is `runtime.server.health`'s to
 from __future__ import annotations
 
 import http.client
+from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 
 from flask import Blueprint, Response, request
 
-from pagegraph.runtime.server import health
+from pagegraph.runtime.server import comeback, health, pulse
 from pagegraph.runtime.server.probes import fetch
 from pagegraph.web.errors import ApiError, json_response
 from pagegraph.web.service import current_service
@@ -29,7 +31,11 @@ blueprint = Blueprint("probes", __name__)
 def answer_probe() -> Response:
     """503 of /health/live: only a restart helps. 200 of the others: requests are taken now."""
     service = current_service()
-    found = health.engine_health(service.engine, service.settings.silence_s, _PROBE_WAIT_S)
+    settings = service.settings
+    due = None if settings.pulse is None else pulse.read(Path(settings.pulse))
+    found = health.engine_health(service.engine, settings.silence_s, due, _PROBE_WAIT_S)
+    if not found.live and settings.comeback is not None:
+        found = replace(found, live=comeback.seconds(Path(settings.comeback)) is not None)
     status, body, headers = found.answer(request.path)
     return Response(body, status, headers)
 

@@ -38,6 +38,8 @@ class WebSettings:
     body_timeout_s: float = 30.0  # between two reads of a body
     send_timeout_s: float = 30.0  # that a client may take nothing of its answer
     keep_alive_s: float = 5.0  # between SSE comments while no token comes
+    comeback: str | None = None  # file of `runtime.server.comeback`; None: no engine follows one that ended
+    pulse: str | None = None  # file of the engine's `runtime.server.pulse`
     silence_s: float = SILENCE_S  # without an answer of the engine, or without progress, it counts as dead
 
     @classmethod

@@ -117,7 +117,7 @@ class Generation:
             if (own := self.fields.get(first)) is None:
                 raise
             message = re.sub(rf"(?<![\w.]){first}(\.\w+)?(?!\w)", lambda _: own, error.message)
-            raise RequestFailed(error.index, error.status, message, own) from None
+            raise RequestFailed(error.index, error.status, message, own, error.retry_after_s) from None
 
     def _piece(self, index: int, delta: TokenDelta) -> Piece:
         if delta.finish_reason in ("abort", "error"):

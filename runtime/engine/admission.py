@@ -13,6 +13,7 @@ import numpy as np
 
 from pagegraph.runtime.engine.grammars import Grammars
 from pagegraph.runtime.engine.limits import Limits
+from pagegraph.runtime.engine.throughput import Throughput
 from pagegraph.runtime.grammar.compiler import Grammar
 from pagegraph.runtime.grammar.matcher import TokenMatcher
 from pagegraph.runtime.ipc.protocol import Admitted, Failed, Submit, ToClient
@@ -52,6 +53,7 @@ class Admission:
         clock: Callable[[], float],
         seed: int,
         grammars: Grammars | None,
+        throughput: Throughput,
     ) -> None:
         self.clients = Clients()
         self._scheduler = scheduler
@@ -60,6 +62,7 @@ class Admission:
         self._clock = clock
         self._seed = seed
         self._grammars = grammars
+        self._throughput = throughput
         self._num_submitted = 0
 
     def receive(self, client: bytes, submits: list[Submit], tell_admitted: bool) -> None:
@@ -94,13 +97,23 @@ class Admission:
             self._send(client, Admitted(submits[0].request_id))
 
     def _queue_is_full(self, client: bytes, submits: list[Submit]) -> bool:
-        """Whether they are refused for that."""
+        """Whether they are refused for that. One that a limit has room for is let in whole, however large it is."""
         # Those that came with the same poll may start yet: only who finds no free slot waits.
-        num_waiting = self._scheduler.num_waiting + len(self._grammars or ())
-        if num_waiting - self._scheduler.batch.num_free < self._limits.max_queue:
+        compiling, free = self._grammars or (), self._scheduler.batch.num_free
+        num_waiting = self._scheduler.num_waiting + len(compiling)
+        if num_waiting < free:
             return False
-        full = f"the queue is full: {num_waiting} sequences are waiting, max_queue is {self._limits.max_queue}"
-        self._refuse(client, submits, 0, 503, full)
+        limits, tokens = self._limits, self._scheduler.num_waiting_tokens
+        if self._grammars is not None:
+            tokens += self._grammars.num_tokens
+        if num_waiting - free >= limits.max_queue:
+            full = f"{num_waiting} sequences are waiting, max_queue is {limits.max_queue}"
+        elif limits.max_queue_tokens is not None and tokens >= limits.max_queue_tokens:
+            full = f"{tokens} prompt tokens are waiting, max_queue_tokens is {limits.max_queue_tokens}"
+        else:
+            return False
+        wait_s = self._throughput.wait_s(tokens, num_waiting)
+        self._refuse(client, submits, 0, 503, f"the queue is full: {full}", retry_after_s=wait_s)
         return True
 
     def _submit(self, client: bytes, submits: list[Submit], grammars: list[Future[Grammar] | None]) -> bool:
@@ -136,11 +149,18 @@ class Admission:
         return False
 
     def _refuse(
-        self, client: bytes, submits: list[Submit], which: int, status: int, reason: str, field: str = ""
+        self,
+        client: bytes,
+        submits: list[Submit],
+        which: int,
+        status: int,
+        reason: str,
+        field: str = "",
+        retry_after_s: float = 1.0,
     ) -> None:
         """None of them runs, because of the one at `which`."""
         ids = [submit.request_id for submit in submits]
-        self._send(client, Failed(ids.pop(which), status, reason, ids, field))
+        self._send(client, Failed(ids.pop(which), status, reason, ids, field, retry_after_s))
 
     def _sequence(self, client: bytes, message: Submit, prompt: np.ndarray) -> Sequence:
         self._num_submitted += 1

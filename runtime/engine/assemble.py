@@ -44,11 +44,14 @@ def engine_of(
     mailbox: Mailbox,
     draining: Callable[[], bool] = lambda: False,
     max_queue: int | None = None,
+    beat: Callable[[float | None], None] = lambda _: None,
 ) -> tuple[Engine, EngineMetrics]:
     """An engine over `built`, reading messages from `mailbox`, and what it counts.
 
-    `draining` tells web processes whether the server is on its way down. `max_queue` overrides the configuration's.
+    `draining` tells web processes whether the server is on its way down. `max_queue` overrides the configuration's limits of the queue.
+    `beat`: as `Engine` has it.
     """
+    max_queue_tokens = config.max_queue_tokens if max_queue is None else None
     max_queue = config.max_queue if max_queue is None else max_queue
     metrics = EngineMetrics(config.model_name, built.max_model_len)
     metrics.compile_state = lambda: built.compile_state
@@ -71,7 +74,9 @@ def engine_of(
     )
     sampling_defaults = model_defaults(built.generation_config) if config.generation_config == "auto" else {}
     pooler = pooler_of(built.folder, built.hidden_size, config.pooling)
-    limits = Limits(built.vocab_size, built.max_model_len, built.eos_ids, max_queue, pooler, built.has_head)
+    limits = Limits(
+        built.vocab_size, built.max_model_len, built.eos_ids, max_queue, pooler, built.has_head, max_queue_tokens
+    )
 
     def info() -> EngineInfo:
         return EngineInfo(
@@ -98,6 +103,8 @@ def engine_of(
         use_idle_time=lambda: grammars.use_idle_time() or built.use_idle_time(),
         drafter=None if drafter is None else GrammarDrafter(scheduler, drafter, config.max_draft_tokens),
         grammars=grammars,
+        # A compilation beside the steps holds them up for as long as it likes.
+        beat=lambda expected_s: beat(None if built.compile_state == "compiling" else expected_s),
     )  # fmt: skip
     return engine, metrics
 

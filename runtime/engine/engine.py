@@ -22,6 +22,7 @@ from pagegraph.runtime.engine.fault_isolation import FaultIsolation
 from pagegraph.runtime.engine.grammars import Grammars
 from pagegraph.runtime.engine.limits import Limits
 from pagegraph.runtime.engine.stats import EngineStats
+from pagegraph.runtime.engine.throughput import Throughput
 from pagegraph.runtime.grammar.step_masks import Refused
 from pagegraph.runtime.ipc.protocol import (
     Abort,
@@ -63,12 +64,16 @@ class InFlight:
     plan: Plan
     ticket: Ticket
     launched: float  # seconds of the engine's clock
+    load: StepLoad | None  # None: nobody predicts step times
     waited: float = 0.0  # seconds from the results that it waited for to its launch
     masked: np.ndarray | None = None  # queries that wait for masks of grammars
 
 
 class Engine:
-    """Owns the loop. `use_idle_time` does a piece of other work -> whether there was any."""
+    """Owns the loop. `use_idle_time` does a piece of other work -> whether there was any.
+
+    `beat` is called with the seconds that the loop expects to take until it is called again, or None where it cannot say.
+    """
 
     def __init__(
         self,
@@ -83,6 +88,7 @@ class Engine:
         use_idle_time: Callable[[], bool] = lambda: False,
         drafter: Drafter | None = None,
         grammars: Grammars | None = None,
+        beat: Callable[[float | None], None] = lambda _: None,
     ) -> None:
         self.step = step
         self.scheduler = scheduler
@@ -94,10 +100,14 @@ class Engine:
         self.use_idle_time = use_idle_time
         self.drafter = drafter
         self.grammars = grammars
+        self.beat = beat
         self.stopping = False
         self._packer = Packer(scheduler.batch)
         self._running: InFlight | None = None
-        self._admission = Admission(scheduler, limits, lambda *told: mailbox.send(*told), clock, seed, grammars)
+        self._throughput = Throughput()
+        self._admission = Admission(
+            scheduler, limits, lambda *told: mailbox.send(*told), clock, seed, grammars, self._throughput
+        )
         self._isolation = FaultIsolation(scheduler)
         self._last_done = 0.0
         self._moved = 0.0  # when a step ended, well or not, or the engine was idle last
@@ -112,7 +122,9 @@ class Engine:
         idle = self.idle
         if idle:
             self._moved = self.clock()
-        for client, message in self.mailbox.poll(block and idle and not self.use_idle_time()):
+        used = block and idle and self._use_idle_time()
+        self.beat(self._expected_s())
+        for client, message in self.mailbox.poll(block and idle and not used):
             try:
                 self._accept(client, message)
             except Exception:
@@ -125,6 +137,18 @@ class Engine:
             self._advance()
         except Exception as error:
             self._recover(error)
+
+    def _use_idle_time(self) -> bool:
+        self.beat(None)  # it may capture, or load what takes long
+        return self.use_idle_time()
+
+    def _expected_s(self) -> float | None:
+        """Until the next turn: the step in flight is waited for in this one."""
+        if self._running is None:
+            return 0.0
+        limit, load = self.scheduler.chunk_limit, self._running.load
+        ms = None if limit is None or load is None else limit.step_time.expected_ms(load)
+        return None if ms is None else ms / 1e3
 
     def _advance(self) -> None:
         """Schedule and launch a step, and commit the one before."""
@@ -163,7 +187,8 @@ class Engine:
         self.stats.launched(plan, now)
         step = self._packer.pack(plan)
         waited = 0.0 if done is None else now - done
-        return InFlight(plan, self.step.launch(step), now, waited, step.sampling.masked)
+        load = None if self.scheduler.chunk_limit is None else StepLoad.of(plan)
+        return InFlight(plan, self.step.launch(step), now, load, waited, step.sampling.masked)
 
     def _mask(self, launched: InFlight) -> None:
         """Let a step sample what grammars allow: the tokens before it are known now."""
@@ -177,14 +202,15 @@ class Engine:
         self._moved = now = self.clock()
         seconds = now - max(done.launched, self._last_done)
         self._last_done = now
-        if self.scheduler.chunk_limit is not None:
-            self.scheduler.chunk_limit.step_time.observe(StepLoad.of(done.plan), seconds * 1e3)
+        if self.scheduler.chunk_limit is not None and done.load is not None:
+            self.scheduler.chunk_limit.step_time.observe(done.load, seconds * 1e3)
         result = self.scheduler.commit(done.plan, output)
         refused = [] if self.grammars is None else self.grammars.masks.advance(result)
         self._deliver(result)  # before anything else may raise: committed tokens have been sent
         self.scheduler.finish(result)
         self._refuse_all(refused)
         self._isolation.stepped(len(result.slots))
+        self._throughput.stepped(seconds, sum(one.num_prompt for one in result.begun), len(result.ended))
         if self.drafter is not None:
             self.drafter.learn(done.plan, result, output.ngram, seconds * 1e3, done.waited * 1e3)
         self.stats.stepped(result, now)
@@ -229,6 +255,7 @@ class Engine:
         Raises RuntimeError if it is no request's fault.
         """
         log.error("a step failed", exc_info=error)
+        self.beat(None)
         self._running = None
         self._moved = self.clock()
         touched = self.scheduler.restart()

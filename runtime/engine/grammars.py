@@ -49,6 +49,11 @@ class Grammars:
         return sum(len(group.submits) for group in self._compiling)
 
     @property
+    def num_tokens(self) -> int:
+        """Of their prompts."""
+        return sum(len(submit.token_ids) for group in self._compiling for submit in group.submits)
+
+    @property
     def stalled_s(self) -> float:
         """For how long a thread has been at one grammar; compiling is bounded, so a long time means that it hangs."""
         return self._compiler.running_s

@@ -22,6 +22,7 @@ class Limits:
     max_queue: int
     pooler: Pooler
     generates: bool = True  # the model has an output head
+    max_queue_tokens: int | None = None  # of prompts that wait
 
     def check(self, message: Submit) -> None:
         """Raises ValueError for what would harm the step, or what the model does not give."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from pagegraph.runtime.ipc.connection import Connection, EngineDead, Inbox, Item, RequestFailed
+from pagegraph.runtime.ipc.connection import Comeback, Connection, EngineDead, Inbox, Item, RequestFailed
 from pagegraph.runtime.ipc.protocol import (
     HEARTBEAT_S,
     SILENCE_S,
@@ -65,7 +65,7 @@ class Group:
                 self._open.discard(index)
                 if content.others:
                     self._open.clear()
-                raise RequestFailed(index, content.status, content.message, content.field)
+                raise RequestFailed(index, content.status, content.message, content.field, content.retry_after_s)
             if content.finish_reason:
                 self._open.discard(index)
             return index, content
@@ -130,10 +130,21 @@ class Stream:
 
 
 class EngineClient:
-    """What a web process knows of the engine. Thread-safe; survives a fork by connecting anew."""
+    """What a web process knows of the engine. Thread-safe; survives a fork by connecting anew.
 
-    def __init__(self, address: str, *, heartbeat_s: float = HEARTBEAT_S, silence_s: float = SILENCE_S) -> None:
+    `comeback`: whether a new engine follows when this one ends; requests without a token yet wait for it then.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        heartbeat_s: float = HEARTBEAT_S,
+        silence_s: float = SILENCE_S,
+        comeback: Comeback = lambda: None,
+    ) -> None:
         self._address = address
+        self._comeback = comeback
         self._heartbeat_s = heartbeat_s
         self._silence_s = silence_s
         self._lock = threading.Lock()
@@ -197,7 +208,7 @@ class EngineClient:
     def _connected(self) -> Connection:
         with self._lock:
             if self._connection is None or not self._connection.running:
-                self._connection = Connection(self._address, self._heartbeat_s, self._silence_s)
+                self._connection = Connection(self._address, self._heartbeat_s, self._silence_s, self._comeback)
             return self._connection
 
     def _after_fork(self) -> None:

@@ -1,7 +1,8 @@
 """The socket of one web process to the engine, and the thread that owns it.
 
-Knows ZeroMQ, the protocol, which thread reads which sequence, and when the engine is dead. Knows no groups, HTTP, text
-or torch.
+Where a new engine follows one that ended, groups without a token yet are submitted to it again, in their order; all others
+end. Knows ZeroMQ, the protocol, which thread reads which sequence, and when the engine is dead. Knows no HTTP, text or
+torch, and starts no engine: whether one follows it is told.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 import zmq
@@ -27,7 +30,6 @@ from pagegraph.runtime.ipc.protocol import (
     Hello,
     SubmitGroup,
     ToClient,
-    ToEngine,
     TokenDelta,
     Tokens,
     decode_to_client,
@@ -36,39 +38,62 @@ from pagegraph.runtime.ipc.protocol import (
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 0.1  # between tries to reach an engine that is not there
+_RECONNECT_MS = 200  # ZeroMQ's own tries slow down to one each so many
+# Engines that a group may be lost with before it is given up: one whose prompt ends every engine must not end them all.
+_MOST_LOST = 1
+
+Comeback = Callable[[], float | None]  # seconds until a new engine is expected; None: none follows
 
 
 class EngineDead(Exception):
-    """The engine went away, is silent, or said that it died."""
+    """The engine went away, is silent, or said that it died. `retry_after_s` None: no other follows."""
+
+    def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
 
 
 class RequestFailed(Exception):
-    """One sequence cannot run: `index` in its group, HTTP `status`, a message for the user, the field at fault."""
+    """One sequence cannot run: `index` in its group, HTTP `status`, a message for the user, the field at fault, and of 503
+    when to ask again."""
 
-    def __init__(self, index: int, status: int, message: str, field: str = "") -> None:
+    def __init__(self, index: int, status: int, message: str, field: str = "", retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.field = field
         self.index = index
         self.status = status
         self.message = message
+        self.retry_after_s = retry_after_s
 
 
 Item = Admitted | TokenDelta | Failed | EngineDead
 Inbox = queue.SimpleQueue[tuple[int, Item]]  # (index of the sequence in its group, what came for it)
 
 
+@dataclass(slots=True, eq=False)
+class _OpenGroup:
+    """A submitted group that has not ended, and what a new engine would be sent."""
+
+    inbox: Inbox
+    frame: bytes
+    begun: bool = False  # a token came
+    sent: bool = False  # or would have been, had an engine been there
+    lost: int = 0  # engines that ended while they had it
+
+
 class Connection:
     """One DEALER socket and the thread that owns it. Other threads only touch the queue and the maps."""
 
-    def __init__(self, address: str, heartbeat_s: float, silence_s: float) -> None:
+    def __init__(self, address: str, heartbeat_s: float, silence_s: float, comeback: Comeback) -> None:
         self._address = address
+        self._comeback = comeback
         self._heartbeat_s = heartbeat_s
         self._silence_s = silence_s
         self._name = uuid.uuid4().hex
         self._count = itertools.count()
-        self._outbox: queue.SimpleQueue[tuple[ToEngine, bytes]] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[_OpenGroup | bytes] = queue.SimpleQueue()  # groups, and frames of aborts
         self._owed: list[bytes] = []  # aborts that no engine was there to take
-        self._streams: dict[str, tuple[int, Inbox]] = {}
+        self._streams: dict[str, tuple[int, _OpenGroup]] = {}  # in the order that they were submitted
         self._changed = threading.Condition()  # guards _streams and _info
         self._info: EngineInfo | None = None
         self._started = self._heard = time.monotonic()
@@ -102,7 +127,7 @@ class Connection:
         with self._changed:
             self._changed.wait_for(lambda: self._info is not None or not self.running, timeout)
             if self._info is None:
-                raise EngineDead("the engine does not answer")
+                raise EngineDead("the engine does not answer", self._comeback())
             return self._info
 
     def open(self, group: SubmitGroup, inbox: Inbox) -> None:
@@ -113,9 +138,10 @@ class Connection:
                 0, 400, f"the prompts of one request take {len(frame)} bytes on their way to the engine, above "
                 f"{MAX_FRAME_BYTES}; send fewer or shorter ones at a time",
             )  # fmt: skip
+        opened = _OpenGroup(inbox, frame)
         with self._changed:
-            self._streams.update((member.request_id, (index, inbox)) for index, member in enumerate(group.members))
-        self._outbox.put((group, frame))
+            self._streams.update((member.request_id, (index, opened)) for index, member in enumerate(group.members))
+        self._outbox.put(opened)
         self._wake()
 
     def abort(self, message: Abort) -> None:
@@ -123,7 +149,7 @@ class Connection:
         with self._changed:
             known = self._streams.pop(message.request_id, None)
         if known is not None:
-            self._abort_later(message)
+            self._outbox.put(encode(message))
             self._wake()
 
     def close(self) -> None:
@@ -131,9 +157,6 @@ class Connection:
         self._closing = True
         self._wake()
         self._thread.join(timeout=5)
-
-    def _abort_later(self, message: Abort) -> None:
-        self._outbox.put((message, encode(message)))
 
     def _wake(self) -> None:
         try:
@@ -162,19 +185,22 @@ class Connection:
         dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         dealer.setsockopt(zmq.SNDHWM, 0)
         dealer.setsockopt(zmq.RCVHWM, 0)
-        # Nothing is kept for an engine that is not there: a new engine must not get an old one's requests.
+        # ZeroMQ keeps nothing for an engine that is not there: what a new engine gets of an old one's, `_resend` chooses.
         dealer.setsockopt(zmq.IMMEDIATE, 1)
-        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MS)
         monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         dealer.connect(self._address)
         poller = zmq.Poller()
         for source in (dealer, monitor, self._wake_receive):
             poller.register(source, zmq.POLLIN)
-        next_hello = 0.0
+        next_hello, is_new = 0.0, False
         while not self._closing:
             now = time.monotonic()
             if now >= next_hello:
                 connected = self._send(dealer, encode(Hello()))
+                if connected and is_new:
+                    self._resend(dealer)  # before aborts, which may be of what is sent again
+                    is_new = False
                 while self._owed and self._send(dealer, self._owed[-1]):
                     self._owed.pop()
                 self._receive(dealer)  # this thread may have been silent itself
@@ -183,8 +209,8 @@ class Connection:
             ready = dict(poller.poll(max(1, int(1000 * (next_hello - time.monotonic())))))
             if dealer in ready:
                 self._receive(dealer)
-            if monitor in ready and self._connection_changed(monitor):
-                next_hello = 0.0
+            if monitor in ready and self._connection_changed(dealer, monitor):
+                next_hello, is_new = 0.0, True
             if self._wake_receive.fileno() in ready:
                 self._wake_receive.recv(4096)
             self._flush(dealer)
@@ -193,16 +219,25 @@ class Connection:
     def _flush(self, dealer: zmq.Socket[bytes]) -> None:
         while True:
             try:
-                message, frame = self._outbox.get_nowait()
+                item = self._outbox.get_nowait()
             except queue.Empty:
                 return
-            if self._send(dealer, frame):
+            if isinstance(item, bytes):
+                if not self._send(dealer, item):
+                    self._owed.append(item)
                 continue
-            if isinstance(message, SubmitGroup):
-                for member in message.members:
-                    self._deliver(member.request_id, EngineDead("the engine went away"), final=True)
-            else:
-                self._owed.append(frame)
+            item.sent = True
+            if not self._send(dealer, item.frame) and self._comeback() is None:
+                self._part_with(lambda group, item=item: group is item, "the engine went away")
+
+    def _resend(self, dealer: zmq.Socket[bytes]) -> None:
+        """Submit to a new engine what an old one has not begun, in the order that it was submitted in."""
+        with self._changed:
+            groups = dict.fromkeys(group for _, group in self._streams.values() if group.sent and not group.begun)
+        for group in groups:
+            self._send(dealer, group.frame)
+        if groups:
+            _log.warning("a new engine is there; requests submitted to it again: %d", len(groups))
 
     def _send(self, dealer: zmq.Socket[bytes], frame: bytes) -> bool:
         if not self._connected:
@@ -251,32 +286,60 @@ class Connection:
         with self._changed:
             known = self._streams.pop(request_id, None) if final else self._streams.get(request_id)
         if known is not None:
-            index, inbox = known
-            inbox.put((index, item))
+            index, group = known
+            if isinstance(item, TokenDelta) and not group.begun:
+                group.begun, group.frame = True, b""
+            group.inbox.put((index, item))
 
-    def _connection_changed(self, monitor: zmq.Socket[bytes]) -> bool:
+    def _connection_changed(self, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> bool:
         """Read one event of the socket; True when a connection came up."""
         event = zmq.utils.monitor.recv_monitor_message(monitor)["event"]
         self._connected = event != zmq.EVENT_DISCONNECTED
         if not self._connected:
-            self._fail_all("the engine went away")
+            self._receive(dealer)  # the engine's last tokens came before this event
+            with self._changed:
+                for group in dict.fromkeys(group for _, group in self._streams.values()):
+                    group.lost += group.sent
+            self._lose("the engine went away")
             return False
         self._heard = time.monotonic()
         return True
 
     def _check_silence(self) -> None:
-        if self.silent_s > self._silence_s and (self._info is not None or self._streams):
-            self._fail_all(f"the engine has been silent for {self._silence_s:g} s")
+        if not self._connected:
+            if self._streams and self._comeback() is None:
+                self._lose("the engine went away")
+        elif self.silent_s > self._silence_s and (self._info is not None or self._streams):
+            self._lose(f"the engine has been silent for {self._silence_s:g} s")
+
+    def _lose(self, reason: str) -> None:
+        """The engine is not to be counted on: end all streams but those that another one may begin."""
+        if self._comeback() is None:
+            self._fail_all(reason)
+        else:
+            self._part_with(lambda group: group.begun or group.lost > _MOST_LOST, reason)
+            self._forget_engine()
 
     def _fail_all(self, reason: str) -> None:
-        """End all streams; an engine that is still there, or comes back, is told to give them up."""
+        """End all streams."""
+        self._forget_engine()
+        self._part_with(lambda _: True, reason)
+
+    def _forget_engine(self) -> None:
         with self._changed:
-            streams, self._streams = self._streams, {}
             self._lost = True
             self._info = None
             self._changed.notify_all()
-        for request_id, (index, inbox) in streams.items():
-            self._abort_later(Abort(request_id))
-            inbox.put((index, EngineDead(reason)))
-        if streams:
-            _log.error("%s; %d open streams end", reason, len(streams))
+
+    def _part_with(self, which: Callable[[_OpenGroup], bool], reason: str) -> None:
+        """End the streams of some groups; an engine that is still there, or comes back, is told to give them up."""
+        with self._changed:
+            ended = {id: place for id, place in self._streams.items() if which(place[1])}
+            for request_id in ended:
+                del self._streams[request_id]
+        dead = EngineDead(reason, self._comeback())
+        for request_id, (index, group) in ended.items():
+            self._outbox.put(encode(Abort(request_id)))
+            group.inbox.put((index, dead))
+        if ended:
+            _log.error("%s; %d open streams end", reason, len(ended))

@@ -167,7 +167,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """A sequence that cannot run: `status` is the HTTP status (400, 500 or 503), `message` is for the user.
 
     `others` are those of its group, where it was the group that was refused: none of them runs. `field`: of SamplingParams,
-    or what else of the request is at fault, as the message has it; empty if no one is.
+    or what else of the request is at fault, as the message has it; empty if no one is. `retry_after_s`: when to ask again, of
+    503.
     """
 
     request_id: str
@@ -175,6 +176,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
     others: list[str] = []
     field: str = ""
+    retry_after_s: float = 1.0
 
 
 class Admitted(msgspec.Struct, frozen=True, tag="admitted"):

@@ -89,6 +89,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Of their prompts, what the prefix cache may hold of them too."""
+        return self._waiting.num_tokens
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises ValueError if the pool could never hold it or its id is in use."""
         if sequence.key in self._live:

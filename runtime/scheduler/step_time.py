@@ -4,7 +4,8 @@
 
 `decode` and `token` are lines. A step without prompts teaches the first, a step with them the second, by what it took
 beyond the first. The depth of a token is how many tokens of its prompt stand before it: its attention reads those. Knows
-no clock: durations are handed in. Knows no target: `runtime.scheduler.chunk_limit` does.
+no clock: durations are handed in. Knows no target: `runtime.scheduler.chunk_limit` does; nor what becomes of a step that
+takes far longer than `expected_ms`: `runtime.server.pulse` does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pagegraph.runtime.scheduler.plan import Plan
 DECAY = 0.98  # weight of the past at each observation: about the last fifty steps of a kind count
 RIDGE = 0.1  # a slope counts in full only where sizes differ by more than this share of their mean
 OUTLIER = 4.0  # a step that took longer than so many times its prediction (a compilation, a pause) counts as this
-GROWTH = 2  # predictions are trusted up to so many times the largest recent number of prompt tokens
+GROWTH = 2  # predictions are trusted up to so many times the largest recent number of tokens, and depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,12 @@ class StepTime:
         self._decode = Line()  # ms of a step, by its decode tokens
         self._token = Line()  # ms of a prompt token, by its depth
         self._largest = 0.0  # prompt tokens of a recent step
+        self._deepest = 0.0  # their depth
+        self._most_decodes = 0.0
 
     def observe(self, load: StepLoad, ms: float) -> None:
         """A step took `ms` milliseconds."""
+        self._most_decodes = max(self._most_decodes * DECAY, load.decodes)
         known = self._token if load.prompt_tokens else self._decode
         if known:
             ms = min(ms, OUTLIER * self.step_ms(load))
@@ -93,10 +97,18 @@ class StepTime:
         beyond = max(ms - self._decode(load.decodes), 0.0)
         self._token.add(load.depth, beyond / load.prompt_tokens, load.prompt_tokens)
         self._largest = max(self._largest * DECAY, load.prompt_tokens)
+        self._deepest = max(self._deepest * DECAY, load.depth)
 
     def step_ms(self, load: StepLoad) -> float:
         """Predicted milliseconds of a step."""
         return self._decode(load.decodes) + load.prompt_tokens * self._token(load.depth)
+
+    def expected_ms(self, load: StepLoad) -> float | None:
+        """`step_ms` of a step that is like recent ones, and so right within a small factor; None of others."""
+        seen = (self._most_decodes, self._largest, self._deepest)
+        if any(one > GROWTH * most for one, most in zip((load.decodes, load.prompt_tokens, load.depth), seen)):
+            return None
+        return self.step_ms(load)
 
     def decode_ms(self, decodes: int) -> float | None:
         """Predicted milliseconds of a step of decodes alone; None before the first of them."""

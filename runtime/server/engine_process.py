@@ -33,13 +33,12 @@ from pagegraph.runtime.engine.engine import Engine
 from pagegraph.runtime.ipc.mailbox import Mailbox
 from pagegraph.runtime.sampling_params import describe_defaults
 from pagegraph.runtime.server import compile_process, logs
-from pagegraph.runtime.server.engine_settings import FACTS_FILE, EngineSettings
+from pagegraph.runtime.server.engine_settings import FACTS_FILE, REQUIRED_COMPILATION_FAILED, EngineSettings
+from pagegraph.runtime.server.pulse import Pulse
 from pagegraph.runtime.server.start_errors import REASON_FILE, load_tokenizer, sentence
 from pagegraph.runtime.server.start_report import process_age
 
 log = logging.getLogger("pagegraph.engine")
-
-REQUIRED_COMPILATION_FAILED = 3  # exit status
 
 
 def main(path: str) -> None:
@@ -61,7 +60,11 @@ def main(path: str) -> None:
             _compile(config, built)
         built.capture_graphs(progress=sys.stderr.isatty(), all_graphs=False)
         with timings.stage("engine"):
-            engine, metrics = engine_of(config, built, Mailbox(settings.engine_address), settings.drain_flag.exists)
+            pulse = Pulse(settings.pulse, config.watchdog_timeout_s)
+            mailbox = Mailbox(settings.engine_address)
+            engine, metrics = engine_of(config, built, mailbox, settings.drain_flag.exists, beat=pulse.beat)
+            if built.device.type == "cuda":
+                _tell_of_triton(pulse.beat)
     except Exception as error:
         if (reason := sentence(error)) is None:
             raise
@@ -99,6 +102,17 @@ def _compile(config: Config, built: BuiltModel, first: Callable[[], None] = lamb
     else:
         gc.freeze()
         log.info("compiled after %.1f s: steps run the compiled graph from here on", built.timings.seconds["compile"])
+
+
+def _tell_of_triton(beat: Callable[[float | None], None]) -> None:
+    """A kernel that a step is the first to launch is compiled then, however long that takes: no step is to blame."""
+    from triton import knobs
+
+    def compiles(**_: object) -> bool:
+        beat(None)
+        return False  # go on
+
+    knobs.runtime.jit_cache_hook = compiles
 
 
 def _announce(path: Path, built: BuiltModel) -> None:

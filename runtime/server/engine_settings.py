@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pagegraph.runtime.config import Config, config_from_dict
 
+REQUIRED_COMPILATION_FAILED = 3  # exit status of an engine that must not serve on; another would end so too
 FACTS_FILE = "engine.json"  # beside the settings: what the engine tells once its model is loaded, `model_dir` among it
 
 
@@ -23,16 +24,18 @@ class EngineSettings:
     engine_address: str  # ipc:// address to listen on
     metrics_port: int  # of 127.0.0.1, where it serves /metrics
     drain_flag: Path  # once this file exists, the engine says `draining` in its EngineInfo
+    pulse: Path  # where its loop says by when it will have moved on; see `runtime.server.pulse`
 
     def to_json(self) -> str:
         """Without the API key, for which the engine has no use."""
         config = dataclasses.asdict(dataclasses.replace(self.config, api_key=None))
-        return json.dumps({**vars(self), "config": config, "drain_flag": str(self.drain_flag)}, indent=1)
+        paths = {"drain_flag": str(self.drain_flag), "pulse": str(self.pulse)}
+        return json.dumps({**vars(self), "config": config, **paths}, indent=1)
 
     @classmethod
     def load(cls, path: Path) -> EngineSettings:
         """The inverse of `to_json`, from a file. Raises ConfigError for what no configuration may hold."""
         values = json.loads(path.read_text())
         values["config"] = config_from_dict(values["config"])
-        values["drain_flag"] = Path(values["drain_flag"])
+        values |= {key: Path(values[key]) for key in ("drain_flag", "pulse")}
         return cls(**values)

@@ -25,6 +25,7 @@ log = logging.getLogger("pagegraph.supervisor")
 
 CLIENT_TIMEOUT_S = 10.0  # for a client to send its request and take the answer
 METRICS_TIMEOUT_S = 5.0
+METRICS_TEXT = MappingProxyType({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 PLAIN_TEXT = MappingProxyType({"Content-Type": "text/plain; charset=utf-8"})
 
 # What is fetched is on this machine: a proxy from the environment must not see it.
@@ -34,10 +35,15 @@ fetch = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 class Probes:
     """The probe listener, in its own threads. `address` is where this machine reaches it, as host:port."""
 
-    def __init__(self, host: str, port: int, health: Callable[[], Health], metrics_url: str) -> None:
-        """Listen at once; port 0 takes a free one. Raises Unserved when the address is taken or not ours."""
+    def __init__(
+        self, host: str, port: int, health: Callable[[], Health], metrics_url: str, own_metrics: Callable[[], bytes]
+    ) -> None:
+        """Listen at once; port 0 takes a free one. Raises Unserved when the address is taken or not ours.
+
+        `own_metrics` stand in front of the engine's, and alone while there is none.
+        """
         try:
-            self._server = _Server(host, port, health, metrics_url)
+            self._server = _Server(host, port, health, metrics_url, own_metrics)
         except OSError as error:
             what = f"probe_port={port} on probe_host={host}: {error.strerror}"
             raise Unserved(f"{what}; choose another with --probe-port or --probe-host") from error
@@ -54,10 +60,13 @@ class Probes:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, host: str, port: int, health: Callable[[], Health], metrics_url: str) -> None:
+    def __init__(
+        self, host: str, port: int, health: Callable[[], Health], metrics_url: str, own_metrics: Callable[[], bytes]
+    ) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.health = health
         self.metrics_url = metrics_url
+        self.own_metrics = own_metrics
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
@@ -76,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path in health.PATHS:
             self._answer(*server.health().answer(path))
         elif path == "/metrics":
-            self._answer(*_metrics(server.metrics_url))
+            self._answer(200, server.own_metrics() + _engine_metrics(server.metrics_url), METRICS_TEXT)
         else:
             self._answer(404, b"not found\n")
 
@@ -94,10 +103,10 @@ class _Handler(BaseHTTPRequestHandler):
         log.debug("probe: " + format, *args)
 
 
-def _metrics(url: str) -> tuple[int, bytes, Mapping[str, str]]:
-    """(HTTP status, body, headers): the engine's metrics, or that it has none yet."""
+def _engine_metrics(url: str) -> bytes:
+    """The engine's metrics; empty while it has none."""
     try:
         with fetch(url, timeout=METRICS_TIMEOUT_S) as reply:
-            return 200, reply.read(), {"Content-Type": reply.headers.get("Content-Type", "text/plain")}
+            return reply.read()
     except (OSError, urllib.error.URLError):
-        return 503, b"the engine has no metrics yet\n", PLAIN_TEXT
+        return b""

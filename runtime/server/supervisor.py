@@ -1,4 +1,4 @@
-"""The parent of a server: starts the engine and gunicorn, watches them, drains at the end.
+"""The parent of a server: starts the engine and gunicorn, watches them, starts an engine that ends anew, drains at the end.
 
 Imports no torch and nothing of web: both children are started by name. Its own port answers
 `/health/live`, `/health/ready` and `/metrics` even when every web thread holds a stream.
@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.error
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from pagegraph.runtime.config import API_KEY_VARIABLE, Config
 from pagegraph.runtime.ipc import protocol
 from pagegraph.runtime.ipc.client import EngineClient, EngineDead
 from pagegraph.runtime.ipc.protocol import EngineInfo
-from pagegraph.runtime.server import logs
+from pagegraph.runtime.server import comeback, logs, pulse
 from pagegraph.runtime.server.child import Child, module_command, stop
-from pagegraph.runtime.server.engine_settings import FACTS_FILE, EngineSettings
-from pagegraph.runtime.server.health import DRAINING, LOADING, NO_ENGINE, Health, engine_health
+from pagegraph.runtime.server.engine_settings import FACTS_FILE, REQUIRED_COMPILATION_FAILED, EngineSettings
+from pagegraph.runtime.server.health import DRAINING, LOADING, NO_ENGINE, RESTARTING, Health, engine_health
 from pagegraph.runtime.server.listen import Unserved, bind, connectable, free_port
 from pagegraph.runtime.server.probes import Probes, fetch
+from pagegraph.runtime.server.restarts import Restarts, ServerMetrics
 from pagegraph.runtime.server.run_dir import RunDir
 from pagegraph.runtime.server.start_errors import REASON_FILE
 from pagegraph.runtime.server.start_report import process_age, table
@@ -41,6 +43,8 @@ WEB_COMMAND = module_command("gunicorn")
 WEB_SETTINGS_FILE = "web-settings.json"  # written once the engine answers; the web processes wait for it
 HEARTBEAT_S = 0.25  # of the supervisor's own client
 UNHEALTHY_S = 2.0  # an engine that ends is not heard either: for so long it is not taken for a hung one
+LOOK_S = 0.1  # between looks at the children
+FROZEN_S = 1.0  # between two looks: this process did not run either, and what it sees may be the machine's pause
 DUMP_S = 1.0  # for a hung engine to write where its threads stand
 IDLE_S = 1.5 * protocol.HEARTBEAT_S  # without work before a drain is over: web processes learn of it from a heartbeat
 IDLE_CONNECTIONS = 4000  # that a web process holds open beside those with a request; then the longest idle is closed
@@ -72,6 +76,10 @@ class Supervisor:
         self._metrics_port = free_port()
         self._signals = 0
         self._ready = False
+        self._restarts = Restarts(config.max_engine_restarts, config.restart_window_s)
+        self._new_engine_at: float | None = None  # of the monotonic clock, expected; while one is being started
+        self._start_s = 0.0  # that the engine's last start took
+        self._told: tuple[bool, float | None] | None = None  # the web processes, of a new engine
         self._engine: Child | None = None
         self._web: Child | None = None
 
@@ -87,8 +95,9 @@ class Supervisor:
         try:
             listener = bind(self.config.host, self.config.port, "port")
             metrics_url = f"http://127.0.0.1:{self._metrics_port}/metrics"
-            probes = Probes(self.config.probe_host, self.config.probe_port or 0, self.health, metrics_url)
-            self._engine = Child("engine", [*self._engine_command, str(self._write_engine_settings())])
+            own = ServerMetrics(self._restarts, self.config.model_name, lambda: self.health().ready)
+            probes = Probes(self.config.probe_host, self.config.probe_port or 0, self.health, metrics_url, own.render)
+            started = self._start_engine()
             command_s = process_age()
             # Imports while the engine loads, and waits for its settings before it listens. In a folder of ours, because
             # gunicorn makes its folder the first place where modules are looked for.
@@ -107,9 +116,11 @@ class Supervisor:
             )
             if info := self._wait_for_engine():
                 loaded_s = process_age()
+                self._start_s = time.monotonic() - started
                 self._write_web_settings(probes.address)
                 if self._wait_for_web(listener):
                     self._ready = True
+                    self._tell_comeback()
                     self._report(command_s, process_age() - loaded_s)
                     self._greet(banner(self.config, info, listener.getsockname(), probes.address))
                     self._watch()
@@ -127,13 +138,27 @@ class Supervisor:
 
     def health(self) -> Health:
         """What both ports tell probes."""
-        for child in (self._engine, self._web):
-            if child is not None and child.exit_code is not None:
-                return NO_ENGINE
+        if self._web is not None and self._web.exit_code is not None:
+            return NO_ENGINE
+        if self._ready and self._new_engine_at is not None:
+            return replace(RESTARTING, retry_after_s=self._new_engine_at - time.monotonic())
+        if self._engine is not None and self._engine.exit_code is not None:
+            return RESTARTING if self._follows else NO_ENGINE
         if not self._ready:
             return LOADING
-        found = engine_health(self._client, self.config.watchdog_timeout_s)
-        return DRAINING if self._signals and found.live else found
+        found = self._engine_health()
+        if self._signals and found.live:
+            return DRAINING
+        return replace(found, live=found.live or self._follows)
+
+    def _engine_health(self) -> Health:
+        due = pulse.read(self._run_dir.path / pulse.FILE)
+        return engine_health(self._client, self.config.watchdog_timeout_s, due)
+
+    @property
+    def _follows(self) -> bool:
+        """Whether a new engine follows if this one ends now."""
+        return self._ready and not self._signals and self._restarts.num_recent < self._restarts.most
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signals += 1
@@ -158,6 +183,7 @@ class Supervisor:
             engine_address=self._engine_address,
             metrics_port=self._metrics_port,
             drain_flag=self._drain_flag,
+            pulse=self._run_dir.path / pulse.FILE,
         )
         return self._run_dir.write("engine-settings.json", settings.to_json())
 
@@ -173,6 +199,8 @@ class Supervisor:
             "threads": self.config.web_threads,
             "enough_threads": self.config.enough_threads,
             "silence_s": self.config.watchdog_timeout_s,
+            "comeback": str(self._run_dir.path / comeback.FILE),
+            "pulse": str(self._run_dir.path / pulse.FILE),
             "response_store": str(self._run_dir.path / "responses.sqlite"),
             "response_store_bytes": self.config.response_store_size,
             "allowed_origins": self.config.allowed_origins,
@@ -189,17 +217,23 @@ class Supervisor:
     def _wait_for_engine(self) -> EngineInfo | None:
         """The engine's facts once it is loaded and answers; None if a signal came first."""
         while not self._signals:
-            self._check_children()
-            if (self._run_dir.path / FACTS_FILE).exists() and (info := self._info()):
+            self._check(self._engine)
+            self._check(self._web)
+            if info := self._answers():
                 return info
             time.sleep(0.05)
         return None
+
+    def _answers(self) -> EngineInfo | None:
+        """The facts of an engine that is loaded and answers."""
+        return self._info() if (self._run_dir.path / FACTS_FILE).exists() else None
 
     def _wait_for_web(self, listener: socket.socket) -> bool:
         """Until a web process answers over HTTP, whatever the status; False if a signal came first."""
         url = f"http://{connectable(listener.getsockname())}/health/live"
         while not self._signals:
-            self._check_children()
+            self._check(self._engine)
+            self._check(self._web)
             try:
                 with fetch(url, timeout=1.0):
                     return True
@@ -216,38 +250,108 @@ class Supervisor:
         log.info("%s", table(process_age(), seconds, engine.get("parts", {})))
 
     def _watch(self) -> None:
-        lived = time.monotonic()
+        """Until a signal. Raises Unserved when the web processes end, or the engine too often."""
+        looked = lived = time.monotonic()
         while not self._signals:
-            self._check_children()
-            if self.health().live:
+            now = time.monotonic()
+            self._check(self._web)
+            if self._engine is not None and self._engine.exit_code is not None:
+                self._restart_engine("died", self._how_it_ended(self._engine))
                 lived = time.monotonic()
-            elif time.monotonic() - lived > UNHEALTHY_S:
-                self._end_hung_engine()
-            time.sleep(0.1)
+            elif self._engine_health().live or now - looked > FROZEN_S:
+                lived = now
+            elif now - lived > UNHEALTHY_S:
+                self._restart_engine("hung", self._dump_hung_engine())
+                lived = time.monotonic()
+            self._tell_comeback()  # a window may have passed
+            looked = time.monotonic()
+            time.sleep(LOOK_S)
 
-    def _end_hung_engine(self) -> None:
-        """Have the engine write the stacks of its threads, then raise Unserved, which ends it."""
+    def _dump_hung_engine(self) -> str:
+        """Have the engine write the stacks of its threads -> what to tell of it."""
         limit = self.config.watchdog_timeout_s
         assert self._engine is not None
         log.critical("the engine hangs; where its threads stand:")
         self._engine.send(signal.SIGUSR1)  # faulthandler answers, whatever the threads do
         time.sleep(DUMP_S)
-        raise Unserved(
-            f"the engine hung: for {limit:g} s it has had work and finished no step, and it is ended; if a step of this"
-            f" model may take longer, raise watchdog_timeout_s={limit:g} or lower max_num_batched_tokens"
+        return (
+            f"the engine hung: it has had work and finished no step in time, and it is ended; if a step of this model may"
+            f" take longer, raise watchdog_timeout_s={limit:g} or lower max_num_batched_tokens"
         )
 
-    def _check_children(self) -> None:
-        """Raise Unserved if a child has ended: with the reason that it left, else a pointer to what it wrote."""
-        for child in (self._engine, self._web):
-            if child is not None and child.exit_code is not None and self._signals < 2:
-                child.finish_output()
-                reason = self._run_dir.path / REASON_FILE
-                if child is self._engine and reason.is_file():
-                    raise Unserved(reason.read_text())
-                raise Unserved(
-                    f"the {child.name} process ended with {_status(child.exit_code)}; what it wrote stands above"
-                )
+    def _start_engine(self) -> float:
+        """Start an engine process -> when, of the monotonic clock."""
+        for name in (FACTS_FILE, REASON_FILE, pulse.FILE):
+            (self._run_dir.path / name).unlink(missing_ok=True)
+        self._engine = Child("engine", [*self._engine_command, str(self._write_engine_settings())])
+        return time.monotonic()
+
+    def _restart_engine(self, why: str, told: str) -> None:
+        """Start the engine anew until one answers, or a signal comes. Raises Unserved where it has ended too often."""
+        while not self._signals:
+            assert self._engine is not None
+            if self._engine.exit_code == REQUIRED_COMPILATION_FAILED:
+                raise Unserved(told)
+            if not self._restarts.take(why):
+                raise Unserved(told if not self._restarts.most else f"{told}; {self._too_often()}")
+            self._new_engine_at = time.monotonic() + self._start_s
+            self._tell_comeback(self._start_s)
+            self._engine.kill()  # what it started, too
+            recent, most = self._restarts.num_recent, self._restarts.most
+            log.critical(
+                "%s; the engine is started anew (%d of %d within %g s)", told, recent, most, self._restarts.window_s
+            )
+            started = self._start_engine()
+            failed = self._wait_for_new_engine(started + self._start_s + self.config.watchdog_timeout_s)
+            if self._signals:
+                return
+            if failed is None:
+                self._new_engine_at = None
+                self._start_s = time.monotonic() - started
+                self._tell_comeback()
+                log.warning("the new engine serves after %.1f s", self._start_s)
+                return
+            why, told = failed
+
+    def _wait_for_new_engine(self, deadline: float) -> tuple[str, str] | None:
+        """None once it answers, or a signal came; else for which of REASONS it does not, and what to tell of it."""
+        assert self._engine is not None
+        while not self._signals and not self._answers():
+            self._check(self._web)
+            if self._engine.exit_code is not None:
+                return "died", self._how_it_ended(self._engine)
+            if time.monotonic() > deadline:
+                return "hung", self._dump_hung_engine()
+            time.sleep(0.05)
+        return None
+
+    def _too_often(self) -> str:
+        most, window = self._restarts.most, self._restarts.window_s
+        return (
+            f"it had been started anew {most} times within {window:g} s, so the server ends; the log says what ended each"
+            f" (max_engine_restarts={most}, restart_window_s={window:g})"
+        )
+
+    def _tell_comeback(self, expected_s: float | None = None) -> None:
+        """Tell the web processes whether a new engine follows, and where one is being started, when it is expected."""
+        told = (self._follows or expected_s is not None, expected_s)
+        if told != self._told:
+            self._run_dir.write(comeback.FILE, comeback.text(*told))
+            self._told = told
+
+    def _check(self, child: Child | None) -> None:
+        """Raise Unserved if a child has ended."""
+        if child is not None and child.exit_code is not None and self._signals < 2:
+            raise Unserved(self._how_it_ended(child))
+
+    def _how_it_ended(self, child: Child) -> str:
+        """The reason that it left, else a pointer to what it wrote."""
+        child.finish_output()
+        reason = self._run_dir.path / REASON_FILE
+        if child is self._engine and reason.is_file():
+            return reason.read_text()
+        assert child.exit_code is not None
+        return f"the {child.name} process ended with {_status(child.exit_code)}; what it wrote stands above"
 
     def _drain(self) -> int:
         """Refuse new requests, let running ones end, then stop the engine and the web processes, both at once.
@@ -255,8 +359,9 @@ class Supervisor:
         Streams that are cut see the engine's end through their own connections and end with an error.
         """
         self._drain_flag.touch()
+        self._tell_comeback()
         log.info("draining: new requests get 503, running ones have %g s", self.config.drain_timeout_s)
-        if self._ready:
+        if self._ready and self._engine is not None and self._engine.exit_code is None:
             self._wait_until_idle(time.monotonic() + self.config.drain_timeout_s)
         stop(self._engine, self._web)
         return ABORTED if self._signals > 1 else 0
@@ -264,7 +369,8 @@ class Supervisor:
     def _wait_until_idle(self, deadline: float) -> None:
         idle_since = time.monotonic()
         while self._signals < 2:
-            self._check_children()
+            self._check(self._engine)
+            self._check(self._web)
             info, now = self._info(), time.monotonic()
             unfinished = info.num_running + info.num_waiting if info else 0
             if unfinished:
@@ -279,6 +385,7 @@ class Supervisor:
     def _close(self, probes: Probes | None, listener: socket.socket | None) -> None:
         self._ready = False
         self._drain_flag.touch()
+        self._tell_comeback()
         if self._engine is not None:
             self._engine.kill()
         if self._web is not None:

@@ -379,10 +379,10 @@ def test_models(http: FlaskClient) -> None:
 
 
 def test_refusal_by_the_engine_is_a_status_even_when_streaming(http: FlaskClient, fake_engine) -> None:
-    fake_engine.script = lambda s: [Failed(s.request_id, 503, "the queue is full")]
+    fake_engine.script = lambda s: [Failed(s.request_id, 503, "the queue is full", retry_after_s=11.2)]
     for stream in (False, True):
         answer = http.post("/v1/completions", json={"prompt": "a", "stream": stream})
-        assert answer.status_code == 503 and answer.headers["Retry-After"] == "1"
+        assert answer.status_code == 503 and answer.headers["Retry-After"] == "12"
         assert answer.json["error"]["message"] == "the queue is full"
 
 

@@ -24,10 +24,12 @@ from pagegraph.runtime.llm import CLIENT, LocalMailbox
 from pagegraph.runtime.pooling import Pooler
 from pagegraph.runtime.scheduler import commit as results
 from pagegraph.runtime.scheduler.block_pool import BlockPool
+from pagegraph.runtime.scheduler.chunk_limit import ChunkLimit
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.pack import Packer
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Sequence
+from pagegraph.runtime.scheduler.step_time import StepTime
 from pagegraph.runtime.spec_decode.device_drafter import DeviceDrafter
 from pagegraph.runtime.spec_decode.host_drafter import HostDrafter
 from pagegraph.runtime.spec_decode.proposer import NgramProposer
@@ -39,7 +41,7 @@ class Harness:
 
     def __init__(
         self, *, num_blocks: int = 60, max_num_seqs: int = 8, budget: int = 32, max_queue: int = 5, caching: bool = True,
-        draft_tokens: str = "", pooler: Pooler = Pooler(3), grammars: Callable[[Scheduler], Grammars] | None = None,
+        max_queue_tokens: int | None = None, draft_tokens: str = "", pooler: Pooler = Pooler(3), grammars: Callable[[Scheduler], Grammars] | None = None,
     ) -> None:  # fmt: skip
         on_device = draft_tokens == "device"
         self.device = FakeStep(
@@ -58,7 +60,8 @@ class Harness:
         self.metrics = EngineMetrics("m", MAX_LEN)
         self.turns = 0
         self.engine = Engine(
-            self.device, self.scheduler, self.mailbox, Limits(VOCAB, MAX_LEN, frozenset([EOS]), max_queue, pooler), None,
+            self.device, self.scheduler, self.mailbox,
+            Limits(VOCAB, MAX_LEN, frozenset([EOS]), max_queue, pooler, max_queue_tokens=max_queue_tokens), None,
             lambda: float(self.turns), EngineStats(self.metrics, self.scheduler, StepCounts()), drafter=drafter,
             grammars=None if grammars is None else grammars(self.scheduler),
         )  # fmt: skip
@@ -134,6 +137,34 @@ def test_a_full_queue_refuses_a_group_whole_and_once() -> None:
     assert "5 sequences are waiting, max_queue is 5" in harness.failures[0].message
     harness.run()
     assert sorted(harness.tokens) == [f"g{i}" for i in range(7)]
+
+
+def test_a_queue_of_too_many_prompt_tokens_refuses_until_some_have_begun() -> None:
+    harness = Harness(max_queue=50, max_queue_tokens=10, max_num_seqs=2)
+    harness.mailbox.put(group_of(2, prompt=[1] * 30))  # runs, however long
+    harness.turn()
+    for first, size in ((2, 6), (3, 20), (4, 1)):
+        harness.mailbox.put(group_of(1, prompt=[2] * size, first=first))
+        harness.turn()
+    assert [(failed.request_id, failed.status) for failed in harness.failures] == [("g4", 503)]  # g3 is let in whole
+    assert "26 prompt tokens are waiting, max_queue_tokens is 10" in harness.failures[0].message
+    harness.run()
+    harness.mailbox.put(group_of(1, first=5))
+    harness.run()
+    assert sorted(harness.tokens) == ["g0", "g1", "g2", "g3", "g5"]
+
+
+def test_a_full_queue_says_when_it_will_have_moved() -> None:
+    """A turn lasts a second; sequences of three tokens end two in three seconds."""
+    harness = Harness(max_queue=8, max_num_seqs=2)
+    harness.mailbox.put(group_of(40))
+    harness.turn()
+    while harness.scheduler.num_waiting > 20:
+        harness.turn()
+    harness.mailbox.put(group_of(1, first=40))
+    harness.turn()
+    (refused,) = harness.failures
+    assert refused.retry_after_s == pytest.approx(20 * 3 / 2, rel=0.2)
 
 
 def test_a_burst_fills_slots_and_queue() -> None:
@@ -464,3 +495,27 @@ def test_an_engine_that_has_work_and_finishes_no_step_says_for_how_long(monkeypa
     assert harness.engine.stalled_s <= 2
     harness.run()
     assert harness.engine.stalled_s == 0 and harness.ended == {"g0": "length"}
+
+
+def test_the_loop_says_before_each_turn_how_long_it_expects_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness()
+    harness.scheduler.chunk_limit = ChunkLimit(StepTime(), least=8)
+    beats: list[float | None] = []
+    harness.engine.beat = beats.append
+    harness.turn()
+    assert beats == [0.0]  # idle
+    harness.mailbox.put(
+        Submit(request_id="a", token_ids=[1, 2, 3], params=SamplingParams(max_tokens=20, ignore_eos=True))
+    )
+    harness.run()
+    assert None in beats[:4]  # the first steps of a kind
+    assert all(beat == pytest.approx(1.0, rel=0.5) for beat in beats[6:-3])  # a turn is a second
+    harness.engine.use_idle_time = lambda: True
+    beats.clear()
+    harness.engine.turn(block=True)
+    assert beats == [None, 0.0]  # what idle time is used for may take long
+    beats.clear()
+    poison(harness, "launch", monkeypatch, 0)
+    harness.mailbox.put(eight()[5])
+    harness.run()
+    assert None in beats

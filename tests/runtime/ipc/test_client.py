@@ -200,6 +200,103 @@ def test_a_new_engine_at_the_same_address_is_found(client: EngineClient, fake_en
     second.stop()
 
 
+class Successors:
+    """Engines that follow one another at one address, and what tells a client whether another does."""
+
+    def __init__(self, first) -> None:
+        self.now = first
+        self.follows = True
+
+    def comeback(self) -> float | None:
+        return 7.0 if self.follows else None
+
+    def next(self, script) -> None:
+        self.now.stop()
+        self.now = type(self.now)(self.now.address, 99)
+        self.now.script = script
+
+
+@pytest.fixture
+def successors(fake_engine) -> Iterator[Successors]:
+    engines = Successors(fake_engine)
+    yield engines
+    engines.now.stop()
+
+
+@pytest.fixture
+def loyal(successors: Successors) -> Iterator[EngineClient]:
+    """A client of engines that are followed by others."""
+    address = successors.now.address
+    client = EngineClient(address, heartbeat_s=0.05, silence_s=1.0, comeback=successors.comeback)
+    yield client
+    client.close()
+
+
+def ends(submit: Submit) -> list[TokenDelta]:
+    return [TokenDelta(submit.request_id, [submit.token_ids[0]], "length")]
+
+
+def test_what_has_no_token_goes_to_the_next_engine_in_its_order(loyal: EngineClient, successors: Successors) -> None:
+    successors.now.script = lambda s: [TokenDelta(s.request_id, [5])] if s.token_ids == [4] else []
+    groups = [loyal.submit_group([([number], PARAMS), ([number], PARAMS)]) for number in range(7)]
+    assert eventually(lambda: len(successors.now.submits) == 14)
+    assert groups[4].get(5)[1].token_ids == [5]
+    groups[2].abort()
+    successors.next(ends)
+    with pytest.raises(EngineDead) as dead:
+        while True:
+            groups[4].get(5)
+    assert dead.value.retry_after_s == 7.0 and groups[4].num_open == 0
+    for number in (0, 1, 3, 5, 6):
+        assert [groups[number].get(5)[1].token_ids for _ in range(2)] == [[number]] * 2
+    assert [submit.token_ids for submit in successors.now.submits] == [[n] for n in (0, 1, 3, 5, 6) for _ in range(2)]
+
+
+def test_what_is_submitted_while_no_engine_is_there_is_refused(loyal: EngineClient, successors: Successors) -> None:
+    loyal.info()
+    successors.now.stop()
+    assert eventually(lambda: _vocab(loyal) == 0)
+    with pytest.raises(EngineDead) as dead:
+        loyal.submit([1], PARAMS)
+    assert dead.value.retry_after_s == 7.0
+
+
+def test_what_was_lost_with_two_engines_is_given_up(loyal: EngineClient, successors: Successors) -> None:
+    successors.now.script = lambda s: []
+    stream = loyal.submit([1], PARAMS)
+    assert eventually(lambda: successors.now.submits)
+    successors.next(lambda s: [])
+    assert eventually(lambda: successors.now.submits)
+    successors.next(ends)
+    with pytest.raises(EngineDead, match="went away"):
+        stream.get(5)
+    assert eventually(lambda: successors.now.aborts) and not successors.now.submits
+
+
+def test_whoever_waits_is_told_that_no_engine_follows(loyal: EngineClient, successors: Successors) -> None:
+    successors.now.script = lambda s: []
+    stream = loyal.submit([1], PARAMS)
+    assert eventually(lambda: successors.now.submits)
+    successors.now.stop()
+    assert stream.get(0.5) is None
+    successors.follows = False
+    with pytest.raises(EngineDead) as dead:
+        stream.get(5)
+    assert dead.value.retry_after_s is None
+
+
+def test_an_abort_while_no_engine_is_there_is_not_submitted_again(loyal: EngineClient, successors: Successors) -> None:
+    successors.now.script = lambda s: []
+    leaves, stays = loyal.submit([1], PARAMS), loyal.submit([2], PARAMS)
+    assert eventually(lambda: len(successors.now.submits) == 2)
+    successors.now.stop()
+    assert eventually(lambda: _vocab(loyal) == 0)
+    leaves.abort()
+    successors.next(ends)
+    assert stays.get(5).token_ids == [2]
+    assert [submit.token_ids for submit in successors.now.submits] == [[2]]
+
+
 def _vocab(client: EngineClient) -> int:
     try:
         return client.info(0.1).vocab_size

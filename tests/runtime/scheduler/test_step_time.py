@@ -92,3 +92,16 @@ def test_the_load_of_a_plan() -> None:
 
     assert StepLoad.of(plan([7, 9], [1, 1])) == StepLoad(2)
     assert StepLoad.of(plan([7, 0, 1000], [1, 300, 100])) == StepLoad(1, 400, (300 * 150 + 100 * 1050) / 400)
+
+
+@pytest.mark.parametrize(
+    "load", [StepLoad(450), StepLoad(10, 1100), StepLoad(10, 300, 2.1 * DEPTHS[-1])], ids=["decodes", "tokens", "depth"]
+)
+def test_nothing_is_expected_of_a_step_unlike_recent_ones(load: StepLoad) -> None:
+    assert observed(all_kinds()).expected_ms(load) is None
+    assert StepTime().expected_ms(load) is None
+
+
+def test_a_step_like_recent_ones_is_expected_to_last_as_long() -> None:
+    load = StepLoad(150, 400, 10_000.0)
+    assert observed(all_kinds()).expected_ms(load) == pytest.approx(true_ms(load), rel=0.1)

@@ -20,7 +20,11 @@ def test_a_failure_is_told_with_its_reason_and_again(tmp_path: Path) -> None:
     config = Config(model=str(tmp_path / "nothing"), compile_cache_dir=str(tmp_path / "cache"), device="cpu")
     settings = tmp_path / "settings.json"
     told = EngineSettings(
-        config=config, engine_address="ipc:///nowhere", metrics_port=1, drain_flag=tmp_path / "draining"
+        config=config,
+        engine_address="ipc:///nowhere",
+        metrics_port=1,
+        drain_flag=tmp_path / "draining",
+        pulse=tmp_path / "pulse",
     )
     settings.write_text(told.to_json())
     for _ in range(2):

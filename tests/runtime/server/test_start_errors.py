@@ -21,7 +21,11 @@ from pagegraph.runtime.server.start_errors import REASON_FILE, sentence
 def start_engine(tmp_path: Path, **options: object) -> Path:
     """Run an engine process's start for a configuration; the file that it leaves its reason in."""
     told = EngineSettings(
-        config=Config(**options), engine_address="ipc:///nowhere", metrics_port=1, drain_flag=tmp_path / "draining"
+        config=Config(**options),
+        engine_address="ipc:///nowhere",
+        metrics_port=1,
+        drain_flag=tmp_path / "draining",
+        pulse=tmp_path / "pulse",
     )
     (tmp_path / "settings.json").write_text(told.to_json())
     with pytest.raises(SystemExit) as end:

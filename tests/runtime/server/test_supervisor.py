@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -17,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,12 +49,14 @@ ENGINE = """
             self.send_response(200); self.end_headers(); self.wfile.write(b"fake_metric 1\\n")
         def log_message(self, *args): pass
 
+    DEADLY = 666  # max_tokens of a request that ends the engine
     settings = json.loads(Path(sys.argv[1]).read_text())
     control = Path(settings["config"]["model"])  # relative to where the command was given
     assert "torch" not in sys.modules
     if (control / "refuse").exists():
         Path(sys.argv[1]).with_name("engine-refused.txt").write_text("a reason for refusing"); sys.exit(7)
     faulthandler.register(signal.SIGUSR1)
+    while (control / "slow-start").exists(): time.sleep(0.02)
     stubborn = (control / "stubborn").exists()
     signal.signal(signal.SIGTERM, signal.SIG_IGN if stubborn else lambda *_: ((control / "engine-stopped").touch(), sys.exit(0)))
     (control / "engine-pid").write_text(str(__import__("os").getpid()))
@@ -62,7 +66,7 @@ ENGINE = """
     left = {}  # (client, request id): tokens still to come, one a poll
     while True:
         if (control / "crash").exists():
-            print("boom: the last line", flush=True); sys.exit(3)
+            print("boom: the last line", flush=True); sys.exit(4)
         def wedged():
             while (control / "wedge").exists(): time.sleep(0.05)
         wedged()
@@ -74,11 +78,13 @@ ENGINE = """
                         draining=Path(settings["drain_flag"]).exists(), num_running=running,
                         stalled_s=100.0 if (control / "stall").exists() else 0.0))
                 case SubmitGroup():
+                    if message.members[0].params.max_tokens == DEADLY: signal.raise_signal(signal.SIGKILL)
+                    with open(control / "submitted", "a") as log: log.write(f"{message.members[0].params.max_tokens} ")
                     mailbox.send(client, Admitted(message.members[0].request_id))
                     left.update({(client, member.request_id): member.params.max_tokens for member in message.members})
                 case Abort():
                     left.pop((client, message.request_id), None)
-        for (client, request_id), count in list(left.items()):
+        for (client, request_id), count in list(left.items()) if not (control / "hold").exists() else ():
             mailbox.send(client, Tokens([TokenDelta(request_id, [1], "length" if count == 1 else "")]))
             left[client, request_id] = count - 1
         left = {key: count for key, count in left.items() if count}
@@ -115,11 +121,11 @@ DRIVER = """
     from pagegraph.runtime.config import Config
     from pagegraph.runtime.server.listen import Unserved
     from pagegraph.runtime.server.supervisor import WEB_COMMAND, Supervisor
-    control, port, probe_port, drain, web = sys.argv[1:]
+    control, port, probe_port, drain, web, restarts = sys.argv[1:]
     logging.basicConfig(level="INFO")
     config = Config(
         model=control, served_model_name="m", port=int(port), probe_port=int(probe_port), drain_timeout_s=float(drain),
-        watchdog_timeout_s=2.0, api_key="secret", workers=1,
+        watchdog_timeout_s=2.0, api_key="secret", workers=1, max_engine_restarts=int(restarts),
     )
     web_command = WEB_COMMAND if web == "gunicorn" else [sys.executable, os.path.abspath(control) + "/fake_web.py"]
     try:
@@ -162,7 +168,13 @@ class Server:
     """A supervisor in a process of its own with a folder through which the test steers its children."""
 
     def __init__(
-        self, control: Path, drain: float = 20.0, web: str = "fake", folder: Path = ROOT, **environment: str
+        self,
+        control: Path,
+        drain: float = 20.0,
+        web: str = "fake",
+        folder: Path = ROOT,
+        restarts: int = 2,
+        **environment: str,
     ) -> None:
         """`folder`: where the command is given."""
         self.control = control
@@ -176,7 +188,7 @@ class Server:
                 sys.executable,
                 str(control / "driver.py"),
                 os.path.relpath(control, folder),
-                *map(str, (self.port, self.probe_port, drain, web)),
+                *map(str, (self.port, self.probe_port, drain, web, restarts)),
             ],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary), **environment},
@@ -197,6 +209,19 @@ class Server:
 
     def flag(self, name: str) -> Path:
         return self.control / name
+
+    @property
+    def engine_pid(self) -> int:
+        return int(self.flag("engine-pid").read_text())
+
+    def kill_engine(self) -> None:
+        os.kill(self.engine_pid, signal.SIGKILL)
+
+    def restarts(self, reason: str) -> float:
+        found = re.search(
+            rf'^pagegraph:engine_restarts_total{{.*reason="{reason}"}} (.*)$', self.probe("/metrics")[1], re.M
+        )
+        return float(found[1])
 
     def end(self, seconds: float = 15.0) -> tuple[int, str]:
         """Exit status and all output."""
@@ -219,7 +244,9 @@ def test_serves_then_stops_in_order_with_status_0(server: Server) -> None:
     server.wait_ready()
     assert server.api() == 200
     assert server.probe("/health/live")[0] == 200
-    assert server.probe("/metrics") == (200, "fake_metric 1\n")
+    status, metrics = server.probe("/metrics")
+    assert status == 200 and metrics.endswith("\nfake_metric 1\n")
+    assert 'pagegraph:engine_up{engine="0",model_name="m"} 1.0\n' in metrics
     assert server.probe("/elsewhere")[0] == 404
     (run_dir,) = server.temporary.iterdir()
     assert run_dir.stat().st_mode & 0o777 == 0o700
@@ -245,7 +272,7 @@ def test_web_settings_are_what_the_web_takes(server: Server) -> None:
         assert path.is_socket() or "secret" not in path.read_text()
     # One process alone can fill the engine and its queue, whatever the number of processes.
     assert settings.threads == settings.enough_threads == 256 + 256 + 32 and argv[argv.index("--threads") + 1] == "544"
-    assert get(f"http://{settings.probe_address}/metrics")[1] == "fake_metric 1\n"
+    assert "fake_metric 1\n" in get(f"http://{settings.probe_address}/metrics")[1]
 
 
 def test_drain_refuses_new_requests_and_waits_for_running_ones(server: Server) -> None:
@@ -312,22 +339,36 @@ def test_children_that_do_not_stop_are_killed_together(tmp_path_factory: pytest.
 
 
 @pytest.mark.parametrize("flag", ["wedge", pytest.param("stall", marks=pytest.mark.slow)])
-def test_a_hung_engine_is_ended_with_its_stacks(server: Server, flag: str) -> None:
+def test_a_hung_engine_is_replaced_and_its_stacks_are_told(server: Server, flag: str) -> None:
     """It answers no more, or it answers and finishes no step."""
     server.wait_ready()
+    first = server.engine_pid
     server.flag(flag).touch()
-    wait_for(lambda: server.probe("/health/live")[0] == 503)
-    assert server.probe("/health/ready")[0] == 503
+    wait_for(lambda: server.probe("/health/ready")[0] == 503)
+    assert server.probe("/health/live")[0] == 200
+    wait_for(lambda: server.restarts("hung") == 1)
+    server.flag(flag).unlink()
+    server.wait_ready()
+    assert server.engine_pid != first
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+    server.process.send_signal(signal.SIGTERM)
     status, output = server.end()
-    assert status == 1
-    assert (
-        output.rstrip().splitlines()[-1].startswith("UNSERVED the engine hung: for 2 s")
-        and "watchdog_timeout_s=2" in output
-    )
+    assert status == 0 and "the engine hung" in output and "watchdog_timeout_s=2" in output
     if flag == "wedge":
         assert "in wedged" in output
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(server.flag("engine-pid").read_text()), 0)
+
+
+def test_an_engine_that_promised_to_have_moved_on_is_late_then_hung(server: Server) -> None:
+    """It answers still: its loop is not what answers. A pulse from before a restart is not the new engine's."""
+    server.wait_ready()
+    (run_dir,) = server.temporary.iterdir()
+    now = time.monotonic()
+    (run_dir / "engine-pulse").write_bytes(struct.pack("=dd", now, now + 1.0))
+    wait_for(lambda: server.probe("/health/ready") == (503, '{"status":"no progress"}'))
+    wait_for(lambda: server.restarts("hung") == 1)
+    server.wait_ready()
+    assert not (run_dir / "engine-pulse").exists()
 
 
 @pytest.mark.slow
@@ -370,22 +411,26 @@ def test_no_folder_for_the_socket_is_said_before_anything_starts(
     assert list(long.iterdir()) == []
 
 
-def test_engine_death_stops_the_web_and_is_told_once(server: Server) -> None:
+def test_an_engine_that_dies_again_and_again_ends_the_server_with_the_reason(server: Server) -> None:
     server.wait_ready()
     server.flag("crash").touch()
-    status, output = server.end()
+    status, output = server.end(30.0)
     assert status == 1
-    assert output.rstrip().endswith("UNSERVED the engine process ended with status 3; what it wrote stands above")
-    assert output.count("boom: the last line") == 1
+    (told,) = (line for line in output.splitlines() if line.startswith("UNSERVED"))
+    assert told.startswith("UNSERVED the engine process ended with status 4; what it wrote stands above; it had been")
+    assert "started anew 2 times within 600 s" in told and "max_engine_restarts=2" in told
+    assert output.count("boom: the last line") == 3
     assert server.flag("web-stopped").exists()
     assert server.api() == 0
 
 
-def test_engine_killed_names_the_signal(server: Server) -> None:
+def test_without_restarts_the_engines_death_ends_the_server(tmp_path_factory: pytest.TempPathFactory) -> None:
+    server = Server(tmp_path_factory.mktemp("s"), restarts=0)
     server.wait_ready()
-    os.kill(int(server.flag("engine-pid").read_text()), signal.SIGKILL)
+    server.kill_engine()
     status, output = server.end()
-    assert status == 1 and "ended with signal SIGKILL" in output
+    assert status == 1
+    assert output.rstrip().endswith("UNSERVED the engine process ended with signal SIGKILL; what it wrote stands above")
 
 
 def test_engine_that_refuses_at_start_leaves_one_sentence(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -406,8 +451,12 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def stream(server: Server, max_tokens: int) -> http.client.HTTPResponse:
+    return complete(server, max_tokens, stream=True)
+
+
+def complete(server: Server, max_tokens: int, stream: bool = False) -> http.client.HTTPResponse:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    body = json.dumps({"model": "m", "prompt": "la la", "max_tokens": max_tokens, "stream": True})
+    body = json.dumps({"model": "m", "prompt": "la la", "max_tokens": max_tokens, "stream": stream})
     headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", body, headers)
     return connection.getresponse()
@@ -489,17 +538,62 @@ def test_two_hundred_requests_at_once_are_for_the_engine_to_queue(real_web: Serv
         assert real_web.api() == 200 and time.monotonic() - started < 2.0
 
 
-def test_engine_death_ends_streams_with_an_error(real_web: Server) -> None:
+def test_a_killed_engine_ends_what_has_begun_and_the_next_one_gets_the_rest(real_web: Server) -> None:
     real_web.wait_ready()
     running = stream(real_web, max_tokens=900)
     assert first_data(running).startswith(b"data: ")
-    os.kill(int(real_web.flag("engine-pid").read_text()), signal.SIGKILL)
-    start = time.monotonic()
-    rest = running.read().decode()
-    assert '"error"' in rest and '"finish_reason":"length"' not in rest.replace(" ", "")
-    status, output = real_web.end()
-    assert status == 1 and "ended with signal SIGKILL" in output
-    assert time.monotonic() - start < 8.0
+    real_web.flag("hold").touch()
+    with ThreadPoolExecutor(4) as threads:
+        waiting = []
+        for count in (3, 2, 4, 1):
+            waiting.append(threads.submit(complete, real_web, max_tokens=count))
+            wait_for(lambda count=count: real_web.flag("submitted").read_text().endswith(f" {count} "))
+        real_web.flag("submitted").unlink()
+        real_web.flag("slow-start").touch()
+        real_web.kill_engine()
+        killed = time.monotonic()
+        rest = running.read().decode()
+        assert time.monotonic() - killed < 1.0
+        assert '"code":"engine_dead"' in rest and rest.endswith("data: [DONE]\n\n") and '"length"' not in rest
+        wait_for(lambda: real_web.probe("/health") == (503, '{"status":"restarting"}'))
+        assert real_web.probe("/health/live")[0] == 200 and real_web.api() == 200
+        assert get(f"http://127.0.0.1:{real_web.port}/health") == (503, '{"status":"restarting"}')
+        refused = complete(real_web, max_tokens=1)
+        assert refused.status == 503 and json.loads(refused.read())["error"]["code"] == "engine_dead"
+        assert 1 <= int(refused.headers["Retry-After"]) <= 60
+        assert "pagegraph:engine_up" in real_web.probe("/metrics")[1]
+        assert not any(one.done() for one in waiting)
+        real_web.flag("slow-start").unlink()
+        real_web.flag("hold").unlink()
+        answers = [one.result() for one in waiting]
+    assert [json.loads(answer.read())["usage"]["completion_tokens"] for answer in answers] == [3, 2, 4, 1]
+    assert real_web.flag("submitted").read_text() == "3 2 4 1 "
+    assert real_web.restarts("died") == 1
+    real_web.wait_ready()
+    assert complete(real_web, max_tokens=2).status == 200
+
+
+def test_a_request_that_ends_every_engine_is_given_up_with_the_second(real_web: Server) -> None:
+    real_web.wait_ready()
+    refused = complete(real_web, max_tokens=666)
+    assert refused.status == 503 and json.loads(refused.read())["error"]["code"] == "engine_dead"
+    wait_for(lambda: real_web.restarts("died") == 2)
+    real_web.wait_ready()
+    assert complete(real_web, max_tokens=2).status == 200
+
+
+def test_what_waits_for_an_engine_that_does_not_come_ends_with_an_error(real_web: Server) -> None:
+    real_web.wait_ready()
+    real_web.flag("hold").touch()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(complete, real_web, max_tokens=5)
+        wait_for(lambda: real_web.flag("submitted").exists())
+        real_web.flag("slow-start").touch()
+        real_web.kill_engine()
+        wait_for(lambda: real_web.probe("/health") == (503, '{"status":"restarting"}'))
+        real_web.process.send_signal(signal.SIGTERM)
+        assert waiting.result().status == 503
+    assert real_web.end()[0] == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children end with a killed parent on Linux only")
@@ -517,9 +611,9 @@ def test_a_taken_port_is_refused_before_the_model_loads(tmp_path_factory: pytest
         with pytest.raises(Unserved, match=rf"port={port} on 127.0.0.1.*--port"):
             bind("127.0.0.1", port, "port")
         with pytest.raises(Unserved, match=rf"probe_port={port}"):
-            Probes("127.0.0.1", port, lambda: READY, "http://127.0.0.1:9/")
+            Probes("127.0.0.1", port, lambda: READY, "http://127.0.0.1:9/", bytes)
     with pytest.raises(Unserved, match="probe_host=192.0.2.1.*--probe-host"):
-        Probes("192.0.2.1", 0, lambda: READY, "http://127.0.0.1:9/")
+        Probes("192.0.2.1", 0, lambda: READY, "http://127.0.0.1:9/", bytes)
 
 
 def test_a_probe_that_leaves_is_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
@@ -530,7 +624,7 @@ def test_a_probe_that_leaves_is_no_traceback(capfd: pytest.CaptureFixture[str]) 
         time.sleep(0.1)
         return READY
 
-    probes = Probes("127.0.0.1", 0, health, "http://127.0.0.1:9/")
+    probes = Probes("127.0.0.1", 0, health, "http://127.0.0.1:9/", bytes)
     for _ in range(3):
         with socket.create_connection(probes.address.rsplit(":", 1), 5) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
@@ -543,7 +637,7 @@ def test_a_probe_that_leaves_is_no_traceback(capfd: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::1"])
 def test_probes_listen_where_they_are_told(host: str) -> None:
-    probes = Probes(host, 0, lambda: DRAINING, "http://127.0.0.1:9/")
+    probes = Probes(host, 0, lambda: DRAINING, "http://127.0.0.1:9/", bytes)
     assert probes.address.startswith("127.0.0.1:" if host == "0.0.0.0" else "[::1]:")
     assert get(f"http://{probes.address}/health/live") == (200, '{"status":"draining"}')
     assert get(f"http://{probes.address}/health/ready") == (503, '{"status":"draining"}')
@@ -557,9 +651,10 @@ def test_bound_port_refuses_connections_until_it_listens() -> None:
     bound.close()
 
 
-def test_probe_says_503_when_the_engine_has_no_metrics() -> None:
-    probes = Probes("127.0.0.1", 0, lambda: LOADING, f"http://127.0.0.1:{free_port()}/metrics")
-    assert get(f"http://{probes.address}/metrics")[0] == 503
+def test_without_an_engine_the_servers_own_metrics_stand_alone() -> None:
+    unheard = f"http://127.0.0.1:{free_port()}/metrics"
+    probes = Probes("127.0.0.1", 0, lambda: LOADING, unheard, lambda: b"own 1\n")
+    assert get(f"http://{probes.address}/metrics") == (200, "own 1\n")
     assert [get(f"http://{probes.address}/health/{asked}")[0] for asked in ("live", "ready")] == [200, 503]
     probes.close()
 

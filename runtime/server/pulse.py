@@ -1,0 +1,58 @@
+"""By when the engine's loop will have moved on: two times in a file, which it writes before each turn.
+
+A loop that hangs writes nothing, so who reads them needs no answer of it. A step that is like recent ones has `STRETCH`
+times what it is predicted to take, and `LEAST_S` at least, for machines pause; whatever cannot be predicted (a first step,
+a compilation, a capture) has the limit of the configuration. Knows no steps, no processes and no sockets. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE = "engine-pulse"
+STRETCH = (
+    30.0  # a step's bound over its predicted time; four times as long happens on a busy machine, and in a pause more
+)
+LEAST_S = 30.0  # a loaded machine, or a first launch of a kernel, may hold up the quickest step for seconds
+LATE_SHARE = 0.25  # of the bound, after which new requests better go elsewhere
+UNREADY_S = 30.0  # after which they do in any case
+_TIMES = struct.Struct("=dd")
+
+
+@dataclass(frozen=True)
+class Due:
+    """Seconds of the machine's monotonic clock after which the loop is late, and after which it hangs."""
+
+    late: float
+    hung: float
+
+
+class Pulse:
+    """The writing end. `limit_s`: for what cannot be predicted; nothing gets more."""
+
+    def __init__(self, path: Path, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        path.write_bytes(_TIMES.pack(float("inf"), float("inf")))
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), _TIMES.size)
+        self._limit_s = limit_s
+        self._clock = clock
+
+    def beat(self, predicted_s: float | None) -> None:
+        """The loop does now what takes about so many seconds; None: nobody knows."""
+        bound = self._limit_s if predicted_s is None else min(self._limit_s, max(LEAST_S, STRETCH * predicted_s))
+        now = self._clock()
+        _TIMES.pack_into(self._map, 0, now + min(UNREADY_S, LATE_SHARE * bound), now + bound)
+
+
+def read(path: Path) -> Due | None:
+    """What the loop promised last; None before it began."""
+    try:
+        return Due(*_TIMES.unpack(path.read_bytes()))
+    except (FileNotFoundError, struct.error):  # the engine is about to write it for the first time
+        return None

@@ -1,0 +1,69 @@
+"""How often an engine that ends is started anew, and what the server counts of it.
+
+Knows times and reasons; starts nothing. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+REASONS = ("died", "hung")
+
+
+class Restarts:
+    """At most `most` within `window_s` seconds, whatever the reasons. Any thread may read."""
+
+    def __init__(self, most: int, window_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.most = most
+        self.window_s = window_s
+        self.total: dict[str, int] = dict.fromkeys(REASONS, 0)
+        self._clock = clock
+        self._at: list[float] = []
+
+    @property
+    def num_recent(self) -> int:
+        """Within the window that ends now."""
+        oldest = self._clock() - self.window_s
+        return sum(at > oldest for at in self._at)
+
+    def take(self, reason: str) -> bool:
+        """Whether there is to be another, which is counted then; `reason`: one of REASONS."""
+        if self.num_recent >= self.most:
+            return False
+        self._at.append(self._clock())
+        self.total[reason] += 1
+        return True
+
+
+class ServerMetrics:
+    """What the supervisor knows and no engine, in Prometheus' text format; an engine counts from 0 when it is new."""
+
+    def __init__(self, restarts: Restarts, model_name: str, is_up: Callable[[], bool]) -> None:
+        self._restarts = restarts
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._is_up = is_up
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def render(self) -> bytes:
+        """The text."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Metric families as prometheus-client's registries yield them."""
+        names, values = list(self._labels), list(self._labels.values())
+        up = GaugeMetricFamily("pagegraph:engine_up", "1 while the engine takes requests, else 0.", labels=names)
+        up.add_metric(values, float(self._is_up()))
+        yield up
+        restarts = CounterMetricFamily(
+            "pagegraph:engine_restarts",
+            "Times that the engine was started anew: it had died, or hung and was ended.",
+            labels=[*names, "reason"],
+        )
+        for reason, count in self._restarts.total.items():
+            restarts.add_metric([*values, reason], count)
+        yield restarts
