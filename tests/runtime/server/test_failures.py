@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.server.faulty_engine import POISONED
+from tests.runtime.server.faulty_engine import POISONED, WEDGED
 from tests.runtime.server.served_model import ServedModel, first_event, served, tiny_model
 
 SLOTS = 8
@@ -91,3 +95,144 @@ def test_a_background_response_outlives_its_client_and_its_cancel_frees_it(serve
     server.post(f"/v1/responses/{long}/cancel").close()
     server.wait(server.free)
     assert status(long) == "cancelled"
+
+
+SURFACES = {
+    "/v1/completions": ({"prompt": "hello", "max_tokens": 4000, "ignore_eos": True}, '"code":"engine_dead"'),
+    "/v1/chat/completions": (
+        {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3000, "ignore_eos": True},
+        '"code":"engine_dead"',
+    ),
+    "/v1/responses": ({"input": "hello", "max_output_tokens": 3000, "ignore_eos": True}, '"type":"response.failed"'),
+    "/v1/messages": (
+        {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3000, "ignore_eos": True},
+        '"type":"overloaded_error"',
+    ),
+}
+
+
+@pytest.mark.slow
+def test_a_killed_engine_ends_every_surface_in_its_own_form_and_is_replaced(model: Path) -> None:
+    with served(model, step_s=0.01, max_num_seqs=SLOTS) as server, ThreadPoolExecutor(16) as threads:
+        streams = {path: server.post(path, stream=True, **body) for path, (body, _) in SURFACES.items()}
+        background = json.loads(server.post("/v1/responses", **SURFACES["/v1/responses"][0], background=True).read())
+        for one in streams.values():
+            first_event(one)
+        whole = [threads.submit(server.complete, max_tokens=4000) for _ in range(2)]
+        server.wait(lambda: server.metric("num_requests_running") == 7)
+        time.sleep(0.5)
+        os.kill(server.engine_pid, signal.SIGKILL)
+        killed = time.monotonic()
+        ended = {path: one.read().decode() for path, one in streams.items()}
+        answers = [one.result() for one in whole]
+        took = time.monotonic() - killed
+        assert took < 1.0
+        for path, (_, sign) in SURFACES.items():
+            assert sign in ended[path] and "engine is not running" in ended[path], path
+        for answer in answers:
+            assert answer.status == 503 and int(answer.headers["Retry-After"]) >= 1
+            assert json.loads(answer.read())["error"]["code"] == "engine_dead"
+        told = json.loads(server.get(f"/v1/responses/{background['id']}")[1])
+        assert told["status"] == "failed" and "engine is not running" in told["error"]["message"]
+        assert server.get("/health")[0] == 503 and server.get("/health/live")[0] == 200
+        down = server.wait(lambda: server.get("/health")[0] == 200, 60)
+        assert server.complete(max_tokens=4).status == 200
+        assert server.metric("engine_restarts_total") == 1
+        print(f"error events after {1e3 * took:.0f} ms, serving again after {down + took:.1f} s")
+
+
+@pytest.mark.slow
+def test_a_wedged_step_is_dumped_and_the_engine_replaced(model: Path) -> None:
+    """With the default watchdog_timeout_s."""
+    with served(model, max_num_seqs=SLOTS) as server:
+        for _ in range(3):
+            assert server.complete(max_tokens=50).read()
+        stream = server.complete(max_tokens=100, seed=WEDGED, stream=True)
+        first_event(stream)
+        begun = time.monotonic()
+        late = server.wait(lambda: server.get("/health")[0] == 503, 12)
+        assert late < 10.0 and server.get("/health/live")[0] == 200
+        rest = stream.read().decode()
+        ended = time.monotonic() - begun
+        assert "engine_dead" in rest and 29 < ended < 36
+        assert 'faulty_engine.py", line' in server.output and "in wedge" in server.output
+        server.wait(lambda: server.get("/health")[0] == 200, 60)
+        back = time.monotonic() - begun
+        assert server.complete(max_tokens=4).status == 200
+        print(f"/health 503 after {late:.1f} s, error event after {ended:.1f} s, serving again after {back:.1f} s")
+
+
+@pytest.mark.slow
+def test_a_killed_web_process_frees_what_it_held_and_is_replaced(model: Path) -> None:
+    with served(model, step_s=0.01, max_num_seqs=SLOTS, workers=2) as server:
+        streams = [server.complete(max_tokens=4000, stream=True) for _ in range(SLOTS)]
+        for one in streams:
+            first_event(one)
+        server.wait(lambda: server.metric("num_requests_running") == SLOTS)
+        for pid in server.web_pids:
+            os.kill(pid, signal.SIGKILL)
+        freed = server.wait(server.free)
+        again = server.wait(lambda: server.get("/health")[0] == 200)
+        assert len(server.web_pids) == 2
+        assert server.complete(max_tokens=4).status == 200
+        assert server.metric("engine_restarts_total") == 0
+        print(f"freed after {freed:.1f} s, answering again after {freed + again:.1f} s")
+
+
+@pytest.mark.slow
+def test_thirty_two_streams_end_well_when_the_server_is_stopped(model: Path) -> None:
+    with served(model, step_s=0.01, max_num_seqs=16) as server, ThreadPoolExecutor(32) as threads:
+        streams = [threads.submit(server.complete, max_tokens=300, stream=True) for _ in range(32)]
+        server.wait(lambda: server.metric("num_requests_waiting") == 16)
+        server.process.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        ends = [one.result().read().decode() for one in streams]
+        assert all('"finish_reason":"length"' in end and end.endswith("data: [DONE]\n\n") for end in ends)
+        assert server.process.wait(40) == 0
+        print(f"32 streams done and the server gone {time.monotonic() - asked:.1f} s after SIGTERM")
+
+
+LOAD = """
+import http.client, json, sys, threading, time
+port, clients, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+until, statuses, lock = time.monotonic() + seconds, {}, threading.Lock()
+def client():
+    while time.monotonic() < until:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps(dict(model="m", prompt="hello", max_tokens=50, ignore_eos=True)),
+                           {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        answer.read()
+        with lock:
+            statuses[answer.status] = statuses.get(answer.status, 0) + 1
+        if answer.status == 503:
+            time.sleep(min(float(answer.headers["Retry-After"]), max(until - time.monotonic(), 0)))
+        connection.close()
+threads = [threading.Thread(target=client) for _ in range(clients)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(json.dumps(statuses))
+"""
+
+
+@pytest.mark.slow
+def test_probes_are_answered_within_100_ms_under_ten_times_the_load(model: Path) -> None:
+    """Half of those whom batch and queue hold would be served; ten times as many clients as those come for 30 s."""
+    with served(model, step_s=0.01, max_num_seqs=SLOTS, max_queue=SLOTS) as server:
+        command = [sys.executable, "-c", LOAD, str(server.port), str(10 * 2 * SLOTS), "30"]
+        load = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: os.nice(5))
+        times: dict[str, list[float]] = {}
+        while load.poll() is None:
+            for path, port in (("/health/live", server.port), ("/health", server.port), ("/health", server.probe_port)):
+                asked = time.monotonic()
+                assert server.get(path, port)[0] == 200
+                times.setdefault(f"{path} {'probes' if port == server.probe_port else 'API'}", []).append(
+                    1e3 * (time.monotonic() - asked)
+                )
+            time.sleep(0.05)
+        statuses = json.loads(load.communicate()[0])
+        p99 = {name: sorted(those)[int(0.99 * len(those))] for name, those in times.items()}
+        print(statuses, {name: f"{value:.0f} ms of {len(times[name])}" for name, value in p99.items()})
+        assert set(statuses) == {"200", "503"}
+        assert max(p99.values()) < 100
+        server.wait(server.free)
