@@ -31,7 +31,7 @@ _ENGINE_DOWN = "the engine is not running; try again shortly"
 class ApiError(Exception):
     """An error to answer with: HTTP status, a message for the user, the field at fault and a code.
 
-    `retry_after_s`: when to come back, of 429 and 503.
+    `retry_after_s`: when to come back, of 429 and 503. `is_final`: clients are told not to try again by themselves.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float = 1.0,
+        is_final: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -49,6 +50,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+        self.is_final = is_final
 
     def body(self) -> dict[str, Any]:
         """The error as OpenAI's JSON object."""
@@ -61,6 +63,8 @@ class ApiError(Exception):
         answer = json_response(self.body(), self.status)
         if self.status in (429, 503):
             answer.headers["Retry-After"] = retry_after(self.retry_after_s)
+        if self.is_final:
+            answer.headers["x-should-retry"] = "false"  # heeded by OpenAI's and Anthropic's clients
         if self.status == 401:
             answer.headers["WWW-Authenticate"] = "Bearer"
         return answer
@@ -80,7 +84,12 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestFailed):
         code = "invalid_value" if error.status == 400 and error.field else None
         return ApiError(
-            error.status, error.message, param=error.field or None, code=code, retry_after_s=error.retry_after_s
+            error.status,
+            error.message,
+            param=error.field or None,
+            code=code,
+            retry_after_s=error.retry_after_s,
+            is_final=error.status == 500,  # a step failed for it, or an engine: it would fail another
         )
     if isinstance(error, EngineDead):
         return ApiError(503, _ENGINE_DOWN, code="engine_dead", retry_after_s=error.retry_after_s or 1.0)

@@ -41,6 +41,7 @@ _RETRY_S = 0.1  # between tries to reach an engine that is not there
 _RECONNECT_MS = 200  # ZeroMQ's own tries slow down to one each so many
 # Engines that a group may be lost with before it is given up: one whose prompt ends every engine must not end them all.
 _MOST_LOST = 1
+_GIVEN_UP = "the engine ended twice while it had this request, which is not tried again: it may be what ends it"
 
 Comeback = Callable[[], float | None]  # seconds until a new engine is expected; None: none follows
 
@@ -316,9 +317,10 @@ class Connection:
         """The engine is not to be counted on: end all streams but those that another one may begin."""
         if self._comeback() is None:
             self._fail_all(reason)
-        else:
-            self._part_with(lambda group: group.begun or group.lost > _MOST_LOST, reason)
-            self._forget_engine()
+            return
+        self._part_with(lambda group: group.begun, reason)
+        self._part_with(lambda group: group.lost > _MOST_LOST, reason, given_up=True)
+        self._forget_engine()
 
     def _fail_all(self, reason: str) -> None:
         """End all streams."""
@@ -331,8 +333,11 @@ class Connection:
             self._info = None
             self._changed.notify_all()
 
-    def _part_with(self, which: Callable[[_OpenGroup], bool], reason: str) -> None:
-        """End the streams of some groups; an engine that is still there, or comes back, is told to give them up."""
+    def _part_with(self, which: Callable[[_OpenGroup], bool], reason: str, given_up: bool = False) -> None:
+        """End the streams of some groups; an engine that is still there, or comes back, is told to give them up.
+
+        given_up: they may be what engines end by, and better do not come again.
+        """
         with self._changed:
             ended = {id: place for id, place in self._streams.items() if which(place[1])}
             for request_id in ended:
@@ -340,6 +345,6 @@ class Connection:
         dead = EngineDead(reason, self._comeback())
         for request_id, (index, group) in ended.items():
             self._outbox.put(encode(Abort(request_id)))
-            group.inbox.put((index, dead))
+            group.inbox.put((index, Failed(request_id, 500, _GIVEN_UP) if given_up else dead))
         if ended:
             _log.error("%s; %d open streams end", reason, len(ended))

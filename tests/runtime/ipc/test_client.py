@@ -268,8 +268,9 @@ def test_what_was_lost_with_two_engines_is_given_up(loyal: EngineClient, success
     successors.next(lambda s: [])
     assert eventually(lambda: successors.now.submits)
     successors.next(ends)
-    with pytest.raises(EngineDead, match="went away"):
+    with pytest.raises(RequestFailed, match="ended twice") as given_up:
         stream.get(5)
+    assert given_up.value.status == 500
     assert eventually(lambda: successors.now.aborts) and not successors.now.submits
 
 

@@ -77,3 +77,13 @@ def test_a_compilation_swaps_every_step_at_its_end(caplog: pytest.LogCaptureFixt
     assert seen == [("compiling", "plain")]
     assert [step.forward for step in built.steps] == ["compiled", "compiled too"]
     assert built.compile_state == "compiled" and "compiled after" in caplog.text
+
+
+def test_a_triton_kernel_that_is_compiled_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton asks this hook before it compiles what a launch needs, and goes on if it says nothing."""
+    knobs = pytest.importorskip("triton").knobs
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", None)
+    beats = []
+    engine_process._tell_of_triton(beats.append)
+    facts = dict(key="", repr="", fn=None, compile={}, is_manual_warmup=False, already_compiled=False)
+    assert not knobs.runtime.jit_cache_hook(**facts) and beats == [None]

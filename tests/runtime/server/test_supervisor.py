@@ -30,6 +30,7 @@ from pagegraph.runtime.config import Config
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.server import run_dir
 from pagegraph.runtime.server.child import child_environment, module_command
+from pagegraph.runtime.server.engine_settings import REQUIRED_COMPILATION_FAILED
 from pagegraph.runtime.server.health import DRAINING, LOADING, READY, Health
 from pagegraph.runtime.server.listen import Unserved, bind
 from pagegraph.runtime.server.probes import Probes
@@ -65,8 +66,8 @@ ENGINE = """
     Path(sys.argv[1]).with_name("engine.json").write_text(json.dumps({"model_dir": str(control)}))
     left = {}  # (client, request id): tokens still to come, one a poll
     while True:
-        if (control / "crash").exists():
-            print("boom: the last line", flush=True); sys.exit(4)
+        if status := (control / "crash").exists() and (control / "crash").read_text():
+            print("boom: the last line", flush=True); sys.exit(int(status))
         def wedged():
             while (control / "wedge").exists(): time.sleep(0.05)
         wedged()
@@ -413,7 +414,7 @@ def test_no_folder_for_the_socket_is_said_before_anything_starts(
 
 def test_an_engine_that_dies_again_and_again_ends_the_server_with_the_reason(server: Server) -> None:
     server.wait_ready()
-    server.flag("crash").touch()
+    server.flag("crash").write_text("4")
     status, output = server.end(30.0)
     assert status == 1
     (told,) = (line for line in output.splitlines() if line.startswith("UNSERVED"))
@@ -431,6 +432,13 @@ def test_without_restarts_the_engines_death_ends_the_server(tmp_path_factory: py
     status, output = server.end()
     assert status == 1
     assert output.rstrip().endswith("UNSERVED the engine process ended with signal SIGKILL; what it wrote stands above")
+
+
+def test_a_compilation_that_is_required_and_failed_is_not_tried_again(server: Server) -> None:
+    server.wait_ready()
+    server.flag("crash").write_text(str(REQUIRED_COMPILATION_FAILED))
+    status, output = server.end()
+    assert status == 1 and output.count("boom") == 1 and "started anew" not in output
 
 
 def test_engine_that_refuses_at_start_leaves_one_sentence(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -576,7 +584,8 @@ def test_a_killed_engine_ends_what_has_begun_and_the_next_one_gets_the_rest(real
 def test_a_request_that_ends_every_engine_is_given_up_with_the_second(real_web: Server) -> None:
     real_web.wait_ready()
     refused = complete(real_web, max_tokens=666)
-    assert refused.status == 503 and json.loads(refused.read())["error"]["code"] == "engine_dead"
+    assert refused.status == 500 and "ended twice" in json.loads(refused.read())["error"]["message"]
+    assert refused.headers["x-should-retry"] == "false"
     wait_for(lambda: real_web.restarts("died") == 2)
     real_web.wait_ready()
     assert complete(real_web, max_tokens=2).status == 200
