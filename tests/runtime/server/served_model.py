@@ -143,12 +143,6 @@ class ServedModel:
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
         return self.metric("engine_up") == 1 and not any(map(self.metric, names))
 
-    def stop(self, seconds: float = 40.0) -> int:
-        """The exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(seconds)
-
     def _read(self) -> None:
         assert self.process.stdout is not None
         self.lines.extend(self.process.stdout)
@@ -160,9 +154,10 @@ def served(model: Path, **settings: Any) -> Iterator[ServedModel]:
     try:
         yield server
     finally:
-        for _ in range(2):  # the second ends the drain
-            server.process.send_signal(signal.SIGTERM)
-        server.stop()
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)  # two at once are one
+        server.process.send_signal(signal.SIGTERM)  # ends the drain
+        server.process.wait(40)
 
 
 def first_event(answer: http.client.HTTPResponse) -> bytes:
