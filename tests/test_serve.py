@@ -89,7 +89,7 @@ def ask(client: OpenAI, question: str, **options) -> str:
 def test_the_doctor_reads_a_real_servers_metrics(server: Server) -> None:
     server.client().completions.create(model="smollm2", prompt="Once", max_tokens=4, temperature=0)
     result = CliRunner().invoke(main, ["doctor", server.url])
-    assert result.exit_code == 0 and "none of 11 rules holds" in result.output, result.output
+    assert result.exit_code == 0 and "none of 12 rules holds" in result.output, result.output
 
 
 def test_sixteen_clients_at_once_get_the_serial_answers(server: Server) -> None:

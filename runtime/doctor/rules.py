@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pagegraph.compiler.step.capture_sizes import MAX_CAPTURED_TOKENS
 from pagegraph.runtime.engine.metrics import OWN
+from pagegraph.runtime.server.restarts import REASONS
 
 FEW = 20  # requests, or steps, below which nothing is said of shares
 
@@ -179,6 +180,16 @@ def _failed_requests(of: Metrics) -> str | None:
     return f"{failed:.0f} requests ended with an error: the log has the exception of each" if failed else None
 
 
+def _restarted(of: Metrics) -> str | None:
+    if not of("engine_restarts_total"):
+        return None
+    died, hung = (of("engine_restarts_total", reason=reason) for reason in REASONS)
+    return (
+        f"the engine was started anew, {died:.0f} times because it died and {hung:.0f} because it hung: the log has what it"
+        " said last; where the system's log says that memory ran out, lower kv_cache_memory or max_num_batched_tokens"
+    )
+
+
 RULES: dict[str, Callable[[Metrics], str | None]] = {
     "preemptions": _preempted,
     "queue beside free blocks": _waiting_beside_free_blocks,
@@ -191,6 +202,7 @@ RULES: dict[str, Callable[[Metrics], str | None]] = {
     "drafts that miss": _poor_drafts,
     "not compiled": _not_compiled,
     "failed requests": _failed_requests,
+    "restarts": _restarted,
 }
 
 

@@ -19,6 +19,7 @@ from pagegraph.runtime.doctor import machine
 from pagegraph.runtime.doctor.rules import RULES, Metrics, diagnose
 from pagegraph.runtime.engine.metrics import Counts, EngineMetrics
 from pagegraph.runtime.scheduler.counters import Counters
+from pagegraph.runtime.server.restarts import Restarts, ServerMetrics
 
 
 def server(**changed: object) -> EngineMetrics:
@@ -47,6 +48,14 @@ def server(**changed: object) -> EngineMetrics:
     return metrics
 
 
+def told(restarts: int = 0, **changed: object) -> str:
+    """All that such a server says at /metrics."""
+    counted = Restarts(9, 600.0)
+    for _ in range(restarts):
+        counted.take("died")
+    return (ServerMetrics(counted, "m", lambda: True).render() + server(**changed).render()).decode()
+
+
 ILL = {
     "preemptions": (dict(preemptions=40), "max_num_seqs=6"),
     "queue beside free blocks": (dict(waiting=20, usage=0.4), "max_num_seqs to 18"),
@@ -59,11 +68,12 @@ ILL = {
     "drafts that miss": (dict(drafts=5000, accepted=100), "num_speculative_tokens=auto"),
     "not compiled": (dict(state="failed"), "compile=required"),
     "failed requests": (dict(errors=3), "3 requests ended with an error"),
+    "restarts": (dict(restarts=2), "2 times because it died and 0 because it hung"),
 }
 
 
 def test_a_server_that_is_well_gets_no_advice() -> None:
-    assert diagnose(server().render().decode()) == []
+    assert diagnose(told()) == []
 
 
 def test_a_server_that_has_done_nothing_gets_no_advice() -> None:
@@ -73,7 +83,7 @@ def test_a_server_that_has_done_nothing_gets_no_advice() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_finds_its_illness_and_no_other(rule: str) -> None:
     changed, words = ILL[rule]
-    [found] = diagnose(server(**changed).render().decode())
+    [found] = diagnose(told(**changed))
     assert found.rule == rule and words in found.advice
 
 
