@@ -297,7 +297,7 @@ class ServerConfig:
         300.0,
         between(parse_number, 1),
         "seconds with work and without a finished step after which the engine counts as hung and is started anew; a step"
-        " like recent ones has 30 times what it should take, at least 30 s and at most this",
+        " like recent ones has 30 times what it should take, at least 30 s or a tenth of this, and at most this",
     )
     max_engine_restarts: int = _option(
         3,

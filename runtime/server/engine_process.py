@@ -63,8 +63,7 @@ def main(path: str) -> None:
             pulse = Pulse(settings.pulse, config.watchdog_timeout_s)
             mailbox = Mailbox(settings.engine_address)
             engine, metrics = engine_of(config, built, mailbox, settings.drain_flag.exists, beat=pulse.beat)
-            if built.device.type == "cuda":
-                _tell_of_triton(pulse.beat)
+            _tell_of_compilers(config, built, pulse.beat)
     except Exception as error:
         if (reason := sentence(error)) is None:
             raise
@@ -104,15 +103,20 @@ def _compile(config: Config, built: BuiltModel, first: Callable[[], None] = lamb
         log.info("compiled after %.1f s: steps run the compiled graph from here on", built.timings.seconds["compile"])
 
 
-def _tell_of_triton(beat: Callable[[float | None], None]) -> None:
-    """A kernel that a step is the first to launch is compiled then, however long that takes: no step is to blame."""
-    from triton import knobs
+def _tell_of_compilers(config: Config, built: BuiltModel, beat: Callable[[float | None], None]) -> None:
+    """What a step is the first to need is compiled then, however long that takes: no step hangs."""
+    if config.compile:
+        from torch._dynamo.callback import callback_handler
 
-    def compiles(**_: object) -> bool:
-        beat(None)
-        return False  # go on
+        callback_handler.register_start_callback(lambda _: beat(None))
+    if built.device.type == "cuda":
+        from triton import knobs
 
-    knobs.runtime.jit_cache_hook = compiles
+        def compiles(**_: object) -> bool:
+            beat(None)
+            return False  # go on
+
+        knobs.runtime.jit_cache_hook = compiles
 
 
 def _announce(path: Path, built: BuiltModel) -> None:

@@ -1,8 +1,8 @@
 """By when the engine's loop will have moved on: two times in a file, which it writes before each turn.
 
 A loop that hangs writes nothing, so who reads them needs no answer of it. A step that is like recent ones has `STRETCH`
-times what it is predicted to take, and `LEAST_S` at least, for machines pause; whatever cannot be predicted (a first step,
-a compilation, a capture) has the limit of the configuration. Knows no steps, no processes and no sockets. Imports no
+times what it is predicted to take, and a least time, for machines pause; whatever cannot be predicted (a first step, a
+compilation, a capture) has the limit of the configuration. Knows no steps, no processes and no sockets. Imports no
 torch.
 """
 
@@ -19,7 +19,10 @@ FILE = "engine-pulse"
 STRETCH = (
     30.0  # a step's bound over its predicted time; four times as long happens on a busy machine, and in a pause more
 )
-LEAST_S = 30.0  # a loaded machine, or a first launch of a kernel, may hold up the quickest step for seconds
+LEAST_S, LEAST_SHARE = (
+    30.0,
+    0.1,
+)  # a loaded machine holds up the quickest step for seconds; a higher limit raises this too
 LATE_SHARE = 0.25  # of the bound, after which new requests better go elsewhere
 UNREADY_S = 30.0  # after which they do in any case
 _TIMES = struct.Struct("=dd")
@@ -45,7 +48,9 @@ class Pulse:
 
     def beat(self, predicted_s: float | None) -> None:
         """The loop does now what takes about so many seconds; None: nobody knows."""
-        bound = self._limit_s if predicted_s is None else min(self._limit_s, max(LEAST_S, STRETCH * predicted_s))
+        bound = self._limit_s
+        if predicted_s is not None:
+            bound = min(bound, max(LEAST_S, LEAST_SHARE * self._limit_s, STRETCH * predicted_s))
         now = self._clock()
         _TIMES.pack_into(self._map, 0, now + min(UNREADY_S, LATE_SHARE * bound), now + bound)
 

@@ -45,6 +45,7 @@ HEARTBEAT_S = 0.25  # of the supervisor's own client
 UNHEALTHY_S = 2.0  # an engine that ends is not heard either: for so long it is not taken for a hung one
 LOOK_S = 0.1  # between looks at the children
 FROZEN_S = 1.0  # between two looks: this process did not run either, and what it sees may be the machine's pause
+HELD_S = 30.0  # that a driver may hold a killed engine, and its memory, before the next one is started
 DUMP_S = 1.0  # for a hung engine to write where its threads stand
 IDLE_S = 1.5 * protocol.HEARTBEAT_S  # without work before a drain is over: web processes learn of it from a heartbeat
 IDLE_CONNECTIONS = 4000  # that a web process holds open beside those with a request; then the longest idle is closed
@@ -297,6 +298,7 @@ class Supervisor:
             self._new_engine_at = time.monotonic() + self._start_s
             self._tell_comeback(self._start_s)
             self._engine.kill()  # what it started, too
+            self._engine.ends_by(time.monotonic() + HELD_S)
             recent, most = self._restarts.num_recent, self._restarts.most
             log.critical(
                 "%s; the engine is started anew (%d of %d within %g s)", told, recent, most, self._restarts.window_s

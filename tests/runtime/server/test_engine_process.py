@@ -9,6 +9,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import triton
+from torch._dynamo.callback import callback_handler
 
 from pagegraph.compiler.build import BuiltModel, Timings
 from pagegraph.runtime.config import Config
@@ -79,11 +81,22 @@ def test_a_compilation_swaps_every_step_at_its_end(caplog: pytest.LogCaptureFixt
     assert built.compile_state == "compiled" and "compiled after" in caplog.text
 
 
-def test_a_triton_kernel_that_is_compiled_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def beats(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """What a process has beaten that was told to tell of its compilers, as one with a GPU would be."""
+    monkeypatch.setattr(callback_handler, "start_callbacks", [])
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", None)
+    beats: list[float | None] = []
+    engine_process._tell_of_compilers(Config(model="m"), SimpleNamespace(device=torch.device("cuda")), beats.append)
+    return beats
+
+
+def test_a_compilation_beside_steps_is_no_hang(beats: list[float | None]) -> None:
+    torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(2))
+    assert beats == [None]
+
+
+def test_a_triton_kernel_that_is_compiled_is_no_hang(beats: list[float | None]) -> None:
     """Triton asks this hook before it compiles what a launch needs, and goes on if it says nothing."""
-    knobs = pytest.importorskip("triton").knobs
-    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", None)
-    beats = []
-    engine_process._tell_of_triton(beats.append)
     facts = dict(key="", repr="", fn=None, compile={}, is_manual_warmup=False, already_compiled=False)
-    assert not knobs.runtime.jit_cache_hook(**facts) and beats == [None]
+    assert not triton.knobs.runtime.jit_cache_hook(**facts) and beats == [None]

@@ -20,6 +20,7 @@ from pagegraph.runtime.server.restarts import Restarts
         (20.0, 300.0, 30.0, 300.0),  # nothing gets more than the limit
         (None, 300.0, 30.0, 300.0),  # nobody knows
         (0.0, 4.0, 1.0, 4.0),
+        (0.0, 1000.0, 25.0, 100.0),  # whose machine pauses for longer raises the limit
     ],
 )
 def test_what_a_turn_is_given(
