@@ -182,23 +182,17 @@ def loads(results: Results) -> Iterator[str]:
 
 # Stages of a start, `Timings.seconds` -> heads of columns.
 START_PHASES = {
-    "wrap": "wrap", "weights": "weights", "passes": "passes", "memory": "memory", "compile": "compile",
+    "imports": "imports", "wrap": "wrap", "weights": "weights", "passes": "passes", "memory": "memory", "compile": "compile",
     "graphs": "CUDA graph capture",
 }  # fmt: skip
 
 
-def in_present_names(seconds: dict) -> dict:
-    """Seconds by stage of a stored file, whose "capture" is the stage "wrap"."""
-    return {"wrap" if stage == "capture" else stage: value for stage, value in seconds.items()}
-
-
 def starts(results: Results) -> Iterator[str]:
-    phases = {"source": "source", **START_PHASES}
+    phases = START_PHASES
     yield "| shape, caches | first bucket, s | ready, s | " + " | ".join(phases.values()) + " |"
     yield "|---" * (3 + len(phases)) + "|"
     for (model, caches), row in results.starts.items():
-        seconds = in_present_names(row)
-        cells = [f"{seconds[phase]:.1f}" if phase in seconds else "" for phase in phases]
+        cells = [f"{row[phase]:.1f}" if phase in row else "" for phase in phases]
         yield (
             f"| {SHAPES.get(model, model)}, {caches} | {row['first_bucket_s']:.1f} | {row['ready_s']:.1f} | "
             + " | ".join(cells)
@@ -432,24 +426,6 @@ def memory() -> Iterator[str]:
     )  # fmt: skip
 
 
-def start_phases() -> Iterator[str]:
-    names = ("h200-2026-11-28-qwen3-0.6b-prefix-vllm.json", "h200-2026-11-28-llama3-8b-prompts-in-graphs.json")
-    found = [
-        (start["model"], start["facts"])
-        for name in names
-        for start in read(name)["sections"]
-        if start["section"] == "start"
-    ]
-    return table(
-        "shape, empty caches | ready, s | CUDA graphs | " + " | ".join(f"{head}, s" for head in START_PHASES.values()),
-        (
-            [SHAPES[model], f"{facts['total_s']:.1f}", facts["graphs"], *(f"{seconds.get(phase, 0):.1f}" for phase in START_PHASES)]
-            for model, facts in found
-            for seconds in (in_present_names(facts["phases_s"]),)
-        ),
-    )  # fmt: skip
-
-
 def prompt_graphs() -> Iterator[str]:
     found = [
         Results([RESULTS / f"h200-2026-11-28-qwen3-0.6b-prompts-{where}-graphs.json"]).jobs
@@ -473,7 +449,7 @@ def quoted() -> Results:
     """The jobs that the documents quote; the last file that holds a job counts."""
     return stored(
         "2026-11-28-qwen3-0.6b-prompts-in-graphs", "2026-11-24-llama3-8b", "2026-11-24-qwen3-0.6b", "2026-11-24-few-rows-vllm",
-        "2026-11-28-qwen3-0.6b-prefix-vllm",
+        "2026-11-28-qwen3-0.6b-prefix-vllm", "2026-11-29-llama3-8b-128k-vllm",
     )  # fmt: skip
 
 
@@ -481,9 +457,9 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "overview": lambda: overview(quoted()),
     "jobs": lambda: jobs(quoted()),
     "steps": lambda: steps(stored("2026-11-28-qwen3-0.6b-prompts-in-graphs", "2026-11-28-llama3-8b-prompts-in-graphs")),
-    "loads": lambda: loads(stored("2026-11-29-llama3-8b-open-loop")),
+    "loads": lambda: loads(stored("2026-11-29-llama3-8b-open-loop-3-times")),
     "served": lambda: served(stored("2026-11-24-qwen3-0.6b-served")),
-    "prompt graphs": prompt_graphs, "memory": memory, "start": start_phases, "parity": parity,
+    "prompt graphs": prompt_graphs, "memory": memory, "start": lambda: starts(stored("2026-11-29-llama3-8b-startup")), "parity": parity,
     "cpu compare": lambda: iter(compare.lines(read("cpu-2026-11-29-compare.json")["rows"])), "cpu transformers": cpu_transformers, "cpu quantized": cpu_quantized, "cpu quality": cpu_quality,
     "quantized gemms": quantized_gemms, "quantized steps": quantized_steps, "fp8 jobs": fp8_jobs, "fp8 cache": fp8_cache,
     "gpu quality": gpu_quality, "spec decode cpu": spec_decode_cpu, "spec decode gpu": spec_decode_gpu,

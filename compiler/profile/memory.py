@@ -107,13 +107,14 @@ def _outside(device: torch.device) -> int:
 def _graphs(step: CompiledStep, draft_forwards: int) -> int:
     """Bytes of all graphs: they share one pool, which the largest fills, and each has memory of the driver's besides.
 
-    The median of a few: free memory is the whole device's, and what another process takes meanwhile would be
+    The median of a few that are captured next, so that their kernels are wanted anyway: free memory is the whole device's, and what another process takes meanwhile would be
     multiplied.
     """
-    buckets = step.runner.capture_sizes.buckets()
+    sizes = step.runner.capture_sizes
+    buckets = sizes.buckets()
     first = _taken(lambda: step.runner.capture_graphs(buckets[-1:], progress=False))
     each = statistics.median(
-        _taken(lambda: step.runner.capture_graphs([bucket], progress=False)) for bucket in buckets[:SAMPLES]
+        _taken(lambda: step.runner.capture_graphs([bucket], progress=False)) for bucket in sizes.first()[:SAMPLES]
     )
     return first + int(each) * (len(buckets) - 1 + draft_forwards)
 

@@ -82,7 +82,7 @@ MANY_ROWS = 32  # above it too, if no sequence can have more keys than MAX_ALIKE
 MAX_ALIKE = 8192
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "num_rows"])
 def decode_kernel(
     out_ptr,
     acc_ptr,

@@ -136,7 +136,7 @@ def _accumulate(acc, alpha, weights, nothing, values, PRECISION: tl.constexpr, O
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def prefill_kernel(
     out_ptr,
     query_ptr,

@@ -243,7 +243,7 @@ def _consumer(out_ptr, sinks_ptr, scale, smem, barriers, HALF: gl.constexpr,
         _wait_for_turn(items, HALF)  # the last that was given
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_seqs"])
 def prefill_hopper_kernel(
     out_ptr,
     query_ptr,

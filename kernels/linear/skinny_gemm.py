@@ -19,7 +19,7 @@ from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.pdl import dependent, wait
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def skinny_gemm_kernel(
     out_ptr,
     partial_ptr,

@@ -24,7 +24,7 @@ SUM_BLOCK = 1024
 REGISTERS = 65536  # of a multiprocessor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def grouped_gemm_kernel(
     out_ptr,
     x_ptr,

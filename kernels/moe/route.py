@@ -30,7 +30,7 @@ class Routes(NamedTuple):
     tiles: Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_slots"])
 def route_kernel(
     order_ptr,
     tiles_ptr,

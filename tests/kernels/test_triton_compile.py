@@ -5,9 +5,11 @@ Needs no GPU. What it cannot say is how fast anything is.
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -699,3 +701,17 @@ def test_float32_fits() -> None:
 @pytest.mark.parametrize("size", WIDE)
 def test_wide_grid_fits(size: int) -> None:
     check_fits(compiled(WIDE[size]), HELD_BACK)
+
+
+def test_no_kernel_is_compiled_anew_for_another_number_of_rows() -> None:
+    """Triton has a variant for sizes that 16 divides, and one for 1, unless told not to: seconds of a start each."""
+    found = 0
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef) or not node.name.endswith("_kernel"):
+                continue
+            sizes = {one.arg for one in node.args.args if re.fullmatch("num_(?!.*_ptr).*", one.arg)}
+            told = {one.value for one in ast.walk(node.decorator_list[0]) if isinstance(one, ast.Constant)}
+            assert sizes <= told, f"{path.name}: {node.name} specialises on {sizes - told}"
+            found += bool(sizes)
+    assert found >= 8
