@@ -31,7 +31,7 @@ from pagegraph.compiler.model.paged import ATTENTION_NAME, Forwarded, PagedModel
 from pagegraph.compiler.model.source import resolve_model
 from pagegraph.compiler.model.weights import load_weights, plan_weights
 from pagegraph.compiler.options import CompilerOptions, ModelOptions
-from pagegraph.compiler.passes.registry import apply_module_passes, graph_passes
+from pagegraph.compiler.passes.registry import PassReport, apply_module_passes, graph_passes
 from pagegraph.compiler.profile.kv_budget import KvBudget, cuda_available, plan_blocks
 from pagegraph.compiler.profile.memory import MemoryProfile, StoredProfiles, profile_memory
 from pagegraph.compiler.resolve import (
@@ -129,7 +129,8 @@ class BuiltModel:
             step.forward = forward
         self.compile_state = "compiled"
 
-    def _compiled_forwards(self, progress: bool) -> list[Callable[..., Forwarded]]:
+    def build_cpp(self) -> None:
+        """Build the C++ of steps on a CPU, which passes over the graph look for; what is built already stays."""
         if self.device.type == "cpu":
             cpu_decode.build()
             cpu_int4.build()
@@ -137,6 +138,9 @@ class BuiltModel:
             sampling_cpp.build()
             if self.step.state.ngram is not None:
                 spec_decode_cpp.build()
+
+    def _compiled_forwards(self, progress: bool) -> list[Callable[..., Forwarded]]:
+        self.build_cpp()
         took = self.timings.took("compile")
         return [
             step.compiled_forward(warm_steps(step.state), progress, store, took)
@@ -212,8 +216,11 @@ def build_model(
     *,
     progress: bool = True,
     timings: Timings | None = None,
+    watch: Callable[[LoadedModel, PassReport | None], None] = lambda model, report: None,
 ) -> BuiltModel:
     """Build the model, and its draft model if it has one; steps run uncompiled. Its stages are added to `timings`.
+
+    watch: called with the loaded model, not the draft model, before the passes over modules (None) and behind each.
 
     Raises UnsupportedModel, DoesNotFit, QuantizationError, or ValueError naming the key at fault.
     """
@@ -221,7 +228,7 @@ def build_model(
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     use_cache(cache_folder(options.cache_dir))
-    model = _load(options.model, options, timings, progress)
+    model = _load(options.model, options, timings, progress, watch=watch)
     draft = None
     if options.draft is not None:
         same_length = replace(options.draft, max_model_len=model.max_model_len)
@@ -307,10 +314,11 @@ def _load(
     name: str = "",
     *,
     planned: bool = False,
+    watch: Callable[[LoadedModel, PassReport | None], None] = lambda model, report: None,
 ) -> LoadedModel:
     """The stages from the model's files to a wrapped model with weights; `name` is put before the stages' names.
 
-    planned: weights have sizes and no values.
+    planned: weights have sizes and no values. watch: see `build_model`.
     """
     device, trust_remote_code = options.device, model_options.trust_remote_code
     with timings.stage(f"{name}source"):
@@ -329,13 +337,14 @@ def _load(
             model_config, dtype, ATTENTION_NAME, max_model_len=max_model_len, trust_remote_code=trust_remote_code
         )
         paged_model = wrap_model(model)
+    loaded = LoadedModel(paged_model, model_config, folder, dtype, cache_dtype, max_model_len, generation_config)
     if planned:
         plan_weights(
             model, folder, device_type=device.type, dtype=dtype, load_format=model_options.load_format,
             quantization=quantization,
         )  # fmt: skip
         apply_module_passes(model, options.passes, device.type)
-        return LoadedModel(paged_model, model_config, folder, dtype, cache_dtype, max_model_len, generation_config)
+        return loaded
     with timings.stage(f"{name}weights"):
         load_weights(
             model,
@@ -348,9 +357,10 @@ def _load(
             seed=model_options.seed,
         )
     with timings.stage(f"{name}passes"):
-        apply_module_passes(model, options.passes)
+        watch(loaded, None)
+        apply_module_passes(model, options.passes, done=lambda report: watch(loaded, report))
         return_freed_memory()
-    return LoadedModel(paged_model, model_config, folder, dtype, cache_dtype, max_model_len, generation_config)
+    return loaded
 
 
 def _check_draft(options: CompilerOptions, model: LoadedModel, draft: LoadedModel) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from pagegraph.compiler.build import BuiltModel
+from pagegraph.compiler.verify.difference import Positions, joined, positions_of
+from pagegraph.compiler.verify.steps import prompt_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,35 +33,6 @@ class Quality:
         )
 
 
-@torch.inference_mode()
-def prompt_logits(built: BuiltModel, token_ids: Sequence[int]) -> torch.Tensor:
-    """Float32 logits [T, vocab] at every position of one prompt, on the CPU; overwrites the first blocks of the cache.
-
-    Nothing may be running. Raises ValueError where the cache does not hold the prompt.
-    """
-    state, size = built.step.state, len(token_ids)
-    num_blocks = -(-size // state.block_size)
-    if num_blocks >= built.num_blocks:
-        raise ValueError(f"a prompt of {size} tokens takes {num_blocks} blocks, the cache holds {built.num_blocks - 1}")
-
-    def tensor(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=built.device)
-
-    positions = tensor(range(size))
-    logits, _ = built.step.paged_model(
-        tensor(token_ids),
-        positions,
-        positions + state.block_size,  # block 0 is the null block
-        tensor(range(1, num_blocks + 1))[None],
-        tensor([0, size]),
-        tensor([size]),
-        torch.arange(size, device=built.device),
-        state.key_caches,
-        state.value_caches,
-    )
-    return logits.float().cpu()
-
-
 def compare(original: BuiltModel, other: BuiltModel, prompts: Sequence[Sequence[int]]) -> Quality:
     """`other` against `original` on prompts of at least two token ids each, teacher-forced."""
     return summarize([(prompt_logits(original, ids), prompt_logits(other, ids), ids) for ids in prompts])
@@ -67,21 +40,19 @@ def compare(original: BuiltModel, other: BuiltModel, prompts: Sequence[Sequence[
 
 def summarize(runs: Sequence[tuple[torch.Tensor, torch.Tensor, Sequence[int]]]) -> Quality:
     """Of (original logits [T, vocab], other's logits, token ids [T]) of each prompt."""
-    agreed, divergence, error, losses = [], [], [], []
-    for expected, got, ids in runs:
-        expected, got = expected.log_softmax(-1), got.log_softmax(-1)
-        agreed.append(expected.argmax(-1) == got.argmax(-1))
-        divergence.append((expected.exp() * (expected - got)).sum(-1))
-        following = torch.tensor(ids[1:])[:, None]
-        own = [table[:-1].gather(1, following)[:, 0] for table in (expected, got)]
-        error.append((own[0] - own[1]).abs())
-        losses.append(-torch.stack(own))
-    original, other = torch.cat(losses, dim=1).mean(1).exp().tolist()
+    found = [positions_of(expected, got, _followed(ids)) for expected, got, ids in runs]
+    each = joined(found)
+    followed = joined([Positions(*(getattr(one, name)[:-1] for name in Positions.__slots__)) for one in found])
     return Quality(
-        positions=sum(map(len, agreed)),
-        top1_agreement=torch.cat(agreed).float().mean().item(),
-        kl=torch.cat(divergence).mean().item(),
-        logprob_error=torch.cat(error).mean().item(),
-        perplexity=other,
-        original_perplexity=original,
+        positions=len(each),
+        top1_agreement=each.agreed.float().mean().item(),
+        kl=each.kl.mean().item(),
+        logprob_error=followed.error.mean().item(),
+        perplexity=(-followed.other).mean().exp().item(),
+        original_perplexity=(-followed.expected).mean().exp().item(),
     )
+
+
+def _followed(ids: Sequence[int]) -> torch.Tensor:
+    """The token that follows each one; behind the last, any."""
+    return torch.tensor([*ids[1:], 0])

@@ -28,6 +28,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "explain",
         "Say what a configuration will cost, before it is loaded.",
     ),
+    "verify": (
+        "pagegraph.runtime.commands.verify",
+        "verify",
+        "Compare this engine with transformers, and with itself.",
+    ),
     "doctor": (
         "pagegraph.runtime.commands.doctor",
         "doctor",
@@ -136,7 +141,7 @@ def _config_option(key: str) -> click.Option:
 
 def config_command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
     """Decorator: a subcommand that takes the configuration keys as flags."""
-    return click.command(name, cls=ConfigCommand, context_settings=CONTEXT, **attributes)
+    return click.command(name, **{"cls": ConfigCommand, "context_settings": CONTEXT, **attributes})
 
 
 @click.group(cls=LazyGroup, context_settings=CONTEXT)

@@ -72,10 +72,15 @@ def graph_passes(options: PassOptions, device: torch.device) -> list[Callable[[t
     return [graph_pass for setting, graph_pass in GRAPH_PASSES.items() if getattr(options, setting)]
 
 
-def apply_module_passes(model: nn.Module, options: PassOptions, device_type: str | None = None) -> list[PassReport]:
+def apply_module_passes(
+    model: nn.Module,
+    options: PassOptions,
+    device_type: str | None = None,
+    done: Callable[[PassReport], None] = lambda report: None,
+) -> list[PassReport]:
     """Run the passes that `options` switch on; each pass checks its own result.
 
-    device_type: of a model without values, on the meta device, where it would be.
+    device_type: of a model without values, on the meta device, where it would be. done: told of each pass behind it.
     """
     reports = []
     for step in PASSES:
@@ -85,4 +90,5 @@ def apply_module_passes(model: nn.Module, options: PassOptions, device_type: str
             changes = step.run(model, **given, **({"device_type": device_type} if step.by_device else {}))
             if changes or step.setting is not None:
                 reports.append(PassReport(step.run.__name__, changes, time.perf_counter() - start))
+                done(reports[-1])
     return reports

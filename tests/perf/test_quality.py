@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from pagegraph.compiler.build import BuiltModel, build_model
+from pagegraph.compiler.verify.steps import prompt_logits
 from pagegraph.runtime.config import load_config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.ipc.protocol import SamplingParams
 from pagegraph.runtime.llm import LLM
-from perf.quality import compare, prompt_logits, summarize
+from perf.quality import compare, summarize
 from tests.compiler.quantization.checkpoints import write
 from tests.prompts import PROMPTS
 
@@ -108,17 +109,3 @@ def test_the_real_model_from_quantised_checkpoints(name: str, tmp_path: Path) ->
     assert own.kl < 0.01 and own.top1_agreement > 0.93
     assert "Paris" in answer.text
     assert quality.kl < (0.06 if of_8_bits else 0.6)
-
-
-def test_a_prompt_that_the_cache_does_not_hold() -> None:
-    class State:
-        block_size = 16
-
-    class Step:
-        state = State()
-
-    class Built:
-        step, num_blocks = Step(), 3
-
-    with pytest.raises(ValueError, match="33 tokens takes 3 blocks, the cache holds 2"):
-        prompt_logits(Built(), list(range(33)))

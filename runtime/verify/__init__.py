@@ -1,0 +1,1 @@
+"""What `runtime verify` compares and says."""
