@@ -124,6 +124,12 @@ def _experts(arguments: Mapping[str, Any], out: Any) -> int:
     return 2 * arguments["chosen"].numel() * (up.numel() + down.numel()) // up.shape[0]
 
 
+def _quant_experts(arguments: Mapping[str, Any], out: Any) -> int:
+    up, down, hidden = arguments["up"], arguments["down"], arguments["x"].shape[1]
+    inner = up.shape[1] // 2 if arguments["gated"] else up.shape[1]
+    return 2 * arguments["chosen"].numel() * (up.shape[1] * hidden + down.shape[1] * inner)
+
+
 def _chosen_of_rows(arguments: Mapping[str, Any], tokens: int) -> float:
     """As `_chosen`; rows are tokens that name what they chose."""
     return _share(arguments["chosen"].numel(), arguments["up"].shape[0], tokens)
@@ -153,6 +159,7 @@ PRODUCTS: dict[Any, Callable[[Mapping[str, Any], Any], int]] = {
     aten._int_mm.default: _of_matrices("self", "mat2"),
     aten._grouped_mm.default: _of_matrices("self", "mat2"),
     ours.experts.default: _experts,
+    ours.quant_experts.default: _quant_experts,
     ours.linear.default: _of_rows(lambda given: given["weight"].shape[0]),
     ours.linear_norm_linear.default: _two_linears,
     ours.quant_linear.default: _of_rows(lambda given: given["qweight"].shape[0]),
@@ -165,6 +172,7 @@ PRODUCTS: dict[Any, Callable[[Mapping[str, Any], Any], int]] = {
 EXPERTS: dict[Any, Callable[[Mapping[str, Any], int], float]] = {
     aten._grouped_mm.default: _chosen,
     ours.experts.default: _chosen_of_rows,
+    ours.quant_experts.default: _chosen_of_rows,
     aten.bmm.default: lambda arguments, tokens: 1.0,
     aten.baddbmm.default: lambda arguments, tokens: 1.0,
 }

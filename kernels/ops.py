@@ -46,7 +46,8 @@ anything.
 `pagegraph::experts` is a mixture's experts: of x [T, H], chosen int [T, k] and weights [T, k] of the choices -> [T, H], the sum
 over k of weight * (down of what stands between of (up of x)), with up [E, 2 * I, H] of gate and up and down [E, H, I], biases
 [E, 2 * I] and [E, H]; the arguments from activation on are `kernels.moe.form.Form`. A choice that is no expert's number adds
-nothing. Rows from query_start[S] on are padding, choose nothing and come out as 0, whatever they hold.
+nothing. Rows from query_start[S] on are padding, choose nothing and come out as 0, whatever they hold. `pagegraph::quant_experts`
+is the same of quantised weights [E, N, K] (`kernels.quant.weight`), which are not transposed.
 
 `pagegraph::materialize` is a copy that the compiler does not look through; `pagegraph::in_memory` one that it writes itself, and does
 not compute anew for each use.
@@ -244,6 +245,13 @@ OPS = (
         "Tensor? query_start, str activation, float alpha, float limit, float shift, bool gated, bool interleaved, "
         "bool transposed) -> Tensor",
         moe_cpu.experts, "moe.cuda:experts", _like,
+    ),
+    Op(
+        "quant_experts(Tensor x, Tensor chosen, Tensor weights, Tensor up, Tensor up_scale, Tensor? up_zero, int up_group, "
+        "Tensor? up_bias, Tensor down, Tensor down_scale, Tensor? down_zero, int down_group, Tensor? down_bias, "
+        "Tensor? query_start, str activation, float alpha, float limit, float shift, bool gated, bool interleaved, "
+        "bool transposed) -> Tensor",
+        moe_cpu.quant_experts, None, _like,
     ),
     Op(
         "update_tables(Tensor(a!) tables, Tensor new_blocks, Tensor num_new_blocks) -> ()",

@@ -1,9 +1,9 @@
 """Which parameter of a model each tensor of a checkpoint becomes, or is a part of: transformers' own rules, name by name.
 
-transformers keeps for each type of model how a checkpoint's names become those of its modules and what is done on the way
-(`conversion_mapping`): names change, and experts are stacked to one parameter a layer. Stacking is told here as a place, so that
-an expert's tensor goes there by itself; whatever else a rule does, transformers does. Knows names; reads no tensor, and knows
-no model by name.
+transformers keeps for each type of model how a checkpoint's names become those of its modules, and what is done on the
+way (`conversion_mapping`): names change, and experts are stacked to one parameter a layer. Stacking is told here as a
+place, so that an expert's tensor goes there by itself; whatever else a rule does, transformers does. Knows names; reads
+no tensor, and knows no model by name.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 transformers hands the experts of most mixtures to a function registered by name, as it does with attention. Ours calls
 `pagegraph::experts`. What stands between the two products is found by trying: the module's own gate is run on numbers and compared
 with what the op can do. A module that does something else, and every device not in DEVICES, goes to transformers' grouped
-products. Experts that do not ask for a function (Llama 4's) run as their module does. Knows no model by name.
+products. Experts that do not ask for a function (Llama 4's) run as their module does. Quantised experts stand as modules where
+their parameters stood, and are computed by the op alone. Knows no model by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,12 +18,15 @@ from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_f
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.compiler.model.forward_local import forward_local
+from pagegraph.compiler.quantization.linear import QuantModule
 from pagegraph.kernels.moe.form import ACTIVATIONS, Form
 from pagegraph.kernels.moe.reference import between
 
 EXPERTS_NAME = "pagegraph"
 # Where the op computes the experts of models. Its kernels for "cuda" are not measured yet: to have them in an engine, add it here.
 DEVICES = ("cpu",)
+# Where it computes quantised ones; elsewhere they are refused.
+QUANTIZED_DEVICES = ("cpu",)
 # Attributes that transformers gives to modules of experts that ask for a function.
 ASKING = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 
@@ -31,20 +36,18 @@ def experts_forward(
 ) -> torch.Tensor:
     """transformers' signature: hidden_states [T, H], chosen experts and their weights [T, k] -> [T, H]."""
     form: Form | None = getattr(module, "experts_form", None)
-    if form is None or hidden_states.device.type not in DEVICES:
+    quantized = isinstance(module.down_proj, QuantModule)
+    if form is None or hidden_states.device.type not in DEVICES and not quantized:
         return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
     batch = forward_local.paged
-    name = "gate_up_proj" if form.gated else "up_proj"
-    return torch.ops.pagegraph.experts(
-        hidden_states,
-        top_k_index,
-        top_k_weights,
-        getattr(module, name),
-        getattr(module, f"{name}_bias") if module.has_bias else None,
-        module.down_proj,
-        module.down_proj_bias if module.has_bias else None,
-        None if batch is None else batch.query_start,
-        *form,
+    routed, query_start = (hidden_states, top_k_index, top_k_weights), None if batch is None else batch.query_start
+    biases = [getattr(module, f"{name}_bias") if module.has_bias else None for name in weight_names(form)]
+    up, down = (getattr(module, name) for name in weight_names(form))
+    if not quantized:
+        return torch.ops.pagegraph.experts(*routed, up, biases[0], down, biases[1], query_start, *form)
+    weights = [(one.qweight, one.scale, one.zero, one.group, bias) for one, bias in zip((up, down), biases)]
+    return torch.ops.pagegraph.quant_experts(
+        *routed, *weights[0], *weights[1], query_start, *form._replace(transposed=False)
     )
 
 
@@ -60,6 +63,34 @@ def take_experts(model: nn.Module) -> int:
             module.config._experts_implementation = EXPERTS_NAME
             taken += 1
     return taken
+
+
+def weight_names(form: Form) -> tuple[str, str]:
+    """The parameters of both products."""
+    return "gate_up_proj" if form.gated else "up_proj", "down_proj"
+
+
+class StackedSize(NamedTuple):
+    """A stacked parameter: experts, rows and columns of each, and whether it holds columns of rows."""
+
+    experts: int
+    rows: int
+    columns: int
+    transposed: bool
+
+
+def quantizable(model: nn.Module, device_type: str) -> dict[str, StackedSize]:
+    """Parameters of experts that may be quantised for such a device, by name; those of a layer follow each other."""
+    found = {}
+    for path, module in model.named_modules():
+        form: Form | None = getattr(module, "experts_form", None)
+        if form is None or device_type not in QUANTIZED_DEVICES:
+            continue
+        for name in weight_names(form):
+            experts, *size = getattr(module, name).shape
+            rows, columns = reversed(size) if form.transposed else size
+            found[f"{path}.{name}"] = StackedSize(experts, rows, columns, form.transposed)
+    return found
 
 
 def form_of(module: nn.Module) -> Form | None:

@@ -8,7 +8,7 @@ what, how the model attends, how quantised tensors are packed, or what later pas
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,17 +29,20 @@ from pagegraph.compiler.model.checkpoint import (
     safetensors_files,
 )
 from pagegraph.compiler.model.conversion import Place
+from pagegraph.compiler.model.experts import StackedSize, quantizable
 from pagegraph.compiler.model.head import drop_missing_head
 from pagegraph.compiler.quantization.config import Scheme
-from pagegraph.compiler.quantization.linear import QuantLinear
+from pagegraph.compiler.quantization.linear import QuantLinear, QuantModule
 from pagegraph.compiler.quantization.methods import QuantizationError
 from pagegraph.compiler.quantization.online import quantize
 from pagegraph.compiler.quantization.packing import PACKED
+from pagegraph.compiler.quantization.stacks import Stack
 from pagegraph.kernels.quant.weight import QuantWeight
 
 log = logging.getLogger("pagegraph.quantization")
 
 Read = Callable[[str], torch.Tensor]
+Stacked = dict[str, StackedSize]  # parameters of experts that may be quantised
 
 DUMMY_STD = 0.02
 # As the header of a safetensors file has them.
@@ -67,19 +70,20 @@ def load_weights(
     """Give every parameter of `model` (from `build_meta`) its values from `folder`, on `device`.
 
     `load_format` "dummy" draws random values from `seed` and reads nothing; every other format reads safetensors.
-    `quantization` is the checkpoint's own scheme, or a method of `quantization.methods.ONLINE`: linears are then
+    `quantization` is the checkpoint's own scheme, or a method of `quantization.methods.ONLINE`: linears and experts are then
     quantised one by one as they come. Raises FileNotFoundError without safetensors files, WeightsMismatch where names
     or shapes differ from the model's, QuantizationError where a linear cannot be quantised so.
     """
     scheme = quantization if isinstance(quantization, Scheme) else None
-    online = _online(model, quantization, dtype) if isinstance(quantization, str) else {}
+    stacked = quantizable(model, device.type)
+    online = _online(model, quantization, dtype, stacked) if isinstance(quantization, str) else {}
     if load_format == "dummy":
         if scheme is not None:
             raise QuantizationError(
                 f"load_format=dummy draws unquantised weights, but the checkpoint is quantised by {scheme.method}; "
                 "take the original model with quantization fp8, int8 or int4"
             )
-        _init_dummy_weights(model, device, seed, online)
+        _init_dummy_weights(model, device, seed, online, stacked)
     else:
         files = safetensors_files(folder)
         if any(KV_SCALES.search(name) for name in files):
@@ -87,8 +91,8 @@ def load_weights(
                 "quantization: the checkpoint's scales of keys and values are not used; kv_cache_dtype=fp8 holds them"
                 " by a scale of 1"
             )
-        contents = _contents(model, folder, files, scheme)
-        _stream(model, files, contents, device, progress, scheme, online)
+        contents = _contents(model, folder, files, scheme, stacked)
+        _stream(model, files, contents, device, progress, scheme, online, stacked)
     model.tie_weights()
     if (tied := _tied_head(model)) is not None and f"{tied}.weight" in online:
         _place_quantized(model, tied, quantize(model.get_submodule(tied).weight, online[f"{tied}.weight"], tied))
@@ -112,7 +116,8 @@ def plan_weights(
     checkpoint is taken to hold exactly the model. Raises as `load_weights` does.
     """
     scheme = quantization if isinstance(quantization, Scheme) else None
-    online = _online(model, quantization, dtype) if isinstance(quantization, str) else {}
+    stacked = quantizable(model, device_type)
+    online = _online(model, quantization, dtype, stacked) if isinstance(quantization, str) else {}
     has_files = any(folder.glob("*.safetensors"))
     if scheme is not None and not has_files:
         raise QuantizationError(
@@ -121,20 +126,24 @@ def plan_weights(
         )
     if scheme is not None or load_format != "dummy" and has_files:
         files = safetensors_files(folder)
-        contents = _contents(model, folder, files, scheme)
+        contents = _contents(model, folder, files, scheme, stacked)
         if scheme is not None:
-            _plan_packed(model, files, contents.quantized, scheme)
+            _plan_packed(model, files, contents.quantized, scheme, stacked)
     model.tie_weights()
     for name, method in online.items():
-        path = name.removesuffix(".weight")
-        _place_quantized(model, path, quantize(model.get_parameter(name), method, path, device_type))
+        rows = model.get_parameter(name)
+        if name in stacked:
+            rows = torch.empty(stacked[name].rows, stacked[name].columns, device="meta")
+        _plan_quantized(model, name, quantize(rows, method, name.removesuffix(".weight"), device_type), stacked)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to("meta"))
 
 
-def _plan_packed(model: nn.Module, files: dict[str, Path], quantized: dict[str, list[Piece]], scheme: Scheme) -> None:
-    """Put linears without values where the checkpoint's quantised ones go."""
+def _plan_packed(
+    model: nn.Module, files: dict[str, Path], quantized: dict[str, list[Piece]], scheme: Scheme, stacked: Stacked
+) -> None:
+    """Put linears and experts without values where the checkpoint's quantised ones go."""
 
     def read(name: str, values: bool) -> torch.Tensor:
         with safe_open(files[name], framework="pt") as file:
@@ -145,42 +154,53 @@ def _plan_packed(model: nn.Module, files: dict[str, Path], quantized: dict[str, 
 
     is_packed = scheme.layout in PACKED
     # Of packed linears the one of most inputs is read: what its values decide holds for all.
-    most = max(quantized, key=lambda target: model.get_parameter(target).shape[1])
+    sizes = {name: stacked[name][1:3] if name in stacked else model.get_parameter(name).shape for name in quantized}
+    most = max(quantized, key=lambda target: sizes[target][1])
     kind = _read_quantized(scheme, quantized[most][0], lambda name: read(name, True)) if is_packed else None
     for target, (piece, *_) in quantized.items():
         if kind is None:
             weight = _read_quantized(scheme, piece, lambda name: read(name, False))
         else:
-            weight = _same_kind(kind, *model.get_parameter(target).shape)
-        _place_quantized(model, target.removesuffix(".weight"), weight)
+            weight = _same_kind(kind, *sizes[target])
+        _plan_quantized(model, target, weight, stacked)
+
+
+def _plan_quantized(model: nn.Module, name: str, weight: QuantWeight, stacked: Stacked) -> None:
+    """Put a linear without values, or as many experts as the model has of one kind, where the named weight goes."""
+    if name in stacked:
+        _place_experts(model, name, _same_kind(weight, *stacked[name][:3]), stacked)
+    else:
+        _place_quantized(model, name.removesuffix(".weight"), weight)
 
 
 def _read_quantized(scheme: Scheme, piece: Piece, read: Read) -> QuantWeight:
     return scheme.read({ending[1:]: read(piece.name + ending) for ending in piece.endings}, piece.name)
 
 
-def _same_kind(kind: QuantWeight, outputs: int, inputs: int) -> QuantWeight:
-    """A weight [outputs, inputs] without values, quantised as `kind` is."""
+def _same_kind(kind: QuantWeight, *size: int) -> QuantWeight:
+    """A weight [.., outputs, inputs] without values, quantised as `kind` is."""
+    *outputs, inputs = size
     group = inputs if kind.group >= kind.in_size else kind.group
     meta = torch.device("meta")
-    qweight = torch.empty(outputs, inputs * kind.bits // 8, dtype=kind.qweight.dtype, device=meta)
-    scale = torch.empty(outputs, -(-inputs // group), dtype=kind.scale.dtype, device=meta)
+    qweight = torch.empty(*outputs, inputs * kind.bits // 8, dtype=kind.qweight.dtype, device=meta)
+    scale = torch.empty(*outputs, -(-inputs // group), dtype=kind.scale.dtype, device=meta)
     zero = None if kind.zero is None else torch.empty_like(scale, dtype=kind.zero.dtype)
     order = None if kind.g_idx_order is None else torch.empty(inputs, dtype=torch.int64, device=meta)
-    return QuantWeight(qweight, scale, zero, None, group, outputs, order)
+    return QuantWeight(qweight, scale, zero, None, group, outputs[-1], order)
 
 
-def _online(model: nn.Module, method: str, dtype: torch.dtype) -> dict[str, str]:
-    """Weight of every linear that is to be quantised while loading -> by which method."""
+def _online(model: nn.Module, method: str, dtype: torch.dtype, stacked: Stacked) -> dict[str, str]:
+    """Weight of every linear, and of stacked experts, that is to be quantised while loading -> by which method."""
     head = model.get_output_embeddings()
-    methods = {}
+    methods = {name: method for name in stacked if model.get_parameter(name).dtype == dtype}
     for path, module in model.named_modules():
         if type(module) is not nn.Linear or module.weight.dtype != dtype or path.rpartition(".")[2] in NEVER_QUANTIZED:
             continue
         if wanted := HEAD_METHODS[method] if module is head else method:
             methods[f"{path}.weight"] = wanted
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    if experts := sum(size for name, size in sizes.items() if model.get_parameter(name).dim() == 3):
+    left = [name for name in sizes if model.get_parameter(name).dim() == 3 and name not in methods]
+    if experts := sum(sizes[name] for name in left):
         log.warning(
             "quantization=%s: the experts of a mixture are not quantised; they stay as they are, %d %% of the weights",
             method,
@@ -198,7 +218,9 @@ def _tied_head(model: nn.Module) -> str | None:
     )
 
 
-def _contents(model: nn.Module, folder: Path, files: dict[str, Path], scheme: Scheme | None) -> Contents:
+def _contents(
+    model: nn.Module, folder: Path, files: dict[str, Path], scheme: Scheme | None, stacked: Stacked
+) -> Contents:
     """What the checkpoint holds; the head is dropped from a model whose checkpoint has none.
 
     Raises WeightsMismatch or QuantizationError where the checkpoint is not the model's.
@@ -206,12 +228,12 @@ def _contents(model: nn.Module, folder: Path, files: dict[str, Path], scheme: Sc
     contents = contents_of(model, files, scheme)
     drop_missing_head(model, contents.given)
     if scheme is not None:
-        _check_quantized(model, folder, contents, scheme)
+        _check_quantized(model, folder, contents, scheme, stacked)
     refuse_differences(model, folder, contents)
     return contents
 
 
-def _check_quantized(model: nn.Module, folder: Path, contents: Contents, scheme: Scheme) -> None:
+def _check_quantized(model: nn.Module, folder: Path, contents: Contents, scheme: Scheme, stacked: Stacked) -> None:
     """Raise where what the checkpoint holds quantised is not what a quantised weight can stand for."""
     linears = {f"{path}.weight" for path, module in model.named_modules() if type(module) is nn.Linear}
     quantized = contents.quantized
@@ -220,17 +242,26 @@ def _check_quantized(model: nn.Module, folder: Path, contents: Contents, scheme:
             f"quantization_config says {scheme.method}, but no linear of the model has {' or '.join(one[1:] for one in scheme.marks())}"
             " in the checkpoint"
         )
-    if others := sorted(quantized.keys() - linears):
-        if any(".experts." in name for name in others):
+    if others := sorted(quantized.keys() - linears - stacked.keys()):
+        if any(model.get_parameter(name).dim() == 3 for name in others):
             raise QuantizationError(
-                f"{folder}: quantised experts of a mixture are not served; take the original checkpoint, whose other"
-                " linears quantization fp8, int8 or int4 quantises while loading"
+                f"{folder}: quantised experts of a mixture are served on a CPU, and of models that leave them to a function of"
+                f" transformers, which does not hold for {others[0]}; take the original checkpoint, whose linears quantization fp8,"
+                " int8 or int4 quantises while loading"
             )
         raise QuantizationError(f"{folder}: {others[0]} is quantised and of no linear; take the original checkpoint")
+    names = list(stacked)
+    for layer in zip(names[::2], names[1::2]):  # both products of a layer
+        held = {bool(piece.endings) for name in layer for piece in contents.pieces.get(name, ())}
+        if len(held) > 1:
+            raise QuantizationError(
+                f"{folder}: of {' and '.join(layer)} a part is quantised and a part is not; take a checkpoint that quantises all"
+                " experts of a layer, or none"
+            )
     log.info(
-        "quantization: %d of %d linears are quantised in the checkpoint (%s)",
+        "quantization: %d of %d linears and stacks of experts are quantised in the checkpoint (%s)",
         len(quantized),
-        len(linears),
+        len(linears) + len(stacked),
         scheme.method,
     )
 
@@ -243,6 +274,7 @@ def _stream(
     progress: bool,
     scheme: Scheme | None,
     online: dict[str, str],
+    stacked: Stacked,
 ) -> None:
     def file_of(target: str) -> tuple[str, str]:
         piece = contents.pieces[target][0]
@@ -261,7 +293,13 @@ def _stream(
         for target in sorted(contents.pieces, key=file_of):
             pieces = contents.pieces[target]
             places = {piece.name: piece.place for piece in pieces}
-            if pieces[0].endings:
+            if target in stacked and pieces[0].place.expert is not None and (pieces[0].endings or target in online):
+                _load_quantized_experts(model, target, pieces, read, device, scheme, online.get(target), stacked)
+            elif target in stacked and pieces[0].endings:
+                assert scheme is not None
+                weight = _read_quantized(scheme, pieces[0], read)
+                _place_experts(model, target, weight.map(lambda one: one.to(device, copy=True)), stacked)
+            elif pieces[0].endings:
                 assert scheme is not None
                 path = pieces[0].name
                 _refuse_lost_bias(model, target, f"{path}.bias", files, read)
@@ -271,11 +309,11 @@ def _stream(
                 )
             elif pieces[0].place.rule is not None:
                 for name, values in contents.conversion.convert(places, read).items():
-                    _load_tensor(model, name, values, device, online)
+                    _load_tensor(model, name, values, device, online, stacked)
             elif pieces[0].place.expert is not None:
                 _load_experts(model, target, places, read, device)
             else:
-                _load_tensor(model, target, read(pieces[0].name), device, online)
+                _load_tensor(model, target, read(pieces[0].name), device, online, stacked)
 
 
 def _refuse_lost_bias(model: nn.Module, target: str, bias: str, files: dict[str, Path], read: Read) -> None:
@@ -285,15 +323,64 @@ def _refuse_lost_bias(model: nn.Module, target: str, bias: str, files: dict[str,
 
 
 def _load_tensor(
-    model: nn.Module, name: str, values: torch.Tensor, device: torch.device, online: dict[str, str]
+    model: nn.Module, name: str, values: torch.Tensor, device: torch.device, online: dict[str, str], stacked: Stacked
 ) -> None:
     """Place the named tensor, or its quantised form; the unquantised weight is freed then."""
     if name not in online:
         _place(model, name, values, device)
         return
-    path = name.removesuffix(".weight")
-    dtype = model.get_submodule(path).weight.dtype
-    _place_quantized(model, path, quantize(values.to(device, dtype), online[name], path), device)
+    dtype = model.get_parameter(name).dtype
+    if name not in stacked:
+        path = name.removesuffix(".weight")
+        _place_quantized(model, path, quantize(values.to(device, dtype), online[name], path), device)
+        return
+    size, rows = stacked[name], slice(0, stacked[name].rows)
+    _refuse_shape(name, values.shape, model.get_parameter(name).shape)
+    stack = Stack(size.experts, size.rows, device)
+    for expert, one in enumerate(values):
+        part = one.t() if size.transposed else one
+        stack.put(expert, rows, quantize(part.to(device, dtype), online[name], name), name)
+    _place_experts(model, name, stack.weight(), stacked)
+
+
+def _load_quantized_experts(
+    model: nn.Module,
+    name: str,
+    pieces: list[Piece],
+    read: Read,
+    device: torch.device,
+    scheme: Scheme | None,
+    method: str | None,
+    stacked: Stacked,
+) -> None:
+    """Fill a stacked weight, an expert's tensor after another: quantised in the checkpoint by `scheme`, or now by `method`."""
+    size, dtype = stacked[name], model.get_parameter(name).dtype
+    stack = Stack(size.experts, size.rows, device)
+    for piece in pieces:
+        rows = piece.place.rows(size.rows)
+        if method is not None:
+            part = quantize(read(piece.name).to(device, dtype), method, piece.name)
+        else:
+            assert scheme is not None
+            part = _read_quantized(scheme, piece, read)
+        _refuse_shape(piece.name, (part.out_size, part.in_size), (rows.stop - rows.start, size.columns))
+        assert piece.place.expert is not None
+        stack.put(piece.place.expert, rows, part, piece.name)
+    _place_experts(model, name, stack.weight(), stacked)
+
+
+def _place_experts(model: nn.Module, name: str, weight: QuantWeight, stacked: Stacked) -> None:
+    """Put a module of quantised experts where their parameter stood."""
+    module, leaf = _owner(model, name)
+    _refuse_shape(name, (*weight.qweight.shape[:2], weight.in_size), stacked[name][:3])
+    delattr(module, leaf)
+    module.add_module(leaf, QuantModule(weight))
+    return_freed_memory()
+
+
+def _refuse_shape(name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise WeightsMismatch(f"{name}: the checkpoint has shape {list(found)}, the model {list(wanted)}")
 
 
 def _load_experts(model: nn.Module, name: str, places: dict[str, Place], read: Read, device: torch.device) -> None:
@@ -304,10 +391,7 @@ def _load_experts(model: nn.Module, name: str, places: dict[str, Place], read: R
     for source, place in places.items():
         part = tensor[place.expert, place.rows(tensor.shape[1])]
         values = read(source)
-        if part.shape != values.shape:
-            raise WeightsMismatch(
-                f"{source}: the checkpoint has shape {list(values.shape)}, the model {list(part.shape)}"
-            )
+        _refuse_shape(source, values.shape, part.shape)
         part.copy_(values)
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
@@ -337,14 +421,15 @@ def _place(model: nn.Module, name: str, values: torch.Tensor, device: torch.devi
     """Copy `values` into the named parameter or buffer, in that tensor's own dtype."""
     module, leaf = _owner(model, name)
     old = getattr(module, leaf)
-    if old.shape != values.shape:
-        raise WeightsMismatch(f"{name}: the checkpoint has shape {list(values.shape)}, the model {list(old.shape)}")
+    _refuse_shape(name, values.shape, old.shape)
     # A copy always: tensors read from a file are views of its mapping.
     tensor = torch.empty(old.shape, dtype=old.dtype, device=device).copy_(values)
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)
 
 
-def _init_dummy_weights(model: nn.Module, device: torch.device, seed: int, online: dict[str, str]) -> None:
+def _init_dummy_weights(
+    model: nn.Module, device: torch.device, seed: int, online: dict[str, str], stacked: Stacked
+) -> None:
     """Normal values of standard deviation 0.02, ones for norm weights; the same for the same seed and device."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, old in expected_tensors(model).items():
@@ -357,7 +442,6 @@ def _init_dummy_weights(model: nn.Module, device: torch.device, seed: int, onlin
         else:
             tensor.normal_(std=DUMMY_STD, generator=generator)
         if name in online:
-            path = name.removesuffix(".weight")
-            _place_quantized(model, path, quantize(tensor, online[name], path))
+            _load_tensor(model, name, tensor, device, online, stacked)
         else:
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))

@@ -15,9 +15,11 @@ from pagegraph.compiler.quantization.methods import METHODS, ONLINE, Quantizatio
 from pagegraph.compiler.quantization.packing import (
     ELEMENTS_IGNORED,
     ELEMENTS_SCALES,
+    MXFP4,
     PACKED,
     STORED,
     read_elements,
+    read_mxfp4,
     read_packed,
     read_stored,
 )
@@ -32,7 +34,7 @@ class Scheme:
     """What a checkpoint's `quantization_config` says: method, layout, bits of a value. Groups show in the shapes."""
 
     method: str
-    layout: str  # a key of PACKED, "elements" or STORED
+    layout: str  # a key of PACKED, "elements", MXFP4 or STORED
     bits: int
     block: tuple[int, int] | None = None  # rows and columns that share a scale
     fp8: bool = False  # values are float8_e4m3fn
@@ -42,12 +44,16 @@ class Scheme:
         """Endings of names, any of which tells a quantised weight from one left as it was."""
         if self.layout in PACKED:
             return (f".{PACKED[self.layout].qweight}",)
+        if self.layout == MXFP4:
+            return ("_blocks",)
         return (".qweight",) if self.layout == STORED else tuple(f".{name}" for name in ELEMENTS_SCALES)
 
     def tensors(self) -> tuple[str, ...]:
         """Endings of every tensor that may be of a quantised weight."""
         if self.layout == STORED:
             return (".qweight", ".scale", ".zero")
+        if self.layout == MXFP4:
+            return ("_blocks", "_scales")
         if self.layout == "elements":
             return tuple(f".{name}" for name in ("weight", *ELEMENTS_SCALES, *ELEMENTS_IGNORED))
         packed = PACKED[self.layout]
@@ -55,9 +61,11 @@ class Scheme:
         return tuple(f".{name}" for name in names if name)
 
     def read(self, tensors: Mapping[str, torch.Tensor], where: str) -> QuantWeight:
-        """The linear `where` from its tensors by last name; raises QuantizationError for what does not fit together."""
+        """The weight `where` from its tensors by last name; raises QuantizationError for what does not fit together."""
         if self.layout == STORED:
             return read_stored(tensors)
+        if self.layout == MXFP4:
+            return read_mxfp4(tensors, where)
         if self.layout == "elements":
             return read_elements(tensors, self.block, where)
         return read_packed(PACKED[self.layout], tensors, self.bits, where, self.act_order)
@@ -78,12 +86,14 @@ def detect(config: Mapping[str, Any] | None) -> Scheme | None:
     if method == "fp8":
         block = config.get("weight_block_size")
         return Scheme("fp8", "elements", 8, block=tuple(block) if block else None, fp8=True)
+    if method == "mxfp4":
+        return Scheme("mxfp4", MXFP4, 4)
     if method == "gguf":
         return Scheme("gguf", STORED, 8)
     if method == "compressed-tensors":
         return _compressed(config)
     raise QuantizationError(
-        f"quantization_config: quant_method {method!r} is not known; known: awq, gptq, fp8, compressed-tensors, and GGUF files"
+        f"quantization_config: quant_method {method!r} is not known; known: awq, gptq, fp8, mxfp4, compressed-tensors, and GGUF files"
     )
 
 

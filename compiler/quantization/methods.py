@@ -1,6 +1,6 @@
 """The names of quantisations that are served. Imports nothing: the configuration checks words by them."""
 
-METHODS = ("awq", "gptq", "compressed-tensors", "fp8", "int8", "int4", "gguf")
+METHODS = ("awq", "gptq", "compressed-tensors", "mxfp4", "fp8", "int8", "int4", "gguf")
 ONLINE = ("fp8", "int8", "int4")  # made from an unquantised checkpoint while it loads
 
 

@@ -2,7 +2,7 @@
 
 Every format becomes the same `QuantWeight`, bit for bit what the format says. Knows tensors by name; knows no modules, files,
 devices or configurations. The layouts are those that AutoAWQ (GEMM), AutoGPTQ, compressed-tensors, transformers'
-fine-grained FP8 and ggml write.
+fine-grained FP8, GPT-OSS (MXFP4) and ggml write.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ ELEMENTS_IGNORED = (
     "input_zero_point",
     "output_zero_point",
 )
+MXFP4 = "mxfp4"  # stacked experts in blocks of 32 columns: two values a byte, a power of two a block
+MXFP4_BLOCK = 32
 STORED = "stored"  # our own form, as a converted GGUF file holds it
 
 
@@ -143,10 +145,30 @@ def _zero_points(
 
 
 def read_stored(tensors: Mapping[str, torch.Tensor]) -> QuantWeight:
-    """A linear in our own form, as a converted GGUF file holds it."""
+    """A linear, or stacked experts, in our own form, as a converted GGUF file holds it."""
     qweight, scale, zero = tensors["qweight"], tensors["scale"].float(), tensors.get("zero")
-    weight = QuantWeight(qweight, scale, None if zero is None else zero.float(), None, 0, len(qweight))
-    return weight._replace(group=weight.in_size // scale.shape[1])
+    weight = QuantWeight(qweight, scale, None if zero is None else zero.float(), None, 0, qweight.shape[-2])
+    return weight._replace(group=weight.in_size // scale.shape[-1])
+
+
+def read_mxfp4(tensors: Mapping[str, torch.Tensor], where: str) -> QuantWeight:
+    """blocks uint8 [E, N, K / 32, 16], the even column in the low half of a byte; scales uint8 [E, N, K / 32], powers of two."""
+    blocks, scales = tensors.get("blocks"), tensors.get("scales")
+    if blocks is None or scales is None:
+        raise QuantizationError(f"{where}: MXFP4 needs {where}_blocks and {where}_scales beside each other")
+    fits = blocks.dim() == 4 and blocks.shape[3] == MXFP4_BLOCK // 2 and blocks.shape[:3] == scales.shape
+    if not fits or {blocks.dtype, scales.dtype} != {torch.uint8}:
+        shapes = ", ".join(f"{one.dtype} {list(one.shape)}".removeprefix("torch.") for one in (blocks, scales))
+        raise QuantizationError(
+            f"{where}: {shapes} are no blocks and scales of MXFP4; uint8 [E, N, G, 16] and [E, N, G] are"
+        )
+    qweight = torch.empty(
+        *blocks.shape[:2], blocks.shape[2] * MXFP4_BLOCK // 2, dtype=torch.uint8, device=blocks.device
+    )
+    for expert, packed in enumerate(blocks):  # one at a time: unpacked it is twice as large
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+        qweight[expert] = reference.pack_codes(codes)
+    return QuantWeight(qweight, scales, None, None, MXFP4_BLOCK, blocks.shape[1])
 
 
 def read_elements(tensors: Mapping[str, torch.Tensor], block: tuple[int, int] | None, where: str) -> QuantWeight:

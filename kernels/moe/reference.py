@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pagegraph.kernels.moe.form import Form
+from pagegraph.kernels.quant.reference import dequantize
 
 
 def activate(x: Tensor, activation: str, alpha: float = 1.0) -> Tensor:
@@ -75,3 +76,26 @@ def experts(
         rows = product(inner, down[expert], None if down_bias is None else down_bias[expert], how.transposed)
         out.index_add_(0, token, (rows * weights[token, choice, None]).to(x.dtype))
     return out
+
+
+def quant_experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    up_zero: Tensor | None,
+    up_group: int,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor,
+    down_zero: Tensor | None,
+    down_group: int,
+    down_bias: Tensor | None,
+    query_start: Tensor | None,
+    *form: str | float | bool,
+) -> Tensor:
+    """See `kernels.ops`: the products with the dequantised weights, rounded to x's dtype."""
+    wide = (dequantize(up, up_scale, up_zero, up_group), dequantize(down, down_scale, down_zero, down_group))
+    first, second = (one.to(x.dtype) for one in wide)
+    return experts(x, chosen, weights, first, up_bias, second, down_bias, query_start, *form)

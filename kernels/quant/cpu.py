@@ -1,11 +1,17 @@
-"""Linears of packed 4-bit weights on the CPU: in C++ (`cpu_int4`), by PyTorch, or dequantised first. Knows only how PyTorch packs."""
+"""Linears of packed 4-bit weights on the CPU: in C++ (`cpu_int4`), by PyTorch, or dequantised first; and blocks of a weight dequantised.
+
+Knows how PyTorch packs, and a weight as it is loaded.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
-from pagegraph.kernels.quant import cpu_int4
+from pagegraph.kernels.quant import cpu_int4, reference
+from pagegraph.kernels.quant.weight import E8M0, QuantWeight
 
 INT4_BLOCK = 64  # rows of 4-bit values that PyTorch packs together for AVX-512
 INT4_MANY_ROWS = (
@@ -38,3 +44,32 @@ def _int4_blocks(packed: Tensor) -> Tensor:
     """[N / 64, K, 64]: of each column of a block, 32 bytes hold the first 32 rows in their low halves."""
     blocks = packed.view(-1, 2 * packed.shape[1], INT4_BLOCK // 2)
     return torch.cat([blocks & 15, blocks >> 4], dim=-1)
+
+
+def dequantized_rows(weight: QuantWeight, expert: int, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Rows of an expert's weight, of a weight [E, N, K] as loaded: bit for bit `reference.dequantize`, rounded to `dtype`."""
+    qweight, scale = weight.qweight[expert, rows], reference.scales_of(weight.scale[expert, rows])
+    zero = None if weight.zero is None else weight.zero[expert, rows]
+    if qweight.dtype == torch.uint8:
+        pairs = _two_values(weight.scale.dtype == E8M0)[qweight.int()]  # [n, K / 2, 2], of spans first all low halves
+        values = pairs.unflatten(1, (-1, reference.NIBBLE_SPAN // 2)).transpose(2, 3).reshape(len(qweight), -1)
+    else:
+        values = qweight.float()
+    group = min(weight.group, values.shape[1])
+    if values.shape[1] % group:  # the last group is smaller
+        scale = scale.repeat_interleave(group, dim=1)[:, : values.shape[1]]
+        zero = None if zero is None else zero.repeat_interleave(group, dim=1)[:, : values.shape[1]]
+        group = 1
+    grouped = values.unflatten(1, (-1, group))
+    grouped.mul_(scale[..., None])
+    if zero is not None:
+        grouped.add_(zero[..., None])
+    return values.to(dtype)
+
+
+@functools.cache
+def _two_values(is_e2m1: bool) -> Tensor:
+    """float32 [256, 2]: the values of a byte's low and high half."""
+    values = torch.tensor(reference.E2M1) if is_e2m1 else torch.arange(-8.0, 8.0)
+    byte = torch.arange(256)
+    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1)

@@ -10,9 +10,11 @@ import torch
 
 from pagegraph.kernels.dtypes import FP8_MAX, INT8_MAX
 from pagegraph.kernels.linear.reference import add_rms_norm, silu_mul
-from pagegraph.kernels.quant.weight import two_weights
+from pagegraph.kernels.quant.weight import E8M0, two_weights
 
 INT8X2_STEPS = 2 * INT8_MAX  # what a rounding to int8 leaves is at most half: this many steps fill the next int8
+# Values of the codes of e2m1: a sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0).
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 NIBBLE_SPAN = 32  # columns that `pack_nibbles` keeps together
 REPACK_BLOCK = (
     64  # rows and columns of a weight that `repack` lays together, as many rows as Hopper's instruction takes
@@ -21,19 +23,29 @@ ACTIVATION_GROUP = 128  # columns of a row of x that share a scale, where both s
 
 
 def pack_nibbles(qweight: torch.Tensor) -> torch.Tensor:
-    """int8 qweight [N, K] in -8..7, K a multiple of 32 -> uint8 [N, K / 2].
+    """int8 qweight [.., K] in -8..7, K a multiple of 32 -> uint8 [.., K / 2].
 
     Of every 32 columns the first 16 are the low halves of 16 bytes, the last 16 the high halves, each plus 8: a kernel
     gets two runs of neighbouring columns from one load.
     """
-    low, high = (qweight + 8).to(torch.uint8).unflatten(1, (-1, 2, NIBBLE_SPAN // 2)).unbind(2)
-    return (low | (high << 4)).flatten(1)
+    return pack_codes((qweight + 8).to(torch.uint8))
+
+
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 codes [.., K] in 0..15 -> uint8 [.., K / 2], as `pack_nibbles`."""
+    low, high = codes.unflatten(-1, (-1, 2, NIBBLE_SPAN // 2)).unbind(-2)
+    return (low | (high << 4)).flatten(-2)
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_nibbles`: uint8 [N, K / 2] -> int8 [N, K]."""
-    spans = packed.unflatten(1, (-1, NIBBLE_SPAN // 2))
-    return (torch.stack([spans & 15, spans >> 4], dim=2).to(torch.int8) - 8).flatten(1)
+    """The inverse of `pack_nibbles`: uint8 [.., K / 2] -> int8 [.., K]."""
+    return unpack_codes(packed).to(torch.int8) - 8
+
+
+def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_codes`: uint8 [.., K / 2] -> uint8 [.., K]."""
+    spans = packed.unflatten(-1, (-1, NIBBLE_SPAN // 2))
+    return torch.stack([spans & 15, spans >> 4], dim=-2).flatten(-3)
 
 
 def repack(qweight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -159,12 +171,23 @@ def quantize_groups(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, tor
 
 
 def dequantize(qweight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, group: int) -> torch.Tensor:
-    """Float32 weight [N, K]: qweight * scale + zero of the column's group; see `pagegraph::quant_linear` for the shapes."""
-    if qweight.dtype == torch.uint8:
+    """Float32 weight [.., N, K]: qweight * scale + zero of the column's group; `kernels.quant.weight` has the shapes."""
+    if scale.dtype == E8M0:
+        qweight = torch.tensor(E2M1, device=qweight.device)[unpack_codes(qweight).int()]
+    elif qweight.dtype == torch.uint8:
         qweight = unpack_nibbles(qweight)
-    size = qweight.shape[1]
-    weight = qweight.float() * scale.float().repeat_interleave(group, dim=1)[:, :size]
-    return weight if zero is None else weight + zero.float().repeat_interleave(group, dim=1)[:, :size]
+    size = qweight.shape[-1]
+    weight = qweight.float() * scales_of(scale).repeat_interleave(group, dim=-1)[..., :size]
+    return weight if zero is None else weight + zero.float().repeat_interleave(group, dim=-1)[..., :size]
+
+
+def scales_of(scale: torch.Tensor) -> torch.Tensor:
+    """A weight's scales in float32."""
+    return (
+        torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
+        if scale.dtype == E8M0
+        else scale.float()
+    )
 
 
 def quant_linear(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import weakref
 from collections.abc import Callable
@@ -239,13 +238,13 @@ def test_every_method_that_the_configuration_takes_is_carried_out() -> None:
     of_checkpoints = {
         method: name for name, (stored, _) in FORMATS.items() if (method := quant_config.detect(stored).method)
     }
-    assert set(of_checkpoints) | set(methods.ONLINE) | {"gguf"} == set(methods.METHODS)
+    assert set(of_checkpoints) | set(methods.ONLINE) | {"gguf", "mxfp4"} == set(methods.METHODS)
     for method in methods.METHODS:
         asked = Config(model="any", quantization=method).quantization
         if method in of_checkpoints:
             assert quant_config.resolve(asked, FORMATS[of_checkpoints[method]][0]).method == method
-        elif method == "gguf":
-            assert quant_config.resolve(asked, {"quant_method": "gguf"}).method == method
+        elif method in ("gguf", "mxfp4"):
+            assert quant_config.resolve(asked, {"quant_method": method}).method == method
         else:
             assert quant_config.resolve(asked, None) == method
         if method in methods.ONLINE:
@@ -273,7 +272,10 @@ def test_flag_against_checkpoint(asked: str, name: str | None, message: str) -> 
 @pytest.mark.parametrize(
     "config, message",
     [
-        (dict(quant_method="bitsandbytes"), "'bitsandbytes' is not known; known: awq, gptq, fp8, compressed-tensors"),
+        (
+            dict(quant_method="bitsandbytes"),
+            "'bitsandbytes' is not known; known: awq, gptq, fp8, mxfp4, compressed-tensors",
+        ),
         (dict(quant_method="gptq", bits=3), "gptq of 3 bits is not served; 4 and 8 are"),
         (dict(quant_method="awq", bits=4, version="gemv"), "'gemv' of AWQ is not served; gemm is"),
         (dict(quant_method="gptq", bits="4"), "gptq of '4' bits"),
@@ -555,18 +557,6 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
     tensors["model.extra.qweight"] = torch.ones(2)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightsMismatch, match=r"unexpected.*model\.extra\.qweight"):
-        load(tmp_path)
-
-
-def test_quantised_experts_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, stock_model("mixtral"), "fp8_row")
-    tensors = load_file(tmp_path / "model.safetensors")
-    for layer, expert, leaf in itertools.product(range(4), range(4), ("w1", "w2", "w3")):
-        path = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{leaf}"
-        tensors |= {f"{path}.weight": torch.ones(2).to(torch.float8_e4m3fn), f"{path}.weight_scale": torch.ones(1)}
-    tensors = {name: one for name, one in tensors.items() if ".mlp.experts." not in name}
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(QuantizationError, match="quantised experts of a mixture are not served; take the original"):
         load(tmp_path)
 
 

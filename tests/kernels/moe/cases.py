@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pagegraph.kernels.moe.form import Form
+from pagegraph.kernels.quant.reference import E2M1, pack_codes, pack_nibbles, quantize_groups, quantize_rows
 
 GPT_OSS = Form("silu", 1.702, 2.0, 1.0, True, True, True)
 FORMS = {
@@ -82,3 +83,46 @@ def experts_of(
         normal(experts, hidden) if bias else None,
         query_start,
     )
+
+
+KINDS = (
+    "int8 row",
+    "int8 group zero",
+    "int4",
+    "int4 row",
+    "int4 symmetric",
+    "fp8 row",
+    "fp8 block",
+    "fp8 ragged",
+    "mxfp4",
+)
+
+
+def quantised_of(given: Experts, kind: str) -> tuple[Tensor | int | None, ...]:
+    """The same as arguments of `pagegraph::quant_experts`, with weights quantised as `kind` says."""
+    up, down = _quantised(given.up, kind), _quantised(given.down, kind)
+    return *given[:3], *up, given.up_bias, *down, given.down_bias, given.query_start
+
+
+def _quantised(weight: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """weight [E, N, K] -> qweight, scale, zero and columns of a group."""
+    size = weight.shape[2]
+    if kind == "mxfp4":
+        groups = weight.unflatten(2, (-1, 32))
+        exponents = groups.abs().amax(3).log2().floor().sub(2)
+        steps = torch.tensor(E2M1[:8])
+        scaled = groups / exponents.exp2()[..., None]
+        codes = (scaled.abs()[..., None] - steps).abs().argmin(-1) + 8 * (scaled < 0)
+        return pack_codes(codes.flatten(2).to(torch.uint8)), (exponents + 127).to(torch.uint8), None, 32
+    if kind in ("int8 row", "fp8 row"):
+        return *quantize_rows(weight, torch.int8 if kind == "int8 row" else torch.float8_e4m3fn), None, size
+    if kind.startswith("fp8"):
+        group = 128 if kind == "fp8 block" else 96  # the last group of 256 or 512 columns is smaller
+        scale = torch.rand(*weight.shape[:2], -(-size // group), generator=torch.Generator().manual_seed(1)) + 0.5
+        return (4 * weight).to(torch.float8_e4m3fn), scale / 4, None, group
+    if kind == "int8 group zero":
+        qweight, scale = quantize_rows(weight.unflatten(2, (-1, 64)), torch.int8)
+        return qweight.flatten(2), scale[..., 0], 0.01 * scale[..., 0], 64
+    group = size if kind == "int4 row" else 32
+    qweight, scale, zero = (one.unflatten(0, weight.shape[:2]) for one in quantize_groups(weight.flatten(0, 1), group))
+    return pack_nibbles(qweight), scale, None if kind == "int4 symmetric" else zero, group

@@ -8,7 +8,9 @@ import torch
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.kernels.moe import reference
 from pagegraph.kernels.moe.form import Form
-from tests.kernels.moe.cases import FORMS, GPT_OSS, ROUTINGS, experts_of
+from pagegraph.kernels.quant.cpu import dequantized_rows
+from pagegraph.kernels.quant.weight import QuantWeight
+from tests.kernels.moe.cases import FORMS, GPT_OSS, KINDS, ROUTINGS, experts_of, quantised_of
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, bound: float = 1e-5) -> None:
@@ -88,3 +90,34 @@ def test_in_16_bits(weights: torch.dtype) -> None:
 def test_an_unknown_activation_is_named() -> None:
     with pytest.raises(ValueError, match="activation 'swish' .* 'silu' is"):
         torch.ops.pagegraph.experts(*experts_of(2, 1, 4), *Form("swish"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("bias", [False, True])
+def test_quantised_weights(kind: str, tokens: int, bias: bool) -> None:
+    """As by the dequantised weights; of so many rows that they are dequantised in several blocks."""
+    form = GPT_OSS._replace(transposed=False) if bias else Form()
+    given = experts_of(tokens, 2, 4, 256, 512, form=form, bias=bias)
+    quantised = quantised_of(given, kind)
+    got = torch.ops.pagegraph.quant_experts(*quantised, *form)
+    close(got, reference.quant_experts(*quantised, *form))
+    wide = [reference.dequantize(*weight) for weight in (quantised[3:7], quantised[8:12])]
+    close(got, reference.experts(*given._replace(up=wide[0], down=wide[1]), *form))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_dequantised_bit_for_bit(kind: str) -> None:
+    qweight, scale, zero, group = quantised_of(experts_of(1, 1, 4, 256, 512), kind)[3:7]
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = QuantWeight(qweight, scale, zero, None, group, 1024)
+        got = dequantized_rows(weight, 2, slice(100, 300), dtype)
+        assert torch.equal(got, reference.dequantize(qweight, scale, zero, group)[2, 100:300].to(dtype))
+
+
+@pytest.mark.parametrize("live", [0, 1, 5])
+def test_padding_of_quantised_experts_comes_out_as_zeros(live: int) -> None:
+    given = quantised_of(experts_of(9, 2, 4, 64, 64, live=live), "int8 row")
+    got = torch.ops.pagegraph.quant_experts(*given, *Form())
+    assert not got[live:].any()
+    close(got, reference.quant_experts(*given, *Form()))
