@@ -1,4 +1,4 @@
-"""GGUF's block types unpacked to qweight, scales and zeros, and linears that keep them when a file is converted.
+"""GGUF's block types unpacked to qweight, scales and zeros, and linears and experts that keep them when a file is converted.
 
 The blocks are those of ggml (`ggml-common.h`, docs of GGUF). Names and the order of rows are transformers' business: it is
 asked to convert the file once for each of the three, as if it were the weights. Knows bytes; knows no devices.
@@ -86,32 +86,38 @@ BLOCKS: dict[GGMLQuantizationType, Callable[[np.ndarray], UnpackedBlocks]] = {
 
 
 def unpack_blocks(data: np.ndarray, kind: GGMLQuantizationType) -> UnpackedBlocks:
-    """Of a tensor's bytes uint8 [N, bytes a row]: qweight [N, K], scale and zero [N, groups]."""
+    """Of a tensor's bytes uint8 [.., bytes a row]: qweight [.., K], scale and zero [.., groups]."""
     found = BLOCKS[kind](np.ascontiguousarray(data).reshape(-1, gguf.GGML_QUANT_SIZES[kind][1]))
-    return UnpackedBlocks(*(None if part is None else part.reshape(len(data), -1).astype(np.float32) for part in found))
+    rows = data.shape[:-1]
+    return UnpackedBlocks(*(None if part is None else part.reshape(*rows, -1).astype(np.float32) for part in found))
 
 
 def keep(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Put qweight, scale and zero of every linear of a type in BLOCKS in the place of its weight, and the rest in bfloat16.
 
+    Likewise of the experts, if all of them are of such types.
+
     `tensors` are the converted, dequantised weights of `path` by the names of `model`. Returns the `quantization_config`.
     Raises QuantizationError where no linear is of such a type.
     """
-    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) == 2}
+    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1}
+    experts = _keeps_experts(path)
     others = ", ".join(sorted(types - WIDE - {kind.name for kind in BLOCKS}))
     linears = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    qweights, scales, zeros = (_converted(path, model, part) for part in (QWEIGHT, SCALE, ZERO))
+    stacked = {name for name, parameter in model.named_parameters() if parameter.dim() == 3} if experts else set()
+    qweights, scales, zeros = (_converted(path, model, part, experts) for part in (QWEIGHT, SCALE, ZERO))
     for name in list(tensors):
-        if name not in linears or name in tied or scales[name].shape == tensors[name].shape:
+        kept = name in linears - tied or name in stacked
+        if not kept or scales[name].shape == tensors[name].shape:
             tensors[name] = tensors[name].bfloat16()
             continue
-        stem, weight = name.removesuffix("weight"), tensors.pop(name)
+        stem, weight = f"{name}." if name in stacked else name.removesuffix("weight"), tensors.pop(name)
         unpacked, scale, zero = qweights[name].to(torch.int8), scales[name], zeros[name]
         four_bits = (
             int(unpacked.min()) >= -8
             and int(unpacked.max()) < 8
-            and weight.shape[1] // scale.shape[1] % reference.NIBBLE_SPAN == 0
+            and weight.shape[-1] // scale.shape[-1] % reference.NIBBLE_SPAN == 0
         )
         tensors[f"{stem}qweight"] = reference.pack_nibbles(unpacked) if four_bits else unpacked
         tensors[f"{stem}scale"] = scale
@@ -127,19 +133,26 @@ def keep(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict
     return {"quant_method": "gguf"}
 
 
-def _converted(path: Path, model: nn.Module, part: int) -> dict[str, torch.Tensor]:
+def _keeps_experts(path: Path) -> bool:
+    """Whether all stacked experts are of types in BLOCKS, gate and up of a layer of the same: they become one weight."""
+    kinds = {one.name: one.tensor_type for one in gguf.GGUFReader(path).tensors if len(one.shape) == 3}
+    alike = all(kind == kinds.get(name.replace("ffn_gate", "ffn_up"), kind) for name, kind in kinds.items())
+    return alike and kinds.keys() != set() and all(kind in BLOCKS for kind in kinds.values())
+
+
+def _converted(path: Path, model: nn.Module, part: int, experts: bool) -> dict[str, torch.Tensor]:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    with _parts_for_weights(part):
+    with _parts_for_weights(part, experts):
         return load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
 
 
 @contextmanager
-def _parts_for_weights(part: int) -> Iterator[None]:
+def _parts_for_weights(part: int, experts: bool) -> Iterator[None]:
     dequantize = gguf.dequantize
 
     def of_part(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-        if kind not in BLOCKS or data.ndim != 2:
+        if kind not in BLOCKS or data.ndim not in ((2, 3) if experts else (2,)):
             return dequantize(data, kind)
         found = unpack_blocks(data, kind)
         one = found[part]

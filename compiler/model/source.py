@@ -22,7 +22,7 @@ from pagegraph.compiler.model.files import json_object
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]
-CONVERSION = 5  # counts up when a conversion would write something else, so that old ones are not reused
+CONVERSION = 6  # counts up when a conversion would write something else, so that old ones are not reused
 DIGEST = re.compile(rb"[0-9a-f]{16}")  # of a file's content
 SETTLED_NS = 2_000_000_000  # a file that changed later than this ago may change again without its times showing it
 

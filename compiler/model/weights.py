@@ -35,8 +35,9 @@ from pagegraph.compiler.quantization.config import Scheme
 from pagegraph.compiler.quantization.linear import QuantLinear, QuantModule
 from pagegraph.compiler.quantization.methods import QuantizationError
 from pagegraph.compiler.quantization.online import quantize
-from pagegraph.compiler.quantization.packing import PACKED
+from pagegraph.compiler.quantization.packing import PACKED, STORED
 from pagegraph.compiler.quantization.stacks import Stack
+from pagegraph.kernels.quant.reference import dequantize
 from pagegraph.kernels.quant.weight import QuantWeight
 
 log = logging.getLogger("pagegraph.quantization")
@@ -128,7 +129,9 @@ def plan_weights(
         files = safetensors_files(folder)
         contents = _contents(model, folder, files, scheme, stacked)
         if scheme is not None:
-            _plan_packed(model, files, contents.quantized, scheme, stacked)
+            unpacked = _dequantised(model, contents, scheme, stacked)
+            quantized = {name: one for name, one in contents.quantized.items() if name not in unpacked}
+            _plan_packed(model, files, quantized, scheme, stacked)
     model.tie_weights()
     for name, method in online.items():
         rows = model.get_parameter(name)
@@ -242,7 +245,14 @@ def _check_quantized(model: nn.Module, folder: Path, contents: Contents, scheme:
             f"quantization_config says {scheme.method}, but no linear of the model has {' or '.join(one[1:] for one in scheme.marks())}"
             " in the checkpoint"
         )
-    if others := sorted(quantized.keys() - linears - stacked.keys()):
+    unpacked = _dequantised(model, contents, scheme, stacked)
+    if unpacked:
+        log.warning(
+            "quantization: no product of this device takes quantised experts; %d stacks of them are held unquantised, as fast and"
+            " as large as without",
+            len(unpacked),
+        )
+    if others := sorted(quantized.keys() - linears - stacked.keys() - unpacked):
         if any(model.get_parameter(name).dim() == 3 for name in others):
             raise QuantizationError(
                 f"{folder}: quantised experts of a mixture are served on a CPU, and of models that leave them to a function of"
@@ -264,6 +274,12 @@ def _check_quantized(model: nn.Module, folder: Path, contents: Contents, scheme:
         len(linears) + len(stacked),
         scheme.method,
     )
+
+
+def _dequantised(model: nn.Module, contents: Contents, scheme: Scheme, stacked: Stacked) -> set[str]:
+    """Experts of a GGUF file, which has no original checkpoint beside it, where no op takes them."""
+    names = contents.quantized.keys() - stacked.keys() if scheme.layout == STORED else set()
+    return {name for name in names if model.get_parameter(name).dim() == 3}
 
 
 def _stream(
@@ -299,6 +315,9 @@ def _stream(
                 assert scheme is not None
                 weight = _read_quantized(scheme, pieces[0], read)
                 _place_experts(model, target, weight.map(lambda one: one.to(device, copy=True)), stacked)
+            elif pieces[0].endings and model.get_parameter(target).dim() == 3:
+                assert scheme is not None
+                _load_dequantised(model, target, _read_quantized(scheme, pieces[0], read), device)
             elif pieces[0].endings:
                 assert scheme is not None
                 path = pieces[0].name
@@ -367,6 +386,18 @@ def _load_quantized_experts(
         assert piece.place.expert is not None
         stack.put(piece.place.expert, rows, part, piece.name)
     _place_experts(model, name, stack.weight(), stacked)
+
+
+def _load_dequantised(model: nn.Module, name: str, weight: QuantWeight, device: torch.device) -> None:
+    """Fill a stacked parameter with what the quantised experts stand for, one after another."""
+    module, leaf = _owner(model, name)
+    old = getattr(module, leaf)
+    _refuse_shape(name, (*weight.qweight.shape[:2], weight.in_size), old.shape)
+    tensor = torch.empty(old.shape, dtype=old.dtype, device=device)
+    for expert, one in enumerate(tensor):
+        zero = None if weight.zero is None else weight.zero[expert]
+        one.copy_(dequantize(weight.qweight[expert], weight.scale[expert], zero, weight.group))
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def _place_experts(model: nn.Module, name: str, weight: QuantWeight, stacked: Stacked) -> None:

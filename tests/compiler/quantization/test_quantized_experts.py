@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +19,7 @@ from pagegraph.compiler.model import experts, paged
 from pagegraph.compiler.model.checkpoint import WeightsMismatch
 from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.paged import ATTENTION_NAME, PagedModel, wrap_model
+from pagegraph.compiler.model.source import resolve_model
 from pagegraph.compiler.model.weights import load_weights, plan_weights
 from pagegraph.compiler.options import PassOptions
 from pagegraph.compiler.passes.registry import apply_module_passes
@@ -25,6 +28,7 @@ from pagegraph.compiler.quantization.methods import QuantizationError
 from pagegraph.compiler.quantization.online import quantize
 from pagegraph.compiler.resolve import resolve_quantization
 from pagegraph.kernels.quant import reference
+from tests.compiler.gguf import files
 from tests.compiler.model.test_paged import CHUNKED, MIXED, check_compiled, prompts_for, stock_logits
 from tests.compiler.model.test_weights import Held
 from tests.compiler.paged_run import run_paged
@@ -250,3 +254,58 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
         WeightsMismatch, match=r"missing weights: model\.layers\.0\.mlp\.experts\.down_proj of expert 3$"
     ):
         load(tmp_path)
+
+
+HALVES = {"Q4_0": (0,), "Q8_0": (0,), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q6_K": (208,)}  # where blocks have a float16
+KINDS = [("Q4_0", "Q8_0"), ("Q4_K", "Q6_K"), ("Q4_1", "Q4_0")]
+
+
+def gguf_mixture(path: Path, first: str, second: str) -> dict[str, np.ndarray]:
+    """A file of Qwen3 MoE whose experts are random blocks, gate and up of the first type -> what the gguf package makes of them."""
+    sizes = dict(hidden_size=256, moe_intermediate_size=256, num_experts=4, num_experts_per_tok=2, head_dim=64)
+    model = files.stock_model("qwen3_moe", **sizes, num_hidden_layers=2)
+    own = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 256, "attention.key_length": 64}
+    held, plain = {}, files.write_model(path.with_name("plain.gguf"), model, own)
+    reader, generator = gguf.GGUFReader(plain), np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    for key, field in reader.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture")):
+            kind = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], kind)
+    for tensor in reader.tensors:
+        kind = gguf.GGMLQuantizationType[second if "ffn_down_exps" in tensor.name else first]
+        if "_exps" not in tensor.name:
+            writer.add_tensor(tensor.name, tensor.data)
+            continue
+        values, size = gguf.GGML_QUANT_SIZES[kind]
+        rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+        data = generator.integers(0, 256, (len(rows), rows.shape[1] // values, size), np.uint8)
+        for at in HALVES[kind.name]:
+            data[..., at : at + 2] = np.full((*data.shape[:2], 1), 1e-3, np.float16).view(np.uint8)
+        data = data.reshape(*tensor.data.shape[:2], -1)
+        held[tensor.name] = gguf.dequantize(data, kind)
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return held
+
+
+@pytest.mark.parametrize("device", ["cpu", "none"])
+@pytest.mark.parametrize(("first", "second"), KINDS)
+def test_gguf(first: str, second: str, device: str, tmp_path: Path) -> None:
+    """Experts in the blocks of the file, value by value; unpacked where no op takes them."""
+    held = gguf_mixture(tmp_path / "some.gguf", first, second)
+    folder = resolve_model(str(tmp_path / "some.gguf"), keep_quantized=True, cache_dir=tmp_path / "cache")
+    with mock.patch.object(experts, "QUANTIZED_DEVICES", (device,)):
+        built = load(folder)
+    stacks = weights_of(built.model)
+    assert len(stacks) == (4 if device == "cpu" else 0)
+    for layer in range(2):
+        for leaf, parts in dict(gate_up_proj=("gate", "up"), down_proj=("down",)).items():
+            expected = np.concatenate([held[f"blk.{layer}.ffn_{part}_exps.weight"] for part in parts], axis=1)
+            got = getattr(built.model.model.layers[layer].mlp.experts, leaf)
+            if stacks:
+                got = reference.dequantize(got.qweight, got.scale, got.zero, got.group)
+            np.testing.assert_allclose(got.detach().numpy(), expected, rtol=1e-6, atol=1e-6)
