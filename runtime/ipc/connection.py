@@ -210,11 +210,13 @@ class Connection:
             ready = dict(poller.poll(max(1, int(1000 * (next_hello - time.monotonic())))))
             if dealer in ready:
                 self._receive(dealer)
-            if monitor in ready and self._connection_changed(dealer, monitor):
-                next_hello, is_new = 0.0, True
+            if monitor in ready:
+                is_new = self._connection_changed(dealer, monitor)
+                next_hello = 0.0 if is_new else next_hello
             if self._wake_receive.fileno() in ready:
                 self._wake_receive.recv(4096)
-            self._flush(dealer)
+            if not is_new:  # what is to be sent again comes first
+                self._flush(dealer)
         self._flush(dealer)
 
     def _flush(self, dealer: zmq.Socket[bytes]) -> None:
