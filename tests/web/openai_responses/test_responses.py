@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from pagegraph.runtime.ipc.protocol import Failed, TokenDelta
 from pagegraph.runtime.text.tokenizer import Tokenizer
 from pagegraph.web.openai_responses.store import Stored
+from tests.web.web_process import eventually
 
 EVENT = TypeAdapter(ResponseStreamEvent)
 SAID = {"role": "user", "content": "hello"}
@@ -319,7 +320,7 @@ def test_a_background_response_is_ended(http: FlaskClient, fake_engine, end: str
         assert http.post(f"{path}/cancel").json["status"] == "cancelled"
     else:
         assert http.delete(path).status_code == 200
-    assert threads_are_back(http) and fake_engine.aborts == [fake_engine.submits[0].request_id]
+    assert threads_are_back(http) and eventually(lambda: fake_engine.aborts == [fake_engine.submits[0].request_id])
     found = http.get(path)
     assert found.json["status"] == "cancelled" if end == "cancel" else found.status_code == 404
 
