@@ -49,7 +49,8 @@ from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.staging import CpuStaging, CudaStaging
 from pagegraph.compiler.step.state import DeviceState
 from pagegraph.compiler.step.step import CompiledStep
-from pagegraph.kernels.attention import cpu_decode
+from pagegraph.kernels.attention import cpu_decode, cpu_fixed
+from pagegraph.kernels.attention.sections import section_of
 from pagegraph.kernels.inputs import cpp as inputs_cpp
 from pagegraph.kernels.quant import cpu_int4
 from pagegraph.kernels.sampling import cpp as sampling_cpp
@@ -103,6 +104,7 @@ class BuiltModel:
     draft: CompiledStep | None = None  # of the draft model, over the same blocks
     generation_config: dict[str, Any] = field(default_factory=dict)  # what generation_config.json of the model says
     compile_state: CompileState = "off"
+    deterministic: bool = False  # see `PassOptions`
 
     @property
     def steps(self) -> list[CompiledStep]:
@@ -132,8 +134,11 @@ class BuiltModel:
     def build_cpp(self) -> None:
         """Build the C++ of steps on a CPU, which passes over the graph look for; what is built already stays."""
         if self.device.type == "cpu":
-            cpu_decode.build()
-            cpu_int4.build()
+            if self.deterministic:
+                cpu_fixed.build()
+            else:
+                cpu_decode.build()
+                cpu_int4.build()
             inputs_cpp.build()
             sampling_cpp.build()
             if self.step.state.ngram is not None:
@@ -143,7 +148,7 @@ class BuiltModel:
         self.build_cpp()
         took = self.timings.took("compile")
         return [
-            step.compiled_forward(warm_steps(step.state), progress, store, took)
+            step.compiled_forward(warm_steps(step.state, self.deterministic), progress, store, took)
             for step, store in zip(self.steps, self._stores(took))
         ]
 
@@ -258,6 +263,7 @@ def build_model(
         timings=timings,
         start_cache=start_cache,
         generation_config=model.generation_config,
+        deterministic=options.passes.deterministic,
     )
 
 
@@ -331,12 +337,15 @@ def _load(
         )
     dtype = resolve_dtype(model_options.dtype, model_config, device)
     cache_dtype = resolve_cache_dtype(options.kv_cache.dtype, dtype, device, options.capability)
+    if options.passes.deterministic:
+        _check_deterministic(device, dtype)
     max_model_len = resolve_max_model_len(model_options.max_model_len, model_config)
     with timings.stage(f"{name}wrap"):
         model = build_meta(
             model_config, dtype, ATTENTION_NAME, max_model_len=max_model_len, trust_remote_code=trust_remote_code
         )
-        paged_model = wrap_model(model)
+        section = section_of(max_model_len) if options.passes.deterministic else 0
+        paged_model = wrap_model(model, section)
     loaded = LoadedModel(paged_model, model_config, folder, dtype, cache_dtype, max_model_len, generation_config)
     if planned:
         plan_weights(
@@ -361,6 +370,16 @@ def _load(
         apply_module_passes(model, options.passes, done=lambda report: watch(loaded, report))
         return_freed_memory()
     return loaded
+
+
+def _check_deterministic(device: torch.device, dtype: torch.dtype) -> None:
+    if device.type != "cpu":
+        raise ValueError("deterministic=true is served on a CPU alone; set device to cpu, or deterministic to false")
+    if dtype not in cpu_fixed.DTYPES:
+        raise ValueError(
+            f"deterministic=true computes bfloat16 and float32 on a CPU, not {str(dtype).removeprefix('torch.')};"
+            " set dtype to bfloat16, or deterministic to false"
+        )
 
 
 def _check_draft(options: CompilerOptions, model: LoadedModel, draft: LoadedModel) -> None:
@@ -441,12 +460,13 @@ def _profiles(options: CompilerOptions, models: list[LoadedModel], states: list[
     ]
 
 
-def warm_steps(state: DeviceState) -> list[StepInput]:
+def warm_steps(state: DeviceState, deterministic: bool = False) -> list[StepInput]:
     """One dummy step for each compiled forward.
 
     A ragged step whose sizes differ (T, S, S + 1, width of the block tables), because Dynamo takes equal sizes for one
-    symbol. On the CPU a step of a single token too, which gains from constant sizes.
+    symbol. On the CPU a step of a single token too, which gains from constant sizes, unless bits are to be those of others.
     """
     ragged = [5, 1, 3] if state.max_blocks not in (9, 3, 4) else [6, 1, 4, 3, 2]
-    wanted = [[1], ragged] if state.last_tokens.device.type == "cpu" else [ragged]
+    single = state.last_tokens.device.type == "cpu" and not deterministic
+    wanted = [[1], ragged] if single else [ragged]
     return [dummy_step(lengths, state.dummy_slot) for lengths in wanted]

@@ -61,6 +61,7 @@ class PassOptions:
     fuse_rows: bool = True
     fuse_linears: bool = True
     round_activations: bool = True
+    deterministic: bool = False  # a token's bits do not depend on the rest of its step; other passes may give way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -161,11 +161,14 @@ PRODUCTS: dict[Any, Callable[[Mapping[str, Any], Any], int]] = {
     ours.experts.default: _experts,
     ours.quant_experts.default: _quant_experts,
     ours.linear.default: _of_rows(lambda given: given["weight"].shape[0]),
+    ours.fixed_linear.default: _of_rows(lambda given: given["weight"].shape[0]),
     ours.linear_norm_linear.default: _two_linears,
     ours.quant_linear.default: _of_rows(lambda given: given["qweight"].shape[0]),
     ours.repacked_linear.default: _of_rows(lambda given: given["out_size"]),
+    ours.fixed_repacked_linear.default: _of_rows(lambda given: given["out_size"]),
     ours.norm_repacked_linear.default: _two_repacked,
     ours.int4_packed_linear.default: _of_rows(lambda given: given["packed"].shape[0]),
+    ours.fixed_int4_linear.default: _of_rows(lambda given: given["packed"].shape[0]),
     ours.int4_packed_layer.default: _int4_layer,
 }
 # op over stacked experts: the share of them that is read, by arguments and tokens of the step

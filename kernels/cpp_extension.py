@@ -15,19 +15,22 @@ from pathlib import Path
 
 log = logging.getLogger("pagegraph.kernels")
 
-# What torch.compile's own flags leave out: its loops come vectorised. Sums may be reordered.
-FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
+# What torch.compile's own flags leave out: its loops come vectorised.
+FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast")
+REORDERED = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")  # sums too
 
 
-def built(source: Path, arguments: Sequence[str], instead: str) -> Callable | None:
+def built(source: Path, arguments: Sequence[str], instead: str, *, reordered: bool = True) -> Callable | None:
     """`kernel` of a file, called with tensors for pointers; takes seconds, or nothing where the cache has it.
 
-    None, and a warning that says what is used `instead`, where it does not build.
+    reordered: whether the compiler may choose the order of sums. None, and a warning that says what is used `instead`, where it
+    does not build.
     """
     try:
         from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-        return CppPythonBindingsCodeCache.load_pybinding(arguments, source.read_text(), extra_flags=FLAGS)
+        flags = (*FLAGS, *REORDERED) if reordered else FLAGS
+        return CppPythonBindingsCodeCache.load_pybinding(arguments, source.read_text(), extra_flags=flags)
     except Exception as error:  # whatever a compiler, or another version's private function, may raise
         log.warning("%s does not build here, %s: %s", source.name, instead, error)
         return None

@@ -13,11 +13,16 @@ A new op is a row of OPS, its reference and a file for its kernel.
 - a query at position p sees keys j <= p, with window > 0 only j > p - window, with chunk > 0 only
   j // chunk == p // chunk; softcap > 0 caps logits as cap * tanh(x / cap); sinks [Hq] join the softmax's
   denominator as one extra logit a head
+- section > 0: a row is the same, bit by bit, whatever else the step has. Keys are added up in tiles of fixed places, and on
+  CUDA in sections of `section` keys, a multiple of 64, which may be shared out
 
 `pagegraph::rope_attention` is paged_attention on query and key [T, H, D] as projected: RMS-normalised over D with
 weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [T, D] in the half-split layout.
 
 `pagegraph::linear` is x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the kernel that suits the rows of x.
+
+`pagegraph::fixed_linear` is the same, each row the same, bit by bit, however many rows there are; `pagegraph::fixed_repacked_linear`
+is that of `repacked_linear` below, and `pagegraph::fixed_int4_linear` of `int4_packed_linear`.
 
 `pagegraph::quant_linear` is x [..., K] @ weight.T + bias [N] -> [..., N] with weight [N, K] = qweight * scale + zero: qweight
 int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit values each (`kernels.quant.reference.pack_nibbles`); scale and zero
@@ -102,6 +107,7 @@ from torch.nn import functional
 from pagegraph.kernels.attention import cpu as attention_cpu
 from pagegraph.kernels.inputs import cpp as inputs_cpp
 from pagegraph.kernels.inputs import cpu as inputs_cpu
+from pagegraph.kernels.linear import fixed_rows
 from pagegraph.kernels.linear import reference as linear_reference
 from pagegraph.kernels.moe import cpu as moe_cpu
 from pagegraph.kernels.quant import cpu as quant_cpu
@@ -125,7 +131,7 @@ class Op(NamedTuple):
     fake: Callable | None  # shapes and dtypes of the results; None: the op stands in no traced graph
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, section: int = 0) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
 
 
@@ -164,6 +170,12 @@ def _repacked_linear(
     return x.new_empty(*x.shape[:-1], out_size // 2 if gated else out_size)
 
 
+def _fixed_repacked_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int, out_size: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_size)
+
+
 def _norm_repacked_linear(
     x: Tensor, residual: Tensor, norm: Tensor, eps: float, quantize_x: bool, *weights: Tensor | int | None
 ) -> tuple[Tensor, Tensor]:
@@ -185,19 +197,23 @@ OPS = (
     Op(
         "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
         "Tensor positions, Tensor slot_mapping, Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, "
-        "float scale, int window, float softcap, int chunk) -> Tensor",
+        "float scale, int window, float softcap, int chunk, int section=0) -> Tensor",
         attention_cpu.paged_attention, "attention.cuda:paged_attention", _attention,
     ),
     Op(
         "rope_attention(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor? query_norm, "
         "Tensor? key_norm, float eps, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor positions, "
         "Tensor slot_mapping, Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, float scale, "
-        "int window, float softcap, int chunk) -> Tensor",
+        "int window, float softcap, int chunk, int section=0) -> Tensor",
         attention_cpu.rope_attention, "attention.cuda:rope_attention", _attention,
     ),
     Op(
         "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
         functional.linear, "linear.cuda:linear", _linear,
+    ),
+    Op(
+        "fixed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+        fixed_rows.linear, None, _linear,
     ),
     Op(
         "linear_norm_linear(Tensor x, Tensor first, Tensor? first_bias, Tensor residual, Tensor norm, float eps, "
@@ -226,6 +242,11 @@ OPS = (
         quant_reference.repacked_linear, "quant.cuda:repacked_linear", _repacked_linear,
     ),
     Op(
+        "fixed_repacked_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero, Tensor? bias, int group, "
+        "int out_size) -> Tensor",
+        quant_reference.fixed_repacked_linear, None, _fixed_repacked_linear,
+    ),
+    Op(
         "norm_repacked_linear(Tensor x, Tensor residual, Tensor norm, float eps, bool quantize_x, "
         "Tensor qweight, Tensor scale, Tensor? zero, Tensor? bias, int group, int out_size, "
         "Tensor? second_qweight, Tensor? second_scale, Tensor? second_zero, Tensor? second_bias, int second_group, "
@@ -235,6 +256,10 @@ OPS = (
     Op(
         "int4_packed_linear(Tensor x, Tensor packed, Tensor pairs, int group) -> Tensor",
         quant_cpu.int4_packed_linear, None, _int4_packed_linear,
+    ),
+    Op(
+        "fixed_int4_linear(Tensor x, Tensor packed, Tensor pairs, int group) -> Tensor",
+        quant_cpu.fixed_int4_linear, None, _int4_packed_linear,
     ),
     Op(
         "int4_packed_layer(Tensor x, Tensor residual, Tensor[] tensors, int[] numbers, float[] eps) -> Tensor",

@@ -254,6 +254,11 @@ def check(config: Config) -> None:
     for key in ("load_format", "quantization"):
         if getattr(config, key) == "gguf" and not config.is_gguf:
             raise ConfigError(f"{key}=gguf but model={config.model} is no .gguf file; name the file in gguf_file")
+    if config.deterministic and not config.compile:
+        raise ConfigError(
+            "deterministic=true needs the compiled model, and compile=false; set compile to true, or deterministic to false:"
+            " PyTorch's own loops compute the last elements of an array otherwise than the others"
+        )
     _check_speculation(config)
     if config.probe_port and config.probe_port == config.port:
         raise ConfigError(

@@ -232,6 +232,12 @@ class CompilationConfig:
     fuse_linears: bool = _option(
         True, parse_flag, "GPU: norms, residual additions and gated SiLU inside the products beside them, for few rows"
     )
+    deterministic: bool = _option(
+        False,
+        parse_flag,
+        "the same tokens and log-probabilities, bit by bit, whatever else is computed with a request: other requests, chunks of"
+        " prompts, prefix cache, preemption, draft tokens; slower",
+    )
     rotary_once: bool = _option(True, parse_flag, "compute rotary cosines and sines once a step, not in every layer")
     compile_cache_dir: str | None = _option(
         None,

@@ -68,8 +68,12 @@ _attention_of_one_row = ExternKernelChoice(
 )
 
 
-def _attention(op: OpOverload, *arguments: TensorBox | float | int | None) -> TensorBox:
+def _attention(op: OpOverload, *arguments: TensorBox | float | int | None, section: int = 0) -> TensorBox:
     """Attention of one row on a CPU is called past the dispatcher, which takes longer than the attention."""
+    last = len(op._schema.arguments) - 1
+    arguments, section = arguments[:last], max(section, 0, *arguments[last:])  # which comes in either way
+    if section:  # one row is to take the code of many
+        return fallback_handler(op, add_to_fallback_set=False)(*arguments, section)
     query, key, value, *rest = arguments
     cos, sin, norms = (*rest[:2], rest[2:4]) if len(rest) > 12 else (query, query, [None, None])
     key_cache, value_cache, _, slot_mapping, tables, _, lengths, sinks, scale, window, softcap, chunk = rest[-12:]

@@ -32,6 +32,7 @@ class PagedBatch:
     """Where the tokens of one step live, and what the layers compute; see `kernels.ops` for shapes and dtypes."""
 
     layouts: list[AttentionLayout]
+    section: int
     positions: torch.Tensor
     slot_mapping: torch.Tensor
     block_tables: torch.Tensor
@@ -73,6 +74,7 @@ def paged_attention(
         layout.window,
         layout.softcap,
         layout.chunk,
+        **({"section": batch.section} if batch.section else {}),
     )
     return out[None], None
 
@@ -83,8 +85,10 @@ AttentionInterface.register(ATTENTION_NAME, paged_attention)
 class PagedModel(nn.Module):
     """The whole forward as one function of tensors: token ids in, logits of the wanted tokens and hidden states out."""
 
-    def __init__(self, model: nn.Module, probed: Probed) -> None:
+    def __init__(self, model: nn.Module, probed: Probed, section: int = 0) -> None:
+        """section: of attention, see `kernels.ops`."""
         super().__init__()
+        self.section = section
         self.model = model
         self.layouts = probed.layouts
         self.counts_tokens = probed.counts_tokens
@@ -106,7 +110,15 @@ class PagedModel(nn.Module):
     ) -> Forwarded:
         """token_ids, positions, slot_mapping int32 [T]; logits_index int64 [S] of token rows."""
         forward_local.paged = PagedBatch(
-            self.layouts, positions, slot_mapping, block_tables, query_start, seq_lens, key_caches, value_caches
+            self.layouts,
+            self.section,
+            positions,
+            slot_mapping,
+            block_tables,
+            query_start,
+            seq_lens,
+            key_caches,
+            value_caches,
         )
         forward_local.products = {}
         position_ids = positions.long()[None]
@@ -123,6 +135,11 @@ class PagedModel(nn.Module):
         finally:
             forward_local.paged = forward_local.products = forward_local.hidden = None
         return out.logits[0], hidden
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether a token's bits do not depend on the rest of its step."""
+        return self.section > 0
 
     @property
     def has_head(self) -> bool:
@@ -142,12 +159,12 @@ def _keep_hidden(module: nn.Module, args: Any, output: Any) -> None:
     forward_local.hidden = hidden_states_of(output)
 
 
-def wrap_model(model: nn.Module) -> PagedModel:
-    """Probe `model` (built on the meta device with our attention) and wrap it.
+def wrap_model(model: nn.Module, section: int = 0) -> PagedModel:
+    """Probe `model` (built on the meta device with our attention) and wrap it; section: of attention, see `kernels.ops`.
 
     Raises UnsupportedModel where a layer mixes tokens outside our op or in a way it does not compute.
     """
     probed = probe(model)
     ask_for_no_padding(model)
     take_experts(model)
-    return PagedModel(model.eval(), probed)
+    return PagedModel(model.eval(), probed, section)

@@ -23,6 +23,7 @@ from pagegraph.compiler.passes.graph.cpu_int4_layer import fuse_int4_layer
 from pagegraph.compiler.passes.graph.fuse_linears import fuse_linears
 from pagegraph.compiler.passes.graph.fuse_norms import fuse_rows
 from pagegraph.compiler.passes.graph.fuse_rope import fuse_rope, rotate_one_row
+from pagegraph.compiler.passes.modules.fixed_linears import fixed_linears
 from pagegraph.compiler.passes.modules.merge_linears import merge_linears
 from pagegraph.compiler.passes.modules.quant_linears import quant_linears
 from pagegraph.compiler.passes.modules.rotary_once import rotary_once
@@ -52,10 +53,12 @@ class PassReport:
     seconds: float
 
 
-# Quantised linears get their device's form after the merge, which needs them as they were loaded.
+# Quantised linears get their device's form after the merge, which needs them as they were loaded. `fixed_linears` comes ahead of
+# `skinny_linears`, which finds no linear then.
 PASSES: tuple[Pass, ...] = (
     Pass("merge_linears", merge_linears),
     Pass(None, quant_linears, ("round_activations",), by_device=True),
+    Pass("deterministic", fixed_linears),
     Pass("skinny_linears", skinny_linears, by_device=True),
     Pass("rotary_once", rotary_once),
 )
@@ -66,9 +69,12 @@ GRAPH_PASSES = {"fuse_rope": fuse_rope, "fuse_rows": fuse_rows, "fuse_linears": 
 
 
 def graph_passes(options: PassOptions, device: torch.device) -> list[Callable[[torch.fx.GraphModule], int]]:
-    """The passes over the traced graph. On the CPU the compiler's own loops are the better form, of one row's products too."""
+    """The passes over the traced graph. On the CPU the compiler's own loops are the better form, of one row's products too.
+
+    `deterministic` leaves out what exists for few rows alone.
+    """
     if device.type != "cuda":
-        return [rotate_one_row, one_row_linears, fuse_int4_layer]
+        return [] if options.deterministic else [rotate_one_row, one_row_linears, fuse_int4_layer]
     return [graph_pass for setting, graph_pass in GRAPH_PASSES.items() if getattr(options, setting)]
 
 

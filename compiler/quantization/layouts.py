@@ -50,7 +50,12 @@ class Int8Dynamic(nn.Module):
 
 
 class RepackedLinear(QuantModule):
-    """CUDA: the weight in the tensor cores' layout. quantize_x: in steps of many rows x may be quantised to 8 bits."""
+    """CUDA: the weight in the tensor cores' layout. quantize_x: in steps of many rows x may be quantised to 8 bits.
+
+    fixed: a row's bits do not depend on the others.
+    """
+
+    fixed = False
 
     def __init__(self, linear: QuantLinear, quantize_x: bool = True) -> None:
         weight = repacked(linear.quantized, linear.dtype)
@@ -59,6 +64,10 @@ class RepackedLinear(QuantModule):
         self.may_quantize_x = quantize_x and takes_8bit_activations(weight, linear.in_features, linear.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fixed:
+            return torch.ops.pagegraph.fixed_repacked_linear(
+                self.ordered(x), self.qweight, self.scale, self.zero, self.bias, self.group, self.out_features
+            )
         return torch.ops.pagegraph.repacked_linear(
             self.ordered(x),
             self.qweight,
@@ -101,7 +110,12 @@ def _regrouped(values: torch.Tensor | None, group: int, held: int, size: int) ->
 
 
 class Int4Packed(nn.Module):
-    """4-bit values as PyTorch packs them for this CPU, scales and zeros beside each other in the type of x."""
+    """4-bit values as PyTorch packs them for this CPU, scales and zeros beside each other in the type of x.
+
+    fixed: a row's bits do not depend on the others.
+    """
+
+    fixed = False
 
     def __init__(self, linear: QuantLinear) -> None:
         super().__init__()
@@ -121,7 +135,9 @@ class Int4Packed(nn.Module):
         if self.g_idx_order is not None:
             x = x.index_select(-1, self.g_idx_order)
         rows = x.flatten(0, -2)
-        if self.unpacks:
+        if self.fixed:
+            product = torch.ops.pagegraph.fixed_int4_linear(rows, self.packed, self.pairs, self.group)
+        elif self.unpacks:
             product = torch.ops.pagegraph.int4_packed_linear(rows, self.packed, self.pairs, self.group)
         else:
             product = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.pairs)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
+from pagegraph.kernels.linear.fixed_rows import padded
+
 MAX_CAPTURED_TOKENS = 16384  # a larger step runs without a graph
 
 
@@ -98,8 +100,13 @@ def _mixed(limit: int) -> list[int]:
     return [*(n for n in sizes if n < limit), limit]
 
 
-def own_bucket(num_tokens: int, num_seqs: int) -> Bucket:
-    """The step's own size, at least two of each unless it is a single token of a single sequence."""
+def own_bucket(num_tokens: int, num_seqs: int, deterministic: bool = False) -> Bucket:
+    """The step's own size, at least two of each unless it is a single token of a single sequence.
+
+    deterministic: one compiled forward for all sizes, with tokens padded to what products take.
+    """
+    if deterministic:
+        return Bucket(padded(num_tokens), max(num_seqs, 2))
     if num_tokens == 1:
         return Bucket(1, 1)
     return Bucket(num_tokens, max(num_seqs, 2))

@@ -66,6 +66,6 @@ class CpuRunner:
         return self._executor.finish(step, outputs.result(), bitmask).output(step)
 
     def _send(self, step: StepInput, num_steps: int) -> StepMetadata:
-        bucket = own_bucket(step.num_tokens, step.num_seqs)
+        bucket = own_bucket(step.num_tokens, step.num_seqs, self._executor.deterministic)
         self._counts.launched(step.num_tokens * num_steps, bucket.tokens * num_steps, graphed=False)
         return self._executor.staging.send(step, bucket, num_steps)

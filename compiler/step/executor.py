@@ -66,6 +66,7 @@ class StepExecutor:
     def __init__(self, paged_model: PagedModel, state: DeviceState, staging: Staging) -> None:
         self.forward: Callable[..., Forwarded] = paged_model
         self.head = paged_model.head
+        self.deterministic = paged_model.deterministic
         self.state = state
         self.staging = staging
 

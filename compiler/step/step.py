@@ -114,7 +114,8 @@ class CompiledStep:
         restored = store is not None and store.restore(forward, caches)
         with torch.inference_mode():
             for step in tqdm(warm, desc="compile", unit="graph", disable=not progress):
-                staged = self.staging.unpack(self.staging.send(step, own_bucket(step.num_tokens, step.num_seqs)))
+                bucket = own_bucket(step.num_tokens, step.num_seqs, self.paged_model.deterministic)
+                staged = self.staging.unpack(self.staging.send(step, bucket))
                 inputs = step_inputs(staged)
                 mark_dynamic(*inputs)
                 forward(*inputs, *caches)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagegraph.kernels.attention import cpu_decode, reference
+from pagegraph.kernels.attention import cpu_decode, cpu_fixed, reference
 
 
 def rope_attention(
@@ -46,8 +46,14 @@ def paged_attention(
     window: int,
     softcap: float,
     chunk: int,
+    section: int = 0,
 ) -> Tensor:
     """See `kernels.ops` for shapes."""
+    if section:
+        return cpu_fixed.attend(
+            query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, scale,
+            window, softcap, chunk,
+        )  # fmt: skip
     a_row_each = len(query) == len(seq_lens) and min(seq_lens.tolist(), default=0) > 0  # and no padding
     if a_row_each and cpu_decode.takes(query, key_cache, sinks, softcap):
         return cpu_decode.attend(

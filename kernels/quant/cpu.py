@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pagegraph.kernels.linear.fixed_rows import product_of
 from pagegraph.kernels.quant import cpu_int4, reference
 from pagegraph.kernels.quant.weight import Kind, QuantWeight
 
@@ -28,6 +29,12 @@ def int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> 
     by_block = pairs.view(size // group, 1, -1, INT4_BLOCK, 2).permute(4, 2, 0, 1, 3).contiguous()
     weight = weight.mul_(by_block[0]).add_(by_block[1]).view(-1, size, INT4_BLOCK)
     return x @ weight.transpose(0, 1).reshape(size, rows)
+
+
+def fixed_int4_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
+    """See `kernels.ops`: the weight is scaled in float32, of many rows too."""
+    key = ("int4", packed.shape, group, x.dtype)
+    return product_of(x, lambda rows: torch._weight_int4pack_mm_for_cpu(rows, packed, group, pairs), key)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def main(path: str) -> None:
         with timings.stage("tokenizer"):
             load_tokenizer(config)  # what the web processes will do: a fault of it is found before the model loads
         built = build_model(compiler_options(config), progress=sys.stderr.isatty(), timings=timings)
-        beside = config.compile and built.device.type == "cpu"
+        # Compiled, numbers are rounded elsewhere than uncompiled: an answer must not depend on when it was asked for.
+        beside = config.compile and built.device.type == "cpu" and not config.deterministic
         if beside:
             built.compile_state = "compiling"  # before any client asks
         elif config.compile:
@@ -85,13 +86,14 @@ def main(path: str) -> None:
 
 
 def _compile(config: Config, built: BuiltModel, first: Callable[[], None] = lambda: None) -> None:
-    """Do `first`, then swap the compiled step in. If that fails, the engine serves uncompiled, or ends if required."""
+    """Do `first`, then swap the compiled step in. If that fails, the engine serves uncompiled, or ends if it must not."""
     try:
         with built.timings.stage("compile"):
             built.compile(sys.stderr.isatty() and built.device.type == "cuda", first)
     except BaseException:
-        if config.compile == "required":
-            log.critical("compilation failed, and compile=required: the engine ends", exc_info=True)
+        if config.compile == "required" or config.deterministic:
+            needed = "compile=required" if config.compile == "required" else "deterministic=true"
+            log.critical("compilation failed, and %s: the engine ends", needed, exc_info=True)
             os._exit(REQUIRED_COMPILATION_FAILED)
         log.critical(
             "compilation failed: the engine serves on, uncompiled and slower; compile=false starts so without trying, "
