@@ -165,7 +165,6 @@ PRODUCTS: dict[Any, Callable[[Mapping[str, Any], Any], int]] = {
     ours.linear_norm_linear.default: _two_linears,
     ours.quant_linear.default: _of_rows(lambda given: given["qweight"].shape[0]),
     ours.repacked_linear.default: _of_rows(lambda given: given["out_size"]),
-    ours.fixed_repacked_linear.default: _of_rows(lambda given: given["out_size"]),
     ours.norm_repacked_linear.default: _two_repacked,
     ours.int4_packed_linear.default: _of_rows(lambda given: given["packed"].shape[0]),
     ours.fixed_int4_linear.default: _of_rows(lambda given: given["packed"].shape[0]),

@@ -21,8 +21,8 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 
 `pagegraph::linear` is x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the kernel that suits the rows of x.
 
-`pagegraph::fixed_linear` is the same, each row the same, bit by bit, however many rows there are; `pagegraph::fixed_repacked_linear`
-is that of `repacked_linear` below, and `pagegraph::fixed_int4_linear` of `int4_packed_linear`.
+`pagegraph::fixed_linear` is the same, each row the same, bit by bit, however many rows there are; `pagegraph::fixed_int4_linear`
+is that of `int4_packed_linear` below.
 
 `pagegraph::quant_linear` is x [..., K] @ weight.T + bias [N] -> [..., N] with weight [N, K] = qweight * scale + zero: qweight
 int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2] of two 4-bit values each (`kernels.quant.reference.pack_nibbles`); scale and zero
@@ -170,12 +170,6 @@ def _repacked_linear(
     return x.new_empty(*x.shape[:-1], out_size // 2 if gated else out_size)
 
 
-def _fixed_repacked_linear(
-    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int, out_size: int
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_size)
-
-
 def _norm_repacked_linear(
     x: Tensor, residual: Tensor, norm: Tensor, eps: float, quantize_x: bool, *weights: Tensor | int | None
 ) -> tuple[Tensor, Tensor]:
@@ -213,7 +207,7 @@ OPS = (
     ),
     Op(
         "fixed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-        fixed_rows.linear, None, _linear,
+        fixed_rows.linear, "linear.fixed_gemm:fixed_linear", _linear,
     ),
     Op(
         "linear_norm_linear(Tensor x, Tensor first, Tensor? first_bias, Tensor residual, Tensor norm, float eps, "
@@ -240,11 +234,6 @@ OPS = (
         "repacked_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero, Tensor? bias, int group, "
         "int out_size, bool quantize_x, bool gated=False) -> Tensor",
         quant_reference.repacked_linear, "quant.cuda:repacked_linear", _repacked_linear,
-    ),
-    Op(
-        "fixed_repacked_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? zero, Tensor? bias, int group, "
-        "int out_size) -> Tensor",
-        quant_reference.fixed_repacked_linear, None, _fixed_repacked_linear,
     ),
     Op(
         "norm_repacked_linear(Tensor x, Tensor residual, Tensor norm, float eps, bool quantize_x, "

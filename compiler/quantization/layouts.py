@@ -50,12 +50,7 @@ class Int8Dynamic(nn.Module):
 
 
 class RepackedLinear(QuantModule):
-    """CUDA: the weight in the tensor cores' layout. quantize_x: in steps of many rows x may be quantised to 8 bits.
-
-    fixed: a row's bits do not depend on the others.
-    """
-
-    fixed = False
+    """CUDA: the weight in the tensor cores' layout. quantize_x: in steps of many rows x may be quantised to 8 bits."""
 
     def __init__(self, linear: QuantLinear, quantize_x: bool = True) -> None:
         weight = repacked(linear.quantized, linear.dtype)
@@ -64,10 +59,6 @@ class RepackedLinear(QuantModule):
         self.may_quantize_x = quantize_x and takes_8bit_activations(weight, linear.in_features, linear.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.fixed:
-            return torch.ops.pagegraph.fixed_repacked_linear(
-                self.ordered(x), self.qweight, self.scale, self.zero, self.bias, self.group, self.out_features
-            )
         return torch.ops.pagegraph.repacked_linear(
             self.ordered(x),
             self.qweight,

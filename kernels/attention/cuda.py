@@ -11,9 +11,12 @@ from torch import Tensor
 
 from pagegraph.kernels.attention import prefill_hopper
 from pagegraph.kernels.attention.decode import attend_rows, by_token
+from pagegraph.kernels.attention.fixed import attend_fixed
 from pagegraph.kernels.attention.kv_cache import write_kv
 from pagegraph.kernels.attention.prefill import attend_ragged
 from pagegraph.kernels.attention.rope_kv_cache import rope_write
+
+METADATA = 8  # arguments of attention behind the block tables, a section being the last
 
 
 def paged_attention(
@@ -32,12 +35,24 @@ def paged_attention(
     window: int,
     softcap: float,
     chunk: int,
+    section: int = 0,
 ) -> Tensor:
     """See `kernels.ops` for shapes."""
     query, key, value = _dense_rows(query), _dense_rows(key), _dense_rows(value)
     write_kv(key, value, key_cache, value_cache, slot_mapping)
     return _attend(
-        query, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, scale, window, softcap, chunk
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        query_start,
+        seq_lens,
+        sinks,
+        scale,
+        window,
+        softcap,
+        chunk,
+        section,
     )
 
 
@@ -68,8 +83,13 @@ def _attend(
     """Attention over blocks that hold the step's own keys and values already.
 
     A bucket with a row a sequence (T <= S) is all the decode kernel's, whatever its real rows are. A larger one
-    runs both kernels; each leaves the other's sequences alone. Padding rows are the decode kernel's.
+    runs both kernels; each leaves the other's sequences alone. Padding rows are the decode kernel's. With a section one
+    kernel takes all rows.
     """
+    if len(rest) == METADATA:
+        *rest, section = rest
+        if section:
+            return attend_fixed(query, key_cache, value_cache, block_tables, *rest, section)
     tokens, num_seqs = query.shape[0], block_tables.shape[0]
     out = torch.empty(tokens, query.shape[1], value_cache.shape[3], dtype=query.dtype, device=query.device)
     metadata = (key_cache, value_cache, block_tables, *rest)

@@ -226,19 +226,6 @@ def repacked_linear(
     return silu_mul(product) if gated else product
 
 
-def fixed_repacked_linear(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    group: int,
-    out_size: int,
-) -> torch.Tensor:
-    """See `kernels.ops`: the same numbers; a CPU promises no bits."""
-    return repacked_linear(x, qweight, scale, zero, bias, group, out_size, False)
-
-
 def norm_repacked_linear(
     x: torch.Tensor,
     residual: torch.Tensor,

@@ -18,6 +18,7 @@ import numpy as np
 from pagegraph.compiler.build import BuiltModel
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.inputs import SamplingInput, StepInput, StepOutput
+from pagegraph.compiler.step.state import DeviceState
 from pagegraph.compiler.step.step import CompiledStep, Ticket
 from pagegraph.runtime.bench.work import draw_ids
 from pagegraph.runtime.config import Config
@@ -60,6 +61,10 @@ class WatchedStep:
     @property
     def counts(self) -> StepCounts:
         return self.step.counts
+
+    @property
+    def state(self) -> DeviceState:
+        return self.step.state
 
     def use_idle_time(self) -> bool:
         return self.step.use_idle_time()

@@ -153,6 +153,18 @@ def linear(rows: int, out_size: int, size: int) -> list[Any]:
     ]
 
 
+def fixed(rows: int, out_size: int, size: int, dtype: str = "bfloat16") -> list[Any]:
+    arguments = [tensor(dtype, rows, size), tensor(dtype, out_size, size), None]
+    return [
+        f"fixed {rows} {out_size}x{size} {dtype}", "pagegraph.kernels.linear.fixed_gemm", "fixed_linear", arguments,
+    ]  # fmt: skip
+
+
+def fixed_attention(*sizes: Any, **features: Any) -> list[Any]:
+    name, *where, arguments = attention(*sizes, **features)
+    return [f"fixed {name}", *where, [*arguments, 512]]
+
+
 def gated(rows: int, size: int, inner: int, narrow: bool, dtype: str = "bfloat16") -> list[Any]:
     return [
         f"gated {rows} {size}x{inner} narrow={narrow}",
@@ -416,6 +428,17 @@ ONCE_A_TILE = 640  # bytes a thread
 # Three decode programs likewise: where a part lies goes to memory, once a part.
 ONCE_A_PART = 128  # bytes a thread
 
+FIXED = [
+    *(fixed(rows, *shape) for rows in (1, 64, 2048) for shape in ((6144, 4096), (4096, 14336), (151936, 1024))),
+    *(
+        fixed_attention(size, size, 8, group, tokens=tokens)
+        for size in (64, 128)
+        for group in (1, 4)
+        for tokens in (16, 512)
+    ),
+    fixed_attention(128, 128, 8, 4, cache="float8_e4m3fn"),
+    fixed_attention(256, 256, 4, 2, window=512, softcap=30.0),
+]
 
 QUANTISED_ROWS = [
     launch
@@ -458,6 +481,7 @@ def half() -> list[dict[str, Any]]:
             *ROPES,
             *LINEARS,
             *GATED,
+            *FIXED,
             *ROWS,
             *unpacks,
             *drafting(64, 64),
@@ -475,7 +499,7 @@ def half() -> list[dict[str, Any]]:
 def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
     names = {k["kernel"] for k in half}
     assert names == {
-        "kv_write_kernel", "decode_kernel", "prefill_kernel", "prefill_hopper_kernel", "skinny_gemm_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
+        "kv_write_kernel", "decode_kernel", "prefill_kernel", "prefill_hopper_kernel", "skinny_gemm_kernel", "fixed_gemm_kernel", "fixed_attention_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
         "update_tables_kernel", "unpack_kernel", "rms_norm_kernel", "silu_mul_kernel", "gemv_kernel", "gated_gemm_hopper_kernel",
         "accept_kernel", "propose_ngram_kernel", "bitmask_kernel", "best_allowed_of_parts_kernel", "best_allowed_of_row_kernel",
     }  # fmt: skip
@@ -486,11 +510,12 @@ def test_nothing_spills(half: list[dict[str, Any]]) -> None:
 
 
 def test_kernels_of_a_decode_step_wait_for_those_before(half: list[dict[str, Any]]) -> None:
-    """All but those of prefill and of masks are launched while the one before still runs."""
+    """All but those of prefill, of attention with one order and of masks are launched while the one before still runs."""
     assert {k["kernel"] for k in half if not k["waits"]} == {
         "kv_write_kernel",
         "prefill_kernel",
         "prefill_hopper_kernel",
+        "fixed_attention_kernel",
         "bitmask_kernel",
     }
 

@@ -42,8 +42,13 @@ def fixed_linears(model: nn.Module) -> int:
     for path, module in list(model.named_modules()):
         if isinstance(module, MergedLinear):
             module.product = torch.ops.pagegraph.fixed_linear
-        elif isinstance(module, RepackedLinear | Int4Packed):
+        elif isinstance(module, Int4Packed):
             module.fixed = True
+        elif isinstance(module, RepackedLinear):
+            raise UnsupportedModel(
+                "deterministic=true: quantised weights are multiplied on a GPU by kernels that are chosen by the rows of a step; load the"
+                " model unquantised, or set device to cpu or deterministic to false"
+            )
         elif type(module) in (nn.Linear, Conv1D) and not (module._forward_hooks or module._forward_pre_hooks):
             model.set_submodule(path, FixedLinear(module))
         elif isinstance(module, ALIKE) or all(one.dim() < 2 for one in module.parameters(recurse=False)):
