@@ -24,7 +24,7 @@ WAYS: dict[str, dict[str, object]] = {
     "in small steps": dict(max_num_batched_tokens=64, max_num_seqs=16),
     "cached": dict(enable_prefix_caching=True),
     "drafted": dict(speculative_method="ngram", num_speculative_tokens=3),
-    "few blocks": dict(num_blocks=200),
+    "few blocks": dict(num_blocks=600),
 }
 # (requests, prompt tokens, output tokens)
 JOBS = ((1, 256, 128), (32, 512, 128), (256, 128, 128), (16, 4000, 1))
@@ -35,7 +35,7 @@ ROUNDS = 3
 def deterministic(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """Rows of comparisons, then of prices as ratios of seconds, with / without."""
     for model in args.models:
-        limits = dict(num_blocks=4200, kv_cache_memory=None, max_model_len=8192)
+        limits = dict(num_blocks=4200, kv_cache_memory=None, max_model_len=4096)
         # Draft tokens need room in the built step; the n-gram proposer is of one engine's steps alone.
         config = config_of(args, model, deterministic=True, **limits, **WAYS["drafted"])
         built = build_compiled(compiler_options(config), progress=False)

@@ -57,16 +57,20 @@ class InterpreterProcess:
         self._process.wait(10)
 
 
-def widen_bfloat16_products() -> None:
-    """The interpreter keeps bfloat16 as 16-bit words and multiplies the words: give its dot float32 instead."""
+def widen_products() -> None:
+    """The interpreter keeps bfloat16 as 16-bit words and multiplies the words: give its dot floats instead. Added up in float64 and
+    rounded once, a row's sums do not depend on its place in a tile, as numpy's in float32 do and tensor cores' do not.
+    """
     from triton import language as tl
     from triton.runtime import interpreter
 
     plain_dot = interpreter.InterpreterBuilder.create_dot
 
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        wide = [self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)]
-        return plain_dot(self, *wide, *rest)
+    def create_dot(self: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
+        if total.dtype.scalar != tl.float32:
+            return plain_dot(self, a, b, total, *rest)
+        wide = [self.cast_impl(x, tl.float32).data.astype("float64") for x in (a, b)]
+        return interpreter.TensorHandle((wide[0] @ wide[1] + total.data).astype("float32"), tl.float32)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 
@@ -100,7 +104,7 @@ def round_as_devices() -> None:
 
 def serve() -> None:
     """Answer calls until the input ends."""
-    widen_bfloat16_products()
+    widen_products()
     round_as_devices()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a kernel prints must not mix with answers

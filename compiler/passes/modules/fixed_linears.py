@@ -51,7 +51,9 @@ def fixed_linears(model: nn.Module) -> int:
             )
         elif type(module) in (nn.Linear, Conv1D) and not (module._forward_hooks or module._forward_pre_hooks):
             model.set_submodule(path, FixedLinear(module))
-        elif isinstance(module, ALIKE) or all(one.dim() < 2 for one in module.parameters(recurse=False)):
+        elif isinstance(module, ALIKE) or all(
+            one.dim() < 2 for one in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        ):
             continue
         else:
             raise UnsupportedModel(
