@@ -37,7 +37,7 @@ def _fold(acc, m_i, l_i, acc_there, m_there, l_there):
     return acc, m_new, tl.fma(l_i, keep, l_there * take)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def fixed_attention_kernel(
     out_ptr,
     acc_ptr,

@@ -48,7 +48,7 @@ def _columns_of(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def fixed_gemm_kernel(
     out_ptr,
     partial_ptr,
