@@ -110,6 +110,7 @@ class FakeEngine:
         )  # fmt: skip
         self.script: Callable[[Submit], list[TokenDelta | Failed]] = lambda submit: []
         self.submits: list[Submit] = []
+        self.taken: list[bool] = []  # of each group: whether an engine before had admitted it
         self.aborted: dict[str, str] = {}  # finish reason by request id
         self.silent = False
         self.stalled = threading.Event()  # while it is set nothing is read
@@ -151,6 +152,7 @@ class FakeEngine:
             assert message.request_id not in self.aborted
             self.aborted[message.request_id] = message.finish_reason
         else:
+            self.taken.append(message.taken)
             for index, submit in enumerate(message.each()):
                 self.submits.append(submit)
                 answers = self.script(submit)

@@ -36,7 +36,10 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     app.url_map.merge_slashes = False  # `//v1/models` is no route, not a redirect to one
     follows = None if settings.comeback is None else Path(settings.comeback)
     engine = EngineClient(
-        settings.engine_address, silence_s=settings.silence_s, comeback=lambda: comeback.seconds(follows)
+        settings.engine_address,
+        silence_s=settings.silence_s,
+        comeback=lambda: comeback.seconds(follows),
+        is_started=lambda: comeback.is_started(follows),
     )
     app.extensions["pagegraph"] = Service(settings, Tokenizer.load(settings.model), engine)
     errors.register(app)

@@ -13,13 +13,13 @@ from pathlib import Path
 from flask import Blueprint, Response, request
 
 from pagegraph.runtime.server import comeback, health, pulse
-from pagegraph.runtime.server.probes import fetch
+from pagegraph.runtime.server.probes import METRICS_TIMEOUT_S, fetch
 from pagegraph.web.errors import ApiError, json_response
 from pagegraph.web.service import current_service
 
 # A probe asks often and gives up soon: it does not wait for an engine that is still to answer first.
 _PROBE_WAIT_S = 1.0
-_METRICS_TIMEOUT_S = 2.0
+_METRICS_TIMEOUT_S = METRICS_TIMEOUT_S + 1.0  # the probe port answers without an engine that hangs
 
 blueprint = Blueprint("probes", __name__)
 

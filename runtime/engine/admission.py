@@ -65,20 +65,20 @@ class Admission:
         self._throughput = throughput
         self._num_submitted = 0
 
-    def receive(self, client: bytes, submits: list[Submit], tell_admitted: bool) -> None:
-        """Queue sequences, or compile their grammars first."""
+    def receive(self, client: bytes, submits: list[Submit], tell_admitted: bool, taken: bool = False) -> None:
+        """Queue sequences, or compile their grammars first. taken: however full the queue is."""
         if all(submit.params.structured_outputs is None for submit in submits):
-            self._admit(client, submits, tell_admitted)
+            self._admit(client, submits, tell_admitted, taken)
         elif self._grammars is None:
             name = "structured_outputs"
             self._refuse(client, submits, 0, 400, f"{name} is not served by this engine; leave it out", name)
-        elif not self._queue_is_full(client, submits):
-            self._grammars.compile(client, submits, tell_admitted)
+        elif taken or not self._queue_is_full(client, submits):
+            self._grammars.compile(client, submits, tell_admitted, taken)
 
     def admit_compiled(self, wait: bool) -> None:
         """Queue those whose grammars are compiled by now. wait: there is nothing else to do, so wait a moment."""
         for group in self._grammars.take_done(wait) if self._grammars is not None else ():
-            self._admit(group.client, group.submits, group.tell_admitted, group.grammars)
+            self._admit(group.client, group.submits, group.tell_admitted, group.taken, group.grammars)
 
     def abort(self, client: bytes, request_id: str, reason: str) -> Sequence | None:
         """End a sequence, wherever it is -> the sequence, if it was in the queue or ran."""
@@ -91,8 +91,11 @@ class Admission:
         client: bytes,
         submits: list[Submit],
         tell_admitted: bool,
+        taken: bool,
         grammars: list[Future[Grammar] | None] | None = None,
     ) -> None:
+        if not taken and self._queue_is_full(client, submits):
+            return
         if self._submit(client, submits, grammars or [None] * len(submits)) and tell_admitted:
             self._send(client, Admitted(submits[0].request_id))
 
@@ -118,8 +121,6 @@ class Admission:
 
     def _submit(self, client: bytes, submits: list[Submit], grammars: list[Future[Grammar] | None]) -> bool:
         """Queue sequences, all of them or none; if none, one `Failed` says why. Returns whether they are queued."""
-        if self._queue_is_full(client, submits):
-            return False
         added: list[Sequence] = []
         # By the list that they came as: many may have the same.
         prompts: dict[int, np.ndarray] = {}

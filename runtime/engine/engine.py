@@ -311,7 +311,7 @@ class Engine:
             case Submit():
                 self._admission.receive(client, [message], tell_admitted=False)
             case SubmitGroup():
-                self._admission.receive(client, message.each(), tell_admitted=True)
+                self._admission.receive(client, message.each(), tell_admitted=True, taken=message.taken)
             case Abort(request_id, reason):
                 if sequence := self._admission.abort(client, request_id, reason):
                     self.stats.ended(sequence, self.clock())

@@ -24,6 +24,7 @@ class CompilingGroup:
     submits: list[Submit]
     grammars: list[Future[Grammar] | None]
     tell_admitted: bool
+    taken: bool
 
     @property
     def is_done(self) -> bool:
@@ -58,11 +59,11 @@ class Grammars:
         """For how long a thread has been at one grammar; compiling is bounded, so a long time means that it hangs."""
         return self._compiler.running_s
 
-    def compile(self, client: bytes, submits: list[Submit], tell_admitted: bool) -> None:
+    def compile(self, client: bytes, submits: list[Submit], tell_admitted: bool, taken: bool) -> None:
         """Start compiling what a group asks for; `take_done` has it when that is done."""
         wanted = [submit.params.structured_outputs for submit in submits]
         grammars = [None if one is None else self._compiler.compile(one) for one in wanted]
-        self._compiling.append(CompilingGroup(client, submits, grammars, tell_admitted))
+        self._compiling.append(CompilingGroup(client, submits, grammars, tell_admitted, taken))
 
     def take_done(self, wait: bool) -> list[CompilingGroup]:
         """Groups whose grammars are compiled, or failed to. wait: there is nothing else to do, so wait a moment."""

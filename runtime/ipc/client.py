@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pagegraph.runtime.ipc.connection import Comeback, Connection, EngineDead, Inbox, Item, RequestFailed
 from pagegraph.runtime.ipc.protocol import (
@@ -133,6 +133,7 @@ class EngineClient:
     """What a web process knows of the engine. Thread-safe; survives a fork by connecting anew.
 
     `comeback`: whether a new engine follows when this one ends; requests without a token yet wait for it then.
+    `is_started`: whether one is being started, for a connection that never heard of the one before.
     """
 
     def __init__(
@@ -142,9 +143,11 @@ class EngineClient:
         heartbeat_s: float = HEARTBEAT_S,
         silence_s: float = SILENCE_S,
         comeback: Comeback = lambda: None,
+        is_started: Callable[[], bool] = lambda: False,
     ) -> None:
         self._address = address
         self._comeback = comeback
+        self._is_started = is_started
         self._heartbeat_s = heartbeat_s
         self._silence_s = silence_s
         self._lock = threading.Lock()
@@ -156,7 +159,8 @@ class EngineClient:
         """The engine's newest facts, at most a heartbeat old.
 
         Waits up to `timeout` seconds for an answer; by default only for a new connection's first, up to
-        the silence limit, so that requests to a dead engine fail at once. Raises EngineDead.
+        the silence limit, so that requests to a dead engine, or to one that is being started, fail at once. Raises
+        EngineDead.
         """
         return self._connected().info(timeout)
 
@@ -208,7 +212,9 @@ class EngineClient:
     def _connected(self) -> Connection:
         with self._lock:
             if self._connection is None or not self._connection.running:
-                self._connection = Connection(self._address, self._heartbeat_s, self._silence_s, self._comeback)
+                self._connection = Connection(
+                    self._address, self._heartbeat_s, self._silence_s, self._comeback, self._is_started
+                )
             return self._connection
 
     def _after_fork(self) -> None:

@@ -33,6 +33,7 @@ from pagegraph.runtime.ipc.protocol import (
     TokenDelta,
     Tokens,
     decode_to_client,
+    decode_to_engine,
     encode,
 )
 
@@ -77,6 +78,7 @@ class _OpenGroup:
 
     inbox: Inbox
     frame: bytes
+    admitted: bool = False
     begun: bool = False  # a token came
     sent: bool = False  # or would have been, had an engine been there
     lost: int = 0  # engines that ended while they had it
@@ -85,9 +87,17 @@ class _OpenGroup:
 class Connection:
     """One DEALER socket and the thread that owns it. Other threads only touch the queue and the maps."""
 
-    def __init__(self, address: str, heartbeat_s: float, silence_s: float, comeback: Comeback) -> None:
+    def __init__(
+        self,
+        address: str,
+        heartbeat_s: float,
+        silence_s: float,
+        comeback: Comeback,
+        is_started: Callable[[], bool],
+    ) -> None:
         self._address = address
         self._comeback = comeback
+        self._is_started = is_started
         self._heartbeat_s = heartbeat_s
         self._silence_s = silence_s
         self._name = uuid.uuid4().hex
@@ -123,10 +133,13 @@ class Connection:
 
     def info(self, timeout: float | None) -> EngineInfo:
         """The engine's newest facts, waited for as `EngineClient.info` says. Raises EngineDead."""
-        if timeout is None:
-            timeout = 0.0 if self._lost else max(0.0, self._started + self._silence_s - time.monotonic())
+        if is_first := timeout is None:
+            is_told = self._info is not None or self._lost or self._is_started()
+            timeout = 0.0 if is_told else max(0.0, self._started + self._silence_s - time.monotonic())
         with self._changed:
-            self._changed.wait_for(lambda: self._info is not None or not self.running, timeout)
+            self._changed.wait_for(
+                lambda: self._info is not None or (is_first and self._lost) or not self.running, timeout
+            )
             if self._info is None:
                 raise EngineDead("the engine does not answer", self._comeback())
             return self._info
@@ -238,6 +251,8 @@ class Connection:
         with self._changed:
             groups = dict.fromkeys(group for _, group in self._streams.values() if group.sent and not group.begun)
         for group in groups:
+            if group.admitted:
+                group.frame = _taken(group.frame)
             self._send(dealer, group.frame)
         if groups:
             _log.warning("a new engine is there; requests submitted to it again: %d", len(groups))
@@ -292,6 +307,7 @@ class Connection:
             index, group = known
             if isinstance(item, TokenDelta) and not group.begun:
                 group.begun, group.frame = True, b""
+            group.admitted |= isinstance(item, Admitted)
             group.inbox.put((index, item))
 
     def _connection_changed(self, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> bool:
@@ -350,3 +366,10 @@ class Connection:
             group.inbox.put((index, Failed(request_id, 500, _GIVEN_UP) if given_up else dead))
         if ended:
             _log.error("%s; %d open streams end", reason, len(ended))
+
+
+def _taken(frame: bytes) -> bytes:
+    """The frame of a group that an engine had admitted, for the next one."""
+    group = decode_to_engine(frame)
+    assert isinstance(group, SubmitGroup)
+    return encode(msgspec.structs.replace(group, taken=True))

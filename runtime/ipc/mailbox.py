@@ -16,6 +16,7 @@ import msgspec
 import zmq
 
 from pagegraph.runtime.ipc.protocol import (
+    HEARTBEAT_S,
     MAX_FRAME_BYTES,
     SILENCE_S,
     Abort,
@@ -40,7 +41,7 @@ class Mailbox:
     """Messages of all web processes, received and sent without ever blocking on one of them.
 
     A web process that cannot take a message (it stopped reading, or went away) or that was silent for
-    `lease_s` seconds is lost: its live requests come out of `poll` as `Abort`. If it speaks again it
+    `lease_s` seconds and a heartbeat is lost: its live requests come out of `poll` as `Abort`. If it speaks again it
     is told of each by `Failed`.
     """
 
@@ -64,6 +65,7 @@ class Mailbox:
         self._lease_s = lease_s
         self._clock = clock
         self._heard: dict[bytes, float] = {}
+        self._silent: dict[bytes, float] = {}  # since when their silence has been too long, as far as `poll` saw
         self._live: dict[bytes, set[str]] = {}  # client -> its unfinished requests
         self._cut_off: dict[bytes, set[str]] = {}  # lost client -> requests it has not been told of
         self._aborts: list[tuple[bytes, ToEngine]] = []
@@ -116,6 +118,7 @@ class Mailbox:
             if message is None:
                 continue
             self._heard[client] = now
+            self._silent.pop(client, None)
             self._note(client, message)
             messages.append((client, message))
         return messages, False
@@ -149,12 +152,15 @@ class Mailbox:
             live.difference_update((message.request_id, *message.others))
 
     def _expire(self) -> None:
-        oldest = self._clock() - self._lease_s
-        for client in [client for client, heard in self._heard.items() if heard < oldest]:
-            self._lose(client)
+        """Lose who is silent, and was so a heartbeat ago: after a stall of the engine ZeroMQ has yet to read what came."""
+        now = self._clock()
+        for client in [client for client, heard in self._heard.items() if heard < now - self._lease_s]:
+            if now - self._silent.setdefault(client, now) >= HEARTBEAT_S:
+                self._lose(client)
 
     def _lose(self, client: bytes) -> None:
         self._heard.pop(client, None)
+        self._silent.pop(client, None)
         requests = self._live.pop(client, set())
         self._aborts += [(client, Abort(request_id)) for request_id in requests]
         if requests:

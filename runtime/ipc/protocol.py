@@ -44,6 +44,7 @@ class SubmitGroup(msgspec.Struct, frozen=True, tag="submit_group", kw_only=True,
     members: list[Member]
     priority: int = 0
     cache_salt: str = ""
+    taken: bool = False  # an engine that ended had admitted it: it is not refused for a full queue now
 
     def __post_init__(self) -> None:
         if not self.members or not all(0 <= member.prompt < len(self.prompts) for member in self.members):

@@ -72,8 +72,8 @@ def main(path: str) -> None:
         Path(path).with_name(REASON_FILE).write_text(reason)
         sys.exit(1)
     _stop_on_signal(engine)
-    start_http_server(settings.metrics_port, "127.0.0.1", registry=metrics)
-    _announce(Path(path).with_name(FACTS_FILE), built)
+    served, _ = start_http_server(0, "127.0.0.1", registry=metrics)
+    _announce(Path(path).with_name(FACTS_FILE), built, served.server_port)
     log.info("loaded: %s", built.timings)
     log.info("%s", describe_defaults(engine.info().sampling_defaults))
     if beside:
@@ -121,8 +121,10 @@ def _tell_of_compilers(config: Config, built: BuiltModel, beat: Callable[[float 
         knobs.runtime.jit_cache_hook = compiles
 
 
-def _announce(path: Path, built: BuiltModel) -> None:
-    facts = {"model_dir": str(built.folder), "pid": os.getpid(), **asdict(built.timings)}
+def _announce(path: Path, built: BuiltModel, metrics_port: int) -> None:
+    facts = {
+        "model_dir": str(built.folder), "pid": os.getpid(), "metrics_port": metrics_port, **asdict(built.timings)
+    }  # fmt: skip
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(facts))
     partial.rename(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from pagegraph.runtime.config import Config, config_from_dict
 
 REQUIRED_COMPILATION_FAILED = 3  # exit status of an engine that must not serve on; another would end so too
-FACTS_FILE = "engine.json"  # beside the settings: what the engine tells once its model is loaded, `model_dir` among it
+FACTS_FILE = "engine.json"  # beside the settings: what the engine tells once its model is loaded, see engine_process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,6 @@ class EngineSettings:
 
     config: Config
     engine_address: str  # ipc:// address to listen on
-    metrics_port: int  # of 127.0.0.1, where it serves /metrics
     drain_flag: Path  # once this file exists, the engine says `draining` in its EngineInfo
     pulse: Path  # where its loop says by when it will have moved on; see `runtime.server.pulse`
 

@@ -36,13 +36,6 @@ def bind(host: str, port: int, key: str) -> socket.socket:
     return bound
 
 
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def connectable(address: tuple[Any, ...]) -> str:
     """host:port that a client on this machine can use for a listener's address."""
     host = str(address[0])

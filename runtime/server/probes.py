@@ -36,11 +36,16 @@ class Probes:
     """The probe listener, in its own threads. `address` is where this machine reaches it, as host:port."""
 
     def __init__(
-        self, host: str, port: int, health: Callable[[], Health], metrics_url: str, own_metrics: Callable[[], bytes]
+        self,
+        host: str,
+        port: int,
+        health: Callable[[], Health],
+        metrics_url: Callable[[], str | None],
+        own_metrics: Callable[[], bytes],
     ) -> None:
         """Listen at once; port 0 takes a free one. Raises Unserved when the address is taken or not ours.
 
-        `own_metrics` stand in front of the engine's, and alone while there is none.
+        `metrics_url` is asked for each time, for every engine has its own; None: there is none yet. `own_metrics` stand in front of the engine's, and alone while there is none.
         """
         try:
             self._server = _Server(host, port, health, metrics_url, own_metrics)
@@ -61,7 +66,12 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, host: str, port: int, health: Callable[[], Health], metrics_url: str, own_metrics: Callable[[], bytes]
+        self,
+        host: str,
+        port: int,
+        health: Callable[[], Health],
+        metrics_url: Callable[[], str | None],
+        own_metrics: Callable[[], bytes],
     ) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.health = health
@@ -85,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path in health.PATHS:
             self._answer(*server.health().answer(path))
         elif path == "/metrics":
-            self._answer(200, server.own_metrics() + _engine_metrics(server.metrics_url), METRICS_TEXT)
+            self._answer(200, server.own_metrics() + _engine_metrics(server.metrics_url()), METRICS_TEXT)
         else:
             self._answer(404, b"not found\n")
 
@@ -103,8 +113,10 @@ class _Handler(BaseHTTPRequestHandler):
         log.debug("probe: " + format, *args)
 
 
-def _engine_metrics(url: str) -> bytes:
+def _engine_metrics(url: str | None) -> bytes:
     """The engine's metrics; empty while it has none."""
+    if url is None:
+        return b""
     try:
         with fetch(url, timeout=METRICS_TIMEOUT_S) as reply:
             return reply.read()

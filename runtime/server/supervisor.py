@@ -27,7 +27,7 @@ from pagegraph.runtime.server import comeback, logs, pulse
 from pagegraph.runtime.server.child import Child, module_command, stop
 from pagegraph.runtime.server.engine_settings import FACTS_FILE, REQUIRED_COMPILATION_FAILED, EngineSettings
 from pagegraph.runtime.server.health import DRAINING, LOADING, NO_ENGINE, RESTARTING, Health, engine_health
-from pagegraph.runtime.server.listen import Unserved, bind, connectable, free_port
+from pagegraph.runtime.server.listen import Unserved, bind, connectable
 from pagegraph.runtime.server.probes import Probes, fetch
 from pagegraph.runtime.server.restarts import Restarts, ServerMetrics
 from pagegraph.runtime.server.run_dir import RunDir
@@ -74,7 +74,6 @@ class Supervisor:
             raise Unserved(str(error)) from error
         self._engine_address = f"ipc://{self._run_dir.socket}"
         self._client = EngineClient(self._engine_address, heartbeat_s=HEARTBEAT_S, silence_s=config.watchdog_timeout_s)
-        self._metrics_port = free_port()
         self._signals = 0
         self._ready = False
         self._restarts = Restarts(config.max_engine_restarts, config.restart_window_s)
@@ -95,9 +94,10 @@ class Supervisor:
         listener: socket.socket | None = None
         try:
             listener = bind(self.config.host, self.config.port, "port")
-            metrics_url = f"http://127.0.0.1:{self._metrics_port}/metrics"
             own = ServerMetrics(self._restarts, self.config.model_name, lambda: self.health().ready)
-            probes = Probes(self.config.probe_host, self.config.probe_port or 0, self.health, metrics_url, own.render)
+            probes = Probes(
+                self.config.probe_host, self.config.probe_port or 0, self.health, self._metrics_url, own.render
+            )
             started = self._start_engine()
             command_s = process_age()
             # Imports while the engine loads, and waits for its settings before it listens. In a folder of ours, because
@@ -141,8 +141,9 @@ class Supervisor:
         """What both ports tell probes."""
         if self._web is not None and self._web.exit_code is not None:
             return NO_ENGINE
-        if self._ready and self._new_engine_at is not None:
-            return replace(RESTARTING, retry_after_s=self._new_engine_at - time.monotonic())
+        new_engine_at = self._new_engine_at  # once: the main thread takes it away
+        if self._ready and new_engine_at is not None:
+            return replace(RESTARTING, retry_after_s=new_engine_at - time.monotonic())
         if self._engine is not None and self._engine.exit_code is not None:
             return RESTARTING if self._follows else NO_ENGINE
         if not self._ready:
@@ -151,6 +152,16 @@ class Supervisor:
         if self._signals and found.live:
             return DRAINING
         return replace(found, live=found.live or self._follows)
+
+    def _facts(self) -> dict[str, Any]:
+        """What the engine told once it was loaded."""
+        return json.loads((self._run_dir.path / FACTS_FILE).read_text())
+
+    def _metrics_url(self) -> str | None:
+        try:
+            return f"http://127.0.0.1:{self._facts()['metrics_port']}/metrics"
+        except FileNotFoundError:  # it loads
+            return None
 
     def _engine_health(self) -> Health:
         due = pulse.read(self._run_dir.path / pulse.FILE)
@@ -182,7 +193,6 @@ class Supervisor:
         settings = EngineSettings(
             config=self.config,
             engine_address=self._engine_address,
-            metrics_port=self._metrics_port,
             drain_flag=self._drain_flag,
             pulse=self._run_dir.path / pulse.FILE,
         )
@@ -190,7 +200,7 @@ class Supervisor:
 
     def _write_web_settings(self, probe_address: str) -> Path:
         """The web processes' settings, once the engine said which folder holds the tokenizer; see web/settings.py."""
-        engine = json.loads((self._run_dir.path / FACTS_FILE).read_text())
+        engine = self._facts()
         settings = {
             "engine_address": self._engine_address,
             # Absolute: the web processes run elsewhere.
@@ -246,7 +256,7 @@ class Supervisor:
 
     def _report(self, command_s: float, web_s: float) -> None:
         """Log where the time of the start went."""
-        engine = json.loads((self._run_dir.path / FACTS_FILE).read_text())
+        engine = self._facts()
         seconds = {"command": command_s, **engine.get("seconds", {}), "web": web_s}
         log.info("%s", table(process_age(), seconds, engine.get("parts", {})))
 

@@ -154,6 +154,18 @@ def test_a_queue_of_too_many_prompt_tokens_refuses_until_some_have_begun() -> No
     assert sorted(harness.tokens) == ["g0", "g1", "g2", "g3", "g5"]
 
 
+@pytest.mark.parametrize("limits", [{"max_queue": 1}, {"max_queue": 50, "max_queue_tokens": 5}])
+def test_a_full_queue_takes_what_an_engine_before_had_admitted(limits: dict[str, int]) -> None:
+    """That had computed part of it, which the new one has in its queue."""
+    harness = Harness(max_num_seqs=1, **limits)
+    for first in (0, 1, 2):
+        harness.mailbox.put(msgspec.structs.replace(group_of(1, prompt=[1] * 30, first=first), taken=True))
+    harness.mailbox.put(group_of(1, first=3))
+    harness.run()
+    assert [failed.request_id for failed in harness.failures] == ["g3"]
+    assert sorted(harness.tokens) == ["g0", "g1", "g2"]
+
+
 def test_a_full_queue_says_when_it_will_have_moved() -> None:
     """A turn lasts a second; sequences of three tokens end two in three seconds."""
     harness = Harness(max_queue=8, max_num_seqs=2)

@@ -199,6 +199,16 @@ def test_sequences_that_wait_for_their_grammar_count_as_waiting(monkeypatch: pyt
     assert [harness.ended[name] for name in "abc"] == ["stop"] * 3
 
 
+def test_what_an_engine_before_had_admitted_is_not_refused_for_waiting_for_its_grammar_again() -> None:
+    harness = with_grammars(max_queue=1, max_num_seqs=1)
+    for name in "abcd":
+        one = submit(name, "ab")
+        group = SubmitGroup(prompts=[one.token_ids], members=[Member(name, 0, one.params)], taken=True)
+        harness.mailbox.put(group)
+    harness.run()
+    assert harness.ended == dict.fromkeys("abcd", "stop")
+
+
 def test_a_grammar_that_hangs_while_it_is_compiled_is_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """However well others go on: those that wait for it, and for its thread, would wait for ever."""
     harness, go_on, hangs = with_grammars(), threading.Event(), threading.Event()

@@ -261,6 +261,30 @@ def test_what_is_submitted_while_no_engine_is_there_is_refused(loyal: EngineClie
     assert dead.value.retry_after_s == 7.0
 
 
+def test_a_client_that_never_heard_of_an_engine_does_not_wait_for_one_that_is_started(tmp_path) -> None:
+    client = EngineClient(f"ipc://{tmp_path}/e.sock", silence_s=20.0, comeback=lambda: 7.0, is_started=lambda: True)
+    asked = time.monotonic()
+    with pytest.raises(EngineDead) as dead:
+        client.submit([1], PARAMS)
+    assert dead.value.retry_after_s == 7.0 and time.monotonic() - asked < 5
+    client.close()
+
+
+def test_what_an_engine_had_admitted_the_next_one_is_told_not_to_refuse(
+    loyal: EngineClient, successors: Successors
+) -> None:
+    successors.now.script = lambda s: []
+    admitted = loyal.submit_group([([1], PARAMS), ([1], PARAMS)])
+    assert admitted.wait_admitted(5)
+    successors.now.silent = True
+    unanswered = loyal.submit_group([([2], PARAMS)])
+    assert not unanswered.wait_admitted(0.3)
+    assert successors.now.taken == [False]
+    successors.next(ends)
+    assert admitted.get(5)[1].token_ids == [1] and unanswered.get(5)[1].token_ids == [2]
+    assert successors.now.taken == [True, False]
+
+
 def test_what_was_lost_with_two_engines_is_given_up(loyal: EngineClient, successors: Successors) -> None:
     successors.now.script = lambda s: []
     stream = loyal.submit([1], PARAMS)

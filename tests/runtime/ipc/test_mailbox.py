@@ -131,11 +131,27 @@ def test_a_silent_client_is_lost_and_told_when_it_speaks(
     mailbox.send(b"web", Tokens([TokenDelta("done", [1], "length")]))
     client.recv()
     clock.now = 11.0
+    assert mailbox.poll(block=False) == []
+    clock.now = 12.0
     assert mailbox.poll(block=False) == [(b"web", Abort("a"))]
     client.send(encode(Hello()))
     take(mailbox)
     failed = decode_to_client(client.recv())
     assert isinstance(failed, Failed) and (failed.request_id, failed.status) == ("a", 503)
+
+
+def test_a_client_whose_heartbeats_have_not_been_read_yet_after_a_stall_is_not_lost(
+    mailbox: Mailbox, client: zmq.Socket[bytes], clock: Clock
+) -> None:
+    """ZeroMQ's own thread stood still as well: the first look finds nothing of what came meanwhile."""
+    client.send(encode(submit("a")))
+    take(mailbox)
+    clock.now = 31.0
+    assert mailbox.poll(block=False) == []
+    client.send(encode(Hello()))
+    assert take(mailbox) == [(b"web", Hello())]
+    clock.now = 40.0
+    assert mailbox.poll(block=False) == [] and mailbox.lost_clients == 0
 
 
 def test_a_client_whose_heartbeats_wait_behind_a_backlog_is_not_lost(
@@ -161,11 +177,15 @@ def test_a_group_is_lost_whole_and_refused_whole(mailbox: Mailbox, client: zmq.S
     client.send(encode(group))
     assert take(mailbox) == [(b"web", group)] and [one.token_ids for one in group.each()] == [[1, 2]] * 3
     clock.now = 11.0
+    assert mailbox.poll(block=False) == []
+    clock.now = 12.0
     assert {message.request_id for _, message in mailbox.poll(block=False)} == set("abc")
     client.send(encode(group))
     take(mailbox)
     mailbox.send(b"web", Failed("b", 503, "full", ["a", "c"]))
-    clock.now = 22.0
+    clock.now = 23.0
+    assert mailbox.poll(block=False) == []
+    clock.now = 24.0
     assert mailbox.poll(block=False) == []
 
 

@@ -22,7 +22,6 @@ def test_a_failure_is_told_with_its_reason_and_again(tmp_path: Path) -> None:
     told = EngineSettings(
         config=config,
         engine_address="ipc:///nowhere",
-        metrics_port=1,
         drain_flag=tmp_path / "draining",
         pulse=tmp_path / "pulse",
     )

@@ -142,6 +142,17 @@ def test_a_killed_engine_ends_every_surface_in_its_own_form_and_is_replaced(mode
 
 
 @pytest.mark.slow
+def test_both_ports_tell_the_servers_metrics_while_the_engine_stands_still(model: Path) -> None:
+    with served(model) as server:
+        os.kill(server.engine_pid, signal.SIGSTOP)
+        answers = [server.get("/metrics", port) for port in (server.probe_port, server.port)]
+        os.kill(server.engine_pid, signal.SIGCONT)
+        for status, text in answers:
+            assert status == 200 and b"pagegraph:engine_restarts_total" in text
+        assert server.metric("num_requests_running") == 0 and server.free()
+
+
+@pytest.mark.slow
 def test_a_wedged_step_is_dumped_and_the_engine_replaced(model: Path) -> None:
     """With the default watchdog_timeout_s."""
     with served(model, max_num_seqs=SLOTS) as server:

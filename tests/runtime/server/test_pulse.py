@@ -47,10 +47,11 @@ def test_restarts_are_counted_within_a_window() -> None:
 def test_a_comeback_is_told_through_a_file(tmp_path: Path) -> None:
     path = tmp_path / "comeback.json"
     assert comeback.seconds(path) is None and comeback.seconds(None) is None
+    assert not comeback.is_started(path) and not comeback.is_started(None)
     path.write_text(comeback.text(True))
-    assert comeback.seconds(path) == comeback.UNKNOWN_S
+    assert comeback.seconds(path) == comeback.UNKNOWN_S and not comeback.is_started(path)
     path.write_text(comeback.text(True, 30.0))
-    assert 29.0 < comeback.seconds(path) <= 30.0
+    assert 29.0 < comeback.seconds(path) <= 30.0 and comeback.is_started(path)
     path.write_text(comeback.text(True, -5.0))  # overdue
     assert comeback.seconds(path) == 1.0
     path.write_text(comeback.text(False))

@@ -23,7 +23,6 @@ def start_engine(tmp_path: Path, **options: object) -> Path:
     told = EngineSettings(
         config=Config(**options),
         engine_address="ipc:///nowhere",
-        metrics_port=1,
         drain_flag=tmp_path / "draining",
         pulse=tmp_path / "pulse",
     )

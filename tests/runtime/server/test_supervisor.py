@@ -62,8 +62,10 @@ ENGINE = """
     signal.signal(signal.SIGTERM, signal.SIG_IGN if stubborn else lambda *_: ((control / "engine-stopped").touch(), sys.exit(0)))
     (control / "engine-pid").write_text(str(__import__("os").getpid()))
     mailbox = Mailbox(settings["engine_address"])
-    threading.Thread(target=HTTPServer(("127.0.0.1", settings["metrics_port"]), Metrics).serve_forever, daemon=True).start()
-    Path(sys.argv[1]).with_name("engine.json").write_text(json.dumps({"model_dir": str(control)}))
+    metrics = HTTPServer(("127.0.0.1", 0), Metrics)
+    threading.Thread(target=metrics.serve_forever, daemon=True).start()
+    facts = {"model_dir": str(control), "metrics_port": metrics.server_port}
+    Path(sys.argv[1]).with_name("engine.json").write_text(json.dumps(facts))
     left = {}  # (client, request id): tokens still to come, one a poll
     while True:
         if status := (control / "crash").exists() and (control / "crash").read_text():
@@ -423,6 +425,21 @@ def test_an_engine_that_dies_again_and_again_ends_the_server_with_the_reason(ser
     assert server.api() == 0
 
 
+def test_a_new_engine_needs_no_port_that_somebody_took_meanwhile(server: Server) -> None:
+    server.wait_ready()
+    (run_dir,) = server.temporary.iterdir()
+    port = json.loads((run_dir / "engine.json").read_text())["metrics_port"]
+    server.flag("slow-start").touch()
+    server.kill_engine()
+    wait_for(lambda: server.probe("/health/ready")[0] == 503)
+    with bind("127.0.0.1", port, "port") as taken:
+        taken.listen()
+        server.flag("slow-start").unlink()
+        server.wait_ready()
+        assert server.probe("/metrics")[1].endswith("\nfake_metric 1\n")
+        assert server.restarts("died") == 1
+
+
 def test_without_restarts_the_engines_death_ends_the_server(tmp_path_factory: pytest.TempPathFactory) -> None:
     server = Server(tmp_path_factory.mktemp("s"), restarts=0)
     server.wait_ready()
@@ -619,9 +636,9 @@ def test_a_taken_port_is_refused_before_the_model_loads(tmp_path_factory: pytest
         with pytest.raises(Unserved, match=rf"port={port} on 127.0.0.1.*--port"):
             bind("127.0.0.1", port, "port")
         with pytest.raises(Unserved, match=rf"probe_port={port}"):
-            Probes("127.0.0.1", port, lambda: READY, "http://127.0.0.1:9/", bytes)
+            Probes("127.0.0.1", port, lambda: READY, lambda: None, bytes)
     with pytest.raises(Unserved, match="probe_host=192.0.2.1.*--probe-host"):
-        Probes("192.0.2.1", 0, lambda: READY, "http://127.0.0.1:9/", bytes)
+        Probes("192.0.2.1", 0, lambda: READY, lambda: None, bytes)
 
 
 def test_a_probe_that_leaves_is_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
@@ -632,7 +649,7 @@ def test_a_probe_that_leaves_is_no_traceback(capfd: pytest.CaptureFixture[str]) 
         time.sleep(0.1)
         return READY
 
-    probes = Probes("127.0.0.1", 0, health, "http://127.0.0.1:9/", bytes)
+    probes = Probes("127.0.0.1", 0, health, lambda: None, bytes)
     for _ in range(3):
         with socket.create_connection(probes.address.rsplit(":", 1), 5) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
@@ -645,7 +662,7 @@ def test_a_probe_that_leaves_is_no_traceback(capfd: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::1"])
 def test_probes_listen_where_they_are_told(host: str) -> None:
-    probes = Probes(host, 0, lambda: DRAINING, "http://127.0.0.1:9/", bytes)
+    probes = Probes(host, 0, lambda: DRAINING, lambda: None, bytes)
     assert probes.address.startswith("127.0.0.1:" if host == "0.0.0.0" else "[::1]:")
     assert get(f"http://{probes.address}/health/live") == (200, '{"status":"draining"}')
     assert get(f"http://{probes.address}/health/ready") == (503, '{"status":"draining"}')
@@ -661,7 +678,7 @@ def test_bound_port_refuses_connections_until_it_listens() -> None:
 
 def test_without_an_engine_the_servers_own_metrics_stand_alone() -> None:
     unheard = f"http://127.0.0.1:{free_port()}/metrics"
-    probes = Probes("127.0.0.1", 0, lambda: LOADING, unheard, lambda: b"own 1\n")
+    probes = Probes("127.0.0.1", 0, lambda: LOADING, lambda: unheard, lambda: b"own 1\n")
     assert get(f"http://{probes.address}/metrics") == (200, "own 1\n")
     assert [get(f"http://{probes.address}/health/{asked}")[0] for asked in ("live", "ready")] == [200, 503]
     probes.close()
