@@ -120,8 +120,8 @@ def test_a_swapped_weight_is_named(save: Save, verify, monkeypatch: pytest.Monke
 def test_a_window_that_is_one_too_long_is_named(save: Save, verify, monkeypatch: pytest.MonkeyPatch) -> None:
     original = build.wrap_model
 
-    def harmed(model: nn.Module) -> Any:
-        paged = original(model)
+    def harmed(*arguments: Any, **named: Any) -> Any:
+        paged = original(*arguments, **named)
         paged.layouts = [replace(one, window=one.window + 1) for one in paged.layouts]
         return paged
 
