@@ -301,7 +301,7 @@ class ServerConfig:
     )
     watchdog_timeout_s: float = _option(
         300.0,
-        between(parse_number, 1),
+        between(parse_number, 1, 1_000_000),
         "seconds with work and without a finished step after which the engine counts as hung and is started anew; a step"
         " like recent ones has 30 times what it should take, at least 30 s or a tenth of this, and at most this",
     )

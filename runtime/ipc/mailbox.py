@@ -33,6 +33,7 @@ from pagegraph.runtime.ipc.protocol import (
 _log = logging.getLogger(__name__)
 # One poll hands over at most this many frames, so that a flood cannot hold up a step.
 _MAX_FRAMES_A_POLL = 1024
+_MISSED_S = 2 * HEARTBEAT_S
 # Lost web processes whose requests are remembered; one that died never comes to ask.
 _MAX_CUT_OFF = 64
 
@@ -65,7 +66,7 @@ class Mailbox:
         self._lease_s = lease_s
         self._clock = clock
         self._heard: dict[bytes, float] = {}
-        self._silent: dict[bytes, float] = {}  # since when their silence has been too long, as far as `poll` saw
+        self._silent: dict[bytes, float] = {}  # who missed a heartbeat, and when `poll` saw it
         self._live: dict[bytes, set[str]] = {}  # client -> its unfinished requests
         self._cut_off: dict[bytes, set[str]] = {}  # lost client -> requests it has not been told of
         self._aborts: list[tuple[bytes, ToEngine]] = []
@@ -152,10 +153,18 @@ class Mailbox:
             live.difference_update((message.request_id, *message.others))
 
     def _expire(self) -> None:
-        """Lose who is silent, and was so a heartbeat ago: after a stall of the engine ZeroMQ has yet to read what came."""
+        """Lose who is silent, and was so a heartbeat ago: after a stall of the engine ZeroMQ has yet to read what came.
+
+        Who missed a heartbeat is sent a message without content, which fails where its process has ended.
+        """
         now = self._clock()
-        for client in [client for client, heard in self._heard.items() if heard < now - self._lease_s]:
-            if now - self._silent.setdefault(client, now) >= HEARTBEAT_S:
+        for client, heard in list(self._heard.items()):
+            if heard >= now - _MISSED_S:
+                continue
+            if client not in self._silent:
+                self._silent[client] = now
+                self.send(client, Tokens())
+            elif heard < now - self._lease_s and now - self._silent[client] >= HEARTBEAT_S:
                 self._lose(client)
 
     def _lose(self, client: bytes) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,13 @@ def test_a_missing_model_file_is_refused(tmp_path: Path) -> None:
         require_local_files(Config(model="org/name", tokenizer=str(tmp_path)))
     (tmp_path / "tokenizer.json").touch()
     require_local_files(Config(model="org/name", tokenizer=str(tmp_path)))
+
+
+def test_a_limit_of_time_is_one_that_threads_can_wait_for() -> None:
+    with pytest.raises(ConfigError, match=r"watchdog_timeout_s=1e308 is outside \[1, 1000000\]"):
+        load_config("org/model", {"watchdog_timeout_s": "1e308"})
+    longest = load_config("org/model", {"watchdog_timeout_s": 1_000_000}).config.watchdog_timeout_s
+    assert longest < threading.TIMEOUT_MAX
 
 
 @given(

@@ -136,8 +136,22 @@ def test_a_silent_client_is_lost_and_told_when_it_speaks(
     assert mailbox.poll(block=False) == [(b"web", Abort("a"))]
     client.send(encode(Hello()))
     take(mailbox)
+    assert decode_to_client(client.recv()) == Tokens()
     failed = decode_to_client(client.recv())
     assert isinstance(failed, Failed) and (failed.request_id, failed.status) == ("a", 503)
+
+
+def test_a_client_that_ended_is_lost_with_the_first_heartbeat_that_it_misses(
+    mailbox: Mailbox, client: zmq.Socket[bytes], clock: Clock
+) -> None:
+    client.send(encode(submit("a")))
+    take(mailbox)
+    client.close(linger=0)
+    got = []
+    while not got and clock.now < 4:
+        clock.now += 0.5
+        got = mailbox.poll(block=True)
+    assert got == [(b"web", Abort("a"))] and clock.now <= 3
 
 
 def test_a_client_whose_heartbeats_have_not_been_read_yet_after_a_stall_is_not_lost(
