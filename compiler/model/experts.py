@@ -70,6 +70,14 @@ def weight_names(form: Form) -> tuple[str, str]:
     return "gate_up_proj" if form.gated else "up_proj", "down_proj"
 
 
+def leave_experts(model: nn.Module, implementation: str) -> None:
+    """Undo `take_experts`: one of transformers' own implementations computes them."""
+    for module in model.modules():
+        if getattr(module, "experts_form", None) is not None:
+            module.experts_form = None
+            module.config._experts_implementation = implementation
+
+
 class StackedSize(NamedTuple):
     """A stacked parameter: experts, rows and columns of each, and whether it holds columns of rows."""
 

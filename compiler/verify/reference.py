@@ -26,16 +26,18 @@ from pagegraph.compiler.build import LoadedModel
 from pagegraph.compiler.model import rope
 from pagegraph.compiler.model.checkpoint import sidecar_quantization
 from pagegraph.compiler.model.config_json import load_model_config
+from pagegraph.compiler.model.experts import leave_experts, take_experts
 from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.weights import load_weights
 from pagegraph.compiler.options import CompilerOptions
 from pagegraph.compiler.quantization.config import Scheme
-from pagegraph.compiler.quantization.linear import QuantLinear
+from pagegraph.compiler.quantization.linear import QuantLinear, QuantModule
 from pagegraph.compiler.resolve import resolve_quantization
 from pagegraph.compiler.verify.difference import Positions, positions_of
 from pagegraph.compiler.verify.layers import ROWS, Key, Outputs, Part, errors, layers_of, watched
+from pagegraph.kernels.quant.reference import dequantize
 
-ATTENTION = "eager"
+ATTENTION = "eager"  # and how experts are computed
 BATCHED = 160  # tokens of a prompt, up to which prompts are generated together
 
 
@@ -109,32 +111,44 @@ def stock_model(options: CompilerOptions, planned: LoadedModel) -> Any:
     model = build_meta(
         config, dtype, ATTENTION, max_model_len=planned.max_model_len, trust_remote_code=model_options.trust_remote_code
     )
+    take_experts(model)  # so that those of them are quantised that the engine has quantised
     load_weights(
         model, folder, device=options.device, dtype=dtype, load_format=model_options.load_format, quantization=scheme,
         progress=False, seed=model_options.seed,
     )  # fmt: skip
-    # No linear is held here: each is to go when its weight is there.
-    for path in [path for path, one in model.named_modules() if isinstance(one, QuantLinear)]:
-        model.set_submodule(path, Dequantised(model.get_submodule(path)))
+    _dequantise(model)
+    leave_experts(model, ATTENTION)
     return model
 
 
-class Dequantised(nn.Linear):
-    """A quantised linear's values in float32."""
-
-    def __init__(self, linear: Any) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        linear.dtype = torch.float32
-        self.weight = nn.Parameter(linear.dequantized(), requires_grad=False)
-        self.register_parameter("bias", linear.bias)
+def _dequantise(model: Any) -> None:
+    """Put values in float32 where quantised ones are. None are held here: each is to go when its values are there."""
+    for path in [path for path, one in model.named_modules() if isinstance(one, QuantModule)]:
+        held: Any = model.get_submodule(path)
+        parent, _, name = path.rpartition(".")
+        if isinstance(held, QuantLinear):
+            held.dtype = torch.float32
+            values = held.dequantized()
+            plain = nn.Linear(held.in_features, held.out_features, bias=False, device="meta")
+            plain.register_parameter("bias", held.bias)
+            model.set_submodule(path, plain)
+            owner, name = plain, "weight"
+        else:  # experts of a layer
+            owner = model.get_submodule(parent)
+            values = dequantize(held.qweight, held.scale, held.zero, held.group)
+            values = values.transpose(1, 2).contiguous() if owner.experts_form.transposed else values
+            delattr(owner, name)
+        del held
+        parameter: Any = nn.Parameter(values, requires_grad=False)
+        parameter.was_quantised = True  # `in_float32` asks
+        owner.register_parameter(name, parameter)
 
 
 @contextmanager
 def in_float32(model: Any, dtype: torch.dtype) -> Iterator[None]:
     """While within, `model` computes in float32; afterwards in `dtype`, but for what was in float32 by the model's will."""
-    dequantised = {id(one.weight) for one in model.modules() if isinstance(one, Dequantised)}
     tensors = [one for one in (*model.parameters(), *model.buffers()) if one.is_floating_point()]
-    before = [dtype if id(one) in dequantised else one.dtype for one in tensors]
+    before = [dtype if hasattr(one, "was_quantised") else one.dtype for one in tensors]
     for one in tensors:
         one.data = one.data.float()
     yield

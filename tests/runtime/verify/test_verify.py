@@ -86,6 +86,12 @@ def test_so_does_one_of_fewer_bits(save: Save, verify, dtype: str, flags: tuple[
     assert found["quantised"] == bool(flags) and (found["own"] is not None) == (dtype == "bfloat16")
 
 
+def test_quantised_experts_are_compared_with_their_values(save: Save, verify) -> None:
+    result, found = verify(save("qwen3_moe"), "--quantization", "int8")
+    assert result.exit_code == 0, result.output
+    assert found["quantised"] and found["checks"][0]["figures"]["kl"] < 1e-4
+
+
 def test_a_wrong_rope_factor_is_named(save: Save, verify, monkeypatch: pytest.MonkeyPatch) -> None:
     original = build.build_meta
 
