@@ -33,7 +33,12 @@ from pagegraph.runtime.engine.engine import Engine
 from pagegraph.runtime.ipc.mailbox import Mailbox
 from pagegraph.runtime.sampling_params import describe_defaults
 from pagegraph.runtime.server import compile_process, logs
-from pagegraph.runtime.server.engine_settings import FACTS_FILE, REQUIRED_COMPILATION_FAILED, EngineSettings
+from pagegraph.runtime.server.engine_settings import (
+    FACTS_FILE,
+    REQUIRED_COMPILATION_FAILED,
+    STACKS_FILE,
+    EngineSettings,
+)
 from pagegraph.runtime.server.pulse import Pulse
 from pagegraph.runtime.server.start_errors import REASON_FILE, load_tokenizer, sentence
 from pagegraph.runtime.server.start_report import process_age
@@ -45,7 +50,9 @@ def main(path: str) -> None:
     """Serve until SIGTERM; `path` is a file of EngineSettings."""
     timings = Timings({"imports": process_age()})
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)  # the supervisor sends it to an engine that hangs: all threads' stacks
+    # The supervisor sends it to an engine that hangs, and reads all threads' stacks: no lines of their own in the log.
+    stacks = Path(path).with_name(STACKS_FILE).open("w")  # noqa: SIM115  open as long as the process
+    faulthandler.register(signal.SIGUSR1, stacks)
     settings = EngineSettings.load(Path(path))
     config = settings.config
     logs.configure(config.log_level, config.log_format, "engine")

@@ -15,6 +15,8 @@ from pagegraph.runtime.config import Config, config_from_dict
 REQUIRED_COMPILATION_FAILED = 3  # exit status of an engine that must not serve on; another would end so too
 FACTS_FILE = "engine.json"  # beside the settings: what the engine tells once its model is loaded, see engine_process
 
+STACKS_FILE = "engine-stacks.txt"  # beside the settings: where its threads stood when it got SIGUSR1
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:

@@ -25,7 +25,12 @@ from pagegraph.runtime.ipc.client import EngineClient, EngineDead
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.server import comeback, logs, pulse
 from pagegraph.runtime.server.child import Child, module_command, stop
-from pagegraph.runtime.server.engine_settings import FACTS_FILE, REQUIRED_COMPILATION_FAILED, EngineSettings
+from pagegraph.runtime.server.engine_settings import (
+    FACTS_FILE,
+    REQUIRED_COMPILATION_FAILED,
+    STACKS_FILE,
+    EngineSettings,
+)
 from pagegraph.runtime.server.health import DRAINING, LOADING, NO_ENGINE, RESTARTING, Health, engine_health
 from pagegraph.runtime.server.listen import Unserved, bind, connectable
 from pagegraph.runtime.server.probes import Probes, fetch
@@ -279,12 +284,14 @@ class Supervisor:
             time.sleep(LOOK_S)
 
     def _dump_hung_engine(self) -> str:
-        """Have the engine write the stacks of its threads -> what to tell of it."""
+        """Log where the threads of the engine stand -> what to tell of it."""
         limit = self.config.watchdog_timeout_s
         assert self._engine is not None
-        log.critical("the engine hangs; where its threads stand:")
         self._engine.send(signal.SIGUSR1)  # faulthandler answers, whatever the threads do
         time.sleep(DUMP_S)
+        stacks = (self._run_dir.path / STACKS_FILE).read_text(errors="replace").strip()
+        silent = "it does not say: it is stopped, held by the kernel, or was about to start"
+        log.critical("the engine hangs; where its threads stand:\n%s", stacks or silent)
         return (
             f"the engine hung: it has had work and finished no step in time, and it is ended; if a step of this model may"
             f" take longer, raise watchdog_timeout_s={limit:g} or lower max_num_batched_tokens"
@@ -294,6 +301,7 @@ class Supervisor:
         """Start an engine process -> when, of the monotonic clock."""
         for name in (FACTS_FILE, REASON_FILE, pulse.FILE):
             (self._run_dir.path / name).unlink(missing_ok=True)
+        self._run_dir.write(STACKS_FILE, "")
         self._engine = Child("engine", [*self._engine_command, str(self._write_engine_settings())])
         return time.monotonic()
 
