@@ -293,7 +293,7 @@ class Supervisor:
         silent = "it does not say: it is stopped, held by the kernel, or was about to start"
         log.critical("the engine hangs; where its threads stand:\n%s", stacks or silent)
         return (
-            f"the engine hung: it has had work and finished no step in time, and it is ended; if a step of this model may"
+            "the engine hung: its loop has not moved on in time, and it is ended; if a step of this model may"
             f" take longer, raise watchdog_timeout_s={limit:g} or lower max_num_batched_tokens"
         )
 
