@@ -38,6 +38,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "doctor",
         "Check this machine, or a running server by its metrics.",
     ),
+    "tune": (
+        "pagegraph.runtime.commands.tune",
+        "tune",
+        "Find the settings that serve a workload best on this machine.",
+    ),
     "bench": ("pagegraph.runtime.commands.bench", "bench", "Measure a server or this engine."),
 }
 

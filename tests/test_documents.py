@@ -19,6 +19,7 @@ DOCUMENTS = (
     "docs/failures.md",
     "docs/structured.md",
     "docs/tools.md",
+    "docs/tune.md",
     "docs/verify.md",
     "perf/README.md",
 )

@@ -13,8 +13,8 @@ import numpy as np
 
 from pagegraph.runtime.bench.outcome import Outcome
 
-METRICS = ("ttft", "tpot", "itl", "e2el")
-SLOS = ("ttft", "tpot", "e2el")
+METRICS = ("ttft", "tpot", "itl", "e2el")  # objectives are about the same
+SLOW_GAP = 99  # of 100 gaps of a request, so many are within an objective of itl
 Figures = dict[str, Any]
 
 
@@ -68,9 +68,22 @@ def summary(metric: str, seconds: Sequence[float], percentiles: Sequence[float])
 
 
 def meets(outcome: Outcome, slos: Mapping[str, float]) -> bool:
-    """Whether a request kept every objective. One of a single output token has no TPOT to miss."""
-    taken = {"ttft": outcome.ttft, "tpot": outcome.tpot or 0.0, "e2el": outcome.latency}
-    return all(1e3 * taken[metric] <= limit for metric, limit in slos.items())
+    """Whether a request kept every objective. One of a single output token has no TPOT and no ITL to miss."""
+    return all(judged_ms(outcome, metric) <= limit for metric, limit in slos.items())
+
+
+def judged_ms(outcome: Outcome, metric: str) -> float:
+    """What an objective about `metric` is held against: of itl the 99th percentile of the request's own gaps."""
+    match metric:
+        case "ttft":
+            return 1e3 * outcome.ttft
+        case "tpot":
+            return 1e3 * (outcome.tpot or 0.0)
+        case "itl":
+            return 1e3 * float(np.percentile(outcome.itl, SLOW_GAP)) if outcome.itl else 0.0
+        case "e2el":
+            return 1e3 * outcome.latency
+    raise ValueError(f"{metric} is none of {', '.join(METRICS)}")
 
 
 def detail(outcomes: Sequence[Outcome]) -> Figures:

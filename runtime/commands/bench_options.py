@@ -19,29 +19,10 @@ from pagegraph.runtime.commands.bench_values import Number
 MADE_UP = ("random", "prefix", "prefix_repetition", "conversation")
 DATASETS = (*MADE_UP, "sharegpt", "custom")
 INPUT_LEN, OUTPUT_LEN, PREFIX_LEN, NUM_PREFIXES, NUM_TURNS = 1024, 128, 256, 10, 4
+NUM_PROMPTS = 1000
 WARM = 1 << 40  # set in the seed of what warms up
 POSITIVE = click.IntRange(min=1)
-
-_FLAGS = (
-    click.option("--dataset-name", type=click.Choice(DATASETS), default="random", show_default=True,
-                 help="random tokens; prefix (also prefix_repetition): groups that share their first tokens;"
-                 " conversation: turns on the answers before them; sharegpt, custom: of --dataset-path."),
-    click.option("--dataset-path", type=click.Path(dir_okay=False, exists=True, path_type=Path),
-                 help="JSON of ShareGPT's form, or lines such as {\"prompt\": \"Hello\", \"output_tokens\": 64}."),
-    click.option("--input-len", "--input-tokens", "--random-input-len", type=POSITIVE,
-                 help=f"Tokens of a prompt beyond what it shares.  [default: {INPUT_LEN}]"),
-    click.option("--output-len", "--output-tokens", "--random-output-len", "--sharegpt-output-len",
-                 "--custom-output-len", type=POSITIVE,
-                 help=f"Tokens of an answer.  [default: {OUTPUT_LEN}; what a file says]"),
-    click.option("--random-range-ratio", "range_ratio", type=Number(0, 1, max_open=True), default=0.0,
-                 help="r: lengths evenly from (1 - r) to (1 + r) of the given.  [default: 0]"),
-    click.option("--prefix-len", "--random-prefix-len", "--prefix-repetition-prefix-len", type=click.IntRange(min=0),
-                 help=f"Tokens that requests share.  [default: {PREFIX_LEN} for prefix, else 0]"),
-    click.option("--num-prefixes", "--prefix-repetition-num-prefixes", type=POSITIVE,
-                 help=f"Groups that share.  [default: {NUM_PREFIXES} for prefix, else 1]"),
-    click.option("--num-turns", type=POSITIVE, help=f"Requests of a conversation.  [default: {NUM_TURNS}]"),
-    click.option("--num-prompts", type=POSITIVE, default=1000, show_default=True, help="Requests in all."),
-)  # fmt: skip
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -119,8 +100,35 @@ class WorkFlags:
         return other.requests(vocab_size=vocab_size, count_tokens=count_tokens)
 
 
-def work_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: the flags of work, in this order in the help."""
-    for flag in reversed(_FLAGS):
-        command = flag(command)
-    return command
+def work_options_of(input_len: object, output_len: object, num_prompts: int) -> Decorator:
+    """A decorator: the flags of work, in this order in the help, which says these defaults."""
+    flags = (
+        click.option("--dataset-name", type=click.Choice(DATASETS), default="random", show_default=True,
+                     help="random tokens; prefix (also prefix_repetition): groups that share their first tokens;"
+                     " conversation: turns on the answers before them; sharegpt, custom: of --dataset-path."),
+        click.option("--dataset-path", type=click.Path(dir_okay=False, exists=True, path_type=Path),
+                     help="JSON of ShareGPT's form, or lines such as {\"prompt\": \"Hello\", \"output_tokens\": 64}."),
+        click.option("--input-len", "--input-tokens", "--random-input-len", type=POSITIVE,
+                     help=f"Tokens of a prompt beyond what it shares.  [default: {input_len}]"),
+        click.option("--output-len", "--output-tokens", "--random-output-len", "--sharegpt-output-len",
+                     "--custom-output-len", type=POSITIVE,
+                     help=f"Tokens of an answer.  [default: {output_len}; what a file says]"),
+        click.option("--random-range-ratio", "range_ratio", type=Number(0, 1, max_open=True), default=0.0,
+                     help="r: lengths evenly from (1 - r) to (1 + r) of the given.  [default: 0]"),
+        click.option("--prefix-len", "--random-prefix-len", "--prefix-repetition-prefix-len", type=click.IntRange(min=0),
+                     help=f"Tokens that requests share.  [default: {PREFIX_LEN} for prefix, else 0]"),
+        click.option("--num-prefixes", "--prefix-repetition-num-prefixes", type=POSITIVE,
+                     help=f"Groups that share.  [default: {NUM_PREFIXES} for prefix, else 1]"),
+        click.option("--num-turns", type=POSITIVE, help=f"Requests of a conversation.  [default: {NUM_TURNS}]"),
+        click.option("--num-prompts", type=POSITIVE, default=num_prompts, show_default=True, help="Requests in all."),
+    )  # fmt: skip
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for flag in reversed(flags):
+            command = flag(command)
+        return command
+
+    return decorate
+
+
+work_options = work_options_of(INPUT_LEN, OUTPUT_LEN, NUM_PROMPTS)

@@ -59,8 +59,10 @@ def objectives(ctx: click.Context, param: click.Parameter, values: Sequence[str]
             found[metric] = float(limit)
         except ValueError:
             found[metric] = math.nan
-        if metric not in measures.SLOS or not found[metric] >= 0:
-            raise click.BadParameter(f"{value} is not ttft, tpot or e2el with milliseconds, as ttft:200", ctx, param)
+        if metric not in measures.METRICS or not found[metric] >= 0:
+            raise click.BadParameter(
+                f"{value} is not one of {', '.join(measures.METRICS)} with milliseconds, as ttft:200", ctx, param
+            )
     return found
 
 

@@ -64,7 +64,12 @@ def test_goodput_counts_requests_that_keep_every_objective() -> None:
     found = figures([fast, late, slow, Outcome(error="lost")], 2.0, slos={"ttft": 200, "tpot": 30})
     assert found["request_goodput"] == 0.5
     assert meets(late, {"tpot": 30}) and not meets(late, {"e2el": 300})
-    assert meets(outcome(0, 0.1, []), {"tpot": 1})  # one token has no TPOT to miss
+    assert meets(outcome(0, 0.1, []), {"tpot": 1, "itl": 1})  # one token has no TPOT to miss, and no gap
+
+
+def test_an_objective_of_itl_is_about_the_slow_gaps_of_a_request() -> None:
+    held_up_once, often = outcome(0, 0.1, [0.02] * 199 + [0.5]), outcome(0, 0.1, [0.02] * 95 + [0.5] * 5)
+    assert meets(held_up_once, {"itl": 30}) and not meets(often, {"itl": 30}) and meets(often, {"tpot": 50})
 
 
 def test_nothing_to_measure_is_none_and_no_zero() -> None:
