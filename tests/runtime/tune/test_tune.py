@@ -127,12 +127,12 @@ def test_a_real_model(tmp_path: Path) -> None:
     """Of real prompts, with another model built on the way: one sequence at a time is less than several."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
-        "".join(json.dumps({"prompt": f"Count from {n} to 20: ", "output_tokens": 24}) + "\n" for n in range(8))
+        "".join(json.dumps({"prompt": f"Count from {n} to 20: ", "output_tokens": 12}) + "\n" for n in range(8))
     )
     output, figures = tmp_path / "t.yaml", tmp_path / "t.json"
     result = tune(
-        SMOLLM2, "--compile", "false", "--max-num-seqs", "1", "--workload", str(prompts), "--num-prompts", "8",
-        "--repeats", "2", "--budget", "4m", "--output", str(output), "--json", str(figures),
+        SMOLLM2, "--compile", "false", "--num-threads", "1", "--max-num-seqs", "1", "--workload", str(prompts), "--num-prompts", "8",
+        "--repeats", "2", "--budget", "90s", "--output", str(output), "--json", str(figures),
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     found = json.loads(figures.read_text())
