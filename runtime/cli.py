@@ -5,6 +5,8 @@ Imports click and nothing of torch, so that `runtime --help` answers at once.
 
 from __future__ import annotations
 
+import pagegraph.compiler.host.openmp_spin  # isort: skip  # noqa: F401  before a command loads torch
+
 import difflib
 import importlib
 import sys

@@ -16,13 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE = "engine-pulse"
-STRETCH = (
-    30.0  # a step's bound over its predicted time; four times as long happens on a busy machine, and in a pause more
-)
-LEAST_S, LEAST_SHARE = (
-    30.0,
-    0.1,
-)  # a loaded machine holds up the quickest step for seconds; a higher limit raises this too
+STRETCH = 30.0  # a step's bound over its prediction: on a busy machine four times is common, in a pause more
+LEAST_S = 30.0  # of a bound: a loaded machine holds up the quickest step for seconds
+LEAST_SHARE = 0.1  # of the limit, which raises it
 LATE_SHARE = 0.25  # of the bound, after which new requests better go elsewhere
 UNREADY_S = 30.0  # after which they do in any case
 _TIMES = struct.Struct("=dd")

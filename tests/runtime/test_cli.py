@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -149,3 +150,20 @@ from pagegraph import SamplingParams
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["explain", "tune", "verify"])
+def test_torch_is_loaded_behind_the_spin_count_that_it_reads(command: str) -> None:
+    """Else steps on a CPU beside another busy process take many times as long."""
+    code = (
+        "import os, sys\n"
+        "class Spy:\n"
+        "    def find_spec(name, *rest):\n"
+        "        if name == 'torch': print(os.environ.get('GOMP_SPINCOUNT')); sys.stdout.flush(); os._exit(0)\n"
+        "sys.meta_path.insert(0, Spy)\n"
+        "from pagegraph.runtime.cli import main\n"
+        f"main([{command!r}, 'none'])\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "1000", done.stderr
