@@ -126,14 +126,14 @@ def _products(
 ) -> Tensor:
     """Of rows [N, in], where those from `first` on are `expert`'s -> [N, out]; rows of no expert are 0.
 
-    A tensor of parts says where each expert's rows end: all rows are some expert's, and there is no bias.
+    A tensor of parts says where each expert's rows end: all rows are some expert's, and there is no bias and no quantised weight.
     """
+    if isinstance(parts, Tensor):
+        assert isinstance(weight, Tensor)
+        return functional.grouped_mm(rows, weight if transposed else weight.transpose(1, 2), offs=parts)
     if isinstance(weight, QuantWeight):
-        assert not isinstance(parts, Tensor)
         return _quant_products(rows, parts, weight, bias)
     by_column = weight if transposed else weight.transpose(1, 2)
-    if isinstance(parts, Tensor):
-        return functional.grouped_mm(rows, by_column, offs=parts)
     out = _empty(rows, by_column.shape[2], parts)
     for expert, first, last in parts:
         if bias is None:

@@ -67,7 +67,7 @@ def widen_products() -> None:
     plain_dot = interpreter.InterpreterBuilder.create_dot
 
     def create_dot(self: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
-        if total.dtype.scalar != tl.float32:
+        if total.dtype.scalar != tl.float32 or a.dtype.scalar.is_fp8():
             return plain_dot(self, a, b, total, *rest)
         wide = [self.cast_impl(x, tl.float32).data.astype("float64") for x in (a, b)]
         return interpreter.TensorHandle((wide[0] @ wide[1] + total.data).astype("float32"), tl.float32)

@@ -185,21 +185,25 @@ def test_a_client_whose_heartbeats_wait_behind_a_backlog_is_not_lost(
     assert got == [(b"web", Hello())] and mailbox.lost_clients == 0
 
 
-def test_a_group_is_lost_whole_and_refused_whole(mailbox: Mailbox, client: zmq.Socket[bytes], clock: Clock) -> None:
-    members = [Member(name, 0, SamplingParams()) for name in "abc"]
-    group = SubmitGroup(prompts=[[1, 2]], members=members)
-    client.send(encode(group))
-    assert take(mailbox) == [(b"web", group)] and [one.token_ids for one in group.each()] == [[1, 2]] * 3
+GROUP = SubmitGroup(prompts=[[1, 2]], members=[Member(name, 0, SamplingParams()) for name in "abc"])
+
+
+def test_a_group_is_lost_whole(mailbox: Mailbox, client: zmq.Socket[bytes], clock: Clock) -> None:
+    client.send(encode(GROUP))
+    assert take(mailbox) == [(b"web", GROUP)] and [one.token_ids for one in GROUP.each()] == [[1, 2]] * 3
     clock.now = 11.0
     assert mailbox.poll(block=False) == []
     clock.now = 12.0
     assert {message.request_id for _, message in mailbox.poll(block=False)} == set("abc")
-    client.send(encode(group))
+
+
+def test_a_group_is_refused_whole(mailbox: Mailbox, client: zmq.Socket[bytes], clock: Clock) -> None:
+    client.send(encode(GROUP))
     take(mailbox)
     mailbox.send(b"web", Failed("b", 503, "full", ["a", "c"]))
-    clock.now = 23.0
+    clock.now = 11.0
     assert mailbox.poll(block=False) == []
-    clock.now = 24.0
+    clock.now = 12.0
     assert mailbox.poll(block=False) == []
 
 
