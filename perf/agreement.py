@@ -23,7 +23,12 @@ from pathlib import Path
 from perf.compare import machine
 
 ROOT = Path(__file__).resolve().parents[1]
-KEYS = ("ttft_ms", "itl_ms", "out_tok_s", "req_s")  # means of a run
+KEYS = (
+    "ttft_ms",
+    "tpot_ms",
+    "out_tok_s",
+    "req_s",
+)  # means of a run; tpot: of what most clients call inter-token latency
 
 
 def main() -> None:
@@ -80,7 +85,7 @@ def bench_serve(args: argparse.Namespace, folder: Path, turn: int) -> dict[str, 
     ])  # fmt: skip
     found = json.loads((folder / "run.json").read_text())
     return dict(
-        ttft_ms=found["mean_ttft_ms"], itl_ms=found["mean_itl_ms"], out_tok_s=found["output_throughput"],
+        ttft_ms=found["mean_ttft_ms"], tpot_ms=found["mean_tpot_ms"], out_tok_s=found["output_throughput"],
         req_s=found["request_throughput"],
     )  # fmt: skip
 
@@ -96,11 +101,11 @@ def guidellm(args: argparse.Namespace, folder: Path, turn: int) -> dict[str, flo
         "--output", f"kind=json,path={folder / 'run.json'}",
     ])  # fmt: skip
     (run,) = json.loads((folder / "run.json").read_text())["benchmarks"]
-    found = {name: one["successful"]["mean"] for name, one in run["metrics"].items() if "successful" in one}
-    return dict(
-        ttft_ms=found["time_to_first_token_ms"], itl_ms=found["inter_token_latency_ms"],
-        out_tok_s=found["output_tokens_per_second"], req_s=found["requests_per_second"],
+    names = dict(
+        ttft_ms="time_to_first_token_ms", tpot_ms="inter_token_latency_ms", out_tok_s="output_tokens_per_second",
+        req_s="requests_per_second",
     )  # fmt: skip
+    return {key: run["metrics"][name]["successful"]["mean"] for key, name in names.items()}
 
 
 def aiperf(args: argparse.Namespace, folder: Path, turn: int) -> dict[str, float]:
@@ -113,7 +118,7 @@ def aiperf(args: argparse.Namespace, folder: Path, turn: int) -> dict[str, float
     ])  # fmt: skip
     found = json.loads(next(folder.rglob("profile_export_aiperf.json")).read_text())
     return dict(
-        ttft_ms=found["time_to_first_token"]["avg"], itl_ms=found["inter_token_latency"]["avg"],
+        ttft_ms=found["time_to_first_token"]["avg"], tpot_ms=found["inter_token_latency"]["avg"],
         out_tok_s=found["output_token_throughput"]["avg"], req_s=found["request_throughput"]["avg"],
     )  # fmt: skip
 
