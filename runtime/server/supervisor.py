@@ -233,8 +233,7 @@ class Supervisor:
     def _wait_for_engine(self) -> EngineInfo | None:
         """The engine's facts once it is loaded and answers; None if a signal came first."""
         while not self._signals:
-            self._check(self._engine)
-            self._check(self._web)
+            self._check(self._engine, self._web)
             if info := self._answers():
                 return info
             time.sleep(0.05)
@@ -248,8 +247,7 @@ class Supervisor:
         """Until a web process answers over HTTP, whatever the status; False if a signal came first."""
         url = f"http://{connectable(listener.getsockname())}/health/live"
         while not self._signals:
-            self._check(self._engine)
-            self._check(self._web)
+            self._check(self._engine, self._web)
             try:
                 with fetch(url, timeout=1.0):
                     return True
@@ -359,10 +357,11 @@ class Supervisor:
             self._run_dir.write(comeback.FILE, comeback.text(*told))
             self._told = told
 
-    def _check(self, child: Child | None) -> None:
-        """Raise Unserved if a child has ended."""
-        if child is not None and child.exit_code is not None and self._signals < 2:
-            raise Unserved(self._how_it_ended(child))
+    def _check(self, *children: Child | None) -> None:
+        """Raise Unserved if one of them has ended."""
+        for child in children:
+            if child is not None and child.exit_code is not None and self._signals < 2:
+                raise Unserved(self._how_it_ended(child))
 
     def _how_it_ended(self, child: Child) -> str:
         """The reason that it left, else a pointer to what it wrote."""
@@ -389,8 +388,7 @@ class Supervisor:
     def _wait_until_idle(self, deadline: float) -> None:
         idle_since = time.monotonic()
         while self._signals < 2:
-            self._check(self._engine)
-            self._check(self._web)
+            self._check(self._engine, self._web)
             info, now = self._info(), time.monotonic()
             unfinished = info.num_running + info.num_waiting if info else 0
             if unfinished:

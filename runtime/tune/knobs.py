@@ -18,7 +18,7 @@ GAIN = 1.02  # times the rate: what the roofline gives less than is no gain
 LOSS = 0.9
 FULL = 0.95  # share of the blocks from which on they are short
 READ = 0.1  # share of a decode step's bytes from which on smaller keys and values can matter
-GUESSED = 0.1  # share of the answers' tokens from which on draft tokens can pay
+ACCEPTED = 0.1  # share of the answers' tokens from which on draft tokens can pay
 ENOUGH_THREADS = 4  # from which on half of them may wait less for each other
 GPU_SHARE = 0.95  # of a GPU's memory, that is tried where blocks are short
 UNDER = 0.8  # of the objective between tokens: a target for steps that leaves room for those that take longer
@@ -179,8 +179,8 @@ class _Rules:
             return Tries([[None]])
         if self.work.made_up:
             return Tries(left_out=["made-up prompts do not tell how answers repeat; give a dataset of real ones"])
-        if run.counts.guessed < GUESSED:
-            return Tries(left_out=[f"n-grams would have guessed {run.counts.guessed:.0%} of the answers' tokens"])
+        if run.counts.accepted < ACCEPTED:
+            return Tries(left_out=[f"n-grams would have guessed {run.counts.accepted:.0%} of the answers' tokens"])
         return Tries([["ngram"]])
 
     def kv_cache_dtype(self, config: Config, run: Measurement) -> Tries:

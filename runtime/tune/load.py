@@ -87,7 +87,7 @@ class Load:
             preemptions=told.scheduled.preemptions,
             mixed_steps=sum(steps.values()),
             limited_steps=sum(count for limit, count in steps.items() if limit != "budget"),
-            guessed=guessed_share(
+            accepted=accepted_share(
                 ngram, [(one.prompt_len, text) for one, text in zip(self.outcomes[:TEXTS], self._texts)]
             ),
         )
@@ -149,8 +149,8 @@ class Load:
         self._mailbox.take()
 
 
-def guessed_share(ngram: NgramProposer, texts: Sequence[tuple[int, list[int]]]) -> float:
-    """Of the tokens behind each prompt (length, prompt and answer), the share that the n-gram before them foretells."""
+def accepted_share(ngram: NgramProposer, texts: Sequence[tuple[int, list[int]]]) -> float:
+    """Of the tokens behind each prompt (length, prompt and answer), the share that n-gram draft tokens would have had accepted."""
     hits = total = 0
     for prompt_len, text in texts:
         tokens = np.asarray(text, np.int32)

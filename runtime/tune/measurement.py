@@ -37,7 +37,7 @@ class Counts:
     preemptions: int
     mixed_steps: int  # that had decodes while prompts waited
     limited_steps: int  # of those, whose prompts were cut by inter_token_target_ms
-    guessed: float  # share of output tokens that n-grams of the text before them would have guessed, 0 to 1
+    accepted: float  # share of output tokens that would have been accepted n-gram draft tokens, 0 to 1
 
 
 @dataclass(frozen=True, slots=True)

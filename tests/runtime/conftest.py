@@ -1,8 +1,9 @@
-"""The real model, built and compiled once for every test that generates with it."""
+"""The real model, built and compiled once for every test that generates with it, and a tiny one to plan or build."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.runtime.config import Config, load_config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.llm import LLM
+from tests.compiler.architectures import tiny_config
 
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -49,3 +51,16 @@ def model(real_model: BuiltModel) -> torch.nn.Module:
 def llm(config_of, built) -> LLM:
     """An engine of its own, with nothing cached, over the shared model."""
     return LLM(config_of(), built=built)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """The configuration of a tiny model, without weights."""
+    tiny_config("qwen3").save_pretrained(tmp_path / "tiny")
+    return str(tmp_path / "tiny")
+
+
+@pytest.fixture
+def no_other_models() -> None:
+    """Dynamo counts the forwards of all models of a process, and stops at eight."""
+    torch._dynamo.reset()

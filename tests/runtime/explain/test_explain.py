@@ -11,21 +11,11 @@ import torch
 from click.testing import CliRunner, Result
 
 from pagegraph.runtime.cli import main
-from tests.compiler.architectures import tiny_config
 
 SMALL = ("--load-format", "dummy", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--kv-cache-memory", "1MiB")
 GPU = ("--load-format", "dummy", "--max-num-seqs", "8", "--max-num-batched-tokens", "64")
 
-
-@pytest.fixture(autouse=True)
-def no_other_models() -> None:
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    tiny_config("qwen3").save_pretrained(tmp_path / "tiny")
-    return str(tmp_path / "tiny")
+pytestmark = pytest.mark.usefixtures("no_other_models")
 
 
 def explain(*arguments: str) -> Result:

@@ -9,7 +9,7 @@ from pagegraph.runtime.config import Config
 from pagegraph.runtime.tune.measurement import Counts, Measurement, OutOfTime, TooSlow
 
 BUSY = Counts(
-    running=32, waiting=9, step_tokens=512, blocks=1.0, preemptions=3, mixed_steps=50, limited_steps=20, guessed=0.5
+    running=32, waiting=9, step_tokens=512, blocks=1.0, preemptions=3, mixed_steps=50, limited_steps=20, accepted=0.5
 )
 
 

@@ -14,7 +14,7 @@ from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.assemble import engine_of
 from pagegraph.runtime.llm import LocalMailbox
 from pagegraph.runtime.spec_decode.proposer import NgramProposer
-from pagegraph.runtime.tune.load import Load, guessed_share
+from pagegraph.runtime.tune.load import Load, accepted_share
 from pagegraph.runtime.tune.measurement import CannotRun, TooSlow
 from tests.runtime.fake_step import FakeStep
 
@@ -79,6 +79,6 @@ def test_a_request_that_is_refused_is_told(engine: tuple) -> None:
     assert engine[0].idle
 
 
-def test_what_n_grams_would_have_guessed() -> None:
-    assert guessed_share(NGRAM, [(4, [1, 2, 3, 1, 2, 3, 1, 2])]) == 0.75  # all but the 2 behind a single 1
-    assert guessed_share(NGRAM, [(2, [1, 2, 3, 4, 5, 6])]) == 0.0 == guessed_share(NGRAM, [])
+def test_what_n_gram_draft_tokens_would_have_been_accepted() -> None:
+    assert accepted_share(NGRAM, [(4, [1, 2, 3, 1, 2, 3, 1, 2])]) == 0.75  # all but the 2 behind a single 1
+    assert accepted_share(NGRAM, [(2, [1, 2, 3, 4, 5, 6])]) == 0.0 == accepted_share(NGRAM, [])

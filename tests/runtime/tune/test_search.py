@@ -154,7 +154,7 @@ def test_what_the_configuration_refuses_is_not_tried() -> None:
         ("enable_prefix_caching", BUSY, {}, {"shares_prefixes": False}, "the same first 16 tokens"),
         ("kv_cache_memory", counts(blocks=0.3, preemptions=0), {}, {}, "at most 30% of the blocks"),
         ("speculative_method", BUSY, {}, {"made_up": True}, "made-up prompts"),
-        ("speculative_method", counts(guessed=0.04), {}, {}, "would have guessed 4%"),
+        ("speculative_method", counts(accepted=0.04), {}, {}, "would have guessed 4%"),
         ("kv_cache_dtype", counts(blocks=0.3, preemptions=0), {"share": 0.02}, {}, "are 2% of the bytes"),
         ("num_threads", BUSY, {}, {"threads": 2}, "there are 2"),
     ],

@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from pagegraph.runtime.cli import main
 from pagegraph.runtime.config import FIELDS, flag_of, load_config
-from tests.compiler.architectures import tiny_config
 from tests.paths import ROOT
 
 SMOLLM2 = str(ROOT / "configs" / "smollm2-cpu.yaml")
@@ -20,16 +18,7 @@ SMALL = (
     "--kv-cache-memory", "1MiB", "--num-threads", "1", "--input-len", "12", "--output-len", "3", "--num-prompts", "6", "--repeats", "2",
 )  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def no_other_models() -> None:
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    tiny_config("qwen3").save_pretrained(tmp_path / "tiny")
-    return str(tmp_path / "tiny")
+pytestmark = pytest.mark.usefixtures("no_other_models")
 
 
 def tune(*arguments: str) -> Result:
