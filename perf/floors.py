@@ -1,6 +1,6 @@
 """What a step costs at least: bytes over bandwidth and operations over matmul rate, from a model's sizes alone.
 
-Knows the two reference shapes and arithmetic; knows no engine and no device. Ceilings are handed in, measured.
+Knows the reference shapes and arithmetic; knows no engine and no device. Ceilings are handed in, measured.
 """
 
 from __future__ import annotations
@@ -36,7 +36,24 @@ MODELS["8b-128k"] = {
     "rope_scaling": dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                          original_max_position_embeddings=8192),
 }  # fmt: skip
-MAX_MODEL_LEN = {"8b": 8192, "8b-128k": 131072, "0.6b": 8192, "tiny": 8192}  # that they are measured with
+MODELS["30b-a3b-24l"] = dict(  # half of the layers of Qwen3-30B-A3B
+    architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", hidden_size=2048, num_hidden_layers=24,
+    num_attention_heads=32, num_key_value_heads=4, head_dim=128, intermediate_size=6144, moe_intermediate_size=768,
+    num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], vocab_size=151936,
+    max_position_embeddings=40960, rope_theta=1000000.0, rms_norm_eps=1e-6, tie_word_embeddings=False,
+    bos_token_id=151643, eos_token_id=151645, hidden_act="silu", dtype="bfloat16",
+)  # fmt: skip
+MODELS["gpt-oss-20b"] = dict(
+    architectures=["GptOssForCausalLM"], model_type="gpt_oss", hidden_size=2880, num_hidden_layers=24,
+    num_attention_heads=64, num_key_value_heads=8, head_dim=64, intermediate_size=2880, num_local_experts=32,
+    num_experts_per_tok=4, attention_bias=True, sliding_window=128, layer_types=["sliding_attention", "full_attention"] * 12,
+    vocab_size=201088, max_position_embeddings=131072, rope_theta=150000.0,
+    rope_scaling=dict(rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+                      original_max_position_embeddings=4096),
+    rms_norm_eps=1e-5, tie_word_embeddings=False, swiglu_limit=7.0, pad_token_id=199999, eos_token_id=200002,
+    hidden_act="silu", dtype="bfloat16",
+)  # fmt: skip
+MAX_MODEL_LEN = {name: 8192 for name in MODELS} | {"8b-128k": 131072}  # that they are measured with
 BYTES = 2  # of a weight or a cached element: bfloat16
 # Bytes of a weight in the layers and in the head, quantised while loading: fp8 leaves the head alone, int4 gives it 8 bits.
 WEIGHT_BYTES = {None: (BYTES, BYTES), "fp8": (1, BYTES), "int8": (1, 1), "int4": (0.5 + 2 * BYTES / 128, 1)}
@@ -59,7 +76,10 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a dense decoder."""
+    """Sizes of a decoder, dense or a mixture in every layer, whose `intermediate` is then that of one expert.
+
+    Layers are counted as attending to all keys: of models whose windows are narrower, the floor of attention is too high.
+    """
 
     hidden: int
     layers: int
@@ -68,28 +88,39 @@ class Shape:
     head_size: int
     intermediate: int
     vocab: int
+    experts: int = 0
+    choices: int = 0  # of a token
 
     @classmethod
     def of(cls, name: str) -> Shape:
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                 "intermediate_size", "vocab_size")  # fmt: skip
-        return cls(*(MODELS[name][key] for key in names))
+        given = MODELS[name]
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+        experts = given.get("num_experts", given.get("num_local_experts", 0))
+        inner = given.get("moe_intermediate_size", given["intermediate_size"])
+        return cls(
+            *(given[key] for key in names), inner, given["vocab_size"], experts, given.get("num_experts_per_tok", 0)
+        )
 
     def matmuls(self) -> dict[str, tuple[int, int]]:
-        """Name -> (outputs, inputs) of the merged projections of a layer, and of the head."""
+        """Name -> (outputs, inputs) of the merged projections of a layer but those of experts, and of the head."""
         attention = self.heads * self.head_size
+        mlp = {"gate_up": (2 * self.intermediate, self.hidden), "down": (self.hidden, self.intermediate)}
         return {
             "qkv": (attention + 2 * self.kv_heads * self.head_size, self.hidden),
             "o": (self.hidden, attention),
-            "gate_up": (2 * self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
+            **({"router": (self.experts, self.hidden)} if self.experts else mlp),
             "lm_head": (self.vocab, self.hidden),
         }
 
     @property
     def layer_weights(self) -> int:
-        """Elements of all layers' matrices."""
+        """Elements of all layers' matrices but those of experts."""
         return self.layers * sum(n * k for name, (n, k) in self.matmuls().items() if name != "lm_head")
+
+    @property
+    def expert_weights(self) -> int:
+        """Elements of one expert in every layer."""
+        return self.layers * 3 * self.hidden * self.intermediate if self.experts else 0
 
     @property
     def kv_bytes(self) -> int:
@@ -107,15 +138,20 @@ class Shape:
         """Seconds a step takes at least: matmuls and attention each at the slower of bytes and operations.
 
         query_start [S + 1] and seq_lens [S] as in `compiler.step.inputs.StepInput`; the head runs on S rows. Weights and blocks
-        are read as they are stored by `method` and `cache`; operations are bfloat16's whatever the method.
+        are read as they are stored by `method` and `cache`; operations are bfloat16's whatever the method. Tokens choose their
+        experts at random.
         """
         rows, lengths = np.diff(query_start).astype(np.int64), seq_lens.astype(np.int64)
         head = self.vocab * self.hidden
-        matmul_flop = 2 * (self.layer_weights * int(rows.sum()) + head * len(rows))
+        tokens = int(rows.sum())
+        chosen = self.experts * (1 - (1 - self.choices / self.experts) ** tokens) if self.experts else 0
+        of_token = self.layer_weights + self.choices * self.expert_weights
+        matmul_flop = 2 * (of_token * tokens + head * len(rows))
         pairs = int((rows * lengths - rows * (rows - 1) // 2).sum())
         attention_flop = 4 * self.layers * self.heads * self.head_size * pairs
         of_layers, of_head = WEIGHT_BYTES[method]
         blocks = self.kv_bytes * int(lengths.sum()) * (0.5 if cache == "fp8" else 1)
-        return max(
-            (self.layer_weights * of_layers + head * of_head) / ceilings.bandwidth, matmul_flop / ceilings.flops
-        ) + max(blocks / ceilings.bandwidth, attention_flop / ceilings.flops)
+        read = (self.layer_weights + chosen * self.expert_weights) * of_layers + head * of_head
+        return max(read / ceilings.bandwidth, matmul_flop / ceilings.flops) + max(
+            blocks / ceilings.bandwidth, attention_flop / ceilings.flops
+        )

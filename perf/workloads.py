@@ -1,6 +1,6 @@
 """Seeded work for offline runs: prompts of random ids and exact output lengths, under the names of usual cases.
 
-`of_peer` takes the same names, and those of long prompts, from a peer's own files. Knows no engine.
+`of_peer` takes the names that a peer's own files have, those of long prompts too, from there. Knows no engine.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ CASES: dict[str, tuple] = {
     "throughput": (1000, 128, 256, 0, 1),
     "sharegpt": (1000, (220, 200), (190, 170), 0, 1),
     "latency": (1, 128, 256, 0, 3),
+    "batch8": (8, 512, 256, 0, 1),
     "batch32": (32, 512, 256, 0, 1),
     "prefill": (64, 4096, 1, 0, 1),
     "prefix": (256, 600, 16, 500, 1),
 }
-FIXED_SIZE = ("latency", "batch32")  # the number of requests is the case: scale leaves it
+FIXED_SIZE = ("latency", "batch8", "batch32")  # the number of requests is the case: scale leaves it
 LONG = ("prefill_1x100k", "prefill_8x32k", "decode_8x32k", "conversations", "mixed")  # of a peer's file, in this order
 Round = tuple[list[list[int]], list[int]]  # prompts handed over at once, their output lengths
 
@@ -71,12 +72,17 @@ def make(case: str, vocab_size: int, scale: float = 1.0) -> Work:
 
 
 def of_peer(folder: Path) -> Maker:
-    """The maker that wraps `make` of `workloads.py` and `jobs` of `workloads_more.py` in a peer's folder."""
+    """The maker that wraps `make` of `workloads.py` and `jobs` of `workloads_more.py` in a peer's folder.
+
+    A case that the former's CASES do not name is this file's.
+    """
     usual, more = _module(folder / "workloads.py"), _module(folder / "workloads_more.py")
 
     def peer_make(case: str, vocab_size: int, scale: float = 1.0) -> Work:
         if case in LONG:
             return Work(more.jobs(case, vocab_size), more.warm(case, vocab_size))
+        if case not in usual.CASES:
+            return make(case, vocab_size, scale)
         work = usual.make(case, vocab_size, 0, scale)
         warm = work["warm"]
         return Work([(work["prompts"], work["out_lens"])], [(warm["prompts"], warm["out_lens"])], work["repeat"])

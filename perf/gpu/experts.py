@@ -1,8 +1,9 @@
 """Experts of a mixture on one CUDA machine: the kernels against the reference first, then against transformers' grouped products.
 
 Prints for each shape and number of tokens what the floor, transformers' products in a compiled graph, and each way of ours take, and
-the entries for the tables of `kernels.moe.tiles` that follow. Engines take the kernels where `DEVICES` of `compiler.model.experts` names
-"cuda". Knows no model and no jobs. On a CPU, under TRITON_INTERPRET=1, it runs its control flow alone.
+the entries for the tables of `kernels.moe.tiles` that follow. A way that computed something wrong is not timed. Engines take the
+kernels where `DEVICES` of `compiler.model.experts` names "cuda", or with --try-experts. Knows no model and no jobs. On a CPU, under
+TRITON_INTERPRET=1, it runs its control flow alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +34,9 @@ from pagegraph.kernels.moe.tiles import (
 from perf.gpu.report import Report, graph_seconds
 
 BANDWIDTH, FLOPS = 4.3e12, 790e12  # of an H200: bytes a second read, operations a second of bfloat16
-TOKENS = (1, 8, 32, 256, 4096)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
+CHECKED_TOKENS = (1, 3, 8, 33, 300, 1000)
+ROUTINGS = ("random", "all to one", "none of half")
 CALLS = 16  # of a graph, each with rows and choices of its own: experts come from memory
 MOST_GEMV_TOKENS = 32
 TOLERANCE = 2e-2  # of the largest number of the result
@@ -60,10 +64,20 @@ class Mixture:
         return 2 * 3 * self.hidden * self.inner
 
 
+GPT_OSS = Form("silu", 1.702, 7.0, 1.0, True, True, True)
 MIXTURES = (
     Mixture("128x768", 128, 8, 2048, 768),
-    Mixture("gpt_oss", 32, 4, 2880, 2880, Form("silu", 1.702, 7.0, 1.0, True, True, True), True),
+    Mixture("gpt_oss", 32, 4, 2880, 2880, GPT_OSS, True),
 )
+# Checked alone: sizes that fill no tile.
+GRID = tuple(
+    Mixture(f"{experts} by {choices}", experts, choices, 328, 200, form, form.transposed)
+    for experts, choices, form in (
+        (8, 1, Form()), (8, 8, GPT_OSS), (16, 2, GPT_OSS._replace(transposed=False)), (32, 4, Form("gelu_tanh", transposed=True)),
+        (64, 6, Form("relu2", gated=False)), (128, 8, Form()), (256, 1, GPT_OSS), (256, 8, Form()),
+    )
+)  # fmt: skip
+GRID_TOKENS = (1, 7, 64, 8192)
 
 
 @dataclass
@@ -81,7 +95,8 @@ class Layer:
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype).normal_(std=scale)
 
-        columns, hidden, inner = 2 * mixture.inner, mixture.hidden, mixture.inner
+        hidden, inner = mixture.hidden, mixture.inner
+        columns = 2 * inner if mixture.form.gated else inner
         up, down = (columns, hidden), (hidden, inner)
         if mixture.form.transposed:
             up, down = up[::-1], down[::-1]
@@ -93,12 +108,14 @@ class Layer:
             normal(mixture.experts, hidden) if mixture.bias else None,
         )
 
-    def step(self, tokens: int, one_expert: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, tokens: int, routing: str = "random") -> tuple[Tensor, Tensor, Tensor]:
         """Rows, choices and weights of a step."""
         device, mixture = self.up.device, self.mixture
         scores = torch.rand(tokens, mixture.experts, device=device)
-        if one_expert:
+        if routing == "all to one":  # the rest go where they like
             scores[:, 1] = 2
+        elif routing == "none of half":
+            scores[:, max(mixture.choices, mixture.experts // 2) :] = -1
         chosen = scores.topk(mixture.choices, dim=1).indices
         weights = torch.rand(tokens, mixture.choices, device=device).to(self.up.dtype)
         return torch.randn(tokens, mixture.hidden, device=device).to(self.up.dtype), chosen, weights
@@ -112,8 +129,12 @@ class Layer:
     def exact(self, step: tuple[Tensor, ...], query_start: Tensor | None = None) -> Tensor:
         """The reference in float32."""
         x, chosen, weights = step
-        wide = [None if one is None else one.float() for one in (self.up, self.up_bias, self.down, self.down_bias)]
-        return reference.experts(x.float(), chosen, weights.float(), *wide, query_start, *self.mixture.form)
+        return reference.experts(x.float(), chosen, weights.float(), *self._wide, query_start, *self.mixture.form)
+
+    @cached_property
+    def _wide(self) -> list[Tensor | None]:
+        weights = self.up, self.up_bias, self.down, self.down_bias
+        return [None if one is None else one.float() for one in weights]
 
     def as_module(self) -> Any:
         """What transformers' function reads of a module."""
@@ -126,40 +147,53 @@ class Layer:
 
 
 def experts(report: Report, args: argparse.Namespace, shared: dict) -> None:
-    """Correctness of all shapes, then their times."""
-    mixtures = MIXTURES
-    if args.device == "cpu" or args.tiny:
+    """Correctness of all shapes, then times of those of models."""
+    on_device = args.device == "cuda"
+    mixtures, grid, checked, grid_tokens = MIXTURES, GRID, CHECKED_TOKENS, GRID_TOKENS
+    if not on_device or args.tiny:
         mixtures = tuple(replace(one, experts=8, hidden=64, inner=48, choices=2) for one in MIXTURES)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32  # whose products the interpreter knows
-    layers = [Layer.of(mixture, args.device, dtype) for mixture in mixtures]
+        grid, checked, grid_tokens = tuple(replace(one, hidden=40, inner=24) for one in GRID[:4]), (1, 9), (7,)
+    dtype = torch.bfloat16 if on_device else torch.float32  # whose products the interpreter knows
+    wrong: set[str] = set()
     with torch.inference_mode():
-        for layer in layers:
-            _check(report, layer, args.device == "cuda")
-        if report.sections[-1].get("failures"):
-            return
-        for layer in layers:
-            _measure(report, layer, args)
+        for mixture in mixtures:
+            wrong |= _check(report, Layer.of(mixture, args.device, dtype), checked, on_device)
+        for mixture in grid:
+            wrong |= _check(report, Layer.of(mixture, args.device, dtype), grid_tokens, False)
+        for mixture in mixtures:
+            _measure(report, Layer.of(mixture, args.device, dtype), wrong, args)
 
 
-def _check(report: Report, layer: Layer, on_device: bool) -> None:
-    """Both ways, full and skewed steps, padding of NaN, and a graph that is replayed with other choices."""
+def _check(report: Report, layer: Layer, counts: tuple[int, ...], in_graphs: bool) -> set[str]:
+    """Both ways, full and skewed steps, padding of NaN, and graphs replayed with other choices -> ways that were wrong."""
     worst: dict[str, float] = {}
-    for tokens in (1, 3, 8, 33, 300, 1000) if on_device else (1, 9):
-        for way, tiles in _ways(layer.mixture, tokens):
-            for one_expert in (False, True):
-                step = layer.step(tokens, one_expert)
-                live = max(1, tokens - 2)
-                query_start = torch.tensor([0, live], dtype=torch.int32, device=layer.up.device)
-                step[0][live:] = torch.nan
-                expected = layer.exact(step, query_start)
-                got = layer.ours(tiles, step, query_start)
-                error = _error(got, expected)
-                worst[way] = max(worst.get(way, 0.0), error)
-                if not error < TOLERANCE or got[live:].any():
-                    report.failure(f"{layer.mixture.name} {tokens} tokens {tiles} one_expert={one_expert}: {error:.3g}")
-            if on_device and (error := _replayed(layer, tiles, tokens)) >= TOLERANCE:
-                report.failure(f"{layer.mixture.name} {tokens} tokens {tiles}: a replayed graph is wrong: {error:.3g}")
-    report.row(checked=layer.mixture.name, **{f"worst_{way}": error for way, error in worst.items()})
+    wrong: set[str] = set()
+    for tokens, (way, tiles) in ((count, one) for count in counts for one in _ways(layer.mixture, count)):
+        if report.out_of_time(("checks", layer.mixture.name, tokens)):
+            break
+        for routing in (*ROUTINGS, "replayed") if in_graphs else ROUTINGS:
+            try:
+                error = (
+                    _replayed(layer, tiles, tokens) if routing == "replayed" else _padded(layer, tiles, tokens, routing)
+                )
+            except Exception as problem:  # a kernel that is not compiled leaves the others to be tried
+                report.failure(f"{layer.mixture.name} {tokens} tokens {tiles} {routing}: {problem!r}"[:600])
+                error = float("inf")
+            worst[way] = max(worst.get(way, 0.0), error)
+            if not error < TOLERANCE:
+                wrong.add(way)
+                report.failure(f"{layer.mixture.name} {tokens} tokens {tiles} {routing}: off by {error:.3g}")
+    report.row(checked=layer.mixture.name, **{f"worst_{way}": worst.get(way, "-") for way in ("gemv", "grouped")})
+    return wrong
+
+
+def _padded(layer: Layer, tiles: Tiles, tokens: int, routing: str) -> float:
+    """The error of a step whose last two rows are padding that holds NaN; inf where these are not zeros."""
+    step, live = layer.step(tokens, routing), max(1, tokens - 2)
+    query_start = torch.tensor([0, live], dtype=torch.int32, device=layer.up.device)
+    step[0][live:] = torch.nan
+    got = layer.ours(tiles, step, query_start)
+    return float("inf") if got[live:].any() else _error(got, layer.exact(step, query_start))
 
 
 def _error(got: Tensor, expected: Tensor) -> float:
@@ -176,7 +210,7 @@ def _replayed(layer: Layer, tiles: Tiles, tokens: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = layer.ours(tiles, step)
-    for mine, other in zip(step, layer.step(tokens, one_expert=tokens % 2 == 0), strict=True):
+    for mine, other in zip(step, layer.step(tokens, "all to one"), strict=True):
         mine.copy_(other)
     graph.replay()
     return _error(out, layer.exact(step))
@@ -229,7 +263,8 @@ _GROUPED = (  # rows, programs a multiprocessor, columns, columns of the weight 
 )
 
 
-def _measure(report: Report, layer: Layer, args: argparse.Namespace) -> None:
+def _measure(report: Report, layer: Layer, wrong: set[str], args: argparse.Namespace) -> None:
+    """One line a number of tokens, then the entries of both tables."""
     mixture, on_device = layer.mixture, args.device == "cuda"
     module = layer.as_module()
 
@@ -238,41 +273,58 @@ def _measure(report: Report, layer: Layer, args: argparse.Namespace) -> None:
 
     if on_device and not args.no_compile:  # as an engine runs them
         theirs = torch.compile(theirs, dynamic=True, fullgraph=True)
+    best: dict[int, dict[str, tuple[float, Tiles]]] = {}
     for tokens in TOKENS if on_device else (1, 9):
         if report.out_of_time((mixture.name, tokens)):
-            return
+            break
         steps = [layer.step(tokens) for _ in range(CALLS if on_device else 1)]
         floor = _floor(mixture, steps)
-        torch_s = _seconds([lambda step=step: theirs(*step) for step in steps], on_device)
-        best: dict[str, tuple[float, Tiles]] = {}
+        cell = {"mixture": mixture.name, "T": tokens}
+        torch_s = _tried(
+            report, {**cell, "way": "torch"}, [lambda step=step: theirs(*step) for step in steps], on_device
+        )
+        found = best[tokens] = {}
         first: dict[str, float] = {}
         for way, tiles in _candidates(mixture, tokens) if on_device else _ways(mixture, tokens):
-            try:
-                seconds = _seconds(
-                    [lambda step=step, tiles=tiles: layer.ours(tiles, step) for step in steps], on_device
-                )
-            except Exception as error:  # tiles that this device has no room for
-                report.row(show=False, mixture=mixture.name, tokens=tokens, tiles=str(tiles), error=str(error)[:200])
+            if way in wrong or report.time_is_over():
                 continue
-            report.row(show=False, mixture=mixture.name, tokens=tokens, way=way, tiles=str(tiles), us=1e6 * seconds)
+            calls = [lambda step=step, tiles=tiles: layer.ours(tiles, step) for step in steps]
+            seconds = _tried(report, {**cell, "way": way, "tiles": str(tiles)}, calls, on_device)
             first.setdefault(way, seconds)
-            if way not in best or seconds < best[way][0]:
-                best[way] = seconds, tiles
-        fastest = min(best, key=lambda way: best[way][0])
-        shown = {way: (1e6 * best[way][0] if way in best else "-") for way in ("gemv", "grouped")}
+            if seconds < found.get(way, (float("inf"),))[0]:
+                found[way] = seconds, tiles
+        fastest = min((seconds for seconds, _ in found.values()), default=float("nan"))
         report.row(
-            mixture=mixture.name,
-            T=tokens,
-            floor_us=1e6 * floor,
-            torch_us=1e6 * torch_s,
-            gemv_us=shown["gemv"],
-            grouped_us=shown["grouped"],
-            rule_us=1e6 * first[next(_ways(mixture, tokens))[0]],
-            gain=torch_s / best[fastest][0],
-            of_floor=best[fastest][0] / floor,
-        )
-        for way, (_, tiles) in best.items():
-            report.fact(**{f"best_{way}_{mixture.name}_{tokens}": str(tuple(tiles))})
+            **cell, floor_us=1e6 * floor, torch_us=1e6 * torch_s,
+            **{f"{way}_us": 1e6 * found[way][0] if way in found else "-" for way in ("gemv", "grouped")},
+            rule_us=1e6 * next(iter(first.values()), float("nan")), gain=torch_s / fastest, of_floor=fastest / floor,
+        )  # fmt: skip
+    for table, entry in _entries(mixture, best).items():
+        report.fact(**{f"{table}_{mixture.name}": f"{mixture.size}: {entry}"})
+
+
+def _tried(report: Report, cell: dict[str, object], calls: list[Callable[[], object]], on_device: bool) -> float:
+    """Seconds of a call; nan where it fails: tiles that a device has no room for."""
+    try:
+        seconds = _seconds(calls, on_device)
+    except Exception as error:
+        report.row(show=False, **cell, error=f"{type(error).__name__}: {error}"[:300])
+        return float("nan")
+    report.row(show=False, **cell, us=1e6 * seconds)
+    return seconds
+
+
+def _entries(mixture: Mixture, best: dict[int, dict[str, tuple[float, Tiles]]]) -> dict[str, dict[int, Tiles | None]]:
+    """What the tables of `kernels.moe.tiles` take of the fastest tiles."""
+    gemv: dict[int, Tiles | None] = {}
+    grouped: dict[int, Tiles | None] = {}
+    for tokens, found in best.items():
+        if "grouped" in found:
+            grouped[-(-tokens * mixture.choices // mixture.experts)] = found["grouped"][1]
+        if "gemv" in found:
+            slower = "grouped" in found and found["grouped"][0] < found["gemv"][0]
+            gemv[tokens] = None if slower else found["gemv"][1]
+    return {"GEMV_TABLE": gemv, "GROUPED_TABLE": grouped}
 
 
 def _floor(mixture: Mixture, steps: list[tuple[Tensor, Tensor, Tensor]]) -> float:

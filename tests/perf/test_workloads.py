@@ -12,6 +12,8 @@ from perf import workloads
 from tests.paths import ROOT
 
 USUAL = """
+CASES = ["latency"]
+
 def make(case, vocab, seed, scale):
     return {"prompts": [[seed, vocab]], "out_lens": [2], "repeat": 3, "warm": {"prompts": [[7]], "out_lens": [1]}}
 """
@@ -41,6 +43,7 @@ def test_a_peers_files_give_its_work(tmp_path: Path) -> None:
     (tmp_path / "workloads_more.py").write_text(MORE)
     make = workloads.of_peer(tmp_path)
     assert make("latency", 50) == workloads.Work([([[0, 50]], [2])], [([[7]], [1])], 3)
+    assert make("batch8", 500) == workloads.make("batch8", 500)
     conversations = make("conversations", 50)
     assert conversations.rounds == [([[1, 2], [3]], [4, 5]), ([[1, 2, 6]], [7])]
     assert (conversations.requests, conversations.prompt_tokens, conversations.output_tokens) == (3, 6, 16)

@@ -57,6 +57,21 @@ def test_sums_are_those_of_the_formulas(name: str, method: str | None, tmp_path:
             assert expected <= floor <= 1.01 * expected
 
 
+def test_sums_of_a_mixture_are_those_of_the_formulas(tmp_path: Path) -> None:
+    options = options_of(write_model("30b-a3b-24l", tmp_path))
+    [model] = build.plan_models(options)
+    [state] = planned_states(options, [model])
+    shape = Shape.of("30b-a3b-24l")
+    for step in (decodes(1, 1000), decodes(32, 1000), prompts(2048, 256)):
+        totals = costs(model.paged_model, model.paged_model, state, step, len(step.rows))
+        flops, read = (sum(getattr(one, name) for one in totals.values()) for name in ("flops", "weight_bytes"))
+        query_start = np.concatenate([[0], np.cumsum(step.rows)])
+        by_bytes = shape.step_floor(Ceilings(1.0, 1e30), query_start, step.seq_lens)
+        by_flops = shape.step_floor(Ceilings(1e30, 1.0), query_start, step.seq_lens)
+        assert by_bytes == pytest.approx(read + totals["attention"].cache_bytes, rel=1e-6)
+        assert by_flops == pytest.approx(flops, rel=1e-6)
+
+
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gpt2", "qwen3_moe"])
 def test_the_traced_graph_costs_what_the_forward_does_and_what_passes_make_of_it(
     architecture: str, tmp_path: Path
