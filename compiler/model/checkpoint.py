@@ -151,10 +151,10 @@ def contents_of(model: nn.Module, names: Collection[str], scheme: Scheme | None)
                 pieces[place.target].append(Piece(path, place, endings))
                 taken |= {path + ending for ending in endings}
     for name in sorted(set(names) - taken):
-        if (place := conversion.place(name)) is None:
-            leftovers.add(name)
-        else:
+        if (place := conversion.place(name)) is not None:
             pieces[place.target].append(Piece(name, place))
+        elif not conversion.leaves_out(name):
+            leftovers.add(name)
     for tied, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if tied in pieces and not pieces[tied][0].endings:
             copies = pieces.pop(tied)

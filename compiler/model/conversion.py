@@ -24,6 +24,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from pagegraph.compiler.model.left_out import is_left_out
+
 
 class Place(NamedTuple):
     """Where one tensor goes: a parameter, an expert's rows of one, or what a rule makes of it."""
@@ -75,6 +77,11 @@ class Conversion:
             return Place(target, rule=rule, pattern=pattern)
         sources = rule.source_patterns
         return Place(target, int(number["number"]), sources.index(pattern), len(sources))
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether the checkpoint's tensor `name` is of a module that was taken out of the model."""
+        plain, _ = rename_source_key(name, self._renamings, [])
+        return any(is_left_out(self._model, one) for one in (name, plain, f"{self._model.base_model_prefix}.{plain}"))
 
     def convert(self, named: dict[str, Place], read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
         """What a rule makes of all tensors of one target: parameters by name."""

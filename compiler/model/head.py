@@ -26,11 +26,23 @@ class _Given(BaseModelOutputWithPast):
         return None
 
 
+class _GivenEmbeddings(nn.Module):
+    """Stands where the embeddings stood; a body that is given its hidden states does not look at them."""
+
+    def __init__(self, hidden_states: torch.Tensor) -> None:
+        super().__init__()
+        self._output = hidden_states
+
+    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self._output
+
+
 class _GivenBody(nn.Module):
     """Stands where the body stood."""
 
     def __init__(self, hidden_states: torch.Tensor) -> None:
         super().__init__()
+        self.embed_tokens = _GivenEmbeddings(hidden_states)
         self._output = _Given(last_hidden_state=cast(torch.FloatTensor, hidden_states))
 
     def forward(self, *_: Any, **__: Any) -> _Given:
@@ -80,22 +92,25 @@ def note_bodies(model: nn.Module) -> dict[str, Any]:
 
 
 def body_of(model: nn.Module, outputs: dict[str, Any], shape: tuple[int, int]) -> tuple[str, int]:
-    """The path of the outermost body, the last of `outputs` to return, and the size of its hidden states.
+    """The path of the outermost body, the last of `outputs` to return that the head needs alone, and the size of its
+    hidden states.
 
     ("", 0) where the head needs more than these.
 
     shape: (tokens, vocabulary) of the logits that the head makes of them.
     """
-    path, output = next(reversed(outputs.items()), ("", None))
-    hidden = hidden_states_of(output)
-    if hidden is None or hidden.shape[:2] != (1, shape[0]):
-        return "", 0
-    try:
-        with torch.no_grad():
-            logits = head_logits(model, path, hidden[0])
-    except Exception:  # a head of the model's own, which may want anything
-        return "", 0
-    return (path, hidden.shape[-1]) if logits.shape == shape else ("", 0)
+    for path, output in reversed(outputs.items()):
+        hidden = hidden_states_of(output)
+        if hidden is None or hidden.shape[:2] != (1, shape[0]):
+            continue
+        try:
+            with torch.no_grad():
+                logits = head_logits(model, path, hidden[0])
+        except Exception:  # a head of the model's own, which may want anything
+            continue
+        if logits.shape == shape:
+            return path, hidden.shape[-1]
+    return "", 0
 
 
 def hidden_states_of(output: Any) -> torch.Tensor | None:
@@ -107,7 +122,8 @@ def hidden_states_of(output: Any) -> torch.Tensor | None:
 def head_logits(model: nn.Module, body: str, hidden_states: torch.Tensor) -> torch.Tensor:
     """Logits [R, vocab] of hidden states [R, H], by the forward of `model`, whose body stands at path `body`."""
     head = _with(model, body.split("."), _GivenBody(hidden_states[None]))
-    return head(input_ids=None, use_cache=False, logits_to_keep=0).logits[0]
+    ids = torch.zeros(1, len(hidden_states), dtype=torch.long, device=hidden_states.device)  # some look at their shape
+    return head(input_ids=ids, use_cache=False, logits_to_keep=0).logits[0]
 
 
 def _with(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:

@@ -9,11 +9,16 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from pagegraph.compiler.model import rope
 from pagegraph.compiler.model.config_json import reason_of
@@ -28,18 +33,18 @@ def build_meta(
     max_model_len: int,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The causal language model of `config` with parameters on the meta device and real buffers on the CPU.
+    """The language model of `config`, with its towers if it has them, with parameters on the meta device and real buffers on the CPU.
 
     `config` is not changed. Rotary frequencies that depend on the sequence length (rope types
     `dynamic` and `longrope`) are fixed for `max_model_len` tokens. Raises UnsupportedModel where transformers
-    has no causal language model of the type or cannot build it, or its class does not know attention implementations;
+    has no language model of the type or cannot build it, or its class does not know attention implementations;
     ValueError for an unknown rope type.
     """
     config = copy.deepcopy(config)
     rope.parameters_of(config)  # refuses types that nothing computes
     try:
         with no_init_weights(), _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
             )
     except (ImportError, OSError):
@@ -49,12 +54,24 @@ def build_meta(
         if isinstance(error, KeyError) and error.args == (attn_implementation,):
             why = "the model does not attend through transformers' attention interface"
         if isinstance(error, ValueError) and "Unrecognized configuration class" in str(error):
-            why = "transformers has no causal language model of this type; only text models are served"
+            why = "transformers has no causal language model of this type"
         raise UnsupportedModel(f"{config.model_type}: {why}") from error
     rope.fix_frequencies(model, max_model_len)
     _keep_in_float32(model)
     model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class that builds the model of `config` whose names a checkpoint has: of text alone, or with towers beside it.
+
+    Several types have one of each; then the folder says which of them was saved (`architectures`).
+    """
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    multimodal = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    saved = multimodal in (config.architectures or ())
+    return AutoModelForMultimodalLM if multimodal and (saved or not causal and not own_code) else AutoModelForCausalLM
 
 
 @contextmanager

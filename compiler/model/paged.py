@@ -18,6 +18,7 @@ import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.compiler.model.experts import take_experts
 from pagegraph.compiler.model.forward_local import forward_local
 from pagegraph.compiler.model.head import NoHead, head_logits, hidden_states_of
+from pagegraph.compiler.model.left_out import leave_out
 from pagegraph.compiler.model.probe import AttentionLayout, Probed, TokensBefore, ask_for_no_padding, probe
 
 ATTENTION_NAME = "pagegraph"
@@ -165,6 +166,7 @@ def wrap_model(model: nn.Module, section: int = 0) -> PagedModel:
     Raises UnsupportedModel where a layer mixes tokens outside our op or in a way it does not compute.
     """
     probed = probe(model)
+    leave_out(model, probed.towers)
     ask_for_no_padding(model)
     take_experts(model)
     return PagedModel(model.eval(), probed, section)

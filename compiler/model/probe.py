@@ -11,6 +11,8 @@ configuration without knowing it fails for a quarter of the model types. The tes
 from __future__ import annotations
 
 import copy
+import inspect
+import os
 import traceback
 import types
 from bisect import bisect_left
@@ -23,6 +25,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 from pagegraph.compiler.model.head import body_of, note_bodies
@@ -62,6 +65,7 @@ class _Notes:
     """What one forward of the model called `name` showed so far."""
 
     name: str
+    attending: dict[int, nn.Module] = field(default_factory=dict)
     layouts: dict[int, AttentionLayout] = field(default_factory=dict)
     forms: dict[Callable[..., torch.Tensor], tuple[int, int]] = field(
         default_factory=dict
@@ -73,16 +77,19 @@ class _Notes:
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """Layouts of the layers, whether the forward wants `TokensBefore` in place of a cache, and where its body is.
+    """Layouts of the layers, whether the forward wants `TokensBefore` in place of a cache, where its body is, and what
+    text does not need.
 
     body: path of the module whose output the head computes logits from; "" where the head needs more than that.
     hidden_size: of that output; 0 where there is no body.
+    towers: paths of modules beside the decoder that hold weights of which the forward of text reads none.
     """
 
     layouts: list[AttentionLayout]
     counts_tokens: bool
     body: str
     hidden_size: int
+    towers: list[str] = field(default_factory=list)
 
 
 class TokensBefore:
@@ -118,8 +125,7 @@ def probe(original: nn.Module) -> Probed:
     Raises UnsupportedModel where a layer mixes tokens outside attention or attends in a way that the paged op does not
     compute.
     """
-    config = original.config.get_text_config()
-    name, layers = config.model_type, config.num_hidden_layers
+    name, layers = original.config.model_type, original.config.get_text_config().num_hidden_layers
     _refuse_by_configuration(original)
     # In bfloat16, the type that grouped expert matmuls accept on the meta device.
     with torch.device("meta"):
@@ -148,11 +154,18 @@ def probe(original: nn.Module) -> Probed:
         except Exception as error:
             if past is not None:
                 break
+            if missing := _asked_besides(shadow):
+                notes.refuse(f"its forward asks for {', '.join(missing)}, which text does not have")
             if "Tensor.item()" in str(error) and (rotary := _rotary_embedding_at(error)) is not None:
                 notes.refuse(
                     "its rope depends on the length of the sequence in a way that the forward of"
                     f" {type(rotary).__name__} decides"
                     " anew each time, and the sequences of a step share one rope"
+                )
+            if "Tensor.item()" in str(error) or "out of meta tensor" in str(error):
+                notes.refuse(
+                    "its forward reads results back to decide how to go on, which a step launched ahead of its results"
+                    " cannot"
                 )
             notes.refuse(
                 f"the forward does not run on packed sequences without a cache ({type(error).__name__}: {error})"
@@ -171,8 +184,39 @@ def probe(original: nn.Module) -> Probed:
             notes.refuse("its positions start behind a padding index; paged attention numbers tokens from 0")
         if watch.counted == (0 if past is None else past.asked):
             body, hidden_size = body_of(shadow, outputs, (TOKENS, logits.shape[-1]))
-            return Probed([notes.layouts[layer] for layer in range(layers)], past is not None, body, hidden_size)
+            layouts = [notes.layouts[layer] for layer in range(layers)]
+            return Probed(layouts, past is not None, body, hidden_size, _towers(shadow, notes, watch))
     notes.refuse("the forward numbers its tokens by their place in the step, not by the positions it is given")
+
+
+def _asked_besides(model: nn.Module) -> list[str]:
+    """Arguments without a default of the model's forward that a step does not give."""
+    asked = inspect.signature(model.forward).parameters.values()
+    return [
+        one.name
+        for one in asked
+        if one.kind is one.POSITIONAL_OR_KEYWORD and one.default is one.empty and one.name != "input_ids"
+    ]
+
+
+def _towers(shadow: nn.Module, notes: _Notes, watch: _Watch) -> list[str]:
+    """Outermost modules of a model of more than text, outside of its layers, none of whose parameters was read."""
+    if shadow.config.get_text_config() is shadow.config:
+        return []
+    attending = [path for path, module in shadow.named_modules() if module in notes.attending.values()]
+    layers = os.path.commonprefix([path.split(".") for path in attending])
+    found: list[str] = []
+
+    def look(module: nn.Module, path: list[str]) -> None:
+        for name, child in module.named_children():
+            at, own = [*path, name], {id(one) for one in child.parameters()}
+            if own and own.isdisjoint(watch.read):
+                found.append(".".join(at))
+            elif at == layers[: len(at)] and at != layers:
+                look(child, at)
+
+    look(shadow, [])
+    return found
 
 
 def _rotary_embedding_at(error: Exception) -> nn.Module | None:
@@ -194,7 +238,7 @@ def _no_warning(*_: Any) -> None:
 
 def _refuse_by_configuration(model: nn.Module) -> None:
     config = model.config.get_text_config()
-    notes = _Notes(config.model_type)
+    notes = _Notes(model.config.model_type)
     if unserved := sorted(set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES):
         notes.refuse(
             f"paged attention does not compute layers of type {', '.join(unserved)};"
@@ -202,13 +246,6 @@ def _refuse_by_configuration(model: nn.Module) -> None:
         )
     if getattr(config, "alibi", False) or config.model_type in {"bloom", "mpt"}:
         notes.refuse("ALiBi position biases are not computed by paged attention")
-    if config is not model.config:
-        towers = [path for path, module in model.named_modules() if getattr(module, "is_causal", True) is False]
-        if towers:
-            notes.refuse(
-                "the checkpoint holds another model beside the text model, which sees all of its input at once"
-                f" ({towers[0]}); only text models are served"
-            )
 
 
 def _probed_attention(
@@ -249,6 +286,7 @@ def _probed_attention(
             f"layer {layer} hands {', '.join(unheard)} to attention, which paged attention does not compute with"
         )
     window, chunk = notes.forms[function]
+    notes.attending[layer] = module
     notes.layouts[layer] = AttentionLayout(
         num_heads=query.shape[1],
         num_kv_heads=key.shape[1],
@@ -306,7 +344,12 @@ def _form(function: Callable[..., Any]) -> tuple[int, int] | None:
 
 
 def _with_values(part: Any) -> Any:
-    """`part` of a mask function, with zeros for every tensor of the meta device in it: no padding, nothing marked."""
+    """`part` of a mask function, with zeros for every tensor of the meta device in it: no padding, nothing marked.
+
+    One that the forward filled with a number has it, for as many tokens as are asked for.
+    """
+    if isinstance(part, torch.Tensor) and (filled := getattr(part, "filled", None)) is not None:
+        return torch.tensor(filled, dtype=part.dtype).expand(*part.shape[:-1], 2 * LONGEST + 1)
     if isinstance(part, torch.Tensor):
         return torch.zeros(part.shape, dtype=part.dtype) if part.is_meta else part
     if isinstance(part, tuple):
@@ -329,18 +372,25 @@ def _one_sequence() -> Iterator[None]:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts how often a forward numbers its tokens; notices position tables that have a row for padding."""
+    """Counts how often a forward numbers its tokens; notices position tables that have a row for padding.
+
+    read: `id` of each parameter that an operation took.
+    """
 
     def __init__(self, positions: torch.Tensor) -> None:
         super().__init__()
         self.positions = positions
         self.counted = 0
         self.padded_positions = False
+        self.read: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
+        self.read |= {id(one) for one in tree_leaves((args, kwargs)) if isinstance(one, nn.Parameter)}
         if function.overloadpacket is torch.ops.aten.arange:
             self.counted += out.numel() == TOKENS
+        if function.overloadpacket is torch.ops.aten.full:
+            out.filled = args[1]
         if function.overloadpacket is torch.ops.aten.embedding and args[1] is self.positions:
             self.padded_positions |= len(args) > 2 and args[2] >= 0
         return out

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from pagegraph.compiler.build import LoadedModel
 from pagegraph.compiler.model import rope
 from pagegraph.compiler.model.checkpoint import sidecar_quantization
 from pagegraph.compiler.model.config_json import load_model_config
 from pagegraph.compiler.model.experts import leave_experts, take_experts
-from pagegraph.compiler.model.meta import build_meta
+from pagegraph.compiler.model.meta import auto_class, build_meta
 from pagegraph.compiler.model.weights import load_weights
 from pagegraph.compiler.options import CompilerOptions
 from pagegraph.compiler.quantization.config import Scheme
@@ -103,9 +103,13 @@ def stock_model(options: CompilerOptions, planned: LoadedModel) -> Any:
     config = load_model_config(folder, trust_remote_code=model_options.trust_remote_code)
     scheme = scheme_of(options, config, folder)
     if scheme is None and model_options.load_format != "dummy":
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=model_options.trust_remote_code
-        ).eval()
+        model: Any = (
+            auto_class(config)
+            .from_pretrained(
+                folder, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=model_options.trust_remote_code
+            )
+            .eval()
+        )
         rope.fix_frequencies(model, planned.max_model_len)
         return model.requires_grad_(False).to(options.device)
     model = build_meta(

@@ -10,7 +10,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 # Name of a configuration's value -> a small one; only names to which the default configuration gives a value are set.
 SMALL = dict(
@@ -35,10 +38,41 @@ SMALL = dict(
     kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, rotary_dim=8,
     vocab_size_per_layer_input=128, hidden_size_per_layer_input=16, laurel_rank=8, altup_num_inputs=2, num_kv_shared_layers=0,
 )  # fmt: skip
+# The same in configurations of towers, and of what stands between a tower and the text model.
+TOWER = dict(
+    depth=2, num_hidden_layers=2, out_hidden_size=64, mlp_ratio=2.0, image_size=28, patch_size=14, projection_dim=64,
+    attention_heads=4, output_dim=64, num_attention_heads=4, num_heads=4, num_channels=3, base_channels=32,
+    encoder_hidden_size=64, text_hidden_size=64, embed_dim=64, channel_multiplier=[1, 1], num_position_embeddings=16,
+)  # fmt: skip
+PROJECTOR = dict(projector_hidden_size=64, connector_hidden_dim=64, alignment_intermediate_size=64)
 # Latent attention: as many keys as queries, and a head is what is rotated.
 LATENT = dict(num_key_value_heads=4, head_dim=8)
 HALF_SLIDING = ["sliding_attention", "full_attention"] * 2
+
+
+def _sections(*of_half_head: int, **more: Any) -> dict[str, Any]:
+    """Rotary frequencies in three sections, one for each dimension of a position."""
+    return dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=list(of_half_head), **more))
+
+
 OWN: dict[str, dict[str, Any]] = {
+    "chameleon": dict(vocabulary_map={"<image>": 3}, vq_config=dict(resolution=32, num_embeddings=16)),
+    "cohere_compass": dict(tie_word_embeddings=True),
+    "cosmos3_edge_text": _sections(2, 3, 3),
+    "deepseek_ocr2_text": dict(num_experts_per_tok=2, mlp_layer_types=["dense", "sparse"] * 2),
+    "ernie4_5_vl_moe_text": dict(moe_intermediate_size=[48, 24], mlp_layer_types=["dense", "sparse"] * 2),
+    "gemma4": dict(text_config=dict(use_bidirectional_attention="vision"), vision_config={}),
+    "gemma4_unified": dict(text_config=dict(use_bidirectional_attention="vision"), vision_config={}),
+    "glm4v_text": _sections(2, 3, 3),
+    "glm4v_moe_text": _sections(1, 1, 2, partial_rotary_factor=0.5),
+    "glm_ocr_text": _sections(2, 3, 3),
+    "granite4_vision": dict(text_config=dict(attention_multiplier=0.2, model_type="granite")),
+    "hunyuan_vl_text": dict(head_dim=16),
+    "paddleocr_vl_text": _sections(2, 3, 3),
+    "qwen2_5_omni_text": _sections(2, 3, 3),
+    "qwen2_5_vl_text": _sections(2, 3, 3),
+    "qwen2_vl_text": _sections(2, 3, 3),
+    "qwen3_omni_moe_text": dict(decoder_sparse_step=1),
     "cohere_compass_text": dict(
         layer_types=HALF_SLIDING,
         rope_parameters={kind: dict(rope_type="default", rope_theta=1e4) for kind in HALF_SLIDING},
@@ -50,6 +84,7 @@ OWN: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": dict(head_dim=16),
     "hunyuan_v1_moe": dict(head_dim=16),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
+    "llama4": dict(vision_config=dict(vision_output_dim=64, projector_input_dim=64, projector_output_dim=64)),
     "mamba2": dict(num_heads=8),
     "ministral": dict(head_dim=16, layer_types=HALF_SLIDING),
     "nemotron": dict(num_key_value_heads=2),
@@ -61,25 +96,52 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def tiny(kind: str) -> PretrainedConfig:
-    """The type's configuration at tiny size.
+    """The type's configuration at tiny size, of a model of more than text with every part small.
 
-    Raises ValueError where it holds other models beside a text model, or what its class raises where small sizes do not
-    fit.
+    Raises what its class raises where small sizes do not fit.
     """
     config_class = CONFIG_MAPPING[kind]
     default = config_class()
-    if default.get_text_config() is not default:
-        raise ValueError("holds other models beside the text model")
-    known = default.to_dict()
-    wanted = {name: value for name, value in SMALL.items() if known.get(name) is not None}
+    text = default.get_text_config()
+    if text is default:
+        return config_class(**_small(default, {}))
+    own = dict(OWN.get(kind, {}))
+    parts: dict[str, Any] = {}
+    for name, part_class in config_class.sub_configs.items():
+        part, changed = getattr(default, name, None), own.pop(name, None)
+        if part is None and changed is not None:
+            part = part_class()
+        if part is not None:
+            kind_of_part = CONFIG_MAPPING[changed["model_type"]] if "model_type" in (changed or {}) else type(part)
+            parts[name] = kind_of_part(**{**_small(part, {} if part is text else TOWER), **(changed or {})})
+    if all(type(part) is not type(text) for part in parts.values()):
+        raise ValueError("its text model is a part of a part")
+    config = config_class(**{**_named(default, PROJECTOR), **parts, **own})
+    config.architectures = [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]]
+    return config
+
+
+def _small(default: PretrainedConfig, more: dict[str, Any]) -> dict[str, Any]:
+    """Small values of what `default` gives a value to."""
+    wanted = _named(default, {**SMALL, **more})
     if "kv_lora_rank" in wanted:
         wanted |= LATENT
-    if "is_decoder" in known:
+    if "is_decoder" in default.to_dict():
         wanted["is_decoder"] = True
-    wanted |= OWN.get(kind, {})
-    return config_class(**{name: value for name, value in wanted.items() if value is not None})
+    wanted |= OWN.get(default.model_type, {})
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _named(default: PretrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
+    known = default.to_dict()
+    return {name: value for name, value in values.items() if known.get(name) is not None}
 
 
 def causal_types() -> list[str]:
     """Every type that AutoModelForCausalLM knows."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def image_text_types() -> list[str]:
+    """Every type that AutoModelForImageTextToText knows."""
+    return sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +26,10 @@ CHUNKED = [[10, 0, 25], [20, 12, 0], [6, 0, 0], [1, 0, 0]]
 MIXED = [[30, 11, 0], [3, 1, 20], [3, 0, 4], [1, 0, 1]]
 
 
-def random_model(config) -> torch.nn.Module:
+def random_model(config, auto_class: Any = AutoModelForCausalLM) -> torch.nn.Module:
     """transformers' own eager model with weights large enough that every feature shows."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    model = auto_class.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -249,10 +250,6 @@ REFUSED = {
     "bart": (ENCODER_DECODER, "numbers its tokens by"),
     "whisper": (ENCODER_DECODER, "logits of 37 of 37 tokens"),
     "bert": (dict(SIZES, is_decoder=False), "mask of layer 0 is neither causal"),
-    "gemma3": (
-        dict(text_config=SIZES, vision_config=dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)),
-        "another model beside the text model",
-    ),
     "llama": (
         dict(SIZES, num_key_value_heads=3),
         r"4 attention heads over 3 of keys and values \(num_key_value_heads\)",

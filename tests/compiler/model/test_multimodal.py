@@ -1,0 +1,79 @@
+"""Folders of models of more than text, as transformers saves them: text is served, and towers are not loaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from pagegraph.compiler.model.checkpoint import WeightsMismatch
+from pagegraph.compiler.model.config_json import load_model_config
+from pagegraph.compiler.model.meta import build_meta
+from pagegraph.compiler.model.paged import ATTENTION_NAME, PagedModel, wrap_model
+from pagegraph.compiler.model.weights import load_weights
+from tests.compiler.model.every_type import tiny
+from tests.compiler.model.test_paged import CHUNKED, MIXED, WHOLE, check_head, prompts_for, random_model, stock_logits
+from tests.compiler.paged_run import run_paged
+
+POPULAR = (
+    "gemma3", "gemma4", "glm4v_moe", "idefics3", "internvl", "kimi_k25", "llama4", "llava", "mistral3", "paligemma",
+    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe",
+)  # fmt: skip
+
+
+def saved(kind: str, folder: Path) -> torch.nn.Module:
+    """A tiny random model of the type, saved to `folder` -> the stock model."""
+    stock = random_model(tiny(kind), AutoModelForImageTextToText)
+    stock.save_pretrained(folder)
+    return stock
+
+
+def served(folder: Path) -> PagedModel:
+    model = build_meta(load_model_config(folder), torch.float32, ATTENTION_NAME, max_model_len=256)
+    paged = wrap_model(model)
+    load_weights(model, folder, device=torch.device("cpu"), dtype=torch.float32, progress=False)
+    return paged
+
+
+@torch.inference_mode()
+def check_text(stock: torch.nn.Module, paged: PagedModel) -> None:
+    """Logits of text are those of the stock model, whole, in chunks and mixed."""
+    prompts = prompts_for(128)
+    expected = stock_logits(stock, prompts)
+    bound = 1e-4 * max(1.0, max(one.abs().max().item() for one in expected) / 5)
+    for schedule in (WHOLE, CHUNKED, MIXED):
+        for sequence, by_position in enumerate(run_paged(paged, paged.layouts, prompts, schedule)):
+            for position, logits in by_position.items():
+                torch.testing.assert_close(logits, expected[sequence][position], atol=bound, rtol=0)
+    check_head(paged, prompts, expected, bound)
+
+
+@pytest.mark.parametrize("kind", POPULAR)
+def test_text_of_a_saved_folder(kind: str, tmp_path: Path) -> None:
+    stock = saved(kind, tmp_path)
+    paged = served(tmp_path)
+    check_text(stock, paged)
+    towers = sum(one.numel() for one in stock.parameters()) - sum(one.numel() for one in paged.model.parameters())
+    assert towers > 0 and not any("vision" in name or "visual" in name for name in paged.model.state_dict())
+
+
+def test_the_log_says_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stock = saved("llava", tmp_path)
+    caplog.set_level(logging.INFO)
+    served(tmp_path)
+    left = [stock.model.vision_tower, stock.model.multi_modal_projector]
+    size = sum(4 * one.numel() for module in left for one in module.parameters())
+    assert f"model.vision_tower, model.multi_modal_projector left out ({size:,} bytes of weights)" in caplog.text
+
+
+def test_a_tensor_that_nothing_takes_is_still_refused(tmp_path: Path) -> None:
+    saved("llava", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "language_model.model.layers.0.extra.weight": torch.ones(2)}, path, {"format": "pt"})
+    with pytest.raises(WeightsMismatch, match=r"unexpected weights: language_model\.model\.layers\.0\.extra\.weight"):
+        served(tmp_path)
