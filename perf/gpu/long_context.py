@@ -21,6 +21,7 @@ from perf.gpu.offline import Offline, config_of, random_prompts
 from perf.gpu.report import Report
 
 PROMPT, TINY_PROMPT, TOKENS = 100_000, 3000, 16
+PART = 2000  # tokens of a prompt that transformers is given at a time
 ROPE = MODELS["8b-128k"]["rope_scaling"]
 FLOAT32_ERROR = 2e-3  # of a log-probability, at the most
 MARGIN = 1.5  # in bfloat16 the engine may be so many times as far from float32 as transformers is
@@ -89,6 +90,10 @@ def _transformers(folder: Path, ids: list[int], device: str, dtype: str, *, plai
     model = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
     )
-    given = torch.tensor([ids], device=device)
-    out = model.eval().to(device)(given, use_cache=False, logits_to_keep=TOKENS + 1).logits[0, :-1].float()
+    model, given, cache = model.eval().to(device), torch.tensor([ids], device=device), None
+    before, last = given[:, : -TOKENS - 1], given[:, -TOKENS - 1 :]
+    for part in (*before.split(PART, dim=1), last):  # attention in float32 may hold the scores of all pairs of tokens
+        found = model(part, past_key_values=cache, use_cache=True)
+        cache = found.past_key_values
+    out = found.logits[0, :-1].float()
     return out.log_softmax(-1).gather(1, given[0, -TOKENS:, None])[:, 0].cpu().numpy()
