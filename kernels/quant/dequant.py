@@ -1,4 +1,4 @@
-"""Device functions that dequantise integers of 4 and 8 bits to the type of a GEMM, and give them scale and zero.
+"""Device functions that dequantise integers of 4 and 8 bits, and e2m1, to the type of a GEMM, and give them scale and zero.
 
 By packed arithmetic in assembly where it is bfloat16 or 8 bits; and what else of such a product has to be said in assembly: that its operand
 stays in registers, that sums are done, that lines are wanted soon. Knows no memory layout but that of the values in a word.
@@ -32,6 +32,31 @@ fma.rn.bf16x2 $0, $0, one, bias;
 fma.rn.bf16x2 $1, $1, one, bias;
 fma.rn.bf16x2 $2, $2, one, bias;
 fma.rn.bf16x2 $3, $3, one, bias;
+}""")
+# Eight codes of e2m1 in the same places: sign, exponent and mantissa go where bfloat16 has them, which is the value times 2 ** -126.
+CODES = tl.constexpr("""{
+.reg .b32 large, none, more, sign;
+mov.b32 large, 0x7e807e80;
+mov.b32 none, 0x80008000;
+shl.b32 more, $4, 6;
+and.b32 more, more, 0x01c001c0;
+shl.b32 sign, $4, 12;
+lop3.b32 $0, sign, 0x80008000, more, 0xea;
+shl.b32 more, $4, 2;
+and.b32 more, more, 0x01c001c0;
+shl.b32 sign, $4, 8;
+lop3.b32 $1, sign, 0x80008000, more, 0xea;
+shr.u32 more, $4, 2;
+and.b32 more, more, 0x01c001c0;
+shl.b32 sign, $4, 4;
+lop3.b32 $2, sign, 0x80008000, more, 0xea;
+shr.u32 more, $4, 6;
+and.b32 more, more, 0x01c001c0;
+lop3.b32 $3, $4, 0x80008000, more, 0xea;
+fma.rn.bf16x2 $0, $0, large, none;
+fma.rn.bf16x2 $1, $1, large, none;
+fma.rn.bf16x2 $2, $2, large, none;
+fma.rn.bf16x2 $3, $3, large, none;
 }""")
 # Four int8 values: their low seven bits the same way, then 128 is taken off, 256 where the value is negative.
 BYTES = tl.constexpr("""{
@@ -103,12 +128,46 @@ def nibbles(qweight, DTYPE: tl.constexpr):
             NIBBLES, "=&r,=&r,=&r,=&r,r", [qweight], (tl.bfloat16, tl.bfloat16), is_pure=False, pack=4
         )
     else:
-        # Of a word, byte 2 * p + h holds column p of both halves of 8 columns, in row h.
-        words: tl.constexpr = qweight.shape[1] // 4
-        first, second = (qweight & 15).to(tl.int8) - 8, (qweight >> 4).to(tl.int8) - 8
-        halves = tl.join(first, second).reshape(qweight.shape[0], words, 2, 2, 2).permute(0, 1, 4, 2, 3)
-        low, high = tl.split(halves)
-        return low.reshape(qweight.shape).to(DTYPE), high.reshape(qweight.shape).to(DTYPE)
+        upper, lower = _by_row(qweight & 15, qweight >> 4)
+        return (upper.to(tl.int8) - 8).to(DTYPE), (lower.to(tl.int8) - 8).to(DTYPE)
+
+
+@triton.jit
+def e2m1_codes(qweight, DTYPE: tl.constexpr):
+    """As `nibbles`, of codes of e2m1."""
+    if ASSEMBLES and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            CODES, "=&r,=&r,=&r,=&r,r", [qweight], (tl.bfloat16, tl.bfloat16), is_pure=False, pack=4
+        )
+    else:
+        upper, lower = _by_row(qweight & 15, qweight >> 4)
+        return _e2m1(upper).to(DTYPE), _e2m1(lower).to(DTYPE)
+
+
+@triton.jit
+def _e2m1(code):
+    """float32 of codes 0 to 15: sign, two bits of exponent with bias 1, one of mantissa."""
+    bits = (code & 7).to(tl.int32) << 22 | (code & 8).to(tl.int32) << 28
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2 ** 126
+
+
+@triton.jit
+def e8m0(scale):
+    """uint8 scales of MXFP4 -> 2 ** (scale - 127), in bfloat16, which holds it exactly."""
+    if ASSEMBLES:
+        bits = tl.where(scale == 0, 0x40, scale.to(tl.int16) << 7)  # 2 ** -127 is less than the least normal number
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return tl.exp2(scale.to(tl.float32) - 127)
+
+
+@triton.jit
+def _by_row(first, second):
+    """Halves of bytes [threads, bytes] as `reference.repack` lays them -> those of a thread's upper and of its lower row."""
+    # Of a word, byte 2 * p + h holds column p of both halves of 8 columns, in row h.
+    halves = tl.join(first, second).reshape(first.shape[0], first.shape[1] // 4, 2, 2, 2).permute(0, 1, 4, 2, 3)
+    upper, lower = tl.split(halves)
+    return upper.reshape(first.shape), lower.reshape(first.shape)
 
 
 @triton.jit
@@ -145,13 +204,7 @@ def nibbles_by_row(qweight):
             NIBBLES_BY_ROW, "=&r,=&r,r", [qweight], (tl.uint8, tl.uint8), is_pure=False, pack=4
         )
     else:
-        # Of a word, byte 2 * p + h holds column p of both halves of 8 columns, in row h.
-        threads: tl.constexpr = qweight.shape[0]
-        both = (
-            tl.join(qweight & 15, qweight >> 4).reshape(threads, qweight.shape[1] // 4, 2, 2, 2).permute(0, 1, 4, 2, 3)
-        )
-        upper, lower = tl.split(both)
-        upper, lower = upper.reshape(qweight.shape), lower.reshape(qweight.shape)
+        upper, lower = _by_row(qweight & 15, qweight >> 4)
     return upper.to(tl.float8e4nv, bitcast=True), lower.to(tl.float8e4nv, bitcast=True)
 
 

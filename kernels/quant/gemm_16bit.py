@@ -25,7 +25,7 @@ from pagegraph.kernels.linear.split_k import is_last_arriver, partial_buffers, r
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.quant import reference
-from pagegraph.kernels.quant.dequant import halves, nibbles, scaled, settled, wide_bytes
+from pagegraph.kernels.quant.dequant import e2m1_codes, e8m0, halves, nibbles, scaled, settled, wide_bytes
 from pagegraph.kernels.quant.weight import QuantWeight
 
 SIZE = tl.constexpr(reference.REPACK_BLOCK)  # rows and columns of a block of the weight
@@ -78,7 +78,7 @@ def weight_of(
     zero,
     DTYPE: tl.constexpr,
     GROUPS: tl.constexpr,
-    INT4: tl.constexpr,
+    KIND: tl.constexpr,
     WHOLE: tl.constexpr,
     HAS_ZERO: tl.constexpr,
 ):
@@ -88,8 +88,12 @@ def weight_of(
     """
     threads: tl.constexpr = qweight_at.shape[0]
     qweight = tl.load(qweight_at, eviction_policy="evict_first")
-    if INT4:
-        upper, lower = nibbles(qweight, DTYPE)
+    if KIND != "int8":
+        if KIND == "int4":
+            upper, lower = nibbles(qweight, DTYPE)
+        else:
+            upper, lower = e2m1_codes(qweight, DTYPE)
+            scale = e8m0(scale)
         if WHOLE:
             upper, lower = upper.reshape(threads, GROUPS, 16 // GROUPS), lower.reshape(threads, GROUPS, 16 // GROUPS)
             upper_scale, lower_scale = tl.split(scale.reshape(threads, GROUPS, 1, 2))
@@ -142,6 +146,86 @@ def scale_place(n, FLOATS: tl.constexpr):
     return n if FLOATS else n // 16 * 16 + n % 8 * 2 + n % 16 // 8
 
 
+@triton.jit
+def block_bytes(KIND: tl.constexpr):
+    """Of 64 rows and columns."""
+    return SIZE * SIZE if KIND == "int8" else SIZE * SIZE // 2
+
+
+@triton.jit
+def places_of(
+    qweight_ptr, row_block, at, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    """Of thread `at` of 128 in a block of integers, in a row of blocks: where its values begin, and its scales, which are counted."""
+    BYTES: tl.constexpr = block_bytes(KIND)
+    blocks: tl.constexpr = (K + SIZE - 1) // SIZE
+    qweight_at = qweight_ptr + (row_block * blocks * BYTES + at * 16)[:, None] + tl.arange(0, 16)[None, :]
+    # Of scales a block has those of its GROUPS groups side by side for each pair of rows, or a group of several blocks has one pair.
+    pair_at = (row_block * ((K + max(GROUP, SIZE) - 1) // max(GROUP, SIZE)) * SIZE + at // 4 * 2)[
+        :, None
+    ] * GROUPS + tl.arange(0, 2 * GROUPS)[None, :]
+    return qweight_at, pair_at
+
+
+@triton.jit
+def sums_of(
+    x_at,
+    in_t,
+    qweight_ptr,
+    qweight_at,
+    scale_ptr,
+    zero_ptr,
+    pair_at,
+    row,
+    at,
+    begin,
+    end,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    WHOLE: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Over columns from begin to end: rows of the weight times x at [64, T] of the first columns, float32 [rows, T].
+
+    `places_of` gives the places of integers; row [threads] is that in which the block of a thread begins, of 8-bit floats.
+    """
+    threads: tl.constexpr = at.shape[0]
+    BYTES: tl.constexpr = block_bytes(KIND)
+    blocks: tl.constexpr = (K + SIZE - 1) // SIZE
+    column = tl.arange(0, SIZE)
+    total = tl.zeros([threads // 2, x_at.shape[1]], tl.float32)
+    scale = tl.zeros([threads, 2 * GROUPS], scale_ptr.dtype.element_ty)
+    zero = scale
+    for k in range(begin, end, BLOCK_K):
+        for part in tl.static_range(BLOCK_K // SIZE):
+            start = k + part * SIZE
+            in_x = in_t
+            if K % BLOCK_K != 0:
+                in_x = in_x & (column < K - start)[:, None]
+                start = tl.minimum(start, (blocks - 1) * SIZE)
+            x = tl.load(x_at + (k + part * SIZE), mask=in_x, other=0.0)
+            if KIND == "fp8":
+                weight = float_weight_of(qweight_ptr, scale_ptr, row, at, start, x.dtype, N, K, GROUP, WHOLE)
+            else:
+                if WHOLE and (part == 0 or GROUP % BLOCK_K != 0):  # else the step lies in one group
+                    group_at = start // max(GROUP, SIZE) * (SIZE * GROUPS)
+                    scale = tl.load(scale_ptr + pair_at + group_at)
+                    zero = scale
+                    if HAS_ZERO:
+                        zero = tl.load(zero_ptr + pair_at + group_at)
+                weight = weight_of(
+                    qweight_at + start // SIZE * BYTES, scale, zero, x.dtype, GROUPS, KIND, WHOLE, HAS_ZERO
+                )
+            total = tl.dot(weight, x, total, input_precision=PRECISION)
+        total = settled(total)
+    return total
+
+
 @triton.jit(do_not_specialize=["num_rows"])  # 2 and 8 rows, 64 and 256, share a kernel
 def gemm_16bit_kernel(
     out_ptr,
@@ -174,60 +258,20 @@ def gemm_16bit_kernel(
     split = tl.program_id(1)
     t = tl.program_id(0) % row_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     in_t = (t < num_rows)[None, :]
-    column = tl.arange(0, SIZE)
-    blocks: tl.constexpr = (K + SIZE - 1) // SIZE
-    INT4: tl.constexpr = KIND == "int4"
-    BYTES: tl.constexpr = SIZE * SIZE // 2 if INT4 else SIZE * SIZE  # of a block
     span: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
     begin = split * span
     # Two threads to each row of a tile; blocks past the last row of the weight are those of the last again: nothing of them is stored.
     thread = tl.arange(0, 2 * BLOCK_N)
     row_block = tl.minimum(tile * (BLOCK_N // SIZE) + thread // THREADS, (N + SIZE - 1) // SIZE - 1).to(tl.int64)
     at = thread % THREADS
-    qweight_at = qweight_ptr + (row_block * blocks * BYTES + at * 16)[:, None] + tl.arange(0, 16)[None, :]
-    # Of scales a block has those of its GROUPS groups side by side for each pair of rows, or a group of several blocks has one pair.
-    pair_at = (row_block * ((K + max(GROUP, SIZE) - 1) // max(GROUP, SIZE)) * SIZE + at // 4 * 2)[
-        :, None
-    ] * GROUPS + tl.arange(0, 2 * GROUPS)[None, :]
-    x_at = x_ptr + t.to(tl.int64)[None, :] * x_stride + column[:, None]
+    qweight_at, pair_at = places_of(qweight_ptr, row_block, at, K, GROUP, GROUPS, KIND)
+    x_at = x_ptr + t.to(tl.int64)[None, :] * x_stride + tl.arange(0, SIZE)[:, None]
     if PDL:
         wait()
-    total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    scale = tl.zeros([2 * BLOCK_N, 2 * GROUPS], scale_ptr.dtype.element_ty)
-    zero = scale
-    for k in range(begin, tl.maximum(begin, tl.minimum(begin + span, K)), BLOCK_K):
-        for part in tl.static_range(BLOCK_K // SIZE):
-            start = k + part * SIZE
-            in_x = in_t
-            if K % BLOCK_K != 0:
-                in_x = in_x & (column < K - start)[:, None]
-                start = tl.minimum(start, (blocks - 1) * SIZE)
-            x = tl.load(x_at + (k + part * SIZE), mask=in_x, other=0.0)
-            if KIND == "fp8":
-                weight = float_weight_of(
-                    qweight_ptr,
-                    scale_ptr,
-                    (tile * BLOCK_N + thread // THREADS * SIZE),
-                    at,
-                    start,
-                    x.dtype,
-                    N,
-                    K,
-                    GROUP,
-                    WHOLE,
-                )
-            else:
-                if WHOLE and (part == 0 or GROUP % BLOCK_K != 0):  # else the step lies in one group
-                    group_at = start // max(GROUP, SIZE) * (SIZE * GROUPS)
-                    scale = tl.load(scale_ptr + pair_at + group_at)
-                    zero = scale
-                    if HAS_ZERO:
-                        zero = tl.load(zero_ptr + pair_at + group_at)
-                weight = weight_of(
-                    qweight_at + start // SIZE * BYTES, scale, zero, x.dtype, GROUPS, INT4, WHOLE, HAS_ZERO
-                )
-            total = tl.dot(weight, x, total, input_precision=PRECISION)
-        total = settled(total)
+    total = sums_of(
+        x_at, in_t, qweight_ptr, qweight_at, scale_ptr, zero_ptr, pair_at, tile * BLOCK_N + thread // THREADS * SIZE, at,
+        begin, tl.maximum(begin, tl.minimum(begin + span, K)), N, K, GROUP, GROUPS, BLOCK_K, KIND, WHOLE, HAS_ZERO, PRECISION,
+    )  # fmt: skip
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = n < N
     if not WHOLE:
@@ -307,14 +351,11 @@ def dequantize_repacked_kernel(
     HAS_ZERO: tl.constexpr,
 ):
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
-    INT4: tl.constexpr = KIND == "int4"
-    BYTES: tl.constexpr = SIZE * SIZE // 2 if INT4 else SIZE * SIZE
+    BYTES: tl.constexpr = block_bytes(KIND)
     row_block = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, THREADS)
     n = row_block * SIZE + tl.arange(0, SIZE)
-    qweight_at = qweight_ptr + row_block * blocks * BYTES + at[:, None] * 16 + tl.arange(0, 16)[None, :]
-    pairs: tl.constexpr = (K + max(GROUP, SIZE) - 1) // max(GROUP, SIZE)
-    pair_at = (row_block * pairs * SIZE + at // 4 * 2)[:, None] * GROUPS + tl.arange(0, 2 * GROUPS)[None, :]
+    qweight_at, pair_at = places_of(qweight_ptr, row_block, at, K, GROUP, GROUPS, KIND)
     for part in tl.static_range(BLOCKS):
         block = tl.program_id(1) * BLOCKS + part
         column = block * SIZE + tl.arange(0, SIZE)
@@ -330,7 +371,7 @@ def dequantize_repacked_kernel(
             if HAS_ZERO:
                 zero = tl.load(zero_ptr + pair_at + group_at)
             weight = weight_of(
-                qweight_at + held * BYTES, scale, zero, out_ptr.dtype.element_ty, GROUPS, INT4, True, HAS_ZERO
+                qweight_at + held * BYTES, scale, zero, out_ptr.dtype.element_ty, GROUPS, KIND, True, HAS_ZERO
             )
         tl.store(out_ptr + n[:, None] * K + column[None, :], weight, mask=(n < N)[:, None] & (column < K)[None, :])
 

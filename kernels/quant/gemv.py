@@ -20,7 +20,7 @@ from torch import Tensor
 from pagegraph.kernels.linear.silu_mul import silu_times
 from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.quant.dequant import fetched, in_registers
-from pagegraph.kernels.quant.gemm_16bit import SIZE, float_weight_of, groups_of, scale_place, weight_of
+from pagegraph.kernels.quant.gemm_16bit import SIZE, block_bytes, float_weight_of, groups_of, scale_place, weight_of
 from pagegraph.kernels.quant.tiles import SINGLE_ROWS, QuantGemvTile
 from pagegraph.kernels.quant.weight import QuantWeight
 
@@ -39,16 +39,15 @@ def _part(part, at: tl.constexpr, OUT: tl.constexpr, PARTS: tl.constexpr, GATED:
 
 @triton.jit
 def _blocks(
-    qweight_ptr, scale_ptr, zero_ptr, part, first, DTYPE: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    qweight_ptr, scale_ptr, zero_ptr, part, block, DTYPE: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
     GROUPS: tl.constexpr, WARPS: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr, HAS_ZERO: tl.constexpr, BEYOND: tl.constexpr,
 ):  # fmt: skip
-    """Rows 16 * part on of the weight, a block of 64 columns to each warp from block `first` on: [WARPS, 16, 64]."""
+    """Rows 16 * part on of the weight, block `block` [threads] of 64 columns to each warp: [WARPS, 16, 64]."""
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
     last: tl.constexpr = (N + SIZE - 1) // SIZE - 1
     thread = tl.arange(0, 32 * WARPS)
     row_block = tl.minimum(part // 4, last).to(tl.int64)  # nothing past the last row is stored
     at = part % 4 * 32 + thread % 32
-    block = first + thread // 32
     if BEYOND:  # x is zeros there
         block = tl.minimum(block, blocks - 1)
     if KIND == "fp8":
@@ -56,7 +55,7 @@ def _blocks(
             qweight_ptr, scale_ptr, row_block.to(tl.int32) * SIZE, at, block * SIZE, DTYPE, N, K, GROUP, WHOLE
         )
     else:
-        BYTES: tl.constexpr = SIZE * SIZE // 2 if KIND == "int4" else SIZE * SIZE
+        BYTES: tl.constexpr = block_bytes(KIND)
         qweight_at = qweight_ptr + ((row_block * blocks + block) * BYTES + at * 16)[:, None] + tl.arange(0, 16)[None, :]
         scale = tl.zeros([32 * WARPS, 2 * GROUPS], scale_ptr.dtype.element_ty)
         zero = scale
@@ -68,7 +67,7 @@ def _blocks(
             scale = tl.load(scale_ptr + pair_at)
             if HAS_ZERO:
                 zero = tl.load(zero_ptr + pair_at)
-        weight = weight_of(qweight_at, scale, zero, DTYPE, GROUPS, KIND == "int4", WHOLE, HAS_ZERO)
+        weight = weight_of(qweight_at, scale, zero, DTYPE, GROUPS, KIND, WHOLE, HAS_ZERO)
     return weight.reshape(WARPS, ROWS, SIZE)
 
 
@@ -79,11 +78,67 @@ def _below(upper, lower):
 
 
 @triton.jit
+def parts_of(
+    qweight_ptr, scale_ptr, zero_ptr, part, block, DTYPE: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr, HAS_ZERO: tl.constexpr,
+    BEYOND: tl.constexpr, OUT: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """The rows of a program, 16 * PARTS, of block `block` [threads] of 64 columns to each warp: [WARPS, rows, 64]."""
+    weight = _blocks(
+        qweight_ptr, scale_ptr, zero_ptr, _part(part, 0, OUT, PARTS, GATED), block,
+        DTYPE, N, K, GROUP, GROUPS, WARPS, KIND, WHOLE, HAS_ZERO, BEYOND,
+    )  # fmt: skip
+    if PARTS > 1:
+        second = _blocks(
+            qweight_ptr, scale_ptr, zero_ptr, _part(part, 1, OUT, PARTS, GATED), block,
+            DTYPE, N, K, GROUP, GROUPS, WARPS, KIND, WHOLE, HAS_ZERO, BEYOND,
+        )  # fmt: skip
+        weight = _below(weight, second)
+    if PARTS > 2:
+        third = _blocks(
+            qweight_ptr, scale_ptr, zero_ptr, _part(part, 2, OUT, PARTS, GATED), block,
+            DTYPE, N, K, GROUP, GROUPS, WARPS, KIND, WHOLE, HAS_ZERO, BEYOND,
+        )  # fmt: skip
+        fourth = _blocks(
+            qweight_ptr, scale_ptr, zero_ptr, _part(part, 3, OUT, PARTS, GATED), block,
+            DTYPE, N, K, GROUP, GROUPS, WARPS, KIND, WHOLE, HAS_ZERO, BEYOND,
+        )  # fmt: skip
+        weight = _below(weight, _below(third, fourth))
+    return weight
+
+
+@triton.jit
+def gemv_sums(
+    x_at, in_t, qweight_ptr, scale_ptr, zero_ptr, part, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr,
+    HAS_ZERO: tl.constexpr, BEYOND: tl.constexpr, OUT: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """The rows of a program times x at [WARPS, 64, T], of which in_t [T] are some: float32 [WARPS, rows, T], over each warp's columns."""
+    blocks: tl.constexpr = (K + SIZE - 1) // SIZE
+    column = tl.arange(0, WARPS)[:, None, None] * SIZE + tl.arange(0, SIZE)[None, :, None]
+    warp = tl.arange(0, 32 * WARPS) // 32
+    total = tl.zeros([WARPS, PARTS * ROWS, in_t.shape[0]], tl.float32)
+    for turn in range(0, blocks, WARPS * STEPS):
+        for step in tl.static_range(STEPS):
+            first = turn + step * WARPS
+            inside = in_t[None, None, :]
+            if BEYOND:
+                inside = inside & (column < K - first * SIZE)
+            x = tl.load(x_at + first * SIZE, mask=inside, other=0.0)
+            weight = parts_of(
+                qweight_ptr, scale_ptr, zero_ptr, part, first + warp,
+                x.dtype, N, K, GROUP, GROUPS, WARPS, PARTS, KIND, WHOLE, HAS_ZERO, BEYOND, OUT, GATED,
+            )  # fmt: skip
+            total = tl.dot(in_registers(weight), x, total)
+    return total
+
+
+@triton.jit
 def _ask(qweight_ptr, part, N: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr, KIND: tl.constexpr):
     """Have the values of the first steps brought to the L2."""
     blocks: tl.constexpr = (K + SIZE - 1) // SIZE
     last: tl.constexpr = (N + SIZE - 1) // SIZE - 1
-    BYTES: tl.constexpr = SIZE * SIZE // 2 if KIND == "int4" else SIZE * SIZE
+    BYTES: tl.constexpr = block_bytes(KIND)
     thread = tl.arange(0, 32 * WARPS)
     for step in tl.static_range(EARLY):
         block = tl.minimum(step * WARPS + thread // 32, blocks - 1)
@@ -125,7 +180,6 @@ def quant_gemv_kernel(
 ):
     part = tl.program_id(0)
     OUT: tl.constexpr = N // 2 if GATED else N
-    blocks: tl.constexpr = (K + SIZE - 1) // SIZE
     for at in tl.static_range(PARTS):
         _ask(qweight_ptr, _part(part, at, OUT, PARTS, GATED), N, K, WARPS, KIND)
     half: tl.constexpr = PARTS * ROWS // 2
@@ -144,87 +198,10 @@ def quant_gemv_kernel(
     x_at = x_ptr + column + t[None, None, :] * x_stride
     if PDL:
         wait()
-    total = tl.zeros([WARPS, PARTS * ROWS, T], tl.float32)
-    for turn in range(0, blocks, WARPS * STEPS):
-        for step in tl.static_range(STEPS):
-            first = turn + step * WARPS
-            inside = in_t[None, None, :]
-            if BEYOND:
-                inside = inside & (column < K - first * SIZE)
-            x = tl.load(x_at + first * SIZE, mask=inside, other=0.0)
-            weight = _blocks(
-                qweight_ptr,
-                scale_ptr,
-                zero_ptr,
-                _part(part, 0, OUT, PARTS, GATED),
-                first,
-                x.dtype,
-                N,
-                K,
-                GROUP,
-                GROUPS,
-                WARPS,
-                KIND,
-                WHOLE,
-                HAS_ZERO,
-                BEYOND,
-            )
-            if PARTS > 1:
-                second = _blocks(
-                    qweight_ptr,
-                    scale_ptr,
-                    zero_ptr,
-                    _part(part, 1, OUT, PARTS, GATED),
-                    first,
-                    x.dtype,
-                    N,
-                    K,
-                    GROUP,
-                    GROUPS,
-                    WARPS,
-                    KIND,
-                    WHOLE,
-                    HAS_ZERO,
-                    BEYOND,
-                )
-                weight = _below(weight, second)
-            if PARTS > 2:
-                third = _blocks(
-                    qweight_ptr,
-                    scale_ptr,
-                    zero_ptr,
-                    _part(part, 2, OUT, PARTS, GATED),
-                    first,
-                    x.dtype,
-                    N,
-                    K,
-                    GROUP,
-                    GROUPS,
-                    WARPS,
-                    KIND,
-                    WHOLE,
-                    HAS_ZERO,
-                    BEYOND,
-                )
-                fourth = _blocks(
-                    qweight_ptr,
-                    scale_ptr,
-                    zero_ptr,
-                    _part(part, 3, OUT, PARTS, GATED),
-                    first,
-                    x.dtype,
-                    N,
-                    K,
-                    GROUP,
-                    GROUPS,
-                    WARPS,
-                    KIND,
-                    WHOLE,
-                    HAS_ZERO,
-                    BEYOND,
-                )
-                weight = _below(weight, _below(third, fourth))
-            total = tl.dot(in_registers(weight), x, total)
+    total = gemv_sums(
+        x_at, in_t, qweight_ptr, scale_ptr, zero_ptr, part,
+        N, K, GROUP, GROUPS, WARPS, STEPS, PARTS, KIND, WHOLE, HAS_ZERO, BEYOND, OUT, GATED,
+    )  # fmt: skip
     sums = tl.sum(total, 0)
     if not WHOLE:
         sums *= scale
