@@ -56,6 +56,11 @@ class Server:
             raise
         self.ready_s = time.perf_counter() - self.begin
 
+    @property
+    def pid(self) -> int:
+        """Of the supervisor."""
+        return self._process.pid
+
     def wait_for(self, pattern: re.Pattern) -> str:
         """The first group of the pattern in its log, waited for."""
         while time.perf_counter() - self.begin < READY_SECONDS:
