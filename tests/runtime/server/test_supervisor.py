@@ -167,6 +167,19 @@ def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
         time.sleep(0.02)
 
 
+def bind_when_free(port: int) -> socket.socket:
+    """A bound socket: the kernel closes the sockets of a process that is killed one after the other, and takes a moment."""
+    bound: list[socket.socket] = []
+
+    def try_it() -> bool:
+        with contextlib.suppress(Unserved):
+            bound.append(bind("127.0.0.1", port, "port"))
+        return bool(bound)
+
+    wait_for(try_it)
+    return bound[0]
+
+
 class Server:
     """A supervisor in a process of its own with a folder through which the test steers its children."""
 
@@ -435,7 +448,7 @@ def test_a_new_engine_needs_no_port_that_somebody_took_meanwhile(server: Server)
     server.flag("slow-start").touch()
     server.kill_engine()
     wait_for(lambda: server.probe("/health/ready")[0] == 503)
-    with bind("127.0.0.1", port, "port") as taken:
+    with bind_when_free(port) as taken:
         taken.listen()
         server.flag("slow-start").unlink()
         server.wait_ready()
