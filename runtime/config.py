@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from pagegraph.compiler.quantization import methods as quant_methods
+from pagegraph.runtime.askers import parse_keys, read_line
 from pagegraph.runtime.config_groups import (
     DRAFT_STEP_TOKENS,
     MOST_THREADS,
@@ -31,7 +32,6 @@ from pagegraph.runtime.config_groups import (
     SpeculativeConfig,
     is_path,
 )
-from pagegraph.runtime.config_values import parse_keys
 
 API_KEY_VARIABLE = "PAGEGRAPH_API_KEY"  # of the environment; comes after flags and before files
 # Keys of the mapping `speculative` of a file, and what they are called here.
@@ -59,9 +59,16 @@ class Config(ServerConfig, CompilationConfig, SpeculativeConfig, SchedulerConfig
         )  # fmt: skip
 
     @property
+    def num_keys(self) -> int:
+        """That are told apart; 0 where all clients share one, or need none."""
+        lines = (self.api_key or "").count("\n") + 1
+        return lines if lines > 1 else 0
+
+    @property
     def enough_threads(self) -> int:
         """Threads with which one web process can fill the engine and its queue: any process may get any connection."""
-        return min(MOST_THREADS, self.max_num_seqs + self.max_queue + SPARE_THREADS)
+        places = self.max_num_seqs + self.max_queue + self.num_keys  # each key may always have one waiting
+        return min(MOST_THREADS, places + SPARE_THREADS)
 
     @property
     def web_threads(self) -> int:
@@ -143,8 +150,16 @@ def load_config(
 
 
 def first_key(environment: Mapping[str, str]) -> str | None:
-    """The key that a client sends: PAGEGRAPH_API_KEY holds one a line, if a server is to know several. None: none is given."""
-    return next((line.strip() for line in environment.get(API_KEY_VARIABLE, "").split("\n") if line.strip()), None)
+    """The key that a client sends: PAGEGRAPH_API_KEY holds one a line, if a server is to know several. None: none is given.
+
+    Raises ConfigError for a line that no server takes.
+    """
+    lines = (line.strip() for line in environment.get(API_KEY_VARIABLE, "").split("\n"))
+    first = next((line for line in lines if line), None)
+    try:
+        return None if first is None else read_line(first)[0]
+    except ValueError as error:
+        raise ConfigError(f"{API_KEY_VARIABLE}=*** {error}") from None
 
 
 _API_KEYS = {"api_key", "api_key_file"}

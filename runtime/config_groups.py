@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pagegraph.compiler.quantization import methods as quant_methods
+from pagegraph.runtime.askers import parse_keys
 from pagegraph.runtime.config_values import (
     Parser,
     between,
@@ -20,7 +21,6 @@ from pagegraph.runtime.config_values import (
     parse_bytes,
     parse_compile,
     parse_flag,
-    parse_keys,
     parse_number,
     parse_origins,
     parse_target,
@@ -318,10 +318,39 @@ class ServerConfig:
         None,
         parse_keys,
         "key that clients must send, or a list of keys, whose users share neither prefix cache nor stored responses (none:"
-        " open); on the command line others see it: rather use api_key_file or PAGEGRAPH_API_KEY",
+        " open); limits of its own may follow a key: `sk-1234 requests_per_minute=60`; on the command line others see it:"
+        " rather use api_key_file or PAGEGRAPH_API_KEY",
         _NONE,
     )
-    api_key_file: str | None = _option(None, parse_text, "file that holds the keys alone, one a line", _NONE)
+    api_key_file: str | None = _option(
+        None, parse_text, "file that holds the keys, one a line, with their limits", _NONE
+    )
+    requests_per_minute: int | None = _option(
+        None,
+        between(parse_whole, 1),
+        "requests that a key may make, beyond which it gets 429; of all clients together where there is one key or none."
+        " A minute's may come at once; the room comes back evenly. A line of a key may have its own (none: no limit)",
+        _NONE,
+    )
+    tokens_per_minute: int | None = _option(
+        None,
+        between(parse_whole, 1),
+        "tokens that a key may have computed, of prompts and answers, as requests_per_minute (none: no limit)",
+        _NONE,
+    )
+    max_parallel_requests: int | None = _option(
+        None,
+        between(parse_whole, 1),
+        "requests that a key may have running and waiting, each of several sequences counted, beyond which it gets 429"
+        " (none: no limit)",
+        _NONE,
+    )
+    prefix_cache_per_key: bool = _option(
+        True,
+        parse_flag,
+        "users of different keys share no prefix cache, so that nobody learns what others ask; false: for keys that trust"
+        " each other",
+    )
     allowed_origins: str | None = _option(
         None,
         parse_origins,

@@ -95,22 +95,11 @@ def parse_text(value: Any) -> str:
     return value
 
 
-def _each(value: Any) -> list[Any]:
+def each(value: Any) -> list[Any]:
+    """The entries of a list that has some, or one value as if it were a list."""
     if value == []:
         raise ValueError("is an empty list; give one, or leave it out")
     return value if isinstance(value, list) else [value]
-
-
-def parse_keys(value: Any) -> str:
-    """Keys as a text with one a line, of such a text or a list of them."""
-    lines = [line for one in _each(value) for line in parse_lines(one)]
-    if len(set(lines)) < len(lines):
-        raise ValueError("holds a key twice")
-    if not all(line.isascii() and line.isprintable() for line in lines):
-        raise ValueError(
-            "holds characters that clients cannot send in a header; a key is printable ASCII, for example sk-1234"
-        )
-    return "\n".join(lines)
 
 
 def parse_lines(value: Any) -> list[str]:
@@ -121,7 +110,7 @@ def parse_lines(value: Any) -> list[str]:
 
 def parse_origins(value: Any) -> str:
     """Origins of web pages, as browsers send them, with spaces between; `*` alone is any."""
-    origins = [one for text in _each(value) for one in parse_text(text).split()]
+    origins = [one for text in each(value) for one in parse_text(text).split()]
     for origin in origins:
         if origin != "*" and not (origin.isascii() and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@*,\s]+", origin)):
             raise ValueError(

@@ -31,6 +31,7 @@ from pagegraph.runtime.ipc.protocol import (
     Failed,
     Hello,
     PromptLogprobs,
+    Quotas,
     Submit,
     SubmitGroup,
     TokenDelta,
@@ -112,6 +113,7 @@ class FakeEngine:
         self.submits: list[Submit] = []
         self.taken: list[bool] = []  # of each group: whether an engine before had admitted it
         self.aborted: dict[str, str] = {}  # finish reason by request id
+        self.quotas: Quotas | None = None  # of the key of whoever asks
         self.silent = False
         self.stalled = threading.Event()  # while it is set nothing is read
         self._stopping = False
@@ -157,7 +159,7 @@ class FakeEngine:
                 self.submits.append(submit)
                 answers = self.script(submit)
                 if index == 0 and not (answers and isinstance(answers[0], Failed)):
-                    mailbox.send(client, Admitted(submit.request_id))
+                    mailbox.send(client, Admitted(submit.request_id, self.quotas))
                 for answer in answers:
                     mailbox.send(client, answer if isinstance(answer, Failed) else Tokens([answer]))
 

@@ -1,7 +1,8 @@
 """API keys and origins: who may ask, and what keeps the askers of several keys apart.
 
 With one key all who have it share what is computed, as without. With several, each key has its own prefix cache, so that
-nobody can tell by how fast an answer comes what others asked, and its own stored responses.
+nobody can tell by how fast an answer comes what others asked, and its own stored responses. How much a key may ask goes
+with its name to the engine, which counts.
 
 Browsers let a page's script ask a server of another origin if that server says so (CORS, as the Fetch standard has it).
 Knows no routes but those that are open.
@@ -11,23 +12,26 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Mapping
 
 from flask import Flask, Response, g, request
 
+from pagegraph.runtime.askers import Asker
 from pagegraph.runtime.server import health
-from pagegraph.web import pages
+from pagegraph.web import errors, pages
 from pagegraph.web.errors import ApiError
 
 _PREFLIGHT_S = 600  # that a browser need not ask again whether it may
-_EXPOSED = "x-request-id, x-ignored-fields, retry-after"  # headers of answers that scripts may read
+# Headers of answers that scripts may read.
+_EXPOSED = ", ".join(("x-request-id", "x-ignored-fields", "retry-after", *errors.QUOTA_HEADERS))
 
 
-def require_key(app: Flask, keys: str) -> None:
-    """Refuse every path without one of `keys`, one a line: `Authorization: Bearer KEY` or `x-api-key: KEY`; known route or not.
+def require_key(app: Flask, askers: Mapping[str, Asker]) -> None:
+    """Refuse every path without a key that is one of `askers`: `Authorization: Bearer KEY` or `x-api-key: KEY`; known route or not.
 
     But not health, and not the pages: browsers send no key for them, and they tell nothing until they are given one.
     """
-    expected = [_digest(key) for key in keys.splitlines()]
+    expected = [(_digest(key), one) for key, one in askers.items()]
 
     def check() -> None:
         if request.path in health.PATHS or request.path == "/docs" or pages.is_open(request.path):
@@ -36,15 +40,14 @@ def require_key(app: Flask, keys: str) -> None:
         given = [request.headers.get("x-api-key", "")]  # Anthropic's clients send it so
         given += [bearer.strip()] if scheme.lower() == "bearer" else []
         # All are compared, whichever fits: the time tells nothing.
-        found = [key for one in map(_digest, given) for key in expected if hmac.compare_digest(one, key)]
+        found = [who for one in map(_digest, given) for key, who in expected if hmac.compare_digest(one, key)]
         if not found:
             raise ApiError(
                 401,
                 "missing or wrong API key; send Authorization: Bearer KEY, or x-api-key: KEY",
                 code="invalid_api_key",
             )
-        if len(expected) > 1:
-            g.asker = hashlib.sha256(b"asker" + found[-1]).hexdigest()[:32]
+        g.asker = found[-1]
 
     app.before_request(check)
 
@@ -81,9 +84,18 @@ def allow_origins(app: Flask, origins: str) -> None:
     app.after_request(tell)
 
 
-def asker() -> str:
-    """A name for whoever has the key of the current request, told to nobody; "" where all share one, or none is asked."""
-    return g.get("asker", "")
+def admit_all(app: Flask, asker: Asker) -> None:
+    """Ask for no key: whoever comes is `asker`."""
+
+    def check() -> None:
+        g.asker = asker
+
+    app.before_request(check)
+
+
+def asker() -> Asker:
+    """Who has the key of the current request."""
+    return g.asker
 
 
 def _digest(key: str) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 
 from flask import Flask, Response, g, request
 
+from pagegraph.runtime.askers import Asker, askers
 from pagegraph.runtime.ipc.client import EngineClient
 from pagegraph.runtime.server import comeback
 from pagegraph.runtime.text.tokenizer import Tokenizer
@@ -49,8 +50,10 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
         request_log.log_requests(app)
     if settings.allowed_origins is not None:
         access.allow_origins(app, settings.allowed_origins)
-    if settings.api_key is not None:
-        access.require_key(app, settings.api_key)
+    if settings.api_key is None:
+        access.admit_all(app, Asker("", **settings.limits))
+    else:
+        access.require_key(app, askers(settings.api_key, settings.limits))
     app.after_request(_add_headers)
     app.register_blueprint(routes.blueprint)
     app.register_blueprint(openai_responses.blueprint)
@@ -72,4 +75,6 @@ def _name_request() -> None:
 def _add_headers(response: Response) -> Response:
     response.headers["x-request-id"] = g.request_id
     response.headers["X-Content-Type-Options"] = "nosniff"
+    if g.get("quotas") is not None:
+        response.headers.extend(errors.quota_headers(g.quotas))
     return response

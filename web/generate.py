@@ -70,6 +70,7 @@ def start(
         on_error.pop_all()
         on_error.callback(generation.close)
         generation.wait_admitted()
+        g.quotas = generation.group.quotas
         on_error.pop_all()
     return generation, token_ids
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pagegraph.runtime.askers import LIMITS
 from pagegraph.runtime.config import API_KEY_VARIABLE
 from pagegraph.runtime.ipc.protocol import SILENCE_S
 
@@ -25,7 +26,12 @@ class WebSettings:
     served_model_name: str
     threads: int  # of this worker, as gunicorn is told; a request holds one until its answer is sent
     enough_threads: int  # with so many, the engine's queue is full before they are
-    api_key: str | None = None  # keys, one a line; None: none is asked
+    api_key: str | None = None  # keys, one a line, as `runtime.askers` reads them; None: none is asked
+    # Of each key whose line has none of its own; None: no limit.
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_parallel_requests: int | None = None
+    prefix_cache_per_key: bool = True
     allowed_origins: str | None = None  # of web pages that browsers may let ask, with spaces between; `*`: any
     probe_address: str | None = None  # host:port that serves the engine's /metrics; None: not served
     log_requests: bool = False  # a line for each answer
@@ -41,6 +47,11 @@ class WebSettings:
     comeback: str | None = None  # file of `runtime.server.comeback`; None: no engine follows one that ended
     pulse: str | None = None  # file of the engine's `runtime.server.pulse`
     silence_s: float = SILENCE_S  # without an answer of the engine, or without progress, it counts as dead
+
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """Of each key, by name."""
+        return {name: getattr(self, name) for name in LIMITS}
 
     @classmethod
     def load(cls, source: str | Path | dict[str, Any] | WebSettings) -> WebSettings:

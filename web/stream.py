@@ -36,6 +36,8 @@ class ClientGone(Exception):
 class NoTokens:
     """Stands for a group of `count` sequences that are to have no tokens: each ends at once, without the engine."""
 
+    quotas = None  # nothing is counted
+
     def __init__(self, count: int) -> None:
         self.num_open = count
 
@@ -117,7 +119,7 @@ class Generation:
             if (own := self.fields.get(first)) is None:
                 raise
             message = re.sub(rf"(?<![\w.]){first}(\.\w+)?(?!\w)", lambda _: own, error.message)
-            raise RequestFailed(error.index, error.status, message, own, error.retry_after_s) from None
+            raise error.renamed(message, own) from None
 
     def _piece(self, index: int, delta: TokenDelta) -> Piece:
         if delta.finish_reason in ("abort", "error"):

@@ -121,8 +121,9 @@ def submit(
         params, group = [checked.params] * len(each), NoTokens(len(each))
     else:
         params = [_params(checked, len(ids), index % times, info.max_model_len) for index, ids in enumerate(each)]
-        salt = access.asker() + checked.cache_salt
-        group = service.engine.submit_group(list(zip(each, params, strict=True)), checked.priority, salt)
+        asker = access.asker()
+        salt = (asker.name if service.settings.prefix_cache_per_key else "") + checked.cache_salt
+        group = service.engine.submit_group(list(zip(each, params, strict=True)), checked.priority, salt, asker)
     kept = service.chat.kept_ids(tools=checked.tools.schemas is not None) if checked.messages else frozenset()
     outputs = [
         TextOutput(service.tokenizer, ids, one, checked.stop, checked.include_stop, checked.skip_special_tokens, kept)

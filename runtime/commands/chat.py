@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from pagegraph.runtime.cli import CONTEXT
-from pagegraph.runtime.config import API_KEY_VARIABLE, first_key
+from pagegraph.runtime.config import API_KEY_VARIABLE, ConfigError, first_key
 from pagegraph.runtime.server.child import bound_to_parent, child_environment, module_command
 from pagegraph.runtime.terminal_chat import Answer, ChatError, TerminalChat
 
@@ -46,7 +46,10 @@ def chat(
     target: str, model: str | None, api_key: str | None, system: str | None, quick: str | None, **params: float | None
 ) -> None:
     """Chat in the terminal with TARGET: the URL of a server, or a CONFIG as `runtime serve` takes it."""
-    api_key = api_key or first_key(os.environ)
+    try:
+        api_key = api_key or first_key(os.environ)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
     fields: dict[str, Any] = {name: value for name, value in params.items() if value is not None}
     is_url = target.startswith(("http://", "https://"))
     if not is_url and _HOST_AND_PORT.fullmatch(target) and not os.path.exists(target):

@@ -57,6 +57,8 @@ def _server(url: str) -> None:
             asked.add_header("Authorization", f"Bearer {key}")
         with urllib.request.urlopen(asked, timeout=TIMEOUT_S) as answer:
             found = diagnose(answer.read().decode())
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
     except urllib.error.HTTPError as error:
         hint = (
             f"give its key in {API_KEY_VARIABLE}"

@@ -11,17 +11,20 @@ from concurrent.futures import Future
 
 import numpy as np
 
+from pagegraph.runtime.engine.accounts import Accounts
 from pagegraph.runtime.engine.grammars import Grammars
 from pagegraph.runtime.engine.limits import Limits
 from pagegraph.runtime.engine.throughput import Throughput
 from pagegraph.runtime.grammar.compiler import Grammar
 from pagegraph.runtime.grammar.matcher import TokenMatcher
-from pagegraph.runtime.ipc.protocol import Admitted, Failed, Submit, ToClient
+from pagegraph.runtime.ipc.protocol import Admitted, Failed, Quotas, Submit, ToClient
 from pagegraph.runtime.sampling_params import check_ids, own_seed
 from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Samples, Sequence
 
 log = logging.getLogger("pagegraph.engine")
+
+KEY_SHARE = 8  # times what is left of the queue that one of several keys may have waiting
 
 
 class Clients:
@@ -43,7 +46,10 @@ class Clients:
 
 
 class Admission:
-    """`send`: a message to a web process; `seed`: what sequences without one of their own get theirs from."""
+    """`send`: a message to a web process; `seed`: what sequences without one of their own get theirs from.
+
+    Of several keys each may always have one sequence waiting, and no more than its share of the queue.
+    """
 
     def __init__(
         self,
@@ -63,6 +69,7 @@ class Admission:
         self._seed = seed
         self._grammars = grammars
         self._throughput = throughput
+        self._accounts = Accounts(scheduler.num_generated)
         self._num_submitted = 0
 
     def receive(self, client: bytes, submits: list[Submit], tell_admitted: bool, taken: bool = False) -> None:
@@ -72,7 +79,7 @@ class Admission:
         elif self._grammars is None:
             name = "structured_outputs"
             self._refuse(client, submits, 0, 400, f"{name} is not served by this engine; leave it out", name)
-        elif taken or not self._queue_is_full(client, submits):
+        elif taken or self._may_come(client, submits):
             self._grammars.compile(client, submits, tell_admitted, taken)
 
     def admit_compiled(self, wait: bool) -> None:
@@ -94,10 +101,23 @@ class Admission:
         taken: bool,
         grammars: list[Future[Grammar] | None] | None = None,
     ) -> None:
-        if not taken and self._queue_is_full(client, submits):
+        if not taken and not self._may_come(client, submits):
             return
-        if self._submit(client, submits, grammars or [None] * len(submits)) and tell_admitted:
-            self._send(client, Admitted(submits[0].request_id))
+        added = self._submit(client, submits, grammars or [None] * len(submits))
+        if not added:
+            return
+        quotas = self._accounts.charge(submits, added, self._clock())
+        if tell_admitted:
+            self._send(client, Admitted(submits[0].request_id, quotas))
+
+    def _may_come(self, client: bytes, submits: list[Submit]) -> bool:
+        """Whether their key's limits and the queue have room for them; if not, they are refused."""
+        refusal = self._accounts.refusal(submits, self._clock())
+        if refusal is not None:
+            self._refuse(
+                client, submits, 0, 429, refusal.message, retry_after_s=refusal.retry_after_s, quotas=refusal.quotas
+            )
+        return refusal is None and not self._queue_is_full(client, submits)
 
     def _queue_is_full(self, client: bytes, submits: list[Submit]) -> bool:
         """Whether they are refused for that. One that a limit has room for is let in whole, however large it is."""
@@ -107,20 +127,29 @@ class Admission:
         if num_waiting < free:
             return False
         limits, tokens = self._limits, self._scheduler.num_waiting_tokens
+        asker = submits[0].asker.name
+        own, own_tokens = self._scheduler.waiting_of(asker)
         if self._grammars is not None:
             tokens += self._grammars.num_tokens
-        if num_waiting - free >= limits.max_queue:
+            compiling_own, compiling_tokens = self._grammars.waiting_of(asker)
+            own, own_tokens = own + compiling_own, own_tokens + compiling_tokens
+        if asker and not own:
+            return False
+        if not asker:
+            own = own_tokens = 0
+        if _is_full(num_waiting - free, own, limits.max_queue):
             full = f"{num_waiting} sequences are waiting, max_queue is {limits.max_queue}"
-        elif limits.max_queue_tokens is not None and tokens >= limits.max_queue_tokens:
+        elif limits.max_queue_tokens is not None and _is_full(tokens, own_tokens, limits.max_queue_tokens):
             full = f"{tokens} prompt tokens are waiting, max_queue_tokens is {limits.max_queue_tokens}"
         else:
             return False
+        full += f"; {own} of the sequences are of this key" if asker else ""
         wait_s = self._throughput.wait_s(tokens, num_waiting)
         self._refuse(client, submits, 0, 503, f"the queue is full: {full}", retry_after_s=wait_s)
         return True
 
-    def _submit(self, client: bytes, submits: list[Submit], grammars: list[Future[Grammar] | None]) -> bool:
-        """Queue sequences, all of them or none; if none, one `Failed` says why. Returns whether they are queued."""
+    def _submit(self, client: bytes, submits: list[Submit], grammars: list[Future[Grammar] | None]) -> list[Sequence]:
+        """Queue sequences, all of them or none; if none, one `Failed` says why. Returns those that are queued."""
         added: list[Sequence] = []
         # By the list that they came as: many may have the same.
         prompts: dict[int, np.ndarray] = {}
@@ -137,7 +166,7 @@ class Admission:
                 sequence.grammar = None if grammar is None else TokenMatcher(grammar.result())
                 self._scheduler.add(sequence)
                 added.append(sequence)
-            return True
+            return added
         except ValueError as error:
             status, reason, field = 400, str(error), getattr(error, "field", "")
         except Exception:
@@ -147,7 +176,7 @@ class Admission:
         for sequence in added:
             self._scheduler.abort(sequence.key)
         self._refuse(client, submits, bad, status, reason, field)
-        return False
+        return []
 
     def _refuse(
         self,
@@ -158,10 +187,11 @@ class Admission:
         reason: str,
         field: str = "",
         retry_after_s: float = 1.0,
+        quotas: Quotas | None = None,
     ) -> None:
         """None of them runs, because of the one at `which`."""
         ids = [submit.request_id for submit in submits]
-        self._send(client, Failed(ids.pop(which), status, reason, ids, field, retry_after_s))
+        self._send(client, Failed(ids.pop(which), status, reason, ids, field, retry_after_s, quotas))
 
     def _sequence(self, client: bytes, message: Submit, prompt: np.ndarray) -> Sequence:
         self._num_submitted += 1
@@ -178,4 +208,13 @@ class Admission:
             owner=self.clients.number(client),
             max_model_len=self._limits.max_model_len,
             pooler=self._limits.pooler,
+            asker=message.asker.name,
         )
+
+
+def _is_full(num: int, own: int, most: int) -> bool:
+    """Whether a queue of `num`, `own` of them of one of several keys, has no room for more of that key.
+
+    What a key must leave is for others whenever they come: 1/9 of the queue where they have nothing in it.
+    """
+    return num >= most or own >= KEY_SHARE * (most - num)

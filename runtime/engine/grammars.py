@@ -54,6 +54,13 @@ class Grammars:
         """Of their prompts."""
         return sum(len(submit.token_ids) for group in self._compiling for submit in group.submits)
 
+    def waiting_of(self, asker: str) -> tuple[int, int]:
+        """Sequences of one key that wait for their grammar, and the tokens of their prompts."""
+        own = [
+            len(submit.token_ids) for group in self._compiling for submit in group.submits if submit.asker.name == asker
+        ]
+        return len(own), sum(own)
+
     @property
     def stalled_s(self) -> float:
         """For how long a thread has been at one grammar; compiling is bounded, so a long time means that it hangs."""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from pagegraph.runtime.askers import NOBODY, Asker
 from pagegraph.runtime.ipc.connection import Comeback, Connection, EngineDead, Inbox, Item, RequestFailed
 from pagegraph.runtime.ipc.protocol import (
     HEARTBEAT_S,
@@ -21,6 +22,7 @@ from pagegraph.runtime.ipc.protocol import (
     EngineInfo,
     Failed,
     Member,
+    Quotas,
     SubmitGroup,
     TokenDelta,
 )
@@ -36,6 +38,7 @@ class Group:
         self._inbox = inbox
         self._open = set(range(len(request_ids)))
         self._front: tuple[int, Item] | None = None
+        self.quotas: Quotas | None = None  # what was left of the limits of the key when it was admitted
 
     @property
     def num_open(self) -> int:
@@ -65,7 +68,9 @@ class Group:
                 self._open.discard(index)
                 if content.others:
                     self._open.clear()
-                raise RequestFailed(index, content.status, content.message, content.field, content.retry_after_s)
+                raise RequestFailed(
+                    index, content.status, content.message, content.field, content.retry_after_s, content.quotas
+                )
             if content.finish_reason:
                 self._open.discard(index)
             return index, content
@@ -74,8 +79,11 @@ class Group:
         """Whether the engine admits the group within `timeout` seconds. Raises as `get` does if it refuses it."""
         if self._front is None:
             self._front = self._next(timeout)
-        if self._front is not None and isinstance(self._front[1], Failed | EngineDead):
+        first = None if self._front is None else self._front[1]
+        if isinstance(first, Failed | EngineDead):
             self.get(0)
+        if isinstance(first, Admitted):
+            self.quotas = first.quotas
         return self._front is not None
 
     def abort(self) -> None:
@@ -185,6 +193,7 @@ class EngineClient:
         sequences: Sequence[tuple[list[int], SamplingParams]],
         priority: int = 0,
         cache_salt: str = "",
+        asker: Asker = NOBODY,
     ) -> Group:
         """Start several sequences that one thread reads; the engine takes all of them or none.
 
@@ -197,7 +206,13 @@ class EngineClient:
         places = {key: place for place, key in enumerate(prompts)}
         members = [Member(connection.new_id(), places[id(token_ids)], params) for token_ids, params in sequences]
         connection.open(
-            SubmitGroup(prompts=list(prompts.values()), members=members, priority=priority, cache_salt=cache_salt),
+            SubmitGroup(
+                prompts=list(prompts.values()),
+                members=members,
+                priority=priority,
+                cache_salt=cache_salt,
+                asker=asker,
+            ),
             inbox,
         )
         return Group(connection, [member.request_id for member in members], inbox)

@@ -28,6 +28,7 @@ from pagegraph.runtime.ipc.protocol import (
     EngineInfo,
     Failed,
     Hello,
+    Quotas,
     SubmitGroup,
     ToClient,
     TokenDelta,
@@ -56,16 +57,29 @@ class EngineDead(Exception):
 
 
 class RequestFailed(Exception):
-    """One sequence cannot run: `index` in its group, HTTP `status`, a message for the user, the field at fault, and of 503
-    when to ask again."""
+    """One sequence cannot run: `index` in its group, HTTP `status`, a message for the user, the field at fault, of 429 and
+    503 when to ask again, and what is left of the limits of the key."""
 
-    def __init__(self, index: int, status: int, message: str, field: str = "", retry_after_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        index: int,
+        status: int,
+        message: str,
+        field: str = "",
+        retry_after_s: float = 1.0,
+        quotas: Quotas | None = None,
+    ) -> None:
         super().__init__(message)
+        self.quotas = quotas
         self.field = field
         self.index = index
         self.status = status
         self.message = message
         self.retry_after_s = retry_after_s
+
+    def renamed(self, message: str, field: str) -> RequestFailed:
+        """The same in other words."""
+        return RequestFailed(self.index, self.status, message, field, self.retry_after_s, self.quotas)
 
 
 Item = Admitted | TokenDelta | Failed | EngineDead

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from pagegraph.runtime.askers import NOBODY, Asker
 from pagegraph.runtime.pooling import Pooler
 from pagegraph.runtime.sampling_params import SamplingParams
 
@@ -27,6 +28,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True, omit_defau
     params: SamplingParams
     priority: int = 0  # lower runs first
     cache_salt: str = ""
+    asker: Asker = NOBODY
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):
@@ -44,6 +46,7 @@ class SubmitGroup(msgspec.Struct, frozen=True, tag="submit_group", kw_only=True,
     members: list[Member]
     priority: int = 0
     cache_salt: str = ""
+    asker: Asker = NOBODY
     taken: bool = False  # an engine that ended had admitted it: it is not refused for a full queue now
 
     def __post_init__(self) -> None:
@@ -59,6 +62,7 @@ class SubmitGroup(msgspec.Struct, frozen=True, tag="submit_group", kw_only=True,
                 params=member.params,
                 priority=self.priority,
                 cache_salt=self.cache_salt,
+                asker=self.asker,
             )
             for member in self.members
         ]
@@ -164,12 +168,27 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
             yield TokenDelta(request_id, [token_id])
 
 
+class Quota(msgspec.Struct, frozen=True, array_like=True):
+    """Of one limit a minute: what is left of it, and the seconds until all of it is, if nothing more is asked."""
+
+    limit: int
+    remaining: int
+    reset_s: float
+
+
+class Quotas(msgspec.Struct, frozen=True, array_like=True):
+    """What a key has left; None of a limit that it has not."""
+
+    requests: Quota | None = None
+    tokens: Quota | None = None
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """A sequence that cannot run: `status` is the HTTP status (400, 500 or 503), `message` is for the user.
+    """A sequence that cannot run: `status` is the HTTP status (400, 429, 500 or 503), `message` is for the user.
 
     `others` are those of its group, where it was the group that was refused: none of them runs. `field`: of SamplingParams,
     or what else of the request is at fault, as the message has it; empty if no one is. `retry_after_s`: when to ask again, of
-    503.
+    429 and 503. `quotas`: of the key, of 429.
     """
 
     request_id: str
@@ -178,12 +197,14 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     others: list[str] = []
     field: str = ""
     retry_after_s: float = 1.0
+    quotas: Quotas | None = None
 
 
 class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
     """The engine admits the group of this first sequence: it is not refused any more. Comes before its first token."""
 
     request_id: str
+    quotas: Quotas | None = None  # of the key that asked, this request counted; None where it has no limit
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag="info"):

@@ -7,6 +7,7 @@ Does not know blocks, nor why sequences join or leave.
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,6 +22,7 @@ class Running:
     def __init__(self, batch: InputBatch) -> None:
         self._batch = batch
         self._sequences: list[Sequence] = []
+        self.by_asker: Counter[str] = Counter()  # how many of each
         self._fixed: Fixed | None = None  # of all of them, until somebody joins or leaves
         self.ones, self.trues = np.zeros(0, np.int32), np.zeros(0, bool)  # as many as `fixed` has
 
@@ -38,10 +40,12 @@ class Running:
     def join(self, sequence: Sequence) -> None:
         """It has its slot."""
         insort(self._sequences, sequence, key=place_of)
+        self.by_asker[sequence.asker] += 1
         self._fixed = None
 
     def leave(self, sequence: Sequence) -> None:
         self._sequences.remove(sequence)
+        self.by_asker[sequence.asker] -= 1
         self._fixed = None
 
     def fixed(self) -> Fixed:

@@ -9,6 +9,7 @@ one. Knows no clock, device, text or socket; which blocks hold what, `runtime.sc
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import count
 
 import numpy as np
@@ -65,7 +66,7 @@ class Scheduler:
         self.batch = InputBatch(max_num_seqs, max_model_len, pool.block_size)
         self.block_tables = BlockTables(pool, self.batch)
         self._running = Running(self.batch)
-        self._waiting = Waiting()
+        self._waiting = Waiting(self._running.by_asker)
         self._live: dict[tuple[int, str], Sequence] = {}  # waiting and running, by key
         self._draining: set[int] = set()  # slots of preempted sequences
         self._order = count()
@@ -93,6 +94,16 @@ class Scheduler:
     def num_waiting_tokens(self) -> int:
         """Of their prompts, what the prefix cache may hold of them too."""
         return self._waiting.num_tokens
+
+    def waiting_of(self, asker: str) -> tuple[int, int]:
+        """Sequences of one asker that wait, and the tokens of their prompts."""
+        return self._waiting.of(asker)
+
+    def num_generated(self, sequence: Sequence) -> int:
+        """Tokens that a sequence has generated so far, wherever it is."""
+        return (
+            sequence.num_generated if sequence.slot < 0 else int(self.batch.known[sequence.slot]) - sequence.num_prompt
+        )
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises ValueError if the pool could never hold it or its id is in use."""
@@ -221,8 +232,8 @@ class Scheduler:
             if sequence.finish_reason:
                 sequence.state = State.FINISHED
         self._live = {key: sequence for key, sequence in self._live.items() if not sequence.finish_reason}
-        self._waiting = Waiting(self.live)
         self._running = Running(self.batch)
+        self._waiting = Waiting(self._running.by_asker, self.live)
         self._draining.clear()
         self._starting = self.alone = None
         self.batch.clear()
@@ -236,8 +247,11 @@ class Scheduler:
         held = sorted([sequence.slot for sequence in running] + list(self._draining))
         require(held == np.flatnonzero(batch.epoch).tolist(), "slots are lost or held twice")
         require(len(held) + batch.num_free == self.max_num_seqs, "slots are lost")
-        for queue in (list(self._waiting), running):
+        for queue in (*self._waiting.lines, running):
             require(queue == sorted(queue, key=place_of), "a queue is out of order")
+        require(
+            +self._running.by_asker == Counter(s.asker for s in running), "askers' running sequences are miscounted"
+        )
         require(self._live == {s.key: s for s in [*running, *self._waiting]}, "a sequence is lost")
         for sequence in self._waiting:
             require(sequence.state in (State.WAITING, State.PREEMPTED), "a waiting sequence is in another state")

@@ -133,6 +133,7 @@ class Sequence:
     cache_salt: str = ""
     grammar: TokenMatcher | None = None  # where it stands in the grammar that its output must match
     owner: int = 0
+    asker: str = ""  # whose it is: those of one share their turns; "": nobody's in particular
     pooler: InitVar[Pooler | None] = None
     num_prompt: int = field(init=False)
     max_len: int = field(init=False)  # tokens at which it ends, whatever they are

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pagegraph.runtime.askers import LIMITS
 from pagegraph.runtime.config import API_KEY_VARIABLE, Config
 from pagegraph.runtime.ipc import protocol
 from pagegraph.runtime.ipc.client import EngineClient, EngineDead
@@ -219,6 +220,7 @@ class Supervisor:
             "pulse": str(self._run_dir.path / pulse.FILE),
             "response_store": str(self._run_dir.path / "responses.sqlite"),
             "response_store_bytes": self.config.response_store_size,
+            **{name: getattr(self.config, name) for name in (*LIMITS, "prefix_cache_per_key")},
             "allowed_origins": self.config.allowed_origins,
             "log_requests": self.config.log_requests,
             "tool_call_parser": self.config.tool_call_parser,

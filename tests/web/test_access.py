@@ -11,6 +11,10 @@ from collections.abc import Callable
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from werkzeug.datastructures import Headers
+
+from pagegraph.runtime.askers import Asker
+from pagegraph.runtime.ipc.protocol import Failed, Quota, Quotas
 
 KEYS = ("first-key", "second key")
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
@@ -95,6 +99,69 @@ def test_a_background_response_is_stored_for_its_key(client: FlaskClient) -> Non
         time.sleep(0.02)
     assert client.get(path, headers=mine).json["status"] in ("completed", "incomplete")
     assert client.get(path, headers=theirs).status_code == 404
+
+
+def test_a_key_takes_its_limits_to_the_engine(make_app: Callable[..., Flask], fake_engine) -> None:
+    lines = "first-key requests_per_minute=5\nsecond key"
+    client = make_app(api_key=lines, tokens_per_minute=100).test_client()
+    salts(client, fake_engine, *map(header, KEYS))
+    first, second = (submit.asker for submit in fake_engine.submits)
+    assert first == Asker(first.name, 5, 100, None) and second == Asker(second.name, None, 100, None)
+    assert first.name != second.name
+    assert client.get("/v1/models", headers=header(lines.partition("\n")[0])).status_code == 401
+
+
+@pytest.mark.parametrize("key", [None, "the-only-key"])
+def test_limits_hold_for_all_where_there_is_one_key_or_none(
+    make_app: Callable[..., Flask], fake_engine, key: str | None
+) -> None:
+    client = make_app(api_key=key, max_parallel_requests=3).test_client()
+    salts(client, fake_engine, header(key or "any"))
+    assert fake_engine.submits[-1].asker == Asker("", None, None, 3)
+
+
+def test_keys_may_share_a_prefix_cache(make_app: Callable[..., Flask], fake_engine) -> None:
+    client = make_app(api_key="\n".join(KEYS), prefix_cache_per_key=False).test_client()
+    assert salts(client, fake_engine, *map(header, KEYS)) == ["", ""]
+    assert salts(client, fake_engine, *map(header, KEYS), cache_salt="salt") == ["salt", "salt"]
+    assert len({submit.asker.name for submit in fake_engine.submits}) == 2
+
+
+QUOTAS = Quotas(Quota(60, 59, 1.0), Quota(10_000, 9_100, 90.5))
+TOLD = {
+    "x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "59", "x-ratelimit-reset-requests": "1s",
+    "x-ratelimit-limit-tokens": "10000", "x-ratelimit-remaining-tokens": "9100", "x-ratelimit-reset-tokens": "1m30.5s",
+}  # fmt: skip
+
+
+def quotas_told(headers: Headers) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items() if name.lower().startswith("x-ratelimit")}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_tells_what_its_key_has_left(client: FlaskClient, fake_engine, stream: bool) -> None:
+    answer = client.post("/v1/chat/completions", json=CHAT | {"stream": stream}, headers=header(KEYS[0]))
+    assert not quotas_told(answer.headers)
+    fake_engine.quotas = QUOTAS
+    answer = client.post("/v1/chat/completions", json=CHAT | {"stream": stream}, headers=header(KEYS[0]))
+    assert quotas_told(answer.headers) == TOLD
+    fake_engine.quotas = Quotas(requests=Quota(3, 0, 0.0125))
+    told = quotas_told(client.post("/v1/responses", json={"input": "Hello"}, headers=header(KEYS[0])).headers)
+    assert told == {
+        "x-ratelimit-limit-requests": "3", "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "13ms",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "kind"), [("/v1/chat/completions", "openai"), ("/v1/messages", "anthropic")])
+def test_a_key_at_its_limit_gets_429(client: FlaskClient, fake_engine, path: str, kind: str) -> None:
+    message = "rate limit reached: requests_per_minute = 60 of this key; try again in 11.2 s"
+    fake_engine.script = lambda s: [Failed(s.request_id, 429, message, retry_after_s=11.2, quotas=QUOTAS)]
+    answer = client.post(path, json=CHAT | {"stream": True}, headers=header(KEYS[0]))
+    assert answer.status_code == 429 and answer.headers["Retry-After"] == "12"
+    assert quotas_told(answer.headers) == TOLD
+    error = answer.json["error"]
+    assert error["type"] == "rate_limit_error" and error["message"] == message
+    assert kind == "anthropic" or (error["code"], error["param"]) == ("rate_limit_exceeded", None)
 
 
 ORIGIN, OTHER = "https://chat.example.org", "https://evil.example.org"

@@ -170,7 +170,7 @@ def _finish(generation: Generation, answer: ResponsesAnswer) -> None:
 
 def _responses() -> ResponseStore:
     """The stored responses that whoever asks may see."""
-    return current_service().responses.of(access.asker())
+    return current_service().responses.of(access.asker().name)
 
 
 def _stored(id: str) -> Stored:

@@ -111,10 +111,11 @@ class ServedModel:
         text = self.get("/metrics", self.probe_port)[1].decode()
         return sum(float(value) for value in re.findall(rf"^pagegraph:{name}(?:{{.*}})? (\S+)$", text, re.M))
 
-    def post(self, path: str, **body: Any) -> http.client.HTTPResponse:
+    def post(self, path: str, key: str | None = None, **body: Any) -> http.client.HTTPResponse:
         """The answer, whose body is still to be read; closing it closes the connection."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-        connection.request("POST", path, json.dumps({"model": "m"} | body), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+        connection.request("POST", path, json.dumps({"model": "m"} | body), headers)
         answer = connection.getresponse()
         closes = answer.close
 
