@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from pagegraph.compiler.passes.modules.merge_linears import MergedLinear
 
@@ -25,7 +26,7 @@ class SkinnyLinear(nn.Module):
 
 
 def skinny_linears(model: nn.Module, device_type: str | None = None) -> int:
-    """Route every plain linear of `model` on a GPU through the op; returns how many were.
+    """Route every plain linear of `model` on a GPU through the op; returns how many were. What goes through another op stays.
 
     device_type: where its weights will be, if not where they are.
     """
@@ -35,7 +36,7 @@ def skinny_linears(model: nn.Module, device_type: str | None = None) -> int:
 
     routed = 0
     for parent in list(model.modules()):
-        if type(parent) is MergedLinear and on_gpu(parent.weight):
+        if type(parent) is MergedLinear and on_gpu(parent.weight) and parent.product is functional.linear:
             parent.product = torch.ops.pagegraph.linear
             routed += 1
         for name, child in list(parent.named_children()):

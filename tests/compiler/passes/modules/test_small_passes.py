@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from pagegraph.compiler.options import PassOptions
 from pagegraph.compiler.passes.modules.merge_linears import MergedLinear, merge_linears
 from pagegraph.compiler.passes.modules.rotary_once import rotary_once
 from pagegraph.compiler.passes.modules.skinny_linears import SkinnyLinear, skinny_linears
+from pagegraph.compiler.passes.registry import apply_module_passes
 from tests.compiler.architectures import SIZES, tiny_config
 from tests.compiler.model.test_paged import MIXED, paged_copy, prompts_for, random_model
 from tests.compiler.paged_run import run_paged
@@ -48,3 +50,13 @@ def test_routed_linears_compute_the_same() -> None:
     )  # qkv, o, gate_up, down; lm_head
     for mine, theirs in zip(logits_of(paged), before, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_no_linear_leaves_the_op_that_deterministic_gave_it() -> None:
+    paged = paged_copy(tiny_config("qwen2"), random_model(tiny_config("qwen2")))
+    options = PassOptions(merge_linears=True, deterministic=True, skinny_linears=True, rotary_once=False)
+    apply_module_passes(paged.model, options, "cuda")
+    modules = list(paged.model.modules())
+    merged = [module for module in modules if isinstance(module, MergedLinear)]
+    assert merged and all(module.product is torch.ops.pagegraph.fixed_linear for module in merged)
+    assert not any(type(module) in (nn.Linear, SkinnyLinear) for module in modules)
