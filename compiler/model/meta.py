@@ -52,7 +52,7 @@ def build_meta(
     except Exception as error:
         why = f"transformers builds no model by this config.json ({reason_of(error)})"
         if isinstance(error, KeyError) and error.args == (attn_implementation,):
-            why = "the model does not attend through transformers' attention interface"
+            why = "the model, or a tower of it, does not attend through transformers' attention interface"
         if isinstance(error, ValueError) and "Unrecognized configuration class" in str(error):
             why = "transformers has no causal language model of this type"
         raise UnsupportedModel(f"{config.model_type}: {why}") from error

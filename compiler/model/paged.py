@@ -19,7 +19,14 @@ from pagegraph.compiler.model.experts import take_experts
 from pagegraph.compiler.model.forward_local import forward_local
 from pagegraph.compiler.model.head import NoHead, head_logits, hidden_states_of
 from pagegraph.compiler.model.left_out import leave_out
-from pagegraph.compiler.model.probe import AttentionLayout, Probed, TokensBefore, ask_for_no_padding, probe
+from pagegraph.compiler.model.probe import (
+    AttentionLayout,
+    Probed,
+    TokensBefore,
+    ask_for_no_padding,
+    counting_arguments,
+    probe,
+)
 
 ATTENTION_NAME = "pagegraph"
 
@@ -123,7 +130,7 @@ class PagedModel(nn.Module):
         )
         forward_local.products = {}
         position_ids = positions.long()[None]
-        past = dict(past_key_values=TokensBefore(position_ids)) if self.counts_tokens else {}
+        past = counting_arguments(TokensBefore(position_ids), position_ids) if self.counts_tokens else {}
         try:
             out = self.model(
                 input_ids=token_ids.long()[None],

@@ -37,6 +37,8 @@ SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_
 TOKENS, ASKED = 37, 2
 # Tensors handed to attention by name that change nothing in it, or that the paged op takes.
 HEARD = frozenset({"position_ids", "logits_to_keep", "s_aux"})
+# Of what PyTorch says where a size or a choice hangs on values, which the meta device has not.
+READS_BACK = ("Tensor.item()", "out of meta tensor", "torch.nonzero()")
 # Masks are read up to this position, beyond every window and chunk.
 LONGEST = 2**30
 
@@ -65,6 +67,7 @@ class _Notes:
     """What one forward of the model called `name` showed so far."""
 
     name: str
+    called: set[nn.Module] = field(default_factory=set)
     attending: dict[int, nn.Module] = field(default_factory=dict)
     layouts: dict[int, AttentionLayout] = field(default_factory=dict)
     forms: dict[Callable[..., torch.Tensor], tuple[int, int]] = field(
@@ -82,7 +85,7 @@ class Probed:
 
     body: path of the module whose output the head computes logits from; "" where the head needs more than that.
     hidden_size: of that output; 0 where there is no body.
-    towers: paths of modules beside the decoder that hold weights of which the forward of text reads none.
+    towers: paths of modules beside the decoder that hold weights and that the forward of text does without.
     """
 
     layouts: list[AttentionLayout]
@@ -119,6 +122,14 @@ class TokensBefore:
         return query_length, 0
 
 
+def counting_arguments(past: TokensBefore, positions: torch.Tensor) -> dict[str, Any]:
+    """What a forward that asks `past` how many tokens came before is given; positions: [1, T].
+
+    Without a mask of its own, some make one of as many tokens as they think there are.
+    """
+    return dict(past_key_values=past, attention_mask=torch.ones_like(positions))
+
+
 def probe(original: nn.Module) -> Probed:
     """What the layers of `original` compute. A copy built by its configuration is run, `original` is not changed.
 
@@ -135,6 +146,8 @@ def probe(original: nn.Module) -> Probed:
     stop_updates(shadow)
     ask_for_no_padding(shadow)
     outputs = note_bodies(shadow)
+    for module in shadow.modules():
+        module.register_forward_pre_hook(_note_call)
     positions = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     for past in (None, TokensBefore(positions)):
         notes, watch = _Notes(name), _Watch(positions)
@@ -147,7 +160,7 @@ def probe(original: nn.Module) -> Probed:
                     position_ids=positions,
                     use_cache=False,
                     logits_to_keep=torch.zeros(ASKED, dtype=torch.long, device="meta"),
-                    **({} if past is None else dict(past_key_values=past)),
+                    **({} if past is None else counting_arguments(past, positions)),
                 ).logits
         except UnsupportedModel:
             raise
@@ -162,13 +175,18 @@ def probe(original: nn.Module) -> Probed:
                     f" {type(rotary).__name__} decides"
                     " anew each time, and the sequences of a step share one rope"
                 )
-            if "Tensor.item()" in str(error) or "out of meta tensor" in str(error):
+            if any(sign in str(error) for sign in READS_BACK):
                 notes.refuse(
                     "its forward reads results back to decide how to go on, which a step launched ahead of its results"
                     " cannot"
                 )
             notes.refuse(
                 f"the forward does not run on packed sequences without a cache ({type(error).__name__}: {error})"
+            )
+        if not notes.layouts:
+            notes.refuse(
+                "none of its layers attends through transformers' attention interface: they have code of their own for it,"
+                " which paged attention does not stand in for, or do not attend"
             )
         if sorted(notes.layouts) != list(range(layers)):
             notes.refuse(
@@ -199,9 +217,15 @@ def _asked_besides(model: nn.Module) -> list[str]:
     ]
 
 
+def _note_call(module: nn.Module, args: Any) -> None:
+    module.notes.called.add(module)
+
+
 def _towers(shadow: nn.Module, notes: _Notes, watch: _Watch) -> list[str]:
-    """Outermost modules of a model of more than text, outside of its layers, none of whose parameters was read."""
-    if shadow.config.get_text_config() is shadow.config:
+    """Outermost modules of a model of more than text, outside of its layers, that were not called and none of whose
+    parameters was read.
+    """
+    if not shadow.config.sub_configs:
         return []
     attending = [path for path, module in shadow.named_modules() if module in notes.attending.values()]
     layers = os.path.commonprefix([path.split(".") for path in attending])
@@ -210,7 +234,7 @@ def _towers(shadow: nn.Module, notes: _Notes, watch: _Watch) -> list[str]:
     def look(module: nn.Module, path: list[str]) -> None:
         for name, child in module.named_children():
             at, own = [*path, name], {id(one) for one in child.parameters()}
-            if own and own.isdisjoint(watch.read):
+            if own and own.isdisjoint(watch.read) and notes.called.isdisjoint(child.modules()):
                 found.append(".".join(at))
             elif at == layers[: len(at)] and at != layers:
                 look(child, at)
@@ -240,6 +264,11 @@ def _refuse_by_configuration(model: nn.Module) -> None:
     config = model.config.get_text_config()
     notes = _Notes(model.config.model_type)
     if unserved := sorted(set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES):
+        if sparse := [one for one in unserved if "sparse" in one]:
+            notes.refuse(
+                f"its layers of type {', '.join(sparse)} attend sparsely, each token to those that an index chooses for"
+                " it; paged attention keeps no such index"
+            )
         notes.refuse(
             f"paged attention does not compute layers of type {', '.join(unserved)};"
             f" served are {', '.join(sorted(SERVED_LAYER_TYPES))}"

@@ -247,7 +247,16 @@ REFUSED = {
     "doge": (SIZES, "layer 0 makes a mask of its own"),
     "moshi": (SIZES, "layer 0 attends without a mask"),
     "roberta": (dict(SIZES, is_decoder=True), "positions start behind a padding index"),
-    "bart": (ENCODER_DECODER, "numbers its tokens by"),
+    "openai-gpt": (dict(n_embd=64, n_layer=2, n_head=4, vocab_size=128), "none of its layers attends through"),
+    "deepseek_v32": (dict(num_hidden_layers=2), "type deepseek_sparse_attention attend sparsely"),
+    "glm_moe_dsa": (dict(num_hidden_layers=2), "type deepseek_sparse_attention attend sparsely"),
+    "deepseek_v4": (dict(num_hidden_layers=4), "type compressed_sparse_attention attend sparsely"),
+    "minimax_m3_vl_text": (
+        dict(SIZES, layer_types=["full_attention", "minimax_m3_sparse"] * 2),
+        "type minimax_m3_sparse attend sparsely",
+    ),
+    "aria_text": (dict(SIZES, moe_num_experts=4, moe_topk=2), "reads results back"),
+    "blip": (dict(text_config=dict(SIZES, projection_dim=64)), "asks for pixel_values, which text does not have"),
     "whisper": (ENCODER_DECODER, "logits of 37 of 37 tokens"),
     "bert": (dict(SIZES, is_decoder=False), "mask of layer 0 is neither causal"),
     "llama": (

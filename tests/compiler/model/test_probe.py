@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import masking_utils
+from transformers import LlamaForCausalLM, masking_utils
 
-from pagegraph.compiler.model.probe import UnsupportedModel, _form, _Notes, _probed_attention
+from pagegraph.compiler.model.probe import UnsupportedModel, _form, _Notes, _probed_attention, probe
+from tests.compiler.architectures import tiny_config
 
 NO_PADDING = torch.zeros(1, dtype=torch.int64, device="meta")
 CAUSAL = masking_utils.causal_mask_function
@@ -40,6 +42,21 @@ def every_second(batch: int, head: int, query: torch.Tensor, key: torch.Tensor) 
 )
 def test_masks_are_read_as_windows_and_chunks(function, form: tuple[int, int] | None) -> None:
     assert _form(function) == form
+
+
+class CountsByPlace(LlamaForCausalLM):
+    """Numbers the tokens of a step by their place in it, whatever positions it is given."""
+
+    def forward(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return super().forward(input_ids=input_ids + places, **given)
+
+
+def test_a_forward_that_numbers_tokens_by_their_place_in_the_step_is_refused() -> None:
+    with torch.device("meta"):
+        model = CountsByPlace(tiny_config("llama"))
+    with pytest.raises(UnsupportedModel, match="llama: the forward numbers its tokens by their place in the step"):
+        probe(model)
 
 
 def test_a_tensor_that_attention_does_not_compute_with_is_refused() -> None:
