@@ -17,6 +17,7 @@ DOCUMENTS = (
     "docs/clients.md",
     "docs/explain.md",
     "docs/failures.md",
+    "docs/models.md",
     "docs/structured.md",
     "docs/tools.md",
     "docs/tune.md",

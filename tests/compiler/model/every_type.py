@@ -43,10 +43,13 @@ TOWER = dict(
     depth=2, num_hidden_layers=2, out_hidden_size=64, mlp_ratio=2.0, image_size=28, patch_size=14, projection_dim=64,
     attention_heads=4, output_dim=64, num_attention_heads=4, num_heads=4, num_channels=3, base_channels=32,
     encoder_hidden_size=64, text_hidden_size=64, embed_dim=64, channel_multiplier=[1, 1], num_position_embeddings=16,
+    crop_size=28, num_blocks=2, ext_pw_out_channel=64, depthwise_separable_out_channel=64, nemo_conv_channels=16,
 )  # fmt: skip
 PROJECTOR = dict(projector_hidden_size=64, connector_hidden_dim=64, alignment_intermediate_size=64)
 # Latent attention: as many keys as queries, and a head is what is rotated.
 LATENT = dict(num_key_value_heads=4, head_dim=8)
+
+
 HALF_SLIDING = ["sliding_attention", "full_attention"] * 2
 
 
@@ -56,26 +59,42 @@ def _sections(*of_half_head: int, **more: Any) -> dict[str, Any]:
 
 
 OWN: dict[str, dict[str, Any]] = {
-    "chameleon": dict(vocabulary_map={"<image>": 3}, vq_config=dict(resolution=32, num_embeddings=16)),
+    "chameleon": dict(
+        vocabulary_map={"<image>": 3}, vq_config=dict(resolution=32, num_embeddings=16, latent_channels=32)
+    ),
     "cohere_compass": dict(tie_word_embeddings=True),
+    "emu3": dict(vocabulary_map={"<image>": 3}),
     "cosmos3_edge_text": _sections(2, 3, 3),
     "deepseek_ocr2_text": dict(num_experts_per_tok=2, mlp_layer_types=["dense", "sparse"] * 2),
-    "ernie4_5_vl_moe_text": dict(moe_intermediate_size=[48, 24], mlp_layer_types=["dense", "sparse"] * 2),
+    "ernie4_5_vl_moe_text": dict(
+        moe_intermediate_size=[48, 24], mlp_layer_types=["dense", "sparse"] * 2, **_sections(3, 3, 2)
+    ),
     "gemma4": dict(text_config=dict(use_bidirectional_attention="vision"), vision_config={}),
     "gemma4_unified": dict(text_config=dict(use_bidirectional_attention="vision"), vision_config={}),
     "glm4v_text": _sections(2, 3, 3),
     "glm4v_moe_text": _sections(1, 1, 2, partial_rotary_factor=0.5),
     "glm_ocr_text": _sections(2, 3, 3),
-    "granite4_vision": dict(text_config=dict(attention_multiplier=0.2, model_type="granite")),
-    "hunyuan_vl_text": dict(head_dim=16),
+    "granite4_vision": dict(
+        text_config=dict(attention_multiplier=0.2, model_type="granite"),
+        deepstack_layer_map=[],
+        spatial_vision_layers=[],
+    ),
+    "gemma3n_text": dict(num_kv_shared_layers=2, layer_types=HALF_SLIDING),
+    "gemma4_text": dict(num_kv_shared_layers=2, layer_types=HALF_SLIDING),
+    "hunyuan_vl_text": dict(head_dim=16, **_sections(2, 3, 3)),
+    "hunyuan_vl": dict(vision_config=dict(max_image_size=64, img_max_token_num=16)),
     "paddleocr_vl_text": _sections(2, 3, 3),
     "qwen2_5_omni_text": _sections(2, 3, 3),
     "qwen2_5_vl_text": _sections(2, 3, 3),
+    "qwen2_vl": dict(vision_config=dict(mlp_ratio=2)),
     "qwen2_vl_text": _sections(2, 3, 3),
+    "step3p5": dict(sliding_window=9, layer_types=HALF_SLIDING),
     "qwen3_omni_moe_text": dict(decoder_sparse_step=1),
     "cohere_compass_text": dict(
         layer_types=HALF_SLIDING,
-        rope_parameters={kind: dict(rope_type="default", rope_theta=1e4) for kind in HALF_SLIDING},
+        rope_parameters={
+            kind: dict(rope_type="default", rope_theta=1e4, mrope_section=[3, 3, 2]) for kind in HALF_SLIDING
+        },
     ),
     "deepseek_v2": dict(n_group=1, topk_group=1, num_experts_per_tok=2),
     "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1),
@@ -86,6 +105,7 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
     "llama4": dict(vision_config=dict(vision_output_dim=64, projector_input_dim=64, projector_output_dim=64)),
     "mamba2": dict(num_heads=8),
+    "minimax_m3_vl_text": dict(layer_types=["full_attention", "minimax_m3_sparse"] * 2),
     "ministral": dict(head_dim=16, layer_types=HALF_SLIDING),
     "nemotron": dict(num_key_value_heads=2),
     "phimoe": dict(sliding_window=9),
@@ -103,8 +123,6 @@ def tiny(kind: str) -> PretrainedConfig:
     config_class = CONFIG_MAPPING[kind]
     default = config_class()
     text = default.get_text_config()
-    if text is default:
-        return config_class(**_small(default, {}))
     own = dict(OWN.get(kind, {}))
     parts: dict[str, Any] = {}
     for name, part_class in config_class.sub_configs.items():
@@ -112,12 +130,15 @@ def tiny(kind: str) -> PretrainedConfig:
         if part is None and changed is not None:
             part = part_class()
         if part is not None:
-            kind_of_part = CONFIG_MAPPING[changed["model_type"]] if "model_type" in (changed or {}) else type(part)
-            parts[name] = kind_of_part(**{**_small(part, {} if part is text else TOWER), **(changed or {})})
-    if all(type(part) is not type(text) for part in parts.values()):
+            part_class = CONFIG_MAPPING[changed["model_type"]] if "model_type" in (changed or {}) else type(part)
+            parts[name] = part_class(**{**_small(part, {} if part is text else TOWER), **(changed or {})})
+    sizes = _small(default, {}) if text is default else _named(default, PROJECTOR)
+    made = {name: value for name, value in {**sizes, **parts, **own}.items() if value is not None}
+    config = config_class(**made)
+    if config.get_text_config() not in (config, *parts.values()):
         raise ValueError("its text model is a part of a part")
-    config = config_class(**{**_named(default, PROJECTOR), **parts, **own})
-    config.architectures = [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]]
+    if parts and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        config.architectures = [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]]
     return config
 
 

@@ -96,7 +96,13 @@ def check(config: Callable[[], PretrainedConfig], layers: int) -> None:
 @pytest.mark.parametrize("kind", THROUGH)
 @torch.inference_mode()
 def test_goes_through_the_op(kind: str) -> None:
-    check(lambda: tiny(kind), THROUGH[kind])
+    def config() -> PretrainedConfig:
+        made = tiny(kind)
+        if kind == "minimax_m3_vl_text":  # which attends sparsely as it is published
+            made.layer_types = ["full_attention"] * made.num_hidden_layers
+        return made
+
+    check(config, THROUGH[kind])
 
 
 @torch.inference_mode()
