@@ -135,7 +135,7 @@ def test_a_key_of_a_thousand_prompts_does_not_starve_one_of_another() -> None:
     waiting = harness.scheduler.waiting_of("many")[0]
     assert 75 <= waiting <= 80 and len(harness.refused) == 1000 - 4 - waiting  # 8/9 of the queue
     assert {failed.status for failed in harness.failures} == {503}
-    assert "max_queue is 90, and " in harness.failures[0].message
+    assert "max_queue is 90; " in harness.failures[0].message
     harness.ask(asks("one", one, max_tokens=2))
     asked = harness.turns
     while "one" not in harness.ended:
