@@ -14,6 +14,7 @@ from typing import Any
 from pagegraph.runtime.ipc.protocol import EngineInfo, TokenLogprob
 from pagegraph.runtime.text.output import Piece
 from pagegraph.runtime.text.tokenizer import Tokenizer
+from pagegraph.web.cache_miss import cache_miss
 from pagegraph.web.errors import ApiError
 from pagegraph.web.message import message_of
 from pagegraph.web.prompt_logprobs import as_json, finite
@@ -92,7 +93,13 @@ class GenerationResponse:
     def whole(self) -> dict[str, Any]:
         """The response that is not streamed."""
         choices = [self.choice_json(index, choice) for index, choice in enumerate(self._choices)]
-        return {**self._head, "object": self.object_whole, "choices": choices, "usage": self._usage()}
+        return {
+            **self._head,
+            "object": self.object_whole,
+            "choices": choices,
+            "usage": self._usage(),
+            **self._cache_miss(),
+        }
 
     def first(self) -> list[dict[str, Any]]:
         """Chunks before any token."""
@@ -129,7 +136,9 @@ class GenerationResponse:
         chunk = {**self._head, "object": self.object_chunk, "choices": choices}
         if self._continuous_usage:
             usage = self._usage()
-        return {**chunk, "usage": usage} if self._include_usage else chunk
+        if not self._include_usage:
+            return chunk
+        return {**chunk, "usage": usage, **({} if usage is None else self._cache_miss())}
 
     def _usage(self) -> dict[str, Any]:
         completion = sum(output.num_tokens for output in self._outputs)
@@ -145,6 +154,9 @@ class GenerationResponse:
                 "rejected_prediction_tokens": sum(output.rejected for output in self._outputs),
             },
         }
+
+    def _cache_miss(self) -> dict[str, str]:
+        return cache_miss(self._outputs[:: self._best_of])
 
     def _num_reasoning_tokens(self) -> int:
         return 0

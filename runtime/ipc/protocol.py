@@ -149,6 +149,7 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
     rejected: int = 0
     prompt_logprobs: PromptLogprobs | None = None  # in order, all of them before the first token
     embedding: bytes = b""  # of the prompt, float32 in the machine's own bytes; told at the end
+    cache_miss: str = ""  # why no more of the prompt was cached, one of `CACHE_MISSES`; told as `cached_tokens` is
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):

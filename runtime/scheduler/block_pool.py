@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,6 +43,9 @@ class BlockPool:
         self._references = array("q", [0]) * self.num_blocks
         self._hash = [_NO_HASH] * self.num_blocks
         self._cached: dict[bytes, int] = {}
+        self._evicted: OrderedDict[bytes, None] = (
+            OrderedDict()
+        )  # hashes of the last evictions, as many as there are blocks
         # Links of the free list; index `self.num_blocks` is its end: next(end) is the front, previous(end) the back.
         end = self.num_blocks
         self._next = array("q", [*range(1, self.num_blocks + 1), 1])
@@ -106,8 +110,7 @@ class BlockPool:
             block = self._next[self._end]
             self._unlink(block)
             if self._hash[block]:
-                self._forget(block)
-                self.evictions += 1
+                self._evict(block)
             self._references[block] = 1
             taken.append(block)
         return taken
@@ -124,7 +127,12 @@ class BlockPool:
         """Make a full, referenced block findable; if equal content is already cached, that one stays."""
         if self.enable_caching and digest not in self._cached and not self._hash[block]:
             self._cached[digest] = block
+            self._evicted.pop(digest, None)
             self._hash[block] = digest
+
+    def was_evicted(self, digest: bytes) -> bool:
+        """Whether such content was cached, as far as is remembered, and gave way to other."""
+        return digest in self._evicted
 
     def hash_of(self, block: int) -> bytes:
         """Hash under which the cache knows `block`, b"" if it does not."""
@@ -159,9 +167,13 @@ class BlockPool:
             before, block = block, self._next[block]
         return free
 
-    def _forget(self, block: int) -> None:
-        del self._cached[self._hash[block]]
-        self._hash[block] = _NO_HASH
+    def _evict(self, block: int) -> None:
+        digest, self._hash[block] = self._hash[block], _NO_HASH
+        del self._cached[digest]
+        self._evicted[digest] = None
+        if len(self._evicted) > self.num_blocks:
+            self._evicted.popitem(last=False)
+        self.evictions += 1
 
     def _unlink(self, block: int) -> None:
         before, after = self._previous[block], self._next[block]

@@ -20,6 +20,14 @@ from pagegraph.runtime.scheduler.block_pool import BlockPool, require
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.sequence import Sequence
 
+CACHE_MISSES = {
+    "new": "nothing like it was computed for this key and cache_salt, as far as is remembered",
+    "evicted": "it was cached, and gave way to other prompts: the KV cache is small for the prompts that come again",
+    "in_flight": "another request's prompt is the same that far and was still being computed",
+    "skipped": "log-probabilities of the prompt, or an embedding of all of it, have to be computed",
+    "disabled": "enable_prefix_caching is false",
+}  # what stopped a hit before the end of the prompt: its name, and what that means
+
 
 class BlockTables:
     """The block tables of `batch`, filled with blocks of `pool`."""
@@ -37,6 +45,20 @@ class BlockTables:
         full = (len(sequence.tokens) - 1) // self.pool.block_size
         self._extend_hashes(sequence, sequence.tokens, full)
         return self.pool.lookup(sequence.prefix.hashes[:full])
+
+    def miss(self, sequence: Sequence, cached: int, running: Iterable[Sequence]) -> str:
+        """Why no more than `cached` tokens of a sequence's prompt were found, a key of CACHE_MISSES; "": no more can be."""
+        at = cached // self.pool.block_size
+        if at == (len(sequence.tokens) - 1) // self.pool.block_size:
+            return ""
+        if not self.pool.enable_caching:
+            return "disabled"
+        if sequence.skip_reading_prefix_cache:
+            return "skipped"
+        missing = sequence.prefix.hashes[at]
+        if any(missing in one.prefix.hashes[at : at + 1] for one in running):
+            return "in_flight"
+        return "evicted" if self.pool.was_evicted(missing) else "new"
 
     def claim(self, sequence: Sequence, found: list[int], spare: int) -> list[int] | None:
         """Blocks for all tokens of a waiting sequence, `found` the first; None, taking none, if less than `spare` were

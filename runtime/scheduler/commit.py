@@ -159,8 +159,9 @@ def _delta(
     reason = "length" if full else "stop" if stopped else ""
     stop_reason = tokens[-1] if stopped else -1
     return TokenDelta(
-        sequence.request_id, tokens, reason, stop_reason, sequence.cached_tokens, logprobs, accepted, rejected
-    )
+        sequence.request_id, tokens, reason, stop_reason, sequence.cached_tokens, logprobs, accepted, rejected,
+        cache_miss=sequence.cache_miss,
+    )  # fmt: skip
 
 
 def _logprobs(

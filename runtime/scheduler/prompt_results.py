@@ -96,8 +96,10 @@ def _result(
         if sequence.params.pooling is not None:
             assert reads.pooler is not None and total is not None
             reason, embedding = "stop", _embedding(reads.pooler, total, sequence).tobytes()
-        cached = sequence.cached_tokens
-        deltas.append(TokenDelta(sequence.request_id, [], reason, cached_tokens=cached, embedding=embedding))
+        cached, miss = sequence.cached_tokens, sequence.cache_miss
+        deltas.append(
+            TokenDelta(sequence.request_id, [], reason, cached_tokens=cached, embedding=embedding, cache_miss=miss)
+        )
     return PromptResult(sequence, told, total, deltas, reason)
 
 

@@ -425,6 +425,7 @@ class Scheduler:
         self._waiting.leave(sequence)
         if sequence.state is State.WAITING:
             sequence.cached_tokens = computed
+            sequence.cache_miss = self.block_tables.miss(sequence, computed, self._running)
             if self.block_tables.pool.enable_caching and not sequence.skip_reading_prefix_cache:
                 self.counters.prefix_queries += sequence.num_prompt
                 self.counters.prefix_hits += computed

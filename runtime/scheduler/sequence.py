@@ -147,6 +147,7 @@ class Sequence:
     finish_reason: str = ""
     stop_reason: int = -1
     cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
+    cache_miss: str = ""  # why no more of them were, one of `CACHE_MISSES`; "": it was all that can be
     num_preemptions: int = 0
     drafts: DraftCounts = field(default_factory=DraftCounts)
     times: Times = field(default_factory=Times)

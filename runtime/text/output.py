@@ -61,6 +61,7 @@ class TextOutput:
     ) -> None:
         self.num_tokens = 0  # that count
         self.cached_tokens = 0  # of the prompt, served from the prefix cache
+        self.cache_miss = ""  # why no more of them were, as `TokenDelta` has it
         self.accepted = 0  # draft tokens of the sequence that became its own
         self.rejected = 0  # and those that did not
         self.prompt_logprobs: list[PromptLogprobs] = []  # in order, as far as they have come
@@ -116,6 +117,7 @@ class TextOutput:
     def count(self, delta: TokenDelta) -> None:
         """Keep what a delta tells beside tokens, which few do; `add` does so itself."""
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
+        self.cache_miss = delta.cache_miss or self.cache_miss
         self.accepted = max(self.accepted, delta.accepted)
         self.rejected = max(self.rejected, delta.rejected)
         if delta.prompt_logprobs is not None:

@@ -17,6 +17,7 @@ from flask import g
 from pagegraph.runtime.text.chat_output import CallArguments, CallBegin, Part, Reasoning
 from pagegraph.runtime.text.output import Piece, TextOutput
 from pagegraph.web.anthropic.errors import body_of
+from pagegraph.web.cache_miss import cache_miss
 from pagegraph.web.errors import ApiError
 from pagegraph.web.message import message_of
 from pagegraph.web.schema import GenerationRequest
@@ -112,7 +113,7 @@ class MessagesAnswer:
         """The message that is not streamed."""
         for _ in self._blocks.close():
             pass
-        return {**self._head, "content": self._blocks.blocks, **self._stop, "usage": self._usage()}
+        return {**self._head, "content": self._blocks.blocks, **self._stop, "usage": self._usage(), **self._miss()}
 
     def first(self) -> list[Event]:
         """Nothing: how much of the prompt was cached, which the first event tells, comes with the first token."""
@@ -136,7 +137,13 @@ class MessagesAnswer:
     def _start(self) -> Event:
         unfinished = {"stop_reason": None, "stop_sequence": None}
         usage = self._usage() | {"output_tokens": 0}
-        return {"type": "message_start", "message": {**self._head, "content": [], **unfinished, "usage": usage}}
+        return {
+            "type": "message_start",
+            "message": {**self._head, "content": [], **unfinished, "usage": usage, **self._miss()},
+        }
+
+    def _miss(self) -> dict[str, str]:
+        return cache_miss([self._output])
 
     def _events(self, piece: Piece) -> Iterator[Event]:
         for part in self._message.parts(piece):

@@ -14,6 +14,7 @@ import msgspec
 
 from pagegraph.runtime.text.chat_output import CallArguments, CallBegin, Content, Part, Reasoning
 from pagegraph.runtime.text.output import Piece, TextOutput
+from pagegraph.web.cache_miss import cache_miss
 from pagegraph.web.errors import ApiError
 from pagegraph.web.message import message_of
 from pagegraph.web.openai_responses.items import Item, new_id
@@ -202,6 +203,7 @@ class ResponsesAnswer:
             ended = self.response("incomplete", incomplete_details=reason, usage=usage)
         else:
             ended = self.response("completed", completed_at=int(time.time()), usage=usage)
+        ended |= cache_miss([self._output])
         self._keep(ended)
         return ended
 
