@@ -6,7 +6,6 @@ Knows modules and names; what text does not need is `compiler.model.probe`'s to 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 
 from torch import nn
 
@@ -16,7 +15,7 @@ ATTRIBUTE = "left_out"  # of the model: the paths, which its checkpoint has tens
 
 
 def leave_out(model: nn.Module, paths: list[str]) -> None:
-    """Put None where the modules at `paths` of `model`, on the meta device, stand; weights of these names are not loaded."""
+    """Put None where the modules at `paths` of `model` stand; weights of these names are not loaded."""
     if not paths:
         return
     size = sum(one.numel() * one.element_size() for path in paths for one in model.get_submodule(path).parameters())
@@ -27,7 +26,11 @@ def leave_out(model: nn.Module, paths: list[str]) -> None:
     log.info("text alone is served: %s left out (%s bytes of weights)", ", ".join(paths), f"{size:,}")
 
 
+def left_out_of(model: nn.Module) -> list[str]:
+    """Paths of what `leave_out` took out of `model`."""
+    return list(getattr(model, ATTRIBUTE, ()))
+
+
 def is_left_out(model: nn.Module, name: str) -> bool:
     """Whether the parameter `name` was one of what `leave_out` took out of `model`."""
-    paths: Iterable[str] = getattr(model, ATTRIBUTE, ())
-    return any(name.startswith(f"{path}.") for path in paths)
+    return any(name.startswith(f"{path}.") for path in left_out_of(model))

@@ -33,7 +33,8 @@ def build_meta(
     max_model_len: int,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The language model of `config`, with its towers if it has them, with parameters on the meta device and real buffers on the CPU.
+    """The language model of `config`, with its towers if it has any: parameters on the meta device, real buffers on the
+    CPU.
 
     `config` is not changed. Rotary frequencies that depend on the sequence length (rope types
     `dynamic` and `longrope`) are fixed for `max_model_len` tokens. Raises UnsupportedModel where transformers

@@ -27,6 +27,7 @@ from pagegraph.compiler.model import rope
 from pagegraph.compiler.model.checkpoint import sidecar_quantization
 from pagegraph.compiler.model.config_json import load_model_config
 from pagegraph.compiler.model.experts import leave_experts, take_experts
+from pagegraph.compiler.model.left_out import leave_out, left_out_of
 from pagegraph.compiler.model.meta import auto_class, build_meta
 from pagegraph.compiler.model.weights import load_weights
 from pagegraph.compiler.options import CompilerOptions
@@ -98,23 +99,24 @@ def is_quantised(options: CompilerOptions, planned: LoadedModel) -> bool:
 
 
 def stock_model(options: CompilerOptions, planned: LoadedModel) -> Any:
-    """Stock transformers on the options' device, in the engine's dtype; weights that the engine quantises, in float32."""
+    """Stock transformers without towers, on the options' device, in the engine's dtype; weights that the engine
+    quantises, in float32.
+    """
     model_options, folder, dtype = options.model, planned.folder, planned.dtype
     config = load_model_config(folder, trust_remote_code=model_options.trust_remote_code)
-    scheme = scheme_of(options, config, folder)
+    scheme, towers = scheme_of(options, config, folder), left_out_of(planned.paged_model.model)
     if scheme is None and model_options.load_format != "dummy":
-        model: Any = (
-            auto_class(config)
-            .from_pretrained(
-                folder, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=model_options.trust_remote_code
-            )
-            .eval()
+        model: Any = auto_class(config).from_pretrained(
+            folder, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=model_options.trust_remote_code
         )
+        model.eval()
+        leave_out(model, towers)
         rope.fix_frequencies(model, planned.max_model_len)
         return model.requires_grad_(False).to(options.device)
     model = build_meta(
         config, dtype, ATTENTION, max_model_len=planned.max_model_len, trust_remote_code=model_options.trust_remote_code
     )
+    leave_out(model, towers)
     take_experts(model)  # so that those of them are quantised that the engine has quantised
     load_weights(
         model, folder, device=options.device, dtype=dtype, load_format=model_options.load_format, quantization=scheme,

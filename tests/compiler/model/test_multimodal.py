@@ -10,14 +10,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from pagegraph.compiler.build import plan_models
 from pagegraph.compiler.model.checkpoint import WeightsMismatch
 from pagegraph.compiler.model.config_json import load_model_config
 from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.paged import ATTENTION_NAME, PagedModel, wrap_model
 from pagegraph.compiler.model.weights import load_weights
+from pagegraph.compiler.options import CompilerOptions, KvCacheOptions, ModelOptions, StepOptions
+from pagegraph.compiler.resolve import resolve_quantization
+from pagegraph.compiler.verify.layers import layers_of
+from pagegraph.compiler.verify.reference import stock_model
 from tests.compiler.model.every_type import tiny
 from tests.compiler.model.test_paged import CHUNKED, MIXED, WHOLE, check_head, prompts_for, random_model, stock_logits
 from tests.compiler.paged_run import run_paged
+from tests.compiler.quantization.checkpoints import write
 
 POPULAR = (
     "gemma3", "gemma4", "glm4v_moe", "idefics3", "internvl", "kimi_k25", "llama4", "llava", "mistral3", "paligemma",
@@ -77,3 +83,32 @@ def test_a_tensor_that_nothing_takes_is_still_refused(tmp_path: Path) -> None:
     save_file({**tensors, "language_model.model.layers.0.extra.weight": torch.ones(2)}, path, {"format": "pt"})
     with pytest.raises(WeightsMismatch, match=r"unexpected weights: language_model\.model\.layers\.0\.extra\.weight"):
         served(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["awq_g32", "fp8_row"])
+@torch.inference_mode()
+def test_a_quantised_folder(name: str, tmp_path: Path) -> None:
+    """Tensors of towers are left out whatever they are called."""
+    stock = write(tmp_path, random_model(tiny("qwen2_5_vl"), AutoModelForImageTextToText), name)
+    config = load_model_config(tmp_path)
+    scheme = resolve_quantization(None, config, torch.device("cpu"))
+    paged = wrap_model(build_meta(config, torch.float32, ATTENTION_NAME, max_model_len=256))
+    load_weights(
+        paged.model, tmp_path, device=torch.device("cpu"), dtype=torch.float32, quantization=scheme, progress=False
+    )
+    check_text(stock, paged)
+
+
+def test_the_reference_of_verify_has_no_towers_either(tmp_path: Path) -> None:
+    """A tower of as many layers would be taken for the decoder."""
+    config = tiny("qwen2_5_vl")
+    config.vision_config.depth = config.text_config.num_hidden_layers
+    random_model(config, AutoModelForImageTextToText).save_pretrained(tmp_path)
+    options = CompilerOptions(
+        model=ModelOptions(model=str(tmp_path), dtype="float32"), device=torch.device("cpu"),
+        kv_cache=KvCacheOptions(memory=1 << 24), step=StepOptions(max_num_seqs=8, max_decode_tokens=8, max_num_batched_tokens=64),
+    )  # fmt: skip
+    [planned] = plan_models(options)
+    stock = stock_model(options, planned)
+    assert stock.model.visual is None
+    assert list(layers_of(stock)) == list(layers_of(planned.paged_model.model))
