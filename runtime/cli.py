@@ -11,9 +11,12 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+
+if TYPE_CHECKING:
+    from pagegraph.runtime.config import Resolved
 
 # name: (module, its click command, one line of help)
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -71,6 +74,11 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_line) for name, (_, _, help_line) in self._known.items()])
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("--help="):
+            _explain(ctx, [args[0].partition("=")[2]], None)
+        return super().parse_args(ctx, args)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -105,6 +113,31 @@ class ConfigCommand(click.Command):
         for flags in self.groups.values():
             self.params += flags
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """`--help=KEY` explains a key, or a group of keys, with the figures of whatever else is given."""
+        asked = [one.partition("=")[2] for one in args if one.startswith("--help=")]
+        if not asked:
+            return super().parse_args(ctx, args)
+        others = [one for one in args if not one.startswith("--help=")]
+        try:
+            super().parse_args(ctx, others)
+            resolved = self._resolved(ctx)
+        except click.MissingParameter:
+            resolved = None
+        _explain(ctx, asked, resolved)
+
+    @staticmethod
+    def _resolved(ctx: click.Context) -> Resolved | None:
+        from pagegraph.runtime.config import FIELDS, ConfigError, load_config
+
+        path = ctx.params.get("config")
+        if path is None:
+            return None
+        try:
+            return load_config(path, {key: ctx.params[_parameter(key)] for key in FIELDS})
+        except ConfigError as error:
+            raise click.ClickException(str(error)) from error
+
     def invoke(self, ctx: click.Context) -> Any:
         from pagegraph.runtime.config import FIELDS, ConfigError
 
@@ -124,10 +157,20 @@ class ConfigCommand(click.Command):
             if isinstance(p, click.Option) and id(p) not in ours and (record := p.get_help_record(ctx))
         ]
         with formatter.section("Options"):
-            formatter.write_dl(own)
+            formatter.write_dl([*own, ("--help=KEY", "Explain a key below, or a group of them, with its arithmetic.")])
         for group, options in self.groups.items():
             with formatter.section(f"Configuration: {group}"):
                 formatter.write_dl([record for option in options if (record := option.get_help_record(ctx))])
+
+
+def _explain(ctx: click.Context, names: list[str], resolved: Resolved | None) -> NoReturn:
+    from pagegraph.runtime.config_help import explain
+
+    try:
+        click.echo("\n\n".join(explain(name, resolved) for name in names))
+    except ValueError as error:
+        ctx.fail(str(error))
+    ctx.exit()
 
 
 def _parameter(key: str) -> str:

@@ -114,6 +114,15 @@ def flag_of(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
+def shown(key: str, value: object) -> str:
+    """A value as a file or a flag may have it; keys are not shown."""
+    if value is None:
+        return FIELDS[key].metadata["unset"][-1]
+    if key == "api_key":
+        return "***"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def load_config(
     path_or_model: str, overrides: Mapping[str, Any] | None = None, environment: Mapping[str, str] = os.environ
 ) -> Resolved:

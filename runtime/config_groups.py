@@ -360,6 +360,11 @@ class ServerConfig:
     )
     log_level: str = _option("info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error")
     log_format: str = _option("text", one_of("text", "json"), "of the server's logs: text, or json, an object a line")
+    log_stats_interval_s: float = _option(
+        10.0,
+        between(parse_number, 0),
+        "seconds between two lines of the engine's log that say what it does; none while it is idle (0: never)",
+    )
     log_requests: bool = _option(
         False,
         parse_flag,

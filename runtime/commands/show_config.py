@@ -11,7 +11,7 @@ import click
 
 from pagegraph.compiler.model.files import json_object
 from pagegraph.runtime.cli import config_command
-from pagegraph.runtime.config import FIELDS, GROUPS, Config, ConfigError, Resolved, load_config
+from pagegraph.runtime.config import FIELDS, GROUPS, Config, ConfigError, Resolved, load_config, shown
 from pagegraph.runtime.config_groups import is_local_path
 from pagegraph.runtime.sampling_params import FROM_GENERATION_CONFIG, SamplingParams, model_defaults
 
@@ -39,12 +39,12 @@ def key_lines() -> str:
 
 def setting_lines(resolved: Resolved) -> str:
     """The settings as aligned lines under their groups; the API key is not shown."""
-    shown = {key: _shown(key, getattr(resolved.config, key)) for key in FIELDS}
-    key_width, value_width = max(map(len, shown)), min(48, max(map(len, shown.values())))
+    values = {key: shown(key, getattr(resolved.config, key)) for key in FIELDS}
+    key_width, value_width = max(map(len, values)), min(48, max(map(len, values.values())))
     lines: list[str] = []
     for group, keys in GROUPS.items():
         lines += ["", f"# {group}"]
-        lines += [f"{key:<{key_width}}  {shown[key]:<{value_width}}  # {resolved.sources[key]}" for key in keys]
+        lines += [f"{key:<{key_width}}  {values[key]:<{value_width}}  # {resolved.sources[key]}" for key in keys]
     return "\n".join(lines[1:])
 
 
@@ -87,11 +87,3 @@ def _folder(config: Config) -> tuple[Path | None, str]:
         if isinstance(found, str):
             return Path(found).parent, ""
     return None, ", as far as is known before the model is loaded; then a line of the log says it"
-
-
-def _shown(key: str, value: object) -> str:
-    if value is None:
-        return FIELDS[key].metadata["unset"][-1]
-    if key == "api_key":
-        return "***"
-    return str(value).lower() if isinstance(value, bool) else str(value)

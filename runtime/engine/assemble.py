@@ -97,7 +97,7 @@ def engine_of(
         )
 
     grammars, drafter = _grammars(config, built, scheduler), _drafter(config, built, scheduler)
-    stats = EngineStats(metrics, scheduler, built.step.counts)
+    stats = EngineStats(metrics, scheduler, built.step.counts, config.log_stats_interval_s)
     engine = Engine(
         built.step, scheduler, mailbox, limits, info, time.monotonic, stats, seed=config.seed,
         use_idle_time=lambda: grammars.use_idle_time() or built.use_idle_time(),

@@ -119,9 +119,10 @@ class Engine:
 
     def turn(self, block: bool = False) -> None:
         """One turn of the loop: accept, schedule, launch, and commit the step before."""
-        idle = self.idle
+        idle, now = self.idle, self.clock()
         if idle:
-            self._moved = self.clock()
+            self._moved = now
+        self.stats.status_line.look(now, idle)
         used = block and idle and self._use_idle_time()
         self.beat(self._expected_s())
         for client, message in self.mailbox.poll(block and idle and not used):

@@ -9,6 +9,7 @@ import numpy as np
 
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.runtime.engine.metrics import Counts, EngineMetrics
+from pagegraph.runtime.engine.status_line import StatusLine
 from pagegraph.runtime.scheduler.chunk_limit import ChunkCounts
 from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.plan import Plan
@@ -32,13 +33,16 @@ class Reported:
 class EngineStats:
     """Follows requests from submission to end. Times are seconds of the engine's clock."""
 
-    def __init__(self, metrics: EngineMetrics, scheduler: Scheduler, steps: StepCounts) -> None:
+    def __init__(
+        self, metrics: EngineMetrics, scheduler: Scheduler, steps: StepCounts, log_stats_interval_s: float = 0.0
+    ) -> None:
         self.metrics = metrics
         self.scheduler = scheduler
         self.steps = steps
         self._tokens = 0  # counted so far
         self._reported = Reported()
         metrics.counts = self.counts
+        self.status_line = StatusLine(log_stats_interval_s, self.counts)
 
     def ended(self, sequence: Sequence, now: float) -> None:
         """A sequence ended, for its `finish_reason`."""

@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pagegraph.runtime.cli import COMMANDS, main
-from pagegraph.runtime.config import FIELDS, flag_of
+from pagegraph.runtime.config import FIELDS, GROUPS, flag_of
+from pagegraph.runtime.config_help import ARITHMETIC
 from pagegraph.runtime.sampling_params import FROM_GENERATION_CONFIG
 from tests.paths import ROOT
 
@@ -167,3 +168,33 @@ def test_torch_is_loaded_behind_the_spin_count_that_it_reads(command: str) -> No
     environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "1000", done.stderr
+
+
+def test_help_of_a_key_has_its_arithmetic_with_the_figures_given() -> None:
+    alone = run("serve", "--help=max-queue")
+    assert alone.exit_code == 0 and "256 / 256 (max_num_seqs) = 1 times" in alone.output
+    with_config = run("serve", "org/name", "--max_num_seqs", "8", "--max-queue", "64", "--help=max_queue")
+    assert with_config.exit_code == 0 and "64 / 8 (max_num_seqs) = 8 times" in with_config.output
+    assert "here     64  (--max-queue)" in with_config.output
+    assert run("--help=max-queue").output == alone.output
+
+
+def test_help_of_every_key_and_group_is_there() -> None:
+    for group, keys in GROUPS.items():
+        result = run("config", f"--help={group}")
+        assert result.exit_code == 0, result.output
+        keys = keys if group not in FIELDS else [group]  # a key of the same name comes first
+        assert all(f"{key}  ({flag_of(key)};" in result.output for key in keys)
+    assert ARITHMETIC.keys() <= FIELDS.keys()
+
+
+def test_help_of_a_key_shows_no_api_key() -> None:
+    result = run("serve", "org/name", "--api-key", "s3cret", "--help=api-key")
+    assert result.exit_code == 0 and "s3cret" not in result.output and "here     ***  (--api-key)" in result.output
+
+
+def test_help_of_what_is_no_key_names_those_that_may_be_meant() -> None:
+    result = run("serve", "--help=seqs")
+    assert result.exit_code == 2 and "no key seqs; did you mean max_num_seqs?" in result.output
+    wrong = run("serve", "org/name", "--max-num-seqs", "many", "--help=max-num-seqs")
+    assert wrong.exit_code == 1 and "max_num_seqs=many is not a whole number" in wrong.output
