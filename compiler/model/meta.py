@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 
 from pagegraph.compiler.model import rope
 from pagegraph.compiler.model.config_json import reason_of
+from pagegraph.compiler.model.left_out import towers_if_installed
 from pagegraph.compiler.model.probe import UnsupportedModel
 
 
@@ -44,7 +45,7 @@ def build_meta(
     config = copy.deepcopy(config)
     rope.parameters_of(config)  # refuses types that nothing computes
     try:
-        with no_init_weights(), _parameters_on_meta():
+        with no_init_weights(), _parameters_on_meta(), towers_if_installed(config):
             model = auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
             )

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 from pagegraph.compiler.model.head import body_of, note_bodies
+from pagegraph.compiler.model.left_out import NotInstalled, towers_if_installed
 from pagegraph.compiler.model.rope import stop_updates
 
 PROBE_NAME = "pagegraph_probe"
@@ -139,7 +140,7 @@ def probe(original: nn.Module) -> Probed:
     name, layers = original.config.model_type, original.config.get_text_config().num_hidden_layers
     _refuse_by_configuration(original)
     # In bfloat16, the type that grouped expert matmuls accept on the meta device.
-    with torch.device("meta"):
+    with torch.device("meta"), towers_if_installed(original.config):
         shadow = type(original)._from_config(
             copy.deepcopy(original.config), dtype=torch.bfloat16, attn_implementation=PROBE_NAME
         )
@@ -234,7 +235,9 @@ def _towers(shadow: nn.Module, notes: _Notes, watch: _Watch) -> list[str]:
     def look(module: nn.Module, path: list[str]) -> None:
         for name, child in module.named_children():
             at, own = [*path, name], {id(one) for one in child.parameters()}
-            if own and own.isdisjoint(watch.read) and notes.called.isdisjoint(child.modules()):
+            if isinstance(child, NotInstalled) or (
+                own and own.isdisjoint(watch.read) and notes.called.isdisjoint(child.modules())
+            ):
                 found.append(".".join(at))
             elif at == layers[: len(at)] and at != layers:
                 look(child, at)

@@ -27,7 +27,7 @@ from pagegraph.compiler.model import rope
 from pagegraph.compiler.model.checkpoint import sidecar_quantization
 from pagegraph.compiler.model.config_json import load_model_config
 from pagegraph.compiler.model.experts import leave_experts, take_experts
-from pagegraph.compiler.model.left_out import leave_out, left_out_of
+from pagegraph.compiler.model.left_out import leave_out, left_out_of, towers_if_installed
 from pagegraph.compiler.model.meta import auto_class, build_meta
 from pagegraph.compiler.model.weights import load_weights
 from pagegraph.compiler.options import CompilerOptions
@@ -106,9 +106,10 @@ def stock_model(options: CompilerOptions, planned: LoadedModel) -> Any:
     config = load_model_config(folder, trust_remote_code=model_options.trust_remote_code)
     scheme, towers = scheme_of(options, config, folder), left_out_of(planned.paged_model.model)
     if scheme is None and model_options.load_format != "dummy":
-        model: Any = auto_class(config).from_pretrained(
-            folder, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=model_options.trust_remote_code
-        )
+        with towers_if_installed(config):
+            model: Any = auto_class(config).from_pretrained(
+                folder, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=model_options.trust_remote_code
+            )
         model.eval()
         leave_out(model, towers)
         rope.fix_frequencies(model, planned.max_model_len)

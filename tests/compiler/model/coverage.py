@@ -27,6 +27,7 @@ import transformers
 
 from pagegraph.compiler.model.checkpoint import WeightsMismatch
 from pagegraph.compiler.model.config_json import load_model_config, reason_of
+from pagegraph.compiler.model.left_out import towers_if_installed
 from pagegraph.compiler.model.meta import auto_class, build_meta
 from pagegraph.compiler.model.paged import ATTENTION_NAME, PagedModel, wrap_model
 from pagegraph.compiler.model.probe import UnsupportedModel
@@ -81,7 +82,7 @@ def outcome_of(kind: str, folder: Path) -> Outcome:
     """Saves the type's model to `folder`, loads it from there, and compares. Raises what nothing expects."""
     try:
         config = tiny(kind)
-        with torch.device("meta"):
+        with torch.device("meta"), towers_if_installed(config):
             size = sum(one.numel() for one in auto_class(config).from_config(config).parameters())
     except Exception as error:
         return Outcome("not tried", f"transformers builds no tiny model: {_short(reason_of(error))}")
@@ -95,7 +96,8 @@ def outcome_of(kind: str, folder: Path) -> Outcome:
         return Outcome("refused", said.removeprefix(f"{kind}: "))
     prompts = prompts_for(config.get_text_config().vocab_size)
     try:
-        stock = random_model(config, auto_class(config))
+        with towers_if_installed(config):
+            stock = random_model(config, auto_class(config))
         expected = stock_logits(stock, prompts)
     except Exception as error:
         return Outcome("not tried", f"transformers' own forward fails: {_short(reason_of(error))}")

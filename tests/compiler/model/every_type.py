@@ -65,6 +65,10 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere_compass": dict(tie_word_embeddings=True),
     "emu3": dict(vocabulary_map={"<image>": 3}),
     "cosmos3_edge_text": _sections(2, 3, 3),
+    "dbrx": dict(
+        attn_config=dict(rope_theta=1e4, kv_n_heads=2, clip_qkv=8.0),
+        ffn_config=dict(ffn_hidden_size=96, moe_num_experts=4, moe_top_k=2, hidden_size=64),
+    ),
     "deepseek_ocr2_text": dict(num_experts_per_tok=2, mlp_layer_types=["dense", "sparse"] * 2),
     "ernie4_5_vl_moe_text": dict(
         moe_intermediate_size=[48, 24], mlp_layer_types=["dense", "sparse"] * 2, **_sections(3, 3, 2)
@@ -77,6 +81,7 @@ OWN: dict[str, dict[str, Any]] = {
     "granite4_vision": dict(
         text_config=dict(attention_multiplier=0.2, model_type="granite"),
         deepstack_layer_map=[],
+        downsample_rate="1/2",
         spatial_vision_layers=[],
     ),
     "gemma3n_text": dict(num_kv_shared_layers=2, layer_types=HALF_SLIDING),
@@ -108,6 +113,7 @@ OWN: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": dict(layer_types=["full_attention", "minimax_m3_sparse"] * 2),
     "ministral": dict(head_dim=16, layer_types=HALF_SLIDING),
     "nemotron": dict(num_key_value_heads=2),
+    "perception_lm": dict(vision_config=dict(model_args=dict(embed_dim=64))),
     "phimoe": dict(sliding_window=9),
     "prophetnet": dict(num_hidden_layers=None, num_decoder_layers=4),
     "zamba2": dict(layers_block_type=["mamba", "hybrid"] * 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 from pagegraph.compiler.build import plan_models
 from pagegraph.compiler.model.checkpoint import WeightsMismatch
 from pagegraph.compiler.model.config_json import load_model_config
+from pagegraph.compiler.model.left_out import towers_if_installed
 from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.paged import ATTENTION_NAME, PagedModel, wrap_model
 from pagegraph.compiler.model.weights import load_weights
@@ -112,3 +114,19 @@ def test_the_reference_of_verify_has_no_towers_either(tmp_path: Path) -> None:
     stock = stock_model(options, planned)
     assert stock.model.visual is None
     assert list(layers_of(stock)) == list(layers_of(planned.paged_model.model))
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
+def test_a_tower_whose_package_is_not_installed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny("gemma3n")
+    with pytest.raises(ImportError, match="timm"):
+        random_model(config, AutoModelForImageTextToText)
+    with towers_if_installed(config):
+        stock = random_model(config, AutoModelForImageTextToText)
+    stock.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tower = {"model.vision_tower.timm_model.conv_stem.conv.weight": torch.ones(2)}
+    save_file({**load_file(path), **tower}, path, {"format": "pt"})
+    caplog.set_level(logging.INFO)
+    check_text(stock, served(tmp_path))
+    assert "besides model.vision_tower, whose package is not installed" in caplog.text
