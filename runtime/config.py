@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,11 @@ def check(config: Config) -> None:
             "deterministic=true needs the compiled model, and compile=false; set compile to true, or deterministic to false:"
             " PyTorch's own loops compute the last elements of an array otherwise than the others"
         )
+    if config.otlp_traces_endpoint is not None and not _has_opentelemetry():
+        raise ConfigError(
+            f"otlp_traces_endpoint={config.otlp_traces_endpoint} needs OpenTelemetry: pip install 'pagegraph[otel]', or"
+            " leave it out"
+        )
     _check_speculation(config)
     if config.probe_port and config.probe_port == config.port:
         raise ConfigError(
@@ -307,6 +313,10 @@ def _check_speculation(config: Config) -> None:
             f"prompt_lookup_min={config.prompt_lookup_min} is above prompt_lookup_max={config.prompt_lookup_max};"
             f" set prompt_lookup_min to {config.prompt_lookup_max} or less"
         )
+
+
+def _has_opentelemetry() -> bool:
+    return all(find_spec(name) for name in ("opentelemetry", "opentelemetry.sdk", "opentelemetry.exporter"))
 
 
 def _check_one_sequence_fits(num_blocks: int, block_size: int, length: int) -> None:

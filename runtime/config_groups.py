@@ -25,6 +25,7 @@ from pagegraph.runtime.config_values import (
     parse_origins,
     parse_target,
     parse_text,
+    parse_url,
     parse_whole,
 )
 from pagegraph.runtime.text import formats
@@ -356,6 +357,13 @@ class ServerConfig:
         parse_origins,
         "origins of web pages whose scripts browsers may let ask, a list or with spaces between; * is any (none: no other"
         " page's)",
+        _NONE,
+    )
+    otlp_traces_endpoint: str | None = _option(
+        None,
+        parse_url,
+        "where spans of requests are sent (OpenTelemetry, OTLP over HTTP), such as http://localhost:4318/v1/traces; needs the"
+        " extra pagegraph[otel] (none: no spans)",
         _NONE,
     )
     log_level: str = _option("info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error")

@@ -121,6 +121,14 @@ def parse_origins(value: Any) -> str:
     return " ".join(dict.fromkeys(origins))
 
 
+def parse_url(value: Any) -> str:
+    """An address of http or https."""
+    text = parse_text(value)
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", text):
+        raise ValueError("is no address such as http://localhost:4318/v1/traces")
+    return text
+
+
 def one_of(*choices: str) -> Parser:
     """A parser of words."""
 

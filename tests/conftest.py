@@ -30,10 +30,13 @@ from pagegraph.runtime.ipc.protocol import (
     EngineInfo,
     Failed,
     Hello,
+    ListRecent,
     PromptLogprobs,
     Quotas,
+    Recent,
     Submit,
     SubmitGroup,
+    Timeline,
     TokenDelta,
     TokenLogprob,
     Tokens,
@@ -111,6 +114,7 @@ class FakeEngine:
         )  # fmt: skip
         self.script: Callable[[Submit], list[TokenDelta | Failed]] = lambda submit: []
         self.submits: list[Submit] = []
+        self.ended: list[tuple[str, Timeline]] = []  # with whose each was
         self.taken: list[bool] = []  # of each group: whether an engine before had admitted it
         self.aborted: dict[str, str] = {}  # finish reason by request id
         self.quotas: Quotas | None = None  # of the key of whoever asks
@@ -150,6 +154,8 @@ class FakeEngine:
             return
         if isinstance(message, Hello):
             mailbox.send(client, self.info)
+        elif isinstance(message, ListRecent):
+            mailbox.send(client, Recent(message.asker, [one for whose, one in self.ended if whose == message.asker]))
         elif isinstance(message, Abort):
             assert message.request_id not in self.aborted
             self.aborted[message.request_id] = message.finish_reason
@@ -162,6 +168,20 @@ class FakeEngine:
                     mailbox.send(client, Admitted(submit.request_id, self.quotas))
                 for answer in answers:
                     mailbox.send(client, answer if isinstance(answer, Failed) else Tokens([answer]))
+                if answers:
+                    self._end(mailbox, client, submit, len(answers))
+
+    def _end(self, mailbox: Mailbox, client: bytes, submit: Submit, generated: int) -> None:
+        """It waited a second, its prompt took two, and its answer four; a moment ago."""
+        now = time.monotonic()
+        one = Timeline(
+            label=submit.label, trace=submit.trace, prompt_tokens=len(submit.token_ids), cached_tokens=2,
+            generated_tokens=generated, finish_reason="stop", arrival=now - 7, launched=now - 6, first_token=now - 4,
+            ended=now,
+        )  # fmt: skip
+        self.ended.append((submit.asker.name, one))
+        if submit.trace:
+            mailbox.send(client, one)
 
     @staticmethod
     def embedding(submit: Submit) -> bytes:

@@ -12,6 +12,7 @@ import yaml
 from pagegraph.runtime.config import FIELDS, Config, load_config
 from pagegraph.runtime.engine.metrics import EngineMetrics
 from pagegraph.runtime.server import health
+from pagegraph.runtime.server.restarts import Restarts, ServerMetrics
 from pagegraph.web.settings import WebSettings
 from tests.paths import ROOT
 
@@ -84,7 +85,8 @@ def test_the_proxy_takes_what_the_server_takes() -> None:
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     board = json.loads((DEPLOY / "grafana" / "pagegraph.json").read_text())
-    served = set(re.findall(r"^([\w:]+)", EngineMetrics("m", 8192).render().decode(), re.M))
+    text = EngineMetrics("m", 8192).render() + ServerMetrics(Restarts(3, 600), "m", lambda: True).render()
+    served = set(re.findall(r"^([\w:]+)", text.decode(), re.M))
     asked = {
         name
         for panel in board["panels"]

@@ -15,7 +15,7 @@ from pagegraph.runtime.askers import Asker, askers
 from pagegraph.runtime.ipc.client import EngineClient
 from pagegraph.runtime.server import comeback
 from pagegraph.runtime.text.tokenizer import Tokenizer
-from pagegraph.web import access, embeddings, errors, pages, probes, request_log, routes, tokenization
+from pagegraph.web import access, embeddings, errors, pages, probes, recent, request_log, routes, tokenization
 from pagegraph.web.anthropic import routes as anthropic
 from pagegraph.web.generate import gone
 from pagegraph.web.openai_responses import routes as openai_responses
@@ -24,6 +24,7 @@ from pagegraph.web.schema import is_request_id
 from pagegraph.web.service import Service
 from pagegraph.web.settings import WebSettings
 from pagegraph.web.stream import ClientGone
+from pagegraph.web.tracing import Tracing, connect
 
 
 def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
@@ -36,16 +37,23 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.url_map.merge_slashes = False  # `//v1/models` is no route, not a redirect to one
     follows = None if settings.comeback is None else Path(settings.comeback)
+    tracing = None
+    if settings.otlp_traces_endpoint is not None:
+        provider = connect(settings.otlp_traces_endpoint, settings.served_model_name)
+        tracing = Tracing(provider, settings.served_model_name)
     engine = EngineClient(
         settings.engine_address,
         silence_s=settings.silence_s,
         comeback=lambda: comeback.seconds(follows),
         is_started=lambda: comeback.is_started(follows),
+        on_timeline=tracing.add if tracing is not None else lambda _: None,
     )
-    app.extensions["pagegraph"] = Service(settings, Tokenizer.load(settings.model), engine)
+    app.extensions["pagegraph"] = Service(settings, Tokenizer.load(settings.model), engine, tracing)
     errors.register(app)
     app.register_error_handler(ClientGone, gone)
     app.before_request(_name_request)
+    if tracing is not None:
+        tracing.follow(app)
     if settings.log_requests:
         request_log.log_requests(app)
     if settings.allowed_origins is not None:
@@ -61,6 +69,7 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     app.register_blueprint(tokenization.blueprint)
     app.register_blueprint(embeddings.blueprint)
     app.register_blueprint(probes.blueprint)
+    app.register_blueprint(recent.blueprint)
     app.register_blueprint(document.blueprint)
     app.register_blueprint(pages.blueprint)
     return app

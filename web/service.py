@@ -21,6 +21,7 @@ from pagegraph.web.errors import ApiError
 from pagegraph.web.openai_responses.store import ResponseStore
 from pagegraph.web.settings import WebSettings
 from pagegraph.web.stream import ClientGone
+from pagegraph.web.tracing import Tracing
 
 _FREE_THREADS = 16  # of a worker's, kept free of generations so that short requests and probes are answered
 _PEEK_S = 0.1  # between looks whether a client that waits for its turn is still there
@@ -29,10 +30,13 @@ _PEEK_S = 0.1  # between looks whether a client that waits for its turn is still
 class Service:
     """The engine, the tokenizer and the threads of one web process. Thread-safe."""
 
-    def __init__(self, settings: WebSettings, tokenizer: Tokenizer, engine: EngineClient) -> None:
+    def __init__(
+        self, settings: WebSettings, tokenizer: Tokenizer, engine: EngineClient, tracing: Tracing | None = None
+    ) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
         self.engine = engine
+        self.tracing = tracing
         self.chat = Chat(tokenizer, settings.tool_call_parser, settings.reasoning_parser)
         self.responses = ResponseStore(settings.response_store, settings.response_store_bytes)
         self.started = int(time.time())

@@ -34,6 +34,7 @@ class WebSettings:
     prefix_cache_per_key: bool = True
     allowed_origins: str | None = None  # of web pages that browsers may let ask, with spaces between; `*`: any
     probe_address: str | None = None  # host:port that serves the engine's /metrics; None: not served
+    otlp_traces_endpoint: str | None = None  # where spans are sent; None: there are none
     log_requests: bool = False  # a line for each answer
     tool_call_parser: str = "auto"  # a row of runtime.text.formats, or none
     reasoning_parser: str = "auto"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
-from flask import request
+from flask import g, request
 
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.sampling_params import BadParameter, SamplingParams, check_length, wrap_seed
@@ -123,7 +123,10 @@ def submit(
         params = [_params(checked, len(ids), index % times, info.max_model_len) for index, ids in enumerate(each)]
         asker = access.asker()
         salt = (asker.name if service.settings.prefix_cache_per_key else "") + checked.cache_salt
-        group = service.engine.submit_group(list(zip(each, params, strict=True)), checked.priority, salt, asker)
+        trace = "" if service.tracing is None else service.tracing.current()
+        group = service.engine.submit_group(
+            list(zip(each, params, strict=True)), checked.priority, salt, asker, g.request_id, trace
+        )
     kept = service.chat.kept_ids(tools=checked.tools.schemas is not None) if checked.messages else frozenset()
     outputs = [
         TextOutput(service.tokenizer, ids, one, checked.stop, checked.include_stop, checked.skip_special_tokens, kept)

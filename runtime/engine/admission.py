@@ -209,6 +209,8 @@ class Admission:
             max_model_len=self._limits.max_model_len,
             pooler=self._limits.pooler,
             asker=message.asker.name,
+            label=message.label,
+            trace=message.trace,
         )
 
 

@@ -29,6 +29,8 @@ from pagegraph.runtime.ipc.protocol import (
     EngineInfo,
     Failed,
     Hello,
+    ListRecent,
+    Recent,
     Submit,
     SubmitGroup,
     ToClient,
@@ -138,6 +140,8 @@ class Engine:
             self._advance()
         except Exception as error:
             self._recover(error)
+        for owner, timeline in self.stats.take_traced():
+            self.mailbox.send(self._admission.clients[owner], timeline)
 
     def _use_idle_time(self) -> bool:
         self.beat(None)  # it may capture, or load what takes long
@@ -318,3 +322,5 @@ class Engine:
                     self.stats.ended(sequence, self.clock())
             case Hello():
                 self.mailbox.send(client, self.info())
+            case ListRecent(asker):
+                self.mailbox.send(client, Recent(asker, self.stats.recent(asker)))

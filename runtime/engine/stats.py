@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.runtime.engine.metrics import Counts, EngineMetrics
 from pagegraph.runtime.engine.status_line import StatusLine
+from pagegraph.runtime.ipc.protocol import Timeline
 from pagegraph.runtime.scheduler.chunk_limit import ChunkCounts
 from pagegraph.runtime.scheduler.commit import StepResult
 from pagegraph.runtime.scheduler.plan import Plan
@@ -18,6 +20,7 @@ from pagegraph.runtime.scheduler.sequence import Sequence
 
 log = logging.getLogger("pagegraph.engine")
 
+MOST_RECENT = 200  # sequences that ended, which are remembered
 REPORT_S = 60.0  # between two lines about draft tokens
 
 
@@ -41,12 +44,29 @@ class EngineStats:
         self.steps = steps
         self._tokens = 0  # counted so far
         self._reported = Reported()
+        self._recent: deque[tuple[str, Timeline]] = deque(maxlen=MOST_RECENT)  # with whose each was
+        self._traced: list[tuple[int, Timeline]] = []  # with the owner of each
         metrics.counts = self.counts
         self.status_line = StatusLine(log_stats_interval_s, self.counts)
 
     def ended(self, sequence: Sequence, now: float) -> None:
         """A sequence ended, for its `finish_reason`."""
         self.metrics.observe_finished(sequence.finish_reason)
+        timeline = Timeline(
+            label=sequence.label,
+            trace=sequence.trace,
+            prompt_tokens=sequence.num_prompt,
+            cached_tokens=sequence.cached_tokens,
+            generated_tokens=sequence.num_generated,
+            finish_reason=sequence.finish_reason,
+            arrival=sequence.arrival,
+            launched=sequence.times.launched,
+            first_token=sequence.times.first_token,
+            ended=now,
+        )
+        self._recent.append((sequence.asker, timeline))
+        if sequence.trace:
+            self._traced.append((sequence.owner, timeline))
         if sequence.finish_reason in ("stop", "length") and not np.isnan(sequence.times.first_token):
             self.metrics.observe_served(
                 queue_time=sequence.times.launched - sequence.arrival,
@@ -59,6 +79,15 @@ class EngineStats:
             )
             if sequence.samples.served(sequence.num_generated):
                 self.metrics.observe_samples(sequence.samples.count, sequence.samples.most_tokens)
+
+    def recent(self, asker: str) -> list[Timeline]:
+        """Of the last sequences that ended, those of one asker, the newest last."""
+        return [timeline for whose, timeline in self._recent if whose == asker]
+
+    def take_traced(self) -> list[tuple[int, Timeline]]:
+        """The owners of sequences with a trace that ended since this was asked last, and what became of each."""
+        traced, self._traced = self._traced, []
+        return traced
 
     def launched(self, plan: Plan, now: float) -> None:
         """A step is on its way: the first of some sequences."""

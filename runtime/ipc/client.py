@@ -24,6 +24,7 @@ from pagegraph.runtime.ipc.protocol import (
     Member,
     Quotas,
     SubmitGroup,
+    Timeline,
     TokenDelta,
 )
 from pagegraph.runtime.sampling_params import SamplingParams
@@ -141,7 +142,8 @@ class EngineClient:
     """What a web process knows of the engine. Thread-safe; survives a fork by connecting anew.
 
     `comeback`: whether a new engine follows when this one ends; requests without a token yet wait for it then.
-    `is_started`: whether one is being started, for a connection that never heard of the one before.
+    `is_started`: whether one is being started, for a connection that never heard of the one before. `on_timeline` is told of
+    each sequence that had a `trace` and ended, in the thread of the connection.
     """
 
     def __init__(
@@ -152,10 +154,12 @@ class EngineClient:
         silence_s: float = SILENCE_S,
         comeback: Comeback = lambda: None,
         is_started: Callable[[], bool] = lambda: False,
+        on_timeline: Callable[[Timeline], None] = lambda _: None,
     ) -> None:
         self._address = address
         self._comeback = comeback
         self._is_started = is_started
+        self._on_timeline = on_timeline
         self._heartbeat_s = heartbeat_s
         self._silence_s = silence_s
         self._lock = threading.Lock()
@@ -194,6 +198,8 @@ class EngineClient:
         priority: int = 0,
         cache_salt: str = "",
         asker: Asker = NOBODY,
+        label: str = "",
+        trace: str = "",
     ) -> Group:
         """Start several sequences that one thread reads; the engine takes all of them or none.
 
@@ -212,10 +218,16 @@ class EngineClient:
                 priority=priority,
                 cache_salt=cache_salt,
                 asker=asker,
+                label=label,
+                trace=trace,
             ),
             inbox,
         )
         return Group(connection, [member.request_id for member in members], inbox)
+
+    def recent(self, asker: str, timeout: float) -> list[Timeline]:
+        """What became of the last sequences of one asker, the newest last. Raises EngineDead."""
+        return self._connected().recent(asker, timeout).timelines
 
     def close(self) -> None:
         """Stop the background thread; open streams end with EngineDead."""
@@ -228,7 +240,12 @@ class EngineClient:
         with self._lock:
             if self._connection is None or not self._connection.running:
                 self._connection = Connection(
-                    self._address, self._heartbeat_s, self._silence_s, self._comeback, self._is_started
+                    self._address,
+                    self._heartbeat_s,
+                    self._silence_s,
+                    self._comeback,
+                    self._is_started,
+                    self._on_timeline,
                 )
             return self._connection
 

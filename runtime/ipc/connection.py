@@ -28,8 +28,11 @@ from pagegraph.runtime.ipc.protocol import (
     EngineInfo,
     Failed,
     Hello,
+    ListRecent,
     Quotas,
+    Recent,
     SubmitGroup,
+    Timeline,
     ToClient,
     TokenDelta,
     Tokens,
@@ -108,10 +111,12 @@ class Connection:
         silence_s: float,
         comeback: Comeback,
         is_started: Callable[[], bool],
+        on_timeline: Callable[[Timeline], None],
     ) -> None:
         self._address = address
         self._comeback = comeback
         self._is_started = is_started
+        self._on_timeline = on_timeline
         self._heartbeat_s = heartbeat_s
         self._silence_s = silence_s
         self._name = uuid.uuid4().hex
@@ -119,8 +124,9 @@ class Connection:
         self._outbox: queue.SimpleQueue[_OpenGroup | bytes] = queue.SimpleQueue()  # groups, and frames of aborts
         self._owed: list[bytes] = []  # aborts that no engine was there to take
         self._streams: dict[str, tuple[int, _OpenGroup]] = {}  # in the order that they were submitted
-        self._changed = threading.Condition()  # guards _streams and _info
+        self._changed = threading.Condition()  # guards _streams, _info and _recent
         self._info: EngineInfo | None = None
+        self._recent: dict[str, Recent] = {}  # what was told last, by asker
         self._started = self._heard = time.monotonic()
         self._lost = False  # the engine was there and went away
         self._connected = False  # ZeroMQ may still take frames for a connection that broke, and lose them
@@ -157,6 +163,17 @@ class Connection:
             if self._info is None:
                 raise EngineDead("the engine does not answer", self._comeback())
             return self._info
+
+    def recent(self, asker: str, timeout: float) -> Recent:
+        """What became of the last sequences of one asker. Raises EngineDead if that is not told in time."""
+        with self._changed:
+            self._recent.pop(asker, None)
+            self._outbox.put(encode(ListRecent(asker)))
+            self._wake()
+            self._changed.wait_for(lambda: asker in self._recent or not self.running, timeout)
+            if asker not in self._recent:
+                raise EngineDead("the engine does not answer", self._comeback())
+            return self._recent[asker]
 
     def open(self, group: SubmitGroup, inbox: Inbox) -> None:
         """Submit a group; what comes for its sequences goes to `inbox`. Raises RequestFailed if it is too long."""
@@ -303,6 +320,12 @@ class Connection:
             with self._changed:
                 self._info = message
                 self._lost = False
+                self._changed.notify_all()
+        elif isinstance(message, Timeline):
+            self._on_timeline(message)
+        elif isinstance(message, Recent):
+            with self._changed:
+                self._recent[message.asker] = message
                 self._changed.notify_all()
         elif isinstance(message, Admitted):
             self._deliver(message.request_id, message, final=False)

@@ -29,6 +29,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True, omit_defau
     priority: int = 0  # lower runs first
     cache_salt: str = ""
     asker: Asker = NOBODY
+    label: str = ""
+    trace: str = ""
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):
@@ -47,6 +49,8 @@ class SubmitGroup(msgspec.Struct, frozen=True, tag="submit_group", kw_only=True,
     priority: int = 0
     cache_salt: str = ""
     asker: Asker = NOBODY
+    label: str = ""  # what the client knows the request by
+    trace: str = ""  # W3C's traceparent of a span; "": what becomes of the sequences is not told to who follows spans
     taken: bool = False  # an engine that ended had admitted it: it is not refused for a full queue now
 
     def __post_init__(self) -> None:
@@ -63,6 +67,8 @@ class SubmitGroup(msgspec.Struct, frozen=True, tag="submit_group", kw_only=True,
                 priority=self.priority,
                 cache_salt=self.cache_salt,
                 asker=self.asker,
+                label=self.label,
+                trace=self.trace,
             )
             for member in self.members
         ]
@@ -81,6 +87,37 @@ class Abort(msgspec.Struct, frozen=True, tag="abort", omit_defaults=True):
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """A web process asks what the engine serves; answered by `EngineInfo`. Also its heartbeat."""
+
+
+class ListRecent(msgspec.Struct, frozen=True, tag="list_recent"):
+    """A web process asks what became of the last sequences of one asker; answered by `Recent`."""
+
+    asker: str
+
+
+class Timeline(msgspec.Struct, frozen=True, tag="timeline", kw_only=True):
+    """What became of one sequence that has ended, and when, in seconds of the machine's monotonic clock.
+
+    Sent for each with a `trace`. NaN: it ended before that.
+    """
+
+    label: str
+    trace: str
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    finish_reason: str
+    arrival: float
+    launched: float  # of its first step
+    first_token: float
+    ended: float
+
+
+class Recent(msgspec.Struct, frozen=True, tag="recent"):
+    """The last sequences of one asker that ended, the newest last."""
+
+    asker: str
+    timelines: list[Timeline]
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -227,8 +264,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     stalled_s: float = 0.0  # seconds since a step ended or work came to an idle engine; 0 without work
 
 
-ToEngine = Submit | SubmitGroup | Abort | Hello
-ToClient = Admitted | Tokens | Failed | EngineInfo
+ToEngine = Submit | SubmitGroup | Abort | Hello | ListRecent
+ToClient = Admitted | Tokens | Failed | EngineInfo | Timeline | Recent
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

@@ -134,6 +134,8 @@ class Sequence:
     grammar: TokenMatcher | None = None  # where it stands in the grammar that its output must match
     owner: int = 0
     asker: str = ""  # whose it is: those of one share their turns; "": nobody's in particular
+    label: str = ""  # what whoever asked knows it by
+    trace: str = ""  # of a span that it belongs to
     pooler: InitVar[Pooler | None] = None
     num_prompt: int = field(init=False)
     max_len: int = field(init=False)  # tokens at which it ends, whatever they are

@@ -222,6 +222,7 @@ class Supervisor:
             "response_store_bytes": self.config.response_store_size,
             **{name: getattr(self.config, name) for name in (*LIMITS, "prefix_cache_per_key")},
             "allowed_origins": self.config.allowed_origins,
+            "otlp_traces_endpoint": self.config.otlp_traces_endpoint,
             "log_requests": self.config.log_requests,
             "tool_call_parser": self.config.tool_call_parser,
             "reasoning_parser": self.config.reasoning_parser,

@@ -71,6 +71,7 @@ ROUTES = (
     Route("GET", "/health/ready", "The same as /health", open=True),
     Route("GET", "/ping", "The same as /health", open=True),
     Route("POST", "/ping", "The same as /health", open=True),
+    Route("GET", "/recent_requests", "Sizes and times of the key's last requests"),
     Route("GET", "/load", "How many sequences run and wait"),
     Route("GET", "/version", "The version of pagegraph"),
     Route("GET", "/metrics", "The engine's metrics as Prometheus reads them", media=_TEXT),

@@ -1,10 +1,12 @@
-// The dashboard: /metrics read every second, rates and percentiles of the last minute, drawn over five.
+// The dashboard: /metrics read every second, rates and percentiles of the last minute, drawn over five; below them the last
+// requests, of /recent_requests.
 //
 // Knows Prometheus' text format and the names of metrics; the server computes nothing for it.
 
 import { ask, key, make } from "./api.js";
 
 const EVERY_MS = 1000, ANSWER_MS = 10_000; // a server that hangs is told of, too
+const ROWS = 20, RECENT_MS = 3000; // of the last requests
 const WINDOW = 60, DRAWN = 300; // readings: of rates and percentiles, of lines
 const at = (id) => document.getElementById(id);
 const history = []; // readings, the newest last: {time, samples: Map of name -> [{labels, value}]}
@@ -139,6 +141,26 @@ function show() {
   }
 }
 
+/** What became of the last requests, the newest first; the server tells no text of them. */
+async function readRecent() {
+  try {
+    const { data } = await (await ask("recent_requests", { signal: AbortSignal.timeout(ANSWER_MS) })).json();
+    at("recent").hidden = !data.length;
+    at("rows").replaceChildren(...data.slice(0, ROWS).map((one) => make("tr", {}, ...cells(one).map((text) => make("td", {}, text)))));
+  } catch {
+    at("recent").hidden = true; // the state above says why nothing is read
+  }
+  setTimeout(readRecent, RECENT_MS);
+}
+
+function cells(one) {
+  const seconds = (value) => time(value ?? NaN);
+  const toFirst = one.queue_s === null || one.prefill_s === null ? null : one.queue_s + one.prefill_s;
+  const pace = one.completion_tokens > 1 && one.decode_s > 0 ? number((one.completion_tokens - 1) / one.decode_s) : "-";
+  const ended = new Date(1000 * (one.created + (one.total_s ?? 0))).toLocaleTimeString();
+  return [ended, one.request_id, count(one.prompt_tokens), count(one.cached_tokens), count(one.completion_tokens), seconds(one.queue_s), seconds(toFirst), pace, seconds(one.total_s), one.finish_reason];
+}
+
 async function read() {
   try {
     const text = await (await ask("metrics", { signal: AbortSignal.timeout(ANSWER_MS) })).text();
@@ -157,3 +179,4 @@ async function read() {
 
 at("key").onchange = () => key.set(at("key").value);
 read();
+readRecent();

@@ -306,6 +306,8 @@ def the_dashboard_draws_what_runs() -> None:
         texts = {text.split("\n")[0]: text for text in cards.all_inner_texts()}
         assert " ms" in texts["Time to first token, median"] or " s" in texts["Time to first token, median"], texts
         assert len(texts) >= 8, texts
+        row = dashboard.locator("#rows tr").first.inner_text().split("\t")
+        assert len(row) == 10 and row[-1] in ("stop", "length"), row
 
 
 @case("plain")
