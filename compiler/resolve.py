@@ -34,7 +34,8 @@ def resolve_dtype(name: str, model_config: Any, device: torch.device) -> torch.d
     """`auto` is the checkpoint's own type, bfloat16 on the CPU where it says float16 or float32."""
     if name != "auto":
         return getattr(torch, name)
-    dtype = getattr(model_config.get_text_config(), "dtype", None) or torch.bfloat16
+    said = [getattr(config, "dtype", None) for config in (model_config.get_text_config(), model_config)]
+    dtype = next(filter(None, said), torch.bfloat16)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     return torch.bfloat16 if device.type == "cpu" else dtype
@@ -47,12 +48,15 @@ def resolve_quantization(
     sidecar: dict[str, Any] | None = None,
     capability: tuple[int, int] | None = None,
 ) -> Scheme | str | None:
-    """The checkpoint's scheme, or the method asked for; removes `quantization_config` from `model_config`.
+    """The checkpoint's scheme, or the method asked for; removes `quantization_config` from `model_config` and its text
+    model's.
 
     sidecar: a quantization_config that counts if `model_config` has none. capability: of a GPU that is not there.
     Raises QuantizationError if the two contradict each other or the device has no such type.
     """
-    found = resolve_scheme(asked, vars(model_config).pop("quantization_config", None) or sidecar)
+    parts = (model_config, model_config.get_text_config())
+    said = [vars(config).pop("quantization_config", None) for config in parts]
+    found = resolve_scheme(asked, next(filter(None, said), sidecar))
     method = found.method if isinstance(found, Scheme) else found
     if method == "fp8" or getattr(found, "fp8", False):
         instead = "set quantization to int8 or int4 on an unquantised checkpoint"

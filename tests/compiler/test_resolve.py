@@ -7,9 +7,12 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
-from pagegraph.compiler.resolve import eos_ids
+from pagegraph.compiler.quantization.config import Scheme
+from pagegraph.compiler.resolve import eos_ids, resolve_dtype, resolve_quantization
+from tests.compiler.model.every_type import tiny
 
 WORDS = {
     "model": {"vocab": {"</s>": 5, "hello": 2}},
@@ -71,3 +74,15 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"generation_config\.json is no JSON"):
         eos_ids(tmp_path, LlamaConfig())
+
+
+@pytest.mark.parametrize("of_text", [False, True])
+def test_what_a_model_of_more_than_text_says_counts_for_its_text(of_text: bool) -> None:
+    """Kimi-K2.5 says in `text_config` how it is quantised."""
+    config = tiny("qwen2_5_vl")
+    part = config.text_config if of_text else config
+    part.dtype = torch.float16
+    part.quantization_config = dict(quant_method="awq", bits=4, group_size=32, version="gemm", zero_point=True)
+    assert resolve_dtype("auto", config, torch.device("cuda")) == torch.float16
+    assert isinstance(resolve_quantization(None, config, torch.device("cpu")), Scheme)
+    assert not any(hasattr(one, "quantization_config") for one in (config, config.text_config))
