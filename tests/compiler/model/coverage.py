@@ -32,7 +32,7 @@ from pagegraph.compiler.model.meta import auto_class, build_meta
 from pagegraph.compiler.model.paged import ATTENTION_NAME, PagedModel, wrap_model
 from pagegraph.compiler.model.probe import UnsupportedModel
 from pagegraph.compiler.model.weights import load_weights
-from tests.compiler.model.every_type import causal_types, image_text_types, tiny
+from tests.compiler.model.every_type import causal_types, image_text_types, speech_types, tiny
 from tests.compiler.model.test_paged import CHUNKED, MIXED, WHOLE, prompts_for, random_model, stock_logits
 from tests.compiler.paged_run import run_paged
 from tests.paths import ROOT
@@ -62,6 +62,7 @@ FAMILIES = {
     "Seed-OSS": ["seed_oss"], "Apertus": ["apertus"], "GPT-2": ["gpt2"], "GPT-NeoX": ["gpt_neox"], "OPT": ["opt"],
     "InternVL": ["internvl"], "LLaVA": ["llava", "llava_next", "llava_onevision"], "Idefics": ["idefics2", "idefics3"],
     "SmolVLM": ["smolvlm"], "PaliGemma": ["paligemma"], "Aya Vision": ["aya_vision"], "Ovis2": ["ovis2"],
+    "Voxtral": ["voxtral"], "Granite Speech": ["granite_speech"],
 }  # fmt: skip
 
 
@@ -74,7 +75,7 @@ class Outcome(NamedTuple):
 
 def kinds() -> list[str]:
     """Every type that may be tried."""
-    return sorted({*causal_types(), *image_text_types()})
+    return sorted({*causal_types(), *image_text_types(), *speech_types()})
 
 
 @torch.inference_mode()
@@ -153,38 +154,42 @@ def _short(reason: str) -> str:
 
 def page(outcomes: dict[str, Outcome]) -> str:
     """The document."""
-    causal, image_text = set(causal_types()), set(image_text_types())
     lines = [
         "# Models",
         "",
         f"{versions()}:",
         "a tiny random model, saved by transformers and served from its folder, is *right* where its logits are those of",
-        "transformers' own eager forward, whole, in chunks and mixed with others. Of image-text types that goes for text;",
-        "images are refused. What is *refused* says why at the start. `python -m tests.compiler.model.coverage --write`",
-        "makes this page; `make test-slow` compares every row.",
+        "transformers' own eager forward, whole, in chunks and mixed with others. Images and sound are not served. What is",
+        "*refused* says why at the start. `python -m tests.compiler.model.coverage --write` makes this page, and",
+        "`make test-slow` compares every row.",
         "",
         "| types | " + " | ".join(VERDICTS) + " | all |",
         "|---|---|---|---|---|",
     ]
-    for name, members in (("causal language models", causal), ("image-text models", image_text)):
+    sets = {"causal LM": causal_types(), "image-text": image_text_types(), "speech": speech_types()}
+    for name, members in sets.items():
         counted = Counter(outcomes[kind].verdict for kind in members)
         lines.append(f"| {name} | " + " | ".join(str(counted[one]) for one in VERDICTS) + f" | {len(members)} |")
-    lines += ["", "`type` is what a config.json calls `model_type`; T: a causal LM, I: an image-text model.", ""]
+    lines += ["", "`type` is what a config.json calls `model_type`; C: causal LM, I: image-text, S: speech.", ""]
     lines += ["| type | | | why |", "|---|---|---|---|"]
     for kind, (verdict, why) in outcomes.items():
-        lines.append(f"| `{kind}` | {'T' * (kind in causal)}{'I' * (kind in image_text)} | {verdict} | {why} |")
+        letters = "".join(letter for letter, members in zip("CIS", sets.values()) if kind in members)
+        lines.append(f"| `{kind}` | {letters} | {verdict} | {why} |")
     return "\n".join(lines) + "\n"
 
 
 def versions() -> str:
     """What a page is of, as it says it."""
     torch_version = torch.__version__.partition("+")[0]
-    return f"Every causal-LM and image-text type of transformers {transformers.__version__}, tried with torch {torch_version}"
+    return (
+        f"Every causal-LM, image-text and speech type of transformers {transformers.__version__}, tried with torch"
+        f" {torch_version} on a CPU"
+    )
 
 
 def rows_of(text: str) -> dict[str, Outcome]:
     """What a page says of each type."""
-    found = re.findall(r"^\| `([\w.-]+)` \| T?I? \| ([\w ]+) \|(.*)\|$", text, re.M)
+    found = re.findall(r"^\| `([\w.-]+)` \| C?I?S? \| ([\w ]+) \|(.*)\|$", text, re.M)
     return {kind: Outcome(verdict, why.strip()) for kind, verdict, why in found}
 
 
@@ -192,10 +197,11 @@ def readme_row(outcomes: dict[str, Outcome]) -> str:
     """The row of README.md that names models."""
     right = {kind for kind, one in outcomes.items() if one.verdict == "right"}
     names = [name for name, members in FAMILIES.items() if right.issuperset(members)]
-    counts = [f"{len(right & set(members))} of {len(members)}" for members in (causal_types(), image_text_types())]
+    sets = (causal_types(), image_text_types(), speech_types())
+    counts = [f"{len(right & set(members))} of {len(members)}" for members in sets]
     return (
-        f"| models | {', '.join(names)} and others: {counts[0]} causal-LM types of transformers, and {counts[1]} image-text"
-        " types, for text: [docs/models.md](docs/models.md) has every one |"
+        f"| models | {', '.join(names)} and others: {counts[0]} causal-LM types of transformers, and for text alone"
+        f" {counts[1]} image-text and {counts[2]} speech types: [docs/models.md](docs/models.md) has every one |"
     )
 
 

@@ -1,4 +1,4 @@
-"""Every causal-LM type of transformers at tiny size: its default configuration, with the sizes that it names made
+"""Every type of transformers that generates text at tiny size: its default configuration, with the sizes that it names made
 small.
 
 Knows few architectures by name: what a default configuration leaves out, or what would contradict small sizes (`OWN`).
@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
 # Name of a configuration's value -> a small one; only names to which the default configuration gives a value are set.
@@ -143,8 +144,8 @@ def tiny(kind: str) -> PretrainedConfig:
     config = config_class(**made)
     if config.get_text_config() not in (config, *parts.values()):
         raise ValueError("its text model is a part of a part")
-    if parts and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        config.architectures = [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]]
+    if parts and kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
+        config.architectures = [MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[kind]]
     return config
 
 
@@ -172,3 +173,8 @@ def causal_types() -> list[str]:
 def image_text_types() -> list[str]:
     """Every type that AutoModelForImageTextToText knows."""
     return sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+def speech_types() -> list[str]:
+    """Every type besides that AutoModelForMultimodalLM knows: of speech and text, and of all three."""
+    return sorted({*MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES} - {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})

@@ -1,4 +1,4 @@
-"""Every causal-LM and image-text type of transformers, tiny and random: right against its own eager forward, or refused,
+"""Every causal-LM, image-text and speech type of transformers, tiny and random: right against its own eager forward, or refused,
 never wrong, and as docs/models.md says.
 """
 
