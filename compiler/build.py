@@ -42,7 +42,7 @@ from pagegraph.compiler.resolve import (
     resolve_quantization,
 )
 from pagegraph.compiler.start_cache import StartCache, start_key
-from pagegraph.compiler.step.capture_queue import MAX_DRAFT_FORWARDS, CaptureQueue
+from pagegraph.compiler.step.capture_queue import MAX_DRAFT_FORWARDS, CaptureQueue, StoredOrder
 from pagegraph.compiler.step.capture_sizes import MAX_CAPTURED_TOKENS, Bucket, CaptureSizes, cuda_capture_sizes
 from pagegraph.compiler.step.dummy import dummy_step
 from pagegraph.compiler.step.inputs import StepInput
@@ -172,10 +172,14 @@ class BuiltModel:
         """
         if self.device.type == "cuda":
             with self.timings.stage("graphs"):
-                for step in self.steps:
-                    buckets = step.runner.capture_sizes.buckets() if all_graphs else step.runner.capture_sizes.first()
-                    step.runner.queue = CaptureQueue(step.runner.capture_sizes.buckets())
-                    step.runner.capture_graphs(buckets, progress)
+                for step, name in zip(self.steps, ("captures", "draft-captures")):
+                    buckets = step.runner.capture_sizes.buckets()
+                    if self.start_cache is None:
+                        step.runner.queue = CaptureQueue(buckets)
+                    else:
+                        order = StoredOrder(self.start_cache, name)
+                        step.runner.queue = CaptureQueue(buckets, order.read(), order.write)
+                    step.runner.capture_graphs(buckets if all_graphs else step.runner.capture_sizes.first(), progress)
 
     def close(self) -> None:
         """Finish launched steps."""

@@ -1,4 +1,5 @@
-"""What a start leaves for the next one of the same model: compiled forwards and the measured memory of its steps.
+"""What a start leaves for the next one of the same model: compiled forwards, the measured memory of its steps, and the
+order of its captures.
 
 One folder a model, named by a hash of all that its content depends on, so that nothing in it can be out of date: what
 the model's forward computes with (configuration, plain attributes of its modules, shapes of its weights, attention

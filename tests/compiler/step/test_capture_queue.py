@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
-from pagegraph.compiler.step.capture_queue import CAPTURE_IDLE, CAPTURE_NOW, MAX_DRAFT_FORWARDS, CaptureQueue
+from pagegraph.compiler.start_cache import StartCache
+from pagegraph.compiler.step.capture_queue import (
+    CAPTURE_IDLE,
+    CAPTURE_NOW,
+    MAX_DRAFT_FORWARDS,
+    CaptureQueue,
+    StoredOrder,
+)
 from pagegraph.compiler.step.capture_sizes import Bucket
 
 SMALL, MIDDLE, LARGE = Bucket(2, 2), Bucket(8, 8), Bucket(64, 16)
@@ -20,6 +28,26 @@ def test_the_most_wanted_comes_first_then_the_smallest() -> None:
     queue.done(SMALL)
     queue.done(MIDDLE)
     assert queue.next() is None
+
+
+def test_the_order_of_a_start_serves_the_next(tmp_path: Path) -> None:
+    orders: list[list[Bucket]] = []
+    queue = CaptureQueue([SMALL, MIDDLE, LARGE], captured=orders.append)
+    queue.want(LARGE)
+    queue.want(replace(SMALL, num_steps=2))
+    while (bucket := queue.next()) is not None:
+        assert not orders
+        queue.done(bucket)
+    assert orders == [[LARGE, SMALL, MIDDLE]]
+    kept = StoredOrder(StartCache(tmp_path, "key"), "captures")
+    assert kept.read() == []
+    kept.write(orders[0])
+    assert kept.read() == orders[0]
+    larger = Bucket(128, 16)
+    queue = CaptureQueue([SMALL, MIDDLE, LARGE, larger], [*orders[0], Bucket(3, 3)])
+    assert queue.next() == LARGE
+    queue.want(larger)
+    assert queue.next() == larger
 
 
 def test_what_is_wanted_often_is_due() -> None:
