@@ -48,7 +48,8 @@ class Pulse:
         if predicted_s is not None:
             bound = min(bound, max(LEAST_S, LEAST_SHARE * self._limit_s, STRETCH * predicted_s))
         now = self._clock()
-        _TIMES.pack_into(self._map, 0, now + min(UNREADY_S, LATE_SHARE * bound), now + bound)
+        # Packed elsewhere and copied whole: `pack_into` makes it zeros first, which a reader would take for a loop that hangs.
+        self._map[:] = _TIMES.pack(now + min(UNREADY_S, LATE_SHARE * bound), now + bound)
 
 
 def read(path: Path) -> Due | None:

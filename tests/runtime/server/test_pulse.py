@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from pagegraph.runtime.server import comeback, pulse
 from pagegraph.runtime.server.pulse import Due, Pulse
 from pagegraph.runtime.server.restarts import Restarts
+from tests.paths import ROOT
 
 
 @pytest.mark.parametrize(
@@ -56,3 +60,21 @@ def test_a_comeback_is_told_through_a_file(tmp_path: Path) -> None:
     assert comeback.seconds(path) == 1.0
     path.write_text(comeback.text(False))
     assert comeback.seconds(path) is None
+
+
+def test_whoever_reads_while_it_is_written_sees_times_that_were_written(tmp_path: Path) -> None:
+    """From another process, as the supervisor does: never a moment at which it seems to hang."""
+    path = tmp_path / pulse.FILE
+    code = (
+        "import sys; from pathlib import Path; from pagegraph.runtime.server.pulse import Pulse\n"
+        "writer = Pulse(Path(sys.argv[1]), 300.0); writer.beat(0.0); print(flush=True)\n"
+        "while True: writer.beat(0.0)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE) as writer:
+        try:
+            assert writer.stdout is not None and writer.stdout.readline()
+            began = time.monotonic()
+            seen = [pulse.read(path) for _ in range(20_000)]
+        finally:
+            writer.kill()
+    assert all(due is not None and due.late > began and due.hung > began + 20 for due in seen)
