@@ -68,12 +68,15 @@ def encode(service: Service, text: str, add_special_tokens: bool) -> list[int]:
 def tokenize(
     service: Service, prompts: Sequence[Prompt], checked: GenerationRequest, info: EngineInfo
 ) -> list[list[int]]:
-    """Token ids of every prompt, each checked against the context. Raises BadParameter or ClientGone."""
+    """Token ids of every prompt, each checked against the context. Raises ApiError, BadParameter or ClientGone."""
     with turn(service, sum(len(prompt) for prompt in prompts if isinstance(prompt, str))):
         tokenized = []
         for prompt in prompts:
             if isinstance(prompt, str):
-                prompt = service.tokenizer.encode(prompt, add_special_tokens=checked.add_special_tokens)
+                try:
+                    prompt = service.tokenizer.encode(prompt, add_special_tokens=checked.add_special_tokens)
+                except UnicodeEncodeError:  # of a prompt that is truncated, which `prompts_of` has not looked at
+                    raise no_unicode(_prompt_field(checked)) from None
             prompt = truncated(prompt, checked, info)
             _check_length(len(prompt), checked, info)
             tokenized.append(prompt)

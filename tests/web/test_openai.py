@@ -339,6 +339,8 @@ def test_who_leaves_while_waiting_its_turn_is_not_tokenised(
         ("post", "/v1/completions", {"model": "tiny", "prompt": "\ud800"}, 400, None),
         ("post", "/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, 400, None),
         ("post", "/v1/completions", {"model": "\ud800", "prompt": "a"}, 404, "model_not_found"),
+        ("post", "/v1/completions", {"prompt": "\ud800", "truncate_prompt_tokens": 5}, 400, None),
+        ("post", "/v1/embeddings", {"input": ["a", "\ud800"], "truncate_prompt_tokens": -1}, 400, None),
         ("post", "/v1/completions", {"prompt": "a", "stop": ["\ud800"], "cache_salt": "\ud800"}, 400, "invalid_value"),
         ("post", "/v1/completions", {"model": "tiny", "prompt": ""}, 400, "invalid_value"),
         ("post", "/v1/chat/completions", {"messages": [{"role": "critic", "content": "x"}]}, 400, None),
