@@ -22,7 +22,7 @@ from tests.compiler.model.coverage import (
 )  # fmt: skip
 
 # Right by ways that no test of `architectures` or of popular folders takes.
-QUICK = ("bart", "chameleon", "gemma4_unified", "phi4_multimodal")
+QUICK = ("bart", "chameleon")
 
 
 @pytest.mark.parametrize(
