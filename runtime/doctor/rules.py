@@ -97,6 +97,18 @@ def _waiting_for_blocks(of: Metrics) -> str | None:
     )
 
 
+def _queue_too_short(of: Metrics) -> str | None:
+    refused = of("requests_refused_total", reason="queue")
+    if refused < max(0.01 * (of.served + refused), 2) or of.quantile("time_to_first_token_seconds", 0.9) > 10:
+        return None
+    return (
+        f"{refused:.0f} requests were refused for a full queue beside {of.served:.0f} served, nine in ten of which had their"
+        f" first token within {of.quantile('time_to_first_token_seconds', 0.9):g} s: set max_queue to"
+        f" {2 * max(int(of('num_requests_waiting')), int(of('num_requests_running')), 8)} or twice what it is, and max_queue_tokens"
+        " alike; another replica where clients cannot wait"
+    )
+
+
 def _no_prefix_cache(of: Metrics) -> str | None:
     prompt = of.mean("request_prompt_tokens")
     if of.served < FEW or of("prefix_cache_queries_total") or prompt < 100:
@@ -194,6 +206,7 @@ RULES: dict[str, Callable[[Metrics], str | None]] = {
     "preemptions": _preempted,
     "queue beside free blocks": _waiting_beside_free_blocks,
     "queue for blocks": _waiting_for_blocks,
+    "queue too short": _queue_too_short,
     "no prefix cache": _no_prefix_cache,
     "prompts stall streams": _stalls,
     "padding": _padding,

@@ -46,7 +46,8 @@ class Clients:
 
 
 class Admission:
-    """`send`: a message to a web process; `seed`: what sequences without one of their own get theirs from.
+    """`send`: a message to a web process; `seed`: what sequences without one of their own get theirs from; `refused`: told why,
+    of `runtime.engine.metrics.REFUSALS`, and how many sequences were not let in.
 
     Of several keys each may always have one sequence waiting, and no more than its share of the queue.
     """
@@ -60,6 +61,7 @@ class Admission:
         seed: int,
         grammars: Grammars | None,
         throughput: Throughput,
+        refused: Callable[[str, int], object],
     ) -> None:
         self.clients = Clients()
         self._scheduler = scheduler
@@ -69,6 +71,7 @@ class Admission:
         self._seed = seed
         self._grammars = grammars
         self._throughput = throughput
+        self._refused = refused
         self._accounts = Accounts(scheduler.num_generated)
         self._num_submitted = 0
 
@@ -114,6 +117,7 @@ class Admission:
         """Whether their key's limits and the queue have room for them; if not, they are refused."""
         refusal = self._accounts.refusal(submits, self._clock())
         if refusal is not None:
+            self._refused("key", len(submits))
             self._refuse(
                 client, submits, 0, 429, refusal.message, retry_after_s=refusal.retry_after_s, quotas=refusal.quotas
             )
@@ -144,6 +148,7 @@ class Admission:
         else:
             return False
         full += f"; {own} of the sequences are of this key" if asker else ""
+        self._refused("queue", len(submits))
         wait_s = self._throughput.wait_s(tokens, num_waiting)
         self._refuse(client, submits, 0, 503, f"the queue is full: {full}", retry_after_s=wait_s)
         return True

@@ -108,7 +108,14 @@ class Engine:
         self._running: InFlight | None = None
         self._throughput = Throughput()
         self._admission = Admission(
-            scheduler, limits, lambda *told: mailbox.send(*told), clock, seed, grammars, self._throughput
+            scheduler,
+            limits,
+            lambda *told: mailbox.send(*told),
+            clock,
+            seed,
+            grammars,
+            self._throughput,
+            stats.metrics.observe_refused,
         )
         self._isolation = FaultIsolation(scheduler)
         self._last_done = 0.0

@@ -25,6 +25,7 @@ PREFIXES = (FIELD, OWN)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 COMPILE_STATES = ("off", "compiling", "compiled", "failed")
 FINISH_REASONS = ("stop", "length", "abort", "error")
+REFUSALS = ("queue", "key")  # for a full queue, or a limit of the request's key
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
          80.0, 160.0, 640.0, 2560.0)  # fmt: skip
@@ -91,6 +92,7 @@ class EngineMetrics:
         self.compile_state: Callable[[], str] = lambda: "off"  # one of COMPILE_STATES
         self.counts: Callable[[], Counts] = Counts  # called at each reading, in the reader's thread
         self._success: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
+        self._refused: dict[str, int] = dict.fromkeys(REFUSALS, 0)
         lengths = _one_two_five(max_model_len)
         self._histograms = {
             "iteration_tokens_total": Histogram(_ITERATION_TOKENS),
@@ -125,6 +127,10 @@ class EngineMetrics:
     def observe_finished(self, reason: str) -> None:
         """A sequence ended for one of FINISH_REASONS; another reason raises KeyError."""
         self._success[reason] += 1
+
+    def observe_refused(self, reason: str, sequences: int) -> None:
+        """So many sequences of one request were not let in, for one of REFUSALS; another reason raises KeyError."""
+        self._refused[reason] += sequences
 
     def observe_served(
         self,
@@ -204,6 +210,11 @@ class EngineMetrics:
             success.add_metric([*values, reason], count)
         yield success
         if prefix == OWN:
+            name = "requests_refused"
+            refused = CounterMetricFamily(prefix + name, _HELP[name], labels=[*names, "reason"])
+            for why, count in self._refused.items():
+                refused.add_metric([*values, why], count)
+            yield refused
             name = "graph_misses"
             misses = CounterMetricFamily(prefix + name, _HELP[name], labels=[*names, "reason"])
             for why, count in counts.launched.graph_misses.items():
@@ -287,6 +298,7 @@ _HELP = {
     "time_to_first_token_seconds": "Of each request with a first token: from its arrival to that.",
     "inter_token_latency_seconds": "From one step that brought a request tokens to the next that does, however many they bring.",
     "request_success": "Requests that ended, by reason.",
+    "requests_refused": "Requests that were not let in, by reason: queue (max_queue, max_queue_tokens: 503) or key (its limits: 429).",
     "e2e_request_latency_seconds": "Of requests that ended and were not aborted: from arrival to the last token.",
     "request_queue_time_seconds": "Of those: from arrival to the launch of the first step.",
     "request_prefill_time_seconds": "Of those: from the launch of the first step to the first token.",

@@ -26,7 +26,7 @@ def server(**changed: object) -> EngineMetrics:
     """Metrics of a server that has served 100 requests well, but for what is changed."""
     given = dict(
         running=8, waiting=0, usage=0.5, preemptions=0, queries=50_000, steps=1000, padding=100, graphed=990, misses=0,
-        first=0.1, slow=0.02, queue=0.01, prefill=0.09, drafts=0, accepted=0, errors=0, state="compiled",
+        first=0.1, slow=0.02, queue=0.01, prefill=0.09, drafts=0, accepted=0, errors=0, refused=0, state="compiled",
     ) | changed  # fmt: skip
     metrics = EngineMetrics("m", 4096)
     launched = StepCounts(steps=given["steps"], graphed=given["graphed"], tokens=8000, padding=given["padding"])
@@ -43,6 +43,7 @@ def server(**changed: object) -> EngineMetrics:
             prompt_tokens=500, generation_tokens=50, max_tokens=64,
         )  # fmt: skip
     metrics.observe_inter_tokens(np.array([0.009] * 2000 + [given["slow"]] * 60))
+    metrics.observe_refused("queue", given["refused"])
     for _ in range(given["errors"]):
         metrics.observe_finished("error")
     return metrics
@@ -60,6 +61,7 @@ ILL = {
     "preemptions": (dict(preemptions=40), "max_num_seqs=6"),
     "queue beside free blocks": (dict(waiting=20, usage=0.4), "max_num_seqs to 18"),
     "queue for blocks": (dict(waiting=8, usage=0.97), "2.0 times the blocks"),
+    "queue too short": (dict(refused=30), "max_queue to 16"),
     "no prefix cache": (dict(queries=0), "enable_prefix_caching=true"),
     "prompts stall streams": (dict(slow=0.8), "inter_token_target_ms=auto"),
     "padding": (dict(padding=8000), "a multiple of 8 near 8"),
