@@ -8,6 +8,7 @@
 #   make test-slow install + model + the tests that take minutes and need no GPU
 #   make clients   install + model + clients of the field against a real server; CLIENT=litellm: one of them
 #   make fuzz      install + the property tests on other random examples each time
+#   make schema    install + schemathesis on the server's own /openapi.json
 #   make perf      install + model + the benchmarks under perf/
 #   make clean     removes .venv, .clients and models
 
@@ -29,10 +30,10 @@ GEMMA_SHA256  := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a681
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help check install model model-gemma serve lint test test-slow clients fuzz perf clean
+.PHONY: help check install model model-gemma serve lint test test-slow clients fuzz schema perf clean
 
 help:
-	@sed -n '2,12s/^# *//p' Makefile
+	@sed -n '2,13s/^# *//p' Makefile
 
 # Said before pip runs for minutes: what is missing and how to get it.
 check:
@@ -89,7 +90,7 @@ test-slow: install model
 
 # An environment a client; what is installed is the .txt, which `uv pip compile` makes of the .in.
 CLIENTS         := tests/clients
-PYTHON_CLIENTS  := $(basename $(notdir $(wildcard $(CLIENTS)/requirements/*.txt)))
+PYTHON_CLIENTS  := $(filter-out schemathesis,$(basename $(notdir $(wildcard $(CLIENTS)/requirements/*.txt))))
 UV              := .clients/uv/bin/uv
 UV_VERSION      := 0.13.9
 CLIENT          ?=
@@ -122,6 +123,9 @@ clients: install model client-environments
 
 fuzz: install
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -m "hypothesis and not gpu" $(ARGS)
+
+schema: install .clients/schemathesis/.installed
+	$(BIN)/python -m perf.schema $(ARGS)
 
 perf: install model
 	$(BIN)/python -m pytest -q --benchmark-only perf $(ARGS)

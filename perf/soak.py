@@ -28,13 +28,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from perf.compare import machine
-from perf.floors import MODELS, write_model
-from perf.gpu.serve import Server, write_tokenizer
+from perf.tiny import resident, tiny_server
 
 SAMPLE_S = 10.0
 MOST_AT_ONCE = 64  # clients of the load: a server that stands still shows as requests that were not begun
 WORDS = 400  # of a prompt at most, so that some take several chunks of a step
-WORKERS = 2  # web processes
+
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 
 
@@ -58,17 +57,14 @@ def main() -> None:
 
 def soak(args: argparse.Namespace, folder: Path) -> dict:
     """What came of the requests, memory by process, and whether all of it held."""
-    model = write_model("tiny", folder / "model")
-    write_tokenizer(folder, MODELS["tiny"]["vocab_size"])
-    settings = dict(
-        model=str(model), tokenizer=str(folder), served_model_name="m", load_format="dummy", dtype="float32",
-        device="cpu", compile=False, num_threads=1, max_model_len=2048, max_num_batched_tokens=512, max_num_seqs=16,
-        kv_cache_memory=32 << 20, workers=WORKERS,
-    )  # fmt: skip
-    server = Server(settings, folder)
+    server = tiny_server(
+        folder,
+        max_model_len=2048,
+        max_num_batched_tokens=512,
+        max_num_seqs=16,
+        kv_cache_memory=32 << 20,
+    )
     try:
-        while f"web {WORKERS}" not in resident(server.pid):
-            time.sleep(0.1)
         load = Load(server.address, args.rate, args.seed)
         samples = load.run(60 * args.minutes, lambda: resident(server.pid))
         left = settled(server.address)
@@ -164,25 +160,6 @@ class Load:
         connection.close()
         if answer.status != 400:
             self.wrong.append(f"refused: status {answer.status}")
-
-
-def resident(supervisor: int) -> dict[str, int]:
-    """KiB of each process of a server, by what it is."""
-    found = {"supervisor": supervisor}
-    for child in _children(supervisor):
-        if b"gunicorn" in Path(f"/proc/{child}/cmdline").read_bytes():
-            found["web parent"] = child
-            for number, worker in enumerate(sorted(_children(child)), 1):
-                found[f"web {number}"] = worker
-        else:
-            found["engine"] = child
-    status = {name: Path(f"/proc/{pid}/status").read_text() for name, pid in found.items()}
-    return {name: int(re.findall(r"^VmRSS:\s+(\d+) kB", text, re.M)[0]) for name, text in status.items()}
-
-
-def _children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 def grown(kib: list[int]) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -441,6 +442,25 @@ def prompt_graphs() -> Iterator[str]:
     )  # fmt: skip
 
 
+def abuse() -> Iterator[str]:
+    fuzz, schema = read("cpu-2026-11-29-fuzz.json"), read("cpu-2026-11-29-schema.json")
+    kinds = Counter(f"{int(status) // 100}xx" for status, count in fuzz["by_status"].items() for _ in range(count))
+    kinds = {**{f"{first}xx": kinds[f"{first}xx"] for first in (2, 3, 4, 5)}, "left in the middle": kinds["0xx"]}
+    rows = [
+        (
+            f"schemathesis {schema['schemathesis']} on /openapi.json",
+            f"{schema['cases']:,} cases of {schema['operations']} operations",
+            "no failure" if schema["holds"] else "failed",
+        ),
+        (
+            "requests, most of them spoiled",
+            f"{fuzz['requests']:,}",
+            ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()),
+        ),
+    ]
+    return table("tried with | how much | found", rows)
+
+
 def stored(*names: str) -> Results:
     return Results(RESULTS / f"h200-{name}.json" for name in names)
 
@@ -465,7 +485,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "cpu transformers": cpu_transformers, "cpu quantized": cpu_quantized, "cpu quality": cpu_quality,
     "quantized gemms": quantized_gemms, "quantized steps": quantized_steps, "fp8 jobs": fp8_jobs, "fp8 cache": fp8_cache,
     "gpu quality": gpu_quality, "spec decode cpu": spec_decode_cpu, "spec decode gpu": spec_decode_gpu,
-    "spec decode steps": spec_decode_steps, "draft graph": draft_graph,
+    "spec decode steps": spec_decode_steps, "draft graph": draft_graph, "abuse": abuse,
 }  # fmt: skip
 PLACE = re.compile(r"<!-- table: (?P<name>[\w ]+) -->\n(?P<lines>.*?)<!-- end of table -->", re.S)
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -28,6 +29,7 @@ from perf.gpu.offline import Offline, config_of, random_prompts
 from perf.gpu.report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
+SERVE = ("-m", "pagegraph.runtime.cli", "serve")
 PROMPT, OUTPUT = 128, 256
 SIZES, TINY_SIZES = (512, 1024), (16, 48)  # streams, requests
 READY_SECONDS = 200
@@ -38,15 +40,18 @@ COUNTERS = ("engine_steps_total", "engine_step_tokens_total", "engine_padding_to
 
 
 class Server:
-    """`runtime serve` on a free loopback port; raises RuntimeError with the end of its log if it does not come up."""
+    """`runtime serve` on a free loopback port; raises RuntimeError with the end of its log if it does not come up.
 
-    def __init__(self, settings: dict[str, object], folder: Path) -> None:
+    `command`: what Python runs, with the configuration's file behind it.
+    """
+
+    def __init__(self, settings: dict[str, object], folder: Path, command: Sequence[str] = SERVE) -> None:
         path, self._log = folder / "config.yaml", folder / "server.log"
         path.write_text(yaml.safe_dump({**settings, "port": 0}))
         self.begin = time.perf_counter()
         with open(self._log, "w") as log:
-            command = [sys.executable, "-m", "pagegraph.runtime.cli", "serve", str(path)]
-            self._process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            whole = [sys.executable, *command, str(path)]
+            self._process = subprocess.Popen(whole, cwd=ROOT, stdout=log, stderr=log)
         try:
             self.wait_for(LOADED)
             self.loaded_s = time.perf_counter() - self.begin  # from here on a step can run

@@ -117,6 +117,33 @@ def test_the_document_is_whole(http: FlaskClient) -> None:
     assert error.keys() == document["components"]["schemas"]["Error"]["properties"]["error"]["properties"].keys()
 
 
+def test_refusals_are_described(make_app: Callable[..., Flask], fake_engine) -> None:
+    """Each with the status of its route, and no route with all of them."""
+    document = make_app().test_client().get("/openapi.json").json
+    listed = {
+        (method.upper(), path): set(operation["responses"])
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+    assert listed["POST", "/v1/chat/completions"] == {
+        "200", "400", "401", "404", "408", "413", "415", "429", "500", "503",
+    }  # fmt: skip
+    assert listed["GET", "/v1/responses/{id}"] == {"200", "401", "404", "400"}
+    assert listed["GET", "/health"] == {"200", "503"} and listed["GET", "/docs"] == {"200"}
+    client = make_app(api_key="s3cret", max_body_bytes=300).test_client()
+    key = {"Authorization": "Bearer s3cret"}
+    for route in WITH_FIELDS:
+        met = {
+            401: client.post(route.path, json={}),
+            400: client.post(route.path, json={"model": 3}, headers=key),
+            404: client.post(route.path, json={**route.example, "model": "nobody"}, headers=key),
+            413: client.post(route.path, json={"model": "x" * 400}, headers=key),
+            415: client.post(route.path, data="x", headers=key),
+        }
+        for status, answer in met.items():
+            assert answer.status_code == status and str(status) in listed["POST", route.path], (route.path, status)
+
+
 def test_the_page_asks_nobody_else(http: FlaskClient) -> None:
     answer = http.get("/docs")
     assert answer.mimetype == "text/html" and "default-src 'none'" in answer.headers["Content-Security-Policy"]

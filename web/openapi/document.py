@@ -13,8 +13,9 @@ from typing import Any
 
 from flask import Blueprint, Response
 
+from pagegraph.runtime.server import health
 from pagegraph.web.errors import json_response
-from pagegraph.web.openapi.routes import ROUTES, Route
+from pagegraph.web.openapi.routes import ERRORS, ROUTES, Route
 
 _PAGE = Path(__file__).parent.parent / "static" / "docs.html"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -55,12 +56,12 @@ def _operation(route: Route) -> dict[str, Any]:
     media: dict[str, Any] = {route.media: {}}
     if route.streams:
         media["text/event-stream"] = {}
-    error = {"description": "An error", "content": {"application/json": {"schema": _reference("Error")}}}
+    errors = {str(status): _refused(status, route) for status in route.errors}
     name = re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_")
     operation: dict[str, Any] = {
         "summary": route.summary,
         "operationId": name,
-        "responses": {"200": {"description": "The answer", "content": media}, "default": error},
+        "responses": {"200": {"description": "The answer", "content": media}, **errors},
     }
     if names := re.findall(r"\{(\w+)\}", route.path):
         place = {"in": "path", "required": True, "schema": {"type": "string"}}
@@ -78,6 +79,12 @@ def _body(route: Route) -> dict[str, Any]:
     properties = {name: {**schema, "description": help} for name, (schema, help) in route.fields.items()}
     required = {"required": list(route.required)} if route.required else {}
     return {"type": "object", "properties": properties, **required}
+
+
+def _refused(status: int, route: Route) -> dict[str, Any]:
+    """Probes are told a status, all others an error."""
+    schema = {"type": "object"} if route.path in health.PATHS else _reference("Error")
+    return {"description": ERRORS[status], "content": {"application/json": {"schema": schema}}}
 
 
 def _error() -> dict[str, Any]:
