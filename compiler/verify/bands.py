@@ -25,6 +25,7 @@ chose another token, or than TIE_MEANS of its mean error, whose tail is long.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -89,6 +90,8 @@ FLOORS = {
     torch.float16: Band(kl=2e-4, mean=0.003, largest=0.02, tie=0.02, layer=0.003),
 }
 QUANTISED = Band(kl=0.03, mean=0.15, largest=1.5, tie=1.0, layer=0.1)
+# Of `deterministic: true` against itself: no bit differs, and two tokens that are as likely are no excuse.
+BIT_FOR_BIT = Band(kl=0.0, mean=0.0, largest=0.0, tie=-math.inf, layer=0.0)
 
 
 def floor_of(dtype: torch.dtype, quantised: bool, mixture: bool = False) -> Band:

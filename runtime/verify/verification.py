@@ -19,7 +19,7 @@ import transformers
 from pagegraph.compiler.build import BuiltModel, LoadedModel, build_model, plan_models
 from pagegraph.compiler.options import CompilerOptions
 from pagegraph.compiler.passes.registry import graph_passes
-from pagegraph.compiler.verify.bands import TIMES, Band, floor_of
+from pagegraph.compiler.verify.bands import BIT_FOR_BIT, TIMES, Band, floor_of
 from pagegraph.compiler.verify.difference import Positions, Summary, joined, positions_of, summary_of
 from pagegraph.compiler.verify.layers import ROWS, errors, layers_of, report, watched
 from pagegraph.compiler.verify.passes import ModulePasses, PassCheck, check_compiled, check_graph_passes
@@ -234,7 +234,7 @@ def _engine_checks(
     equalities = []
     for way in itself.ways():
         say(f"the engine against itself, {len(equalities) + 1} of {len(itself.ways())}")
-        equalities.append(_equality(way(), band, asked.num_tokens))
+        equalities.append(_equality(way(), BIT_FOR_BIT if config.deterministic else band, asked.num_tokens))
     return [*against, layers, *passes, *equalities]
 
 
@@ -306,7 +306,7 @@ def _equality(one: Equality, band: Band, num_tokens: int) -> Check:
     says = [f"{one.happened}; {one.prompts - len(one.differing)} of {one.prompts} outputs are the same"]
     says[0] += f", {ties} part at a tie" * bool(ties)
     says += [f"{at} differs at token {place}, no tie: {margin:.2g} between the best two" for at, place, margin in apart]
-    far = band.strayed(one.errors, [0.0] * len(one.errors))
+    far = band.strayed(one.errors, [-math.inf] * len(one.errors))
     if one.errors:
         figures["largest"] = max(one.errors)
         allowed = f", allowed {band.largest:.2g}" * bool(far)

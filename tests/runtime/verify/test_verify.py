@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
-from torch import nn
+from torch import Tensor, nn
 
 from pagegraph.compiler import build
 from pagegraph.compiler.passes import registry
 from pagegraph.compiler.passes.registry import PASSES, Pass
+from pagegraph.compiler.verify.bands import BIT_FOR_BIT, floor_of
+from pagegraph.kernels.linear import fixed_rows
 from pagegraph.runtime.cli import main
 from pagegraph.runtime.llm import LLM
 from pagegraph.runtime.verify import itself, verification
@@ -90,6 +93,31 @@ def test_quantised_experts_are_compared_with_their_values(save: Save, verify) ->
     result, found = verify(save("qwen3_moe"), "--quantization", "int8")
     assert result.exit_code == 0, result.output
     assert found["quantised"] and found["checks"][0]["figures"]["kl"] < 1e-4
+
+
+def test_no_bit_may_differ_where_bits_are_promised() -> None:
+    near = itself.Equality("one by one", "1 sequence a step", 2, [(1, 3, 0.0)], [0.0, 1e-9])
+    same = itself.Equality("one by one", "1 sequence a step", 2, [], [0.0, 0.0])
+    band = floor_of(torch.float32, quantised=False)
+    assert verification._equality(near, band, 8).ok
+    assert not verification._equality(near, BIT_FOR_BIT, 8).ok
+    assert not verification._equality(replace(near, differing=[], errors=[0.0, 1e-9]), BIT_FOR_BIT, 8).ok
+    assert verification._equality(same, BIT_FOR_BIT, 8).ok
+
+
+@pytest.mark.slow
+def test_bits_that_differ_under_deterministic_are_named(save: Save, verify, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save()
+    result, found = verify(folder, "--deterministic", "true", compiled="true")
+    assert result.exit_code == 0, result.output
+    product_of = fixed_rows.product_of
+
+    def by_company(rows: Tensor, product: fixed_rows.Product, key: object) -> Tensor:
+        return product_of(rows, product, key) * (1 + 2**-20 * (len(rows) > 4))
+
+    monkeypatch.setattr(fixed_rows, "product_of", by_company)
+    result, found = verify(folder, "--deterministic", "true", compiled="true")
+    assert "chunked prefill against whole" in differing(found)
 
 
 def test_a_wrong_rope_factor_is_named(save: Save, verify, monkeypatch: pytest.MonkeyPatch) -> None:
