@@ -48,7 +48,7 @@ def cost_of(op: Any, arguments: Mapping[str, Any], out: Any, weights: list[Tenso
         return None
     flops = PRODUCTS[op](arguments, out)
     narrow = any(one.element_size() == 1 for one in weights)
-    if max(one.dim() for one in weights) == 3 and op in EXPERTS:
+    if max(one.dim() for one in weights) >= 3 and op in EXPERTS:
         tokens = int(step.rows.sum())
         share = EXPERTS[op](arguments, tokens)
         return Cost("experts", flops, math.ceil(share * _bytes(weights)), narrow=narrow)
@@ -130,6 +130,11 @@ def _quant_experts(arguments: Mapping[str, Any], out: Any) -> int:
     return 2 * arguments["chosen"].numel() * (up.shape[1] * hidden + down.shape[1] * inner)
 
 
+def _repacked_experts(arguments: Mapping[str, Any], out: Any) -> int:
+    inner, hidden = arguments["inner"], arguments["x"].shape[1]
+    return 2 * arguments["chosen"].numel() * (3 if arguments["gated"] else 2) * inner * hidden
+
+
 def _chosen_of_rows(arguments: Mapping[str, Any], tokens: int) -> float:
     """As `_chosen`; rows are tokens that name what they chose."""
     return _share(arguments["chosen"].numel(), arguments["up"].shape[0], tokens)
@@ -160,6 +165,7 @@ PRODUCTS: dict[Any, Callable[[Mapping[str, Any], Any], int]] = {
     aten._grouped_mm.default: _of_matrices("self", "mat2"),
     ours.experts.default: _experts,
     ours.quant_experts.default: _quant_experts,
+    ours.repacked_experts.default: _repacked_experts,
     ours.linear.default: _of_rows(lambda given: given["weight"].shape[0]),
     ours.fixed_linear.default: _of_rows(lambda given: given["weight"].shape[0]),
     ours.linear_norm_linear.default: _two_linears,
@@ -175,6 +181,7 @@ EXPERTS: dict[Any, Callable[[Mapping[str, Any], int], float]] = {
     aten._grouped_mm.default: _chosen,
     ours.experts.default: _chosen_of_rows,
     ours.quant_experts.default: _chosen_of_rows,
+    ours.repacked_experts.default: _chosen_of_rows,
     aten.bmm.default: lambda arguments, tokens: 1.0,
     aten.baddbmm.default: lambda arguments, tokens: 1.0,
 }

@@ -52,7 +52,9 @@ anything.
 over k of weight * (down of what stands between of (up of x)), with up [E, 2 * I, H] of gate and up and down [E, H, I], biases
 [E, 2 * I] and [E, H]; the arguments from activation on are `kernels.moe.form.Form`. A choice that is no expert's number adds
 nothing. Rows from query_start[S] on are padding, choose nothing and come out as 0, whatever they hold. `pagegraph::quant_experts`
-is the same of quantised weights [E, N, K] (`kernels.quant.weight`), which are not transposed.
+is the same of quantised weights [E, N, K] (`kernels.quant.weight`), which are not transposed. `pagegraph::repacked_experts` is that of
+weights as GPUs multiply them (`kernels.moe.quant_stack`), inner being I: of every 16 rows of up, and of its bias, 8 are of gate and then
+8 of up, whatever the form says of them.
 
 `pagegraph::materialize` is a copy that the compiler does not look through; `pagegraph::in_memory` one that it writes itself, and does
 not compute anew for each use.
@@ -110,6 +112,7 @@ from pagegraph.kernels.inputs import cpu as inputs_cpu
 from pagegraph.kernels.linear import fixed_rows
 from pagegraph.kernels.linear import reference as linear_reference
 from pagegraph.kernels.moe import cpu as moe_cpu
+from pagegraph.kernels.moe import reference as moe_reference
 from pagegraph.kernels.quant import cpu as quant_cpu
 from pagegraph.kernels.quant import cpu_int4
 from pagegraph.kernels.quant import reference as quant_reference
@@ -266,6 +269,13 @@ OPS = (
         "Tensor? query_start, str activation, float alpha, float limit, float shift, bool gated, bool interleaved, "
         "bool transposed) -> Tensor",
         moe_cpu.quant_experts, None, _like,
+    ),
+    Op(
+        "repacked_experts(Tensor x, Tensor chosen, Tensor weights, Tensor up, Tensor up_scale, Tensor? up_zero, int up_group, "
+        "Tensor? up_bias, Tensor down, Tensor down_scale, Tensor? down_zero, int down_group, Tensor? down_bias, int inner, "
+        "Tensor? query_start, str activation, float alpha, float limit, float shift, bool gated, bool interleaved, "
+        "bool transposed) -> Tensor",
+        moe_reference.repacked_experts, "moe.cuda:repacked_experts", _like,
     ),
     Op(
         "update_tables(Tensor(a!) tables, Tensor new_blocks, Tensor num_new_blocks) -> ()",

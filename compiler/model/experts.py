@@ -18,6 +18,7 @@ from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_f
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.compiler.model.forward_local import forward_local
+from pagegraph.compiler.quantization.layouts import RepackedExperts
 from pagegraph.compiler.quantization.linear import QuantModule
 from pagegraph.kernels.moe.form import ACTIVATIONS, Form
 from pagegraph.kernels.moe.reference import between
@@ -25,7 +26,7 @@ from pagegraph.kernels.moe.reference import between
 EXPERTS_NAME = "pagegraph"
 # Where the op computes the experts of models. Its kernels for "cuda" are not measured yet: to have them in an engine, add it here.
 DEVICES = ("cpu",)
-# Where it computes quantised ones; elsewhere they are refused.
+# Where it computes quantised ones; elsewhere they are refused. Likewise for "cuda", whose form `quant_experts` of the passes makes.
 QUANTIZED_DEVICES = ("cpu",)
 # Attributes that transformers gives to modules of experts that ask for a function.
 ASKING = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
@@ -46,9 +47,12 @@ def experts_forward(
     if not quantized:
         return torch.ops.pagegraph.experts(*routed, up, biases[0], down, biases[1], query_start, *form)
     weights = [(one.qweight, one.scale, one.zero, one.group, bias) for one, bias in zip((up, down), biases)]
-    return torch.ops.pagegraph.quant_experts(
-        *routed, *weights[0], *weights[1], query_start, *form._replace(transposed=False)
-    )
+    as_loaded = form._replace(transposed=False)
+    if isinstance(down, RepackedExperts):
+        return torch.ops.pagegraph.repacked_experts(
+            *routed, *weights[0], *weights[1], down.in_features, query_start, *as_loaded
+        )
+    return torch.ops.pagegraph.quant_experts(*routed, *weights[0], *weights[1], query_start, *as_loaded)
 
 
 ExpertsInterface.register(EXPERTS_NAME, experts_forward)

@@ -32,7 +32,7 @@ from pagegraph.compiler.model.conversion import Place
 from pagegraph.compiler.model.experts import StackedSize, quantizable
 from pagegraph.compiler.model.head import drop_missing_head
 from pagegraph.compiler.quantization.config import Scheme
-from pagegraph.compiler.quantization.linear import QuantLinear, QuantModule
+from pagegraph.compiler.quantization.linear import QuantExperts, QuantLinear
 from pagegraph.compiler.quantization.methods import QuantizationError
 from pagegraph.compiler.quantization.online import quantize
 from pagegraph.compiler.quantization.packing import PACKED, STORED
@@ -404,8 +404,9 @@ def _place_experts(model: nn.Module, name: str, weight: QuantWeight, stacked: St
     """Put a module of quantised experts where their parameter stood."""
     module, leaf = _owner(model, name)
     _refuse_shape(name, (*weight.qweight.shape[:2], weight.in_size), stacked[name][:3])
+    dtype = getattr(module, leaf).dtype
     delattr(module, leaf)
-    module.add_module(leaf, QuantModule(weight))
+    module.add_module(leaf, QuantExperts(weight, dtype))
     return_freed_memory()
 
 

@@ -25,6 +25,7 @@ from pagegraph.compiler.passes.graph.fuse_norms import fuse_rows
 from pagegraph.compiler.passes.graph.fuse_rope import fuse_rope, rotate_one_row
 from pagegraph.compiler.passes.modules.fixed_linears import fixed_linears
 from pagegraph.compiler.passes.modules.merge_linears import merge_linears
+from pagegraph.compiler.passes.modules.quant_experts import quant_experts
 from pagegraph.compiler.passes.modules.quant_linears import quant_linears
 from pagegraph.compiler.passes.modules.rotary_once import rotary_once
 from pagegraph.compiler.passes.modules.skinny_linears import skinny_linears
@@ -58,6 +59,7 @@ class PassReport:
 PASSES: tuple[Pass, ...] = (
     Pass("merge_linears", merge_linears),
     Pass(None, quant_linears, ("round_activations",), by_device=True),
+    Pass(None, quant_experts, by_device=True),
     Pass("deterministic", fixed_linears),
     Pass("skinny_linears", skinny_linears, by_device=True),
     Pass("rotary_once", rotary_once),

@@ -1,4 +1,4 @@
-"""Quantised linears in the layout that their device multiplies fastest: `RepackedLinear` on CUDA, two forms on a CPU.
+"""Quantised weights in the layout that their device multiplies fastest: `RepackedLinear` and `RepackedExperts` on CUDA, two forms on a CPU.
 
 Knows what each device's GEMMs take; knows no checkpoints and no models.
 """
@@ -10,13 +10,15 @@ import math
 import torch
 from torch import nn
 
-from pagegraph.compiler.quantization.linear import QuantLinear, QuantModule
+from pagegraph.compiler.quantization.linear import QuantExperts, QuantLinear, QuantModule
+from pagegraph.kernels.moe.reference import in_eights
 from pagegraph.kernels.quant import cpu, reference
 from pagegraph.kernels.quant.tiles import takes_8bit_activations
 from pagegraph.kernels.quant.weight import QuantWeight
 
 CPU_INT4_GROUPS = (32, 64, 128, 256)
 CPU_INT4_ROWS = 16  # PyTorch packs as many rows of 4-bit values together
+REPACKED_AT_ONCE = 1 << 28  # weights of experts: their copies on the way are a few bytes each
 SUMS_AT_ONCE = 4  # in one loop: with one, adding up is slower than memory
 
 
@@ -71,6 +73,41 @@ class RepackedLinear(QuantModule):
         )
 
 
+class RepackedExperts(QuantModule):
+    """CUDA: the weights of a layer's experts in the tensor cores' layout; `kernels.moe.quant_stack` has the shapes.
+
+    gated: rows are of gate and up, interleaved or one half each, and get the order that `pagegraph::repacked_experts` takes.
+    """
+
+    def __init__(self, experts: QuantExperts, gated: bool, interleaved: bool) -> None:
+        weight, self.in_features = experts.quantized, experts.quantized.in_size
+        count, rows = weight.qweight.shape[:2]
+        step = count if weight.qweight.is_meta else max(1, REPACKED_AT_ONCE // (rows * self.in_features))
+        parts = []
+        for first in range(0, count, step):
+            some = weight.map(lambda one, first=first: _whole_blocks(one[first : first + step], gated, interleaved))
+            tall = repacked(some.map(lambda one: one.flatten(0, 1)), experts.dtype)
+            parts.append(tall.map(lambda one, some=some: one.unflatten(0, (len(some.qweight), -1))))
+        qweight, scale, zero = (
+            None if one is None else torch.cat([part[at] for part in parts]) for at, one in enumerate(parts[0][:3])
+        )
+        assert qweight is not None and scale is not None
+        super().__init__(QuantWeight(qweight, scale, zero, None, parts[0].group, rows))
+
+
+def takes_experts(up: QuantWeight, down: QuantWeight, gated: bool) -> bool:
+    """Whether `pagegraph::repacked_experts` multiplies both weights [E, N, K] of a layer."""
+    whole = not gated or up.qweight.shape[1] % 16 == 0  # eights of gate and of up
+    return whole and repacked_group(up) > 0 and repacked_group(down) > 0
+
+
+def _whole_blocks(rows: torch.Tensor, gated: bool, interleaved: bool) -> torch.Tensor:
+    """[E, N, ..], rows of gate and up in the order of the op, filled up to blocks with zeros."""
+    rows = in_eights(rows, interleaved) if gated else rows
+    as_bytes = rows.view(torch.uint8) if rows.dtype == torch.float8_e4m3fn else rows
+    return nn.functional.pad(as_bytes, (0, 0, 0, -rows.shape[1] % reference.REPACK_BLOCK)).view(rows.dtype)
+
+
 def repacked(weight: QuantWeight, dtype: torch.dtype) -> QuantWeight:
     """A loaded weight in the tensor cores' layout, for x in `dtype`; `repacked_group` says of which."""
     size, group = weight.in_size, repacked_group(weight)
@@ -78,7 +115,9 @@ def repacked(weight: QuantWeight, dtype: torch.dtype) -> QuantWeight:
     if weight.kind == "fp8":
         return weight._replace(qweight=reference.exchanged_columns(weight.qweight), scale=scale, zero=zero, group=group)
     integers = reference.unpack_nibbles(weight.qweight) if weight.bits == 4 else weight.qweight
-    if group < size:  # scales of small groups are read with the values: two bytes of each tell apart what few bits can
+    if (
+        group < size and weight.kind != "mxfp4"
+    ):  # scales of small groups are read with the values: two bytes of each tell apart what few bits can
         scale, zero = (None if one is None else one.to(dtype) for one in (scale, zero))
     scale, zero = (None if one is None else reference.repack_scales(one, group, size) for one in (scale, zero))
     return weight._replace(qweight=reference.repack(integers, weight.bits), scale=scale, zero=zero, group=group)
@@ -88,7 +127,7 @@ def repacked_group(weight: QuantWeight) -> int:
     """Columns to a scale of `repacked`: those of the weight, or what divides them so that blocks have whole groups; 0: none."""
     if weight.group >= weight.in_size or weight.group % reference.REPACK_BLOCK == 0:
         return min(weight.group, weight.in_size)
-    smallest = {"int4": 32, "int8": 16, "fp8": reference.REPACK_BLOCK}[weight.kind]
+    smallest = {"int4": 32, "mxfp4": 32, "int8": 16, "fp8": reference.REPACK_BLOCK}[weight.kind]
     common = math.gcd(weight.group, reference.REPACK_BLOCK)
     return common if common >= smallest else 0
 

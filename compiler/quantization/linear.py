@@ -1,4 +1,4 @@
-"""The module that stands where a quantised linear stood, and siblings of one input stacked into one. Knows no device."""
+"""The modules that stand where a quantised linear or quantised experts stood, and siblings of one input stacked into one. Knows no device."""
 
 from __future__ import annotations
 
@@ -52,6 +52,25 @@ class QuantLinear(QuantModule):
         if self.g_idx_order is not None:
             weight = torch.empty_like(weight).index_copy_(1, self.g_idx_order, weight)
         return weight.to(self.dtype)
+
+
+class QuantExperts(QuantModule):
+    """Weights [E, N, K] of a layer's experts as they were loaded, where their parameter stood; not called."""
+
+    def __init__(self, weight: QuantWeight, dtype: torch.dtype) -> None:
+        super().__init__(weight)
+        self.dtype = dtype  # of inputs and results
+
+    def dequantized(self) -> torch.Tensor:
+        """The weights [E, N, K] in `dtype`."""
+        return torch.stack(
+            [
+                reference.dequantize(
+                    *(None if held is None else held[expert] for held in self.quantized[:3]), self.group
+                ).to(self.dtype)
+                for expert in range(len(self.qweight))
+            ]
+        )
 
 
 def stacked(linears: list[QuantLinear]) -> QuantLinear:

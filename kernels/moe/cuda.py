@@ -1,6 +1,6 @@
 """Experts of a mixture on CUDA: which kernels a step launches, from its sizes alone. Imports Triton.
 
-Engines do not come here until the kernels are measured: `DEVICES` of `compiler.model.experts` says so.
+Engines do not come here until the kernels are measured: `DEVICES` and `QUANTIZED_DEVICES` of `compiler.model.experts` say so.
 """
 
 from __future__ import annotations
@@ -11,8 +11,19 @@ from pagegraph.kernels.gpu import gpu_of, multiprocessors
 from pagegraph.kernels.moe.form import ACTIVATIONS, Form
 from pagegraph.kernels.moe.gemv import experts_down, experts_up
 from pagegraph.kernels.moe.grouped_gemm import grouped_gemm, weighted_sum
+from pagegraph.kernels.moe.quant_gemv import quant_experts_down, quant_experts_up
+from pagegraph.kernels.moe.quant_grouped_gemm import quant_grouped_gemm
+from pagegraph.kernels.moe.quant_stack import QuantStack
 from pagegraph.kernels.moe.route import route
-from pagegraph.kernels.moe.tiles import GemvTiles, GroupedTiles, gemv_tiles_of, grouped_tiles_of
+from pagegraph.kernels.moe.tiles import (
+    GemvTiles,
+    GroupedTiles,
+    QuantGemvTiles,
+    gemv_tiles_of,
+    grouped_tiles_of,
+    quant_gemv_tiles_of,
+    quant_grouped_tiles_of,
+)
 
 OTHERS_MULTIPROCESSORS = 132  # a grid for devices of another number: it sets how many tiles a program takes
 
@@ -50,20 +61,86 @@ def experts_by(
     programs: int = 0,
 ) -> Tensor:
     """The op by the given tiles. programs: of a grid of grouped products; 0: as many as run at a time."""
-    if form.activation not in ACTIVATIONS:
-        raise ValueError(f"activation {form.activation!r} of experts is not known; 'silu' is")
     if not (up.is_contiguous() and down.is_contiguous()):
         raise ValueError("the weights of experts are not contiguous; contiguous() of them is taken")
-    x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
-    live = None if query_start is None else query_start[-1:]
+    x, chosen, weights, live = _given(form, x, chosen, weights, query_start)
     if not len(x):
         return x.new_empty(x.shape)
     if isinstance(tiles, GemvTiles):
         inner = experts_up(x, chosen, up, up_bias, live, form, tiles.up)
         return experts_down(inner, chosen, weights, down, down_bias, live, form.transposed, tiles.down)
-    choices = chosen.shape[1]
-    programs = programs or tiles.programs * (multiprocessors(x.device) or OTHERS_MULTIPROCESSORS)
+    choices, programs = chosen.shape[1], programs or _programs(tiles, x)
     routes = route(chosen, len(up), tiles.block_m, live)
     inner = grouped_gemm(x, up, up_bias, routes, choices, form, True, tiles, programs)
     product = grouped_gemm(inner, down, down_bias, routes, choices, form, False, tiles, programs)
     return weighted_sum(product, chosen, weights, len(up), live)
+
+
+def repacked_experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    up_zero: Tensor | None,
+    up_group: int,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor,
+    down_zero: Tensor | None,
+    down_group: int,
+    down_bias: Tensor | None,
+    inner: int,
+    query_start: Tensor | None,
+    *form: str | float | bool,
+) -> Tensor:
+    """See `kernels.ops`."""
+    how = Form(*form)  # type: ignore[arg-type]
+    hidden, wide, gpu = x.shape[1], x.element_size() > 2, gpu_of(x.device)
+    first = QuantStack(up, up_scale, up_zero, up_group, 2 * inner if how.gated else inner, hidden)
+    second = QuantStack(down, down_scale, down_zero, down_group, hidden, inner)
+    size = (first.tall.kind, len(up), inner, hidden)
+    tiles = None if wide else quant_gemv_tiles_of(len(x), size, gpu)
+    tiles = tiles or quant_grouped_tiles_of(chosen.numel(), size, wide, gpu)
+    return repacked_experts_by(tiles, x, chosen, weights, first, up_bias, second, down_bias, query_start, how)
+
+
+def repacked_experts_by(
+    tiles: QuantGemvTiles | GroupedTiles,
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: QuantStack,
+    up_bias: Tensor | None,
+    down: QuantStack,
+    down_bias: Tensor | None,
+    query_start: Tensor | None,
+    form: Form,
+    programs: int = 0,
+) -> Tensor:
+    """As `experts_by`. Weights are contiguous."""
+    x, chosen, weights, live = _given(form, x, chosen, weights, query_start)
+    if not len(x):
+        return x.new_empty(x.shape)
+    if isinstance(tiles, QuantGemvTiles):
+        inner = quant_experts_up(x, chosen, up, up_bias, live, form, tiles.up)
+        return quant_experts_down(inner, chosen, weights, down, down_bias, live, tiles.down)
+    choices, programs, experts = chosen.shape[1], programs or _programs(tiles, x), len(up.qweight)
+    routes = route(chosen, experts, tiles.block_m, live)
+    inner = quant_grouped_gemm(x, up, up_bias, routes, choices, form, True, tiles, programs)
+    product = quant_grouped_gemm(inner, down, down_bias, routes, choices, form, False, tiles, programs)
+    return weighted_sum(product, chosen, weights, experts, live)
+
+
+def _given(
+    form: Form, x: Tensor, chosen: Tensor, weights: Tensor, query_start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x, chosen and weights as kernels take them, and the number of rows that are no padding, where that is told."""
+    if form.activation not in ACTIVATIONS:
+        raise ValueError(f"activation {form.activation!r} of experts is not known; 'silu' is")
+    live = None if query_start is None else query_start[-1:]
+    return x.contiguous(), chosen.contiguous(), weights.contiguous(), live
+
+
+def _programs(tiles: GroupedTiles, x: Tensor) -> int:
+    return tiles.programs * (multiprocessors(x.device) or OTHERS_MULTIPROCESSORS)

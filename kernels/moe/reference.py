@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from pagegraph.kernels.moe.form import Form
-from pagegraph.kernels.quant.reference import dequantize
+from pagegraph.kernels.moe.quant_stack import QuantStack
+from pagegraph.kernels.quant.reference import (
+    dequantize,
+    from_repacked,
+    from_repacked_scales,
+    pack_codes,
+    restored_columns,
+)
+from pagegraph.kernels.quant.weight import QuantWeight
 
 
 def activate(x: Tensor, activation: str, alpha: float = 1.0) -> Tensor:
@@ -99,3 +107,68 @@ def quant_experts(
     wide = (dequantize(up, up_scale, up_zero, up_group), dequantize(down, down_scale, down_zero, down_group))
     first, second = (one.to(x.dtype) for one in wide)
     return experts(x, chosen, weights, first, up_bias, second, down_bias, query_start, *form)
+
+
+def in_eights(rows: Tensor, interleaved: bool) -> Tensor:
+    """[E, 2 * I, ..] of gate and up, one half each or in turn -> the same rows, of every 16 first 8 of gate and then those of up."""
+    gate, up = (rows[:, ::2], rows[:, 1::2]) if interleaved else rows.chunk(2, dim=1)
+    return torch.stack([gate.unflatten(1, (-1, 8)), up.unflatten(1, (-1, 8))], dim=2).flatten(1, 3)
+
+
+def from_eights(rows: Tensor) -> Tensor:
+    """The inverse of `in_eights`: gate and up one half each."""
+    return rows.unflatten(1, (-1, 2, 8)).transpose(1, 2).flatten(1, 3)
+
+
+def loaded(stack: QuantStack) -> QuantWeight:
+    """The weights [E, rows, size] as they were loaded, rows as they lie."""
+    experts, height = len(stack.qweight), stack.height
+    tall, groups = stack.tall, -(-stack.size // stack.group)
+    qweight, scale, zero, *_ = tall
+    if tall.kind == "fp8":
+        qweight = restored_columns(qweight, stack.size)
+    else:
+        qweight = from_repacked(qweight, len(qweight) * 64, stack.size)
+        qweight = pack_codes((qweight + 8).to(torch.uint8)) if tall.kind == "mxfp4" else qweight
+        scale, zero = (
+            None if one is None else from_repacked_scales(one, experts * height, groups) for one in (scale, zero)
+        )
+    parts = [
+        None if one is None else one.unflatten(0, (experts, height))[:, : stack.rows] for one in (qweight, scale, zero)
+    ]
+    return QuantWeight(*parts, None, stack.group, stack.rows)  # type: ignore[arg-type]
+
+
+def repacked_experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    up_zero: Tensor | None,
+    up_group: int,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor,
+    down_zero: Tensor | None,
+    down_group: int,
+    down_bias: Tensor | None,
+    inner: int,
+    query_start: Tensor | None,
+    *form: str | float | bool,
+) -> Tensor:
+    """See `kernels.ops`: `quant_experts` of the weights as they were loaded."""
+    how = Form(*form)._replace(interleaved=False, transposed=False)  # type: ignore[arg-type]
+    hidden, columns = x.shape[1], 2 * inner if how.gated else inner
+    first = loaded(QuantStack(up, up_scale, up_zero, up_group, columns, hidden))
+    second = loaded(QuantStack(down, down_scale, down_zero, down_group, hidden, inner))
+    if how.gated:
+        first = first._replace(
+            qweight=from_eights(first.qweight),
+            scale=from_eights(first.scale),
+            zero=None if first.zero is None else from_eights(first.zero),
+        )
+        up_bias = None if up_bias is None else from_eights(up_bias)
+    return quant_experts(
+        x, chosen, weights, *first[:3], first.group, up_bias, *second[:3], second.group, down_bias, query_start, *how
+    )

@@ -21,7 +21,7 @@ from pagegraph.kernels.attention.decode import TILES
 from pagegraph.kernels.gpu import OTHERS_TAKE
 from pagegraph.kernels.linear.tiles import Tile, gemv_tile_of, tile_of
 from pagegraph.kernels.moe.form import Form
-from pagegraph.kernels.moe.tiles import grouped_tiles_of
+from pagegraph.kernels.moe.tiles import grouped_tiles_of, quant_grouped_tiles_of
 from pagegraph.kernels.quant.tiles import QuantGemvTile, gemm_16bit_tile_by_rule
 from tests.paths import ROOT
 
@@ -316,6 +316,49 @@ def experts(
     return [f"experts {size} T={tokens} {dtype} {form}", "pagegraph.kernels.moe.cuda", "experts", arguments]
 
 
+def quantised_experts(
+    tokens: int,
+    choices: int,
+    size: tuple[int, int, int],
+    kind: str,
+    group: int,
+    form: Form = Form(),
+    bias: bool = False,
+    has_zero: bool = False,
+) -> list[Any]:
+    """`experts` of weights in the tensor cores' layout; group 0: one scale a row."""
+    count, inner, hidden = size
+
+    def weight(rows: int, columns: int) -> list[Any]:
+        held = group or columns
+        if kind == "fp8":
+            scale = tensor("float32", count, rows, -(-columns // held))
+            return [tensor("float8_e4m3fn", count, rows, columns), scale, None, held]
+        values = tensor(
+            "int8" if kind == "int8" else "uint8", count, rows // 64, columns // 64, 256 if kind == "int8" else 128, 16
+        )
+        groups = max(1, 64 // held) if group else 1
+        dtype = "uint8" if kind == "mxfp4" else "bfloat16" if group else "float32"
+        scale = tensor(dtype, count, rows // 64, -(-columns // (groups * held)), 32, 2 * groups)
+        return [values, scale, scale if has_zero else None, held]
+
+    columns = 2 * inner if form.gated else inner
+    arguments = [
+        tensor("bfloat16", tokens, hidden),
+        tensor("int64", tokens, choices),
+        tensor("bfloat16", tokens, choices),
+        *weight(columns, hidden),
+        tensor("bfloat16", count, columns) if bias else None,
+        *weight(hidden, inner),
+        tensor("bfloat16", count, hidden) if bias else None,
+        inner,
+        tensor("int32", tokens + 1),
+        *form,
+    ]
+    case = f"{kind} {group} experts {size} T={tokens}"
+    return [case, "pagegraph.kernels.moe.cuda", "repacked_experts", arguments]
+
+
 def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
     """Queries, keys and values as slices of a merged projection, with or without the norm."""
     wide = [{"slice": (256, n, size), "dtype": "bfloat16"} for n in (heads, kv_heads, kv_heads)]
@@ -331,6 +374,17 @@ EXPERTS = [
     *(experts(tokens, 8, OF_128) for tokens in (1, 8, 64, 512, 1024, 4096)),
     *(experts(tokens, 4, OF_32, GPT_OSS, bias=True) for tokens in (1, 8, 64, 256, 512, 4096)),
     *(experts(tokens, 6, (64, 1408, 2048), Form("relu2", gated=False), True, "float16") for tokens in (2, 1024)),
+]
+QUANTISED_EXPERTS = [
+    quantised_experts(tokens, choices, size, kind, group, form, bias, has_zero)
+    for kind, group, has_zero, size, choices, form, bias in (
+        ("fp8", 128, False, OF_128, 8, Form(), False),
+        ("int4", 128, True, OF_128, 8, Form(), False),
+        ("int8", 0, False, OF_128, 8, Form(), False),
+        ("int8", 16, True, (64, 1408, 2048), 6, Form("relu2", gated=False), True),
+        ("mxfp4", 32, False, OF_32, 4, GPT_OSS, True),
+    )
+    for tokens in (2, 64, 512, 4096)
 ]
 ROPES = [rope(16, 8, 128, True), rope(32, 8, 128, False), rope(32, 32, 256, False)]
 LINEARS = [linear(rows, *shape) for rows in (2, 64) for shape in ((6144, 1024), (1024, 3072), (4096, 14336))]
@@ -689,10 +743,31 @@ def test_programs_of_grouped_products_share_a_multiprocessor() -> None:
         assert tiles.programs * threads * kernel["registers"] <= 65536, kernel
 
 
+def test_quantised_experts() -> None:
+    """As `test_experts`, and no weight takes a way through shared memory of its own; programs share a multiprocessor as the rule counts on."""
+    kernels = compiled(QUANTISED_EXPERTS)
+    check_fits(kernels)
+    products = [k for k in kernels if k["kernel"] not in ("route_kernel", "weighted_sum_kernel")]
+    names = ("quant_experts_up_kernel", "quant_experts_down_kernel", "quant_grouped_gemm_kernel")
+    assert {k["kernel"] for k in products} == set(names)
+    assert all(k["waits"] and not k["early"] for k in kernels), kernels
+    assert all(k["tensor_cores"] and k["buffers"] >= 2 and not k["exchanged"] for k in products), products
+    grouped = [k for k in products if k["kernel"] == names[2]]
+    assert len(grouped) == 2 * 3 * 5 and all(k["wgmma"] for k in grouped)
+    for kernel in grouped:
+        tokens = int(kernel["case"].partition("T=")[2])
+        choices, experts = next((c, e) for c, e in ((8, 128), (4, 32), (6, 64)) if f"({e}, " in kernel["case"])
+        tiles = quant_grouped_tiles_of(tokens * choices, ("int8", experts, 0, 0), False)
+        assert tiles.programs * (kernel["shared_bytes"] + 1024) <= SHARED_MEMORY, kernel
+        assert tiles.programs * 32 * tiles.up.num_warps * kernel["registers"] <= 65536, kernel
+
+
 def test_experts_on_gpus_before_hopper() -> None:
-    kernels = compiled([experts(tokens, 8, OF_128) for tokens in (2, 64)], 80)
+    quantised = [quantised_experts(tokens, 4, OF_32, "mxfp4", 32, GPT_OSS, True) for tokens in (2, 64)]
+    kernels = compiled([*(experts(tokens, 8, OF_128) for tokens in (2, 64)), *quantised], 80)
     assert not any(k["waits"] or k["spilled_bytes"] for k in kernels)
-    assert [k["tensor_cores"] for k in kernels if k["kernel"] == "grouped_gemm_kernel"] == [True, True]
+    products = [k for k in kernels if k["kernel"].endswith("grouped_gemm_kernel")]
+    assert len(products) == 4 and all(k["tensor_cores"] for k in products)
 
 
 def test_an_8_bit_kv_cache() -> None:

@@ -23,8 +23,11 @@ from pagegraph.compiler.model.paged import ATTENTION_NAME, PagedModel, wrap_mode
 from pagegraph.compiler.model.source import resolve_model
 from pagegraph.compiler.model.weights import load_weights, plan_weights
 from pagegraph.compiler.options import PassOptions
+from pagegraph.compiler.passes.modules.quant_experts import quant_experts
 from pagegraph.compiler.passes.registry import apply_module_passes
-from pagegraph.compiler.quantization.linear import QuantModule
+from pagegraph.compiler.quantization import layouts
+from pagegraph.compiler.quantization.layouts import RepackedExperts
+from pagegraph.compiler.quantization.linear import QuantExperts
 from pagegraph.compiler.quantization.methods import QuantizationError
 from pagegraph.compiler.quantization.online import quantize
 from pagegraph.compiler.resolve import resolve_quantization
@@ -57,11 +60,9 @@ def load(folder: Path, asked: str | None = None, dtype: torch.dtype = torch.floa
     return paged
 
 
-def weights_of(model: nn.Module) -> dict[str, QuantModule]:
+def weights_of(model: nn.Module) -> dict[str, QuantExperts]:
     """Stacks of quantised experts by name."""
-    return {
-        path: module for path, module in model.named_modules() if type(module) is QuantModule and ".experts." in path
-    }
+    return {path: module for path, module in model.named_modules() if type(module) is QuantExperts}
 
 
 def check(built: PagedModel, stock: nn.Module, layers: int = 2) -> None:
@@ -101,6 +102,29 @@ def test_quantised_checkpoints(kind: str, name: str, tmp_path: Path) -> None:
 def test_mxfp4(tmp_path: Path) -> None:
     stock = write_mxfp4(tmp_path)
     check(load(tmp_path), stock)
+
+
+REPACKED = [("gpt_oss", "mxfp4"), ("deepseek_v3", "fp8_block"), ("mixtral", "awq_g64"), ("qwen3_moe", "w8a16")]
+
+
+@pytest.mark.parametrize(("kind", "name"), REPACKED)
+def test_as_gpus_multiply_them(kind: str, name: str, tmp_path: Path) -> None:
+    """The same logits by the layout that a GPU takes, whose op has its reference on a CPU; sizes of a plan too."""
+    stock = write_mxfp4(tmp_path) if name == "mxfp4" else write_mixture(tmp_path, kind, name)
+    paged = load(tmp_path)
+    layers = 1 if kind == "deepseek_v3" else 2
+    assert quant_experts(paged.model) == 0 and quant_experts(paged.model, device_type="cuda") == layers
+    assert sum(type(module) is RepackedExperts for module in paged.model.modules()) == 2 * layers
+    compare(paged, stock, 1e-4)
+
+
+def test_groups_that_no_block_holds_are_held_unquantised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stock = write_mxfp4(tmp_path)
+    paged = load(tmp_path)
+    with mock.patch.object(layouts, "repacked_group", lambda weight: 0):
+        assert quant_experts(paged.model, device_type="cuda") == 2
+    assert "experts of 2 of 2 layers; they are held unquantised" in caplog.text
+    compare(paged, stock, 1e-4)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("mixtral", "awq_g64"), ("deepseek_v3", "fp8_block"), ("gpt_oss", "mxfp4")])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pagegraph.compiler.quantization.layouts import RepackedExperts
 from pagegraph.kernels.moe.form import Form
+from pagegraph.kernels.moe.quant_stack import QuantStack
+from pagegraph.kernels.moe.reference import in_eights
 from pagegraph.kernels.quant.reference import E2M1, pack_codes, pack_nibbles, quantize_groups, quantize_rows
+from pagegraph.kernels.quant.weight import QuantWeight
 
 GPT_OSS = Form("silu", 1.702, 2.0, 1.0, True, True, True)
 FORMS = {
@@ -126,3 +130,26 @@ def _quantised(weight: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None
     group = size if kind == "int4 row" else 32
     qweight, scale, zero = (one.unflatten(0, weight.shape[:2]) for one in quantize_groups(weight.flatten(0, 1), group))
     return pack_nibbles(qweight), scale, None if kind == "int4 symmetric" else zero, group
+
+
+def repacked_of(quantised: tuple[Any, ...], form: Form, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """The same as arguments of `pagegraph::repacked_experts`."""
+    up, up_bias, down, down_bias, query_start = quantised[3:7], quantised[7], quantised[8:12], *quantised[12:]
+    first, second = (
+        RepackedExperts(QuantWeight(*one[:3], None, one[3], one[0].shape[1]), dtype, gated, form.interleaved)
+        for one, gated in ((up, form.gated), (down, False))
+    )
+    if form.gated and up_bias is not None:
+        up_bias = in_eights(up_bias, form.interleaved)
+    return (
+        *quantised[:3], first.qweight, first.scale, first.zero, first.group, up_bias, second.qweight, second.scale, second.zero,
+        second.group, down_bias, second.in_features, query_start,
+    )  # fmt: skip
+
+
+def stacks_of(repacked: tuple[Any, ...], form: Form) -> tuple[Any, ...]:
+    """The same as the launcher of its kernels takes them."""
+    hidden, inner = repacked[0].shape[1], repacked[13]
+    up = QuantStack(*repacked[3:7], 2 * inner if form.gated else inner, hidden)
+    down = QuantStack(*repacked[8:12], hidden, inner)
+    return *repacked[:3], up, repacked[7], down, repacked[12], repacked[14]
