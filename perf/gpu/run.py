@@ -29,7 +29,7 @@ from perf.floors import MODELS
 ROOT = Path(__file__).resolve().parents[2]
 
 SECTIONS = (
-    "kernels", "graphs", "long_context", "parity", "quality", "micro", "experts", "deterministic", "quantized", "quantized_step", "texts", "chains", "step", "engine", "memory", "speculation", "grammars",
+    "kernels", "graphs", "long_context", "parity", "quality", "micro", "experts", "quantized_experts", "deterministic", "quantized", "quantized_step", "texts", "chains", "step", "engine", "memory", "speculation", "grammars",
     "arrivals", "chunk_limit", "serve", "startup", "open_loop", "host", "peer",
 )  # fmt: skip
 OF_A_MODEL = ("step", "engine", "memory", "speculation", "grammars", "arrivals", "chunk_limit")
@@ -230,13 +230,15 @@ def section(name: str):
         from perf.gpu import kernel_ops as module
     elif name == "micro":
         from perf.gpu import micro as module
+    elif name in ("experts", "quantized_experts"):
+        from perf.gpu import experts as module
     elif name.startswith("quantized"):
         from perf.gpu import quantized as module
     elif name in ("start", "step", "engine", "peer"):
         from perf.gpu import engine_steps as module
     elif name == "arrivals":
         from perf.gpu import chunk_limit as module
-    elif name in ("open_loop", "chunk_limit", "grammars", "long_context", "experts", "deterministic"):
+    elif name in ("open_loop", "chunk_limit", "grammars", "long_context", "deterministic"):
         module = importlib.import_module(f"perf.gpu.{name}")
     elif name in OF_A_SERVER:
         from perf.gpu import serve as module
