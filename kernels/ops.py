@@ -56,6 +56,21 @@ is the same of quantised weights [E, N, K] (`kernels.quant.weight`), which are n
 weights as GPUs multiply them (`kernels.moe.quant_stack`), inner being I: of every 16 rows of up, and of its bias, 8 are of gate and then
 8 of up, whatever the form says of them.
 
+Layers with recurrent state keep a row of `states` [slots, ...] for each batch slot, mutated: that of a sequence s of the step
+is row slots[s] of int32 [S]. A sequence begins from zero where seq_lens[s] is as many as its rows, and else from its state; the state
+behind its last row is written back. Padding sequences, which have no rows, read and write none; rows from query_start[S] on are
+padding and may come out as anything. Each is one recurrence over a sequence's rows t:
+
+`pagegraph::causal_conv` is a convolution for each channel: x [T, C], weight [C, K], bias [C], states [slots, K - 1, C] in x's dtype,
+the last rows that there were -> [T, C], y_t = sum over j of weight[:, j] * x_(t - K + 1 + j), after that silu if it is set.
+
+`pagegraph::gated_delta` is a delta rule whose state S float32 [slots, H, D, Dv] decays: S = exp(decay_t) * S; S += key_t outer
+(beta_t * (value_t - key_t S)); y_t = query_t S / sqrt(D). query, key [T, H, D]; value [T, H, Dv]; decay [T, H], or [T, H, D] for each row of
+S; beta [T, H] -> [T, H, Dv] in value's dtype. normalize: of query and key their unit vectors.
+
+`pagegraph::selective_scan` is a state space model with state S float32 [slots, H, P, N]: S = exp(dt_t * A) * S + dt_t * x_t outer B_t;
+y_t = S C_t. x [T, H, P]; dt float32 [T, H]; A float32 [H], or [H, N]; B, C [T, G, N], of H / G heads each -> float32 [T, H, P].
+
 `pagegraph::materialize` is a copy that the compiler does not look through; `pagegraph::in_memory` one that it writes itself, and does
 not compute anew for each use.
 
@@ -121,6 +136,7 @@ from pagegraph.kernels.sampling import cpp as sampling_cpp
 from pagegraph.kernels.sampling import cpu as sampling_cpu
 from pagegraph.kernels.spec_decode import cpp as spec_decode_cpp
 from pagegraph.kernels.spec_decode import reference as spec_decode_reference
+from pagegraph.kernels.state import cpu as state_cpu
 
 SAME = "same"  # the function of the CPU serves every device
 
@@ -140,6 +156,18 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, section: int 
 
 def _like(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
+
+
+def _new_like(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _gated_delta(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return value.new_empty(value.shape)
+
+
+def _selective_scan(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
 
 
 def _add_rms_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -286,6 +314,21 @@ OPS = (
         "Tensor last_at, Tensor draft_tokens, Tensor tables, int block_size, int width) -> (Tensor, Tensor, "
         "Tensor, Tensor, Tensor, Tensor)",
         inputs_cpp.unpack, "inputs.prepare:unpack", None,
+    ),
+    Op(
+        "causal_conv(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) states, Tensor slots, Tensor query_start, "
+        "Tensor seq_lens, bool silu) -> Tensor",
+        state_cpu.causal_conv, "state.conv:causal_conv", _new_like,
+    ),
+    Op(
+        "gated_delta(Tensor query, Tensor key, Tensor value, Tensor decay, Tensor beta, Tensor(a!) states, Tensor slots, "
+        "Tensor query_start, Tensor seq_lens, bool normalize) -> Tensor",
+        state_cpu.gated_delta, "state.delta:gated_delta", _gated_delta,
+    ),
+    Op(
+        "selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor(a!) states, Tensor slots, "
+        "Tensor query_start, Tensor seq_lens) -> Tensor",
+        state_cpu.selective_scan, "state.scan:selective_scan", _selective_scan,
     ),
     Op(
         "sample(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor slots, Tensor sampled, "

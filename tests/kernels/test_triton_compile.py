@@ -770,6 +770,37 @@ def test_experts_on_gpus_before_hopper() -> None:
     assert len(products) == 4 and all(k["tensor_cores"] for k in products)
 
 
+def recurrent(tokens: int, seqs: int, dtype: str = "bfloat16") -> list[list[Any]]:
+    """A step of Qwen3-Next's sizes, Kimi Linear's, Mamba 2's and Mamba 1's."""
+    place = [tensor("int32", seqs), tensor("int32", seqs + 1), tensor("int32", seqs)]
+    heads, one = {"slice": (tokens, 32, 128), "dtype": dtype}, [tensor(dtype, tokens, 32)]
+    conv = [tensor(dtype, tokens, 8192), tensor(dtype, 8192, 4), tensor(dtype, 8192), tensor(dtype, 257, 3, 8192)]
+    state, module = tensor("float32", 257, 32, 128, 128), "pagegraph.kernels.state"
+    mamba2 = [{"slice": (tokens, 128, 64), "dtype": dtype}, tensor("float32", tokens, 128), tensor("float32", 128)]
+    mamba2 += [{"slice": (tokens, 8, 128), "dtype": dtype}] * 2 + [tensor("float32", 257, 128, 64, 128)]
+    mamba1 = [tensor(dtype, tokens, 8192, 1), tensor("float32", tokens, 8192), tensor("float32", 8192, 16)]
+    mamba1 += [{"slice": (tokens, 1, 16), "dtype": dtype}] * 2 + [tensor("float32", 257, 8192, 1, 16)]
+    said = f"T={tokens} S={seqs} {dtype}"
+    return [
+        [f"convolution {said}", f"{module}.conv", "causal_conv", [*conv, *place, True]],
+        *(
+            [f"delta of {len(decay)} sizes {said}", f"{module}.delta", "gated_delta", [heads, heads, heads, tensor("float32", *decay), *one, state, *place, True]]
+            for decay in ((tokens, 32), (tokens, 32, 128))
+        ),
+        [f"Mamba 2 {said}", f"{module}.scan", "selective_scan", [*mamba2, *place]],
+        [f"Mamba 1 {said}", f"{module}.scan", "selective_scan", [*mamba1, *place]],
+    ]  # fmt: skip
+
+
+def test_recurrent_states() -> None:
+    """States stay in registers, and nothing is touched before the wait."""
+    kernels = compiled([*recurrent(64, 64), *recurrent(4096, 64), *recurrent(64, 64, "float32")])
+    check_fits(kernels)
+    assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
+    names = {"sequences_kernel", "tokens_kernel", "gated_delta_kernel", "selective_scan_kernel"}
+    assert {k["kernel"] for k in kernels} == names
+
+
 def test_an_8_bit_kv_cache() -> None:
     """On tensor cores and pipelined as those of 16; a tile of half the bytes leaves room for programs that make up for it.
 

@@ -1,0 +1,79 @@
+"""Triton: state space models, a program for each sequence and block of channels. See `kernels.ops`.
+
+A program holds its part of the state in registers while it takes the sequence's tokens one by one: a decode step reads and
+writes the state once. Channels are heads times their sizes; those of a program share the group whose B and C they take.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pagegraph.kernels.pdl import dependent, wait
+
+ELEMENTS = 4096  # of the state in a program
+NUM_WARPS = 4
+
+
+@triton.jit
+def selective_scan_kernel(
+    out_ptr, x_ptr, dt_ptr, rates_ptr, b_ptr, c_ptr, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr,
+    x_stride, x_heads, dt_stride, b_stride, c_stride, b_groups, c_groups,
+    CHANNELS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, A_GROUP: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        wait()
+    sequence, first = tl.program_id(0), tl.program_id(1) * BLOCK_C
+    channel = first + tl.arange(0, BLOCK_C)
+    head, group = channel // P, first // A_GROUP
+    column = tl.arange(0, BLOCK_N)
+    there, inside = channel < CHANNELS, (channel < CHANNELS)[:, None] & (column < N)[None, :]
+    begin = tl.load(query_start_ptr + sequence)
+    end = tl.load(query_start_ptr + sequence + 1)
+    if end > begin:
+        slot = tl.load(slots_ptr + sequence).to(tl.int64)
+        goes_on = tl.load(seq_lens_ptr + sequence) > end - begin
+        places = states_ptr + (slot * CHANNELS + channel[:, None]) * N + column[None, :]
+        state = tl.load(places, mask=inside & goes_on, other=0.0)
+        if VECTOR:
+            rates = tl.load(rates_ptr + head[:, None] * N + column[None, :], mask=inside, other=0.0)
+        else:
+            rates = tl.load(rates_ptr + head, mask=there, other=0.0)[:, None]
+        for done in range(end - begin):
+            token = begin.to(tl.int64) + done
+            dt = tl.load(dt_ptr + token * dt_stride + head, mask=there, other=0.0)
+            x = tl.load(x_ptr + token * x_stride + head * x_heads + channel % P, mask=there, other=0.0).to(tl.float32)
+            b = tl.load(b_ptr + token * b_stride + group * b_groups + column, mask=column < N, other=0.0).to(tl.float32)
+            c = tl.load(c_ptr + token * c_stride + group * c_groups + column, mask=column < N, other=0.0).to(tl.float32)
+            state = state * tl.exp(dt[:, None] * rates) + (dt * x)[:, None] * b[None, :]
+            tl.store(out_ptr + token * CHANNELS + channel, tl.sum(state * c[None, :], 1), mask=there)
+        tl.store(places, state, mask=inside)
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor, query_start: Tensor,
+    seq_lens: Tensor,
+) -> Tensor:  # fmt: skip
+    """See `kernels.ops`."""
+    x, B, C = (one if one.stride(2) == 1 else one.contiguous() for one in (x, B, C))
+    dt = dt if dt.stride(1) == 1 else dt.contiguous()
+    tokens, heads, size = x.shape
+    channels, width = heads * size, B.shape[2]
+    of_group = channels // B.shape[1]
+    block_n = triton.next_power_of_2(width)
+    block_c = min(max(ELEMENTS // block_n, 1), triton.next_power_of_2(channels))
+    if B.shape[1] > 1:
+        block_c = math.gcd(block_c, of_group)
+    out = torch.empty(tokens, heads, size, dtype=torch.float32, device=x.device)
+    selective_scan_kernel[(len(slots), triton.cdiv(channels, block_c))](
+        out, x, dt, A.contiguous(), B, C, states, slots, query_start, seq_lens,
+        x.stride(0), x.stride(1), dt.stride(0), B.stride(0), C.stride(0), B.stride(1), C.stride(1),
+        CHANNELS=channels, P=size, N=width, A_GROUP=of_group, VECTOR=A.dim() == 2, BLOCK_C=block_c, BLOCK_N=block_n,
+        num_warps=NUM_WARPS, **dependent(x.device),
+    )  # fmt: skip
+    return out
