@@ -51,8 +51,9 @@ SAFETENSORS_DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
     "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8,
 }  # fmt: skip
-# Linears that choose experts: small, and a wrong choice costs more than they weigh.
-NEVER_QUANTIZED = ("gate", "router", "shared_expert_gate")
+# Linears that choose experts: small, and a wrong choice costs more than they weigh. And one of state space models, whose weight
+# their mixers multiply by themselves.
+NEVER_QUANTIZED = ("gate", "router", "shared_expert_gate", "dt_proj")
 # Method -> that of the output head: its few bits would show in every probability.
 HEAD_METHODS = {"int8": "int8", "int4": "int8", "fp8": None}
 

@@ -40,6 +40,7 @@ class QuantLinear(QuantModule):
         super().__init__(weight)
         self.in_features, self.bits = weight.in_size, weight.bits
         self.dtype = dtype  # of inputs and results
+        tell_dtype(self, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.pagegraph.quant_linear(
@@ -71,6 +72,11 @@ class QuantExperts(QuantModule):
                 for expert in range(len(self.qweight))
             ]
         )
+
+
+def tell_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give a quantised linear an empty weight: some forwards ask a head's for its dtype."""
+    module.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
 
 
 def stacked(linears: list[QuantLinear]) -> QuantLinear:

@@ -25,7 +25,7 @@ from pagegraph.compiler.quantization.layouts import (
     RepackedLinear,
     repacked_group,
 )
-from pagegraph.compiler.quantization.linear import QuantLinear
+from pagegraph.compiler.quantization.linear import QuantLinear, tell_dtype
 from pagegraph.kernels.quant.tiles import MEMORY_BOUND_ROWS
 
 log = logging.getLogger("pagegraph.quantization")
@@ -47,7 +47,10 @@ def quant_linears(model: nn.Module, round_activations: bool = True, device_type:
         if type(child) is QuantLinear
     ]
     for parent, name in places:
+        dtype = getattr(parent, name).dtype
         form = _form(getattr(parent, name), round_activations, device_type)
+        if type(form) is not nn.Linear:
+            tell_dtype(form, dtype)
         setattr(parent, name, form)
         return_freed_memory()
         dequantized += type(form) is nn.Linear
