@@ -32,7 +32,13 @@ from pagegraph.compiler.model.source import resolve_model
 from pagegraph.compiler.model.weights import load_weights, plan_weights
 from pagegraph.compiler.options import CompilerOptions, ModelOptions
 from pagegraph.compiler.passes.registry import PassReport, apply_module_passes, graph_passes
-from pagegraph.compiler.profile.kv_budget import KvBudget, cuda_available, plan_blocks
+from pagegraph.compiler.profile.kv_budget import (
+    KvBudget,
+    check_slots,
+    cuda_available,
+    left_for_blocks,
+    plan_blocks,
+)
 from pagegraph.compiler.profile.memory import MemoryProfile, StoredProfiles, profile_memory
 from pagegraph.compiler.resolve import (
     eos_ids,
@@ -42,6 +48,7 @@ from pagegraph.compiler.resolve import (
     resolve_quantization,
 )
 from pagegraph.compiler.start_cache import StartCache, start_key
+from pagegraph.compiler.step.caches import Caches
 from pagegraph.compiler.step.capture_queue import MAX_DRAFT_FORWARDS, CaptureQueue, StoredOrder
 from pagegraph.compiler.step.capture_sizes import MAX_CAPTURED_TOKENS, Bucket, CaptureSizes, cuda_capture_sizes
 from pagegraph.compiler.step.dummy import dummy_step
@@ -105,6 +112,7 @@ class BuiltModel:
     generation_config: dict[str, Any] = field(default_factory=dict)  # what generation_config.json of the model says
     compile_state: CompileState = "off"
     deterministic: bool = False  # see `PassOptions`
+    slot_bytes: int = 0  # of the recurrent state that its layers keep for each slot; 0: none
 
     @property
     def steps(self) -> list[CompiledStep]:
@@ -203,17 +211,29 @@ class LoadedModel:
     def vocab_size(self) -> int:
         return self.model_config.get_text_config().vocab_size
 
+    @property
+    def num_layers(self) -> int:
+        return self.model_config.get_text_config().num_hidden_layers
+
     def state(self, options: CompilerOptions, num_blocks: int, *, is_draft: bool = False) -> DeviceState:
         """KV caches of so many blocks, and what else outlives a step. Only the target model verifies draft tokens."""
-        block_size = options.kv_cache.block_size
-        return DeviceState(
+        block_size, seqs = options.kv_cache.block_size, options.step.max_num_seqs
+        caches = Caches.of(
             self.paged_model.layouts,
+            self.paged_model.states,
             num_blocks=num_blocks,
             block_size=block_size,
-            max_num_seqs=options.step.max_num_seqs,
+            num_slots=seqs + 1,
+            dtype=self.cache_dtype,
+            activation_dtype=self.dtype,
+            device=options.device,
+        )
+        return DeviceState(
+            caches,
+            block_size=block_size,
+            max_num_seqs=seqs,
             max_blocks=max(-(-self.max_model_len // block_size), 2),
             vocab_size=self.vocab_size,
-            dtype=self.cache_dtype,
             device=options.device,
             max_draft_tokens=0 if is_draft else options.step.max_draft_tokens,
             ngram=None if is_draft else options.step.ngram,
@@ -268,6 +288,7 @@ def build_model(
         start_cache=start_cache,
         generation_config=model.generation_config,
         deterministic=options.passes.deterministic,
+        slot_bytes=sum(state.caches.slot_bytes for state in states),
     )
 
 
@@ -350,6 +371,8 @@ def _load(
         )
         section = section_of(max_model_len) if options.passes.deterministic else 0
         paged_model = wrap_model(model, section)
+    if paged_model.states:
+        _check_recurrent(model_options.model, options)
     loaded = LoadedModel(paged_model, model_config, folder, dtype, cache_dtype, max_model_len, generation_config)
     if planned:
         plan_weights(
@@ -381,6 +404,20 @@ def _check_deterministic(device: torch.device, dtype: torch.dtype) -> None:
         raise ValueError(
             f"deterministic=true computes bfloat16 and float32 on a CPU, not {str(dtype).removeprefix('torch.')};"
             " set dtype to bfloat16, or deterministic to false"
+        )
+
+
+def _check_recurrent(model: str, options: CompilerOptions) -> None:
+    """Refuse what a model with recurrent state is not served with."""
+    if options.passes.deterministic:
+        raise ValueError(
+            f"deterministic=true: {model} has layers with recurrent state, whose sums depend on how a prompt is cut into"
+            " chunks; set deterministic to false"
+        )
+    if options.step.max_draft_tokens:
+        raise ValueError(
+            f"speculative decoding: {model} has layers with recurrent state, which a rejected draft token would leave"
+            " changed; leave speculative_method and speculative_model out"
         )
 
 
@@ -428,9 +465,14 @@ def _start_cache(options: CompilerOptions, models: list[LoadedModel]) -> StartCa
 
 def _kv_budget(options: CompilerOptions, models: list[LoadedModel], start_cache: StartCache) -> KvBudget:
     """Blocks that fit; on CUDA, if no amount is set, beside the profiled memory of steps and graphs."""
-    kv_cache = options.kv_cache
+    kv_cache, max_num_seqs = options.kv_cache, options.step.max_num_seqs
+    share = f"gpu_memory_utilization {kv_cache.gpu_memory_utilization}"
+    if options.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(options.device)
+        left = left_for_blocks(total, total - free, kv_cache.gpu_memory_utilization, 0, 0)
+        share = check_slots(left, _slot_bytes(options, models), max_num_seqs, share)
     states = [model.state(options, 1, is_draft=model is not models[0]) for model in models]
-    block_bytes = sum(state.block_bytes for state in states)
+    block_bytes = sum(state.caches.block_bytes for state in states)
     if kv_cache.num_blocks is not None:
         available, source = kv_cache.num_blocks * block_bytes, f"num_blocks {kv_cache.num_blocks}"
     elif kv_cache.memory is not None:
@@ -448,8 +490,13 @@ def _kv_budget(options: CompilerOptions, models: list[LoadedModel], start_cache:
             sum(one.graphs for one in profiles),
             options.device,
         )
-        source = f"gpu_memory_utilization {kv_cache.gpu_memory_utilization}"
-    return plan_blocks(available, block_bytes, kv_cache.block_size, models[0].max_model_len, source)
+        source = share
+    return plan_blocks(available, block_bytes, kv_cache.block_size, models[0].max_model_len, max_num_seqs, source)
+
+
+def _slot_bytes(options: CompilerOptions, models: list[LoadedModel]) -> int:
+    planned = replace(options, device=torch.device("meta"))
+    return sum(model.state(planned, 1, is_draft=model is not models[0]).caches.slot_bytes for model in models)
 
 
 def _profiles(options: CompilerOptions, models: list[LoadedModel], states: list[DeviceState]) -> list[MemoryProfile]:

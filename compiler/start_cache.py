@@ -129,8 +129,8 @@ def _facts(paged_model: PagedModel) -> Iterator[Any]:
     """What a trace of the forward reads off the model, in a fixed order."""
     config = json.loads(paged_model.model.config.to_json_string(use_diff=False))
     yield {name: value for name, value in config.items() if name not in NAMES}
-    yield [repr(layout) for layout in paged_model.layouts]
-    yield [paged_model.counts_tokens, paged_model.body]
+    yield [repr(layout) for layout in (*paged_model.layouts, *paged_model.states)]
+    yield [paged_model.cache, paged_model.body]
     for path, module in paged_model.named_modules():
         kind = type(module)
         yield [path, kind.__module__, kind.__qualname__, len(module._forward_hooks)]

@@ -1,6 +1,7 @@
 """What an op costs at least: a table of operations and bytes by op, beside the table of ops.
 
-Operations are multiplications and additions; bytes are those of weights and of keys and values, each read once. What
+Operations are multiplications and additions; bytes are those of weights, of keys and values, each read once, and of
+recurrent states, each read and written once. What
 passes between ops is not counted: it may stay in a cache, or in registers where ops share a kernel. Rows of `COSTS` give
 operations; which arguments are weights the caller knows. Knows no device, no model and no clock.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 
-Kind = Literal["linears", "experts", "attention"]
+Kind = Literal["linears", "experts", "attention", "states"]
 
 
 class StepRows(NamedTuple):
@@ -44,6 +45,8 @@ def cost_of(op: Any, arguments: Mapping[str, Any], out: Any, weights: list[Tenso
     """
     if op in ATTENTION:
         return _attention(arguments, step)
+    if op in STATES:
+        return _state(arguments, STATES[op](arguments), step)
     if op not in PRODUCTS or not weights:
         return None
     flops = PRODUCTS[op](arguments, out)
@@ -66,6 +69,13 @@ def _attention(arguments: Mapping[str, Any], step: StepRows) -> Cost:
     pairs, touched = visible(step, arguments["window"], arguments["chunk"])
     of_token = value.shape[1] * (size + value_size) * arguments["key_cache"].element_size()
     return Cost("attention", 2 * heads * (size + value_size) * pairs, 0, of_token * touched)
+
+
+def _state(arguments: Mapping[str, Any], flops: int, step: StepRows) -> Cost:
+    """Of `flops` a token; the state of each sequence with rows is read and written."""
+    slot = arguments["states"][0]
+    touched = 2 * slot.numel() * slot.element_size() * int(np.count_nonzero(step.rows))
+    return Cost("states", flops * int(step.rows.sum()), 0, touched)
 
 
 def visible(step: StepRows, window: int, chunk: int) -> tuple[int, int]:
@@ -155,6 +165,12 @@ def _chosen(arguments: Mapping[str, Any], tokens: int) -> float:
 
 aten, ours = torch.ops.aten, torch.ops.pagegraph
 ATTENTION = {ours.paged_attention.default, ours.rope_attention.default}
+# op: operations of a token by arguments: of each element of a state it decays, takes up what is added, and is read
+STATES: dict[Any, Callable[[Mapping[str, Any]], int]] = {
+    ours.causal_conv.default: lambda given: 2 * given["weight"].numel(),
+    ours.gated_delta.default: lambda given: 7 * given["states"][0].numel(),
+    ours.selective_scan.default: lambda given: 5 * given["states"][0].numel(),
+}
 # op: operations by arguments and result
 PRODUCTS: dict[Any, Callable[[Mapping[str, Any], Any], int]] = {
     aten.mm.default: _of_matrices("self", "mat2"),

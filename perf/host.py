@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pagegraph.compiler.build import BuiltModel, Timings
+from pagegraph.compiler.step.caches import Caches
 from pagegraph.compiler.step.capture_sizes import Bucket
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
@@ -96,8 +97,8 @@ def run(sizes: Sequence[int], lengths: Sequence[int], *, max_num_seqs: int = 0, 
     block = config.block_size
     num_blocks = num_blocks or 1 + sum(-(-(size + length) // block) + 1 for size, length in zip(sizes, lengths))
     state = DeviceState(
-        [], num_blocks=1, block_size=block, max_num_seqs=seqs, max_blocks=512, vocab_size=VOCAB,
-        dtype=torch.bfloat16, device=torch.device("cpu"),
+        Caches([], [], [], []), block_size=block, max_num_seqs=seqs, max_blocks=512, vocab_size=VOCAB,
+        device=torch.device("cpu"),
     )  # fmt: skip
     staging = PlainStaging(state, Bucket(budget, seqs))
     spent: dict[str, list[float]] = {name: [] for name in PARTS}

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pagegraph.compiler.build import LoadedModel, largest_step
 from pagegraph.compiler.explain.trace import META, meta_inputs
 from pagegraph.compiler.options import CompilerOptions
+from pagegraph.compiler.step.caches import Caches
 from pagegraph.compiler.step.capture_sizes import Bucket
 from pagegraph.compiler.step.dummy import dummy_step, everything, read_whole
 from pagegraph.compiler.step.prompt import MAX_LOGITS_BYTES, read_prompt
@@ -52,7 +53,7 @@ def step_memory(options: CompilerOptions, model: LoadedModel) -> StepMemory:
     if model.paged_model.model.device.type == "meta":
         inputs = meta_inputs(state, tokens, largest.seqs)
         with torch.no_grad(), _Peak() as peak:
-            results = model.paged_model(*inputs, state.key_caches, state.value_caches)
+            results = model.paged_model(*inputs, *state.caches)
         forward = peak.most
         outputs = sum(one.nbytes for one in results if one is not None)
     sampling = _sampling(options, model) * largest.seqs // ROWS
@@ -65,8 +66,8 @@ def _sampling(options: CompilerOptions, model: LoadedModel) -> int:
     seqs = replace(options.step, max_num_seqs=ROWS, max_draft_tokens=0, ngram=None)
     few = replace(options, device=torch.device("cpu"), step=seqs)
     state = DeviceState(
-        [], num_blocks=1, block_size=few.kv_cache.block_size, max_num_seqs=ROWS, max_blocks=2,
-        vocab_size=model.vocab_size, dtype=model.cache_dtype, device=few.device,
+        Caches([], [], [], []), block_size=few.kv_cache.block_size, max_num_seqs=ROWS, max_blocks=2,
+        vocab_size=model.vocab_size, device=few.device,
     )  # fmt: skip
     step = dummy_step([1] * ROWS, state.dummy_slot, everything(ROWS))
     staging = CpuStaging(state)

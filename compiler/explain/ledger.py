@@ -19,11 +19,18 @@ from pagegraph.compiler.build import LoadedModel, capture_sizes_of, plan_models
 from pagegraph.compiler.explain.activations import StepMemory, step_memory
 from pagegraph.compiler.explain.machines import Machine
 from pagegraph.compiler.options import CompilerOptions, StepOptions
-from pagegraph.compiler.profile.kv_budget import CONTEXT, DoesNotFit, KvBudget, left_for_blocks, plan_blocks
+from pagegraph.compiler.profile.kv_budget import (
+    CONTEXT,
+    DoesNotFit,
+    KvBudget,
+    check_slots,
+    left_for_blocks,
+    plan_blocks,
+)
 from pagegraph.compiler.step.capture_queue import MAX_DRAFT_FORWARDS
 from pagegraph.compiler.step.state import DeviceState
 
-WeightKind = Literal["embedding", "attention", "MLP", "experts", "norms", "head", "other"]
+WeightKind = Literal["embedding", "attention", "recurrence", "MLP", "experts", "norms", "head", "other"]
 META = torch.device("meta")
 # What the driver holds of one captured graph for each of the model's layers, besides the memory that graphs share. With
 # it the estimate gives the blocks that starts on an H200 had (perf/results/h200-2026-11-29-*: 28 and 32 layers, 66 graphs)
@@ -60,7 +67,9 @@ class Ledger:
     gpus: int
     weights: list[Weights]  # of all GPUs together
     kv_layers: list[KvLayers]
-    state: int  # what outlives a step besides blocks: block tables, each slot's last token, draft tokens, text
+    state_layers: int  # that keep a state of fixed size for each slot
+    slots: int  # bytes of these states
+    state: int  # what else outlives a step: block tables, each slot's last token, draft tokens, text
     step: StepMemory
     graphs: int
     num_graphs: int
@@ -94,9 +103,11 @@ def weight_bytes(weights: list[Weights], gpus: int) -> int:
 
 def ledger(options: CompilerOptions, models: list[LoadedModel], machine: Machine, gpus: int = 1) -> Ledger:
     """What a build of `models`, as planned, takes on each of so many such devices."""
-    states = planned_states(options, models)
+    states, seqs = planned_states(options, models), options.step.max_num_seqs
     weights = [one for model in models for one in weights_of(model.paged_model.model)]
     layers = [one for model, state in zip(models, states) for one in _kv_layers(model, state)]
+    slot_bytes = sum(-(-state.caches.slot_bytes // gpus) for state in states)
+    slots = slot_bytes * (seqs + 1)
     block_bytes = sum(_block_bytes(model, state, gpus) for model, state in zip(models, states))
     state_bytes = sum(state_tensors(state) for state in states)
     cuda = machine.device_type == "cuda"
@@ -106,12 +117,12 @@ def ledger(options: CompilerOptions, models: list[LoadedModel], machine: Machine
     if cuda:
         sizes = len(capture_sizes_of(options).buckets())
         forwards = [sizes + more for more in (0, MAX_DRAFT_FORWARDS)[: len(models)]]
-        layers_of = [len(model.paged_model.layouts) for model in models]
+        layers_of = [model.num_layers for model in models]
         num_graphs = sizes * len(models)
         graphs = sum(one.forward for one in steps)
         graphs += sum(GRAPH_BYTES_A_LAYER * n * count for n, count in zip(layers_of, forwards))
     context = CONTEXT if cuda else 0
-    used = weight_bytes(weights, gpus) + state_bytes + context
+    used = weight_bytes(weights, gpus) + slots + state_bytes + context
     kv_cache = options.kv_cache
     allowed = int(machine.memory * kv_cache.gpu_memory_utilization)
     if kv_cache.num_blocks is not None:
@@ -124,15 +135,18 @@ def ledger(options: CompilerOptions, models: list[LoadedModel], machine: Machine
     refusal, length = "", models[0].max_model_len
     budget = KvBudget(0, block_bytes)
     try:
-        budget = plan_blocks(max(available, 0), block_bytes, kv_cache.block_size, length, source)
+        if kv_cache.num_blocks is None and kv_cache.memory is None:
+            source = check_slots(available + slots, slot_bytes, seqs, source)
+        budget = plan_blocks(max(available, 0), block_bytes, kv_cache.block_size, length, seqs, source)
     except DoesNotFit as error:
         refusal = str(error)
     if cuda and not refusal and used + found.peak + graphs + budget.num_blocks * block_bytes > machine.memory:
         taken = used + found.peak + graphs + budget.num_blocks * block_bytes
         refusal = f"{source} asks for more than the GPU has: {taken / 2**30:.2f} of {machine.memory / 2**30:.2f} GiB."
     return Ledger(
-        machine=machine, gpus=gpus, weights=weights, kv_layers=layers, state=state_bytes, step=found, graphs=graphs,
-        num_graphs=num_graphs, context=context, block_size=kv_cache.block_size, block_bytes=block_bytes,
+        machine=machine, gpus=gpus, weights=weights, kv_layers=layers,
+        state_layers=sum(len(model.paged_model.states) for model in models), slots=slots, state=state_bytes, step=found,
+        graphs=graphs, num_graphs=num_graphs, context=context, block_size=kv_cache.block_size, block_bytes=block_bytes,
         allowed=allowed if cuda else used + found.peak + budget.num_blocks * block_bytes,
         available=available, source=source, num_blocks=budget.num_blocks, max_model_len=length, refusal=refusal,
     )  # fmt: skip
@@ -145,26 +159,30 @@ def planned_states(options: CompilerOptions, models: list[LoadedModel]) -> list[
 
 
 def state_tensors(state: DeviceState) -> int:
-    """Bytes of all of a state but the blocks."""
+    """Bytes of all of a state but the caches."""
     held = (state.block_tables, state.last_tokens, state.last_at, state.draft_tokens, state.history)
     return sum(one.nbytes for one in held if one is not None)
 
 
+def slots_bytes(state: DeviceState) -> int:
+    """Bytes of the recurrent states of all slots."""
+    return state.caches.slot_bytes * len(state.block_tables)
+
+
 def _kv_layers(model: LoadedModel, state: DeviceState) -> list[KvLayers]:
     """By what they see; all of them keep every token of a sequence that runs."""
-    size = state.block_size * len(state.key_caches[0])
     found: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for layout, *caches in zip(model.paged_model.layouts, state.key_caches, state.value_caches):
-        found[layout.window, layout.chunk].append(sum(one.nbytes for one in caches) // size)
+    for layout, *caches in zip(model.paged_model.layouts, *state.caches[:2]):
+        found[layout.window, layout.chunk].append(sum(one[0].nbytes for one in caches) // state.block_size)
     return [KvLayers(len(sizes), *seen, sum(sizes)) for seen, sizes in found.items()]
 
 
 def _block_bytes(model: LoadedModel, state: DeviceState, gpus: int) -> int:
     """On one of so many GPUs, which share the heads; fewer heads than GPUs are held several times."""
     if gpus == 1:
-        return state.block_bytes
+        return state.caches.block_bytes
     total = 0
-    for layout, *caches in zip(model.paged_model.layouts, state.key_caches, state.value_caches):
+    for layout, *caches in zip(model.paged_model.layouts, *state.caches[:2]):
         heads = layout.num_kv_heads
         total += sum(one.nbytes for one in caches) // heads * -(-heads // min(gpus, heads))
     return total
@@ -210,6 +228,8 @@ def _kind(path: str, parents: dict[str, nn.Module], tensor: torch.Tensor) -> Wei
             return "norms"
         if "expert" in name or "expert" in parts[end - 1]:
             return "experts"
+        if any(word in name for word in ("mixer", "delta", "shortconv")):
+            return "recurrence"
         if "attention" in name or "attn" in name or "attn" in parts[end - 1]:
             return "attention"
         if "mlp" in name or "moe" in name or "feedforward" in name or parts[end - 1] in ("mlp", "ffn", "feed_forward"):
@@ -242,9 +262,8 @@ def would_fit(options: CompilerOptions, machine: Machine, gpus: int) -> list[str
     found = []
     models = plan_models(options)
     now = ledger(options, models, machine, gpus)
-    length = max(now.available // now.block_bytes - 1, 0) * now.block_size
-    if length >= now.block_size:
-        found.append(f"max_model_len={length}")
+    if now.available >= 2 * now.block_bytes > 0:
+        found.append(f"max_model_len={(now.available // now.block_bytes - 1) * now.block_size}")
     cuda = machine.device_type == "cuda"
     tries: list[tuple[str, CompilerOptions]] = []
     if options.kv_cache.dtype == "auto":
@@ -263,10 +282,10 @@ def would_fit(options: CompilerOptions, machine: Machine, gpus: int) -> list[str
             then = ledger(changed, plan_models(changed), machine, gpus)
         except ValueError:  # of this checkpoint, or this GPU: not a way out
             continue
-        shorter = (then.available // then.block_bytes - 1) * then.block_size
         if not then.refusal:
             found.append(f"{said} ({then.num_blocks:,} blocks)")
         elif now.available < 2 * now.block_bytes <= then.available:
+            shorter = (then.available // then.block_bytes - 1) * then.block_size
             found.append(f"{said} and max_model_len={shorter}")
     if cuda and not found:
         for more in (2, 4, 8):

@@ -1,6 +1,7 @@
 """The least time of a step of each size: bytes over bandwidth or operations over rate, whichever is slower.
 
-Linear products and attention follow each other, so their times are added; within each the slower limit counts. What lies
+Linear products, attention and recurrences follow each other, so their times are added; within each the slower limit counts.
+What lies
 between them, sampling and the gaps between kernels are left out: a floor, no forecast. Knows no requests.
 """
 
@@ -45,8 +46,8 @@ class StepFloor:
 def floor_of(totals: StepTotals, machine: Machine, gpus: int = 1) -> tuple[float, float, float]:
     """Seconds at least, those of bytes alone, and those of operations alone."""
     floor = memory_s = compute_s = 0.0
-    groups = [[kind for kind in totals if kind != "attention"], [kind for kind in totals if kind == "attention"]]
-    for group in groups:
+    groups = [[kind for kind in totals if kind not in ("attention", "states")], ["attention"], ["states"]]
+    for group in ([kind for kind in group if kind in totals] for group in groups):
         read = sum(totals[kind].bytes for kind in group) / machine.bandwidth / gpus
         computed = sum(_compute(totals[kind], machine) for kind in group) / gpus
         floor, memory_s, compute_s = floor + max(read, computed), memory_s + read, compute_s + computed
@@ -65,7 +66,7 @@ def step_floor(
     link_s = 0.0
     if gpus > 1 and machine.link:
         hidden = bucket.tokens * model.paged_model.hidden_size * model.dtype.itemsize
-        sent = 2 * (gpus - 1) / gpus * hidden * ALL_REDUCES * len(model.paged_model.layouts)
+        sent = 2 * (gpus - 1) / gpus * hidden * ALL_REDUCES * model.num_layers
         link_s = sent / machine.link
     every = totals.values()
     return StepFloor(

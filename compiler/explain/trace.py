@@ -22,7 +22,7 @@ from pagegraph.compiler.model.paged import Forwarded, PagedModel
 from pagegraph.compiler.step.forward import mark_dynamic
 from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.state import DeviceState
-from pagegraph.kernels.costs import ATTENTION, PRODUCTS, Cost, Kind, StepRows, cost_of
+from pagegraph.kernels.costs import ATTENTION, PRODUCTS, STATES, Cost, Kind, StepRows, cost_of
 
 META = torch.device("meta")
 
@@ -79,7 +79,7 @@ def trace(paged_model: PagedModel, state: DeviceState, steps: Iterable[StepInput
         inputs = meta_inputs(state, step.num_tokens, 1 if step.num_tokens == 1 else max(step.num_seqs, 2))
         mark_dynamic(*inputs)
         with torch.inference_mode():
-            forward(*inputs, state.key_caches, state.value_caches)
+            forward(*inputs, *state.caches)
     return Traced(forward, paged_model, state, traced)
 
 
@@ -91,7 +91,7 @@ def meta_inputs(state: DeviceState, tokens: int, seqs: int) -> tuple[torch.Tenso
 
     return (
         one(tokens), one(tokens), one(tokens), one(seqs, state.max_blocks), one(seqs + 1), one(seqs),
-        one(seqs, dtype=torch.int64),
+        one(seqs), one(seqs, dtype=torch.int64),
     )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def costs(
     weights = [*paged_model.parameters(), *paged_model.buffers()]
     watch = _Costs({one.untyped_storage()._cdata for one in weights if one.dim() > 1}, step)
     with torch.no_grad(), watch:
-        forward(*inputs, state.key_caches, state.value_caches)
+        forward(*inputs, *state.caches)
     return dict(watch.totals)
 
 
@@ -117,7 +117,7 @@ class _Costs(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function not in PRODUCTS and function not in ATTENTION:
+        if not any(function in counted for counted in (PRODUCTS, ATTENTION, STATES)):
             with self:
                 parts = function.decompose(*args, **kwargs)  # of a composite one; the parts come here again
             return function(*args, **kwargs) if parts is NotImplemented else parts

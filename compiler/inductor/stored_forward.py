@@ -43,7 +43,7 @@ class ForwardStore:
             built, graphs = pickle.loads(content)
             if built != built_cpp():  # C++ functions that could be built then, or only now
                 return False
-            if caches[0][0].device.type == "cpu":
+            if next(one for caches_of in caches for one in caches_of).device.type == "cpu":
                 from pagegraph.compiler.inductor.cpu_lowerings import lower_attention
 
                 lower_attention()  # which names the functions that the graphs call

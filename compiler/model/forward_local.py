@@ -18,6 +18,7 @@ class ForwardLocal(threading.local):
     """All None outside of a forward."""
 
     paged: Any = None  # what attention reads, see `compiler.model.paged`
+    recurrence: Any = None  # what computes the layer with state that it is in, see `compiler.model.recurrent`
     hidden: Any = None  # what the body returned, for whoever wants more than the logits
     products: dict[Any, Any] | None = None  # of merged linears, of which parts are not yet asked for
 

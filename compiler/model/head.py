@@ -38,12 +38,16 @@ class _GivenEmbeddings(nn.Module):
 
 
 class _GivenBody(nn.Module):
-    """Stands where the body stood."""
+    """Stands where the body stood, and has the attributes that it had."""
 
-    def __init__(self, hidden_states: torch.Tensor) -> None:
+    def __init__(self, hidden_states: torch.Tensor, body: nn.Module) -> None:
         super().__init__()
+        self.__dict__["_body"] = body
         self.embed_tokens = _GivenEmbeddings(hidden_states)
         self._output = _Given(last_hidden_state=cast(torch.FloatTensor, hidden_states))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_body"], name)
 
     def forward(self, *_: Any, **__: Any) -> _Given:
         return self._output
@@ -121,7 +125,7 @@ def hidden_states_of(output: Any) -> torch.Tensor | None:
 
 def head_logits(model: nn.Module, body: str, hidden_states: torch.Tensor) -> torch.Tensor:
     """Logits [R, vocab] of hidden states [R, H], by the forward of `model`, whose body stands at path `body`."""
-    head = _with(model, body.split("."), _GivenBody(hidden_states[None]))
+    head = _with(model, body.split("."), _GivenBody(hidden_states[None], model.get_submodule(body)))
     ids = torch.zeros(1, len(hidden_states), dtype=torch.long, device=hidden_states.device)  # some look at their shape
     return head(input_ids=ids, use_cache=False, logits_to_keep=0).logits[0]
 

@@ -1,7 +1,8 @@
-"""A transformers decoder becomes one function over paged KV memory.
+"""A transformers decoder becomes one function over paged KV memory and pools of recurrent state.
 
 Registers our attention with transformers' `AttentionInterface` and calls the model's own forward, so no
-model code lives here; experts of mixtures likewise (`compiler.model.experts`). What varies between architectures is what
+model code lives here; experts of mixtures (`compiler.model.experts`) and layers with state (`compiler.model.recurrent`)
+likewise. What varies between architectures is what
 `compiler.model.probe` found, a layout a layer. Knows nothing of weights on disk, compilation or scheduling.
 """
 
@@ -19,14 +20,9 @@ from pagegraph.compiler.model.experts import take_experts
 from pagegraph.compiler.model.forward_local import forward_local
 from pagegraph.compiler.model.head import NoHead, head_logits, hidden_states_of
 from pagegraph.compiler.model.left_out import leave_out
-from pagegraph.compiler.model.probe import (
-    AttentionLayout,
-    Probed,
-    TokensBefore,
-    ask_for_no_padding,
-    counting_arguments,
-    probe,
-)
+from pagegraph.compiler.model.probe import AttentionLayout, Probed, ask_for_no_padding, probe
+from pagegraph.compiler.model.recurrent import PooledRecurrence, take_recurrence
+from pagegraph.compiler.model.stand_in_cache import StandInCache, cache_arguments
 
 ATTENTION_NAME = "pagegraph"
 
@@ -40,6 +36,7 @@ class PagedBatch:
     """Where the tokens of one step live, and what the layers compute; see `kernels.ops` for shapes and dtypes."""
 
     layouts: list[AttentionLayout]
+    places: dict[int, int]  # layer -> index in the lists of layouts and caches
     section: int
     positions: torch.Tensor
     slot_mapping: torch.Tensor
@@ -65,13 +62,14 @@ def paged_attention(
     The batch is that of the forward that this thread is in: not every model hands keyword arguments down to here.
     """
     batch: PagedBatch = forward_local.paged
-    layout = batch.layouts[module.layer_idx]
+    at = batch.places[module.layer_idx]
+    layout = batch.layouts[at]
     out = torch.ops.pagegraph.paged_attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        batch.key_caches[module.layer_idx],
-        batch.value_caches[module.layer_idx],
+        batch.key_caches[at],
+        batch.value_caches[at],
         batch.positions,
         batch.slot_mapping,
         batch.block_tables,
@@ -98,8 +96,12 @@ class PagedModel(nn.Module):
         super().__init__()
         self.section = section
         self.model = model
-        self.layouts = probed.layouts
-        self.counts_tokens = probed.counts_tokens
+        self.layouts, self.states = probed.layouts, probed.states
+        self.cache = probed.cache
+        self._places = {layout.layer: at for at, layout in enumerate(probed.layouts)}
+        self._state_places = {layout.layer: at for at, layout in enumerate(probed.states)}
+        recurrent = [layout.layer for layout in probed.states if layout.recurrent]
+        self._recurrent_places = {layer: at for at, layer in enumerate(recurrent)}
         self.body, self.hidden_size = probed.body, probed.hidden_size
         if self.body:
             model.get_submodule(self.body).register_forward_hook(_keep_hidden)
@@ -112,13 +114,20 @@ class PagedModel(nn.Module):
         block_tables: torch.Tensor,
         query_start: torch.Tensor,
         seq_lens: torch.Tensor,
+        slots: torch.Tensor,
         logits_index: torch.Tensor,
         key_caches: list[torch.Tensor],
         value_caches: list[torch.Tensor],
+        conv_states: list[torch.Tensor],
+        recurrent_states: list[torch.Tensor],
     ) -> Forwarded:
-        """token_ids, positions, slot_mapping int32 [T]; logits_index int64 [S] of token rows."""
+        """token_ids, positions, slot_mapping int32 [T]; slots int32 [S]; logits_index int64 [S] of token rows.
+
+        Caches of the layers that attend and states of those that keep any, in the order of the layouts.
+        """
         forward_local.paged = PagedBatch(
             self.layouts,
+            self._places,
             self.section,
             positions,
             slot_mapping,
@@ -130,18 +139,27 @@ class PagedModel(nn.Module):
         )
         forward_local.products = {}
         position_ids = positions.long()[None]
-        past = counting_arguments(TokensBefore(position_ids), position_ids) if self.counts_tokens else {}
+
+        def recurrence_of(layer: int) -> PooledRecurrence:
+            at = self._recurrent_places.get(layer)
+            recurrent = None if at is None else recurrent_states[at]
+            return PooledRecurrence(conv_states[self._state_places[layer]], recurrent, slots, query_start, seq_lens)
+
+        given = {}
+        if self.cache:
+            past = StandInCache(position_ids, recurrence_of if self.states else None)
+            given = cache_arguments(self.cache, past, position_ids)
         try:
             out = self.model(
                 input_ids=token_ids.long()[None],
                 position_ids=position_ids,
                 use_cache=False,
                 logits_to_keep=logits_index,
-                **past,
+                **given,
             )
             hidden = forward_local.hidden
         finally:
-            forward_local.paged = forward_local.products = forward_local.hidden = None
+            forward_local.paged = forward_local.products = forward_local.hidden = forward_local.recurrence = None
         return out.logits[0], hidden
 
     @property
@@ -170,10 +188,11 @@ def _keep_hidden(module: nn.Module, args: Any, output: Any) -> None:
 def wrap_model(model: nn.Module, section: int = 0) -> PagedModel:
     """Probe `model` (built on the meta device with our attention) and wrap it; section: of attention, see `kernels.ops`.
 
-    Raises UnsupportedModel where a layer mixes tokens outside our op or in a way it does not compute.
+    Raises UnsupportedModel where a layer mixes tokens outside our ops or in a way they do not compute.
     """
     probed = probe(model)
     leave_out(model, probed.towers)
     ask_for_no_padding(model)
     take_experts(model)
+    take_recurrence(model)
     return PagedModel(model.eval(), probed, section)

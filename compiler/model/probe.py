@@ -1,7 +1,7 @@
-"""What each layer's attention computes, read off one forward of a copy of the model on the meta device.
+"""What each layer's attention computes and what state it keeps, read off one forward of a copy of the model on the meta device.
 
 The copy attends under a name of its own, for which transformers hands us the function of every mask: so a layer's
-window or chunk is what the model's own mask says, not what a configuration promises. Whatever the paged op does not
+window or chunk is what the model's own mask says, not what a configuration promises. Whatever the ops do not
 compute is refused, and the message says what the model does. Knows nothing of weights, blocks or steps.
 
 Comparing a small copy of each model with transformers' own forward at the start was rejected: shrinking a
@@ -18,7 +18,7 @@ import types
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -28,12 +28,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
+from pagegraph.compiler.model.forward_local import forward_local
 from pagegraph.compiler.model.head import body_of, note_bodies
 from pagegraph.compiler.model.left_out import NotInstalled, towers_if_installed
+from pagegraph.compiler.model.recurrent import IN_POOL, StateLayout, take_recurrence
 from pagegraph.compiler.model.rope import stop_updates
+from pagegraph.compiler.model.stand_in_cache import StandInCache, cache_arguments
 
 PROBE_NAME = "pagegraph_probe"
-SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+# Layers of these types mix no tokens: they need neither attention nor state.
+TOKENWISE_LAYER_TYPES = frozenset({"mlp", "moe"})
+SERVED_LAYER_TYPES = TOKENWISE_LAYER_TYPES | {
+    "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "hybrid",
+}  # fmt: skip
 # Of the probe's packed row: tokens, a number that is no size of a model, and those of them whose logits are asked for.
 TOKENS, ASKED = 37, 2
 # Tensors handed to attention by name that change nothing in it, or that the paged op takes.
@@ -45,13 +52,14 @@ LONGEST = 2**30
 
 
 class UnsupportedModel(ValueError):
-    """The model would not run, or not run right, through paged attention; the message says why."""
+    """The model would not run, or not run right, through our ops; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:
     """What one layer's attention computes, as probed. Sizes in elements; 0 switches a feature off."""
 
+    layer: int
     num_heads: int
     num_kv_heads: int
     head_size: int
@@ -71,6 +79,7 @@ class _Notes:
     called: set[nn.Module] = field(default_factory=set)
     attending: dict[int, nn.Module] = field(default_factory=dict)
     layouts: dict[int, AttentionLayout] = field(default_factory=dict)
+    states: dict[int, StateLayout] = field(default_factory=dict)
     forms: dict[Callable[..., torch.Tensor], tuple[int, int]] = field(
         default_factory=dict
     )  # window and chunk of a mask function
@@ -81,61 +90,28 @@ class _Notes:
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """Layouts of the layers, whether the forward wants `TokensBefore` in place of a cache, where its body is, and what
-    text does not need.
+    """What the layers compute, how the forward is called, where its body is, and what text does not need.
 
+    layouts, states: of the layers that attend and of those that keep state, in order; a layer may do both.
+    cache: name of the argument by which the forward wants a `StandInCache`; "" where it wants none.
     body: path of the module whose output the head computes logits from; "" where the head needs more than that.
     hidden_size: of that output; 0 where there is no body.
     towers: paths of modules beside the decoder that hold weights and that the forward of text does without.
     """
 
     layouts: list[AttentionLayout]
-    counts_tokens: bool
+    states: list[StateLayout]
+    cache: str
     body: str
     hidden_size: int
     towers: list[str] = field(default_factory=list)
 
 
-class TokensBefore:
-    """Stands in for a cache, for a forward that numbers tokens by their place in the step and adds how many came
-    before.
-
-    Before each token were as many as its position, less its place in the step. positions: [1, T].
-    """
-
-    is_compileable = False
-
-    def __init__(self, positions: torch.Tensor) -> None:
-        self.before = positions[0] - torch.arange(positions.shape[1], device=positions.device)
-        self.asked = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
-        self.asked += 1
-        return self.before
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return keys, values
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return query_length, 0
-
-
-def counting_arguments(past: TokensBefore, positions: torch.Tensor) -> dict[str, Any]:
-    """What a forward that asks `past` how many tokens came before is given; positions: [1, T].
-
-    Without a mask of its own, some make one of as many tokens as they think there are.
-    """
-    return dict(past_key_values=past, attention_mask=torch.ones_like(positions))
-
-
 def probe(original: nn.Module) -> Probed:
     """What the layers of `original` compute. A copy built by its configuration is run, `original` is not changed.
 
-    Raises UnsupportedModel where a layer mixes tokens outside attention or attends in a way that the paged op does not
-    compute.
+    Raises UnsupportedModel where a layer mixes tokens outside attention and known recurrences, or in a way that the ops do
+    not compute.
     """
     name, layers = original.config.model_type, original.config.get_text_config().num_hidden_layers
     _refuse_by_configuration(original)
@@ -150,8 +126,10 @@ def probe(original: nn.Module) -> Probed:
     for module in shadow.modules():
         module.register_forward_pre_hook(_note_call)
     positions = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
-    for past in (None, TokensBefore(positions)):
+    has_state, argument = take_recurrence(shadow), _cache_argument(shadow)
+    for with_cache in (True,) if has_state else (False, True):
         notes, watch = _Notes(name), _Watch(positions)
+        past = _ProbedCache(positions, notes, has_state) if with_cache else None
         for module in shadow.modules():
             module.notes = notes
         try:
@@ -161,12 +139,12 @@ def probe(original: nn.Module) -> Probed:
                     position_ids=positions,
                     use_cache=False,
                     logits_to_keep=torch.zeros(ASKED, dtype=torch.long, device="meta"),
-                    **({} if past is None else counting_arguments(past, positions)),
+                    **({} if past is None else cache_arguments(argument, past, positions)),
                 ).logits
         except UnsupportedModel:
             raise
         except Exception as error:
-            if past is not None:
+            if with_cache and not has_state:
                 break
             if missing := _asked_besides(shadow):
                 notes.refuse(f"its forward asks for {', '.join(missing)}, which text does not have")
@@ -184,17 +162,22 @@ def probe(original: nn.Module) -> Probed:
             notes.refuse(
                 f"the forward does not run on packed sequences without a cache ({type(error).__name__}: {error})"
             )
-        if not notes.layouts:
+        finally:
+            forward_local.recurrence = None
+        if not notes.layouts and not notes.states:
             notes.refuse(
                 "none of its layers attends through transformers' attention interface: they have code of their own for it,"
                 " which paged attention does not stand in for, or do not attend"
             )
-        if sorted(notes.layouts) != list(range(layers)):
+        mixing = {layer for layer in range(layers) if layer not in _tokenwise_layers(original)}
+        if missing := sorted(mixing - notes.layouts.keys() - notes.states.keys()):
             notes.refuse(
-                f"{len(notes.layouts)} of {layers} layers attend through the attention interface; "
-                "the others would run without their state and give wrong answers. Serve a model whose every "
-                "layer is full, sliding-window or chunked attention."
+                f"{len(missing)} of {layers} layers ({_listed(missing)}) neither attend through the attention interface"
+                " nor keep a state that is known here; they would run without their state and give wrong answers."
+                " Serve a model of other layers."
             )
+        if watch.convolved:
+            notes.refuse("a layer convolves tokens in a way of its own, whose state would be lost between steps")
         if logits.shape[1] != ASKED:
             notes.refuse(
                 f"the forward gives logits of {logits.shape[1]} of {TOKENS} tokens where {ASKED} are asked for"
@@ -203,9 +186,27 @@ def probe(original: nn.Module) -> Probed:
             notes.refuse("its positions start behind a padding index; paged attention numbers tokens from 0")
         if watch.counted == (0 if past is None else past.asked):
             body, hidden_size = body_of(shadow, outputs, (TOKENS, logits.shape[-1]))
-            layouts = [notes.layouts[layer] for layer in range(layers)]
-            return Probed(layouts, past is not None, body, hidden_size, _towers(shadow, notes, watch))
+            layouts, states = ([found[layer] for layer in sorted(found)] for found in (notes.layouts, notes.states))
+            towers = _towers(shadow, notes, watch)
+            return Probed(layouts, states, argument if with_cache else "", body, hidden_size, towers)
     notes.refuse("the forward numbers its tokens by their place in the step, not by the positions it is given")
+
+
+def _cache_argument(model: nn.Module) -> str:
+    """How the model's forward calls its cache; pure state space models have a name of their own."""
+    names = inspect.signature(model.forward).parameters
+    return "cache_params" if "cache_params" in names else "past_key_values"
+
+
+def _listed(layers: list[int]) -> str:
+    """The first few."""
+    return ", ".join(map(str, layers[:4])) + (", ..." if len(layers) > 4 else "")
+
+
+def _tokenwise_layers(model: nn.Module) -> set[int]:
+    """Layers that configuration says mix no tokens."""
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return {layer for layer, kind in enumerate(types) if kind in TOKENWISE_LAYER_TYPES}
 
 
 def _asked_besides(model: nn.Module) -> list[str]:
@@ -273,7 +274,7 @@ def _refuse_by_configuration(model: nn.Module) -> None:
                 " it; paged attention keeps no such index"
             )
         notes.refuse(
-            f"paged attention does not compute layers of type {', '.join(unserved)};"
+            f"no op here computes layers of type {', '.join(unserved)};"
             f" served are {', '.join(sorted(SERVED_LAYER_TYPES))}"
         )
     if getattr(config, "alibi", False) or config.model_type in {"bloom", "mpt"}:
@@ -320,6 +321,7 @@ def _probed_attention(
     window, chunk = notes.forms[function]
     notes.attending[layer] = module
     notes.layouts[layer] = AttentionLayout(
+        layer=layer,
         num_heads=query.shape[1],
         num_kv_heads=key.shape[1],
         head_size=key.shape[3],
@@ -331,6 +333,53 @@ def _probed_attention(
         has_sinks=kwargs.get("s_aux") is not None,
     )
     return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+class _ProbedCache(StandInCache):
+    """Notes what state each layer keeps, of which there may be one convolution and one recurrence."""
+
+    def __init__(self, positions: torch.Tensor, notes: _Notes, has_state: bool) -> None:
+        super().__init__(positions, partial(_ProbedRecurrence, notes) if has_state else None)
+        self.notes = notes
+
+    def update_conv_state(self, inputs: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> torch.Tensor:
+        if state_idx or layer_idx in self.notes.states:
+            self.notes.refuse(
+                f"layer {layer_idx} convolves more than once, and slots hold one convolution's rows a layer"
+            )
+        return super().update_conv_state(inputs, layer_idx)
+
+    def update_recurrent_state(self, states: Any, layer_idx: int, **_: Any) -> Any:
+        if states is not IN_POOL:
+            self.notes.refuse(f"layer {layer_idx} computes its recurrent state in a way that no op here does")
+        return states
+
+
+@dataclass(slots=True)
+class _ProbedRecurrence:
+    """A `Recurrence` that notes sizes and gives tensors without values."""
+
+    notes: _Notes
+    layer: int
+
+    def causal_conv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool) -> torch.Tensor:
+        self.notes.states[self.layer] = StateLayout(self.layer, (weight.shape[1] - 1, weight.shape[0]), ())
+        return torch.empty_like(x)
+
+    def gated_delta(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+        self._keep(key.shape[1], key.shape[2], value.shape[2])
+        return torch.empty_like(value)
+
+    def selective_scan(
+        self, x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *_: Any
+    ) -> torch.Tensor:
+        self._keep(x.shape[1], x.shape[2], B.shape[2])
+        return torch.empty_like(x, dtype=torch.float32)
+
+    def _keep(self, *sizes: int) -> None:
+        if self.layer not in self.notes.states or self.notes.states[self.layer].recurrent:
+            self.notes.refuse(f"layer {self.layer} has a recurrence without a convolution, or several")
+        self.notes.states[self.layer] = replace(self.notes.states[self.layer], recurrent=sizes)
 
 
 def _probed_mask(
@@ -404,7 +453,7 @@ def _one_sequence() -> Iterator[None]:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts how often a forward numbers its tokens; notices position tables that have a row for padding.
+    """Counts how often a forward numbers its tokens; notices position tables that have a row for padding, and convolutions.
 
     read: `id` of each parameter that an operation took.
     """
@@ -415,6 +464,7 @@ class _Watch(TorchDispatchMode):
         self.counted = 0
         self.padded_positions = False
         self.read: set[int] = set()
+        self.convolved = False
 
     def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
@@ -423,6 +473,8 @@ class _Watch(TorchDispatchMode):
             self.counted += out.numel() == TOKENS
         if function.overloadpacket is torch.ops.aten.full:
             out.filled = args[1]
+        if function.overloadpacket is torch.ops.aten.convolution:
+            self.convolved |= args[1].shape[-1] > 1
         if function.overloadpacket is torch.ops.aten.embedding and args[1] is self.positions:
             self.padded_positions |= len(args) > 2 and args[2] >= 0
         return out

@@ -1,4 +1,4 @@
-"""How many blocks the KV cache holds, and the refusal where that is too few.
+"""How many blocks the KV cache holds, and the refusals where that is too few, or slots of recurrent state too large.
 
 On the CPU the amount is a setting; on CUDA it is what a measured peak leaves free. Knows no scheduling.
 """
@@ -29,10 +29,17 @@ class KvBudget:
     block_bytes: int
 
 
-def plan_blocks(available_bytes: int, block_bytes: int, block_size: int, max_model_len: int, source: str) -> KvBudget:
-    """Blocks that fit in `available_bytes`; raises DoesNotFit if one sequence of `max_model_len` would not."""
-    num_blocks = available_bytes // block_bytes
+def plan_blocks(
+    available_bytes: int, block_bytes: int, block_size: int, max_model_len: int, max_num_seqs: int, source: str
+) -> KvBudget:
+    """Blocks that fit in `available_bytes`; raises DoesNotFit if one sequence of `max_model_len` would not.
+
+    Where no layer attends, blocks hold nothing and only count tokens: as many as all sequences can want.
+    """
     needed = -(-max_model_len // block_size) + 1
+    if not block_bytes:
+        return KvBudget(1 + max_num_seqs * (needed - 1), 0)
+    num_blocks = available_bytes // block_bytes
     if num_blocks < needed:
         fits = (num_blocks - 1) * block_size
         shorter = f"Set max_model_len to at most {fits}, or give" if fits > 0 else "Give"
@@ -43,6 +50,25 @@ def plan_blocks(available_bytes: int, block_bytes: int, block_size: int, max_mod
             f"{'' if fits > 0 else f'; {_mebibytes(2 * block_bytes)} is the least, for max_model_len {block_size}'}."
         )
     return KvBudget(num_blocks, block_bytes)
+
+
+def check_slots(available_bytes: int, slot_bytes: int, max_num_seqs: int, source: str) -> str:
+    """`source`, saying what slots of recurrent state take of it, one a sequence and one for padding.
+
+    Raises DoesNotFit if they are more than `available_bytes`.
+    """
+    if not slot_bytes:
+        return source
+    slots = max_num_seqs + 1
+    said = f"{slots} slots of recurrent state ({slots * slot_bytes / GIB:.2f} GiB)"
+    if slots * slot_bytes > available_bytes:
+        fewer = available_bytes // slot_bytes - 1
+        raise DoesNotFit(
+            f"max_num_seqs {max_num_seqs} needs {said}, {slot_bytes / MIB:.1f} MiB each, but {source} leaves"
+            f" {max(available_bytes, 0) / GIB:.2f} GiB."
+            + (f" Set max_num_seqs to less than {fewer}." if fewer > 1 else " Take a smaller model, or a larger GPU.")
+        )
+    return f"{source}, less {said},"
 
 
 def _mebibytes(size: int) -> str:

@@ -21,6 +21,7 @@ def mark_dynamic(
     block_tables: torch.Tensor,
     query_start: torch.Tensor,
     seq_lens: torch.Tensor,
+    slots: torch.Tensor,
     logits_index: torch.Tensor,
 ) -> None:
     """Tokens, sequences and table width stay symbolic, so one graph serves every step.
@@ -29,7 +30,7 @@ def mark_dynamic(
     Sizes that happen to be equal in the first call are taken for the same symbol: compile on distinct ones.
     """
     if len(token_ids) > 1:
-        for tensor in (token_ids, positions, slot_mapping, block_tables, query_start, seq_lens, logits_index):
+        for tensor in (token_ids, positions, slot_mapping, block_tables, query_start, seq_lens, slots, logits_index):
             torch._dynamo.mark_dynamic(tensor, 0)
     torch._dynamo.mark_dynamic(block_tables, 1)
 
@@ -43,10 +44,11 @@ def step_inputs(staged: Staged) -> tuple[torch.Tensor, ...]:
         staged.block_tables,
         staged.query_start,
         staged.seq_lens,
+        staged.metadata.slots,
         staged.logits_index,
     )
 
 
 def run_forward(forward: Callable[..., Forwarded], staged: Staged, state: DeviceState) -> Forwarded:
     """Run a forward, compiled or not, on a staged step."""
-    return forward(*step_inputs(staged), state.key_caches, state.value_caches)
+    return forward(*step_inputs(staged), *state.caches)

@@ -1,4 +1,4 @@
-"""Tensors that outlive a step: KV caches, block tables, each slot's last token, text, draft tokens, penalty counts.
+"""Tensors that outlive a step: caches, block tables, each slot's last token, text, draft tokens, penalty counts.
 
 A slot is a place in the batch that a running sequence owns: an index of every tensor here. Padding uses the dummy slot
 `max_num_seqs` and the null block. On CUDA every tensor keeps its address, so captured graphs stay valid. Knows no
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pagegraph.compiler.model.probe import AttentionLayout
+from pagegraph.compiler.step.caches import Caches
 
 
 class NgramRange(NamedTuple):
@@ -27,14 +27,12 @@ class DeviceState:
 
     def __init__(
         self,
-        layouts: list[AttentionLayout],
+        caches: Caches,
         *,
-        num_blocks: int,
         block_size: int,
         max_num_seqs: int,
         max_blocks: int,
         vocab_size: int,
-        dtype: torch.dtype,
         device: torch.device,
         max_draft_tokens: int = 0,
         ngram: NgramRange | None = None,
@@ -44,15 +42,7 @@ class DeviceState:
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.max_blocks = max_blocks
-        # Separate whole tensors: a view of a shared storage would be cloned by functionalization.
-        self.key_caches = [
-            torch.zeros(num_blocks, block_size, a.num_kv_heads, a.head_size, dtype=dtype, device=device)
-            for a in layouts
-        ]
-        self.value_caches = [
-            torch.zeros(num_blocks, block_size, a.num_kv_heads, a.value_size, dtype=dtype, device=device)
-            for a in layouts
-        ]
+        self.caches = caches
         self.block_tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         self.last_at = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)  # their positions
@@ -70,12 +60,6 @@ class DeviceState:
         )
         if ngram is not None:
             self.history = torch.zeros(slots, self.max_blocks * self.block_size + 1, dtype=torch.int32, device=device)
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block: keys and values of all layers."""
-        caches = (*self.key_caches, *self.value_caches)
-        return sum(one.nbytes for one in caches) // len(caches[0])
 
     def penalty_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(output counts int32, prompt presence bool), each [max_num_seqs + 1, vocab]; made at first use."""

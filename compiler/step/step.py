@@ -110,7 +110,7 @@ class CompiledStep:
         Safe beside launches. `warm` must touch the null block and the dummy slot only.
         """
         forward = compile_forward(self.paged_model, self._graph_passes, took=took)
-        caches = [self.state.key_caches, self.state.value_caches]
+        caches = self.state.caches
         restored = store is not None and store.restore(forward, caches)
         with torch.inference_mode():
             for step in tqdm(warm, desc="compile", unit="graph", disable=not progress):

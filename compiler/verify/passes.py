@@ -19,6 +19,7 @@ from pagegraph.compiler.build import BuiltModel, LoadedModel
 from pagegraph.compiler.inductor.compile import GraphPass, compile_forward
 from pagegraph.compiler.model.paged import Forwarded
 from pagegraph.compiler.passes.registry import PassReport
+from pagegraph.compiler.step.caches import Caches
 from pagegraph.compiler.step.forward import mark_dynamic
 from pagegraph.compiler.verify.difference import Positions, joined, positions_of
 from pagegraph.compiler.verify.steps import HandSteps, over_cache_of
@@ -62,11 +63,10 @@ class ModulePasses:
         device = next(paged.parameters()).device
         width = -(-(max(LENGTHS) + SINGLES) // BLOCK)
         blocks = 1 + width * len(LENGTHS)
-        sizes = [(layout.num_kv_heads, layout.head_size, layout.value_size) for layout in paged.layouts]
-        cache = lambda heads, size: torch.zeros(  # noqa: E731
-            blocks, BLOCK, heads, size, dtype=model.cache_dtype, device=device
-        )
-        caches = [[cache(heads, size) for heads, *both in sizes for size in both[i : i + 1]] for i in (0, 1)]
+        caches = Caches.of(
+            paged.layouts, paged.states, num_blocks=blocks, block_size=BLOCK, num_slots=len(LENGTHS),
+            dtype=model.cache_dtype, activation_dtype=model.dtype, device=device,
+        )  # fmt: skip
         steps = HandSteps(
             [n + SINGLES for n in LENGTHS], num_blocks=blocks, block_size=BLOCK, width=width, device=device
         )
@@ -110,7 +110,7 @@ def steps_by(
         inputs = steps.step(tokens)
         if mark:
             mark_dynamic(*inputs)
-        found.append(forward(*inputs, state.key_caches, state.value_caches)[0].float().cpu())
+        found.append(forward(*inputs, *state.caches)[0].float().cpu())
     return found
 
 

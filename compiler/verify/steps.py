@@ -15,7 +15,9 @@ from pagegraph.compiler.model.paged import Forwarded
 
 
 class HandSteps:
-    """Sequences of at most these lengths, their blocks one behind the other from block 1 on (0 is the null block)."""
+    """Sequences of at most these lengths in slots of their numbers, their blocks one behind the other from block 1 on (0 is
+    the null block).
+    """
 
     def __init__(
         self, lengths: Sequence[int], *, num_blocks: int, block_size: int, width: int, device: torch.device
@@ -40,7 +42,7 @@ class HandSteps:
         Padded to two sequences unless it is of a single token. rows: whose logits are wanted; else those of each
         sequence's last token.
         """
-        ids, positions, slots, starts, lens, tables = [], [], [], [0], [], []
+        ids, positions, kv_slots, starts, lens, slots, tables = [], [], [], [0], [], [], []
         for at, new in enumerate(tokens):
             if not new:
                 continue
@@ -48,22 +50,28 @@ class HandSteps:
             self.computed[at] = end = begin + len(new)
             ids += new
             positions += range(begin, end)
-            slots += [table[p // self.block_size] * self.block_size + p % self.block_size for p in range(begin, end)]
+            kv_slots += [table[p // self.block_size] * self.block_size + p % self.block_size for p in range(begin, end)]
             starts.append(len(ids))
             lens.append(end)
+            slots.append(at)
             tables.append(table)
         last = [start - 1 for start in starts[1:]]
         if len(lens) == 1 and len(ids) > 1:
-            starts, lens, last = [*starts, starts[-1]], [*lens, 0], [*last, 0]
+            starts, lens, slots, last = [*starts, starts[-1]], [*lens, 0], [*slots, 0], [*last, 0]
             tables.append([0] * len(tables[0]))
-        given = [ids, positions, slots, tables, starts, lens]
+        given = [ids, positions, kv_slots, tables, starts, lens, slots]
         tensors = [torch.tensor(one, dtype=torch.int32, device=self.device) for one in given]
         return (*tensors, torch.tensor(last, device=self.device) if rows is None else rows.to(self.device))
 
 
 def over_cache_of(built: BuiltModel, lengths: Sequence[int]) -> HandSteps:
-    """Steps over the built model's own KV cache."""
+    """Steps over the built model's own caches. Raises ValueError where they do not hold the sequences."""
     state = built.step.state
+    if built.step.paged_model.states and len(lengths) > (slots := state.dummy_slot + 1):
+        raise ValueError(
+            f"{len(lengths)} sequences at a time need as many slots of recurrent state, and there are {slots};"
+            f" set max_num_seqs to {len(lengths)}"
+        )
     return HandSteps(
         lengths, num_blocks=built.num_blocks, block_size=state.block_size, width=state.max_blocks, device=built.device
     )
@@ -85,9 +93,9 @@ def prompt_logits(
     rows = torch.arange(size - min(last or size, size), size, device=built.device)
     steps = over_cache_of(built, [size])
     if forward is None:
-        logits, _ = paged(*steps.step([token_ids], rows), state.key_caches, state.value_caches)
+        logits, _ = paged(*steps.step([token_ids], rows), *state.caches)
     else:
-        _, hidden = forward(*steps.step([token_ids]), state.key_caches, state.value_caches)
+        _, hidden = forward(*steps.step([token_ids]), *state.caches)
         if hidden is None:
             raise ValueError("the model's forward gives no hidden states")
         logits = paged.head(hidden[0, rows])

@@ -136,7 +136,7 @@ def _rows_of(rng: np.random.Generator, bucket: Bucket) -> Iterator[np.ndarray]:
 def _bucket_error(built: BuiltModel, one: StepInput, bucket: Bucket) -> float:
     """Largest error of replayed logits, of drawn tokens' logits and of written blocks, relative to the largest value."""
     step, state = built.step, built.step.state
-    caches = [*state.key_caches, *state.value_caches]
+    caches = [*state.caches.key_caches, *state.caches.value_caches]
     num_blocks = torch.from_numpy(one.new_blocks[:, 2]).long().cuda()
     for cache in caches:
         cache.fill_(torch.nan)

@@ -56,7 +56,7 @@ def start(report: Report, args: argparse.Namespace, shared: dict) -> None:
     report.fact(total_s=time.perf_counter() - begin, phases_s=built.timings.seconds, num_blocks=built.num_blocks)
     if built.device.type == "cuda":
         # Random values in every block: zeros run faster than what a model writes.
-        for cache in (*built.step.state.key_caches, *built.step.state.value_caches):
+        for cache in (*built.step.state.caches.key_caches, *built.step.state.caches.value_caches):
             cache.normal_()
         free, total = torch.cuda.mem_get_info()
         report.fact(graphs=len(built.step.runner.capture_sizes.buckets()), used_gib=(total - free) / 2**30)

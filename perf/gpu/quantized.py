@@ -458,7 +458,7 @@ def steps(
         num_blocks = sum((max(rows * -(-keys // 16) for rows, keys in cases), -(-8192 // 16), 8))
         config = config_of(args, model, quantization=method, kv_cache_dtype=cache, num_blocks=num_blocks)
         built = build_model(compiler_options(config), progress=False)
-        for pool in (*built.step.state.key_caches, *built.step.state.value_caches):
+        for pool in (*built.step.state.caches.key_caches, *built.step.state.caches.value_caches):
             # Random values in every block: zeros run faster than what a model writes.
             pool.copy_(torch.randn(pool.shape, dtype=torch.bfloat16, device=pool.device))
         if config.compile:

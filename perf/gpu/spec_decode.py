@@ -193,7 +193,7 @@ def chains(report: Report, args: argparse.Namespace, shared: dict) -> None:
     built = build_model(compiler_options(config), progress=False)
     if config.compile:
         built.compile()
-    for cache in (*built.step.state.key_caches, *built.step.state.value_caches):
+    for cache in (*built.step.state.caches.key_caches, *built.step.state.caches.value_caches):
         cache.normal_()
     report.fact(start_s=time.perf_counter() - begin, phases_s=built.timings.seconds)
     for seqs in CHAINED_SEQS:

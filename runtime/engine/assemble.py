@@ -5,6 +5,7 @@ Shared by the offline API and the engine process; holds no loop of its own.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,8 @@ from pagegraph.runtime.spec_decode.num_draft_tokens import StepCosts
 from pagegraph.runtime.spec_decode.proposer import NgramProposer, NoProposer, Proposer
 from pagegraph.runtime.spec_decode.suffix import SuffixProposer
 
+log = logging.getLogger("pagegraph.engine")
+
 
 def engine_of(
     config: Config,
@@ -51,6 +54,12 @@ def engine_of(
     `draining` tells web processes whether the server is on its way down. `max_queue` overrides the configuration's limits of the queue.
     `beat`: as `Engine` has it.
     """
+    enable_prefix_caching = config.enable_prefix_caching and not built.slot_bytes
+    if built.slot_bytes:
+        log.info(
+            "layers keep recurrent state: %d slots of %.2f MiB; the prefix cache is off, since blocks do not hold it",
+            config.max_num_seqs + 1, built.slot_bytes / (1 << 20),
+        )  # fmt: skip
     max_queue_tokens = config.max_queue_tokens if max_queue is None else None
     max_queue = config.max_queue if max_queue is None else max_queue
     metrics = EngineMetrics(config.model_name, built.max_model_len)
@@ -59,10 +68,10 @@ def engine_of(
         "block_size": str(config.block_size),
         "num_gpu_blocks": str(built.num_blocks),  # vLLM's name, on a CPU too
         "cache_dtype": config.kv_cache_dtype,
-        "enable_prefix_caching": str(config.enable_prefix_caching),
+        "enable_prefix_caching": str(enable_prefix_caching),
         "gpu_memory_utilization": str(config.gpu_memory_utilization),
     }
-    pool = BlockPool(built.num_blocks, config.block_size, config.enable_prefix_caching)
+    pool = BlockPool(built.num_blocks, config.block_size, enable_prefix_caching)
     scheduler = Scheduler(
         pool,
         max_num_seqs=config.max_num_seqs,

@@ -19,9 +19,9 @@ BAR_TOP, BAR_HEIGHT = 96, 44
 PLOT_TOP, PLOT_BOTTOM = 296, 568
 INK, FAINT, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 PARTS = {
-    "embedding": "#334e68", "attention": "#486581", "MLP": "#627d98", "experts": "#829ab1", "norms": "#9fb3c8",
+    "embedding": "#334e68", "attention": "#486581", "recurrence": "#7a5195", "MLP": "#627d98", "experts": "#829ab1", "norms": "#9fb3c8",
     "head": "#bcccdc", "other": "#d9e2ec", "step": "#e8a33d", "graphs": "#f0c47a", "CUDA": "#b44d12",
-    "blocks": "#2f8f6b", "free": "#f5f7fa",
+    "slots": "#bc8fd0", "blocks": "#2f8f6b", "free": "#f5f7fa",
 }  # fmt: skip
 DECODE, PROMPT, MEASURED = "#2f6fb0", "#c2410c", "#1f2933"
 
@@ -89,7 +89,8 @@ def _memory_parts(one: Explanation) -> list[tuple[str, int]]:
     for kind in held.weights:
         weights[kind.kind] = weights.get(kind.kind, 0) + (-(-kind.bytes // one.gpus) if kind.split else kind.bytes)
     parts = [(name, number) for name, number in weights.items() if number >= 1 << 12]
-    parts += [("step", held.step.peak), ("graphs", held.graphs), ("CUDA", held.context), ("blocks", held.blocks)]
+    parts += [("step", held.step.peak), ("graphs", held.graphs), ("CUDA", held.context), ("slots", held.slots)]
+    parts.append(("blocks", held.blocks))
     if one.machine.device_type == "cuda":
         parts.append(("free", max(one.machine.memory - sum(number for _, number in parts), 0)))
     return [part for part in parts if part[1]]
@@ -98,7 +99,7 @@ def _memory_parts(one: Explanation) -> list[tuple[str, int]]:
 def _label(one: Explanation, name: str) -> str:
     return {
         "step": "largest step", "graphs": "CUDA graphs", "CUDA": "CUDA itself",
-        "blocks": f"{one.ledger.num_blocks:,} KV blocks", "free": "left free",
+        "slots": "recurrent states", "blocks": f"{one.ledger.num_blocks:,} KV blocks", "free": "left free",
     }.get(name, name)  # fmt: skip
 
 

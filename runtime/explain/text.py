@@ -76,6 +76,12 @@ def _memory(one: Explanation) -> Iterator[str]:
         if part >= 1 << 10 or kind.kind != "other":
             yield line(f"{kind.kind}, {kind.dtype}", part, actual.get((kind.kind, kind.dtype)) if measured else None)
     yield line("all weights", held.weight_bytes, measured.memory.weight_bytes if measured else None)
+    if held.slots:
+        yield line(
+            f"{one.max_num_seqs + 1:,} slots of recurrent state",
+            held.slots,
+            measured.memory.slots if measured else None,
+        )
     if held.state >= 1 << 20:
         yield line("tables and text of slots", held.state, measured.memory.state if measured else None)
     step = held.step
@@ -83,10 +89,12 @@ def _memory(one: Explanation) -> Iterator[str]:
     if cuda:
         yield line(f"{held.num_graphs} CUDA graphs, estimated", held.graphs)
         yield line("CUDA itself", held.context)
-    blocks = f"{held.num_blocks:,} blocks of {held.block_size} tokens"
-    yield line(blocks, held.blocks, measured.memory.blocks if measured else None)
+    if held.block_bytes:
+        blocks = f"{held.num_blocks:,} blocks of {held.block_size} tokens"
+        yield line(blocks, held.blocks, measured.memory.blocks if measured else None)
     if measured:
-        tensors = measured.memory.weight_bytes + measured.memory.state + measured.memory.blocks
+        memory = measured.memory
+        tensors = memory.weight_bytes + memory.slots + memory.state + memory.blocks
         gained = "of the device's memory are in use more than before" if cuda else "of resident memory"
         yield from _wrapped(
             f"The build took {size(measured.memory.resident)} {gained}: {size(tensors)} of weights, blocks and tables,"
@@ -95,8 +103,9 @@ def _memory(one: Explanation) -> Iterator[str]:
     if cuda:
         share = held.allowed / one.machine.memory
         yield f"  gpu_memory_utilization {share:.3g} allows {size(held.allowed)} of {size(one.machine.memory)}"
+    blocks = f"Blocks as {held.source} has it. " * bool(held.block_bytes)
     yield from _wrapped(
-        f"Blocks as {held.source} has it. The largest step has {step.tokens:,} tokens, {step.seqs:,} sequences,"
+        f"{blocks}The largest step has {step.tokens:,} tokens, {step.seqs:,} sequences,"
         " and all that requests can ask of sampling.", "  "
     )  # fmt: skip
     for layers in held.kv_layers:
@@ -105,13 +114,17 @@ def _memory(one: Explanation) -> Iterator[str]:
         )
         kept = "; all of a sequence is kept all the same" * bool(seen)
         yield f"  {layers.layers} layers attend{seen or ' to all tokens'}: {layers.bytes_a_token:,} bytes a token{kept}"
-    per_token = held.block_bytes / held.block_size
-    yield f"  KV cache: {per_token:,.0f} bytes a token, {size(per_token * held.max_model_len)} a sequence of {held.max_model_len:,}"
+    if held.block_bytes:
+        per_token = held.block_bytes / held.block_size
+        yield f"  KV cache: {per_token:,.0f} bytes a token, {size(per_token * held.max_model_len)} a sequence of {held.max_model_len:,}"
+    if held.slots:
+        each = held.slots // (one.max_num_seqs + 1)
+        yield f"  {held.state_layers} layers keep a state: {size(each)} a sequence of any length"
 
 
 def _sequences(one: Explanation) -> Iterator[str]:
     held = one.ledger
-    if held.num_blocks < 2:
+    if held.num_blocks < 2 or not held.block_bytes:
         return
     yield f"SEQUENCES that the blocks hold at a time (max_num_seqs lets {one.max_num_seqs:,} run)"
     for tokens, count in one.sequences().items():
@@ -130,7 +143,8 @@ def _refusal(one: Explanation) -> Iterator[str]:
     if held.available < 0:
         yield from _wrapped(
             f"{size(-held.available)} are missing before the first block: {size(held.weight_bytes)} of weights and"
-            f" {size(held.step.peak + held.graphs + held.context + held.state)} of steps, graphs and CUDA, of"
+            f" {size(held.step.peak + held.graphs + held.context + held.slots + held.state)} of steps, {'slots, ' * bool(held.slots)}graphs"
+            " and CUDA, of"
             f" {size(held.allowed)} allowed.", "  "
         )  # fmt: skip
     else:
@@ -143,7 +157,8 @@ def _refusal(one: Explanation) -> Iterator[str]:
 
 
 def _steps(one: Explanation) -> Iterator[str]:
-    yield f"STEPS take at least, each sequence {one.context:,} tokens long (products and attention alone)"
+    counted = "products, attention and states" if one.ledger.slots else "products and attention"
+    yield f"STEPS take at least, each sequence {one.context:,} tokens long ({counted} alone)"
     columns = ["tokens", "sequences", "FLOPs", "weights", "KV", "bound by", "ms", "tokens/s"]
     if one.measured:
         columns += ["measured", "share"]

@@ -32,6 +32,40 @@ DEEPSEEK = dict(
     num_key_value_heads=4,
 )
 
+DELTA = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=24, linear_value_head_dim=24,
+    layer_types=["linear_attention", "full_attention"] * 2, head_dim=16,
+)  # fmt: skip
+MAMBA2 = dict(mamba_n_heads=4, mamba_d_head=32, mamba_n_groups=2, mamba_d_state=16, mamba_chunk_size=8)
+# Layers that keep state, beside such that attend and without.
+RECURRENT: dict[str, tuple[str, dict]] = {
+    "qwen3_next": ("qwen3_next", dict(shared_expert_intermediate_size=48, **DELTA, **MOE)),
+    "kimi_linear": (
+        "kimi_linear",
+        dict(
+            linear_num_heads=4, linear_head_dim=12, layer_types=["linear_attention", "full_attention"] * 2,
+            kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, num_key_value_heads=4, **MOE,
+        ),
+    ),
+    "lfm2": ("lfm2", dict(layer_types=["conv", "full_attention"] * 2, block_ff_dim=96)),
+    "nemotron_h": (
+        "nemotron_h",
+        dict(
+            num_hidden_layers=None, layers_block_type=["linear_attention", "moe", "full_attention", "mlp"], head_dim=16,
+            mamba_num_heads=4, mamba_head_dim=32, ssm_state_size=16, n_groups=2, chunk_size=8, n_routed_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=48, moe_shared_expert_intermediate_size=48,
+        ),
+    ),
+    "falcon_h1": ("falcon_h1", dict(mamba_d_ssm=128, head_dim=16, lm_head_multiplier=0.5, **MAMBA2)),
+    "jamba": (
+        "jamba",
+        dict(
+            attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=8, num_experts=4, num_experts_per_tok=2,
+            use_mamba_kernels=False,
+        ),
+    ),
+    "mamba2": ("mamba2", dict(num_heads=4, head_dim=32, n_groups=2, state_size=16, chunk_size=8)),
+}  # fmt: skip
 ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {}),
     "llama3_rope": (
@@ -102,6 +136,7 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     ),
     "gpt_oss": ("gpt_oss", dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=9)),
     "deepseek_v2": ("deepseek_v2", dict(q_lora_rank=None, **DEEPSEEK)),
+    **RECURRENT,
     "deepseek_v3": ("deepseek_v3", dict(q_lora_rank=24, n_group=1, topk_group=1, **DEEPSEEK)),
 }
 

@@ -7,21 +7,21 @@ from collections.abc import Callable
 
 import torch
 
-from pagegraph.compiler.model.paged import Forwarded
-from pagegraph.compiler.model.probe import AttentionLayout
+from pagegraph.compiler.model.paged import Forwarded, PagedModel
+from pagegraph.compiler.step.caches import Caches
 
 BLOCK = 8
 
 
 def run_paged(
     forward: Callable[..., Forwarded],
-    layouts: list[AttentionLayout],
+    paged: PagedModel,
     prompts: list[list[int]],
     schedule: list[list[int]],
     dtype: torch.dtype = torch.float32,
     pad: int = 2,
 ) -> list[dict[int, torch.Tensor]]:
-    """`schedule[step][s]` tokens of sequence s run in that step -> per sequence, position -> logits [vocab]."""
+    """Runs `forward`, which is `paged` or made of it: `schedule[step][s]` tokens of sequence s run in that step -> per sequence, position -> logits [vocab]."""
     num_blocks = sum(-(-len(p) // BLOCK) for p in prompts) + 3
     blocks = list(range(1, num_blocks))
     random.Random(0).shuffle(blocks)
@@ -29,9 +29,14 @@ def run_paged(
     for prompt in prompts:
         tables.append([blocks.pop() for _ in range(-(-len(prompt) // BLOCK))])
     width = max(2, max(map(len, tables)))
-    # Unused slots are poisoned: attention that reads past a sequence shows as NaN.
-    keys = [torch.full((num_blocks, BLOCK, a.num_kv_heads, a.head_size), torch.nan, dtype=dtype) for a in layouts]
-    values = [torch.full((num_blocks, BLOCK, a.num_kv_heads, a.value_size), torch.nan, dtype=dtype) for a in layouts]
+    slot_of = random.Random(1).sample(range(len(prompts) + 2), len(prompts))
+    caches = Caches.of(
+        paged.layouts, paged.states, num_blocks=num_blocks, block_size=BLOCK, num_slots=len(prompts) + 2, dtype=dtype,
+        activation_dtype=dtype, device=torch.device("cpu"),
+    )  # fmt: skip
+    # Poisoned: attention that reads past a sequence, or a sequence that begins from a slot's old state, shows as NaN.
+    for cache in (one for kind in caches for one in kind):
+        cache.fill_(torch.nan)
     computed = [0] * len(prompts)
     logits: list[dict[int, torch.Tensor]] = [{} for _ in prompts]
     for counts in schedule:
@@ -55,9 +60,9 @@ def run_paged(
             tensor(rows + [[0] * width] * extra),
             tensor(start + [start[-1]] * extra),
             tensor(lens + [0] * extra),
+            tensor([slot_of[s] for s in live] + [0] * extra),
             torch.tensor([e - 1 for e in start[1:]] + [0] * extra),
-            keys,
-            values,
+            *caches,
         )
         for row, s in enumerate(live):
             logits[s][computed[s] - 1] = out[row].float()

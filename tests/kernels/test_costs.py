@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pagegraph.kernels.costs import ATTENTION, PRODUCTS, Cost, StepRows, cost_of, visible
+from pagegraph.kernels.costs import ATTENTION, PRODUCTS, STATES, Cost, StepRows, cost_of, visible
 from pagegraph.kernels.ops import OPS
 
 STEP = StepRows(np.array([1, 1, 5, 9, 3]), np.array([1, 20, 5, 30, 33]))
@@ -73,11 +73,18 @@ def test_experts_of_ours_cost_what_grouped_products_do() -> None:
     )
 
 
+def test_states_are_read_and_written_once_a_sequence_with_rows() -> None:
+    states = torch.empty(9, 3, 16, 24, device=META)
+    step = StepRows(np.array([5, 0, 1]), np.array([5, 0, 9]))
+    cost = cost_of(torch.ops.pagegraph.gated_delta.default, dict(states=states), None, [], step)
+    assert cost == Cost("states", 6 * 7 * 3 * 16 * 24, 0, 2 * 2 * 4 * 3 * 16 * 24)
+
+
 def test_every_op_of_ours_that_multiplies_weights_has_a_formula() -> None:
     names = [row.schema.partition("(")[0] for row in OPS]
     counted = {
         getattr(torch.ops.pagegraph, name).default
         for name in names
-        if any(word in name for word in ("linear", "layer", "attention", "experts"))
+        if any(word in name for word in ("linear", "layer", "attention", "experts", "conv", "delta", "scan"))
     }
-    assert counted <= {*PRODUCTS, *ATTENTION}
+    assert counted <= {*PRODUCTS, *ATTENTION, *STATES}

@@ -27,7 +27,7 @@ def llm(tokenizer_folder: Path) -> LLM:
     step.script = script
     built = SimpleNamespace(
         step=step, folder=tokenizer_folder, device=torch.device("cpu"), dtype=torch.float32, vocab_size=350, hidden_size=8, has_head=True,
-        max_model_len=MAX_LEN, num_blocks=200, eos_ids=frozenset({1}), use_idle_time=lambda: False, draft=None, compile_state="off",
+        max_model_len=MAX_LEN, num_blocks=200, eos_ids=frozenset({1}), slot_bytes=0, use_idle_time=lambda: False, draft=None, compile_state="off",
         generation_config={"temperature": 0.5, "max_new_tokens": 3, "eos_token_id": 1},
     )  # fmt: skip
     return LLM(Config(model="tiny", max_num_seqs=8, max_num_batched_tokens=64), built=built)

@@ -16,7 +16,7 @@ from pagegraph.compiler.explain.measure import measured_memory, measured_steps, 
 from pagegraph.compiler.options import CompilerOptions, KvCacheOptions, ModelOptions, StepOptions
 from pagegraph.compiler.quantization.methods import QuantizationError
 from perf.floors import MAX_MODEL_LEN, write_model
-from tests.compiler.architectures import tiny_config
+from tests.compiler.architectures import RECURRENT, tiny_config
 from tests.compiler.quantization.checkpoints import FORMATS, write
 from tests.compiler.quantization.test_quantized_weights import stock_model
 from tests.paths import ROOT
@@ -39,7 +39,7 @@ def planned(options: CompilerOptions, machine: Machine, gpus: int = 1) -> Ledger
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4", "fp8"])
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "qwen3_moe", "falcon_h1", "mamba2"])
 def test_planned_is_what_is_built_on_a_cpu(architecture: str, quantization: str | None, tmp_path: Path) -> None:
     config = tiny_config(architecture)
     if architecture == "qwen3_moe":
@@ -52,6 +52,8 @@ def test_planned_is_what_is_built_on_a_cpu(architecture: str, quantization: str 
     built.close()
     assert before.weights == after.weights
     assert (before.state, before.blocks, before.num_blocks) == (after.state, after.blocks, after.num_blocks)
+    assert before.slots == after.slots
+    assert bool(before.slots) == (architecture in RECURRENT) and bool(before.blocks) == (architecture != "mamba2")
     tensors = [*built.step.paged_model.parameters(), *built.step.paged_model.buffers()]
     assert after.weight_bytes == sum({one.data_ptr(): one.nbytes for one in tensors}.values())
 
@@ -85,6 +87,16 @@ def test_a_draft_model_counts_too(tmp_path: Path) -> None:
     built.close()
     assert (found.weights, found.state, found.blocks) == (measured.weights, measured.state, measured.blocks)
     assert found.block_bytes == planned(alone, CPU).block_bytes * 3 // 2
+
+
+def test_slots_of_recurrent_state_leave_less_for_blocks(tmp_path: Path) -> None:
+    tiny_config("falcon_h1").save_pretrained(tmp_path)
+    few = options_of(tmp_path, GPUS["h200"])
+    many = replace(few, step=replace(few.step, max_num_seqs=1 << 22))
+    fits, too_many = planned(few, GPUS["h200"]), planned(many, GPUS["h200"])
+    assert fits.slots == 9 * sum(3 * 192 * 2 + 4 * 32 * 16 * 4 for _ in range(4)) and not fits.refusal
+    assert "9 slots of recurrent state" in fits.source
+    assert "max_num_seqs 4194304 needs 4194305 slots" in too_many.refusal
 
 
 @pytest.mark.parametrize(

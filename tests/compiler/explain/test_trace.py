@@ -88,7 +88,7 @@ def test_the_traced_graph_costs_what_the_forward_does_and_what_passes_make_of_it
     inputs = meta_inputs(state, 9, 3)
     mark_dynamic(*inputs)
     with torch.inference_mode():
-        fused(*inputs, state.key_caches, state.value_caches)
+        fused(*inputs, *state.caches)
     for step, seqs in ((decodes(4, 100), 4), (decodes(8, 30), 8), (prompts(40, 200), 2)):
         plain = costs(model.paged_model, model.paged_model, state, step, seqs)
         rewritten = costs(fused, model.paged_model, state, step, seqs)

@@ -36,11 +36,11 @@ def run_compiled(paged, forward):
     compiled = torch.compile(forward, fullgraph=True)
 
     def marked(*inputs):
-        mark_dynamic(*inputs[:7])
+        mark_dynamic(*inputs[:8])
         return compiled(*inputs)
 
     with torch.inference_mode():
-        return run_and_get_code(run_paged, marked, paged.layouts, PROMPTS, SCHEDULE)
+        return run_and_get_code(run_paged, marked, paged, PROMPTS, SCHEDULE)
 
 
 def cache_sized_buffers(code: str, layout) -> list[str]:
@@ -59,7 +59,7 @@ def test_no_cache_sized_copy_after_lowering() -> None:
     got, codes = run_compiled(paged, paged)
     assert codes and not any(cache_sized_buffers(code, paged.layouts[0]) for code in codes)
     with torch.inference_mode():
-        expected = run_paged(paged, paged.layouts, PROMPTS, SCHEDULE)
+        expected = run_paged(paged, paged, PROMPTS, SCHEDULE)
     for mine, theirs in zip(got, expected):
         for position in theirs:
             torch.testing.assert_close(mine[position], theirs[position], atol=1e-4, rtol=0)
@@ -70,8 +70,9 @@ def test_the_check_sees_a_copy() -> None:
     paged = paged_llama()
 
     def sliced(*inputs):
-        *step, keys, values = inputs
-        return paged(*step, [k[:NUM_BLOCKS].clone() for k in keys], [v[:NUM_BLOCKS].clone() for v in values])
+        *step, keys, values, conv_states, recurrent_states = inputs
+        copies = [[one[:NUM_BLOCKS].clone() for one in caches] for caches in (keys, values)]
+        return paged(*step, *copies, conv_states, recurrent_states)
 
     _, codes = run_compiled(paged, sliced)
     assert any(cache_sized_buffers(code, paged.layouts[0]) for code in codes)

@@ -135,7 +135,7 @@ def furthest(paged: PagedModel, prompts: list[list[int]], expected: list[torch.T
         return logits, hidden
 
     for schedule in (WHOLE, CHUNKED, MIXED):
-        for sequence, by_position in enumerate(run_paged(forward, paged.layouts, prompts, schedule)):
+        for sequence, by_position in enumerate(run_paged(forward, paged, prompts, schedule)):
             for position, logits in by_position.items():
                 largest = max(largest, _difference(logits, expected[sequence][position]))
     if paged.body:

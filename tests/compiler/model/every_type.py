@@ -47,6 +47,12 @@ TOWER = dict(
     crop_size=28, num_blocks=2, ext_pw_out_channel=64, depthwise_separable_out_channel=64, nemo_conv_channels=16,
 )  # fmt: skip
 PROJECTOR = dict(projector_hidden_size=64, connector_hidden_dim=64, alignment_intermediate_size=64)
+HALF_RECURRENT = ["linear_attention", "full_attention"] * 2
+DELTA = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=64, linear_value_head_dim=64,
+    layer_types=HALF_RECURRENT,
+)  # fmt: skip
+MAMBA2 = dict(mamba_n_heads=4, mamba_d_head=32, mamba_n_groups=2, mamba_d_state=16, mamba_chunk_size=8)
 # Latent attention: as many keys as queries, and a head is what is rotated.
 LATENT = dict(num_key_value_heads=4, head_dim=8)
 
@@ -102,21 +108,39 @@ OWN: dict[str, dict[str, Any]] = {
             kind: dict(rope_type="default", rope_theta=1e4, mrope_section=[3, 3, 2]) for kind in HALF_SLIDING
         },
     ),
+    "bamba": dict(attn_layer_indices=[1, 3], **MAMBA2),
     "deepseek_v2": dict(n_group=1, topk_group=1, num_experts_per_tok=2),
     "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1),
+    "falcon_h1": dict(mamba_d_ssm=128, head_dim=16, lm_head_multiplier=0.5, **MAMBA2),
+    "granitemoehybrid": dict(layer_types=HALF_RECURRENT, **MAMBA2),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=8),
+    "kimi_linear": dict(linear_num_heads=4, linear_head_dim=12, layer_types=HALF_RECURRENT),
+    "lfm2": dict(layer_types=["conv", "full_attention"] * 2),
     "falcon": dict(multi_query=False, num_kv_heads=4),
     "gpt_neo": dict(attention_types=[[["global"], 4]]),
     "hunyuan_v1_dense": dict(head_dim=16),
     "hunyuan_v1_moe": dict(head_dim=16),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
     "llama4": dict(vision_config=dict(vision_output_dim=64, projector_input_dim=64, projector_output_dim=64)),
-    "mamba2": dict(num_heads=8),
+    "mamba2": dict(num_heads=4, head_dim=32, n_groups=2, state_size=16, chunk_size=8),
     "minimax_m3_vl_text": dict(layer_types=["full_attention", "minimax_m3_sparse"] * 2),
     "ministral": dict(head_dim=16, layer_types=HALF_SLIDING),
     "nemotron": dict(num_key_value_heads=2),
+    "nemotron_h": dict(
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+        mamba_num_heads=4,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=2,
+        chunk_size=8,
+    ),
+    "olmo_hybrid": dict(DELTA),
     "perception_lm": dict(vision_config=dict(model_args=dict(embed_dim=64))),
     "phimoe": dict(sliding_window=9),
     "prophetnet": dict(num_hidden_layers=None, num_decoder_layers=4),
+    "qwen3_5_moe_text": dict(DELTA),
+    "qwen3_5_text": dict(DELTA),
+    "qwen3_next": dict(DELTA),
     "zamba2": dict(layers_block_type=["mamba", "hybrid"] * 2),
     "zaya": dict(num_experts_per_tok=1, layer_types=["hybrid"] * 4),
 }

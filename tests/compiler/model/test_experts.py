@@ -86,7 +86,7 @@ def check(config: Callable[[], PretrainedConfig], layers: int) -> None:
     bound = 1e-4 * max(1.0, max(one.abs().max().item() for one in expected) / 5)
     for schedule in (WHOLE, CHUNKED, MIXED):
         with torch.inference_mode(), Calls() as calls:
-            got = run_paged(paged, paged.layouts, prompts, schedule)
+            got = run_paged(paged, paged, prompts, schedule)
         assert calls.count == layers * len(schedule)
         for sequence, by_position in enumerate(got):
             for position, logits in by_position.items():
@@ -178,6 +178,6 @@ def test_a_checkpoint_of_single_experts_is_stacked(tmp_path: Path) -> None:
     load_weights(paged.model, tmp_path, device=torch.device("cpu"), dtype=torch.float32)
     prompts = prompts_for(SIZES["vocab_size"])
     expected = stock_logits(stock, prompts)
-    for sequence, by_position in enumerate(run_paged(paged, paged.layouts, prompts, WHOLE)):
+    for sequence, by_position in enumerate(run_paged(paged, paged, prompts, WHOLE)):
         for position, logits in by_position.items():
             torch.testing.assert_close(logits, expected[sequence][position], atol=1e-4, rtol=0)

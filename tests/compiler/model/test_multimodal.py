@@ -60,7 +60,7 @@ def check_text(stock: torch.nn.Module, paged: PagedModel) -> None:
     expected = stock_logits(stock, prompts)
     bound = 1e-4 * max(1.0, max(one.abs().max().item() for one in expected) / 5)
     for schedule in (WHOLE, CHUNKED, MIXED):
-        for sequence, by_position in enumerate(run_paged(paged, paged.layouts, prompts, schedule)):
+        for sequence, by_position in enumerate(run_paged(paged, paged, prompts, schedule)):
             for position, logits in by_position.items():
                 torch.testing.assert_close(logits, expected[sequence][position], atol=bound, rtol=0)
     check_head(paged, prompts, expected, bound)

@@ -81,7 +81,7 @@ def compare(paged: PagedModel, stock: nn.Module, bound: float) -> None:
     apply_module_passes(paged.model, PassOptions())
     prompts = prompts_for(stock.config.vocab_size)
     expected = stock_logits(stock, prompts)
-    for sequence, by_position in enumerate(run_paged(paged, paged.layouts, prompts, MIXED)):
+    for sequence, by_position in enumerate(run_paged(paged, paged, prompts, MIXED)):
         for position, logits in by_position.items():
             wanted = expected[sequence][position]
             torch.testing.assert_close(logits, wanted, atol=bound * max(1.0, wanted.abs().max().item()), rtol=0)
@@ -167,7 +167,7 @@ def test_quantised_while_loading(kind: str, method: str, bound: float, tmp_path:
     apply_module_passes(paged.model, PassOptions())
     prompts = prompts_for(stock.config.vocab_size)
     expected, errors, spread = stock_logits(stock, prompts), [], []
-    for sequence, by_position in enumerate(run_paged(paged, paged.layouts, prompts, MIXED)):
+    for sequence, by_position in enumerate(run_paged(paged, paged, prompts, MIXED)):
         for position, logits in by_position.items():
             errors.append(logits - expected[sequence][position])
             spread.append(expected[sequence][position])

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pagegraph.compiler.step.caches import Caches
 from pagegraph.compiler.step.capture_sizes import Bucket
 from pagegraph.compiler.step.inputs import SamplingInput, StepInput
 from pagegraph.compiler.step.staging import CpuStaging, CudaStaging
@@ -122,8 +123,8 @@ def test_updates_equal_reference(triton_calls, blocks: int) -> None:
 
 def state_of(slots: int) -> DeviceState:
     return DeviceState(
-        [], num_blocks=4, block_size=BLOCK, max_num_seqs=slots, max_blocks=BLOCKS, vocab_size=10,
-        dtype=torch.float32, device=torch.device("cpu"),
+        Caches([], [], [], []), block_size=BLOCK, max_num_seqs=slots, max_blocks=BLOCKS, vocab_size=10,
+        device=torch.device("cpu"),
     )  # fmt: skip
 
 

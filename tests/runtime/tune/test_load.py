@@ -27,7 +27,7 @@ def engine(tokenizer_folder: Path) -> tuple:
     step = FakeStep(40, 8, says=lambda history, seed: 7, block_size=16, max_len=400)
     built = SimpleNamespace(
         step=step, folder=tokenizer_folder, device=torch.device("cpu"), dtype=torch.float32, vocab_size=350, hidden_size=8, has_head=True,
-        max_model_len=400, num_blocks=40, eos_ids=frozenset({1}), use_idle_time=lambda: False, draft=None, compile_state="off",
+        max_model_len=400, num_blocks=40, eos_ids=frozenset({1}), slot_bytes=0, use_idle_time=lambda: False, draft=None, compile_state="off",
         generation_config={},
     )  # fmt: skip
     mailbox = LocalMailbox()

@@ -184,7 +184,7 @@ def test_blocks_that_are_not_what_they_were_show(save: Save, verify, monkeypatch
     class Forgetful(LLM):
         def generate(self, *arguments: Any, **named: Any) -> Any:
             done = super().generate(*arguments, **named)
-            for keys in self.built.step.state.key_caches:
+            for keys in self.built.step.state.caches.key_caches:
                 keys.zero_()
             return done
 

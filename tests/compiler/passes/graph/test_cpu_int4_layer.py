@@ -68,7 +68,7 @@ def int4_model(name: str) -> nn.Module:
 def logits(paged: nn.Module, forward: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
     """(those of the steps of one row, code that was generated meanwhile)"""
     torch._dynamo.reset()
-    (out,), codes = run_and_get_code(run_paged, forward, paged.layouts, [PROMPT], STEPS, torch.bfloat16, 0)
+    (out,), codes = run_and_get_code(run_paged, forward, paged, [PROMPT], STEPS, torch.bfloat16, 0)
     return torch.stack([out[at] for at in sorted(out)[1:]]), codes
 
 
@@ -86,7 +86,7 @@ def test_logits_stay_and_the_known_forms_are_found(name: str, kernels: None) -> 
     compiled = compile_forward(paged, [rotate_one_row, chained])
 
     def forward(*inputs: torch.Tensor) -> torch.Tensor:
-        mark_dynamic(*inputs[:7])
+        mark_dynamic(*inputs[:8])
         return compiled(*inputs)
 
     plain, _ = logits(paged, paged)

@@ -13,7 +13,7 @@ ROTATED = {
     "llama", "llama3_rope", "llama_yarn", "llama_linear", "mistral_window", "qwen2", "qwen2_window", "gemma", "gemma2",
     "granite", "starcoder2", "mixtral", "qwen3_moe", "olmoe", "qwen3",
 }  # fmt: skip
-NORMED = {"qwen3", "qwen3_moe"}
+NORMED = {"qwen3", "qwen3_moe", "lfm2"}
 
 
 OFTEN = {"llama", "qwen3", "gemma3", "phi", "olmo2", "gpt_neox", "cohere2", "deepseek_v3"}

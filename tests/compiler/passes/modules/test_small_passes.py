@@ -18,7 +18,7 @@ from tests.compiler.paged_run import run_paged
 
 def logits_of(paged) -> list[torch.Tensor]:
     with torch.inference_mode():
-        got = run_paged(paged, paged.layouts, prompts_for(SIZES["vocab_size"]), MIXED)
+        got = run_paged(paged, paged, prompts_for(SIZES["vocab_size"]), MIXED)
     return [logits for by_position in got for logits in by_position.values()]
 
 

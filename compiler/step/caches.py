@@ -1,0 +1,58 @@
+"""The tensors that layers keep between steps: keys and values in blocks, recurrent states in slots.
+
+Separate whole tensors: a view of a shared storage would be cloned by functionalization. Knows layouts; knows no
+scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from pagegraph.compiler.model.probe import AttentionLayout
+from pagegraph.compiler.model.recurrent import StateLayout
+
+
+class Caches(NamedTuple):
+    """As `PagedModel.forward` takes them, behind a step's tensors: of each layer that keeps such, in order."""
+
+    key_caches: list[torch.Tensor]  # [num_blocks, block_size, heads, head_size]
+    value_caches: list[torch.Tensor]
+    conv_states: list[torch.Tensor]  # [slots, rows, channels]
+    recurrent_states: list[torch.Tensor]  # float32 [slots, ..]
+
+    @staticmethod
+    def of(
+        layouts: Sequence[AttentionLayout],
+        states: Sequence[StateLayout],
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_slots: int,
+        dtype: torch.dtype,
+        activation_dtype: torch.dtype,
+        device: torch.device,
+    ) -> Caches:
+        """dtype: of keys and values."""
+
+        def pools(sizes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
+            return [torch.zeros(*size, dtype=dtype, device=device) for size in sizes]
+
+        return Caches(
+            pools([(num_blocks, block_size, one.num_kv_heads, one.head_size) for one in layouts], dtype),
+            pools([(num_blocks, block_size, one.num_kv_heads, one.value_size) for one in layouts], dtype),
+            pools([(num_slots, *one.conv) for one in states], activation_dtype),
+            pools([(num_slots, *one.recurrent) for one in states if one.recurrent], torch.float32),
+        )
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: keys and values of all layers; 0 where none attends."""
+        return sum(one[0].nbytes for one in (*self.key_caches, *self.value_caches))
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the states of one slot."""
+        return sum(one[0].nbytes for one in (*self.conv_states, *self.recurrent_states))
