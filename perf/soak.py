@@ -3,7 +3,8 @@
     nice python -m perf.soak --minutes 60 --out perf/results/cpu-DAY-soak.json
 
 `runtime serve` of a tiny random model, uncompiled, on two web processes. Requests come at a fixed rate: read to their end,
-left after some events, left before the answer, refused. Resident memory of each process is sampled every ten seconds; it
+left after some events, left before the answer, refused; before that, all at once some times over, so that the threads are there
+that a busy moment starts, which stay. Resident memory of each process is sampled every ten seconds; it
 counts as flat where its median over the last sixth is within `--tolerance` of that over the sixth after the warm-up. At the
 end nothing may run, wait or hold a block. Ends with status 1 where one of this does not hold. Knows the server by its
 command line, HTTP and /proc alone.
@@ -24,16 +25,16 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from perf.compare import machine
 from perf.tiny import resident, tiny_server
 
 SAMPLE_S = 10.0
+BURSTS = 20  # of the warm-up
 MOST_AT_ONCE = 64  # clients of the load: a server that stands still shows as requests that were not begun
 WORDS = 400  # of a prompt at most, so that some take several chunks of a step
-
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 
 
@@ -97,18 +98,26 @@ class Load:
 
     def run(self, seconds: float, sample: Callable[[], dict[str, int]]) -> list[dict]:
         """For so long -> samples, one every SAMPLE_S."""
-        begin = time.monotonic()
         samples: list[dict] = []
         with ThreadPoolExecutor(MOST_AT_ONCE) as threads:
+            for _ in range(BURSTS):
+                for _ in range(MOST_AT_ONCE):
+                    self._free.acquire()
+                wait([self._begin(threads) for _ in range(MOST_AT_ONCE)])
+            begin = time.monotonic()
             for number in range(int(seconds * self._rate)):
                 time.sleep(max(begin + number / self._rate - time.monotonic(), 0.0))
                 if time.monotonic() - begin >= SAMPLE_S * len(samples):
                     samples.append(dict(at_s=round(time.monotonic() - begin, 1), kib=sample()))
+                    print(samples[-1], file=sys.stderr, flush=True)
                 if not self._free.acquire(blocking=False):
                     self.not_begun += 1
                     continue
-                threads.submit(self._one, self._draw.choice(list(self._kinds)), random.Random(self._draw.random()))
+                self._begin(threads)
         return samples
+
+    def _begin(self, threads: ThreadPoolExecutor) -> Future[None]:
+        return threads.submit(self._one, self._draw.choice(list(self._kinds)), random.Random(self._draw.random()))
 
     def _one(self, kind: str, draw: random.Random) -> None:
         prompt = " ".join(f"{draw.randrange(256, 1000):x}" for _ in range(draw.randrange(1, WORDS)))

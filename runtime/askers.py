@@ -32,7 +32,16 @@ class Asker(msgspec.Struct, frozen=True, array_like=True):
         return any(getattr(self, name) is not None for name in LIMITS)
 
 
+KEY_SHARE = 8  # times what is left of something shared that one of several keys may hold
 NOBODY = Asker()  # in particular, and without limits
+
+
+def has_share(name: str, own: int, left: int) -> bool:
+    """Whether an asker that holds `own` of something shared, of which `left` is left, may have more of it.
+
+    What one of several keys must leave is for others whenever they come: 1/9 where they have nothing.
+    """
+    return left > 0 and (not name or own < KEY_SHARE * left)
 
 
 def read_line(line: str) -> tuple[str, dict[str, int]]:

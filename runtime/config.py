@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from pagegraph.compiler.quantization import methods as quant_methods
-from pagegraph.runtime.askers import parse_keys, read_line
+from pagegraph.runtime.askers import KEY_SHARE, parse_keys, read_line
 from pagegraph.runtime.config_groups import (
     DRAFT_STEP_TOKENS,
     MOST_THREADS,
@@ -68,7 +68,9 @@ class Config(ServerConfig, CompilationConfig, SpeculativeConfig, SchedulerConfig
     @property
     def enough_threads(self) -> int:
         """Threads with which one web process can fill the engine and its queue: any process may get any connection."""
-        places = self.max_num_seqs + self.max_queue + self.num_keys  # each key may always have one waiting
+        places = self.max_num_seqs + self.max_queue
+        if self.num_keys:  # one leaves a share to others, and each may always have one waiting
+            places += places // KEY_SHARE + self.num_keys
         return min(MOST_THREADS, places + SPARE_THREADS)
 
     @property

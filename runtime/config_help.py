@@ -10,6 +10,7 @@ import difflib
 import textwrap
 from collections.abc import Callable
 
+from pagegraph.runtime.askers import KEY_SHARE
 from pagegraph.runtime.config import FIELDS, GROUPS, Config, Resolved, flag_of, shown
 from pagegraph.runtime.config_groups import (
     CPU_BATCHED_TOKENS,
@@ -147,7 +148,12 @@ def _num_speculative_tokens(config: Config) -> list[str]:
 
 
 def _threads(config: Config) -> list[str]:
-    keys = f" + API keys {config.num_keys}" if config.num_keys else ""
+    shares = (config.max_num_seqs + config.max_queue) // KEY_SHARE
+    keys = (
+        f" + 1/{KEY_SHARE} of both that one API key leaves to others {shares} + keys {config.num_keys}"
+        if config.num_keys
+        else ""
+    )
     return [
         "A request holds one until its answer is sent, and any web process may get any connection, so each has enough for all:"
         f" auto = max_num_seqs {config.max_num_seqs} + max_queue {config.max_queue}{keys} + {SPARE_THREADS} ="

@@ -13,6 +13,7 @@ from flask import Response, g
 
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.text.output import Piece
+from pagegraph.web import access
 from pagegraph.web.errors import json_response
 from pagegraph.web.schema import GenerationRequest
 from pagegraph.web.service import Service
@@ -63,7 +64,7 @@ def start(
     if checked.request_id is not None and not g.has_request_id:
         g.request_id = checked.request_id
     with contextlib.ExitStack() as on_error:
-        release = service.admit(info)
+        release = service.admit(info, access.asker().name)
         on_error.callback(release)
         token_ids = tokenize(service, prompts, checked, info)
         generation = submit(service, checked, token_ids, info, release)

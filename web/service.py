@@ -6,13 +6,16 @@ Knows no fields of requests and no shapes of responses.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from flask import current_app
 
+from pagegraph.runtime.askers import has_share
 from pagegraph.runtime.ipc.client import EngineClient
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.text.chat import Chat
@@ -40,25 +43,40 @@ class Service:
         self.chat = Chat(tokenizer, settings.tool_call_parser, settings.reasoning_parser)
         self.responses = ResponseStore(settings.response_store, settings.response_store_bytes)
         self.started = int(time.time())
-        self._threads = threading.BoundedSemaphore(settings.threads - min(_FREE_THREADS, settings.threads // 2))
+        self._lock = threading.Lock()
+        self._free_threads = settings.threads - min(_FREE_THREADS, settings.threads // 2)
+        self._threads_of: Counter[str] = Counter()  # that each asker holds
         self._long_texts = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) // 2))
         _ = tokenizer.min_tokens  # made before the first request
 
-    def admit(self, info: EngineInfo) -> Callable[[], None]:
-        """Take one of this worker's threads for one request; returns the function that gives it back.
+    def admit(self, info: EngineInfo, asker: str) -> Callable[[], None]:
+        """Take one of this worker's threads for one request of an asker; returns the function that gives it back.
 
-        Raises ApiError 503 while the engine drains, or when no thread is left. How many requests may run and wait is
+        Raises ApiError 503 while the engine drains, or when no thread is left, or too few for one of several keys to have more. How many requests may run and wait is
         decided by the engine; with `threads: auto` it refuses before the threads run out.
         """
         if info.draining:
             raise ApiError(503, "the server is shutting down")
-        if not self._threads.acquire(blocking=False):
+        if not self._take_thread(asker):
             threads, enough = self.settings.threads, self.settings.enough_threads
             more = (
                 f"; {enough} (auto) would be enough" if threads < enough else ", enough for all that may run and wait"
             )
-            raise ApiError(503, f"all threads of this web process are taken: threads = {threads}{more}")
-        return self._threads.release
+            whose = " that one key may hold" if asker else ""
+            raise ApiError(503, f"all threads of this web process{whose} are taken: threads = {threads}{more}")
+        return functools.partial(self._give_back, asker)
+
+    def _take_thread(self, asker: str) -> bool:
+        with self._lock:
+            taken = has_share(asker, self._threads_of[asker], self._free_threads)
+            self._free_threads -= taken
+            self._threads_of[asker] += taken
+            return taken
+
+    def _give_back(self, asker: str) -> None:
+        with self._lock:
+            self._free_threads += 1
+            self._threads_of[asker] -= 1
 
     @contextlib.contextmanager
     def long_text(self, client_gone: Callable[[], bool]) -> Iterator[None]:

@@ -16,6 +16,7 @@ from flask import Blueprint, Response
 from pagegraph.runtime.ipc.protocol import EngineInfo
 from pagegraph.runtime.sampling_params import check_ids
 from pagegraph.runtime.text.tokenizer import SPECIAL_NAMES
+from pagegraph.web import access
 from pagegraph.web.errors import json_response
 from pagegraph.web.fields import Fields, refuse
 from pagegraph.web.schema import GenerationRequest, parse_chat
@@ -123,7 +124,7 @@ def _thread() -> Iterator[tuple[Service, EngineInfo]]:
     """One of the threads that requests with long texts may hold, and the engine's facts."""
     service = current_service()
     info = service.engine.info()
-    release = service.admit(info)
+    release = service.admit(info, access.asker().name)
     try:
         yield service, info
     finally:

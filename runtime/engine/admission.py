@@ -11,6 +11,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
+from pagegraph.runtime.askers import has_share
 from pagegraph.runtime.engine.accounts import Accounts
 from pagegraph.runtime.engine.grammars import Grammars
 from pagegraph.runtime.engine.limits import Limits
@@ -23,8 +24,6 @@ from pagegraph.runtime.scheduler.scheduler import Scheduler
 from pagegraph.runtime.scheduler.sequence import Samples, Sequence
 
 log = logging.getLogger("pagegraph.engine")
-
-KEY_SHARE = 8  # times what is left of the queue that one of several keys may have waiting
 
 
 class Clients:
@@ -139,11 +138,9 @@ class Admission:
             own, own_tokens = own + compiling_own, own_tokens + compiling_tokens
         if asker and not own:
             return False
-        if not asker:
-            own = own_tokens = 0
-        if _is_full(num_waiting - free, own, limits.max_queue):
+        if not has_share(asker, own, limits.max_queue - (num_waiting - free)):
             full = f"{num_waiting} sequences are waiting, max_queue is {limits.max_queue}"
-        elif limits.max_queue_tokens is not None and _is_full(tokens, own_tokens, limits.max_queue_tokens):
+        elif limits.max_queue_tokens is not None and not has_share(asker, own_tokens, limits.max_queue_tokens - tokens):
             full = f"{tokens} prompt tokens are waiting, max_queue_tokens is {limits.max_queue_tokens}"
         else:
             return False
@@ -217,11 +214,3 @@ class Admission:
             label=message.label,
             trace=message.trace,
         )
-
-
-def _is_full(num: int, own: int, most: int) -> bool:
-    """Whether a queue of `num`, `own` of them of one of several keys, has no room for more of that key.
-
-    What a key must leave is for others whenever they come: 1/9 of the queue where they have nothing in it.
-    """
-    return num >= most or own >= KEY_SHARE * (most - num)

@@ -127,6 +127,23 @@ def test_keys_may_share_a_prefix_cache(make_app: Callable[..., Flask], fake_engi
     assert len({submit.asker.name for submit in fake_engine.submits}) == 2
 
 
+def test_one_key_does_not_hold_all_threads(make_app: Callable[..., Flask], fake_engine) -> None:
+    app = make_app(api_key="\n".join(KEYS), threads=20)  # ten are for what takes its time
+    fake_engine.script = lambda submit: []
+    client = app.test_client()
+    body = CHAT | {"stream": True}
+    held = [client.post("/v1/chat/completions", json=body, headers=header(KEYS[0])) for _ in range(10)]
+    assert [answer.status_code for answer in held] == [200] * 9 + [503]
+    assert "that one key may hold are taken: threads = 20" in held[-1].json["error"]["message"]
+    others = client.post("/v1/chat/completions", json=body, headers=header(KEYS[1]))
+    assert others.status_code == 200
+    for answer in (*held, others):
+        answer.close()
+    again = client.post("/v1/chat/completions", json=body, headers=header(KEYS[0]))
+    assert again.status_code == 200
+    again.close()
+
+
 QUOTAS = Quotas(Quota(60, 59, 1.0), Quota(10_000, 9_100, 90.5))
 TOLD = {
     "x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "59", "x-ratelimit-reset-requests": "1s",

@@ -310,8 +310,8 @@ def test_long_texts_are_tokenised_in_turn(make_app: Callable[..., Flask], fake_e
         while not inside:
             time.sleep(0.01)
         second = pool.submit(post, "b" * 70_000)
-        places = app.extensions["pagegraph"]._threads
-        while places._value:  # a request now could take the second one's place
+        service = app.extensions["pagegraph"]
+        while service._free_threads:  # a request now could take the second one's place
             time.sleep(0.01)
         assert post("c").status_code == 503 and len(inside) == 1
         resume.set()

@@ -96,7 +96,7 @@ def test_other_errors(make_app: Callable[..., Flask], fake_engine) -> None:
         assert http.post(path, json={**body, "x": "y" * 1000}).status_code == 413
     assert http.post("/tokenize", json={"prompt": "\ud800"}).status_code == 400
     service = http.application.extensions["pagegraph"]
-    assert service._threads._value == service._threads._initial_value  # every thread was given back
+    assert not +service._threads_of  # every thread was given back
 
 
 def test_tokenizer_info_renders_and_has_no_paths(http: FlaskClient, tokenizer: Tokenizer, tokenizer_folder) -> None:

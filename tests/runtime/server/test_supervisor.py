@@ -223,6 +223,10 @@ class Server:
         wait_for(lambda: self.probe("/health/ready")[0] == 200 or self.process.poll() is not None)
         assert self.process.poll() is None, self.end()[1]
 
+    def wait_web_ready(self) -> None:
+        """The supervisor hears of a new engine by a connection of its own."""
+        wait_for(lambda: get(f"http://127.0.0.1:{self.port}/health/ready")[0] == 200)
+
     def flag(self, name: str) -> Path:
         return self.control / name
 
@@ -619,6 +623,7 @@ def test_a_request_that_ends_every_engine_is_given_up_with_the_second(real_web: 
     assert refused.headers["x-should-retry"] == "false"
     wait_for(lambda: real_web.restarts("died") == 2)
     real_web.wait_ready()
+    real_web.wait_web_ready()
     assert complete(real_web, max_tokens=2).status == 200
 
 
