@@ -34,8 +34,12 @@ class Running:
 
     @property
     def last(self) -> Sequence:
-        """The first to give way."""
-        return self._sequences[-1]
+        """The first to give way: the last of the asker that has the most.
+
+        So the first of all gives way after all others, and somebody always gets on.
+        """
+        most = max(self.by_asker.values())
+        return next(one for one in reversed(self._sequences) if self.by_asker[one.asker] == most)
 
     def join(self, sequence: Sequence) -> None:
         """It has its slot."""

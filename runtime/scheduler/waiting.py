@@ -1,8 +1,7 @@
 """The queue: sequences that wait for a slot, and the prompt tokens they bring.
 
 Those of one asker are in the order of `Sequence.place`. Of several askers the one with the fewest running sequences is next,
-so that nobody's sequences wait for all of another's; priorities come before that, and a preempted sequence is next whoever
-asked. Knows no slots, blocks or reasons.
+so that nobody's sequences wait for all of another's, whatever priority those claim; a preempted sequence is next whoever asked. Knows no slots, blocks or reasons.
 """
 
 from __future__ import annotations
@@ -87,9 +86,9 @@ class Waiting:
         self.num_tokens -= sequence.num_prompt
         self._count -= 1
 
-    def _head(self, asker: str, taken: int) -> tuple[int, bool, int, float, int, str, int]:
+    def _head(self, asker: str, taken: int) -> tuple[bool, int, tuple[int, float, int], str, int]:
         """Sort key of an asker whose first `taken` sequences have had their turn: by its next one."""
         sequence = self._lines[asker].sequences[taken]
         share = self._running.get(asker, 0) + taken
         begun = sequence.state is State.PREEMPTED
-        return (sequence.priority, not begun, share, sequence.arrival, sequence.order, asker, taken)
+        return (not begun, share, sequence.place, asker, taken)

@@ -8,8 +8,8 @@ from pagegraph.runtime.scheduler.running import Running
 from pagegraph.runtime.scheduler.sequence import Sequence
 
 
-def joined(running: Running, batch: InputBatch, name: str, priority: int) -> Sequence:
-    sequence = Sequence(name, [1, 2], SamplingParams(), frozenset(), 0, 40, priority)
+def joined(running: Running, batch: InputBatch, name: str, priority: int, asker: str = "") -> Sequence:
+    sequence = Sequence(name, [1, 2], SamplingParams(), frozenset(), 0, 40, priority, asker=asker)
     batch.enter(sequence, [], 0)
     running.join(sequence)
     return sequence
@@ -21,6 +21,17 @@ def test_the_last_in_order_is_the_first_to_give_way() -> None:
     low, high, middle = (joined(running, batch, str(priority), priority) for priority in (5, -1, 2))
     assert list(running) == [high, middle, low] and running.last is low and len(running) == 3
     assert running.fixed().request_ids.tolist() == ["-1", "2", "5"]
+
+
+def test_the_asker_with_the_most_gives_way_and_the_first_of_all_never_before_others() -> None:
+    batch = InputBatch(5, 40, 4)
+    running = Running(batch)
+    order = [joined(running, batch, f"{place}", place, asker) for place, asker in enumerate("abaab")]
+    given_up = []
+    while len(running):
+        given_up.append(running.last)
+        running.leave(running.last)
+    assert given_up == [order[place] for place in (3, 4, 2, 1, 0)]
 
 
 def test_columns_are_made_anew_when_somebody_joins_or_leaves() -> None:

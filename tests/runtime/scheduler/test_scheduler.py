@@ -44,9 +44,10 @@ total_steps = 0
     depth=st.integers(0, 1),
     target_ms=st.sampled_from(["none", None, 10.0]),
     aborts=st.dictionaries(st.integers(0, 8), st.integers(0, 20), max_size=2),
+    askers=st.sampled_from(["", "ab", "aab", "abc"]),
 )
 def test_random_work_gives_every_sequence_its_own_tokens(
-    work, spare_blocks, max_num_seqs, budget, caching, depth, target_ms, aborts
+    work, spare_blocks, max_num_seqs, budget, caching, depth, target_ms, aborts, askers
 ) -> None:
     global total_steps
     num_blocks = MAX_LEN // BLOCK + 1 + spare_blocks
@@ -67,8 +68,9 @@ def test_random_work_gives_every_sequence_its_own_tokens(
             index, (prompt, max_tokens, priority, seed, _) = arrivals.popleft()
             params = SamplingParams(max_tokens=max_tokens, min_tokens=seed, ignore_eos=index % 3 == 0)
             sequence = Sequence(
-                str(index), list(prompt), params, frozenset([EOS]), seed, MAX_LEN, priority, float(turn)
-            )
+                str(index), list(prompt), params, frozenset([EOS]), seed, MAX_LEN, priority, float(turn),
+                asker=askers[index % len(askers)] if askers else "",
+            )  # fmt: skip
             sequences[str(index)] = sequence
             got[str(index)] = []
             scheduler.add(sequence)

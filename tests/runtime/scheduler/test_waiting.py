@@ -40,12 +40,17 @@ def test_askers_get_equal_shares_of_what_runs() -> None:
     assert [sequence.request_id for sequence in waiting.first(6)] == ["b0", "b1", "a0", "b2", "a1", "b3"]
 
 
-def test_priorities_come_before_shares_and_whoever_has_begun_before_both_of_its_priority() -> None:
-    running = {"a": 9}
-    urgent, begun, other = prompt("urgent", 1, 3.0, "a", -1), prompt("begun", 1, 2.0, "a"), prompt("other", 1, 1.0, "b")
+def test_priorities_are_of_one_asker_and_whoever_has_begun_comes_first() -> None:
+    urgent, begun, plain = (
+        prompt("urgent", 1, 3.0, "a", -9),
+        prompt("begun", 1, 2.0, "a", 5),
+        prompt("plain", 1, 1.0, "a"),
+    )
+    other = prompt("other", 1, 9.0, "b", 7)
     begun.state = State.PREEMPTED
-    waiting = Waiting(running, [urgent, begun, other])
-    assert waiting.first(9) == [urgent, begun, other]
+    assert Waiting({"a": 2}, [begun, other]).first(9) == [begun, other]
+    assert Waiting({"a": 2}, [plain, urgent, other]).first(9) == [other, urgent, plain]
+    assert Waiting({"a": 2, "b": 2}, [plain, urgent, other]).first(9) == [urgent, other, plain]
 
 
 def test_first_is_a_beginning_of_all() -> None:
