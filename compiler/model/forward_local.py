@@ -19,6 +19,7 @@ class ForwardLocal(threading.local):
 
     paged: Any = None  # what attention reads, see `compiler.model.paged`
     recurrence: Any = None  # what computes the layer with state that it is in, see `compiler.model.recurrent`
+    rows: Any = None  # int64 [S], of tokens whose logits are wanted
     hidden: Any = None  # what the body returned, for whoever wants more than the logits
     products: dict[Any, Any] | None = None  # of merged linears, of which parts are not yet asked for
 

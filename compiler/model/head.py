@@ -123,6 +123,14 @@ def hidden_states_of(output: Any) -> torch.Tensor | None:
     return hidden if isinstance(hidden, torch.Tensor) and hidden.dim() == 3 else None
 
 
+def with_hidden_states(output: Any, hidden_states: torch.Tensor) -> Any:
+    """What a body returned, with other hidden states [1, R, H] in their place."""
+    if isinstance(output, tuple):
+        return hidden_states, *output[1:]
+    output[next(iter(output))] = hidden_states
+    return output
+
+
 def head_logits(model: nn.Module, body: str, hidden_states: torch.Tensor) -> torch.Tensor:
     """Logits [R, vocab] of hidden states [R, H], by the forward of `model`, whose body stands at path `body`."""
     head = _with(model, body.split("."), _GivenBody(hidden_states[None], model.get_submodule(body)))

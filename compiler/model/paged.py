@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.compiler.model.experts import take_experts
 from pagegraph.compiler.model.forward_local import forward_local
-from pagegraph.compiler.model.head import NoHead, head_logits, hidden_states_of
+from pagegraph.compiler.model.head import NoHead, head_logits, hidden_states_of, with_hidden_states
 from pagegraph.compiler.model.left_out import leave_out
 from pagegraph.compiler.model.probe import AttentionLayout, Probed, ask_for_no_padding, probe
 from pagegraph.compiler.model.recurrent import PooledRecurrence, take_recurrence
@@ -104,7 +104,8 @@ class PagedModel(nn.Module):
         self._recurrent_places = {layer: at for at, layer in enumerate(recurrent)}
         self.body, self.hidden_size = probed.body, probed.hidden_size
         if self.body:
-            model.get_submodule(self.body).register_forward_hook(_keep_hidden)
+            keep = _keep_hidden if probed.takes_rows else _keep_hidden_and_give_rows
+            model.get_submodule(self.body).register_forward_hook(keep)
 
     def forward(
         self,
@@ -137,7 +138,7 @@ class PagedModel(nn.Module):
             key_caches,
             value_caches,
         )
-        forward_local.products = {}
+        forward_local.products, forward_local.rows = {}, logits_index
         position_ids = positions.long()[None]
 
         def recurrence_of(layer: int) -> PooledRecurrence:
@@ -159,7 +160,8 @@ class PagedModel(nn.Module):
             )
             hidden = forward_local.hidden
         finally:
-            forward_local.paged = forward_local.products = forward_local.hidden = forward_local.recurrence = None
+            forward_local.paged = forward_local.products = forward_local.hidden = None
+            forward_local.recurrence = forward_local.rows = None
         return out.logits[0], hidden
 
     @property
@@ -183,6 +185,12 @@ class PagedModel(nn.Module):
 
 def _keep_hidden(module: nn.Module, args: Any, output: Any) -> None:
     forward_local.hidden = hidden_states_of(output)
+
+
+def _keep_hidden_and_give_rows(module: nn.Module, args: Any, output: Any) -> Any:
+    """For a head that would compute logits of every token."""
+    _keep_hidden(module, args, output)
+    return with_hidden_states(output, forward_local.hidden[:, forward_local.rows])
 
 
 def wrap_model(model: nn.Module, section: int = 0) -> PagedModel:

@@ -76,7 +76,7 @@ class _Notes:
     """What one forward of the model called `name` showed so far."""
 
     name: str
-    called: set[nn.Module] = field(default_factory=set)
+    fetched: set[nn.Module] = field(default_factory=set)  # as attributes of others
     attending: dict[int, nn.Module] = field(default_factory=dict)
     layouts: dict[int, AttentionLayout] = field(default_factory=dict)
     states: dict[int, StateLayout] = field(default_factory=dict)
@@ -96,6 +96,7 @@ class Probed:
     cache: name of the argument by which the forward wants a `StandInCache`; "" where it wants none.
     body: path of the module whose output the head computes logits from; "" where the head needs more than that.
     hidden_size: of that output; 0 where there is no body.
+    takes_rows: the forward heeds whose logits are asked for; otherwise the body's output has to be theirs alone.
     towers: paths of modules beside the decoder that hold weights and that the forward of text does without.
     """
 
@@ -104,6 +105,7 @@ class Probed:
     cache: str
     body: str
     hidden_size: int
+    takes_rows: bool
     towers: list[str] = field(default_factory=list)
 
 
@@ -123,8 +125,6 @@ def probe(original: nn.Module) -> Probed:
     stop_updates(shadow)
     ask_for_no_padding(shadow)
     outputs = note_bodies(shadow)
-    for module in shadow.modules():
-        module.register_forward_pre_hook(_note_call)
     positions = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     has_state, argument = take_recurrence(shadow), _cache_argument(shadow)
     for with_cache in (True,) if has_state else (False, True):
@@ -133,7 +133,7 @@ def probe(original: nn.Module) -> Probed:
         for module in shadow.modules():
             module.notes = notes
         try:
-            with torch.no_grad(), _one_sequence(), watch:
+            with torch.no_grad(), _one_sequence(), _noting_fetches(notes), watch:
                 logits = shadow(
                     input_ids=torch.zeros_like(positions),
                     position_ids=positions,
@@ -169,7 +169,7 @@ def probe(original: nn.Module) -> Probed:
                 "none of its layers attends through transformers' attention interface: they have code of their own for it,"
                 " which paged attention does not stand in for, or do not attend"
             )
-        mixing = {layer for layer in range(layers) if layer not in _tokenwise_layers(original)}
+        mixing = {*range(layers)} - _tokenwise_layers(original) - _skipped_layers(shadow, notes, watch)
         if missing := sorted(mixing - notes.layouts.keys() - notes.states.keys()):
             notes.refuse(
                 f"{len(missing)} of {layers} layers ({_listed(missing)}) neither attend through the attention interface"
@@ -178,17 +178,18 @@ def probe(original: nn.Module) -> Probed:
             )
         if watch.convolved:
             notes.refuse("a layer convolves tokens in a way of its own, whose state would be lost between steps")
-        if logits.shape[1] != ASKED:
+        body, hidden_size = body_of(shadow, outputs, (TOKENS, logits.shape[-1]))
+        takes_rows = logits.shape[1] == ASKED
+        if not takes_rows and not body:
             notes.refuse(
                 f"the forward gives logits of {logits.shape[1]} of {TOKENS} tokens where {ASKED} are asked for"
             )
         if watch.padded_positions:
             notes.refuse("its positions start behind a padding index; paged attention numbers tokens from 0")
         if watch.counted == (0 if past is None else past.asked):
-            body, hidden_size = body_of(shadow, outputs, (TOKENS, logits.shape[-1]))
             layouts, states = ([found[layer] for layer in sorted(found)] for found in (notes.layouts, notes.states))
             towers = _towers(shadow, notes, watch)
-            return Probed(layouts, states, argument if with_cache else "", body, hidden_size, towers)
+            return Probed(layouts, states, argument if with_cache else "", body, hidden_size, takes_rows, towers)
     notes.refuse("the forward numbers its tokens by their place in the step, not by the positions it is given")
 
 
@@ -219,26 +220,54 @@ def _asked_besides(model: nn.Module) -> list[str]:
     ]
 
 
-def _note_call(module: nn.Module, args: Any) -> None:
-    module.notes.called.add(module)
+@contextmanager
+def _noting_fetches(notes: _Notes) -> Iterator[None]:
+    """While within, modules that code looks up as attributes of others are noted, called or not."""
+    get = nn.Module.__getattr__
+
+    def get_noted(module: nn.Module, name: str) -> Any:
+        found = get(module, name)
+        if isinstance(found, nn.Module):
+            notes.fetched.add(found)
+        return found
+
+    nn.Module.__getattr__ = get_noted
+    try:
+        yield
+    finally:
+        nn.Module.__getattr__ = get
+
+
+def _path_of_layers(shadow: nn.Module, notes: _Notes) -> list[str]:
+    """Names on the way to what all attending layers are in."""
+    attending = [path for path, module in shadow.named_modules() if module in notes.attending.values()]
+    return list(os.path.commonprefix([path.split(".") for path in attending]))
+
+
+def _is_unread(module: nn.Module, watch: _Watch) -> bool:
+    """Whether it has parameters and the forward read none of them."""
+    own = {id(one) for one in module.parameters()}
+    return bool(own) and own.isdisjoint(watch.read)
+
+
+def _skipped_layers(shadow: nn.Module, notes: _Notes, watch: _Watch) -> set[int]:
+    """Layers that text does not go through, as those that attend to images alone."""
+    layers = shadow.get_submodule(".".join(_path_of_layers(shadow, notes)))
+    if not isinstance(layers, nn.ModuleList):
+        return set()
+    return {index for index, layer in enumerate(layers) if _is_unread(layer, watch)}
 
 
 def _towers(shadow: nn.Module, notes: _Notes, watch: _Watch) -> list[str]:
-    """Outermost modules of a model of more than text, outside of its layers, that were not called and none of whose
-    parameters was read.
-    """
+    """Outermost modules of a model of more than text, outside of its layers, that the forward did not even look up."""
     if not shadow.config.sub_configs:
         return []
-    attending = [path for path, module in shadow.named_modules() if module in notes.attending.values()]
-    layers = os.path.commonprefix([path.split(".") for path in attending])
-    found: list[str] = []
+    layers, found = _path_of_layers(shadow, notes), []
 
     def look(module: nn.Module, path: list[str]) -> None:
         for name, child in module.named_children():
-            at, own = [*path, name], {id(one) for one in child.parameters()}
-            if isinstance(child, NotInstalled) or (
-                own and own.isdisjoint(watch.read) and notes.called.isdisjoint(child.modules())
-            ):
+            at = [*path, name]
+            if isinstance(child, NotInstalled) or _is_unread(child, watch) and child not in notes.fetched:
                 found.append(".".join(at))
             elif at == layers[: len(at)] and at != layers:
                 look(child, at)

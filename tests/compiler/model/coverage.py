@@ -43,7 +43,8 @@ MOST_PARAMETERS = 30_000_000
 VERDICTS = ("right", "refused", "not tried")
 # Names that README.md gives, and the types that have to be right for one.
 FAMILIES = {
-    "Llama": ["llama"], "Llama 4": ["llama4", "llama4_text"], "Mistral": ["mistral", "ministral", "ministral3"],
+    "Llama": ["llama"], "Llama 3.2 Vision": ["mllama"], "Llama 4": ["llama4", "llama4_text"],
+    "Mistral": ["mistral", "ministral", "ministral3"],
     "Mistral 3 and 4": ["mistral3", "mistral4"], "Mixtral": ["mixtral"],
     "Qwen2 and 3 and their mixtures": ["qwen2", "qwen2_moe", "qwen3", "qwen3_moe"],
     "Qwen3-Next": ["qwen3_next"], "Qwen3.5": ["qwen3_5", "qwen3_5_moe"],
@@ -62,7 +63,7 @@ FAMILIES = {
     "Seed-OSS": ["seed_oss"], "Apertus": ["apertus"], "GPT-2": ["gpt2"], "GPT-NeoX": ["gpt_neox"], "OPT": ["opt"],
     "InternVL": ["internvl"], "LLaVA": ["llava", "llava_next", "llava_onevision"], "Idefics": ["idefics2", "idefics3"],
     "SmolVLM": ["smolvlm"], "PaliGemma": ["paligemma"], "Aya Vision": ["aya_vision"], "Ovis2": ["ovis2"],
-    "Voxtral": ["voxtral"], "Granite Speech": ["granite_speech"],
+    "Voxtral": ["voxtral"], "Qwen2-Audio": ["qwen2_audio"], "Granite Speech": ["granite_speech"],
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from tests.compiler.model.coverage import (
 )  # fmt: skip
 
 # Right by ways that no test of `architectures` or of popular folders takes.
-QUICK = ("bart", "chameleon")
+QUICK = ("bart", "chameleon", "mllama", "qwen2_audio")
 
 
 @pytest.mark.parametrize(

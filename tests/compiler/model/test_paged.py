@@ -211,15 +211,6 @@ def test_is_one_full_graph(name: str) -> None:
     assert len(ops) == config.get_text_config().num_hidden_layers
 
 
-ENCODER_DECODER = dict(
-    d_model=64,
-    encoder_layers=2,
-    decoder_layers=2,
-    decoder_attention_heads=4,
-    decoder_ffn_dim=96,
-    vocab_size=128,
-    pad_token_id=0,
-)
 # Configuration, and what the refusal says.
 REFUSED = {
     "bloom": (dict(hidden_size=64, n_layer=2, n_head=4, vocab_size=128), "ALiBi"),
@@ -255,7 +246,6 @@ REFUSED = {
     ),
     "aria_text": (dict(SIZES, moe_num_experts=4, moe_topk=2), "reads results back"),
     "blip": (dict(text_config=dict(SIZES, projection_dim=64)), "asks for pixel_values, which text does not have"),
-    "whisper": (ENCODER_DECODER, "logits of 37 of 37 tokens"),
     "bert": (dict(SIZES, is_decoder=False), "mask of layer 0 is neither causal"),
     "llama": (
         dict(SIZES, num_key_value_heads=3),

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, masking_utils
+from transformers import LlamaForCausalLM, LlamaModel, masking_utils
 
+from pagegraph.compiler.model.meta import auto_class
 from pagegraph.compiler.model.probe import UnsupportedModel, _form, _Notes, _probed_attention, probe
 from tests.compiler.architectures import tiny_config
+from tests.compiler.model.every_type import tiny
 
 NO_PADDING = torch.zeros(1, dtype=torch.int64, device="meta")
 CAUSAL = masking_utils.causal_mask_function
@@ -72,3 +74,28 @@ def test_a_tensor_that_attention_does_not_compute_with_is_refused() -> None:
     assert attend(position_ids=heads, s_aux=heads).layouts[0].has_sinks
     with pytest.raises(UnsupportedModel, match="toy: layer 0 hands indices to attention"):
         attend(indices=heads)
+
+
+class EveryLogit(LlamaForCausalLM):
+    """Gives logits of every token, by a body that no other may stand in for."""
+
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: Any = 0, **given: Any) -> Any:
+        assert isinstance(self.model, LlamaModel)
+        return super().forward(input_ids=input_ids, **given)
+
+
+def test_a_forward_that_gives_more_logits_than_asked_for_and_has_no_body_is_refused() -> None:
+    with torch.device("meta"):
+        model = EveryLogit(tiny_config("llama"))
+    with pytest.raises(
+        UnsupportedModel, match="llama: the forward gives logits of 37 of 37 tokens where 2 are asked for"
+    ):
+        probe(model)
+
+
+def test_layers_that_text_skips_have_no_layout() -> None:
+    """Every fifth of Llama 3.2's attends to images alone."""
+    with torch.device("meta"):
+        model = auto_class(config := tiny("mllama")).from_config(config)
+    skipped = set(config.text_config.cross_attention_layers) & set(range(4))
+    assert skipped and {one.layer for one in probe(model).layouts} == set(range(4)) - skipped
