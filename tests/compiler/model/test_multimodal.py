@@ -22,21 +22,13 @@ from pagegraph.compiler.options import CompilerOptions, KvCacheOptions, ModelOpt
 from pagegraph.compiler.resolve import resolve_quantization
 from pagegraph.compiler.verify.layers import layers_of
 from pagegraph.compiler.verify.reference import stock_model
+from tests.compiler.model.coverage import furthest, served
 from tests.compiler.model.every_type import tiny
-from tests.compiler.model.test_paged import CHUNKED, MIXED, WHOLE, check_head, prompts_for, random_model, stock_logits
-from tests.compiler.paged_run import run_paged
+from tests.compiler.model.test_paged import prompts_for, random_model, stock_logits
 from tests.compiler.quantization.checkpoints import write
 
-POPULAR = (
-    "gemma3",
-    "gemma4",
-    "kimi_k25",
-    "llama4",
-    "llava",
-    "mistral3",
-    "qwen2_5_vl",
-    "qwen3_vl_moe",
-)  # and `test_every_type`
+# `test_every_type` has the others.
+POPULAR = ("gemma3", "gemma4", "kimi_k25", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl_moe")
 
 
 def saved(kind: str, folder: Path) -> torch.nn.Module:
@@ -46,24 +38,13 @@ def saved(kind: str, folder: Path) -> torch.nn.Module:
     return stock
 
 
-def served(folder: Path) -> PagedModel:
-    model = build_meta(load_model_config(folder), torch.float32, ATTENTION_NAME, max_model_len=256)
-    paged = wrap_model(model)
-    load_weights(model, folder, device=torch.device("cpu"), dtype=torch.float32, progress=False)
-    return paged
-
-
 @torch.inference_mode()
 def check_text(stock: torch.nn.Module, paged: PagedModel) -> None:
     """Logits of text are those of the stock model, whole, in chunks and mixed."""
     prompts = prompts_for(128)
     expected = stock_logits(stock, prompts)
     bound = 1e-4 * max(1.0, max(one.abs().max().item() for one in expected) / 5)
-    for schedule in (WHOLE, CHUNKED, MIXED):
-        for sequence, by_position in enumerate(run_paged(paged, paged, prompts, schedule)):
-            for position, logits in by_position.items():
-                torch.testing.assert_close(logits, expected[sequence][position], atol=bound, rtol=0)
-    check_head(paged, prompts, expected, bound)
+    assert furthest(paged, prompts, expected) < bound
 
 
 @pytest.mark.parametrize("kind", POPULAR)
