@@ -40,6 +40,7 @@ from pagegraph.compiler.profile.kv_budget import (
     plan_blocks,
 )
 from pagegraph.compiler.profile.memory import MemoryProfile, StoredProfiles, profile_memory
+from pagegraph.compiler.quantization.linear import QuantExperts
 from pagegraph.compiler.resolve import (
     eos_ids,
     resolve_cache_dtype,
@@ -59,6 +60,7 @@ from pagegraph.compiler.step.step import CompiledStep
 from pagegraph.kernels.attention import cpu_decode, cpu_fixed
 from pagegraph.kernels.attention.sections import section_of
 from pagegraph.kernels.inputs import cpp as inputs_cpp
+from pagegraph.kernels.moe import cpu_few
 from pagegraph.kernels.quant import cpu_int4
 from pagegraph.kernels.sampling import cpp as sampling_cpp
 from pagegraph.kernels.spec_decode import cpp as spec_decode_cpp
@@ -147,6 +149,8 @@ class BuiltModel:
             else:
                 cpu_decode.build()
                 cpu_int4.build()
+            if any(isinstance(one, QuantExperts) for step in self.steps for one in step.paged_model.modules()):
+                cpu_few.build()
             inputs_cpp.build()
             sampling_cpp.build()
             if self.step.state.ngram is not None:

@@ -1,7 +1,7 @@
 """C++ of ours for CPUs: built once by the toolchain that torch.compile uses, and kept in its cache. Knows no kernel.
 
 C++ is used where neither PyTorch nor the compiler is fast: attention of decode tokens, int4 GEMV (as compiler loops
-it is seven parallel loops), the n-gram proposer, and what a step begins and ends with. Each is one function of
+it is seven parallel loops), quantised experts of few tokens, the n-gram proposer, and what a step begins and ends with. Each is one function of
 pointers without PyTorch's headers, built in seconds by torch.compile's own toolchain into its cache. Until then, and
 where it does not build (which is logged), PyTorch and numpy do the same. Attention and GEMVs are called past the
 dispatcher, which takes longer than the attention of one token.

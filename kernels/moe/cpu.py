@@ -2,7 +2,7 @@
 
 Of several tokens PyTorch's grouped product does that where it can: it loops without Python. What stands between the products
 runs once over all rows; a token's choices are added up without rounding between. Quantised weights of the chosen are dequantised
-some rows at a time, while they are in a cache. Knows no model.
+some rows at a time, while they are in a cache; of few tokens C++ multiplies them as they are (`cpu_few`). Knows no model.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pagegraph.kernels.moe import cpu_few
 from pagegraph.kernels.moe.form import Form
 from pagegraph.kernels.moe.reference import between
 from pagegraph.kernels.quant.cpu import dequantized_rows
@@ -146,6 +147,11 @@ def _products(
 def _quant_products(rows: Tensor, parts: Parts, weight: QuantWeight, bias: Tensor | None) -> Tensor:
     """`_products` by a weight [E, out, in], of which some rows at a time are dequantised."""
     out = _empty(rows, weight.out_size, parts)
+    if cpu_few.takes(len(rows), len(parts), weight):
+        cpu_few.products(rows, parts, weight, out)
+        for expert, first, last in parts if bias is not None else ():
+            out[first:last] += bias[expert]
+        return out
     step = max(DEQUANTIZED_AT_ONCE // weight.in_size, 1)
     for expert, first, last in parts:
         for begin in range(0, weight.out_size, step):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from pagegraph.kernels.moe import reference
+from pagegraph.kernels.moe import cpu_few, reference
 from pagegraph.kernels.moe.form import Form
 from pagegraph.kernels.quant.cpu import dequantized_rows
 from pagegraph.kernels.quant.weight import QuantWeight
@@ -92,10 +92,21 @@ def test_an_unknown_activation_is_named() -> None:
         torch.ops.pagegraph.experts(*experts_of(2, 1, 4), *Form("swish"))
 
 
+@pytest.fixture(params=["pytorch", "cpp"])
+def products_of_few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By which products of few rows are computed."""
+    monkeypatch.setattr(cpu_few, "_kernel", None)
+    if request.param == "cpp":
+        cpu_few.build()
+        assert cpu_few._kernel is not None
+        monkeypatch.setattr(cpu_few, "MOST_ROWS", dict.fromkeys(cpu_few.KINDS, 100))
+    return request.param
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [1, 20])
 @pytest.mark.parametrize("bias", [False, True])
-def test_quantised_weights(kind: str, tokens: int, bias: bool) -> None:
+def test_quantised_weights(products_of_few: str, kind: str, tokens: int, bias: bool) -> None:
     """As by the dequantised weights; of so many rows that they are dequantised in several blocks."""
     form = GPT_OSS._replace(transposed=False) if bias else Form()
     given = experts_of(tokens, 2, 4, 256, 512, form=form, bias=bias)
@@ -115,9 +126,43 @@ def test_blocks_are_dequantised_bit_for_bit(kind: str) -> None:
         assert torch.equal(got, reference.dequantize(qweight, scale, zero, group)[2, 100:300].to(dtype))
 
 
+@pytest.mark.parametrize("kind", ["int8 row", "fp8 row"])
+def test_columns_that_fill_no_vector(products_of_few: str, kind: str) -> None:
+    given = quantised_of(experts_of(3, 2, 4, 43, 21), kind)
+    close(torch.ops.pagegraph.quant_experts(*given, *Form()), reference.quant_experts(*given, *Form()))
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp8 row"])
+def test_quantised_weights_in_16_bits(products_of_few: str, kind: str) -> None:
+    given = experts_of(3, 2, 4, 64, 32, dtype=torch.bfloat16)
+    quantised = quantised_of(given, kind)
+    got = torch.ops.pagegraph.quant_experts(*quantised, *Form())
+    assert got.dtype == torch.bfloat16
+    close(got, reference.quant_experts(*quantised, *Form()), 3e-2)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float8_e4m3fn, "fp8"), (torch.uint8, "mxfp4")])
+def test_every_small_float_is_read(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One column after another, by rows of x that hold a single 1."""
+    monkeypatch.setattr(cpu_few, "_kernel", None)
+    cpu_few.build()
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0  # no numbers, as e4m3
+    qweight = codes.view(dtype).view(1, 2, 128).contiguous()
+    size = 128 if kind == "fp8" else 256
+    scale = (
+        torch.tensor([[[1.0], [0.25]]]) if kind == "fp8" else torch.arange(120, 136, dtype=torch.uint8).view(1, 2, 8)
+    )
+    weight = QuantWeight(qweight, scale, None, None, size if kind == "fp8" else 32, 2)
+    out = torch.empty(size, 2)
+    cpu_few.products(torch.eye(size), [(0, 0, size)], weight, out)
+    assert torch.equal(out.t(), reference.dequantize(*weight[:3], weight.group)[0])
+
+
 @pytest.mark.parametrize("live", [0, 1, 5])
-def test_padding_of_quantised_experts_comes_out_as_zeros(live: int) -> None:
+def test_padding_of_quantised_experts_comes_out_as_zeros(products_of_few: str, live: int) -> None:
     given = quantised_of(experts_of(9, 2, 4, 64, 64, live=live), "int8 row")
+    given[1][0, 1] = -1
     got = torch.ops.pagegraph.quant_experts(*given, *Form())
     assert not got[live:].any()
     close(got, reference.quant_experts(*given, *Form()))
