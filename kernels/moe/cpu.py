@@ -149,8 +149,9 @@ def _quant_products(rows: Tensor, parts: Parts, weight: QuantWeight, bias: Tenso
     out = _empty(rows, weight.out_size, parts)
     if cpu_few.takes(len(rows), len(parts), weight):
         cpu_few.products(rows, parts, weight, out)
-        for expert, first, last in parts if bias is not None else ():
-            out[first:last] += bias[expert]
+        if bias is not None:
+            for expert, first, last in parts:
+                out[first:last] += bias[expert]
         return out
     step = max(DEQUANTIZED_AT_ONCE // weight.in_size, 1)
     for expert, first, last in parts:
