@@ -40,6 +40,7 @@ from pagegraph.compiler.profile.kv_budget import (
     plan_blocks,
 )
 from pagegraph.compiler.profile.memory import MemoryProfile, StoredProfiles, profile_memory
+from pagegraph.compiler.quantization.config import Scheme
 from pagegraph.compiler.quantization.linear import QuantExperts
 from pagegraph.compiler.resolve import (
     eos_ids,
@@ -57,6 +58,7 @@ from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.staging import CpuStaging, CudaStaging
 from pagegraph.compiler.step.state import DeviceState
 from pagegraph.compiler.step.step import CompiledStep
+from pagegraph.compiler.tensor_parallel.modules import join
 from pagegraph.kernels.attention import cpu_decode, cpu_fixed
 from pagegraph.kernels.attention.sections import section_of
 from pagegraph.kernels.inputs import cpp as inputs_cpp
@@ -374,15 +376,23 @@ def _load(
             model_config, dtype, ATTENTION_NAME, max_model_len=max_model_len, trust_remote_code=trust_remote_code
         )
         section = section_of(max_model_len) if options.passes.deterministic else 0
-        paged_model = wrap_model(model, section)
+        paged_model = wrap_model(model, section, options.ranks)
+    sharding = paged_model.sharding
     if paged_model.states:
         _check_recurrent(model_options.model, options)
+    if sharding is not None and isinstance(quantization, Scheme):
+        raise ValueError(
+            f"tensor_parallel_size={options.ranks.size}: weights that the checkpoint packs by {quantization.method} are not cut;"
+            " name the original model, with quantization fp8, int8 or int4 to quantise it while loading"
+        )
     loaded = LoadedModel(paged_model, model_config, folder, dtype, cache_dtype, max_model_len, generation_config)
     if planned:
         plan_weights(
             model, folder, device_type=device.type, dtype=dtype, load_format=model_options.load_format,
             quantization=quantization,
         )  # fmt: skip
+        if sharding is not None:
+            join(model, sharding)
         apply_module_passes(model, options.passes, device.type)
         return loaded
     with timings.stage(f"{name}weights"):
@@ -395,8 +405,11 @@ def _load(
             quantization=quantization,
             progress=progress,
             seed=model_options.seed,
+            shards={} if sharding is None else sharding.shards,
         )
     with timings.stage(f"{name}passes"):
+        if sharding is not None:
+            join(model, sharding)
         watch(loaded, None)
         apply_module_passes(model, options.passes, done=lambda report: watch(loaded, report))
         return_freed_memory()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from pagegraph.compiler.step.state import NgramRange
+from pagegraph.compiler.tensor_parallel.shards import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,4 +78,5 @@ class CompilerOptions:
     compile: bool = True
     num_threads: int | None = None  # of the CPU; None: PyTorch's choice
     capability: tuple[int, int] | None = None  # of a GPU that is not in this machine
+    ranks: Ranks = ALONE  # that share the model
     cache_dir: str | None = None  # of compiled code and converted models; None: `compiler.inductor.cache.DEFAULT_CACHE`

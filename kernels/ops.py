@@ -71,6 +71,9 @@ S; beta [T, H] -> [T, H, Dv] in value's dtype. normalize: of query and key their
 `pagegraph::selective_scan` is a state space model with state S float32 [slots, H, P, N]: S = exp(dt_t * A) * S + dt_t * x_t outer B_t;
 y_t = S C_t. x [T, H, P]; dt float32 [T, H]; A float32 [H], or [H, N]; B, C [T, G, N], of H / G heads each -> float32 [T, H, P].
 
+`pagegraph::all_reduce` is the sum of x over the ranks of a group, `pagegraph::all_gather` every rank's x [.., n] side by side, [.., size
+* n]; all ranks call them alike (`kernels.collective.groups`).
+
 `pagegraph::materialize` is a copy that the compiler does not look through; `pagegraph::in_memory` one that it writes itself, and does
 not compute anew for each use.
 
@@ -122,6 +125,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pagegraph.kernels.attention import cpu as attention_cpu
+from pagegraph.kernels.collective import groups
 from pagegraph.kernels.inputs import cpp as inputs_cpp
 from pagegraph.kernels.inputs import cpu as inputs_cpu
 from pagegraph.kernels.linear import fixed_rows
@@ -168,6 +172,10 @@ def _gated_delta(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
 
 def _selective_scan(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
+
+
+def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], size * x.shape[-1])
 
 
 def _add_rms_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -354,6 +362,14 @@ OPS = (
         "Tensor(a!) last_tokens, Tensor(b!) last_at, Tensor(c!) history, Tensor(d!) draft_tokens, int min_ngram, "
         "int max_ngram) -> Tensor",
         spec_decode_cpp.propose_ngram, "spec_decode.ngram:propose_ngram", None,
+    ),
+    Op(
+        "all_reduce(Tensor x, str group) -> Tensor",
+        groups.all_reduce, "collective.groups:all_reduce", _like,
+    ),
+    Op(
+        "all_gather(Tensor x, int size, str group) -> Tensor",
+        groups.all_gather, "collective.groups:all_gather", _all_gather,
     ),
     Op(
         "materialize(Tensor x) -> Tensor",

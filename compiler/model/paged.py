@@ -20,9 +20,12 @@ from pagegraph.compiler.model.experts import take_experts
 from pagegraph.compiler.model.forward_local import forward_local
 from pagegraph.compiler.model.head import NoHead, head_logits, hidden_states_of, with_hidden_states
 from pagegraph.compiler.model.left_out import leave_out
-from pagegraph.compiler.model.probe import AttentionLayout, Probed, ask_for_no_padding, probe
+from pagegraph.compiler.model.probe import AttentionLayout, Probed, UnsupportedModel, ask_for_no_padding, probe
 from pagegraph.compiler.model.recurrent import PooledRecurrence, take_recurrence
 from pagegraph.compiler.model.stand_in_cache import StandInCache, cache_arguments
+from pagegraph.compiler.tensor_parallel.modules import join, narrow
+from pagegraph.compiler.tensor_parallel.plan import sharding_of
+from pagegraph.compiler.tensor_parallel.shards import ALONE, Ranks, Sharding
 
 ATTENTION_NAME = "pagegraph"
 
@@ -91,8 +94,8 @@ AttentionInterface.register(ATTENTION_NAME, paged_attention)
 class PagedModel(nn.Module):
     """The whole forward as one function of tensors: token ids in, logits of the wanted tokens and hidden states out."""
 
-    def __init__(self, model: nn.Module, probed: Probed, section: int = 0) -> None:
-        """section: of attention, see `kernels.ops`."""
+    def __init__(self, model: nn.Module, probed: Probed, section: int = 0, sharding: Sharding | None = None) -> None:
+        """section: of attention, see `kernels.ops`; sharding: of a model that ranks share."""
         super().__init__()
         self.section = section
         self.model = model
@@ -103,6 +106,7 @@ class PagedModel(nn.Module):
         recurrent = [layout.layer for layout in probed.states if layout.recurrent]
         self._recurrent_places = {layer: at for at, layer in enumerate(recurrent)}
         self.body, self.hidden_size = probed.body, probed.hidden_size
+        self.sharding = sharding
         if self.body:
             keep = _keep_hidden if probed.takes_rows else _keep_hidden_and_give_rows
             model.get_submodule(self.body).register_forward_hook(keep)
@@ -193,14 +197,45 @@ def _keep_hidden_and_give_rows(module: nn.Module, args: Any, output: Any) -> Any
     return with_hidden_states(output, forward_local.hidden[:, forward_local.rows])
 
 
-def wrap_model(model: nn.Module, section: int = 0) -> PagedModel:
+def wrap_model(model: nn.Module, section: int = 0, ranks: Ranks = ALONE) -> PagedModel:
     """Probe `model` (built on the meta device with our attention) and wrap it; section: of attention, see `kernels.ops`.
 
-    Raises UnsupportedModel where a layer mixes tokens outside our ops or in a way they do not compute.
+    Of several ranks each gets its share, to be joined with the others' once it has weights (`PagedModel.sharding`). Raises
+    UnsupportedModel where a layer mixes tokens outside our ops or in a way they do not compute, Indivisible where so many ranks
+    cannot share the model.
     """
-    probed = probe(model)
+    probed, sharding = probe(model), None
+    if ranks.size > 1:
+        sharding = sharding_of(model, probed, ranks)
+        probed = probe_share(model, probed, sharding)
+        narrow(model, sharding)
     leave_out(model, probed.towers)
     ask_for_no_padding(model)
     take_experts(model)
     take_recurrence(model)
-    return PagedModel(model.eval(), probed, section)
+    return PagedModel(model.eval(), probed, section, sharding)
+
+
+def probe_share(model: Any, whole: Probed, sharding: Sharding) -> Probed:
+    """What one rank's layers compute, of a model that is `whole` on one device.
+
+    Raises UnsupportedModel where the forward does not run on a share of the weights.
+    """
+
+    def share(shadow: nn.Module) -> None:
+        narrow(shadow, sharding)
+        join(shadow, sharding)
+
+    try:
+        found = probe(model, share)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(
+            f"{error}; this of the share of each of {sharding.ranks.size} ranks: its forward takes sizes from elsewhere than"
+            " from its weights; set tensor_parallel_size=1"
+        ) from error
+    if (found.num_logits, found.hidden_size) != (whole.num_logits, whole.hidden_size):
+        raise UnsupportedModel(
+            f"{model.config.model_type}: a rank's share of it gives {found.num_logits} logits instead of {whole.num_logits}:"
+            " its forward reads a weight that is cut past the module that holds it; set tensor_parallel_size=1"
+        )
+    return found

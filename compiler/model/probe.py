@@ -107,10 +107,14 @@ class Probed:
     hidden_size: int
     takes_rows: bool
     towers: list[str] = field(default_factory=list)
+    attending: dict[str, AttentionLayout] = field(default_factory=dict)  # layouts by path of the module that attends
+    num_logits: int = 0
 
 
-def probe(original: nn.Module) -> Probed:
+def probe(original: nn.Module, prepare: Callable[[nn.Module], object] = lambda shadow: None) -> Probed:
     """What the layers of `original` compute. A copy built by its configuration is run, `original` is not changed.
+
+    prepare: called with the copy first.
 
     Raises UnsupportedModel where a layer mixes tokens outside attention and known recurrences, or in a way that the ops do
     not compute.
@@ -122,6 +126,7 @@ def probe(original: nn.Module) -> Probed:
         shadow = type(original)._from_config(
             copy.deepcopy(original.config), dtype=torch.bfloat16, attn_implementation=PROBE_NAME
         )
+    prepare(shadow)
     stop_updates(shadow)
     ask_for_no_padding(shadow)
     outputs = note_bodies(shadow)
@@ -189,7 +194,22 @@ def probe(original: nn.Module) -> Probed:
         if watch.counted == (0 if past is None else past.asked):
             layouts, states = ([found[layer] for layer in sorted(found)] for found in (notes.layouts, notes.states))
             towers = _towers(shadow, notes, watch)
-            return Probed(layouts, states, argument if with_cache else "", body, hidden_size, takes_rows, towers)
+            attending = {
+                path: notes.layouts[module.layer_idx]
+                for path, module in shadow.named_modules()
+                if module in notes.attending.values() and module.layer_idx in notes.layouts
+            }
+            return Probed(
+                layouts,
+                states,
+                argument if with_cache else "",
+                body,
+                hidden_size,
+                takes_rows,
+                towers,
+                attending,
+                logits.shape[-1],
+            )
     notes.refuse("the forward numbers its tokens by their place in the step, not by the positions it is given")
 
 

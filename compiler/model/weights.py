@@ -8,9 +8,10 @@ what, how the model attends, how quantised tensors are packed, or what later pas
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import safe_open
@@ -37,12 +38,14 @@ from pagegraph.compiler.quantization.methods import QuantizationError
 from pagegraph.compiler.quantization.online import quantize
 from pagegraph.compiler.quantization.packing import PACKED, STORED
 from pagegraph.compiler.quantization.stacks import Stack
+from pagegraph.compiler.tensor_parallel.shards import Shard
 from pagegraph.kernels.quant.reference import dequantize
 from pagegraph.kernels.quant.weight import QuantWeight
 
 log = logging.getLogger("pagegraph.quantization")
 
 Read = Callable[[str], torch.Tensor]
+ReadHeld = Callable[[str, Shard | None, Sequence[int]], torch.Tensor]
 Stacked = dict[str, StackedSize]  # parameters of experts that may be quantised
 
 DUMMY_STD = 0.02
@@ -68,8 +71,11 @@ def load_weights(
     quantization: Scheme | str | None = None,
     progress: bool = True,
     seed: int = 0,
+    shards: Mapping[str, Shard] = MappingProxyType({}),
 ) -> None:
     """Give every parameter of `model` (from `build_meta`) its values from `folder`, on `device`.
+
+    `shards`: of parameters that `model` has a part of, which part; no more is read of a tensor that goes there as it is.
 
     `load_format` "dummy" draws random values from `seed` and reads nothing; every other format reads safetensors.
     `quantization` is the checkpoint's own scheme, or a method of `quantization.methods.ONLINE`: linears and experts are then
@@ -85,7 +91,7 @@ def load_weights(
                 f"load_format=dummy draws unquantised weights, but the checkpoint is quantised by {scheme.method}; "
                 "take the original model with quantization fp8, int8 or int4"
             )
-        _init_dummy_weights(model, device, seed, online, stacked)
+        _init_dummy_weights(model, device, seed, online, stacked, shards)
     else:
         files = safetensors_files(folder)
         if any(KV_SCALES.search(name) for name in files):
@@ -94,7 +100,7 @@ def load_weights(
                 " by a scale of 1"
             )
         contents = _contents(model, folder, files, scheme, stacked)
-        _stream(model, files, contents, device, progress, scheme, online, stacked)
+        _stream(model, files, contents, device, progress, scheme, online, stacked, shards)
     model.tie_weights()
     if (tied := _tied_head(model)) is not None and f"{tied}.weight" in online:
         _place_quantized(model, tied, quantize(model.get_submodule(tied).weight, online[f"{tied}.weight"], tied))
@@ -292,6 +298,7 @@ def _stream(
     scheme: Scheme | None,
     online: dict[str, str],
     stacked: Stacked,
+    shards: Mapping[str, Shard],
 ) -> None:
     def file_of(target: str) -> tuple[str, str]:
         piece = contents.pieces[target][0]
@@ -307,11 +314,23 @@ def _stream(
             bar.update()
             return opened[files[name]].get_tensor(name)
 
+        def read_held(name: str, shard: Shard | None, held: Sequence[int]) -> torch.Tensor:
+            """Of a tensor of the checkpoint what goes where `held` is the shape."""
+            if shard is None:
+                return read(name)
+            bar.update()
+            part = opened[files[name]].get_slice(name)
+            _refuse_shape(name, part.get_shape(), shard.whole(held))
+            return shard.read(part, part.get_shape())
+
         for target in sorted(contents.pieces, key=file_of):
             pieces = contents.pieces[target]
             places = {piece.name: piece.place for piece in pieces}
+            shard = shards.get(target)
             if target in stacked and pieces[0].place.expert is not None and (pieces[0].endings or target in online):
-                _load_quantized_experts(model, target, pieces, read, device, scheme, online.get(target), stacked)
+                _load_quantized_experts(
+                    model, target, pieces, read, read_held, device, scheme, online.get(target), stacked, shard
+                )
             elif target in stacked and pieces[0].endings:
                 assert scheme is not None
                 weight = _read_quantized(scheme, pieces[0], read)
@@ -329,11 +348,20 @@ def _stream(
                 )
             elif pieces[0].place.rule is not None:
                 for name, values in contents.conversion.convert(places, read).items():
-                    _load_tensor(model, name, values, device, online, stacked)
+                    _load_tensor(model, name, _held(name, values, model, shards), device, online, stacked)
             elif pieces[0].place.expert is not None:
-                _load_experts(model, target, places, read, device)
+                _load_experts(model, target, places, read_held, device, shard)
             else:
-                _load_tensor(model, target, read(pieces[0].name), device, online, stacked)
+                held = model.get_parameter(target).shape if shard is not None else ()
+                _load_tensor(model, target, read_held(pieces[0].name, shard, held), device, online, stacked)
+
+
+def _held(name: str, values: torch.Tensor, model: nn.Module, shards: Mapping[str, Shard]) -> torch.Tensor:
+    """Of a whole parameter what the model has of it."""
+    if (shard := shards.get(name)) is None:
+        return values
+    _refuse_shape(name, values.shape, shard.whole(model.get_parameter(name).shape))
+    return shard.cut(values)
 
 
 def _refuse_lost_bias(model: nn.Module, target: str, bias: str, files: dict[str, Path], read: Read) -> None:
@@ -368,10 +396,12 @@ def _load_quantized_experts(
     name: str,
     pieces: list[Piece],
     read: Read,
+    read_held: ReadHeld,
     device: torch.device,
     scheme: Scheme | None,
     method: str | None,
     stacked: Stacked,
+    shard: Shard | None,
 ) -> None:
     """Fill a stacked weight, an expert's tensor after another: quantised in the checkpoint by `scheme`, or now by `method`."""
     size, dtype = stacked[name], model.get_parameter(name).dtype
@@ -379,7 +409,9 @@ def _load_quantized_experts(
     for piece in pieces:
         rows = piece.place.rows(size.rows)
         if method is not None:
-            part = quantize(read(piece.name).to(device, dtype), method, piece.name)
+            of_part = None if shard is None else shard.of_part()
+            values = read_held(piece.name, of_part, (rows.stop - rows.start, size.columns))
+            part = quantize(values.to(device, dtype), method, piece.name)
         else:
             assert scheme is not None
             part = _read_quantized(scheme, piece, read)
@@ -416,14 +448,21 @@ def _refuse_shape(name: str, found: Sequence[int], wanted: Sequence[int]) -> Non
         raise WeightsMismatch(f"{name}: the checkpoint has shape {list(found)}, the model {list(wanted)}")
 
 
-def _load_experts(model: nn.Module, name: str, places: dict[str, Place], read: Read, device: torch.device) -> None:
+def _load_experts(
+    model: nn.Module,
+    name: str,
+    places: dict[str, Place],
+    read_held: ReadHeld,
+    device: torch.device,
+    shard: Shard | None,
+) -> None:
     """Fill a stacked parameter, an expert's tensor after another."""
     module, leaf = _owner(model, name)
     old = getattr(module, leaf)
     tensor = torch.empty(old.shape, dtype=old.dtype, device=device)
     for source, place in places.items():
         part = tensor[place.expert, place.rows(tensor.shape[1])]
-        values = read(source)
+        values = read_held(source, None if shard is None else shard.of_part(), part.shape)
         _refuse_shape(source, values.shape, part.shape)
         part.copy_(values)
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
@@ -461,19 +500,31 @@ def _place(model: nn.Module, name: str, values: torch.Tensor, device: torch.devi
 
 
 def _init_dummy_weights(
-    model: nn.Module, device: torch.device, seed: int, online: dict[str, str], stacked: Stacked
+    model: nn.Module,
+    device: torch.device,
+    seed: int,
+    online: dict[str, str],
+    stacked: Stacked,
+    shards: Mapping[str, Shard],
 ) -> None:
-    """Normal values of standard deviation 0.02, ones for norm weights; the same for the same seed and device."""
+    """Normal values of standard deviation 0.02, ones for norm weights; the same for the same seed and device.
+
+    Of a parameter that the model has a part of, the whole is drawn: ranks together have the weights of one.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     for name, old in expected_tensors(model).items():
         module, leaf = _owner(model, name)
         if not isinstance(getattr(module, leaf), nn.Parameter):
             continue
-        tensor = torch.empty(old.shape, dtype=old.dtype, device=device)
+        shard = shards.get(name)
+        shape = old.shape if shard is None else shard.whole(old.shape)
+        tensor = torch.empty(shape, dtype=old.dtype, device=device)
         if old.dim() == 1 and leaf == "weight":
             tensor.fill_(1.0)
         else:
             tensor.normal_(std=DUMMY_STD, generator=generator)
+        if shard is not None:
+            tensor = shard.cut(tensor).clone(memory_format=torch.contiguous_format)
         if name in online:
             _load_tensor(model, name, tensor, device, online, stacked)
         else:

@@ -1,0 +1,1 @@
+"""One model on several devices: each rank holds a share of its large weights."""

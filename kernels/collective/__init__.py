@@ -1,0 +1,1 @@
+"""Sums and rows of several processes that compute one model together."""
