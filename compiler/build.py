@@ -117,6 +117,7 @@ class BuiltModel:
     compile_state: CompileState = "off"
     deterministic: bool = False  # see `PassOptions`
     slot_bytes: int = 0  # of the recurrent state that its layers keep for each slot; 0: none
+    num_slots: int = 0  # with those that hold kept states, which come last
 
     @property
     def steps(self) -> list[CompiledStep]:
@@ -221,6 +222,16 @@ class LoadedModel:
     def num_layers(self) -> int:
         return self.model_config.get_text_config().num_hidden_layers
 
+    @property
+    def slot_bytes(self) -> int:
+        """Of the recurrent state that its layers keep for each slot; 0: none."""
+        return sum(layout.nbytes(self.dtype) for layout in self.paged_model.states)
+
+    def num_slots(self, options: CompilerOptions) -> int:
+        """Of recurrent state: one for each sequence, one for padding, and those that hold kept states."""
+        kept = options.kv_cache.state_memory // self.slot_bytes if self.slot_bytes else 0
+        return options.step.max_num_seqs + 1 + kept
+
     def state(self, options: CompilerOptions, num_blocks: int, *, is_draft: bool = False) -> DeviceState:
         """KV caches of so many blocks, and what else outlives a step. Only the target model verifies draft tokens."""
         block_size, seqs = options.kv_cache.block_size, options.step.max_num_seqs
@@ -229,7 +240,7 @@ class LoadedModel:
             self.paged_model.states,
             num_blocks=num_blocks,
             block_size=block_size,
-            num_slots=seqs + 1,
+            num_slots=self.num_slots(options),
             dtype=self.cache_dtype,
             activation_dtype=self.dtype,
             device=options.device,
@@ -294,7 +305,8 @@ def build_model(
         start_cache=start_cache,
         generation_config=model.generation_config,
         deterministic=options.passes.deterministic,
-        slot_bytes=sum(state.caches.slot_bytes for state in states),
+        slot_bytes=model.slot_bytes,
+        num_slots=model.num_slots(options),
     )
 
 
@@ -476,6 +488,7 @@ def _start_cache(options: CompilerOptions, models: list[LoadedModel]) -> StartCa
     }
     if options.device.type == "cpu":
         more["blocks"] = [kv_cache.num_blocks, kv_cache.memory]
+        more["slots"] = [model.num_slots(options) for model in models if model.slot_bytes]
     key = start_key([model.paged_model for model in models], options.device, more)
     return StartCache(cache_folder(options.cache_dir), key)
 
@@ -487,7 +500,7 @@ def _kv_budget(options: CompilerOptions, models: list[LoadedModel], start_cache:
     if options.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(options.device)
         left = left_for_blocks(total, total - free, kv_cache.gpu_memory_utilization, 0, 0)
-        share = check_slots(left, _slot_bytes(options, models), max_num_seqs, share)
+        share = check_slots(left, models[0].slot_bytes, models[0].num_slots(options), share)
     states = [model.state(options, 1, is_draft=model is not models[0]) for model in models]
     block_bytes = sum(state.caches.block_bytes for state in states)
     if kv_cache.num_blocks is not None:
@@ -509,11 +522,6 @@ def _kv_budget(options: CompilerOptions, models: list[LoadedModel], start_cache:
         )
         source = share
     return plan_blocks(available, block_bytes, kv_cache.block_size, models[0].max_model_len, max_num_seqs, source)
-
-
-def _slot_bytes(options: CompilerOptions, models: list[LoadedModel]) -> int:
-    planned = replace(options, device=torch.device("meta"))
-    return sum(model.state(planned, 1, is_draft=model is not models[0]).caches.slot_bytes for model in models)
 
 
 def _profiles(options: CompilerOptions, models: list[LoadedModel], states: list[DeviceState]) -> list[MemoryProfile]:

@@ -38,6 +38,7 @@ class KvCacheOptions:
     memory: int | None = None
     gpu_memory_utilization: float = 0.9
     dtype: str = "auto"
+    state_memory: int = 256 << 20  # bytes of kept recurrent states, where layers have such
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,7 @@ from pagegraph.runtime.text import formats
 CPU_BATCHED_TOKENS = 2048
 CUDA_BATCHED_TOKENS = 8192
 CPU_KV_CACHE_MEMORY = 1 << 30  # bytes
+STATE_CACHE_MEMORY = {"cpu": 256 << 20, "cuda": 4 << 30}  # bytes, by type of device
 METHODS = ("ngram", "suffix", "draft", "ngram+draft", "suffix+draft")  # of speculation
 AUTO_DRAFT_TOKENS = 15  # a sequence at most, where their number is left to the engine
 DRAFT_STEP_TOKENS = 64  # sequences and draft tokens that a step has room for at least, where there is speculation
@@ -137,9 +138,20 @@ class CacheConfig:
     kv_cache_dtype: str = _option(
         "auto", one_of("auto", "fp8"), "keys and values in the cache: auto (as activations) or fp8 (half the bytes)"
     )
+    state_cache_memory: int | None = _option(
+        None,
+        between(parse_bytes, 0),
+        "bytes of kept recurrent states, without which models with such layers find no prefix in the cache (auto: 4GiB on"
+        " a GPU, 256MiB on a CPU; 0: none)",
+        _AUTO,
+    )
     gpu_memory_utilization: float = _option(
         0.9, between(parse_number, 0, 1, low_is_open=True), "share of the GPU's memory to use, in (0, 1]"
     )
+
+    def state_memory(self, device: str) -> int:
+        """Bytes of kept recurrent states on a device of that type."""
+        return STATE_CACHE_MEMORY[device] if self.state_cache_memory is None else self.state_cache_memory
 
     def cpu_kv_cache_memory(self) -> int:
         """Bytes of the KV cache on a CPU, where free memory is not ours to measure and take."""

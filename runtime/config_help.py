@@ -19,6 +19,7 @@ from pagegraph.runtime.config_groups import (
     DRAFT_STEP_TOKENS,
     MOST_THREADS,
     SPARE_THREADS,
+    STATE_CACHE_MEMORY,
 )
 from pagegraph.runtime.server import pulse
 
@@ -103,6 +104,15 @@ def _kv_cache_memory(config: Config) -> list[str]:
         " - CUDA graphs, all measured at the start.",
         f"{memory / 2**30:g} GiB hold {tokens:,} tokens of Llama-3-8B in bfloat16 ({_TOKEN_BYTES // 1024} KiB each), which is"
         f" {tokens / 1024:.1f} sequences of 1,024.",
+    ]
+
+
+def _state_cache_memory(config: Config) -> list[str]:
+    return [
+        "A state is of fixed size, whatever the prompt: with 36 layers of 32 heads of 128 x 128 float32 numbers it is 72 MiB, so"
+        f" {STATE_CACHE_MEMORY['cuda'] / 2**30:g} GiB keep {STATE_CACHE_MEMORY['cuda'] // (72 << 20)}.",
+        "One is kept for each prompt of 64 tokens or more, the least recently used gives way. Running sequences have theirs"
+        f" beside: max_num_seqs {config.max_num_seqs} and one for padding.",
     ]
 
 
@@ -225,6 +235,7 @@ ARITHMETIC: dict[str, Callable[[Config], list[str]]] = {
     "block_size": _block_size,
     "num_blocks": _num_blocks,
     "kv_cache_memory": _kv_cache_memory,
+    "state_cache_memory": _state_cache_memory,
     "kv_cache_dtype": _kv_cache_dtype,
     "gpu_memory_utilization": _gpu_memory_utilization,
     "max_num_seqs": _max_num_seqs,

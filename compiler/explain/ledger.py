@@ -68,7 +68,8 @@ class Ledger:
     weights: list[Weights]  # of all GPUs together
     kv_layers: list[KvLayers]
     state_layers: int  # that keep a state of fixed size for each slot
-    slots: int  # bytes of these states
+    num_slots: int  # of these states
+    slots: int  # their bytes
     state: int  # what else outlives a step: block tables, each slot's last token, draft tokens, text
     step: StepMemory
     graphs: int
@@ -106,8 +107,8 @@ def ledger(options: CompilerOptions, models: list[LoadedModel], machine: Machine
     states, seqs = planned_states(options, models), options.step.max_num_seqs
     weights = [one for model in models for one in weights_of(model.paged_model.model)]
     layers = [one for model, state in zip(models, states) for one in _kv_layers(model, state)]
-    slot_bytes = sum(-(-state.caches.slot_bytes // gpus) for state in states)
-    slots = slot_bytes * (seqs + 1)
+    slot_bytes, num_slots = -(-models[0].slot_bytes // gpus), models[0].num_slots(options)
+    slots = slot_bytes * num_slots
     block_bytes = sum(_block_bytes(model, state, gpus) for model, state in zip(models, states))
     state_bytes = sum(state_tensors(state) for state in states)
     cuda = machine.device_type == "cuda"
@@ -136,7 +137,7 @@ def ledger(options: CompilerOptions, models: list[LoadedModel], machine: Machine
     budget = KvBudget(0, block_bytes)
     try:
         if kv_cache.num_blocks is None and kv_cache.memory is None:
-            source = check_slots(available + slots, slot_bytes, seqs, source)
+            source = check_slots(available + slots, slot_bytes, num_slots, source)
         budget = plan_blocks(max(available, 0), block_bytes, kv_cache.block_size, length, seqs, source)
     except DoesNotFit as error:
         refusal = str(error)
@@ -145,7 +146,8 @@ def ledger(options: CompilerOptions, models: list[LoadedModel], machine: Machine
         refusal = f"{source} asks for more than the GPU has: {taken / 2**30:.2f} of {machine.memory / 2**30:.2f} GiB."
     return Ledger(
         machine=machine, gpus=gpus, weights=weights, kv_layers=layers,
-        state_layers=sum(len(model.paged_model.states) for model in models), slots=slots, state=state_bytes, step=found,
+        state_layers=sum(len(model.paged_model.states) for model in models), num_slots=num_slots,
+        slots=slots, state=state_bytes, step=found,
         graphs=graphs, num_graphs=num_graphs, context=context, block_size=kv_cache.block_size, block_bytes=block_bytes,
         allowed=allowed if cuda else used + found.peak + budget.num_blocks * block_bytes,
         available=available, source=source, num_blocks=budget.num_blocks, max_model_len=length, refusal=refusal,
@@ -162,11 +164,6 @@ def state_tensors(state: DeviceState) -> int:
     """Bytes of all of a state but the caches."""
     held = (state.block_tables, state.last_tokens, state.last_at, state.draft_tokens, state.history)
     return sum(one.nbytes for one in held if one is not None)
-
-
-def slots_bytes(state: DeviceState) -> int:
-    """Bytes of the recurrent states of all slots."""
-    return state.caches.slot_bytes * len(state.block_tables)
 
 
 def _kv_layers(model: LoadedModel, state: DeviceState) -> list[KvLayers]:

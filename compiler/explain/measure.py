@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pagegraph.compiler.build import BuiltModel
-from pagegraph.compiler.explain.ledger import Weights, slots_bytes, state_tensors, weights_of
+from pagegraph.compiler.explain.ledger import Weights, state_tensors, weights_of
 from pagegraph.compiler.explain.roofline import is_decode, rows_of
 from pagegraph.compiler.host import step_thread
 from pagegraph.compiler.step.capture_sizes import Bucket
@@ -69,7 +69,7 @@ def measured_memory(built: BuiltModel, resident_before: int) -> MeasuredMemory:
     return MeasuredMemory(
         weights=[one for step in built.steps for one in weights_of(step.paged_model.model)],
         state=sum(map(state_tensors, states)),
-        slots=sum(map(slots_bytes, states)),
+        slots=sum(state.caches.state_bytes for state in states),
         blocks=sum(state.caches.block_bytes for state in states) * built.num_blocks,
         num_blocks=built.num_blocks,
         resident=resident(built.device) - resident_before,

@@ -9,6 +9,7 @@ element, is the compiler's. Knows functions by name and no model.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ class StateLayout:
     layer: int
     conv: tuple[int, int]  # (rows, channels), in the dtype of activations
     recurrent: tuple[int, ...]  # three sizes, float32; () where it only convolves
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Of a slot; dtype: of activations."""
+        return math.prod(self.conv) * dtype.itemsize + (4 * math.prod(self.recurrent) if self.recurrent else 0)
 
 
 class Recurrence(Protocol):

@@ -52,21 +52,20 @@ def plan_blocks(
     return KvBudget(num_blocks, block_bytes)
 
 
-def check_slots(available_bytes: int, slot_bytes: int, max_num_seqs: int, source: str) -> str:
-    """`source`, saying what slots of recurrent state take of it, one a sequence and one for padding.
+def check_slots(available_bytes: int, slot_bytes: int, slots: int, source: str) -> str:
+    """`source`, saying what slots of recurrent state take of it.
 
     Raises DoesNotFit if they are more than `available_bytes`.
     """
     if not slot_bytes:
         return source
-    slots = max_num_seqs + 1
     said = f"{slots} slots of recurrent state ({slots * slot_bytes / GIB:.2f} GiB)"
     if slots * slot_bytes > available_bytes:
-        fewer = available_bytes // slot_bytes - 1
+        fewer = slots - available_bytes // slot_bytes
         raise DoesNotFit(
-            f"max_num_seqs {max_num_seqs} needs {said}, {slot_bytes / MIB:.1f} MiB each, but {source} leaves"
-            f" {max(available_bytes, 0) / GIB:.2f} GiB."
-            + (f" Set max_num_seqs to less than {fewer}." if fewer > 1 else " Take a smaller model, or a larger GPU.")
+            f"max_num_seqs and state_cache_memory ask for {said}, {slot_bytes / MIB:.1f} MiB each, but {source} leaves"
+            f" {max(available_bytes, 0) / GIB:.2f} GiB. Lower max_num_seqs by {fewer} or more, or state_cache_memory by"
+            f" {_mebibytes(fewer * slot_bytes)} or more."
         )
     return f"{source}, less {said},"
 

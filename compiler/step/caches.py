@@ -53,6 +53,11 @@ class Caches(NamedTuple):
         return sum(one[0].nbytes for one in (*self.key_caches, *self.value_caches))
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of the states of one slot."""
-        return sum(one[0].nbytes for one in (*self.conv_states, *self.recurrent_states))
+    def state_bytes(self) -> int:
+        """Bytes of the states of all slots."""
+        return sum(one.nbytes for one in (*self.conv_states, *self.recurrent_states))
+
+    def copy_state(self, source: int, target: int) -> None:
+        """The state of slot `target` becomes that of slot `source`."""
+        pools = [*self.conv_states, *self.recurrent_states]
+        torch._foreach_copy_([one[target] for one in pools], [one[source] for one in pools])

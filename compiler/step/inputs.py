@@ -5,6 +5,7 @@ Knows no torch, no device and no padding: arrays hold exactly the T tokens and S
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -101,6 +102,8 @@ class StepInput:
     # (slot, int32 tokens) of those that begin with tokens found in the cache
     cached: list[tuple[int, np.ndarray]] = field(default_factory=list)
     prompt: PromptInput | None = None
+    # (from row, to row) of the pools of recurrent state, copied in this order before the step
+    state_copies: Collection[tuple[int, int]] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -111,6 +111,8 @@ class Staging:
         return Staged(ids, positions, slot_mapping, tables, metadata.query_start, seq_lens, logits_index, metadata)
 
     def _remember(self, step: StepInput) -> None:
+        for source, target in step.state_copies:
+            self._state.caches.copy_state(source, target)
         for slot, tokens in step.cached:
             self._state.remember(slot, tokens)
 

@@ -27,6 +27,7 @@ from pagegraph.runtime.sampling_params import model_defaults
 from pagegraph.runtime.scheduler.block_pool import BlockPool
 from pagegraph.runtime.scheduler.chunk_limit import LEAST_TOKENS, ChunkLimit
 from pagegraph.runtime.scheduler.scheduler import Scheduler
+from pagegraph.runtime.scheduler.state_snapshots import StateSnapshots
 from pagegraph.runtime.scheduler.step_time import StepTime
 from pagegraph.runtime.spec_decode.device_drafter import DeviceDrafter
 from pagegraph.runtime.spec_decode.draft_model import DraftModel
@@ -54,12 +55,8 @@ def engine_of(
     `draining` tells web processes whether the server is on its way down. `max_queue` overrides the configuration's limits of the queue.
     `beat`: as `Engine` has it.
     """
-    enable_prefix_caching = config.enable_prefix_caching and not built.slot_bytes
-    if built.slot_bytes:
-        log.info(
-            "layers keep recurrent state: %d slots of %.2f MiB; the prefix cache is off, since blocks do not hold it",
-            config.max_num_seqs + 1, built.slot_bytes / (1 << 20),
-        )  # fmt: skip
+    snapshots = _snapshots(config, built)
+    enable_prefix_caching = config.enable_prefix_caching and (snapshots is not None or not built.slot_bytes)
     max_queue_tokens = config.max_queue_tokens if max_queue is None else None
     max_queue = config.max_queue if max_queue is None else max_queue
     metrics = EngineMetrics(config.model_name, built.max_model_len)
@@ -80,6 +77,7 @@ def engine_of(
         enable_chunked_prefill=config.enable_chunked_prefill,
         chunk_limit=_chunk_limit(config, built.device.type),
         max_decode_tokens=config.max_decode_tokens,
+        snapshots=snapshots,
     )
     sampling_defaults = model_defaults(built.generation_config) if config.generation_config == "auto" else {}
     pooler = pooler_of(built.folder, built.hidden_size, config.pooling)
@@ -116,6 +114,20 @@ def engine_of(
         beat=lambda expected_s: beat(None if built.compile_state == "compiling" else expected_s),
     )  # fmt: skip
     return engine, metrics
+
+
+def _snapshots(config: Config, built: BuiltModel) -> StateSnapshots | None:
+    """Of recurrent states, if there are any and slots to keep them in; the log says what that means for the prefix cache."""
+    if not built.slot_bytes:
+        return None
+    first = built.step.state.dummy_slot + 1
+    kept, size = built.num_slots - first, built.slot_bytes / (1 << 20)
+    log.info("layers keep recurrent state: %d slots of %.2f MiB, and %d for kept states", first, size, kept)
+    if kept:
+        return StateSnapshots(kept, first, config.block_size)
+    if config.enable_prefix_caching:
+        log.warning("the prefix cache is off: state_cache_memory is less than one state of %.2f MiB", size)
+    return None
 
 
 def _chunk_limit(config: Config, device: str) -> ChunkLimit | None:

@@ -33,6 +33,7 @@ def compiler_options(
             memory=config.cpu_kv_cache_memory() if device.type == "cpu" else config.kv_cache_memory,
             gpu_memory_utilization=config.gpu_memory_utilization,
             dtype=config.kv_cache_dtype,
+            state_memory=config.state_memory(device.type) if config.enable_prefix_caching else 0,
         ),
         step=StepOptions(
             max_num_seqs=config.max_num_seqs,

@@ -78,7 +78,7 @@ def _memory(one: Explanation) -> Iterator[str]:
     yield line("all weights", held.weight_bytes, measured.memory.weight_bytes if measured else None)
     if held.slots:
         yield line(
-            f"{one.max_num_seqs + 1:,} slots of recurrent state",
+            f"{held.num_slots:,} slots of recurrent state",
             held.slots,
             measured.memory.slots if measured else None,
         )
@@ -118,8 +118,9 @@ def _memory(one: Explanation) -> Iterator[str]:
         per_token = held.block_bytes / held.block_size
         yield f"  KV cache: {per_token:,.0f} bytes a token, {size(per_token * held.max_model_len)} a sequence of {held.max_model_len:,}"
     if held.slots:
-        each = held.slots // (one.max_num_seqs + 1)
-        yield f"  {held.state_layers} layers keep a state: {size(each)} a sequence of any length"
+        kept = held.num_slots - one.max_num_seqs - 1
+        yield f"  {held.state_layers} layers keep a state: {size(held.slots // held.num_slots)} a sequence of any length"
+        yield f"  {kept:,} of the slots hold kept states of prefixes, as state_cache_memory has it"
 
 
 def _sequences(one: Explanation) -> Iterator[str]:

@@ -19,11 +19,13 @@ import numpy as np
 from pagegraph.runtime.scheduler.block_pool import BlockPool, require
 from pagegraph.runtime.scheduler.input_batch import InputBatch
 from pagegraph.runtime.scheduler.sequence import Sequence
+from pagegraph.runtime.scheduler.state_snapshots import StateSnapshots
 
 CACHE_MISSES = {
     "new": "nothing like it was computed for this key and cache_salt, as far as is remembered",
     "evicted": "it was cached, and gave way to other prompts: the KV cache is small for the prompts that come again",
     "in_flight": "another request's prompt is the same that far and was still being computed",
+    "no_state": "its blocks are cached, but the recurrent state behind them was not kept, or gave way to others",
     "skipped": "log-probabilities of the prompt, or an embedding of all of it, have to be computed",
     "disabled": "enable_prefix_caching is false",
 }  # what stopped a hit before the end of the prompt: its name, and what that means
@@ -32,9 +34,11 @@ CACHE_MISSES = {
 class BlockTables:
     """The block tables of `batch`, filled with blocks of `pool`."""
 
-    def __init__(self, pool: BlockPool, batch: InputBatch) -> None:
+    def __init__(self, pool: BlockPool, batch: InputBatch, snapshots: StateSnapshots | None = None) -> None:
+        """snapshots: of recurrent states, without which cached blocks are of no use; None: blocks are all there is."""
         self.pool = pool
         self.batch = batch
+        self.snapshots = snapshots
         # Free blocks that new sequences, and blocks taken ahead of need, leave for running sequences to grow.
         self.watermark = max(1, pool.num_blocks // 100)
 
@@ -44,7 +48,8 @@ class BlockTables:
             return []
         full = (len(sequence.tokens) - 1) // self.pool.block_size
         self._extend_hashes(sequence, sequence.tokens, full)
-        return self.pool.lookup(sequence.prefix.hashes[:full])
+        blocks = self.pool.lookup(sequence.prefix.hashes[:full])
+        return blocks if self.snapshots is None else self.snapshots.usable(sequence, blocks)
 
     def miss(self, sequence: Sequence, cached: int, running: Iterable[Sequence]) -> str:
         """Why no more than `cached` tokens of a sequence's prompt were found, a key of CACHE_MISSES; "": no more can be."""
@@ -58,6 +63,8 @@ class BlockTables:
         missing = sequence.prefix.hashes[at]
         if any(missing in one.prefix.hashes[at : at + 1] for one in running):
             return "in_flight"
+        if self.pool.lookup([missing]):
+            return "no_state"
         return "evicted" if self.pool.was_evicted(missing) else "new"
 
     def claim(self, sequence: Sequence, found: list[int], spare: int) -> list[int] | None:

@@ -45,6 +45,7 @@ class Packer:
             new_blocks=self.batch.take_new_blocks(),
             sampling=sampling,
             cached=_cached(plan),
+            state_copies=plan.state_copies,
             prompt=prompt_input(self.batch, plan, query_start) if self._reads_prompt else None,
         )
 

@@ -6,6 +6,7 @@ Knows no tokens and no blocks: those stand in `runtime.scheduler.input_batch`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +30,7 @@ class Plan:
     sampled: np.ndarray  # bool, whether the last of the tokens yields a new one
     started: list[Sequence]  # those that entered their slot for this step; its last queries
     drafts: ScheduledDrafts | None = None
+    state_copies: Collection[tuple[int, int]] = ()  # rows of recurrent state, as `StepInput` has them
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -38,12 +40,17 @@ class Plan:
         return int(self.counts.sum())
 
 
-def joined(parts: list[Columns], started: list[Sequence], drafts: ScheduledDrafts | None) -> Plan:
+def joined(
+    parts: list[Columns],
+    started: list[Sequence],
+    drafts: ScheduledDrafts | None,
+    state_copies: Collection[tuple[int, int]] = (),
+) -> Plan:
     """One plan of its parts, draft tokens in the first alone."""
     if len(parts) == 1:
-        return Plan(*parts[0], started, drafts)
+        return Plan(*parts[0], started, drafts, state_copies)
     slots, epochs, starts, counts, sampled = (np.concatenate(column) for column in zip(*parts))
     if drafts is not None:
         more = np.ones(len(slots) - len(drafts.others), bool)
         drafts = replace(drafts, others=np.concatenate([drafts.others, more]))
-    return Plan(slots, epochs, starts, counts, sampled, started, drafts)
+    return Plan(slots, epochs, starts, counts, sampled, started, drafts, state_copies)

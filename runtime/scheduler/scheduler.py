@@ -28,6 +28,7 @@ from pagegraph.runtime.scheduler.prefill_budget import PrefillBudget
 from pagegraph.runtime.scheduler.running import Running
 from pagegraph.runtime.scheduler.sequence import Sequence, State, place_of
 from pagegraph.runtime.scheduler.sizes import check_sizes
+from pagegraph.runtime.scheduler.state_snapshots import StateSnapshots
 from pagegraph.runtime.scheduler.waiting import Waiting
 
 LOOK_AHEAD = 8  # decode steps for which a sequence takes blocks at once, while there are plenty
@@ -51,9 +52,10 @@ class Scheduler:
         enable_chunked_prefill: bool = True,
         chunk_limit: ChunkLimit | None = None,
         max_decode_tokens: int | None = None,
+        snapshots: StateSnapshots | None = None,
     ) -> None:
         """`chunk_limit`: of prompts beside decodes; None: there is none. `max_decode_tokens`: sequences and draft tokens in
-        one step; None: `max_num_seqs`.
+        one step; None: `max_num_seqs`. `snapshots`: of recurrent states, if the model's layers keep such.
         """
         check_sizes(pool, max_num_seqs, max_num_batched_tokens, max_model_len, enable_chunked_prefill)
         self.max_num_seqs = max_num_seqs
@@ -64,7 +66,8 @@ class Scheduler:
         self.chunk_limit = chunk_limit
         self.counters = Counters()
         self.batch = InputBatch(max_num_seqs, max_model_len, pool.block_size)
-        self.block_tables = BlockTables(pool, self.batch)
+        self.snapshots = snapshots
+        self.block_tables = BlockTables(pool, self.batch, snapshots)
         self._running = Running(self.batch)
         self._waiting = Waiting(self._running.by_asker)
         self._live: dict[tuple[int, str], Sequence] = {}  # waiting and running, by key
@@ -175,6 +178,8 @@ class Scheduler:
         counts of their slots take all of them for accepted.
         """
         self._vacate_drained()
+        if self.snapshots is not None:
+            self.snapshots.begin_step()
         preemptions = self.counters.preemptions
         columns, budget = self._continue(draft_tokens)
         parts = [columns] if len(columns[0]) else []
@@ -187,7 +192,9 @@ class Scheduler:
         drafts = None
         if draft_tokens is not None and len(columns[0]):
             parts[0], drafts = as_queries(columns, draft_tokens)
-        return joined(parts, started, drafts) if parts else None
+        if not parts:
+            return None
+        return joined(parts, started, drafts, () if self.snapshots is None else self.snapshots.take_copies())
 
     def commit(self, plan: Plan, output: StepOutput) -> StepResult:
         """Append what a step sampled; plans come in the order they were scheduled.
@@ -238,6 +245,8 @@ class Scheduler:
         self._starting = self.alone = None
         self.batch.clear()
         self.block_tables.pool.clear()
+        if self.snapshots is not None:
+            self.snapshots.clear()
         return touched
 
     def check_integrity(self) -> None:
@@ -310,12 +319,24 @@ class Scheduler:
         decodes = len(slots) - len(prefills) + (0 if num_draft_tokens is None else int(num_draft_tokens.sum()))
         budget = self._prefill_budget(decodes, slots[prefills])
         for i in prefills.tolist():
-            wanted = int(counts[i])
+            wanted = self._up_to_border(batch.sequences[slots[i]], int(batch.computed[slots[i]]), int(counts[i]))
             counts[i] = tokens = budget.offer(wanted)
             budget.take(int(slots[i]), wanted, tokens)
         if num_draft_tokens is not None:
             counts += num_draft_tokens[slots]
         return (slots[counts > 0], counts[counts > 0], budget) if counts.min(initial=1) < 1 else (slots, counts, budget)
+
+    def _up_to_border(self, sequence: Sequence, computed: int, wanted: int) -> int:
+        """Of `wanted` tokens behind the computed ones, those that a chunk may hold: it ends where a state is to be kept."""
+        if self.snapshots is None or not self.enable_chunked_prefill:
+            return wanted
+        return self.snapshots.wanted(sequence, computed, wanted)
+
+    def _publish(self, sequence: Sequence) -> None:
+        """A chunk of its prompt is planned."""
+        self.block_tables.publish(sequence)
+        if self.snapshots is not None:
+            self.snapshots.advanced(sequence, int(self.batch.computed[sequence.slot]))
 
     def _prefill_budget(self, decodes: int, prefills: np.ndarray) -> PrefillBudget:
         """Prompt tokens the step may take: what decodes leave, less where a chunk beside them would slow them.
@@ -366,7 +387,7 @@ class Scheduler:
         sampled = (ends == batch.total[slots] + draft_tokens) & (batch.total[slots] < batch.max_len[slots])
         batch.total[slots] += np.where(sampled, draft_tokens + 1, 0)
         for slot in slots[starts < batch.num_prompt[slots]].tolist():
-            self.block_tables.publish(batch.sequences[slot])
+            self._publish(batch.sequences[slot])
         return slots, batch.epoch[slots], starts, counts, sampled
 
     def _admit(self, parts: list[Columns], started: list[Sequence], budget: PrefillBudget) -> None:
@@ -385,7 +406,7 @@ class Scheduler:
             if not passed or self._may_end(sequence, budget):
                 found = self.block_tables.find(sequence)
                 computed = len(found) * self.batch.block_size
-                wanted = len(sequence.tokens) - computed
+                wanted = self._up_to_border(sequence, computed, len(sequence.tokens) - computed)
                 tokens = budget.offer(wanted)
             if not tokens:
                 if not self.enable_chunked_prefill:
@@ -417,11 +438,13 @@ class Scheduler:
             for i in np.flatnonzero(slots == budget.long).tolist():
                 counts[i] += budget.tokens
                 self.batch.computed[budget.long] += budget.tokens
-                self.block_tables.publish(self.batch.sequences[budget.long])
+                self._publish(self.batch.sequences[budget.long])
 
     def _start(self, sequence: Sequence, blocks: list[int], computed: int) -> int:
         """Move a sequence of the queue into a slot, with `computed` tokens in its blocks already -> the slot."""
         slot = self.batch.enter(sequence, blocks, computed)
+        if self.snapshots is not None:
+            self.snapshots.entered(sequence, computed)
         self._waiting.leave(sequence)
         if sequence.state is State.WAITING:
             sequence.cached_tokens = computed

@@ -50,6 +50,7 @@ class Prefix:
 
     hashes: list[bytes] = field(default_factory=list)  # of leading full blocks of known tokens
     num_registered: int = 0  # leading blocks that were offered to the cache
+    state_ends: list[int] = field(default_factory=list)  # computed tokens at which the recurrent state is to be kept
 
 
 @dataclass(slots=True)

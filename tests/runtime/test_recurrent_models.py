@@ -14,6 +14,7 @@ from pagegraph.runtime.config import Config, load_config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.llm import LLM
 from pagegraph.runtime.sampling_params import SamplingParams
+from pagegraph.runtime.scheduler import state_snapshots
 from tests.compiler.architectures import tiny_config
 from tests.compiler.model.test_paged import random_model
 
@@ -63,39 +64,62 @@ def continued(stock: torch.nn.Module, prompt: list[int]) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def check(stock: torch.nn.Module, llm: LLM) -> None:
+def check(expected: list[list[int]], llm: LLM) -> None:
     """All prompts at once, and once more in the slots that they leave, one of them aborted before."""
     stream = llm.stream(prompts()[0], GREEDY)
     next(stream)
     stream.close()
     for _ in range(2):
-        for prompt, done in zip(prompts(), llm.generate(prompts(), GREEDY)):
-            assert done.token_ids == continued(stock, prompt)
+        assert [done.token_ids for done in llm.generate(prompts(), GREEDY)] == expected
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1", "mamba2"])
 def test_tokens_are_those_of_transformers(tiny, name: str) -> None:
     stock, config_of = tiny(name)
-    preempted = 0
+    expected, preempted = [continued(stock, prompt) for prompt in prompts()], 0
     for cut in CUT.values():
         config = config_of(**cut)
         llm = LLM(config, built=build_model(compiler_options(config), progress=False))
-        check(stock, llm)
+        check(expected, llm)
         preempted += llm.engine.scheduler.counters.preemptions
-        assert not llm.engine.scheduler.block_tables.pool.enable_caching
+        llm.engine.scheduler.check_integrity()
     assert preempted or name == "mamba2"  # whose blocks never run out
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2"])
+def test_the_next_turn_goes_on_from_a_kept_state(tiny, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(state_snapshots, "LEAST_TOKENS", 16)
+    stock, config_of = tiny(name)
+    slot = build_model(compiler_options(config_of()), progress=False).slot_bytes
+    config = config_of(max_num_batched_tokens=64, state_cache_memory=2 * slot)
+    llm = LLM(config, built=build_model(compiler_options(config), progress=False))
+    scheduler = llm.engine.scheduler
+
+    def cached(prompt: list[int]) -> int:
+        before = scheduler.counters.prefix_hits
+        [done] = llm.generate([prompt], GREEDY)
+        assert done.token_ids == continued(stock, prompt)
+        return scheduler.counters.prefix_hits - before
+
+    first = prompts()[3]
+    turn = [*first, *continued(stock, first), 7, 8, 9]
+    assert (len(first), cached(first), cached(turn), cached(turn)) == (44, 0, 40, 56)
+    other = [*turn[:33], 9, 9, 9]  # its blocks are there up to 32, a state is not; the one after it finds both
+    assert (cached(other), cached([*turn[:34], 5, 5])) == (0, 32)
+    assert len(scheduler.snapshots) == 2 and cached(first) == 32  # the state behind 40 gave way
+    scheduler.check_integrity()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear", "lfm2", "nemotron_h", "jamba", "mamba2"])
 def test_compiled_and_stored(tiny, no_other_models: None, name: str) -> None:
     stock, config_of = tiny(name)
-    config = config_of(compile=True)
+    config, expected = config_of(compile=True), [continued(stock, prompt) for prompt in prompts()]
     for stored in (False, True):
         built = build_model(compiler_options(config), progress=False)
         assert built.is_stored == stored
         built.compile()
-        check(stock, LLM(config, built=built))
+        check(expected, LLM(config, built=built))
 
 
 @pytest.mark.parametrize(

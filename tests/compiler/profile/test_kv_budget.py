@@ -38,10 +38,8 @@ def test_blocks_without_memory_are_as_many_as_all_sequences_want() -> None:
 
 
 def test_slots_that_do_not_fit_say_how_many_would() -> None:
-    with pytest.raises(
-        DoesNotFit, match="max_num_seqs 100 needs 101 slots .* 1.0 MiB each, .* leaves 0.05 GiB"
-    ) as refused:
-        check_slots(50 << 20, 1 << 20, 100, "gpu_memory_utilization 0.9")
-    fits = int(re.search(r"less than (\d+)", str(refused.value))[1])
-    assert "less 49 slots" in check_slots(50 << 20, 1 << 20, fits - 1, "gpu_memory_utilization 0.9")
+    with pytest.raises(DoesNotFit, match="101 slots .* 1.0 MiB each, .* leaves 0.05 GiB") as refused:
+        check_slots(50 << 20, 1 << 20, 101, "gpu_memory_utilization 0.9")
+    fewer = int(re.search(r"max_num_seqs by (\d+)", str(refused.value))[1])
+    assert "less 50 slots" in check_slots(50 << 20, 1 << 20, 101 - fewer, "gpu_memory_utilization 0.9")
     assert check_slots(0, 0, 100, "kv_cache_memory") == "kv_cache_memory"
