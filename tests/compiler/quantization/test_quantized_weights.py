@@ -6,14 +6,13 @@ import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from pagegraph.compiler.model import weights
 from pagegraph.compiler.model.checkpoint import WeightsMismatch, sidecar_quantization
@@ -196,10 +195,10 @@ def test_a_gpu_that_knows_no_fp8(monkeypatch: pytest.MonkeyPatch, asked: str | N
         QuantizationError,
         match="quantization=fp8 needs a GPU of compute capability 8.9 or later, an older GPU has less; set quantization to int8 or int4",
     ):
-        resolve_quantization(asked, SimpleNamespace(**config), device)
+        resolve_quantization(asked, PretrainedConfig(**config), device)
     with pytest.raises(QuantizationError, match="kv_cache_dtype=fp8 needs .*; set kv_cache_dtype to auto"):
         resolve_cache_dtype("fp8", torch.bfloat16, device)
-    assert resolve_quantization("int4", SimpleNamespace(), device) == "int4"
+    assert resolve_quantization("int4", PretrainedConfig(), device) == "int4"
 
 
 def test_dummy_weights_can_be_quantised(tmp_path: Path) -> None:
@@ -264,7 +263,7 @@ def test_every_method_that_the_configuration_takes_is_carried_out() -> None:
     ],
 )
 def test_flag_against_checkpoint(asked: str, name: str | None, message: str) -> None:
-    config = SimpleNamespace(quantization_config=FORMATS[name][0]) if name else SimpleNamespace()
+    config = PretrainedConfig(quantization_config=FORMATS[name][0]) if name else PretrainedConfig()
     with pytest.raises(QuantizationError, match=message):
         resolve_quantization(asked, config, CPU)
 
@@ -444,7 +443,7 @@ def test_a_quantisers_own_file(tmp_path: Path, file: str, words: dict, scheme: t
     """It counts where weights are packed; those may be in one file of any name."""
     (tmp_path / file).write_text(json.dumps(words))
     save_file({"a.qweight": torch.zeros(1)}, tmp_path / "gptq_model-4bit-64g.safetensors")
-    found = resolve_quantization(None, SimpleNamespace(), CPU, sidecar_quantization(tmp_path))
+    found = resolve_quantization(None, PretrainedConfig(), CPU, sidecar_quantization(tmp_path))
     assert (found and (found.method, found.bits)) == scheme
     save_file({"a.weight": torch.zeros(1)}, tmp_path / "gptq_model-4bit-64g.safetensors")
     assert sidecar_quantization(tmp_path) is None
