@@ -61,6 +61,7 @@ from pagegraph.compiler.step.step import CompiledStep
 from pagegraph.compiler.tensor_parallel.modules import join
 from pagegraph.kernels.attention import cpu_decode, cpu_fixed
 from pagegraph.kernels.attention.sections import section_of
+from pagegraph.kernels.collective import groups
 from pagegraph.kernels.inputs import cpp as inputs_cpp
 from pagegraph.kernels.moe import cpu_few
 from pagegraph.kernels.quant import cpu_int4
@@ -116,6 +117,7 @@ class BuiltModel:
     generation_config: dict[str, Any] = field(default_factory=dict)  # what generation_config.json of the model says
     compile_state: CompileState = "off"
     deterministic: bool = False  # see `PassOptions`
+    closing: Callable[[], None] = lambda: None  # what ends with the model besides its steps
     slot_bytes: int = 0  # of the recurrent state that its layers keep for each slot; 0: none
     num_slots: int = 0  # with those that hold kept states, which come last
 
@@ -200,6 +202,7 @@ class BuiltModel:
         """Finish launched steps."""
         for step in self.steps:
             step.close()
+        self.closing()
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +274,11 @@ def build_model(
     Raises UnsupportedModel, DoesNotFit, QuantizationError, or ValueError naming the key at fault.
     """
     timings = timings or Timings()
+    if options.ranks.size > 1 and not groups.is_known(options.ranks.group):
+        raise ValueError(
+            f"tensor_parallel_size={options.ranks.size}: runtime serve, runtime generate and LLM start the other ranks, this does"
+            " not; set it to 1"
+        )
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     use_cache(cache_folder(options.cache_dir))
@@ -284,6 +292,8 @@ def build_model(
     with timings.stage("memory"):
         start_cache = _start_cache(options, models)
         num_blocks = _kv_budget(options, models, start_cache).num_blocks
+        if options.ranks.size > 1:
+            num_blocks = groups.least(num_blocks, options.ranks.group, options.device)
         states = [one.state(options, num_blocks, is_draft=one is draft) for one in models]
         # The same blocks for both: one set of block tables, brought up to date by whoever steps first.
         states[-1].block_tables = states[0].block_tables

@@ -286,6 +286,11 @@ def check(config: Config) -> None:
             "deterministic=true needs the compiled model, and compile=false; set compile to true, or deterministic to false:"
             " PyTorch's own loops compute the last elements of an array otherwise than the others"
         )
+    if config.deterministic and config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"deterministic=true computes on one device, and tensor_parallel_size={config.tensor_parallel_size}: the order of sums over"
+            " ranks depends on the tokens of a step; set tensor_parallel_size to 1, or deterministic to false"
+        )
     if config.otlp_traces_endpoint is not None and not _has_opentelemetry():
         raise ConfigError(
             f"otlp_traces_endpoint={config.otlp_traces_endpoint} needs OpenTelemetry: pip install 'pagegraph[otel]', or"

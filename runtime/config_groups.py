@@ -86,6 +86,11 @@ class ModelConfig:
         "in steps of more than about 64 tokens round activations to 8 bits in front of quantised weights,"
         " where a GPU is faster so",
     )
+    tensor_parallel_size: int = _option(
+        1,
+        between(parse_whole, 1),
+        "processes that share the model's weights and its KV cache, each of which holds a part of every layer (CPU)",
+    )
     trust_remote_code: bool = _option(False, parse_flag, "run Python code that comes with the model")
     seed: int = _option(0, between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none: 0 to 2^63 - 1")
     generation_config: str = _option(

@@ -16,7 +16,7 @@ import numpy as np
 from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.runtime.config import Config, load_config
 from pagegraph.runtime.engine.assemble import engine_of
-from pagegraph.runtime.engine.compiler_options import compiler_options
+from pagegraph.runtime.engine.ranks import build_with_ranks
 from pagegraph.runtime.ipc.protocol import (
     Abort,
     Failed,
@@ -94,7 +94,7 @@ class LLM:
         if config.inter_token_target_ms == "auto":  # nobody watches tokens come while other prompts wait
             config = replace(config, inter_token_target_ms="none")
         self.config = config
-        self.built = built or build_compiled(compiler_options(config), progress=progress)
+        self.built = built or build_with_ranks(config, lambda options: build_compiled(options, progress=progress))
         self.tokenizer = Tokenizer.load(Path(config.tokenizer) if config.tokenizer else self.built.folder)
         self._mailbox = LocalMailbox()
         self.engine, self.metrics = engine_of(config, self.built, self._mailbox, max_queue=sys.maxsize)

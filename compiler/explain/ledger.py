@@ -41,12 +41,11 @@ FEW_SEQS, FEW_TOKENS = 64, 2048  # of a smaller largest step, for what does not 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Bytes of one kind and type. `split`: whether tensor parallelism divides them."""
+    """Bytes of one kind and type."""
 
     kind: WeightKind
     dtype: str
     bytes: int
-    split: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +60,11 @@ class KvLayers:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The memory of one device, in bytes."""
+    """The memory of one device, in bytes; of several that share a model, of the first."""
 
     machine: Machine
     gpus: int
-    weights: list[Weights]  # of all GPUs together
+    weights: list[Weights]
     kv_layers: list[KvLayers]
     state_layers: int  # that keep a state of fixed size for each slot
     num_slots: int  # of these states
@@ -86,8 +85,7 @@ class Ledger:
 
     @property
     def weight_bytes(self) -> int:
-        """On one GPU."""
-        return weight_bytes(self.weights, self.gpus)
+        return sum(one.bytes for one in self.weights)
 
     @property
     def blocks(self) -> int:
@@ -98,18 +96,14 @@ class Ledger:
         return max(self.num_blocks - 1, 0) // -(-tokens // self.block_size)
 
 
-def weight_bytes(weights: list[Weights], gpus: int) -> int:
-    return sum(-(-one.bytes // gpus) if one.split else one.bytes for one in weights)
-
-
-def ledger(options: CompilerOptions, models: list[LoadedModel], machine: Machine, gpus: int = 1) -> Ledger:
-    """What a build of `models`, as planned, takes on each of so many such devices."""
+def ledger(options: CompilerOptions, models: list[LoadedModel], machine: Machine) -> Ledger:
+    """What a build of `models`, as planned, takes on such a device."""
     states, seqs = planned_states(options, models), options.step.max_num_seqs
     weights = [one for model in models for one in weights_of(model.paged_model.model)]
     layers = [one for model, state in zip(models, states) for one in _kv_layers(model, state)]
-    slot_bytes, num_slots = -(-models[0].slot_bytes // gpus), models[0].num_slots(options)
+    slot_bytes, num_slots = models[0].slot_bytes, models[0].num_slots(options)
     slots = slot_bytes * num_slots
-    block_bytes = sum(_block_bytes(model, state, gpus) for model, state in zip(models, states))
+    block_bytes = sum(state.caches.block_bytes for state in states)
     state_bytes = sum(state_tensors(state) for state in states)
     cuda = machine.device_type == "cuda"
     steps = [step_memory(options, model) for model in models]
@@ -123,7 +117,7 @@ def ledger(options: CompilerOptions, models: list[LoadedModel], machine: Machine
         graphs = sum(one.forward for one in steps)
         graphs += sum(GRAPH_BYTES_A_LAYER * n * count for n, count in zip(layers_of, forwards))
     context = CONTEXT if cuda else 0
-    used = weight_bytes(weights, gpus) + slots + state_bytes + context
+    used = sum(one.bytes for one in weights) + slots + state_bytes + context
     kv_cache = options.kv_cache
     allowed = int(machine.memory * kv_cache.gpu_memory_utilization)
     if kv_cache.num_blocks is not None:
@@ -145,7 +139,7 @@ def ledger(options: CompilerOptions, models: list[LoadedModel], machine: Machine
         taken = used + found.peak + graphs + budget.num_blocks * block_bytes
         refusal = f"{source} asks for more than the GPU has: {taken / 2**30:.2f} of {machine.memory / 2**30:.2f} GiB."
     return Ledger(
-        machine=machine, gpus=gpus, weights=weights, kv_layers=layers,
+        machine=machine, gpus=options.ranks.size, weights=weights, kv_layers=layers,
         state_layers=sum(len(model.paged_model.states) for model in models), num_slots=num_slots,
         slots=slots, state=state_bytes, step=found,
         graphs=graphs, num_graphs=num_graphs, context=context, block_size=kv_cache.block_size, block_bytes=block_bytes,
@@ -174,32 +168,20 @@ def _kv_layers(model: LoadedModel, state: DeviceState) -> list[KvLayers]:
     return [KvLayers(len(sizes), *seen, sum(sizes)) for seen, sizes in found.items()]
 
 
-def _block_bytes(model: LoadedModel, state: DeviceState, gpus: int) -> int:
-    """On one of so many GPUs, which share the heads; fewer heads than GPUs are held several times."""
-    if gpus == 1:
-        return state.caches.block_bytes
-    total = 0
-    for layout, *caches in zip(model.paged_model.layouts, *state.caches[:2]):
-        heads = layout.num_kv_heads
-        total += sum(one.nbytes for one in caches) // heads * -(-heads // min(gpus, heads))
-    return total
-
-
 def weights_of(model: nn.Module) -> list[Weights]:
     """Bytes of the tensors of `model` by kind and type, one that is shared once."""
-    found: dict[tuple[WeightKind, str, bool], int] = defaultdict(int)
+    found: dict[tuple[WeightKind, str], int] = defaultdict(int)
     for kind, dtype, tensor in weight_tensors(model):
-        found[kind, dtype, tensor.dim() > 1] += tensor.nbytes
+        found[kind, dtype] += tensor.nbytes
     order = list(WeightKind.__args__)  # type: ignore[attr-defined]
-    return [
-        Weights(*key[:2], size, key[2]) for key, size in sorted(found.items(), key=lambda one: order.index(one[0][0]))
-    ]
+    return [Weights(*key, size) for key, size in sorted(found.items(), key=lambda one: order.index(one[0][0]))]
 
 
 def weight_tensors(model: nn.Module) -> Iterator[tuple[WeightKind, str, torch.Tensor]]:
     """Kind, type and tensor of every weight and buffer, one that is shared once: an embedding that is the head too is its."""
     seen: set[int] = set()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    heads = set() if head is None else set(head.modules())
     parents = dict(model.named_modules())
     for path, module in parents.items():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -211,7 +193,7 @@ def weight_tensors(model: nn.Module) -> Iterator[tuple[WeightKind, str, torch.Te
             if storage in seen or not tensor.numel():
                 continue
             seen.add(storage)
-            kind = "embedding" if module is embedding else "head" if module is head else _kind(path, parents, tensor)
+            kind = "embedding" if module is embedding else "head" if module in heads else _kind(path, parents, tensor)
             name = {"uint8": "int4", "float8_e4m3fn": "fp8"}.get(quantised, quantised) if quantised else None
             yield kind, f"{name} and scales" if name else str(tensor.dtype).removeprefix("torch."), tensor
 
@@ -251,14 +233,14 @@ def _smaller_steps(options: CompilerOptions) -> Iterator[tuple[str, StepOptions]
             yield f"{said} and {tokens}", replace(step, max_num_batched_tokens=FEW_TOKENS)
 
 
-def would_fit(options: CompilerOptions, machine: Machine, gpus: int) -> list[str]:
+def would_fit(options: CompilerOptions, machine: Machine) -> list[str]:
     """Changes of one key with which a configuration that does not fit would, as `key=value` and what comes of it.
 
     Where no block was left before, with the longest sequences that fit then.
     """
     found = []
     models = plan_models(options)
-    now = ledger(options, models, machine, gpus)
+    now = ledger(options, models, machine)
     if now.available >= 2 * now.block_bytes > 0:
         found.append(f"max_model_len={(now.available // now.block_bytes - 1) * now.block_size}")
     cuda = machine.device_type == "cuda"
@@ -276,7 +258,7 @@ def would_fit(options: CompilerOptions, machine: Machine, gpus: int) -> list[str
         tries += [(said, replace(options, step=step)) for said, step in _smaller_steps(options)]
     for said, changed in tries:
         try:
-            then = ledger(changed, plan_models(changed), machine, gpus)
+            then = ledger(changed, plan_models(changed), machine)
         except ValueError:  # of this checkpoint, or this GPU: not a way out
             continue
         if not then.refusal:
@@ -285,8 +267,12 @@ def would_fit(options: CompilerOptions, machine: Machine, gpus: int) -> list[str
             shorter = (then.available // then.block_bytes - 1) * then.block_size
             found.append(f"{said} and max_model_len={shorter}")
     if cuda and not found:
-        for more in (2, 4, 8):
-            if more > gpus and not ledger(options, models, machine, more).refusal:
-                found.append(f"--tensor-parallel-size {more} (arithmetic alone: the engine serves one GPU)")
-                break
+        for size in (2, 4, 8):
+            shared = replace(options, ranks=replace(options.ranks, size=size))
+            try:
+                if size > options.ranks.size and not ledger(shared, plan_models(shared), machine).refusal:
+                    found.append(f"tensor_parallel_size={size} (arithmetic alone: the engine serves one GPU)")
+                    break
+            except ValueError:  # so many cannot share it
+                continue
     return found

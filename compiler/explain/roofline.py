@@ -17,8 +17,6 @@ from pagegraph.compiler.options import CompilerOptions
 from pagegraph.compiler.step.capture_sizes import Bucket, own_bucket
 from pagegraph.kernels.costs import StepRows
 
-ALL_REDUCES = 2  # of a layer's hidden states, where GPUs share its products: behind attention and behind the MLP
-
 
 @dataclass(frozen=True, slots=True)
 class StepFloor:
@@ -43,13 +41,13 @@ class StepFloor:
         return max(times, key=lambda name: times[name])
 
 
-def floor_of(totals: StepTotals, machine: Machine, gpus: int = 1) -> tuple[float, float, float]:
+def floor_of(totals: StepTotals, machine: Machine) -> tuple[float, float, float]:
     """Seconds at least, those of bytes alone, and those of operations alone."""
     floor = memory_s = compute_s = 0.0
     groups = [[kind for kind in totals if kind not in ("attention", "states")], ["attention"], ["states"]]
     for group in ([kind for kind in group if kind in totals] for group in groups):
-        read = sum(totals[kind].bytes for kind in group) / machine.bandwidth / gpus
-        computed = sum(_compute(totals[kind], machine) for kind in group) / gpus
+        read = sum(totals[kind].bytes for kind in group) / machine.bandwidth
+        computed = sum(_compute(totals[kind], machine) for kind in group)
         floor, memory_s, compute_s = floor + max(read, computed), memory_s + read, compute_s + computed
     return floor, memory_s, compute_s
 
@@ -58,15 +56,14 @@ def _compute(one: Totals, machine: Machine) -> float:
     return (one.flops - one.narrow_flops) / machine.flops + one.narrow_flops / machine.narrow_flops
 
 
-def step_floor(
-    model: LoadedModel, totals: StepTotals, bucket: Bucket, context: int, machine: Machine, gpus: int
-) -> StepFloor:
+def step_floor(model: LoadedModel, totals: StepTotals, bucket: Bucket, context: int, machine: Machine) -> StepFloor:
     """Of a bucket whose calls need `totals`."""
-    floor, memory_s, compute_s = floor_of(totals, machine, gpus)
+    floor, memory_s, compute_s = floor_of(totals, machine)
     link_s = 0.0
-    if gpus > 1 and machine.link:
-        hidden = bucket.tokens * model.paged_model.hidden_size * model.dtype.itemsize
-        sent = 2 * (gpus - 1) / gpus * hidden * ALL_REDUCES * model.num_layers
+    sharding = model.paged_model.sharding
+    if sharding is not None and machine.link:
+        size = sharding.ranks.size
+        sent = 2 * (size - 1) / size * bucket.tokens * summed_bytes(model)
         link_s = sent / machine.link
     every = totals.values()
     return StepFloor(
@@ -74,6 +71,13 @@ def step_floor(
         sum(one.weight_bytes for one in every), sum(one.cache_bytes for one in every), memory_s, compute_s, link_s,
         floor + link_s,
     )  # fmt: skip
+
+
+def summed_bytes(model: LoadedModel) -> int:
+    """Bytes of a token's hidden states that ranks which share the model sum up in one forward; 0 for one rank."""
+    sharding = model.paged_model.sharding
+    sums = 0 if sharding is None else sharding.num_sums
+    return sums * model.paged_model.hidden_size * model.dtype.itemsize
 
 
 def is_decode(bucket: Bucket) -> bool:

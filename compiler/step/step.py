@@ -9,6 +9,7 @@ the token that the one before sampled. Knows nothing of requests, blocks or sock
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,28 @@ from pagegraph.compiler.step.forward import mark_dynamic, step_inputs
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
 from pagegraph.compiler.step.staging import Staging
 from pagegraph.compiler.step.state import DeviceState
+
+R = TypeVar("R")
+
+
+class RanksLost(RuntimeError):
+    """A rank that shares the model has failed or ended: no step can be launched any more."""
+
+
+class Lead(Protocol):
+    """The other ranks that share the model: whatever this one launches, they launch too."""
+
+    def launch(self, step: StepInput, num_steps: int) -> None:
+        """Raises RanksLost."""
+        ...
+
+    def sample(self, masks: np.ndarray) -> None:
+        """Of the step launched last. Raises RanksLost."""
+        ...
+
+    def lost(self, error: Exception) -> RanksLost:
+        """What a step that raised `error` here means: the ranks are no longer at the same place."""
+        ...
 
 
 class Ticket:
@@ -73,6 +96,7 @@ class CompiledStep:
         self.state = state
         self.staging = staging
         self.counts = StepCounts()
+        self.lead: Lead | None = None  # of a model that ranks share, on the rank that others follow
         self._graph_passes = graph_passes
         self._executor = StepExecutor(paged_model, state, staging)
         self.runner: CudaRunner | CpuRunner
@@ -96,11 +120,36 @@ class CompiledStep:
         `num_steps` > 1: so many steps in a row. `step` is the first, one token of each of several slots, all of them
         sampled; the others take the token sampled before. Every slot has blocks for all of it. The ids are [S, num_steps].
         """
+        if step.sampling.masked is not None and num_steps != 1:
+            raise ValueError("steps in a row sample without masks")
+        if self.lead is not None:
+            return self._launch_leading(self.lead, step, num_steps)
         if step.sampling.masked is None:
             return Ticket(self.runner.launch(step, num_steps))
-        if num_steps != 1:
-            raise ValueError("steps in a row sample without masks")
         return Ticket(None, *self.runner.launch_masked(step))
+
+    def _launch_leading(self, lead: Lead, step: StepInput, num_steps: int) -> Ticket:
+        """The same, on all ranks. Nothing that fails on one of them alone can be made good."""
+
+        def guarded(call: Callable[[], R]) -> Callable[[], R]:
+            def guard() -> R:
+                try:
+                    return call()
+                except Exception as error:
+                    raise lead.lost(error) from error
+
+            return guard
+
+        lead.launch(step, num_steps)
+        if step.sampling.masked is None:
+            return Ticket(guarded(guarded(lambda: self.runner.launch(step, num_steps))()))
+        masks, sample = guarded(lambda: self.runner.launch_masked(step))()
+
+        def sample_all() -> Callable[[], StepOutput]:
+            lead.sample(masks)
+            return guarded(sample)()
+
+        return Ticket(None, masks, lambda: guarded(sample_all()))
 
     def compiled_forward(
         self, warm: list[StepInput], progress: bool = False, store: ForwardStore | None = None, took: Took = untold

@@ -76,3 +76,8 @@ class Sharding:
     ranks: Ranks
     shards: dict[str, Shard]
     roles: dict[str, Role]
+
+    @property
+    def num_sums(self) -> int:
+        """Of hidden states over ranks, in one forward."""
+        return sum(role != "gather" for role in self.roles.values())

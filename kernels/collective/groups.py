@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, Store
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, ReduceOp, Store
 
 LOOPBACK = "127.0.0.1"
 
@@ -53,6 +53,11 @@ def register(name: str, group: Group) -> None:
     _groups[name] = group
 
 
+def is_known(name: str) -> bool:
+    """Whether ops may be called with this name."""
+    return name in _groups
+
+
 def forget(name: str) -> None:
     """Undo `register`; a name that is not known is left alone."""
     _groups.pop(name, None)
@@ -75,3 +80,12 @@ def all_gather(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
     parts = [torch.empty_like(own) for _ in range(size)]
     found.processes.allgather([parts], [own], options).wait()
     return torch.cat(parts, dim=-1)
+
+
+def least(value: int, group: str, device: torch.device) -> int:
+    """The least of every rank's value."""
+    found, out = _groups[group], torch.tensor([value], dtype=torch.int64, device=device)
+    options: Any = AllreduceOptions()
+    options.reduceOp, options.timeout = ReduceOp.MIN, found.timeout
+    found.processes.allreduce([out], options).wait()
+    return int(out)

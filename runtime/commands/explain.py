@@ -16,14 +16,6 @@ from pagegraph.runtime.server.start_errors import as_one_sentence
 @click.argument("config")
 @click.option("--gpu", metavar="NAME", help="A GPU that need not be here: h200, h100, a100, l4, rtx4090 and others.")
 @click.option(
-    "--tensor-parallel-size",
-    "gpus",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="GPUs that share the model; arithmetic alone, the engine serves one.",
-)
-@click.option(
     "--context",
     type=click.IntRange(min=1),
     help="Tokens of each sequence of a step.  [default: 1024, or max_model_len if that is less]",
@@ -36,7 +28,6 @@ from pagegraph.runtime.server.start_errors import as_one_sentence
 def explain(
     config: str,
     gpu: str | None,
-    gpus: int,
     context: int | None,
     all_sizes: bool,
     quick: bool,
@@ -57,7 +48,7 @@ def explain(
         from pagegraph.runtime.explain.picture import svg_of
         from pagegraph.runtime.explain.text import text_of
 
-        asked = Asked(gpu=gpu, gpus=gpus, context=context, every_size=all_sizes, quick=quick, measure=measure)
+        asked = Asked(gpu=gpu, context=context, every_size=all_sizes, quick=quick, measure=measure)
         found = explain(settings, asked, lambda line: click.echo(f"{line} ...", err=True))
         if svg is not None:
             svg.write_text(svg_of(found), encoding="utf-8")

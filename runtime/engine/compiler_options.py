@@ -11,17 +11,29 @@ import torch
 from pagegraph.compiler.options import CompilerOptions, KvCacheOptions, ModelOptions, PassOptions, StepOptions
 from pagegraph.compiler.resolve import resolve_device
 from pagegraph.compiler.step.state import NgramRange
+from pagegraph.compiler.tensor_parallel.shards import Ranks
 from pagegraph.runtime.config import Config
+
+GROUP = "ranks"  # of the processes that share a model
 
 
 def compiler_options(
-    config: Config, device: torch.device | None = None, capability: tuple[int, int] | None = None
+    config: Config, device: torch.device | None = None, capability: tuple[int, int] | None = None, rank: int = 0
 ) -> CompilerOptions:
     """Raises ValueError where there is no such device, ConfigError where its token budget is below `max_num_seqs`.
 
-    device: instead of the configuration's, and it need not be there; capability: of a GPU that is not.
+    rank: of the configuration's tensor_parallel_size. device: instead of the configuration's, and it need not be there; capability: of a GPU that is not.
     """
-    device = device or resolve_device(config.device)
+    if device is None:
+        device = resolve_device(config.device)
+        if config.tensor_parallel_size > 1 and device.type != "cpu":
+            raise ValueError(
+                f"tensor_parallel_size={config.tensor_parallel_size} is served on a CPU so far, not on {device.type}; set it to 1, or"
+                " device to cpu"
+            )
+    num_threads = config.num_threads
+    if config.tensor_parallel_size > 1 and num_threads is None:
+        num_threads = max(torch.get_num_threads() // config.tensor_parallel_size, 1)
     return CompilerOptions(
         model=model_options(config),
         draft=None if config.draft is None else model_options(config.draft),
@@ -44,7 +56,8 @@ def compiler_options(
         ),
         passes=pass_options(config),
         compile=bool(config.compile),
-        num_threads=config.num_threads,
+        num_threads=num_threads,
+        ranks=Ranks(rank, config.tensor_parallel_size, GROUP),
         cache_dir=config.compile_cache_dir,
     )
 

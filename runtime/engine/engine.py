@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pagegraph.compiler.step.step import CompiledStep, Ticket
+from pagegraph.compiler.step.step import CompiledStep, RanksLost, Ticket
 from pagegraph.runtime.engine.admission import Admission
 from pagegraph.runtime.engine.fault_isolation import FaultIsolation
 from pagegraph.runtime.engine.grammars import Grammars
@@ -264,8 +264,10 @@ class Engine:
         """Drop a step that raised, in scheduling or on the device, restart all sequences, and fail the one to blame if
         it is known.
 
-        Raises RuntimeError if it is no request's fault.
+        Raises RuntimeError if it is no request's fault, as RanksLost never is.
         """
+        if isinstance(error, RanksLost):
+            raise error
         log.error("a step failed", exc_info=error)
         self.beat(None)
         self._running = None

@@ -16,7 +16,7 @@ from pagegraph.compiler.explain import measure
 from pagegraph.compiler.explain.fusions import PassResult, run_passes
 from pagegraph.compiler.explain.ledger import Ledger, Weights, ledger, planned_states, would_fit
 from pagegraph.compiler.explain.machines import Machine, named_gpu, this_machine
-from pagegraph.compiler.explain.roofline import StepFloor, buckets_of, is_decode, rows_of, step_floor
+from pagegraph.compiler.explain.roofline import StepFloor, buckets_of, is_decode, rows_of, step_floor, summed_bytes
 from pagegraph.compiler.explain.trace import Traced, costs, trace
 from pagegraph.compiler.options import CompilerOptions
 from pagegraph.compiler.passes.registry import graph_passes
@@ -37,7 +37,6 @@ class Asked:
     """What was asked for beside the configuration."""
 
     gpu: str | None = None
-    gpus: int = 1
     context: int | None = None
     every_size: bool = False
     quick: bool = False  # without the traced graph
@@ -57,6 +56,7 @@ class Explanation:
     model: str
     machine: Machine
     gpus: int
+    summed_bytes: int  # a token: hidden states that ranks sum up
     dtype: str
     cache_dtype: str
     max_num_seqs: int
@@ -107,13 +107,12 @@ def explain(config: Config, asked: Asked, say: Callable[[str], None] = lambda li
     options, machine = _where(config, asked)
     models = plan_models(options)
     model = models[0]
-    _check_gpus(model, asked)
     context = min(asked.context or DEFAULT_CONTEXT, model.max_model_len)
     if asked.context is not None and asked.context > model.max_model_len:
         raise ConfigError(
             f"--context {asked.context} is above max_model_len={model.max_model_len}; set it to that or less"
         )
-    held = ledger(options, models, machine, asked.gpus)
+    held = ledger(options, models, machine)
     traced = None
     if not asked.quick:
         say("tracing the model's graph")
@@ -122,18 +121,19 @@ def explain(config: Config, asked: Asked, say: Callable[[str], None] = lambda li
     advice = []
     if held.refusal:
         say("looking for settings with which it fits")
-        advice = would_fit(options, machine, asked.gpus)
+        advice = would_fit(options, machine)
     found = Explanation(
         model=config.model_name,
         machine=machine,
-        gpus=asked.gpus,
+        gpus=options.ranks.size,
+        summed_bytes=sum(map(summed_bytes, models)),
         dtype=str(model.dtype).removeprefix("torch."),
         cache_dtype=str(model.cache_dtype).removeprefix("torch."),
         max_num_seqs=options.step.max_num_seqs,
         max_num_batched_tokens=options.step.max_num_batched_tokens,
         context=context,
         ledger=held,
-        steps=_floors(options, models, traced, buckets, context, machine, asked.gpus),
+        steps=_floors(options, models, traced, buckets, context, machine),
         passes=None if traced is None else _passes(options, traced),
         advice=advice,
     )
@@ -153,26 +153,14 @@ def _where(config: Config, asked: Asked) -> tuple[CompilerOptions, Machine]:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         return compiler_options(config, torch.device("cuda"), machine.capability), machine
-    if asked.gpus > 1:
-        raise ConfigError(
-            f"--tensor-parallel-size {asked.gpus} is arithmetic for GPUs of the table; name one, such as --gpu h200"
-        )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "device=cuda, but torch sees no GPU here; name one that is meant, such as --gpu h200, or set device to cpu"
         )
+    if asked.measure and config.tensor_parallel_size > 1:
+        raise ConfigError("--measure runs one process; set tensor_parallel_size to 1, or leave --measure out")
     options = compiler_options(config)
     return options, this_machine(options.device)
-
-
-def _check_gpus(model: LoadedModel, asked: Asked) -> None:
-    heads = {layout.num_heads for layout in model.paged_model.layouts}
-    if any(count % asked.gpus for count in heads):
-        works = [n for n in (1, 2, 4, 8, 16) if all(count % n == 0 for count in heads)]
-        raise ConfigError(
-            f"--tensor-parallel-size {asked.gpus} does not divide the model's {max(heads)} attention heads;"
-            f" {', '.join(map(str, works))} do"
-        )
 
 
 def _traced(options: CompilerOptions, models: list[LoadedModel]) -> Traced:
@@ -194,7 +182,6 @@ def _floors(
     buckets: list[Bucket],
     context: int,
     machine: Machine,
-    gpus: int,
 ) -> list[StepFloor]:
     model = models[0]
     [state, *_] = planned_states(options, models)
@@ -205,7 +192,7 @@ def _floors(
             totals = costs(model.paged_model, model.paged_model, state, rows, bucket.seqs)
         else:
             totals = traced.costs(rows, bucket.seqs)
-        found.append(step_floor(model, totals, bucket, context, machine, gpus))
+        found.append(step_floor(model, totals, bucket, context, machine))
     return found
 
 
@@ -231,7 +218,7 @@ def by_kind(weights: list[Weights]) -> list[Weights]:
     found: dict[tuple[str, str], Weights] = {}
     for one in weights:
         known = found.get((one.kind, one.dtype))
-        found[one.kind, one.dtype] = Weights(one.kind, one.dtype, one.bytes + (known.bytes if known else 0), one.split)
+        found[one.kind, one.dtype] = Weights(one.kind, one.dtype, one.bytes + (known.bytes if known else 0))
     return list(found.values())
 
 

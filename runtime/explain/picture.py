@@ -58,7 +58,7 @@ def _bar(one: Explanation) -> Iterator[str]:
     """Memory of one device, to scale; names of thin parts stand in the legend alone."""
     parts = _memory_parts(one)
     total = sum(number for _, number in parts)
-    each = " of each GPU" * (one.gpus > 1)
+    each = " of each rank" * (one.gpus > 1)
     yield _text(LEFT, BAR_TOP - 10, f"memory{each}: {size(total)}", 13, INK, weight=600)
     at = float(LEFT)
     for name, number in parts:
@@ -87,7 +87,7 @@ def _memory_parts(one: Explanation) -> list[tuple[str, int]]:
     held = one.ledger
     weights: dict[str, int] = {}
     for kind in held.weights:
-        weights[kind.kind] = weights.get(kind.kind, 0) + (-(-kind.bytes // one.gpus) if kind.split else kind.bytes)
+        weights[kind.kind] = weights.get(kind.kind, 0) + kind.bytes
     parts = [(name, number) for name, number in weights.items() if number >= 1 << 12]
     parts += [("step", held.step.peak), ("graphs", held.graphs), ("CUDA", held.context), ("slots", held.slots)]
     parts.append(("blocks", held.blocks))

@@ -53,8 +53,9 @@ def _head(one: Explanation) -> Iterator[str]:
     )
     if one.gpus > 1:
         yield from _wrapped(
-            "Tensor parallelism is arithmetic here: the engine serves one GPU. Figures are of one of the GPUs, its"
-            " matrices, heads and blocks divided, norms held by each."
+            f"Figures are of the first of {one.gpus} ranks, each with its share of the model (tensor_parallel_size); they sum up"
+            f" {size(one.summed_bytes)} of hidden states a token."
+            + (" Arithmetic alone: the engine serves one GPU." if machine.device_type == "cuda" else "")
         )
 
 
@@ -62,7 +63,7 @@ def _memory(one: Explanation) -> Iterator[str]:
     held, measured = one.ledger, one.measured
     cuda = one.machine.device_type == "cuda"
     total = held.allowed or 1
-    yield f"MEMORY{' of each GPU' * (one.gpus > 1)}" + (f"{'predicted':>41}{'measured':>13}" if measured else "")
+    yield f"MEMORY{' of each rank' * (one.gpus > 1)}" + (f"{'predicted':>41}{'measured':>13}" if measured else "")
 
     def line(name: str, number: int, actual: int | None = None, note: str = "") -> str:
         bar = "#" * round(BAR * number / total)
@@ -72,7 +73,7 @@ def _memory(one: Explanation) -> Iterator[str]:
 
     actual = {(w.kind, w.dtype): w.bytes for w in by_kind(measured.memory.weights)} if measured else {}
     for kind in by_kind(held.weights):
-        part = -(-kind.bytes // one.gpus) if kind.split else kind.bytes
+        part = kind.bytes
         if part >= 1 << 10 or kind.kind != "other":
             yield line(f"{kind.kind}, {kind.dtype}", part, actual.get((kind.kind, kind.dtype)) if measured else None)
     yield line("all weights", held.weight_bytes, measured.memory.weight_bytes if measured else None)

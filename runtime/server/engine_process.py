@@ -26,10 +26,12 @@ from pathlib import Path
 from prometheus_client import start_http_server
 
 from pagegraph.compiler.build import BuiltModel, Timings, build_model
+from pagegraph.compiler.step.step import RanksLost
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.assemble import engine_of
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.engine.engine import Engine
+from pagegraph.runtime.engine.ranks import Followers
 from pagegraph.runtime.ipc.mailbox import Mailbox
 from pagegraph.runtime.sampling_params import describe_defaults
 from pagegraph.runtime.server import compile_process, logs
@@ -59,14 +61,21 @@ def main(path: str) -> None:
     try:
         with timings.stage("tokenizer"):
             load_tokenizer(config)  # what the web processes will do: a fault of it is found before the model loads
+        followers = None
+        if config.tensor_parallel_size > 1:
+            with timings.stage("ranks"):
+                followers = Followers(config, partial(_end, Path(path)))
         built = build_model(compiler_options(config), progress=sys.stderr.isatty(), timings=timings)
         # Compiled, numbers are rounded elsewhere than uncompiled: an answer must not depend on when it was asked for.
-        beside = config.compile and built.device.type == "cpu" and not config.deterministic
+        # Ranks compile at the same time, and steps beside that would sum with another's.
+        beside = config.compile and built.device.type == "cpu" and not config.deterministic and followers is None
         if beside:
             built.compile_state = "compiling"  # before any client asks
         elif config.compile:
             _compile(config, built)
         built.capture_graphs(progress=sys.stderr.isatty(), all_graphs=False)
+        if followers is not None:
+            followers.follow(built, config.watchdog_timeout_s)
         with timings.stage("engine"):
             pulse = Pulse(settings.pulse, config.watchdog_timeout_s)
             mailbox = Mailbox(settings.engine_address)
@@ -88,8 +97,18 @@ def main(path: str) -> None:
         threading.Thread(target=_compile, args=(config, built, fill_cache), name="compile", daemon=True).start()
     gc.collect()
     gc.freeze()  # what is built stays; with it, looking for garbage would hold up a step for half a second now and then
-    engine.run()
+    try:
+        engine.run()
+    except RanksLost as error:
+        _end(Path(path), str(error))
     built.close()
+
+
+def _end(settings: Path, why: str) -> None:
+    """End this process, whatever its threads wait for; the supervisor starts another."""
+    log.critical("%s", why)
+    settings.with_name(REASON_FILE).write_text(why)
+    os._exit(1)
 
 
 def _compile(config: Config, built: BuiltModel, first: Callable[[], None] = lambda: None) -> None:
@@ -98,8 +117,11 @@ def _compile(config: Config, built: BuiltModel, first: Callable[[], None] = lamb
         with built.timings.stage("compile"):
             built.compile(sys.stderr.isatty() and built.device.type == "cuda", first)
     except BaseException:
-        if config.compile == "required" or config.deterministic:
-            needed = "compile=required" if config.compile == "required" else "deterministic=true"
+        if config.compile == "required" or config.deterministic or config.tensor_parallel_size > 1:
+            needed = (
+                "deterministic=true" if config.deterministic else f"tensor_parallel_size={config.tensor_parallel_size}"
+            )
+            needed = "compile=required" if config.compile == "required" else needed
             log.critical("compilation failed, and %s: the engine ends", needed, exc_info=True)
             os._exit(REQUIRED_COMPILATION_FAILED)
         log.critical(

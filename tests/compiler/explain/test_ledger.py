@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from pagegraph.compiler import build
-from pagegraph.compiler.explain.ledger import Ledger, ledger, weight_bytes, weights_of, would_fit
+from pagegraph.compiler.explain.ledger import Ledger, ledger, weights_of, would_fit
 from pagegraph.compiler.explain.machines import GPUS, Machine, named_gpu
 from pagegraph.compiler.explain.measure import measured_memory, measured_steps, resident
 from pagegraph.compiler.options import CompilerOptions, KvCacheOptions, ModelOptions, StepOptions
 from pagegraph.compiler.quantization.methods import QuantizationError
+from pagegraph.compiler.tensor_parallel.shards import Ranks
 from perf.floors import MAX_MODEL_LEN, write_model
 from tests.compiler.architectures import RECURRENT, tiny_config
 from tests.compiler.quantization.checkpoints import FORMATS, write
@@ -34,8 +35,9 @@ def options_of(folder: Path, machine: Machine, quantization: str | None = None, 
     )  # fmt: skip
 
 
-def planned(options: CompilerOptions, machine: Machine, gpus: int = 1) -> Ledger:
-    return ledger(options, build.plan_models(options), machine, gpus)
+def planned(options: CompilerOptions, machine: Machine, size: int = 1) -> Ledger:
+    options = replace(options, ranks=Ranks(0, size))
+    return ledger(options, build.plan_models(options), machine)
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4", "fp8"])
@@ -129,11 +131,13 @@ def test_windows_are_told_from_whole_attention(tmp_path: Path) -> None:
 def test_gpus_share_matrices_and_heads(tmp_path: Path) -> None:
     machine = GPUS["h100"]
     options = options_of(write_model("8b", tmp_path), machine)
-    one, four, sixteen = (planned(options, machine, gpus) for gpus in (1, 4, 16))
+    one, four, sixteen = (planned(options, machine, size) for size in (1, 4, 16))
     assert four.block_bytes * 4 == one.block_bytes
     assert sixteen.block_bytes * 8 == one.block_bytes  # 8 heads: two GPUs each hold the same one
-    norms = sum(part.bytes for part in one.weights if not part.split)
-    assert weight_bytes(one.weights, 4) == pytest.approx((one.weight_bytes - norms) / 4 + norms, abs=8)
+    norms, frequencies = (sum(part.bytes for part in one.weights if part.kind == kind) for kind in ("norms", "other"))
+    whole = norms + frequencies
+    assert four.weight_bytes == (one.weight_bytes - whole) / 4 + whole
+    assert {part.kind for part in four.weights} == {part.kind for part in one.weights}
     assert four.num_blocks > 4 * one.num_blocks
 
 
@@ -143,7 +147,7 @@ def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
     options = replace(options, step=StepOptions(max_num_seqs=256, max_decode_tokens=256, max_num_batched_tokens=8192))
     found = planned(options, machine)
     assert found.available < 0 and found.num_blocks == 0 and found.refusal
-    advice = would_fit(options, machine, 1)
+    advice = would_fit(options, machine)
     assert any(one.startswith("quantization=int4") for one in advice)
     int4 = replace(options, model=replace(options.model, quantization="int4"))
     assert not planned(int4, machine).refusal
@@ -155,7 +159,7 @@ def test_a_cache_that_is_too_small_says_which_length_fits(tmp_path: Path) -> Non
     block = planned(options, CPU).block_bytes
     small = replace(options, kv_cache=replace(options.kv_cache, memory=5 * block))
     assert "Set max_model_len to at most 64" in planned(small, CPU).refusal
-    assert would_fit(small, CPU, 1)[0] == "max_model_len=64"
+    assert would_fit(small, CPU)[0] == "max_model_len=64"
 
 
 def test_a_gpu_without_fp8_is_refused_as_at_a_start(tmp_path: Path) -> None:

@@ -101,9 +101,12 @@ def test_what_does_not_fit_ends_with_1_and_a_way_out(folder: str, tmp_path: Path
     "arguments, told",
     [
         (("--gpu", "h2000"), "there are b200, h200"),
-        (("--gpu", "h200", "--tensor-parallel-size", "3"), "does not divide the model's 4 attention heads; 1, 2, 4 do"),
+        (
+            ("--gpu", "h200", "--tensor-parallel-size", "3"),
+            "does not divide the 4 attention heads of qwen3; 1, 2, 4 do",
+        ),
         (("--gpu", "h200", "--measure"), "leave --gpu out"),
-        (("--tensor-parallel-size", "2"), "such as --gpu h200"),
+        (("--device", "cpu", "--tensor-parallel-size", "2", "--measure"), "set tensor_parallel_size to 1"),
         (("--device", "cuda"), "such as --gpu h200"),
         (("--device", "cpu", "--context", "1000"), "above max_model_len=256"),
         (("--gpu", "a100", "--kv-cache-dtype", "fp8"), "compute capability 8.9"),

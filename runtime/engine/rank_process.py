@@ -1,0 +1,92 @@
+"""A rank other than the first, as a process of its own: builds its share of the model, then launches what rank 0 launches.
+
+Started by `runtime.engine.ranks` with a socket, over which it gets the configuration, its rank and each step. Ends when the other end
+closes, and with a non-zero status when it fails: then rank 0 ends too, since sums need every rank. Knows no requests.
+"""
+
+from __future__ import annotations
+
+import pagegraph.compiler.host.openmp_spin  # isort: skip  # noqa: F401  before torch is loaded
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import FileStore
+
+from pagegraph.compiler.build import BuiltModel, build_compiled
+from pagegraph.compiler.step.step import Ticket
+from pagegraph.kernels.collective import groups
+from pagegraph.runtime.config import config_from_dict
+from pagegraph.runtime.engine.compiler_options import GROUP, compiler_options
+from pagegraph.runtime.engine.ranks import BUILD_S, MEET_S, receive, send
+from pagegraph.runtime.server.start_errors import sentence
+
+log = logging.getLogger("pagegraph.rank")
+
+
+def main(descriptor: int) -> None:
+    """Follow until rank 0 ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to rank 0, who decides
+    leader = socket.socket(fileno=descriptor)
+    first = receive(leader)
+    if first is None:
+        return
+    settings, rank, store = first
+    config = config_from_dict(settings)
+    messages: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(leader, messages), daemon=True).start()
+    send(leader, "here")
+    size = config.tensor_parallel_size
+    group = groups.connect(FileStore(store, size), rank, size, torch.device("cpu"), MEET_S)
+    group.timeout_s = BUILD_S
+    groups.register(GROUP, group)
+    try:
+        built = build_compiled(compiler_options(config, rank=rank), progress=False)
+        group.timeout_s = config.watchdog_timeout_s
+        follow(built, messages)
+    except Exception as error:
+        if (reason := sentence(error)) is None:
+            log.critical("rank %d of %d failed", rank, size, exc_info=True)
+        else:
+            log.critical("rank %d of %d: %s", rank, size, reason)
+        os._exit(1)
+
+
+def _read(leader: socket.socket, messages: queue.SimpleQueue[tuple[Any, ...]]) -> None:
+    """Until rank 0 closes its end: then this process ends, wherever it is."""
+    while (message := receive(leader)) is not None:
+        messages.put(message)
+    os._exit(0)
+
+
+def follow(built: BuiltModel, messages: queue.SimpleQueue[tuple[Any, ...]]) -> None:
+    """Launch steps as they come. Raises what a step raises."""
+    ticket: Ticket | None = None  # of the last step, which may not have ended
+    masked: Ticket | None = None  # of one that waits for masks, which a failure of rank 0 may keep from coming
+    while True:
+        if ticket is not None and messages.empty():
+            ticket.wait()
+            ticket = None
+        match messages.get():
+            case ("launch", which, step, num_steps):
+                before, launched = ticket, built.steps[which].launch(step, num_steps)
+                ticket, masked = (launched, None) if launched.masks is None else (None, launched)
+                if before is not None:
+                    before.wait()
+            case ("sample", masks):
+                assert masked is not None and masked.masks is not None
+                masked.masks[...] = masks
+                masked.sample()
+                ticket, masked = masked, None
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    main(int(sys.argv[1]))

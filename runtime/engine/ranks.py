@@ -1,0 +1,216 @@
+"""The other processes that share a model: started here, told of each step, and never waited for in vain.
+
+This process is rank 0, which runs the engine. The others (`runtime.engine.rank_process`) build their share of the same model
+and launch what is launched here: each gets the step's input, the numpy arrays of `StepInput`, over a socket that it inherits. They meet
+in a file of a private folder and sum over the loopback interface. One that ends closes its socket and its part of every sum, so
+this process's call raises; one that hangs lets it raise after the group's time. Either way the ranks are no longer at the same
+place: the engine ends, and whoever started it may start it anew. Knows processes and messages; knows no model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch._C._distributed_c10d import FileStore
+
+from pagegraph.compiler.build import BuiltModel
+from pagegraph.compiler.options import CompilerOptions
+from pagegraph.compiler.step.inputs import StepInput
+from pagegraph.compiler.step.step import RanksLost
+from pagegraph.kernels.collective import groups
+from pagegraph.runtime.config import Config
+from pagegraph.runtime.engine.compiler_options import GROUP, compiler_options
+from pagegraph.runtime.server.child import child_environment, module_command
+
+log = logging.getLogger("pagegraph.engine")
+
+BUILD_S = 3600.0  # that a rank may be behind the others while models load and compile
+MEET_S = 60.0  # for ranks that have said that they are there
+END_S = 5.0  # for a rank to end by itself
+TOLD_S = 2.0  # from a sum that failed until it is known that a rank has ended
+
+
+def send(to: socket.socket, *message: Any) -> None:
+    """One message: its length in 8 bytes, then a pickle."""
+    content = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    to.sendall(len(content).to_bytes(8, "little") + content)
+
+
+def receive(of: socket.socket) -> tuple[Any, ...] | None:
+    """The next message; None where the other end has closed."""
+    size = _exactly(of, 8)
+    content = None if size is None else _exactly(of, int.from_bytes(size, "little"))
+    return None if content is None else pickle.loads(content)
+
+
+def _exactly(of: socket.socket, count: int) -> bytes | None:
+    parts = []
+    while count:
+        try:
+            part = of.recv(min(count, 1 << 20))
+        except ConnectionResetError:
+            part = b""
+        if not part:
+            return None
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+class Followers:
+    """The other ranks' processes."""
+
+    def __init__(self, config: Config, on_end: Callable[[str], None] = lambda why: None) -> None:
+        """Start them; returns when all are there. on_end: called, on a thread of its own, when one ends before `stop`.
+
+        Raises RanksLost where one does not come.
+        """
+        self._size = config.tensor_parallel_size
+        self._folder = Path(tempfile.mkdtemp(prefix="pagegraph-ranks-"))
+        self._told: list[str] = []  # why ranks have ended
+        self._ended = threading.Event()
+        self._lost: RanksLost | None = None
+        self._stopping = False
+        self._on_end = on_end
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._sockets: list[socket.socket] = []
+        settings = dataclasses.asdict(dataclasses.replace(config, api_key=None))
+        try:
+            for rank in range(1, self._size):
+                ours, theirs = socket.socketpair()
+                command = module_command("pagegraph.runtime.engine.rank_process", str(theirs.fileno()))
+                with theirs:
+                    process = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=child_environment()
+                    )
+                self._processes.append(process)
+                self._sockets.append(ours)
+                send(ours, settings, rank, str(self._store))
+                threading.Thread(target=self._watch, args=(rank, process), name=f"rank-{rank}", daemon=True).start()
+            for rank, one in enumerate(self._sockets, 1):
+                if receive(one) is None:
+                    raise self.lost(RuntimeError(f"rank {rank} did not start"))
+            self._group = groups.connect(
+                FileStore(str(self._store), self._size), 0, self._size, torch.device("cpu"), MEET_S
+            )
+        except BaseException:
+            self.stop()
+            raise
+        self._group.timeout_s = BUILD_S
+        groups.register(GROUP, self._group)
+
+    @property
+    def _store(self) -> Path:
+        return self._folder / "store"
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes, by rank from 1 on."""
+        return [process.pid for process in self._processes]
+
+    def follow(self, built: BuiltModel, timeout_s: float) -> None:
+        """From now on the others launch what `built` launches; a rank may be so many seconds behind."""
+        self._group.timeout_s = timeout_s
+        shutil.rmtree(self._folder, ignore_errors=True)  # they have met
+        for which, step in enumerate(built.steps):
+            step.lead = _Leading(self, which)
+        built.closing = self.stop
+
+    def tell(self, *message: Any) -> None:
+        """Send to all. Raises RanksLost."""
+        if self._lost is not None:
+            raise self._lost
+        if self._ended.is_set():
+            raise self.lost(RuntimeError("it has ended"))
+        try:
+            for one in self._sockets:
+                send(one, *message)
+        except OSError as error:
+            raise self.lost(error) from error
+
+    def lost(self, error: Exception) -> RanksLost:
+        """What to raise for an error that one rank alone has met; one that has ended says how, the others are ended."""
+        if isinstance(error, RanksLost):
+            return error
+        if self._lost is None:
+            self._ended.wait(TOLD_S)
+            why = "; ".join(self._told) or f"a rank failed or did not answer in time ({error})"
+            self._lost = RanksLost(
+                f"{why}; tensor_parallel_size={self._size} needs all of its ranks, so nothing more is computed"
+            )
+            self._stopping = True
+            for process in self._processes:
+                process.kill()
+        return self._lost
+
+    def stop(self) -> None:
+        """End them; may be called again."""
+        self._stopping = True
+        groups.forget(GROUP)
+        for one in self._sockets:
+            one.close()
+        for process in self._processes:
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+        status = process.wait()
+        if self._stopping:
+            return
+        how = f"status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+        self._told.append(f"rank {rank} of {self._size} ended with {how}")
+        self._ended.set()
+        self._on_end(self._told[-1])
+
+
+class _Leading:
+    """`compiler.step.step.Lead` of one of the model's steps."""
+
+    def __init__(self, followers: Followers, which: int) -> None:
+        self._followers = followers
+        self._which = which
+        self.lost = followers.lost
+
+    def launch(self, step: StepInput, num_steps: int) -> None:
+        self._followers.tell("launch", self._which, step, num_steps)
+
+    def sample(self, masks: np.ndarray) -> None:
+        self._followers.tell("sample", np.ascontiguousarray(masks))
+
+
+def build_with_ranks(config: Config, build: Callable[[CompilerOptions], BuiltModel]) -> BuiltModel:
+    """What `build` makes of the configuration, with the other ranks behind it if it has any; `BuiltModel.close` ends them.
+
+    Raises what `build` raises, and RanksLost.
+    """
+    if config.tensor_parallel_size == 1:
+        return build(compiler_options(config))
+    options = compiler_options(config)
+    followers = Followers(config)
+    try:
+        built = build(options)
+    except RuntimeError as error:
+        followers.stop()
+        raise followers.lost(error) from error
+    except BaseException:
+        followers.stop()
+        raise
+    followers.follow(built, config.watchdog_timeout_s)
+    return built

@@ -1,0 +1,143 @@
+"""tensor_parallel_size: two processes that share a model give the tokens and log-probabilities of one, and end together."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pagegraph.compiler.build import build_model
+from pagegraph.compiler.step.step import RanksLost
+from pagegraph.compiler.tensor_parallel.plan import Indivisible
+from pagegraph.runtime.config import ConfigError, load_config
+from pagegraph.runtime.engine.compiler_options import compiler_options
+from pagegraph.runtime.engine.ranks import Followers
+from pagegraph.runtime.llm import LLM, Completion
+from pagegraph.runtime.sampling_params import SamplingParams
+from pagegraph.runtime.scheduler.counters import Counters
+from pagegraph.runtime.structured_output import StructuredOutputs
+from tests.compiler.architectures import tiny_config
+from tests.compiler.model.test_paged import random_model
+
+pytestmark = pytest.mark.timeout(300)
+
+# Few tokens a step and few blocks: prompts come in chunks, and sequences make room for others.
+SETTINGS = dict(
+    device="cpu", dtype="float32", compile=False, max_model_len=96, max_num_seqs=4, max_num_batched_tokens=16, block_size=8,
+    num_blocks=13, speculative_method="ngram", num_speculative_tokens=3,
+)  # fmt: skip
+PROMPTS = [[5, 6, 7, 8, 9] * 6, [11, 12, 13] * 9, [3, 4] * 10, [20, 21, 22, 23] * 8]
+GREEDY = SamplingParams(max_tokens=14, temperature=0.0, ignore_eos=True, logprobs=1)
+
+
+@pytest.fixture
+def folder_of(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., str]:
+    """A function from an architecture's name to the folder of a tiny model of it."""
+
+    def make(name: str, **changed: Any) -> str:
+        shutil.copytree(tokenizer_folder, tmp_path / name)
+        random_model(tiny_config(name, **changed)).save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return make
+
+
+def llm_of(folder: str, size: int, **more: Any) -> LLM:
+    return LLM(folder, progress=False, tensor_parallel_size=size, **{**SETTINGS, **more})
+
+
+def answers(llm: LLM) -> tuple[list[Completion], Counters]:
+    """Of prompts that find nothing in the cache, then of the same with seeds, penalties and a grammar among them."""
+    done = llm.generate(PROMPTS, GREEDY)
+    mixed = [
+        GREEDY,
+        SamplingParams(max_tokens=8, temperature=0.8, top_p=0.9, seed=3, repetition_penalty=1.2, logprobs=1),
+        SamplingParams(max_tokens=8, temperature=0.0, structured_outputs=StructuredOutputs(regex="[ab]{2,8}c"), logprobs=1),
+        SamplingParams(max_tokens=6, temperature=0.0, prompt_logprobs=1, logprobs=1),
+    ]  # fmt: skip
+    done += llm.generate(PROMPTS, mixed)
+    for _ in range(2):
+        done += llm.generate(PROMPTS[:1], GREEDY)
+    llm.engine.scheduler.check_integrity()
+    return done, llm.engine.scheduler.counters
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gemma2", "mixtral"))]
+)
+def test_two_ranks_answer_as_one(name: str, folder_of: Callable[..., str]) -> None:
+    folder = folder_of(name, num_hidden_layers=2)
+    expected, counters = answers(llm_of(folder, 1))
+    shared = llm_of(folder, 2)
+    try:
+        got, found = answers(shared)
+    finally:
+        shared.close()
+    for one in (counters, found):  # what was to be tried was
+        assert one.preemptions and one.prefix_hits and one.accepted
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.token_ids == theirs.token_ids
+        assert logprobs(mine) == pytest.approx(logprobs(theirs), abs=1e-4)
+    assert {layout.num_kv_heads for layout in shared.built.step.paged_model.layouts} == {1}  # of two
+
+
+def logprobs(done: Completion) -> list[float]:
+    of_prompt = [one for one in done.prompt_logprobs or () if one is not None]
+    return [one.logprob for one in (*of_prompt, *done.logprobs)]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_with_a_draft_model_answers_as_one(folder_of: Callable[..., str]) -> None:
+    folder, draft = folder_of("llama"), folder_of("qwen3", num_hidden_layers=1)
+    settings = dict(compile=True, speculative_method="draft", speculative_model=draft, num_blocks=64)
+    expected, _ = answers(llm_of(folder, 1, **settings))
+    shared = llm_of(folder, 2, **settings)
+    try:
+        got, _ = answers(shared)
+    finally:
+        shared.close()
+    assert [one.token_ids for one in got] == [one.token_ids for one in expected]
+
+
+@pytest.fixture
+def pair(folder_of: Callable[..., str]) -> Iterator[LLM]:
+    llm = llm_of(folder_of("llama"), 2, watchdog_timeout_s=2)
+    llm.generate(PROMPTS[:1], GREEDY)
+    yield llm
+    llm.close()
+
+
+def process_of(llm: LLM) -> int:
+    followers: Followers = llm.built.closing.__self__  # type: ignore[attr-defined]
+    return followers.pids[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(signal.SIGKILL, "rank 1 of 2 ended with signal SIGKILL"), (signal.SIGSTOP, "did not answer in time")]
+)  # fmt: skip
+def test_a_rank_that_ends_or_hangs_ends_all(pair: LLM, number: signal.Signals, told: str) -> None:
+    os.kill(process_of(pair), number)
+    start = time.monotonic()
+    for _ in range(2):  # and none is taken after it
+        with pytest.raises(RanksLost, match=f"{told}.*tensor_parallel_size=2 needs all of its ranks"):
+            pair.generate(PROMPTS, GREEDY)
+    assert time.monotonic() - start < 20
+
+
+def test_what_ranks_cannot_share_is_refused(folder_of: Callable[..., str]) -> None:
+    folder = folder_of("llama", hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
+    with pytest.raises(
+        Indivisible, match="tensor_parallel_size=2 does not divide the 9 attention heads of llama; 1, 3 do"
+    ):
+        llm_of(folder, 2)
+    with pytest.raises(ConfigError, match="set tensor_parallel_size to 1, or deterministic to false"):
+        load_config(folder, dict(tensor_parallel_size=2, deterministic=True))
+    config = load_config(folder, dict(tensor_parallel_size=3, device="cpu")).config
+    with pytest.raises(ValueError, match="tensor_parallel_size=3: runtime serve, .*set it to 1"):
+        build_model(compiler_options(config), progress=False)
