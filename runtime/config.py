@@ -347,6 +347,14 @@ def _is_hub_name(model: str) -> bool:
     )
 
 
+def require_one_process(config: Config, command: str) -> None:
+    """Raise ConfigError where ranks are to share the model, which `command` does not start."""
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"{command} runs one process, and tensor_parallel_size={config.tensor_parallel_size}; set it to 1"
+        )
+
+
 def require_local_files(config: Config) -> None:
     """Raise ConfigError if `model` or `tokenizer` names something on this machine that is not there."""
     path = Path(config.model).expanduser()

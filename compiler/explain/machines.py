@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,11 @@ class Machine:
     @property
     def device_type(self) -> str:
         return "cpu" if self.capability is None else "cuda"
+
+    def shared_by(self, ranks: int) -> Machine:
+        """What one of so many processes has of it, all of which run at the same time."""
+        rates = {name: getattr(self, name) / ranks for name in ("bandwidth", "flops", "narrow_flops")}
+        return self if ranks == 1 else replace(self, name=f"one of {ranks} shares of {self.name}", **rates)
 
 
 def _sheet(

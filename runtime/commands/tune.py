@@ -19,7 +19,7 @@ from pagegraph.runtime.bench.work import Request
 from pagegraph.runtime.cli import config_command
 from pagegraph.runtime.commands.bench_options import WorkFlags, work_options_of
 from pagegraph.runtime.commands.bench_values import Number
-from pagegraph.runtime.config import Config, load_config, require_local_files
+from pagegraph.runtime.config import Config, load_config, require_local_files, require_one_process
 from pagegraph.runtime.server.start_errors import as_one_sentence, load_tokenizer
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def tune(config: str, overrides: dict[str, str], **flags: Any) -> None:
     resolved = load_config(config, overrides)
     settings = resolved.config
     require_local_files(settings)
+    require_one_process(settings, "runtime tune")
     work = _work(flags, settings.seed)
     with as_one_sentence(settings.log_level):
         # here and not above: importing torch takes seconds, a bad flag should not

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from pagegraph.runtime.cli import ConfigCommand, config_command
-from pagegraph.runtime.config import load_config, require_local_files
+from pagegraph.runtime.config import load_config, require_local_files, require_one_process
 from pagegraph.runtime.server.start_errors import as_one_sentence
 from pagegraph.runtime.verify.prompts import read_prompts
 
@@ -51,6 +51,7 @@ def verify(config: str, prompts: Path | None, quick: bool, json_file: Path | Non
     """
     settings = load_config(config, overrides).config
     require_local_files(settings)
+    require_one_process(settings, "runtime verify")
     with as_one_sentence(settings.log_level):
         texts = None if prompts is None else read_prompts(prompts)
         # here and not above: importing torch takes seconds, a bad flag should not

@@ -24,7 +24,7 @@ from pagegraph.compiler.step.capture_sizes import Bucket
 from pagegraph.compiler.step.dummy import dummy_step
 from pagegraph.kernels.attention import cpu_decode
 from pagegraph.kernels.quant import cpu_int4
-from pagegraph.runtime.config import Config, ConfigError
+from pagegraph.runtime.config import Config, ConfigError, require_one_process
 from pagegraph.runtime.engine.compiler_options import compiler_options
 
 LENGTHS = (1024, 4096)  # tokens of the sequences that are counted, beside the longest
@@ -157,10 +157,10 @@ def _where(config: Config, asked: Asked) -> tuple[CompilerOptions, Machine]:
         raise ConfigError(
             "device=cuda, but torch sees no GPU here; name one that is meant, such as --gpu h200, or set device to cpu"
         )
-    if asked.measure and config.tensor_parallel_size > 1:
-        raise ConfigError("--measure runs one process; set tensor_parallel_size to 1, or leave --measure out")
+    if asked.measure:
+        require_one_process(config, "--measure")
     options = compiler_options(config)
-    return options, this_machine(options.device)
+    return options, this_machine(options.device).shared_by(options.ranks.size)
 
 
 def _traced(options: CompilerOptions, models: list[LoadedModel]) -> Traced:

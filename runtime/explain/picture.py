@@ -28,7 +28,7 @@ DECODE, PROMPT, MEASURED = "#2f6fb0", "#c2410c", "#1f2933"
 
 def svg_of(one: Explanation) -> str:
     """The whole file."""
-    several = f"{one.gpus} × " if one.gpus > 1 else ""
+    several = f"{one.gpus} × " if one.gpus > 1 and one.machine.device_type == "cuda" else ""
     cache = f", KV cache {one.cache_dtype}" if one.cache_dtype != one.dtype else ""
     title = f"{one.model} in {one.dtype}{cache} on {several}{one.machine.name}"
     parts = [

@@ -43,7 +43,7 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
 
 
 def _head(one: Explanation) -> Iterator[str]:
-    machine, several = one.machine, f"{one.gpus} x " if one.gpus > 1 else ""
+    machine, several = one.machine, f"{one.gpus} x " if one.gpus > 1 and one.machine.device_type == "cuda" else ""
     cache = f", KV cache {one.cache_dtype}" if one.cache_dtype != one.dtype else ""
     yield f"{one.model} in {one.dtype}{cache}, max_model_len {one.ledger.max_model_len:,}"
     narrow = f", {machine.narrow_flops / 1e12:,.0f} in 8 bits" if machine.device_type == "cuda" else ""

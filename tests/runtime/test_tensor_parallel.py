@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from pagegraph.compiler.build import build_model
 from pagegraph.compiler.step.step import RanksLost
 from pagegraph.compiler.tensor_parallel.plan import Indivisible
+from pagegraph.runtime.cli import main
 from pagegraph.runtime.config import ConfigError, load_config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.engine.ranks import Followers
@@ -24,6 +27,7 @@ from pagegraph.runtime.scheduler.counters import Counters
 from pagegraph.runtime.structured_output import StructuredOutputs
 from tests.compiler.architectures import tiny_config
 from tests.compiler.model.test_paged import random_model
+from tests.runtime.server.served_model import ServedModel, served
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -32,6 +36,7 @@ SETTINGS = dict(
     device="cpu", dtype="float32", compile=False, max_model_len=96, max_num_seqs=4, max_num_batched_tokens=16, block_size=8,
     num_blocks=13, speculative_method="ngram", num_speculative_tokens=3,
 )  # fmt: skip
+REAL_MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = [[5, 6, 7, 8, 9] * 6, [11, 12, 13] * 9, [3, 4] * 10, [20, 21, 22, 23] * 8]
 GREEDY = SamplingParams(max_tokens=14, temperature=0.0, ignore_eos=True, logprobs=1)
 
@@ -138,6 +143,57 @@ def test_what_ranks_cannot_share_is_refused(folder_of: Callable[..., str]) -> No
         llm_of(folder, 2)
     with pytest.raises(ConfigError, match="set tensor_parallel_size to 1, or deterministic to false"):
         load_config(folder, dict(tensor_parallel_size=2, deterministic=True))
+    for command in ("verify", "tune"):
+        told = CliRunner().invoke(main, [command, folder, "--tensor-parallel-size", "2"]).output
+        assert f"runtime {command} runs one process, and tensor_parallel_size=2; set it to 1" in told
     config = load_config(folder, dict(tensor_parallel_size=3, device="cpu")).config
     with pytest.raises(ValueError, match="tensor_parallel_size=3: runtime serve, .*set it to 1"):
         build_model(compiler_options(config), progress=False)
+
+
+@pytest.mark.slow
+def test_three_heads_of_keys_and_values_are_shared_by_three_ranks() -> None:
+    """SmolLM2: 9 attention heads, 3 of keys and values, and a vocabulary that three do not divide."""
+    settings = dict(num_blocks=64, num_threads=1, block_size=16)
+    with pytest.raises(Indivisible, match="does not divide the 9 attention heads of llama; 1, 3 do"):
+        llm_of(REAL_MODEL, 2, **settings)
+    params = SamplingParams(max_tokens=16, temperature=0.0, logprobs=1)
+    (expected,) = llm_of(REAL_MODEL, 1, **settings).generate("The capital of France is", params)
+    shared = llm_of(REAL_MODEL, 3, **settings)
+    try:
+        (got,) = shared.generate("The capital of France is", params)
+    finally:
+        shared.close()
+    assert got.text == expected.text
+    assert logprobs(got) == pytest.approx(logprobs(expected), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_server_whose_rank_is_killed_starts_all_anew(folder_of: Callable[..., str]) -> None:
+    with served(Path(folder_of("llama")), tensor_parallel_size=2, max_model_len=256, kv_cache_memory=4 << 20) as server:
+        before = completed(server)
+        engine = server.engine_pid
+        os.kill(*rank_of(engine), signal.SIGKILL)
+        server.wait(lambda: server.metric("engine_restarts_total") == 1)
+        server.wait(lambda: server.get("/health", server.probe_port)[0] == 200, 120)
+        assert "rank 1 of 2 ended with signal SIGKILL" in server.output
+        assert completed(server) == before
+        engine = server.engine_pid
+        (rank,) = rank_of(engine)
+        os.kill(engine, signal.SIGKILL)
+        server.wait(lambda: not Path(f"/proc/{rank}").exists())  # none is left behind
+
+
+def completed(server: ServedModel) -> list[str]:
+    answer = json.loads(server.complete(prompt=[5, 6, 7, 8], max_tokens=8, logprobs=1).read())
+    return answer["choices"][0]["logprobs"]["tokens"]
+
+
+def rank_of(engine: int) -> list[int]:
+    """Processes of ranks that the engine has started."""
+    return [
+        int(path.name)
+        for path in Path("/proc").iterdir()
+        if path.name.isdigit() and (path / "cmdline").exists()
+        and b"rank_process" in (path / "cmdline").read_bytes() and f"PPid:\t{engine}\n" in (path / "status").read_text()
+    ]  # fmt: skip

@@ -169,6 +169,12 @@ def test_a_gpu_without_fp8_is_refused_as_at_a_start(tmp_path: Path) -> None:
     assert build.plan_models(options_of(tmp_path, GPUS["l4"], "fp8"))
 
 
+def test_ranks_on_one_cpu_share_its_rates_and_not_its_memory() -> None:
+    half = CPU.shared_by(2)
+    assert (half.bandwidth, half.flops, half.narrow_flops, half.memory) == (5e9, 5e10, 1e11, CPU.memory)
+    assert CPU.shared_by(1) is CPU
+
+
 def test_gpus_have_names() -> None:
     assert named_gpu("RTX 4090") is GPUS["rtx4090"]
     with pytest.raises(ValueError, match="there are b200, h200"):

@@ -106,7 +106,7 @@ def test_what_does_not_fit_ends_with_1_and_a_way_out(folder: str, tmp_path: Path
             "does not divide the 4 attention heads of qwen3; 1, 2, 4 do",
         ),
         (("--gpu", "h200", "--measure"), "leave --gpu out"),
-        (("--device", "cpu", "--tensor-parallel-size", "2", "--measure"), "set tensor_parallel_size to 1"),
+        (("--device", "cpu", "--tensor-parallel-size", "2", "--measure"), "and tensor_parallel_size=2; set it to 1"),
         (("--device", "cuda"), "such as --gpu h200"),
         (("--device", "cpu", "--context", "1000"), "above max_model_len=256"),
         (("--gpu", "a100", "--kv-cache-dtype", "fp8"), "compute capability 8.9"),
