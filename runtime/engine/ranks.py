@@ -73,8 +73,8 @@ def _exactly(of: socket.socket, count: int) -> bytes | None:
 class Followers:
     """The other ranks' processes."""
 
-    def __init__(self, config: Config, on_end: Callable[[str], None] = lambda why: None) -> None:
-        """Start them; returns when all are there. on_end: called, on a thread of its own, when one ends before `stop`.
+    def __init__(self, config: Config) -> None:
+        """Start them; returns when all are there.
 
         Raises RanksLost where one does not come.
         """
@@ -84,7 +84,7 @@ class Followers:
         self._ended = threading.Event()
         self._lost: RanksLost | None = None
         self._stopping = False
-        self._on_end = on_end
+        self._on_end: Callable[[str], None] | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._sockets: list[socket.socket] = []
         settings = dataclasses.asdict(dataclasses.replace(config, api_key=None))
@@ -121,8 +121,14 @@ class Followers:
         """Of the processes, by rank from 1 on."""
         return [process.pid for process in self._processes]
 
-    def follow(self, built: BuiltModel, timeout_s: float) -> None:
-        """From now on the others launch what `built` launches; a rank may be so many seconds behind."""
+    def follow(self, built: BuiltModel, timeout_s: float, on_end: Callable[[str], None] = lambda why: None) -> None:
+        """From now on the others launch what `built` launches; a rank may be so many seconds behind.
+
+        on_end: called, on a thread of its own, when one ends before `stop`. Raises RanksLost where one has already.
+        """
+        self._on_end = on_end
+        if self._ended.is_set():
+            raise self.lost(RuntimeError("it has ended"))
         self._group.timeout_s = timeout_s
         shutil.rmtree(self._folder, ignore_errors=True)  # they have met
         for which, step in enumerate(built.steps):
@@ -177,7 +183,8 @@ class Followers:
         how = f"status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
         self._told.append(f"rank {rank} of {self._size} ended with {how}")
         self._ended.set()
-        self._on_end(self._told[-1])
+        if self._on_end is not None:  # while it builds, this rank may have the better reason
+            self._on_end(self._told[-1])
 
 
 class _Leading:
@@ -206,11 +213,12 @@ def build_with_ranks(config: Config, build: Callable[[CompilerOptions], BuiltMod
     followers = Followers(config)
     try:
         built = build(options)
+        followers.follow(built, config.watchdog_timeout_s)
+        return built
     except RuntimeError as error:
+        lost = followers.lost(error)
         followers.stop()
-        raise followers.lost(error) from error
+        raise lost from error
     except BaseException:
         followers.stop()
         raise
-    followers.follow(built, config.watchdog_timeout_s)
-    return built

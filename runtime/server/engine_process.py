@@ -58,13 +58,13 @@ def main(path: str) -> None:
     settings = EngineSettings.load(Path(path))
     config = settings.config
     logs.configure(config.log_level, config.log_format, "engine")
+    followers: Followers | None = None
     try:
         with timings.stage("tokenizer"):
             load_tokenizer(config)  # what the web processes will do: a fault of it is found before the model loads
-        followers = None
         if config.tensor_parallel_size > 1:
             with timings.stage("ranks"):
-                followers = Followers(config, partial(_end, Path(path)))
+                followers = Followers(config)
         built = build_model(compiler_options(config), progress=sys.stderr.isatty(), timings=timings)
         # Compiled, numbers are rounded elsewhere than uncompiled: an answer must not depend on when it was asked for.
         # Ranks compile at the same time, and steps beside that would sum with another's.
@@ -75,13 +75,16 @@ def main(path: str) -> None:
             _compile(config, built)
         built.capture_graphs(progress=sys.stderr.isatty(), all_graphs=False)
         if followers is not None:
-            followers.follow(built, config.watchdog_timeout_s)
+            followers.follow(built, config.watchdog_timeout_s, partial(_end, Path(path)))
         with timings.stage("engine"):
             pulse = Pulse(settings.pulse, config.watchdog_timeout_s)
             mailbox = Mailbox(settings.engine_address)
             engine, metrics = engine_of(config, built, mailbox, settings.drain_flag.exists, beat=pulse.beat)
             _tell_of_compilers(config, built, pulse.beat)
     except Exception as error:
+        if isinstance(error, RuntimeError) and followers is not None:
+            log.error("the start failed", exc_info=error)
+            _end(Path(path), str(followers.lost(error)))
         if (reason := sentence(error)) is None:
             raise
         log.debug("the start failed", exc_info=True)
