@@ -38,6 +38,7 @@ from pagegraph.runtime.server.child import child_environment, module_command
 log = logging.getLogger("pagegraph.engine")
 
 BUILD_S = 3600.0  # that a rank may be behind the others while models load and compile
+START_S = 300.0  # for a rank's process to import what it needs
 MEET_S = 60.0  # for ranks that have said that they are there
 END_S = 5.0  # for a rank to end by itself
 TOLD_S = 2.0  # from a sum that failed until it is known that a rank has ended
@@ -50,7 +51,7 @@ def send(to: socket.socket, *message: Any) -> None:
 
 
 def receive(of: socket.socket) -> tuple[Any, ...] | None:
-    """The next message; None where the other end has closed."""
+    """The next message; None where the other end has closed, or does not answer in the socket's time."""
     size = _exactly(of, 8)
     content = None if size is None else _exactly(of, int.from_bytes(size, "little"))
     return None if content is None else pickle.loads(content)
@@ -61,7 +62,7 @@ def _exactly(of: socket.socket, count: int) -> bytes | None:
     while count:
         try:
             part = of.recv(min(count, 1 << 20))
-        except ConnectionResetError:
+        except (ConnectionResetError, TimeoutError):
             part = b""
         if not part:
             return None
@@ -91,6 +92,7 @@ class Followers:
         try:
             for rank in range(1, self._size):
                 ours, theirs = socket.socketpair()
+                ours.settimeout(START_S)
                 command = module_command("pagegraph.runtime.engine.rank_process", str(theirs.fileno()))
                 with theirs:
                     process = subprocess.Popen(
@@ -130,6 +132,8 @@ class Followers:
         if self._ended.is_set():
             raise self.lost(RuntimeError("it has ended"))
         self._group.timeout_s = timeout_s
+        for one in self._sockets:
+            one.settimeout(timeout_s)  # a rank that hangs does not read what it is sent
         shutil.rmtree(self._folder, ignore_errors=True)  # they have met
         for which, step in enumerate(built.steps):
             step.lead = _Leading(self, which)
