@@ -46,7 +46,7 @@ def cost_of(op: Any, arguments: Mapping[str, Any], out: Any, weights: list[Tenso
     if op in ATTENTION:
         return _attention(arguments, step)
     if op in STATES:
-        return _state(arguments, STATES[op](arguments), step)
+        return _state(arguments, STATES[op](arguments), _bytes(weights), step)
     if op not in PRODUCTS or not weights:
         return None
     flops = PRODUCTS[op](arguments, out)
@@ -71,11 +71,11 @@ def _attention(arguments: Mapping[str, Any], step: StepRows) -> Cost:
     return Cost("attention", 2 * heads * (size + value_size) * pairs, 0, of_token * touched)
 
 
-def _state(arguments: Mapping[str, Any], flops: int, step: StepRows) -> Cost:
+def _state(arguments: Mapping[str, Any], flops: int, weight_bytes: int, step: StepRows) -> Cost:
     """Of `flops` a token; the state of each sequence with rows is read and written."""
     slot = arguments["states"][0]
     touched = 2 * slot.numel() * slot.element_size() * int(np.count_nonzero(step.rows))
-    return Cost("states", flops * int(step.rows.sum()), 0, touched)
+    return Cost("states", flops * int(step.rows.sum()), weight_bytes, touched)
 
 
 def visible(step: StepRows, window: int, chunk: int) -> tuple[int, int]:

@@ -52,8 +52,8 @@ class Service:
     def admit(self, info: EngineInfo, asker: str) -> Callable[[], None]:
         """Take one of this worker's threads for one request of an asker; returns the function that gives it back.
 
-        Raises ApiError 503 while the engine drains, or when no thread is left, or too few for one of several keys to have more. How many requests may run and wait is
-        decided by the engine; with `threads: auto` it refuses before the threads run out.
+        Raises ApiError 503 while the engine drains, or when no thread is left, or too few for one of several keys to have
+        more. How many requests may run and wait is decided by the engine; with `threads: auto` it refuses before the threads run out.
         """
         if info.draining:
             raise ApiError(503, "the server is shutting down")

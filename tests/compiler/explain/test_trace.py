@@ -115,7 +115,8 @@ def test_every_matrix_of_every_architecture_is_read_once(architecture: str, tmp_
     assert sum(one.weight_bytes for one in totals.values()) == pytest.approx(
         read, rel=0.015
     )  # biases of experts, routers cast
-    assert totals["attention"].calls == len(model.paged_model.layouts)
+    attention = totals["attention"].calls if "attention" in totals else 0
+    assert attention == len(model.paged_model.layouts)
 
 
 def test_prompts_are_whole_ones_or_the_end_of_one() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pagegraph.compiler.quantization.layouts import RepackedExperts
+from pagegraph.compiler.quantization.linear import QuantExperts
 from pagegraph.kernels.moe.form import Form
 from pagegraph.kernels.moe.quant_stack import QuantStack
 from pagegraph.kernels.moe.reference import in_eights
@@ -136,7 +137,9 @@ def repacked_of(quantised: tuple[Any, ...], form: Form, dtype: torch.dtype = tor
     """The same as arguments of `pagegraph::repacked_experts`."""
     up, up_bias, down, down_bias, query_start = quantised[3:7], quantised[7], quantised[8:12], *quantised[12:]
     first, second = (
-        RepackedExperts(QuantWeight(*one[:3], None, one[3], one[0].shape[1]), dtype, gated, form.interleaved)
+        RepackedExperts(
+            QuantExperts(QuantWeight(*one[:3], None, one[3], one[0].shape[1]), dtype), gated, form.interleaved
+        )
         for one, gated in ((up, form.gated), (down, False))
     )
     if form.gated and up_bias is not None:

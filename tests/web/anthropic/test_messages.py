@@ -237,8 +237,7 @@ def test_a_bad_field_is_named(http: FlaskClient) -> None:
         assert answer.json["error"]["type"] == "invalid_request_error"
         message = answer.json["error"]["message"]
         assert message.startswith(f"{field} ") and len(message) < 500, (fields, message)
-    semaphore = http.application.extensions["pagegraph"]._threads
-    assert semaphore._value == semaphore._initial_value
+    assert not +http.application.extensions["pagegraph"]._threads_of  # every thread was given back
 
 
 def test_what_has_no_effect_is_listed(http: FlaskClient) -> None:

@@ -287,11 +287,11 @@ def wait_for(http: FlaskClient, id: str, status: str) -> dict[str, Any]:
 
 
 def threads_are_back(http: FlaskClient) -> bool:
-    semaphore = http.application.extensions["pagegraph"]._threads
+    service = http.application.extensions["pagegraph"]
     deadline = time.monotonic() + 5
-    while semaphore._value != semaphore._initial_value and time.monotonic() < deadline:
+    while +service._threads_of and time.monotonic() < deadline:
         time.sleep(0.02)
-    return semaphore._value == semaphore._initial_value
+    return not +service._threads_of
 
 
 def test_a_response_in_the_background(http: FlaskClient) -> None:
