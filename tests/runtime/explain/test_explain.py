@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from pagegraph.runtime.cli import main
+from tests.compiler.architectures import tiny_config
 
 SMALL = ("--load-format", "dummy", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--kv-cache-memory", "1MiB")
 GPU = ("--load-format", "dummy", "--max-num-seqs", "8", "--max-num-batched-tokens", "64")
@@ -42,6 +43,12 @@ def test_json_has_the_same_figures(folder: str) -> None:
     assert (
         step["tokens"] == 2 and step["floor_ms"] == pytest.approx(1e3 * step["floor_s"]) and step["bound"] == "memory"
     )
+
+
+def test_a_mixture_is_planned_in_float32_too(tmp_path: Path) -> None:
+    tiny_config("qwen3_moe").save_pretrained(tmp_path)
+    result = explain(str(tmp_path), *SMALL, "--device", "cpu", "--dtype", "float32", "--quick", "--context", "64")
+    assert result.exit_code == 0, result.output
 
 
 def test_every_size_is_every_capture_size(folder: str) -> None:
