@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from perf.compare import machine
+from perf.compare import record
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = (
@@ -65,8 +65,7 @@ def main() -> None:
             + " |"
         )
     if args.out:
-        given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        args.out.write_text(json.dumps(dict(machine=machine("cpu"), given=given, rows=rows), indent=1) + "\n")
+        args.out.write_text(json.dumps(record(args, rows=rows), indent=1) + "\n")
 
 
 def _run(command: list[object], **environment: str) -> None:

@@ -62,8 +62,7 @@ def main() -> None:
         for way in ways:
             found[way].append(_in_child(way))
             print(f"{way:20}", {key: round(found[way][-1][key], 1) for key in KEYS}, flush=True)
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    result = dict(machine=machine(args.device), given=given, rows=[row(way, runs) for way, runs in found.items()])
+    result = record(args, args.device, rows=[row(way, runs) for way, runs in found.items()])
     for line in lines(result["rows"]):
         print(line)
     if args.out:
@@ -104,6 +103,12 @@ def machine(device: str) -> dict:
         gpu=torch.cuda.get_device_name() if device == "cuda" else "none", cpus=os.cpu_count(), load=os.getloadavg()[0],
         system=f"{platform.system()} {platform.machine()}", torch=torch.__version__, transformers=transformers.__version__,
     )  # fmt: skip
+
+
+def record(args: argparse.Namespace, device: str = "cpu", **found: object) -> dict:
+    """What a file of results holds: the machine, a script's arguments, and what it found."""
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return dict(machine=machine(device), given=given, **found)
 
 
 def measure(way: str, args: argparse.Namespace) -> dict:

@@ -22,7 +22,7 @@ import numpy as np
 
 from pagegraph.compiler.step.inputs import StepInput, StepOutput
 from pagegraph.compiler.step.step import CompiledStep, Ticket
-from perf.compare import machine
+from perf.compare import record
 from perf.floors import MODELS
 from perf.tiny import processes, tiny_server
 
@@ -44,8 +44,7 @@ def main() -> None:
     for one in rows:
         print("| {workers} | {out_tok_s:,.0f} | {tokens_an_event:.2f} | {web_us:.1f} | {engine_us:.1f} |".format(**one))
     if args.out:
-        given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        args.out.write_text(json.dumps(dict(machine=machine("cpu"), given=given, rows=rows), indent=1) + "\n")
+        args.out.write_text(json.dumps(record(args, rows=rows), indent=1) + "\n")
 
 
 def row(workers: int, args: argparse.Namespace) -> dict[str, float]:

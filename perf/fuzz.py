@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from pagegraph.web.openapi.routes import ROUTES, Route
-from perf.compare import machine
+from perf.compare import record
 from perf.soak import settled
 from perf.tiny import processes, resident, tiny_server
 
@@ -90,8 +90,7 @@ def main() -> None:
     args = p.parse_args()
     with tempfile.TemporaryDirectory(prefix="pagegraph-fuzz-") as folder:
         found = fuzz(args.requests, args.seed, Path(folder))
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    result = dict(machine=machine("cpu"), given=given, **found)
+    result = record(args, **found)
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

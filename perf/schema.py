@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from perf.compare import machine
+from perf.compare import record
 from perf.tiny import tiny_server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,11 +58,9 @@ def main() -> None:
     operations, cases = (re.search(pattern, done.stdout) for pattern in (r"Tested: (\d+)", r"(\d+) generated"))
     holds = done.returncode == 0 and not failed
     version = re.search(r"Schemathesis v(\S+)", done.stdout)
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    result = dict(
-        machine=machine("cpu"), given=given, schemathesis=version and version[1], checks=CHECKS,
-        operations=operations and int(operations[1]), cases=cases and int(cases[1]),
-        seconds=time.perf_counter() - begin, holds=holds,
+    result = record(
+        args, schemathesis=version and version[1], checks=CHECKS, operations=operations and int(operations[1]),
+        cases=cases and int(cases[1]), seconds=time.perf_counter() - begin, holds=holds,
     )  # fmt: skip
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

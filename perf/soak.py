@@ -17,7 +17,6 @@ import collections
 import http.client
 import json
 import random
-import re
 import statistics
 import sys
 import tempfile
@@ -28,7 +27,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from perf.compare import machine
+from pagegraph.runtime.doctor.rules import Metrics
+from perf.compare import record
 from perf.tiny import resident, tiny_server
 
 SAMPLE_S = 10.0
@@ -48,8 +48,7 @@ def main() -> None:
     args = p.parse_args()
     with tempfile.TemporaryDirectory(prefix="pagegraph-soak-") as folder:
         found = soak(args, Path(folder))
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    result = dict(machine=machine("cpu"), given=given, **found)
+    result = record(args, **found)
     print(json.dumps({key: value for key, value in result.items() if key != "samples"}, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result) + "\n")
@@ -182,7 +181,8 @@ def settled(address: str) -> dict[str, float]:
     for _ in range(100):
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
             text = answer.read().decode()
-        left = {name: sum(map(float, re.findall(rf"^pagegraph:{name}\{{.*\}} (\S+)$", text, re.M))) for name in GAUGES}
+        metrics = Metrics(text)
+        left = {name: metrics(name) for name in GAUGES}
         if not any(left.values()):
             break
         time.sleep(0.1)
