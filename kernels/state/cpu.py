@@ -12,6 +12,8 @@ tokens add depends on what those before them in the chunk have added, which is o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -51,16 +53,23 @@ def gated_delta(
     """See `kernels.ops`."""
     out = value.new_zeros(value.shape)
     size = CHUNK if decay.dim() == 2 else SMALL_CHUNK
+    for state, chunk in _chunks(states, slots, query_start, seq_lens, size):
+        q, k, v, logs, b = (one[chunk].transpose(0, 1).float() for one in (query, key, value, decay, beta))
+        q, k = (unit(q), unit(k)) if normalize else (q, k)
+        out[chunk] = _delta_chunk(state, q * q.shape[2] ** -0.5, k, v, _summed(logs, 1), b).transpose(0, 1)
+    return out
+
+
+def _chunks(
+    states: Tensor, slots: Tensor, query_start: Tensor, seq_lens: Tensor, size: int
+) -> Iterator[tuple[Tensor, slice]]:
+    """Each sequence's state, zero where it begins, and up to `size` of its rows at a time, in order."""
     for slot, rows, begins in sequences(slots, query_start, seq_lens):
         state = states[slot]
         if begins:
             state.zero_()
         for first in range(rows.start, rows.stop, size):
-            chunk = slice(first, min(first + size, rows.stop))
-            q, k, v, logs, b = (one[chunk].transpose(0, 1).float() for one in (query, key, value, decay, beta))
-            q, k = (unit(q), unit(k)) if normalize else (q, k)
-            out[chunk] = _delta_chunk(state, q * q.shape[2] ** -0.5, k, v, _summed(logs, 1), b).transpose(0, 1)
-    return out
+            yield state, slice(first, min(first + size, rows.stop))
 
 
 def _delta_chunk(state: Tensor, q: Tensor, k: Tensor, v: Tensor, logs: Tensor, beta: Tensor) -> Tensor:
@@ -110,13 +119,8 @@ def selective_scan(
     out = x.new_zeros(x.shape, dtype=torch.float32)
     compute, size = (_scan_chunk, CHUNK) if A.dim() == 1 else (_scan_tokens, SMALL_CHUNK)
     rates = A.float()
-    for slot, rows, begins in sequences(slots, query_start, seq_lens):
-        state = states[slot]
-        if begins:
-            state.zero_()
-        for first in range(rows.start, rows.stop, size):
-            chunk = slice(first, min(first + size, rows.stop))
-            compute(state, rates, *(one[chunk].float() for one in (x, dt, B, C)), out[chunk])
+    for state, chunk in _chunks(states, slots, query_start, seq_lens, size):
+        compute(state, rates, *(one[chunk].float() for one in (x, dt, B, C)), out[chunk])
     return out
 
 
