@@ -17,15 +17,11 @@ import sys
 import threading
 from typing import Any
 
-import torch
-from torch._C._distributed_c10d import FileStore
-
 from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.compiler.step.step import Ticket
-from pagegraph.kernels.collective import groups
 from pagegraph.runtime.config import config_from_dict
-from pagegraph.runtime.engine.compiler_options import GROUP, compiler_options
-from pagegraph.runtime.engine.ranks import BUILD_S, MEET_S, receive, send
+from pagegraph.runtime.engine.compiler_options import compiler_options
+from pagegraph.runtime.engine.ranks import meet, receive, send
 from pagegraph.runtime.server.start_errors import sentence
 
 log = logging.getLogger("pagegraph.rank")
@@ -44,9 +40,7 @@ def main(descriptor: int) -> None:
     threading.Thread(target=_read, args=(leader, messages), daemon=True).start()
     send(leader, "here")
     size = config.tensor_parallel_size
-    group = groups.connect(FileStore(store, size), rank, size, torch.device("cpu"), MEET_S)
-    group.timeout_s = BUILD_S
-    groups.register(GROUP, group)
+    group = meet(store, rank, size)
     try:
         built = build_compiled(compiler_options(config, rank=rank), progress=False)
         group.timeout_s = config.watchdog_timeout_s

@@ -71,6 +71,17 @@ def _exactly(of: socket.socket, count: int) -> bytes | None:
     return b"".join(parts)
 
 
+def meet(store: str, rank: int, size: int) -> groups.Group:
+    """Meet the other ranks at the file `store` -> the group that ops run over from now on, with the time that building takes.
+
+    Raises RuntimeError where they are not there in time.
+    """
+    group = groups.connect(FileStore(store, size), rank, size, torch.device("cpu"), MEET_S)
+    group.timeout_s = BUILD_S
+    groups.register(GROUP, group)
+    return group
+
+
 class Followers:
     """The other ranks' processes."""
 
@@ -105,14 +116,10 @@ class Followers:
             for rank, one in enumerate(self._sockets, 1):
                 if receive(one) is None:
                     raise self.lost(RuntimeError(f"rank {rank} did not start"))
-            self._group = groups.connect(
-                FileStore(str(self._store), self._size), 0, self._size, torch.device("cpu"), MEET_S
-            )
+            self._group = meet(str(self._store), 0, self._size)
         except BaseException:
             self.stop()
             raise
-        self._group.timeout_s = BUILD_S
-        groups.register(GROUP, self._group)
 
     @property
     def _store(self) -> Path:
@@ -211,9 +218,9 @@ def build_with_ranks(config: Config, build: Callable[[CompilerOptions], BuiltMod
 
     Raises what `build` raises, and RanksLost.
     """
-    if config.tensor_parallel_size == 1:
-        return build(compiler_options(config))
     options = compiler_options(config)
+    if config.tensor_parallel_size == 1:
+        return build(options)
     followers = Followers(config)
     try:
         built = build(options)
