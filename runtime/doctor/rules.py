@@ -98,12 +98,12 @@ def _waiting_for_blocks(of: Metrics) -> str | None:
 
 
 def _queue_too_short(of: Metrics) -> str | None:
-    refused = of("requests_refused_total", reason="queue")
-    if refused < max(0.01 * (of.served + refused), 2) or of.quantile("time_to_first_token_seconds", 0.9) > 10:
+    refused, first = of("requests_refused_total", reason="queue"), of.quantile("time_to_first_token_seconds", 0.9)
+    if refused < max(0.01 * (of.served + refused), 2) or first > 10:
         return None
     return (
         f"{refused:.0f} requests were refused for a full queue beside {of.served:.0f} served, nine in ten of which had their"
-        f" first token within {of.quantile('time_to_first_token_seconds', 0.9):g} s: set max_queue to"
+        f" first token within {first:g} s: set max_queue to"
         f" {2 * max(int(of('num_requests_waiting')), int(of('num_requests_running')), 8)} or twice what it is, and max_queue_tokens"
         " alike; another replica where clients cannot wait"
     )

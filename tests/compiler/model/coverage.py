@@ -40,7 +40,7 @@ from tests.paths import ROOT
 PAGE = ROOT / "docs" / "models.md"
 README = ROOT / "README.md"
 MOST_PARAMETERS = 30_000_000
-VERDICTS = ("right", "refused", "not tried")
+STATUSES = ("right", "refused", "not tried")
 # Names that README.md gives, and the types that have to be right for one.
 FAMILIES = {
     "Llama": ["llama"], "Llama 3.2 Vision": ["mllama"], "Llama 4": ["llama4", "llama4_text"],
@@ -68,9 +68,9 @@ FAMILIES = {
 
 
 class Outcome(NamedTuple):
-    """Of a type: one of VERDICTS, or "wrong"; why it is not right."""
+    """Of a type: one of STATUSES, or "wrong"; why it is not right."""
 
-    verdict: str
+    status: str
     why: str = ""
 
 
@@ -164,18 +164,18 @@ def page(outcomes: dict[str, Outcome]) -> str:
         "*refused* says why at the start. `python -m tests.compiler.model.coverage --write` makes this page, and",
         "`make test-slow` compares every row.",
         "",
-        "| types | " + " | ".join(VERDICTS) + " | all |",
+        "| types | " + " | ".join(STATUSES) + " | all |",
         "|---|---|---|---|---|",
     ]
     sets = {"causal LM": causal_types(), "image-text": image_text_types(), "speech": speech_types()}
     for name, members in sets.items():
-        counted = Counter(outcomes[kind].verdict for kind in members)
-        lines.append(f"| {name} | " + " | ".join(str(counted[one]) for one in VERDICTS) + f" | {len(members)} |")
+        counted = Counter(outcomes[kind].status for kind in members)
+        lines.append(f"| {name} | " + " | ".join(str(counted[one]) for one in STATUSES) + f" | {len(members)} |")
     lines += ["", "`type` is what a config.json calls `model_type`; C: causal LM, I: image-text, S: speech.", ""]
     lines += ["| type | | | why |", "|---|---|---|---|"]
-    for kind, (verdict, why) in outcomes.items():
+    for kind, (status, why) in outcomes.items():
         letters = "".join(letter for letter, members in zip("CIS", sets.values()) if kind in members)
-        lines.append(f"| `{kind}` | {letters} | {verdict} | {why} |")
+        lines.append(f"| `{kind}` | {letters} | {status} | {why} |")
     return "\n".join(lines) + "\n"
 
 
@@ -191,12 +191,12 @@ def versions() -> str:
 def rows_of(text: str) -> dict[str, Outcome]:
     """What a page says of each type."""
     found = re.findall(r"^\| `([\w.-]+)` \| C?I?S? \| ([\w ]+) \|(.*)\|$", text, re.M)
-    return {kind: Outcome(verdict, why.strip()) for kind, verdict, why in found}
+    return {kind: Outcome(status, why.strip()) for kind, status, why in found}
 
 
 def readme_row(outcomes: dict[str, Outcome]) -> str:
     """The row of README.md that names models."""
-    right = {kind for kind, one in outcomes.items() if one.verdict == "right"}
+    right = {kind for kind, one in outcomes.items() if one.status == "right"}
     names = [name for name, members in FAMILIES.items() if right.issuperset(members)]
     sets = (causal_types(), image_text_types(), speech_types())
     counts = [f"{len(right & set(members))} of {len(members)}" for members in sets]
@@ -227,7 +227,7 @@ def main(arguments: Iterable[str]) -> None:
         with TemporaryDirectory() as folder:
             outcomes[kind] = outcome_of(kind, Path(folder))
         print(kind, *outcomes[kind], sep="\t", flush=True)
-    if wrong := [kind for kind, one in outcomes.items() if one.verdict == "wrong"]:
+    if wrong := [kind for kind, one in outcomes.items() if one.status == "wrong"]:
         sys.exit(f"wrong: {', '.join(wrong)}")
     if args.write:
         outcomes = dict(sorted({**known, **outcomes}.items()))

@@ -11,7 +11,7 @@ import pytest
 from tests.compiler.model.coverage import (
     PAGE,
     README,
-    VERDICTS,
+    STATUSES,
     Outcome,
     kinds,
     outcome_of,
@@ -40,7 +40,7 @@ def test_the_page_is_of_these_versions_and_of_every_type() -> None:
     assert versions() in text
     assert sorted(rows) == kinds()
     assert text == page(rows)
-    assert {one.verdict for one in rows.values()} <= set(VERDICTS)
+    assert {one.status for one in rows.values()} <= set(STATUSES)
 
 
 def test_the_readme_names_what_the_page_has() -> None:
