@@ -2,8 +2,7 @@
 
 transformers hands the experts of most mixtures to a function registered by name, as it does with attention. Ours calls
 `pagegraph::experts`. What stands between the two products is found by trying: the module's own gate is run on numbers and compared
-with what the op can do. A module that does something else, and every device not in DEVICES, goes to transformers' grouped
-products. Experts that do not ask for a function (Llama 4's) run as their module does. Quantised experts stand as modules where
+with what the op can do. A module that does something else goes to transformers' grouped products. Experts that do not ask for a function (Llama 4's) run as their module does. Quantised experts stand as modules where
 their parameters stood, and are computed by the op alone. Knows no model by name.
 """
 
@@ -24,10 +23,6 @@ from pagegraph.kernels.moe.form import ACTIVATIONS, Form
 from pagegraph.kernels.moe.reference import between
 
 EXPERTS_NAME = "pagegraph"
-# Where the op computes the experts of models. Its kernels for "cuda" are not measured yet: to have them in an engine, add it here.
-DEVICES = ("cpu",)
-# Where it computes quantised ones; elsewhere they are refused. Likewise for "cuda", whose form `quant_experts` of the passes makes.
-QUANTIZED_DEVICES = ("cpu",)
 # Attributes that transformers gives to modules of experts that ask for a function.
 ASKING = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 
@@ -37,15 +32,13 @@ def experts_forward(
 ) -> torch.Tensor:
     """transformers' signature: hidden_states [T, H], chosen experts and their weights [T, k] -> [T, H]."""
     form: Form | None = getattr(module, "experts_form", None)
-    quantized = isinstance(module.down_proj, QuantModule)
-    planned = hidden_states.device.type == "meta"  # PyTorch's grouped products know no other type than bfloat16 there
-    if form is None or not (planned or quantized or hidden_states.device.type in DEVICES):
+    if form is None:
         return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
     batch = forward_local.paged
     routed, query_start = (hidden_states, top_k_index, top_k_weights), None if batch is None else batch.query_start
     biases = [getattr(module, f"{name}_bias") if module.has_bias else None for name in weight_names(form)]
     up, down = (getattr(module, name) for name in weight_names(form))
-    if not quantized:
+    if not isinstance(module.down_proj, QuantModule):
         return torch.ops.pagegraph.experts(*routed, up, biases[0], down, biases[1], query_start, *form)
     weights = [(one.qweight, one.scale, one.zero, one.group, bias) for one, bias in zip((up, down), biases)]
     as_loaded = form._replace(transposed=False)
@@ -92,12 +85,12 @@ class StackedSize(NamedTuple):
     transposed: bool
 
 
-def quantizable(model: nn.Module, device_type: str) -> dict[str, StackedSize]:
-    """Parameters of experts that may be quantised for such a device, by name; those of a layer follow each other."""
+def quantizable(model: nn.Module) -> dict[str, StackedSize]:
+    """Parameters of experts that may be quantised, by name; those of a layer follow each other."""
     found = {}
     for path, module in model.named_modules():
         form: Form | None = getattr(module, "experts_form", None)
-        if form is None or device_type not in QUANTIZED_DEVICES:
+        if form is None:
             continue
         for name in weight_names(form):
             experts, *size = getattr(module, name).shape

@@ -83,7 +83,7 @@ def load_weights(
     or shapes differ from the model's, QuantizationError where a linear cannot be quantised so.
     """
     scheme = quantization if isinstance(quantization, Scheme) else None
-    stacked = quantizable(model, device.type)
+    stacked = quantizable(model)
     online = _online(model, quantization, dtype, stacked) if isinstance(quantization, str) else {}
     if load_format == "dummy":
         if scheme is not None:
@@ -124,7 +124,7 @@ def plan_weights(
     checkpoint is taken to hold exactly the model. Raises as `load_weights` does.
     """
     scheme = quantization if isinstance(quantization, Scheme) else None
-    stacked = quantizable(model, device_type)
+    stacked = quantizable(model)
     online = _online(model, quantization, dtype, stacked) if isinstance(quantization, str) else {}
     has_files = any(folder.glob("*.safetensors"))
     if scheme is not None and not has_files:
@@ -255,16 +255,16 @@ def _check_quantized(model: nn.Module, folder: Path, contents: Contents, scheme:
     unpacked = _dequantised(model, contents, scheme, stacked)
     if unpacked:
         log.warning(
-            "quantization: no product of this device takes quantised experts; %d stacks of them are held unquantised, as fast and"
-            " as large as without",
+            "quantization: the model multiplies its experts itself; %d stacks of them are held unquantised, as fast and as large as"
+            " without",
             len(unpacked),
         )
     if others := sorted(quantized.keys() - linears - stacked.keys() - unpacked):
         if any(model.get_parameter(name).dim() == 3 for name in others):
             raise QuantizationError(
-                f"{folder}: quantised experts of a mixture are served on a CPU, and of models that leave them to a function of"
-                f" transformers, which does not hold for {others[0]}; take the original checkpoint, whose linears quantization fp8,"
-                " int8 or int4 quantises while loading"
+                f"{folder}: quantised experts of a mixture are served of models that leave them to a function of transformers, which"
+                f" does not hold for {others[0]}; take the original checkpoint, whose linears quantization fp8, int8 or int4"
+                " quantises while loading"
             )
         raise QuantizationError(f"{folder}: {others[0]} is quantised and of no linear; take the original checkpoint")
     names = list(stacked)
@@ -284,7 +284,7 @@ def _check_quantized(model: nn.Module, folder: Path, contents: Contents, scheme:
 
 
 def _dequantised(model: nn.Module, contents: Contents, scheme: Scheme, stacked: Stacked) -> set[str]:
-    """Experts of a GGUF file, which has no original checkpoint beside it, where no op takes them."""
+    """Experts of a GGUF file, which has no original checkpoint beside it, of a model that computes them itself."""
     names = contents.quantized.keys() - stacked.keys() if scheme.layout == STORED else set()
     return {name for name in names if model.get_parameter(name).dim() == 3}
 

@@ -1,13 +1,10 @@
-"""Experts of a mixture on CUDA: which kernels a step launches, from its sizes alone. Imports Triton.
-
-Engines do not come here until the kernels are measured: `DEVICES` and `QUANTIZED_DEVICES` of `compiler.model.experts` say so.
-"""
+"""Experts of a mixture on CUDA: which kernels a step launches, from its sizes alone. Imports Triton."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from pagegraph.kernels.gpu import gpu_of, multiprocessors
+from pagegraph.kernels.gpu import multiprocessors
 from pagegraph.kernels.moe.form import ACTIVATIONS, Form
 from pagegraph.kernels.moe.gemv import experts_down, experts_up
 from pagegraph.kernels.moe.grouped_gemm import grouped_gemm, weighted_sum
@@ -42,8 +39,8 @@ def experts(
     """See `kernels.ops`."""
     how = Form(*form)  # type: ignore[arg-type]
     hidden, inner = down.shape[2 if how.transposed else 1], down.shape[1 if how.transposed else 2]
-    size, gpu = (len(up), inner, hidden, up.element_size()), gpu_of(x.device)
-    tiles = gemv_tiles_of(len(x), size, how.transposed, gpu) or grouped_tiles_of(chosen.numel(), size, gpu)
+    size = (len(up), inner, hidden, up.element_size())
+    tiles = gemv_tiles_of(len(x), size, how.transposed) or grouped_tiles_of(chosen.numel(), size)
     return experts_by(tiles, x, chosen, weights, up, up_bias, down, down_bias, query_start, how)
 
 
@@ -96,12 +93,12 @@ def repacked_experts(
 ) -> Tensor:
     """See `kernels.ops`."""
     how = Form(*form)  # type: ignore[arg-type]
-    hidden, wide, gpu = x.shape[1], x.element_size() > 2, gpu_of(x.device)
+    hidden, wide = x.shape[1], x.element_size() > 2
     first = QuantStack(up, up_scale, up_zero, up_group, 2 * inner if how.gated else inner, hidden)
     second = QuantStack(down, down_scale, down_zero, down_group, hidden, inner)
     size = (first.tall.kind, len(up), inner, hidden)
-    tiles = None if wide else quant_gemv_tiles_of(len(x), size, gpu)
-    tiles = tiles or quant_grouped_tiles_of(chosen.numel(), size, wide, gpu)
+    tiles = None if wide else quant_gemv_tiles_of(len(x), size)
+    tiles = tiles or quant_grouped_tiles_of(chosen.numel(), size, wide)
     return repacked_experts_by(tiles, x, chosen, weights, first, up_bias, second, down_bias, query_start, how)
 
 

@@ -1,17 +1,18 @@
-"""How the products of experts are cut: data by GPU, with a rule for sizes that were not measured. Knows sizes only.
+"""How the products of experts are cut, by a rule. Knows sizes only.
 
-No size is measured yet: perf/gpu/experts.py measures, the tables take what it finds.
+The rule is what perf/gpu/experts.py found fastest on an H200, or within 3 % of it, for 128 experts of 768 x 2048 and 32 of
+2880 x 2880; of FP8 with blocks of scales others are up to 10 % faster from 64 rows an expert on.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from pagegraph.kernels.gpu import OTHERS_TAKE, Gpu
 from pagegraph.kernels.quant.tiles import QuantGemvTile
 from pagegraph.kernels.quant.weight import Kind
 
 MAX_GEMV_TOKENS = 8  # above it experts are chosen more than once often enough
+MAX_TRANSPOSED_TOKENS = 1  # a program of such a product reads short pieces of rows
 
 
 class GemvTile(NamedTuple):
@@ -58,69 +59,54 @@ class QuantGemvTiles(NamedTuple):
 Size = tuple[int, int, int, int]  # experts, I, H, bytes an element
 QuantSize = tuple[Kind, int, int, int]  # kind of the weights, experts, I, H
 
-# GPU -> size -> tokens up to which it holds -> tiles.
-GEMV_TABLE: dict[Gpu, dict[Size, dict[int, GemvTiles | None]]] = {"H200": {}}  # None: the grouped products are faster
-# GPU -> size -> rows an expert has in the mean, up to which it holds -> tiles.
-GROUPED_TABLE: dict[Gpu, dict[Size, dict[int, GroupedTiles]]] = {"H200": {}}
 
-# The same of quantised weights, where block_n of the grouped products is rows of the weight, a multiple of 64, and block_k too.
-QUANT_GEMV_TABLE: dict[Gpu, dict[QuantSize, dict[int, QuantGemvTiles | None]]] = {"H200": {}}
-QUANT_GROUPED_TABLE: dict[Gpu, dict[QuantSize, dict[int, GroupedTiles]]] = {"H200": {}}
-
-
-def gemv_tiles_of(tokens: int, size: Size, transposed: bool = False, gpu: Gpu = OTHERS_TAKE) -> GemvTiles | None:
+def gemv_tiles_of(tokens: int, size: Size, transposed: bool = False) -> GemvTiles | None:
     """Tiles of products without tensor cores; None: more tokens than these are for."""
-    measured = GEMV_TABLE[gpu].get(size, {})
-    if (limit := min((limit for limit in measured if limit >= tokens), default=None)) is not None:
-        return measured[limit]
-    if tokens > MAX_GEMV_TOKENS:
+    if tokens > (MAX_TRANSPOSED_TOKENS if transposed else MAX_GEMV_TOKENS):
         return None
     if transposed:  # neighbours in memory are columns of the result: a sector of 32 bytes at least
         return GemvTiles(GemvTile(16, 128, 4), GemvTile(16, 128, 4, 4))
-    hidden = size[2]
-    return GemvTiles(GemvTile(4, 512 if hidden >= 512 else 128, 4), GemvTile(4, 256, 4, 4))
+    return GemvTiles(GemvTile(2, 1024 if size[2] >= 1024 else 256, 4), GemvTile(2, 256, 2, 8))
 
 
-def grouped_tiles_of(pairs: int, size: Size, gpu: Gpu = OTHERS_TAKE) -> GroupedTiles:
+def grouped_tiles_of(pairs: int, size: Size) -> GroupedTiles:
     """Tiles of grouped products of so many pairs of a token and its choice."""
     mean = -(-pairs // size[0])
-    measured = GROUPED_TABLE[gpu].get(size, {})
-    if (limit := min((limit for limit in measured if limit >= mean), default=None)) is not None:
-        return measured[limit]
     if size[3] > 2:
         tile = GroupedTile(64, 32, 4, 3)
         return GroupedTiles(16 if mean <= 16 else 64, 2, tile, tile)
-    if mean <= 16:
-        return GroupedTiles(16, 2, GroupedTile(128, 64, 4, 5), GroupedTile(128, 64, 4, 5))
     if mean <= 32:
-        return GroupedTiles(32, 2, GroupedTile(128, 64, 4, 5), GroupedTile(128, 64, 4, 5))
+        tile = GroupedTile(128, 64, 4, 3)
+        return GroupedTiles(16, 4, tile, tile) if mean <= 16 else GroupedTiles(32, 3, tile, tile)
     if mean <= 64:
-        return GroupedTiles(64, 2, GroupedTile(128, 64, 4, 4), GroupedTile(128, 64, 4, 4))
-    return GroupedTiles(128, 2, GroupedTile(128, 64, 8, 3), GroupedTile(128, 64, 8, 3))
+        tile = GroupedTile(256, 64, 8, 4)
+        return GroupedTiles(64, 1, tile, tile)
+    tile = GroupedTile(256, 64, 8, 3)
+    return GroupedTiles(128, 1, tile, tile)
 
 
-def quant_gemv_tiles_of(tokens: int, size: QuantSize, gpu: Gpu = OTHERS_TAKE) -> QuantGemvTiles | None:
+def quant_gemv_tiles_of(tokens: int, size: QuantSize) -> QuantGemvTiles | None:
     """As `gemv_tiles_of`, of quantised weights."""
-    measured = QUANT_GEMV_TABLE[gpu].get(size, {})
-    if (limit := min((limit for limit in measured if limit >= tokens), default=None)) is not None:
-        return measured[limit]
-    return None if tokens > MAX_GEMV_TOKENS else QuantGemvTiles(QuantGemvTile(1, 4, 2, 4), QuantGemvTile(1, 8, 2, 4))
+    if tokens > MAX_GEMV_TOKENS:
+        return None
+    if size[0] == "fp8" or tokens in (3, 4):
+        return QuantGemvTiles(QuantGemvTile(1, 4, 1, 4), QuantGemvTile(1, 8, 1, 6))
+    if tokens <= 2:
+        return QuantGemvTiles(QuantGemvTile(1, 4, 2, 4), QuantGemvTile(1, 8, 2, 4))
+    return QuantGemvTiles(QuantGemvTile(2, 4, 2, 4), QuantGemvTile(2, 8, 1, 4))
 
 
-def quant_grouped_tiles_of(pairs: int, size: QuantSize, wide: bool, gpu: Gpu = OTHERS_TAKE) -> GroupedTiles:
-    """As `grouped_tiles_of`, of quantised weights. wide: x is float32."""
+def quant_grouped_tiles_of(pairs: int, size: QuantSize, wide: bool) -> GroupedTiles:
+    """As `grouped_tiles_of`, of quantised weights: block_n is rows of the weight, a multiple of 64, as block_k is. wide: x is float32."""
     mean = -(-pairs // size[1])
-    measured = QUANT_GROUPED_TABLE[gpu].get(size, {})
-    if not wide and (limit := min((limit for limit in measured if limit >= mean), default=None)) is not None:
-        return measured[limit]
     if wide:
         tile = GroupedTile(64, 64, 4, 2)
         return GroupedTiles(16, 2, tile, tile)
+    if mean <= 16:
+        tile = GroupedTile(128, 128, 4, 4)
+        return GroupedTiles(16, 2, tile, tile)
     if mean <= 32:
         tile = GroupedTile(64, 128, 4, 4)
-        return GroupedTiles(16 if mean <= 16 else 32, 3, tile, tile)
-    if mean <= 64:
-        tile = GroupedTile(128, 64, 4, 4)
-        return GroupedTiles(64, 2, tile, tile)
-    tile = GroupedTile(128, 64, 8, 3)
-    return GroupedTiles(128, 1, tile, tile)
+        return GroupedTiles(32, 3, tile, tile)
+    tile = GroupedTile(128, 128, 4, 3)
+    return GroupedTiles(64, 2, tile, tile)

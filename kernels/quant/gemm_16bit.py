@@ -146,10 +146,10 @@ def scale_place(n, FLOATS: tl.constexpr):
     return n if FLOATS else n // 16 * 16 + n % 8 * 2 + n % 16 // 8
 
 
-@triton.jit
-def block_bytes(KIND: tl.constexpr):
+@triton.constexpr_function
+def block_bytes(kind):
     """Of 64 rows and columns."""
-    return SIZE * SIZE if KIND == "int8" else SIZE * SIZE // 2
+    return 64 * 64 if kind == "int8" else 64 * 64 // 2
 
 
 @triton.jit

@@ -1,9 +1,8 @@
 """Experts of a mixture on one CUDA machine: the kernels against the reference first, then against other products.
 
 Those are transformers' grouped products in a compiled graph; of quantised weights (section quantized_experts) ours by unquantised ones.
-Prints for each shape and number of tokens what the floor, the others, and each way of ours take, and the entries for the tables of
-`kernels.moe.tiles` that follow. A way that computed something wrong is not timed. Engines take the kernels where `DEVICES` and
-`QUANTIZED_DEVICES` of `compiler.model.experts` name "cuda", or with --try-experts. Knows no model and no jobs. On a CPU, under
+Prints for each shape and number of tokens what the floor, the others, and each way of ours take, and the fastest tiles, which the
+rules of `kernels.moe.tiles` follow. A way that computed something wrong is not timed. Knows no model and no jobs. On a CPU, under
 TRITON_INTERPRET=1, it runs its control flow alone.
 """
 
@@ -30,6 +29,7 @@ from pagegraph.kernels.moe.form import Form
 from pagegraph.kernels.moe.quant_stack import QuantStack
 from pagegraph.kernels.moe.reference import between, in_eights
 from pagegraph.kernels.moe.tiles import (
+    MAX_GEMV_TOKENS,
     GemvTile,
     GemvTiles,
     GroupedTile,
@@ -266,7 +266,7 @@ class QuantLayer(Layer):
 
     def ways(self, tokens: int) -> Iterator[tuple[str, Tiles]]:
         if tokens <= MOST_GEMV_TOKENS and self.dtype != torch.float32:
-            few = quant_gemv_tiles_of(1, self.key)
+            few = quant_gemv_tiles_of(min(tokens, MAX_GEMV_TOKENS), self.key)
             assert few is not None
             yield "gemv", few
         yield "grouped", quant_grouped_tiles_of(tokens * self.mixture.choices, self.key, self.dtype == torch.float32)
@@ -437,8 +437,8 @@ _QUANT_GROUPED = (  # as above: rows of x, programs, rows of the weight, columns
 
 
 def _measure(report: Report, layer: Layer, wrong: set[str], args: argparse.Namespace) -> None:
-    """One line a number of tokens, then the entries of both tables."""
-    mixture, on_device = layer.mixture, args.device == "cuda"
+    """One line a number of tokens, then the fastest tiles of both ways."""
+    on_device = args.device == "cuda"
     other = layer.other(on_device and not args.no_compile)
     best: dict[int, dict[str, tuple[float, Tiles]]] = {}
     for tokens in TOKENS if on_device else (1, 9):
@@ -466,10 +466,9 @@ def _measure(report: Report, layer: Layer, wrong: set[str], args: argparse.Names
             **{f"{way}_us": 1e6 * found[way][0] if way in found else "-" for way in ("gemv", "grouped")},
             rule_us=1e6 * next(iter(first.values()), float("nan")), gain=other_s / fastest, of_floor=fastest / floor,
         )  # fmt: skip
-    for table, entry in _entries(mixture, best).items():
-        report.fact(
-            **{f"{'QUANT_' if isinstance(layer, QuantLayer) else ''}{table} of {layer.name}": f"{layer.key}: {entry}"}
-        )
+    for way in ("gemv", "grouped"):
+        tiles = {tokens: str(found[way][1]) for tokens, found in best.items() if way in found}
+        report.fact(**{f"fastest tiles of {layer.name}, {way}": tiles})
 
 
 def _tried(report: Report, cell: dict[str, object], calls: list[Callable[[], object]], on_device: bool) -> float:
@@ -481,19 +480,6 @@ def _tried(report: Report, cell: dict[str, object], calls: list[Callable[[], obj
         return float("nan")
     report.row(show=False, **cell, us=1e6 * seconds)
     return seconds
-
-
-def _entries(mixture: Mixture, best: dict[int, dict[str, tuple[float, Tiles]]]) -> dict[str, dict[int, Tiles | None]]:
-    """What the tables of `kernels.moe.tiles` take of the fastest tiles."""
-    gemv: dict[int, Tiles | None] = {}
-    grouped: dict[int, Tiles | None] = {}
-    for tokens, found in best.items():
-        if "grouped" in found:
-            grouped[-(-tokens * mixture.choices // mixture.experts)] = found["grouped"][1]
-        if "gemv" in found:
-            slower = "grouped" in found and found["grouped"][0] < found["gemv"][0]
-            gemv[tokens] = None if slower else found["gemv"][1]
-    return {"GEMV_TABLE": gemv, "GROUPED_TABLE": grouped}
 
 
 def _floor(layer: Layer, steps: list[tuple[Tensor, Tensor, Tensor]]) -> float:

@@ -176,8 +176,6 @@ def config_of(args: argparse.Namespace, model: str, **changed: object) -> Config
         inter_token_target_ms="none",  # as `LLM` has it
         compile=not args.no_compile, quantization=args.quantization, kv_cache_memory=1 << 28 if args.device == "cpu" else None,
     )  # fmt: skip
-    if args.try_experts:  # what is compiled for it must not be found by a run without
-        settings.update(compile_cache_dir=str(Path(tempfile.gettempdir(), "pagegraph-try-experts")))
     if args.tiny:
         settings.update(max_num_seqs=16, max_num_batched_tokens=512)
     return Config(**{**settings, **changed})

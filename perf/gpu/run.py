@@ -92,11 +92,6 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--commit", default="unknown", help="what is measured, for the record")
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a trial of the control flow")
     p.add_argument("--tiny", action="store_true", help="the tiny model and small sizes")
-    p.add_argument(
-        "--try-experts",
-        action="store_true",
-        help="experts ops compute mixtures on CUDA, whether or not engines let them yet",
-    )
     p.add_argument("--no-compile", action="store_true", help="run the models as plain PyTorch inside the graphs")
     p.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     p.add_argument("--results", type=Path, help=argparse.SUPPRESS)
@@ -207,10 +202,6 @@ def run_child(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     from perf.gpu.report import Report  # torch is imported in children alone
 
-    if args.try_experts:
-        from pagegraph.compiler.model import experts
-
-        experts.DEVICES = experts.QUANTIZED_DEVICES = ("cpu", "cuda")
     report = Report(args.child, machine_facts(args), args.seconds)
     print(f"\n{report.machine['gpu']}, imports {time.perf_counter() - start:.1f} s", flush=True)
     model = args.models[0] if args.sections[0] in ("start", *OF_A_SERVER) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from pagegraph.compiler.model import experts
 from pagegraph.compiler.model.experts import form_of
 from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.paged import ATTENTION_NAME, wrap_model
@@ -113,12 +111,6 @@ def test_gemma4_with_experts_goes_through_the_op() -> None:
 @torch.inference_mode()
 def test_llama4_does_not_ask_and_is_right() -> None:
     check(lambda: tiny_config("llama4"), 0)
-
-
-@torch.inference_mode()
-def test_a_device_that_is_not_listed_takes_the_grouped_products() -> None:
-    with mock.patch.object(experts, "DEVICES", ()):
-        check(lambda: tiny_config("olmoe"), 0)
 
 
 def test_is_one_full_graph() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from pagegraph.compiler.model import experts, paged
+from pagegraph.compiler.model import paged
 from pagegraph.compiler.model.checkpoint import WeightsMismatch
 from pagegraph.compiler.model.meta import build_meta
 from pagegraph.compiler.model.paged import ATTENTION_NAME, PagedModel, wrap_model
@@ -138,8 +139,7 @@ def test_the_engines_tokens_are_those_of_transformers(kind: str, name: str, devi
     words = tokenizers.models.WordLevel({f"t{token}": token for token in range(128)}, unk_token="t3")
     tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
     settings = dict(dtype="float32", max_model_len=128, kv_cache_memory=1 << 25, compile=False, device=device)
-    with mock.patch.object(experts, "QUANTIZED_DEVICES", ("cpu", device)):
-        llm = LLM(Config(model=str(tmp_path), **settings))
+    llm = LLM(Config(model=str(tmp_path), **settings))
     prompts = [[5, 9, 77, 31, 8], [100, 3, 4], [64] * 20]
     for done in llm.generate(prompts, SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)):
         ids = done.prompt_token_ids + done.token_ids
@@ -270,19 +270,10 @@ def test_a_layer_that_is_quantised_in_part_is_refused(leaf: str, tmp_path: Path)
         load(tmp_path)
 
 
-def test_devices_that_do_not_compute_them_are_named(tmp_path: Path) -> None:
-    write_mixture(tmp_path, "qwen3_moe", "fp8_row")
-    with mock.patch.object(experts, "QUANTIZED_DEVICES", ()):
-        with pytest.raises(
-            QuantizationError, match="quantised experts of a mixture are served on a CPU, .* take the original"
-        ):
-            load(tmp_path)
-
-
 def test_models_that_compute_experts_themselves_are_named(tmp_path: Path) -> None:
     write_mixture(tmp_path, "qwen3_moe", "fp8_row")
     with mock.patch.object(paged, "take_experts", lambda model: 0):
-        with pytest.raises(QuantizationError, match="leave them to a function of transformers"):
+        with pytest.raises(QuantizationError, match="leave them to a function of transformers, .* take the original"):
             load(tmp_path)
 
 
@@ -344,16 +335,16 @@ def gguf_mixture(path: Path, first: str, second: str) -> dict[str, np.ndarray]:
     return held
 
 
-@pytest.mark.parametrize("device", ["cpu", "none"])
+@pytest.mark.parametrize("taken", [True, False])
 @pytest.mark.parametrize(("first", "second"), KINDS)
-def test_gguf(first: str, second: str, device: str, tmp_path: Path) -> None:
-    """Experts in the blocks of the file, value by value; unpacked where no op takes them."""
+def test_gguf(first: str, second: str, taken: bool, tmp_path: Path) -> None:
+    """Experts in the blocks of the file, value by value; unpacked where a model computes them itself."""
     held = gguf_mixture(tmp_path / "some.gguf", first, second)
     folder = resolve_model(str(tmp_path / "some.gguf"), keep_quantized=True, cache_dir=tmp_path / "cache")
-    with mock.patch.object(experts, "QUANTIZED_DEVICES", (device,)):
+    with nullcontext() if taken else mock.patch.object(paged, "take_experts", lambda model: 0):
         built = load(folder)
     stacks = weights_of(built.model)
-    assert len(stacks) == (4 if device == "cpu" else 0)
+    assert len(stacks) == (4 if taken else 0)
     for layer in range(2):
         for leaf, parts in dict(gate_up_proj=("gate", "up"), down_proj=("down",)).items():
             expected = np.concatenate([held[f"blk.{layer}.ffn_{part}_exps.weight"] for part in parts], axis=1)

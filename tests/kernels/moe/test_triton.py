@@ -11,6 +11,7 @@ from pagegraph.kernels.moe import reference
 from pagegraph.kernels.moe.form import Form
 from pagegraph.kernels.moe.tiles import (
     MAX_GEMV_TOKENS,
+    MAX_TRANSPOSED_TOKENS,
     GemvTile,
     GemvTiles,
     GroupedTile,
@@ -149,4 +150,5 @@ def test_every_size_has_tiles(tokens: int, choices: int, experts: int, inner: in
             columns, depth = tile.block_n, tile.block_k
             assert (grouped.block_m + columns) * depth * element * tile.num_stages <= 232448
         for transposed in (False, True):
-            assert (gemv_tiles_of(tokens, size, transposed) is None) == (tokens > MAX_GEMV_TOKENS)
+            most = MAX_TRANSPOSED_TOKENS if transposed else MAX_GEMV_TOKENS
+            assert (gemv_tiles_of(tokens, size, transposed) is None) == (tokens > most)
