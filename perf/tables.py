@@ -482,6 +482,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "prompt graphs": prompt_graphs, "memory": memory, "start": lambda: starts(stored("2026-11-29-llama3-8b-startup-answers")), "parity": parity,
     "cpu compare": lambda: iter(compare.lines(read("cpu-2026-11-29-compare.json")["rows"])),
     "gpu compare": lambda: iter(compare.lines(read("h200-2026-11-29-qwen3-0.6b-compare.json")["rows"])),
+    "gpu compare 8b": lambda: iter(compare.lines(read("h200-2026-11-30-llama3-8b-compare.json")["rows"])),
     "cpu transformers": cpu_transformers, "cpu quantized": cpu_quantized, "cpu quality": cpu_quality,
     "quantized gemms": quantized_gemms, "quantized steps": quantized_steps, "fp8 jobs": fp8_jobs, "fp8 cache": fp8_cache,
     "gpu quality": gpu_quality, "spec decode cpu": spec_decode_cpu, "spec decode gpu": spec_decode_gpu,
