@@ -293,7 +293,7 @@ def build_model(
         start_cache = _start_cache(options, models)
         num_blocks = _kv_budget(options, models, start_cache).num_blocks
         if options.ranks.size > 1:
-            num_blocks = groups.least(num_blocks, options.ranks.group, options.device)
+            [num_blocks] = groups.least([num_blocks], options.ranks.group)
         states = [one.state(options, num_blocks, is_draft=one is draft) for one in models]
         # The same blocks for both: one set of block tables, brought up to date by whoever steps first.
         states[-1].block_tables = states[0].block_tables
@@ -320,16 +320,16 @@ def build_model(
     )
 
 
-def build_compiled(options: CompilerOptions, *, progress: bool = True) -> BuiltModel:
+def build_compiled(options: CompilerOptions, *, progress: bool = True, all_graphs: bool = True) -> BuiltModel:
     """Build, compile if that is on, and capture CUDA graphs: steps run at full speed from the first on.
 
-    Raises what the compilation raised.
+    all_graphs: see `BuiltModel.capture_graphs`. Raises what the compilation raised.
     """
     built = build_model(options, progress=progress)
     if options.compile:
         with built.timings.stage("compile"):
             built.compile(progress)
-    built.capture_graphs(progress=progress)
+    built.capture_graphs(progress=progress, all_graphs=all_graphs)
     return built
 
 
@@ -496,6 +496,8 @@ def _start_cache(options: CompilerOptions, models: list[LoadedModel]) -> StartCa
         "caches": [kv_cache.block_size, *(str(model.cache_dtype) for model in models)],
         "lengths": [model.max_model_len for model in models],
     }
+    if options.ranks.size > 1:
+        more["ranks"] = [options.ranks.rank, options.ranks.size]
     if options.device.type == "cpu":
         more["blocks"] = [kv_cache.num_blocks, kv_cache.memory]
         more["slots"] = [model.num_slots(options) for model in models if model.slot_bytes]
@@ -520,6 +522,8 @@ def _kv_budget(options: CompilerOptions, models: list[LoadedModel], start_cache:
     else:
         known = StoredProfiles(start_cache, asdict(options.step))
         profiles = known.read()
+        if options.ranks.size > 1 and not all(groups.least([profiles is not None], options.ranks.group)):
+            profiles = None  # steps are measured on all ranks or on none: they sum
         if profiles is None:
             profiles = _profiles(options, models, states)
             known.write(profiles)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pagegraph.compiler.step.inputs import StepInput, StepOutput
+from pagegraph.compiler.step.inputs import Deferred, StepInput, StepOutput
 from pagegraph.compiler.step.step import CompiledStep, Ticket
 from perf.compare import record
 from perf.floors import MODELS
@@ -88,7 +88,7 @@ def launch(self: CompiledStep, step: StepInput, *rest: object) -> Ticket:
         time.sleep(max(ends - time.monotonic(), 0.0))
         return StepOutput(ids)
 
-    return Ticket(wait)
+    return Ticket(Deferred(wait))
 
 
 def serve(config: str) -> None:

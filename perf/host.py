@@ -18,7 +18,7 @@ from pagegraph.compiler.build import BuiltModel, Timings
 from pagegraph.compiler.step.caches import Caches
 from pagegraph.compiler.step.capture_sizes import Bucket
 from pagegraph.compiler.step.counts import StepCounts
-from pagegraph.compiler.step.inputs import StepInput, StepOutput
+from pagegraph.compiler.step.inputs import Deferred, StepInput, StepOutput
 from pagegraph.compiler.step.staging import CudaStaging, Layout
 from pagegraph.compiler.step.state import DeviceState
 from pagegraph.compiler.step.step import Ticket
@@ -64,7 +64,7 @@ class NoDevice:
     def launch(self, step: StepInput) -> Ticket:
         self.stage(step)
         ids = self._ids[: step.num_seqs]
-        return Ticket(lambda: StepOutput(ids))
+        return Ticket(Deferred(lambda: StepOutput(ids)))
 
 
 class PlainStaging(CudaStaging):

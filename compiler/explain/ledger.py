@@ -271,7 +271,7 @@ def would_fit(options: CompilerOptions, machine: Machine) -> list[str]:
             shared = replace(options, ranks=replace(options.ranks, size=size))
             try:
                 if size > options.ranks.size and not ledger(shared, plan_models(shared), machine).refusal:
-                    found.append(f"tensor_parallel_size={size} (arithmetic alone: the engine serves one GPU)")
+                    found.append(f"tensor_parallel_size={size}, as many GPUs (not measured yet)")
                     break
             except ValueError:  # so many cannot share it
                 continue

@@ -36,7 +36,9 @@ class Machine:
     def shared_by(self, ranks: int) -> Machine:
         """What one of so many processes has of it, all of which run at the same time."""
         rates = {name: getattr(self, name) / ranks for name in ("bandwidth", "flops", "narrow_flops")}
-        return self if ranks == 1 else replace(self, name=f"one of {ranks} shares of {self.name}", **rates)
+        if ranks == 1 or self.device_type == "cuda":  # a GPU each
+            return self
+        return replace(self, name=f"one of {ranks} shares of {self.name}", **rates)
 
 
 def _sheet(
@@ -97,7 +99,8 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
     told = torch.cuda.get_device_name(device)
     total = torch.cuda.mem_get_info(device)[1]
     capability = torch.cuda.get_device_capability(device)
-    return Machine(told, total, bandwidth, flops, 2 * flops, capability, 0.0, source)
+    link = next((one.link for one in GPUS.values() if one.name == told), 0.0)
+    return Machine(told, total, bandwidth, flops, 2 * flops, capability, link, source)
 
 
 def measured_bandwidth(device: torch.device) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -10,10 +10,10 @@ import torch
 
 from pagegraph.compiler.host import step_thread
 from pagegraph.compiler.step.bitmask import Bitmask, BitmaskBuffers
-from pagegraph.compiler.step.capture_sizes import own_bucket
+from pagegraph.compiler.step.capture_sizes import Bucket, own_bucket
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.executor import Outputs, StepExecutor
-from pagegraph.compiler.step.inputs import StepInput, StepOutput
+from pagegraph.compiler.step.inputs import Pending, StepInput, StepOutput
 from pagegraph.compiler.step.staging import StepMetadata
 
 
@@ -25,11 +25,11 @@ class CpuRunner:
         self._counts = counts
         self._bitmasks = BitmaskBuffers(executor.state.vocab_size, executor.staging.device)
 
-    def launch(self, step: StepInput, num_steps: int) -> Callable[[], StepOutput]:
-        """Submit a step, or `num_steps` of them in a row -> a function that waits for what comes of it."""
-        return step_thread.submit(self._run, step, num_steps).result
+    def launch(self, step: StepInput, num_steps: int) -> Pending:
+        """Submit a step, or `num_steps` of them in a row -> what comes of it."""
+        return step_thread.submit(self._run, step, num_steps)
 
-    def launch_masked(self, step: StepInput) -> tuple[np.ndarray, Callable[[], Callable[[], StepOutput]]]:
+    def launch_masked(self, step: StepInput) -> tuple[np.ndarray, Callable[[], Pending]]:
         """Submit a step up to its logits -> masks to be written, and what samples by them and returns as `launch`.
 
         Sampling is submitted by itself, so no thread waits for masks.
@@ -37,11 +37,14 @@ class CpuRunner:
         assert step.sampling.masked is not None
         outputs = step_thread.submit(self._forward, step)
         bitmask = self._bitmasks.take(step.sampling.masked)
-        return bitmask.words.numpy(), lambda: step_thread.submit(self._sample, step, outputs, bitmask).result
+        return bitmask.words.numpy(), lambda: step_thread.submit(self._sample, step, outputs, bitmask)
 
-    def use_idle_time(self) -> bool:
+    def put_off(self) -> None:
         """Nothing is put off on a CPU."""
-        return False
+
+    def capture_graphs(self, buckets: Sequence[Bucket], progress: bool) -> None:
+        """A CPU has no such graphs."""
+        raise RuntimeError("CUDA graphs were asked for on a CPU")
 
     def decode_sizes(self, most: int) -> tuple[int, ...]:
         """Sizes up to `most` that differ in what a decode step takes: nearly every one."""

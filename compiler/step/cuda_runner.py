@@ -5,6 +5,7 @@ Knows which graph a step replays and when a missing one is captured; knows no re
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,8 +19,32 @@ from pagegraph.compiler.step.capture_sizes import Bucket, CaptureSizes
 from pagegraph.compiler.step.counts import GraphMiss, StepCounts
 from pagegraph.compiler.step.executor import Outputs, Sampled, StepExecutor
 from pagegraph.compiler.step.graphs import GraphSet, MaskedSampling
-from pagegraph.compiler.step.inputs import StepInput, StepOutput
+from pagegraph.compiler.step.inputs import Pending, StepInput, StepOutput
 from pagegraph.compiler.step.staging import StepMetadata
+
+POLL_S = 2e-5  # between looks at a device
+
+
+class _Returning:
+    """A Pending of ids that are on their way to the host."""
+
+    def __init__(self, arrived: torch.cuda.Event, output: Callable[[], StepOutput]) -> None:
+        self._arrived = arrived
+        self._output = output
+
+    def result(self, timeout: float | None = None) -> StepOutput:
+        if timeout is None:
+            self._arrived.synchronize()
+        else:
+            end = time.monotonic() + timeout
+            while not self._arrived.query():
+                if time.monotonic() > end:
+                    raise TimeoutError
+                time.sleep(POLL_S)
+        return self._output()
+
+    def done(self) -> bool:
+        return self._arrived.query()
 
 
 class _Prepared(NamedTuple):
@@ -45,15 +70,15 @@ class CudaRunner:
         self._returned: torch.cuda.Event | None = None  # recorded when the last step's ids are copied
 
     @torch.inference_mode()
-    def launch(self, step: StepInput, num_steps: int) -> Callable[[], StepOutput]:
-        """Launch a step, or `num_steps` of them in a row -> a function that waits for what comes of it."""
+    def launch(self, step: StepInput, num_steps: int) -> Pending:
+        """Launch a step, or `num_steps` of them in a row -> what comes of it."""
         executor, prepared = self._executor, self._prepare(step, num_steps)
         times = num_steps // prepared.bucket.num_steps
         sampled = executor.repeat(prepared.metadata, times, lambda: executor.finish(step, self._forward(prepared)))
         return self._returning(step, sampled)
 
     @torch.inference_mode()
-    def launch_masked(self, step: StepInput) -> tuple[np.ndarray, Callable[[], Callable[[], StepOutput]]]:
+    def launch_masked(self, step: StepInput) -> tuple[np.ndarray, Callable[[], Pending]]:
         """Launch a step up to its logits -> masks to be written, and what samples by them and returns as `launch`.
 
         The ids that the graph samples stay where the masks allow them; nothing else may be launched in between.
@@ -64,7 +89,7 @@ class CudaRunner:
         bitmask = self._bitmasks.take(step.sampling.masked, padded_to=bucket.seqs)
 
         @torch.inference_mode()
-        def sample() -> Callable[[], StepOutput]:
+        def sample() -> Pending:
             sent = self._bitmasks.send(bitmask)
             if prepared.graphed and step.sampling.is_plain_but_masked and step.prompt is None:
                 padded = self._bitmasks.padded(bucket.seqs)
@@ -108,12 +133,9 @@ class CudaRunner:
         for bucket in buckets:
             self.queue.done(bucket)
 
-    def use_idle_time(self) -> bool:
-        """Capture one more bucket -> whether there was any."""
-        bucket = self.queue.next()
-        if bucket is not None:
-            self.capture_graphs([bucket], progress=False)
-        return bucket is not None
+    def put_off(self) -> Bucket | None:
+        """The bucket that is to be captured next, when nothing runs."""
+        return self.queue.next()
 
     def decode_sizes(self, most: int) -> tuple[int, ...]:
         """Sizes up to `most` that differ in what a decode step takes: the capture sizes."""
@@ -147,7 +169,7 @@ class CudaRunner:
             self.capture_graphs([draft], progress=False)
         return draft if draft in self.graphs else bucket
 
-    def _returning(self, step: StepInput, sampled: Sampled) -> Callable[[], StepOutput]:
+    def _returning(self, step: StepInput, sampled: Sampled) -> Pending:
         """Send ids to the host on a second stream; the main one goes on."""
         self._returns.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._returns):
@@ -157,11 +179,7 @@ class CudaRunner:
             arrived = self._returned = torch.cuda.Event()
             arrived.record()
 
-        def result() -> StepOutput:
-            arrived.synchronize()
-            return Sampled(ids, found, sampled.logprobs, prompt).output(step)
-
-        return result
+        return _Returning(arrived, lambda: Sampled(ids, found, sampled.logprobs, prompt).output(step))
 
 
 def _sent_back(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,9 @@ Knows no torch, no device and no padding: arrays hold exactly the T tokens and S
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -155,3 +156,28 @@ class StepOutput:
     logprobs: StepLogprobs | None = None
     ngram: NgramOutput | None = None
     prompt: PromptOutput | None = None
+
+
+class Pending(Protocol):
+    """The output of a launched step, which may not be there yet; a Future is one."""
+
+    def result(self, timeout: float | None = None) -> StepOutput:
+        """Wait for it. Raises what the step raised, and TimeoutError after so many seconds."""
+        ...
+
+    def done(self) -> bool:
+        """Whether `result` would not wait."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """A Pending whose output comes of a call."""
+
+    give: Callable[[], StepOutput]
+
+    def result(self, timeout: float | None = None) -> StepOutput:
+        return self.give()
+
+    def done(self) -> bool:
+        return True

@@ -19,13 +19,13 @@ from pagegraph.compiler.inductor.compile import GraphPass, Took, compile_forward
 from pagegraph.compiler.inductor.guard_free import Forward
 from pagegraph.compiler.inductor.stored_forward import ForwardStore
 from pagegraph.compiler.model.paged import Forwarded, PagedModel
-from pagegraph.compiler.step.capture_sizes import CaptureSizes, own_bucket
+from pagegraph.compiler.step.capture_sizes import Bucket, CaptureSizes, own_bucket
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.cpu_runner import CpuRunner
 from pagegraph.compiler.step.cuda_runner import CudaRunner
 from pagegraph.compiler.step.executor import StepExecutor
 from pagegraph.compiler.step.forward import mark_dynamic, step_inputs
-from pagegraph.compiler.step.inputs import StepInput, StepOutput
+from pagegraph.compiler.step.inputs import Pending, StepInput, StepOutput
 from pagegraph.compiler.step.staging import Staging
 from pagegraph.compiler.step.state import DeviceState
 
@@ -47,9 +47,39 @@ class Lead(Protocol):
         """Of the step launched last. Raises RanksLost."""
         ...
 
+    def capture(self, bucket: Bucket) -> None:
+        """A CUDA graph, which holds sums over ranks. Raises RanksLost."""
+        ...
+
+    def wait(self, pending: Pending) -> StepOutput:
+        """The output of a step that was launched, or what it raised. Raises RanksLost where that does not come."""
+        ...
+
     def lost(self, error: Exception) -> RanksLost:
         """What a step that raised `error` here means: the ranks are no longer at the same place."""
         ...
+
+
+class _Led:
+    """A Pending of a step that other ranks launch too."""
+
+    def __init__(self, lead: Lead, pending: Pending) -> None:
+        self._lead = lead
+        self._pending = pending
+
+    def result(self, timeout: float | None = None) -> StepOutput:
+        return _together(self._lead, lambda: self._lead.wait(self._pending))
+
+    def done(self) -> bool:
+        return self._pending.done()
+
+
+def _together(lead: Lead, call: Callable[[], R]) -> R:
+    """What all ranks do: nothing that fails on one of them alone can be made good."""
+    try:
+        return call()
+    except Exception as error:
+        raise lead.lost(error) from error
 
 
 class Ticket:
@@ -59,25 +89,30 @@ class Ticket:
 
     def __init__(
         self,
-        result: Callable[[], StepOutput] | None,
+        pending: Pending | None,
         masks: np.ndarray | None = None,
-        sample: Callable[[], Callable[[], StepOutput]] | None = None,
+        sample: Callable[[], Pending] | None = None,
     ) -> None:
         self.masks = masks  # int32 [R, words], of the rows `SamplingInput.masked`, all to be written
-        self._result = result
+        self._pending = pending
         self._sample = sample
 
     def sample(self) -> None:
         """Sample by the masks."""
         if self._sample is None:
             raise RuntimeError("a step without masked rows was asked to sample by its masks")
-        self._result = self._sample()
+        self._pending = self._sample()
 
     def wait(self) -> StepOutput:
         """Block until the step's ids are on the host. Raises what the step raised."""
-        if self._result is None:
+        if self._pending is None:
             raise RuntimeError("a step with masked rows was waited for before it sampled")
-        return self._result()
+        return self._pending.result()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would not block."""
+        return self._pending is not None and self._pending.done()
 
 
 class CompiledStep:
@@ -129,27 +164,17 @@ class CompiledStep:
         return Ticket(None, *self.runner.launch_masked(step))
 
     def _launch_leading(self, lead: Lead, step: StepInput, num_steps: int) -> Ticket:
-        """The same, on all ranks. Nothing that fails on one of them alone can be made good."""
-
-        def guarded(call: Callable[[], R]) -> Callable[[], R]:
-            def guard() -> R:
-                try:
-                    return call()
-                except Exception as error:
-                    raise lead.lost(error) from error
-
-            return guard
-
+        """The same, on all ranks."""
         lead.launch(step, num_steps)
         if step.sampling.masked is None:
-            return Ticket(guarded(guarded(lambda: self.runner.launch(step, num_steps))()))
-        masks, sample = guarded(lambda: self.runner.launch_masked(step))()
+            return Ticket(_Led(lead, _together(lead, lambda: self.runner.launch(step, num_steps))))
+        masks, sample = _together(lead, lambda: self.runner.launch_masked(step))
 
-        def sample_all() -> Callable[[], StepOutput]:
+        def sample_all() -> Pending:
             lead.sample(masks)
-            return guarded(sample)()
+            return _Led(lead, _together(lead, sample))
 
-        return Ticket(None, masks, lambda: guarded(sample_all()))
+        return Ticket(None, masks, sample_all)
 
     def compiled_forward(
         self, warm: list[StepInput], progress: bool = False, store: ForwardStore | None = None, took: Took = untold
@@ -177,8 +202,20 @@ class CompiledStep:
         return self.runner.decode_sizes(most)
 
     def use_idle_time(self) -> bool:
-        """Do a piece of what was put off at the start -> whether there was any."""
-        return self.runner.use_idle_time()
+        """Do a piece of what was put off at the start, a CUDA graph, on all ranks -> whether there was any."""
+        bucket = self.runner.put_off()
+        if bucket is None:
+            return False
+        if self.lead is None:
+            self.capture(bucket)
+        else:
+            self.lead.capture(bucket)
+            _together(self.lead, lambda: self.capture(bucket))
+        return True
+
+    def capture(self, bucket: Bucket) -> None:
+        """Capture one CUDA graph; a step may be in flight."""
+        self.runner.capture_graphs([bucket], progress=False)
 
     def close(self) -> None:
         """Finish launched steps."""

@@ -1,19 +1,33 @@
 """Groups of processes by name, and what their ranks bring together: `pagegraph::all_reduce` and `pagegraph::all_gather`.
 
-All ranks of a group call the same ops on tensors of the same sizes in the same order. A rank that ends lets the others' calls
-raise; one that hangs does so after the group's time. Knows a process group of PyTorch, whatever its backend; does not know how
-it came about or what is summed.
+All ranks of a group call the same ops on tensors of the same sizes in the same order. Between GPUs an op is launched on the current
+stream and not waited for, so that a CUDA graph may hold it. A rank that ends lets calls over gloo raise, and one that hangs does
+so after the group's time. NCCL's calls raise nothing: kernels wait on the device, for ever, until `Group.abort`; who waits for
+them has to look after the other ranks. What ranks agree on before they compute goes over gloo on every device. Knows process groups of PyTorch; does not
+know how they came about or what is summed.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, ReduceOp, Store
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    PrefixStore,
+    ProcessGroupGloo,
+    ReduceOp,
+    Store,
+)
 
 LOOPBACK = "127.0.0.1"
+# PyTorch's own watch over NCCL ends the process, without a word to who waits, when a call takes long or a graph is captured for
+# long. Ranks are watched by who started them.
+UNWATCHED = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 _groups: dict[str, Group] = {}
 
@@ -21,14 +35,26 @@ _groups: dict[str, Group] = {}
 class Group:
     """One rank's end of a group."""
 
-    def __init__(self, processes: Any, timeout_s: float) -> None:
-        """processes: a ProcessGroup of PyTorch. timeout_s: that a call waits for the slowest rank; may be set anew at any time."""
+    def __init__(self, processes: Any, timeout_s: float, host: Any = None) -> None:
+        """processes: a ProcessGroup of PyTorch for tensors of the device. host: one of the same ranks over gloo, if that is another.
+
+        timeout_s: that a call over gloo waits for the slowest rank; may be set anew at any time.
+        """
         self.processes = processes
+        self.host = host or processes
         self.timeout_s = timeout_s
 
     @property
     def timeout(self) -> timedelta:
         return timedelta(seconds=self.timeout_s)
+
+    def abort(self) -> None:
+        """End calls that wait on a GPU for a rank that will not come; the group is of no use from then on. Any thread may call.
+
+        Over gloo calls end by themselves.
+        """
+        if self.processes is not self.host:
+            self.processes.abort()
 
 
 def connect(store: Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Group:
@@ -37,15 +63,39 @@ def connect(store: Store, rank: int, size: int, device: torch.device, timeout_s:
     Returns when all are there; raises RuntimeError where they are not in time.
     """
     timeout = timedelta(seconds=timeout_s)
-    if device.type == "cuda":
-        processes: Any = torch.distributed.ProcessGroupNCCL
-        options = processes.Options()
-    else:
-        processes = torch.distributed.ProcessGroupGloo
-        options = processes._Options()
-        options._devices, options._threads = [processes.create_device(hostname=LOOPBACK)], 1
+    host = _gloo(PrefixStore("host", store), rank, size, timeout)
+    if device.type == "cpu":
+        return Group(host, timeout_s)
+    group = Group(_nccl(PrefixStore("device", store), rank, size, timeout), timeout_s, host)
+    register("", group)
+    try:  # what connects them is made at the first call, which may not be in a CUDA graph
+        found = all_reduce(torch.ones(1, device=device), "")
+    finally:
+        forget("")
+    if int(found) != size:
+        raise RuntimeError(f"a sum of ones over {size} ranks by NCCL gave {found.item()}")
+    return group
+
+
+def _gloo(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
+    kind: Any = ProcessGroupGloo
+    options = kind._Options()
+    options._devices, options._threads = [kind.create_device(hostname=LOOPBACK)], 1
     options._timeout = timeout
-    return Group(processes(store, rank, size, options), timeout_s)
+    return kind(store, rank, size, options)
+
+
+def _nccl(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
+    if not torch.distributed.is_nccl_available():
+        raise RuntimeError(
+            f"{size} GPUs share a model by NCCL, and this PyTorch {torch.__version__} was built without it"
+        )
+    for name, value in UNWATCHED.items():
+        os.environ.setdefault(name, value)
+    processes: Any = torch.distributed.ProcessGroupNCCL
+    options = processes.Options()
+    options._timeout = timeout
+    return processes(store, rank, size, options)
 
 
 def register(name: str, group: Group) -> None:
@@ -67,7 +117,7 @@ def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
     """The sum of every rank's x [..], in x's dtype, as a tensor of its own; the same bits on all ranks."""
     found, out = _groups[group], x.clone(memory_format=torch.contiguous_format)
     options = AllreduceOptions()
-    options.timeout = found.timeout
+    options.timeout, options.asyncOp = found.timeout, False  # on the current stream
     found.processes.allreduce([out], options).wait()
     return out
 
@@ -76,16 +126,16 @@ def all_gather(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
     """Every rank's x [.., n] side by side in the order of ranks -> [.., size * n]."""
     found, own = _groups[group], x.contiguous()
     options = AllgatherOptions()
-    options.timeout = found.timeout
-    parts = [torch.empty_like(own) for _ in range(size)]
-    found.processes.allgather([parts], [own], options).wait()
-    return torch.cat(parts, dim=-1)
+    options.timeout, options.asyncOp = found.timeout, False
+    parts = own.new_empty(size * own.shape[0], *own.shape[1:])
+    found.processes._allgather_base(parts, own, options).wait()
+    return parts.view(size, *own.shape).movedim(0, -2).reshape(*own.shape[:-1], size * own.shape[-1])
 
 
-def least(value: int, group: str, device: torch.device) -> int:
-    """The least of every rank's value."""
-    found, out = _groups[group], torch.tensor([value], dtype=torch.int64, device=device)
+def least(values: Sequence[int], group: str) -> list[int]:
+    """Of each value the least of all ranks'. Raises RuntimeError where a rank has ended."""
+    found, out = _groups[group], torch.tensor(values, dtype=torch.int64)
     options: Any = AllreduceOptions()
     options.reduceOp, options.timeout = ReduceOp.MIN, found.timeout
-    found.processes.allreduce([out], options).wait()
-    return int(out)
+    found.host.allreduce([out], options).wait()
+    return out.tolist()

@@ -17,7 +17,7 @@ import numpy as np
 
 from pagegraph.compiler.build import BuiltModel
 from pagegraph.compiler.step.counts import StepCounts
-from pagegraph.compiler.step.inputs import SamplingInput, StepInput, StepOutput
+from pagegraph.compiler.step.inputs import Deferred, SamplingInput, StepInput, StepOutput
 from pagegraph.compiler.step.state import DeviceState
 from pagegraph.compiler.step.step import CompiledStep, Ticket
 from pagegraph.runtime.bench.work import draw_ids
@@ -81,7 +81,10 @@ class WatchedStep:
             self.turn.wait = time.perf_counter() - start
             return output
 
-        return Ticket(wait) if ticket.masks is None else Ticket(None, ticket.masks, lambda: (ticket.sample(), wait)[1])
+        timed = Deferred(wait)
+        return (
+            Ticket(timed) if ticket.masks is None else Ticket(None, ticket.masks, lambda: (ticket.sample(), timed)[1])
+        )
 
 
 @dataclasses.dataclass(slots=True)

@@ -22,15 +22,13 @@ def compiler_options(
 ) -> CompilerOptions:
     """Raises ValueError where there is no such device, ConfigError where its token budget is below `max_num_seqs`.
 
-    rank: of the configuration's tensor_parallel_size. device: instead of the configuration's, and it need not be there; capability: of a GPU that is not.
+    rank: of the configuration's tensor_parallel_size; each has a GPU of its own. device: instead of the configuration's, and it need not be
+    there; capability: of a GPU that is not.
     """
     if device is None:
         device = resolve_device(config.device)
-        if config.tensor_parallel_size > 1 and device.type != "cpu":
-            raise ValueError(
-                f"tensor_parallel_size={config.tensor_parallel_size} is served on a CPU so far, not on {device.type}; set it to 1, or"
-                " device to cpu"
-            )
+        if config.tensor_parallel_size > 1 and device.type == "cuda":
+            device = _of_rank(rank, config.tensor_parallel_size)
     num_threads = config.num_threads
     if config.tensor_parallel_size > 1 and num_threads is None:
         num_threads = max(torch.get_num_threads() // config.tensor_parallel_size, 1)
@@ -60,6 +58,17 @@ def compiler_options(
         ranks=Ranks(rank, config.tensor_parallel_size, GROUP),
         cache_dir=config.compile_cache_dir,
     )
+
+
+def _of_rank(rank: int, size: int) -> torch.device:
+    """The GPU of one of so many ranks, in the order that CUDA shows. Raises ValueError where there are fewer."""
+    there = torch.cuda.device_count()
+    if there < size:
+        raise ValueError(
+            f"tensor_parallel_size={size} wants a GPU for each rank, and torch sees {there} here; set it to {there} or less, or"
+            " device to cpu"
+        )
+    return torch.device("cuda", rank)
 
 
 def model_options(config: Config) -> ModelOptions:

@@ -15,13 +15,15 @@ import signal
 import socket
 import sys
 import threading
+from collections import deque
+from contextlib import suppress
 from typing import Any
 
 from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.compiler.step.step import Ticket
 from pagegraph.runtime.config import config_from_dict
 from pagegraph.runtime.engine.compiler_options import compiler_options
-from pagegraph.runtime.engine.ranks import meet, receive, send
+from pagegraph.runtime.engine.ranks import LOOK_S, meet, receive, send
 from pagegraph.runtime.server.start_errors import sentence
 
 log = logging.getLogger("pagegraph.rank")
@@ -31,18 +33,20 @@ def main(descriptor: int) -> None:
     """Follow until rank 0 ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to rank 0, who decides
     leader = socket.socket(fileno=descriptor)
+    leader.set_inheritable(False)  # its end is seen by rank 0
     first = receive(leader)
     if first is None:
         return
-    settings, rank, store = first
+    settings, rank, store, all_graphs = first
     config = config_from_dict(settings)
     messages: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(leader, messages), daemon=True).start()
     send(leader, "here")
     size = config.tensor_parallel_size
-    group = meet(store, rank, size)
     try:
-        built = build_compiled(compiler_options(config, rank=rank), progress=False)
+        options = compiler_options(config, rank=rank)
+        group = meet(store, rank, size, options.device)
+        built = build_compiled(options, progress=False, all_graphs=all_graphs)
         group.timeout_s = config.watchdog_timeout_s
         follow(built, messages)
     except Exception as error:
@@ -50,6 +54,8 @@ def main(descriptor: int) -> None:
             log.critical("rank %d of %d failed", rank, size, exc_info=True)
         else:
             log.critical("rank %d of %d: %s", rank, size, reason)
+        with suppress(OSError):
+            send(leader, "failed", reason or f"{type(error).__name__}: {error}")
         os._exit(1)
 
 
@@ -61,24 +67,35 @@ def _read(leader: socket.socket, messages: queue.SimpleQueue[tuple[Any, ...]]) -
 
 
 def follow(built: BuiltModel, messages: queue.SimpleQueue[tuple[Any, ...]]) -> None:
-    """Launch steps as they come. Raises what a step raises."""
-    ticket: Ticket | None = None  # of the last step, which may not have ended
-    masked: Ticket | None = None  # of one that waits for masks, which a failure of rank 0 may keep from coming
+    """Launch steps and capture graphs as they come. Raises what a step raises.
+
+    Nothing waits for a step: on a GPU the next one is launched behind it.
+    """
+    launched: deque[Ticket] = deque()  # steps that may not have ended
+    masked: Ticket | None = None  # a step that waits for masks, which a failure of rank 0 may keep from coming
     while True:
-        if ticket is not None and messages.empty():
-            ticket.wait()
-            ticket = None
-        match messages.get():
+        while launched and launched[0].is_done:
+            launched.popleft().wait()
+        try:
+            message = messages.get(timeout=LOOK_S if launched else None)
+        except queue.Empty:
+            continue
+        match message:
             case ("launch", which, step, num_steps):
-                before, launched = ticket, built.steps[which].launch(step, num_steps)
-                ticket, masked = (launched, None) if launched.masks is None else (None, launched)
-                if before is not None:
-                    before.wait()
+                ticket = built.steps[which].launch(step, num_steps)
+                masked = None
+                if ticket.masks is None:
+                    launched.append(ticket)
+                else:
+                    masked = ticket
             case ("sample", masks):
                 assert masked is not None and masked.masks is not None
                 masked.masks[...] = masks
                 masked.sample()
-                ticket, masked = masked, None
+                launched.append(masked)
+                masked = None
+            case ("capture", which, bucket):
+                built.steps[which].capture(bucket)
 
 
 if __name__ == "__main__":

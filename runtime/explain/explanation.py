@@ -20,6 +20,7 @@ from pagegraph.compiler.explain.roofline import StepFloor, buckets_of, is_decode
 from pagegraph.compiler.explain.trace import Traced, costs, trace
 from pagegraph.compiler.options import CompilerOptions
 from pagegraph.compiler.passes.registry import graph_passes
+from pagegraph.compiler.resolve import resolve_device
 from pagegraph.compiler.step.capture_sizes import Bucket
 from pagegraph.compiler.step.dummy import dummy_step
 from pagegraph.kernels.attention import cpu_decode
@@ -159,7 +160,7 @@ def _where(config: Config, asked: Asked) -> tuple[CompilerOptions, Machine]:
         )
     if asked.measure:
         require_one_process(config, "--measure")
-    options = compiler_options(config)
+    options = compiler_options(config, resolve_device(config.device))  # fewer GPUs than ranks will do to plan
     return options, this_machine(options.device).shared_by(options.ranks.size)
 
 

@@ -55,7 +55,7 @@ def _head(one: Explanation) -> Iterator[str]:
         yield from _wrapped(
             f"Figures are of the first of {one.gpus} ranks, each with its share of the model (tensor_parallel_size); they sum up"
             f" {size(one.summed_bytes)} of hidden states a token."
-            + (" Arithmetic alone: the engine serves one GPU." if machine.device_type == "cuda" else "")
+            + (" Several GPUs have not been measured yet." if machine.device_type == "cuda" else "")
         )
 
 

@@ -62,10 +62,11 @@ def main(path: str) -> None:
     try:
         with timings.stage("tokenizer"):
             load_tokenizer(config)  # what the web processes will do: a fault of it is found before the model loads
+        options = compiler_options(config)
         if config.tensor_parallel_size > 1:
             with timings.stage("ranks"):
-                followers = Followers(config)
-        built = build_model(compiler_options(config), progress=sys.stderr.isatty(), timings=timings)
+                followers = Followers(config, options.device, partial(_end, Path(path)), all_graphs=False)
+        built = build_model(options, progress=sys.stderr.isatty(), timings=timings)
         # Compiled, numbers are rounded elsewhere than uncompiled: an answer must not depend on when it was asked for.
         # Ranks compile at the same time, and steps beside that would sum with another's.
         beside = config.compile and built.device.type == "cpu" and not config.deterministic and followers is None
@@ -75,7 +76,7 @@ def main(path: str) -> None:
             _compile(config, built)
         built.capture_graphs(progress=sys.stderr.isatty(), all_graphs=False)
         if followers is not None:
-            followers.follow(built, config.watchdog_timeout_s, partial(_end, Path(path)))
+            followers.follow(built, config.watchdog_timeout_s)
         with timings.stage("engine"):
             pulse = Pulse(settings.pulse, config.watchdog_timeout_s)
             mailbox = Mailbox(settings.engine_address)

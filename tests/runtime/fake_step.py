@@ -15,6 +15,7 @@ import numpy as np
 
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.inputs import (
+    Deferred,
     NgramOutput,
     PromptInput,
     PromptOutput,
@@ -106,7 +107,7 @@ class FakeStep:
                 raise output
             return output
 
-        return Ticket(wait)
+        return Ticket(Deferred(wait))
 
     def _launch_masked(self, step: StepInput) -> Ticket:
         """Forward at the launch, samples once the masks are there."""
@@ -115,14 +116,14 @@ class FakeStep:
         assert masked is not None
         masks = np.full((len(masked), 1), -1, np.int32)
 
-        def sample() -> Callable[[], StepOutput]:
+        def sample() -> Deferred:
             allowed = dict(zip(masked.tolist(), masks[:, 0].tolist(), strict=True))
             for query, ids in step.sampling.allowed.items():
                 allowed[query] &= sum(1 << token for token in ids.tolist())
             for query, token, value in zip(*step.sampling.bias or ((), (), ())):
                 allowed[query] &= -1 if value > -np.inf else ~(1 << token)
             output = self._sample(step, read, allowed)
-            return lambda: output
+            return Deferred(lambda: output)
 
         return Ticket(None, masks, sample)
 

@@ -34,3 +34,17 @@ def test_a_draft_model_is_another_model_on_the_same_device() -> None:
 def test_a_token_budget_below_the_sequences_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_num_seqs=4096 exceeds max_num_batched_tokens=2048"):
         compiler_options(Config(model="m", device="cpu", max_num_seqs=4096))
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = Config(model="m", device="cuda", tensor_parallel_size=2)
+    assert [compiler_options(config, rank=rank).device for rank in range(2)] == [
+        torch.device("cuda", rank) for rank in range(2)
+    ]
+    with pytest.raises(
+        ValueError, match="tensor_parallel_size=4 wants a GPU for each rank, and torch sees 2 here; set it to 2 or less"
+    ):
+        compiler_options(Config(model="m", tensor_parallel_size=4))
+    assert compiler_options(Config(model="m", device="cuda")).device == torch.device("cuda")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pagegraph.compiler.step.counts import StepCounts
-from pagegraph.compiler.step.inputs import StepInput, StepOutput
+from pagegraph.compiler.step.inputs import Deferred, StepInput, StepOutput
 from pagegraph.compiler.step.step import Ticket
 from pagegraph.kernels.spec_decode import reference
 from pagegraph.runtime.engine.engine import Engine
@@ -59,7 +59,7 @@ class Device(FakeStep):
             self.now = max(self.now, done)
             return ticket.wait()
 
-        return Ticket(wait)
+        return Ticket(Deferred(wait))
 
 
 def looked_up(history: list[int], seed: int) -> tuple[list[int], int]:
