@@ -6,7 +6,7 @@ Knows the reference shapes and arithmetic; knows no engine and no device. Ceilin
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,23 @@ MODELS["gpt-oss-20b"] = dict(
     rms_norm_eps=1e-5, tie_word_embeddings=False, swiglu_limit=7.0, pad_token_id=199999, eos_token_id=200002,
     hidden_act="silu", dtype="bfloat16",
 )  # fmt: skip
+MODELS["70b"] = dict(  # Llama-3-70B
+    architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=8192, num_hidden_layers=80,
+    num_attention_heads=64, num_key_value_heads=8, head_dim=128, intermediate_size=28672, vocab_size=128256,
+    max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5, tie_word_embeddings=False,
+    bos_token_id=128000, eos_token_id=128001, hidden_act="silu", dtype="bfloat16",
+)  # fmt: skip
+MODELS["235b-a22b"] = dict(  # Qwen3-235B-A22B
+    architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", hidden_size=4096, num_hidden_layers=94,
+    num_attention_heads=64, num_key_value_heads=4, head_dim=128, intermediate_size=12288, moe_intermediate_size=1536,
+    num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], vocab_size=151936,
+    max_position_embeddings=40960, rope_theta=1000000.0, rms_norm_eps=1e-6, tie_word_embeddings=False,
+    bos_token_id=151643, eos_token_id=151645, hidden_act="silu", dtype="bfloat16",
+)  # fmt: skip
 MAX_MODEL_LEN = {name: 8192 for name in MODELS} | {"8b-128k": 131072}  # that they are measured with
+# Bytes a second from one GPU to the others of its host, in one direction: NVIDIA's data sheet of the H200 has 900 GB/s of
+# NVLink, of both directions together. Not measured here.
+NVLINK = 450e9
 BYTES = 2  # of a weight or a cached element: bfloat16
 # Bytes of a weight in the layers and in the head, quantised while loading: fp8 leaves the head alone, int4 gives it 8 bits.
 WEIGHT_BYTES = {None: (BYTES, BYTES), "fp8": (1, BYTES), "int8": (1, 1), "int4": (0.5 + 2 * BYTES / 128, 1)}
@@ -112,6 +128,38 @@ class Shape:
             "lm_head": (self.vocab, self.hidden),
         }
 
+    def share(self, ranks: int) -> Shape:
+        """What one of so many ranks computes: heads, inner elements and vocabulary are cut, heads of keys and values held whole
+        by several ranks where they are fewer. Raises ValueError where sizes do not divide."""
+        cut = {"heads": self.heads, "intermediate": self.intermediate, "vocab": self.vocab}
+        odd = [f"{size} {name}" for name, size in cut.items() if size % ranks]
+        if self.kv_heads % ranks and ranks % self.kv_heads:
+            odd.append(f"{self.kv_heads} kv_heads")
+        if odd:
+            raise ValueError(f"{ranks} ranks do not divide {', '.join(odd)}")
+        return replace(
+            self, **{name: size // ranks for name, size in cut.items()}, kv_heads=max(self.kv_heads // ranks, 1)
+        )
+
+    @property
+    def sums(self) -> int:
+        """Of a step's hidden states over ranks: behind attention and MLP of each layer, and behind the embedding."""
+        return 2 * self.layers + 1
+
+    def summed_bytes(self, tokens: int) -> int:
+        """Bytes of hidden states of one sum over ranks."""
+        return tokens * self.hidden * BYTES
+
+    def link_bytes(self, tokens: int, seqs: int, ranks: int) -> float:
+        """Bytes that a rank sends in a step at least: sums as a ring has them, and its part of the logits to each other rank."""
+        gathered = seqs * self.vocab // ranks * BYTES * (ranks - 1)
+        return 2 * (ranks - 1) / ranks * self.sums * self.summed_bytes(tokens) + gathered
+
+    @property
+    def weight_elements(self) -> int:
+        """All matrices, the embedding counted beside the head; without norms."""
+        return self.layer_weights + self.experts * self.expert_weights + 2 * self.vocab * self.hidden
+
     @property
     def layer_weights(self) -> int:
         """Elements of all layers' matrices but those of experts."""
@@ -134,13 +182,17 @@ class Shape:
         seq_lens: np.ndarray,
         method: str | None = None,
         cache: str = "auto",
+        ranks: int = 1,
     ) -> float:
         """Seconds a step takes at least: matmuls and attention each at the slower of bytes and operations.
 
         query_start [S + 1] and seq_lens [S] as in `compiler.step.inputs.StepInput`; the head runs on S rows. Weights and blocks
         are read as they are stored by `method` and `cache`; operations are bfloat16's whatever the method. Tokens choose their
-        experts at random.
+        experts at random. Of several ranks one's share, and behind it what it sends over NVLink.
         """
+        if ranks > 1:
+            alone = self.share(ranks).step_floor(ceilings, query_start, seq_lens, method, cache)
+            return alone + self.link_bytes(int(query_start[-1]), len(seq_lens), ranks) / NVLINK
         rows, lengths = np.diff(query_start).astype(np.int64), seq_lens.astype(np.int64)
         head = self.vocab * self.hidden
         tokens = int(rows.sum())

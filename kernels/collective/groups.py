@@ -118,7 +118,7 @@ def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
     found, out = _groups[group], x.clone(memory_format=torch.contiguous_format)
     options = AllreduceOptions()
     options.timeout, options.asyncOp = found.timeout, False  # on the current stream
-    found.processes.allreduce([out], options).wait()
+    _wait(found.processes.allreduce([out], options))
     return out
 
 
@@ -128,8 +128,14 @@ def all_gather(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
     options = AllgatherOptions()
     options.timeout, options.asyncOp = found.timeout, False
     parts = own.new_empty(size * own.shape[0], *own.shape[1:])
-    found.processes._allgather_base(parts, own, options).wait()
+    _wait(found.processes._allgather_base(parts, own, options))
     return parts.view(size, *own.shape).movedim(0, -2).reshape(*own.shape[:-1], size * own.shape[-1])
+
+
+def _wait(work: Any) -> None:
+    """For what runs over gloo; NCCL gives nothing to wait for where it launches on the current stream."""
+    if work is not None:
+        work.wait()
 
 
 def least(values: Sequence[int], group: str) -> list[int]:

@@ -78,8 +78,8 @@ def step(report: Report, args: argparse.Namespace, shared: dict) -> None:
         )  # fmt: skip
         floor = shape.step_floor(ceilings, one.query_start, one.seq_lens, config.quantization)
         replay = _replayed(built, one)
-        launched = _launched(built, one)
-        turn, host, wait, launch = _driven(config, built, seqs, keys)
+        launched = launched_seconds(built, one)
+        turn, host, wait, launch = driven_seconds(config, built, seqs, keys)
         report.row(
             **_method(args), seqs=seqs, keys=keys, floor_ms=floor * 1e3, replay_ms=replay * 1e3, ratio=replay / floor,
             ahead_ms=launched * 1e3, turn_ms=turn * 1e3, turn_ratio=turn / floor, over_ms=(turn - replay) * 1e3,
@@ -107,7 +107,7 @@ def _replayed(built: BuiltModel, one) -> float:
         return replay_seconds(lambda: built.step.runner.graphs.replay(bucket), 0.5)
 
 
-def _launched(built: BuiltModel, one, count: int = 50) -> float:
+def launched_seconds(built: BuiltModel, one, count: int = 50) -> float:
     """Seconds a launch when launches follow each other and no result is waited for: staging, forward, sampling."""
     count = count if built.device.type == "cuda" else 5
     for warm in (True, False):
@@ -120,7 +120,7 @@ def _launched(built: BuiltModel, one, count: int = 50) -> float:
     return seconds
 
 
-def _driven(config: Config, built: BuiltModel, seqs: int, keys: int) -> tuple[float, float, float, float]:
+def driven_seconds(config: Config, built: BuiltModel, seqs: int, keys: int) -> tuple[float, float, float, float]:
     """Median seconds of (turn, host, wait, launch) over turns that decode `seqs` sequences of about `keys` keys."""
     prompts = random_prompts(seqs, [keys - DRIVEN_TOKENS // 2] * seqs, built.vocab_size)
     offline = Offline(config, built)
@@ -278,7 +278,7 @@ def _peer_rows(args: argparse.Namespace, engine: str, model: str, environment: d
     errors = []
     for command in _peer_commands(args, engine, model):
         with open(lines.with_suffix(".log"), "w+") as log:
-            ended = _ended([*command, "--out", str(lines)], environment, log)
+            ended = how_it_ended([*command, "--out", str(lines)], environment, log)
             log.seek(0)
             if ended != "exit code 0":
                 errors.append({"case": "all", "error": f"{ended}: {log.read()[-1500:]}"})
@@ -286,7 +286,7 @@ def _peer_rows(args: argparse.Namespace, engine: str, model: str, environment: d
     return rows + errors
 
 
-def _ended(command: list[str], environment: dict[str, str], log: IO[str]) -> str:
+def how_it_ended(command: list[str], environment: dict[str, str], log: IO[str]) -> str:
     run = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         return f"exit code {run.wait(PEER_SECONDS)}"

@@ -235,6 +235,6 @@ def random_prompts(seed: int, sizes: list[int], vocab_size: int) -> list[list[in
     return draw_ids(np.random.default_rng(seed), sizes, vocab_size)
 
 
-def floor_seconds(run: Run, shape: Shape, ceilings: Ceilings, method: str | None) -> float:
-    """The least time of the run's own steps, weights quantised by `method`."""
-    return sum(shape.step_floor(ceilings, turn.query_start, turn.seq_lens, method) for turn in run.steps)
+def floor_seconds(run: Run, shape: Shape, ceilings: Ceilings, method: str | None, ranks: int = 1) -> float:
+    """The least time of the run's own steps, weights quantised by `method`, shared by so many ranks."""
+    return sum(shape.step_floor(ceilings, turn.query_start, turn.seq_lens, method, ranks=ranks) for turn in run.steps)

@@ -101,8 +101,11 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def graph_seconds(calls: list[Callable[[], object]], budget_s: float = 0.03) -> float:
-    """Median seconds of one call, all of them captured in one CUDA graph that is replayed back to back."""
+def graph_seconds(calls: list[Callable[[], object]], budget_s: float = 0.03, replays: int | None = None) -> float:
+    """Median seconds of one call, all of them captured in one CUDA graph that is replayed back to back.
+
+    replays: a number instead of what fits in `budget_s`.
+    """
     with torch.inference_mode():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -114,10 +117,10 @@ def graph_seconds(calls: list[Callable[[], object]], budget_s: float = 0.03) -> 
         with torch.cuda.graph(graph):
             for call in calls:
                 call()
-    return replay_seconds(graph.replay, budget_s) / len(calls)
+    return replay_seconds(graph.replay, budget_s, replays) / len(calls)
 
 
-def replay_seconds(replay: Callable[[], object], budget_s: float = 0.03) -> float:
+def replay_seconds(replay: Callable[[], object], budget_s: float = 0.03, replays: int | None = None) -> float:
     """Median seconds of `replay`, enqueued back to back, by events around groups of it."""
 
     def timed(count: int) -> float:
@@ -131,7 +134,7 @@ def replay_seconds(replay: Callable[[], object], budget_s: float = 0.03) -> floa
 
     timed(2)
     once = timed(2)
-    count = max(1, min(1000, int(budget_s / 5 / once)))
+    count = replays or max(1, min(1000, int(budget_s / 5 / once)))
     return statistics.median(timed(count) for _ in range(5))
 
 

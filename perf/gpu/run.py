@@ -30,17 +30,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SECTIONS = (
     "kernels", "graphs", "long_context", "parity", "quality", "micro", "experts", "quantized_experts", "deterministic", "quantized", "quantized_step", "texts", "chains", "step", "engine", "memory", "speculation", "grammars",
-    "arrivals", "chunk_limit", "serve", "startup", "open_loop", "host", "peer",
+    "arrivals", "chunk_limit", "parallel", "serve", "startup", "open_loop", "host", "peer",
 )  # fmt: skip
 OF_A_MODEL = ("step", "engine", "memory", "speculation", "grammars", "arrivals", "chunk_limit")
 OF_A_SERVER = ("serve", "startup", "open_loop")  # of a model too, in a process that holds no engine yet
-LAST = ("host", "peer")  # of no engine of this script's
+LAST = ("parallel", "host", "peer")  # of no engine that sections share
 CASES = ",".join(workloads.CASES)
 LONG_CASES = ",".join(workloads.LONG)
 PEERS = ("vllm", "transformers")
 START_SECONDS = 240  # on top of the sections' own time: imports, building, compiling, capturing
 LOAD_TAIL_SECONDS = 30  # behind the last arrival of a rate
 PEER_SECONDS = 420  # of a model, its start included
+PARALLEL_SECONDS = 600  # of a model shared by so many ranks: its start, compilation and the peer's included
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -84,6 +85,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--rate", default="10,30,50", help="requests a second of section open_loop, comma-separated")
     p.add_argument("--load-seconds", type=float, default=20, help="of each rate of section open_loop")
     p.add_argument(
+        "--tensor-parallel-size", default="2", help="of section parallel: ranks that share a model, comma-separated"
+    )
+    p.add_argument(
         "--target",
         default="none,auto",
         help="inter_token_target_ms of sections arrivals and chunk_limit, comma-separated",
@@ -101,6 +105,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     args.sections, args.models, args.cases = (one.split(",") for one in (args.section, args.model, args.case))
     args.engines = args.peer_engine.split(",")
     args.targets = args.target.split(",")
+    args.ranks = [int(size) for size in args.tensor_parallel_size.split(",")]
     args.rates = [float(rate) for rate in args.rate.split(",")]
     if unknown := set(args.sections) - set(SECTIONS) - ({"start"} if args.child else set()):
         p.error(f"unknown section {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
@@ -160,6 +165,10 @@ def run_job(args: argparse.Namespace, sections: list[str], model: str | None, pa
     limit = START_SECONDS + len(sections) * args.seconds
     if sections == ["peer"]:
         limit = START_SECONDS + PEER_SECONDS * len(args.models) * len(args.engines)
+    elif sections == ["parallel"]:
+        limit = (
+            len(args.models) * len(args.ranks) * (PARALLEL_SECONDS + args.seconds + (PEER_SECONDS if args.peer else 0))
+        )
     elif sections == ["open_loop"]:
         limit = 2 * (START_SECONDS + len(args.rates) * (args.load_seconds + LOAD_TAIL_SECONDS))
     command = [
@@ -229,7 +238,7 @@ def section(name: str):
         from perf.gpu import engine_steps as module
     elif name == "arrivals":
         from perf.gpu import chunk_limit as module
-    elif name in ("open_loop", "chunk_limit", "grammars", "long_context", "deterministic"):
+    elif name in ("open_loop", "chunk_limit", "grammars", "long_context", "deterministic", "parallel"):
         module = importlib.import_module(f"perf.gpu.{name}")
     elif name in OF_A_SERVER:
         from perf.gpu import serve as module
