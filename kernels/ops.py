@@ -331,12 +331,12 @@ OPS = (
     Op(
         "gated_delta(Tensor query, Tensor key, Tensor value, Tensor decay, Tensor beta, Tensor(a!) states, Tensor slots, "
         "Tensor query_start, Tensor seq_lens, bool normalize) -> Tensor",
-        state_cpu.gated_delta, "state.delta:gated_delta", _gated_delta,
+        state_cpu.gated_delta, "state.cuda:gated_delta", _gated_delta,
     ),
     Op(
         "selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor(a!) states, Tensor slots, "
         "Tensor query_start, Tensor seq_lens) -> Tensor",
-        state_cpu.selective_scan, "state.scan:selective_scan", _selective_scan,
+        state_cpu.selective_scan, "state.cuda:selective_scan", _selective_scan,
     ),
     Op(
         "sample(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor slots, Tensor sampled, "

@@ -1,7 +1,7 @@
 """Triton: causal convolutions of a packed row, each sequence's from its slot's last rows. See `kernels.ops`.
 
-In a step of few tokens a program takes a sequence and some channels, token by token, and writes its state back: one kernel. In
-a step of prompts one kernel gives the results, tokens side by side, and a second the states, which the first still reads.
+In a decode, a step of as many tokens as sequences, a program takes a sequence and some channels, token by token, and writes its
+state back: one kernel. In a step with prompts one kernel gives the results, tokens side by side, and a second the states, which the first still reads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pagegraph.kernels.pdl import dependent, wait
 BLOCK_T = 16
 BLOCK_C = 128
 NUM_WARPS = 4
-TOKENS_A_SEQUENCE = 4  # on average, up to which a sequence's tokens are taken one by one
 
 
 @triton.jit
@@ -114,7 +113,7 @@ def causal_conv(
     x = x if x.stride(1) == 1 else x.contiguous()
     tokens, channels = x.shape
     out = torch.empty(tokens, channels, dtype=x.dtype, device=x.device)
-    one_by_one = tokens <= TOKENS_A_SEQUENCE * len(slots)
+    one_by_one = tokens <= len(slots)
     given = out, x, weight.contiguous(), bias, states, slots, query_start, seq_lens
     sizes = dict(C=channels, HISTORY=states.shape[1], SILU=silu, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS)
     blocks = triton.cdiv(channels, BLOCK_C)

@@ -1,4 +1,4 @@
-"""Triton: the gated delta rule, a program for each sequence, head and block of values. See `kernels.ops`.
+"""Triton: the gated delta rule token by token, a program for each sequence, head and block of values. See `kernels.ops`.
 
 A program holds its part of the state in registers while it takes the sequence's tokens one by one: a decode step reads and
 writes the state once.
@@ -6,7 +6,6 @@ writes the state once.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,10 +16,10 @@ ELEMENTS = 4096  # of the state in a program
 NUM_WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def gated_delta_kernel(
     out_ptr, query_ptr, key_ptr, value_ptr, decay_ptr, beta_ptr, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr,
-    query_stride, key_stride, value_stride, query_heads, key_heads, value_heads, decay_stride, beta_stride, scale,
+    query_stride, key_stride, value_stride, query_heads, key_heads, value_heads, decay_stride, beta_stride, scale, num_rows,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, VECTOR: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -31,7 +30,7 @@ def gated_delta_kernel(
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     begin = tl.load(query_start_ptr + sequence)
     end = tl.load(query_start_ptr + sequence + 1)
-    if end > begin:
+    if (end > begin) & (end - begin <= num_rows):
         slot = tl.load(slots_ptr + sequence).to(tl.int64)
         goes_on = tl.load(seq_lens_ptr + sequence) > end - begin
         inside = (row < D)[:, None] & (column < DV)[None, :]
@@ -59,24 +58,22 @@ def gated_delta_kernel(
         tl.store(places, state, mask=inside)
 
 
-def gated_delta(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, states: Tensor, slots: Tensor,
-    query_start: Tensor, seq_lens: Tensor, normalize: bool,
-) -> Tensor:  # fmt: skip
-    """See `kernels.ops`."""
-    query, key, value = (one if one.stride(2) == 1 else one.contiguous() for one in (query, key, value))
-    decay = decay.contiguous()
-    beta = beta if beta.stride(1) == 1 else beta.contiguous()
-    tokens, heads, size = value.shape
+def gated_delta_rows(
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, states: Tensor, slots: Tensor,
+    query_start: Tensor, seq_lens: Tensor, normalize: bool, num_rows: int,
+) -> None:  # fmt: skip
+    """Rows of `out` [T, H, Dv] and states of the sequences with at most `num_rows` rows; see `kernels.ops` for the arguments.
+
+    query, key and value have stride 1 in their last dimension, beta in its last, decay is contiguous.
+    """
+    heads, size = value.shape[1:]
     width = key.shape[2]
-    out = torch.empty(tokens, heads, size, dtype=value.dtype, device=value.device)
     block_d = triton.next_power_of_2(width)
     block_v = min(max(ELEMENTS // block_d, 8), triton.next_power_of_2(size))
     gated_delta_kernel[(len(slots), heads, triton.cdiv(size, block_v))](
         out, query, key, value, decay, beta, states, slots, query_start, seq_lens,
         query.stride(0), key.stride(0), value.stride(0), query.stride(1), key.stride(1), value.stride(1),
-        decay.stride(0), beta.stride(0), width**-0.5,
+        decay.stride(0), beta.stride(0), width**-0.5, num_rows,
         H=heads, D=width, DV=size, VECTOR=decay.dim() == 3, NORMALIZE=normalize, BLOCK_D=block_d, BLOCK_V=block_v,
         num_warps=NUM_WARPS, **dependent(value.device),
     )  # fmt: skip
-    return out

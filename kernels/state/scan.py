@@ -1,4 +1,4 @@
-"""Triton: state space models, a program for each sequence and block of channels. See `kernels.ops`.
+"""Triton: state space models token by token, a program for each sequence and block of channels. See `kernels.ops`.
 
 A program holds its part of the state in registers while it takes the sequence's tokens one by one: a decode step reads and
 writes the state once. Channels are heads times their sizes; those of a program share the group whose B and C they take.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,10 +18,10 @@ ELEMENTS = 4096  # of the state in a program
 NUM_WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def selective_scan_kernel(
     out_ptr, x_ptr, dt_ptr, rates_ptr, b_ptr, c_ptr, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr,
-    x_stride, x_heads, dt_stride, b_stride, c_stride, b_groups, c_groups,
+    x_stride, x_heads, dt_stride, b_stride, c_stride, b_groups, c_groups, num_rows,
     CHANNELS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, A_GROUP: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +34,7 @@ def selective_scan_kernel(
     there, inside = channel < CHANNELS, (channel < CHANNELS)[:, None] & (column < N)[None, :]
     begin = tl.load(query_start_ptr + sequence)
     end = tl.load(query_start_ptr + sequence + 1)
-    if end > begin:
+    if (end > begin) & (end - begin <= num_rows):
         slot = tl.load(slots_ptr + sequence).to(tl.int64)
         goes_on = tl.load(seq_lens_ptr + sequence) > end - begin
         places = states_ptr + (slot * CHANNELS + channel[:, None]) * N + column[None, :]
@@ -55,25 +54,24 @@ def selective_scan_kernel(
         tl.store(places, state, mask=inside)
 
 
-def selective_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor, query_start: Tensor,
-    seq_lens: Tensor,
-) -> Tensor:  # fmt: skip
-    """See `kernels.ops`."""
-    x, B, C = (one if one.stride(2) == 1 else one.contiguous() for one in (x, B, C))
-    dt = dt if dt.stride(1) == 1 else dt.contiguous()
-    tokens, heads, size = x.shape
+def selective_scan_rows(
+    out: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor,
+    query_start: Tensor, seq_lens: Tensor, num_rows: int,
+) -> None:  # fmt: skip
+    """Rows of `out` [T, H, P] and states of the sequences with at most `num_rows` rows; see `kernels.ops` for the arguments.
+
+    x, dt, B and C have stride 1 in their last dimension, A is contiguous.
+    """
+    heads, size = x.shape[1:]
     channels, width = heads * size, B.shape[2]
     of_group = channels // B.shape[1]
     block_n = triton.next_power_of_2(width)
     block_c = min(max(ELEMENTS // block_n, 1), triton.next_power_of_2(channels))
     if B.shape[1] > 1:
         block_c = math.gcd(block_c, of_group)
-    out = torch.empty(tokens, heads, size, dtype=torch.float32, device=x.device)
     selective_scan_kernel[(len(slots), triton.cdiv(channels, block_c))](
-        out, x, dt, A.contiguous(), B, C, states, slots, query_start, seq_lens,
-        x.stride(0), x.stride(1), dt.stride(0), B.stride(0), C.stride(0), B.stride(1), C.stride(1),
+        out, x, dt, A, B, C, states, slots, query_start, seq_lens,
+        x.stride(0), x.stride(1), dt.stride(0), B.stride(0), C.stride(0), B.stride(1), C.stride(1), num_rows,
         CHANNELS=channels, P=size, N=width, A_GROUP=of_group, VECTOR=A.dim() == 2, BLOCK_C=block_c, BLOCK_N=block_n,
         num_warps=NUM_WARPS, **dependent(x.device),
     )  # fmt: skip
-    return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def graph_seconds(calls: list[Callable[[], object]], budget_s: float = 0.03, replays: int | None = None) -> float:
+def graph_seconds(calls: Sequence[Callable[[], object]], budget_s: float = 0.03, replays: int | None = None) -> float:
     """Median seconds of one call, all of them captured in one CUDA graph that is replayed back to back.
 
     replays: a number instead of what fits in `budget_s`.

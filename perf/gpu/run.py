@@ -29,7 +29,7 @@ from perf.floors import MODELS
 ROOT = Path(__file__).resolve().parents[2]
 
 SECTIONS = (
-    "kernels", "graphs", "long_context", "parity", "quality", "micro", "experts", "quantized_experts", "deterministic", "quantized", "quantized_step", "texts", "chains", "step", "engine", "memory", "speculation", "grammars",
+    "kernels", "graphs", "long_context", "parity", "quality", "micro", "experts", "quantized_experts", "state", "deterministic", "quantized", "quantized_step", "texts", "chains", "step", "engine", "memory", "speculation", "grammars",
     "arrivals", "chunk_limit", "parallel", "serve", "startup", "open_loop", "host", "peer",
 )  # fmt: skip
 OF_A_MODEL = ("step", "engine", "memory", "speculation", "grammars", "arrivals", "chunk_limit")
@@ -238,7 +238,7 @@ def section(name: str):
         from perf.gpu import engine_steps as module
     elif name == "arrivals":
         from perf.gpu import chunk_limit as module
-    elif name in ("open_loop", "chunk_limit", "grammars", "long_context", "deterministic", "parallel"):
+    elif name in ("open_loop", "chunk_limit", "grammars", "long_context", "deterministic", "parallel", "state"):
         module = importlib.import_module(f"perf.gpu.{name}")
     elif name in OF_A_SERVER:
         from perf.gpu import serve as module

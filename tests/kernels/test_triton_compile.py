@@ -784,21 +784,26 @@ def recurrent(tokens: int, seqs: int, dtype: str = "bfloat16") -> list[list[Any]
     return [
         [f"convolution {said}", f"{module}.conv", "causal_conv", [*conv, *place, True]],
         *(
-            [f"delta of {len(decay)} sizes {said}", f"{module}.delta", "gated_delta", [heads, heads, heads, tensor("float32", *decay), *one, state, *place, True]]
+            [f"delta of {len(decay)} sizes {said}", f"{module}.cuda", "gated_delta", [heads, heads, heads, tensor("float32", *decay), *one, state, *place, True]]
             for decay in ((tokens, 32), (tokens, 32, 128))
         ),
-        [f"Mamba 2 {said}", f"{module}.scan", "selective_scan", [*mamba2, *place]],
-        [f"Mamba 1 {said}", f"{module}.scan", "selective_scan", [*mamba1, *place]],
+        [f"Mamba 2 {said}", f"{module}.cuda", "selective_scan", [*mamba2, *place]],
+        [f"Mamba 1 {said}", f"{module}.cuda", "selective_scan", [*mamba1, *place]],
     ]  # fmt: skip
 
 
 def test_recurrent_states() -> None:
-    """States stay in registers, and nothing is touched before the wait."""
+    """States stay in registers, chunks are multiplied by tensor cores, and nothing is touched before the wait."""
     kernels = compiled([*recurrent(64, 64), *recurrent(4096, 64), *recurrent(64, 64, "float32")])
     check_fits(kernels)
     assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
-    names = {"sequences_kernel", "tokens_kernel", "gated_delta_kernel", "selective_scan_kernel"}
-    assert {k["kernel"] for k in kernels} == names
+    chunks = {"delta_pairs_kernel", "delta_chunks_kernel", "delta_states_kernel", "scan_chunks_kernel"}
+    rows = {"sequences_kernel", "tokens_kernel", "gated_delta_kernel", "selective_scan_kernel"}
+    assert {k["kernel"] for k in kernels if k["tensor_cores"]} == chunks
+    assert {k["kernel"] for k in kernels if not k["tensor_cores"]} == rows
+    assert all(
+        k["wgmma"] for k in kernels if k["kernel"] in chunks - {"delta_pairs_kernel"}
+    )  # whose tiles have 16 rows
 
 
 def test_an_8_bit_kv_cache() -> None:

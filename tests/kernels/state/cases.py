@@ -13,6 +13,7 @@ STEPS = {
     "short prompts": ([9, 1, 4, 0, 13], [0, 3, 5, 0, 1]),
     "decodes": ([1, 1, 1, 1, 1], [9, 0, 3, 1, 7]),
     "mixed": ([1, 16, 1, 0, 33], [4, 16, 0, 0, 1]),
+    "chunks": ([70, 1, 9, 0, 8], [5, 7, 0, 0, 1]),
 }
 SLOTS = [4, 0, 6, 2, 5]
 PADDING = 3  # rows
@@ -45,7 +46,7 @@ def conv(step: Step, dtype: torch.dtype, bias: bool, width: int) -> tuple[list, 
 
 
 def delta(step: Step, dtype: torch.dtype, vector: bool) -> tuple[list, torch.Tensor]:
-    heads, size, value = 3, 16, 24
+    heads, size, value = 2, 16, 24
     shape = (heads, size) if vector else (heads,)
     decay = -torch.nn.functional.softplus(rows(step, *shape) * 2)
     given = [rows(step, heads, size, dtype=dtype), rows(step, heads, size, dtype=dtype)]

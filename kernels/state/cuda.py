@@ -1,0 +1,54 @@
+"""Recurrent state on CUDA: which kernel takes which sequences of a step, by sizes alone. Knows no kernel's inside.
+
+A step with as many rows as sequences, a decode, is taken row by row whatever it holds. In one with more, sequences of a few
+rows are taken so too, so that a decode's numbers do not depend on prompts beside it, and longer ones in chunks; kernels of
+either kind end at once on sequences of the other.
+
+Chunks are of bfloat16 models. Tensor cores round operands, which bfloat16 has done already; float32 models are taken row by row
+throughout, as exact as they decode, and so are float16's, whose range a state may leave as an operand.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pagegraph.kernels.state.chunks import FEW
+from pagegraph.kernels.state.delta import gated_delta_rows
+from pagegraph.kernels.state.delta_chunks import gated_delta_prompts
+from pagegraph.kernels.state.scan import selective_scan_rows
+from pagegraph.kernels.state.scan_chunks import selective_scan_prompts
+
+CHUNKED = (torch.bfloat16,)  # dtypes of activations
+
+
+def gated_delta(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, states: Tensor, slots: Tensor,
+    query_start: Tensor, seq_lens: Tensor, normalize: bool,
+) -> Tensor:  # fmt: skip
+    """See `kernels.ops`."""
+    query, key, value = (one if one.stride(2) == 1 else one.contiguous() for one in (query, key, value))
+    beta = beta if beta.stride(1) == 1 else beta.contiguous()
+    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    given = out, query, key, value, decay.contiguous(), beta, states, slots, query_start, seq_lens, normalize
+    chunked = len(value) > len(slots) and value.dtype in CHUNKED
+    gated_delta_rows(*given, FEW if chunked else len(value))
+    if chunked:
+        gated_delta_prompts(*given)
+    return out
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor, query_start: Tensor,
+    seq_lens: Tensor,
+) -> Tensor:  # fmt: skip
+    """See `kernels.ops`."""
+    x, B, C = (one if one.stride(2) == 1 else one.contiguous() for one in (x, B, C))
+    dt = dt if dt.stride(1) == 1 else dt.contiguous()
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    given = out, x, dt, A.contiguous(), B, C, states, slots, query_start, seq_lens
+    chunked = len(x) > len(slots) and A.dim() == 1 and x.dtype in CHUNKED
+    selective_scan_rows(*given, FEW if chunked else len(x))
+    if chunked:
+        selective_scan_prompts(*given)
+    return out
