@@ -62,6 +62,7 @@ class PassOptions:
     fuse_rope: bool = True
     fuse_rows: bool = True
     fuse_linears: bool = True
+    fuse_routers: bool = True
     round_activations: bool = True
     deterministic: bool = False  # a token's bits do not depend on the rest of its step; other passes may give way
 

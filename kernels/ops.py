@@ -56,6 +56,9 @@ is the same of quantised weights [E, N, K] (`kernels.quant.weight`), which are n
 weights as GPUs multiply them (`kernels.moe.quant_stack`), inner being I: of every 16 rows of up, and of its bias, 8 are of gate and then
 8 of up, whatever the form says of them.
 
+`pagegraph::topk_softmax` is a router's choice: logits [T, E] -> weights [T, k] in `dtype`, chosen int64 [T, k], the experts of the k largest
+logits, largest first, the smaller number first of equal ones; weights are the softmax over all E, or where renormalize over the k alone.
+
 Layers with recurrent state keep a row of `states` [slots, ...] for each batch slot, mutated: that of a sequence s of the step
 is row slots[s] of int32 [S]. A sequence begins from zero where seq_lens[s] is as many as its rows, and else from its state; the state
 behind its last row is written back. Padding sequences, which have no rows, read and write none; rows from query_start[S] on are
@@ -216,6 +219,10 @@ def _norm_repacked_linear(
     return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], (second or first).out_size)
 
 
+def _topk_softmax(logits: Tensor, k: int, renormalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(len(logits), k, dtype=dtype), logits.new_empty(len(logits), k, dtype=torch.int64)
+
+
 def _int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     return x.new_empty(x.shape[0], packed.shape[0])
 
@@ -312,6 +319,10 @@ OPS = (
         "Tensor? query_start, str activation, float alpha, float limit, float shift, bool gated, bool interleaved, "
         "bool transposed) -> Tensor",
         moe_reference.repacked_experts, "moe.cuda:repacked_experts", _like,
+    ),
+    Op(
+        "topk_softmax(Tensor logits, int k, bool renormalize, ScalarType dtype) -> (Tensor, Tensor)",
+        moe_reference.topk_softmax, "moe.topk_softmax:topk_softmax", _topk_softmax,
     ),
     Op(
         "update_tables(Tensor(a!) tables, Tensor new_blocks, Tensor num_new_blocks) -> ()",

@@ -85,6 +85,12 @@ def _single_linears(module: GraphModule) -> Counter[str]:
     return why
 
 
+def _other_routers(module: GraphModule) -> Counter[str]:
+    """Choices of experts that stayed PyTorch's kernels."""
+    left = sum(is_call(node, torch.topk) or node.target == "topk" for node in module.graph.nodes)
+    return Counter({"shares by sigmoid, or experts chosen among groups": left} if left else {})
+
+
 def _many_rows(module: GraphModule) -> Counter[str]:
     """Products that stayed the library's: all of them where a step has more rows."""
     left = sum(1 for node in module.graph.nodes if any(is_call(node, one) for one in LINEARS))
@@ -98,6 +104,7 @@ KNOWN: dict[str, tuple[str, Callable[[GraphModule], Counter[str]]]] = {
     "rotate_one_row": ("attentions with rotation in them", _unrotated),
     "fuse_rows": ("norms, residual additions and gates as kernels of ours", _unfused_rows),
     "fuse_linears": ("products joined with what stands around them", _single_linears),
+    "fuse_routers": ("choices of experts in one kernel", _other_routers),
     "one_row_linears": ("products of one row as loops of the compiler", _many_rows),
     "fuse_int4_layer": ("pairs of 4-bit products in one call", lambda module: Counter()),
 }

@@ -22,6 +22,7 @@ from pagegraph.compiler.passes.graph.cpu_gemv import one_row_linears
 from pagegraph.compiler.passes.graph.cpu_int4_layer import fuse_int4_layer
 from pagegraph.compiler.passes.graph.fuse_linears import fuse_linears
 from pagegraph.compiler.passes.graph.fuse_norms import fuse_rows
+from pagegraph.compiler.passes.graph.fuse_routers import fuse_routers
 from pagegraph.compiler.passes.graph.fuse_rope import fuse_rope, rotate_one_row
 from pagegraph.compiler.passes.modules.fixed_linears import fixed_linears
 from pagegraph.compiler.passes.modules.merge_linears import merge_linears
@@ -67,7 +68,12 @@ PASSES: tuple[Pass, ...] = (
 
 
 # In this order: what fuse_rope looks for holds norms, and fuse_linears looks for what fuse_rows leaves.
-GRAPH_PASSES = {"fuse_rope": fuse_rope, "fuse_rows": fuse_rows, "fuse_linears": fuse_linears}
+GRAPH_PASSES = {
+    "fuse_rope": fuse_rope,
+    "fuse_rows": fuse_rows,
+    "fuse_linears": fuse_linears,
+    "fuse_routers": fuse_routers,
+}
 
 
 def graph_passes(options: PassOptions, device: torch.device) -> list[Callable[[torch.fx.GraphModule], int]]:

@@ -53,6 +53,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
     return functional.linear(x, weight.T if transposed else weight, bias)
 
 
+def topk_softmax(logits: Tensor, k: int, renormalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See `kernels.ops`."""
+    logits = logits.float()
+    values, chosen = (one[:, :k] for one in logits.sort(dim=-1, descending=True, stable=True))
+    weights = values.softmax(-1) if renormalize else (values - logits.logsumexp(-1, keepdim=True)).exp()
+    return weights.to(dtype), chosen.contiguous()
+
+
 def live_rows(chosen: Tensor, query_start: Tensor | None) -> Tensor:
     """bool [T]: which rows are no padding."""
     rows = torch.arange(len(chosen), device=chosen.device)

@@ -370,7 +370,14 @@ def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
 
 OF_128, OF_32 = (128, 768, 2048), (32, 2880, 2880)
 GPT_OSS = Form("silu", 1.702, 7.0, 1.0, gated=True, interleaved=True, transposed=True)
+def router(tokens: int, experts: int, k: int) -> list[Any]:
+    arguments = [tensor("bfloat16", tokens, experts), k, False, {"type": "bfloat16"}]
+    return [f"router {tokens} of {experts}", "pagegraph.kernels.moe.topk_softmax", "topk_softmax", arguments]
+
+
 EXPERTS = [
+    router(8, 128, 8),
+    router(4096, 512, 10),
     *(experts(tokens, 8, OF_128) for tokens in (1, 8, 64, 512, 1024, 4096)),
     *(experts(tokens, 4, OF_32, GPT_OSS, bias=True) for tokens in (1, 8, 64, 256, 512, 4096)),
     *(experts(tokens, 6, (64, 1408, 2048), Form("relu2", gated=False), True, "float16") for tokens in (2, 1024)),
@@ -711,13 +718,14 @@ def test_experts() -> None:
     assert {k["kernel"] for k in kernels} == {
         "experts_up_kernel",
         "experts_down_kernel",
+        "topk_softmax_kernel",
         "route_kernel",
         "grouped_gemm_kernel",
         "weighted_sum_kernel",
     }
     assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
     products = [k for k in kernels if k["kernel"] == "grouped_gemm_kernel"]
-    assert len(products) == 2 * 9 and all(k["tensor_cores"] and k["buffers"] >= 3 for k in products), products
+    assert len(products) == 2 * 10 and all(k["tensor_cores"] and k["buffers"] >= 3 for k in products), products
     many = [
         k
         for k in products
