@@ -251,7 +251,9 @@ class CompilationConfig:
         True, parse_flag, "GPU: norms, residual additions and gated SiLU inside the products beside them, for few rows"
     )
     fuse_routers: bool = _option(
-        True, parse_flag, "GPU: the choice of a mixture's experts and their weights in one kernel, where softmax makes them"
+        True,
+        parse_flag,
+        "GPU: the choice of a mixture's experts and their weights in one kernel, where softmax makes them",
     )
     deterministic: bool = _option(
         False,

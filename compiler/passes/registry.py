@@ -22,8 +22,8 @@ from pagegraph.compiler.passes.graph.cpu_gemv import one_row_linears
 from pagegraph.compiler.passes.graph.cpu_int4_layer import fuse_int4_layer
 from pagegraph.compiler.passes.graph.fuse_linears import fuse_linears
 from pagegraph.compiler.passes.graph.fuse_norms import fuse_rows
-from pagegraph.compiler.passes.graph.fuse_routers import fuse_routers
 from pagegraph.compiler.passes.graph.fuse_rope import fuse_rope, rotate_one_row
+from pagegraph.compiler.passes.graph.fuse_routers import fuse_routers
 from pagegraph.compiler.passes.modules.fixed_linears import fixed_linears
 from pagegraph.compiler.passes.modules.merge_linears import merge_linears
 from pagegraph.compiler.passes.modules.quant_experts import quant_experts

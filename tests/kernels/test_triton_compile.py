@@ -370,6 +370,8 @@ def rope(heads: int, kv_heads: int, size: int, normed: bool) -> list[Any]:
 
 OF_128, OF_32 = (128, 768, 2048), (32, 2880, 2880)
 GPT_OSS = Form("silu", 1.702, 7.0, 1.0, gated=True, interleaved=True, transposed=True)
+
+
 def router(tokens: int, experts: int, k: int) -> list[Any]:
     arguments = [tensor("bfloat16", tokens, experts), k, False, {"type": "bfloat16"}]
     return [f"router {tokens} of {experts}", "pagegraph.kernels.moe.topk_softmax", "topk_softmax", arguments]

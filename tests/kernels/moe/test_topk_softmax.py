@@ -19,7 +19,11 @@ def choose(triton_calls, logits: torch.Tensor, *how) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("tokens", "experts", "k"), SIZES)
 def test_equals_the_reference(triton_calls, tokens: int, experts: int, k: int, renormalize: bool) -> None:
     """Many logits are equal in bfloat16: the smaller number comes first."""
-    for dtype, wanted in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)):
+    for dtype, wanted in (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ):
         logits = torch.randn(tokens, experts).to(dtype)
         weights, chosen = choose(triton_calls, logits, k, renormalize, wanted)
         expected, ids = reference.topk_softmax(logits, k, renormalize, wanted)

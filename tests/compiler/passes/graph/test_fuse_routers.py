@@ -12,7 +12,13 @@ from tests.compiler.model.test_paged import CHUNKED, check_compiled, paged_copy,
 
 ops = torch.ops.pagegraph
 # How many of the layers have such a router, and whether the k largest share the whole.
-FOUND = {"qwen3_moe": (4, False), "mixtral": (4, True), "gpt_oss": (4, True), "olmoe": (4, False), "deepseek_v3": (0, None)}
+FOUND = {
+    "qwen3_moe": (4, False),
+    "mixtral": (4, True),
+    "gpt_oss": (4, True),
+    "olmoe": (4, False),
+    "deepseek_v3": (0, None),
+}
 
 
 @pytest.mark.parametrize("name", FOUND)
