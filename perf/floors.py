@@ -66,6 +66,25 @@ MODELS["235b-a22b"] = dict(  # Qwen3-235B-A22B
     max_position_embeddings=40960, rope_theta=1000000.0, rms_norm_eps=1e-6, tie_word_embeddings=False,
     bos_token_id=151643, eos_token_id=151645, hidden_act="silu", dtype="bfloat16",
 )  # fmt: skip
+MODELS["qwen3-next-12l"] = dict(  # a quarter of the layers of Qwen3-Next-80B-A3B: three with a state to one that attends
+    architectures=["Qwen3NextForCausalLM"], model_type="qwen3_next", hidden_size=2048, num_hidden_layers=12,
+    num_attention_heads=16, num_key_value_heads=2, head_dim=256, partial_rotary_factor=0.25, rope_theta=10000000.0,
+    full_attention_interval=4, linear_conv_kernel_dim=4, linear_key_head_dim=128, linear_value_head_dim=128,
+    linear_num_key_heads=16, linear_num_value_heads=32, intermediate_size=5120, moe_intermediate_size=512,
+    shared_expert_intermediate_size=512, num_experts=512, num_experts_per_tok=10, norm_topk_prob=True, decoder_sparse_step=1,
+    mlp_only_layers=[], vocab_size=151936, max_position_embeddings=262144, rms_norm_eps=1e-6, tie_word_embeddings=False,
+    bos_token_id=151643, eos_token_id=151645, hidden_act="silu", dtype="bfloat16",
+)  # fmt: skip
+MODELS["nemotron-h-8b"] = dict(  # M: Mamba 2, -: MLP, *: attention
+    architectures=["NemotronHForCausalLM"], model_type="nemotron_h", hidden_size=4096, num_hidden_layers=52,
+    hybrid_override_pattern="M-M-M-M*-" + 3 * "M-M-M-M-M*-" + "M-M-M-M-M-", num_attention_heads=32, num_key_value_heads=8,
+    head_dim=128, intermediate_size=21504, mlp_hidden_act="relu2", ssm_state_size=128, mamba_num_heads=128,
+    mamba_head_dim=64, mamba_hidden_act="silu", n_groups=8, conv_kernel=4, expand=2, chunk_size=128, use_conv_bias=True,
+    use_bias=False, mlp_bias=False, mamba_proj_bias=False, attention_bias=False, residual_in_fp32=False,
+    time_step_min=0.001, time_step_max=0.1, time_step_floor=1e-4, vocab_size=131072,
+    max_position_embeddings=8192, layer_norm_epsilon=1e-5, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    dtype="bfloat16",
+)  # fmt: skip
 MAX_MODEL_LEN = {name: 8192 for name in MODELS} | {"8b-128k": 131072}  # that they are measured with
 # Bytes a second from one GPU to the others of its host, in one direction: NVIDIA's data sheet of the H200 has 900 GB/s of
 # NVLink, of both directions together. Not measured here.
@@ -91,10 +110,20 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
+class Recurrence:
+    """What layers with a state have, all of them together: elements of their matrices, bytes of a sequence's states, operations of
+    a token in them (as `kernels.costs` counts)."""
+
+    weights: int = 0
+    state_bytes: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
 class Shape:
     """Sizes of a decoder, dense or a mixture in every layer, whose `intermediate` is then that of one expert.
 
-    Layers are counted as attending to all keys: of models whose windows are narrower, the floor of attention is too high.
+    Where a model has layers with a state, `attending` layers attend and `mlps` have an MLP or experts; None: all of them. Layers are counted as attending to all keys: of models whose windows are narrower, the floor of attention is too high.
     """
 
     hidden: int
@@ -106,6 +135,13 @@ class Shape:
     vocab: int
     experts: int = 0
     choices: int = 0  # of a token
+    attending: int | None = None
+    mlps: int | None = None
+    gated: bool = True  # the MLP
+    # Elements of an MLP's matrices that are not of its experts, and of an attending layer's beside query, key, value and output.
+    beside_experts: int = 0
+    beside_qkv: int = 0
+    recurrence: Recurrence = Recurrence()
 
     @classmethod
     def of(cls, name: str) -> Shape:
@@ -113,14 +149,16 @@ class Shape:
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
         experts = given.get("num_experts", given.get("num_local_experts", 0))
         inner = given.get("moe_intermediate_size", given["intermediate_size"])
-        return cls(
+        plain = cls(
             *(given[key] for key in names), inner, given["vocab_size"], experts, given.get("num_experts_per_tok", 0)
         )
+        hybrid = HYBRIDS.get(given["model_type"])
+        return hybrid(plain, given) if hybrid else plain
 
     def matmuls(self) -> dict[str, tuple[int, int]]:
         """Name -> (outputs, inputs) of the merged projections of a layer but those of experts, and of the head."""
         attention = self.heads * self.head_size
-        mlp = {"gate_up": (2 * self.intermediate, self.hidden), "down": (self.hidden, self.intermediate)}
+        mlp = {"gate_up": ((1 + self.gated) * self.intermediate, self.hidden), "down": (self.hidden, self.intermediate)}
         return {
             "qkv": (attention + 2 * self.kv_heads * self.head_size, self.hidden),
             "o": (self.hidden, attention),
@@ -163,17 +201,28 @@ class Shape:
     @property
     def layer_weights(self) -> int:
         """Elements of all layers' matrices but those of experts."""
-        return self.layers * sum(n * k for name, (n, k) in self.matmuls().items() if name != "lm_head")
+        sizes = {name: n * k for name, (n, k) in self.matmuls().items() if name != "lm_head"}
+        attention = sizes.pop("qkv") + sizes.pop("o") + self.beside_qkv
+        mlp = sum(sizes.values()) + self.beside_experts
+        return self.attention_layers * attention + self.mlp_layers * mlp + self.recurrence.weights
+
+    @property
+    def attention_layers(self) -> int:
+        return self.layers if self.attending is None else self.attending
+
+    @property
+    def mlp_layers(self) -> int:
+        return self.layers if self.mlps is None else self.mlps
 
     @property
     def expert_weights(self) -> int:
         """Elements of one expert in every layer."""
-        return self.layers * 3 * self.hidden * self.intermediate if self.experts else 0
+        return self.mlp_layers * 3 * self.hidden * self.intermediate if self.experts else 0
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of K and V of one token over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_size * BYTES
+        return 2 * self.attention_layers * self.kv_heads * self.head_size * BYTES
 
     def step_floor(
         self,
@@ -184,7 +233,7 @@ class Shape:
         cache: str = "auto",
         ranks: int = 1,
     ) -> float:
-        """Seconds a step takes at least: matmuls and attention each at the slower of bytes and operations.
+        """Seconds a step takes at least: matmuls, attention and recurrences each at the slower of bytes and operations.
 
         query_start [S + 1] and seq_lens [S] as in `compiler.step.inputs.StepInput`; the head runs on S rows. Weights and blocks
         are read as they are stored by `method` and `cache`; operations are bfloat16's whatever the method. Tokens choose their
@@ -200,10 +249,54 @@ class Shape:
         of_token = self.layer_weights + self.choices * self.expert_weights
         matmul_flop = 2 * (of_token * tokens + head * len(rows))
         pairs = int((rows * lengths - rows * (rows - 1) // 2).sum())
-        attention_flop = 4 * self.layers * self.heads * self.head_size * pairs
+        attention_flop = 4 * self.attention_layers * self.heads * self.head_size * pairs
         of_layers, of_head = WEIGHT_BYTES[method]
         blocks = self.kv_bytes * int(lengths.sum()) * (0.5 if cache == "fp8" else 1)
         read = (self.layer_weights + chosen * self.expert_weights) * of_layers + head * of_head
-        return max(read / ceilings.bandwidth, matmul_flop / ceilings.flops) + max(
-            blocks / ceilings.bandwidth, attention_flop / ceilings.flops
+        states = 2 * self.recurrence.state_bytes * int(np.count_nonzero(rows))
+        return (
+            max(read / ceilings.bandwidth, matmul_flop / ceilings.flops)
+            + max(blocks / ceilings.bandwidth, attention_flop / ceilings.flops)
+            + max(states / ceilings.bandwidth, self.recurrence.flops * tokens / ceilings.flops)
         )
+
+
+def _qwen3_next(plain: Shape, given: dict) -> Shape:
+    keys = given["linear_num_key_heads"] * given["linear_key_head_dim"]
+    heads, width = given["linear_num_value_heads"], given["linear_key_head_dim"]
+    values = heads * given["linear_value_head_dim"]
+    attending = plain.layers // given["full_attention_interval"]
+    recurrence = _recurrence(
+        plain.layers - attending, plain.hidden, projected=2 * keys + 2 * values + 2 * heads, inner=values,
+        channels=2 * keys + values, taps=given["linear_conv_kernel_dim"], state=width * values, of_element=7,
+    )  # fmt: skip
+    return replace(
+        plain, attending=attending, recurrence=recurrence,
+        beside_qkv=plain.heads * plain.head_size * plain.hidden,  # the gate of what attention gives
+        beside_experts=(3 * given["shared_expert_intermediate_size"] + 1) * plain.hidden,
+    )  # fmt: skip
+
+
+def _nemotron_h(plain: Shape, given: dict) -> Shape:
+    pattern, heads, width = given["hybrid_override_pattern"], given["mamba_num_heads"], given["ssm_state_size"]
+    inner, shared = heads * given["mamba_head_dim"], 2 * given["n_groups"] * width
+    recurrence = _recurrence(
+        pattern.count("M"), plain.hidden, projected=2 * inner + shared + heads, inner=inner, channels=inner + shared,
+        taps=given["conv_kernel"], state=inner * width, of_element=5,
+    )  # fmt: skip
+    return replace(plain, attending=pattern.count("*"), mlps=pattern.count("-"), gated=False, recurrence=recurrence)
+
+
+def _recurrence(
+    layers: int, hidden: int, *, projected: int, inner: int, channels: int, taps: int, state: int, of_element: int
+) -> Recurrence:
+    """projected: outputs of the projections into a layer; inner: inputs of that out of it; state: elements, float32, with so many
+    operations of a token each."""
+    return Recurrence(
+        layers * hidden * (projected + inner),
+        layers * (4 * state + BYTES * (taps - 1) * channels),
+        layers * (of_element * state + 2 * taps * channels),
+    )
+
+
+HYBRIDS = {"qwen3_next": _qwen3_next, "nemotron_h": _nemotron_h}

@@ -72,6 +72,24 @@ def test_sums_of_a_mixture_are_those_of_the_formulas(tmp_path: Path) -> None:
         assert by_flops == pytest.approx(flops, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["qwen3-next-12l", "nemotron-h-8b"])
+def test_sums_of_layers_with_a_state_are_those_of_the_formulas(name: str, tmp_path: Path) -> None:
+    options = options_of(write_model(name, tmp_path))
+    [model] = build.plan_models(options)
+    [state] = planned_states(options, [model])
+    shape = Shape.of(name)
+    for step in (decodes(1, 1000), decodes(32, 1000), prompts(2048, 256)):
+        totals = costs(model.paged_model, model.paged_model, state, step, len(step.rows))
+        states, read = totals.pop("states"), sum(one.weight_bytes for one in totals.values())
+        query_start = np.concatenate([[0], np.cumsum(step.rows)])
+        by_bytes = shape.step_floor(Ceilings(1.0, 1e30), query_start, step.seq_lens)
+        by_flops = shape.step_floor(Ceilings(1e30, 1.0), query_start, step.seq_lens)
+        assert states.cache_bytes == 2 * shape.recurrence.state_bytes * len(step.rows)
+        assert states.flops == shape.recurrence.flops * step.rows.sum()
+        assert by_bytes == pytest.approx(read + totals["attention"].cache_bytes + states.cache_bytes, rel=1e-6)
+        assert by_flops == pytest.approx(sum(one.flops for one in totals.values()) + states.flops, rel=1e-6)
+
+
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gpt2", "qwen3_moe"])
 def test_the_traced_graph_costs_what_the_forward_does_and_what_passes_make_of_it(
     architecture: str, tmp_path: Path
