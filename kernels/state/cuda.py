@@ -5,7 +5,8 @@ rows are taken so too, so that a decode's numbers do not depend on prompts besid
 either kind end at once on sequences of the other.
 
 Chunks are of bfloat16 models. Tensor cores round operands, which bfloat16 has done already; float32 models are taken row by row
-throughout, as exact as they decode, and so are float16's, whose range a state may leave as an operand.
+throughout, as exact as they decode, and so are float16's, whose range a state may leave as an operand. States with a decay for each
+element are never multiplied as matrices: there prompts of every dtype are taken by blocks of rows.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from pagegraph.kernels.state.chunks import FEW
 from pagegraph.kernels.state.delta import gated_delta_rows
-from pagegraph.kernels.state.delta_chunks import gated_delta_prompts
+from pagegraph.kernels.state.delta_chunks import gated_delta_chunks
 from pagegraph.kernels.state.scan import selective_scan_rows
-from pagegraph.kernels.state.scan_chunks import selective_scan_prompts
+from pagegraph.kernels.state.scan_chunks import selective_scan_chunks
+from pagegraph.kernels.state.scan_prompts import selective_scan_prompts
 
 CHUNKED = (torch.bfloat16,)  # dtypes of activations
 
@@ -34,7 +36,7 @@ def gated_delta(
     chunked = len(value) > len(slots) and value.dtype in CHUNKED
     gated_delta_rows(*given, FEW if chunked else len(value))
     if chunked:
-        gated_delta_prompts(*given)
+        gated_delta_chunks(*given)
     return out
 
 
@@ -47,8 +49,9 @@ def selective_scan(
     dt = dt if dt.stride(1) == 1 else dt.contiguous()
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     given = out, x, dt, A.contiguous(), B, C, states, slots, query_start, seq_lens
-    chunked = len(x) > len(slots) and A.dim() == 1 and x.dtype in CHUNKED
+    by_elements = A.dim() == 2
+    chunked = len(x) > len(slots) and (by_elements or x.dtype in CHUNKED)
     selective_scan_rows(*given, FEW if chunked else len(x))
     if chunked:
-        selective_scan_prompts(*given)
+        (selective_scan_prompts if by_elements else selective_scan_chunks)(*given)
     return out

@@ -280,7 +280,7 @@ def delta_states_kernel(
         tl.store(state_ptrs, state, mask=inside)
 
 
-def gated_delta_prompts(
+def gated_delta_chunks(
     out: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, states: Tensor, slots: Tensor,
     query_start: Tensor, seq_lens: Tensor, normalize: bool,
 ) -> None:  # fmt: skip

@@ -82,7 +82,7 @@ def scan_chunks_kernel(
         tl.store(state_ptrs, state, mask=inside)
 
 
-def selective_scan_prompts(
+def selective_scan_chunks(
     out: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor,
     query_start: Tensor, seq_lens: Tensor,
 ) -> None:  # fmt: skip

@@ -25,7 +25,7 @@ from tests.kernels.interpreter_process import replaced
 BANDWIDTH, FLOPS = 4.3e12, 790e12  # of an H200: bytes a second read, operations a second of bfloat16
 DECODES = (1, 32, 256)  # sequences
 CHUNKED = "pagegraph.kernels.state.cuda.CHUNKED"
-DELTA, SCAN = "pagegraph.kernels.state.delta_chunks", "pagegraph.kernels.state.scan_chunks"
+DELTA, SCAN, BY_ROWS = (f"pagegraph.kernels.state.{name}" for name in ("delta_chunks", "scan_chunks", "scan_prompts"))
 # Of the largest number expected. In float32 products of chunks are sums of TF32 numbers.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 2e-4}
 # Rows and tokens before of each sequence.
@@ -52,6 +52,13 @@ SCAN_TILES = [
     dict(CHANNELS=32, NUM_WARPS=4, NUM_STAGES=2),
     dict(CHANNELS=64, NUM_WARPS=4, NUM_STAGES=1),
     dict(CHANNELS=64, NUM_WARPS=8, NUM_STAGES=2),
+]
+ROWS_TILES = [
+    dict(ELEMENTS=256, BLOCK_T=16, NUM_WARPS=4),
+    dict(ELEMENTS=256, BLOCK_T=16, NUM_WARPS=8),
+    dict(ELEMENTS=128, BLOCK_T=16, NUM_WARPS=4),
+    dict(ELEMENTS=128, BLOCK_T=32, NUM_WARPS=4),
+    dict(ELEMENTS=256, BLOCK_T=8, NUM_WARPS=4),
 ]
 
 
@@ -145,7 +152,7 @@ LAYERS = (
     Layer("nemotron_h conv", *CONV, heads=10240, width=4, kind="conv"),
     Layer("nemotron_h scan", *STATE_SPACE, 128, 128, 64, 8, kind="scan", chunks=SCAN, tiles=tuple(SCAN_TILES)),
     Layer("kimi_linear delta", *DELTA_RULE, 32, 128, 128, kind="delta of channels", chunks=DELTA, tiles=(dict(VECTOR_CHUNKS_WARPS=8),)),
-    Layer("mamba scan", *STATE_SPACE, 8192, 16, 1, kind="scan of channels"),
+    Layer("mamba scan", *STATE_SPACE, 8192, 16, 1, kind="scan of channels", chunks=BY_ROWS, tiles=tuple(ROWS_TILES)),
 )  # fmt: skip
 
 
@@ -253,7 +260,7 @@ def _measure(report: Report, layer: Layer, wrong: set[str], device: str, decodes
                 {f"{layer.chunks}.{name}": value for name, value in tile.items()},
             )
         )
-    if layer.tiles:
+    if layer.tiles and layer.chunks != BY_ROWS:
         ways.append(("rows", prompts, {CHUNKED: ()}))
     if layer.name in wrong:
         report.fact(not_timed=f"{layer.name}: it is wrong")

@@ -808,7 +808,7 @@ def test_recurrent_states() -> None:
     check_fits(kernels)
     assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
     chunks = {"delta_pairs_kernel", "delta_chunks_kernel", "delta_states_kernel", "scan_chunks_kernel"}
-    rows = {"sequences_kernel", "tokens_kernel", "gated_delta_kernel", "selective_scan_kernel"}
+    rows = {"sequences_kernel", "tokens_kernel", "gated_delta_kernel", "selective_scan_kernel", "scan_prompts_kernel"}
     assert {k["kernel"] for k in kernels if k["tensor_cores"]} == chunks
     assert {k["kernel"] for k in kernels if not k["tensor_cores"]} == rows
     assert all(

@@ -55,7 +55,7 @@ def delta(step: Step, dtype: torch.dtype, vector: bool) -> tuple[list, torch.Ten
 
 
 def scan(step: Step, dtype: torch.dtype, mamba1: bool) -> tuple[list, torch.Tensor]:
-    heads, size, groups, state = (48, 1, 1, 16) if mamba1 else (6, 8, 2, 16)
+    heads, size, groups, state = (10, 1, 1, 4) if mamba1 else (6, 8, 2, 16)
     x, dt = rows(step, heads, size, dtype=dtype), torch.nn.functional.softplus(rows(step, heads))
     A = -torch.rand(heads, state).exp() if mamba1 else -torch.rand(heads).exp()
     B, C = rows(step, groups, state, dtype=dtype), rows(step, groups, state, dtype=dtype)

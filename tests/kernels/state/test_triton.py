@@ -88,3 +88,10 @@ def test_selective_scan_in_chunks(triton_calls, dtype: torch.dtype) -> None:
     step = Step.of("chunks")
     op = on_device(triton_calls, "cuda", "selective_scan", IN_CHUNKS)
     compare(op, reference.selective_scan, *scan(step, dtype, False), step, atol=CHUNKS_ATOL[dtype])
+
+
+def test_selective_scan_by_blocks_of_rows(triton_calls) -> None:
+    """With a decay for each element, two programs for the channels; exact in every dtype."""
+    step = Step.of("chunks")
+    op = on_device(triton_calls, "cuda", "selective_scan", {"pagegraph.kernels.state.scan_prompts.ELEMENTS": 32})
+    compare(op, reference.selective_scan, *scan(step, torch.bfloat16, True), step, atol=ATOL[torch.float32])
