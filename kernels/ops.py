@@ -220,7 +220,7 @@ def _norm_repacked_linear(
 
 
 def _topk_softmax(logits: Tensor, k: int, renormalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(len(logits), k, dtype=dtype), logits.new_empty(len(logits), k, dtype=torch.int64)
+    return logits.new_empty(logits.shape[0], k, dtype=dtype), logits.new_empty(logits.shape[0], k, dtype=torch.int64)
 
 
 def _int4_packed_linear(x: Tensor, packed: Tensor, pairs: Tensor, group: int) -> Tensor:

@@ -75,12 +75,16 @@ def grouped_tiles_of(pairs: int, size: Size) -> GroupedTiles:
     if size[3] > 2:
         tile = GroupedTile(64, 32, 4, 3)
         return GroupedTiles(16 if mean <= 16 else 64, 2, tile, tile)
-    if mean <= 32:
+    # About twice the mean: an expert of more rows than a tile has its weights read once more.
+    if mean <= 8:
         tile = GroupedTile(128, 64, 4, 3)
-        return GroupedTiles(16, 4, tile, tile) if mean <= 16 else GroupedTiles(32, 3, tile, tile)
-    if mean <= 64:
-        tile = GroupedTile(256, 64, 8, 4)
-        return GroupedTiles(64, 1, tile, tile)
+        return GroupedTiles(16, 4, tile, tile)
+    if mean <= 16:
+        tile = GroupedTile(128, 128, 4, 3)
+        return GroupedTiles(32, 2, tile, tile)
+    if mean <= 32:
+        tile = GroupedTile(128, 64, 4, 4)
+        return GroupedTiles(64, 2, tile, tile)
     tile = GroupedTile(256, 64, 8, 3)
     return GroupedTiles(128, 1, tile, tile)
 

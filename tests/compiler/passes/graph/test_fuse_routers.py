@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 
+from pagegraph.compiler.inductor.compile import compile_forward
 from pagegraph.compiler.passes.graph.fuse_norms import fuse_rows
 from pagegraph.compiler.passes.graph.fuse_routers import fuse_routers
+from pagegraph.compiler.step.forward import mark_dynamic
 from tests.compiler.architectures import tiny_config
-from tests.compiler.model.test_paged import CHUNKED, check_compiled, paged_copy, random_model
+from tests.compiler.model.test_paged import CHUNKED, check_compiled, paged_copy, prompts_for, random_model
+from tests.compiler.paged_run import run_paged
 
 ops = torch.ops.pagegraph
 # How many of the layers have such a router, and whether the k largest share the whole.
@@ -82,3 +86,19 @@ def test_values_that_are_read_besides_stay_the_values() -> None:
         torch.testing.assert_close(got, wanted)
     (found,) = [node for node in graph.graph.nodes if node.target is ops.topk_softmax]
     assert found.args[2] is False
+
+
+@pytest.mark.usefixtures("graphs_anew")
+def test_no_size_becomes_a_constant() -> None:
+    """One graph for all numbers of tokens, as the compiler sees it: a pass's ops must not fix any."""
+    config = tiny_config("qwen3_moe")
+    paged = paged_copy(config, random_model(config))
+    compiled = compile_forward(paged, [fuse_rows, fuse_routers], backend=aot_eager)
+
+    def forward(*inputs):
+        mark_dynamic(*inputs[:8])
+        return compiled(*inputs)
+
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        run_paged(forward, paged, prompts_for(config.vocab_size), CHUNKED)
