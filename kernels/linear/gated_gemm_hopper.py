@@ -35,11 +35,11 @@ BLOCK_K = 64
 STAGES = 4  # steps along the columns of x in shared memory
 GROUP = 16  # rows of tiles that are walked together
 REGISTERS = 232  # of a consumer's thread; the producer keeps 40
-_LOG2E = gl.constexpr(1.4426950408889634)
+LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _wait_for_kernels(x):
+def wait_for_kernels(x):
     """As `kernels.pdl.wait`."""
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1
@@ -66,7 +66,7 @@ def _producer(x, weight, narrow_weight, smem, barriers, tiles_m, tiles_n, whole_
     half: gl.constexpr = block_n // 2
     part: gl.constexpr = block_n // 8
     if PDL:
-        _wait_for_kernels(size)
+        wait_for_kernels(size)
     n = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP)
@@ -105,14 +105,17 @@ def _producer(x, weight, narrow_weight, smem, barriers, tiles_m, tiles_n, whole_
 
 
 @gluon.jit
-def _multiply(acc, n, steps, smem, barriers, ONE: gl.constexpr, STAGES: gl.constexpr):
-    """(x @ weight.T of a tile, steps so far)."""
+def multiply(acc, n, steps, smem, barriers, ONE: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr = False):
+    """(x @ weight.T of a tile, steps so far); of x @ weight where that lies transposed."""
     x_smem, w_smem, _ = smem
     ready, empty = barriers
     for step in range(0, steps):
         stage = n % STAGES
         mbarrier.wait(ready.index(stage), (n // STAGES) & 1)
-        acc = warpgroup_mma(x_smem.index(ONE * STAGES + stage), w_smem.index(stage).permute((1, 0)), acc, is_async=True)
+        weight = w_smem.index(stage)
+        if not TRANSPOSED:
+            weight = weight.permute((1, 0))
+        acc = warpgroup_mma(x_smem.index(ONE * STAGES + stage), weight, acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         barrier()  # all warps have read the step before
         mbarrier.arrive(empty.index((n + STAGES - 1) % STAGES), pred=step > 0)
@@ -146,7 +149,7 @@ def _multiply_narrow(acc, rest, n, steps, smem, barriers, ONE: gl.constexpr, STA
 
 
 @gluon.jit
-def _rounded(x, DTYPE: gl.constexpr):
+def rounded(x, DTYPE: gl.constexpr):
     """float32 rounded to DTYPE, two at a time: one at a time, as the compiler has it, would cost 2 % of a GEMM."""
     if DTYPE == gl.bfloat16:
         return gl.inline_asm_elementwise(
@@ -162,17 +165,21 @@ def _rounded(x, DTYPE: gl.constexpr):
 
 
 @gluon.jit
+def sigmoid(x, ALPHA: gl.constexpr):
+    """1 / (1 + e^(-alpha x)) in three instructions; the compiler's own also handle denormal numbers."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.ftz.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
+        "=r,r", [x * (-ALPHA * LOG2E)], gl.float32, True, 1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _gated(product, DTYPE: gl.constexpr):
     """float32 [M, 2 N], gate then up -> DTYPE [M, N]."""
     rows: gl.constexpr = product.shape[0]
     columns: gl.constexpr = product.shape[1] // 2
-    gate, up = _rounded(product, DTYPE).reshape([rows, 2, columns]).permute((0, 2, 1)).split()
-    # 1 / (1 + e^-gate) in three instructions; the compiler's own also handle denormal numbers.
-    share = gl.inline_asm_elementwise(
-        "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.ftz.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
-        "=r,r", [gate * -_LOG2E], gl.float32, True, 1,
-    )  # fmt: skip
-    return (gate * share * up).to(DTYPE)
+    gate, up = rounded(product, DTYPE).reshape([rows, 2, columns]).permute((0, 2, 1)).split()
+    return (gate * sigmoid(gate, 1.0) * up).to(DTYPE)
 
 
 @gluon.jit
@@ -197,7 +204,7 @@ def _consumer(out, out_ptr, smem, barriers, num_rows, tiles_m, tiles_n, whole_n,
     layout_rest: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, block_n // 4, 16])
     out_smem = out_smem.index(ONE)
     if PDL:
-        _wait_for_kernels(size)
+        wait_for_kernels(size)
     n = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP)
@@ -207,7 +214,7 @@ def _consumer(out, out_ptr, smem, barriers, num_rows, tiles_m, tiles_n, whole_n,
             is_whole = tile_n < whole_n
         if is_whole:
             acc = gl.full([rows, block_n], 0.0, gl.float32, layout)
-            acc, n = _multiply(acc, n, steps, smem, barriers, ONE, STAGES)
+            acc, n = multiply(acc, n, steps, smem, barriers, ONE, STAGES)
             value = _gated(acc, dtype)
             tma.store_wait(0)
             barrier()  # the copy engine has read the tile before
@@ -289,7 +296,7 @@ def takes(rows: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _tiles(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def tiles_of(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
@@ -304,11 +311,11 @@ def gated_gemm(x: Tensor, weight: Tensor, programs: int, narrow: bool = False) -
         whole_n = tiles_m * tiles_n // programs * programs // tiles_m
         tiles_n = whole_n + -(-(out.shape[1] - whole_n * GATED_COLUMNS) // (GATED_COLUMNS * 3 // 4))
     gated_gemm_hopper_kernel[(min(tiles_m * tiles_n, programs),)](
-        _tiles(out, BLOCK_M, GATED_COLUMNS),
+        tiles_of(out, BLOCK_M, GATED_COLUMNS),
         out,
-        _tiles(x, BLOCK_M, BLOCK_K),
-        _tiles(weight, GATED_COLUMNS, BLOCK_K),
-        _tiles(weight, GATED_COLUMNS // 4, BLOCK_K),
+        tiles_of(x, BLOCK_M, BLOCK_K),
+        tiles_of(weight, GATED_COLUMNS, BLOCK_K),
+        tiles_of(weight, GATED_COLUMNS // 4, BLOCK_K),
         count,
         tiles_m,
         tiles_n,

@@ -8,16 +8,21 @@ from pagegraph.kernels.gpu import multiprocessors
 from pagegraph.kernels.moe.form import ACTIVATIONS, Form
 from pagegraph.kernels.moe.gemv import experts_down, experts_up
 from pagegraph.kernels.moe.grouped_gemm import grouped_gemm, weighted_sum
+from pagegraph.kernels.moe.grouped_gemm_hopper import grouped_gemm_hopper, takes
 from pagegraph.kernels.moe.quant_gemv import quant_experts_down, quant_experts_up
 from pagegraph.kernels.moe.quant_grouped_gemm import quant_grouped_gemm
 from pagegraph.kernels.moe.quant_stack import QuantStack
 from pagegraph.kernels.moe.route import route
+from pagegraph.kernels.moe.sorted_rows import sorted_rows
 from pagegraph.kernels.moe.tiles import (
+    HOPPER_BLOCK_M,
     GemvTiles,
     GroupedTiles,
+    HopperTiles,
     QuantGemvTiles,
     gemv_tiles_of,
     grouped_tiles_of,
+    hopper_tiles_of,
     quant_gemv_tiles_of,
     quant_grouped_tiles_of,
 )
@@ -40,12 +45,15 @@ def experts(
     how = Form(*form)  # type: ignore[arg-type]
     hidden, inner = down.shape[2 if how.transposed else 1], down.shape[1 if how.transposed else 2]
     size = (len(up), inner, hidden, up.element_size())
-    tiles = gemv_tiles_of(len(x), size, how.transposed) or grouped_tiles_of(chosen.numel(), size)
+    tiles: GemvTiles | GroupedTiles | HopperTiles | None = gemv_tiles_of(len(x), size, how.transposed)
+    if tiles is None and takes(x, up, down, how):
+        tiles = hopper_tiles_of(chosen.numel(), len(up))
+    tiles = tiles or grouped_tiles_of(chosen.numel(), size)
     return experts_by(tiles, x, chosen, weights, up, up_bias, down, down_bias, query_start, how)
 
 
 def experts_by(
-    tiles: GemvTiles | GroupedTiles,
+    tiles: GemvTiles | GroupedTiles | HopperTiles,
     x: Tensor,
     chosen: Tensor,
     weights: Tensor,
@@ -66,8 +74,14 @@ def experts_by(
     if isinstance(tiles, GemvTiles):
         inner = experts_up(x, chosen, up, up_bias, live, form, tiles.up)
         return experts_down(inner, chosen, weights, down, down_bias, live, form.transposed, tiles.down)
-    choices, programs = chosen.shape[1], programs or _programs(tiles, x)
-    routes = route(chosen, len(up), tiles.block_m, live)
+    choices = chosen.shape[1]
+    if isinstance(tiles, HopperTiles):
+        routes, programs = route(chosen, len(up), HOPPER_BLOCK_M, live), programs or multiprocessors(x.device)
+        of = sorted_rows(x, routes, choices)
+        inner = grouped_gemm_hopper(of, of.rows, up, up_bias, routes, form, True, tiles, programs)
+        product = grouped_gemm_hopper(of, inner, down, down_bias, routes, form, False, tiles, programs)
+        return weighted_sum(product, chosen, weights, len(up), live)
+    routes, programs = route(chosen, len(up), tiles.block_m, live), programs or _programs(tiles, x)
     inner = grouped_gemm(x, up, up_bias, routes, choices, form, True, tiles, programs)
     product = grouped_gemm(inner, down, down_bias, routes, choices, form, False, tiles, programs)
     return weighted_sum(product, chosen, weights, len(up), live)

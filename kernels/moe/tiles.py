@@ -12,6 +12,8 @@ from pagegraph.kernels.quant.tiles import QuantGemvTile
 from pagegraph.kernels.quant.weight import Kind
 
 MAX_GEMV_TOKENS = 8  # above it experts are chosen more than once often enough
+HOPPER_ROWS: int | None = None  # an expert, on average, from which on `grouped_gemm_hopper` is taken; None: never
+HOPPER_BLOCK_M = 128  # rows of its tiles
 MAX_TRANSPOSED_TOKENS = 1  # a program of such a product reads short pieces of rows
 
 
@@ -47,6 +49,12 @@ class GroupedTiles(NamedTuple):
     programs: int
     up: GroupedTile
     down: GroupedTile
+
+
+class HopperTiles(NamedTuple):
+    """Of the two products by `grouped_gemm_hopper`: pipeline stages."""
+
+    stages: int = 4
 
 
 class QuantGemvTiles(NamedTuple):
@@ -87,6 +95,11 @@ def grouped_tiles_of(pairs: int, size: Size) -> GroupedTiles:
         return GroupedTiles(64, 2, tile, tile)
     tile = GroupedTile(256, 64, 8, 3)
     return GroupedTiles(128, 1, tile, tile)
+
+
+def hopper_tiles_of(pairs: int, experts: int) -> HopperTiles | None:
+    """Tiles of `grouped_gemm_hopper`; None: so few pairs that others are faster, or it is never taken."""
+    return HopperTiles() if HOPPER_ROWS is not None and pairs >= HOPPER_ROWS * experts else None
 
 
 def quant_gemv_tiles_of(tokens: int, size: QuantSize) -> QuantGemvTiles | None:

@@ -2,8 +2,8 @@
 
 Those are transformers' grouped products in a compiled graph; of quantised weights (section quantized_experts) ours by unquantised ones.
 Prints for each shape and number of tokens what the floor, the others, and each way of ours take, and the fastest tiles, which the
-rules of `kernels.moe.tiles` follow. A way that computed something wrong is not timed. Knows no model and no jobs. On a CPU, under
-TRITON_INTERPRET=1, it runs its control flow alone.
+rules of `kernels.moe.tiles` follow. A way that computed something wrong is not timed. Products for Hopper are `perf.gpu.experts_hopper`'s.
+Knows no model and no jobs. On a CPU, under TRITON_INTERPRET=1, it runs its control flow alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pagegraph.compiler.quantization.layouts import RepackedExperts
 from pagegraph.compiler.quantization.linear import QuantExperts
 from pagegraph.compiler.quantization.online import quantize
 from pagegraph.compiler.quantization.stacks import Stack
+from pagegraph.kernels.gpu import multiprocessors
 from pagegraph.kernels.moe import cuda, reference
 from pagegraph.kernels.moe.form import Form
 from pagegraph.kernels.moe.quant_stack import QuantStack
@@ -305,6 +306,10 @@ def _quantised(weight: Tensor, kind: str) -> QuantWeight:
 
 def experts(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """Correctness of all shapes, then times of those of models."""
+    if args.device == "cuda" and multiprocessors(torch.device("cuda")):
+        from perf.gpu import experts_hopper  # which imports this
+
+        experts_hopper.run(report)
     _run(report, args, [(mixture, "") for mixture in MIXTURES], [(mixture, "") for mixture in GRID])
 
 

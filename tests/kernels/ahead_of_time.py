@@ -3,7 +3,7 @@
 Launchers are called on meta tensors with Triton's launch replaced by one that compiles. Reads a list of
 [name, module, function, arguments] from standard input, where an argument {"shape", "dtype"} is a tensor,
 {"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear, {"few"} one of few rows,
-{"norm"} a norm ahead of so many rows, {"weight"} a quantised weight, {"type"} a type. Its argument is the compute
+{"norm"} a norm ahead of so many rows, {"weight"} a quantised weight, {"type"} a type, {"hopper"} and {"form"} tiles and form of experts. Its argument is the compute
 capability, such as 90. Run without TRITON_INTERPRET, in a process of its own: the replaced launch stays replaced.
 """
 
@@ -33,6 +33,8 @@ from triton.runtime.jit import JITFunction
 from pagegraph.kernels import gpu, pdl
 from pagegraph.kernels.attention import prefill_hopper
 from pagegraph.kernels.linear.tiles import Tile
+from pagegraph.kernels.moe.form import Form
+from pagegraph.kernels.moe.tiles import HopperTiles
 from pagegraph.kernels.quant.tiles import QuantGemvTile
 from pagegraph.kernels.quant.weight import QuantWeight
 
@@ -155,6 +157,10 @@ def argument(described: Any) -> Any:
         return Tile(*described["tile"])
     if "by_gemv" in described:
         return QuantGemvTile(*described["by_gemv"])
+    if "hopper" in described:
+        return HopperTiles(*described["hopper"])
+    if "form" in described:
+        return Form(*described["form"])
     if "weight" in described:
         return QuantWeight(*map(argument, described["weight"]))
     if "norm" in described:

@@ -316,6 +316,12 @@ def experts(
     return [f"experts {size} T={tokens} {dtype} {form}", "pagegraph.kernels.moe.cuda", "experts", arguments]
 
 
+def hopper_experts(tokens: int, choices: int, size: tuple[int, int, int], form: Form, *others: Any) -> list[Any]:
+    """`experts` by the products for Hopper."""
+    name, module, _, arguments = experts(tokens, choices, size, form, *others)
+    return [f"hopper {name}", module, "experts_by", [{"hopper": [4]}, *arguments[:8], {"form": list(form)}]]
+
+
 def quantised_experts(
     tokens: int,
     choices: int,
@@ -383,6 +389,12 @@ EXPERTS = [
     *(experts(tokens, 8, OF_128) for tokens in (1, 8, 64, 512, 1024, 4096)),
     *(experts(tokens, 4, OF_32, GPT_OSS, bias=True) for tokens in (1, 8, 64, 256, 512, 4096)),
     *(experts(tokens, 6, (64, 1408, 2048), Form("relu2", gated=False), True, "float16") for tokens in (2, 1024)),
+]
+HOPPER_EXPERTS = [
+    hopper_experts(4096, 8, OF_128, Form()),
+    hopper_experts(4096, 4, OF_32, GPT_OSS, True),
+    hopper_experts(1024, 6, (64, 1400, 2048), GPT_OSS._replace(interleaved=False, transposed=False), True, "float16"),
+    hopper_experts(1024, 6, (64, 1408, 2048), Form("gelu", gated=False), True),
 ]
 QUANTISED_EXPERTS = [
     quantised_experts(tokens, choices, size, kind, group, form, bias, has_zero)
@@ -734,6 +746,18 @@ def test_experts() -> None:
         if "T=1024" in k["case"] or "T=4096" in k["case"] or "T=512" in k["case"] and "(32" in k["case"]
     ]
     assert len(many) == 10 and {id(k) for k in many} == {id(k) for k in products if k["wgmma"]}
+
+
+def test_experts_on_hopper() -> None:
+    """Three warp groups fill a multiprocessor, and all of a tile is copied by the copy engine."""
+    kernels = compiled(HOPPER_EXPERTS)
+    check_fits(kernels)
+    assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
+    products = [k for k in kernels if k["kernel"] == "grouped_gemm_hopper_kernel"]
+    assert len(products) == 2 * len(HOPPER_EXPERTS)
+    assert all(k["wgmma"] and k["buffers"] == 4 and k["registers"] * 3 * 128 <= 65536 for k in products), products
+    others = {k["kernel"] for k in kernels} - {"grouped_gemm_hopper_kernel"}
+    assert others == {"route_kernel", "sorted_rows_kernel", "weighted_sum_kernel"}
 
 
 def test_programs_of_grouped_products_share_a_multiprocessor() -> None:
