@@ -34,7 +34,7 @@ from pagegraph.runtime.server.engine_settings import REQUIRED_COMPILATION_FAILED
 from pagegraph.runtime.server.health import DRAINING, LOADING, READY, Health
 from pagegraph.runtime.server.listen import Unserved, bind
 from pagegraph.runtime.server.probes import Probes
-from pagegraph.runtime.server.supervisor import Supervisor, _stopping_signals, banner
+from pagegraph.runtime.server.supervisor import Supervisor, _stopping_signals, banner, web_malloc
 from pagegraph.web.settings import WebSettings
 from tests.paths import ROOT
 
@@ -279,6 +279,40 @@ def test_serves_then_stops_in_order_with_status_0(server: Server) -> None:
     assert list(server.temporary.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_CONF"])
+def test_malloc_is_left_to_whoever_sets_it(name: str) -> None:
+    assert web_malloc({"PATH": "/bin"}) and not web_malloc({"PATH": "/bin", name: "x"})
+
+
+def test_web_processes_have_one_arena() -> None:
+    """As glibc itself understands the variables."""
+    code = textwrap.dedent("""
+        import ctypes, sys, threading
+        libc = ctypes.CDLL(None)
+        if not hasattr(libc, "malloc_info"):
+            sys.exit(77)
+        libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+        there = threading.Barrier(5)
+        def take():
+            there.wait()
+            libc.malloc(1000)
+            there.wait()
+        threads = [threading.Thread(target=take) for _ in range(4)]
+        for thread in threads: thread.start()
+        there.wait(), there.wait()
+        file = ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w"))
+        libc.malloc_info(0, file), libc.fclose(file)
+    """)
+    whole = {key: value for key, value in os.environ.items() if not key.startswith(("GLIBC_TUNABLES", "MALLOC_"))}
+    arenas = []
+    for variables in ({}, web_malloc(whole)):
+        run = subprocess.run([sys.executable, "-c", code], env=whole | variables, capture_output=True, text=True)
+        if run.returncode == 77:
+            pytest.skip("another C library")
+        arenas.append(run.stdout.count("<heap nr="))
+    assert arenas[0] > 1 and arenas[1] == 1
+
+
 def test_web_settings_are_what_the_web_takes(server: Server) -> None:
     server.wait_ready()
     written = json.loads(server.flag("settings.json").read_text())
@@ -286,7 +320,9 @@ def test_web_settings_are_what_the_web_takes(server: Server) -> None:
     assert "secret" not in str(written)
     settings = WebSettings.load(written)
     assert settings.model == str(server.control) and settings.served_model_name == "m"
-    assert json.loads(server.flag("environment.json").read_text())["PAGEGRAPH_API_KEY"] == "secret"
+    environment = json.loads(server.flag("environment.json").read_text())
+    assert environment["PAGEGRAPH_API_KEY"] == "secret"
+    assert web_malloc({}).items() <= environment.items()
     (private,) = server.temporary.iterdir()
     for path in private.iterdir():
         assert path.stat().st_mode & 0o077 == 0 or path.is_socket() or path.name in ("engine.json", "draining")

@@ -46,6 +46,40 @@ def test_loading_imports_no_torch(tokenizer_folder: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code, str(tokenizer_folder)], timeout=60).returncode == 0
 
 
+def test_a_thread_keeps_little_of_what_it_encodes(tmp_path: Path) -> None:
+    """A web process has a hundred threads, and each may meet every word. By glibc's count: in a process of its own."""
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({word: id for id, word in enumerate(words)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    run = subprocess.run([sys.executable, "-c", KEPT, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    if run.returncode == 77:
+        pytest.skip("another C library")
+    assert int(run.stdout) < 400 << 10, run.stderr
+
+
+KEPT = """
+import ctypes, sys, threading
+from pagegraph.runtime.text.tokenizer import Tokenizer
+class Used(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks bytes free keep".split()]
+libc = ctypes.CDLL(None)
+if not hasattr(libc, "mallinfo2"):
+    sys.exit(77)
+libc.mallinfo2.restype = Used
+tokenizer = Tokenizer.load(sys.argv[1])
+def encode():
+    tokenizer.encode("a b c")
+    before = libc.mallinfo2().bytes
+    for first in range(0, 8000, 100):
+        tokenizer.encode(" ".join(f"w{number:09}" for number in range(first, first + 100)))
+    print(libc.mallinfo2().bytes - before)
+thread = threading.Thread(target=encode)
+thread.start()
+thread.join()
+"""
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         Tokenizer.load(tmp_path)
