@@ -83,18 +83,22 @@ class Comparer:
                 self.compared += 1
                 self.different += one != other
 
-    def _run(self, requests: list[tuple[list[int], SamplingParams]], how: Situation) -> list[Completion]:
-        built, speculative = self.built, {}
+    def prepare(self, how: Situation) -> Config:
+        """Let the model draft as it asks -> its configuration, `tight` and all after it left aside."""
+        speculative = {}
         if how.draft_tokens:
             speculative = dict(speculative_method="ngram", num_speculative_tokens=how.draft_tokens)
-        if how.tight:
-            built = dataclasses.replace(built, num_blocks=-(-MAX_MODEL_LEN // BLOCK_SIZE) + 1)
-        built.step.state.allow_drafts(how.draft_tokens, NgramRange(2, 5) if how.draft_tokens else None)
-        config = self._config_of(
+        self.built.step.state.allow_drafts(how.draft_tokens, NgramRange(2, 5) if how.draft_tokens else None)
+        return self._config_of(
             max_num_seqs=min(how.max_num_seqs, how.max_num_batched_tokens), enable_prefix_caching=how.enable_prefix_caching,
             max_num_batched_tokens=how.max_num_batched_tokens, **speculative,
         )  # fmt: skip
-        llm = LLM(config, built=built)
+
+    def _run(self, requests: list[tuple[list[int], SamplingParams]], how: Situation) -> list[Completion]:
+        built = self.built
+        if how.tight:
+            built = dataclasses.replace(built, num_blocks=-(-MAX_MODEL_LEN // BLOCK_SIZE) + 1)
+        llm = LLM(self.prepare(how), built=built)
         prompts, params = [one for one, _ in requests], [one for _, one in requests]
         for _ in range(1 + how.twice):
             done = llm.generate(prompts, params)

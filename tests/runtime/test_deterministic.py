@@ -5,23 +5,39 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pagegraph.compiler.build import build_compiled, build_model
+from pagegraph.compiler.build import BuiltModel, build_compiled, build_model
 from pagegraph.compiler.model.probe import UnsupportedModel
+from pagegraph.compiler.step.inputs import StepInput
+from pagegraph.compiler.step.step import CompiledStep, Ticket
 from pagegraph.runtime.config import Config, ConfigError, load_config
+from pagegraph.runtime.engine.assemble import engine_of
 from pagegraph.runtime.engine.compiler_options import compiler_options
+from pagegraph.runtime.ipc.protocol import Failed, Submit, Tokens
+from pagegraph.runtime.llm import LocalMailbox
 from tests.compiler.architectures import tiny_config
 from tests.compiler.model.test_paged import random_model
-from tests.runtime.situations import ALL_AT_ONCE, BLOCK_SIZE, MAX_MODEL_LEN, SITUATIONS, Comparer, draw_requests
+from tests.runtime.situations import (
+    ALL_AT_ONCE,
+    BLOCK_SIZE,
+    MAX_MODEL_LEN,
+    SITUATIONS,
+    Comparer,
+    Situation,
+    draw_requests,
+)
 
 pytestmark = pytest.mark.timeout(900)
 
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 REAL = 10_000  # tokens
+POISON = 9999  # a seed
 WINDOWS = dict(
     head_dim=24, hidden_size=72, query_pre_attn_scalar=20, num_hidden_layers=2,
     layer_types=["sliding_attention", "full_attention"],
@@ -81,6 +97,74 @@ def test_without_it_they_are_not_equal(comparer_of: Callable[..., Comparer]) -> 
 
     comparer.compare(draw_requests(0, 6, 128), ALL_AT_ONCE)
     assert comparer.different
+
+
+def test_neighbours_of_a_poisoned_request(comparer_of: Callable[..., Comparer], monkeypatch) -> None:
+    """All sequences run again from what is committed, one at a time and then the others at once."""
+    comparer = comparer_of("llama")
+    requests = draw_requests(0, 8, 128)
+    requests[5] = (requests[5][0], msgspec.structs.replace(requests[5][1], temperature=1.0, seed=POISON))
+    requests = [(prompt, msgspec.structs.replace(one, max_tokens=12 + one.max_tokens)) for prompt, one in requests]
+    for max_num_batched_tokens, num_draft_tokens in ((13, 3), (100, 0)):
+        how = Situation(8, max_num_batched_tokens, True, num_draft_tokens, tight=False, twice=False, order=0)
+        config = comparer.prepare(how)
+        clean, failed = answers(config, comparer.built, requests)
+        assert not failed and len(clean) == 8
+        for where in ("launch", "wait"):
+            for after in (0, 4):
+                with monkeypatch.context() as patch:
+                    times = poison(patch, where, after)
+                    troubled, failed = answers(config, comparer.built, requests)
+                assert failed == {"5": 500} and times() > 1
+                assert len(troubled.get("5", [])) < len(clean["5"])
+                assert {**troubled, "5": None} == {**clean, "5": None}, (how, where, after)
+
+
+def answers(config: Config, built: BuiltModel, requests: list) -> tuple[dict[str, list[tuple]], dict[str, int]]:
+    """Each request's tokens with the bits of their log-probabilities, and the status of those that failed."""
+    mailbox = LocalMailbox()
+    engine, _ = engine_of(config, built, mailbox)
+    for number, (prompt, params) in enumerate(requests):
+        mailbox.put(Submit(request_id=str(number), token_ids=prompt, params=params))
+    tokens: dict[str, list[tuple]] = {}
+    failed: dict[str, int] = {}
+    while mailbox.inbox or not engine.idle:
+        engine.turn()
+        for message in mailbox.take():
+            if isinstance(message, Failed):
+                failed[message.request_id] = message.status
+            for delta in message.each() if isinstance(message, Tokens) else ():
+                assert delta.logprobs is not None
+                told = [msgspec.structs.astuple(one) for one in delta.logprobs]
+                tokens.setdefault(delta.request_id, []).extend(zip(delta.token_ids, told, strict=True))
+    engine.scheduler.check_integrity()
+    return tokens, failed
+
+
+def poison(patch: pytest.MonkeyPatch, where: str, after: int) -> Callable[[], int]:
+    """Steps with the request of the seed POISON raise from the `after`th on -> how many have raised."""
+    launch, seen, raised = CompiledStep.launch, 0, 0
+
+    def fail() -> NoReturn:
+        nonlocal raised
+        raised += 1
+        raise OverflowError("a poisoned step")
+
+    def instead(self: CompiledStep, step: StepInput, *rest: int) -> Ticket:
+        nonlocal seen
+        has_seed = POISON in step.sampling.seeds.tolist()
+        seen += has_seed
+        if not has_seed or seen <= after:
+            return launch(self, step, *rest)
+        if where == "launch":
+            fail()
+        ticket = launch(self, step, *rest)
+        ticket.wait()  # it has written keys and values
+        patch.setattr(ticket, "wait", fail)
+        return ticket
+
+    patch.setattr(CompiledStep, "launch", instead)
+    return lambda: raised
 
 
 @pytest.mark.slow
