@@ -45,9 +45,17 @@ def processes(supervisor: int) -> dict[str, int]:
 
 def resident(supervisor: int) -> dict[str, int]:
     """KiB of each process of a server, by what it is."""
-    found = processes(supervisor)
-    status = {name: Path(f"/proc/{pid}/status").read_text() for name, pid in found.items()}
-    return {name: int(re.findall(r"^VmRSS:\s+(\d+) kB", text, re.M)[0]) for name, text in status.items()}
+    return _status(supervisor, "VmRSS")
+
+
+def num_threads(supervisor: int) -> dict[str, int]:
+    """Of each process of a server, by what it is."""
+    return _status(supervisor, "Threads")
+
+
+def _status(supervisor: int, line: str) -> dict[str, int]:
+    status = {name: Path(f"/proc/{pid}/status").read_text() for name, pid in processes(supervisor).items()}
+    return {name: int(re.findall(rf"^{line}:\s+(\d+)", text, re.M)[0]) for name, text in status.items()}
 
 
 def _children(pid: int) -> list[int]:

@@ -104,7 +104,7 @@ def test_neighbours_of_a_poisoned_request(comparer_of: Callable[..., Comparer], 
     comparer = comparer_of("llama")
     requests = draw_requests(0, 8, 128)
     requests[5] = (requests[5][0], msgspec.structs.replace(requests[5][1], temperature=1.0, seed=POISON))
-    requests = [(prompt, msgspec.structs.replace(one, max_tokens=12 + one.max_tokens)) for prompt, one in requests]
+    requests = [(prompt, msgspec.structs.replace(one, max_tokens=16 + at)) for at, (prompt, one) in enumerate(requests)]
     for max_num_batched_tokens, num_draft_tokens in ((13, 3), (100, 0)):
         how = Situation(8, max_num_batched_tokens, True, num_draft_tokens, tight=False, twice=False, order=0)
         config = comparer.prepare(how)
