@@ -85,8 +85,10 @@ def _measure(layer: experts.Layer) -> None:
         steps = [layer.step(tokens) for _ in range(CALLS)]
         floor = experts._floor(layer, steps)
         grouped = grouped_tiles_of(tokens * layer.mixture.choices, layer.key)
+        ways: dict[str, experts.Tiles] = {"grouped": grouped}
+        ways.update({f"hopper_{count}": HopperTiles(count) for count in STAGES})
         us = {}
-        for name, tiles in {"grouped": grouped} | {f"hopper_{count}": HopperTiles(count) for count in STAGES}.items():
+        for name, tiles in ways.items():
             calls = [lambda step=step, tiles=tiles: layer.ours(tiles, step) for step in steps]
             us[name] = 1e6 * graph_seconds(calls)
         fastest = min(us[f"hopper_{count}"] for count in STAGES)
