@@ -195,7 +195,7 @@ def _check(report: Report, layer: Layer, dtype: torch.dtype, device: str, wrong:
             for what, error in errors.items():
                 worst[what] = max(worst.get(what, 0.0), error)
                 if not error < TOLERANCE[dtype]:
-                    wrong.add(layer.name)
+                    wrong.add(f"{layer.name} {dtype}")
                     report.failure(f"{layer.name} {dtype} {name}: {what} off by {error:.3g}")
     report.row(checked=f"{layer.name:18}", dtype=str(dtype).removeprefix("torch."), **worst)
 
@@ -262,7 +262,7 @@ def _measure(report: Report, layer: Layer, wrong: set[str], device: str, decodes
         )
     if layer.tiles and layer.chunks != BY_ROWS:
         ways.append(("rows", prompts, {CHUNKED: ()}))
-    if layer.name in wrong:
+    if f"{layer.name} {dtype}" in wrong:
         report.fact(not_timed=f"{layer.name}: it is wrong")
         return
     for way, of_way, constants in ways:
