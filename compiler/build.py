@@ -40,7 +40,6 @@ from pagegraph.compiler.profile.kv_budget import (
     plan_blocks,
 )
 from pagegraph.compiler.profile.memory import MemoryProfile, StoredProfiles, profile_memory
-from pagegraph.compiler.quantization.config import Scheme
 from pagegraph.compiler.quantization.linear import QuantExperts
 from pagegraph.compiler.resolve import (
     eos_ids,
@@ -402,16 +401,11 @@ def _load(
     sharding = paged_model.sharding
     if paged_model.states:
         _check_recurrent(model_options.model, options)
-    if sharding is not None and isinstance(quantization, Scheme):
-        raise ValueError(
-            f"tensor_parallel_size={options.ranks.size}: weights that the checkpoint packs by {quantization.method} are not cut;"
-            " name the original model, with quantization fp8, int8 or int4 to quantise it while loading"
-        )
     loaded = LoadedModel(paged_model, model_config, folder, dtype, cache_dtype, max_model_len, generation_config)
     if planned:
         plan_weights(
             model, folder, device_type=device.type, dtype=dtype, load_format=model_options.load_format,
-            quantization=quantization,
+            quantization=quantization, shards={} if sharding is None else sharding.shards,
         )  # fmt: skip
         if sharding is not None:
             join(model, sharding)

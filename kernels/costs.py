@@ -38,8 +38,12 @@ class Cost(NamedTuple):
     narrow: bool = False
 
 
-def cost_of(op: Any, arguments: Mapping[str, Any], out: Any, weights: list[Tensor], step: StepRows) -> Cost | None:
+def cost_of(
+    op: Any, arguments: Mapping[str, Any], out: Any, weights: list[Tensor], step: StepRows, spread: int = 1
+) -> Cost | None:
     """Of a call of `op` with arguments by name, `weights` being those of them that are; None where it is not counted.
+
+    spread: over how many ranks whole experts are, each of which computes as many of what tokens chose.
 
     A product of two activations is not: models that are served have such products in attention alone.
     """
@@ -53,8 +57,8 @@ def cost_of(op: Any, arguments: Mapping[str, Any], out: Any, weights: list[Tenso
     narrow = any(one.element_size() == 1 for one in weights)
     if max(one.dim() for one in weights) >= 3 and op in EXPERTS:
         tokens = int(step.rows.sum())
-        share = EXPERTS[op](arguments, tokens)
-        return Cost("experts", flops, math.ceil(share * _bytes(weights)), narrow=narrow)
+        share = EXPERTS[op](arguments, tokens, spread)
+        return Cost("experts", flops // spread, math.ceil(share * _bytes(weights)), narrow=narrow)
     return Cost("linears", flops, _bytes(weights), narrow=narrow)
 
 
@@ -145,22 +149,22 @@ def _repacked_experts(arguments: Mapping[str, Any], out: Any) -> int:
     return 2 * arguments["chosen"].numel() * (3 if arguments["gated"] else 2) * inner * hidden
 
 
-def _chosen_of_rows(arguments: Mapping[str, Any], tokens: int) -> float:
+def _chosen_of_rows(arguments: Mapping[str, Any], tokens: int, spread: int) -> float:
     """As `_chosen`; rows are tokens that name what they chose."""
-    return _share(arguments["chosen"].numel(), arguments["up"].shape[0], tokens)
+    return _share(arguments["chosen"].numel() / spread, arguments["up"].shape[0], tokens)
 
 
-def _share(pairs: int, experts: int, tokens: int) -> float:
+def _share(pairs: float, experts: int, tokens: int) -> float:
     """Of experts that some token chose, where each chooses at random."""
     each = min(pairs / max(tokens, 1) / experts, 1.0)
     return 1 - (1 - each) ** tokens
 
 
-def _chosen(arguments: Mapping[str, Any], tokens: int) -> float:
+def _chosen(arguments: Mapping[str, Any], tokens: int, spread: int) -> float:
     """The share of experts that some token chose, where each chooses at random: rows are chosen experts of tokens."""
     experts = next(one.shape[0] for one in arguments.values() if isinstance(one, Tensor) and one.dim() == 3)
     rows = next(one.shape[0] for one in arguments.values() if isinstance(one, Tensor) and one.dim() == 2)
-    return _share(rows, experts, tokens)
+    return _share(rows / spread, experts, tokens)
 
 
 aten, ours = torch.ops.aten, torch.ops.pagegraph
@@ -192,12 +196,12 @@ PRODUCTS: dict[Any, Callable[[Mapping[str, Any], Any], int]] = {
     ours.fixed_int4_linear.default: _of_rows(lambda given: given["packed"].shape[0]),
     ours.int4_packed_layer.default: _int4_layer,
 }
-# op over stacked experts: the share of them that is read, by arguments and tokens of the step
-EXPERTS: dict[Any, Callable[[Mapping[str, Any], int], float]] = {
+# op over stacked experts: the share of them that is read, by arguments, tokens of the step and ranks that whole experts are spread over
+EXPERTS: dict[Any, Callable[[Mapping[str, Any], int, int], float]] = {
     aten._grouped_mm.default: _chosen,
     ours.experts.default: _chosen_of_rows,
     ours.quant_experts.default: _chosen_of_rows,
     ours.repacked_experts.default: _chosen_of_rows,
-    aten.bmm.default: lambda arguments, tokens: 1.0,
-    aten.baddbmm.default: lambda arguments, tokens: 1.0,
+    aten.bmm.default: lambda arguments, tokens, spread: 1.0,
+    aten.baddbmm.default: lambda arguments, tokens, spread: 1.0,
 }

@@ -291,6 +291,11 @@ def check(config: Config) -> None:
             f"deterministic=true computes on one device, and tensor_parallel_size={config.tensor_parallel_size}: the order of sums over"
             " ranks depends on the tokens of a step; set tensor_parallel_size to 1, or deterministic to false"
         )
+    if config.expert_parallel and config.tensor_parallel_size == 1:
+        raise ConfigError(
+            "expert_parallel=true spreads experts over ranks, and tensor_parallel_size=1; set that to 2 or more, or expert_parallel to"
+            " false"
+        )
     if config.otlp_traces_endpoint is not None and not _has_opentelemetry():
         raise ConfigError(
             f"otlp_traces_endpoint={config.otlp_traces_endpoint} needs OpenTelemetry: pip install 'pagegraph[otel]', or"

@@ -91,6 +91,11 @@ class ModelConfig:
         between(parse_whole, 1),
         "processes that share the model's weights and its KV cache, each of which holds a part of every layer; on GPUs one each",
     )
+    expert_parallel: bool = _option(
+        False,
+        parse_flag,
+        "each rank of tensor_parallel_size holds whole experts of a mixture, and not a part of every expert",
+    )
     trust_remote_code: bool = _option(False, parse_flag, "run Python code that comes with the model")
     seed: int = _option(0, between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none: 0 to 2^63 - 1")
     generation_config: str = _option(

@@ -101,17 +101,20 @@ def costs(
     """What the calls of a forward cost, traced or not, run on the meta device."""
     inputs = meta_inputs(state, int(step.rows.sum()), seqs)
     weights = [*paged_model.parameters(), *paged_model.buffers()]
-    watch = _Costs({one.untyped_storage()._cdata for one in weights if one.dim() > 1}, step)
+    sharding = paged_model.sharding
+    spread = sharding.ranks.size if sharding is not None and sharding.ranks.expert_parallel else 1
+    watch = _Costs({one.untyped_storage()._cdata for one in weights if one.dim() > 1}, step, spread)
     with torch.no_grad(), watch:
         forward(*inputs, *state.caches)
     return dict(watch.totals)
 
 
 class _Costs(TorchDispatchMode):
-    """Adds up the costs of the calls within it. `weights`: storages."""
+    """Adds up the costs of the calls within it. `weights`: storages; spread: as `cost_of` has it."""
 
-    def __init__(self, weights: set[int], step: StepRows) -> None:
+    def __init__(self, weights: set[int], step: StepRows, spread: int) -> None:
         super().__init__()
+        self._spread = spread
         self.totals: StepTotals = defaultdict(Totals)
         self._weights, self._step = weights, step
 
@@ -130,7 +133,9 @@ class _Costs(TorchDispatchMode):
             for one in tensors
             if isinstance(one, torch.Tensor) and one.dim() > 1 and one.untyped_storage()._cdata in self._weights
         ]
-        cost = cost_of(function, arguments, out[0] if isinstance(out, tuple) else out, weights, self._step)
+        cost = cost_of(
+            function, arguments, out[0] if isinstance(out, tuple) else out, weights, self._step, self._spread
+        )
         if cost is not None:
             self.totals[cost.kind].add(cost)
         return out

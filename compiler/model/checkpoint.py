@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -162,8 +163,13 @@ def contents_of(model: nn.Module, names: Collection[str], scheme: Scheme | None)
     return Contents(conversion, dict(pieces), leftovers)
 
 
-def refuse_differences(model: nn.Module, folder: Path, contents: Contents) -> None:
-    """Raise WeightsMismatch where the checkpoint lacks what the model has, or holds what nothing takes or ignores."""
+def refuse_differences(
+    model: nn.Module, folder: Path, contents: Contents, spread: Mapping[str, int] = MappingProxyType({})
+) -> None:
+    """Raise WeightsMismatch where the checkpoint lacks what the model has, or holds what nothing takes or ignores.
+
+    spread: of stacks of which the model has some experts, how many there are.
+    """
     expected = expected_tensors(model)
     optional = [re.compile(one) for one in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
     missing = {
@@ -174,7 +180,7 @@ def refuse_differences(model: nn.Module, folder: Path, contents: Contents) -> No
     too_many = set()
     for target, pieces in contents.pieces.items():
         if pieces[0].place.expert is not None:
-            places, experts = {piece.place[1:3]: piece for piece in pieces}, len(expected[target])
+            places, experts = {piece.place[1:3]: piece for piece in pieces}, spread.get(target, len(expected[target]))
             wanted = {(expert, part) for expert in range(experts) for part in range(pieces[0].place.parts)}
             missing |= {f"{target} of expert {expert}" for expert, _ in wanted - places.keys()}
             too_many |= {places[place].name for place in places.keys() - wanted}

@@ -32,7 +32,13 @@ def experts_forward(
 ) -> torch.Tensor:
     """transformers' signature: hidden_states [T, H], chosen experts and their weights [T, k] -> [T, H]."""
     form: Form | None = getattr(module, "experts_form", None)
+    if first := getattr(
+        module, "first_expert", 0
+    ):  # of a rank that holds whole experts: numbers of others are left out
+        top_k_index = top_k_index - first
     if form is None:
+        if first:
+            top_k_index = torch.where(top_k_index < 0, module.num_experts, top_k_index)
         return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
     batch = forward_local.paged
     routed, query_start = (hidden_states, top_k_index, top_k_weights), None if batch is None else batch.query_start

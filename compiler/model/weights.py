@@ -38,6 +38,7 @@ from pagegraph.compiler.quantization.methods import QuantizationError
 from pagegraph.compiler.quantization.online import quantize
 from pagegraph.compiler.quantization.packing import PACKED, STORED
 from pagegraph.compiler.quantization.stacks import Stack
+from pagegraph.compiler.tensor_parallel.quantized import share_of
 from pagegraph.compiler.tensor_parallel.shards import Shard
 from pagegraph.kernels.quant.reference import dequantize
 from pagegraph.kernels.quant.weight import QuantWeight
@@ -99,7 +100,7 @@ def load_weights(
                 "quantization: the checkpoint's scales of keys and values are not used; kv_cache_dtype=fp8 holds them"
                 " by a scale of 1"
             )
-        contents = _contents(model, folder, files, scheme, stacked)
+        contents = _contents(model, folder, files, scheme, stacked, shards)
         _stream(model, files, contents, device, progress, scheme, online, stacked, shards)
     model.tie_weights()
     if (tied := _tied_head(model)) is not None and f"{tied}.weight" in online:
@@ -117,6 +118,7 @@ def plan_weights(
     dtype: torch.dtype,
     load_format: str = "auto",
     quantization: Scheme | str | None = None,
+    shards: Mapping[str, Shard] = MappingProxyType({}),
 ) -> None:
     """What `load_weights` makes of `model` on such a device, on the meta device: sizes and types without values.
 
@@ -134,11 +136,11 @@ def plan_weights(
         )
     if scheme is not None or load_format != "dummy" and has_files:
         files = safetensors_files(folder)
-        contents = _contents(model, folder, files, scheme, stacked)
+        contents = _contents(model, folder, files, scheme, stacked, shards)
         if scheme is not None:
             unpacked = _dequantised(model, contents, scheme, stacked)
             quantized = {name: one for name, one in contents.quantized.items() if name not in unpacked}
-            _plan_packed(model, files, quantized, scheme, stacked)
+            _plan_packed(model, files, quantized, scheme, stacked, shards)
     model.tie_weights()
     for name, method in online.items():
         rows = model.get_parameter(name)
@@ -151,7 +153,12 @@ def plan_weights(
 
 
 def _plan_packed(
-    model: nn.Module, files: dict[str, Path], quantized: dict[str, list[Piece]], scheme: Scheme, stacked: Stacked
+    model: nn.Module,
+    files: dict[str, Path],
+    quantized: dict[str, list[Piece]],
+    scheme: Scheme,
+    stacked: Stacked,
+    shards: Mapping[str, Shard],
 ) -> None:
     """Put linears and experts without values where the checkpoint's quantised ones go."""
 
@@ -168,10 +175,12 @@ def _plan_packed(
     most = max(quantized, key=lambda target: sizes[target][1])
     kind = _read_quantized(scheme, quantized[most][0], lambda name: read(name, True)) if is_packed else None
     for target, (piece, *_) in quantized.items():
+        shard = _of_quantized(shards.get(target), target, piece, stacked)
         if kind is None:
             weight = _read_quantized(scheme, piece, lambda name: read(name, False))
         else:
-            weight = _same_kind(kind, *sizes[target])
+            weight = _same_kind(kind, *(sizes[target] if shard is None else shard.whole(sizes[target])))
+        weight = share_of(weight, shard, piece.name)
         _plan_quantized(model, target, weight, stacked)
 
 
@@ -229,7 +238,12 @@ def _tied_head(model: nn.Module) -> str | None:
 
 
 def _contents(
-    model: nn.Module, folder: Path, files: dict[str, Path], scheme: Scheme | None, stacked: Stacked
+    model: nn.Module,
+    folder: Path,
+    files: dict[str, Path],
+    scheme: Scheme | None,
+    stacked: Stacked,
+    shards: Mapping[str, Shard],
 ) -> Contents:
     """What the checkpoint holds; the head is dropped from a model whose checkpoint has none.
 
@@ -239,7 +253,8 @@ def _contents(
     drop_missing_head(model, contents.given)
     if scheme is not None:
         _check_quantized(model, folder, contents, scheme, stacked)
-    refuse_differences(model, folder, contents)
+    spread = {name: len(model.get_parameter(name)) * one.of for name, one in shards.items() if one.dim == -3}
+    refuse_differences(model, folder, contents, spread)
     return contents
 
 
@@ -325,8 +340,14 @@ def _stream(
 
         for target in sorted(contents.pieces, key=file_of):
             pieces = contents.pieces[target]
-            places = {piece.name: piece.place for piece in pieces}
             shard = shards.get(target)
+            if (
+                shard is not None and shard.dim == -3 and pieces[0].place.expert is not None
+            ):  # of whole experts the rank's
+                bar.update(len(pieces))
+                pieces, shard = _of_rank(pieces, shard), None
+                bar.update(-len(pieces))
+            places = {piece.name: piece.place for piece in pieces}
             if target in stacked and pieces[0].place.expert is not None and (pieces[0].endings or target in online):
                 _load_quantized_experts(
                     model, target, pieces, read, read_held, device, scheme, online.get(target), stacked, shard
@@ -334,18 +355,18 @@ def _stream(
             elif target in stacked and pieces[0].endings:
                 assert scheme is not None
                 weight = _read_quantized(scheme, pieces[0], read)
+                weight = share_of(weight, _of_quantized(shard, target, pieces[0], stacked), target)
                 _place_experts(model, target, weight.map(lambda one: one.to(device, copy=True)), stacked)
             elif pieces[0].endings and model.get_parameter(target).dim() == 3:
                 assert scheme is not None
-                _load_dequantised(model, target, _read_quantized(scheme, pieces[0], read), device)
+                _load_dequantised(model, target, _read_quantized(scheme, pieces[0], read), device, shard)
             elif pieces[0].endings:
                 assert scheme is not None
                 path = pieces[0].name
                 _refuse_lost_bias(model, target, f"{path}.bias", files, read)
                 # On the CPU: bits are shuffled once, and the device takes only the result.
-                _place_quantized(
-                    model, target.removesuffix(".weight"), _read_quantized(scheme, pieces[0], read), device
-                )
+                weight = share_of(_read_quantized(scheme, pieces[0], read), shard, path)
+                _place_quantized(model, target.removesuffix(".weight"), weight, device)
             elif pieces[0].place.rule is not None:
                 for name, values in contents.conversion.convert(places, read).items():
                     _load_tensor(model, name, _held(name, values, model, shards), device, online, stacked)
@@ -354,6 +375,27 @@ def _stream(
             else:
                 held = model.get_parameter(target).shape if shard is not None else ()
                 _load_tensor(model, target, read_held(pieces[0].name, shard, held), device, online, stacked)
+
+
+def _of_rank(pieces: list[Piece], shard: Shard) -> list[Piece]:
+    """Pieces of the experts that the rank has, numbered as it has them."""
+    experts = 1 + max(piece.place.expert or 0 for piece in pieces)
+    [run] = shard.runs(experts)
+    found = []
+    for piece in pieces:
+        assert piece.place.expert is not None
+        if run.start <= piece.place.expert < run.stop:
+            found.append(piece._replace(place=piece.place._replace(expert=piece.place.expert - run.start)))
+    return found
+
+
+def _of_quantized(shard: Shard | None, target: str, piece: Piece, stacked: Stacked) -> Shard | None:
+    """Of a quantised weight, in which inputs come last: what is held of the parameter, or of a piece that is one expert's."""
+    if shard is None or target not in stacked:
+        return shard
+    if piece.place.expert is None:
+        return shard.transposed() if stacked[target].transposed else shard
+    return None if shard.dim == -3 else shard.of_part()
 
 
 def _held(name: str, values: torch.Tensor, model: nn.Module, shards: Mapping[str, Shard]) -> torch.Tensor:
@@ -414,22 +456,28 @@ def _load_quantized_experts(
             part = quantize(values.to(device, dtype), method, piece.name)
         else:
             assert scheme is not None
-            part = _read_quantized(scheme, piece, read)
+            part = share_of(
+                _read_quantized(scheme, piece, read), _of_quantized(shard, name, piece, stacked), piece.name
+            )
         _refuse_shape(piece.name, (part.out_size, part.in_size), (rows.stop - rows.start, size.columns))
         assert piece.place.expert is not None
         stack.put(piece.place.expert, rows, part, piece.name)
     _place_experts(model, name, stack.weight(), stacked)
 
 
-def _load_dequantised(model: nn.Module, name: str, weight: QuantWeight, device: torch.device) -> None:
+def _load_dequantised(
+    model: nn.Module, name: str, weight: QuantWeight, device: torch.device, shard: Shard | None
+) -> None:
     """Fill a stacked parameter with what the quantised experts stand for, one after another."""
     module, leaf = _owner(model, name)
     old = getattr(module, leaf)
-    _refuse_shape(name, (*weight.qweight.shape[:2], weight.in_size), old.shape)
+    whole = (*weight.qweight.shape[:2], weight.in_size)
+    _refuse_shape(name, whole, old.shape if shard is None else shard.whole(old.shape))
     tensor = torch.empty(old.shape, dtype=old.dtype, device=device)
     for expert, one in enumerate(tensor):
         zero = None if weight.zero is None else weight.zero[expert]
-        one.copy_(dequantize(weight.qweight[expert], weight.scale[expert], zero, weight.group))
+        values = dequantize(weight.qweight[expert], weight.scale[expert], zero, weight.group)
+        one.copy_(values if shard is None else shard.cut(values))
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 

@@ -88,6 +88,8 @@ def narrow(model: Any, sharding: Sharding) -> None:
             module.out_features, module.in_features = shape
         elif leaf == "weight" and isinstance(module, nn.Embedding):
             module.num_embeddings, module.padding_idx = shape[0], None
+        elif sharding.roles.get(path) == "whole_experts":
+            module.num_experts = shape[0]
     model.tie_weights()
 
 
@@ -107,6 +109,9 @@ def join(model: Any, sharding: Sharding) -> None:
         elif role == "experts":
             if ranks.rank and (bias := module._parameters.get("down_proj_bias")) is not None:
                 bias.data.zero_()  # one rank adds it
+            module.register_forward_hook(_Sum(ranks.group))
+        elif role == "whole_experts":
+            module.first_expert = ranks.rank * module.num_experts
             module.register_forward_hook(_Sum(ranks.group))
 
 

@@ -3,7 +3,7 @@
 transformers keeps for most types of model a plan: a style by path of a linear or a parameter. What plans leave out has rules here:
 heads of attention stay whole, and heads of keys and values are held by several ranks where there are fewer of them than ranks;
 embeddings and output head are cut by the vocabulary; experts that ask for a function (`compiler.model.experts`) by their inner
-size; a model without a plan by the names of its projections. What has no style is held whole by each rank: right, and not
+size, or whole; a model without a plan by the names of its projections. What has no style is held whole by each rank: right, and not
 shared. Knows names and sizes; reads no weights. Whether a model's forward runs on its shards the probe tries afterwards.
 """
 
@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from pagegraph.compiler.model.experts import ASKING
 from pagegraph.compiler.model.probe import AttentionLayout, Probed, UnsupportedModel
-from pagegraph.compiler.tensor_parallel.shards import Ranks, Role, Shard, Sharding
+from pagegraph.compiler.tensor_parallel.shards import LARGEST_SIZE, Ranks, Role, Shard, Sharding
 
-LARGEST_SIZE = 64  # up to which sizes are tried for one that works
 NO_PLAN = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "sinks"), "colwise"),
     **dict.fromkeys(("o_proj", "down_proj"), "rowwise"),
@@ -52,11 +52,16 @@ def sharding_of(model: Any, probed: Probed, ranks: Ranks) -> Sharding:
         works = [
             size
             for size in range(1, LARGEST_SIZE + 1)
-            if not _Planner(model, probed, Ranks(0, size)).refusals
+            if not _Planner(model, probed, replace(ranks, rank=0, size=size)).refusals
         ]  # fmt: skip
         raise Indivisible(
             f"tensor_parallel_size={ranks.size} does not divide {planner.refusals[0]} of"
             f" {model.config.model_type}; {', '.join(map(str, works))} {'does' if len(works) == 1 else 'do'}"
+        )
+    if ranks.expert_parallel and "whole_experts" not in planner.roles.values():
+        raise UnsupportedModel(
+            f"{model.config.model_type}: expert_parallel spreads the experts of mixtures that leave them to a function of"
+            " transformers, and it has none; set expert_parallel to false"
         )
     return Sharding(ranks, planner.shards, planner.roles)
 
@@ -97,8 +102,14 @@ class _Planner:
         self.roles[path] = role
 
     def _experts(self, path: str, module: Any) -> None:
-        """By the inner size: rows of the first product, columns of the second."""
+        """By the inner size: rows of the first product, columns of the second. Or whole experts."""
         size, rank = self.ranks.size, self.ranks.rank
+        if self.ranks.expert_parallel:
+            self._divides(len(module.down_proj), f"experts of {path}")
+            for name, parameter in module.named_parameters(recurse=False):
+                self.shards[f"{path}.{name}"] = Shard(-parameter.dim(), rank, size)
+            self.roles[path] = "whole_experts"
+            return
         up = "gate_up_proj" if module.has_gate else "up_proj"
         parts = 2 if module.has_gate and module.is_concatenated else 1
         down = module.down_proj

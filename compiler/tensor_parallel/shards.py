@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 # What a rank's module does besides its own product: sum over ranks; the same of the rank's columns of a whole input; bring
-# all ranks' outputs side by side; look up the rank's rows of a vocabulary and sum; sum what experts give.
-Role = Literal["reduce", "split_reduce", "gather", "vocabulary", "experts"]
+# all ranks' outputs side by side; look up the rank's rows of a vocabulary and sum; sum what experts give, be they
+# cut or whole.
+Role = Literal["reduce", "split_reduce", "gather", "vocabulary", "experts", "whole_experts"]
+LARGEST_SIZE = 64  # up to which numbers of ranks are tried for one that works
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """So many processes, of which this is one; `group`: their name among `kernels.collective.groups`."""
+    """So many processes, of which this is one; `group`: their name among `kernels.collective.groups`.
+
+    expert_parallel: each holds whole experts of a mixture, and not a part of every one.
+    """
 
     rank: int = 0
     size: int = 1
     group: str = ""
+    expert_parallel: bool = False
 
 
 ALONE = Ranks()
@@ -63,6 +69,10 @@ class Shard:
         at = len(shape) + self.dim
         runs = [source[(slice(None),) * at + (run,)] for run in self.runs(shape[at])]
         return runs[0] if len(runs) == 1 else torch.cat(runs, dim=self.dim)
+
+    def transposed(self) -> Shard:
+        """The same of the tensor whose last two dimensions are exchanged."""
+        return replace(self, dim={-1: -2, -2: -1}.get(self.dim, self.dim))
 
     def of_part(self) -> Shard:
         """The same of a tensor that is one of the parts."""

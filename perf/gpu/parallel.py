@@ -116,7 +116,7 @@ def _replayed_together(calls: list[Callable[[], object]]) -> float:
 def _of_model(
     report: Report, args: argparse.Namespace, shared: dict, model: str, size: int, summed: dict[int, float]
 ) -> None:
-    config = config_of(args, model, tensor_parallel_size=size)
+    config = config_of(args, model, tensor_parallel_size=size, expert_parallel=args.expert_parallel)
     predicted = _predicted(config)
     begin = time.perf_counter()
     built = build_with_ranks(config, lambda options: build_compiled(options, progress=False))
@@ -229,7 +229,7 @@ def _vllm(report: Report, args: argparse.Namespace, model: str, size: int) -> No
         lines = args.child.with_name(f"vllm-{model}-{size}-{case}.jsonl")
         command = engine_steps.in_vllm(
             args, engine_steps.VLLM, "--peer", args.peer, "--model", config_of(args, model).model, "--scale", scale * args.scale,
-            "--max-model-len", MAX_MODEL_LEN[model], "--tensor-parallel-size", size, "--case", case, "--out", lines,
+            "--max-model-len", MAX_MODEL_LEN[model], "--tensor-parallel-size", size, *(["--expert-parallel"] if args.expert_parallel else []), "--case", case, "--out", lines,
         )  # fmt: skip
         with open(lines.with_suffix(".log"), "w+") as log:
             ended = engine_steps.how_it_ended(command, {**os.environ, "PY": sys.executable}, log)

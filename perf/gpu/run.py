@@ -87,6 +87,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--tensor-parallel-size", default="2", help="of section parallel: ranks that share a model, comma-separated"
     )
+    p.add_argument("--expert-parallel", action="store_true", help="of section parallel: whole experts a rank")
     p.add_argument(
         "--target",
         default="none,auto",

@@ -28,6 +28,7 @@ def main() -> None:
     p.add_argument("--max-model-len", type=int, default=8192)
     p.add_argument("--quantization")
     p.add_argument("--tensor-parallel-size", type=int, default=1)
+    p.add_argument("--expert-parallel", action="store_true")
     p.add_argument("--prefix-caching", action="store_true")
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()
@@ -40,7 +41,7 @@ def main() -> None:
     llm = LLM(
         model=args.model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", seed=0, quantization=args.quantization,
         max_model_len=args.max_model_len, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=args.prefix_caching,
-        tensor_parallel_size=args.tensor_parallel_size,
+        tensor_parallel_size=args.tensor_parallel_size, enable_expert_parallel=args.expert_parallel,
     )  # fmt: skip
 
     def emit(**row: object) -> None:

@@ -55,7 +55,7 @@ def compiler_options(
         passes=pass_options(config),
         compile=bool(config.compile),
         num_threads=num_threads,
-        ranks=Ranks(rank, config.tensor_parallel_size, GROUP),
+        ranks=Ranks(rank, config.tensor_parallel_size, GROUP, config.expert_parallel),
         cache_dir=config.compile_cache_dir,
     )
 

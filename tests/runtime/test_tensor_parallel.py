@@ -26,7 +26,10 @@ from pagegraph.runtime.sampling_params import SamplingParams
 from pagegraph.runtime.scheduler.counters import Counters
 from pagegraph.runtime.structured_output import StructuredOutputs
 from tests.compiler.architectures import tiny_config
+from tests.compiler.model.every_type import tiny
 from tests.compiler.model.test_paged import random_model
+from tests.compiler.quantization.checkpoints import write
+from tests.compiler.quantization.mixtures import write_mixture
 from tests.runtime.server.served_model import ServedModel, served
 
 pytestmark = pytest.mark.timeout(300)
@@ -97,6 +100,34 @@ def logprobs(done: Completion) -> list[float]:
     return [one.logprob for one in (*of_prompt, *done.logprobs)]
 
 
+@pytest.mark.parametrize(
+    ("kind", "packing", "expert_parallel"),
+    [("llama", "awq_g32", False), *(pytest.param(*one, marks=pytest.mark.slow) for one in (
+        ("llama", "fp8_block", False), ("qwen3_moe", "w8a8", True), ("mixtral", None, True), ("qwen2_moe", None, True)))],
+)  # fmt: skip
+def test_two_ranks_of_packed_weights_or_whole_experts_answer_as_one(
+    kind: str, packing: str | None, expert_parallel: bool, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    folder = tmp_path / kind
+    shutil.copytree(tokenizer_folder, folder)
+    if packing is None:
+        random_model(tiny(kind)).save_pretrained(folder)
+    elif kind == "llama":
+        wide = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, head_dim=32)
+        write(folder, random_model(tiny_config(kind, **wide)), packing)
+    else:
+        write_mixture(folder, kind, packing)
+    expected = llm_of(str(folder), 1).generate(PROMPTS, GREEDY)
+    shared = llm_of(str(folder), 2, expert_parallel=expert_parallel)
+    try:
+        got = shared.generate(PROMPTS, GREEDY)
+    finally:
+        shared.close()
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.token_ids == theirs.token_ids
+        assert logprobs(mine) == pytest.approx(logprobs(theirs), abs=1e-3)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_with_a_draft_model_answers_as_one(folder_of: Callable[..., str]) -> None:
     folder, draft = folder_of("llama"), folder_of("qwen3", num_hidden_layers=1)
@@ -143,6 +174,10 @@ def test_what_ranks_cannot_share_is_refused(folder_of: Callable[..., str]) -> No
         llm_of(folder, 2)
     with pytest.raises(ConfigError, match="set tensor_parallel_size to 1, or deterministic to false"):
         load_config(folder, dict(tensor_parallel_size=2, deterministic=True))
+    with pytest.raises(
+        ConfigError, match="expert_parallel=true spreads experts over ranks, and tensor_parallel_size=1; set that"
+    ):
+        load_config(folder, dict(expert_parallel=True))
     for command in ("verify", "tune"):
         told = CliRunner().invoke(main, [command, folder, "--tensor-parallel-size", "2"]).output
         assert f"runtime {command} runs one process, and tensor_parallel_size=2; set it to 1" in told
