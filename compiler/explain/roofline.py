@@ -15,6 +15,7 @@ from pagegraph.compiler.explain.machines import Machine
 from pagegraph.compiler.explain.trace import StepTotals, Totals, decodes, prompts
 from pagegraph.compiler.options import CompilerOptions
 from pagegraph.compiler.step.capture_sizes import Bucket, own_bucket
+from pagegraph.compiler.tensor_parallel.modules import Gathered
 from pagegraph.kernels.costs import StepRows
 
 
@@ -31,6 +32,7 @@ class StepFloor:
     cache_bytes: int
     memory_s: float
     compute_s: float
+    link_bytes: int  # that a rank sends to the others
     link_s: float
     floor_s: float
 
@@ -59,18 +61,25 @@ def _compute(one: Totals, machine: Machine) -> float:
 def step_floor(model: LoadedModel, totals: StepTotals, bucket: Bucket, context: int, machine: Machine) -> StepFloor:
     """Of a bucket whose calls need `totals`."""
     floor, memory_s, compute_s = floor_of(totals, machine)
-    link_s = 0.0
-    sharding = model.paged_model.sharding
-    if sharding is not None and machine.link:
-        size = sharding.ranks.size
-        sent = 2 * (size - 1) / size * bucket.tokens * summed_bytes(model)
-        link_s = sent / machine.link
+    sent = sent_bytes(model, bucket)
+    link_s = sent / machine.link if machine.link else 0.0
     every = totals.values()
     return StepFloor(
         bucket.tokens, bucket.seqs, context, is_decode(bucket), sum(one.flops for one in every),
-        sum(one.weight_bytes for one in every), sum(one.cache_bytes for one in every), memory_s, compute_s, link_s,
+        sum(one.weight_bytes for one in every), sum(one.cache_bytes for one in every), memory_s, compute_s, sent, link_s,
         floor + link_s,
     )  # fmt: skip
+
+
+def sent_bytes(model: LoadedModel, bucket: Bucket) -> int:
+    """Bytes that a rank sends in a step at least: sums as a ring has them, and its logits to each of the others."""
+    sharding = model.paged_model.sharding
+    if sharding is None:
+        return 0
+    size = sharding.ranks.size
+    head = model.paged_model.model.get_output_embeddings()
+    logits = model.vocab_size // size * model.dtype.itemsize if isinstance(head, Gathered) else 0
+    return 2 * (size - 1) * bucket.tokens * summed_bytes(model) // size + (size - 1) * bucket.seqs * logits
 
 
 def summed_bytes(model: LoadedModel) -> int:
