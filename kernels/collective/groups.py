@@ -49,7 +49,8 @@ class Group:
         return timedelta(seconds=self.timeout_s)
 
     def abort(self) -> None:
-        """End calls that wait on a GPU for a rank that will not come; the group is of no use from then on. Any thread may call.
+        """End calls that wait on a GPU for a rank that will not come; the group is of no use from then on. Any thread may call, and
+        may wait there as long as CUDA graphs hold calls of the group.
 
         Over gloo calls end by themselves.
         """

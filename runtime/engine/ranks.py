@@ -210,8 +210,10 @@ class Followers:
             self._stopping = True
             for process in self._processes:
                 process.kill()
-            if self._group is not None:
-                self._group.abort()
+            if (
+                self._group is not None
+            ):  # beside this thread: NCCL lets kernels go, then waits for graphs that hold its calls
+                threading.Thread(target=self._group.abort, name="abort", daemon=True).start()
         return self._lost
 
     def stop(self) -> None:
@@ -241,9 +243,9 @@ class Followers:
             time.sleep(BETTER_S)
             if self._stopping:
                 return
-        if self._group is not None and not self._built:
-            self._group.abort()
         self._on_end(self._told[-1])
+        if self._group is not None and not self._built:
+            self._group.abort()  # lets this rank's call return, whose next one raises
 
 
 class _Leading:
