@@ -168,7 +168,9 @@ class Shape:
 
     def share(self, ranks: int) -> Shape:
         """What one of so many ranks computes: heads, inner elements and vocabulary are cut, heads of keys and values held whole
-        by several ranks where they are fewer. Raises ValueError where sizes do not divide."""
+        by several ranks where they are fewer. Raises ValueError where sizes do not divide, and of layers with a state."""
+        if self.recurrence.weights:
+            raise ValueError("layers with a state are not shared by ranks")
         cut = {"heads": self.heads, "intermediate": self.intermediate, "vocab": self.vocab}
         odd = [f"{size} {name}" for name, size in cut.items() if size % ranks]
         if self.kv_heads % ranks and ranks % self.kv_heads:
