@@ -48,13 +48,18 @@ class Group:
     def timeout(self) -> timedelta:
         return timedelta(seconds=self.timeout_s)
 
+    @property
+    def raises(self) -> bool:
+        """Whether calls end by themselves, by an error, where a rank has ended or hangs."""
+        return self.processes is self.host
+
     def abort(self) -> None:
         """End calls that wait on a GPU for a rank that will not come; the group is of no use from then on. Any thread may call, and
         may wait there as long as CUDA graphs hold calls of the group.
 
         Over gloo calls end by themselves.
         """
-        if self.processes is not self.host:
+        if not self.raises:
             self.processes.abort()
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import pickle
 import select
 import shutil
@@ -181,9 +182,10 @@ class Followers:
             raise self.lost(error) from error
 
     def wait(self, pending: Pending) -> StepOutput:
-        """The output of a step, or what it raised; RanksLost where a rank has ended, or the step takes longer than ranks may be behind."""
+        """The output of a step, or what it raised; RanksLost where a rank has ended, or, where sums raise nothing, a step takes
+        longer than ranks may be behind."""
         assert self._group is not None
-        end = time.monotonic() + self._group.timeout_s + LOOK_S  # over gloo the sum itself raises before
+        end = math.inf if self._group.raises else time.monotonic() + self._group.timeout_s
         while not pending.done():
             try:
                 return pending.result(LOOK_S)

@@ -163,7 +163,7 @@ def _ending(launch: Any) -> Any:
 def waiting(timeout_s: float) -> Followers:
     """Followers without processes."""
     followers = Followers.__new__(Followers)
-    followers._group = SimpleNamespace(timeout_s=timeout_s, abort=lambda: None)  # type: ignore[assignment]
+    followers._group = SimpleNamespace(timeout_s=timeout_s, raises=False, abort=lambda: None)  # type: ignore[assignment]
     followers._ended, followers._told, followers._lost = threading.Event(), [], None
     followers._processes, followers._size, followers._stopping = [], 2, False
     return followers
