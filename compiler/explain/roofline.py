@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pagegraph.compiler.build import LoadedModel, capture_sizes_of, largest_step
 from pagegraph.compiler.explain.machines import Machine
@@ -77,7 +78,8 @@ def sent_bytes(model: LoadedModel, bucket: Bucket) -> int:
     if sharding is None:
         return 0
     size = sharding.ranks.size
-    head = model.paged_model.model.get_output_embeddings()
+    model_of_rank: Any = model.paged_model.model
+    head = model_of_rank.get_output_embeddings()
     logits = model.vocab_size // size * model.dtype.itemsize if isinstance(head, Gathered) else 0
     return 2 * (size - 1) * bucket.tokens * summed_bytes(model) // size + (size - 1) * bucket.seqs * logits
 

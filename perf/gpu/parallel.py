@@ -35,7 +35,7 @@ from pagegraph.runtime.engine.ranks import build_with_ranks
 from perf import workloads
 from perf.floors import MAX_MODEL_LEN, NVLINK, Ceilings, Shape
 from perf.gpu import engine_steps
-from perf.gpu.offline import Offline, ceilings_of, config_of, floor_seconds, step_of
+from perf.gpu.offline import Offline, ceilings_of, config_of, floor_seconds, random_prompts, step_of
 from perf.gpu.report import Report, graph_seconds
 
 SUMMED = (1, 32, 256, 8192)  # tokens of hidden states
@@ -46,6 +46,7 @@ CASES = (("throughput", 1.0), ("prefill", 0.5))  # of workloads, share of the re
 TINY_SCALE = 0.01
 GROUP = "perf"
 MEET_S = 120.0
+COMPARED_PROMPTS, COMPARED_TOKENS, COMPARED_CACHE = [20, 100, 300, 7], 40, 64 << 20
 IN_A_GRAPH = 20  # sums, so that what a launch takes does not count
 REPLAYS = 50  # on every rank
 
@@ -59,10 +60,38 @@ def parallel(report: Report, args: argparse.Namespace, shared: dict) -> None:
             if there < size:
                 report.failure(f"{model}: {size} ranks want as many GPUs, and there are {there}")
                 continue
+            if model == args.models[0]:
+                _same_tokens(report, args, size)
             summed = _sums(report, args, model, size)
             _of_model(report, args, shared, model, size, summed)
             if args.peer:
                 _vllm(report, args, model, size)
+
+
+def _same_tokens(report: Report, args: argparse.Namespace, size: int) -> None:
+    """The tiny model in float32 gives greedy tokens of one device; first of all, since it takes seconds."""
+    outputs = []
+    for ranks in (size, 1):
+        config = config_of(
+            args,
+            "tiny",
+            tensor_parallel_size=ranks,
+            kv_cache_memory=COMPARED_CACHE,
+            max_num_seqs=16,
+            max_num_batched_tokens=256,
+        )
+        built = build_with_ranks(config, lambda options: build_compiled(options, progress=False))
+        try:
+            prompts = random_prompts(1, COMPARED_PROMPTS, built.vocab_size)
+            outputs.append(Offline(config, built).run(prompts, [COMPARED_TOKENS] * len(prompts)).outputs)
+        finally:
+            built.close()
+    equal = sum(ours == theirs for ours, theirs in zip(*outputs))
+    report.row(model="tiny", ranks=size, sequences=len(outputs[0]), equal=equal)
+    if equal != len(outputs[0]):
+        report.failure(
+            f"tiny: {len(outputs[0]) - equal} of {len(outputs[0])} sequences differ between {size} ranks and one"
+        )
 
 
 def _sums(report: Report, args: argparse.Namespace, model: str, size: int) -> dict[int, float]:
