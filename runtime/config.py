@@ -67,8 +67,8 @@ class Config(ServerConfig, CompilationConfig, SpeculativeConfig, SchedulerConfig
 
     @property
     def enough_threads(self) -> int:
-        """Threads with which one web process can fill the engine and its queue: any process may get any connection."""
-        places = self.max_num_seqs + self.max_queue
+        """Threads with which one web process can fill all engines and their queues: any process may get any connection."""
+        places = (self.max_num_seqs + self.max_queue) * self.data_parallel_size
         if self.num_keys:  # one leaves a share to others, and each may always have one waiting
             places += places // KEY_SHARE + self.num_keys
         return min(MOST_THREADS, places + SPARE_THREADS)
@@ -352,8 +352,18 @@ def _is_hub_name(model: str) -> bool:
     )
 
 
+def require_one_engine(config: Config, command: str) -> None:
+    """Raise ConfigError where a server is to have several engines, of which `command` is one."""
+    if config.data_parallel_size > 1:
+        raise ConfigError(
+            f"{command} runs one engine, and data_parallel_size={config.data_parallel_size}, which is for runtime serve; set it"
+            " to 1"
+        )
+
+
 def require_one_process(config: Config, command: str) -> None:
-    """Raise ConfigError where ranks are to share the model, which `command` does not start."""
+    """Raise ConfigError where ranks are to share the model, or engines a server, which `command` does not start."""
+    require_one_engine(config, command)
     if config.tensor_parallel_size > 1:
         raise ConfigError(
             f"{command} runs one process, and tensor_parallel_size={config.tensor_parallel_size}; set it to 1"

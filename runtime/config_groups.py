@@ -96,6 +96,12 @@ class ModelConfig:
         parse_flag,
         "each rank of tensor_parallel_size holds whole experts of a mixture, and not a part of every expert",
     )
+    data_parallel_size: int = _option(
+        1,
+        between(parse_whole, 1, 64),
+        "engines of a server behind its one address, each with a copy of the model, a KV cache and a queue of its own; a"
+        " request goes to the one that has most of its prefix cached, unless others have less to do",
+    )
     trust_remote_code: bool = _option(False, parse_flag, "run Python code that comes with the model")
     seed: int = _option(0, between(parse_whole, 0, 2**63 - 1), "seed of requests that bring none: 0 to 2^63 - 1")
     generation_config: str = _option(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pagegraph.compiler.build import BuiltModel, build_compiled
-from pagegraph.runtime.config import Config, load_config
+from pagegraph.runtime.config import Config, load_config, require_one_engine
 from pagegraph.runtime.engine.assemble import engine_of
 from pagegraph.runtime.engine.ranks import build_with_ranks
 from pagegraph.runtime.ipc.protocol import (
@@ -91,6 +91,7 @@ class LLM:
             config = load_config(config, overrides).config
         elif overrides:
             raise TypeError("overrides go with a configuration file or model name, not with a Config")
+        require_one_engine(config, "LLM")
         if config.inter_token_target_ms == "auto":  # nobody watches tokens come while other prompts wait
             config = replace(config, inter_token_target_ms="none")
         self.config = config

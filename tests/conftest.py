@@ -27,6 +27,7 @@ from pagegraph.runtime.ipc.mailbox import Mailbox
 from pagegraph.runtime.ipc.protocol import (
     Abort,
     Admitted,
+    CacheChanged,
     EngineInfo,
     Failed,
     Hello,
@@ -40,6 +41,7 @@ from pagegraph.runtime.ipc.protocol import (
     TokenDelta,
     TokenLogprob,
     Tokens,
+    WatchCache,
 )
 from pagegraph.runtime.pooling import Pooler
 
@@ -118,6 +120,8 @@ class FakeEngine:
         self.taken: list[bool] = []  # of each group: whether an engine before had admitted it
         self.aborted: dict[str, str] = {}  # finish reason by request id
         self.quotas: Quotas | None = None  # of the key of whoever asks
+        self.cache = CacheChanged(cleared=True)  # what it tells who watches its prefix cache, once
+        self.watched = 0  # times that it was asked to
         self.silent = False
         self.stalled = threading.Event()  # while it is set nothing is read
         self._stopping = False
@@ -156,6 +160,9 @@ class FakeEngine:
             mailbox.send(client, self.info)
         elif isinstance(message, ListRecent):
             mailbox.send(client, Recent(message.asker, [one for whose, one in self.ended if whose == message.asker]))
+        elif isinstance(message, WatchCache):
+            mailbox.send(client, self.cache)
+            self.watched += 1
         elif isinstance(message, Abort):
             assert message.request_id not in self.aborted
             self.aborted[message.request_id] = message.finish_reason

@@ -79,13 +79,15 @@ def test_the_configuration_of_the_cluster_is_one(tmp_path: Path) -> None:
 
 def test_the_proxy_takes_what_the_server_takes() -> None:
     text = (DEPLOY / "nginx.conf").read_text()
-    most = WebSettings(engine_address="", model="", served_model_name="", threads=1, enough_threads=1).max_body_bytes
+    most = WebSettings(
+        engine_addresses=[""], model="", served_model_name="", threads=1, enough_threads=1
+    ).max_body_bytes
     assert f"client_max_body_size {most >> 20}m;" in text and "proxy_buffering off;" in text
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     board = json.loads((DEPLOY / "grafana" / "pagegraph.json").read_text())
-    text = EngineMetrics("m", 8192).render() + ServerMetrics(Restarts(3, 600), "m", lambda: True).render()
+    text = EngineMetrics("m", 8192).render() + ServerMetrics("m", [(Restarts(3, 600), lambda: True)]).render()
     served = set(re.findall(r"^([\w:]+)", text.decode(), re.M))
     asked = {
         name

@@ -65,7 +65,7 @@ def url(fake_engine, tokenizer_folder: Path, tmp_path: Path) -> Iterator[str]:
     """A web process over the fake engine, which answers " hello world"."""
     settings = tmp_path / "settings.json"
     values = {
-        "engine_address": fake_engine.address, "model": str(tokenizer_folder), "served_model_name": "tiny",
+        "engine_addresses": [fake_engine.address], "model": str(tokenizer_folder), "served_model_name": "tiny",
         "threads": 8, "enough_threads": 8,
     }  # fmt: skip
     settings.write_text(json.dumps(values))

@@ -108,7 +108,7 @@ def test_a_servers_children_start(installed: Path, hostile: Path, tokenizer_fold
     """As the supervisor starts them: Python finds the engine's module, gunicorn its settings, the worker and the app."""
     settings = hostile / "settings.json"
     settings.write_text(json.dumps({
-        "engine_address": f"ipc://{hostile}/engine", "model": str(tokenizer_folder), "served_model_name": "tiny",
+        "engine_addresses": [f"ipc://{hostile}/engine"], "model": str(tokenizer_folder), "served_model_name": "tiny",
         "threads": 8, "enough_threads": 8,
     }))  # fmt: skip
     code = f"""

@@ -6,13 +6,14 @@ Run by gunicorn as `web.app:create_app("settings.json")`. Imports no torch.
 from __future__ import annotations
 
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, g, request
 
 from pagegraph.runtime.askers import Asker, askers
-from pagegraph.runtime.ipc.client import EngineClient
+from pagegraph.runtime.ipc.replicas import Address, Replicas
 from pagegraph.runtime.server import comeback
 from pagegraph.runtime.text.tokenizer import Tokenizer
 from pagegraph.web import access, embeddings, errors, pages, probes, recent, request_log, routes, tokenization
@@ -36,16 +37,18 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.url_map.merge_slashes = False  # `//v1/models` is no route, not a redirect to one
-    follows = None if settings.comeback is None else Path(settings.comeback)
     tracing = None
     if settings.otlp_traces_endpoint is not None:
         provider = connect(settings.otlp_traces_endpoint, settings.served_model_name)
         tracing = Tracing(provider, settings.served_model_name)
-    engine = EngineClient(
-        settings.engine_address,
+    engine = Replicas(
+        [
+            Address(address, partial(comeback.seconds, file), partial(comeback.is_started, file))
+            for rank, address in enumerate(settings.engine_addresses)
+            for file in [settings.comeback(rank)]
+        ],
         silence_s=settings.silence_s,
-        comeback=lambda: comeback.seconds(follows),
-        is_started=lambda: comeback.is_started(follows),
+        block_hash_key=None if settings.block_hash_key is None else bytes.fromhex(settings.block_hash_key),
         on_timeline=tracing.add if tracing is not None else lambda _: None,
     )
     app.extensions["pagegraph"] = Service(settings, Tokenizer.load(settings.model), engine, tracing)

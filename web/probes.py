@@ -5,17 +5,18 @@ What health means, and what its probes are told, is `runtime.server.health`'s to
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 
 from flask import Blueprint, Response, request
 
+from pagegraph.runtime.ipc.connection import EngineDead
 from pagegraph.runtime.server import comeback, health, pulse
 from pagegraph.runtime.server.probes import METRICS_TIMEOUT_S, fetch
 from pagegraph.web.errors import ApiError, json_response
-from pagegraph.web.service import current_service
+from pagegraph.web.service import Service, current_service
 
 # A probe asks often and gives up soon: it does not wait for an engine that is still to answer first.
 _PROBE_WAIT_S = 1.0
@@ -31,13 +32,19 @@ blueprint = Blueprint("probes", __name__)
 def answer_probe() -> Response:
     """503 of /health/live: only a restart helps. 200 of the others: requests are taken now."""
     service = current_service()
-    settings = service.settings
-    due = None if settings.pulse is None else pulse.read(Path(settings.pulse))
-    found = health.engine_health(service.engine, settings.silence_s, due, _PROBE_WAIT_S)
-    if not found.live and settings.comeback is not None:
-        found = replace(found, live=comeback.seconds(Path(settings.comeback)) is not None)
+    with contextlib.suppress(EngineDead):
+        service.engine.info(_PROBE_WAIT_S)
+    found = health.of_all([_health(service, rank) for rank in range(len(service.engine.clients))])
     status, body, headers = found.answer(request.path)
     return Response(body, status, headers)
+
+
+def _health(service: Service, rank: int) -> health.Health:
+    settings, file = service.settings, service.settings.pulse(rank)
+    due = None if file is None else pulse.read(file)
+    found = health.engine_health(service.engine.clients[rank], settings.silence_s, due)
+    follows = comeback.seconds(settings.comeback(rank)) is not None
+    return replace(found, live=found.live or follows)
 
 
 @blueprint.get("/version")

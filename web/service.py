@@ -1,4 +1,4 @@
-"""What the routes of one web process share: the engine, the tokenizer, and how many requests may hold its threads.
+"""What the routes of one web process share: the engines, the tokenizer, and how many requests may hold its threads.
 
 Knows no fields of requests and no shapes of responses.
 """
@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from flask import current_app
 
 from pagegraph.runtime.askers import has_share
-from pagegraph.runtime.ipc.client import EngineClient
 from pagegraph.runtime.ipc.protocol import EngineInfo
+from pagegraph.runtime.ipc.replicas import Replicas
 from pagegraph.runtime.text.chat import Chat
 from pagegraph.runtime.text.tokenizer import Tokenizer
 from pagegraph.web.errors import ApiError
@@ -31,10 +31,10 @@ _PEEK_S = 0.1  # between looks whether a client that waits for its turn is still
 
 
 class Service:
-    """The engine, the tokenizer and the threads of one web process. Thread-safe."""
+    """The engines, the tokenizer and the threads of one web process. Thread-safe."""
 
     def __init__(
-        self, settings: WebSettings, tokenizer: Tokenizer, engine: EngineClient, tracing: Tracing | None = None
+        self, settings: WebSettings, tokenizer: Tokenizer, engine: Replicas, tracing: Tracing | None = None
     ) -> None:
         self.settings = settings
         self.tokenizer = tokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pagegraph.runtime.ipc.protocol import SILENCE_S
 class WebSettings:
     """Settings of one web process. Times are seconds, sizes bytes."""
 
-    engine_address: str  # ipc:// address of the engine
+    engine_addresses: list[str]  # ipc:// addresses of the engines, by rank
     model: str  # folder that holds the tokenizer
     served_model_name: str
     threads: int  # of this worker, as gunicorn is told; a request holds one until its answer is sent
@@ -45,14 +45,27 @@ class WebSettings:
     body_timeout_s: float = 30.0  # between two reads of a body
     send_timeout_s: float = 30.0  # that a client may take nothing of its answer
     keep_alive_s: float = 5.0  # between SSE comments while no token comes
-    comeback: str | None = None  # file of `runtime.server.comeback`; None: no engine follows one that ended
-    pulse: str | None = None  # file of the engine's `runtime.server.pulse`
+    block_hash_key: str | None = (
+        None  # of the engines' block hashes, as hexadecimal digits; None: they cache no prefixes
+    )
+    comebacks: list[str] = field(
+        default_factory=list
+    )  # files of `runtime.server.comeback`, by rank; []: none comes back
+    pulses: list[str] = field(default_factory=list)  # files of the engines' `runtime.server.pulse`, by rank
     silence_s: float = SILENCE_S  # without an answer of the engine, or without progress, it counts as dead
 
     @property
     def limits(self) -> dict[str, int | None]:
         """Of each key, by name."""
         return {name: getattr(self, name) for name in LIMITS}
+
+    def comeback(self, rank: int) -> Path | None:
+        """Of one engine."""
+        return Path(self.comebacks[rank]) if self.comebacks else None
+
+    def pulse(self, rank: int) -> Path | None:
+        """Of one engine."""
+        return Path(self.pulses[rank]) if self.pulses else None
 
     @classmethod
     def load(cls, source: str | Path | dict[str, Any] | WebSettings) -> WebSettings:
@@ -65,10 +78,10 @@ class WebSettings:
         values = source if isinstance(source, dict) else json.loads(Path(source).read_text(encoding="utf-8"))
         if not isinstance(source, dict) and API_KEY_VARIABLE in os.environ:
             values.setdefault("api_key", os.environ[API_KEY_VARIABLE])
-        fields = {field.name: field for field in dataclasses.fields(cls)}
+        fields = {one.name: one for one in dataclasses.fields(cls)}
         if unknown := values.keys() - fields.keys():
             raise ValueError(f"unknown web setting {sorted(unknown)[0]!r}; known: {', '.join(fields)}")
-        needed = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+        needed = {name for name, one in fields.items() if one.default is one.default_factory is dataclasses.MISSING}
         if missing := needed - values.keys():
             raise ValueError(f"web setting {sorted(missing)[0]!r} is missing")
         return cls(**values)

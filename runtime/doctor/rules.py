@@ -6,6 +6,7 @@ life. Knows no sockets and no settings: values that a rule names are made of wha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -47,6 +48,11 @@ class Metrics:
             if all(given.get(label) == wanted for label, wanted in labels.items())
         )
 
+    def mean_of(self, gauge: str) -> float:
+        """Of the engines; 0 where there are none."""
+        values = [value for _, value in self._samples.get(gauge, [])]
+        return sum(values) / len(values) if values else 0.0
+
     def mean(self, histogram: str) -> float:
         """0 where nothing was observed."""
         count = self(f"{histogram}_count")
@@ -54,9 +60,11 @@ class Metrics:
 
     def quantile(self, histogram: str, share: float) -> float:
         """The bound below which so many observations lie; 0 where there are none."""
-        bounds = sorted((float(labels["le"]), value) for labels, value in self._samples.get(f"{histogram}_bucket", []))
+        counts: Counter[float] = Counter()  # of all engines
+        for labels, value in self._samples.get(f"{histogram}_bucket", []):
+            counts[float(labels["le"])] += value
         wanted = share * self(f"{histogram}_count")
-        return next((bound for bound, count in bounds if wanted and count >= wanted), 0.0)
+        return next((bound for bound in sorted(counts) if wanted and counts[bound] >= wanted), 0.0)
 
     @property
     def served(self) -> float:
@@ -75,7 +83,7 @@ def _preempted(of: Metrics) -> str | None:
 
 
 def _waiting_beside_free_blocks(of: Metrics) -> str | None:
-    running, waiting, usage = of("num_requests_running"), of("num_requests_waiting"), of("kv_cache_usage_perc")
+    running, waiting, usage = of("num_requests_running"), of("num_requests_waiting"), of.mean_of("kv_cache_usage_perc")
     if not waiting or usage > 0.7 or running < 1:
         return None
     more = min(running + waiting, 0.9 * running / max(usage, 0.01))
@@ -86,7 +94,7 @@ def _waiting_beside_free_blocks(of: Metrics) -> str | None:
 
 
 def _waiting_for_blocks(of: Metrics) -> str | None:
-    waiting, usage = of("num_requests_waiting"), of("kv_cache_usage_perc")
+    waiting, usage = of("num_requests_waiting"), of.mean_of("kv_cache_usage_perc")
     if not waiting or usage < 0.9:
         return None
     share = (of("num_requests_running") + waiting) / max(of("num_requests_running"), 1)

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from pagegraph.runtime.askers import has_share
+from pagegraph.runtime.engine.account_book import Book
 from pagegraph.runtime.engine.accounts import Accounts
 from pagegraph.runtime.engine.grammars import Grammars
 from pagegraph.runtime.engine.limits import Limits
@@ -46,7 +47,7 @@ class Clients:
 
 class Admission:
     """`send`: a message to a web process; `seed`: what sequences without one of their own get theirs from; `refused`: told why,
-    of `runtime.engine.metrics.REFUSALS`, and how many sequences were not let in.
+    of `runtime.engine.metrics.REFUSALS`, and how many sequences were not let in; `book`: of the keys' accounts.
 
     Of several keys each may always have one sequence waiting, and no more than its share of the queue.
     """
@@ -61,6 +62,7 @@ class Admission:
         grammars: Grammars | None,
         throughput: Throughput,
         refused: Callable[[str, int], object],
+        book: Book | None = None,
     ) -> None:
         self.clients = Clients()
         self._scheduler = scheduler
@@ -71,7 +73,7 @@ class Admission:
         self._grammars = grammars
         self._throughput = throughput
         self._refused = refused
-        self._accounts = Accounts(scheduler.num_generated)
+        self.accounts = Accounts(scheduler.num_generated, book)
         self._num_submitted = 0
 
     def receive(self, client: bytes, submits: list[Submit], tell_admitted: bool, taken: bool = False) -> None:
@@ -108,13 +110,13 @@ class Admission:
         added = self._submit(client, submits, grammars or [None] * len(submits))
         if not added:
             return
-        quotas = self._accounts.charge(submits, added, self._clock())
+        quotas = self.accounts.charge(submits, added, self._clock())
         if tell_admitted:
             self._send(client, Admitted(submits[0].request_id, quotas))
 
     def _may_come(self, client: bytes, submits: list[Submit]) -> bool:
         """Whether their key's limits and the queue have room for them; if not, they are refused."""
-        refusal = self._accounts.refusal(submits, self._clock())
+        refusal = self.accounts.refusal(submits, self._clock())
         if refusal is not None:
             self._refused("key", len(submits))
             self._refuse(

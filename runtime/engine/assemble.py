@@ -13,6 +13,7 @@ from pathlib import Path
 from pagegraph.compiler.build import BuiltModel
 from pagegraph.compiler.profile.latency import measure_latency
 from pagegraph.runtime.config import Config
+from pagegraph.runtime.engine.account_book import Book
 from pagegraph.runtime.engine.engine import Engine, Mailbox
 from pagegraph.runtime.engine.grammars import Grammars
 from pagegraph.runtime.engine.limits import Limits
@@ -49,17 +50,20 @@ def engine_of(
     draining: Callable[[], bool] = lambda: False,
     max_queue: int | None = None,
     beat: Callable[[float | None], None] = lambda _: None,
+    rank: int = 0,
+    block_hash_key: bytes | None = None,
+    book: Book | None = None,
 ) -> tuple[Engine, EngineMetrics]:
     """An engine over `built`, reading messages from `mailbox`, and what it counts.
 
     `draining` tells web processes whether the server is on its way down. `max_queue` overrides the configuration's limits of the queue.
-    `beat`: as `Engine` has it.
+    `beat`: as `Engine` has it. `rank`: among the engines of a server, and `block_hash_key` and `book`: that they share.
     """
     snapshots = _snapshots(config, built)
     enable_prefix_caching = config.enable_prefix_caching and (snapshots is not None or not built.slot_bytes)
     max_queue_tokens = config.max_queue_tokens if max_queue is None else None
     max_queue = config.max_queue if max_queue is None else max_queue
-    metrics = EngineMetrics(config.model_name, built.max_model_len)
+    metrics = EngineMetrics(config.model_name, built.max_model_len, rank=rank)
     metrics.compile_state = lambda: built.compile_state
     metrics.cache_config = {
         "block_size": str(config.block_size),
@@ -68,7 +72,7 @@ def engine_of(
         "enable_prefix_caching": str(enable_prefix_caching),
         "gpu_memory_utilization": str(config.gpu_memory_utilization),
     }
-    pool = BlockPool(built.num_blocks, config.block_size, enable_prefix_caching)
+    pool = BlockPool(built.num_blocks, config.block_size, enable_prefix_caching, block_hash_key)
     scheduler = Scheduler(
         pool,
         max_num_seqs=config.max_num_seqs,
@@ -106,10 +110,11 @@ def engine_of(
     grammars, drafter = _grammars(config, built, scheduler), _drafter(config, built, scheduler)
     stats = EngineStats(metrics, scheduler, built.step.counts, config.log_stats_interval_s)
     engine = Engine(
-        built.step, scheduler, mailbox, limits, info, time.monotonic, stats, seed=config.seed,
+        built.step, scheduler, mailbox, limits, info, time.monotonic, stats, seed=config.seed + rank,
         use_idle_time=lambda: grammars.use_idle_time() or built.use_idle_time(),
         drafter=None if drafter is None else GrammarDrafter(scheduler, drafter, config.max_draft_tokens),
         grammars=grammars,
+        book=book,
         # A compilation beside the steps holds them up for as long as it likes.
         beat=lambda expected_s: beat(None if built.compile_state == "compiling" else expected_s),
     )  # fmt: skip

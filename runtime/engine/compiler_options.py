@@ -29,9 +29,9 @@ def compiler_options(
         device = resolve_device(config.device)
         if config.tensor_parallel_size > 1 and device.type == "cuda":
             device = _of_rank(rank, config.tensor_parallel_size)
-    num_threads = config.num_threads
-    if config.tensor_parallel_size > 1 and num_threads is None:
-        num_threads = max(torch.get_num_threads() // config.tensor_parallel_size, 1)
+    num_threads, processes = config.num_threads, config.tensor_parallel_size * config.data_parallel_size
+    if processes > 1 and num_threads is None:
+        num_threads = max(torch.get_num_threads() // processes, 1)
     return CompilerOptions(
         model=model_options(config),
         draft=None if config.draft is None else model_options(config.draft),

@@ -17,7 +17,9 @@ from typing import Protocol
 import numpy as np
 
 from pagegraph.compiler.step.step import CompiledStep, RanksLost, Ticket
+from pagegraph.runtime.engine.account_book import Book
 from pagegraph.runtime.engine.admission import Admission
+from pagegraph.runtime.engine.cache_watch import CacheWatch
 from pagegraph.runtime.engine.fault_isolation import FaultIsolation
 from pagegraph.runtime.engine.grammars import Grammars
 from pagegraph.runtime.engine.limits import Limits
@@ -36,6 +38,7 @@ from pagegraph.runtime.ipc.protocol import (
     ToClient,
     ToEngine,
     Tokens,
+    WatchCache,
 )
 from pagegraph.runtime.sampling_params import SamplingParams
 from pagegraph.runtime.scheduler.commit import StepResult
@@ -75,6 +78,7 @@ class Engine:
     """Owns the loop. `use_idle_time` does a piece of other work -> whether there was any.
 
     `beat` is called with the seconds that the loop expects to take until it is called again, or None where it cannot say.
+    `book`: of the keys' accounts, where several engines share one.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Engine:
         drafter: Drafter | None = None,
         grammars: Grammars | None = None,
         beat: Callable[[float | None], None] = lambda _: None,
+        book: Book | None = None,
     ) -> None:
         self.step = step
         self.scheduler = scheduler
@@ -116,8 +121,10 @@ class Engine:
             grammars,
             self._throughput,
             stats.metrics.observe_refused,
+            book,
         )
         self._isolation = FaultIsolation(scheduler)
+        self._cache_watch = CacheWatch(scheduler, lambda *told: mailbox.send(*told))
         self._last_done = 0.0
         self._moved = 0.0  # when a step ended, well or not, or the engine was idle last
 
@@ -149,6 +156,9 @@ class Engine:
             self._recover(error)
         for owner, timeline in self.stats.take_traced():
             self.mailbox.send(self._admission.clients[owner], timeline)
+        now = self.clock()
+        self._cache_watch.look(now)
+        self._admission.accounts.look(now)
 
     def _use_idle_time(self) -> bool:
         self.beat(None)  # it may capture, or load what takes long
@@ -333,3 +343,5 @@ class Engine:
                 self.mailbox.send(client, self.info())
             case ListRecent(asker):
                 self.mailbox.send(client, Recent(asker, self.stats.recent(asker)))
+            case WatchCache():
+                self._cache_watch.add(client, self.clock())

@@ -84,10 +84,10 @@ class Counts:
 
 
 class EngineMetrics:
-    """The engine's counters. Times are seconds; `model_name` becomes a label of every sample."""
+    """The engine's counters. Times are seconds; `model_name` and `rank`, as `engine`, become labels of every sample."""
 
-    def __init__(self, model_name: str, max_model_len: int, prefixes: Sequence[str] = PREFIXES) -> None:
-        self._labels = {"model_name": model_name, "engine": "0"}
+    def __init__(self, model_name: str, max_model_len: int, prefixes: Sequence[str] = PREFIXES, rank: int = 0) -> None:
+        self._labels = {"model_name": model_name, "engine": str(rank)}
         self._prefixes = tuple(prefixes)
         self.compile_state: Callable[[], str] = lambda: "off"  # one of COMPILE_STATES
         self.counts: Callable[[], Counts] = Counts  # called at each reading, in the reader's thread

@@ -57,6 +57,7 @@ class Explanation:
     model: str
     machine: Machine
     gpus: int
+    engines: int  # of a server, each of which takes the memory of `ledger` on each of its ranks
     summed_bytes: int  # a token: hidden states that ranks sum up
     dtype: str
     cache_dtype: str
@@ -73,6 +74,11 @@ class Explanation:
         """Tokens -> how many sequences of so many the blocks hold."""
         longest = self.ledger.max_model_len
         return {n: self.ledger.sequences(n) for n in sorted({*(one for one in LENGTHS if one < longest), longest})}
+
+    @property
+    def all_bytes(self) -> int:
+        """Of all ranks of all engines."""
+        return self.ledger.allowed * self.gpus * self.engines
 
     def measured_ms(self, step: StepFloor) -> float | None:
         """Of the step of this size, if it was run."""
@@ -91,6 +97,7 @@ class Explanation:
         }
         found["memory"].pop("machine")
         found["memory"].pop("gpus")
+        found["memory"]["all_engines"] = self.all_bytes
         found["sequences"] = {str(tokens): count for tokens, count in self.sequences().items()}
         found["steps"] = [
             asdict(one) | {"bound": one.bound, "floor_ms": 1e3 * one.floor_s, "measured_ms": self.measured_ms(one)}
@@ -127,6 +134,7 @@ def explain(config: Config, asked: Asked, say: Callable[[str], None] = lambda li
         model=config.model_name,
         machine=machine,
         gpus=options.ranks.size,
+        engines=config.data_parallel_size,
         summed_bytes=sum(map(summed_bytes, models)),
         dtype=str(model.dtype).removeprefix("torch."),
         cache_dtype=str(model.cache_dtype).removeprefix("torch."),
@@ -161,7 +169,8 @@ def _where(config: Config, asked: Asked) -> tuple[CompilerOptions, Machine]:
     if asked.measure:
         require_one_process(config, "--measure")
     options = compiler_options(config, resolve_device(config.device))  # fewer GPUs than ranks will do to plan
-    return options, this_machine(options.device).shared_by(options.ranks.size)
+    sharers = options.ranks.size * (config.data_parallel_size if options.device.type == "cpu" else 1)
+    return options, this_machine(options.device).shared_by(sharers)
 
 
 def _traced(options: CompilerOptions, models: list[LoadedModel]) -> Traced:

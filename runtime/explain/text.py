@@ -58,12 +58,20 @@ def _head(one: Explanation) -> Iterator[str]:
             + (" Several GPUs have not been measured yet." if machine.device_type == "cuda" else "")
         )
 
+    if one.engines > 1:
+        where = "each on GPUs of its own" if machine.device_type == "cuda" else "all on this machine"
+        yield from _wrapped(
+            f"Figures are of one of {one.engines} engines (data_parallel_size), {where}, each with a copy of the model and a KV"
+            f" cache of its own: {one.engines} x {size(one.all_bytes // one.engines)} = {size(one.all_bytes)}."
+        )
+
 
 def _memory(one: Explanation) -> Iterator[str]:
     held, measured = one.ledger, one.measured
     cuda = one.machine.device_type == "cuda"
     total = held.allowed or 1
-    yield f"MEMORY{' of each rank' * (one.gpus > 1)}" + (f"{'predicted':>41}{'measured':>13}" if measured else "")
+    whose = " of each rank" * (one.gpus > 1) + " of each engine" * (one.engines > 1)
+    yield f"MEMORY{whose}" + (f"{'predicted':>41}{'measured':>13}" if measured else "")
 
     def line(name: str, number: int, actual: int | None = None, note: str = "") -> str:
         bar = "#" * round(BAR * number / total)

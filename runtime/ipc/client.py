@@ -1,4 +1,4 @@
-"""The engine as a web process sees it: its facts, sequences to submit, their tokens. For many threads.
+"""One engine as a web process sees it: its facts, sequences to submit, their tokens. For many threads.
 
 Knows groups of sequences and what ends them. Sockets and the engine's death are `connection`'s; it starts at first use,
 so after gunicorn's fork.
@@ -13,7 +13,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from pagegraph.runtime.askers import NOBODY, Asker
-from pagegraph.runtime.ipc.connection import Comeback, Connection, EngineDead, Inbox, Item, RequestFailed
+from pagegraph.runtime.ipc.connection import (
+    Comeback,
+    Connection,
+    EngineDead,
+    Front,
+    Inbox,
+    Item,
+    OpenGroup,
+    RequestFailed,
+)
 from pagegraph.runtime.ipc.protocol import (
     HEARTBEAT_S,
     SILENCE_S,
@@ -27,17 +36,18 @@ from pagegraph.runtime.ipc.protocol import (
     Timeline,
     TokenDelta,
 )
+from pagegraph.runtime.ipc.routing import NOWHERE, Route
 from pagegraph.runtime.sampling_params import SamplingParams
 
 
 class Group:
     """Sequences submitted together, read by one thread."""
 
-    def __init__(self, connection: Connection, request_ids: list[str], inbox: Inbox) -> None:
-        self.request_ids = request_ids
-        self._connection = connection
-        self._inbox = inbox
-        self._open = set(range(len(request_ids)))
+    def __init__(self, opened: OpenGroup) -> None:
+        self.request_ids = opened.request_ids
+        self.opened = opened
+        self._inbox = opened.inbox
+        self._open = set(range(len(self.request_ids)))
         self._front: tuple[int, Item] | None = None
         self.quotas: Quotas | None = None  # what was left of the limits of the key when it was admitted
 
@@ -99,7 +109,7 @@ class Group:
 
     def _end(self, index: int, message: Abort) -> None:
         self._open.discard(index)
-        self._connection.abort(message)
+        self.opened.abort(message)
 
     def _next(self, timeout: float | None) -> tuple[int, Item] | None:
         if self._front is not None:
@@ -143,7 +153,7 @@ class EngineClient:
 
     `comeback`: whether a new engine follows when this one ends; requests without a token yet wait for it then.
     `is_started`: whether one is being started, for a connection that never heard of the one before. `on_timeline` is told of
-    each sequence that had a `trace` and ended, in the thread of the connection.
+    each sequence that had a `trace` and ended, in the thread of the connection. `front`: who has this engine among others.
     """
 
     def __init__(
@@ -155,11 +165,13 @@ class EngineClient:
         comeback: Comeback = lambda: None,
         is_started: Callable[[], bool] = lambda: False,
         on_timeline: Callable[[Timeline], None] = lambda _: None,
+        front: Front | None = None,
     ) -> None:
         self._address = address
         self._comeback = comeback
         self._is_started = is_started
         self._on_timeline = on_timeline
+        self._front = front
         self._heartbeat_s = heartbeat_s
         self._silence_s = silence_s
         self._lock = threading.Lock()
@@ -174,12 +186,18 @@ class EngineClient:
         the silence limit, so that requests to a dead engine, or to one that is being started, fail at once. Raises
         EngineDead.
         """
-        return self._connected().info(timeout)
+        return self.connection.info(timeout)
 
     @property
     def silent_s(self) -> float:
         """Seconds since the engine was heard last; it answers each heartbeat between two steps."""
-        return self._connected().silent_s
+        return self.connection.silent_s
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the engine has answered, and has not gone away since; nobody connects for this."""
+        connection = self._connection
+        return connection is not None and connection.is_up
 
     def submit(
         self,
@@ -200,18 +218,19 @@ class EngineClient:
         asker: Asker = NOBODY,
         label: str = "",
         trace: str = "",
+        route: Route = NOWHERE,
     ) -> Group:
         """Start several sequences that one thread reads; the engine takes all of them or none.
 
         Raises EngineDead, and RequestFailed if they are too long for one message.
         """
-        connection = self._connected()
+        connection = self.connection
         connection.info(None)
         inbox: Inbox = queue.SimpleQueue()
         prompts = {id(token_ids): token_ids for token_ids, _ in sequences}
         places = {key: place for place, key in enumerate(prompts)}
         members = [Member(connection.new_id(), places[id(token_ids)], params) for token_ids, params in sequences]
-        connection.open(
+        opened = connection.open(
             SubmitGroup(
                 prompts=list(prompts.values()),
                 members=members,
@@ -222,12 +241,13 @@ class EngineClient:
                 trace=trace,
             ),
             inbox,
+            route,
         )
-        return Group(connection, [member.request_id for member in members], inbox)
+        return Group(opened)
 
     def recent(self, asker: str, timeout: float) -> list[Timeline]:
         """What became of the last sequences of one asker, the newest last. Raises EngineDead."""
-        return self._connected().recent(asker, timeout).timelines
+        return self.connection.recent(asker, timeout).timelines
 
     def close(self) -> None:
         """Stop the background thread; open streams end with EngineDead."""
@@ -236,7 +256,9 @@ class EngineClient:
                 self._connection.close()
                 self._connection = None
 
-    def _connected(self) -> Connection:
+    @property
+    def connection(self) -> Connection:
+        """The one that lives; a new one where there is none."""
         with self._lock:
             if self._connection is None or not self._connection.running:
                 self._connection = Connection(
@@ -246,6 +268,7 @@ class EngineClient:
                     self._comeback,
                     self._is_started,
                     self._on_timeline,
+                    self._front,
                 )
             return self._connection
 

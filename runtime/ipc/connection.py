@@ -1,7 +1,7 @@
 """The socket of one web process to the engine, and the thread that owns it.
 
-Where a new engine follows one that ended, groups without a token yet are submitted to it again, in their order; all others
-end. Knows ZeroMQ, the protocol, which thread reads which sequence, and when the engine is dead. Knows no HTTP, text or
+Where a new engine follows one that ended, groups without a token yet are submitted to it again, in their order, unless a
+`Front` has another engine for them; all others end. Knows ZeroMQ, the protocol, which thread reads which sequence, and when the engine is dead. Knows no HTTP, text or
 torch, and starts no engine: whether one follows it is told.
 """
 
@@ -15,7 +15,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 import zmq
@@ -25,6 +26,7 @@ from pagegraph.runtime.ipc.protocol import (
     MAX_FRAME_BYTES,
     Abort,
     Admitted,
+    CacheChanged,
     EngineInfo,
     Failed,
     Hello,
@@ -36,10 +38,12 @@ from pagegraph.runtime.ipc.protocol import (
     ToClient,
     TokenDelta,
     Tokens,
+    WatchCache,
     decode_to_client,
     decode_to_engine,
     encode,
 )
+from pagegraph.runtime.ipc.routing import NOWHERE, Route
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 0.1  # between tries to reach an engine that is not there
@@ -90,15 +94,41 @@ Inbox = queue.SimpleQueue[tuple[int, Item]]  # (index of the sequence in its gro
 
 
 @dataclass(slots=True, eq=False)
-class _OpenGroup:
-    """A submitted group that has not ended, and what a new engine would be sent."""
+class OpenGroup:
+    """A submitted group, and what a new engine would be sent. `num_open`: of its sequences, those that have not ended.
+
+    `home` is the connection that has it now; `moving` is held where it is changed, and to tell that engine of aborts.
+    """
 
     inbox: Inbox
     frame: bytes
+    request_ids: list[str]
+    route: Route
+    home: Connection
+    num_open: int
     admitted: bool = False
     begun: bool = False  # a token came
     sent: bool = False  # or would have been, had an engine been there
     lost: int = 0  # engines that ended while they had it
+    full: set[int] = field(default_factory=set)  # numbers of engines whose queue had no room for it
+    moving: threading.Lock = field(default_factory=threading.Lock)
+
+    def abort(self, message: Abort) -> None:
+        """Tell the engine that has it of a sequence that nobody reads any more; nothing more comes for it."""
+        with self.moving:
+            self.home.abort(message)
+
+
+class Front(Protocol):
+    """Who has several engines to choose from. Called in the connection's thread."""
+
+    def learn(self, told: CacheChanged) -> None:
+        """What this connection's engine tells of its prefix cache; `cleared` without more where it went away."""
+        ...
+
+    def move(self, group: OpenGroup, is_full: bool = False) -> bool:
+        """Give a group of this connection to that of another engine, if there is one. is_full: this engine's queue is."""
+        ...
 
 
 class Connection:
@@ -112,8 +142,10 @@ class Connection:
         comeback: Comeback,
         is_started: Callable[[], bool],
         on_timeline: Callable[[Timeline], None],
+        front: Front | None,
     ) -> None:
         self._address = address
+        self._front = front
         self._comeback = comeback
         self._is_started = is_started
         self._on_timeline = on_timeline
@@ -121,9 +153,9 @@ class Connection:
         self._silence_s = silence_s
         self._name = uuid.uuid4().hex
         self._count = itertools.count()
-        self._outbox: queue.SimpleQueue[_OpenGroup | bytes] = queue.SimpleQueue()  # groups, and frames of aborts
+        self._outbox: queue.SimpleQueue[OpenGroup | bytes] = queue.SimpleQueue()  # groups, and frames of aborts
         self._owed: list[bytes] = []  # aborts that no engine was there to take
-        self._streams: dict[str, tuple[int, _OpenGroup]] = {}  # in the order that they were submitted
+        self._streams: dict[str, tuple[int, OpenGroup]] = {}  # in the order that they were submitted
         self._changed = threading.Condition()  # guards _streams, _info and _recent
         self._info: EngineInfo | None = None
         self._recent: dict[str, Recent] = {}  # what was told last, by asker
@@ -147,6 +179,17 @@ class Connection:
         """Seconds since the engine was heard last."""
         return time.monotonic() - self._heard
 
+    @property
+    def is_up(self) -> bool:
+        """Whether the engine has answered, and has not gone away since."""
+        return self._info is not None
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether the connection is new, and nobody has said yet that its engine ended or is being started."""
+        waits = not (self.is_up or self._lost or self._is_started())
+        return waits and self.running and time.monotonic() < self._started + self._silence_s
+
     def new_id(self) -> str:
         """A request id that no other connection gives."""
         return f"{self._name}-{next(self._count)}"
@@ -154,8 +197,7 @@ class Connection:
     def info(self, timeout: float | None) -> EngineInfo:
         """The engine's newest facts, waited for as `EngineClient.info` says. Raises EngineDead."""
         if is_first := timeout is None:
-            is_told = self._info is not None or self._lost or self._is_started()
-            timeout = 0.0 if is_told else max(0.0, self._started + self._silence_s - time.monotonic())
+            timeout = self._started + self._silence_s - time.monotonic() if self.is_waited_for else 0.0
         with self._changed:
             self._changed.wait_for(
                 lambda: self._info is not None or (is_first and self._lost) or not self.running, timeout
@@ -175,7 +217,7 @@ class Connection:
                 raise EngineDead("the engine does not answer", self._comeback())
             return self._recent[asker]
 
-    def open(self, group: SubmitGroup, inbox: Inbox) -> None:
+    def open(self, group: SubmitGroup, inbox: Inbox, route: Route = NOWHERE) -> OpenGroup:
         """Submit a group; what comes for its sequences goes to `inbox`. Raises RequestFailed if it is too long."""
         frame = encode(group)
         if len(frame) > MAX_FRAME_BYTES:
@@ -183,17 +225,35 @@ class Connection:
                 0, 400, f"the prompts of one request take {len(frame)} bytes on their way to the engine, above "
                 f"{MAX_FRAME_BYTES}; send fewer or shorter ones at a time",
             )  # fmt: skip
-        opened = _OpenGroup(inbox, frame)
+        ids = [member.request_id for member in group.members]
+        opened = OpenGroup(inbox, frame, ids, route, self, len(ids))
+        self.adopt(opened, dict(enumerate(ids)))
+        return opened
+
+    def adopt(self, opened: OpenGroup, left: dict[int, str]) -> None:
+        """Submit a group whose sequences at these places have not ended."""
+        if opened.admitted:
+            opened.frame = _taken(opened.frame)
+        opened.sent = False
         with self._changed:
-            self._streams.update((member.request_id, (index, opened)) for index, member in enumerate(group.members))
+            self._streams.update((request_id, (index, opened)) for index, request_id in left.items())
         self._outbox.put(opened)
         self._wake()
 
+    def release(self, opened: OpenGroup) -> dict[int, str]:
+        """Part with a group that has no token yet -> its sequences that have not ended, by place."""
+        left = {}
+        with self._changed:
+            for index, request_id in enumerate(opened.request_ids):
+                if self._streams.pop(request_id, None) is not None:
+                    left[index] = request_id
+        for request_id in left.values() if self._connected else ():  # an engine that is only silent has it still
+            self._outbox.put(encode(Abort(request_id)))
+        return left
+
     def abort(self, message: Abort) -> None:
         """Tell the engine of a sequence that nobody reads any more; nothing more comes for it."""
-        with self._changed:
-            known = self._streams.pop(message.request_id, None)
-        if known is not None:
+        if self._end(message.request_id) is not None:
             self._outbox.put(encode(message))
             self._wake()
 
@@ -244,6 +304,8 @@ class Connection:
             if now >= next_hello:
                 connected = self._send(dealer, encode(Hello()))
                 if connected and is_new:
+                    if self._front is not None:
+                        self._send(dealer, encode(WatchCache()))
                     self._resend(dealer)  # before aborts, which may be of what is sent again
                     is_new = False
                 while self._owed and self._send(dealer, self._owed[-1]):
@@ -273,14 +335,17 @@ class Connection:
                 if not self._send(dealer, item):
                     self._owed.append(item)
                 continue
+            if item.home is not self or item.sent:
+                continue  # has been moved on, and back
             item.sent = True
-            if not self._send(dealer, item.frame) and self._comeback() is None:
+            if self._send(dealer, item.frame) or self._move(item):
+                continue
+            if self._comeback() is None:
                 self._part_with(lambda group, item=item: group is item, "the engine went away")
 
     def _resend(self, dealer: zmq.Socket[bytes]) -> None:
         """Submit to a new engine what an old one has not begun, in the order that it was submitted in."""
-        with self._changed:
-            groups = dict.fromkeys(group for _, group in self._streams.values() if group.sent and not group.begun)
+        groups = [group for group in self._groups() if group.sent and not group.begun]
         for group in groups:
             if group.admitted:
                 group.frame = _taken(group.frame)
@@ -327,19 +392,49 @@ class Connection:
             with self._changed:
                 self._recent[message.asker] = message
                 self._changed.notify_all()
+        elif isinstance(message, CacheChanged):
+            if self._front is not None:
+                self._front.learn(message)
         elif isinstance(message, Admitted):
             self._deliver(message.request_id, message, final=False)
         elif message.request_id:
+            if message.status == 503 and self._is_taken_elsewhere(message.request_id):
+                return
             self._deliver(message.request_id, message, final=True)
-            with self._changed:
-                for other in message.others:
-                    self._streams.pop(other, None)
+            for other in message.others:
+                self._end(other)
         else:  # a failure of no request is the engine's own
             self._fail_all("the engine died")
 
-    def _deliver(self, request_id: str, item: Item, *, final: bool) -> None:
+    def _is_taken_elsewhere(self, request_id: str) -> bool:
+        """Whether a group that this engine has no room for goes to another one."""
         with self._changed:
-            known = self._streams.pop(request_id, None) if final else self._streams.get(request_id)
+            _, group = self._streams.get(request_id, (0, None))
+        return group is not None and not group.admitted and self._move(group, is_full=True)
+
+    def _move(self, group: OpenGroup, is_full: bool = False) -> bool:
+        """Whether another engine has the group now, which has no token yet."""
+        return self._front is not None and group.lost <= _MOST_LOST and self._front.move(group, is_full)
+
+    def _groups(self) -> list[OpenGroup]:
+        """Those that have not ended, in the order that they were submitted in."""
+        with self._changed:
+            return list(dict.fromkeys(group for _, group in self._streams.values()))
+
+    def _end(self, request_id: str) -> tuple[int, OpenGroup] | None:
+        """Nothing more comes for a sequence -> its place and its group; None where it had ended."""
+        with self._changed:
+            known = self._streams.pop(request_id, None)
+            if known is not None:
+                known[1].num_open -= 1
+        return known
+
+    def _deliver(self, request_id: str, item: Item, *, final: bool) -> None:
+        if final:
+            known = self._end(request_id)
+        else:
+            with self._changed:
+                known = self._streams.get(request_id)
         if known is not None:
             index, group = known
             if isinstance(item, TokenDelta) and not group.begun:
@@ -353,9 +448,8 @@ class Connection:
         self._connected = event != zmq.EVENT_DISCONNECTED
         if not self._connected:
             self._receive(dealer)  # the engine's last tokens came before this event
-            with self._changed:
-                for group in dict.fromkeys(group for _, group in self._streams.values()):
-                    group.lost += group.sent
+            for group in self._groups():
+                group.lost += group.sent
             self._lose("the engine went away")
             return False
         self._heard = time.monotonic()
@@ -363,6 +457,7 @@ class Connection:
 
     def _check_silence(self) -> None:
         if not self._connected:
+            self._move_all()  # another engine may have come back first
             if self._streams and self._comeback() is None:
                 self._lose("the engine went away")
         elif self.silent_s > self._silence_s and (self._info is not None or self._streams):
@@ -370,12 +465,19 @@ class Connection:
 
     def _lose(self, reason: str) -> None:
         """The engine is not to be counted on: end all streams but those that another one may begin."""
+        self._move_all()
         if self._comeback() is None:
             self._fail_all(reason)
             return
         self._part_with(lambda group: group.begun, reason)
         self._part_with(lambda group: group.lost > _MOST_LOST, reason, given_up=True)
         self._forget_engine()
+
+    def _move_all(self) -> None:
+        """Give what has no token yet to other engines, as far as there are any."""
+        for group in self._groups() if self._front is not None else ():
+            if not group.begun:
+                self._move(group)
 
     def _fail_all(self, reason: str) -> None:
         """End all streams."""
@@ -387,16 +489,19 @@ class Connection:
             self._lost = True
             self._info = None
             self._changed.notify_all()
+        if self._front is not None:
+            self._front.learn(CacheChanged(cleared=True))
 
-    def _part_with(self, which: Callable[[_OpenGroup], bool], reason: str, given_up: bool = False) -> None:
+    def _part_with(self, which: Callable[[OpenGroup], bool], reason: str, given_up: bool = False) -> None:
         """End the streams of some groups; an engine that is still there, or comes back, is told to give them up.
 
         given_up: they may be what engines end by, and better do not come again.
         """
         with self._changed:
             ended = {id: place for id, place in self._streams.items() if which(place[1])}
-            for request_id in ended:
+            for request_id, (_, group) in ended.items():
                 del self._streams[request_id]
+                group.num_open -= 1
         dead = EngineDead(reason, self._comeback())
         for request_id, (index, group) in ended.items():
             self._outbox.put(encode(Abort(request_id)))

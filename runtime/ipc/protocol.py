@@ -95,6 +95,24 @@ class ListRecent(msgspec.Struct, frozen=True, tag="list_recent"):
     asker: str
 
 
+class WatchCache(msgspec.Struct, frozen=True, tag="watch_cache"):
+    """A web process that chooses among engines asks to be told of the prefix cache: all that it holds, then each change."""
+
+
+class CacheChanged(msgspec.Struct, frozen=True, tag="cache_changed", omit_defaults=True):
+    """What became of an engine's prefix cache since the last of these, and what the engine has to do.
+
+    `stored` and `removed` are hashes (`runtime.scheduler.block_hashes`); of `cleared` nothing but `stored` is there. What is
+    to do counts every group that was `Admitted` before this message.
+    """
+
+    cleared: bool = False
+    stored: list[bytes] = []
+    removed: list[bytes] = []
+    num_requests: int = 0  # sequences that run or wait
+    num_prompt_tokens: int = 0  # of theirs that are not computed
+
+
 class Timeline(msgspec.Struct, frozen=True, tag="timeline", kw_only=True):
     """What became of one sequence that has ended, and when, in seconds of the machine's monotonic clock.
 
@@ -264,8 +282,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     stalled_s: float = 0.0  # seconds since a step ended or work came to an idle engine; 0 without work
 
 
-ToEngine = Submit | SubmitGroup | Abort | Hello | ListRecent
-ToClient = Admitted | Tokens | Failed | EngineInfo | Timeline | Recent
+ToEngine = Submit | SubmitGroup | Abort | Hello | ListRecent | WatchCache
+ToClient = Admitted | Tokens | Failed | EngineInfo | Timeline | Recent | CacheChanged
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

@@ -7,13 +7,14 @@ block keeps its hash until it is taken for something else. Knows no sequences, n
 
 from __future__ import annotations
 
-import hashlib
-import secrets
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from pagegraph.runtime.scheduler.block_hashes import BlockHashes, new_key
 
 NULL_BLOCK = 0
 _NO_HASH = b""
@@ -23,18 +24,32 @@ class OutOfBlocks(Exception):
     """Fewer free blocks than asked for; the caller checks `num_free` first."""
 
 
-class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens, block 0 included."""
+@dataclass(slots=True)
+class CacheChanges:
+    """What became of the cache since somebody looked: by hash, whether it is there now. `cleared`: nothing else is."""
 
-    def __init__(self, num_blocks: int, block_size: int, enable_caching: bool = True) -> None:
+    cleared: bool = False
+    present: dict[bytes, bool] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return self.cleared or bool(self.present)
+
+
+class BlockPool:
+    """`num_blocks` blocks of `block_size` tokens, block 0 included. `key`: of its hashes; None: one of its own.
+
+    `changes`: kept from when one is put there.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_caching: bool = True, key: bytes | None = None) -> None:
         if num_blocks < 2:
             raise ValueError(f"num_blocks {num_blocks}: at least 2 are needed, block 0 being the null block")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_caching = enable_caching
         self.evictions = 0
-        # A fresh key for each process: hashes cannot be predicted, so nobody can aim for a collision.
-        self._key = secrets.token_bytes(32)
+        self.changes: CacheChanges | None = None
+        self._hashes = BlockHashes(block_size, new_key() if key is None else key)
         self.clear()
 
     def clear(self) -> None:
@@ -43,6 +58,8 @@ class BlockPool:
         self._references = array("q", [0]) * self.num_blocks
         self._hash = [_NO_HASH] * self.num_blocks
         self._cached: dict[bytes, int] = {}
+        if self.changes is not None:
+            self.changes = CacheChanges(cleared=True)
         self._evicted: OrderedDict[bytes, None] = (
             OrderedDict()
         )  # hashes of the last evictions, as many as there are blocks
@@ -63,18 +80,18 @@ class BlockPool:
         """Share of blocks that sequences hold, 0 to 1."""
         return 1 - self.num_free / (self.num_blocks - 1)
 
+    @property
+    def cached(self) -> list[bytes]:
+        """Hashes of all that the cache holds."""
+        return list(self._cached)
+
     def root_hash(self, salt: str = "") -> bytes:
         """Parent of a sequence's first block; a `salt` separates whoever must not share blocks."""
-        return self._digest(salt.encode())
+        return self._hashes.root(salt)
 
     def hash_blocks(self, parent: bytes, tokens: Sequence[int] | np.ndarray) -> list[bytes]:
-        """Keyed hashes of full blocks of int32 token ids, the first of which follows the block, or root, of hash `parent`."""
-        content, size = np.asarray(tokens, np.int32).tobytes(), 4 * self.block_size
-        hashes = []
-        for at in range(0, len(content), size):
-            parent = self._digest(parent + content[at : at + size])
-            hashes.append(parent)
-        return hashes
+        """Hashes of full blocks of token ids, the first of which follows the block, or root, of hash `parent`."""
+        return self._hashes.chain(parent, np.asarray(tokens, np.int32).tobytes())
 
     def lookup(self, hashes: Sequence[bytes]) -> list[int]:
         """Blocks of the longest cached prefix of a hash chain, not yet referenced."""
@@ -129,6 +146,8 @@ class BlockPool:
             self._cached[digest] = block
             self._evicted.pop(digest, None)
             self._hash[block] = digest
+            if self.changes is not None:
+                self.changes.present[digest] = True
 
     def was_evicted(self, digest: bytes) -> bool:
         """Whether such content was cached, as far as is remembered, and gave way to other."""
@@ -156,9 +175,6 @@ class BlockPool:
             require(self._hash[block] == digest, f"block {block}: the cache points to other content")
         require(sum(map(bool, self._hash)) == len(self._cached), "a hash is not in the cache")
 
-    def _digest(self, content: bytes) -> bytes:
-        return hashlib.blake2b(content, key=self._key, digest_size=16).digest()
-
     def _walk(self) -> list[int]:
         free, block, before = [], self._next[self._end], self._end
         while block != self._end and len(free) <= self.num_blocks:
@@ -170,6 +186,8 @@ class BlockPool:
     def _evict(self, block: int) -> None:
         digest, self._hash[block] = self._hash[block], _NO_HASH
         del self._cached[digest]
+        if self.changes is not None:
+            self.changes.present[digest] = False
         self._evicted[digest] = None
         if len(self._evicted) > self.num_blocks:
             self._evicted.popitem(last=False)

@@ -93,6 +93,14 @@ class Child:
         """None while it runs; negative: the signal that ended it."""
         return self._process.poll()
 
+    def how_it_ended(self) -> str:
+        """Of one that has: its status, and where to look."""
+        code = self.exit_code
+        assert code is not None
+        self.finish_output()
+        how = f"status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        return f"the {self.name} process ended with {how}; what it wrote stands above"
+
     def finish_output(self) -> None:
         """Return once all that it wrote is passed on, or a second later: what it started may still hold the pipe."""
         self._reader.join(timeout=1.0)

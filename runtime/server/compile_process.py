@@ -8,12 +8,15 @@ beside a busy thread of the engine. (An unprivileged process cannot take nicenes
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from pagegraph.compiler.build import BuiltModel, build_compiled
@@ -29,13 +32,28 @@ NICENESS = 5
 REPORT_S = 60.0  # between two lines that say that it is still compiling
 
 
-def fill_cache(built: BuiltModel, settings: Path) -> None:
-    """Compile in another process what `built` needs, unless an earlier start has; waits for it.
+@contextlib.contextmanager
+def lock(path: Path | None) -> Iterator[None]:
+    """Held by one engine of a server at a time, whatever ends the others; None: there is but one."""
+    if path is None:
+        yield
+        return
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def fill_cache(built: BuiltModel, settings: Path, locked: Path | None = None) -> None:
+    """Compile in another process what `built` needs, unless an earlier start, or who held `locked` before, has; waits for it.
 
     `settings`: the engine process's file. Raises RuntimeError with the end of its output where it fails.
     """
-    if built.is_stored:
-        return
+    with lock(locked):
+        if not built.is_stored:
+            _compile(settings)
+
+
+def _compile(settings: Path) -> None:
     command = module_command("pagegraph.runtime.server.compile_process", str(settings))
     start = time.monotonic()
     # The child watches its standard input, which ends with this process.

@@ -23,11 +23,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import torch
 from prometheus_client import start_http_server
 
 from pagegraph.compiler.build import BuiltModel, Timings, build_model
 from pagegraph.compiler.step.step import RanksLost
 from pagegraph.runtime.config import Config
+from pagegraph.runtime.engine.account_book import SharedBook
 from pagegraph.runtime.engine.assemble import engine_of
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.engine.engine import Engine
@@ -57,7 +59,7 @@ def main(path: str) -> None:
     faulthandler.register(signal.SIGUSR1, stacks)
     settings = EngineSettings.load(Path(path))
     config = settings.config
-    logs.configure(config.log_level, config.log_format, "engine")
+    logs.configure(config.log_level, config.log_format, settings.name)
     followers: Followers | None = None
     try:
         with timings.stage("tokenizer"):
@@ -73,14 +75,20 @@ def main(path: str) -> None:
         if beside:
             built.compile_state = "compiling"  # before any client asks
         elif config.compile:
-            _compile(config, built)
+            with compile_process.lock(settings.compile_lock):
+                _compile(config, built)
         built.capture_graphs(progress=sys.stderr.isatty(), all_graphs=False)
         if followers is not None:
             followers.follow(built, config.watchdog_timeout_s)
         with timings.stage("engine"):
             pulse = Pulse(settings.pulse, config.watchdog_timeout_s)
             mailbox = Mailbox(settings.engine_address)
-            engine, metrics = engine_of(config, built, mailbox, settings.drain_flag.exists, beat=pulse.beat)
+            key = bytes.fromhex(settings.block_hash_key) or None
+            book = None if settings.accounts is None else SharedBook(settings.accounts, settings.rank)
+            engine, metrics = engine_of(
+                config, built, mailbox, settings.drain_flag.exists, beat=pulse.beat, rank=settings.rank,
+                block_hash_key=key, book=book,
+            )  # fmt: skip
             _tell_of_compilers(config, built, pulse.beat)
     except Exception as error:
         if isinstance(error, RuntimeError) and followers is not None:
@@ -95,9 +103,15 @@ def main(path: str) -> None:
     served, _ = start_http_server(0, "127.0.0.1", registry=metrics)
     _announce(Path(path).with_name(FACTS_FILE), built, served.server_port)
     log.info("loaded: %s", built.timings)
+    if config.data_parallel_size > 1:
+        log.info(
+            "engine %d of %d on %s: %d CPU threads of %d CPUs%s", settings.rank, config.data_parallel_size, built.device,
+            torch.get_num_threads(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            " for each of its ranks" if config.tensor_parallel_size > 1 else "",
+        )  # fmt: skip
     log.info("%s", describe_defaults(engine.info().sampling_defaults))
     if beside:
-        fill_cache = partial(compile_process.fill_cache, built, Path(path))
+        fill_cache = partial(compile_process.fill_cache, built, Path(path), settings.compile_lock)
         threading.Thread(target=_compile, args=(config, built, fill_cache), name="compile", daemon=True).start()
     gc.collect()
     gc.freeze()  # what is built stays; with it, looking for garbage would hold up a step for half a second now and then

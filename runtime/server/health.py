@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -24,6 +25,7 @@ class Health:
     live: bool
     ready: bool
     retry_after_s: float = 1.0  # for whoever is refused now
+    engines: tuple[str, ...] = ()  # the word for each, where there are several
 
     def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
         """(HTTP status, body, headers) for a probe of `path`, one of PATHS."""
@@ -31,7 +33,7 @@ class Health:
         later = {} if good else {"Retry-After": retry_after(self.retry_after_s)}
         return (
             200 if good else 503,
-            msgspec.json.encode({"status": self.status}),
+            msgspec.json.encode({"status": self.status} | ({"engines": self.engines} if self.engines else {})),
             {"Content-Type": "application/json"} | later,
         )
 
@@ -49,14 +51,13 @@ SLOW = Health("no progress", live=True, ready=False)  # for long enough that new
 STALLED = Health("stalled", live=False, ready=False)  # it answers, has work, and finishes no step
 
 
-def engine_health(engine: EngineClient, limit_s: float, due: Due | None = None, wait_s: float = 0.0) -> Health:
+def engine_health(engine: EngineClient, limit_s: float, due: Due | None = None) -> Health:
     """What the engine's newest facts and its pulse mean; without a pulse it is live for `limit_s` without progress.
 
-    `engine` counts silence up to the limit itself, unless the thread that does so hangs; `wait_s`: for the first facts of
-    a new connection.
+    `engine` counts silence up to the limit itself, unless the thread that does so hangs.
     """
     try:
-        info = engine.info(wait_s)
+        info = engine.info(0.0)
     except EngineDead as dead:
         return NO_ENGINE if dead.retry_after_s is None else replace(RESTARTING, retry_after_s=dead.retry_after_s)
     now = time.monotonic()
@@ -67,6 +68,14 @@ def engine_health(engine: EngineClient, limit_s: float, due: Due | None = None, 
     if max(info.stalled_s, engine.silent_s) > UNREADY_S or (due is not None and now > due.late):
         return SLOW
     return DRAINING if info.draining else READY
+
+
+def of_all(each: Sequence[Health]) -> Health:
+    """Of a server with these engines: it is as the best of them is."""
+    if len(each) == 1:
+        return each[0]
+    best = max(each, key=lambda one: (one.ready, one.live, -one.retry_after_s))
+    return replace(best, engines=tuple(one.status for one in each))
 
 
 def retry_after(seconds: float) -> str:

@@ -42,8 +42,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def configuration(level: str, format: str, process: str) -> dict[str, Any]:
-    """What `logging.config.dictConfig`, and gunicorn, take. `format`: one of FORMATS; `process`: its name in the lines."""
-    text = {"format": "%(asctime)s %(name)s %(message)s"}
+    """What `logging.config.dictConfig`, and gunicorn, take. `format`: one of FORMATS; `process`: its name in the lines, and
+    in those of text where there are several of its kind."""
+    which = f"[{process}] " if " " in process else ""
+    text = {"format": f"%(asctime)s %(name)s {which}%(message)s"}
     return {
         "version": 1,
         "disable_existing_loggers": False,

@@ -12,7 +12,8 @@ import socketserver
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
 from typing import Any, cast
@@ -40,15 +41,16 @@ class Probes:
         host: str,
         port: int,
         health: Callable[[], Health],
-        metrics_url: Callable[[], str | None],
+        metrics_urls: Callable[[], Sequence[str]],
         own_metrics: Callable[[], bytes],
     ) -> None:
         """Listen at once; port 0 takes a free one. Raises Unserved when the address is taken or not ours.
 
-        `metrics_url` is asked for each time, for every engine has its own; None: there is none yet. `own_metrics` stand in front of the engine's, and alone while there is none.
+        `metrics_urls` are asked for each time, for every engine has its own, and a new one another; there are none while they
+        load. `own_metrics` stand in front of the engines', and alone while there are none.
         """
         try:
-            self._server = _Server(host, port, health, metrics_url, own_metrics)
+            self._server = _Server(host, port, health, metrics_urls, own_metrics)
         except OSError as error:
             what = f"probe_port={port} on probe_host={host}: {error.strerror}"
             raise Unserved(f"{what}; choose another with --probe-port or --probe-host") from error
@@ -70,12 +72,12 @@ class _Server(ThreadingHTTPServer):
         host: str,
         port: int,
         health: Callable[[], Health],
-        metrics_url: Callable[[], str | None],
+        metrics_urls: Callable[[], Sequence[str]],
         own_metrics: Callable[[], bytes],
     ) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.health = health
-        self.metrics_url = metrics_url
+        self.metrics_urls = metrics_urls
         self.own_metrics = own_metrics
         super().__init__((host, port), _Handler)
 
@@ -95,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path in health.PATHS:
             self._answer(*server.health().answer(path))
         elif path == "/metrics":
-            self._answer(200, server.own_metrics() + _engine_metrics(server.metrics_url()), METRICS_TEXT)
+            self._answer(200, server.own_metrics() + _engine_metrics(server.metrics_urls()), METRICS_TEXT)
         else:
             self._answer(404, b"not found\n")
 
@@ -113,12 +115,29 @@ class _Handler(BaseHTTPRequestHandler):
         log.debug("probe: " + format, *args)
 
 
-def _engine_metrics(url: str | None) -> bytes:
-    """The engine's metrics; empty while it has none."""
-    if url is None:
-        return b""
+def _engine_metrics(urls: Sequence[str]) -> bytes:
+    """The metrics of all engines on one page; empty while there are none."""
+    if len(urls) < 2:
+        return b"".join(map(_fetched, urls))
+    with ThreadPoolExecutor(len(urls)) as threads:  # one that hangs holds up none of the others
+        return one_page(list(threads.map(_fetched, urls)))
+
+
+def _fetched(url: str) -> bytes:
     try:
         with fetch(url, timeout=METRICS_TIMEOUT_S) as reply:
             return reply.read()
     except (OSError, urllib.error.URLError):
         return b""
+
+
+def one_page(texts: Sequence[bytes]) -> bytes:
+    """Texts in Prometheus' format as one: the samples of a metric stand together, below one line of help and of type."""
+    families: dict[bytes, dict[bytes, None]] = {}  # by name: lines, in order
+    for text in texts:
+        name = b""
+        for line in text.splitlines(keepends=True):
+            if line.startswith(b"# HELP "):
+                name = line.split(b" ", 3)[2]
+            families.setdefault(name, {})[line] = None
+    return b"".join(line for lines in families.values() for line in lines)

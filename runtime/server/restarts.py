@@ -6,7 +6,7 @@ Knows times and reasons; starts nothing. Imports no torch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -42,10 +42,10 @@ class Restarts:
 class ServerMetrics:
     """What the supervisor knows and no engine, in Prometheus' text format; an engine counts from 0 when it is new."""
 
-    def __init__(self, restarts: Restarts, model_name: str, is_up: Callable[[], bool]) -> None:
-        self._restarts = restarts
-        self._labels = {"model_name": model_name, "engine": "0"}
-        self._is_up = is_up
+    def __init__(self, model_name: str, engines: Sequence[tuple[Restarts, Callable[[], bool]]]) -> None:
+        """`engines`: of each, by rank, how often it was started anew and whether it takes requests."""
+        self._model_name = model_name
+        self._engines = engines
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -55,15 +55,17 @@ class ServerMetrics:
 
     def collect(self) -> Iterator[Metric]:
         """Metric families as prometheus-client's registries yield them."""
-        names, values = list(self._labels), list(self._labels.values())
+        names = ["model_name", "engine"]
         up = GaugeMetricFamily("pagegraph:engine_up", "1 while the engine takes requests, else 0.", labels=names)
-        up.add_metric(values, float(self._is_up()))
-        yield up
         restarts = CounterMetricFamily(
             "pagegraph:engine_restarts",
             "Times that the engine was started anew: it had died, or hung and was ended.",
             labels=[*names, "reason"],
         )
-        for reason, count in self._restarts.total.items():
-            restarts.add_metric([*values, reason], count)
+        for rank, (counted, is_up) in enumerate(self._engines):
+            values = [self._model_name, str(rank)]
+            up.add_metric(values, float(is_up()))
+            for reason, count in counted.total.items():
+                restarts.add_metric([*values, reason], count)
+        yield up
         yield restarts

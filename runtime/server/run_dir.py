@@ -18,7 +18,7 @@ from pathlib import Path
 log = logging.getLogger("pagegraph.supervisor")
 
 PREFIX = "pagegraph-"
-SOCKET = "engine.sock"
+SOCKET = "engine-{:02}.sock"
 LOCK = "lock"
 # Where a folder is made if it cannot be made in the one for temporary files.
 FALLBACKS = ("/tmp", "/var/tmp", "/dev/shm")
@@ -43,22 +43,26 @@ class RunDir:
             )
         _remove_leftovers(self.path.parent)
 
-    @property
-    def socket(self) -> Path:
-        """Where the engine listens: a path that fits a socket's address."""
-        return self.path / SOCKET
+    def socket(self, rank: int) -> Path:
+        """Where an engine listens: a path that fits a socket's address."""
+        return self.path / SOCKET.format(rank)
 
     def write(self, name: str, text: str) -> Path:
         """A file that only its owner may read; once it is there, all of it is."""
-        path, partial = self.path / name, self.path / f"{name}.partial"
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
-        return partial.rename(path)
+        return write_private(self.path / name, text)
 
     def close(self) -> None:
         """Remove the folder with all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
+
+
+def write_private(path: Path, text: str) -> Path:
+    """A file that only its owner may read; once it is there, all of it is."""
+    partial = path.with_name(f"{path.name}.partial")
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    return partial.rename(path)
 
 
 def _temporary_folder() -> str:
@@ -73,7 +77,7 @@ def _make(parent: str) -> tuple[int, Path]:
     while True:
         path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=os.path.abspath(parent)))
         try:
-            _try_socket(path / SOCKET)
+            _try_socket(path / SOCKET.format(0))
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:

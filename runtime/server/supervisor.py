@@ -1,6 +1,6 @@
-"""The parent of a server: starts the engine and gunicorn, watches them, starts an engine that ends anew, drains at the end.
+"""The parent of a server: starts its engines and gunicorn, watches them, drains at the end.
 
-Imports no torch and nothing of web: both children are started by name. Its own port answers
+What becomes of an engine that ends is `replica`'s to say. Imports no torch and nothing of web: children are started by name. Its own port answers
 `/health/live`, `/health/ready` and `/metrics` even when every web thread holds a stream.
 """
 
@@ -15,29 +15,23 @@ import sys
 import time
 import urllib.error
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pagegraph.runtime.askers import LIMITS
 from pagegraph.runtime.config import API_KEY_VARIABLE, Config
 from pagegraph.runtime.ipc import protocol
-from pagegraph.runtime.ipc.client import EngineClient, EngineDead
 from pagegraph.runtime.ipc.protocol import EngineInfo
-from pagegraph.runtime.server import comeback, logs, pulse
+from pagegraph.runtime.scheduler.block_hashes import new_key
+from pagegraph.runtime.server import comeback, devices, logs, pulse
 from pagegraph.runtime.server.child import Child, module_command, stop
-from pagegraph.runtime.server.engine_settings import (
-    FACTS_FILE,
-    REQUIRED_COMPILATION_FAILED,
-    STACKS_FILE,
-    EngineSettings,
-)
-from pagegraph.runtime.server.health import DRAINING, LOADING, NO_ENGINE, RESTARTING, Health, engine_health
+from pagegraph.runtime.server.engine_settings import EngineSettings
+from pagegraph.runtime.server.health import DRAINING, NO_ENGINE, Health, of_all
 from pagegraph.runtime.server.listen import Unserved, bind, connectable
 from pagegraph.runtime.server.probes import Probes, fetch
-from pagegraph.runtime.server.restarts import Restarts, ServerMetrics
+from pagegraph.runtime.server.replica import LOOK_S, Replica
+from pagegraph.runtime.server.restarts import ServerMetrics
 from pagegraph.runtime.server.run_dir import RunDir
-from pagegraph.runtime.server.start_errors import REASON_FILE
 from pagegraph.runtime.server.start_report import process_age, table
 from pagegraph.runtime.server.web_gate import SETTINGS_VARIABLE
 
@@ -47,12 +41,6 @@ ENGINE_COMMAND = module_command("pagegraph.runtime.server.engine_process")
 WEB_COMMAND = module_command("gunicorn")
 
 WEB_SETTINGS_FILE = "web-settings.json"  # written once the engine answers; the web processes wait for it
-HEARTBEAT_S = 0.25  # of the supervisor's own client
-UNHEALTHY_S = 2.0  # an engine that ends is not heard either: for so long it is not taken for a hung one
-LOOK_S = 0.1  # between looks at the children
-FROZEN_S = 1.0  # between two looks: this process did not run either, and what it sees may be the machine's pause
-HELD_S = 30.0  # that a driver may hold a killed engine, and its memory, before the next one is started
-DUMP_S = 1.0  # for a hung engine to write where its threads stand
 IDLE_S = 1.5 * protocol.HEARTBEAT_S  # without work before a drain is over: web processes learn of it from a heartbeat
 IDLE_CONNECTIONS = 4000  # that a web process holds open beside those with a request; then the longest idle is closed
 COMPILE_STATES = {
@@ -72,22 +60,17 @@ class Supervisor:
         web_command: Sequence[str] = WEB_COMMAND,
     ) -> None:
         self.config = config
-        self._engine_command = engine_command
         self._web_command = web_command
         try:
             self._run_dir = RunDir()
         except OSError as error:
             raise Unserved(str(error)) from error
-        self._engine_address = f"ipc://{self._run_dir.socket}"
-        self._client = EngineClient(self._engine_address, heartbeat_s=HEARTBEAT_S, silence_s=config.watchdog_timeout_s)
         self._signals = 0
+        self._closing = False
         self._ready = False
-        self._restarts = Restarts(config.max_engine_restarts, config.restart_window_s)
-        self._new_engine_at: float | None = None  # of the monotonic clock, expected; while one is being started
-        self._start_s = 0.0  # that the engine's last start took
-        self._told: tuple[bool, float | None] | None = None  # the web processes, of a new engine
-        self._engine: Child | None = None
         self._web: Child | None = None
+        self._block_hash_key = new_key()  # of this server's engines, and of the web processes that choose among them
+        self._replicas = [self._replica(rank, engine_command) for rank in range(config.data_parallel_size)]
 
     def run(self) -> int:
         """Serve until a signal or the death of a child. Main thread only: it owns the signal handlers.
@@ -100,11 +83,16 @@ class Supervisor:
         listener: socket.socket | None = None
         try:
             listener = bind(self.config.host, self.config.port, "port")
-            own = ServerMetrics(self._restarts, self.config.model_name, lambda: self.health().ready)
-            probes = Probes(
-                self.config.probe_host, self.config.probe_port or 0, self.health, self._metrics_url, own.render
+            own = ServerMetrics(
+                self.config.model_name,
+                [(one.restarts, lambda one=one: self._health_of(one).ready) for one in self._replicas],
             )
-            started = self._start_engine()
+            probes = Probes(
+                self.config.probe_host, self.config.probe_port or 0, self.health, self._metrics_urls, own.render
+            )
+            devices.require_one_each(self.config)
+            for replica in self._replicas:
+                replica.start()
             command_s = process_age()
             # Imports while the engine loads, and waits for its settings before it listens. In a folder of ours, because
             # gunicorn makes its folder the first place where modules are looked for.
@@ -122,13 +110,13 @@ class Supervisor:
                     logs.LEVEL_VARIABLE: self.config.log_level,
                 },
             )
-            if info := self._wait_for_engine():
+            if info := self._wait_for_engines():
                 loaded_s = process_age()
-                self._start_s = time.monotonic() - started
                 self._write_web_settings(probes.address)
                 if self._wait_for_web(listener):
                     self._ready = True
-                    self._tell_comeback()
+                    for replica in self._replicas:
+                        replica.watch()
                     self._report(command_s, process_age() - loaded_s)
                     self._greet(banner(self.config, info, listener.getsockname(), probes.address))
                     self._watch()
@@ -145,71 +133,53 @@ class Supervisor:
             log.info("%s", text.strip())
 
     def health(self) -> Health:
-        """What both ports tell probes."""
+        """What both ports tell probes: ready while one engine is."""
+        return of_all([self._health_of(one) for one in self._replicas])
+
+    def _health_of(self, replica: Replica) -> Health:
         if self._web is not None and self._web.exit_code is not None:
             return NO_ENGINE
-        new_engine_at = self._new_engine_at  # once: the main thread takes it away
-        if self._ready and new_engine_at is not None:
-            return replace(RESTARTING, retry_after_s=new_engine_at - time.monotonic())
-        if self._engine is not None and self._engine.exit_code is not None:
-            return RESTARTING if self._follows else NO_ENGINE
-        if not self._ready:
-            return LOADING
-        found = self._engine_health()
-        if self._signals and found.live:
-            return DRAINING
-        return replace(found, live=found.live or self._follows)
+        found = replica.health()
+        return DRAINING if self._signals and found.live and self._ready and replica.is_alive else found
 
-    def _facts(self) -> dict[str, Any]:
-        """What the engine told once it was loaded."""
-        return json.loads((self._run_dir.path / FACTS_FILE).read_text())
-
-    def _metrics_url(self) -> str | None:
-        try:
-            return f"http://127.0.0.1:{self._facts()['metrics_port']}/metrics"
-        except FileNotFoundError:  # it loads
-            return None
-
-    def _engine_health(self) -> Health:
-        due = pulse.read(self._run_dir.path / pulse.FILE)
-        return engine_health(self._client, self.config.watchdog_timeout_s, due)
-
-    @property
-    def _follows(self) -> bool:
-        """Whether a new engine follows if this one ends now."""
-        return self._ready and not self._signals and self._restarts.num_recent < self._restarts.most
+    def _metrics_urls(self) -> list[str]:
+        return [url for one in self._replicas if (url := one.metrics_url()) is not None]
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signals += 1
         if self._signals > 1:
-            for child in (self._engine, self._web):
+            for child in (*(replica.child for replica in self._replicas), self._web):
                 if child is not None:
                     child.abort()
-
-    def _info(self) -> EngineInfo | None:
-        try:
-            return self._client.info(timeout=0.0)
-        except EngineDead:
-            return None
 
     @property
     def _drain_flag(self) -> Path:
         return self._run_dir.path / "draining"
 
-    def _write_engine_settings(self) -> Path:
+    def _replica(self, rank: int, command: Sequence[str]) -> Replica:
+        folder = self._run_dir.path / f"engine-{rank}"
+        folder.mkdir(mode=0o700)
+        several = self.config.data_parallel_size > 1
         settings = EngineSettings(
             config=self.config,
-            engine_address=self._engine_address,
+            engine_address=f"ipc://{self._run_dir.socket(rank)}",
             drain_flag=self._drain_flag,
-            pulse=self._run_dir.path / pulse.FILE,
+            pulse=folder / pulse.FILE,
+            rank=rank,
+            block_hash_key=self._block_hash_key.hex(),
+            accounts=self._run_dir.path / "accounts.sqlite" if several else None,
+            compile_lock=self._run_dir.path / "compiling" if several else None,
         )
-        return self._run_dir.write("engine-settings.json", settings.to_json())
+        variables = devices.variables_of(rank, self.config.tensor_parallel_size, os.environ) if several else {}
+        return Replica(folder, command, settings, variables, lambda: bool(self._signals or self._closing))
 
     def _write_web_settings(self, probe_address: str) -> Path:
         """The web processes' settings, once the engine said which folder holds the tokenizer; see web/settings.py."""
-        engine = self._facts()
+        engine = self._replicas[0].facts()
+        folders = [replica.folder for replica in self._replicas]
         settings = {
-            "engine_address": self._engine_address,
+            "engine_addresses": [f"ipc://{self._run_dir.socket(rank)}" for rank in range(len(folders))],
+            "block_hash_key": self._block_hash_key.hex() if self.config.enable_prefix_caching else None,
             # Absolute: the web processes run elsewhere.
             "model": os.path.abspath(self.config.tokenizer or engine["model_dir"]),
             "served_model_name": self.config.model_name,
@@ -217,8 +187,8 @@ class Supervisor:
             "threads": self.config.web_threads,
             "enough_threads": self.config.enough_threads,
             "silence_s": self.config.watchdog_timeout_s,
-            "comeback": str(self._run_dir.path / comeback.FILE),
-            "pulse": str(self._run_dir.path / pulse.FILE),
+            "comebacks": [str(folder / comeback.FILE) for folder in folders],
+            "pulses": [str(folder / pulse.FILE) for folder in folders],
             "response_store": str(self._run_dir.path / "responses.sqlite"),
             "response_store_bytes": self.config.response_store_size,
             **{name: getattr(self.config, name) for name in (*LIMITS, "prefix_cache_per_key")},
@@ -234,24 +204,21 @@ class Supervisor:
         """What only the environment of the web processes holds: no file does, no list of processes shows it."""
         return {API_KEY_VARIABLE: self.config.api_key}
 
-    def _wait_for_engine(self) -> EngineInfo | None:
-        """The engine's facts once it is loaded and answers; None if a signal came first."""
+    def _wait_for_engines(self) -> EngineInfo | None:
+        """The first engine's facts once all are loaded and answer; None if a signal came first."""
         while not self._signals:
-            self._check(self._engine, self._web)
-            if info := self._answers():
-                return info
+            self._check_all()
+            infos = [replica.answers() for replica in self._replicas]
+            if all(infos):
+                return infos[0]
             time.sleep(0.05)
         return None
-
-    def _answers(self) -> EngineInfo | None:
-        """The facts of an engine that is loaded and answers."""
-        return self._info() if (self._run_dir.path / FACTS_FILE).exists() else None
 
     def _wait_for_web(self, listener: socket.socket) -> bool:
         """Until a web process answers over HTTP, whatever the status; False if a signal came first."""
         url = f"http://{connectable(listener.getsockname())}/health/live"
         while not self._signals:
-            self._check(self._engine, self._web)
+            self._check_all()
             try:
                 with fetch(url, timeout=1.0):
                     return True
@@ -263,118 +230,30 @@ class Supervisor:
 
     def _report(self, command_s: float, web_s: float) -> None:
         """Log where the time of the start went."""
-        engine = self._facts()
+        engine = self._replicas[0].facts()
         seconds = {"command": command_s, **engine.get("seconds", {}), "web": web_s}
         log.info("%s", table(process_age(), seconds, engine.get("parts", {})))
 
     def _watch(self) -> None:
-        """Until a signal. Raises Unserved when the web processes end, or the engine too often."""
-        looked = lived = time.monotonic()
+        """Until a signal. Raises Unserved when the web processes end, or every engine too often."""
         while not self._signals:
-            now = time.monotonic()
-            self._check(self._web)
-            if self._engine is not None and self._engine.exit_code is not None:
-                self._restart_engine("died", self._how_it_ended(self._engine))
-                lived = time.monotonic()
-            elif self._engine_health().live or now - looked > FROZEN_S:
-                lived = now
-            elif now - lived > UNHEALTHY_S:
-                self._restart_engine("hung", self._dump_hung_engine())
-                lived = time.monotonic()
-            self._tell_comeback()  # a window may have passed
-            looked = time.monotonic()
+            self._check_web()
+            reasons = [replica.given_up for replica in self._replicas]
+            if all(reasons):
+                raise Unserved(reasons[-1] or "")
             time.sleep(LOOK_S)
 
-    def _dump_hung_engine(self) -> str:
-        """Log where the threads of the engine stand -> what to tell of it."""
-        limit = self.config.watchdog_timeout_s
-        assert self._engine is not None
-        self._engine.send(signal.SIGUSR1)  # faulthandler answers, whatever the threads do
-        time.sleep(DUMP_S)
-        stacks = (self._run_dir.path / STACKS_FILE).read_text(errors="replace").strip()
-        silent = "it does not say: it is stopped, held by the kernel, or was about to start"
-        log.critical("the engine hangs; where its threads stand:\n%s", stacks or silent)
-        return (
-            "the engine hung: its loop has not moved on in time, and it is ended; if a step of this model may"
-            f" take longer, raise watchdog_timeout_s={limit:g} or lower max_num_batched_tokens"
-        )
+    def _check_web(self) -> None:
+        """Raise Unserved if the web processes have ended."""
+        if self._web is not None and self._web.exit_code is not None and self._signals < 2:
+            raise Unserved(self._web.how_it_ended())
 
-    def _start_engine(self) -> float:
-        """Start an engine process -> when, of the monotonic clock."""
-        for name in (FACTS_FILE, REASON_FILE, pulse.FILE):
-            (self._run_dir.path / name).unlink(missing_ok=True)
-        self._run_dir.write(STACKS_FILE, "")
-        self._engine = Child("engine", [*self._engine_command, str(self._write_engine_settings())])
-        return time.monotonic()
-
-    def _restart_engine(self, why: str, told: str) -> None:
-        """Start the engine anew until one answers, or a signal comes. Raises Unserved where it has ended too often."""
-        while not self._signals:
-            assert self._engine is not None
-            if self._engine.exit_code == REQUIRED_COMPILATION_FAILED:
-                raise Unserved(told)
-            if not self._restarts.take(why):
-                raise Unserved(told if not self._restarts.most else f"{told}; {self._too_often()}")
-            self._new_engine_at = time.monotonic() + self._start_s
-            self._tell_comeback(self._start_s)
-            self._engine.kill()  # what it started, too
-            self._engine.ends_by(time.monotonic() + HELD_S)
-            recent, most = self._restarts.num_recent, self._restarts.most
-            log.critical(
-                "%s; the engine is started anew (%d of %d within %g s)", told, recent, most, self._restarts.window_s
-            )
-            started = self._start_engine()
-            failed = self._wait_for_new_engine(started + self._start_s + self.config.watchdog_timeout_s)
-            if self._signals:
-                return
-            if failed is None:
-                self._new_engine_at = None
-                self._start_s = time.monotonic() - started
-                self._tell_comeback()
-                log.warning("the new engine serves after %.1f s", self._start_s)
-                return
-            why, told = failed
-
-    def _wait_for_new_engine(self, deadline: float) -> tuple[str, str] | None:
-        """None once it answers, or a signal came; else for which of REASONS it does not, and what to tell of it."""
-        assert self._engine is not None
-        while not self._signals and not self._answers():
-            self._check(self._web)
-            if self._engine.exit_code is not None:
-                return "died", self._how_it_ended(self._engine)
-            if time.monotonic() > deadline:
-                return "hung", self._dump_hung_engine()
-            time.sleep(0.05)
-        return None
-
-    def _too_often(self) -> str:
-        most, window = self._restarts.most, self._restarts.window_s
-        return (
-            f"it had been started anew {most} times within {window:g} s, so the server ends; the log says what ended each"
-            f" (max_engine_restarts={most}, restart_window_s={window:g})"
-        )
-
-    def _tell_comeback(self, expected_s: float | None = None) -> None:
-        """Tell the web processes whether a new engine follows, and where one is being started, when it is expected."""
-        told = (self._follows or expected_s is not None, expected_s)
-        if told != self._told:
-            self._run_dir.write(comeback.FILE, comeback.text(*told))
-            self._told = told
-
-    def _check(self, *children: Child | None) -> None:
-        """Raise Unserved if one of them has ended."""
-        for child in children:
-            if child is not None and child.exit_code is not None and self._signals < 2:
-                raise Unserved(self._how_it_ended(child))
-
-    def _how_it_ended(self, child: Child) -> str:
-        """The reason that it left, else a pointer to what it wrote."""
-        child.finish_output()
-        reason = self._run_dir.path / REASON_FILE
-        if child is self._engine and reason.is_file():
-            return reason.read_text()
-        assert child.exit_code is not None
-        return f"the {child.name} process ended with {_status(child.exit_code)}; what it wrote stands above"
+    def _check_all(self) -> None:
+        """Raise Unserved if any child has ended."""
+        for replica in self._replicas:
+            if self._signals < 2:
+                replica.check()
+        self._check_web()
 
     def _drain(self) -> int:
         """Refuse new requests, let running ones end, then stop the engine and the web processes, both at once.
@@ -382,19 +261,24 @@ class Supervisor:
         Streams that are cut see the engine's end through their own connections and end with an error.
         """
         self._drain_flag.touch()
-        self._tell_comeback()
+        for replica in self._replicas:
+            replica.tell_comeback()
         log.info("draining: new requests get 503, running ones have %g s", self.config.drain_timeout_s)
-        if self._ready and self._engine is not None and self._engine.exit_code is None:
+        for replica in self._replicas:
+            replica.retire()
+        if self._ready and any(replica.is_alive for replica in self._replicas):
             self._wait_until_idle(time.monotonic() + self.config.drain_timeout_s)
-        stop(self._engine, self._web)
+        stop(*(replica.child for replica in self._replicas), self._web)
         return ABORTED if self._signals > 1 else 0
 
     def _wait_until_idle(self, deadline: float) -> None:
         idle_since = time.monotonic()
         while self._signals < 2:
-            self._check(self._engine, self._web)
-            info, now = self._info(), time.monotonic()
-            unfinished = info.num_running + info.num_waiting if info else 0
+            self._check_web()
+            if not any(replica.is_alive for replica in self._replicas) and self._signals < 2:
+                self._replicas[-1].check()
+            infos, now = [replica.info() for replica in self._replicas], time.monotonic()
+            unfinished = sum(info.num_running + info.num_waiting for info in infos if info)
             if unfinished:
                 idle_since = now
             if now - idle_since > IDLE_S:
@@ -406,14 +290,17 @@ class Supervisor:
 
     def _close(self, probes: Probes | None, listener: socket.socket | None) -> None:
         self._ready = False
+        self._closing = True
         self._drain_flag.touch()
-        self._tell_comeback()
-        if self._engine is not None:
-            self._engine.kill()
+        for replica in self._replicas:
+            replica.end()
         if self._web is not None:
-            # Streams see the engine's end through their own connection and close with an error first.
+            # Streams see the engines' end through their own connections and close with an error first.
             stop(self._web)
-        self._client.close()
+        for replica in self._replicas:
+            replica.retire()
+            replica.end()  # one that was being started
+            replica.client.close()
         if probes is not None:
             probes.close()
         if listener is not None:
@@ -462,10 +349,11 @@ def banner(config: Config, info: EngineInfo, address: tuple[Any, ...], probe_add
         {"model": config.model_name, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 32}
     )
     tokens = (info.num_blocks - 1) * info.block_size
+    several = f"{config.data_parallel_size} engines, each: " if config.data_parallel_size > 1 else ""
     return "\n".join([
         "",
         f"  {url}  serves {config.model_name}",
-        f"  device {info.device}, {info.dtype}, {COMPILE_STATES[info.compile_state]}",
+        f"  {several}device {info.device}, {info.dtype}, {COMPILE_STATES[info.compile_state]}",
         f"  KV cache {info.num_blocks:,} blocks of {info.block_size} = {tokens:,} tokens;"
         f" max_model_len {info.max_model_len:,}",
         f"  probes and metrics http://{probe_address}/health/ready /health/live /metrics",
@@ -473,7 +361,3 @@ def banner(config: Config, info: EngineInfo, address: tuple[Any, ...], probe_add
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
         "",
     ])  # fmt: skip
-
-
-def _status(exit_code: int) -> str:
-    return f"status {exit_code}" if exit_code >= 0 else f"signal {signal.Signals(-exit_code).name}"

@@ -21,7 +21,7 @@ def make_app(fake_engine, tokenizer_folder: Path, tmp_path: Path) -> Iterator[Ca
 
     def make(**settings: Any) -> Flask:
         values = {
-            "engine_address": fake_engine.address,
+            "engine_addresses": [fake_engine.address],
             "model": str(tokenizer_folder),
             "served_model_name": "tiny",
             "threads": 80,

@@ -118,7 +118,7 @@ def test_a_thread_to_the_engine_that_hangs_is_seen(
 def test_a_thread_to_the_engine_that_ends_is_replaced(make_app: Callable[..., Flask], fake_engine) -> None:
     http = make_app().test_client()
     assert http.get("/health").status_code == 200
-    connection = http.application.extensions["pagegraph"].engine._connection
+    connection = http.application.extensions["pagegraph"].engine.clients[0].connection
     connection._take = lambda message: 1 / 0
     connection._thread.join(10)
     assert not connection.running and http.get("/health").status_code == 200
@@ -175,7 +175,7 @@ def test_request_id_is_kept_when_sane(http: FlaskClient) -> None:
 def test_a_bad_setting_is_named() -> None:
     with pytest.raises(ValueError, match="mdoel"):
         create_app({"mdoel": "x"})
-    with pytest.raises(ValueError, match="engine_address"):
+    with pytest.raises(ValueError, match="engine_addresses"):
         create_app({"model": "x", "served_model_name": "y"})
 
 

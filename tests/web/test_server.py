@@ -21,7 +21,7 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 def port(fake_engine, tokenizer_folder: Path, tmp_path: Path) -> Iterator[int]:
     """The port of one gunicorn worker with eight threads."""
     path = tmp_path / "settings.json"
-    settings = {"engine_address": fake_engine.address, "model": str(tokenizer_folder), "served_model_name": "tiny",
+    settings = {"engine_addresses": [fake_engine.address], "model": str(tokenizer_folder), "served_model_name": "tiny",
                 "api_key": "key", "threads": 8, "enough_threads": 80, "keep_alive_s": 1.0}  # fmt: skip
     path.write_text(json.dumps(settings))
     with web_process(path, threads=8) as process:

@@ -50,7 +50,7 @@ def engine(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def web(engine: FakeEngine, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebProcess]:
     """A worker of few threads, with short time-outs."""
     path = tmp_path_factory.mktemp("web") / "settings.json"
-    settings = {"engine_address": engine.address, "model": str(tokenizer_folder), "served_model_name": "tiny",
+    settings = {"engine_addresses": [engine.address], "model": str(tokenizer_folder), "served_model_name": "tiny",
                 "threads": THREADS, "enough_threads": 80, "keep_alive_s": 0.2,
                 "header_timeout_s": HEADER_S, "body_timeout_s": BODY_S,
                 "send_timeout_s": SEND_S}  # fmt: skip

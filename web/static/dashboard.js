@@ -29,6 +29,11 @@ function sum(reading, name, labels = {}) {
   return matching.reduce((total, one) => total + one.value, 0);
 }
 
+/** Of all engines of the server: a share that each has of its own. */
+function mean(reading, name) {
+  return sum(reading, name) / Math.max((reading.samples.get(name) || []).length, 1);
+}
+
 /** The reading `count` before reading `end`, or the first of a server that has been restarted since. */
 function before(end, count) {
   let start = end;
@@ -74,7 +79,7 @@ const CARDS = [
   ["Tokens generated a second", (end) => rate(end, 3, `${V}generation_tokens_total`), number, (end) => `${number(rate(end, WINDOW, `${V}generation_tokens_total`))} over a minute`],
   ["Tokens of prompts a second", (end) => rate(end, 3, `${V}prompt_tokens_total`), number, hits],
   ["Requests running", (end) => sum(history[end], `${V}num_requests_running`), count, (end) => `${count(sum(history[end], `${V}num_requests_waiting`))} waiting`],
-  ["KV cache in use", (end) => sum(history[end], `${V}kv_cache_usage_perc`), percent, (end) => `${count(grown(end, WINDOW, `${V}num_preemptions_total`))} preemptions in a minute`],
+  ["KV cache in use", (end) => mean(history[end], `${V}kv_cache_usage_perc`), percent, (end) => `${count(grown(end, WINDOW, `${V}num_preemptions_total`))} preemptions in a minute`],
   ["Time to first token, median", (end) => percentile(end, TTFT, 0.5), time, (end) => within(end, TTFT, [0.95])],
   ["Between tokens, median", (end) => percentile(end, ITL, 0.5), time, (end) => within(end, ITL, [0.95, 0.99])],
   ["Requests ended in a minute", (end) => grown(end, WINDOW, `${V}request_success_total`), count, reasons],
@@ -88,13 +93,13 @@ function hits(end) {
 }
 
 function steps(end) {
-  const graphs = sum(history[end], `${OWN}graph_hit_ratio`);
+  const graphs = mean(history[end], `${OWN}graph_hit_ratio`);
   const padding = share(end, `${OWN}engine_padding_tokens_total`, `${OWN}engine_step_tokens_total`);
   return [Number.isFinite(padding) && `${percent(padding)} padding`, graphs && `${percent(graphs)} in CUDA graphs`].filter(Boolean).join(", ");
 }
 
 function reasons(end) {
-  const found = (history[end].samples.get(`${V}request_success_total`) || []).map(({ labels }) => labels.finished_reason);
+  const found = [...new Set((history[end].samples.get(`${V}request_success_total`) || []).map(({ labels }) => labels.finished_reason))];
   const counts = found.map((finished_reason) => [finished_reason, grown(end, WINDOW, `${V}request_success_total`, { finished_reason })]);
   return counts.filter(([, number]) => number).map(([reason, number]) => `${reason} ${count(number)}`).join(", ");
 }

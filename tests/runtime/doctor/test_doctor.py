@@ -54,7 +54,7 @@ def told(restarts: int = 0, **changed: object) -> str:
     counted = Restarts(9, 600.0)
     for _ in range(restarts):
         counted.take("died")
-    return (ServerMetrics(counted, "m", lambda: True).render() + server(**changed).render()).decode()
+    return (ServerMetrics("m", [(counted, lambda: True)]).render() + server(**changed).render()).decode()
 
 
 ILL = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pagegraph.runtime.askers import Asker
+from pagegraph.runtime.engine.account_book import SharedBook
 from pagegraph.runtime.ipc.protocol import Abort, Admitted, Failed, Member, Quota, Quotas, SamplingParams, SubmitGroup
 from tests.runtime.engine.test_engine import Harness
 
@@ -125,6 +128,55 @@ def test_what_an_engine_before_had_admitted_is_counted_and_not_refused() -> None
         )
     harness.ask(asks("new", asker))
     assert harness.refused == ["new"] and harness.failures[0].retry_after_s == pytest.approx(180, rel=0.05)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Told, Told]:
+    """Two engines of one server, whose clocks are the same."""
+    return tuple(Told(max_queue=50, book=SharedBook(tmp_path / "accounts", rank)) for rank in range(2))
+
+
+def test_a_key_has_its_limits_once_whichever_engine_it_asks(pair: tuple[Told, Told]) -> None:
+    first, second = pair
+    asker = Asker("a", requests_per_minute=6, max_parallel_requests=4)
+    first.ask(*(asks(f"{n}", asker, max_tokens=40) for n in range(2)))
+    second.ask(*(asks(f"{n}", asker, max_tokens=40) for n in range(3)))
+    assert (first.refused, second.refused) == ([], ["2"])
+    assert "max_parallel_requests = 4" in second.failures[0].message
+    assert second.quotas["1"].requests.remaining == 2
+    first.run()
+    second.wait(first.turns - second.turns)  # the same time has passed there
+    second.run()
+    second.ask(asks("again", asker))
+    assert second.refused == ["2"]
+
+
+def test_what_one_engine_generates_another_counts(pair: tuple[Told, Told]) -> None:
+    first, second = pair
+    asker = Asker("a", tokens_per_minute=30)
+    first.ask(asks("long", asker, max_tokens=30))
+    for harness in pair:
+        harness.wait(20)  # ten come back, about twenty are generated
+    second.ask(asks("other", asker, prompt=[5] * 25))
+    assert second.refused == ["other"] and 12 <= second.quotas["other"].tokens.remaining <= 20
+    first.run()
+    first.wait(2)
+    second.wait(first.turns - second.turns)
+    second.ask(asks("later", asker, prompt=[5] * 25))  # all that was generated is paid for
+    assert second.refused == ["other", "later"] and 10 <= second.quotas["later"].tokens.remaining <= 18
+
+
+def test_an_engine_that_ended_leaves_what_was_paid_and_none_of_its_requests(tmp_path: Path) -> None:
+    asker = Asker("a", requests_per_minute=6, max_parallel_requests=2)
+    first, second = (Told(book=SharedBook(tmp_path / "accounts", rank)) for rank in range(2))
+    first.ask(*(asks(f"{n}", asker, max_tokens=40) for n in range(2)))
+    second.ask(asks("too many", asker))
+    assert second.refused == ["too many"]
+    anew = Told(book=SharedBook(tmp_path / "accounts", 0))
+    anew.ask(asks("2", asker))
+    second.ask(asks("3", asker))
+    assert not anew.refused and second.refused == ["too many"]
+    assert second.quotas["3"].requests.remaining == 2
 
 
 def test_a_key_of_a_thousand_prompts_does_not_starve_one_of_another() -> None:

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.compiler.step.step import Ticket
+from pagegraph.runtime.engine.account_book import Book
 from pagegraph.runtime.engine.engine import Engine
 from pagegraph.runtime.engine.grammars import Grammars
 from pagegraph.runtime.engine.limits import Limits
@@ -42,6 +43,7 @@ class Harness:
     def __init__(
         self, *, num_blocks: int = 60, max_num_seqs: int = 8, budget: int = 32, max_queue: int = 5, caching: bool = True,
         max_queue_tokens: int | None = None, draft_tokens: str = "", pooler: Pooler = Pooler(3), grammars: Callable[[Scheduler], Grammars] | None = None,
+        book: Book | None = None,
     ) -> None:  # fmt: skip
         on_device = draft_tokens == "device"
         self.device = FakeStep(
@@ -63,7 +65,7 @@ class Harness:
             self.device, self.scheduler, self.mailbox,
             Limits(VOCAB, MAX_LEN, frozenset([EOS]), max_queue, pooler, max_queue_tokens=max_queue_tokens), None,
             lambda: float(self.turns), EngineStats(self.metrics, self.scheduler, StepCounts()), drafter=drafter,
-            grammars=None if grammars is None else grammars(self.scheduler),
+            grammars=None if grammars is None else grammars(self.scheduler), book=book,
         )  # fmt: skip
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}  # finish reason, or the status of a failure

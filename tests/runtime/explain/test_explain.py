@@ -104,6 +104,15 @@ def test_what_does_not_fit_ends_with_1_and_a_way_out(folder: str, tmp_path: Path
     ElementTree.fromstring((tmp_path / "p.svg").read_text())
 
 
+def test_engines_of_a_server_each_take_what_one_takes(folder: str) -> None:
+    asked = (folder, *SMALL, "--device", "cpu", "--quick", "--data-parallel-size", "2")
+    found = json.loads(explain(*asked, "--json").stdout)
+    assert found["memory"]["all_engines"] == 2 * found["memory"]["allowed"] > 0
+    told = " ".join(explain(*asked).stdout.split())
+    assert "one of 2 engines (data_parallel_size), all on this machine" in told and "MEMORY of each engine" in told
+    assert "on one of 2 shares of" in told  # of the CPU's rates
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [
@@ -114,6 +123,7 @@ def test_what_does_not_fit_ends_with_1_and_a_way_out(folder: str, tmp_path: Path
         ),
         (("--gpu", "h200", "--measure"), "leave --gpu out"),
         (("--device", "cpu", "--tensor-parallel-size", "2", "--measure"), "and tensor_parallel_size=2; set it to 1"),
+        (("--device", "cpu", "--data-parallel-size", "2", "--measure"), "and data_parallel_size=2"),
         (("--device", "cuda"), "such as --gpu h200"),
         (("--device", "cpu", "--context", "1000"), "above max_model_len=256"),
         (("--gpu", "a100", "--kv-cache-dtype", "fp8"), "compute capability 8.9"),

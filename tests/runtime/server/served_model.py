@@ -81,8 +81,14 @@ class ServedModel:
 
     @property
     def engine_pid(self) -> int:
-        (pid,) = [child for child in _children(self.process.pid) if "faulty_engine" in _command(child)]
+        (pid,) = self.engine_pids
         return pid
+
+    @property
+    def engine_pids(self) -> list[int]:
+        """By rank."""
+        found = [child for child in _children(self.process.pid) if "faulty_engine" in _command(child)]
+        return sorted(found, key=_command)  # which ends with the folder of the rank
 
     @property
     def web_pids(self) -> list[int]:
@@ -106,10 +112,11 @@ class ServedModel:
         except (OSError, http.client.HTTPException):
             return 0, b""
 
-    def metric(self, name: str) -> float:
-        """Summed over its labels; 0 where it is not there."""
+    def metric(self, name: str, engine: int | None = None) -> float:
+        """Summed over its labels, or those of one engine; 0 where it is not there."""
         text = self.get("/metrics", self.probe_port)[1].decode()
-        return sum(float(value) for value in re.findall(rf"^pagegraph:{name}(?:{{.*}})? (\S+)$", text, re.M))
+        labels = "(?:{.*})?" if engine is None else f'{{.*engine="{engine}".*}}'
+        return sum(float(value) for value in re.findall(rf"^pagegraph:{name}{labels} (\S+)$", text, re.M))
 
     def post(self, path: str, key: str | None = None, **body: Any) -> http.client.HTTPResponse:
         """The answer, whose body is still to be read; closing it closes the connection."""
@@ -176,8 +183,11 @@ def _free_port() -> int:
 
 
 def _children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has ended meanwhile
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def _command(pid: int) -> str:

@@ -34,7 +34,7 @@ def test_a_private_folder_with_private_files(temporary: Path) -> None:
     assert folder.path.parent == temporary and folder.path.stat().st_mode & 0o777 == 0o700
     assert folder.write("settings", "text").stat().st_mode & 0o777 == 0o600
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(folder.socket))
+        listener.bind(str(folder.socket(0)))
     folder.close()
     assert list(temporary.iterdir()) == []
 
@@ -64,7 +64,7 @@ def test_what_the_dead_left_is_removed_and_nothing_else(temporary: Path) -> None
     (temporary / f"{PREFIX}file").touch()
     (temporary / f"{PREFIX}link").symlink_to(living.path)
     folder = RunDir()
-    assert not left.exists() and living.socket.parent.exists() and (living.path / LOCK).exists()
+    assert not left.exists() and living.socket(0).parent.exists() and (living.path / LOCK).exists()
     assert len(list(temporary.iterdir())) == 6
     folder.close()
     living.close()

@@ -324,7 +324,7 @@ def test_web_settings_are_what_the_web_takes(server: Server) -> None:
     assert environment["PAGEGRAPH_API_KEY"] == "secret"
     assert web_malloc({}).items() <= environment.items()
     (private,) = server.temporary.iterdir()
-    for path in private.iterdir():
+    for path in (path for path in private.rglob("*") if not path.is_dir()):
         assert path.stat().st_mode & 0o077 == 0 or path.is_socket() or path.name in ("engine.json", "draining")
         assert path.is_socket() or "secret" not in path.read_text()
     # One process alone can fill the engine and its queue, whatever the number of processes.
@@ -407,7 +407,7 @@ def test_a_hung_engine_is_replaced_and_its_stacks_are_told(server: Server, sign:
     server.flag("stall" if sign == "stall" else "wedge").touch()
     if sign == "pulse":
         now = time.monotonic()
-        (run_dir / "engine-pulse").write_bytes(struct.pack("=dd", now, now + 0.5))
+        (run_dir / "engine-0" / "engine-pulse").write_bytes(struct.pack("=dd", now, now + 0.5))
         wait_for(lambda: server.probe("/health/ready") == (503, '{"status":"no progress"}'))
     wait_for(lambda: server.probe("/health/ready")[0] == 503)
     assert server.probe("/health/live")[0] == 200
@@ -415,13 +415,16 @@ def test_a_hung_engine_is_replaced_and_its_stacks_are_told(server: Server, sign:
     for flag in ("stall", "wedge"):
         server.flag(flag).unlink(missing_ok=True)
     server.wait_ready()
-    assert not (run_dir / "engine-pulse").exists()  # that of the engine before is not taken for the new one's
+    assert not (
+        run_dir / "engine-0" / "engine-pulse"
+    ).exists()  # that of the engine before is not taken for the new one's
     assert server.engine_pid != first
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)
     server.process.send_signal(signal.SIGTERM)
     status, output = server.end()
-    assert status == 0 and "the engine hung" in output and "watchdog_timeout_s=2" in output
+    assert status == 0, output
+    assert "the engine hung" in output and "watchdog_timeout_s=2" in output
     if sign != "stall":
         stacks = output.partition("where its threads stand:\n")[
             2
@@ -485,7 +488,7 @@ def test_an_engine_that_dies_again_and_again_ends_the_server_with_the_reason(ser
 def test_a_new_engine_needs_no_port_that_somebody_took_meanwhile(server: Server) -> None:
     server.wait_ready()
     (run_dir,) = server.temporary.iterdir()
-    port = json.loads((run_dir / "engine.json").read_text())["metrics_port"]
+    port = json.loads((run_dir / "engine-0" / "engine.json").read_text())["metrics_port"]
     server.flag("slow-start").touch()
     server.kill_engine()
     wait_for(lambda: server.probe("/health/ready")[0] == 503)
@@ -694,9 +697,9 @@ def test_a_taken_port_is_refused_before_the_model_loads(tmp_path_factory: pytest
         with pytest.raises(Unserved, match=rf"port={port} on 127.0.0.1.*--port"):
             bind("127.0.0.1", port, "port")
         with pytest.raises(Unserved, match=rf"probe_port={port}"):
-            Probes("127.0.0.1", port, lambda: READY, lambda: None, bytes)
+            Probes("127.0.0.1", port, lambda: READY, list, bytes)
     with pytest.raises(Unserved, match="probe_host=192.0.2.1.*--probe-host"):
-        Probes("192.0.2.1", 0, lambda: READY, lambda: None, bytes)
+        Probes("192.0.2.1", 0, lambda: READY, list, bytes)
 
 
 def test_a_probe_that_leaves_is_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
@@ -707,7 +710,7 @@ def test_a_probe_that_leaves_is_no_traceback(capfd: pytest.CaptureFixture[str]) 
         time.sleep(0.1)
         return READY
 
-    probes = Probes("127.0.0.1", 0, health, lambda: None, bytes)
+    probes = Probes("127.0.0.1", 0, health, list, bytes)
     for _ in range(3):
         with socket.create_connection(probes.address.rsplit(":", 1), 5) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
@@ -720,7 +723,7 @@ def test_a_probe_that_leaves_is_no_traceback(capfd: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::1"])
 def test_probes_listen_where_they_are_told(host: str) -> None:
-    probes = Probes(host, 0, lambda: DRAINING, lambda: None, bytes)
+    probes = Probes(host, 0, lambda: DRAINING, list, bytes)
     assert probes.address.startswith("127.0.0.1:" if host == "0.0.0.0" else "[::1]:")
     assert get(f"http://{probes.address}/health/live") == (200, '{"status":"draining"}')
     assert get(f"http://{probes.address}/health/ready") == (503, '{"status":"draining"}')
@@ -736,7 +739,7 @@ def test_bound_port_refuses_connections_until_it_listens() -> None:
 
 def test_without_an_engine_the_servers_own_metrics_stand_alone() -> None:
     unheard = f"http://127.0.0.1:{free_port()}/metrics"
-    probes = Probes("127.0.0.1", 0, lambda: LOADING, lambda: unheard, lambda: b"own 1\n")
+    probes = Probes("127.0.0.1", 0, lambda: LOADING, lambda: [unheard], lambda: b"own 1\n")
     assert get(f"http://{probes.address}/metrics") == (200, "own 1\n")
     assert [get(f"http://{probes.address}/health/{asked}")[0] for asked in ("live", "ready")] == [200, 503]
     probes.close()
