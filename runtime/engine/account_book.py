@@ -98,7 +98,8 @@ class SharedBook:
     def open(self, name: str) -> Iterator[Entry]:
         with self._alone():
             buckets = self._file.execute("SELECT kind, most, level, at FROM buckets WHERE name = ?", (name,))
-            entry = Entry(**{kind: Bucket(*rest) for kind, *rest in buckets})
+            found = {kind: Bucket(*rest) for kind, *rest in buckets}
+            entry = Entry(found.get("requests"), found.get("tokens"))
             for rank, running, owed in self._file.execute(
                 "SELECT rank, running, owed FROM parts WHERE name = ?", (name,)
             ):
