@@ -74,6 +74,12 @@ def row(way: str, runs: Sequence[dict]) -> dict:
     return dict(way=way, **{key: statistics.median(run[key] for run in runs) for key in KEYS}, runs=list(runs))
 
 
+def over(ours: dict, other: dict) -> list[float]:
+    """Ours over the other's requests and tokens a second, the other's over our TTFT and memory: above one is better."""
+    rates = [ours[name] / other[name] for name in ("req_s", "out_tok_s")]
+    return rates + [other[name] / ours[name] for name in ("ttft_ms", "memory_mib")]
+
+
 def lines(rows: Sequence[dict]) -> list[str]:
     """The table of a result: ours, and each peer with our figures over its own, memory the other way round."""
     ours = rows[0]
@@ -81,9 +87,7 @@ def lines(rows: Sequence[dict]) -> list[str]:
     for one in rows:
         ratios = [""] * 4
         if one is not ours:
-            over = [ours["req_s"] / one["req_s"], ours["out_tok_s"] / one["out_tok_s"], one["ttft_ms"] / ours["ttft_ms"],
-                    one["memory_mib"] / ours["memory_mib"]]  # fmt: skip
-            ratios = [f" ({ratio:.2f} x)" for ratio in over]
+            ratios = [f" ({ratio:.2f} x)" for ratio in over(ours, one)]
         values = (
             f"{one['req_s']:.2f}",
             f"{one['out_tok_s']:,.1f}",

@@ -473,6 +473,22 @@ def quoted() -> Results:
     )  # fmt: skip
 
 
+COMPARED_8B, COMPARED_SMALL = "h200-2026-11-30-llama3-8b-compare.json", "h200-2026-11-29-qwen3-0.6b-compare.json"
+QUOTED = (23, 47, 7, 1.75)  # over transformers' generate, as guides to paged attention have it
+
+
+def quoted_ratios() -> Iterator[str]:
+    """What guides quote of such engines beside ours."""
+    yield "| over transformers | requests/s | output tokens/s | TTFT | memory |"
+    yield "|---|---|---|---|---|"
+    yield "| as guides to paged attention quote it | " + " | ".join(f"{one} x" for one in QUOTED) + " |"
+    for shape, result in (("8B", COMPARED_8B), ("0.6B", COMPARED_SMALL)):
+        ours, *others = read(result)["rows"]
+        for one in others[:2]:
+            ratios = " | ".join(f"{ratio:.2f} x" for ratio in compare.over(ours, one))
+            yield f"| {shape}, {one['way']} | {ratios} |"
+
+
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "overview": lambda: overview(quoted()),
     "jobs": lambda: jobs(quoted()),
@@ -481,8 +497,9 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "served": lambda: served(stored("2026-11-24-qwen3-0.6b-served")),
     "prompt graphs": prompt_graphs, "memory": memory, "start": lambda: starts(stored("2026-11-29-llama3-8b-startup-answers")), "parity": parity,
     "cpu compare": lambda: iter(compare.lines(read("cpu-2026-11-29-compare.json")["rows"])),
-    "gpu compare": lambda: iter(compare.lines(read("h200-2026-11-29-qwen3-0.6b-compare.json")["rows"])),
-    "gpu compare 8b": lambda: iter(compare.lines(read("h200-2026-11-30-llama3-8b-compare.json")["rows"])),
+    "gpu compare": lambda: iter(compare.lines(read(COMPARED_SMALL)["rows"])),
+    "gpu compare quoted": quoted_ratios,
+    "gpu compare 8b": lambda: iter(compare.lines(read(COMPARED_8B)["rows"])),
     "cpu transformers": cpu_transformers, "cpu quantized": cpu_quantized, "cpu quality": cpu_quality,
     "quantized gemms": quantized_gemms, "quantized steps": quantized_steps, "fp8 jobs": fp8_jobs, "fp8 cache": fp8_cache,
     "gpu quality": gpu_quality, "spec decode cpu": spec_decode_cpu, "spec decode gpu": spec_decode_gpu,

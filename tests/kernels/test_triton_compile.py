@@ -739,7 +739,7 @@ def test_experts() -> None:
     }
     assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
     products = [k for k in kernels if k["kernel"] == "grouped_gemm_kernel"]
-    assert len(products) == 2 * 10 and all(k["tensor_cores"] and k["buffers"] >= 3 for k in products), products
+    assert len(products) == 2 * 10 and all(k["tensor_cores"] and k["buffers"] >= 2 for k in products), products
     many = [
         k
         for k in products
