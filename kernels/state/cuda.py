@@ -22,6 +22,9 @@ from pagegraph.kernels.state.scan_chunks import selective_scan_chunks
 from pagegraph.kernels.state.scan_prompts import selective_scan_prompts
 
 CHUNKED = (torch.bfloat16,)  # dtypes of activations
+# Of keys in chunks. Narrower ones are of no model that is known; Triton 3.6's code for 16 wrote out of bounds on an H200, that for 128
+# is right there.
+MIN_WIDTH = 64
 
 
 def gated_delta(
@@ -33,7 +36,7 @@ def gated_delta(
     beta = beta if beta.stride(1) == 1 else beta.contiguous()
     out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     given = out, query, key, value, decay.contiguous(), beta, states, slots, query_start, seq_lens, normalize
-    chunked = len(value) > len(slots) and value.dtype in CHUNKED
+    chunked = len(value) > len(slots) and value.dtype in CHUNKED and key.shape[2] >= MIN_WIDTH
     gated_delta_rows(*given, FEW if chunked else len(value))
     if chunked:
         gated_delta_chunks(*given)

@@ -12,7 +12,10 @@ ATOL = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 both_dtypes = pytest.mark.parametrize("dtype", ATOL, ids=str)
 every_step = pytest.mark.parametrize("name", ["short prompts", "decodes"])  # the interpreter takes its time
 # float32's prompts are taken in chunks here alone, to tell the algorithm's error from that of bfloat16 operands.
-IN_CHUNKS = {"pagegraph.kernels.state.cuda.CHUNKED": (torch.bfloat16, torch.float32)}
+IN_CHUNKS = {
+    "pagegraph.kernels.state.cuda.CHUNKED": (torch.bfloat16, torch.float32),
+    "pagegraph.kernels.state.cuda.MIN_WIDTH": 16,
+}
 CHUNKS_ATOL = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # with TF32 in place of float32, three products for one
 
 
