@@ -6,7 +6,7 @@ life. Knows no sockets and no settings: values that a rule names are made of wha
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -60,7 +60,7 @@ class Metrics:
 
     def quantile(self, histogram: str, share: float) -> float:
         """The bound below which so many observations lie; 0 where there are none."""
-        counts: Counter[float] = Counter()  # of all engines
+        counts: defaultdict[float, float] = defaultdict(float)  # of all engines
         for labels, value in self._samples.get(f"{histogram}_bucket", []):
             counts[float(labels["le"])] += value
         wanted = share * self(f"{histogram}_count")
