@@ -182,7 +182,7 @@ class FakeEngine:
         """It waited a second, its prompt took two, and its answer four; a moment ago."""
         now = time.monotonic()
         one = Timeline(
-            label=submit.label, trace=submit.trace, prompt_tokens=len(submit.token_ids), cached_tokens=2,
+            label=submit.label, trace=submit.trace, prompt_tokens=len(submit.token_ids), cached_tokens=2, cache_miss="new",
             generated_tokens=generated, finish_reason="stop", arrival=now - 7, launched=now - 6, first_token=now - 4,
             ended=now,
         )  # fmt: skip

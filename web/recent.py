@@ -35,6 +35,7 @@ def _entry(one: Timeline) -> dict[str, str | int | float | None]:
         "finish_reason": one.finish_reason,
         "prompt_tokens": one.prompt_tokens,
         "cached_tokens": one.cached_tokens,
+        "cache_miss_reason": one.cache_miss or None,
         "completion_tokens": one.generated_tokens,
         "total_s": _or_null(one.ended - one.arrival),
         **spent,

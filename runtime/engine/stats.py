@@ -57,6 +57,7 @@ class EngineStats:
             trace=sequence.trace,
             prompt_tokens=sequence.num_prompt,
             cached_tokens=sequence.cached_tokens,
+            cache_miss=sequence.cache_miss,
             generated_tokens=sequence.num_generated,
             finish_reason=sequence.finish_reason,
             arrival=sequence.arrival,

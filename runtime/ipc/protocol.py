@@ -123,6 +123,7 @@ class Timeline(msgspec.Struct, frozen=True, tag="timeline", kw_only=True):
     trace: str
     prompt_tokens: int
     cached_tokens: int
+    cache_miss: str  # as `TokenDelta` has it
     generated_tokens: int
     finish_reason: str
     arrival: float

@@ -22,7 +22,7 @@ def test_sizes_and_times_and_no_text(http: FlaskClient) -> None:
     assert newest.pop("created") == pytest.approx(time.time() - 7, abs=2)
     prompt = newest.pop("prompt_tokens")
     assert prompt > 0 and {name: round(v, 3) if isinstance(v, float) else v for name, v in newest.items()} == {
-        "request_id": "second", "finish_reason": "stop", "cached_tokens": 2, "completion_tokens": 3, "total_s": 7.0,
+        "request_id": "second", "finish_reason": "stop", "cached_tokens": 2, "cache_miss_reason": "new", "completion_tokens": 3, "total_s": 7.0,
         "queue_s": 1.0, "prefill_s": 2.0, "decode_s": 4.0,
     }  # fmt: skip
     assert "secret" not in answer.text

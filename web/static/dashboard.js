@@ -151,19 +151,22 @@ async function readRecent() {
   try {
     const { data } = await (await ask("recent_requests", { signal: AbortSignal.timeout(ANSWER_MS) })).json();
     at("recent").hidden = !data.length;
-    at("rows").replaceChildren(...data.slice(0, ROWS).map((one) => make("tr", {}, ...cells(one).map((text) => make("td", {}, text)))));
-  } catch {
-    at("recent").hidden = true; // the state above says why nothing is read
+    at("rows").replaceChildren(...data.slice(0, ROWS).map((one) => make("tr", {}, ...cells(one).map((text) => make("td", { title: text }, text)))));
+  } catch (error) {
+    if (error.status === 401) at("recent").hidden = true; // an engine in a long step does not answer at once: what was read stays
   }
   setTimeout(readRecent, RECENT_MS);
 }
+
+/** How much of a prompt the prefix cache had, and why no more. */
+const cached = (one) => [count(one.cached_tokens), one.cache_miss_reason?.replace("_", " ")].filter(Boolean).join(", ");
 
 function cells(one) {
   const seconds = (value) => time(value ?? NaN);
   const toFirst = one.queue_s === null || one.prefill_s === null ? null : one.queue_s + one.prefill_s;
   const pace = one.completion_tokens > 1 && one.decode_s > 0 ? number((one.completion_tokens - 1) / one.decode_s) : "-";
   const ended = new Date(1000 * (one.created + (one.total_s ?? 0))).toLocaleTimeString();
-  return [ended, one.request_id, count(one.prompt_tokens), count(one.cached_tokens), count(one.completion_tokens), seconds(one.queue_s), seconds(toFirst), pace, seconds(one.total_s), one.finish_reason];
+  return [ended, one.finish_reason, count(one.prompt_tokens), cached(one), count(one.completion_tokens), seconds(one.queue_s), seconds(toFirst), pace, seconds(one.total_s), one.request_id];
 }
 
 async function read() {

@@ -71,3 +71,19 @@ def test_an_asker_is_told_of_its_own_alone() -> None:
     a, b, c = harness.recent
     assert [one.label for one in a.timelines] == [f"label of {number}" for number in range(100, 300, 2)]
     assert len(b.timelines) == 100 and (b.asker, c) == ("b", Recent("c", [])) and not harness.timelines
+
+
+def test_it_is_told_why_no_more_of_a_prompt_was_cached() -> None:
+    harness = Followed(budget=8)
+    for name in ("first", "second"):
+        harness.mailbox.put(
+            SubmitGroup(
+                prompts=[[1, 2, 3, 4, 5, 6, 8, 9, 10]],
+                members=[Member(name, 0, SamplingParams(max_tokens=1))],
+                trace="a",
+            )
+        )
+        harness.run()
+    first, second = harness.timelines
+    assert (first.cached_tokens, first.cache_miss) == (0, "new")
+    assert second.cached_tokens > 0 and second.cache_miss == ""
