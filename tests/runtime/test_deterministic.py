@@ -99,6 +99,7 @@ def test_without_it_they_are_not_equal(comparer_of: Callable[..., Comparer]) -> 
     assert comparer.different
 
 
+@pytest.mark.slow
 def test_neighbours_of_a_poisoned_request(comparer_of: Callable[..., Comparer], monkeypatch) -> None:
     """All sequences run again from what is committed, one at a time and then the others at once."""
     comparer = comparer_of("llama")
