@@ -54,6 +54,13 @@ def selective_scan_kernel(
         tl.store(places, state, mask=inside)
 
 
+def state_block(channels: int, width: int, groups: int, elements: int) -> tuple[int, int]:
+    """Channels and columns of the state that a program takes, about `elements` in all and of one group."""
+    block_n = triton.next_power_of_2(width)
+    block_c = min(max(elements // block_n, 1), triton.next_power_of_2(channels))
+    return math.gcd(block_c, channels // groups) if groups > 1 else block_c, block_n
+
+
 def selective_scan_rows(
     out: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor,
     query_start: Tensor, seq_lens: Tensor, num_rows: int,
@@ -65,10 +72,7 @@ def selective_scan_rows(
     heads, size = x.shape[1:]
     channels, width = heads * size, B.shape[2]
     of_group = channels // B.shape[1]
-    block_n = triton.next_power_of_2(width)
-    block_c = min(max(ELEMENTS // block_n, 1), triton.next_power_of_2(channels))
-    if B.shape[1] > 1:
-        block_c = math.gcd(block_c, of_group)
+    block_c, block_n = state_block(channels, width, B.shape[1], ELEMENTS)
     selective_scan_kernel[(len(slots), triton.cdiv(channels, block_c))](
         out, x, dt, A, B, C, states, slots, query_start, seq_lens,
         x.stride(0), x.stride(1), dt.stride(0), B.stride(0), C.stride(0), B.stride(1), C.stride(1), num_rows,

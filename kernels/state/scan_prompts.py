@@ -7,14 +7,13 @@ which a thread does for its own elements. All is float32, as in a decode.
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.state.chunks import FEW
+from pagegraph.kernels.state.scan import state_block
 
 BLOCK_T = 16
 ELEMENTS = 256  # of the state in a program
@@ -84,10 +83,7 @@ def selective_scan_prompts(
     heads, size = x.shape[1:]
     channels, width = heads * size, B.shape[2]
     of_group = channels // B.shape[1]
-    block_n = triton.next_power_of_2(width)
-    block_c = min(max(ELEMENTS // block_n, 1), triton.next_power_of_2(channels))
-    if B.shape[1] > 1:
-        block_c = math.gcd(block_c, of_group)
+    block_c, block_n = state_block(channels, width, B.shape[1], ELEMENTS)
     scan_prompts_kernel[(len(slots), triton.cdiv(channels, block_c))](
         out, x, dt, A, B, C, states, slots, query_start, seq_lens,
         x.stride(0), x.stride(1), dt.stride(0), B.stride(0), C.stride(0), B.stride(1), C.stride(1),
