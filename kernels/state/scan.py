@@ -56,8 +56,8 @@ def selective_scan_kernel(
 
 def state_block(channels: int, width: int, groups: int, elements: int) -> tuple[int, int]:
     """Channels and columns of the state that a program takes, about `elements` in all and of one group."""
-    block_n = triton.next_power_of_2(width)
-    block_c = min(max(elements // block_n, 1), triton.next_power_of_2(channels))
+    block_n = int(triton.next_power_of_2(width))
+    block_c = min(max(elements // block_n, 1), int(triton.next_power_of_2(channels)))
     return math.gcd(block_c, channels // groups) if groups > 1 else block_c, block_n
 
 
