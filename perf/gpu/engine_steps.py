@@ -41,7 +41,7 @@ from perf.gpu.report import Report, replay_seconds
 DECODES = ((1, 256), (32, 1024), (256, 384))  # (sequences, keys of each)
 TINY_DECODES = ((1, 64), (8, 96))
 DRIVEN_TOKENS = 64  # steps of a decode that are driven through the engine
-PROFILED = (1, 256)
+PROFILED = (1, 32, 256)
 PEER_SECONDS = 400  # of a model, its start included
 VLLM = Path(__file__).with_name("vllm_offline.py")
 HF_CASES, HF_BUDGET = ("throughput", "latency"), 15  # seconds of timed work a case
