@@ -68,7 +68,8 @@ def _told(told, told_ready, items):
 
 @gluon.jit
 def _producer(x, weight, tiles_ptr, counts_ptr, smem, barriers, tiles_n, steps, size, inner, STAGES: gl.constexpr,
-              FIRST: gl.constexpr, HALVES: gl.constexpr, TRANSPOSED: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+              FIRST: gl.constexpr, GATED: gl.constexpr, HALVES: gl.constexpr, TRANSPOSED: gl.constexpr,
+              PDL: gl.constexpr):  # fmt: skip
     x_smem, w_smem, told = smem
     ready, empty, told_ready = barriers
     rows: gl.constexpr = x_smem.shape[1]
@@ -97,7 +98,7 @@ def _producer(x, weight, tiles_ptr, counts_ptr, smem, barriers, tiles_n, steps, 
             column = tile_n * block_n
             other = expert * inner
         else:
-            column = expert * size + tile_n * block_n
+            column = expert * (2 * size if GATED else size) + tile_n * block_n
             other = column + half
         for step in range(0, steps):
             stage = n % STAGES
@@ -267,7 +268,7 @@ def grouped_gemm_hopper_kernel(
     gl.warp_specialize(
         [
             (_producer, (x, weight, tiles_ptr, counts_ptr, smem, barriers, tiles_n, steps, size, inner,
-                         STAGES, FIRST, HALVES, TRANSPOSED, PDL)),
+                         STAGES, FIRST, GATED, HALVES, TRANSPOSED, PDL)),
             (_consumer, (out_ptr, bias_ptr, order_ptr, smem, barriers, steps, size, 0, STAGES, FIRST, GATED, HALVES,
                          TRANSPOSED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_BIAS, PDL)),
             (_consumer, (out_ptr, bias_ptr, order_ptr, smem, barriers, steps, size, 1, STAGES, FIRST, GATED, HALVES,

@@ -12,7 +12,7 @@ from pagegraph.kernels.quant.tiles import QuantGemvTile
 from pagegraph.kernels.quant.weight import Kind
 
 MAX_GEMV_TOKENS = 8  # above it experts are chosen more than once often enough
-HOPPER_ROWS: int | None = None  # an expert, on average, from which on `grouped_gemm_hopper` is taken; None: never
+HOPPER_ROWS = 16  # an expert, on average, from which on `grouped_gemm_hopper` is taken
 HOPPER_BLOCK_M = 128  # rows of its tiles
 MAX_TRANSPOSED_TOKENS = 1  # a program of such a product reads short pieces of rows
 
@@ -98,8 +98,8 @@ def grouped_tiles_of(pairs: int, size: Size) -> GroupedTiles:
 
 
 def hopper_tiles_of(pairs: int, experts: int) -> HopperTiles | None:
-    """Tiles of `grouped_gemm_hopper`; None: so few pairs that others are faster, or it is never taken."""
-    return HopperTiles() if HOPPER_ROWS is not None and pairs >= HOPPER_ROWS * experts else None
+    """Tiles of `grouped_gemm_hopper`; None: so few pairs that others are faster."""
+    return HopperTiles() if pairs >= HOPPER_ROWS * experts else None
 
 
 def quant_gemv_tiles_of(tokens: int, size: QuantSize) -> QuantGemvTiles | None:
