@@ -142,7 +142,10 @@ class CudaRunner:
         return tuple(size for size in self.capture_sizes.decode if size <= most)
 
     def close(self) -> None:
-        """Nothing to end: steps run on no thread of their own."""
+        """Wait for what is launched, then destroy the graphs."""
+        torch.cuda.synchronize()
+        self.graphs.close()
+        self._masked.close()
 
     def _padded_bucket(self, step: StepInput) -> Bucket | None:
         """The bucket that the step is padded to: its own, or a larger captured one while its own is in the queue.

@@ -61,6 +61,12 @@ class GraphSet:
         entry[0].replay()
         return entry[1]
 
+    def close(self) -> None:
+        """Destroy the graphs, none of which runs: NCCL ends no group while a graph holds a call of it."""
+        for graph, _ in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+
 
 class MaskedSampling:
     """Graphs that sample by masks behind a bucket's forward, captured when they are first wanted.
@@ -81,6 +87,12 @@ class MaskedSampling:
         _, graph, sampled = self._graphs[bucket]
         graph.replay()
         return sampled
+
+    def close(self) -> None:
+        """As `GraphSet.close`."""
+        for _, graph, _ in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
 
 
 def _captured(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:

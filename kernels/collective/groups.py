@@ -10,6 +10,7 @@ know how they came about or what is summed.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -25,6 +26,7 @@ from torch._C._distributed_c10d import (
 )
 
 LOOPBACK = "127.0.0.1"
+CLOSE_S = 10.0
 # PyTorch's own watch over NCCL ends the process, without a word to who waits, when a call takes long or a graph is captured for
 # long. Ranks are watched by who started them.
 UNWATCHED = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
@@ -61,6 +63,16 @@ class Group:
         """
         if not self.raises:
             self.processes.abort()
+
+    def close(self) -> None:
+        """End this rank's end, where no call is under way and no CUDA graph holds one; waits `CLOSE_S` at most.
+
+        Without it the last reference to the group would do so, wherever that is, and for as long as a graph is left.
+        """
+        if not self.raises:
+            ending = threading.Thread(target=self.processes.abort, name="close-group", daemon=True)
+            ending.start()
+            ending.join(CLOSE_S)
 
 
 def connect(store: Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Group:

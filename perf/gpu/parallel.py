@@ -120,8 +120,11 @@ def seconds_of_sums(given: tuple[str, int, int, str, int, str, tuple[int, ...]])
     device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
         torch.cuda.set_device(device)
-    groups.register(GROUP, groups.connect(FileStore(store, size), rank, size, device, MEET_S))
-    return [_seconds_of_sum(torch.ones(count, hidden, dtype=getattr(torch, dtype), device=device)) for count in tokens]
+    group = groups.connect(FileStore(store, size), rank, size, device, MEET_S)
+    groups.register(GROUP, group)
+    of = [_seconds_of_sum(torch.ones(count, hidden, dtype=getattr(torch, dtype), device=device)) for count in tokens]
+    group.close()
+    return of
 
 
 def _seconds_of_sum(x: torch.Tensor) -> float:

@@ -230,6 +230,8 @@ class Followers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if self._group is not None and self._lost is None:
+            self._group.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _watch(self, rank: int) -> None:

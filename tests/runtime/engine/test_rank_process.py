@@ -19,6 +19,7 @@ from pagegraph.compiler.step.counts import StepCounts
 from pagegraph.compiler.step.cuda_runner import CudaRunner
 from pagegraph.compiler.step.inputs import Deferred
 from pagegraph.compiler.step.step import CompiledStep, RanksLost, Ticket
+from pagegraph.kernels.collective import groups
 from pagegraph.runtime.engine import ranks
 from pagegraph.runtime.engine.rank_process import follow
 from pagegraph.runtime.engine.ranks import Followers
@@ -201,3 +202,13 @@ def test_what_a_step_raises_is_not_taken_for_a_lack_of_time() -> None:
     failed.set_exception(TimeoutError("of the step's own"))
     with pytest.raises(TimeoutError, match="of the step's own"):
         waiting(1000).wait(failed)
+
+
+def test_closing_a_group_waits_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's end of a group returns when no graph holds a call of it: never, where one is left."""
+    begun, left = threading.Event(), threading.Event()
+    monkeypatch.setattr(groups, "CLOSE_S", 0.1)
+    processes = SimpleNamespace(abort=lambda: (begun.set(), left.wait()))
+    groups.Group(processes, 1.0, host=object()).close()
+    assert begun.is_set()
+    left.set()
