@@ -189,6 +189,7 @@ PRODUCTS: dict[Any, Callable[[Mapping[str, Any], Any], int]] = {
     ours.linear.default: _of_rows(lambda given: given["weight"].shape[0]),
     ours.fixed_linear.default: _of_rows(lambda given: given["weight"].shape[0]),
     ours.linear_norm_linear.default: _two_linears,
+    ours.norm_linear.default: _of_rows(lambda arguments: arguments["weight"].shape[0]),
     ours.quant_linear.default: _of_rows(lambda given: given["qweight"].shape[0]),
     ours.repacked_linear.default: _of_rows(lambda given: given["out_size"]),
     ours.norm_repacked_linear.default: _two_repacked,

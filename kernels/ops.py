@@ -44,14 +44,15 @@ PyTorch packs them for AVX-512 (`kernels.quant.cpu.unpack_int4`), pairs [K / gro
 like x before it -> (sum, norm of the sum). `pagegraph::silu_mul` is silu(gate) * up of [..., 2 * I] = (gate, up).
 
 `pagegraph::linear_norm_linear` is what stands between two attentions, or between attention and a gate: sum = residual +
-linear(x, first), out = linear(rms_norm(sum, norm), second), where gated silu_mul of that -> (sum, out). One op, because
-which of its parts share a kernel depends on the rows of x. Rows from query_start[S] on are padding: they may come out as
-anything.
+linear(x, first), out = linear(rms_norm(sum, norm), second), where gated silu_mul of that -> (sum, out, norm), the norm empty unless
+keep_norm. `pagegraph::norm_linear` is its second half. They are ops because which of their parts share a kernel depends on the
+rows of x. Rows from query_start[S] on are padding: they may come out as anything.
 
 `pagegraph::experts` is a mixture's experts: of x [T, H], chosen int [T, k] and weights [T, k] of the choices -> [T, H], the sum
 over k of weight * (down of what stands between of (up of x)), with up [E, 2 * I, H] of gate and up and down [E, H, I], biases
 [E, 2 * I] and [E, H]; the arguments from activation on are `kernels.moe.form.Form`. A choice that is no expert's number adds
-nothing. Rows from query_start[S] on are padding, choose nothing and come out as 0, whatever they hold. `pagegraph::quant_experts`
+nothing. Rows from query_start[S] on are padding, choose nothing and come out as 0, whatever they hold. residual [T, H] is added to
+the result. `pagegraph::quant_experts`
 is the same of quantised weights [E, N, K] (`kernels.quant.weight`), which are not transposed. `pagegraph::repacked_experts` is that of
 weights as GPUs multiply them (`kernels.moe.quant_stack`), inner being I: of every 16 rows of up, and of its bias, 8 are of gate and then
 8 of up, whatever the form says of them.
@@ -195,10 +196,20 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _linear_norm_linear(
     x: Tensor, first: Tensor, first_bias: Tensor | None, residual: Tensor, norm: Tensor, eps: float, second: Tensor,
-    second_bias: Tensor | None, gated: bool, query_start: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    size = second.shape[0] // 2 if gated else second.shape[0]
-    return torch.empty_like(residual), x.new_empty(*x.shape[:-1], size)
+    second_bias: Tensor | None, gated: bool, keep_norm: bool, query_start: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    out = _norm_linear(x, norm, eps, second, second_bias, gated, query_start)
+    return torch.empty_like(residual), out, residual.new_empty(residual.shape if keep_norm else 0)
+
+
+def _norm_linear(
+    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, gated: bool, query_start: Tensor
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0])
+
+
+def _experts(x: Tensor, *_: Any, residual: Tensor | None = None) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _quant_linear(x: Tensor, qweight: Tensor, *_: Tensor | int | None) -> Tensor:
@@ -257,8 +268,12 @@ OPS = (
     ),
     Op(
         "linear_norm_linear(Tensor x, Tensor first, Tensor? first_bias, Tensor residual, Tensor norm, float eps, "
-        "Tensor second, Tensor? second_bias, bool gated, Tensor query_start) -> (Tensor, Tensor)",
+        "Tensor second, Tensor? second_bias, bool gated, bool keep_norm, Tensor query_start) -> (Tensor, Tensor, Tensor)",
         linear_reference.linear_norm_linear, "linear.cuda:linear_norm_linear", _linear_norm_linear,
+    ),
+    Op(
+        "norm_linear(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? bias, bool gated, Tensor query_start) -> Tensor",
+        linear_reference.norm_linear, "linear.cuda:norm_linear", _norm_linear,
     ),
     Op(
         "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
@@ -303,8 +318,8 @@ OPS = (
     Op(
         "experts(Tensor x, Tensor chosen, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
         "Tensor? query_start, str activation, float alpha, float limit, float shift, bool gated, bool interleaved, "
-        "bool transposed) -> Tensor",
-        moe_cpu.experts, "moe.cuda:experts", _like,
+        "bool transposed, *, Tensor? residual=None) -> Tensor",
+        moe_cpu.experts, "moe.cuda:experts", _experts,
     ),
     Op(
         "quant_experts(Tensor x, Tensor chosen, Tensor weights, Tensor up, Tensor up_scale, Tensor? up_zero, int up_group, "

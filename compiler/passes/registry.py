@@ -67,12 +67,12 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-# In this order: what fuse_rope looks for holds norms, and fuse_linears looks for what fuse_rows leaves.
+# In this order: what fuse_rope looks for holds norms, and fuse_linears looks for what fuse_rows and fuse_routers leave.
 GRAPH_PASSES = {
     "fuse_rope": fuse_rope,
     "fuse_rows": fuse_rows,
-    "fuse_linears": fuse_linears,
     "fuse_routers": fuse_routers,
+    "fuse_linears": fuse_linears,
 }
 
 

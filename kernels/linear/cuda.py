@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pagegraph.kernels.gpu import gpu_of, multiprocessors
 from pagegraph.kernels.linear.gated_gemm_hopper import gated_gemm, takes
 from pagegraph.kernels.linear.gemv import gemv
-from pagegraph.kernels.linear.rms_norm import add_rms_norm
+from pagegraph.kernels.linear.rms_norm import add_rms_norm, rms_norm
 from pagegraph.kernels.linear.silu_mul import silu_mul
 from pagegraph.kernels.linear.skinny_gemm import skinny_gemm
 from pagegraph.kernels.linear.tiles import GemvTile, gemv_tile_of, last_round_of, tile_of
@@ -43,17 +44,35 @@ def linear_norm_linear(
     second: Tensor,
     second_bias: Tensor | None,
     gated: bool,
+    keep_norm: bool,
     query_start: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.ops`. For a few rows two kernels, else a kernel for each of its parts."""
     tiles = _gemv_tiles(x, first, residual, second, gated)
     if tiles is None:
         total, normed = add_rms_norm(residual, linear(x, first, first_bias), norm, eps)
-        return total, linear(normed, second, second_bias, gated=gated)
+        out = linear(normed, second, second_bias, gated=gated)
+        return total, out, normed if keep_norm else normed.new_empty(0)
     rows = x.reshape(-1, x.shape[-1])
     total = gemv(rows, first, first_bias, tiles[0], residual=residual.reshape(len(rows), -1), query_start=query_start)
-    out = gemv(total, second, second_bias, tiles[1], norm=norm, eps=eps, gated=gated, query_start=query_start)
-    return total.view(residual.shape), out.view(*x.shape[:-1], -1)
+    normed = torch.empty_like(residual) if keep_norm else None
+    out = gemv(
+        total, second, second_bias, tiles[1], norm=norm, eps=eps, gated=gated, query_start=query_start, normed=normed
+    )
+    return total.view(residual.shape), out.view(*x.shape[:-1], -1), total.new_empty(0) if normed is None else normed
+
+
+def norm_linear(
+    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, gated: bool, query_start: Tensor
+) -> Tensor:
+    """See `kernels.ops`. For a few rows one kernel."""
+    rows = x.reshape(-1, x.shape[-1])
+    dense = weight.element_size() == 2 and weight.is_contiguous() and rows.is_contiguous()
+    tile = gemv_tile_of(len(rows), *weight.shape, gpu=gpu_of(x.device), gated=gated) if dense else None
+    if tile is None:
+        return linear(rms_norm(x, norm, eps), weight, bias, gated=gated)
+    out = gemv(rows, weight, bias, tile, norm=norm, eps=eps, gated=gated, query_start=query_start)
+    return out.view(*x.shape[:-1], -1)
 
 
 def _gemv_tiles(

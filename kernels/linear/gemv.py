@@ -3,8 +3,9 @@
 Without tensor cores: each program multiplies a few rows of the weight by all of x and adds up at the end, so a product is one
 pass over the weight with nothing to merge. A bucket of two rows that holds one costs no more than one. The first weights, of one
 or of several tiles, are asked for before the kernel waits for those before it, the norm's weight with them.
-The norm of x costs no pass of its own: its scale is one number a row, which is known when the product is. Knows no models;
-which shapes are cut how is data in `kernels/linear/tiles.py`.
+The norm of x costs no pass of its own: its scale is one number a row, which is known when the product is; where others read the
+normed rows too, each program leaves its share of them. Knows no models; which shapes are cut how is data in
+`kernels/linear/tiles.py`.
 
 `linear_norm_linear` spans linear, residual, norm, linear and gate between two attentions. For up to four rows it is
 two kernels without tensor cores, each one pass over a weight; for more rows a kernel a part. Capture sizes of one and
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagegraph.kernels.linear.rms_norm import scaled_rows
 from pagegraph.kernels.linear.silu_mul import silu_times
 from pagegraph.kernels.linear.tiles import GemvTile
 from pagegraph.kernels.pdl import dependent, wait
@@ -61,14 +63,14 @@ def _add(total, squares, weight, x, gain, HAS_NORM: tl.constexpr):
 
 @triton.jit
 def _finish(
-    total, squares, residual, at, inside, bias, eps,
-    K: tl.constexpr, BLOCK_N: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    total, mean, residual, at, inside, bias, eps,
+    BLOCK_N: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Store one row of the output from its products; rounds where kernels of their own would."""
+    """Store one row of the output from its products; rounds where kernels of their own would. mean: of the squares of x."""
     dtype = at.dtype.element_ty
     sums = tl.sum(total, 1)
     if HAS_NORM:
-        sums = sums * tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / K + eps)
+        sums = sums * tl.rsqrt(mean + eps)
     sums = (sums + bias).to(dtype).to(tl.float32)
     if GATED:
         gate, up = tl.split(sums.reshape(BLOCK_N, 2))
@@ -80,11 +82,14 @@ def _finish(
 
 @triton.jit
 def _rows(
-    weights, gains, weight_at, weight_inside, lane, n, inside, out_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
+    weights, gains, weight_at, weight_inside, lane, n, inside, out_ptr, normed_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
     ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
-    """The first ROWS rows of the output; `weights` and `gains` are the first AHEAD tiles."""
+    """The first ROWS rows of the output; `weights` and `gains` are the first AHEAD tiles.
+
+    SHARE: columns of the normed rows that this program leaves, 0: nobody reads them.
+    """
     STEP: tl.constexpr = AHEAD * BLOCK_K
     residuals = ()
     totals = ()
@@ -123,15 +128,24 @@ def _rows(
             weights = next_weights
             gains = next_gains
     for row in tl.static_range(ROWS):
+        mean = 0.0
+        if HAS_NORM:
+            mean = tl.sum(tl.sum(squares[row], 1), 0) / K
         _finish(
-            totals[row], squares[row], residuals[row], out_ptr + row * N + n, inside, bias, eps,
-            K, BLOCK_N, HAS_NORM, HAS_RESIDUAL, GATED,
+            totals[row], mean, residuals[row], out_ptr + row * N + n, inside, bias, eps,
+            BLOCK_N, HAS_NORM, HAS_RESIDUAL, GATED,
         )  # fmt: skip
+        if SHARE > 0:
+            column = tl.program_id(0) * SHARE + tl.arange(0, SHARE)
+            x = tl.load(x_ptr + row * x_stride + column, mask=column < K, other=0.0)
+            gain = tl.load(norm_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+            tl.store(normed_ptr + row * K + column, scaled_rows(x, mean, eps, gain), mask=column < K)
 
 
 @triton.jit
 def gemv_kernel(
     out_ptr,
+    normed_ptr,
     x_ptr,
     weight_ptr,
     bias_ptr,
@@ -151,6 +165,7 @@ def gemv_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_LIVE: tl.constexpr,
     GATED: tl.constexpr,
+    SHARE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
@@ -181,13 +196,13 @@ def gemv_kernel(
         wait()
     if live > 1:
         _rows(
-            weights, gains, weight_at, weight_inside[:, None], lane, n, inside, out_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
-            ROWS, N, K, BLOCK_N, BLOCK_K, AHEAD, HAS_NORM, HAS_RESIDUAL, GATED,
+            weights, gains, weight_at, weight_inside[:, None], lane, n, inside, out_ptr, normed_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
+            ROWS, N, K, BLOCK_N, BLOCK_K, AHEAD, HAS_NORM, HAS_RESIDUAL, GATED, SHARE,
         )  # fmt: skip
     else:
         _rows(
-            weights, gains, weight_at, weight_inside[:, None], lane, n, inside, out_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
-            1, N, K, BLOCK_N, BLOCK_K, AHEAD, HAS_NORM, HAS_RESIDUAL, GATED,
+            weights, gains, weight_at, weight_inside[:, None], lane, n, inside, out_ptr, normed_ptr, x_ptr, bias, norm_ptr, residual_ptr, eps, x_stride,
+            1, N, K, BLOCK_N, BLOCK_K, AHEAD, HAS_NORM, HAS_RESIDUAL, GATED, SHARE,
         )  # fmt: skip
         for row in tl.static_range(1, ROWS):
             tl.store(out_ptr + row * N + n, tl.zeros([BLOCK_N], out_ptr.dtype.element_ty), mask=inside)
@@ -203,19 +218,22 @@ def gemv(
     residual: Tensor | None = None,
     gated: bool = False,
     query_start: Tensor | None = None,
+    normed: Tensor | None = None,
 ) -> Tensor:
     """x [T, K] (rows dense, T at most 4), weight [N, K] contiguous, bias [N] -> [T, N] in x's dtype.
 
     norm [K]: of x, RMS-normalised with it and eps. gated: silu(first half) * second half of the result, [T, N / 2].
     residual [T, N], contiguous: added to the result. query_start [S + 1]: where its last entry is 1, only the first row
-    is computed and the others, padding, are 0.
+    is computed and the others, padding, are 0 or, of normed, not written. normed [T, K], contiguous: where the normed rows are left.
     """
     rows, (out_size, size) = len(x), weight.shape
     if gated:
         out_size //= 2
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
-    gemv_kernel[(-(-out_size // tile.block_n),)](
+    programs = -(-out_size // tile.block_n)
+    gemv_kernel[(programs,)](
         out,
+        normed if normed is not None else out,
         x,
         weight,
         bias if bias is not None else weight,
@@ -235,6 +253,7 @@ def gemv(
         HAS_RESIDUAL=residual is not None,
         HAS_LIVE=query_start is not None and rows > 1,
         GATED=gated,
+        SHARE=triton.next_power_of_2(-(-size // programs)) if normed is not None else 0,
         num_warps=tile.num_warps,
         **dependent(x.device),
     )

@@ -38,9 +38,24 @@ def linear_norm_linear(
     second: torch.Tensor,
     second_bias: torch.Tensor | None,
     gated: bool,
+    keep_norm: bool,
     query_start: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(residual + linear(x, first), linear of its RMS norm, gated or not)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(residual + linear(x, first), linear of its RMS norm, gated or not, the norm if it is kept)."""
     total, normed = add_rms_norm(residual, torch.nn.functional.linear(x, first, first_bias), norm, eps)
     out = torch.nn.functional.linear(normed, second, second_bias)
-    return total, silu_mul(out) if gated else out
+    return total, silu_mul(out) if gated else out, normed if keep_norm else normed.new_empty(0)
+
+
+def norm_linear(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gated: bool,
+    query_start: torch.Tensor,
+) -> torch.Tensor:
+    """See `kernels.ops`."""
+    out = torch.nn.functional.linear(rms_norm(x, norm, eps), weight, bias)
+    return silu_mul(out) if gated else out

@@ -33,10 +33,12 @@ def experts(
     down_bias: Tensor | None,
     query_start: Tensor | None,
     *form: str | float | bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """See `kernels.ops`."""
     how = Form(*form)  # type: ignore[arg-type]
-    return _experts(x, chosen, weights, up, up_bias, down, down_bias, query_start, how, len(up))
+    out = _experts(x, chosen, weights, up, up_bias, down, down_bias, query_start, how, len(up))
+    return out if residual is None else out + residual
 
 
 def quant_experts(

@@ -40,6 +40,7 @@ def experts(
     down_bias: Tensor | None,
     query_start: Tensor | None,
     *form: str | float | bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """See `kernels.ops`."""
     how = Form(*form)  # type: ignore[arg-type]
@@ -49,7 +50,7 @@ def experts(
     if tiles is None and takes(x, up, down, how):
         tiles = hopper_tiles_of(chosen.numel(), len(up))
     tiles = tiles or grouped_tiles_of(chosen.numel(), size)
-    return experts_by(tiles, x, chosen, weights, up, up_bias, down, down_bias, query_start, how)
+    return experts_by(tiles, x, chosen, weights, up, up_bias, down, down_bias, query_start, how, residual=residual)
 
 
 def experts_by(
@@ -64,27 +65,29 @@ def experts_by(
     query_start: Tensor | None,
     form: Form,
     programs: int = 0,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The op by the given tiles. programs: of a grid of grouped products; 0: as many as run at a time."""
     if not (up.is_contiguous() and down.is_contiguous()):
         raise ValueError("the weights of experts are not contiguous; contiguous() of them is taken")
     x, chosen, weights, live = _given(form, x, chosen, weights, query_start)
+    residual = None if residual is None else residual.contiguous()
     if not len(x):
         return x.new_empty(x.shape)
     if isinstance(tiles, GemvTiles):
         inner = experts_up(x, chosen, up, up_bias, live, form, tiles.up)
-        return experts_down(inner, chosen, weights, down, down_bias, live, form.transposed, tiles.down)
+        return experts_down(inner, chosen, weights, down, down_bias, live, form.transposed, tiles.down, residual)
     choices = chosen.shape[1]
     if isinstance(tiles, HopperTiles):
         routes, programs = route(chosen, len(up), HOPPER_BLOCK_M, live), programs or multiprocessors(x.device)
         of = sorted_rows(x, routes, choices)
         inner = grouped_gemm_hopper(of, of.rows, up, up_bias, routes, form, True, tiles, programs)
         product = grouped_gemm_hopper(of, inner, down, down_bias, routes, form, False, tiles, programs)
-        return weighted_sum(product, chosen, weights, len(up), live)
+        return weighted_sum(product, chosen, weights, len(up), live, residual)
     routes, programs = route(chosen, len(up), tiles.block_m, live), programs or _programs(tiles, x)
     inner = grouped_gemm(x, up, up_bias, routes, choices, form, True, tiles, programs)
     product = grouped_gemm(inner, down, down_bias, routes, choices, form, False, tiles, programs)
-    return weighted_sum(product, chosen, weights, len(up), live)
+    return weighted_sum(product, chosen, weights, len(up), live, residual)
 
 
 def repacked_experts(

@@ -109,6 +109,7 @@ def experts_down_kernel(
     bias_ptr,
     chosen_ptr,
     scale_ptr,  # routing weights
+    residual_ptr,
     live_ptr,
     CHOICES: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -119,6 +120,7 @@ def experts_down_kernel(
     AHEAD: tl.constexpr,  # choices whose weights are asked for at once
     TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     HAS_LIVE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -135,6 +137,9 @@ def experts_down_kernel(
     biases = tl.zeros([BLOCK_N], tl.float32)
     if PDL:
         wait()
+    out_at = token.to(tl.int64) * N + n
+    if HAS_RESIDUAL:  # asked for long before it is added
+        residual = tl.load(residual_ptr + out_at, mask=inside, other=0.0).to(tl.float32)
     for begin in range(0, CHOICES, AHEAD):
         weights_at = ()
         inner_at = ()
@@ -170,7 +175,10 @@ def experts_down_kernel(
             for ahead in tl.static_range(AHEAD):
                 total += weights[ahead].to(tl.float32) * (rows[ahead].to(tl.float32) * scales[ahead])[None, :]
     sums = tl.sum(total, 1) + biases
-    tl.store(out_ptr + token.to(tl.int64) * N + n, sums.to(out_ptr.dtype.element_ty), mask=inside)
+    dtype = out_ptr.dtype.element_ty
+    if HAS_RESIDUAL:
+        sums = sums.to(dtype).to(tl.float32) + residual  # as an addition of its own would
+    tl.store(out_ptr + out_at, sums.to(dtype), mask=inside)
 
 
 def experts_up(
@@ -213,8 +221,9 @@ def experts_down(
     live: Tensor | None,
     transposed: bool,
     tile: GemvTile,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """The weighted sum over a token's choices of inner [T * k, I] times their weight: [T, H]."""
+    """The weighted sum over a token's choices of inner [T * k, I] times their weight, and residual [T, H]: [T, H]."""
     size, hidden = weight.shape[1:] if transposed else weight.shape[:0:-1]
     out = torch.empty(len(chosen), hidden, dtype=inner.dtype, device=inner.device)
     experts_down_kernel[len(chosen), -(-hidden // tile.block_n)](
@@ -224,6 +233,7 @@ def experts_down(
         bias if bias is not None else weight,
         chosen,
         weights,
+        residual if residual is not None else out,
         live if live is not None else chosen,
         CHOICES=chosen.shape[1],
         EXPERTS=len(weight),
@@ -234,6 +244,7 @@ def experts_down(
         AHEAD=tile.ahead,
         TRANSPOSED=transposed,
         HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
         HAS_LIVE=live is not None,
         num_warps=tile.num_warps,
         **dependent(inner.device),

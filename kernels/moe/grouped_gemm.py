@@ -116,11 +116,13 @@ def weighted_sum_kernel(
     product_ptr,
     chosen_ptr,
     scale_ptr,  # routing weights
+    residual_ptr,
     live_ptr,
     CHOICES: tl.constexpr,
     EXPERTS: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     HAS_LIVE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -135,7 +137,12 @@ def weighted_sum_kernel(
         row = tl.load(product_ptr + pair.to(tl.int64) * N + n, mask=(n < N) & valid, other=0.0)
         scale = tl.load(scale_ptr + pair, mask=valid, other=0.0)
         total += scale.to(tl.float32) * row.to(tl.float32)
-    tl.store(out_ptr + token.to(tl.int64) * N + n, total.to(out_ptr.dtype.element_ty), mask=n < N)
+    at = token.to(tl.int64) * N + n
+    dtype = out_ptr.dtype.element_ty
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + at, mask=n < N, other=0.0).to(tl.float32)
+        total = total.to(dtype).to(tl.float32) + residual  # as an addition of its own would
+    tl.store(out_ptr + at, total.to(dtype), mask=n < N)
 
 
 def grouped_gemm(
@@ -182,8 +189,15 @@ def grouped_gemm(
     return out
 
 
-def weighted_sum(product: Tensor, chosen: Tensor, weights: Tensor, experts: int, live: Tensor | None) -> Tensor:
-    """product [T * k, H] by pair -> [T, H]; pairs of no expert add nothing, whatever stands there."""
+def weighted_sum(
+    product: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    experts: int,
+    live: Tensor | None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """product [T * k, H] by pair, and residual [T, H] -> [T, H]; pairs of no expert add nothing, whatever stands there."""
     hidden = product.shape[1]
     out = torch.empty(len(chosen), hidden, dtype=product.dtype, device=product.device)
     block = min(SUM_BLOCK, triton.next_power_of_2(hidden))
@@ -192,11 +206,13 @@ def weighted_sum(product: Tensor, chosen: Tensor, weights: Tensor, experts: int,
         product,
         chosen,
         weights,
+        residual if residual is not None else out,
         live if live is not None else chosen,
         CHOICES=chosen.shape[1],
         EXPERTS=experts,
         N=hidden,
         BLOCK=block,
+        HAS_RESIDUAL=residual is not None,
         HAS_LIVE=live is not None,
         num_warps=4,
         **dependent(product.device),

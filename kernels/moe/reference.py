@@ -77,6 +77,7 @@ def experts(
     down_bias: Tensor | None,
     query_start: Tensor | None,
     *form: str | float | bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """See `kernels.ops`."""
     how = Form(*form)  # type: ignore[arg-type]
@@ -91,7 +92,7 @@ def experts(
         )
         rows = product(inner, down[expert], None if down_bias is None else down_bias[expert], how.transposed)
         out.index_add_(0, token, (rows * weights[token, choice, None]).to(x.dtype))
-    return out
+    return out if residual is None else out + residual
 
 
 def quant_experts(

@@ -42,7 +42,11 @@ SUMMED = (1, 32, 256, 8192)  # tokens of hidden states
 TINY_SUMMED = (1, 8)
 DECODES = ((1, 256), (32, 1024), (256, 384))  # (sequences, keys of each)
 TINY_DECODES = ((1, 64), (8, 96))
-CASES = (("throughput", 1.0), ("prefill", 0.5))  # of workloads, share of the requests: 1000 x (128, 256) and 32 x 4096
+CASES = (
+    ("latency", 1.0),
+    ("throughput", 1.0),
+    ("prefill", 0.5),
+)  # of workloads, share of the requests: 1000 x (128, 256), 32 x 4096
 TINY_SCALE = 0.01
 GROUP = "perf"
 MEET_S = 120.0
@@ -257,23 +261,23 @@ def _vllm(report: Report, args: argparse.Namespace, model: str, size: int) -> No
         for row in report.sections[-1]["rows"]
         if row.get("ranks") == size and row.get("model") == model and "case" in row
     }
-    for case, scale in CASES:
-        lines = args.child.with_name(f"vllm-{model}-{size}-{case}.jsonl")
-        command = engine_steps.in_vllm(
-            args, engine_steps.VLLM, "--peer", args.peer, "--model", config_of(args, model).model, "--scale", scale * args.scale,
-            "--max-model-len", MAX_MODEL_LEN[model], "--tensor-parallel-size", size, *(["--expert-parallel"] if args.expert_parallel else []), "--case", case, "--out", lines,
+    lines = args.child.with_name(f"vllm-{model}-{size}.jsonl")
+    quantized = ["--quantization", args.quantization] if args.quantization else []
+    command = engine_steps.in_vllm(
+        args, engine_steps.VLLM, "--peer", args.peer, "--model", config_of(args, model).model, "--scale", args.scale, *quantized,
+        "--max-model-len", MAX_MODEL_LEN[model], "--tensor-parallel-size", size, *(["--expert-parallel"] if args.expert_parallel else []),
+        "--case", *(f"{case}:{share}" for case, share in CASES), "--out", lines,
+    )  # fmt: skip
+    with open(lines.with_suffix(".log"), "w+") as log:
+        ended = engine_steps.how_it_ended(command, {**os.environ, "PY": sys.executable}, log)
+        log.seek(0)
+        if ended != "exit code 0":
+            report.failure(f"vllm {model} {size}: {ended}: {log.read()[-1500:]}")
+    for row in map(json.loads, lines.read_text().splitlines() if lines.exists() else []):
+        if row["case"] == "startup":
+            continue
+        mine = ours.get(row["case"])
+        report.row(
+            model=model, ranks=size, peer="vllm", peer_case=row["case"], wall_s=row["wall_s"], out_tok_s=row["out_tok_s"],
+            total_tok_s=row["total_tok_s"], ours_over_theirs=mine["total_tok_s"] / row["total_tok_s"] if mine else None,
         )  # fmt: skip
-        with open(lines.with_suffix(".log"), "w+") as log:
-            ended = engine_steps.how_it_ended(command, {**os.environ, "PY": sys.executable}, log)
-            log.seek(0)
-            if ended != "exit code 0":
-                report.failure(f"vllm {model} {size} {case}: {ended}: {log.read()[-1500:]}")
-                continue
-        for row in map(json.loads, lines.read_text().splitlines()):
-            if row["case"] == "startup":
-                continue
-            mine = ours.get(case)
-            report.row(
-                model=model, ranks=size, peer="vllm", peer_case=case, wall_s=row["wall_s"], out_tok_s=row["out_tok_s"],
-                total_tok_s=row["total_tok_s"], ours_over_theirs=mine["total_tok_s"] / row["total_tok_s"] if mine else None,
-            )  # fmt: skip

@@ -23,7 +23,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     p.add_argument("--peer", type=Path, required=True, help="folder with the work")
     p.add_argument("--model", required=True, help="folder with a config.json")
-    p.add_argument("--case", nargs="+", required=True)
+    p.add_argument("--case", nargs="+", required=True, help="each a name, or NAME:SHARE of its requests")
     p.add_argument("--scale", type=float, default=1.0, help="share of the requests of a case")
     p.add_argument("--max-model-len", type=int, default=8192)
     p.add_argument("--quantization")
@@ -58,8 +58,8 @@ def main() -> None:
 
     emit(case="startup", init_s=time.perf_counter() - begin)
     make = workloads.of_peer(args.peer)
-    for case in args.case:
-        work = make(case, vocab_size, args.scale)
+    for case, _, share in (one.partition(":") for one in args.case):
+        work = make(case, vocab_size, float(share or 1) * args.scale)
         run(work.warm)
         seconds = sorted(run(work.rounds) for _ in range(work.repeat))[work.repeat // 2]
         emit(

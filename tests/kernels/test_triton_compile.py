@@ -182,7 +182,7 @@ def gemvs(rows: int, hidden: int, inner: int) -> list[list[Any]]:
 
     starts = tensor("int32", rows + 1)
     x, norm, residual = bf16(1, rows, hidden), bf16(hidden), bf16(1, rows, hidden)
-    gate = [x, bf16(hidden, hidden), None, residual, norm, 1e-6, bf16(2 * inner, hidden), None, True, starts]
+    gate = [x, bf16(hidden, hidden), None, residual, norm, 1e-6, bf16(2 * inner, hidden), None, True, False, starts]
     down = [
         bf16(1, rows, inner),
         bf16(hidden, inner),
@@ -193,6 +193,7 @@ def gemvs(rows: int, hidden: int, inner: int) -> list[list[Any]]:
         bf16(2 * hidden, hidden),
         None,
         False,
+        True,
         starts,
     ]
     return [
@@ -296,7 +297,7 @@ def experts(
     bias: bool = False,
     dtype: str = "bfloat16",
 ) -> list[Any]:
-    """A padded step's experts of size (E, I, H), by the tiles of the rule."""
+    """A padded step's experts of size (E, I, H), by the tiles of the rules that hold where `grouped_gemm_hopper` takes none."""
     count, inner, hidden = size
     columns = 2 * inner if form.gated else inner
     up, down = (columns, hidden), (hidden, inner)
@@ -311,15 +312,21 @@ def experts(
         tensor(dtype, count, *down),
         tensor(dtype, count, hidden) if bias else None,
         tensor("int32", tokens + 1),
-        *form,
+        {"form": list(form)},
     ]
-    return [f"experts {size} T={tokens} {dtype} {form}", "pagegraph.kernels.moe.cuda", "experts", arguments]
+    tiles = {"grouped": [tokens, tokens * choices, form.transposed, *size, 4 if dtype == "float32" else 2]}
+    return [
+        f"experts {size} T={tokens} {dtype} {form}",
+        "pagegraph.kernels.moe.cuda",
+        "experts_by",
+        [tiles, *arguments],
+    ]
 
 
 def hopper_experts(tokens: int, choices: int, size: tuple[int, int, int], form: Form, *others: Any) -> list[Any]:
     """`experts` by the products for Hopper."""
-    name, module, _, arguments = experts(tokens, choices, size, form, *others)
-    return [f"hopper {name}", module, "experts_by", [{"hopper": [4]}, *arguments[:8], {"form": list(form)}]]
+    name, module, function, (_, *arguments) = experts(tokens, choices, size, form, *others)
+    return [f"hopper {name}", module, function, [{"hopper": [4]}, *arguments]]
 
 
 def quantised_experts(

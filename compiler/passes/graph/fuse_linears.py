@@ -1,9 +1,11 @@
 """Graph pass: linear, residual addition, norm, linear, gate in a row become one op, which may share kernels among them.
 
+Of a mixture the second linear is its router, and the experts read the norm too; they take the residual addition behind
+them, so that norm and linear behind that become one op.
 Of quantised linears it is addition, norm, linear, or these with a gate and a second linear behind: what is ahead of a product of many
 rows is done where its rows are quantised. For few rows norms in the products' kernels cost more than kernels of their own. A gate that no
 such linear reads joins the one before it alone.
-Runs after `fuse_rows`, whose ops it looks for. Knows FX graphs; knows no models, and not which kernels the op takes.
+Runs after `fuse_rows` and `fuse_routers`, whose ops it looks for. Knows FX graphs; knows no models, and not which kernels the op takes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from pagegraph.compiler.passes.graph.patterns import is_call, rewrite
+from pagegraph.compiler.passes.graph.patterns import call, is_call, is_view, rewrite
 
 ops = torch.ops.pagegraph
 REPACKED_ARGUMENTS = 8  # of a repacked_linear without a gate; the last says whether rows may be quantised
@@ -45,19 +47,73 @@ def _fuse(graph: Graph, second: Node, query_start: Node) -> bool:
         return _fuse_repacked(graph, second)
     if not is_call(second, ops.linear):
         return False
+    reader = next(iter(second.users)) if len(second.users) == 1 else None
+    if reader is not None and is_call(reader, ops.topk_softmax):
+        return _fuse_router(graph, second, query_start)
     both = _norm_before(second)
     if both is None:
         return False
-    *addends, norm, eps = both.args
-    first = next((one for one in addends if is_call(one, ops.linear) and len(one.users) == 1), None)
-    if first is None:
+    gated = reader is not None and is_call(reader, ops.silu_mul)
+    last, behind = reader if gated else second, (*both.args[2:], *second.args[1:], gated)
+    if parts := _addends(both, lambda one: is_call(one, ops.linear)):
+        first, residual = parts
+        arguments = (*first.args, residual, *behind, False, query_start)
+        _replace(graph, both, last, ops.linear_norm_linear, arguments)
+    elif parts := _addends(both, lambda one: is_call(one, ops.experts) and not one.kwargs):
+        _add_in_experts(graph, both, *parts, last, (*behind, query_start))
+    else:
         return False
-    residual = addends[1] if first is addends[0] else addends[0]
-    gate = next(iter(second.users)) if len(second.users) == 1 else None
-    gated = gate is not None and is_call(gate, ops.silu_mul)
-    arguments = (*first.args, residual, norm, eps, *second.args[1:], gated, query_start)
-    _replace(graph, both, gate if gated else second, ops.linear_norm_linear, arguments)
     return True
+
+
+def _addends(both: Node, wanted: Callable[[Node], bool]) -> tuple[Node, Node] | None:
+    """(the wanted of the two that are added, which nothing else reads, the other one)."""
+    left, right = both.args[:2]
+    for one, other in ((left, right), (right, left)):
+        found = _seen_through(one, alone=True)
+        if found is not None and wanted(found):
+            return found, other
+    return None
+
+
+def _seen_through(node: Node, alone: bool) -> Node | None:
+    """What `node` is a view of; alone: None where anything else reads that, or a view on the way."""
+    while not (alone and len(node.users) > 1):
+        if not is_view(node):
+            return node
+        node = node.args[0]
+    return None
+
+
+def _fuse_router(graph: Graph, router: Node, query_start: Node) -> bool:
+    normed = _seen_through(router.args[0], alone=False)
+    both = normed.args[0] if is_call(normed, operator.getitem, 1, 1) else None
+    parts = _addends(both, lambda one: is_call(one, ops.linear)) if is_call(both, ops.add_rms_norm) else None
+    if parts is None:
+        return False
+    first, residual = parts
+    with graph.inserting_before(both):
+        arguments = (*first.args, residual, *both.args[2:], *router.args[1:], False, True, query_start)
+        fused = call(graph, ops.linear_norm_linear, *arguments)
+        total, out, norm = (call(graph, operator.getitem, fused, index) for index in range(3))
+        logits = call(graph, "flatten", out, 0, -2)
+    for old, new in ((_sum_of(both), total), (normed, norm), (router, logits)):
+        if old is not None:
+            old.replace_all_uses_with(new)
+    return True
+
+
+def _add_in_experts(graph: Graph, both: Node, experts: Node, residual: Node, last: Node, behind: tuple) -> None:
+    """experts [T, H]; the sum is [1, T, H]. behind: of the op of norm and linear what follows the sum."""
+    with graph.inserting_before(both):
+        flat = call(graph, "flatten", residual, 0, 1)
+        added = graph.call_function(ops.experts, experts.args, {"residual": flat})
+        added.meta = experts.meta
+        total = call(graph, "unsqueeze", added, 0)
+        out = call(graph, ops.norm_linear, total, *behind)
+    for old, new in ((_sum_of(both), total), (last, out)):
+        if old is not None:
+            old.replace_all_uses_with(new)
 
 
 def _fuse_repacked(graph: Graph, last: Node) -> bool:

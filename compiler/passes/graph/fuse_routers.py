@@ -96,12 +96,8 @@ def _widened_from(node: Node) -> Node:
 
 
 def _product(graph: Graph, logits: Node) -> Node:
-    """The same by the op, of a plain weight in 16 bits."""
-    if (
-        not any(is_call(logits, one) for one in LINEARS)
-        or logits.kwargs
-        or logits.meta["example_value"].dtype.itemsize != 2
-    ):
+    """The same by the op, of a plain weight."""
+    if not any(is_call(logits, one) for one in LINEARS) or logits.kwargs:
         return logits
     x, weight, *bias = logits.args
     if not all(isinstance(one, Node) and one.op == "placeholder" for one in (weight, *bias) if one is not None):

@@ -11,6 +11,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn import functional
 
+VIEWS = ("view", "reshape", "flatten", "contiguous")
+
 
 class Normed(NamedTuple):
     """rows = RMS norm of `source` over its last dimension, times `weight`."""
@@ -83,6 +85,11 @@ def is_call(node: Any, target: Any, *at: Any) -> bool:
 def is_method(node: Any, name: str, *arguments: Any) -> bool:
     """A call of the method with these further arguments."""
     return isinstance(node, Node) and node.op == "call_method" and node.target == name and node.args[1:] == arguments
+
+
+def is_view(node: Any) -> bool:
+    """The same values in another shape, where they are dense."""
+    return isinstance(node, Node) and node.op == "call_method" and node.target in VIEWS
 
 
 def is_narrowing(node: Any) -> bool:

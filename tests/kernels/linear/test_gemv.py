@@ -81,3 +81,29 @@ def test_padding_is_left_out(triton_calls, live: int) -> None:
 def test_a_tile_is_chosen_for_aligned_rows_only(rows: int, out_size: int, size: int, gated: bool) -> None:
     tile = gemv_tile_of(rows, out_size, size, gated=gated)
     assert tile is None or (rows <= MAX_SINGLE_ROWS and size % 8 == 0)
+
+
+@pytest.mark.parametrize(("rows", "live"), [(1, 1), (2, 1), (2, 2), (4, 4), (7, 7)])
+def test_the_norm_is_left_for_others(triton_calls, rows: int, live: int) -> None:
+    """By the programs of the second product, each a share; of more rows by the norm's own kernel."""
+    x, residual = torch.randn(1, rows, 64).bfloat16(), torch.randn(1, rows, 200).bfloat16()
+    first, norm, second = torch.randn(200, 64).bfloat16(), torch.rand(200).bfloat16(), torch.randn(6, 200).bfloat16()
+    starts = torch.tensor([0, live], dtype=torch.int32)
+    arguments = (x, first, None, residual, norm, 1e-6, second, None, False, True, starts)
+    got, _ = triton_calls.call("pagegraph.kernels.linear.cuda", "linear_norm_linear", *arguments)
+    expected = reference.linear_norm_linear(*arguments)
+    for one, other in zip(got, expected):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        torch.testing.assert_close(one[:, :live], other[:, :live], atol=0.4, rtol=2e-2)
+    torch.testing.assert_close(got[2][:, :live], reference.rms_norm(got[0], norm, 1e-6)[:, :live], atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_norm_and_a_linear(triton_calls, rows: int, gated: bool) -> None:
+    arguments = (
+        torch.randn(1, rows, 200).bfloat16(), torch.rand(200).bfloat16(), 1e-6, torch.randn(12, 200).bfloat16(),
+        None if gated else torch.randn(12).bfloat16(), gated, torch.tensor([0, rows], dtype=torch.int32),
+    )  # fmt: skip
+    got, _ = triton_calls.call("pagegraph.kernels.linear.cuda", "norm_linear", *arguments)
+    torch.testing.assert_close(got, reference.norm_linear(*arguments), atol=0.4, rtol=2e-2)

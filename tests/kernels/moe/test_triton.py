@@ -70,6 +70,19 @@ def test_many_tokens(triton_calls, routing: str, experts: int, choices: int, tok
     check(triton_calls, GROUPED, experts_of(tokens, choices, experts, 32, 16, routing=routing), Form())
 
 
+@pytest.mark.parametrize("way", BOTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_is_added(triton_calls, way: str, dtype: torch.dtype) -> None:
+    """Rounded as an addition behind the op would."""
+    given = experts_of(5, 2, 8, 40, 20, dtype=dtype)
+    residual = torch.randn(5, 40).to(dtype)
+    alone = run(triton_calls, BOTH[way], given, Form())
+    both, _ = triton_calls.call("pagegraph.kernels.moe.cuda", "experts_by", BOTH[way], *given, Form(), 3, residual)
+    assert torch.equal(both, alone + residual)
+    expected = reference.experts(*given, *Form(), residual=residual)
+    torch.testing.assert_close(both, expected, atol=2e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2)
+
+
 @pytest.mark.parametrize("block_m", [16, 64])
 def test_many_experts(triton_calls, block_m: int) -> None:
     """256 experts of which eight are chosen, 300 tokens."""

@@ -9,6 +9,7 @@ from torch import nn
 from pagegraph.compiler.passes.graph.fuse_linears import fuse_linears
 from pagegraph.compiler.passes.graph.fuse_norms import fuse_rows
 from pagegraph.compiler.passes.graph.fuse_rope import fuse_rope
+from pagegraph.compiler.passes.graph.fuse_routers import fuse_routers
 from pagegraph.compiler.passes.modules import quant_linears
 from pagegraph.compiler.passes.modules.merge_linears import merge_linears
 from pagegraph.compiler.passes.modules.skinny_linears import skinny_linears
@@ -23,9 +24,9 @@ FOUND = {
     "llama": (4, 3),
     "qwen3": (4, 3),
     "qwen2": (4, 3),  # products with a bias
-    "mixtral": (0, 0),  # behind the norm a router and experts read
     "olmo2": (0, 0),  # norms stand behind the products
 }
+MIXTURES = ("mixtral", "qwen3_moe")
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -36,8 +37,26 @@ def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
     assert skinny_linears(paged, "cuda") > 0
     graphs = check_compiled(stock, paged, [fuse_rope, fuse_rows, fuse_linears], MIXED)
     fused = [node for node in graphs[0].graph.nodes if node.target is torch.ops.pagegraph.linear_norm_linear]
-    gated = sum(node.args[-2] for node in fused)
+    gated = sum(node.args[-3] for node in fused)
     assert (gated, len(fused) - gated) == FOUND[name]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_router_joins_what_is_ahead_and_experts_take_the_addition(name: str) -> None:
+    """In each layer; what is behind the last one's experts meets a norm, but rows are picked behind it."""
+    config = tiny_config(name)
+    stock = random_model(config)
+    paged = paged_copy(config, stock)
+    merge_linears(paged)
+    assert skinny_linears(paged, "cuda") > 0
+    graphs = check_compiled(stock, paged, [fuse_rope, fuse_rows, fuse_routers, fuse_linears], MIXED)
+    ops, layers = torch.ops.pagegraph, config.num_hidden_layers
+    called = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+    routers = [node for node in called if node.target is ops.linear_norm_linear]
+    assert [node.args[-2] for node in routers] == [True] * layers
+    assert sum("residual" in node.kwargs for node in called if node.target is ops.experts) == layers - 1
+    assert sum(node.target is ops.norm_linear for node in called) == layers - 1
+    assert sum(node.target is ops.add_rms_norm for node in called) == 1
 
 
 def test_what_is_ahead_joins_quantised_products(monkeypatch: pytest.MonkeyPatch) -> None:
