@@ -1,12 +1,14 @@
 """A built model beside what was said of it: bytes that its tensors take, milliseconds of steps, the kernels in them.
 
-Builds as the engine does. Steps read blocks of their own, spread over the pool, as sequences of that length would. Knows no
-requests.
+Builds as the engine does. Steps are of random tokens, which choose experts as different texts do, and read blocks of
+their own, spread over the pool and filled with random values. On CUDA the device's time is measured, that of the step's
+graph replayed back to back; the host's work is not in it, as it is done meanwhile. Knows no requests.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +22,17 @@ from pagegraph.compiler.build import BuiltModel
 from pagegraph.compiler.explain.ledger import Weights, state_tensors, weights_of
 from pagegraph.compiler.explain.roofline import is_decode, rows_of
 from pagegraph.compiler.host import step_thread
+from pagegraph.compiler.profile.device_time import median_seconds
+from pagegraph.compiler.step.caches import Caches
 from pagegraph.compiler.step.capture_sizes import Bucket
+from pagegraph.compiler.step.cuda_runner import CudaRunner
 from pagegraph.compiler.step.inputs import SamplingInput, StepInput
 from pagegraph.compiler.step.step import CompiledStep
 
 REPEATS = 5
+DEVICE_S = 0.5  # that a step of each size is replayed for: as long as it takes a GPU to come to the clock it keeps
 KERNELS = 8  # that are named
+FILLED = 256  # blocks of random values, of which the others are copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStep:
-    """Milliseconds of a step, the best of a few; kernels that take the most, where they were looked at."""
+    """Milliseconds of a step, the median of a few; kernels that take the most, where they were looked at."""
 
     tokens: int
     seqs: int
@@ -89,33 +96,69 @@ def measured_steps(
     step: CompiledStep, buckets: Sequence[Bucket], context: int, num_blocks: int, kernels_of: set[Bucket]
 ) -> list[MeasuredStep]:
     """Run a step that fills each bucket, as far as there are slots; nothing may be in flight."""
-    found = []
-    for bucket in buckets:
-        one = _step(step, bucket, context, num_blocks)
+    fill_blocks(step.state.caches)
+    cuda = step.state.last_tokens.device.type == "cuda"
+    steps = [_step(step, bucket, context, num_blocks) for bucket in buckets]
+    seconds = [device_seconds(step, one) if cuda else _host_seconds(step, one) for one in steps]
+    # behind all that is timed: a profiler leaves hooks that slow every launch after it
+    kernels = [profiled(step, one) if bucket in kernels_of else [] for bucket, one in zip(buckets, steps)]
+    return [
+        MeasuredStep(bucket.tokens, bucket.seqs, 1e3 * taken, found)
+        for bucket, taken, found in zip(buckets, seconds, kernels)
+    ]
+
+
+@torch.inference_mode()
+def fill_blocks(caches: Caches) -> None:
+    """Random values in every block: zeros are read and multiplied faster than what a model writes."""
+    for cache in (*caches.key_caches, *caches.value_caches):
+        some = cache[:FILLED]
+        some.copy_(torch.randn(some.shape, device=cache.device))
+        for part in cache[FILLED:].split(FILLED):
+            part.copy_(some[: len(part)])
+
+
+@torch.inference_mode()
+def device_seconds(step: CompiledStep, one: StepInput) -> float:
+    """Seconds that a step takes on its CUDA device: median of its graph's replays, which are enqueued back to back.
+
+    A step without a graph is launched as often. Tokens have to be the host's, so that each replay runs the same step.
+    """
+    step.launch(one).wait()
+    one.new_blocks = one.new_blocks[:0]  # the tables know them now
+    runner = step.runner
+    assert isinstance(runner, CudaRunner)
+    bucket = runner.capture_sizes.bucket(one.num_tokens, one.num_seqs)
+    if bucket is None or bucket not in runner.graphs:
+        return median_seconds(lambda: step.launch(one), DEVICE_S)
+    step.staging.send(one, bucket)
+    return median_seconds(lambda: runner.graphs.replay(bucket), DEVICE_S)
+
+
+def _host_seconds(step: CompiledStep, one: StepInput) -> float:
+    """Median seconds from launch to result, after a step that warms up."""
+    seconds = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
         step.launch(one).wait()
-        one.new_blocks = one.new_blocks[:0]  # the tables know them now
-        seconds = []
-        for _ in range(REPEATS):
-            start = time.perf_counter()
-            step.launch(one).wait()
-            seconds.append(time.perf_counter() - start)
-        kernels = profiled(step, one) if bucket in kernels_of else []
-        found.append(MeasuredStep(bucket.tokens, bucket.seqs, 1e3 * min(seconds), kernels))
-    return found
+        seconds.append(time.perf_counter() - start)
+        one.new_blocks = one.new_blocks[:0]
+    return statistics.median(seconds[1:])
 
 
 def _step(step: CompiledStep, bucket: Bucket, context: int, num_blocks: int) -> StepInput:
-    """Sequences of `context` tokens in slots of their own, whose blocks come in turn from the pool."""
+    """Random tokens of sequences of `context` tokens in slots of their own, whose blocks come in turn from the pool."""
     state = step.state
     rows, lengths = rows_of(bucket, context)
     rows, lengths = rows[: state.dummy_slot], lengths[: state.dummy_slot]
     seqs = len(rows)
+    random = np.random.default_rng(0)
     needed = -(-lengths // state.block_size)
     slots = np.repeat(np.arange(seqs), needed)
     index = np.concatenate([np.arange(n) for n in needed])
-    blocks = 1 + np.arange(len(slots)) % (num_blocks - 1)
+    blocks = 1 + random.permutation(num_blocks - 1)[np.arange(len(slots)) % (num_blocks - 1)]
     return StepInput(
-        token_ids=np.full(int(rows.sum()), 1, np.int32),
+        token_ids=random.integers(0, state.vocab_size, int(rows.sum()), np.int32),
         slots=np.arange(seqs, dtype=np.int32),
         query_start=np.concatenate([[0], np.cumsum(rows)]).astype(np.int32),
         starts=(lengths - rows).astype(np.int32),

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from pagegraph.compiler.build import BuiltModel, build_compiled
+from pagegraph.compiler.explain.measure import device_seconds, fill_blocks
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from perf import workloads
@@ -36,7 +37,7 @@ from perf.gpu.offline import (
     random_prompts,
     step_of,
 )  # fmt: skip
-from perf.gpu.report import Report, replay_seconds
+from perf.gpu.report import Report
 
 DECODES = ((1, 256), (32, 1024), (256, 384))  # (sequences, keys of each)
 TINY_DECODES = ((1, 64), (8, 96))
@@ -55,9 +56,7 @@ def start(report: Report, args: argparse.Namespace, shared: dict) -> None:
     built = build_compiled(compiler_options(config), progress=False)
     report.fact(total_s=time.perf_counter() - begin, phases_s=built.timings.seconds, num_blocks=built.num_blocks)
     if built.device.type == "cuda":
-        # Random values in every block: zeros run faster than what a model writes.
-        for cache in (*built.step.state.caches.key_caches, *built.step.state.caches.value_caches):
-            cache.normal_()
+        fill_blocks(built.step.state.caches)
         free, total = torch.cuda.mem_get_info()
         report.fact(graphs=len(built.step.runner.capture_sizes.buckets()), used_gib=(total - free) / 2**30)
     shared["built"] = config, built
@@ -97,14 +96,7 @@ def _method(args: argparse.Namespace) -> dict[str, str]:
 
 def _replayed(built: BuiltModel, one) -> float:
     """Seconds of the step's graph, replayed back to back; nan where there is none."""
-    if built.device.type != "cuda":
-        return float("nan")
-    bucket = built.step.runner.capture_sizes.bucket(one.num_tokens, one.num_seqs)
-    with torch.inference_mode():
-        built.step.staging.send(one, bucket)  # tokens of the host's: every replay runs the same step
-        if built.step.runner.graphs.replay(bucket) is None:
-            raise RuntimeError(f"no captured graph of {bucket}")
-        return replay_seconds(lambda: built.step.runner.graphs.replay(bucket), 0.5)
+    return device_seconds(built.step, one) if built.device.type == "cuda" else float("nan")
 
 
 def launched_seconds(built: BuiltModel, one, count: int = 50) -> float:

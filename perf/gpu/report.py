@@ -6,7 +6,6 @@ Knows no engine. A file of rows survives the process that wrote it, whatever end
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from pagegraph.compiler.profile.device_time import median_seconds
 from pagegraph.runtime.bench.report import write_text
 from perf.floors import Ceilings
 
@@ -117,25 +117,7 @@ def graph_seconds(calls: Sequence[Callable[[], object]], budget_s: float = 0.03,
         with torch.cuda.graph(graph):
             for call in calls:
                 call()
-    return replay_seconds(graph.replay, budget_s, replays) / len(calls)
-
-
-def replay_seconds(replay: Callable[[], object], budget_s: float = 0.03, replays: int | None = None) -> float:
-    """Median seconds of `replay`, enqueued back to back, by events around groups of it."""
-
-    def timed(count: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(count):
-            replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / count
-
-    timed(2)
-    once = timed(2)
-    count = replays or max(1, min(1000, int(budget_s / 5 / once)))
-    return statistics.median(timed(count) for _ in range(5))
+    return median_seconds(graph.replay, budget_s, replays) / len(calls)
 
 
 def ceilings(size: int = 1 << 30) -> Ceilings:

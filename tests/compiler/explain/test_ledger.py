@@ -12,7 +12,7 @@ import torch
 from pagegraph.compiler import build
 from pagegraph.compiler.explain.ledger import Ledger, ledger, weights_of, would_fit
 from pagegraph.compiler.explain.machines import GPUS, Machine, named_gpu
-from pagegraph.compiler.explain.measure import measured_memory, measured_steps, resident
+from pagegraph.compiler.explain.measure import measured_memory, resident
 from pagegraph.compiler.options import CompilerOptions, KvCacheOptions, ModelOptions, StepOptions
 from pagegraph.compiler.quantization.methods import QuantizationError
 from pagegraph.compiler.tensor_parallel.shards import Ranks
@@ -179,15 +179,3 @@ def test_gpus_have_names() -> None:
     assert named_gpu("RTX 4090") is GPUS["rtx4090"]
     with pytest.raises(ValueError, match="there are b200, h200"):
         named_gpu("h2000")
-
-
-def test_steps_are_measured_in_blocks_of_their_own(tmp_path: Path) -> None:
-    tiny_config("llama").save_pretrained(tmp_path)
-    built = build.build_model(options_of(tmp_path, CPU), progress=False)
-    buckets = [build.Bucket(1, 1), build.Bucket(8, 8), build.Bucket(40, 2)]
-    found = measured_steps(built.step, buckets, 64, built.num_blocks, {buckets[1]})
-    tables = built.step.state.block_tables
-    built.close()
-    assert [(one.tokens, one.seqs) for one in found] == [(1, 1), (8, 8), (40, 2)]
-    assert all(one.ms > 0 for one in found) and any("attention" in kernel.name for kernel in found[1].kernels)
-    assert len({int(block) for block in tables[:8, :4].flatten()}) == 32
