@@ -30,8 +30,9 @@ from pagegraph.kernels.pdl import dependent
 SHAPES = {  # (N, K) by model
     "0.6b": [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024)],
     "8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)],
+    "30b-a3b-24l": [(5120, 2048), (2048, 4096), (128, 2048), (151936, 2048)],
 }
-NORMED = {(4096, 1024), (6144, 1024), (6144, 4096), (28672, 4096)}  # products of normalised rows
+NORMED = {(4096, 1024), (6144, 1024), (6144, 4096), (28672, 4096), (5120, 2048), (128, 2048)}  # products of normalised rows
 GATED = {(6144, 1024), (28672, 4096)}  # whose halves are gate and up
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 L2_BYTES = 300 << 20  # several times the cache
@@ -81,7 +82,7 @@ def compile_ahead(job: tuple[int, int, int, Tile | GemvTile]) -> None:
     if len(tile) == len(GemvTile._fields):
         parts = _parts(out_size, size)
         gemv_kernel.warmup(
-            bf16, bf16, bf16, bf16, bf16, bf16, bf16, 1e-6, size, HAS_LIVE=False, ROWS=rows, N=out_size // 2 if parts["GATED"] else out_size, K=size,
+            bf16, bf16, bf16, bf16, bf16, bf16, bf16, bf16, 1e-6, size, HAS_LIVE=False, SHARE=0, ROWS=rows, N=out_size // 2 if parts["GATED"] else out_size, K=size,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, AHEAD=tile.ahead, HAS_BIAS=False, num_warps=tile.num_warps, grid=(1,), **parts,
             **dependent(torch.device("cuda")),
         )  # fmt: skip
