@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import urllib.parse
+from typing import Any
 
 import h11
 from gunicorn.util import split_request_uri
@@ -136,6 +137,7 @@ class RequestReader:
             elif isinstance(event, h11.EndOfMessage):
                 return self._whole(event)
             else:
+                self._check_size()
                 return None
 
     def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
@@ -174,10 +176,19 @@ class RequestReader:
 
     def _take_data(self, event: h11.Data) -> None:
         self._body.append(event.data)
-        if self.received > self._max_body_bytes:
-            raise body_too_large(self._max_body_bytes)
+        self._check_size()
         if self.content_length is None and self._wire_bytes - self.received > MAX_FRAMING_BYTES:
             raise ApiError(413, "the body comes in too many chunks; send larger ones, or a Content-Length")
+
+    def _check_size(self) -> None:
+        """Refuse a body that is too long, or will be once the chunk that has begun is there as it was announced."""
+        lacking = 0
+        if self.head_read and self.content_length is None:
+            # Of h11's own, pinned by a test: its events are of data alone, and of a chunk none may have come yet.
+            reader: Any = self._parser._reader
+            lacking = reader._bytes_in_chunk
+        if self.received + lacking > self._max_body_bytes:
+            raise body_too_large(self._max_body_bytes)
 
     def _whole(self, event: h11.EndOfMessage) -> Request:
         if bad := sorted(_NO_TRAILERS.intersection(name for name, _ in event.headers)):

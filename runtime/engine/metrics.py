@@ -26,6 +26,9 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 COMPILE_STATES = ("off", "compiling", "compiled", "failed")
 FINISH_REASONS = ("stop", "length", "abort", "error")
 REFUSALS = ("queue", "key")  # for a full queue, or a limit of the request's key
+# Of what vLLM tells apart, only the first is ever so here; its dashboards ask for it by these names.
+WAITS = ("capacity", "deferred")
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
          80.0, 160.0, 640.0, 2560.0)  # fmt: skip
@@ -188,6 +191,14 @@ class EngineMetrics:
                 one = family(prefix + name, _HELP[name], labels=names)
                 one.add_metric(values, read(counts))
                 yield one
+        for name, label, states, now in (
+            ("num_requests_waiting_by_reason", "reason", WAITS, counts.num_waiting),
+            ("engine_sleep_state", "sleep_state", SLEEP_STATES, 1),
+        ):
+            one = GaugeMetricFamily(prefix + name, _HELP[name], labels=[*names, label])
+            for state in states:
+                one.add_metric([*values, state], float(now) if state == states[0] else 0.0)
+            yield one
         name = "cache_config_info"
         config = GaugeMetricFamily(prefix + name, _HELP[name], labels=[*names, *self.cache_config])
         config.add_metric([*values, *self.cache_config.values()], 1.0)
@@ -272,6 +283,8 @@ _OWN_NAMES = frozenset({
 _HELP = {
     "num_requests_running": "Requests that hold KV blocks and take part in steps, now.",
     "num_requests_waiting": "Requests that wait for a place in the batch, preempted ones too, now.",
+    "num_requests_waiting_by_reason": "num_requests_waiting, all of which wait for capacity: KV blocks or a place in the batch.",
+    "engine_sleep_state": "1 for the state that the engine is in: awake, always.",
     "kv_cache_usage_perc": "Share of KV blocks that running requests hold, 1 is all; what is only cached is free.",
     "prefix_cache_queries": "Tokens of prompts looked up in the prefix cache, each prompt once: not again after a preemption.",
     "prefix_cache_hits": "Of the tokens looked up, those found: computed before, for this request or another.",

@@ -83,6 +83,9 @@ def test_garbage_is_refused_or_incomplete(garbage: bytes) -> None:
         (CHUNKED + b"0\r\n" + b"X: %b\r\n" % (b"a" * MAX_HEAD_BYTES), 431),
         (CHUNKED + b"1;" + b"a" * MAX_HEAD_BYTES, 431),
         (CHUNKED + b"400\r\n" + b"a" * 1024 + b"\r\n400\r\n" + b"a" * 1024, 413),
+        (CHUNKED + b"7d1\r\n", 413),
+        (CHUNKED + b"400\r\n" + b"a" * 1024 + b"\r\n3d1;a=b\r\na", 413),
+        (CHUNKED + b"f" * 20 + b"\r\n", 413),
         (HEAD + b"Content-Length: 2001\r\n\r\n", 413),
         (HEAD + b"Content-Length: -1\r\n\r\n", 400),
         (HEAD + b"Content-Length: 1, 2\r\n\r\n", 400),
@@ -108,6 +111,22 @@ def test_garbage_is_refused_or_incomplete(garbage: bytes) -> None:
 )
 def test_what_is_no_request_has_its_status(sent: bytes, status: int) -> None:
     assert read([sent]) == [status]
+
+
+def test_a_chunk_that_is_too_long_is_refused_before_it_comes() -> None:
+    reader = RequestReader(MAX_BODY)
+    reader.feed(CHUNKED + b"7d0\r\n" + b"a" * 1000)  # 2000: as much as may be
+    assert reader.request() is None and reader.received == 1000
+    reader.feed(b"a" * 1000 + b"\r\n1")
+    assert reader.request() is None
+    with pytest.raises(ApiError) as refused:
+        reader.feed(b"\r\n")
+        reader.request()
+    announced = RequestReader(MAX_BODY)
+    announced.feed(HEAD + b"Content-Length: 2001\r\n\r\n")
+    with pytest.raises(ApiError) as as_before:
+        announced.request()
+    assert (refused.value.status, refused.value.message) == (as_before.value.status, as_before.value.message)
 
 
 def test_many_small_chunks_are_refused() -> None:

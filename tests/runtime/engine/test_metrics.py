@@ -105,8 +105,71 @@ def test_every_name_says_what_it_means_and_own_ones_do_not_pose_as_the_fields() 
         "request_decode_time_seconds", "spec_decode_num_drafts", "spec_decode_num_draft_tokens",
         "spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos",
         "request_time_per_output_token_seconds", "request_max_num_generation_tokens", "request_params_n",
-        "request_params_max_tokens", "cache_config_info",
+        "request_params_max_tokens", "cache_config_info", "num_requests_waiting_by_reason", "engine_sleep_state",
     }  # fmt: skip
+
+
+def test_what_waits_waits_for_capacity_and_the_engine_is_awake() -> None:
+    metrics = EngineMetrics("m", 16)
+    metrics.counts = lambda: Counts(num_waiting=3)
+    text = metrics.render().decode()
+    for name, of in {
+        "num_requests_waiting_by_reason": {'reason="capacity"': 3.0, 'reason="deferred"': 0.0},
+        "engine_sleep_state": {'sleep_state="awake"': 1.0, 'sleep_state="weights_offloaded"': 0.0},
+    }.items():
+        for label, value in of.items():
+            assert f'vllm:{name}{{engine="0",model_name="m",{label}}} {value}\n' in text
+
+
+HISTOGRAM = ("bucket", "sum", "count")
+# What the Grafana dashboards that vLLM publishes (its examples/observability) ask of an engine that has no images, no adapters
+# and no external cache: by the names of the text format, with the labels that they choose or sum by.
+ASKED_BY_FIELD = {
+    **{
+        f"{name}_{end}": {"le"} if end == "bucket" else set()
+        for end in HISTOGRAM
+        for name in (
+            "e2e_request_latency_seconds", "time_to_first_token_seconds", "inter_token_latency_seconds",
+            "request_time_per_output_token_seconds", "request_queue_time_seconds", "request_prefill_time_seconds",
+            "request_decode_time_seconds", "request_prompt_tokens", "request_generation_tokens", "iteration_tokens_total",
+            "request_max_num_generation_tokens",
+        )
+    },
+    **dict.fromkeys(
+        (
+            "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens_total",
+            "prompt_tokens_cached_total", "generation_tokens_total", "num_preemptions_total", "prefix_cache_queries_total",
+            "prefix_cache_hits_total", "spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total",
+            "spec_decode_num_accepted_tokens_total",
+        ),
+        set(),
+    ),
+    "request_success_total": {"finished_reason"},
+    "prompt_tokens_by_source_total": {"source"},
+    "spec_decode_num_accepted_tokens_per_pos_total": {"position"},
+    "num_requests_waiting_by_reason": {"reason"},
+    "engine_sleep_state": {"sleep_state"},
+}  # fmt: skip
+# Objectives that one chooses from there have to be bounds of buckets, written so.
+ASKED_BOUNDS = {
+    "time_to_first_token_seconds_bucket": ("0.1", "0.25", "0.5", "0.75", "1.0", "2.5", "5.0", "10.0"),
+    "request_time_per_output_token_seconds_bucket": ("0.025", "0.05", "0.075", "0.1", "0.15", "0.2", "0.3", "0.5"),
+}
+
+
+def test_the_fields_dashboards_find_what_they_ask_for() -> None:
+    metrics = EngineMetrics("m", 4096)
+    metrics.counts = lambda: Counts(scheduled=Counters(accepted_at=[1]))
+    labels: dict[str, set[str]] = {}
+    bounds: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            labels[sample.name] = set(sample.labels)
+            bounds.setdefault(sample.name, set()).add(sample.labels.get("le", ""))
+    for name, asked in ASKED_BY_FIELD.items():
+        assert labels["vllm:" + name] == asked | {"model_name", "engine"}, name
+    for name, asked in ASKED_BOUNDS.items():
+        assert bounds["vllm:" + name] >= set(asked), name
 
 
 def test_model_name_is_escaped_and_openmetrics_works() -> None:
