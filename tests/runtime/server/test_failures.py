@@ -32,10 +32,13 @@ def server(model: Path) -> Iterator[ServedModel]:
         yield running
 
 
-def test_a_poisoned_request_of_eight_ends_alone(server: ServedModel) -> None:
-    """The others' tokens and log-probabilities are those of a run without it."""
+Answer = tuple[int, list[str], list[float]]
 
-    def ask(number: int, seed: int) -> tuple[int, list[str], list[float]]:
+
+def with_one_poisoned(server: ServedModel) -> tuple[list[Answer], list[Answer]]:
+    """(status, tokens, log-probabilities) of eight requests at once, and of the same ones with the sixth poisoned."""
+
+    def ask(number: int, seed: int) -> Answer:
         answer = server.complete(
             prompt=list(range(10, 20 + number)), max_tokens=30, seed=seed, logprobs=1, temperature=1
         )
@@ -51,11 +54,26 @@ def test_a_poisoned_request_of_eight_ends_alone(server: ServedModel) -> None:
         seeds[5] = POISONED
         troubled = list(threads.map(ask, range(SLOTS), seeds))
     assert [status for status, *_ in troubled] == [500 if number == 5 else 200 for number in range(SLOTS)]
-    for number in set(range(SLOTS)) - {5}:
-        assert troubled[number][1] == clean[number][1]
-        assert troubled[number][2] == pytest.approx(clean[number][2], abs=1e-5)  # of batches of other sizes
     assert server.metric("engine_restarts_total") == 0
     server.wait(server.free)
+    del clean[5], troubled[5]
+    return clean, troubled
+
+
+def test_a_poisoned_request_of_eight_ends_alone(server: ServedModel) -> None:
+    """The others' tokens and log-probabilities are those of a run without it."""
+    for (_, tokens, logprobs), (_, tokens_beside, logprobs_beside) in zip(*with_one_poisoned(server)):
+        assert tokens_beside == tokens
+        assert logprobs_beside == pytest.approx(logprobs, abs=1e-5)  # of batches of other sizes
+
+
+@pytest.mark.slow
+def test_with_deterministic_the_others_have_the_same_bits(model: Path) -> None:
+    with served(
+        model, step_s=0.02, max_num_seqs=SLOTS, max_num_batched_tokens=64, deterministic=True, compile=True
+    ) as server:
+        clean, troubled = with_one_poisoned(server)
+        assert troubled == clean
 
 
 @pytest.mark.parametrize("state", ["queued", "prefilling", "decoding"])
