@@ -148,7 +148,7 @@ def test_the_page_asks_nobody_else(http: FlaskClient) -> None:
     answer = http.get("/docs")
     assert answer.mimetype == "text/html" and "default-src 'none'" in answer.headers["Content-Security-Policy"]
     assert "//" not in re.sub(r"^\s*//.*", "", answer.text, flags=re.M)  # no address of another server
-    assert re.findall(r'(?:src|href)="([^"]+)"', answer.text) == ["openapi.json"]
+    assert re.findall(r'(?:src|href)="([^"]+)"', answer.text) == [".", "dashboard", "openapi.json"]
 
 
 def test_routes_without_a_key_are_those_described(make_app: Callable[..., Flask]) -> None:

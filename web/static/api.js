@@ -10,7 +10,9 @@ export async function ask(path, options = {}) {
   const headers = { ...options.headers };
   if (!/^[\x20-\x7e]*$/.test(key.get())) throw Object.assign(new Error("The API key holds characters that cannot be sent."), { status: 401 });
   if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
-  const answer = await fetch(path, { ...options, headers });
+  const answer = await fetch(path, { ...options, headers }).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("The server cannot be reached.");
+  });
   if (answer.ok) return answer;
   let message = `${answer.status} ${answer.statusText}`;
   try {

@@ -5,6 +5,8 @@
 import { ask, key, make } from "./api.js";
 
 const KEPT = "pagegraph.chat";
+const CUT = "The connection was closed before the answer's end.";
+const LEAST_STREAMED_MS = 100; // what comes all at once has no rate
 // A tab keeps its own conversation; a new one begins with that of the tab that was last.
 const STORAGES = [() => sessionStorage, () => localStorage];
 const at = (id) => document.getElementById(id);
@@ -233,15 +235,18 @@ function figures(usage, toFirst, streamed, stopped) {
   if (!usage) return stopped ? "stopped" : "";
   const tokens = usage.completion_tokens;
   const cached = usage.prompt_tokens_details?.cached_tokens;
-  const rate = tokens > 1 && streamed > 0 ? `, ${((tokens - 1) / streamed * 1000).toFixed(1)} tokens/s` : "";
+  const rate = tokens > 1 && streamed >= LEAST_STREAMED_MS ? `, ${((tokens - 1) / streamed * 1000).toFixed(1)} tokens/s` : "";
   return `${tokens} tokens${rate}, first after ${(toFirst / 1000).toFixed(2)} s; prompt ${usage.prompt_tokens}${cached ? `, ${cached} of it cached` : ""}`;
 }
 
 /** The events of a stream, parsed, up to [DONE]. */
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const read = () => reader.read().catch((error) => {
+    throw error.name === "AbortError" ? error : new Error(CUT);
+  });
   let text = "";
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+  for (let part = await read(); !part.done; part = await read()) {
     text += part.value;
     const whole = text.split("\n\n");
     text = whole.pop();
@@ -251,7 +256,7 @@ async function* events(response) {
       if (data) yield JSON.parse(data);
     }
   }
-  throw new Error("The connection was closed before the answer's end.");
+  throw new Error(CUT);
 }
 
 // -- what people do

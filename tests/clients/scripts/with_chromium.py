@@ -1,4 +1,4 @@
-"""Chromium on the pages for people: chat and dashboard, by hand and on a phone, and axe's opinion of them.
+"""Chromium on the pages for people: chat, dashboard and API, by hand and on a phone, and axe's opinion of them.
 
 Debian's chromium, or the one that CHROMIUM names. What a small model will not say on request (tools, reasoning, markdown,
 markup that attacks) a made-up stream says in its place.
@@ -123,7 +123,7 @@ def an_error_is_told_and_the_page_goes_on() -> None:
         opened.route("**/v1/chat/completions", lambda route: route.abort())
         opened.fill("#input", "Hello")
         opened.keyboard.press("Enter")
-        opened.wait_for_selector("#error:visible")
+        opened.wait_for_selector("#error:has-text('cannot be reached')")
         opened.unroute("**/v1/chat/completions")
         say(opened, "Hello again")
         assert not opened.locator("#error").is_visible()
@@ -353,6 +353,10 @@ def axe_finds_nothing_and_a_phone_scrolls_one_way() -> None:
                 opened.goto(f"{BASE_URL}/dashboard")
                 opened.wait_for_selector(".card:visible")
                 _accepted(opened)
+                opened.goto(f"{BASE_URL}/docs")
+                opened.click("summary:has-text('/v1/chat/completions')")
+                opened.click("summary:has-text('/v1/models/{name}')")
+                _accepted(opened)
 
 
 def _accepted(opened: Page) -> None:
@@ -364,5 +368,5 @@ def _accepted(opened: Page) -> None:
 if __name__ == "__main__":
     if not os.access(CHROMIUM, os.X_OK):
         sys.exit(f"{CHROMIUM} cannot be run: apt-get install chromium, or name another one in CHROMIUM")
-    note("the pages / and /dashboard, Debian's chromium; axe-core finds nothing")
+    note("the pages /, /dashboard and /docs, Debian's chromium; axe-core finds nothing")
     main("playwright", "axe-playwright-python")
