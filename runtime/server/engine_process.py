@@ -112,9 +112,8 @@ def main(path: str) -> None:
     log.info("%s", describe_defaults(engine.info().sampling_defaults))
     if beside:
         fill_cache = partial(compile_process.fill_cache, built, Path(path), settings.compile_lock)
-        threading.Thread(target=_compile, args=(config, built, fill_cache), name="compile", daemon=True).start()
-    gc.collect()
-    gc.freeze()  # what is built stays; with it, looking for garbage would hold up a step for half a second now and then
+        threading.Thread(target=_compile_beside, args=(config, built, fill_cache), name="compile", daemon=True).start()
+    _freeze()
     try:
         engine.run()
     except RanksLost as error:
@@ -148,8 +147,18 @@ def _compile(config: Config, built: BuiltModel, first: Callable[[], None] = lamb
             exc_info=True,
         )
     else:
-        gc.freeze()
         log.info("compiled after %.1f s: steps run the compiled graph from here on", built.timings.seconds["compile"])
+
+
+def _compile_beside(config: Config, built: BuiltModel, first: Callable[[], None]) -> None:
+    _compile(config, built, first)
+    _freeze()
+
+
+def _freeze() -> None:
+    """What is built stays; with it, looking for garbage would hold up a step for half a second now and then."""
+    gc.collect()  # garbage that is frozen is never freed
+    gc.freeze()
 
 
 def _tell_of_compilers(config: Config, built: BuiltModel, beat: Callable[[float | None], None]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import weakref
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -100,3 +102,20 @@ def test_a_triton_kernel_that_is_compiled_is_no_hang(beats: list[float | None]) 
     """Triton asks this hook before it compiles what a launch needs, and goes on if it says nothing."""
     facts = dict(key="", repr="", fn=None, compile={}, is_manual_warmup=False, already_compiled=False)
     assert not triton.knobs.runtime.jit_cache_hook(**facts) and beats == [None]
+
+
+def test_garbage_is_freed_before_what_is_built_is_frozen() -> None:
+    class Node:
+        pass
+
+    gc.disable()
+    one = Node()
+    one.itself = one
+    gone = weakref.ref(one)
+    del one
+    try:
+        engine_process._freeze()
+        assert gone() is None and gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+        gc.enable()
