@@ -32,10 +32,10 @@ from pagegraph.compiler.step.state import DeviceState
 
 WeightKind = Literal["embedding", "attention", "recurrence", "MLP", "experts", "norms", "head", "other"]
 META = torch.device("meta")
-# What the driver holds of one captured graph for each of the model's layers, besides the memory that graphs share. With
-# it the estimate gives the blocks that starts on an H200 had (perf/results/h200-2026-11-29-*: 28 and 32 layers, 66 graphs)
-# within half a percent.
-GRAPH_BYTES_A_LAYER = 1_700_000
+# What the driver holds of a captured graph for each kernel of the modules' forward, besides the memory that graphs share; starts
+# capture the modules themselves to measure it. With it the estimate gives the blocks of starts on an H200
+# (perf/results/h200-2026-11-28-* to h200-2026-11-30-*: 66 to 78 graphs of 24 to 32 layers) within a percent.
+GRAPH_BYTES_A_LAUNCH = 36_000
 FEW_SEQS, FEW_TOKENS = 64, 2048  # of a smaller largest step, for what does not fit otherwise
 
 
@@ -91,6 +91,11 @@ class Ledger:
     def blocks(self) -> int:
         return self.num_blocks * self.block_bytes
 
+    @property
+    def loaded(self) -> int:
+        """What a build takes and keeps: all but the context and what the largest step takes while it runs."""
+        return self.weight_bytes + self.slots + self.state + self.graphs + self.blocks
+
     def sequences(self, tokens: int) -> int:
         """How many sequences of so many tokens the blocks hold, the null block left out."""
         return max(self.num_blocks - 1, 0) // -(-tokens // self.block_size)
@@ -112,10 +117,8 @@ def ledger(options: CompilerOptions, models: list[LoadedModel], machine: Machine
     if cuda:
         sizes = len(capture_sizes_of(options).buckets())
         forwards = [sizes + more for more in (0, MAX_DRAFT_FORWARDS)[: len(models)]]
-        layers_of = [model.num_layers for model in models]
         num_graphs = sizes * len(models)
-        graphs = sum(one.forward for one in steps)
-        graphs += sum(GRAPH_BYTES_A_LAYER * n * count for n, count in zip(layers_of, forwards))
+        graphs = sum(one.pool + GRAPH_BYTES_A_LAUNCH * one.launches * count for one, count in zip(steps, forwards))
     context = CONTEXT if cuda else 0
     used = sum(one.bytes for one in weights) + slots + state_bytes + context
     kv_cache = options.kv_cache

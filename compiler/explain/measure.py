@@ -23,6 +23,7 @@ from pagegraph.compiler.explain.ledger import Weights, state_tensors, weights_of
 from pagegraph.compiler.explain.roofline import is_decode, rows_of
 from pagegraph.compiler.host import step_thread
 from pagegraph.compiler.profile.device_time import median_seconds
+from pagegraph.compiler.profile.memory import MemoryProfile
 from pagegraph.compiler.step.caches import Caches
 from pagegraph.compiler.step.capture_sizes import Bucket
 from pagegraph.compiler.step.cuda_runner import CudaRunner
@@ -45,6 +46,10 @@ class MeasuredMemory:
     blocks: int
     num_blocks: int
     resident: int  # of this process, less what it had before the build; on CUDA what it holds of the device's memory
+    step: (
+        int | None
+    )  # of the largest step and of CUDA graphs, as a start measures them to size the KV cache; None: it did not
+    graphs: int | None
 
     @property
     def weight_bytes(self) -> int:
@@ -70,8 +75,8 @@ class MeasuredStep:
     kernels: list[Kernel]
 
 
-def measured_memory(built: BuiltModel, resident_before: int) -> MeasuredMemory:
-    """Of a built model and its draft model."""
+def measured_memory(built: BuiltModel, resident_before: int, profiles: Sequence[MemoryProfile] = ()) -> MeasuredMemory:
+    """Of a built model and its draft model; `profiles`: what its start has measured of them, if it has."""
     states = [step.state for step in built.steps]
     return MeasuredMemory(
         weights=[one for step in built.steps for one in weights_of(step.paged_model.model)],
@@ -80,6 +85,8 @@ def measured_memory(built: BuiltModel, resident_before: int) -> MeasuredMemory:
         blocks=sum(state.caches.block_bytes for state in states) * built.num_blocks,
         num_blocks=built.num_blocks,
         resident=resident(built.device) - resident_before,
+        step=max((one.step for one in profiles), default=None),
+        graphs=sum(one.graphs for one in profiles) if profiles else None,
     )
 
 

@@ -106,6 +106,7 @@ def test_slots_of_recurrent_state_leave_less_for_blocks(tmp_path: Path) -> None:
     [
         ("8b", "h200-2026-11-28-llama3-8b-prompts-in-graphs.json"),
         ("0.6b", "h200-2026-11-29-qwen3-0.6b-prefill-hopper.json"),
+        ("30b-a3b-24l", "h200-2026-11-30-qwen3-30b-a3b-24l-steps.json"),
     ],
 )
 def test_an_estimate_gives_the_blocks_that_a_start_measured(name: str, result: str, tmp_path: Path) -> None:
@@ -113,12 +114,27 @@ def test_an_estimate_gives_the_blocks_that_a_start_measured(name: str, result: s
     [blocks] = {
         one["facts"]["num_blocks"] for one in json.loads(text)["sections"] if "num_blocks" in one.get("facts", {})
     }
-    options = options_of(write_model(name, tmp_path), GPUS["h200"])
+    assert on_an_h200(name, 256, tmp_path).num_blocks == pytest.approx(blocks, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["8b", "0.6b", "30b-a3b-24l"])
+def test_an_estimate_is_what_is_kept_after_a_start_of_many_sequences(name: str, tmp_path: Path) -> None:
+    rows = json.loads((ROOT / "perf" / "results" / "h200-2026-11-30-memory.json").read_text())["rows"]
+    [row] = [row for row in rows if row["model"] == name]
+    found = on_an_h200(name, row["max_num_seqs"], tmp_path)
+    assert (found.weight_bytes, found.state, found.num_graphs) == (row["weights"], row["state"], row["graphs"])
+    assert found.num_blocks == pytest.approx(row["num_blocks"], rel=0.01)
+    assert found.loaded == pytest.approx(row["resident"], rel=0.03)
+
+
+def on_an_h200(name: str, seqs: int, folder: Path) -> Ledger:
+    """Of a start with so many sequences and steps of 8192 tokens."""
+    options = options_of(write_model(name, folder), GPUS["h200"])
     options = replace(
         options, model=replace(options.model, max_model_len=MAX_MODEL_LEN[name]),
-        step=StepOptions(max_num_seqs=256, max_decode_tokens=256, max_num_batched_tokens=8192),
+        step=StepOptions(max_num_seqs=seqs, max_decode_tokens=seqs, max_num_batched_tokens=8192),
     )  # fmt: skip
-    assert planned(options, GPUS["h200"]).num_blocks == pytest.approx(blocks, rel=0.01)
+    return planned(options, GPUS["h200"])
 
 
 def test_windows_are_told_from_whole_attention(tmp_path: Path) -> None:
