@@ -1,8 +1,8 @@
 """The least time of a step of each size: bytes over bandwidth or operations over rate, whichever is slower.
 
 Linear products, attention and recurrences follow each other, so their times are added; within each the slower limit counts.
-What lies
-between them, sampling and the gaps between kernels are left out: a floor, no forecast. Knows no requests.
+What lies between them, sampling and the gaps between kernels are left out: a floor; the forecast beside it is
+`compiler.explain.predict`'s. Knows no requests.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 from pagegraph.compiler.build import LoadedModel, capture_sizes_of, largest_step
 from pagegraph.compiler.explain.machines import Machine
-from pagegraph.compiler.explain.trace import StepTotals, Totals, decodes, prompts
+from pagegraph.compiler.explain.predict import step_seconds
+from pagegraph.compiler.explain.trace import Call, StepTotals, Totals, decodes, prompts
 from pagegraph.compiler.options import CompilerOptions
 from pagegraph.compiler.step.capture_sizes import Bucket, own_bucket
 from pagegraph.compiler.tensor_parallel.modules import Gathered
@@ -36,6 +37,7 @@ class StepFloor:
     link_bytes: int  # that a rank sends to the others
     link_s: float
     floor_s: float
+    predicted_s: float | None  # of a GPU, where the calls are those that the passes left
 
     @property
     def bound(self) -> str:
@@ -59,16 +61,25 @@ def _compute(one: Totals, machine: Machine) -> float:
     return (one.flops - one.narrow_flops) / machine.flops + one.narrow_flops / machine.narrow_flops
 
 
-def step_floor(model: LoadedModel, totals: StepTotals, bucket: Bucket, context: int, machine: Machine) -> StepFloor:
-    """Of a bucket whose calls need `totals`."""
+def step_floor(
+    model: LoadedModel,
+    totals: StepTotals,
+    bucket: Bucket,
+    context: int,
+    machine: Machine,
+    calls: list[Call] | None = None,
+) -> StepFloor:
+    """Of a bucket whose calls need `totals`; with the time that `calls` are expected to take, where they are known."""
     floor, memory_s, compute_s = floor_of(totals, machine)
     sent = sent_bytes(model, bucket)
     link_s = sent / machine.link if machine.link else 0.0
-    every = totals.values()
+    every, predicted = totals.values(), None
+    if calls is not None and machine.device_type == "cuda":
+        predicted = step_seconds(calls, bucket.seqs * model.vocab_size * model.dtype.itemsize, machine) + link_s
     return StepFloor(
         bucket.tokens, bucket.seqs, context, is_decode(bucket), sum(one.flops for one in every),
         sum(one.weight_bytes for one in every), sum(one.cache_bytes for one in every), memory_s, compute_s, sent, link_s,
-        floor + link_s,
+        floor + link_s, predicted,
     )  # fmt: skip
 
 

@@ -16,10 +16,12 @@ from pagegraph.compiler.explain import measure
 from pagegraph.compiler.explain.fusions import PassResult, run_passes
 from pagegraph.compiler.explain.ledger import Ledger, Weights, ledger, planned_states, would_fit
 from pagegraph.compiler.explain.machines import Machine, named_gpu, this_machine
+from pagegraph.compiler.explain.predict import FITTED
 from pagegraph.compiler.explain.roofline import StepFloor, buckets_of, is_decode, rows_of, step_floor, summed_bytes
 from pagegraph.compiler.explain.trace import Traced, costs, trace
 from pagegraph.compiler.options import CompilerOptions
 from pagegraph.compiler.passes.registry import graph_passes
+from pagegraph.compiler.profile.memory import StoredProfiles
 from pagegraph.compiler.resolve import resolve_device
 from pagegraph.compiler.step.capture_sizes import Bucket
 from pagegraph.compiler.step.dummy import dummy_step
@@ -80,6 +82,22 @@ class Explanation:
         """Of all ranks of all engines."""
         return self.ledger.allowed * self.gpus * self.engines
 
+    @property
+    def unfitted(self) -> list[str]:
+        """What of this configuration the predicted times were not fitted to; with none of it they are more than an estimate."""
+        quantised = any(
+            dtype not in ("bfloat16", "float16", "float32") for dtype in (one.dtype for one in self.ledger.weights)
+        )
+        reasons = {
+            f"{self.machine.name}": self.machine.name != FITTED,
+            "several GPUs": self.gpus > 1,
+            "quantised weights": quantised,
+            f"weights in {self.dtype}": self.dtype == "float32",
+            f"a KV cache in {self.cache_dtype}": self.cache_dtype != self.dtype,
+            "recurrent layers": bool(self.ledger.slots),
+        }
+        return [name for name, holds in reasons.items() if holds]
+
     def measured_ms(self, step: StepFloor) -> float | None:
         """Of the step of this size, if it was run."""
         if self.measured is None:
@@ -93,14 +111,22 @@ class Explanation:
         found["memory"] = found.pop("ledger") | {
             "weight_bytes": held.weight_bytes,
             "blocks": held.blocks,
-            "step": asdict(held.step) | {"peak": held.step.peak},
+            "loaded": held.loaded,
         }
         found["memory"].pop("machine")
         found["memory"].pop("gpus")
         found["memory"]["all_engines"] = self.all_bytes
+        found["predicted_for"] = FITTED
+        found["unfitted"] = self.unfitted
         found["sequences"] = {str(tokens): count for tokens, count in self.sequences().items()}
         found["steps"] = [
-            asdict(one) | {"bound": one.bound, "floor_ms": 1e3 * one.floor_s, "measured_ms": self.measured_ms(one)}
+            asdict(one)
+            | {
+                "bound": one.bound,
+                "floor_ms": 1e3 * one.floor_s,
+                "predicted_ms": None if one.predicted_s is None else 1e3 * one.predicted_s,
+                "measured_ms": self.measured_ms(one),
+            }
             for one in self.steps
         ]
         return found
@@ -179,10 +205,10 @@ def _traced(options: CompilerOptions, models: list[LoadedModel]) -> Traced:
     if options.device.type == "cpu":  # a pass takes attention for what is there
         cpu_decode.build()
         cpu_int4.build()
-    steps = warm_steps(state)
+    steps, passes = warm_steps(state), graph_passes(options.passes, options.device)
     if options.device.type == "cpu":
-        steps = [dummy_step([1], state.dummy_slot), *steps]
-    return trace(models[0].paged_model, state, steps)
+        steps, passes = [dummy_step([1], state.dummy_slot), *steps], []  # a prediction is made for GPUs alone
+    return trace(models[0].paged_model, state, steps, passes)
 
 
 def _floors(
@@ -199,10 +225,10 @@ def _floors(
     for bucket in buckets:
         rows = rows_of(bucket, context)
         if traced is None:
-            totals = costs(model.paged_model, model.paged_model, state, rows, bucket.seqs)
+            totals, calls = costs(model.paged_model, model.paged_model, state, rows, bucket.seqs)[0], None
         else:
-            totals = traced.costs(rows, bucket.seqs)
-        found.append(step_floor(model, totals, bucket, context, machine))
+            totals, calls = traced.costs(rows, bucket.seqs)
+        found.append(step_floor(model, totals, bucket, context, machine, calls))
     return found
 
 
@@ -215,7 +241,8 @@ def _measured(options: CompilerOptions, buckets: list[Bucket], context: int) -> 
     before = measure.resident(options.device)
     built = build_compiled(options, progress=False)
     try:
-        memory = measure.measured_memory(built, before)
+        profiles = StoredProfiles(built.start_cache, asdict(options.step)).read() if built.start_cache else None
+        memory = measure.measured_memory(built, before, profiles or ())
         looked_at = {buckets[at * (len(buckets) - 1) // (PROFILED - 1)] for at in range(PROFILED)}
         steps = measure.measured_steps(built.step, buckets, context, built.num_blocks, looked_at)
     finally:

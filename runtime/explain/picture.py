@@ -1,4 +1,4 @@
-"""An explanation as a picture: memory as one stacked bar, the least time of steps over their sizes. Plain SVG, no packages.
+"""An explanation as a picture: memory as one stacked bar, the time of steps over their sizes. Plain SVG, no packages.
 
 Colours are told apart without their hue too: each part of the bar is named beside it, and series have their own marks.
 Knows no compiler.
@@ -107,13 +107,19 @@ def _plot(one: Explanation) -> Iterator[str]:
     """Milliseconds over tokens of a step, both in powers of ten."""
     decode = [(step.tokens, 1e3 * step.floor_s) for step in one.steps if step.decode]
     prompt = [(step.tokens, 1e3 * step.floor_s) for step in one.steps if not step.decode]
-    found = [(step.tokens, ms, step.decode) for step in one.steps if (ms := one.measured_ms(step)) is not None]
+    found = [(step.tokens, ms) for step in one.steps if (ms := one.measured_ms(step)) is not None]
     if not decode and not prompt:
         return
-    every = [*decode, *prompt, *((tokens, ms) for tokens, ms, _ in found)]
+    expected = {
+        kind: [(step.tokens, 1e3 * step.predicted_s) for step in one.steps if step.decode == kind and step.predicted_s]
+        for kind in (True, False)
+    }
+    every = [*decode, *prompt, *expected[True], *expected[False], *found]
     x_of = _Scale([tokens for tokens, _ in every], LEFT, RIGHT)
     y_of = _Scale([ms for _, ms in every], PLOT_BOTTOM, PLOT_TOP)
-    title = f"a step takes at least: milliseconds by tokens in it, sequences of {one.context:,} tokens"
+    predicted = any(expected.values())
+    title = "a step takes at least (as predicted: dashed)" if predicted else "a step takes at least"
+    title += f": milliseconds by tokens in it, sequences of {one.context:,} tokens"
     yield _text(LEFT, PLOT_TOP - 28, title, 13, INK, weight=600)
     for tick in y_of.ticks():
         y = y_of(tick)
@@ -129,7 +135,10 @@ def _plot(one: Explanation) -> Iterator[str]:
         line = " ".join(f"{x_of(tokens):.1f},{y_of(ms):.1f}" for tokens, ms in points)
         yield f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
         yield from (_mark(x_of(tokens), y_of(ms), colour, square) for tokens, ms in points)
-    for tokens, ms, _ in found:
+        line = " ".join(f"{x_of(tokens):.1f},{y_of(ms):.1f}" for tokens, ms in expected[not square])
+        if line:
+            yield f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="6 4"/>'
+    for tokens, ms in found:
         x, y = x_of(tokens), y_of(ms)
         yield f'<path d="M{x - 4:.1f} {y - 4:.1f} l8 8 m0 -8 l-8 8" stroke="{MEASURED}" stroke-width="2"/>'
     yield from _legend(bool(decode), bool(prompt), bool(found))

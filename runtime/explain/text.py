@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from pagegraph.compiler.explain.predict import FITTED
 from pagegraph.runtime.explain.explanation import Explanation, by_kind
 
 WIDTH = 100
@@ -94,15 +95,18 @@ def _memory(one: Explanation) -> Iterator[str]:
     if held.state >= 1 << 20:
         yield line("tables and text of slots", held.state, measured.memory.state if measured else None)
     step = held.step
-    yield line("largest step, estimated", step.peak)
+    yield line("largest step, estimated", step.peak, measured.memory.step if measured else None)
     if cuda:
-        yield line(f"{held.num_graphs} CUDA graphs, estimated", held.graphs)
+        graphs = measured.memory.graphs if measured else None
+        yield line(f"{held.num_graphs} CUDA graphs, estimated", held.graphs, graphs)
         yield line("CUDA itself", held.context)
     if held.block_bytes:
         blocks = f"{held.num_blocks:,} blocks of {held.block_size} tokens"
         yield line(blocks, held.blocks, measured.memory.blocks if measured else None)
     if measured:
         memory = measured.memory
+        if cuda:
+            yield line("all that stays once it is loaded", held.loaded, memory.resident)
         tensors = memory.weight_bytes + memory.slots + memory.state + memory.blocks
         gained = "of the device's memory are in use more than before" if cuda else "of resident memory"
         yield from _wrapped(
@@ -168,22 +172,34 @@ def _refusal(one: Explanation) -> Iterator[str]:
 
 def _steps(one: Explanation) -> Iterator[str]:
     counted = "products, attention and states" if one.ledger.slots else "products and attention"
-    yield f"STEPS take at least, each sequence {one.context:,} tokens long ({counted} alone)"
-    columns = ["tokens", "sequences", "FLOPs", "weights", "KV", "bound by", "ms", "tokens/s"]
-    if one.measured:
-        columns += ["measured", "share"]
+    predicted = any(step.predicted_s is not None for step in one.steps)
+    if predicted:
+        yield f"STEPS in milliseconds, each sequence {one.context:,} tokens long; floor: {counted} alone"
+    else:
+        yield f"STEPS take at least, each sequence {one.context:,} tokens long ({counted} alone)"
+    columns = ["tokens", "sequences", "FLOPs", "weights", "KV", "bound by"]
+    columns += ["floor", "predicted"] if predicted else ["ms"]
+    columns += ["measured"] * bool(one.measured)
+    columns.append(("off" if predicted else "share") if one.measured else "tokens/s")
     rows = [columns]
     for step in one.steps:
-        found = one.measured_ms(step)
+        expected, found = step.predicted_s or step.floor_s, one.measured_ms(step)
         row = [
             f"{step.tokens:,}", f"{step.seqs:,}" if step.decode else "prompts", _amount(step.flops),
             size(step.weight_bytes), size(step.cache_bytes), step.bound, _ms(step.floor_s),
-            f"{step.tokens / step.floor_s:,.0f}",
         ]  # fmt: skip
+        row += [_ms(expected)] * predicted
         if one.measured:
-            row += ["", ""] if found is None else [f"{found:.4g}", f"{1e5 * step.floor_s / found:.0f} %"]
+            share = 0.0 if found is None else 1e5 * expected / found
+            told = f"{share - 100:+.0f} %" if predicted else f"{share:.0f} %"
+            row += ["", ""] if found is None else [f"{found:.4g}", told]
+        else:
+            row.append(f"{step.tokens / expected:,.0f}")
         rows.append(row)
     yield from _table(rows)
+    if predicted:
+        where = "".join(f", an estimate for {reasons}" for reasons in [" and ".join(one.unfitted)] if reasons)
+        yield from _wrapped(f"Predicted: the kernels of the traced graph, by times fitted on an {FITTED}{where}.", "  ")
     if any(step.link_s for step in one.steps):
         yield f"  with what the GPUs exchange over their link at {one.machine.link / 1e9:.0f} GB/s each way"
 

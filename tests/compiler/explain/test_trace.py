@@ -13,12 +13,10 @@ from pagegraph.compiler import build
 from pagegraph.compiler.explain.ledger import planned_states, weight_tensors
 from pagegraph.compiler.explain.machines import GPUS
 from pagegraph.compiler.explain.roofline import floor_of
-from pagegraph.compiler.explain.trace import costs, decodes, meta_inputs, prompts, trace
-from pagegraph.compiler.inductor.compile import compile_forward
+from pagegraph.compiler.explain.trace import costs, decodes, prompts, trace
 from pagegraph.compiler.options import CompilerOptions, KvCacheOptions, ModelOptions, StepOptions
 from pagegraph.compiler.passes.registry import graph_passes
 from pagegraph.compiler.step.dummy import dummy_step
-from pagegraph.compiler.step.forward import mark_dynamic
 from pagegraph.kernels.costs import StepRows
 from perf.floors import Ceilings, Shape, write_model
 from tests.compiler.architectures import ARCHITECTURES, tiny_config
@@ -43,7 +41,7 @@ def test_sums_are_those_of_the_formulas(name: str, method: str | None, tmp_path:
     shape, machine = Shape.of(name), replace(H200, narrow_flops=H200.flops)
     mixed = StepRows(np.array([1, 1, 300, 17]), np.array([900, 1, 300, 64]))
     for step in (decodes(4, 1000), prompts(512, 256), mixed):
-        totals = costs(model.paged_model, model.paged_model, state, step, len(step.rows))
+        totals, _ = costs(model.paged_model, model.paged_model, state, step, len(step.rows))
         floor, _, _ = floor_of(totals, machine)
         query_start = np.concatenate([[0], np.cumsum(step.rows)])
         expected = shape.step_floor(Ceilings(machine.bandwidth, machine.flops), query_start, step.seq_lens, method)
@@ -63,7 +61,7 @@ def test_sums_of_a_mixture_are_those_of_the_formulas(tmp_path: Path) -> None:
     [state] = planned_states(options, [model])
     shape = Shape.of("30b-a3b-24l")
     for step in (decodes(1, 1000), decodes(32, 1000), prompts(2048, 256)):
-        totals = costs(model.paged_model, model.paged_model, state, step, len(step.rows))
+        totals, _ = costs(model.paged_model, model.paged_model, state, step, len(step.rows))
         flops, read = (sum(getattr(one, name) for one in totals.values()) for name in ("flops", "weight_bytes"))
         query_start = np.concatenate([[0], np.cumsum(step.rows)])
         by_bytes = shape.step_floor(Ceilings(1.0, 1e30), query_start, step.seq_lens)
@@ -79,7 +77,7 @@ def test_sums_of_layers_with_a_state_are_those_of_the_formulas(name: str, tmp_pa
     [state] = planned_states(options, [model])
     shape = Shape.of(name)
     for step in (decodes(1, 1000), decodes(32, 1000), prompts(2048, 256)):
-        totals = costs(model.paged_model, model.paged_model, state, step, len(step.rows))
+        totals, _ = costs(model.paged_model, model.paged_model, state, step, len(step.rows))
         states, read = totals.pop("states"), sum(one.weight_bytes for one in totals.values())
         query_start = np.concatenate([[0], np.cumsum(step.rows)])
         by_bytes = shape.step_floor(Ceilings(1.0, 1e30), query_start, step.seq_lens)
@@ -98,22 +96,36 @@ def test_the_traced_graph_costs_what_the_forward_does_and_what_passes_make_of_it
     options = options_of(tmp_path)
     [model] = build.plan_models(options)
     [state] = planned_states(options, [model])
-    traced = trace(model.paged_model, state, [dummy_step([5, 1, 3], 0)])
-    fused = compile_forward(
-        model.paged_model, graph_passes(options.passes, options.device), lambda module, inputs: module.forward
-    )
+    traced = trace(model.paged_model, state, [dummy_step([5, 1, 3], 0)], graph_passes(options.passes, options.device))
     assert len(traced.graphs) == 1
-    inputs = meta_inputs(state, 9, 3)
-    mark_dynamic(*inputs)
-    with torch.inference_mode():
-        fused(*inputs, *state.caches)
     for step, seqs in ((decodes(4, 100), 4), (decodes(8, 30), 8), (prompts(40, 200), 2)):
-        plain = costs(model.paged_model, model.paged_model, state, step, seqs)
-        rewritten = costs(fused, model.paged_model, state, step, seqs)
-        assert traced.costs(step, seqs) == plain
+        plain, apart = costs(model.paged_model, model.paged_model, state, step, seqs)
+        rewritten, calls = traced.costs(step, seqs)
         for kind, totals in plain.items():
             assert (rewritten[kind].flops, rewritten[kind].bytes) == (totals.flops, totals.bytes)
         assert ("experts" in plain) == (architecture == "qwen3_moe")
+        for listed, summed in ((apart, plain), (calls, rewritten)):
+            for kind, totals in summed.items():
+                of_kind = [call.cost for call in listed if call.cost is not None and call.cost.kind == kind]
+                assert len(of_kind) == totals.calls and sum(one.flops for one in of_kind) == totals.flops
+        assert len(calls) <= len(apart)
+
+
+def test_calls_are_those_that_the_passes_left(tmp_path: Path) -> None:
+    tiny_config("qwen3").save_pretrained(tmp_path)
+    options = options_of(tmp_path)
+    [model] = build.plan_models(options)
+    [state] = planned_states(options, [model])
+    traced = trace(model.paged_model, state, [dummy_step([5, 1, 3], 0)], graph_passes(options.passes, options.device))
+    _, calls = traced.costs(decodes(6, 20), 6)
+    layers, hidden = model.num_layers, model.paged_model.hidden_size
+    names = [call.op for call in calls]
+    assert names.count("rope_attention") == layers and names.count("linear_norm_linear") == 2 * layers - 1
+    [first] = [call for call in calls if call.op == "linear_norm_linear"][:1]
+    assert (first.rows, len(first.matrices)) == (6, 2) and first.matrices[0][0] == hidden
+    given = [6 * first.matrices[0][1], 6 * hidden, hidden]  # what attention gave, the residual, the norm's weight
+    left = [6 * hidden, 6 * first.matrices[1][0] // 2]  # the sum, gate times up
+    assert first.moved == 2 * (sum(given) + sum(left)) + 4 * 7  # and where sequences begin
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -123,7 +135,7 @@ def test_every_matrix_of_every_architecture_is_read_once(architecture: str, tmp_
     [model] = build.plan_models(options)
     [state] = planned_states(options, [model])
     step = decodes(300, 50)  # so many that every expert is chosen
-    totals = costs(model.paged_model, model.paged_model, state, step, 300)
+    totals, _ = costs(model.paged_model, model.paged_model, state, step, 300)
     inner = model.paged_model.model
     tied = inner.get_input_embeddings().weight is inner.get_output_embeddings().weight
     held = [(kind, one) for kind, _, one in weight_tensors(inner) if one.dim() > 1]

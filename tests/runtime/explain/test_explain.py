@@ -30,8 +30,41 @@ def test_the_text_fits_and_names_every_part(folder: str, tmp_path: Path) -> None
     for words in ("MEMORY", "SEQUENCES", "STEPS", "PASSES", "fuse_rope", "all weights", "CUDA graphs", "NVIDIA H200"):
         assert words in result.stdout, words
     assert max(map(len, result.stdout.splitlines())) <= 100
-    shown = "".join(ElementTree.fromstring(picture.read_text()).itertext())
-    assert "NVIDIA H200" in shown and "KV blocks" in shown and "prompts" in shown
+    told = " ".join(result.stdout.split())
+    assert "bound by floor predicted tokens/s" in told and "by times fitted on an NVIDIA H200." in told
+    drawn = ElementTree.fromstring(picture.read_text())
+    shown = "".join(drawn.itertext())
+    assert "NVIDIA H200" in shown and "KV blocks" in shown and "prompts" in shown and "as predicted: dashed" in shown
+    dashed = [one for one in drawn.iter() if one.tag.endswith("polyline") and "stroke-dasharray" in one.attrib]
+    assert len(dashed) == 2
+
+
+def test_a_step_is_predicted_to_take_longer_than_its_floor(folder: str) -> None:
+    found = json.loads(explain(folder, *GPU, "--gpu", "h200", "--context", "64", "--json").stdout)
+    assert found["predicted_for"] == "NVIDIA H200" and found["unfitted"] == []
+    assert all(one["predicted_ms"] == 1e3 * one["predicted_s"] > one["floor_ms"] for one in found["steps"])
+
+
+@pytest.mark.parametrize(
+    "more, reasons",
+    [
+        (("--gpu", "l4"), "an estimate for NVIDIA L4."),
+        (("--gpu", "h200", "--quantization", "int8"), "an estimate for quantised weights."),
+        (
+            ("--gpu", "h100", "--kv-cache-dtype", "fp8"),
+            "an estimate for NVIDIA H100 SXM and a KV cache in float8_e4m3fn.",
+        ),
+    ],
+)
+def test_what_was_not_fitted_is_an_estimate(more: tuple[str, ...], reasons: str, folder: str) -> None:
+    result = explain(folder, *GPU, "--dtype", "bfloat16", "--context", "64", *more)
+    assert result.exit_code == 0 and reasons in " ".join(result.stdout.split()), result.output
+
+
+def test_nothing_is_predicted_without_the_graph_or_for_a_cpu(folder: str) -> None:
+    for asked in ((*GPU, "--gpu", "h200", "--quick"), (*SMALL, "--device", "cpu")):
+        told = explain(folder, *asked, "--context", "64")
+        assert told.exit_code == 0 and "STEPS take at least" in told.stdout and "redicted" not in told.stdout
 
 
 def test_json_has_the_same_figures(folder: str) -> None:
