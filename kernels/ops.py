@@ -412,8 +412,8 @@ def _on_cuda(place: str) -> Callable:
     """The function at "module:function", whose module is imported at its first call: Triton is for where there is a device."""
     module, _, function = place.partition(":")
 
-    def call(*arguments: Any) -> Any:
-        return getattr(import_module(f"pagegraph.kernels.{module}"), function)(*arguments)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return getattr(import_module(f"pagegraph.kernels.{module}"), function)(*arguments, **named)
 
     return call
 

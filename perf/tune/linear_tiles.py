@@ -77,7 +77,7 @@ def row_candidates(out_size: int, size: int, rows: int) -> list[GemvTile]:
         GemvTile(n, 256 * warps, warps, ahead)
         for (n, warps), ahead in itertools.product(blocks, (1, 2, 3))
         if 256 * warps * ahead <= size
-        and -(-out_size // (n * gates)) >= 256
+        and -(-out_size // (n * gates)) >= min(256, out_size)
         and (ahead == 1 or n * gates * ahead <= 12)
     ]
 

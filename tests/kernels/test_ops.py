@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from pagegraph.kernels import ops
 from pagegraph.kernels.ops import OPS, SAME, Op
 from tests.paths import ROOT
 
@@ -23,6 +25,15 @@ def test_a_row_names_what_is_there(op: Op) -> None:
     module, _, function = op.cuda.partition(":")
     tree = ast.parse((ROOT / "kernels" / f"{module.replace('.', '/')}.py").read_text())
     assert function in {one.name for one in tree.body if isinstance(one, ast.FunctionDef)}
+
+
+def test_the_function_for_cuda_gets_what_the_op_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By place and by name, as a graph calls it."""
+    given = []
+    module = SimpleNamespace(function=lambda *arguments, **named: given.append((arguments, named)))
+    monkeypatch.setattr(ops, "import_module", lambda name: module)
+    ops._on_cuda("some.module:function")(1, 2, residual=3)
+    assert given == [((1, 2), {"residual": 3})]
 
 
 def test_the_table_imports_no_triton() -> None:
