@@ -21,7 +21,11 @@ from pagegraph.runtime.server.start_errors import as_one_sentence
     help="Tokens of each sequence of a step.  [default: 1024, or max_model_len if that is less]",
 )
 @click.option("--all-sizes", is_flag=True, help="Every capture size instead of a few.")
-@click.option("--quick", is_flag=True, help="Do not trace the graph: seconds instead of half a minute, no passes.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Do not trace the graph: seconds instead of half a minute, no passes and no predicted times.",
+)
 @click.option("--measure", is_flag=True, help="Then build the model, run the steps, and show both.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output instead of the text.")
 @click.option("--svg", type=click.Path(dir_okay=False, path_type=Path), help="File of a picture.")
@@ -36,7 +40,7 @@ def explain(
     svg: Path | None,
     overrides: dict[str, str],
 ) -> None:
-    """Say what CONFIG costs: memory, sequences that fit, the least time of steps. Loads no weights.
+    """Say what CONFIG costs: memory, sequences that fit, the least and on a GPU the predicted time of steps. Loads no weights.
 
     Exits with 1 where it does not fit, after saying what would.
     """
