@@ -1,7 +1,8 @@
 """Groups of processes by name, and what their ranks bring together: `pagegraph::all_reduce` and `pagegraph::all_gather`.
 
 All ranks of a group call the same ops on tensors of the same sizes in the same order. Between GPUs an op is launched on the current
-stream and not waited for, so that a CUDA graph may hold it. A rank that ends lets calls over gloo raise, and one that hangs does
+stream and not waited for, so that a CUDA graph may hold it; sums of a few rows go through memory that ranks share
+(`kernels.collective.one_shot`), where there is a way to it. A rank that ends lets calls over gloo raise, and one that hangs does
 so after the group's time. NCCL's calls raise nothing: kernels wait on the device, for ever, until `Group.abort`; who waits for
 them has to look after the other ranks. What ranks agree on before they compute goes over gloo on every device. Knows process groups of PyTorch; does not
 know how they came about or what is summed.
@@ -9,6 +10,7 @@ know how they came about or what is summed.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -24,6 +26,8 @@ from torch._C._distributed_c10d import (
     ReduceOp,
     Store,
 )
+
+log = logging.getLogger("pagegraph.ranks")
 
 LOOPBACK = "127.0.0.1"
 CLOSE_S = 10.0
@@ -45,6 +49,34 @@ class Group:
         self.processes = processes
         self.host = host or processes
         self.timeout_s = timeout_s
+        self.one_shot: Any = None  # OneShot: sums of a few rows between GPUs that reach each other's memory
+        self._memory: Any = None
+
+    def share_memory(self, store: Store, rank: int, size: int, device: torch.device) -> None:
+        """Let sums of a few rows go through memory of all ranks, which have to call it together; or say why they do not.
+
+        A group of the name "" is this one.
+        """
+        from pagegraph.kernels.collective.one_shot import OneShot, bytes_of
+        from pagegraph.kernels.collective.peer_memory import PeerMemory
+
+        def together(mine: bool) -> bool:
+            return bool(least([int(mine)], "")[0])
+
+        try:
+            self._memory = PeerMemory(store, rank, size, bytes_of(size), together)
+        except RuntimeError as error:
+            log.warning("sums over %d GPUs all go by NCCL: %s", size, error)
+            return
+        one_shot, right = OneShot(rank, self._memory.addresses, device), True
+        for count in (1, 3000, 200_000):  # fewer than a program has, several programs, several blocks of each
+            x = torch.arange(count, device=device, dtype=torch.float32).remainder(97).add(rank).bfloat16()
+            right = right and torch.equal(one_shot.all_reduce(x.float()), all_reduce(x.float(), ""))
+        if together(right):
+            self.one_shot = one_shot
+        else:
+            log.warning("sums over %d GPUs all go by NCCL: those through shared memory were wrong", size)
+            self._memory.close()
 
     @property
     def timeout(self) -> timedelta:
@@ -62,6 +94,8 @@ class Group:
         Over gloo calls end by themselves.
         """
         if not self.raises:
+            if self.one_shot is not None:
+                self.one_shot.stop()
             self.processes.abort()
 
     def close(self) -> None:
@@ -73,6 +107,8 @@ class Group:
             ending = threading.Thread(target=self.processes.abort, name="close-group", daemon=True)
             ending.start()
             ending.join(CLOSE_S)
+            if self.one_shot is not None:
+                self._memory.close()
 
 
 def connect(store: Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Group:
@@ -88,6 +124,7 @@ def connect(store: Store, rank: int, size: int, device: torch.device, timeout_s:
     register("", group)
     try:  # what connects them is made at the first call, which may not be in a CUDA graph
         found = all_reduce(torch.ones(1, device=device), "")
+        group.share_memory(PrefixStore("memory", store), rank, size, device)
     finally:
         forget("")
     if int(found) != size:
@@ -133,7 +170,10 @@ def forget(name: str) -> None:
 
 def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
     """The sum of every rank's x [..], in x's dtype, as a tensor of its own; the same bits on all ranks."""
-    found, out = _groups[group], x.clone(memory_format=torch.contiguous_format)
+    found = _groups[group]
+    if found.one_shot is not None and found.one_shot.takes(x):
+        return found.one_shot.all_reduce(x.contiguous())
+    out = x.clone(memory_format=torch.contiguous_format)
     options = AllreduceOptions()
     options.timeout, options.asyncOp = found.timeout, False  # on the current stream
     _wait(found.processes.allreduce([out], options))
