@@ -81,7 +81,7 @@ def _seen_through(node: Node, alone: bool) -> Node | None:
     while not (alone and len(node.users) > 1):
         if not is_view(node):
             return node
-        node = node.args[0]
+        node = node.args[0]  # type: ignore[assignment]
     return None
 
 
