@@ -1,11 +1,14 @@
 """Triton: x @ weight.T in which a row of x gives the same bits however many rows there are.
 
-One tile for every number of rows, and columns in parts whose number follows from the weight's shape. A part is added up from
-left to right, then parts in their order: of few rows each part is a program's, and the last to arrive adds them; of many rows
-one program computes them one after the other. Knows no models.
+The weight is the left operand of the tensor cores and rows of x are their columns, so that a column is summed alike in a tile of
+any width. Columns of the weight are cut into parts whose number follows from its shape alone. A part is added up from left to
+right, beginning with zero, then parts in their order: of few rows each part is a program's, and the last to arrive adds them;
+of many rows one program goes through all of them. Tiles and who adds follow from the number of rows, sums do not. Knows no models.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,36 +19,25 @@ from pagegraph.kernels.linear.split_k import is_last_arriver, partial_buffers, r
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.pdl import dependent, wait
 
-PROGRAMS = 264  # two on each multiprocessor of an H100 or H200
+MULTIPROCESSORS = 132  # of an H100 or H200
 MOST_PARTS = 8
-LEAST_COLUMNS = 512  # of a part
+LEAST_COLUMNS = 256  # of a part
+FEW_ROWS = 64  # up to which reading the weight bounds a product, and parts are always shared out
+FEWEST_TILES = 64  # a product of more rows with fewer tiles shares its parts out too
+BLOCK_K = 64  # one for all tiles: within a step of it the interpreter's order is its library's
+GROUP = tl.constexpr(16)  # tiles of rows that go through the weight side by side, so that both stay in L2
 
 
 @triton.jit
-def _columns_of(
-    x_at,
-    weight_at,
-    in_t,
-    in_n,
-    lane,
-    begin,
-    end,
-    total,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """total [BLOCK_N, BLOCK_T] plus the products of columns begin to end."""
-    for k in range(begin, end, BLOCK_K):
-        if K % BLOCK_K == 0:
-            weight = tl.load(weight_at + k, mask=in_n[:, None], other=0.0)
-            x = tl.load(x_at + k, mask=in_t[None, :], other=0.0)
-        else:
-            inside = lane < K - k
-            weight = tl.load(weight_at + k, mask=in_n[:, None] & inside[None, :], other=0.0)
-            x = tl.load(x_at + k, mask=in_t[None, :] & inside[:, None], other=0.0)
-        total = tl.dot(weight, x, total, input_precision=PRECISION)
-    return total
+def _loaded(x_at, weight_at, in_t, in_n, lane, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    if K % BLOCK_K == 0:
+        weight = tl.load(weight_at + k, mask=in_n[:, None], other=0.0)
+        x = tl.load(x_at + k, mask=in_t[None, :], other=0.0)
+    else:
+        inside = lane < K - k
+        weight = tl.load(weight_at + k, mask=in_n[:, None] & inside[None, :], other=0.0)
+        x = tl.load(x_at + k, mask=in_t[None, :] & inside[:, None], other=0.0)
+    return weight, x
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -69,9 +61,12 @@ def fixed_gemm_kernel(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row_tiles = tl.cdiv(num_rows, BLOCK_T)  # those that read the same weights run side by side
-    n = tl.program_id(0) // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    t = tl.program_id(0) % row_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    row_tiles = tl.cdiv(num_rows, BLOCK_T)
+    group = tl.program_id(0) // (GROUP * tl.cdiv(N, BLOCK_N))
+    within = tl.program_id(0) % (GROUP * tl.cdiv(N, BLOCK_N))
+    side_by_side = min(row_tiles - group * GROUP, GROUP)
+    n = within // side_by_side * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = (group * GROUP + within % side_by_side) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_n, in_t = n < N, t < num_rows
     lane = tl.arange(0, BLOCK_K)
     span: tl.constexpr = (K + PARTS * BLOCK_K - 1) // (PARTS * BLOCK_K) * BLOCK_K
@@ -79,58 +74,106 @@ def fixed_gemm_kernel(
     x_at = x_ptr + t.to(tl.int64)[None, :] * x_stride + lane[:, None]
     if PDL:
         wait()
-    zeros = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    if SPREAD:
+    part = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    if SPREAD or PARTS == 1:
         begin = tl.program_id(1) * span
-        total = _columns_of(
-            x_at, weight_at, in_t, in_n, lane, begin, min(begin + span, K), zeros, K, BLOCK_K, PRECISION
-        )
+        for k in range(begin, min(begin + span, K), BLOCK_K):
+            weight, x = _loaded(x_at, weight_at, in_t, in_n, lane, k, K, BLOCK_K)
+            part = tl.dot(weight, x, part, input_precision=PRECISION)
+        total = part
+    else:
+        total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+        for k in range(0, K, BLOCK_K):  # one loop for all parts: loads run ahead across their borders
+            if k % span == 0:
+                total += part
+                part = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+            weight, x = _loaded(x_at, weight_at, in_t, in_n, lane, k, K, BLOCK_K)
+            part = tl.dot(weight, x, part, input_precision=PRECISION)
+        total += part
+    if SPREAD:
         at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
         if not is_last_arriver(
             total, partial_ptr, counter_ptr, tl.program_id(0), tl.program_id(1), at, PARTS, BLOCK_N, BLOCK_T
         ):
             return
         total = reduce_partials(partial_ptr, counter_ptr, tl.program_id(0), at, PARTS, BLOCK_N, BLOCK_T)
-    else:
-        total = zeros
-        for part in range(PARTS):
-            begin = part * span
-            total += _columns_of(
-                x_at, weight_at, in_t, in_n, lane, begin, min(begin + span, K), zeros, K, BLOCK_K, PRECISION
-            )
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
     out_at = out_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=in_n[:, None] & in_t[None, :])
 
 
-def tile_of(out_size: int, size: int, element_size: int) -> Tile:
-    """How products with a weight [out_size, size] are cut, whatever the rows; its split_k is the number of parts."""
-    block_n, block_t, block_k = (128, 64, 64) if element_size == 2 else (64, 32, 32)
-    wanted = -(-PROGRAMS // -(-out_size // block_n))
-    parts = max(1, min(wanted, MOST_PARTS, size // LEAST_COLUMNS))
-    return Tile(block_n, block_k, 1 << (parts.bit_length() - 1), 4, 3, block_t)
+class Cut(NamedTuple):
+    """How a product is cut: its tile, and whether each part is a program's."""
+
+    tile: Tile
+    spread: bool
+
+
+def parts_of(out_size: int, size: int) -> int:
+    """Parts of the columns of a weight [out_size, size], whatever the rows: so many that few rows fill the multiprocessors."""
+    return max(1, min(MULTIPROCESSORS // -(-out_size // 64), MOST_PARTS, size // LEAST_COLUMNS))
+
+
+# Tiles of more than FEW_ROWS rows in 16-bit types: (weight rows, rows of x, warps, stages) and the fewest tiles that a product
+# must have to be cut so; the widest of one part alone, because the sum of parts needs registers of its own.
+WIDEST = (128, 256, 8, 4)
+WIDEST_TILES = 4 * MULTIPROCESSORS
+WIDE = ((128, 128, 8, 4), (128, 64, 4, 4))
+
+
+def cut_of(rows: int, out_size: int, size: int, element_size: int) -> Cut:
+    """How x [rows, size] @ weight [out_size, size].T is cut."""
+    parts = parts_of(out_size, size)
+
+    def tiles(block_n: int, block_t: int) -> int:
+        return -(-out_size // block_n) * -(-rows // block_t)
+
+    if element_size != 2:
+        tile = Tile(64, 32, parts, 4, 3, 32)
+    elif rows <= FEW_ROWS:
+        block_t = max(16, triton.next_power_of_2(rows))
+        tile = Tile(64, BLOCK_K, parts, 4, 8 if block_t < 64 else 6, block_t)
+    elif parts == 1 and rows >= WIDEST[1] and tiles(*WIDEST[:2]) >= WIDEST_TILES:
+        tile = _tile(WIDEST, parts)
+    else:
+        found = next((one for one in WIDE if tiles(*one[:2]) >= FEWEST_TILES), (64, 64, 4, 6))
+        tile = _tile(found, parts)
+    spread = parts > 1 and (rows <= FEW_ROWS or tiles(tile.block_n, tile.block_t) < FEWEST_TILES)
+    return Cut(tile, spread)
+
+
+def _tile(cut: tuple[int, int, int, int], parts: int) -> Tile:
+    block_n, block_t, num_warps, num_stages = cut
+    return Tile(block_n, BLOCK_K, parts, num_warps, num_stages, block_t)
 
 
 def fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `kernels.ops`."""
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = fixed_gemm(rows, weight.contiguous(), bias, *cut_of(len(rows), *weight.shape, weight.element_size()))
+    return out.view(*x.shape[:-1], -1)
+
+
+def fixed_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, spread: bool) -> Tensor:
+    """x [T, K] (rows dense), weight [N, K] contiguous, bias [N] -> [T, N] in x's dtype; bits follow from the tile's split_k alone.
+
+    spread: each part is a program's.
+    """
     out_size, size = weight.shape
-    tile = tile_of(out_size, size, weight.element_size())
-    out = torch.empty(len(rows), out_size, dtype=x.dtype, device=x.device)
-    programs = triton.cdiv(out_size, tile.block_n) * triton.cdiv(len(rows), tile.block_t)
-    spread = tile.split_k > 1 and len(rows) <= tile.block_t
+    out = torch.empty(len(x), out_size, dtype=x.dtype, device=x.device)
+    programs = triton.cdiv(out_size, tile.block_n) * triton.cdiv(len(x), tile.block_t)
     partial, counters = partial_buffers(tile, programs, tile.block_t, out) if spread else (out, out)
     fixed_gemm_kernel[programs, tile.split_k if spread else 1](
         out,
         partial,
         counters,
-        rows,
-        weight.contiguous(),
+        x,
+        weight,
         bias if bias is not None else weight,
-        len(rows),
-        rows.stride(0),
+        len(x),
+        x.stride(0),
         N=out_size,
         K=size,
         BLOCK_T=tile.block_t,
@@ -144,4 +187,4 @@ def fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         num_stages=tile.num_stages,
         **dependent(x.device),
     )
-    return out.view(*x.shape[:-1], -1)
+    return out

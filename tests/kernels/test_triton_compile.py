@@ -517,7 +517,11 @@ ONCE_A_TILE = 640  # bytes a thread
 ONCE_A_PART = 128  # bytes a thread
 
 FIXED = [
-    *(fixed(rows, *shape) for rows in (1, 64, 2048) for shape in ((6144, 4096), (4096, 14336), (151936, 1024))),
+    *(
+        fixed(rows, *shape)
+        for rows in (1, 32, 64, 256, 2048)
+        for shape in ((6144, 4096), (4096, 14336), (151936, 1024), (1024, 3072))
+    ),
     *(
         fixed_attention(size, size, 8, group, tokens=tokens)
         for size in (64, 128)
@@ -628,6 +632,12 @@ def test_attention_is_pipelined_on_matrix_units(half: list[dict[str, Any]]) -> N
     kernels = [k for k in half if k["kernel"] in ("decode_kernel", "prefill_kernel", "skinny_gemm_kernel")]
     assert kernels
     assert all(k["tensor_cores"] and k["buffers"] >= 2 for k in kernels), kernels
+
+
+def test_products_of_any_rows_are_summed_by_one_instruction(half: list[dict[str, Any]]) -> None:
+    """The bits of a row follow from how it sums: Hopper's asynchronous tensor-core instruction, for a row as for thousands."""
+    kernels = [k for k in half if k["kernel"] == "fixed_gemm_kernel"]
+    assert kernels and all(k["wgmma"] and k["buffers"] >= 4 for k in kernels), kernels
 
 
 def test_prefill_runs_on_warp_groups(half: list[dict[str, Any]]) -> None:

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pagegraph.kernels.linear.fixed_gemm import FEW_ROWS, WIDE, WIDEST, cut_of, parts_of
+from pagegraph.kernels.linear.tiles import Tile
+
 MODULE = "pagegraph.kernels.linear.fixed_gemm"
 SMALL = {f"{MODULE}.LEAST_COLUMNS": 64}  # so that a short product is in parts
 
@@ -25,3 +28,38 @@ def test_rows_are_the_same_alone(triton_calls, dtype: torch.dtype, out_size: int
         for _ in range(2):  # the second call finds the arrival counts as the first left them
             part, _ = triton_calls.call(MODULE, "fixed_linear", x[rows], weight, bias, constants=SMALL)
             assert torch.equal(part, whole[rows])
+
+
+TILES = [(64, 16, 4, 8), (64, 32, 4, 8), (64, 64, 4, 6), *WIDE, WIDEST]
+
+
+@pytest.mark.parametrize(("out_size", "size", "parts"), [(150, 520, 4), (260, 256, 2), (70, 200, 1)])
+def test_every_cut_gives_the_same_bits(triton_calls, out_size: int, size: int, parts: int) -> None:
+    """Of any tile, with parts shared out or one after the other; parts that end before the last of their columns too."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(70, size + 8, generator=generator).bfloat16()[:, :size]
+    weight = torch.randn(out_size, size, generator=generator).bfloat16()
+    found = []
+    for block_n, block_t, warps, stages in TILES:
+        tile = Tile(block_n, 64, parts, warps, stages, block_t)
+        for spread in (False, True)[: parts if (block_n, block_t) != WIDEST[:2] or parts == 1 else 0]:
+            out, _ = triton_calls.call(MODULE, "fixed_gemm", x, weight, None, tile, spread)
+            found.append(out)
+    torch.testing.assert_close(found[0].float(), x.float() @ weight.float().T, atol=0.2, rtol=1e-2)
+    assert all(torch.equal(out, found[0]) for out in found)
+
+
+@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize(("out_size", "size"), [(4096, 1024), (1024, 3072), (151936, 1024), (28672, 4096), (8, 64)])
+def test_sums_follow_from_the_weight_alone(out_size: int, size: int, element_size: int) -> None:
+    cuts = [cut_of(rows, out_size, size, element_size) for rows in (1, 2, 16, 17, 64, 65, 128, 256, 1024, 8192, 70000)]
+    assert {(cut.tile.split_k, cut.tile.block_k) for cut in cuts} == {(parts_of(out_size, size), cuts[0].tile.block_k)}
+    assert all(cut.spread == (cut.tile.split_k > 1) for cut in cuts[:5]), FEW_ROWS
+    assert not cuts[-1].spread
+
+
+def test_few_rows_fill_the_multiprocessors() -> None:
+    """Of the products of a layer whose hidden size is 1024."""
+    for out_size, size in ((4096, 1024), (1024, 2048), (1024, 3072), (6144, 1024)):
+        tile, _ = cut_of(1, out_size, size, 2)
+        assert 96 <= -(-out_size // tile.block_n) * tile.split_k <= 132
