@@ -43,6 +43,7 @@ MODELS["30b-a3b-24l"] = dict(  # half of the layers of Qwen3-30B-A3B
     max_position_embeddings=40960, rope_theta=1000000.0, rms_norm_eps=1e-6, tie_word_embeddings=False,
     bos_token_id=151643, eos_token_id=151645, hidden_act="silu", dtype="bfloat16",
 )  # fmt: skip
+MODELS["30b-a3b"] = {**MODELS["30b-a3b-24l"], "num_hidden_layers": 48}
 MODELS["gpt-oss-20b"] = dict(
     architectures=["GptOssForCausalLM"], model_type="gpt_oss", hidden_size=2880, num_hidden_layers=24,
     num_attention_heads=64, num_key_value_heads=8, head_dim=64, intermediate_size=2880, num_local_experts=32,
@@ -90,8 +91,13 @@ MAX_MODEL_LEN = {name: 8192 for name in MODELS} | {"8b-128k": 131072}  # that th
 # NVLink, of both directions together. Not measured here.
 NVLINK = 450e9
 BYTES = 2  # of a weight or a cached element: bfloat16
-# Bytes of a weight in the layers and in the head, quantised while loading: fp8 leaves the head alone, int4 gives it 8 bits.
-WEIGHT_BYTES = {None: (BYTES, BYTES), "fp8": (1, BYTES), "int8": (1, 1), "int4": (0.5 + 2 * BYTES / 128, 1)}
+# Bytes of a weight in the layers, in experts and in the head. Quantised while loading fp8 leaves the head alone, int4 gives it 8
+# bits; mxfp4 is of experts alone, with a byte of scale to 32 weights.
+WEIGHT_BYTES = {
+    None: (BYTES, BYTES, BYTES), "fp8": (1, 1, BYTES), "int8": (1, 1, 1), "mxfp4": (BYTES, 0.5 + 1 / 32, BYTES),
+    "int4": (0.5 + 2 * BYTES / 128, 0.5 + 2 * BYTES / 128, 1),
+}  # fmt: skip
+PUBLISHED = {"gpt-oss-20b": "mxfp4"}  # method of the weights that people download
 
 
 def write_model(name: str, folder: Path) -> Path:
@@ -252,9 +258,9 @@ class Shape:
         matmul_flop = 2 * (of_token * tokens + head * len(rows))
         pairs = int((rows * lengths - rows * (rows - 1) // 2).sum())
         attention_flop = 4 * self.attention_layers * self.heads * self.head_size * pairs
-        of_layers, of_head = WEIGHT_BYTES[method]
+        of_layers, of_experts, of_head = WEIGHT_BYTES[method]
         blocks = self.kv_bytes * int(lengths.sum()) * (0.5 if cache == "fp8" else 1)
-        read = (self.layer_weights + chosen * self.expert_weights) * of_layers + head * of_head
+        read = self.layer_weights * of_layers + chosen * self.expert_weights * of_experts + head * of_head
         states = 2 * self.recurrence.state_bytes * int(np.count_nonzero(rows))
         return (
             max(read / ceilings.bandwidth, matmul_flop / ceilings.flops)

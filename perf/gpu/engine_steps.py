@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -21,7 +22,9 @@ from typing import IO
 import numpy as np
 import torch
 
-from pagegraph.compiler.build import BuiltModel, build_compiled
+from pagegraph.compiler.build import BuiltModel, build_compiled, plan_models
+from pagegraph.compiler.explain.ledger import ledger
+from pagegraph.compiler.explain.machines import this_machine
 from pagegraph.compiler.explain.measure import device_seconds, fill_blocks
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.compiler_options import compiler_options
@@ -34,6 +37,7 @@ from perf.gpu.offline import (
     ceilings_of,
     config_of,
     floor_seconds,
+    method_of,
     random_prompts,
     step_of,
 )  # fmt: skip
@@ -52,9 +56,16 @@ NO_WAIT = 1e-4  # seconds: a turn that waits less was late, the device had nothi
 def start(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """Build and compile the model and capture its graphs once for the sections that follow; seconds by phase."""
     config = config_of(args, args.models[0])
-    begin = time.perf_counter()
-    built = build_compiled(compiler_options(config), progress=False)
+    begin, held = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    options = compiler_options(config)
+    built = build_compiled(options, progress=False)
     report.fact(total_s=time.perf_counter() - begin, phases_s=built.timings.seconds, num_blocks=built.num_blocks)
+    if args.checkpoint:
+        weights = sum(one.nbytes for one in (*built.step.paged_model.parameters(), *built.step.paged_model.buffers()))
+        report.fact(weights_gib=weights / 2**30)
+        report.fact(host_gib=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 2**20)
+        predicted = ledger(options, plan_models(options), this_machine(options.device))
+        report.fact(predicted_weights_gib=predicted.weight_bytes / 2**30, predicted_blocks=predicted.num_blocks)
     if built.device.type == "cuda":
         fill_blocks(built.step.state.caches)
         free, total = torch.cuda.mem_get_info()
@@ -75,7 +86,7 @@ def step(report: Report, args: argparse.Namespace, shared: dict) -> None:
             np.random.default_rng(seqs), np.ones(seqs), np.full(seqs, keys),
             vocab_size=built.vocab_size, num_blocks=built.num_blocks, block_size=config.block_size,
         )  # fmt: skip
-        floor = shape.step_floor(ceilings, one.query_start, one.seq_lens, config.quantization)
+        floor = shape.step_floor(ceilings, one.query_start, one.seq_lens, method_of(args, model))
         replay = _replayed(built, one)
         launched = launched_seconds(built, one)
         turn, host, wait, launch = driven_seconds(config, built, seqs, keys)
@@ -162,7 +173,7 @@ def engine(report: Report, args: argparse.Namespace, shared: dict) -> None:
             offline = long if case in workloads.LONG else Offline(config, built)
             runs.append(_run_rounds(offline, work.rounds))
         rounds = sorted(runs, key=_seconds)[len(runs) // 2]
-        floor = sum(floor_seconds(run, shape, ceilings, args.quantization) for run in rounds)
+        floor = sum(floor_seconds(run, shape, ceilings, method_of(args, model)) for run in rounds)
         seconds, turns = _seconds(rounds), [turn for run in rounds for turn in run.steps]
         report.row(
             **_method(args), case=case, caching=caching, requests=work.requests, wall_s=seconds,

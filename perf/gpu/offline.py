@@ -25,7 +25,7 @@ from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.assemble import engine_of
 from pagegraph.runtime.ipc.protocol import SamplingParams, Submit, TokenLogprob, Tokens
 from pagegraph.runtime.llm import LocalMailbox
-from perf.floors import MAX_MODEL_LEN, MODELS, Ceilings, Shape, write_model
+from perf.floors import MAX_MODEL_LEN, MODELS, PUBLISHED, Ceilings, Shape, write_model
 from perf.gpu.report import Report
 
 
@@ -172,9 +172,14 @@ def graph_hits(step: CompiledStep) -> int:
 
 def config_of(args: argparse.Namespace, model: str, **changed: object) -> Config:
     """The configuration that every section starts from."""
-    folder = write_model(model, Path(tempfile.gettempdir(), "pagegraph-models", model))
+    if args.checkpoint:
+        from perf.gpu.checkpoints import write_checkpoint
+
+        folder = write_checkpoint(model, args.device)
+    else:
+        folder = write_model(model, Path(tempfile.gettempdir(), "pagegraph-models", model))
     settings = dict(
-        model=str(folder), load_format="dummy", dtype=str(MODELS[model]["dtype"]), device=args.device,
+        model=str(folder), load_format="auto" if args.checkpoint else "dummy", dtype=str(MODELS[model]["dtype"]), device=args.device,
         max_model_len=MAX_MODEL_LEN[model], max_num_seqs=256, max_queue=100_000, enable_prefix_caching=False,
         inter_token_target_ms="none",  # as `LLM` has it
         compile=not args.no_compile, quantization=args.quantization, kv_cache_memory=1 << 28 if args.device == "cpu" else None,
@@ -182,6 +187,11 @@ def config_of(args: argparse.Namespace, model: str, **changed: object) -> Config
     if args.tiny:
         settings.update(max_num_seqs=16, max_num_batched_tokens=512)
     return Config(**{**settings, **changed})
+
+
+def method_of(args: argparse.Namespace, model: str) -> str | None:
+    """How weights are stored, a key of `perf.floors.WEIGHT_BYTES`."""
+    return args.quantization or (PUBLISHED.get(model) if args.checkpoint else None)
 
 
 def built_of(shared: dict) -> tuple[Config, BuiltModel]:

@@ -75,6 +75,11 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         choices=["fp8", "int8", "int4"],
         help="of all models while they load, and of peer vllm; the only one of quantized and quantized_step",
     )
+    p.add_argument(
+        "--checkpoint",
+        action="store_true",
+        help="write weights as they are published and load them, instead of drawing them",
+    )
     p.add_argument("--group", type=int, default=128, help="columns to a scale of int4, in section quantized")
     p.add_argument(
         "--workers",
