@@ -126,6 +126,8 @@ GEMV_TABLE: dict[Gpu, dict[tuple[int, int], dict[int, GemvTile | None]]] = {
         (28672, 4096): {2: GemvTile(2, 1024, 4), 4: None},
         (4096, 14336): {2: GemvTile(2, 2048, 8), 4: None},
         (128256, 4096): {2: GemvTile(4, 512, 2), 4: GemvTile(8, 256, 1)},
+        (5120, 2048): {2: GemvTile(4, 512, 2, 2), 4: GemvTile(2, 1024, 4)},
+        (2048, 4096): {2: GemvTile(4, 2048, 8), 4: GemvTile(2, 1024, 4)},
     },
 }
 
