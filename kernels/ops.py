@@ -40,7 +40,8 @@ gated and the second's result [..., second_size] comes out.
 PyTorch packs them for AVX-512 (`kernels.quant.cpu.unpack_int4`), pairs [K / group, N, 2] scale and zero beside each other in x's dtype.
 `pagegraph::int4_packed_layer` is two or four of them on one row, `linear_norm_linear` once or twice (`kernels.quant.cpu_int4.layer`).
 
-`pagegraph::rms_norm` is x [..., H] / sqrt(mean(x ** 2) + eps) * weight [H]; `pagegraph::add_rms_norm` adds a residual
+`pagegraph::rms_norm` is x [..., H] / sqrt(mean(x ** 2) + eps) * weight [H], rounded ahead of the product with the weight too unless
+that is in float32 beside x in 16 bits; `pagegraph::add_rms_norm` adds a residual
 like x before it -> (sum, norm of the sum). `pagegraph::silu_mul` is silu(gate) * up of [..., 2 * I] = (gate, up).
 
 `pagegraph::linear_norm_linear` is what stands between two attentions, or between attention and a gate: sum = residual +

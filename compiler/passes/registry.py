@@ -30,6 +30,7 @@ from pagegraph.compiler.passes.modules.quant_experts import quant_experts
 from pagegraph.compiler.passes.modules.quant_linears import quant_linears
 from pagegraph.compiler.passes.modules.rotary_once import rotary_once
 from pagegraph.compiler.passes.modules.skinny_linears import skinny_linears
+from pagegraph.compiler.passes.modules.wide_norms import wide_norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("deterministic", fixed_linears),
     Pass("skinny_linears", skinny_linears, by_device=True),
     Pass("rotary_once", rotary_once),
+    Pass("fuse_rows", wide_norms, by_device=True),
 )
 
 

@@ -138,7 +138,7 @@ def _rows(
         if SHARE > 0:
             column = tl.program_id(0) * SHARE + tl.arange(0, SHARE)
             x = tl.load(x_ptr + row * x_stride + column, mask=column < K, other=0.0)
-            gain = tl.load(norm_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+            gain = tl.load(norm_ptr + column, mask=column < K, other=0.0)
             tl.store(normed_ptr + row * K + column, scaled_rows(x, mean, eps, gain), mask=column < K)
 
 

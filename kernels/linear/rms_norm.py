@@ -1,6 +1,7 @@
 """Triton: RMS norm of whole rows (Zhang and Sennrich 2019), with the addition before it. One program a row.
 
-Rounds where transformers' modules round: the sum, the scaled row, and its product with the weight.
+Rounds where transformers' modules round: the sum, the scaled row, and its product with the weight; a weight in float32 beside rows
+of 16 bits is of those that round once, behind the product.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from pagegraph.kernels.pdl import dependent, wait
 
 @triton.jit
 def scaled_rows(x, mean, eps, weight):
-    """x of a row or a part of it, the mean of the row's squares, weight float32 like x -> the norm in x's type, rounded on the way as said above."""
-    return ((x.to(tl.float32) * tl.rsqrt(mean + eps)).to(x.dtype).to(tl.float32) * weight).to(x.dtype)
+    """x of a row or a part of it, the mean of the row's squares, weight like x -> the norm in x's type, rounded on the way as said above."""
+    scaled = x.to(tl.float32) * tl.rsqrt(mean + eps)
+    if weight.dtype == x.dtype:
+        scaled = scaled.to(x.dtype).to(tl.float32)
+    return (scaled * weight.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -35,7 +39,7 @@ def rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64) * SIZE
     column = tl.arange(0, SIZE_PAD)
     inside = column < SIZE
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     if PDL:
         wait()
     x = tl.load(x_ptr + row + column, mask=inside, other=0.0)

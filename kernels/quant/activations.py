@@ -61,7 +61,7 @@ def rows_kernel(
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = (column < SIZE) & (row < rows)
     if NORM:
-        weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0)
     if PDL:
         wait()
     states = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)

@@ -57,7 +57,7 @@ def _pair(graph: Graph, node: Node) -> bool:
         return False
     rows = second.rows.args[0]
     normed = normed_of(rows)
-    if normed is None or len(rows.users) > 1 or not is_call(normed.source, operator.add):
+    if normed is None or normed.rounds_once or len(rows.users) > 1 or not is_call(normed.source, operator.add):
         return False
     total = normed.source
     first = next((one for one in map(_product_of, total.args) if one is not None), None)

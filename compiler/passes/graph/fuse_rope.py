@@ -10,14 +10,14 @@ import operator
 from typing import Any, NamedTuple
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from pagegraph.compiler.passes.graph.patterns import is_call, is_method, normed_of, rewrite, shape
+from pagegraph.compiler.passes.graph.patterns import call, is_call, is_method, normed_of, rewrite, shape
 from pagegraph.kernels.attention import cpu_decode
 
 
 class Rotated(NamedTuple):
-    """A tensor found to be rotate(heads): heads [1, T, H, D] before any transpose; cos, sin [1, T, D]."""
+    """A tensor found to be rotate(heads): heads [1, T, H, D] before any transpose; cos, sin [1, T, D], or the half that is repeated."""
 
     heads: Node
     cos: Node
@@ -55,13 +55,14 @@ def _fuse(module: GraphModule, attention: Node, norms: bool = True) -> bool:
     if not norms and both[0].cos.meta["example_value"].dtype != query.meta["example_value"].dtype:
         return False
     normed = [normed_of(one.heads) if norms else None for one in both]
-    if None in normed or normed[0].eps != normed[1].eps:
+    if None in normed or normed[0].eps != normed[1].eps or any(norm.rounds_once for norm in normed):
         normed = [None, None]
     sources = [norm.source if norm else one.heads for norm, one in zip(normed, both)]
     weights = [norm.weight if norm else None for norm in normed]
+    angles = [_whole(module.graph, one, both[0].heads) for one in both[0][1:]]
     with module.graph.inserting_before(attention):
         first = lambda node: module.graph.call_function(operator.getitem, (node, 0))  # noqa: E731
-        arguments = [*map(first, sources), value, first(both[0].cos), first(both[0].sin), *weights]
+        arguments = [*map(first, sources), value, *map(first, angles), *weights]
         fused = module.graph.call_function(
             torch.ops.pagegraph.rope_attention,
             (*arguments, normed[0].eps if normed[0] else 0.0, *rest),
@@ -72,11 +73,26 @@ def _fuse(module: GraphModule, attention: Node, norms: bool = True) -> bool:
     return True
 
 
+def _whole(graph: Graph, angles: Node, heads: Node) -> Node:
+    """Cosines or sines of all of a head, [1, T, D]; a half is repeated once for all layers."""
+    if shape(angles)[-1] == shape(heads)[-1]:
+        return angles
+    repeated = ([angles, angles], -1)
+    for user in angles.users:
+        if is_call(user, torch.cat) and (list(user.args[0]), *user.args[1:]) == repeated:
+            return user
+    with graph.inserting_after(angles):
+        return call(graph, torch.cat, *repeated)
+
+
 def rotated(rows: Node) -> Rotated | None:
-    """rows [T, H, D] = (x * cos + cat(-x[half:], x[:half]) * sin)[0] with the head dimension moved behind."""
+    """rows [T, H, D] = (x * cos + cat(-x[half:], x[:half]) * sin)[0] with the head dimension moved behind; or a half at a time, as
+    cat(low * cos - high * sin, high * cos + low * sin)."""
     if not is_method(rows, "transpose", 0, 1) or not is_call(rows.args[0], operator.getitem, 1, 0):
         return None
     total = rows.args[0].args[0]
+    if is_call(total, torch.cat):
+        return _by_halves(total)
     if not is_call(total, operator.add):
         return None
     straight, turned = total.args
@@ -91,6 +107,33 @@ def rotated(rows: Node) -> Rotated | None:
         return None
     cos, sin = cos.args[0], sin.args[0]
     if any(len(shape(one)) != 3 or shape(one)[-1] != size for one in (cos, sin)):
+        return None
+    return Rotated(x.args[0], cos, sin)
+
+
+def _by_halves(total: Node) -> Rotated | None:
+    """total [1, H, T, D] = cat((low * cos - high * sin, high * cos + low * sin), -1) with low, high = x.chunk(2, -1)."""
+    if len(total.args[0]) != 2 or total.kwargs != {"dim": -1} and total.args[1:] != (-1,):
+        return None
+    first, second = total.args[0]
+    if not is_call(first, operator.sub) or not is_call(second, operator.add):
+        return None
+    products = [*first.args, *second.args]
+    if not all(is_call(one, operator.mul) for one in products):
+        return None
+    (low, cos), (high, sin), *behind = (one.args for one in products)
+    if behind != [(high, cos), (low, sin)]:
+        return None
+    halves = low.args[0] if is_call(low, operator.getitem, 1, 0) else None
+    if not is_call(halves, torch.chunk) or halves.args[1:] != (2,) or halves.kwargs != {"dim": -1}:
+        return None
+    x = halves.args[0]
+    if not is_call(high, operator.getitem, 1, 1) or high.args[0] is not halves or not is_method(x, "transpose", 1, 2):
+        return None
+    if not (is_method(cos, "unsqueeze", 1) and is_method(sin, "unsqueeze", 1)):
+        return None
+    cos, sin, size = cos.args[0], sin.args[0], shape(x)[-1]
+    if size % 2 or any(len(shape(one)) != 3 or 2 * shape(one)[-1] != size for one in (cos, sin)):
         return None
     return Rotated(x.args[0], cos, sin)
 

@@ -21,15 +21,26 @@ class Normed(NamedTuple):
     weight: Node
     eps: float
 
+    @property
+    def rounds_once(self) -> bool:
+        """Whether rows of 16 bits are rounded behind the product with the weight alone, which is in float32 then."""
+        return self.weight.meta["example_value"].dtype != self.source.meta["example_value"].dtype
+
 
 def normed_of(rows: Node) -> Normed | None:
-    """rows = weight * (x * rsqrt(mean(x ** 2, -1, keepdim) + eps)).to(dtype) with x = source.to(float32), all of one dtype."""
-    if not is_call(rows, operator.mul):
+    """rows = weight * (x * rsqrt(mean(x ** 2, -1, keepdim) + eps)).to(dtype) with x = source.to(float32), all of one dtype; or
+    (weight * (..)).to(dtype), the weight in float32."""
+    once = is_narrowing(rows)
+    outer = rows.args[0] if once else rows
+    if not is_call(outer, operator.mul):
         return None
-    weight, narrowed = rows.args
-    if not (isinstance(weight, Node) and weight.op == "placeholder" and is_narrowing(narrowed)):
+    weight, product = outer.args
+    if not (isinstance(weight, Node) and weight.op == "placeholder"):
         return None
-    product = narrowed.args[0]
+    if not once:
+        if not is_narrowing(product):
+            return None
+        product = product.args[0]
     if not is_call(product, operator.mul):
         return None
     wide, scale = product.args
@@ -45,7 +56,8 @@ def normed_of(rows: Node) -> Normed | None:
         return None
     if tuple(shape(weight)) != (shape(rows)[-1],):
         return None
-    if len({one.meta["example_value"].dtype for one in (wide.args[0], weight, rows)}) > 1:
+    source, *others = (one.meta["example_value"].dtype for one in (wide.args[0], weight, rows))
+    if others != [torch.float32 if once else source, source]:
         return None
     return Normed(wide.args[0], weight, shifted.args[1])
 

@@ -47,6 +47,19 @@ def test_norm_is_transformers(dtype: torch.dtype) -> None:
     assert torch.equal(reference.rms_norm(x, module.weight, 1e-5), module(x))
 
 
+def test_a_norm_that_rounds_once_is_transformers(triton_calls) -> None:
+    """As GPT-OSS's; its weight is held in float32."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+
+    module = GptOssRMSNorm(48, eps=1e-5).bfloat16()
+    module.weight.data.normal_()
+    x, weight = torch.randn(7, 48).bfloat16(), module.weight.data.float()
+    assert torch.equal(reference.rms_norm(x, weight, 1e-5), module(x))
+    assert not torch.equal(reference.rms_norm(x, module.weight, 1e-5), module(x))
+    got, _ = triton_calls.call("pagegraph.kernels.linear.rms_norm", "rms_norm", x, weight, 1e-5)
+    torch.testing.assert_close(got, module(x), atol=2e-2, rtol=1e-2)
+
+
 @pytest.mark.parametrize("shape", [(1, 128), (3, 2, 70), (2, 2050)])
 def test_silu_equals_reference(triton_calls, shape: tuple[int, ...]) -> None:
     for dtype, tolerance in TOLERANCE.items():

@@ -26,7 +26,7 @@ FOUND = {
     "qwen2": (4, 3),  # products with a bias
     "olmo2": (0, 0),  # norms stand behind the products
 }
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
 
 
 @pytest.mark.parametrize("name", FOUND)

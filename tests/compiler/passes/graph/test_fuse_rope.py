@@ -11,12 +11,12 @@ from tests.compiler.model.test_paged import MIXED, check_compiled, paged_copy, r
 
 ROTATED = {
     "llama", "llama3_rope", "llama_yarn", "llama_linear", "mistral_window", "qwen2", "qwen2_window", "gemma", "gemma2",
-    "granite", "starcoder2", "mixtral", "qwen3_moe", "olmoe", "qwen3",
+    "granite", "starcoder2", "mixtral", "qwen3_moe", "olmoe", "qwen3", "gpt_oss",
 }  # fmt: skip
 NORMED = {"qwen3", "qwen3_moe", "lfm2"}
 
 
-OFTEN = {"llama", "qwen3", "gemma3", "phi", "olmo2", "gpt_neox", "cohere2", "deepseek_v3"}
+OFTEN = {"llama", "qwen3", "gemma3", "phi", "olmo2", "gpt_neox", "cohere2", "deepseek_v3", "gpt_oss"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in ARCHITECTURES])

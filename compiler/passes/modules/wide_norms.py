@@ -1,0 +1,51 @@
+"""Weights of norms that are multiplied in float32 are held in float32, so that `fuse_norms` finds a parameter and no conversion.
+
+Such a norm rounds once, behind the product with its weight, as GPT-OSS's does: its result keeps the dtype of its input whatever
+the weight's, and its bits too, because every 16-bit value is a float32. Others, as Llama's, would give float32. Knows modules by
+what they return.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+def wide_norms(model: nn.Module, device_type: str | None = None) -> int:
+    """Widen the weight of every such norm of `model`, on the meta device too; returns how many. Where kernels of ours take norms."""
+    norms = [one for one in model.modules() if _is_norm(one)]
+    if (device_type or _device_type(norms)) != "cuda":
+        return 0
+    found = [one for one in norms if _keeps_dtype(one)]
+    for one in found:
+        one.weight.data = one.weight.data.float()
+    return len(found)
+
+
+def _device_type(norms: list[nn.Module]) -> str:
+    return norms[0].weight.device.type if norms else "cpu"
+
+
+def _is_norm(module: nn.Module) -> bool:
+    names = [name for name, _ in module.named_parameters()]
+    return (
+        type(module).__name__.endswith("RMSNorm")
+        and names == ["weight"]
+        and module.weight.dim() == 1
+        and module.weight.dtype in (torch.bfloat16, torch.float16)
+    )
+
+
+def _keeps_dtype(norm: nn.Module) -> bool:
+    """Whether rows [1, 2, H] come out in their dtype where the weight is in float32; on the meta device, where nothing is computed."""
+    trial = copy.deepcopy(norm).to("meta")
+    rows = torch.empty(1, 2, len(norm.weight), dtype=norm.weight.dtype, device="meta")
+    trial.weight.data = trial.weight.data.float()
+    try:
+        with torch.no_grad():
+            out = trial(rows)
+    except Exception:  # it wants more than rows, or a weight of their dtype
+        return False
+    return isinstance(out, torch.Tensor) and out.dtype == rows.dtype
