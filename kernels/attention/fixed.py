@@ -3,7 +3,8 @@
 One tile of rows for prompts and single tokens alike, tiles of keys whose places count from the sequence's first key, and
 sections of keys (`sections.py`), each added up by itself and then folded in order. A program folds the sections of its rows as
 it comes to them; where there are few rows, programs share the sections out, leave what each found, and the last to arrive
-folds them. What is folded is written with fused multiply-adds, so that both ways round alike.
+folds them. Sums are written with fused multiply-adds, so that all ways round alike. Tiles of keys that every row sees skip the
+mask, which changes nothing there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagegraph.kernels.attention.prefill import masked, rows_of, slot_of
+from pagegraph.kernels.attention.shares import zero_padding
 from pagegraph.kernels.attention.softmax import (
     LOG2E,
     converted,
@@ -21,7 +24,7 @@ from pagegraph.kernels.attention.softmax import (
     last_not_above,
     to_base2,
 )
-from pagegraph.kernels.pdl import arrival_counts
+from pagegraph.kernels.pdl import arrival_counts, dependent, wait
 
 BLOCK_M, BLOCK_N = 64, 64  # rows and heads; keys
 PROGRAMS = 528
@@ -37,7 +40,17 @@ def _fold(acc, m_i, l_i, acc_there, m_there, l_there):
     return acc, m_new, tl.fma(l_i, keep, l_there * take)
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit
+def _sequence_of(query_start_ptr, tile, num_seqs, BLOCK_Q: tl.constexpr):
+    guess = tl.minimum(tile - tile // (BLOCK_Q + 1), num_seqs - 1)  # right where every sequence has one row
+    begin, behind = tl.load(query_start_ptr + guess), tl.load(query_start_ptr + guess + 1)
+    found = guess
+    if (begin // BLOCK_Q + guess > tile) | (behind // BLOCK_Q + guess + 1 <= tile):
+        found = last_not_above(query_start_ptr, tile, num_seqs, tile, BLOCK_Q)
+    return found
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_rows"])
 def fixed_attention_kernel(
     out_ptr,
     acc_ptr,
@@ -53,6 +66,7 @@ def fixed_attention_kernel(
     sinks_ptr,
     scale,
     num_seqs,
+    num_rows,
     query_token_stride,
     query_head_stride,
     table_stride,
@@ -73,12 +87,19 @@ def fixed_attention_kernel(
     CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     index = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
-    tile, kv_head = index // KV_HEADS, index % KV_HEADS
-    sequence = last_not_above(query_start_ptr, tile, num_seqs, tile, BLOCK_Q)
+    # Late tiles see the most keys: they start first, all heads of one together.
+    tile = tl.num_programs(0) // (KV_HEADS * SPLITS) - 1 - index // KV_HEADS
+    kv_head = index % KV_HEADS
+    if PDL:
+        wait()
+    zero_padding(out_ptr, query_start_ptr, num_seqs, num_rows, KV_HEADS * GROUP * VALUE_SIZE)
+    sequence = _sequence_of(query_start_ptr, tile, num_seqs, BLOCK_Q)
     row_begin = tl.load(query_start_ptr + sequence)
     count = tl.load(query_start_ptr + sequence + 1) - row_begin
     first = (tile - (row_begin // BLOCK_Q + sequence)) * BLOCK_Q
@@ -98,10 +119,19 @@ def fixed_attention_kernel(
         other=0.0,
     )
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
-    begin = first_key(offset + first, WINDOW, CHUNK) // BLOCK_N * BLOCK_N
+    key_ptr, value_ptr = key_cache_ptr + kv_head * HEAD_SIZE, value_cache_ptr + kv_head * VALUE_SIZE
+    key_lane = tl.arange(0, BLOCK_N)
+    lowest = offset + first
     end = offset + tl.minimum(first + BLOCK_Q, count)
-    first_section, behind = begin // SECTION, (end + SECTION - 1) // SECTION
+    last = (end - 1).to(tl.uint32)  # lanes past it read it: a weight of 0 must not meet what an unused slot holds
+    seen_from = first_key(lowest, WINDOW, CHUNK) // BLOCK_N * BLOCK_N
+    first_section, behind = seen_from // SECTION, (end + SECTION - 1) // SECTION
     share = (behind - first_section + SPLITS - 1) // SPLITS
+    mine = first_section + split * share
+    if mine >= behind:
+        return
+    begin = tl.maximum(mine * SECTION, seen_from)
+    stop = tl.minimum((mine + share) * SECTION, end)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
@@ -110,58 +140,57 @@ def fixed_attention_kernel(
         l_i = l_i + 1.0
     out_mask = live[:, None] & (value_column < VALUE_SIZE)[None, :]
     part_row = (row * (KV_HEADS * GROUP) + head) * SECTIONS
-    mine = first_section + split * share
-    for section in range(mine, tl.minimum(mine + share, behind)):
-        m_here = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        l_here = tl.zeros([BLOCK_M], tl.float32)
-        acc_here = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
-        for start in range(tl.maximum(section * SECTION, begin), tl.minimum((section + 1) * SECTION, end), BLOCK_N):
-            key = start + tl.arange(0, BLOCK_N)
-            inside = key < end
-            block = tl.load(table_ptr + key // BLOCK_SIZE, mask=inside, other=0)
-            slot = (block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head
-            keys = tl.load(
-                key_cache_ptr + slot[None, :] * HEAD_SIZE + key_column[:, None],
-                mask=inside[None, :] & (key_column < HEAD_SIZE)[:, None],
-                other=0.0,
-            )
-            values = tl.load(
-                value_cache_ptr + slot[:, None] * VALUE_SIZE + value_column[None, :],
-                mask=inside[:, None] & (value_column < VALUE_SIZE)[None, :],
-                other=0.0,
-            )
-            products = tl.dot(query, converted(keys, query.dtype), input_precision=PRECISION)
-            seen = key[None, :] <= position[:, None]
-            if WINDOW > 0:
-                seen = seen & (key[None, :] > position[:, None] - WINDOW)
-            if CHUNK > 0:
-                seen = seen & (key[None, :] // CHUNK == position[:, None] // CHUNK)
-            logits = tl.where(seen, to_base2(products, scale, SOFTCAP), float("-inf"))
-            m_new = tl.maximum(m_here, tl.max(logits, 1))
-            anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
-            alpha = tl.exp2(m_here - anchor)
-            weights = tl.exp2(logits - anchor[:, None])
-            l_here = tl.fma(l_here, alpha, tl.sum(weights, 1))
-            acc_here = tl.dot(
-                weights.to(query.dtype),
-                converted(values, query.dtype),
-                acc_here * alpha[:, None],
-                input_precision=PRECISION,
-            )
-            m_here = m_new
-        if SPLITS > 1:
-            at = part_row + section
-            tl.store(m_ptr + at, m_here, mask=live)
-            tl.store(l_ptr + at, l_here, mask=live)
-            tl.store(acc_ptr + at[:, None] * VALUE_SIZE + value_column[None, :], acc_here, mask=out_mask)
-        else:
-            acc, m_i, l_i = _fold(acc, m_i, l_i, acc_here, m_here, l_here)
-    if SPLITS > 1:
+    m_here = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_here = tl.zeros([BLOCK_M], tl.float32)
+    acc_here = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
+    block = tl.load(table_ptr + tl.minimum((begin + key_lane).to(tl.uint32), last) // BLOCK_SIZE)
+    for start in range(begin, stop, BLOCK_N):  # one loop for all sections: loads run ahead across their borders
+        if (start % SECTION == 0) & (start > begin):
+            if SPLITS > 1:
+                at = part_row + start // SECTION - 1
+                tl.store(m_ptr + at, m_here, mask=live)
+                tl.store(l_ptr + at, l_here, mask=live)
+                tl.store(acc_ptr + at[:, None] * VALUE_SIZE + value_column[None, :], acc_here, mask=out_mask)
+            else:
+                acc, m_i, l_i = _fold(acc, m_i, l_i, acc_here, m_here, l_here)
+            m_here = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            l_here = tl.zeros([BLOCK_M], tl.float32)
+            acc_here = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
+        slot = slot_of(block, tl.minimum((start + key_lane).to(tl.uint32), last), BLOCK_SIZE, WIDE)
+        # Block ids are carried one tile ahead, as in the prefill kernel.
+        block = tl.load(table_ptr + tl.minimum((start + BLOCK_N + key_lane).to(tl.uint32), last) // BLOCK_SIZE)
+        keys = converted(rows_of(key_ptr, slot, KV_HEADS * HEAD_SIZE, HEAD_SIZE, HEAD_PAD), query.dtype)
+        values = converted(rows_of(value_ptr, slot, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD), query.dtype)
+        logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+        if SOFTCAP > 0:
+            logits = to_base2(logits, scale, SOFTCAP)
+        if (WINDOW > 0) or (CHUNK > 0):
+            logits = masked(logits, position, start, BLOCK_N, WINDOW, CHUNK)
+        elif start + BLOCK_N > lowest + 1:
+            logits = masked(logits, position, start, BLOCK_N, WINDOW, CHUNK)
+        factor = 1.0 if SOFTCAP > 0 else scale
+        m_new = tl.maximum(m_here, tl.max(logits, 1) * factor)
+        anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m_here - anchor)
+        weights = tl.exp2(
+            tl.fma(logits, tl.full(logits.shape, factor, tl.float32), tl.broadcast_to(-anchor[:, None], logits.shape))
+        )
+        l_here = tl.fma(l_here, alpha, tl.sum(weights, 1))
+        acc_here = tl.dot(weights.to(query.dtype), values, acc_here * alpha[:, None], input_precision=PRECISION)
+        m_here = m_new
+    if (SPLITS == 1) | (behind - first_section == 1):
+        acc, m_i, l_i = _fold(acc, m_i, l_i, acc_here, m_here, l_here)
+    else:
+        at = part_row + (stop - 1) // SECTION
+        tl.store(m_ptr + at, m_here, mask=live)
+        tl.store(l_ptr + at, l_here, mask=live)
+        tl.store(acc_ptr + at[:, None] * VALUE_SIZE + value_column[None, :], acc_here, mask=out_mask)
         tl.debug_barrier()  # every thread's share is stored before the arrival is counted
-        if tl.atomic_add(arrivals_ptr + index, 1, sem="acq_rel") < SPLITS - 1:
+        shares = (behind - first_section + share - 1) // share
+        if tl.atomic_add(arrivals_ptr + index, 1, sem="acq_rel") < shares - 1:
             return
         tl.store(arrivals_ptr + index, 0)
-        for section in range(first_section, behind):
+        for section in tl.range(first_section, behind, num_stages=1):
             at = part_row + section
             m_there = tl.load(m_ptr + at, mask=live, other=float("-inf"), cache_modifier=".cg")
             l_there = tl.load(l_ptr + at, mask=live, other=0.0, cache_modifier=".cg")
@@ -201,6 +230,7 @@ def attend_fixed(
     block_q = block_m // group
     head_pad, value_pad = max(16, triton.next_power_of_2(head_size)), max(16, triton.next_power_of_2(value_size))
     programs = (tokens // block_q + num_seqs) * kv_heads
+    narrow = query.element_size() * max(head_pad, value_pad) <= 256  # two programs of four warps fit a multiprocessor
     sections = -(-block_tables.shape[1] * block_size // section)
     splits = 1
     if tokens <= FEW_ROWS:
@@ -208,7 +238,7 @@ def attend_fixed(
     parts = tokens * heads * sections if splits > 1 else 0
     acc = torch.empty(parts, value_size, dtype=torch.float32, device=query.device)
     m_i, l_i = torch.empty(2, parts, dtype=torch.float32, device=query.device)
-    out = torch.zeros(tokens, heads, value_size, dtype=query.dtype, device=query.device)
+    out = torch.empty(tokens, heads, value_size, dtype=query.dtype, device=query.device)
     fixed_attention_kernel[(programs * splits,)](
         out,
         acc,
@@ -224,6 +254,7 @@ def attend_fixed(
         sinks if sinks is not None else query,
         scale if softcap else scale * LOG2E,
         num_seqs,
+        tokens,
         *query.stride()[:2],
         block_tables.stride(0),
         BLOCK_SIZE=block_size,
@@ -243,8 +274,10 @@ def attend_fixed(
         CHUNK=chunk,
         SOFTCAP=softcap,
         HAS_SINKS=sinks is not None,
+        WIDE=max(key_cache.numel(), value_cache.numel()) >= 2**31,
         PRECISION=dot_precision(2 * max(head_pad, value_pad)),
-        num_warps=4 if value_pad < 128 else 8,
-        num_stages=2,
+        num_warps=4 if narrow else 8,
+        num_stages=3 if narrow else 2,
+        **dependent(query.device),
     )
     return out

@@ -54,14 +54,14 @@ TILES: dict[Gpu, dict[tuple[int, int], Tile]] = {
 
 
 @triton.jit
-def _slot(block, token, BLOCK_SIZE: tl.constexpr, WIDE: tl.constexpr):
+def slot_of(block, token, BLOCK_SIZE: tl.constexpr, WIDE: tl.constexpr):
     if WIDE:
         block = block.to(tl.int64)
     return block * BLOCK_SIZE + (token % BLOCK_SIZE).to(tl.int32)
 
 
 @triton.jit
-def _mask(logits, position, start, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+def masked(logits, position, start, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
     token = start + tl.arange(0, BLOCK_N)
     seen = token[None, :] <= position[:, None]
     if WINDOW > 0:
@@ -72,7 +72,7 @@ def _mask(logits, position, start, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, 
 
 
 @triton.jit
-def _rows(head_ptr, slot, STRIDE: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr):
+def rows_of(head_ptr, slot, STRIDE: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr):
     """One head's rows [slots, PAD] of a cache."""
     column = tl.arange(0, PAD)
     at = head_ptr + (slot * STRIDE)[:, None] + column[None, :]
@@ -213,25 +213,25 @@ def prefill_kernel(
     key_lane = tl.arange(0, BLOCK_N)
     at = tl.minimum((begin + key_lane).to(tl.uint32), last)
     block = tl.load(table_ptr + at // BLOCK_SIZE)
-    before = _slot(block, at, BLOCK_SIZE, WIDE)  # the first weights, all 0, meet the first tile's values
+    before = slot_of(block, at, BLOCK_SIZE, WIDE)  # the first weights, all 0, meet the first tile's values
     for start in range(begin, end, BLOCK_N):
-        slot = _slot(block, tl.minimum((start + key_lane).to(tl.uint32), last), BLOCK_SIZE, WIDE)
+        slot = slot_of(block, tl.minimum((start + key_lane).to(tl.uint32), last), BLOCK_SIZE, WIDE)
         # Block ids are carried one tile ahead, as in the decode kernel.
         block = tl.load(table_ptr + tl.minimum((start + BLOCK_N + key_lane).to(tl.uint32), last) // BLOCK_SIZE)
-        keys = converted(_rows(key_ptr, slot, KV_HEADS * HEAD_SIZE, HEAD_SIZE, HEAD_PAD), query.dtype)
-        values = converted(_rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD), query.dtype)
+        keys = converted(rows_of(key_ptr, slot, KV_HEADS * HEAD_SIZE, HEAD_SIZE, HEAD_PAD), query.dtype)
+        values = converted(rows_of(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD), query.dtype)
         logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
         acc = _accumulate(acc, alpha, weights, nothing, values, PRECISION, OPAQUE)
         if SOFTCAP > 0:
             logits = to_base2(logits, scale, SOFTCAP)
         if (WINDOW > 0) or (CHUNK > 0):
-            logits = _mask(logits, position, start, BLOCK_N, WINDOW, CHUNK)
+            logits = masked(logits, position, start, BLOCK_N, WINDOW, CHUNK)
         elif start + BLOCK_N > lowest + 1:
-            logits = _mask(logits, position, start, BLOCK_N, WINDOW, CHUNK)
+            logits = masked(logits, position, start, BLOCK_N, WINDOW, CHUNK)
         weighed, m_i, l_i, alpha = weigh(logits, 1.0 if SOFTCAP > 0 else scale, m_i, l_i, (WINDOW > 0) | (CHUNK > 0))
         weights = _pack(weighed, values.dtype, OPAQUE)
         before = slot
-    values = converted(_rows(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD), query.dtype)
+    values = converted(rows_of(value_ptr, before, KV_HEADS * VALUE_SIZE, VALUE_SIZE, VALUE_PAD), query.dtype)
     acc = _accumulate(acc, alpha, weights, nothing, values, PRECISION, OPAQUE)
     # Where the rows go is worked out anew: kept through the loop, it would cost registers that the tiles need.
     row_begin = tl.load(query_start_ptr + sequence, volatile=True)

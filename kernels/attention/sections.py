@@ -4,7 +4,7 @@ A section begins at a multiple of its size, counted from the sequence's first ke
 may be, so that it is the same for every step of an engine. Knows sizes alone.
 """
 
-SMALLEST = 512  # keys: a tile is 64
+SMALLEST = 256  # keys: a tile is 64
 MOST = 32  # sections of the longest sequence
 
 

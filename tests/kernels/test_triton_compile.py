@@ -528,6 +528,8 @@ FIXED = [
         for group in (1, 4)
         for tokens in (16, 512)
     ),
+    fixed_attention(128, 128, 8, 2, tokens=2, num_seqs=2),  # whose sections are shared out
+    fixed_attention(64, 64, 3, 3, tokens=16, num_seqs=4, sinks=True),
     fixed_attention(128, 128, 8, 4, cache="float8_e4m3fn"),
     fixed_attention(256, 256, 4, 2, window=512, softcap=30.0),
 ]
@@ -602,12 +604,11 @@ def test_nothing_spills(half: list[dict[str, Any]]) -> None:
 
 
 def test_kernels_of_a_decode_step_wait_for_those_before(half: list[dict[str, Any]]) -> None:
-    """All but those of prefill, of attention with one order and of masks are launched while the one before still runs."""
+    """All but those of prefill and of masks are launched while the one before still runs."""
     assert {k["kernel"] for k in half if not k["waits"]} == {
         "kv_write_kernel",
         "prefill_kernel",
         "prefill_hopper_kernel",
-        "fixed_attention_kernel",
         "bitmask_kernel",
     }
 
