@@ -21,7 +21,8 @@ weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [
 
 `pagegraph::linear` is x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the kernel that suits the rows of x.
 
-`pagegraph::fixed_linear` is the same, each row the same, bit by bit, however many rows there are; `pagegraph::fixed_int4_linear`
+`pagegraph::fixed_linear` is the same, each row the same, bit by bit, however many rows there are; `gated`: silu(first half) *
+second half of it, [..., N / 2], the product rounded before; `pagegraph::fixed_int4_linear`
 is that of `int4_packed_linear` below.
 
 `pagegraph::quant_linear` is x [..., K] @ weight.T + bias [N] -> [..., N] with weight [N, K] = qweight * scale + zero: qweight
@@ -195,6 +196,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def _fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // (1 + gated))
+
+
 def _linear_norm_linear(
     x: Tensor, first: Tensor, first_bias: Tensor | None, residual: Tensor, norm: Tensor, eps: float, second: Tensor,
     second_bias: Tensor | None, gated: bool, keep_norm: bool, query_start: Tensor,
@@ -264,8 +269,8 @@ OPS = (
         functional.linear, "linear.cuda:linear", _linear,
     ),
     Op(
-        "fixed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-        fixed_rows.linear, "linear.fixed_gemm:fixed_linear", _linear,
+        "fixed_linear(Tensor x, Tensor weight, Tensor? bias, bool gated=False) -> Tensor",
+        fixed_rows.linear, "linear.fixed_gemm:fixed_linear", _fixed_linear,
     ),
     Op(
         "linear_norm_linear(Tensor x, Tensor first, Tensor? first_bias, Tensor residual, Tensor norm, float eps, "

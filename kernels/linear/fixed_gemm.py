@@ -3,7 +3,7 @@
 The weight is the left operand of the tensor cores and rows of x are their columns, so that a column is summed alike in a tile of
 any width. Columns of the weight are cut into parts whose number follows from its shape alone. A part is added up from left to
 right, beginning with zero, then parts in their order: of few rows each part is a program's, and the last to arrive adds them;
-of many rows one program goes through all of them. Tiles and who adds follow from the number of rows, sums do not. Knows no models.
+of many rows one program goes through all of them. A gate is applied before the product is stored. Tiles and who adds follow from the number of rows, sums do not. Knows no models.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagegraph.kernels.linear.silu_mul import silu_mul, silu_times
 from pagegraph.kernels.linear.split_k import is_last_arriver, partial_buffers, reduce_partials
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.pdl import dependent, wait
@@ -25,6 +26,7 @@ LEAST_COLUMNS = 256  # of a part
 FEW_ROWS = 64  # up to which reading the weight bounds a product, and parts are always shared out
 FEWEST_TILES = 64  # a product of more rows with fewer tiles shares its parts out too
 BLOCK_K = 64  # one for all tiles: within a step of it the interpreter's order is its library's
+PAIRED = tl.constexpr(8)  # rows of a gate, then those of its up: so each thread of a tensor-core tile holds both
 GROUP = tl.constexpr(16)  # tiles of rows that go through the weight side by side, so that both stay in L2
 
 
@@ -58,6 +60,7 @@ def fixed_gemm_kernel(
     PARTS: tl.constexpr,
     SPREAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -68,6 +71,8 @@ def fixed_gemm_kernel(
     n = within // side_by_side * BLOCK_N + tl.arange(0, BLOCK_N)
     t = (group * GROUP + within % side_by_side) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_n, in_t = n < N, t < num_rows
+    if GATED:
+        n = n // (2 * PAIRED) * PAIRED + n % PAIRED + n // PAIRED % 2 * (N // 2)
     lane = tl.arange(0, BLOCK_K)
     span: tl.constexpr = (K + PARTS * BLOCK_K - 1) // (PARTS * BLOCK_K) * BLOCK_K
     weight_at = weight_ptr + n.to(tl.int64)[:, None] * K + lane[None, :]
@@ -99,8 +104,16 @@ def fixed_gemm_kernel(
         total = reduce_partials(partial_ptr, counter_ptr, tl.program_id(0), at, PARTS, BLOCK_N, BLOCK_T)
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
-    out_at = out_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=in_n[:, None] & in_t[None, :])
+    dtype = out_ptr.dtype.element_ty
+    if GATED:
+        # Rounded as a product of its own would be, then as `silu_mul` does.
+        both = total.to(dtype).to(tl.float32).reshape(BLOCK_N // (2 * PAIRED), 2, PAIRED, BLOCK_T).permute(0, 2, 3, 1)
+        gate, up = tl.split(both)
+        total = silu_times(gate, up).reshape(BLOCK_N // 2, BLOCK_T)
+        n = within // side_by_side * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        in_n = n < N // 2
+    out_at = out_ptr + t.to(tl.int64)[None, :] * (N // 2 if GATED else N) + n[:, None]
+    tl.store(out_at, total.to(dtype), mask=in_n[:, None] & in_t[None, :])
 
 
 class Cut(NamedTuple):
@@ -148,21 +161,23 @@ def _tile(cut: tuple[int, int, int, int], parts: int) -> Tile:
     return Tile(block_n, BLOCK_K, parts, num_warps, num_stages, block_t)
 
 
-def fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
     """See `kernels.ops`."""
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    out = fixed_gemm(rows, weight.contiguous(), bias, *cut_of(len(rows), *weight.shape, weight.element_size()))
-    return out.view(*x.shape[:-1], -1)
+    joined = gated and len(weight) % (2 * PAIRED.value) == 0
+    cut = cut_of(len(rows), *weight.shape, weight.element_size())
+    out = fixed_gemm(rows, weight.contiguous(), bias, *cut, gated=joined).view(*x.shape[:-1], -1)
+    return silu_mul(out) if gated and not joined else out
 
 
-def fixed_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, spread: bool) -> Tensor:
+def fixed_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, spread: bool, gated: bool = False) -> Tensor:
     """x [T, K] (rows dense), weight [N, K] contiguous, bias [N] -> [T, N] in x's dtype; bits follow from the tile's split_k alone.
 
-    spread: each part is a program's.
+    spread: each part is a program's. gated: silu(first half) * second half of the result, [T, N / 2]; N a multiple of 16.
     """
     out_size, size = weight.shape
-    out = torch.empty(len(x), out_size, dtype=x.dtype, device=x.device)
+    out = torch.empty(len(x), out_size // 2 if gated else out_size, dtype=x.dtype, device=x.device)
     programs = triton.cdiv(out_size, tile.block_n) * triton.cdiv(len(x), tile.block_t)
     partial, counters = partial_buffers(tile, programs, tile.block_t, out) if spread else (out, out)
     fixed_gemm_kernel[programs, tile.split_k if spread else 1](
@@ -182,6 +197,7 @@ def fixed_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, sprea
         PARTS=tile.split_k,
         SPREAD=spread,
         HAS_BIAS=bias is not None,
+        GATED=gated,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pagegraph.kernels.linear.reference import silu_mul
+
 Product = Callable[[Tensor], Tensor]  # rows [M, K] -> [M, N]
 
 CANDIDATES = (4, 16, 64, 256)  # rows whose order of sums may be the one that others keep
@@ -39,11 +41,12 @@ def padded(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
     """`pagegraph::fixed_linear` on a CPU."""
     key = (weight.shape, weight.dtype, bias is None)
     rows = x.reshape(-1, x.shape[-1])
-    return product_of(rows, lambda some: functional.linear(some, weight, bias), key).view(*x.shape[:-1], -1)
+    product = product_of(rows, lambda some: functional.linear(some, weight, bias), key).view(*x.shape[:-1], -1)
+    return silu_mul(product) if gated else product
 
 
 def product_of(rows: Tensor, product: Product, key: Hashable) -> Tensor:

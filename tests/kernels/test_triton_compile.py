@@ -153,10 +153,10 @@ def linear(rows: int, out_size: int, size: int) -> list[Any]:
     ]
 
 
-def fixed(rows: int, out_size: int, size: int, dtype: str = "bfloat16") -> list[Any]:
-    arguments = [tensor(dtype, rows, size), tensor(dtype, out_size, size), None]
+def fixed(rows: int, out_size: int, size: int, dtype: str = "bfloat16", gated: bool = False) -> list[Any]:
+    arguments = [tensor(dtype, rows, size), tensor(dtype, out_size, size), None, gated]
     return [
-        f"fixed {rows} {out_size}x{size} {dtype}", "pagegraph.kernels.linear.fixed_gemm", "fixed_linear", arguments,
+        f"fixed {rows} {out_size}x{size} {dtype} gated={gated}", "pagegraph.kernels.linear.fixed_gemm", "fixed_linear", arguments,
     ]  # fmt: skip
 
 
@@ -522,6 +522,7 @@ FIXED = [
         for rows in (1, 32, 64, 256, 2048)
         for shape in ((6144, 4096), (4096, 14336), (151936, 1024), (1024, 3072))
     ),
+    *(fixed(rows, 6144, 1024, gated=True) for rows in (1, 64, 128, 256, 8192)),
     *(
         fixed_attention(size, size, 8, group, tokens=tokens)
         for size in (64, 128)

@@ -4,7 +4,7 @@ Of a mixture the second linear is its router, and the experts read the norm too;
 them, so that norm and linear behind that become one op.
 Of quantised linears it is addition, norm, linear, or these with a gate and a second linear behind: what is ahead of a product of many
 rows is done where its rows are quantised. For few rows norms in the products' kernels cost more than kernels of their own. A gate that no
-such linear reads joins the one before it alone.
+such linear reads joins the one before it alone, and so does that of products of `deterministic`.
 Runs after `fuse_rows` and `fuse_routers`, whose ops it looks for. Knows FX graphs; knows no models, and not which kernels the op takes.
 """
 
@@ -159,7 +159,7 @@ def _replace(graph: Graph, both: Node, last: Node, op: Callable, arguments: tupl
 
 def _gate(gate: Node) -> bool:
     product = gate.args[0]
-    if not is_call(product, ops.repacked_linear) or len(product.users) > 1:
+    if not any(is_call(product, op) for op in (ops.repacked_linear, ops.fixed_linear)) or len(product.users) > 1:
         return False
     product.args = (*product.args, True)
     product.meta = gate.meta

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from pagegraph.kernels.linear.fixed_gemm import FEW_ROWS, WIDE, WIDEST, cut_of, parts_of
+from pagegraph.kernels.linear.reference import silu_mul
 from pagegraph.kernels.linear.tiles import Tile
 
 MODULE = "pagegraph.kernels.linear.fixed_gemm"
@@ -30,23 +31,41 @@ def test_rows_are_the_same_alone(triton_calls, dtype: torch.dtype, out_size: int
             assert torch.equal(part, whole[rows])
 
 
+@pytest.mark.parametrize("out_size", [160, 150])
+def test_a_gate_is_that_of_the_product(triton_calls, out_size: int) -> None:
+    """In the product's kernel or, where rows cannot be paired, in one of its own."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator).bfloat16() for shape in ((9, 64), (out_size, 64), (out_size,))
+    )
+    product, _ = triton_calls.call(MODULE, "fixed_linear", x, weight, bias)
+    gated, _ = triton_calls.call(MODULE, "fixed_linear", x, weight, bias, True)
+    torch.testing.assert_close(gated, silu_mul(product), atol=1e-3, rtol=1e-2)
+
+
 TILES = [(64, 16, 4, 8), (64, 32, 4, 8), (64, 64, 4, 6), *WIDE, WIDEST]
 
 
-@pytest.mark.parametrize(("out_size", "size", "parts"), [(150, 520, 4), (260, 256, 2), (70, 200, 1)])
+@pytest.mark.parametrize(("out_size", "size", "parts"), [(150, 520, 4), (272, 256, 2), (70, 200, 1)])
 def test_every_cut_gives_the_same_bits(triton_calls, out_size: int, size: int, parts: int) -> None:
     """Of any tile, with parts shared out or one after the other; parts that end before the last of their columns too."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(70, size + 8, generator=generator).bfloat16()[:, :size]
     weight = torch.randn(out_size, size, generator=generator).bfloat16()
-    found = []
+    found, gated = [], []
     for block_n, block_t, warps, stages in TILES:
         tile = Tile(block_n, 64, parts, warps, stages, block_t)
         for spread in (False, True)[: parts if (block_n, block_t) != WIDEST[:2] or parts == 1 else 0]:
             out, _ = triton_calls.call(MODULE, "fixed_gemm", x, weight, None, tile, spread)
             found.append(out)
+            if out_size % 16 == 0:
+                out, _ = triton_calls.call(MODULE, "fixed_gemm", x, weight, None, tile, spread, True)
+                gated.append(out)
     torch.testing.assert_close(found[0].float(), x.float() @ weight.float().T, atol=0.2, rtol=1e-2)
     assert all(torch.equal(out, found[0]) for out in found)
+    assert all(torch.equal(out, gated[0]) for out in gated)
+    for out in gated[:1]:
+        torch.testing.assert_close(out, silu_mul(found[0]), atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("element_size", [2, 4])

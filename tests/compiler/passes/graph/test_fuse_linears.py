@@ -11,6 +11,7 @@ from pagegraph.compiler.passes.graph.fuse_norms import fuse_rows
 from pagegraph.compiler.passes.graph.fuse_rope import fuse_rope
 from pagegraph.compiler.passes.graph.fuse_routers import fuse_routers
 from pagegraph.compiler.passes.modules import quant_linears
+from pagegraph.compiler.passes.modules.fixed_linears import fixed_linears
 from pagegraph.compiler.passes.modules.merge_linears import merge_linears
 from pagegraph.compiler.passes.modules.skinny_linears import skinny_linears
 from pagegraph.compiler.quantization.layouts import RepackedLinear
@@ -39,6 +40,18 @@ def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
     fused = [node for node in graphs[0].graph.nodes if node.target is torch.ops.pagegraph.linear_norm_linear]
     gated = sum(node.args[-3] for node in fused)
     assert (gated, len(fused) - gated) == FOUND[name]
+
+
+def test_a_gate_joins_the_product_of_deterministic() -> None:
+    stock = random_model(tiny_config("qwen3"))
+    paged = paged_copy(tiny_config("qwen3"), stock)
+    merge_linears(paged)
+    assert fixed_linears(paged) > 0
+    graphs = check_compiled(stock, paged, [fuse_rope, fuse_rows, fuse_linears], MIXED)
+    called = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+    products = [node for node in called if node.target is torch.ops.pagegraph.fixed_linear]
+    assert sum(node.args[3:] == (True,) for node in products) == 4
+    assert not any(node.target is torch.ops.pagegraph.silu_mul for node in called)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
