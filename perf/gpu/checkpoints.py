@@ -53,14 +53,21 @@ def write_checkpoint(model: str, device: str) -> Path:
     if method := QUANTIZED.get(str(config["model_type"])):
         (folder / "config.json").write_text(json.dumps({**config, "quantization_config": method}))
     shard: dict[str, Tensor] = {}
-    shards = 0
+    places_of: dict[str, str] = {}  # of each tensor, the file
+
+    def write() -> None:
+        file = f"model-{len(set(places_of.values())) + 1:05}.safetensors"
+        save_file(shard, folder / file, {"format": "pt"})
+        places_of.update(dict.fromkeys(shard, file))
+        shard.clear()
+
     for name, tensor in _published(sizes, method is not None, device):
         shard[name] = tensor.cpu()
         if sum(one.nbytes for one in shard.values()) > SHARD_BYTES:
-            save_file(shard, folder / f"model-{(shards := shards + 1):05}.safetensors", {"format": "pt"})
-            shard.clear()
+            write()
     if shard:
-        save_file(shard, folder / f"model-{shards + 1:05}.safetensors", {"format": "pt"})
+        write()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places_of}))
     return folder
 
 
