@@ -16,16 +16,16 @@ from torch import nn
 def wide_norms(model: nn.Module, device_type: str | None = None) -> int:
     """Widen the weight of every such norm of `model`, on the meta device too; returns how many. Where kernels of ours take norms."""
     norms = [one for one in model.modules() if _is_norm(one)]
-    if (device_type or _device_type(norms)) != "cuda":
+    if not norms or (device_type or _weight(norms[0]).device.type) != "cuda":
         return 0
     found = [one for one in norms if _keeps_dtype(one)]
     for one in found:
-        one.weight.data = one.weight.data.float()
+        _weight(one).data = _weight(one).float()
     return len(found)
 
 
-def _device_type(norms: list[nn.Module]) -> str:
-    return norms[0].weight.device.type if norms else "cpu"
+def _weight(norm: nn.Module) -> nn.Parameter:
+    return next(norm.parameters())
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -33,16 +33,16 @@ def _is_norm(module: nn.Module) -> bool:
     return (
         type(module).__name__.endswith("RMSNorm")
         and names == ["weight"]
-        and module.weight.dim() == 1
-        and module.weight.dtype in (torch.bfloat16, torch.float16)
+        and _weight(module).dim() == 1
+        and _weight(module).dtype in (torch.bfloat16, torch.float16)
     )
 
 
 def _keeps_dtype(norm: nn.Module) -> bool:
     """Whether rows [1, 2, H] come out in their dtype where the weight is in float32; on the meta device, where nothing is computed."""
     trial = copy.deepcopy(norm).to("meta")
-    rows = torch.empty(1, 2, len(norm.weight), dtype=norm.weight.dtype, device="meta")
-    trial.weight.data = trial.weight.data.float()
+    rows = torch.empty(1, 2, len(_weight(norm)), dtype=_weight(norm).dtype, device="meta")
+    _weight(trial).data = _weight(trial).float()
     try:
         with torch.no_grad():
             out = trial(rows)
