@@ -124,6 +124,10 @@ class OneShot:
         self._memories = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._counts = torch.zeros(PROGRAMS, dtype=torch.int64, device=device)
         self._stop = torch.zeros(1, dtype=torch.int32, device=device)
+        # What `stop` needs is there before a kernel waits: to allocate it might wait for that kernel.
+        on_device = device.type == "cuda"
+        self._one = torch.ones(1, dtype=torch.int32, pin_memory=on_device)
+        self._beside = torch.cuda.Stream(device) if on_device else None
 
     def takes(self, x: Tensor) -> bool:
         """Whether `all_reduce` sums x."""
@@ -135,8 +139,5 @@ class OneShot:
 
     def stop(self) -> None:
         """Let calls that wait go on, whose sums are then wrong; any thread may call. A copy, for which no multiprocessor has to be free."""
-        if self._stop.device.type == "cuda":
-            with torch.cuda.device(self._stop.device), torch.cuda.stream(torch.cuda.Stream()):
-                self._stop.copy_(torch.ones(1, dtype=torch.int32).pin_memory(), non_blocking=True)
-        else:
-            self._stop.fill_(1)
+        with torch.cuda.stream(self._beside):
+            self._stop.copy_(self._one, non_blocking=True)

@@ -1,6 +1,7 @@
 """A rank of `test_one_shot`: sums tensors over memory that processes share, by Triton's interpreter.
 
-Arguments: rank, ranks, a folder with the ranks' memory as files. Writes its sums to the folder.
+Arguments: rank, ranks, a folder with the ranks' memory as files, and `stopped` for a rank that waits for nobody. Writes its sums to the
+folder.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def memory(ranks: int) -> int:
     return bytes_of(ranks)
 
 
-def main(rank: int, ranks: int, folder: Path) -> None:
+def main(rank: int, ranks: int, folder: Path, stopped: bool) -> None:
     from pagegraph.kernels.collective.one_shot import OneShot
 
     memories = [
@@ -40,9 +41,11 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         for one in range(ranks)
     ]
     sums = OneShot(rank, [one.data_ptr() for one in memories], torch.device("cpu"))
+    if stopped:
+        sums.stop()
     found = [sums.all_reduce(given(rank, call)) for call in range(len(CALLS))]
     torch.save(found, folder / f"sums-{rank}")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:] == ["stopped"])

@@ -53,3 +53,12 @@ def test_a_machine_without_a_way_to_other_memory_says_so(caplog: pytest.LogCaptu
         assert groups.all_reduce(torch.ones(3), "").tolist() == [1, 1, 1]
     finally:
         groups.forget("")
+
+
+def test_who_waits_for_a_rank_that_has_ended_is_let_go(tmp_path: Path) -> None:
+    """The other rank never comes; the sum that is given up holds what was there, and nothing hangs."""
+    (tmp_path / "memory-0").write_bytes(bytes(ranks_of.memory(2)))
+    (tmp_path / "memory-1").write_bytes(bytes(ranks_of.memory(2)))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", ranks_of.__file__, "0", "2", str(tmp_path), "stopped"]
+    assert subprocess.run(command, env=environment, timeout=120).returncode == 0
