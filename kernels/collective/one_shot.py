@@ -19,16 +19,20 @@ from torch import Tensor
 
 from pagegraph.kernels.pdl import dependent, wait
 
-MAX_BYTES = 512 << 10  # of x; more goes to NCCL
+MAX_SENT = 4 << 20  # bytes of x times ranks, of which all but one are written to; more goes to NCCL
 PROGRAMS = 64
-SLOT_BYTES = MAX_BYTES // PROGRAMS  # of a program's part
 LEAST = 1024  # elements of a program
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def bytes_of(size: int) -> int:
-    """Memory of each rank: counts int64 [PROGRAMS, size], then parts [2, PROGRAMS, size, SLOT_BYTES]."""
-    return PROGRAMS * size * (8 + 2 * SLOT_BYTES)
+def slot_bytes(ranks: int) -> int:
+    """Of a program's part at most: a power of two."""
+    return 1 << (MAX_SENT // (ranks * PROGRAMS)).bit_length() - 1
+
+
+def bytes_of(ranks: int) -> int:
+    """Memory of each rank: counts int64 [PROGRAMS, ranks], then parts [2, PROGRAMS, ranks, slot_bytes]."""
+    return PROGRAMS * ranks * (8 + 2 * slot_bytes(ranks))
 
 
 @triton.jit
@@ -106,7 +110,7 @@ def one_shot(x: Tensor, rank: int, memories: Tensor, counts: Tensor, stop: Tenso
         RANK=rank,
         RANKS=len(memories),
         PART=part,
-        SLOT=SLOT_BYTES // x.element_size(),
+        SLOT=slot_bytes(len(memories)) // x.element_size(),
         PROGRAMS=PROGRAMS,
         BLOCK=LEAST,
         num_warps=4,
@@ -131,7 +135,7 @@ class OneShot:
 
     def takes(self, x: Tensor) -> bool:
         """Whether `all_reduce` sums x."""
-        return 0 < x.nbytes <= MAX_BYTES and x.dtype in DTYPES
+        return 0 < x.nbytes <= PROGRAMS * slot_bytes(len(self._memories)) and x.dtype in DTYPES
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's x, which is contiguous, as a tensor of its own."""

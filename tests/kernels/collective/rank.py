@@ -16,7 +16,7 @@ CALLS = (
     (1, torch.bfloat16),
     (5000, torch.bfloat16),
     (70_000, torch.float16),
-    (100_000, torch.float32),
+    (250_000, torch.float32),
 )
 
 
