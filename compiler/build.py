@@ -237,6 +237,7 @@ class LoadedModel:
     def state(self, options: CompilerOptions, num_blocks: int, *, is_draft: bool = False) -> DeviceState:
         """KV caches of so many blocks, and what else outlives a step. Only the target model verifies draft tokens."""
         block_size, seqs = options.kv_cache.block_size, options.step.max_num_seqs
+        max_draft_tokens = 0 if is_draft else options.step.max_draft_tokens
         caches = Caches.of(
             self.paged_model.layouts,
             self.paged_model.states,
@@ -246,6 +247,8 @@ class LoadedModel:
             dtype=self.cache_dtype,
             activation_dtype=self.dtype,
             device=options.device,
+            batch_slots=seqs + 1,
+            max_draft_tokens=max_draft_tokens,
         )
         return DeviceState(
             caches,
@@ -254,7 +257,7 @@ class LoadedModel:
             max_blocks=max(-(-self.max_model_len // block_size), 2),
             vocab_size=self.vocab_size,
             device=options.device,
-            max_draft_tokens=0 if is_draft else options.step.max_draft_tokens,
+            max_draft_tokens=max_draft_tokens,
             ngram=None if is_draft else options.step.ngram,
         )
 
@@ -400,7 +403,7 @@ def _load(
         paged_model = wrap_model(model, section, options.ranks)
     sharding = paged_model.sharding
     if paged_model.states:
-        _check_recurrent(model_options.model, options)
+        _check_recurrent(model_options, options)
     loaded = LoadedModel(paged_model, model_config, folder, dtype, cache_dtype, max_model_len, generation_config)
     if planned:
         plan_weights(
@@ -440,17 +443,23 @@ def _check_deterministic(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-def _check_recurrent(model: str, options: CompilerOptions) -> None:
+def _check_recurrent(model_options: ModelOptions, options: CompilerOptions) -> None:
     """Refuse what a model with recurrent state is not served with."""
+    model = model_options.model
     if options.passes.deterministic:
         raise ValueError(
             f"deterministic=true: {model} has layers with recurrent state, whose sums depend on how a prompt is cut into"
             " chunks; set deterministic to false"
         )
-    if options.step.max_draft_tokens:
+    if options.draft is not None and model == options.draft.model:
+        raise ValueError(
+            f"speculative_model={model} has layers with recurrent state, which draft tokens that its target rejects would leave"
+            " changed; name a model that attends in all layers, or set speculative_method to ngram"
+        )
+    if options.step.max_draft_tokens and options.device.type != "cpu":
         raise ValueError(
             f"speculative decoding: {model} has layers with recurrent state, which a rejected draft token would leave"
-            " changed; leave speculative_method and speculative_model out"
+            " changed on CUDA, where kernels do not put draft tokens aside yet; leave speculative_method and speculative_model out"
         )
 
 
@@ -495,6 +504,8 @@ def _start_cache(options: CompilerOptions, models: list[LoadedModel]) -> StartCa
     if options.device.type == "cpu":
         more["blocks"] = [kv_cache.num_blocks, kv_cache.memory]
         more["slots"] = [model.num_slots(options) for model in models if model.slot_bytes]
+        if models[0].slot_bytes:
+            more["drafts"] = options.step.max_draft_tokens  # a forward hands them to layers with state
     key = start_key([model.paged_model for model in models], options.device, more)
     return StartCache(cache_folder(options.cache_dir), key)
 

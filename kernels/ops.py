@@ -65,7 +65,17 @@ logits, largest first, the smaller number first of equal ones; weights are the s
 Layers with recurrent state keep a row of `states` [slots, ...] for each batch slot, mutated: that of a sequence s of the step
 is row slots[s] of int32 [S]. A sequence begins from zero where seq_lens[s] is as many as its rows, and else from its state; the state
 behind its last row is written back. Padding sequences, which have no rows, read and write none; rows from query_start[S] on are
-padding and may come out as anything. Each is one recurrence over a sequence's rows t:
+padding and may come out as anything.
+
+With draft_rows [batch slots, K, ..] draft tokens leave no trace in a state: sequences with rows that follow one in the same slot are its
+draft tokens, their results come of what is before them as anyone's, but the state that is written back is that before the first of
+them. What the recurrence has taken of the first K is put aside in draft_rows, in the order of the arguments (a convolution's x; key,
+value, decay, beta; x, dt, B), flat. state_lens int32 [slots] is how many tokens a state is behind; where a sequence has more of them
+before its rows, the others are draft tokens of its last step that were accepted, and the state takes these up first, from draft_rows.
+CPUs alone compute with them. `pagegraph::count_states` brings state_lens to what the states of a step are behind, once all layers are
+computed.
+
+Each is one recurrence over a sequence's rows t:
 
 `pagegraph::causal_conv` is a convolution for each channel: x [T, C], weight [C, K], bias [C], states [slots, K - 1, C] in x's dtype,
 the last rows that there were -> [T, C], y_t = sum over j of weight[:, j] * x_(t - K + 1 + j), after that silu if it is set.
@@ -147,6 +157,7 @@ from pagegraph.kernels.sampling import cpu as sampling_cpu
 from pagegraph.kernels.spec_decode import cpp as spec_decode_cpp
 from pagegraph.kernels.spec_decode import reference as spec_decode_reference
 from pagegraph.kernels.state import cpu as state_cpu
+from pagegraph.kernels.state import reference as state_reference
 
 SAME = "same"  # the function of the CPU serves every device
 
@@ -178,6 +189,10 @@ def _gated_delta(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
 
 def _selective_scan(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
+
+
+def _nothing(*_: Any) -> None:
+    return None
 
 
 def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
@@ -357,18 +372,24 @@ OPS = (
     ),
     Op(
         "causal_conv(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) states, Tensor slots, Tensor query_start, "
-        "Tensor seq_lens, bool silu) -> Tensor",
+        "Tensor seq_lens, bool silu, "
+        "Tensor(b!)? draft_rows=None, Tensor? state_lens=None) -> Tensor",
         state_cpu.causal_conv, "state.conv:causal_conv", _new_like,
     ),
     Op(
         "gated_delta(Tensor query, Tensor key, Tensor value, Tensor decay, Tensor beta, Tensor(a!) states, Tensor slots, "
-        "Tensor query_start, Tensor seq_lens, bool normalize) -> Tensor",
+        "Tensor query_start, Tensor seq_lens, bool normalize, "
+        "Tensor(b!)? draft_rows=None, Tensor? state_lens=None) -> Tensor",
         state_cpu.gated_delta, "state.cuda:gated_delta", _gated_delta,
     ),
     Op(
         "selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor(a!) states, Tensor slots, "
-        "Tensor query_start, Tensor seq_lens) -> Tensor",
+        "Tensor query_start, Tensor seq_lens, Tensor(b!)? draft_rows=None, Tensor? state_lens=None) -> Tensor",
         state_cpu.selective_scan, "state.cuda:selective_scan", _selective_scan,
+    ),
+    Op(
+        "count_states(Tensor(a!) state_lens, Tensor slots, Tensor query_start, Tensor seq_lens) -> ()",
+        state_reference.count_states, SAME, _nothing,
     ),
     Op(
         "sample(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor slots, Tensor sampled, "

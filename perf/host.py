@@ -97,7 +97,7 @@ def run(sizes: Sequence[int], lengths: Sequence[int], *, max_num_seqs: int = 0, 
     block = config.block_size
     num_blocks = num_blocks or 1 + sum(-(-(size + length) // block) + 1 for size, length in zip(sizes, lengths))
     state = DeviceState(
-        Caches([], [], [], []), block_size=block, max_num_seqs=seqs, max_blocks=512, vocab_size=VOCAB,
+        Caches.none(), block_size=block, max_num_seqs=seqs, max_blocks=512, vocab_size=VOCAB,
         device=torch.device("cpu"),
     )  # fmt: skip
     staging = PlainStaging(state, Bucket(budget, seqs))

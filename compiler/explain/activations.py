@@ -73,7 +73,7 @@ def _sampling(options: CompilerOptions, model: LoadedModel, allocator: CachingAl
     seqs = replace(options.step, max_num_seqs=ROWS, max_draft_tokens=0, ngram=None)
     few = replace(options, device=torch.device("cpu"), step=seqs)
     state = DeviceState(
-        Caches([], [], [], []), block_size=few.kv_cache.block_size, max_num_seqs=ROWS - 1, max_blocks=2,
+        Caches.none(), block_size=few.kv_cache.block_size, max_num_seqs=ROWS - 1, max_blocks=2,
         vocab_size=model.vocab_size, device=few.device,
     )  # fmt: skip
     step = dummy_step([1] * ROWS, state.dummy_slot, everything(ROWS))

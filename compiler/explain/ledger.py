@@ -69,7 +69,8 @@ class Ledger:
     state_layers: int  # that keep a state of fixed size for each slot
     num_slots: int  # of these states
     slots: int  # their bytes
-    state: int  # what else outlives a step: block tables, each slot's last token, draft tokens, text
+    state: int  # what else outlives a step: block tables, each slot's last token, draft tokens with what they bring to
+    # recurrent states, text
     step: StepMemory
     graphs: int
     num_graphs: int
@@ -158,9 +159,9 @@ def planned_states(options: CompilerOptions, models: list[LoadedModel]) -> list[
 
 
 def state_tensors(state: DeviceState) -> int:
-    """Bytes of all of a state but the caches."""
+    """Bytes of all of a state but KV caches and recurrent states."""
     held = (state.block_tables, state.last_tokens, state.last_at, state.draft_tokens, state.history)
-    return sum(one.nbytes for one in held if one is not None)
+    return sum(one.nbytes for one in held if one is not None) + state.caches.draft_bytes
 
 
 def _kv_layers(model: LoadedModel, state: DeviceState) -> list[KvLayers]:

@@ -125,10 +125,14 @@ class PagedModel(nn.Module):
         value_caches: list[torch.Tensor],
         conv_states: list[torch.Tensor],
         recurrent_states: list[torch.Tensor],
+        conv_drafts: list[torch.Tensor],
+        recurrent_drafts: list[torch.Tensor],
+        state_lens: list[torch.Tensor],
     ) -> Forwarded:
         """token_ids, positions, slot_mapping int32 [T]; slots int32 [S]; logits_index int64 [S] of token rows.
 
-        Caches of the layers that attend and states of those that keep any, in the order of the layouts.
+        Caches of the layers that attend and states of those that keep any, in the order of the layouts; the last three are
+        empty where no step has draft tokens, and state_lens is one tensor (`compiler.step.caches`).
         """
         forward_local.paged = PagedBatch(
             self.layouts,
@@ -146,9 +150,13 @@ class PagedModel(nn.Module):
         position_ids = positions.long()[None]
 
         def recurrence_of(layer: int) -> PooledRecurrence:
-            at = self._recurrent_places.get(layer)
+            at, place = self._recurrent_places.get(layer), self._state_places[layer]
             recurrent = None if at is None else recurrent_states[at]
-            return PooledRecurrence(conv_states[self._state_places[layer]], recurrent, slots, query_start, seq_lens)
+            step = slots, query_start, seq_lens
+            if not state_lens:
+                return PooledRecurrence(conv_states[place], recurrent, *step)
+            kept = None if at is None else recurrent_drafts[at]
+            return PooledRecurrence(conv_states[place], recurrent, *step, conv_drafts[place], kept, state_lens[0])
 
         given = {}
         if self.cache:
@@ -163,6 +171,8 @@ class PagedModel(nn.Module):
                 **given,
             )
             hidden = forward_local.hidden
+            if state_lens:
+                torch.ops.pagegraph.count_states(state_lens[0], slots, query_start, seq_lens)
         finally:
             forward_local.paged = forward_local.products = forward_local.hidden = None
             forward_local.recurrence = forward_local.rows = None

@@ -415,20 +415,29 @@ class _ProbedRecurrence:
         self.notes.states[self.layer] = StateLayout(self.layer, (weight.shape[1] - 1, weight.shape[0]), ())
         return torch.empty_like(x)
 
-    def gated_delta(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
-        self._keep(key.shape[1], key.shape[2], value.shape[2])
+    def gated_delta(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        decay: torch.Tensor,
+        beta: torch.Tensor,
+        *_: Any,
+    ) -> torch.Tensor:
+        self._keep((key.shape[1], key.shape[2], value.shape[2]), key, value, decay, beta)
         return torch.empty_like(value)
 
     def selective_scan(
         self, x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *_: Any
     ) -> torch.Tensor:
-        self._keep(x.shape[1], x.shape[2], B.shape[2])
+        self._keep((x.shape[1], x.shape[2], B.shape[2]), x, dt, B)
         return torch.empty_like(x, dtype=torch.float32)
 
-    def _keep(self, *sizes: int) -> None:
+    def _keep(self, sizes: tuple[int, ...], *inputs: torch.Tensor) -> None:
         if self.layer not in self.notes.states or self.notes.states[self.layer].recurrent:
             self.notes.refuse(f"layer {self.layer} has a recurrence without a convolution, or several")
-        self.notes.states[self.layer] = replace(self.notes.states[self.layer], recurrent=sizes)
+        taken = sum(one[0].numel() for one in inputs)
+        self.notes.states[self.layer] = replace(self.notes.states[self.layer], recurrent=sizes, inputs=taken)
 
 
 def _probed_mask(

@@ -33,6 +33,7 @@ class StateLayout:
     layer: int
     conv: tuple[int, int]  # (rows, channels), in the dtype of activations
     recurrent: tuple[int, ...]  # three sizes, float32; () where it only convolves
+    inputs: int = 0  # numbers of a token that the recurrence takes up
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Of a slot; dtype: of activations."""
@@ -70,11 +71,14 @@ class PooledRecurrence:
     slots: torch.Tensor
     query_start: torch.Tensor
     seq_lens: torch.Tensor
+    # Of a step that may hold draft tokens; None: it does not
+    conv_drafts: torch.Tensor | None = None
+    recurrent_drafts: torch.Tensor | None = None
+    state_lens: torch.Tensor | None = None
 
     def causal_conv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool) -> torch.Tensor:
-        return torch.ops.pagegraph.causal_conv(
-            x, weight, bias, self.conv_states, self.slots, self.query_start, self.seq_lens, silu
-        )
+        given = x, weight, bias, self.conv_states, self.slots, self.query_start, self.seq_lens, silu
+        return torch.ops.pagegraph.causal_conv(*given, *self._drafts(self.conv_drafts))
 
     def gated_delta(
         self,
@@ -86,13 +90,18 @@ class PooledRecurrence:
         normalize: bool,
     ) -> torch.Tensor:
         given = query, key, value, decay, beta, self.recurrent_states
-        return torch.ops.pagegraph.gated_delta(*given, self.slots, self.query_start, self.seq_lens, normalize)
+        step = self.slots, self.query_start, self.seq_lens, normalize
+        return torch.ops.pagegraph.gated_delta(*given, *step, *self._drafts(self.recurrent_drafts))
 
     def selective_scan(
         self, x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
     ) -> torch.Tensor:
         given = x, dt, A, B, C, self.recurrent_states
-        return torch.ops.pagegraph.selective_scan(*given, self.slots, self.query_start, self.seq_lens)
+        step = self.slots, self.query_start, self.seq_lens
+        return torch.ops.pagegraph.selective_scan(*given, *step, *self._drafts(self.recurrent_drafts))
+
+    def _drafts(self, rows: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return () if rows is None else (rows, self.state_lens)
 
 
 class InPool:

@@ -22,6 +22,10 @@ class Caches(NamedTuple):
     value_caches: list[torch.Tensor]
     conv_states: list[torch.Tensor]  # [slots, rows, channels]
     recurrent_states: list[torch.Tensor]  # float32 [slots, ..]
+    # Of states that draft tokens leave no trace in; empty where there are none. See `kernels.ops`
+    conv_drafts: list[torch.Tensor]  # [batch slots, max_draft_tokens, channels]
+    recurrent_drafts: list[torch.Tensor]  # float32 [batch slots, max_draft_tokens, ..]
+    state_lens: list[torch.Tensor]  # one, int32 [slots]: tokens that all layers' states of a slot are behind
 
     @staticmethod
     def of(
@@ -34,18 +38,30 @@ class Caches(NamedTuple):
         dtype: torch.dtype,
         activation_dtype: torch.dtype,
         device: torch.device,
+        batch_slots: int = 0,
+        max_draft_tokens: int = 0,
     ) -> Caches:
-        """dtype: of keys and values."""
+        """dtype: of keys and values. batch_slots: of the slots, those that steps may have draft tokens in, which come first."""
 
         def pools(sizes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
             return [torch.zeros(*size, dtype=dtype, device=device) for size in sizes]
+
+        drafts = batch_slots, max_draft_tokens
 
         return Caches(
             pools([(num_blocks, block_size, one.num_kv_heads, one.head_size) for one in layouts], dtype),
             pools([(num_blocks, block_size, one.num_kv_heads, one.value_size) for one in layouts], dtype),
             pools([(num_slots, *one.conv) for one in states], activation_dtype),
             pools([(num_slots, *one.recurrent) for one in states if one.recurrent], torch.float32),
+            pools([(*drafts, one.conv[1]) for one in states if max_draft_tokens], activation_dtype),
+            pools([(*drafts, one.inputs) for one in states if one.recurrent and max_draft_tokens], torch.float32),
+            pools([(num_slots,)] if states and max_draft_tokens else [], torch.int32),
         )
+
+    @staticmethod
+    def none() -> Caches:
+        """Of no layers."""
+        return Caches([], [], [], [], [], [], [])
 
     @property
     def block_bytes(self) -> int:
@@ -57,7 +73,12 @@ class Caches(NamedTuple):
         """Bytes of the states of all slots."""
         return sum(one.nbytes for one in (*self.conv_states, *self.recurrent_states))
 
+    @property
+    def draft_bytes(self) -> int:
+        """Bytes of what draft tokens bring to states."""
+        return sum(one.nbytes for one in (*self.conv_drafts, *self.recurrent_drafts, *self.state_lens))
+
     def copy_state(self, source: int, target: int) -> None:
-        """The state of slot `target` becomes that of slot `source`."""
-        pools = [*self.conv_states, *self.recurrent_states]
+        """The state of slot `target` becomes that of slot `source`, where no accepted draft token is left to be taken up."""
+        pools = [*self.conv_states, *self.recurrent_states, *self.state_lens]
         torch._foreach_copy_([one[target] for one in pools], [one[source] for one in pools])

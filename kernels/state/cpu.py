@@ -12,13 +12,13 @@ tokens add depends on what those before them in the chunk have added, which is o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pagegraph.kernels.state.reference import sequences, unit
+from pagegraph.kernels.state.reference import accepted_inputs, keep_drafts, sequences, unit
 
 CHUNK = 64  # tokens
 # With a decay for each channel, or each element of the state, a chunk has a tensor of that many times its tokens.
@@ -27,49 +27,73 @@ SMALL_CHUNK = 16
 
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, states: Tensor, slots: Tensor, query_start: Tensor, seq_lens: Tensor,
-    silu: bool,
+    silu: bool, draft_rows: Tensor | None = None, state_lens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
     out, taps = x.new_zeros(x.shape), weight.float().T
-    for slot, rows, begins in sequences(slots, query_start, seq_lens):
-        state, tokens = states[slot], rows.stop - rows.start
-        before = torch.zeros_like(state) if begins else state
-        seen = torch.cat([before, x[rows].to(state.dtype)])
-        numbers = seen.float()
+    for one in sequences(slots, query_start, seq_lens, draft_rows, state_lens):
+        state, rows = states[one.slot], one.rows
+        tokens = rows.stop - rows.start
+        before = torch.zeros_like(state) if one.begins else state
+        accepted = accepted_inputs(one, draft_rows, (x,))
+        seen = torch.cat([before, *accepted, x[rows].to(state.dtype)])
+        numbers = seen[one.accepted :].float()
         found = numbers[:tokens] * taps[0]
         for at in range(1, len(taps)):
             found.addcmul_(numbers[at : at + tokens], taps[at])
         if bias is not None:
             found += bias.float()
         out[rows] = functional.silu(found, inplace=True) if silu else found
-        state.copy_(seen[tokens:])
+        state.copy_(seen[one.behind :][: len(state)])
+        keep_drafts(one, draft_rows, (x,))
     return out
 
 
 def gated_delta(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, states: Tensor, slots: Tensor,
-    query_start: Tensor, seq_lens: Tensor, normalize: bool,
+    query_start: Tensor, seq_lens: Tensor, normalize: bool, draft_rows: Tensor | None = None,
+    state_lens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
-    out = value.new_zeros(value.shape)
-    size = CHUNK if decay.dim() == 2 else SMALL_CHUNK
-    for state, chunk in _chunks(states, slots, query_start, seq_lens, size):
-        q, k, v, logs, b = (one[chunk].transpose(0, 1).float() for one in (query, key, value, decay, beta))
+    out, inputs = value.new_zeros(value.shape), (key, value, decay, beta)
+    step = states, slots, query_start, seq_lens, draft_rows, state_lens
+    for state, given, rows in _chunks(*step, inputs, CHUNK if decay.dim() == 2 else SMALL_CHUNK):
+        read = given[0] if rows is None else query[rows]
+        q, k, v, logs, b = (one.transpose(0, 1).float() for one in (read, *given))
         q, k = (unit(q), unit(k)) if normalize else (q, k)
-        out[chunk] = _delta_chunk(state, q * q.shape[2] ** -0.5, k, v, _summed(logs, 1), b).transpose(0, 1)
+        found = _delta_chunk(state, q * q.shape[2] ** -0.5, k, v, _summed(logs, 1), b)
+        if rows is not None:
+            out[rows] = found.transpose(0, 1)
     return out
 
 
 def _chunks(
-    states: Tensor, slots: Tensor, query_start: Tensor, seq_lens: Tensor, size: int
-) -> Iterator[tuple[Tensor, slice]]:
-    """Each sequence's state, zero where it begins, and up to `size` of its rows at a time, in order."""
-    for slot, rows, begins in sequences(slots, query_start, seq_lens):
-        state = states[slot]
-        if begins:
+    states: Tensor, slots: Tensor, query_start: Tensor, seq_lens: Tensor, draft_rows: Tensor | None,
+    state_lens: Tensor | None, inputs: tuple[Tensor, ...], size: int,
+) -> Iterator[tuple[Tensor, Sequence[Tensor], slice | None]]:  # fmt: skip
+    """Of each sequence, in order: a state, up to `size` rows of `inputs` that it is to take up, and which rows those are.
+
+    The state is the slot's, zero where the sequence begins; of draft tokens a copy of it. Rows that the step before had, of draft
+    tokens accepted since, are None.
+    """
+    for one in sequences(slots, query_start, seq_lens, draft_rows, state_lens):
+        state = states[one.slot]
+        if one.begins:
             state.zero_()
-        for first in range(rows.start, rows.stop, size):
-            yield state, slice(first, min(first + size, rows.stop))
+        if one.accepted:
+            yield state, accepted_inputs(one, draft_rows, inputs), None
+        for rows in _pieces(one.own, size):
+            yield state, [each[rows] for each in inputs], rows
+        if one.drafts:
+            keep_drafts(one, draft_rows, inputs)
+            state = state.clone()
+            for rows in _pieces(slice(one.own.stop, one.rows.stop), size):
+                yield state, [each[rows] for each in inputs], rows
+
+
+def _pieces(rows: slice, size: int) -> Iterator[slice]:
+    for first in range(rows.start, rows.stop, size):
+        yield slice(first, min(first + size, rows.stop))
 
 
 def _delta_chunk(state: Tensor, q: Tensor, k: Tensor, v: Tensor, logs: Tensor, beta: Tensor) -> Tensor:
@@ -113,14 +137,17 @@ def _pairs(q: Tensor, k: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
 
 def selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor, query_start: Tensor,
-    seq_lens: Tensor,
+    seq_lens: Tensor, draft_rows: Tensor | None = None, state_lens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
     out = x.new_zeros(x.shape, dtype=torch.float32)
     compute, size = (_scan_chunk, CHUNK) if A.dim() == 1 else (_scan_tokens, SMALL_CHUNK)
-    rates = A.float()
-    for state, chunk in _chunks(states, slots, query_start, seq_lens, size):
-        compute(state, rates, *(one[chunk].float() for one in (x, dt, B, C)), out[chunk])
+    rates, step = A.float(), (states, slots, query_start, seq_lens, draft_rows, state_lens)
+    for state, given, rows in _chunks(*step, (x, dt, B), size):
+        read, found = (
+            (given[2], torch.empty_like(given[0], dtype=torch.float32)) if rows is None else (C[rows], out[rows])
+        )
+        compute(state, rates, *(one.float() for one in (*given, read)), found)
     return out
 
 

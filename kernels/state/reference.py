@@ -3,53 +3,123 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def sequences(slots: Tensor, query_start: Tensor, seq_lens: Tensor) -> Iterator[tuple[int, slice, bool]]:
-    """Slot, rows, and whether it begins with them, of each sequence of a step that has rows."""
-    bounds = query_start.tolist()
-    for slot, begin, end, length in zip(slots.tolist(), bounds, bounds[1:], seq_lens.tolist()):
-        if end > begin:
-            yield slot, slice(begin, end), length == end - begin
+class Sequence(NamedTuple):
+    """One of a step, of those that have rows."""
+
+    slot: int
+    rows: slice  # of its own and of draft tokens, which come last
+    drafts: int  # how many of the rows are draft tokens'
+    begins: bool  # with its first row
+    accepted: int  # draft tokens that its state is still without
+
+    @property
+    def own(self) -> slice:
+        return slice(self.rows.start, self.rows.stop - self.drafts)
+
+    @property
+    def behind(self) -> int:
+        """Of the accepted draft tokens and the rows, in order, those that the state is to be behind."""
+        return self.accepted + self.own.stop - self.own.start
+
+
+def sequences(
+    slots: Tensor, query_start: Tensor, seq_lens: Tensor, draft_rows: Tensor | None, state_lens: Tensor | None
+) -> Iterator[Sequence]:
+    """Those of a step that have rows; with `draft_rows`, what follows one in the same slot is its draft tokens."""
+    bounds, owners, lengths = query_start.tolist(), slots.tolist(), seq_lens.tolist()
+    at = 0
+    while at < len(owners):
+        slot, begin, own_end = owners[at], bounds[at], bounds[at + 1]
+        before, end, at = lengths[at] - (own_end - begin), own_end, at + 1
+        if own_end == begin:
+            continue
+        accepted = 0
+        if draft_rows is not None:
+            assert state_lens is not None
+            while at < len(owners) and owners[at] == slot and bounds[at + 1] > bounds[at]:
+                end, at = bounds[at + 1], at + 1
+            accepted = min(max(before - int(state_lens[slot]), 0), draft_rows.shape[1]) if before else 0
+        yield Sequence(slot, slice(begin, end), end - own_end, before == 0, accepted)
+
+
+def accepted_inputs(one: Sequence, draft_rows: Tensor | None, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Rows [accepted, ..] of the accepted draft tokens, as `inputs` [T, ..] were in the step before."""
+    if draft_rows is None or not one.accepted:
+        return [each.new_empty(0, *each.shape[1:]) for each in inputs]
+    parts = draft_rows[one.slot, : one.accepted].split([each[0].numel() for each in inputs], -1)
+    return [part.reshape(-1, *each.shape[1:]) for part, each in zip(parts, inputs)]
+
+
+def keep_drafts(one: Sequence, draft_rows: Tensor | None, inputs: tuple[Tensor, ...]) -> None:
+    """Put the rows of a sequence's draft tokens aside."""
+    if draft_rows is not None and one.drafts:
+        count = min(one.drafts, draft_rows.shape[1])
+        rows = slice(one.own.stop, one.own.stop + count)
+        draft_rows[one.slot, :count] = torch.cat([each[rows].flatten(1).to(draft_rows.dtype) for each in inputs], 1)
+
+
+def count_states(state_lens: Tensor, slots: Tensor, query_start: Tensor, seq_lens: Tensor) -> None:
+    """See `kernels.ops`. Launches only."""
+    first = query_start[1:] > query_start[:-1]
+    first[1:] &= slots[1:] != slots[:-1]
+    counted = torch.cat([state_lens, state_lens[:1]])  # what is of no sequence goes behind the end
+    counted[torch.where(first, slots, len(state_lens)).long()] = seq_lens
+    state_lens.copy_(counted[:-1])
+
+
+def _with_accepted(one: Sequence, draft_rows: Tensor | None, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Accepted draft tokens and the sequence's rows, in order, as float32 [accepted + rows, ..]; the latter put their drafts aside."""
+    before = accepted_inputs(one, draft_rows, inputs)
+    found = [torch.cat([kept.float(), each[one.rows].float()]) for kept, each in zip(before, inputs)]
+    keep_drafts(one, draft_rows, inputs)
+    return found
 
 
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, states: Tensor, slots: Tensor, query_start: Tensor, seq_lens: Tensor,
-    silu: bool,
+    silu: bool, draft_rows: Tensor | None = None, state_lens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
     out, taps = torch.zeros_like(x), weight.float().T  # [K, C]
-    for slot, rows, begins in sequences(slots, query_start, seq_lens):
-        before = torch.zeros_like(states[slot]) if begins else states[slot]
-        seen = torch.cat([before, x[rows].to(states.dtype)])  # [K - 1 + tokens, C]
-        for at in range(rows.start, rows.stop):
-            found = (seen[at - rows.start :][: len(taps)].float() * taps).sum(0)
+    for one in sequences(slots, query_start, seq_lens, draft_rows, state_lens):
+        before = torch.zeros_like(states[one.slot]) if one.begins else states[one.slot]
+        [rows] = _with_accepted(one, draft_rows, (x,))
+        seen = torch.cat([before, rows.to(states.dtype)])  # [K - 1 + accepted + rows, C]
+        for at in range(one.rows.start, one.rows.stop):
+            found = (seen[one.accepted + at - one.rows.start :][: len(taps)].float() * taps).sum(0)
             found = found if bias is None else found + bias.float()
             out[at] = (torch.nn.functional.silu(found) if silu else found).to(out.dtype)
-        states[slot] = seen[rows.stop - rows.start :]
+        states[one.slot] = seen[one.behind :][: len(taps) - 1]
     return out
 
 
 def gated_delta(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, states: Tensor, slots: Tensor,
-    query_start: Tensor, seq_lens: Tensor, normalize: bool,
+    query_start: Tensor, seq_lens: Tensor, normalize: bool, draft_rows: Tensor | None = None,
+    state_lens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
     out = torch.zeros_like(value)
-    queries, keys = (unit(one.float()) if normalize else one.float() for one in (query, key))
-    kept = decay.float().exp().view(*decay.shape[:2], -1, 1)
-    for slot, rows, begins in sequences(slots, query_start, seq_lens):
-        state = torch.zeros_like(states[slot]) if begins else states[slot].clone()  # [H, D, Dv]
-        for at in range(rows.start, rows.stop):
+    queries = unit(query.float()) if normalize else query.float()
+    for one in sequences(slots, query_start, seq_lens, draft_rows, state_lens):
+        state = torch.zeros_like(states[one.slot]) if one.begins else states[one.slot].clone()  # [H, D, Dv]
+        keys, values, logs, betas = _with_accepted(one, draft_rows, (key, value, decay, beta))
+        keys = unit(keys) if normalize else keys
+        kept = logs.exp().view(*logs.shape[:2], -1, 1)
+        for at in range(len(keys)):
             state = state * kept[at]
             known = (state * keys[at, :, :, None]).sum(1)
-            change = (value[at].float() - known) * beta[at].float()[:, None]
-            state = state + keys[at, :, :, None] * change[:, None]
-            out[at] = ((state * queries[at, :, :, None]).sum(1) * query.shape[2] ** -0.5).to(out.dtype)
-        states[slot] = state
+            state = state + keys[at, :, :, None] * ((values[at] - known) * betas[at, :, None])[:, None]
+            if at + 1 == one.behind:
+                states[one.slot] = state
+            if (row := one.rows.start + at - one.accepted) >= one.rows.start:
+                out[row] = ((state * queries[row, :, :, None]).sum(1) * query.shape[2] ** -0.5).to(out.dtype)
     return out
 
 
@@ -60,18 +130,23 @@ def unit(x: Tensor) -> Tensor:
 
 def selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor, query_start: Tensor,
-    seq_lens: Tensor,
+    seq_lens: Tensor, draft_rows: Tensor | None = None, state_lens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
     heads = x.shape[1]
+    share = heads // B.shape[1]
     out = torch.zeros_like(x, dtype=torch.float32)
-    B, C = (one.float().repeat_interleave(heads // one.shape[1], 1) for one in (B, C))  # [T, H, N]
+    C = C.float().repeat_interleave(share, 1)  # [T, H, N]
     rates = A.float().view(heads, 1, -1)
-    for slot, rows, begins in sequences(slots, query_start, seq_lens):
-        state = torch.zeros_like(states[slot]) if begins else states[slot].clone()  # [H, P, N]
-        for at in range(rows.start, rows.stop):
-            step = dt[at].float()[:, None, None]
-            state = state * (step * rates).exp() + step * B[at, :, None] * x[at].float()[:, :, None]
-            out[at] = (state * C[at, :, None]).sum(-1)
-        states[slot] = state
+    for one in sequences(slots, query_start, seq_lens, draft_rows, state_lens):
+        state = torch.zeros_like(states[one.slot]) if one.begins else states[one.slot].clone()  # [H, P, N]
+        inputs, steps, keys = _with_accepted(one, draft_rows, (x, dt, B))
+        keys = keys.repeat_interleave(share, 1)
+        for at in range(len(inputs)):
+            step = steps[at, :, None, None]
+            state = state * (step * rates).exp() + step * keys[at, :, None] * inputs[at, :, :, None]
+            if at + 1 == one.behind:
+                states[one.slot] = state
+            if (row := one.rows.start + at - one.accepted) >= one.rows.start:
+                out[row] = (state * C[row, :, None]).sum(-1)
     return out

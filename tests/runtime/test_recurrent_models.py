@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from pagegraph.compiler.build import build_model
+from pagegraph.compiler.build import build_model, plan_models
 from pagegraph.runtime.config import Config, load_config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.llm import LLM
@@ -30,12 +31,18 @@ CUT = {
 
 @pytest.fixture
 def tiny(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., tuple[torch.nn.Module, Callable[..., Config]]]:
-    """A function from a tiny model's name to transformers' own and a function from settings to a configuration."""
+    """A function from a tiny model's name to transformers' own and a function from settings to a configuration.
 
-    def make(name: str) -> tuple[torch.nn.Module, Callable[..., Config]]:
+    words: it says the first so many tokens alone, so that what it says repeats.
+    """
+
+    def make(name: str, words: int | None = None) -> tuple[torch.nn.Module, Callable[..., Config]]:
         folder = tmp_path / name
         shutil.copytree(tokenizer_folder, folder)
         stock = random_model(tiny_config(name))
+        if words is not None:
+            with torch.no_grad():
+                stock.get_output_embeddings().weight[words:] = 0
         stock.save_pretrained(folder)
 
         def config_of(**more: object) -> Config:
@@ -110,6 +117,49 @@ def test_the_next_turn_goes_on_from_a_kept_state(tiny, monkeypatch: pytest.Monke
     scheduler.check_integrity()
 
 
+WORDS = 8
+# Tokens as they are sampled with the forward, and behind it.
+ASKED = [
+    dict(), dict(temperature=0.5, seed=1), dict(temperature=0.4, seed=2, top_p=0.9), dict(logprobs=1),
+    dict(allowed_token_ids=[4, 5, 6], temperature=0.5, seed=3), dict(),
+]  # fmt: skip
+
+
+def drafted_prompts() -> list[list[int]]:
+    return [[token % WORDS for token in prompt] for prompt in prompts()]
+
+
+@pytest.mark.parametrize(
+    "name, method",
+    [("qwen3_next", "ngram"), ("falcon_h1", "suffix"), ("mamba2", "ngram"), ("lfm2", "ngram"), ("mamba2", "draft")],
+)
+def test_draft_tokens_change_no_token(tiny, monkeypatch: pytest.MonkeyPatch, name: str, method: str) -> None:
+    monkeypatch.setattr(state_snapshots, "LEAST_TOKENS", 16)
+    params = [SamplingParams(**{"max_tokens": 40, "temperature": 0.0, "ignore_eos": True, **one}) for one in ASKED]
+    _, config_of = tiny(name, WORDS)
+    drafting: dict[str, object] = dict(speculative_method=method, num_speculative_tokens=3, prompt_lookup_min=1)
+    if method == "draft":
+        drafting["speculative_model"] = tiny("llama", WORDS)[1]().model
+    built = build_model(compiler_options(config_of(**drafting)), progress=False)
+    expected = LLM(config_of(), built=built).generate(drafted_prompts(), params)
+    for cut, settings in CUT.items():
+        config = config_of(**{**settings, **drafting})
+        llm = LLM(config, built=replace(built, num_blocks=config.num_blocks))
+        stream = llm.stream(drafted_prompts()[1], params[0])
+        for _ in range(5):
+            next(stream)
+        stream.close()
+        for again in (False, True):  # the second time from kept states, and in the slots that others have left
+            hits = llm.engine.scheduler.counters.prefix_hits
+            got = llm.generate(drafted_prompts(), params)
+            assert [one.token_ids for one in got] == [one.token_ids for one in expected], (cut, again)
+            assert not again or cut == "preempted" or llm.engine.scheduler.counters.prefix_hits > hits
+        counters = llm.engine.scheduler.counters
+        assert 20 < counters.accepted < counters.draft_tokens - 20 and all(counters.accepted_at)
+        assert counters.preemptions or cut != "preempted" or name == "mamba2"
+        llm.engine.scheduler.check_integrity()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear", "lfm2", "nemotron_h", "jamba", "mamba2"])
 def test_compiled_and_stored(tiny, no_other_models: None, name: str) -> None:
@@ -122,14 +172,42 @@ def test_compiled_and_stored(tiny, no_other_models: None, name: str) -> None:
         check(expected, LLM(config, built=built))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2"])
+def test_draft_tokens_of_a_compiled_model(tiny, no_other_models: None, name: str) -> None:
+    _, config_of = tiny(name, WORDS)
+    config = config_of(compile=True, speculative_method="ngram", num_speculative_tokens=3, prompt_lookup_min=1)
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    built = build_model(compiler_options(config), progress=False)
+    expected = LLM(config_of(), built=built).generate(drafted_prompts(), params)
+    for stored in (False, True):
+        built = build_model(compiler_options(config), progress=False)
+        assert built.is_stored == stored
+        built.compile()
+        llm = LLM(config, built=built)
+        got = llm.generate(drafted_prompts(), params)
+        assert [one.token_ids for one in got] == [one.token_ids for one in expected]
+        assert llm.engine.scheduler.counters.accepted > 20
+
+
 @pytest.mark.parametrize(
     "settings, why",
     [
-        (dict(speculative_method="ngram"), "rejected draft token .* leave speculative_method"),
+        (dict(speculative_method="draft", speculative_model="itself"), "draft tokens that its target rejects .* ngram"),
         (dict(deterministic=True, compile=True), "set deterministic to false"),
     ],
 )
 def test_what_it_is_not_served_with(tiny, settings: dict, why: str) -> None:
     _, config_of = tiny("mamba2")
+    if "speculative_model" in settings:
+        settings = {**settings, "speculative_model": config_of().model}
     with pytest.raises(ValueError, match=why):
         build_model(compiler_options(config_of(**settings)), progress=False)
+
+
+def test_draft_tokens_are_refused_where_kernels_do_not_put_them_aside(tiny) -> None:
+    _, config_of = tiny("mamba2")
+    options = compiler_options(config_of(speculative_method="ngram"))
+    there = replace(options, device=torch.device("cuda"), capability=(9, 0))
+    with pytest.raises(ValueError, match="rejected draft token .* on CUDA"):
+        plan_models(there)

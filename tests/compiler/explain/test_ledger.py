@@ -91,6 +91,21 @@ def test_a_draft_model_counts_too(tmp_path: Path) -> None:
     assert found.block_bytes == planned(alone, CPU).block_bytes * 3 // 2
 
 
+def test_what_draft_tokens_bring_to_recurrent_states_counts_too(tmp_path: Path) -> None:
+    tiny_config("mamba2").save_pretrained(tmp_path)
+    alone = options_of(tmp_path, CPU)
+    drafting = replace(alone, step=replace(alone.step, max_draft_tokens=3))
+    built = build.build_model(drafting, progress=False)
+    found, less, measured = planned(drafting, CPU), planned(alone, CPU), measured_memory(built, 0)
+    caches = built.step.state.caches
+    built.close()
+    assert (found.state, found.slots) == (measured.state, measured.slots) and found.slots == less.slots
+    rows = [*caches.conv_drafts, *caches.recurrent_drafts]
+    assert all(one.shape[:2] == (9, 3) for one in rows) and len(rows) == 2 * found.state_layers
+    columns = 2  # of draft_tokens, which has one without
+    assert found.state - less.state == sum(one.nbytes for one in rows) + 4 * 9 * columns + 4 * found.num_slots
+
+
 def test_slots_of_recurrent_state_leave_less_for_blocks(tmp_path: Path) -> None:
     tiny_config("falcon_h1").save_pretrained(tmp_path)
     few = options_of(tmp_path, GPUS["h200"])

@@ -70,9 +70,9 @@ def test_the_check_sees_a_copy() -> None:
     paged = paged_llama()
 
     def sliced(*inputs):
-        *step, keys, values, conv_states, recurrent_states = inputs
+        step, (keys, values, *states) = inputs[:8], inputs[8:]
         copies = [[one[:NUM_BLOCKS].clone() for one in caches] for caches in (keys, values)]
-        return paged(*step, *copies, conv_states, recurrent_states)
+        return paged(*step, *copies, *states)
 
     _, codes = run_compiled(paged, sliced)
     assert any(cache_sized_buffers(code, paged.layouts[0]) for code in codes)

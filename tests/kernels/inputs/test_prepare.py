@@ -123,7 +123,7 @@ def test_updates_equal_reference(triton_calls, blocks: int) -> None:
 
 def state_of(slots: int) -> DeviceState:
     return DeviceState(
-        Caches([], [], [], []), block_size=BLOCK, max_num_seqs=slots, max_blocks=BLOCKS, vocab_size=10,
+        Caches.none(), block_size=BLOCK, max_num_seqs=slots, max_blocks=BLOCKS, vocab_size=10,
         device=torch.device("cpu"),
     )  # fmt: skip
 

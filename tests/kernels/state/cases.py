@@ -16,6 +16,17 @@ STEPS = {
     "chunks": ([70, 1, 9, 0, 8], [5, 7, 0, 0, 1]),
 }
 SLOTS = [4, 0, 6, 2, 5]
+# Steps one after the other: of each slot its tokens, how many of them are draft tokens, and how many of these are then accepted.
+DRAFTED = [
+    {4: (5, 0, 0), 0: (1, 0, 0), 6: (3, 0, 0)},
+    {4: (4, 3, 2), 0: (3, 2, 0), 6: (1, 0, 0)},
+    {4: (1, 0, 0), 0: (4, 3, 3), 6: (3, 2, 1), 2: (20, 0, 0)},
+    {4: (2, 1, 1), 0: (4, 3, 1), 6: (4, 3, 3), 2: (4, 3, 2)},
+    {4: (1, 0, 0), 0: (1, 0, 0), 6: (9, 0, 0), 2: (3, 2, 0)},
+    {4: (6, 0, 0), 0: (2, 1, 1), 6: (1, 0, 0), 2: (1, 0, 0)},
+]
+BEGIN_ANEW = {(5, 4)}  # (step, slot) of those that begin in a slot that another has left
+MOST_DRAFTS = 3
 PADDING = 3  # rows
 
 
@@ -30,10 +41,14 @@ class Step:
 
     @staticmethod
     def of(name: str) -> Step:
-        counts, before = (torch.tensor(one, dtype=torch.int32) for one in STEPS[name])
-        start = torch.cat([torch.zeros(1, dtype=torch.int32), counts.cumsum(0).int()])
+        return Step.made(SLOTS, *STEPS[name])
+
+    @staticmethod
+    def made(slots: list[int], counts: list[int], before: list[int]) -> Step:
+        rows, had = (torch.tensor(one, dtype=torch.int32) for one in (counts, before))
+        start = torch.cat([torch.zeros(1, dtype=torch.int32), rows.cumsum(0).int()])
         return Step(
-            torch.tensor(SLOTS, dtype=torch.int32), start, torch.where(counts > 0, before + counts, 0).int(),
+            torch.tensor(slots, dtype=torch.int32), start, torch.where(rows > 0, had + rows, 0).int(),
             int(start[-1]) + PADDING,
         )  # fmt: skip
 
@@ -101,3 +116,50 @@ def compare(
     torch.testing.assert_close(mine, expected, atol=atol, rtol=atol, equal_nan=True)
     with_rows = step.slots[step.query_start.diff() > 0].long()
     assert not mine[with_rows].isnan().any()
+
+
+def compare_drafted(
+    op: Callable[..., torch.Tensor],
+    oracle: Callable[..., torch.Tensor],
+    case: Callable[[Step], tuple[list, torch.Tensor]],
+    taken: list[int],
+    *more: bool,
+    atol: float,
+) -> None:
+    """Steps with draft tokens against each slot's accepted tokens in steps of their own, which have none.
+
+    taken: of what `case` gives, the inputs that a recurrence takes up.
+    """
+    first, pool = case(Step.of("decodes"))
+    wide = sum(first[at][0].numel() for at in taken)
+    drafts = torch.full((len(pool), MOST_DRAFTS, wide), torch.nan, dtype=pool.dtype)
+    mine, expected = torch.full_like(pool, torch.nan), torch.full_like(pool, torch.nan)
+    lens = torch.zeros(len(pool), dtype=torch.int32)
+    had = dict.fromkeys(SLOTS, 0)
+    for number, tokens in enumerate(DRAFTED):
+        slots, counts, before, kept = [], [], [], []
+        for slot, (count, drafted, accepted) in tokens.items():
+            had[slot] = 0 if (number, slot) in BEGIN_ANEW else had[slot]
+            own = count - drafted
+            slots += [slot] * (1 + drafted)
+            counts += [own] + [1] * drafted
+            before += [had[slot]] + [had[slot] + own + at for at in range(drafted)]
+            kept += [True] * own + [at < accepted for at in range(drafted)]
+            had[slot] += own + accepted
+        step = Step.made([*slots, 5], [*counts, 0], [*before, 0])
+        given, _ = case(step)
+        out = op(*given, mine, step.slots, step.query_start, step.seq_lens, *more, drafts, lens)
+        torch.ops.pagegraph.count_states(lens, step.slots, step.query_start, step.seq_lens)
+        alone = Step.made(
+            list(tokens), [count - drafted + accepted for count, drafted, accepted in tokens.values()],
+            [had[slot] - (count - drafted + accepted) for slot, (count, drafted, accepted) in tokens.items()],
+        )  # fmt: skip
+        rows = torch.tensor(kept).nonzero()[:, 0]
+        fewer = [one if one is None or one.shape[:1] != (step.rows,) else one[rows] for one in given]
+        wanted = oracle(*fewer, expected, alone.slots, alone.query_start, alone.seq_lens, *more)
+        torch.testing.assert_close(out[rows], wanted, atol=atol, rtol=atol)
+        for slot, (count, drafted, _) in tokens.items():
+            assert lens[slot] == before[slots.index(slot)] + count - drafted
+    settled = [slot for slot, (_, _, accepted) in DRAFTED[-1].items() if not accepted]
+    torch.testing.assert_close(mine[settled], expected[settled], atol=atol, rtol=atol)
+    assert mine[5].isnan().all() and drafts[5].isnan().all()

@@ -7,7 +7,7 @@ import torch
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.kernels.state import reference
-from tests.kernels.state.cases import STEPS, Step, compare, conv, delta, scan
+from tests.kernels.state.cases import STEPS, Step, compare, compare_drafted, conv, delta, scan
 
 ATOL = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 both_dtypes = pytest.mark.parametrize("dtype", ATOL, ids=str)
@@ -49,3 +49,41 @@ def test_selective_scan(name: str, dtype: torch.dtype, mamba1: bool) -> None:
     compare(
         torch.ops.pagegraph.selective_scan, reference.selective_scan, *scan(step, dtype, mamba1), step, atol=ATOL[dtype]
     )
+
+
+# Of a step without draft tokens the reference is what `test_triton` and the tests above compare with.
+both_ops = pytest.mark.parametrize("ops", [torch.ops.pagegraph, reference], ids=["op", "reference"])
+
+
+@both_ops
+@both_dtypes
+def test_draft_tokens_leave_no_trace_in_a_convolution(ops, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    weights = conv(Step.of("decodes"), dtype, True, 4)[0][1:]
+
+    def case(step: Step) -> tuple[list, torch.Tensor]:
+        (x, *_), pool = conv(step, dtype, True, 4)
+        return [x, *weights], pool
+
+    compare_drafted(ops.causal_conv, reference.causal_conv, case, [0], True, atol=ATOL[dtype])
+
+
+@both_ops
+@both_dtypes
+@pytest.mark.parametrize("vector", [False, True])
+def test_draft_tokens_leave_no_trace_in_a_delta_rule(ops, dtype: torch.dtype, vector: bool) -> None:
+    case = lambda step: delta(step, dtype, vector)  # noqa: E731
+    compare_drafted(ops.gated_delta, reference.gated_delta, case, [1, 2, 3, 4], True, atol=ATOL[dtype])
+
+
+@both_ops
+@both_dtypes
+@pytest.mark.parametrize("mamba1", [False, True])
+def test_draft_tokens_leave_no_trace_in_a_state_space_model(ops, dtype: torch.dtype, mamba1: bool) -> None:
+    rates = scan(Step.of("decodes"), dtype, mamba1)[0][2]
+
+    def case(step: Step) -> tuple[list, torch.Tensor]:
+        (x, dt, _, B, C), pool = scan(step, dtype, mamba1)
+        return [x, dt, rates, B, C], pool
+
+    compare_drafted(ops.selective_scan, reference.selective_scan, case, [0, 1, 3], atol=ATOL[dtype])
