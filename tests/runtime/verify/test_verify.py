@@ -82,6 +82,13 @@ def test_an_unharmed_model_passes(save: Save, verify) -> None:
     assert forced["top1"] == 1.0 and 0 < forced["largest"] < 1e-4
 
 
+def test_so_does_one_with_recurrent_state(save: Save, verify) -> None:
+    result, found = verify(save("falcon_h1"))
+    assert result.exit_code == 0, result.output
+    names = {check["name"] for check in found["checks"] if check["ok"]}
+    assert names >= {"teacher-forced", "given the same input", "chunked prefill against whole"}
+
+
 @pytest.mark.parametrize(("dtype", "flags"), [("bfloat16", ()), ("float32", ("--quantization", "int8"))])
 def test_so_does_one_of_fewer_bits(save: Save, verify, dtype: str, flags: tuple[str, ...]) -> None:
     result, found = verify(save(), *flags, dtype=dtype)
