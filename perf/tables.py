@@ -444,6 +444,8 @@ def prompt_graphs() -> Iterator[str]:
 
 def abuse() -> Iterator[str]:
     fuzz, schema = read("cpu-2026-11-29-fuzz.json"), read("cpu-2026-11-29-schema.json")
+    soak = read("cpu-2026-11-30-soak-held.json")
+    grown = ", ".join(f"{name} {share:+.2%}" for name, share in soak["growth"].items())
     kinds = Counter(f"{int(status) // 100}xx" for status, count in fuzz["by_status"].items() for _ in range(count))
     kinds = {**{f"{first}xx": kinds[f"{first}xx"] for first in (2, 3, 4, 5)}, "left in the middle": kinds["0xx"]}
     rows = [
@@ -456,6 +458,11 @@ def abuse() -> Iterator[str]:
             "requests, most of them spoiled",
             f"{fuzz['requests']:,}",
             ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()),
+        ),
+        (
+            "mixed requests, many abandoned or refused",
+            f"{soak['requests']:,} in {soak['given']['minutes']:.0f} minutes",
+            f"{len(soak['wrong'])} wrong; memory: {grown}; {'nothing' if not any(soak['left'].values()) else 'something'} left",
         ),
     ]
     return table("tried with | how much | found", rows)
