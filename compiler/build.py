@@ -443,6 +443,11 @@ def _check_deterministic(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
+def keeps_drafts_apart(device: torch.device) -> bool:
+    """Whether draft tokens leave no trace in recurrent states there."""
+    return device.type == "cpu"
+
+
 def _check_recurrent(model_options: ModelOptions, options: CompilerOptions) -> None:
     """Refuse what a model with recurrent state is not served with."""
     model = model_options.model
@@ -456,7 +461,7 @@ def _check_recurrent(model_options: ModelOptions, options: CompilerOptions) -> N
             f"speculative_model={model} has layers with recurrent state, which draft tokens that its target rejects would leave"
             " changed; name a model that attends in all layers, or set speculative_method to ngram"
         )
-    if options.step.max_draft_tokens and options.device.type != "cpu":
+    if options.step.max_draft_tokens and not keeps_drafts_apart(options.device):
         raise ValueError(
             f"speculative decoding: {model} has layers with recurrent state, which a rejected draft token would leave"
             " changed on CUDA, where kernels do not put draft tokens aside yet; leave speculative_method and speculative_model out"

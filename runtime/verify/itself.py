@@ -38,7 +38,7 @@ class Itself:
     """All ways, each asked for `num_tokens` of each prompt."""
 
     def __init__(self, config: Config, built: BuiltModel, prompts: Prompts, num_tokens: int) -> None:
-        """config: with the speculation that `built` was built for."""
+        """config: with the speculation that `built` was built for, if any."""
         self._drafting = config
         self._config = replace(config, speculative_method=None, speculative_model=None)
         self._built, self._prompts = built, prompts
@@ -99,6 +99,8 @@ class Itself:
 
     def speculative(self) -> Equality:
         """With draft tokens."""
+        if self._drafting.method is None:
+            return self._not_run("speculative against not")
         name = f"speculative ({self._drafting.method}) against not"
         llm = LLM(self._drafting, built=self._built)
         got = self._run(llm)
