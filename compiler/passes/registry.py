@@ -94,7 +94,8 @@ def apply_module_passes(
     device_type: str | None = None,
     done: Callable[[PassReport], None] = lambda report: None,
 ) -> list[PassReport]:
-    """Run the passes that `options` switch on; each pass checks its own result.
+    """Run the passes that `options` switch on; each pass checks its own result. One that a setting is named for is told of
+    where it changes nothing, too.
 
     device_type: of a model without values, on the meta device, where it would be. done: told of each pass behind it.
     """
@@ -104,7 +105,7 @@ def apply_module_passes(
             start = time.perf_counter()
             given = {name: getattr(options, name) for name in step.options}
             changes = step.run(model, **given, **({"device_type": device_type} if step.by_device else {}))
-            if changes or step.setting is not None:
+            if changes or step.setting == step.run.__name__:
                 reports.append(PassReport(step.run.__name__, changes, time.perf_counter() - start))
                 done(reports[-1])
     return reports
