@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from perf.floors import MODELS, write_model
 
 SHARD_BYTES = 4 << 30
+INDEX = "model.safetensors.index.json"
 MEMORY = Path("/dev/shm")  # where it has room, disks do not count
 STACK = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)$")
 MXFP4 = {
@@ -37,15 +38,17 @@ SCALES = (118, 126)  # of MXFP4: powers of two whose exponents are these less 12
 
 
 def write_checkpoint(model: str, device: str) -> Path:
-    """A folder with the model's configuration and weights. Raises RuntimeError where there is no room."""
-    config = MODELS[model]
+    """A folder with the model's configuration and weights, written once. Raises RuntimeError where there is no room."""
+    config, places = MODELS[model], [one for one in (MEMORY, Path(tempfile.gettempdir())) if one.exists()]
+    for place in places:
+        if (folder := place / f"pagegraph-checkpoint-{model}").joinpath(INDEX).exists():  # written behind all else
+            return folder
     with torch.device("meta"):
         named = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(**config), dtype=getattr(torch, str(config["dtype"]))
         )
     sizes = {name: (tuple(one.shape), one.dtype) for name, one in named.state_dict().items()}
     num_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in sizes.values())
-    places = [one for one in (MEMORY, Path(tempfile.gettempdir())) if one.exists()]
     place = next((one for one in places if shutil.disk_usage(one).free > 1.2 * num_bytes), None)
     if place is None:
         raise RuntimeError(f"no room for {num_bytes / 2**30:.0f} GiB in {' or '.join(map(str, places))}")
@@ -67,7 +70,7 @@ def write_checkpoint(model: str, device: str) -> Path:
             write()
     if shard:
         write()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places_of}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places_of}))
     return folder
 
 

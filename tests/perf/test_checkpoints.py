@@ -33,6 +33,9 @@ def test_the_loader_takes_them(model: str, tmp_path: Path, monkeypatch: pytest.M
     args = argparse.Namespace(**given)
     config = offline.config_of(args, model)
     assert len(list(Path(config.model).glob("*.safetensors"))) > 2
+    written = [one.stat().st_mtime_ns for one in sorted(Path(config.model).iterdir())]
+    assert offline.config_of(args, model) == config
+    assert [one.stat().st_mtime_ns for one in sorted(Path(config.model).iterdir())] == written
     built = build_model(compiler_options(config), progress=False)
     packed = [one for one in built.step.paged_model.modules() if isinstance(one, QuantExperts)]
     assert len(packed) == (4 if model == "gpt-oss-20b" else 0)
