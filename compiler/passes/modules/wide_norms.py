@@ -18,7 +18,8 @@ def wide_norms(model: nn.Module, device_type: str | None = None) -> int:
     norms = [one for one in model.modules() if _is_norm(one)]
     if not norms or (device_type or _weight(norms[0]).device.type) != "cuda":
         return 0
-    found = [one for one in norms if _keeps_dtype(one)]
+    keep = {kind: _keeps_dtype(one) for kind, one in {type(one): one for one in norms}.items()}
+    found = [one for one in norms if keep[type(one)]]
     for one in found:
         _weight(one).data = _weight(one).float()
     return len(found)
