@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from pagegraph.compiler.build import BuiltModel, build_compiled, plan_models
-from pagegraph.compiler.explain.ledger import ledger
+from pagegraph.compiler.explain.ledger import ledger, weights_of
 from pagegraph.compiler.explain.machines import this_machine
 from pagegraph.compiler.explain.measure import device_seconds, fill_blocks
 from pagegraph.runtime.config import Config
@@ -61,8 +61,7 @@ def start(report: Report, args: argparse.Namespace, shared: dict) -> None:
     built = build_compiled(options, progress=False)
     report.fact(total_s=time.perf_counter() - begin, phases_s=built.timings.seconds, num_blocks=built.num_blocks)
     if args.checkpoint:
-        weights = sum(one.nbytes for one in (*built.step.paged_model.parameters(), *built.step.paged_model.buffers()))
-        report.fact(weights_gib=weights / 2**30)
+        report.fact(weights_gib=sum(one.bytes for one in weights_of(built.step.paged_model.model)) / 2**30)
         report.fact(host_gib=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 2**20)
         predicted = ledger(options, plan_models(options), this_machine(options.device))
         report.fact(predicted_weights_gib=predicted.weight_bytes / 2**30, predicted_blocks=predicted.num_blocks)
@@ -249,20 +248,25 @@ def in_vllm(args: argparse.Namespace, *command: object) -> list[str]:
     return ["bash", "-c", shell, "python", *map(str, command)]
 
 
+def vllm_command(args: argparse.Namespace, model: str, cases: Sequence[str], *more: object) -> list[str]:
+    """That runs vLLM on these cases; where its lines go is to be said behind it. more: options of `perf.gpu.vllm_offline`."""
+    quantized = ["--quantization", args.quantization] if args.quantization else []
+    return in_vllm(
+        args, VLLM, "--peer", args.peer, "--model", config_of(args, model).model, "--scale", args.scale, *quantized,
+        "--max-model-len", MAX_MODEL_LEN[model], *more, "--case", *cases,
+    )  # fmt: skip
+
+
 def _peer_commands(args: argparse.Namespace, engine: str, model: str) -> list[list[str]]:
     """The peer's runs. That of transformers is static batches of 64 and less work: rates are compared."""
     if engine == "vllm":
         kinds: dict[bool, list[str]] = {}
         for case, caching in jobs_of(model, args.cases):
             kinds.setdefault(caching, []).append(case)
-        quantized = ["--quantization", args.quantization] if args.quantization else []
         return [
-            in_vllm(
-                args, VLLM, "--peer", args.peer, "--model", config_of(args, model).model, "--scale", args.scale, *quantized,
-                "--max-model-len", MAX_MODEL_LEN[model], *(["--prefix-caching"] if caching else []), "--case", *cases,
-            )
+            vllm_command(args, model, cases, *(["--prefix-caching"] if caching else []))
             for caching, cases in kinds.items()
-        ]  # fmt: skip
+        ]
     cases = [case for case in HF_CASES if case in args.cases]
     if not cases:
         raise RuntimeError(f"transformers runs the cases {', '.join(HF_CASES)} alone; name one in --case")

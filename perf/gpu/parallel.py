@@ -26,14 +26,14 @@ from torch.distributed import FileStore
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.compiler.build import BuiltModel, build_compiled, plan_models
-from pagegraph.compiler.explain.ledger import ledger
+from pagegraph.compiler.explain.ledger import ledger, weights_of
 from pagegraph.compiler.explain.machines import this_machine
 from pagegraph.kernels.collective import groups
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.engine.ranks import build_with_ranks
 from perf import workloads
-from perf.floors import MAX_MODEL_LEN, NVLINK, Ceilings, Shape
+from perf.floors import NVLINK, Ceilings, Shape
 from perf.gpu import engine_steps
 from perf.gpu.offline import Offline, ceilings_of, config_of, floor_seconds, random_prompts, step_of
 from perf.gpu.report import Report, graph_seconds
@@ -42,11 +42,8 @@ SUMMED = (1, 32, 256, 8192)  # tokens of hidden states
 TINY_SUMMED = (1, 8)
 DECODES = ((1, 256), (32, 1024), (256, 384))  # (sequences, keys of each)
 TINY_DECODES = ((1, 64), (8, 96))
-CASES = (
-    ("latency", 1.0),
-    ("throughput", 1.0),
-    ("prefill", 0.5),
-)  # of workloads, share of the requests: 1000 x (128, 256), 32 x 4096
+# Of workloads, share of the requests: one stream, 1000 x (128, 256), 32 x 4096.
+CASES = (("latency", 1.0), ("throughput", 1.0), ("prefill", 0.5))
 TINY_SCALE = 0.01
 GROUP = "perf"
 MEET_S = 120.0
@@ -182,15 +179,12 @@ def _predicted(config: Config) -> dict[str, float]:
 
 def _memory(report: Report, model: str, size: int, built: BuiltModel, predicted: dict[str, float]) -> None:
     """Of the first rank, beside what was predicted; ranks have the same sizes."""
-    tensors = {
-        one.data_ptr(): one.nbytes for one in (*built.step.paged_model.parameters(), *built.step.paged_model.buffers())
-    }
     used = None
     if built.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(built.device)
         used = (total - free) / 2**30
     report.row(
-        model=model, ranks=size, weights_gib=sum(tensors.values()) / 2**30, predicted_gib=predicted["weights_gib"], blocks=built.num_blocks,
+        model=model, ranks=size, weights_gib=sum(one.bytes for one in weights_of(built.step.paged_model.model)) / 2**30, predicted_gib=predicted["weights_gib"], blocks=built.num_blocks,
         predicted_blocks=predicted["blocks"], used_gib=used, predicted_step_gib=predicted["step_gib"], predicted_graphs_gib=predicted["graphs_gib"],
     )  # fmt: skip
 
@@ -262,12 +256,9 @@ def _vllm(report: Report, args: argparse.Namespace, model: str, size: int) -> No
         if row.get("ranks") == size and row.get("model") == model and "case" in row
     }
     lines = args.child.with_name(f"vllm-{model}-{size}.jsonl")
-    quantized = ["--quantization", args.quantization] if args.quantization else []
-    command = engine_steps.in_vllm(
-        args, engine_steps.VLLM, "--peer", args.peer, "--model", config_of(args, model).model, "--scale", args.scale, *quantized,
-        "--max-model-len", MAX_MODEL_LEN[model], "--tensor-parallel-size", size, *(["--expert-parallel"] if args.expert_parallel else []),
-        "--case", *(f"{case}:{share}" for case, share in CASES), "--out", lines,
-    )  # fmt: skip
+    cases = [f"{case}:{share}" for case, share in CASES]
+    spread = ["--expert-parallel"] if args.expert_parallel else []
+    command = engine_steps.vllm_command(args, model, cases, "--tensor-parallel-size", size, *spread, "--out", lines)
     with open(lines.with_suffix(".log"), "w+") as log:
         ended = engine_steps.how_it_ended(command, {**os.environ, "PY": sys.executable}, log)
         log.seek(0)
