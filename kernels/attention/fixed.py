@@ -42,10 +42,10 @@ def _fold(acc, m_i, l_i, acc_there, m_there, l_there):
 
 @triton.jit
 def _sequence_of(query_start_ptr, tile, num_seqs, BLOCK_Q: tl.constexpr):
-    guess = tl.minimum(tile - tile // (BLOCK_Q + 1), num_seqs - 1)  # right where every sequence has one row
-    begin, behind = tl.load(query_start_ptr + guess), tl.load(query_start_ptr + guess + 1)
-    found = guess
-    if (begin // BLOCK_Q + guess > tile) | (behind // BLOCK_Q + guess + 1 <= tile):
+    expected = tl.minimum(tile - tile // (BLOCK_Q + 1), num_seqs - 1)  # right where every sequence has one row
+    begin, behind = tl.load(query_start_ptr + expected), tl.load(query_start_ptr + expected + 1)
+    found = expected
+    if (begin // BLOCK_Q + expected > tile) | (behind // BLOCK_Q + expected + 1 <= tile):
         found = last_not_above(query_start_ptr, tile, num_seqs, tile, BLOCK_Q)
     return found
 
