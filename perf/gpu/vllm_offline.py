@@ -42,6 +42,7 @@ def main() -> None:
         model=args.model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", seed=0, quantization=args.quantization,
         max_model_len=args.max_model_len, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=args.prefix_caching,
         tensor_parallel_size=args.tensor_parallel_size, enable_expert_parallel=args.expert_parallel,
+        additional_config={"gdn_prefill_backend": "triton"},  # its own choice is FlashInfer's, which its kit has not
     )  # fmt: skip
 
     def emit(**row: object) -> None:
