@@ -26,6 +26,7 @@ from pagegraph.compiler.build import BuiltModel, build_compiled, plan_models
 from pagegraph.compiler.explain.ledger import ledger, weights_of
 from pagegraph.compiler.explain.machines import this_machine
 from pagegraph.compiler.explain.measure import device_seconds, fill_blocks
+from pagegraph.compiler.step.inputs import StepInput
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from perf import workloads
@@ -45,6 +46,7 @@ from perf.gpu.report import Report
 
 DECODES = ((1, 256), (32, 1024), (256, 384))  # (sequences, keys of each)
 TINY_DECODES = ((1, 64), (8, 96))
+PROMPTS, TINY_PROMPTS = (2, 4096), (2, 64)  # likewise, all tokens of each
 DRIVEN_TOKENS = 64  # steps of a decode that are driven through the engine
 PROFILED = (1, 32, 256)
 PEER_SECONDS = 400  # of a model, its start included
@@ -73,19 +75,24 @@ def start(report: Report, args: argparse.Namespace, shared: dict) -> None:
 
 
 def step(report: Report, args: argparse.Namespace, shared: dict) -> None:
-    """One decode step: replayed alone, launched ahead without waiting, and driven through the engine; ms."""
+    """One decode step: replayed alone, launched ahead without waiting, and driven through the engine; one of prompts, launched
+    ahead; ms."""
     model = args.models[0]
     config, built = built_of(shared)
     profiled = []
     shape, ceilings = Shape.of(model), ceilings_of(report, args, shared)
+
+    def made(seqs: int, rows: int, keys: int) -> tuple[StepInput, float]:
+        one = step_of(
+            np.random.default_rng(seqs), np.full(seqs, rows), np.full(seqs, keys),
+            vocab_size=built.vocab_size, num_blocks=built.num_blocks, block_size=config.block_size,
+        )  # fmt: skip
+        return one, shape.step_floor(ceilings, one.query_start, one.seq_lens, method_of(args, model))
+
     for seqs, keys in TINY_DECODES if args.tiny else DECODES:
         if report.out_of_time((seqs, keys)):
             break
-        one = step_of(
-            np.random.default_rng(seqs), np.ones(seqs), np.full(seqs, keys),
-            vocab_size=built.vocab_size, num_blocks=built.num_blocks, block_size=config.block_size,
-        )  # fmt: skip
-        floor = shape.step_floor(ceilings, one.query_start, one.seq_lens, method_of(args, model))
+        one, floor = made(seqs, 1, keys)
         replay = _replayed(built, one)
         launched = launched_seconds(built, one)
         turn, host, wait, launch = driven_seconds(config, built, seqs, keys)
@@ -94,7 +101,22 @@ def step(report: Report, args: argparse.Namespace, shared: dict) -> None:
             ahead_ms=launched * 1e3, turn_ms=turn * 1e3, turn_ratio=turn / floor, over_ms=(turn - replay) * 1e3,
             host_ms=host * 1e3, launch_ms=launch * 1e3, wait_ms=wait * 1e3,
         )  # fmt: skip
-        profiled += [one] if seqs in PROFILED and built.device.type == "cuda" else []
+        profiled += [one] if seqs in PROFILED else []
+    if not report.out_of_time("prompts"):
+        prompts, tokens = TINY_PROMPTS if args.tiny else PROMPTS
+        one, floor = made(prompts, tokens, tokens)
+        launched = launched_seconds(built, one, count=8)
+        report.row(
+            **_method(args),
+            prompts=prompts,
+            keys=tokens,
+            floor_ms=floor * 1e3,
+            ahead_ms=launched * 1e3,
+            ratio=launched / floor,
+        )
+        profiled.append(one)
+    if built.device.type != "cuda":
+        return
     for one in profiled:  # last: a profiler leaves hooks that slow launches
         _profile(report, built, one)
 
@@ -104,12 +126,12 @@ def _method(args: argparse.Namespace) -> dict[str, str]:
     return {"quantization": args.quantization} if args.quantization else {}
 
 
-def _replayed(built: BuiltModel, one) -> float:
+def _replayed(built: BuiltModel, one: StepInput) -> float:
     """Seconds of the step's graph, replayed back to back; nan where there is none."""
     return device_seconds(built.step, one) if built.device.type == "cuda" else float("nan")
 
 
-def launched_seconds(built: BuiltModel, one, count: int = 50) -> float:
+def launched_seconds(built: BuiltModel, one: StepInput, count: int = 50) -> float:
     """Seconds a launch when launches follow each other and no result is waited for: staging, forward, sampling."""
     count = count if built.device.type == "cuda" else 5
     for warm in (True, False):
@@ -136,7 +158,7 @@ def driven_seconds(config: Config, built: BuiltModel, seqs: int, keys: int) -> t
     )
 
 
-def _profile(report: Report, built: BuiltModel, one) -> None:
+def _profile(report: Report, built: BuiltModel, one: StepInput) -> None:
     """The fifteen kernels that take most of one launched step."""
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -147,8 +169,12 @@ def _profile(report: Report, built: BuiltModel, one) -> None:
         total = sum(event.self_device_time_total for event in events)
         for event in events[:15]:
             spent = event.self_device_time_total
-            report.row(seqs=one.num_seqs, us=spent, share=spent / total, calls=event.count, kernel=event.key[:90])
-        report.row(seqs=one.num_seqs, us=total, share=1.0, calls=sum(event.count for event in events), kernel="all")
+            report.row(
+                tokens=len(one.token_ids), us=spent, share=spent / total, calls=event.count, kernel=event.key[:90]
+            )
+        report.row(
+            tokens=len(one.token_ids), us=total, share=1.0, calls=sum(event.count for event in events), kernel="all"
+        )
     except Exception as error:  # a machine without profiling rights still measures the rest
         report.fact(profiler=f"{type(error).__name__}: {error}"[:300])
 
