@@ -57,7 +57,8 @@ nothing. Rows from query_start[S] on are padding, choose nothing and come out as
 the result. `pagegraph::quant_experts`
 is the same of quantised weights [E, N, K] (`kernels.quant.weight`), which are not transposed. `pagegraph::repacked_experts` is that of
 weights as GPUs multiply them (`kernels.moe.quant_stack`), inner being I: of every 16 rows of up, and of its bias, 8 are of gate and then
-8 of up, whatever the form says of them.
+8 of up, whatever the form says of them. quantize_x: of e4m3 with one scale a row a device may round x, and what is between the products,
+to e4m3 with one scale a row where that is faster, from more than a few tokens on (`kernels.moe.tiles`).
 
 `pagegraph::topk_softmax` is a router's choice: logits [T, E] -> weights [T, k] in `dtype`, chosen int64 [T, k], the experts of the k largest
 logits, largest first, the smaller number first of equal ones; weights are the softmax over all E, or where renormalize over the k alone.
@@ -175,7 +176,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, section: int 
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
 
 
-def _like(x: Tensor, *_: Any) -> Tensor:
+def _like(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -353,7 +354,7 @@ OPS = (
         "repacked_experts(Tensor x, Tensor chosen, Tensor weights, Tensor up, Tensor up_scale, Tensor? up_zero, int up_group, "
         "Tensor? up_bias, Tensor down, Tensor down_scale, Tensor? down_zero, int down_group, Tensor? down_bias, int inner, "
         "Tensor? query_start, str activation, float alpha, float limit, float shift, bool gated, bool interleaved, "
-        "bool transposed) -> Tensor",
+        "bool transposed, *, bool quantize_x=False) -> Tensor",
         moe_reference.repacked_experts, "moe.cuda:repacked_experts", _like,
     ),
     Op(

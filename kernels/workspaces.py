@@ -31,7 +31,10 @@ def _experts(given: Mapping[str, Any]) -> list[int]:
     """A row for each pair: of x in the order of experts, of what is between the products, and of what is summed up."""
     x, down = given["x"], given["down"]
     inner = given["inner"] if "inner" in given else down.numel() // (down.shape[0] * x.shape[1])
-    return [given["chosen"].numel() * size * x.element_size() for size in (x.shape[1], inner, x.shape[1])]
+    pairs, hidden, size = given["chosen"].numel(), x.shape[1], x.element_size()
+    if given.get("quantize_x"):  # rows of both products in a byte, too
+        return [pairs * one for one in (hidden, inner * size, inner, hidden * size)]
+    return [pairs * one * size for one in (hidden, inner, hidden)]
 
 
 def _gated_delta(given: Mapping[str, Any]) -> list[int]:

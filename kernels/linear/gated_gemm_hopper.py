@@ -297,7 +297,7 @@ def takes(rows: Tensor, weight: Tensor) -> bool:
 
 
 def tiles_of(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * matrix.element_size(), rank=2)
     return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
 

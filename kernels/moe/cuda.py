@@ -8,7 +8,7 @@ from pagegraph.kernels.gpu import multiprocessors
 from pagegraph.kernels.moe.form import ACTIVATIONS, Form
 from pagegraph.kernels.moe.gemv import experts_down, experts_up
 from pagegraph.kernels.moe.grouped_gemm import grouped_gemm, weighted_sum
-from pagegraph.kernels.moe.grouped_gemm_hopper import grouped_gemm_hopper, takes
+from pagegraph.kernels.moe.grouped_gemm_hopper import Scales, grouped_gemm_hopper, takes, takes_e4m3
 from pagegraph.kernels.moe.quant_gemv import quant_experts_down, quant_experts_up
 from pagegraph.kernels.moe.quant_grouped_gemm import quant_grouped_gemm
 from pagegraph.kernels.moe.quant_stack import QuantStack
@@ -20,12 +20,14 @@ from pagegraph.kernels.moe.tiles import (
     GroupedTiles,
     HopperTiles,
     QuantGemvTiles,
+    e4m3_tiles_of,
     gemv_tiles_of,
     grouped_tiles_of,
     hopper_tiles_of,
     quant_gemv_tiles_of,
     quant_grouped_tiles_of,
 )
+from pagegraph.kernels.quant.activations import exchanged_e4m3_rows
 
 OTHERS_MULTIPROCESSORS = 132  # a grid for devices of another number: it sets how many tiles a program takes
 
@@ -107,6 +109,7 @@ def repacked_experts(
     inner: int,
     query_start: Tensor | None,
     *form: str | float | bool,
+    quantize_x: bool = False,
 ) -> Tensor:
     """See `kernels.ops`."""
     how = Form(*form)  # type: ignore[arg-type]
@@ -114,13 +117,15 @@ def repacked_experts(
     first = QuantStack(up, up_scale, up_zero, up_group, 2 * inner if how.gated else inner, hidden)
     second = QuantStack(down, down_scale, down_zero, down_group, hidden, inner)
     size = (first.tall.kind, len(up), inner, hidden)
-    tiles = None if wide else quant_gemv_tiles_of(len(x), size)
+    tiles: QuantGemvTiles | GroupedTiles | HopperTiles | None = None if wide else quant_gemv_tiles_of(len(x), size)
+    if tiles is None and quantize_x and takes_e4m3(x, first, up_bias, second, down_bias):
+        tiles = e4m3_tiles_of(chosen.numel())
     tiles = tiles or quant_grouped_tiles_of(chosen.numel(), size, wide)
     return repacked_experts_by(tiles, x, chosen, weights, first, up_bias, second, down_bias, query_start, how)
 
 
 def repacked_experts_by(
-    tiles: QuantGemvTiles | GroupedTiles,
+    tiles: QuantGemvTiles | GroupedTiles | HopperTiles,
     x: Tensor,
     chosen: Tensor,
     weights: Tensor,
@@ -132,14 +137,27 @@ def repacked_experts_by(
     form: Form,
     programs: int = 0,
 ) -> Tensor:
-    """As `experts_by`. Weights are contiguous."""
+    """As `experts_by`. Weights are contiguous; HopperTiles round rows of both products to e4m3, of what `takes_e4m3` takes."""
     x, chosen, weights, live = _given(form, x, chosen, weights, query_start)
     if not len(x):
         return x.new_empty(x.shape)
     if isinstance(tiles, QuantGemvTiles):
         inner = quant_experts_up(x, chosen, up, up_bias, live, form, tiles.up)
         return quant_experts_down(inner, chosen, weights, down, down_bias, live, tiles.down)
-    choices, programs, experts = chosen.shape[1], programs or _programs(tiles, x), len(up.qweight)
+    choices, experts = chosen.shape[1], len(up.qweight)
+    if isinstance(tiles, HopperTiles):
+        form = form._replace(interleaved=False, transposed=False)
+        routes, programs = route(chosen, experts, HOPPER_BLOCK_M, live), programs or multiprocessors(x.device)
+        x_q, scale = exchanged_e4m3_rows(x)
+        of = sorted_rows(x_q, routes, choices, scale)
+        assert of.scales is not None
+        scales = Scales(of.scales, up.scale, up.rows, x.dtype)
+        inner = grouped_gemm_hopper(of, of.rows, up.qweight, up_bias, routes, form, True, tiles, programs, scales)
+        inner, scale = exchanged_e4m3_rows(inner)
+        scales = Scales(scale, down.scale, down.rows, x.dtype)
+        product = grouped_gemm_hopper(of, inner, down.qweight, down_bias, routes, form, False, tiles, programs, scales)
+        return weighted_sum(product, chosen, weights, experts, live)
+    programs = programs or _programs(tiles, x)
     routes = route(chosen, experts, tiles.block_m, live)
     inner = quant_grouped_gemm(x, up, up_bias, routes, choices, form, True, tiles, programs)
     product = quant_grouped_gemm(inner, down, down_bias, routes, choices, form, False, tiles, programs)

@@ -1,16 +1,23 @@
-"""Gluon, for Hopper: the grouped products of many rows an expert, in 16 bits; both operands come by the bulk copy engine (TMA).
+"""Gluon, for Hopper: the grouped products of rows sorted by expert, in 16 bits or of e4m3; both operands come by the bulk copy engine (TMA).
 
 The grid is persistent, one program a multiprocessor, and takes the next tile until none is left: tiles of few rows are short, so
 which program has time is not known before. A program is a producer, which copies tiles of the sorted rows and of the stack of
 weights, seen as one matrix of all experts' rows, to shared memory, and two consumers, each of which multiplies 64 rows of a tile.
 The producer tells them which tile it is. A tile begins at any row, so it may reach into rows of the next expert, or into ones that
-nobody wrote: these are multiplied and not stored. Where a tile has 64 rows or fewer the second consumer lets it pass.
+nobody wrote: these are multiplied and not stored. Where a tile has 64 rows or fewer the second consumer lets it pass; where it has
+few, no more than those are copied, and what is left of other tiles is multiplied with them.
+
+Of e4m3, where rows and weights have a scale for each row, tensor cores add up a whole row with fewer bits than float32 has, as
+PyTorch's product of fp8 linears does, and sums are scaled behind that. Of every 16 rows of a first weight 8 are of gate and 8 of up,
+which one thread then holds both of.
 
 Rounds where `grouped_gemm` rounds, and stores where that stores: the first product by the order of experts, the second by pair.
-The products themselves are `kernels.linear.gated_gemm_hopper`'s. Knows of routing the list of tiles alone.
+The products themselves are `kernels.linear.gated_gemm_hopper`'s. Knows of routing the list of tiles alone, and not who rounds rows.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,13 +38,14 @@ from pagegraph.kernels.linear.gated_gemm_hopper import (
 )
 from pagegraph.kernels.moe.activation import activate
 from pagegraph.kernels.moe.form import Form
+from pagegraph.kernels.moe.quant_stack import QuantStack
 from pagegraph.kernels.moe.route import Routes
 from pagegraph.kernels.moe.sorted_rows import SortedRows
 from pagegraph.kernels.moe.tiles import HOPPER_BLOCK_M, HopperTiles
 from pagegraph.kernels.pdl import dependent
 
 BLOCK_M = HOPPER_BLOCK_M // 2  # rows of a consumer
-BLOCK_N = 256  # columns of the product
+FEW = 16  # rows of a tile that are copied alone
 REGISTERS = 224  # of a consumer's thread; the producer keeps 56
 TOLD = gl.constexpr(8)  # tiles that the producer may have told of: more than it runs ahead, by a step each
 
@@ -67,15 +75,16 @@ def _told(told, told_ready, items):
 
 
 @gluon.jit
-def _producer(x, weight, tiles_ptr, counts_ptr, smem, barriers, tiles_n, steps, size, inner, STAGES: gl.constexpr,
-              FIRST: gl.constexpr, GATED: gl.constexpr, HALVES: gl.constexpr, TRANSPOSED: gl.constexpr,
-              PDL: gl.constexpr):  # fmt: skip
+def _producer(x, few_of_x, weight, tiles_ptr, counts_ptr, smem, barriers, tiles_n, steps, size, height, inner,
+              FEW: gl.constexpr, STAGES: gl.constexpr, FIRST: gl.constexpr, HALVES: gl.constexpr,
+              TRANSPOSED: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     x_smem, w_smem, told = smem
     ready, empty, told_ready = barriers
     rows: gl.constexpr = x_smem.shape[1]
     block_k: gl.constexpr = x_smem.shape[2]
     block_n: gl.constexpr = w_smem.shape[1] * w_smem.shape[2] // block_k
     half: gl.constexpr = block_n // 2
+    row_bytes: gl.constexpr = block_k * x_smem.dtype.primitive_bitwidth // 8
     ticket_ptr = counts_ptr + (1 if FIRST else 2)
     if PDL:
         wait_for_kernels(steps)
@@ -91,25 +100,32 @@ def _producer(x, weight, tiles_ptr, counts_ptr, smem, barriers, tiles_n, steps, 
         last = gl.load(tile_at + 2)
         _tell(told, told_ready, items, first, last, expert, tile_n)
         is_whole = first + rows < last
+        is_few = first + FEW >= last
         if HALVES:
-            column = expert * (2 * size) + tile_n * half
+            column = expert * height + tile_n * half
             other = column + size
         elif TRANSPOSED:
             column = tile_n * block_n
             other = expert * inner
         else:
-            column = expert * (2 * size if GATED else size) + tile_n * block_n
+            column = expert * height + tile_n * block_n
             other = column + half
         for step in range(0, steps):
             stage = n % STAGES
             k = step * block_k
             mbarrier.wait(empty.index(stage), ((n // STAGES) & 1) ^ 1)
             if is_whole:
-                mbarrier.expect(ready.index(stage), (CONSUMERS * rows + block_n) * block_k * 2)
+                mbarrier.expect(ready.index(stage), (CONSUMERS * rows + block_n) * row_bytes)
                 tma.async_copy_global_to_shared(x, [first + rows, k], ready.index(stage), x_smem.index(STAGES + stage))
+            elif is_few:
+                mbarrier.expect(ready.index(stage), (FEW + block_n) * row_bytes)
             else:
-                mbarrier.expect(ready.index(stage), (rows + block_n) * block_k * 2)
-            tma.async_copy_global_to_shared(x, [first, k], ready.index(stage), x_smem.index(stage))
+                mbarrier.expect(ready.index(stage), (rows + block_n) * row_bytes)
+            if is_few:
+                few = x_smem.index(stage).slice(0, FEW)
+                tma.async_copy_global_to_shared(few_of_x, [first, k], ready.index(stage), few)
+            else:
+                tma.async_copy_global_to_shared(x, [first, k], ready.index(stage), x_smem.index(stage))
             if TRANSPOSED:
                 tma.async_copy_global_to_shared(weight, [other + k, column], ready.index(stage), w_smem.index(stage))
             else:
@@ -140,6 +156,17 @@ def _halves(product):
 
 
 @gluon.jit
+def _scaled(acc, scales, begin, last, first_column, height, columns):
+    """Sums of e4m3 times the scales of their rows, from `begin` on, and of the weight's rows, which are an expert's first one's."""
+    x_scale_ptr, scale_ptr = scales
+    row = begin + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, acc.type.layout))
+    column = first_column + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, acc.type.layout))
+    x_scale = gl.load(x_scale_ptr + row, mask=row < last, other=0.0)
+    scale = gl.load(scale_ptr + height + column, mask=column < columns, other=0.0)
+    return acc * x_scale[:, None] * scale[None, :]
+
+
+@gluon.jit
 def _store(out_ptr, order_ptr, value, begin, last, first_column, size, BY_PAIR: gl.constexpr):
     """Rows from `begin` on that are below `last`: exchanged first, so that a row's neighbours leave together."""
     columns: gl.constexpr = value.shape[1]
@@ -155,17 +182,20 @@ def _store(out_ptr, order_ptr, value, begin, last, first_column, size, BY_PAIR: 
 
 
 @gluon.jit
-def _consumer(out_ptr, bias_ptr, order_ptr, smem, barriers, steps, size, ONE: gl.constexpr, STAGES: gl.constexpr,
-              FIRST: gl.constexpr, GATED: gl.constexpr, HALVES: gl.constexpr, TRANSPOSED: gl.constexpr,
-              ACTIVATION: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, SHIFT: gl.constexpr,
-              HAS_BIAS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+def _consumer(out_ptr, bias_ptr, order_ptr, scales, smem, barriers, steps, size, height, ONE: gl.constexpr,
+              STAGES: gl.constexpr, FIRST: gl.constexpr, GATED: gl.constexpr, HALVES: gl.constexpr,
+              TRANSPOSED: gl.constexpr, SCALED: gl.constexpr, ACTIVATION: gl.constexpr, ALPHA: gl.constexpr,
+              LIMIT: gl.constexpr, SHIFT: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     x_smem, w_smem, told = smem
     ready, empty, told_ready = barriers
-    dtype: gl.constexpr = x_smem.dtype
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
     rows: gl.constexpr = x_smem.shape[1]
     block_n: gl.constexpr = w_smem.shape[1] * w_smem.shape[2] // x_smem.shape[2]
     half: gl.constexpr = block_n // 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, block_n, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, block_n, 256 // x_smem.dtype.primitive_bitwidth]
+    )
+    columns = 2 * size if GATED else size
     if PDL:
         wait_for_kernels(steps)
     n = 0
@@ -176,6 +206,8 @@ def _consumer(out_ptr, bias_ptr, order_ptr, smem, barriers, steps, size, ONE: gl
         if begin < last:
             acc = gl.full([rows, block_n], 0.0, gl.float32, layout)
             acc, n = multiply(acc, n, steps, smem, (ready, empty), ONE, STAGES, TRANSPOSED)
+            if SCALED:
+                acc = _scaled(acc, scales, begin, last, tile_n * block_n, expert * height, columns)
             if HAS_BIAS:
                 column = gl.arange(0, block_n, layout=gl.SliceLayout(0, layout))
                 if HALVES:
@@ -183,20 +215,22 @@ def _consumer(out_ptr, bias_ptr, order_ptr, smem, barriers, steps, size, ONE: gl
                     column = tile_n * half + column % half + column // half * size
                 else:
                     column += tile_n * block_n
-                    inside = column < (2 * size if GATED else size)
-                bias_at = bias_ptr + expert.to(gl.int64) * (2 * size if GATED else size)
+                    inside = column < columns
+                bias_at = bias_ptr + expert.to(gl.int64) * columns
                 bias = gl.load(bias_at + column, mask=inside, other=0.0)
                 acc += bias.to(gl.float32)[None, :]
             if GATED:
                 acc = rounded(acc, dtype)
                 if HALVES:
                     gate, up = _halves(acc)
+                elif SCALED:
+                    gate, up = acc.reshape([rows, block_n // 16, 2, 8]).permute((0, 1, 3, 2)).split()
                 else:
                     gate, up = acc.reshape([rows, half, 2]).split()
                 if LIMIT > 0:
                     gate = gl.minimum(gate, LIMIT)
                     up = gl.minimum(gl.maximum(up, -LIMIT), LIMIT)
-                value = (_activated(gate, ACTIVATION, ALPHA) * (up + SHIFT)).to(dtype)
+                value = (_activated(gate, ACTIVATION, ALPHA) * (up + SHIFT)).to(dtype).reshape([rows, half])
                 _store(out_ptr, order_ptr, value, begin, last, tile_n * half, size, False)
             else:
                 if FIRST:
@@ -219,7 +253,10 @@ def _consumer(out_ptr, bias_ptr, order_ptr, smem, barriers, steps, size, ONE: gl
 def grouped_gemm_hopper_kernel(
     out_ptr,
     x,
+    few_of_x,
     weight,
+    x_scale_ptr,
+    scale_ptr,
     bias_ptr,
     order_ptr,
     tiles_ptr,
@@ -227,7 +264,9 @@ def grouped_gemm_hopper_kernel(
     tiles_n,
     steps,
     size,  # of the output
+    height,  # rows of an expert in the stack
     inner,  # columns of x
+    FEW: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -236,6 +275,7 @@ def grouped_gemm_hopper_kernel(
     GATED: gl.constexpr,
     INTERLEAVED: gl.constexpr,
     TRANSPOSED: gl.constexpr,
+    SCALED: gl.constexpr,  # both operands are e4m3 with a scale a row; gate and up lie in eights
     ACTIVATION: gl.constexpr,
     ALPHA: gl.constexpr,
     LIMIT: gl.constexpr,
@@ -244,9 +284,11 @@ def grouped_gemm_hopper_kernel(
     REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    dtype: gl.constexpr = out_ptr.dtype.element_ty
-    HALVES: gl.constexpr = GATED and not INTERLEAVED
-    shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    dtype: gl.constexpr = x.dtype
+    HALVES: gl.constexpr = GATED and not INTERLEAVED and not SCALED
+    shared: gl.constexpr = gl.NVMMASharedLayout(
+        swizzle_byte_width=128, element_bitwidth=dtype.primitive_bitwidth, rank=2
+    )
     x_smem = gl.allocate_shared_memory(dtype, [CONSUMERS * STAGES, BLOCK_M, BLOCK_K], shared)
     if TRANSPOSED:
         w_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], shared)
@@ -265,14 +307,15 @@ def grouped_gemm_hopper_kernel(
     barrier()
     smem = (x_smem, w_smem, told)
     barriers = (ready, empty, told_ready)
+    scales = (x_scale_ptr, scale_ptr)
     gl.warp_specialize(
         [
-            (_producer, (x, weight, tiles_ptr, counts_ptr, smem, barriers, tiles_n, steps, size, inner,
-                         STAGES, FIRST, GATED, HALVES, TRANSPOSED, PDL)),
-            (_consumer, (out_ptr, bias_ptr, order_ptr, smem, barriers, steps, size, 0, STAGES, FIRST, GATED, HALVES,
-                         TRANSPOSED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_BIAS, PDL)),
-            (_consumer, (out_ptr, bias_ptr, order_ptr, smem, barriers, steps, size, 1, STAGES, FIRST, GATED, HALVES,
-                         TRANSPOSED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_BIAS, PDL)),
+            (_producer, (x, few_of_x, weight, tiles_ptr, counts_ptr, smem, barriers, tiles_n, steps, size, height,
+                         inner, FEW, STAGES, FIRST, HALVES, TRANSPOSED, PDL)),
+            (_consumer, (out_ptr, bias_ptr, order_ptr, scales, smem, barriers, steps, size, height, 0, STAGES, FIRST,
+                         GATED, HALVES, TRANSPOSED, SCALED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_BIAS, PDL)),
+            (_consumer, (out_ptr, bias_ptr, order_ptr, scales, smem, barriers, steps, size, height, 1, STAGES, FIRST,
+                         GATED, HALVES, TRANSPOSED, SCALED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_BIAS, PDL)),
         ],
         [4, 4],
         [REGISTERS, REGISTERS],
@@ -294,6 +337,29 @@ def takes(x: Tensor, up: Tensor, down: Tensor, form: Form) -> bool:
     )
 
 
+def takes_e4m3(x: Tensor, up: QuantStack, up_bias: Tensor | None, down: QuantStack, down_bias: Tensor | None) -> bool:
+    """Whether both products of `repacked_experts` are computed here once rows are rounded: e4m3 with one scale a row, on Hopper.
+
+    Not with biases: with them and scales a thread would hold more than it has registers for.
+    """
+    return (
+        multiprocessors(x.device) > 0
+        and up_bias is None
+        and down_bias is None
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and all(one.has_e4m3_rows and one.qweight.data_ptr() % 16 == 0 for one in (up, down))
+    )
+
+
+class Scales(NamedTuple):
+    """Of e4m3: float32 of each row [T * k] and of each row of the weights [E, height]; rows that an expert has; the result's dtype."""
+
+    rows: Tensor
+    weight: Tensor
+    columns: int
+    dtype: torch.dtype
+
+
 def grouped_gemm_hopper(
     of: SortedRows,
     rows: Tensor,
@@ -304,32 +370,40 @@ def grouped_gemm_hopper(
     first: bool,
     tiles: HopperTiles,
     programs: int,
+    scales: Scales | None = None,
 ) -> Tensor:
-    """As `grouped_gemm`, of rows [T * k, K] in the order of experts."""
+    """As `grouped_gemm`, of rows [T * k, K] in the order of experts; with scales both are e4m3, as `takes_e4m3` says."""
     gated = form.gated and first
-    columns, inner = (weight.shape[2], weight.shape[1]) if form.transposed else weight.shape[1:]
+    height, inner = (weight.shape[2], weight.shape[1]) if form.transposed else weight.shape[1:]
+    columns = height if scales is None else scales.columns
     size = columns // 2 if gated else columns
-    out = torch.empty(len(rows), size, dtype=rows.dtype, device=rows.device)
-    tiles_n = -(-columns // BLOCK_N)
-    box = (BLOCK_K, BLOCK_N) if form.transposed else (BLOCK_N // 2, BLOCK_K)
+    out = torch.empty(len(rows), size, dtype=rows.dtype if scales is None else scales.dtype, device=rows.device)
+    tiles_n, block_k = -(-columns // tiles.block_n), BLOCK_K * 2 // rows.element_size()
+    box = (block_k, tiles.block_n) if form.transposed else (tiles.block_n // 2, block_k)
     grouped_gemm_hopper_kernel[(min(programs, len(of.tiles) * tiles_n),)](
         out,
-        tiles_of(rows, BLOCK_M, BLOCK_K),
+        tiles_of(rows, BLOCK_M, block_k),
+        tiles_of(rows, FEW, block_k),
         tiles_of(weight.flatten(0, 1), *box),
-        bias if bias is not None else weight,
+        out if scales is None else scales.rows,
+        out if scales is None else scales.weight,
+        bias if bias is not None else out,
         routes.order,
         of.tiles,
         of.counts,
         tiles_n,
-        -(-inner // BLOCK_K),
+        -(-inner // block_k),
         size,
+        height,
         inner,
+        FEW=FEW,
         BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
+        BLOCK_N=tiles.block_n,
+        BLOCK_K=block_k,
         STAGES=tiles.stages,
         FIRST=first,
         **form._replace(gated=gated).constants,
+        SCALED=scales is not None,
         HAS_BIAS=bias is not None,
         REGISTERS=REGISTERS,
         num_warps=4,

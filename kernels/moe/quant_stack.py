@@ -36,6 +36,11 @@ class QuantStack(NamedTuple):
         return QuantWeight(*parts, None, self.group, len(self.qweight) * self.height)  # type: ignore[arg-type]
 
     @property
+    def has_e4m3_rows(self) -> bool:
+        """Whether values are e4m3 with one scale a row and nothing else."""
+        return self.tall.kind == "fp8" and self.group >= self.size and self.zero is None
+
+    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Values, scales and zeros, or scales again where there are none."""
         return self.qweight, self.scale, self.scale if self.zero is None else self.zero

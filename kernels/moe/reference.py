@@ -165,8 +165,9 @@ def repacked_experts(
     inner: int,
     query_start: Tensor | None,
     *form: str | float | bool,
+    quantize_x: bool = False,
 ) -> Tensor:
-    """See `kernels.ops`: `quant_experts` of the weights as they were loaded."""
+    """See `kernels.ops`: `quant_experts` of the weights as they were loaded; x stays as it is."""
     how = Form(*form)._replace(interleaved=False, transposed=False)  # type: ignore[arg-type]
     hidden, columns = x.shape[1], 2 * inner if how.gated else inner
     first = loaded(QuantStack(up, up_scale, up_zero, up_group, columns, hidden))

@@ -21,7 +21,7 @@ SLOTS = 1024  # that are looked at at once
 
 
 class SortedRows(NamedTuple):
-    """rows [T * k, H]: as `Routes.order` has them; those behind the last pair of an expert are not written.
+    """rows [T * k, H], and scales [T * k] where x has some: as `Routes.order` has them; those behind the last pair are not written.
 
     tiles int32 [slots, 3]: as those of `Routes`, in their order, the empty ones left out. counts int32 [3]: tiles, then how many
     work items of the first and of the second product are taken, which is 0.
@@ -30,14 +30,17 @@ class SortedRows(NamedTuple):
     rows: Tensor
     tiles: Tensor
     counts: Tensor
+    scales: Tensor | None
 
 
 @triton.jit(do_not_specialize=["num_slots"])
 def sorted_rows_kernel(
     rows_ptr,
+    scales_ptr,
     dense_ptr,
     counts_ptr,
     x_ptr,
+    scale_ptr,
     order_ptr,
     tiles_ptr,
     num_slots,
@@ -46,6 +49,7 @@ def sorted_rows_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     part = tl.program_id(0)
@@ -79,19 +83,26 @@ def sorted_rows_kernel(
         mask = live[:, None] & (column < SIZE)[None, :]
         values = tl.load(x_ptr + token.to(tl.int64)[:, None] * SIZE + column[None, :], mask=mask)
         tl.store(rows_ptr + row.to(tl.int64)[:, None] * SIZE + column[None, :], values, mask=mask)
+        if HAS_SCALE:
+            if tl.program_id(1) == 0:
+                tl.store(scales_ptr + row, tl.load(scale_ptr + token, mask=live), mask=live)
 
 
-def sorted_rows(x: Tensor, routes: Routes, choices: int) -> SortedRows:
-    """x [T, H], contiguous."""
+def sorted_rows(x: Tensor, routes: Routes, choices: int, scale: Tensor | None = None) -> SortedRows:
+    """x [T, H], contiguous, of 8 bits an even H; scale float32 [T, 1] of its rows."""
+    dtype, x = x.dtype, x.view(torch.int16) if x.element_size() == 1 else x
     pairs, slots, size = len(routes.order), len(routes.tiles), x.shape[1]
     rows = torch.empty(pairs, size, dtype=x.dtype, device=x.device)
+    scales = None if scale is None else torch.empty(pairs, dtype=scale.dtype, device=x.device)
     dense = torch.empty_like(routes.tiles)
     counts = torch.empty(3, dtype=torch.int32, device=x.device)
     sorted_rows_kernel[(1 + -(-pairs // ROWS), -(-size // COLUMNS))](
         rows,
+        counts if scales is None else scales,
         dense,
         counts,
         x,
+        counts if scale is None else scale,
         routes.order,
         routes.tiles,
         slots,
@@ -100,7 +111,8 @@ def sorted_rows(x: Tensor, routes: Routes, choices: int) -> SortedRows:
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         SLOTS=SLOTS,
+        HAS_SCALE=scale is not None,
         num_warps=4,
         **dependent(x.device),
     )
-    return SortedRows(rows, dense, counts)
+    return SortedRows(rows.view(dtype), dense, counts, scales)

@@ -14,6 +14,7 @@ from pagegraph.kernels.quant.weight import Kind
 MAX_GEMV_TOKENS = 8  # above it experts are chosen more than once often enough
 HOPPER_ROWS = 16  # an expert, on average, from which on `grouped_gemm_hopper` is taken
 HOPPER_BLOCK_M = 128  # rows of its tiles
+E4M3_PAIRS = 64  # from which on it is taken with rows of e4m3, where those for few tokens are not
 MAX_TRANSPOSED_TOKENS = 1  # a program of such a product reads short pieces of rows
 
 
@@ -52,9 +53,10 @@ class GroupedTiles(NamedTuple):
 
 
 class HopperTiles(NamedTuple):
-    """Of the two products by `grouped_gemm_hopper`: pipeline stages."""
+    """Of the two products by `grouped_gemm_hopper`: pipeline stages; columns of the product (gate and up both counted)."""
 
     stages: int = 4
+    block_n: int = 256
 
 
 class QuantGemvTiles(NamedTuple):
@@ -100,6 +102,11 @@ def grouped_tiles_of(pairs: int, size: Size) -> GroupedTiles:
 def hopper_tiles_of(pairs: int, experts: int) -> HopperTiles | None:
     """Tiles of `grouped_gemm_hopper`; None: so few pairs that others are faster."""
     return HopperTiles() if pairs >= HOPPER_ROWS * experts else None
+
+
+def e4m3_tiles_of(pairs: int) -> HopperTiles | None:
+    """As `hopper_tiles_of`, of rows and weights of e4m3: half the bytes of a step, which is twice as long."""
+    return HopperTiles() if pairs >= E4M3_PAIRS else None
 
 
 def quant_gemv_tiles_of(tokens: int, size: QuantSize) -> QuantGemvTiles | None:

@@ -3,7 +3,7 @@
 Launchers are called on meta tensors with Triton's launch replaced by one that compiles. Reads a list of
 [name, module, function, arguments] from standard input, where an argument {"shape", "dtype"} is a tensor,
 {"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear, {"few"} one of few rows,
-{"norm"} a norm ahead of so many rows, {"weight"} a quantised weight, {"type"} a type, {"hopper"} and {"form"} tiles and form of experts, {"grouped"} their
+{"norm"} a norm ahead of so many rows, {"weight"} a quantised weight, {"stack"} those of experts, {"type"} a type, {"hopper"} and {"form"} tiles and form of experts, {"grouped"} their
 tiles by the rules of products without and with tensor cores. Its argument is the compute
 capability, such as 90. Run without TRITON_INTERPRET, in a process of its own: the replaced launch stays replaced.
 """
@@ -35,6 +35,7 @@ from pagegraph.kernels import gpu, pdl
 from pagegraph.kernels.attention import prefill_hopper
 from pagegraph.kernels.linear.tiles import Tile
 from pagegraph.kernels.moe.form import Form
+from pagegraph.kernels.moe.quant_stack import QuantStack
 from pagegraph.kernels.moe.tiles import HopperTiles, gemv_tiles_of, grouped_tiles_of
 from pagegraph.kernels.quant.tiles import QuantGemvTile
 from pagegraph.kernels.quant.weight import QuantWeight
@@ -165,6 +166,8 @@ def argument(described: Any) -> Any:
         return gemv_tiles_of(tokens, tuple(size), transposed) or grouped_tiles_of(pairs, tuple(size))
     if "form" in described:
         return Form(*described["form"])
+    if "stack" in described:
+        return QuantStack(*map(argument, described["stack"]))
     if "weight" in described:
         return QuantWeight(*map(argument, described["weight"]))
     if "norm" in described:

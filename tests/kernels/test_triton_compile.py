@@ -329,6 +329,17 @@ def hopper_experts(tokens: int, choices: int, size: tuple[int, int, int], form: 
     return [f"hopper {name}", module, function, [{"hopper": [4]}, *arguments]]
 
 
+def e4m3_experts(
+    tokens: int, choices: int, size: tuple[int, int, int], form: Form, tiles: tuple[int, int]
+) -> list[Any]:
+    """`quantised_experts` of e4m3 with a scale a row by the products for Hopper, which round rows too; tiles: stages, columns."""
+    name, module, _, given = quantised_experts(tokens, choices, size, "fp8", 0, form)
+    columns, (inner, query_start, *_) = size[1] * (2 if form.gated else 1), given[13:]
+    up, down = {"stack": [*given[3:7], columns, size[2]]}, {"stack": [*given[8:12], size[2], inner]}
+    arguments = [{"hopper": tiles}, *given[:3], up, given[7], down, given[12], query_start, {"form": list(form)}]
+    return [f"e4m3 {tiles} {name}", module, "repacked_experts_by", arguments]
+
+
 def quantised_experts(
     tokens: int,
     choices: int,
@@ -413,6 +424,15 @@ HOPPER_EXPERTS = [
     hopper_experts(4096, 4, OF_32, GPT_OSS, True),
     hopper_experts(1024, 6, (64, 1400, 2048), GPT_OSS._replace(interleaved=False, transposed=False), True, "float16"),
     hopper_experts(1024, 6, (64, 1408, 2048), Form("gelu", gated=False), True),
+]
+E4M3_EXPERTS = [
+    *(
+        e4m3_experts(tokens, 8, OF_128, Form(), tiles)
+        for tokens in (64, 4096)
+        for tiles in ((4, 256), (6, 128), (3, 256))
+    ),
+    e4m3_experts(1024, 6, (64, 1408, 2048), Form("relu2", gated=False), (4, 256)),
+    e4m3_experts(1024, 1, (64, 704, 1536), GPT_OSS, (4, 256)),
 ]
 QUANTISED_EXPERTS = [
     quantised_experts(tokens, choices, size, kind, group, form, bias, has_zero)
@@ -796,6 +816,20 @@ def test_experts_on_hopper() -> None:
     assert all(k["wgmma"] and k["buffers"] == 4 and k["registers"] * 3 * 128 <= 65536 for k in products), products
     others = {k["kernel"] for k in kernels} - {"grouped_gemm_hopper_kernel"}
     assert others == {"route_kernel", "sorted_rows_kernel", "weighted_sum_kernel"}
+
+
+def test_experts_of_e4m3_on_hopper() -> None:
+    """As `test_experts_on_hopper`; one kernel rounds rows, and one brings them and their scales into the order of experts."""
+    kernels = compiled(E4M3_EXPERTS)
+    check_fits(kernels)
+    assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
+    products = [k for k in kernels if k["kernel"] == "grouped_gemm_hopper_kernel"]
+    assert len(products) == 2 * len(E4M3_EXPERTS)
+    assert all(k["wgmma"] and k["registers"] * 3 * 128 <= 65536 for k in products), products
+    others = [k["kernel"] for k in kernels if k not in products]
+    assert others == len(E4M3_EXPERTS) * [
+        "route_kernel", "rows_kernel", "sorted_rows_kernel", "rows_kernel", "weighted_sum_kernel"
+    ]  # fmt: skip
 
 
 def test_programs_of_grouped_products_share_a_multiprocessor() -> None:

@@ -122,11 +122,11 @@ def test_sorted_rows(triton_calls, routing: str, live: int | None, slots: int) -
     (order, listed), _ = triton_calls.call("pagegraph.kernels.moe.route", "route", given.chosen, 16, 16, start)
     constants = {"pagegraph.kernels.moe.sorted_rows.SLOTS": slots}
     routes = Routes(order, listed)
-    (rows, dense, counts), _ = triton_calls.call(
+    (rows, dense, counts, scales), _ = triton_calls.call(
         "pagegraph.kernels.moe.sorted_rows", "sorted_rows", given.x, routes, 4, constants=constants
     )
     full = listed[listed[:, 1] < listed[:, 2]]
-    assert counts.tolist() == [len(full), 0, 0]
+    assert counts.tolist() == [len(full), 0, 0] and scales is None
     assert torch.equal(dense[: len(full)], full)
     pairs = 4 * (50 if live is None else live)
     pairs -= pairs > 22
