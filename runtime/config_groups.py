@@ -83,8 +83,8 @@ class ModelConfig:
     round_activations: bool = _option(
         True,
         parse_flag,
-        "in steps of more than about 64 tokens round activations to 8 bits in front of quantised weights,"
-        " where a GPU is faster so",
+        "in steps of more than about 64 tokens round activations to 8 bits in front of quantised weights, of more than 8 in front of"
+        " experts in fp8 with a scale a row or tensor, where a GPU is faster so",
     )
     tensor_parallel_size: int = _option(
         1,

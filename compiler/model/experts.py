@@ -50,7 +50,13 @@ def experts_forward(
     as_loaded = form._replace(transposed=False)
     if isinstance(down, RepackedExperts):
         return torch.ops.pagegraph.repacked_experts(
-            *routed, *weights[0], *weights[1], down.in_features, query_start, *as_loaded
+            *routed,
+            *weights[0],
+            *weights[1],
+            down.in_features,
+            query_start,
+            *as_loaded,
+            quantize_x=up.quantize_x and down.quantize_x,
         )
     return torch.ops.pagegraph.quant_experts(*routed, *weights[0], *weights[1], query_start, *as_loaded)
 

@@ -61,7 +61,7 @@ class PassReport:
 PASSES: tuple[Pass, ...] = (
     Pass("merge_linears", merge_linears),
     Pass(None, quant_linears, ("round_activations",), by_device=True),
-    Pass(None, quant_experts, by_device=True),
+    Pass(None, quant_experts, ("round_activations",), by_device=True),
     Pass("deterministic", fixed_linears),
     Pass("skinny_linears", skinny_linears, by_device=True),
     Pass("rotary_once", rotary_once),

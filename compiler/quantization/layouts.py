@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pagegraph.compiler.quantization.linear import QuantExperts, QuantLinear, QuantModule
+from pagegraph.kernels.moe.quant_stack import QuantStack
 from pagegraph.kernels.moe.reference import in_eights
 from pagegraph.kernels.quant import cpu, reference
 from pagegraph.kernels.quant.tiles import takes_8bit_activations
@@ -77,9 +78,10 @@ class RepackedExperts(QuantModule):
     """CUDA: the weights of a layer's experts in the tensor cores' layout; `kernels.moe.quant_stack` has the shapes.
 
     gated: rows are of gate and up, interleaved or one half each, and get the order that `pagegraph::repacked_experts` takes.
+    quantize_x: in steps of more than a few tokens x may be quantised to 8 bits; kept where the weights are such that it may be.
     """
 
-    def __init__(self, experts: QuantExperts, gated: bool, interleaved: bool) -> None:
+    def __init__(self, experts: QuantExperts, gated: bool, interleaved: bool, quantize_x: bool = True) -> None:
         weight, self.in_features = experts.quantized, experts.quantized.in_size
         count, rows = weight.qweight.shape[:2]
         step = count if weight.qweight.is_meta else max(1, REPACKED_AT_ONCE // (rows * self.in_features))
@@ -93,6 +95,8 @@ class RepackedExperts(QuantModule):
         )
         assert qweight is not None and scale is not None
         super().__init__(QuantWeight(qweight, scale, zero, None, parts[0].group, rows))
+        stack = QuantStack(qweight, scale, zero, self.group, rows, self.in_features)
+        self.quantize_x = quantize_x and experts.dtype.itemsize == 2 and stack.has_e4m3_rows
 
 
 def takes_experts(up: QuantWeight, down: QuantWeight, gated: bool) -> bool:

@@ -14,14 +14,16 @@ from pagegraph.compiler.quantization.layouts import RepackedExperts, takes_exper
 from pagegraph.compiler.quantization.linear import QuantExperts
 from pagegraph.kernels.moe.form import Form
 from pagegraph.kernels.moe.reference import in_eights
+from pagegraph.kernels.moe.tiles import MAX_GEMV_TOKENS
 
 log = logging.getLogger("pagegraph.quantization")
 
 
 @torch.no_grad()
-def quant_experts(model: nn.Module, device_type: str | None = None) -> int:
+def quant_experts(model: nn.Module, round_activations: bool = True, device_type: str | None = None) -> int:
     """Bring quantised experts of `model` into the form of a GPU, their bias too; returns how many modules of experts there were.
 
+    round_activations: in steps of more than a few tokens a GPU may quantise activations to 8 bits, in front of e4m3 with one scale a row.
     device_type: where its weights will be, if not where they are.
     """
     layers: list[Any] = [
@@ -30,7 +32,7 @@ def quant_experts(model: nn.Module, device_type: str | None = None) -> int:
         if type(held := getattr(module, "down_proj", None)) is QuantExperts
         and (device_type or held.qweight.device.type) != "cpu"
     ]
-    unquantised = 0
+    unquantised, quantizing = 0, 0
     for layer in layers:
         form: Form = layer.experts_form
         names = weight_names(form)
@@ -39,13 +41,14 @@ def quant_experts(model: nn.Module, device_type: str | None = None) -> int:
         for name in names:
             gated = form.gated and name == names[0]
             if taken:
-                setattr(layer, name, RepackedExperts(getattr(layer, name), gated, form.interleaved))
+                setattr(layer, name, RepackedExperts(getattr(layer, name), gated, form.interleaved, round_activations))
             else:
                 values = getattr(layer, name).dequantized()
                 delattr(layer, name)
                 values = values.transpose(1, 2).contiguous() if form.transposed else values
                 layer.register_parameter(name, nn.Parameter(values, requires_grad=False))
             return_freed_memory()
+        quantizing += taken and all(getattr(layer, name).quantize_x for name in names)
         if taken and form.gated and layer.has_bias:
             bias = in_eights(getattr(layer, f"{names[0]}_bias"), form.interleaved)
             setattr(layer, f"{names[0]}_bias", nn.Parameter(bias, requires_grad=False))
@@ -54,6 +57,14 @@ def quant_experts(model: nn.Module, device_type: str | None = None) -> int:
             "quantization: no product of this device takes quantised experts of %d of %d layers; they are held unquantised, as fast"
             " and as large as without",
             unquantised,
+            len(layers),
+        )
+    if quantizing:
+        log.info(
+            "quantization: steps of more than %d tokens may round activations to 8 bits in front of experts of %d of %d layers; "
+            "round_activations=false keeps them as they are, at less speed",
+            MAX_GEMV_TOKENS,
+            quantizing,
             len(layers),
         )
     return len(layers)

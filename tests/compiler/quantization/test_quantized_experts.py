@@ -119,6 +119,31 @@ def test_as_gpus_multiply_them(kind: str, name: str, tmp_path: Path) -> None:
     compare(paged, stock, 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "rounds"), [("fp8_row", True), ("fp8_row", False), ("fp8_block", True), ("w8a16", True)]
+)
+def test_activations_are_rounded_where_they_may_be(
+    name: str, rounds: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In front of e4m3 with a scale a row alone, and where the setting has it; the log says so."""
+    write_mixture(tmp_path, "qwen3_moe", name)
+    paged = load(tmp_path, dtype=torch.bfloat16)
+    with caplog.at_level("INFO", "pagegraph.quantization"):
+        assert quant_experts(paged.model, rounds, "cuda") == 2
+    expected = rounds and name == "fp8_row"
+    apply_module_passes(paged.model, PassOptions(round_activations=rounds))
+    said = "steps of more than 8 tokens may round activations to 8 bits in front of experts of 2 of 2 layers"
+    assert (said in caplog.text) == expected
+    asked: list[bool] = []
+    op = torch.ops.pagegraph.repacked_experts
+    with mock.patch.object(
+        torch.ops.pagegraph, "repacked_experts", lambda *given, **named: asked.append(named["quantize_x"]) or op(*given)
+    ):
+        prompts = prompts_for(paged.model.config.vocab_size)
+        run_paged(paged, paged, prompts, MIXED, torch.bfloat16)
+    assert asked and set(asked) == {expected}
+
+
 def test_groups_that_no_block_holds_are_held_unquantised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stock = write_mxfp4(tmp_path)
     paged = load(tmp_path)
