@@ -315,6 +315,10 @@ def experts(report: Report, args: argparse.Namespace, shared: dict) -> None:
 
 def quantized_experts(report: Report, args: argparse.Namespace, shared: dict) -> None:
     """The same with quantised weights, each of the kinds that models come in or that are made while loading."""
+    if args.device == "cuda" and multiprocessors(torch.device("cuda")):
+        from perf.gpu import experts_hopper
+
+        experts_hopper.run(report, "e4m3")
     whole = [replace(one, hidden=320, inner=192) for one in GRID]  # groups of 32 columns
     _run(report, args, [(MIXTURES[at], kind) for at, kind in QUANTISED], list(zip(whole, 2 * KINDS)))
 
@@ -487,13 +491,13 @@ def _tried(report: Report, cell: dict[str, object], calls: list[Callable[[], obj
     return seconds
 
 
-def _floor(layer: Layer, steps: list[tuple[Tensor, Tensor, Tensor]]) -> float:
-    """Seconds of a step: weights of those that were chosen read once, or all operations."""
+def _floor(layer: Layer, steps: list[tuple[Tensor, Tensor, Tensor]], flops: float = FLOPS) -> float:
+    """Seconds of a step: weights of those that were chosen read once, or all operations at so many a second."""
     mixture, tokens = layer.mixture, len(steps[0][0])
     chosen = sum(len(chosen.unique()) for _, chosen, _ in steps) / len(steps)
     moved = chosen * layer.expert_bytes + 2 * 2 * tokens * mixture.hidden
     operations = 2 * tokens * mixture.choices * mixture.expert_weights
-    return max(moved / BANDWIDTH, operations / FLOPS)
+    return max(moved / BANDWIDTH, operations / flops)
 
 
 def _seconds(calls: list[Callable[[], object]], on_device: bool) -> float:
