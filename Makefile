@@ -7,6 +7,7 @@
 #   make test      install + model + every test that needs no GPU and takes seconds
 #   make test-slow install + model + the tests that take minutes and need no GPU
 #   make clients   install + model + clients of the field against a real server; CLIENT=litellm: one of them
+#   make ray       install + replicas on a Ray of this machine's own, which sees the loopback interface alone
 #   make fuzz      install + the property tests on other random examples each time
 #   make schema    install + schemathesis on the server's own /openapi.json
 #   make perf      install + model + the benchmarks under perf/
@@ -30,10 +31,10 @@ GEMMA_SHA256  := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a681
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help check install model model-gemma serve lint test test-slow clients fuzz schema perf clean
+.PHONY: help check install model model-gemma serve lint test test-slow clients ray fuzz schema perf clean
 
 help:
-	@sed -n '2,13s/^# *//p' Makefile
+	@sed -n '2,14s/^# *//p' Makefile
 
 # Said before pip runs for minutes: what is missing and how to get it.
 check:
@@ -120,6 +121,19 @@ client-environments: $(foreach name,$(CLIENTS_ASKED),$(if $(filter $(name),$(PYT
 clients: install model client-environments
 	$(BIN)/python -m pytest -q '$(CLIENTS)/test_clients.py$(if $(CLIENT),::test_client[$(CLIENT)])' $(ARGS); \
 	status=$$?; $(BIN)/python -m tests.clients.table --write; exit $$status
+
+# Ray's own processes listen on every interface: they get a network of their own. `make ray ALONE=` goes without.
+ALONE ?= unshare --map-root-user --net sh -c 'ip link set lo up && exec "$$@"' sh
+RAY   := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["ray"])
+
+.clients/cluster/.installed: pyproject.toml constraints.txt | $(UV)
+	$(UV) venv --quiet --clear --python $(BIN)/python .clients/cluster
+	$(UV) pip install --quiet --python .clients/cluster/bin/python --constraint constraints.txt "$$($(BIN)/python -c '$(RAY)')"
+	$(BIN)/python -c $(BEHIND) .clients/cluster
+	touch $@
+
+ray: install .clients/cluster/.installed
+	$(ALONE) .clients/cluster/bin/python -m pytest -q -m ray tests/web/cluster $(ARGS)
 
 fuzz: install
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -m "hypothesis and not gpu" $(ARGS)

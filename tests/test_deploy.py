@@ -13,6 +13,7 @@ from pagegraph.runtime.config import FIELDS, Config, load_config
 from pagegraph.runtime.engine.metrics import EngineMetrics
 from pagegraph.runtime.server import health
 from pagegraph.runtime.server.restarts import Restarts, ServerMetrics
+from pagegraph.web.cluster.autoscaling import by_queue
 from pagegraph.web.settings import WebSettings
 from tests.paths import ROOT
 
@@ -98,3 +99,17 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     assert len(asked) > 20 and asked <= served, asked - served
     (source,) = documents("grafana/provisioning/datasources/prometheus.yaml")[0]["datasources"]
     assert {panel["datasource"]["uid"] for panel in board["panels"]} == {source["uid"]}
+
+
+def test_the_application_of_ray_is_ours() -> None:
+    (application,) = documents("ray/serve.yaml")[0]["applications"]
+    module, _, function = application["import_path"].partition(":")
+    text = (ROOT / f"{module.removeprefix('pagegraph.').replace('.', '/')}.py").read_text()  # which imports Ray
+    assert f"def {function}(" in text
+    names = {one["name"] for one in application["deployments"]}
+    assert all(re.search(rf"^(class {name}\b|{name} = serve\.deployment)", text, re.M) for name in names)
+    args = dict(application["args"])
+    config = load_config(args.pop("config"), args).config
+    (scaled,) = [one["autoscaling_config"] for one in application["deployments"] if "autoscaling_config" in one]
+    assert scaled["policy"]["policy_function"] == f"{by_queue.__module__}:{by_queue.__name__}"
+    assert scaled["target_ongoing_requests"] == 0.75 * config.max_num_seqs

@@ -15,6 +15,7 @@ DOCUMENTS = (
     "docs/architecture.md",
     "docs/bench.md",
     "docs/clients.md",
+    "docs/cluster.md",
     "docs/explain.md",
     "docs/failures.md",
     "docs/models.md",

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import urllib.error
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,12 @@ class Supervisor:
         config: Config,
         engine_command: Sequence[str] = ENGINE_COMMAND,
         web_command: Sequence[str] = WEB_COMMAND,
+        on_serving: Callable[[EngineInfo, str, str], None] = lambda info, address, probe_address: None,
     ) -> None:
+        """on_serving: called once the server answers, with an engine's facts and where this machine reaches the API and the
+        probe port, as host:port."""
         self.config = config
+        self._on_serving = on_serving
         self._web_command = web_command
         try:
             self._run_dir = RunDir()
@@ -119,6 +123,7 @@ class Supervisor:
                         replica.watch()
                     self._report(command_s, process_age() - loaded_s)
                     self._greet(banner(self.config, info, listener.getsockname(), probes.address))
+                    self._on_serving(info, connectable(listener.getsockname()), probes.address)
                     self._watch()
             return self._drain()
         finally:

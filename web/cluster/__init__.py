@@ -1,0 +1,1 @@
+"""Servers on a cluster of Ray: replicas, a front before them, which replica a request goes to, how many there are."""
