@@ -247,7 +247,7 @@ class LoadedModel:
             dtype=self.cache_dtype,
             activation_dtype=self.dtype,
             device=options.device,
-            batch_slots=seqs + 1,
+            batch_slots=seqs,
             max_draft_tokens=max_draft_tokens,
         )
         return DeviceState(
@@ -443,11 +443,6 @@ def _check_deterministic(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-def keeps_drafts_apart(device: torch.device) -> bool:
-    """Whether draft tokens leave no trace in recurrent states there."""
-    return device.type == "cpu"
-
-
 def _check_recurrent(model_options: ModelOptions, options: CompilerOptions) -> None:
     """Refuse what a model with recurrent state is not served with."""
     model = model_options.model
@@ -460,11 +455,6 @@ def _check_recurrent(model_options: ModelOptions, options: CompilerOptions) -> N
         raise ValueError(
             f"speculative_model={model} has layers with recurrent state, which draft tokens that its target rejects would leave"
             " changed; name a model that attends in all layers, or set speculative_method to ngram"
-        )
-    if options.step.max_draft_tokens and not keeps_drafts_apart(options.device):
-        raise ValueError(
-            f"speculative decoding: {model} has layers with recurrent state, which a rejected draft token would leave"
-            " changed on CUDA, where kernels do not put draft tokens aside yet; leave speculative_method and speculative_model out"
         )
 
 
@@ -509,8 +499,8 @@ def _start_cache(options: CompilerOptions, models: list[LoadedModel]) -> StartCa
     if options.device.type == "cpu":
         more["blocks"] = [kv_cache.num_blocks, kv_cache.memory]
         more["slots"] = [model.num_slots(options) for model in models if model.slot_bytes]
-        if models[0].slot_bytes:
-            more["drafts"] = options.step.max_draft_tokens  # a forward hands them to layers with state
+    if models[0].slot_bytes:
+        more["drafts"] = options.step.max_draft_tokens  # a forward hands them to layers with state
     key = start_key([model.paged_model for model in models], options.device, more)
     return StartCache(cache_folder(options.cache_dir), key)
 

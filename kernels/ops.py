@@ -68,13 +68,13 @@ is row slots[s] of int32 [S]. A sequence begins from zero where seq_lens[s] is a
 behind its last row is written back. Padding sequences, which have no rows, read and write none; rows from query_start[S] on are
 padding and may come out as anything.
 
-With draft_rows [batch slots, K, ..] draft tokens leave no trace in a state: sequences with rows that follow one in the same slot are its
-draft tokens, their results come of what is before them as anyone's, but the state that is written back is that before the first of
-them. What the recurrence has taken of the first K is put aside in draft_rows, in the order of the arguments (a convolution's x; key,
-value, decay, beta; x, dt, B), flat. state_lens int32 [slots] is how many tokens a state is behind; where a sequence has more of them
-before its rows, the others are draft tokens of its last step that were accepted, and the state takes these up first, from draft_rows.
-CPUs alone compute with them. `pagegraph::count_states` brings state_lens to what the states of a step are behind, once all layers are
-computed.
+With draft_rows [batch slots, 2K + 1, ..] draft tokens leave no trace in a state: sequences of one row that follow one of one row in the
+same slot, at most K, are its draft tokens; their results come of what is before them as anyone's, but the state that is written back is
+that before the first of them. What the recurrence has taken of them is put aside in draft_rows, that of position p at p % (2K + 1), in
+the order of the arguments (a convolution's x; key, value, decay, beta; x, dt, B), flat. state_lens int32 [slots] is how many tokens a
+state is behind; where a sequence has more of them before its rows, the others are draft tokens of its last step that were accepted, and
+the state takes these up first, from draft_rows. Slots that draft_rows has no row for, that of padding, have no draft tokens.
+`pagegraph::count_states` brings state_lens to what the states of a step are behind, once all layers are computed.
 
 Each is one recurrence over a sequence's rows t:
 
@@ -390,7 +390,7 @@ OPS = (
     ),
     Op(
         "count_states(Tensor(a!) state_lens, Tensor slots, Tensor query_start, Tensor seq_lens) -> ()",
-        state_reference.count_states, SAME, _nothing,
+        state_reference.count_states, "state.drafts:count_states", _nothing,
     ),
     Op(
         "sample(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor slots, Tensor sampled, "

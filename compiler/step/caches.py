@@ -23,8 +23,8 @@ class Caches(NamedTuple):
     conv_states: list[torch.Tensor]  # [slots, rows, channels]
     recurrent_states: list[torch.Tensor]  # float32 [slots, ..]
     # Of states that draft tokens leave no trace in; empty where there are none. See `kernels.ops`
-    conv_drafts: list[torch.Tensor]  # [batch slots, max_draft_tokens, channels]
-    recurrent_drafts: list[torch.Tensor]  # float32 [batch slots, max_draft_tokens, ..]
+    conv_drafts: list[torch.Tensor]  # [batch slots, 2 * max_draft_tokens + 1, channels]
+    recurrent_drafts: list[torch.Tensor]  # float32 [batch slots, 2 * max_draft_tokens + 1, ..]
     state_lens: list[torch.Tensor]  # one, int32 [slots]: tokens that all layers' states of a slot are behind
 
     @staticmethod
@@ -46,7 +46,7 @@ class Caches(NamedTuple):
         def pools(sizes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
             return [torch.zeros(*size, dtype=dtype, device=device) for size in sizes]
 
-        drafts = batch_slots, max_draft_tokens
+        drafts = batch_slots, 2 * max_draft_tokens + 1
 
         return Caches(
             pools([(num_blocks, block_size, one.num_kv_heads, one.head_size) for one in layouts], dtype),

@@ -29,7 +29,8 @@ MIN_WIDTH = 64
 
 def gated_delta(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, states: Tensor, slots: Tensor,
-    query_start: Tensor, seq_lens: Tensor, normalize: bool,
+    query_start: Tensor, seq_lens: Tensor, normalize: bool, draft_rows: Tensor | None = None,
+    state_lens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
     query, key, value = (one if one.stride(2) == 1 else one.contiguous() for one in (query, key, value))
@@ -37,7 +38,7 @@ def gated_delta(
     out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     given = out, query, key, value, decay.contiguous(), beta, states, slots, query_start, seq_lens, normalize
     chunked = len(value) > len(slots) and value.dtype in CHUNKED and key.shape[2] >= MIN_WIDTH
-    gated_delta_rows(*given, FEW if chunked else len(value))
+    gated_delta_rows(*given, FEW if chunked else len(value), draft_rows, state_lens)
     if chunked:
         gated_delta_chunks(*given)
     return out
@@ -45,7 +46,7 @@ def gated_delta(
 
 def selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor, query_start: Tensor,
-    seq_lens: Tensor,
+    seq_lens: Tensor, draft_rows: Tensor | None = None, state_lens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
     x, B, C = (one if one.stride(2) == 1 else one.contiguous() for one in (x, B, C))
@@ -54,7 +55,7 @@ def selective_scan(
     given = out, x, dt, A.contiguous(), B, C, states, slots, query_start, seq_lens
     by_elements = A.dim() == 2
     chunked = len(x) > len(slots) and (by_elements or x.dtype in CHUNKED)
-    selective_scan_rows(*given, FEW if chunked else len(x))
+    selective_scan_rows(*given, FEW if chunked else len(x), draft_rows, state_lens)
     if chunked:
         (selective_scan_prompts if by_elements else selective_scan_chunks)(*given)
     return out

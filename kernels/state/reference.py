@@ -15,8 +15,12 @@ class Sequence(NamedTuple):
     slot: int
     rows: slice  # of its own and of draft tokens, which come last
     drafts: int  # how many of the rows are draft tokens'
-    begins: bool  # with its first row
-    accepted: int  # draft tokens that its state is still without
+    before: int  # tokens that it had before the rows
+    accepted: int  # the last of these, draft tokens that its state is still without
+
+    @property
+    def begins(self) -> bool:
+        return self.before == 0
 
     @property
     def own(self) -> slice:
@@ -31,7 +35,7 @@ class Sequence(NamedTuple):
 def sequences(
     slots: Tensor, query_start: Tensor, seq_lens: Tensor, draft_rows: Tensor | None, state_lens: Tensor | None
 ) -> Iterator[Sequence]:
-    """Those of a step that have rows; with `draft_rows`, what follows one in the same slot is its draft tokens."""
+    """Those of a step that have rows; with `draft_rows`, rows of their own that follow a single one in the same slot are its draft tokens."""
     bounds, owners, lengths = query_start.tolist(), slots.tolist(), seq_lens.tolist()
     at = 0
     while at < len(owners):
@@ -40,34 +44,48 @@ def sequences(
         if own_end == begin:
             continue
         accepted = 0
-        if draft_rows is not None:
+        if draft_rows is not None and slot < len(draft_rows):
             assert state_lens is not None
-            while at < len(owners) and owners[at] == slot and bounds[at + 1] > bounds[at]:
-                end, at = bounds[at + 1], at + 1
-            accepted = min(max(before - int(state_lens[slot]), 0), draft_rows.shape[1]) if before else 0
-        yield Sequence(slot, slice(begin, end), end - own_end, before == 0, accepted)
+            most = most_drafts(draft_rows)
+            while own_end - begin == 1 and at < len(owners) and owners[at] == slot and bounds[at + 1] - end == 1:
+                end, at = end + 1, at + 1
+            assert end - own_end <= most, f"{end - own_end} draft tokens in a slot that has room for {most}"
+            accepted = min(max(before - int(state_lens[slot]), 0), most) if before else 0
+        yield Sequence(slot, slice(begin, end), end - own_end, before, accepted)
+
+
+def most_drafts(draft_rows: Tensor) -> int:
+    """Draft tokens that a slot may have in a step: their rows and those of the step before lie in different places."""
+    return draft_rows.shape[1] // 2
+
+
+def _places(draft_rows: Tensor, position: int, count: int) -> list[int]:
+    """Of so many tokens from this position on."""
+    return [(position + at) % draft_rows.shape[1] for at in range(count)]
 
 
 def accepted_inputs(one: Sequence, draft_rows: Tensor | None, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Rows [accepted, ..] of the accepted draft tokens, as `inputs` [T, ..] were in the step before."""
     if draft_rows is None or not one.accepted:
         return [each.new_empty(0, *each.shape[1:]) for each in inputs]
-    parts = draft_rows[one.slot, : one.accepted].split([each[0].numel() for each in inputs], -1)
+    rows = draft_rows[one.slot, _places(draft_rows, one.before - one.accepted, one.accepted)]
+    parts = rows.split([each[0].numel() for each in inputs], -1)
     return [part.reshape(-1, *each.shape[1:]) for part, each in zip(parts, inputs)]
 
 
 def keep_drafts(one: Sequence, draft_rows: Tensor | None, inputs: tuple[Tensor, ...]) -> None:
     """Put the rows of a sequence's draft tokens aside."""
     if draft_rows is not None and one.drafts:
-        count = min(one.drafts, draft_rows.shape[1])
-        rows = slice(one.own.stop, one.own.stop + count)
-        draft_rows[one.slot, :count] = torch.cat([each[rows].flatten(1).to(draft_rows.dtype) for each in inputs], 1)
+        rows = slice(one.own.stop, one.rows.stop)
+        kept = torch.cat([each[rows].flatten(1).to(draft_rows.dtype) for each in inputs], 1)
+        draft_rows[one.slot, _places(draft_rows, one.before + 1, one.drafts)] = kept
 
 
 def count_states(state_lens: Tensor, slots: Tensor, query_start: Tensor, seq_lens: Tensor) -> None:
-    """See `kernels.ops`. Launches only."""
-    first = query_start[1:] > query_start[:-1]
-    first[1:] &= slots[1:] != slots[:-1]
+    """See `kernels.ops`."""
+    rows = query_start.diff()
+    first = rows > 0
+    first[1:] &= (slots[1:] != slots[:-1]) | (rows[1:] != 1) | (rows[:-1] != 1)
     counted = torch.cat([state_lens, state_lens[:1]])  # what is of no sequence goes behind the end
     counted[torch.where(first, slots, len(state_lens)).long()] = seq_lens
     state_lens.copy_(counted[:-1])

@@ -99,8 +99,6 @@ class Itself:
 
     def speculative(self) -> Equality:
         """With draft tokens."""
-        if self._drafting.method is None:
-            return self._not_run("speculative against not")
         name = f"speculative ({self._drafting.method}) against not"
         llm = LLM(self._drafting, built=self._built)
         got = self._run(llm)

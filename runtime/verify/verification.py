@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from pagegraph.compiler.build import BuiltModel, LoadedModel, build_model, keeps_drafts_apart, plan_models
+from pagegraph.compiler.build import BuiltModel, LoadedModel, build_model, plan_models
 from pagegraph.compiler.options import CompilerOptions
 from pagegraph.compiler.passes.registry import graph_passes
 from pagegraph.compiler.verify.bands import BIT_FOR_BIT, TIMES, Band, floor_of
@@ -110,9 +110,8 @@ def verify(config: Config, asked: Asked, say: Callable[[str], None] = lambda lin
     """
     options = compiler_options(config)
     planned = plan_models(options)[0]
-    if not planned.paged_model.states or keeps_drafts_apart(options.device):
-        config = _with_drafts(config)
-        options = compiler_options(config)
+    config = _with_drafts(config)
+    options = compiler_options(config)
     if not planned.paged_model.has_head:
         raise ConfigError(f"model={config.model} has no output head: it gives embeddings, and no tokens to compare")
     prompts, notes = _prompts(config, asked, planned)

@@ -876,7 +876,7 @@ def test_experts_on_gpus_before_hopper() -> None:
     assert len(products) == 4 and all(k["tensor_cores"] for k in products)
 
 
-def recurrent(tokens: int, seqs: int, dtype: str = "bfloat16") -> list[list[Any]]:
+def recurrent(tokens: int, seqs: int, dtype: str = "bfloat16", most_drafts: int = 0) -> list[list[Any]]:
     """A step of Qwen3-Next's sizes, Kimi Linear's, Mamba 2's and Mamba 1's."""
     place = [tensor("int32", seqs), tensor("int32", seqs + 1), tensor("int32", seqs)]
     heads, one = {"slice": (tokens, 32, 128), "dtype": dtype}, [tensor(dtype, tokens, 32)]
@@ -886,15 +886,20 @@ def recurrent(tokens: int, seqs: int, dtype: str = "bfloat16") -> list[list[Any]
     mamba2 += [{"slice": (tokens, 8, 128), "dtype": dtype}] * 2 + [tensor("float32", 257, 128, 64, 128)]
     mamba1 = [tensor(dtype, tokens, 8192, 1), tensor("float32", tokens, 8192), tensor("float32", 8192, 16)]
     mamba1 += [{"slice": (tokens, 1, 16), "dtype": dtype}] * 2 + [tensor("float32", 257, 8192, 1, 16)]
-    said = f"T={tokens} S={seqs} {dtype}"
+    said = f"T={tokens} S={seqs} {dtype} K={most_drafts}"
+
+    def drafts(wide: int, kept: str = "float32") -> list[Any]:
+        return [tensor(kept, 256, 2 * most_drafts + 1, wide), tensor("int32", 257)] if most_drafts else []
+
     return [
-        [f"convolution {said}", f"{module}.conv", "causal_conv", [*conv, *place, True]],
+        [f"convolution {said}", f"{module}.conv", "causal_conv", [*conv, *place, True, *drafts(8192, dtype)]],
         *(
-            [f"delta of {len(decay)} sizes {said}", f"{module}.cuda", "gated_delta", [heads, heads, heads, tensor("float32", *decay), *one, state, *place, True]]
+            [f"delta of {len(decay)} sizes {said}", f"{module}.cuda", "gated_delta",
+             [heads, heads, heads, tensor("float32", *decay), *one, state, *place, True, *drafts(32 * (256 + (decay[2:] or (1,))[0] + 1))]]
             for decay in ((tokens, 32), (tokens, 32, 128))
         ),
-        [f"Mamba 2 {said}", f"{module}.cuda", "selective_scan", [*mamba2, *place]],
-        [f"Mamba 1 {said}", f"{module}.cuda", "selective_scan", [*mamba1, *place]],
+        [f"Mamba 2 {said}", f"{module}.cuda", "selective_scan", [*mamba2, *place, *drafts(128 * 64 + 128 + 8 * 128)]],
+        [f"Mamba 1 {said}", f"{module}.cuda", "selective_scan", [*mamba1, *place, *drafts(8192 + 8192 + 16)]],
     ]  # fmt: skip
 
 
@@ -910,6 +915,17 @@ def test_recurrent_states() -> None:
     assert all(
         k["wgmma"] for k in kernels if k["kernel"] in chunks - {"delta_pairs_kernel"}
     )  # whose tiles have 16 rows
+
+
+def test_recurrent_states_with_draft_tokens() -> None:
+    """As `test_recurrent_states`, the kernels that take rows one by one; counts of states besides."""
+    place = [tensor("int32", 64), tensor("int32", 65), tensor("int32", 64)]
+    count = ["counts", "pagegraph.kernels.state.drafts", "count_states", [tensor("int32", 257), *place]]
+    kernels = compiled([*recurrent(64, 64, most_drafts=5), *recurrent(4096, 64, "float32", 8), count])
+    check_fits(kernels)
+    assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
+    rows = {"sequences_kernel", "tokens_kernel", "gated_delta_kernel", "selective_scan_kernel", "scan_prompts_kernel"}
+    assert {k["kernel"] for k in kernels} == rows | {"count_states_kernel"}
 
 
 def test_an_8_bit_kv_cache() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from pagegraph.compiler.build import build_model, plan_models
+from pagegraph.compiler.build import build_compiled, build_model
 from pagegraph.runtime.config import Config, load_config
 from pagegraph.runtime.engine.compiler_options import compiler_options
 from pagegraph.runtime.llm import LLM
@@ -18,6 +18,7 @@ from pagegraph.runtime.sampling_params import SamplingParams
 from pagegraph.runtime.scheduler import state_snapshots
 from tests.compiler.architectures import tiny_config
 from tests.compiler.model.test_paged import random_model
+from tests.kernels.interpreter_process import InterpreterProcess
 
 NEW = 12  # tokens
 GREEDY = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
@@ -125,6 +126,30 @@ ASKED = [
 ]  # fmt: skip
 
 
+# Ops that a layer with state calls on CUDA, and the modules of their kernels.
+CUDA_OPS = {"causal_conv": "conv", "gated_delta": "cuda", "selective_scan": "cuda", "count_states": "drafts"}
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[InterpreterProcess]:
+    process = InterpreterProcess()
+    yield process
+    process.close()
+
+
+def interpreted(process: InterpreterProcess, module: str, function: str) -> Callable[..., torch.Tensor]:
+    """The launcher as an op on CPU tensors: what it mutates is copied back."""
+
+    def call(*given: object) -> torch.Tensor:
+        out, after = process.call(f"pagegraph.kernels.state.{module}", function, *given)
+        for one, changed in zip(given, after):
+            if isinstance(one, torch.Tensor):
+                one.copy_(changed)
+        return out
+
+    return call
+
+
 def drafted_prompts() -> list[list[int]]:
     return [[token % WORDS for token in prompt] for prompt in prompts()]
 
@@ -158,6 +183,60 @@ def test_draft_tokens_change_no_token(tiny, monkeypatch: pytest.MonkeyPatch, nam
         assert 20 < counters.accepted < counters.draft_tokens - 20 and all(counters.accepted_at)
         assert counters.preemptions or cut != "preempted" or name == "mamba2"
         llm.engine.scheduler.check_integrity()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h"])
+def test_draft_tokens_change_no_token_with_the_kernels_of_cuda(
+    tiny, interpreter: InterpreterProcess, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Through Triton's interpreter, in the engine's own steps on a CPU; what is expected is of the CPU's ops, without draft tokens."""
+    _, config_of = tiny(name, WORDS)
+    prompts, params = drafted_prompts()[1:3], SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+    config = config_of(speculative_method="ngram", num_speculative_tokens=3, prompt_lookup_min=1)
+    expected = LLM(config_of()).generate(prompts, params)
+    built = build_model(compiler_options(config), progress=False)
+    for op, place in CUDA_OPS.items():
+        monkeypatch.setattr(torch.ops.pagegraph, op, interpreted(interpreter, place, op), raising=False)
+    llm = LLM(config, built=built)
+    got = llm.generate(prompts, params)
+    assert [one.token_ids for one in got] == [one.token_ids for one in expected]
+    counters = llm.engine.scheduler.counters
+    assert 1 < counters.accepted < counters.draft_tokens - 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    "name, compiled",
+    [
+        ("qwen3_next", False), ("kimi_linear", False), ("nemotron_h", False), ("falcon_h1", False), ("lfm2", False), ("jamba", False),
+        ("qwen3_next", True), ("nemotron_h", True),
+    ],
+)  # fmt: skip
+def test_draft_tokens_change_no_token_on_cuda(
+    tiny, no_other_models: None, monkeypatch: pytest.MonkeyPatch, name: str, compiled: bool
+) -> None:
+    """With CUDA graphs; what is expected is of a build without draft tokens."""
+    monkeypatch.setattr(state_snapshots, "LEAST_TOKENS", 16)
+    params = [SamplingParams(**{"max_tokens": 40, "temperature": 0.0, "ignore_eos": True, **one}) for one in ASKED]
+    _, config_of = tiny(name, WORDS)
+    plain = LLM(config_of(device="cuda", compile=compiled))
+    expected = plain.generate(drafted_prompts(), params)
+    plain.built.close()
+    drafting = dict(speculative_method="ngram", num_speculative_tokens=3, prompt_lookup_min=1)
+    built = build_compiled(compiler_options(config_of(device="cuda", compile=compiled, **drafting)), progress=False)
+    for cut, settings in CUT.items():
+        config = config_of(device="cuda", compile=compiled, **{**settings, **drafting})
+        llm = LLM(config, built=replace(built, num_blocks=config.num_blocks))
+        for again in (False, True):  # the second time from kept states, and in the slots that others have left
+            got = llm.generate(drafted_prompts(), params)
+            assert [one.token_ids for one in got] == [one.token_ids for one in expected], (cut, again)
+        counters = llm.engine.scheduler.counters
+        assert 20 < counters.accepted < counters.draft_tokens - 20 and all(counters.accepted_at)
+        llm.engine.scheduler.check_integrity()
+    assert built.step.counts.graphed > 20
+    built.close()
 
 
 @pytest.mark.slow
@@ -203,11 +282,3 @@ def test_what_it_is_not_served_with(tiny, settings: dict, why: str) -> None:
         settings = {**settings, "speculative_model": config_of().model}
     with pytest.raises(ValueError, match=why):
         build_model(compiler_options(config_of(**settings)), progress=False)
-
-
-def test_draft_tokens_are_refused_where_kernels_do_not_put_them_aside(tiny) -> None:
-    _, config_of = tiny("mamba2")
-    options = compiler_options(config_of(speculative_method="ngram"))
-    there = replace(options, device=torch.device("cuda"), capability=(9, 0))
-    with pytest.raises(ValueError, match="rejected draft token .* on CUDA"):
-        plan_models(there)

@@ -101,7 +101,7 @@ def test_what_draft_tokens_bring_to_recurrent_states_counts_too(tmp_path: Path) 
     built.close()
     assert (found.state, found.slots) == (measured.state, measured.slots) and found.slots == less.slots
     rows = [*caches.conv_drafts, *caches.recurrent_drafts]
-    assert all(one.shape[:2] == (9, 3) for one in rows) and len(rows) == 2 * found.state_layers
+    assert all(one.shape[:2] == (8, 7) for one in rows) and len(rows) == 2 * found.state_layers
     columns = 2  # of draft_tokens, which has one without
     assert found.state - less.state == sum(one.nbytes for one in rows) + 4 * 9 * columns + 4 * found.num_slots
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from pagegraph.kernels.state import reference
 
 # Rows of each sequence and tokens that it had before; past both chunk sizes, single tokens, a padding sequence.
 STEPS = {
@@ -16,8 +19,9 @@ STEPS = {
     "chunks": ([70, 1, 9, 0, 8], [5, 7, 0, 0, 1]),
 }
 SLOTS = [4, 0, 6, 2, 5]
+Drafted = dict[int, tuple[int, int, int]]
 # Steps one after the other: of each slot its tokens, how many of them are draft tokens, and how many of these are then accepted.
-DRAFTED = [
+DRAFTED: list[Drafted] = [
     {4: (5, 0, 0), 0: (1, 0, 0), 6: (3, 0, 0)},
     {4: (4, 3, 2), 0: (3, 2, 0), 6: (1, 0, 0)},
     {4: (1, 0, 0), 0: (4, 3, 3), 6: (3, 2, 1), 2: (20, 0, 0)},
@@ -60,8 +64,9 @@ def conv(step: Step, dtype: torch.dtype, bias: bool, width: int) -> tuple[list, 
     return [x, weight, torch.randn(40).to(dtype) if bias else None], states(width - 1, 40, dtype=dtype)
 
 
-def delta(step: Step, dtype: torch.dtype, vector: bool) -> tuple[list, torch.Tensor]:
-    heads, size, value = 2, 16, 24
+def delta(step: Step, dtype: torch.dtype, vector: bool, size: int = 16) -> tuple[list, torch.Tensor]:
+    """size: of keys."""
+    heads, value = 2, 24
     shape = (heads, size) if vector else (heads,)
     decay = -torch.nn.functional.softplus(rows(step, *shape) * 2)
     given = [rows(step, heads, size, dtype=dtype), rows(step, heads, size, dtype=dtype)]
@@ -125,18 +130,24 @@ def compare_drafted(
     taken: list[int],
     *more: bool,
     atol: float,
+    steps: list[Drafted] = DRAFTED,
+    most: int = MOST_DRAFTS,
 ) -> None:
-    """Steps with draft tokens against each slot's accepted tokens in steps of their own, which have none.
+    """Steps with draft tokens against each slot's accepted tokens in steps of their own, which have none; then against the oracle's own
+    of the same steps, rejected draft tokens, what is put aside and states that are still without accepted ones too.
 
-    taken: of what `case` gives, the inputs that a recurrence takes up.
+    taken: of what `case` gives, the inputs that a recurrence takes up. most: draft tokens that there is room for.
     """
     first, pool = case(Step.of("decodes"))
     wide = sum(first[at][0].numel() for at in taken)
-    drafts = torch.full((len(pool), MOST_DRAFTS, wide), torch.nan, dtype=pool.dtype)
+    dummy = len(pool)
+    pool = torch.cat([pool, pool[:1]])
+    drafts = torch.full((dummy, 2 * most + 1, wide), torch.nan, dtype=pool.dtype)
     mine, expected = torch.full_like(pool, torch.nan), torch.full_like(pool, torch.nan)
+    theirs, their_drafts = mine.clone(), drafts.clone()
     lens = torch.zeros(len(pool), dtype=torch.int32)
     had = dict.fromkeys(SLOTS, 0)
-    for number, tokens in enumerate(DRAFTED):
+    for number, tokens in enumerate(steps):
         slots, counts, before, kept = [], [], [], []
         for slot, (count, drafted, accepted) in tokens.items():
             had[slot] = 0 if (number, slot) in BEGIN_ANEW else had[slot]
@@ -146,20 +157,44 @@ def compare_drafted(
             before += [had[slot]] + [had[slot] + own + at for at in range(drafted)]
             kept += [True] * own + [at < accepted for at in range(drafted)]
             had[slot] += own + accepted
-        step = Step.made([*slots, 5], [*counts, 0], [*before, 0])
+        live = len(kept)
+        # Dummy queries, which no slot has draft tokens of, then padding: a step of decodes has as many rows as sequences.
+        busy = 2 * most if number % 2 else 0
+        pad = [dummy] * PADDING
+        step = Step.made([*slots, 5, *[dummy] * busy, *pad], [*counts, 0, *[1] * busy, *[0] * len(pad)],
+                         [*before, 0, *range(busy), *[0] * len(pad)])  # fmt: skip
         given, _ = case(step)
-        out = op(*given, mine, step.slots, step.query_start, step.seq_lens, *more, drafts, lens)
-        torch.ops.pagegraph.count_states(lens, step.slots, step.query_start, step.seq_lens)
+        metadata = step.slots, step.query_start, step.seq_lens
+        out = op(*given, mine, *metadata, *more, drafts, lens)
+        same = oracle(*given, theirs, *metadata, *more, their_drafts, lens)
+        torch.testing.assert_close(out[:live], same[:live], atol=atol, rtol=atol)
+        torch.testing.assert_close(mine[:dummy], theirs[:dummy], atol=atol, rtol=atol, equal_nan=True)
+        torch.testing.assert_close(drafts, their_drafts, atol=0, rtol=0, equal_nan=True)
+        reference.count_states(lens, *metadata)
         alone = Step.made(
             list(tokens), [count - drafted + accepted for count, drafted, accepted in tokens.values()],
             [had[slot] - (count - drafted + accepted) for slot, (count, drafted, accepted) in tokens.items()],
         )  # fmt: skip
         rows = torch.tensor(kept).nonzero()[:, 0]
-        fewer = [one if one is None or one.shape[:1] != (step.rows,) else one[rows] for one in given]
+        fewer = [one if one is weight else one[rows] for one, weight in zip(given, first)]  # as each step has it
         wanted = oracle(*fewer, expected, alone.slots, alone.query_start, alone.seq_lens, *more)
         torch.testing.assert_close(out[rows], wanted, atol=atol, rtol=atol)
         for slot, (count, drafted, _) in tokens.items():
             assert lens[slot] == before[slots.index(slot)] + count - drafted
-    settled = [slot for slot, (_, _, accepted) in DRAFTED[-1].items() if not accepted]
+    settled = [slot for slot, (_, _, accepted) in steps[-1].items() if not accepted]
+    assert settled
     torch.testing.assert_close(mine[settled], expected[settled], atol=atol, rtol=atol)
     assert mine[5].isnan().all() and drafts[5].isnan().all()
+
+
+def drafted_steps(most: int) -> list[Drafted]:
+    """Steps as `DRAFTED` is, of as many draft tokens as there is room for and fewer, in every slot but 5."""
+    numbers = random.Random(most)
+    steps: list[Drafted] = [{4: (3, 0, 0), 0: (1, 0, 0), 6: (2, 0, 0), 2: (17, 0, 0)}]
+    for _ in range(4):
+        step = {}
+        for slot in numbers.sample([4, 0, 6, 2], 3):
+            drafted = numbers.choice([0, most, numbers.randint(1, most)])
+            step[slot] = (1 + drafted, drafted, numbers.choice([0, drafted, numbers.randint(0, drafted)]))
+        steps.append(step)
+    return [*steps, {slot: (1, 0, 0) for slot in (2, 4, 6)}]

@@ -6,16 +6,14 @@ import pytest
 import torch
 
 from pagegraph.kernels.state import reference
-from tests.kernels.state.cases import PADDING, Step, compare, conv, delta, scan
+from tests.kernels.state.cases import PADDING, Step, compare, compare_drafted, conv, delta, drafted_steps, scan
 
 ATOL = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 both_dtypes = pytest.mark.parametrize("dtype", ATOL, ids=str)
 every_step = pytest.mark.parametrize("name", ["short prompts", "decodes"])  # the interpreter takes its time
 # float32's prompts are taken in chunks here alone, to tell the algorithm's error from that of bfloat16 operands.
-IN_CHUNKS = {
-    "pagegraph.kernels.state.cuda.CHUNKED": (torch.bfloat16, torch.float32),
-    "pagegraph.kernels.state.cuda.MIN_WIDTH": 16,
-}
+IN_CHUNKS = {"pagegraph.kernels.state.cuda.CHUNKED": (torch.bfloat16, torch.float32)}
+WIDE = 64  # keys that chunks take
 CHUNKS_ATOL = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # with TF32 in place of float32, three products for one
 
 
@@ -69,14 +67,24 @@ def test_selective_scan(triton_calls, name: str, dtype: torch.dtype, mamba1: boo
 def test_gated_delta_in_chunks(triton_calls, dtype: torch.dtype, vector: bool) -> None:
     step = Step.of("chunks")
     op = on_device(triton_calls, "cuda", "gated_delta", IN_CHUNKS)
-    compare(op, reference.gated_delta, *delta(step, dtype, vector), step, True, atol=CHUNKS_ATOL[dtype])
+    compare(op, reference.gated_delta, *delta(step, dtype, vector, WIDE), step, True, atol=CHUNKS_ATOL[dtype])
+
+
+@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("vector", [False, True])
+def test_narrow_keys_are_taken_row_by_row(triton_calls, vector: bool, size: int) -> None:
+    """A call of the kernels of chunks would fail."""
+    step = Step.of("chunks")
+    op = on_device(triton_calls, "cuda", "gated_delta", {"pagegraph.kernels.state.cuda.gated_delta_chunks": None})
+    given = delta(step, torch.bfloat16, vector, size)
+    compare(op, reference.gated_delta, *given, step, True, atol=ATOL[torch.bfloat16])
 
 
 @pytest.mark.parametrize("vector", [False, True])
 def test_gated_delta_of_equal_keys_between_strong_decays(triton_calls, vector: bool) -> None:
     """A series of powers would lose its numbers to the keys, products of decays would overflow."""
     step = Step.of("chunks")
-    (query, key, value, decay, beta), pool = delta(step, torch.float32, vector)
+    (query, key, value, decay, beta), pool = delta(step, torch.float32, vector, WIDE)
     live = slice(0, step.rows - PADDING)
     key[live] = key[0].clone()
     beta[live] = 1.0
@@ -98,3 +106,77 @@ def test_selective_scan_by_blocks_of_rows(triton_calls) -> None:
     step = Step.of("chunks")
     op = on_device(triton_calls, "cuda", "selective_scan", {"pagegraph.kernels.state.scan_prompts.ELEMENTS": 32})
     compare(op, reference.selective_scan, *scan(step, torch.bfloat16, True), step, atol=ATOL[torch.float32])
+
+
+# Draft tokens that there is room for: as the CPU is tested, with prompts beside decodes, and full rooms, decodes alone.
+every_room = pytest.mark.parametrize("room", [3, 4])
+
+
+def drafting(room: int) -> dict:
+    return {} if room == 3 else dict(steps=drafted_steps(room), most=room)
+
+
+@every_room
+def test_draft_tokens_leave_no_trace_in_a_convolution(triton_calls, room: int) -> None:
+    weights = conv(Step.of("decodes"), torch.bfloat16, True, 4)[0][1:]
+
+    def case(step: Step) -> tuple[list, torch.Tensor]:
+        (x, *_), pool = conv(step, torch.bfloat16, True, 4)
+        return [x, *weights], pool
+
+    op = on_device(triton_calls, "conv", "causal_conv")
+    compare_drafted(op, reference.causal_conv, case, [0], True, atol=ATOL[torch.bfloat16], **drafting(room))
+
+
+@every_room
+@pytest.mark.parametrize("vector", [False, True])
+def test_draft_tokens_leave_no_trace_in_a_delta_rule(triton_calls, vector: bool, room: int) -> None:
+    """In float32, which is as exact row by row as in chunks of products."""
+    op = on_device(triton_calls, "cuda", "gated_delta")
+    case = lambda step: delta(step, torch.float32, vector)  # noqa: E731
+    compare_drafted(op, reference.gated_delta, case, [1, 2, 3, 4], True, atol=2e-5, **drafting(room))
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_chunks_of_a_delta_rule_go_on_from_accepted_draft_tokens(triton_calls, vector: bool) -> None:
+    op = on_device(triton_calls, "cuda", "gated_delta", IN_CHUNKS)
+    case = lambda step: delta(step, torch.bfloat16, vector, WIDE)  # noqa: E731
+    compare_drafted(op, reference.gated_delta, case, [1, 2, 3, 4], True, atol=ATOL[torch.bfloat16])
+
+
+@every_room
+@pytest.mark.parametrize("mamba1", [False, True])
+def test_draft_tokens_leave_no_trace_in_a_state_space_model(triton_calls, mamba1: bool, room: int) -> None:
+    """Two programs for the channels of a slot."""
+    rates = scan(Step.of("decodes"), torch.float32, mamba1)[0][2]
+
+    def case(step: Step) -> tuple[list, torch.Tensor]:
+        (x, dt, _, B, C), pool = scan(step, torch.float32, mamba1)
+        return [x, dt, rates, B, C], pool
+
+    elements = {"pagegraph.kernels.state.scan.ELEMENTS": 32 if mamba1 else 256}
+    op = on_device(triton_calls, "cuda", "selective_scan", elements)
+    compare_drafted(op, reference.selective_scan, case, [0, 1, 3], atol=2e-5, **drafting(room))
+
+
+def test_chunks_of_a_state_space_model_go_on_from_accepted_draft_tokens(triton_calls) -> None:
+    rates = scan(Step.of("decodes"), torch.bfloat16, False)[0][2]
+
+    def case(step: Step) -> tuple[list, torch.Tensor]:
+        (x, dt, _, B, C), pool = scan(step, torch.bfloat16, False)
+        return [x, dt, rates, B, C], pool
+
+    op = on_device(triton_calls, "cuda", "selective_scan", IN_CHUNKS)
+    compare_drafted(op, reference.selective_scan, case, [0, 1, 3], atol=ATOL[torch.bfloat16])
+
+
+def test_states_are_counted(triton_calls) -> None:
+    """More sequences than a program counts, draft tokens and padding among them."""
+    slots = [at // 3 for at in range(300)] + [200] * 4 + [150]
+    counts = [1] * 300 + [0] * 4 + [9]
+    lengths = [50 + at for at in range(300)] + [0] * 4 + [30]
+    step = Step.made(slots, counts, lengths)
+    mine, expected = torch.arange(201, dtype=torch.int32), torch.arange(201, dtype=torch.int32)
+    on_device(triton_calls, "drafts", "count_states")(mine, step.slots, step.query_start, step.seq_lens)
+    reference.count_states(expected, step.slots, step.query_start, step.seq_lens)
+    assert torch.equal(mine, expected) and mine[150] == 39 and mine[99] == 51 + 297 and mine[200] == 200

@@ -82,16 +82,12 @@ def test_an_unharmed_model_passes(save: Save, verify) -> None:
     assert forced["top1"] == 1.0 and 0 < forced["largest"] < 1e-4
 
 
-@pytest.mark.parametrize("drafts", [True, False])
-def test_so_does_one_with_recurrent_state(save: Save, verify, monkeypatch: pytest.MonkeyPatch, drafts: bool) -> None:
-    """Where its device does not verify draft tokens, all else is compared."""
-    for module in (verification, build):
-        monkeypatch.setattr(module, "keeps_drafts_apart", lambda device: drafts)
+def test_so_does_one_with_recurrent_state(save: Save, verify) -> None:
     result, found = verify(save("falcon_h1"))
     assert result.exit_code == 0, result.output
     names = {check["name"] for check in found["checks"] if check["ok"]}
     assert names >= {"teacher-forced", "given the same input", "chunked prefill against whole"}
-    assert ("speculative against not" in {check["name"] for check in found["checks"]}) != drafts
+    assert "speculative (ngram) against not" in {check["name"] for check in found["checks"]}
 
 
 @pytest.mark.parametrize(("dtype", "flags"), [("bfloat16", ()), ("float32", ("--quantization", "int8"))])
