@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
@@ -13,7 +14,7 @@ from pagegraph.runtime.config import FIELDS, Config, load_config
 from pagegraph.runtime.engine.metrics import EngineMetrics
 from pagegraph.runtime.server import health
 from pagegraph.runtime.server.restarts import Restarts, ServerMetrics
-from pagegraph.web.cluster.autoscaling import by_queue
+from pagegraph.web.cluster.autoscaling import RUNNING, WAITING, by_queue
 from pagegraph.web.settings import WebSettings
 from tests.paths import ROOT
 
@@ -53,7 +54,7 @@ def test_the_image_copies_what_there_is() -> None:
 
 
 def test_ports_and_paths_of_probes() -> None:
-    container = manifest("Deployment")["spec"]["template"]["spec"]["containers"][0]
+    container = manifest("StatefulSet")["spec"]["template"]["spec"]["containers"][0]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"http": Config(model="m").port, "probes": PROBE_PORT}
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
@@ -64,8 +65,124 @@ def test_ports_and_paths_of_probes() -> None:
     assert f"127.0.0.1:{PROBE_PORT}/health/ready" in (DEPLOY / "Dockerfile").read_text()
 
 
+# What of autoscaling/v2 and of probes the files use: a field that Kubernetes does not know is one that it would drop or refuse.
+_PROBE = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["httpGet", "periodSeconds"],
+    "properties": {
+        "httpGet": {
+            "type": "object", "additionalProperties": False, "required": ["path", "port"],
+            "properties": {"path": {"type": "string", "pattern": "^/"}, "port": {"type": ["string", "integer"]}},
+        },
+        **{name: {"type": "integer", "minimum": 1} for name in ("periodSeconds", "timeoutSeconds", "failureThreshold")},
+    },
+}  # fmt: skip
+_RULES = {
+    "type": "object", "additionalProperties": False,
+    "properties": {
+        "stabilizationWindowSeconds": {"type": "integer", "minimum": 0, "maximum": 3600},
+        "policies": {
+            "type": "array", "minItems": 1,
+            "items": {
+                "type": "object", "additionalProperties": False, "required": ["type", "value", "periodSeconds"],
+                "properties": {
+                    "type": {"enum": ["Pods", "Percent"]}, "value": {"type": "integer", "minimum": 1},
+                    "periodSeconds": {"type": "integer", "minimum": 1, "maximum": 1800},
+                },
+            },
+        },
+    },
+}  # fmt: skip
+_AUTOSCALER = {
+    "type": "object", "additionalProperties": False, "required": ["apiVersion", "kind", "metadata", "spec"],
+    "properties": {
+        "apiVersion": {"const": "autoscaling/v2"}, "kind": {"const": "HorizontalPodAutoscaler"}, "metadata": {"type": "object"},
+        "spec": {
+            "type": "object", "additionalProperties": False, "required": ["scaleTargetRef", "maxReplicas", "metrics"],
+            "properties": {
+                "scaleTargetRef": {
+                    "type": "object", "additionalProperties": False, "required": ["apiVersion", "kind", "name"],
+                    "properties": {name: {"type": "string"} for name in ("apiVersion", "kind", "name")},
+                },
+                "minReplicas": {"type": "integer", "minimum": 1}, "maxReplicas": {"type": "integer", "minimum": 1},
+                "metrics": {
+                    "type": "array", "minItems": 1,
+                    "items": {
+                        "type": "object", "additionalProperties": False, "required": ["type", "pods"],
+                        "properties": {
+                            "type": {"const": "Pods"},
+                            "pods": {
+                                "type": "object", "additionalProperties": False, "required": ["metric", "target"],
+                                "properties": {
+                                    "metric": {
+                                        "type": "object", "additionalProperties": False, "required": ["name"],
+                                        "properties": {"name": {"type": "string", "pattern": "^[a-z_]+$"}},
+                                    },
+                                    "target": {
+                                        "type": "object", "additionalProperties": False,
+                                        "required": ["type", "averageValue"],
+                                        "properties": {
+                                            "type": {"const": "AverageValue"},
+                                            "averageValue": {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?m?$"},
+                                        },
+                                    },
+                                },
+                            },
+                        },
+                    },
+                },
+                "behavior": {
+                    "type": "object", "additionalProperties": False,
+                    "properties": {"scaleUp": _RULES, "scaleDown": _RULES},
+                },
+            },
+        },
+    },
+}  # fmt: skip
+
+
+def test_probes_and_autoscaling_have_the_fields_that_kubernetes_knows() -> None:
+    container = manifest("StatefulSet")["spec"]["template"]["spec"]["containers"][0]
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        jsonschema.validate(container[probe], _PROBE)
+    scaler = manifest("HorizontalPodAutoscaler")
+    jsonschema.validate(scaler, _AUTOSCALER)
+    spec, scaled = scaler["spec"], manifest("StatefulSet")
+    assert spec["minReplicas"] < spec["maxReplicas"]
+    assert spec["scaleTargetRef"] == {
+        "apiVersion": scaled["apiVersion"], "kind": scaled["kind"], "name": scaled["metadata"]["name"]
+    }  # fmt: skip
+    assert "replicas" not in scaled["spec"]  # which would undo what the autoscaler has made
+    labels = scaled["spec"]["template"]["metadata"]["labels"]
+    assert scaled["spec"]["selector"]["matchLabels"] == labels == manifest("Service")["spec"]["selector"]
+    assert scaled["spec"]["serviceName"] == manifest("Service")["metadata"]["name"]
+    pod = scaled["spec"]["template"]["spec"]
+    volumes = {one["name"] for one in pod["volumes"]} | {
+        one["metadata"]["name"] for one in scaled["spec"]["volumeClaimTemplates"]
+    }
+    assert {one["name"] for one in container["volumeMounts"]} == volumes
+
+
+def test_the_autoscaler_asks_for_metrics_that_a_server_has() -> None:
+    """By the names that the adapter makes of those a server with two engines serves."""
+    (rule,) = yaml.safe_load(documents("prometheus-adapter.yaml")[0]["data"]["config.yaml"])["rules"]
+    (series,) = re.findall(r'__name__=~"(.*?)"', rule["seriesQuery"])
+    served = re.findall(r"^([\w:]+)\{", EngineMetrics("m", 8192, rank=1).render().decode(), re.M)
+    asked = sorted({name for name in served if re.fullmatch(series, name)})
+    replacement = rule["name"]["as"].replace("$1", r"\1")
+    made = [re.sub(rule["name"]["matches"], replacement, name) for name in asked]
+    wanted = {one["pods"]["metric"]["name"]: one["pods"]["target"]["averageValue"]
+              for one in manifest("HorizontalPodAutoscaler")["spec"]["metrics"]}  # fmt: skip
+    assert sorted(wanted) == made == [f"pagegraph_{name}" for name in (RUNNING, WAITING)]
+    config = yaml.safe_load(manifest("ConfigMap")["data"]["config.yaml"])
+    places = Config(**config).max_num_seqs
+    assert float(wanted[f"pagegraph_{RUNNING}"]) == 0.75 * places
+    assert "by (<<.GroupBy>>)" in rule["metricsQuery"] and set(rule["resources"]["overrides"]) == {"namespace", "pod"}
+
+
 def test_there_is_time_to_stop() -> None:
-    pod = manifest("Deployment")["spec"]["template"]["spec"]
+    pod = manifest("StatefulSet")["spec"]["template"]["spec"]
     before = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["terminationGracePeriodSeconds"] >= STOP_S + before
     assert int(re.search(r"TimeoutStopSec=(\d+)", (DEPLOY / "pagegraph.service").read_text())[1]) >= STOP_S
