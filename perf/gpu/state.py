@@ -1,7 +1,8 @@
 """Ops over recurrent state on one CUDA machine: against the reference first, then decodes and prompts against their floors.
 
-Layers are those of Qwen3-Next and Nemotron-H by their sizes, with random activations. Prompts are timed in chunks by each of some
-tiles and row by row; a tile whose numbers are wrong is not timed. Knows no model and no jobs. On a CPU, under TRITON_INTERPRET=1, it
+Layers are those of Qwen3-Next and Nemotron-H by their sizes, with random activations. Decodes are checked and timed with draft tokens
+too, of which half were accepted in the step before. Prompts are timed in chunks by each of some tiles and row by row; a tile whose
+numbers are wrong is not timed. Knows no model and no jobs. On a CPU, under TRITON_INTERPRET=1, it
 runs its control flow alone.
 """
 
@@ -24,6 +25,8 @@ from tests.kernels.interpreter_process import replaced
 
 BANDWIDTH, FLOPS = 4.3e12, 790e12  # of an H200: bytes a second read, operations a second of bfloat16
 DECODES = (1, 32, 256)  # sequences
+DRAFTED = (1, 32)  # sequences with DRAFTS draft tokens each
+DRAFTS = 4
 CHUNKED = "pagegraph.kernels.state.cuda.CHUNKED"
 DELTA, SCAN, BY_ROWS = (f"pagegraph.kernels.state.{name}" for name in ("delta_chunks", "scan_chunks", "scan_prompts"))
 # Of the largest number expected. In float32 products of chunks are sums of TF32 numbers.
@@ -71,6 +74,17 @@ class Step:
     seq_lens: Tensor
     rows: int
     live: int
+    state_lens: Tensor | None = None  # by slot, of steps with draft tokens
+
+    @classmethod
+    def drafted(cls, seqs: int, device: str) -> Step:
+        """Of each sequence its last token and its draft tokens; from one to the next, one more of those before was accepted."""
+        counts, before = [1] * (seqs * (1 + DRAFTS)), [9 + at for at in range(1 + DRAFTS)] * seqs
+        step = cls.of(counts, before, device)
+        step.slots = torch.arange(seqs, dtype=torch.int32, device=device).repeat_interleave(1 + DRAFTS)
+        accepted = torch.arange(seqs + 1, dtype=torch.int32, device=device) % (1 + DRAFTS)
+        step.state_lens = 9 - accepted
+        return step
 
     @classmethod
     def of(cls, counts: list[int], before: list[int], device: str, padding: int = 0) -> Step:
@@ -131,6 +145,18 @@ class Layer:
         A = -torch.rand(self.heads, *([self.width] if of_channels else []), device=device).exp()
         made = [normal(self.heads, self.size), dt, A, normal(self.groups, self.width), normal(self.groups, self.width)]
         return made, (self.heads, self.size, self.width), torch.float32, []
+
+    def drafts(self, given: list[Any], slots: int, dtype: torch.dtype) -> Tensor:
+        """Rows put aside, of so many slots: as they are in the step."""
+        inputs = (
+            given[:1]
+            if self.kind == "conv"
+            else given[1:5]
+            if self.kind.startswith("delta")
+            else [given[at] for at in (0, 1, 3)]
+        )
+        rows = torch.cat([one.flatten(1).to(dtype) for one in inputs], 1)
+        return rows[torch.randint(len(rows), (slots, 2 * DRAFTS + 1), device=rows.device)]
 
     def floor(self, given: list[Any], states: Tensor, out: Tensor, counts: list[int]) -> float:
         """Seconds: states read and written and rows read and written once, or all operations of the recurrence."""
@@ -197,6 +223,13 @@ def _check(report: Report, layer: Layer, dtype: torch.dtype, device: str, wrong:
                 if not error < TOLERANCE[dtype]:
                     wrong.add(f"{layer.name} {dtype}")
                     report.failure(f"{layer.name} {dtype} {name}: {what} off by {error:.3g}")
+    torch.manual_seed(0)
+    errors = _drafted_errors(layer, dtype, device)
+    worst |= errors
+    for what, error in errors.items():
+        if not error < TOLERANCE[dtype]:
+            wrong.add(f"{layer.name} {dtype}")
+            report.failure(f"{layer.name} {dtype}: {what} off by {error:.3g}")
     report.row(checked=f"{layer.name:18}", dtype=str(dtype).removeprefix("torch."), **worst)
 
 
@@ -235,6 +268,22 @@ def _errors(layer: Layer, step: Step, dtype: torch.dtype, replays: bool, device:
     return {"out": _error(out[: step.live], wanted[: step.live]), "states": _error(mine[touched], expected[touched])}
 
 
+def _drafted_errors(layer: Layer, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """As `_errors`, of a step with draft tokens; rows put aside have to be those of the oracle."""
+    step = Step.drafted(3 if device == "cpu" else 7, device)
+    given, shape, state_dtype, more = layer.given(step.rows, device, dtype)
+    pool = torch.randn(len(step.slots), *shape, device=device).to(state_dtype)
+    slots = step.slots.unique().numel()
+    mine, drafts = pool.clone(), layer.drafts(given, slots, state_dtype)
+    expected, wanted_drafts = pool.float(), drafts.float()
+    metadata = step.slots, step.query_start, step.seq_lens
+    out = layer.run(*given, mine, *metadata, *more, drafts, step.state_lens)
+    exact = [one.float() if isinstance(one, Tensor) else one for one in given]
+    wanted = layer.oracle(*exact, expected, *metadata, *more, wanted_drafts, step.state_lens)
+    aside = 0.0 if torch.equal(drafts.float(), wanted_drafts) else float("inf")
+    return {"drafted": _error(out, wanted), "drafted_states": _error(mine[:slots], expected[:slots]), "aside": aside}
+
+
 def _error(got: Tensor, expected: Tensor) -> float:
     error = ((got.float() - expected).abs().max() / expected.abs().max()).item()
     return error if error == error else float("inf")
@@ -244,6 +293,10 @@ def _measure(report: Report, layer: Layer, wrong: set[str], device: str, decodes
     """Decodes, prompts as the engine takes them, a step of both, then prompts by other tiles and row by row."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     steps = [(f"decode {count}", [1] * count, [9] * count) for count in decodes]
+    drafted = [
+        (f"drafted {count} x {1 + DRAFTS}", [1 + DRAFTS] * count, None)
+        for count in (DRAFTED if device == "cuda" else (2,))
+    ]
     prompts = [
         (f"prompt {count} x {prompt}", [prompt] * count, [0] * count) for count in (1, 16 if device == "cuda" else 2)
     ]
@@ -251,7 +304,9 @@ def _measure(report: Report, layer: Layer, wrong: set[str], device: str, decodes
         *prompts,
         (f"{decodes[-1]} + {3 * prompt // 16}", [1] * decodes[-1] + [3 * prompt // 16], [9] * (decodes[-1] + 1)),
     ]
-    ways: list[tuple[str, list[tuple[str, list[int], list[int]]], dict[str, Any]]] = [("rule", steps, {})]
+    ways: list[tuple[str, list[tuple[str, list[int], list[int] | None]], dict[str, Any]]] = [
+        ("rule", [*steps, *drafted], {})
+    ]
     for tile in layer.tiles:
         ways.append(
             (
@@ -288,10 +343,14 @@ def _measure(report: Report, layer: Layer, wrong: set[str], device: str, decodes
             )
 
 
-def _timed(layer: Layer, counts: list[int], before: list[int], device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds of a call, states of small steps coming from memory, and its floor."""
-    step = Step.of(counts, before, device)
+def _timed(
+    layer: Layer, counts: list[int], before: list[int] | None, device: str, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Seconds of a call, states of small steps coming from memory, and its floor. before None: counts are of `Step.drafted`."""
+    step = Step.drafted(len(counts), device) if before is None else Step.of(counts, before, device)
     given, shape, state_dtype, more = layer.given(step.rows, device, dtype)
+    if before is None:
+        more = [*more, layer.drafts(given, len(counts), state_dtype), step.state_lens]
     copies = 16 if device == "cuda" and len(counts) < 64 and step.rows < 256 else 1
     pools = [torch.zeros(len(counts) + 1, *shape, dtype=state_dtype, device=device) for _ in range(copies)]
     metadata = step.slots, step.query_start, step.seq_lens
