@@ -234,6 +234,14 @@ class LoadedModel:
         kept = options.kv_cache.state_memory // self.slot_bytes if self.slot_bytes else 0
         return options.step.max_num_seqs + 1 + kept
 
+    def draft_bytes(self, options: CompilerOptions) -> int:
+        """Of what draft tokens bring to recurrent state: see `compiler.step.caches`."""
+        most, states = options.step.max_draft_tokens, self.paged_model.states
+        if not most or not states:
+            return 0
+        rows = options.step.max_num_seqs * (2 * most + 1)
+        return rows * sum(one.draft_nbytes(self.dtype) for one in states) + 4 * self.num_slots(options)
+
     def state(self, options: CompilerOptions, num_blocks: int, *, is_draft: bool = False) -> DeviceState:
         """KV caches of so many blocks, and what else outlives a step. Only the target model verifies draft tokens."""
         block_size, seqs = options.kv_cache.block_size, options.step.max_num_seqs
@@ -511,7 +519,8 @@ def _kv_budget(options: CompilerOptions, models: list[LoadedModel], start_cache:
     share = f"gpu_memory_utilization {kv_cache.gpu_memory_utilization}"
     if options.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(options.device)
-        left = left_for_blocks(total, total - free, kv_cache.gpu_memory_utilization, 0, 0)
+        taken = total - free + models[0].draft_bytes(options)
+        left = left_for_blocks(total, taken, kv_cache.gpu_memory_utilization, 0, 0)
         share = check_slots(left, models[0].slot_bytes, models[0].num_slots(options), share)
     states = [model.state(options, 1, is_draft=model is not models[0]) for model in models]
     block_bytes = sum(state.caches.block_bytes for state in states)

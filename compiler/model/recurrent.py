@@ -39,6 +39,10 @@ class StateLayout:
         """Of a slot; dtype: of activations."""
         return math.prod(self.conv) * dtype.itemsize + (4 * math.prod(self.recurrent) if self.recurrent else 0)
 
+    def draft_nbytes(self, dtype: torch.dtype) -> int:
+        """Of what is put aside of a draft token; dtype: of activations."""
+        return self.conv[1] * dtype.itemsize + (4 * self.inputs if self.recurrent else 0)
+
 
 class Recurrence(Protocol):
     """What computes one layer; arguments as those of the ops, without states and whose rows they are."""

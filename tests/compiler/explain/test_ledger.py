@@ -99,6 +99,7 @@ def test_what_draft_tokens_bring_to_recurrent_states_counts_too(tmp_path: Path) 
     found, less, measured = planned(drafting, CPU), planned(alone, CPU), measured_memory(built, 0)
     caches = built.step.state.caches
     built.close()
+    assert build.plan_models(drafting)[0].draft_bytes(drafting) == caches.draft_bytes
     assert (found.state, found.slots) == (measured.state, measured.slots) and found.slots == less.slots
     rows = [*caches.conv_drafts, *caches.recurrent_drafts]
     assert all(one.shape[:2] == (8, 7) for one in rows) and len(rows) == 2 * found.state_layers
