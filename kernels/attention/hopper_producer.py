@@ -14,6 +14,12 @@ from pagegraph.kernels.attention.hopper_tiles import key_tiles, locate, num_tile
 
 
 @gluon.jit
+def _unforeseen(zero):
+    """Zero again, which the compiler does not know: what is computed with it stays in the loop, instead of in registers throughout."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [zero], gl.int32, False, 1)
+
+
+@gluon.jit
 def _copy_rows(
     cache_ptr, table_ptr, start, last, smem, BLOCK_SIZE: gl.constexpr, STRIDE: gl.constexpr, WIDE: gl.constexpr
 ):
@@ -24,7 +30,7 @@ def _copy_rows(
     rows: gl.constexpr = smem.shape[0]
     size: gl.constexpr = smem.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // size, size // 8], [4, 1], [1, 0])
-    token = gl.minimum(start + gl.arange(0, rows, layout=gl.SliceLayout(1, layout)), last)
+    token = gl.minimum(start + _unforeseen(0) + gl.arange(0, rows, layout=gl.SliceLayout(1, layout)), last)
     column = gl.arange(0, size, layout=gl.SliceLayout(0, layout))
     block = gl.load(table_ptr + token // BLOCK_SIZE)
     if WIDE:
@@ -96,7 +102,7 @@ def producer(query_ptr, key_cache_ptr, value_cache_ptr, key_blocks, value_blocks
                 tile_ptr = query_ptr + (row_begin + first).to(gl.int64) * query_token_stride
                 tile_ptr += kv_head * GROUP * query_head_stride
                 for half in range(2):
-                    lane = half * block_m + gl.arange(0, block_m, layout=gl.SliceLayout(1, layout))
+                    lane = half * block_m + _unforeseen(0) + gl.arange(0, block_m, layout=gl.SliceLayout(1, layout))
                     column = gl.arange(0, size, layout=gl.SliceLayout(0, layout))
                     row = gl.minimum(lane // GROUP, count - 1 - first)
                     at = row * query_token_stride + lane % GROUP * query_head_stride

@@ -15,6 +15,7 @@ Computes what `prefill.py` computes, which serves other GPUs, head sizes and typ
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,12 +36,19 @@ from pagegraph.kernels.gpu import multiprocessors
 
 _LOG2E = gl.constexpr(LOG2E)
 
-HEAD_SIZES = (64, 128)
 BLOCK_M = 64  # matrix rows of a consumer
-BLOCK_N = 128  # keys of a tile
 STAGES = 2  # tiles of keys, and of values, in shared memory
 SEARCHED = 128  # sequences whose tiles are counted at a time
-CONSUMER_REGISTERS = 192  # a thread; the producer keeps 120
+
+
+class Tile(NamedTuple):
+    """keys: of a tile. registers: of a consumer's thread; the producer keeps what is left of 504 behind two such."""
+
+    keys: int
+    registers: int
+
+
+TILES = {64: Tile(128, 192), 128: Tile(128, 192), 256: Tile(64, 224)}  # by the size of a head
 
 
 @cache
@@ -50,13 +58,13 @@ def _tickets(device: torch.device) -> Tensor:
 
 
 def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
-    """Whether `attend_ragged` computes this: 16-bit types, blocks not quantised, of a power of two, heads of HEAD_SIZES, rows at whole 16 bytes."""
+    """Whether `attend_ragged` computes this: 16-bit types, blocks not quantised, of a power of two, heads of TILES, rows at whole 16 bytes."""
     head_size, group = query.shape[2], query.shape[1] // key_cache.shape[2]
     return (
         multiprocessors(query.device) > 0
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.dtype == key_cache.dtype
-        and head_size in HEAD_SIZES
+        and head_size in TILES
         and value_cache.shape[3] == head_size
         and group <= 2 * BLOCK_M
         and key_cache.shape[1] in (8, 16, 32, 64, 128, 256)  # rows that the copy engine takes at a time
@@ -319,12 +327,12 @@ def prefill_hopper_kernel(
     )  # fmt: skip
 
 
-def _blocks(cache: Tensor) -> TensorDescriptor:
-    """Blocks [blocks, block_size, Hkv, D] as the copy engine takes them: all rows of one head of a block at a time, or BLOCK_N."""
+def _blocks(cache: Tensor, keys: int) -> TensorDescriptor:
+    """Blocks [blocks, block_size, Hkv, D] as the copy engine takes them: all rows of one head of a block at a time, or those of a tile."""
     blocks, block_size, heads, size = cache.shape
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return TensorDescriptor.from_tensor(
-        cache.view(blocks * block_size, heads * size), [min(block_size, BLOCK_N), size], layout
+        cache.view(blocks * block_size, heads * size), [min(block_size, keys), size], layout
     )
 
 
@@ -345,7 +353,7 @@ def attend_ragged(
     """Write the rows of out [T, Hq, D] that belong to sequences with two rows or more; see `takes`."""
     tokens, heads, head_size = query.shape
     block_size, kv_heads = key_cache.shape[1:3]
-    group = heads // kv_heads
+    group, tile = heads // kv_heads, TILES[head_size]
     block_q = 2 * BLOCK_M // group
     num_seqs = block_tables.shape[0]
     most = (tokens // block_q + min(num_seqs, tokens // 2)) * kv_heads  # items that a step of these sizes may have
@@ -354,8 +362,8 @@ def attend_ragged(
         query,
         key_cache,
         value_cache,
-        _blocks(key_cache),
-        _blocks(value_cache),
+        _blocks(key_cache, tile.keys),
+        _blocks(value_cache, tile.keys),
         block_tables,
         query_start,
         seq_lens,
@@ -372,7 +380,7 @@ def attend_ragged(
         HEAD_SIZE=head_size,
         BLOCK_M=BLOCK_M,
         BLOCK_Q=block_q,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=tile.keys,
         STAGES=STAGES,
         WINDOW=window,
         CHUNK=chunk,
@@ -380,6 +388,6 @@ def attend_ragged(
         HAS_SINKS=sinks is not None,
         WIDE=max(key_cache.numel(), value_cache.numel()) >= 2**31,
         SEARCHED=SEARCHED,
-        REGISTERS=CONSUMER_REGISTERS,
+        REGISTERS=tile.registers,
         num_warps=4,
     )

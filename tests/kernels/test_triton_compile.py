@@ -506,6 +506,7 @@ HALF = [
     attention(128, 128, 8, 4, tokens=1, num_seqs=1),
     attention(128, 128, 4, 8, window=1024, softcap=50.0, sinks=True),
     attention(192, 128, 8, 1),
+    attention(256, 256, 2, 8),
     attention(256, 256, 4, 2, window=1024, softcap=50.0),
     attention(256, 256, 4, 4, tokens=8, num_seqs=8, chunk=8192),
 ]
@@ -675,7 +676,7 @@ def test_prefill_runs_on_warp_groups(half: list[dict[str, Any]]) -> None:
 
 def test_prefill_with_a_producer_fills_a_multiprocessor(half: list[dict[str, Any]]) -> None:
     kernels = [k for k in half if k["kernel"] == "prefill_hopper_kernel"]
-    assert len(kernels) == 5  # of HALF: head sizes of 64 and 128, steps with prompts
+    assert len(kernels) == 7  # of HALF: head sizes of 64, 128 and 256, steps with prompts
     assert all(k["registers"] * 3 * 128 <= 65536 for k in kernels), kernels
 
 

@@ -17,6 +17,10 @@ CASES = [Case(**{**vars(PLAIN), **features}) for features in FEATURES] + [
     for changed in (
         {"head_size": 64},
         {"head_size": 64, "dtype": torch.float16, "window": 30},
+        {"head_size": 256, "heads": 16},
+        {"head_size": 256, "heads": 4, "kv_heads": 1, "dtype": torch.float16, "sinks": True},
+        {"head_size": 256, "window": 200, "softcap": 5.0, "block_size": 128},
+        {"head_size": 256, "chunk": 64, "lengths": MANY, "pad_seqs": 20},
         {"heads": 7, "kv_heads": 1},
         {"heads": 3, "kv_heads": 3, "block_size": 32},
         {"heads": 32, "kv_heads": 1, "softcap": 5.0, "sinks": True},
@@ -50,6 +54,6 @@ def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert not takes()  # no such GPU here
     monkeypatch.setattr(prefill_hopper, "multiprocessors", lambda device: 132)
-    assert takes() and takes(64) and takes(dtype=torch.float16)
-    assert not takes(256) and not takes(80) and not takes(dtype=torch.float32) and not takes(stride=1032)
+    assert takes() and takes(64) and takes(256) and takes(dtype=torch.float16)
+    assert not takes(192) and not takes(80) and not takes(dtype=torch.float32) and not takes(stride=1032)
     assert not takes(cache=torch.float8_e4m3fn)
