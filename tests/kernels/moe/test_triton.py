@@ -132,13 +132,13 @@ def test_one_program_takes_every_tile(triton_calls) -> None:
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("live", [None, 0, 33])
-@pytest.mark.parametrize("block", [128, 4096])
-def test_routes(triton_calls, routing: str, live: int | None, block: int) -> None:
+@pytest.mark.parametrize("constants", [dict(MAX_BLOCK=128), {}, dict(MANY_PAIRS=0, PART=64, PARTS_AT_ONCE=1)], ids=str)
+def test_routes(triton_calls, routing: str, live: int | None, constants: dict[str, int]) -> None:
     """Pairs in the order of a stable sort, each live one in one tile of its expert, empty slots between."""
     given = experts_of(50, 4, 16, routing=routing, live=live)
     chosen = given.chosen
     start = None if live is None else given.query_start[-1:]
-    constants = {"pagegraph.kernels.moe.route.MAX_BLOCK": block}
+    constants = {f"pagegraph.kernels.moe.route.{name}": value for name, value in constants.items()}
     (order, tiles), _ = triton_calls.call(
         "pagegraph.kernels.moe.route", "route", chosen, 16, 16, start, constants=constants
     )
@@ -152,6 +152,19 @@ def test_routes(triton_calls, routing: str, live: int | None, block: int) -> Non
             assert last - first <= 16 and (expected.values[first:last] == expert).all()
             rows += range(first, last)
     assert rows == list(range(pairs))
+
+
+def test_many_pairs_are_sorted_as_few(triton_calls) -> None:
+    """Those of experts that there are, in parts of which the last is not full."""
+    chosen = torch.randint(-1, 10, (333, 3), generator=torch.Generator().manual_seed(0))
+    calls = []
+    for constants in ({}, {"MANY_PAIRS": 0, "PART": 128, "PAIRS_AT_ONCE": 16}):
+        constants = {f"pagegraph.kernels.moe.route.{name}": value for name, value in constants.items()}
+        calls.append(
+            triton_calls.call("pagegraph.kernels.moe.route", "route", chosen, 9, 16, None, constants=constants)[0]
+        )
+    count = int(((chosen >= 0) & (chosen < 9)).sum())
+    assert torch.equal(calls[0][0][:count], calls[1][0][:count]) and torch.equal(calls[0][1], calls[1][1])
 
 
 @given(st.integers(1, 8192), st.integers(1, 8), st.integers(1, 256), st.integers(1, 8192), st.integers(1, 8192))
