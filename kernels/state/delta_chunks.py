@@ -40,7 +40,7 @@ CHUNKS_WARPS = 4
 VECTOR_CHUNKS_WARPS = 8  # with a decay for each channel
 STATES_WARPS = 4
 STATES_STAGES = 2
-COLUMNS = 32  # of S in a program of `delta_states_kernel`
+COLUMNS, VECTOR_COLUMNS = 64, 32  # of S in a program of `delta_states_kernel`; the second with a decay for each channel
 
 
 @triton.jit
@@ -305,7 +305,7 @@ def gated_delta_chunks(
     else:
         met, kept = None, empty(blocks, heads)
         queries, keys = (empty(tokens, heads) for _ in range(2))
-    block_v = min(COLUMNS, max(triton.next_power_of_2(size), 16))
+    block_v = min(VECTOR_COLUMNS if vector else COLUMNS, max(triton.next_power_of_2(size), 16))
     strides = query.stride(0), key.stride(0), query.stride(1), key.stride(1)
     shared = dict(
         H=heads, D=width, PRECISION=precision_of(operand), CHUNK=CHUNK, FEW=FEW,
