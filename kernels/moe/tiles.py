@@ -126,6 +126,11 @@ def quant_grouped_tiles_of(pairs: int, size: QuantSize, wide: bool) -> GroupedTi
     if wide:
         tile = GroupedTile(64, 64, 4, 2)
         return GroupedTiles(16, 2, tile, tile)
+    if size[0] == "mxfp4":
+        tile = GroupedTile(128, 64, 4, 4)
+        if mean > 128:
+            return GroupedTiles(128, 1, *2 * (GroupedTile(256, 64, 8, 3),))
+        return GroupedTiles(16, 4, tile, tile) if mean <= 16 else GroupedTiles(64, 3 if mean <= 32 else 2, tile, tile)
     if mean <= 16:
         tile = GroupedTile(128, 128, 4, 4)
         return GroupedTiles(16, 2, tile, tile)
