@@ -46,9 +46,6 @@ def speculation(report: Report, args: argparse.Namespace, shared: dict) -> None:
     The floor reads weights and each sequence's keys and values once, however many draft tokens there are.
     """
     config, built = built_of(shared)
-    if built.slot_bytes:  # built without draft tokens, several of a slot would be in one state
-        report.fact(not_timed="layers with state: section state has them with draft tokens")
-        return
     shape, ceilings = Shape.of(args.models[0]), ceilings_of(report, args, shared)
     keys = TINY_KEYS if args.tiny else KEYS
     for seqs in TINY_BATCHES if args.tiny else BATCHES:
