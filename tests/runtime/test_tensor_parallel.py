@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tests.compiler.model.every_type import tiny
 from tests.compiler.model.test_paged import random_model
 from tests.compiler.quantization.checkpoints import write
 from tests.compiler.quantization.mixtures import write_mixture
-from tests.runtime.server.served_model import ServedModel, served
+from tests.runtime.server.served_model import ServedModel, first_event, served
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -217,6 +218,34 @@ def test_a_server_whose_rank_is_killed_starts_all_anew(folder_of: Callable[..., 
         (rank,) = rank_of(engine)
         os.kill(engine, signal.SIGKILL)
         server.wait(lambda: not Path(f"/proc/{rank}").exists())  # none is left behind
+
+
+@pytest.mark.slow
+def test_two_engines_of_two_ranks_answer_as_one_process_and_fail_alone(folder_of: Callable[..., str]) -> None:
+    """data_parallel_size with tensor_parallel_size: which engine answers is not to be seen, but where a rank of one ends."""
+    folder = Path(folder_of("llama", max_position_embeddings=4096))
+    settings = dict(max_model_len=4096, kv_cache_memory=8 << 20, max_num_seqs=2)
+    with served(folder, **settings) as server:
+        alone = completed(server)
+    with served(folder, tensor_parallel_size=2, data_parallel_size=2, step_s=0.01, **settings) as server:
+        before = [server.metric("generation_tokens_total", engine) for engine in range(2)]
+        assert [completed(server) for _ in range(4)] == [alone] * 4
+        assert all(server.metric("generation_tokens_total", engine) > before[engine] for engine in range(2))
+        assert [len(rank_of(pid)) for pid in server.engine_pids] == [1, 1]
+        streams = [server.complete(prompt=[5 + at] * 40, max_tokens=1500, stream=True) for at in range(2)]
+        for stream in streams:
+            first_event(stream)
+        assert [server.metric("num_requests_running", engine) for engine in range(2)] == [1, 1]
+        (rank,) = rank_of(server.engine_pids[1])
+        os.kill(rank, signal.SIGKILL)
+        with ThreadPoolExecutor(2) as threads:
+            ends = list(threads.map(lambda stream: stream.read(), streams))
+        assert sorted(b"engine_dead" in end for end in ends) == [False, True]
+        assert all(b'"finish_reason":"length"' in end for end in ends if b"engine_dead" not in end)
+        server.wait(lambda: server.metric("engine_restarts_total", 1) == 1)
+        assert server.metric("engine_restarts_total", 0) == 0
+        server.wait(lambda: server.metric("engine_up") == 2, 120)
+        assert [completed(server) for _ in range(4)] == [alone] * 4
 
 
 def completed(server: ServedModel) -> list[str]:
