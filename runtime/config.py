@@ -35,6 +35,8 @@ from pagegraph.runtime.config_groups import (
 )
 
 API_KEY_VARIABLE = "PAGEGRAPH_API_KEY"  # of the environment; comes after flags and before files
+# Of the environment too, where there are several nodes: the names that launchers of PyTorch give them.
+NODE_VARIABLES = {"node_rank": "NODE_RANK", "master_addr": "MASTER_ADDR", "master_port": "MASTER_PORT"}
 # Keys of the mapping `speculative` of a file, and what they are called here.
 SPECULATIVE = {
     "method": "speculative_method", "model": "speculative_model", "num_speculative_tokens": "num_speculative_tokens",
@@ -58,6 +60,11 @@ class Config(ServerConfig, CompilationConfig, SpeculativeConfig, SchedulerConfig
             self, model=self.speculative_model, gguf_file=None, revision=None, tokenizer=None,
             quantization=quantization, speculative_method=None, speculative_model=None,
         )  # fmt: skip
+
+    @property
+    def nodes_meet_at(self) -> tuple[str, int] | None:
+        """Host and port; None where there is one node."""
+        return None if self.nnodes == 1 or self.master_addr is None else (self.master_addr, self.master_port)
 
     @property
     def num_keys(self) -> int:
@@ -150,6 +157,11 @@ def load_config(
             given = {key: found for key, found in given.items() if key not in _API_KEYS}
         given.update(later)
     values = {key: _parse(key, value, source) for key, (value, source) in given.items()}
+    if values.get("nnodes", 1) > 1:
+        for key, variable in NODE_VARIABLES.items():
+            if variable in environment and key not in flags:
+                given[key] = (environment[variable], variable)
+                values[key] = _parse(key, *given[key])
     sources = {key: given[key][1] if key in given else "default" for key in FIELDS}
     if values.get("api_key_file") is not None:
         if values.get("api_key") is not None:
@@ -296,6 +308,7 @@ def check(config: Config) -> None:
             "expert_parallel=true spreads experts over ranks, and tensor_parallel_size=1; set that to 2 or more, or expert_parallel to"
             " false"
         )
+    _check_nodes(config)
     if config.otlp_traces_endpoint is not None and not _has_opentelemetry():
         raise ConfigError(
             f"otlp_traces_endpoint={config.otlp_traces_endpoint} needs OpenTelemetry: pip install 'pagegraph[otel]', or"
@@ -305,6 +318,30 @@ def check(config: Config) -> None:
     if config.probe_port and config.probe_port == config.port:
         raise ConfigError(
             f"probe_port={config.probe_port} is also port; probes need their own, such as {config.port % 65535 + 1}"
+        )
+
+
+def _check_nodes(config: Config) -> None:
+    size, nodes = config.tensor_parallel_size, config.nnodes
+    if nodes == 1 and config.node_rank == 0:
+        return
+    if size % nodes:
+        raise ConfigError(
+            f"tensor_parallel_size={size} ranks are to be on nnodes={nodes} machines, as many on each; set it to {nodes} or"
+            f" {2 * nodes}, or nnodes to 1"
+        )
+    if config.node_rank >= nodes:
+        raise ConfigError(
+            f"node_rank={config.node_rank} is none of nnodes={nodes}: they are counted from 0 to {nodes - 1}"
+        )
+    if config.data_parallel_size > 1:
+        raise ConfigError(
+            f"data_parallel_size={config.data_parallel_size} has engines on one machine, and nnodes={nodes}; set it to 1, and serve"
+            " several such servers behind one address"
+        )
+    if config.master_addr is None:
+        raise ConfigError(
+            f"master_addr is missing: nnodes={nodes} meet at an address of node 0 that the others reach, such as 10.0.0.1"
         )
 
 

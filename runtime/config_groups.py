@@ -91,6 +91,20 @@ class ModelConfig:
         between(parse_whole, 1),
         "processes that share the model's weights and its KV cache, each of which holds a part of every layer; on GPUs one each",
     )
+    nnodes: int = _option(
+        1,
+        between(parse_whole, 1, 1024),
+        "machines that the ranks of tensor_parallel_size are on, as many on each; every one runs `runtime serve` with its node_rank",
+    )
+    node_rank: int = _option(
+        0, between(parse_whole, 0), "which of nnodes this is; node 0 has the engine and the API (also: NODE_RANK)"
+    )
+    master_addr: str | None = _option(
+        None, parse_text, "address of node 0 that the other nodes reach (none: MASTER_ADDR of the environment)", _NONE
+    )
+    master_port: int = _option(
+        29500, between(parse_whole, 1, 65535), "port on master_addr at which nodes meet (also: MASTER_PORT)"
+    )
     expert_parallel: bool = _option(
         False,
         parse_flag,

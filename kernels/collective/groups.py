@@ -112,20 +112,24 @@ class Group:
                 self._memory.close()
 
 
-def connect(store: Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Group:
-    """Meet the other ranks, all on this machine, at `store`: over the loopback interface on a CPU, by NCCL between GPUs.
+def connect(
+    store: Store, rank: int, size: int, device: torch.device, timeout_s: float, address: str | None = None
+) -> Group:
+    """Meet the other ranks at `store`: over sockets on a CPU, by NCCL between GPUs.
 
-    Returns when all are there; raises RuntimeError where they are not in time.
+    address: of this machine, that all ranks reach; None: all are on it. Returns when all are there; raises
+    RuntimeError where they are not in time.
     """
     timeout = timedelta(seconds=timeout_s)
-    host = _gloo(PrefixStore("host", store), rank, size, timeout)
+    host = _gloo(PrefixStore("host", store), rank, size, timeout, address or LOOPBACK)
     if device.type == "cpu":
         return Group(host, timeout_s)
     group = Group(_nccl(PrefixStore("device", store), rank, size, timeout), timeout_s, host)
     register("", group)
     try:  # what connects them is made at the first call, which may not be in a CUDA graph
         found = all_reduce(torch.ones(1, device=device), "")
-        group.share_memory(PrefixStore("memory", store), rank, size, device)
+        if address is None:
+            group.share_memory(PrefixStore("memory", store), rank, size, device)
     finally:
         forget("")
     if int(found) != size:
@@ -133,10 +137,10 @@ def connect(store: Store, rank: int, size: int, device: torch.device, timeout_s:
     return group
 
 
-def _gloo(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
+def _gloo(store: Store, rank: int, size: int, timeout: timedelta, address: str) -> Any:
     kind: Any = ProcessGroupGloo
     options = kind._Options()
-    options._devices, options._threads = [kind.create_device(hostname=LOOPBACK)], 1
+    options._devices, options._threads = [kind.create_device(hostname=address)], 1
     options._timeout = timeout
     return kind(store, rank, size, options)
 

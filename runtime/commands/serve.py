@@ -36,7 +36,7 @@ def run_server(
     overrides: Mapping[str, Any],
     on_serving: Callable[[EngineInfo, str, str], None] = lambda info, address, probe_address: None,
 ) -> int:
-    """Serve until a signal -> the exit status; main thread only. `on_serving`: as `Supervisor` has it.
+    """Serve until a signal, or be a node other than the first until that ends -> the exit status; main thread only. `on_serving`: as `Supervisor` has it.
 
     Raises ConfigError, and Unserved.
     """
@@ -53,4 +53,8 @@ def run_server(
             "other users see --api-key in the list of processes; api_key_file or %s keeps it to itself",
             API_KEY_VARIABLE,
         )
+    if settings.node_rank:
+        from pagegraph.runtime.engine.node_process import follow_node_0
+
+        return follow_node_0(settings)
     return Supervisor(settings, on_serving=on_serving).run()

@@ -28,8 +28,10 @@ def compiler_options(
     if device is None:
         device = resolve_device(config.device)
         if config.tensor_parallel_size > 1 and device.type == "cuda":
-            device = _of_rank(rank, config.tensor_parallel_size)
-    num_threads, processes = config.num_threads, config.tensor_parallel_size * config.data_parallel_size
+            each = config.tensor_parallel_size // config.nnodes
+            device = _of_rank(rank % each, each)
+    num_threads = config.num_threads
+    processes = config.tensor_parallel_size * config.data_parallel_size // config.nnodes  # of this machine
     if processes > 1 and num_threads is None:
         num_threads = max(torch.get_num_threads() // processes, 1)
     return CompilerOptions(
@@ -61,7 +63,7 @@ def compiler_options(
 
 
 def _of_rank(rank: int, size: int) -> torch.device:
-    """The GPU of one of so many ranks, in the order that CUDA shows. Raises ValueError where there are fewer."""
+    """The GPU of one of so many ranks of a machine, in the order that CUDA shows. Raises ValueError where there are fewer."""
     there = torch.cuda.device_count()
     if there < size:
         raise ValueError(

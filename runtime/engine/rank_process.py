@@ -23,7 +23,8 @@ from pagegraph.compiler.build import BuiltModel, build_compiled
 from pagegraph.compiler.step.step import Ticket
 from pagegraph.runtime.config import config_from_dict
 from pagegraph.runtime.engine.compiler_options import compiler_options
-from pagegraph.runtime.engine.ranks import LOOK_S, meet, receive, send
+from pagegraph.runtime.engine.links import receive, say
+from pagegraph.runtime.engine.ranks import LOOK_S, meet, store_at
 from pagegraph.runtime.server.start_errors import sentence
 
 log = logging.getLogger("pagegraph.rank")
@@ -37,15 +38,15 @@ def main(descriptor: int) -> None:
     first = receive(leader)
     if first is None:
         return
-    settings, rank, store, all_graphs = first
+    settings, rank, place, all_graphs, address = first
     config = config_from_dict(settings)
     messages: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(leader, messages), daemon=True).start()
-    send(leader, "here")
+    say(leader, "here")
     size = config.tensor_parallel_size
     try:
         options = compiler_options(config, rank=rank)
-        group = meet(store, rank, size, options.device)
+        group = meet(store_at(place, size), rank, size, options.device, address)
         built = build_compiled(options, progress=False, all_graphs=all_graphs)
         group.timeout_s = config.watchdog_timeout_s
         follow(built, messages)
@@ -55,7 +56,7 @@ def main(descriptor: int) -> None:
         else:
             log.critical("rank %d of %d: %s", rank, size, reason)
         with suppress(OSError):
-            send(leader, "failed", reason or f"{type(error).__name__}: {error}")
+            say(leader, "failed", reason or f"{type(error).__name__}: {error}")
         os._exit(1)
 
 

@@ -1,9 +1,10 @@
 """The other processes that share a model: started here, told of each step, and never waited for in vain.
 
 This process is rank 0, which runs the engine. The others (`runtime.engine.rank_process`) build their share of the same model
-and launch what is launched here: each gets the step's input, the numpy arrays of `StepInput`, over a socket that it inherits. So it is
+and launch what is launched here: each gets the step's input, the numpy arrays of `StepInput`, over a socket that it inherits; of several machines each
+(`runtime.engine.node_process`) gets it once, over one connection. So it is
 with CUDA graphs: which are captured, and when, is said here, because sums are in them. They meet
-in a file of a private folder and sum over the loopback interface, or by NCCL. One that ends says why over its socket, if it can; over
+in a file of a private folder, or at an address of this machine, and sum over sockets, or by NCCL. One that ends says why over its socket, if it can; over
 gloo this process's sum raises then, on a GPU the wait for a step does. One that hangs is given the time of the watchdog. Either way
 the ranks are no longer at the same
 place: the engine ends, and whoever started it may start it anew. Knows processes and messages; knows no model.
@@ -11,25 +12,27 @@ place: the engine ends, and whoever started it may start it anew. Knows processe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
-import pickle
+import os
 import select
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
 from pagegraph.compiler.build import BuiltModel
 from pagegraph.compiler.options import CompilerOptions
@@ -37,9 +40,10 @@ from pagegraph.compiler.step.capture_sizes import Bucket
 from pagegraph.compiler.step.inputs import Pending, StepInput, StepOutput
 from pagegraph.compiler.step.step import RanksLost
 from pagegraph.kernels.collective import groups
-from pagegraph.runtime.config import Config
+from pagegraph.runtime.config import Config, ConfigError
+from pagegraph.runtime.engine import links
 from pagegraph.runtime.engine.compiler_options import GROUP, compiler_options
-from pagegraph.runtime.server.child import child_environment, module_command
+from pagegraph.runtime.engine.node_process import END_S, how_it_ended, start_rank
 from pagegraph.runtime.server.start_errors import sentence
 
 log = logging.getLogger("pagegraph.engine")
@@ -47,54 +51,117 @@ log = logging.getLogger("pagegraph.engine")
 BUILD_S = 3600.0  # that a rank may be behind the others while models load and compile
 START_S = 300.0  # for a rank's process to import what it needs
 MEET_S = 60.0  # for ranks that have said that they are there
-END_S = 5.0  # for a rank to end by itself
+HELLO_S = 10.0  # for who connects to say which node it is
 TOLD_S = 2.0  # from a sum that failed until it is known that a rank has ended
 BETTER_S = 5.0  # from a rank's end while models are built until the first has met the same fault, and says it better
 LOOK_S = 0.2  # between looks at the others while a step is waited for
 
 
-def send(to: socket.socket, *message: Any) -> None:
-    """One message: its length in 8 bytes, then a pickle."""
-    content = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    to.sendall(len(content).to_bytes(8, "little") + content)
+def store_at(place: str, size: int) -> Store:
+    """Where so many ranks meet: the path of a file, or host:port of rank 0 on another machine. Raises RuntimeError."""
+    if os.path.isabs(place):
+        return FileStore(place, size)
+    host, _, port = place.rpartition(":")
+    return TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=MEET_S))
 
 
-def receive(of: socket.socket) -> tuple[Any, ...] | None:
-    """The next message; None where the other end has closed, or does not answer in the socket's time."""
-    size = _exactly(of, 8)
-    content = None if size is None else _exactly(of, int.from_bytes(size, "little"))
-    return None if content is None else pickle.loads(content)
+def meet(store: Store, rank: int, size: int, device: torch.device, address: str | None) -> groups.Group:
+    """Meet the other ranks at `store` -> the group that ops run over from now on, with the time that building takes.
 
-
-def _exactly(of: socket.socket, count: int) -> bytes | None:
-    parts = []
-    while count:
-        try:
-            part = of.recv(min(count, 1 << 20))
-        except (ConnectionResetError, TimeoutError):
-            part = b""
-        if not part:
-            return None
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
-
-
-def meet(store: str, rank: int, size: int, device: torch.device) -> groups.Group:
-    """Meet the other ranks at the file `store` -> the group that ops run over from now on, with the time that building takes.
-
-    A GPU becomes this thread's current one. Raises RuntimeError where they are not there in time.
+    A GPU becomes this thread's current one. address: as `groups.connect` has it. Raises RuntimeError where they are not there in time.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    group = groups.connect(FileStore(store, size), rank, size, device, MEET_S)
+    group = groups.connect(store, rank, size, device, MEET_S, address)
     group.timeout_s = BUILD_S
     groups.register(GROUP, group)
     return group
 
 
+def _waits(of: socket.socket, seconds: float | None) -> bool:
+    """Whether there is something to read, or its end, within so many seconds (None: as long as it takes), whatever the socket's own."""
+    try:
+        return bool(select.select([of], [], [], seconds)[0])
+    except (OSError, ValueError):  # it was closed here
+        return False
+
+
+class _Rank:
+    """A rank on this machine: its process, and this end of its socket."""
+
+    def __init__(self, rank: int, size: int, process: subprocess.Popen[bytes], ours: socket.socket) -> None:
+        self.name = f"rank {rank}"
+        self.socket = ours
+        self.process = process
+        self._rank, self._size = rank, size
+
+    def is_there(self) -> bool:
+        """Whether it says so."""
+        return links.heard(self.socket) is not None
+
+    def ends(self) -> str:
+        """Wait for it -> how it has ended."""
+        status = self.process.wait()
+        said = links.heard(self.socket) if _waits(self.socket, LOOK_S) else None
+        return how_it_ended(self._rank, self._size, status, said)
+
+    def let_go(self) -> None:
+        """Have it end by itself."""
+        self.socket.close()
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def wait(self) -> None:
+        """Until it has ended, by itself or not."""
+        try:
+            self.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class _Node:
+    """The ranks on another machine: the connection to `node_process` there, which says what becomes of them."""
+
+    def __init__(self, node: int, nodes: int, num_ranks: int, connection: socket.socket) -> None:
+        self.name = f"node {node} of {nodes}"
+        self.socket = connection
+        self._num_ranks = num_ranks
+        self._failed: str | None = None
+
+    def is_there(self) -> bool:
+        """Whether all of its ranks say so."""
+        for _ in range(self._num_ranks):
+            words = links.heard(self.socket)
+            if words is None or words[0] != "here":
+                self._failed = words[-1] if words else None
+                return False
+        return True
+
+    def ends(self) -> str:
+        """Wait for it -> how it has ended."""
+        words = links.heard(self.socket) if _waits(self.socket, None) else None
+        if words is not None:
+            self._failed = words[-1]
+        return f"{self.name} has ended, or does not answer" if self._failed is None else f"{self.name}: {self._failed}"
+
+    def let_go(self) -> None:
+        """Have it end: that is no failure."""
+        with suppress(OSError):
+            links.put(self.socket, b"")
+        self.socket.close()
+
+    def kill(self) -> None:
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def wait(self) -> None:
+        """Nothing here holds up what it does."""
+
+
 class Followers:
-    """The other ranks' processes."""
+    """The other ranks' processes, and the nodes that have some."""
 
     def __init__(
         self,
@@ -104,7 +171,7 @@ class Followers:
         *,
         all_graphs: bool = True,
     ) -> None:
-        """Start them; returns when all are there.
+        """Start them, and wait for the other nodes; returns when all are there.
 
         device: of this rank. all_graphs: what it gives to `BuiltModel.capture_graphs`. on_end: called, on a thread of its own, with the reason when one ends before `stop`: what this process does
         on a GPU may wait for it in vain. Raises RanksLost where one does not come.
@@ -118,39 +185,85 @@ class Followers:
         self._on_end = on_end
         self._built = False
         self._group: groups.Group | None = None
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._sockets: list[socket.socket] = []
+        self._others: list[_Rank | _Node] = []
         settings = dataclasses.asdict(dataclasses.replace(config, api_key=None))
         try:
-            for rank in range(1, self._size):
-                ours, theirs = socket.socketpair()
-                ours.settimeout(START_S)
-                command = module_command("pagegraph.runtime.engine.rank_process", str(theirs.fileno()))
-                with theirs:
-                    process = subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=child_environment()
-                    )
-                self._processes.append(process)
-                self._sockets.append(ours)
-                send(ours, settings, rank, str(self._store), all_graphs)
-            for rank, one in enumerate(self._sockets, 1):
-                here = receive(one)
-                threading.Thread(target=self._watch, args=(rank,), name=f"rank-{rank}", daemon=True).start()
-                if here is None:
-                    raise self.lost(RuntimeError(f"rank {rank} did not start"))
-            self._group = meet(str(self._store), 0, self._size, device)
+            with contextlib.ExitStack() as closing:
+                listener: socket.socket | None = None
+                address: str | None = None
+                place = str(self._folder / "store")
+                if config.nodes_meet_at is not None:
+                    listener = closing.enter_context(self._listen(*config.nodes_meet_at))
+                    address = str(listener.getsockname()[0])
+                    store, place = _store_on(address)
+                else:
+                    store = FileStore(place, self._size)
+                for rank in range(1, self._size // config.nnodes):
+                    process, ours = start_rank(rank, settings, place, all_graphs, address)
+                    ours.settimeout(START_S)
+                    self._others.append(_Rank(rank, self._size, process, ours))
+                if listener is not None:
+                    self._others += self._nodes(config, listener, settings, place, all_graphs)
+            for which, one in enumerate(self._others):
+                here = one.is_there()
+                threading.Thread(target=self._watch, args=(which,), name=one.name, daemon=True).start()
+                if not here:
+                    raise self.lost(RuntimeError(f"{one.name} did not start"))
+            self._group = meet(store, 0, self._size, device, address)
         except BaseException:
             self.stop()
             raise
 
-    @property
-    def _store(self) -> Path:
-        return self._folder / "store"
+    def _listen(self, host: str, port: int) -> socket.socket:
+        try:
+            return links.listen(host, port)
+        except OSError as error:
+            raise RanksLost(
+                f"master_addr={host} master_port={port}: {error.strerror or error}; name an address of this machine, and a free port"
+            ) from error
+
+    def _nodes(
+        self, config: Config, listener: socket.socket, settings: dict[str, Any], place: str, all_graphs: bool
+    ) -> list[_Node]:
+        """The other nodes, in their order. Raises RanksLost where one does not come in time."""
+        wanted = ["node", str(config.nnodes), str(self._size)]
+        found: dict[int, _Node] = {}
+        deadline = time.monotonic() + START_S
+        where = f"master_addr={config.master_addr} master_port={config.master_port}"
+        log.info("waiting for %d other nodes at %s", config.nnodes - 1, where)
+        while len(found) < config.nnodes - 1:
+            listener.settimeout(max(deadline - time.monotonic(), LOOK_S))
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                missing = [node for node in range(1, config.nnodes) if node not in found]
+                raise RanksLost(
+                    f"nodes {missing} of {config.nnodes} did not come to {where} within {START_S:g} s; there, run `runtime serve` with"
+                    " the same configuration and their node_rank"
+                ) from None
+            links.watch(connection)
+            connection.settimeout(HELLO_S)
+            words = links.heard(connection) or []
+            node = int(words[1]) if len(words) == 4 and words[1].isdecimal() else 0
+            if [*words[:1], *words[2:]] != wanted or node in found or not 0 < node < config.nnodes:
+                with suppress(OSError):
+                    links.send(
+                        connection,
+                        "refused",
+                        f"node 0 has nnodes={config.nnodes} and tensor_parallel_size={self._size}, and waits for each other node once;"
+                        f" this one said {' '.join(words)[:200]}",
+                    )
+                connection.close()
+                continue
+            connection.settimeout(START_S)
+            links.send(connection, "welcome", settings, place, all_graphs)
+            found[node] = _Node(node, config.nnodes, self._size // config.nnodes, connection)
+        return [found[node] for node in sorted(found)]
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes, by rank from 1 on."""
-        return [process.pid for process in self._processes]
+        """Of the processes on this machine, by rank from 1 on."""
+        return [one.process.pid for one in self._others if isinstance(one, _Rank)]
 
     def follow(self, built: BuiltModel, timeout_s: float) -> None:
         """From now on the others launch what `built` launches; a rank may be so many seconds behind.
@@ -162,22 +275,22 @@ class Followers:
         if self._ended.is_set():
             raise self.lost(RuntimeError("it has ended"))
         self._group.timeout_s = timeout_s
-        for one in self._sockets:
-            one.settimeout(timeout_s)  # a rank that hangs does not read what it is sent
+        for one in self._others:
+            one.socket.settimeout(timeout_s)  # a rank that hangs does not read what it is sent
         shutil.rmtree(self._folder, ignore_errors=True)  # they have met
         for which, step in enumerate(built.steps):
             step.lead = _Leading(self, which)
         built.closing = self.stop
 
     def tell(self, *message: Any) -> None:
-        """Send to all. Raises RanksLost."""
+        """Send to all: to each rank here, and once to each other node. Raises RanksLost."""
         if self._lost is not None:
             raise self._lost
         if self._ended.is_set():
             raise self.lost(RuntimeError("it has ended"))
         try:
-            for one in self._sockets:
-                send(one, *message)
+            for one in self._others:
+                links.send(one.socket, *message)
         except OSError as error:
             raise self.lost(error) from error
 
@@ -210,8 +323,8 @@ class Followers:
                 f"{why}; tensor_parallel_size={self._size} needs all of its ranks, so nothing more is computed"
             )
             self._stopping = True
-            for process in self._processes:
-                process.kill()
+            for one in self._others:
+                one.kill()
             if (
                 self._group is not None
             ):  # beside this thread: NCCL lets kernels go, then waits for graphs that hold its calls
@@ -222,26 +335,19 @@ class Followers:
         """End them; may be called again."""
         self._stopping = True
         groups.forget(GROUP)
-        for one in self._sockets:
-            one.close()
-        for process in self._processes:
-            try:
-                process.wait(END_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        for one in self._others:
+            one.let_go()
+        for one in self._others:
+            one.wait()
         if self._group is not None and self._lost is None:
             self._group.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _watch(self, rank: int) -> None:
-        process, ours = self._processes[rank - 1], self._sockets[rank - 1]
-        status = process.wait()
+    def _watch(self, which: int) -> None:
+        how = self._others[which].ends()
         if self._stopping:
             return
-        how = f"status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
-        said = receive(ours) if select.select([ours], [], [], LOOK_S)[0] else None
-        self._told.append(f"rank {rank} of {self._size} ended with {how}{'' if said is None else f': {said[1]}'}")
+        self._told.append(how)
         self._ended.set()
         if not self._built:
             time.sleep(BETTER_S)
@@ -250,6 +356,16 @@ class Followers:
         self._on_end(self._told[-1])
         if self._group is not None and not self._built:
             self._group.abort()  # lets this rank's call return, whose next one raises
+
+
+def _store_on(address: str) -> tuple[Store, str]:
+    """A store that other machines reach at this address alone, and host:port of it."""
+    listener = links.listen(address, 0)
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=False
+    )
+    return store, f"{address}:{port}"
 
 
 class _Leading:
@@ -275,8 +391,13 @@ class _Leading:
 def build_with_ranks(config: Config, build: Callable[[CompilerOptions], BuiltModel]) -> BuiltModel:
     """What `build` makes of the configuration, with the other ranks behind it if it has any; `BuiltModel.close` ends them.
 
-    Raises what `build` raises, and RanksLost.
+    Raises what `build` raises, RanksLost, and ConfigError on a node other than the first.
     """
+    if config.node_rank:
+        raise ConfigError(
+            f"node_rank={config.node_rank}: node 0 has the engine; here, run `runtime serve` with the same configuration and this"
+            " node_rank"
+        )
     options = compiler_options(config)
     if config.tensor_parallel_size == 1:
         return build(options)

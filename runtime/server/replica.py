@@ -63,7 +63,8 @@ class Replica:
         self._variables = variables
         self._stopping = stopping
         config = settings.config
-        self.restarts = Restarts(config.max_engine_restarts, config.restart_window_s)
+        # The other nodes end with an engine: whoever has started the servers starts all of them anew.
+        self.restarts = Restarts(config.max_engine_restarts if config.nnodes == 1 else 0, config.restart_window_s)
         self.client = EngineClient(
             settings.engine_address, heartbeat_s=HEARTBEAT_S, silence_s=config.watchdog_timeout_s
         )

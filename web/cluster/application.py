@@ -54,6 +54,10 @@ def build(args: dict[str, Any]) -> Application:
             f"max_replicas={max_replicas} is below num_replicas={num_replicas}; set it to {num_replicas} or more"
         )
     config = load_config(source, keys).config
+    if config.nnodes > 1:
+        raise ConfigError(
+            f"nnodes={config.nnodes}: a replica is on one node of Ray; set it to 1, or run `runtime serve` on each"
+        )
     options: dict[str, Any] = options_of(config)
     if max_replicas:
         options["autoscaling_config"] = autoscaling_of(config, max(num_replicas, 1), max_replicas)

@@ -166,7 +166,7 @@ def waiting(timeout_s: float) -> Followers:
     followers = Followers.__new__(Followers)
     followers._group = SimpleNamespace(timeout_s=timeout_s, raises=False, abort=lambda: None)  # type: ignore[assignment]
     followers._ended, followers._told, followers._lost = threading.Event(), [], None
-    followers._processes, followers._size, followers._stopping = [], 2, False
+    followers._others, followers._size, followers._stopping = [], 2, False
     return followers
 
 

@@ -296,6 +296,10 @@ def test_arguments_that_no_replica_could_take_are_refused(tmp_path: Path) -> Non
         ({"config": "m", "port": 1}, "port is no argument of the application: replicas listen on the loopback"),
         ({"config": "m", "api_key": "k"}, "use api_key_file, or PAGEGRAPH_API_KEY"),
         ({"config": "m", "num_replicas": 3, "max_replicas": 2}, "max_replicas=2 is below num_replicas=3; set it to 3"),
+        (
+            {"config": "m", "tensor_parallel_size": 2, "nnodes": 2, "master_addr": "h"},
+            "nnodes=2: a replica is on one node",
+        ),
         ({"config": "m", "max_num_seq": 3}, "did you mean max_num_seqs"),
     ):
         with pytest.raises(ConfigError, match=told):
