@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -104,3 +104,12 @@ def _sizes(rng: np.random.Generator, size: int | tuple[int, int], count: int) ->
     mean, deviation = size
     variance = np.log1p((deviation / mean) ** 2)
     return rng.lognormal(np.log(mean) - variance / 2, variance**0.5, count).round().clip(4, 1024).astype(int)
+
+
+def distinct(outputs: Sequence[Sequence[int]]) -> float:
+    """How many different tokens sequences that run together have at a position, as a share of them, on average.
+
+    Random weights may lead all into the same tokens, and so to the same experts, which are then read for all of them at once.
+    """
+    together = [[one[at] for one in outputs if at < len(one)] for at in range(max(map(len, outputs), default=0))]
+    return sum(len(set(tokens)) / len(tokens) for tokens in together) / max(1, len(together))

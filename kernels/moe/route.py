@@ -21,7 +21,7 @@ from pagegraph.kernels.pdl import dependent, wait
 
 MAX_BLOCK = 4096
 MANY_PAIRS = 16384  # from which on they are sorted in parts
-PART, PARTS_AT_ONCE = 512, 16  # pairs of a part; parts whose counts are added up at once
+PART, PARTS_AT_ONCE = 256, 16  # pairs of a part; parts whose counts are added up at once
 PAIRS_AT_ONCE = 32  # of a part, that its others are compared with
 
 

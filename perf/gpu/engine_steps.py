@@ -209,6 +209,7 @@ def engine(report: Report, args: argparse.Namespace, shared: dict) -> None:
             launch_ms=1e3 * statistics.mean(turn.launch for turn in turns),
             late=sum(turn.wait < NO_WAIT for turn in turns) / len(turns),
             spread=(max(map(_seconds, runs)) - min(map(_seconds, runs))) / seconds,
+            distinct=workloads.distinct(rounds[-1].outputs),
         )  # fmt: skip
 
 
@@ -253,7 +254,7 @@ def peer(report: Report, args: argparse.Namespace, shared: dict) -> None:
             mine = ours.get((theirs["case"], caching))
             report.row(
                 model=model, peer=engine, **_method(args), case=theirs["case"], caching=caching, requests=theirs["requests"], wall_s=theirs["wall_s"],
-                out_tok_s=theirs["out_tok_s"], total_tok_s=theirs["total_tok_s"], ours_s=mine["wall_s"] if mine else None,
+                out_tok_s=theirs["out_tok_s"], total_tok_s=theirs["total_tok_s"], distinct=theirs.get("distinct"), ours_s=mine["wall_s"] if mine else None,
                 ours_over_theirs=mine["total_tok_s"] / theirs["total_tok_s"] if mine else None,
             )  # fmt: skip
 

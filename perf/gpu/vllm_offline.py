@@ -49,23 +49,25 @@ def main() -> None:
         with open(args.out, "a") as out:
             out.write(json.dumps({**row, "prefix_caching": args.prefix_caching}) + "\n")
 
-    def run(rounds: list[workloads.Round]) -> float:
-        start = time.perf_counter()
+    def run(rounds: list[workloads.Round]) -> tuple[float, float]:
+        """Seconds, and how different the tokens of the last round are."""
+        start, outputs = time.perf_counter(), []
         for prompts, lengths in rounds:
             params = [SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=n, detokenize=False) for n in lengths]
             answers = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], params, use_tqdm=False)
-            assert [len(answer.outputs[0].token_ids) for answer in answers] == lengths
-        return time.perf_counter() - start
+            outputs = [answer.outputs[0].token_ids for answer in answers]
+            assert list(map(len, outputs)) == lengths
+        return time.perf_counter() - start, workloads.distinct(outputs)
 
     emit(case="startup", init_s=time.perf_counter() - begin)
     make = workloads.of_peer(args.peer)
     for case, _, share in (one.partition(":") for one in args.case):
         work = make(case, vocab_size, float(share or 1) * args.scale)
         run(work.warm)
-        seconds = sorted(run(work.rounds) for _ in range(work.repeat))[work.repeat // 2]
+        seconds, distinct = sorted(run(work.rounds) for _ in range(work.repeat))[work.repeat // 2]
         emit(
             case=case, requests=work.requests, wall_s=seconds, out_tok_s=work.output_tokens / seconds,
-            total_tok_s=(work.prompt_tokens + work.output_tokens) / seconds,
+            total_tok_s=(work.prompt_tokens + work.output_tokens) / seconds, distinct=distinct,
         )  # fmt: skip
 
 

@@ -52,3 +52,9 @@ def test_a_peers_files_give_its_work(tmp_path: Path) -> None:
 def test_the_work_can_be_drawn_where_no_engine_is_installed() -> None:
     code = "import sys, perf.workloads; sys.exit(bool({'torch', 'msgspec', 'zmq', 'yaml'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_tokens_that_sequences_share_are_told() -> None:
+    assert workloads.distinct([[1, 2, 3], [4, 2, 3]]) == (1 + 0.5 + 0.5) / 3
+    assert workloads.distinct([[1, 2], [1]]) == (0.5 + 1) / 2
+    assert workloads.distinct([]) == 0
