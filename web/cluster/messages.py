@@ -12,9 +12,9 @@ from pagegraph.runtime.ipc.routing import Route
 
 Headers = list[tuple[bytes, bytes]]  # names as they came, in their order
 
-# Of one connection alone (RFC 9110, 7.6.1): not passed on.
+# Of one connection alone (RFC 9110, 7.6.1), and a question that whoever has read the body has answered: not passed on.
 HOP_BY_HOP = frozenset(
-    (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
+    (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"expect")
 )
 
 

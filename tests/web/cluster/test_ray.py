@@ -48,8 +48,9 @@ SETTINGS = dict(
 class Cluster:
     """The front's address, and the processes behind it."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, model: str) -> None:
         self.port = port
+        self._model = model
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
         """The answer, whose body is still to be read; closing it closes the connection."""
@@ -80,13 +81,13 @@ class Cluster:
         first_event(answer)
         return answer
 
-    @staticmethod
-    def servers() -> dict[int, int]:
+    def servers(self) -> dict[int, int]:
         """Processes of replicas: that of the replica, and of the server behind it."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if "pagegraph.web.cluster.server_process" in (path / "cmdline").read_text():
+                command = (path / "cmdline").read_text()
+                if "pagegraph.web.cluster.server_process" in command and self._model in command:
                     found[int((path / "stat").read_text().rpartition(")")[2].split()[1])] = int(path.name)
         return found
 
@@ -106,6 +107,11 @@ class Cluster:
         """Until so many serve, and nothing runs."""
 
         def there() -> bool:
+            with contextlib.suppress(psutil.Error, OSError):  # of a server that has ended this moment
+                return is_so()
+            return False
+
+        def is_so() -> bool:
             details = serve.status().applications["pagegraph"].deployments["Replica"]
             return details.replica_states == {"RUNNING": replicas} and self.loads() == [0] * replicas
 
@@ -125,16 +131,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) ->
         sooner = {"upscale_delay_s": 2, "downscale_delay_s": 3, "look_back_period_s": 3}
         usual = application.autoscaling_of
         patch.setattr(application, "autoscaling_of", lambda *asked: usual(*asked) | sooner)
+        running = Cluster(port, str(model))
         ray.init(num_cpus=8, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             args = {"config": str(model), "num_replicas": 2, "max_replicas": 3, **SETTINGS}
             serve.run(application.build(args), name="pagegraph", route_prefix="/")
-            yield Cluster(port)
+            yield running
         finally:
             serve.shutdown()
             ray.shutdown()
-            assert eventually(lambda: not Cluster.servers(), 20)
+            assert eventually(lambda: not running.servers(), 20)
 
 
 def test_answers_pass_unchanged(cluster: Cluster) -> None:
@@ -145,6 +152,7 @@ def test_answers_pass_unchanged(cluster: Cluster) -> None:
         assert answer.status == 200 and answer.headers["x-request-id"] == "mine"
         assert answer.headers["x-ratelimit-limit-requests"] == "100000"
         assert json.loads(answer.read())["usage"]["completion_tokens"] == 1
+    assert cluster.json("POST", "/tokenize", {"prompt": "hello"}, Expect="100-continue", TE="trailers")[0] == 200
     assert cluster.json("GET", "/v1/models")[1]["data"][0]["id"] == "m"
     assert cluster.json("GET", "/v1/models/other")[0] == 404
     assert cluster.json("GET", "/health") == (200, {"status": "ready"})
