@@ -3,7 +3,7 @@
     python -m perf.gpu.experts_hopper e4m3    # by e4m3, rows rounded too, beside those that widen weights; else 16 bits
 
 So a kernel that never ends, or that reads where nothing is, ends that process and none of the section's other rows. The process
-prints a line of JSON for each finding, `run` hands them to the report. Knows which mixtures there are from `perf.gpu.experts`.
+prints a line of JSON for each finding, `run` hands them to the report. Knows which mixtures there are from `perf.gpu.expert_layers`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from pagegraph.kernels.moe.form import Form
 from pagegraph.kernels.moe.grouped_gemm_hopper import takes, takes_e4m3
 from pagegraph.kernels.moe.tiles import HopperTiles, e4m3_tiles_of, grouped_tiles_of, quant_grouped_tiles_of
-from perf.gpu import experts
+from perf.gpu import expert_layers as layers
 from perf.gpu.report import Report, graph_seconds
 
 SECONDS = 150  # for all of it; a kernel that never ends takes them
@@ -33,10 +33,10 @@ E4M3_FLOPS = 1300e12  # operations a second that large products of e4m3 are expe
 CALLS = 4  # of a graph, each with rows and choices of its own
 # Checked alone: sizes that fill no tile, and rows that are not a multiple of 16.
 GRID = tuple(
-    experts.Mixture(f"{count} by {choices} {form}", count, choices, 328, 200, form, form.limit > 0)
+    layers.Mixture(f"{count} by {choices} {form}", count, choices, 328, 200, form, form.limit > 0)
     for count, choices, form in (
-        (8, 1, experts.GPT_OSS), (8, 8, experts.GPT_OSS._replace(transposed=False)),
-        (16, 2, experts.GPT_OSS._replace(interleaved=False, transposed=False)), (64, 6, Form("relu2", gated=False)),
+        (8, 1, layers.GPT_OSS), (8, 8, layers.GPT_OSS._replace(transposed=False)),
+        (16, 2, layers.GPT_OSS._replace(interleaved=False, transposed=False)), (64, 6, Form("relu2", gated=False)),
         (128, 8, Form()), (256, 1, Form(gated=False, transposed=True)),
     )
 )  # fmt: skip
@@ -70,15 +70,15 @@ def _say(kind: str, found: Any) -> None:
     print(json.dumps([kind, found]), flush=True)
 
 
-def _check(layer: experts.Layer, counts: tuple[int, ...], in_graphs: bool, tiles: HopperTiles = HopperTiles()) -> bool:
+def _check(layer: layers.Layer, counts: tuple[int, ...], in_graphs: bool, tiles: HopperTiles = HopperTiles()) -> bool:
     """Full and skewed steps, padding of NaN, and graphs replayed with other choices; whether all were right."""
-    worst, tolerance = 0.0, E4M3_TOLERANCE if isinstance(layer, experts.QuantLayer) else experts.TOLERANCE
+    worst, tolerance = 0.0, E4M3_TOLERANCE if isinstance(layer, layers.QuantLayer) else layers.TOLERANCE
     for tokens in counts:
-        for routing in (*experts.ROUTINGS, "replayed") if in_graphs else experts.ROUTINGS:
+        for routing in (*layers.ROUTINGS, "replayed") if in_graphs else layers.ROUTINGS:
             if routing == "replayed":
-                error = experts._replayed(layer, tiles, tokens)
+                error = layers.error_of_replay(layer, tiles, tokens)
             else:
-                error = experts._padded(layer, tiles, tokens, routing)
+                error = layers.error_with_padding(layer, tiles, tokens, routing)
             worst = max(worst, error)
             if not error < tolerance:
                 _say("failure", f"{layer.name} {tiles} {tokens} tokens {routing}: off by {error:.3g}")
@@ -86,14 +86,14 @@ def _check(layer: experts.Layer, counts: tuple[int, ...], in_graphs: bool, tiles
     return worst < tolerance
 
 
-def _measure(layer: experts.Layer) -> None:
-    of_e4m3 = isinstance(layer, experts.QuantLayer)
+def _measure(layer: layers.Layer) -> None:
+    of_e4m3 = isinstance(layer, layers.QuantLayer)
     for tokens in E4M3_TOKENS if of_e4m3 else TOKENS:
         steps = [layer.step(tokens) for _ in range(CALLS)]
         pairs = tokens * layer.mixture.choices
-        floor = experts._floor(layer, steps, E4M3_FLOPS if of_e4m3 else experts.FLOPS)
+        floor = layers.floor_seconds(layer, steps, E4M3_FLOPS if of_e4m3 else layers.FLOPS)
         grouped = quant_grouped_tiles_of(pairs, layer.key, False) if of_e4m3 else grouped_tiles_of(pairs, layer.key)
-        ways: dict[str, experts.Tiles] = {"w8a16" if of_e4m3 else "grouped": grouped}
+        ways: dict[str, layers.Tiles] = {"w8a16" if of_e4m3 else "grouped": grouped}
         ways.update({f"hopper_{one.stages}x{one.block_n}": one for one in (E4M3_TILES if of_e4m3 else TILES)})
         us = {}
         for name, tiles in ways.items():
@@ -109,20 +109,20 @@ def _measure(layer: experts.Layer) -> None:
 
 
 def _of_16_bits() -> None:
-    for mixture in experts.MIXTURES:
-        layer = experts.Layer.of(mixture, "cuda", torch.bfloat16)
+    for mixture in layers.MIXTURES:
+        layer = layers.Layer.of(mixture, "cuda", torch.bfloat16)
         assert takes(layer.step(1)[0], layer.up, layer.down, mixture.form)
         if _check(layer, CHECKED_TOKENS, True):
             vars(layer).pop("wide", None)  # it is large
             _measure(layer)
     for mixture in GRID:
-        _check(experts.Layer.of(mixture, "cuda", torch.bfloat16), GRID_TOKENS, False)
+        _check(layers.Layer.of(mixture, "cuda", torch.bfloat16), GRID_TOKENS, False)
 
 
 def _of_e4m3() -> None:
     """Of the first mixture, with a scale a row."""
-    mixture = experts.MIXTURES[0]
-    layer = experts.QuantLayer.quantised(mixture, "fp8", "cuda", torch.bfloat16)
+    mixture = layers.MIXTURES[0]
+    layer = layers.QuantLayer.quantised(mixture, "fp8", "cuda", torch.bfloat16)
     assert takes_e4m3(layer.step(1)[0], layer.up, layer.up_bias, layer.down, layer.down_bias)
     assert e4m3_tiles_of(E4M3_TOKENS[0] * mixture.choices) is not None
     right = [_check(layer, CHECKED_TOKENS, True), *(_check(layer, (33, 1000), False, one) for one in E4M3_TILES[1:])]
