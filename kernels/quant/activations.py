@@ -6,7 +6,8 @@ PyTorch's GEMM of two e4m3. One program a row. Knows no products.
 
 What is ahead of a GEMM with 8-bit activations (addition with its norm, or a gate) is done by the kernel that
 quantises them. One op holds norm and GEMM, or norm, gate and two GEMMs, because only at the launch is it known
-whether activations are quantised. Scales come from each token; those that a checkpoint stores are not used.
+whether activations are quantised. Scales come from each token; those that a checkpoint stores are not used. Of NaN
+the scale is NaN: 8 bits need not hold it, and the products of the row come out as NaN, those of other rows as they are.
 """
 
 from __future__ import annotations
@@ -50,6 +51,12 @@ def _rounded(x):
     return ((bits + 0x7FFFF + (bits >> 20 & 1)) & -0x100000).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _largest(x):
+    """The largest magnitude of a float32 tensor's last dimension; NaN where there is one, which a maximum of floats drops."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=len(x.shape) - 1).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["rows", "filled"])
 def rows_kernel(
     x_q_ptr, scale_ptr, sum_ptr, x_ptr, weight_ptr, eps, residual_ptr, total_ptr, x_stride, rows, filled,
@@ -76,13 +83,13 @@ def rows_kernel(
     if GATED:
         up = tl.load(x_ptr + row * x_stride + SIZE + column, mask=inside, other=0.0).to(tl.float32)
         x = silu_times(x, up).to(states.dtype).to(tl.float32)
-    largest = tl.max(tl.abs(x), axis=1)
+    largest = _largest(x)
     if INT8:
-        scale = tl.maximum(largest / LARGEST_INT, TINY)
+        scale = tl.maximum(largest / LARGEST_INT, TINY, propagate_nan=tl.PropagateNan.ALL)
         x_q = (x * (1.0 / scale)[:, None] + ROUNDS) - ROUNDS
         tl.store(scale_ptr + group * filled + row, scale, mask=group < GROUPS)
     else:
-        scale = tl.maximum(tl.max(largest, axis=0) / LARGEST, TINY)
+        scale = tl.maximum(_largest(largest) / LARGEST, TINY, propagate_nan=tl.PropagateNan.ALL)
         x_q = tl.clamp(x * (1.0 / scale), -LARGEST, LARGEST)
         tl.store(scale_ptr + row, scale)
         if not EXCHANGED:

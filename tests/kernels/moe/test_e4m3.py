@@ -142,6 +142,19 @@ def test_padding_comes_out_as_zeros(live: int) -> None:
 
 
 @pytest.mark.gpu
+def test_a_token_that_holds_nan_comes_out_as_nan() -> None:
+    """And leaves those that chose the same experts as they are."""
+    hopper()
+    stacks = there(stacked(tokens=200, choices=2, experts=4, hidden=256, inner=128))
+    expected = cuda.repacked_experts_by(HopperTiles(), *stacks, Form())
+    stacks[0][77, 5] = torch.nan
+    got = cuda.repacked_experts_by(HopperTiles(), *stacks, Form())
+    assert got[77].isnan().all()
+    others = torch.arange(200, device="cuda") != 77
+    assert torch.equal(got[others], expected[others])
+
+
+@pytest.mark.gpu
 def test_a_replayed_graph_reads_new_choices() -> None:
     hopper()
     sizes: dict[str, Any] = {"tokens": 700, "choices": 4, "experts": 16, "hidden": 256, "inner": 128}

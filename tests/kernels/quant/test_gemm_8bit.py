@@ -79,6 +79,48 @@ def check_floats(qweight: torch.Tensor, expected: torch.Tensor) -> None:
     assert (qweight.float() == expected.float()).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("function", ["int8_rows", "e4m3_rows", "exchanged_e4m3_rows"])
+def test_the_scale_of_what_holds_nan_is_nan(triton_calls, function: str, gated: bool) -> None:
+    """As the reference's, so that what is multiplied by it is NaN whatever 8 bits hold; other rows, and groups of int8, are as without."""
+
+    def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        multiple = () if function.startswith("exchanged") else (16,)
+        found, _ = triton_calls.call("pagegraph.kernels.quant.activations", function, x, *multiple, None, gated)
+        return found[0], found[1]
+
+    clean = random_rows(4, 400 if gated else 200).contiguous()
+    x = clean.clone()
+    x[1, 130], x[3, 5] = torch.nan, -torch.nan
+    x_q, scale = rounded(x)
+    expected_q, expected = rounded(clean)
+    reference = quant_reference.int8_rows if function == "int8_rows" else quant_reference.e4m3_rows
+    wanted = reference(linear_reference.silu_mul(x) if gated else x)[1].isnan()
+    assert 0 < wanted.sum() < wanted.numel() and torch.equal(scale[..., :4].isnan().flatten(), wanted.flatten())
+    assert torch.equal(torch.where(scale.isnan(), expected, scale), expected)
+    assert torch.equal(x_q[::2].float(), expected_q[::2].float())
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_row_that_holds_nan_comes_out_as_nan(triton_calls, kind: str) -> None:
+    """And leaves the others as they are."""
+    group = 256 if kind == "int8" else 128
+    qweight, scale, zero = random_weight(kind, 128, 256, group, kind == "int4")
+    weight = QuantWeight(*repacked(qweight, scale, zero, group, 256), None, group, 128)
+    clean = random_rows(5, 256)
+    x = clean.clone()
+    x[3, 200] = torch.nan
+
+    def multiplied(rows: torch.Tensor) -> torch.Tensor:
+        tile = Tile(64, 128, 1, 4, 3)
+        return triton_calls.call("pagegraph.kernels.quant.gemm_8bit", "gemm_8bit", rows, weight, tile)[0]
+
+    out, expected = multiplied(x), multiplied(clean)
+    assert out[3].isnan().all()
+    others = [0, 1, 2, 4]
+    assert torch.equal(out[others], expected[others])
+
+
 @pytest.mark.parametrize("size", [200, 3000])
 @pytest.mark.parametrize("function", ["int8_rows", "e4m3_rows", "exchanged_e4m3_rows"])
 def test_what_is_ahead_of_the_rounding(triton_calls, function: str, size: int) -> None:
