@@ -16,7 +16,18 @@ from pagegraph.runtime.askers import Asker, askers
 from pagegraph.runtime.ipc.replicas import Address, Replicas
 from pagegraph.runtime.server import comeback
 from pagegraph.runtime.text.tokenizer import Tokenizer
-from pagegraph.web import access, embeddings, errors, pages, probes, recent, request_log, routes, tokenization
+from pagegraph.web import (
+    access,
+    embeddings,
+    errors,
+    pages,
+    probes,
+    recent,
+    request_log,
+    request_metrics,
+    routes,
+    tokenization,
+)
 from pagegraph.web.anthropic import routes as anthropic
 from pagegraph.web.generate import gone
 from pagegraph.web.openai_responses import routes as openai_responses
@@ -55,6 +66,7 @@ def create_app(config: str | Path | dict[str, Any] | WebSettings) -> Flask:
     errors.register(app)
     app.register_error_handler(ClientGone, gone)
     app.before_request(_name_request)
+    request_metrics.count_requests(app)
     if tracing is not None:
         tracing.follow(app)
     if settings.log_requests:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 
 REASONS = ("died", "hung")
 
@@ -40,14 +42,23 @@ class Restarts:
 
 
 class ServerMetrics:
-    """What the supervisor knows and no engine, in Prometheus' text format; an engine counts from 0 when it is new."""
+    """What the supervisor knows and no engine, in Prometheus' text format; an engine counts from 0 when it is new.
 
-    def __init__(self, model_name: str, engines: Sequence[tuple[Restarts, Callable[[], bool]]]) -> None:
-        """`engines`: of each, by rank, how often it was started anew and whether it takes requests."""
+    That is itself as a process, too, which is as old as the server, and what the web processes count of HTTP.
+    """
+
+    def __init__(
+        self, model_name: str, engines: Sequence[tuple[Restarts, Callable[[], bool]]], web_counts: Path | None = None
+    ) -> None:
+        """`engines`: of each, by rank, how often it was started anew and whether it takes requests; `web_counts`: folder of
+        the web processes' files, in prometheus-client's form."""
         self._model_name = model_name
         self._engines = engines
         self._registry = CollectorRegistry()
         self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+        if web_counts is not None:
+            MultiProcessCollector(self._registry, path=str(web_counts))
 
     def render(self) -> bytes:
         """The text."""

@@ -40,6 +40,7 @@ log = logging.getLogger("pagegraph.supervisor")
 ENGINE_COMMAND = module_command("pagegraph.runtime.server.engine_process")
 WEB_COMMAND = module_command("gunicorn")
 
+WEB_COUNTS_FOLDER = "web-counts"  # of `web.request_metrics`
 WEB_SETTINGS_FILE = "web-settings.json"  # written once the engine answers; the web processes wait for it
 IDLE_S = 1.5 * protocol.HEARTBEAT_S  # without work before a drain is over: web processes learn of it from a heartbeat
 IDLE_CONNECTIONS = 4000  # that a web process holds open beside those with a request; then the longest idle is closed
@@ -87,9 +88,12 @@ class Supervisor:
         listener: socket.socket | None = None
         try:
             listener = bind(self.config.host, self.config.port, "port")
+            web_counts = self._run_dir.path / WEB_COUNTS_FOLDER
+            web_counts.mkdir(mode=0o700)
             own = ServerMetrics(
                 self.config.model_name,
                 [(one.restarts, lambda one=one: self._health_of(one).ready) for one in self._replicas],
+                web_counts,
             )
             probes = Probes(
                 self.config.probe_host, self.config.probe_port or 0, self.health, self._metrics_urls, own.render
@@ -110,6 +114,7 @@ class Supervisor:
                     **self._secrets(),
                     **web_malloc(os.environ),
                     SETTINGS_VARIABLE: str(settings),
+                    "PROMETHEUS_MULTIPROC_DIR": str(web_counts),  # which prometheus-client reads
                     logs.FORMAT_VARIABLE: self.config.log_format,
                     logs.LEVEL_VARIABLE: self.config.log_level,
                 },

@@ -654,6 +654,11 @@ def test_a_killed_engine_ends_what_has_begun_and_the_next_one_gets_the_rest(real
     assert real_web.restarts("died") == 1
     real_web.wait_ready()
     assert complete(real_web, max_tokens=2).status == 200
+    text = real_web.probe("/metrics")[1]
+    of_completions = 'handler="/v1/completions",method="POST"'
+    assert f'http_requests_total{{{of_completions},status="5xx"}} 1.0\n' in text
+    assert f"http_request_duration_seconds_count{{{of_completions}}} 7.0\n" in text
+    assert float(re.search(r"^process_start_time_seconds (.*)$", text, re.M)[1]) == pytest.approx(time.time(), abs=600)  # type: ignore[index]
 
 
 def test_a_request_that_ends_every_engine_is_given_up_with_the_second(real_web: Server) -> None:
