@@ -16,6 +16,7 @@ import torch
 Gpu = Literal["H200"]
 MEASURED: tuple[Gpu, ...] = ("H200",)  # as in the name that CUDA gives a device
 OTHERS_TAKE: Gpu = "H200"
+HOPPER = (9, 0)  # the compute capability that kernels for Hopper are for
 
 T = TypeVar("T")
 
@@ -36,6 +37,6 @@ def measured(tables: Mapping[Gpu, T], device: torch.device) -> T:
 @cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs of a persistent grid for Hopper run at a time; 0 on a device that such kernels are not for."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -32,8 +32,8 @@ def _experts(given: Mapping[str, Any]) -> list[int]:
     x, down = given["x"], given["down"]
     inner = given["inner"] if "inner" in given else down.numel() // (down.shape[0] * x.shape[1])
     pairs, hidden, size = given["chosen"].numel(), x.shape[1], x.element_size()
-    if given.get("quantize_x"):  # rows of both products in a byte, too
-        return [pairs * one for one in (hidden, inner * size, inner, hidden * size)]
+    if given.get("quantize_x"):  # rows of both products in a byte, too: of x before they are in that order as well
+        return [x.shape[0] * hidden, *(pairs * one for one in (hidden, inner * size, inner, hidden * size))]
     return [pairs * one * size for one in (hidden, inner, hidden)]
 
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 
 from pagegraph.compiler.explain.machines import Machine
 from pagegraph.compiler.explain.trace import Call
+from pagegraph.kernels.gpu import HOPPER
 from pagegraph.kernels.linear.tiles import MAX_SINGLE_ROWS, gemv_tile_of
-from pagegraph.kernels.moe.tiles import HOPPER_BLOCK_M, MAX_GEMV_TOKENS
+from pagegraph.kernels.moe.tiles import HOPPER_BLOCK_M, MAX_GEMV_TOKENS, e4m3_tiles_of
 
 FITTED = "NVIDIA H200"
 # Of a device copy's rate, what kernels read weights and keys with (h200-2026-11-29-attention-kernels.json: 4.11 to 4.2 TB/s).
@@ -42,7 +43,7 @@ def call_seconds(call: Call, machine: Machine) -> float:
     if cost is None:
         return ROWS_S + moved
     read = (cost.weight_bytes + cost.cache_bytes) / _bandwidth(machine)
-    multiplied = cost.flops / (PRODUCT_SHARE * (machine.narrow_flops if call.narrow else machine.flops))
+    multiplied = cost.flops / (PRODUCT_SHARE * (machine.narrow_flops if _is_narrow(call, machine) else machine.flops))
     if cost.kind == "attention":  # and what rotates and stores keys ahead of it
         return ROWS_S + LOOKUP_S + moved + read + cost.flops / (ATTENTION_SHARE * machine.flops)
     if cost.kind == "states":
@@ -53,6 +54,13 @@ def call_seconds(call: Call, machine: Machine) -> float:
         return moved + read + cost.flops * (1 - 1 / call.rows) / (VECTOR_SHARE * machine.flops)
     norm = ROWS_S if "norm" in call.op else 0.0
     return PRODUCT_S * len(call.matrices) + norm + moved + max(read, multiplied)
+
+
+def _is_narrow(call: Call, machine: Machine) -> bool:
+    """Whether a product that may be is one of 8-bit numbers there: of experts Hopper's kernel alone rounds rows."""
+    if "experts" in call.op and (machine.capability != HOPPER or e4m3_tiles_of(call.pairs) is None):
+        return False
+    return call.narrow
 
 
 def _experts(call: Call, read: float, multiplied: float, machine: Machine) -> float:

@@ -68,7 +68,7 @@ class Call:
     columns: int = 0
     pairs: int = 0  # of a row and its choice, of experts
     matrices: tuple[tuple[int, ...], ...] = ()  # sizes as they are stored, without scales
-    narrow: bool = False  # x is multiplied as numbers of 8 bits
+    narrow: bool = False  # x may be multiplied as numbers of 8 bits
 
 
 @dataclass(slots=True)

@@ -23,7 +23,8 @@ log = logging.getLogger("pagegraph.quantization")
 def quant_experts(model: nn.Module, round_activations: bool = True, device_type: str | None = None) -> int:
     """Bring quantised experts of `model` into the form of a GPU, their bias too; returns how many modules of experts there were.
 
-    round_activations: in steps of more than a few tokens a GPU may quantise activations to 8 bits, in front of e4m3 with one scale a row.
+    round_activations: in steps of more than a few tokens a GPU may quantise activations to 8 bits, in front of e4m3 with one scale a row
+    and no bias.
     device_type: where its weights will be, if not where they are.
     """
     layers: list[Any] = [
@@ -37,11 +38,12 @@ def quant_experts(model: nn.Module, round_activations: bool = True, device_type:
         form: Form = layer.experts_form
         names = weight_names(form)
         taken = takes_experts(*(getattr(layer, name).quantized for name in names), form.gated)
+        rounds = round_activations and not layer.has_bias
         unquantised += not taken
         for name in names:
             gated = form.gated and name == names[0]
             if taken:
-                setattr(layer, name, RepackedExperts(getattr(layer, name), gated, form.interleaved, round_activations))
+                setattr(layer, name, RepackedExperts(getattr(layer, name), gated, form.interleaved, rounds))
             else:
                 values = getattr(layer, name).dequantized()
                 delattr(layer, name)

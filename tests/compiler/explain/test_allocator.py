@@ -74,7 +74,7 @@ def test_experts_hold_a_row_for_each_pair() -> None:
     packed = given | {"down": torch.empty(8, 7, dtype=torch.uint8), "inner": 32}
     assert workspace_of(ours.repacked_experts.default, packed) == [40 * 64 * 2, 40 * 32 * 2, 40 * 64 * 2]
     rounded = workspace_of(ours.repacked_experts.default, packed | {"quantize_x": True})
-    assert rounded == [40 * 64, 40 * 32 * 2, 40 * 32, 40 * 64 * 2]
+    assert rounded == [10 * 64, 40 * 64, 40 * 32 * 2, 40 * 32, 40 * 64 * 2]
 
 
 def test_chunks_of_delta_rules_leave_rows_for_each_other() -> None:

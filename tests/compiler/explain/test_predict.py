@@ -93,6 +93,29 @@ def test_experts_end_in_tiles_that_are_half_empty() -> None:
     assert seconds[-1] < 8 * seconds[-2]
 
 
+def of_e4m3(rows: int) -> Call:
+    """Those of one layer of the stored results, with a scale a row."""
+    pairs, read = 8 * rows, (1 - (1 - 8 / 128) ** rows) * 128 * 3 * 768 * 2048
+    cost = Cost("experts", 2 * pairs * 3 * 768 * 2048, int(read), narrow=True)
+    sizes = (128, 1536, 2048), (128, 2048, 768)
+    return Call("repacked_experts", 4 * rows * 2048, cost, rows, 2048, pairs, sizes, narrow=True)
+
+
+def test_stored_experts_of_an_h200_whose_rows_are_rounded_are_predicted() -> None:
+    stored = json.loads((ROOT / "perf" / "results" / "h200-2026-11-30-experts-e4m3.json").read_text())["sections"][0]
+    timed = [row for row in stored["rows"] if "hopper_4x256_us" in row]
+    assert len(timed) == 7
+    for row in timed:
+        assert 1e6 * call_seconds(of_e4m3(row["T"]), H200) == pytest.approx(row["hopper_4x256_us"], rel=0.2)
+
+
+def test_rows_of_experts_are_rounded_on_hopper_alone() -> None:
+    elsewhere, many = replace(H200, capability=(10, 0)), of_e4m3(8192)
+    wide = replace(many, narrow=False)
+    assert call_seconds(many, elsewhere) == call_seconds(wide, elsewhere) == call_seconds(wide, H200)
+    assert call_seconds(many, H200) < 0.7 * call_seconds(wide, H200)
+
+
 def test_a_slower_gpu_takes_longer_by_its_rates() -> None:
     half = replace(H200, bandwidth=H200.bandwidth / 2, flops=H200.flops / 2, narrow_flops=H200.narrow_flops / 2)
     for call in (product(2), product(64), product(8192), Call("rms_norm", 1 << 28)):

@@ -111,6 +111,19 @@ def test_the_traced_graph_costs_what_the_forward_does_and_what_passes_make_of_it
         assert len(calls) <= len(apart)
 
 
+@pytest.mark.parametrize(("architecture", "method", "rounds"), [("qwen3_moe", "fp8", True), ("gpt_oss", "fp8", False),
+                                                                ("qwen3_moe", "int8", False)])  # fmt: skip
+def test_rows_of_experts_may_be_rounded_in_front_of_e4m3_without_biases(
+    architecture: str, method: str, rounds: bool, tmp_path: Path
+) -> None:
+    tiny_config(architecture).save_pretrained(tmp_path)
+    [model] = build.plan_models(options := options_of(tmp_path, quantization=method))
+    [state] = planned_states(options, [model])
+    _, calls = costs(model.paged_model, model.paged_model, state, prompts(40, 200), 2)
+    experts = [call for call in calls if call.op == "repacked_experts"]
+    assert experts and all(call.narrow == rounds for call in experts)
+
+
 def test_calls_are_those_that_the_passes_left(tmp_path: Path) -> None:
     tiny_config("qwen3").save_pretrained(tmp_path)
     options = options_of(tmp_path)
