@@ -110,6 +110,7 @@ def tile_of(rows: int, out_size: int, size: int, gpu: Gpu = OTHERS_TAKE) -> Tile
 
 
 MAX_SINGLE_ROWS = 4  # above it the tensor cores are worth its padding
+FEWER_ROWS, MANY_WEIGHTS = 2, 12 << 20  # as many rows of weights of so many elements, but where it was measured
 
 # The same for GEMVs, without tensor cores, with what stands around them. Those of up to two rows are cut so
 # that one is fast, the commonest, and two are not slow; None where cuBLAS and kernels of their own for norm and gate are faster.
@@ -135,11 +136,13 @@ GEMV_TABLE: dict[Gpu, dict[tuple[int, int], dict[int, GemvTile | None]]] = {
 def gemv_tile_of(
     rows: int, out_size: int, size: int, gpu: Gpu = OTHERS_TAKE, *, gated: bool = False
 ) -> GemvTile | None:
-    """The GEMV tile of [rows, size] x [out_size, size] without tensor cores; None: more rows, or rows not aligned."""
+    """The GEMV tile of [rows, size] x [out_size, size] without tensor cores; None: more rows than it pays for, or rows not aligned."""
     if rows > MAX_SINGLE_ROWS or size % 8:
         return None
     if (measured := GEMV_TABLE[gpu].get((out_size, size))) is not None:
         return measured[min(limit for limit in measured if limit >= rows)]
+    if rows > FEWER_ROWS and out_size * size >= MANY_WEIGHTS:
+        return None
     wide = size >= 1024
     return GemvTile(1 if gated else 2, 1024 if wide else 512, 4 if wide else 2)
 

@@ -107,3 +107,10 @@ def test_a_norm_and_a_linear(triton_calls, rows: int, gated: bool) -> None:
     )  # fmt: skip
     got, _ = triton_calls.call("pagegraph.kernels.linear.cuda", "norm_linear", *arguments)
     torch.testing.assert_close(got, reference.norm_linear(*arguments), atol=0.4, rtol=2e-2)
+
+
+def test_three_rows_of_a_large_weight_are_left_to_tensor_cores() -> None:
+    """As those of Llama-3-8B, which were measured; of shards of Llama-3-70B, which were not."""
+    assert gemv_tile_of(2, 14336, 8192) and not gemv_tile_of(3, 14336, 8192)
+    assert not gemv_tile_of(4, 28672, 4096)
+    assert gemv_tile_of(4, 2048, 1536)
