@@ -36,6 +36,15 @@ class Routes(NamedTuple):
 
 
 @triton.jit
+def _live_pairs(num_pairs, live_ptr, CHOICES: tl.constexpr, HAS_LIVE: tl.constexpr):
+    """How many of the pairs are of no padding."""
+    live = num_pairs
+    if HAS_LIVE:
+        live = tl.minimum(num_pairs, tl.load(live_ptr) * CHOICES)
+    return live
+
+
+@triton.jit
 def _write_tiles(
     tiles_ptr, expert, first, last, num_slots, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -74,9 +83,7 @@ def route_kernel(
     equal = tl.zeros([BLOCK], tl.int32)
     if PDL:
         wait()
-    live = num_pairs
-    if HAS_LIVE:
-        live = tl.minimum(num_pairs, tl.load(live_ptr) * CHOICES)
+    live = _live_pairs(num_pairs, live_ptr, CHOICES, HAS_LIVE)
     for at in range(0, live, BLOCK):
         ids = tl.load(chosen_ptr + at + lane, mask=at + lane < live, other=EXPERTS).to(tl.int32)
         smaller += ((ids >= 0) & (ids < expert)).to(tl.int32)
@@ -109,9 +116,7 @@ def count_kernel(
     part = tl.program_id(0)
     if PDL:
         wait()
-    live = num_pairs
-    if HAS_LIVE:
-        live = tl.minimum(num_pairs, tl.load(live_ptr) * CHOICES)
+    live = _live_pairs(num_pairs, live_ptr, CHOICES, HAS_LIVE)
     counts = tl.histogram(_chosen_of(chosen_ptr, part * PART + tl.arange(0, PART), live, EXPERTS), BINS)
     expert = tl.arange(0, BINS)
     tl.store(counts_ptr + part * EXPERTS + expert, counts, mask=expert < EXPERTS)
@@ -130,9 +135,7 @@ def order_kernel(
     before = tl.zeros([BINS], tl.int32)
     if PDL:
         wait()
-    live = num_pairs
-    if HAS_LIVE:
-        live = tl.minimum(num_pairs, tl.load(live_ptr) * CHOICES)
+    live = _live_pairs(num_pairs, live_ptr, CHOICES, HAS_LIVE)
     for at in range(0, parts, PARTS_AT_ONCE):
         one = at + tl.arange(0, PARTS_AT_ONCE)
         mask = (one < parts)[:, None] & (expert < EXPERTS)[None, :]

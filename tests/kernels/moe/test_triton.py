@@ -154,16 +154,17 @@ def test_routes(triton_calls, routing: str, live: int | None, constants: dict[st
     assert rows == list(range(pairs))
 
 
-def test_many_pairs_are_sorted_as_few(triton_calls) -> None:
-    """Those of experts that there are, in parts of which the last is not full."""
-    chosen = torch.randint(-1, 10, (333, 3), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("experts", [1, 9, 40])
+def test_many_pairs_are_sorted_as_few(triton_calls, experts: int) -> None:
+    """Those of experts that there are, in parts of which the last is not full: more experts than parts too."""
+    chosen = torch.randint(-1, experts + 1, (333, 3), generator=torch.Generator().manual_seed(0))
     calls = []
     for constants in ({}, {"MANY_PAIRS": 0, "PART": 128, "PAIRS_AT_ONCE": 16}):
         constants = {f"pagegraph.kernels.moe.route.{name}": value for name, value in constants.items()}
         calls.append(
-            triton_calls.call("pagegraph.kernels.moe.route", "route", chosen, 9, 16, None, constants=constants)[0]
+            triton_calls.call("pagegraph.kernels.moe.route", "route", chosen, experts, 16, None, constants=constants)[0]
         )
-    count = int(((chosen >= 0) & (chosen < 9)).sum())
+    count = int(((chosen >= 0) & (chosen < experts)).sum())
     assert torch.equal(calls[0][0][:count], calls[1][0][:count]) and torch.equal(calls[0][1], calls[1][1])
 
 
