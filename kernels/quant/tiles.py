@@ -99,8 +99,10 @@ def takes_8bit_activations(weight: QuantWeight, size: int, dtype: torch.dtype) -
     """Whether this GPU, or the interpreter, multiplies a repacked weight [out_size, size] with rows of `dtype` quantised to 8 bits."""
     kind, has_zero, device = weight.kind, weight.zero is not None, weight.qweight.device
     if kind == "fp8":
-        return dtype == torch.bfloat16 and weight.out_size % SCALED_ROWS == 0 and weight.group >= size and not has_zero
-    if dtype.itemsize != 2 or not has_gemm_8bit(kind, weight.group, size, has_zero):
+        by_rows = weight.group >= size and not has_zero
+        if dtype != torch.bfloat16 or weight.out_size % SCALED_ROWS or not by_rows:
+            return False
+    elif dtype.itemsize != 2 or not has_gemm_8bit(kind, weight.group, size, has_zero):
         return False
     return kind == "int8" or device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 

@@ -63,7 +63,7 @@ def quant_experts(model: nn.Module, round_activations: bool = True, device_type:
         )
     if quantizing:
         log.info(
-            "quantization: steps of more than %d tokens may round activations to 8 bits in front of experts of %d of %d layers; "
+            "quantization: on Hopper GPUs steps of more than %d tokens may round activations to 8 bits in front of experts of %d of %d layers; "
             "round_activations=false keeps them as they are, at less speed",
             MAX_GEMV_TOKENS,
             quantizing,
