@@ -332,7 +332,8 @@ def _check_nodes(config: Config) -> None:
         )
     if config.node_rank >= nodes:
         raise ConfigError(
-            f"node_rank={config.node_rank} is none of nnodes={nodes}: they are counted from 0 to {nodes - 1}"
+            f"node_rank={config.node_rank} is none of nnodes={nodes}: set nnodes to the number of machines, or node_rank to"
+            f" {'0' if nodes == 1 else f'one of 0 to {nodes - 1}'}"
         )
     if config.data_parallel_size > 1:
         raise ConfigError(
@@ -342,6 +343,12 @@ def _check_nodes(config: Config) -> None:
     if config.master_addr is None:
         raise ConfigError(
             f"master_addr is missing: nnodes={nodes} meet at an address of node 0 that the others reach, such as 10.0.0.1"
+        )
+    host, colon, port = config.master_addr.partition(":")
+    if colon and ":" not in port:  # an address of IPv6 has more of them
+        raise ConfigError(
+            f"master_addr={config.master_addr} has a port; set master_addr to {host or '10.0.0.1'}, and master_port to"
+            f" {port or config.master_port}"
         )
 
 

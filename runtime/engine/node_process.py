@@ -12,6 +12,7 @@ import socket
 import subprocess
 import threading
 from contextlib import suppress
+from typing import NoReturn
 
 from pagegraph.runtime.config import Config
 from pagegraph.runtime.engine import links
@@ -20,7 +21,7 @@ from pagegraph.runtime.server.listen import Unserved
 
 log = logging.getLogger("pagegraph.node")
 
-REACH_S = 300.0  # for node 0 to listen
+REACH_S = 300.0  # for node 0 to listen, and then to say what to compute
 END_S = 5.0  # for a rank to end by itself
 
 
@@ -44,17 +45,52 @@ def how_it_ended(rank: int, size: int, status: int, said: list[str] | None) -> s
     return f"rank {rank} of {size} ended with {how}{'' if said is None else f': {said[-1]}'}"
 
 
+class _Stopped(BaseException):
+    """This process got the signal that it names."""
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    for one in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # what follows ends in seconds, and another signal must not cut it short
+        signal.signal(one, signal.SIG_IGN)
+    raise _Stopped(signal.Signals(number).name)
+
+
 def follow_node_0(config: Config) -> int:
-    """Until node 0 ends -> 0. Raises Unserved where it is not there, refuses this node or goes away, and where a rank ends."""
+    """Until node 0 ends, or SIGTERM or Ctrl-C comes -> 0; main thread only.
+
+    Raises Unserved where node 0 is not there, refuses this node or goes away, and where a rank ends.
+    """
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return _follow(config)
+    except _Stopped as stopped:
+        log.info("node %d of %d ends: it got %s", config.node_rank, config.nnodes, stopped)
+        return 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _follow(config: Config) -> int:
     where = f"master_addr={config.master_addr} master_port={config.master_port}"
     assert config.master_addr is not None
+    log.info("waiting up to %g s for node 0 at %s", REACH_S, where)
     try:
         leader = links.reach(config.master_addr, config.master_port, REACH_S)
     except OSError as error:
-        raise Unserved(f"{where}: node 0 does not answer there ({error})") from error
+        raise Unserved(
+            f"{where}: node 0 does not answer there within {REACH_S:g} s ({error}); start it, or name an address of it that is"
+            " reached from here"
+        ) from error
     node = _Node(config, leader)
     try:
         return node.run(where)
+    except _Stopped as stopped:
+        node.tell_stopped(str(stopped))
+        raise
     finally:
         node.end()
 
@@ -71,10 +107,17 @@ class _Node:
     def run(self, where: str) -> int:
         config, size = self._config, self._config.tensor_parallel_size
         links.say(self._leader, "node", str(config.node_rank), str(config.nnodes), str(size))
+        self._leader.settimeout(REACH_S)  # whoever listens there may be another service, that waits too
         first = links.receive(self._leader)
+        self._leader.settimeout(None)
         if first is None or first[0] != "welcome":
-            raise Unserved(f"{where}: {first[1] if first else 'node 0 ended before it said what to compute'}")
+            silent = (
+                f"node 0 ended, or did not say within {REACH_S:g} s what to compute; is it node 0 that listens there?"
+            )
+            raise Unserved(f"{where}: {first[1] if first else silent}")
         _, settings, place, all_graphs = first
+        if settings["model"] != config.model:
+            log.warning("model=%s is node 0's, and counts; this node was given %s", settings["model"], config.model)
         each = size // config.nnodes
         for rank in range(config.node_rank * each, (config.node_rank + 1) * each):
             host = self._leader.getsockname()[0]
@@ -87,7 +130,13 @@ class _Node:
         self._over.wait()
         if self._why is not None:
             raise Unserved(self._why)
+        log.info("node 0 has ended, and so does node %d of %d", config.node_rank, config.nnodes)
         return 0
+
+    def tell_stopped(self, name: str) -> None:
+        """Node 0, that this node got that signal: what ends from now on is no fault of a rank."""
+        self._over.set()
+        self._say("failed", f"it got {name}")
 
     def end(self) -> None:
         """End the ranks, then the connection."""

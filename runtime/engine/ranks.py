@@ -230,7 +230,9 @@ class Followers:
         found: dict[int, _Node] = {}
         deadline = time.monotonic() + START_S
         where = f"master_addr={config.master_addr} master_port={config.master_port}"
-        log.info("waiting for %d other nodes at %s", config.nnodes - 1, where)
+        log.info(
+            "waiting up to %g s for nodes %s of %d at %s", START_S, [*range(1, config.nnodes)], config.nnodes, where
+        )
         while len(found) < config.nnodes - 1:
             listener.settimeout(max(deadline - time.monotonic(), LOOK_S))
             try:

@@ -91,6 +91,8 @@ def main(path: str) -> None:
             )  # fmt: skip
             _tell_of_compilers(config, built, pulse.beat)
     except Exception as error:
+        if isinstance(error, RanksLost):  # the other ranks did not come: it says which, and why
+            _end(Path(path), str(error))
         if isinstance(error, RuntimeError) and followers is not None:
             log.error("the start failed", exc_info=error)
             _end(Path(path), str(followers.lost(error)))

@@ -150,6 +150,41 @@ def test_the_end_of_one_is_the_end_of_both(folder: str, victim: str) -> None:
         assert eventually(lambda: not Path(f"/proc/{rank}").exists(), 20)  # none is left behind
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_node_that_gets_a_signal_ends_well_and_node_0_says_so(
+    folder: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    port = free_port()
+    elsewhere = str(shutil.copytree(folder, tmp_path / "another"))
+    with (
+        node(elsewhere, 2, port) as other,
+        served(Path(folder), kv_cache_memory=8 << 20, **meeting(port, 2)) as server,
+    ):
+        os.kill(other.process.pid, number)
+        status, told = other.ends()
+        assert status == 0, told
+        assert f"node 1 of 2 ends: it got {number.name}" in told
+        assert f"model={folder} is node 0's, and counts; this node was given {elsewhere}" in told
+        assert server.process.wait(60) != 0
+        assert f"node 1 of 2: it got {number.name}" in server.output
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_one_sentence(folder: str) -> None:
+    with links.listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "pagegraph.runtime.cli", "serve", folder, "--device", "cpu", "--port", "0"]
+        command += ["--tensor-parallel-size", "2", "--nnodes", "2"]
+        ended = subprocess.run(
+            [*command, "--master-addr", "127.0.0.1", "--master-port", str(port)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+        )  # fmt: skip
+    assert ended.returncode == 1
+    assert f"Error: master_addr=127.0.0.1 master_port={port}: Address already in use; name an address" in ended.stdout
+    assert "Traceback" not in ended.stdout
+
+
 def answered_by(answer: Callable[[socket.socket], None]) -> int:
     """The port of who answers one node."""
     listener = links.listen("127.0.0.1", 0)
@@ -177,9 +212,13 @@ def test_a_node_that_node_0_does_not_want_or_that_is_left_alone_ends(
         follow_node_0(config)
     assert said == [["node", "1", "2", "2"]]
     config = load_config(folder, {**meeting(answered_by(lambda connection: None), 2), "node_rank": 1}).config
-    with pytest.raises(Unserved, match="node 0 ended before it said what to compute"):
+    with pytest.raises(Unserved, match="node 0 ended, or did not say within 300 s what to compute"):
         follow_node_0(config)
     monkeypatch.setattr(node_process, "REACH_S", 0.3)
+    with links.listen("127.0.0.1", 0) as silent:  # another service, that waits for more
+        config = load_config(folder, {**meeting(silent.getsockname()[1], 2), "node_rank": 1}).config
+        with pytest.raises(Unserved, match="did not say within 0.3 s what to compute; is it node 0 that listens there"):
+            follow_node_0(config)
     config = load_config(folder, {**meeting(free_port(), 2), "node_rank": 1}).config
     with pytest.raises(Unserved, match="node 0 does not answer there"):
         follow_node_0(config)
@@ -209,8 +248,15 @@ def test_nodes_that_do_not_go_together_are_refused_by_name() -> None:
             "tensor_parallel_size=3 ranks .* nnodes=2 .* set it to 2 or 4",
         ),
         (dict(tensor_parallel_size=2, nnodes=2), "master_addr is missing: nnodes=2 meet at an address of node 0"),
-        (dict(tensor_parallel_size=2, nnodes=2, node_rank=2, master_addr="h"), "node_rank=2 is none of nnodes=2"),
-        (dict(node_rank=1), "node_rank=1 is none of nnodes=1"),
+        (
+            dict(tensor_parallel_size=2, nnodes=2, node_rank=2, master_addr="h"),
+            "node_rank=2 is none of nnodes=2: set nnodes .* one of 0 to 1",
+        ),
+        (dict(node_rank=1), "node_rank=1 is none of nnodes=1: set nnodes to the number of machines, or node_rank to 0"),
+        (
+            dict(tensor_parallel_size=2, nnodes=2, master_addr="10.0.0.1:4000"),
+            "master_addr=10.0.0.1:4000 has a port; set master_addr to 10.0.0.1, and master_port to 4000",
+        ),
         (
             dict(tensor_parallel_size=2, nnodes=2, master_addr="h", data_parallel_size=2),
             "data_parallel_size=2 .* set it to 1",
@@ -223,6 +269,7 @@ def test_nodes_that_do_not_go_together_are_refused_by_name() -> None:
     config = load_config("org/m", several, variables).config
     assert (config.node_rank, config.nodes_meet_at) == (1, ("10.0.0.1", 4000))
     assert load_config("org/m", {**several, "node_rank": 0}, variables).config.node_rank == 0  # a flag comes first
+    assert load_config("org/m", {**several, "master_addr": "fd00::1"}, {}).config.nodes_meet_at == ("fd00::1", 29500)
     alone = load_config("org/m", {}, variables)  # a launcher's, which has nothing to do with this
     assert alone.config.nodes_meet_at is None and alone.config.node_rank == 0
     with pytest.raises(ConfigError, match="NODE_RANK: node_rank=x"):
