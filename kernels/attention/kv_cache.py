@@ -19,7 +19,7 @@ FP8_MAX = tl.constexpr(FP8_MAX)
 def stored(x, dtype: tl.constexpr):
     """x in the type of the cache; what lies beyond the largest of e4m3, which has no infinity, becomes it."""
     if dtype == tl.float8e4nv:
-        x = tl.clamp(x.to(tl.float32), -FP8_MAX, FP8_MAX)
+        x = tl.clamp(x.to(tl.float32), -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     return x.to(dtype)
 
 

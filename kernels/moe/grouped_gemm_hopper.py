@@ -36,7 +36,7 @@ from pagegraph.kernels.linear.gated_gemm_hopper import (
     tiles_of,
     wait_for_kernels,
 )
-from pagegraph.kernels.moe.activation import activate
+from pagegraph.kernels.moe.activation import activate, limited
 from pagegraph.kernels.moe.form import Form
 from pagegraph.kernels.moe.quant_stack import QuantStack
 from pagegraph.kernels.moe.route import Routes
@@ -228,8 +228,7 @@ def _consumer(out_ptr, bias_ptr, order_ptr, scales, smem, barriers, steps, size,
                 else:
                     gate, up = acc.reshape([rows, half, 2]).split()
                 if LIMIT > 0:
-                    gate = gl.minimum(gate, LIMIT)
-                    up = gl.minimum(gl.maximum(up, -LIMIT), LIMIT)
+                    gate, up = limited(gate, up, LIMIT)
                 value = (_activated(gate, ACTIVATION, ALPHA) * (up + SHIFT)).to(dtype).reshape([rows, half])
                 _store(out_ptr, order_ptr, value, begin, last, tile_n * half, size, False)
             else:

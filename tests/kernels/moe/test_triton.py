@@ -117,10 +117,12 @@ def test_a_choice_that_is_no_expert_adds_nothing(triton_calls, way: str) -> None
 
 
 @pytest.mark.parametrize("way", BOTH)
-def test_nan_stays_in_its_row(triton_calls, way: str) -> None:
-    given = experts_of(6, 2, 4)
+@pytest.mark.parametrize("form", [Form(), Form(limit=7.0), Form("relu2", gated=False)], ids=str)
+def test_nan_stays_in_its_row(triton_calls, way: str, form: Form) -> None:
+    """Limits let it through, which a GPU's minimum and maximum by themselves would not."""
+    given = experts_of(6, 2, 4, form=form)
     given.x[2] = torch.nan
-    got = run(triton_calls, BOTH[way], given, Form())
+    got = run(triton_calls, BOTH[way], given, form)
     assert got[2].isnan().all() and not got[[0, 1, 3, 4, 5]].isnan().any()
 
 
