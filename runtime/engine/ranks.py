@@ -249,12 +249,7 @@ class Followers:
             node = int(words[1]) if len(words) == 4 and words[1].isdecimal() else 0
             if [*words[:1], *words[2:]] != wanted or node in found or not 0 < node < config.nnodes:
                 with suppress(OSError):
-                    links.send(
-                        connection,
-                        "refused",
-                        f"node 0 has nnodes={config.nnodes} and tensor_parallel_size={self._size}, and waits for each other node once;"
-                        f" this one said {' '.join(words)[:200]}",
-                    )
+                    links.send(connection, "refused", refusal(config.nnodes, self._size, words))
                 connection.close()
                 continue
             connection.settimeout(START_S)
@@ -358,6 +353,18 @@ class Followers:
         self._on_end(self._told[-1])
         if self._group is not None and not self._built:
             self._group.abort()  # lets this rank's call return, whose next one raises
+
+
+def refusal(nnodes: int, size: int, words: list[str]) -> str:
+    """What a node is told that does not go with this one, or has come already. words: by which it said what it is."""
+    if len(words) == 4 and words[0] == "node":
+        said = f"has node_rank={words[1]}, nnodes={words[2]} and tensor_parallel_size={words[3]}"
+    else:
+        said = f"said {' '.join(words)}"
+    return (
+        f"node 0 has nnodes={nnodes} and tensor_parallel_size={size}, and waits for each node_rank from 1 to {nnodes - 1} once; this"
+        f" one {said[:200]}"
+    )
 
 
 def _store_on(address: str) -> tuple[Store, str]:

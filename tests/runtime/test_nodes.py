@@ -19,6 +19,7 @@ import pytest
 from pagegraph.runtime.config import ConfigError, load_config
 from pagegraph.runtime.engine import links, node_process
 from pagegraph.runtime.engine.node_process import follow_node_0
+from pagegraph.runtime.engine.ranks import refusal
 from pagegraph.runtime.llm import LLM
 from pagegraph.runtime.sampling_params import SamplingParams
 from pagegraph.runtime.server.listen import Unserved
@@ -222,6 +223,15 @@ def test_a_node_that_node_0_does_not_want_or_that_is_left_alone_ends(
     config = load_config(folder, {**meeting(free_port(), 2), "node_rank": 1}).config
     with pytest.raises(Unserved, match="node 0 does not answer there"):
         follow_node_0(config)
+
+
+def test_a_node_that_does_not_go_with_node_0_is_told_what_both_have() -> None:
+    told = refusal(2, 4, ["node", "1", "2", "8"])
+    assert told.startswith(
+        "node 0 has nnodes=2 and tensor_parallel_size=4, and waits for each node_rank from 1 to 1 once"
+    )
+    assert told.endswith("this one has node_rank=1, nnodes=2 and tensor_parallel_size=8")
+    assert refusal(2, 4, ["hello"]).endswith("this one said hello")
 
 
 def test_the_offline_api_is_node_0(folder: str) -> None:
