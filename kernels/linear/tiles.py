@@ -103,10 +103,11 @@ def tile_of(rows: int, out_size: int, size: int, gpu: Gpu = OTHERS_TAKE) -> Tile
         return measured[min(limit for limit in measured if limit >= rows)]
     if rows > 16 or size % 64:
         return None
-    block_n = 32 if out_size >= 4096 else 16
+    many = out_size >= 4096
+    block_n, block_k = (64, 128) if many else (16, 256)
     wanted = max(1, 264 // -(-out_size // block_n))
     split = min(8, 1 << wanted.bit_length() - 1, max(1, size // 256))
-    return Tile(block_n, 256 if size % 256 == 0 else 64, split, 4, 4)
+    return Tile(block_n, block_k if size % block_k == 0 else 64, split, 4, 5 if many else 4)
 
 
 MAX_SINGLE_ROWS = 4  # above it the tensor cores are worth its padding
