@@ -43,7 +43,9 @@ def test_ranks_measure_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(build, "cuda_available", lambda share, step, graphs, device: 1 << 20)
     measured: list[object] = []
     monkeypatch.setattr(build, "_profiles", lambda *given: measured.append(given) or PROFILES[:1])
-    model: Any = SimpleNamespace(slot_bytes=0, max_model_len=16, num_slots=lambda options: 5)
+    model: Any = SimpleNamespace(
+        slot_bytes=0, max_model_len=16, num_slots=lambda options: 5, draft_bytes=lambda options: 0
+    )
     model.state = lambda *given, **named: SimpleNamespace(caches=SimpleNamespace(block_bytes=1 << 10))
     step = StepOptions(max_num_seqs=4, max_decode_tokens=4, max_num_batched_tokens=8)
     options = CompilerOptions(
