@@ -49,7 +49,8 @@ def sequences(
             most = most_drafts(draft_rows)
             while own_end - begin == 1 and at < len(owners) and owners[at] == slot and bounds[at + 1] - end == 1:
                 end, at = end + 1, at + 1
-            assert end - own_end <= most, f"{end - own_end} draft tokens in a slot that has room for {most}"
+            if end - own_end > most:
+                raise ValueError(f"{end - own_end} draft tokens in a slot that has room for {most}")
             accepted = min(max(before - int(state_lens[slot]), 0), most) if before else 0
         yield Sequence(slot, slice(begin, end), end - own_end, before, accepted)
 
