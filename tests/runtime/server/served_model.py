@@ -52,6 +52,23 @@ def tiny_model(folder: Path, tokenizer_folder: Path) -> Path:
     return folder
 
 
+def ask(
+    port: int, method: str, path: str, content: str | bytes | None, headers: dict[str, str]
+) -> http.client.HTTPResponse:
+    """The answer, whose body is still to be read; closing it closes the connection."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request(method, path, content, {"Content-Type": "application/json"} | headers)
+    answer = connection.getresponse()
+    closes = answer.close
+
+    def close() -> None:
+        closes()
+        connection.close()
+
+    answer.close = close
+    return answer
+
+
 class ServedModel:
     """One server; keyword arguments are keys of its configuration."""
 
@@ -120,18 +137,8 @@ class ServedModel:
 
     def post(self, path: str, key: str | None = None, **body: Any) -> http.client.HTTPResponse:
         """The answer, whose body is still to be read; closing it closes the connection."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-        headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
-        connection.request("POST", path, json.dumps({"model": "m"} | body), headers)
-        answer = connection.getresponse()
-        closes = answer.close
-
-        def close() -> None:
-            closes()
-            connection.close()
-
-        answer.close = close
-        return answer
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return ask(self.port, "POST", path, json.dumps({"model": "m"} | body), headers)
 
     def complete(self, **body: Any) -> http.client.HTTPResponse:
         return self.post("/v1/completions", **{"prompt": "hello", "ignore_eos": True, "temperature": 0} | body)

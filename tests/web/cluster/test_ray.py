@@ -21,7 +21,7 @@ import psutil
 import pytest
 from openai import APIError, OpenAI
 
-from tests.runtime.server.served_model import first_event, tiny_model
+from tests.runtime.server.served_model import ask, first_event, tiny_model
 from tests.web.web_process import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -54,19 +54,8 @@ class Cluster:
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
         """The answer, whose body is still to be read; closing it closes the connection."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         content = None if body is None else body if isinstance(body, bytes) else json.dumps({"model": "m"} | body)
-        names = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method, path, content, {"Content-Type": "application/json"} | names)
-        answer = connection.getresponse()
-        closes = answer.close
-
-        def close() -> None:
-            closes()
-            connection.close()
-
-        answer.close = close
-        return answer
+        return ask(self.port, method, path, content, {name.replace("_", "-"): value for name, value in headers.items()})
 
     def json(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
         with contextlib.closing(self.ask(method, path, body, **headers)) as answer:
