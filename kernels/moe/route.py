@@ -45,6 +45,13 @@ def _live_pairs(num_pairs, live_ptr, CHOICES: tl.constexpr, HAS_LIVE: tl.constex
 
 
 @triton.jit
+def _chosen_of(chosen_ptr, pair, live, EXPERTS: tl.constexpr):
+    """The experts of pairs; EXPERTS where that is none, or a pair is of padding."""
+    ids = tl.load(chosen_ptr + pair, mask=pair < live, other=EXPERTS).to(tl.int32)
+    return tl.where((ids >= 0) & (ids < EXPERTS), ids, EXPERTS)
+
+
+@triton.jit
 def _write_tiles(
     tiles_ptr, expert, first, last, num_slots, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -85,26 +92,19 @@ def route_kernel(
         wait()
     live = _live_pairs(num_pairs, live_ptr, CHOICES, HAS_LIVE)
     for at in range(0, live, BLOCK):
-        ids = tl.load(chosen_ptr + at + lane, mask=at + lane < live, other=EXPERTS).to(tl.int32)
-        smaller += ((ids >= 0) & (ids < expert)).to(tl.int32)
+        ids = _chosen_of(chosen_ptr, at + lane, live, EXPERTS)
+        smaller += (ids < expert).to(tl.int32)
         equal += (ids == expert).to(tl.int32)
     first = tl.sum(smaller, 0)
     last = first + tl.sum(equal, 0)
     _write_tiles(tiles_ptr, expert, first, last, num_slots, EXPERTS, BLOCK_M, BLOCK)
     row = first
     for at in range(0, live, BLOCK):
-        ids = tl.load(chosen_ptr + at + lane, mask=at + lane < live, other=EXPERTS).to(tl.int32)
+        ids = _chosen_of(chosen_ptr, at + lane, live, EXPERTS)
         mine = (ids == expert).to(tl.int32)
         rank = tl.cumsum(mine, 0) - mine
         tl.store(order_ptr + row + rank, at + lane, mask=mine != 0)
         row += tl.sum(mine, 0)
-
-
-@triton.jit
-def _chosen_of(chosen_ptr, pair, live, EXPERTS: tl.constexpr):
-    """The experts of pairs; EXPERTS where that is none, or a pair is of padding."""
-    ids = tl.load(chosen_ptr + pair, mask=pair < live, other=EXPERTS).to(tl.int32)
-    return tl.where((ids >= 0) & (ids < EXPERTS), ids, EXPERTS)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
