@@ -118,7 +118,7 @@ class Mixture:
         return 3 * self.hidden * self.inner
 
     def grouped(self, tokens: int, tiles: Iterable[tuple[int, ...]]) -> Iterator[tuple[str, GroupedTiles]]:
-        """Those of the tiles, as below, whose rows suit so many tokens."""
+        """Those of the tiles, as above, whose rows suit so many tokens."""
         mean = -(-tokens * self.choices // self.experts)
         for block_m, programs, *tile in tiles:
             if block_m <= max(16, mean) and 8 * block_m >= mean:

@@ -1,6 +1,6 @@
 """Grouped products of experts for Hopper: against the reference first, then beside those in Triton. A process of its own.
 
-    python -m perf.gpu.experts_hopper e4m3    # by e4m3, rows rounded too, beside those that widen weights; else 16 bits
+    python -m perf.gpu.experts_hopper e4m3    # by e4m3, rows rounded too, beside those that dequantise weights; else 16 bits
 
 So a kernel that never ends, or that reads where nothing is, ends that process and none of the section's other rows. The process
 prints a line of JSON for each finding, `run` hands them to the report. Knows which mixtures there are from `perf.gpu.expert_layers`.
