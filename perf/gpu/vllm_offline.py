@@ -1,13 +1,15 @@
 """vLLM on the work that `perf.gpu.engine_steps.engine` gives our engine: one JSON line a case.
 
 Runs where vLLM is installed, in an environment of its own, where pagegraph is not: the folder of the work is found by this
-file's place. Random weights, greedy, EOS ignored, exact output lengths. Knows vLLM by its public `LLM`.
+file's place. Random weights, greedy, EOS ignored, exact output lengths. Recurrent states are float32, as ours are. Knows vLLM by
+its public `LLM`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +19,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from perf import workloads
 
 MAX_NUM_SEQS = 256
+
+
+def spread(model: object) -> None:
+    """Larger embeddings, norms of one and larger routers, in place, in each of vLLM's workers.
+
+    vLLM draws every dummy weight within 0.001 and from one seed, so that a sequence repeats two tokens and every layer of a
+    mixture chooses the same experts for them: its rate then tells nothing about tokens that differ, as a text's do.
+    """
+    import torch
+
+    torch.manual_seed(0)  # the same on every worker
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "embed_tokens" in name or name.endswith("embeddings.weight"):
+                weight.normal_()
+            elif weight.ndim == 1 and "norm" in name:
+                weight.fill_(1)
+            elif name.endswith((".gate.weight", ".router.weight")) and weight.dtype.itemsize > 1:
+                weight.normal_(std=weight.shape[1] ** -0.5)
 
 
 def main() -> None:
@@ -34,6 +55,7 @@ def main() -> None:
     args = p.parse_args()
     vocab_size = json.loads(Path(args.model, "config.json").read_text())["vocab_size"]
     begin = time.perf_counter()
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `spread` travels to its workers
 
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
@@ -42,8 +64,10 @@ def main() -> None:
         model=args.model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", seed=0, quantization=args.quantization,
         max_model_len=args.max_model_len, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=args.prefix_caching,
         tensor_parallel_size=args.tensor_parallel_size, enable_expert_parallel=args.expert_parallel,
+        mamba_ssm_cache_dtype="float32",
         additional_config={"gdn_prefill_backend": "triton"},  # its own choice is FlashInfer's, which its kit has not
     )  # fmt: skip
+    llm.apply_model(spread)
 
     def emit(**row: object) -> None:
         with open(args.out, "a") as out:
