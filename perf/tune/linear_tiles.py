@@ -31,9 +31,12 @@ SHAPES = {  # (N, K) by model
     "0.6b": [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024)],
     "8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)],
     "30b-a3b-24l": [(5120, 2048), (2048, 4096), (128, 2048), (151936, 2048)],
+    "qwen3-next-12l": [(12288, 2048), (9216, 2048), (64, 2048), (512, 2048), (2048, 512)],
+    "gpt-oss-20b": [(5120, 2880), (2880, 4096), (32, 2880), (201088, 2880)],
+    "nemotron-h-8b": [(18560, 4096), (4096, 8192), (21504, 4096), (4096, 21504), (131072, 4096)],
 }
 # Products of normalised rows.
-NORMED = {(4096, 1024), (6144, 1024), (6144, 4096), (28672, 4096), (5120, 2048), (128, 2048)}
+NORMED = {(4096, 1024), (6144, 1024), (6144, 4096), (28672, 4096), (5120, 2048), (128, 2048), (5120, 2880), (32, 2880)}
 GATED = {(6144, 1024), (28672, 4096)}  # whose halves are gate and up
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 L2_BYTES = 300 << 20  # several times the cache
@@ -51,12 +54,8 @@ def candidates(out_size: int, size: int, block_t: int) -> list[Tile]:
         tiles = -(-out_size // block_n)
         for split in (1, 2, 4, 8, 16):
             steps = size // (split * block_k)
-            if (
-                steps >= 2
-                and size % (split * block_k) == 0
-                and (split == 1 or tiles * split <= 1056)
-                and tiles * split >= 96
-            ):
+            enough = min(96, out_size * size >> 13)  # programs, of a weight that has so many
+            if steps >= 2 and (split == 1 or tiles * split <= 1056) and tiles * split >= enough:
                 found.append(Tile(block_n, block_k, split, warps, min(stages, max(2, steps))))
     return found
 
