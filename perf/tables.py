@@ -23,16 +23,19 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "perf" / "README.md")
 
-SHAPES = {"0.6b": "Qwen3-0.6B", "8b": "Llama-3-8B", "8b-128k": "Llama-3-8B, 128k"}
+SHAPES = {
+    "0.6b": "Qwen3-0.6B", "8b": "Llama-3-8B", "8b-128k": "Llama-3-8B, 128k", "30b-a3b-24l": "Qwen3-30B-A3B of 24 layers",
+    "gpt-oss-20b": "GPT-OSS-20B, MXFP4", "qwen3-next-12l": "Qwen3-Next of 12 layers", "nemotron-h-8b": "Nemotron-H-8B",
+}  # fmt: skip
 METHODS = (None, "fp8", "int8", "int4")
 JOBS = {
     "throughput": "1000 x (128 in, 256 out)", "sharegpt": "1000 of mixed lengths", "latency": "one stream",
-    "batch32": "32 x (512 in, 256 out)", "prefill": "64 prompts of 4096", "prefix": "256 x (500 shared + 100 in, 16 out)",
+    "batch8": "8 x (512 in, 256 out)", "batch32": "32 x (512 in, 256 out)", "prefill": "64 prompts of 4096", "prefix": "256 x (500 shared + 100 in, 16 out)",
     "prefill_1x100k": "a prompt of 100,000", "prefill_8x32k": "8 prompts of 32,000",
     "decode_8x32k": "8 x (32,000 cached, 128 out)", "conversations": "32 conversations of 6 turns",
     "mixed": "400 of 50 to 3000 in, 20 to 500 out",
 }  # fmt: skip
-REQUESTS = dict(throughput=1000, sharegpt=1000, latency=1, batch32=32, prefill=64, prefix=256, prefill_1x100k=1,
+REQUESTS = dict(throughput=1000, sharegpt=1000, latency=1, batch8=8, batch32=32, prefill=64, prefix=256, prefill_1x100k=1,
                 prefill_8x32k=8, decode_8x32k=8, conversations=192, mixed=400)  # fmt: skip  # of a whole job
 # Jobs that the top README shows, and the runs that its columns take them from: the first that has the job.
 OVERVIEW = ("throughput", "latency", "batch32", "prefill", "prefill_1x100k", "decode_8x32k", "conversations", "mixed")
@@ -42,9 +45,10 @@ Rows = dict[tuple, dict]
 
 
 class Results:
-    """Rows of several files by what they are of. Jobs that ran scaled down are left out."""
+    """Rows of several files by what they are of. Jobs that ran scaled down are left out unless `scaled`."""
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], scaled: bool = False) -> None:
+        self.scaled = scaled
         # A model is a shape, and behind it the method by which its weights were quantised: "8b fp8".
         self.jobs: Rows = {}  # (model, case, caching)
         self.peers: Rows = {}  # (peer, model, case, caching)
@@ -61,7 +65,7 @@ class Results:
         if section["section"] == "serve" and "served_over_offline" in section.get("facts", {}):
             self.served[model,] = {**section["facts"], **{row["way"]: row for row in section["rows"]}}
         for row in section["rows"]:
-            if section["section"] == "engine" and row["requests"] == REQUESTS[row["case"]]:
+            if section["section"] == "engine" and (self.scaled or row["requests"] == REQUESTS[row["case"]]):
                 job = named(model, row), row["case"], row["caching"]
                 self.jobs[job] = row
                 self.peers = {key: theirs for key, theirs in self.peers.items() if key[1:] != job}
@@ -108,8 +112,9 @@ def rate(row: dict, case: str) -> str:
     return f"{row['total_tok_s']:,.0f} in + out" if case.startswith("prefill") else f"{row['out_tok_s']:,.0f}"
 
 
-def job_name(case: str, caching: bool) -> str:
-    return JOBS[case] + (", prefix cached" if caching else "")
+def job_name(case: str, caching: bool, requests: int) -> str:
+    name = JOBS[case] if requests == REQUESTS[case] else JOBS[case].replace(f"{REQUESTS[case]}", f"{requests}", 1)
+    return name + (", prefix cached" if caching else "")
 
 
 def overview(results: Results) -> Iterator[str]:
@@ -123,7 +128,7 @@ def overview(results: Results) -> Iterator[str]:
                 return f"{speed} tok/s" + (f", {ratio} x vLLM" if ratio else "")
         return ""
 
-    rows = ([job_name(case, False), *(cell(case, runs) for runs in COLUMNS.values())] for case in OVERVIEW)
+    rows = ([JOBS[case], *(cell(case, runs) for runs in COLUMNS.values())] for case in OVERVIEW)
     return table("job | " + " | ".join(COLUMNS), (row for row in rows if any(row[1:])))
 
 
@@ -137,7 +142,7 @@ def jobs(results: Results) -> Iterator[str]:
     for model, case, caching in results.kinds():
         mine, row = results.job(model, case, caching)
         cells = [
-            f"{title(model)}, {job_name(case, caching)}",
+            f"{title(model)}, {job_name(case, caching, row['requests'])}",
             mine,
             f"{row['ratio']:.2f}",
             *results.over("vllm", model, case, caching),
@@ -435,7 +440,7 @@ def prompt_graphs() -> Iterator[str]:
     return table(
         "Qwen3-0.6B | prompt steps launched by the host, s | replayed as graphs, s",
         (
-            [job_name(case, caching), *(f"{jobs[model, case, caching]['wall_s']:.3f}" for jobs in found)]
+            [job_name(case, caching, found[0][model, case, caching]['requests']), *(f"{jobs[model, case, caching]['wall_s']:.3f}" for jobs in found)]
             for model, case, caching in found[0]
             if all((model, case, caching) in jobs for jobs in found)
         ),
@@ -468,8 +473,15 @@ def abuse() -> Iterator[str]:
     return table("tried with | how much | found", rows)
 
 
-def stored(*names: str) -> Results:
-    return Results(RESULTS / f"h200-{name}.json" for name in names)
+def stored(*names: str, scaled: bool = False) -> Results:
+    return Results((RESULTS / f"h200-{name}.json" for name in names), scaled)
+
+
+def mixtures_and_hybrids() -> Results:
+    return stored(
+        "2026-12-01-qwen3-30b-a3b-24l-vllm", "2026-12-01-qwen3-30b-a3b-24l-fp8-vllm", "2026-12-01-gpt-oss-20b",
+        "2026-12-01-nemotron-h-8b-vllm", scaled=True,
+    )  # fmt: skip
 
 
 def quoted() -> Results:
@@ -500,6 +512,8 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "overview": lambda: overview(quoted()),
     "jobs": lambda: jobs(quoted()),
     "steps": lambda: steps(stored("2026-11-29-steps-and-jobs")),
+    "other jobs": lambda: jobs(mixtures_and_hybrids()),
+    "other steps": lambda: steps(mixtures_and_hybrids()),
     "loads": lambda: loads(stored("2026-11-29-llama3-8b-open-loop-3-times")),
     "served": lambda: served(stored("2026-11-24-qwen3-0.6b-served")),
     "prompt graphs": prompt_graphs, "memory": memory, "start": lambda: starts(stored("2026-11-29-llama3-8b-startup-answers")), "parity": parity,
