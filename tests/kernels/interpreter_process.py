@@ -7,6 +7,7 @@ so it is kept out of the process of the tests. Run as a script it serves calls; 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import pickle
@@ -102,8 +103,60 @@ def round_as_devices() -> None:
     interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 
 
+def spare_repeated_work() -> None:
+    """What the interpreter spends most of its time on, done once or not at all: for every call of a function it patches Triton's
+    language anew, for every operation it makes its table of types, and for every sum of integers it computes in 64 bits whether it
+    overflows, for an assertion that it then leaves out.
+    """
+    from triton.runtime import interpreter
+
+    plain_patch, patched = interpreter._patch_lang, set()
+
+    def patch_lang(function: Any) -> Any:
+        if function not in patched:
+            plain_patch(function)
+            patched.add(function)
+        return interpreter._LangPatchScope()  # of which nothing is undone
+
+    plain_type, types = interpreter._get_np_dtype, {}
+
+    def get_np_dtype(dtype: Any) -> Any:
+        if dtype.name not in types:
+            types[dtype.name] = plain_type(dtype)
+        return types[dtype.name]
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_lang, get_np_dtype
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def keep_types() -> None:
+    """A type of blocks, and what a tensor has of its type, are worked out at the first of their name: there are few, of very many values."""
+    from triton.language import core
+
+    plain_block, plain_tensor, blocks, tensors = core.block_type.__init__, core.tensor.__init__, {}, {}
+
+    def block(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = [size.value if isinstance(size, core.constexpr) else size for size in shape]
+        key = (element_ty.name, *sizes)
+        if key not in blocks:
+            plain_block(self, element_ty, shape)
+            blocks[key] = vars(self).copy()
+        vars(self).update(blocks[key])
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in tensors:
+            plain_tensor(self, handle, type)
+            tensors[type.name] = vars(self).copy()
+        vars(self).update(tensors[type.name], handle=handle, type=type)
+
+    core.block_type.__init__, core.tensor.__init__ = block, tensor
+
+
 def serve() -> None:
     """Answer calls until the input ends."""
+    spare_repeated_work()
+    keep_types()
     widen_products()
     round_as_devices()
     answers = os.fdopen(os.dup(1), "wb")
