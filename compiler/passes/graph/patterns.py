@@ -59,7 +59,7 @@ def normed_of(rows: Node) -> Normed | None:
     source, *others = (one.meta["example_value"].dtype for one in (wide.args[0], weight, rows))
     if others != [torch.float32 if once else source, source]:
         return None
-    return Normed(wide.args[0], weight, shifted.args[1])
+    return Normed(uncast(wide.args[0]), weight, shifted.args[1])
 
 
 def gated_of(node: Node) -> Node | None:
@@ -108,6 +108,16 @@ def is_narrowing(node: Any) -> bool:
     return (
         isinstance(node, Node) and node.target == "to" and len(node.args) == 2 and isinstance(node.args[1], torch.dtype)
     )
+
+
+def uncast(node: Node) -> Node:
+    """What `node` is a cast of to the dtype that it has already, which some models ask for in case."""
+    while isinstance(node, Node) and node.op == "call_method" and node.target == "to":
+        source = node.args[0]
+        if node.args[1:] or set(node.kwargs) != {"dtype"} or node.kwargs["dtype"] != source.meta["example_value"].dtype:
+            break
+        node = source
+    return node
 
 
 def shape(node: Node) -> torch.Size:

@@ -13,6 +13,7 @@ from tests.compiler.model.test_paged import MIXED, check_compiled, paged_copy, r
 
 # (add_rms_norm, rms_norm, silu_mul) of a model of four layers
 FOUND = {
+    "nemotron_h": (4, 1, 0),
     "llama": (8, 1, 4),
     "qwen3": (8, 1, 4),
     "qwen2": (8, 1, 4),
@@ -21,7 +22,7 @@ FOUND = {
     "gemma2": (0, 0, 0),
     "gpt2": (0, 0, 0),
 }
-OFTEN = {"llama", "qwen3", "olmo2", "gemma2", "glm4", "deepseek_v3"}
+OFTEN = {"llama", "qwen3", "olmo2", "gemma2", "glm4", "deepseek_v3", "nemotron_h"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in ARCHITECTURES])
