@@ -16,6 +16,7 @@ from pagegraph.kernels.state.drafts import draft_arguments, group_at, kept_row
 
 BLOCK_T = 16
 BLOCK_C = 128
+SEQUENCE_BLOCK_C = 512  # of a program that takes a sequence: several channels a thread, as loads of few bytes wait alone
 NUM_WARPS = 4
 
 
@@ -40,7 +41,7 @@ def _row(
 def sequences_kernel(
     out_ptr, x_ptr, weight_ptr, bias_ptr, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr, x_stride,
     drafts_ptr, state_lens_ptr, num_draft_slots,
-    C: tl.constexpr, HISTORY: tl.constexpr, SILU: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, HISTORY: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_C: tl.constexpr,
     RING: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -53,6 +54,11 @@ def sequences_kernel(
     )  # fmt: skip
     if end > begin:
         if COMPUTE:
+            tap_of = tl.arange(0, TAPS)[None, :]
+            at_weights = weight_ptr + column[:, None] * (HISTORY + 1) + tap_of
+            # A mask that differs from tap to tap would load them one by one.
+            there = mask[:, None] if TAPS == HISTORY + 1 else mask[:, None] & (tap_of <= HISTORY)
+            weights = tl.load(at_weights, mask=there, other=0.0).to(tl.float32)
             for done in range(end - begin):
                 at = begin + done
                 total = tl.zeros([BLOCK_C], tl.float32)
@@ -61,8 +67,7 @@ def sequences_kernel(
                         x_ptr, states_ptr, drafts_ptr, at - HISTORY + tap, begin, slot, before, accepted, column, x_stride,
                         HISTORY, C, RING, mask,
                     )  # fmt: skip
-                    weight = tl.load(weight_ptr + column * (HISTORY + 1) + tap, mask=mask, other=0.0)
-                    total += row.to(tl.float32) * weight.to(tl.float32)
+                    total += row.to(tl.float32) * tl.sum(tl.where(tap_of == tap, weights, 0.0), 1)
                 if bias_ptr is not None:
                     total += tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
                 if SILU:
@@ -150,8 +155,9 @@ def causal_conv(
     given = out, x, weight.contiguous(), bias, states, slots, query_start, seq_lens, x.stride(0)
     sizes = dict(C=channels, HISTORY=states.shape[1], SILU=silu, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS)
     sizes |= draft_arguments(draft_rows, state_lens) | dependent(x.device)
-    blocks = triton.cdiv(channels, BLOCK_C)
     if not one_by_one:
+        blocks = triton.cdiv(channels, BLOCK_C)
         tokens_kernel[(triton.cdiv(tokens, BLOCK_T), blocks)](*given, num_seqs=len(slots), BLOCK_T=BLOCK_T, **sizes)
-    sequences_kernel[(len(slots), blocks)](*given, COMPUTE=one_by_one, **sizes)
+    sizes |= dict(BLOCK_C=SEQUENCE_BLOCK_C, TAPS=triton.next_power_of_2(weight.shape[1]))
+    sequences_kernel[(len(slots), triton.cdiv(channels, SEQUENCE_BLOCK_C))](*given, COMPUTE=one_by_one, **sizes)
     return out
