@@ -16,7 +16,9 @@ from pagegraph.kernels.state.drafts import draft_arguments, group_at, kept_row
 
 BLOCK_T = 16
 BLOCK_C = 128
-SEQUENCE_BLOCK_C = 512  # of a program that takes a sequence: several channels a thread, as loads of few bytes wait alone
+SEQUENCE_BLOCK_C = (
+    512  # of a program that takes a sequence: several channels a thread, as loads of few bytes wait alone
+)
 NUM_WARPS = 4
 
 
