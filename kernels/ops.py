@@ -82,8 +82,8 @@ Each is one recurrence over a sequence's rows t:
 the last rows that there were -> [T, C], y_t = sum over j of weight[:, j] * x_(t - K + 1 + j), after that silu if it is set.
 
 `pagegraph::gated_delta` is a delta rule whose state S float32 [slots, H, D, Dv] decays: S = exp(decay_t) * S; S += key_t outer
-(beta_t * (value_t - key_t S)); y_t = query_t S / sqrt(D). query, key [T, H, D]; value [T, H, Dv]; decay [T, H], or [T, H, D] for each row of
-S; beta [T, H] -> [T, H, Dv] in value's dtype. normalize: of query and key their unit vectors.
+(beta_t * (value_t - key_t S)); y_t = query_t S / sqrt(D). query, key [T, G, D], of H / G heads each; value [T, H, Dv]; decay [T, H], or [T, H, D]
+for each row of S; beta [T, H] -> [T, H, Dv] in value's dtype. normalize: of query and key their unit vectors. draft_rows have keys of H heads.
 
 `pagegraph::selective_scan` is a state space model with state S float32 [slots, H, P, N]: S = exp(dt_t * A) * S + dt_t * x_t outer B_t;
 y_t = S C_t. x [T, H, P]; dt float32 [T, H]; A float32 [H], or [H, N]; B, C [T, G, N], of H / G heads each -> float32 [T, H, P].

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pagegraph.kernels.state.reference import accepted_inputs, keep_drafts, sequences, unit
+from pagegraph.kernels.state.reference import accepted_inputs, keep_drafts, of_each_head, sequences, unit
 
 CHUNK = 64  # tokens
 # With a decay for each channel, or each element of the state, a chunk has a tensor of that many times its tokens.
@@ -55,6 +55,7 @@ def gated_delta(
     state_lens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
+    query, key = (of_each_head(one, value.shape[1]) for one in (query, key))
     out, inputs = value.new_zeros(value.shape), (key, value, decay, beta)
     step = states, slots, query_start, seq_lens, draft_rows, state_lens
     for state, given, rows in _chunks(*step, inputs, CHUNK if decay.dim() == 2 else SMALL_CHUNK):

@@ -36,12 +36,13 @@ def gated_delta_kernel(
     out_ptr, query_ptr, key_ptr, value_ptr, decay_ptr, beta_ptr, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr,
     query_stride, key_stride, value_stride, query_heads, key_heads, value_heads, decay_stride, beta_stride, scale, num_rows,
     drafts_ptr, state_lens_ptr, num_draft_slots,
-    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, VECTOR: tl.constexpr, NORMALIZE: tl.constexpr,
+    H: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, VECTOR: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, RING: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         wait()
     sequence, head = tl.program_id(0), tl.program_id(1)
+    key_head = head // SHARE
     row = tl.arange(0, BLOCK_D)
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     begin, own_end, end, slot, before, accepted = group_at(
@@ -69,8 +70,8 @@ def gated_delta_kernel(
             end = tl.where(few, end, begin)
         for done in range(end - begin):
             token = begin.to(tl.int64) + done
-            query = tl.load(query_ptr + token * query_stride + head * query_heads + row, mask=row < D, other=0.0)
-            key = tl.load(key_ptr + token * key_stride + head * key_heads + row, mask=row < D, other=0.0)
+            query = tl.load(query_ptr + token * query_stride + key_head * query_heads + row, mask=row < D, other=0.0)
+            key = tl.load(key_ptr + token * key_stride + key_head * key_heads + row, mask=row < D, other=0.0)
             value = tl.load(value_ptr + token * value_stride + head * value_heads + column, mask=column < DV, other=0.0)
             beta = tl.load(beta_ptr + token * beta_stride + head)
             query = query.to(tl.float32)
@@ -118,6 +119,6 @@ def gated_delta_rows(
         out, query, key, value, decay, beta, states, slots, query_start, seq_lens,
         query.stride(0), key.stride(0), value.stride(0), query.stride(1), key.stride(1), value.stride(1),
         decay.stride(0), beta.stride(0), width**-0.5, num_rows,
-        H=heads, D=width, DV=size, VECTOR=decay.dim() == 3, NORMALIZE=normalize, BLOCK_D=block_d, BLOCK_V=block_v,
+        H=heads, SHARE=heads // key.shape[1], D=width, DV=size, VECTOR=decay.dim() == 3, NORMALIZE=normalize, BLOCK_D=block_d, BLOCK_V=block_v,
         num_warps=NUM_WARPS, **draft_arguments(draft_rows, state_lens), **dependent(value.device),
     )  # fmt: skip

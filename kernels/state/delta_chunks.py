@@ -56,13 +56,14 @@ def _scales(x, NORMALIZE: tl.constexpr):
 def delta_pairs_kernel(
     met_ptr, seen_ptr, query_ptr, key_ptr, decay_ptr, beta_ptr, query_start_ptr, num_seqs,
     query_stride, key_stride, query_heads, key_heads, beta_stride, scale,
-    H: tl.constexpr, D: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, SUB: tl.constexpr, FEW: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """B and P of SUB rows of a chunk, with a decay for each channel."""
     if PDL:
         wait()
     head = tl.program_id(1)
+    key_head = head // SHARE
     block = tl.program_id(0) % (CHUNK // SUB)
     begin, end, chunk = chunk_at(tl.program_id(0) // (CHUNK // SUB), query_start_ptr, num_seqs, CHUNK)
     first = chunk + block * SUB
@@ -73,7 +74,7 @@ def delta_pairs_kernel(
         other = tl.arange(0, CHUNK)
         mask = (other < block * SUB)[:, None] & (feature < D)[None, :]
         of_chunk = chunk.to(tl.int64)
-        places = key_ptr + of_chunk * key_stride + head * key_heads + other[:, None] * key_stride + feature[None, :]
+        places = key_ptr + of_chunk * key_stride + key_head * key_heads + other[:, None] * key_stride + feature[None, :]
         keys = tl.load(places, mask=mask, other=0.0).to(tl.float32)
         places = decay_ptr + (of_chunk * H + head) * D + other[:, None] * (H * D) + feature[None, :]
         decays = tl.load(places, mask=mask, other=0.0).to(tl.float32)
@@ -84,8 +85,8 @@ def delta_pairs_kernel(
         row = tl.arange(0, SUB)
         mask = (first + row < end)[:, None] & (feature < D)[None, :]
         of_block = first.to(tl.int64)
-        query_base = query_ptr + of_block * query_stride + head * query_heads + feature
-        key_base = key_ptr + of_block * key_stride + head * key_heads + feature
+        query_base = query_ptr + of_block * query_stride + key_head * query_heads + feature
+        key_base = key_ptr + of_block * key_stride + key_head * key_heads + feature
         decay_base = decay_ptr + (of_block * H + head) * D + feature
         query = tl.load(query_base[None, :] + row[:, None] * query_stride, mask=mask, other=0.0).to(tl.float32)
         key = tl.load(key_base[None, :] + row[:, None] * key_stride, mask=mask, other=0.0).to(tl.float32)
@@ -144,7 +145,7 @@ def delta_chunks_kernel(
     changes_ptr, reads_ptr, met_ptr, seen_ptr, queries_ptr, keys_ptr, kept_ptr,
     query_ptr, key_ptr, value_ptr, decay_ptr, beta_ptr, query_start_ptr, num_seqs,
     query_stride, key_stride, value_stride, query_heads, key_heads, value_heads, beta_stride, scale,
-    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, VECTOR: tl.constexpr, NORMALIZE: tl.constexpr,
+    H: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, VECTOR: tl.constexpr, NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr, FEW: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -153,6 +154,7 @@ def delta_chunks_kernel(
     if PDL:
         wait()
     place, head = tl.program_id(0), tl.program_id(1)
+    key_head = head // SHARE
     begin, end, first = chunk_at(place, query_start_ptr, num_seqs, CHUNK)
     if (first < end) & (end - begin > FEW):
         OPERAND: tl.constexpr = reads_ptr.dtype.element_ty
@@ -165,11 +167,11 @@ def delta_chunks_kernel(
         wide = of_head * D + row[:, None] * (H * D) + feature[None, :]
         square = of_head * CHUNK + row[:, None] * (H * CHUNK) + row[None, :]
         key = tl.load(
-            key_ptr + start * key_stride + head * key_heads + row[:, None] * key_stride + feature[None, :],
+            key_ptr + start * key_stride + key_head * key_heads + row[:, None] * key_stride + feature[None, :],
             mask=mask, other=0.0,
         )  # fmt: skip
         query = tl.load(
-            query_ptr + start * query_stride + head * query_heads + row[:, None] * query_stride + feature[None, :],
+            query_ptr + start * query_stride + key_head * query_heads + row[:, None] * query_stride + feature[None, :],
             mask=mask, other=0.0,
         )  # fmt: skip
         beta = tl.load(beta_ptr + (start + row) * beta_stride + head, mask=live, other=0.0).to(tl.float32)
@@ -219,13 +221,14 @@ def delta_chunks_kernel(
 def delta_states_kernel(
     out_ptr, changes_ptr, reads_ptr, seen_ptr, query_ptr, key_ptr, queries_ptr, keys_ptr, kept_ptr,
     states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr, query_stride, key_stride, query_heads, key_heads,
-    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, FEW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Along one sequence with some columns of S. VECTOR: queries and keys have their factors."""
     if PDL:
         wait()
     sequence, head = tl.program_id(0), tl.program_id(1)
+    key_head = head // SHARE
     begin = tl.load(query_start_ptr + sequence)
     end = tl.load(query_start_ptr + sequence + 1)
     if end - begin > FEW:
@@ -251,9 +254,9 @@ def delta_states_kernel(
             if VECTOR:
                 query_ptrs, key_ptrs = queries_ptr + wide, keys_ptr + wide
             else:
-                query_ptrs = query_ptr + start * query_stride + head * query_heads
+                query_ptrs = query_ptr + start * query_stride + key_head * query_heads
                 query_ptrs = query_ptrs + row[:, None] * query_stride + feature[None, :]
-                key_ptrs = key_ptr + start * key_stride + head * key_heads
+                key_ptrs = key_ptr + start * key_stride + key_head * key_heads
                 key_ptrs = key_ptrs + row[:, None] * key_stride + feature[None, :]
             rounded = state.to(OPERAND)
             reads = tl.load(reads_ptr + wide, mask=mask, other=0.0)
@@ -308,7 +311,7 @@ def gated_delta_chunks(
     block_v = min(VECTOR_COLUMNS if vector else COLUMNS, max(triton.next_power_of_2(size), 16))
     strides = query.stride(0), key.stride(0), query.stride(1), key.stride(1)
     shared = dict(
-        H=heads, D=width, PRECISION=precision_of(operand), CHUNK=CHUNK, FEW=FEW,
+        H=heads, SHARE=heads // key.shape[1], D=width, PRECISION=precision_of(operand), CHUNK=CHUNK, FEW=FEW,
         BLOCK_D=max(triton.next_power_of_2(width), 16), **dependent(value.device),
     )  # fmt: skip
     if vector:

@@ -125,6 +125,7 @@ def gated_delta(
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
     out = torch.zeros_like(value)
+    query, key = (of_each_head(one, value.shape[1]) for one in (query, key))
     queries = unit(query.float()) if normalize else query.float()
     for one in sequences(slots, query_start, seq_lens, draft_rows, state_lens):
         state = torch.zeros_like(states[one.slot]) if one.begins else states[one.slot].clone()  # [H, D, Dv]
@@ -140,6 +141,11 @@ def gated_delta(
             if (row := one.rows.start + at - one.accepted) >= one.rows.start:
                 out[row] = ((state * queries[row, :, :, None]).sum(1) * query.shape[2] ** -0.5).to(out.dtype)
     return out
+
+
+def of_each_head(x: Tensor, heads: int) -> Tensor:
+    """Rows [T, G, D] of groups of heads -> [T, heads, D]."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class Layer:
     heads: int
     width: int = 0  # of keys, or N
     size: int = 0  # of values, or P
-    groups: int = 1
+    groups: int = 1  # heads of keys, or of B and C
     kind: str = ""
     chunks: str = ""
     tiles: tuple[dict[str, int], ...] = ()
@@ -134,8 +134,8 @@ class Layer:
             shape = (self.heads, self.width) if self.kind == "delta of channels" else (self.heads,)
             decay = -torch.nn.functional.softplus(torch.randn(rows, *shape, device=device)) / 8
             made = [
-                normal(self.heads, self.width),
-                normal(self.heads, self.width),
+                normal(self.groups, self.width),
+                normal(self.groups, self.width),
                 normal(self.heads, self.size),
                 decay,
             ]
@@ -151,7 +151,7 @@ class Layer:
         inputs = (
             given[:1]
             if self.kind == "conv"
-            else given[1:5]
+            else [reference.of_each_head(given[1], self.heads), *given[2:5]]
             if self.kind.startswith("delta")
             else [given[at] for at in (0, 1, 3)]
         )
@@ -174,10 +174,10 @@ DELTA_RULE = (ours.gated_delta.default, cuda.gated_delta, reference.gated_delta)
 STATE_SPACE = (ours.selective_scan.default, cuda.selective_scan, reference.selective_scan)
 LAYERS = (
     Layer("qwen3_next conv", *CONV, heads=8192, width=4, kind="conv"),
-    Layer("qwen3_next delta", *DELTA_RULE, 32, 128, 128, kind="delta", chunks=DELTA, tiles=tuple(DELTA_TILES)),
+    Layer("qwen3_next delta", *DELTA_RULE, 32, 128, 128, 16, kind="delta", chunks=DELTA, tiles=tuple(DELTA_TILES)),
     Layer("nemotron_h conv", *CONV, heads=10240, width=4, kind="conv"),
     Layer("nemotron_h scan", *STATE_SPACE, 128, 128, 64, 8, kind="scan", chunks=SCAN, tiles=tuple(SCAN_TILES)),
-    Layer("kimi_linear delta", *DELTA_RULE, 32, 128, 128, kind="delta of channels", chunks=DELTA, tiles=(dict(VECTOR_CHUNKS_WARPS=8),)),
+    Layer("kimi_linear delta", *DELTA_RULE, 32, 128, 128, 32, kind="delta of channels", chunks=DELTA, tiles=(dict(VECTOR_CHUNKS_WARPS=8),)),
     Layer("mamba scan", *STATE_SPACE, 8192, 16, 1, kind="scan of channels", chunks=BY_ROWS, tiles=tuple(ROWS_TILES)),
 )  # fmt: skip
 
@@ -188,7 +188,7 @@ def state(report: Report, args: argparse.Namespace, shared: dict) -> None:
     dtypes = (torch.bfloat16, torch.float32) if on_device else (torch.float32,)  # whose products the interpreter knows
     if not on_device or args.tiny:
         layers = tuple(
-            replace(one, heads=min(one.heads, 2 * one.groups), groups=min(one.groups, 2), width=min(one.width, 16), size=min(one.size, 16))
+            replace(one, heads=min(one.heads, 2 * min(one.groups, 2)), groups=min(one.groups, 2), width=min(one.width, 16), size=min(one.size, 16))
             for one in LAYERS
         )  # fmt: skip
         decodes, prompt = (1, 3), 16

@@ -885,7 +885,8 @@ def test_experts_on_gpus_before_hopper() -> None:
 def recurrent(tokens: int, seqs: int, dtype: str = "bfloat16", most_drafts: int = 0) -> list[list[Any]]:
     """A step of Qwen3-Next's sizes, Kimi Linear's, Mamba 2's and Mamba 1's."""
     place = [tensor("int32", seqs), tensor("int32", seqs + 1), tensor("int32", seqs)]
-    heads, one = {"slice": (tokens, 32, 128), "dtype": dtype}, [tensor(dtype, tokens, 32)]
+    keys, heads = ({"slice": (tokens, count, 128), "dtype": dtype} for count in (16, 32))
+    one = [tensor(dtype, tokens, 32)]
     conv = [tensor(dtype, tokens, 8192), tensor(dtype, 8192, 4), tensor(dtype, 8192), tensor(dtype, 257, 3, 8192)]
     state, module = tensor("float32", 257, 32, 128, 128), "pagegraph.kernels.state"
     mamba2 = [{"slice": (tokens, 128, 64), "dtype": dtype}, tensor("float32", tokens, 128), tensor("float32", 128)]
@@ -901,8 +902,8 @@ def recurrent(tokens: int, seqs: int, dtype: str = "bfloat16", most_drafts: int 
         [f"convolution {said}", f"{module}.conv", "causal_conv", [*conv, *place, True, *drafts(8192, dtype)]],
         *(
             [f"delta of {len(decay)} sizes {said}", f"{module}.cuda", "gated_delta",
-             [heads, heads, heads, tensor("float32", *decay), *one, state, *place, True, *drafts(32 * (256 + (decay[2:] or (1,))[0] + 1))]]
-            for decay in ((tokens, 32), (tokens, 32, 128))
+             [shared, shared, heads, tensor("float32", *decay), *one, state, *place, True, *drafts(32 * (256 + (decay[2:] or (1,))[0] + 1))]]
+            for decay, shared in (((tokens, 32), keys), ((tokens, 32, 128), heads))
         ),
         [f"Mamba 2 {said}", f"{module}.cuda", "selective_scan", [*mamba2, *place, *drafts(128 * 64 + 128 + 8 * 128)]],
         [f"Mamba 1 {said}", f"{module}.cuda", "selective_scan", [*mamba1, *place, *drafts(8192 + 8192 + 16)]],

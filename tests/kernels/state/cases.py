@@ -64,12 +64,12 @@ def conv(step: Step, dtype: torch.dtype, bias: bool, width: int) -> tuple[list, 
     return [x, weight, torch.randn(40).to(dtype) if bias else None], states(width - 1, 40, dtype=dtype)
 
 
-def delta(step: Step, dtype: torch.dtype, vector: bool, size: int = 16) -> tuple[list, torch.Tensor]:
-    """size: of keys."""
-    heads, value = 2, 24
+def delta(step: Step, dtype: torch.dtype, vector: bool, size: int = 16, share: int = 1) -> tuple[list, torch.Tensor]:
+    """size: of keys; share: heads of values to one of keys."""
+    heads, value = 2 * share, 24
     shape = (heads, size) if vector else (heads,)
     decay = -torch.nn.functional.softplus(rows(step, *shape) * 2)
-    given = [rows(step, heads, size, dtype=dtype), rows(step, heads, size, dtype=dtype)]
+    given = [rows(step, 2, size, dtype=dtype), rows(step, 2, size, dtype=dtype)]
     given += [rows(step, heads, value, dtype=dtype), decay, rows(step, heads, dtype=dtype).sigmoid()]
     return given, states(heads, size, value)
 
@@ -132,14 +132,16 @@ def compare_drafted(
     atol: float,
     steps: list[Drafted] = DRAFTED,
     most: int = MOST_DRAFTS,
+    wide: int | None = None,
 ) -> None:
     """Steps with draft tokens against each slot's accepted tokens in steps of their own, which have none; then against the oracle's own
     of the same steps, rejected draft tokens, what is put aside and states that are still without accepted ones too.
 
-    taken: of what `case` gives, the inputs that a recurrence takes up. most: draft tokens that there is room for.
+    taken: of what `case` gives, the inputs that a recurrence takes up; wide: numbers that are put aside of a token, if others than
+    these. most: draft tokens that there is room for.
     """
     first, pool = case(Step.of("decodes"))
-    wide = sum(first[at][0].numel() for at in taken)
+    wide = wide or sum(first[at][0].numel() for at in taken)
     dummy = len(pool)
     pool = torch.cat([pool, pool[:1]])
     drafts = torch.full((dummy, 2 * most + 1, wide), torch.nan, dtype=pool.dtype)

@@ -32,13 +32,25 @@ def test_causal_conv(name: str, dtype: torch.dtype, bias: bool, width: int, silu
 
 @every_step
 @both_dtypes
+@pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize("vector", [False, True])
-def test_gated_delta(name: str, dtype: torch.dtype, vector: bool) -> None:
+def test_gated_delta(name: str, dtype: torch.dtype, vector: bool, share: int) -> None:
     step = Step.of(name)
     compare(
-        torch.ops.pagegraph.gated_delta, reference.gated_delta, *delta(step, dtype, vector), step, True,
+        torch.ops.pagegraph.gated_delta, reference.gated_delta, *delta(step, dtype, vector, share=share), step, True,
         atol=ATOL[dtype],
     )  # fmt: skip
+
+
+def test_heads_that_follow_each_other_share_a_key() -> None:
+    """As transformers repeats them."""
+    step = Step.of("short prompts")
+    given, pool = delta(step, torch.float32, False, share=3)
+
+    def repeated(query: torch.Tensor, key: torch.Tensor, *rest) -> torch.Tensor:
+        return reference.gated_delta(query.repeat_interleave(3, 1), key.repeat_interleave(3, 1), *rest)
+
+    compare(reference.gated_delta, repeated, given, pool, step, True, atol=0)
 
 
 @every_step
@@ -74,6 +86,13 @@ def test_draft_tokens_leave_no_trace_in_a_convolution(ops, dtype: torch.dtype) -
 def test_draft_tokens_leave_no_trace_in_a_delta_rule(ops, dtype: torch.dtype, vector: bool) -> None:
     case = lambda step: delta(step, dtype, vector)  # noqa: E731
     compare_drafted(ops.gated_delta, reference.gated_delta, case, [1, 2, 3, 4], True, atol=ATOL[dtype])
+
+
+@both_ops
+def test_what_is_put_aside_of_a_shared_key_is_that_of_each_head(ops) -> None:
+    case = lambda step: delta(step, torch.float32, False, share=2)  # noqa: E731
+    wide = 4 * (16 + 24 + 1 + 1)
+    compare_drafted(ops.gated_delta, reference.gated_delta, case, [1, 2, 3, 4], True, atol=2e-5, wide=wide)
 
 
 @both_ops

@@ -46,11 +46,11 @@ def test_causal_conv(triton_calls, name: str, dtype: torch.dtype, bias: bool, wi
 
 @every_step
 @both_dtypes
-@pytest.mark.parametrize("vector", [False, True])
-def test_gated_delta(triton_calls, name: str, dtype: torch.dtype, vector: bool) -> None:
+@pytest.mark.parametrize("vector, share", [(False, 1), (False, 2), (True, 1)])
+def test_gated_delta(triton_calls, name: str, dtype: torch.dtype, vector: bool, share: int) -> None:
     step = Step.of(name)
     op = on_device(triton_calls, "cuda", "gated_delta")
-    compare(op, reference.gated_delta, *delta(step, dtype, vector), step, True, atol=ATOL[dtype])
+    compare(op, reference.gated_delta, *delta(step, dtype, vector, share=share), step, True, atol=ATOL[dtype])
 
 
 @every_step
@@ -63,11 +63,11 @@ def test_selective_scan(triton_calls, name: str, dtype: torch.dtype, mamba1: boo
 
 
 @both_dtypes
-@pytest.mark.parametrize("vector", [False, True])
-def test_gated_delta_in_chunks(triton_calls, dtype: torch.dtype, vector: bool) -> None:
+@pytest.mark.parametrize("vector, share", [(False, 1), (False, 2), (True, 1), (True, 2)])
+def test_gated_delta_in_chunks(triton_calls, dtype: torch.dtype, vector: bool, share: int) -> None:
     step = Step.of("chunks")
     op = on_device(triton_calls, "cuda", "gated_delta", IN_CHUNKS)
-    compare(op, reference.gated_delta, *delta(step, dtype, vector, WIDE), step, True, atol=CHUNKS_ATOL[dtype])
+    compare(op, reference.gated_delta, *delta(step, dtype, vector, WIDE, share), step, True, atol=CHUNKS_ATOL[dtype])
 
 
 @pytest.mark.parametrize("size", [16, 32])
@@ -135,6 +135,13 @@ def test_draft_tokens_leave_no_trace_in_a_delta_rule(triton_calls, vector: bool,
     op = on_device(triton_calls, "cuda", "gated_delta")
     case = lambda step: delta(step, torch.float32, vector)  # noqa: E731
     compare_drafted(op, reference.gated_delta, case, [1, 2, 3, 4], True, atol=2e-5, **drafting(room))
+
+
+def test_what_is_put_aside_of_a_shared_key_is_that_of_each_head(triton_calls) -> None:
+    op = on_device(triton_calls, "cuda", "gated_delta")
+    case = lambda step: delta(step, torch.float32, False, share=2)  # noqa: E731
+    wide = 4 * (16 + 24 + 1 + 1)
+    compare_drafted(op, reference.gated_delta, case, [1, 2, 3, 4], True, atol=2e-5, wide=wide)
 
 
 @pytest.mark.parametrize("vector", [False, True])
