@@ -63,6 +63,7 @@ class PassOptions:
     fuse_rows: bool = True
     fuse_linears: bool = True
     fuse_routers: bool = True
+    fuse_states: bool = True
     round_activations: bool = True
     deterministic: bool = False  # a token's bits do not depend on the rest of its step; other passes may give way
 

@@ -280,6 +280,11 @@ class CompilationConfig:
         parse_flag,
         "GPU: the choice of a mixture's experts and their weights in one kernel, where softmax makes them",
     )
+    fuse_states: bool = _option(
+        True,
+        parse_flag,
+        "GPU: layers with recurrent state read what their convolutions and delta rules take where it lies, without copies",
+    )
     deterministic: bool = _option(
         False,
         parse_flag,

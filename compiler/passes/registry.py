@@ -24,8 +24,10 @@ from pagegraph.compiler.passes.graph.fuse_linears import fuse_linears
 from pagegraph.compiler.passes.graph.fuse_norms import fuse_rows
 from pagegraph.compiler.passes.graph.fuse_rope import fuse_rope, rotate_one_row
 from pagegraph.compiler.passes.graph.fuse_routers import fuse_routers
+from pagegraph.compiler.passes.graph.fuse_states import fuse_states
 from pagegraph.compiler.passes.modules.fixed_linears import fixed_linears
 from pagegraph.compiler.passes.modules.merge_linears import merge_linears
+from pagegraph.compiler.passes.modules.plain_columns import plain_columns
 from pagegraph.compiler.passes.modules.quant_experts import quant_experts
 from pagegraph.compiler.passes.modules.quant_linears import quant_linears
 from pagegraph.compiler.passes.modules.rotary_once import rotary_once
@@ -56,9 +58,10 @@ class PassReport:
     seconds: float
 
 
-# Quantised linears get their device's form after the merge, which needs them as they were loaded. `fixed_linears` comes ahead of
+# Rows are put in order ahead of the merge, which hands out columns by their places. Quantised linears get their device's form after the merge, which needs them as they were loaded. `fixed_linears` comes ahead of
 # `skinny_linears`, which finds no linear then.
 PASSES: tuple[Pass, ...] = (
+    Pass(None, plain_columns),
     Pass("merge_linears", merge_linears),
     Pass(None, quant_linears, ("round_activations",), by_device=True),
     Pass(None, quant_experts, ("round_activations",), by_device=True),
@@ -75,6 +78,7 @@ GRAPH_PASSES = {
     "fuse_rows": fuse_rows,
     "fuse_routers": fuse_routers,
     "fuse_linears": fuse_linears,
+    "fuse_states": fuse_states,
 }
 
 

@@ -110,6 +110,7 @@ TABLE: dict[Gpu, dict[tuple[int, int], dict[int, Tile | None]]] = {
         (128, 2048): {16: Tile(32, 128, 8, 4, 2), 64: Tile(16, 256, 4, 4, 2)},
         (151936, 2048): {8: Tile(64, 128, 1, 4, 5), 16: Tile(128, 64, 1, 4, 6), 32: Tile(128, 64, 1, 4, 5), 64: None},
         (12288, 2048): {32: Tile(64, 64, 1, 4, 6), 64: None},
+        (12352, 2048): {32: Tile(64, 64, 1, 4, 6), 64: None},  # as the one before, of which it has 64 rows more
         (9216, 2048): {64: None},
         (64, 2048): {32: Tile(32, 128, 8, 4, 2), 64: Tile(16, 256, 4, 4, 2)},
         (512, 2048): {32: Tile(32, 128, 8, 4, 2), 64: None},
@@ -165,6 +166,7 @@ GEMV_TABLE: dict[Gpu, dict[tuple[int, int], dict[int, GemvTile | None]]] = {
         (128, 2048): {2: GemvTile(1, 1024, 4, 2), 4: GemvTile(1, 1024, 4, 2)},
         (151936, 2048): {2: GemvTile(2, 512, 2, 2), 4: None},
         (12288, 2048): {2: GemvTile(4, 512, 2, 2), 4: None},
+        (12352, 2048): {2: GemvTile(4, 512, 2, 2), 4: None},  # as the one before
         (9216, 2048): {2: GemvTile(4, 1024, 4), 4: None},
         (64, 2048): {2: GemvTile(1, 2048, 8), 4: GemvTile(1, 2048, 8)},
         (512, 2048): {2: GemvTile(2, 2048, 8), 4: GemvTile(2, 2048, 8)},
