@@ -2,6 +2,7 @@
 
 In a decode, a step of as many tokens as sequences, a program takes a sequence and some channels, token by token, and writes its
 state back: one kernel. In a step with prompts one kernel gives the results, tokens side by side, and a second the states, which the first still reads.
+Most tokens of prompts lie behind as many of their sequence as a channel has taps: of these nothing is read but x.
 """
 
 from __future__ import annotations
@@ -14,12 +15,37 @@ from torch import Tensor
 from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.state.drafts import draft_arguments, group_at, kept_row
 
-BLOCK_T = 16
-BLOCK_C = 128
-SEQUENCE_BLOCK_C = (
-    512  # of a program that takes a sequence: several channels a thread, as loads of few bytes wait alone
-)
+# Of prompts: tokens side by side, how many times these one after the other, channels.
+BLOCK_T, TIMES, BLOCK_C = 16, 4, 128
 NUM_WARPS = 4
+SEQUENCE_BLOCK_C = 512  # of a sequence: several channels a thread, as loads of few bytes wait alone
+
+
+@triton.jit
+def _weights(weight_ptr, column, C: tl.constexpr, HISTORY: tl.constexpr, TAPS: tl.constexpr):
+    """Of some channels, float32 [BLOCK_C, TAPS]: neighbours in memory, which a load of each tap by itself would take one by one."""
+    tap = tl.arange(0, TAPS)[None, :]
+    mask = (column < C)[:, None]
+    if TAPS > HISTORY + 1:  # a mask that differs from tap to tap would load them one by one, too
+        mask &= tap <= HISTORY
+    return tl.load(weight_ptr + column[:, None] * (HISTORY + 1) + tap, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _of_tap(weights, tap):
+    """[BLOCK_C] of the weights' column."""
+    taps = tl.arange(0, weights.shape[1])[None, :]
+    return tl.sum(tl.where(taps == tap, weights, 0.0), 1)
+
+
+@triton.jit
+def _finished(total, bias_ptr, column, C: tl.constexpr, SILU: tl.constexpr):
+    """The sum of all taps, of channels in the last dimension, with bias and gate."""
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+    if SILU:
+        total = total / (1 + tl.exp(-total))
+    return total
 
 
 @triton.jit
@@ -46,21 +72,18 @@ def sequences_kernel(
     C: tl.constexpr, HISTORY: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_C: tl.constexpr,
     RING: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        wait()
     sequence = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = column < C
+    if COMPUTE:
+        weights = _weights(weight_ptr, column, C, HISTORY, TAPS)
+    if PDL:
+        wait()
     begin, own_end, end, slot, before, accepted = group_at(
         sequence, slots_ptr, query_start_ptr, seq_lens_ptr, state_lens_ptr, tl.num_programs(0), num_draft_slots, RING, LANES
     )  # fmt: skip
     if end > begin:
         if COMPUTE:
-            tap_of = tl.arange(0, TAPS)[None, :]
-            at_weights = weight_ptr + column[:, None] * (HISTORY + 1) + tap_of
-            # A mask that differs from tap to tap would load them one by one.
-            there = mask[:, None] if TAPS == HISTORY + 1 else mask[:, None] & (tap_of <= HISTORY)
-            weights = tl.load(at_weights, mask=there, other=0.0).to(tl.float32)
             for done in range(end - begin):
                 at = begin + done
                 total = tl.zeros([BLOCK_C], tl.float32)
@@ -69,11 +92,8 @@ def sequences_kernel(
                         x_ptr, states_ptr, drafts_ptr, at - HISTORY + tap, begin, slot, before, accepted, column, x_stride,
                         HISTORY, C, RING, mask,
                     )  # fmt: skip
-                    total += row.to(tl.float32) * tl.sum(tl.where(tap_of == tap, weights, 0.0), 1)
-                if bias_ptr is not None:
-                    total += tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
-                if SILU:
-                    total = total / (1 + tl.exp(-total))
+                    total += row.to(tl.float32) * _of_tap(weights, tap)
+                total = _finished(total, bias_ptr, column, C, SILU)
                 tl.store(out_ptr + at.to(tl.int64) * C + column, total.to(out_ptr.dtype.element_ty), mask=mask)
         # Rows move to the front: each is read before the ones that are written later could be it.
         for kept in tl.static_range(HISTORY):
@@ -89,17 +109,13 @@ def sequences_kernel(
                 tl.store(kept_row(drafts_ptr, slot, before + at - begin, RING, C) + column, row, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_draft_slots"])
-def tokens_kernel(
-    out_ptr, x_ptr, weight_ptr, bias_ptr, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr, x_stride,
-    drafts_ptr, state_lens_ptr, num_draft_slots, num_seqs,
-    C: tl.constexpr, HISTORY: tl.constexpr, SILU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-    RING: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def _tokens_anywhere(
+    token, x_ptr, weights, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr, x_stride, drafts_ptr, state_lens_ptr,
+    num_draft_slots, num_seqs, column,
+    C: tl.constexpr, HISTORY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        wait()
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """(sums of all taps [BLOCK_T, BLOCK_C], ends of the tokens' sequences) of tokens of several sequences, or at the front of one."""
     # Which sequence a token is of: the last that starts at or before it.
     low = tl.zeros([BLOCK_T], tl.int32)
     high = tl.zeros([BLOCK_T], tl.int32) + num_seqs
@@ -135,14 +151,53 @@ def tokens_kernel(
         row = _row(
             x_ptr, states_ptr, drafts_ptr, at, begin, slot, before, accepted, column[None, :], x_stride, HISTORY, C, RING, mask
         )  # fmt: skip
-        weight = tl.load(weight_ptr + column * (HISTORY + 1) + tap, mask=column < C, other=0.0)
-        total += row.to(tl.float32) * weight.to(tl.float32)[None, :]
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
-    if SILU:
-        total = total / (1 + tl.exp(-total))
-    place = token.to(tl.int64)[:, None] * C + column[None, :]
-    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
+        total += row.to(tl.float32) * _of_tap(weights, tap)[None, :]
+    return total, end
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_draft_slots"])
+def tokens_kernel(
+    out_ptr, x_ptr, weight_ptr, bias_ptr, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr, x_stride,
+    drafts_ptr, state_lens_ptr, num_draft_slots, num_seqs,
+    C: tl.constexpr, HISTORY: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, BLOCK_T: tl.constexpr, TIMES: tl.constexpr,
+    BLOCK_C: tl.constexpr, RING: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    weights = _weights(weight_ptr, column, C, HISTORY, TAPS)
+    if PDL:
+        wait()
+    first = tl.program_id(0) * (BLOCK_T * TIMES)
+    low = first * 0
+    high = low + num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        at_or_before = tl.load(query_start_ptr + middle) <= first
+        low = tl.where(at_or_before, middle, low)
+        high = tl.where(at_or_before, high, middle)
+    begin = tl.load(query_start_ptr + low)
+    end = tl.load(query_start_ptr + low + 1)
+    # Blocks of tokens that are of this sequence, with all that they read. Two loops, so that weights lie as each wants them.
+    inner = tl.maximum((begin + HISTORY - first + BLOCK_T - 1) // BLOCK_T, 0)
+    inners = tl.maximum(tl.minimum((end - first) // BLOCK_T, TIMES) - inner, 0)
+    block = tl.arange(0, BLOCK_T)
+    for at in range(inners):
+        start = (first + (inner + at) * BLOCK_T).to(tl.int64)
+        total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+        for tap in tl.static_range(HISTORY + 1):
+            rows = x_ptr + (start - HISTORY + tap) * x_stride + block[:, None] * x_stride
+            row = tl.load(rows + column[None, :], mask=(column < C)[None, :], other=0.0)
+            total += row.to(tl.float32) * _of_tap(weights, tap)[None, :]
+        total = _finished(total, bias_ptr, column, C, SILU).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + start * C + block[:, None] * C + column[None, :], total, mask=(column < C)[None, :])
+    for at in range(TIMES - inners):
+        token = first + (at + tl.where((at >= inner) & (inners > 0), inners, 0)) * BLOCK_T + block
+        total, ends = _tokens_anywhere(
+            token, x_ptr, weights, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr, x_stride, drafts_ptr,
+            state_lens_ptr, num_draft_slots, num_seqs, column, C, HISTORY, BLOCK_T, BLOCK_C, RING,
+        )  # fmt: skip
+        total = _finished(total, bias_ptr, column, C, SILU).to(out_ptr.dtype.element_ty)
+        place = token.to(tl.int64)[:, None] * C + column[None, :]
+        tl.store(out_ptr + place, total, mask=(token < ends)[:, None] & (column < C)[None, :])
 
 
 def causal_conv(
@@ -154,12 +209,15 @@ def causal_conv(
     tokens, channels = x.shape
     out = torch.empty(tokens, channels, dtype=x.dtype, device=x.device)
     one_by_one = tokens <= len(slots)
+    # A weight is read before the wait, a copy of it behind.
+    pdl = dependent(x.device) if weight.is_contiguous() else {"PDL": False}
     given = out, x, weight.contiguous(), bias, states, slots, query_start, seq_lens, x.stride(0)
-    sizes = dict(C=channels, HISTORY=states.shape[1], SILU=silu, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS)
-    sizes |= draft_arguments(draft_rows, state_lens) | dependent(x.device)
+    taps = triton.next_power_of_2(weight.shape[1])
+    sizes = dict(C=channels, HISTORY=states.shape[1], TAPS=taps, SILU=silu, num_warps=NUM_WARPS)
+    sizes |= draft_arguments(draft_rows, state_lens) | pdl
     if not one_by_one:
-        blocks = triton.cdiv(channels, BLOCK_C)
-        tokens_kernel[(triton.cdiv(tokens, BLOCK_T), blocks)](*given, num_seqs=len(slots), BLOCK_T=BLOCK_T, **sizes)
-    sizes |= dict(BLOCK_C=SEQUENCE_BLOCK_C, TAPS=triton.next_power_of_2(weight.shape[1]))
-    sequences_kernel[(len(slots), triton.cdiv(channels, SEQUENCE_BLOCK_C))](*given, COMPUTE=one_by_one, **sizes)
+        grid = triton.cdiv(tokens, BLOCK_T * TIMES), triton.cdiv(channels, BLOCK_C)
+        tokens_kernel[grid](*given, num_seqs=len(slots), BLOCK_T=BLOCK_T, TIMES=TIMES, BLOCK_C=BLOCK_C, **sizes)
+    grid = len(slots), triton.cdiv(channels, SEQUENCE_BLOCK_C)
+    sequences_kernel[grid](*given, COMPUTE=one_by_one, BLOCK_C=SEQUENCE_BLOCK_C, **sizes)
     return out

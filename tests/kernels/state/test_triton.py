@@ -44,6 +44,14 @@ def test_causal_conv(triton_calls, name: str, dtype: torch.dtype, bias: bool, wi
     compare(op, reference.causal_conv, *conv(step, dtype, bias, width), step, silu, atol=ATOL[dtype])
 
 
+def test_a_convolution_of_prompts_reads_nothing_but_rows_within_a_sequence(triton_calls) -> None:
+    """Sequences of several blocks of tokens, that end and begin within one; of the blocks inside, states would be out of place."""
+    step = Step.of("prompts")
+    (x, weight, bias), pool = conv(step, torch.float32, True, 4)
+    op = on_device(triton_calls, "conv", "causal_conv")
+    compare(op, reference.causal_conv, [x, weight.T.contiguous().T, bias], pool, step, True, atol=ATOL[torch.float32])
+
+
 @every_step
 @both_dtypes
 @pytest.mark.parametrize("vector, share", [(False, 1), (False, 2), (True, 1)])
