@@ -19,10 +19,11 @@ A new op is a row of OPS, its reference and a file for its kernel.
 `pagegraph::rope_attention` is paged_attention on query and key [T, H, D] as projected: RMS-normalised over D with
 weights query_norm, key_norm [D] and eps where given, then rotated by cos, sin [T, D] in the half-split layout.
 
-`pagegraph::linear` is x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the kernel that suits the rows of x.
+`pagegraph::linear` is x [..., K] @ weight [N, K].T + bias [N] -> [..., N], by the kernel that suits the rows of x; `gated`:
+silu(first half) * second half of it, [..., N / 2].
 
-`pagegraph::fixed_linear` is the same, each row the same, bit by bit, however many rows there are; `gated`: silu(first half) *
-second half of it, [..., N / 2], the product rounded before; `pagegraph::fixed_int4_linear`
+`pagegraph::fixed_linear` is the same, each row the same, bit by bit, however many rows there are, and the product rounded ahead of
+its gate; `pagegraph::fixed_int4_linear`
 is that of `int4_packed_linear` below.
 
 `pagegraph::quant_linear` is x [..., K] @ weight.T + bias [N] -> [..., N] with weight [N, K] = qweight * scale + zero: qweight
@@ -139,7 +140,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from pagegraph.kernels.attention import cpu as attention_cpu
 from pagegraph.kernels.collective import groups
@@ -208,11 +208,7 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0] // (1 + gated))
 
 
@@ -281,12 +277,12 @@ OPS = (
         attention_cpu.rope_attention, "attention.cuda:rope_attention", _attention,
     ),
     Op(
-        "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-        functional.linear, "linear.cuda:linear", _linear,
+        "linear(Tensor x, Tensor weight, Tensor? bias, bool gated=False) -> Tensor",
+        linear_reference.linear, "linear.cuda:linear", _linear,
     ),
     Op(
         "fixed_linear(Tensor x, Tensor weight, Tensor? bias, bool gated=False) -> Tensor",
-        fixed_rows.linear, "linear.fixed_gemm:fixed_linear", _fixed_linear,
+        fixed_rows.linear, "linear.fixed_gemm:fixed_linear", _linear,
     ),
     Op(
         "linear_norm_linear(Tensor x, Tensor first, Tensor? first_bias, Tensor residual, Tensor norm, float eps, "

@@ -15,8 +15,8 @@ from pagegraph.kernels.linear.skinny_gemm import skinny_gemm
 from pagegraph.kernels.linear.tiles import GemvTile, gemv_tile_of, last_round_of, tile_of
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Tensor:
-    """See `kernels.ops`. gated: silu(first half) * second half of the result."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
+    """See `kernels.ops`."""
     rows = x.reshape(-1, x.shape[-1])
     if weight.element_size() == 2 and weight.is_contiguous() and rows.stride(1) == 1:
         count, shape, gpu = len(rows), weight.shape, gpu_of(x.device)

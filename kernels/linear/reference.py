@@ -29,6 +29,12 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool = False) -> torch.Tensor:
+    """See `kernels.ops`."""
+    product = torch.nn.functional.linear(x, weight, bias)
+    return silu_mul(product) if gated else product
+
+
 def linear_norm_linear(
     x: torch.Tensor,
     first: torch.Tensor,
@@ -43,9 +49,9 @@ def linear_norm_linear(
     query_start: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(residual + linear(x, first), linear of its RMS norm, gated or not, the norm if it is kept)."""
-    total, normed = add_rms_norm(residual, torch.nn.functional.linear(x, first, first_bias), norm, eps)
-    out = torch.nn.functional.linear(normed, second, second_bias)
-    return total, silu_mul(out) if gated else out, normed if keep_norm else normed.new_empty(0)
+    total, normed = add_rms_norm(residual, linear(x, first, first_bias), norm, eps)
+    out = linear(normed, second, second_bias, gated)
+    return total, out, normed if keep_norm else normed.new_empty(0)
 
 
 def norm_linear(
@@ -58,5 +64,4 @@ def norm_linear(
     query_start: torch.Tensor,
 ) -> torch.Tensor:
     """See `kernels.ops`."""
-    out = torch.nn.functional.linear(rms_norm(x, norm, eps), weight, bias)
-    return silu_mul(out) if gated else out
+    return linear(rms_norm(x, norm, eps), weight, bias, gated)

@@ -3,8 +3,8 @@
 Of a mixture the second linear is its router, and the experts read the norm too; they take the residual addition behind
 them, so that norm and linear behind that become one op.
 Of quantised linears it is addition, norm, linear, or these with a gate and a second linear behind: what is ahead of a product of many
-rows is done where its rows are quantised. For few rows norms in the products' kernels cost more than kernels of their own. A gate that no
-such linear reads joins the one before it alone, and so does that of products of `deterministic`.
+rows is done where its rows are quantised. For few rows norms in the products' kernels cost more than kernels of their own. A gate that
+joins no such row joins the product before it alone.
 Runs after `fuse_rows` and `fuse_routers`, whose ops it looks for. Knows FX graphs; knows no models, and not which kernels the op takes.
 """
 
@@ -20,6 +20,7 @@ import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.compiler.passes.graph.patterns import call, is_call, is_view, rewrite
 
 ops = torch.ops.pagegraph
+LINEAR_ARGUMENTS = 3  # without a gate
 REPACKED_ARGUMENTS = 8  # of a repacked_linear without a gate; the last says whether rows may be quantised
 QUERY_START = {ops.paged_attention: 8, ops.rope_attention: 13}  # its place among the arguments
 
@@ -45,7 +46,7 @@ def _fuse(graph: Graph, second: Node, query_start: Node) -> bool:
         return _gate(second)
     if is_call(second, ops.repacked_linear):
         return _fuse_repacked(graph, second)
-    if not is_call(second, ops.linear):
+    if not _is_linear(second):
         return False
     reader = next(iter(second.users)) if len(second.users) == 1 else None
     if reader is not None and is_call(reader, ops.topk_softmax):
@@ -55,7 +56,7 @@ def _fuse(graph: Graph, second: Node, query_start: Node) -> bool:
         return False
     gated = reader is not None and is_call(reader, ops.silu_mul)
     last, behind = reader if gated else second, (*both.args[2:], *second.args[1:], gated)
-    if parts := _addends(both, lambda one: is_call(one, ops.linear)):
+    if parts := _addends(both, _is_linear):
         first, residual = parts
         arguments = (*first.args, residual, *behind, False, query_start)
         _replace(graph, both, last, ops.linear_norm_linear, arguments)
@@ -64,6 +65,11 @@ def _fuse(graph: Graph, second: Node, query_start: Node) -> bool:
     else:
         return False
     return True
+
+
+def _is_linear(node: Node) -> bool:
+    """Without a gate."""
+    return is_call(node, ops.linear) and len(node.args) == LINEAR_ARGUMENTS
 
 
 def _addends(both: Node, wanted: Callable[[Node], bool]) -> tuple[Node, Node] | None:
@@ -88,7 +94,7 @@ def _seen_through(node: Node, alone: bool) -> Node | None:
 def _fuse_router(graph: Graph, router: Node, query_start: Node) -> bool:
     normed = _seen_through(router.args[0], alone=False)
     both = normed.args[0] if is_call(normed, operator.getitem, 1, 1) else None
-    parts = _addends(both, lambda one: is_call(one, ops.linear)) if is_call(both, ops.add_rms_norm) else None
+    parts = _addends(both, _is_linear) if is_call(both, ops.add_rms_norm) else None
     if parts is None:
         return False
     first, residual = parts
@@ -159,7 +165,10 @@ def _replace(graph: Graph, both: Node, last: Node, op: Callable, arguments: tupl
 
 def _gate(gate: Node) -> bool:
     product = gate.args[0]
-    if not any(is_call(product, op) for op in (ops.repacked_linear, ops.fixed_linear)) or len(product.users) > 1:
+    if (
+        not any(is_call(product, op) for op in (ops.linear, ops.repacked_linear, ops.fixed_linear))
+        or len(product.users) > 1
+    ):
         return False
     product.args = (*product.args, True)
     product.meta = gate.meta

@@ -1,8 +1,9 @@
-"""Graph pass: RMS norms, the residual addition before them, and gated SiLU become one kernel each.
+"""Graph pass: RMS norms, the residual addition before them, and gated SiLU become one kernel each; products of one column are sums.
 
 The compiler's own kernels for them are as good alone, but a step of few rows is a chain of short kernels, and only ours
 are set up while the one before still runs (`kernels.pdl`). What does not have exactly the known form is left as it is.
-Knows FX graphs; knows no models.
+A product of one column, as that of the gate of a shared expert, is a sum over the row: the compiler has it in the kernel that makes
+the row or in the one that reads the sum, where a product would be a kernel of its own. Knows FX graphs; knows no models.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import operator
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from pagegraph.compiler.passes.graph.patterns import gated_of, is_call, normed_of, rewrite, shape
+from pagegraph.compiler.passes.graph.patterns import call, gated_of, is_call, normed_of, rewrite, shape
 
 
 def fuse_rows(module: GraphModule) -> int:
-    """Rewrite every norm and gated SiLU of `module` that has the known form; returns how many."""
-    return rewrite(module, lambda node: _fuse_norm(module.graph, node) or _fuse_gated(module.graph, node))
+    """Rewrite every norm, gated SiLU and product of one column of `module` that has the known form; returns how many."""
+    fuses = _fuse_norm, _fuse_gated, _sum_one_column
+    return rewrite(module, lambda node: any(fuse(module.graph, node) for fuse in fuses))
 
 
 def _fuse_norm(graph: Graph, node: Node) -> bool:
@@ -54,6 +56,16 @@ def _fuse_gated(graph: Graph, node: Node) -> bool:
         with graph.inserting_before(node):
             _replace(node, graph.call_function(torch.ops.pagegraph.silu_mul, (product,)))
     return product is not None
+
+
+def _sum_one_column(graph: Graph, node: Node) -> bool:
+    if not is_call(node, torch.ops.pagegraph.linear) or node.args[2] is not None or shape(node.args[1])[0] != 1:
+        return False
+    with graph.inserting_before(node):
+        x, weight = (call(graph, "float", one) for one in node.args[:2])
+        total = call(graph, "sum", call(graph, operator.mul, x, weight), -1, True)
+        _replace(node, call(graph, "to", total, node.meta["example_value"].dtype))
+    return True
 
 
 def _replace(old: Node, new: Node) -> None:

@@ -72,6 +72,22 @@ def test_a_router_joins_what_is_ahead_and_experts_take_the_addition(name: str) -
     assert sum(node.target is ops.add_rms_norm for node in called) == 1
 
 
+def test_a_shared_expert_has_its_gates_in_other_kernels() -> None:
+    """That of its halves in the product before it, that of all of it, a product of one column, in a sum."""
+    config = tiny_config("qwen3_next")
+    stock = random_model(config)
+    paged = paged_copy(config, stock)
+    merge_linears(paged)
+    assert skinny_linears(paged, "cuda") > 0
+    (graph,) = check_compiled(stock, paged, [fuse_rope, fuse_rows, fuse_routers, fuse_linears], MIXED)
+    ops = torch.ops.pagegraph
+    products = [node for node in graph.graph.nodes if node.target is ops.linear]
+    assert [node.args[3:] for node in products].count((True,)) == config.num_hidden_layers
+    assert not any(node.target is ops.silu_mul for node in graph.graph.nodes)
+    assert all(node.args[1].meta["example_value"].shape[0] > 1 for node in products)
+    assert [node.target for node in graph.graph.nodes].count("sum") == config.num_hidden_layers
+
+
 def test_what_is_ahead_joins_quantised_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the form that they have on CUDA, on the CPU by the reference of its op."""
     monkeypatch.setattr(quant_linears, "_form", lambda linear, quantize_x, _: RepackedLinear(linear, quantize_x))
