@@ -87,7 +87,9 @@ the last rows that there were -> [T, C], y_t = sum over j of weight[:, j] * x_(t
 for each row of S; beta [T, H] -> [T, H, Dv] in value's dtype. normalize: of query and key their unit vectors. draft_rows have keys of H heads.
 
 `pagegraph::selective_scan` is a state space model with state S float32 [slots, H, P, N]: S = exp(dt_t * A) * S + dt_t * x_t outer B_t;
-y_t = S C_t. x [T, H, P]; dt float32 [T, H]; A float32 [H], or [H, N]; B, C [T, G, N], of H / G heads each -> float32 [T, H, P].
+y_t = S C_t + D x_t. x [T, H, P]; A [H], or [H, N], where A_log -exp of it; B, C [T, G, N], of H / G heads each; D [H] -> float32 [T, H,
+P]. dt_t is that of dt [T, H] in float32, plus dt_bias [H], its softplus where dt_softplus, dt_min at least and dt_max at most. draft_rows
+have what comes of that.
 
 `pagegraph::all_reduce` is the sum of x over the ranks of a group, `pagegraph::all_gather` every rank's x [.., n] side by side, [.., size
 * n]; all ranks call them alike (`kernels.collective.groups`).
@@ -380,8 +382,9 @@ OPS = (
         state_cpu.gated_delta, "state.cuda:gated_delta", _gated_delta,
     ),
     Op(
-        "selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor(a!) states, Tensor slots, "
-        "Tensor query_start, Tensor seq_lens, Tensor(b!)? draft_rows=None, Tensor? state_lens=None) -> Tensor",
+        "selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, "
+        "float? dt_min, float? dt_max, bool A_log, Tensor(a!) states, Tensor slots, Tensor query_start, Tensor seq_lens, "
+        "Tensor(b!)? draft_rows=None, Tensor? state_lens=None) -> Tensor",
         state_cpu.selective_scan, "state.cuda:selective_scan", _selective_scan,
     ),
     Op(

@@ -62,7 +62,17 @@ class Recurrence(Protocol):
     ) -> torch.Tensor: ...
 
     def selective_scan(
-        self, x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+        self,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: torch.Tensor | None,
+        dt_bias: torch.Tensor | None,
+        dt_softplus: bool,
+        dt_min: float | None = None,
+        dt_max: float | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -98,9 +108,19 @@ class PooledRecurrence:
         return torch.ops.pagegraph.gated_delta(*given, *step, *self._drafts(self.recurrent_drafts))
 
     def selective_scan(
-        self, x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+        self,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: torch.Tensor | None,
+        dt_bias: torch.Tensor | None,
+        dt_softplus: bool,
+        dt_min: float | None = None,
+        dt_max: float | None = None,
     ) -> torch.Tensor:
-        given = x, dt, A, B, C, self.recurrent_states
+        given = x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, False, self.recurrent_states
         step = self.slots, self.query_start, self.seq_lens
         return torch.ops.pagegraph.selective_scan(*given, *step, *self._drafts(self.recurrent_drafts))
 
@@ -143,10 +163,8 @@ def _heads_scan(
     dt_limit: tuple[float, float] = (0.0, float("inf")), **_: Any,
 ) -> tuple[torch.Tensor, InPool]:  # fmt: skip
     """Of Mamba 2: x [1, T, H, P], dt [1, T, H], A and D [H], B and C [1, T, G, N]."""
-    steps = _time_steps(dt[0], dt_bias, dt_softplus).clamp(*dt_limit)
-    out = layer.selective_scan(x[0], steps.float(), A, B[0], C[0])
-    if D is not None:
-        out = out + D[:, None] * x[0].float()
+    limits = [None if math.isinf(one) else one for one in dt_limit]
+    out = layer.selective_scan(x[0], dt[0], A, B[0], C[0], D, dt_bias, dt_softplus, *limits)
     return out[None], IN_POOL
 
 
@@ -157,18 +175,11 @@ def _channels_scan(
 ) -> tuple[torch.Tensor, InPool]:  # fmt: skip
     """Of Mamba 1: x, dt and z [1, I, T], A [I, N], D [I], B and C [1, N, T]."""
     channels = x[0].T
-    steps = _time_steps(dt[0].T, delta_bias, delta_softplus)
-    out = layer.selective_scan(channels[..., None], steps.float(), A, B[0].T[:, None], C[0].T[:, None])[..., 0]
-    if D is not None:
-        out = out + channels * D
+    given = channels[..., None], dt[0].T, A, B[0].T[:, None], C[0].T[:, None], D, delta_bias, delta_softplus
+    out = layer.selective_scan(*given)[..., 0]
     if z is not None:
         out = out * functional.silu(z[0].T)
     return out.T[None].to(x.dtype), IN_POOL
-
-
-def _time_steps(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.Tensor:
-    dt = dt if bias is None else dt + bias.to(dt.dtype)
-    return functional.softplus(dt) if softplus else dt
 
 
 # A function of a model file -> what stands for it in our forwards.

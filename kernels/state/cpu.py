@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pagegraph.kernels.state.reference import accepted_inputs, keep_drafts, of_each_head, sequences, unit
+from pagegraph.kernels.state.reference import accepted_inputs, keep_drafts, of_each_head, sequences, time_steps, unit
 
 CHUNK = 64  # tokens
 # With a decay for each channel, or each element of the state, a chunk has a tensor of that many times its tokens.
@@ -137,19 +137,24 @@ def _pairs(q: Tensor, k: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def selective_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor, query_start: Tensor,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool,
+    dt_min: float | None, dt_max: float | None, A_log: bool, states: Tensor, slots: Tensor, query_start: Tensor,
     seq_lens: Tensor, draft_rows: Tensor | None = None, state_lens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
     out = x.new_zeros(x.shape, dtype=torch.float32)
+    dt = time_steps(dt, dt_bias, dt_softplus, dt_min, dt_max)
     compute, size = (_scan_chunk, CHUNK) if A.dim() == 1 else (_scan_tokens, SMALL_CHUNK)
-    rates, step = A.float(), (states, slots, query_start, seq_lens, draft_rows, state_lens)
+    rates, step = (
+        -A.float().exp() if A_log else A.float(),
+        (states, slots, query_start, seq_lens, draft_rows, state_lens),
+    )
     for state, given, rows in _chunks(*step, (x, dt, B), size):
         read, found = (
             (given[2], torch.empty_like(given[0], dtype=torch.float32)) if rows is None else (C[rows], out[rows])
         )
         compute(state, rates, *(one.float() for one in (*given, read)), found)
-    return out
+    return out if D is None else out.addcmul_(D.float()[:, None], x.float())
 
 
 def _scan_chunk(state: Tensor, rates: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, out: Tensor) -> None:

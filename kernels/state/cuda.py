@@ -20,6 +20,7 @@ from pagegraph.kernels.state.delta_chunks import gated_delta_chunks
 from pagegraph.kernels.state.scan import selective_scan_rows
 from pagegraph.kernels.state.scan_chunks import selective_scan_chunks
 from pagegraph.kernels.state.scan_prompts import selective_scan_prompts
+from pagegraph.kernels.state.time_steps import Steps
 
 CHUNKED = (torch.bfloat16,)  # dtypes of activations
 # Of keys in chunks. Narrower ones are of no model that is known; Triton 3.6's code for 16 wrote out of bounds on an H200, that for 128
@@ -45,14 +46,16 @@ def gated_delta(
 
 
 def selective_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor, query_start: Tensor,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool,
+    dt_min: float | None, dt_max: float | None, A_log: bool, states: Tensor, slots: Tensor, query_start: Tensor,
     seq_lens: Tensor, draft_rows: Tensor | None = None, state_lens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
     x, B, C = (one if one.stride(2) == 1 else one.contiguous() for one in (x, B, C))
     dt = dt if dt.stride(1) == 1 else dt.contiguous()
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    given = out, x, dt, A.contiguous(), B, C, states, slots, query_start, seq_lens
+    steps = Steps(dt, dt_bias, dt_softplus, dt_min, dt_max)
+    given = out, x, steps, A.contiguous(), A_log, B, C, D, states, slots, query_start, seq_lens
     by_elements = A.dim() == 2
     chunked = len(x) > len(slots) and (by_elements or x.dtype in CHUNKED)
     selective_scan_rows(*given, FEW if chunked else len(x), draft_rows, state_lens)

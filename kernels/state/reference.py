@@ -153,16 +153,27 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
+def time_steps(
+    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_min: float | None, dt_max: float | None
+) -> Tensor:
+    """float32 [T, H]; see `kernels.ops`."""
+    dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    dt = torch.nn.functional.softplus(dt) if dt_softplus else dt
+    return dt if dt_min is None and dt_max is None else dt.clamp(dt_min, dt_max)
+
+
 def selective_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor, query_start: Tensor,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool,
+    dt_min: float | None, dt_max: float | None, A_log: bool, states: Tensor, slots: Tensor, query_start: Tensor,
     seq_lens: Tensor, draft_rows: Tensor | None = None, state_lens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
+    dt = time_steps(dt, dt_bias, dt_softplus, dt_min, dt_max)
     heads = x.shape[1]
     share = heads // B.shape[1]
     out = torch.zeros_like(x, dtype=torch.float32)
     C = C.float().repeat_interleave(share, 1)  # [T, H, N]
-    rates = A.float().view(heads, 1, -1)
+    rates = (-A.float().exp() if A_log else A.float()).view(heads, 1, -1)
     for one in sequences(slots, query_start, seq_lens, draft_rows, state_lens):
         state = torch.zeros_like(states[one.slot]) if one.begins else states[one.slot].clone()  # [H, P, N]
         inputs, steps, keys = _with_accepted(one, draft_rows, (x, dt, B))
@@ -174,4 +185,6 @@ def selective_scan(
                 states[one.slot] = state
             if (row := one.rows.start + at - one.accepted) >= one.rows.start:
                 out[row] = (state * C[row, :, None]).sum(-1)
+                if D is not None:
+                    out[row] += D.float()[:, None] * x[row].float()
     return out

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.state.drafts import draft_arguments, group_at, kept_row
+from pagegraph.kernels.state.time_steps import Steps, stepped
 
 ELEMENTS = 4096  # of the state in a program
 NUM_WARPS = 4
@@ -21,11 +22,12 @@ NUM_WARPS = 4
 
 @triton.jit(do_not_specialize=["num_rows", "num_draft_slots"])
 def selective_scan_kernel(
-    out_ptr, x_ptr, dt_ptr, rates_ptr, b_ptr, c_ptr, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr,
+    out_ptr, x_ptr, dt_ptr, bias_ptr, rates_ptr, b_ptr, c_ptr, d_ptr, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr,
     x_stride, x_heads, dt_stride, b_stride, c_stride, b_groups, c_groups, num_rows,
     drafts_ptr, state_lens_ptr, num_draft_slots,
-    CHANNELS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, A_GROUP: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, RING: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+    CHANNELS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, A_GROUP: tl.constexpr, VECTOR: tl.constexpr, LOG: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, RING: tl.constexpr,
+    LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         wait()
@@ -45,6 +47,8 @@ def selective_scan_kernel(
             rates = tl.load(rates_ptr + head[:, None] * N + column[None, :], mask=inside, other=0.0)
         else:
             rates = tl.load(rates_ptr + head, mask=there, other=0.0)[:, None]
+        rates = -tl.exp(rates.to(tl.float32)) if LOG else rates.to(tl.float32)
+        bias = None if bias_ptr is None else tl.load(bias_ptr + head, mask=there, other=0.0)
         HEADS: tl.constexpr = CHANNELS // P
         WIDE: tl.constexpr = CHANNELS + HEADS + CHANNELS // A_GROUP * N
         if RING:
@@ -59,11 +63,15 @@ def selective_scan_kernel(
         for done in range(end - begin):
             token = begin.to(tl.int64) + done
             dt = tl.load(dt_ptr + token * dt_stride + head, mask=there, other=0.0)
+            dt = stepped(dt, bias, SOFTPLUS, LEAST, MOST)
             x = tl.load(x_ptr + token * x_stride + head * x_heads + channel % P, mask=there, other=0.0).to(tl.float32)
             b = tl.load(b_ptr + token * b_stride + group * b_groups + column, mask=column < N, other=0.0).to(tl.float32)
             c = tl.load(c_ptr + token * c_stride + group * c_groups + column, mask=column < N, other=0.0).to(tl.float32)
             state = state * tl.exp(dt[:, None] * rates) + (dt * x)[:, None] * b[None, :]
-            tl.store(out_ptr + token * CHANNELS + channel, tl.sum(state * c[None, :], 1), mask=there)
+            found = tl.sum(state * c[None, :], 1)
+            if d_ptr is not None:
+                found += tl.load(d_ptr + head, mask=there, other=0.0).to(tl.float32) * x
+            tl.store(out_ptr + token * CHANNELS + channel, found, mask=there)
             if RING:
                 tl.store(places, state, mask=inside & (token + 1 == own_end))
                 if token >= own_end:
@@ -84,8 +92,8 @@ def state_block(channels: int, width: int, groups: int, elements: int) -> tuple[
 
 
 def selective_scan_rows(
-    out: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, slots: Tensor,
-    query_start: Tensor, seq_lens: Tensor, num_rows: int, draft_rows: Tensor | None = None,
+    out: Tensor, x: Tensor, steps: Steps, A: Tensor, A_log: bool, B: Tensor, C: Tensor, D: Tensor | None, states: Tensor,
+    slots: Tensor, query_start: Tensor, seq_lens: Tensor, num_rows: int, draft_rows: Tensor | None = None,
     state_lens: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Rows of `out` [T, H, P] and states of the sequences with at most `num_rows` rows; see `kernels.ops` for the arguments.
@@ -99,8 +107,8 @@ def selective_scan_rows(
     of_group = channels // B.shape[1]
     block_c, block_n = state_block(channels, width, B.shape[1], ELEMENTS)
     selective_scan_kernel[(len(slots), triton.cdiv(channels, block_c))](
-        out, x, dt, A, B, C, states, slots, query_start, seq_lens,
-        x.stride(0), x.stride(1), dt.stride(0), B.stride(0), C.stride(0), B.stride(1), C.stride(1), num_rows,
-        CHANNELS=channels, P=size, N=width, A_GROUP=of_group, VECTOR=A.dim() == 2, BLOCK_C=block_c, BLOCK_N=block_n,
-        num_warps=NUM_WARPS, **draft_arguments(draft_rows, state_lens), **dependent(x.device),
+        out, x, steps.dt, steps.bias, A, B, C, D, states, slots, query_start, seq_lens,
+        x.stride(0), x.stride(1), steps.dt.stride(0), B.stride(0), C.stride(0), B.stride(1), C.stride(1), num_rows,
+        CHANNELS=channels, P=size, N=width, A_GROUP=of_group, VECTOR=A.dim() == 2, LOG=A_log,
+        BLOCK_C=block_c, BLOCK_N=block_n, num_warps=NUM_WARPS, **steps.constants, **draft_arguments(draft_rows, state_lens), **dependent(x.device),
     )  # fmt: skip

@@ -142,8 +142,10 @@ class Layer:
             return [*made, normal(self.heads).sigmoid()], (self.heads, self.width, self.size), torch.float32, [True]
         dt = torch.nn.functional.softplus(torch.randn(rows, self.heads, device=device) - 2)
         of_channels = self.kind == "scan of channels"
-        A = -torch.rand(self.heads, *([self.width] if of_channels else []), device=device).exp()
+        rates = torch.rand(self.heads, *([self.width] if of_channels else []), device=device)
+        A, (D, bias) = -rates.exp() if of_channels else rates, torch.randn(2, self.heads, device=device).to(dtype)
         made = [normal(self.heads, self.size), dt, A, normal(self.groups, self.width), normal(self.groups, self.width)]
+        made += [D, bias - 2, True, None, None, not of_channels]
         return made, (self.heads, self.size, self.width), torch.float32, []
 
     def drafts(self, given: list[Any], slots: int, dtype: torch.dtype) -> Tensor:

@@ -541,6 +541,8 @@ HELD_BACK = 32  # bytes a thread
 ONCE_A_TILE = 640  # bytes a thread
 # Three decode programs likewise: where a part lies goes to memory, once a part.
 ONCE_A_PART = 128  # bytes a thread
+# A state space model's, of a head's step and a product beside its state: six registers in 64 rows.
+ONCE_A_CHUNK = 24  # bytes a thread
 
 FIXED = [
     *(
@@ -582,7 +584,7 @@ def compiled(launches: list[list[Any]], capability: int = 90) -> list[dict[str, 
 
 
 def check_fits(kernels: list[dict[str, Any]], held_back: int = 0) -> None:
-    allowed = {"prefill_hopper_kernel": ONCE_A_TILE, "decode_kernel": ONCE_A_PART}
+    allowed = {"prefill_hopper_kernel": ONCE_A_TILE, "decode_kernel": ONCE_A_PART, "scan_chunks_kernel": ONCE_A_CHUNK}
     spilling = [
         k for k in kernels if k["spilled_bytes"] > allowed.get(k["kernel"], held_back if k["registers"] < 255 else 0)
     ]
@@ -889,10 +891,12 @@ def recurrent(tokens: int, seqs: int, dtype: str = "bfloat16", most_drafts: int 
     one = [tensor(dtype, tokens, 32)]
     conv = [tensor(dtype, tokens, 8192), tensor(dtype, 8192, 4), tensor(dtype, 8192), tensor(dtype, 257, 3, 8192)]
     state, module = tensor("float32", 257, 32, 128, 128), "pagegraph.kernels.state"
-    mamba2 = [{"slice": (tokens, 128, 64), "dtype": dtype}, tensor("float32", tokens, 128), tensor("float32", 128)]
-    mamba2 += [{"slice": (tokens, 8, 128), "dtype": dtype}] * 2 + [tensor("float32", 257, 128, 64, 128)]
+    mamba2 = [{"slice": (tokens, 128, 64), "dtype": dtype}, tensor(dtype, tokens, 128), tensor(dtype, 128)]
+    mamba2 += [{"slice": (tokens, 8, 128), "dtype": dtype}] * 2 + [tensor(dtype, 128)] * 2 + [True, 0.001, None, True]
+    mamba2 += [tensor("float32", 257, 128, 64, 128)]
     mamba1 = [tensor(dtype, tokens, 8192, 1), tensor("float32", tokens, 8192), tensor("float32", 8192, 16)]
-    mamba1 += [{"slice": (tokens, 1, 16), "dtype": dtype}] * 2 + [tensor("float32", 257, 8192, 1, 16)]
+    mamba1 += [{"slice": (tokens, 1, 16), "dtype": dtype}] * 2 + [None, None, False, None, None, False]
+    mamba1 += [tensor("float32", 257, 8192, 1, 16)]
     said = f"T={tokens} S={seqs} {dtype} K={most_drafts}"
 
     def drafts(wide: int, kept: str = "float32") -> list[Any]:

@@ -7,7 +7,7 @@ import torch
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.kernels.state import reference
-from tests.kernels.state.cases import STEPS, Step, compare, compare_drafted, conv, delta, scan
+from tests.kernels.state.cases import STEPS, Step, compare, compare_drafted, conv, delta, scan, scan_of_a_layer
 
 ATOL = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 both_dtypes = pytest.mark.parametrize("dtype", ATOL, ids=str)
@@ -99,10 +99,6 @@ def test_what_is_put_aside_of_a_shared_key_is_that_of_each_head(ops) -> None:
 @both_dtypes
 @pytest.mark.parametrize("mamba1", [False, True])
 def test_draft_tokens_leave_no_trace_in_a_state_space_model(ops, dtype: torch.dtype, mamba1: bool) -> None:
-    rates = scan(Step.of("decodes"), dtype, mamba1)[0][2]
-
-    def case(step: Step) -> tuple[list, torch.Tensor]:
-        (x, dt, _, B, C), pool = scan(step, dtype, mamba1)
-        return [x, dt, rates, B, C], pool
+    case = scan_of_a_layer(dtype, mamba1)
 
     compare_drafted(ops.selective_scan, reference.selective_scan, case, [0, 1, 3], atol=ATOL[dtype])

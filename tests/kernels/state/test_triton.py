@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from pagegraph.kernels.state import reference
-from tests.kernels.state.cases import PADDING, Step, compare, compare_drafted, conv, delta, drafted_steps, scan
+from tests.kernels.state.cases import (
+    PADDING,
+    Step,
+    compare,
+    compare_drafted,
+    conv,
+    delta,
+    drafted_steps,
+    scan,
+    scan_of_a_layer,
+)
 
 ATOL = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 both_dtypes = pytest.mark.parametrize("dtype", ATOL, ids=str)
@@ -163,11 +173,7 @@ def test_chunks_of_a_delta_rule_go_on_from_accepted_draft_tokens(triton_calls, v
 @pytest.mark.parametrize("mamba1", [False, True])
 def test_draft_tokens_leave_no_trace_in_a_state_space_model(triton_calls, mamba1: bool, room: int) -> None:
     """Two programs for the channels of a slot."""
-    rates = scan(Step.of("decodes"), torch.float32, mamba1)[0][2]
-
-    def case(step: Step) -> tuple[list, torch.Tensor]:
-        (x, dt, _, B, C), pool = scan(step, torch.float32, mamba1)
-        return [x, dt, rates, B, C], pool
+    case = scan_of_a_layer(torch.float32, mamba1)
 
     elements = {"pagegraph.kernels.state.scan.ELEMENTS": 32 if mamba1 else 256}
     op = on_device(triton_calls, "cuda", "selective_scan", elements)
@@ -175,11 +181,7 @@ def test_draft_tokens_leave_no_trace_in_a_state_space_model(triton_calls, mamba1
 
 
 def test_chunks_of_a_state_space_model_go_on_from_accepted_draft_tokens(triton_calls) -> None:
-    rates = scan(Step.of("decodes"), torch.bfloat16, False)[0][2]
-
-    def case(step: Step) -> tuple[list, torch.Tensor]:
-        (x, dt, _, B, C), pool = scan(step, torch.bfloat16, False)
-        return [x, dt, rates, B, C], pool
+    case = scan_of_a_layer(torch.bfloat16, False)
 
     op = on_device(triton_calls, "cuda", "selective_scan", IN_CHUNKS)
     compare_drafted(op, reference.selective_scan, case, [0, 1, 3], atol=ATOL[torch.bfloat16])
