@@ -283,7 +283,7 @@ class CompilationConfig:
     fuse_states: bool = _option(
         True,
         parse_flag,
-        "GPU: layers with recurrent state read what their convolutions and delta rules take where it lies, without copies",
+        "GPU: layers with recurrent state read what their convolutions, delta rules and scans take where it lies, without copies",
     )
     deterministic: bool = _option(
         False,

@@ -105,7 +105,7 @@ KNOWN: dict[str, tuple[str, Callable[[GraphModule], Counter[str]]]] = {
     "fuse_rows": ("norms, residual additions and gates as kernels of ours", _unfused_rows),
     "fuse_linears": ("products joined with what stands around them", _single_linears),
     "fuse_routers": ("choices of experts in one kernel", _other_routers),
-    "fuse_states": ("convolutions and delta rules that read without copies", lambda module: Counter()),
+    "fuse_states": ("convolutions, delta rules and scans that read what lies there", lambda module: Counter()),
     "one_row_linears": ("products of one row as loops of the compiler", _many_rows),
     "fuse_int4_layer": ("pairs of 4-bit products in one call", lambda module: Counter()),
 }

@@ -1,8 +1,8 @@
-"""Graph pass: what recurrent layers copy ahead of their ops is read where it lies.
+"""Graph pass: what recurrent layers copy or compute ahead of their ops is read where it lies.
 
 Columns that lie side by side in one product and are put together for a convolution are those columns (`compiler.passes.modules.
 plain_columns` brings them there). Queries and keys repeated for each head of values that shares them go to the delta rule as they
-are, whose op knows of heads that share. Knows FX graphs; knows no models.
+are, whose op knows of heads that share. A scan takes the logarithm of its rates, which is the parameter. Knows FX graphs; knows no models.
 """
 
 from __future__ import annotations
@@ -17,11 +17,29 @@ from pagegraph.compiler.passes.graph.patterns import call, is_call, is_method, i
 
 ops = torch.ops.pagegraph
 SPLITS = (torch.split, torch.functional.split)
+RATES, BY_LOGARITHM = 2, 10  # among the arguments of a scan
 
 
 def fuse_states(module: GraphModule) -> int:
-    """Rewrite every convolution and delta rule of `module` that reads such copies; returns how many."""
-    return rewrite(module, lambda node: _read_columns(module.graph, node) or _share_keys(module.graph, node))
+    """Rewrite every convolution, delta rule and scan of `module` that reads such copies; returns how many."""
+    graph = module.graph
+    return rewrite(module, lambda node: _read_columns(graph, node) or _share_keys(graph, node) or _take_logarithm(node))
+
+
+def _take_logarithm(scan: Node) -> bool:
+    """Rates = -exp(a parameter, in float32)."""
+    if not is_call(scan, ops.selective_scan) or scan.args[BY_LOGARITHM]:
+        return False
+    rates = scan.args[RATES]
+    if not is_call(rates, operator.neg) or not is_call(rates.args[0], torch.exp):
+        return False
+    log = rates.args[0].args[0]
+    if is_method(log, "float"):
+        log = log.args[0]
+    if log.op != "placeholder" or shape(log) != shape(rates):
+        return False
+    scan.args = (*scan.args[:RATES], log, *scan.args[RATES + 1 : BY_LOGARITHM], True, *scan.args[BY_LOGARITHM + 1 :])
+    return True
 
 
 def _share_keys(graph: Graph, rule: Node) -> bool:

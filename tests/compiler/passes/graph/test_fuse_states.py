@@ -47,11 +47,20 @@ def test_keys_are_shared_where_columns_were_never_copied() -> None:
     assert counted == [2]
 
 
-@pytest.mark.parametrize("name", ["kimi_linear", "mamba2"])
-def test_others_stay_as_they_are(name: str) -> None:
+@pytest.mark.parametrize("name, scans", [("nemotron_h", 1), ("jamba", 2), ("mamba2", 4)])
+def test_scans_take_the_parameter_that_is_the_logarithm_of_their_rates(name: str, scans: int) -> None:
     stock = random_model(tiny_config(name))
+    (graph,) = check_compiled(stock, paged_copy(tiny_config(name), stock), [fuse_states], MIXED)
+    found = [node for node in graph.graph.nodes if node.target is ops.selective_scan]
+    assert len(found) == scans
+    assert all(node.args[2].op == "placeholder" and node.args[10] is True for node in found)
+    assert not [node for node in graph.graph.nodes if node.target is torch.exp]
+
+
+def test_others_stay_as_they_are() -> None:
+    stock = random_model(tiny_config("kimi_linear"))
     counted = []
     check_compiled(
-        stock, paged_copy(tiny_config(name), stock), [lambda graph: counted.append(fuse_states(graph))], MIXED
+        stock, paged_copy(tiny_config("kimi_linear"), stock), [lambda graph: counted.append(fuse_states(graph))], MIXED
     )
     assert counted == [0]
