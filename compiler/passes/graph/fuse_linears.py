@@ -165,10 +165,8 @@ def _replace(graph: Graph, both: Node, last: Node, op: Callable, arguments: tupl
 
 def _gate(gate: Node) -> bool:
     product = gate.args[0]
-    if (
-        not any(is_call(product, op) for op in (ops.linear, ops.repacked_linear, ops.fixed_linear))
-        or len(product.users) > 1
-    ):
+    known = any(is_call(product, op) for op in (ops.linear, ops.repacked_linear, ops.fixed_linear))
+    if not known or not gate.users or len(product.users) > 1:  # one without users is in such a row already
         return False
     product.args = (*product.args, True)
     product.meta = gate.meta
