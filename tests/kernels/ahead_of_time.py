@@ -1,11 +1,11 @@
-"""Compiles kernels for a GPU that is not there, with exactly what their launchers pass; a script that prints JSON.
+"""Compiles kernels for a GPU that is not there, with exactly what their launchers pass; a script that reads and prints lines of JSON.
 
-Launchers are called on meta tensors with Triton's launch replaced by one that compiles. Reads a list of
-[name, module, function, arguments] from standard input, where an argument {"shape", "dtype"} is a tensor,
+Launchers are called on meta tensors with Triton's launch replaced by one that compiles what no line before had compiled. Answers a line
+with a list of [name, module, function, arguments], where an argument {"shape", "dtype"} is a tensor,
 {"slice", ...} a tensor whose rows are a slice of wider ones, {"tile"} a tile of skinny_linear, {"few"} one of few rows,
 {"norm"} a norm ahead of so many rows, {"weight"} a quantised weight, {"stack"} those of experts, {"type"} a type, {"hopper"} and {"form"} tiles and form of experts, {"grouped"} their
-tiles by the rules of products without and with tensor cores. Its argument is the compute
-capability, such as 90. Run without TRITON_INTERPRET, in a process of its own: the replaced launch stays replaced.
+tiles by the rules of products without and with tensor cores, by a line with a list of `Compiled` or one with what went wrong.
+Its argument is the compute capability, such as 90. Run without TRITON_INTERPRET, in a process of its own: the replaced launch stays replaced.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import re
 import struct
 import subprocess
 import sys
 import tempfile
+import traceback
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -190,25 +192,37 @@ def argument(described: Any) -> Any:
 
 def main() -> None:
     capability = int(sys.argv[1])
-    compiled: dict[str, tuple[Compiled, bytes]] = {}  # by what Triton compiles
+    compiled: dict[str, Compiled] = {}  # by what Triton compiles
+    codes: dict[str, bytes] = {}  # likewise, until it is known what they do before they wait
     launches: list[tuple[str, str]] = []  # case, and what is compiled for it
     knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True  # what ptxas reports is not in Triton's cache
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a compiler prints must not mix with answers
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
         source = source_of(kernel, arguments, named)
         options = {n: v for n, v in named.items() if n in ("num_warps", "num_stages", "maxnreg", "launch_pdl")}
         key = f"{source.hash()} {options}"
         if key not in compiled:
-            compiled[key] = compile_source(source, options, capability)
+            compiled[key], codes[key] = compile_source(source, options, capability)
         launches.append((case, key))
 
     JITFunction.run = GluonJITFunction.run = record
     gpu.multiprocessors = prefill_hopper.multiprocessors = lambda device: 132 if capability == 90 else 0
     pdl.dependent = lambda device: {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
-    for case, module, function, described in json.load(sys.stdin):  # noqa: B007  `record` reads it
-        getattr(importlib.import_module(module), function)(*(argument(one) for one in described))
-    early = dict(zip(compiled, before_waits([code for _, code in compiled.values()], capability), strict=True))
-    print(json.dumps([asdict(replace(compiled[key][0], case=case, early=early[key])) for case, key in launches]))
+    for line in sys.stdin:
+        launches.clear()
+        try:
+            for case, module, function, described in json.loads(line):  # noqa: B007  `record` reads it
+                getattr(importlib.import_module(module), function)(*(argument(one) for one in described))
+            if codes:
+                for key, early in zip(codes, before_waits([*codes.values()], capability), strict=True):
+                    compiled[key] = replace(compiled[key], early=early)
+                codes.clear()
+            answer: Any = [asdict(replace(compiled[key], case=case)) for case, key in launches]
+        except Exception:
+            answer = traceback.format_exc()
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every Triton kernel compiled for sm_90 with its real tiles: registers, spills, shared memory, pipeline depth.
 
-Needs no GPU. What it cannot say is how fast anything is.
+Needs no GPU. What it cannot say is how fast anything is. A kernel is compiled once in each of its forms; lists named MORE_ are the
+same forms of other sizes, which tests marked slow compile too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -412,116 +414,137 @@ SUMS = [
     one_shot(1_048_576, 1, 2, "bfloat16"),
     one_shot(2880, 1, 4, "float16"),
 ]
-EXPERTS = [
-    router(8, 128, 8),
-    router(4096, 512, 10),
-    *(experts(tokens, 8, OF_128) for tokens in (1, 8, 64, 512, 1024, 4096)),
-    *(experts(tokens, 4, OF_32, GPT_OSS, bias=True) for tokens in (1, 8, 64, 256, 512, 4096)),
-    *(experts(tokens, 6, (64, 1408, 2048), Form("relu2", gated=False), True, "float16") for tokens in (2, 1024)),
+ROUTERS = [router(8, 128, 8), router(4096, 512, 10)]
+FEW_EXPERTS = [
+    *(experts(tokens, 8, OF_128) for tokens in (1, 8)),
+    experts(1, 4, OF_32, GPT_OSS, True),
+    experts(2, 6, (64, 1408, 2048), Form("gelu", gated=False), True, "float16"),
+]
+GROUPED_EXPERTS = [
+    *(experts(tokens, 8, OF_128) for tokens in (64, 1024, 4096)),
+    *(experts(tokens, 4, OF_32, GPT_OSS, True) for tokens in (8, 256, 4096)),
+    experts(256, 6, (64, 1408, 2048), Form("relu2", gated=False), True, "float16"),
+]
+MORE_GROUPED_EXPERTS = [
+    experts(512, 8, OF_128),
+    *(experts(tokens, 4, OF_32, GPT_OSS, True) for tokens in (64, 512)),
+    experts(1024, 6, (64, 1408, 2048), Form("relu2", gated=False), True, "float16"),
 ]
 HOPPER_EXPERTS = [
     hopper_experts(4096, 8, OF_128, Form()),
     hopper_experts(4096, 4, OF_32, GPT_OSS, True),
+    hopper_experts(1024, 6, (64, 1400, 2048), Form("relu2", gated=False), True, "float16"),
+]
+MORE_HOPPER_EXPERTS = [
     hopper_experts(1024, 6, (64, 1400, 2048), GPT_OSS._replace(interleaved=False, transposed=False), True, "float16"),
     hopper_experts(1024, 6, (64, 1408, 2048), Form("gelu", gated=False), True),
 ]
 E4M3_EXPERTS = [
-    *(
-        e4m3_experts(tokens, 8, OF_128, Form(), tiles)
-        for tokens in (64, 4096)
-        for tiles in ((4, 256), (6, 128), (3, 256))
-    ),
+    *(e4m3_experts(tokens, 8, OF_128, Form(), (4, 256)) for tokens in (64, 4096)),
     e4m3_experts(1024, 6, (64, 1408, 2048), Form("relu2", gated=False), (4, 256)),
     e4m3_experts(1024, 1, (64, 704, 1536), GPT_OSS, (4, 256)),
 ]
-QUANTISED_EXPERTS = [
-    quantised_experts(tokens, choices, size, kind, group, form, bias, has_zero)
-    for kind, group, has_zero, size, choices, form, bias in (
-        ("fp8", 128, False, OF_128, 8, Form(), False),
-        ("int4", 128, True, OF_128, 8, Form(), False),
-        ("int8", 0, False, OF_128, 8, Form(), False),
-        ("int8", 16, True, (64, 1408, 2048), 6, Form("relu2", gated=False), True),
-        ("mxfp4", 32, False, OF_32, 4, GPT_OSS, True),
-    )
-    for tokens in (2, 64, 512, 4096)
-]
+MORE_E4M3_EXPERTS = [e4m3_experts(4096, 8, OF_128, Form(), tiles) for tiles in ((6, 128), (3, 256))]
+FEW_QUANTISED_EXPERTS, GROUPED_QUANTISED_EXPERTS, MORE_QUANTISED_EXPERTS = (
+    [
+        quantised_experts(tokens, choices, size, kind, group, form, bias, has_zero)
+        for kind, group, has_zero, size, choices, form, bias, numbers in (
+            ("fp8", 128, False, OF_128, 8, Form(), False, ((2,), (64,), (512, 4096))),
+            ("int4", 128, True, OF_128, 8, Form(), False, ((2,), (512,), (64, 4096))),
+            ("int8", 0, False, (64, 1408, 2048), 6, Form("relu2", gated=False), True, ((2,), (512,), (64, 4096))),
+            ("int8", 16, True, (64, 1408, 2048), 6, Form("relu2", gated=False), True, ((2,), (), (64, 512, 4096))),
+            ("mxfp4", 32, False, OF_32, 4, GPT_OSS, True, ((2,), (4096,), (64, 512))),
+        )
+        for tokens in numbers[which]
+    ]
+    for which in range(3)
+)
 ROPES = [rope(16, 8, 128, True), rope(32, 8, 128, False), rope(32, 32, 256, False)]
-LINEARS = [linear(rows, *shape) for rows in (2, 64) for shape in ((6144, 1024), (1024, 3072), (4096, 14336))]
+LINEARS = [linear(2, 6144, 1024), linear(64, 1024, 3072), linear(64, 4096, 14336)]
+MORE_LINEARS = [linear(2, 1024, 3072), linear(2, 4096, 14336), linear(64, 6144, 1024)]
 GATED = [
     gated(256, 14336, 4096, True),
     gated(8192, 14336, 4096, False),
-    gated(300, 9728, 2560, True, "float16"),
     gemvs(128, 4096, 14336)[0],
     gemvs(2048, 4096, 12288)[0],
 ]
-ROWS = [one for rows in (2, 4) for sizes in ((1024, 3072), (4096, 14336), (576, 1536)) for one in gemvs(rows, *sizes)]
+MORE_GATED = [gated(300, 9728, 2560, True, "float16")]
+ROWS = [
+    one
+    for rows, sizes in ((2, (1024, 3072)), (2, (4096, 14336)), (4, (1024, 3072)), (4, (4096, 14336)), (4, (576, 1536)))
+    for one in gemvs(rows, *sizes)
+]
+MORE_ROWS = gemvs(2, 576, 1536)
 MANY_ROWS = ((128, 128, 1, 8, 3, 128), (64, 64, 2, 4, 4, 128), (256, 64, 1, 8, 3, 128), (128, 64, 1, 8, 3, 256))
+WEIGHTS = (
+    ("fp8", 4096), ("fp8", 128), ("int8", 4096), ("int8", 32, True), ("int4", 128, True), ("int4", 4096), ("int8", 16)
+)  # fmt: skip
 QUANTISED = [
-    quantised(rows, out_size, size, *weight)
-    for rows, out_size, size in ((64, 4096, 14336), (256, 6144, 4096))
-    for weight in (("fp8", size), ("fp8", 128), ("int8", size), ("int8", 32, True), ("int4", 128, True), ("int4", size))
-] + [
-    *(
-        quantised(8, 4096, 4096, kind, group, has_zero)
-        for kind, group, has_zero in (
-            ("fp8", 4096, False),
-            ("int4", 32, True),
-            ("int4", 128, False),
-            ("int8", 16, False),
-            ("int8", 4096, False),
-        )
-    ),
-    *(quantised(256, 4096, 14336, "int4", 128, True, Tile(*tile)) for tile in MANY_ROWS),
-    *(quantised(256, 4096, 14336, "int8", 14336, False, Tile(*tile)) for tile in MANY_ROWS),
+    *(quantised(64, 6144, 4096, *weight) for weight in WEIGHTS),
+    quantised(8, 4096, 4096, "fp8", 128),
+    quantised(8, 4096, 4096, "int4", 32, True),
+    *(quantised(256, 4096, 14336, "int4", 128, True, Tile(*tile)) for tile in MANY_ROWS[::2]),
+    *(quantised(256, 4096, 14336, "int8", 14336, False, Tile(*tile)) for tile in MANY_ROWS[1::2]),
+    quantised(256, 6144, 4096, "fp8", 4096),
+    quantised(64, 4096, 4096, "int4", 128, True, dtype="float16"),
     *rounded_rows(4096),
-    *rounded_rows(14336),
     *rounded_rows(53248)[:1],
     *(
         by_gemm_8bit("int8", 256, 4096, 14336, Tile(*tile))
-        for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 3, 128), (64, 128, 2, 4, 4, 128), (128, 128, 1, 8, 3, 128))
+        for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 3, 128), (128, 128, 1, 8, 3, 128))
     ),
     *(
         by_gemm_8bit("int4", 256, 4096, 14336, Tile(*tile))
-        for tile in ((64, 128, 4, 4, 4, 64), (64, 128, 1, 4, 4, 128), (128, 128, 2, 4, 3, 64))
+        for tile in ((64, 128, 1, 4, 4, 128), (128, 128, 2, 4, 3, 64))
     ),
-    *(
-        by_gemm_8bit(kind, 256, 4096, 4096, Tile(64, 128, 1, 4, 4, 128), symmetric=True, dtype="float16")
-        for kind in ("int4", "int8")
-    ),
-    quantised(64, 4096, 4096, "int4", 128, True, dtype="float16"),
+    by_gemm_8bit("int4", 256, 4096, 4096, Tile(64, 128, 1, 4, 4, 128), symmetric=True, dtype="float16"),
     *(
         written_out(kind, group, has_zero)
         for kind, group, has_zero in (("int4", 32, True), ("int8", 4096, False), ("fp8", 128, False))
     ),
 ]
+MORE_QUANTISED = [
+    *(quantised(rows, 6144, 4096, *weight) for rows in (8, 256) for weight in WEIGHTS),
+    *(quantised(64, 4096, 14336, *weight) for weight in (("fp8", 14336), ("int8", 32, True), ("int4", 128, True))),
+    *(quantised(256, 4096, 14336, "int4", 128, True, Tile(*tile)) for tile in MANY_ROWS[1::2]),
+    *(quantised(256, 4096, 14336, "int8", 14336, False, Tile(*tile)) for tile in MANY_ROWS[::2]),
+    *rounded_rows(14336),
+    by_gemm_8bit("int8", 256, 4096, 14336, Tile(64, 128, 2, 4, 4, 128)),
+    by_gemm_8bit("int4", 256, 4096, 14336, Tile(64, 128, 4, 4, 4, 64)),
+    by_gemm_8bit("int8", 256, 4096, 4096, Tile(64, 128, 1, 4, 4, 128), symmetric=True, dtype="float16"),
+]
 HALF = [
-    attention(64, 64, 8, 1),
     attention(64, 64, 8, 8, window=128, sinks=True),
     attention(80, 80, 8, 4),
-    attention(96, 96, 8, 3),
     attention(128, 128, 8, 4),
     attention(128, 128, 8, 4, tokens=256, num_seqs=256),
     attention(128, 128, 8, 4, tokens=1024, num_seqs=256),
     attention(128, 128, 8, 4, tokens=16, num_seqs=16),
     attention(128, 128, 8, 4, tokens=1, num_seqs=1),
-    attention(128, 128, 4, 8, window=1024, softcap=50.0, sinks=True),
+    attention(128, 128, 4, 8, tokens=16, num_seqs=16, window=1024, softcap=50.0, sinks=True),
     attention(192, 128, 8, 1),
-    attention(256, 256, 2, 8),
     attention(256, 256, 4, 2, window=1024, softcap=50.0),
     attention(256, 256, 4, 4, tokens=8, num_seqs=8, chunk=8192),
 ]
+MORE_HALF = [
+    attention(64, 64, 8, 1),
+    attention(96, 96, 8, 3),
+    attention(128, 128, 4, 8, window=1024, softcap=50.0, sinks=True),
+    attention(256, 256, 2, 8),
+]
 KV_8_BITS = [
-    attention(128, 128, 8, group, tokens=tokens, num_seqs=64, cache="float8_e4m3fn")
-    for group, tokens in ((4, 64), (4, 512), (2, 256))
-] + [
-    attention(size, size, 8, 4, dtype, tokens=64, num_seqs=64, cache="float8_e4m3fn", sinks=True)
-    for size, dtype in ((16, "bfloat16"), (64, "bfloat16"), (80, "bfloat16"), (256, "bfloat16"), (64, "float32"))
+    *(attention(128, 128, 8, 4, tokens=tokens, num_seqs=64, cache="float8_e4m3fn") for tokens in (64, 512)),
+    *(
+        attention(size, size, 8, 4, dtype, tokens=64, num_seqs=64, cache="float8_e4m3fn", sinks=True)
+        for size, dtype in ((64, "bfloat16"), (256, "bfloat16"), (64, "float32"))
+    ),
 ]
-SINGLE = [
-    attention(64, 64, 8, 3, "float32"),
-    attention(128, 128, 8, 4, "float32"),
-    attention(256, 256, 4, 2, "float32"),
+MORE_KV_8_BITS = [
+    attention(128, 128, 8, 2, tokens=256, num_seqs=64, cache="float8_e4m3fn"),
+    *(attention(size, size, 8, 4, tokens=64, num_seqs=64, cache="float8_e4m3fn", sinks=True) for size in (16, 80)),
 ]
+SINGLE = [attention(64, 64, 8, 3, "float32"), attention(256, 256, 4, 2, "float32")]
+MORE_SINGLE = [attention(128, 128, 8, 4, "float32")]
 WIDE = {
     size: [
         attention(size, size, 8, group, dtype, tokens, 32, *features)
@@ -547,40 +570,88 @@ ONCE_A_CHUNK = 24  # bytes a thread
 FIXED = [
     *(
         fixed(rows, *shape)
-        for rows in (1, 32, 64, 256, 2048)
-        for shape in ((6144, 4096), (4096, 14336), (151936, 1024), (1024, 3072))
+        for rows, shape in (
+            (1, (6144, 4096)), (32, (1024, 3072)), (64, (4096, 14336)), (256, (1024, 3072)),
+            (256, (6144, 4096)), (256, (151936, 1024)), (2048, (1024, 3072)),
+        )
     ),
-    *(fixed(rows, 6144, 1024, gated=True) for rows in (1, 64, 128, 256, 8192)),
-    *(
-        fixed_attention(size, size, 8, group, tokens=tokens)
-        for size in (64, 128)
-        for group in (1, 4)
-        for tokens in (16, 512)
-    ),
+    *(fixed(rows, 6144, 1024, gated=True) for rows in (1, 128, 8192)),
+    *(fixed_attention(64, 64, 8, 1, tokens=tokens) for tokens in (16, 512)),
+    fixed_attention(128, 128, 8, 4, tokens=16),
     fixed_attention(128, 128, 8, 2, tokens=2, num_seqs=2),  # whose sections are shared out
     fixed_attention(64, 64, 3, 3, tokens=16, num_seqs=4, sinks=True),
     fixed_attention(128, 128, 8, 4, cache="float8_e4m3fn"),
     fixed_attention(256, 256, 4, 2, window=512, softcap=30.0),
+]  # fmt: skip
+MORE_FIXED = [
+    *(
+        fixed(rows, *shape)
+        for rows in (1, 32, 64, 256, 2048)
+        for shape in ((6144, 4096), (4096, 14336), (151936, 1024), (1024, 3072))
+    ),
+    *(fixed(rows, 6144, 1024, gated=True) for rows in (64, 256)),
+    *(fixed_attention(size, size, 8, group, tokens=512) for size, group in ((64, 4), (128, 1), (128, 4))),
 ]
 
 QUANTISED_ROWS = [
+    quantised_rows("int4", 128, QuantGemvTile(1, 8, 2, 4), True)[0],
+    quantised_rows("int4", 32, QuantGemvTile(2, 4, 2, 4), True)[1],
+    quantised_rows("int4", 0, QuantGemvTile(4, 2, 2, 4))[1],
+    quantised_rows("int8", 0, QuantGemvTile(2, 2, 2, 6))[1],
+    quantised_rows("int8", 128, QuantGemvTile(1, 4, 2, 6))[0],
+    quantised_rows("fp8", 0, QuantGemvTile(2, 2, 2, 6))[1],
+    quantised_rows("fp8", 128, QuantGemvTile(1, 4, 2, 6))[0],
+]
+MORE_QUANTISED_ROWS = [
     launch
     for kind, group, has_zero, tile in (
-        ("int4", 128, True, QuantGemvTile(1, 8, 1, 4)), ("int4", 32, True, QuantGemvTile(4, 4, 2, 4)), ("int8", 0, False, QuantGemvTile(2, 8, 2, 3)),
+        ("int4", 128, True, QuantGemvTile(4, 2, 2, 4)), ("int4", 32, True, QuantGemvTile(4, 4, 2, 4)), ("int8", 0, False, QuantGemvTile(1, 4, 4, 3)),
         ("int8", 128, False, QuantGemvTile(1, 4, 4, 3)), ("fp8", 0, False, QuantGemvTile(1, 8, 1, 6)), ("fp8", 128, False, QuantGemvTile(2, 16, 1, 3)),
     )
     for launch in quantised_rows(kind, group, tile, has_zero)
 ]  # fmt: skip
 
+every_size = pytest.mark.parametrize(
+    "every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["each_form", "every_size"]
+)
 
-def compiled(launches: list[list[Any]], capability: int = 90) -> list[dict[str, Any]]:
-    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(Path(__file__).with_name("ahead_of_time.py")), str(capability)]
-    done = subprocess.run(
-        command, input=json.dumps(launches), env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+
+class Compiler:
+    """The process that compiles for one compute capability, and what it has compiled."""
+
+    def __init__(self, capability: int) -> None:
+        environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(Path(__file__).with_name("ahead_of_time.py")), str(capability)]
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def compiled(self, launches: list[list[Any]]) -> list[dict[str, Any]]:
+        print(json.dumps(launches), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        assert answer, f"the compiler ended with {self._process.wait(10)}"
+        kernels = json.loads(answer)
+        assert isinstance(kernels, list), kernels
+        return kernels
+
+    def close(self) -> None:
+        self._process.kill()  # it would take seconds to free what it holds
+        self._process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Callable[..., list[dict[str, Any]]]]:
+    """The launches compiled for a compute capability; a launch that tests share is compiled once."""
+    compilers: dict[int, Compiler] = {}
+
+    def of(launches: list[list[Any]], capability: int = 90) -> list[dict[str, Any]]:
+        if capability not in compilers:
+            compilers[capability] = Compiler(capability)
+        return compilers[capability].compiled(launches)
+
+    yield of
+    for compiler in compilers.values():
+        compiler.close()
 
 
 def check_fits(kernels: list[dict[str, Any]], held_back: int = 0) -> None:
@@ -593,29 +664,33 @@ def check_fits(kernels: list[dict[str, Any]], held_back: int = 0) -> None:
     assert all(k["shared_bytes"] <= SHARED_MEMORY for k in kernels)
 
 
-@pytest.fixture(scope="module")
-def half() -> list[dict[str, Any]]:
+@pytest.fixture(
+    scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["each_form", "every_size"]
+)
+def half(request: pytest.FixtureRequest, compiled) -> list[dict[str, Any]]:
     """The launches of models in bfloat16, and sampling."""
-    unpacks = [*unpack(2, 2), *unpack(2048, 256)]
-    rowwise = [*rows(1, 1024), *rows(256, 4096), *rows(8192, 16384)]
+    launches = [
+        *HALF,
+        *ROPES,
+        *LINEARS,
+        *GATED,
+        *FIXED,
+        *ROWS,
+        *unpack(2, 2),
+        *unpack(2048, 256),
+        *drafting(64, 64),
+        *rows(1, 1024),
+        *rows(256, 4096),
+        *rows(8192, 16384),
+        sampling(151936, "float32"),
+        sampling(128256, "bfloat16"),
+        bitmask(151936, "float32"),
+        bitmask(128256, "bfloat16"),
+        sampling_allowed(151936, "float32"),
+        sampling_allowed(128256, "bfloat16"),
+    ]
     return compiled(
-        [
-            *HALF,
-            *ROPES,
-            *LINEARS,
-            *GATED,
-            *FIXED,
-            *ROWS,
-            *unpacks,
-            *drafting(64, 64),
-            *rowwise,
-            sampling(151936, "float32"),
-            sampling(128256, "bfloat16"),
-            bitmask(151936, "float32"),
-            bitmask(128256, "bfloat16"),
-            sampling_allowed(151936, "float32"),
-            sampling_allowed(128256, "bfloat16"),
-        ]
+        launches + [*MORE_HALF, *MORE_LINEARS, *MORE_GATED, *MORE_FIXED, *MORE_ROWS] if request.param else launches
     )
 
 
@@ -678,14 +753,15 @@ def test_prefill_runs_on_warp_groups(half: list[dict[str, Any]]) -> None:
 
 def test_prefill_with_a_producer_fills_a_multiprocessor(half: list[dict[str, Any]]) -> None:
     kernels = [k for k in half if k["kernel"] == "prefill_hopper_kernel"]
-    assert len(kernels) == 7  # of HALF: head sizes of 64, 128 and 256, steps with prompts
+    # Of HALF: head sizes of 64, 128 and 256, steps with prompts.
+    assert len(kernels) == 4 + 3 * any(k["case"] == MORE_HALF[0][0] for k in half)
     assert all(k["registers"] * 3 * 128 <= 65536 for k in kernels), kernels
 
 
 def test_gated_products_with_a_producer_fill_a_multiprocessor(half: list[dict[str, Any]]) -> None:
     """Those that the op chooses among them: from 65 rows on where they are faster than cuBLAS."""
     kernels = [k for k in half if k["kernel"] == "gated_gemm_hopper_kernel"]
-    assert len(kernels) == len(GATED)
+    assert len(kernels) == len(GATED) + any(k["case"] == MORE_GATED[0][0] for k in half)
     assert all(k["wgmma"] and k["registers"] * 3 * 128 <= 65536 and not k["spilled_bytes"] for k in kernels), kernels
 
 
@@ -693,7 +769,7 @@ def test_decode_programs_share_a_multiprocessor(half: list[dict[str, Any]]) -> N
     """Decode hides memory latency with other programs' loads: shared memory and registers of two must fit, of three where
     many sequences take equal shares, and one of eight warps does for a step of one."""
     kernels = [k for k in half if k["kernel"] == "decode_kernel"]
-    assert len(kernels) == len(HALF)
+    assert len(kernels) == len({k["case"] for k in half} & {case for case, *_ in HALF + MORE_HALF})
     for kernel in kernels:
         programs = 3 if "T=1024" in kernel["case"] else 1 if "T=1 " in kernel["case"] else 2
         threads = 256 if programs == 1 else 128
@@ -701,9 +777,10 @@ def test_decode_programs_share_a_multiprocessor(half: list[dict[str, Any]]) -> N
         assert programs * threads * kernel["registers"] <= 65536, kernel
 
 
-def test_quantised_products() -> None:
+@every_size
+def test_quantised_products(compiled, every: bool) -> None:
     """No spills, on Hopper's tensor-core instruction, the weight in two buffers at least, and nothing but a norm's weight touched before the wait."""
-    kernels = compiled(QUANTISED)
+    kernels = compiled(QUANTISED + MORE_QUANTISED if every else QUANTISED)
     check_fits(kernels)
     assert {k["kernel"] for k in kernels} == {
         "gemm_16bit_kernel",
@@ -734,42 +811,38 @@ def test_quantised_products() -> None:
     )
 
 
-@pytest.mark.parametrize("capability", [80, 89])
-def test_quantised_products_on_gpus_before_hopper(capability: int) -> None:
+def test_quantised_products_on_gpus_before_hopper(compiled) -> None:
     """Products that such a GPU is given, with what is ahead of them: of e4m3 only where it knows them."""
     rows_to_e4m3, rows_to_int8, rows_with_sums = rounded_rows(4096)
-    fp8 = [
+    tile = QuantGemvTile(1, 4, 2, 3)
+    integers = [
+        *(quantised(300, 512, 512, kind, group) for kind, group in (("int4", 32), ("int8", 32), ("int8", 512))),
+        *(quantised(64, 512, 512, "int4", 128, True, dtype=dtype) for dtype in ("bfloat16", "float16")),
+        quantised_rows("int4", 128, tile)[1],
+        quantised_rows("int8", 0, tile)[0],
+        by_gemm_8bit("int8", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64)),
+        rows_to_int8,
+        written_out("int4", 32, True),
+    ]
+    e4m3 = [
         rows_to_e4m3,
         rows_with_sums,
         quantised(64, 512, 512, "fp8", 512),
-        *quantised_rows("fp8", 0, QuantGemvTile(1, 4, 2, 3)),
+        *quantised_rows("fp8", 0, tile),
         by_gemm_8bit("int4", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64)),
     ]
-    kernels = compiled(
-        [
-            *(quantised(64, 512, 512, "int4", 128, has_zero) for has_zero in (False, True)),
-            *(quantised(300, 512, 512, kind, group) for kind, group in (("int4", 32), ("int8", 32), ("int8", 512))),
-            *(
-                launch
-                for kind, group in (("int4", 128), ("int8", 0))
-                for launch in quantised_rows(kind, group, QuantGemvTile(1, 4, 2, 3))
-            ),
-            by_gemm_8bit("int8", 128, 512, 512, Tile(64, 128, 1, 4, 3, 64)),
-            rows_to_int8,
-            quantised(64, 512, 512, "int4", 128, True, dtype="float16"),
-            written_out("int4", 32, True),
-            *(fp8 if capability >= 89 else []),
-        ],
-        capability,
-    )
-    assert len(kernels) == 14 + (7 if capability >= 89 else 0)
-    products = [k for k in kernels if k["kernel"] not in ("rows_kernel", "dequantize_repacked_kernel")]
-    assert not any(k["waits"] or k["spilled_bytes"] > 16 for k in kernels) and all(k["tensor_cores"] for k in products)
+    for capability, launches, count in ((80, integers, 11), (89, e4m3, 7)):
+        kernels = compiled(launches, capability)
+        assert len(kernels) == count
+        products = [k for k in kernels if k["kernel"] not in ("rows_kernel", "dequantize_repacked_kernel")]
+        assert not any(k["waits"] or k["spilled_bytes"] > 16 for k in kernels)
+        assert all(k["tensor_cores"] for k in products)
 
 
-def test_quantised_products_of_few_rows() -> None:
+@every_size
+def test_quantised_products_of_few_rows(compiled, every: bool) -> None:
     """On tensor cores, pipelined, no weight by a way of shared memory of its own; before the wait lines are asked for, and what no kernel writes."""
-    kernels = compiled(QUANTISED_ROWS)
+    kernels = compiled(QUANTISED_ROWS + MORE_QUANTISED_ROWS if every else QUANTISED_ROWS)
     check_fits(kernels)
     assert all(
         k["tensor_cores"] and k["buffers"] >= 2 and k["waits"] and {"CCTL"} <= set(k["early"]) <= {"CCTL", "LDG"}
@@ -778,7 +851,7 @@ def test_quantised_products_of_few_rows() -> None:
     assert not any(k["exchanged"] for k in kernels), kernels
 
 
-def test_sums_over_ranks() -> None:
+def test_sums_over_ranks(compiled) -> None:
     """Counts go out behind the parts, and parts are read behind the counts, for all GPUs to see; nothing is touched before the wait."""
     kernels = compiled(SUMS)
     check_fits(kernels)
@@ -786,9 +859,11 @@ def test_sums_over_ranks() -> None:
     assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
 
 
-def test_experts() -> None:
+@every_size
+def test_experts(compiled, every: bool) -> None:
     """No spills, nothing touched before the wait, pipelined, and tiles of 64 rows on Hopper's tensor-core instruction."""
-    kernels = compiled(EXPERTS)
+    grouped = GROUPED_EXPERTS + MORE_GROUPED_EXPERTS if every else GROUPED_EXPERTS
+    kernels = compiled([*ROUTERS, *FEW_EXPERTS, *grouped])
     check_fits(kernels)
     assert {k["kernel"] for k in kernels} == {
         "experts_up_kernel",
@@ -802,63 +877,62 @@ def test_experts() -> None:
     }
     assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
     products = [k for k in kernels if k["kernel"] == "grouped_gemm_kernel"]
-    assert len(products) == 2 * 10 and all(k["tensor_cores"] and k["buffers"] >= 2 for k in products), products
-    many = [
-        k
-        for k in products
-        if any(one in k["case"] for one in ("T=512", "T=1024", "T=4096")) or "T=256" in k["case"] and "(32" in k["case"]
-    ]
-    assert len(many) == 14 and {id(k) for k in many} == {id(k) for k in products if k["wgmma"]}
-
-
-def test_experts_on_hopper() -> None:
-    """Three warp groups fill a multiprocessor, and all of a tile is copied by the copy engine."""
-    kernels = compiled(HOPPER_EXPERTS)
-    check_fits(kernels)
-    assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
-    products = [k for k in kernels if k["kernel"] == "grouped_gemm_hopper_kernel"]
-    assert len(products) == 2 * len(HOPPER_EXPERTS)
-    assert all(k["wgmma"] and k["buffers"] == 4 and k["registers"] * 3 * 128 <= 65536 for k in products), products
-    others = {k["kernel"] for k in kernels} - {"grouped_gemm_hopper_kernel"}
-    assert others == {"route_kernel", "count_kernel", "order_kernel", "sorted_rows_kernel", "weighted_sum_kernel"}
-
-
-def test_experts_of_e4m3_on_hopper() -> None:
-    """As `test_experts_on_hopper`; one kernel rounds rows, and one brings them and their scales into the order of experts."""
-    kernels = compiled(E4M3_EXPERTS)
-    check_fits(kernels)
-    assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
-    products = [k for k in kernels if k["kernel"] == "grouped_gemm_hopper_kernel"]
-    assert len(products) == 2 * len(E4M3_EXPERTS)
-    assert all(k["wgmma"] and k["registers"] * 3 * 128 <= 65536 for k in products), products
-    others = [k["kernel"] for k in kernels if k not in products]
-    sorting = {"route_kernel", "count_kernel", "order_kernel"}
-    assert sorting < set(others)
-    assert [one for one in others if one not in sorting] == len(E4M3_EXPERTS) * [
-        "rows_kernel", "sorted_rows_kernel", "rows_kernel", "weighted_sum_kernel"
-    ]  # fmt: skip
-
-
-def test_programs_of_grouped_products_share_a_multiprocessor() -> None:
-    """As many as the rule counts on."""
-    for kernel in (k for k in compiled(EXPERTS) if k["kernel"] == "grouped_gemm_kernel"):
-        tokens = int(kernel["case"].partition("T=")[2].split()[0])
-        size, choices = (
-            (OF_32, 4)
-            if str(OF_32) in kernel["case"]
-            else (OF_128, 8)
-            if str(OF_128) in kernel["case"]
-            else ((64, 1408, 2048), 6)
+    assert len(products) == 2 * len(grouped)
+    assert all(k["tensor_cores"] and k["buffers"] >= 2 for k in products), products
+    assert all(k["wgmma"] == (tokens_of(k) >= 256) for k in products), products
+    for kernel in products:  # as many programs share a multiprocessor as the rule counts on
+        size, choices = next(
+            (size, choices)
+            for size, choices in ((OF_32, 4), (OF_128, 8), ((64, 1408, 2048), 6))
+            if str(size) in kernel["case"]
         )
-        tiles = grouped_tiles_of(tokens * choices, (*size, 2))
+        tiles = grouped_tiles_of(tokens_of(kernel) * choices, (*size, 2))
         threads = 32 * tiles.up.num_warps
         assert tiles.programs * (kernel["shared_bytes"] + 1024) <= SHARED_MEMORY, kernel
         assert tiles.programs * threads * kernel["registers"] <= 65536, kernel
 
 
-def test_quantised_experts() -> None:
+def tokens_of(kernel: dict[str, Any]) -> int:
+    return int(kernel["case"].partition("T=")[2].split()[0])
+
+
+@every_size
+def test_experts_on_hopper(compiled, every: bool) -> None:
+    """Three warp groups fill a multiprocessor, and all of a tile is copied by the copy engine."""
+    launches = HOPPER_EXPERTS + MORE_HOPPER_EXPERTS if every else HOPPER_EXPERTS
+    kernels = compiled(launches)
+    check_fits(kernels)
+    assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
+    products = [k for k in kernels if k["kernel"] == "grouped_gemm_hopper_kernel"]
+    assert len(products) == 2 * len(launches)
+    assert all(k["wgmma"] and k["buffers"] == 4 and k["registers"] * 3 * 128 <= 65536 for k in products), products
+    others = {k["kernel"] for k in kernels} - {"grouped_gemm_hopper_kernel"}
+    assert others == {"route_kernel", "count_kernel", "order_kernel", "sorted_rows_kernel", "weighted_sum_kernel"}
+
+
+@every_size
+def test_experts_of_e4m3_on_hopper(compiled, every: bool) -> None:
+    """As `test_experts_on_hopper`; one kernel rounds rows, and one brings them and their scales into the order of experts."""
+    launches = E4M3_EXPERTS + MORE_E4M3_EXPERTS if every else E4M3_EXPERTS
+    kernels = compiled(launches)
+    check_fits(kernels)
+    assert all(k["waits"] and not k["early"] and not k["spilled_bytes"] for k in kernels), kernels
+    products = [k for k in kernels if k["kernel"] == "grouped_gemm_hopper_kernel"]
+    assert len(products) == 2 * len(launches)
+    assert all(k["wgmma"] and k["registers"] * 3 * 128 <= 65536 for k in products), products
+    others = [k["kernel"] for k in kernels if k not in products]
+    sorting = {"route_kernel", "count_kernel", "order_kernel"}
+    assert sorting < set(others)
+    assert [one for one in others if one not in sorting] == len(launches) * [
+        "rows_kernel", "sorted_rows_kernel", "rows_kernel", "weighted_sum_kernel"
+    ]  # fmt: skip
+
+
+@every_size
+def test_quantised_experts(compiled, every: bool) -> None:
     """As `test_experts`, and no weight takes a way through shared memory of its own; programs share a multiprocessor as the rule counts on."""
-    kernels = compiled(QUANTISED_EXPERTS)
+    many = GROUPED_QUANTISED_EXPERTS + MORE_QUANTISED_EXPERTS if every else GROUPED_QUANTISED_EXPERTS
+    kernels = compiled(FEW_QUANTISED_EXPERTS + many)
     check_fits(kernels)
     others = ("route_kernel", "count_kernel", "order_kernel", "weighted_sum_kernel")
     products = [k for k in kernels if k["kernel"] not in others]
@@ -867,16 +941,15 @@ def test_quantised_experts() -> None:
     assert all(k["waits"] and not k["early"] for k in kernels), kernels
     assert all(k["tensor_cores"] and k["buffers"] >= 2 and not k["exchanged"] for k in products), products
     grouped = [k for k in products if k["kernel"] == names[2]]
-    assert len(grouped) == 2 * 3 * 5 and all(k["wgmma"] for k in grouped)
+    assert len(grouped) == 2 * len(many) and all(k["wgmma"] for k in grouped)
     for kernel in grouped:
-        tokens = int(kernel["case"].partition("T=")[2])
         choices, experts = next((c, e) for c, e in ((8, 128), (4, 32), (6, 64)) if f"({e}, " in kernel["case"])
-        tiles = quant_grouped_tiles_of(tokens * choices, ("int8", experts, 0, 0), False)
+        tiles = quant_grouped_tiles_of(tokens_of(kernel) * choices, ("int8", experts, 0, 0), False)
         assert tiles.programs * (kernel["shared_bytes"] + 1024) <= SHARED_MEMORY, kernel
         assert tiles.programs * 32 * tiles.up.num_warps * kernel["registers"] <= 65536, kernel
 
 
-def test_experts_on_gpus_before_hopper() -> None:
+def test_experts_on_gpus_before_hopper(compiled) -> None:
     quantised = [quantised_experts(tokens, 4, OF_32, "mxfp4", 32, GPT_OSS, True) for tokens in (2, 64)]
     kernels = compiled([*(experts(tokens, 8, OF_128) for tokens in (2, 64)), *quantised], 80)
     assert not any(k["waits"] or k["spilled_bytes"] for k in kernels)
@@ -920,9 +993,11 @@ def check_nothing_early_but_weights(kernels: list[dict[str, Any]]) -> None:
     assert {k["kernel"] for k in kernels if k["early"]} == {"sequences_kernel", "tokens_kernel"}
 
 
-def test_recurrent_states() -> None:
+@every_size
+def test_recurrent_states(compiled, every: bool) -> None:
     """States stay in registers, chunks are multiplied by tensor cores, and nothing but weights is touched before the wait."""
-    kernels = compiled([*recurrent(64, 64), *recurrent(4096, 64), *recurrent(64, 64, "float32")])
+    launches = [*recurrent(64, 64), *recurrent(4096, 64)]
+    kernels = compiled(launches + recurrent(64, 64, "float32") if every else launches)
     check_fits(kernels)
     assert all(k["waits"] and not k["spilled_bytes"] for k in kernels), kernels
     check_nothing_early_but_weights(kernels)
@@ -935,7 +1010,7 @@ def test_recurrent_states() -> None:
     )  # whose tiles have 16 rows
 
 
-def test_recurrent_states_with_draft_tokens() -> None:
+def test_recurrent_states_with_draft_tokens(compiled) -> None:
     """As `test_recurrent_states`, the kernels that take rows one by one; counts of states besides."""
     place = [tensor("int32", 64), tensor("int32", 65), tensor("int32", 64)]
     count = ["counts", "pagegraph.kernels.state.drafts", "count_states", [tensor("int32", 257), *place]]
@@ -947,12 +1022,13 @@ def test_recurrent_states_with_draft_tokens() -> None:
     assert {k["kernel"] for k in kernels} == rows | {"count_states_kernel"}
 
 
-def test_an_8_bit_kv_cache() -> None:
+@every_size
+def test_an_8_bit_kv_cache(compiled, every: bool) -> None:
     """On tensor cores and pipelined as those of 16; a tile of half the bytes leaves room for programs that make up for it.
 
     Four of them would not fit if keys or values were written back to shared memory once they are float16.
     """
-    kernels = compiled(KV_8_BITS)
+    kernels = compiled(KV_8_BITS + MORE_KV_8_BITS if every else KV_8_BITS)
     check_fits(kernels)
     decodes = [
         k
@@ -960,7 +1036,7 @@ def test_an_8_bit_kv_cache() -> None:
         if k["kernel"] == "decode_kernel" and k["case"].startswith("128/128 8x") and "bfloat16" in k["case"]
     ]
     threads = 32 * TILES[OTHERS_TAKE][1, 128].num_warps
-    assert len(decodes) == 3 and all(k["buffers"] >= 2 for k in decodes)
+    assert len(decodes) == 2 + every and all(k["buffers"] >= 2 for k in decodes)
     assert all(
         4 * (k["shared_bytes"] + 1024) <= SHARED_MEMORY and k["registers"] * threads * 4 <= 65536 for k in decodes
     ), decodes
@@ -969,14 +1045,15 @@ def test_an_8_bit_kv_cache() -> None:
     assert all(k["tensor_cores"] and k["buffers"] >= 2 for k in attends), attends
 
 
-def test_float32_fits() -> None:
-    check_fits(compiled(SINGLE))
+@every_size
+def test_float32_fits(compiled, every: bool) -> None:
+    check_fits(compiled(SINGLE + MORE_SINGLE if every else SINGLE))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("size", WIDE)
-def test_wide_grid_fits(size: int) -> None:
+def test_wide_grid_fits(compiled, size: int) -> None:
     check_fits(compiled(WIDE[size]), HELD_BACK)
 
 
