@@ -10,7 +10,7 @@ from tests.kernels.attention.cases import Case, check, clone
 from tests.kernels.attention.regrouped import rows_one_by_one
 
 CUDA = "pagegraph.kernels.attention.cuda"
-RAGGED = ((1, 17), (5, 5), (20, 137), (2, 64))
+RAGGED = ((1, 17), (5, 5), (7, 137), (2, 64))
 DECODE = ((1, 1), (1, 100), (1, 200))
 CASES = [
     Case(RAGGED, heads=9, kv_heads=3, dtype=torch.bfloat16),

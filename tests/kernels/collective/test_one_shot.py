@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from functools import reduce
@@ -19,21 +21,21 @@ from tests.paths import ROOT
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+def run(*arguments: object) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", ranks_of.__file__, *map(str, arguments)]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        assert process.wait(120) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # ranks that wait for one that has failed
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_all_ranks_get_the_same_sum(tmp_path: Path, ranks: int) -> None:
     """Several calls in a row, of several sizes: each half of the memory is used more than once."""
-    for rank in range(ranks):
-        (tmp_path / f"memory-{rank}").write_bytes(bytes(ranks_of.memory(ranks)))
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen([sys.executable, "-W", "ignore", ranks_of.__file__, str(rank), str(ranks), str(tmp_path)], env=environment)
-        for rank in range(ranks)
-    ]  # fmt: skip
-    try:
-        assert [one.wait(120) for one in started] == [0] * ranks
-    finally:
-        for one in started:
-            one.kill()
+    run(ranks, tmp_path)
     sums = [torch.load(tmp_path / f"sums-{rank}") for rank in range(ranks)]
     for call, of_first in enumerate(sums[0]):
         brought = [ranks_of.given(rank, call) for rank in range(ranks)]
@@ -57,8 +59,4 @@ def test_a_machine_without_a_way_to_other_memory_says_so(caplog: pytest.LogCaptu
 
 def test_who_waits_for_a_rank_that_has_ended_is_let_go(tmp_path: Path) -> None:
     """The other rank never comes; the sum that is given up holds what was there, and nothing hangs."""
-    (tmp_path / "memory-0").write_bytes(bytes(ranks_of.memory(2)))
-    (tmp_path / "memory-1").write_bytes(bytes(ranks_of.memory(2)))
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", ranks_of.__file__, "0", "2", str(tmp_path), "stopped"]
-    assert subprocess.run(command, env=environment, timeout=120).returncode == 0
+    run(2, tmp_path, "stopped")

@@ -40,7 +40,7 @@ def test_equals_torch(
     bias = torch.randn(out_size, dtype=torch.bfloat16) if has_bias else None
     expected = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
     expected = reference.silu_mul(expected) if gated else expected
-    for _ in range(2):  # the second call finds the arrival counts as the first left them
+    for _ in range(min(tile.split_k, 2)):  # the second call finds the arrival counts as the first left them
         out, _ = triton_calls.call("pagegraph.kernels.linear.skinny_gemm", "skinny_gemm", x, weight, bias, tile, gated)
         assert out.dtype == x.dtype and out.shape == expected.shape
         torch.testing.assert_close(out.float(), expected, atol=2e-2 * size**0.5, rtol=1e-2)

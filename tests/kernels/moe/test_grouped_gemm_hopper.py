@@ -112,8 +112,7 @@ def test_a_replayed_graph_reads_new_choices() -> None:
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("live", [None, 0, 33])
-@pytest.mark.parametrize("slots", [16, 1024])
+@pytest.mark.parametrize("live, slots", [(None, 16), (None, 1024), (0, 16), (33, 1024)])
 def test_sorted_rows(triton_calls, routing: str, live: int | None, slots: int) -> None:
     """Rows of live pairs in the order of experts, and tiles without holes, however many slots are looked at at once."""
     given = experts_of(50, 4, 16, hidden=40, routing=routing, live=live)

@@ -128,6 +128,7 @@ def test_selective_scan_by_blocks_of_rows(triton_calls) -> None:
 
 # Draft tokens that there is room for: as the CPU is tested, with prompts beside decodes, and full rooms, decodes alone.
 every_room = pytest.mark.parametrize("room", [3, 4])
+two_rooms = [(3, True), (4, False), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((3, False), (4, True)))]
 
 
 def drafting(room: int) -> dict:
@@ -146,9 +147,8 @@ def test_draft_tokens_leave_no_trace_in_a_convolution(triton_calls, room: int) -
     compare_drafted(op, reference.causal_conv, case, [0], True, atol=ATOL[torch.bfloat16], **drafting(room))
 
 
-@every_room
-@pytest.mark.parametrize("vector", [False, True])
-def test_draft_tokens_leave_no_trace_in_a_delta_rule(triton_calls, vector: bool, room: int) -> None:
+@pytest.mark.parametrize("room, vector", two_rooms)
+def test_draft_tokens_leave_no_trace_in_a_delta_rule(triton_calls, room: int, vector: bool) -> None:
     """In float32, which is as exact row by row as in chunks of products."""
     op = on_device(triton_calls, "cuda", "gated_delta")
     case = lambda step: delta(step, torch.float32, vector)  # noqa: E731
@@ -169,9 +169,8 @@ def test_chunks_of_a_delta_rule_go_on_from_accepted_draft_tokens(triton_calls, v
     compare_drafted(op, reference.gated_delta, case, [1, 2, 3, 4], True, atol=ATOL[torch.bfloat16])
 
 
-@every_room
-@pytest.mark.parametrize("mamba1", [False, True])
-def test_draft_tokens_leave_no_trace_in_a_state_space_model(triton_calls, mamba1: bool, room: int) -> None:
+@pytest.mark.parametrize("room, mamba1", two_rooms)
+def test_draft_tokens_leave_no_trace_in_a_state_space_model(triton_calls, room: int, mamba1: bool) -> None:
     """Two programs for the channels of a slot."""
     case = scan_of_a_layer(torch.float32, mamba1)
 
