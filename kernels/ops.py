@@ -45,6 +45,8 @@ PyTorch packs them for AVX-512 (`kernels.quant.cpu.unpack_int4`), pairs [K / gro
 `pagegraph::rms_norm` is x [..., H] / sqrt(mean(x ** 2) + eps) * weight [H], rounded ahead of the product with the weight too unless
 that is in float32 beside x in 16 bits; `pagegraph::add_rms_norm` adds a residual
 like x before it -> (sum, norm of the sum). `pagegraph::silu_mul` is silu(gate) * up of [..., 2 * I] = (gate, up).
+`pagegraph::gated_rms_norm` is the norm of each [.., N] of x [T, G, N], with a weight [N], or [G * N] of each, and silu(gate), gate [T, G,
+N]: a factor of x where gate_first, else of the norm -> like gate, rounded to x's dtype behind the norm and behind the weight.
 
 `pagegraph::linear_norm_linear` is what stands between two attentions, or between attention and a gate: sum = residual +
 linear(x, first), out = linear(rms_norm(sum, norm), second), where gated silu_mul of that -> (sum, out, norm), the norm empty unless
@@ -206,6 +208,10 @@ def _add_rms_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
 
 
+def _gated_rms_norm(x: Tensor, gate: Tensor, *_: Any) -> Tensor:
+    return gate.new_empty(x.shape)
+
+
 def _silu_mul(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
@@ -302,6 +308,10 @@ OPS = (
     Op(
         "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
         linear_reference.add_rms_norm, "linear.rms_norm:add_rms_norm", _add_rms_norm,
+    ),
+    Op(
+        "gated_rms_norm(Tensor x, Tensor gate, Tensor weight, float eps, bool gate_first) -> Tensor",
+        linear_reference.gated_rms_norm, "linear.gated_rms_norm:gated_rms_norm", _gated_rms_norm,
     ),
     Op(
         "silu_mul(Tensor gate_up) -> Tensor",

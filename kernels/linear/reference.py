@@ -23,6 +23,17 @@ def add_rms_norm(
     return total, rms_norm(total, weight, eps)
 
 
+def gated_rms_norm(
+    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float, gate_first: bool
+) -> torch.Tensor:
+    """See `kernels.ops`; float32 inside, but for what transformers' modules round."""
+    opened, wide = torch.nn.functional.silu(gate.float()), x.float()
+    wide = wide * opened if gate_first else wide
+    scaled = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    scaled = weight.view(-1, x.shape[2]) * scaled
+    return (scaled if gate_first else scaled * opened).to(gate.dtype)
+
+
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """See `kernels.ops`; float32 inside."""
     gate, up = gate_up.float().chunk(2, dim=-1)

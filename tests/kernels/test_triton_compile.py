@@ -107,6 +107,18 @@ def rows(rows: int, size: int) -> list[list[Any]]:
     ]
 
 
+def gated_norms(rows: int, size: int) -> list[list[Any]]:
+    """Of groups with a weight each behind a gate, as Mamba 2 has them, and of heads of 128 ahead of one, as a delta rule has."""
+    module, name = "pagegraph.kernels.linear.gated_rms_norm", "gated_rms_norm"
+    group, head, weight = {"slice": (rows, 8, size)}, {"slice": (rows, 32, 128)}, tensor("bfloat16", 128)
+    wide = {**group, "dtype": "float32"}, {**group, "dtype": "bfloat16"}, tensor("bfloat16", 8 * size)
+    heads = {**head, "dtype": "bfloat16"}
+    return [
+        [f"gate and norm {rows}x{size}", module, name, [*wide, 1e-5, True]],
+        [f"norm and gate {rows}x{size}", module, name, [heads, heads, weight, 1e-5, False]],
+    ]
+
+
 def unpack(tokens: int, seqs: int) -> list[list[Any]]:
     tables, starts = tensor("int32", 257, 512), tensor("int32", seqs)
     update = [tables, tensor("int32", 4096, 3), tensor("int32", 1)]
@@ -682,6 +694,7 @@ def half(request: pytest.FixtureRequest, compiled) -> list[dict[str, Any]]:
         *rows(1, 1024),
         *rows(256, 4096),
         *rows(8192, 16384),
+        *gated_norms(256, 1024),
         sampling(151936, "float32"),
         sampling(128256, "bfloat16"),
         bitmask(151936, "float32"),
@@ -698,7 +711,7 @@ def test_every_kernel_is_compiled(half: list[dict[str, Any]]) -> None:
     names = {k["kernel"] for k in half}
     assert names == {
         "kv_write_kernel", "decode_kernel", "prefill_kernel", "prefill_hopper_kernel", "skinny_gemm_kernel", "fixed_gemm_kernel", "fixed_attention_kernel", "rope_write_kernel", "best_of_parts_kernel", "best_of_row_kernel",
-        "update_tables_kernel", "unpack_kernel", "rms_norm_kernel", "silu_mul_kernel", "gemv_kernel", "gated_gemm_hopper_kernel",
+        "update_tables_kernel", "unpack_kernel", "rms_norm_kernel", "gated_rms_norm_kernel", "silu_mul_kernel", "gemv_kernel", "gated_gemm_hopper_kernel",
         "accept_kernel", "propose_ngram_kernel", "bitmask_kernel", "best_allowed_of_parts_kernel", "best_allowed_of_row_kernel",
     }  # fmt: skip
 
@@ -720,7 +733,7 @@ def test_kernels_of_a_decode_step_wait_for_those_before(half: list[dict[str, Any
 def test_nothing_is_touched_before_the_wait(half: list[dict[str, Any]]) -> None:
     """But weights, which no kernel of a step writes."""
     waiting = [k for k in half if k["waits"]]
-    assert {k["kernel"] for k in waiting if k["early"]} == {"rms_norm_kernel", "gemv_kernel"}
+    assert {k["kernel"] for k in waiting if k["early"]} == {"rms_norm_kernel", "gated_rms_norm_kernel", "gemv_kernel"}
     for kernel in waiting:
         assert set(kernel["early"]) <= {"LDG"}, kernel
 

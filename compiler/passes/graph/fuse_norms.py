@@ -1,4 +1,5 @@
-"""Graph pass: RMS norms, the residual addition before them, and gated SiLU become one kernel each; products of one column are sums.
+"""Graph pass: RMS norms, the residual addition before them, gated ones and gated SiLU become one kernel each; products of one column are
+sums.
 
 The compiler's own kernels for them are as good alone, but a step of few rows is a chain of short kernels, and only ours
 are set up while the one before still runs (`kernels.pdl`). What does not have exactly the known form is left as it is.
@@ -13,13 +14,28 @@ import operator
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from pagegraph.compiler.passes.graph.patterns import call, gated_of, is_call, normed_of, rewrite, shape
+from pagegraph.compiler.passes.graph.patterns import call, gated_norm_of, gated_of, is_call, normed_of, rewrite, shape
 
 
 def fuse_rows(module: GraphModule) -> int:
     """Rewrite every norm, gated SiLU and product of one column of `module` that has the known form; returns how many."""
-    fuses = _fuse_norm, _fuse_gated, _sum_one_column
+    fuses = _fuse_gated_norm, _fuse_norm, _fuse_gated, _sum_one_column
     return rewrite(module, lambda node: any(fuse(module.graph, node) for fuse in fuses))
+
+
+def _fuse_gated_norm(graph: Graph, node: Node) -> bool:
+    found = gated_norm_of(node)
+    if found is None:
+        return False
+    with graph.inserting_before(node):
+        x, gate = (call(graph, operator.getitem, one, 0) for one in (found.source, found.gate))
+        if found.gate_first:
+            groups = shape(x)[-1] // found.size
+            x, gate = (call(graph, "unflatten", one, -1, (groups, found.size)) for one in (x, gate))
+        normed = call(graph, torch.ops.pagegraph.gated_rms_norm, x, gate, found.weight, found.eps, found.gate_first)
+        rows = call(graph, "flatten", normed, *((1, 2) if found.gate_first else (0, 1)))
+        _replace(node, call(graph, "unsqueeze", rows, 0) if found.gate_first else rows)
+    return True
 
 
 def _fuse_norm(graph: Graph, node: Node) -> bool:

@@ -41,10 +41,23 @@ def normed_of(rows: Node) -> Normed | None:
         if not is_narrowing(product):
             return None
         product = product.args[0]
+    scaled = _unit_of(product)
+    if scaled is None or not is_method(wide := scaled[0], "to", torch.float32):
+        return None
+    if tuple(shape(weight)) != (shape(rows)[-1],):
+        return None
+    source, *others = (one.meta["example_value"].dtype for one in (wide.args[0], weight, rows))
+    if others != [torch.float32 if once else source, source]:
+        return None
+    return Normed(uncast(wide.args[0]), weight, scaled[1])
+
+
+def _unit_of(product: Node) -> tuple[Node, float] | None:
+    """(x, eps) of x * rsqrt(mean(x ** 2, -1, keepdim) + eps)."""
     if not is_call(product, operator.mul):
         return None
-    wide, scale = product.args
-    if not (is_method(wide, "to", torch.float32) and is_call(scale, torch.rsqrt)):
+    x, scale = product.args
+    if not is_call(scale, torch.rsqrt):
         return None
     shifted = scale.args[0]
     if not is_call(shifted, operator.add) or not isinstance(shifted.args[1], float):
@@ -52,14 +65,74 @@ def normed_of(rows: Node) -> Normed | None:
     mean = shifted.args[0]
     if not is_method(mean, "mean", -1) or mean.kwargs != {"keepdim": True}:
         return None
-    if not is_method(mean.args[0], "pow", 2) or mean.args[0].args[0] is not wide:
+    squares = mean.args[0]
+    return (x, shifted.args[1]) if is_method(squares, "pow", 2) and squares.args[0] is x else None
+
+
+class GatedNorm(NamedTuple):
+    """rows = RMS norm of groups of `source` with silu(`gate`), ahead of the norm or behind."""
+
+    source: Node  # [1, T, G * size], or [1, T, G, size]
+    gate: Node  # likewise
+    weight: Node
+    eps: float
+    size: int  # of a group
+    gate_first: bool
+
+
+def gated_norm_of(rows: Node) -> GatedNorm | None:
+    """rows = (norm(x) * silu(gate.to(float32))).to(dtype) with a norm as of `normed_of`; or (weight * y.to(dtype of x)).to(dtype) with y
+    = z * rsqrt(mean(z ** 2, -1, keepdim) + eps), z = x.to(float32) * silu(gate.to(float32)) by groups of columns."""
+    if not is_narrowing(rows) or not is_call(product := rows.args[0], operator.mul):
         return None
-    if tuple(shape(weight)) != (shape(rows)[-1],):
+    left, right = product.args
+    if not isinstance(left, Node) or not isinstance(right, Node):
         return None
-    source, *others = (one.meta["example_value"].dtype for one in (wide.args[0], weight, rows))
-    if others != [torch.float32 if once else source, source]:
+    if is_call(right, functional.silu):
+        normed, gate = normed_of(left), _opened(right)
+        if normed is None or gate is None or normed.rounds_once:
+            return None
+        source, gate = _by_heads(normed.source), _by_heads(gate)
+        found = GatedNorm(source, gate, normed.weight, normed.eps, shape(normed.source)[-1], False)
+    else:
+        if left.op != "placeholder" or not is_narrowing(right):
+            return None
+        product = _before(right.args[0], lambda node: is_call(node, operator.mul))
+        scaled = None if product is None else _unit_of(product)
+        opened = None if scaled is None else _before(scaled[0], lambda node: is_call(node, operator.mul))
+        if scaled is None or opened is None or not is_method(opened.args[0], "to", torch.float32):
+            return None
+        grouped, eps = scaled
+        source, gate = opened.args[0].args[0], _opened(opened.args[1])
+        if gate is None or right.args[1] != source.meta["example_value"].dtype:
+            return None
+        found = GatedNorm(source, gate, left, eps, shape(grouped)[-1], True)
+        if tuple(shape(left)) != (shape(opened)[-1],):
+            return None
+    if gate.meta["example_value"].dtype != rows.args[1] or str(shape(source)) != str(shape(gate)):
         return None
-    return Normed(uncast(wide.args[0]), weight, shifted.args[1])
+    return found if len(shape(source)) == (3 if found.gate_first else 4) and shape(source)[0] == 1 else None
+
+
+def _opened(gate: Node) -> Node | None:
+    """x of silu(x.to(float32))."""
+    if not is_call(gate, functional.silu) or len(gate.args) != 1 or not is_method(gate.args[0], "to", torch.float32):
+        return None
+    return gate.args[0].args[0]
+
+
+def _by_heads(rows: Node) -> Node:
+    """[1, T, G, size] of which rows [T * G, size] are a view; the rows where there is none."""
+    return _before(rows, lambda node: len(shape(node)) == 4 and shape(node)[-1] == shape(rows)[-1]) or rows
+
+
+def _before(node: Node, wanted: Callable[[Node], bool]) -> Node | None:
+    """The nearest wanted one of the node and what it is a view of."""
+    while not wanted(node):
+        if not is_view(node):
+            return None
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def gated_of(node: Node) -> Node | None:

@@ -60,6 +60,37 @@ def test_a_norm_that_rounds_once_is_transformers(triton_calls) -> None:
     torch.testing.assert_close(got, module(x), atol=2e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("gate_first", [True, False])
+@pytest.mark.parametrize("heads, size, per_head", [(1, 64, True), (3, 200, True), (4, 24, False), (2, 1100, False)])
+@pytest.mark.parametrize(
+    "x_dtype, dtype", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), *[(torch.bfloat16,) * 2]]
+)
+def test_gated_norm_equals_reference(
+    triton_calls, heads: int, size: int, per_head: bool, gate_first: bool, x_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    """A gate is some columns of a wider product."""
+    x, wide = torch.randn(5, heads, size).to(x_dtype), torch.randn(5, heads + 1, size + 8).to(dtype)
+    gate, weight = wide[:, 1:, 8:], torch.rand(heads * size if per_head else size).to(dtype)
+    given = x, gate, weight, 1e-5, gate_first
+    got, _ = triton_calls.call("pagegraph.kernels.linear.gated_rms_norm", "gated_rms_norm", *given)
+    torch.testing.assert_close(got, reference.gated_rms_norm(*given), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_norms_are_transformers(dtype: torch.dtype) -> None:
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+    from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
+
+    ahead, behind = Zamba2RMSNormGated(48, 16, eps=1e-5).to(dtype), Qwen3NextRMSNormGated(16, eps=1e-5).to(dtype)
+    x, gate = torch.randn(7, 48).to(dtype), torch.randn(7, 48).to(dtype)
+    by_groups = x.view(7, 3, 16), gate.view(7, 3, 16)
+    for module, gate_first in ((ahead, True), (behind, False)):
+        module.weight.data.normal_()
+        expected = module(x, gate) if gate_first else module(*by_groups).flatten(1)
+        got = reference.gated_rms_norm(*by_groups, module.weight, 1e-5, gate_first).flatten(1)
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("shape", [(1, 128), (3, 2, 70), (2, 2050)])
 def test_silu_equals_reference(triton_calls, shape: tuple[int, ...]) -> None:
     for dtype, tolerance in TOLERANCE.items():

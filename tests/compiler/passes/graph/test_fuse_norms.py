@@ -35,3 +35,13 @@ def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
         ops = torch.ops.pagegraph
         targets = [node.target for node in graphs[0].graph.nodes]
         assert tuple(targets.count(op) for op in (ops.add_rms_norm, ops.rms_norm, ops.silu_mul)) == FOUND[name]
+
+
+@pytest.mark.parametrize(
+    "name, layers, gate_first", [("nemotron_h", 1, True), ("mamba2", 4, True), ("qwen3_next", 2, False)]
+)
+def test_norms_with_a_gate_are_one_op(name: str, layers: int, gate_first: bool) -> None:
+    stock = random_model(tiny_config(name))
+    (graph,) = check_compiled(stock, paged_copy(tiny_config(name), stock), [fuse_rows], MIXED)
+    found = [node for node in graph.graph.nodes if node.target is torch.ops.pagegraph.gated_rms_norm]
+    assert [node.args[4] for node in found] == [gate_first] * layers
