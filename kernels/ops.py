@@ -87,6 +87,7 @@ the last rows that there were -> [T, C], y_t = sum over j of weight[:, j] * x_(t
 `pagegraph::gated_delta` is a delta rule whose state S float32 [slots, H, D, Dv] decays: S = exp(decay_t) * S; S += key_t outer
 (beta_t * (value_t - key_t S)); y_t = query_t S / sqrt(D). query, key [T, G, D], of H / G heads each; value [T, H, Dv]; decay [T, H], or [T, H, D]
 for each row of S; beta [T, H] -> [T, H, Dv] in value's dtype. normalize: of query and key their unit vectors. draft_rows have keys of H heads.
+With A_log, dt_bias [H], decay and beta [T, H] are as they were projected: -exp(A_log) * softplus(decay + dt_bias) and sigmoid(beta) are meant.
 
 `pagegraph::selective_scan` is a state space model with state S float32 [slots, H, P, N]: S = exp(dt_t * A) * S + dt_t * x_t outer B_t;
 y_t = S C_t + D x_t. x [T, H, P]; A [H], or [H, N], where A_log -exp of it; B, C [T, G, N], of H / G heads each; D [H] -> float32 [T, H,
@@ -188,7 +189,7 @@ def _new_like(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _gated_delta(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+def _gated_delta(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
     return value.new_empty(value.shape)
 
 
@@ -388,7 +389,7 @@ OPS = (
     Op(
         "gated_delta(Tensor query, Tensor key, Tensor value, Tensor decay, Tensor beta, Tensor(a!) states, Tensor slots, "
         "Tensor query_start, Tensor seq_lens, bool normalize, "
-        "Tensor(b!)? draft_rows=None, Tensor? state_lens=None) -> Tensor",
+        "Tensor(b!)? draft_rows=None, Tensor? state_lens=None, Tensor? A_log=None, Tensor? dt_bias=None) -> Tensor",
         state_cpu.gated_delta, "state.cuda:gated_delta", _gated_delta,
     ),
     Op(

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pagegraph.kernels.state.reference import accepted_inputs, keep_drafts, of_each_head, sequences, time_steps, unit
+from pagegraph.kernels.state.reference import (
+    accepted_inputs,
+    gates,
+    keep_drafts,
+    of_each_head,
+    sequences,
+    time_steps,
+    unit,
+)
 
 CHUNK = 64  # tokens
 # With a decay for each channel, or each element of the state, a chunk has a tensor of that many times its tokens.
@@ -52,9 +60,11 @@ def causal_conv(
 def gated_delta(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, states: Tensor, slots: Tensor,
     query_start: Tensor, seq_lens: Tensor, normalize: bool, draft_rows: Tensor | None = None,
-    state_lens: Tensor | None = None,
+    state_lens: Tensor | None = None, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
+    if A_log is not None and dt_bias is not None:
+        decay, beta = gates(decay, beta, A_log, dt_bias)
     query, key = (of_each_head(one, value.shape[1]) for one in (query, key))
     out, inputs = value.new_zeros(value.shape), (key, value, decay, beta)
     step = states, slots, query_start, seq_lens, draft_rows, state_lens

@@ -31,17 +31,18 @@ MIN_WIDTH = 64
 def gated_delta(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, states: Tensor, slots: Tensor,
     query_start: Tensor, seq_lens: Tensor, normalize: bool, draft_rows: Tensor | None = None,
-    state_lens: Tensor | None = None,
+    state_lens: Tensor | None = None, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
     query, key, value = (one if one.stride(2) == 1 else one.contiguous() for one in (query, key, value))
     beta = beta if beta.stride(1) == 1 else beta.contiguous()
     out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    given = out, query, key, value, decay.contiguous(), beta, states, slots, query_start, seq_lens, normalize
+    decay = decay if decay.dim() == 2 and decay.stride(1) == 1 else decay.contiguous()
+    given = out, query, key, value, decay, beta, states, slots, query_start, seq_lens, normalize
     chunked = len(value) > len(slots) and value.dtype in CHUNKED and key.shape[2] >= MIN_WIDTH
-    gated_delta_rows(*given, FEW if chunked else len(value), draft_rows, state_lens)
+    gated_delta_rows(*given, FEW if chunked else len(value), draft_rows, state_lens, A_log, dt_bias)
     if chunked:
-        gated_delta_chunks(*given)
+        gated_delta_chunks(*given, A_log, dt_bias)
     return out
 
 

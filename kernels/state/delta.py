@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.state.drafts import draft_arguments, group_at, kept_row
+from pagegraph.kernels.state.gates import log_decay, share
 
 ELEMENTS = 4096  # of the state in a program
 NUM_WARPS = 4
@@ -35,7 +36,7 @@ def _taken_up(state, key, value, decay, beta, VECTOR: tl.constexpr, NORMALIZE: t
 def gated_delta_kernel(
     out_ptr, query_ptr, key_ptr, value_ptr, decay_ptr, beta_ptr, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr,
     query_stride, key_stride, value_stride, query_heads, key_heads, value_heads, decay_stride, beta_stride, scale, num_rows,
-    drafts_ptr, state_lens_ptr, num_draft_slots,
+    drafts_ptr, state_lens_ptr, num_draft_slots, A_log_ptr, dt_bias_ptr,
     H: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, VECTOR: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, RING: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -74,6 +75,8 @@ def gated_delta_kernel(
             key = tl.load(key_ptr + token * key_stride + key_head * key_heads + row, mask=row < D, other=0.0)
             value = tl.load(value_ptr + token * value_stride + head * value_heads + column, mask=column < DV, other=0.0)
             beta = tl.load(beta_ptr + token * beta_stride + head)
+            if A_log_ptr is not None:
+                beta = share(beta)
             query = query.to(tl.float32)
             if NORMALIZE:
                 query *= tl.rsqrt(tl.sum(query * query, 0) + 1e-6)
@@ -81,6 +84,8 @@ def gated_delta_kernel(
                 decay = tl.load(decay_ptr + token * decay_stride + head * D + row, mask=row < D, other=0.0)
             else:
                 decay = tl.load(decay_ptr + token * decay_stride + head)
+                if A_log_ptr is not None:
+                    decay = log_decay(decay, A_log_ptr, dt_bias_ptr, head)
             state = _taken_up(state, key, value, decay, beta, VECTOR, NORMALIZE)
             found = tl.sum(state * query[:, None], 0) * scale
             tl.store(out_ptr + (token * H + head) * DV + column, found.to(out_ptr.dtype.element_ty), mask=column < DV)
@@ -103,13 +108,13 @@ def gated_delta_kernel(
 def gated_delta_rows(
     out: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, states: Tensor, slots: Tensor,
     query_start: Tensor, seq_lens: Tensor, normalize: bool, num_rows: int, draft_rows: Tensor | None = None,
-    state_lens: Tensor | None = None,
+    state_lens: Tensor | None = None, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Rows of `out` [T, H, Dv] and states of the sequences with at most `num_rows` rows; see `kernels.ops` for the arguments.
 
     Of the others only the accepted draft tokens of the step before are taken up.
 
-    query, key and value have stride 1 in their last dimension, beta in its last, decay is contiguous.
+    query, key, value, beta and decay have stride 1 in their last dimension; one decay for each channel is contiguous.
     """
     heads, size = value.shape[1:]
     width = key.shape[2]
@@ -118,7 +123,7 @@ def gated_delta_rows(
     gated_delta_kernel[(len(slots), heads, triton.cdiv(size, block_v))](
         out, query, key, value, decay, beta, states, slots, query_start, seq_lens,
         query.stride(0), key.stride(0), value.stride(0), query.stride(1), key.stride(1), value.stride(1),
-        decay.stride(0), beta.stride(0), width**-0.5, num_rows,
+        decay.stride(0), beta.stride(0), width**-0.5, num_rows, A_log_ptr=A_log, dt_bias_ptr=dt_bias,
         H=heads, SHARE=heads // key.shape[1], D=width, DV=size, VECTOR=decay.dim() == 3, NORMALIZE=normalize, BLOCK_D=block_d, BLOCK_V=block_v,
         num_warps=NUM_WARPS, **draft_arguments(draft_rows, state_lens), **dependent(value.device),
     )  # fmt: skip

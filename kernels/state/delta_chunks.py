@@ -32,6 +32,7 @@ from torch import Tensor
 
 from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.state.chunks import FEW, chunk_at, decayed, places, precision_of, running
+from pagegraph.kernels.state.gates import log_decay, share
 
 SUB = 16
 CHUNK = 4 * SUB  # rows; 2 * SUB would do as well
@@ -144,7 +145,8 @@ def _inverse(below, CHUNK: tl.constexpr, SUB: tl.constexpr, PRECISION: tl.conste
 def delta_chunks_kernel(
     changes_ptr, reads_ptr, met_ptr, seen_ptr, queries_ptr, keys_ptr, kept_ptr,
     query_ptr, key_ptr, value_ptr, decay_ptr, beta_ptr, query_start_ptr, num_seqs,
-    query_stride, key_stride, value_stride, query_heads, key_heads, value_heads, beta_stride, scale,
+    query_stride, key_stride, value_stride, query_heads, key_heads, value_heads, decay_stride, beta_stride, scale,
+    A_log_ptr, dt_bias_ptr,
     H: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, VECTOR: tl.constexpr, NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr, FEW: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, PDL: tl.constexpr,
@@ -174,7 +176,10 @@ def delta_chunks_kernel(
             query_ptr + start * query_stride + key_head * query_heads + row[:, None] * query_stride + feature[None, :],
             mask=mask, other=0.0,
         )  # fmt: skip
-        beta = tl.load(beta_ptr + (start + row) * beta_stride + head, mask=live, other=0.0).to(tl.float32)
+        beta = tl.load(beta_ptr + (start + row) * beta_stride + head, mask=live, other=0.0)
+        if A_log_ptr is not None:
+            beta = tl.where(live, share(beta), 0.0)
+        beta = beta.to(tl.float32)
         query_scales = _scales(query.to(tl.float32), NORMALIZE) * scale
         key_scales = _scales(key.to(tl.float32), NORMALIZE)
         if VECTOR:
@@ -189,7 +194,9 @@ def delta_chunks_kernel(
             key = (key.to(tl.float32) * reach).to(OPERAND)
             factors = beta * key_scales
         else:
-            decays = tl.load(decay_ptr + of_head + row * H, mask=live, other=0.0).to(tl.float32)
+            decays = tl.load(decay_ptr + (start + row) * decay_stride + head, mask=live, other=0.0).to(tl.float32)
+            if A_log_ptr is not None:
+                decays = tl.where(live, log_decay(decays, A_log_ptr, dt_bias_ptr, head), 0.0)
             logs, left_out, behind = running(decays)
             query, key = query.to(OPERAND), key.to(OPERAND)
             seen = decayed(tl.dot(query, tl.trans(key), input_precision=PRECISION), logs, left_out, row)
@@ -285,11 +292,11 @@ def delta_states_kernel(
 
 def gated_delta_chunks(
     out: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, states: Tensor, slots: Tensor,
-    query_start: Tensor, seq_lens: Tensor, normalize: bool,
+    query_start: Tensor, seq_lens: Tensor, normalize: bool, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Rows of `out` [T, H, Dv] and states of the sequences with more than FEW rows; see `kernels.ops` for the arguments.
 
-    query, key and value have stride 1 in their last dimension, beta in its last, decay is contiguous.
+    query, key, value, beta and decay have stride 1 in their last dimension; one decay for each channel is contiguous.
     """
     tokens, heads, size = value.shape
     width, vector = key.shape[2], decay.dim() == 3
@@ -322,7 +329,7 @@ def gated_delta_chunks(
     delta_chunks_kernel[(blocks, heads)](
         changes, reads, met, seen, queries, keys, kept, query, key, value, decay, beta, query_start, len(slots),
         query.stride(0), key.stride(0), value.stride(0), query.stride(1), key.stride(1), value.stride(1),
-        beta.stride(0), width**-0.5,
+        decay.stride(0), beta.stride(0), width**-0.5, A_log, dt_bias,
         DV=size, VECTOR=vector, NORMALIZE=normalize, SUB=SUB, BLOCK_V=block_v,
         num_warps=VECTOR_CHUNKS_WARPS if vector else CHUNKS_WARPS, **shared,
     )  # fmt: skip

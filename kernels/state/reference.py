@@ -121,10 +121,12 @@ def causal_conv(
 def gated_delta(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, states: Tensor, slots: Tensor,
     query_start: Tensor, seq_lens: Tensor, normalize: bool, draft_rows: Tensor | None = None,
-    state_lens: Tensor | None = None,
+    state_lens: Tensor | None = None, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `kernels.ops`."""
     out = torch.zeros_like(value)
+    if A_log is not None and dt_bias is not None:
+        decay, beta = gates(decay, beta, A_log, dt_bias)
     query, key = (of_each_head(one, value.shape[1]) for one in (query, key))
     queries = unit(query.float()) if normalize else query.float()
     for one in sequences(slots, query_start, seq_lens, draft_rows, state_lens):
@@ -160,6 +162,11 @@ def time_steps(
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     dt = torch.nn.functional.softplus(dt) if dt_softplus else dt
     return dt if dt_min is None and dt_max is None else dt.clamp(dt_min, dt_max)
+
+
+def gates(decay: Tensor, beta: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(log decays float32, betas) [T, H] of both as projected, A_log and dt_bias [H]; rounds as transformers' modules do."""
+    return -A_log.float().exp() * time_steps(decay, dt_bias, True, None, None), beta.sigmoid()
 
 
 def selective_scan(

@@ -74,6 +74,23 @@ def delta(step: Step, dtype: torch.dtype, vector: bool, size: int = 16, share: i
     return given, states(heads, size, value)
 
 
+def projected_delta(step: Step, dtype: torch.dtype, size: int = 16) -> tuple[list, torch.Tensor]:
+    """As `delta` with shared keys, decay and beta as projected: parts of one product, some of them beyond where softplus bends."""
+    given, pool = delta(step, dtype, False, size, share=2)
+    return [*given[:3], rows(step, 4, dtype=dtype) * 12, rows(step, 4, dtype=dtype)], pool
+
+
+def with_gates(op: Callable[..., torch.Tensor], dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """The delta rule of decay and beta as projected."""
+    A_log, dt_bias = torch.tensor([-8.0, -2.0, 0.5, 1.0]).to(dtype), torch.tensor([-1.0, 0.0, 0.5, 3.0]).to(dtype)
+    most = 12  # arguments ahead of these
+
+    def call(*given: object) -> torch.Tensor:
+        return op(*given, *[None] * (most - len(given)), A_log, dt_bias)
+
+    return call
+
+
 def scan(step: Step, dtype: torch.dtype, mamba1: bool) -> tuple[list, torch.Tensor]:
     heads, size, groups, state = (10, 1, 1, 4) if mamba1 else (6, 8, 2, 16)
     x, dt = rows(step, heads, size, dtype=dtype), rows(step, heads, dtype=dtype)

@@ -7,7 +7,18 @@ import torch
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.kernels.state import reference
-from tests.kernels.state.cases import STEPS, Step, compare, compare_drafted, conv, delta, scan, scan_of_a_layer
+from tests.kernels.state.cases import (
+    STEPS,
+    Step,
+    compare,
+    compare_drafted,
+    conv,
+    delta,
+    projected_delta,
+    scan,
+    scan_of_a_layer,
+    with_gates,
+)
 
 ATOL = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 both_dtypes = pytest.mark.parametrize("dtype", ATOL, ids=str)
@@ -51,6 +62,24 @@ def test_heads_that_follow_each_other_share_a_key() -> None:
         return reference.gated_delta(query.repeat_interleave(3, 1), key.repeat_interleave(3, 1), *rest)
 
     compare(reference.gated_delta, repeated, given, pool, step, True, atol=0)
+
+
+@every_step
+@both_dtypes
+def test_gated_delta_as_projected(name: str, dtype: torch.dtype) -> None:
+    step = Step.of(name)
+    ops = [with_gates(one, dtype) for one in (torch.ops.pagegraph.gated_delta, reference.gated_delta)]
+    compare(*ops, *projected_delta(step, dtype), step, True, atol=ATOL[dtype])
+
+
+def test_gates_are_those_of_transformers() -> None:
+    step = Step.of("short prompts")
+    (query, key, value, a, b), pool = projected_delta(step, torch.float32)
+    A_log, dt_bias = torch.randn(4), torch.randn(4)
+    decay = -A_log.exp() * torch.nn.functional.softplus(a + dt_bias)
+    gated = lambda q, k, v, *given: reference.gated_delta(q, k, v, decay, b.sigmoid(), *given[2:])  # noqa: E731
+    projected = lambda *given: reference.gated_delta(*given, None, None, A_log, dt_bias)  # noqa: E731
+    compare(projected, gated, [query, key, value, a, b], pool, step, True, atol=1e-6)
 
 
 @every_step

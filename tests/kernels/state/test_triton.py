@@ -14,8 +14,10 @@ from tests.kernels.state.cases import (
     conv,
     delta,
     drafted_steps,
+    projected_delta,
     scan,
     scan_of_a_layer,
+    with_gates,
 )
 
 ATOL = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -69,6 +71,31 @@ def test_gated_delta(triton_calls, name: str, dtype: torch.dtype, vector: bool, 
     step = Step.of(name)
     op = on_device(triton_calls, "cuda", "gated_delta")
     compare(op, reference.gated_delta, *delta(step, dtype, vector, share=share), step, True, atol=ATOL[dtype])
+
+
+@every_step
+@both_dtypes
+def test_gated_delta_as_projected(triton_calls, name: str, dtype: torch.dtype) -> None:
+    step = Step.of(name)
+    op = with_gates(on_device(triton_calls, "cuda", "gated_delta"), dtype)
+    given = projected_delta(step, dtype)
+    compare(op, with_gates(reference.gated_delta, dtype), *given, step, True, atol=ATOL[dtype])
+
+
+@both_dtypes
+def test_gated_delta_as_projected_in_chunks(triton_calls, dtype: torch.dtype) -> None:
+    step = Step.of("chunks")
+    op = with_gates(on_device(triton_calls, "cuda", "gated_delta", IN_CHUNKS), dtype)
+    given = projected_delta(step, dtype, WIDE)
+    compare(op, with_gates(reference.gated_delta, dtype), *given, step, True, atol=CHUNKS_ATOL[dtype])
+
+
+def test_what_is_put_aside_is_behind_the_gates(triton_calls) -> None:
+    op = with_gates(on_device(triton_calls, "cuda", "gated_delta"), torch.float32)
+    oracle = with_gates(reference.gated_delta, torch.float32)
+    wide = 4 * (16 + 24 + 1 + 1)
+    case = lambda step: projected_delta(step, torch.float32)  # noqa: E731
+    compare_drafted(op, oracle, case, [1, 2, 3, 4], True, atol=2e-5, wide=wide)
 
 
 @every_step
