@@ -995,6 +995,9 @@ def recurrent(tokens: int, seqs: int, dtype: str = "bfloat16", most_drafts: int 
              [shared, shared, heads, tensor("float32", *decay), *one, state, *place, True, *drafts(32 * (256 + (decay[2:] or (1,))[0] + 1))]]
             for decay, shared in (((tokens, 32), keys), ((tokens, 32, 128), heads))
         ),
+        [f"delta as projected {said}", f"{module}.cuda", "gated_delta",
+         [keys, keys, heads, *one, *one, state, *place, True, *(drafts(32 * (256 + 1 + 1)) or [None, None]),
+          tensor("float32", 32), tensor(dtype, 32)]],
         [f"Mamba 2 {said}", f"{module}.cuda", "selective_scan", [*mamba2, *place, *drafts(128 * 64 + 128 + 8 * 128)]],
         [f"Mamba 1 {said}", f"{module}.cuda", "selective_scan", [*mamba1, *place, *drafts(8192 + 8192 + 16)]],
     ]  # fmt: skip

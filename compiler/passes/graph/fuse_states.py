@@ -2,7 +2,8 @@
 
 Columns that lie side by side in one product and are put together for a convolution are those columns (`compiler.passes.modules.
 plain_columns` brings them there). Queries and keys repeated for each head of values that shares them go to the delta rule as they
-are, whose op knows of heads that share. A scan takes the logarithm of its rates, which is the parameter. Knows FX graphs; knows no models.
+are, whose op knows of heads that share and makes its gates of what was projected. A scan takes the logarithm of its rates, which is
+the parameter. Knows FX graphs; knows no models.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import operator
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.nn import functional
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
 from pagegraph.compiler.passes.graph.patterns import call, is_call, is_method, is_view, rewrite, shape
@@ -18,15 +20,16 @@ from pagegraph.compiler.passes.graph.patterns import call, is_call, is_method, i
 ops = torch.ops.pagegraph
 SPLITS = (torch.split, torch.functional.split)
 RATES, BY_LOGARITHM = 2, 10  # among the arguments of a scan
+DECAY, NORMALIZE = 3, 9  # among those of a delta rule, which end there where a step has no draft tokens
 
 
 def fuse_states(module: GraphModule) -> int:
-    """Rewrite every convolution, delta rule and scan of `module` that reads such copies; returns how many."""
+    """Rewrite every convolution, delta rule and scan of `module` that reads such copies or results; returns how many."""
     graph = module.graph
-    return rewrite(module, lambda node: _read_columns(graph, node) or _share_keys(graph, node) or _take_logarithm(node))
+    return rewrite(module, lambda node: any([fuse(graph, node) for fuse in FUSES]))
 
 
-def _take_logarithm(scan: Node) -> bool:
+def _take_logarithm(graph: Graph, scan: Node) -> bool:
     """Rates = -exp(a parameter, in float32)."""
     if not is_call(scan, ops.selective_scan) or scan.args[BY_LOGARITHM]:
         return False
@@ -51,6 +54,38 @@ def _share_keys(graph: Graph, rule: Node) -> bool:
     with graph.inserting_before(rule):
         query, key = (call(graph, operator.getitem, heads, 0) for heads, _ in found)
     rule.args = (query, key, *rule.args[2:])
+    return True
+
+
+def _take_gates(graph: Graph, rule: Node) -> bool:
+    """Decays -exp(A_log) * softplus(a + dt_bias) in float32 and betas sigmoid(b) of a, b [1, T, H] and parameters [H]."""
+    if not is_call(rule, ops.gated_delta) or not all(
+        is_call(one, operator.getitem, 1, 0) for one in rule.args[DECAY:][:2]
+    ):
+        return False
+    decay, beta = (one.args[0] for one in rule.args[DECAY:][:2])
+    if not is_method(beta, "sigmoid") or not is_call(decay, operator.mul) or beta.kwargs:
+        return False
+    rate, soft = decay.args
+    if not is_call(rate, operator.neg) or not is_method(rate.args[0], "exp") or not is_call(soft, functional.softplus):
+        return False
+    added = soft.args[0]
+    if len(soft.args) > 1 or soft.kwargs or not is_call(added, operator.add):
+        return False
+    wide, bias = added.args
+    log = rate.args[0].args[0]
+    if not all(is_method(one, "float") for one in (wide, log)):
+        return False
+    a, log, b = wide.args[0], log.args[0], beta.args[0]
+    heads = shape(rule.args[DECAY - 1])[1:2]
+    if any(not isinstance(one, Node) or one.op != "placeholder" or shape(one) != heads for one in (bias, log)):
+        return False
+    if len(shape(a)) != 3 or len(shape(b)) != 3:
+        return False
+    with graph.inserting_before(rule):
+        a, b = (call(graph, operator.getitem, one, 0) for one in (a, b))
+    drafts = rule.args[NORMALIZE + 1 :] or (None, None)
+    rule.args = (*rule.args[:DECAY], a, b, *rule.args[DECAY + 2 : NORMALIZE + 1], *drafts, log, bias)
     return True
 
 
@@ -103,3 +138,6 @@ def _part(part: Node) -> tuple[Node, int] | None:
         return None
     whole = len(shape(base)) == 3 and sum(split.args[1]) == shape(split.args[0])[-1]
     return (split, at) if whole and split.kwargs in ({"dim": -1}, {"dim": 2}) else None  # type: ignore[return-value]
+
+
+FUSES = _read_columns, _share_keys, _take_gates, _take_logarithm

@@ -1,4 +1,4 @@
-"""Copies ahead of convolutions and delta rules go, and logits stay."""
+"""Copies and gates ahead of convolutions and delta rules go, and logits stay."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def test_nothing_is_copied_that_lies_in_order(in_order: bool, schedule: list[lis
         *2 * HEADS[:1],
         HEADS[1],
     ] * 2
-    assert not [node for node in nodes if node.target == "repeat_interleave"]
+    assert not [node for node in nodes if node.target in ("repeat_interleave", torch.nn.functional.softplus)]
+    assert all(one.op == "placeholder" for node in rules for one in node.args[12:]) and len(rules[0].args) == 14
     assert [one.target == "narrow" for one in convolved] == [in_order] * 2
     assert all(one.meta["example_value"].stride(1) == 1 for one in convolved if in_order)
 
