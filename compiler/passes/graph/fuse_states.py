@@ -9,6 +9,7 @@ the parameter. Knows FX graphs; knows no models.
 from __future__ import annotations
 
 import operator
+from typing import cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -116,7 +117,7 @@ def _read_columns(graph: Graph, convolution: Node) -> bool:
     splits, places = zip(*parts)
     if len(set(splits)) > 1 or list(places) != list(range(places[0], places[0] + len(places))):
         return False
-    source, sizes = splits[0].args[:2]
+    source, sizes = cast(tuple[Node, list[int]], splits[0].args[:2])
     with graph.inserting_before(convolution):
         rows = call(graph, operator.getitem, source, 0)
         begin, end = (sum(sizes[:at]) for at in (places[0], places[-1] + 1))

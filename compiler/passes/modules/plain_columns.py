@@ -31,7 +31,7 @@ def plain_columns(model: nn.Module) -> int:
 
 
 def _order(layer: nn.Module) -> bool:
-    linears = [getattr(layer, name, None) for name, _ in PROJECTIONS]
+    linears: list[Any] = [getattr(layer, name, None) for name, _ in PROJECTIONS]
     if hasattr(layer, "column_shapes") or not all(_is_plain(linear) for linear in linears):
         return False
     numbered = [torch.arange(linear.out_features, device="cpu").view(1, 1, -1) for linear in linears]
