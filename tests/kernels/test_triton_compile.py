@@ -531,7 +531,6 @@ HALF = [
     attention(128, 128, 8, 4),
     attention(128, 128, 8, 4, tokens=256, num_seqs=256),
     attention(128, 128, 8, 4, tokens=1024, num_seqs=256),
-    attention(128, 128, 8, 4, tokens=16, num_seqs=16),
     attention(128, 128, 8, 4, tokens=1, num_seqs=1),
     attention(128, 128, 4, 8, tokens=16, num_seqs=16, window=1024, softcap=50.0, sinks=True),
     attention(192, 128, 8, 1),
@@ -541,6 +540,7 @@ HALF = [
 MORE_HALF = [
     attention(64, 64, 8, 1),
     attention(96, 96, 8, 3),
+    attention(128, 128, 8, 4, tokens=16, num_seqs=16),
     attention(128, 128, 4, 8, window=1024, softcap=50.0, sinks=True),
     attention(256, 256, 2, 8),
 ]
@@ -548,12 +548,12 @@ KV_8_BITS = [
     *(attention(128, 128, 8, 4, tokens=tokens, num_seqs=64, cache="float8_e4m3fn") for tokens in (64, 512)),
     *(
         attention(size, size, 8, 4, dtype, tokens=64, num_seqs=64, cache="float8_e4m3fn", sinks=True)
-        for size, dtype in ((64, "bfloat16"), (256, "bfloat16"), (64, "float32"))
+        for size, dtype in ((64, "bfloat16"), (64, "float32"))
     ),
 ]
 MORE_KV_8_BITS = [
     attention(128, 128, 8, 2, tokens=256, num_seqs=64, cache="float8_e4m3fn"),
-    *(attention(size, size, 8, 4, tokens=64, num_seqs=64, cache="float8_e4m3fn", sinks=True) for size in (16, 80)),
+    *(attention(size, size, 8, 4, tokens=64, num_seqs=64, cache="float8_e4m3fn", sinks=True) for size in (16, 80, 256)),
 ]
 SINGLE = [attention(64, 64, 8, 3, "float32"), attention(256, 256, 4, 2, "float32")]
 MORE_SINGLE = [attention(128, 128, 8, 4, "float32")]
@@ -1026,11 +1026,13 @@ def test_recurrent_states(compiled, every: bool) -> None:
     )  # whose tiles have 16 rows
 
 
-def test_recurrent_states_with_draft_tokens(compiled) -> None:
-    """As `test_recurrent_states`, the kernels that take rows one by one; counts of states besides."""
+@every_size
+def test_recurrent_states_with_draft_tokens(compiled, every: bool) -> None:
+    """As `test_recurrent_states`, the kernels that take rows one by one, of which prompts have two; counts of states besides."""
     place = [tensor("int32", 64), tensor("int32", 65), tensor("int32", 64)]
     count = ["counts", "pagegraph.kernels.state.drafts", "count_states", [tensor("int32", 257), *place]]
-    kernels = compiled([*recurrent(64, 64, most_drafts=5), *recurrent(4096, 64, "float32", 8), count])
+    prompts = recurrent(4096, 64, "float32", 8)
+    kernels = compiled([*recurrent(64, 64, most_drafts=5), *(prompts if every else prompts[::4]), count])
     check_fits(kernels)
     assert all(k["waits"] and not k["spilled_bytes"] for k in kernels), kernels
     check_nothing_early_but_weights(kernels)
