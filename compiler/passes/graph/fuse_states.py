@@ -114,7 +114,7 @@ def _read_columns(graph: Graph, convolution: Node) -> bool:
     parts = [_part(one) for one in joined.args[0]]
     if not parts or None in parts:
         return False
-    splits, places = zip(*parts)
+    splits, places = cast(tuple[list[Node], list[int]], tuple(zip(*parts)))
     if len(set(splits)) > 1 or list(places) != list(range(places[0], places[0] + len(places))):
         return False
     source, sizes = cast(tuple[Node, list[int]], splits[0].args[:2])
