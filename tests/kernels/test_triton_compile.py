@@ -1032,7 +1032,8 @@ def test_recurrent_states_with_draft_tokens(compiled, every: bool) -> None:
     place = [tensor("int32", 64), tensor("int32", 65), tensor("int32", 64)]
     count = ["counts", "pagegraph.kernels.state.drafts", "count_states", [tensor("int32", 257), *place]]
     prompts = recurrent(4096, 64, "float32", 8)
-    kernels = compiled([*recurrent(64, 64, most_drafts=5), *(prompts if every else prompts[::4]), count])
+    alone = [one for one in prompts if one[0].startswith(("convolution", "Mamba 1"))]  # by kernels of their own
+    kernels = compiled([*recurrent(64, 64, most_drafts=5), *(prompts if every else alone), count])
     check_fits(kernels)
     assert all(k["waits"] and not k["spilled_bytes"] for k in kernels), kernels
     check_nothing_early_but_weights(kernels)
