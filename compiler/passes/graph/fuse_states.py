@@ -114,14 +114,13 @@ def _read_columns(graph: Graph, convolution: Node) -> bool:
     parts = [_part(one) for one in joined.args[0]]
     if not parts or None in parts:
         return False
-    splits, places = cast(tuple[list[Node], list[int]], tuple(zip(*parts)))
+    splits, places = cast(tuple[tuple[Node, ...], tuple[int, ...]], tuple(zip(*parts)))
     if len(set(splits)) > 1 or list(places) != list(range(places[0], places[0] + len(places))):
         return False
-    source, sizes = cast(tuple[Node, list[int]], splits[0].args[:2])
+    source, sizes = splits[0].args[0], cast(list[int], splits[0].args[1])
     with graph.inserting_before(convolution):
         rows = call(graph, operator.getitem, source, 0)
-        begin, end = (sum(sizes[:at]) for at in (places[0], places[-1] + 1))
-        columns = call(graph, "narrow", rows, 1, begin, end - begin)
+        columns = call(graph, "narrow", rows, 1, sum(sizes[: places[0]]), sum(sizes[places[0] : places[-1] + 1]))
     convolution.args = (columns, *convolution.args[1:])
     return True
 
@@ -137,7 +136,7 @@ def _part(part: Node) -> tuple[Node, int] | None:
     named = isinstance(split, Node) and (any(is_call(split, one) for one in SPLITS) or split.target == "split")
     if not named or not isinstance(split.args[1], list | tuple) or len(split.args) != 2:
         return None
-    whole = len(shape(base)) == 3 and sum(split.args[1]) == shape(split.args[0])[-1]
+    whole = len(shape(base)) == 3 and sum(cast(list[int], split.args[1])) == shape(split.args[0])[-1]
     return (split, at) if whole and split.kwargs in ({"dim": -1}, {"dim": 2}) else None  # type: ignore[return-value]
 
 

@@ -186,7 +186,7 @@ def is_narrowing(node: Any) -> bool:
 def uncast(node: Node) -> Node:
     """What `node` is a cast of to the dtype that it has already, which some models ask for in case."""
     while isinstance(node, Node) and node.op == "call_method" and node.target == "to":
-        source = node.args[0]
+        source: Any = node.args[0]
         if node.args[1:] or set(node.kwargs) != {"dtype"} or node.kwargs["dtype"] != source.meta["example_value"].dtype:
             break
         node = source
