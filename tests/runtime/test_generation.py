@@ -24,9 +24,15 @@ def ids_of(llm: LLM, params: SamplingParams, prompt: str = PROMPT) -> list[int]:
     return llm.generate([prompt], params)[0].token_ids
 
 
-def logits_after(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+def ids_of_each(llm: LLM, each: list[SamplingParams]) -> list[list[int]]:
+    """What follows PROMPT, once with each parameters, in the same steps."""
+    return [done.token_ids for done in llm.generate([PROMPT] * len(each), each)]
+
+
+def logits_after(model: torch.nn.Module, prompt: list[int], outputs: list[int]) -> torch.Tensor:
+    """[len(outputs), vocabulary]: those that each output was chosen by."""
     with torch.inference_mode():
-        logits = model(torch.tensor([ids])).logits[0, -1]
+        logits = model(torch.tensor([prompt + outputs])).logits[0, len(prompt) - 1 : -1]
     return logits.clone()  # one that may be written to
 
 
@@ -45,25 +51,24 @@ def test_requests_without_a_seed_differ(llm) -> None:
 
 
 def test_top_k_one_and_tiny_top_p_are_greedy(llm) -> None:
-    expected = ids_of(llm, greedy())
-    assert ids_of(llm, greedy(temperature=1.0, top_k=1, seed=3)) == expected
-    assert ids_of(llm, greedy(temperature=1.0, top_p=1e-6, seed=3)) == expected
-    assert ids_of(llm, greedy(temperature=1.0, min_p=1.0, seed=3)) == expected
+    narrow = [dict(top_k=1), dict(top_p=1e-6), dict(min_p=1.0)]
+    expected, *got = ids_of_each(llm, [greedy(), *(greedy(temperature=1.0, seed=3, **one) for one in narrow)])
+    assert got == [expected] * len(narrow)
 
 
 def test_allowed_ids_and_bias(llm) -> None:
     allowed = [100, 2000, 30000]
-    assert set(ids_of(llm, greedy(allowed_token_ids=allowed, temperature=1.0, seed=0))) <= set(allowed)
-    assert ids_of(llm, greedy(logit_bias={777: 100.0})) == [777] * 12
-    first = ids_of(llm, greedy())[0]
-    assert ids_of(llm, greedy(logit_bias={first: -100.0}))[0] != first
+    asked = [dict(allowed_token_ids=allowed, temperature=1.0, seed=0), dict(logit_bias={777: 100.0}), dict()]
+    held, biased, (first, *_) = ids_of_each(llm, [greedy(**one) for one in asked])
+    assert set(held) <= set(allowed) and biased == [777] * 12
+    assert ids_of(llm, greedy(logit_bias={first: -100.0}, max_tokens=1))[0] != first
 
 
 def test_min_tokens_holds_the_end_back(llm) -> None:
     free = ids_of(llm, greedy())
     stop = free[2]
-    assert ids_of(llm, greedy(stop_token_ids=[stop])) == free[: free.index(stop) + 1]
-    held = ids_of(llm, greedy(stop_token_ids=[stop], min_tokens=6))
+    stopped, held = ids_of_each(llm, [greedy(stop_token_ids=[stop]), greedy(stop_token_ids=[stop], min_tokens=6)])
+    assert stopped == free[: free.index(stop) + 1]
     assert stop not in held[:6] and len(held) >= 6
 
 
@@ -71,23 +76,22 @@ def test_penalties_follow_their_definitions(llm, model) -> None:
     """Step by step against the formulas on transformers' logits."""
     params = greedy(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.6)
     prompt = llm.tokenizer.encode(PROMPT)
-    outputs: list[int] = []
-    for token in ids_of(llm, params):
-        logits = logits_after(model, prompt + outputs)
-        for seen in set(prompt + outputs):
+    outputs, plain = ids_of_each(llm, [params, greedy()])
+    for at, (token, logits) in enumerate(zip(outputs, logits_after(model, prompt, outputs), strict=True)):
+        before = outputs[:at]
+        for seen in set(prompt + before):
             logits[seen] = logits[seen] / 1.3 if logits[seen] > 0 else logits[seen] * 1.3
-        for seen in set(outputs):
-            logits[seen] -= 0.4 + 0.6 * outputs.count(seen)
+        for seen in set(before):
+            logits[seen] -= 0.4 + 0.6 * before.count(seen)
         assert logits.max() - logits[token] < 1e-3
-        outputs.append(token)
-    assert outputs != ids_of(llm, greedy())
+    assert outputs != plain
 
 
 def test_penalties_survive_preemption(config_of, built) -> None:
     params = greedy(max_tokens=40, repetition_penalty=1.3, frequency_penalty=0.5)
-    prompts = [f"Story number {n}: once upon a time" for n in range(8)]
+    prompts = [f"Story number {n}: once upon a time" for n in range(4)]
     expected = [done.token_ids for done in LLM(config_of(), built=built).generate(prompts, params)]
-    tight = LLM(config_of(), built=dataclasses.replace(built, num_blocks=18, max_model_len=256))
+    tight = LLM(config_of(), built=dataclasses.replace(built, num_blocks=10, max_model_len=128))
     got = [done.token_ids for done in tight.generate(prompts, params)]
     assert tight.engine.scheduler.counters.preemptions > 0
     assert got == expected
@@ -96,14 +100,12 @@ def test_penalties_survive_preemption(config_of, built) -> None:
 def test_logprobs_are_those_of_the_raw_logits(llm, model) -> None:
     prompt = llm.tokenizer.encode(PROMPT)
     done = llm.generate([PROMPT], greedy(max_tokens=4, logprobs=3, logit_bias={777: 100.0}))[0]
-    before = list(prompt)
-    for token, entry in zip(done.token_ids, done.logprobs, strict=True):
-        expected = logits_after(model, before).log_softmax(-1)
+    raw = logits_after(model, prompt, done.token_ids).log_softmax(-1)
+    for token, entry, expected in zip(done.token_ids, done.logprobs, raw, strict=True):
         assert entry.token_id == token == 777
         assert math.isclose(entry.logprob, expected[token].item(), abs_tol=1e-3)
         assert entry.rank == (expected > expected[token]).sum().item() + 1
         assert entry.top_ids == expected.topk(3).indices.tolist()
-        before.append(token)
 
 
 def test_stop_strings_cut_the_text(llm) -> None:
@@ -113,9 +115,9 @@ def test_stop_strings_cut_the_text(llm) -> None:
     assert cut.text == whole[: whole.index(word)] and cut.finish_reason == "stop" and cut.stop_reason == word
 
 
-def test_more_prompts_than_a_server_would_queue(llm) -> None:
-    done = llm.generate([[n + 100] for n in range(300)], greedy(max_tokens=1))
-    assert len(done) == 300 and all(len(one.token_ids) == 1 for one in done)
+def test_more_prompts_than_a_server_would_queue(config_of, built) -> None:
+    done = LLM(config_of(max_queue=4), built=built).generate([[n + 100] for n in range(48)], greedy(max_tokens=1))
+    assert len(done) == 48 and all(len(one.token_ids) == 1 for one in done)
 
 
 def test_a_chat_is_the_templated_prompt(llm) -> None:
@@ -125,8 +127,9 @@ def test_a_chat_is_the_templated_prompt(llm) -> None:
 
 
 def test_a_tiny_temperature_is_greedy(llm) -> None:
-    assert ids_of(llm, greedy(temperature=1e-38, seed=5)) == ids_of(llm, greedy())
-    assert ids_of(llm, greedy(temperature=1.0, top_p=0.0, seed=5)) == ids_of(llm, greedy())
+    tiny = [dict(temperature=1e-38), dict(temperature=1.0, top_p=0.0)]
+    expected, *got = ids_of_each(llm, [greedy(), *(greedy(seed=5, **one) for one in tiny)])
+    assert got == [expected] * 2
 
 
 def test_draft_tokens_want_a_model_that_was_built_for_them(config_of, built) -> None:

@@ -24,7 +24,7 @@ TIE = 1e-3  # as in test_parity: a step of another size rounds otherwise
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
 FEW, SHORT = (
     PROMPTS[::4],
-    SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True),
+    SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True),
 )  # where all would take minutes
 WAYS = {
     "batch16": dict(),
@@ -134,11 +134,11 @@ def test_every_parameter_means_what_it_does_without_draft_tokens(config_of, buil
         dict(repetition_penalty=1.3, frequency_penalty=0.5),
         dict(logit_bias={260: 4.0}, logprobs=0),
         dict(allowed_token_ids=list(range(200, 400)), temperature=0.7, seed=3),
-        dict(min_tokens=20, ignore_eos=False, stop_token_ids=[28, 30]),
+        dict(min_tokens=12, ignore_eos=False, stop_token_ids=[28, 30]),
         dict(ignore_eos=False, stop_token_ids=[198]),
         dict(max_tokens=5, logprobs=1),
     ]
-    params = [SamplingParams(**{"max_tokens": 24, "temperature": 0.0, "ignore_eos": True, **one}) for one in asked]
+    params = [SamplingParams(**{"max_tokens": 16, "temperature": 0.0, "ignore_eos": True, **one}) for one in asked]
     prompts = PROMPTS[: len(params)]
     expected = LLM(config_of(), built=built).generate(prompts, params)
     got, _ = run(config_of, built, "batch16", prompts, params, speculative_method="ngram")
