@@ -151,20 +151,18 @@ def test_the_death_of_one_engine_ends_its_streams_alone_and_the_rest_goes_on(ser
     assert steps(server)[1] > before[1]  # the new one takes part
 
 
-def test_a_drain_waits_for_the_streams_of_both(model: Path) -> None:
-    with served(model, step_s=0.02, data_parallel_size=2, max_num_seqs=SLOTS) as server:
-        streams = [server.complete(prompt=f"drained {number}", stream=True, max_tokens=100) for number in range(4)]
-        for stream in streams:
-            first_event(stream)
-        assert [server.metric("num_requests_running", engine) for engine in range(2)] == [2, 2]
-        server.process.send_signal(signal.SIGTERM)
-        server.wait(
-            lambda: b'"draining","engines":["draining","draining"]' in server.get("/health", server.probe_port)[1]
-        )
-        with ThreadPoolExecutor(4) as threads:
-            texts = list(threads.map(rest, streams))
-        assert all('"finish_reason":"length"' in text for text in texts)
-        assert server.process.wait(30) == 0
+def test_a_drain_waits_for_the_streams_of_both(server: ServedModel) -> None:
+    """The last that asks the server: it is gone behind it."""
+    streams = [server.complete(key="a", prompt=f"drained {number}", stream=True, max_tokens=100) for number in range(4)]
+    for stream in streams:
+        first_event(stream)
+    assert [server.metric("num_requests_running", engine) for engine in range(2)] == [2, 2]
+    server.process.send_signal(signal.SIGTERM)
+    server.wait(lambda: b'"draining","engines":["draining","draining"]' in server.get("/health", server.probe_port)[1])
+    with ThreadPoolExecutor(4) as threads:
+        texts = list(threads.map(rest, streams))
+    assert all('"finish_reason":"length"' in text for text in texts)
+    assert server.process.wait(30) == 0
 
 
 def test_what_runs_one_engine_says_so(model: Path) -> None:
