@@ -261,8 +261,10 @@ def would_fit(options: CompilerOptions, machine: Machine) -> list[str]:
     if cuda:
         tries += [(said, replace(options, step=step)) for said, step in _smaller_steps(options)]
     for said, changed in tries:
+        # Sizes of steps and of the cache change nothing of the models.
+        same = changed.model == options.model and changed.kv_cache.dtype == options.kv_cache.dtype
         try:
-            then = ledger(changed, plan_models(changed), machine)
+            then = ledger(changed, models if same else plan_models(changed), machine)
         except ValueError:  # of this checkpoint, or this GPU: not a way out
             continue
         if not then.refusal:

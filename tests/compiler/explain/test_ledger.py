@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +41,18 @@ def planned(options: CompilerOptions, machine: Machine, size: int = 1) -> Ledger
     return ledger(options, build.plan_models(options), machine)
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4", "fp8"])
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "qwen3_moe", "falcon_h1", "mamba2"])
+ARCHITECTURES, ONLINE = ["llama", "gemma3", "gpt2", "qwen3_moe", "falcon_h1", "mamba2"], ["int8", "int4", "fp8"]
+OFTEN = {(one, None) for one in ARCHITECTURES} | {("llama", one) for one in ONLINE}
+OFTEN |= {("gpt2", "int8"), ("qwen3_moe", "int4"), ("falcon_h1", "fp8")}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "quantization"),
+    [
+        pytest.param(*one, marks=[] if one in OFTEN else pytest.mark.slow)
+        for one in itertools.product(ARCHITECTURES, [None, *ONLINE])
+    ],
+)
 def test_planned_is_what_is_built_on_a_cpu(architecture: str, quantization: str | None, tmp_path: Path) -> None:
     config = tiny_config(architecture)
     if architecture == "qwen3_moe":
