@@ -36,7 +36,7 @@ FOUND = {
     "olmo2": [],  # norms stand behind the products
 }
 
-OFTEN = {"llama", "qwen2"}
+OFTEN = {"qwen2"}
 
 
 @pytest.fixture

@@ -27,10 +27,11 @@ FOUND = {
     "qwen2": (4, 3),  # products with a bias
     "olmo2": (0, 0),  # norms stand behind the products
 }
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
+OFTEN = {"qwen2", "olmo2"}
+MIXTURES = (pytest.param("mixtral", marks=pytest.mark.slow), "qwen3_moe", "gpt_oss")
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in FOUND])
 def test_logits_stay_and_the_known_forms_are_found(name: str) -> None:
     stock = random_model(tiny_config(name))
     paged = paged_copy(tiny_config(name), stock)

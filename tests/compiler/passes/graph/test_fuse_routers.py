@@ -25,7 +25,7 @@ FOUND = {
 }
 
 
-OFTEN = {"qwen3_moe", "mixtral", "deepseek_v3"}
+OFTEN = {"qwen3_moe", "deepseek_v3"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in FOUND])
