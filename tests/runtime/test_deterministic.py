@@ -50,6 +50,7 @@ SIZES: dict[str, tuple[str, dict, dict]] = {
     "int8": ("llama", dict(num_hidden_layers=1), dict(dtype="bfloat16", quantization="int8")),
     "int4": ("llama", dict(hidden_size=128, num_hidden_layers=1), dict(dtype="bfloat16", quantization="int4")),
 }  # fmt: skip
+OFTEN = {"qwen3", "gemma3", "int8"}
 
 
 @pytest.fixture
@@ -75,12 +76,12 @@ def comparer_of(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., Compare
 
 @pytest.mark.hypothesis
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "int4" else ()) for name in SIZES]
+    "name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in SIZES]
 )
 def test_tiny_models(comparer_of: Callable[..., Comparer], name: str) -> None:
     comparer = comparer_of(name)
 
-    @settings(max_examples=3)
+    @settings(max_examples=2)
     @given(SITUATIONS, st.integers(0, 1000))
     @example(ALL_AT_ONCE, 0)
     def compare(situation, seed) -> None:

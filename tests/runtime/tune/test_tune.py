@@ -71,7 +71,7 @@ def test_a_tiny_model(folder: str, tmp_path: Path) -> None:
         "--slo",
         "ttft=60000,itl=60000",
         "--budget",
-        "60s",
+        "12s",
         "--output",
         str(output),
         "--json",
