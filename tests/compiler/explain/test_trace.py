@@ -32,8 +32,11 @@ def options_of(folder: Path, device: str = "cuda", quantization: str | None = No
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["8b", "0.6b"])
-@pytest.mark.parametrize("method", [None, "fp8", "int8"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("0.6b", None), ("8b", "fp8"), ("0.6b", "int8"),
+     *(pytest.param(*one, marks=pytest.mark.slow) for one in (("8b", None), ("0.6b", "fp8"), ("8b", "int8")))],
+)  # fmt: skip
 def test_sums_are_those_of_the_formulas(name: str, method: str | None, tmp_path: Path) -> None:
     options = options_of(write_model(name, tmp_path / name), quantization=method)
     [model] = build.plan_models(options)
