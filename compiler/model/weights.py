@@ -142,11 +142,15 @@ def plan_weights(
             quantized = {name: one for name, one in contents.quantized.items() if name not in unpacked}
             _plan_packed(model, files, quantized, scheme, stacked, shards)
     model.tie_weights()
+    planned: dict[tuple[object, ...], QuantWeight] = {}  # of a size: layers are alike
     for name, method in online.items():
         rows = model.get_parameter(name)
         if name in stacked:
             rows = torch.empty(stacked[name].rows, stacked[name].columns, device="meta")
-        _plan_quantized(model, name, quantize(rows, method, name.removesuffix(".weight"), device_type), stacked)
+        size = (method, rows.shape, rows.dtype)
+        if size not in planned:
+            planned[size] = quantize(rows, method, name.removesuffix(".weight"), device_type)
+        _plan_quantized(model, name, planned[size].map(torch.empty_like), stacked)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to("meta"))
