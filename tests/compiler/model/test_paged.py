@@ -199,7 +199,13 @@ def test_a_wrong_layout_shows(name: str) -> None:
     assert worst > 1e-2
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3_moe", "deepseek_v3", "llama4", "hunyuan"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama", "gpt2", "deepseek_v3", "llama4",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "qwen3_moe", "hunyuan")),
+    ],
+)  # fmt: skip
 def test_is_one_full_graph(name: str) -> None:
     """Dynamo traces the forward without a break; the graph computes what the modules do."""
     config = tiny_config(name)
