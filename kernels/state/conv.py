@@ -18,6 +18,7 @@ from pagegraph.kernels.state.drafts import draft_arguments, group_at, kept_row
 # Of prompts: tokens side by side, how many times these one after the other, channels.
 BLOCK_T, TIMES, BLOCK_C = 16, 4, 128
 NUM_WARPS = 4
+SEQUENCE_WARPS = 2
 SEQUENCE_BLOCK_C = 512  # of a sequence: several channels a thread, as loads of few bytes wait alone
 
 
@@ -213,11 +214,13 @@ def causal_conv(
     pdl = dependent(x.device) if weight.is_contiguous() else {"PDL": False}
     given = out, x, weight.contiguous(), bias, states, slots, query_start, seq_lens, x.stride(0)
     taps = triton.next_power_of_2(weight.shape[1])
-    sizes = dict(C=channels, HISTORY=states.shape[1], TAPS=taps, SILU=silu, num_warps=NUM_WARPS)
+    sizes = dict(C=channels, HISTORY=states.shape[1], TAPS=taps, SILU=silu)
     sizes |= draft_arguments(draft_rows, state_lens) | pdl
     if not one_by_one:
         grid = triton.cdiv(tokens, BLOCK_T * TIMES), triton.cdiv(channels, BLOCK_C)
-        tokens_kernel[grid](*given, num_seqs=len(slots), BLOCK_T=BLOCK_T, TIMES=TIMES, BLOCK_C=BLOCK_C, **sizes)
+        tokens_kernel[grid](
+            *given, num_seqs=len(slots), BLOCK_T=BLOCK_T, TIMES=TIMES, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS, **sizes
+        )
     grid = len(slots), triton.cdiv(channels, SEQUENCE_BLOCK_C)
-    sequences_kernel[grid](*given, COMPUTE=one_by_one, BLOCK_C=SEQUENCE_BLOCK_C, **sizes)
+    sequences_kernel[grid](*given, COMPUTE=one_by_one, BLOCK_C=SEQUENCE_BLOCK_C, num_warps=SEQUENCE_WARPS, **sizes)
     return out

@@ -20,12 +20,12 @@ from pagegraph.kernels.state.delta_chunks import gated_delta_chunks
 from pagegraph.kernels.state.scan import selective_scan_rows
 from pagegraph.kernels.state.scan_chunks import selective_scan_chunks
 from pagegraph.kernels.state.scan_prompts import selective_scan_prompts
-from pagegraph.kernels.state.time_steps import Steps
+from pagegraph.kernels.state.time_steps import Steps, made_steps
 
 CHUNKED = (torch.bfloat16,)  # dtypes of activations
-# Of keys in chunks. Narrower ones are of no model that is known; Triton 3.6's code for 16 wrote out of bounds on an H200, that for 128
-# is right there.
-MIN_WIDTH = 64
+# Of keys in chunks. Narrower ones are of no model that is known; Triton 3.6's code for 16 wrote out of bounds on an H200, that for 64 in
+# bfloat16 gives wrong numbers there, that for 128, which 96 takes too, is right.
+MIN_WIDTH = 96
 
 
 def gated_delta(
@@ -55,11 +55,13 @@ def selective_scan(
     x, B, C = (one if one.stride(2) == 1 else one.contiguous() for one in (x, B, C))
     dt = dt if dt.stride(1) == 1 else dt.contiguous()
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    steps = Steps(dt, dt_bias, dt_softplus, dt_min, dt_max)
-    given = out, x, steps, A.contiguous(), A_log, B, C, D, states, slots, query_start, seq_lens
-    by_elements = A.dim() == 2
+    steps, by_elements = Steps(dt, dt_bias, dt_softplus, dt_min, dt_max), A.dim() == 2
     chunked = len(x) > len(slots) and (by_elements or x.dtype in CHUNKED)
+    if chunked:  # along a prompt they would wait for it chunk by chunk
+        steps = made_steps(steps)
+    given = out, x, steps, A.contiguous(), A_log, B, C, D, states, slots, query_start, seq_lens
     selective_scan_rows(*given, FEW if chunked else len(x), draft_rows, state_lens)
     if chunked:
-        (selective_scan_prompts if by_elements else selective_scan_chunks)(*given)
+        in_chunks = selective_scan_prompts if by_elements else selective_scan_chunks
+        in_chunks(out, x, steps.dt, *given[3:])
     return out

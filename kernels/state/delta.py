@@ -14,7 +14,8 @@ from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.state.drafts import draft_arguments, group_at, kept_row
 from pagegraph.kernels.state.gates import log_decay, share
 
-ELEMENTS = 4096  # of the state in a program
+# Of the state in a program: of a few sequences, and of as many as fill the device several times anyway.
+ELEMENTS, MANY_ELEMENTS, MANY = 4096, 8192, 32
 NUM_WARPS = 4
 
 
@@ -119,7 +120,7 @@ def gated_delta_rows(
     heads, size = value.shape[1:]
     width = key.shape[2]
     block_d = triton.next_power_of_2(width)
-    block_v = min(max(ELEMENTS // block_d, 8), triton.next_power_of_2(size))
+    block_v = min(max((MANY_ELEMENTS if len(slots) >= MANY else ELEMENTS) // block_d, 8), triton.next_power_of_2(size))
     gated_delta_kernel[(len(slots), heads, triton.cdiv(size, block_v))](
         out, query, key, value, decay, beta, states, slots, query_start, seq_lens,
         query.stride(0), key.stride(0), value.stride(0), query.stride(1), key.stride(1), value.stride(1),

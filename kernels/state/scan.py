@@ -16,8 +16,9 @@ from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.state.drafts import draft_arguments, group_at, kept_row
 from pagegraph.kernels.state.time_steps import Steps, stepped
 
-ELEMENTS = 4096  # of the state in a program
-NUM_WARPS = 4
+# Of the state in a program, and its warps: with one decay a head, whose step is most of what a program computes, and else.
+ELEMENTS, NUM_WARPS = 1024, 2
+VECTOR_ELEMENTS, VECTOR_WARPS = 4096, 4
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_draft_slots"])
@@ -105,10 +106,10 @@ def selective_scan_rows(
     heads, size = x.shape[1:]
     channels, width = heads * size, B.shape[2]
     of_group = channels // B.shape[1]
-    block_c, block_n = state_block(channels, width, B.shape[1], ELEMENTS)
+    block_c, block_n = state_block(channels, width, B.shape[1], VECTOR_ELEMENTS if A.dim() == 2 else ELEMENTS)
     selective_scan_kernel[(len(slots), triton.cdiv(channels, block_c))](
         out, x, steps.dt, steps.bias, A, B, C, D, states, slots, query_start, seq_lens,
         x.stride(0), x.stride(1), steps.dt.stride(0), B.stride(0), C.stride(0), B.stride(1), C.stride(1), num_rows,
         CHANNELS=channels, P=size, N=width, A_GROUP=of_group, VECTOR=A.dim() == 2, LOG=A_log,
-        BLOCK_C=block_c, BLOCK_N=block_n, num_warps=NUM_WARPS, **steps.constants, **draft_arguments(draft_rows, state_lens), **dependent(x.device),
+        BLOCK_C=block_c, BLOCK_N=block_n, num_warps=VECTOR_WARPS if A.dim() == 2 else NUM_WARPS, **steps.constants, **draft_arguments(draft_rows, state_lens), **dependent(x.device),
     )  # fmt: skip

@@ -9,8 +9,8 @@ With c the running sum of a chunk's dt * A, S the state before it and rows of B,
 A program goes along a sequence with the state of one head, or a part of it, in registers. C B^T is the same for all heads of a group
 and computed by each: loading what another kernel had left of it would take as long. No exponent is above zero.
 
-Products are of x's dtype and added up in float32; S and decays are float32. With float32 (`precision_of`) the kernel needs more
-registers than there are: right, and slow.
+D x is part of the product with X, as D on the diagonal of what stands before it. Products are of x's dtype and added up in float32; S and
+decays are float32. With float32 (`precision_of`) the kernel needs more registers than there are: right, and slow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.state.chunks import FEW, decayed, precision_of, running
-from pagegraph.kernels.state.time_steps import Steps, stepped
 
 CHUNK = 64  # rows
 CHANNELS = 64  # of a head in a program
@@ -33,11 +32,11 @@ TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 @triton.jit
 def scan_chunks_kernel(
-    out_ptr, x_ptr, dt_ptr, bias_ptr, rates_ptr, b_ptr, c_ptr, d_ptr, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr,
+    out_ptr, x_ptr, dt_ptr, rates_ptr, b_ptr, c_ptr, d_ptr, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr,
     x_stride: tl.constexpr, x_heads: tl.constexpr, dt_stride: tl.constexpr, b_stride: tl.constexpr, c_stride: tl.constexpr,
     b_groups: tl.constexpr, c_groups: tl.constexpr,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, OF_GROUP: tl.constexpr, LOG: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, FEW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -60,9 +59,7 @@ def scan_chunks_kernel(
         for done in tl.range(0, end - begin, CHUNK, disable_licm=True):
             live = done + row < end - begin
             start = begin.to(tl.int64) + done
-            dt = tl.load(dt_ptr + start * dt_stride + head + row * dt_stride, mask=live, other=0.0)
-            bias = None if bias_ptr is None else tl.load(bias_ptr + head)
-            dt = tl.where(live, stepped(dt, bias, SOFTPLUS, LEAST, MOST), 0.0)
+            dt = tl.load(dt_ptr + start * dt_stride + head + row * dt_stride, mask=live, other=0.0).to(tl.float32)
             logs, left_out, behind = running(dt * rate)
             mask = live[:, None] & (column < N)[None, :]
             b_base = b_ptr + start * b_stride + group * b_groups
@@ -74,9 +71,9 @@ def scan_chunks_kernel(
             x = tl.load(x_base + row[:, None] * x_stride + channel[None, :], mask=mask, other=0.0)
             seen = tl.dot(c, tl.trans(b), input_precision=PRECISION)
             seen = decayed(seen, logs, left_out, row) * dt[None, :]
-            found = tl.dot(c, tl.trans(state.to(OPERAND)), input_precision=PRECISION) * tl.exp(logs)[:, None]
             if d_ptr is not None:
-                found += tl.load(d_ptr + head).to(tl.float32) * x.to(tl.float32)
+                seen += tl.where(row[:, None] == row[None, :], tl.load(d_ptr + head).to(tl.float32), 0.0)
+            found = tl.dot(c, tl.trans(state.to(OPERAND)), input_precision=PRECISION) * tl.exp(logs)[:, None]
             found += tl.dot(seen.to(OPERAND), x.to(OPERAND), input_precision=PRECISION)
             out_ptrs = out_ptr + (start * H + head) * P + row[:, None] * (H * P) + channel[None, :]
             tl.store(out_ptrs, found, mask=mask)
@@ -89,7 +86,7 @@ def scan_chunks_kernel(
 
 
 def selective_scan_chunks(
-    out: Tensor, x: Tensor, steps: Steps, A: Tensor, A_log: bool, B: Tensor, C: Tensor, D: Tensor | None, states: Tensor,
+    out: Tensor, x: Tensor, dt: Tensor, A: Tensor, A_log: bool, B: Tensor, C: Tensor, D: Tensor | None, states: Tensor,
     slots: Tensor, query_start: Tensor, seq_lens: Tensor,
 ) -> None:  # fmt: skip
     """Rows of `out` [T, H, P] and states of the sequences with more than FEW rows, A being [H]; see `kernels.ops`.
@@ -100,10 +97,10 @@ def selective_scan_chunks(
     block_p = min(CHANNELS, max(triton.next_power_of_2(size), 16))
     # Strides as constants: registers are few, and a model has one set of them.
     scan_chunks_kernel[(len(slots), heads, triton.cdiv(size, block_p))](
-        out, x, steps.dt, steps.bias, A, B, C, D, states, slots, query_start, seq_lens,
-        x.stride(0), x.stride(1), steps.dt.stride(0), B.stride(0), C.stride(0), B.stride(1), C.stride(1),
+        out, x, dt, A, B, C, D, states, slots, query_start, seq_lens,
+        x.stride(0), x.stride(1), dt.stride(0), B.stride(0), C.stride(0), B.stride(1), C.stride(1),
         H=heads, P=size, N=B.shape[2], OF_GROUP=heads // B.shape[1], LOG=A_log, OPERAND=TYPES[x.dtype],
         PRECISION=precision_of(x.dtype), CHUNK=CHUNK, FEW=FEW, BLOCK_P=block_p,
         BLOCK_N=max(triton.next_power_of_2(B.shape[2]), 16), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
-        **steps.constants, **dependent(x.device),
+        **dependent(x.device),
     )  # fmt: skip

@@ -14,7 +14,6 @@ from torch import Tensor
 from pagegraph.kernels.pdl import dependent, wait
 from pagegraph.kernels.state.chunks import FEW
 from pagegraph.kernels.state.scan import state_block
-from pagegraph.kernels.state.time_steps import Steps, stepped
 
 BLOCK_T = 16
 ELEMENTS = 256  # of the state in a program
@@ -28,11 +27,10 @@ def _then(a, b, c, d):
 
 @triton.jit
 def scan_prompts_kernel(
-    out_ptr, x_ptr, dt_ptr, bias_ptr, rates_ptr, b_ptr, c_ptr, d_ptr, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr,
+    out_ptr, x_ptr, dt_ptr, rates_ptr, b_ptr, c_ptr, d_ptr, states_ptr, slots_ptr, query_start_ptr, seq_lens_ptr,
     x_stride, x_heads, dt_stride, b_stride, c_stride, b_groups, c_groups,
     CHANNELS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, OF_GROUP: tl.constexpr, FEW: tl.constexpr,
-    LOG: tl.constexpr, SOFTPLUS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    LOG: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         wait()
@@ -51,14 +49,11 @@ def scan_prompts_kernel(
         state = tl.load(places, mask=inside & goes_on, other=0.0)
         rates = tl.load(rates_ptr + head[:, None] * N + column[None, :], mask=inside, other=0.0).to(tl.float32)
         rates = -tl.exp(rates) if LOG else rates
-        bias = None if bias_ptr is None else tl.load(bias_ptr + head, mask=channel < CHANNELS, other=0.0)[None, :]
         for done in range(0, end - begin, BLOCK_T):
             live = done + row < end - begin
             start = begin.to(tl.int64) + done
             mask = live[:, None] & (channel < CHANNELS)[None, :]
             dt = tl.load(dt_ptr + start * dt_stride + row[:, None] * dt_stride + head[None, :], mask=mask, other=0.0)
-            # Rows behind the end keep all and add nothing.
-            dt = tl.where(mask, stepped(dt, bias, SOFTPLUS, LEAST, MOST), 0.0)
             at = row[:, None] * x_stride + head[None, :] * x_heads + (channel % P)[None, :]
             x = tl.load(x_ptr + start * x_stride + at, mask=mask, other=0.0).to(tl.float32)
             of_state = live[:, None] & (column < N)[None, :]
@@ -75,12 +70,13 @@ def scan_prompts_kernel(
                 found += tl.load(d_ptr + head, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :] * x
             at = row[:, None] * CHANNELS + channel[None, :]
             tl.store(out_ptr + start * CHANNELS + at, found, mask=mask)
+            # Rows behind the end keep all and add nothing.
             state = tl.sum(tl.where((row == BLOCK_T - 1)[:, None, None], states, 0.0), 0)
         tl.store(places, state, mask=inside)
 
 
 def selective_scan_prompts(
-    out: Tensor, x: Tensor, steps: Steps, A: Tensor, A_log: bool, B: Tensor, C: Tensor, D: Tensor | None, states: Tensor,
+    out: Tensor, x: Tensor, dt: Tensor, A: Tensor, A_log: bool, B: Tensor, C: Tensor, D: Tensor | None, states: Tensor,
     slots: Tensor, query_start: Tensor, seq_lens: Tensor,
 ) -> None:  # fmt: skip
     """Rows of `out` [T, H, P] and states of the sequences with more than FEW rows, A being [H, N]; see `kernels.ops`.
@@ -92,8 +88,8 @@ def selective_scan_prompts(
     of_group = channels // B.shape[1]
     block_c, block_n = state_block(channels, width, B.shape[1], ELEMENTS)
     scan_prompts_kernel[(len(slots), triton.cdiv(channels, block_c))](
-        out, x, steps.dt, steps.bias, A, B, C, D, states, slots, query_start, seq_lens,
-        x.stride(0), x.stride(1), steps.dt.stride(0), B.stride(0), C.stride(0), B.stride(1), C.stride(1),
+        out, x, dt, A, B, C, D, states, slots, query_start, seq_lens,
+        x.stride(0), x.stride(1), dt.stride(0), B.stride(0), C.stride(0), B.stride(1), C.stride(1),
         CHANNELS=channels, P=size, N=width, OF_GROUP=of_group, FEW=FEW, LOG=A_log, BLOCK_T=BLOCK_T,
-        BLOCK_C=block_c, BLOCK_N=block_n, num_warps=NUM_WARPS, **steps.constants, **dependent(x.device),
+        BLOCK_C=block_c, BLOCK_N=block_n, num_warps=NUM_WARPS, **dependent(x.device),
     )  # fmt: skip
