@@ -477,13 +477,6 @@ def stored(*names: str, scaled: bool = False) -> Results:
     return Results((RESULTS / f"h200-{name}.json" for name in names), scaled)
 
 
-def mixtures_and_hybrids() -> Results:
-    return stored(
-        "2026-12-01-qwen3-30b-a3b-24l-vllm", "2026-12-01-qwen3-30b-a3b-24l-fp8-vllm", "2026-12-01-gpt-oss-20b",
-        "2026-12-01-nemotron-h-8b-vllm", scaled=True,
-    )  # fmt: skip
-
-
 def quoted() -> Results:
     """The jobs that the documents quote; the last file that holds a job counts."""
     return stored(
@@ -492,6 +485,11 @@ def quoted() -> Results:
     )  # fmt: skip
 
 
+# Of mixtures and hybrids: runs beside vLLM, and steps alone, of which the last file that holds one counts.
+BESIDE_VLLM = (
+    "2026-12-01-qwen3-30b-a3b-24l-vllm", "2026-12-01-qwen3-30b-a3b-24l-fp8-vllm", "2026-12-01-nemotron-h-8b-vllm",
+)  # fmt: skip
+STEPS = (*BESIDE_VLLM, "2026-12-01-gpt-oss-20b", "2026-12-01-qwen3-next-12l-steps", "2026-12-01-nemotron-h-8b-steps")
 COMPARED_8B, COMPARED_SMALL = "h200-2026-11-30-llama3-8b-compare.json", "h200-2026-11-29-qwen3-0.6b-compare.json"
 QUOTED = (23, 47, 7, 1.75)  # over transformers' generate, as guides to paged attention have it
 
@@ -512,8 +510,8 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "overview": lambda: overview(quoted()),
     "jobs": lambda: jobs(quoted()),
     "steps": lambda: steps(stored("2026-11-29-steps-and-jobs")),
-    "other jobs": lambda: jobs(mixtures_and_hybrids()),
-    "other steps": lambda: steps(mixtures_and_hybrids()),
+    "other jobs": lambda: jobs(stored(*BESIDE_VLLM, scaled=True)),
+    "other steps": lambda: steps(stored(*STEPS)),
     "loads": lambda: loads(stored("2026-11-29-llama3-8b-open-loop-3-times")),
     "served": lambda: served(stored("2026-11-24-qwen3-0.6b-served")),
     "prompt graphs": prompt_graphs, "memory": memory, "start": lambda: starts(stored("2026-11-29-llama3-8b-startup-answers")), "parity": parity,
