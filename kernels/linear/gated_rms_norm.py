@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagegraph.kernels.linear.silu_mul import silu_times
 from pagegraph.kernels.pdl import dependent, wait
 
 ELEMENTS = 1024  # of a program: rows side by side where they are short
@@ -35,16 +36,15 @@ def gated_rms_norm_kernel(
     x = tl.load(x_ptr + place, mask=inside, other=0.0)
     gate_at = (row // HEADS).to(tl.int64) * gate_stride + head * gate_heads
     gate = tl.load(gate_ptr + gate_at[:, None] + column, mask=inside, other=0.0).to(tl.float32)
-    gate *= tl.sigmoid(gate)
     wide = x.to(tl.float32)
     if GATE_FIRST:
-        wide *= gate
+        wide = silu_times(gate, wide)
     scaled = (wide * tl.rsqrt(tl.sum(wide * wide, 1) / SIZE + eps)[:, None]).to(x.dtype).to(tl.float32)
     scaled *= weight.to(tl.float32)
     if not GATE_FIRST:
         if weight.dtype == x.dtype:
             scaled = scaled.to(x.dtype).to(tl.float32)
-        scaled *= gate
+        scaled = silu_times(gate, scaled)
     tl.store(out_ptr + place, scaled.to(out_ptr.dtype.element_ty), mask=inside)
 
 

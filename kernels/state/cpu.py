@@ -23,6 +23,7 @@ from pagegraph.kernels.state.reference import (
     gates,
     keep_drafts,
     of_each_head,
+    rates_of,
     sequences,
     time_steps,
     unit,
@@ -155,10 +156,7 @@ def selective_scan(
     out = x.new_zeros(x.shape, dtype=torch.float32)
     dt = time_steps(dt, dt_bias, dt_softplus, dt_min, dt_max)
     compute, size = (_scan_chunk, CHUNK) if A.dim() == 1 else (_scan_tokens, SMALL_CHUNK)
-    rates, step = (
-        -A.float().exp() if A_log else A.float(),
-        (states, slots, query_start, seq_lens, draft_rows, state_lens),
-    )
+    rates, step = rates_of(A, A_log), (states, slots, query_start, seq_lens, draft_rows, state_lens)
     for state, given, rows in _chunks(*step, (x, dt, B), size):
         read, found = (
             (given[2], torch.empty_like(given[0], dtype=torch.float32)) if rows is None else (C[rows], out[rows])

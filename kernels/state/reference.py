@@ -164,9 +164,14 @@ def time_steps(
     return dt if dt_min is None and dt_max is None else dt.clamp(dt_min, dt_max)
 
 
+def rates_of(A: Tensor, A_log: bool) -> Tensor:
+    """float32 like A; see `kernels.ops`."""
+    return -A.float().exp() if A_log else A.float()
+
+
 def gates(decay: Tensor, beta: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     """(log decays float32, betas) [T, H] of both as projected, A_log and dt_bias [H]; rounds as transformers' modules do."""
-    return -A_log.float().exp() * time_steps(decay, dt_bias, True, None, None), beta.sigmoid()
+    return rates_of(A_log, True) * time_steps(decay, dt_bias, True, None, None), beta.sigmoid()
 
 
 def selective_scan(
@@ -180,7 +185,7 @@ def selective_scan(
     share = heads // B.shape[1]
     out = torch.zeros_like(x, dtype=torch.float32)
     C = C.float().repeat_interleave(share, 1)  # [T, H, N]
-    rates = (-A.float().exp() if A_log else A.float()).view(heads, 1, -1)
+    rates = rates_of(A, A_log).view(heads, 1, -1)
     for one in sequences(slots, query_start, seq_lens, draft_rows, state_lens):
         state = torch.zeros_like(states[one.slot]) if one.begins else states[one.slot].clone()  # [H, P, N]
         inputs, steps, keys = _with_accepted(one, draft_rows, (x, dt, B))

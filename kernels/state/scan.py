@@ -106,10 +106,13 @@ def selective_scan_rows(
     heads, size = x.shape[1:]
     channels, width = heads * size, B.shape[2]
     of_group = channels // B.shape[1]
-    block_c, block_n = state_block(channels, width, B.shape[1], VECTOR_ELEMENTS if A.dim() == 2 else ELEMENTS)
+    vector = A.dim() == 2
+    elements, warps = (VECTOR_ELEMENTS, VECTOR_WARPS) if vector else (ELEMENTS, NUM_WARPS)
+    block_c, block_n = state_block(channels, width, B.shape[1], elements)
     selective_scan_kernel[(len(slots), triton.cdiv(channels, block_c))](
         out, x, steps.dt, steps.bias, A, B, C, D, states, slots, query_start, seq_lens,
         x.stride(0), x.stride(1), steps.dt.stride(0), B.stride(0), C.stride(0), B.stride(1), C.stride(1), num_rows,
-        CHANNELS=channels, P=size, N=width, A_GROUP=of_group, VECTOR=A.dim() == 2, LOG=A_log,
-        BLOCK_C=block_c, BLOCK_N=block_n, num_warps=VECTOR_WARPS if A.dim() == 2 else NUM_WARPS, **steps.constants, **draft_arguments(draft_rows, state_lens), **dependent(x.device),
+        CHANNELS=channels, P=size, N=width, A_GROUP=of_group, VECTOR=vector, LOG=A_log,
+        BLOCK_C=block_c, BLOCK_N=block_n, num_warps=warps, **steps.constants, **draft_arguments(draft_rows, state_lens),
+        **dependent(x.device),
     )  # fmt: skip

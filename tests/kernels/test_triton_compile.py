@@ -968,6 +968,11 @@ def test_experts_on_gpus_before_hopper(compiled) -> None:
     assert len(products) == 4 and all(k["tensor_cores"] for k in products)
 
 
+STATES_BY_ROWS = {
+    "sequences_kernel", "tokens_kernel", "gated_delta_kernel", "selective_scan_kernel", "scan_prompts_kernel", "time_steps_kernel",
+}  # fmt: skip
+
+
 def recurrent(tokens: int, seqs: int, dtype: str = "bfloat16", most_drafts: int = 0) -> list[list[Any]]:
     """A step of Qwen3-Next's sizes, Kimi Linear's, Mamba 2's and Mamba 1's."""
     place = [tensor("int32", seqs), tensor("int32", seqs + 1), tensor("int32", seqs)]
@@ -1016,16 +1021,8 @@ def test_recurrent_states(compiled, every: bool) -> None:
     assert all(k["waits"] for k in kernels), kernels
     check_nothing_early_but_weights(kernels)
     chunks = {"delta_pairs_kernel", "delta_chunks_kernel", "delta_states_kernel", "scan_chunks_kernel"}
-    rows = {
-        "sequences_kernel",
-        "tokens_kernel",
-        "gated_delta_kernel",
-        "selective_scan_kernel",
-        "scan_prompts_kernel",
-        "time_steps_kernel",
-    }
     assert {k["kernel"] for k in kernels if k["tensor_cores"]} == chunks
-    assert {k["kernel"] for k in kernels if not k["tensor_cores"]} == rows
+    assert {k["kernel"] for k in kernels if not k["tensor_cores"]} == STATES_BY_ROWS
     assert all(
         k["wgmma"] for k in kernels if k["kernel"] in chunks - {"delta_pairs_kernel"}
     )  # whose tiles have 16 rows
@@ -1042,15 +1039,7 @@ def test_recurrent_states_with_draft_tokens(compiled, every: bool) -> None:
     check_fits(kernels)
     assert all(k["waits"] and not k["spilled_bytes"] for k in kernels), kernels
     check_nothing_early_but_weights(kernels)
-    rows = {
-        "sequences_kernel",
-        "tokens_kernel",
-        "gated_delta_kernel",
-        "selective_scan_kernel",
-        "scan_prompts_kernel",
-        "time_steps_kernel",
-    }
-    assert {k["kernel"] for k in kernels} == rows | {"count_states_kernel"}
+    assert {k["kernel"] for k in kernels} == STATES_BY_ROWS | {"count_states_kernel"}
 
 
 @every_size

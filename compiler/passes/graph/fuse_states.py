@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional
 
 import pagegraph.kernels.ops  # noqa: F401  registers torch.ops.pagegraph
-from pagegraph.compiler.passes.graph.patterns import call, is_call, is_method, is_view, rewrite, shape
+from pagegraph.compiler.passes.graph.patterns import before, call, is_call, is_method, is_view, rewrite, shape
 
 ops = torch.ops.pagegraph
 SPLITS = (torch.split, torch.functional.split)
@@ -127,10 +127,8 @@ def _read_columns(graph: Graph, convolution: Node) -> bool:
 
 def _part(part: Node) -> tuple[Node, int] | None:
     """(split of the last of three dimensions, which of its parts this is, whole and in its order)."""
-    base = part
-    while is_view(base):
-        base = base.args[0]  # type: ignore[assignment]
-    if str(shape(base)) != str(shape(part)) or not is_call(base, operator.getitem):
+    base = before(part, lambda node: not is_view(node))
+    if base is None or str(shape(base)) != str(shape(part)) or not is_call(base, operator.getitem):
         return None
     split, at = base.args
     named = isinstance(split, Node) and (any(is_call(split, one) for one in SPLITS) or split.target == "split")

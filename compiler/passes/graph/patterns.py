@@ -97,9 +97,9 @@ def gated_norm_of(rows: Node) -> GatedNorm | None:
     else:
         if left.op != "placeholder" or not is_narrowing(right):
             return None
-        product = _before(right.args[0], lambda node: is_call(node, operator.mul))
+        product = before(right.args[0], lambda node: is_call(node, operator.mul))
         scaled = None if product is None else _unit_of(product)
-        opened = None if scaled is None else _before(scaled[0], lambda node: is_call(node, operator.mul))
+        opened = None if scaled is None else before(scaled[0], lambda node: is_call(node, operator.mul))
         if scaled is None or opened is None or not is_method(opened.args[0], "to", torch.float32):
             return None
         grouped, eps = scaled
@@ -123,10 +123,10 @@ def _opened(gate: Node) -> Node | None:
 
 def _by_heads(rows: Node) -> Node:
     """[1, T, G, size] of which rows [T * G, size] are a view; the rows where there is none."""
-    return _before(rows, lambda node: len(shape(node)) == 4 and shape(node)[-1] == shape(rows)[-1]) or rows
+    return before(rows, lambda node: len(shape(node)) == 4 and shape(node)[-1] == shape(rows)[-1]) or rows
 
 
-def _before(node: Node, wanted: Callable[[Node], bool]) -> Node | None:
+def before(node: Node, wanted: Callable[[Node], bool]) -> Node | None:
     """The nearest wanted one of the node and what it is a view of."""
     while not wanted(node):
         if not is_view(node):
